@@ -1,0 +1,41 @@
+"""x = L z + m with L lower triangular: pushed through it, a standard normal is any Gaussian."""
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections.base import Bijection
+
+
+class Affine(Bijection):
+    """x = L z + m, log|det dx/dz| = sum log L_ii, for vectors of length d >= 1; L L^T is the covariance.
+
+    `initialize` sets the maximum-likelihood Gaussian of the data it is given.
+    """
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(d))
+        self.log_diagonal = nn.Parameter(torch.zeros(d))
+        self.below_diagonal = nn.Parameter(torch.zeros(d, d))
+
+    def factor(self) -> Tensor:
+        """L, (d, d)."""
+        return self.below_diagonal.tril(-1) + torch.diag(self.log_diagonal.exp())
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z @ self.factor().T + self.mean, self.log_diagonal.sum().expand(len(z))
+
+    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.linalg.solve_triangular(self.factor(), (x - self.mean).T, upper=False).T
+        return z, -self.log_diagonal.sum().expand(len(x))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        centred = (x - x.mean(0)).double()
+        covariance = centred.T @ centred / len(x)
+        # fewer rows than columns, or columns that depend on each other, leave directions without variance
+        covariance += 1e-6 * covariance.diagonal().mean().clamp_min(1e-12) * torch.eye(len(covariance)).to(covariance)
+        factor = torch.linalg.cholesky(covariance)
+        self.mean.copy_(x.mean(0))
+        self.log_diagonal.copy_(factor.diagonal().log())
+        self.below_diagonal.copy_(factor.tril(-1))

@@ -1,0 +1,57 @@
+"""The continuous flow: transport along a velocity field from t = 0 (base) to t = 1 (data)."""
+
+from torch import Tensor, nn
+
+from flowtrain.bijections.base import Bijection
+from flowtrain.divergence import Probes, TraceRule, divergence
+from flowtrain.solvers import Problem, Solver
+
+
+class Continuous(Bijection):
+    """dx/dt = v(t, x); log|det dx(1)/dx(0)| = int_0^1 tr dv/dx dt.
+
+    The instantaneous change of variables (Chen et al. 2018, Neural ODEs, theorem 1) along the solution. The inverse
+    solves from t = 1 to 0, and the same signed integral is its log-determinant.
+
+    Args:
+        field: `forward(t, x)`; see `flowtrain.fields.base`.
+        solver: how the ODE is solved.
+        trace: exact or estimated divergence, in training and at evaluation.
+    """
+
+    def __init__(self, field: nn.Module, solver: Solver, trace: TraceRule) -> None:
+        super().__init__()
+        self.field = field
+        self.solver = solver
+        self.trace = trace
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self._transport(z, 0.0, 1.0)
+
+    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._transport(x, 1.0, 0.0)
+
+    def map_forward(self, z: Tensor) -> Tensor:
+        return self.solver.solve(self._problem(z, 0.0, 1.0, None)).x
+
+    def map_inverse(self, x: Tensor) -> Tensor:
+        return self.solver.solve(self._problem(x, 1.0, 0.0, None)).x
+
+    def _transport(self, x: Tensor, t0: float, t1: float) -> tuple[Tensor, Tensor]:
+        problem = self._problem(x, t0, t1, self.trace.draw(x, self.training))
+        # an evaluated likelihood must be as exact as the tolerance says: its error takes part in the step control
+        control = self.solver.control if self.training else "all"
+        with self.solver.using(control=control):
+            solution = self.solver.solve(problem)
+        if solution.integrals is None:
+            raise RuntimeError("the solver returned no integral")
+        return solution.x, solution.integrals[:, 0]
+
+    def _problem(self, x: Tensor, t0: float, t1: float, probes: Probes | None) -> Problem:
+        def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            assert probes is not None
+            v, q = divergence(self.field, t, y, probes)
+            return v, q.unsqueeze(-1)
+
+        parameters = tuple(self.field.parameters())
+        return Problem(self.field, integrand if probes is not None else None, x, t0, t1, parameters)

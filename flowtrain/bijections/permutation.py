@@ -1,0 +1,24 @@
+"""A fixed permutation of dimensions, saved with the weights."""
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.base import Bijection
+
+
+class Permutation(Bijection):
+    """x_i = z_{p(i)}; log-determinant 0. p is a buffer: a permutation that a checkpoint forgets ruins the flow."""
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("order", order)
+        self.register_buffer("back", torch.argsort(order))
+
+    order: Tensor
+    back: Tensor
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z[:, self.order], z.new_zeros(len(z))
+
+    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, self.back], x.new_zeros(len(x))

@@ -1,0 +1,156 @@
+"""From a plain config to objects. The only place that calls what a config names, and decides what it may name."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra.utils import get_object, instantiate
+from torch import nn
+
+from flowtrain.bijections.base import Bijection, Chain
+from flowtrain.bijections.scale import Standardize
+from flowtrain.data.base import Dataset
+from flowtrain.errors import CheckpointError, ConfigError
+from flowtrain.flow import Flow
+from flowtrain.solvers import Solver
+from flowtrain.training import checkpoint
+from flowtrain.training.settings import Settings
+
+Config = Mapping[str, Any]
+
+# the package that each config group draws from, when the config comes out of a file
+PACKAGES = {"model": "models", "data": "data", "solver": "solvers", "objective": "objectives"}
+
+
+def build_data(config: Config) -> Dataset:
+    """The data set that `config.data` names."""
+    return cast(Dataset, _call(config, "data"))
+
+
+def build_solver(config: Config) -> Solver:
+    return cast(Solver, _call(config, "solver"))
+
+
+def build_objective(config: Config, flow: Flow) -> nn.Module:
+    return cast(nn.Module, _call(config, "objective", flow=flow))
+
+
+def build_settings(config: Config) -> Settings:
+    return cast(Settings, _checked_call(Settings, "trainer", dict(config["trainer"])))
+
+
+def build_flow(config: Config, event_shape: tuple[int, ...]) -> Flow:
+    """The model, with the solver where its recipe asks for one, and a Standardize at the data end where asked."""
+    recipe = get_object(config["model"]["_target_"])
+    extra = {"solver": build_solver(config)} if "solver" in inspect.signature(recipe).parameters else {}
+    flow = cast(Flow, _call(config, "model", event_shape=event_shape, **extra))
+    if config["data"].get("standardize"):
+        end = Standardize(*event_shape)
+        flow.bijection = Chain([*cast(Sequence[Bijection], flow.bijection), end])
+    return flow
+
+
+def load(path: str | Path, device: str = "cpu", trust: Sequence[str] = ()) -> Flow:
+    """The flow of a checkpoint, in evaluation mode, with the averaged weights where EMA was on.
+
+    Args:
+        path: a run directory (its best checkpoint) or a .pt file.
+        trust: packages besides flowtrain that the checkpoint's config may build from, such as ("mypkg",).
+
+    Raises:
+        CheckpointError: missing, damaged, or asking for code that is not trusted.
+    """
+    return restore(checkpoint.load(checkpoint.find(Path(path))), resolve_device(device), trust)
+
+
+def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str] = ()) -> Flow:
+    """The flow of a checkpoint that has been read; see `load`."""
+    check_targets(saved["config"], trust)
+    # building draws initial weights; reading a checkpoint must not shift the caller's random numbers
+    with torch.random.fork_rng(devices=[]):
+        flow = build_flow(saved["config"], tuple(saved["event_shape"]))
+    try:
+        flow.load_state_dict(saved["weights"])
+        if saved.get("ema"):
+            averaged = {k: v for k, v in saved["ema"].items() if k != "updates"}
+            flow.load_state_dict(averaged, strict=False)
+    except RuntimeError as e:
+        raise CheckpointError(f"the checkpoint's weights do not fit its own config: {e}") from e
+    return flow.to(device).eval()
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto (a GPU where there is one) | cpu | cuda[:i].
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = str(name).partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ConfigError(f"device={name}: choose auto, cpu, cuda or cuda:0")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; try device=auto")
+    return torch.device(name)
+
+
+def check_targets(config: Config, trust: Sequence[str] = ()) -> None:
+    """Refuses a config read from a file that names anything outside flowtrain's own groups and `trust`.
+
+    Raises:
+        CheckpointError: a foreign `_target_`, or an interpolation.
+    """
+    for where, value in _leaves(config, ()):
+        if isinstance(value, str) and "${" in value:
+            raise CheckpointError(f"the checkpoint's config has an interpolation at {'.'.join(where)}: refused")
+        if where[-1] != "_target_":
+            continue
+        roots = [f"flowtrain.{PACKAGES[where[0]]}"] if where[0] in PACKAGES else []
+        roots += list(trust)
+        if not _under(value, roots) or not _under(getattr(get_object(value), "__module__", None), roots):
+            raise CheckpointError(
+                f"the checkpoint's config would run {value} ({'.'.join(where)}); only {', '.join(roots) or 'nothing'} "
+                "is trusted there. If it is your own package, name it: trust=[mypkg]"
+            )
+
+
+def _under(name: Any, roots: Sequence[str]) -> bool:
+    return isinstance(name, str) and any(name == root or name.startswith(root + ".") for root in roots)
+
+
+def _leaves(node: Any, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, (*where, str(key)))
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            yield from _leaves(value, (*where, str(i)))
+    else:
+        yield where, node
+
+
+def _call(config: Config, group: str, **extra: Any) -> Any:
+    """Calls the `_target_` of a group with the group's other keys (but `name`, a label) and `extra`."""
+    arguments = {k: v for k, v in config[group].items() if k != "name"}
+    target = arguments.get("_target_")
+    if not isinstance(target, str):
+        raise ConfigError(f"{group}: the config names no class to build (_target_)")
+    return _checked_call(instantiate({**arguments, "_partial_": True, "_convert_": "all"}), group, extra)
+
+
+def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
+    """Calls, with an unknown or missing argument turned into a message that lists what there is."""
+    original = getattr(function, "func", function)
+    given = {**getattr(function, "keywords", {}), **arguments}
+    known = inspect.signature(original).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    unknown = [key for key in given if key not in known and not open_ended]
+    missing = [k for k, p in known.items() if k not in given and p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if unknown or missing:
+        what = f"unknown key {', '.join(unknown)}" if unknown else f"missing key {', '.join(missing)}"
+        names = [k for k in known if k not in ("event_shape", "solver", "flow", "settings")]
+        raise ConfigError(f"{group}: {what}; {original.__name__} takes {', '.join(names)}")
+    return function(**arguments)

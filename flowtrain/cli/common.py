@@ -1,0 +1,121 @@
+"""What the commands share: one-line errors, and overrides in Hydra's grammar on a saved config."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flowtrain.errors import ConfigError, FlowtrainError
+from flowtrain.paths import config_dir, config_groups
+
+
+def run_command(name: str, command: Callable[[], int]) -> None:
+    """Runs a command and exits; an error the user can mend becomes one message on standard error."""
+    # Hydra would print its own errors in its own way and exit; raised instead, they pass through here
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        code = command()
+    except FlowtrainError as e:
+        print(f"{name}: {e}", file=sys.stderr)
+        code = e.exit_code
+    except (HydraException, OmegaConfBaseException) as e:
+        print(f"{name}: {explain(e)}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # the reader of our output has gone (as in `floweval ... | head -1`): nothing is wrong here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def explain(error: Exception) -> str:
+    """Hydra's message, and for an unknown key the list of what there is."""
+    parts = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
+    message = " ".join(" ".join(part.split()) for part in parts)
+    unknown = re.search(r"Could not override '([^']+)'", message)
+    if unknown is None:
+        return re.sub(r"^In '[^']*': ", "", message)
+    return unknown_key(unknown[1], compose_defaults(()))
+
+
+def unknown_key(key: str, config: Mapping[str, Any]) -> str:
+    """A message that says how far `key` leads into the config and what there is from there on."""
+    node: Any = config
+    found: list[str] = []
+    for part in key.removeprefix("+").split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            break
+        node = node[part]
+        found.append(part)
+    have = ", ".join(str(k) for k in node if k not in ("_target_", "name")) if isinstance(node, Mapping) else "no keys"
+    return f"there is no key {key}; {'.'.join(found) or 'at the top'} there {'is' if found else 'are'} {have}"
+
+
+def compose_defaults(overrides: Sequence[str]) -> dict[str, Any]:
+    """The plain config that a command line of overrides composes."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return plain(compose("config", list(overrides)))
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Interpolations resolved, plain containers."""
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(k): v for k, v in container.items()}
+
+
+def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> tuple[dict[str, Any], list[str]]:
+    """The command's own keys with their values, and the overrides left over, meant for the saved config.
+
+    Raises:
+        ConfigError: an argument that is no override.
+        SystemExit: after printing `usage`, when asked for help.
+    """
+    if not arguments or any(a in ("-h", "--help") for a in arguments):
+        print(usage)
+        raise SystemExit(0 if arguments else 2)
+    bad = [a for a in arguments if "=" not in a]
+    if bad:
+        raise ConfigError(f"{bad[0]}: arguments look like KEY=VALUE; see --help")
+    values, rest = dict(own), []
+    for argument, override in zip(arguments, OverridesParser.create().parse_overrides(list(arguments)), strict=True):
+        if override.key_or_group in own:
+            values[override.key_or_group] = override.value()
+        else:
+            rest.append(argument)
+    return values, rest
+
+
+def overridden(saved: Mapping[str, Any], overrides: Sequence[str], own: Sequence[str] = ()) -> dict[str, Any]:
+    """A saved config with overrides: GROUP=NAME takes the group anew from the configs, KEY=VALUE sets a key.
+
+    Raises:
+        ConfigError: an unknown key, or another model, which would not fit the weights.
+    """
+    config = OmegaConf.create(dict(saved))
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for override in parsed:
+        group = override.key_or_group
+        if group in config_groups():
+            if group in ("model", "experiment"):
+                raise ConfigError(f"{group}={override.value()}: the checkpoint has its own model; leave it out")
+            config[group] = compose_defaults([f"{group}={override.value()}"])[group]
+    for override in parsed:
+        key = override.key_or_group
+        if key in config_groups():
+            continue
+        if not override.is_add() and OmegaConf.select(config, key, default=overridden) is overridden:
+            also = f" (and {', '.join(own)})" if own and "." not in key else ""
+            raise ConfigError(unknown_key(key, plain(config)) + also)
+        OmegaConf.update(config, key, override.value(), force_add=override.is_add())
+    return plain(config)

@@ -1,0 +1,86 @@
+"""`flowsample`: draws samples from a checkpoint into a .npy file."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowtrain import build, plots
+from flowtrain.cli.common import overridden, run_command, split_own
+from flowtrain.cli.evaluate import run_dir_of
+from flowtrain.errors import ConfigError, NonFiniteError
+from flowtrain.evaluation import roundtrip_error
+from flowtrain.run import set_threads, start_logging
+from flowtrain.training import checkpoint
+
+USAGE = """flowsample ckpt=RUN_DIR_OR_FILE n=10000 [seed=0] [temperature=1.0] [out=FILE.npy] [KEY=VALUE ...]
+
+  ckpt          a run directory (its best checkpoint) or a .pt file
+  n             how many samples
+  seed          of the base noise
+  temperature   factor on the base noise; 1 samples the density
+  out           .npy file in data units; default: samples.npy in the run directory. 2-D samples come with a picture.
+  device        auto (default), cpu, cuda or cuda:0
+  trust         packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
+
+The solver can be changed, as in solver.rtol=1e-3 or solver=rk4 solver.step_size=0.1."""
+
+
+def main() -> None:
+    run_command("flowsample", _command)
+
+
+def _command() -> int:
+    own: dict[str, Any] = {
+        "ckpt": None,
+        "n": 10_000,
+        "seed": 0,
+        "temperature": 1.0,
+        "out": None,
+        "device": "auto",
+        "trust": [],
+    }
+    own, overrides = split_own(sys.argv[1:], own, USAGE)
+    if own["ckpt"] is None:
+        raise ConfigError("ckpt=RUN_DIR_OR_FILE is needed; see flowsample --help")
+    for key, kinds in (("n", int), ("seed", int), ("temperature", int | float)):
+        if not isinstance(own[key], kinds) or isinstance(own[key], bool) or own[key] < (1 if key == "n" else 0):
+            raise ConfigError(f"{key}={own[key]}: give a number, at least {1 if key == 'n' else 0}")
+    start_logging(None)
+    path = checkpoint.find(Path(str(own["ckpt"])))
+    saved = checkpoint.load(path)
+    build.check_targets(saved["config"], own["trust"])
+    out = Path(str(own["out"])) if own["out"] else run_dir_of(path) / "samples.npy"
+    if out.suffix != ".npy":
+        raise ConfigError(f"out={out}: samples are written as .npy; give a name that ends so")
+    config = overridden(saved["config"], overrides, tuple(own))
+    flow = build.restore({**saved, "config": config}, build.resolve_device(own["device"]), own["trust"])
+    set_threads(config, flow.event_shape)
+    torch.manual_seed(own["seed"])
+    samples = flow.sample(own["n"], float(own["temperature"])).cpu()
+    bad = int((~torch.isfinite(samples)).sum())
+    if bad:
+        raise NonFiniteError(f"{bad} of the values sampled are NaN or infinite: nothing was written")
+    write_npy(out, samples.numpy())
+    print(f"{own['n']} samples, round trip error {roundtrip_error(flow, samples[:500]):.1e}, written to {out}")
+    if flow.event_shape == (2,):
+        picture = out.with_suffix(".png")
+        title = f"{config['model']['name']} on {config['data']['name']}, {own['n']} samples"
+        plots.draw_samples_2d(picture, samples=samples, title=title)
+        print(f"picture in {picture}")
+    return 0
+
+
+def write_npy(path: Path, samples: np.ndarray) -> None:
+    """Written beside and renamed, so that a failure leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as f:
+            np.save(f, samples)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

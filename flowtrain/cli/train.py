@@ -1,0 +1,97 @@
+"""`flowtrain`: trains a flow; the last line on standard output is the run directory."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from flowtrain.build import check_targets
+from flowtrain.cli.common import overridden, plain, run_command, split_own
+from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
+from flowtrain.paths import config_dir
+from flowtrain.run import start_logging, train
+from flowtrain.training import checkpoint
+
+
+def main() -> None:
+    run_command("flowtrain", _command)
+
+
+def _command() -> int:
+    arguments = sys.argv[1:]
+    if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
+        return resume(arguments)
+    if any(a in ("resume", "resume=") for a in arguments):
+        raise ConfigError("resume needs a run directory: flowtrain resume=RUN_DIR")
+    _start()
+    return 0
+
+
+@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+def _start(config: DictConfig) -> float:
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        claim(run_dir)
+        write_hydra(run_dir, config)
+        start_logging(run_dir / "flowtrain.log")
+        best, code = train(absolute_paths(plain(config)), run_dir)
+    except FlowtrainError as e:
+        # raised, it would reach the terminal under a heading of Hydra's; one message is what we promise
+        print(f"flowtrain: {e}", file=sys.stderr)
+        raise SystemExit(e.exit_code) from e
+    print(run_dir)
+    if code:
+        raise SystemExit(code)
+    return best
+
+
+def resume(arguments: Sequence[str]) -> int:
+    """Goes on in the run directory, from its last checkpoint; other arguments change its config."""
+    own, rest = split_own(arguments, {"resume": None, "trust": []}, "flowtrain resume=RUN_DIR [KEY=VALUE ...]")
+    run_dir = Path(str(own["resume"])).absolute()
+    if run_dir.is_file():
+        raise CheckpointError(f"resume={run_dir} is a file; give the run directory")
+    saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))
+    if "optimizer" not in saved:
+        raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
+    check_targets(saved["config"], own["trust"])
+    start_logging(run_dir / "flowtrain.log")
+    _, code = train(absolute_paths(overridden(saved["config"], rest, tuple(own))), run_dir, saved)
+    print(run_dir)
+    return code
+
+
+def claim(run_dir: Path) -> None:
+    """Refuses a directory that already holds a run."""
+    if any((run_dir / name).exists() for name in (".hydra", "metrics.jsonl", "checkpoints", "result.json")):
+        raise ConfigError(
+            f"{run_dir} already holds a run and is not overwritten: go on with flowtrain resume={run_dir}, "
+            "or choose another hydra.run.dir"
+        )
+
+
+def write_hydra(run_dir: Path, config: DictConfig) -> None:
+    """The .hydra folder as Hydra itself would write it."""
+    folder = run_dir / ".hydra"
+    folder.mkdir(parents=True)
+    full = HydraConfig.instance().cfg
+    OmegaConf.save(config, folder / "config.yaml")
+    OmegaConf.save(full, folder / "hydra.yaml")
+    OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")
+
+
+def absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Data files by absolute path, so that a checkpoint finds them from any working directory."""
+    data = {
+        k: str(Path(v).expanduser().absolute()) if isinstance(v, str) and (k == "path" or k.endswith("_path")) else v
+        for k, v in config["data"].items()
+    }
+    return {**config, "data": data}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What a table must be before a density in float32 can be fitted to it."""
+
+import logging
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowtrain.data.columns import as_option, listed
+from flowtrain.data.read import Table
+from flowtrain.errors import DataError
+
+_log = logging.getLogger("flowtrain")
+
+_FLOAT32 = np.finfo(np.float32)
+
+
+def check_alike(first: Table, other: Table) -> None:
+    """Refuse files whose columns differ in number, or in name where both have names."""
+    if len(first.columns) != len(other.columns):
+        raise DataError(
+            f"{first.path} has {len(first.columns)} columns and {other.path} has {len(other.columns)}; "
+            "they must have the same"
+        )
+    if not (first.named and other.named) or first.columns == other.columns:
+        return
+    i = next(i for i, pair in enumerate(zip(first.columns, other.columns, strict=True)) if pair[0] != pair[1])
+    what = "in another order" if sorted(first.columns) == sorted(other.columns) else "under other names"
+    raise DataError(
+        f"{other.path} has the columns {what}: column {i} is {other.columns[i]!r}, and {first.columns[i]!r} in "
+        f"{first.path}"
+    )
+
+
+def check_range(table: Table) -> None:
+    """Refuse values that float32 turns into infinity."""
+    bad = np.abs(table.values) > float(_FLOAT32.max)
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise DataError(
+            f"{table.place(row, column)}: {table.values[row, column]:g} is beyond float32 "
+            f"({_FLOAT32.max:.1e}); scale the column down"
+        )
+
+
+def check_whole(table: Table) -> None:
+    """Refuse values that are not whole numbers."""
+    bad = table.values != np.rint(table.values)
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise DataError(
+            f"{table.place(row, column)}: {table.values[row, column]} is not a whole number, and "
+            "data.dequantize=true is for whole numbers; leave it off, or choose data.columns"
+        )
+
+
+def check_spread(table: Table, mean: NDArray[np.float64], std: NDArray[np.float64], dequantize: bool) -> None:
+    """Refuse columns that are constant, and warn of those that float32 makes coarse.
+
+    Args:
+        table: names the columns.
+        mean, std: of the training rows, shape (d,).
+        dequantize: whether noise is added already, so that it is no cure to propose.
+    """
+    # Rounding leaves a deviation of about float64's epsilon in a constant column, hence no test for zero alone
+    flat = std <= np.maximum(8 * float(_FLOAT32.eps) * np.abs(mean), float(_FLOAT32.tiny))
+    if flat.any():
+        names = [name for name, is_flat in zip(table.columns, flat, strict=True) if is_flat]
+        keep = [index for index, is_flat in zip(table.indices, flat, strict=True) if not is_flat]
+        cure = f"keep the others with {as_option(keep)}" if keep else "there are no others"
+        raise DataError(
+            f"{table.path}: in the training rows, column{'s' * (len(names) > 1)} {listed(names, most=50)} "
+            f"{'is' if len(names) == 1 else 'are'} constant to the precision of float32; {cure}"
+            + ("" if dequantize else ", or, for counts and pixels, data.dequantize=true keeps every column")
+        )
+    coarse = std < 1e-4 * np.abs(mean)
+    if coarse.any():
+        names = [name for name, is_coarse in zip(table.columns, coarse, strict=True) if is_coarse]
+        _log.warning(
+            f"{table.path}: float32 loses digits of {listed(names)}, whose values differ by less than 1e-4 of "
+            "their mean; subtract the mean from the file"
+        )
+
+
+def warn_if_discrete(table: Table, values: NDArray[np.float64]) -> None:
+    """Warn of whole numbers that repeat: a flow can put ever more density on them."""
+    sample = values[:10_000]
+    whole = np.flatnonzero((sample == np.rint(sample)).all(0))
+    names = [table.columns[i] for i in whole if 2 * len(np.unique(sample[:, i])) <= len(sample)]
+    if names:
+        _log.warning(
+            f"{table.path} looks discrete in {listed(names)}: the density of discrete data is unbounded, and "
+            "the likelihood means little; data.dequantize=true adds uniform noise"
+        )

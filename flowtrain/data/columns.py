@@ -1,0 +1,79 @@
+"""Which columns of a table to keep, and how messages name them."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from flowtrain.errors import ConfigError
+
+Columns = Sequence[str | int] | str | int
+
+_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?")
+
+
+def default_names(indices: Iterable[int]) -> tuple[str, ...]:
+    """The names of columns that have none: c0, c1, ..."""
+    return tuple(f"c{i}" for i in indices)
+
+
+def pick(columns: Columns | None, names: Sequence[str], path: object) -> list[int]:
+    """Positions of the chosen columns, in the order asked for; None chooses all.
+
+    An entry is a name, a position (-1 is the last) or a slice of positions such as "0:64".
+
+    Raises:
+        ConfigError: an entry that `names` does not have, a column chosen twice, or none at all.
+    """
+    if columns is None:
+        return list(range(len(names)))
+    entries = [columns] if isinstance(columns, str | int) else list(columns)
+    chosen = [i for entry in entries for i in _positions(entry, names, path)]
+    if not chosen:
+        raise ConfigError(f"data.columns={columns} keeps no column of {path}; it has {_overview(names)}")
+    twice = sorted({i for i in chosen if chosen.count(i) > 1})
+    if twice:
+        raise ConfigError(f"data.columns={columns} keeps {listed([names[i] for i in twice])} twice")
+    return chosen
+
+
+def _positions(entry: object, names: Sequence[str], path: object) -> list[int]:
+    width = len(names)
+    if isinstance(entry, str):
+        found = [i for i, name in enumerate(names) if name == entry]
+        if len(found) > 1:
+            raise ConfigError(f"data.columns: {path} has {len(found)} columns named {entry!r}; give positions")
+        if found:
+            return found
+        match = _SLICE.fullmatch(entry)
+        if match:
+            start, stop, step = (int(group) if group else None for group in match.groups())
+            bounds = [bound for bound in (start, stop) if bound is not None]
+            # Python clips a slice in silence, and a file narrower than expected would go unnoticed
+            if step != 0 and all(-width <= bound <= width for bound in bounds):
+                return list(range(width))[start:stop:step]
+    elif isinstance(entry, int) and not isinstance(entry, bool) and -width <= entry < width:
+        return [entry % width]
+    raise ConfigError(f"data.columns: {path} has no column {entry!r}; it has {_overview(names)}")
+
+
+def _overview(names: Sequence[str]) -> str:
+    if tuple(names) == default_names(range(len(names))):
+        return f"{len(names)} columns without names, 0 to {len(names) - 1}"
+    return f"{len(names)} columns: {listed(names, most=50)}"
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """The names, quoted, with the tail of a long list counted instead of written out."""
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def as_option(indices: Sequence[int]) -> str:
+    """The `data.columns=` setting that keeps these positions, quoted for a shell: 'data.columns=[1:39,40]'."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    entries = (str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1] + 1}" for run in runs)
+    return f"'data.columns=[{','.join(entries)}]'"

@@ -1,0 +1,146 @@
+"""The user's own tables, from .npy, .npz and text files, as float64 with every refusal naming the place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.npyio import NpzFile
+from numpy.typing import NDArray
+
+from flowtrain.data.columns import Columns, default_names, pick
+from flowtrain.data.delimited import read_delimited
+from flowtrain.errors import ConfigError, DataError
+
+ARRAYS = (".npy", ".npz")
+TEXTS = (".csv", ".txt", ".data", ".tra", ".tes")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of numbers.
+
+    Attributes:
+        values: (n, d), finite.
+        columns: d names; c0, c1, ... by position in the file where it gives none.
+        indices: the d positions in the file.
+        path: the file, as it was asked for.
+        lines: the line of every row in a text file, from 1; None for an array file.
+    """
+
+    values: NDArray[np.float64]
+    columns: tuple[str, ...]
+    indices: tuple[int, ...]
+    path: str
+    lines: Sequence[int] | None = None
+
+    @property
+    def named(self) -> bool:
+        """Whether the file names its columns."""
+        return self.columns != default_names(self.indices)
+
+    def place(self, row: int, column: int) -> str:
+        """Where a value stands, in words: a line of a text file, a row of an array file, and the column."""
+        line = f"row {row} (from 0)" if self.lines is None else f"line {self.lines[row]}"
+        return f"{self.path}, {line}, column {self.columns[column]!r}"
+
+
+def read_table(path: str | Path, key: str | None = None, columns: Columns | None = None) -> Table:
+    """The table in a file; a 1-D array is one column.
+
+    Args:
+        path: a file that ends in one of ARRAYS or TEXTS.
+        key: which array of an .npz file with several.
+        columns: names, positions or slices such as "0:64" to keep, in this order; None keeps all.
+
+    Raises:
+        DataError: a file that is missing or damaged, or values that are not finite real numbers in a table.
+        ConfigError: `key` or `columns` that the file does not have.
+    """
+    file = Path(path).expanduser()
+    ending = file.suffix.lower()
+    _check_file(file, ending)
+    if key is not None and ending != ".npz":
+        raise ConfigError(f"data.key={key} names an array of an .npz file, and {path} is not one")
+    try:
+        table = _from_array(file, key, columns) if ending in ARRAYS else _from_text(file, columns)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    _check_finite(table)
+    return table
+
+
+def _check_file(file: Path, ending: str) -> None:
+    if file.is_dir():
+        raise DataError(f"{file} is a directory; give a file")
+    if ending not in ARRAYS + TEXTS:
+        found = f"ends in {ending!r}" if ending else "has no ending"
+        raise DataError(f"{file} {found}; data files end in {', '.join(ARRAYS + TEXTS)}")
+    if not file.exists():
+        raise DataError(f"there is no file {file.absolute()}")
+
+
+def _from_text(file: Path, columns: Columns | None) -> Table:
+    text = read_delimited(file, lambda names: pick(columns, names, file))
+    return Table(text.values, text.names, text.indices, str(file), text.lines)
+
+
+def _from_array(file: Path, key: str | None, columns: Columns | None) -> Table:
+    array = _load(file, key)
+    _check_array(array, file)
+    table = array.reshape(len(array), -1) if array.ndim == 1 else array
+    names = default_names(range(table.shape[1]))
+    indices = pick(columns, names, file)
+    kept = table if columns is None else table[:, indices]
+    return Table(np.ascontiguousarray(kept, dtype=np.float64), default_names(indices), tuple(indices), str(file))
+
+
+def _load(file: Path, key: str | None) -> NDArray[Any]:
+    """The array in the file, never unpickled."""
+    try:
+        # NumPy forgets to close what it opens itself when an archive turns out damaged
+        with file.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            return np.asarray(loaded[_member(loaded.files, key, file)] if isinstance(loaded, NpzFile) else loaded)
+    except (ConfigError, DataError, PermissionError):
+        raise
+    # A damaged file makes NumPy raise any of a dozen types, down to zlib's and tokenize's own
+    except Exception as error:
+        if "pickle" in str(error):
+            raise DataError(
+                f"{file} holds Python objects or is no NumPy file; loading it could run code, so it is not "
+                "loaded. Save numbers: numpy.save(path, array.astype(float))"
+            ) from error
+        raise DataError(f"{file} is damaged or no NumPy file: {error}") from error
+
+
+def _member(names: list[str], key: str | None, file: Path) -> str:
+    if not names:
+        raise DataError(f"{file} holds no array")
+    if key is None and len(names) > 1:
+        raise ConfigError(f"{file} holds {len(names)} arrays; choose one with data.key: {', '.join(names)}")
+    if key is not None and key not in names:
+        raise ConfigError(f"{file} has no array {key!r}; data.key can be {', '.join(names)}")
+    return names[0] if key is None else key
+
+
+def _check_array(array: NDArray[Any], file: Path) -> None:
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{file} has dtype {array.dtype}; real numbers are needed (integers, floats, booleans)")
+    if array.ndim not in (1, 2):
+        raise DataError(f"{file} has shape {array.shape}; (rows, columns) is needed, or (rows,) for one column")
+    if not array.size:
+        raise DataError(f"{file} has shape {array.shape}: there is nothing in it")
+
+
+def _check_finite(table: Table) -> None:
+    bad = ~np.isfinite(table.values)
+    if not bad.any():
+        return
+    row, column = (int(i) for i in np.argwhere(bad)[0])
+    raise DataError(
+        f"{table.place(row, column)}: the value is {table.values[row, column]}; {int(bad.sum())} of "
+        f"{bad.size} values are NaN or infinite, and rows with one: {int(bad.any(1).sum())}. "
+        "Leave out the rows, or the columns with data.columns"
+    )

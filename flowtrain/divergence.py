@@ -1,0 +1,86 @@
+"""The divergence of a field, tr dv/dx: exact with basis tangents, or Hutchinson's estimate with random ones.
+
+Both are sum_j w <e_j, J e_j>. Exact: the d basis vectors, w = 1. Hutchinson (1989), used for flows in
+FFJORD (Grathwohl et al. 2019, eq. 8): k random e with E[e e^T] = I, w = 1/k.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.errors import ConfigError
+from flowtrain.fields.base import push_tangents
+
+NOISES = ("rademacher", "gaussian")
+TRACES = ("auto", "exact", "hutchinson")
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The tangents of one solve, drawn ONCE for it and shared by all its nodes.
+
+    Redrawn at every evaluation they would make the integrand a different function at each stage: an adaptive
+    solver then sees an error that no step size cures, and rejects for ever.
+
+    Attributes:
+        tangents: (k, B, d), or (d, 1, d) for the basis.
+        weight: 1, or 1/k.
+    """
+
+    tangents: Tensor
+    weight: float
+
+    @staticmethod
+    def exact(x: Tensor) -> "Probes":
+        """The basis, for x (B, d)."""
+        return Probes(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).unsqueeze(1), 1.0)
+
+    @staticmethod
+    def hutchinson(x: Tensor, noise: str, samples: int) -> "Probes":
+        """`samples` random tangents for each row of x (B, d), from the global generator of x's device."""
+        shape = (samples, *x.shape)
+        if noise == "gaussian":
+            return Probes(torch.randn(shape, dtype=x.dtype, device=x.device), 1 / samples)
+        return Probes(torch.randint(0, 2, shape, device=x.device).to(x.dtype).mul_(2).sub_(1), 1 / samples)
+
+
+def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
+    """(v, tr dv/dx or its estimate); x (*nodes, B, d) with t broadcasting against (*nodes, B)."""
+    extra = x.dim() - (probes.tangents.dim() - 1)
+    k, *rest = probes.tangents.shape
+    e = probes.tangents.view(k, *(1,) * extra, *rest)
+    v, je = push_tangents(field, t, x, e)
+    return v, probes.weight * (e * je).sum((0, -1))
+
+
+@dataclass(frozen=True)
+class TraceRule:
+    """Which probes a solve uses: `train` while the module trains, `evaluate` otherwise.
+
+    `auto` is exact up to d = 8 in training and up to d = 128 at evaluation, else Hutchinson.
+    """
+
+    train: str = "auto"
+    evaluate: str = "auto"
+    noise: str = "rademacher"
+    noise_samples: int = 1
+
+    def __post_init__(self) -> None:
+        for key, value in (("trace", self.train), ("eval_trace", self.evaluate)):
+            if value not in TRACES:
+                raise ConfigError(f"model.{key}={value}: choose one of {', '.join(TRACES)}")
+        if self.noise not in NOISES:
+            raise ConfigError(f"model.noise={self.noise}: choose one of {', '.join(NOISES)}")
+        if self.noise_samples < 1:
+            raise ConfigError(f"model.noise_samples={self.noise_samples}: at least one draw is needed")
+
+    def is_exact(self, d: int, training: bool) -> bool:
+        rule = self.train if training else self.evaluate
+        return rule == "exact" or (rule == "auto" and d <= (8 if training else 128))
+
+    def draw(self, x: Tensor, training: bool) -> Probes:
+        """The probes of one solve that starts at x (B, d)."""
+        if self.is_exact(x.shape[-1], training):
+            return Probes.exact(x)
+        return Probes.hutchinson(x, self.noise, self.noise_samples)

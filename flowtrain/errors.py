@@ -1,0 +1,31 @@
+"""The errors a user can cause. Each message says what was wrong, where, and what to do."""
+
+
+class FlowtrainError(ValueError):
+    """A mistake in what was asked for; the commands print its message alone and exit with `exit_code`."""
+
+    exit_code = 2
+
+
+class DataError(FlowtrainError):
+    """A data file or array that cannot be used as it stands."""
+
+
+class ConfigError(FlowtrainError):
+    """A key, an option or a combination of options that does not make a run."""
+
+
+class CheckpointError(FlowtrainError):
+    """A checkpoint that is missing, damaged, or that asks for code which is not trusted."""
+
+
+class SolverError(FlowtrainError):
+    """An ODE solve that could not be finished."""
+
+    exit_code = 1
+
+
+class NonFiniteError(FlowtrainError):
+    """A loss, gradient or sample that is NaN or infinite."""
+
+    exit_code = 1

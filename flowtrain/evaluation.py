@@ -1,0 +1,162 @@
+"""Likelihoods on held-out data, with what is known of their error."""
+
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.data.base import Dataset
+from flowtrain.errors import DataError, NonFiniteError
+from flowtrain.flow import Flow
+from flowtrain.solvers import record_solves
+
+BATCH = 2000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `floweval` reports, in the order of eval.json. NLL, entropy and KL in nats per sample.
+
+    `kl` is the mean of log p_true - log p_model on the same points; `solver_error` the change of the NLL when the
+    tolerance is tightened tenfold, in float64 on a subset; `roundtrip_error` max |x - forward(inverse(x))| on it.
+    """
+
+    nll: float
+    nll_stderr: float
+    n: int
+    split: str
+    step: int
+    bits_per_dim: float | None
+    entropy: float | None
+    kl: float | None
+    kl_stderr: float | None
+    trace: str
+    noise_samples: int | None
+    dequantization_samples: int | None
+    solver: dict[str, Any] | None
+    nfe: float | None
+    solver_error: float | None
+    roundtrip_error: float
+    seconds: float
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> str:
+        """A few lines for a terminal."""
+        rows = [("NLL", f"{self.nll:.4f} +- {self.nll_stderr:.4f} nats  ({self.split}, n = {self.n})")]
+        if self.kl is not None:
+            rows.append(("KL", f"{self.kl:.4f} +- {self.kl_stderr:.4f} nats  (entropy {self.entropy:.4f})"))
+        noise = "" if self.noise_samples is None else f", {self.noise_samples} noise draws"
+        if self.solver is None:
+            rows.append(("log-det", "exact, discrete flow"))
+        else:
+            s = self.solver
+            how = f"rtol {s['rtol']:g}, atol {s['atol']:g}" if s["rtol"] else f"steps of {s['step_size']:g}"
+            rows.append(("log-det", f"{self.trace} trace{noise}, {s['method']}, {how}, NFE {self.nfe:.0f}"))
+            rows.append(("solver error", f"{self.solver_error:.1e} nats"))
+        rows.append(("round trip", f"{self.roundtrip_error:.1e}"))
+        rows.append(("time", f"{self.seconds:.1f} s on {self.device}, checkpoint of step {self.step}"))
+        return "\n".join(f"{name:>13}  {value}" for name, value in rows)
+
+
+@torch.no_grad()
+def log_probs(flow: Flow, x: Tensor, batch_size: int = BATCH) -> Tensor:
+    """log p(x) in nats for all rows of x, (n,), float64 on the CPU; the noise of an estimated trace is seeded."""
+    device = next(flow.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        parts = [flow.log_prob(part.to(device)).double().cpu() for part in torch.split(x, batch_size)]
+    return torch.cat(parts)
+
+
+def evaluate(flow: Flow, data: Dataset, split: str = "test", step: int = 0, batch_size: int = BATCH) -> Evaluation:
+    """Scores a flow in evaluation mode on a held-out set of `data`.
+
+    Raises:
+        DataError: data of another shape than the flow's.
+        NonFiniteError: a log-likelihood that is NaN or infinite, naming the first row.
+    """
+    x = data.split(split)
+    if tuple(data.event_shape) != flow.event_shape:
+        raise DataError(
+            f"the flow was trained on samples of shape {flow.event_shape}; this data has {tuple(data.event_shape)}"
+        )
+    flow.eval()
+    begun = time.perf_counter()
+    with record_solves() as solves:
+        log_p = log_probs(flow, x, batch_size)
+    _check_finite(log_p, split)
+    seconds = time.perf_counter() - begun
+    true = data.log_prob(x)
+    gap = None if true is None else true.cpu() - log_p
+    d = math.prod(flow.event_shape)
+    subset = x[: max(50, min(500, 20_000 // d))]
+    rule = next((m.trace for m in flow.modules() if isinstance(m, Continuous)), None)
+    exact = rule is None or rule.is_exact(d, training=False)
+    return Evaluation(
+        nll=-log_p.mean().item(),
+        nll_stderr=_stderr(log_p),
+        n=len(x),
+        split=split,
+        step=step,
+        bits_per_dim=None,
+        entropy=data.entropy,
+        kl=None if gap is None else gap.mean().item(),
+        kl_stderr=None if gap is None else _stderr(gap),
+        trace="exact" if exact else "hutchinson",
+        noise_samples=None if exact or rule is None else rule.noise_samples,
+        dequantization_samples=None,
+        solver=None if flow.solver is None else flow.solver.describe(),
+        nfe=sum(s.nfe_forward for s in solves) / math.ceil(len(x) / batch_size) if solves else None,
+        solver_error=solver_error(flow, subset),
+        roundtrip_error=roundtrip_error(flow, subset),
+        seconds=seconds,
+        device=str(next(flow.parameters()).device),
+    )
+
+
+def solver_error(flow: Flow, x: Tensor) -> float | None:
+    """|NLL(tolerance) - NLL(tolerance / 10)| in nats on x, in float64 so that rounding stays out of it."""
+    if flow.solver is None:
+        return None
+    exact = copy.deepcopy(flow).double()
+    solver = exact.solver
+    assert solver is not None
+    tighter: dict[str, Any] = {
+        "rtol": solver.rtol / 10,
+        "atol": solver.atol / 10,
+        "max_nfe": 100 * solver.max_nfe,
+    }
+    if solver.step_size is not None:
+        tighter["step_size"] = solver.step_size / 10
+    as_is = log_probs(exact, x).mean()
+    with solver.using(**tighter):
+        return abs(float(log_probs(exact, x).mean() - as_is))
+
+
+@torch.no_grad()
+def roundtrip_error(flow: Flow, x: Tensor) -> float:
+    """max |x - forward(inverse(x))| in data units."""
+    x = x.to(next(flow.parameters()))
+    return float((x - flow(flow.inverse(x))).abs().max())
+
+
+def _stderr(values: Tensor) -> float:
+    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
+
+
+def _check_finite(log_p: Tensor, split: str) -> None:
+    bad = (~torch.isfinite(log_p)).nonzero().flatten()
+    if len(bad):
+        raise NonFiniteError(
+            f"log p(x) is {log_p[bad[0]].item()} for row {bad[0].item()} of the {split} set ({len(bad)} of "
+            f"{len(log_p)} rows): the flow does not cover these points, or its weights are damaged"
+        )

@@ -1,0 +1,44 @@
+"""A velocity field, and the pushing of tangents through any field."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Field(nn.Module, ABC):
+    """A velocity v(t, x) that pushes tangents alongside values.
+
+    Shapes: x is (..., d); t is a scalar or broadcasts against x.shape[:-1]; v has the shape of x.
+    Any other module with `forward(t, x)` on rows x (B, d) and t scalar or (B,) works as a field too
+    (`push_tangents` falls back on forward-mode autodiff); this class only makes the divergence fast.
+    """
+
+    @abstractmethod
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """v(t, x)."""
+
+    @abstractmethod
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """(v, J e) for J = dv/dx and each tangent e; tangents (k, ...) broadcast against (k, *x.shape)."""
+
+
+def push_tangents(field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    """(v, J e): the field's own `push` where it has one, else `torch.func.jvp` over rows.
+
+    Shapes: x (..., d), t broadcasting against x.shape[:-1], tangents (k, ...) broadcasting against
+    (k, *x.shape); J e comes back as (k, *x.shape).
+    """
+    if isinstance(field, Field):
+        return field.push(t, x, tangents)
+    d = x.shape[-1]
+    rows = x.reshape(-1, d)
+    row_times = t.expand(x.shape[:-1]).reshape(-1)
+    directions = tangents.expand(len(tangents), *x.shape).reshape(-1, *rows.shape)
+
+    def jvp(e: Tensor) -> tuple[Tensor, Tensor]:
+        v, je = torch.func.jvp(lambda y: field(row_times, y), (rows,), (e,))  # type: ignore[misc]
+        return v, je
+
+    v, je = torch.func.vmap(jvp, out_dims=(None, 0))(directions)  # type: ignore[arg-type]
+    return v.reshape(x.shape), je.reshape(-1, *x.shape)

@@ -1,0 +1,38 @@
+"""Figures from tensors and plain rows. They know no trainer, model or config, and need no display."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from flowtrain.errors import FlowtrainError
+from flowtrain.plots.curves import draw_curves
+from flowtrain.plots.flow1d import draw_flow_1d
+from flowtrain.plots.flow2d import draw_flow_2d
+from flowtrain.plots.pairs import draw_pairs
+from flowtrain.plots.points import LogDensity
+
+__all__ = ["draw_curves", "draw_flow", "draw_flow_1d", "draw_flow_2d", "draw_pairs"]
+
+
+def draw_flow(
+    path: Path,
+    *,
+    data: Tensor,
+    samples: Tensor,
+    log_density: LogDensity,
+    columns: tuple[str, ...],
+    title: str,
+) -> None:
+    """Draw data (N, d) against samples (M, d) to `path`, in the way that suits d.
+
+    Up to two columns the model's density is drawn as well, from one call of `log_density`, (G, d) to (G,).
+    Beyond, it is not called: a slice through a density of many columns shows next to nothing.
+    """
+    if data.ndim != 2:
+        raise FlowtrainError(f"cannot plot data of shape {tuple(data.shape)}: give it as (rows, columns)")
+    if data.shape[1] == 1:
+        draw_flow_1d(path, data=data, samples=samples, log_density=log_density, title=title)
+    elif data.shape[1] == 2:
+        draw_flow_2d(path, data=data, samples=samples, log_density=log_density, title=title)
+    else:
+        draw_pairs(path, data=data, samples=samples, columns=columns, title=title)

@@ -1,0 +1,23 @@
+"""ODE solvers: `ode_solver` picks the engine for a method and a gradient."""
+
+from typing import Any
+
+from flowtrain.errors import ConfigError
+from flowtrain.solvers.base import Problem, Solution, Solver, Statistics, record_solves
+from flowtrain.solvers.runge_kutta import RungeKutta
+from flowtrain.solvers.tableaus import TABLEAUS
+from flowtrain.solvers.torchdiffeq_engine import METHODS, Torchdiffeq
+
+__all__ = ["Problem", "Solution", "Solver", "Statistics", "ode_solver", "record_solves"]
+
+
+def ode_solver(method: str, gradient: str = "direct", **settings: Any) -> Solver:
+    """The solver of that name: our own engine where it has the tableau and the gradient is direct, else torchdiffeq.
+
+    Raises:
+        ConfigError: an unknown method (the message lists what there is) or a setting out of range.
+    """
+    if method not in TABLEAUS and method not in METHODS:
+        raise ConfigError(f"solver.method={method}: choose one of {', '.join(sorted({*TABLEAUS, *METHODS}))}")
+    engine = RungeKutta if method in TABLEAUS and gradient != "adjoint" else Torchdiffeq
+    return engine(method, gradient=gradient, **settings)

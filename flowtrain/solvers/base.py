@@ -1,0 +1,217 @@
+"""What it means to solve an ODE here: the problem, the solution, the settings every solver shares."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from flowtrain.errors import ConfigError, SolverError
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+Integrand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+CONTROLS = ("state", "all")
+GRADIENTS = ("direct", "adjoint")
+
+
+@dataclass
+class Statistics:
+    """What one solve cost. NFE counts evaluations of the velocity by the solver, backward ones apart."""
+
+    nfe_forward: int = 0
+    nfe_backward: int = 0
+    accepted: int = 0
+    rejected: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """dx/dt = velocity(t, x) from t0 to t1, and path integrals of q along the solution.
+
+    The integrals never feed back into the state, so a solver is free to evaluate them all together
+    on its own nodes.
+
+    Attributes:
+        velocity: (t scalar, x (B, d)) -> v (B, d).
+        integrand: (t, x (*nodes, B, d)), t broadcasting against (*nodes, B) -> (v, q (*nodes, B, Q)); or None.
+        n_integrals: Q.
+        x: the state at t0, (B, d).
+        parameters: what a gradient by the adjoint method must reach.
+    """
+
+    velocity: Velocity
+    integrand: Integrand | None
+    x: Tensor
+    t0: float
+    t1: float
+    parameters: tuple[nn.Parameter, ...] = ()
+    n_integrals: int = 1
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The state at t1 (B, d), the integrals from t0 to t1 (B, Q) or None, and what it cost."""
+
+    x: Tensor
+    integrals: Tensor | None
+    statistics: Statistics = field(default_factory=Statistics)
+
+
+_recording: ContextVar[list[Statistics] | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def record_solves() -> Iterator[list[Statistics]]:
+    """Collects the statistics of every solve begun inside; a backward solve adds to its forward one's."""
+    solves: list[Statistics] = []
+    token = _recording.set(solves)
+    try:
+        yield solves
+    finally:
+        _recording.reset(token)
+
+
+class Solver(ABC):
+    """An ODE solver and its settings. Tolerances are relative and absolute, per component, in RMS over the batch.
+
+    Args:
+        method: name of the method.
+        rtol: relative tolerance (adaptive methods).
+        atol: absolute tolerance; None follows rtol.
+        step_size: step of fixed-step methods, which are refused without it; t runs over an interval of 1.
+        max_nfe: evaluations of the velocity that one solve may spend.
+        control: `state` leaves the path integrals out of the step control while training, `all` takes them in.
+        gradient: direct | adjoint, see the solvers.
+        warmup: steps over which training tightens the tolerance geometrically from `warmup_rtol` to rtol.
+        warmup_rtol: where the warm-up begins; atol is loosened in the same ratio.
+
+    Raises:
+        ConfigError: a setting out of range, or a fixed-step method without a step size.
+    """
+
+    adaptive: bool
+
+    def __init__(
+        self,
+        method: str,
+        adaptive: bool,
+        rtol: float = 1e-5,
+        atol: float | None = None,
+        step_size: float | None = None,
+        max_nfe: int = 10_000,
+        control: str = "state",
+        gradient: str = "direct",
+        warmup: int = 0,
+        warmup_rtol: float = 1e-2,
+    ) -> None:
+        self.method = method
+        self.adaptive = adaptive
+        self.rtol = _positive("rtol", rtol)
+        self.atol = self.rtol if atol is None else _positive("atol", atol)
+        self.step_size = None if step_size is None else _positive("step_size", step_size)
+        if not adaptive and self.step_size is None:
+            raise ConfigError(
+                f"solver={method} takes fixed steps and was given no step size: set solver.step_size, "
+                "for example solver.step_size=0.05 (t runs from 0 to 1)"
+            )
+        if adaptive and self.step_size is not None:
+            raise ConfigError(f"solver={method} chooses its own steps: remove solver.step_size, or set solver.rtol")
+        if max_nfe < 1 or warmup < 0:
+            raise ConfigError(f"solver.max_nfe={max_nfe}, solver.warmup={warmup}: neither can be that small")
+        self.max_nfe = max_nfe
+        self.control = _one_of("control", control, CONTROLS)
+        self.gradient = _one_of("gradient", gradient, GRADIENTS)
+        self.warmup = warmup
+        self.warmup_rtol = _positive("warmup_rtol", warmup_rtol)
+
+    def tolerance_at(self, step: int) -> tuple[float, float]:
+        """(rtol, atol) for a training step: rtol_w (rtol / rtol_w)^(step / warmup), then rtol."""
+        if step >= self.warmup or self.warmup_rtol <= self.rtol:
+            return self.rtol, self.atol
+        looser = (self.warmup_rtol / self.rtol) ** (1 - step / self.warmup)
+        return self.rtol * looser, self.atol * looser
+
+    @contextmanager
+    def using(self, **settings: Any) -> Iterator[None]:
+        """Solves inside use these settings (rtol, atol, control) in place of the solver's own."""
+        before = {key: getattr(self, key) for key in settings}
+        self.__dict__.update(settings)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+    def describe(self) -> dict[str, Any]:
+        """method, rtol, atol for reports; a fixed-step method has a step size in place of tolerances."""
+        if self.adaptive:
+            return {"method": self.method, "rtol": self.rtol, "atol": self.atol}
+        return {"method": self.method, "rtol": None, "atol": None, "step_size": self.step_size}
+
+    def solve(self, problem: Problem) -> Solution:
+        """Solves `problem`.
+
+        Raises:
+            SolverError: step size underflow, more than max_nfe evaluations, or a state that is not finite.
+        """
+        statistics = Statistics()
+        active = _recording.get()
+        if active is not None:
+            active.append(statistics)
+        return self._solve(problem, statistics)
+
+    @abstractmethod
+    def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
+        """The solve itself; adds to `statistics` as it goes."""
+
+    def steps_between(self, t0: float, t1: float) -> int:
+        """How many equal fixed steps, none longer than step_size, lead from t0 to t1."""
+        return max(1, math.ceil(abs(t1 - t0) / (self.step_size or math.inf) - 1e-9))
+
+    def failure(self, what: str, t: float, h: float, advice: str) -> SolverError:
+        """One message naming the method, the time, the step size, the tolerance and what to try."""
+        how = f"rtol={self.rtol:.3g}, atol={self.atol:.3g}" if self.adaptive else f"step_size={self.step_size:g}"
+        return SolverError(f"solver {self.method}: {what} at t={t:.6g} (step size {h:.3g}, {how}). {advice}")
+
+    def underflow(self, t: float, h: float) -> SolverError:
+        return self.failure(
+            "the step size underflowed",
+            t,
+            h,
+            "The field is too stiff or too rough for this tolerance: try a looser solver.rtol, a smaller trainer.lr, "
+            "a smaller trainer.clip_norm, or model.activation=softplus.",
+        )
+
+    def exhausted(self, t: float, h: float) -> SolverError:
+        return self.failure(
+            f"max_nfe={self.max_nfe} evaluations were not enough",
+            t,
+            h,
+            "Try a looser solver.rtol, a larger solver.max_nfe, or train with a smaller trainer.lr or more "
+            "trainer.weight_decay so that the field stays smooth.",
+        )
+
+    def non_finite(self, t: float, h: float) -> SolverError:
+        return self.failure(
+            "the state is NaN or infinite",
+            t,
+            h,
+            "Look for NaN or huge values in the input; in training try a smaller trainer.lr or trainer.clip_norm; "
+            "with fixed steps, a smaller solver.step_size.",
+        )
+
+
+def _positive(name: str, value: float) -> float:
+    if not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise ConfigError(f"solver.{name}={value}: give a positive number")
+    return float(value)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ConfigError(f"solver.{name}={value}: choose one of {', '.join(choices)}")
+    return value

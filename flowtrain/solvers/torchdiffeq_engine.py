@@ -1,0 +1,140 @@
+"""torchdiffeq as an engine: every method it has, by its name, and its constant-memory adjoint.
+
+State and path integrals are solved as one augmented system. Its assertions become SolverErrors that say where.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint, odeint_adjoint
+from torchdiffeq._impl.odeint import SOLVERS
+from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
+
+from flowtrain.errors import ConfigError
+from flowtrain.solvers.base import Problem, Solution, Solver, Statistics
+from flowtrain.solvers.tableaus import TABLEAUS
+
+
+def _tensor(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+class Tsit5(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
+    """Tsitouras 5(4) for torchdiffeq, which has no tsit5 of its own in 0.2.5: here for its adjoint."""
+
+    order = TABLEAUS["tsit5"].order
+    tableau = _ButcherTableau(
+        alpha=_tensor(TABLEAUS["tsit5"].c[1:]),
+        beta=[_tensor(row) for row in TABLEAUS["tsit5"].a],
+        c_sol=_tensor(TABLEAUS["tsit5"].b),
+        c_error=_tensor(TABLEAUS["tsit5"].e or ()),
+    )
+    # weights of x(t + h/2), the dense output of Tsitouras 2011 at theta = 1/2
+    mid = _tensor(
+        (
+            0.10741235230096871,
+            0.01135625,
+            0.39560903056045305,
+            -0.34475214352593553,
+            1.3161853649581645,
+            -1.0170608542936508,
+            0.03125,
+        )
+    )
+
+
+# by its name in torchdiffeq's own table, because the adjoint looks it up again when it solves backwards
+SOLVERS.setdefault("tsit5", Tsit5)
+METHODS: dict[str, type] = SOLVERS
+
+
+class Torchdiffeq(Solver):
+    """`gradient=direct` differentiates through torchdiffeq's steps, `adjoint` solves the adjoint ODE backwards.
+
+    The adjoint (Chen et al. 2018, Neural ODEs, algorithm 1) needs memory that does not grow with the steps;
+    its gradient is that of the continuous problem, with an error of the order of the tolerance.
+    """
+
+    def __init__(self, method: str, **settings: Any) -> None:
+        if method not in METHODS:
+            raise ConfigError(f"solver.method={method}: choose one of {', '.join(sorted(METHODS))}")
+        adaptive = issubclass(METHODS[method], RKAdaptiveStepsizeODESolver) or method == "scipy_solver"
+        super().__init__(method, adaptive=adaptive, **settings)
+
+    def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
+        dynamics = _Dynamics(self, problem, statistics)
+        x = problem.x
+        state: tuple[Tensor, ...] = (x,)
+        if problem.integrand is not None:
+            state = (x, x.new_zeros(len(x), problem.n_integrals))
+        x1, *q = self._integrate(dynamics, state, problem)
+        dynamics.backward = True
+        if not bool(torch.isfinite(x1).all()):
+            raise self.non_finite(problem.t1, dynamics.h)
+        return Solution(x1, q[0] if q else None, statistics)
+
+    def _integrate(self, dynamics: "_Dynamics", state: tuple[Tensor, ...], problem: Problem) -> list[Tensor]:
+        t = torch.tensor([problem.t0, problem.t1], dtype=state[0].dtype, device=state[0].device)
+        arguments: dict[str, Any] = {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": {}}
+        if not self.adaptive:
+            n = self.steps_between(problem.t0, problem.t1)
+            # torchdiffeq's own grid from a step size can end in a step of length zero in float32
+            arguments["options"] = {"grid_constructor": lambda f, y, t: _grid(t, n)}
+        needs_gradient = torch.is_grad_enabled() and any(v.requires_grad for v in (state[0], *problem.parameters))
+        solve: Callable[..., tuple[Tensor, ...]] = odeint
+        if needs_gradient and self.gradient == "adjoint":
+            solve = odeint_adjoint
+            arguments["adjoint_params"] = problem.parameters
+        elif needs_gradient and self.method == "scipy_solver":
+            raise ConfigError("solver=scipy_solver has no direct gradient: set solver.gradient=adjoint")
+        try:
+            return [y[-1] for y in solve(dynamics, state, t, **arguments)]
+        except AssertionError as e:
+            raise dynamics.explain(e) from e
+
+
+def _grid(t: Tensor, n: int) -> Tensor:
+    grid = t[0] + (t[-1] - t[0]) * torch.arange(n + 1, dtype=t.dtype, device=t.device) / n
+    grid[-1] = t[-1]
+    return grid
+
+
+class _Dynamics:
+    """d(x, q)/dt for torchdiffeq: counts evaluations, remembers where it is for the error message."""
+
+    def __init__(self, solver: Torchdiffeq, problem: Problem, statistics: Statistics) -> None:
+        self.solver, self.problem, self.statistics = solver, problem, statistics
+        self.backward = False
+        self.t, self.h, self.finite = problem.t0, 0.0, True
+        if solver.method != "scipy_solver":  # which cannot call back, and would warn
+            self.callback_step = self.remember
+
+    def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.count(t)
+        x = state[0]
+        if self.problem.integrand is None:
+            return (self.problem.velocity(t, x),)
+        v, q = self.problem.integrand(t, x)
+        return v, q
+
+    def count(self, t: Tensor) -> None:
+        statistics = self.statistics
+        spent = statistics.nfe_backward if self.backward else statistics.nfe_forward
+        if spent >= self.solver.max_nfe:
+            raise self.solver.exhausted(float(t.detach()), self.h)
+        if self.backward:
+            statistics.nfe_backward += 1
+        else:
+            statistics.nfe_forward += 1
+
+    def remember(self, t: Tensor, state: tuple[Tensor, ...], h: Tensor) -> None:
+        # torchdiffeq leaves its first step size in the graph
+        self.t, self.h = float(t.detach()), float(h.detach())
+        self.finite = bool(torch.isfinite(state[0]).all())
+
+    def explain(self, error: AssertionError) -> Exception:
+        if "non-finite" in str(error) or not self.finite:
+            return self.solver.non_finite(self.t, self.h)
+        return self.solver.underflow(self.t, self.h)

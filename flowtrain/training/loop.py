@@ -1,0 +1,239 @@
+"""The training loop: batch, loss, backward, clip, check, step. Everything optional hangs off it."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from flowtrain.bijections.base import Chain
+from flowtrain.bijections.scale import Standardize
+from flowtrain.data.base import Dataset, step_generator
+from flowtrain.errors import FlowtrainError, NonFiniteError
+from flowtrain.evaluation import log_probs
+from flowtrain.flow import Flow
+from flowtrain.solvers import record_solves
+from flowtrain.training import checkpoint
+from flowtrain.training.ema import Ema
+from flowtrain.training.metrics import Metrics
+from flowtrain.training.schedule import LearningRate
+from flowtrain.training.settings import Settings
+from flowtrain.training.signals import StopSignals
+
+log = logging.getLogger("flowtrain")
+
+NFE_WARNING = 1000
+INITIALIZATION_ROWS = 10_000
+
+Picture = Callable[[Flow, int, float], None]
+
+
+class Trainer:
+    """Trains `objective`, which wraps `flow`, on `data`; writes metrics and checkpoints into `run_dir`.
+
+    All randomness of step s is keyed by (seed, s): a run resumed at s goes on exactly as if it had not stopped,
+    and nothing random needs saving.
+
+    Args:
+        config: the run's plain config, kept in every checkpoint.
+        saved: a checkpoint of this run to go on from.
+        picture: called with (flow, step, validation NLL) every `plot_every` steps.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        flow: Flow,
+        data: Dataset,
+        settings: Settings,
+        run_dir: Path,
+        config: Mapping[str, Any],
+        saved: Mapping[str, Any] | None = None,
+        picture: Picture | None = None,
+    ) -> None:
+        self.objective, self.flow, self.data = objective, flow, data
+        self.settings, self.run_dir, self.config = settings, run_dir, config
+        self.seed = int(config["seed"])
+        self.picture = picture
+        self.device = next(flow.parameters()).device
+        self.step, self.seconds, self.stale = 0, 0.0, 0
+        self.best: dict[str, float] | None = None
+        self.train_nll = self.val_nll = math.nan
+        self.stopped_by: str | None = None
+        self.warned = False
+        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = kind(flow.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        self.lr = LearningRate(settings)
+        if saved is None:
+            self.initialize()
+        self.ema = None if settings.ema is None else Ema(flow, settings.ema)
+        if saved is not None:
+            self.load(saved)
+        self.metrics = Metrics(run_dir / "metrics.jsonl", self.step)
+
+    def initialize(self) -> None:
+        """Statistics and data-dependent parameters, from training data."""
+        statistics = self.data.statistics()
+        if statistics is not None and isinstance(self.flow.bijection, Chain):
+            for bijection in self.flow.bijection:
+                if isinstance(bijection, Standardize):
+                    bijection.fit(*statistics)
+        self.flow.bijection.initialize(self.data.train_batch(0, INITIALIZATION_ROWS, self.seed).to(self.device))
+
+    def fit(self) -> None:
+        """Runs to the last step, the time limit, early stopping or a signal; `stopped_by` says which but the first.
+
+        Raises:
+            FlowtrainError: a loss, gradient or solve that failed, before it touched the weights; last.pt is saved.
+        """
+        begun, before = time.perf_counter(), self.seconds
+        s = self.settings
+        with StopSignals() as signals, ExitStack() as stack:
+            stack.enter_context(logging_redirect_tqdm([log]))
+            bar = stack.enter_context(
+                tqdm(total=s.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
+            )
+            while self.step < s.steps and self.stopped_by is None:
+                row = self.guarded_step()
+                self.step += 1
+                self.seconds = before + time.perf_counter() - begun
+                if self.step % s.log_every == 0 or self.step == 1:
+                    self.metrics.write(step=self.step, split="train", nll=row.pop("nll"), seconds=self.seconds, **row)
+                    self.show(bar, row)
+                bar.update()
+                if s.time_limit is not None and time.perf_counter() - begun >= s.time_limit:
+                    self.stopped_by = "time limit"
+                if signals.received is not None:
+                    self.stopped_by = "SIGINT" if signals.received == 2 else "SIGTERM"
+                    self.save_last()
+                elif self.step % s.val_every == 0 or self.step == s.steps or self.stopped_by:
+                    self.validate()
+                if self.picture is not None and s.plot_every and self.step % s.plot_every == 0:
+                    self.with_average(self.picture, self.flow, self.step, self.val_nll)
+                self.seconds = before + time.perf_counter() - begun
+
+    def guarded_step(self) -> dict[str, Any]:
+        try:
+            return self.train_step()
+        except FlowtrainError as e:
+            self.save_last()
+            raise type(e)(
+                f"step {self.step + 1}: {e} The state before this step is in {self.run_dir / 'checkpoints/last.pt'}; "
+                f"go on with: flowtrain resume={self.run_dir} trainer.lr={self.settings.lr / 2:g}"
+            ) from e
+
+    def train_step(self) -> dict[str, Any]:
+        """One update. The finite check costs the one transfer to the host of a step, and comes before the update."""
+        step, s, solver = self.step, self.settings, self.flow.solver
+        torch.manual_seed(step_generator(self.seed, 1, step).initial_seed())
+        x = self.data.train_batch(step, s.batch_size, self.seed).to(self.device, non_blocking=True)
+        self.objective.train()
+        lr = self.lr.at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        rtol, atol = (None, None) if solver is None else solver.tolerance_at(step)
+        with record_solves() as solves, ExitStack() as stack:
+            if solver is not None:
+                stack.enter_context(solver.using(rtol=rtol, atol=atol))
+            loss: Tensor = self.objective(x)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), s.clip_norm or math.inf)
+        nll, grad_norm = torch.stack([loss.detach(), norm]).tolist()
+        self.check_finite(nll, grad_norm)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        nfe = [(c.nfe_forward, c.nfe_backward) for c in solves]
+        adaptive = solver is not None and solver.adaptive
+        return {
+            "nll": nll,
+            "nfe_forward": sum(f for f, _ in nfe) if nfe else None,
+            "nfe_backward": sum(b for _, b in nfe) if nfe else None,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "rtol": rtol if adaptive else None,
+            "atol": atol if adaptive else None,
+        }
+
+    def check_finite(self, nll: float, grad_norm: float) -> None:
+        if math.isfinite(nll) and math.isfinite(grad_norm):
+            return
+        if not math.isfinite(nll):
+            what = f"the loss is {nll}"
+        else:
+            bad = [n for n, p in self.flow.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            what = f"the gradient of {', '.join(bad[:3]) or 'the weights'} is not finite"
+        raise NonFiniteError(f"{what}; the weights were not touched. Try a smaller trainer.lr or trainer.clip_norm.")
+
+    def show(self, bar: Any, row: dict[str, Any]) -> None:
+        last = self.metrics.rows[-1]
+        nfe = {} if row["nfe_forward"] is None else {"nfe": row["nfe_forward"] + row["nfe_backward"]}
+        bar.set_postfix(nll=f"{last['nll']:.3f}", val=f"{self.val_nll:.3f}", **nfe, refresh=False)
+        if nfe and nfe["nfe"] > NFE_WARNING and not self.warned:
+            self.warned = True
+            log.warning(
+                "step %d: NFE %d passed %d, the field is getting hard to solve. Try a looser solver.rtol, a smaller "
+                "trainer.lr or more trainer.weight_decay.",
+                self.step,
+                nfe["nfe"],
+                NFE_WARNING,
+            )
+
+    def validate(self) -> None:
+        """NLL on the fixed validation set at the final tolerance; keeps the best checkpoint and the last."""
+        self.flow.eval()
+        log_p = self.with_average(log_probs, self.flow, self.data.val)
+        self.val_nll = -log_p.mean().item()
+        self.metrics.write(step=self.step, split="val", nll=self.val_nll, seconds=self.seconds)
+        # a NaN is never an improvement
+        improved = self.val_nll < (math.inf if self.best is None else self.best["nll"])
+        self.lr.validated(improved)
+        self.stale = 0 if improved else self.stale + 1
+        if improved:
+            self.best = {"nll": self.val_nll, "step": self.step}
+            checkpoint.save(self.run_dir / "checkpoints/best.pt", self.inference_state())
+        self.save_last()
+        if self.settings.patience is not None and self.stale >= self.settings.patience:
+            self.stopped_by = self.stopped_by or f"early stopping after {self.stale} validations without a new best"
+
+    def with_average(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function while the flow holds its averaged weights, where there are any."""
+        with ExitStack() as stack:
+            if self.ema is not None:
+                stack.enter_context(self.ema.applied())
+            return function(*arguments)
+
+    def inference_state(self) -> dict[str, Any]:
+        return {
+            "config": dict(self.config),
+            "event_shape": list(self.flow.event_shape),
+            "step": self.step,
+            "weights": self.flow.state_dict(),
+            "ema": None if self.ema is None else self.ema.state(),
+        }
+
+    def save_last(self) -> None:
+        rest = {
+            "optimizer": self.optimizer.state_dict(),
+            "lr": self.lr.state(),
+            "best": self.best,
+            "stale": self.stale,
+            "seconds": self.seconds,
+        }
+        checkpoint.save(self.run_dir / "checkpoints/last.pt", {**self.inference_state(), **rest})
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        self.flow.load_state_dict(saved["weights"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.lr.load(saved["lr"])
+        if self.ema is not None and saved["ema"] is not None:
+            self.ema.load(saved["ema"])
+        self.step, self.seconds, self.stale, self.best = (saved[k] for k in ("step", "seconds", "stale", "best"))

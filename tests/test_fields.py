@@ -1,0 +1,128 @@
+"""Fields push tangents as autograd's Jacobian says, for every layer and activation, and for a plain module."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowtrain.divergence import Probes, TraceRule, divergence
+from flowtrain.errors import ConfigError
+from flowtrain.fields.activations import SLOPES, VALUES
+from flowtrain.fields.base import push_tangents
+from flowtrain.fields.mlp import LAYERS, MLPField
+
+
+def random_field(d: int = 3, layer: str = "concatsquash", activation: str = "tanh") -> MLPField:
+    field = MLPField(d, [5, 4], layer, activation)
+    for p in field.parameters():
+        nn.init.normal_(p, std=0.7)
+    return field
+
+
+class Plain(nn.Module):
+    """A field that knows nothing of tangents."""
+
+    def __init__(self, d: int = 3) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(d + 1, 8), nn.Tanh(), nn.Linear(8, d))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        v: Tensor = self.net(torch.cat([x, t.expand(len(x)).unsqueeze(1)], 1))
+        return v
+
+
+def jacobian(field: nn.Module, t: Tensor, row: Tensor) -> Tensor:
+    return torch.autograd.functional.jacobian(lambda y: field(t, y.unsqueeze(0)).squeeze(0), row)
+
+
+@pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, SLOPES)))
+@pytest.mark.parametrize("per_row", [False, True])
+def test_push_is_the_jacobian(layer: str, activation: str, per_row: bool) -> None:
+    field, x = random_field(3, layer, activation), torch.randn(4, 3)
+    t = torch.rand(4) if per_row else torch.rand(())
+    tangents = torch.randn(2, 4, 3)
+    v, je = push_tangents(field, t, x, tangents)
+    torch.testing.assert_close(v, field(t, x))
+    for i in range(4):
+        j = jacobian(field, t[i] if per_row else t, x[i])
+        torch.testing.assert_close(je[:, i], tangents[:, i] @ j.T)
+
+
+@pytest.mark.parametrize("make", [random_field, Plain], ids=["own push", "fallback"])
+def test_divergence_is_the_trace_at_every_node(make: Callable[[], nn.Module]) -> None:
+    field = make()
+    x, t = torch.randn(2, 4, 3), torch.rand(2, 1)
+    v, div = divergence(field, t, x, Probes.exact(x[0]))
+    assert v.shape == x.shape
+    assert div.shape == (2, 4)
+    for n, i in itertools.product(range(2), range(4)):
+        torch.testing.assert_close(div[n, i], jacobian(field, t[n, 0], x[n, i]).trace())
+
+
+def test_fallback_gradient_agrees_with_own_push() -> None:
+    field = random_field()
+
+    class Hidden(nn.Module):
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return field(t, x)
+
+    x, t = torch.randn(6, 3), torch.tensor(0.3)
+    grads = []
+    for f in (field, Hidden()):
+        div = divergence(f, t, x, Probes.exact(x))[1].square().sum()
+        grads.append(torch.autograd.grad(div, list(field.parameters()), allow_unused=True))
+    for a, b in zip(*grads, strict=True):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+def test_hutchinson_is_unbiased(noise: str) -> None:
+    field, x, t = random_field(), torch.randn(2, 3), torch.tensor(0.4)
+    _, exact = divergence(field, t, x, Probes.exact(x))
+    draws = 20_000
+    estimates = torch.stack([divergence(field, t, x, Probes.hutchinson(x, noise, draws // 20))[1] for _ in range(20)])
+    stderr = estimates.std(0) / 20**0.5
+    assert ((estimates.mean(0) - exact).abs() < 4 * stderr).all()
+
+
+@pytest.mark.parametrize("name", list(SLOPES))
+def test_slopes_are_derivatives(name: str) -> None:
+    x = torch.linspace(-6, 6, 101, requires_grad=True)
+    y, slope = SLOPES[name](x)
+    torch.testing.assert_close(y, VALUES[name](x))
+    torch.testing.assert_close(slope, torch.autograd.grad(VALUES[name](x).sum(), x)[0])
+
+
+def test_untrained_field_is_zero_up_to_time() -> None:
+    field = MLPField(2, [8], "concat", "tanh")
+    a, b = field(torch.tensor(0.5), torch.randn(2, 2))
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("d", "training", "exact"), [(8, True, True), (9, True, False), (128, False, True), (129, False, False)]
+)
+def test_auto_trace(d: int, training: bool, exact: bool) -> None:
+    assert TraceRule().is_exact(d, training) is exact
+
+
+@pytest.mark.parametrize("bad", [{"train": "exacty"}, {"evaluate": "no"}, {"noise": "uniform"}, {"noise_samples": 0}])
+def test_trace_rule_refuses(bad: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="model"):
+        TraceRule(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((2, [8], "squash", "tanh"), "concatsquash"),
+        ((2, [8], "concat", "relu"), "softplus"),
+        ((2, [], "concat", "tanh"), "hidden"),
+    ],
+)
+def test_mlp_field_refuses(arguments: tuple[int, list[int], str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MLPField(*arguments)

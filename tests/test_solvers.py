@@ -1,0 +1,315 @@
+"""Solvers against closed forms, against each other, and against finite differences; their failures in words."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from flowtrain.errors import ConfigError, SolverError
+from flowtrain.paths import config_dir
+from flowtrain.solvers import Problem, Solver, ode_solver, record_solves
+from flowtrain.solvers.runge_kutta import RungeKutta
+from flowtrain.solvers.tableaus import TABLEAUS
+from flowtrain.solvers.torchdiffeq_engine import METHODS, Torchdiffeq
+
+CONFIGS = sorted(p.stem for p in (config_dir() / "solver").glob("*.yaml"))
+FIXED = [name for name, tableau in TABLEAUS.items() if tableau.e is None]
+ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.e is not None]
+
+
+class Wave(nn.Module):
+    """dx/dt = a cos(3 t) x: x(t) = x0 exp(a sin(3 t) / 3); its divergence is d a cos(3 t)."""
+
+    def __init__(self, a: float = 1.3) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(a))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.a * torch.cos(3 * t) * x
+
+    def integrand(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = x.shape[-1] * self.a * torch.cos(3 * t)
+        return self(t.unsqueeze(-1), x), q.expand(x.shape[:-1]).unsqueeze(-1)
+
+    def problem(self, x: Tensor, t0: float = 0.0, t1: float = 1.0) -> Problem:
+        return Problem(self, self.integrand, x, t0, t1, tuple(self.parameters()))
+
+    def growth(self, t0: float, t1: float) -> Tensor:
+        return (self.a * (math.sin(3 * t1) - math.sin(3 * t0)) / 3).exp()
+
+
+def make(name: str, **settings: Any) -> Solver:
+    """The solver of a config file, with a step size where it needs one."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = OmegaConf.to_container(compose("config", [f"solver={name}"]).solver)
+    assert isinstance(config, dict)
+    keys = {str(k): v for k, v in config.items() if k not in ("_target_", "name")}
+    try:
+        return ode_solver(**{**keys, **settings})
+    except ConfigError as e:
+        assert "step_size" in str(e)
+        return ode_solver(**{**keys, "step_size": 0.01, **settings})
+
+
+def test_every_torchdiffeq_method_has_a_config() -> None:
+    assert set(CONFIGS) == {*METHODS, *TABLEAUS}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (1.0, 0.0)])
+def test_every_config_solves_both_ways(name: str, t0: float, t1: float) -> None:
+    if name == "scipy_solver":
+        pytest.importorskip("scipy", reason="the extra flowtrain[scipy] is not installed")
+    wave, x = Wave(), torch.randn(5, 3)
+    with torch.no_grad():
+        solution = make(name).solve(wave.problem(x, t0, t1))
+    expected = wave.growth(t0, t1)
+    tolerance = 2e-2 if name == "euler" else 1e-3
+    torch.testing.assert_close(solution.x, x * expected, rtol=tolerance, atol=tolerance)
+    assert solution.integrals is not None
+    torch.testing.assert_close(
+        solution.integrals, 3 * expected.log().expand(5, 1), rtol=3 * tolerance, atol=3 * tolerance
+    )
+    assert solution.statistics.nfe_forward > 0
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_order_of_convergence(name: str) -> None:
+    wave, x, errors = Wave(), torch.ones(1, 1), []
+    for n in (40, 80):
+        solution = ode_solver(name, step_size=0.6 / n).solve(wave.problem(x, 0.0, 0.6))
+        assert solution.statistics.accepted == n
+        assert solution.integrals is not None
+        exact = wave.growth(0, 0.6)
+        errors.append([(solution.x - exact).abs().item(), (solution.integrals - exact.log()).abs().item()])
+    for coarse, fine in zip(*errors, strict=True):
+        assert math.log2(coarse / fine) == pytest.approx(TABLEAUS[name].order, abs=0.35)
+
+
+@pytest.mark.parametrize("name", list(TABLEAUS))
+def test_tableau_conditions(name: str) -> None:
+    """Row sums, and the order conditions of quadrature: sum b c^k = 1 / (k + 1) for k < order."""
+    tableau = TABLEAUS[name]
+    b, c = torch.tensor(tableau.b), torch.tensor(tableau.c)
+    for row, time in zip(tableau.a, tableau.c[1:], strict=True):
+        assert sum(row) == pytest.approx(time, abs=1e-14)
+    for k in range(tableau.order):
+        assert (b * c**k).sum().item() == pytest.approx(1 / (k + 1), abs=1e-14)
+    if tableau.e is not None:
+        e = torch.tensor(tableau.e)
+        for k in range(tableau.order - 1):
+            assert (e * c**k).sum().item() == pytest.approx(0, abs=1e-13)
+        assert abs((e * c ** (tableau.order - 1)).sum().item()) > 1e-6
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("control", ["state", "all"])
+def test_error_follows_the_tolerance(name: str, control: str) -> None:
+    wave, x = Wave(), torch.randn(20, 2)
+    for rtol in (1e-4, 1e-6, 1e-8):
+        solution = ode_solver(name, rtol=rtol, control=control).solve(wave.problem(x))
+        assert solution.integrals is not None
+        assert (solution.x - x * wave.growth(0, 1)).abs().max() < 20 * rtol
+        assert (solution.integrals - 2 * wave.growth(0, 1).log()).abs().max() < 20 * rtol
+
+
+def nonlinear() -> nn.Module:
+    torch.manual_seed(1)
+
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            y: Tensor = self.net(torch.cat([x, t.expand(x.shape[:-1]).unsqueeze(-1)], -1))
+            return 3 * y
+
+    return Field()
+
+
+def loss_of(solver: Solver, field: nn.Module, x: Tensor) -> Tensor:
+    def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        v = field(t, y)
+        return v, v.square().sum(-1, keepdim=True)
+
+    solution = solver.solve(Problem(field, integrand, x, 1.0, 0.0, tuple(field.parameters())))
+    assert solution.integrals is not None
+    return (solution.x.square().sum(1) + solution.integrals[:, 0]).mean()
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        RungeKutta("dopri5", rtol=1e-9),
+        RungeKutta("tsit5", rtol=1e-9, control="all"),
+        RungeKutta("rk4", step_size=0.01),
+        Torchdiffeq("dopri5", rtol=1e-9),
+        Torchdiffeq("dopri5", rtol=1e-9, gradient="adjoint"),
+        Torchdiffeq("tsit5", rtol=1e-9, gradient="adjoint"),
+        Torchdiffeq("rk4", step_size=0.01, gradient="adjoint"),
+    ],
+    ids=lambda s: f"{type(s).__name__}-{s.method}-{s.gradient}",
+)
+def test_engines_agree_in_value_and_gradient(solver: Solver) -> None:
+    field, x = nonlinear(), torch.randn(7, 2, requires_grad=True)
+    inputs = [x, *field.parameters()]
+    reference = loss_of(Torchdiffeq("dopri8", rtol=1e-11), field, x)
+    expected = torch.autograd.grad(reference, inputs)
+    loss = loss_of(solver, field, x)
+    torch.testing.assert_close(loss, reference, rtol=1e-7, atol=1e-7)
+    for a, b in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"method": "rk4", "step_size": 0.25}, {"method": "euler", "step_size": 0.5}])
+def test_direct_gradient_is_that_of_the_discrete_solution(settings: dict[str, Any]) -> None:
+    """On steps this coarse the adjoint's gradient would be far off; finite differences see the discrete map."""
+    field, x, solver = nonlinear(), torch.randn(4, 2), ode_solver(**settings)
+    weight = next(field.parameters())
+    (grad,) = torch.autograd.grad(loss_of(solver, field, x), weight)
+    step = 1e-6
+    for index in [(0, 0), (5, 2), (11, 1)]:
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight[index] += sign * step
+                values.append(loss_of(solver, field, x))
+                weight[index] -= sign * step
+        assert grad[index].item() == pytest.approx(((values[0] - values[1]) / (2 * step)).item(), rel=1e-5, abs=1e-8)
+
+
+def test_statistics() -> None:
+    wave, x = Wave(), torch.randn(3, 2)
+    with record_solves() as solves:
+        ode_solver("dopri5").solve(wave.problem(x))
+        adjoint = ode_solver("dopri5", gradient="adjoint")
+        solution = adjoint.solve(wave.problem(x))
+        solution.x.sum().backward()
+    direct, backwards = solves
+    # two evaluations choose the first step; the last stage of each step is the first of the next
+    assert direct.nfe_forward == 2 + 6 * (direct.accepted + direct.rejected)
+    assert direct.nfe_backward == 0
+    assert backwards.nfe_forward > 0
+    assert backwards.nfe_backward > 0
+
+
+def test_rejections_are_counted_and_cost_nothing_else() -> None:
+    class Kink(nn.Module):
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return x * torch.where(t < 0.5, 0.0, 60.0) * (t - 0.5)
+
+    solution = ode_solver("dopri5", rtol=1e-6).solve(Problem(Kink(), None, torch.ones(1, 1), 0.0, 1.0))
+    assert solution.statistics.rejected > 0
+    assert solution.x.item() == pytest.approx(math.exp(60 * 0.125), rel=1e-4)
+
+
+@pytest.mark.parametrize("step_size", [0.1, 0.3, 1 / 3, 5.0])
+@pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
+def test_fixed_steps_land_on_the_end(engine: type[Solver], step_size: float) -> None:
+    times: list[float] = []
+
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        times.append(float(t))
+        return torch.ones_like(x)
+
+    solver = engine("euler", step_size=step_size)  # type: ignore[call-arg,arg-type]
+    x = solver.solve(Problem(field, None, torch.zeros(1, 1, dtype=torch.float32), 0.0, 1.0)).x
+    assert x.item() == pytest.approx(1, abs=1e-6)
+    assert len(times) == max(1, math.ceil(1 / step_size - 1e-9))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "rk4"}, "solver.step_size"),
+        ({"method": "rk5"}, "dopri5"),
+        ({"method": "dopri5", "step_size": 0.1}, "chooses its own"),
+        ({"method": "dopri5", "rtol": 0.0}, "solver.rtol"),
+        ({"method": "dopri5", "rtol": "tight"}, "solver.rtol"),
+        ({"method": "dopri5", "atol": -1.0}, "solver.atol"),
+        ({"method": "dopri5", "gradient": "magic"}, "adjoint"),
+        ({"method": "dopri5", "control": "none"}, "state"),
+        ({"method": "dopri5", "max_nfe": 0}, "max_nfe"),
+    ],
+)
+def test_settings_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ode_solver(**settings)
+
+
+def explode(t: Tensor, x: Tensor) -> Tensor:
+    """x' = x^2 from 2 is infinite at t = 1/2."""
+    return x * x
+
+
+def broken(t: Tensor, x: Tensor) -> Tensor:
+    return torch.where(t > 0.3, torch.nan, 1.0) * torch.ones_like(x)
+
+
+def stiff(t: Tensor, x: Tensor) -> Tensor:
+    return -2000 * (x - torch.cos(t))
+
+
+@pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
+@pytest.mark.parametrize(
+    ("field", "settings", "words"),
+    [
+        (explode, {}, "underflow|NaN|max_nfe"),
+        (broken, {}, "underflow|NaN"),
+        (stiff, {"max_nfe": 50}, "max_nfe=50"),
+    ],
+)
+def test_failures_say_where_and_what_to_try(engine: Any, field: Any, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(SolverError, match=words) as caught:
+        engine("dopri5", **settings).solve(Problem(field, None, 2 * torch.ones(1, 1), 0.0, 1.0))
+    message = str(caught.value)
+    for part in ("dopri5", "t=", "step size", "rtol=", "Try" if "Try" in message else "try"):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
+def test_fixed_steps_that_diverge_are_an_error(engine: Any) -> None:
+    with pytest.raises(SolverError, match="NaN or infinite"):
+        engine("euler", step_size=0.01).solve(Problem(explode, None, 1e30 * torch.ones(1, 1), 0.0, 1.0))
+
+
+def test_warmup_is_geometric_and_ends() -> None:
+    solver = ode_solver("dopri5", rtol=1e-5, atol=1e-7, warmup=100, warmup_rtol=1e-1)
+    assert solver.tolerance_at(0) == pytest.approx((1e-1, 1e-3))
+    assert solver.tolerance_at(50) == pytest.approx((1e-3, 1e-5))
+    assert solver.tolerance_at(100) == solver.tolerance_at(10_000) == (1e-5, 1e-7)
+    assert ode_solver("dopri5", rtol=1e-4).atol == 1e-4
+    assert ode_solver("dopri5", rtol=1e-2, warmup=9, warmup_rtol=1e-3).tolerance_at(0) == (1e-2, 1e-2)
+
+
+def test_settings_return_after_using() -> None:
+    solver = ode_solver("dopri5")
+    with pytest.raises(KeyError), solver.using(rtol=1e-2, control="all"):
+        assert solver.rtol == 1e-2
+        raise KeyError
+    assert (solver.rtol, solver.control) == (1e-5, "state")
+
+
+def test_path_integral_is_the_augmented_solve_on_the_same_steps() -> None:
+    """The quadrature on the nodes equals carrying the integral in the state, step by step."""
+    field, x = nonlinear(), torch.randn(3, 2)
+
+    def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        v = field(t, y)
+        return v, v.square().sum(-1, keepdim=True)
+
+    def augmented(t: Tensor, y: Tensor) -> Tensor:
+        v, q = integrand(t, y[:, :2])
+        return torch.cat([v, q], 1)
+
+    solver = ode_solver("rk4", step_size=0.2)
+    nodes = solver.solve(Problem(field, integrand, x, 0.0, 1.0))
+    whole = solver.solve(Problem(augmented, None, torch.cat([x, torch.zeros(3, 1)], 1), 0.0, 1.0)).x
+    assert nodes.integrals is not None
+    torch.testing.assert_close(torch.cat([nodes.x, nodes.integrals], 1), whole, rtol=1e-12, atol=1e-12)
