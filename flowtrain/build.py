@@ -110,11 +110,19 @@ def check_targets(config: Config, trust: Sequence[str] = ()) -> None:
             continue
         roots = [f"flowtrain.{PACKAGES[where[0]]}"] if where[0] in PACKAGES else []
         roots += list(trust)
-        if not _under(value, roots) or not _under(getattr(get_object(value), "__module__", None), roots):
+        if not _under(value, roots) or not _under(_home(value), roots):
             raise CheckpointError(
                 f"the checkpoint's config would run {value} ({'.'.join(where)}); only {', '.join(roots) or 'nothing'} "
                 "is trusted there. If it is your own package, name it: trust=[mypkg]"
             )
+
+
+def _home(target: str) -> str | None:
+    """The module in which the object of that name was defined: `flowtrain.models.x.torch.load` is torch's."""
+    try:
+        return getattr(get_object(target), "__module__", None)
+    except Exception as e:  # importing by name can fail in any way
+        raise CheckpointError(f"the checkpoint's config names {target}, which is not to be had here: {e}") from e
 
 
 def _under(name: Any, roots: Sequence[str]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowtrain import build, plots
 from flowtrain.data.base import Dataset
@@ -109,25 +110,27 @@ def finish(
     log.info("%s\ntrained %d steps in %.1f s", result.table(), trainer.step, trainer.seconds)
 
 
-def draw(flow: Flow, data: Dataset, path: Path, title: str) -> None:
+def draw(flow: Flow, data: Dataset, path: Path, title: str, samples: Tensor | None = None) -> None:
     """Data beside samples beside density for 2-D, a corner plot of a few columns beyond; no randomness left behind."""
     flow.eval()
     device = next(flow.parameters()).device
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         if flow.solver is None:
-            return _draw(flow, data, path, title)
+            return _draw(flow, data, path, title, samples)
         rtol = max(flow.solver.rtol, PICTURE_TOLERANCE)
         with flow.solver.using(rtol=rtol, atol=rtol):
-            return _draw(flow, data, path, title)
+            return _draw(flow, data, path, title, samples)
 
 
-def _draw(flow: Flow, data: Dataset, path: Path, title: str) -> None:
+def _draw(flow: Flow, data: Dataset, path: Path, title: str, samples: Tensor | None) -> None:
+    if samples is None:
+        samples = flow.sample(PICTURE_SAMPLES if data.event_shape[0] <= 2 else 2000)
     shown = data.test[:PICTURE_SAMPLES]
     plots.draw_flow(
         path,
         data=shown,
-        samples=flow.sample(PICTURE_SAMPLES if data.event_shape[0] <= 2 else 2000),
+        samples=samples,
         log_density=lambda x: torch.cat([flow.log_prob(part) for part in torch.split(x, 2000)]),
         columns=data.columns,
         title=title,
@@ -143,8 +146,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _headline(result: Evaluation) -> str:
-    kl = "" if result.kl is None else f", KL {result.kl:.3f} $\\pm$ {result.kl_stderr:.3f}"
-    return f"NLL {result.nll:.3f} $\\pm$ {result.nll_stderr:.3f} nats{kl}"
+    kl = "" if result.kl is None else f", KL {result.kl:.3f} ± {result.kl_stderr:.3f}"
+    return f"NLL {result.nll:.3f} ± {result.nll_stderr:.3f} nats{kl}"
 
 
 def _own_packages(config: Mapping[str, Any]) -> list[str]:

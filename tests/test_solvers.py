@@ -50,8 +50,7 @@ def make(name: str, **settings: Any) -> Solver:
     keys = {str(k): v for k, v in config.items() if k not in ("_target_", "name")}
     try:
         return ode_solver(**{**keys, **settings})
-    except ConfigError as e:
-        assert "step_size" in str(e)
+    except ConfigError:
         return ode_solver(**{**keys, "step_size": 0.01, **settings})
 
 
@@ -290,9 +289,14 @@ def test_warmup_is_geometric_and_ends() -> None:
 
 def test_settings_return_after_using() -> None:
     solver = ode_solver("dopri5")
-    with pytest.raises(KeyError), solver.using(rtol=1e-2, control="all"):
-        assert solver.rtol == 1e-2
-        raise KeyError
+
+    def fail() -> None:
+        with solver.using(rtol=1e-2, control="all"):
+            assert solver.rtol == 1e-2
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert (solver.rtol, solver.control) == (1e-5, "state")
 
 

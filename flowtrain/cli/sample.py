@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowtrain import build, plots
+from flowtrain import build
 from flowtrain.cli.common import overridden, run_command, split_own
 from flowtrain.cli.evaluate import run_dir_of
-from flowtrain.errors import ConfigError, NonFiniteError
+from flowtrain.cli.train import absolute_paths
+from flowtrain.errors import ConfigError, DataError, NonFiniteError
 from flowtrain.evaluation import roundtrip_error
-from flowtrain.run import set_threads, start_logging
+from flowtrain.run import draw, set_threads, start_logging
 from flowtrain.training import checkpoint
 
 USAGE = """flowsample ckpt=RUN_DIR_OR_FILE n=10000 [seed=0] [temperature=1.0] [out=FILE.npy] [KEY=VALUE ...]
@@ -69,8 +70,11 @@ def _command() -> int:
     if flow.event_shape == (2,):
         picture = out.with_suffix(".png")
         title = f"{config['model']['name']} on {config['data']['name']}, {own['n']} samples"
-        plots.draw_samples_2d(picture, samples=samples, title=title)
-        print(f"picture in {picture}")
+        try:
+            draw(flow, build.build_data(absolute_paths(config)), picture, title, samples)
+            print(f"picture in {picture}")
+        except DataError as e:
+            print(f"no picture beside the data, which is not to be had: {e}", file=sys.stderr)
     return 0
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from flowtrain.data.base import Dataset, step_generator
 from flowtrain.errors import ConfigError, DataError
 
-# Never 0: SeedSequence pads with zeros, so (seed, 0) and (seed, 0, 0) are the same stream.
 _TRAIN, _VAL, _TEST = 1, 2, 3
 
 

@@ -113,7 +113,12 @@ class Trainer:
                 if signals.received is not None:
                     self.stopped_by = "SIGINT" if signals.received == 2 else "SIGTERM"
                     self.save_last()
-                elif self.step % s.val_every == 0 or self.step == s.steps or self.stopped_by:
+                elif self.step % s.val_every == 0 or self.step == s.steps:
+                    self.validate()
+                    self.save_last()
+                elif self.stopped_by:
+                    # saved first: resumed, the run must not know of a validation that it would not have made
+                    self.save_last()
                     self.validate()
                 if self.picture is not None and s.plot_every and self.step % s.plot_every == 0:
                     self.with_average(self.picture, self.flow, self.step, self.val_nll)
@@ -188,7 +193,7 @@ class Trainer:
             )
 
     def validate(self) -> None:
-        """NLL on the fixed validation set at the final tolerance; keeps the best checkpoint and the last."""
+        """NLL on the fixed validation set at the final tolerance; keeps the best checkpoint."""
         self.flow.eval()
         log_p = self.with_average(log_probs, self.flow, self.data.val)
         self.val_nll = -log_p.mean().item()
@@ -200,7 +205,6 @@ class Trainer:
         if improved:
             self.best = {"nll": self.val_nll, "step": self.step}
             checkpoint.save(self.run_dir / "checkpoints/best.pt", self.inference_state())
-        self.save_last()
         if self.settings.patience is not None and self.stale >= self.settings.patience:
             self.stopped_by = self.stopped_by or f"early stopping after {self.stale} validations without a new best"
 

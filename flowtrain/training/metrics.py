@@ -12,6 +12,7 @@ class Metrics:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self.rows = [row for row in read(path) if row["step"] <= step] if path.exists() else []
+        path.parent.mkdir(parents=True, exist_ok=True)
         kept = path.with_suffix(".tmp")
         kept.write_text("".join(_line(row) for row in self.rows))
         kept.replace(path)

@@ -53,19 +53,18 @@ class Settings:
                 raise ConfigError(f"trainer.{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
         for field in fields(self):
             if field.name in RANGES:
-                self._check(field.name, str(field.type))
+                self._check(field.name, field.type in (int, int | None), field.type in (int | None, float | None))
         if self.ema is not None and self.ema >= 1:
             raise ConfigError(f"trainer.ema={self.ema}: a decay lies between 0 and 1, as in 0.999; null turns it off")
 
-    def _check(self, key: str, kind: str) -> None:
+    def _check(self, key: str, whole: bool, optional: bool) -> None:
         value = getattr(self, key)
-        if value is None and "None" in kind:
+        if value is None and optional:
             return
-        whole = kind.startswith("int")
         lowest, allowed = RANGES[key]
         numeric = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
         # "not >" rather than "<=" so that NaN is refused
         if not numeric or not (value > lowest or (allowed and value == lowest)):
             bound = f"at least {lowest}" if allowed else f"greater than {lowest}"
-            null = ", or null" if "None" in kind else ""
+            null = ", or null" if optional else ""
             raise ConfigError(f"trainer.{key}={value}: give a {'whole ' if whole else ''}number {bound}{null}")
