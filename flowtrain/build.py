@@ -77,7 +77,8 @@ def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str]
             averaged = {k: v for k, v in saved["ema"].items() if k != "updates"}
             flow.load_state_dict(averaged, strict=False)
     except RuntimeError as e:
-        raise CheckpointError(f"the checkpoint's weights do not fit its own config: {e}") from e
+        first = " ".join(str(e).split())[:160]
+        raise CheckpointError(f"the checkpoint's weights do not fit the model of its config ({first} ...)") from e
     return flow.to(device).eval()
 
 

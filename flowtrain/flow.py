@@ -72,11 +72,9 @@ class Flow(nn.Module):
         if not 0 <= temperature < math.inf:
             raise FlowtrainError(f"temperature={temperature}: give a number that is not negative")
         like = next(self.parameters())
-        base = [
-            torch.randn(min(chunk, n - i), *self.event_shape, dtype=like.dtype, device=like.device)
-            for i in range(0, n, chunk)
-        ]
-        return torch.cat([self.forward(temperature * z) for z in base])
+        # drawn at once, so that the samples do not depend on how they are chunked
+        z = temperature * torch.randn(n, *self.event_shape, dtype=like.dtype, device=like.device)
+        return torch.cat([self.forward(part) for part in torch.split(z, chunk)])
 
     def _checked(self, x: Tensor, name: str) -> Tensor:
         if x.shape[1:] != self.event_shape or x.dim() != 1 + len(self.event_shape):

@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,25 @@ PICTURE_SAMPLES = 10_000
 PICTURE_TOLERANCE = 1e-3
 
 
-def start_logging(path: Path | None) -> None:
-    """Messages to standard error, and to a file with the time, where one is given; anew for each run of a sweep."""
-    log.handlers.clear()
-    log.setLevel(logging.INFO)
-    log.propagate = False
+@contextmanager
+def messages(path: Path | None = None) -> Iterator[None]:
+    """Inside, messages go to standard error, and with the time to a file where one is given."""
     console = logging.StreamHandler(sys.stderr)
     console.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(console)
+    handlers: list[logging.Handler] = [console]
     if path is not None:
         file = logging.FileHandler(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(file)
+        handlers.append(file)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers[:] = handlers
+    try:
+        yield
+    finally:
+        log.handlers.clear()
+        for handler in handlers:
+            handler.close()
 
 
 def set_threads(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> None:

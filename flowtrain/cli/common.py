@@ -44,7 +44,8 @@ def explain(error: Exception) -> str:
     message = " ".join(" ".join(part.split()) for part in parts)
     unknown = re.search(r"Could not override '([^']+)'", message)
     if unknown is None:
-        return re.sub(r"^In '[^']*': ", "", message)
+        written = getattr(error, "override", None)
+        return f"{written}: {message}" if written else re.sub(r"^In '[^']*': ", "", message)
     return unknown_key(unknown[1], compose_defaults(()))
 
 

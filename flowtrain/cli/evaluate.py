@@ -9,7 +9,7 @@ from flowtrain.cli.common import overridden, run_command, split_own
 from flowtrain.cli.train import absolute_paths
 from flowtrain.errors import ConfigError
 from flowtrain.evaluation import BATCH, evaluate
-from flowtrain.run import set_threads, start_logging, write_json
+from flowtrain.run import messages, set_threads, write_json
 from flowtrain.training import checkpoint
 
 USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [out=FILE] [KEY=VALUE ...]
@@ -26,7 +26,8 @@ model.eval_trace=hutchinson."""
 
 
 def main() -> None:
-    run_command("floweval", _command)
+    with messages():
+        run_command("floweval", _command)
 
 
 def _command() -> int:
@@ -44,7 +45,6 @@ def _command() -> int:
     batch_size = own["batch_size"]
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: give a whole number, at least 1")
-    start_logging(None)
     path = checkpoint.find(Path(str(own["ckpt"])))
     saved = checkpoint.load(path)
     build.check_targets(saved["config"], own["trust"])

@@ -14,7 +14,7 @@ from flowtrain.cli.evaluate import run_dir_of
 from flowtrain.cli.train import absolute_paths
 from flowtrain.errors import ConfigError, DataError, NonFiniteError
 from flowtrain.evaluation import roundtrip_error
-from flowtrain.run import draw, set_threads, start_logging
+from flowtrain.run import draw, messages, set_threads
 from flowtrain.training import checkpoint
 
 USAGE = """flowsample ckpt=RUN_DIR_OR_FILE n=10000 [seed=0] [temperature=1.0] [out=FILE.npy] [KEY=VALUE ...]
@@ -31,7 +31,8 @@ The solver can be changed, as in solver.rtol=1e-3 or solver=rk4 solver.step_size
 
 
 def main() -> None:
-    run_command("flowsample", _command)
+    with messages():
+        run_command("flowsample", _command)
 
 
 def _command() -> int:
@@ -50,7 +51,6 @@ def _command() -> int:
     for key, kinds in (("n", int), ("seed", int), ("temperature", int | float)):
         if not isinstance(own[key], kinds) or isinstance(own[key], bool) or own[key] < (1 if key == "n" else 0):
             raise ConfigError(f"{key}={own[key]}: give a number, at least {1 if key == 'n' else 0}")
-    start_logging(None)
     path = checkpoint.find(Path(str(own["ckpt"])))
     saved = checkpoint.load(path)
     build.check_targets(saved["config"], own["trust"])

@@ -13,7 +13,7 @@ from flowtrain.build import check_targets
 from flowtrain.cli.common import overridden, plain, run_command, split_own
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.paths import config_dir
-from flowtrain.run import start_logging, train
+from flowtrain.run import messages, train
 from flowtrain.training import checkpoint
 
 
@@ -25,8 +25,6 @@ def _command() -> int:
     arguments = sys.argv[1:]
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)
-    if any(a in ("resume", "resume=") for a in arguments):
-        raise ConfigError("resume needs a run directory: flowtrain resume=RUN_DIR")
     _start()
     return 0
 
@@ -37,8 +35,8 @@ def _start(config: DictConfig) -> float:
     try:
         claim(run_dir)
         write_hydra(run_dir, config)
-        start_logging(run_dir / "flowtrain.log")
-        best, code = train(absolute_paths(plain(config)), run_dir)
+        with messages(run_dir / "flowtrain.log"):
+            best, code = train(absolute_paths(plain(config)), run_dir)
     except FlowtrainError as e:
         # raised, it would reach the terminal under a heading of Hydra's; one message is what we promise
         print(f"flowtrain: {e}", file=sys.stderr)
@@ -52,6 +50,8 @@ def _start(config: DictConfig) -> float:
 def resume(arguments: Sequence[str]) -> int:
     """Goes on in the run directory, from its last checkpoint; other arguments change its config."""
     own, rest = split_own(arguments, {"resume": None, "trust": []}, "flowtrain resume=RUN_DIR [KEY=VALUE ...]")
+    if not own["resume"]:
+        raise ConfigError("resume needs a run directory: flowtrain resume=RUN_DIR")
     run_dir = Path(str(own["resume"])).absolute()
     if run_dir.is_file():
         raise CheckpointError(f"resume={run_dir} is a file; give the run directory")
@@ -59,15 +59,15 @@ def resume(arguments: Sequence[str]) -> int:
     if "optimizer" not in saved:
         raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
     check_targets(saved["config"], own["trust"])
-    start_logging(run_dir / "flowtrain.log")
-    _, code = train(absolute_paths(overridden(saved["config"], rest, tuple(own))), run_dir, saved)
+    with messages(run_dir / "flowtrain.log"):
+        _, code = train(absolute_paths(overridden(saved["config"], rest, tuple(own))), run_dir, saved)
     print(run_dir)
     return code
 
 
 def claim(run_dir: Path) -> None:
     """Refuses a directory that already holds a run."""
-    if any((run_dir / name).exists() for name in (".hydra", "metrics.jsonl", "checkpoints", "result.json")):
+    if any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "result.json")):
         raise ConfigError(
             f"{run_dir} already holds a run and is not overwritten: go on with flowtrain resume={run_dir}, "
             "or choose another hydra.run.dir"
@@ -77,7 +77,7 @@ def claim(run_dir: Path) -> None:
 def write_hydra(run_dir: Path, config: DictConfig) -> None:
     """The .hydra folder as Hydra itself would write it."""
     folder = run_dir / ".hydra"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     full = HydraConfig.instance().cfg
     OmegaConf.save(config, folder / "config.yaml")
     OmegaConf.save(full, folder / "hydra.yaml")

@@ -1,0 +1,290 @@
+"""The commands as a user runs them: files, last line, repeatability, and one message for every mistake."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import flowtrain
+from flowtrain.cli import evaluate, sample, train
+from flowtrain.cli.common import compose_defaults
+from flowtrain.paths import config_dir
+from flowtrain.training import checkpoint
+
+SMALL = ["trainer.steps=4", "trainer.batch_size=16", "trainer.plot_every=null", "data.n_val=20", "data.n_test=50"]
+TINY = ["model.hidden=[8]", "solver.rtol=1e-3"]
+COMMANDS = {"flowtrain": train.main, "floweval": evaluate.main, "flowsample": sample.main}
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs a command in a fresh working directory: (exit code, standard output, standard error)."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    # Hydra answers a broken config with the whole trace when told so; the commands set this themselves
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def call(command: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [command, *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            COMMANDS[command]()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+def result(run_dir: str | Path, name: str = "result.json") -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((Path(run_dir) / name).read_text())
+    return content
+
+
+EVALUATION = [
+    "nll", "nll_stderr", "n", "split", "step", "bits_per_dim", "entropy", "kl", "kl_stderr", "trace", "noise_samples",
+    "dequantization_samples", "solver", "nfe", "solver_error", "roundtrip_error", "seconds", "device",
+]  # fmt: skip
+
+
+def test_train_evaluate_sample(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("flowtrain", *SMALL, *TINY)
+    assert code == 0
+    run_dir = Path(out.splitlines()[-1])
+    written = {str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file()}
+    assert written == {
+        ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "flowtrain.log", "metrics.jsonl",
+        "checkpoints/best.pt", "checkpoints/last.pt", "plots/samples.png", "plots/curves.png", "result.json",
+    }  # fmt: skip
+    trained = result(run_dir)
+    assert list(trained) == [*EVALUATION, "train_seconds", "steps"]
+    assert trained["steps"] == 4
+
+    code, out, _ = run("floweval", f"ckpt={run_dir}")
+    assert code == 0
+    assert "NLL" in out
+    evaluated = result(run_dir, "eval.json")
+    assert list(evaluated) == EVALUATION
+    assert evaluated["nll"] == pytest.approx(trained["nll"], abs=1e-6)
+    assert evaluated["kl"] == pytest.approx(trained["kl"], abs=1e-6)
+    assert evaluated["kl"] > -3 * evaluated["kl_stderr"]
+
+    code, out, _ = run("flowsample", f"ckpt={run_dir}/checkpoints/best.pt", "n=30", "seed=3", "out=x/s.npy")
+    assert code == 0
+    samples = np.load(tmp_path / "x/s.npy")
+    assert samples.shape == (30, 2)
+    assert samples.dtype == np.float32
+    assert (tmp_path / "x/s.png").exists()
+    flow = flowtrain.load(run_dir)
+    torch.manual_seed(3)
+    z = torch.randn(30, 2)
+    assert torch.allclose(flow.inverse(torch.from_numpy(samples)), z, atol=2e-2)
+    run("flowsample", f"ckpt={run_dir}", "n=30", "seed=3", "out=again.npy")
+    assert np.array_equal(np.load(tmp_path / "again.npy"), samples)
+
+
+def test_floweval_changes_solver_split_and_data(run: Run, tmp_path: Path) -> None:
+    _, out, _ = run("flowtrain", *SMALL, *TINY)
+    ckpt = f"ckpt={out.splitlines()[-1]}"
+    changes = ["split=val", "solver=rk4", "solver.step_size=0.1", "data=circles", "data.n_val=30", "out=e.json"]
+    assert run("floweval", ckpt, *changes)[0] == 0
+    evaluated = result(tmp_path, "e.json")
+    assert (evaluated["split"], evaluated["n"], evaluated["entropy"] > 3) == ("val", 30, True)
+    assert evaluated["solver"] == {"method": "rk4", "rtol": None, "atol": None, "step_size": 0.1}
+    assert run("floweval", ckpt, "model.eval_trace=hutchinson", "model.noise_samples=2", "out=h.json")[0] == 0
+    assert (result(tmp_path, "h.json")["trace"], result(tmp_path, "h.json")["noise_samples"]) == ("hutchinson", 2)
+
+
+@pytest.mark.parametrize("model", ["affine", "realnvp", "ffjord"])
+@pytest.mark.parametrize("d", [1, 3, 20])
+def test_own_arrays(run: Run, tmp_path: Path, model: str, d: int) -> None:
+    if model == "realnvp" and d == 1:
+        pytest.skip("couplings need two columns; see the test of the message")
+    rows = 7 + 30 * np.random.default_rng(0).standard_normal((200, d))
+    np.save(tmp_path / "mine.npy", rows)
+    fast = TINY if model == "ffjord" else []
+    keys = [k for k in SMALL if "data." not in k]
+    code, out, err = run("flowtrain", "data=array", "data.path=mine.npy", f"model={model}", *keys, *fast)
+    assert code == 0, err
+    trained = result(out.splitlines()[-1])
+    # log p is in data units: about that of N(7, 30^2 I)
+    normal = torch.distributions.Normal(7.0, 30.0).entropy().item()
+    assert trained["nll"] / d == pytest.approx(normal, abs=0.5)
+    assert trained["n"] == 20
+    assert trained["kl"] is None
+    os.chdir("/")
+    assert run("floweval", f"ckpt={tmp_path / out.splitlines()[-1]}", f"out={tmp_path}/e.json")[0] == 0
+    assert result(tmp_path, "e.json")["nll"] == pytest.approx(trained["nll"], abs=1e-6)
+
+
+def test_sweep(run: Run) -> None:
+    code, out, err = run("flowtrain", "-m", "solver.rtol=1e-2,1e-3", "model.hidden=[8]", *SMALL, "trainer.steps=2")
+    assert code == 0, err
+    dirs = [Path(line) for line in out.splitlines()]
+    assert len({d.parent for d in dirs}) == 1
+    assert [result(d)["solver"]["rtol"] for d in dirs] == [1e-2, 1e-3]
+    assert [result(d)["solver"]["atol"] for d in dirs] == [1e-2, 1e-3]
+
+
+def test_resume_goes_on(run: Run) -> None:
+    _, out, _ = run("flowtrain", *SMALL, "model=realnvp", "trainer.lr_decay=constant")
+    run_dir = out.splitlines()[-1]
+    code, out, err = run("flowtrain", f"resume={run_dir}", "trainer.steps=6")
+    assert code == 0, err
+    assert out.splitlines()[-1] == str(Path(run_dir).absolute())
+    assert result(run_dir)["steps"] == 6
+    _, out, _ = run("flowtrain", *SMALL, "model=realnvp", "trainer.lr_decay=constant", "trainer.steps=6")
+    whole = checkpoint.load(Path(out.splitlines()[-1]) / "checkpoints/last.pt")["weights"]
+    resumed = checkpoint.load(Path(run_dir) / "checkpoints/last.pt")["weights"]
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+@pytest.mark.parametrize("toy", sorted(p.stem for p in (config_dir() / "data").glob("*.yaml") if p.stem != "array"))
+@pytest.mark.parametrize("model", ["realnvp", "ffjord"])
+def test_every_toy_trains(run: Run, toy: str, model: str) -> None:
+    fast = TINY if model == "ffjord" else []
+    code, out, err = run("flowtrain", f"data={toy}", f"model={model}", *SMALL, *fast, "trainer.steps=2")
+    assert code == 0, err
+    trained = result(out.splitlines()[-1])
+    assert np.isfinite(trained["nll"])
+    assert trained["kl"] > 0
+
+
+def test_every_config_composes() -> None:
+    for group in config_dir().iterdir():
+        if group.is_dir():
+            for option in group.glob("*.yaml"):
+                assert compose_defaults([f"{group.name}={option.stem}"])["seed"] == 0
+
+
+BAD_TRAIN = [
+    (["trainer.stepz=3"], r"no key trainer.stepz; trainer there is steps, batch_size"),
+    (["modell=ffjord"], r"no key modell; at the top there are .*model"),
+    (["model=ffjrd"], r"Available options in 'model': affine ffjord realnvp"),
+    (["+model.depth=3"], r"model: unknown key depth; ffjord takes field, hidden"),
+    (["solver=rk4"], r"solver.step_size"),
+    (["solver.rtol=-1"], r"solver.rtol=-1"),
+    (["trainer.steps=many"], r"trainer.steps=many: give a whole number"),
+    (["device=cuda:9"], r"this machine has \d+ CUDA devices"),
+    (["device=tpu"], r"device=tpu: choose auto"),
+    (["seed=-1"], r"seed=-1"),
+    (["threads=0"], r"threads=0"),
+    (["data=array"], r"data.path"),
+    (["data=array", "data.path=nowhere.npy"], r"nowhere.npy"),
+    (["model.activation=relu"], r"model.activation=relu: choose one of tanh"),
+    (["resume=nowhere"], r"nowhere: there is no such"),
+    (["resume="], r"resume=RUN_DIR"),
+    (["trainer.steps=[1"], r"trainer.steps"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_TRAIN, ids=lambda v: v[-1] if isinstance(v, list) else "")
+def test_mistakes_get_one_message(run: Run, arguments: list[str], words: str) -> None:
+    code, out, err = (
+        run("flowtrain", *SMALL, *arguments) if "data=array" not in arguments else run("flowtrain", *arguments)
+    )
+    assert code == 2
+    assert out == ""
+    assert re.search(words, err), err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_realnvp_refuses_one_column(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.random.default_rng(0).standard_normal(100))
+    code, _, err = run("flowtrain", "model=realnvp", "data=array", "data.path=one.npy")
+    assert code == 2
+    assert "at least 2 columns" in err
+
+
+BAD_OTHERS = [
+    ("floweval", ["split=test"], "ckpt=RUN_DIR_OR_FILE"),
+    ("floweval", ["ckpt=nowhere"], "no such file"),
+    ("floweval", ["ckpt={run}", "split=train"], "choose val or test"),
+    ("floweval", ["ckpt={run}", "solver.tol=1"], "no key solver.tol; solver there is method, rtol"),
+    ("floweval", ["ckpt={run}", "frobnicate=1"], "no key frobnicate.*split, out"),
+    ("floweval", ["ckpt={run}", "model=realnvp"], "its own model"),
+    ("floweval", ["ckpt={run}", "batch_size=0"], "batch_size=0"),
+    ("floweval", ["{run}"], "KEY=VALUE"),
+    ("floweval", ["ckpt={run}/flowtrain.log"], "not a flowtrain checkpoint|complete"),
+    ("flowsample", ["ckpt={run}", "n=0"], "n=0"),
+    ("flowsample", ["ckpt={run}", "n=many"], "n=many"),
+    ("flowsample", ["ckpt={run}", "temperature=-1"], "temperature=-1"),
+    ("flowsample", ["ckpt={run}", "out=s.csv"], ".npy"),
+]
+
+
+def test_mistakes_of_the_other_commands_get_one_message(run: Run) -> None:
+    _, out, _ = run("flowtrain", *SMALL, *TINY)
+    run_dir = out.splitlines()[-1]
+    for command, arguments, words in BAD_OTHERS:
+        code, out, err = run(command, *(a.format(run=run_dir) for a in arguments))
+        assert (code, out) == (2, ""), (arguments, err)
+        assert re.search(words, err), err
+        assert len(err.strip().splitlines()) == 1, err
+
+
+def test_a_run_is_never_overwritten(run: Run, tmp_path: Path) -> None:
+    keys = ["model=affine", *SMALL, "hydra.run.dir=here"]
+    assert run("flowtrain", *keys)[0] == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "here").rglob("*") if p.is_file()}
+    code, _, err = run("flowtrain", *keys, "seed=5")
+    assert code == 2
+    assert "resume=" in err
+    assert {p: p.read_bytes() for p in (tmp_path / "here").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_help(run: Run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "ckpt=" in out or "data=array" in out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, code: int) -> None:
+    keys = [*SMALL, "model=affine", "trainer.steps=1000000", "trainer.log_every=1", "hydra.run.dir=r"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flowtrain", *keys],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        metrics = tmp_path / "r/metrics.jsonl"
+        while (not metrics.exists() or metrics.stat().st_size < 500) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert "flowtrain resume=" in err
+    assert Path(out.splitlines()[-1]) == tmp_path / "r"
+    step = checkpoint.load(tmp_path / "r/checkpoints/last.pt")["step"]
+    assert step == json.loads(metrics.read_text().splitlines()[-1])["step"]
+
+
+DATA = Path(os.environ.get("FLOWTRAIN_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
+
+
+@pytest.mark.skipif(not (DATA / "optdigits").is_dir(), reason="no optdigits in FLOWTRAIN_DATA or ../shared/data")
+def test_optdigits_trains_on_all_64_columns(run: Run) -> None:
+    keys = ["data=array", f"data.path={DATA}/optdigits/optdigits.tra", f"data.test_path={DATA}/optdigits/optdigits.tes"]
+    keys += ["data.columns=[0:64]", "data.dequantize=true", "trainer.steps=3", "trainer.plot_every=null"]
+    code, out, err = run("flowtrain", *keys, "model=realnvp")
+    assert code == 0, err
+    assert result(out.splitlines()[-1])["n"] == 1797

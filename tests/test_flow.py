@@ -1,0 +1,208 @@
+"""Flows and evaluations against closed forms: Gaussians, a linear field, float64 against float32."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flowtrain
+from flowtrain.bijections.affine import Affine
+from flowtrain.bijections.base import Chain
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.scale import Standardize
+from flowtrain.data.base import Dataset, step_generator
+from flowtrain.divergence import TraceRule
+from flowtrain.errors import ConfigError, DataError, FlowtrainError, NonFiniteError
+from flowtrain.evaluation import evaluate, log_probs
+from flowtrain.flow import Flow
+from flowtrain.models.ffjord import ffjord
+from flowtrain.models.realnvp import realnvp
+from flowtrain.solvers import ode_solver
+
+A = torch.tensor([[0.6, -0.3], [0.9, 0.2]], dtype=torch.float64)
+
+
+class Linear(nn.Module):
+    """v = A x: pushed along it, a standard normal is N(0, expm(A) expm(A)^T)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(A.to(torch.get_default_dtype()))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return x @ self.a.T
+
+
+def true_density() -> torch.distributions.MultivariateNormal:
+    factor = torch.linalg.matrix_exp(A)
+    return torch.distributions.MultivariateNormal(torch.zeros(2, dtype=torch.float64), factor @ factor.T)
+
+
+class Gaussian(Dataset):
+    """Samples of the linear flow's own density: its KL is zero."""
+
+    def __init__(self, n: int = 4000) -> None:
+        self.event_shape = (2,)
+        z = torch.randn(n, 2, generator=step_generator(0, 5), dtype=torch.float64)
+        self.val = self.test = (z @ torch.linalg.matrix_exp(A).T).float()
+        self.entropy = true_density().entropy().item()
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        return self.test[:batch_size]
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return true_density().log_prob(x.double())
+
+
+def linear_flow(rtol: float = 1e-6, **trace: str) -> Flow:
+    rule = TraceRule(**trace)  # type: ignore[arg-type]
+    return Flow((2,), Chain([Continuous(Linear(), ode_solver("dopri5", rtol=rtol), rule)])).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linear_flow_is_its_gaussian(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    x = Gaussian(200).test
+    log_p = linear_flow(1e-6 if dtype == torch.float32 else 1e-10).log_prob(x)
+    assert log_p.dtype == dtype
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-8
+    torch.testing.assert_close(log_p.double(), true_density().log_prob(x.double()), rtol=tolerance, atol=tolerance)
+
+
+def test_evaluation_of_the_truth_has_no_kl() -> None:
+    torch.set_default_dtype(torch.float32)
+    data = Gaussian()
+    result = evaluate(linear_flow(1e-5), data, step=7)
+    assert result.kl == pytest.approx(0, abs=1e-5)
+    assert result.kl_stderr == pytest.approx(0, abs=1e-5)
+    assert result.nll == pytest.approx(-data.log_prob(data.test).mean().item(), abs=1e-5)
+    assert result.nll_stderr == pytest.approx(data.log_prob(data.test).std().item() / len(data.test) ** 0.5, rel=1e-3)
+    assert data.entropy == pytest.approx(1 + math.log(2 * math.pi) + A.trace().item())
+    assert (result.trace, result.noise_samples, result.step, result.n) == ("exact", None, 7, 4000)
+    assert result.solver_error is not None
+    assert result.solver_error < 1e-4
+    assert result.roundtrip_error < 1e-3
+
+
+def test_hutchinson_evaluation_says_so_and_repeats() -> None:
+    flow = linear_flow(1e-5, evaluate="hutchinson")
+    first, second = (evaluate(flow, Gaussian(500)) for _ in range(2))
+    assert (first.trace, first.noise_samples) == ("hutchinson", 1)
+    assert first.nll == second.nll
+    assert first.nll == pytest.approx(evaluate(linear_flow(1e-5), Gaussian(500)).nll, abs=0.2)
+
+
+def test_solver_error_sees_a_loose_tolerance() -> None:
+    loose, tight = (evaluate(linear_flow(rtol), Gaussian(100)).solver_error for rtol in (1e-1, 1e-8))
+    assert loose is not None
+    assert tight is not None
+    assert loose > 100 * tight
+
+
+def test_gradient_in_float32_agrees_with_float64() -> None:
+    torch.manual_seed(0)
+    exact = ffjord((2,), solver=ode_solver("dopri5", rtol=1e-10), hidden=[16, 16])
+    for p in exact.parameters():
+        nn.init.normal_(p, std=0.5)
+    single = copy.deepcopy(exact).float()
+    assert single.solver is not None
+    single.solver.rtol = single.solver.atol = 1e-5
+    x = torch.randn(64, 2)
+    grads = [
+        torch.cat([g.double().flatten() for g in torch.autograd.grad(f.log_prob(x).mean(), list(f.parameters()))])
+        for f in (exact, single)
+    ]
+    assert (grads[1] - grads[0]).norm() / grads[0].norm() < 2e-3
+
+
+def test_gradient_of_the_nll_against_finite_differences() -> None:
+    flow = ffjord((3,), solver=ode_solver("rk4", step_size=0.1), hidden=[6])
+    for p in flow.parameters():
+        nn.init.normal_(p, std=0.5)
+    x = torch.randn(5, 3)
+    parameters = list(flow.parameters())
+    grads = torch.autograd.grad(flow.log_prob(x).mean(), parameters)
+    for p, g in zip(parameters, grads, strict=True):
+        index = tuple(torch.tensor(p.shape) // 2)
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                p[index] += step
+                values.append(flow.log_prob(x).mean().item())
+                p[index] -= step
+        assert g[index].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5, abs=1e-8)
+
+
+def test_affine_flow_is_its_gaussian_in_data_units() -> None:
+    standardize = Standardize(3)
+    standardize.fit(torch.tensor([5.0, -2.0, 0.0]), torch.tensor([10.0, 0.1, 1.0]))
+    flow = Flow((3,), Chain([Affine(3), standardize]))
+    for p in flow.parameters():
+        nn.init.normal_(p, std=0.5)
+    factor = torch.diag(standardize.std) @ next(iter(flow.bijection)).factor()  # type: ignore[call-overload]
+    gaussian = torch.distributions.MultivariateNormal(flow(torch.zeros(1, 3))[0], scale_tril=factor)
+    x = gaussian.sample((10,))
+    torch.testing.assert_close(flow.log_prob(x), gaussian.log_prob(x))
+
+
+def test_samples_follow_the_density_and_the_temperature() -> None:
+    flow = linear_flow(1e-6)
+    torch.manual_seed(0)
+    x = flow.sample(20_000)
+    covariance = true_density().covariance_matrix
+    torch.testing.assert_close(torch.cov(x.T), covariance, rtol=0.05, atol=0.05)
+    torch.manual_seed(0)
+    cold = flow.sample(20_000, temperature=0.5)
+    torch.testing.assert_close(cold, 0.5 * x, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(0)
+    torch.testing.assert_close(flow.sample(20_000, chunk=777), x, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_shapes_and_numbers_are_refused() -> None:
+    flow = linear_flow()
+    for bad in (torch.zeros(5), torch.zeros(5, 3), torch.zeros(5, 2, 1)):
+        with pytest.raises(FlowtrainError, match=r"takes \(B, 2\)"):
+            flow.log_prob(bad)
+    with pytest.raises(FlowtrainError, match="n=0"):
+        flow.sample(0)
+    with pytest.raises(FlowtrainError, match="temperature"):
+        flow.sample(1, temperature=-1.0)
+    with pytest.raises(ConfigError, match=r"model\.flows=0"):
+        ffjord((2,), solver=ode_solver("dopri5"), flows=0)
+    with pytest.raises(ConfigError, match="vectors"):
+        realnvp((1, 8, 8))
+
+
+def test_evaluation_refuses_other_shapes_and_names_a_bad_row() -> None:
+    flow, data = linear_flow(), Gaussian(10)
+    data.event_shape = (3,)
+    with pytest.raises(DataError, match=r"\(2,\).*\(3,\)"):
+        evaluate(flow, data)
+    affine, bad = Flow((2,), Affine(2)).eval(), Gaussian(10)
+    bad.test = bad.test.clone()
+    bad.test[4] = torch.inf
+    with pytest.raises(NonFiniteError, match="row 4 of the test set"):
+        evaluate(affine, bad)
+
+
+def test_evaluation_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    log_probs(linear_flow(evaluate="hutchinson"), torch.randn(5, 2, generator=step_generator(1)))
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_generators_are_keyed_by_the_whole_tuple() -> None:
+    draws = [torch.rand(1, generator=step_generator(*key)).item() for key in [(0,), (0, 0), (0, 1), (0, 1, 0), (1, 0)]]
+    assert len(set(draws)) == len(draws)
+    with pytest.raises(ConfigError, match="seed=-1"):
+        step_generator(-1)
+
+
+def test_package_offers_load_and_flow() -> None:
+    assert flowtrain.Flow is Flow
+    assert Path(flowtrain.__file__).name == "__init__.py"
