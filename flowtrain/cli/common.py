@@ -4,7 +4,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,8 +13,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flowtrain.build import check_targets, resolve_device, restore
 from flowtrain.errors import ConfigError, FlowtrainError
+from flowtrain.flow import Flow
 from flowtrain.paths import config_dir, config_groups
+from flowtrain.run import set_threads
+from flowtrain.training import checkpoint
 
 
 def run_command(name: str, command: Callable[[], int]) -> None:
@@ -120,3 +125,46 @@ def overridden(saved: Mapping[str, Any], overrides: Sequence[str], own: Sequence
             raise ConfigError(unknown_key(key, plain(config)) + also)
         OmegaConf.update(config, key, override.value(), force_add=override.is_add())
     return plain(config)
+
+
+class Opened(NamedTuple):
+    """A checkpoint file, its flow and step, and its config with the overrides of the command line."""
+
+    path: Path
+    flow: Flow
+    step: int
+    config: dict[str, Any]
+
+
+def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
+    """What the keys `ckpt`, `device` and `trust` and the overrides mean, checked before anything is built.
+
+    Raises:
+        ConfigError: no `ckpt`, or an unknown key.
+        CheckpointError: missing, damaged, or asking for code that is not trusted.
+    """
+    if not own["ckpt"]:
+        raise ConfigError("ckpt=RUN_DIR_OR_FILE is needed; see --help")
+    path = checkpoint.find(Path(str(own["ckpt"])))
+    saved = checkpoint.load(path)
+    check_targets(saved["config"], own["trust"])
+    config = absolute_paths(overridden(saved["config"], overrides, tuple(own)))
+    # how the flow is preprocessed belongs to the data it was trained on, whatever it now meets
+    trained_on = {**config, "data": saved["config"]["data"]}
+    flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), own["trust"])
+    set_threads(config, flow.event_shape)
+    return Opened(path, flow, saved["step"], config)
+
+
+def run_dir_of(path: Path) -> Path:
+    """The run directory of a checkpoint file; for one kept elsewhere, the folder it lies in."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
+def absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Data files by absolute path, so that a checkpoint finds them from any working directory."""
+    data = {
+        k: str(Path(v).expanduser().absolute()) if isinstance(v, str) and (k == "path" or k.endswith("_path")) else v
+        for k, v in config["data"].items()
+    }
+    return {**config, "data": data}

@@ -4,13 +4,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flowtrain import build
-from flowtrain.cli.common import overridden, run_command, split_own
-from flowtrain.cli.train import absolute_paths
+from flowtrain.build import build_data
+from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
 from flowtrain.errors import ConfigError
 from flowtrain.evaluation import BATCH, evaluate
-from flowtrain.run import messages, set_threads, write_json
-from flowtrain.training import checkpoint
+from flowtrain.run import messages, write_json
 
 USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [out=FILE] [KEY=VALUE ...]
 
@@ -40,28 +38,13 @@ def _command() -> int:
         "trust": [],
     }
     own, overrides = split_own(sys.argv[1:], own, USAGE)
-    if own["ckpt"] is None:
-        raise ConfigError("ckpt=RUN_DIR_OR_FILE is needed; see floweval --help")
     batch_size = own["batch_size"]
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: give a whole number, at least 1")
-    path = checkpoint.find(Path(str(own["ckpt"])))
-    saved = checkpoint.load(path)
-    build.check_targets(saved["config"], own["trust"])
-    config = overridden(saved["config"], overrides, tuple(own))
-    data = build.build_data(absolute_paths(config))
-    set_threads(config, data.event_shape)
-    # how the flow is preprocessed belongs to the data it was trained on, whatever it is now scored on
-    own_data = {**config, "data": saved["config"]["data"]}
-    flow = build.restore({**saved, "config": own_data}, build.resolve_device(own["device"]), own["trust"])
-    result = evaluate(flow, data, str(own["split"]), saved["step"], batch_size)
-    out = Path(str(own["out"])) if own["out"] else run_dir_of(path) / "eval.json"
+    opened = open_checkpoint(own, overrides)
+    result = evaluate(opened.flow, build_data(opened.config), str(own["split"]), opened.step, batch_size)
+    out = Path(str(own["out"])) if own["out"] else run_dir_of(opened.path) / "eval.json"
     write_json(out, result.to_dict())
     print(result.table())
     print(f"{'written to':>13}  {out}")
     return 0
-
-
-def run_dir_of(path: Path) -> Path:
-    """The run directory of a checkpoint file; for one kept elsewhere, the folder it lies in."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent

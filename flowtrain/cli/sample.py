@@ -8,14 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowtrain import build
-from flowtrain.cli.common import overridden, run_command, split_own
-from flowtrain.cli.evaluate import run_dir_of
-from flowtrain.cli.train import absolute_paths
+from flowtrain.build import build_data
+from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
 from flowtrain.errors import ConfigError, DataError, NonFiniteError
 from flowtrain.evaluation import roundtrip_error
-from flowtrain.run import draw, messages, set_threads
-from flowtrain.training import checkpoint
+from flowtrain.run import draw, messages
 
 USAGE = """flowsample ckpt=RUN_DIR_OR_FILE n=10000 [seed=0] [temperature=1.0] [out=FILE.npy] [KEY=VALUE ...]
 
@@ -46,20 +43,13 @@ def _command() -> int:
         "trust": [],
     }
     own, overrides = split_own(sys.argv[1:], own, USAGE)
-    if own["ckpt"] is None:
-        raise ConfigError("ckpt=RUN_DIR_OR_FILE is needed; see flowsample --help")
     for key, kinds in (("n", int), ("seed", int), ("temperature", int | float)):
         if not isinstance(own[key], kinds) or isinstance(own[key], bool) or own[key] < (1 if key == "n" else 0):
             raise ConfigError(f"{key}={own[key]}: give a number, at least {1 if key == 'n' else 0}")
-    path = checkpoint.find(Path(str(own["ckpt"])))
-    saved = checkpoint.load(path)
-    build.check_targets(saved["config"], own["trust"])
+    if own["out"] and not str(own["out"]).endswith(".npy"):
+        raise ConfigError(f"out={own['out']}: samples are written as .npy; give a name that ends so")
+    path, flow, _, config = open_checkpoint(own, overrides)
     out = Path(str(own["out"])) if own["out"] else run_dir_of(path) / "samples.npy"
-    if out.suffix != ".npy":
-        raise ConfigError(f"out={out}: samples are written as .npy; give a name that ends so")
-    config = overridden(saved["config"], overrides, tuple(own))
-    flow = build.restore({**saved, "config": config}, build.resolve_device(own["device"]), own["trust"])
-    set_threads(config, flow.event_shape)
     torch.manual_seed(own["seed"])
     samples = flow.sample(own["n"], float(own["temperature"])).cpu()
     bad = int((~torch.isfinite(samples)).sum())
@@ -71,7 +61,7 @@ def _command() -> int:
         picture = out.with_suffix(".png")
         title = f"{config['model']['name']} on {config['data']['name']}, {own['n']} samples"
         try:
-            draw(flow, build.build_data(absolute_paths(config)), picture, title, samples)
+            draw(flow, build_data(config), picture, title, samples)
             print(f"picture in {picture}")
         except DataError as e:
             print(f"no picture beside the data, which is not to be had: {e}", file=sys.stderr)

@@ -3,14 +3,13 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.build import check_targets
-from flowtrain.cli.common import overridden, plain, run_command, split_own
+from flowtrain.cli.common import absolute_paths, overridden, plain, run_command, split_own
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.paths import config_dir
 from flowtrain.run import messages, train
@@ -82,15 +81,6 @@ def write_hydra(run_dir: Path, config: DictConfig) -> None:
     OmegaConf.save(config, folder / "config.yaml")
     OmegaConf.save(full, folder / "hydra.yaml")
     OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")
-
-
-def absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """Data files by absolute path, so that a checkpoint finds them from any working directory."""
-    data = {
-        k: str(Path(v).expanduser().absolute()) if isinstance(v, str) and (k == "path" or k.endswith("_path")) else v
-        for k, v in config["data"].items()
-    }
-    return {**config, "data": data}
 
 
 if __name__ == "__main__":
