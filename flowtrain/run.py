@@ -24,7 +24,7 @@ log = logging.getLogger("flowtrain")
 
 PICTURE_SAMPLES = 10_000
 # a picture shows nothing of an error this small, and a tight solve of its whole grid would cost more than it shows
-PICTURE_TOLERANCE = 1e-3
+PICTURE_TOLERANCE = 1e-4
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
     torch.manual_seed(_seed(config["seed"]))
     flow = build.build_flow(config, data.event_shape).to(device)
     objective = build.build_objective(config, flow)
-    title = f"{config['model']['name']} on {config['data']['name']}"
+    title = title_of(config)
     log.info(
         "%s: %d parameters, %s samples, %s, %s",
         title,
@@ -103,6 +103,12 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
         log.info("stopped at step %d: %s", trainer.step, trainer.stopped_by)
     finish(config, run_dir, data, device, title, trainer)
     return best, 0
+
+
+def title_of(config: Mapping[str, Any]) -> str:
+    """Such as "ffjord on moons"; the user's own data go by their file's name."""
+    path = config["data"].get("path")
+    return f"{config['model']['name']} on {Path(path).name if path else config['data']['name']}"
 
 
 def finish(

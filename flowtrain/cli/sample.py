@@ -12,7 +12,7 @@ from flowtrain.build import build_data
 from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
 from flowtrain.errors import ConfigError, DataError, NonFiniteError
 from flowtrain.evaluation import roundtrip_error
-from flowtrain.run import draw, messages
+from flowtrain.run import draw, messages, title_of
 
 USAGE = """flowsample ckpt=RUN_DIR_OR_FILE n=10000 [seed=0] [temperature=1.0] [out=FILE.npy] [KEY=VALUE ...]
 
@@ -59,7 +59,7 @@ def _command() -> int:
     print(f"{own['n']} samples, round trip error {roundtrip_error(flow, samples[:500]):.1e}, written to {out}")
     if flow.event_shape == (2,):
         picture = out.with_suffix(".png")
-        title = f"{config['model']['name']} on {config['data']['name']}, {own['n']} samples"
+        title = f"{title_of(config)}, {own['n']} samples"
         try:
             draw(flow, build_data(config), picture, title, samples)
             print(f"picture in {picture}")
