@@ -9,7 +9,7 @@ import torch
 from hydra.utils import get_object, instantiate
 from torch import nn
 
-from flowtrain.bijections.base import Bijection, Chain
+from flowtrain.bijections.base import Chain
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset
 from flowtrain.errors import CheckpointError, ConfigError
@@ -44,11 +44,12 @@ def build_settings(config: Config) -> Settings:
 def build_flow(config: Config, event_shape: tuple[int, ...]) -> Flow:
     """The model, with the solver where its recipe asks for one, and a Standardize at the data end where asked."""
     recipe = get_object(config["model"]["_target_"])
-    extra = {"solver": build_solver(config)} if "solver" in inspect.signature(recipe).parameters else {}
+    # built in any case, so that a mistake in it is not passed over
+    solver = build_solver(config)
+    extra = {"solver": solver} if "solver" in inspect.signature(recipe).parameters else {}
     flow = cast(Flow, _call(config, "model", event_shape=event_shape, **extra))
     if config["data"].get("standardize"):
-        end = Standardize(*event_shape)
-        flow.bijection = Chain([*cast(Sequence[Bijection], flow.bijection), end])
+        flow.bijection = Chain([flow.bijection, Standardize(*event_shape)])
     return flow
 
 
@@ -104,6 +105,8 @@ def check_targets(config: Config, trust: Sequence[str] = ()) -> None:
     Raises:
         CheckpointError: a foreign `_target_`, or an interpolation.
     """
+    if isinstance(trust, str):
+        trust = [trust]
     for where, value in _leaves(config, ()):
         if isinstance(value, str) and "${" in value:
             raise CheckpointError(f"the checkpoint's config has an interpolation at {'.'.join(where)}: refused")

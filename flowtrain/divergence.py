@@ -9,10 +9,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flowtrain.checks import one_of, whole
 from flowtrain.errors import ConfigError
 from flowtrain.fields.base import push_tangents
 
-NOISES = ("rademacher", "gaussian")
+
+def rademacher(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """-1 or 1 with equal probability."""
+    return torch.randint(0, 2, shape, device=like.device).to(like.dtype).mul_(2).sub_(1)
+
+
+def gaussian(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Standard normal."""
+    return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+
+NOISES = {"rademacher": rademacher, "gaussian": gaussian}
 TRACES = ("auto", "exact", "hutchinson")
 
 
@@ -39,10 +51,7 @@ class Probes:
     @staticmethod
     def hutchinson(x: Tensor, noise: str, samples: int) -> "Probes":
         """`samples` random tangents for each row of x (B, d), from the global generator of x's device."""
-        shape = (samples, *x.shape)
-        if noise == "gaussian":
-            return Probes(torch.randn(shape, dtype=x.dtype, device=x.device), 1 / samples)
-        return Probes(torch.randint(0, 2, shape, device=x.device).to(x.dtype).mul_(2).sub_(1), 1 / samples)
+        return Probes(NOISES[noise]((samples, *x.shape), x), 1 / samples)
 
 
 def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
@@ -67,20 +76,23 @@ class TraceRule:
     noise_samples: int = 1
 
     def __post_init__(self) -> None:
-        for key, value in (("trace", self.train), ("eval_trace", self.evaluate)):
-            if value not in TRACES:
-                raise ConfigError(f"model.{key}={value}: choose one of {', '.join(TRACES)}")
-        if self.noise not in NOISES:
-            raise ConfigError(f"model.noise={self.noise}: choose one of {', '.join(NOISES)}")
-        if self.noise_samples < 1:
-            raise ConfigError(f"model.noise_samples={self.noise_samples}: at least one draw is needed")
+        one_of("model.trace", self.train, TRACES)
+        one_of("model.eval_trace", self.evaluate, TRACES)
+        one_of("model.noise", self.noise, NOISES)
+        whole("model.noise_samples", self.noise_samples)
 
     def is_exact(self, d: int, training: bool) -> bool:
         rule = self.train if training else self.evaluate
         return rule == "exact" or (rule == "auto" and d <= (8 if training else 128))
 
     def draw(self, x: Tensor, training: bool) -> Probes:
-        """The probes of one solve that starts at x (B, d)."""
+        """The probes of one solve that starts at x (B, d).
+
+        Raises:
+            ConfigError: x is not made of vectors, whose last dimension would be taken for all of it.
+        """
+        if x.dim() != 2:
+            raise ConfigError(f"a continuous flow takes vectors (B, d); it was given {tuple(x.shape)}")
         if self.is_exact(x.shape[-1], training):
             return Probes.exact(x)
         return Probes.hutchinson(x, self.noise, self.noise_samples)

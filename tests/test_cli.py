@@ -169,6 +169,18 @@ def test_every_config_composes() -> None:
 
 
 BAD_TRAIN = [
+    (["model=realnvp", "model.layerz=3"], r"no key model.layerz; model there is layers, hidden"),
+    (["+stepz=3"], r"no key stepz"),
+    (["+solver.depth=3"], r"solver: unknown key depth; it takes method, rtol"),
+    (["solver.max_nfe=many"], r"solver.max_nfe=many: give a whole number"),
+    (["solver.warmup=x"], r"solver.warmup=x"),
+    (["solver=rk4", "solver.step_size=0.1", "solver.warmup=5"], r"remove solver.warmup"),
+    (["model=realnvp", "solver.rtol=-1"], r"solver.rtol=-1"),
+    (["model.hidden=64"], r"model.hidden=64: give a list"),
+    (["model.hidden=[a]"], r"model.hidden\[0\]=a: give a whole number"),
+    (["model.flows=two"], r"model.flows=two"),
+    (["model.noise_samples=1.5"], r"model.noise_samples=1.5"),
+    (["data.n_val=many"], r"data.n_val=many"),
     (["trainer.stepz=3"], r"no key trainer.stepz; trainer there is steps, batch_size"),
     (["modell=ffjord"], r"no key modell; at the top there are .*model"),
     (["model=ffjrd"], r"Available options in 'model': affine ffjord realnvp"),
@@ -215,6 +227,8 @@ BAD_OTHERS = [
     ("floweval", ["ckpt={run}", "solver.tol=1"], "no key solver.tol; solver there is method, rtol"),
     ("floweval", ["ckpt={run}", "frobnicate=1"], "no key frobnicate.*split, out"),
     ("floweval", ["ckpt={run}", "model=realnvp"], "its own model"),
+    ("floweval", ["ckpt={run}", "trainer.lr=77"], "no use here; give ckpt.* keys of model, data, solver"),
+    ("floweval", ["ckpt={run}", "seed=7"], "no use here"),
     ("floweval", ["ckpt={run}", "batch_size=0"], "batch_size=0"),
     ("floweval", ["{run}"], "KEY=VALUE"),
     ("floweval", ["ckpt={run}/flowtrain.log"], "not a flowtrain checkpoint|complete"),

@@ -1,4 +1,4 @@
-"""The package finds its configs wherever it is installed from. Slow: it builds a wheel from an sdist."""
+"""The package finds its configs wherever it is installed from."""
 
 import subprocess
 import sys
@@ -16,11 +16,9 @@ def test_config_groups() -> None:
     assert {"model", "data", "solver", "trainer", "objective", "experiment"} <= set(config_groups())
 
 
-@pytest.mark.slow
 def test_a_wheel_from_an_sdist_runs(tmp_path: Path) -> None:
     if not (ROOT / "pyproject.toml").exists():
         pytest.skip("not in a checkout")
-    pytest.importorskip("hatchling", reason="hatchling builds the wheel")
     build = "import sys; from hatchling.build import build_sdist, build_wheel; print(eval(sys.argv[1])(sys.argv[2]))"
 
     def make(kind: str, cwd: Path) -> Path:

@@ -1,5 +1,6 @@
 """Solvers against closed forms, against each other, and against finite differences; their failures in words."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -61,8 +62,6 @@ def test_every_torchdiffeq_method_has_a_config() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (1.0, 0.0)])
 def test_every_config_solves_both_ways(name: str, t0: float, t1: float) -> None:
-    if name == "scipy_solver":
-        pytest.importorskip("scipy", reason="the extra flowtrain[scipy] is not installed")
     wave, x = Wave(), torch.randn(5, 3)
     with torch.no_grad():
         solution = make(name).solve(wave.problem(x, t0, t1))
@@ -87,6 +86,22 @@ def test_order_of_convergence(name: str) -> None:
         errors.append([(solution.x - exact).abs().item(), (solution.integrals - exact.log()).abs().item()])
     for coarse, fine in zip(*errors, strict=True):
         assert math.log2(coarse / fine) == pytest.approx(TABLEAUS[name].order, abs=0.35)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_order_of_convergence_of_the_adaptive_methods(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tableaus, stepped without step control, on an equation that is not linear in x."""
+    monkeypatch.setitem(TABLEAUS, "fixed", dataclasses.replace(TABLEAUS[name], e=None))
+
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        return x * x * torch.cos(t)
+
+    errors = []
+    for n in (4, 8):
+        x = RungeKutta("fixed", step_size=1 / n).solve(Problem(field, None, torch.full((1, 1), 0.5), 0.0, 1.0)).x
+        errors.append(abs(x.item() - 1 / (2 - math.sin(1))))
+    # at least: the fifth-order errors happen to change sign near here, and fall faster
+    assert math.log2(errors[0] / errors[1]) > TABLEAUS[name].order - 0.3
 
 
 @pytest.mark.parametrize("name", list(TABLEAUS))
@@ -194,6 +209,7 @@ def test_statistics() -> None:
     assert direct.nfe_forward == 2 + 6 * (direct.accepted + direct.rejected)
     assert direct.nfe_backward == 0
     assert backwards.nfe_forward > 0
+    assert backwards.accepted > 0
     assert backwards.nfe_backward > 0
 
 
@@ -258,8 +274,8 @@ def stiff(t: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("field", "settings", "words"),
     [
-        (explode, {}, "underflow|NaN|max_nfe"),
-        (broken, {}, "underflow|NaN"),
+        (explode, {}, "underflow"),
+        (broken, {}, "NaN or infinite"),
         (stiff, {"max_nfe": 50}, "max_nfe=50"),
     ],
 )
@@ -270,6 +286,44 @@ def test_failures_say_where_and_what_to_try(engine: Any, field: Any, settings: d
     for part in ("dopri5", "t=", "step size", "rtol=", "Try" if "Try" in message else "try"):
         assert part in message
     assert "\n" not in message
+
+
+def test_a_failing_adjoint_solve_is_explained() -> None:
+    """v = sqrt|x| stands still at 0, where its Jacobian is infinite: forward all is well, backward nothing is."""
+
+    class Root(nn.Module):
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return x.abs().sqrt()
+
+    x = torch.zeros(1, 1, requires_grad=True)
+    solution = ode_solver("dopri5", gradient="adjoint").solve(Problem(Root(), None, x, 0.0, 1.0))
+    with pytest.raises(SolverError, match=r"NaN or infinite|underflow"):
+        solution.x.sum().backward()
+
+
+def test_an_assertion_in_a_users_field_is_not_taken_for_a_solver_failure() -> None:
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        raise AssertionError("the user's own")
+
+    with pytest.raises(AssertionError, match="the user's own"):
+        Torchdiffeq("dopri5").solve(Problem(field, None, torch.ones(1, 1), 0.0, 1.0))
+
+
+@pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_control_of_the_integrals_is_a_choice(engine: Any, method: str) -> None:
+    """An integrand far rougher than the state costs steps only where it takes part in their control."""
+
+    def integrand(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        v = -x
+        return v, (30 * torch.sin(40 * t)).expand(x.shape[:-1]).unsqueeze(-1)
+
+    problem = Problem(lambda t, x: -x, integrand, torch.ones(2, 1), 0.0, 1.0)
+    state, everything = (engine(method, control=c).solve(problem) for c in ("state", "all"))
+    assert everything.statistics.accepted > 2 * state.statistics.accepted
+    exact = 30 * (1 - math.cos(40)) / 40
+    assert everything.integrals is not None
+    assert everything.integrals[0, 0].item() == pytest.approx(exact, abs=1e-3)
 
 
 @pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])

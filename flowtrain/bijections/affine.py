@@ -34,7 +34,7 @@ class Affine(Bijection):
         centred = (x - x.mean(0)).double()
         covariance = centred.T @ centred / len(x)
         # fewer rows than columns, or columns that depend on each other, leave directions without variance
-        covariance += 1e-6 * covariance.diagonal().mean().clamp_min(1e-12) * torch.eye(len(covariance)).to(covariance)
+        covariance.diagonal().mul_(1 + 1e-6).add_(1e-30)
         factor = torch.linalg.cholesky(covariance)
         self.mean.copy_(x.mean(0))
         self.log_diagonal.copy_(factor.diagonal().log())

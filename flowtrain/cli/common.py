@@ -51,7 +51,9 @@ def explain(error: Exception) -> str:
     if unknown is None:
         written = getattr(error, "override", None)
         return f"{written}: {message}" if written else re.sub(r"^In '[^']*': ", "", message)
-    return unknown_key(unknown[1], compose_defaults(()))
+    # with the groups that were chosen, whose keys are the ones to list
+    chosen = [a for a in sys.argv[1:] if a.partition("=")[0] in config_groups() and "," not in a]
+    return unknown_key(unknown[1], compose_defaults(chosen))
 
 
 def unknown_key(key: str, config: Mapping[str, Any]) -> str:
@@ -102,16 +104,25 @@ def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> t
     return values, rest
 
 
-def overridden(saved: Mapping[str, Any], overrides: Sequence[str], own: Sequence[str] = ()) -> dict[str, Any]:
+def overridden(
+    saved: Mapping[str, Any], overrides: Sequence[str], own: Sequence[str] = (), used: Sequence[str] = ()
+) -> dict[str, Any]:
     """A saved config with overrides: GROUP=NAME takes the group anew from the configs, KEY=VALUE sets a key.
 
+    Args:
+        own: the command's own keys, for the message.
+        used: the keys of the config that the command reads; empty for all. Others are refused, not passed over.
+
     Raises:
-        ConfigError: an unknown key, or another model, which would not fit the weights.
+        ConfigError: an unknown or unused key, or another model, which would not fit the weights.
     """
     config = OmegaConf.create(dict(saved))
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for override in parsed:
         group = override.key_or_group
+        top = group.partition(".")[0]
+        if used and top in config and top not in used:
+            raise ConfigError(f"{group}: has no use here; give {', '.join(own)}, or keys of {', '.join(used)}")
         if group in config_groups():
             if group in ("model", "experiment"):
                 raise ConfigError(f"{group}={override.value()}: the checkpoint has its own model; leave it out")
@@ -125,6 +136,10 @@ def overridden(saved: Mapping[str, Any], overrides: Sequence[str], own: Sequence
             raise ConfigError(unknown_key(key, plain(config)) + also)
         OmegaConf.update(config, key, override.value(), force_add=override.is_add())
     return plain(config)
+
+
+# the parts of a saved config that scoring and sampling read
+USED = ("model", "data", "solver", "threads")
 
 
 class Opened(NamedTuple):
@@ -148,7 +163,7 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
     path = checkpoint.find(Path(str(own["ckpt"])))
     saved = checkpoint.load(path)
     check_targets(saved["config"], own["trust"])
-    config = absolute_paths(overridden(saved["config"], overrides, tuple(own)))
+    config = absolute_paths(overridden(saved["config"], overrides, tuple(own), USED))
     # how the flow is preprocessed belongs to the data it was trained on, whatever it now meets
     trained_on = {**config, "data": saved["config"]["data"]}
     flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), own["trust"])

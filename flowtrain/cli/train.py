@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from flowtrain.build import check_targets
 from flowtrain.cli.common import absolute_paths, overridden, plain, run_command, split_own
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
-from flowtrain.paths import config_dir
+from flowtrain.paths import config_dir, config_groups
 from flowtrain.run import messages, train
 from flowtrain.training import checkpoint
 
@@ -35,7 +36,7 @@ def _start(config: DictConfig) -> float:
         claim(run_dir)
         write_hydra(run_dir, config)
         with messages(run_dir / "flowtrain.log"):
-            best, code = train(absolute_paths(plain(config)), run_dir)
+            best, code = train(absolute_paths(known(plain(config))), run_dir)
     except FlowtrainError as e:
         # raised, it would reach the terminal under a heading of Hydra's; one message is what we promise
         print(f"flowtrain: {e}", file=sys.stderr)
@@ -62,6 +63,15 @@ def resume(arguments: Sequence[str]) -> int:
         _, code = train(absolute_paths(overridden(saved["config"], rest, tuple(own))), run_dir, saved)
     print(run_dir)
     return code
+
+
+def known(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, if nothing was added to its top that no one reads."""
+    names = [*config_groups(), "seed", "device", "threads", "resume"]
+    extra = [key for key in config if key not in names]
+    if extra:
+        raise ConfigError(f"there is no key {extra[0]}; at the top there are {', '.join(names)}")
+    return config
 
 
 def claim(run_dir: Path) -> None:

@@ -22,6 +22,10 @@ def step_generator(seed: int, *stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
+# the stream of a step's own randomness (trace noise); data sets key theirs by other numbers
+STEP_STREAM = 0x73_74_65_70
+
+
 class Dataset(ABC):
     """Samples x of shape (B, *event_shape), float32, in data units.
 

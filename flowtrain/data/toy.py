@@ -5,8 +5,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from flowtrain.checks import whole
 from flowtrain.data.base import Dataset, step_generator
-from flowtrain.errors import ConfigError, DataError
+from flowtrain.errors import DataError
 
 _TRAIN, _VAL, _TEST = 1, 2, 3
 
@@ -50,11 +51,9 @@ class Toy(Dataset):
     _chunk = 128
 
     def __init__(self, n_val: int = 2000, n_test: int = 10_000, seed: int = 0) -> None:
-        for key, n in (("n_val", n_val), ("n_test", n_test)):
-            if n < 1:
-                raise ConfigError(f"data.{key}={n}: a held-out set needs samples; give 1 or more")
-        self.val = self.sample(n_val, step_generator(seed, _VAL)).float()
-        self.test = self.sample(n_test, step_generator(seed, _TEST)).float()
+        seed = whole("data.seed", seed, least=0)
+        self.val = self.sample(whole("data.n_val", n_val), step_generator(seed, _VAL)).float()
+        self.test = self.sample(whole("data.n_test", n_test), step_generator(seed, _TEST)).float()
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """Fresh samples of shape (batch_size, 2), float32, keyed by (seed, step)."""

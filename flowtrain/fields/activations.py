@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowtrain.errors import ConfigError
+from flowtrain.checks import one_of
 
 ValueAndSlope = tuple[Tensor, Tensor]
 
@@ -32,6 +32,4 @@ SLOPES: dict[str, Callable[[Tensor], ValueAndSlope]] = {"tanh": tanh, "softplus"
 
 
 def check_activation(name: str) -> str:
-    if name not in SLOPES:
-        raise ConfigError(f"model.activation={name}: choose one of {', '.join(SLOPES)} (a field must be smooth)")
-    return name
+    return one_of("model.activation", name, SLOPES, "a field must be smooth")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtrain.errors import ConfigError
+from flowtrain.checks import one_of, widths
 from flowtrain.fields.activations import SLOPES, VALUES, check_activation
 from flowtrain.fields.base import Field
 
@@ -20,6 +20,12 @@ class TimedLinear(nn.Module, ABC):
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
         self.linear = nn.Linear(n_in, n_out)
+
+    def zero(self) -> None:
+        """Sets y to zero for every x and t."""
+        for name in ("linear", "shift"):
+            for p in getattr(self, name, nn.Module()).parameters():
+                nn.init.zeros_(p)
 
     @abstractmethod
     def modulation(self, t: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -107,15 +113,10 @@ class MLPField(Field):
 
     def __init__(self, d: int, hidden: Sequence[int], layer: str, activation: str) -> None:
         super().__init__()
-        if layer not in LAYERS:
-            raise ConfigError(f"model.field={layer}: choose one of {', '.join(LAYERS)}")
-        if not hidden or min(hidden) < 1:
-            raise ConfigError(f"model.hidden={list(hidden)}: give at least one positive width, as in [64,64,64]")
+        kind = LAYERS[one_of("model.field", layer, LAYERS)]
         self.activation = check_activation(activation)
-        widths = [d, *hidden, d]
-        *body, head = (LAYERS[layer](a, b) for a, b in pairwise(widths))
-        nn.init.zeros_(head.linear.weight)
-        nn.init.zeros_(head.linear.bias)
+        *body, head = (kind(a, b) for a, b in pairwise([d, *widths("model.hidden", hidden), d]))
+        head.zero()
         self.body = nn.ModuleList(body)
         self.head = head
 

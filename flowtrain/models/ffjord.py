@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
+from flowtrain.checks import whole
 from flowtrain.divergence import TraceRule
 from flowtrain.errors import ConfigError
 from flowtrain.fields.mlp import MLPField
@@ -38,12 +39,11 @@ def ffjord(
     """
     if len(event_shape) != 1:
         raise ConfigError(f"model=ffjord is for vectors; the data has samples of shape {event_shape}")
-    if flows < 1:
-        raise ConfigError(f"model.flows={flows}: at least one is needed")
     rule = TraceRule(trace, eval_trace, noise, noise_samples)
     return Flow(
         event_shape,
         Chain(
-            Continuous(MLPField(event_shape[0], list(hidden), field, activation), solver, rule) for _ in range(flows)
+            Continuous(MLPField(event_shape[0], hidden, field, activation), solver, rule)
+            for _ in range(whole("model.flows", flows))
         ),
     )

@@ -10,6 +10,7 @@ from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.coupling import AffineCoupling
 from flowtrain.bijections.permutation import Permutation
 from flowtrain.bijections.scale import ActNorm
+from flowtrain.checks import number, one_of, whole, widths
 from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
 
@@ -45,12 +46,11 @@ def realnvp(
             f"model=realnvp needs vectors of at least 2 columns, one half conditioning the other; the data has samples "
             f"of shape {event_shape}. For one column use model=ffjord or model=affine"
         )
-    if layers < 1 or cap <= 0 or not all(width > 0 for width in hidden):
-        raise ConfigError(f"model.layers={layers}, model.cap={cap}, model.hidden={list(hidden)}: all must be positive")
-    if mixing not in MIXINGS:
-        raise ConfigError(f"model.mixing={mixing}: choose one of {', '.join(MIXINGS)}")
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"model.activation={activation}: choose one of {', '.join(ACTIVATIONS)}")
+    whole("model.layers", layers)
+    number("model.cap", cap)
+    hidden = widths("model.hidden", hidden, least_layers=0)
+    one_of("model.mixing", mixing, MIXINGS)
+    one_of("model.activation", activation, ACTIVATIONS)
     d = event_shape[0]
     even = torch.arange(d) % 2 == 0
     bijections: list[Bijection] = []
@@ -68,9 +68,9 @@ def realnvp(
 def coupling(mask: Tensor, hidden: Sequence[int], activation: type[nn.Module], cap: float) -> AffineCoupling:
     """A coupling with an MLP conditioner that starts as the identity."""
     n_kept = int(mask.sum())
-    widths = [n_kept, *hidden]
-    body = [layer for n_in, n_out in pairwise(widths) for layer in (nn.Linear(n_in, n_out), activation())]
-    head = nn.Linear(widths[-1], 2 * (len(mask) - n_kept))
+    sizes = [n_kept, *hidden]
+    body = [layer for n_in, n_out in pairwise(sizes) for layer in (nn.Linear(n_in, n_out), activation())]
+    head = nn.Linear(sizes[-1], 2 * (len(mask) - n_kept))
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return AffineCoupling(mask, nn.Sequential(*body, head), cap)

@@ -1,7 +1,9 @@
 """ODE solvers: `ode_solver` picks the engine for a method and a gradient."""
 
+import inspect
 from typing import Any
 
+from flowtrain.checks import one_of
 from flowtrain.errors import ConfigError
 from flowtrain.solvers.base import Problem, Solution, Solver, Statistics, record_solves
 from flowtrain.solvers.runge_kutta import RungeKutta
@@ -17,7 +19,11 @@ def ode_solver(method: str, gradient: str = "direct", **settings: Any) -> Solver
     Raises:
         ConfigError: an unknown method (the message lists what there is) or a setting out of range.
     """
-    if method not in TABLEAUS and method not in METHODS:
-        raise ConfigError(f"solver.method={method}: choose one of {', '.join(sorted({*TABLEAUS, *METHODS}))}")
+    one_of("solver.method", method, sorted({*TABLEAUS, *METHODS}))
+    known = inspect.signature(Solver.__init__).parameters
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        names = [key for key in known if key not in ("self", "adaptive")]
+        raise ConfigError(f"solver: unknown key {', '.join(unknown)}; it takes {', '.join(names)}")
     engine = RungeKutta if method in TABLEAUS and gradient != "adjoint" else Torchdiffeq
     return engine(method, gradient=gradient, **settings)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flowtrain.checks import number, one_of, whole
 from flowtrain.errors import ConfigError, SolverError
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -107,27 +108,29 @@ class Solver(ABC):
         control: str = "state",
         gradient: str = "direct",
         warmup: int = 0,
-        warmup_rtol: float = 1e-2,
+        warmup_rtol: float = 1e-3,
     ) -> None:
         self.method = method
         self.adaptive = adaptive
-        self.rtol = _positive("rtol", rtol)
-        self.atol = self.rtol if atol is None else _positive("atol", atol)
-        self.step_size = None if step_size is None else _positive("step_size", step_size)
+        self.rtol = number("solver.rtol", rtol)
+        self.atol = self.rtol if atol is None else number("solver.atol", atol)
+        self.step_size = None if step_size is None else number("solver.step_size", step_size)
+        self.max_nfe = whole("solver.max_nfe", max_nfe)
+        self.control = one_of("solver.control", control, CONTROLS)
+        self.gradient = one_of("solver.gradient", gradient, GRADIENTS)
+        self.warmup = whole("solver.warmup", warmup, least=0)
+        self.warmup_rtol = number("solver.warmup_rtol", warmup_rtol)
         if not adaptive and self.step_size is None:
             raise ConfigError(
                 f"solver={method} takes fixed steps and was given no step size: set solver.step_size, "
                 "for example solver.step_size=0.05 (t runs from 0 to 1)"
             )
+        if not adaptive and self.warmup:
+            raise ConfigError(
+                f"solver={method} takes fixed steps and has no tolerance to warm up: remove solver.warmup"
+            )
         if adaptive and self.step_size is not None:
             raise ConfigError(f"solver={method} chooses its own steps: remove solver.step_size, or set solver.rtol")
-        if max_nfe < 1 or warmup < 0:
-            raise ConfigError(f"solver.max_nfe={max_nfe}, solver.warmup={warmup}: neither can be that small")
-        self.max_nfe = max_nfe
-        self.control = _one_of("control", control, CONTROLS)
-        self.gradient = _one_of("gradient", gradient, GRADIENTS)
-        self.warmup = warmup
-        self.warmup_rtol = _positive("warmup_rtol", warmup_rtol)
 
     def tolerance_at(self, step: int) -> tuple[float, float]:
         """(rtol, atol) for a training step: rtol_w (rtol / rtol_w)^(step / warmup), then rtol."""
@@ -170,7 +173,9 @@ class Solver(ABC):
 
     def steps_between(self, t0: float, t1: float) -> int:
         """How many equal fixed steps, none longer than step_size, lead from t0 to t1."""
-        return max(1, math.ceil(abs(t1 - t0) / (self.step_size or math.inf) - 1e-9))
+        if self.step_size is None:
+            raise RuntimeError(f"{self.method} is adaptive")
+        return max(1, math.ceil(abs(t1 - t0) / self.step_size - 1e-9))
 
     def failure(self, what: str, t: float, h: float, advice: str) -> SolverError:
         """One message naming the method, the time, the step size, the tolerance and what to try."""
@@ -203,15 +208,3 @@ class Solver(ABC):
             "Look for NaN or huge values in the input; in training try a smaller trainer.lr or trainer.clip_norm; "
             "with fixed steps, a smaller solver.step_size.",
         )
-
-
-def _positive(name: str, value: float) -> float:
-    if not (isinstance(value, int | float) and 0 < value < math.inf):
-        raise ConfigError(f"solver.{name}={value}: give a positive number")
-    return float(value)
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ConfigError(f"solver.{name}={value}: choose one of {', '.join(choices)}")
-    return value

@@ -1,9 +1,10 @@
 """Explicit Runge-Kutta: one stepping loop for every tableau, path integrals as quadratures on its nodes.
 
 With stage points x_i at t_i and weights h b_i, an integral of q along the solution is sum h b_i q(t_i, x_i):
-the same number as an augmented solve on the same steps would give, but evaluated in one batched call, and on
-accepted steps only. The gradient is the exact one of the discrete solution: autograd through the accepted steps,
-with the step sizes held constant.
+the same number as an augmented solve on the same steps would give. With control=state all nodes of the accepted
+steps are evaluated in one batched call at the end; with control=all the nodes of each attempted step in one call,
+whose embedded error joins the step control. NFE counts evaluations of the velocity, not these. The gradient is the
+exact one of the discrete solution: autograd through the accepted steps, with the step sizes held constant.
 """
 
 import math
@@ -124,7 +125,7 @@ class _Run:
             # two equal steps to the end rather than a long one and a sliver
             h = left if last else left / 2 if 2 * abs(h) > abs(left) else h
             if abs(h) < smallest and not last:
-                raise self.solver.underflow(self.t, h)
+                raise self.solver.non_finite(self.t, h) if broken else self.solver.underflow(self.t, h)
             step = self.attempt(h)
             ratio, integral = self.error_ratio(step)
             if ratio <= 1:
@@ -144,20 +145,25 @@ class _Run:
         ideal: float = SAFETY * max(ratio, 1e-10) ** (-1 / self.tableau.order)
         return min(grow, max(SHRINK, ideal))
 
-    @torch.no_grad()
     def first_step(self) -> float:
-        """A first step from two slopes (Hairer, Norsett and Wanner, II.4, algorithm 'starting step size')."""
+        """A first step from two slopes, after Hairer, Norsett and Wanner, II.4, 'starting step size'.
+
+        Their floor of 1e-6 is 1e-3 here: an untrained field is zero, which would trigger it in every first solve.
+        """
+        self.slope = self.velocity(self.t, 0.0, self.x)
+        with torch.no_grad():
+            return self.step_from(self.slope)
+
+    def step_from(self, slope: Tensor) -> float:
         x, span = self.x, self.problem.t1 - self.problem.t0
-        with torch.enable_grad():
-            self.slope = self.velocity(self.t, 0.0, x)
         scale = self.solver.atol + self.solver.rtol * x.abs()
-        size, speed = rms(x / scale), rms(self.slope / scale)
+        size, speed = rms(x / scale), rms(slope / scale)
         h0 = (torch.where((size < 1e-5) | (speed < 1e-5), torch.full_like(size, 1e-3), 0.01 * size / speed)).item()
         if not math.isfinite(h0):
             raise self.solver.non_finite(self.t, h0)
         h0 = math.copysign(min(h0, abs(span)), span)
-        ahead = self.velocity(self.t + h0, h0, x + h0 * self.slope)
-        bend = rms((ahead - self.slope) / scale) / abs(h0)
+        ahead = self.velocity(self.t + h0, h0, x + h0 * slope)
+        bend = rms((ahead - slope) / scale) / abs(h0)
         steepest = torch.maximum(speed, bend).item()
         if not math.isfinite(steepest):
             return h0
@@ -180,9 +186,7 @@ class _Run:
             with torch.no_grad():
                 error = weighted(q, [step.h * e[i] for i in used])
                 total = integral if self.total is None else self.total + integral
-                # + so that a NaN in either survives, as a maximum of floats would not let it
-                worst = rms(error / (solver.atol + solver.rtol * total.abs()))
-                ratio = torch.where(worst > ratio, worst, ratio) + 0 * worst
+                ratio = torch.maximum(ratio, rms(error / (solver.atol + solver.rtol * total.abs())))
         return float(ratio), integral
 
     def integrand_at(self, times: list[float], points: list[Tensor]) -> Tensor:

@@ -1,9 +1,9 @@
 """torchdiffeq as an engine: every method it has, by its name, and its constant-memory adjoint.
 
-State and path integrals are solved as one augmented system. Its assertions become SolverErrors that say where.
+State and path integrals are solved as one augmented system. A callback before each step, forward or backward,
+sees a failure coming and says where, before torchdiffeq asserts.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,17 +82,14 @@ class Torchdiffeq(Solver):
             n = self.steps_between(problem.t0, problem.t1)
             # torchdiffeq's own grid from a step size can end in a step of length zero in float32
             arguments["options"] = {"grid_constructor": lambda f, y, t: _grid(t, n)}
+        elif self.control == "state":
+            arguments["options"] = {"norm": lambda y: y[0].square().mean().sqrt()}
         needs_gradient = torch.is_grad_enabled() and any(v.requires_grad for v in (state[0], *problem.parameters))
-        solve: Callable[..., tuple[Tensor, ...]] = odeint
         if needs_gradient and self.gradient == "adjoint":
-            solve = odeint_adjoint
-            arguments["adjoint_params"] = problem.parameters
-        elif needs_gradient and self.method == "scipy_solver":
+            return [y[-1] for y in odeint_adjoint(dynamics, state, t, adjoint_params=problem.parameters, **arguments)]
+        if needs_gradient and self.method == "scipy_solver":
             raise ConfigError("solver=scipy_solver has no direct gradient: set solver.gradient=adjoint")
-        try:
-            return [y[-1] for y in solve(dynamics, state, t, **arguments)]
-        except AssertionError as e:
-            raise dynamics.explain(e) from e
+        return [y[-1] for y in odeint(dynamics, state, t, **arguments)]
 
 
 def _grid(t: Tensor, n: int) -> Tensor:
@@ -102,14 +99,17 @@ def _grid(t: Tensor, n: int) -> Tensor:
 
 
 class _Dynamics:
-    """d(x, q)/dt for torchdiffeq: counts evaluations, remembers where it is for the error message."""
+    """d(x, q)/dt for torchdiffeq; its callbacks count steps and turn a failing one into a SolverError."""
 
     def __init__(self, solver: Torchdiffeq, problem: Problem, statistics: Statistics) -> None:
         self.solver, self.problem, self.statistics = solver, problem, statistics
         self.backward = False
-        self.t, self.h, self.finite = problem.t0, 0.0, True
-        if solver.method != "scipy_solver":  # which cannot call back, and would warn
-            self.callback_step = self.remember
+        self.h = 0.0
+        # torchdiffeq warns of a callback that the method does not support
+        if solver.method != "scipy_solver":
+            self.callback_step = self.callback_step_adjoint = self.check_step
+        if solver.adaptive and solver.method != "scipy_solver":
+            self.callback_accept_step, self.callback_reject_step = self.accepted, self.rejected
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         self.count(t)
@@ -129,12 +129,20 @@ class _Dynamics:
         else:
             statistics.nfe_forward += 1
 
-    def remember(self, t: Tensor, state: tuple[Tensor, ...], h: Tensor) -> None:
-        # torchdiffeq leaves its first step size in the graph
-        self.t, self.h = float(t.detach()), float(h.detach())
-        self.finite = bool(torch.isfinite(state[0]).all())
+    def check_step(self, t: Tensor, state: Any, h: Tensor) -> None:
+        # torchdiffeq leaves its first step size in the graph, and sets a step size of NaN to zero
+        now, self.h = float(t.detach()), float(h.detach())
+        if not self.solver.adaptive:
+            self.statistics.accepted += 1
+            return
+        finite = all(bool(torch.isfinite(part).all()) for part in state)
+        if self.h == 0 or not finite:
+            raise self.solver.non_finite(now, self.h)
+        if now + self.h == now:
+            raise self.solver.underflow(now, self.h)
 
-    def explain(self, error: AssertionError) -> Exception:
-        if "non-finite" in str(error) or not self.finite:
-            return self.solver.non_finite(self.t, self.h)
-        return self.solver.underflow(self.t, self.h)
+    def accepted(self, t: Tensor, state: Any, h: Tensor) -> None:
+        self.statistics.accepted += 1
+
+    def rejected(self, t: Tensor, state: Any, h: Tensor) -> None:
+        self.statistics.rejected += 1

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -13,10 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flowtrain.bijections.base import Chain
 from flowtrain.bijections.scale import Standardize
-from flowtrain.data.base import Dataset, step_generator
-from flowtrain.errors import FlowtrainError, NonFiniteError
+from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
+from flowtrain.errors import CheckpointError, FlowtrainError, NonFiniteError
 from flowtrain.evaluation import log_probs
 from flowtrain.flow import Flow
 from flowtrain.solvers import record_solves
@@ -31,6 +31,8 @@ log = logging.getLogger("flowtrain")
 
 NFE_WARNING = 1000
 INITIALIZATION_ROWS = 10_000
+# what last.pt keeps of the trainer itself
+PROGRESS = ("step", "seconds", "stale", "best", "val_nll")
 
 Picture = Callable[[Flow, int, float], None]
 
@@ -65,7 +67,7 @@ class Trainer:
         self.device = next(flow.parameters()).device
         self.step, self.seconds, self.stale = 0, 0.0, 0
         self.best: dict[str, float] | None = None
-        self.train_nll = self.val_nll = math.nan
+        self.val_nll = math.nan
         self.stopped_by: str | None = None
         self.warned = False
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
@@ -73,19 +75,23 @@ class Trainer:
         self.lr = LearningRate(settings)
         if saved is None:
             self.initialize()
+        else:
+            self.load_weights(saved)
         self.ema = None if settings.ema is None else Ema(flow, settings.ema)
         if saved is not None:
-            self.load(saved)
+            self.load_progress(saved)
         self.metrics = Metrics(run_dir / "metrics.jsonl", self.step)
 
     def initialize(self) -> None:
         """Statistics and data-dependent parameters, from training data."""
         statistics = self.data.statistics()
-        if statistics is not None and isinstance(self.flow.bijection, Chain):
-            for bijection in self.flow.bijection:
-                if isinstance(bijection, Standardize):
-                    bijection.fit(*statistics)
-        self.flow.bijection.initialize(self.data.train_batch(0, INITIALIZATION_ROWS, self.seed).to(self.device))
+        for bijection in self.flow.bijection.modules():
+            if isinstance(bijection, Standardize) and statistics is not None:
+                bijection.fit(*statistics)
+        x = self.data.train_batch(0, INITIALIZATION_ROWS, self.seed).to(self.device)
+        if not bool(torch.isfinite(x).all()):
+            raise NonFiniteError("the training data hold NaN or infinite values: remove those rows")
+        self.flow.bijection.initialize(x)
 
     def fit(self) -> None:
         """Runs to the last step, the time limit, early stopping or a signal; `stopped_by` says which but the first.
@@ -100,6 +106,9 @@ class Trainer:
             bar = stack.enter_context(
                 tqdm(total=s.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
             )
+            if self.step == 0:
+                # killed before the first validation, there is still something to go on from
+                self.save_last()
             while self.step < s.steps and self.stopped_by is None:
                 row = self.guarded_step()
                 self.step += 1
@@ -107,11 +116,12 @@ class Trainer:
                 if self.step % s.log_every == 0 or self.step == 1:
                     self.metrics.write(step=self.step, split="train", nll=row.pop("nll"), seconds=self.seconds, **row)
                     self.show(bar, row)
+                self.watch_nfe(row)
                 bar.update()
                 if s.time_limit is not None and time.perf_counter() - begun >= s.time_limit:
                     self.stopped_by = "time limit"
                 if signals.received is not None:
-                    self.stopped_by = "SIGINT" if signals.received == 2 else "SIGTERM"
+                    self.stopped_by = signal.Signals(signals.received).name
                     self.save_last()
                 elif self.step % s.val_every == 0 or self.step == s.steps:
                     self.validate()
@@ -135,9 +145,9 @@ class Trainer:
             ) from e
 
     def train_step(self) -> dict[str, Any]:
-        """One update. The finite check costs the one transfer to the host of a step, and comes before the update."""
+        """One update. The finite check costs one transfer to the host, beside the solver's, and comes before it."""
         step, s, solver = self.step, self.settings, self.flow.solver
-        torch.manual_seed(step_generator(self.seed, 1, step).initial_seed())
+        torch.manual_seed(step_generator(self.seed, STEP_STREAM, step).initial_seed())
         x = self.data.train_batch(step, s.batch_size, self.seed).to(self.device, non_blocking=True)
         self.objective.train()
         lr = self.lr.at(step)
@@ -150,9 +160,11 @@ class Trainer:
             loss: Tensor = self.objective(x)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), s.clip_norm or math.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
         nll, grad_norm = torch.stack([loss.detach(), norm]).tolist()
         self.check_finite(nll, grad_norm)
+        if s.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.flow.parameters(), s.clip_norm, norm)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update()
@@ -182,13 +194,16 @@ class Trainer:
         last = self.metrics.rows[-1]
         nfe = {} if row["nfe_forward"] is None else {"nfe": row["nfe_forward"] + row["nfe_backward"]}
         bar.set_postfix(nll=f"{last['nll']:.3f}", val=f"{self.val_nll:.3f}", **nfe, refresh=False)
-        if nfe and nfe["nfe"] > NFE_WARNING and not self.warned:
+
+    def watch_nfe(self, row: dict[str, Any]) -> None:
+        nfe = (row["nfe_forward"] or 0) + (row["nfe_backward"] or 0)
+        if nfe > NFE_WARNING and not self.warned:
             self.warned = True
             log.warning(
                 "step %d: NFE %d passed %d, the field is getting hard to solve. Try a looser solver.rtol, a smaller "
                 "trainer.lr or more trainer.weight_decay.",
                 self.step,
-                nfe["nfe"],
+                nfe,
                 NFE_WARNING,
             )
 
@@ -225,19 +240,27 @@ class Trainer:
         }
 
     def save_last(self) -> None:
-        rest = {
-            "optimizer": self.optimizer.state_dict(),
-            "lr": self.lr.state(),
-            "best": self.best,
-            "stale": self.stale,
-            "seconds": self.seconds,
-        }
+        rest = {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state()}
+        rest |= {key: getattr(self, key) for key in PROGRESS}
         checkpoint.save(self.run_dir / "checkpoints/last.pt", {**self.inference_state(), **rest})
 
-    def load(self, saved: Mapping[str, Any]) -> None:
-        self.flow.load_state_dict(saved["weights"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+    def load_weights(self, saved: Mapping[str, Any]) -> None:
+        try:
+            self.flow.load_state_dict(saved["weights"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as e:
+            first = " ".join(str(e).split())[:160]
+            raise CheckpointError(
+                f"the run cannot go on with this config, its weights are of another model or trainer ({first} ...): "
+                "leave model.* and trainer.optimizer as they were"
+            ) from e
+        for group in self.optimizer.param_groups:
+            # loaded with the state, but the user may have changed it
+            group["weight_decay"] = self.settings.weight_decay
+
+    def load_progress(self, saved: Mapping[str, Any]) -> None:
         self.lr.load(saved["lr"])
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load(saved["ema"])
-        self.step, self.seconds, self.stale, self.best = (saved[k] for k in ("step", "seconds", "stale", "best"))
+        for key in PROGRESS:
+            setattr(self, key, saved[key])

@@ -14,13 +14,13 @@ class Metrics:
         self.rows = [row for row in read(path) if row["step"] <= step] if path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = path.with_suffix(".tmp")
-        kept.write_text("".join(_line(row) for row in self.rows))
+        kept.write_text("".join(to_json(row) + "\n" for row in self.rows))
         kept.replace(path)
 
     def write(self, **row: Any) -> None:
         self.rows.append(row)
         with self.path.open("a") as f:
-            f.write(_line(row))
+            f.write(to_json(row) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _line(row: dict[str, Any]) -> str:
-    # JSON has no NaN
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(clean) + "\n"
+def to_json(content: dict[str, Any], indent: int | None = None) -> str:
+    """JSON with null for what is not a finite number, which JSON has no word for."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
+    return json.dumps(clean, indent=indent, allow_nan=False)

@@ -1,26 +1,24 @@
 """What a training run may be told."""
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 
+from flowtrain.checks import number, one_of, whole
 from flowtrain.errors import ConfigError
 
 CHOICES = {"optimizer": ("adam", "adamw"), "lr_decay": ("cosine", "plateau", "constant")}
-# key: (smallest value, whether that value itself is allowed)
-RANGES = {
-    "steps": (1, True),
-    "batch_size": (1, True),
-    "lr": (0, False),
-    "lr_warmup": (0, True),
-    "lr_plateau_patience": (1, True),
-    "weight_decay": (0, True),
-    "clip_norm": (0, False),
-    "ema": (0, False),
-    "val_every": (1, True),
-    "patience": (1, True),
-    "log_every": (1, True),
-    "plot_every": (1, True),
-    "time_limit": (0, False),
+# the least value of each whole number
+WHOLE = {
+    "steps": 1,
+    "batch_size": 1,
+    "lr_warmup": 0,
+    "lr_plateau_patience": 1,
+    "val_every": 1,
+    "patience": 1,
+    "log_every": 1,
+    "plot_every": 1,
 }
+POSITIVE = ("lr", "clip_norm", "ema", "time_limit")
+OPTIONAL = ("clip_norm", "ema", "patience", "plot_every", "time_limit")
 
 
 @dataclass(frozen=True)
@@ -48,23 +46,14 @@ class Settings:
     time_limit: float | None
 
     def __post_init__(self) -> None:
-        for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise ConfigError(f"trainer.{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
-        for field in fields(self):
-            if field.name in RANGES:
-                self._check(field.name, field.type in (int, int | None), field.type in (int | None, float | None))
+        given = {k: v for k, v in asdict(self).items() if v is not None or k not in OPTIONAL}
+        for key, value in given.items():
+            name = f"trainer.{key}"
+            if key in CHOICES:
+                one_of(name, value, CHOICES[key])
+            elif key in WHOLE:
+                whole(name, value, WHOLE[key])
+            else:
+                number(name, value, inclusive=key not in POSITIVE)
         if self.ema is not None and self.ema >= 1:
             raise ConfigError(f"trainer.ema={self.ema}: a decay lies between 0 and 1, as in 0.999; null turns it off")
-
-    def _check(self, key: str, whole: bool, optional: bool) -> None:
-        value = getattr(self, key)
-        if value is None and optional:
-            return
-        lowest, allowed = RANGES[key]
-        numeric = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        # "not >" rather than "<=" so that NaN is refused
-        if not numeric or not (value > lowest or (allowed and value == lowest)):
-            bound = f"at least {lowest}" if allowed else f"greater than {lowest}"
-            null = ", or null" if optional else ""
-            raise ConfigError(f"trainer.{key}={value}: give a {'whole ' if whole else ''}number {bound}{null}")

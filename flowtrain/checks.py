@@ -1,0 +1,37 @@
+"""Checks on numbers and names that a user gives; each failure names the key, the value and what it may be."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from flowtrain.errors import ConfigError
+
+
+def whole(key: str, value: Any, least: int = 1) -> int:
+    """`value` if it is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{key}={value}: give a whole number, at least {least}")
+    return value
+
+
+def number(key: str, value: Any, least: float = 0.0, inclusive: bool = False) -> float:
+    """`value` if it is a finite number above `least` (or equal to it, when inclusive)."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not (value > least or (inclusive and value == least)):
+        raise ConfigError(f"{key}={value}: give a number {'at least' if inclusive else 'greater than'} {least:g}")
+    return float(value)
+
+
+def one_of(key: str, value: Any, choices: Iterable[str], why: str = "") -> str:
+    """`value` if it is among the choices."""
+    names = list(choices)
+    if value not in names:
+        raise ConfigError(f"{key}={value}: choose one of {', '.join(names)}{why and f' ({why})'}")
+    return str(value)
+
+
+def widths(key: str, value: Any, least_layers: int = 1) -> list[int]:
+    """`value` as layer widths, a list of positive whole numbers."""
+    if not isinstance(value, list | tuple) or len(value) < least_layers:
+        raise ConfigError(f"{key}={value}: give a list of widths, as in [64,64]")
+    return [whole(f"{key}[{i}]", width) for i, width in enumerate(value)]
