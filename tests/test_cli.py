@@ -232,6 +232,7 @@ BAD_OTHERS = [
     ("floweval", ["ckpt={run}", "batch_size=0"], "batch_size=0"),
     ("floweval", ["{run}"], "KEY=VALUE"),
     ("floweval", ["ckpt={run}/flowtrain.log"], "not a flowtrain checkpoint|complete"),
+    ("floweval", ["ckpt={run}", "data=gas"], "Available options in 'data': .*swissroll$"),
     ("flowsample", ["ckpt={run}", "n=0"], "n=0"),
     ("flowsample", ["ckpt={run}", "n=many"], "n=many"),
     ("flowsample", ["ckpt={run}", "temperature=-1"], "temperature=-1"),
@@ -257,6 +258,17 @@ def test_a_run_is_never_overwritten(run: Run, tmp_path: Path) -> None:
     assert code == 2
     assert "resume=" in err
     assert {p: p.read_bytes() for p in (tmp_path / "here").rglob("*") if p.is_file()} == before
+
+
+def test_a_place_that_cannot_be_written_gets_one_message(run: Run, tmp_path: Path) -> None:
+    _, out, _ = run("flowtrain", *SMALL, "model=affine")
+    (tmp_path / "file").touch()
+    for command, key in (("flowtrain", "hydra.run.dir"), ("floweval", "out"), ("flowsample", "out")):
+        rest = SMALL if command == "flowtrain" else [f"ckpt={out.splitlines()[-1]}"]
+        code, _, err = run(command, *rest, f"{key}=file/x.npy")
+        assert code == 1
+        assert "file" in err
+        assert len(err.strip().splitlines()) == 1, err
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

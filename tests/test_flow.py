@@ -161,6 +161,15 @@ def test_samples_follow_the_density_and_the_temperature() -> None:
     torch.testing.assert_close(flow.sample(20_000, chunk=777), x, rtol=1e-4, atol=1e-4)
 
 
+def test_no_rows_and_gradients_in_x() -> None:
+    flow = linear_flow()
+    assert flow.log_prob(torch.zeros(0, 2)).shape == (0,)
+    assert flow.inverse(torch.zeros(0, 2)).shape == (0, 2)
+    x = torch.randn(3, 2, requires_grad=True)
+    (score,) = torch.autograd.grad(flow.log_prob(x).sum(), x)
+    torch.testing.assert_close(score, -x.detach() @ true_density().precision_matrix, rtol=1e-4, atol=1e-4)
+
+
 def test_wrong_shapes_and_numbers_are_refused() -> None:
     flow = linear_flow()
     for bad in (torch.zeros(5), torch.zeros(5, 3), torch.zeros(5, 2, 1)):

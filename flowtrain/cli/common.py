@@ -27,20 +27,25 @@ def run_command(name: str, command: Callable[[], int]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         code = command()
-    except FlowtrainError as e:
-        print(f"{name}: {e}", file=sys.stderr)
-        code = e.exit_code
     except (HydraException, OmegaConfBaseException) as e:
         print(f"{name}: {explain(e)}", file=sys.stderr)
         code = 2
+    except (FlowtrainError, OSError) as e:
+        code = report(name, e)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:
+    sys.exit(code)
+
+
+def report(name: str, error: FlowtrainError | OSError) -> int:
+    """Prints the one message of an error and gives its exit code: 2 for a mistake, 1 for what went wrong."""
+    if isinstance(error, BrokenPipeError):
         # the reader of our output has gone (as in `floweval ... | head -1`): nothing is wrong here
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+        return 0
+    print(f"{name}: {error}", file=sys.stderr)
+    return error.exit_code if isinstance(error, FlowtrainError) else 1
 
 
 def explain(error: Exception) -> str:
@@ -50,7 +55,8 @@ def explain(error: Exception) -> str:
     unknown = re.search(r"Could not override '([^']+)'", message)
     if unknown is None:
         written = getattr(error, "override", None)
-        return f"{written}: {message}" if written else re.sub(r"^In '[^']*': ", "", message)
+        message = re.sub(r"^In '[^']*': | Config search path:.*$", "", message)
+        return f"{written}: {message}" if written else message
     # with the groups that were chosen, whose keys are the ones to list
     chosen = [a for a in sys.argv[1:] if a.partition("=")[0] in config_groups() and "," not in a]
     return unknown_key(unknown[1], compose_defaults(chosen))

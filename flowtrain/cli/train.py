@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.build import check_targets
-from flowtrain.cli.common import absolute_paths, overridden, plain, run_command, split_own
+from flowtrain.cli.common import absolute_paths, overridden, plain, report, run_command, split_own
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.paths import config_dir, config_groups
 from flowtrain.run import messages, train
@@ -37,10 +37,9 @@ def _start(config: DictConfig) -> float:
         write_hydra(run_dir, config)
         with messages(run_dir / "flowtrain.log"):
             best, code = train(absolute_paths(known(plain(config))), run_dir)
-    except FlowtrainError as e:
+    except (FlowtrainError, OSError) as e:
         # raised, it would reach the terminal under a heading of Hydra's; one message is what we promise
-        print(f"flowtrain: {e}", file=sys.stderr)
-        raise SystemExit(e.exit_code) from e
+        raise SystemExit(report("flowtrain", e)) from e
     print(run_dir)
     if code:
         raise SystemExit(code)

@@ -165,6 +165,10 @@ class Solver(ABC):
         active = _recording.get()
         if active is not None:
             active.append(statistics)
+        if not len(problem.x):
+            # no rows have no RMS to control
+            integrals = None if problem.integrand is None else problem.x.new_zeros(0, problem.n_integrals)
+            return Solution(problem.x, integrals, statistics)
         return self._solve(problem, statistics)
 
     @abstractmethod
