@@ -11,6 +11,7 @@ from torch import nn
 
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.scale import Standardize
+from flowtrain.checks import flag
 from flowtrain.data.base import Dataset
 from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.flow import Flow
@@ -48,7 +49,7 @@ def build_flow(config: Config, event_shape: tuple[int, ...]) -> Flow:
     solver = build_solver(config)
     extra = {"solver": solver} if "solver" in inspect.signature(recipe).parameters else {}
     flow = cast(Flow, _call(config, "model", event_shape=event_shape, **extra))
-    if config["data"].get("standardize"):
+    if flag("data.standardize", config["data"].get("standardize", False)):
         flow.bijection = Chain([flow.bijection, Standardize(*event_shape)])
     return flow
 

@@ -30,6 +30,13 @@ def one_of(key: str, value: Any, choices: Iterable[str], why: str = "") -> str:
     return str(value)
 
 
+def flag(key: str, value: Any) -> bool:
+    """`value` if it is true or false; "no" and "off" are words, and words are true."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}={value}: give true or false")
+    return value
+
+
 def widths(key: str, value: Any, least_layers: int = 1) -> list[int]:
     """`value` as layer widths, a list of positive whole numbers."""
     if not isinstance(value, list | tuple) or len(value) < least_layers:

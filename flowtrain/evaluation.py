@@ -1,6 +1,7 @@
 """Likelihoods on held-out data, with what is known of their error."""
 
 import copy
+import logging
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -15,7 +16,11 @@ from flowtrain.errors import DataError, NonFiniteError
 from flowtrain.flow import Flow
 from flowtrain.solvers import record_solves
 
+log = logging.getLogger("flowtrain")
+
 BATCH = 2000
+# a solver error below this many nats is not worth a warning, however small the sampling error
+SOLVER_ERROR = 0.01
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def evaluate(flow: Flow, data: Dataset, split: str = "test", step: int = 0, batc
     begun = time.perf_counter()
     with record_solves() as solves:
         log_p = log_probs(flow, x, batch_size)
-    _check_finite(log_p, split)
+    check_finite(log_p, split)
     seconds = time.perf_counter() - begun
     true = data.log_prob(x)
     gap = None if true is None else true.cpu() - log_p
@@ -101,7 +106,7 @@ def evaluate(flow: Flow, data: Dataset, split: str = "test", step: int = 0, batc
     subset = x[: max(50, min(500, 20_000 // d))]
     rule = next((m.trace for m in flow.modules() if isinstance(m, Continuous)), None)
     exact = rule is None or rule.is_exact(d, training=False)
-    return Evaluation(
+    result = Evaluation(
         nll=-log_p.mean().item(),
         nll_stderr=_stderr(log_p),
         n=len(x),
@@ -121,6 +126,20 @@ def evaluate(flow: Flow, data: Dataset, split: str = "test", step: int = 0, batc
         seconds=seconds,
         device=str(next(flow.parameters()).device),
     )
+    warn_of(result)
+    return result
+
+
+def warn_of(result: Evaluation) -> None:
+    """Says so when the likelihood is the solver's doing: a field can learn to please a coarse solver."""
+    if result.solver_error is not None and not result.solver_error <= max(result.nll_stderr, SOLVER_ERROR):
+        log.warning(
+            "the NLL changes by %.2g nats when the solver's tolerance is tightened tenfold: it is not to be trusted. "
+            "Evaluate with a smaller solver.rtol (or solver.step_size), and train with it.",
+            result.solver_error,
+        )
+    if result.kl is not None and result.kl_stderr is not None and result.kl < -3 * result.kl_stderr:
+        log.warning("the KL is negative beyond its error, which no density can be: log p of this flow is wrong")
 
 
 def solver_error(flow: Flow, x: Tensor) -> float | None:
@@ -153,7 +172,8 @@ def _stderr(values: Tensor) -> float:
     return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
 
 
-def _check_finite(log_p: Tensor, split: str) -> None:
+def check_finite(log_p: Tensor, split: str) -> None:
+    """Refuses log-likelihoods that are NaN or infinite, naming the first row."""
     bad = (~torch.isfinite(log_p)).nonzero().flatten()
     if len(bad):
         raise NonFiniteError(

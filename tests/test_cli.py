@@ -170,6 +170,7 @@ def test_every_config_composes() -> None:
 
 BAD_TRAIN = [
     (["model=realnvp", "model.layerz=3"], r"no key model.layerz; model there is layers, hidden"),
+    (["model=realnvp", "model.actnorm=no"], r"model.actnorm=no: give true or false"),
     (["+stepz=3"], r"no key stepz"),
     (["+solver.depth=3"], r"solver: unknown key depth; it takes method, rtol"),
     (["solver.max_nfe=many"], r"solver.max_nfe=many: give a whole number"),
@@ -229,6 +230,10 @@ BAD_OTHERS = [
     ("floweval", ["ckpt={run}", "model=realnvp"], "its own model"),
     ("floweval", ["ckpt={run}", "trainer.lr=77"], "no use here; give ckpt.* keys of model, data, solver"),
     ("floweval", ["ckpt={run}", "seed=7"], "no use here"),
+    ("floweval", ["ckpt={run}", "solver.rtol=1e-3,1e-4"], "which only flowtrain -m can run"),
+    ("floweval", ["ckpt={run}", "batch_size=true"], "batch_size=True"),
+    ("flowtrain", ["resume={run}", "data=rings"], "start a new one"),
+    ("flowtrain", ["resume={run}", "model.activation=swish"], "start a new one"),
     ("floweval", ["ckpt={run}", "batch_size=0"], "batch_size=0"),
     ("floweval", ["{run}"], "KEY=VALUE"),
     ("floweval", ["ckpt={run}/flowtrain.log"], "not a flowtrain checkpoint|complete"),

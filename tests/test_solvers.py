@@ -197,6 +197,15 @@ def test_direct_gradient_is_that_of_the_discrete_solution(settings: dict[str, An
         assert grad[index].item() == pytest.approx(((values[0] - values[1]) / (2 * step)).item(), rel=1e-5, abs=1e-8)
 
 
+@pytest.mark.parametrize("method", ["bosh3", "dopri5", "tsit5"])
+def test_torchdiffeq_lands_on_the_end_as_our_engine_does(method: str) -> None:
+    """Stepping over t1 and interpolating back would cost far more accuracy than the tolerance grants."""
+    wave, x = Wave(), torch.randn(50, 2)
+    for rtol in (1e-3, 1e-5):
+        solution = Torchdiffeq(method, rtol=rtol).solve(wave.problem(x))
+        assert (solution.x - x * wave.growth(0, 1)).abs().max() < 5 * rtol
+
+
 def test_statistics() -> None:
     wave, x = Wave(), torch.randn(3, 2)
     with record_solves() as solves:

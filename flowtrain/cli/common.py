@@ -127,6 +127,8 @@ def overridden(
     for override in parsed:
         group = override.key_or_group
         top = group.partition(".")[0]
+        if override.is_sweep_override():
+            raise ConfigError(f"{group}: several values make a sweep, which only flowtrain -m can run; give one")
         if used and top in config and top not in used:
             raise ConfigError(f"{group}: has no use here; give {', '.join(own)}, or keys of {', '.join(used)}")
         if group in config_groups():

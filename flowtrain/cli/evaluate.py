@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from flowtrain.build import build_data
+from flowtrain.checks import whole
 from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
-from flowtrain.errors import ConfigError
 from flowtrain.evaluation import BATCH, evaluate
 from flowtrain.run import messages, write_json
 
@@ -38,9 +38,7 @@ def _command() -> int:
         "trust": [],
     }
     own, overrides = split_own(sys.argv[1:], own, USAGE)
-    batch_size = own["batch_size"]
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}: give a whole number, at least 1")
+    batch_size = whole("batch_size", own["batch_size"])
     opened = open_checkpoint(own, overrides)
     result = evaluate(opened.flow, build_data(opened.config), str(own["split"]), opened.step, batch_size)
     out = Path(str(own["out"])) if own["out"] else run_dir_of(opened.path) / "eval.json"

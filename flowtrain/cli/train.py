@@ -58,6 +58,9 @@ def resume(arguments: Sequence[str]) -> int:
     if "optimizer" not in saved:
         raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
     check_targets(saved["config"], own["trust"])
+    for key in (a.lstrip("+").partition("=")[0] for a in rest):
+        if key.partition(".")[0] in ("model", "data") and not key.endswith("path"):
+            raise ConfigError(f"{key}: a run goes on with the model and data it has; start a new one to change them")
     with messages(run_dir / "flowtrain.log"):
         _, code = train(absolute_paths(overridden(saved["config"], rest, tuple(own))), run_dir, saved)
     print(run_dir)

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowtrain.checks import flag
 from flowtrain.data.array_checks import (
     check_alike,
     check_range,
@@ -67,6 +68,8 @@ class ArrayData(Dataset):
             raise ConfigError(
                 "data.path is not set: data=array reads your own file, so give data.path=FILE (.npy, .npz or .csv)"
             )
+        flag("data.standardize", standardize)
+        flag("data.dequantize", dequantize)
         train = read_table(path, key, columns)
         others = [None if p is None else read_table(p, key, columns) for p in (val_path, test_path)]
         tables = [train, *(table for table in others if table is not None)]

@@ -10,7 +10,7 @@ from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.coupling import AffineCoupling
 from flowtrain.bijections.permutation import Permutation
 from flowtrain.bijections.scale import ActNorm
-from flowtrain.checks import number, one_of, whole, widths
+from flowtrain.checks import flag, number, one_of, whole, widths
 from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
 
@@ -41,6 +41,7 @@ def realnvp(
     Raises:
         ConfigError: d < 2, images, or a setting out of range.
     """
+    actnorm = flag("model.actnorm", actnorm)
     if len(event_shape) != 1 or event_shape[0] < 2:
         raise ConfigError(
             f"model=realnvp needs vectors of at least 2 columns, one half conditioning the other; the data has samples "

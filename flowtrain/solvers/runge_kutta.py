@@ -117,7 +117,8 @@ class _Run:
     def adaptive(self) -> None:
         t1 = self.problem.t1
         smallest = 2 * torch.finfo(self.x.dtype).eps * max(1.0, abs(self.problem.t0), abs(t1))
-        h = self.first_step()
+        # from near the origin the guess can fall below what time can resolve, which is no failure yet
+        h = math.copysign(max(abs(self.first_step()), 10 * smallest), t1 - self.t)
         broken = 0
         while self.t != t1:
             left = t1 - self.t

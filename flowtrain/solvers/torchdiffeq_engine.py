@@ -82,10 +82,17 @@ class Torchdiffeq(Solver):
             n = self.steps_between(problem.t0, problem.t1)
             # torchdiffeq's own grid from a step size can end in a step of length zero in float32
             arguments["options"] = {"grid_constructor": lambda f, y, t: _grid(t, n)}
-        elif self.control == "state":
-            arguments["options"] = {"norm": lambda y: y[0].square().mean().sqrt()}
+        elif self.method != "scipy_solver":
+            # a step that ends at t1: else torchdiffeq steps over it and interpolates, far less exactly
+            arguments["options"] = {"step_t": t[1:]}
+            if self.control == "state":
+                arguments["options"]["norm"] = lambda y: y[0].square().mean().sqrt()
         needs_gradient = torch.is_grad_enabled() and any(v.requires_grad for v in (state[0], *problem.parameters))
         if needs_gradient and self.gradient == "adjoint":
+            arguments["adjoint_options"] = {**arguments["options"]}
+            arguments["adjoint_options"].pop("norm", None)
+            if "step_t" in arguments["options"]:
+                arguments["adjoint_options"]["step_t"] = t[:1]
             return [y[-1] for y in odeint_adjoint(dynamics, state, t, adjoint_params=problem.parameters, **arguments)]
         if needs_gradient and self.method == "scipy_solver":
             raise ConfigError("solver=scipy_solver has no direct gradient: set solver.gradient=adjoint")

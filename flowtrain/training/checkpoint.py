@@ -66,10 +66,12 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: not a flowtrain checkpoint, or one that asks to run code; refused ({first})"
         ) from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as e:
+    except Exception as e:  # a file of another kind can fail in any way
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: cannot be read as a checkpoint; is it complete? ({first})") from e
-    missing = [key for key in KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config", {}), dict):
+        raise CheckpointError(f"{path}: not a flowtrain checkpoint")
+    missing = [key for key in KEYS if key not in checkpoint]
     if missing:
         raise CheckpointError(f"{path}: not a flowtrain checkpoint (it lacks {', '.join(missing)})")
     if checkpoint["format"] != FORMAT:

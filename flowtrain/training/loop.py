@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
 from flowtrain.errors import CheckpointError, FlowtrainError, NonFiniteError
-from flowtrain.evaluation import log_probs
+from flowtrain.evaluation import check_finite, log_probs
 from flowtrain.flow import Flow
 from flowtrain.solvers import record_solves
 from flowtrain.training import checkpoint
@@ -97,7 +97,7 @@ class Trainer:
         """Runs to the last step, the time limit, early stopping or a signal; `stopped_by` says which but the first.
 
         Raises:
-            FlowtrainError: a loss, gradient or solve that failed, before it touched the weights; last.pt is saved.
+            FlowtrainError: a loss, gradient or solve that failed, before it touched the weights.
         """
         begun, before = time.perf_counter(), self.seconds
         s = self.settings
@@ -122,9 +122,10 @@ class Trainer:
                     self.stopped_by = "time limit"
                 if signals.received is not None:
                     self.stopped_by = signal.Signals(signals.received).name
-                    self.save_last()
-                elif self.step % s.val_every == 0 or self.step == s.steps:
+                if self.step % s.val_every == 0 or self.step == s.steps:
                     self.validate()
+                    self.save_last()
+                elif signals.received is not None:
                     self.save_last()
                 elif self.stopped_by:
                     # saved first: resumed, the run must not know of a validation that it would not have made
@@ -138,10 +139,10 @@ class Trainer:
         try:
             return self.train_step()
         except FlowtrainError as e:
-            self.save_last()
+            # last.pt stays as it is: a step fails for its weights, and would fail again from those before it
             raise type(e)(
-                f"step {self.step + 1}: {e} The state before this step is in {self.run_dir / 'checkpoints/last.pt'}; "
-                f"go on with: flowtrain resume={self.run_dir} trainer.lr={self.settings.lr / 2:g}"
+                f"step {self.step + 1}: {e} Go on from the last checkpoint, with a smaller learning rate: "
+                f"flowtrain resume={self.run_dir} trainer.lr={self.settings.lr / 2:g}"
             ) from e
 
     def train_step(self) -> dict[str, Any]:
@@ -211,6 +212,7 @@ class Trainer:
         """NLL on the fixed validation set at the final tolerance; keeps the best checkpoint."""
         self.flow.eval()
         log_p = self.with_average(log_probs, self.flow, self.data.val)
+        check_finite(log_p, "val")
         self.val_nll = -log_p.mean().item()
         self.metrics.write(step=self.step, split="val", nll=self.val_nll, seconds=self.seconds)
         # a NaN is never an improvement
