@@ -9,8 +9,8 @@ from flowtrain.errors import ConfigError
 
 def whole(key: str, value: Any, least: int = 1) -> int:
     """`value` if it is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{key}={value}: give a whole number, at least {least}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+        raise ConfigError(f"{key}={value}: give a whole number, at least {least} and below 2^31")
     return value
 
 

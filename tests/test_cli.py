@@ -171,6 +171,8 @@ def test_every_config_composes() -> None:
 BAD_TRAIN = [
     (["model=realnvp", "model.layerz=3"], r"no key model.layerz; model there is layers, hidden"),
     (["model=realnvp", "model.actnorm=no"], r"model.actnorm=no: give true or false"),
+    (["~objective"], r"objective was taken out"),
+    (["seed=99999999999999999999"], r"seed=9+: give a whole number"),
     (["+stepz=3"], r"no key stepz"),
     (["+solver.depth=3"], r"solver: unknown key depth; it takes method, rtol"),
     (["solver.max_nfe=many"], r"solver.max_nfe=many: give a whole number"),
