@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from flowtrain.build import build_data
+from flowtrain.checks import number, whole
 from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
 from flowtrain.errors import ConfigError, DataError, NonFiniteError
 from flowtrain.evaluation import roundtrip_error
@@ -43,23 +44,22 @@ def _command() -> int:
         "trust": [],
     }
     own, overrides = split_own(sys.argv[1:], own, USAGE)
-    for key, kinds in (("n", int), ("seed", int), ("temperature", int | float)):
-        if not isinstance(own[key], kinds) or isinstance(own[key], bool) or own[key] < (1 if key == "n" else 0):
-            raise ConfigError(f"{key}={own[key]}: give a number, at least {1 if key == 'n' else 0}")
+    n, seed = whole("n", own["n"]), whole("seed", own["seed"], least=0)
+    temperature = number("temperature", own["temperature"], inclusive=True)
     if own["out"] and not str(own["out"]).endswith(".npy"):
         raise ConfigError(f"out={own['out']}: samples are written as .npy; give a name that ends so")
     path, flow, _, config = open_checkpoint(own, overrides)
     out = Path(str(own["out"])) if own["out"] else run_dir_of(path) / "samples.npy"
-    torch.manual_seed(own["seed"])
-    samples = flow.sample(own["n"], float(own["temperature"])).cpu()
+    torch.manual_seed(seed)
+    samples = flow.sample(n, temperature).cpu()
     bad = int((~torch.isfinite(samples)).sum())
     if bad:
         raise NonFiniteError(f"{bad} of the values sampled are NaN or infinite: nothing was written")
     write_npy(out, samples.numpy())
-    print(f"{own['n']} samples, round trip error {roundtrip_error(flow, samples[:500]):.1e}, written to {out}")
+    print(f"{n} samples, round trip error {roundtrip_error(flow, samples[:500]):.1e}, written to {out}")
     if flow.event_shape == (2,):
         picture = out.with_suffix(".png")
-        title = f"{title_of(config)}, {own['n']} samples"
+        title = f"{title_of(config)}, {n} samples"
         try:
             draw(flow, build_data(config), picture, title, samples)
             print(f"picture in {picture}")

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowtrain.checks import one_of
-
 ValueAndSlope = tuple[Tensor, Tensor]
 
 
@@ -29,7 +27,3 @@ def swish(x: Tensor) -> ValueAndSlope:
 
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "softplus": F.softplus, "swish": F.silu}
 SLOPES: dict[str, Callable[[Tensor], ValueAndSlope]] = {"tanh": tanh, "softplus": softplus, "swish": swish}
-
-
-def check_activation(name: str) -> str:
-    return one_of("model.activation", name, SLOPES, "a field must be smooth")

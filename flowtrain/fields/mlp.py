@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.checks import one_of, widths
-from flowtrain.fields.activations import SLOPES, VALUES, check_activation
+from flowtrain.fields.activations import SLOPES, VALUES
 from flowtrain.fields.base import Field
 
 
@@ -114,7 +114,7 @@ class MLPField(Field):
     def __init__(self, d: int, hidden: Sequence[int], layer: str, activation: str) -> None:
         super().__init__()
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
-        self.activation = check_activation(activation)
+        self.activation = one_of("model.activation", activation, SLOPES, "a field must be smooth")
         *body, head = (kind(a, b) for a, b in pairwise([d, *widths("model.hidden", hidden), d]))
         head.zero()
         self.body = nn.ModuleList(body)
