@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.errors import FlowtrainError
-from flowtrain.solvers import Solver
+from flowtrain.solvers import History, Solver
 
 
 class Flow(nn.Module):
@@ -35,6 +35,12 @@ class Flow(nn.Module):
         """The ODE solver of a continuous flow; None for a discrete one."""
         parts = (getattr(m, "solver", None) for m in self.bijection.modules())
         return next((s for s in parts if isinstance(s, Solver)), None)
+
+    @property
+    def histories(self) -> list[History]:
+        """What past solves left for the next ones: part of the state of a training run, not of the model."""
+        found: list[dict[bool, History]] = [getattr(m, "histories", {}) for m in self.bijection.modules()]
+        return [h for one in found for h in one.values()]
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (B,), for x (B, *event_shape) in data units.

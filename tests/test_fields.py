@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flowtrain.divergence import Probes, TraceRule, divergence
 from flowtrain.errors import ConfigError
-from flowtrain.fields.activations import SLOPES, VALUES
+from flowtrain.fields.activations import ACTIVATIONS
 from flowtrain.fields.base import push_tangents
 from flowtrain.fields.mlp import LAYERS, MLPField
 
@@ -37,7 +37,7 @@ def jacobian(field: nn.Module, t: Tensor, row: Tensor) -> Tensor:
     return torch.autograd.functional.jacobian(lambda y: field(t, y.unsqueeze(0)).squeeze(0), row)
 
 
-@pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, SLOPES)))
+@pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, ACTIVATIONS)))
 @pytest.mark.parametrize("per_row", [False, True])
 def test_push_is_the_jacobian(layer: str, activation: str, per_row: bool) -> None:
     field, x = random_field(3, layer, activation), torch.randn(4, 3)
@@ -88,12 +88,19 @@ def test_hutchinson_is_unbiased(noise: str) -> None:
     assert ((estimates.mean(0) - exact).abs() < 4 * stderr).all()
 
 
-@pytest.mark.parametrize("name", list(SLOPES))
-def test_slopes_are_derivatives(name: str) -> None:
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_slope_and_curvature_are_derivatives(name: str) -> None:
+    f = ACTIVATIONS[name]
     x = torch.linspace(-6, 6, 101, requires_grad=True)
-    y, slope = SLOPES[name](x)
-    torch.testing.assert_close(y, VALUES[name](x))
-    torch.testing.assert_close(slope, torch.autograd.grad(VALUES[name](x).sum(), x)[0])
+    y, slope = f.value_and_slope(x)
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(y, f(x))
+    torch.testing.assert_close(slope, first)
+    replaced, kept = f.replace(x.detach().clone())
+    torch.testing.assert_close(replaced, f(x).detach())
+    torch.testing.assert_close(f.slope(kept), first.detach())
+    torch.testing.assert_close(f.curvature(kept, f.slope(kept)), second)
 
 
 def test_untrained_field_is_zero_up_to_time() -> None:

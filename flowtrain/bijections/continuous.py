@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.divergence import Probes, TraceRule, divergence
-from flowtrain.solvers import Problem, Solver
+from flowtrain.fields.base import Field
+from flowtrain.solvers import History, Problem, Solver
 
 
 class Continuous(Bijection):
@@ -24,6 +25,7 @@ class Continuous(Bijection):
         self.field = field
         self.solver = solver
         self.trace = trace
+        self.histories = {True: History(), False: History()}
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return self._transport(z, 0.0, 1.0)
@@ -53,5 +55,14 @@ class Continuous(Bijection):
             v, q = divergence(self.field, t, y, probes)
             return v, q.unsqueeze(-1)
 
-        parameters = tuple(self.field.parameters())
-        return Problem(self.field, integrand if probes is not None else None, x, t0, t1, parameters)
+        return Problem(
+            velocity=self.field,
+            integrand=integrand if probes is not None else None,
+            x=x,
+            t0=t0,
+            t1=t1,
+            parameters=tuple(self.field.parameters()),
+            recorder=self.field.recorder() if isinstance(self.field, Field) else None,
+            # an evaluation is the same whatever was solved before it
+            history=self.histories[t0 < t1] if self.training else None,
+        )

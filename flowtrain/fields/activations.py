@@ -1,29 +1,97 @@
-"""Smooth activations with their slopes: a field pushes tangents through the slope, with no second graph."""
+"""Smooth activations with their first two derivatives: a field pushes tangents through the slope, with no second graph.
 
-from collections.abc import Callable
+The derivatives are computed from what `keep` says to keep of an evaluation: tanh and softplus need only their value.
+"""
+
+from abc import ABC, abstractmethod
+from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ValueAndSlope = tuple[Tensor, Tensor]
+
+class Activation(ABC):
+    """y = f(x), elementwise, for any shape."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """f(x), differentiable by autograd."""
+
+    def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(f(x), what `slope` and `curvature` need), without a graph; x may be overwritten."""
+        y = self(x)
+        return y, y
+
+    @abstractmethod
+    def slope(self, kept: Tensor) -> Tensor:
+        """f'(x)."""
+
+    @abstractmethod
+    def curvature(self, kept: Tensor, slope: Tensor) -> Tensor:
+        """f''(x)."""
+
+    def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(f(x), f'(x)), differentiable by autograd."""
+        y = self(x)
+        return y, self.slope(y)
 
 
-def tanh(x: Tensor) -> ValueAndSlope:
-    y = torch.tanh(x)
-    return y, 1 - y * y
+@final
+class Tanh(Activation):
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # on a CPU torch's sigmoid is ten times as fast as its tanh; tanh x = 2 sigmoid(2x) - 1 to 2e-7 in float32
+        y = x.mul_(2).sigmoid_().mul_(2).sub_(1) if x.device.type == "cpu" else x.tanh_()
+        return y, y
+
+    def slope(self, kept: Tensor) -> Tensor:
+        return 1 - kept * kept
+
+    def curvature(self, kept: Tensor, slope: Tensor) -> Tensor:
+        return (kept * slope).mul_(-2)
 
 
-def softplus(x: Tensor) -> ValueAndSlope:
-    return F.softplus(x), torch.sigmoid(x)
+@final
+class Softplus(Activation):
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.softplus(x)
+
+    def slope(self, kept: Tensor) -> Tensor:
+        # sigmoid(x) = 1 - exp(-softplus(x))
+        return -torch.expm1(-kept)
+
+    def curvature(self, kept: Tensor, slope: Tensor) -> Tensor:
+        return slope - slope * slope
+
+    def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.softplus(x), torch.sigmoid(x)
 
 
-def swish(x: Tensor) -> ValueAndSlope:
+@final
+class Swish(Activation):
     """x sigmoid(x), also known as SiLU."""
-    gate = torch.sigmoid(x)
-    y = x * gate
-    return y, gate + y * (1 - gate)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.silu(x), x
+
+    def slope(self, kept: Tensor) -> Tensor:
+        gate = torch.sigmoid(kept)
+        return gate + kept * gate * (1 - gate)
+
+    def curvature(self, kept: Tensor, slope: Tensor) -> Tensor:
+        gate = torch.sigmoid(kept)
+        return gate * (1 - gate) * (2 + kept * (1 - 2 * gate))
+
+    def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate = torch.sigmoid(x)
+        y = x * gate
+        return y, gate + y * (1 - gate)
 
 
-VALUES: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "softplus": F.softplus, "swish": F.silu}
-SLOPES: dict[str, Callable[[Tensor], ValueAndSlope]] = {"tanh": tanh, "softplus": softplus, "swish": swish}
+ACTIVATIONS: dict[str, Activation] = {"tanh": Tanh(), "softplus": Softplus(), "swish": Swish()}

@@ -1,6 +1,7 @@
 """A velocity field, and the pushing of tangents through any field."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ class Field(nn.Module, ABC):
     @abstractmethod
     def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """(v, J e) for J = dv/dx and each tangent e; tangents (k, ...) broadcast against (k, *x.shape)."""
+
+    def recorder(self) -> Any:
+        """A `flowtrain.solvers.tape.Recorder` faster than autograd's; None where the field has none."""
+        return None
 
 
 def push_tangents(field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:

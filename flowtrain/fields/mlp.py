@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.checks import one_of, widths
-from flowtrain.fields.activations import SLOPES, VALUES
+from flowtrain.fields.activations import ACTIVATIONS
 from flowtrain.fields.base import Field
+from flowtrain.fields.mlp_kernels import MLPTape, push
 
 
 class TimedLinear(nn.Module, ABC):
@@ -35,6 +36,14 @@ class TimedLinear(nn.Module, ABC):
         gate, shift = self.modulation(t)
         y: Tensor = self.linear(x)
         return y + shift if gate is None else torch.addcmul(shift, y, gate)
+
+    def at(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """The plain linear layer that this one is at each of times (M,): weight (M, n_out, n_in), bias (M, n_out)."""
+        gate, shift = self.modulation(times)
+        weight, bias = self.linear.weight, self.linear.bias
+        if gate is None:
+            return weight.expand(len(times), *weight.shape), shift + bias
+        return gate.unsqueeze(-1) * weight, torch.addcmul(shift, gate, bias)
 
     def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """(y, (dy/dx) e) for each tangent e, from one modulation."""
@@ -114,26 +123,73 @@ class MLPField(Field):
     def __init__(self, d: int, hidden: Sequence[int], layer: str, activation: str) -> None:
         super().__init__()
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
-        self.activation = one_of("model.activation", activation, SLOPES, "a field must be smooth")
+        self.activation = ACTIVATIONS[one_of("model.activation", activation, ACTIVATIONS, "a field must be smooth")]
         *body, head = (kind(a, b) for a, b in pairwise([d, *widths("model.hidden", hidden), d]))
         head.zero()
         self.body = nn.ModuleList(body)
         self.head = head
 
+    @property
+    def layers(self) -> list[TimedLinear]:
+        return [layer for layer in (*self.body, self.head) if isinstance(layer, TimedLinear)]
+
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        activation = VALUES[self.activation]
         for layer in self.body:
-            x = activation(layer(t, x))
+            x = self.activation(layer(t, x))
         v: Tensor = self.head(t, x)
         return v
 
     def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        activation = SLOPES[self.activation]
+        of_rows = x.dim() < 2 or (t.dim() > 0 and t.shape[-1] != 1)
+        if of_rows or tangents.requires_grad:
+            return self.push_rows(t, x, tangents)
+        # one time for all rows of a node: the layers are plain ones there
+        nodes, (rows, d) = x.shape[:-2], x.shape[-2:]
+        weights, biases = self.at(t.expand(*nodes, 1).reshape(-1))
+        shared = tangents.shape[1:-2].numel() == 1
+        e = tangents if shared else tangents.expand(-1, *nodes, -1, -1)
+        e = e.reshape(len(tangents), -1, *tangents.shape[-2:])
+        v, je = push(self.activation, x.reshape(-1, rows, d), e, weights, biases)
+        return v.view(x.shape), je.view(len(tangents), *x.shape)
+
+    def push_rows(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """`push` by autograd's means, for a time of its own for each row."""
         for layer in self.body:
             assert isinstance(layer, TimedLinear)
             x, tangents = layer.push(t, x, tangents)
-            x, slope = activation(x)
+            x, slope = self.activation.value_and_slope(x)
             tangents = tangents * slope
         v, je = self.head.push(t, x, tangents)
         # a tangent that broadcasts over rows stays unexpanded up to the first slope; one linear layer has none
         return v, je.expand(len(tangents), *v.shape)
+
+    def at(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of the plain MLP that the field is at each of times (M,)."""
+        weights, biases = zip(*(layer.at(times) for layer in self.layers), strict=True)
+        return list(weights), list(biases)
+
+    def recorder(self) -> "MLPRecorder":
+        return MLPRecorder(self)
+
+
+class MLPRecorder:
+    """Tapes of an MLP field; see `flowtrain.solvers.tape.Recorder`."""
+
+    def __init__(self, field: MLPField) -> None:
+        self.field = field
+
+    def record(self, times: Tensor, keep: bool) -> MLPTape:
+        with torch.no_grad():
+            weights, biases = self.field.at(times)
+        return MLPTape(times, weights, biases, self.field.activation, keep)
+
+    def gradients(self, tapes: Sequence[MLPTape]) -> list[Tensor | None]:
+        """The layers' cotangents at all times together, then once through how the layers depend on time."""
+        parts = [tape.weight_gradients() for tape in tapes]
+        cotangents = [torch.cat(part) for kind in zip(*parts, strict=True) for part in zip(*kind, strict=True)]
+        with torch.enable_grad():
+            weights, biases = self.field.at(torch.cat([tape.times for tape in tapes]))
+        parameters = list(self.field.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        found = iter(torch.autograd.grad([*weights, *biases], trained, cotangents, allow_unused=True))
+        return [next(found) if p.requires_grad else None for p in parameters]

@@ -5,16 +5,16 @@ from typing import Any
 
 from flowtrain.checks import one_of
 from flowtrain.errors import ConfigError
-from flowtrain.solvers.base import Problem, Solution, Solver, Statistics, record_solves
+from flowtrain.solvers.base import History, Problem, Solution, Solver, Statistics, record_solves
 from flowtrain.solvers.runge_kutta import RungeKutta
 from flowtrain.solvers.tableaus import TABLEAUS
 from flowtrain.solvers.torchdiffeq_engine import METHODS, Torchdiffeq
 
-__all__ = ["Problem", "Solution", "Solver", "Statistics", "ode_solver", "record_solves"]
+__all__ = ["History", "Problem", "Solution", "Solver", "Statistics", "ode_solver", "record_solves"]
 
 
-def ode_solver(method: str, gradient: str = "direct", **settings: Any) -> Solver:
-    """The solver of that name: our own engine where it has the tableau and the gradient is direct, else torchdiffeq.
+def ode_solver(method: str, gradient: str = "auto", **settings: Any) -> Solver:
+    """The solver of that name: torchdiffeq for the adjoint and for methods without a tableau here, else our own engine.
 
     Raises:
         ConfigError: an unknown method (the message lists what there is) or a setting out of range.

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from flowtrain.checks import number, one_of, whole
 from flowtrain.errors import ConfigError, SolverError
+from flowtrain.solvers.tape import AutogradRecorder, Recorder, Tape, Velocity
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
 Integrand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 CONTROLS = ("state", "all")
-GRADIENTS = ("direct", "adjoint")
+GRADIENTS = ("auto", "direct", "replay", "adjoint")
 
 
 @dataclass
@@ -30,6 +30,13 @@ class Statistics:
     rejected: int = 0
 
 
+@dataclass
+class History:
+    """What one kind of solve leaves for the next: the size that would have suited its first step."""
+
+    first_step: float | None = None
+
+
 @dataclass(frozen=True)
 class Problem:
     """dx/dt = velocity(t, x) from t0 to t1, and path integrals of q along the solution.
@@ -38,11 +45,14 @@ class Problem:
     on its own nodes.
 
     Attributes:
-        velocity: (t scalar, x (B, d)) -> v (B, d).
-        integrand: (t, x (*nodes, B, d)), t broadcasting against (*nodes, B) -> (v, q (*nodes, B, Q)); or None.
+        velocity: (t scalar, x (B, *event)) -> v (B, *event).
+        integrand: (t, x (*nodes, B, *event)), t broadcasting against (*nodes, B) -> (v, q (*nodes, B, Q)); or None.
+            Its own gradient is autograd's.
+        x: the state at t0, (B, *event).
+        parameters: what the gradient of the velocity must reach.
         n_integrals: Q.
-        x: the state at t0, (B, d).
-        parameters: what a gradient by the adjoint method must reach.
+        recorder: how the velocity is evaluated and pulled back; None leaves it to autograd.
+        history: of earlier solves of this kind, to begin with their step size and to be told this one's; or None.
     """
 
     velocity: Velocity
@@ -52,14 +62,29 @@ class Problem:
     t1: float
     parameters: tuple[nn.Parameter, ...] = ()
     n_integrals: int = 1
+    recorder: Recorder | None = None
+    history: History | None = None
+
+    def record(self, times: Tensor, keep: bool) -> Tape:
+        """A tape for stages at `times` (s,)."""
+        return self.recorder_or_autograd.record(times, keep)
+
+    def gradients(self, tapes: Sequence[Tape]) -> list[Tensor | None]:
+        """What the tapes have pulled to each of the parameters."""
+        return self.recorder_or_autograd.gradients(tapes)
+
+    @property
+    def recorder_or_autograd(self) -> Recorder:
+        return self.recorder or AutogradRecorder(self.velocity, self.parameters)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The state at t1 (B, d), the integrals from t0 to t1 (B, Q) or None, and what it cost."""
+    """The state at t1 (B, *event), the integrals from t0 to t1 (B, Q) or None, an estimate of their error, the cost."""
 
     x: Tensor
     integrals: Tensor | None
+    integral_error: Tensor | None = None
     statistics: Statistics = field(default_factory=Statistics)
 
 
@@ -87,7 +112,7 @@ class Solver(ABC):
         step_size: step of fixed-step methods, which are refused without it; t runs over an interval of 1.
         max_nfe: evaluations of the velocity that one solve may spend.
         control: `state` leaves the path integrals out of the step control while training, `all` takes them in.
-        gradient: direct | adjoint, see the solvers.
+        gradient: direct | replay | adjoint, see the solvers; auto replays images and is direct elsewhere.
         warmup: steps over which training tightens the tolerance geometrically from `warmup_rtol` to rtol.
         warmup_rtol: where the warm-up begins; atol is loosened in the same ratio.
 
@@ -106,7 +131,7 @@ class Solver(ABC):
         step_size: float | None = None,
         max_nfe: int = 10_000,
         control: str = "state",
-        gradient: str = "direct",
+        gradient: str = "auto",
         warmup: int = 0,
         warmup_rtol: float = 1e-3,
     ) -> None:
@@ -149,6 +174,10 @@ class Solver(ABC):
         finally:
             self.__dict__.update(before)
 
+    def replays(self, x: Tensor) -> bool:
+        """Whether the gradient of a solve from x (B, *event) takes its steps again instead of keeping them."""
+        return self.gradient == "replay" or (self.gradient == "auto" and x.dim() > 2)
+
     def describe(self) -> dict[str, Any]:
         """method, rtol, atol for reports; a fixed-step method has a step size in place of tolerances."""
         if self.adaptive:
@@ -168,7 +197,7 @@ class Solver(ABC):
         if not len(problem.x):
             # no rows have no RMS to control
             integrals = None if problem.integrand is None else problem.x.new_zeros(0, problem.n_integrals)
-            return Solution(problem.x, integrals, statistics)
+            return Solution(problem.x, integrals, statistics=statistics)
         return self._solve(problem, statistics)
 
     @abstractmethod

@@ -1,42 +1,34 @@
-"""Explicit Runge-Kutta: one stepping loop for every tableau, path integrals as quadratures on its nodes.
+"""Explicit Runge-Kutta: one stepping loop for every tableau, path integrals as quadratures along the solution.
 
-With stage points x_i at t_i and weights h b_i, an integral of q along the solution is sum h b_i q(t_i, x_i):
-the same number as an augmented solve on the same steps would give. With control=state all nodes of the accepted
-steps are evaluated in one batched call at the end; with control=all the nodes of each attempted step in one call,
-whose embedded error joins the step control. NFE counts evaluations of the velocity, not these. The gradient is the
-exact one of the discrete solution: autograd through the accepted steps, with the step sizes held constant.
+The state is solved alone; what the path integrals need of it is in nodes.py, and the gradient, the exact one of the
+accepted steps with their sizes held constant, in discrete_gradient.py. NFE counts evaluations of the velocity by the
+stages, not those of the integrand.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from flowtrain.errors import ConfigError
 from flowtrain.solvers.base import Problem, Solution, Solver, Statistics
+from flowtrain.solvers.discrete_gradient import Stage, Step, Trajectory, differentiable
+from flowtrain.solvers.nodes import Nodes, gauss_nodes, has_dense_output, stage_nodes
 from flowtrain.solvers.tableaus import TABLEAUS, Tableau
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
 # a step whose error is NaN or infinite is retried shorter; a state that stays so this often will not recover
 NON_FINITE_RETRIES = 8
-
-
-@dataclass
-class Step:
-    """One attempted step: its stage points and slopes, and where it ends."""
-
-    t: float
-    h: float
-    points: list[Tensor]
-    slopes: list[Tensor]
-    x1: Tensor
+# nodes of the integrand that are evaluated together when memory counts: together they hold this many numbers
+REPLAYED_NUMBERS = 2**15
 
 
 class RungeKutta(Solver):
-    """Fixed steps or adaptive ones, as the tableau has an error estimate or not; `gradient` is direct.
+    """Fixed steps or adaptive ones, as the tableau has an error estimate or not; `gradient` is direct or replay.
 
     Step control: accept when the RMS of error / (atol + rtol max(|x0|, |x1|)) is at most 1, the next step
     0.9 ratio^(-1/order) times as long (Hairer, Norsett and Wanner, Solving ODEs I, II.4), the last two balanced.
@@ -47,78 +39,113 @@ class RungeKutta(Solver):
             raise ConfigError(f"solver.method={method}: choose one of {', '.join(TABLEAUS)}")
         self.tableau = TABLEAUS[method]
         super().__init__(method, adaptive=self.tableau.e is not None, **settings)
-        if self.gradient != "direct":
-            raise ConfigError(f"solver.gradient={self.gradient}: this engine differentiates its own steps (direct)")
+        if self.gradient == "adjoint":
+            raise ConfigError("solver.gradient=adjoint: this engine differentiates its own steps (direct, replay)")
 
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
-        run = _Run(self, problem, statistics)
-        if self.adaptive:
-            run.adaptive()
-        else:
-            run.fixed()
-        return Solution(run.x, run.integrals(), statistics)
+        trained = any(p.requires_grad for p in problem.parameters)
+        graph = torch.is_grad_enabled() and (problem.x.requires_grad or trained)
+        run = _Run(self, problem, statistics, graph)
+        with torch.no_grad():
+            if self.adaptive:
+                run.adaptive()
+            else:
+                run.fixed()
+        return run.solution()
+
+
+@dataclass
+class Attempt:
+    """A step tried: its stages, where it ends, and where they join the control its integrals and their error."""
+
+    h: float
+    slopes: Tensor
+    stages: list[Stage]
+    points: list[Tensor]
+    x1: Tensor
+    integral: Tensor | None = None
+    error: Tensor | None = None
 
 
 class _Run:
-    """The moving parts of one solve: time, state, the slope there, the nodes so far."""
+    """The moving parts of one solve: time, state, the slope there, the steps so far."""
 
-    def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics) -> None:
-        self.solver, self.problem, self.statistics = solver, problem, statistics
+    def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics, graph: bool) -> None:
+        self.solver, self.problem, self.statistics, self.graph = solver, problem, statistics, graph
         self.tableau: Tableau = solver.tableau
-        self.t, self.x = problem.t0, problem.x
-        self.slope: Tensor | None = None
-        self.along = problem.integrand is not None and solver.control == "all" and solver.adaptive
+        self.replay = solver.replays(problem.x)
+        self.t, self.x = problem.t0, problem.x.detach()
+        self.first: tuple[Tensor, Stage] | None = None
+        self.steps: list[Step] = []
+        self.integrand = problem.integrand
+        # all: the error of the integrals takes part in the step control
+        self.controls_all = self.integrand is not None and solver.control == "all" and solver.adaptive
+        self.on_stages = solver.control == "all" or not solver.adaptive or not has_dense_output(self.tableau)
+        # integrals without a gradient need no nodes kept
+        self.as_it_goes = self.integrand is not None and self.on_stages and not graph
         self.total: Tensor | None = None
-        self.node_times: list[float] = []
-        self.node_points: list[Tensor] = []
-        self.node_weights: list[float] = []
+        self.error: Tensor | None = None
+        self.matrix = torch.tensor(_matrix(self.tableau), dtype=self.x.dtype).to(self.x.device, non_blocking=True)
 
-    def velocity(self, t: float, h: float, x: Tensor) -> Tensor:
+    def velocity(self, stage: Stage, t: float, h: float, x: Tensor) -> Tensor:
         if self.statistics.nfe_forward >= self.solver.max_nfe:
             raise self.solver.exhausted(t, h)
         self.statistics.nfe_forward += 1
-        return self.problem.velocity(torch.full((), t, dtype=x.dtype, device=x.device), x)
+        return stage.velocity(x)
 
-    def attempt(self, h: float) -> Step:
+    def tape(self, times: list[float], keep: bool) -> list[Stage]:
+        t = torch.tensor(times, dtype=self.x.dtype).to(self.x.device, non_blocking=True)
+        tape = self.problem.record(t, keep)
+        return [Stage(tape, i) for i in range(len(times))]
+
+    def attempt(self, h: float) -> Attempt:
         """The stages of a step of size h from here."""
         tableau, t, x = self.tableau, self.t, self.x
-        if self.slope is None:
-            self.slope = self.velocity(t, h, x)
-        points, slopes = [x], [self.slope]
-        for c, row in zip(tableau.c[1:], tableau.a, strict=True):
-            point = combine(x, h, row, slopes)
-            points.append(point)
-            slopes.append(self.velocity(t + c * h, h, point))
-        x1 = points[-1] if tableau.first_same_as_last else combine(x, h, tableau.b, slopes)
-        return Step(t, h, points, slopes, x1)
+        stages = self.tape([t + c * h for c in tableau.c], keep=self.graph and not self.replay)
+        if self.first is None:
+            self.first = self.velocity(stages[0], t, h, x), stages[0]
+        slopes = x.new_empty(len(tableau.c), *x.shape)
+        slopes[0], stages[0] = self.first
+        scaled, flat = h * self.matrix, slopes.flatten(1)
+        points = [x]
+        for i, c in enumerate(tableau.c[1:], 1):
+            points.append(x + (scaled[i - 1, :i] @ flat[:i]).view_as(x))
+            slopes[i] = self.velocity(stages[i], t + c * h, h, points[i])
+        x1 = points[-1] if tableau.first_same_as_last else x + (scaled[-2] @ flat).view_as(x)
+        return Attempt(h, slopes, stages, points, x1)
 
-    def accept(self, step: Step, t1: float, integral: Tensor | None) -> None:
+    def accept(self, tried: Attempt, t1: float) -> None:
         self.statistics.accepted += 1
-        if self.along and integral is not None:
-            self.total = integral if self.total is None else self.total + integral
-        elif self.problem.integrand is not None:
-            for c, b, point in zip(self.tableau.c, self.tableau.b, step.points, strict=True):
-                if b:
-                    self.node_times.append(step.t + c * step.h)
-                    self.node_points.append(point)
-                    self.node_weights.append(step.h * b)
-        self.slope = step.slopes[-1] if self.tableau.first_same_as_last else None
-        self.t, self.x = t1, step.x1
+        same = self.tableau.first_same_as_last
+        if self.controls_all:
+            self.add(tried.integral, tried.error)
+        elif self.as_it_goes:
+            self.add(*self.integrals_of(tried))
+        if self.graph or (self.integrand is not None and not self.as_it_goes):
+            stages = None if self.replay else tried.stages
+            self.steps.append(Step(self.t, tried.h, self.x, tried.slopes, stages))
+        self.first = (tried.slopes[-1], tried.stages[-1]) if same else None
+        self.t, self.x = t1, tried.x1
+
+    def add(self, integral: Tensor | None, error: Tensor | None) -> None:
+        assert integral is not None
+        assert error is not None
+        self.total = integral if self.total is None else self.total + integral
+        self.error = error if self.error is None else self.error + error
 
     def fixed(self) -> None:
         t0, t1 = self.problem.t0, self.problem.t1
         n = self.solver.steps_between(t0, t1)
         h = (t1 - t0) / n
         for i in range(n):
-            self.accept(self.attempt(h), t0 + (i + 1) * h, None)
+            self.accept(self.attempt(h), t0 + (i + 1) * h)
         if not bool(torch.isfinite(self.x).all()):
             raise self.solver.non_finite(t1, h)
 
     def adaptive(self) -> None:
         t1 = self.problem.t1
         smallest = 2 * torch.finfo(self.x.dtype).eps * max(1.0, abs(self.problem.t0), abs(t1))
-        # from near the origin the guess can fall below what time can resolve, which is no failure yet
-        h = math.copysign(max(abs(self.first_step()), 10 * smallest), t1 - self.t)
+        h = self.begin(10 * smallest)
         broken = 0
         while self.t != t1:
             left = t1 - self.t
@@ -127,17 +154,20 @@ class _Run:
             h = left if last else left / 2 if 2 * abs(h) > abs(left) else h
             if abs(h) < smallest and not last:
                 raise self.solver.non_finite(self.t, h) if broken else self.solver.underflow(self.t, h)
-            step = self.attempt(h)
-            ratio, integral = self.error_ratio(step)
+            tried = self.attempt(h)
+            ratio = self.error_ratio(tried)
+            grown = h * self.factor(ratio)
             if ratio <= 1:
-                self.accept(step, t1 if last else self.t + h, integral)
+                if not self.statistics.accepted and self.problem.history is not None:
+                    self.problem.history.first_step = abs(grown)
+                self.accept(tried, t1 if last else self.t + h)
                 broken = 0
             else:
                 self.statistics.rejected += 1
                 broken = 0 if math.isfinite(ratio) else broken + 1
                 if broken > NON_FINITE_RETRIES:
                     raise self.solver.non_finite(self.t, h)
-            h *= self.factor(ratio)
+            h = grown
 
     def factor(self, ratio: float) -> float:
         if not math.isfinite(ratio):
@@ -146,75 +176,98 @@ class _Run:
         ideal: float = SAFETY * max(ratio, 1e-10) ** (-1 / self.tableau.order)
         return min(grow, max(SHRINK, ideal))
 
-    def first_step(self) -> float:
-        """A first step from two slopes, after Hairer, Norsett and Wanner, II.4, 'starting step size'.
+    def begin(self, smallest: float) -> float:
+        """The first step size, with its sign: what suited the last solve of this kind, else a guess from two slopes."""
+        history = self.problem.history
+        span = self.problem.t1 - self.problem.t0
+        if history is not None and history.first_step is not None:
+            guess = min(history.first_step, abs(span))
+        else:
+            guess = abs(self.guess())
+        # from near the origin the guess can fall below what time can resolve, which is no failure yet
+        return math.copysign(max(guess, smallest), span)
+
+    def guess(self) -> float:
+        """After Hairer, Norsett and Wanner, II.4, 'starting step size'.
 
         Their floor of 1e-6 is 1e-3 here: an untrained field is zero, which would trigger it in every first solve.
         """
-        self.slope = self.velocity(self.t, 0.0, self.x)
-        with torch.no_grad():
-            return self.step_from(self.slope)
-
-    def step_from(self, slope: Tensor) -> float:
         x, span = self.x, self.problem.t1 - self.problem.t0
+        stage = self.tape([self.t], keep=self.graph and not self.replay)[0]
+        slope = self.velocity(stage, self.t, 0.0, x)
+        self.first = slope, stage
         scale = self.solver.atol + self.solver.rtol * x.abs()
         size, speed = rms(x / scale), rms(slope / scale)
         h0 = (torch.where((size < 1e-5) | (speed < 1e-5), torch.full_like(size, 1e-3), 0.01 * size / speed)).item()
         if not math.isfinite(h0):
             raise self.solver.non_finite(self.t, h0)
         h0 = math.copysign(min(h0, abs(span)), span)
-        ahead = self.velocity(self.t + h0, h0, x + h0 * slope)
+        ahead = self.velocity(self.tape([self.t + h0], keep=False)[0], self.t + h0, h0, x + h0 * slope)
         bend = rms((ahead - slope) / scale) / abs(h0)
         steepest = torch.maximum(speed, bend).item()
         if not math.isfinite(steepest):
             return h0
         h1 = (0.01 / steepest) ** (1 / self.tableau.order) if steepest > 1e-15 else abs(span)
-        return math.copysign(min(100 * abs(h0), h1, abs(span)), span)
+        return min(100 * abs(h0), h1, abs(span))
 
-    def error_ratio(self, step: Step) -> tuple[float, Tensor | None]:
-        """Error over tolerance, in one transfer to the host; with control=all also the step's integrals."""
-        e = self.tableau.e or ()
+    def error_ratio(self, tried: Attempt) -> float:
+        """Error over tolerance, in one transfer to the host."""
         solver = self.solver
-        with torch.no_grad():
-            error = combine(torch.zeros_like(step.x1), step.h, e, step.slopes)
-            ratio = rms(error / (solver.atol + solver.rtol * torch.maximum(self.x.abs(), step.x1.abs())))
-        integral = None
-        if self.along:
-            used = [i for i, b in enumerate(self.tableau.b) if b or e[i]]
-            times = [step.t + self.tableau.c[i] * step.h for i in used]
-            q = self.integrand_at(times, [step.points[i] for i in used])
-            integral = weighted(q, [step.h * self.tableau.b[i] for i in used])
-            with torch.no_grad():
-                error = weighted(q, [step.h * e[i] for i in used])
-                total = integral if self.total is None else self.total + integral
-                ratio = torch.maximum(ratio, rms(error / (solver.atol + solver.rtol * total.abs())))
-        return float(ratio), integral
+        error = (tried.h * self.matrix[-1]) @ tried.slopes.flatten(1)
+        scale = solver.atol + solver.rtol * torch.maximum(self.x.abs(), tried.x1.abs())
+        ratio = rms(error.view_as(scale) / scale)
+        if self.controls_all:
+            tried.integral, tried.error = self.integrals_of(tried)
+            total = tried.integral if self.total is None else self.total + tried.integral
+            ratio = torch.maximum(ratio, rms(tried.error / (solver.atol + solver.rtol * total.abs())))
+        return float(ratio)
 
-    def integrand_at(self, times: list[float], points: list[Tensor]) -> Tensor:
-        """q at every node in one batched call, (nodes, B, Q)."""
-        if self.problem.integrand is None:
-            raise RuntimeError("integrals were asked for without an integrand")
+    def integrals_of(self, tried: Attempt) -> tuple[Tensor, Tensor]:
+        """The integrals over one step by its stages and their error, each (B, Q)."""
+        nodes = stage_nodes(self.tableau, [(self.t, tried.h)])
+        q = self.integrand_at(nodes.times, torch.stack([tried.points[i] for i in self.tableau.used]))
+        return nodes.integrate(q), nodes.error(q)
+
+    def integrand_at(self, times: list[float], points: Tensor) -> Tensor:
+        """q at every node, (nodes, B, Q): one batched call, or when steps are replayed a few nodes at a time."""
+        assert self.integrand is not None
+        integrand = self.integrand
         t = torch.tensor(times, dtype=self.x.dtype).to(self.x.device, non_blocking=True).unsqueeze(1)
-        return self.problem.integrand(t, torch.stack(points))[1]
+        if not self.replay:
+            return integrand(t, points)[1]
 
-    def integrals(self) -> Tensor | None:
-        if self.problem.integrand is None or self.along:
-            return self.total
-        return weighted(self.integrand_at(self.node_times, self.node_points), self.node_weights)
+        def q(t: Tensor, x: Tensor) -> Tensor:
+            return integrand(t, x)[1]
+
+        size = max(1, REPLAYED_NUMBERS // self.x.numel())
+        parts = zip(torch.split(t, size), torch.split(points, size), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([q(t, x) for t, x in parts])
+        # the probes were drawn before: nothing in q is random
+        replayed = [checkpoint(q, t, x, use_reentrant=False, preserve_rng_state=False) for t, x in parts]
+        return torch.cat(replayed)
+
+    def nodes(self) -> Nodes:
+        steps = [(s.t, s.h) for s in self.steps]
+        return stage_nodes(self.tableau, steps) if self.on_stages else gauss_nodes(self.tableau, steps)
+
+    def solution(self) -> Solution:
+        if not self.graph and (self.integrand is None or self.as_it_goes):
+            return Solution(self.x, self.total, self.error, self.statistics)
+        nodes = self.nodes() if self.integrand is not None else None
+        trajectory = Trajectory(self.problem, self.tableau, self.matrix, self.steps, self.x, nodes, self.statistics)
+        x1, points = differentiable(trajectory) if self.graph else (self.x, trajectory.points())
+        if nodes is None:
+            return Solution(x1, None, None, self.statistics)
+        q = self.integrand_at(nodes.times, points)
+        return Solution(x1, nodes.integrate(q), nodes.error(q.detach()), self.statistics)
 
 
-def combine(x: Tensor, h: float, weights: Sequence[float], slopes: list[Tensor]) -> Tensor:
-    """x + h sum_j w_j k_j; as many weights as count, zeros skipped."""
-    for w, k in zip(weights, slopes, strict=False):
-        if w:
-            x = torch.add(x, k, alpha=h * w)
-    return x
-
-
-def weighted(q: Tensor, weights: list[float]) -> Tensor:
-    """sum_i w_i q_i over the nodes of q (nodes, B, Q)."""
-    w = torch.tensor(weights, dtype=q.dtype).to(q.device, non_blocking=True)
-    return (w @ q.flatten(1)).view(q.shape[1:])
+def _matrix(tableau: Tableau) -> np.ndarray:
+    """The rows of a, then b, then e: what the slopes are ever combined with."""
+    n = len(tableau.b)
+    rows = [*tableau.a, tableau.b, tableau.e or (0.0,) * n]
+    return np.array([[*row, *(0.0,) * (n - len(row))] for row in rows])
 
 
 def rms(x: Tensor) -> Tensor:

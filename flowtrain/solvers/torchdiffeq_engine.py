@@ -31,22 +31,12 @@ class Tsit5(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         c_sol=_tensor(TABLEAUS["tsit5"].b),
         c_error=_tensor(TABLEAUS["tsit5"].e or ()),
     )
-    # weights of x(t + h/2), the dense output of Tsitouras 2011 at theta = 1/2
-    mid = _tensor(
-        (
-            0.10741235230096871,
-            0.01135625,
-            0.39560903056045305,
-            -0.34475214352593553,
-            1.3161853649581645,
-            -1.0170608542936508,
-            0.03125,
-        )
-    )
+    mid = _tensor(TABLEAUS["tsit5"].mid or ())
 
 
 # by its name in torchdiffeq's own table, because the adjoint looks it up again when it solves backwards
 SOLVERS.setdefault("tsit5", Tsit5)
+SOLVERS.setdefault("heun", SOLVERS["heun2"])
 METHODS: dict[str, type] = SOLVERS
 
 
@@ -60,6 +50,10 @@ class Torchdiffeq(Solver):
     def __init__(self, method: str, **settings: Any) -> None:
         if method not in METHODS:
             raise ConfigError(f"solver.method={method}: choose one of {', '.join(sorted(METHODS))}")
+        if settings.get("gradient") == "replay":
+            raise ConfigError(
+                f"solver.gradient=replay: for {', '.join(TABLEAUS)}; solver={method} has direct and adjoint"
+            )
         adaptive = issubclass(METHODS[method], RKAdaptiveStepsizeODESolver) or method == "scipy_solver"
         super().__init__(method, adaptive=adaptive, **settings)
 
@@ -73,7 +67,7 @@ class Torchdiffeq(Solver):
         dynamics.backward = True
         if not bool(torch.isfinite(x1).all()):
             raise self.non_finite(problem.t1, dynamics.h)
-        return Solution(x1, q[0] if q else None, statistics)
+        return Solution(x1, q[0] if q else None, statistics=statistics)
 
     def _integrate(self, dynamics: "_Dynamics", state: tuple[Tensor, ...], problem: Problem) -> list[Tensor]:
         t = torch.tensor([problem.t0, problem.t1], dtype=state[0].dtype, device=state[0].device)

@@ -242,8 +242,9 @@ class Trainer:
         }
 
     def save_last(self) -> None:
-        rest = {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state()}
+        rest: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state()}
         rest |= {key: getattr(self, key) for key in PROGRESS}
+        rest["first_steps"] = [h.first_step for h in self.flow.histories]
         checkpoint.save(self.run_dir / "checkpoints/last.pt", {**self.inference_state(), **rest})
 
     def load_weights(self, saved: Mapping[str, Any]) -> None:
@@ -266,3 +267,6 @@ class Trainer:
             self.ema.load(saved["ema"])
         for key in PROGRESS:
             setattr(self, key, saved[key])
+        # a run of an older flowtrain begins its solves anew
+        for history, first_step in zip(self.flow.histories, saved.get("first_steps", ()), strict=False):
+            history.first_step = first_step

@@ -1,0 +1,172 @@
+"""The exact gradient of a discrete solution: the accepted steps in reverse, their sizes held constant.
+
+For a step x1 = x + h sum_i b_i k_i with k_i = v(t_i, x_i), x_i = x + h sum_j a_ij k_j, and cotangents l of x1 and g_n
+of the nodes y_n = x + h sum_j r_nj k_j that the path integrals take from it, the cotangents c_i of k_i are found last
+stage first (Hager 2000, Runge-Kutta methods in optimal control; Sanz-Serna 2016, Symplectic Runge-Kutta schemes for
+adjoint equations):
+
+    c_i = h (b_i l + sum_n r_ni g_n + sum_(j>i) a_ji p_j),    p_i = c_i^T dv/dx(t_i, x_i),
+    dL/dx = l + sum_n g_n + sum_i p_i,                        dL/dtheta = sum_i c_i^T dv/dtheta(t_i, x_i).
+
+Each stage is pulled back once, and nothing is solved again. Where the stages were not kept (gradient=replay) a step
+is first taken again from its stored beginning: memory of one step.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flowtrain.solvers.base import Problem, Statistics
+from flowtrain.solvers.nodes import Nodes
+from flowtrain.solvers.tableaus import Tableau
+from flowtrain.solvers.tape import Tape
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One evaluation of a tape."""
+
+    tape: Tape
+    i: int
+
+    def velocity(self, x: Tensor) -> Tensor:
+        return self.tape.velocity(self.i, x)
+
+    def pull(self, cotangent: Tensor) -> Tensor:
+        return self.tape.pull(self.i, cotangent)
+
+
+@dataclass
+class Step:
+    """An accepted step from x at t: its slopes (stages, B, *event), only the first where it is to be replayed."""
+
+    t: float
+    h: float
+    x: Tensor
+    slopes: Tensor
+    stages: list[Stage] | None
+
+
+class Trajectory:
+    """The accepted steps of one solve, what they end in, and how a cotangent comes back through them."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        tableau: Tableau,
+        matrix: Tensor,
+        steps: list[Step],
+        x1: Tensor,
+        nodes: Nodes | None,
+        statistics: Statistics,
+    ) -> None:
+        self.problem, self.tableau, self.matrix = problem, tableau, matrix
+        self.steps, self.x1, self.statistics = steps, x1, statistics
+        self.rows = [self.on_device(rows) for rows in nodes.rows] if nodes is not None else None
+        # whether any node of a step takes from its last stage
+        self.last_used = [bool(rows[:, -1].any()) for rows in nodes.rows] if nodes is not None else [False] * len(steps)
+
+    def on_device(self, rows: Any) -> Tensor:
+        return torch.tensor(rows, dtype=self.x1.dtype).to(self.x1.device, non_blocking=True)
+
+    def points(self) -> Tensor:
+        """x at the nodes, (nodes, B, *event)."""
+        if self.rows is None:
+            return self.x1.new_empty(0, *self.x1.shape)
+        parts = [
+            s.x + ((s.h * rows) @ s.slopes.flatten(1)).view(-1, *s.x.shape)
+            for s, rows in zip(self.steps, self.rows, strict=True)
+        ]
+        for s in self.steps:
+            if s.stages is None:
+                s.slopes = s.slopes[:1].clone()
+        return torch.cat(parts)
+
+    def pull(self, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Cotangents of x at the start (B, *event) and of the parameters, from those of x1 and of `points`."""
+        same = self.tableau.first_same_as_last
+        gradients: list[Tensor | None] = [None] * len(self.problem.parameters)
+        tapes: dict[int, Tape] = {}
+        carried: Tensor | None = None
+        by_step = torch.split(at_nodes, [len(rows) for rows in self.rows]) if self.rows is not None else None
+        for k in reversed(range(len(self.steps))):
+            step = self.steps[k]
+            here = by_step[k] if by_step is not None and self.rows is not None and len(self.rows[k]) else None
+            begins = k == 0 or not same
+            stages = step.stages or self.replayed(step, begins)
+            weighted = step.h * self.matrix
+            c = torch.zeros_like(step.x).expand(len(stages), *step.x.shape).clone()
+            start = torch.zeros_like(step.x) if same else at_end.clone()
+            if here is not None and self.rows is not None:
+                c += ((step.h * self.rows[k]).T @ here.flatten(1)).view_as(c)
+                start += here.sum(0)
+            if carried is not None:
+                c[-1] += carried
+            if not same:
+                c += weighted[-2].view(-1, *(1,) * step.x.dim()) * at_end
+            for i in reversed(range(1, len(stages))):
+                ends = same and i == len(stages) - 1
+                if ends and carried is None and not self.last_used[k]:
+                    pulled = at_end
+                else:
+                    pulled = stages[i].pull(c[i])
+                    if ends:
+                        pulled = pulled + at_end
+                start += pulled
+                c[:i] += weighted[i - 1, :i].view(-1, *(1,) * step.x.dim()) * pulled
+            if begins:
+                start += stages[0].pull(c[0])
+            # the first slope is the last one of the step before, which pulls it with its own
+            carried = c[0] if same and k else None
+            at_end = start
+            if step.stages is None:
+                add(gradients, self.problem.gradients([stages[-1].tape]))
+            else:
+                tapes |= {id(s.tape): s.tape for s in stages}
+        if tapes:
+            add(gradients, self.problem.gradients(list(tapes.values())))
+        return at_end, gradients
+
+    def replayed(self, step: Step, begins: bool) -> list[Stage]:
+        """The stages of a step, taken again; the first only where no step before has it as its last."""
+        times = [step.t + c * step.h for c in self.tableau.c]
+        t = torch.tensor(times, dtype=step.x.dtype).to(step.x.device, non_blocking=True)
+        tape = self.problem.record(t, keep=True)
+        stages = [Stage(tape, i) for i in range(len(times))]
+        scaled = step.h * self.matrix
+        slopes = step.x.new_empty(len(times), *step.x.shape)
+        slopes[0] = stages[0].velocity(step.x) if begins else step.slopes[0]
+        for i in range(1, len(times)):
+            slopes[i] = stages[i].velocity(step.x + (scaled[i - 1, :i] @ slopes[:i].flatten(1)).view_as(step.x))
+        self.statistics.nfe_backward += len(times) - (not begins)
+        return stages
+
+
+def add(totals: list[Tensor | None], shares: list[Tensor | None]) -> None:
+    for j, share in enumerate(shares):
+        so_far = totals[j]
+        if share is not None:
+            totals[j] = share if so_far is None else so_far + share
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, trajectory: Trajectory, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.trajectory = trajectory
+        return trajectory.x1.clone(), trajectory.points()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor | None, ...]:
+        x, parameters = ctx.trajectory.pull(at_end, at_nodes)
+        return None, x, *parameters
+
+
+def differentiable(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+    """(x1, x at the nodes), with a graph that leads to the problem's x and parameters."""
+    problem = trajectory.problem
+    x1, points = _Differentiable.apply(trajectory, problem.x, *problem.parameters)  # type: ignore[no-untyped-call]
+    return x1, points

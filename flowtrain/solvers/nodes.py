@@ -1,0 +1,143 @@
+"""Where the path integrals are evaluated, with which weights, and how large their error is.
+
+Two rules. The stage points with the weights of the method: the augmented solve, on the same steps. Or Gauss-Legendre
+nodes on the dense output: a few steps make a panel, smooth enough for one high-order rule, because the stages of a
+Runge-Kutta step lie off the solution by far more than its end does. Measured on a trained moons flow, dopri5,
+rtol 1e-5, the same 5 steps: log-det error (RMS) 2.0e-3 with 25 stage points, 1.5e-4 with 16 Gauss nodes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain.solvers.tableaus import Tableau
+
+# steps that share one Gauss rule: more would tie it to how the step size varies
+PANEL = 5
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """x(t_i) = x + h sum_j rows_ij k_j on the step the node lies in; an integral of q is sum_i w_i q_i.
+
+    Attributes:
+        times, weights: one for each node, in the order of the steps.
+        rows: for each step (nodes in it, stages).
+        panels: how many consecutive nodes each estimate of the error looks at.
+        tails: for each panel (functionals, nodes in it), the linear functionals of q that measure its error.
+        spectral: whether the tails are Legendre coefficients, whose square the error follows.
+    """
+
+    times: list[float]
+    weights: list[float]
+    rows: list[np.ndarray]
+    tails: list[np.ndarray]
+    spectral: bool
+
+    def integrate(self, q: Tensor) -> Tensor:
+        """(B, Q) from q (nodes, B, Q)."""
+        return combine(self.weights, q)
+
+    def error(self, q: Tensor) -> Tensor:
+        """An estimate of the error of `integrate`, (B, Q), not negative.
+
+        The stage rule takes sum_steps |h sum_i e_i q_i|. A Gauss rule of n nodes errs by about the Legendre coefficient
+        of degree 2n, which coefficients that decay geometrically put at a_(n-1)^2 / |q|.
+        """
+        total = torch.zeros_like(q[0])
+        first = 0
+        for tail in self.tails:
+            part = q[first : first + tail.shape[1]]
+            first += tail.shape[1]
+            size = torch.stack([combine(list(row), part) for row in tail]).square().sum(0)
+            if self.spectral:
+                total += size / part.square().mean(0).sqrt().clamp_min(torch.finfo(q.dtype).tiny)
+            else:
+                total += size.sqrt()
+        return total
+
+
+def combine(weights: Sequence[float], q: Tensor) -> Tensor:
+    """sum_i w_i q_i over the first dimension."""
+    w = torch.tensor(weights, dtype=q.dtype).to(q.device, non_blocking=True)
+    return (w @ q.flatten(1)).view(q.shape[1:])
+
+
+def has_dense_output(tableau: Tableau) -> bool:
+    """Whether x(t) inside a step follows from its stages, to the order that its error estimate has."""
+    return tableau.first_same_as_last and (tableau.mid is not None or tableau.order <= 3)
+
+
+def stage_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes:
+    """The stage points of steps (t, h), with the weights b."""
+    b, e = tableau.b, tableau.e
+    used = tableau.used
+    rows = np.zeros((len(used), len(b)))
+    for k, i in enumerate(used):
+        if i:
+            rows[k, :i] = tableau.a[i - 1]
+    return Nodes(
+        times=[t + tableau.c[i] * h for t, h in steps for i in used],
+        weights=[h * b[i] for _, h in steps for i in used],
+        rows=[rows] * len(steps),
+        tails=[np.array([[h * (0.0 if e is None else e[i]) for i in used]]) for _, h in steps],
+        spectral=False,
+    )
+
+
+def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes:
+    """Gauss-Legendre nodes on the dense output of steps (t, h): for k steps of order p, k ceil(p/2) + 1 of them."""
+    times: list[float] = []
+    weights: list[float] = []
+    tails = []
+    rows: list[np.ndarray] = []
+    n_panels = math.ceil(len(steps) / PANEL)
+    for group in np.array_split(np.arange(len(steps)), n_panels):
+        begin = steps[group[0]][0]
+        length = sum(steps[k][1] for k in group)
+        x, w, tail = legendre(len(group) * math.ceil(tableau.order / 2) + 1)
+        here = begin + length * x
+        times += here.tolist()
+        weights += (length * w).tolist()
+        tails.append(math.sqrt(abs(length)) * tail)
+        # a node belongs to the last step that begins before it
+        starts = np.array([(steps[k][0] - begin) / length for k in group])
+        owner = np.searchsorted(starts, x, side="right") - 1
+        for j, k in enumerate(group):
+            t, h = steps[k]
+            mine = here[owner == j]
+            rows.append(dense_rows(tableau, (mine - t) / h))
+    return Nodes(times, weights, rows, tails, spectral=True)
+
+
+@cache
+def legendre(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gauss-Legendre on [0, 1]: n nodes, weights, and the functionals (2, n) of the two highest coefficients."""
+    x, w = np.polynomial.legendre.leggauss(n)
+    degrees = np.arange(max(0, n - 2), n)
+    values = np.polynomial.legendre.legvander(x, n - 1)[:, degrees]
+    return (x + 1) / 2, w / 2, ((2 * degrees + 1) / 2 * values * w[:, None]).T
+
+
+def dense_rows(tableau: Tableau, theta: np.ndarray) -> np.ndarray:
+    """Weights (len(theta), stages) of x(t + theta h) = x + h sum_j rows_j k_j.
+
+    The polynomial that has the value and the slope at both ends: a cubic, or with `mid` a quartic (Shampine 1986).
+    """
+    # rows: conditions on the coefficients of 1, theta, ..: value and slope at 0 and 1, value at 1/2
+    conditions = np.array(
+        [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 1, 2, 3, 4], [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]]
+    )
+    unit = np.eye(len(tableau.b))
+    targets = [np.zeros(len(tableau.b)), unit[0], np.array(tableau.b), unit[-1]]
+    if tableau.mid is None:
+        conditions = conditions[:4, :4]
+    else:
+        targets.append(np.array(tableau.mid))
+    coefficients = np.linalg.solve(conditions, np.stack(targets))
+    return np.vander(theta, len(coefficients), increasing=True) @ coefficients
