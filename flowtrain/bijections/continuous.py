@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from flowtrain.bijections.base import Bijection
 from flowtrain.divergence import Probes, TraceRule, divergence
 from flowtrain.fields.base import Field
-from flowtrain.solvers import History, Problem, Solver
+from flowtrain.solvers import History, Problem, Solution, Solver
 
 
 class Continuous(Bijection):
@@ -40,14 +40,18 @@ class Continuous(Bijection):
         return self.solver.solve(self._problem(x, 1.0, 0.0, None)).x
 
     def _transport(self, x: Tensor, t0: float, t1: float) -> tuple[Tensor, Tensor]:
+        solution = self.solve(x, t0, t1)
+        if solution.integrals is None:
+            raise RuntimeError("the solver returned no integral")
+        return solution.x, solution.integrals[:, 0]
+
+    def solve(self, x: Tensor, t0: float, t1: float) -> Solution:
+        """The solution from x (B, *event) at t0, its one integral the log-determinant (B, 1)."""
         problem = self._problem(x, t0, t1, self.trace.draw(x, self.training))
         # an evaluated likelihood must be as exact as the tolerance says: its error takes part in the step control
         control = self.solver.control if self.training else "all"
         with self.solver.using(control=control):
-            solution = self.solver.solve(problem)
-        if solution.integrals is None:
-            raise RuntimeError("the solver returned no integral")
-        return solution.x, solution.integrals[:, 0]
+            return self.solver.solve(problem)
 
     def _problem(self, x: Tensor, t0: float, t1: float, probes: Probes | None) -> Problem:
         def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,7 @@ def push(
     activation: Activation, x: Tensor, tangents: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """(v, J e) at M nodes: x (M, B, d), tangents (k, 1 or M, 1 or B, d), constants -> (M, B, d'), (k, M, B, d')."""
-    v, je = _Push.apply(activation, len(weights), x, tangents, *weights, *biases)
+    v, je = _Push.apply(activation, len(weights), x, tangents, *weights, *biases)  # type: ignore[no-untyped-call]
     return v, je
 
 
