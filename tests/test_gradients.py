@@ -323,3 +323,44 @@ def test_odd_shapes(method: str, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(solution.x.square().sum(), x)[0], torch.autograd.grad(expected.square().sum(), x)[0]
     )
+
+
+def test_compiled_evaluations_serve_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    field, x = random_field(), torch.randn(5, 2)
+    flow = Continuous(field, ode_solver("dopri5", rtol=1e-4), TraceRule("exact"))
+    names = list(flow.state_dict())
+    expected = torch.autograd.grad(flow.inverse(x)[1].sum(), list(field.parameters()))
+    flow.histories[False].first_step = None
+    flow.compile_field()
+    found = torch.autograd.grad(flow.inverse(x)[1].sum(), list(field.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    assert {"forward", "divergence"} == set(calls)
+    assert list(flow.state_dict()) == names
+    calls.clear()
+    flow.eval().inverse(x)
+    assert not calls
+
+
+@pytest.mark.slow
+def test_a_compiled_field_has_the_same_gradient() -> None:
+    field, x = random_field(), torch.randn(5, 2)
+    solver = ode_solver("dopri5", rtol=1e-4)
+    expected = gradients(field, solver, x)
+    flow = Continuous(field, solver, TraceRule("exact"))
+    flow.compile_field()
+    x.requires_grad_()
+    z, log_det = flow.inverse(x)
+    loss = (z.square().sum(1) * torch.arange(1.0, len(x) + 1) - 2 * log_det).mean()
+    for a, b in zip(torch.autograd.grad(loss, [x, *field.parameters()]), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)

@@ -141,7 +141,7 @@ class MLPField(Field):
 
     def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         of_rows = x.dim() < 2 or (t.dim() > 0 and t.shape[-1] != 1)
-        if of_rows or tangents.requires_grad:
+        if of_rows or tangents.requires_grad or torch.compiler.is_compiling():
             return self.push_rows(t, x, tangents)
         # one time for all rows of a node: the layers are plain ones there
         nodes, (rows, d) = x.shape[:-2], x.shape[-2:]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowtrain.checks import number, one_of, whole
 from flowtrain.errors import ConfigError, SolverError
+from flowtrain.solvers.precision import full_precision
 from flowtrain.solvers.tape import AutogradRecorder, Recorder, Tape, Velocity
 
 Integrand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -198,7 +199,8 @@ class Solver(ABC):
             # no rows have no RMS to control
             integrals = None if problem.integrand is None else problem.x.new_zeros(0, problem.n_integrals)
             return Solution(problem.x, integrals, statistics=statistics)
-        return self._solve(problem, statistics)
+        with full_precision(problem.x.device):
+            return self._solve(problem, statistics)
 
     @abstractmethod
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from flowtrain.solvers.base import Problem, Statistics
 from flowtrain.solvers.nodes import Nodes
+from flowtrain.solvers.precision import full_precision
 from flowtrain.solvers.tableaus import Tableau
 from flowtrain.solvers.tape import Tape
 
@@ -161,7 +162,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor | None, ...]:
-        x, parameters = ctx.trajectory.pull(at_end, at_nodes)
+        with full_precision(at_end.device):
+            x, parameters = ctx.trajectory.pull(at_end, at_nodes)
         return None, x, *parameters
 
 

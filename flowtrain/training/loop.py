@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
-from flowtrain.errors import CheckpointError, FlowtrainError, NonFiniteError
+from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError, NonFiniteError
 from flowtrain.evaluation import check_finite, log_probs
 from flowtrain.flow import Flow
 from flowtrain.solvers import record_solves
+from flowtrain.solvers.precision import full_precision
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import Ema
 from flowtrain.training.metrics import Metrics
@@ -80,6 +82,8 @@ class Trainer:
         self.ema = None if settings.ema is None else Ema(flow, settings.ema)
         if saved is not None:
             self.load_progress(saved)
+        if settings.compile:
+            self.compile()
         self.metrics = Metrics(run_dir / "metrics.jsonl", self.step)
 
     def initialize(self) -> None:
@@ -92,6 +96,14 @@ class Trainer:
         if not bool(torch.isfinite(x).all()):
             raise NonFiniteError("the training data hold NaN or infinite values: remove those rows")
         self.flow.bijection.initialize(x)
+
+    def compile(self) -> None:
+        """Compiles what is evaluated most: the fields of continuous flows, of discrete ones the whole loss."""
+        fields = [m for m in self.flow.bijection.modules() if isinstance(m, Continuous)]
+        for continuous in fields:
+            continuous.compile_field()
+        if not fields:
+            self.objective.compile()
 
     def fit(self) -> None:
         """Runs to the last step, the time limit, early stopping or a signal; `stopped_by` says which but the first.
@@ -144,6 +156,13 @@ class Trainer:
                 f"step {self.step + 1}: {e} Go on from the last checkpoint, with a smaller learning rate: "
                 f"flowtrain resume={self.run_dir} trainer.lr={self.settings.lr / 2:g}"
             ) from e
+        except RuntimeError as e:
+            if not self.settings.compile or "torch._" not in f"{type(e).__module__}.":
+                raise
+            first = " ".join(str(e).split())[:300]
+            raise ConfigError(
+                f"trainer.compile=true: torch could not compile here: set it to false ({first} ...)"
+            ) from e
 
     def train_step(self) -> dict[str, Any]:
         """One update. The finite check costs one transfer to the host, beside the solver's, and comes before it."""
@@ -155,7 +174,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         rtol, atol = (None, None) if solver is None else solver.tolerance_at(step)
-        with record_solves() as solves, ExitStack() as stack:
+        if s.compile:
+            # CUDA graphs may overwrite what the step before left
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        with record_solves() as solves, full_precision(self.device), ExitStack() as stack:
             if solver is not None:
                 stack.enter_context(solver.using(rtol=rtol, atol=atol))
             loss: Tensor = self.objective(x)

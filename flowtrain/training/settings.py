@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from flowtrain.checks import number, one_of, whole
+from flowtrain.checks import flag, number, one_of, whole
 from flowtrain.errors import ConfigError
 
 CHOICES = {"optimizer": ("adam", "adamw"), "lr_decay": ("cosine", "plateau", "constant")}
@@ -44,12 +44,15 @@ class Settings:
     log_every: int
     plot_every: int | None
     time_limit: float | None
+    compile: bool
 
     def __post_init__(self) -> None:
         given = {k: v for k, v in asdict(self).items() if v is not None or k not in OPTIONAL}
         for key, value in given.items():
             name = f"trainer.{key}"
-            if key in CHOICES:
+            if key == "compile":
+                flag(name, value)
+            elif key in CHOICES:
                 one_of(name, value, CHOICES[key])
             elif key in WHOLE:
                 whole(name, value, WHOLE[key])
