@@ -69,7 +69,7 @@ class TimedConv2d(nn.Module, ABC):
 def convolve(weight: Tensor, *parts: Tensor, bias: Tensor | None = None) -> list[Tensor]:
     """W * p (+ bias) for every part p (..., n_in, H, W), all in one convolution."""
     flat = [p.reshape(-1, *p.shape[-3:]) for p in parts]
-    y = F.conv2d(torch.cat(flat) if len(flat) > 1 else flat[0], weight, bias, padding="same")
+    y = F.conv2d(torch.cat(flat) if len(flat) > 1 else flat[0], channels_last(weight), bias, padding="same")
     # split and not slices: the gradient of a slice is a zero-filled tensor of the whole size
     rows = torch.split(y, [len(p) for p in flat])
     return [r.reshape(*p.shape[:-3], *r.shape[1:]) for r, p in zip(rows, parts, strict=True)]
@@ -85,7 +85,7 @@ class ConcatConv2d(TimedConv2d):
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[None, Tensor]:
         assert self.conv.bias is not None
         # linear in t, so one convolution serves all times; a channel of ones sees the border as one of t does
-        response = self.shift(t.new_ones(1, 1, *size))[0]
+        (response,) = convolve(self.shift.weight, t.new_ones(1, *size))
         return None, torch.addcmul(image(self.conv.bias), image(t.unsqueeze(-1)), response)
 
 
@@ -142,7 +142,7 @@ class ConvField(Field):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         activation = VALUES[self.activation]
-        x = channels_last(self.checked(x))
+        x = self.checked(x)
         for layer in self.body:
             x = activation(layer(t, x))
         v: Tensor = self.head(t, x)
@@ -150,7 +150,7 @@ class ConvField(Field):
 
     def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         activation = SLOPES[self.activation]
-        x, tangents = channels_last(self.checked(x)), channels_last(tangents)
+        x = self.checked(x)
         for layer in self.body:
             assert isinstance(layer, TimedConv2d)
             x, tangents = layer.push(t, x, tangents)
@@ -173,9 +173,12 @@ def image(v: Tensor) -> Tensor:
     return v.unsqueeze(-1).unsqueeze(-1)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """x (..., C, H, W), its channels innermost in memory where convolutions were measured to be faster so."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return x
-    # contiguous(memory_format=...) takes a single channel for either layout and leaves it; vmap refuses it
-    return x.movedim(-3, -1).clone(memory_format=torch.contiguous_format).movedim(-1, -3)
+def channels_last(weight: Tensor) -> Tensor:
+    """W with its channels innermost in memory, and so the convolution's output, where that was measured to be faster.
+
+    The weight decides, because an image of one channel has no layout to tell.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return weight
+    # not contiguous(memory_format=torch.channels_last): it does nothing for one input channel, and vmap refuses it
+    return weight.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
