@@ -1,7 +1,7 @@
 """The divergence of a field, tr dv/dx: exact with basis tangents, or Hutchinson's estimate with random ones.
 
-Both are sum_j w <e_j, J e_j>. Exact: the d basis vectors, w = 1. Hutchinson (1989), used for flows in
-FFJORD (Grathwohl et al. 2019, eq. 8): k random e with E[e e^T] = I, w = 1/k.
+Both are sum_j w <e_j, J e_j>. Exact: the d basis vectors, d the elements of an event, w = 1. Hutchinson
+(1989), used for flows in FFJORD (Grathwohl et al. 2019, eq. 8): k random e with E[e e^T] = I, w = 1/k.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowtrain.checks import one_of, whole
 from flowtrain.errors import ConfigError
-from flowtrain.fields.base import push_tangents
+from flowtrain.fields.base import Field, push_tangents
 
 
 def rademacher(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -36,38 +36,54 @@ class Probes:
     solver then sees an error that no step size cures, and rejects for ever.
 
     Attributes:
-        tangents: (k, B, d), or (d, 1, d) for the basis.
+        tangents: (k, B, *event), or (d, 1, *event) for the basis, d the elements of an event.
         weight: 1, or 1/k.
     """
 
     tangents: Tensor
     weight: float
 
+    @property
+    def event_dims(self) -> int:
+        """How many dimensions an event has: 1 for vectors, 3 for images."""
+        return self.tangents.dim() - 2
+
     @staticmethod
     def exact(x: Tensor) -> "Probes":
-        """The basis, for x (B, d)."""
-        return Probes(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).unsqueeze(1), 1.0)
+        """The basis, for x (B, *event)."""
+        event = x.shape[1:]
+        return Probes(torch.eye(event.numel(), dtype=x.dtype, device=x.device).view(-1, 1, *event), 1.0)
 
     @staticmethod
     def hutchinson(x: Tensor, noise: str, samples: int) -> "Probes":
-        """`samples` random tangents for each row of x (B, d), from the global generator of x's device."""
+        """`samples` random tangents for each row of x (B, *event), from the global generator of x's device."""
         return Probes(NOISES[noise]((samples, *x.shape), x), 1 / samples)
 
 
 def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
-    """(v, tr dv/dx or its estimate); x (*nodes, B, d) with t broadcasting against (*nodes, B)."""
-    extra = x.dim() - (probes.tangents.dim() - 1)
+    """(v, tr dv/dx or its estimate); x (*nodes, B, *event) with t broadcasting against (*nodes, B).
+
+    Raises:
+        ConfigError: a field of vectors was given images, or the reverse.
+    """
+    event_dims = probes.event_dims
+    if isinstance(field, Field) and field.event_dims != event_dims:
+        raise ConfigError(
+            f"{type(field).__name__} takes samples of {field.event_dims} dimension(s); it was given samples of shape "
+            f"{tuple(x.shape[-event_dims:])}: use a field for such samples, or reshape them"
+        )
+    nodes = x.dim() - event_dims - 1
     k, *rest = probes.tangents.shape
-    e = probes.tangents.view(k, *(1,) * extra, *rest)
-    v, je = push_tangents(field, t, x, e)
-    return v, probes.weight * (e * je).sum((0, -1))
+    e = probes.tangents.view(k, *(1,) * nodes, *rest)
+    v, je = push_tangents(field, t, x, e, event_dims)
+    return v, probes.weight * (e * je).sum((0, *range(-event_dims, 0)))
 
 
 @dataclass(frozen=True)
 class TraceRule:
     """Which probes a solve uses: `train` while the module trains, `evaluate` otherwise.
 
-    `auto` is exact up to d = 8 in training and up to d = 128 at evaluation, else Hutchinson.
+    `auto` is exact up to d = 8 elements of a sample in training and up to d = 128 at evaluation, else Hutchinson.
     """
 
     train: str = "auto"
@@ -86,13 +102,16 @@ class TraceRule:
         return rule == "exact" or (rule == "auto" and d <= (8 if training else 128))
 
     def draw(self, x: Tensor, training: bool) -> Probes:
-        """The probes of one solve that starts at x (B, d).
+        """The probes of one solve that starts at x (B, *event).
 
         Raises:
-            ConfigError: x is not made of vectors, whose last dimension would be taken for all of it.
+            ConfigError: x has no batch dimension or no event dimension.
         """
-        if x.dim() != 2:
-            raise ConfigError(f"a continuous flow takes vectors (B, d); it was given {tuple(x.shape)}")
-        if self.is_exact(x.shape[-1], training):
+        if x.dim() < 2:
+            raise ConfigError(
+                f"a continuous flow takes a batch of vectors (B, d) or images (B, C, H, W); it was given "
+                f"{tuple(x.shape)}: give one row a sample"
+            )
+        if self.is_exact(x.shape[1:].numel(), training):
             return Probes.exact(x)
         return Probes.hutchinson(x, self.noise, self.noise_samples)

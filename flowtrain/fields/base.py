@@ -10,10 +10,15 @@ from torch import Tensor, nn
 class Field(nn.Module, ABC):
     """A velocity v(t, x) that pushes tangents alongside values.
 
-    Shapes: x is (..., d); t is a scalar or broadcasts against x.shape[:-1]; v has the shape of x.
-    Any other module with `forward(t, x)` on rows x (B, d) and t scalar or (B,) works as a field too
-    (`push_tangents` falls back on forward-mode autodiff); this class only makes the divergence fast.
+    Shapes: x is (..., *event), with `event_dims` dimensions in an event; t is a scalar or broadcasts against the
+    others; v has the shape of x. Any other module with `forward(t, x)` on x (B, *event) and t scalar or (B,) works
+    as a field too (`push_tangents` falls back on forward-mode autodiff); this class only makes the divergence fast.
+
+    Attributes:
+        event_dims: 1 for vectors (d,), 3 for images (C, H, W).
     """
+
+    event_dims: int = 1
 
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
@@ -28,17 +33,19 @@ class Field(nn.Module, ABC):
         return None
 
 
-def push_tangents(field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-    """(v, J e): the field's own `push` where it has one, else `torch.func.jvp` over rows.
+def push_tangents(
+    field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor, event_dims: int = 1
+) -> tuple[Tensor, Tensor]:
+    """(v, J e): the field's own `push` where it has one, else `torch.func.jvp` over rows of `event_dims` dimensions.
 
-    Shapes: x (..., d), t broadcasting against x.shape[:-1], tangents (k, ...) broadcasting against
-    (k, *x.shape); J e comes back as (k, *x.shape).
+    Shapes: x (..., *event), t broadcasting against x.shape[:-event_dims], tangents (k, ...) broadcasting against
+    (k, *x.shape); J e comes back as (k, *x.shape). A `Field` knows its own `event_dims`, whatever is given here.
     """
     if isinstance(field, Field):
         return field.push(t, x, tangents)
-    d = x.shape[-1]
-    rows = x.reshape(-1, d)
-    row_times = t.expand(x.shape[:-1]).reshape(-1)
+    outer = x.dim() - event_dims
+    rows = x.reshape(-1, *x.shape[outer:])
+    row_times = t.expand(x.shape[:outer]).reshape(-1)
     directions = tangents.expand(len(tangents), *x.shape).reshape(-1, *rows.shape)
 
     def jvp(e: Tensor) -> tuple[Tensor, Tensor]:

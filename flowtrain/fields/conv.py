@@ -1,0 +1,184 @@
+"""Convolutional fields v(t, x) over images, whose layers are modulated by time as in FFJORD's code.
+
+Source: ConcatConv2d and ConcatSquashConv2d of github.com/rtqichen/ffjord (Grathwohl et al. 2019).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowtrain.checks import one_of, whole, widths
+from flowtrain.errors import ConfigError
+from flowtrain.fields.activations import SLOPES, VALUES
+from flowtrain.fields.base import Field
+
+
+class TimedConv2d(nn.Module, ABC):
+    """y = (W * x + b) gate(t) + offset(t), * a convolution that keeps the size.
+
+    Shapes: x is (..., n_in, H, W), t broadcasts against x.shape[:-3], y is (..., n_out, H, W).
+    """
+
+    def __init__(self, n_in: int, n_out: int, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(n_in, n_out, kernel_size, padding="same")
+
+    def zero(self) -> None:
+        """Sets y to zero for every x and t."""
+        for name in ("conv", "shift"):
+            for p in getattr(self, name, nn.Module()).parameters():
+                nn.init.zeros_(p)
+
+    @abstractmethod
+    def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor | None, Tensor]:
+        """(gate, shift) for images of `size` (H, W), shift = b gate + offset; a gate of None is 1.
+
+        Shapes: gate is (*t.shape, n_out, 1, 1), shift the same or (*t.shape, n_out, H, W).
+        """
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        gate, shift = self.modulation(t, x.shape[-2:])
+        weight, gate = self.fold(gate)
+        if shift.numel() == len(weight):
+            (y,) = convolve(weight, x, bias=shift.flatten())
+            return y
+        (y,) = convolve(weight, x)
+        return y + shift if gate is None else torch.addcmul(shift, y, gate)
+
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, (dy/dx) e) for each tangent e, from one modulation and one convolution."""
+        gate, shift = self.modulation(t, x.shape[-2:])
+        weight, gate = self.fold(gate)
+        y, pushed = convolve(weight, x, tangents)
+        if gate is None:
+            return y + shift, pushed
+        return torch.addcmul(shift, y, gate), pushed * gate
+
+    def fold(self, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(W, gate), or (gate W, None) where all images share one gate: W is small, the images are not."""
+        weight = self.conv.weight
+        if gate is not None and gate.numel() == len(weight):
+            return weight * gate.reshape(-1, 1, 1, 1), None
+        return weight, gate
+
+
+def convolve(weight: Tensor, *parts: Tensor, bias: Tensor | None = None) -> list[Tensor]:
+    """W * p (+ bias) for every part p (..., n_in, H, W), all in one convolution."""
+    flat = [p.reshape(-1, *p.shape[-3:]) for p in parts]
+    y = F.conv2d(torch.cat(flat) if len(flat) > 1 else flat[0], channels_last(weight), bias, padding="same")
+    # split and not slices: the gradient of a slice is a zero-filled tensor of the whole size
+    rows = torch.split(y, [len(p) for p in flat])
+    return [r.reshape(*p.shape[:-3], *r.shape[1:]) for r, p in zip(rows, parts, strict=True)]
+
+
+class ConcatConv2d(TimedConv2d):
+    """y = W * [x, t] + b: time as one more input channel, constant inside the image and zero in its padding."""
+
+    def __init__(self, n_in: int, n_out: int, kernel_size: int) -> None:
+        super().__init__(n_in, n_out, kernel_size)
+        self.shift = nn.Conv2d(1, n_out, kernel_size, padding="same", bias=False)
+
+    def modulation(self, t: Tensor, size: torch.Size) -> tuple[None, Tensor]:
+        assert self.conv.bias is not None
+        # linear in t, so one convolution serves all times; a channel of ones sees the border as one of t does
+        (response,) = convolve(self.shift.weight, t.new_ones(1, *size))
+        return None, torch.addcmul(image(self.conv.bias), image(t.unsqueeze(-1)), response)
+
+
+class ConcatSquashConv2d(TimedConv2d):
+    """y = (W * x + b) sigmoid(a t + c) + u t, with a, c and u per channel."""
+
+    def __init__(self, n_in: int, n_out: int, kernel_size: int) -> None:
+        super().__init__(n_in, n_out, kernel_size)
+        self.gate = nn.Linear(1, n_out)
+        self.shift = nn.Linear(1, n_out, bias=False)
+
+    def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+        assert self.conv.bias is not None
+        column = t.unsqueeze(-1)
+        gate = torch.sigmoid(self.gate(column))
+        return image(gate), image(torch.addcmul(self.shift(column), self.conv.bias, gate))
+
+
+LAYERS: dict[str, type[TimedConv2d]] = {"concatsquash": ConcatSquashConv2d, "concat": ConcatConv2d}
+
+
+class ConvField(Field):
+    """v(t, x) for images: timed convolutions of stride 1 with a smooth activation between them.
+
+    The last layer starts at zero, so an untrained flow is the identity and its first solve is cheap.
+
+    Shapes: x is (..., C, H, W); t is a scalar or broadcasts against x.shape[:-3]; v has the shape of x.
+
+    Args:
+        channels: C.
+        hidden: channels of the hidden layers.
+        layer: concatsquash | concat.
+        activation: tanh | softplus | swish.
+        kernel_size: odd, so that an image keeps its size about its centre.
+
+    Raises:
+        ConfigError: an unknown layer or activation, no hidden layer, an even kernel; x that is not C channels.
+    """
+
+    event_dims = 3
+
+    def __init__(self, channels: int, hidden: Sequence[int], layer: str, activation: str, kernel_size: int = 3) -> None:
+        super().__init__()
+        kind = LAYERS[one_of("model.field", layer, LAYERS)]
+        self.activation = one_of("model.activation", activation, SLOPES, "a field must be smooth")
+        self.channels = whole("model.channels", channels)
+        if whole("model.kernel_size", kernel_size) % 2 == 0:
+            raise ConfigError(f"model.kernel_size={kernel_size}: give an odd number, so that images keep their size")
+        sizes = [channels, *widths("model.hidden", hidden), channels]
+        *body, head = (kind(a, b, kernel_size) for a, b in pairwise(sizes))
+        head.zero()
+        self.body = nn.ModuleList(body)
+        self.head = head
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        activation = VALUES[self.activation]
+        x = self.checked(x)
+        for layer in self.body:
+            x = activation(layer(t, x))
+        v: Tensor = self.head(t, x)
+        return v.contiguous()
+
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        activation = SLOPES[self.activation]
+        x = self.checked(x)
+        for layer in self.body:
+            assert isinstance(layer, TimedConv2d)
+            x, tangents = layer.push(t, x, tangents)
+            x, slope = activation(x)
+            tangents = tangents * slope
+        v, je = self.head.push(t, x, tangents)
+        return v.contiguous(), je.contiguous()
+
+    def checked(self, x: Tensor) -> Tensor:
+        if x.dim() < 3 or x.shape[-3] != self.channels:
+            raise ConfigError(
+                f"a convolutional field of {self.channels} channels takes images (..., {self.channels}, H, W); "
+                f"it was given {tuple(x.shape)}: use an MLP for vectors, or set channels to the images' own"
+            )
+        return x
+
+
+def image(v: Tensor) -> Tensor:
+    """v (..., C) as images of one pixel, (..., C, 1, 1)."""
+    return v.unsqueeze(-1).unsqueeze(-1)
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """W with its channels innermost in memory, and so the convolution's output, where that was measured to be faster.
+
+    The weight decides, because an image of one channel has no layout to tell.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return weight
+    # not contiguous(memory_format=torch.channels_last): it does nothing for one input channel, and vmap refuses it
+    return weight.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
