@@ -16,9 +16,10 @@ WHOLE = {
     "patience": 1,
     "log_every": 1,
     "plot_every": 1,
+    "guard_every": 1,
 }
 POSITIVE = ("lr", "clip_norm", "ema", "time_limit")
-OPTIONAL = ("clip_norm", "ema", "patience", "plot_every", "time_limit")
+OPTIONAL = ("clip_norm", "ema", "patience", "plot_every", "time_limit", "guard_every")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Settings:
     log_every: int
     plot_every: int | None
     time_limit: float | None
+    # with a default, because the configs of older checkpoints lack it
+    guard_every: int | None = 50
 
     def __post_init__(self) -> None:
         given = {k: v for k, v in asdict(self).items() if v is not None or k not in OPTIONAL}
