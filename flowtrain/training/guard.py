@@ -66,6 +66,14 @@ class Guard:
         """
         if self.every is None or step % self.every or self.warned == self._limits():
             return False
+        before = self.tightenings
+        # until it passes: tightened once a check, a field far gone learns to exploit each tolerance before the next
+        while self._tighten_once(step, x, seed):
+            pass
+        return self.tightenings > before
+
+    def _tighten_once(self, step: int, x: Tensor, seed: int) -> bool:
+        """Solves, compares, tightens where exploited; whether to compare again."""
         coarse, fine = self._settings(step)
         if coarse == fine:
             return False
@@ -78,7 +86,8 @@ class Guard:
             return False
         read = f"step {step}: the batch has an NLL of {-loose.mean():.4f} as solved in training, "
         read += f"but a tight solve failed ({failure})" if failure else f"{-tight.mean():.4f} when solved tightly"
-        return self._tighten(step, nfe, read)
+        # once for a failure: how much tighter it would have to be, no comparison says
+        return self._tighten(step, nfe, read) and not failure
 
     def _settings(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The solver's settings as in training, and tight ones."""
@@ -113,17 +122,18 @@ class Guard:
         return log_p, max((s.nfe_forward for s in solves), default=0), failure
 
     def _tighten(self, step: int, nfe: int, read: str) -> bool:
+        """Tightens, or warns that there is no room to; `read` is what was seen, `nfe` what a coarse solve took."""
         solver = self.solver
         rtol, _ = before = self.tolerance_at(step)
         if solver.adaptive and before == (solver.rtol, solver.atol):
             return self._warn(
-                f"{read}. Even the final tolerance is exploited, solver.rtol={solver.rtol:g}: go on with a smaller "
-                "one, or with solver.control=all, or a smaller trainer.lr."
+                f"{read}. Training has the final tolerance already, solver.rtol={solver.rtol:g}, and even that is not "
+                "to be trusted: go on with a smaller one, with solver.control=all, or with a smaller trainer.lr."
             )
         if not solver.adaptive and 2 * nfe > solver.max_nfe:
             return self._warn(
                 f"{read}. Steps half as long as solver.step_size={solver.step_size:g} would overrun "
-                f"solver.max_nfe={solver.max_nfe}: go on with a larger one, or a smaller trainer.lr."
+                f"solver.max_nfe={solver.max_nfe}: go on with a larger one, or with a smaller trainer.lr."
             )
         self.tightenings += 1
         if solver.adaptive:
