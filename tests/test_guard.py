@@ -1,5 +1,6 @@
 """The guard against fields that exploit a coarse solver, and training's own tolerance."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flowtrain import run as runs
 from flowtrain.build import build_data, build_flow, build_objective, build_settings, load
 from flowtrain.cli.common import compose_defaults, overridden
 from flowtrain.errors import ConfigError, SolverError
@@ -174,6 +176,8 @@ def test_steps_are_halved_until_max_nfe(lines: list[str]) -> None:
     solver = ode_solver("rk4", step_size=4.0, max_nfe=20)
     watch, _ = guarded(solver, lambda s: 1 / s.steps_between(0, 1))
     assert watch.check(10, X, 0)
+    # half of 4 would be the same single step
+    assert "from 4 to 0.5" in lines[0]
     # 4 evaluations a step: 4 steps are within 20, 8 are not
     assert solver.step_size == 0.25
     assert not watch.check(20, X, 0)
@@ -319,6 +323,14 @@ def test_a_smaller_step_size_reaches_the_checkpoints_and_a_new_best(
     for name in ("best", "last"):
         assert checkpoint.load(tmp_path / f"checkpoints/{name}.pt")["config"]["solver"]["step_size"] == 0.25
     assert config["solver"]["step_size"] == 0.5
+
+
+def test_the_result_is_scored_with_the_smaller_step_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([True, False])
+    monkeypatch.setattr(guard, "exploited", lambda *log_ps: next(answers))
+    monkeypatch.setattr(runs, "draw", lambda *arguments: None)
+    runs.train(compose(*FIXED, "trainer.steps=2", "trainer.guard_every=2"), tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["solver"]["step_size"] == 0.25
 
 
 def test_checkpoints_from_before_the_guard_go_on(tmp_path: Path) -> None:
