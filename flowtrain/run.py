@@ -100,7 +100,8 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
         return best, 130 if trainer.stopped_by == "SIGINT" else 143
     if trainer.stopped_by:
         log.info("stopped at step %d: %s", trainer.step, trainer.stopped_by)
-    finish(config, run_dir, data, device, title, trainer)
+    # the trainer's config, whose step size may have become smaller
+    finish(trainer.config, run_dir, data, device, title, trainer)
     return best, 0
 
 

@@ -114,7 +114,8 @@ class Solver(ABC):
         max_nfe: evaluations of the velocity that one solve may spend.
         control: `state` leaves the path integrals out of the step control while training, `all` takes them in.
         gradient: direct | replay | adjoint, see the solvers; auto replays images and is direct elsewhere.
-        warmup: steps over which training tightens the tolerance geometrically from `warmup_rtol` to rtol.
+        train_rtol: relative tolerance of training, at least rtol; None follows rtol; atol is loosened alike.
+        warmup: steps over which training tightens the tolerance geometrically from `warmup_rtol` to train_rtol.
         warmup_rtol: where the warm-up begins; atol is loosened in the same ratio.
 
     Raises:
@@ -133,6 +134,7 @@ class Solver(ABC):
         max_nfe: int = 10_000,
         control: str = "state",
         gradient: str = "auto",
+        train_rtol: float | None = None,
         warmup: int = 0,
         warmup_rtol: float = 1e-3,
     ) -> None:
@@ -144,6 +146,7 @@ class Solver(ABC):
         self.max_nfe = whole("solver.max_nfe", max_nfe)
         self.control = one_of("solver.control", control, CONTROLS)
         self.gradient = one_of("solver.gradient", gradient, GRADIENTS)
+        self.train_rtol = self.rtol if train_rtol is None else number("solver.train_rtol", train_rtol)
         self.warmup = whole("solver.warmup", warmup, least=0)
         self.warmup_rtol = number("solver.warmup_rtol", warmup_rtol)
         if not adaptive and self.step_size is None:
@@ -155,14 +158,27 @@ class Solver(ABC):
             raise ConfigError(
                 f"solver={method} takes fixed steps and has no tolerance to warm up: remove solver.warmup"
             )
+        if not adaptive and train_rtol is not None:
+            raise ConfigError(
+                f"solver={method} takes fixed steps and has no tolerance to loosen: remove solver.train_rtol"
+            )
+        if self.train_rtol < self.rtol:
+            raise ConfigError(
+                f"solver.train_rtol={self.train_rtol:g} is tighter than solver.rtol={self.rtol:g}, which evaluation "
+                "uses: give a train_rtol of at least rtol, or a smaller solver.rtol"
+            )
         if adaptive and self.step_size is not None:
             raise ConfigError(f"solver={method} chooses its own steps: remove solver.step_size, or set solver.rtol")
 
-    def tolerance_at(self, step: int) -> tuple[float, float]:
-        """(rtol, atol) for a training step: rtol_w (rtol / rtol_w)^(step / warmup), then rtol."""
-        if step >= self.warmup or self.warmup_rtol <= self.rtol:
-            return self.rtol, self.atol
-        looser = (self.warmup_rtol / self.rtol) ** (1 - step / self.warmup)
+    def tolerance_at(self, step: int, tightenings: int = 0) -> tuple[float, float]:
+        """(rtol, atol) for a training step, never tighter than the final ones.
+
+        rtol_w (rtol_t / rtol_w)^(step / warmup), then rtol_t = train_rtol; divided by 10^tightenings.
+        """
+        looser = self.train_rtol / self.rtol
+        if step < self.warmup and self.warmup_rtol > self.train_rtol:
+            looser *= (self.warmup_rtol / self.train_rtol) ** (1 - step / self.warmup)
+        looser = max(1.0, looser / 10**tightenings)
         return self.rtol * looser, self.atol * looser
 
     @contextmanager

@@ -24,6 +24,7 @@ from flowtrain.solvers import record_solves
 from flowtrain.solvers.precision import full_precision
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import Ema
+from flowtrain.training.guard import Guard
 from flowtrain.training.metrics import Metrics
 from flowtrain.training.schedule import LearningRate
 from flowtrain.training.settings import Settings
@@ -75,6 +76,7 @@ class Trainer:
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(flow.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.lr = LearningRate(settings)
+        self.guard = None if flow.solver is None else Guard(flow, flow.solver, settings.guard_every)
         if saved is None:
             self.initialize()
         else:
@@ -167,13 +169,14 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One update. The finite check costs one transfer to the host, beside the solver's, and comes before it."""
         step, s, solver = self.step, self.settings, self.flow.solver
-        torch.manual_seed(step_generator(self.seed, STEP_STREAM, step).initial_seed())
+        seed = step_generator(self.seed, STEP_STREAM, step).initial_seed()
+        torch.manual_seed(seed)
         x = self.data.train_batch(step, s.batch_size, self.seed).to(self.device, non_blocking=True)
         self.objective.train()
         lr = self.lr.at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        rtol, atol = (None, None) if solver is None else solver.tolerance_at(step)
+        rtol, atol = (None, None) if self.guard is None else self.guard.tolerance_at(step)
         if s.compile:
             # CUDA graphs may overwrite what the step before left
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -191,6 +194,8 @@ class Trainer:
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update()
+        if self.guard is not None and self.guard.check(step + 1, x, seed):
+            self.tightened()
         nfe = [(c.nfe_forward, c.nfe_backward) for c in solves]
         adaptive = solver is not None and solver.adaptive
         return {
@@ -202,6 +207,15 @@ class Trainer:
             "rtol": rtol if adaptive else None,
             "atol": atol if adaptive else None,
         }
+
+    def tightened(self) -> None:
+        """Takes over a smaller step size, which holds in evaluation too, and so in every checkpoint's config."""
+        solver = self.flow.solver
+        if solver is None or solver.adaptive:
+            return
+        self.config = {**self.config, "solver": {**self.config["solver"], "step_size": solver.step_size}}
+        # the best NLL so far may owe itself to the coarser steps, and no honest one would ever beat it
+        self.best = None
 
     def check_finite(self, nll: float, grad_norm: float) -> None:
         if math.isfinite(nll) and math.isfinite(grad_norm):
@@ -264,7 +278,8 @@ class Trainer:
         }
 
     def save_last(self) -> None:
-        rest: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state()}
+        guard = None if self.guard is None else self.guard.state()
+        rest: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state(), "guard": guard}
         rest |= {key: getattr(self, key) for key in PROGRESS}
         rest["first_steps"] = [h.first_step for h in self.flow.histories]
         checkpoint.save(self.run_dir / "checkpoints/last.pt", {**self.inference_state(), **rest})
@@ -287,6 +302,8 @@ class Trainer:
         self.lr.load(saved["lr"])
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load(saved["ema"])
+        if self.guard is not None and saved.get("guard") is not None:
+            self.guard.load(saved["guard"])
         for key in PROGRESS:
             setattr(self, key, saved[key])
         # a run of an older flowtrain begins its solves anew

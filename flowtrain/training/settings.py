@@ -16,9 +16,10 @@ WHOLE = {
     "patience": 1,
     "log_every": 1,
     "plot_every": 1,
+    "guard_every": 1,
 }
 POSITIVE = ("lr", "clip_norm", "ema", "time_limit")
-OPTIONAL = ("clip_norm", "ema", "patience", "plot_every", "time_limit")
+OPTIONAL = ("clip_norm", "ema", "patience", "plot_every", "time_limit", "guard_every")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Settings:
     log_every: int
     plot_every: int | None
     time_limit: float | None
-    compile: bool
+    # with defaults, because the configs of older checkpoints lack them
+    compile: bool = False
+    guard_every: int | None = 50
 
     def __post_init__(self) -> None:
         given = {k: v for k, v in asdict(self).items() if v is not None or k not in OPTIONAL}

@@ -1,0 +1,156 @@
+"""A watch on fields that learn to exploit the error of a coarse solver, and the cure: a tighter tolerance."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowtrain.errors import SolverError
+from flowtrain.flow import Flow
+from flowtrain.solvers import Solver, record_solves
+
+log = logging.getLogger("flowtrain")
+
+SIGMAS = 3.0
+# Nats per dimension. Any discretisation leaves a small bias, of either sign, that the field did not seek and that
+# costs nothing: to chase it would tighten every run until nothing is gained by it but time.
+FLOOR = 1e-3
+# how much shorter the steps of the tight solve are: even Euler's error is then an eighth
+FINER = 8
+
+
+def exploited(loose: Tensor, tight: Tensor, d: int) -> bool:
+    """Whether log p reads better than it is: gap > 3 noise and gap > 1e-3 d nats.
+
+    gap = mean(loose - tight), noise = std(loose - tight) / sqrt(B), over the rows; log p in nats, (B,), of the same
+    rows, weights and trace probes, so that the sampling error of neither is in it.
+    """
+    # the noise of one row is unknown
+    if len(loose) < 2:
+        return False
+    difference = (loose - tight).double()
+    gap, noise = difference.mean().item(), difference.std().item() / math.sqrt(len(difference))
+    return gap > SIGMAS * noise and gap > FLOOR * d
+
+
+class Guard:
+    """Compares log p of a training batch as training solves it with log p solved tightly, and tightens where exploited.
+
+    An adaptive method's training tolerance is divided by ten, down to the final one; a fixed step size is halved, in
+    the solver itself, because an evaluation with the coarse steps would report the exploited likelihood.
+
+    Args:
+        solver: the flow's.
+        every: steps between checks; None: never.
+    """
+
+    def __init__(self, flow: Flow, solver: Solver, every: int | None) -> None:
+        self.flow, self.solver, self.every = flow, solver, every
+        self.tightenings = 0
+        # the limits that were met and warned of: past them there is nothing left to do, until a resume moves them
+        self.warned: dict[str, Any] | None = None
+
+    def tolerance_at(self, step: int) -> tuple[float, float]:
+        """(rtol, atol) of training at a step, tightened."""
+        return self.solver.tolerance_at(step, self.tightenings)
+
+    def check(self, step: int, x: Tensor, seed: int) -> bool:
+        """Whether the solver was tightened, after `step` updates, on the batch x (B, *event_shape).
+
+        Leaves the random state as it was and the statistics of other solves alone. Never raises for a failed solve.
+
+        Args:
+            seed: of the trace probes, the same for both solves.
+        """
+        if self.every is None or step % self.every or self.warned == self._limits():
+            return False
+        before = self.tightenings
+        # until it passes: tightened once a check, a field far gone learns to exploit each tolerance before the next
+        while self._tighten_once(step, x, seed):
+            pass
+        return self.tightenings > before
+
+    def _tighten_once(self, step: int, x: Tensor, seed: int) -> bool:
+        """Solves, compares, tightens where exploited; whether to compare again."""
+        coarse, fine = self._settings(step)
+        if coarse == fine:
+            return False
+        loose, nfe, failure = self._log_prob(x, seed, coarse)
+        if failure:
+            # training will fail as this did and say what to do, or not fail at all
+            return False
+        tight, _, failure = self._log_prob(x, seed, fine)
+        if not failure and not exploited(loose, tight, math.prod(self.flow.event_shape)):
+            return False
+        read = f"step {step}: the batch has an NLL of {-loose.mean():.4f} as solved in training, "
+        read += f"but a tight solve failed ({failure})" if failure else f"{-tight.mean():.4f} when solved tightly"
+        # once for a failure: how much tighter it would have to be, no comparison says
+        return self._tighten(step, nfe, read) and not failure
+
+    def _settings(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The solver's settings as in training, and tight ones."""
+        solver = self.solver
+        if solver.adaptive:
+            rtol, atol = self.tolerance_at(step)
+            coarse = {"rtol": rtol, "atol": atol, "control": solver.control}
+            return coarse, {"rtol": solver.rtol, "atol": solver.atol, "control": "all"}
+        coarse = {"step_size": self._step_size(), "max_nfe": solver.max_nfe}
+        return coarse, {"step_size": self._step_size() / FINER, "max_nfe": FINER * solver.max_nfe}
+
+    def _limits(self) -> dict[str, Any]:
+        solver = self.solver
+        return {**solver.describe(), "max_nfe": solver.max_nfe, "control": solver.control}
+
+    def _step_size(self) -> float:
+        assert self.solver.step_size is not None
+        # t runs over an interval of 1: half of a longer step would still be the same single step
+        return min(self.solver.step_size, 1.0)
+
+    @torch.no_grad()
+    def _log_prob(self, x: Tensor, seed: int, settings: dict[str, Any]) -> tuple[Tensor, int, str]:
+        """log p(x) (B,), the NFE of the longest solve, and what failed, or nothing."""
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), record_solves() as solves, self.solver.using(**settings):
+            torch.manual_seed(seed)
+            try:
+                log_p = self.flow.log_prob(x)
+            except SolverError as e:
+                return x.new_full((len(x),), math.nan), 0, str(e).rstrip(".")
+        failure = "" if bool(torch.isfinite(log_p).all()) else "the log-likelihood is NaN or infinite"
+        return log_p, max((s.nfe_forward for s in solves), default=0), failure
+
+    def _tighten(self, step: int, nfe: int, read: str) -> bool:
+        """Tightens, or warns that there is no room to; `read` is what was seen, `nfe` what a coarse solve took."""
+        solver = self.solver
+        rtol, _ = before = self.tolerance_at(step)
+        if solver.adaptive and before == (solver.rtol, solver.atol):
+            return self._warn(
+                f"{read}. Training has the final tolerance already, solver.rtol={solver.rtol:g}, and even that is not "
+                "to be trusted: go on with a smaller one, with solver.control=all, or with a smaller trainer.lr."
+            )
+        if not solver.adaptive and 2 * nfe > solver.max_nfe:
+            return self._warn(
+                f"{read}. Steps half as long as solver.step_size={solver.step_size:g} would overrun "
+                f"solver.max_nfe={solver.max_nfe}: go on with a larger one, or with a smaller trainer.lr."
+            )
+        self.tightenings += 1
+        if solver.adaptive:
+            log.warning("%s; training's rtol goes from %.3g to %.3g", read, rtol, self.tolerance_at(step)[0])
+        else:
+            old, solver.step_size = solver.step_size, self._step_size() / 2
+            log.warning("%s; solver.step_size goes from %.3g to %.3g, in evaluation too", read, old, solver.step_size)
+        return True
+
+    def _warn(self, message: str) -> bool:
+        self.warned = self._limits()
+        log.warning(message)
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs; a smaller step size is in the run's config."""
+        return {"tightenings": self.tightenings, "warned": self.warned}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.tightenings, self.warned = state["tightenings"], state["warned"]
