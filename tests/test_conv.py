@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.divergence import Probes, TraceRule, divergence
 from flowtrain.errors import ConfigError
-from flowtrain.fields.activations import SLOPES
+from flowtrain.fields.activations import ACTIVATIONS
 from flowtrain.fields.base import push_tangents
 from flowtrain.fields.conv import LAYERS, ConcatConv2d, ConcatSquashConv2d, ConvField
 from flowtrain.fields.mlp import MLPField
@@ -82,7 +82,7 @@ def test_concatsquash_is_its_equation(times: str) -> None:
         torch.testing.assert_close(layer(t, x)[row], expected)
 
 
-@pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, SLOPES)))
+@pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, ACTIVATIONS)))
 @pytest.mark.parametrize("per_row", [False, True])
 def test_push_is_the_jvp(layer: str, activation: str, per_row: bool) -> None:
     field, x = random_field(layer, activation), torch.randn(4, *EVENT)

@@ -87,5 +87,5 @@ class Continuous(Bijection):
             parameters=tuple(self.field.parameters()),
             recorder=self.field.recorder() if isinstance(self.field, Field) and compiled is None else None,
             # an evaluation is the same whatever was solved before it
-            history=self.histories[t0 < t1] if self.training else None,
+            history=self.histories[t0 < t1] if self.training and torch.is_grad_enabled() else None,
         )

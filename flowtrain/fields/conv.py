@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowtrain.checks import one_of, whole, widths
 from flowtrain.errors import ConfigError
-from flowtrain.fields.activations import SLOPES, VALUES
+from flowtrain.fields.activations import ACTIVATIONS
 from flowtrain.fields.base import Field
 
 
@@ -130,7 +130,7 @@ class ConvField(Field):
     def __init__(self, channels: int, hidden: Sequence[int], layer: str, activation: str, kernel_size: int = 3) -> None:
         super().__init__()
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
-        self.activation = one_of("model.activation", activation, SLOPES, "a field must be smooth")
+        self.activation = ACTIVATIONS[one_of("model.activation", activation, ACTIVATIONS, "a field must be smooth")]
         self.channels = whole("model.channels", channels)
         if whole("model.kernel_size", kernel_size) % 2 == 0:
             raise ConfigError(f"model.kernel_size={kernel_size}: give an odd number, so that images keep their size")
@@ -141,20 +141,18 @@ class ConvField(Field):
         self.head = head
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        activation = VALUES[self.activation]
         x = self.checked(x)
         for layer in self.body:
-            x = activation(layer(t, x))
+            x = self.activation(layer(t, x))
         v: Tensor = self.head(t, x)
         return v.contiguous()
 
     def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        activation = SLOPES[self.activation]
         x = self.checked(x)
         for layer in self.body:
             assert isinstance(layer, TimedConv2d)
             x, tangents = layer.push(t, x, tangents)
-            x, slope = activation(x)
+            x, slope = self.activation.value_and_slope(x)
             tangents = tangents * slope
         v, je = self.head.push(t, x, tangents)
         return v.contiguous(), je.contiguous()
