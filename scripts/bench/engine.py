@@ -17,6 +17,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,10 +120,10 @@ def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
     return {words[name]: Problem(stages[name], x, noise, solver) for name in args.weights}
 
 
-def contestants(problem: "Problem") -> dict[str, Callable[[], "Contestant"]]:
+def contestants() -> dict[str, Callable[["Problem"], "Contestant"]]:
     from steps import Skip, flowtrain_step, torchdiffeq_step, zuko_step
 
-    def diffrax() -> "Contestant":
+    def diffrax(problem: "Problem") -> "Contestant":
         try:
             from diffrax_peer import diffrax_step
         except ImportError as e:
@@ -130,13 +131,13 @@ def contestants(problem: "Problem") -> dict[str, Callable[[], "Contestant"]]:
         return diffrax_step(problem)
 
     return {
-        "flowtrain (default)": lambda: flowtrain_step(problem),
-        "flowtrain control=all": lambda: flowtrain_step(problem, control="all"),
-        "flowtrain gradient=replay": lambda: flowtrain_step(problem, gradient="replay"),
-        "flowtrain gradient=adjoint": lambda: flowtrain_step(problem, gradient="adjoint"),
-        "torchdiffeq adjoint, autograd trace": lambda: torchdiffeq_step(problem, adjoint=True),
-        "torchdiffeq direct, autograd trace": lambda: torchdiffeq_step(problem, adjoint=False),
-        "zuko's engine, max norm": lambda: zuko_step(problem),
+        "flowtrain (default)": flowtrain_step,
+        "flowtrain control=all": partial(flowtrain_step, control="all"),
+        "flowtrain gradient=replay": partial(flowtrain_step, gradient="replay"),
+        "flowtrain gradient=adjoint": partial(flowtrain_step, gradient="adjoint"),
+        "torchdiffeq adjoint, autograd trace": partial(torchdiffeq_step, adjoint=True),
+        "torchdiffeq direct, autograd trace": partial(torchdiffeq_step, adjoint=False),
+        "zuko's engine, max norm": zuko_step,
         "diffrax, jitted": diffrax,
     }
 
@@ -154,7 +155,7 @@ def main() -> None:
         progress(f"{words}: reference")
         true = reference(problem)
         print(f"\nd = {d}, batch {b}, {field}, {args.method}, rtol = atol = {args.rtol:g}, {trace}; {words}\n")
-        print(compare(contestants(problem), problem, true, args.repeats), flush=True)
+        print(compare(contestants(), problem, true, args.repeats), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ A step is a function without arguments that returns a `Step`. Nothing here is ti
 
 import copy
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,8 +200,8 @@ def zuko_step(problem: Problem) -> Contestant:
     return step
 
 
-def reference(problem: Problem, rows: int = 128) -> Step:
-    """float64, torchdiffeq, the trace by autograd, direct gradient at rtol 1e-10: shares no code with the engine.
+def reference(problem: Problem, rows: int = 128, rtol: float = 1e-10) -> Step:
+    """float64, torchdiffeq, the trace by autograd, direct gradient, a tight tolerance: shares no code with the engine.
 
     By dopri8 with its last step ending at t = 0, a few rows at a time, so that the graph fits in memory.
     """
@@ -208,34 +209,50 @@ def reference(problem: Problem, rows: int = 128) -> Step:
     parts = []
     for i in range(0, len(exact.x), rows):
         noise = None if exact.noise is None else exact.noise[i : i + rows]
-        part = Problem(exact.field, exact.x[i : i + rows], noise, {"method": "dopri8", "rtol": 1e-10})
+        part = Problem(exact.field, exact.x[i : i + rows], noise, {"method": "dopri8", "rtol": rtol})
         step = torchdiffeq_step(part, adjoint=False, options={"step_t": torch.zeros(1, dtype=torch.float64)})()
         parts.append((len(part.x) / len(exact.x), step))
     return Step(sum(w * s.nll for w, s in parts), torch.stack([w * s.gradient for w, s in parts]).sum(0))
 
 
-HEAD = ("engine", "ms", "least to most", "ratio", "NFE forward", "backward", "gradient error", "NLL error")
+def relative(a: Tensor, b: Tensor) -> str:
+    return f"{((a.double() - b.double()).norm() / b.double().norm()).item():.1e}"
 
 
-def compare(contestants: dict[str, Callable[[], Contestant]], problem: Problem, true: Step, repeats: int) -> str:
-    """The table of one problem: the first contestant is what the ratios are to. One warm-up each, then rounds."""
-    steps, first, skipped = {}, {}, {}
-    for name, make in contestants.items():
+def compare(
+    makers: Mapping[str, Callable[[Problem], Contestant]],
+    problem: Problem,
+    true: Step,
+    repeats: int,
+    checked: Problem | None = None,
+) -> str:
+    """The table of one problem: one warm-up each, then rounds; ratios are to the first contestant's median.
+
+    Args:
+        true: the reference on `checked`, a smaller problem where `problem` itself is too large for one; gradients
+            on the whole of it are then set beside the first contestant's.
+    """
+    steps, first, small, skipped = {}, {}, {}, {}
+    for name, make in makers.items():
         progress(f"warming up {name}")
         try:
-            steps[name] = make()
-            first[name] = steps[name]()
+            step = make(problem)
+            first[name] = step()
+            small[name] = first[name] if checked is None else make(checked)()
+            steps[name] = step
         except (Skip, FlowtrainError) as e:
-            steps.pop(name, None)
             skipped[name] = str(e).splitlines()[0]
     times = interleave(steps, repeats)
-    base = float(median_and_spread(next(iter(times.values())), 6)[0])
+    of, base = ("", None) if checked is None else (f" ({len(checked.x)} rows)", first[next(iter(steps))])
+    head = ["engine", "ms", "least to most", "ratio", "NFE forward", "backward"]
+    head += [] if base is None else ["gradient beside the first's"]
+    head += [f"gradient error{of}", f"NLL error{of}"]
+    unit = statistics.median(times[next(iter(steps))])
     rows = []
-    for name, outcome in first.items():
-        median, spread = median_and_spread(times[name])
-        error = (outcome.gradient.double() - true.gradient).norm() / true.gradient.norm()
-        nfe = ["-" if n is None else str(n) for n in (outcome.nfe_forward, outcome.nfe_backward)]
-        ratio = float(median_and_spread(times[name], 6)[0]) / base
-        rows.append((name, median, spread, f"{ratio:.2f}", *nfe, f"{error:.1e}", f"{abs(outcome.nll - true.nll):.1e}"))
-    reasons = "".join(f"\nleft out: {name}: {reason}" for name, reason in skipped.items())
-    return table(HEAD, rows) + reasons
+    for name in steps:
+        nfe = ["-" if n is None else str(n) for n in (first[name].nfe_forward, first[name].nfe_backward)]
+        row = [name, *median_and_spread(times[name]), f"{statistics.median(times[name]) / unit:.2f}", *nfe]
+        row += [] if base is None else [relative(first[name].gradient, base.gradient)]
+        row += [relative(small[name].gradient, true.gradient), f"{abs(small[name].nll - true.nll):.1e}"]
+        rows.append(row)
+    return table(head, rows) + "".join(f"\nleft out: {name}: {reason}" for name, reason in skipped.items())
