@@ -6,14 +6,21 @@
 
 A step is the solve from x to z, the NLL and its gradient in all parameters; no optimizer. Prints a Markdown table
 for the initial weights (the last layer at zero), for the same with the last layer drawn at random, and for trained
-ones (of --ckpt, else of a short run kept in outputs/bench): medians of rounds in which each engine has one turn,
-their ratio to flowtrain's default, evaluations of the velocity, and errors of the gradient (relative, all parameters
-as one vector) and of the NLL (nats) against float64 at rtol 1e-10. diffrax and zuko take part where installed
-(pip install zuko diffrax); compile time is not counted. Everything is held to --threads cores, jax too.
+ones (of --ckpt, else of a short run kept in outputs/bench): medians of rounds in which each engine has one turn and
+of their ratio to flowtrain's default in the same round, evaluations of the velocity, and errors of the gradient
+(relative, all parameters as one vector) and of the NLL (nats) against float64 at rtol 1e-10.
+
+Read a ratio beside its errors. flowtrain leaves the log-determinant out of the step control while training unless
+control=all, as all others keep it in: those rows are alike. Its NFE does not count the one batched evaluation of the
+trace at all nodes. Every engine has the same field, zuko's too, whose own CNF has another network; zuko controls the
+largest error where others control the RMS, and weighs the log-determinant's by 1/100. diffrax is jitted, compile
+time not counted, its weights copied. Both take part where installed (pip install zuko diffrax). Everything is held
+to --threads cores, jax too.
 """
 
 import argparse
 import copy
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,13 +48,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rtol", type=float, default=1e-5, help="atol is the same")
     parser.add_argument("--method", default="dopri5", help="of flowtrain and torchdiffeq")
     parser.add_argument("--train", nargs="*", default=[], help="overrides for the run that trains the weights")
-    parser.add_argument("--weights", nargs="*", default=["initial", "random", "trained"])
+    stages = ("initial", "random", "trained")
+    parser.add_argument("--weights", nargs="+", choices=stages, default=stages)
     return parser.parse_args()
 
 
 def trained_run(d: int, overrides: list[str]) -> Path:
     """A run of flowtrain with its defaults and the overrides, kept from one call to the next."""
-    name = "-".join([f"d{d}", *(o.replace("/", "_") for o in overrides)])
+    name = re.sub(r"[^\w.-]", "_", "-".join([f"d{d}", *overrides]))
     run_dir = CACHE / name
     if (run_dir / "result.json").exists():
         return run_dir

@@ -226,7 +226,7 @@ def compare(
     repeats: int,
     checked: Problem | None = None,
 ) -> str:
-    """The table of one problem: one warm-up each, then rounds; ratios are to the first contestant's median.
+    """The table of one problem: one warm-up each, then rounds; ratios are to the first contestant in the same round.
 
     Args:
         true: the reference on `checked`, a smaller problem where `problem` itself is too large for one; gradients
@@ -247,11 +247,12 @@ def compare(
     head = ["engine", "ms", "least to most", "ratio", "NFE forward", "backward"]
     head += [] if base is None else ["gradient beside the first's"]
     head += [f"gradient error{of}", f"NLL error{of}"]
-    unit = statistics.median(times[next(iter(steps))])
+    unit = times[next(iter(steps))]
     rows = []
     for name in steps:
         nfe = ["-" if n is None else str(n) for n in (first[name].nfe_forward, first[name].nfe_backward)]
-        row = [name, *median_and_spread(times[name]), f"{statistics.median(times[name]) / unit:.2f}", *nfe]
+        ratio = statistics.median(mine / its for mine, its in zip(times[name], unit, strict=True))
+        row = [name, *median_and_spread(times[name]), f"{ratio:.2f}", *nfe]
         row += [] if base is None else [relative(first[name].gradient, base.gradient)]
         row += [relative(small[name].gradient, true.gradient), f"{abs(small[name].nll - true.nll):.1e}"]
         rows.append(row)
