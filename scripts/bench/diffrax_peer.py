@@ -46,7 +46,7 @@ def diffrax_step(problem: Problem) -> Contestant:
     field = problem.field
     if not isinstance(field, MLPField):
         raise Skip("written for a concatsquash MLP")
-    activation, rtol, d = field.activation, problem.solver["rtol"], problem.x.shape[1]
+    activation, rtol, d = type(field.activation).__name__.lower(), problem.solver["rtol"], problem.x.shape[1]
     noise = None if problem.noise is None else jnp.asarray(problem.noise.numpy())
     x0 = jnp.asarray(problem.x.numpy())
 

@@ -11,8 +11,8 @@ of their ratio to flowtrain's default in the same round, evaluations of the velo
 (relative, all parameters as one vector) and of the NLL (nats) against float64 at rtol 1e-10.
 
 Read a ratio beside its errors. flowtrain leaves the log-determinant out of the step control while training unless
-control=all, as all others keep it in: those rows are alike. Its NFE does not count the one batched evaluation of the
-trace at all nodes. Every engine has the same field, zuko's too, whose own CNF has another network; zuko controls the
+control=all, as all others keep it in: those rows are alike. Its NFE does not count the batched evaluation of the
+trace at its nodes. Every engine has the same field, zuko's too, whose own CNF has another network; zuko controls the
 largest error where others control the RMS, and weighs the log-determinant's by 1/100. diffrax is jitted, compile
 time not counted, its weights copied. Both take part where installed (pip install zuko diffrax). Everything is held
 to --threads cores, jax too.
