@@ -1,0 +1,90 @@
+"""What the measuring scripts share: fair timing, spread, Markdown tables, and the machine's name.
+
+Imported before torch and jax by every script, because `use_threads` must come first.
+"""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# trained weights and data that several runs of a script share
+CACHE = Path(__file__).resolve().parents[2] / "outputs" / "bench"
+
+
+def use_threads(n: int) -> None:
+    """Holds this process, torch and jax alike, to n cores; before torch or jax is imported.
+
+    XLA has no setting for the size of its thread pool: it takes as many as the process may run on.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-n:])
+    os.environ["OMP_NUM_THREADS"] = str(n)
+    if n == 1:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import torch
+
+    torch.set_num_threads(n)
+
+
+def machine() -> str:
+    """The processor, how much of it we hold, and the versions that matter."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    found = []
+    for name in ("torch", "torchdiffeq", "zuko", "diffrax", "jax"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cpu}, {cores} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {', '.join(found)}"
+
+
+def interleave(cases: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each case, `repeats` times round the table, so that a slow moment of the machine hits all."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for done in range(repeats):
+        for name, case in cases.items():
+            begun = time.perf_counter()
+            case()
+            times[name].append(1e3 * (time.perf_counter() - begun))
+        progress(f"round {done + 1} of {repeats}")
+    return times
+
+
+def median_and_spread(values: Sequence[float], digits: int = 1) -> tuple[str, str]:
+    """("median", "least to most") in words."""
+    if not values:
+        return "-", "-"
+    return f"{statistics.median(values):.{digits}f}", f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns aligned for the terminal."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(w) for cell, w in rest)]) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(head), rule, *(line(row) for row in rows)])
+
+
+def progress(words: str) -> None:
+    """To standard error, so that standard output is the table alone."""
+    print(words, file=sys.stderr, flush=True)

@@ -1,0 +1,170 @@
+"""One FFJORD training step by flowtrain and by other engines: same field, weights, batch, tolerance, trace.
+
+    python scripts/bench/engine.py                               # two moons: d = 2, batch 512, one thread
+    python scripts/bench/engine.py --d 43                        # a mixture of Gaussians, Hutchinson's trace
+    python scripts/bench/engine.py --ckpt outputs/my-run --batch 2000 --rtol 1e-6
+
+A step is the solve from x to z, the NLL and its gradient in all parameters; no optimizer. Prints a Markdown table
+for the initial weights (the last layer at zero), for the same with the last layer drawn at random, and for trained
+ones (of --ckpt, else of a short run kept in outputs/bench): medians of rounds in which each engine has one turn and
+of their ratio to flowtrain's default in the same round, evaluations of the velocity, and errors of the gradient
+(relative, all parameters as one vector) and of the NLL (nats) against float64 at rtol 1e-10.
+
+Read a ratio beside its errors. flowtrain leaves the log-determinant out of the step control while training unless
+control=all, as all others keep it in: those rows are alike. Its NFE does not count the batched evaluation of the
+trace at its nodes. Every engine has the same field, zuko's too, whose own CNF has another network; zuko controls the
+largest error where others control the RMS, and weighs the log-determinant's by 1/100. diffrax is jitted, compile
+time not counted, its weights copied. Both take part where installed (pip install zuko diffrax). Everything is held
+to --threads cores, jax too.
+"""
+
+import argparse
+import copy
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import CACHE, machine, progress, use_threads
+
+if TYPE_CHECKING:
+    from steps import Contestant, Problem
+
+    from flowtrain.bijections.base import Bijection
+
+MODES = 20
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", type=Path, help="a run directory or .pt file of model=ffjord; else trains one")
+    parser.add_argument("--d", type=int, default=2, help="2: moons, exact trace; else a mixture, Hutchinson's trace")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rtol", type=float, default=1e-5, help="atol is the same")
+    parser.add_argument("--method", default="dopri5", help="of flowtrain and torchdiffeq")
+    parser.add_argument("--train", nargs="*", default=[], help="overrides for the run that trains the weights")
+    stages = ("initial", "random", "trained")
+    parser.add_argument("--weights", nargs="+", choices=stages, default=stages)
+    return parser.parse_args()
+
+
+def trained_run(d: int, overrides: list[str]) -> Path:
+    """A run of flowtrain with its defaults and the overrides, kept from one call to the next."""
+    name = re.sub(r"[^\w.-]", "_", "-".join([f"d{d}", *overrides]))
+    run_dir = CACHE / name
+    if (run_dir / "result.json").exists():
+        return run_dir
+    data = ["data=moons"]
+    if d != 2:
+        data = ["data=array", f"data.path={mixture(d)}", "trainer.steps=300", "trainer.lr=0.002"]
+    progress(f"training once, into {run_dir}: flowtrain {' '.join(data + overrides)}")
+    command = [sys.executable, "-m", "flowtrain", *data, *overrides, f"hydra.run.dir={run_dir}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return run_dir
+
+
+def mixture(d: int, n: int = 20_000) -> Path:
+    """A file of n draws from a mixture of Gaussians with random centres and covariances."""
+    import numpy as np
+
+    path = CACHE / f"mixture{d}.npy"
+    if not path.exists():
+        draw = np.random.default_rng(0)
+        centres = 2 * draw.standard_normal((MODES, d))
+        roots = draw.standard_normal((MODES, d, d)) / d**0.5
+        mode = draw.integers(MODES, size=n)
+        x = centres[mode] + np.einsum("nij,nj->ni", roots[mode], draw.standard_normal((n, d)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, x.astype(np.float32))
+    return path
+
+
+def parts_of(bijection: "Bijection") -> list["Bijection"]:
+    """A chain of chains laid flat."""
+    from flowtrain.bijections.base import Chain
+
+    return [part for b in bijection for part in parts_of(b)] if isinstance(bijection, Chain) else [bijection]
+
+
+def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
+    """The field at three stages of its life on one batch, which is in the field's own units."""
+    import torch
+    from steps import Problem, fixed_noise, wake_head
+
+    from flowtrain import build
+    from flowtrain.bijections.continuous import Continuous
+    from flowtrain.training import checkpoint
+
+    ckpt = args.ckpt or trained_run(args.d, args.train)
+    saved = checkpoint.load(checkpoint.find(ckpt))
+    data = build.build_data(saved["config"])
+    flow = build.load(ckpt)
+    x = data.train_batch(10**6, args.batch, seed=1)
+    with torch.no_grad():
+        for bijection in reversed(parts_of(flow.bijection)):
+            if isinstance(bijection, Continuous):
+                break
+            x = bijection.map_inverse(x)
+        else:
+            raise SystemExit(f"{ckpt} holds no continuous flow: give a run of model=ffjord")
+    noise = None if data.event_shape[0] <= 8 else fixed_noise(x)
+    torch.manual_seed(0)
+    fresh = build.build_flow(saved["config"], data.event_shape)
+    initial = next(m for m in fresh.modules() if isinstance(m, Continuous)).field
+    random = copy.deepcopy(initial)
+    wake_head(random, 1.0)
+    solver = {"method": args.method, "rtol": args.rtol}
+    stages = {"initial": initial, "random": random, "trained": bijection.field}
+    words = {
+        "initial": "initial weights, last layer zero",
+        "random": "initial weights, last layer drawn as torch's default",
+        "trained": f"trained weights, step {saved['step']} of {ckpt}",
+    }
+    return {words[name]: Problem(stages[name], x, noise, solver) for name in args.weights}
+
+
+def contestants() -> dict[str, Callable[["Problem"], "Contestant"]]:
+    from steps import Skip, flowtrain_step, torchdiffeq_step, zuko_step
+
+    def diffrax(problem: "Problem") -> "Contestant":
+        try:
+            from diffrax_peer import diffrax_step
+        except ImportError as e:
+            raise Skip(f"not installed ({e})") from e
+        return diffrax_step(problem)
+
+    return {
+        "flowtrain (default)": flowtrain_step,
+        "flowtrain control=all": partial(flowtrain_step, control="all"),
+        "flowtrain gradient=replay": partial(flowtrain_step, gradient="replay"),
+        "flowtrain gradient=adjoint": partial(flowtrain_step, gradient="adjoint"),
+        "torchdiffeq adjoint, autograd trace": partial(torchdiffeq_step, adjoint=True),
+        "torchdiffeq direct, autograd trace": partial(torchdiffeq_step, adjoint=False),
+        "zuko's engine, max norm": zuko_step,
+        "diffrax, jitted": diffrax,
+    }
+
+
+def main() -> None:
+    args = arguments()
+    use_threads(args.threads)
+    from steps import compare, reference
+
+    print(f"{machine()}; {args.threads} threads")
+    for words, problem in problems(args).items():
+        b, d = problem.x.shape
+        trace = "exact trace" if problem.noise is None else "Hutchinson, 1 Rademacher draw"
+        field = f"hidden {'-'.join(str(layer.linear.out_features) for layer in problem.field.body)}"
+        progress(f"{words}: reference")
+        true = reference(problem)
+        print(f"\nd = {d}, batch {b}, {field}, {args.method}, rtol = atol = {args.rtol:g}, {trace}; {words}\n")
+        print(compare(contestants(), problem, true, args.repeats), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""One training step by different engines on the same field: solve x to z, NLL, gradient in the parameters.
+
+A step is a function without arguments that returns a `Step`. Nothing here is timed; see `common.interleave`.
+"""
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from common import interleave, median_and_spread, progress, table
+from torch import Tensor, nn
+from torchdiffeq import odeint, odeint_adjoint
+
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.divergence import Probes, TraceRule, rademacher
+from flowtrain.errors import FlowtrainError
+from flowtrain.solvers import ode_solver, record_solves
+
+
+class Skip(Exception):  # noqa: N818
+    """A contestant that cannot take part here, and why."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every contestant is given: x (B, *event), and noise of its shape, or None for the exact trace."""
+
+    field: nn.Module
+    x: Tensor
+    noise: Tensor | None
+    solver: dict[str, Any] = field(default_factory=lambda: {"method": "dopri5", "rtol": 1e-5})
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return tuple(self.field.parameters())
+
+    def double(self) -> "Problem":
+        noise = None if self.noise is None else self.noise.double()
+        return Problem(copy.deepcopy(self.field).double(), self.x.double(), noise, self.solver)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The NLL in nats, its gradient in all parameters as one vector, and evaluations of the velocity."""
+
+    nll: float
+    gradient: Tensor
+    nfe_forward: int | None = None
+    nfe_backward: int | None = None
+
+
+Contestant = Callable[[], Step]
+
+
+def fixed_noise(x: Tensor, seed: int = 0) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return rademacher(tuple(x.shape), x)
+
+
+def wake_head(velocity: nn.Module, scale: float, seed: int = 0) -> None:
+    """Draws the last layer, which starts at zero, as torch draws any layer, times `scale`."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in velocity.head.modules():  # type: ignore[union-attr]
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.reset_parameters()
+        for p in velocity.head.parameters():  # type: ignore[union-attr]
+            p.mul_(scale)
+
+
+def nll(z: Tensor, log_det: Tensor) -> Tensor:
+    z = z.flatten(1)
+    return (0.5 * z.square().sum(1) + 0.5 * z.shape[1] * math.log(2 * math.pi) - log_det).mean()
+
+
+def gradient(loss: Tensor, problem: Problem) -> Tensor:
+    found = torch.autograd.grad(loss, problem.parameters)
+    return torch.cat([g.flatten() for g in found])
+
+
+@dataclass(frozen=True)
+class FixedTrace(TraceRule):
+    """Draws the noise that it is given."""
+
+    noise_given: Tensor | None = None
+
+    def draw(self, x: Tensor, training: bool) -> Probes:
+        return Probes.exact(x) if self.noise_given is None else Probes(self.noise_given.unsqueeze(0), 1.0)
+
+
+def flowtrain_step(problem: Problem, **settings: Any) -> Contestant:
+    """flowtrain's own way, by the class that its models are made of.
+
+    Raises:
+        Skip: this flowtrain has no such setting, or no continuous flow over this shape.
+    """
+    try:
+        solver = ode_solver(**{**problem.solver, **settings})
+    except FlowtrainError as e:
+        raise Skip(str(e).splitlines()[0]) from e
+    flow = Continuous(problem.field, solver, FixedTrace(noise_given=problem.noise)).train()
+
+    def step() -> Step:
+        with record_solves() as solves:
+            loss = nll(*flow.inverse(problem.x))
+            found = gradient(loss, problem)
+        return Step(loss.item(), found, solves[0].nfe_forward, solves[0].nfe_backward)
+
+    return step
+
+
+class Augmented(nn.Module):
+    """d(x, log p)/dt with the trace by autograd, as in FFJORD's code."""
+
+    def __init__(self, velocity: nn.Module, noise: Tensor | None) -> None:
+        super().__init__()
+        self.velocity, self.noise, self.nfe = velocity, noise, 0
+
+    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        self.nfe += 1
+        with torch.enable_grad():
+            x = state[0] if state[0].requires_grad else state[0].detach().requires_grad_()
+            v = self.velocity(t, x)
+            return v, self.trace(v, x)
+
+    def trace(self, v: Tensor, x: Tensor) -> Tensor:
+        if self.noise is not None:
+            (ej,) = torch.autograd.grad(v, x, self.noise, create_graph=True)
+            return (ej * self.noise).flatten(1).sum(1)
+        columns = [torch.autograd.grad(v[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(x.shape[1])]
+        return torch.stack(columns).sum(0)
+
+
+def torchdiffeq_step(problem: Problem, adjoint: bool, **settings: Any) -> Contestant:
+    """torchdiffeq with the trace by autograd; `adjoint` is the way of FFJORD's code and of most since."""
+    dynamics = Augmented(problem.field, problem.noise)
+    arguments = {**problem.solver, **settings}
+    if "rtol" in arguments:
+        arguments["atol"] = arguments["rtol"]
+    if "step_size" in arguments:
+        arguments["options"] = {"step_size": arguments.pop("step_size")}
+    integrate = odeint_adjoint if adjoint else odeint
+    x, t = problem.x, torch.tensor([1.0, 0.0], dtype=problem.x.dtype)
+
+    def step() -> Step:
+        dynamics.nfe = 0
+        z, log_det = integrate(dynamics, (x, x.new_zeros(len(x))), t, **arguments)
+        loss = nll(z[-1], log_det[-1])
+        forward = dynamics.nfe
+        found = gradient(loss, problem)
+        return Step(loss.item(), found, forward, dynamics.nfe - forward)
+
+    return step
+
+
+def zuko_step(problem: Problem) -> Contestant:
+    """zuko's engine, adaptive checkpoint adjoint, on our field: its CNF has another net, its solver takes any.
+
+    It controls the largest error over the batch where others control the RMS, and divides the trace's by 100.
+
+    Raises:
+        Skip: zuko is not installed.
+    """
+    try:
+        from zuko.transforms import FreeFormJacobianTransform
+    except ImportError as e:
+        raise Skip("zuko is not installed") from e
+    count = 0
+
+    def velocity(t: Tensor, x: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        v: Tensor = problem.field(t, x)
+        return v
+
+    rtol, exact = problem.solver["rtol"], problem.noise is None
+    transform = FreeFormJacobianTransform(velocity, 1.0, 0.0, problem.parameters, rtol, rtol, exact)
+
+    def same_noise() -> AbstractContextManager[Any]:
+        # it draws Gaussian noise with no say of ours
+        return nullcontext() if exact else mock.patch("torch.randn_like", return_value=problem.noise)
+
+    def step() -> Step:
+        nonlocal count
+        count = 0
+        with same_noise():
+            z, log_det = transform.call_and_ladj(problem.x)
+        loss = nll(z, log_det)
+        forward = count
+        found = gradient(loss, problem)
+        return Step(loss.item(), found, forward, count - forward)
+
+    return step
+
+
+def reference(problem: Problem, rows: int = 128, rtol: float = 1e-10) -> Step:
+    """float64, torchdiffeq, the trace by autograd, direct gradient, a tight tolerance: shares no code with the engine.
+
+    By dopri8 with its last step ending at t = 0, a few rows at a time, so that the graph fits in memory.
+    """
+    exact = problem.double()
+    parts = []
+    for i in range(0, len(exact.x), rows):
+        noise = None if exact.noise is None else exact.noise[i : i + rows]
+        part = Problem(exact.field, exact.x[i : i + rows], noise, {"method": "dopri8", "rtol": rtol})
+        step = torchdiffeq_step(part, adjoint=False, options={"step_t": torch.zeros(1, dtype=torch.float64)})()
+        parts.append((len(part.x) / len(exact.x), step))
+    return Step(sum(w * s.nll for w, s in parts), torch.stack([w * s.gradient for w, s in parts]).sum(0))
+
+
+def relative(a: Tensor, b: Tensor) -> str:
+    return f"{((a.double() - b.double()).norm() / b.double().norm()).item():.1e}"
+
+
+def compare(
+    makers: Mapping[str, Callable[[Problem], Contestant]],
+    problem: Problem,
+    true: Step,
+    repeats: int,
+    checked: Problem | None = None,
+) -> str:
+    """The table of one problem: one warm-up each, then rounds; ratios are to the first contestant in the same round.
+
+    Args:
+        true: the reference on `checked`, a smaller problem where `problem` itself is too large for one; gradients
+            on the whole of it are then set beside the first contestant's.
+    """
+    steps, first, small, skipped = {}, {}, {}, {}
+    for name, make in makers.items():
+        progress(f"warming up {name}")
+        try:
+            step = make(problem)
+            first[name] = step()
+            small[name] = first[name] if checked is None else make(checked)()
+            steps[name] = step
+        except (Skip, FlowtrainError) as e:
+            skipped[name] = str(e).splitlines()[0]
+    times = interleave(steps, repeats)
+    of, base = ("", None) if checked is None else (f" ({len(checked.x)} rows)", first[next(iter(steps))])
+    head = ["engine", "ms", "least to most", "ratio", "NFE forward", "backward"]
+    head += [] if base is None else ["gradient beside the first's"]
+    head += [f"gradient error{of}", f"NLL error{of}"]
+    unit = times[next(iter(steps))]
+    rows = []
+    for name in steps:
+        nfe = ["-" if n is None else str(n) for n in (first[name].nfe_forward, first[name].nfe_backward)]
+        ratio = statistics.median(mine / its for mine, its in zip(times[name], unit, strict=True))
+        row = [name, *median_and_spread(times[name]), f"{ratio:.2f}", *nfe]
+        row += [] if base is None else [relative(first[name].gradient, base.gradient)]
+        row += [relative(small[name].gradient, true.gradient), f"{abs(small[name].nll - true.nll):.1e}"]
+        rows.append(row)
+    return table(head, rows) + "".join(f"\nleft out: {name}: {reason}" for name, reason in skipped.items())

@@ -1,0 +1,108 @@
+"""Seconds of training until the KL to the true density first gets under 0.05, 0.02 and 0.01 nats, over seeds.
+
+    python scripts/bench/time_to.py                                       # moons, the defaults, five seeds
+    python scripts/bench/time_to.py --data rings solver.method=bosh3 solver.rtol=1e-3
+    python scripts/bench/time_to.py --seeds 3 --gaps 0.1 0.05 model=realnvp
+
+One run of plain `flowtrain` per seed, one after another, with the overrides given; the seeds begin at 11, which no
+setting was tuned on. KL is the mean of log p_true - log p_model on the validation set, by the true density and so
+without the noise of the set's own entropy; the model is the one validated, with averaged weights where they are on.
+Seconds are the run's own clock (metrics.jsonl), so they hold the validations too, one every --every steps, which
+is also how finely they tell. Prints a Markdown table with one line per gap: median seconds, least to most, median
+steps, and how many seeds got there.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import machine, median_and_spread, progress, table
+
+FIRST_SEED = 11
+
+
+@dataclass(frozen=True)
+class Run:
+    """Validations (seconds, step, KL) in order, seconds of the whole training, and the KL on the test set."""
+
+    validations: list[tuple[float, int, float]]
+    seconds: float
+    kl: float
+
+    def reached(self, gap: float) -> tuple[float, int] | None:
+        """(seconds, step) of the first validation under `gap`."""
+        return next(((seconds, step) for seconds, step, kl in self.validations if kl < gap), None)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="for flowtrain, such as solver.rtol=1e-4")
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--data", default="moons", help="a toy, whose density is known")
+    parser.add_argument("--gaps", type=float, nargs="+", default=[0.05, 0.02, 0.01], help="nats")
+    parser.add_argument("--every", type=int, default=20, help="steps between validations")
+    return parser.parse_args()
+
+
+def entropy_on_validation(run_dir: Path) -> float:
+    """-mean log p_true on the run's own validation set: its NLL less this is the KL there."""
+    from flowtrain import build
+    from flowtrain.training import checkpoint
+
+    data = build.build_data(checkpoint.load(checkpoint.find(run_dir))["config"])
+    log_p = data.log_prob(data.val)
+    if log_p is None:
+        raise SystemExit("the true density of this data is not known: choose a toy")
+    return -log_p.mean().item()
+
+
+def train(seed: int, run_dir: Path, args: argparse.Namespace) -> Run:
+    keys = [f"data={args.data}", f"seed={seed}", f"trainer.val_every={args.every}", "trainer.plot_every=null"]
+    command = [sys.executable, "-m", "flowtrain", *keys, *args.overrides, f"hydra.run.dir={run_dir}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    least = entropy_on_validation(run_dir)
+    validations = [(r["seconds"], r["step"], r["nll"] - least) for r in rows if r["split"] == "val"]
+    result = json.loads((run_dir / "result.json").read_text())
+    return Run(validations, result["train_seconds"], result["kl"])
+
+
+def summary(runs: list[Run], gaps: list[float]) -> str:
+    rows = []
+    for gap in gaps:
+        reached = [r for r in (run.reached(gap) for run in runs) if r is not None]
+        steps = f"{statistics.median(s for _, s in reached):.0f}" if reached else "-"
+        rows.append([f"{gap:g}", *median_and_spread([s for s, _ in reached]), steps, f"{len(reached)} of {len(runs)}"])
+    return table(["KL under (nats)", "seconds", "least to most", "steps", "seeds"], rows)
+
+
+def bracket(values: list[float], digits: int) -> str:
+    median, spread = median_and_spread(values, digits)
+    return f"{median} ({spread})"
+
+
+def main() -> None:
+    args = arguments()
+    out = Path(tempfile.mkdtemp(prefix="flowtrain-time-to-"))
+    runs = []
+    for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+        runs.append(train(seed, out / str(seed), args))
+        progress(f"seed {seed}: {runs[-1].seconds:.1f} s, test KL {runs[-1].kl:.4f}")
+    print(machine())
+    print(f"\nflowtrain data={args.data} {' '.join(args.overrides)}, validation every {args.every} steps\n")
+    print(summary(runs, args.gaps))
+    seconds, kl = [r.seconds for r in runs], [r.kl for r in runs]
+    print(
+        f"\nwhole training, seconds (least to most): {bracket(seconds, 1)}; "
+        f"test KL of the best checkpoint: {bracket(kl, 4)}"
+    )
+    progress(f"runs: {out}")
+
+
+if __name__ == "__main__":
+    main()
