@@ -11,6 +11,7 @@ graph, most elementwise passes, and the building of the time-dependent weights a
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from flowtrain.fields.activations import Activation
 
-# numbers that one layer's values and tangents may take in a block of nodes, so that they stay in a CPU's cache
-BLOCK = 2**19
+# numbers that one layer's values and tangents may take in a block of nodes: beyond this a CPU's cache and its allocator
+# (fresh pages for every large tensor) cost a fifth
+BLOCK = 2**18
 
 
 class MLPTape:
@@ -37,6 +39,7 @@ class MLPTape:
     ) -> None:
         self.times, self.activation, self.keep = times, activation, keep
         self.weights = [w.unbind() for w in weights]
+        self.transposed = [w.mT.unbind() for w in weights]
         self.biases = [b.unbind() for b in biases]
         # for each node the input of every layer, what the slopes need, and once pulled the cotangents of every a_l
         self.inputs: dict[int, list[Tensor]] = {}
@@ -46,14 +49,15 @@ class MLPTape:
     def velocity(self, i: int, x: Tensor) -> Tensor:
         inputs, kept = [x], []
         last = len(self.weights) - 1
+        gain = self.activation.gain(x.device)
         for layer in range(last):
-            a = torch.addmm(self.biases[layer][i], x, self.weights[layer][i].t())
+            a = torch.addmm(self.biases[layer][i], x, self.transposed[layer][i], beta=gain, alpha=gain)
             x, needed = self.activation.replace(a)
             inputs.append(x)
             kept.append(needed)
         if self.keep:
             self.inputs[i], self.kept[i] = inputs, kept
-        return torch.addmm(self.biases[last][i], x, self.weights[last][i].t())
+        return torch.addmm(self.biases[last][i], x, self.transposed[last][i])
 
     def pull(self, i: int, cotangent: Tensor) -> Tensor:
         at_a = [cotangent]
@@ -86,7 +90,7 @@ def push(
 
 
 class _Push(torch.autograd.Function):
-    """Layers hold [values, tangents] side by side, (M, 1 + k, B, n), so that each is one batched product."""
+    """Nodes go through in blocks; u are the tangents before a slope, t after it, each (m, k, 1 or B, n)."""
 
     @staticmethod
     def forward(
@@ -95,22 +99,14 @@ class _Push(torch.autograd.Function):
         weights, biases = layers[:n_layers], layers[n_layers:]
         k = len(tangents)
         e = tangents.transpose(0, 1).expand(len(x), k, *tangents.shape[2:])
-        keep = any(ctx.needs_input_grad)
         v = x.new_empty(*x.shape[:2], weights[-1].shape[1])
         je = x.new_empty(k, *v.shape)
         ctx.blocks = []
-        for block in _blocks(x, k, weights):
-            saved = _push_block(
-                activation,
-                x[block],
-                e[block],
-                [w[block] for w in weights],
-                [b[block] for b in biases],
-                v[block],
-                je[:, block],
-            )
-            if keep:
-                ctx.blocks.append((block, saved))
+        for b in _blocks(x, k, weights):
+            saved, v[b], pushed = _push_block(activation, x[b], e[b], [w[b] for w in weights], [c[b] for c in biases])
+            je[:, b] = pushed.transpose(0, 1)
+            if any(ctx.needs_input_grad):
+                ctx.blocks.append((b, saved))
         ctx.activation, ctx.n_layers = activation, n_layers
         ctx.save_for_backward(x, e, *layers)
         return v, je
@@ -122,24 +118,31 @@ class _Push(torch.autograd.Function):
         weights, biases = layers[: ctx.n_layers], layers[ctx.n_layers :]
         at_x = torch.empty_like(x)
         at_weights = [torch.empty_like(w) for w in weights]
-        at_biases = [torch.empty_like(b) for b in biases]
-        for block, saved in ctx.blocks:
-            at_out = torch.cat([at_v[block].unsqueeze(1), at_je[:, block].transpose(0, 1)], 1)
-            _pull_block(
+        at_biases = [torch.empty_like(c) for c in biases]
+        for b, saved in ctx.blocks:
+            at_x[b] = _pull_block(
                 ctx.activation,
-                x[block],
-                e[block],
-                [w[block] for w in weights],
+                x[b],
+                e[b],
+                [w[b] for w in weights],
                 saved,
-                at_out,
-                at_x[block],
-                [w[block] for w in at_weights],
-                [b[block] for b in at_biases],
+                at_v[b],
+                at_je[:, b].transpose(0, 1),
+                [w[b] for w in at_weights],
+                [c[b] for c in at_biases],
             )
         return None, None, at_x, None, *at_weights, *at_biases
 
 
-Saved = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+@dataclass(frozen=True)
+class _Hidden:
+    """One hidden layer of a block: h = f(a), what its derivatives need, f'(a), the tangents before and after it."""
+
+    h: Tensor
+    kept: Tensor
+    slope: Tensor
+    u: Tensor
+    t: Tensor
 
 
 def _blocks(x: Tensor, k: int, weights: Sequence[Tensor]) -> list[slice]:
@@ -151,40 +154,20 @@ def _blocks(x: Tensor, k: int, weights: Sequence[Tensor]) -> list[slice]:
 
 
 def _push_block(
-    activation: Activation,
-    x: Tensor,
-    e: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    v: Tensor,
-    je: Tensor,
-) -> Saved:
-    """Writes v (m, B, d') and je (k, m, B, d'); returns for each hidden layer what `_pull_block` needs of it."""
-    m, rows = x.shape[:2]
-    k = e.shape[1]
-    saved: Saved = []
-    a = torch.baddbmm(biases[0].unsqueeze(1), x, weights[0].transpose(1, 2))
-    pushed = _tangents(e, weights[0])
-    joint = a
-    for layer in range(1, len(weights)):
+    activation: Activation, x: Tensor, e: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[list[_Hidden], Tensor, Tensor]:
+    """The hidden layers, v (m, B, d') and J e (m, k, 1 or B, d')."""
+    gain = activation.gain(x.device)
+    hidden: list[_Hidden] = []
+    h, t = x, e
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        a = torch.baddbmm(bias.unsqueeze(1), h, weight.mT, beta=gain, alpha=gain)
+        u = _product(t, weight.mT)
         h, kept = activation.replace(a)
         slope = activation.slope(kept)
-        width = h.shape[-1]
-        joint = h.new_empty(m, 1 + k, rows, width)
-        joint[:, 0] = h
-        torch.mul(pushed, slope.unsqueeze(1), out=joint[:, 1:])
-        saved.append((joint, pushed, slope, kept))
-        out = torch.bmm(joint.view(m, -1, width), weights[layer].transpose(1, 2)).view(m, 1 + k, rows, -1)
-        a, pushed = out[:, 0].add_(biases[layer].unsqueeze(1)), out[:, 1:]
-    v.copy_(a)
-    je.copy_(pushed.transpose(0, 1).expand_as(je))
-    return saved
-
-
-def _tangents(e: Tensor, weight: Tensor) -> Tensor:
-    """W e: (m, k, 1 or B, n) for e (m, k, 1 or B, d)."""
-    m, k, rows, d = e.shape
-    return torch.bmm(e.reshape(m, k * rows, d), weight.transpose(1, 2)).view(m, k, rows, -1)
+        t = u * slope.unsqueeze(1)
+        hidden.append(_Hidden(h, kept, slope, u, t))
+    return hidden, torch.baddbmm(biases[-1].unsqueeze(1), h, weights[-1].mT), _product(t, weights[-1].mT)
 
 
 def _pull_block(
@@ -192,31 +175,44 @@ def _pull_block(
     x: Tensor,
     e: Tensor,
     weights: Sequence[Tensor],
-    saved: Saved,
-    at_out: Tensor,
-    at_x: Tensor,
+    hidden: list[_Hidden],
+    at_a: Tensor,
+    at_u: Tensor,
     at_weights: Sequence[Tensor],
     at_biases: Sequence[Tensor],
-) -> None:
-    """Writes the cotangents of x, weights and biases from those of [v, J e], (m, 1 + k, B, d')."""
-    m = len(x)
+) -> Tensor:
+    """The cotangent of x from those of v (m, B, d') and J e (m, k, B, d'); writes those of weights and biases."""
     for layer in reversed(range(1, len(weights))):
-        joint, pushed, slope, kept = saved[layer - 1]
-        flat = at_out.reshape(m, -1, at_out.shape[-1])
-        torch.bmm(flat.transpose(1, 2), joint.view(m, -1, joint.shape[-1]), out=at_weights[layer])
-        torch.sum(at_out[:, 0], 1, out=at_biases[layer])
-        at_joint = torch.bmm(flat, weights[layer]).view_as(joint)
-        at_h, at_t = at_joint[:, 0], at_joint[:, 1:]
+        below = hidden[layer - 1]
+        _weight_gradient(at_a, at_u, below.h, below.t, at_weights[layer], at_biases[layer])
+        at_h = torch.bmm(at_a, weights[layer])
+        at_t = _product(at_u, weights[layer])
         # t = f'(a) u, so that a is reached through the slope as well
-        at_slope = (at_t * pushed).sum(1)
-        at_t.mul_(slope.unsqueeze(1))
-        at_h.mul_(slope).add_(at_slope.mul_(activation.curvature(kept, slope)))
-        at_out = at_joint
-    at_a, at_u = at_out[:, 0], at_out[:, 1:]
-    torch.bmm(at_a.transpose(1, 2), x, out=at_weights[0])
+        at_slope = _sum_of_products(at_t, below.u)
+        at_a = activation.pull(below.kept, below.slope, at_h, at_slope)
+        at_u = at_t.mul_(below.slope.unsqueeze(1))
     if e.shape[2] == 1:
         at_u = at_u.sum(2, keepdim=True)
-    k_rows = e.shape[1] * e.shape[2]
-    at_weights[0].baddbmm_(at_u.reshape(m, k_rows, -1).transpose(1, 2), e.reshape(m, k_rows, -1))
-    torch.sum(at_a, 1, out=at_biases[0])
-    torch.bmm(at_a, weights[0], out=at_x)
+    _weight_gradient(at_a, at_u, x, e, at_weights[0], at_biases[0])
+    return torch.bmm(at_a, weights[0])
+
+
+def _product(t: Tensor, matrix: Tensor) -> Tensor:
+    """t M for t (m, k, B, n), M (m, n, n')."""
+    m, k, rows, _ = t.shape
+    return torch.bmm(t.reshape(m, k * rows, -1), matrix).view(m, k, rows, -1)
+
+
+def _weight_gradient(at_a: Tensor, at_u: Tensor, h: Tensor, t: Tensor, at_weight: Tensor, at_bias: Tensor) -> None:
+    """Of a = W h + b and u = W t."""
+    torch.bmm(at_a.mT, h, out=at_weight)
+    at_weight.baddbmm_(at_u.flatten(1, 2).mT, t.flatten(1, 2))
+    torch.sum(at_a, 1, out=at_bias)
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """sum_j a_j b_j over the second dimension, without holding all the products."""
+    total = a[:, 0] * b[:, 0]
+    for j in range(1, a.shape[1]):
+        total.addcmul_(a[:, j], b[:, j])
+    return total

@@ -5,7 +5,8 @@ from typing import Any
 
 from flowtrain.checks import one_of
 from flowtrain.errors import ConfigError
-from flowtrain.solvers.base import History, Problem, Solution, Solver, Statistics, record_solves
+from flowtrain.solvers.base import Problem, Solution, Solver, Statistics, record_solves
+from flowtrain.solvers.history import History
 from flowtrain.solvers.runge_kutta import RungeKutta
 from flowtrain.solvers.tableaus import TABLEAUS
 from flowtrain.solvers.torchdiffeq_engine import METHODS, Torchdiffeq

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowtrain.checks import number, one_of, whole
 from flowtrain.errors import ConfigError, SolverError
+from flowtrain.solvers.history import History
 from flowtrain.solvers.precision import full_precision
 from flowtrain.solvers.tape import AutogradRecorder, Recorder, Tape, Velocity
 
@@ -31,13 +32,6 @@ class Statistics:
     rejected: int = 0
 
 
-@dataclass
-class History:
-    """What one kind of solve leaves for the next: the size that would have suited its first step."""
-
-    first_step: float | None = None
-
-
 @dataclass(frozen=True)
 class Problem:
     """dx/dt = velocity(t, x) from t0 to t1, and path integrals of q along the solution.
@@ -53,7 +47,7 @@ class Problem:
         parameters: what the gradient of the velocity must reach.
         n_integrals: Q.
         recorder: how the velocity is evaluated and pulled back; None leaves it to autograd.
-        history: of earlier solves of this kind, to begin with their step size and to be told this one's; or None.
+        history: of the last solve of this kind, to plan the steps by and to be told of this one's; or None.
     """
 
     velocity: Velocity

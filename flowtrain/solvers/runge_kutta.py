@@ -31,7 +31,8 @@ class RungeKutta(Solver):
     """Fixed steps or adaptive ones, as the tableau has an error estimate or not; `gradient` is direct or replay.
 
     Step control: accept when the RMS of error / (atol + rtol max(|x0|, |x1|)) is at most 1, the next step
-    0.9 ratio^(-1/order) times as long (Hairer, Norsett and Wanner, Solving ODEs I, II.4), the last two balanced.
+    0.9 ratio^(-1/order) times as long (Hairer, Norsett and Wanner, Solving ODEs I, II.4), the last two balanced. In
+    training the steps are planned by those of the last solve, see history.py; the first rejection ends the plan.
     """
 
     def __init__(self, method: str, **settings: Any) -> None:
@@ -145,29 +146,39 @@ class _Run:
     def adaptive(self) -> None:
         t1 = self.problem.t1
         smallest = 2 * torch.finfo(self.x.dtype).eps * max(1.0, abs(self.problem.t0), abs(t1))
-        h = self.begin(10 * smallest)
+        plan = self.problem.history.plan(self.t, t1) if self.problem.history is not None else []
+        h = 0.0 if plan else self.begin(10 * smallest)
+        taken: list[tuple[float, float]] = []
         broken = 0
         while self.t != t1:
-            left = t1 - self.t
-            last = abs(h) >= abs(left) * (1 - 1e-9)
-            # two equal steps to the end rather than a long one and a sliver
-            h = left if last else left / 2 if 2 * abs(h) > abs(left) else h
-            if abs(h) < smallest and not last:
+            end = plan[len(taken)] if plan else self.next_end(h)
+            if not plan and abs(h) < smallest and end != t1:
                 raise self.solver.non_finite(self.t, h) if broken else self.solver.underflow(self.t, h)
+            h = end - self.t
             tried = self.attempt(h)
             ratio = self.error_ratio(tried)
-            grown = h * self.factor(ratio)
+            suited = h * self.factor(ratio)
             if ratio <= 1:
-                if not self.statistics.accepted and self.problem.history is not None:
-                    self.problem.history.first_step = abs(grown)
-                self.accept(tried, t1 if last else self.t + h)
+                taken.append((abs(h), abs(suited)))
+                self.accept(tried, end)
                 broken = 0
             else:
                 self.statistics.rejected += 1
                 broken = 0 if math.isfinite(ratio) else broken + 1
                 if broken > NON_FINITE_RETRIES:
                     raise self.solver.non_finite(self.t, h)
-            h = grown
+                # what was planned did not hold
+                plan = []
+            h = suited
+        if self.problem.history is not None:
+            self.problem.history.steps = taken
+
+    def next_end(self, h: float) -> float:
+        """Where a step of size h ends: two equal steps lead to t1 rather than a long one and a sliver."""
+        left = self.problem.t1 - self.t
+        if abs(h) >= abs(left) * (1 - 1e-9):
+            return self.problem.t1
+        return self.t + (left / 2 if 2 * abs(h) > abs(left) else h)
 
     def factor(self, ratio: float) -> float:
         if not math.isfinite(ratio):
@@ -177,15 +188,9 @@ class _Run:
         return min(grow, max(SHRINK, ideal))
 
     def begin(self, smallest: float) -> float:
-        """The first step size, with its sign: what suited the last solve of this kind, else a guess from two slopes."""
-        history = self.problem.history
-        span = self.problem.t1 - self.problem.t0
-        if history is not None and history.first_step is not None:
-            guess = min(history.first_step, abs(span))
-        else:
-            guess = abs(self.guess())
+        """The first step size, with its sign, from two slopes."""
         # from near the origin the guess can fall below what time can resolve, which is no failure yet
-        return math.copysign(max(guess, smallest), span)
+        return math.copysign(max(abs(self.guess()), smallest), self.problem.t1 - self.problem.t0)
 
     def guess(self) -> float:
         """After Hairer, Norsett and Wanner, II.4, 'starting step size'.

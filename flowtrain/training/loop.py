@@ -281,7 +281,7 @@ class Trainer:
         guard = None if self.guard is None else self.guard.state()
         rest: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state(), "guard": guard}
         rest |= {key: getattr(self, key) for key in PROGRESS}
-        rest["first_steps"] = [h.first_step for h in self.flow.histories]
+        rest["histories"] = [h.steps for h in self.flow.histories]
         checkpoint.save(self.run_dir / "checkpoints/last.pt", {**self.inference_state(), **rest})
 
     def load_weights(self, saved: Mapping[str, Any]) -> None:
@@ -307,5 +307,5 @@ class Trainer:
         for key in PROGRESS:
             setattr(self, key, saved[key])
         # a run of an older flowtrain begins its solves anew
-        for history, first_step in zip(self.flow.histories, saved.get("first_steps", ()), strict=False):
-            history.first_step = first_step
+        for history, steps in zip(self.flow.histories, saved.get("histories", ()), strict=False):
+            history.steps = [(length, suited) for length, suited in steps]
