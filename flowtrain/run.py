@@ -1,5 +1,6 @@
 """One run from its config to result.json."""
 
+import ctypes
 import logging
 import math
 import os
@@ -49,12 +50,28 @@ def messages(path: Path | None = None) -> Iterator[None]:
             handler.close()
 
 
-def set_threads(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> None:
+def prepare_process(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> None:
     """`threads`; for null one where matrices are too small to be worth sharing, else as many as there are cores."""
     threads = config["threads"]
     if threads is None:
         threads = 1 if math.prod(event_shape) <= 16 else len(os.sched_getaffinity(0))
     torch.set_num_threads(whole("threads", threads))
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse what torch frees on the CPU.
+
+    By default it gives large blocks back at once, and the next tensor of that size waits for fresh zeroed pages: a
+    tenth to a third of a convolutional training step at 28x28. Elsewhere than on glibc this does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt(mmap_threshold, 32 * 2**20)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | None = None) -> tuple[float, int]:
@@ -70,7 +87,7 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
     device = build.resolve_device(config["device"])
     settings = build.build_settings(config)
     data = build.build_data(config)
-    set_threads(config, data.event_shape)
+    prepare_process(config, data.event_shape)
     torch.manual_seed(whole("seed", config["seed"], least=0))
     flow = build.build_flow(config, data.event_shape).to(device)
     objective = build.build_objective(config, flow)

@@ -17,7 +17,7 @@ from flowtrain.build import check_targets, resolve_device, restore
 from flowtrain.errors import ConfigError, FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.paths import config_dir, config_groups
-from flowtrain.run import set_threads
+from flowtrain.run import prepare_process
 from flowtrain.training import checkpoint
 
 
@@ -175,7 +175,7 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
     # how the flow is preprocessed belongs to the data it was trained on, whatever it now meets
     trained_on = {**config, "data": saved["config"]["data"]}
     flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), own["trust"])
-    set_threads(config, flow.event_shape)
+    prepare_process(config, flow.event_shape)
     return Opened(path, flow, saved["step"], config)
 
 

@@ -1,6 +1,7 @@
 """Smooth activations with their first two derivatives: a field pushes tangents through the slope, with no second graph.
 
-The derivatives are computed from what `keep` says to keep of an evaluation: tanh and softplus need only their value.
+The derivatives are computed from what `replace` says to keep of an evaluation: of tanh the value serves, and its place
+is that of x.
 """
 
 from abc import ABC, abstractmethod
@@ -22,10 +23,9 @@ class Activation(ABC):
         """`replace` takes gain x in place of x: a product makes it for nothing."""
         return 1.0
 
+    @abstractmethod
     def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(f(x / gain), what the derivatives are computed from), without a graph; x may be overwritten."""
-        y = self(x)
-        return y, y
 
     @abstractmethod
     def slope(self, kept: Tensor) -> Tensor:
@@ -39,10 +39,9 @@ class Activation(ABC):
         """at_value f'(x) + at_slope f''(x), overwriting at_value."""
         return at_value.mul_(slope).addcmul_(at_slope, self.curvature(kept, slope))
 
+    @abstractmethod
     def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(f(x), f'(x)), differentiable by autograd."""
-        y = self(x)
-        return y, self.slope(y)
 
 
 @final
@@ -68,15 +67,21 @@ class Tanh(Activation):
         # f'' = -2 f f'
         return at_value.addcmul_(kept, at_slope, value=-2).mul_(slope)
 
+    def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.tanh(x)
+        return y, 1 - y * y
+
 
 @final
 class Softplus(Activation):
     def __call__(self, x: Tensor) -> Tensor:
         return F.softplus(x)
 
+    def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.softplus(x), x
+
     def slope(self, kept: Tensor) -> Tensor:
-        # sigmoid(x) = 1 - exp(-softplus(x))
-        return -torch.expm1(-kept)
+        return torch.sigmoid(kept)
 
     def curvature(self, kept: Tensor, slope: Tensor) -> Tensor:
         return slope - slope * slope

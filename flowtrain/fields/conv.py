@@ -15,6 +15,7 @@ from flowtrain.checks import one_of, whole, widths
 from flowtrain.errors import ConfigError
 from flowtrain.fields.activations import ACTIVATIONS
 from flowtrain.fields.base import Field
+from flowtrain.fields.conv_kernels import push
 
 
 class TimedConv2d(nn.Module, ABC):
@@ -57,6 +58,11 @@ class TimedConv2d(nn.Module, ABC):
         if gate is None:
             return y + shift, pushed
         return torch.addcmul(shift, y, gate), pushed * gate
+
+    def at(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+        """The plain convolution that this layer is at time t: W (n_out, n_in, ..), shift (n_out, 1 or H, 1 or W)."""
+        gate, shift = self.modulation(t, size)
+        return channels_last(self.fold(gate)[0]), shift
 
     def fold(self, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(W, gate), or (gate W, None) where all images share one gate: W is small, the images are not."""
@@ -149,6 +155,25 @@ class ConvField(Field):
 
     def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         x = self.checked(x)
+        of_images = x.dim() < 4 or (t.dim() > 0 and t.shape[-1] != 1)
+        if of_images or tangents.requires_grad or torch.compiler.is_compiling():
+            return self.push_images(t, x, tangents)
+        # one time for all images of a node: the layers are plain ones there
+        nodes, batch = x.shape[:-4], x.shape[-4:]
+        times = t.expand(*nodes, 1).reshape(-1)
+        e = tangents.expand(-1, *nodes, *tangents.shape[-4:]).reshape(len(tangents), len(times), *tangents.shape[-4:])
+        pushed = [self.push_node(*one) for one in zip(times, x.reshape(-1, *batch), e.unbind(1), strict=True)]
+        v, je = (torch.stack(parts, i) for i, parts in enumerate(zip(*pushed, strict=True)))
+        return v.view(x.shape), je.view(len(tangents), *x.shape)
+
+    def push_node(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """`push` at one time: x (B, C, H, W), tangents (k, 1 or B, C, H, W)."""
+        weights, shifts = zip(*(layer.at(t, x.shape[-2:]) for layer in self.layers), strict=True)
+        v, je = push(self.activation, x, tangents, weights, shifts)
+        return v.contiguous(), je.contiguous()
+
+    def push_images(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """`push` by autograd's means, for a time of its own for each image."""
         for layer in self.body:
             assert isinstance(layer, TimedConv2d)
             x, tangents = layer.push(t, x, tangents)
@@ -156,6 +181,10 @@ class ConvField(Field):
             tangents = tangents * slope
         v, je = self.head.push(t, x, tangents)
         return v.contiguous(), je.contiguous()
+
+    @property
+    def layers(self) -> list[TimedConv2d]:
+        return [layer for layer in (*self.body, self.head) if isinstance(layer, TimedConv2d)]
 
     def checked(self, x: Tensor) -> Tensor:
         if x.dim() < 3 or x.shape[-3] != self.channels:

@@ -8,8 +8,8 @@ adjoint equations):
     c_i = h (b_i l + sum_n r_ni g_n + sum_(j>i) a_ji p_j),    p_i = c_i^T dv/dx(t_i, x_i),
     dL/dx = l + sum_n g_n + sum_i p_i,                        dL/dtheta = sum_i c_i^T dv/dtheta(t_i, x_i).
 
-Each stage is pulled back once, and nothing is solved again. Where the stages were not kept (gradient=replay) a step
-is first taken again from its stored beginning: memory of one step.
+Each stage is pulled back once, and nothing is solved again. With gradient=replay only the last step's stages are kept:
+the others are taken again from their stored beginnings, one at a time, in the memory of one step.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Stage:
 
 @dataclass
 class Step:
-    """An accepted step from x at t: its slopes (stages, B, *event), only the first where it is to be replayed."""
+    """An accepted step from x at t: its slopes (stages, B, *event), of which a replay needs the first; its stages."""
 
     t: float
     h: float
@@ -63,7 +63,9 @@ class Trajectory:
         x1: Tensor,
         nodes: Nodes | None,
         statistics: Statistics,
+        replay: bool,
     ) -> None:
+        self.replay = replay
         self.problem, self.tableau, self.matrix = problem, tableau, matrix
         self.steps, self.x1, self.statistics = steps, x1, statistics
         self.rows = [self.on_device(rows) for rows in nodes.rows] if nodes is not None else None
@@ -81,8 +83,8 @@ class Trajectory:
             s.x + ((s.h * rows) @ s.slopes.flatten(1)).view(-1, *s.x.shape)
             for s, rows in zip(self.steps, self.rows, strict=True)
         ]
-        for s in self.steps:
-            if s.stages is None:
+        if self.replay:
+            for s in self.steps:
                 s.slopes = s.slopes[:1].clone()
         return torch.cat(parts)
 
@@ -123,10 +125,10 @@ class Trajectory:
             # the first slope is the last one of the step before, which pulls it with its own
             carried = c[0] if same and k else None
             at_end = start
-            if step.stages is None:
-                add(gradients, self.problem.gradients([stages[-1].tape]))
-            else:
-                tapes |= {id(s.tape): s.tape for s in stages}
+            tapes |= {id(s.tape): s.tape for s in stages}
+            if self.replay:
+                add(gradients, self.problem.gradients(list(tapes.values())))
+                tapes, step.stages = {}, None
         if tapes:
             add(gradients, self.problem.gradients(list(tapes.values())))
         return at_end, gradients

@@ -76,7 +76,7 @@ class _Run:
         self.tableau: Tableau = solver.tableau
         self.replay = solver.replays(problem.x)
         self.t, self.x = problem.t0, problem.x.detach()
-        self.first: tuple[Tensor, Stage] | None = None
+        self.first: tuple[Tensor, Stage | None] | None = None
         self.steps: list[Step] = []
         self.integrand = problem.integrand
         # all: the error of the integrals takes part in the step control
@@ -102,11 +102,15 @@ class _Run:
     def attempt(self, h: float) -> Attempt:
         """The stages of a step of size h from here."""
         tableau, t, x = self.tableau, self.t, self.x
-        stages = self.tape([t + c * h for c in tableau.c], keep=self.graph and not self.replay)
+        if self.replay and self.steps:
+            # the memory of one step: only the last to be taken keeps its stages for the backward pass
+            self.steps[-1].stages = None
+        stages = self.tape([t + c * h for c in tableau.c], keep=self.graph)
         if self.first is None:
             self.first = self.velocity(stages[0], t, h, x), stages[0]
         slopes = x.new_empty(len(tableau.c), *x.shape)
-        slopes[0], stages[0] = self.first
+        slopes[0] = self.first[0]
+        stages[0] = self.first[1] or stages[0]
         scaled, flat = h * self.matrix, slopes.flatten(1)
         points = [x]
         for i, c in enumerate(tableau.c[1:], 1):
@@ -123,9 +127,9 @@ class _Run:
         elif self.as_it_goes:
             self.add(*self.integrals_of(tried))
         if self.graph or (self.integrand is not None and not self.as_it_goes):
-            stages = None if self.replay else tried.stages
-            self.steps.append(Step(self.t, tried.h, self.x, tried.slopes, stages))
-        self.first = (tried.slopes[-1], tried.stages[-1]) if same else None
+            self.steps.append(Step(self.t, tried.h, self.x, tried.slopes, tried.stages))
+        # replayed steps pull their first slope with the step before
+        self.first = (tried.slopes[-1], None if self.replay else tried.stages[-1]) if same else None
         self.t, self.x = t1, tried.x1
 
     def add(self, integral: Tensor | None, error: Tensor | None) -> None:
@@ -198,7 +202,7 @@ class _Run:
         Their floor of 1e-6 is 1e-3 here: an untrained field is zero, which would trigger it in every first solve.
         """
         x, span = self.x, self.problem.t1 - self.problem.t0
-        stage = self.tape([self.t], keep=self.graph and not self.replay)[0]
+        stage = self.tape([self.t], keep=self.graph)[0]
         slope = self.velocity(stage, self.t, 0.0, x)
         self.first = slope, stage
         scale = self.solver.atol + self.solver.rtol * x.abs()
@@ -260,7 +264,8 @@ class _Run:
         if not self.graph and (self.integrand is None or self.as_it_goes):
             return Solution(self.x, self.total, self.error, self.statistics)
         nodes = self.nodes() if self.integrand is not None else None
-        trajectory = Trajectory(self.problem, self.tableau, self.matrix, self.steps, self.x, nodes, self.statistics)
+        problem, tableau, counts = self.problem, self.tableau, self.statistics
+        trajectory = Trajectory(problem, tableau, self.matrix, self.steps, self.x, nodes, counts, self.replay)
         x1, points = differentiable(trajectory) if self.graph else (self.x, trajectory.points())
         if nodes is None:
             return Solution(x1, None, None, self.statistics)
