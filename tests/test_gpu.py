@@ -4,10 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from flowtrain.bijections.continuous import Continuous
 from flowtrain.build import build_data, load
 from flowtrain.cli.common import compose_defaults
+from flowtrain.divergence import TraceRule
+from flowtrain.fields.base import Field
+from flowtrain.fields.conv import ConvField
+from flowtrain.fields.mlp import MLPField
 from flowtrain.run import messages, train
+from flowtrain.solvers import ode_solver
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,3 +35,37 @@ def test_trains_and_agrees_with_the_cpu(model: str, trace: str, tmp_path: Path) 
     on_gpu = load(tmp_path, "cuda").log_prob(x)
     assert on_gpu.device.type == "cuda"
     torch.testing.assert_close(on_gpu.cpu(), load(tmp_path).log_prob(x), rtol=1e-4, atol=1e-4)
+
+
+def step_gradients(flow: Continuous, x: torch.Tensor) -> list[torch.Tensor]:
+    flow.histories[False].steps = []
+    z, log_det = flow.inverse(x)
+    loss = (z.square().flatten(1).sum(1) - 2 * log_det).mean()
+    return [g.cpu() for g in torch.autograd.grad(loss, list(flow.parameters()))]
+
+
+@pytest.mark.parametrize("gradient", ["direct", "replay"])
+@pytest.mark.parametrize("images", [False, True])
+def test_gradients_agree_with_the_cpu(gradient: str, images: bool) -> None:
+    """In float32 with TF32 allowed outside: inside a solve it must be off."""
+    torch.set_default_dtype(torch.float32)
+    field: Field = MLPField(2, [32, 32], "concat", "tanh")
+    if images:
+        field = ConvField(1, [8, 8], "concatsquash", "softplus")
+    for p in field.parameters():
+        nn.init.normal_(p, std=0.3)
+    x = torch.randn(16, 1, 8, 8) if images else torch.randn(64, 2)
+    # every pixel a probe: no noise to agree on
+    flow = Continuous(field, ode_solver("dopri5", gradient, rtol=1e-4), TraceRule("exact"))
+    expected = step_gradients(flow, x)
+    found = step_gradients(flow.to("cuda"), x.to("cuda"))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_with_cuda_graphs_trains(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    keys = ["device=cuda", "trainer.steps=5", "trainer.val_every=5", "data.n_test=100", "trainer.compile=true"]
+    with messages():
+        _, code = train(compose_defaults(keys), tmp_path)
+    assert code == 0

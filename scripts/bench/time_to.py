@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="for flowtrain, such as solver.rtol=1e-4")
     parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--data", default="moons", help="a toy, whose density is known")
     parser.add_argument("--gaps", type=float, nargs="+", default=[0.05, 0.02, 0.01], help="nats")
     parser.add_argument("--every", type=int, default=20, help="steps between validations")
@@ -90,7 +91,7 @@ def main() -> None:
     args = arguments()
     out = Path(tempfile.mkdtemp(prefix="flowtrain-time-to-"))
     runs = []
-    for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         runs.append(train(seed, out / str(seed), args))
         progress(f"seed {seed}: {runs[-1].seconds:.1f} s, test KL {runs[-1].kl:.4f}")
     print(machine())
