@@ -51,7 +51,7 @@ def messages(path: Path | None = None) -> Iterator[None]:
 
 
 def prepare_process(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> None:
-    """`threads`; for null one where matrices are too small to be worth sharing, else as many as there are cores."""
+    """Threads and allocator. `threads`: null takes one where matrices are too small to share, else all the cores."""
     threads = config["threads"]
     if threads is None:
         threads = 1 if math.prod(event_shape) <= 16 else len(os.sched_getaffinity(0))
@@ -62,8 +62,8 @@ def prepare_process(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> 
 def keep_freed_memory() -> None:
     """Lets glibc reuse what torch frees on the CPU.
 
-    By default it gives large blocks back at once, and the next tensor of that size waits for fresh zeroed pages: a
-    tenth to a third of a convolutional training step at 28x28. Elsewhere than on glibc this does nothing.
+    By default it gives large blocks back at once, and the next tensor of that size waits for fresh zeroed pages, which
+    convolutional training steps feel most. Elsewhere than on glibc this does nothing.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

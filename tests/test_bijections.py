@@ -51,7 +51,8 @@ BIJECTIONS: dict[str, Callable[[int], Bijection]] = {
     "realnvp permutation": lambda d: stack(d, mixing="permutation", actnorm=False),
     "continuous dopri5": continuous,
     "continuous rk4": lambda d: continuous(d, ode_solver("rk4", step_size=0.02)),
-    "continuous torchdiffeq": lambda d: continuous(d, ode_solver("dopri8", rtol=1e-10)),
+    "continuous dopri8": lambda d: continuous(d, ode_solver("dopri8", rtol=1e-10)),
+    "continuous torchdiffeq": lambda d: continuous(d, ode_solver("dopri5", "adjoint", rtol=1e-10)),
     "chain": lambda d: Chain([perturbed(Affine(d)), continuous(d), standardize(d)]),
 }
 

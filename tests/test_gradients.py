@@ -57,7 +57,11 @@ def settings_of(method: str) -> dict[str, Any]:
 @pytest.mark.parametrize("method", list(TABLEAUS))
 @pytest.mark.parametrize("control", ["state", "all"])
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
-def test_direct_replay_and_a_plain_module_have_one_gradient(method: str, control: str, trace: str) -> None:
+def test_direct_replay_and_a_plain_module_have_one_gradient(
+    method: str, control: str, trace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # few nodes together, so that replay splits them
+    monkeypatch.setattr(runge_kutta, "REPLAYED_NUMBERS", 40)
     field, x = random_field(), torch.randn(7, 2)
     known = {"control": control, **settings_of(method)}
     direct = gradients(field, ode_solver(method, "direct", **known), x, TraceRule(trace))
@@ -94,15 +98,15 @@ def test_finite_differences_of_the_discrete_solution(method: str, gradient: str)
         return (z.square().sum(1) - log_det).mean()
 
     weight = field.head.linear.weight
-    (grad,) = torch.autograd.grad(loss(), weight)
-    flow.histories[False].steps = [(1.0, 1e3)]
     for index in [(0, 0), (1, 3)]:
         values = []
         for sign in (1, -1):
             with torch.no_grad():
                 weight[index] += sign * 1e-6
-                values.append(loss())
+                with record_solves() as solves:
+                    values.append(loss())
                 weight[index] -= sign * 1e-6
+            assert method not in ADAPTIVE or (solves[0].accepted, solves[0].rejected) == (1, 0)
         expected = ((values[0] - values[1]) / 2e-6).item()
         (grad,) = torch.autograd.grad(loss(), weight)
         assert grad[index].item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
@@ -117,17 +121,22 @@ def test_a_jacobian_pulls_back_through_one_solve_many_times() -> None:
     torch.testing.assert_close(jacobian.view(2, 2).slogdet()[1], log_det.squeeze(), rtol=1e-7, atol=1e-7)
 
 
-def test_frozen_parameters_take_no_gradient() -> None:
-    field, x = random_field(), torch.randn(4, 2)
-    frozen = field.body[0].linear
-    for p in frozen.parameters():
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("frozen", ["linear", "layer", "all"])
+def test_frozen_parameters_take_no_gradient(layer: str, frozen: str) -> None:
+    field, x = random_field(layer=layer, std=0.4), torch.randn(4, 2, requires_grad=True)
+    parts = {"linear": field.body[0].linear, "layer": field.body[0], "all": field}
+    for p in parts[frozen].parameters():
         p.requires_grad_(False)
+    trained = [p for p in field.parameters() if p.requires_grad]
+    found = []
     for each in (field, Plain(field)):
         flow = Continuous(each, ode_solver("dopri5"), TraceRule("exact"))
-        flow.inverse(x)[1].mean().backward()
-        assert all(p.grad is None for p in frozen.parameters())
-        assert all(p.grad is not None and bool(p.grad.any()) for p in field.head.linear.parameters())
-        field.zero_grad()
+        loss = flow.inverse(x)[1].mean()
+        found.append(torch.autograd.grad(loss, [x, *trained], allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    assert bool(found[0][0].any())
 
 
 @pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, ACTIVATIONS)))
@@ -191,7 +200,6 @@ def test_gauss_nodes_cover_every_step(method: str, n_steps: int, sign: int) -> N
     # one step of an order below 5 has too few nodes for this degree
     exact = 1e-12 if len(nodes.times) > 3 else 2e-2
     assert nodes.integrate(q).item() == pytest.approx(end**6 / 6, rel=exact)
-    assert nodes.error(q).item() < abs(end**6)
 
 
 def test_stage_nodes_are_the_weights_of_the_method() -> None:

@@ -29,6 +29,7 @@ class Continuous(Bijection):
         self.field = field
         self.solver = solver
         self.trace = trace
+        # by whether time runs forward, from base to data
         self.histories = {True: History(), False: History()}
         self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
@@ -87,5 +88,5 @@ class Continuous(Bijection):
             parameters=tuple(self.field.parameters()),
             recorder=self.field.recorder() if isinstance(self.field, Field) and compiled is None else None,
             # an evaluation is the same whatever was solved before it
-            history=self.histories[t0 < t1] if self.training and torch.is_grad_enabled() else None,
+            history=self.histories[t0 < t1] if self.training else None,
         )

@@ -3,7 +3,7 @@
 At a fixed time the layers of a convolutional field are plain ones, a_l = W_l * h_(l-1) + s_l, h_l = f(a_l), the last
 without activation, s_l one number a channel or a map (C, H, W). `push` takes x and k tangents e through them. Against
 autograd this saves the joining and splitting of values and tangents, a graph of small operations over whole images and
-the gradients they would sum: a fifth of the time of a step's path integrals at 28x28 (scripts/bench/conv.py).
+the gradients they would sum.
 """
 
 from collections.abc import Sequence

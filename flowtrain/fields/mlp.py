@@ -191,5 +191,9 @@ class MLPRecorder:
             weights, biases = self.field.at(torch.cat([tape.times for tape in tapes]))
         parameters = list(self.field.parameters())
         trained = [p for p in parameters if p.requires_grad]
-        found = iter(torch.autograd.grad([*weights, *biases], trained, cotangents, allow_unused=True))
+        pairs = [(y, c) for y, c in zip([*weights, *biases], cotangents, strict=True) if y.requires_grad]
+        if not pairs:
+            return [None] * len(parameters)
+        outputs, at_outputs = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, trained, at_outputs, allow_unused=True))
         return [next(found) if p.requires_grad else None for p in parameters]

@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from flowtrain.fields.activations import Activation
 
-# numbers that one layer's values and tangents may take in a block of nodes: beyond this a CPU's cache and its allocator
-# (fresh pages for every large tensor) cost a fifth
+# numbers that one layer's values and tangents may take in a block of nodes: larger ones leave a CPU's cache, and its
+# allocator asks for fresh pages
 BLOCK = 2**18
 
 

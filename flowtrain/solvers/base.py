@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from flowtrain.checks import number, one_of, whole
 from flowtrain.errors import ConfigError, SolverError
 from flowtrain.solvers.history import History
 from flowtrain.solvers.precision import full_precision
-from flowtrain.solvers.tape import AutogradRecorder, Recorder, Tape, Velocity
+from flowtrain.solvers.tape import AutogradRecorder, Recorder, Velocity
 
 Integrand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -59,14 +59,6 @@ class Problem:
     n_integrals: int = 1
     recorder: Recorder | None = None
     history: History | None = None
-
-    def record(self, times: Tensor, keep: bool) -> Tape:
-        """A tape for stages at `times` (s,)."""
-        return self.recorder_or_autograd.record(times, keep)
-
-    def gradients(self, tapes: Sequence[Tape]) -> list[Tensor | None]:
-        """What the tapes have pulled to each of the parameters."""
-        return self.recorder_or_autograd.gradients(tapes)
 
     @property
     def recorder_or_autograd(self) -> Recorder:
@@ -177,7 +169,7 @@ class Solver(ABC):
 
     @contextmanager
     def using(self, **settings: Any) -> Iterator[None]:
-        """Solves inside use these settings (rtol, atol, control) in place of the solver's own."""
+        """Solves inside use these settings (rtol, atol, control, step_size, max_nfe) in place of the solver's own."""
         before = {key: getattr(self, key) for key in settings}
         self.__dict__.update(settings)
         try:

@@ -9,7 +9,8 @@ adjoint equations):
     dL/dx = l + sum_n g_n + sum_i p_i,                        dL/dtheta = sum_i c_i^T dv/dtheta(t_i, x_i).
 
 Each stage is pulled back once, and nothing is solved again. With gradient=replay only the last step's stages are kept:
-the others are taken again from their stored beginnings, one at a time, in the memory of one step.
+the others are taken again from their stored beginnings, one at a time. That needs the activations of one step, and of
+every step what has the size of x: where it begins, its first slope, its nodes.
 """
 
 from dataclasses import dataclass
@@ -22,22 +23,9 @@ from torch.autograd.function import once_differentiable
 from flowtrain.solvers.base import Problem, Statistics
 from flowtrain.solvers.nodes import Nodes
 from flowtrain.solvers.precision import full_precision
+from flowtrain.solvers.stages import Stage, Weights, combined, on_device, record, take
 from flowtrain.solvers.tableaus import Tableau
-from flowtrain.solvers.tape import Tape
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One evaluation of a tape."""
-
-    tape: Tape
-    i: int
-
-    def velocity(self, x: Tensor) -> Tensor:
-        return self.tape.velocity(self.i, x)
-
-    def pull(self, cotangent: Tensor) -> Tensor:
-        return self.tape.pull(self.i, cotangent)
+from flowtrain.solvers.tape import Tape, add
 
 
 @dataclass
@@ -58,7 +46,7 @@ class Trajectory:
         self,
         problem: Problem,
         tableau: Tableau,
-        matrix: Tensor,
+        weights: Weights,
         steps: list[Step],
         x1: Tensor,
         nodes: Nodes | None,
@@ -66,23 +54,17 @@ class Trajectory:
         replay: bool,
     ) -> None:
         self.replay = replay
-        self.problem, self.tableau, self.matrix = problem, tableau, matrix
+        self.problem, self.tableau, self.weights = problem, tableau, weights
         self.steps, self.x1, self.statistics = steps, x1, statistics
-        self.rows = [self.on_device(rows) for rows in nodes.rows] if nodes is not None else None
+        self.rows = [on_device(rows, x1) for rows in nodes.rows] if nodes is not None else None
         # whether any node of a step takes from its last stage
         self.last_used = [bool(rows[:, -1].any()) for rows in nodes.rows] if nodes is not None else [False] * len(steps)
 
-    def on_device(self, rows: Any) -> Tensor:
-        return torch.tensor(rows, dtype=self.x1.dtype).to(self.x1.device, non_blocking=True)
-
     def points(self) -> Tensor:
         """x at the nodes, (nodes, B, *event)."""
-        if self.rows is None:
-            return self.x1.new_empty(0, *self.x1.shape)
-        parts = [
-            s.x + ((s.h * rows) @ s.slopes.flatten(1)).view(-1, *s.x.shape)
-            for s, rows in zip(self.steps, self.rows, strict=True)
-        ]
+        parts = [self.x1.new_empty(0, *self.x1.shape)]
+        for s, rows in zip(self.steps, self.rows or (), strict=False):
+            parts.append(s.x + combined(s.h * rows, s.slopes))
         if self.replay:
             for s in self.steps:
                 s.slopes = s.slopes[:1].clone()
@@ -100,16 +82,16 @@ class Trajectory:
             here = by_step[k] if by_step is not None and self.rows is not None and len(self.rows[k]) else None
             begins = k == 0 or not same
             stages = step.stages or self.replayed(step, begins)
-            weighted = step.h * self.matrix
             c = torch.zeros_like(step.x).expand(len(stages), *step.x.shape).clone()
             start = torch.zeros_like(step.x) if same else at_end.clone()
             if here is not None and self.rows is not None:
-                c += ((step.h * self.rows[k]).T @ here.flatten(1)).view_as(c)
+                c += combined((step.h * self.rows[k]).T, here)
                 start += here.sum(0)
             if carried is not None:
                 c[-1] += carried
             if not same:
-                c += weighted[-2].view(-1, *(1,) * step.x.dim()) * at_end
+                c += outer(step.h * self.weights.b, at_end)
+            a = step.h * self.weights.a
             for i in reversed(range(1, len(stages))):
                 ends = same and i == len(stages) - 1
                 if ends and carried is None and not self.last_used[k]:
@@ -119,7 +101,7 @@ class Trajectory:
                     if ends:
                         pulled = pulled + at_end
                 start += pulled
-                c[:i] += weighted[i - 1, :i].view(-1, *(1,) * step.x.dim()) * pulled
+                c[:i] += outer(a[i, :i], pulled)
             if begins:
                 start += stages[0].pull(c[0])
             # the first slope is the last one of the step before, which pulls it with its own
@@ -127,32 +109,25 @@ class Trajectory:
             at_end = start
             tapes |= {id(s.tape): s.tape for s in stages}
             if self.replay:
-                add(gradients, self.problem.gradients(list(tapes.values())))
+                add(gradients, self.problem.recorder_or_autograd.gradients(list(tapes.values())))
                 tapes, step.stages = {}, None
         if tapes:
-            add(gradients, self.problem.gradients(list(tapes.values())))
+            add(gradients, self.problem.recorder_or_autograd.gradients(list(tapes.values())))
         return at_end, gradients
 
     def replayed(self, step: Step, begins: bool) -> list[Stage]:
         """The stages of a step, taken again; the first only where no step before has it as its last."""
         times = [step.t + c * step.h for c in self.tableau.c]
-        t = torch.tensor(times, dtype=step.x.dtype).to(step.x.device, non_blocking=True)
-        tape = self.problem.record(t, keep=True)
-        stages = [Stage(tape, i) for i in range(len(times))]
-        scaled = step.h * self.matrix
-        slopes = step.x.new_empty(len(times), *step.x.shape)
-        slopes[0] = stages[0].velocity(step.x) if begins else step.slopes[0]
-        for i in range(1, len(times)):
-            slopes[i] = stages[i].velocity(step.x + (scaled[i - 1, :i] @ slopes[:i].flatten(1)).view_as(step.x))
+        stages = record(self.problem.recorder_or_autograd, times, step.x, keep=True)
+        first = stages[0].velocity(step.x) if begins else step.slopes[0]
+        take(step.x, step.h, self.weights, first, lambda i, x: stages[i].velocity(x))
         self.statistics.nfe_backward += len(times) - (not begins)
         return stages
 
 
-def add(totals: list[Tensor | None], shares: list[Tensor | None]) -> None:
-    for j, share in enumerate(shares):
-        so_far = totals[j]
-        if share is not None:
-            totals[j] = share if so_far is None else so_far + share
+def outer(weights: Tensor, x: Tensor) -> Tensor:
+    """w_i x, (n, *x.shape)."""
+    return weights.view(-1, *(1,) * x.dim()) * x
 
 
 class _Differentiable(torch.autograd.Function):

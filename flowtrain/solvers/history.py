@@ -11,7 +11,7 @@ MARGIN = 0.95
 
 @dataclass
 class History:
-    """The accepted steps of the last solve, each (length, the length that would have suited it), in order of time.
+    """The accepted steps of the last solve, each (length, the length that would have suited it), in the order taken.
 
     The flow of a training run changes little from one update to the next. So the last solve's steps say how long a
     step may be at each time, and `plan` cuts the interval into the fewest steps that should pass, all equally well:
@@ -23,7 +23,8 @@ class History:
     def plan(self, t0: float, t1: float) -> list[float]:
         """The ends of the steps to attempt from t0 to t1, the last of them t1; empty where nothing is known.
 
-        With s(t) the suited length, n(t) = int_t0^t dt / s counts steps; the ends are where n is j n(t1) / ceil(n(t1)).
+        With s(t) the suited length less a margin, n(t) = int_t0^t dt / s counts steps, and the ends are where n is
+        j n(t1) / ceil(n(t1)).
         """
         if not self.steps:
             return []

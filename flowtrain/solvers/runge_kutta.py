@@ -9,15 +9,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flowtrain.errors import ConfigError
 from flowtrain.solvers.base import Problem, Solution, Solver, Statistics
-from flowtrain.solvers.discrete_gradient import Stage, Step, Trajectory, differentiable
+from flowtrain.solvers.discrete_gradient import Step, Trajectory, differentiable
 from flowtrain.solvers.nodes import Nodes, gauss_nodes, has_dense_output, stage_nodes
+from flowtrain.solvers.stages import Stage, Weights, combined, on_device, record, take
 from flowtrain.solvers.tableaus import TABLEAUS, Tableau
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
@@ -86,7 +86,7 @@ class _Run:
         self.as_it_goes = self.integrand is not None and self.on_stages and not graph
         self.total: Tensor | None = None
         self.error: Tensor | None = None
-        self.matrix = torch.tensor(_matrix(self.tableau), dtype=self.x.dtype).to(self.x.device, non_blocking=True)
+        self.weights = Weights(self.tableau, self.x)
 
     def velocity(self, stage: Stage, t: float, h: float, x: Tensor) -> Tensor:
         if self.statistics.nfe_forward >= self.solver.max_nfe:
@@ -94,10 +94,8 @@ class _Run:
         self.statistics.nfe_forward += 1
         return stage.velocity(x)
 
-    def tape(self, times: list[float], keep: bool) -> list[Stage]:
-        t = torch.tensor(times, dtype=self.x.dtype).to(self.x.device, non_blocking=True)
-        tape = self.problem.record(t, keep)
-        return [Stage(tape, i) for i in range(len(times))]
+    def record(self, times: list[float], keep: bool) -> list[Stage]:
+        return record(self.problem.recorder_or_autograd, times, self.x, keep)
 
     def attempt(self, h: float) -> Attempt:
         """The stages of a step of size h from here."""
@@ -105,18 +103,18 @@ class _Run:
         if self.replay and self.steps:
             # the memory of one step: only the last to be taken keeps its stages for the backward pass
             self.steps[-1].stages = None
-        stages = self.tape([t + c * h for c in tableau.c], keep=self.graph)
         if self.first is None:
-            self.first = self.velocity(stages[0], t, h, x), stages[0]
-        slopes = x.new_empty(len(tableau.c), *x.shape)
-        slopes[0] = self.first[0]
+            # on a tape of its own, which outlives a rejected attempt
+            first = self.record([t], keep=self.graph)[0]
+            self.first = self.velocity(first, t, h, x), first
+        stages = self.record([t + c * h for c in tableau.c], keep=self.graph)
         stages[0] = self.first[1] or stages[0]
-        scaled, flat = h * self.matrix, slopes.flatten(1)
-        points = [x]
-        for i, c in enumerate(tableau.c[1:], 1):
-            points.append(x + (scaled[i - 1, :i] @ flat[:i]).view_as(x))
-            slopes[i] = self.velocity(stages[i], t + c * h, h, points[i])
-        x1 = points[-1] if tableau.first_same_as_last else x + (scaled[-2] @ flat).view_as(x)
+
+        def velocity(i: int, x: Tensor) -> Tensor:
+            return self.velocity(stages[i], t + tableau.c[i] * h, h, x)
+
+        points, slopes = take(x, h, self.weights, self.first[0], velocity)
+        x1 = points[-1] if tableau.first_same_as_last else x + combined(h * self.weights.b, slopes)
         return Attempt(h, slopes, stages, points, x1)
 
     def accept(self, tried: Attempt, t1: float) -> None:
@@ -174,7 +172,8 @@ class _Run:
                 # what was planned did not hold
                 plan = []
             h = suited
-        if self.problem.history is not None:
+        if self.problem.history is not None and self.graph:
+            # a solve for its value alone, as the tolerance guard's tight ones, plans no step of training
             self.problem.history.steps = taken
 
     def next_end(self, h: float) -> float:
@@ -202,7 +201,7 @@ class _Run:
         Their floor of 1e-6 is 1e-3 here: an untrained field is zero, which would trigger it in every first solve.
         """
         x, span = self.x, self.problem.t1 - self.problem.t0
-        stage = self.tape([self.t], keep=self.graph)[0]
+        stage = self.record([self.t], keep=self.graph)[0]
         slope = self.velocity(stage, self.t, 0.0, x)
         self.first = slope, stage
         scale = self.solver.atol + self.solver.rtol * x.abs()
@@ -211,7 +210,7 @@ class _Run:
         if not math.isfinite(h0):
             raise self.solver.non_finite(self.t, h0)
         h0 = math.copysign(min(h0, abs(span)), span)
-        ahead = self.velocity(self.tape([self.t + h0], keep=False)[0], self.t + h0, h0, x + h0 * slope)
+        ahead = self.velocity(self.record([self.t + h0], keep=False)[0], self.t + h0, h0, x + h0 * slope)
         bend = rms((ahead - slope) / scale) / abs(h0)
         steepest = torch.maximum(speed, bend).item()
         if not math.isfinite(steepest):
@@ -222,9 +221,9 @@ class _Run:
     def error_ratio(self, tried: Attempt) -> float:
         """Error over tolerance, in one transfer to the host."""
         solver = self.solver
-        error = (tried.h * self.matrix[-1]) @ tried.slopes.flatten(1)
+        error = combined(tried.h * self.weights.e, tried.slopes)
         scale = solver.atol + solver.rtol * torch.maximum(self.x.abs(), tried.x1.abs())
-        ratio = rms(error.view_as(scale) / scale)
+        ratio = rms(error / scale)
         if self.controls_all:
             tried.integral, tried.error = self.integrals_of(tried)
             total = tried.integral if self.total is None else self.total + tried.integral
@@ -241,7 +240,7 @@ class _Run:
         """q at every node, (nodes, B, Q): one batched call, or when steps are replayed a few nodes at a time."""
         assert self.integrand is not None
         integrand = self.integrand
-        t = torch.tensor(times, dtype=self.x.dtype).to(self.x.device, non_blocking=True).unsqueeze(1)
+        t = on_device(times, self.x).unsqueeze(1)
         if not self.replay:
             return integrand(t, points)[1]
 
@@ -265,19 +264,12 @@ class _Run:
             return Solution(self.x, self.total, self.error, self.statistics)
         nodes = self.nodes() if self.integrand is not None else None
         problem, tableau, counts = self.problem, self.tableau, self.statistics
-        trajectory = Trajectory(problem, tableau, self.matrix, self.steps, self.x, nodes, counts, self.replay)
+        trajectory = Trajectory(problem, tableau, self.weights, self.steps, self.x, nodes, counts, self.replay)
         x1, points = differentiable(trajectory) if self.graph else (self.x, trajectory.points())
         if nodes is None:
             return Solution(x1, None, None, self.statistics)
         q = self.integrand_at(nodes.times, points)
         return Solution(x1, nodes.integrate(q), nodes.error(q.detach()), self.statistics)
-
-
-def _matrix(tableau: Tableau) -> np.ndarray:
-    """The rows of a, then b, then e: what the slopes are ever combined with."""
-    n = len(tableau.b)
-    rows = [*tableau.a, tableau.b, tableau.e or (0.0,) * n]
-    return np.array([[*row, *(0.0,) * (n - len(row))] for row in rows])
 
 
 def rms(x: Tensor) -> Tensor:

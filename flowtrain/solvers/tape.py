@@ -33,20 +33,28 @@ class Recorder(Protocol):
         ...
 
 
+def add(totals: list[Tensor | None], shares: Sequence[Tensor | None]) -> None:
+    """Adds what there is, in place of the list's entries."""
+    for j, share in enumerate(shares):
+        so_far = totals[j]
+        if share is not None:
+            totals[j] = share if so_far is None else so_far + share
+
+
 class AutogradTape:
     """Any velocity: a small autograd graph for each stage."""
 
     def __init__(self, velocity: Velocity, parameters: Sequence[nn.Parameter], times: Tensor, keep: bool) -> None:
-        self.of, self.parameters, self.times, self.keep = velocity, parameters, times, keep
+        self.field, self.parameters, self.times, self.keep = velocity, parameters, times, keep
         self.stages: dict[int, tuple[Tensor, Tensor]] = {}
         self.sums: list[Tensor | None] = [None] * len(parameters)
 
     def velocity(self, i: int, x: Tensor) -> Tensor:
         if not self.keep:
-            return self.of(self.times[i], x)
+            return self.field(self.times[i], x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            v = self.of(self.times[i], x)
+            v = self.field(self.times[i], x)
         self.stages[i] = x, v
         return v.detach()
 
@@ -56,10 +64,7 @@ class AutogradTape:
             return torch.zeros_like(x)
         # retained, because a Jacobian is computed by pulling back through one solve many times
         dx, *shares = torch.autograd.grad(v, (x, *self.parameters), cotangent, retain_graph=True, allow_unused=True)
-        for j, share in enumerate(shares):
-            if share is not None:
-                so_far = self.sums[j]
-                self.sums[j] = share if so_far is None else so_far + share
+        add(self.sums, shares)
         return torch.zeros_like(x) if dx is None else dx
 
 
@@ -67,21 +72,18 @@ class AutogradRecorder:
     """Tapes of any velocity (t scalar, x) -> v, differentiated by autograd."""
 
     def __init__(self, velocity: Velocity, parameters: Sequence[nn.Parameter]) -> None:
-        self.of = velocity
+        self.field = velocity
         self.parameters = parameters
         self.trained = [p for p in parameters if p.requires_grad]
 
     def record(self, times: Tensor, keep: bool) -> AutogradTape:
-        return AutogradTape(self.of, self.trained, times, keep)
+        return AutogradTape(self.field, self.trained, times, keep)
 
     def gradients(self, tapes: Sequence[Tape]) -> list[Tensor | None]:
         total: list[Tensor | None] = [None] * len(self.trained)
         for tape in tapes:
             assert isinstance(tape, AutogradTape)
-            for j, share in enumerate(tape.sums):
-                so_far = total[j]
-                total[j] = share if so_far is None or share is None else so_far + share
-                total[j] = so_far if share is None else total[j]
+            add(total, tape.sums)
             tape.sums = [None] * len(self.trained)
         sums = iter(total)
         return [next(sums) if p.requires_grad else None for p in self.parameters]

@@ -32,10 +32,13 @@ def use_threads(n: int) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import torch
 
+    torch.set_num_threads(n)
+
+
+def keep_freed_memory() -> None:
+    """As flowtrain's own commands do; every peer on torch gains as much."""
     from flowtrain.run import keep_freed_memory
 
-    torch.set_num_threads(n)
-    # as flowtrain's own commands do; every peer on torch gains as much
     keep_freed_memory()
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from common import machine, progress, use_threads
+from common import keep_freed_memory, machine, progress, use_threads
 
 if TYPE_CHECKING:
     from steps import Contestant, Problem
@@ -52,7 +52,7 @@ def conv_problem(
     field = conv.ConvField(channels, [int(h) for h in hidden.split(",")], "concatsquash", activation)
     wake_head(field, head)
     x = torch.randn(batch, channels, side, side)
-    return Problem(field, x, fixed_noise(x), dict(solver))
+    return Problem(field, x, fixed_noise(x), torch.randn_like(x), dict(solver))
 
 
 def contestants() -> dict[str, Callable[["Problem"], "Contestant"]]:
@@ -70,12 +70,14 @@ def contestants() -> dict[str, Callable[["Problem"], "Contestant"]]:
 def main() -> None:
     args = arguments()
     use_threads(args.threads)
+    keep_freed_memory()
     from steps import Problem, compare, reference
 
     shape = {k: getattr(args, k) for k in ("batch", "side", "channels", "hidden", "activation", "head")}
     problem = conv_problem(**shape, method=args.method, rtol=args.rtol)
     assert problem.noise is not None
-    few = Problem(problem.field, problem.x[: args.rows], problem.noise[: args.rows], problem.solver)
+    n = args.rows
+    few = Problem(problem.field, problem.x[:n], problem.noise[:n], problem.before[:n], problem.solver)
     progress(f"reference on {args.rows} rows")
     true = reference(few, rows=args.rows, rtol=1e-8)
     print(f"{machine()}; {args.threads} threads")

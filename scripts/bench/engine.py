@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import CACHE, machine, progress, use_threads
+from common import CACHE, keep_freed_memory, machine, progress, use_threads
 
 if TYPE_CHECKING:
     from steps import Contestant, Problem
@@ -104,14 +104,15 @@ def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
     saved = checkpoint.load(checkpoint.find(ckpt))
     data = build.build_data(saved["config"])
     flow = build.load(ckpt)
-    x = data.train_batch(10**6, args.batch, seed=1)
+    both = torch.cat([data.train_batch(10**6 + i, args.batch, seed=1) for i in range(2)])
     with torch.no_grad():
         for bijection in reversed(parts_of(flow.bijection)):
             if isinstance(bijection, Continuous):
                 break
-            x = bijection.map_inverse(x)
+            both = bijection.map_inverse(both)
         else:
             raise SystemExit(f"{ckpt} holds no continuous flow: give a run of model=ffjord")
+    x, before = both.chunk(2)
     noise = None if data.event_shape[0] <= 8 else fixed_noise(x)
     torch.manual_seed(0)
     fresh = build.build_flow(saved["config"], data.event_shape)
@@ -125,7 +126,7 @@ def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
         "random": "initial weights, last layer drawn as torch's default",
         "trained": f"trained weights, step {saved['step']} of {ckpt}",
     }
-    return {words[name]: Problem(stages[name], x, noise, solver) for name in args.weights}
+    return {words[name]: Problem(stages[name], x, noise, before, solver) for name in args.weights}
 
 
 def contestants() -> dict[str, Callable[["Problem"], "Contestant"]]:
@@ -153,6 +154,7 @@ def contestants() -> dict[str, Callable[["Problem"], "Contestant"]]:
 def main() -> None:
     args = arguments()
     use_threads(args.threads)
+    keep_freed_memory()
     from steps import compare, reference
 
     print(f"{machine()}; {args.threads} threads")

@@ -29,11 +29,15 @@ class Skip(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Problem:
-    """What every contestant is given: x (B, *event), and noise of its shape, or None for the exact trace."""
+    """What every contestant is given: x (B, *event), and noise of its shape, or None for the exact trace.
+
+    `before` is another batch, the one of the training step before, whose solve flowtrain plans this one's steps by.
+    """
 
     field: nn.Module
     x: Tensor
     noise: Tensor | None
+    before: Tensor
     solver: dict[str, Any] = field(default_factory=lambda: {"method": "dopri5", "rtol": 1e-5})
 
     @property
@@ -42,7 +46,7 @@ class Problem:
 
     def double(self) -> "Problem":
         noise = None if self.noise is None else self.noise.double()
-        return Problem(copy.deepcopy(self.field).double(), self.x.double(), noise, self.solver)
+        return Problem(copy.deepcopy(self.field).double(), self.x.double(), noise, self.before.double(), self.solver)
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,14 @@ def flowtrain_step(problem: Problem, **settings: Any) -> Contestant:
     except FlowtrainError as e:
         raise Skip(str(e).splitlines()[0]) from e
     flow = Continuous(problem.field, solver, FixedTrace(noise_given=problem.noise)).train()
+    plan: list[tuple[float, float]] = []
+    for _ in range(3):
+        flow.inverse(problem.before)
+        plan = list(flow.histories[False].steps)
 
     def step() -> Step:
+        # planned by another batch, as in training
+        flow.histories[False].steps = list(plan)
         with record_solves() as solves:
             loss = nll(*flow.inverse(problem.x))
             found = gradient(loss, problem)
@@ -209,7 +219,7 @@ def reference(problem: Problem, rows: int = 128, rtol: float = 1e-10) -> Step:
     parts = []
     for i in range(0, len(exact.x), rows):
         noise = None if exact.noise is None else exact.noise[i : i + rows]
-        part = Problem(exact.field, exact.x[i : i + rows], noise, {"method": "dopri8", "rtol": rtol})
+        part = Problem(exact.field, exact.x[i : i + rows], noise, exact.before, {"method": "dopri8", "rtol": rtol})
         step = torchdiffeq_step(part, adjoint=False, options={"step_t": torch.zeros(1, dtype=torch.float64)})()
         parts.append((len(part.x) / len(exact.x), step))
     return Step(sum(w * s.nll for w, s in parts), torch.stack([w * s.gradient for w, s in parts]).sum(0))
