@@ -132,7 +132,7 @@ def overridden(
         if used and top in config and top not in used:
             raise ConfigError(f"{group}: has no use here; give {', '.join(own)}, or keys of {', '.join(used)}")
         if group in config_groups():
-            if group in ("model", "experiment"):
+            if group in ("model", "experiment", "recipe"):
                 raise ConfigError(f"{group}={override.value()}: the checkpoint has its own model; leave it out")
             config[group] = compose_defaults([f"{group}={override.value()}"])[group]
     for override in parsed:

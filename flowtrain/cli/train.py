@@ -70,7 +70,7 @@ def resume(arguments: Sequence[str]) -> int:
 def known(config: dict[str, Any]) -> dict[str, Any]:
     """The config, if nothing was added to its top that no one reads."""
     names = [*config_groups(), "seed", "device", "threads", "resume"]
-    missing = [key for key in names if key not in config and key != "experiment"]
+    missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
     if missing:
         raise ConfigError(f"{missing[0]} was taken out of the config, but a run needs it")
     extra = [key for key in config if key not in names]

@@ -3,7 +3,7 @@
 Source: ConcatConv2d and ConcatSquashConv2d of github.com/rtqichen/ffjord (Grathwohl et al. 2019).
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from flowtrain.checks import one_of, whole, widths
 from flowtrain.errors import ConfigError
-from flowtrain.fields.activations import ACTIVATIONS
-from flowtrain.fields.base import Field
 from flowtrain.fields.conv_kernels import push
+from flowtrain.fields.layered import LayeredField, TimedLayer
 
 
-class TimedConv2d(nn.Module, ABC):
+class TimedConv2d(TimedLayer):
     """y = (W * x + b) gate(t) + offset(t), * a convolution that keeps the size.
 
     Shapes: x is (..., n_in, H, W), t broadcasts against x.shape[:-3], y is (..., n_out, H, W).
@@ -27,12 +26,6 @@ class TimedConv2d(nn.Module, ABC):
     def __init__(self, n_in: int, n_out: int, kernel_size: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(n_in, n_out, kernel_size, padding="same")
-
-    def zero(self) -> None:
-        """Sets y to zero for every x and t."""
-        for name in ("conv", "shift"):
-            for p in getattr(self, name, nn.Module()).parameters():
-                nn.init.zeros_(p)
 
     @abstractmethod
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor | None, Tensor]:
@@ -113,10 +106,8 @@ class ConcatSquashConv2d(TimedConv2d):
 LAYERS: dict[str, type[TimedConv2d]] = {"concatsquash": ConcatSquashConv2d, "concat": ConcatConv2d}
 
 
-class ConvField(Field):
-    """v(t, x) for images: timed convolutions of stride 1 with a smooth activation between them.
-
-    The last layer starts at zero, so an untrained flow is the identity and its first solve is cheap.
+class ConvField(LayeredField[TimedConv2d]):
+    """v(t, x) for images: timed convolutions of stride 1.
 
     Shapes: x is (..., C, H, W); t is a scalar or broadcasts against x.shape[:-3]; v has the shape of x.
 
@@ -134,31 +125,21 @@ class ConvField(Field):
     event_dims = 3
 
     def __init__(self, channels: int, hidden: Sequence[int], layer: str, activation: str, kernel_size: int = 3) -> None:
-        super().__init__()
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
-        self.activation = ACTIVATIONS[one_of("model.activation", activation, ACTIVATIONS, "a field must be smooth")]
-        self.channels = whole("model.channels", channels)
+        sizes = [whole("model.channels", channels), *widths("model.hidden", hidden), channels]
         if whole("model.kernel_size", kernel_size) % 2 == 0:
             raise ConfigError(f"model.kernel_size={kernel_size}: give an odd number, so that images keep their size")
-        sizes = [channels, *widths("model.hidden", hidden), channels]
-        *body, head = (kind(a, b, kernel_size) for a, b in pairwise(sizes))
-        head.zero()
-        self.body = nn.ModuleList(body)
-        self.head = head
+        super().__init__([kind(a, b, kernel_size) for a, b in pairwise(sizes)], activation)
+        self.channels = channels
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        x = self.checked(x)
-        for layer in self.body:
-            x = self.activation(layer(t, x))
-        v: Tensor = self.head(t, x)
-        return v.contiguous()
+        return super().forward(t, self.checked(x)).contiguous()
 
     def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         x = self.checked(x)
-        of_images = x.dim() < 4 or (t.dim() > 0 and t.shape[-1] != 1)
-        if of_images or tangents.requires_grad or torch.compiler.is_compiling():
-            return self.push_images(t, x, tangents)
-        # one time for all images of a node: the layers are plain ones there
+        if not self.by_hand(t, x, tangents):
+            v, je = self.push_rows(t, x, tangents)
+            return v.contiguous(), je.contiguous()
         nodes, batch = x.shape[:-4], x.shape[-4:]
         times = t.expand(*nodes, 1).reshape(-1)
         e = tangents.expand(-1, *nodes, *tangents.shape[-4:]).reshape(len(tangents), len(times), *tangents.shape[-4:])
@@ -171,20 +152,6 @@ class ConvField(Field):
         weights, shifts = zip(*(layer.at(t, x.shape[-2:]) for layer in self.layers), strict=True)
         v, je = push(self.activation, x, tangents, weights, shifts)
         return v.contiguous(), je.contiguous()
-
-    def push_images(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """`push` by autograd's means, for a time of its own for each image."""
-        for layer in self.body:
-            assert isinstance(layer, TimedConv2d)
-            x, tangents = layer.push(t, x, tangents)
-            x, slope = self.activation.value_and_slope(x)
-            tangents = tangents * slope
-        v, je = self.head.push(t, x, tangents)
-        return v.contiguous(), je.contiguous()
-
-    @property
-    def layers(self) -> list[TimedConv2d]:
-        return [layer for layer in (*self.body, self.head) if isinstance(layer, TimedConv2d)]
 
     def checked(self, x: Tensor) -> Tensor:
         if x.dim() < 3 or x.shape[-3] != self.channels:

@@ -7,7 +7,6 @@ the gradients they would sum.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flowtrain.fields.activations import Activation
+from flowtrain.fields.hidden import Hidden, back_through, through
 
 
 def push(
@@ -26,17 +26,6 @@ def push(
     return v, je
 
 
-@dataclass(frozen=True)
-class _Hidden:
-    """One hidden layer: h = f(a), what its derivatives need, f'(a), the tangents before and after it."""
-
-    h: Tensor
-    kept: Tensor
-    slope: Tensor
-    u: Tensor
-    t: Tensor
-
-
 class _Push(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -44,15 +33,13 @@ class _Push(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         weights, shifts = layers[:n_layers], layers[n_layers:]
         gain = activation.gain(x.device)
-        hidden: list[_Hidden] = []
+        hidden: list[Hidden] = []
         h, t = x, tangents
         for weight, shift in zip(weights[:-1], shifts[:-1], strict=True):
             # a convolution is linear: its weights take the gain, not the images
-            h, kept = activation.replace(_convolved(h, gain * weight, gain * shift))
-            slope = activation.slope(kept)
-            u = _pushed(t, weight)
-            t = u * slope
-            hidden.append(_Hidden(h, kept, slope, u, t))
+            a = _convolved(h, gain * weight, gain * shift)
+            hidden.append(through(activation, a, _pushed(t, weight), tangents=0))
+            h, t = hidden[-1].h, hidden[-1].t
         ctx.activation, ctx.n_layers = activation, n_layers
         ctx.hidden = hidden if any(ctx.needs_input_grad) else []
         ctx.save_for_backward(x, tangents, *layers)
@@ -76,16 +63,9 @@ class _Push(torch.autograd.Function):
             at_weights.append(at_weight.add_(more))
             if layer == 0:
                 return None, None, at_h, None, *at_weights[::-1], *at_shifts[::-1]
-            below = ctx.hidden[layer - 1]
             assert at_h is not None
             assert at_t is not None
-            at_u = at_t.view_as(below.t)
-            # t = f'(a) u, so that a is reached through the slope as well
-            at_slope = at_u[0] * below.u[0]
-            for at_t, u in zip(at_u[1:], below.u[1:], strict=True):
-                at_slope.addcmul_(at_t, u)
-            at_a = ctx.activation.pull(below.kept, below.slope, at_h, at_slope)
-            at_u = at_u.mul_(below.slope)
+            at_a, at_u = back_through(ctx.activation, ctx.hidden[layer - 1], at_h, at_t.view_as(t))
         raise AssertionError("a field has layers")
 
 

@@ -1,7 +1,7 @@
 """Multilayer perceptrons v(t, x) whose layers are modulated by time in one of three ways."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -10,23 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.checks import one_of, widths
-from flowtrain.fields.activations import ACTIVATIONS
-from flowtrain.fields.base import Field
+from flowtrain.fields.layered import LayeredField, TimedLayer
 from flowtrain.fields.mlp_kernels import MLPTape, push
 
 
-class TimedLinear(nn.Module, ABC):
+class TimedLinear(TimedLayer):
     """y = (W x + b) * gate(t) + shift(t), with x (..., n_in), t broadcasting against x.shape[:-1]."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
         self.linear = nn.Linear(n_in, n_out)
-
-    def zero(self) -> None:
-        """Sets y to zero for every x and t."""
-        for name in ("linear", "shift"):
-            for p in getattr(self, name, nn.Module()).parameters():
-                nn.init.zeros_(p)
 
     @abstractmethod
     def modulation(self, t: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -105,10 +98,8 @@ LAYERS: dict[str, type[TimedLinear]] = {
 }
 
 
-class MLPField(Field):
-    """v(t, x) for vectors: timed layers with a smooth activation between them.
-
-    The last layer starts at zero, so an untrained flow is the identity and its first solve is cheap.
+class MLPField(LayeredField[TimedLinear]):
+    """v(t, x) for vectors: a multilayer perceptron of timed layers.
 
     Args:
         d: dimension of x.
@@ -121,29 +112,12 @@ class MLPField(Field):
     """
 
     def __init__(self, d: int, hidden: Sequence[int], layer: str, activation: str) -> None:
-        super().__init__()
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
-        self.activation = ACTIVATIONS[one_of("model.activation", activation, ACTIVATIONS, "a field must be smooth")]
-        *body, head = (kind(a, b) for a, b in pairwise([d, *widths("model.hidden", hidden), d]))
-        head.zero()
-        self.body = nn.ModuleList(body)
-        self.head = head
-
-    @property
-    def layers(self) -> list[TimedLinear]:
-        return [layer for layer in (*self.body, self.head) if isinstance(layer, TimedLinear)]
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        for layer in self.body:
-            x = self.activation(layer(t, x))
-        v: Tensor = self.head(t, x)
-        return v
+        super().__init__([kind(a, b) for a, b in pairwise([d, *widths("model.hidden", hidden), d])], activation)
 
     def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        of_rows = x.dim() < 2 or (t.dim() > 0 and t.shape[-1] != 1)
-        if of_rows or tangents.requires_grad or torch.compiler.is_compiling():
+        if not self.by_hand(t, x, tangents):
             return self.push_rows(t, x, tangents)
-        # one time for all rows of a node: the layers are plain ones there
         nodes, (rows, d) = x.shape[:-2], x.shape[-2:]
         weights, biases = self.at(t.expand(*nodes, 1).reshape(-1))
         shared = tangents.shape[1:-2].numel() == 1
@@ -151,17 +125,6 @@ class MLPField(Field):
         e = e.reshape(len(tangents), -1, *tangents.shape[-2:])
         v, je = push(self.activation, x.reshape(-1, rows, d), e, weights, biases)
         return v.view(x.shape), je.view(len(tangents), *x.shape)
-
-    def push_rows(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """`push` by autograd's means, for a time of its own for each row."""
-        for layer in self.body:
-            assert isinstance(layer, TimedLinear)
-            x, tangents = layer.push(t, x, tangents)
-            x, slope = self.activation.value_and_slope(x)
-            tangents = tangents * slope
-        v, je = self.head.push(t, x, tangents)
-        # a tangent that broadcasts over rows stays unexpanded up to the first slope; one linear layer has none
-        return v, je.expand(len(tangents), *v.shape)
 
     def at(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and biases of the plain MLP that the field is at each of times (M,)."""

@@ -11,7 +11,6 @@ graph, most elementwise passes, and the building of the time-dependent weights a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flowtrain.fields.activations import Activation
+from flowtrain.fields.hidden import Hidden, back_through, through
 
 # numbers that one layer's values and tangents may take in a block of nodes: larger ones leave a CPU's cache, and its
 # allocator asks for fresh pages
@@ -134,17 +134,6 @@ class _Push(torch.autograd.Function):
         return None, None, at_x, None, *at_weights, *at_biases
 
 
-@dataclass(frozen=True)
-class _Hidden:
-    """One hidden layer of a block: h = f(a), what its derivatives need, f'(a), the tangents before and after it."""
-
-    h: Tensor
-    kept: Tensor
-    slope: Tensor
-    u: Tensor
-    t: Tensor
-
-
 def _blocks(x: Tensor, k: int, weights: Sequence[Tensor]) -> list[slice]:
     n_nodes, rows = x.shape[:2]
     size = n_nodes
@@ -155,18 +144,15 @@ def _blocks(x: Tensor, k: int, weights: Sequence[Tensor]) -> list[slice]:
 
 def _push_block(
     activation: Activation, x: Tensor, e: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
-) -> tuple[list[_Hidden], Tensor, Tensor]:
+) -> tuple[list[Hidden], Tensor, Tensor]:
     """The hidden layers, v (m, B, d') and J e (m, k, 1 or B, d')."""
     gain = activation.gain(x.device)
-    hidden: list[_Hidden] = []
+    hidden: list[Hidden] = []
     h, t = x, e
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         a = torch.baddbmm(bias.unsqueeze(1), h, weight.mT, beta=gain, alpha=gain)
-        u = _product(t, weight.mT)
-        h, kept = activation.replace(a)
-        slope = activation.slope(kept)
-        t = u * slope.unsqueeze(1)
-        hidden.append(_Hidden(h, kept, slope, u, t))
+        hidden.append(through(activation, a, _product(t, weight.mT), tangents=1))
+        h, t = hidden[-1].h, hidden[-1].t
     return hidden, torch.baddbmm(biases[-1].unsqueeze(1), h, weights[-1].mT), _product(t, weights[-1].mT)
 
 
@@ -175,7 +161,7 @@ def _pull_block(
     x: Tensor,
     e: Tensor,
     weights: Sequence[Tensor],
-    hidden: list[_Hidden],
+    hidden: list[Hidden],
     at_a: Tensor,
     at_u: Tensor,
     at_weights: Sequence[Tensor],
@@ -185,12 +171,8 @@ def _pull_block(
     for layer in reversed(range(1, len(weights))):
         below = hidden[layer - 1]
         _weight_gradient(at_a, at_u, below.h, below.t, at_weights[layer], at_biases[layer])
-        at_h = torch.bmm(at_a, weights[layer])
-        at_t = _product(at_u, weights[layer])
-        # t = f'(a) u, so that a is reached through the slope as well
-        at_slope = _sum_of_products(at_t, below.u)
-        at_a = activation.pull(below.kept, below.slope, at_h, at_slope)
-        at_u = at_t.mul_(below.slope.unsqueeze(1))
+        at_h, at_t = torch.bmm(at_a, weights[layer]), _product(at_u, weights[layer])
+        at_a, at_u = back_through(activation, below, at_h, at_t)
     if e.shape[2] == 1:
         at_u = at_u.sum(2, keepdim=True)
     _weight_gradient(at_a, at_u, x, e, at_weights[0], at_biases[0])
@@ -208,11 +190,3 @@ def _weight_gradient(at_a: Tensor, at_u: Tensor, h: Tensor, t: Tensor, at_weight
     torch.bmm(at_a.mT, h, out=at_weight)
     at_weight.baddbmm_(at_u.flatten(1, 2).mT, t.flatten(1, 2))
     torch.sum(at_a, 1, out=at_bias)
-
-
-def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """sum_j a_j b_j over the second dimension, without holding all the products."""
-    total = a[:, 0] * b[:, 0]
-    for j in range(1, a.shape[1]):
-        total.addcmul_(a[:, j], b[:, j])
-    return total

@@ -1,0 +1,78 @@
+"""Fields made of layers that time modulates, with a smooth activation between them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.checks import one_of
+from flowtrain.fields.activations import ACTIVATIONS
+from flowtrain.fields.base import Field
+
+
+class TimedLayer(nn.Module, ABC):
+    """A map of x (..., *event) that is affine at any one time t, which broadcasts against the other dimensions of x."""
+
+    def zero(self) -> None:
+        """Sets y to zero for every x and t."""
+        for name in ("linear", "conv", "shift"):
+            for p in getattr(self, name, nn.Module()).parameters():
+                nn.init.zeros_(p)
+
+    @abstractmethod
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """y(t, x)."""
+
+    @abstractmethod
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, (dy/dx) e) for each tangent e, from one modulation."""
+
+
+Layer = TypeVar("Layer", bound=TimedLayer)
+
+
+class LayeredField(Field, Generic[Layer]):
+    """v(t, x) = layer_L(t, f(.. f(layer_1(t, x)))).
+
+    The last layer starts at zero, so an untrained flow is the identity and its first solve is cheap.
+
+    Raises:
+        ConfigError: an unknown activation.
+    """
+
+    def __init__(self, layers: Sequence[Layer], activation: str) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[one_of("model.activation", activation, ACTIVATIONS, "a field must be smooth")]
+        *body, head = layers
+        head.zero()
+        self.body = nn.ModuleList(body)
+        self.head = head
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [*self.body, self.head]
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        *body, head = self.layers
+        for layer in body:
+            x = self.activation(layer(t, x))
+        v: Tensor = head(t, x)
+        return v
+
+    def by_hand(self, t: Tensor, x: Tensor, tangents: Tensor) -> bool:
+        """Whether the kernels serve: one time for all rows of a node, where the layers are plain ones."""
+        one_time = x.dim() > self.event_dims and (t.dim() == 0 or t.shape[-1] == 1)
+        return one_time and not tangents.requires_grad and not torch.compiler.is_compiling()
+
+    def push_rows(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """`push` by autograd's means, for a time of its own for each row."""
+        *body, head = self.layers
+        for layer in body:
+            x, tangents = layer.push(t, x, tangents)
+            x, slope = self.activation.value_and_slope(x)
+            tangents = tangents * slope
+        v, je = head.push(t, x, tangents)
+        # a tangent that broadcasts over rows stays unexpanded up to the first slope; one linear layer has none
+        return v, je.expand(len(tangents), *v.shape)
