@@ -1,5 +1,6 @@
 """The engine's gradient modes, its nodes and the MLP's hand-written derivatives against independent routes."""
 
+import gc
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.divergence import TraceRule
+from flowtrain.errors import ConfigError, FlowtrainError
 from flowtrain.fields import mlp_kernels
 from flowtrain.fields.activations import ACTIVATIONS
+from flowtrain.fields.conv import ConvField
 from flowtrain.fields.mlp import LAYERS, MLPField
 from flowtrain.solvers import History, Problem, Solver, ode_solver, record_solves, runge_kutta
-from flowtrain.solvers.nodes import dense_rows, gauss_nodes, has_dense_output, legendre, stage_nodes
+from flowtrain.solvers.nodes import dense_rows, gauss_nodes, has_dense_output, legendre, panels, stage_nodes
 from flowtrain.solvers.tableaus import TABLEAUS
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.e is not None]
@@ -374,3 +377,141 @@ def test_a_compiled_field_has_the_same_gradient() -> None:
     loss = (z.square().sum(1) * torch.arange(1.0, len(x) + 1) - 2 * log_det).mean()
     for a, b in zip(torch.autograd.grad(loss, [x, *field.parameters()]), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+class Conditional(nn.Module):
+    """v(t, x) = tanh(x W + c), c from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, 2))
+        self.c = torch.zeros(2)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w + self.c)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "replay"])
+def test_gradient_of_what_a_field_uses_besides_its_parameters(gradient: str) -> None:
+    field, x, encoder = Conditional(), torch.randn(5, 2), nn.Linear(3, 2)
+    code = torch.randn(3)
+    flow = Continuous(field, ode_solver("rk4", gradient, step_size=0.25), TraceRule("exact"))
+
+    def loss() -> Tensor:
+        field.c = encoder(code)
+        z, log_det = flow.inverse(x)
+        return (z.square().sum(1) - log_det).mean()
+
+    (grad,) = torch.autograd.grad(loss(), encoder.bias)
+    for i in range(2):
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                encoder.bias[i] += sign * 1e-6
+                values.append(loss())
+                encoder.bias[i] -= sign * 1e-6
+        assert grad[i].item() == pytest.approx(((values[0] - values[1]) / 2e-6).item(), rel=1e-5)
+
+
+def test_gradient_reaches_weights_that_were_swapped_in() -> None:
+    field, x = random_field(std=0.4), torch.randn(5, 2)
+    flow = Continuous(field, ode_solver("dopri5"), TraceRule("exact"))
+    swapped = {name: (p.detach() + 0.1).requires_grad_() for name, p in flow.named_parameters()}
+    log_det = torch.func.functional_call(flow, swapped, (x,))[1]
+    found = torch.autograd.grad(log_det.sum(), list(swapped.values()))
+    with torch.no_grad():
+        for p in flow.parameters():
+            p += 0.1
+    flow.histories[True].steps = []
+    expected = torch.autograd.grad(flow.forward(x)[1].sum(), list(flow.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "replay"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_weights_changed_before_backward_are_refused(gradient: str, plain: bool) -> None:
+    field, x = random_field(), torch.randn(5, 2)
+    flow = Continuous(Plain(field) if plain else field, ode_solver("dopri5", gradient), TraceRule("exact"))
+    z, _ = flow.inverse(x)
+    with torch.no_grad():
+        field.head.linear.weight += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_second_derivatives_are_refused_not_zero() -> None:
+    flow = Continuous(random_field(), ode_solver("dopri5"), TraceRule("exact"))
+    x = torch.randn(1, 2)
+    with pytest.raises(FlowtrainError, match="first derivatives only"):
+        torch.autograd.functional.hessian(lambda y: flow.inverse(y)[1].sum(), x)
+    with pytest.raises(FlowtrainError, match="first derivatives only"):
+        torch.autograd.functional.hessian(lambda y: flow.inverse(y)[0].sum(), x)
+
+
+def test_replay_keeps_no_activations_of_the_integrand() -> None:
+    """Neither where torch counts them (saved tensors) nor where it does not (attributes of a Function's context)."""
+    field = ConvField(1, [3], "concatsquash", "tanh")
+    nn.init.normal_(field.head.conv.weight)
+    x = torch.randn(2, 1, 6, 6)
+    hidden = 3 * x.numel()
+
+    def kept(gradient: str) -> int:
+        count = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal count
+            count += tensor.numel() >= hidden
+            return tensor
+
+        flow = Continuous(field, ode_solver("rk4", gradient, step_size=0.1), TraceRule("hutchinson"))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            solution = flow.inverse(x)
+        gc.collect()
+        alive = sum(type(o) is Tensor and o.numel() >= hidden for o in gc.get_objects())
+        del solution
+        return count + alive
+
+    assert kept("replay") < kept("direct") / 3
+
+
+def test_a_subclass_computes_its_own_velocity() -> None:
+    class Doubled(MLPField):
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return 2 * super().forward(t, x)
+
+    field = random_field(std=0.4)
+    twice = Doubled(2, [6, 5, 4], "concatsquash", "tanh")
+    twice.load_state_dict(field.state_dict())
+    x = torch.randn(3, 2)
+    solver = ode_solver("rk4", step_size=0.5)
+    expected = solver.solve(Problem(twice, None, x, 0.0, 1.0)).x
+    torch.testing.assert_close(Continuous(twice, solver, TraceRule("exact")).map_forward(x), expected)
+
+
+def test_a_velocity_of_another_shape_is_refused() -> None:
+    problem = Problem(lambda t, x: x[:1], None, torch.randn(4, 2), 0.0, 1.0)
+    with pytest.raises(ConfigError, match=r"returned \(1, 2\) for x \(4, 2\)"):
+        ode_solver("dopri5").solve(problem)
+
+
+def test_panels_part_where_the_step_size_jumps() -> None:
+    found = [p.tolist() for p in panels([0.3, 0.3, -0.01, 0.02, 0.02, 0.4])]
+    assert found == [[0, 1], [2, 3, 4], [5]]
+    assert [len(p) for p in panels([0.1] * 7)] == [4, 3]
+
+
+def test_a_burst_between_long_steps_is_not_passed_over() -> None:
+    """v = x g(t), g a narrow bump: log-det d int g; the short steps about it need nodes of their own."""
+
+    def bump(t: Tensor) -> Tensor:
+        return torch.exp(-200 * (t - 0.37).square())
+
+    def integrand(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        g = bump(t).unsqueeze(-1)
+        return x * g, (2 * g).expand(*x.shape[:-1], 1)
+
+    x = torch.randn(4, 2)
+    found = ode_solver("dopri5", rtol=1e-6).solve(Problem(lambda t, y: y * bump(t), integrand, x, 0.0, 1.0)).integrals
+    assert found is not None
+    torch.testing.assert_close(found, torch.full((4, 1), 2 * (np.pi / 200) ** 0.5), rtol=1e-4, atol=1e-4)

@@ -21,7 +21,7 @@ LAYERS = [
     ("bijections",),
     ("divergence",),
     ("fields", "solvers", "data", "paths"),
-    ("checks",),
+    ("checks", "derivatives"),
     ("errors",),
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -25,6 +25,7 @@ def _command() -> int:
     arguments = sys.argv[1:]
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)
+    check_recipe(arguments)
     _start()
     return 0
 
@@ -44,6 +45,14 @@ def _start(config: DictConfig) -> float:
     if code:
         raise SystemExit(code)
     return best
+
+
+def check_recipe(arguments: Sequence[str]) -> None:
+    """Refuses a recipe that there is not: Hydra passes over it, because most models and data have none."""
+    there = sorted(p.stem for p in (config_dir() / "recipe").glob("*.yaml"))
+    for key, _, value in (a.partition("=") for a in arguments):
+        if key == "recipe" and not set(value.split(",")) <= set(there):
+            raise ConfigError(f"recipe={value}: choose one of {', '.join(there)}")
 
 
 def resume(arguments: Sequence[str]) -> int:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from flowtrain.derivatives import first_derivative
 from flowtrain.fields.activations import Activation
-from flowtrain.fields.hidden import Hidden, back_through, through
+from flowtrain.fields.hidden import Hidden, back_through, through, unpack
 
 
 def push(
@@ -41,20 +41,21 @@ class _Push(torch.autograd.Function):
             hidden.append(through(activation, a, _pushed(t, weight), tangents=0))
             h, t = hidden[-1].h, hidden[-1].t
         ctx.activation, ctx.n_layers = activation, n_layers
-        ctx.hidden = hidden if any(ctx.needs_input_grad) else []
-        ctx.save_for_backward(x, tangents, *layers)
+        # nothing kept but this way: only so does torch.utils.checkpoint drop it
+        ctx.save_for_backward(x, tangents, *layers, *(tensor for layer in hidden for tensor in layer.tensors()))
         je = _pushed(t, weights[-1])
         return _convolved(h, weights[-1], shifts[-1]), je.expand(len(je), len(x), *je.shape[2:]).contiguous()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, at_a: Tensor, at_u: Tensor) -> tuple[Any, ...]:
-        x, tangents, *layers = ctx.saved_tensors
-        weights, shifts = layers[: ctx.n_layers], layers[ctx.n_layers :]
+        n = ctx.n_layers
+        x, tangents, *rest = ctx.saved_tensors
+        weights, shifts, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangents=0)
         at_weights: list[Tensor] = []
         at_shifts: list[Tensor] = []
-        for layer in reversed(range(ctx.n_layers)):
-            h, t = (ctx.hidden[layer - 1].h, ctx.hidden[layer - 1].t) if layer else (x, tangents)
+        for layer in reversed(range(n)):
+            h, t = (hidden[layer - 1].h, hidden[layer - 1].t) if layer else (x, tangents)
             if t.shape[1] == 1:
                 at_u = at_u.sum(1, keepdim=True)
             at_shifts.append(at_a.sum_to_size(shifts[layer].shape))
@@ -65,7 +66,7 @@ class _Push(torch.autograd.Function):
                 return None, None, at_h, None, *at_weights[::-1], *at_shifts[::-1]
             assert at_h is not None
             assert at_t is not None
-            at_a, at_u = back_through(ctx.activation, ctx.hidden[layer - 1], at_h, at_t.view_as(t))
+            at_a, at_u = back_through(ctx.activation, hidden[layer - 1], at_h, at_t.view_as(t))
         raise AssertionError("a field has layers")
 
 

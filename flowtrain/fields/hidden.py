@@ -4,6 +4,7 @@ h = f(a), and t = f'(a) u for the tangents u before it; the cotangents are f'(a)
 f'(a) at_t of u, the sum over the tangents.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,6 +26,15 @@ class Hidden:
     u: Tensor
     t: Tensor
     tangents: int
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.h, self.kept, self.slope, self.u, self.t
+
+
+def unpack(tensors: Sequence[Tensor], tangents: int) -> list[Hidden]:
+    """The layers whose `tensors` follow one another."""
+    each = zip(*(tensors[i::5] for i in range(5)), strict=True)
+    return [Hidden(h, kept, slope, u, t, tangents) for h, kept, slope, u, t in each]
 
 
 def through(activation: Activation, a: Tensor, u: Tensor, tangents: int) -> Hidden:

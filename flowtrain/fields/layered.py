@@ -63,7 +63,7 @@ class LayeredField(Field, Generic[Layer]):
 
     def by_hand(self, t: Tensor, x: Tensor, tangents: Tensor) -> bool:
         """Whether the kernels serve: one time for all rows of a node, where the layers are plain ones."""
-        one_time = x.dim() > self.event_dims and (t.dim() == 0 or t.shape[-1] == 1)
+        one_time = x.dim() > self.event_dims and x.numel() > 0 and (t.dim() == 0 or t.shape[-1] == 1)
         return one_time and not tangents.requires_grad and not torch.compiler.is_compiling()
 
     def push_rows(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:

@@ -131,8 +131,9 @@ class MLPField(LayeredField[TimedLinear]):
         weights, biases = zip(*(layer.at(times) for layer in self.layers), strict=True)
         return list(weights), list(biases)
 
-    def recorder(self) -> "MLPRecorder":
-        return MLPRecorder(self)
+    def recorder(self) -> "MLPRecorder | None":
+        # a subclass may compute something else
+        return MLPRecorder(self) if type(self) is MLPField else None
 
 
 class MLPRecorder:
@@ -140,23 +141,21 @@ class MLPRecorder:
 
     def __init__(self, field: MLPField) -> None:
         self.field = field
+        self.parameters: list[Tensor] = list(field.parameters())
 
     def record(self, times: Tensor, keep: bool) -> MLPTape:
-        with torch.no_grad():
+        with torch.set_grad_enabled(keep):
             weights, biases = self.field.at(times)
-        return MLPTape(times, weights, biases, self.field.activation, keep)
+        return MLPTape(weights, biases, self.field.activation, keep)
 
     def gradients(self, tapes: Sequence[MLPTape]) -> list[Tensor | None]:
         """The layers' cotangents at all times together, then once through how the layers depend on time."""
-        parts = [tape.weight_gradients() for tape in tapes]
-        cotangents = [torch.cat(part) for kind in zip(*parts, strict=True) for part in zip(*kind, strict=True)]
-        with torch.enable_grad():
-            weights, biases = self.field.at(torch.cat([tape.times for tape in tapes]))
-        parameters = list(self.field.parameters())
-        trained = [p for p in parameters if p.requires_grad]
-        pairs = [(y, c) for y, c in zip([*weights, *biases], cotangents, strict=True) if y.requires_grad]
+        pairs = [pair for tape in tapes for pair in tape.cotangents() if pair[0].requires_grad]
+        trained = [p for p in self.parameters if p.requires_grad]
         if not pairs:
-            return [None] * len(parameters)
-        outputs, at_outputs = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, trained, at_outputs, allow_unused=True))
-        return [next(found) if p.requires_grad else None for p in parameters]
+            return [None] * len(self.parameters)
+        outputs, cotangents = zip(*pairs, strict=True)
+        # retained, because a Jacobian is computed by pulling back through one solve many times
+        shares = torch.autograd.grad(outputs, trained, cotangents, retain_graph=True, allow_unused=True)
+        found = iter(shares)
+        return [next(found) if p.requires_grad else None for p in self.parameters]

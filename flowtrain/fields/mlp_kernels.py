@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from flowtrain.derivatives import first_derivative
 from flowtrain.fields.activations import Activation
-from flowtrain.fields.hidden import Hidden, back_through, through
+from flowtrain.fields.hidden import Hidden, back_through, through, unpack
 
 # numbers that one layer's values and tangents may take in a block of nodes: larger ones leave a CPU's cache, and its
 # allocator asks for fresh pages
@@ -29,18 +29,16 @@ class MLPTape:
     """Evaluations of an MLP, one node at a time; see `flowtrain.solvers.tape.Tape`.
 
     Args:
-        times: of the nodes, (M,).
-        weights, biases: of each layer, (M, n_out, n_in) and (M, n_out), without a graph.
+        weights, biases: of each layer, (M, n_out, n_in) and (M, n_out), with the graph that leads to the parameters.
         keep: whether nodes will be pulled.
     """
 
-    def __init__(
-        self, times: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: Activation, keep: bool
-    ) -> None:
-        self.times, self.activation, self.keep = times, activation, keep
-        self.weights = [w.unbind() for w in weights]
-        self.transposed = [w.mT.unbind() for w in weights]
-        self.biases = [b.unbind() for b in biases]
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: Activation, keep: bool) -> None:
+        self.activation, self.keep = activation, keep
+        self.layers = [*zip(weights, biases, strict=True)]
+        self.weights = [w.detach().unbind() for w in weights]
+        self.transposed = [w.detach().mT.unbind() for w in weights]
+        self.biases = [b.detach().unbind() for b in biases]
         # for each node the input of every layer, what the slopes need, and once pulled the cotangents of every a_l
         self.inputs: dict[int, list[Tensor]] = {}
         self.kept: dict[int, list[Tensor]] = {}
@@ -67,18 +65,16 @@ class MLPTape:
         self.pulled[i] = at_a[::-1]
         return torch.mm(at_a[-1], self.weights[0][i])
 
-    def weight_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Of every layer, (M, n_out, n_in) and (M, n_out), zero for nodes that were not pulled."""
-        n_nodes = len(self.biases[0])
-        at_weights, at_biases = [], []
-        for layer, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
-            at_w, at_b = w[0].new_zeros(n_nodes, *w[0].shape), b[0].new_zeros(n_nodes, *b[0].shape)
+    def cotangents(self) -> list[tuple[Tensor, Tensor]]:
+        """(weight, its cotangent) and (bias, its cotangent) of every layer; zero for nodes that were not pulled."""
+        pairs = []
+        for layer, (weight, bias) in enumerate(self.layers):
+            at_weight, at_bias = torch.zeros_like(weight), torch.zeros_like(bias)
             for i, at_a in self.pulled.items():
-                torch.mm(at_a[layer].t(), self.inputs[i][layer], out=at_w[i])
-                torch.sum(at_a[layer], 0, out=at_b[i])
-            at_weights.append(at_w)
-            at_biases.append(at_b)
-        return at_weights, at_biases
+                torch.mm(at_a[layer].t(), self.inputs[i][layer], out=at_weight[i])
+                torch.sum(at_a[layer], 0, out=at_bias[i])
+            pairs += [(weight, at_weight), (bias, at_bias)]
+        return pairs
 
 
 def push(
@@ -101,31 +97,32 @@ class _Push(torch.autograd.Function):
         e = tangents.transpose(0, 1).expand(len(x), k, *tangents.shape[2:])
         v = x.new_empty(*x.shape[:2], weights[-1].shape[1])
         je = x.new_empty(k, *v.shape)
-        ctx.blocks = []
+        kept: list[Tensor] = []
         for b in _blocks(x, k, weights):
             saved, v[b], pushed = _push_block(activation, x[b], e[b], [w[b] for w in weights], [c[b] for c in biases])
             je[:, b] = pushed.transpose(0, 1)
-            if any(ctx.needs_input_grad):
-                ctx.blocks.append((b, saved))
+            kept += [tensor for layer in saved for tensor in layer.tensors()]
         ctx.activation, ctx.n_layers = activation, n_layers
-        ctx.save_for_backward(x, e, *layers)
+        # nothing kept but this way: only so does torch.utils.checkpoint drop it
+        ctx.save_for_backward(x, e, *layers, *kept)
         return v, je
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, at_v: Tensor, at_je: Tensor) -> tuple[Any, ...]:
-        x, e, *layers = ctx.saved_tensors
-        weights, biases = layers[: ctx.n_layers], layers[ctx.n_layers :]
+        n = ctx.n_layers
+        x, e, *rest = ctx.saved_tensors
+        weights, biases, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangents=1)
         at_x = torch.empty_like(x)
         at_weights = [torch.empty_like(w) for w in weights]
         at_biases = [torch.empty_like(c) for c in biases]
-        for b, saved in ctx.blocks:
+        for i, b in enumerate(_blocks(x, e.shape[1], weights)):
             at_x[b] = _pull_block(
                 ctx.activation,
                 x[b],
                 e[b],
                 [w[b] for w in weights],
-                saved,
+                hidden[i * (n - 1) : (i + 1) * (n - 1)],
                 at_v[b],
                 at_je[:, b].transpose(0, 1),
                 [w[b] for w in at_weights],

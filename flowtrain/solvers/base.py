@@ -14,11 +14,13 @@ from flowtrain.checks import number, one_of, whole
 from flowtrain.errors import ConfigError, SolverError
 from flowtrain.solvers.history import History
 from flowtrain.solvers.precision import full_precision
-from flowtrain.solvers.tape import AutogradRecorder, Recorder, Velocity
+from flowtrain.solvers.tape import Recorder, Velocity
 
 Integrand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 CONTROLS = ("state", "all")
+# steps, as many as a toy needs to be learned in outline
+WARMUP = 400
 GRADIENTS = ("auto", "direct", "replay", "adjoint")
 
 
@@ -60,14 +62,13 @@ class Problem:
     recorder: Recorder | None = None
     history: History | None = None
 
-    @property
-    def recorder_or_autograd(self) -> Recorder:
-        return self.recorder or AutogradRecorder(self.velocity, self.parameters)
-
 
 @dataclass(frozen=True)
 class Solution:
-    """The state at t1 (B, *event), the integrals from t0 to t1 (B, Q) or None, an estimate of their error, the cost."""
+    """The state at t1 (B, *event), the integrals from t0 to t1 (B, Q) or None, the cost.
+
+    `integral_error` (B, Q) estimates the error of the quadrature from its own nodes, not that of the state.
+    """
 
     x: Tensor
     integrals: Tensor | None
@@ -101,7 +102,8 @@ class Solver(ABC):
         control: `state` leaves the path integrals out of the step control while training, `all` takes them in.
         gradient: direct | replay | adjoint, see the solvers; auto replays images and is direct elsewhere.
         train_rtol: relative tolerance of training, at least rtol; None follows rtol; atol is loosened alike.
-        warmup: steps over which training tightens the tolerance geometrically from `warmup_rtol` to train_rtol.
+        warmup: steps over which training tightens the tolerance geometrically from `warmup_rtol` to train_rtol;
+            None is 400 where the method is adaptive.
         warmup_rtol: where the warm-up begins; atol is loosened in the same ratio.
 
     Raises:
@@ -121,7 +123,7 @@ class Solver(ABC):
         control: str = "state",
         gradient: str = "auto",
         train_rtol: float | None = None,
-        warmup: int = 0,
+        warmup: int | None = 0,
         warmup_rtol: float = 1e-3,
     ) -> None:
         self.method = method
@@ -133,7 +135,8 @@ class Solver(ABC):
         self.control = one_of("solver.control", control, CONTROLS)
         self.gradient = one_of("solver.gradient", gradient, GRADIENTS)
         self.train_rtol = self.rtol if train_rtol is None else number("solver.train_rtol", train_rtol)
-        self.warmup = whole("solver.warmup", warmup, least=0)
+        usual = WARMUP if adaptive else 0
+        self.warmup = usual if warmup is None else whole("solver.warmup", warmup, least=0)
         self.warmup_rtol = number("solver.warmup_rtol", warmup_rtol)
         if not adaptive and self.step_size is None:
             raise ConfigError(

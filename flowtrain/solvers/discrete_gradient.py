@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flowtrain.solvers.base import Problem, Statistics
+from flowtrain.derivatives import first_derivative
+from flowtrain.solvers.base import Statistics
 from flowtrain.solvers.nodes import Nodes
 from flowtrain.solvers.precision import full_precision
 from flowtrain.solvers.stages import Stage, Weights, combined, on_device, record, take
 from flowtrain.solvers.tableaus import Tableau
-from flowtrain.solvers.tape import Tape, add
+from flowtrain.solvers.tape import Recorder, Tape, add
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Trajectory:
 
     def __init__(
         self,
-        problem: Problem,
+        recorder: Recorder,
         tableau: Tableau,
         weights: Weights,
         steps: list[Step],
@@ -54,7 +54,7 @@ class Trajectory:
         replay: bool,
     ) -> None:
         self.replay = replay
-        self.problem, self.tableau, self.weights = problem, tableau, weights
+        self.recorder, self.tableau, self.weights = recorder, tableau, weights
         self.steps, self.x1, self.statistics = steps, x1, statistics
         self.rows = [on_device(rows, x1) for rows in nodes.rows] if nodes is not None else None
         # whether any node of a step takes from its last stage
@@ -73,7 +73,7 @@ class Trajectory:
     def pull(self, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Cotangents of x at the start (B, *event) and of the parameters, from those of x1 and of `points`."""
         same = self.tableau.first_same_as_last
-        gradients: list[Tensor | None] = [None] * len(self.problem.parameters)
+        gradients: list[Tensor | None] = [None] * len(self.recorder.parameters)
         tapes: dict[int, Tape] = {}
         carried: Tensor | None = None
         by_step = torch.split(at_nodes, [len(rows) for rows in self.rows]) if self.rows is not None else None
@@ -109,16 +109,16 @@ class Trajectory:
             at_end = start
             tapes |= {id(s.tape): s.tape for s in stages}
             if self.replay:
-                add(gradients, self.problem.recorder_or_autograd.gradients(list(tapes.values())))
+                add(gradients, self.recorder.gradients(list(tapes.values())))
                 tapes, step.stages = {}, None
         if tapes:
-            add(gradients, self.problem.recorder_or_autograd.gradients(list(tapes.values())))
+            add(gradients, self.recorder.gradients(list(tapes.values())))
         return at_end, gradients
 
     def replayed(self, step: Step, begins: bool) -> list[Stage]:
         """The stages of a step, taken again; the first only where no step before has it as its last."""
         times = [step.t + c * step.h for c in self.tableau.c]
-        stages = record(self.problem.recorder_or_autograd, times, step.x, keep=True)
+        stages = record(self.recorder, times, step.x, keep=True)
         first = stages[0].velocity(step.x) if begins else step.slopes[0]
         take(step.x, step.h, self.weights, first, lambda i, x: stages[i].velocity(x))
         self.statistics.nfe_backward += len(times) - (not begins)
@@ -134,18 +134,20 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trajectory: Trajectory, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.trajectory = trajectory
+        # read again in backward, where torch refuses weights that were changed in between
+        ctx.save_for_backward(x, *parameters)
         return trajectory.x1.clone(), trajectory.points()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
         with full_precision(at_end.device):
             x, parameters = ctx.trajectory.pull(at_end, at_nodes)
         return None, x, *parameters
 
 
-def differentiable(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
-    """(x1, x at the nodes), with a graph that leads to the problem's x and parameters."""
-    problem = trajectory.problem
-    x1, points = _Differentiable.apply(trajectory, problem.x, *problem.parameters)  # type: ignore[no-untyped-call]
+def differentiable(trajectory: Trajectory, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x1, x at the nodes), with a graph that leads to x, where the solve began, and to the parameters."""
+    x1, points = _Differentiable.apply(trajectory, x, *trajectory.recorder.parameters)  # type: ignore[no-untyped-call]
     return x1, points

@@ -18,8 +18,10 @@ from torch import Tensor
 from flowtrain.solvers.stages import combined, on_device
 from flowtrain.solvers.tableaus import Tableau
 
-# steps that share one Gauss rule: more would tie it to how the step size varies
+# steps that may share one Gauss rule, and how much a step may differ from the next of them: a rule over a long step
+# and a short one would leave the short one, where the field is rough, without nodes
 PANEL = 5
+CONTRAST = 3.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Nodes:
         return combined(on_device(self.weights, q), q)
 
     def error(self, q: Tensor) -> Tensor:
-        """An estimate of the error of `integrate`, (B, Q), not negative.
+        """An estimate of the quadrature's error, (B, Q), not negative; that of the points it stands on is not in it.
 
         The stage rule takes sum_steps |h sum_i e_i q_i|. A Gauss rule of n nodes errs by about the Legendre coefficient
         of degree 2n, which coefficients that decay geometrically put at (a_(n-2)^2 + a_(n-1)^2) / |q|, |q| the RMS
@@ -91,8 +93,7 @@ def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes
     weights: list[float] = []
     tails = []
     rows: list[np.ndarray] = []
-    n_panels = math.ceil(len(steps) / PANEL)
-    for group in np.array_split(np.arange(len(steps)), n_panels):
+    for group in panels([h for _, h in steps]):
         begin = steps[group[0]][0]
         length = sum(steps[k][1] for k in group)
         x, w, tail = legendre(len(group) * math.ceil(tableau.order / 2) + 1)
@@ -108,6 +109,14 @@ def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes
             mine = here[owner == j]
             rows.append(dense_rows(tableau, (mine - t) / h))
     return Nodes(times, weights, rows, tails, spectral=True)
+
+
+def panels(lengths: Sequence[float]) -> list[np.ndarray]:
+    """The steps, by index, in runs of similar neighbours, each run cut evenly into panels."""
+    h = np.abs(lengths)
+    contrast = np.maximum(h[1:], h[:-1]) / np.minimum(h[1:], h[:-1])
+    runs = np.split(np.arange(len(h)), np.flatnonzero(contrast > CONTRAST) + 1)
+    return [panel for run in runs for panel in np.array_split(run, math.ceil(len(run) / PANEL))]
 
 
 @cache

@@ -19,6 +19,7 @@ from flowtrain.solvers.discrete_gradient import Step, Trajectory, differentiable
 from flowtrain.solvers.nodes import Nodes, gauss_nodes, has_dense_output, stage_nodes
 from flowtrain.solvers.stages import Stage, Weights, combined, on_device, record, take
 from flowtrain.solvers.tableaus import TABLEAUS, Tableau
+from flowtrain.solvers.tape import AutogradRecorder
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
 # a step whose error is NaN or infinite is retried shorter; a state that stays so this often will not recover
@@ -44,9 +45,7 @@ class RungeKutta(Solver):
             raise ConfigError("solver.gradient=adjoint: this engine differentiates its own steps (direct, replay)")
 
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
-        trained = any(p.requires_grad for p in problem.parameters)
-        graph = torch.is_grad_enabled() and (problem.x.requires_grad or trained)
-        run = _Run(self, problem, statistics, graph)
+        run = _Run(self, problem, statistics, torch.is_grad_enabled())
         with torch.no_grad():
             if self.adaptive:
                 run.adaptive()
@@ -74,6 +73,7 @@ class _Run:
     def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics, graph: bool) -> None:
         self.solver, self.problem, self.statistics, self.graph = solver, problem, statistics, graph
         self.tableau: Tableau = solver.tableau
+        self.recorder = problem.recorder or AutogradRecorder(problem.velocity, problem.parameters)
         self.replay = solver.replays(problem.x)
         self.t, self.x = problem.t0, problem.x.detach()
         self.first: tuple[Tensor, Stage | None] | None = None
@@ -92,10 +92,13 @@ class _Run:
         if self.statistics.nfe_forward >= self.solver.max_nfe:
             raise self.solver.exhausted(t, h)
         self.statistics.nfe_forward += 1
-        return stage.velocity(x)
+        v = stage.velocity(x)
+        if v.shape != x.shape:
+            raise ConfigError(f"the field returned {tuple(v.shape)} for x {tuple(x.shape)}: a velocity has x's shape")
+        return v
 
     def record(self, times: list[float], keep: bool) -> list[Stage]:
-        return record(self.problem.recorder_or_autograd, times, self.x, keep)
+        return record(self.recorder, times, self.x, keep)
 
     def attempt(self, h: float) -> Attempt:
         """The stages of a step of size h from here."""
@@ -263,9 +266,9 @@ class _Run:
         if not self.graph and (self.integrand is None or self.as_it_goes):
             return Solution(self.x, self.total, self.error, self.statistics)
         nodes = self.nodes() if self.integrand is not None else None
-        problem, tableau, counts = self.problem, self.tableau, self.statistics
-        trajectory = Trajectory(problem, tableau, self.weights, self.steps, self.x, nodes, counts, self.replay)
-        x1, points = differentiable(trajectory) if self.graph else (self.x, trajectory.points())
+        tableau, counts = self.tableau, self.statistics
+        trajectory = Trajectory(self.recorder, tableau, self.weights, self.steps, self.x, nodes, counts, self.replay)
+        x1, points = differentiable(trajectory, self.problem.x) if self.graph else (self.x, trajectory.points())
         if nodes is None:
             return Solution(x1, None, None, self.statistics)
         q = self.integrand_at(nodes.times, points)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,7 +22,13 @@ class Tape(Protocol):
 
 
 class Recorder(Protocol):
-    """Makes tapes of one velocity. A field that knows a faster way than autograd brings its own."""
+    """Makes tapes of one velocity. A field that knows a faster way than autograd brings its own.
+
+    Attributes:
+        parameters: what `gradients` are of; complete once a stage has been kept.
+    """
+
+    parameters: list[Tensor]
 
     def record(self, times: Tensor, keep: bool) -> Tape:
         """A tape for stages at `times` (s,); with keep=False its stages cannot be pulled."""
@@ -44,17 +50,19 @@ def add(totals: list[Tensor | None], shares: Sequence[Tensor | None]) -> None:
 class AutogradTape:
     """Any velocity: a small autograd graph for each stage."""
 
-    def __init__(self, velocity: Velocity, parameters: Sequence[nn.Parameter], times: Tensor, keep: bool) -> None:
-        self.field, self.parameters, self.times, self.keep = velocity, parameters, times, keep
+    def __init__(self, recorder: "AutogradRecorder", times: Tensor, keep: bool) -> None:
+        self.recorder, self.times, self.keep = recorder, times, keep
         self.stages: dict[int, tuple[Tensor, Tensor]] = {}
-        self.sums: list[Tensor | None] = [None] * len(parameters)
+        self.sums: list[Tensor | None] = []
 
     def velocity(self, i: int, x: Tensor) -> Tensor:
+        field = self.recorder.field
         if not self.keep:
-            return self.field(self.times[i], x)
+            return field(self.times[i], x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            v = self.field(self.times[i], x)
+            v = field(self.times[i], x)
+        self.recorder.discover(v, x)
         self.stages[i] = x, v
         return v.detach()
 
@@ -62,28 +70,63 @@ class AutogradTape:
         x, v = self.stages[i]
         if not v.requires_grad:
             return torch.zeros_like(x)
+        trained = self.recorder.trained
+        self.sums += [None] * (len(trained) - len(self.sums))
         # retained, because a Jacobian is computed by pulling back through one solve many times
-        dx, *shares = torch.autograd.grad(v, (x, *self.parameters), cotangent, retain_graph=True, allow_unused=True)
+        dx, *shares = torch.autograd.grad(v, (x, *trained), cotangent, retain_graph=True, allow_unused=True)
         add(self.sums, shares)
         return torch.zeros_like(x) if dx is None else dx
 
 
 class AutogradRecorder:
-    """Tapes of any velocity (t scalar, x) -> v, differentiated by autograd."""
+    """Tapes of any velocity (t scalar, x) -> v, differentiated by autograd.
 
-    def __init__(self, velocity: Velocity, parameters: Sequence[nn.Parameter]) -> None:
-        self.field = velocity
-        self.parameters = parameters
-        self.trained = [p for p in parameters if p.requires_grad]
+    Tensors that the velocity uses and that are not among its parameters, such as an encoding that a conditional field
+    is given, are found in the graph of its first stage.
+    """
+
+    def __init__(self, field: Velocity, parameters: Sequence[Tensor]) -> None:
+        self.field = field
+        self.parameters = list(parameters)
+        self.discovered = False
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [p for p in self.parameters if p.requires_grad]
+
+    def discover(self, v: Tensor, x: Tensor) -> None:
+        """Adds to the parameters the leaves that v depends on besides x; once."""
+        if self.discovered:
+            return
+        self.discovered = True
+        known = {id(p) for p in (x, *self.parameters)}
+        self.parameters += [leaf for leaf in leaves(v) if id(leaf) not in known]
 
     def record(self, times: Tensor, keep: bool) -> AutogradTape:
-        return AutogradTape(self.field, self.trained, times, keep)
+        return AutogradTape(self, times, keep)
 
     def gradients(self, tapes: Sequence[Tape]) -> list[Tensor | None]:
         total: list[Tensor | None] = [None] * len(self.trained)
         for tape in tapes:
             assert isinstance(tape, AutogradTape)
             add(total, tape.sums)
-            tape.sums = [None] * len(self.trained)
+            tape.sums = []
         sums = iter(total)
         return [next(sums) if p.requires_grad else None for p in self.parameters]
+
+
+def leaves(v: Tensor) -> list[Tensor]:
+    """The tensors that the graph of v accumulates gradients into."""
+    found: dict[int, Tensor] = {}
+    seen: set[object] = set()
+    ahead = [v.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[id(leaf)] = leaf
+        ahead += [following for following, _ in node.next_functions]
+    return list(found.values())
