@@ -141,21 +141,40 @@ class MLPRecorder:
 
     def __init__(self, field: MLPField) -> None:
         self.field = field
-        self.parameters: list[Tensor] = list(field.parameters())
+        self.names, self.parameters = map(list, zip(*field.named_parameters(), strict=True))
+
+    names: list[str]
+    parameters: list[Tensor]
 
     def record(self, times: Tensor, keep: bool) -> MLPTape:
-        with torch.set_grad_enabled(keep):
+        with torch.no_grad():
             weights, biases = self.field.at(times)
-        return MLPTape(weights, biases, self.field.activation, keep)
+        return MLPTape(times, weights, biases, self.field.activation, keep)
 
     def gradients(self, tapes: Sequence[MLPTape]) -> list[Tensor | None]:
         """The layers' cotangents at all times together, then once through how the layers depend on time."""
-        pairs = [pair for tape in tapes for pair in tape.cotangents() if pair[0].requires_grad]
-        trained = [p for p in self.parameters if p.requires_grad]
+        parts = [tape.weight_gradients() for tape in tapes]
+        cotangents = [torch.cat(part) for kind in zip(*parts, strict=True) for part in zip(*kind, strict=True)]
+        # the weights that were recorded with, which need not be those the field holds by now
+        recorded = {f"field.{name}": p for name, p in zip(self.names, self.parameters, strict=True)}
+        with torch.enable_grad():
+            times = torch.cat([tape.times for tape in tapes])
+            weights, biases = torch.func.functional_call(_At(self.field), recorded, (times,))
+        pairs = [(y, c) for y, c in zip([*weights, *biases], cotangents, strict=True) if y.requires_grad]
         if not pairs:
             return [None] * len(self.parameters)
-        outputs, cotangents = zip(*pairs, strict=True)
-        # retained, because a Jacobian is computed by pulling back through one solve many times
-        shares = torch.autograd.grad(outputs, trained, cotangents, retain_graph=True, allow_unused=True)
-        found = iter(shares)
+        outputs, at_outputs = zip(*pairs, strict=True)
+        trained = [p for p in self.parameters if p.requires_grad]
+        found = iter(torch.autograd.grad(outputs, trained, at_outputs, allow_unused=True))
         return [next(found) if p.requires_grad else None for p in self.parameters]
+
+
+class _At(nn.Module):
+    """`MLPField.at` as a module, to be called with other weights."""
+
+    def __init__(self, field: MLPField) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return self.field.at(times)

@@ -29,16 +29,18 @@ class MLPTape:
     """Evaluations of an MLP, one node at a time; see `flowtrain.solvers.tape.Tape`.
 
     Args:
-        weights, biases: of each layer, (M, n_out, n_in) and (M, n_out), with the graph that leads to the parameters.
+        times: of the nodes, (M,).
+        weights, biases: of each layer, (M, n_out, n_in) and (M, n_out), without a graph.
         keep: whether nodes will be pulled.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: Activation, keep: bool) -> None:
-        self.activation, self.keep = activation, keep
-        self.layers = [*zip(weights, biases, strict=True)]
-        self.weights = [w.detach().unbind() for w in weights]
-        self.transposed = [w.detach().mT.unbind() for w in weights]
-        self.biases = [b.detach().unbind() for b in biases]
+    def __init__(
+        self, times: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: Activation, keep: bool
+    ) -> None:
+        self.times, self.activation, self.keep = times, activation, keep
+        self.weights = [w.unbind() for w in weights]
+        self.transposed = [w.mT.unbind() for w in weights]
+        self.biases = [b.unbind() for b in biases]
         # for each node the input of every layer, what the slopes need, and once pulled the cotangents of every a_l
         self.inputs: dict[int, list[Tensor]] = {}
         self.kept: dict[int, list[Tensor]] = {}
@@ -65,16 +67,18 @@ class MLPTape:
         self.pulled[i] = at_a[::-1]
         return torch.mm(at_a[-1], self.weights[0][i])
 
-    def cotangents(self) -> list[tuple[Tensor, Tensor]]:
-        """(weight, its cotangent) and (bias, its cotangent) of every layer; zero for nodes that were not pulled."""
-        pairs = []
-        for layer, (weight, bias) in enumerate(self.layers):
-            at_weight, at_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    def weight_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Of every layer, (M, n_out, n_in) and (M, n_out), zero for nodes that were not pulled."""
+        n_nodes = len(self.times)
+        at_weights, at_biases = [], []
+        for layer, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+            at_w, at_b = w[0].new_zeros(n_nodes, *w[0].shape), b[0].new_zeros(n_nodes, *b[0].shape)
             for i, at_a in self.pulled.items():
-                torch.mm(at_a[layer].t(), self.inputs[i][layer], out=at_weight[i])
-                torch.sum(at_a[layer], 0, out=at_bias[i])
-            pairs += [(weight, at_weight), (bias, at_bias)]
-        return pairs
+                torch.mm(at_a[layer].t(), self.inputs[i][layer], out=at_w[i])
+                torch.sum(at_a[layer], 0, out=at_b[i])
+            at_weights.append(at_w)
+            at_biases.append(at_b)
+        return at_weights, at_biases
 
 
 def push(

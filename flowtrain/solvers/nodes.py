@@ -88,7 +88,7 @@ def stage_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes
 
 
 def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes:
-    """Gauss-Legendre nodes on the dense output of steps (t, h): for k steps of order p, k ceil(p / 2) + 1 of them."""
+    """Gauss-Legendre nodes on the dense output of steps (t, h): for k steps of order p, k ceil((p + 2) / 2) of them."""
     times: list[float] = []
     weights: list[float] = []
     tails = []
@@ -96,7 +96,7 @@ def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes
     for group in panels([h for _, h in steps]):
         begin = steps[group[0]][0]
         length = sum(steps[k][1] for k in group)
-        x, w, tail = legendre(len(group) * math.ceil(tableau.order / 2) + 1)
+        x, w, tail = legendre(len(group) * math.ceil((tableau.order + 2) / 2))
         here = begin + length * x
         times += here.tolist()
         weights += (length * w).tolist()
