@@ -38,10 +38,12 @@ class Probes:
     Attributes:
         tangents: (k, B, *event), or (d, 1, *event) for the basis, d the elements of an event.
         weight: 1, or 1/k.
+        noisy: whether they are random, and the divergence an estimate.
     """
 
     tangents: Tensor
     weight: float
+    noisy: bool = False
 
     @property
     def event_dims(self) -> int:
@@ -57,7 +59,7 @@ class Probes:
     @staticmethod
     def hutchinson(x: Tensor, noise: str, samples: int) -> "Probes":
         """`samples` random tangents for each row of x (B, *event), from the global generator of x's device."""
-        return Probes(NOISES[noise]((samples, *x.shape), x), 1 / samples)
+        return Probes(NOISES[noise]((samples, *x.shape), x), 1 / samples, noisy=True)
 
 
 def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.divergence import TraceRule
+from flowtrain.divergence import Probes, TraceRule
 from flowtrain.errors import ConfigError, FlowtrainError
 from flowtrain.fields import mlp_kernels
 from flowtrain.fields.activations import ACTIVATIONS
@@ -493,6 +493,15 @@ def test_a_velocity_of_another_shape_is_refused() -> None:
     problem = Problem(lambda t, x: x[:1], None, torch.randn(4, 2), 0.0, 1.0)
     with pytest.raises(ConfigError, match=r"returned \(1, 2\) for x \(4, 2\)"):
         ode_solver("dopri5").solve(problem)
+
+
+def test_a_noisy_integrand_takes_fewer_nodes() -> None:
+    steps = [(0.0, 0.5), (0.5, 0.5)]
+    for name, exact, noisy in (("dopri5", 8, 6), ("bosh3", 6, 4)):
+        assert len(gauss_nodes(TABLEAUS[name], steps).times) == exact
+        assert len(gauss_nodes(TABLEAUS[name], steps, noisy=True).times) == noisy
+    assert Probes.hutchinson(torch.randn(3, 2), "gaussian", 2).noisy
+    assert not Probes.exact(torch.randn(3, 2)).noisy
 
 
 def test_panels_part_where_the_step_size_jumps() -> None:

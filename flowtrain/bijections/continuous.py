@@ -86,6 +86,7 @@ class Continuous(Bijection):
             t0=t0,
             t1=t1,
             parameters=tuple(self.field.parameters()),
+            noisy=probes is not None and probes.noisy,
             recorder=self.field.recorder() if isinstance(self.field, Field) and compiled is None else None,
             # an evaluation is the same whatever was solved before it
             history=self.histories[t0 < t1] if self.training else None,

@@ -48,6 +48,7 @@ class Problem:
         x: the state at t0, (B, *event).
         parameters: what the gradient of the velocity must reach.
         n_integrals: Q.
+        noisy: whether the integrand is a random estimate.
         recorder: how the velocity is evaluated and pulled back; None leaves it to autograd.
         history: of the last solve of this kind, to plan the steps by and to be told of this one's; or None.
     """
@@ -59,6 +60,7 @@ class Problem:
     t1: float
     parameters: tuple[nn.Parameter, ...] = ()
     n_integrals: int = 1
+    noisy: bool = False
     recorder: Recorder | None = None
     history: History | None = None
 

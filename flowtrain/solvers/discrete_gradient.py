@@ -16,6 +16,7 @@ every step what has the size of x: where it begins, its first slope, its nodes.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,14 +57,15 @@ class Trajectory:
         self.replay = replay
         self.recorder, self.tableau, self.weights = recorder, tableau, weights
         self.steps, self.x1, self.statistics = steps, x1, statistics
-        self.rows = [on_device(rows, x1) for rows in nodes.rows] if nodes is not None else None
+        rows = nodes.rows if nodes is not None else [np.zeros((0, len(tableau.b)))] * len(steps)
+        self.rows = [on_device(each, x1) for each in rows]
         # whether any node of a step takes from its last stage
-        self.last_used = [bool(rows[:, -1].any()) for rows in nodes.rows] if nodes is not None else [False] * len(steps)
+        self.last_used = [bool(each[:, -1].any()) for each in rows]
 
     def points(self) -> Tensor:
         """x at the nodes, (nodes, B, *event)."""
         parts = [self.x1.new_empty(0, *self.x1.shape)]
-        for s, rows in zip(self.steps, self.rows or (), strict=False):
+        for s, rows in zip(self.steps, self.rows, strict=True):
             parts.append(s.x + combined(s.h * rows, s.slopes))
         if self.replay:
             for s in self.steps:
@@ -72,51 +74,59 @@ class Trajectory:
 
     def pull(self, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Cotangents of x at the start (B, *event) and of the parameters, from those of x1 and of `points`."""
-        same = self.tableau.first_same_as_last
         gradients: list[Tensor | None] = [None] * len(self.recorder.parameters)
+        by_step = torch.split(at_nodes, [len(rows) for rows in self.rows])
+        at_first: Tensor | None = None
         tapes: dict[int, Tape] = {}
-        carried: Tensor | None = None
-        by_step = torch.split(at_nodes, [len(rows) for rows in self.rows]) if self.rows is not None else None
         for k in reversed(range(len(self.steps))):
-            step = self.steps[k]
-            here = by_step[k] if by_step is not None and self.rows is not None and len(self.rows[k]) else None
-            begins = k == 0 or not same
-            stages = step.stages or self.replayed(step, begins)
-            c = torch.zeros_like(step.x).expand(len(stages), *step.x.shape).clone()
-            start = torch.zeros_like(step.x) if same else at_end.clone()
-            if here is not None and self.rows is not None:
-                c += combined((step.h * self.rows[k]).T, here)
-                start += here.sum(0)
-            if carried is not None:
-                c[-1] += carried
-            if not same:
-                c += outer(step.h * self.weights.b, at_end)
-            a = step.h * self.weights.a
-            for i in reversed(range(1, len(stages))):
-                ends = same and i == len(stages) - 1
-                if ends and carried is None and not self.last_used[k]:
-                    pulled = at_end
-                else:
-                    pulled = stages[i].pull(c[i])
-                    if ends:
-                        pulled = pulled + at_end
-                start += pulled
-                c[:i] += outer(a[i, :i], pulled)
-            if begins:
-                start += stages[0].pull(c[0])
-            # the first slope is the last one of the step before, which pulls it with its own
-            carried = c[0] if same and k else None
-            at_end = start
+            stages = self.steps[k].stages or self.replayed(k)
+            at_end, at_first = self.pull_step(k, stages, at_end, by_step[k], at_first)
             tapes |= {id(s.tape): s.tape for s in stages}
-            if self.replay:
+            if self.replay or k == 0:
                 add(gradients, self.recorder.gradients(list(tapes.values())))
-                tapes, step.stages = {}, None
-        if tapes:
-            add(gradients, self.recorder.gradients(list(tapes.values())))
+                tapes = {}
+            if self.replay:
+                self.steps[k].stages = None
         return at_end, gradients
 
-    def replayed(self, step: Step, begins: bool) -> list[Stage]:
-        """The stages of a step, taken again; the first only where no step before has it as its last."""
+    def pull_step(
+        self, k: int, stages: list[Stage], at_end: Tensor, at_nodes: Tensor, at_last: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Step k in reverse: the cotangents of x where it begins, and of its first slope if the step before pulls that.
+
+        Args:
+            at_end: the cotangent of x where it ends.
+            at_nodes: those of its nodes, (nodes in it, B, *event).
+            at_last: that of its last slope as the first of the step after, or None.
+        """
+        h, same, last = self.steps[k].h, self.tableau.first_same_as_last, len(stages) - 1
+        a = h * self.weights.a
+        c = combined((h * self.rows[k]).T, at_nodes)
+        start = at_nodes.sum(0)
+        if at_last is not None:
+            c[last] += at_last
+        if not same:
+            c += outer(h * self.weights.b, at_end)
+            start += at_end
+        for i in reversed(range(1, last + 1)):
+            # a method whose last stage is where the step ends is pulled there with the end itself
+            idle = same and i == last and at_last is None and not self.last_used[k]
+            pulled = torch.zeros_like(at_end) if idle else stages[i].pull(c[i])
+            if same and i == last:
+                pulled = pulled + at_end
+            start += pulled
+            c[:i] += outer(a[i, :i], pulled)
+        if self.begins(k):
+            return start + stages[0].pull(c[0]), None
+        return start, c[0]
+
+    def begins(self, k: int) -> bool:
+        """Whether the first slope of step k is not the last one of the step before."""
+        return k == 0 or not self.tableau.first_same_as_last
+
+    def replayed(self, k: int) -> list[Stage]:
+        """The stages of step k, taken again; the first only where no step before has it as its last."""
+        step, begins = self.steps[k], self.begins(k)
         times = [step.t + c * step.h for c in self.tableau.c]
         stages = record(self.recorder, times, step.x, keep=True)
         first = stages[0].velocity(step.x) if begins else step.slopes[0]

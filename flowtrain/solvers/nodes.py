@@ -87,8 +87,13 @@ def stage_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes
     )
 
 
-def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes:
-    """Gauss-Legendre nodes on the dense output of steps (t, h): for k steps of order p, k ceil((p + 2) / 2) of them."""
+def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]], noisy: bool = False) -> Nodes:
+    """Gauss-Legendre nodes on the dense output of steps (t, h): for k steps of order p, k ceil((p + 2) / 2) of them.
+
+    Args:
+        noisy: whether the integrand is itself a random estimate, whose noise is far above the error of k ceil(p / 2).
+    """
+    per_step = math.ceil((tableau.order + (0 if noisy else 2)) / 2)
     times: list[float] = []
     weights: list[float] = []
     tails = []
@@ -96,7 +101,7 @@ def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes
     for group in panels([h for _, h in steps]):
         begin = steps[group[0]][0]
         length = sum(steps[k][1] for k in group)
-        x, w, tail = legendre(len(group) * math.ceil((tableau.order + 2) / 2))
+        x, w, tail = legendre(len(group) * per_step)
         here = begin + length * x
         times += here.tolist()
         weights += (length * w).tolist()

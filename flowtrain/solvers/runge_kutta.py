@@ -260,7 +260,9 @@ class _Run:
 
     def nodes(self) -> Nodes:
         steps = [(s.t, s.h) for s in self.steps]
-        return stage_nodes(self.tableau, steps) if self.on_stages else gauss_nodes(self.tableau, steps)
+        return (
+            stage_nodes(self.tableau, steps) if self.on_stages else gauss_nodes(self.tableau, steps, self.problem.noisy)
+        )
 
     def solution(self) -> Solution:
         if not self.graph and (self.integrand is None or self.as_it_goes):

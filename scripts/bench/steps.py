@@ -96,7 +96,7 @@ class FixedTrace(TraceRule):
     noise_given: Tensor | None = None
 
     def draw(self, x: Tensor, training: bool) -> Probes:
-        return Probes.exact(x) if self.noise_given is None else Probes(self.noise_given.unsqueeze(0), 1.0)
+        return Probes.exact(x) if self.noise_given is None else Probes(self.noise_given.unsqueeze(0), 1.0, noisy=True)
 
 
 def flowtrain_step(problem: Problem, **settings: Any) -> Contestant:
