@@ -251,12 +251,13 @@ class _Run:
             return integrand(t, x)[1]
 
         size = max(1, REPLAYED_NUMBERS // self.x.numel())
-        parts = zip(torch.split(t, size), torch.split(points, size), strict=True)
-        if not torch.is_grad_enabled():
-            return torch.cat([q(t, x) for t, x in parts])
+        parts = [*zip(torch.split(t, size), torch.split(points, size), strict=True)]
+        # the backward pass comes to the last ones first: kept, in less memory than a step's stages take, they are free
+        kept = min(len(self.tableau.b) // 3, len(parts) - 1) if torch.is_grad_enabled() else len(parts)
+        replayed = parts[: len(parts) - kept]
         # the probes were drawn before: nothing in q is random
-        replayed = [checkpoint(q, t, x, use_reentrant=False, preserve_rng_state=False) for t, x in parts]
-        return torch.cat(replayed)
+        again = [checkpoint(q, t, x, use_reentrant=False, preserve_rng_state=False) for t, x in replayed]
+        return torch.cat([*again, *(q(t, x) for t, x in parts[len(replayed) :])])
 
     def nodes(self) -> Nodes:
         steps = [(s.t, s.h) for s in self.steps]
