@@ -111,7 +111,7 @@ def flowtrain_step(problem: Problem, **settings: Any) -> Contestant:
         raise Skip(str(e).splitlines()[0]) from e
     flow = Continuous(problem.field, solver, FixedTrace(noise_given=problem.noise)).train()
     plan: list[tuple[float, float]] = []
-    for _ in range(3):
+    for _ in range(3 if solver.adaptive else 0):
         flow.inverse(problem.before)
         plan = list(flow.histories[False].steps)
 
