@@ -348,7 +348,7 @@ def test_warmup_is_geometric_and_ends() -> None:
     assert solver.tolerance_at(100) == solver.tolerance_at(10_000) == (1e-5, 1e-7)
     assert ode_solver("dopri5", rtol=1e-4).atol == 1e-4
     assert ode_solver("dopri5", rtol=1e-2, warmup=9, warmup_rtol=1e-3).tolerance_at(0) == (1e-2, 1e-2)
-    assert ode_solver("dopri5", warmup=None).warmup == 400
+    assert ode_solver("dopri5", warmup=None).tolerance_at(0) == (1e-5, 1e-5)
     assert ode_solver("rk4", step_size=0.1, warmup=None).warmup == 0
 
 

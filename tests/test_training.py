@@ -328,3 +328,9 @@ def test_load_leaves_the_random_state_alone(tmp_path: Path) -> None:
     torch.manual_seed(3)
     assert isinstance(load(path), Flow)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_tolerance_warms_up_over_two_thirds_of_a_run(tmp_path: Path) -> None:
+    trainer(tmp_path, "model=ffjord", "model.hidden=[8]", "trainer.steps=6", "trainer.log_every=1").fit()
+    rtol = [row["rtol"] for row in rows(tmp_path) if row["split"] == "train"]
+    assert rtol == pytest.approx([1e-3, 10**-3.5, 1e-4, 10**-4.5, 1e-5, 1e-5])

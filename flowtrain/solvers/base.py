@@ -19,8 +19,6 @@ from flowtrain.solvers.tape import Recorder, Velocity
 Integrand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 CONTROLS = ("state", "all")
-# steps, as many as a toy needs to be learned in outline
-WARMUP = 400
 GRADIENTS = ("auto", "direct", "replay", "adjoint")
 
 
@@ -105,7 +103,7 @@ class Solver(ABC):
         gradient: direct | replay | adjoint, see the solvers; auto replays images and is direct elsewhere.
         train_rtol: relative tolerance of training, at least rtol; None follows rtol; atol is loosened alike.
         warmup: steps over which training tightens the tolerance geometrically from `warmup_rtol` to train_rtol;
-            None is 400 where the method is adaptive.
+            None leaves it to the trainer.
         warmup_rtol: where the warm-up begins; atol is loosened in the same ratio.
 
     Raises:
@@ -137,8 +135,7 @@ class Solver(ABC):
         self.control = one_of("solver.control", control, CONTROLS)
         self.gradient = one_of("solver.gradient", gradient, GRADIENTS)
         self.train_rtol = self.rtol if train_rtol is None else number("solver.train_rtol", train_rtol)
-        usual = WARMUP if adaptive else 0
-        self.warmup = usual if warmup is None else whole("solver.warmup", warmup, least=0)
+        self.warmup = None if warmup is None and adaptive else whole("solver.warmup", warmup or 0, least=0)
         self.warmup_rtol = number("solver.warmup_rtol", warmup_rtol)
         if not adaptive and self.step_size is None:
             raise ConfigError(
@@ -167,8 +164,9 @@ class Solver(ABC):
         rtol_w (rtol_t / rtol_w)^(step / warmup), then rtol_t = train_rtol; divided by 10^tightenings.
         """
         looser = self.train_rtol / self.rtol
-        if step < self.warmup and self.warmup_rtol > self.train_rtol:
-            looser *= (self.warmup_rtol / self.train_rtol) ** (1 - step / self.warmup)
+        warmup = self.warmup or 0
+        if step < warmup and self.warmup_rtol > self.train_rtol:
+            looser *= (self.warmup_rtol / self.train_rtol) ** (1 - step / warmup)
         looser = max(1.0, looser / 10**tightenings)
         return self.rtol * looser, self.atol * looser
 

@@ -33,6 +33,8 @@ from flowtrain.training.signals import StopSignals
 log = logging.getLogger("flowtrain")
 
 NFE_WARNING = 1000
+# of the steps, the share over which the tolerance warms up where the solver leaves it to the trainer
+WARMUP = 2 / 3
 INITIALIZATION_ROWS = 10_000
 # what last.pt keeps of the trainer itself
 PROGRESS = ("step", "seconds", "stale", "best", "val_nll")
@@ -76,6 +78,8 @@ class Trainer:
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(flow.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.lr = LearningRate(settings)
+        if flow.solver is not None and flow.solver.warmup is None:
+            flow.solver.warmup = round(WARMUP * settings.steps)
         self.guard = None if flow.solver is None else Guard(flow, flow.solver, settings.guard_every)
         if saved is None:
             self.initialize()

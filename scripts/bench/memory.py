@@ -1,7 +1,7 @@
 """Peak memory of one training step against the number of solver steps, with a convolutional field, on the CPU.
 
     python scripts/bench/memory.py                            # rk4, 4 to 64 steps, batch 16
-    python scripts/bench/memory.py --batch 64 --steps 4 8 16
+    python scripts/bench/memory.py --batch 8 --steps 4 16 64 --only replay
 
 Each cell is a fresh process that takes one step of two solver steps on two rows to load what torch loads lazily, then
 the measured one; prints in a Markdown table by how many MiB that raised the peak of its resident memory (ru_maxrss).
@@ -26,6 +26,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--only", default="", help="engines whose name holds this word, such as replay")
     parser.add_argument("--side", type=int, default=28)
     parser.add_argument("--hidden", default="64,64,64")
     parser.add_argument("--activation", default="softplus")
@@ -94,7 +95,7 @@ def main() -> None:
     from conv import contestants
 
     rows, skipped = [], []
-    for name in contestants():
+    for name in (n for n in contestants() if args.only in n):
         row = [name]
         for steps in args.steps:
             row.append(cell(name, steps, args))
