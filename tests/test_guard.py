@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import stop_at
 from torch import Tensor, nn
 
 from flowtrain import run as runs
@@ -277,14 +278,7 @@ def test_resume_is_exact_after_a_tightening(
     whole.fit()
     first = trainer(tmp_path / "parts", config)
     tightens_first(monkeypatch, first, 2)
-    take = first.train_step
-
-    def train_step() -> dict[str, Any]:
-        if first.step == stop - 1:
-            first.stopped_by = "the test"
-        return take()
-
-    first.train_step = train_step  # type: ignore[method-assign]
+    stop_at(first, stop)
     first.fit()
     saved = checkpoint.load(tmp_path / "parts/checkpoints/last.pt")
     assert saved["guard"]["tightenings"] == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import stop_at
 from torch import Tensor, nn
 
 from flowtrain.build import build_data, build_flow, build_objective, build_settings, load
@@ -58,14 +59,7 @@ def test_resume_is_exact_to_the_bit(overrides: list[str], stop: int, tmp_path: P
     whole = trainer(tmp_path / "whole", *overrides, "trainer.steps=10")
     whole.fit()
     first = trainer(tmp_path / "parts", *overrides, "trainer.steps=10")
-    take = first.train_step
-
-    def train_step() -> dict[str, Any]:
-        if first.step == stop - 1:
-            first.stopped_by = "the test"
-        return take()
-
-    first.train_step = train_step  # type: ignore[method-assign]
+    stop_at(first, stop)
     first.fit()
     assert first.step == stop
     saved = checkpoint.load(tmp_path / "parts/checkpoints/last.pt")

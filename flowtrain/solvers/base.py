@@ -180,10 +180,6 @@ class Solver(ABC):
         finally:
             self.__dict__.update(before)
 
-    def replays(self, x: Tensor) -> bool:
-        """Whether the gradient of a solve from x (B, *event) takes its steps again instead of keeping them."""
-        return self.gradient == "replay" or (self.gradient == "auto" and x.dim() > 2)
-
     def describe(self) -> dict[str, Any]:
         """method, rtol, atol for reports; a fixed-step method has a step size in place of tolerances."""
         if self.adaptive:

@@ -138,6 +138,14 @@ def dense_rows(tableau: Tableau, theta: np.ndarray) -> np.ndarray:
 
     The polynomial that has the value and the slope at both ends: a cubic, or with `mid` a quartic (Shampine 1986).
     """
+    coefficients = dense_coefficients(tableau)
+    rows: np.ndarray = np.vander(theta, len(coefficients), increasing=True) @ coefficients
+    return rows
+
+
+@cache
+def dense_coefficients(tableau: Tableau) -> np.ndarray:
+    """The polynomial of `dense_rows` in powers of theta, (degree + 1, stages)."""
     # rows: conditions on the coefficients of 1, theta, ..: value and slope at 0 and 1, value at 1/2
     conditions = np.array(
         [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 1, 2, 3, 4], [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]]
@@ -148,5 +156,5 @@ def dense_rows(tableau: Tableau, theta: np.ndarray) -> np.ndarray:
         conditions = conditions[:4, :4]
     else:
         targets.append(np.array(tableau.mid))
-    coefficients = np.linalg.solve(conditions, np.stack(targets))
-    return np.vander(theta, len(coefficients), increasing=True) @ coefficients
+    coefficients: np.ndarray = np.linalg.solve(conditions, np.stack(targets))
+    return coefficients

@@ -44,6 +44,10 @@ class RungeKutta(Solver):
         if self.gradient == "adjoint":
             raise ConfigError("solver.gradient=adjoint: this engine differentiates its own steps (direct, replay)")
 
+    def replays(self, x: Tensor) -> bool:
+        """Whether the gradient of a solve from x (B, *event) takes its steps again instead of keeping them."""
+        return self.gradient == "replay" or (self.gradient == "auto" and x.dim() > 2)
+
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
         run = _Run(self, problem, statistics, torch.is_grad_enabled())
         with torch.no_grad():

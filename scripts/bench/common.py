@@ -6,6 +6,7 @@ Imported before torch and jax by every script, because `use_threads` must come f
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,12 @@ def use_threads(n: int) -> None:
     import torch
 
     torch.set_num_threads(n)
+
+
+def run_flowtrain(run_dir: Path, *overrides: str) -> None:
+    """`flowtrain` with these overrides, in a process of its own, into `run_dir`."""
+    command = [sys.executable, "-m", "flowtrain", *overrides, f"hydra.run.dir={run_dir}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def keep_freed_memory() -> None:

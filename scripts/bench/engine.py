@@ -21,14 +21,12 @@ to --threads cores, jax too.
 import argparse
 import copy
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import CACHE, keep_freed_memory, machine, progress, use_threads
+from common import CACHE, keep_freed_memory, machine, progress, run_flowtrain, use_threads
 
 if TYPE_CHECKING:
     from steps import Contestant, Problem
@@ -63,8 +61,7 @@ def trained_run(d: int, overrides: list[str]) -> Path:
     if d != 2:
         data = ["data=array", f"data.path={mixture(d)}", "trainer.steps=300", "trainer.lr=0.002"]
     progress(f"training once, into {run_dir}: flowtrain {' '.join(data + overrides)}")
-    command = [sys.executable, "-m", "flowtrain", *data, *overrides, f"hydra.run.dir={run_dir}"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run_flowtrain(run_dir, *data, *overrides)
     return run_dir
 
 

@@ -7,10 +7,11 @@ Each run is the plain command `flowtrain model=MODEL data=TOY`; prints a Markdow
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from common import run_flowtrain
 
 TOYS = ("moons", "circles", "rings", "8gaussians", "swissroll", "checkerboard", "pinwheel", "2spirals")
 MODELS = ("ffjord", "realnvp")
@@ -19,8 +20,7 @@ MODELS = ("ffjord", "realnvp")
 def measure(model: str, toy: str, out: Path) -> tuple[str, str]:
     """(KL +- standard error, training seconds) of one run, in words."""
     run_dir = out / f"{model}-{toy}"
-    keys = [f"model={model}", f"data={toy}", f"hydra.run.dir={run_dir}"]
-    subprocess.run([sys.executable, "-m", "flowtrain", *keys], check=True, stdout=subprocess.DEVNULL)
+    run_flowtrain(run_dir, f"model={model}", f"data={toy}")
     result = json.loads((run_dir / "result.json").read_text())
     return f"{result['kl']:.3f} ± {result['kl_stderr']:.3f}", f"{result['train_seconds']:.0f}"
 
