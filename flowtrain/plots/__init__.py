@@ -8,10 +8,11 @@ from flowtrain.errors import FlowtrainError
 from flowtrain.plots.curves import draw_curves
 from flowtrain.plots.flow1d import draw_flow_1d
 from flowtrain.plots.flow2d import draw_flow_2d
+from flowtrain.plots.images import draw_panels, draw_rows
 from flowtrain.plots.pairs import draw_pairs
 from flowtrain.plots.points import LogDensity
 
-__all__ = ["draw_curves", "draw_flow", "draw_flow_1d", "draw_flow_2d", "draw_pairs"]
+__all__ = ["draw_curves", "draw_flow", "draw_flow_1d", "draw_flow_2d", "draw_pairs", "draw_panels", "draw_rows"]
 
 
 def draw_flow(

@@ -57,8 +57,9 @@ class Course:
 def draw_curves(path: Path, *, rows: Rows, title: str, entropy: float | None = None) -> None:
     """Draw the rows of metrics.jsonl to `path`: the NLL of each split, and under it what else the rows hold.
 
-    A row needs no key: a quantity that is absent, null or not finite is left out at that step.
-    `entropy` is the entropy of the data in nats, the lowest NLL that any model can reach.
+    A row needs no key: a quantity that is absent, null or not finite is left out at that step. The NLL is in bits per
+    dimension where any row has them, else in nats. `entropy` is that of the data in nats, the lowest NLL that any
+    model can reach, and is drawn beside nats only.
     """
     train = _split(rows, "train")
     below = [draw for draw, keys in PANELS if any(course(train, key) for key in keys)]
@@ -95,11 +96,12 @@ def _split(rows: Rows, name: str) -> Rows:
 
 
 def _likelihood(axes: Axes, rows: Rows, entropy: float | None) -> None:
+    key, unit = ("bits_per_dim", "bits/dim") if course(rows, "bits_per_dim") else ("nll", "nats")
     axes.grid(axis="y")
-    axes.set_ylabel("NLL (nats)")
-    train = course(_split(rows, "train"), "nll")
+    axes.set_ylabel(f"NLL ({unit})")
+    train = course(_split(rows, "train"), key)
     names = dict.fromkeys(str(row["split"]) for row in rows if row.get("split") not in (None, "train"))
-    others = {name: curve for name in names if (curve := course(_split(rows, name), "nll"))}
+    others = {name: curve for name in names if (curve := course(_split(rows, name), key))}
     if not train and not others:
         style.annotate(axes, "no finite NLL")
         axes.yaxis.set_major_locator(NullLocator())
@@ -111,7 +113,7 @@ def _likelihood(axes: Axes, rows: Rows, entropy: float | None) -> None:
         every = max(1, len(curve.values) // 40)
         axes.plot(curve.steps, curve.values, "-o", color=colour, markersize=3.5, markevery=every, label=best)
     low, high = _frame(train, list(others.values()))
-    if _finite(entropy):
+    if unit == "nats" and _finite(entropy):
         axes.axhline(entropy, color=style.INK, linestyle=DASHES, linewidth=1.1, label="entropy of the data")
         low, high = min(low, entropy), max(high, entropy)
     margin = 0.07 * (high - low) or 0.5
