@@ -1,11 +1,14 @@
 """What a data set gives: training batches as a pure function of the step, fixed held-out sets, a density if known."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.checks import number
 from flowtrain.errors import ConfigError
 
 
@@ -24,14 +27,33 @@ def step_generator(seed: int, *stream: int) -> torch.Generator:
 
 # the stream of a step's own randomness (trace noise); data sets key theirs by other numbers
 STEP_STREAM = 0x73_74_65_70
+# of the logit, unless the data say otherwise: the background of images is easiest to fit where it is spread out
+ALPHA = 1e-5
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a flow must know of the samples it is a density of; checkpoints keep it. See `Dataset` for the meanings."""
+
+    event_shape: tuple[int, ...]
+    discrete: bool = False
+    levels: int | None = None
+    alpha: float = ALPHA
+    classes: int | None = None
+    standardized: bool = False
 
 
 class Dataset(ABC):
-    """Samples x of shape (B, *event_shape), float32, in data units.
+    """Samples x of shape (B, *event_shape) in data units: float32, or integers where the data are whole numbers.
 
     Attributes:
         event_shape: the shape of one sample.
         val, test: fixed held-out samples, the same for every seed of a run.
+        discrete: whether samples are integers, to be dequantized by the flow.
+        levels: of discrete samples with values 0 .. levels - 1, else None.
+        alpha: of the logit that takes [0, levels] to the real line.
+        classes: labels are 0 .. classes - 1; None where there are none.
+        val_labels, test_labels: (n,), int64, or None.
         columns: names of the columns of vector data, for plots and messages; may be empty.
         entropy: differential entropy of the true density in nats, where it is known.
     """
@@ -39,6 +61,12 @@ class Dataset(ABC):
     event_shape: tuple[int, ...]
     val: Tensor
     test: Tensor
+    discrete: bool = False
+    levels: int | None = None
+    alpha: float = ALPHA
+    classes: int | None = None
+    val_labels: Tensor | None = None
+    test_labels: Tensor | None = None
     columns: tuple[str, ...] = ()
     entropy: float | None = None
 
@@ -46,8 +74,20 @@ class Dataset(ABC):
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """The training batch of `step`, shape (batch_size, *event_shape): a pure function of its arguments."""
 
+    def train_labels(self, step: int, batch_size: int, seed: int) -> Tensor | None:
+        """The labels of that batch, (batch_size,), int64; None where there are none."""
+        return None
+
+    def to(self, device: torch.device) -> None:  # noqa: B027
+        """Moves the training samples to a device; nothing, for data sets that keep none."""
+
+    @property
+    def samples(self) -> Samples:
+        standardized = self.statistics() is not None
+        return Samples(self.event_shape, self.discrete, self.levels, self.alpha, self.classes, standardized)
+
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Per-column mean and standard deviation of the training set, float64, or None where not standardised."""
+        """Mean and standard deviation of the training set by element, float64, or None where not standardised."""
         return None
 
     def log_prob(self, x: Tensor) -> Tensor | None:
@@ -59,3 +99,14 @@ class Dataset(ABC):
         if name not in ("val", "test"):
             raise ConfigError(f"split={name}: there is no such split; choose val or test")
         return self.val if name == "val" else self.test
+
+    def split_labels(self, name: str) -> Tensor | None:
+        """Its labels, (n,), or None."""
+        return self.val_labels if name == "val" else self.test_labels
+
+
+def below_half(key: str, value: Any) -> float:
+    """`value` if it can be the alpha of a logit, in (0, 1/2)."""
+    if number(key, value) >= 0.5:
+        raise ConfigError(f"{key}={value}: give a number below 0.5")
+    return float(value)

@@ -1,0 +1,191 @@
+"""data=mnist and data=fashion_mnist: grey images from the four IDX files, kept as the bytes that they are."""
+
+import logging
+import os
+import shlex
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowtrain.checks import one_of, whole
+from flowtrain.data.base import ALPHA, Dataset, below_half, step_generator
+from flowtrain.data.epochs import Epochs
+from flowtrain.data.idx import read_idx
+from flowtrain.errors import ConfigError, DataError
+
+_log = logging.getLogger("flowtrain")
+
+# The files of all sets have the same names; how the training labels begin tells one set from another
+_FIRST_LABELS = {"mnist": (5, 0, 4, 1, 9, 2, 1, 3, 1, 4), "fashion_mnist": (9, 0, 0, 3, 0, 2, 7, 2, 5, 5)}
+_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+# Keys of the random streams
+_STREAM = 0x696D_6167
+_ORDER, _CROP = 1, 2
+
+
+class IDXImages(Dataset):
+    """Images x of shape (B, 1, H, W), uint8: whole numbers from 0 (black) to levels - 1.
+
+    The last `n_val` images of the training file are for validation.
+
+    Args:
+        dataset: mnist or fashion_mnist.
+        root: the folder that has the four files, plain or .gz, in a folder named after `dataset` or in itself;
+            None: $FLOWTRAIN_DATA, else flowtrain in the user's cache.
+        n_val: images for validation.
+        n_test: images of the test file, from its start; None: all.
+        crop: training images are padded by this many zeros left and right and cut to their width again at
+            random, which shifts them; 0: not at all.
+        alpha: of the logit that takes pixels to the real line.
+
+    Attributes:
+        levels: of a pixel.
+        classes: labels are 0 to classes - 1.
+        val_labels, test_labels: (n,), int64.
+
+    Raises:
+        ConfigError: an argument that leaves nothing for training, or that makes no sense.
+        DataError: files that are missing, damaged or of another data set, or that do not fit together.
+    """
+
+    discrete = True
+    levels = 256
+    classes = 10
+
+    def __init__(
+        self,
+        dataset: str,
+        root: str | None = None,
+        n_val: int = 10_000,
+        n_test: int | None = None,
+        crop: int = 0,
+        alpha: float = ALPHA,
+    ) -> None:
+        one_of("data.dataset", dataset, _FIRST_LABELS)
+        self.alpha = below_half("data.alpha", alpha)
+        self._crop = whole("data.crop", crop, least=0)
+        base = _root(root)
+        cure = f"run `python scripts/download_mnist.py {dataset} --root {shlex.quote(str(base))}`"
+        files = _find(dataset, base, cure)
+        images, labels = _pair(files[0], files[1], cure)
+        test, test_labels = _pair(files[2], files[3], cure)
+        _check_set(dataset, labels, files[1], cure)
+        if test.shape[1:] != images.shape[1:]:
+            raise DataError(
+                f"{files[0]} holds images of {_sides(images)} pixels and {files[2]} of {_sides(test)}; they must be "
+                f"the same: {cure}"
+            )
+        if self._crop >= images.shape[-1]:
+            raise ConfigError(f"data.crop={crop}: give less than the images' width, {images.shape[-1]} pixels")
+
+        n_train = len(images) - _at_most("data.n_val", n_val, len(images) - 1, files[0])
+        n_test = len(test) if n_test is None else _at_most("data.n_test", n_test, len(test), files[2])
+        self.event_shape = tuple(images.shape[1:])
+        self._images, self.val = images[:n_train], images[n_train:]
+        self._labels, self.val_labels = labels[:n_train], labels[n_train:]
+        self.test, self.test_labels = test[:n_test], test_labels[:n_test]
+        self._epochs = Epochs(n_train, _STREAM, _ORDER)
+        sizes = f"{n_train} + {len(self.val)} + {n_test}"
+        _log.info(f"{files[0].parent}: {sizes} images for train, val and test, {_sides(images)} pixels")
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        """Images (batch_size, 1, H, W), uint8, on the device of the training set; each comes once an epoch."""
+        batch = self._images[self._rows(step, batch_size, seed)]
+        if self._crop:
+            batch = _shifted(batch, self._crop, step_generator(seed, _STREAM, _CROP, step))
+        return batch
+
+    def train_labels(self, step: int, batch_size: int, seed: int) -> Tensor:
+        """The labels of the same images as `train_batch` gives, (batch_size,), int64."""
+        return self._labels[self._rows(step, batch_size, seed)]
+
+    def to(self, device: torch.device) -> None:
+        """Moves the training set to a device, so that its batches are gathered there."""
+        self._images, self._labels = self._images.to(device), self._labels.to(device)
+
+    def _rows(self, step: int, batch_size: int, seed: int) -> Tensor:
+        return self._epochs.rows(step, batch_size, seed).to(self._images.device)
+
+
+def default_root() -> Path:
+    """Where data sets are looked for when `data.root` does not say: $FLOWTRAIN_DATA, else the user's cache."""
+    if given := os.environ.get("FLOWTRAIN_DATA"):
+        return Path(given).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "flowtrain"
+
+
+def _root(root: str | None) -> Path:
+    if root is None:
+        return default_root()
+    if not isinstance(root, str) or not root:
+        raise ConfigError(f"data.root={root}: give the path of a folder, or null")
+    return Path(root).expanduser().absolute()
+
+
+def _find(dataset: str, root: Path, cure: str) -> list[Path]:
+    """The four files, all of them from one folder so that two data sets are never mixed."""
+    places = []
+    for folder in (root / dataset, root):
+        found = {name: _plain_or_gzipped(folder / name) for name in _FILES}
+        lacking = [name for name, path in found.items() if path is None]
+        if not lacking:
+            return [path for path in found.values() if path is not None]
+        places.append(str(folder) + (f" (which lacks {', '.join(lacking)})" if len(lacking) < len(_FILES) else ""))
+    raise DataError(
+        f"data={dataset}: its four files ({_FILES[0]}.gz and so on) are neither in {' nor in '.join(places)}; "
+        f"{cure}, or set data.root to the folder that has them"
+    )
+
+
+def _plain_or_gzipped(path: Path) -> Path | None:
+    # What the script downloads comes first: it is to replace a plain file that is damaged
+    return next((p for p in (path.with_name(f"{path.name}.gz"), path) if p.is_file()), None)
+
+
+def _pair(image_file: Path, label_file: Path, cure: str) -> tuple[Tensor, Tensor]:
+    """Images (n, 1, H, W), uint8, and their labels (n,), int64."""
+    images, labels = (torch.from_numpy(read_idx(path, cure)) for path in (image_file, label_file))
+    for path, values, rank, expected in ((image_file, images, 3, "(n, H, W)"), (label_file, labels, 1, "(n,)")):
+        if values.ndim != rank:
+            raise DataError(f"{path} has shape {tuple(values.shape)} where {expected} is expected; {cure}")
+    if len(images) != len(labels):
+        raise DataError(
+            f"{image_file} holds {len(images)} images and {label_file} {len(labels)} labels; they must be as many: "
+            f"{cure}"
+        )
+    bad = (labels >= IDXImages.classes).nonzero()
+    if len(bad):
+        i = int(bad[0])
+        raise DataError(
+            f"{label_file}, row {i} (from 0): the label is {int(labels[i])}, and labels go from 0 to "
+            f"{IDXImages.classes - 1}; {cure}"
+        )
+    return images.unsqueeze(1), labels.long()
+
+
+def _check_set(dataset: str, labels: Tensor, path: Path, cure: str) -> None:
+    """Refuse files that are those of another data set."""
+    for name, first in _FIRST_LABELS.items():
+        if name != dataset and tuple(labels[: len(first)].tolist()) == first:
+            raise DataError(f"{path} is that of {name}, and {dataset} was asked for: choose data={name}, or {cure}")
+
+
+def _sides(images: Tensor) -> str:
+    return " x ".join(map(str, images.shape[-2:]))
+
+
+def _at_most(key: str, value: int, most: int, path: Path) -> int:
+    if whole(key, value) > most:
+        raise ConfigError(f"{key}={value}: give at most {most}, because of the number of images in {path}")
+    return value
+
+
+def _shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Images (B, 1, H, W), each moved sideways by up to `most` pixels of its own, with zeros moving in."""
+    width = images.shape[-1]
+    left = torch.randint(2 * most + 1, (len(images), 1, 1, 1), generator=generator)
+    columns = (left + torch.arange(width)).to(images.device)
+    return F.pad(images, (most, most)).gather(3, columns.expand(images.shape))
