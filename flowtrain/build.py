@@ -10,9 +10,9 @@ from hydra.utils import get_object, instantiate
 from torch import nn
 
 from flowtrain.bijections.base import Chain
+from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.scale import Standardize
-from flowtrain.checks import flag
-from flowtrain.data.base import Dataset
+from flowtrain.data.base import Dataset, Samples
 from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.flow import Flow
 from flowtrain.solvers import Solver
@@ -42,15 +42,22 @@ def build_settings(config: Config) -> Settings:
     return cast(Settings, _checked_call(Settings, "trainer", dict(config["trainer"])))
 
 
-def build_flow(config: Config, event_shape: tuple[int, ...]) -> Flow:
-    """The model, with the solver where its recipe asks for one, and a Standardize at the data end where asked."""
+def build_flow(config: Config, samples: Samples) -> Flow:
+    """The model, with the solver and the classes where its recipe asks for them, and what prepares the samples for it.
+
+    From the data to the base: a Logit for whole numbers in a known range, or a Standardize where asked; the model.
+    """
     recipe = get_object(config["model"]["_target_"])
     # built in any case, so that a mistake in it is not passed over
-    solver = build_solver(config)
-    extra = {"solver": solver} if "solver" in inspect.signature(recipe).parameters else {}
-    flow = cast(Flow, _call(config, "model", event_shape=event_shape, **extra))
-    if flag("data.standardize", config["data"].get("standardize", False)):
-        flow.bijection = Chain([flow.bijection, Standardize(*event_shape)])
+    offered = {"solver": build_solver(config), "classes": samples.classes}
+    wanted = inspect.signature(recipe).parameters
+    extra = {key: value for key, value in offered.items() if key in wanted}
+    flow = cast(Flow, _call(config, "model", event_shape=samples.event_shape, **extra))
+    if samples.standardized:
+        flow.bijection = Chain([flow.bijection, Standardize(samples.event_shape)])
+    if samples.levels is not None:
+        flow.bijection = Chain([flow.bijection, Logit(samples.levels, samples.alpha)])
+    flow.discrete, flow.levels = samples.discrete, samples.levels
     return flow
 
 
@@ -72,7 +79,7 @@ def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str]
     check_targets(saved["config"], trust)
     # building draws initial weights; reading a checkpoint must not shift the caller's random numbers
     with torch.random.fork_rng(devices=[]):
-        flow = build_flow(saved["config"], tuple(saved["event_shape"]))
+        flow = build_flow(saved["config"], samples_of(saved))
     try:
         flow.load_state_dict(saved["weights"])
         if saved.get("ema"):
@@ -82,6 +89,23 @@ def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str]
         first = " ".join(str(e).split())[:160]
         raise CheckpointError(f"the checkpoint's weights do not fit the model of its config ({first} ...)") from e
     return flow.to(device).eval()
+
+
+def samples_of(saved: Mapping[str, Any]) -> Samples:
+    """What a checkpoint says of the samples it was trained on.
+
+    Raises:
+        CheckpointError: a description that is not one.
+    """
+    event_shape = tuple(saved["event_shape"])
+    if "samples" not in saved:
+        # written before there were images
+        data = saved["config"]["data"]
+        return Samples(event_shape, bool(data.get("dequantize")), standardized=bool(data.get("standardize")))
+    try:
+        return Samples(**{**saved["samples"], "event_shape": event_shape})
+    except TypeError as e:
+        raise CheckpointError(f"the checkpoint describes its samples as {saved['samples']}: not one of ours") from e
 
 
 def resolve_device(name: str) -> torch.device:
@@ -164,6 +188,6 @@ def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
     missing = [k for k, p in known.items() if k not in given and p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     if unknown or missing:
         what = f"unknown key {', '.join(unknown)}" if unknown else f"missing key {', '.join(missing)}"
-        names = [k for k in known if k not in ("event_shape", "solver", "flow", "settings")]
+        names = [k for k in known if k not in ("event_shape", "solver", "classes", "flow", "settings")]
         raise ConfigError(f"{group}: {what}; {original.__name__} takes {', '.join(names)}")
     return function(**arguments)

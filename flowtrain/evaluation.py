@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -12,13 +13,12 @@ from torch import Tensor
 
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.data.base import Dataset
-from flowtrain.errors import DataError, NonFiniteError
-from flowtrain.flow import Flow
+from flowtrain.errors import ConfigError, DataError, NonFiniteError
+from flowtrain.flow import Flow, Label, rows_at_a_time
 from flowtrain.solvers import record_solves
 
 log = logging.getLogger("flowtrain")
 
-BATCH = 2000
 # a solver error below this many nats is not worth a warning, however small the sampling error
 SOLVER_ERROR = 0.01
 
@@ -27,8 +27,15 @@ SOLVER_ERROR = 0.01
 class Evaluation:
     """What `floweval` reports, in the order of eval.json. NLL, entropy and KL in nats per sample.
 
-    `kl` is the mean of log p_true - log p_model on the same points; `solver_error` the change of the NLL when the
-    tolerance is tightened tenfold, in float64 on a subset; `roundtrip_error` max |x - forward(inverse(x))| on it.
+    Attributes:
+        nll_stderr: over the rows, each with noise of its own where the trace is estimated or the data dequantized, so
+            that it covers both.
+        bits_per_dim: of images, nll / (D log 2).
+        kl: the mean of log p_true - log p_model on the same points.
+        dequantization_samples: of whole numbers, how many draws of the noise are averaged inside the log; with 1 the
+            NLL is the plain bound.
+        solver_error: the change of the NLL when the tolerance is tightened tenfold, in float64 on a subset.
+        roundtrip_error: max |x - forward(inverse(x))| on it.
     """
 
     nll: float
@@ -56,6 +63,11 @@ class Evaluation:
     def table(self) -> str:
         """A few lines for a terminal."""
         rows = [("NLL", f"{self.nll:.4f} +- {self.nll_stderr:.4f} nats  ({self.split}, n = {self.n})")]
+        if self.bits_per_dim is not None:
+            stderr = self.nll_stderr * self.bits_per_dim / self.nll
+            rows.insert(0, ("bits/dim", f"{self.bits_per_dim:.4f} +- {stderr:.4f}"))
+        if self.dequantization_samples is not None:
+            rows.append(("dequantized", f"{self.dequantization_samples} uniform noise draws: a bound"))
         if self.kl is not None:
             rows.append(("KL", f"{self.kl:.4f} +- {self.kl_stderr:.4f} nats  (entropy {self.entropy:.4f})"))
         noise = "" if self.noise_samples is None else f", {self.noise_samples} noise draws"
@@ -71,60 +83,111 @@ class Evaluation:
         return "\n".join(f"{name:>13}  {value}" for name, value in rows)
 
 
+def held_out(flow: Flow, data: Dataset, split: str) -> tuple[Tensor, Tensor | None]:
+    """A held-out set of `data`, with its labels for a conditional flow.
+
+    Raises:
+        DataError: the flow is conditional and the data have no labels.
+    """
+    x, label = data.split(split), data.split_labels(split)
+    if flow.classes is None:
+        return x, None
+    if label is None:
+        raise DataError("the flow is conditional, and this data has no labels: data=array takes them by data.label")
+    return x, label
+
+
 @torch.no_grad()
-def log_probs(flow: Flow, x: Tensor, batch_size: int = BATCH) -> Tensor:
-    """log p(x) in nats for all rows of x, (n,), float64 on the CPU; the noise of an estimated trace is seeded."""
-    device = next(flow.parameters()).device
+def log_probs(
+    flow: Flow, x: Tensor, label: Tensor | None = None, batch_size: int | None = None, draws: int = 1
+) -> Tensor:
+    """log p(x) in nats for all rows of x, (n,), float64 on the CPU; the noise of an estimated trace is seeded.
+
+    Of whole numbers log 1/K sum_k p(x + u_k), u_k uniform, K = `draws`: in expectation it rises with K to
+    log P(x) (Burda et al. 2016, Importance weighted autoencoders, theorem 1, for a uniform proposal).
+
+    Args:
+        label: (n,), for a conditional flow.
+        batch_size: rows at a time; None for as many as suit the size of a sample.
+    """
+    device = flow.like.device
     devices = [device] if device.type == "cuda" else []
+    size = batch_size or rows_at_a_time(flow.event_shape)
+    labels = repeat(None) if label is None else torch.split(label, size)
+    parts = []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        parts = [flow.log_prob(part.to(device)).double().cpu() for part in torch.split(x, batch_size)]
+        for part, y in zip(torch.split(x, size), labels, strict=False):
+            drawn = torch.stack([flow.log_prob(part.to(device), y).double() for _ in range(draws)])
+            parts.append((drawn.logsumexp(0) - math.log(draws)).cpu())
     return torch.cat(parts)
 
 
-def evaluate(flow: Flow, data: Dataset, split: str = "test", step: int = 0, batch_size: int = BATCH) -> Evaluation:
+def evaluate(
+    flow: Flow,
+    data: Dataset,
+    split: str = "test",
+    step: int = 0,
+    batch_size: int | None = None,
+    dequantization_samples: int = 1,
+) -> Evaluation:
     """Scores a flow in evaluation mode on a held-out set of `data`.
 
     Raises:
+        ConfigError: several dequantization samples of data that are not whole numbers.
         DataError: data of another shape than the flow's.
         NonFiniteError: a log-likelihood that is NaN or infinite, naming the first row.
     """
-    x = data.split(split)
+    x, label = held_out(flow, data, split)
     if tuple(data.event_shape) != flow.event_shape:
         raise DataError(
             f"the flow was trained on samples of shape {flow.event_shape}; this data has {tuple(data.event_shape)}"
         )
+    if flow.discrete != data.discrete or flow.levels != data.levels:
+        raise DataError(
+            f"the flow was trained on {kind(flow.discrete, flow.levels)}; this data has "
+            f"{kind(data.discrete, data.levels)} (data.dequantize, data.levels)"
+        )
+    if dequantization_samples > 1 and not flow.discrete:
+        raise ConfigError(
+            f"dequantization_samples={dequantization_samples}: this flow is over real numbers, to which no noise is "
+            "added; leave it out"
+        )
     flow.eval()
     begun = time.perf_counter()
     with record_solves() as solves:
-        log_p = log_probs(flow, x, batch_size)
+        log_p = log_probs(flow, x, label, batch_size, dequantization_samples)
     check_finite(log_p, split)
     seconds = time.perf_counter() - begun
     true = data.log_prob(x)
     gap = None if true is None else true.cpu() - log_p
     d = math.prod(flow.event_shape)
-    subset = x[: max(50, min(500, 20_000 // d))]
+    rows = max(50, min(500, 20_000 // d))
+    subset, few = x[:rows], None if label is None else label[:rows]
+    solved = dequantization_samples * math.ceil(len(x) / (batch_size or rows_at_a_time(flow.event_shape)))
+    bits = flow.bits_per_nat
     rule = next((m.trace for m in flow.modules() if isinstance(m, Continuous)), None)
     exact = rule is None or rule.is_exact(d, training=False)
+    nll = -log_p.mean().item()
     result = Evaluation(
-        nll=-log_p.mean().item(),
+        nll=nll,
         nll_stderr=_stderr(log_p),
         n=len(x),
         split=split,
         step=step,
-        bits_per_dim=None,
+        bits_per_dim=None if bits is None else bits * nll,
         entropy=data.entropy,
         kl=None if gap is None else gap.mean().item(),
         kl_stderr=None if gap is None else _stderr(gap),
         trace="exact" if exact else "hutchinson",
         noise_samples=None if exact or rule is None else rule.noise_samples,
-        dequantization_samples=None,
+        dequantization_samples=dequantization_samples if flow.discrete else None,
         solver=None if flow.solver is None else flow.solver.describe(),
-        nfe=sum(s.nfe_forward for s in solves) / math.ceil(len(x) / batch_size) if solves else None,
-        solver_error=solver_error(flow, subset),
-        roundtrip_error=roundtrip_error(flow, subset),
+        nfe=sum(s.nfe_forward for s in solves) / solved if solves else None,
+        solver_error=solver_error(flow, subset, few),
+        roundtrip_error=roundtrip_error(flow, subset, few),
         seconds=seconds,
-        device=str(next(flow.parameters()).device),
+        device=str(flow.like.device),
     )
     warn_of(result)
     return result
@@ -142,7 +205,7 @@ def warn_of(result: Evaluation) -> None:
         log.warning("the KL is negative beyond its error, which no density can be: log p of this flow is wrong")
 
 
-def solver_error(flow: Flow, x: Tensor) -> float | None:
+def solver_error(flow: Flow, x: Tensor, label: Tensor | None = None) -> float | None:
     """|NLL(tolerance) - NLL(tolerance / 10)| in nats on x, in float64 so that rounding stays out of it."""
     if flow.solver is None:
         return None
@@ -156,16 +219,23 @@ def solver_error(flow: Flow, x: Tensor) -> float | None:
     }
     if solver.step_size is not None:
         tighter["step_size"] = solver.step_size / 10
-    as_is = log_probs(exact, x).mean()
+    as_is = log_probs(exact, x, label).mean()
     with solver.using(**tighter):
-        return abs(float(log_probs(exact, x).mean() - as_is))
+        return abs(float(log_probs(exact, x, label).mean() - as_is))
 
 
 @torch.no_grad()
-def roundtrip_error(flow: Flow, x: Tensor) -> float:
-    """max |x - forward(inverse(x))| in data units."""
-    x = x.to(next(flow.parameters()))
-    return float((x - flow(flow.inverse(x))).abs().max())
+def roundtrip_error(flow: Flow, x: Tensor, label: Label = None) -> float:
+    """max |x - forward(inverse(x))| in data units, whole numbers dequantized first."""
+    x = flow.dequantized(x)
+    return float((x - flow(flow.inverse(x, label), label)).abs().max())
+
+
+def kind(discrete: bool, levels: int | None) -> str:
+    """What samples are, in words."""
+    if not discrete:
+        return "real numbers"
+    return "whole numbers" if levels is None else f"whole numbers from 0 to {levels - 1}"
 
 
 def _stderr(values: Tensor) -> float:

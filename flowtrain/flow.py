@@ -1,21 +1,35 @@
 """A flow: a base density and a bijection. log p(x) = log p0(z) + log|det dz/dx|, z = inverse(x)."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.logit import dequantize
 from flowtrain.errors import FlowtrainError
+from flowtrain.precision import full_precision
 from flowtrain.solvers import History, Solver
+
+Label = Tensor | int | None
 
 
 class Flow(nn.Module):
     """A density over samples of `event_shape` with a standard normal base.
 
+    A discrete flow is one over whole numbers: it is the density of x + u, u uniform on the unit cube, and in place of
+    integer tensors it takes them with such noise added, anew in each call; real ones it takes as they are. A
+    conditional flow, p(x | label), takes labels with everything.
+
     Args:
         event_shape: shape of one sample.
         bijection: from base to data.
+        classes: of a conditional flow, how many labels there are, 0 .. classes - 1; None for p(x).
+        discrete: whether the data are whole numbers.
+        levels: of discrete data with values 0 .. levels - 1, else None.
 
     Example:
         >>> import torch
@@ -25,10 +39,19 @@ class Flow(nn.Module):
         -1.8379
     """
 
-    def __init__(self, event_shape: tuple[int, ...], bijection: Bijection) -> None:
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        bijection: Bijection,
+        classes: int | None = None,
+        discrete: bool = False,
+        levels: int | None = None,
+    ) -> None:
         super().__init__()
         self.event_shape = event_shape
         self.bijection = bijection
+        self.classes = classes
+        self.discrete, self.levels = discrete, levels
 
     @property
     def solver(self) -> Solver | None:
@@ -37,38 +60,64 @@ class Flow(nn.Module):
         return next((s for s in parts if isinstance(s, Solver)), None)
 
     @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of the flow."""
+        return next(chain(self.parameters(), self.buffers()), torch.zeros(()))
+
+    @property
     def histories(self) -> list[History]:
         """What past solves left for the next ones: part of the state of a training run, not of the model."""
         found: list[dict[bool, History]] = [getattr(m, "histories", {}) for m in self.bijection.modules()]
         return [h for one in found for h in one.values()]
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    @property
+    def bits_per_nat(self) -> float | None:
+        """What takes nats per sample of discrete images to bits per dimension, 1 / (D log 2); None for other data."""
+        if not self.discrete or len(self.event_shape) != 3:
+            return None
+        return 1 / (math.prod(self.event_shape) * math.log(2))
+
+    def log_prob(self, x: Tensor, label: Label = None) -> Tensor:
         """log p(x) in nats, (B,), for x (B, *event_shape) in data units.
 
+        Of integers and a discrete flow, log p(x + u) for one draw of u: its mean over u is at most log P(x)
+        (Theis et al. 2016, A note on the evaluation of generative models, eq. 4).
+
         Raises:
-            FlowtrainError: x of another shape.
+            FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
         """
-        z, log_det = self.bijection.inverse(self._checked(x, "x"))
-        return self.base_log_prob(z) + log_det
+        x = self.dequantized(self._checked(x, "x"))
+        with self._precision(x):
+            z, log_det = self.bijection.inverse(x, self.labels(label, x))
+            return self.base_log_prob(z) + log_det
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         """log N(z; 0, I), (B,)."""
         z = z.flatten(1)
         return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, label: Label = None) -> Tensor:
         """Base to data: x (B, *event_shape)."""
-        return self.bijection.map_forward(self._checked(z, "z"))
+        z = self._checked(z, "z").to(self.like)
+        with self._precision(z):
+            return self.bijection.map_forward(z, self.labels(label, z))
 
-    def inverse(self, x: Tensor) -> Tensor:
+    def inverse(self, x: Tensor, label: Label = None) -> Tensor:
         """Data to base: z (B, *event_shape)."""
-        return self.bijection.map_inverse(self._checked(x, "x"))
+        x = self.dequantized(self._checked(x, "x"))
+        with self._precision(x):
+            return self.bijection.map_inverse(x, self.labels(label, x))
 
     @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0, chunk: int = 10_000) -> Tensor:
+    def sample(self, n: int, temperature: float = 1.0, chunk: int | None = None, label: Label = None) -> Tensor:
         """n samples (n, *event_shape) in data units, from the global generator of the flow's device.
 
-        `temperature` multiplies the base noise: 1 samples the density, below 1 stays nearer its modes.
+        Of a discrete flow, samples of x + u; `quantized` takes them to whole numbers.
+
+        Args:
+            temperature: multiplies the base noise: 1 samples the density, below 1 stays nearer its modes.
+            chunk: rows at a time; None for as many as suit the size of a sample.
+            label: one for all, or (n,); None: of a conditional flow all classes in turn, 0, 1, 2, ...
 
         Raises:
             FlowtrainError: n < 1, or a temperature below 0.
@@ -77,13 +126,69 @@ class Flow(nn.Module):
             raise FlowtrainError(f"n={n}: ask for at least one sample")
         if not 0 <= temperature < math.inf:
             raise FlowtrainError(f"temperature={temperature}: give a number that is not negative")
-        like = next(self.parameters())
+        like = self.like
         # drawn at once, so that the samples do not depend on how they are chunked
         z = temperature * torch.randn(n, *self.event_shape, dtype=like.dtype, device=like.device)
-        return torch.cat([self.forward(part) for part in torch.split(z, chunk)])
+        if self.classes is not None and label is None:
+            label = self.in_turn(n)
+        labels = self.labels(label, z)
+        size = chunk or rows_at_a_time(self.event_shape)
+        parts = repeat(None) if labels is None else torch.split(labels, size)
+        return torch.cat([self.forward(part, y) for part, y in zip(torch.split(z, size), parts, strict=False)])
+
+    def dequantized(self, x: Tensor) -> Tensor:
+        """x + u for the integers of a discrete flow, else x; of the flow's dtype, on its device."""
+        like = self.like
+        if self.discrete and not x.is_floating_point():
+            return dequantize(x.to(like.device), like)
+        return x.to(like)
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """The whole numbers that samples x + u of a discrete flow stand for; other samples as they are."""
+        if not self.discrete:
+            return x
+        whole = x.floor()
+        if self.levels is None:
+            return whole.to(torch.int64)
+        return whole.clamp(0, self.levels - 1).to(torch.uint8 if self.levels <= 256 else torch.int64)
+
+    def in_turn(self, n: int) -> Tensor:
+        """Labels 0, 1, 2, ... of a conditional flow, and again, (n,)."""
+        assert self.classes is not None
+        return torch.arange(n, device=self.like.device) % self.classes
+
+    def labels(self, label: Label, x: Tensor) -> Tensor | None:
+        """`label` as (B,) whole numbers on the device of x (B, ...); None for a flow that is not conditional."""
+        if self.classes is None:
+            if label is not None:
+                raise FlowtrainError("this flow is not conditional: give no label (train with model.conditional=true)")
+            return None
+        if label is None:
+            raise FlowtrainError(f"this flow is conditional: give a label for each sample, 0 to {self.classes - 1}")
+        y = torch.as_tensor(label, device=x.device)
+        if y.is_floating_point() or y.dtype == torch.bool or y.dim() > 1 or (y.dim() == 1 and len(y) != len(x)):
+            raise FlowtrainError(f"label: give one whole number, or one for each of the {len(x)} samples")
+        bad = y[(y < 0) | (y >= self.classes)] if y.dim() else y.view(1)[(y < 0) | (y >= self.classes)]
+        if len(bad):
+            raise FlowtrainError(f"label={int(bad[0])}: the labels of this flow are 0 to {self.classes - 1}")
+        return y.long().expand(len(x))
+
+    @contextmanager
+    def _precision(self, x: Tensor) -> Iterator[None]:
+        """Outside of training, where the trainer decides, full precision: torch would take TF32 for convolutions."""
+        if self.training:
+            yield
+            return
+        with full_precision(x.device):
+            yield
 
     def _checked(self, x: Tensor, name: str) -> Tensor:
         if x.shape[1:] != self.event_shape or x.dim() != 1 + len(self.event_shape):
             wanted = ", ".join(map(str, ("B", *self.event_shape)))
             raise FlowtrainError(f"{name} has shape {tuple(x.shape)}; this flow takes ({wanted})")
-        return x.to(next(self.parameters()))
+        return x
+
+
+def rows_at_a_time(event_shape: tuple[int, ...]) -> int:
+    """How many samples to take through a flow at once: as many numbers as 2000 vectors of 100, at most 2000 rows."""
+    return max(1, min(2000, 200_000 // math.prod(event_shape)))

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from flowtrain import build, plots
+from flowtrain import build, pictures, plots
 from flowtrain.checks import whole
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import Evaluation, evaluate
@@ -23,10 +22,6 @@ from flowtrain.training.loop import Trainer
 from flowtrain.training.metrics import to_json
 
 log = logging.getLogger("flowtrain")
-
-PICTURE_SAMPLES = 10_000
-# a picture shows nothing of an error this small, and a tight solve of its whole grid would cost more than it shows
-PICTURE_TOLERANCE = 1e-4
 
 
 @contextmanager
@@ -89,7 +84,7 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
     data = build.build_data(config)
     prepare_process(config, data.event_shape)
     torch.manual_seed(whole("seed", config["seed"], least=0))
-    flow = build.build_flow(config, data.event_shape).to(device)
+    flow = build.build_flow(config, data.samples).to(device)
     objective = build.build_objective(config, flow)
     title = title_of(config)
     log.info(
@@ -102,12 +97,10 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
     )
 
     def picture(flow: Flow, step: int, nll: float) -> None:
-        draw(
-            flow,
-            data,
-            run_dir / f"plots/samples_{step:06d}.png",
-            f"{title}, step {step}, validation NLL {nll:.3f}",
-        )
+        bits = flow.bits_per_nat
+        reached = f"NLL {nll:.3f}" if bits is None else f"{bits * nll:.3f} bits/dim"
+        words = f"{title}, step {step}, validation {reached}"
+        pictures.draw(flow, data, run_dir / f"plots/samples_{step:06d}.png", words)
 
     trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture)
     trainer.fit()
@@ -141,36 +134,10 @@ def finish(
     flow = build.restore({**saved, "config": config}, device, trust=_own_packages(config))
     result = evaluate(flow, data, "test", saved["step"])
     write_json(run_dir / "result.json", {**result.to_dict(), "train_seconds": trainer.seconds, "steps": trainer.step})
-    draw(flow, data, run_dir / "plots/samples.png", f"{title}, test {_headline(result)}")
+    pictures.draw(flow, data, run_dir / "plots/samples.png", f"{title}, test {_headline(result)}")
+    pictures.draw_more(flow, data, run_dir / "plots", title)
     plots.draw_curves(run_dir / "plots/curves.png", rows=trainer.metrics.rows, title=title, entropy=data.entropy)
     log.info("%s\ntrained %d steps in %.1f s", result.table(), trainer.step, trainer.seconds)
-
-
-def draw(flow: Flow, data: Dataset, path: Path, title: str, samples: Tensor | None = None) -> None:
-    """Data beside samples beside density for 2-D, a corner plot of a few columns beyond; no randomness left behind."""
-    flow.eval()
-    device = next(flow.parameters()).device
-    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        if flow.solver is None:
-            return _draw(flow, data, path, title, samples)
-        rtol = max(flow.solver.rtol, PICTURE_TOLERANCE)
-        with flow.solver.using(rtol=rtol, atol=rtol):
-            return _draw(flow, data, path, title, samples)
-
-
-def _draw(flow: Flow, data: Dataset, path: Path, title: str, samples: Tensor | None) -> None:
-    if samples is None:
-        samples = flow.sample(PICTURE_SAMPLES if data.event_shape[0] <= 2 else 2000)
-    shown = data.test[:PICTURE_SAMPLES]
-    plots.draw_flow(
-        path,
-        data=shown,
-        samples=samples,
-        log_density=lambda x: torch.cat([flow.log_prob(part) for part in torch.split(x, 2000)]),
-        columns=data.columns,
-        title=title,
-    )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -182,6 +149,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _headline(result: Evaluation) -> str:
+    if result.bits_per_dim is not None:
+        return f"{result.bits_per_dim:.3f} bits/dim"
     kl = "" if result.kl is None else f", KL {result.kl:.3f} ± {result.kl_stderr:.3f}"
     return f"NLL {result.nll:.3f} ± {result.nll_stderr:.3f} nats{kl}"
 

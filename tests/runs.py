@@ -1,8 +1,14 @@
 """What the tests of training share."""
 
+from collections.abc import Callable
 from typing import Any
 
+from flowtrain.cli import evaluate, sample, train
 from flowtrain.training.loop import Trainer
+
+COMMANDS = {"flowtrain": train.main, "floweval": evaluate.main, "flowsample": sample.main}
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 def stop_at(trainer: Trainer, step: int) -> None:

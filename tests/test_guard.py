@@ -56,12 +56,12 @@ def compose(*overrides: str) -> dict[str, Any]:
 def trainer(run_dir: Path, config: dict[str, Any], saved: dict[str, Any] | None = None) -> Trainer:
     torch.manual_seed(config["seed"])
     data = build_data(config)
-    flow = build_flow(config, data.event_shape)
+    flow = build_flow(config, data.samples)
     return Trainer(build_objective(config, flow), flow, data, build_settings(config), run_dir, config, saved)
 
 
 def rows(run: Trainer) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in run.metrics.rows]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in run.metrics.rows]
 
 
 # one step of rk4 and a learning rate at which the field finds out what it does not see
@@ -126,7 +126,7 @@ class Fake(nn.Module):
         self.solver, self.lie = solver, lie
         self.probes: list[Tensor] = []
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         self.probes.append(torch.rand(3))
         zero = torch.zeros_like(x)
         self.solver.solve(Problem(lambda t, y: torch.zeros_like(y), None, zero, 0.0, 1.0))
@@ -322,7 +322,7 @@ def test_a_smaller_step_size_reaches_the_checkpoints_and_a_new_best(
 def test_the_result_is_scored_with_the_smaller_step_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([True, False])
     monkeypatch.setattr(guard, "exploited", lambda *log_ps: next(answers))
-    monkeypatch.setattr(runs, "draw", lambda *arguments: None)
+    monkeypatch.setattr(runs.pictures, "draw", lambda *arguments: None)
     runs.train(compose(*FIXED, "trainer.steps=2", "trainer.guard_every=2"), tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["solver"]["step_size"] == 0.25
 

@@ -11,6 +11,7 @@ LAYERS = [
     ("__main__",),
     ("cli",),
     ("run",),
+    ("pictures",),
     ("__init__",),
     ("build",),
     ("training",),
@@ -19,9 +20,9 @@ LAYERS = [
     ("objectives", "models"),
     ("flow",),
     ("bijections",),
-    ("divergence",),
+    ("divergence", "conditioners"),
     ("fields", "solvers", "data", "paths"),
-    ("checks", "derivatives"),
+    ("checks", "derivatives", "precision"),
     ("errors",),
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

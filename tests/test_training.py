@@ -35,13 +35,13 @@ def trainer(
     config = compose_defaults([*SMALL, *overrides])
     torch.manual_seed(config["seed"])
     data = data or build_data(config)
-    flow = build_flow(config, data.event_shape)
+    flow = build_flow(config, data.samples)
     return Trainer(build_objective(config, flow), flow, data, build_settings(config), run_dir, config, saved)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in lines]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in lines]
 
 
 # lr=1 makes each validation worse than the one before, so that the plateau has something to remember

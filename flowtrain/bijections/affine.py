@@ -7,9 +7,9 @@ from flowtrain.bijections.base import Bijection
 
 
 class Affine(Bijection):
-    """x = L z + m, log|det dx/dz| = sum log L_ii, for vectors of length d >= 1; L L^T is the covariance.
+    """x = L z + m, log|det dx/dz| = sum log L_ii, for samples of d >= 1 elements, images flattened.
 
-    `initialize` sets the maximum-likelihood Gaussian of the data it is given.
+    L L^T is the covariance. `initialize` sets the maximum-likelihood Gaussian of the data it is given.
     """
 
     def __init__(self, d: int) -> None:
@@ -22,20 +22,23 @@ class Affine(Bijection):
         """L, (d, d)."""
         return self.below_diagonal.tril(-1) + torch.diag(self.log_diagonal.exp())
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return z @ self.factor().T + self.mean, self.log_diagonal.sum().expand(len(z))
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = z.flatten(1) @ self.factor().T + self.mean
+        return x.view_as(z), self.log_diagonal.sum().expand(len(z))
 
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = torch.linalg.solve_triangular(self.factor(), (x - self.mean).T, upper=False).T
-        return z, -self.log_diagonal.sum().expand(len(x))
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z = torch.linalg.solve_triangular(self.factor(), (x.flatten(1) - self.mean).T, upper=False).T
+        return z.view_as(x), -self.log_diagonal.sum().expand(len(x))
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        centred = (x - x.mean(0)).double()
+    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        flat = x.flatten(1)
+        centred = (flat - flat.mean(0)).double()
         covariance = centred.T @ centred / len(x)
         # fewer rows than columns, or columns that depend on each other, leave directions without variance
         covariance.diagonal().mul_(1 + 1e-6).add_(1e-30)
         factor = torch.linalg.cholesky(covariance)
-        self.mean.copy_(x.mean(0))
+        self.mean.copy_(flat.mean(0))
         self.log_diagonal.copy_(factor.diagonal().log())
         self.below_diagonal.copy_(factor.tril(-1))
+        return self.map_inverse(x, label)

@@ -1,5 +1,6 @@
 """The one contract of every invertible map, and their composition."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
@@ -8,31 +9,33 @@ from torch import Tensor, nn
 
 
 class Bijection(nn.Module, ABC):
-    """An invertible map between base and data.
+    """An invertible map between base and data, of a given class where the model is conditional.
 
     `forward(z) -> (x, log|det dx/dz|)` leads from base to data, `inverse(x) -> (z, log|det dz/dx|)` back;
-    values are (B, *event_shape), log-determinants (B,), in nats.
+    values are (B, *event_shape), log-determinants (B,), in nats; `label` is (B,), whole numbers, or None. Whether a
+    bijection reads the label or not, it takes it, so that all of them compose.
     """
 
     @abstractmethod
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Base to data."""
 
     @abstractmethod
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to base."""
 
-    def map_forward(self, z: Tensor) -> Tensor:
+    def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         """`forward` without its log-determinant, for maps that can save the work."""
-        return self.forward(z)[0]
+        return self.forward(z, label)[0]
 
-    def map_inverse(self, x: Tensor) -> Tensor:
+    def map_inverse(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         """`inverse` without its log-determinant."""
-        return self.inverse(x)[0]
+        return self.inverse(x, label)[0]
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Sets data-dependent parameters from data x (B, *event_shape), once, before training. Most have none."""
+    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """Sets data-dependent parameters from data x (B, *event_shape), once, before training; returns z."""
+        return self.map_inverse(x, label)
 
 
 class Chain(Bijection):
@@ -47,34 +50,42 @@ class Chain(Bijection):
             assert isinstance(bijection, Bijection)
             yield bijection
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = z.new_zeros(len(z))
         for bijection in self:
-            z, term = bijection.forward(z)
+            z, term = bijection.forward(z, label)
             log_det = log_det + term
         return z, log_det
 
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = x.new_zeros(len(x))
         for bijection in reversed(list(self)):
-            x, term = bijection.inverse(x)
+            x, term = bijection.inverse(x, label)
             log_det = log_det + term
         return x, log_det
 
-    def map_forward(self, z: Tensor) -> Tensor:
+    def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         for bijection in self:
-            z = bijection.map_forward(z)
+            z = bijection.map_forward(z, label)
         return z
 
-    def map_inverse(self, x: Tensor) -> Tensor:
+    def map_inverse(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         for bijection in reversed(list(self)):
-            x = bijection.map_inverse(x)
+            x = bijection.map_inverse(x, label)
         return x
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        first, *rest = self
-        for bijection in reversed(rest):
-            bijection.initialize(x)
-            x = bijection.map_inverse(x)
-        first.initialize(x)
+    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        for bijection in reversed(list(self)):
+            x = bijection.initialize(x, label)
+        return x
+
+
+def places(x: Tensor) -> int:
+    """How many places of x (B, C, ...) share a channel: H W of an image, 1 of a vector."""
+    return math.prod(x.shape[2:])
+
+
+def per_channel(v: Tensor, x: Tensor) -> Tensor:
+    """v (C,) in the shape that broadcasts along the channels of x (B, C, ...)."""
+    return v.view(-1, *(1,) * (x.dim() - 2))

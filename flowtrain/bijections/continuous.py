@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.divergence import Probes, TraceRule, divergence
+from flowtrain.errors import ConfigError
 from flowtrain.fields.base import Field
+from flowtrain.fields.layered import LayeredField
 from flowtrain.solvers import History, Problem, Solution, Solver
 
 
@@ -44,39 +46,40 @@ class Continuous(Bijection):
             torch.compile(divergence, mode=mode, dynamic=False),
         )
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._transport(z, 0.0, 1.0)
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._transport(z, label, 0.0, 1.0)
 
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._transport(x, 1.0, 0.0)
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._transport(x, label, 1.0, 0.0)
 
-    def map_forward(self, z: Tensor) -> Tensor:
-        return self.solver.solve(self._problem(z, 0.0, 1.0, None)).x
+    def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.solver.solve(self._problem(z, label, 0.0, 1.0, None)).x
 
-    def map_inverse(self, x: Tensor) -> Tensor:
-        return self.solver.solve(self._problem(x, 1.0, 0.0, None)).x
+    def map_inverse(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.solver.solve(self._problem(x, label, 1.0, 0.0, None)).x
 
-    def _transport(self, x: Tensor, t0: float, t1: float) -> tuple[Tensor, Tensor]:
-        solution = self.solve(x, t0, t1)
+    def _transport(self, x: Tensor, label: Tensor | None, t0: float, t1: float) -> tuple[Tensor, Tensor]:
+        solution = self.solve(x, t0, t1, label)
         if solution.integrals is None:
             raise RuntimeError("the solver returned no integral")
         return solution.x, solution.integrals[:, 0]
 
-    def solve(self, x: Tensor, t0: float, t1: float) -> Solution:
+    def solve(self, x: Tensor, t0: float, t1: float, label: Tensor | None = None) -> Solution:
         """The solution from x (B, *event) at t0, its one integral the log-determinant (B, 1)."""
-        problem = self._problem(x, t0, t1, self.trace.draw(x, self.training))
+        problem = self._problem(x, label, t0, t1, self.trace.draw(x, self.training))
         # an evaluated likelihood must be as exact as the tolerance says: its error takes part in the step control
         control = self.solver.control if self.training else "all"
         with self.solver.using(control=control):
             return self.solver.solve(problem)
 
-    def _problem(self, x: Tensor, t0: float, t1: float, probes: Probes | None) -> Problem:
-        compiled = self.compiled if self.training else None
-        velocity, along = compiled or (self.field, divergence)
+    def _problem(self, x: Tensor, label: Tensor | None, t0: float, t1: float, probes: Probes | None) -> Problem:
+        compiled = self.compiled if self.training and label is None else None
+        field = self.field if label is None else given(self.field, label)
+        velocity, along = compiled or (field, divergence)
 
         def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             assert probes is not None
-            v, q = along(self.field, t, y, probes)
+            v, q = along(field, t, y, probes)
             return v, q.unsqueeze(-1)
 
         return Problem(
@@ -87,7 +90,18 @@ class Continuous(Bijection):
             t1=t1,
             parameters=tuple(self.field.parameters()),
             noisy=probes is not None and probes.noisy,
-            recorder=self.field.recorder() if isinstance(self.field, Field) and compiled is None else None,
+            recorder=field.recorder() if isinstance(field, Field) and compiled is None else None,
             # an evaluation is the same whatever was solved before it
             history=self.histories[t0 < t1] if self.training else None,
         )
+
+
+def given(field: nn.Module, label: Tensor) -> Field:
+    """The field at labels (B,).
+
+    Raises:
+        ConfigError: a field that takes none.
+    """
+    if not isinstance(field, LayeredField):
+        raise ConfigError(f"{type(field).__name__} takes no labels: use a field of flowtrain.fields for p(x | label)")
+    return field.given(label)

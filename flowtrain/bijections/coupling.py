@@ -1,4 +1,6 @@
-"""Affine coupling: one half of the dimensions scales and shifts the other (Dinh et al. 2017, Real NVP, eq. 7-8)."""
+"""Affine coupling: one part of the dimensions scales and shifts the other (Dinh et al. 2017, Real NVP, eq. 7-8)."""
+
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -7,34 +9,112 @@ from flowtrain.bijections.base import Bijection
 
 
 class AffineCoupling(Bijection):
-    """x_a = z_a; x_b = z_b exp(s(z_a)) + m(z_a), with |s| < `cap` by s = cap tanh(raw / cap).
+    """x_a = z_a; x_b = z_b exp(s(z_a)) + m(z_a), with |s| < `cap` by s = cap tanh(raw / cap); log-determinant sum s.
+
+    Subclasses say which part is a, unchanged, and which b.
 
     Args:
-        mask: bool (d,), true for the part a that passes unchanged; saved as a buffer.
-        conditioner: maps (B, n_a) to (B, 2 n_b): raw log-scales, then shifts.
+        conditioner: (a, label) -> raw log-scales and shifts of b, joined along dimension 1.
         cap: bound on the log-scale.
     """
 
-    def __init__(self, mask: Tensor, conditioner: nn.Module, cap: float = 2.0) -> None:
+    def __init__(self, conditioner: nn.Module, cap: float = 2.0) -> None:
         super().__init__()
-        self.register_buffer("kept", mask.nonzero().squeeze(1))
-        self.register_buffer("changed", (~mask).nonzero().squeeze(1))
         self.conditioner = conditioner
         self.cap = cap
+
+    @abstractmethod
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b), each (B, n, ...)."""
+
+    @abstractmethod
+    def join(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """x (B, C, ...) whose part b is now `b`."""
+
+    def scale_and_shift(self, a: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(s, m) of b. Under autocast the conditioner may answer in a narrower dtype; what follows does not."""
+        raw, shift = self.conditioner(a, label).to(a.dtype).chunk(2, 1)
+        return self.cap * torch.tanh(raw / self.cap), shift
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        a, b = self.split(z)
+        s, m = self.scale_and_shift(a, label)
+        return self.join(z, a, torch.addcmul(m, b, s.exp())), s.flatten(1).sum(1)
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        a, b = self.split(x)
+        s, m = self.scale_and_shift(a, label)
+        return self.join(x, a, (b - m) * (-s).exp()), -s.flatten(1).sum(1)
+
+
+class IndexCoupling(AffineCoupling):
+    """The part a of vectors is where a mask is true.
+
+    Args:
+        mask: bool (d,); saved as two buffers of indices.
+    """
+
+    def __init__(self, mask: Tensor, conditioner: nn.Module, cap: float = 2.0) -> None:
+        super().__init__(conditioner, cap)
+        self.register_buffer("kept", mask.nonzero().squeeze(1))
+        self.register_buffer("changed", (~mask).nonzero().squeeze(1))
 
     kept: Tensor
     changed: Tensor
 
-    def scale_and_shift(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        raw, shift = self.conditioner(a).chunk(2, -1)
-        return self.cap * torch.tanh(raw / self.cap), shift
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, self.kept], x[:, self.changed]
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        s, m = self.scale_and_shift(z[:, self.kept])
-        changed = torch.addcmul(m, z[:, self.changed], s.exp())
-        return z.index_copy(1, self.changed, changed), s.sum(1)
+    def join(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return x.index_copy(1, self.changed, b)
 
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        s, m = self.scale_and_shift(x[:, self.kept])
-        changed = (x[:, self.changed] - m) * (-s).exp()
-        return x.index_copy(1, self.changed, changed), -s.sum(1)
+
+class HalfCoupling(AffineCoupling):
+    """The part a is the first half of the channels, or with `swap` the second.
+
+    After a squeeze that puts the squares of one colour first (see `flowtrain.bijections.squeeze`) this is a coupling
+    by a checkerboard mask, whose conditioner sees the squares of one colour alone and spends nothing on the others.
+
+    Args:
+        channels: C; with an odd one the first half is the larger.
+    """
+
+    def __init__(self, channels: int, swap: bool, conditioner: nn.Module, cap: float = 2.0) -> None:
+        super().__init__(conditioner, cap)
+        first = (channels + 1) // 2
+        self.sizes, self.swap = [first, channels - first], swap
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = torch.split(x, self.sizes, 1)
+        return (second, first) if self.swap else (first, second)
+
+    def join(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([b, a] if self.swap else [a, b], 1)
+
+
+class CheckerboardCoupling(AffineCoupling):
+    """The part a of images is where row + column is even, or with `swap` odd, for sides that cannot be halved.
+
+    The conditioner sees whole images with zeros in place of b (Dinh et al. 2017, section 3.4).
+
+    Args:
+        size: (H, W).
+    """
+
+    def __init__(self, size: tuple[int, int], swap: bool, conditioner: nn.Module, cap: float = 2.0) -> None:
+        super().__init__(conditioner, cap)
+        rows, columns = (torch.arange(n) for n in size)
+        even = (rows.unsqueeze(1) + columns) % 2 == 0
+        self.register_buffer("mask", even ^ swap)
+
+    mask: Tensor
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.mask, x
+
+    def scale_and_shift(self, a: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        s, m = super().scale_and_shift(a, label)
+        return s * ~self.mask, m * ~self.mask
+
+    def join(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return b

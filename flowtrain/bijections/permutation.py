@@ -1,4 +1,4 @@
-"""A fixed permutation of dimensions, saved with the weights."""
+"""A fixed permutation of dimensions or channels, saved with the weights."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,10 @@ from flowtrain.bijections.base import Bijection
 
 
 class Permutation(Bijection):
-    """x_i = z_{p(i)}; log-determinant 0. p is a buffer: a permutation that a checkpoint forgets ruins the flow."""
+    """x_i = z_{p(i)} along dimension 1; log-determinant 0.
+
+    p is a buffer: a permutation that a checkpoint forgets ruins the flow.
+    """
 
     def __init__(self, order: Tensor) -> None:
         super().__init__()
@@ -17,8 +20,8 @@ class Permutation(Bijection):
     order: Tensor
     back: Tensor
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z[:, self.order], z.new_zeros(len(z))
 
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x[:, self.back], x.new_zeros(len(x))

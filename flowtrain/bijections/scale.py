@@ -1,61 +1,120 @@
-"""Per-dimension scale and shift: learned from the first data (ActNorm), or fixed by statistics (Standardize)."""
+"""Scale and shift: learned from the first data (ActNorm), from running ones (BatchNorm), or fixed (Standardize)."""
+
+import math
 
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, per_channel, places
 from flowtrain.errors import DataError
+
+# the least spread that a channel is scaled up from
+LEAST = 1e-6
 
 
 class ActNorm(Bijection):
-    """x = z exp(s) + m per dimension (Kingma and Dhariwal 2018, Glow, section 3.1).
+    """x = z exp(s) + m per channel, for vectors (B, C) and images (B, C, H, W).
 
-    `initialize` makes the base side of the data it is given zero-mean and unit-variance; after that s and m are
-    parameters like any other.
+    log|det dx/dz| = H W sum_c s_c (Kingma and Dhariwal 2018, Glow, section 3.1 and table 1). `initialize` makes the
+    base side of the data it is given zero-mean and unit-variance; after that s and m are parameters like any other.
+
+    Args:
+        shape: C; or (C, H, W), for a scale and shift of each pixel's own.
     """
 
-    def __init__(self, d: int) -> None:
+    def __init__(self, shape: int | tuple[int, ...]) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(d))
-        self.shift = nn.Parameter(torch.zeros(d))
+        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self.shift = nn.Parameter(torch.zeros(shape))
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return z * self.log_scale.exp() + self.shift, self.log_scale.sum().expand(len(z))
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return torch.addcmul(self.like(self.shift, z), z, self.like(self.log_scale.exp(), z)), self.log_det(z)
 
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return (x - self.shift) * (-self.log_scale).exp(), -self.log_scale.sum().expand(len(x))
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (x - self.like(self.shift, x)) * self.like((-self.log_scale).exp(), x), -self.log_det(x)
+
+    def log_det(self, x: Tensor) -> Tensor:
+        shared = x[0].numel() // self.log_scale.numel()
+        return (shared * self.log_scale.sum()).expand(len(x))
+
+    def like(self, v: Tensor, x: Tensor) -> Tensor:
+        return per_channel(v, x) if v.dim() == 1 else v
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        self.shift.copy_(x.mean(0))
-        self.log_scale.copy_(x.std(0, correction=0).clamp_min(1e-6).log())
+    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        over = (0, *range(2, x.dim())) if self.shift.dim() == 1 else (0,)
+        self.shift.copy_(x.mean(over))
+        self.log_scale.copy_(x.std(over, correction=0).clamp_min(LEAST).log())
+        return self.map_inverse(x, label)
+
+
+class BatchNorm(Bijection):
+    """x = z sqrt(v + eps) + m per channel, m and v the mean and variance of the data side.
+
+    log|det dx/dz| = H W sum_c log(v_c + eps) / 2 (Dinh et al. 2017, Real NVP, section 3.7). In training `inverse` takes
+    those of the batch, which couples its rows, and moves the running ones towards them; everything else takes the
+    running ones.
+    """
+
+    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    mean: Tensor
+    variance: Tensor
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        std = (self.variance + self.eps).sqrt()
+        return torch.addcmul(per_channel(self.mean, z), z, per_channel(std, z)), self.log_det(self.variance, z)
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mean, variance = self.mean, self.variance
+        if self.training:
+            variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
+            with torch.no_grad():
+                self.mean.lerp_(mean, self.momentum)
+                self.variance.lerp_(variance, self.momentum)
+        z = (x - per_channel(mean, x)) * per_channel((variance + self.eps).rsqrt(), x)
+        return z, -self.log_det(variance, x)
+
+    def log_det(self, variance: Tensor, x: Tensor) -> Tensor:
+        return (places(x) * (variance + self.eps).log().sum() / 2).expand(len(x))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+        return (x - per_channel(mean, x)) * per_channel((variance + self.eps).rsqrt(), x)
 
 
 class Standardize(Bijection):
     """x = z * std + mean with the training set's statistics, kept as buffers: base units to data units."""
 
-    def __init__(self, d: int) -> None:
+    def __init__(self, event_shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(d))
-        self.register_buffer("std", torch.ones(d))
+        self.register_buffer("mean", torch.zeros(event_shape))
+        self.register_buffer("std", torch.ones(event_shape))
 
     mean: Tensor
     std: Tensor
 
     def fit(self, mean: Tensor, std: Tensor) -> None:
-        """Takes statistics of shape (d,).
+        """Takes statistics of shape (*event_shape).
 
         Raises:
             DataError: a standard deviation that is zero or not finite.
         """
         if not bool(((std > 0) & torch.isfinite(std)).all()):
-            bad = [i for i, s in enumerate(std.tolist()) if not 0 < s < float("inf")]
+            bad = [i for i, s in enumerate(std.flatten().tolist()) if not 0 < s < math.inf]
             raise DataError(f"columns {bad} of the training data do not vary: drop them (data.columns)")
         self.mean.copy_(mean)
         self.std.copy_(std)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z * self.std + self.mean, self.std.log().sum().expand(len(z))
 
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (x - self.mean) / self.std, -self.std.log().sum().expand(len(x))

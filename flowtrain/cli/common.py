@@ -187,7 +187,12 @@ def run_dir_of(path: Path) -> Path:
 def absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
     """Data files by absolute path, so that a checkpoint finds them from any working directory."""
     data = {
-        k: str(Path(v).expanduser().absolute()) if isinstance(v, str) and (k == "path" or k.endswith("_path")) else v
+        k: str(Path(v).expanduser().absolute()) if isinstance(v, str) and is_path(k) else v
         for k, v in config["data"].items()
     }
     return {**config, "data": data}
+
+
+def is_path(key: str) -> bool:
+    """Whether a key of the data says where files are."""
+    return key in ("path", "root") or key.endswith("_path")

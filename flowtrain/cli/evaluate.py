@@ -7,7 +7,7 @@ from typing import Any
 from flowtrain.build import build_data
 from flowtrain.checks import whole
 from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
-from flowtrain.evaluation import BATCH, evaluate
+from flowtrain.evaluation import evaluate
 from flowtrain.run import messages, write_json
 
 USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [out=FILE] [KEY=VALUE ...]
@@ -16,7 +16,9 @@ USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [out=FILE] [KEY=VALUE ...]
   split        test (default) or val
   out          where the JSON goes; default: eval.json in the run directory
   device       auto (default), cpu, cuda or cuda:0
-  batch_size   rows scored at a time
+  batch_size   rows scored at a time; default: by the size of a sample
+  dequantization_samples
+               of whole numbers: noise draws averaged inside the log; default 1, and the more the tighter the bound
   trust        packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
 
 Any key of the run's config can be changed, as in solver.rtol=1e-7, solver=tsit5, data=circles,
@@ -34,13 +36,15 @@ def _command() -> int:
         "split": "test",
         "out": None,
         "device": "auto",
-        "batch_size": BATCH,
+        "batch_size": None,
+        "dequantization_samples": 1,
         "trust": [],
     }
     own, overrides = split_own(sys.argv[1:], own, USAGE)
-    batch_size = whole("batch_size", own["batch_size"])
+    batch_size = None if own["batch_size"] is None else whole("batch_size", own["batch_size"])
+    draws = whole("dequantization_samples", own["dequantization_samples"])
     opened = open_checkpoint(own, overrides)
-    result = evaluate(opened.flow, build_data(opened.config), str(own["split"]), opened.step, batch_size)
+    result = evaluate(opened.flow, build_data(opened.config), str(own["split"]), opened.step, batch_size, draws)
     out = Path(str(own["out"])) if own["out"] else run_dir_of(opened.path) / "eval.json"
     write_json(out, result.to_dict())
     print(result.table())

@@ -13,15 +13,18 @@ from flowtrain.checks import number, whole
 from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
 from flowtrain.errors import ConfigError, DataError, NonFiniteError
 from flowtrain.evaluation import roundtrip_error
-from flowtrain.run import draw, messages, title_of
+from flowtrain.pictures import draw
+from flowtrain.run import messages, title_of
 
-USAGE = """flowsample ckpt=RUN_DIR_OR_FILE n=10000 [seed=0] [temperature=1.0] [out=FILE.npy] [KEY=VALUE ...]
+USAGE = """flowsample ckpt=RUN_DIR_OR_FILE [n=10000] [seed=0] [temperature=1.0] [label=7] [out=FILE.npy] [KEY=VALUE ...]
 
   ckpt          a run directory (its best checkpoint) or a .pt file
-  n             how many samples
+  n             how many samples; default: 10000, of images 100
   seed          of the base noise
   temperature   factor on the base noise; 1 samples the density
-  out           .npy file in data units; default: samples.npy in the run directory. 2-D samples come with a picture.
+  label         of a conditional model; default: all classes in turn, 0, 1, 2, ...
+  out           .npy file in data units, pixels as whole numbers; default: samples.npy in the run directory.
+                2-D samples and images come with a picture.
   device        auto (default), cpu, cuda or cuda:0
   trust         packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
 
@@ -36,33 +39,38 @@ def main() -> None:
 def _command() -> int:
     own: dict[str, Any] = {
         "ckpt": None,
-        "n": 10_000,
+        "n": None,
         "seed": 0,
         "temperature": 1.0,
+        "label": None,
         "out": None,
         "device": "auto",
         "trust": [],
     }
     own, overrides = split_own(sys.argv[1:], own, USAGE)
-    n, seed = whole("n", own["n"]), whole("seed", own["seed"], least=0)
+    seed = whole("seed", own["seed"], least=0)
     temperature = number("temperature", own["temperature"], inclusive=True)
     if own["out"] and not str(own["out"]).endswith(".npy"):
         raise ConfigError(f"out={own['out']}: samples are written as .npy; give a name that ends so")
+    label = None if own["label"] is None else whole("label", own["label"], least=0)
     path, flow, _, config = open_checkpoint(own, overrides)
+    images = len(flow.event_shape) == 3
+    n = (100 if images else 10_000) if own["n"] is None else whole("n", own["n"])
     out = Path(str(own["out"])) if own["out"] else run_dir_of(path) / "samples.npy"
     torch.manual_seed(seed)
-    samples = flow.sample(n, temperature).cpu()
+    labels = label if flow.classes is None or label is not None else flow.in_turn(n)
+    samples = flow.sample(n, temperature, label=labels).cpu()
     bad = int((~torch.isfinite(samples)).sum())
     if bad:
         raise NonFiniteError(f"{bad} of the values sampled are NaN or infinite: nothing was written")
-    write_npy(out, samples.numpy())
-    print(f"{n} samples, round trip error {roundtrip_error(flow, samples[:500]):.1e}, written to {out}")
-    if flow.event_shape == (2,):
-        picture = out.with_suffix(".png")
+    write_npy(out, (flow.quantized(samples) if images else samples).numpy())
+    few = labels[:500] if isinstance(labels, torch.Tensor) else labels
+    print(f"{n} samples, round trip error {roundtrip_error(flow, samples[:500], few):.1e}, written to {out}")
+    if images or flow.event_shape == (2,):
         title = f"{title_of(config)}, {n} samples"
         try:
-            draw(flow, build_data(config), picture, title, samples)
-            print(f"picture in {picture}")
+            draw(flow, build_data(config), out.with_suffix(".png"), title, samples, label)
+            print(f"picture in {out.with_suffix('.png')}")
         except DataError as e:
             print(f"no picture beside the data, which is not to be had: {e}", file=sys.stderr)
     return 0

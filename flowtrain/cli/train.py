@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.build import check_targets
-from flowtrain.cli.common import absolute_paths, overridden, plain, report, run_command, split_own
+from flowtrain.cli.common import absolute_paths, is_path, overridden, plain, report, run_command, split_own
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.paths import config_dir, config_groups
 from flowtrain.run import messages, train
@@ -68,7 +68,8 @@ def resume(arguments: Sequence[str]) -> int:
         raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
     check_targets(saved["config"], own["trust"])
     for key in (a.lstrip("+").partition("=")[0] for a in rest):
-        if key.partition(".")[0] in ("model", "data") and not key.endswith("path"):
+        group, _, name = key.partition(".")
+        if group in ("model", "data") and not is_path(name):
             raise ConfigError(f"{key}: a run goes on with the model and data it has; start a new one to change them")
     with messages(run_dir / "flowtrain.log"):
         _, code = train(absolute_paths(overridden(saved["config"], rest, tuple(own))), run_dir, saved)

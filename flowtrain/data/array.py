@@ -1,22 +1,27 @@
 """data=array: the user's own table from .npy, .npz or text files."""
 
 import logging
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowtrain.checks import flag
+from flowtrain.checks import flag, whole, widths
 from flowtrain.data.array_checks import (
     check_alike,
+    check_labels,
+    check_levels,
     check_range,
     check_spread,
     check_whole,
     warn_if_discrete,
 )
-from flowtrain.data.base import Dataset, step_generator
+from flowtrain.data.base import ALPHA, Dataset, below_half, step_generator
 from flowtrain.data.columns import Columns
+from flowtrain.data.epochs import Epochs
 from flowtrain.data.read import Table, read_table
 from flowtrain.errors import ConfigError, DataError
 
@@ -24,30 +29,33 @@ _log = logging.getLogger("flowtrain")
 
 # Keys of the random streams. None is 0: a generator keyed by (seed, 5) is the one keyed by (seed, 5, 0)
 _STREAM = 0x6172_7279
-_SPLIT, _ORDER, _TRAIN_NOISE, _VAL_NOISE, _TEST_NOISE = 1, 2, 3, 4, 5
+_SPLIT, _ORDER = 1, 2
 
 
 class ArrayData(Dataset):
-    """Rows of a table as samples x of shape (B, d), float32, in the units of the file.
+    """Rows of a table as samples x of shape (B, d), or (B, *event_shape), in the units of the file.
 
     What is not given as a file of its own is split off the training file, at random but the same for every
     run with the same `seed` of the data. The density of values that repeat is unbounded, so a column that is
-    constant in training is refused, and counts or pixels want `dequantize`: u ~ U[0, 1) is added to whole
-    numbers, anew at every training step and once for val and test. The likelihood is then that of x + u, in
-    nats, and its mean is a lower bound on the log probability of the discrete x itself.
+    constant in training is refused, and counts or pixels want `dequantize` or `levels`: samples are then integers,
+    to which the flow adds u ~ U[0, 1).
 
     Args:
         path: the training file, .npy .npz .csv .txt .data .tra or .tes; see `read_table`.
         val_path, test_path: held-out files with the same columns.
         key: which array of an .npz file with several.
         columns: names, positions or slices such as "0:64" of the columns to keep.
+        label: name or position of a column of class labels 0, 1, ..., which is no part of a sample; None for none.
+        event_shape: shape (C, H, W) of the images that rows hold, channel by channel and row by row; None for vectors.
         val_fraction, test_fraction: the share of the training file to hold out where there is no such file.
-        standardize: give the flow the mean and deviation of the training rows.
-        dequantize: add uniform noise to whole numbers.
-        seed: of the split and of the noise on val and test; batches have the seed of the run.
+        standardize: give the flow the mean and deviation of the training rows; None: unless `levels` is given.
+        dequantize: samples are whole numbers.
+        levels: samples are whole numbers from 0 to levels - 1, which a logit takes to the real line.
+        alpha: of that logit.
+        seed: of the split; batches have the seed of the run.
 
     Raises:
-        ConfigError: no path, a fraction outside (0, 1), columns or a key that the file lacks.
+        ConfigError: no path, a fraction outside (0, 1), columns, a key or a shape that the file does not fit.
         DataError: files that do not fit together, too few rows, values that no density can be fitted to.
     """
 
@@ -58,106 +66,125 @@ class ArrayData(Dataset):
         test_path: str | None = None,
         key: str | None = None,
         columns: Columns | None = None,
+        label: str | int | None = None,
+        event_shape: Sequence[int] | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
-        standardize: bool = True,
+        standardize: bool | None = None,
         seed: int = 0,
         dequantize: bool = False,
+        levels: int | None = None,
+        alpha: float = ALPHA,
     ) -> None:
         if path is None:
             raise ConfigError(
                 "data.path is not set: data=array reads your own file, so give data.path=FILE (.npy, .npz or .csv)"
             )
-        flag("data.standardize", standardize)
-        flag("data.dequantize", dequantize)
-        train = read_table(path, key, columns)
-        others = [None if p is None else read_table(p, key, columns) for p in (val_path, test_path)]
-        tables = [train, *(table for table in others if table is not None)]
-        for table in tables:
+        self.levels = None if levels is None else whole("data.levels", levels, least=2)
+        self.alpha = below_half("data.alpha", alpha)
+        self.discrete = flag("data.dequantize", dequantize) or levels is not None
+        self._standardize = standardizes(standardize, levels)
+        paths = (path, val_path, test_path)
+        train, *others = tables = [None if p is None else read_table(p, key, columns) for p in paths]
+        assert train is not None
+        marks = [None if p is None or label is None else read_table(p, key, [label]) for p in paths]
+        if columns is None and marks[0] is not None:
+            train, *others = tables = [t and t.without(marks[0].indices) for t in tables]
+            assert train is not None
+        for table in (t for t in tables if t is not None):
             check_alike(train, table)
             check_range(table)
-            if dequantize:
+            if self.discrete:
                 check_whole(table)
+            if self.levels is not None:
+                check_levels(table, self.levels)
+        for table in (t for t in marks if t is not None):
+            check_labels(table)
+        self.event_shape = _event_shape(event_shape, len(train.columns))
 
         rows = _split(train, others, (val_fraction, test_fraction), seed)
-        parts = [train.values[rows[0]]]
-        parts += [
-            train.values[mine] if table is None else table.values for mine, table in zip(rows[1:], others, strict=True)
-        ]
-        self._mean, self._std = _moments(parts[0], dequantize)
-        check_spread(train, self._mean, self._std, dequantize)
-        if not dequantize:
+        parts = _parts(train, others, rows)
+        self._mean, self._std = _moments(parts[0], self.discrete)
+        check_spread(train, self._mean, self._std, self.discrete)
+        if not self.discrete:
             warn_if_discrete(train, parts[0])
-        self.columns = train.columns
-        self.event_shape = (len(train.columns),)
-        self._standardize, self._dequantize = standardize, dequantize
-        self._train = _float32(parts[0])
-        self.val = self._held_out(parts[1], _VAL_NOISE, seed)
-        self.test = self._held_out(parts[2], _TEST_NOISE, seed)
-        self._orders: dict[tuple[int, int], Tensor] = {}
+        self.columns = train.columns if event_shape is None else ()
+        self._train, self.val, self.test = (self._samples(part) for part in parts)
+        self._labels: Tensor | None = None
+        if marks[0] is not None:
+            labels = [torch.from_numpy(part[:, 0].astype(np.int64)) for part in _parts(marks[0], marks[1:], rows)]
+            self._labels, self.val_labels, self.test_labels = labels
+            self.classes = 1 + max(int(part.max()) for part in labels)
+        self._epochs = Epochs(len(self._train), _STREAM, _ORDER)
         sizes = " + ".join(str(len(part)) for part in parts)
         _log.info(f"{path}: {sizes} rows for train, val and test, {len(train.columns)} columns")
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
-        """Rows step * batch_size to (step + 1) * batch_size of the endless epochs, shape (batch_size, d).
+        """Rows step * batch_size to (step + 1) * batch_size of the endless epochs, (batch_size, *event_shape).
 
         Every row comes once an epoch, in an order drawn anew; a batch may cross from one epoch into the next,
         or hold several.
         """
-        batch = self._train[self._rows(step * batch_size, batch_size, seed)]
-        if self._dequantize:
-            batch = _dequantized(batch, step_generator(seed, _STREAM, _TRAIN_NOISE, step))
-        return batch
+        return self._train[self._epochs.rows(step, batch_size, seed).to(self._train.device)]
+
+    def train_labels(self, step: int, batch_size: int, seed: int) -> Tensor | None:
+        if self._labels is None:
+            return None
+        return self._labels[self._epochs.rows(step, batch_size, seed).to(self._labels.device)]
+
+    def to(self, device: torch.device) -> None:
+        self._train = self._train.to(device)
+        self._labels = None if self._labels is None else self._labels.to(device)
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation (over n) of the training rows, shape (d,), float64, noise included."""
+        """Mean and standard deviation (over n) of the training rows, (*event_shape), float64, noise included."""
         if not self._standardize:
             return None
-        return torch.from_numpy(self._mean.copy()), torch.from_numpy(self._std.copy())
+        mean, std = (torch.from_numpy(v.copy()).view(self.event_shape) for v in (self._mean, self._std))
+        return mean, std
 
-    def _rows(self, first: int, count: int, seed: int) -> Tensor:
-        """Positions `first` to `first + count` of the epochs laid end to end."""
-        pieces = []
-        while count:
-            epoch, offset = divmod(first, len(self._train))
-            piece = self._order(epoch, seed)[offset : offset + count]
-            pieces.append(piece)
-            first, count = first + len(piece), count - len(piece)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def _order(self, epoch: int, seed: int) -> Tensor:
-        order = self._orders.get((epoch, seed))
-        if order is None:
-            generator = step_generator(seed, _STREAM, _ORDER, epoch)
-            order = torch.randperm(len(self._train), generator=generator)
-            # Two epochs are all that one batch crosses as a rule, and an order is as long as the data
-            if len(self._orders) == 2:
-                del self._orders[next(iter(self._orders))]
-            self._orders[epoch, seed] = order
-        return order
-
-    def _held_out(self, values: NDArray[np.float64], stream: int, seed: int) -> Tensor:
-        samples = _float32(values)
-        if self._dequantize:
-            samples = _dequantized(samples, step_generator(seed, _STREAM, stream))
-        return samples
+    def _samples(self, values: NDArray[np.float64]) -> Tensor:
+        narrow = np.uint8 if self.levels is not None and self.levels <= 256 else np.int64
+        return torch.from_numpy(values.astype(narrow if self.discrete else np.float32)).view(-1, *self.event_shape)
 
 
-def _float32(values: NDArray[np.float64]) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32))
+def standardizes(asked: bool | None, levels: int | None) -> bool:
+    """Whether samples are standardised: as asked, or unless a logit takes them to the real line.
+
+    Raises:
+        ConfigError: both at once.
+    """
+    if asked is None:
+        return levels is None
+    if flag("data.standardize", asked) and levels is not None:
+        raise ConfigError("data.standardize=true and data.levels: the logit of levels takes its place; leave one out")
+    return asked
 
 
-def _dequantized(x: Tensor, generator: torch.Generator) -> Tensor:
-    """x + u with u ~ U[0, 1), shape of x."""
-    noisy = x + torch.rand(x.shape, generator=generator, dtype=x.dtype)
-    # Rounding can carry 16 + u up to 17, which belongs to the next number
-    return torch.minimum(noisy, torch.nextafter(x + 1, x))
+def _event_shape(asked: Sequence[int] | None, width: int) -> tuple[int, ...]:
+    if asked is None:
+        return (width,)
+    shape = widths("data.event_shape", asked)
+    if len(shape) != 3:
+        raise ConfigError(f"data.event_shape={shape}: give channels, height and width of an image, as in [1,8,8]")
+    if math.prod(shape) != width:
+        raise ConfigError(
+            f"data.event_shape={shape} takes {math.prod(shape)} columns, and there are {width}: choose data.columns, "
+            "and name a column of labels with data.label"
+        )
+    return tuple(shape)
 
 
-def _moments(values: NDArray[np.float64], dequantize: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and population deviation per column, of x + u with u ~ U[0, 1) where dequantized."""
+def _parts(train: Table, others: list[Table | None], rows: list[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
+    """The values for training, val and test."""
+    held = zip(rows[1:], others, strict=True)
+    return [train.values[rows[0]], *(train.values[mine] if own is None else own.values for mine, own in held)]
+
+
+def _moments(values: NDArray[np.float64], discrete: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and population deviation per column, of x + u with u ~ U[0, 1) where discrete."""
     mean, variance = values.mean(0), values.var(0)
-    if dequantize:
+    if discrete:
         mean, variance = mean + 1 / 2, variance + 1 / 12
     return mean, np.sqrt(variance)
 

@@ -12,6 +12,7 @@ from flowtrain.errors import DataError
 _log = logging.getLogger("flowtrain")
 
 _FLOAT32 = np.finfo(np.float32)
+_MOST_CLASSES = 10_000
 
 
 def check_alike(first: Table, other: Table) -> None:
@@ -53,13 +54,36 @@ def check_whole(table: Table) -> None:
         )
 
 
-def check_spread(table: Table, mean: NDArray[np.float64], std: NDArray[np.float64], dequantize: bool) -> None:
+def check_levels(table: Table, levels: int) -> None:
+    """Refuse whole numbers outside 0 .. levels - 1."""
+    bad = (table.values < 0) | (table.values >= levels)
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise DataError(
+            f"{table.place(row, column)}: {table.values[row, column]:g} is outside 0 to {levels - 1}, which "
+            f"data.levels={levels} promises; the values go from {table.values.min():g} to {table.values.max():g}"
+        )
+
+
+def check_labels(table: Table) -> None:
+    """Refuse labels that are not 0, 1, 2, ..."""
+    values = table.values
+    bad = (values != np.rint(values)) | (values < 0) | (values >= _MOST_CLASSES)
+    if bad.any():
+        row = int(np.argwhere(bad)[0][0])
+        raise DataError(
+            f"{table.place(row, 0)}: {values[row, 0]:g} is no label; data.label names a column of whole numbers from 0 "
+            f"to the number of classes less one, at most {_MOST_CLASSES - 1}"
+        )
+
+
+def check_spread(table: Table, mean: NDArray[np.float64], std: NDArray[np.float64], discrete: bool) -> None:
     """Refuse columns that are constant, and warn of those that float32 makes coarse.
 
     Args:
         table: names the columns.
         mean, std: of the training rows, shape (d,).
-        dequantize: whether noise is added already, so that it is no cure to propose.
+        discrete: whether noise will be added, so that it is no cure to propose.
     """
     # Rounding leaves a deviation of about float64's epsilon in a constant column, hence no test for zero alone
     flat = std <= np.maximum(8 * float(_FLOAT32.eps) * np.abs(mean), float(_FLOAT32.tiny))
@@ -70,7 +94,7 @@ def check_spread(table: Table, mean: NDArray[np.float64], std: NDArray[np.float6
         raise DataError(
             f"{table.path}: in the training rows, column{'s' * (len(names) > 1)} {listed(names, most=50)} "
             f"{'is' if len(names) == 1 else 'are'} constant to the precision of float32; {cure}"
-            + ("" if dequantize else ", or, for counts and pixels, data.dequantize=true keeps every column")
+            + ("" if discrete else ", or, for counts and pixels, data.dequantize=true keeps every column")
         )
     coarse = std < 1e-4 * np.abs(mean)
     if coarse.any():

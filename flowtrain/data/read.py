@@ -1,7 +1,7 @@
 """The user's own tables, from .npy, .npz and text files, as float64 with every refusal naming the place."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,12 @@ class Table:
     def named(self) -> bool:
         """Whether the file names its columns."""
         return self.columns != default_names(self.indices)
+
+    def without(self, indices: Sequence[int]) -> "Table":
+        """The table less the columns at these positions in the file."""
+        kept = [i for i, index in enumerate(self.indices) if index not in indices]
+        columns, positions = zip(*((self.columns[i], self.indices[i]) for i in kept), strict=True)
+        return replace(self, values=self.values[:, kept], columns=columns, indices=positions)
 
     def place(self, row: int, column: int) -> str:
         """Where a value stands, in words: a line of a text file, a row of an array file, and the column."""

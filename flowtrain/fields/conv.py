@@ -117,6 +117,7 @@ class ConvField(LayeredField[TimedConv2d]):
         layer: concatsquash | concat.
         activation: tanh | softplus | swish.
         kernel_size: odd, so that an image keeps its size about its centre.
+        classes: how many labels there are, which `given` takes; None for none.
 
     Raises:
         ConfigError: an unknown layer or activation, no hidden layer, an even kernel; x that is not C channels.
@@ -124,32 +125,45 @@ class ConvField(LayeredField[TimedConv2d]):
 
     event_dims = 3
 
-    def __init__(self, channels: int, hidden: Sequence[int], layer: str, activation: str, kernel_size: int = 3) -> None:
+    def __init__(
+        self,
+        channels: int,
+        hidden: Sequence[int],
+        layer: str,
+        activation: str,
+        kernel_size: int = 3,
+        classes: int | None = None,
+    ) -> None:
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
         sizes = [whole("model.channels", channels), *widths("model.hidden", hidden), channels]
         if whole("model.kernel_size", kernel_size) % 2 == 0:
             raise ConfigError(f"model.kernel_size={kernel_size}: give an odd number, so that images keep their size")
-        super().__init__([kind(a, b, kernel_size) for a, b in pairwise(sizes)], activation)
+        super().__init__([kind(a, b, kernel_size) for a, b in pairwise(sizes)], activation, sizes[1], classes)
         self.channels = channels
 
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return super().forward(t, self.checked(x)).contiguous()
+    def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return super().forward(t, self.checked(x), shift).contiguous()
 
-    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = self.checked(x)
         if not self.by_hand(t, x, tangents):
-            v, je = self.push_rows(t, x, tangents)
+            v, je = self.push_rows(t, x, tangents, shift)
             return v.contiguous(), je.contiguous()
         nodes, batch = x.shape[:-4], x.shape[-4:]
         times = t.expand(*nodes, 1).reshape(-1)
         e = tangents.expand(-1, *nodes, *tangents.shape[-4:]).reshape(len(tangents), len(times), *tangents.shape[-4:])
-        pushed = [self.push_node(*one) for one in zip(times, x.reshape(-1, *batch), e.unbind(1), strict=True)]
-        v, je = (torch.stack(parts, i) for i, parts in enumerate(zip(*pushed, strict=True)))
+        each = zip(times, x.reshape(-1, *batch), e.unbind(1), strict=True)
+        v, je = (
+            torch.stack(parts, i)
+            for i, parts in enumerate(zip(*(self.push_node(*one, shift) for one in each), strict=True))
+        )
         return v.view(x.shape), je.view(len(tangents), *x.shape)
 
-    def push_node(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def push_node(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """`push` at one time: x (B, C, H, W), tangents (k, 1 or B, C, H, W)."""
         weights, shifts = zip(*(layer.at(t, x.shape[-2:]) for layer in self.layers), strict=True)
+        if shift is not None:
+            shifts = (shifts[0] + shift, *shifts[1:])
         v, je = push(self.activation, x, tangents, weights, shifts)
         return v.contiguous(), je.contiguous()
 

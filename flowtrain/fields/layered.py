@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.checks import one_of
@@ -34,16 +35,22 @@ Layer = TypeVar("Layer", bound=TimedLayer)
 
 
 class LayeredField(Field, Generic[Layer]):
-    """v(t, x) = layer_L(t, f(.. f(layer_1(t, x)))).
+    """v(t, x) = layer_L(t, f(.. f(layer_1(t, x) + E[label]))), E one vector for each class where there are any.
 
     The last layer starts at zero, so an untrained flow is the identity and its first solve is cheap.
+
+    Args:
+        width: of the first hidden layer.
+        classes: how many labels there are; None for a field that takes none.
 
     Raises:
         ConfigError: an unknown activation.
     """
 
-    def __init__(self, layers: Sequence[Layer], activation: str) -> None:
+    def __init__(self, layers: Sequence[Layer], activation: str, width: int, classes: int | None) -> None:
         super().__init__()
+        if classes is not None:
+            self.embedding = nn.Parameter(torch.zeros(classes, width))
         self.activation = ACTIVATIONS[one_of("model.activation", activation, ACTIVATIONS, "a field must be smooth")]
         *body, head = layers
         head.zero()
@@ -54,25 +61,58 @@ class LayeredField(Field, Generic[Layer]):
     def layers(self) -> list[Layer]:
         return [*self.body, self.head]
 
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        *body, head = self.layers
+    def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """v; `shift`, of labels, broadcasts against what the first layer gives."""
+        first, *body = self.body
+        x = first(t, x) if shift is None else first(t, x) + shift
         for layer in body:
-            x = self.activation(layer(t, x))
-        v: Tensor = head(t, x)
+            x = layer(t, self.activation(x))
+        v: Tensor = self.head(t, self.activation(x))
         return v
+
+    @abstractmethod
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(v, J e) as of any field, `shift` as in `forward`."""
+
+    def given(self, label: Tensor) -> "Given":
+        """The field of labels (B,)."""
+        return Given(self, image_of(F.embedding(label, self.embedding), self.event_dims))
 
     def by_hand(self, t: Tensor, x: Tensor, tangents: Tensor) -> bool:
         """Whether the kernels serve: one time for all rows of a node, where the layers are plain ones."""
         one_time = x.dim() > self.event_dims and x.numel() > 0 and (t.dim() == 0 or t.shape[-1] == 1)
         return one_time and not tangents.requires_grad and not torch.compiler.is_compiling()
 
-    def push_rows(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def push_rows(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`push` by autograd's means, for a time of its own for each row."""
         *body, head = self.layers
         for layer in body:
             x, tangents = layer.push(t, x, tangents)
+            if shift is not None:
+                x, shift = x + shift, None
             x, slope = self.activation.value_and_slope(x)
             tangents = tangents * slope
         v, je = head.push(t, x, tangents)
         # a tangent that broadcasts over rows stays unexpanded up to the first slope; one linear layer has none
         return v, je.expand(len(tangents), *v.shape)
+
+
+class Given(Field):
+    """A layered field at the labels of a batch: v(t, x | label)."""
+
+    def __init__(self, field: LayeredField[Any], shift: Tensor) -> None:
+        super().__init__()
+        self.field, self.shift = field, shift
+        self.event_dims = field.event_dims
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        v: Tensor = self.field(t, x, self.shift)
+        return v
+
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        return self.field.push(t, x, tangents, self.shift)
+
+
+def image_of(v: Tensor, event_dims: int) -> Tensor:
+    """v (..., C) in the shape that broadcasts against events of that many dimensions: (..., C, 1, 1) for images."""
+    return v.view(*v.shape, *(1,) * (event_dims - 1))

@@ -106,18 +106,21 @@ class MLPField(LayeredField[TimedLinear]):
         hidden: widths of the hidden layers.
         layer: concatsquash | concat | time_embedding.
         activation: tanh | softplus | swish.
+        classes: how many labels there are, which `given` takes; None for none.
 
     Raises:
         ConfigError: an unknown layer or activation, or no hidden layer.
     """
 
-    def __init__(self, d: int, hidden: Sequence[int], layer: str, activation: str) -> None:
+    def __init__(self, d: int, hidden: Sequence[int], layer: str, activation: str, classes: int | None = None) -> None:
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
-        super().__init__([kind(a, b) for a, b in pairwise([d, *widths("model.hidden", hidden), d])], activation)
+        sizes = [d, *widths("model.hidden", hidden), d]
+        super().__init__([kind(a, b) for a, b in pairwise(sizes)], activation, sizes[1], classes)
 
-    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.by_hand(t, x, tangents):
-            return self.push_rows(t, x, tangents)
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        # the kernels know one bias a node and not one a row
+        if shift is not None or not self.by_hand(t, x, tangents):
+            return self.push_rows(t, x, tangents, shift)
         nodes, (rows, d) = x.shape[:-2], x.shape[-2:]
         weights, biases = self.at(t.expand(*nodes, 1).reshape(-1))
         shared = tangents.shape[1:-2].numel() == 1

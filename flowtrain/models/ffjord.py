@@ -1,14 +1,19 @@
-"""FFJORD: a continuous flow with a free-form field (Grathwohl et al. 2019)."""
+"""FFJORD: continuous flows with free-form fields (Grathwohl et al. 2019)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from flowtrain.bijections.base import Chain
+from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.checks import whole
+from flowtrain.bijections.scale import ActNorm
+from flowtrain.bijections.squeeze import OnHalf, Squeezed
+from flowtrain.checks import flag, whole
 from flowtrain.divergence import TraceRule
-from flowtrain.errors import ConfigError
+from flowtrain.fields.base import Field
+from flowtrain.fields.conv import ConvField
 from flowtrain.fields.mlp import MLPField
 from flowtrain.flow import Flow
+from flowtrain.models.multiscale import from_data, halvings, labelled
 from flowtrain.solvers import Solver
 
 
@@ -20,30 +25,85 @@ def ffjord(
     hidden: Sequence[int] = (64, 64, 64),
     activation: str = "tanh",
     flows: int = 1,
+    scales: int | None = None,
+    full_size: bool = True,
+    actnorm: bool = True,
+    conditional: bool = False,
+    classes: int | None = None,
     trace: str = "auto",
     eval_trace: str = "auto",
     noise: str = "rademacher",
     noise_samples: int = 1,
 ) -> Flow:
-    """A flow over vectors: `flows` continuous bijections, each with an MLP field of its own.
+    """Continuous bijections over vectors, each with an MLP field of its own, or over images, with convolutional ones.
 
     Args:
-        event_shape: (d,).
+        event_shape: (d,) or (C, H, W).
         solver: shared by all the bijections.
-        field: concatsquash | concat | time_embedding.
-        hidden, activation: of the field, see `MLPField`.
+        field: concatsquash | concat, of vectors also time_embedding.
+        hidden, activation: of the fields: widths of an MLP, channels of 3x3 convolutions.
+        flows: how many continuous bijections; over images, at each size and number of channels.
+        scales: how often images are halved; None for as often as leaves no side below 4.
+        full_size: whether flows stand at the images' own size too, before the first squeeze.
+        actnorm: over images, an ActNorm of each pixel at the data end, and one of each channel after each flow.
+        conditional: p(x | label), the fields told of the label.
+        classes: how many labels the data have; None for none.
         trace, eval_trace, noise, noise_samples: see `TraceRule`.
 
     Raises:
-        ConfigError: images, or a setting out of range.
+        ConfigError: data without labels, or a setting out of range.
     """
-    if len(event_shape) != 1:
-        raise ConfigError(f"model=ffjord is for vectors; the data has samples of shape {event_shape}")
-    rule = TraceRule(trace, eval_trace, noise, noise_samples)
-    return Flow(
-        event_shape,
-        Chain(
-            Continuous(MLPField(event_shape[0], hidden, field, activation), solver, rule)
-            for _ in range(whole("model.flows", flows))
-        ),
+    made = Flows(
+        solver=solver,
+        rule=TraceRule(trace, eval_trace, noise, noise_samples),
+        field=field,
+        hidden=hidden,
+        activation=activation,
+        flows=whole("model.flows", flows),
+        actnorm=flag("model.actnorm", actnorm),
+        classes=labelled("ffjord", flag("model.conditional", conditional), classes),
     )
+    if len(event_shape) != 3:
+        stack = (made.flow(MLPField(event_shape[0], hidden, field, activation, made.classes)) for _ in range(flows))
+        return Flow(event_shape, Chain(stack), made.classes)
+    channels, height, width = event_shape
+    times = halvings((height, width), "model.scales", scales)
+    inside = made.scale(channels, times, flag("model.full_size", full_size) or not times)
+    pixels = [ActNorm(event_shape)] if made.actnorm else []
+    return Flow(event_shape, from_data([*pixels, inside]), made.classes)
+
+
+@dataclass(frozen=True)
+class Flows:
+    """The settings that all continuous bijections of a model share, and how they are put together over images."""
+
+    solver: Solver
+    rule: TraceRule
+    field: str
+    hidden: Sequence[int]
+    activation: str
+    flows: int
+    actnorm: bool
+    classes: int | None
+
+    def flow(self, field: Field) -> Continuous:
+        return Continuous(field, self.solver, self.rule)
+
+    def at(self, channels: int) -> list[Bijection]:
+        """Flows over images of `channels`, from the data to the base."""
+        parts: list[Bijection] = []
+        for _ in range(self.flows):
+            parts.append(self.flow(ConvField(channels, self.hidden, self.field, self.activation, classes=self.classes)))
+            parts += [ActNorm(channels)] if self.actnorm else []
+        return parts
+
+    def scale(self, channels: int, halvings: int, first: bool = True) -> Bijection:
+        """Flows, a squeeze, flows, half of the channels factored out and the rest at the next scale.
+
+        At the last scale flows alone (FFJORD, appendix B.1, and the multi-scale model of its code).
+        """
+        here = self.at(channels) if first else []
+        if not halvings:
+            return from_data(here)
+        rest = OnHalf(self.scale(2 * channels, halvings - 1))
+        return from_data([*here, Squeezed(from_data([*self.at(4 * channels), rest]))])

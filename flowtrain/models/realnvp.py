@@ -1,77 +1,147 @@
-"""RealNVP for vectors: a stack of affine couplings (Dinh et al. 2017)."""
+"""RealNVP: a stack of affine couplings over vectors, a multi-scale one over images (Dinh et al. 2017)."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flowtrain.bijections.base import Bijection, Chain
-from flowtrain.bijections.coupling import AffineCoupling
+from flowtrain.bijections.coupling import CheckerboardCoupling, HalfCoupling, IndexCoupling
 from flowtrain.bijections.permutation import Permutation
-from flowtrain.bijections.scale import ActNorm
+from flowtrain.bijections.scale import ActNorm, BatchNorm
+from flowtrain.bijections.squeeze import OnHalf, Squeezed
 from flowtrain.checks import flag, number, one_of, whole, widths
+from flowtrain.conditioners.conv import ResidualNet
+from flowtrain.conditioners.mlp import ACTIVATIONS, MLP
 from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
+from flowtrain.models.multiscale import from_data, halvings, labelled
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "swish": nn.SiLU}
 MIXINGS = ("alternate", "permutation")
 
 
 def realnvp(
     event_shape: tuple[int, ...],
     *,
-    layers: int = 8,
+    layers: int | None = None,
     hidden: Sequence[int] = (64, 64),
     activation: str = "relu",
     mixing: str = "alternate",
     actnorm: bool = True,
+    batch_norm: bool = False,
     cap: float = 2.0,
+    scales: int | None = None,
+    conditional: bool = False,
+    classes: int | None = None,
 ) -> Flow:
-    """A stack of `layers` affine couplings over vectors of length d >= 2.
+    """Affine couplings over vectors of length d >= 2, or over images (C, H, W).
 
     Args:
-        event_shape: (d,).
-        hidden, activation: of the conditioner networks; relu | tanh | swish.
-        mixing: `alternate` swaps the halves (even and odd dimensions) from layer to layer; `permutation` puts a
-            fixed random permutation before each layer, drawn at construction and saved with the weights.
+        layers: how many couplings; over images, of each kind at each scale. None for 8, over images 4.
+        hidden: of the conditioners: widths of an MLP, or over images the channels of each residual block.
+        activation: of the conditioners; relu | tanh | swish.
+        mixing: of vectors: `alternate` swaps the halves (even and odd dimensions) from layer to layer; `permutation`
+            puts a fixed random permutation before each layer, drawn at construction and saved with the weights.
         actnorm: an ActNorm after each coupling.
+        batch_norm: a BatchNorm in its place, and over images in the conditioners too.
         cap: bound on each coupling's log-scale.
+        scales: how often images are halved; None for as often as leaves no side below 4.
+        conditional: p(x | label), the conditioners told of the label.
+        classes: how many labels the data have; None for none.
 
     Raises:
-        ConfigError: d < 2, images, or a setting out of range.
+        ConfigError: d < 2, data without labels, or a setting out of range.
     """
-    actnorm = flag("model.actnorm", actnorm)
+    images = len(event_shape) == 3
+    couplings = Couplings(
+        layers=whole("model.layers", layers) if layers is not None else 4 if images else 8,
+        hidden=widths("model.hidden", hidden, least_layers=int(images)),
+        activation=one_of("model.activation", activation, ACTIVATIONS),
+        actnorm=flag("model.actnorm", actnorm),
+        batch_norm=flag("model.batch_norm", batch_norm),
+        cap=number("model.cap", cap),
+        classes=labelled("realnvp", flag("model.conditional", conditional), classes),
+    )
+    one_of("model.mixing", mixing, MIXINGS)
+    if images:
+        channels, height, width = event_shape
+        inner = couplings.scale(channels, (height, width), halvings((height, width), "model.scales", scales))
+        # at the data end each pixel has its own mean and spread: those of a border that is always black differ most
+        bijection = from_data([*([ActNorm(event_shape)] if actnorm else []), inner])
+        return Flow(event_shape, bijection, couplings.classes)
     if len(event_shape) != 1 or event_shape[0] < 2:
         raise ConfigError(
-            f"model=realnvp needs vectors of at least 2 columns, one half conditioning the other; the data has samples "
-            f"of shape {event_shape}. For one column use model=ffjord or model=affine"
+            f"model=realnvp needs images, or vectors of at least 2 columns, one half conditioning the other; the data "
+            f"has samples of shape {event_shape}. For one column use model=ffjord or model=affine"
         )
-    whole("model.layers", layers)
-    number("model.cap", cap)
-    hidden = widths("model.hidden", hidden, least_layers=0)
-    one_of("model.mixing", mixing, MIXINGS)
-    one_of("model.activation", activation, ACTIVATIONS)
-    d = event_shape[0]
-    even = torch.arange(d) % 2 == 0
-    bijections: list[Bijection] = []
-    for i in range(layers):
-        mask = even if i % 2 == 0 else ~even
-        if mixing == "permutation":
-            mask = even
-            bijections.append(Permutation(torch.randperm(d)))
-        bijections.append(coupling(mask, hidden, ACTIVATIONS[activation], cap))
-        if actnorm:
-            bijections.append(ActNorm(d))
-    return Flow(event_shape, Chain(bijections))
+    return Flow(event_shape, couplings.stack(event_shape[0], mixing == "permutation"), couplings.classes)
 
 
-def coupling(mask: Tensor, hidden: Sequence[int], activation: type[nn.Module], cap: float) -> AffineCoupling:
-    """A coupling with an MLP conditioner that starts as the identity."""
-    n_kept = int(mask.sum())
-    sizes = [n_kept, *hidden]
-    body = [layer for n_in, n_out in pairwise(sizes) for layer in (nn.Linear(n_in, n_out), activation())]
-    head = nn.Linear(sizes[-1], 2 * (len(mask) - n_kept))
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return AffineCoupling(mask, nn.Sequential(*body, head), cap)
+@dataclass(frozen=True)
+class Couplings:
+    """The settings that all couplings of a model share, and how they are put together."""
+
+    layers: int
+    hidden: list[int]
+    activation: str
+    actnorm: bool
+    batch_norm: bool
+    cap: float
+    classes: int | None
+
+    def norm(self, channels: int) -> list[Bijection]:
+        """What follows a coupling, towards the data."""
+        if self.batch_norm:
+            return [BatchNorm(channels)]
+        return [ActNorm(channels)] if self.actnorm else []
+
+    def stack(self, d: int, permuted: bool) -> Chain:
+        """Over vectors of length d."""
+        even = torch.arange(d) % 2 == 0
+        bijections: list[Bijection] = []
+        for i in range(self.layers):
+            mask = even if i % 2 == 0 or permuted else ~even
+            n_kept = int(mask.sum())
+            if permuted:
+                bijections.append(Permutation(torch.randperm(d)))
+            net = MLP(n_kept, self.hidden, 2 * (d - n_kept), self.activation, self.classes)
+            bijections += [IndexCoupling(mask, net, self.cap), *self.norm(d)]
+        return Chain(bijections)
+
+    def scale(self, channels: int, size: tuple[int, int], halvings: int) -> Bijection:
+        """Over images of some size, as in Dinh et al. 2017, section 3.6: couplings by checkerboard masks, a squeeze,
+        couplings by channels, half of the channels factored out and the rest at the next scale; at the last scale by
+        checkerboards alone.
+
+        A checkerboard's couplings stand inside the squeeze, where its two colours are the two halves of the channels:
+        their networks see a quarter of the pixels, four times the channels and nothing that is masked.
+        """
+        height, width = size
+        if not halvings:
+            return self.last_scale(channels, size)
+        c = 4 * channels
+        upper_left, lower_right, upper_right, lower_left = torch.arange(c).chunk(4)
+        by_rows = torch.cat([upper_left, upper_right, lower_left, lower_right])
+        rest = self.scale(c // 2, (height // 2, width // 2), halvings - 1)
+        return Squeezed(from_data([*self.halves(c), Permutation(by_rows), *self.halves(c), OnHalf(rest)]))
+
+    def last_scale(self, channels: int, size: tuple[int, int]) -> Bijection:
+        if size[0] % 2 == 0 and size[1] % 2 == 0:
+            return Squeezed(from_data(self.halves(4 * channels)))
+        parts: list[Bijection] = []
+        for i in range(self.layers):
+            net = self.net(channels, 2 * channels)
+            parts += [*self.norm(channels), CheckerboardCoupling(size, i % 2 == 1, net, self.cap)]
+        return from_data(parts)
+
+    def halves(self, channels: int) -> list[Bijection]:
+        """Couplings by alternating halves of an even number of channels."""
+        parts: list[Bijection] = []
+        for i in range(self.layers):
+            net = self.net(channels // 2, channels)
+            parts += [*self.norm(channels), HalfCoupling(channels, i % 2 == 1, net, self.cap)]
+        return parts
+
+    def net(self, n_in: int, n_out: int) -> nn.Module:
+        return ResidualNet(n_in, self.hidden, n_out, self.activation, self.classes, self.batch_norm)

@@ -15,5 +15,5 @@ class Likelihood(nn.Module):
         super().__init__()
         self.flow = flow
 
-    def forward(self, x: Tensor) -> Tensor:
-        return -self.flow.log_prob(x).mean()
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        return -self.flow.log_prob(x, label).mean()

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from flowtrain.checks import number, one_of, whole
 from flowtrain.errors import ConfigError, SolverError
+from flowtrain.precision import full_precision
 from flowtrain.solvers.history import History
-from flowtrain.solvers.precision import full_precision
 from flowtrain.solvers.tape import Recorder, Velocity
 
 Integrand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

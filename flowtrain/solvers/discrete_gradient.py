@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from flowtrain.derivatives import first_derivative
+from flowtrain.precision import full_precision
 from flowtrain.solvers.base import Statistics
 from flowtrain.solvers.nodes import Nodes
-from flowtrain.solvers.precision import full_precision
 from flowtrain.solvers.stages import Stage, Weights, combined, on_device, record, take
 from flowtrain.solvers.tableaus import Tableau
 from flowtrain.solvers.tape import Recorder, Tape, add

@@ -56,32 +56,32 @@ class Guard:
         """(rtol, atol) of training at a step, tightened."""
         return self.solver.tolerance_at(step, self.tightenings)
 
-    def check(self, step: int, x: Tensor, seed: int) -> bool:
-        """Whether the solver was tightened, after `step` updates, on the batch x (B, *event_shape).
+    def check(self, step: int, x: Tensor, seed: int, label: Tensor | None = None) -> bool:
+        """Whether the solver was tightened, after `step` updates, on the batch x (B, *event_shape), label (B,) or None.
 
         Leaves the random state as it was and the statistics of other solves alone. Never raises for a failed solve.
 
         Args:
-            seed: of the trace probes, the same for both solves.
+            seed: of the trace probes and of dequantization, the same for both solves.
         """
         if self.every is None or step % self.every or self.warned == self._limits():
             return False
         before = self.tightenings
         # until it passes: tightened once a check, a field far gone learns to exploit each tolerance before the next
-        while self._tighten_once(step, x, seed):
+        while self._tighten_once(step, x, label, seed):
             pass
         return self.tightenings > before
 
-    def _tighten_once(self, step: int, x: Tensor, seed: int) -> bool:
+    def _tighten_once(self, step: int, x: Tensor, label: Tensor | None, seed: int) -> bool:
         """Solves, compares, tightens where exploited; whether to compare again."""
         coarse, fine = self._settings(step)
         if coarse == fine:
             return False
-        loose, nfe, failure = self._log_prob(x, seed, coarse)
+        loose, nfe, failure = self._log_prob(x, label, seed, coarse)
         if failure:
             # training will fail as this did and say what to do, or not fail at all
             return False
-        tight, _, failure = self._log_prob(x, seed, fine)
+        tight, _, failure = self._log_prob(x, label, seed, fine)
         if not failure and not exploited(loose, tight, math.prod(self.flow.event_shape)):
             return False
         read = f"step {step}: the batch has an NLL of {-loose.mean():.4f} as solved in training, "
@@ -109,15 +109,17 @@ class Guard:
         return min(self.solver.step_size, 1.0)
 
     @torch.no_grad()
-    def _log_prob(self, x: Tensor, seed: int, settings: dict[str, Any]) -> tuple[Tensor, int, str]:
+    def _log_prob(
+        self, x: Tensor, label: Tensor | None, seed: int, settings: dict[str, Any]
+    ) -> tuple[Tensor, int, str]:
         """log p(x) (B,), the NFE of the longest solve, and what failed, or nothing."""
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), record_solves() as solves, self.solver.using(**settings):
             torch.manual_seed(seed)
             try:
-                log_p = self.flow.log_prob(x)
+                log_p = self.flow.log_prob(x, label)
             except SolverError as e:
-                return x.new_full((len(x),), math.nan), 0, str(e).rstrip(".")
+                return torch.full((len(x),), math.nan), 0, str(e).rstrip(".")
         failure = "" if bool(torch.isfinite(log_p).all()) else "the log-likelihood is NaN or infinite"
         return log_p, max((s.nfe_forward for s in solves), default=0), failure
 

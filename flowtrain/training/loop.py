@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError, NonFiniteError
-from flowtrain.evaluation import check_finite, log_probs
+from flowtrain.evaluation import check_finite, held_out, log_probs
 from flowtrain.flow import Flow
+from flowtrain.precision import precision
 from flowtrain.solvers import record_solves
-from flowtrain.solvers.precision import full_precision
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import Ema
 from flowtrain.training.guard import Guard
@@ -35,7 +36,8 @@ log = logging.getLogger("flowtrain")
 NFE_WARNING = 1000
 # of the steps, the share over which the tolerance warms up where the solver leaves it to the trainer
 WARMUP = 2 / 3
-INITIALIZATION_ROWS = 10_000
+# numbers in the batch that data-dependent parameters are set by, and rows at the most
+INITIALIZATION, INITIALIZATION_ROWS = 2**23, 10_000
 # what last.pt keeps of the trainer itself
 PROGRESS = ("step", "seconds", "stale", "best", "val_nll")
 
@@ -69,7 +71,8 @@ class Trainer:
         self.settings, self.run_dir, self.config = settings, run_dir, config
         self.seed = int(config["seed"])
         self.picture = picture
-        self.device = next(flow.parameters()).device
+        self.device = flow.like.device
+        data.to(self.device)
         self.step, self.seconds, self.stale = 0, 0.0, 0
         self.best: dict[str, float] | None = None
         self.val_nll = math.nan
@@ -98,10 +101,17 @@ class Trainer:
         for bijection in self.flow.bijection.modules():
             if isinstance(bijection, Standardize) and statistics is not None:
                 bijection.fit(*statistics)
-        x = self.data.train_batch(0, INITIALIZATION_ROWS, self.seed).to(self.device)
+        rows = max(500, min(INITIALIZATION_ROWS, INITIALIZATION // math.prod(self.flow.event_shape)))
+        x, label = self.batch(0, rows)
         if not bool(torch.isfinite(x).all()):
             raise NonFiniteError("the training data hold NaN or infinite values: remove those rows")
-        self.flow.bijection.initialize(x)
+        self.flow.bijection.initialize(self.flow.dequantized(x), label)
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor | None]:
+        """Samples and, for a conditional flow, labels of a step, on the flow's device."""
+        x = self.data.train_batch(step, size, self.seed).to(self.device, non_blocking=True)
+        label = self.data.train_labels(step, size, self.seed) if self.flow.classes is not None else None
+        return x, None if label is None else label.to(self.device, non_blocking=True)
 
     def compile(self) -> None:
         """Compiles what is evaluated most: the fields of continuous flows, of discrete ones the whole loss."""
@@ -172,10 +182,11 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One update. The finite check costs one transfer to the host, beside the solver's, and comes before it."""
+        begun = time.perf_counter()
         step, s, solver = self.step, self.settings, self.flow.solver
         seed = step_generator(self.seed, STEP_STREAM, step).initial_seed()
         torch.manual_seed(seed)
-        x = self.data.train_batch(step, s.batch_size, self.seed).to(self.device, non_blocking=True)
+        x, label = self.batch(step, s.batch_size)
         self.objective.train()
         lr = self.lr.at(step)
         for group in self.optimizer.param_groups:
@@ -184,26 +195,27 @@ class Trainer:
         if s.compile:
             # CUDA graphs may overwrite what the step before left
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        with record_solves() as solves, full_precision(self.device), ExitStack() as stack:
+        with record_solves() as solves, precision(s.precision, self.device), ExitStack() as stack:
             if solver is not None:
                 stack.enter_context(solver.using(rtol=rtol, atol=atol))
-            loss: Tensor = self.objective(x)
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = self.backward(x, label)
         norm = nn.utils.get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
-        nll, grad_norm = torch.stack([loss.detach(), norm]).tolist()
+        nll, grad_norm = torch.stack([loss, norm]).tolist()
         self.check_finite(nll, grad_norm)
         if s.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.flow.parameters(), s.clip_norm, norm)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update()
-        if self.guard is not None and self.guard.check(step + 1, x, seed):
+        if self.guard is not None and self.guard.check(step + 1, x, seed, label):
             self.tightened()
         nfe = [(c.nfe_forward, c.nfe_backward) for c in solves]
         adaptive = solver is not None and solver.adaptive
         return {
             "nll": nll,
+            **self.bits(nll),
+            "step_seconds": time.perf_counter() - begun,
             "nfe_forward": sum(f for f, _ in nfe) if nfe else None,
             "nfe_backward": sum(b for _, b in nfe) if nfe else None,
             "grad_norm": grad_norm,
@@ -211,6 +223,22 @@ class Trainer:
             "rtol": rtol if adaptive else None,
             "atol": atol if adaptive else None,
         }
+
+    def backward(self, x: Tensor, label: Tensor | None) -> Tensor:
+        """The loss of a batch, its gradient summed over `accumulate` parts that are in memory one at a time."""
+        n = self.settings.accumulate
+        labels = [None] * n if label is None else label.tensor_split(n)
+        losses = []
+        for part, y in zip(x.tensor_split(n), labels, strict=True):
+            loss: Tensor = self.objective(part, y) * (len(part) / len(x))
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def bits(self, nll: float) -> dict[str, float]:
+        """What a row says of an NLL in bits per dimension: nothing but for images."""
+        factor = self.flow.bits_per_nat
+        return {} if factor is None else {"bits_per_dim": factor * nll}
 
     def tightened(self) -> None:
         """Takes over a smaller step size, which holds in evaluation too, and so in every checkpoint's config."""
@@ -251,10 +279,14 @@ class Trainer:
     def validate(self) -> None:
         """NLL on the fixed validation set at the final tolerance; keeps the best checkpoint."""
         self.flow.eval()
-        log_p = self.with_average(log_probs, self.flow, self.data.val)
+        x, label = held_out(self.flow, self.data, "val")
+        n = self.settings.val_size
+        log_p = self.with_average(log_probs, self.flow, x[:n], None if label is None else label[:n])
         check_finite(log_p, "val")
         self.val_nll = -log_p.mean().item()
-        self.metrics.write(step=self.step, split="val", nll=self.val_nll, seconds=self.seconds)
+        self.metrics.write(
+            step=self.step, split="val", nll=self.val_nll, seconds=self.seconds, **self.bits(self.val_nll)
+        )
         # a NaN is never an improvement
         improved = self.val_nll < (math.inf if self.best is None else self.best["nll"])
         self.lr.validated(improved)
@@ -276,6 +308,7 @@ class Trainer:
         return {
             "config": dict(self.config),
             "event_shape": list(self.flow.event_shape),
+            "samples": asdict(self.data.samples),
             "step": self.step,
             "weights": self.flow.state_dict(),
             "ema": None if self.ema is None else self.ema.state(),

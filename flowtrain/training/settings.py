@@ -4,8 +4,13 @@ from dataclasses import asdict, dataclass
 
 from flowtrain.checks import flag, number, one_of, whole
 from flowtrain.errors import ConfigError
+from flowtrain.precision import PRECISIONS
 
-CHOICES = {"optimizer": ("adam", "adamw"), "lr_decay": ("cosine", "plateau", "constant")}
+CHOICES = {
+    "optimizer": ("adam", "adamw"),
+    "lr_decay": ("cosine", "plateau", "constant"),
+    "precision": PRECISIONS,
+}
 # the least value of each whole number
 WHOLE = {
     "steps": 1,
@@ -17,9 +22,11 @@ WHOLE = {
     "log_every": 1,
     "plot_every": 1,
     "guard_every": 1,
+    "accumulate": 1,
+    "val_size": 1,
 }
 POSITIVE = ("lr", "clip_norm", "ema", "time_limit")
-OPTIONAL = ("clip_norm", "ema", "patience", "plot_every", "time_limit", "guard_every")
+OPTIONAL = ("clip_norm", "ema", "patience", "plot_every", "time_limit", "guard_every", "val_size")
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,9 @@ class Settings:
     # with defaults, because the configs of older checkpoints lack them
     compile: bool = False
     guard_every: int | None = 50
+    accumulate: int = 1
+    precision: str = "float32"
+    val_size: int | None = None
 
     def __post_init__(self) -> None:
         given = {k: v for k, v in asdict(self).items() if v is not None or k not in OPTIONAL}
@@ -61,5 +71,10 @@ class Settings:
                 whole(name, value, WHOLE[key])
             else:
                 number(name, value, inclusive=key not in POSITIVE)
+        if self.accumulate > self.batch_size:
+            raise ConfigError(
+                f"trainer.accumulate={self.accumulate}: a batch of trainer.batch_size={self.batch_size} has no more "
+                "than that many parts"
+            )
         if self.ema is not None and self.ema >= 1:
             raise ConfigError(f"trainer.ema={self.ema}: a decay lies between 0 and 1, as in 0.999; null turns it off")

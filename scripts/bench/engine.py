@@ -112,7 +112,7 @@ def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
     x, before = both.chunk(2)
     noise = None if data.event_shape[0] <= 8 else fixed_noise(x)
     torch.manual_seed(0)
-    fresh = build.build_flow(saved["config"], data.event_shape)
+    fresh = build.build_flow(saved["config"], data.samples)
     initial = next(m for m in fresh.modules() if isinstance(m, Continuous)).field
     random = copy.deepcopy(initial)
     wake_head(random, 1.0)

@@ -1,0 +1,47 @@
+"""From bounded values to the real line and back (Dinh et al. 2017, Real NVP, section 4.1)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.base import Bijection
+
+
+class Logit(Bijection):
+    """z = logit p, p = alpha + (1 - 2 alpha) x / levels, for x in [0, levels]; each element by itself.
+
+    log|det dz/dx| = sum log((1 - 2 alpha) / levels) - log p - log(1 - p). x is in the units of the data, so that a
+    unit cube is one discrete value and -log p(x) / (D log 2) of the dequantized x is in bits per dimension.
+
+    Args:
+        levels: how many values, 0 .. levels - 1, the discrete data take.
+        alpha: keeps p off 0 and 1.
+    """
+
+    def __init__(self, levels: int, alpha: float) -> None:
+        super().__init__()
+        self.levels, self.alpha = levels, alpha
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        p, q = torch.sigmoid(z), torch.sigmoid(-z)
+        # p - alpha loses all its digits where p is small and near alpha; p < 1/2 < q and the reverse are exact
+        x = self.levels * torch.where(z < 0, p - self.alpha, 1 - self.alpha - q) / (1 - 2 * self.alpha)
+        return x, -self._log_det(p, q)
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        slope = (1 - 2 * self.alpha) / self.levels
+        # 1 - p from the distance to the upper end, which is exact there
+        p, q = self.alpha + slope * x, self.alpha + slope * (self.levels - x)
+        return p.log() - q.log(), self._log_det(p, q)
+
+    def _log_det(self, p: Tensor, q: Tensor) -> Tensor:
+        d = p[0].numel()
+        return d * math.log((1 - 2 * self.alpha) / self.levels) - (p.log() + q.log()).flatten(1).sum(1)
+
+
+def dequantize(x: Tensor, like: Tensor) -> Tensor:
+    """x + u with u ~ U[0, 1), for whole numbers x, from the global generator of x's device; dtype of `like`."""
+    x = x.to(like.dtype)
+    # rounding can carry 16 + u up to 17, which belongs to the next number
+    return torch.minimum(x + torch.rand_like(x), torch.nextafter(x + 1, x))

@@ -1,0 +1,91 @@
+"""What makes a flow over images multi-scale: a squeeze around a bijection, and half of the channels left as they are.
+
+Both keep the shape of an image from end to end, so that latents have the shape of the data.
+"""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.base import Bijection
+
+
+class Within(Bijection):
+    """A bijection applied to a part or a rearrangement of x, in both directions the same.
+
+    Around it nothing changes volume: its log-determinant is the inner one's.
+    """
+
+    def __init__(self, inner: Bijection) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @abstractmethod
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(what the inner bijection takes, what passes by it)."""
+
+    @abstractmethod
+    def leave(self, inside: Tensor, outside: Tensor | None) -> Tensor:
+        """The inverse of `enter`."""
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        inside, outside = self.enter(z)
+        x, log_det = self.inner.forward(inside, label)
+        return self.leave(x, outside), log_det
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        inside, outside = self.enter(x)
+        z, log_det = self.inner.inverse(inside, label)
+        return self.leave(z, outside), log_det
+
+    def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        inside, outside = self.enter(z)
+        return self.leave(self.inner.map_forward(inside, label), outside)
+
+    def map_inverse(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        inside, outside = self.enter(x)
+        return self.leave(self.inner.map_inverse(inside, label), outside)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        inside, outside = self.enter(x)
+        return self.leave(self.inner.initialize(inside, label), outside)
+
+
+class Squeezed(Within):
+    """A bijection of (4 C, H/2, W/2) applied to squeezed images (C, H, W)."""
+
+    def enter(self, x: Tensor) -> tuple[Tensor, None]:
+        return squeeze(x), None
+
+    def leave(self, inside: Tensor, outside: Tensor | None) -> Tensor:
+        return unsqueeze(inside)
+
+
+class OnHalf(Within):
+    """A bijection of the first half of the channels; the others are factored out (Dinh et al. 2017, section 3.6)."""
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = x.chunk(2, 1)
+        return first, second
+
+    def leave(self, inside: Tensor, outside: Tensor | None) -> Tensor:
+        assert outside is not None
+        return torch.cat([inside, outside], 1)
+
+
+def squeeze(x: Tensor) -> Tensor:
+    """Each 2x2 square of pixels becomes four channels: (B, C, H, W) -> (B, 4 C, H/2, W/2).
+
+    Upper left and lower right of every channel come first, then upper right and lower left: the two halves of the
+    channels are the two colours of a checkerboard (Dinh et al. 2017, Real NVP, sections 3.4 and 3.6).
+    """
+    return torch.cat([x[..., i::2, j::2] for i, j in ((0, 0), (1, 1), (0, 1), (1, 0))], 1)
+
+
+def unsqueeze(x: Tensor) -> Tensor:
+    """The inverse of `squeeze`."""
+    upper_left, lower_right, upper_right, lower_left = x.chunk(4, 1)
+    rows = [torch.stack(pair, -1).flatten(-2) for pair in ((upper_left, upper_right), (lower_left, lower_right))]
+    return torch.stack(rows, -2).flatten(-3, -2)

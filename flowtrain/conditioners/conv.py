@@ -1,0 +1,121 @@
+"""Convolutional networks as the conditioners of couplings over images."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowtrain.conditioners.mlp import ACTIVATIONS, zero
+from flowtrain.errors import ConfigError
+
+
+class ConvNet(nn.Module):
+    """(B, n_in, H, W) -> (B, n_out, H, W): 3x3, then for each further width a `middle` x `middle`, then 3x3.
+
+    The network of Glow's couplings with middle = 1 (Kingma and Dhariwal 2018, section 3.3). Zero at its start.
+
+    Args:
+        hidden: channels of the hidden layers, at least one.
+        activation: relu | tanh | swish.
+        classes: how many there are of the labels (B,), each of which shifts the first hidden layer; None takes none.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        hidden: Sequence[int],
+        n_out: int,
+        activation: str,
+        classes: int | None = None,
+        middle: int = 1,
+    ) -> None:
+        super().__init__()
+        self.first = FirstConv(n_in, hidden[0], classes)
+        self.middle = nn.ModuleList(nn.Conv2d(a, b, middle, padding="same") for a, b in pairwise(hidden))
+        self.last = zero(nn.Conv2d(hidden[-1], n_out, 3, padding="same"))
+        self.activation = ACTIVATIONS[activation]()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        h = self.first(x, label)
+        for layer in self.middle:
+            h = layer(self.activation(h))
+        y: Tensor = self.last(self.activation(h))
+        return y
+
+
+class ResidualNet(nn.Module):
+    """(B, n_in, H, W) -> (B, n_out, H, W): 3x3, a residual block h + W2 * f(W1 * f(h)) for each width, 3x3.
+
+    The network of Real NVP's couplings (Dinh et al. 2017, section 4.1; pre-activation blocks of He et al. 2016), zero
+    at its start. With `batch_norm` every convolution of a block has one before it.
+
+    Args:
+        hidden: the channels, the same for every block.
+        activation, classes: as in `ConvNet`.
+
+    Raises:
+        ConfigError: blocks of different widths.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        hidden: Sequence[int],
+        n_out: int,
+        activation: str,
+        classes: int | None = None,
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(set(hidden)) != 1:
+            raise ConfigError(
+                f"model.hidden={list(hidden)}: the blocks of a residual network are all of one width, as in [32,32]"
+            )
+        width = hidden[0]
+        self.first = FirstConv(n_in, width, classes)
+        self.blocks = nn.ModuleList(Block(width, activation, batch_norm) for _ in hidden)
+        self.activation = ACTIVATIONS[activation]()
+        self.last = zero(nn.Conv2d(width, n_out, 3, padding="same"))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        h = self.first(x, label)
+        for block in self.blocks:
+            h = block(h)
+        y: Tensor = self.last(self.activation(h))
+        return y
+
+
+class Block(nn.Sequential):
+    """h + W2 * f(n(W1 * f(n(h)))), n batch normalisation or nothing."""
+
+    def __init__(self, width: int, activation: str, batch_norm: bool) -> None:
+        def half() -> list[nn.Module]:
+            norm = [nn.BatchNorm2d(width)] if batch_norm else []
+            return [*norm, ACTIVATIONS[activation](), nn.Conv2d(width, width, 3, padding="same")]
+
+        super().__init__(*half(), *half())
+
+    def forward(self, h: Tensor) -> Tensor:
+        change: Tensor = super().forward(h)  # type: ignore[no-untyped-call]
+        return h + change
+
+
+class FirstConv(nn.Conv2d):
+    """W * x + b + E[label], E one vector of channels for each class."""
+
+    def __init__(self, n_in: int, n_out: int, classes: int | None) -> None:
+        super().__init__(n_in, n_out, 3, padding="same")
+        self.classes = classes
+        if classes is not None:
+            self.embedding = nn.Parameter(torch.zeros(classes, n_out))
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        y = super().forward(x.contiguous(memory_format=torch.channels_last))
+        if self.classes is None:
+            return y
+        assert label is not None
+        return y + F.embedding(label, self.embedding).unsqueeze(-1).unsqueeze(-1)

@@ -1,0 +1,43 @@
+"""A multilayer perceptron as the conditioner of a coupling over vectors."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "swish": nn.SiLU}
+
+
+class MLP(nn.Sequential):
+    """(B, n_in) -> (B, n_out), zero at its start, so that a coupling begins as the identity.
+
+    Args:
+        hidden: widths.
+        activation: relu | tanh | swish.
+        classes: how many there are of the labels (B,), which enter one-hot; None takes none.
+    """
+
+    def __init__(
+        self, n_in: int, hidden: Sequence[int], n_out: int, activation: str, classes: int | None = None
+    ) -> None:
+        sizes = [n_in + (classes or 0), *hidden]
+        body = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), ACTIVATIONS[activation]())]
+        super().__init__(*body, zero(nn.Linear(sizes[-1], n_out)))
+        self.classes = classes
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        if self.classes is not None:
+            assert label is not None
+            x = torch.cat([x, F.one_hot(label, self.classes).to(x.dtype)], 1)
+        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return y
+
+
+def zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    """The layer, its answer zero."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

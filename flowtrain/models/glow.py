@@ -1,0 +1,105 @@
+"""Glow: steps of ActNorm, an invertible 1x1 convolution and an affine coupling (Kingma and Dhariwal 2018)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.coupling import HalfCoupling
+from flowtrain.bijections.linear import InvertibleLinear
+from flowtrain.bijections.scale import ActNorm
+from flowtrain.bijections.squeeze import OnHalf, Squeezed
+from flowtrain.checks import flag, number, one_of, whole, widths
+from flowtrain.conditioners.conv import ConvNet, FirstConv
+from flowtrain.conditioners.mlp import ACTIVATIONS, MLP, zero
+from flowtrain.errors import ConfigError
+from flowtrain.flow import Flow
+from flowtrain.models.multiscale import from_data, halvings, labelled
+
+
+def glow(
+    event_shape: tuple[int, ...],
+    *,
+    steps: int = 8,
+    hidden: Sequence[int] = (64, 64),
+    activation: str = "relu",
+    cap: float = 2.0,
+    scales: int | None = None,
+    conditional: bool = False,
+    classes: int | None = None,
+) -> Flow:
+    """Steps of flow over images (C, H, W), or over vectors of length d >= 2, which are images of one pixel.
+
+    Args:
+        steps: how many, over images at each scale.
+        hidden: of the conditioners: channels of a 3x3 convolution and of 1x1 ones after it, widths of an MLP.
+        activation: of the conditioners; relu | tanh | swish.
+        cap: bound on each coupling's log-scale.
+        scales: how often images are halved; None for as often as leaves no side below 4.
+        conditional: p(x | label), the conditioners told of the label.
+        classes: how many labels the data have; None for none.
+
+    Raises:
+        ConfigError: one channel that cannot be squeezed, data without labels, or a setting out of range.
+    """
+    made = Steps(
+        steps=whole("model.steps", steps),
+        hidden=widths("model.hidden", hidden),
+        activation=one_of("model.activation", activation, ACTIVATIONS),
+        cap=number("model.cap", cap),
+        classes=labelled("glow", flag("model.conditional", conditional), classes),
+        images=len(event_shape) == 3,
+    )
+    if not made.images:
+        if event_shape[0] < 2:
+            raise ConfigError(
+                "model=glow needs vectors of at least 2 columns; for one use model=ffjord or model=affine"
+            )
+        return Flow(event_shape, from_data([*made.at(event_shape[0]), ActNorm(event_shape[0])]), made.classes)
+    channels, *size = event_shape
+    times = halvings((size[0], size[1]), "model.scales", scales)
+    if channels == 1 and not times:
+        raise ConfigError(
+            f"model=glow splits channels, and these images of {size[0]}x{size[1]} have one that cannot be squeezed: "
+            "give sides that can be halved, or use model=realnvp"
+        )
+    # at the data end each pixel has its own mean and spread: those of a border that is always black differ most
+    return Flow(event_shape, from_data([ActNorm(event_shape), made.scale(channels, times)]), made.classes)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The settings that all steps of a model share, and how they are put together."""
+
+    steps: int
+    hidden: list[int]
+    activation: str
+    cap: float
+    classes: int | None
+    images: bool
+
+    def at(self, channels: int) -> list[Bijection]:
+        """Steps of flow on `channels`, from the data to the base (Glow, figure 2a)."""
+        first = (channels + 1) // 2
+        parts: list[Bijection] = []
+        for _ in range(self.steps):
+            coupling = HalfCoupling(channels, False, self.net(first, 2 * (channels - first)), self.cap)
+            parts += [ActNorm(channels), InvertibleLinear(channels), coupling]
+        return parts
+
+    def scale(self, channels: int, halvings: int) -> Bijection:
+        """Squeeze, steps, half of the channels factored out given the others, those at the next scale (figure 2b)."""
+        if not halvings:
+            return from_data([*self.at(channels), ActNorm(channels)])
+        inside = self.at(4 * channels)
+        if halvings == 1:
+            return Squeezed(from_data([*inside, ActNorm(4 * channels)]))
+        half = 2 * channels
+        # the density of what is factored out, its mean and scale a convolution of the rest
+        prior = HalfCoupling(2 * half, False, zero(FirstConv(half, 2 * half, self.classes)), self.cap)
+        return Squeezed(from_data([*inside, prior, OnHalf(self.scale(half, halvings - 1))]))
+
+    def net(self, n_in: int, n_out: int) -> nn.Module:
+        kind = ConvNet if self.images else MLP
+        return kind(n_in, self.hidden, n_out, self.activation, self.classes)

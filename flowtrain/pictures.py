@@ -1,0 +1,181 @@
+"""What a flow looks like beside its data: which samples and grids go into which figure."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowtrain import plots
+from flowtrain.data.base import Dataset
+from flowtrain.flow import Flow
+
+POINTS = 10_000
+IMAGES = 100
+# a picture shows nothing of an error this small, and a tight solve of its whole grid would cost more than it shows
+TOLERANCE = 1e-4
+TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0)
+# images in a row, and pairs that are interpolated
+ROW, PAIRS = 10, 6
+
+
+def draw(
+    flow: Flow, data: Dataset, path: Path, title: str, samples: Tensor | None = None, label: int | None = None
+) -> None:
+    """Data beside samples: with the density for 2-D, a corner plot of a few columns beyond, grids of images.
+
+    No randomness is left behind. A conditional flow is shown with the labels of the data beside it, or `label`.
+    """
+    with _drawing(flow):
+        if len(flow.event_shape) == 3:
+            _draw_images(flow, data, path, title, samples, label)
+        else:
+            _draw_vectors(flow, data, path, title, samples)
+
+
+def draw_more(flow: Flow, data: Dataset, folder: Path, title: str) -> None:
+    """What else images have to show, one figure each: reconstructions, interpolations, temperatures and classes."""
+    if len(flow.event_shape) != 3:
+        return
+    show = Shown(flow, data)
+    figures = {"reconstructions": reconstructions, "interpolation": interpolations, "temperature": temperatures}
+    if flow.classes is not None:
+        figures["classes"] = classes
+    with _drawing(flow):
+        for name, rows in figures.items():
+            drawn = [(words, show(images)) for words, images in rows(flow, data)]
+            plots.draw_rows(folder / f"{name}.png", rows=drawn, levels=show.levels, title=f"{title}: {name}")
+
+
+class Shown:
+    """Images as they are drawn: whole numbers of known range as they are, others scaled by the range of the data."""
+
+    def __init__(self, flow: Flow, data: Dataset) -> None:
+        self.flow = flow
+        low, high = data.test.min().item(), data.test.max().item()
+        self.low, self.levels = (0.0, flow.levels) if flow.levels is not None else (low, high - low + 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.float()
+        # what is not finite is for the figure to show
+        return torch.where(x.isfinite(), self.flow.quantized(x).float(), x) - self.low
+
+
+Rows = list[tuple[str, Tensor]]
+
+
+def reconstructions(flow: Flow, data: Dataset) -> Rows:
+    """Test images, what comes back of them through the latents, and the difference, which is not to be seen."""
+    x, label = _first(flow, data, ROW)
+    x = flow.dequantized(x)
+    back = flow(flow.inverse(x, label), label)
+    scale = 1.0 if flow.levels is None else flow.levels / 2
+    return [("data", x), ("round trip", back), ("difference", scale + x - back)]
+
+
+def interpolations(flow: Flow, data: Dataset) -> Rows:
+    """From one test image to another along the great circle between their latents, of one class where there are any."""
+    x, label = _first(flow, data, 20 * PAIRS)
+    first, second = pairs(label, len(x))
+    z = flow.inverse(x, label)
+    t = torch.linspace(0, 1, ROW, device=z.device)
+    rows = []
+    for i, j in zip(first, second, strict=True):
+        labels = None if label is None else label[i].expand(ROW)
+        rows.append(("" if label is None else str(int(label[i])), flow(slerp(z[i], z[j], t), labels)))
+    return rows
+
+
+def pairs(label: Tensor | None, n: int) -> tuple[list[int], list[int]]:
+    """Up to PAIRS pairs of rows below n, each of one class and no row twice."""
+    waiting: dict[int, int] = {}
+    first, second = [], []
+    for i in range(n):
+        key = 0 if label is None else int(label[i])
+        if key in waiting:
+            first.append(waiting.pop(key))
+            second.append(i)
+        else:
+            waiting[key] = i
+    return first[:PAIRS], second[:PAIRS]
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """(sin((1 - t) w) a + sin(t w) b) / sin w, w the angle between a and b: latents as long as those of data.
+
+    Shapes: a and b (*event), t (n,), result (n, *event). (Shoemake 1985, Animating rotation, section 3.3.)
+    """
+    t = t.view(-1, *(1,) * a.dim())
+    cosine = (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12)
+    angle = torch.acos(cosine.clamp(-1, 1)).clamp(1e-4, torch.pi - 1e-4)
+    return (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
+
+
+def temperatures(flow: Flow, data: Dataset) -> Rows:
+    """The same latents at several temperatures."""
+    z, label = _latents(flow, 2 * ROW)
+    return [(f"T = {t}", flow(t * z, label)) for t in TEMPERATURES]
+
+
+def classes(flow: Flow, data: Dataset) -> Rows:
+    """Samples of each class, from the same latents."""
+    assert flow.classes is not None
+    z, _ = _latents(flow, 2 * ROW)
+    return [(str(label), flow(z, label)) for label in range(flow.classes)]
+
+
+def _latents(flow: Flow, n: int) -> tuple[Tensor, Tensor | None]:
+    like = flow.like
+    z = torch.randn(n, *flow.event_shape, dtype=like.dtype, device=like.device)
+    return z, None if flow.classes is None else flow.in_turn(n)
+
+
+def _first(flow: Flow, data: Dataset, n: int) -> tuple[Tensor, Tensor | None]:
+    device = flow.like.device
+    label = data.test_labels[:n].to(device) if flow.classes is not None and data.test_labels is not None else None
+    return data.test[:n].to(device), label
+
+
+@contextmanager
+def _drawing(flow: Flow) -> Iterator[None]:
+    """The flow in evaluation mode, no gradients, randomness of its own, and a tolerance that suits a picture."""
+    flow.eval()
+    device = flow.like.device
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        if flow.solver is None:
+            yield
+            return
+        rtol = max(flow.solver.rtol, TOLERANCE)
+        with flow.solver.using(rtol=rtol, atol=rtol):
+            yield
+
+
+def _draw_images(flow: Flow, data: Dataset, path: Path, title: str, samples: Tensor | None, label: int | None) -> None:
+    show = Shown(flow, data)
+    real, labels = _first(flow, data, IMAGES)
+    if samples is None:
+        samples = flow.sample(len(real), label=labels if label is None else label)
+    plots.draw_panels(path, panels=[("data", show(real)), ("samples", show(samples))], levels=show.levels, title=title)
+
+
+def _draw_vectors(flow: Flow, data: Dataset, path: Path, title: str, samples: Tensor | None) -> None:
+    if samples is None:
+        samples = flow.sample(POINTS if flow.event_shape[0] <= 2 else 2000)
+    plots.draw_flow(
+        path,
+        data=flow.dequantized(data.test[:POINTS]),
+        samples=samples,
+        log_density=lambda x: torch.cat([marginal(flow, part) for part in torch.split(x, 2000)]),
+        columns=data.columns,
+        title=title,
+    )
+
+
+def marginal(flow: Flow, x: Tensor) -> Tensor:
+    """log p(x), (B,); of a conditional flow with all classes equally likely, log 1/K sum_y p(x | y)."""
+    if flow.classes is None:
+        return flow.log_prob(x)
+    return torch.stack([flow.log_prob(x, y) for y in range(flow.classes)]).logsumexp(0) - math.log(flow.classes)

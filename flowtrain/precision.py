@@ -1,0 +1,55 @@
+"""How exactly a piece of work is computed: in full precision, or with narrower products where a network may."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# of the networks inside couplings while they train; what they feed, and every evaluation, is in full precision
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Turns autocast off, and TF32 on a GPU.
+
+    TF32 products carry 10 bits of mantissa, an error of 5e-4 in every velocity: at rtol 1e-5 the error estimate would
+    measure that noise, which no step size cures, and the step size would collapse. torch allows TF32 in convolutions
+    unless told otherwise.
+    """
+    with _products(device, tf32=False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def precision(name: str, device: torch.device) -> Iterator[None]:
+    """Products of one of PRECISIONS: all float32; TF32 where a GPU has it; convolutions and matrices in bfloat16.
+
+    It reaches what does not ask for full precision itself: the networks of couplings, and neither their scales, nor
+    linear maps, nor ODE solves.
+    """
+    narrow = name == "bfloat16"
+    with _products(device, tf32=name == "tf32"), torch.autocast(device.type, torch.bfloat16, enabled=narrow):
+        yield
+
+
+@contextmanager
+def _products(device: torch.device, tf32: bool) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    products: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    # torch before 2.9 knows these by other names
+    old = not hasattr(cudnn, "conv")
+    places, name = ((products, cudnn), "allow_tf32") if old else ((products, cudnn.conv), "fp32_precision")
+    setting: Any = tf32 if old else "tf32" if tf32 else "ieee"
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, setting)
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)
