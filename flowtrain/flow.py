@@ -168,9 +168,10 @@ class Flow(nn.Module):
         y = torch.as_tensor(label, device=x.device)
         if y.is_floating_point() or y.dtype == torch.bool or y.dim() > 1 or (y.dim() == 1 and len(y) != len(x)):
             raise FlowtrainError(f"label: give one whole number, or one for each of the {len(x)} samples")
-        bad = y[(y < 0) | (y >= self.classes)] if y.dim() else y.view(1)[(y < 0) | (y >= self.classes)]
-        if len(bad):
-            raise FlowtrainError(f"label={int(bad[0])}: the labels of this flow are 0 to {self.classes - 1}")
+        # in training they are the data set's own, and to look at them would wait for the device
+        bad = [] if self.training else y[(y < 0) | (y >= self.classes)].tolist()
+        if bad:
+            raise FlowtrainError(f"label={bad[0]}: the labels of this flow are 0 to {self.classes - 1}")
         return y.long().expand(len(x))
 
     @contextmanager

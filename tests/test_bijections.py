@@ -105,7 +105,7 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
         [(1, 3, 3), (2, 1, 2)],
     ),
     "realnvp": (
-        lambda c, h, w: perturbed(realnvp((c, h, w), layers=2, hidden=(6,)).bijection, 0.2),
+        lambda c, h, w: perturbed(realnvp((c, h, w), layers=2, hidden=(6,), positions=True).bijection, 0.2),
         [(1, 4, 4), (1, 3, 5), (2, 2, 4), (1, 8, 8)],
     ),
     "realnvp batchnorm": (
@@ -116,7 +116,9 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
         [(1, 4, 4), (1, 3, 5)],
     ),
     "glow": (
-        lambda c, h, w: perturbed(glow((c, h, w), steps=2, hidden=(6, 6), scales=2 if h > 2 else 0).bijection, 0.1),
+        lambda c, h, w: perturbed(
+            glow((c, h, w), steps=2, hidden=(6, 6), scales=2 if h > 2 else 0, positions=True).bijection, 0.1
+        ),
         [(1, 4, 8), (2, 2, 3)],
     ),
     "ffjord": (
@@ -127,6 +129,7 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
                 hidden=(6,),
                 scales=1 if h % 2 == 0 else 0,
                 actnorm=True,
+                positions=True,
                 trace="exact",
             ).bijection,
             0.1,
@@ -158,7 +161,7 @@ LABELLED = {
 @pytest.mark.parametrize("training", [True, False])
 def test_a_conditional_bijection_is_one_for_each_label(model: str, shape: tuple[int, ...], training: bool) -> None:
     scales = {"scales": 1} if shape == (1, 2, 2) else {}
-    flow = LABELLED[model](shape, conditional=True, classes=3, **scales)
+    flow = LABELLED[model](shape, conditional=True, classes=3, positions=True, **scales)
     bijection = perturbed(flow.bijection, 0.2).train(training)
     z, label = torch.randn(3, *shape), torch.tensor([2, 0, 2])
     check(bijection, z, label)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
+from flowtrain.conditioners.conv import ConvNet, ResidualNet
 from flowtrain.divergence import Probes, TraceRule, divergence
 from flowtrain.errors import ConfigError
 from flowtrain.fields.activations import ACTIVATIONS
@@ -57,6 +58,29 @@ def jacobian(field: nn.Module, t: Tensor, x: Tensor) -> Tensor:
     """(D, D) at one image x (C, H, W)."""
     j = torch.autograd.functional.jacobian(lambda y: field(t, y.unsqueeze(0)).squeeze(0), x)
     return j.reshape(x.numel(), x.numel())
+
+
+@pytest.mark.parametrize("network", ["field", "pushed", "conv", "residual"])
+@pytest.mark.parametrize("size", [None, (20, 20)])
+def test_positions_tell_a_network_where_it_is(network: str, size: tuple[int, int] | None) -> None:
+    """Without them what it makes of a dot moves with the dot, as long as that is far from the border."""
+    made: nn.Module
+    if network in ("field", "pushed"):
+        made = ConvField(1, [4], "concat", "tanh", size=size)
+    else:
+        kind = ConvNet if network == "conv" else ResidualNet
+        made = kind(1, [4], 1, "tanh", size=size)
+    for p in made.parameters():
+        nn.init.normal_(p, std=0.3)
+    dots = torch.zeros(2, 1, 20, 20)
+    dots[0, 0, 8, 8] = dots[1, 0, 9, 10] = 1
+    t = torch.tensor(0.3)
+    if network == "pushed":
+        y = made.push(t, dots, torch.ones_like(dots).unsqueeze(0))[1][0]
+    else:
+        y = made(t, dots) if network == "field" else made(dots)
+    same = torch.allclose(y[0, 0, 5:12, 5:12], y[1, 0, 6:13, 7:14])
+    assert same == (size is None)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])

@@ -266,7 +266,7 @@ def test_batch_norm_takes_the_batch_in_training_and_its_running_mean_elsewhere()
 
 
 def test_labels_are_checked() -> None:
-    flow = realnvp((1, 4, 4), layers=1, hidden=[4], conditional=True, classes=3)
+    flow = realnvp((1, 4, 4), layers=1, hidden=[4], conditional=True, classes=3).eval()
     x = torch.randn(5, 1, 4, 4)
     for label, words in (
         (None, "conditional: give a label for each sample, 0 to 2"),

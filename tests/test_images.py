@@ -276,7 +276,7 @@ def positions(images: torch.Tensor) -> list[int]:
 
 def test_what_it_has(data: IDXImages, tmp_path: Path) -> None:
     assert data.event_shape == (1, H, W)
-    assert (data.levels, data.classes, data.columns, data.alpha) == (256, 10, (), 0.05)
+    assert (data.levels, data.classes, data.columns, data.alpha) == (256, 10, (), 1e-5)
     for images, n in ((data.val, 10), (data.test, 20), (data.train_batch(0, 8, 0), 8)):
         assert (images.dtype, images.shape) == (torch.uint8, (n, 1, H, W))
     for labels, n in ((data.val_labels, 10), (data.test_labels, 20), (data.train_labels(0, 8, 0), 8)):

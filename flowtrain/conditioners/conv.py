@@ -20,6 +20,7 @@ class ConvNet(nn.Module):
         hidden: channels of the hidden layers, at least one.
         activation: relu | tanh | swish.
         classes: how many there are of the labels (B,), each of which shifts the first hidden layer; None takes none.
+        size: (H, W), for a shift of the first hidden layer at each place; None for a network that is the same at all.
     """
 
     def __init__(
@@ -29,10 +30,11 @@ class ConvNet(nn.Module):
         n_out: int,
         activation: str,
         classes: int | None = None,
+        size: tuple[int, int] | None = None,
         middle: int = 1,
     ) -> None:
         super().__init__()
-        self.first = FirstConv(n_in, hidden[0], classes)
+        self.first = FirstConv(n_in, hidden[0], classes, size)
         self.middle = nn.ModuleList(nn.Conv2d(a, b, middle, padding="same") for a, b in pairwise(hidden))
         self.last = zero(nn.Conv2d(hidden[-1], n_out, 3, padding="same"))
         self.activation = ACTIVATIONS[activation]()
@@ -54,7 +56,7 @@ class ResidualNet(nn.Module):
 
     Args:
         hidden: the channels, the same for every block.
-        activation, classes: as in `ConvNet`.
+        activation, classes, size: as in `ConvNet`.
 
     Raises:
         ConfigError: blocks of different widths.
@@ -67,6 +69,7 @@ class ResidualNet(nn.Module):
         n_out: int,
         activation: str,
         classes: int | None = None,
+        size: tuple[int, int] | None = None,
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ class ResidualNet(nn.Module):
                 f"model.hidden={list(hidden)}: the blocks of a residual network are all of one width, as in [32,32]"
             )
         width = hidden[0]
-        self.first = FirstConv(n_in, width, classes)
+        self.first = FirstConv(n_in, width, classes, size)
         self.blocks = nn.ModuleList(Block(width, activation, batch_norm) for _ in hidden)
         self.activation = ACTIVATIONS[activation]()
         self.last = zero(nn.Conv2d(width, n_out, 3, padding="same"))
@@ -105,17 +108,16 @@ class Block(nn.Sequential):
 
 
 class FirstConv(nn.Conv2d):
-    """W * x + b + E[label], E one vector of channels for each class."""
+    """W * x + b + E[label] + P, E one vector of channels for each class, P one for each place of an image."""
 
-    def __init__(self, n_in: int, n_out: int, classes: int | None) -> None:
+    def __init__(self, n_in: int, n_out: int, classes: int | None, size: tuple[int, int] | None) -> None:
         super().__init__(n_in, n_out, 3, padding="same")
-        self.classes = classes
-        if classes is not None:
-            self.embedding = nn.Parameter(torch.zeros(classes, n_out))
+        self.embedding = None if classes is None else nn.Parameter(torch.zeros(classes, n_out))
+        self.places = None if size is None else nn.Parameter(torch.zeros(1, n_out, *size))
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         y = super().forward(x.contiguous(memory_format=torch.channels_last))
-        if self.classes is None:
-            return y
-        assert label is not None
-        return y + F.embedding(label, self.embedding).unsqueeze(-1).unsqueeze(-1)
+        if self.embedding is not None:
+            assert label is not None
+            y = y + F.embedding(label, self.embedding).unsqueeze(-1).unsqueeze(-1)
+        return y if self.places is None else y + self.places

@@ -118,6 +118,7 @@ class ConvField(LayeredField[TimedConv2d]):
         activation: tanh | softplus | swish.
         kernel_size: odd, so that an image keeps its size about its centre.
         classes: how many labels there are, which `given` takes; None for none.
+        size: (H, W), for a bias of the first layer at each place; None for a field that is the same at all.
 
     Raises:
         ConfigError: an unknown layer or activation, no hidden layer, an even kernel; x that is not C channels.
@@ -133,6 +134,7 @@ class ConvField(LayeredField[TimedConv2d]):
         activation: str,
         kernel_size: int = 3,
         classes: int | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
         sizes = [whole("model.channels", channels), *widths("model.hidden", hidden), channels]
@@ -140,12 +142,13 @@ class ConvField(LayeredField[TimedConv2d]):
             raise ConfigError(f"model.kernel_size={kernel_size}: give an odd number, so that images keep their size")
         super().__init__([kind(a, b, kernel_size) for a, b in pairwise(sizes)], activation, sizes[1], classes)
         self.channels = channels
+        self.places = None if size is None else nn.Parameter(torch.zeros(sizes[1], *size))
 
     def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        return super().forward(t, self.checked(x), shift).contiguous()
+        return super().forward(t, self.checked(x), self.placed(shift)).contiguous()
 
     def push(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = self.checked(x)
+        x, shift = self.checked(x), self.placed(shift)
         if not self.by_hand(t, x, tangents):
             v, je = self.push_rows(t, x, tangents, shift)
             return v.contiguous(), je.contiguous()
@@ -166,6 +169,12 @@ class ConvField(LayeredField[TimedConv2d]):
             shifts = (shifts[0] + shift, *shifts[1:])
         v, je = push(self.activation, x, tangents, weights, shifts)
         return v.contiguous(), je.contiguous()
+
+    def placed(self, shift: Tensor | None) -> Tensor | None:
+        """The shift of the first layer: that of the labels, and that of the places."""
+        if shift is None or self.places is None:
+            return self.places if shift is None else shift
+        return shift + self.places
 
     def checked(self, x: Tensor) -> Tensor:
         if x.dim() < 3 or x.shape[-3] != self.channels:

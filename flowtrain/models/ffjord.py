@@ -27,6 +27,7 @@ def ffjord(
     flows: int = 1,
     scales: int | None = None,
     full_size: bool = True,
+    positions: bool = False,
     actnorm: bool = True,
     conditional: bool = False,
     classes: int | None = None,
@@ -45,6 +46,7 @@ def ffjord(
         flows: how many continuous bijections; over images, at each size and number of channels.
         scales: how often images are halved; None for as often as leaves no side below 4.
         full_size: whether flows stand at the images' own size too, before the first squeeze.
+        positions: over images, the fields have a bias for each place, so that they know where they are.
         actnorm: over images, an ActNorm of each pixel at the data end, and one of each channel after each flow.
         conditional: p(x | label), the fields told of the label.
         classes: how many labels the data have; None for none.
@@ -60,6 +62,7 @@ def ffjord(
         hidden=hidden,
         activation=activation,
         flows=whole("model.flows", flows),
+        positions=flag("model.positions", positions),
         actnorm=flag("model.actnorm", actnorm),
         classes=labelled("ffjord", flag("model.conditional", conditional), classes),
     )
@@ -68,7 +71,7 @@ def ffjord(
         return Flow(event_shape, Chain(stack), made.classes)
     channels, height, width = event_shape
     times = halvings((height, width), "model.scales", scales)
-    inside = made.scale(channels, times, flag("model.full_size", full_size) or not times)
+    inside = made.scale(channels, (height, width), times, flag("model.full_size", full_size) or not times)
     pixels = [ActNorm(event_shape)] if made.actnorm else []
     return Flow(event_shape, from_data([*pixels, inside]), made.classes)
 
@@ -83,27 +86,30 @@ class Flows:
     hidden: Sequence[int]
     activation: str
     flows: int
+    positions: bool
     actnorm: bool
     classes: int | None
 
     def flow(self, field: Field) -> Continuous:
         return Continuous(field, self.solver, self.rule)
 
-    def at(self, channels: int) -> list[Bijection]:
-        """Flows over images of `channels`, from the data to the base."""
+    def at(self, channels: int, size: tuple[int, int]) -> list[Bijection]:
+        """Flows over images of `channels` and `size`, from the data to the base."""
+        places = size if self.positions else None
         parts: list[Bijection] = []
         for _ in range(self.flows):
-            parts.append(self.flow(ConvField(channels, self.hidden, self.field, self.activation, classes=self.classes)))
-            parts += [ActNorm(channels)] if self.actnorm else []
+            field = ConvField(channels, self.hidden, self.field, self.activation, classes=self.classes, size=places)
+            parts += [self.flow(field), *([ActNorm(channels)] if self.actnorm else [])]
         return parts
 
-    def scale(self, channels: int, halvings: int, first: bool = True) -> Bijection:
+    def scale(self, channels: int, size: tuple[int, int], halvings: int, first: bool = True) -> Bijection:
         """Flows, a squeeze, flows, half of the channels factored out and the rest at the next scale.
 
         At the last scale flows alone (FFJORD, appendix B.1, and the multi-scale model of its code).
         """
-        here = self.at(channels) if first else []
+        here = self.at(channels, size) if first else []
         if not halvings:
             return from_data(here)
-        rest = OnHalf(self.scale(2 * channels, halvings - 1))
-        return from_data([*here, Squeezed(from_data([*self.at(4 * channels), rest]))])
+        half = (size[0] // 2, size[1] // 2)
+        rest = OnHalf(self.scale(2 * channels, half, halvings - 1))
+        return from_data([*here, Squeezed(from_data([*self.at(4 * channels, half), rest]))])

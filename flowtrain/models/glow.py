@@ -26,6 +26,7 @@ def glow(
     activation: str = "relu",
     cap: float = 2.0,
     scales: int | None = None,
+    positions: bool = False,
     conditional: bool = False,
     classes: int | None = None,
 ) -> Flow:
@@ -37,6 +38,7 @@ def glow(
         activation: of the conditioners; relu | tanh | swish.
         cap: bound on each coupling's log-scale.
         scales: how often images are halved; None for as often as leaves no side below 4.
+        positions: over images, the conditioners have a bias for each place, so that they know where they are.
         conditional: p(x | label), the conditioners told of the label.
         classes: how many labels the data have; None for none.
 
@@ -48,24 +50,26 @@ def glow(
         hidden=widths("model.hidden", hidden),
         activation=one_of("model.activation", activation, ACTIVATIONS),
         cap=number("model.cap", cap),
+        positions=flag("model.positions", positions),
         classes=labelled("glow", flag("model.conditional", conditional), classes),
-        images=len(event_shape) == 3,
     )
-    if not made.images:
+    if len(event_shape) == 1:
         if event_shape[0] < 2:
             raise ConfigError(
                 "model=glow needs vectors of at least 2 columns; for one use model=ffjord or model=affine"
             )
         return Flow(event_shape, from_data([*made.at(event_shape[0]), ActNorm(event_shape[0])]), made.classes)
-    channels, *size = event_shape
-    times = halvings((size[0], size[1]), "model.scales", scales)
+    channels, height, width = event_shape
+    times = halvings((height, width), "model.scales", scales)
     if channels == 1 and not times:
         raise ConfigError(
-            f"model=glow splits channels, and these images of {size[0]}x{size[1]} have one that cannot be squeezed: "
+            f"model=glow splits channels, and these images of {height}x{width} have one that cannot be squeezed: "
             "give sides that can be halved, or use model=realnvp"
         )
     # at the data end each pixel has its own mean and spread: those of a border that is always black differ most
-    return Flow(event_shape, from_data([ActNorm(event_shape), made.scale(channels, times)]), made.classes)
+    return Flow(
+        event_shape, from_data([ActNorm(event_shape), made.scale(channels, (height, width), times)]), made.classes
+    )
 
 
 @dataclass(frozen=True)
@@ -76,30 +80,36 @@ class Steps:
     hidden: list[int]
     activation: str
     cap: float
+    positions: bool
     classes: int | None
-    images: bool
 
-    def at(self, channels: int) -> list[Bijection]:
-        """Steps of flow on `channels`, from the data to the base (Glow, figure 2a)."""
+    def at(self, channels: int, size: tuple[int, int] | None = None) -> list[Bijection]:
+        """Steps of flow on images of that size, or on vectors, from the data to the base (Glow, figure 2a)."""
         first = (channels + 1) // 2
         parts: list[Bijection] = []
         for _ in range(self.steps):
-            coupling = HalfCoupling(channels, False, self.net(first, 2 * (channels - first)), self.cap)
+            coupling = HalfCoupling(channels, False, self.net(first, 2 * (channels - first), size), self.cap)
             parts += [ActNorm(channels), InvertibleLinear(channels), coupling]
         return parts
 
-    def scale(self, channels: int, halvings: int) -> Bijection:
+    def scale(self, channels: int, size: tuple[int, int], halvings: int) -> Bijection:
         """Squeeze, steps, half of the channels factored out given the others, those at the next scale (figure 2b)."""
         if not halvings:
-            return from_data([*self.at(channels), ActNorm(channels)])
-        inside = self.at(4 * channels)
+            return from_data([*self.at(channels, size), ActNorm(channels)])
+        size = (size[0] // 2, size[1] // 2)
+        inside = self.at(4 * channels, size)
         if halvings == 1:
             return Squeezed(from_data([*inside, ActNorm(4 * channels)]))
         half = 2 * channels
         # the density of what is factored out, its mean and scale a convolution of the rest
-        prior = HalfCoupling(2 * half, False, zero(FirstConv(half, 2 * half, self.classes)), self.cap)
-        return Squeezed(from_data([*inside, prior, OnHalf(self.scale(half, halvings - 1))]))
+        prior = zero(FirstConv(half, 2 * half, self.classes, self.places(size)))
+        parts = [*inside, HalfCoupling(2 * half, False, prior, self.cap)]
+        return Squeezed(from_data([*parts, OnHalf(self.scale(half, size, halvings - 1))]))
 
-    def net(self, n_in: int, n_out: int) -> nn.Module:
-        kind = ConvNet if self.images else MLP
-        return kind(n_in, self.hidden, n_out, self.activation, self.classes)
+    def net(self, n_in: int, n_out: int, size: tuple[int, int] | None) -> nn.Module:
+        if size is None:
+            return MLP(n_in, self.hidden, n_out, self.activation, self.classes)
+        return ConvNet(n_in, self.hidden, n_out, self.activation, self.classes, self.places(size))
+
+    def places(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        return size if self.positions else None

@@ -32,6 +32,7 @@ def realnvp(
     batch_norm: bool = False,
     cap: float = 2.0,
     scales: int | None = None,
+    positions: bool = False,
     conditional: bool = False,
     classes: int | None = None,
 ) -> Flow:
@@ -47,6 +48,7 @@ def realnvp(
         batch_norm: a BatchNorm in its place, and over images in the conditioners too.
         cap: bound on each coupling's log-scale.
         scales: how often images are halved; None for as often as leaves no side below 4.
+        positions: over images, the conditioners have a bias for each place, so that they know where they are.
         conditional: p(x | label), the conditioners told of the label.
         classes: how many labels the data have; None for none.
 
@@ -61,6 +63,7 @@ def realnvp(
         actnorm=flag("model.actnorm", actnorm),
         batch_norm=flag("model.batch_norm", batch_norm),
         cap=number("model.cap", cap),
+        positions=flag("model.positions", positions),
         classes=labelled("realnvp", flag("model.conditional", conditional), classes),
     )
     one_of("model.mixing", mixing, MIXINGS)
@@ -88,6 +91,7 @@ class Couplings:
     actnorm: bool
     batch_norm: bool
     cap: float
+    positions: bool
     classes: int | None
 
     def norm(self, channels: int) -> list[Bijection]:
@@ -117,31 +121,31 @@ class Couplings:
         A checkerboard's couplings stand inside the squeeze, where its two colours are the two halves of the channels:
         their networks see a quarter of the pixels, four times the channels and nothing that is masked.
         """
-        height, width = size
         if not halvings:
             return self.last_scale(channels, size)
-        c = 4 * channels
+        c, half = 4 * channels, (size[0] // 2, size[1] // 2)
         upper_left, lower_right, upper_right, lower_left = torch.arange(c).chunk(4)
         by_rows = torch.cat([upper_left, upper_right, lower_left, lower_right])
-        rest = self.scale(c // 2, (height // 2, width // 2), halvings - 1)
-        return Squeezed(from_data([*self.halves(c), Permutation(by_rows), *self.halves(c), OnHalf(rest)]))
+        rest = OnHalf(self.scale(c // 2, half, halvings - 1))
+        return Squeezed(from_data([*self.halves(c, half), Permutation(by_rows), *self.halves(c, half), rest]))
 
     def last_scale(self, channels: int, size: tuple[int, int]) -> Bijection:
         if size[0] % 2 == 0 and size[1] % 2 == 0:
-            return Squeezed(from_data(self.halves(4 * channels)))
+            return Squeezed(from_data(self.halves(4 * channels, (size[0] // 2, size[1] // 2))))
         parts: list[Bijection] = []
         for i in range(self.layers):
-            net = self.net(channels, 2 * channels)
+            net = self.net(channels, 2 * channels, size)
             parts += [*self.norm(channels), CheckerboardCoupling(size, i % 2 == 1, net, self.cap)]
         return from_data(parts)
 
-    def halves(self, channels: int) -> list[Bijection]:
+    def halves(self, channels: int, size: tuple[int, int]) -> list[Bijection]:
         """Couplings by alternating halves of an even number of channels."""
         parts: list[Bijection] = []
         for i in range(self.layers):
-            net = self.net(channels // 2, channels)
+            net = self.net(channels // 2, channels, size)
             parts += [*self.norm(channels), HalfCoupling(channels, i % 2 == 1, net, self.cap)]
         return parts
 
-    def net(self, n_in: int, n_out: int) -> nn.Module:
-        return ResidualNet(n_in, self.hidden, n_out, self.activation, self.classes, self.batch_norm)
+    def net(self, n_in: int, n_out: int, size: tuple[int, int]) -> nn.Module:
+        places = size if self.positions else None
+        return ResidualNet(n_in, self.hidden, n_out, self.activation, self.classes, places, self.batch_norm)
