@@ -1,9 +1,11 @@
 """On a CUDA device: `pytest -m gpu`."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from test_images import write_set
 from torch import nn
 
 from flowtrain.bijections.continuous import Continuous
@@ -61,6 +63,38 @@ def test_gradients_agree_with_the_cpu(gradient: str, images: bool) -> None:
     found = step_gradients(flow.to("cuda"), x.to("cuda"))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "glow", "ffjord"])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_images_train_and_agree_with_the_cpu(name: str, precision: str, tmp_path: Path) -> None:
+    """With narrow products in training, the likelihood of the weights is that of full precision."""
+    torch.set_default_dtype(torch.float32)
+    root = write_set(tmp_path / "data")
+    small = [f"data.root={root}", "data.n_val=10", "trainer.batch_size=8", "trainer.steps=5", "trainer.val_every=5"]
+    keys = [
+        f"model={name}",
+        "data=mnist",
+        "model.hidden=[8]",
+        "model.scales=1",
+        "model.conditional=true",
+        "recipe=none",
+    ]
+    chosen = ["model.conditional=true", "device=cuda", f"trainer.precision={precision}"]
+    config = compose_defaults([*keys, *small, *chosen])
+    with messages():
+        _, code = train(config, tmp_path / "run")
+    assert code == 0
+    data = build_data(config)
+    on_cpu = load(tmp_path / "run")
+    x = on_cpu.dequantized(data.test)
+    if on_cpu.solver is not None:
+        for continuous in (m for m in on_cpu.modules() if isinstance(m, Continuous)):
+            continuous.trace = TraceRule("exact", "exact")
+    on_gpu = copy.deepcopy(on_cpu).to("cuda")
+    found, expected = on_gpu.log_prob(x, data.test_labels), on_cpu.log_prob(x, data.test_labels)
+    assert found.device.type == "cuda"
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-2)
 
 
 def test_compiled_with_cuda_graphs_trains(tmp_path: Path) -> None:

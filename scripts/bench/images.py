@@ -1,0 +1,69 @@
+"""The README's table of images: test bits/dim and cost of the small experiments, ten minutes of training each at most.
+
+    python scripts/bench/images.py                            # all three on MNIST, one after another: 35 minutes
+    python scripts/bench/images.py glow --data fashion_mnist
+    python scripts/bench/images.py realnvp trainer.steps=500  # with overrides for flowtrain
+
+Each run is `flowtrain experiment=mnist_MODEL_small data=DATA`, which finds the files as any run does (FLOWTRAIN_DATA,
+data.root). Prints a Markdown table: bits per dimension with uniform dequantization, one draw, and its standard error
+over the test set; parameters; training seconds, validations and pictures included; steps, and the median of their
+milliseconds; NFE of the last training step; seconds that scoring the test set took.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from common import CACHE, machine, progress, run_flowtrain, table
+
+MODELS = ("realnvp", "glow", "ffjord")
+HEAD = ("model", "bits/dim", "parameters", "seconds", "steps", "ms a step", "NFE", "seconds of scoring")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chosen", nargs="*", help=f"of {', '.join(MODELS)}, and overrides for flowtrain")
+    parser.add_argument("--data", default="mnist", help="mnist | fashion_mnist")
+    parser.add_argument("--out", type=Path, default=CACHE / "images", help="where the runs go")
+    return parser.parse_args()
+
+
+def measure(model: str, data: str, run_dir: Path, overrides: list[str]) -> list[str]:
+    """A row of the table."""
+    import flowtrain
+
+    run_flowtrain(run_dir, f"experiment=mnist_{model}_small", f"data={data}", *overrides)
+    result = json.loads((run_dir / "result.json").read_text())
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["split"] == "train"]
+    stderr = result["nll_stderr"] * result["bits_per_dim"] / result["nll"]
+    nfe = steps[-1]["nfe_forward"]
+    return [
+        model,
+        f"{result['bits_per_dim']:.3f} ± {stderr:.3f}",
+        f"{sum(p.numel() for p in flowtrain.load(run_dir).parameters()):,}",
+        f"{result['train_seconds']:.0f}",
+        f"{result['steps']}",
+        f"{1e3 * statistics.median(row['step_seconds'] for row in steps):.0f}",
+        "-" if nfe is None else f"{nfe + steps[-1]['nfe_backward']}",
+        f"{result['seconds']:.0f}",
+    ]
+
+
+def main() -> None:
+    args = arguments()
+    models = [name for name in args.chosen if name in MODELS] or MODELS
+    overrides = [name for name in args.chosen if name not in MODELS]
+    found = []
+    for model in models:
+        run_dir = args.out / f"{args.data}-{model}"
+        found.append(measure(model, args.data, run_dir, overrides))
+        progress(f"{' '.join(found[-1])}: {run_dir}")
+    print(machine())
+    print(f"\n{args.data}, the experiments mnist_*_small{''.join(f' {key}' for key in overrides)}\n")
+    print(table(HEAD, found))
+
+
+if __name__ == "__main__":
+    main()
