@@ -22,6 +22,13 @@ def number(key: str, value: Any, least: float = 0.0, inclusive: bool = False) ->
     return float(value)
 
 
+def below_half(key: str, value: Any) -> float:
+    """`value` if it can be the alpha of a logit, in (0, 1/2)."""
+    if number(key, value) >= 0.5:
+        raise ConfigError(f"{key}={value}: give a number below 0.5")
+    return float(value)
+
+
 def one_of(key: str, value: Any, choices: Iterable[str], why: str = "") -> str:
     """`value` if it is among the choices."""
     names = list(choices)

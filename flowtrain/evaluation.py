@@ -5,16 +5,15 @@ import logging
 import math
 import time
 from dataclasses import asdict, dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.continuous import Continuous
 from flowtrain.data.base import Dataset
-from flowtrain.errors import ConfigError, DataError, NonFiniteError
+from flowtrain.errors import ConfigError, DataError
 from flowtrain.flow import Flow, Label, rows_at_a_time
+from flowtrain.scores import check_finite, estimates_trace, held_out, log_probs, trace_rule
 from flowtrain.solvers import record_solves
 
 log = logging.getLogger("flowtrain")
@@ -83,46 +82,6 @@ class Evaluation:
         return "\n".join(f"{name:>13}  {value}" for name, value in rows)
 
 
-def held_out(flow: Flow, data: Dataset, split: str) -> tuple[Tensor, Tensor | None]:
-    """A held-out set of `data`, with its labels for a conditional flow.
-
-    Raises:
-        DataError: the flow is conditional and the data have no labels.
-    """
-    x, label = data.split(split), data.split_labels(split)
-    if flow.classes is None:
-        return x, None
-    if label is None:
-        raise DataError("the flow is conditional, and this data has no labels: data=array takes them by data.label")
-    return x, label
-
-
-@torch.no_grad()
-def log_probs(
-    flow: Flow, x: Tensor, label: Tensor | None = None, batch_size: int | None = None, draws: int = 1
-) -> Tensor:
-    """log p(x) in nats for all rows of x, (n,), float64 on the CPU; the noise of an estimated trace is seeded.
-
-    Of whole numbers log 1/K sum_k p(x + u_k), u_k uniform, K = `draws`: in expectation it rises with K to
-    log P(x) (Burda et al. 2016, Importance weighted autoencoders, theorem 1, for a uniform proposal).
-
-    Args:
-        label: (n,), for a conditional flow.
-        batch_size: rows at a time; None for as many as suit the size of a sample.
-    """
-    device = flow.like.device
-    devices = [device] if device.type == "cuda" else []
-    size = batch_size or rows_at_a_time(flow.event_shape)
-    labels = repeat(None) if label is None else torch.split(label, size)
-    parts = []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        for part, y in zip(torch.split(x, size), labels, strict=False):
-            drawn = torch.stack([flow.log_prob(part.to(device), y).double() for _ in range(draws)])
-            parts.append((drawn.logsumexp(0) - math.log(draws)).cpu())
-    return torch.cat(parts)
-
-
 def evaluate(
     flow: Flow,
     data: Dataset,
@@ -135,24 +94,11 @@ def evaluate(
 
     Raises:
         ConfigError: several dequantization samples of data that are not whole numbers.
-        DataError: data of another shape than the flow's.
+        DataError: data of another shape or kind than the flow's.
         NonFiniteError: a log-likelihood that is NaN or infinite, naming the first row.
     """
     x, label = held_out(flow, data, split)
-    if tuple(data.event_shape) != flow.event_shape:
-        raise DataError(
-            f"the flow was trained on samples of shape {flow.event_shape}; this data has {tuple(data.event_shape)}"
-        )
-    if flow.discrete != data.discrete or flow.levels != data.levels:
-        raise DataError(
-            f"the flow was trained on {kind(flow.discrete, flow.levels)}; this data has "
-            f"{kind(data.discrete, data.levels)} (data.dequantize, data.levels)"
-        )
-    if dequantization_samples > 1 and not flow.discrete:
-        raise ConfigError(
-            f"dequantization_samples={dequantization_samples}: this flow is over real numbers, to which no noise is "
-            "added; leave it out"
-        )
+    check_fits(flow, data, dequantization_samples)
     flow.eval()
     begun = time.perf_counter()
     with record_solves() as solves:
@@ -161,14 +107,13 @@ def evaluate(
     seconds = time.perf_counter() - begun
     true = data.log_prob(x)
     gap = None if true is None else true.cpu() - log_p
-    d = math.prod(flow.event_shape)
-    rows = max(50, min(500, 20_000 // d))
+    rows = rows_of_checks(flow.event_shape)
     subset, few = x[:rows], None if label is None else label[:rows]
-    solved = dequantization_samples * math.ceil(len(x) / (batch_size or rows_at_a_time(flow.event_shape)))
-    bits = flow.bits_per_nat
-    rule = next((m.trace for m in flow.modules() if isinstance(m, Continuous)), None)
-    exact = rule is None or rule.is_exact(d, training=False)
-    nll = -log_p.mean().item()
+    passes = dequantization_samples * math.ceil(len(x) / (batch_size or rows_at_a_time(flow.event_shape)))
+    rule, estimated = trace_rule(flow), estimates_trace(flow)
+    if estimated and dequantization_samples > 1:
+        passes *= 2
+    bits, nll = flow.bits_per_nat, -log_p.mean().item()
     result = Evaluation(
         nll=nll,
         nll_stderr=_stderr(log_p),
@@ -179,11 +124,11 @@ def evaluate(
         entropy=data.entropy,
         kl=None if gap is None else gap.mean().item(),
         kl_stderr=None if gap is None else _stderr(gap),
-        trace="exact" if exact else "hutchinson",
-        noise_samples=None if exact or rule is None else rule.noise_samples,
+        trace="hutchinson" if estimated else "exact",
+        noise_samples=rule.noise_samples if rule is not None and estimated else None,
         dequantization_samples=dequantization_samples if flow.discrete else None,
         solver=None if flow.solver is None else flow.solver.describe(),
-        nfe=sum(s.nfe_forward for s in solves) / solved if solves else None,
+        nfe=sum(s.nfe_forward for s in solves) / passes if solves else None,
         solver_error=solver_error(flow, subset, few),
         roundtrip_error=roundtrip_error(flow, subset, few),
         seconds=seconds,
@@ -191,6 +136,29 @@ def evaluate(
     )
     warn_of(result)
     return result
+
+
+def check_fits(flow: Flow, data: Dataset, dequantization_samples: int) -> None:
+    """Refuses data that are not of the flow's kind; see `evaluate`."""
+    if tuple(data.event_shape) != flow.event_shape:
+        raise DataError(
+            f"the flow was trained on samples of shape {flow.event_shape}; this data has {tuple(data.event_shape)}"
+        )
+    if flow.discrete != data.discrete or flow.levels != data.levels:
+        raise DataError(
+            f"the flow was trained on {_kind(flow.discrete, flow.levels)}; this data has "
+            f"{_kind(data.discrete, data.levels)} (data.dequantize, data.levels)"
+        )
+    if dequantization_samples > 1 and not flow.discrete:
+        raise ConfigError(
+            f"dequantization_samples={dequantization_samples}: this flow is over real numbers, to which no noise is "
+            "added; leave it out"
+        )
+
+
+def rows_of_checks(event_shape: tuple[int, ...]) -> int:
+    """How many samples the costly checks take, the solver's error and the round trip."""
+    return max(50, min(500, 20_000 // math.prod(event_shape)))
 
 
 def warn_of(result: Evaluation) -> None:
@@ -226,12 +194,15 @@ def solver_error(flow: Flow, x: Tensor, label: Tensor | None = None) -> float | 
 
 @torch.no_grad()
 def roundtrip_error(flow: Flow, x: Tensor, label: Label = None) -> float:
-    """max |x - forward(inverse(x))| in data units, whole numbers dequantized first."""
-    x = flow.dequantized(x)
-    return float((x - flow(flow.inverse(x, label), label)).abs().max())
+    """max |x - forward(inverse(x))| in data units, whole numbers dequantized first by seeded noise."""
+    device = flow.like.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        x = flow.dequantized(x)
+        return float((x - flow(flow.inverse(x, label), label)).abs().max())
 
 
-def kind(discrete: bool, levels: int | None) -> str:
+def _kind(discrete: bool, levels: int | None) -> str:
     """What samples are, in words."""
     if not discrete:
         return "real numbers"
@@ -240,13 +211,3 @@ def kind(discrete: bool, levels: int | None) -> str:
 
 def _stderr(values: Tensor) -> float:
     return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
-
-
-def check_finite(log_p: Tensor, split: str) -> None:
-    """Refuses log-likelihoods that are NaN or infinite, naming the first row."""
-    bad = (~torch.isfinite(log_p)).nonzero().flatten()
-    if len(bad):
-        raise NonFiniteError(
-            f"log p(x) is {log_p[bad[0]].item()} for row {bad[0].item()} of the {split} set ({len(bad)} of "
-            f"{len(log_p)} rows): the flow does not cover these points, or its weights are damaged"
-        )

@@ -103,7 +103,7 @@ class Flow(nn.Module):
             return self.bijection.map_forward(z, self.labels(label, z))
 
     def inverse(self, x: Tensor, label: Label = None) -> Tensor:
-        """Data to base: z (B, *event_shape)."""
+        """Data to base: z (B, *event_shape); of integers and a discrete flow, with noise added anew."""
         x = self.dequantized(self._checked(x, "x"))
         with self._precision(x):
             return self.bijection.map_inverse(x, self.labels(label, x))

@@ -17,8 +17,8 @@ IMAGES = 100
 # a picture shows nothing of an error this small, and a tight solve of its whole grid would cost more than it shows
 TOLERANCE = 1e-4
 TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0)
-# images in a row, and pairs that are interpolated
-ROW, PAIRS = 10, 6
+# images in a row of the data, in one of samples, and pairs that are interpolated
+ROW, SAMPLED, PAIRS = 10, 16, 6
 
 
 def draw(
@@ -26,7 +26,8 @@ def draw(
 ) -> None:
     """Data beside samples: with the density for 2-D, a corner plot of a few columns beyond, grids of images.
 
-    No randomness is left behind. A conditional flow is shown with the labels of the data beside it, or `label`.
+    No randomness is left behind. Images of a conditional flow are of the labels of the data beside them; with `label`,
+    the class of `samples`, both are of that one.
     """
     with _drawing(flow):
         if len(flow.event_shape) == 3:
@@ -46,21 +47,30 @@ def draw_more(flow: Flow, data: Dataset, folder: Path, title: str) -> None:
     with _drawing(flow):
         for name, rows in figures.items():
             drawn = [(words, show(images)) for words, images in rows(flow, data)]
-            plots.draw_rows(folder / f"{name}.png", rows=drawn, levels=show.levels, title=f"{title}: {name}")
+            # no two test images of one class, and there is nothing to interpolate
+            if drawn:
+                plots.draw_rows(folder / f"{name}.png", rows=drawn, levels=1, title=f"{title}: {name}")
 
 
 class Shown:
-    """Images as they are drawn: whole numbers of known range as they are, others scaled by the range of the data."""
+    """Images as they are drawn, from 0 (black) to 1: levels by their number, others by the range of the test data."""
 
     def __init__(self, flow: Flow, data: Dataset) -> None:
         self.flow = flow
-        low, high = data.test.min().item(), data.test.max().item()
-        self.low, self.levels = (0.0, flow.levels) if flow.levels is not None else (low, high - low + 1)
+        self.low, self.high = value_range(flow, data)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.float()
         # what is not finite is for the figure to show
-        return torch.where(x.isfinite(), self.flow.quantized(x).float(), x) - self.low
+        x = torch.where(x.isfinite(), self.flow.quantized(x).float(), x)
+        return (x - self.low) / (self.high - self.low or 1.0)
+
+
+def value_range(flow: Flow, data: Dataset) -> tuple[float, float]:
+    """The values that are drawn black and white."""
+    if flow.levels is not None:
+        return 0.0, flow.levels - 1.0
+    return float(data.test.min()), float(data.test.max())
 
 
 Rows = list[tuple[str, Tensor]]
@@ -71,8 +81,8 @@ def reconstructions(flow: Flow, data: Dataset) -> Rows:
     x, label = _first(flow, data, ROW)
     x = flow.dequantized(x)
     back = flow(flow.inverse(x, label), label)
-    scale = 1.0 if flow.levels is None else flow.levels / 2
-    return [("data", x), ("round trip", back), ("difference", scale + x - back)]
+    grey = sum(value_range(flow, data)) / 2
+    return [("data", x), ("round trip", back), ("difference", grey + x - back)]
 
 
 def interpolations(flow: Flow, data: Dataset) -> Rows:
@@ -115,14 +125,14 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 def temperatures(flow: Flow, data: Dataset) -> Rows:
     """The same latents at several temperatures."""
-    z, label = _latents(flow, 2 * ROW)
+    z, label = _latents(flow, SAMPLED)
     return [(f"T = {t}", flow(t * z, label)) for t in TEMPERATURES]
 
 
 def classes(flow: Flow, data: Dataset) -> Rows:
     """Samples of each class, from the same latents."""
     assert flow.classes is not None
-    z, _ = _latents(flow, 2 * ROW)
+    z, _ = _latents(flow, SAMPLED)
     return [(str(label), flow(z, label)) for label in range(flow.classes)]
 
 
@@ -132,10 +142,13 @@ def _latents(flow: Flow, n: int) -> tuple[Tensor, Tensor | None]:
     return z, None if flow.classes is None else flow.in_turn(n)
 
 
-def _first(flow: Flow, data: Dataset, n: int) -> tuple[Tensor, Tensor | None]:
+def _first(flow: Flow, data: Dataset, n: int, label: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """The first test samples, of that class where one is given, and for a conditional flow their labels."""
+    x, labels = data.test, data.test_labels
+    if label is not None and labels is not None:
+        x, labels = x[labels == label], labels[labels == label]
     device = flow.like.device
-    label = data.test_labels[:n].to(device) if flow.classes is not None and data.test_labels is not None else None
-    return data.test[:n].to(device), label
+    return x[:n].to(device), None if flow.classes is None or labels is None else labels[:n].to(device)
 
 
 @contextmanager
@@ -155,10 +168,10 @@ def _drawing(flow: Flow) -> Iterator[None]:
 
 def _draw_images(flow: Flow, data: Dataset, path: Path, title: str, samples: Tensor | None, label: int | None) -> None:
     show = Shown(flow, data)
-    real, labels = _first(flow, data, IMAGES)
+    real, labels = _first(flow, data, IMAGES, label)
     if samples is None:
-        samples = flow.sample(len(real), label=labels if label is None else label)
-    plots.draw_panels(path, panels=[("data", show(real)), ("samples", show(samples))], levels=show.levels, title=title)
+        samples = flow.sample(len(real), label=labels)
+    plots.draw_panels(path, panels=[("data", show(real)), ("samples", show(samples))], levels=1, title=title)
 
 
 def _draw_vectors(flow: Flow, data: Dataset, path: Path, title: str, samples: Tensor | None) -> None:

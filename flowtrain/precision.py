@@ -23,15 +23,21 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Products of one of PRECISIONS: all float32; TF32 where a GPU has it; convolutions and matrices in bfloat16.
+def training_step(name: str, device: torch.device) -> Iterator[None]:
+    """A whole step, backward too, in one of PRECISIONS: TF32 products on a GPU where `name` is tf32, else float32.
 
-    It reaches what does not ask for full precision itself: the networks of couplings, and neither their scales, nor
-    linear maps, nor ODE solves.
+    What asks for full precision itself is not reached: the inverse of a linear map and its product, and ODE solves.
     """
-    narrow = name == "bfloat16"
-    with _products(device, tf32=name == "tf32"), torch.autocast(device.type, torch.bfloat16, enabled=narrow):
+    with _products(device, tf32=name == "tf32"):
         yield
+
+
+def narrowed(name: str, device: torch.device) -> torch.autocast:
+    """The loss of a step in one of PRECISIONS: convolutions and products in bfloat16 where that is `name`.
+
+    Not for the backward pass, in which torch takes for each operation the dtype that it had.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16")
 
 
 @contextmanager

@@ -134,9 +134,9 @@ def finish(
     flow = build.restore({**saved, "config": config}, device, trust=_own_packages(config))
     result = evaluate(flow, data, "test", saved["step"])
     write_json(run_dir / "result.json", {**result.to_dict(), "train_seconds": trainer.seconds, "steps": trainer.step})
+    plots.draw_curves(run_dir / "plots/curves.png", rows=trainer.metrics.rows, title=title, entropy=data.entropy)
     pictures.draw(flow, data, run_dir / "plots/samples.png", f"{title}, test {_headline(result)}")
     pictures.draw_more(flow, data, run_dir / "plots", title)
-    plots.draw_curves(run_dir / "plots/curves.png", rows=trainer.metrics.rows, title=title, entropy=data.entropy)
     log.info("%s\ntrained %d steps in %.1f s", result.table(), trainer.step, trainer.seconds)
 
 

@@ -213,7 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Downloads MNIST or Fashion-MNIST.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{' or '.join(FILES)}; mnist unless given")
     parser.add_argument("--root", type=Path, help="folder for the folders of the data sets")
-    parser.add_argument("--mirror", action="extend", nargs="+", metavar="URL", help="folders to download from instead")
+    parser.add_argument(
+        "--mirror", action="append", metavar="URL", help="a folder to download from instead, or several"
+    )
     options = parser.parse_args(arguments)
     names = options.names or ["mnist"]
     if unknown := [name for name in names if name not in FILES]:
@@ -228,6 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"download_mnist: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("download_mnist: stopped; the next run goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -695,7 +695,9 @@ BAD_IMAGES: list[tuple[dict[str, Any], type[FlowtrainError], list[str]]] = [
     ({"event_shape": [1, 3, 4]}, ConfigError, ["takes 12 columns, and there are 13", "data.label"]),
     ({"event_shape": [12], "label": 12}, ConfigError, ["channels, height and width"]),
     ({"event_shape": 12}, ConfigError, ["data.event_shape=12"]),
-    ({"label": 13}, ConfigError, ["no column 13"]),
+    ({"label": 13}, ConfigError, ["data.label", "no column 13"]),
+    ({"label": "0:2"}, ConfigError, ["data.label=0:2 names 2 columns"]),
+    ({"label": 12, "columns": [12]}, ConfigError, ["data.label=12 is the only column"]),
     ({"label": "digit"}, ConfigError, ["no column 'digit'"]),
 ]
 
@@ -705,6 +707,19 @@ def test_images_refused(
     tmp_path: Path, arguments: dict[str, Any], error: type[FlowtrainError], fragments: list[str]
 ) -> None:
     refused(lambda: ArrayData(pixels(tmp_path), **{"dequantize": True, **arguments}), error, fragments)
+
+
+def test_labels_by_name_wherever_they_stand(tmp_path: Path) -> None:
+    for name, head in (("train", "a,digit,b"), ("test", "a,b,digit")):
+        rows = [{"a": i, "b": 2 * i, "digit": i % 3} for i in range(40)]
+        lines = [",".join(str(row[key]) for key in head.split(",")) for row in rows]
+        (tmp_path / f"{name}.csv").write_text("\n".join([head, *lines]))
+    train, test = str(tmp_path / "train.csv"), str(tmp_path / "test.csv")
+    data = ArrayData(train, test_path=test, label="digit", dequantize=True)
+    assert data.columns == ("a", "b")
+    assert torch.equal(data.test_labels, data.test[:, 0] % 3)  # type: ignore[arg-type]
+    # kept by data.columns it would still be no part of a sample
+    assert ArrayData(train, columns=["0:3"], label=1, dequantize=True).columns == ("a", "b")
 
 
 def test_labels_refused(tmp_path: Path) -> None:

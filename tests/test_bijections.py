@@ -312,6 +312,14 @@ def test_actnorm_initialization_standardizes_the_base_side() -> None:
     torch.testing.assert_close(z.std(0, correction=0), torch.ones(4), atol=1e-9, rtol=0)
 
 
+def test_initialization_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, label = torch.randn(30, 1, 4, 4), torch.arange(30) % 3
+    flow = perturbed(realnvp((1, 4, 4), layers=2, hidden=(4,), conditional=True, classes=3).bijection)
+    whole = flow.initialize(x, label)
+    monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 16)
+    torch.testing.assert_close(flow.initialize(x, label), whole)
+
+
 def test_affine_initialization_is_the_maximum_likelihood_gaussian() -> None:
     x = torch.randn(400, 3) @ torch.randn(3, 3) + 5
     bijection = Affine(3)

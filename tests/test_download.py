@@ -311,7 +311,8 @@ def test_dead_mirrors_give_one_message_and_leave_what_was_there(
     for name, content in kept.items():
         (tmp_path / "mnist" / name).write_bytes(content)
     mirrors = [dead(), serve(code=404).url, "nonsense"]
-    assert download.main(["--root", str(tmp_path), "--mirror", *mirrors]) == 1
+    asked = [word for mirror in mirrors for word in ("--mirror", mirror)]
+    assert download.main([*asked, "mnist", "--root", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1

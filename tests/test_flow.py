@@ -17,10 +17,11 @@ from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset, step_generator
 from flowtrain.divergence import TraceRule
 from flowtrain.errors import ConfigError, DataError, FlowtrainError, NonFiniteError
-from flowtrain.evaluation import evaluate, log_probs
+from flowtrain.evaluation import evaluate
 from flowtrain.flow import Flow
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.realnvp import realnvp
+from flowtrain.scores import log_probs
 from flowtrain.solvers import ode_solver
 
 A = torch.tensor([[0.6, -0.3], [0.9, 0.2]], dtype=torch.float64)

@@ -26,12 +26,13 @@ from flowtrain.build import build_data, build_flow, build_objective, build_setti
 from flowtrain.cli.common import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.errors import ConfigError, DataError, FlowtrainError
-from flowtrain.evaluation import evaluate, log_probs
+from flowtrain.evaluation import evaluate
 from flowtrain.flow import Flow
 from flowtrain.models.glow import glow
 from flowtrain.models.realnvp import realnvp
 from flowtrain.paths import config_dir
-from flowtrain.precision import precision
+from flowtrain.precision import narrowed
+from flowtrain.scores import log_probs
 from flowtrain.training import checkpoint
 from flowtrain.training.loop import Trainer
 
@@ -222,7 +223,7 @@ def test_squeeze_puts_the_colours_of_a_checkerboard_apart() -> None:
         (lambda: realnvp((1, 28, 28), scales=3), r"model.scales=3: images of 28x28 can be halved 2 times"),
         (lambda: realnvp((1, 8, 8), hidden=[8, 4]), r"model.hidden=\[8, 4\]: the blocks"),
         (lambda: realnvp((1, 8, 8), conditional=True), "no labels to condition on"),
-        (lambda: glow((1, 7, 7)), "one that cannot be squeezed"),
+        (lambda: glow((1, 7, 7)), "these images of 7x7 have one"),
         (lambda: glow((1,)), "at least 2 columns"),
         (lambda: glow((1, 8, 8), hidden=[]), "model.hidden"),
         (lambda: glow((2,), steps=0), "model.steps=0"),
@@ -286,52 +287,6 @@ def test_labels_are_checked() -> None:
     torch.testing.assert_close(flow.sample(4, label=torch.tensor([0, 1, 2, 0])), in_turn)
 
 
-# Precision
-
-
-def nets_seen(flow: Flow, x: Tensor, name: str) -> tuple[Tensor, set[torch.dtype]]:
-    """log p(x) in training with that precision, and the dtypes that the couplings' networks answered in."""
-    seen: set[torch.dtype] = set()
-    nets = [m.conditioner for m in flow.modules() if isinstance(m, AffineCoupling)]
-    hooks = [net.register_forward_hook(lambda m, args, y: seen.add(y.dtype)) for net in nets]
-    flow.train()
-    with precision(name, x.device):
-        log_p = flow.log_prob(x)
-    for hook in hooks:
-        hook.remove()
-    return log_p, seen
-
-
-@pytest.mark.parametrize("model", ["realnvp", "glow"])
-def test_bfloat16_networks_keep_the_likelihood(model: str) -> None:
-    """Only networks are narrow, so that the log-determinant is still that of the map; evaluation is never narrow."""
-    torch.set_default_dtype(torch.float32)
-    flow = (realnvp if model == "realnvp" else glow)((1, 8, 8), hidden=[16, 16])
-    x = torch.randn(64, 1, 8, 8)
-    flow.bijection.initialize(x)
-    with torch.no_grad():
-        for p in flow.parameters():
-            p.add_(0.03 * torch.randn_like(p))
-    plain, seen = nets_seen(flow, x, "float32")
-    narrow, narrow_seen = nets_seen(flow, x, "bfloat16")
-    assert (seen, narrow_seen) == ({torch.float32}, {torch.bfloat16})
-    assert narrow.dtype == torch.float32
-    gap = (narrow - plain).abs().max() / (64 * math.log(2))
-    assert 0 < gap < 0.02, "bits per dimension"
-    # in training too the map is inverted to the digits of float32: the log-determinant belongs to the map there is
-    with precision("bfloat16", x.device), torch.no_grad():
-        z, log_det = flow.bijection.inverse(x)
-        back, back_log_det = flow.bijection.forward(z)
-    torch.testing.assert_close(log_det, -back_log_det, rtol=1e-2, atol=0.3)
-    flow.eval()
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(flow.log_prob(x), plain, rtol=1e-5, atol=1e-4)
-    assert (back - x).abs().median() < 1e-2
-
-
-# Training and the commands
-
-
 def config_of(root: Path, *overrides: str) -> dict[str, Any]:
     small = ["data=mnist", f"data.root={root}", "data.n_val=10", "trainer.batch_size=8", "trainer.steps=4"]
     small += ["trainer.val_every=2", "trainer.log_every=1", "trainer.plot_every=null", "recipe=none"]
@@ -356,6 +311,70 @@ def trained(config: dict[str, Any], run_dir: Path, stop: int | None = None, **sa
         stop_at(run, stop)
     run.fit()
     return run
+
+
+# Precision
+
+
+def nets_seen(flow: Flow, x: Tensor, name: str) -> tuple[Tensor, set[torch.dtype]]:
+    """log p(x) in training with that precision, and the dtypes that the couplings' networks answered in."""
+    seen: set[torch.dtype] = set()
+    nets = [m.conditioner for m in flow.modules() if isinstance(m, AffineCoupling)]
+    hooks = [net.register_forward_hook(lambda m, args, y: seen.add(y.dtype)) for net in nets]
+    flow.train()
+    with narrowed(name, x.device):
+        log_p = flow.log_prob(x)
+    for hook in hooks:
+        hook.remove()
+    return log_p, seen
+
+
+@pytest.mark.parametrize("model", ["realnvp", "glow"])
+def test_bfloat16_networks_keep_the_likelihood(model: str) -> None:
+    """Only networks are narrow, so that the log-determinant is still that of the map; evaluation is never narrow."""
+    torch.set_default_dtype(torch.float32)
+    flow = (realnvp if model == "realnvp" else glow)((1, 8, 8), hidden=[16, 16])
+    x = torch.randn(64, 1, 8, 8)
+    flow.bijection.initialize(x)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+    plain, seen = nets_seen(flow, x, "float32")
+    narrow, narrow_seen = nets_seen(flow, x, "bfloat16")
+    assert (seen, narrow_seen) == ({torch.float32}, {torch.bfloat16})
+    assert narrow.dtype == torch.float32
+    gap = (narrow - plain).abs().max() / (64 * math.log(2))
+    assert 0 < gap < 0.02, "bits per dimension"
+    # in training too the map is inverted to the digits of float32: the log-determinant belongs to the map there is
+    with narrowed("bfloat16", x.device), torch.no_grad():
+        z, log_det = flow.bijection.inverse(x)
+        back, back_log_det = flow.bijection.forward(z)
+    torch.testing.assert_close(log_det, -back_log_det, rtol=1e-2, atol=0.3)
+    flow.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(flow.log_prob(x), plain, rtol=1e-5, atol=1e-4)
+    assert (back - x).abs().median() < 1e-2
+
+
+@pytest.mark.parametrize("name", ["realnvp", "glow", "ffjord"])
+def test_a_step_in_bfloat16_has_much_the_gradient_of_one_in_float32(name: str, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    root, gradients = write_set(tmp_path / "data"), {}
+    for chosen in ("float32", "bfloat16"):
+        config = config_of(root, *TINY[name], f"trainer.precision={chosen}", "trainer.steps=1", "trainer.batch_size=32")
+        if name == "ffjord" and chosen != "float32":
+            with pytest.raises(ConfigError, match="ODEs are solved in float32"):
+                trained(config, tmp_path / chosen)
+            return
+        run = trained(config, tmp_path / chosen)
+        gradients[chosen] = torch.cat([p.grad.flatten() for p in run.flow.parameters() if p.grad is not None])
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in run.flow.parameters())
+    cosine = torch.cosine_similarity(gradients["float32"], gradients["bfloat16"], 0)
+    assert cosine > 0.999
+    assert not torch.equal(gradients["float32"], gradients["bfloat16"])
+
+
+# Training and the commands
 
 
 @pytest.mark.parametrize("name", list(TINY))
@@ -405,6 +424,34 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> N
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_the_nfe_of_an_accumulated_batch_is_that_of_its_parts(tmp_path: Path) -> None:
+    root, seen = write_set(tmp_path / "data"), []
+    for parts in (1, 4):
+        keys = [*TINY["ffjord"], "trainer.steps=2", "trainer.guard_every=1", f"trainer.accumulate={parts}"]
+        run = trained(config_of(root, *keys), tmp_path / str(parts))
+        seen.append([row["nfe_forward"] for row in run.metrics.rows if row["split"] == "train"])
+    assert all(b < 2 * a for a, b in zip(*seen, strict=True))
+
+
+def test_an_average_of_weights_has_an_average_of_running_statistics(tmp_path: Path) -> None:
+    """Fails when batch norms validate averaged weights with the statistics of the last ones."""
+    config = config_of(write_set(tmp_path / "data"), *TINY["realnvp batchnorm"], "trainer.ema=0.9")
+    run = trained(config, tmp_path / "run")
+    assert run.ema is not None
+    for name, value in run.flow.named_buffers():
+        if name.endswith(("running_mean", "variance")):
+            assert not torch.equal(run.ema.shadow[name], value), name
+    saved = checkpoint.load(tmp_path / "run/checkpoints/best.pt")
+    loaded = load(tmp_path / "run").state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in saved["ema"].items() if k != "updates")
+
+
+def test_conditional_fields_are_not_compiled(tmp_path: Path) -> None:
+    keys = [*TINY["ffjord"], "model.conditional=true", "trainer.compile=true"]
+    with pytest.raises(ConfigError, match="conditional flow are not compiled"):
+        trained(config_of(write_set(tmp_path / "data"), *keys), tmp_path / "run")
 
 
 def test_validation_can_take_a_part_of_its_set(tmp_path: Path) -> None:
@@ -489,6 +536,22 @@ def test_an_old_checkpoint_of_dequantized_counts_still_loads(run: Run, tmp_path:
     assert flow.discrete
     x = torch.randn(5, 3)
     assert torch.equal(flow.log_prob(x), expected.log_prob(x))
+
+
+def test_one_test_image_is_enough_to_finish(run: Run, tmp_path: Path) -> None:
+    write_set(tmp_path / "data" / "mnist")
+    keys = ["data=mnist", "data.root=data", "data.n_val=10", "data.n_test=1", "trainer.steps=1", "recipe=none"]
+    code, out, err = run("flowtrain", *keys, *TINY["realnvp"])
+    assert code == 0, err
+    plots = Path(out.splitlines()[-1]) / "plots"
+    assert {p.stem for p in plots.glob("*.png")} == {"samples", "curves", "reconstructions", "temperature"}
+
+
+def test_experiments_take_the_recipe_of_their_model() -> None:
+    for name in ("realnvp", "glow", "ffjord"):
+        config = compose_defaults([f"experiment=mnist_{name}_small"])
+        assert config["model"]["positions"]
+        assert config["trainer"]["time_limit"] == 600
 
 
 @pytest.mark.parametrize("experiment", sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml")))

@@ -16,6 +16,7 @@ LAYERS = [
     ("build",),
     ("training",),
     ("evaluation",),
+    ("scores",),
     ("plots",),
     ("objectives", "models"),
     ("flow",),

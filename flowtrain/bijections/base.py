@@ -3,9 +3,13 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
+
+# numbers of x that initialization takes through a map at once: a network holds many times as many
+PART = 2**18
 
 
 class Bijection(nn.Module, ABC):
@@ -35,7 +39,9 @@ class Bijection(nn.Module, ABC):
     @torch.no_grad()
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         """Sets data-dependent parameters from data x (B, *event_shape), once, before training; returns z."""
-        return self.map_inverse(x, label)
+        rows = max(1, PART // math.prod(x.shape[1:]))
+        labels = repeat(None) if label is None else torch.split(label, rows)
+        return torch.cat([self.map_inverse(part, y) for part, y in zip(torch.split(x, rows), labels, strict=False)])
 
 
 class Chain(Bijection):

@@ -25,7 +25,7 @@ class Logit(Bijection):
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         p, q = torch.sigmoid(z), torch.sigmoid(-z)
-        # p - alpha loses all its digits where p is small and near alpha; p < 1/2 < q and the reverse are exact
+        # from the nearer end, whose sigmoid is small: near the other it has no digits left
         x = self.levels * torch.where(z < 0, p - self.alpha, 1 - self.alpha - q) / (1 - 2 * self.alpha)
         return x, -self._log_det(p, q)
 

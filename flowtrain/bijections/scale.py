@@ -28,23 +28,25 @@ class ActNorm(Bijection):
         self.shift = nn.Parameter(torch.zeros(shape))
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return torch.addcmul(self.like(self.shift, z), z, self.like(self.log_scale.exp(), z)), self.log_det(z)
+        return torch.addcmul(self.over(self.shift, z), z, self.over(self.log_scale.exp(), z)), self.log_det(z)
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return (x - self.like(self.shift, x)) * self.like((-self.log_scale).exp(), x), -self.log_det(x)
+        return (x - self.over(self.shift, x)) * self.over((-self.log_scale).exp(), x), -self.log_det(x)
 
     def log_det(self, x: Tensor) -> Tensor:
+        """log|det dx/dz| of each row of x, (B,)."""
         shared = x[0].numel() // self.log_scale.numel()
         return (shared * self.log_scale.sum()).expand(len(x))
 
-    def like(self, v: Tensor, x: Tensor) -> Tensor:
+    def over(self, v: Tensor, x: Tensor) -> Tensor:
+        """A parameter in the shape that broadcasts over x."""
         return per_channel(v, x) if v.dim() == 1 else v
 
     @torch.no_grad()
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        over = (0, *range(2, x.dim())) if self.shift.dim() == 1 else (0,)
-        self.shift.copy_(x.mean(over))
-        self.log_scale.copy_(x.std(over, correction=0).clamp_min(LEAST).log())
+        shared = (0, *range(2, x.dim())) if self.shift.dim() == 1 else (0,)
+        self.shift.copy_(x.mean(shared))
+        self.log_scale.copy_(x.std(shared, correction=0).clamp_min(LEAST).log())
         return self.map_inverse(x, label)
 
 
@@ -76,8 +78,10 @@ class BatchNorm(Bijection):
             with torch.no_grad():
                 self.mean.lerp_(mean, self.momentum)
                 self.variance.lerp_(variance, self.momentum)
-        z = (x - per_channel(mean, x)) * per_channel((variance + self.eps).rsqrt(), x)
-        return z, -self.log_det(variance, x)
+        return self.standardized(x, mean, variance), -self.log_det(variance, x)
+
+    def standardized(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        return (x - per_channel(mean, x)) * per_channel((variance + self.eps).rsqrt(), x)
 
     def log_det(self, variance: Tensor, x: Tensor) -> Tensor:
         return (places(x) * (variance + self.eps).log().sum() / 2).expand(len(x))
@@ -87,7 +91,7 @@ class BatchNorm(Bijection):
         variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
         self.mean.copy_(mean)
         self.variance.copy_(variance)
-        return (x - per_channel(mean, x)) * per_channel((variance + self.eps).rsqrt(), x)
+        return self.standardized(x, mean, variance)
 
 
 class Standardize(Bijection):

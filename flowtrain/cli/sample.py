@@ -12,7 +12,7 @@ from flowtrain.build import build_data
 from flowtrain.checks import number, whole
 from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
 from flowtrain.errors import ConfigError, DataError, NonFiniteError
-from flowtrain.evaluation import roundtrip_error
+from flowtrain.evaluation import roundtrip_error, rows_of_checks
 from flowtrain.pictures import draw
 from flowtrain.run import messages, title_of
 
@@ -64,8 +64,9 @@ def _command() -> int:
     if bad:
         raise NonFiniteError(f"{bad} of the values sampled are NaN or infinite: nothing was written")
     write_npy(out, (flow.quantized(samples) if images else samples).numpy())
-    few = labels[:500] if isinstance(labels, torch.Tensor) else labels
-    print(f"{n} samples, round trip error {roundtrip_error(flow, samples[:500], few):.1e}, written to {out}")
+    rows = rows_of_checks(flow.event_shape)
+    few = labels[:rows] if isinstance(labels, torch.Tensor) else labels
+    print(f"{n} samples, round trip error {roundtrip_error(flow, samples[:rows], few):.1e}, written to {out}")
     if images or flow.event_shape == (2,):
         title = f"{title_of(config)}, {n} samples"
         try:

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtrain.conditioners.mlp import ACTIVATIONS, zero
+from flowtrain.conditioners.parts import ACTIVATIONS, zero
 from flowtrain.errors import ConfigError
 
 
 class ConvNet(nn.Module):
-    """(B, n_in, H, W) -> (B, n_out, H, W): 3x3, then for each further width a `middle` x `middle`, then 3x3.
+    """(B, n_in, H, W) -> (B, n_out, H, W): 3x3, then 1x1 for each further width, then 3x3; zero at its start.
 
-    The network of Glow's couplings with middle = 1 (Kingma and Dhariwal 2018, section 3.3). Zero at its start.
+    The network of Glow's couplings (Kingma and Dhariwal 2018, section 3.3).
 
     Args:
         hidden: channels of the hidden layers, at least one.
@@ -31,11 +31,10 @@ class ConvNet(nn.Module):
         activation: str,
         classes: int | None = None,
         size: tuple[int, int] | None = None,
-        middle: int = 1,
     ) -> None:
         super().__init__()
-        self.first = FirstConv(n_in, hidden[0], classes, size)
-        self.middle = nn.ModuleList(nn.Conv2d(a, b, middle, padding="same") for a, b in pairwise(hidden))
+        self.first = InformedConv(n_in, hidden[0], classes, size)
+        self.middle = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairwise(hidden))
         self.last = zero(nn.Conv2d(hidden[-1], n_out, 3, padding="same"))
         self.activation = ACTIVATIONS[activation]()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -78,7 +77,7 @@ class ResidualNet(nn.Module):
                 f"model.hidden={list(hidden)}: the blocks of a residual network are all of one width, as in [32,32]"
             )
         width = hidden[0]
-        self.first = FirstConv(n_in, width, classes, size)
+        self.first = InformedConv(n_in, width, classes, size)
         self.blocks = nn.ModuleList(Block(width, activation, batch_norm) for _ in hidden)
         self.activation = ACTIVATIONS[activation]()
         self.last = zero(nn.Conv2d(width, n_out, 3, padding="same"))
@@ -107,7 +106,7 @@ class Block(nn.Sequential):
         return h + change
 
 
-class FirstConv(nn.Conv2d):
+class InformedConv(nn.Conv2d):
     """W * x + b + E[label] + P, E one vector of channels for each class, P one for each place of an image."""
 
     def __init__(self, n_in: int, n_out: int, classes: int | None, size: tuple[int, int] | None) -> None:

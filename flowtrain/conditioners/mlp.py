@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "swish": nn.SiLU}
+from flowtrain.conditioners.parts import ACTIVATIONS, zero
 
 
 class MLP(nn.Sequential):
@@ -33,11 +33,3 @@ class MLP(nn.Sequential):
             x = torch.cat([x, F.one_hot(label, self.classes).to(x.dtype)], 1)
         y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return y
-
-
-def zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
-    """The layer, its answer zero."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowtrain.checks import flag, whole, widths
+from flowtrain.checks import below_half, flag, whole
 from flowtrain.data.array_checks import (
     check_alike,
     check_labels,
@@ -19,10 +19,10 @@ from flowtrain.data.array_checks import (
     check_whole,
     warn_if_discrete,
 )
-from flowtrain.data.base import ALPHA, Dataset, below_half, step_generator
+from flowtrain.data.base import ALPHA, step_generator
 from flowtrain.data.columns import Columns
-from flowtrain.data.epochs import Epochs
-from flowtrain.data.read import Table, read_table
+from flowtrain.data.memory import InMemory
+from flowtrain.data.read import Table, read_labelled, read_table
 from flowtrain.errors import ConfigError, DataError
 
 _log = logging.getLogger("flowtrain")
@@ -32,7 +32,7 @@ _STREAM = 0x6172_7279
 _SPLIT, _ORDER = 1, 2
 
 
-class ArrayData(Dataset):
+class ArrayData(InMemory):
     """Rows of a table as samples x of shape (B, d), or (B, *event_shape), in the units of the file.
 
     What is not given as a file of its own is split off the training file, at random but the same for every
@@ -83,58 +83,52 @@ class ArrayData(Dataset):
         self.levels = None if levels is None else whole("data.levels", levels, least=2)
         self.alpha = below_half("data.alpha", alpha)
         self.discrete = flag("data.dequantize", dequantize) or levels is not None
-        self._standardize = standardizes(standardize, levels)
-        paths = (path, val_path, test_path)
-        train, *others = tables = [None if p is None else read_table(p, key, columns) for p in paths]
-        assert train is not None
-        marks = [None if p is None or label is None else read_table(p, key, [label]) for p in paths]
-        if columns is None and marks[0] is not None:
-            train, *others = tables = [t and t.without(marks[0].indices) for t in tables]
-            assert train is not None
-        for table in (t for t in tables if t is not None):
-            check_alike(train, table)
+        self._standardize = _standardizes(standardize, levels)
+        paths = [path, val_path, test_path]
+        if label is None:
+            tables = [None if p is None else read_table(p, key, columns) for p in paths]
+            marks: list[Table | None] = [None, None, None]
+        else:
+            pairs = [(None, None) if p is None else read_labelled(p, key, columns, label) for p in paths]
+            tables, marks = [table for table, _ in pairs], [mark for _, mark in pairs]
+        first = self._checked(tables)
+        self.event_shape = _event_shape(event_shape, len(first.columns))
+        self.columns = first.columns if event_shape is None else ()
+
+        rows = _split(first, tables[1:], (val_fraction, test_fraction), seed)
+        parts = _parts(tables, rows)
+        self._mean, self._std = _moments(parts[0], self.discrete)
+        check_spread(first, self._mean, self._std, self.discrete)
+        if not self.discrete:
+            warn_if_discrete(first, parts[0])
+        train, self.val, self.test = (self._samples(part) for part in parts)
+        labels = None if label is None else self._labels(marks, rows)
+        self.keep(train, labels, _STREAM, _ORDER)
+        sizes = " + ".join(str(len(part)) for part in parts)
+        _log.info(f"{path}: {sizes} rows for train, val and test, {len(first.columns)} columns")
+
+    def _checked(self, tables: list[Table | None]) -> Table:
+        """The training table, once all of them are what the data set promises."""
+        first = tables[0]
+        assert first is not None
+        for table in filter(None, tables):
+            check_alike(first, table)
             check_range(table)
             if self.discrete:
                 check_whole(table)
             if self.levels is not None:
                 check_levels(table, self.levels)
-        for table in (t for t in marks if t is not None):
-            check_labels(table)
-        self.event_shape = _event_shape(event_shape, len(train.columns))
+        return first
 
-        rows = _split(train, others, (val_fraction, test_fraction), seed)
-        parts = _parts(train, others, rows)
-        self._mean, self._std = _moments(parts[0], self.discrete)
-        check_spread(train, self._mean, self._std, self.discrete)
-        if not self.discrete:
-            warn_if_discrete(train, parts[0])
-        self.columns = train.columns if event_shape is None else ()
-        self._train, self.val, self.test = (self._samples(part) for part in parts)
-        self._labels: Tensor | None = None
-        if marks[0] is not None:
-            labels = [torch.from_numpy(part[:, 0].astype(np.int64)) for part in _parts(marks[0], marks[1:], rows)]
-            self._labels, self.val_labels, self.test_labels = labels
-            self.classes = 1 + max(int(part.max()) for part in labels)
-        self._epochs = Epochs(len(self._train), _STREAM, _ORDER)
-        sizes = " + ".join(str(len(part)) for part in parts)
-        _log.info(f"{path}: {sizes} rows for train, val and test, {len(train.columns)} columns")
-
-    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
-        """Rows step * batch_size to (step + 1) * batch_size of the endless epochs, (batch_size, *event_shape).
-
-        Every row comes once an epoch, in an order drawn anew; a batch may cross from one epoch into the next,
-        or hold several.
-        """
-        return self._train[self._epochs.rows(step, batch_size, seed).to(self._train.device)]
-
-    def train_labels(self, step: int, batch_size: int, seed: int) -> Tensor | None:
-        if self._labels is None:
-            return None
-        return self._labels[self._epochs.rows(step, batch_size, seed).to(self._labels.device)]
-
-    def to(self, device: torch.device) -> None:
-        self._train = self._train.to(device)
-        self._labels = None if self._labels is None else self._labels.to(device)
+    def _labels(self, marks: list[Table | None], rows: list[NDArray[np.int64]]) -> Tensor:
+        """The labels for training, with those for val and test set, and how many classes there are."""
+        for mark in filter(None, marks):
+            check_labels(mark)
+        train, self.val_labels, self.test_labels = parts = [
+            torch.from_numpy(part[:, 0].astype(np.int64)) for part in _parts(marks, rows)
+        ]
+        self.classes = 1 + max(int(part.max()) for part in parts)
+        return train
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation (over n) of the training rows, (*event_shape), float64, noise included."""
@@ -148,7 +142,7 @@ class ArrayData(Dataset):
         return torch.from_numpy(values.astype(narrow if self.discrete else np.float32)).view(-1, *self.event_shape)
 
 
-def standardizes(asked: bool | None, levels: int | None) -> bool:
+def _standardizes(asked: bool | None, levels: int | None) -> bool:
     """Whether samples are standardised: as asked, or unless a logit takes them to the real line.
 
     Raises:
@@ -164,9 +158,9 @@ def standardizes(asked: bool | None, levels: int | None) -> bool:
 def _event_shape(asked: Sequence[int] | None, width: int) -> tuple[int, ...]:
     if asked is None:
         return (width,)
-    shape = widths("data.event_shape", asked)
-    if len(shape) != 3:
-        raise ConfigError(f"data.event_shape={shape}: give channels, height and width of an image, as in [1,8,8]")
+    if not isinstance(asked, list | tuple) or len(asked) != 3:
+        raise ConfigError(f"data.event_shape={asked}: give channels, height and width of an image, as in [1,8,8]")
+    shape = [whole(f"data.event_shape[{i}]", side) for i, side in enumerate(asked)]
     if math.prod(shape) != width:
         raise ConfigError(
             f"data.event_shape={shape} takes {math.prod(shape)} columns, and there are {width}: choose data.columns, "
@@ -175,10 +169,12 @@ def _event_shape(asked: Sequence[int] | None, width: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _parts(train: Table, others: list[Table | None], rows: list[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
-    """The values for training, val and test."""
+def _parts(tables: list[Table | None], rows: list[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
+    """The values for training, val and test: a table of their own, or rows of the first."""
+    first, *others = tables
+    assert first is not None
     held = zip(rows[1:], others, strict=True)
-    return [train.values[rows[0]], *(train.values[mine] if own is None else own.values for mine, own in held)]
+    return [first.values[rows[0]], *(first.values[mine] if own is None else own.values for mine, own in held)]
 
 
 def _moments(values: NDArray[np.float64], discrete: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

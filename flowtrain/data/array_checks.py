@@ -13,6 +13,8 @@ _log = logging.getLogger("flowtrain")
 
 _FLOAT32 = np.finfo(np.float32)
 _MOST_CLASSES = 10_000
+# from here on, float32 has no room for noise between whole numbers
+_MOST_WHOLE = 2**23
 
 
 def check_alike(first: Table, other: Table) -> None:
@@ -44,13 +46,15 @@ def check_range(table: Table) -> None:
 
 
 def check_whole(table: Table) -> None:
-    """Refuse values that are not whole numbers."""
-    bad = table.values != np.rint(table.values)
+    """Refuse values that are not whole numbers, or too large for noise in [0, 1) to be told apart on them."""
+    bad = (table.values != np.rint(table.values)) | (np.abs(table.values) > _MOST_WHOLE)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
+        value = table.values[row, column]
+        what = "too large" if value == np.rint(value) else "not a whole number"
         raise DataError(
-            f"{table.place(row, column)}: {table.values[row, column]} is not a whole number, and "
-            "data.dequantize=true is for whole numbers; leave it off, or choose data.columns"
+            f"{table.place(row, column)}: {value:.17g} is {what}; data.dequantize=true and data.levels are for whole "
+            f"numbers up to {_MOST_WHOLE:,}: leave them out, or choose data.columns"
         )
 
 

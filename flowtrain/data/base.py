@@ -2,13 +2,11 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.checks import number
 from flowtrain.errors import ConfigError
 
 
@@ -83,6 +81,7 @@ class Dataset(ABC):
 
     @property
     def samples(self) -> Samples:
+        """What a flow must know of them."""
         standardized = self.statistics() is not None
         return Samples(self.event_shape, self.discrete, self.levels, self.alpha, self.classes, standardized)
 
@@ -103,10 +102,3 @@ class Dataset(ABC):
     def split_labels(self, name: str) -> Tensor | None:
         """Its labels, (n,), or None."""
         return self.val_labels if name == "val" else self.test_labels
-
-
-def below_half(key: str, value: Any) -> float:
-    """`value` if it can be the alpha of a logit, in (0, 1/2)."""
-    if number(key, value) >= 0.5:
-        raise ConfigError(f"{key}={value}: give a number below 0.5")
-    return float(value)

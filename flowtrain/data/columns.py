@@ -15,10 +15,10 @@ def default_names(indices: Iterable[int]) -> tuple[str, ...]:
     return tuple(f"c{i}" for i in indices)
 
 
-def pick(columns: Columns | None, names: Sequence[str], path: object) -> list[int]:
+def pick(columns: Columns | None, names: Sequence[str], path: object, key: str = "data.columns") -> list[int]:
     """Positions of the chosen columns, in the order asked for; None chooses all.
 
-    An entry is a name, a position (-1 is the last) or a slice of positions such as "0:64".
+    An entry is a name, a position (-1 is the last) or a slice of positions such as "0:64"; `key` is what was set.
 
     Raises:
         ConfigError: an entry that `names` does not have, a column chosen twice, or none at all.
@@ -26,21 +26,21 @@ def pick(columns: Columns | None, names: Sequence[str], path: object) -> list[in
     if columns is None:
         return list(range(len(names)))
     entries = [columns] if isinstance(columns, str | int) else list(columns)
-    chosen = [i for entry in entries for i in _positions(entry, names, path)]
+    chosen = [i for entry in entries for i in _positions(entry, names, path, key)]
     if not chosen:
-        raise ConfigError(f"data.columns={columns} keeps no column of {path}; it has {_overview(names)}")
+        raise ConfigError(f"{key}={columns} keeps no column of {path}; it has {_overview(names)}")
     twice = sorted({i for i in chosen if chosen.count(i) > 1})
     if twice:
-        raise ConfigError(f"data.columns={columns} keeps {listed([names[i] for i in twice])} twice")
+        raise ConfigError(f"{key}={columns} keeps {listed([names[i] for i in twice])} twice")
     return chosen
 
 
-def _positions(entry: object, names: Sequence[str], path: object) -> list[int]:
+def _positions(entry: object, names: Sequence[str], path: object, key: str) -> list[int]:
     width = len(names)
     if isinstance(entry, str):
         found = [i for i, name in enumerate(names) if name == entry]
         if len(found) > 1:
-            raise ConfigError(f"data.columns: {path} has {len(found)} columns named {entry!r}; give positions")
+            raise ConfigError(f"{key}: {path} has {len(found)} columns named {entry!r}; give positions")
         if found:
             return found
         match = _SLICE.fullmatch(entry)
@@ -52,7 +52,7 @@ def _positions(entry: object, names: Sequence[str], path: object) -> list[int]:
                 return list(range(width))[start:stop:step]
     elif isinstance(entry, int) and not isinstance(entry, bool) and -width <= entry < width:
         return [entry % width]
-    raise ConfigError(f"data.columns: {path} has no column {entry!r}; it has {_overview(names)}")
+    raise ConfigError(f"{key}: {path} has no column {entry!r}; it has {_overview(names)}")
 
 
 def _overview(names: Sequence[str]) -> str:

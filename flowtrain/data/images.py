@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowtrain.checks import one_of, whole
-from flowtrain.data.base import ALPHA, Dataset, below_half, step_generator
-from flowtrain.data.epochs import Epochs
+from flowtrain.checks import below_half, one_of, whole
+from flowtrain.data.base import ALPHA, step_generator
 from flowtrain.data.idx import read_idx
+from flowtrain.data.memory import InMemory
 from flowtrain.errors import ConfigError, DataError
 
 _log = logging.getLogger("flowtrain")
@@ -26,7 +26,7 @@ _STREAM = 0x696D_6167
 _ORDER, _CROP = 1, 2
 
 
-class IDXImages(Dataset):
+class IDXImages(InMemory):
     """Images x of shape (B, 1, H, W), uint8: whole numbers from 0 (black) to levels - 1.
 
     The last `n_val` images of the training file are for validation.
@@ -68,7 +68,8 @@ class IDXImages(Dataset):
         self.alpha = below_half("data.alpha", alpha)
         self._crop = whole("data.crop", crop, least=0)
         base = _root(root)
-        cure = f"run `python scripts/download_mnist.py {dataset} --root {shlex.quote(str(base))}`"
+        script = f"python scripts/download_mnist.py {dataset} --root {shlex.quote(str(base))}"
+        cure = f"put the files as published into {base / dataset}: in a checkout of flowtrain `{script}` does"
         files = _find(dataset, base, cure)
         images, labels = _pair(files[0], files[1], cure)
         test, test_labels = _pair(files[2], files[3], cure)
@@ -84,30 +85,18 @@ class IDXImages(Dataset):
         n_train = len(images) - _at_most("data.n_val", n_val, len(images) - 1, files[0])
         n_test = len(test) if n_test is None else _at_most("data.n_test", n_test, len(test), files[2])
         self.event_shape = tuple(images.shape[1:])
-        self._images, self.val = images[:n_train], images[n_train:]
-        self._labels, self.val_labels = labels[:n_train], labels[n_train:]
+        self.keep(images[:n_train], labels[:n_train], _STREAM, _ORDER)
+        self.val, self.val_labels = images[n_train:], labels[n_train:]
         self.test, self.test_labels = test[:n_test], test_labels[:n_test]
-        self._epochs = Epochs(n_train, _STREAM, _ORDER)
         sizes = f"{n_train} + {len(self.val)} + {n_test}"
         _log.info(f"{files[0].parent}: {sizes} images for train, val and test, {_sides(images)} pixels")
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """Images (batch_size, 1, H, W), uint8, on the device of the training set; each comes once an epoch."""
-        batch = self._images[self._rows(step, batch_size, seed)]
+        batch = super().train_batch(step, batch_size, seed)
         if self._crop:
             batch = _shifted(batch, self._crop, step_generator(seed, _STREAM, _CROP, step))
         return batch
-
-    def train_labels(self, step: int, batch_size: int, seed: int) -> Tensor:
-        """The labels of the same images as `train_batch` gives, (batch_size,), int64."""
-        return self._labels[self._rows(step, batch_size, seed)]
-
-    def to(self, device: torch.device) -> None:
-        """Moves the training set to a device, so that its batches are gathered there."""
-        self._images, self._labels = self._images.to(device), self._labels.to(device)
-
-    def _rows(self, step: int, batch_size: int, seed: int) -> Tensor:
-        return self._epochs.rows(step, batch_size, seed).to(self._images.device)
 
 
 def default_root() -> Path:

@@ -40,11 +40,11 @@ class Table:
         """Whether the file names its columns."""
         return self.columns != default_names(self.indices)
 
-    def without(self, indices: Sequence[int]) -> "Table":
-        """The table less the columns at these positions in the file."""
-        kept = [i for i, index in enumerate(self.indices) if index not in indices]
-        columns, positions = zip(*((self.columns[i], self.indices[i]) for i in kept), strict=True)
-        return replace(self, values=self.values[:, kept], columns=columns, indices=positions)
+    def without(self, index: int) -> "Table":
+        """The table less the column at that position in the file."""
+        kept = [i for i, other in enumerate(self.indices) if other != index]
+        columns, indices = tuple(self.columns[i] for i in kept), tuple(self.indices[i] for i in kept)
+        return replace(self, values=self.values[:, kept], columns=columns, indices=indices)
 
     def place(self, row: int, column: int) -> str:
         """Where a value stands, in words: a line of a text file, a row of an array file, and the column."""
@@ -52,13 +52,31 @@ class Table:
         return f"{self.path}, {line}, column {self.columns[column]!r}"
 
 
-def read_table(path: str | Path, key: str | None = None, columns: Columns | None = None) -> Table:
+def read_labelled(path: str, key: str | None, columns: Columns | None, label: str | int) -> tuple[Table, Table]:
+    """The table in a file less its column of labels, and that column; see `read_table`.
+
+    Raises:
+        ConfigError: a label that is not one column, or that leaves none.
+    """
+    labels = read_table(path, key, [label], "data.label")
+    if len(labels.columns) != 1:
+        raise ConfigError(f"data.label={label} names {len(labels.columns)} columns of {path}: name one")
+    table = read_table(path, key, columns).without(labels.indices[0])
+    if not table.columns:
+        raise ConfigError(f"data.label={label} is the only column of {path}: nothing is left for the samples")
+    return table, labels
+
+
+def read_table(
+    path: str | Path, key: str | None = None, columns: Columns | None = None, option: str = "data.columns"
+) -> Table:
     """The table in a file; a 1-D array is one column.
 
     Args:
         path: a file that ends in one of ARRAYS or TEXTS.
         key: which array of an .npz file with several.
         columns: names, positions or slices such as "0:64" to keep, in this order; None keeps all.
+        option: the user's name of `columns`.
 
     Raises:
         DataError: a file that is missing or damaged, or values that are not finite real numbers in a table.
@@ -70,7 +88,7 @@ def read_table(path: str | Path, key: str | None = None, columns: Columns | None
     if key is not None and ending != ".npz":
         raise ConfigError(f"data.key={key} names an array of an .npz file, and {path} is not one")
     try:
-        table = _from_array(file, key, columns) if ending in ARRAYS else _from_text(file, columns)
+        table = _from_array(file, key, columns, option) if ending in ARRAYS else _from_text(file, columns, option)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     _check_finite(table)
@@ -87,17 +105,17 @@ def _check_file(file: Path, ending: str) -> None:
         raise DataError(f"there is no file {file.absolute()}")
 
 
-def _from_text(file: Path, columns: Columns | None) -> Table:
-    text = read_delimited(file, lambda names: pick(columns, names, file))
+def _from_text(file: Path, columns: Columns | None, option: str) -> Table:
+    text = read_delimited(file, lambda names: pick(columns, names, file, option))
     return Table(text.values, text.names, text.indices, str(file), text.lines)
 
 
-def _from_array(file: Path, key: str | None, columns: Columns | None) -> Table:
+def _from_array(file: Path, key: str | None, columns: Columns | None, option: str) -> Table:
     array = _load(file, key)
     _check_array(array, file)
     table = array.reshape(len(array), -1) if array.ndim == 1 else array
     names = default_names(range(table.shape[1]))
-    indices = pick(columns, names, file)
+    indices = pick(columns, names, file, option)
     kept = table if columns is None else table[:, indices]
     return Table(np.ascontiguousarray(kept, dtype=np.float64), default_names(indices), tuple(indices), str(file))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flowtrain.checks import one_of, whole, widths
 from flowtrain.errors import ConfigError
 from flowtrain.fields.conv_kernels import push
-from flowtrain.fields.layered import LayeredField, TimedLayer
+from flowtrain.fields.layered import LayeredField, TimedLayer, image_of
 
 
 class TimedConv2d(TimedLayer):
@@ -85,7 +85,7 @@ class ConcatConv2d(TimedConv2d):
         assert self.conv.bias is not None
         # linear in t, so one convolution serves all times; a channel of ones sees the border as one of t does
         (response,) = convolve(self.shift.weight, t.new_ones(1, *size))
-        return None, torch.addcmul(image(self.conv.bias), image(t.unsqueeze(-1)), response)
+        return None, torch.addcmul(image_of(self.conv.bias, 3), image_of(t.unsqueeze(-1), 3), response)
 
 
 class ConcatSquashConv2d(TimedConv2d):
@@ -100,7 +100,7 @@ class ConcatSquashConv2d(TimedConv2d):
         assert self.conv.bias is not None
         column = t.unsqueeze(-1)
         gate = torch.sigmoid(self.gate(column))
-        return image(gate), image(torch.addcmul(self.shift(column), self.conv.bias, gate))
+        return image_of(gate, 3), image_of(torch.addcmul(self.shift(column), self.conv.bias, gate), 3)
 
 
 LAYERS: dict[str, type[TimedConv2d]] = {"concatsquash": ConcatSquashConv2d, "concat": ConcatConv2d}
@@ -183,11 +183,6 @@ class ConvField(LayeredField[TimedConv2d]):
                 f"it was given {tuple(x.shape)}: use an MLP for vectors, or set channels to the images' own"
             )
         return x
-
-
-def image(v: Tensor) -> Tensor:
-    """v (..., C) as images of one pixel, (..., C, 1, 1)."""
-    return v.unsqueeze(-1).unsqueeze(-1)
 
 
 def channels_last(weight: Tensor) -> Tensor:

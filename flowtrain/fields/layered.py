@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.checks import one_of
+from flowtrain.errors import ConfigError
 from flowtrain.fields.activations import ACTIVATIONS
 from flowtrain.fields.base import Field
 
@@ -49,8 +50,7 @@ class LayeredField(Field, Generic[Layer]):
 
     def __init__(self, layers: Sequence[Layer], activation: str, width: int, classes: int | None) -> None:
         super().__init__()
-        if classes is not None:
-            self.embedding = nn.Parameter(torch.zeros(classes, width))
+        self.embedding = None if classes is None else nn.Parameter(torch.zeros(classes, width))
         self.activation = ACTIVATIONS[one_of("model.activation", activation, ACTIVATIONS, "a field must be smooth")]
         *body, head = layers
         head.zero()
@@ -75,7 +75,13 @@ class LayeredField(Field, Generic[Layer]):
         """(v, J e) as of any field, `shift` as in `forward`."""
 
     def given(self, label: Tensor) -> "Given":
-        """The field of labels (B,)."""
+        """The field of labels (B,).
+
+        Raises:
+            ConfigError: a field without classes.
+        """
+        if self.embedding is None:
+            raise ConfigError(f"{type(self).__name__} was built without classes: give it classes=K for p(x | label)")
         return Given(self, image_of(F.embedding(label, self.embedding), self.event_dims))
 
     def by_hand(self, t: Tensor, x: Tensor, tangents: Tensor) -> bool:

@@ -13,7 +13,7 @@ from flowtrain.fields.base import Field
 from flowtrain.fields.conv import ConvField
 from flowtrain.fields.mlp import MLPField
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import from_data, halvings, labelled
+from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
 from flowtrain.solvers import Solver
 
 
@@ -62,18 +62,15 @@ def ffjord(
         hidden=hidden,
         activation=activation,
         flows=whole("model.flows", flows),
+        full_size=flag("model.full_size", full_size),
         positions=flag("model.positions", positions),
         actnorm=flag("model.actnorm", actnorm),
         classes=labelled("ffjord", flag("model.conditional", conditional), classes),
     )
-    if len(event_shape) != 3:
-        stack = (made.flow(MLPField(event_shape[0], hidden, field, activation, made.classes)) for _ in range(flows))
-        return Flow(event_shape, Chain(stack), made.classes)
-    channels, height, width = event_shape
-    times = halvings((height, width), "model.scales", scales)
-    inside = made.scale(channels, (height, width), times, flag("model.full_size", full_size) or not times)
-    pixels = [ActNorm(event_shape)] if made.actnorm else []
-    return Flow(event_shape, from_data([*pixels, inside]), made.classes)
+    if of_images("ffjord", event_shape, least=1):
+        return over_images(event_shape, made.scale, scales, made.actnorm, made.classes)
+    stack = (made.flow(MLPField(event_shape[0], hidden, field, activation, made.classes)) for _ in range(flows))
+    return Flow(event_shape, Chain(stack), made.classes)
 
 
 @dataclass(frozen=True)
@@ -86,14 +83,16 @@ class Flows:
     hidden: Sequence[int]
     activation: str
     flows: int
+    full_size: bool
     positions: bool
     actnorm: bool
     classes: int | None
 
     def flow(self, field: Field) -> Continuous:
+        """One continuous flow along a field of its own."""
         return Continuous(field, self.solver, self.rule)
 
-    def at(self, channels: int, size: tuple[int, int]) -> list[Bijection]:
+    def at(self, channels: int, size: Size) -> list[Bijection]:
         """Flows over images of `channels` and `size`, from the data to the base."""
         places = size if self.positions else None
         parts: list[Bijection] = []
@@ -102,14 +101,14 @@ class Flows:
             parts += [self.flow(field), *([ActNorm(channels)] if self.actnorm else [])]
         return parts
 
-    def scale(self, channels: int, size: tuple[int, int], halvings: int, first: bool = True) -> Bijection:
+    def scale(self, channels: int, size: Size, times: int, squeezed: bool = False) -> Bijection:
         """Flows, a squeeze, flows, half of the channels factored out and the rest at the next scale.
 
         At the last scale flows alone (FFJORD, appendix B.1, and the multi-scale model of its code).
         """
-        here = self.at(channels, size) if first else []
-        if not halvings:
+        here = self.at(channels, size) if squeezed or self.full_size or not times else []
+        if not times:
             return from_data(here)
-        half = (size[0] // 2, size[1] // 2)
-        rest = OnHalf(self.scale(2 * channels, half, halvings - 1))
+        half = halved(size)
+        rest = OnHalf(self.scale(2 * channels, half, times - 1, squeezed=True))
         return from_data([*here, Squeezed(from_data([*self.at(4 * channels, half), rest]))])

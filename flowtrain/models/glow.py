@@ -11,11 +11,12 @@ from flowtrain.bijections.linear import InvertibleLinear
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.squeeze import OnHalf, Squeezed
 from flowtrain.checks import flag, number, one_of, whole, widths
-from flowtrain.conditioners.conv import ConvNet, FirstConv
-from flowtrain.conditioners.mlp import ACTIVATIONS, MLP, zero
+from flowtrain.conditioners.conv import ConvNet, InformedConv
+from flowtrain.conditioners.mlp import MLP
+from flowtrain.conditioners.parts import ACTIVATIONS, zero
 from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import from_data, halvings, labelled
+from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
 
 
 def glow(
@@ -32,6 +33,8 @@ def glow(
 ) -> Flow:
     """Steps of flow over images (C, H, W), or over vectors of length d >= 2, which are images of one pixel.
 
+    At the data end of images stands an ActNorm of each pixel, which is not in the paper.
+
     Args:
         steps: how many, over images at each scale.
         hidden: of the conditioners: channels of a 3x3 convolution and of 1x1 ones after it, widths of an MLP.
@@ -43,7 +46,7 @@ def glow(
         classes: how many labels the data have; None for none.
 
     Raises:
-        ConfigError: one channel that cannot be squeezed, data without labels, or a setting out of range.
+        ConfigError: one channel that is not squeezed, data without labels, or a setting out of range.
     """
     made = Steps(
         steps=whole("model.steps", steps),
@@ -53,23 +56,10 @@ def glow(
         positions=flag("model.positions", positions),
         classes=labelled("glow", flag("model.conditional", conditional), classes),
     )
-    if len(event_shape) == 1:
-        if event_shape[0] < 2:
-            raise ConfigError(
-                "model=glow needs vectors of at least 2 columns; for one use model=ffjord or model=affine"
-            )
-        return Flow(event_shape, from_data([*made.at(event_shape[0]), ActNorm(event_shape[0])]), made.classes)
-    channels, height, width = event_shape
-    times = halvings((height, width), "model.scales", scales)
-    if channels == 1 and not times:
-        raise ConfigError(
-            f"model=glow splits channels, and these images of {height}x{width} have one that cannot be squeezed: "
-            "give sides that can be halved, or use model=realnvp"
-        )
-    # at the data end each pixel has its own mean and spread: those of a border that is always black differ most
-    return Flow(
-        event_shape, from_data([ActNorm(event_shape), made.scale(channels, (height, width), times)]), made.classes
-    )
+    if of_images("glow", event_shape, least=2):
+        return over_images(event_shape, made.scale, scales, pixels=True, classes=made.classes)
+    d = event_shape[0]
+    return Flow(event_shape, from_data([*made.at(d), ActNorm(d)]), made.classes)
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,7 @@ class Steps:
     positions: bool
     classes: int | None
 
-    def at(self, channels: int, size: tuple[int, int] | None = None) -> list[Bijection]:
+    def at(self, channels: int, size: Size | None = None) -> list[Bijection]:
         """Steps of flow on images of that size, or on vectors, from the data to the base (Glow, figure 2a)."""
         first = (channels + 1) // 2
         parts: list[Bijection] = []
@@ -92,24 +82,31 @@ class Steps:
             parts += [ActNorm(channels), InvertibleLinear(channels), coupling]
         return parts
 
-    def scale(self, channels: int, size: tuple[int, int], halvings: int) -> Bijection:
+    def scale(self, channels: int, size: Size, times: int) -> Bijection:
         """Squeeze, steps, half of the channels factored out given the others, those at the next scale (figure 2b)."""
-        if not halvings:
+        if not times:
+            if channels == 1:
+                raise ConfigError(
+                    f"model=glow splits channels, and these images of {size[0]}x{size[1]} have one: give sides and "
+                    "model.scales that let them be squeezed, or use model=realnvp"
+                )
             return from_data([*self.at(channels, size), ActNorm(channels)])
-        size = (size[0] // 2, size[1] // 2)
+        size = halved(size)
         inside = self.at(4 * channels, size)
-        if halvings == 1:
+        if times == 1:
             return Squeezed(from_data([*inside, ActNorm(4 * channels)]))
         half = 2 * channels
         # the density of what is factored out, its mean and scale a convolution of the rest
-        prior = zero(FirstConv(half, 2 * half, self.classes, self.places(size)))
+        prior = zero(InformedConv(half, 2 * half, self.classes, self.places(size)))
         parts = [*inside, HalfCoupling(2 * half, False, prior, self.cap)]
-        return Squeezed(from_data([*parts, OnHalf(self.scale(half, size, halvings - 1))]))
+        return Squeezed(from_data([*parts, OnHalf(self.scale(half, size, times - 1))]))
 
-    def net(self, n_in: int, n_out: int, size: tuple[int, int] | None) -> nn.Module:
+    def net(self, n_in: int, n_out: int, size: Size | None) -> nn.Module:
+        """A conditioner of images of that size, or of vectors."""
         if size is None:
             return MLP(n_in, self.hidden, n_out, self.activation, self.classes)
         return ConvNet(n_in, self.hidden, n_out, self.activation, self.classes, self.places(size))
 
-    def places(self, size: tuple[int, int]) -> tuple[int, int] | None:
+    def places(self, size: Size) -> Size | None:
+        """The size that a network is told of."""
         return size if self.positions else None

@@ -1,32 +1,72 @@
-"""What the multi-scale models share: how often an image is halved, and the composition in the order of reading."""
+"""What the models share that also work on images, at several scales."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from flowtrain.bijections.base import Bijection, Chain
+from flowtrain.bijections.scale import ActNorm
 from flowtrain.checks import whole
 from flowtrain.errors import ConfigError
+from flowtrain.flow import Flow
+
+Size = tuple[int, int]
 
 # no side is halved that is shorter than this, unless asked for
 SMALLEST = 8
 
 
-def halvings(size: tuple[int, int], key: str, asked: int | None) -> int:
+def of_images(name: str, event_shape: tuple[int, ...], least: int) -> bool:
+    """Whether samples are images (C, H, W), and not vectors of at least `least` elements.
+
+    Raises:
+        ConfigError: they are neither.
+    """
+    if len(event_shape) == 3:
+        return True
+    if len(event_shape) != 1 or event_shape[0] < least:
+        raise ConfigError(
+            f"model={name} needs images (C, H, W) or vectors of at least {least} column{'s' * (least > 1)}; the data "
+            f"has samples of shape {event_shape}" + (": use model=ffjord or model=affine" if least > 1 else "")
+        )
+    return False
+
+
+def over_images(
+    event_shape: tuple[int, ...],
+    scale: Callable[[int, Size, int], Bijection],
+    scales: int | None,
+    pixels: bool,
+    classes: int | None,
+) -> Flow:
+    """The flow of scale(channels, (H, W), halvings) over images (C, H, W), with an ActNorm of each pixel for `pixels`.
+
+    Raises:
+        ConfigError: more halvings than the sides allow.
+    """
+    channels, height, width = event_shape
+    inside = scale(channels, (height, width), halvings((height, width), scales))
+    # at the data end each pixel has its own mean and spread: those of a border that is always black differ most
+    return Flow(event_shape, from_data([*([ActNorm(event_shape)] if pixels else []), inside]), classes)
+
+
+def halved(size: Size) -> Size:
+    return size[0] // 2, size[1] // 2
+
+
+def halvings(size: Size, asked: int | None) -> int:
     """How often both sides are halved: as asked, else as long as both are even and none is shorter than SMALLEST.
 
     Raises:
         ConfigError: more than the sides allow.
     """
-    height, width = size
-    possible = 0
-    while height % 2 == 0 and width % 2 == 0:
-        if asked is None and min(height, width) < SMALLEST:
-            break
-        height, width, possible = height // 2, width // 2, possible + 1
+    possible, (height, width) = 0, size
+    while height % 2 == 0 and width % 2 == 0 and (asked is not None or min(height, width) >= SMALLEST):
+        (height, width), possible = halved((height, width)), possible + 1
     if asked is None:
         return possible
-    if whole(key, asked, least=0) > possible:
+    if whole("model.scales", asked, least=0) > possible:
         raise ConfigError(
-            f"{key}={asked}: images of {size[0]}x{size[1]} can be halved {possible} times, so give at most {possible}"
+            f"model.scales={asked}: images of {size[0]}x{size[1]} can be halved {possible} times, so give at most "
+            f"{possible}"
         )
     return asked
 
@@ -43,5 +83,8 @@ def labelled(name: str, conditional: bool, classes: int | None) -> int | None:
         ConfigError: a conditional model of data without labels.
     """
     if conditional and classes is None:
-        raise ConfigError(f"model={name} model.conditional=true: this data has no labels to condition on")
+        raise ConfigError(
+            f"model={name} model.conditional=true: this data has no labels to condition on; data=array takes them by "
+            "data.label"
+        )
     return classes if conditional else None

@@ -13,10 +13,10 @@ from flowtrain.bijections.scale import ActNorm, BatchNorm
 from flowtrain.bijections.squeeze import OnHalf, Squeezed
 from flowtrain.checks import flag, number, one_of, whole, widths
 from flowtrain.conditioners.conv import ResidualNet
-from flowtrain.conditioners.mlp import ACTIVATIONS, MLP
-from flowtrain.errors import ConfigError
+from flowtrain.conditioners.mlp import MLP
+from flowtrain.conditioners.parts import ACTIVATIONS
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import from_data, halvings, labelled
+from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
 
 MIXINGS = ("alternate", "permutation")
 
@@ -44,8 +44,8 @@ def realnvp(
         activation: of the conditioners; relu | tanh | swish.
         mixing: of vectors: `alternate` swaps the halves (even and odd dimensions) from layer to layer; `permutation`
             puts a fixed random permutation before each layer, drawn at construction and saved with the weights.
-        actnorm: an ActNorm after each coupling.
-        batch_norm: a BatchNorm in its place, and over images in the conditioners too.
+        actnorm: an ActNorm after each coupling, and one of each pixel at the data end of images.
+        batch_norm: a BatchNorm after each coupling in place of its ActNorm, and over images in the conditioners too.
         cap: bound on each coupling's log-scale.
         scales: how often images are halved; None for as often as leaves no side below 4.
         positions: over images, the conditioners have a bias for each place, so that they know where they are.
@@ -55,7 +55,7 @@ def realnvp(
     Raises:
         ConfigError: d < 2, data without labels, or a setting out of range.
     """
-    images = len(event_shape) == 3
+    images = of_images("realnvp", event_shape, least=2)
     couplings = Couplings(
         layers=whole("model.layers", layers) if layers is not None else 4 if images else 8,
         hidden=widths("model.hidden", hidden, least_layers=int(images)),
@@ -68,16 +68,7 @@ def realnvp(
     )
     one_of("model.mixing", mixing, MIXINGS)
     if images:
-        channels, height, width = event_shape
-        inner = couplings.scale(channels, (height, width), halvings((height, width), "model.scales", scales))
-        # at the data end each pixel has its own mean and spread: those of a border that is always black differ most
-        bijection = from_data([*([ActNorm(event_shape)] if actnorm else []), inner])
-        return Flow(event_shape, bijection, couplings.classes)
-    if len(event_shape) != 1 or event_shape[0] < 2:
-        raise ConfigError(
-            f"model=realnvp needs images, or vectors of at least 2 columns, one half conditioning the other; the data "
-            f"has samples of shape {event_shape}. For one column use model=ffjord or model=affine"
-        )
+        return over_images(event_shape, couplings.scale, scales, couplings.actnorm, couplings.classes)
     return Flow(event_shape, couplings.stack(event_shape[0], mixing == "permutation"), couplings.classes)
 
 
@@ -113,7 +104,7 @@ class Couplings:
             bijections += [IndexCoupling(mask, net, self.cap), *self.norm(d)]
         return Chain(bijections)
 
-    def scale(self, channels: int, size: tuple[int, int], halvings: int) -> Bijection:
+    def scale(self, channels: int, size: Size, times: int) -> Bijection:
         """Over images of some size, as in Dinh et al. 2017, section 3.6: couplings by checkerboard masks, a squeeze,
         couplings by channels, half of the channels factored out and the rest at the next scale; at the last scale by
         checkerboards alone.
@@ -121,24 +112,25 @@ class Couplings:
         A checkerboard's couplings stand inside the squeeze, where its two colours are the two halves of the channels:
         their networks see a quarter of the pixels, four times the channels and nothing that is masked.
         """
-        if not halvings:
+        if not times:
             return self.last_scale(channels, size)
-        c, half = 4 * channels, (size[0] // 2, size[1] // 2)
+        c, half = 4 * channels, halved(size)
         upper_left, lower_right, upper_right, lower_left = torch.arange(c).chunk(4)
-        by_rows = torch.cat([upper_left, upper_right, lower_left, lower_right])
-        rest = OnHalf(self.scale(c // 2, half, halvings - 1))
-        return Squeezed(from_data([*self.halves(c, half), Permutation(by_rows), *self.halves(c, half), rest]))
+        by_columns = torch.cat([upper_left, upper_right, lower_left, lower_right])
+        rest = OnHalf(self.scale(c // 2, half, times - 1))
+        return Squeezed(from_data([*self.halves(c, half), Permutation(by_columns), *self.halves(c, half), rest]))
 
-    def last_scale(self, channels: int, size: tuple[int, int]) -> Bijection:
+    def last_scale(self, channels: int, size: Size) -> Bijection:
+        """Couplings by checkerboards alone, inside a squeeze where the sides allow one."""
         if size[0] % 2 == 0 and size[1] % 2 == 0:
-            return Squeezed(from_data(self.halves(4 * channels, (size[0] // 2, size[1] // 2))))
+            return Squeezed(from_data(self.halves(4 * channels, halved(size))))
         parts: list[Bijection] = []
         for i in range(self.layers):
             net = self.net(channels, 2 * channels, size)
             parts += [*self.norm(channels), CheckerboardCoupling(size, i % 2 == 1, net, self.cap)]
         return from_data(parts)
 
-    def halves(self, channels: int, size: tuple[int, int]) -> list[Bijection]:
+    def halves(self, channels: int, size: Size) -> list[Bijection]:
         """Couplings by alternating halves of an even number of channels."""
         parts: list[Bijection] = []
         for i in range(self.layers):
@@ -146,6 +138,7 @@ class Couplings:
             parts += [*self.norm(channels), HalfCoupling(channels, i % 2 == 1, net, self.cap)]
         return parts
 
-    def net(self, n_in: int, n_out: int, size: tuple[int, int]) -> nn.Module:
+    def net(self, n_in: int, n_out: int, size: Size) -> nn.Module:
+        """A conditioner over images of that size."""
         places = size if self.positions else None
         return ResidualNet(n_in, self.hidden, n_out, self.activation, self.classes, places, self.batch_norm)

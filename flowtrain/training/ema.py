@@ -1,7 +1,8 @@
-"""An exponential moving average of the weights."""
+"""An exponential moving average of the weights, and of the running statistics that go with them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,18 @@ class Ema:
         self.module = module
         self.decay = decay
         self.updates = 0
-        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.shadow = {name: p.detach().clone() for name, p in self._averaged()}
 
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [p.detach() for p in self.module.parameters()]
+        weights = [p.detach() for _, p in self._averaged()]
         torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - decay)
+
+    def _averaged(self) -> Iterator[tuple[str, Tensor]]:
+        buffers = (pair for pair in self.module.named_buffers() if pair[1].is_floating_point())
+        return chain(self.module.named_parameters(), buffers)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -36,7 +41,7 @@ class Ema:
             self._swap()
 
     def _swap(self) -> None:
-        for name, p in self.module.named_parameters():
+        for name, p in self._averaged():
             p.data, self.shadow[name] = self.shadow[name], p.data
 
     def state(self) -> dict[str, Tensor | int]:
@@ -44,7 +49,8 @@ class Ema:
 
     def load(self, state: dict[str, Tensor | int]) -> None:
         for name, shadow in self.shadow.items():
-            value = state[name]
+            # an older flowtrain did not average buffers, and had none that change
+            value = state.get(name, shadow)
             assert isinstance(value, Tensor)
             shadow.copy_(value)
         self.updates = int(state["updates"])

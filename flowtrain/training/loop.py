@@ -19,9 +19,9 @@ from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError, NonFiniteError
-from flowtrain.evaluation import check_finite, held_out, log_probs
 from flowtrain.flow import Flow
-from flowtrain.precision import precision
+from flowtrain.precision import narrowed, training_step
+from flowtrain.scores import check_finite, held_out, log_probs
 from flowtrain.solvers import record_solves
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import Ema
@@ -83,6 +83,11 @@ class Trainer:
         self.lr = LearningRate(settings)
         if flow.solver is not None and flow.solver.warmup is None:
             flow.solver.warmup = round(WARMUP * settings.steps)
+        if flow.solver is not None and settings.precision != "float32":
+            raise ConfigError(
+                f"trainer.precision={settings.precision}: ODEs are solved in float32, because their error control "
+                "would measure the rounding; leave it at float32 for a continuous flow"
+            )
         self.guard = None if flow.solver is None else Guard(flow, flow.solver, settings.guard_every)
         if saved is None:
             self.initialize()
@@ -116,6 +121,10 @@ class Trainer:
     def compile(self) -> None:
         """Compiles what is evaluated most: the fields of continuous flows, of discrete ones the whole loss."""
         fields = [m for m in self.flow.bijection.modules() if isinstance(m, Continuous)]
+        if fields and self.flow.classes is not None:
+            raise ConfigError(
+                "trainer.compile=true: the fields of a conditional flow are not compiled; set it to false"
+            )
         for continuous in fields:
             continuous.compile_field()
         if not fields:
@@ -195,7 +204,7 @@ class Trainer:
         if s.compile:
             # CUDA graphs may overwrite what the step before left
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        with record_solves() as solves, precision(s.precision, self.device), ExitStack() as stack:
+        with record_solves() as solves, training_step(s.precision, self.device), ExitStack() as stack:
             if solver is not None:
                 stack.enter_context(solver.using(rtol=rtol, atol=atol))
             self.optimizer.zero_grad()
@@ -208,16 +217,20 @@ class Trainer:
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update()
-        if self.guard is not None and self.guard.check(step + 1, x, seed, label):
+        seconds = time.perf_counter() - begun
+        first = math.ceil(len(x) / s.accumulate)
+        if self.guard is not None and self.guard.check(
+            step + 1, x[:first], seed, None if label is None else label[:first]
+        ):
             self.tightened()
-        nfe = [(c.nfe_forward, c.nfe_backward) for c in solves]
         adaptive = solver is not None and solver.adaptive
         return {
             "nll": nll,
             **self.bits(nll),
-            "step_seconds": time.perf_counter() - begun,
-            "nfe_forward": sum(f for f, _ in nfe) if nfe else None,
-            "nfe_backward": sum(b for _, b in nfe) if nfe else None,
+            "step_seconds": seconds,
+            # of one part: what a sample meets
+            "nfe_forward": round(sum(c.nfe_forward for c in solves) / s.accumulate) if solves else None,
+            "nfe_backward": round(sum(c.nfe_backward for c in solves) / s.accumulate) if solves else None,
             "grad_norm": grad_norm,
             "lr": lr,
             "rtol": rtol if adaptive else None,
@@ -230,7 +243,8 @@ class Trainer:
         labels = [None] * n if label is None else label.tensor_split(n)
         losses = []
         for part, y in zip(x.tensor_split(n), labels, strict=True):
-            loss: Tensor = self.objective(part, y) * (len(part) / len(x))
+            with narrowed(self.settings.precision, self.device):
+                loss: Tensor = self.objective(part, y) * (len(part) / len(x))
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         return torch.stack(losses).sum()

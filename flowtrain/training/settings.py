@@ -55,6 +55,7 @@ class Settings:
     # with defaults, because the configs of older checkpoints lack them
     compile: bool = False
     guard_every: int | None = 50
+    # of a batch norm, the parts of a batch have statistics of their own
     accumulate: int = 1
     precision: str = "float32"
     val_size: int | None = None

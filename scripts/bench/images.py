@@ -13,9 +13,10 @@ milliseconds; NFE of the last training step; seconds that scoring the test set t
 import argparse
 import json
 import statistics
+import tempfile
 from pathlib import Path
 
-from common import CACHE, machine, progress, run_flowtrain, table
+from common import machine, progress, run_flowtrain, table
 
 MODELS = ("realnvp", "glow", "ffjord")
 HEAD = ("model", "bits/dim", "parameters", "seconds", "steps", "ms a step", "NFE", "seconds of scoring")
@@ -25,7 +26,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chosen", nargs="*", help=f"of {', '.join(MODELS)}, and overrides for flowtrain")
     parser.add_argument("--data", default="mnist", help="mnist | fashion_mnist")
-    parser.add_argument("--out", type=Path, default=CACHE / "images", help="where the runs go")
+    parser.add_argument("--out", type=Path, help="where the runs go; a new folder unless given")
     return parser.parse_args()
 
 
@@ -53,11 +54,12 @@ def measure(model: str, data: str, run_dir: Path, overrides: list[str]) -> list[
 
 def main() -> None:
     args = arguments()
+    out = args.out or Path(tempfile.mkdtemp(prefix="flowtrain-images-"))
     models = [name for name in args.chosen if name in MODELS] or MODELS
     overrides = [name for name in args.chosen if name not in MODELS]
     found = []
     for model in models:
-        run_dir = args.out / f"{args.data}-{model}"
+        run_dir = out / f"{args.data}-{model}"
         found.append(measure(model, args.data, run_dir, overrides))
         progress(f"{' '.join(found[-1])}: {run_dir}")
     print(machine())

@@ -1,0 +1,104 @@
+"""log p(x) of many samples: in parts, with noise that is seeded, averaged over draws of it."""
+
+import math
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.data.base import Dataset
+from flowtrain.divergence import TraceRule
+from flowtrain.errors import DataError, NonFiniteError
+from flowtrain.flow import Flow, rows_at_a_time
+
+
+def held_out(flow: Flow, data: Dataset, split: str) -> tuple[Tensor, Tensor | None]:
+    """A held-out set of `data`, with its labels for a conditional flow.
+
+    Raises:
+        DataError: the flow is conditional and the data have no labels.
+    """
+    x, label = data.split(split), data.split_labels(split)
+    if flow.classes is None:
+        return x, None
+    if label is None:
+        raise DataError("the flow is conditional, and this data has no labels: data=array takes them by data.label")
+    return x, label
+
+
+@torch.no_grad()
+def log_probs(
+    flow: Flow, x: Tensor, label: Tensor | None = None, batch_size: int | None = None, draws: int = 1
+) -> Tensor:
+    """log p(x) in nats for all rows of x, (n,), float64 on the CPU; the noise of an estimated trace is seeded.
+
+    Of whole numbers log 1/K sum_k p(x + u_k), u_k uniform, K = `draws`: in expectation it rises with K to
+    log P(x) (Burda et al. 2016, Importance weighted autoencoders, theorem 1, for a uniform proposal). Where the trace
+    is estimated, twice the solves and `bound_of_estimates` in its place.
+
+    Args:
+        label: (n,), for a conditional flow.
+        batch_size: rows at a time; None for as many as suit the size of a sample.
+    """
+    device = flow.like.device
+    devices = [device] if device.type == "cuda" else []
+    size = batch_size or rows_at_a_time(flow.event_shape)
+    labels = repeat(None) if label is None else torch.split(label, size)
+    estimated = estimates_trace(flow) and draws > 1
+    parts = []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        for part, y in zip(torch.split(x, size), labels, strict=False):
+            x_k = [flow.dequantized(part.to(device)) for _ in range(draws)]
+            if estimated:
+                parts.append(bound_of_estimates(*(_same_probes(flow, x_k, y) for _ in range(2))).cpu())
+                continue
+            log_p = torch.stack([flow.log_prob(one, y).double() for one in x_k])
+            parts.append((log_p.logsumexp(0) - math.log(draws)).cpu())
+    return torch.cat(parts)
+
+
+def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:
+    """A lower bound in expectation on log 1/K sum_k p_k, (B,), from two unbiased estimates (K, B) of each log p_k.
+
+    The log of a mean of estimates is biased upwards by their noise. But log sum_k p_k is the largest value of
+    sum_k q_k (log p_k - log q_k) over weights q (Gibbs' inequality), linear in log p: with q = softmax(a) and b for
+    log p it is in expectation at most that, whatever a is. The mean of both orders; of exact values it is the log.
+    """
+    total = torch.zeros_like(a[0])
+    for weigh, value in ((a, b), (b, a)):
+        log_q = weigh.log_softmax(0)
+        total += (log_q.exp() * (value - log_q)).sum(0)
+    return total / 2 - math.log(len(a))
+
+
+def _same_probes(flow: Flow, x_k: list[Tensor], label: Tensor | None) -> Tensor:
+    """log p of each x_k, (K, B), with fresh trace probes that they share, which makes their noise much the same."""
+    seed = int(torch.randint(2**62, ()))
+    log_p = []
+    for x in x_k:
+        torch.manual_seed(seed)
+        log_p.append(flow.log_prob(x, label).double())
+    return torch.stack(log_p)
+
+
+def trace_rule(flow: Flow) -> TraceRule | None:
+    """How a continuous flow takes its traces; None for a discrete flow."""
+    return next((m.trace for m in flow.modules() if isinstance(m, Continuous)), None)
+
+
+def estimates_trace(flow: Flow) -> bool:
+    """Whether the flow's log-likelihood is evaluated with an estimated trace."""
+    rule = trace_rule(flow)
+    return rule is not None and not rule.is_exact(math.prod(flow.event_shape), training=False)
+
+
+def check_finite(log_p: Tensor, split: str) -> None:
+    """Refuses log-likelihoods that are NaN or infinite, naming the first row."""
+    bad = (~torch.isfinite(log_p)).nonzero().flatten()
+    if len(bad):
+        raise NonFiniteError(
+            f"log p(x) is {log_p[bad[0]].item()} for row {bad[0].item()} of the {split} set ({len(bad)} of "
+            f"{len(log_p)} rows): the flow does not cover these points, or its weights are damaged"
+        )
