@@ -68,7 +68,7 @@ def _command() -> int:
     few = labels[:rows] if isinstance(labels, torch.Tensor) else labels
     print(f"{n} samples, round trip error {roundtrip_error(flow, samples[:rows], few):.1e}, written to {out}")
     if images or flow.event_shape == (2,):
-        title = f"{title_of(config)}, {n} samples"
+        title = f"{title_of(config)}, {n} samples" + ("" if label is None else f" of class {label}")
         try:
             draw(flow, build_data(config), out.with_suffix(".png"), title, samples, label)
             print(f"picture in {out.with_suffix('.png')}")
