@@ -138,7 +138,7 @@ def evaluate(
     return result
 
 
-def check_fits(flow: Flow, data: Dataset, dequantization_samples: int) -> None:
+def check_fits(flow: Flow, data: Dataset, dequantization_samples: int = 1) -> None:
     """Refuses data that are not of the flow's kind; see `evaluate`."""
     if tuple(data.event_shape) != flow.event_shape:
         raise DataError(

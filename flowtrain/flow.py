@@ -124,6 +124,8 @@ class Flow(nn.Module):
         """
         if n < 1:
             raise FlowtrainError(f"n={n}: ask for at least one sample")
+        if chunk is not None and chunk < 1:
+            raise FlowtrainError(f"chunk={chunk}: take at least one row at a time")
         if not 0 <= temperature < math.inf:
             raise FlowtrainError(f"temperature={temperature}: give a number that is not negative")
         like = self.like
@@ -140,6 +142,13 @@ class Flow(nn.Module):
         """x + u for the integers of a discrete flow, else x; of the flow's dtype, on its device."""
         like = self.like
         if self.discrete and not x.is_floating_point():
+            # in training they are the data set's own, and to look at them would wait for the device
+            known = self.levels is not None and not self.training and x.numel() > 0
+            if known and not 0 <= int(x.min()) <= int(x.max()) < self.levels:  # type: ignore[operator]
+                raise FlowtrainError(
+                    f"x goes from {int(x.min())} to {int(x.max())}, and this flow is one over whole numbers from 0 to "
+                    f"{self.levels - 1}"  # type: ignore[operator]
+                )
             return dequantize(x.to(like.device), like)
         return x.to(like)
 
@@ -165,7 +174,7 @@ class Flow(nn.Module):
             return None
         if label is None:
             raise FlowtrainError(f"this flow is conditional: give a label for each sample, 0 to {self.classes - 1}")
-        y = torch.as_tensor(label, device=x.device)
+        y = torch.as_tensor(label if isinstance(label, Tensor | int) else math.nan, device=x.device)
         if y.is_floating_point() or y.dtype == torch.bool or y.dim() > 1 or (y.dim() == 1 and len(y) != len(x)):
             raise FlowtrainError(f"label: give one whole number, or one for each of the {len(x)} samples")
         # in training they are the data set's own, and to look at them would wait for the device
@@ -184,6 +193,8 @@ class Flow(nn.Module):
             yield
 
     def _checked(self, x: Tensor, name: str) -> Tensor:
+        if not isinstance(x, Tensor) or x.is_complex():
+            raise FlowtrainError(f"{name} is {getattr(x, 'dtype', type(x).__name__)}; give a tensor of real numbers")
         if x.shape[1:] != self.event_shape or x.dim() != 1 + len(self.event_shape):
             wanted = ", ".join(map(str, ("B", *self.event_shape)))
             raise FlowtrainError(f"{name} has shape {tuple(x.shape)}; this flow takes ({wanted})")

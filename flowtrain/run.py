@@ -14,7 +14,8 @@ import torch
 
 from flowtrain import build, pictures, plots
 from flowtrain.checks import whole
-from flowtrain.data.base import Dataset
+from flowtrain.data.base import Dataset, Samples
+from flowtrain.errors import ConfigError
 from flowtrain.evaluation import Evaluation, evaluate
 from flowtrain.flow import Flow
 from flowtrain.training import checkpoint
@@ -82,6 +83,8 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
     device = build.resolve_device(config["device"])
     settings = build.build_settings(config)
     data = build.build_data(config)
+    if saved is not None:
+        check_same(build.samples_of(saved), data.samples)
     prepare_process(config, data.event_shape)
     torch.manual_seed(whole("seed", config["seed"], least=0))
     flow = build.build_flow(config, data.samples).to(device)
@@ -113,6 +116,21 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
     # the trainer's config, whose step size may have become smaller
     finish(trainer.config, run_dir, data, device, title, trainer)
     return best, 0
+
+
+def check_same(before: Samples, now: Samples) -> None:
+    """Refuses to go on with a run on samples of another kind.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    for key in ("event_shape", "discrete", "levels", "alpha", "standardized"):
+        old, new = getattr(before, key), getattr(now, key)
+        if old != new:
+            raise ConfigError(
+                f"resume: the run was trained on samples whose {key} is {old}, and that of the data now is {new}: "
+                "leave data.* as it was, but for where its files are"
+            )
 
 
 def title_of(config: Mapping[str, Any]) -> str:

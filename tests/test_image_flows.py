@@ -538,6 +538,43 @@ def test_an_old_checkpoint_of_dequantized_counts_still_loads(run: Run, tmp_path:
     assert torch.equal(flow.log_prob(x), expected.log_prob(x))
 
 
+def test_what_the_weights_were_trained_with_is_kept(run: Run, tmp_path: Path) -> None:
+    """A density that is not that of the training would be scored, or a run go on, without a word."""
+    write_set(tmp_path / "data" / "mnist")
+    keys = ["data=mnist", "data.root=data", "data.n_val=10", "trainer.steps=1", "trainer.batch_size=4", "recipe=none"]
+    code, out, err = run("flowtrain", *keys, *TINY["realnvp"])
+    assert code == 0, err
+    ckpt = f"ckpt={out.splitlines()[-1]}"
+    for override in ("model.cap=7", "model.activation=tanh", "data.alpha=0.1"):
+        code, _, err = run("floweval", ckpt, override)
+        assert (code, len(err.splitlines())) == (2, 1), err
+        assert override.split("=")[0] in err
+    (tmp_path / "kept.npy").write_bytes(b"kept")
+    code, _, err = run("flowsample", ckpt, "n=2", "data=moons", "out=kept.npy")
+    assert code == 2
+    assert "trained on samples of shape (1, 4, 6)" in err
+    assert (tmp_path / "kept.npy").read_bytes() == b"kept"
+    larger = {f"{kind}_images": np.zeros((n, 6, 6), np.uint8) for kind, n in (("train", 50), ("t10k", 20))}
+    write_set(tmp_path / "other" / "mnist", **larger)
+    code, _, err = run("flowtrain", ckpt.replace("ckpt", "resume"), "data.root=other", "trainer.steps=2")
+    assert code == 2
+    assert "event_shape is (1, 4, 6), and that of the data now is (1, 6, 6)" in err
+
+
+@pytest.mark.parametrize("model", ["realnvp", "glow", "ffjord"])
+def test_values_out_of_range_and_no_values(model: str, tmp_path: Path) -> None:
+    config = config_of(write_set(tmp_path / "data"), *TINY[model])
+    flow = build_flow(config, build_data(config).samples).eval()
+    x = torch.randint(0, 256, (3, 1, 4, 6))
+    for bad in (x + 200, x - 200, x + 256.5, -x - 0.5):
+        with pytest.raises(FlowtrainError, match="x goes from"):
+            flow.log_prob(bad)
+    assert flow.log_prob(x[:0]).shape == (0,)
+    for wrong in (x.numpy(), x.to(torch.complex64)):
+        with pytest.raises(FlowtrainError, match="tensor of real numbers"):
+            flow.log_prob(wrong)
+
+
 def test_one_test_image_is_enough_to_finish(run: Run, tmp_path: Path) -> None:
     write_set(tmp_path / "data" / "mnist")
     keys = ["data=mnist", "data.root=data", "data.n_val=10", "data.n_test=1", "trainer.steps=1", "recipe=none"]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.errors import FlowtrainError
 
 
 class Logit(Bijection):
@@ -17,6 +18,9 @@ class Logit(Bijection):
     Args:
         levels: how many values, 0 .. levels - 1, the discrete data take.
         alpha: keeps p off 0 and 1.
+
+    Raises:
+        FlowtrainError: outside of training, x that p takes to 0, 1 or beyond.
     """
 
     def __init__(self, levels: int, alpha: float) -> None:
@@ -33,10 +37,15 @@ class Logit(Bijection):
         slope = (1 - 2 * self.alpha) / self.levels
         # 1 - p from the distance to the upper end, which is exact there
         p, q = self.alpha + slope * x, self.alpha + slope * (self.levels - x)
+        # the data of training were checked when they were read, and to look at them would wait for the device
+        if not self.training and x.numel() and bool((torch.minimum(p, q) <= 0).any()):
+            raise FlowtrainError(
+                f"x goes from {x.min():g} to {x.max():g}, and this flow is one over values from 0 to {self.levels}"
+            )
         return p.log() - q.log(), self._log_det(p, q)
 
     def _log_det(self, p: Tensor, q: Tensor) -> Tensor:
-        d = p[0].numel()
+        d = math.prod(p.shape[1:])
         return d * math.log((1 - 2 * self.alpha) / self.levels) - (p.log() + q.log()).flatten(1).sum(1)
 
 

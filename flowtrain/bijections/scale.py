@@ -35,7 +35,7 @@ class ActNorm(Bijection):
 
     def log_det(self, x: Tensor) -> Tensor:
         """log|det dx/dz| of each row of x, (B,)."""
-        shared = x[0].numel() // self.log_scale.numel()
+        shared = math.prod(x.shape[1:]) // self.log_scale.numel()
         return (shared * self.log_scale.sum()).expand(len(x))
 
     def over(self, v: Tensor, x: Tensor) -> Tensor:

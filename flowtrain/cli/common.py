@@ -146,8 +146,10 @@ def overridden(
     return plain(config)
 
 
-# the parts of a saved config that scoring and sampling read
+# the parts of a saved config that scoring and sampling read, what may be changed of the model, and what may not of data
 USED = ("model", "data", "solver", "threads")
+MODEL = ("eval_trace", "noise", "noise_samples")
+TRAINED = ("data.alpha", "data.standardize")
 
 
 class Opened(NamedTuple):
@@ -171,12 +173,24 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
     path = checkpoint.find(Path(str(own["ckpt"])))
     saved = checkpoint.load(path)
     check_targets(saved["config"], own["trust"])
+    check_kept(overrides)
     config = absolute_paths(overridden(saved["config"], overrides, tuple(own), USED))
     # how the flow is preprocessed belongs to the data it was trained on, whatever it now meets
     trained_on = {**config, "data": saved["config"]["data"]}
     flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), own["trust"])
     prepare_process(config, flow.event_shape)
     return Opened(path, flow, saved["step"], config)
+
+
+def check_kept(overrides: Sequence[str]) -> None:
+    """Refuses to change what the weights were trained with: they would be scored as those of another density."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        if key.startswith("model.") and key.removeprefix("model.") not in MODEL:
+            free = ", ".join(f"model.{name}" for name in MODEL)
+            raise ConfigError(f"{key}: the checkpoint has its own model, of which {free} can be changed; leave it out")
+        if key in TRAINED:
+            raise ConfigError(f"{key}: the checkpoint keeps what it was trained with; leave it out")
 
 
 def run_dir_of(path: Path) -> Path:

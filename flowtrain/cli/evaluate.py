@@ -21,8 +21,8 @@ USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [out=FILE] [KEY=VALUE ...]
                of whole numbers: noise draws averaged inside the log; default 1, and the more the tighter the bound
   trust        packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
 
-Any key of the run's config can be changed, as in solver.rtol=1e-7, solver=tsit5, data=circles,
-model.eval_trace=hutchinson."""
+Keys of data and solver can be changed, as in solver.rtol=1e-7, solver=tsit5 or data=circles, and how a trace is taken:
+model.eval_trace=hutchinson, model.noise, model.noise_samples."""
 
 
 def main() -> None:

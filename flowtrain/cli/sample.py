@@ -12,7 +12,7 @@ from flowtrain.build import build_data
 from flowtrain.checks import number, whole
 from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
 from flowtrain.errors import ConfigError, DataError, NonFiniteError
-from flowtrain.evaluation import roundtrip_error, rows_of_checks
+from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.pictures import draw
 from flowtrain.run import messages, title_of
 
@@ -57,8 +57,19 @@ def _command() -> int:
     images = len(flow.event_shape) == 3
     n = (100 if images else 10_000) if own["n"] is None else whole("n", own["n"])
     out = Path(str(own["out"])) if own["out"] else run_dir_of(path) / "samples.npy"
-    torch.manual_seed(seed)
     labels = label if flow.classes is None or label is not None else flow.in_turn(n)
+    # refused before anything is read or drawn
+    flow.labels(labels, torch.empty(n, 0, device=flow.like.device))
+    data = None
+    if images or flow.event_shape == (2,):
+        try:
+            data = build_data(config)
+            check_fits(flow, data)
+        except DataError as e:
+            if data is not None:
+                raise
+            print(f"no picture beside the data, which is not to be had: {e}", file=sys.stderr)
+    torch.manual_seed(seed)
     samples = flow.sample(n, temperature, label=labels).cpu()
     bad = int((~torch.isfinite(samples)).sum())
     if bad:
@@ -67,13 +78,10 @@ def _command() -> int:
     rows = rows_of_checks(flow.event_shape)
     few = labels[:rows] if isinstance(labels, torch.Tensor) else labels
     print(f"{n} samples, round trip error {roundtrip_error(flow, samples[:rows], few):.1e}, written to {out}")
-    if images or flow.event_shape == (2,):
+    if data is not None:
         title = f"{title_of(config)}, {n} samples" + ("" if label is None else f" of class {label}")
-        try:
-            draw(flow, build_data(config), out.with_suffix(".png"), title, samples, label)
-            print(f"picture in {out.with_suffix('.png')}")
-        except DataError as e:
-            print(f"no picture beside the data, which is not to be had: {e}", file=sys.stderr)
+        draw(flow, data, out.with_suffix(".png"), title, samples, label)
+        print(f"picture in {out.with_suffix('.png')}")
     return 0
 
 
