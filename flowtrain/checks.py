@@ -23,9 +23,9 @@ def number(key: str, value: Any, least: float = 0.0, inclusive: bool = False) ->
 
 
 def below_half(key: str, value: Any) -> float:
-    """`value` if it can be the alpha of a logit, in (0, 1/2)."""
-    if number(key, value) >= 0.5:
-        raise ConfigError(f"{key}={value}: give a number below 0.5")
+    """`value` if it can be the alpha of a logit, in (0, 1/2) and so far below that levels can be told apart."""
+    if number(key, value) >= 0.499:
+        raise ConfigError(f"{key}={value}: give a number below 0.499")
     return float(value)
 
 

@@ -690,7 +690,7 @@ def test_images_of_real_numbers_are_standardised_by_pixel(tmp_path: Path) -> Non
 BAD_IMAGES: list[tuple[dict[str, Any], type[FlowtrainError], list[str]]] = [
     ({"levels": 16}, DataError, ["16 is outside 0 to 15", "data.levels=16", "from 0 to 16"]),
     ({"levels": 1}, ConfigError, ["data.levels=1", "at least 2"]),
-    ({"levels": 17, "alpha": 0.5}, ConfigError, ["data.alpha=0.5", "below 0.5"]),
+    ({"levels": 17, "alpha": 0.5}, ConfigError, ["data.alpha=0.5", "below 0.499"]),
     ({"levels": 17, "standardize": True}, ConfigError, ["data.standardize=true and data.levels"]),
     ({"event_shape": [1, 3, 4]}, ConfigError, ["takes 12 columns, and there are 13", "data.label"]),
     ({"event_shape": [12], "label": 12}, ConfigError, ["channels, height and width"]),

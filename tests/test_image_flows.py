@@ -138,6 +138,18 @@ def test_the_logit_keeps_its_digits_in_float32(alpha: float) -> None:
 # Whole numbers
 
 
+@pytest.mark.parametrize("alpha", [1e-6, 1e-2])
+def test_the_edge_of_the_tails_is_still_inside(alpha: float) -> None:
+    """Rounded to float32, a far latent is the edge itself, and nothing beyond it may be made of that."""
+    torch.set_default_dtype(torch.float32)
+    logit = Logit(256, alpha).eval()
+    far = torch.tensor([[-200.0, -60.0, -30.0, 30.0, 60.0, 200.0]])
+    z, log_det = logit.inverse(logit.forward(far)[0])
+    assert torch.isfinite(z).all()
+    assert torch.isfinite(log_det).all()
+    assert (z.sign() == far.sign()).all()
+
+
 def test_integers_are_dequantized_anew_and_real_numbers_taken_as_they_are() -> None:
     flow = discrete(Logit(256, 0.05))
     x = Bytes().test
