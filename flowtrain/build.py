@@ -15,6 +15,7 @@ from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.flow import Flow
+from flowtrain.regularizers import Regularizer
 from flowtrain.solvers import Solver
 from flowtrain.training import checkpoint
 from flowtrain.training.settings import Settings
@@ -22,7 +23,13 @@ from flowtrain.training.settings import Settings
 Config = Mapping[str, Any]
 
 # the package that each config group draws from, when the config comes out of a file
-PACKAGES = {"model": "models", "data": "data", "solver": "solvers", "objective": "objectives"}
+PACKAGES = {
+    "model": "models",
+    "data": "data",
+    "solver": "solvers",
+    "objective": "objectives",
+    "regularizer": "regularizers",
+}
 
 
 def build_data(config: Config) -> Dataset:
@@ -35,7 +42,9 @@ def build_solver(config: Config) -> Solver:
 
 
 def build_objective(config: Config, flow: Flow) -> nn.Module:
-    return cast(nn.Module, _call(config, "objective", flow=flow))
+    """The objective, with the regularizer, which checkpoints of an older flowtrain do not have."""
+    regularizer = _call(config, "regularizer") if "regularizer" in config else Regularizer()
+    return cast(nn.Module, _call(config, "objective", flow=flow, regularizer=regularizer))
 
 
 def build_settings(config: Config) -> Settings:

@@ -63,7 +63,13 @@ class Probes:
 
 
 def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
-    """(v, tr dv/dx or its estimate); x (*nodes, B, *event) with t broadcasting against (*nodes, B).
+    """(v, tr dv/dx or its estimate); x (*nodes, B, *event) with t broadcasting against (*nodes, B)."""
+    v, e, je = pushed(field, t, x, probes)
+    return v, probes.weight * (e * je).sum((0, *range(-probes.event_dims, 0)))
+
+
+def pushed(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor, Tensor]:
+    """(v, e, J e) for the probes e, shaped (k, *nodes, B, *event) or so as to broadcast; shapes as in `divergence`.
 
     Raises:
         ConfigError: a field of vectors was given images, or the reverse.
@@ -78,7 +84,7 @@ def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[
     k, *rest = probes.tangents.shape
     e = probes.tangents.view(k, *(1,) * nodes, *rest)
     v, je = push_tangents(field, t, x, e, event_dims)
-    return v, probes.weight * (e * je).sum((0, *range(-event_dims, 0)))
+    return v, e, je
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ LAYERS = [
     ("objectives", "models"),
     ("flow",),
     ("bijections",),
+    ("regularizers",),
     ("divergence", "conditioners"),
     ("fields", "solvers", "data", "paths"),
     ("checks", "derivatives", "precision"),

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
-from flowtrain.divergence import Probes, TraceRule, divergence
+from flowtrain.divergence import Probes, TraceRule
 from flowtrain.errors import ConfigError
 from flowtrain.fields.base import Field
 from flowtrain.fields.layered import LayeredField
+from flowtrain.regularizers import Regularizer, integrands, recorded
 from flowtrain.solvers import History, Problem, Solution, Solver
 
 
@@ -31,6 +32,7 @@ class Continuous(Bijection):
         self.field = field
         self.solver = solver
         self.trace = trace
+        self.regularizer = Regularizer()
         # by whether time runs forward, from base to data
         self.histories = {True: History(), False: History()}
         self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
@@ -43,14 +45,17 @@ class Continuous(Bijection):
         mode = "reduce-overhead" if next(self.field.parameters()).is_cuda else "default"
         self.compiled = (
             torch.compile(self.field.forward, mode=mode, dynamic=False),
-            torch.compile(divergence, mode=mode, dynamic=False),
+            torch.compile(integrands, mode=mode, dynamic=False),
         )
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._transport(z, label, 0.0, 1.0)
+        return self._transport(z, label, 0.0, self._end())
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._transport(x, label, 1.0, 0.0)
+        return self._transport(x, label, self._end(), 0.0)
+
+    def _end(self) -> float:
+        return self.regularizer.end() if self.training else 1.0
 
     def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return self.solver.solve(self._problem(z, label, 0.0, 1.0, None)).x
@@ -62,10 +67,15 @@ class Continuous(Bijection):
         solution = self.solve(x, t0, t1, label)
         if solution.integrals is None:
             raise RuntimeError("the solver returned no integral")
+        paths = recorded()
+        if paths is not None and self.training:
+            # int_0^1 whichever way it was solved
+            paths.append(solution.integrals[:, 1:] if t0 < t1 else -solution.integrals[:, 1:])
         return solution.x, solution.integrals[:, 0]
 
     def solve(self, x: Tensor, t0: float, t1: float, label: Tensor | None = None) -> Solution:
-        """The solution from x (B, *event) at t0, its one integral the log-determinant (B, 1)."""
+        """The solution from x (B, *event) at t0, its integrals (B, 1 + Q): the log-determinant, and the path
+        integrals that the regularizer asks for while they are recorded."""
         problem = self._problem(x, label, t0, t1, self.trace.draw(x, self.training))
         # an evaluated likelihood must be as exact as the tolerance says: its error takes part in the step control
         control = self.solver.control if self.training else "all"
@@ -75,12 +85,13 @@ class Continuous(Bijection):
     def _problem(self, x: Tensor, label: Tensor | None, t0: float, t1: float, probes: Probes | None) -> Problem:
         compiled = self.compiled if self.training and label is None else None
         field = self.field if label is None else given(self.field, label)
-        velocity, along = compiled or (field, divergence)
+        velocity, along = compiled or (field, integrands)
+        names = self.regularizer.paths if self.training and recorded() is not None else ()
 
         def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             assert probes is not None
-            v, q = along(field, t, y, probes)
-            return v, q.unsqueeze(-1)
+            v, q = along(field, t, y, probes, names)
+            return v, q
 
         return Problem(
             velocity=velocity,
@@ -89,6 +100,7 @@ class Continuous(Bijection):
             t0=t0,
             t1=t1,
             parameters=tuple(self.field.parameters()),
+            n_integrals=1 + len(names),
             noisy=probes is not None and probes.noisy,
             recorder=field.recorder() if isinstance(field, Field) and compiled is None else None,
             # an evaluation is the same whatever was solved before it

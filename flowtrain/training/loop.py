@@ -208,10 +208,10 @@ class Trainer:
             if solver is not None:
                 stack.enter_context(solver.using(rtol=rtol, atol=atol))
             self.optimizer.zero_grad()
-            loss = self.backward(x, label)
+            terms = self.backward(x, label)
         norm = nn.utils.get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
-        nll, grad_norm = torch.stack([loss, norm]).tolist()
-        self.check_finite(nll, grad_norm)
+        grad_norm, loss, nll, *penalties = torch.stack([norm, *terms.values()]).tolist()
+        self.check_finite(loss, grad_norm)
         if s.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.flow.parameters(), s.clip_norm, norm)
         self.optimizer.step()
@@ -227,6 +227,7 @@ class Trainer:
         return {
             "nll": nll,
             **self.bits(nll),
+            **dict(zip(list(terms)[2:], penalties, strict=True)),
             "step_seconds": seconds,
             # of one part: what a sample meets
             "nfe_forward": round(sum(c.nfe_forward for c in solves) / s.accumulate) if solves else None,
@@ -237,17 +238,22 @@ class Trainer:
             "atol": atol if adaptive else None,
         }
 
-    def backward(self, x: Tensor, label: Tensor | None) -> Tensor:
-        """The loss of a batch, its gradient summed over `accumulate` parts that are in memory one at a time."""
+    def backward(self, x: Tensor, label: Tensor | None) -> dict[str, Tensor]:
+        """The loss of a batch and its terms, loss and nll first.
+
+        Its gradient is summed over `accumulate` parts that are in memory one at a time.
+        """
         n = self.settings.accumulate
         labels = [None] * n if label is None else label.tensor_split(n)
-        losses = []
+        total: dict[str, Tensor] = {}
         for part, y in zip(x.tensor_split(n), labels, strict=True):
             with narrowed(self.settings.precision, self.device):
-                loss: Tensor = self.objective(part, y) * (len(part) / len(x))
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
+                loss, terms = self.objective(part, y)
+            share = len(part) / len(x)
+            (share * loss).backward()
+            for name, term in {"loss": loss, **terms}.items():
+                total[name] = total.get(name, 0.0) + share * term.detach()
+        return total
 
     def bits(self, nll: float) -> dict[str, float]:
         """What a row says of an NLL in bits per dimension: nothing but for images."""
