@@ -69,6 +69,8 @@ def test_gradients_agree_with_the_cpu(gradient: str, images: bool) -> None:
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 def test_images_train_and_agree_with_the_cpu(name: str, precision: str, tmp_path: Path) -> None:
     """With narrow products in training, the likelihood of the weights is that of full precision."""
+    if name == "ffjord" and precision != "float32":
+        pytest.skip("refused: ODEs are solved in float32")
     torch.set_default_dtype(torch.float32)
     root = write_set(tmp_path / "data")
     small = [f"data.root={root}", "data.n_val=10", "trainer.batch_size=8", "trainer.steps=5", "trainer.val_every=5"]
@@ -80,7 +82,7 @@ def test_images_train_and_agree_with_the_cpu(name: str, precision: str, tmp_path
         "model.conditional=true",
         "recipe=none",
     ]
-    chosen = ["model.conditional=true", "device=cuda", f"trainer.precision={precision}"]
+    chosen = ["device=cuda", f"trainer.precision={precision}"]
     config = compose_defaults([*keys, *small, *chosen])
     with messages():
         _, code = train(config, tmp_path / "run")
