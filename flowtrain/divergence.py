@@ -50,6 +50,10 @@ class Probes:
         """How many dimensions an event has: 1 for vectors, 3 for images."""
         return self.tangents.dim() - 2
 
+    def contract(self, products: Tensor) -> Tensor:
+        """w sum_j over the tangents, and over the elements of an event: (k, ..., *event) -> (...)."""
+        return self.weight * products.sum((0, *range(-self.event_dims, 0)))
+
     @staticmethod
     def exact(x: Tensor) -> "Probes":
         """The basis, for x (B, *event)."""
@@ -65,7 +69,7 @@ class Probes:
 def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
     """(v, tr dv/dx or its estimate); x (*nodes, B, *event) with t broadcasting against (*nodes, B)."""
     v, e, je = pushed(field, t, x, probes)
-    return v, probes.weight * (e * je).sum((0, *range(-probes.event_dims, 0)))
+    return v, probes.contract(e * je)
 
 
 def pushed(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor, Tensor]:

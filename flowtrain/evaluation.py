@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.continuous import Continuous
 from flowtrain.data.base import Dataset
 from flowtrain.errors import ConfigError, DataError
-from flowtrain.flow import Flow, Label, rows_at_a_time
+from flowtrain.flow import Flow, Label
 from flowtrain.scores import check_finite, estimates_trace, held_out, log_probs, trace_rule
+from flowtrain.seeding import seeded
 from flowtrain.solvers import record_solves
 
 log = logging.getLogger("flowtrain")
@@ -109,10 +111,9 @@ def evaluate(
     gap = None if true is None else true.cpu() - log_p
     rows = rows_of_checks(flow.event_shape)
     subset, few = x[:rows], None if label is None else label[:rows]
-    passes = dequantization_samples * math.ceil(len(x) / (batch_size or rows_at_a_time(flow.event_shape)))
     rule, estimated = trace_rule(flow), estimates_trace(flow)
-    if estimated and dequantization_samples > 1:
-        passes *= 2
+    # of one pass, which solves each continuous part once
+    per_pass = sum(isinstance(m, Continuous) for m in flow.modules())
     bits, nll = flow.bits_per_nat, -log_p.mean().item()
     result = Evaluation(
         nll=nll,
@@ -128,7 +129,7 @@ def evaluate(
         noise_samples=rule.noise_samples if rule is not None and estimated else None,
         dequantization_samples=dequantization_samples if flow.discrete else None,
         solver=None if flow.solver is None else flow.solver.describe(),
-        nfe=sum(s.nfe_forward for s in solves) / passes if solves else None,
+        nfe=per_pass * sum(s.nfe_forward for s in solves) / len(solves) if solves else None,
         solver_error=solver_error(flow, subset, few),
         roundtrip_error=roundtrip_error(flow, subset, few),
         seconds=seconds,
@@ -195,9 +196,7 @@ def solver_error(flow: Flow, x: Tensor, label: Tensor | None = None) -> float | 
 @torch.no_grad()
 def roundtrip_error(flow: Flow, x: Tensor, label: Label = None) -> float:
     """max |x - forward(inverse(x))| in data units, whole numbers dequantized first by seeded noise."""
-    device = flow.like.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with seeded(0, flow.like.device):
         x = flow.dequantized(x)
         return float((x - flow(flow.inverse(x, label), label)).abs().max())
 

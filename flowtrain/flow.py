@@ -143,12 +143,13 @@ class Flow(nn.Module):
         like = self.like
         if self.discrete and not x.is_floating_point():
             # in training they are the data set's own, and to look at them would wait for the device
-            known = self.levels is not None and not self.training and x.numel() > 0
-            if known and not 0 <= int(x.min()) <= int(x.max()) < self.levels:  # type: ignore[operator]
-                raise FlowtrainError(
-                    f"x goes from {int(x.min())} to {int(x.max())}, and this flow is one over whole numbers from 0 to "
-                    f"{self.levels - 1}"  # type: ignore[operator]
-                )
+            if self.levels is not None and not self.training and x.numel():
+                low, high = int(x.min()), int(x.max())
+                if low < 0 or high >= self.levels:
+                    raise FlowtrainError(
+                        f"x goes from {low} to {high}, and this flow is one over whole numbers from 0 to "
+                        f"{self.levels - 1}"
+                    )
             return dequantize(x.to(like.device), like)
         return x.to(like)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from flowtrain import plots
 from flowtrain.data.base import Dataset
 from flowtrain.flow import Flow
+from flowtrain.seeding import seeded
 
 POINTS = 10_000
 IMAGES = 100
@@ -155,9 +156,7 @@ def _first(flow: Flow, data: Dataset, n: int, label: int | None = None) -> tuple
 def _drawing(flow: Flow) -> Iterator[None]:
     """The flow in evaluation mode, no gradients, randomness of its own, and a tolerance that suits a picture."""
     flow.eval()
-    device = flow.like.device
-    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with torch.no_grad(), seeded(0, flow.like.device):
         if flow.solver is None:
             yield
             return

@@ -67,10 +67,10 @@ def integrands(field: nn.Module, t: Tensor, x: Tensor, probes: Probes, paths: tu
     """
     v, e, je = pushed(field, t, x, probes)
     event = tuple(range(-probes.event_dims, 0))
-    columns = [probes.weight * (e * je).sum((0, *event))]
+    columns = [probes.contract(e * je)]
     for name in paths:
         if name == "jacobian":
-            columns.append(probes.weight * je.square().sum((0, *event)))
+            columns.append(probes.contract(je.square()))
         else:
             along = v if name == "kinetic" else acceleration(field, t, x, v, probes.event_dims)
             columns.append(along.square().sum(event))

@@ -11,6 +11,7 @@ from flowtrain.data.base import Dataset
 from flowtrain.divergence import TraceRule
 from flowtrain.errors import DataError, NonFiniteError
 from flowtrain.flow import Flow, rows_at_a_time
+from flowtrain.seeding import seeded
 
 
 def held_out(flow: Flow, data: Dataset, split: str) -> tuple[Tensor, Tensor | None]:
@@ -42,13 +43,11 @@ def log_probs(
         batch_size: rows at a time; None for as many as suit the size of a sample.
     """
     device = flow.like.device
-    devices = [device] if device.type == "cuda" else []
     size = batch_size or rows_at_a_time(flow.event_shape)
     labels = repeat(None) if label is None else torch.split(label, size)
     estimated = estimates_trace(flow) and draws > 1
     parts = []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+    with seeded(0, device):
         for part, y in zip(torch.split(x, size), labels, strict=False):
             x_k = [flow.dequantized(part.to(device)) for _ in range(draws)]
             if estimated:

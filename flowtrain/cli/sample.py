@@ -64,11 +64,10 @@ def _command() -> int:
     if images or flow.event_shape == (2,):
         try:
             data = build_data(config)
-            check_fits(flow, data)
         except DataError as e:
-            if data is not None:
-                raise
             print(f"no picture beside the data, which is not to be had: {e}", file=sys.stderr)
+    if data is not None:
+        check_fits(flow, data)
     torch.manual_seed(seed)
     samples = flow.sample(n, temperature, label=labels).cpu()
     bad = int((~torch.isfinite(samples)).sum())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowtrain.errors import SolverError
 from flowtrain.flow import Flow
+from flowtrain.seeding import seeded
 from flowtrain.solvers import Solver, record_solves
 
 log = logging.getLogger("flowtrain")
@@ -113,9 +114,7 @@ class Guard:
         self, x: Tensor, label: Tensor | None, seed: int, settings: dict[str, Any]
     ) -> tuple[Tensor, int, str]:
         """log p(x) (B,), the NFE of the longest solve, and what failed, or nothing."""
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), record_solves() as solves, self.solver.using(**settings):
-            torch.manual_seed(seed)
+        with seeded(seed, x.device), record_solves() as solves, self.solver.using(**settings):
             try:
                 log_p = self.flow.log_prob(x, label)
             except SolverError as e:
