@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from hydra.utils import get_object, instantiate
-from torch import nn
 
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.logit import Logit
@@ -15,6 +14,7 @@ from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.flow import Flow
+from flowtrain.objectives.base import Objective
 from flowtrain.regularizers import Regularizer
 from flowtrain.solvers import Solver
 from flowtrain.training import checkpoint
@@ -32,6 +32,10 @@ PACKAGES = {
 }
 
 
+# what objectives and solvers are given besides the keys of their group
+GIVEN = ("flow", "regularizer", "steps", "seed", "teacher", "settings")
+
+
 def build_data(config: Config) -> Dataset:
     """The data set that `config.data` names."""
     return cast(Dataset, _call(config, "data"))
@@ -41,10 +45,25 @@ def build_solver(config: Config) -> Solver:
     return cast(Solver, _call(config, "solver"))
 
 
-def build_objective(config: Config, flow: Flow) -> nn.Module:
-    """The objective, with the regularizer, which checkpoints of an older flowtrain do not have."""
+def build_objective(config: Config, flow: Flow, teacher: Flow | None = None) -> Objective:
+    """The objective, with the regularizer, and the run's steps, seed and teacher where it asks for them.
+
+    Args:
+        teacher: the flow of the run that this one begins from.
+
+    Raises:
+        ConfigError: a mistake in either group, or an objective that needs a teacher and has none.
+    """
+    # checkpoints of an older flowtrain have no regularizer
     regularizer = _call(config, "regularizer") if "regularizer" in config else Regularizer()
-    return cast(nn.Module, _call(config, "objective", flow=flow, regularizer=regularizer))
+    wanted = _wanted(config, "objective")
+    if "teacher" in wanted and teacher is None:
+        raise ConfigError(
+            f"objective={config['objective'].get('name')} needs a trained flow: give its run, from=RUN_DIR"
+        )
+    offered = {"steps": config["trainer"]["steps"], "seed": config["seed"], "teacher": teacher}
+    extra = {key: value for key, value in offered.items() if key in wanted}
+    return cast(Objective, _call(config, "objective", flow=flow, regularizer=regularizer, **extra))
 
 
 def build_settings(config: Config) -> Settings:
@@ -56,10 +75,9 @@ def build_flow(config: Config, samples: Samples) -> Flow:
 
     From the data to the base: a Logit for whole numbers in a known range, or a Standardize where asked; the model.
     """
-    recipe = get_object(config["model"]["_target_"])
     # built in any case, so that a mistake in it is not passed over
     offered = {"solver": build_solver(config), "classes": samples.classes}
-    wanted = inspect.signature(recipe).parameters
+    wanted = _wanted(config, "model")
     extra = {key: value for key, value in offered.items() if key in wanted}
     flow = cast(Flow, _call(config, "model", event_shape=samples.event_shape, **extra))
     if samples.standardized:
@@ -178,12 +196,22 @@ def _leaves(node: Any, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
         yield where, node
 
 
+def _wanted(config: Config, group: str) -> Sequence[str]:
+    """The arguments that what a group names takes."""
+    return list(inspect.signature(get_object(_target(config, group))).parameters)
+
+
+def _target(config: Config, group: str) -> str:
+    target = config[group].get("_target_")
+    if not isinstance(target, str):
+        raise ConfigError(f"{group}: the config names no class to build (_target_)")
+    return target
+
+
 def _call(config: Config, group: str, **extra: Any) -> Any:
     """Calls the `_target_` of a group with the group's other keys (but `name`, a label) and `extra`."""
     arguments = {k: v for k, v in config[group].items() if k != "name"}
-    target = arguments.get("_target_")
-    if not isinstance(target, str):
-        raise ConfigError(f"{group}: the config names no class to build (_target_)")
+    _target(config, group)
     return _checked_call(instantiate({**arguments, "_partial_": True, "_convert_": "all"}), group, extra)
 
 
@@ -197,6 +225,6 @@ def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
     missing = [k for k, p in known.items() if k not in given and p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     if unknown or missing:
         what = f"unknown key {', '.join(unknown)}" if unknown else f"missing key {', '.join(missing)}"
-        names = [k for k in known if k not in ("event_shape", "solver", "classes", "flow", "settings")]
+        names = [k for k in known if k not in ("event_shape", "solver", "classes", *GIVEN)]
         raise ConfigError(f"{group}: {what}; {original.__name__} takes {', '.join(names)}")
     return function(**arguments)

@@ -15,7 +15,7 @@ import torch
 from flowtrain import build, pictures, plots
 from flowtrain.checks import whole
 from flowtrain.data.base import Dataset, Samples
-from flowtrain.errors import ConfigError
+from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.evaluation import Evaluation, evaluate
 from flowtrain.flow import Flow
 from flowtrain.training import checkpoint
@@ -84,11 +84,14 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
     settings = build.build_settings(config)
     data = build.build_data(config)
     if saved is not None:
-        check_same(build.samples_of(saved), data.samples)
+        check_same("resume", build.samples_of(saved), data.samples)
     prepare_process(config, data.event_shape)
     torch.manual_seed(whole("seed", config["seed"], least=0))
     flow = build.build_flow(config, data.samples).to(device)
-    objective = build.build_objective(config, flow)
+    teacher = None if config.get("from") is None else taught(config, data.samples, device)
+    if teacher is not None and saved is None:
+        flow.load_state_dict(teacher.state_dict())
+    objective = build.build_objective(config, flow, teacher)
     title = title_of(config)
     log.info(
         "%s: %d parameters, %s samples, %s, %s",
@@ -105,7 +108,7 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
         words = f"{title}, step {step}, validation {reached}"
         pictures.draw(flow, data, run_dir / f"plots/samples_{step:06d}.png", words)
 
-    trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture)
+    trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture, teacher is None)
     trainer.fit()
     best = float("nan") if trainer.best is None else trainer.best["nll"]
     if trainer.stopped_by in ("SIGINT", "SIGTERM"):
@@ -118,7 +121,22 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
     return best, 0
 
 
-def check_same(before: Samples, now: Samples) -> None:
+def taught(config: Mapping[str, Any], samples: Samples, device: torch.device) -> Flow:
+    """The flow of the run that `from` names, on the same kind of samples.
+
+    Raises:
+        CheckpointError: it is not to be had.
+        ConfigError: it was trained on samples of another kind.
+    """
+    try:
+        saved = checkpoint.load(checkpoint.find(Path(config["from"])))
+    except CheckpointError as e:
+        raise CheckpointError(f"from={config['from']}: {e}") from e
+    check_same("from", build.samples_of(saved), samples)
+    return build.restore(saved, device, trust=[*config.get("trust", ()), *_own_packages(config)])
+
+
+def check_same(key: str, before: Samples, now: Samples) -> None:
     """Refuses to go on with a run on samples of another kind.
 
     Raises:
@@ -128,7 +146,7 @@ def check_same(before: Samples, now: Samples) -> None:
         old, new = getattr(before, key), getattr(now, key)
         if old != new:
             raise ConfigError(
-                f"resume: the run was trained on samples whose {key} is {old}, and that of the data now is {new}: "
+                f"{key}: the run was trained on samples whose {key} is {old}, and that of the data now is {new}: "
                 "leave data.* as it was, but for where its files are"
             )
 

@@ -99,9 +99,26 @@ def test_images_train_and_agree_with_the_cpu(name: str, precision: str, tmp_path
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-2)
 
 
+# torch's own: what it makes use of is deprecated, and it would rather have TF32
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:TensorFloat32:UserWarning")
 def test_compiled_with_cuda_graphs_trains(tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
     keys = ["device=cuda", "trainer.steps=5", "trainer.val_every=5", "data.n_test=100", "trainer.compile=true"]
     with messages():
         _, code = train(compose_defaults(keys), tmp_path)
     assert code == 0
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "hybrid"])
+def test_objectives_train_on_a_gpu_and_are_reflowed(objective: str, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    keys = ["device=cuda", "trainer.steps=40", "trainer.val_every=20", "data.n_test=100"]
+    config = compose_defaults([f"objective={objective}", *keys, "objective.coupling=optimal"])
+    again = compose_defaults(["objective=rectified", *keys, f"from={tmp_path / 'first'}", "objective.pairs=1000"])
+    with messages():
+        assert train(config, tmp_path / "first")[1] == 0
+        assert train(again, tmp_path / "second")[1] == 0
+    x = build_data(config).test
+    torch.testing.assert_close(
+        load(tmp_path / "second", "cuda").log_prob(x).cpu(), load(tmp_path / "second").log_prob(x), rtol=1e-4, atol=1e-4
+    )

@@ -14,7 +14,7 @@ LAYERS = [
     ("pictures",),
     ("__init__",),
     ("build",),
-    ("training",),
+    ("training", "quality"),
     ("evaluation",),
     ("scores",),
     ("plots",),

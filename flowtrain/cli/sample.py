@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from flowtrain.build import build_data
-from flowtrain.checks import number, whole
+from flowtrain.checks import number, whole, widths
 from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
 from flowtrain.errors import ConfigError, DataError, NonFiniteError
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.pictures import draw
-from flowtrain.run import messages, title_of
+from flowtrain.plots import draw_quality
+from flowtrain.quality import quality
+from flowtrain.run import messages, title_of, write_json
 
 USAGE = """flowsample ckpt=RUN_DIR_OR_FILE [n=10000] [seed=0] [temperature=1.0] [label=7] [out=FILE.npy] [KEY=VALUE ...]
 
@@ -25,10 +27,12 @@ USAGE = """flowsample ckpt=RUN_DIR_OR_FILE [n=10000] [seed=0] [temperature=1.0] 
   label         of a conditional model; default: all classes in turn, 0, 1, 2, ...
   out           .npy file in data units, pixels as whole numbers; default: samples.npy in the run directory.
                 2-D samples and images come with a picture.
+  quality       in place of samples, how near they come to test data by the number of steps, as in [1,2,4,8,16]:
+                a table, quality.json and plots/quality.png
   device        auto (default), cpu, cuda or cuda:0
   trust         packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
 
-The solver can be changed, as in solver.rtol=1e-3 or solver=rk4 solver.step_size=0.1."""
+The solver can be changed, as in solver.rtol=1e-3 or solver=euler solver.steps=4."""
 
 
 def main() -> None:
@@ -44,12 +48,15 @@ def _command() -> int:
         "temperature": 1.0,
         "label": None,
         "out": None,
+        "quality": None,
         "device": "auto",
         "trust": [],
     }
     own, overrides = split_own(sys.argv[1:], own, USAGE)
     seed = whole("seed", own["seed"], least=0)
     temperature = number("temperature", own["temperature"], inclusive=True)
+    if own["quality"] is not None:
+        return report(own, overrides, seed)
     if own["out"] and not str(own["out"]).endswith(".npy"):
         raise ConfigError(f"out={own['out']}: samples are written as .npy; give a name that ends so")
     label = None if own["label"] is None else whole("label", own["label"], least=0)
@@ -81,6 +88,31 @@ def _command() -> int:
         title = f"{title_of(config)}, {n} samples" + ("" if label is None else f" of class {label}")
         draw(flow, data, out.with_suffix(".png"), title, samples, label)
         print(f"picture in {out.with_suffix('.png')}")
+    return 0
+
+
+def report(own: dict[str, Any], overrides: list[str], seed: int) -> int:
+    """Sample quality against steps: a table, JSON and a figure."""
+    unused = [key for key in ("n", "label") if own[key] is not None] + ["temperature"] * (own["temperature"] != 1.0)
+    if unused:
+        raise ConfigError(f"{unused[0]}: has no use beside quality, which takes as many samples as there are data")
+    if own["out"] and not str(own["out"]).endswith(".json"):
+        raise ConfigError(f"out={own['out']}: quality is written as .json; give a name that ends so")
+    steps = widths("quality", own["quality"])
+    path, flow, _, config = open_checkpoint(own, overrides)
+    found = quality(flow, build_data(config), steps, seed)
+    out = Path(str(own["out"])) if own["out"] else run_dir_of(path) / "quality.json"
+    write_json(out, found.to_dict())
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for row in found.rows:
+        nfe, distance = lines.setdefault(row.method, ([], []))
+        nfe.append(row.nfe)
+        distance.append(row.sliced_wasserstein)
+    picture = out.with_suffix(".png") if own["out"] else out.parent / "plots/quality.png"
+    exact = (found.exact.nfe, found.exact.sliced_wasserstein)
+    title = f"{title_of(config)}, samples by few steps"
+    draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title)
+    print(f"{found.table()}\nwritten to {out}, picture in {picture}")
     return 0
 
 

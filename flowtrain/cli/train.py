@@ -37,7 +37,7 @@ def _start(config: DictConfig) -> float:
         claim(run_dir)
         write_hydra(run_dir, config)
         with messages(run_dir / "flowtrain.log"):
-            best, code = train(absolute_paths(known(plain(config))), run_dir)
+            best, code = train(absolute_paths(begun(known(plain(config)))), run_dir)
     except (FlowtrainError, OSError) as e:
         # raised, it would reach the terminal under a heading of Hydra's; one message is what we promise
         raise SystemExit(report("flowtrain", e)) from e
@@ -67,10 +67,9 @@ def resume(arguments: Sequence[str]) -> int:
     if "optimizer" not in saved:
         raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
     check_targets(saved["config"], own["trust"])
-    for key in (a.lstrip("+").partition("=")[0] for a in rest):
-        group, _, name = key.partition(".")
-        if group in ("model", "data") and not is_path(name):
-            raise ConfigError(f"{key}: a run goes on with the model and data it has; start a new one to change them")
+    # but for where its files are
+    moved = [a for a in rest if not is_path(a.partition("=")[0].rpartition(".")[2])]
+    refuse_changes(moved, "a run goes on with the model and data it has; start a new one to change them")
     with messages(run_dir / "flowtrain.log"):
         _, code = train(absolute_paths(overridden(saved["config"], rest, tuple(own))), run_dir, saved)
     print(run_dir)
@@ -79,7 +78,7 @@ def resume(arguments: Sequence[str]) -> int:
 
 def known(config: dict[str, Any]) -> dict[str, Any]:
     """The config, if nothing was added to its top that no one reads."""
-    names = [*config_groups(), "seed", "device", "threads", "resume"]
+    names = [*config_groups(), "seed", "device", "threads", "resume", "from", "trust"]
     missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
     if missing:
         raise ConfigError(f"{missing[0]} was taken out of the config, but a run needs it")
@@ -87,6 +86,31 @@ def known(config: dict[str, Any]) -> dict[str, Any]:
     if extra:
         raise ConfigError(f"there is no key {extra[0]}; at the top there are {', '.join(names)}")
     return config
+
+
+def begun(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, of a run that begins `from` another with the model and data of that one.
+
+    Raises:
+        ConfigError: the command line asks for another model or other data.
+        CheckpointError: the run is not to be had, or asks for code that is not trusted.
+    """
+    if config["from"] is None:
+        return config
+    refuse_changes(
+        HydraConfig.get().overrides.task, "a run begins with the model and data of from=RUN_DIR; leave it out"
+    )
+    path = checkpoint.find(Path(str(config["from"])).expanduser().absolute())
+    saved = checkpoint.load(path)
+    check_targets(saved["config"], config["trust"])
+    return {**config, "from": str(path), "model": saved["config"]["model"], "data": saved["config"]["data"]}
+
+
+def refuse_changes(overrides: Sequence[str], why: str) -> None:
+    """Refuses to change what a run has from another: its model and data."""
+    for key in (a.lstrip("+").partition("=")[0] for a in overrides):
+        if key.partition(".")[0] in ("model", "data"):
+            raise ConfigError(f"{key}: {why}")
 
 
 def claim(run_dir: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtrain.checks import one_of, widths
+from flowtrain.checks import number, one_of, widths
 from flowtrain.fields.layered import LayeredField, TimedLayer
 from flowtrain.fields.mlp_kernels import MLPTape, push
 
@@ -107,15 +107,27 @@ class MLPField(LayeredField[TimedLinear]):
         layer: concatsquash | concat | time_embedding.
         activation: tanh | softplus | swish.
         classes: how many labels there are, which `given` takes; None for none.
+        init_scale: of the first layer's weights, see `spread`; None leaves them to torch, U(-1, 1) / sqrt(d).
 
     Raises:
-        ConfigError: an unknown layer or activation, or no hidden layer.
+        ConfigError: an unknown layer or activation, no hidden layer, or a scale that is not positive.
     """
 
-    def __init__(self, d: int, hidden: Sequence[int], layer: str, activation: str, classes: int | None = None) -> None:
+    def __init__(
+        self,
+        d: int,
+        hidden: Sequence[int],
+        layer: str,
+        activation: str,
+        classes: int | None = None,
+        init_scale: float | None = None,
+    ) -> None:
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
         sizes = [d, *widths("model.hidden", hidden), d]
-        super().__init__([kind(a, b) for a, b in pairwise(sizes)], activation, sizes[1], classes)
+        layers = [kind(a, b) for a, b in pairwise(sizes)]
+        super().__init__(layers, activation, sizes[1], classes)
+        if init_scale is not None:
+            spread(layers[0].linear, number("model.init_scale", init_scale))
 
     def push(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # the kernels know one bias a node and not one a row
@@ -137,6 +149,17 @@ class MLPField(LayeredField[TimedLinear]):
     def recorder(self) -> "MLPRecorder | None":
         # a subclass may compute something else
         return MLPRecorder(self) if type(self) is MLPField else None
+
+
+@torch.no_grad()
+def spread(layer: nn.Linear, scale: float) -> None:
+    """Sets units w x + b to w ~ N(0, scale^2 I) and b = -w c, c ~ N(0, 4 I): ridges through points all over the data.
+
+    Torch's biases are of the size of its weights, so that every ridge begins near 0, and what lies further out, such as
+    a ring about it, is seen by all units alike. A tanh bends over a distance of 1 / |w|.
+    """
+    layer.weight.normal_(std=scale)
+    layer.bias.copy_(-(layer.weight * 2 * torch.randn_like(layer.weight)).sum(1))
 
 
 class MLPRecorder:

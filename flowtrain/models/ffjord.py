@@ -24,6 +24,7 @@ def ffjord(
     field: str = "concatsquash",
     hidden: Sequence[int] = (64, 64, 64),
     activation: str = "tanh",
+    init_scale: float | None = None,
     flows: int = 1,
     scales: int | None = None,
     full_size: bool = True,
@@ -43,6 +44,7 @@ def ffjord(
         solver: shared by all the bijections.
         field: concatsquash | concat, of vectors also time_embedding.
         hidden, activation: of the fields: widths of an MLP, channels of 3x3 convolutions.
+        init_scale: of the first weights of fields of vectors, see `MLPField`; None leaves them to torch.
         flows: how many continuous bijections; over images, at each size and number of channels.
         scales: how often images are halved; None for as often as leaves no side below 4.
         full_size: whether flows stand at the images' own size too, before the first squeeze.
@@ -69,7 +71,8 @@ def ffjord(
     )
     if of_images("ffjord", event_shape, least=1):
         return over_images(event_shape, made.scale, scales, made.actnorm, made.classes)
-    stack = (made.flow(MLPField(event_shape[0], hidden, field, activation, made.classes)) for _ in range(flows))
+    d = event_shape[0]
+    stack = (made.flow(MLPField(d, hidden, field, activation, made.classes, init_scale)) for _ in range(flows))
     return Flow(event_shape, Chain(stack), made.classes)
 
 

@@ -11,8 +11,18 @@ from flowtrain.plots.flow2d import draw_flow_2d
 from flowtrain.plots.images import draw_panels, draw_rows
 from flowtrain.plots.pairs import draw_pairs
 from flowtrain.plots.points import LogDensity
+from flowtrain.plots.quality import draw_quality
 
-__all__ = ["draw_curves", "draw_flow", "draw_flow_1d", "draw_flow_2d", "draw_pairs", "draw_panels", "draw_rows"]
+__all__ = [
+    "draw_curves",
+    "draw_flow",
+    "draw_flow_1d",
+    "draw_flow_2d",
+    "draw_pairs",
+    "draw_panels",
+    "draw_quality",
+    "draw_rows",
+]
 
 
 def draw_flow(

@@ -98,6 +98,7 @@ class Solver(ABC):
         rtol: relative tolerance (adaptive methods).
         atol: absolute tolerance; None follows rtol.
         step_size: step of fixed-step methods, which are refused without it; t runs over an interval of 1.
+        steps: in its place, how many: step_size = 1 / steps.
         max_nfe: evaluations of the velocity that one solve may spend.
         control: `state` leaves the path integrals out of the step control while training, `all` takes them in.
         gradient: direct | replay | adjoint, see the solvers; auto replays images and is direct elsewhere.
@@ -119,6 +120,7 @@ class Solver(ABC):
         rtol: float = 1e-5,
         atol: float | None = None,
         step_size: float | None = None,
+        steps: int | None = None,
         max_nfe: int = 10_000,
         control: str = "state",
         gradient: str = "auto",
@@ -130,6 +132,10 @@ class Solver(ABC):
         self.adaptive = adaptive
         self.rtol = number("solver.rtol", rtol)
         self.atol = self.rtol if atol is None else number("solver.atol", atol)
+        if step_size is not None and steps is not None:
+            raise ConfigError(f"solver.steps={steps} and solver.step_size={step_size} say the same: give one of them")
+        if steps is not None:
+            step_size = 1 / whole("solver.steps", steps)
         self.step_size = None if step_size is None else number("solver.step_size", step_size)
         self.max_nfe = whole("solver.max_nfe", max_nfe)
         self.control = one_of("solver.control", control, CONTROLS)
@@ -140,7 +146,7 @@ class Solver(ABC):
         if not adaptive and self.step_size is None:
             raise ConfigError(
                 f"solver={method} takes fixed steps and was given no step size: set solver.step_size, "
-                "for example solver.step_size=0.05 (t runs from 0 to 1)"
+                "for example solver.step_size=0.05 (t runs from 0 to 1), or solver.steps=20"
             )
         if not adaptive and self.warmup:
             raise ConfigError(
@@ -151,9 +157,11 @@ class Solver(ABC):
                 f"solver={method} takes fixed steps and has no tolerance to loosen: set solver.train_rtol=null"
             )
         if adaptive and self.step_size is not None:
-            raise ConfigError(f"solver={method} chooses its own steps: remove solver.step_size, or set solver.rtol")
+            raise ConfigError(
+                f"solver={method} chooses its own steps: remove solver.step_size and solver.steps, or set solver.rtol"
+            )
 
-    def tolerance_at(self, step: int, tightenings: int = 0) -> tuple[float, float]:
+    def tolerance_at(self, step: float, tightenings: int = 0) -> tuple[float, float]:
         """(rtol, atol) for a training step, never tighter than the final ones.
 
         rtol_w (rtol_t / rtol_w)^(step / warmup), then rtol_t = train_rtol; divided by 10^tightenings.

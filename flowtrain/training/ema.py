@@ -21,6 +21,13 @@ class Ema:
         self.shadow = {name: p.detach().clone() for name, p in self._averaged()}
 
     @torch.no_grad()
+    def begin_anew(self) -> None:
+        """Sets the module's weights to the average, and forgets how many updates led there."""
+        self.updates = 0
+        for name, p in self._averaged():
+            p.copy_(self.shadow[name])
+
+    @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,17 +46,21 @@ class Guard:
     Args:
         solver: the flow's.
         every: steps between checks; None: never.
+        warmed: from a training step to those of the solver's warm-up; None: they are the same.
     """
 
-    def __init__(self, flow: Flow, solver: Solver, every: int | None) -> None:
+    def __init__(
+        self, flow: Flow, solver: Solver, every: int | None, warmed: Callable[[int], float] | None = None
+    ) -> None:
         self.flow, self.solver, self.every = flow, solver, every
+        self.warmed = warmed or float
         self.tightenings = 0
         # the limits that were met and warned of: past them there is nothing left to do, until a resume moves them
         self.warned: dict[str, Any] | None = None
 
     def tolerance_at(self, step: int) -> tuple[float, float]:
         """(rtol, atol) of training at a step, tightened."""
-        return self.solver.tolerance_at(step, self.tightenings)
+        return self.solver.tolerance_at(self.warmed(step), self.tightenings)
 
     def check(self, step: int, x: Tensor, seed: int, label: Tensor | None = None) -> bool:
         """Whether the solver was tightened, after `step` updates, on the batch x (B, *event_shape), label (B,) or None.

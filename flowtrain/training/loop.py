@@ -20,6 +20,7 @@ from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError, NonFiniteError
 from flowtrain.flow import Flow
+from flowtrain.objectives.base import Objective
 from flowtrain.precision import narrowed, training_step
 from flowtrain.scores import check_finite, held_out, log_probs
 from flowtrain.solvers import record_solves
@@ -54,11 +55,12 @@ class Trainer:
         config: the run's plain config, kept in every checkpoint.
         saved: a checkpoint of this run to go on from.
         picture: called with (flow, step, validation NLL) every `plot_every` steps.
+        initialize: whether a new run sets what depends on its data; not where it begins from another run's weights.
     """
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         flow: Flow,
         data: Dataset,
         settings: Settings,
@@ -66,6 +68,7 @@ class Trainer:
         config: Mapping[str, Any],
         saved: Mapping[str, Any] | None = None,
         picture: Picture | None = None,
+        initialize: bool = True,
     ) -> None:
         self.objective, self.flow, self.data = objective, flow, data
         self.settings, self.run_dir, self.config = settings, run_dir, config
@@ -80,18 +83,21 @@ class Trainer:
         self.warned = False
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(flow.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-        self.lr = LearningRate(settings)
+        self.first = objective.likelihood_from
+        self.lr = LearningRate(settings, self.first or 0)
+        # by the learning rate where that has no end in sight
+        self.tied = flow.solver is not None and flow.solver.warmup is None and settings.lr_decay == "plateau"
         if flow.solver is not None and flow.solver.warmup is None:
-            flow.solver.warmup = round(WARMUP * settings.steps)
+            flow.solver.warmup = round(WARMUP * (settings.steps - (self.first or 0)))
         if flow.solver is not None and settings.precision != "float32":
             raise ConfigError(
                 f"trainer.precision={settings.precision}: ODEs are solved in float32, because their error control "
                 "would measure the rounding; leave it at float32 for a continuous flow"
             )
-        self.guard = None if flow.solver is None else Guard(flow, flow.solver, settings.guard_every)
-        if saved is None:
+        self.guard = None if flow.solver is None else Guard(flow, flow.solver, settings.guard_every, self.warmed)
+        if saved is None and initialize:
             self.initialize()
-        else:
+        elif saved is not None:
             self.load_weights(saved)
         self.ema = None if settings.ema is None else Ema(flow, settings.ema)
         if saved is not None:
@@ -195,23 +201,29 @@ class Trainer:
         step, s, solver = self.step, self.settings, self.flow.solver
         seed = step_generator(self.seed, STEP_STREAM, step).initial_seed()
         torch.manual_seed(seed)
+        if step == self.first:
+            self.begin_anew()
         x, label = self.batch(step, s.batch_size)
         self.objective.train()
+        self.objective.begin(step)
         lr = self.lr.at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        rtol, atol = (None, None) if self.guard is None else self.guard.tolerance_at(step)
+        # where the step solves
+        guard = self.guard if self.first is not None and step >= self.first else None
+        rtol, atol = (None, None) if guard is None else guard.tolerance_at(step)
         if s.compile:
             # CUDA graphs may overwrite what the step before left
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with record_solves() as solves, training_step(s.precision, self.device), ExitStack() as stack:
-            if solver is not None:
+            if solver is not None and guard is not None:
                 stack.enter_context(solver.using(rtol=rtol, atol=atol))
             self.optimizer.zero_grad()
             terms = self.backward(x, label)
         norm = nn.utils.get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
-        grad_norm, loss, nll, *penalties = torch.stack([norm, *terms.values()]).tolist()
-        self.check_finite(loss, grad_norm)
+        grad_norm, *values = torch.stack([norm, *terms.values()]).tolist()
+        row = dict(zip(terms, values, strict=True))
+        self.check_finite(row.pop("loss"), grad_norm)
         if s.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.flow.parameters(), s.clip_norm, norm)
         self.optimizer.step()
@@ -219,15 +231,13 @@ class Trainer:
             self.ema.update()
         seconds = time.perf_counter() - begun
         first = math.ceil(len(x) / s.accumulate)
-        if self.guard is not None and self.guard.check(
-            step + 1, x[:first], seed, None if label is None else label[:first]
-        ):
+        if guard is not None and guard.check(step + 1, x[:first], seed, None if label is None else label[:first]):
             self.tightened()
-        adaptive = solver is not None and solver.adaptive
+        adaptive = guard is not None and guard.solver.adaptive
         return {
-            "nll": nll,
-            **self.bits(nll),
-            **dict(zip(list(terms)[2:], penalties, strict=True)),
+            "nll": None,
+            **row,
+            **(self.bits(row["nll"]) if "nll" in row else {}),
             "step_seconds": seconds,
             # of one part: what a sample meets
             "nfe_forward": round(sum(c.nfe_forward for c in solves) / s.accumulate) if solves else None,
@@ -239,7 +249,7 @@ class Trainer:
         }
 
     def backward(self, x: Tensor, label: Tensor | None) -> dict[str, Tensor]:
-        """The loss of a batch and its terms, loss and nll first.
+        """The loss of a batch and its terms, by name.
 
         Its gradient is summed over `accumulate` parts that are in memory one at a time.
         """
@@ -265,7 +275,8 @@ class Trainer:
         solver = self.flow.solver
         if solver is None or solver.adaptive:
             return
-        self.config = {**self.config, "solver": {**self.config["solver"], "step_size": solver.step_size}}
+        sized = {"step_size": solver.step_size, "steps": None}
+        self.config = {**self.config, "solver": {**self.config["solver"], **sized}}
         # the best NLL so far may owe itself to the coarser steps, and no honest one would ever beat it
         self.best = None
 
@@ -282,7 +293,9 @@ class Trainer:
     def show(self, bar: Any, row: dict[str, Any]) -> None:
         last = self.metrics.rows[-1]
         nfe = {} if row["nfe_forward"] is None else {"nfe": row["nfe_forward"] + row["nfe_backward"]}
-        bar.set_postfix(nll=f"{last['nll']:.3f}", val=f"{self.val_nll:.3f}", **nfe, refresh=False)
+        name = "nll" if last.get("nll") is not None else "matching" if "matching" in last else None
+        loss = {} if name is None else {name: f"{last[name]:.3f}"}
+        bar.set_postfix(**loss, val=f"{self.val_nll:.3f}", **nfe, refresh=False)
 
     def watch_nfe(self, row: dict[str, Any]) -> None:
         nfe = (row["nfe_forward"] or 0) + (row["nfe_backward"] or 0)
@@ -310,12 +323,43 @@ class Trainer:
         # a NaN is never an improvement
         improved = self.val_nll < (math.inf if self.best is None else self.best["nll"])
         self.lr.validated(improved)
-        self.stale = 0 if improved else self.stale + 1
+        # what is still being tightened has not settled
+        self.stale = 0 if improved or not self.settled() else self.stale + 1
         if improved:
             self.best = {"nll": self.val_nll, "step": self.step}
             checkpoint.save(self.run_dir / "checkpoints/best.pt", self.inference_state())
         if self.settings.patience is not None and self.stale >= self.settings.patience:
             self.stopped_by = self.stopped_by or f"early stopping after {self.stale} validations without a new best"
+
+    def begin_anew(self) -> None:
+        """The likelihood's first step: another loss, for which the optimizer's moments are of no use.
+
+        After steps of another objective it begins at their average.
+        """
+        if not self.step:
+            return
+        self.optimizer.state.clear()
+        self.lr.begin_anew()
+        self.stale = 0
+        if self.ema is not None:
+            self.ema.begin_anew()
+
+    def warmed(self, step: int) -> float:
+        """How many steps of the tolerance's warm-up a step has behind it.
+
+        With lr_decay=plateau, where nothing says how many are to come, it goes with the halvings of the learning rate.
+        """
+        solver = self.flow.solver
+        if self.tied and solver is not None:
+            return self.lr.settled * (solver.warmup or 0)
+        return max(0, step - (self.first or 0))
+
+    def settled(self) -> bool:
+        """Whether a validation without a new best counts towards early stopping: not while tolerances tighten."""
+        solver = self.flow.solver
+        if solver is None or self.first is None:
+            return True
+        return self.step >= self.first and self.warmed(self.step) >= (solver.warmup or 0)
 
     def with_average(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function while the flow holds its averaged weights, where there are any."""

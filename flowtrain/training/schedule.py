@@ -5,24 +5,39 @@ from typing import Any
 
 from flowtrain.training.settings import Settings
 
+# after so many, a learning rate that is halved on a plateau has settled
+HALVINGS = 4
+
 
 class LearningRate:
     """lr x warm-up x decay. Warm-up and cosine depend on the step alone; plateau remembers the validations.
 
     Warm-up: (step + 1) / lr_warmup up to 1. Cosine: (1 + cos(pi step / steps)) / 2. Plateau: halved after
-    `lr_plateau_patience` validations in a row without a new best.
+    `lr_plateau_patience` validations in a row without a new best. All of them once for the steps before `again`, where
+    that is not 0, and once for those from there on.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.scale = 1.0
-        self.stale = 0
+    def __init__(self, settings: Settings, again: int = 0) -> None:
+        self.settings, self.again = settings, again
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forgets the validations."""
+        self.scale, self.stale = 1.0, 0
 
     def at(self, step: int) -> float:
         s = self.settings
-        warm = min(1.0, (step + 1) / s.lr_warmup) if s.lr_warmup else 1.0
-        decay = (1 + math.cos(math.pi * min(1.0, step / s.steps))) / 2 if s.lr_decay == "cosine" else self.scale
+        begin, end = (0, self.again) if step < self.again else (self.again, s.steps)
+        since = step - begin
+        warm = min(1.0, (since + 1) / s.lr_warmup) if s.lr_warmup else 1.0
+        part = min(1.0, since / max(1, end - begin))
+        decay = (1 + math.cos(math.pi * part)) / 2 if s.lr_decay == "cosine" else self.scale
         return s.lr * warm * decay
+
+    @property
+    def settled(self) -> float:
+        """How far a plateau's halvings have come, from 0 to 1."""
+        return min(1.0, -math.log2(self.scale) / HALVINGS)
 
     def validated(self, improved: bool) -> None:
         if self.settings.lr_decay != "plateau":

@@ -1,0 +1,44 @@
+"""What every objective is: a loss and its terms, and when it begins to solve the ODE."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.flow import Flow
+from flowtrain.regularizers import Regularizer, spectral
+
+
+class Objective(nn.Module, ABC):
+    """What training minimizes; in `forward`, so that a wrapper such as DistributedDataParallel sees it.
+
+    Attributes:
+        flow: what is trained.
+        likelihood_from: the first step that maximizes the likelihood, and so solves the ODE of a continuous flow;
+            None: no step does. Learning rate, tolerance and averaging begin anew there.
+    """
+
+    likelihood_from: int | None = 0
+
+    def __init__(self, flow: Flow, regularizer: Regularizer) -> None:
+        super().__init__()
+        self.flow, self.regularizer = flow, regularizer
+        self.continuous = [m for m in flow.modules() if isinstance(m, Continuous)]
+
+    def begin(self, step: int) -> None:
+        """Told of each step before its loss is taken; nothing, for losses that are the same throughout."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, its terms by name) of x (B, *event_shape), label (B,) or None; `nll` in nats where it is taken."""
+
+    def regularized(self, loss: Tensor, terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss with the weighted `terms` of the regularizer added, and with the spectral norm where asked for."""
+        terms = dict(terms)
+        if self.regularizer.spectral:
+            terms["spectral"] = torch.stack([spectral(m.field) for m in self.continuous]).sum()
+        for name, term in terms.items():
+            loss = loss + getattr(self.regularizer, name) * term
+        return loss, terms
