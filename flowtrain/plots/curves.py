@@ -194,8 +194,19 @@ def _optimizer(axes: Axes, train: Rows) -> None:
     style.legend_above(axes, right)
 
 
+def _matching(axes: Axes, train: Rows) -> None:
+    curve = course(train, "matching")
+    axes.grid(axis="y")
+    axes.set_ylabel("matching loss")
+    _noisy(axes, curve, style.BLUE, "matching loss")
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    _plain(axes)
+    style.legend_above(axes)
+
+
 # what may stand under the likelihood, and the keys of which any one calls for it
 PANELS: tuple[tuple[Callable[[Axes, Rows], None], tuple[str, ...]], ...] = (
+    (_matching, ("matching",)),
     (_solver, ("nfe_forward", "nfe_backward")),
     (_optimizer, ("grad_norm", "lr")),
 )
