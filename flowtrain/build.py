@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +33,8 @@ PACKAGES = {
 }
 
 
-# what objectives and solvers are given besides the keys of their group
-GIVEN = ("flow", "regularizer", "steps", "seed", "teacher", "settings")
+# arguments that recipes and solvers take besides the keys of their group
+GIVEN = ("event_shape", "solver", "classes", "settings")
 
 
 def build_data(config: Config) -> Dataset:
@@ -57,7 +58,7 @@ def build_objective(config: Config, flow: Flow, teacher: Flow | None = None) -> 
     # checkpoints of an older flowtrain have no regularizer
     regularizer = _call(config, "regularizer") if "regularizer" in config else Regularizer()
     wanted = _wanted(config, "objective")
-    if "teacher" in wanted and teacher is None:
+    if takes_teacher(config) and teacher is None:
         raise ConfigError(
             f"objective={config['objective'].get('name')} needs a trained flow: give its run, from=RUN_DIR"
         )
@@ -66,8 +67,13 @@ def build_objective(config: Config, flow: Flow, teacher: Flow | None = None) -> 
     return cast(Objective, _call(config, "objective", flow=flow, regularizer=regularizer, **extra))
 
 
+def takes_teacher(config: Config) -> bool:
+    """Whether the objective learns from a trained flow."""
+    return "teacher" in _wanted(config, "objective")
+
+
 def build_settings(config: Config) -> Settings:
-    return cast(Settings, _checked_call(Settings, "trainer", dict(config["trainer"])))
+    return cast(Settings, _checked_call(partial(Settings, **config["trainer"]), "trainer", {}))
 
 
 def build_flow(config: Config, samples: Samples) -> Flow:
@@ -211,8 +217,8 @@ def _target(config: Config, group: str) -> str:
 def _call(config: Config, group: str, **extra: Any) -> Any:
     """Calls the `_target_` of a group with the group's other keys (but `name`, a label) and `extra`."""
     arguments = {k: v for k, v in config[group].items() if k != "name"}
-    _target(config, group)
-    return _checked_call(instantiate({**arguments, "_partial_": True, "_convert_": "all"}), group, extra)
+    made = {**arguments, "_target_": _target(config, group), "_partial_": True, "_convert_": "all"}
+    return _checked_call(instantiate(made), group, extra)
 
 
 def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
@@ -225,6 +231,6 @@ def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
     missing = [k for k, p in known.items() if k not in given and p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     if unknown or missing:
         what = f"unknown key {', '.join(unknown)}" if unknown else f"missing key {', '.join(missing)}"
-        names = [k for k in known if k not in ("event_shape", "solver", "classes", *GIVEN)]
+        names = [k for k in known if k not in (*arguments, *GIVEN)]
         raise ConfigError(f"{group}: {what}; {original.__name__} takes {', '.join(names)}")
     return function(**arguments)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from flowtrain.data.base import Dataset
 from flowtrain.errors import ConfigError, NonFiniteError
 from flowtrain.evaluation import check_fits
 from flowtrain.flow import Flow
+from flowtrain.scores import held_out
 from flowtrain.seeding import seeded
 from flowtrain.solvers import Solver, ode_solver, record_solves
 
 METHODS = ("euler", "midpoint")
 PROJECTIONS = 256
-# columns of a sample held for all rows at once
+# samples that are compared, at most
 ROWS = 10_000
 
 
@@ -85,20 +87,24 @@ def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> Q
     methods = METHODS if own.adaptive else (own.method,)
     with seeded(seed, flow.like.device):
         real, other = (flow.dequantized(x[:n]).cpu() for x in (data.test, data.val))
-    exact = _row(flow, own, None, real, seed)
-    rows = [
-        _row(flow, ode_solver(method, steps=k, max_nfe=own.max_nfe), k, real, seed) for method in methods for k in steps
-    ]
+        # a first solve takes longer than others
+        flow.sample(10)
+    # samples of the classes that the data are of
+    label = None if flow.classes is None else held_out(flow, data, "test")[1]
+    draw = partial(_row, flow, real=real, label=None if label is None else label[:n], seed=seed)
+    exact = draw(solver=own, steps=None)
+    rows = [draw(solver=ode_solver(m, steps=k, max_nfe=own.max_nfe), steps=k) for m in methods for k in steps]
     return Quality(n, PROJECTIONS, sliced_wasserstein(other, real), exact, tuple(rows))
 
 
-def _row(flow: Flow, solver: Solver, steps: int | None, real: Tensor, seed: int) -> Row:
+def _row(flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, label: Tensor | None, seed: int) -> Row:
     begun = time.perf_counter()
     with solved_by(flow, solver), seeded(seed, flow.like.device), record_solves() as solves:
-        samples = flow.sample(len(real)).cpu()
+        samples = flow.sample(len(real), label=label).cpu()
     seconds = time.perf_counter() - begun
     if not bool(samples.isfinite().all()):
-        raise NonFiniteError(f"samples by {solver.method} with {steps} steps are NaN or infinite: give more steps")
+        how = "" if steps is None else f" with {steps} steps"
+        raise NonFiniteError(f"samples by {solver.method}{how} are NaN or infinite: give more steps")
     parts = sum(isinstance(m, Continuous) for m in flow.modules())
     nfe = parts * sum(s.nfe_forward for s in solves) / len(solves)
     return Row(solver.method, steps, nfe, sliced_wasserstein(samples, real), seconds)

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from flowtrain import build, pictures, plots
 from flowtrain.checks import whole
 from flowtrain.data.base import Dataset, Samples
-from flowtrain.errors import CheckpointError, ConfigError
+from flowtrain.errors import ConfigError
 from flowtrain.evaluation import Evaluation, evaluate
 from flowtrain.flow import Flow
 from flowtrain.training import checkpoint
@@ -70,12 +70,15 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
-def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | None = None) -> tuple[float, int]:
+def train(
+    config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | None = None, trust: Sequence[str] = ()
+) -> tuple[float, int]:
     """Trains, evaluates the best checkpoint on the test set, writes result.json and the pictures.
 
     Args:
         config: plain values, resolved.
         saved: the checkpoint to go on from.
+        trust: packages besides flowtrain that the run of `from` may build from.
 
     Returns:
         (best validation NLL in nats, exit code): 128 + the signal's number after a signal, else 0.
@@ -88,10 +91,11 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
     prepare_process(config, data.event_shape)
     torch.manual_seed(whole("seed", config["seed"], least=0))
     flow = build.build_flow(config, data.samples).to(device)
-    teacher = None if config.get("from") is None else taught(config, data.samples, device)
+    teacher = teacher_of(config, run_dir, data.samples, device, saved is not None, trust)
     if teacher is not None and saved is None:
         flow.load_state_dict(teacher.state_dict())
     objective = build.build_objective(config, flow, teacher)
+    config = {**config, "objective": {**config["objective"], **objective.pinned}}
     title = title_of(config)
     log.info(
         "%s: %d parameters, %s samples, %s, %s",
@@ -108,7 +112,7 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
         words = f"{title}, step {step}, validation {reached}"
         pictures.draw(flow, data, run_dir / f"plots/samples_{step:06d}.png", words)
 
-    trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture, teacher is None)
+    trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None)
     trainer.fit()
     best = float("nan") if trainer.best is None else trainer.best["nll"]
     if trainer.stopped_by in ("SIGINT", "SIGTERM"):
@@ -121,22 +125,35 @@ def train(config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | N
     return best, 0
 
 
-def taught(config: Mapping[str, Any], samples: Samples, device: torch.device) -> Flow:
-    """The flow of the run that `from` names, on the same kind of samples.
+def teacher_of(
+    config: Mapping[str, Any],
+    run_dir: Path,
+    samples: Samples,
+    device: torch.device,
+    resumed: bool,
+    trust: Sequence[str],
+) -> Flow | None:
+    """The flow of the run that `from` names: what a new run begins with, and what some objectives learn from.
+
+    Those keep it in their own run directory, and go on whatever becomes of the other run.
 
     Raises:
-        CheckpointError: it is not to be had.
+        CheckpointError: it is not to be had, or asks for code that is not trusted.
         ConfigError: it was trained on samples of another kind.
     """
-    try:
-        saved = checkpoint.load(checkpoint.find(Path(config["from"])))
-    except CheckpointError as e:
-        raise CheckpointError(f"from={config['from']}: {e}") from e
+    needed = build.takes_teacher(config)
+    if config.get("from") is None or (resumed and not needed):
+        return None
+    kept = run_dir / "checkpoints/teacher.pt"
+    saved = checkpoint.load(kept if resumed else checkpoint.find(Path(config["from"])))
     check_same("from", build.samples_of(saved), samples)
-    return build.restore(saved, device, trust=[*config.get("trust", ()), *_own_packages(config)])
+    flow = build.restore(saved, device, trust)
+    if needed and not resumed:
+        checkpoint.save(kept, {key: saved.get(key) for key in checkpoint.INFERENCE})
+    return flow
 
 
-def check_same(key: str, before: Samples, now: Samples) -> None:
+def check_same(who: str, before: Samples, now: Samples) -> None:
     """Refuses to go on with a run on samples of another kind.
 
     Raises:
@@ -146,7 +163,7 @@ def check_same(key: str, before: Samples, now: Samples) -> None:
         old, new = getattr(before, key), getattr(now, key)
         if old != new:
             raise ConfigError(
-                f"{key}: the run was trained on samples whose {key} is {old}, and that of the data now is {new}: "
+                f"{who}: the run was trained on samples whose {key} is {old}, and that of the data now is {new}: "
                 "leave data.* as it was, but for where its files are"
             )
 

@@ -18,6 +18,7 @@ distance of 10,000 samples, or as many as there are test rows, by the flow's own
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -63,13 +64,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "compare")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for every run, as trainer.steps=9")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="for every run, as trainer.steps=9; with a new --out"
+    )
     args = parser.parse_args()
     unknown = set(args.data) - {*TOYS, *REAL}
     if unknown:
         parser.error(f"no data called {', '.join(sorted(unknown))}: choose from {', '.join((*TOYS, *REAL))}")
     if "rectified" in args.methods and "flow_matching" not in args.methods:
         parser.error("rectified begins from flow_matching: name both")
+    args.methods = [method for method in METHODS if method in args.methods]
     return args
 
 
@@ -97,6 +101,8 @@ def train(data: str, methods: Sequence[str], out: Path, extra: Sequence[str]) ->
             continue
         begins = method == "rectified"
         keys = [f"from={out / 'runs' / f'{data}-flow_matching'}"] if begins else keys_of(data)
+        # what an interruption left of a run is of no use: its seconds would hold the pause
+        shutil.rmtree(run_dir, ignore_errors=True)
         run_flowtrain(run_dir, *METHODS[method], *keys, *extra, "threads=1")
         progress(f"{data} {method}: {json.loads((run_dir / 'result.json').read_text())['nll']:.3f} nats")
 
@@ -114,6 +120,7 @@ def measure(data: str, method: str, run_dir: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     flow = flowtrain.load(run_dir)
     config = checkpoint.load(checkpoint.find(run_dir))["config"]
+    torch.manual_seed(0)
     test = flow.dequantized(build_data(config).test)[:SAMPLES]
     result = json.loads((run_dir / "result.json").read_text())
 

@@ -4,13 +4,19 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Chain
+from flowtrain.bijections.continuous import Continuous
 from flowtrain.data.moons import Moons
+from flowtrain.divergence import TraceRule
 from flowtrain.errors import ConfigError
+from flowtrain.fields.layered import Given
+from flowtrain.fields.mlp import MLPField
 from flowtrain.flow import Flow
 from flowtrain.quality import quality, sliced_wasserstein
+from flowtrain.solvers import ode_solver
 
 
 def test_a_shift_moves_every_projection_by_its_cosine() -> None:
@@ -33,6 +39,36 @@ def test_it_is_symmetric_seeded_and_leaves_randomness_alone() -> None:
     state = torch.get_rng_state()
     assert sliced_wasserstein(x, y) == pytest.approx(sliced_wasserstein(y, x), rel=1e-12)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_samples_are_of_the_classes_of_the_data() -> None:
+    """A field that moves class 0 to -5 and class 1 to 5, and data that are nearly all of class 0."""
+    field = MLPField(2, [8], "concat", "tanh", classes=2)
+    flow = Flow((2,), Chain([Continuous(ByClass(field), ode_solver("dopri5"), TraceRule("exact"))]), classes=2)
+    data = Moons(n_val=400, n_test=400)
+    data.classes = 2
+    label = (torch.arange(400) % 20 == 0).long()
+    data.val_labels = data.test_labels = label
+    shift = (10.0 * label - 5).unsqueeze(1)
+    data.val, data.test = torch.randn(400, 2) + shift, torch.randn(400, 2) + shift
+    found = quality(flow, data, [1])
+    assert found.exact.sliced_wasserstein < 0.4
+    assert found.data < 0.4
+    # and afterwards the flow has its own solver again
+    assert flow.solver is not None
+    assert flow.solver.method == "dopri5"
+
+
+class ByClass(MLPField):
+    def __init__(self, field: MLPField) -> None:
+        super().__init__(2, [8], "concat", "tanh", classes=2)
+
+    def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        assert shift is not None
+        return shift[..., :2] + 0 * x
+
+    def given(self, label: Tensor) -> Given:
+        return Given(self, (10.0 * label - 5).unsqueeze(1).expand(-1, 2))
 
 
 def test_a_discrete_flow_takes_no_steps() -> None:

@@ -82,6 +82,12 @@ class Continuous(Bijection):
         with self.solver.using(control=control):
             return self.solver.solve(problem)
 
+    def velocity(self, label: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+        """v(t, x), of labels (B,) where the flow is conditional; compiled in training where that was asked for."""
+        if label is not None:
+            return given(self.field, label)
+        return self.compiled[0] if self.compiled is not None and self.training else self.field
+
     def _problem(self, x: Tensor, label: Tensor | None, t0: float, t1: float, probes: Probes | None) -> Problem:
         compiled = self.compiled if self.training and label is None else None
         field = self.field if label is None else given(self.field, label)

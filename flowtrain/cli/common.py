@@ -110,6 +110,18 @@ def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> t
     return values, rest
 
 
+def trusted(value: Any) -> list[str]:
+    """The packages that `trust` names.
+
+    Raises:
+        ConfigError: no names.
+    """
+    names = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"trust={value}: give names of packages, as in trust=[mypkg]")
+    return names
+
+
 def overridden(
     saved: Mapping[str, Any], overrides: Sequence[str], own: Sequence[str] = (), used: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -122,7 +134,8 @@ def overridden(
     Raises:
         ConfigError: an unknown or unused key, or another model, which would not fit the weights.
     """
-    config = OmegaConf.create(dict(saved))
+    # an older flowtrain did not have the key
+    config = OmegaConf.create({**saved, "solver": {"steps": None, **saved.get("solver", {})}})
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for override in parsed:
         group = override.key_or_group
@@ -143,7 +156,13 @@ def overridden(
             also = f" (and {', '.join(own)})" if own and "." not in key else ""
             raise ConfigError(unknown_key(key, plain(config)) + also)
         OmegaConf.update(config, key, override.value(), force_add=override.is_add())
+        if key in SAME and SAME[key] not in [other.key_or_group for other in parsed]:
+            OmegaConf.update(config, SAME[key], None)
     return plain(config)
+
+
+# two keys for one thing: to set one takes the other back
+SAME = {"solver.steps": "solver.step_size", "solver.step_size": "solver.steps"}
 
 
 # the parts of a saved config that scoring and sampling read, what may be changed of the model, and what may not of data
@@ -172,12 +191,13 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
         raise ConfigError("ckpt=RUN_DIR_OR_FILE is needed; see --help")
     path = checkpoint.find(Path(str(own["ckpt"])))
     saved = checkpoint.load(path)
-    check_targets(saved["config"], own["trust"])
+    trust = trusted(own["trust"])
+    check_targets(saved["config"], trust)
     check_kept(overrides)
     config = absolute_paths(overridden(saved["config"], overrides, tuple(own), USED))
     # how the flow is preprocessed belongs to the data it was trained on, whatever it now meets
     trained_on = {**config, "data": saved["config"]["data"]}
-    flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), own["trust"])
+    flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), trust)
     prepare_process(config, flow.event_shape)
     return Opened(path, flow, saved["step"], config)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from flowtrain.build import build_data
-from flowtrain.checks import number, whole, widths
+from flowtrain.checks import number, whole
 from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
 from flowtrain.errors import ConfigError, DataError, NonFiniteError
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
@@ -56,7 +56,7 @@ def _command() -> int:
     seed = whole("seed", own["seed"], least=0)
     temperature = number("temperature", own["temperature"], inclusive=True)
     if own["quality"] is not None:
-        return report(own, overrides, seed)
+        return report_quality(own, overrides, seed)
     if own["out"] and not str(own["out"]).endswith(".npy"):
         raise ConfigError(f"out={own['out']}: samples are written as .npy; give a name that ends so")
     label = None if own["label"] is None else whole("label", own["label"], least=0)
@@ -91,14 +91,17 @@ def _command() -> int:
     return 0
 
 
-def report(own: dict[str, Any], overrides: list[str], seed: int) -> int:
+def report_quality(own: dict[str, Any], overrides: list[str], seed: int) -> int:
     """Sample quality against steps: a table, JSON and a figure."""
     unused = [key for key in ("n", "label") if own[key] is not None] + ["temperature"] * (own["temperature"] != 1.0)
     if unused:
         raise ConfigError(f"{unused[0]}: has no use beside quality, which takes as many samples as there are data")
     if own["out"] and not str(own["out"]).endswith(".json"):
         raise ConfigError(f"out={own['out']}: quality is written as .json; give a name that ends so")
-    steps = widths("quality", own["quality"])
+    steps = own["quality"]
+    if not isinstance(steps, list) or not steps:
+        raise ConfigError(f"quality={steps}: give a list of numbers of steps, as in [1,2,4,8]")
+    steps = [whole(f"quality[{i}]", k) for i, k in enumerate(steps)]
     path, flow, _, config = open_checkpoint(own, overrides)
     found = quality(flow, build_data(config), steps, seed)
     out = Path(str(own["out"])) if own["out"] else run_dir_of(path) / "quality.json"

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.build import check_targets
-from flowtrain.cli.common import absolute_paths, is_path, overridden, plain, report, run_command, split_own
+from flowtrain.cli.common import absolute_paths, is_path, overridden, plain, report, run_command, split_own, trusted
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.paths import config_dir, config_groups
 from flowtrain.run import messages, train
@@ -26,6 +26,7 @@ def _command() -> int:
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)
     check_recipe(arguments)
+    sys.argv[1:] = chosen(arguments)
     _start()
     return 0
 
@@ -35,9 +36,11 @@ def _start(config: DictConfig) -> float:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
         claim(run_dir)
-        write_hydra(run_dir, config)
+        whole = begun(known(plain(config)), HydraConfig.get().overrides.task)
+        trust = trusted(whole.pop("trust"))
+        write_hydra(run_dir, config if whole["from"] is None else OmegaConf.create(whole))
         with messages(run_dir / "flowtrain.log"):
-            best, code = train(absolute_paths(begun(known(plain(config)))), run_dir)
+            best, code = train(absolute_paths(whole), run_dir, trust=trust)
     except (FlowtrainError, OSError) as e:
         # raised, it would reach the terminal under a heading of Hydra's; one message is what we promise
         raise SystemExit(report("flowtrain", e)) from e
@@ -66,12 +69,12 @@ def resume(arguments: Sequence[str]) -> int:
     saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))
     if "optimizer" not in saved:
         raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
-    check_targets(saved["config"], own["trust"])
-    # but for where its files are
-    moved = [a for a in rest if not is_path(a.partition("=")[0].rpartition(".")[2])]
-    refuse_changes(moved, "a run goes on with the model and data it has; start a new one to change them")
+    trust = trusted(own["trust"])
+    check_targets(saved["config"], trust)
+    refuse_changes(rest, "a run goes on with the model and data it has; start a new one to change them")
+    refuse_changes(rest, "a run goes on from its own checkpoint; leave it out", ("from",))
     with messages(run_dir / "flowtrain.log"):
-        _, code = train(absolute_paths(overridden(saved["config"], rest, tuple(own))), run_dir, saved)
+        _, code = train(absolute_paths(overridden(saved["config"], rest, tuple(own))), run_dir, saved, trust)
     print(run_dir)
     return code
 
@@ -88,28 +91,50 @@ def known(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def begun(config: dict[str, Any]) -> dict[str, Any]:
-    """The config, of a run that begins `from` another with the model and data of that one.
+def chosen(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the model and data of the run that `from` names, so that what suits those is composed.
 
     Raises:
-        ConfigError: the command line asks for another model or other data.
+        ConfigError: other arguments ask for another model or other data.
+        CheckpointError: the run is not to be had.
+    """
+    begins = [a.partition("=")[2] for a in arguments if a.lstrip("+").startswith("from=")]
+    if not begins or begins[-1] in ("", "null"):
+        return list(arguments)
+    refuse_changes(arguments, FROM, ("model", "data", "experiment", "recipe"))
+    saved = checkpoint.load(checkpoint.find(Path(begins[-1].strip("'\"")).expanduser()))["config"]
+    names = {group: str(saved[group].get("name")) for group in ("model", "data")}
+    ours = {group: name for group, name in names.items() if (config_dir() / group / f"{name}.yaml").is_file()}
+    return [*arguments, *(f"{group}={name}" for group, name in ours.items())]
+
+
+def begun(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
+    """The config, of a run that begins `from` another with the model and data of that one.
+
+    Args:
+        given: the overrides of the command line; data files are where they say.
+
+    Raises:
         CheckpointError: the run is not to be had, or asks for code that is not trusted.
     """
     if config["from"] is None:
         return config
-    refuse_changes(
-        HydraConfig.get().overrides.task, "a run begins with the model and data of from=RUN_DIR; leave it out"
-    )
     path = checkpoint.find(Path(str(config["from"])).expanduser().absolute())
-    saved = checkpoint.load(path)
-    check_targets(saved["config"], config["trust"])
-    return {**config, "from": str(path), "model": saved["config"]["model"], "data": saved["config"]["data"]}
+    saved = checkpoint.load(path)["config"]
+    check_targets({group: saved[group] for group in ("model", "data")}, trusted(config["trust"]))
+    keys = {a.partition("=")[0] for a in given}
+    moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
+    return {**config, "from": str(path), "model": saved["model"], "data": {**saved["data"], **moved}}
 
 
-def refuse_changes(overrides: Sequence[str], why: str) -> None:
-    """Refuses to change what a run has from another: its model and data."""
-    for key in (a.lstrip("+").partition("=")[0] for a in overrides):
-        if key.partition(".")[0] in ("model", "data"):
+FROM = "a run begins with the model and data of from=RUN_DIR; leave it out"
+
+
+def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = ("model", "data")) -> None:
+    """Refuses to change what a run has from another, but for where its data files are."""
+    for key in (a.lstrip("+~").partition("=")[0] for a in overrides):
+        group, _, name = key.partition("@")[0].partition(".")
+        if group in groups and not is_path(name):
             raise ConfigError(f"{key}: {why}")
 
 

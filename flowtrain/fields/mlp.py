@@ -153,12 +153,12 @@ class MLPField(LayeredField[TimedLinear]):
 
 @torch.no_grad()
 def spread(layer: nn.Linear, scale: float) -> None:
-    """Sets units w x + b to w ~ N(0, scale^2 I) and b = -w c, c ~ N(0, 4 I): ridges through points all over the data.
+    """Sets units w x + b to w ~ N(0, 2 scale^2 / d I), b = -w c, c ~ N(0, 4 I): ridges all over the data.
 
     Torch's biases are of the size of its weights, so that every ridge begins near 0, and what lies further out, such as
-    a ring about it, is seen by all units alike. A tanh bends over a distance of 1 / |w|.
+    a ring about it, is seen by all units alike. A tanh bends over 1 / |w|, which is 0.7 / scale in any dimension.
     """
-    layer.weight.normal_(std=scale)
+    layer.weight.normal_(std=scale * (2 / layer.in_features) ** 0.5)
     layer.bias.copy_(-(layer.weight * 2 * torch.randn_like(layer.weight)).sum(1))
 
 

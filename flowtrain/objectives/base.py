@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,11 @@ class Objective(nn.Module, ABC):
         flow: what is trained.
         likelihood_from: the first step that maximizes the likelihood, and so solves the ODE of a continuous flow;
             None: no step does. Learning rate, tolerance and averaging begin anew there.
+        pinned: what checkpoints keep of the objective's keys in place of what the run was given.
     """
 
     likelihood_from: int | None = 0
+    pinned: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, flow: Flow, regularizer: Regularizer) -> None:
         super().__init__()

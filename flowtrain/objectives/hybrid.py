@@ -18,33 +18,38 @@ class Hybrid(Objective):
 
     Args:
         steps: of the whole run.
-        matching: the share of them that flow matching takes, in (0, 1).
+        matching: the share of them that flow matching takes, in (0, 1), or from 1 on how many.
         coupling: see `FlowMatching`.
         regularizer: its path integrals are those of the likelihood's steps.
 
     Raises:
         ConfigError: what either objective refuses, or a share that leaves one of them no step.
+
+    Attributes:
+        pinned: keeps the step of the change where a run goes on to another number of steps.
     """
 
     def __init__(
         self, flow: Flow, regularizer: Regularizer, steps: int, matching: float, coupling: str = "independent"
     ) -> None:
         super().__init__(flow, regularizer)
-        first = round(number("objective.matching", matching) * steps)
-        if not 0 < first < steps:
+        share = number("objective.matching", matching)
+        first = round(share * steps) if share < 1 else int(share)
+        if not 0 < first < steps or (share >= 1 and first != share):
             raise ConfigError(
-                f"objective.matching={matching} of trainer.steps={steps} leaves one of the two objectives no step: "
-                "give a share between 0 and 1"
+                f"objective.matching={matching} of trainer.steps={steps} leaves one of the two objectives no step, or "
+                "is no whole number: give a share below 1, or how many"
             )
         self.likelihood_from = first
+        self.pinned = {"matching": first}
         layers_alone = replace(regularizer, kinetic=0.0, jacobian=0.0, acceleration=0.0, end_time=0.0)
-        self.matching = FlowMatching(flow, layers_alone, coupling)
-        self.likelihood = Likelihood(flow, regularizer)
-        self.current: Objective = self.matching
+        self.before = FlowMatching(flow, layers_alone, coupling)
+        self.after = Likelihood(flow, regularizer)
+        self.current: Objective = self.before
 
     def begin(self, step: int) -> None:
         assert self.likelihood_from is not None
-        self.current = self.matching if step < self.likelihood_from else self.likelihood
+        self.current = self.before if step < self.likelihood_from else self.after
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         loss: tuple[Tensor, dict[str, Tensor]] = self.current(x, label)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, Chain
-from flowtrain.bijections.continuous import Continuous, given
+from flowtrain.bijections.continuous import Continuous
 from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
@@ -44,8 +44,7 @@ class Matching(Objective):
         x0, x1, label = self.pairs(x, label)
         t = stratified(len(x1), x1)
         along = t.view(-1, *(1,) * (x1.dim() - 1))
-        field = self.ends.continuous.field if label is None else given(self.ends.continuous.field, label)
-        v = field(t, torch.lerp(x0, x1, along))
+        v = self.ends.continuous.velocity(label)(t, torch.lerp(x0, x1, along))
         matching = (v - (x1 - x0)).square().flatten(1).sum(1).mean()
         loss, penalties = self.regularized(matching, {})
         return loss, {"matching": matching, **penalties}

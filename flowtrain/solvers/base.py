@@ -102,7 +102,8 @@ class Solver(ABC):
         max_nfe: evaluations of the velocity that one solve may spend.
         control: `state` leaves the path integrals out of the step control while training, `all` takes them in.
         gradient: direct | replay | adjoint, see the solvers; auto replays images and is direct elsewhere.
-        train_rtol: relative tolerance of training, at least rtol; None follows rtol; atol is loosened alike.
+        train_rtol: relative tolerance of training (adaptive methods), at least rtol; None follows rtol; atol is
+            loosened alike.
         warmup: steps over which training tightens the tolerance geometrically from `warmup_rtol` to train_rtol;
             None leaves it to the trainer.
         warmup_rtol: where the warm-up begins; atol is loosened in the same ratio.
@@ -151,10 +152,6 @@ class Solver(ABC):
         if not adaptive and self.warmup:
             raise ConfigError(
                 f"solver={method} takes fixed steps and has no tolerance to warm up: remove solver.warmup"
-            )
-        if not adaptive and train_rtol is not None:
-            raise ConfigError(
-                f"solver={method} takes fixed steps and has no tolerance to loosen: set solver.train_rtol=null"
             )
         if adaptive and self.step_size is not None:
             raise ConfigError(

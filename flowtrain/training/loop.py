@@ -83,12 +83,13 @@ class Trainer:
         self.warned = False
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(flow.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-        self.first = objective.likelihood_from
-        self.lr = LearningRate(settings, self.first or 0)
+        # the first step that solves, None where none does
+        self.solves_from = objective.likelihood_from
+        self.lr = LearningRate(settings, self.solves_from or 0)
         # by the learning rate where that has no end in sight
         self.tied = flow.solver is not None and flow.solver.warmup is None and settings.lr_decay == "plateau"
         if flow.solver is not None and flow.solver.warmup is None:
-            flow.solver.warmup = round(WARMUP * (settings.steps - (self.first or 0)))
+            flow.solver.warmup = round(WARMUP * (settings.steps - (self.solves_from or 0)))
         if flow.solver is not None and settings.precision != "float32":
             raise ConfigError(
                 f"trainer.precision={settings.precision}: ODEs are solved in float32, because their error control "
@@ -201,7 +202,7 @@ class Trainer:
         step, s, solver = self.step, self.settings, self.flow.solver
         seed = step_generator(self.seed, STEP_STREAM, step).initial_seed()
         torch.manual_seed(seed)
-        if step == self.first:
+        if step == self.solves_from:
             self.begin_anew()
         x, label = self.batch(step, s.batch_size)
         self.objective.train()
@@ -210,7 +211,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # where the step solves
-        guard = self.guard if self.first is not None and step >= self.first else None
+        guard = self.guard if self.solves_from is not None and step >= self.solves_from else None
         rtol, atol = (None, None) if guard is None else guard.tolerance_at(step)
         if s.compile:
             # CUDA graphs may overwrite what the step before left
@@ -352,14 +353,14 @@ class Trainer:
         solver = self.flow.solver
         if self.tied and solver is not None:
             return self.lr.settled * (solver.warmup or 0)
-        return max(0, step - (self.first or 0))
+        return max(0, step - (self.solves_from or 0))
 
     def settled(self) -> bool:
         """Whether a validation without a new best counts towards early stopping: not while tolerances tighten."""
         solver = self.flow.solver
-        if solver is None or self.first is None:
+        if solver is None or self.solves_from is None:
             return True
-        return self.step >= self.first and self.warmed(self.step) >= (solver.warmup or 0)
+        return self.step >= self.solves_from and self.warmed(self.step) >= (solver.warmup or 0)
 
     def with_average(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function while the flow holds its averaged weights, where there are any."""
