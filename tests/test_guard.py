@@ -370,6 +370,5 @@ def test_settings_refused(override: str, words: str, tmp_path: Path) -> None:
         trainer(tmp_path, compose(override))
 
 
-def test_fixed_steps_have_no_training_tolerance() -> None:
-    with pytest.raises(ConfigError, match=r"set solver\.train_rtol=null"):
-        ode_solver("rk4", step_size=0.5, train_rtol=1e-2)
+def test_fixed_steps_pass_over_the_training_tolerance_of_a_recipe() -> None:
+    assert ode_solver("rk4", step_size=0.5, train_rtol=1e-2).step_size == 0.5

@@ -25,6 +25,7 @@ def _command() -> int:
     arguments = sys.argv[1:]
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)
+    check_there(arguments)
     check_recipe(arguments)
     sys.argv[1:] = chosen(arguments)
     _start()
@@ -48,6 +49,13 @@ def _start(config: DictConfig) -> float:
     if code:
         raise SystemExit(code)
     return best
+
+
+def check_there(arguments: Sequence[str]) -> None:
+    """Refuses to take out the groups that recipes are chosen by: Hydra would speak of an interpolation."""
+    for key in (a.partition("=")[0] for a in arguments):
+        if key in ("~model", "~data", "~objective"):
+            raise ConfigError(f"{key[1:]} was taken out of the config, but a run needs it")
 
 
 def check_recipe(arguments: Sequence[str]) -> None:
