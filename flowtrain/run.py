@@ -15,7 +15,7 @@ import torch
 from flowtrain import build, pictures, plots
 from flowtrain.checks import whole
 from flowtrain.data.base import Dataset, Samples
-from flowtrain.errors import ConfigError
+from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.evaluation import Evaluation, evaluate
 from flowtrain.flow import Flow
 from flowtrain.training import checkpoint
@@ -23,6 +23,9 @@ from flowtrain.training.loop import Trainer
 from flowtrain.training.metrics import to_json
 
 log = logging.getLogger("flowtrain")
+
+# the flow that a run's objective learns from, in its directory
+TEACHER = "checkpoints/teacher.pt"
 
 
 @contextmanager
@@ -113,6 +116,9 @@ def train(
         pictures.draw(flow, data, run_dir / f"plots/samples_{step:06d}.png", words)
 
     trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None)
+    if saved is None:
+        # now that nothing is left to be refused: with it, the directory holds a run
+        keep_teacher(config, run_dir)
     trainer.fit()
     best = float("nan") if trainer.best is None else trainer.best["nll"]
     if trainer.stopped_by in ("SIGINT", "SIGTERM"):
@@ -135,7 +141,7 @@ def teacher_of(
 ) -> Flow | None:
     """The flow of the run that `from` names: what a new run begins with, and what some objectives learn from.
 
-    Those keep it in their own run directory, and go on whatever becomes of the other run.
+    Those go on with what `keep_teacher` kept, whatever becomes of the other run.
 
     Raises:
         CheckpointError: it is not to be had, or asks for code that is not trusted.
@@ -144,13 +150,19 @@ def teacher_of(
     needed = build.takes_teacher(config)
     if config.get("from") is None or (resumed and not needed):
         return None
-    kept = run_dir / "checkpoints/teacher.pt"
-    saved = checkpoint.load(kept if resumed else checkpoint.find(Path(config["from"])))
+    path = run_dir / TEACHER if resumed else checkpoint.find(Path(config["from"]))
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not there: the run cannot go on without; start a new one, with from=RUN_DIR")
+    saved = checkpoint.load(path)
     check_same("from", build.samples_of(saved), samples)
-    flow = build.restore(saved, device, trust)
-    if needed and not resumed:
-        checkpoint.save(kept, {key: saved.get(key) for key in checkpoint.INFERENCE})
-    return flow
+    return build.restore(saved, device, trust)
+
+
+def keep_teacher(config: Mapping[str, Any], run_dir: Path) -> None:
+    """Copies the checkpoint of `from` into the run directory, where the objective learns from it."""
+    if config.get("from") is not None and build.takes_teacher(config):
+        saved = checkpoint.load(checkpoint.find(Path(config["from"])))
+        checkpoint.save(run_dir / TEACHER, {key: saved.get(key) for key in checkpoint.INFERENCE})
 
 
 def check_same(who: str, before: Samples, now: Samples) -> None:

@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("data", nargs="*", help=f"of {', '.join((*TOYS, *REAL))}; default: all")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "compare")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="runs at a time")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="for every run, as trainer.steps=9; with a new --out"
     )
@@ -101,9 +101,11 @@ def train(data: str, methods: Sequence[str], out: Path, extra: Sequence[str]) ->
             continue
         begins = method == "rectified"
         keys = [f"from={out / 'runs' / f'{data}-flow_matching'}"] if begins else keys_of(data)
+        # the model and the data of the run that it begins from
+        more = [key for key in extra if not (begins and key.startswith(("model.", "data.")))]
         # what an interruption left of a run is of no use: its seconds would hold the pause
         shutil.rmtree(run_dir, ignore_errors=True)
-        run_flowtrain(run_dir, *METHODS[method], *keys, *extra, "threads=1")
+        run_flowtrain(run_dir, *METHODS[method], *keys, *more, "threads=1")
         progress(f"{data} {method}: {json.loads((run_dir / 'result.json').read_text())['nll']:.3f} nats")
 
 
@@ -217,7 +219,7 @@ def gap_of(row: dict[str, Any], best: float) -> float:
 def main() -> None:
     args = arguments()
     out = args.out.absolute()
-    names = args.data or [*TOYS, *REAL]
+    names = list(dict.fromkeys(args.data)) or [*TOYS, *REAL]
     for name in names:
         # a file that is missing is missed now
         keys_of(name)

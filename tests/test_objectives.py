@@ -418,6 +418,33 @@ def test_rectified_goes_on_without_the_run_it_began_from_and_hybrid_to_more_step
     assert "its own checkpoint" in err
 
 
+def test_a_refused_reflow_leaves_its_directory_free(run: Run) -> None:
+    small = ["trainer.steps=2", "trainer.batch_size=16", "data.n_val=50", "data.n_test=50"]
+    code, out, err = run("flowtrain", "model.flows=2", "model.hidden=[4]", *small)
+    assert code == 0, err
+    first = out.strip().splitlines()[-1]
+    reflow = ["objective=rectified", "hydra.run.dir=here"]
+    code, _, err = run("flowtrain", f"from={first}", *reflow, "trainer.steps=2")
+    assert code == 2
+    assert "has 2" in err
+    # what follows a flag is no override, and what the run brings stands before it
+    code, out, err = run("flowtrain", f"from={first}", "objective=likelihood", "hydra.run.dir=here", "--cfg", "job")
+    assert code == 0, err
+    code, _, err = run("flowtrain", f"from={first}", "hydra.run.dir=here", "trainer.steps=2")
+    assert code == 0, err
+    for bad in ("from=", "from=a,b"):
+        code, _, err = run("flowtrain", bad)
+        assert (code, len(err.strip().splitlines())) == (2, 1)
+        assert "give one run directory" in err
+
+
+def test_a_change_of_loss_that_was_moved_behind_the_step_still_begins_anew(tmp_path: Path) -> None:
+    keys = ["objective=hybrid", *STEPS, "trainer.ema=0.9"]
+    trained(tmp_path, *keys, "objective.matching=8", stop=5)
+    trainer = trained(tmp_path, *keys, "objective.matching=3")
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {5}
+
+
 def test_a_run_from_another_gets_what_suits_its_model(run: Run) -> None:
     small = ["trainer.batch_size=16", "data.n_val=50", "data.n_test=50"]
     code, out, err = run("flowtrain", "model=realnvp", "data=circles", "trainer.steps=2", *small)

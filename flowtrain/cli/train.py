@@ -106,14 +106,18 @@ def chosen(arguments: Sequence[str]) -> list[str]:
         ConfigError: other arguments ask for another model or other data.
         CheckpointError: the run is not to be had.
     """
-    begins = [a.partition("=")[2] for a in arguments if a.lstrip("+").startswith("from=")]
-    if not begins or begins[-1] in ("", "null"):
+    places = [i for i, a in enumerate(arguments) if a.lstrip("+").startswith("from=")]
+    run = arguments[places[-1]].partition("=")[2] if places else "null"
+    if run == "null":
         return list(arguments)
+    if not run or "," in run:
+        raise ConfigError(f"from={run}: give one run directory")
     refuse_changes(arguments, FROM, ("model", "data", "experiment", "recipe"))
-    saved = checkpoint.load(checkpoint.find(Path(begins[-1].strip("'\"")).expanduser()))["config"]
-    names = {group: str(saved[group].get("name")) for group in ("model", "data")}
-    ours = {group: name for group, name in names.items() if (config_dir() / group / f"{name}.yaml").is_file()}
-    return [*arguments, *(f"{group}={name}" for group, name in ours.items())]
+    saved = checkpoint.load(checkpoint.find(Path(run.strip("'\"")).expanduser()))["config"]
+    names = {group: (saved.get(group) or {}).get("name") for group in ("model", "data")}
+    ours = [f"{group}={name}" for group, name in names.items() if (config_dir() / group / f"{name}.yaml").is_file()]
+    # among the overrides: what follows a flag is no override
+    return [*arguments[: places[-1]], *ours, *arguments[places[-1] :]]
 
 
 def begun(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def begun(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
         return config
     path = checkpoint.find(Path(str(config["from"])).expanduser().absolute())
     saved = checkpoint.load(path)["config"]
-    check_targets({group: saved[group] for group in ("model", "data")}, trusted(config["trust"]))
+    check_targets(saved, trusted(config["trust"]))
     keys = {a.partition("=")[0] for a in given}
     moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
     return {**config, "from": str(path), "model": saved["model"], "data": {**saved["data"], **moved}}

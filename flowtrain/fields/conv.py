@@ -136,7 +136,7 @@ class ConvField(LayeredField[TimedConv2d]):
         classes: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> None:
-        kind = LAYERS[one_of("model.field", layer, LAYERS)]
+        kind = LAYERS[one_of("model.field", layer, LAYERS, "over images")]
         sizes = [whole("model.channels", channels), *widths("model.hidden", hidden), channels]
         if whole("model.kernel_size", kernel_size) % 2 == 0:
             raise ConfigError(f"model.kernel_size={kernel_size}: give an odd number, so that images keep their size")

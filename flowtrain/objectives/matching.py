@@ -32,7 +32,7 @@ class Matching(Objective):
         if regularizer.paths or regularizer.end_time:
             raise ConfigError(
                 "regularizer: kinetic, jacobian, acceleration and end_time are of paths that are solved, and this "
-                "objective solves none: set them to 0 (spectral may stay), or use objective=likelihood or hybrid"
+                "objective solves none: take regularizer=none (spectral may stay), or objective=likelihood or hybrid"
             )
         self.ends = Ends(flow)
 

@@ -40,7 +40,7 @@ WARMUP = 2 / 3
 # numbers in the batch that data-dependent parameters are set by, and rows at the most
 INITIALIZATION, INITIALIZATION_ROWS = 2**23, 10_000
 # what last.pt keeps of the trainer itself
-PROGRESS = ("step", "seconds", "stale", "best", "val_nll")
+PROGRESS = ("step", "seconds", "stale", "best", "val_nll", "began")
 
 Picture = Callable[[Flow, int, float], None]
 
@@ -77,6 +77,8 @@ class Trainer:
         self.device = flow.like.device
         data.to(self.device)
         self.step, self.seconds, self.stale = 0, 0.0, 0
+        # whether the likelihood's steps have
+        self.began = False
         self.best: dict[str, float] | None = None
         self.val_nll = math.nan
         self.stopped_by: str | None = None
@@ -202,7 +204,7 @@ class Trainer:
         step, s, solver = self.step, self.settings, self.flow.solver
         seed = step_generator(self.seed, STEP_STREAM, step).initial_seed()
         torch.manual_seed(seed)
-        if step == self.solves_from:
+        if self.solves_from is not None and step >= self.solves_from and not self.began:
             self.begin_anew()
         x, label = self.batch(step, s.batch_size)
         self.objective.train()
@@ -337,6 +339,7 @@ class Trainer:
 
         After steps of another objective it begins at their average.
         """
+        self.began = True
         if not self.step:
             return
         self.optimizer.state.clear()
@@ -358,6 +361,8 @@ class Trainer:
     def settled(self) -> bool:
         """Whether a validation without a new best counts towards early stopping: not while tolerances tighten."""
         solver = self.flow.solver
+        if self.settings.lr_decay == "plateau" and self.lr.settled < 1:
+            return False
         if solver is None or self.solves_from is None:
             return True
         return self.step >= self.solves_from and self.warmed(self.step) >= (solver.warmup or 0)
@@ -407,7 +412,8 @@ class Trainer:
         if self.guard is not None and saved.get("guard") is not None:
             self.guard.load(saved["guard"])
         for key in PROGRESS:
-            setattr(self, key, saved[key])
+            # a run of an older flowtrain has only ever solved
+            setattr(self, key, saved.get(key, True) if key == "began" else saved[key])
         # a run of an older flowtrain begins its solves anew
         for history, steps in zip(self.flow.histories, saved.get("histories", ()), strict=False):
             history.steps = [(length, suited) for length, suited in steps]

@@ -39,7 +39,9 @@ def use_threads(n: int) -> None:
 def run_flowtrain(run_dir: Path, *overrides: str) -> None:
     """`flowtrain` with these overrides, in a process of its own, into `run_dir`."""
     command = [sys.executable, "-m", "flowtrain", *overrides, f"hydra.run.dir={run_dir}"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        # its own message is above
+        raise SystemExit(f"stopped: {' '.join(command[1:])} failed")
 
 
 def keep_freed_memory() -> None:

@@ -25,9 +25,9 @@ HEAD = ("flowtrain", "NLL (nats)", "KL (nats)", "least to most", "NFE", "seconds
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", nargs="+", help="overrides for flowtrain, those of a command in one argument")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--seeds", type=int, choices=range(1, 1001), default=3, metavar="N", help="how many")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="runs at a time")
     return parser.parse_args()
 
 
