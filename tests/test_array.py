@@ -783,7 +783,7 @@ def test_odd_headers_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_the_config_is_the_constructor() -> None:
-    config = OmegaConf.load(ROOT / "configs" / "data" / "array.yaml")
+    config = OmegaConf.load(ROOT / "configs" / "data" / "array.yaml")["data"]
     assert isinstance(config.pop("name"), str)
     assert config.pop("_target_") == f"{ArrayData.__module__}.{ArrayData.__name__}"
     signature = inspect.signature(ArrayData.__init__).parameters

@@ -29,6 +29,7 @@ from flowtrain.objectives.hybrid import Hybrid
 from flowtrain.objectives.likelihood import Likelihood
 from flowtrain.objectives.matching import Ends, stratified
 from flowtrain.objectives.rectified import Rectified, drawn
+from flowtrain.paths import config_dir
 from flowtrain.regularizers import Regularizer, spectral
 from flowtrain.solvers import ode_solver, record_solves
 from flowtrain.training import checkpoint
@@ -598,3 +599,19 @@ def test_quality_against_steps(run: Run, tmp_path: Path) -> None:
     code, out, err = run("floweval", f"ckpt={out.strip().splitlines()[-1]}", "solver.steps=4", "out=e.json")
     assert code == 0, err
     assert json.loads(Path("e.json").read_text())["solver"]["step_size"] == 0.25
+
+
+OTHERS = sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml") if not p.stem.startswith("mnist_"))
+
+
+@pytest.mark.parametrize("experiment", OTHERS)
+def test_every_other_experiment_trains(experiment: str, run: Run, tmp_path: Path) -> None:
+    small = ["trainer.batch_size=4", "trainer.steps=2", "model.hidden=[4]"]
+    if experiment == "gas_ffjord":
+        (tmp_path / "a.csv").write_text("\n".join(f"{i},{i * i % 7}" for i in range(50)))
+        small += ["data.path=a.csv", "objective.matching=1"]
+    else:
+        small += ["data.n_val=10", "data.n_test=10"]
+    code, out, err = run("flowtrain", f"experiment={experiment}", *small)
+    assert code == 0, err
+    assert (Path(out.splitlines()[-1]) / "result.json").exists()

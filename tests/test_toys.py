@@ -37,7 +37,8 @@ MONTE_CARLO = {
 
 def toy_classes() -> dict[str, type[Toy]]:
     targets = {path.stem: OmegaConf.select(OmegaConf.load(path), "_target_") for path in CONFIGS.glob("*.yaml")}
-    classes = {name: get_class(target) for name, target in sorted(targets.items())}
+    # the files of finite data name theirs under `data`, beside trainer keys
+    classes = {name: get_class(target) for name, target in sorted(targets.items()) if target is not None}
     return {name: kind for name, kind in classes.items() if issubclass(kind, Toy)}
 
 
