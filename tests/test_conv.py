@@ -237,7 +237,7 @@ def test_untrained_field_is_zero(layer: str) -> None:
     ("arguments", "message"),
     [
         ((0, [8], "concat", "tanh"), "channels=0"),
-        ((2, [8], "time_embedding", "tanh"), "concatsquash"),
+        ((2, [8], "gated", "tanh"), "concatsquash"),
         ((2, [8], "concat", "relu"), "softplus"),
         ((2, [], "concat", "tanh"), "hidden"),
         ((2, [8], "concat", "tanh", 4), "kernel_size=4: give an odd"),

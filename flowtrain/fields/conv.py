@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flowtrain.checks import one_of, whole, widths
 from flowtrain.errors import ConfigError
 from flowtrain.fields.conv_kernels import push
-from flowtrain.fields.layered import LayeredField, TimedLayer, image_of
+from flowtrain.fields.layered import LayeredField, TimedLayer, TimeEmbedded, image_of
 
 
 class TimedConv2d(TimedLayer):
@@ -103,7 +103,24 @@ class ConcatSquashConv2d(TimedConv2d):
         return image_of(gate, 3), image_of(torch.addcmul(self.shift(column), self.conv.bias, gate), 3)
 
 
-LAYERS: dict[str, type[TimedConv2d]] = {"concatsquash": ConcatSquashConv2d, "concat": ConcatConv2d}
+class TimeEmbeddingConv2d(TimedConv2d, TimeEmbedded):
+    """y = (W * x + b) gate(t) + offset(t), per channel, see `TimeEmbedded`."""
+
+    def __init__(self, n_in: int, n_out: int, kernel_size: int, n_embedding: int = 16) -> None:
+        super().__init__(n_in, n_out, kernel_size)
+        self.embed_time(n_out, n_embedding)
+
+    def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+        assert self.conv.bias is not None
+        gate, offset = self.gate_and_offset(t)
+        return image_of(gate, 3), image_of(torch.addcmul(offset, self.conv.bias, gate), 3)
+
+
+LAYERS: dict[str, type[TimedConv2d]] = {
+    "concatsquash": ConcatSquashConv2d,
+    "concat": ConcatConv2d,
+    "time_embedding": TimeEmbeddingConv2d,
+}
 
 
 class ConvField(LayeredField[TimedConv2d]):
@@ -114,7 +131,7 @@ class ConvField(LayeredField[TimedConv2d]):
     Args:
         channels: C.
         hidden: channels of the hidden layers.
-        layer: concatsquash | concat.
+        layer: concatsquash | concat | time_embedding.
         activation: tanh | softplus | swish.
         kernel_size: odd, so that an image keeps its size about its centre.
         classes: how many labels there are, which `given` takes; None for none.
@@ -136,7 +153,7 @@ class ConvField(LayeredField[TimedConv2d]):
         classes: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> None:
-        kind = LAYERS[one_of("model.field", layer, LAYERS, "over images")]
+        kind = LAYERS[one_of("model.field", layer, LAYERS)]
         sizes = [whole("model.channels", channels), *widths("model.hidden", hidden), channels]
         if whole("model.kernel_size", kernel_size) % 2 == 0:
             raise ConfigError(f"model.kernel_size={kernel_size}: give an odd number, so that images keep their size")

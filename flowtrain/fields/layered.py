@@ -1,5 +1,6 @@
 """Fields made of layers that time modulates, with a smooth activation between them."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
@@ -30,6 +31,27 @@ class TimedLayer(nn.Module, ABC):
     @abstractmethod
     def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """(y, (dy/dx) e) for each tangent e, from one modulation."""
+
+
+class TimeEmbedded(TimedLayer):
+    """A layer whose gate and offset are 1 + A e(t) and U e(t), e(t) = swish(E [sin 2 pi k t, cos 2 pi k t]) learned,
+    k = 1/4 .. 2; they begin at 1 and 0."""
+
+    def embed_time(self, n_out: int, n_embedding: int) -> None:
+        """Makes E, A and U; once, in the constructor."""
+        self.register_buffer("frequencies", 2 * math.pi * torch.tensor([0.25, 0.5, 1.0, 2.0]))
+        self.embed = nn.Linear(8, n_embedding)
+        self.modulate = nn.Linear(n_embedding, 2 * n_out)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+
+    frequencies: Tensor
+
+    def gate_and_offset(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(gate, offset), each (*t.shape, n_out)."""
+        angles = t.unsqueeze(-1) * self.frequencies
+        gate, offset = self.modulate(F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], -1)))).chunk(2, -1)
+        return 1 + gate, offset
 
 
 Layer = TypeVar("Layer", bound=TimedLayer)

@@ -1,6 +1,5 @@
 """Multilayer perceptrons v(t, x) whose layers are modulated by time in one of three ways."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.checks import number, one_of, widths
-from flowtrain.fields.layered import LayeredField, TimedLayer
+from flowtrain.fields.layered import LayeredField, TimedLayer, TimeEmbedded
 from flowtrain.fields.mlp_kernels import MLPTape, push
 
 
@@ -72,23 +71,15 @@ class ConcatSquash(TimedLinear):
         return torch.sigmoid(self.gate(column)), self.shift(column)
 
 
-class TimeEmbedding(TimedLinear):
-    """y = (W x + b) * (1 + A e(t)) + U e(t), e(t) = swish(E [sin 2 pi k t, cos 2 pi k t]) learned, k = 1/4 .. 2."""
+class TimeEmbedding(TimedLinear, TimeEmbedded):
+    """y = (W x + b) gate(t) + offset(t), see `TimeEmbedded`."""
 
     def __init__(self, n_in: int, n_out: int, n_embedding: int = 16) -> None:
         super().__init__(n_in, n_out)
-        self.register_buffer("frequencies", 2 * math.pi * torch.tensor([0.25, 0.5, 1.0, 2.0]))
-        self.embed = nn.Linear(8, n_embedding)
-        self.modulate = nn.Linear(n_embedding, 2 * n_out)
-        nn.init.zeros_(self.modulate.weight)
-        nn.init.zeros_(self.modulate.bias)
-
-    frequencies: Tensor
+        self.embed_time(n_out, n_embedding)
 
     def modulation(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        angles = t.unsqueeze(-1) * self.frequencies
-        gate, shift = self.modulate(F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], -1)))).chunk(2, -1)
-        return 1 + gate, shift
+        return self.gate_and_offset(t)
 
 
 LAYERS: dict[str, type[TimedLinear]] = {

@@ -42,7 +42,7 @@ def ffjord(
     Args:
         event_shape: (d,) or (C, H, W).
         solver: shared by all the bijections.
-        field: concatsquash | concat, of vectors also time_embedding.
+        field: concatsquash | concat | time_embedding.
         hidden, activation: of the fields: widths of an MLP, channels of 3x3 convolutions.
         init_scale: of the first weights of fields of vectors, see `MLPField`; None leaves them to torch.
         flows: how many continuous bijections; over images, at each size and number of channels.
