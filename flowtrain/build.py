@@ -32,7 +32,6 @@ PACKAGES = {
     "regularizer": "regularizers",
 }
 
-
 # arguments that recipes and solvers take besides the keys of their group
 GIVEN = ("event_shape", "solver", "classes", "settings")
 
@@ -57,19 +56,18 @@ def build_objective(config: Config, flow: Flow, teacher: Flow | None = None) -> 
     """
     # checkpoints of an older flowtrain have no regularizer
     regularizer = _call(config, "regularizer") if "regularizer" in config else Regularizer()
-    wanted = _wanted(config, "objective")
     if takes_teacher(config) and teacher is None:
         raise ConfigError(
             f"objective={config['objective'].get('name')} needs a trained flow: give its run, from=RUN_DIR"
         )
     offered = {"steps": config["trainer"]["steps"], "seed": config["seed"], "teacher": teacher}
-    extra = {key: value for key, value in offered.items() if key in wanted}
-    return cast(Objective, _call(config, "objective", flow=flow, regularizer=regularizer, **extra))
+    given = {"flow": flow, "regularizer": regularizer}
+    return cast(Objective, _call(config, "objective", **given, **_wanted(config, "objective", offered)))
 
 
 def takes_teacher(config: Config) -> bool:
     """Whether the objective learns from a trained flow."""
-    return "teacher" in _wanted(config, "objective")
+    return bool(_wanted(config, "objective", {"teacher": None}))
 
 
 def build_settings(config: Config) -> Settings:
@@ -83,9 +81,8 @@ def build_flow(config: Config, samples: Samples) -> Flow:
     """
     # built in any case, so that a mistake in it is not passed over
     offered = {"solver": build_solver(config), "classes": samples.classes}
-    wanted = _wanted(config, "model")
-    extra = {key: value for key, value in offered.items() if key in wanted}
-    flow = cast(Flow, _call(config, "model", event_shape=samples.event_shape, **extra))
+    wanted = _wanted(config, "model", offered)
+    flow = cast(Flow, _call(config, "model", event_shape=samples.event_shape, **wanted))
     if samples.standardized:
         flow.bijection = Chain([flow.bijection, Standardize(samples.event_shape)])
     if samples.levels is not None:
@@ -205,9 +202,10 @@ def _leaves(node: Any, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
         yield where, node
 
 
-def _wanted(config: Config, group: str) -> Sequence[str]:
-    """The arguments that what a group names takes."""
-    return list(inspect.signature(get_object(_target(config, group))).parameters)
+def _wanted(config: Config, group: str, offered: Config) -> dict[str, Any]:
+    """Those of the `offered` arguments that what a group names takes."""
+    known = inspect.signature(get_object(_target(config, group))).parameters
+    return {key: value for key, value in offered.items() if key in known}
 
 
 def _target(config: Config, group: str) -> str:

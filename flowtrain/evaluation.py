@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.continuous import Continuous
 from flowtrain.data.base import Dataset
 from flowtrain.errors import ConfigError, DataError
 from flowtrain.flow import Flow, Label
-from flowtrain.scores import check_finite, estimates_trace, held_out, log_probs, trace_rule
+from flowtrain.scores import check_finite, estimates_trace, held_out, log_probs, nfe_of_pass, trace_rule
 from flowtrain.seeding import seeded
 from flowtrain.solvers import record_solves
 
@@ -112,8 +111,6 @@ def evaluate(
     rows = rows_of_checks(flow.event_shape)
     subset, few = x[:rows], None if label is None else label[:rows]
     rule, estimated = trace_rule(flow), estimates_trace(flow)
-    # of one pass, which solves each continuous part once
-    per_pass = sum(isinstance(m, Continuous) for m in flow.modules())
     bits, nll = flow.bits_per_nat, -log_p.mean().item()
     result = Evaluation(
         nll=nll,
@@ -129,7 +126,7 @@ def evaluate(
         noise_samples=rule.noise_samples if rule is not None and estimated else None,
         dequantization_samples=dequantization_samples if flow.discrete else None,
         solver=None if flow.solver is None else flow.solver.describe(),
-        nfe=per_pass * sum(s.nfe_forward for s in solves) / len(solves) if solves else None,
+        nfe=nfe_of_pass(flow, solves),
         solver_error=solver_error(flow, subset, few),
         roundtrip_error=roundtrip_error(flow, subset, few),
         seconds=seconds,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.logit import dequantize
 from flowtrain.errors import FlowtrainError
 from flowtrain.precision import full_precision
@@ -52,6 +53,11 @@ class Flow(nn.Module):
         self.bijection = bijection
         self.classes = classes
         self.discrete, self.levels = discrete, levels
+
+    @property
+    def continuous(self) -> list[Continuous]:
+        """The parts that solve an ODE, each once in a pass; none of a discrete flow."""
+        return [m for m in self.modules() if isinstance(m, Continuous)]
 
     @property
     def solver(self) -> Solver | None:

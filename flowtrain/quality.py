@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.continuous import Continuous
 from flowtrain.data.base import Dataset
 from flowtrain.errors import ConfigError, NonFiniteError
 from flowtrain.evaluation import check_fits
 from flowtrain.flow import Flow
-from flowtrain.scores import held_out
+from flowtrain.scores import held_out, nfe_of_pass
 from flowtrain.seeding import seeded
 from flowtrain.solvers import Solver, ode_solver, record_solves
 
@@ -54,7 +53,7 @@ class Quality:
     rows: tuple[Row, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+        return asdict(self)
 
     def table(self) -> str:
         """A few lines for a terminal."""
@@ -90,7 +89,7 @@ def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> Q
         # a first solve takes longer than others
         flow.sample(10)
     # samples of the classes that the data are of
-    label = None if flow.classes is None else held_out(flow, data, "test")[1]
+    _, label = held_out(flow, data, "test")
     draw = partial(_row, flow, real=real, label=None if label is None else label[:n], seed=seed)
     exact = draw(solver=own, steps=None)
     rows = [draw(solver=ode_solver(m, steps=k, max_nfe=own.max_nfe), steps=k) for m in methods for k in steps]
@@ -105,15 +104,15 @@ def _row(flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, label: 
     if not bool(samples.isfinite().all()):
         how = "" if steps is None else f" with {steps} steps"
         raise NonFiniteError(f"samples by {solver.method}{how} are NaN or infinite: give more steps")
-    parts = sum(isinstance(m, Continuous) for m in flow.modules())
-    nfe = parts * sum(s.nfe_forward for s in solves) / len(solves)
+    nfe = nfe_of_pass(flow, solves)
+    assert nfe is not None
     return Row(solver.method, steps, nfe, sliced_wasserstein(samples, real), seconds)
 
 
 @contextmanager
 def solved_by(flow: Flow, solver: Solver) -> Iterator[None]:
     """Inside, the flow's continuous parts are solved by another solver."""
-    parts = [m for m in flow.modules() if isinstance(m, Continuous)]
+    parts = flow.continuous
     before = [m.solver for m in parts]
     try:
         for m in parts:

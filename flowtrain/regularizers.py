@@ -1,14 +1,12 @@
 """Penalties that keep a continuous flow easy to solve: on its paths, on its layers, and a random end time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.checks import number
+from flowtrain.collecting import Collector
 from flowtrain.divergence import Probes, pushed
 from flowtrain.errors import ConfigError
 from flowtrain.fields.base import Field
@@ -95,20 +93,5 @@ def spectral(field: nn.Module) -> Tensor:
     return torch.stack([torch.linalg.matrix_norm(w.flatten(1), ord=2).square() for w in weights]).sum()
 
 
-_recording: ContextVar[list[Tensor] | None] = ContextVar("paths", default=None)
-
-
-@contextmanager
-def record_paths() -> Iterator[list[Tensor]]:
-    """Collects the path integrals (B, len(paths)) of every solve inside; only there are they taken at all."""
-    found: list[Tensor] = []
-    token = _recording.set(found)
-    try:
-        yield found
-    finally:
-        _recording.reset(token)
-
-
-def recorded() -> list[Tensor] | None:
-    """Where the solve at hand leaves its path integrals; None: nobody asks."""
-    return _recording.get()
+# the path integrals (B, len(paths)) of every solve inside; only there are they taken at all
+record_paths: Collector[Tensor] = Collector("paths")

@@ -1,17 +1,18 @@
 """log p(x) of many samples: in parts, with noise that is seeded, averaged over draws of it."""
 
 import math
+from collections.abc import Sequence
 from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.continuous import Continuous
 from flowtrain.data.base import Dataset
 from flowtrain.divergence import TraceRule
 from flowtrain.errors import DataError, NonFiniteError
 from flowtrain.flow import Flow, rows_at_a_time
 from flowtrain.seeding import seeded
+from flowtrain.solvers import Statistics
 
 
 def held_out(flow: Flow, data: Dataset, split: str) -> tuple[Tensor, Tensor | None]:
@@ -82,9 +83,18 @@ def _same_probes(flow: Flow, x_k: list[Tensor], label: Tensor | None) -> Tensor:
     return torch.stack(log_p)
 
 
+def nfe_of_pass(flow: Flow, solves: Sequence[Statistics]) -> float | None:
+    """NFE of taking samples through the flow once, which solves each continuous part once; None where nothing solved.
+
+    Args:
+        solves: those of any number of whole passes.
+    """
+    return len(flow.continuous) * sum(s.nfe_forward for s in solves) / len(solves) if solves else None
+
+
 def trace_rule(flow: Flow) -> TraceRule | None:
     """How a continuous flow takes its traces; None for a discrete flow."""
-    return next((m.trace for m in flow.modules() if isinstance(m, Continuous)), None)
+    return next((m.trace for m in flow.continuous), None)
 
 
 def estimates_trace(flow: Flow) -> bool:

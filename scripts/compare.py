@@ -116,6 +116,7 @@ def measure(data: str, method: str, run_dir: Path) -> dict[str, Any]:
     import flowtrain
     from flowtrain.build import build_data
     from flowtrain.quality import sliced_wasserstein, solved_by
+    from flowtrain.scores import nfe_of_pass
     from flowtrain.solvers import ode_solver, record_solves
     from flowtrain.training import checkpoint
 
@@ -146,7 +147,7 @@ def measure(data: str, method: str, run_dir: Path) -> dict[str, Any]:
         "likelihood": "closed form" if flow.solver is None else f"ODE, rtol {flow.solver.rtol:g}",
         **{key: result[key] for key in ("nll", "nll_stderr", "entropy", "kl", "kl_stderr", "nfe", "train_seconds")},
         "sample_seconds": statistics.median(seconds),
-        "sample_nfe": sum(s.nfe_forward for s in solves) / len(solves) if solves else None,
+        "sample_nfe": nfe_of_pass(flow, solves),
         "parameters": sum(p.numel() for p in flow.parameters()),
         "sliced_wasserstein": sliced_wasserstein(samples[: len(test)], test),
         "sliced_wasserstein_4": coarse,

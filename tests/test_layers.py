@@ -24,7 +24,7 @@ LAYERS = [
     ("regularizers",),
     ("divergence", "conditioners"),
     ("fields", "solvers", "data", "paths"),
-    ("checks", "derivatives", "precision", "seeding"),
+    ("checks", "collecting", "derivatives", "precision", "seeding"),
     ("errors",),
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

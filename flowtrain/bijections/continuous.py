@@ -11,7 +11,7 @@ from flowtrain.divergence import Probes, TraceRule
 from flowtrain.errors import ConfigError
 from flowtrain.fields.base import Field
 from flowtrain.fields.layered import LayeredField
-from flowtrain.regularizers import Regularizer, integrands, recorded
+from flowtrain.regularizers import Regularizer, integrands, record_paths
 from flowtrain.solvers import History, Problem, Solution, Solver
 
 
@@ -67,10 +67,9 @@ class Continuous(Bijection):
         solution = self.solve(x, t0, t1, label)
         if solution.integrals is None:
             raise RuntimeError("the solver returned no integral")
-        paths = recorded()
-        if paths is not None and self.training:
+        if record_paths.open is not None and self.training:
             # int_0^1 whichever way it was solved
-            paths.append(solution.integrals[:, 1:] if t0 < t1 else -solution.integrals[:, 1:])
+            record_paths.open.append(solution.integrals[:, 1:] if t0 < t1 else -solution.integrals[:, 1:])
         return solution.x, solution.integrals[:, 0]
 
     def solve(self, x: Tensor, t0: float, t1: float, label: Tensor | None = None) -> Solution:
@@ -84,15 +83,19 @@ class Continuous(Bijection):
 
     def velocity(self, label: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
         """v(t, x), of labels (B,) where the flow is conditional; compiled in training where that was asked for."""
+        return self._functions(label)[0]
+
+    def _functions(self, label: Tensor | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The velocity, and `integrands`."""
         if label is not None:
-            return given(self.field, label)
-        return self.compiled[0] if self.compiled is not None and self.training else self.field
+            return given(self.field, label), integrands
+        return self.compiled if self.compiled is not None and self.training else (self.field, integrands)
 
     def _problem(self, x: Tensor, label: Tensor | None, t0: float, t1: float, probes: Probes | None) -> Problem:
-        compiled = self.compiled if self.training and label is None else None
-        field = self.field if label is None else given(self.field, label)
-        velocity, along = compiled or (field, integrands)
-        names = self.regularizer.paths if self.training and recorded() is not None else ()
+        velocity, along = self._functions(label)
+        # compiled integrands too take the field itself
+        field = velocity if isinstance(velocity, Field) else self.field
+        names = self.regularizer.paths if self.training and record_paths.open is not None else ()
 
         def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             assert probes is not None
@@ -108,7 +111,7 @@ class Continuous(Bijection):
             parameters=tuple(self.field.parameters()),
             n_integrals=1 + len(names),
             noisy=probes is not None and probes.noisy,
-            recorder=field.recorder() if isinstance(field, Field) and compiled is None else None,
+            recorder=velocity.recorder() if isinstance(velocity, Field) else None,
             # an evaluation is the same whatever was solved before it
             history=self.histories[t0 < t1] if self.training else None,
         )

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.continuous import Continuous
 from flowtrain.flow import Flow
 from flowtrain.regularizers import Regularizer, spectral
 
@@ -29,7 +28,6 @@ class Objective(nn.Module, ABC):
     def __init__(self, flow: Flow, regularizer: Regularizer) -> None:
         super().__init__()
         self.flow, self.regularizer = flow, regularizer
-        self.continuous = [m for m in flow.modules() if isinstance(m, Continuous)]
 
     def begin(self, step: int) -> None:
         """Told of each step before its loss is taken; nothing, for losses that are the same throughout."""
@@ -42,7 +40,7 @@ class Objective(nn.Module, ABC):
         """The loss with the weighted `terms` of the regularizer added, and with the spectral norm where asked for."""
         terms = dict(terms)
         if self.regularizer.spectral:
-            terms["spectral"] = torch.stack([spectral(m.field) for m in self.continuous]).sum()
+            terms["spectral"] = torch.stack([spectral(m.field) for m in self.flow.continuous]).sum()
         for name, term in terms.items():
             loss = loss + getattr(self.regularizer, name) * term
         return loss, terms

@@ -1,7 +1,5 @@
 """Flow matching first, likelihood after."""
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from flowtrain.checks import number
@@ -42,8 +40,7 @@ class Hybrid(Objective):
             )
         self.likelihood_from = first
         self.pinned = {"matching": first}
-        layers_alone = replace(regularizer, kinetic=0.0, jacobian=0.0, acceleration=0.0, end_time=0.0)
-        self.before = FlowMatching(flow, layers_alone, coupling)
+        self.before = FlowMatching(flow, Regularizer(spectral=regularizer.spectral), coupling)
         self.after = Likelihood(flow, regularizer)
         self.current: Objective = self.before
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, Chain
-from flowtrain.bijections.continuous import Continuous
 from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
@@ -66,18 +65,14 @@ class Ends:
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
-        parts = list(links(flow.bijection))
-        places = [i for i, part in enumerate(parts) if isinstance(part, Continuous)]
-        within = sum(isinstance(m, Continuous) for m in flow.modules())
-        if len(places) != 1 or within != 1:
+        parts, found = links(flow.bijection), flow.continuous
+        if len(found) != 1 or found[0] not in parts:
             raise ConfigError(
-                f"this objective trains a flow with one continuous part, and the model has {within}: use "
+                f"this objective trains a flow with one continuous part, and the model has {len(found)}: use "
                 "model=ffjord model.flows=1, over images with model.scales=0 as well, or objective=likelihood"
             )
-        at = places[0]
-        continuous = parts[at]
-        assert isinstance(continuous, Continuous)
-        self.continuous = continuous
+        self.continuous = found[0]
+        at = parts.index(self.continuous)
         self.before, self.after = parts[:at], parts[at + 1 :]
 
     @torch.no_grad()

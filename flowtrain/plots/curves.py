@@ -25,7 +25,6 @@ TALL, SHORT = 2.75, 1.35
 
 NAMES = {"val": "validation"}
 COLOURS = (style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE)
-DASHES = (0, (5, 3))
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _likelihood(axes: Axes, rows: Rows, entropy: float | None) -> None:
         axes.plot(curve.steps, curve.values, "-o", color=colour, markersize=3.5, markevery=every, label=best)
     low, high = _frame(train, list(others.values()))
     if unit == "nats" and _finite(entropy):
-        axes.axhline(entropy, color=style.INK, linestyle=DASHES, linewidth=1.1, label="entropy of the data")
+        axes.axhline(entropy, color=style.INK, linestyle=style.DASHES, linewidth=1.1, label="entropy of the data")
         low, high = min(low, entropy), max(high, entropy)
     margin = 0.07 * (high - low) or 0.5
     axes.set_ylim(low - margin, high + margin)
@@ -169,7 +168,7 @@ def _solver(axes: Axes, train: Rows) -> None:
         style.legend_above(axes)
         return
     right = _right_scale(axes)
-    _line(right, tolerance, style.MUTED, "rtol (right)", linestyle=DASHES, linewidth=1.2)
+    _line(right, tolerance, style.MUTED, "rtol (right)", linestyle=style.DASHES, linewidth=1.2)
     _logarithmic(right, tolerance)
     style.legend_above(axes, right)
 

@@ -9,7 +9,6 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from flowtrain.plots import style
 
 COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE)
-DASHES = (0, (5, 3))
 Line = tuple[list[float], list[float]]
 
 
@@ -29,7 +28,7 @@ def draw_quality(path: Path, *, lines: Mapping[str, Line], exact: tuple[float, f
         for colour, (name, (nfe, distance)) in zip(cycle(COLOURS), lines.items(), strict=False):
             axes.plot(nfe, distance, "-o", color=colour, markersize=4, label=style.literal(name, most=40))
         axes.plot([exact[0]], [exact[1]], "D", color=style.INK, markersize=5, label="own solver")
-        axes.axhline(data, color=style.MUTED, linestyle=DASHES, linewidth=1.1, label="data beside data")
+        axes.axhline(data, color=style.MUTED, linestyle=style.DASHES, linewidth=1.1, label="data beside data")
         plain = FuncFormatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_major_formatter(plain)
         axes.yaxis.set_major_formatter(plain)

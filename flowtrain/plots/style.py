@@ -30,6 +30,8 @@ DATA, SAMPLES, DENSITY = BLUE, VERMILLION, INK
 DATA_SHADES = ("#CDE2F0", "#86B9DB", "#3F8FC4")
 DENSITY_MAP = "viridis"
 
+DASHES = (0, (5, 3))
+
 LEGEND: dict[str, Any] = {"borderaxespad": 0.4, "borderpad": 0.0, "handlelength": 1.5, "columnspacing": 1.6}
 
 _RC: dict[Any, Any] = {

@@ -4,13 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from flowtrain.checks import number, one_of, whole
+from flowtrain.collecting import Collector
 from flowtrain.errors import ConfigError, SolverError
 from flowtrain.precision import full_precision
 from flowtrain.solvers.history import History
@@ -76,18 +76,8 @@ class Solution:
     statistics: Statistics = field(default_factory=Statistics)
 
 
-_recording: ContextVar[list[Statistics] | None] = ContextVar("recording", default=None)
-
-
-@contextmanager
-def record_solves() -> Iterator[list[Statistics]]:
-    """Collects the statistics of every solve begun inside; a backward solve adds to its forward one's."""
-    solves: list[Statistics] = []
-    token = _recording.set(solves)
-    try:
-        yield solves
-    finally:
-        _recording.reset(token)
+# the statistics of every solve begun inside; a backward solve adds to its forward one's
+record_solves: Collector[Statistics] = Collector("solves")
 
 
 class Solver(ABC):
@@ -193,9 +183,8 @@ class Solver(ABC):
             SolverError: step size underflow, more than max_nfe evaluations, or a state that is not finite.
         """
         statistics = Statistics()
-        active = _recording.get()
-        if active is not None:
-            active.append(statistics)
+        if record_solves.open is not None:
+            record_solves.open.append(statistics)
         if not len(problem.x):
             # no rows have no RMS to control
             integrals = None if problem.integrand is None else problem.x.new_zeros(0, problem.n_integrals)

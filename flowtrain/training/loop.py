@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError, NonFiniteError
@@ -129,14 +128,14 @@ class Trainer:
 
     def compile(self) -> None:
         """Compiles what is evaluated most: the fields of continuous flows, of discrete ones the whole loss."""
-        fields = [m for m in self.flow.bijection.modules() if isinstance(m, Continuous)]
-        if fields and self.flow.classes is not None:
+        parts = self.flow.continuous
+        if parts and self.flow.classes is not None:
             raise ConfigError(
                 "trainer.compile=true: the fields of a conditional flow are not compiled; set it to false"
             )
-        for continuous in fields:
+        for continuous in parts:
             continuous.compile_field()
-        if not fields:
+        if not parts:
             self.objective.compile()
 
     def fit(self) -> None:
@@ -201,7 +200,7 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One update. The finite check costs one transfer to the host, beside the solver's, and comes before it."""
         begun = time.perf_counter()
-        step, s, solver = self.step, self.settings, self.flow.solver
+        step, s = self.step, self.settings
         seed = step_generator(self.seed, STEP_STREAM, step).initial_seed()
         torch.manual_seed(seed)
         if self.solves_from is not None and step >= self.solves_from and not self.began:
@@ -219,8 +218,8 @@ class Trainer:
             # CUDA graphs may overwrite what the step before left
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with record_solves() as solves, training_step(s.precision, self.device), ExitStack() as stack:
-            if solver is not None and guard is not None:
-                stack.enter_context(solver.using(rtol=rtol, atol=atol))
+            if guard is not None:
+                stack.enter_context(guard.solver.using(rtol=rtol, atol=atol))
             self.optimizer.zero_grad()
             terms = self.backward(x, label)
         norm = nn.utils.get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])

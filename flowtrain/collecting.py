@@ -1,0 +1,28 @@
+"""Lists that code further down adds to while someone further up asks for them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Collector(Generic[T]):
+    """`with collector() as found:` lists what is left in `collector.open` inside, which is None where nobody asks."""
+
+    def __init__(self, name: str) -> None:
+        self._found: ContextVar[list[T] | None] = ContextVar(name, default=None)
+
+    @property
+    def open(self) -> list[T] | None:
+        return self._found.get()
+
+    @contextmanager
+    def __call__(self) -> Iterator[list[T]]:
+        found: list[T] = []
+        token = self._found.set(found)
+        try:
+            yield found
+        finally:
+            self._found.reset(token)
