@@ -94,9 +94,13 @@ def train(
     prepare_process(config, data.event_shape)
     torch.manual_seed(whole("seed", config["seed"], least=0))
     flow = build.build_flow(config, data.samples).to(device)
-    teacher = teacher_of(config, run_dir, data.samples, device, saved is not None, trust)
-    if teacher is not None and saved is None:
-        flow.load_state_dict(teacher.state_dict())
+    taught = teaching(config, run_dir, saved is not None)
+    teacher = None
+    if taught is not None:
+        check_same("from", build.samples_of(taught), data.samples)
+        teacher = build.restore(taught, device, trust)
+        if saved is None:
+            flow.load_state_dict(teacher.state_dict())
     objective = build.build_objective(config, flow, teacher)
     config = {**config, "objective": {**config["objective"], **objective.pinned}}
     title = title_of(config)
@@ -116,9 +120,10 @@ def train(
         pictures.draw(flow, data, run_dir / f"plots/samples_{step:06d}.png", words)
 
     trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None)
-    if saved is None:
-        # now that nothing is left to be refused: with it, the directory holds a run
-        keep_teacher(config, run_dir)
+    if saved is None and taught is not None and build.takes_teacher(config):
+        # now that nothing is left to be refused: with it, the directory holds a run. As it was read: by now, the other
+        # run may have gone on
+        checkpoint.save(run_dir / TEACHER, taught)
     trainer.fit()
     best = float("nan") if trainer.best is None else trainer.best["nll"]
     if trainer.stopped_by in ("SIGINT", "SIGTERM"):
@@ -131,38 +136,20 @@ def train(
     return best, 0
 
 
-def teacher_of(
-    config: Mapping[str, Any],
-    run_dir: Path,
-    samples: Samples,
-    device: torch.device,
-    resumed: bool,
-    trust: Sequence[str],
-) -> Flow | None:
-    """The flow of the run that `from` names: what a new run begins with, and what some objectives learn from.
+def teaching(config: Mapping[str, Any], run_dir: Path, resumed: bool) -> dict[str, Any] | None:
+    """The checkpoint of the run that `from` names: what a new run begins with, and what some objectives learn from.
 
-    Those go on with what `keep_teacher` kept, whatever becomes of the other run.
+    Those are resumed with the copy that they kept, whatever becomes of the other run; others no longer need it.
 
     Raises:
-        CheckpointError: it is not to be had, or asks for code that is not trusted.
-        ConfigError: it was trained on samples of another kind.
+        CheckpointError: it is not to be had.
     """
-    needed = build.takes_teacher(config)
-    if config.get("from") is None or (resumed and not needed):
+    if config.get("from") is None or (resumed and not build.takes_teacher(config)):
         return None
     path = run_dir / TEACHER if resumed else checkpoint.find(Path(config["from"]))
     if not path.is_file():
         raise CheckpointError(f"{path} is not there: the run cannot go on without; start a new one, with from=RUN_DIR")
-    saved = checkpoint.load(path)
-    check_same("from", build.samples_of(saved), samples)
-    return build.restore(saved, device, trust)
-
-
-def keep_teacher(config: Mapping[str, Any], run_dir: Path) -> None:
-    """Copies the checkpoint of `from` into the run directory, where the objective learns from it."""
-    if config.get("from") is not None and build.takes_teacher(config):
-        saved = checkpoint.load(checkpoint.find(Path(config["from"])))
-        checkpoint.save(run_dir / TEACHER, {key: saved.get(key) for key in checkpoint.INFERENCE})
+    return checkpoint.load(path)
 
 
 def check_same(who: str, before: Samples, now: Samples) -> None:

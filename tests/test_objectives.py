@@ -419,6 +419,26 @@ def test_rectified_goes_on_without_the_run_it_began_from_and_hybrid_to_more_step
     assert "its own checkpoint" in err
 
 
+def test_the_teacher_that_is_kept_is_the_one_that_was_learnt_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other run goes on while the pairs are drawn."""
+    small = ["trainer.steps=2", "trainer.batch_size=16", "data.n_val=50", "data.n_test=50", "model.hidden=[4]"]
+    code, out, err = run("flowtrain", *small)
+    assert code == 0, err
+    best = Path(out.strip().splitlines()[-1]) / "checkpoints/best.pt"
+    before = checkpoint.load(best)
+
+    def meanwhile(*arguments: Any) -> Any:
+        checkpoint.save(best, {**before, "step": 77})
+        return drawn(*arguments)
+
+    monkeypatch.setattr("flowtrain.objectives.rectified.drawn", meanwhile)
+    code, out, err = run("flowtrain", "objective=rectified", f"from={best}", "objective.pairs=50", "trainer.steps=2")
+    assert code == 0, err
+    assert checkpoint.load(best)["step"] == 77
+    kept = checkpoint.load(Path(out.strip().splitlines()[-1]) / "checkpoints/teacher.pt")
+    assert kept["step"] == before["step"]
+
+
 def test_a_refused_reflow_leaves_its_directory_free(run: Run) -> None:
     small = ["trainer.steps=2", "trainer.batch_size=16", "data.n_val=50", "data.n_test=50"]
     code, out, err = run("flowtrain", "model.flows=2", "model.hidden=[4]", *small)

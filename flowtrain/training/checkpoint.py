@@ -11,8 +11,6 @@ from flowtrain.errors import CheckpointError
 
 FORMAT = 1
 KEYS = ("format", "config", "event_shape", "step", "weights")
-# what a flow is restored from
-INFERENCE = ("config", "event_shape", "samples", "step", "weights", "ema")
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
