@@ -160,9 +160,6 @@ def check_targets(config: Config, trust: Sequence[str] = ()) -> None:
     Raises:
         CheckpointError: a foreign `_target_`, or an interpolation.
     """
-    missing = [group for group in ("model", "data", "solver") if not isinstance(config.get(group), Mapping)]
-    if missing:
-        raise CheckpointError(f"the checkpoint's config has no {', '.join(missing)}: it is damaged")
     if isinstance(trust, str):
         trust = [trust]
     for where, value in _leaves(config, ()):

@@ -135,7 +135,7 @@ def overridden(
         ConfigError: an unknown or unused key, or another model, which would not fit the weights.
     """
     # an older flowtrain did not have the key
-    solver = saved.get("solver", {})
+    solver = saved["solver"]
     config = OmegaConf.create({**saved, "solver": {**solver, "steps": solver.get("steps")}})
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for override in parsed:

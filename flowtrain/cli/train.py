@@ -114,7 +114,7 @@ def chosen(arguments: Sequence[str]) -> list[str]:
         raise ConfigError(f"from={run}: give one run directory")
     refuse_changes(arguments, FROM, ("model", "data", "experiment", "recipe"))
     saved = checkpoint.load(checkpoint.find(Path(run.strip("'\"")).expanduser()))["config"]
-    names = {group: (saved.get(group) or {}).get("name") for group in ("model", "data")}
+    names = {group: saved[group].get("name") for group in ("model", "data")}
     ours = [f"{group}={name}" for group, name in names.items() if (config_dir() / group / f"{name}.yaml").is_file()]
     # among the overrides: what follows a flag is no override
     return [*arguments[: places[-1]], *ours, *arguments[places[-1] :]]

@@ -11,6 +11,8 @@ from flowtrain.errors import CheckpointError
 
 FORMAT = 1
 KEYS = ("format", "config", "event_shape", "step", "weights")
+# of the config, what a flow is built from and told of
+GROUPS = ("model", "data", "solver")
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -74,6 +76,9 @@ def load(path: Path) -> dict[str, Any]:
     missing = [key for key in KEYS if key not in checkpoint]
     if missing:
         raise CheckpointError(f"{path}: not a flowtrain checkpoint (it lacks {', '.join(missing)})")
+    missing = [group for group in GROUPS if not isinstance(checkpoint["config"].get(group), dict)]
+    if missing:
+        raise CheckpointError(f"{path}: the checkpoint's config has no {', '.join(missing)}: it is damaged")
     if checkpoint["format"] != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']}; this flowtrain reads format {FORMAT}")
     return dict(checkpoint)
