@@ -92,10 +92,14 @@ class Flow(nn.Module):
         Raises:
             FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
         """
+        return self.located(x, label)[0]
+
+    def located(self, x: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
+        """log p(x), (B,), see `log_prob`, and the latents it was found by, (B, *event_shape)."""
         x = self.dequantized(self._checked(x, "x"))
         with self._precision(x):
             z, log_det = self.bijection.inverse(x, self.labels(label, x))
-            return self.base_log_prob(z) + log_det
+            return self.base_log_prob(z) + log_det, z
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         """log N(z; 0, I), (B,)."""

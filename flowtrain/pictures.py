@@ -1,7 +1,6 @@
 """What a flow looks like beside its data: which samples and grids go into which figure."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +9,9 @@ from torch import Tensor
 
 from flowtrain import plots
 from flowtrain.data.base import Dataset
+from flowtrain.evaluation import Evaluation
 from flowtrain.flow import Flow
+from flowtrain.scores import marginal
 from flowtrain.seeding import seeded
 
 POINTS = 10_000
@@ -186,8 +187,22 @@ def _draw_vectors(flow: Flow, data: Dataset, path: Path, title: str, samples: Te
     )
 
 
-def marginal(flow: Flow, x: Tensor) -> Tensor:
-    """log p(x), (B,); of a conditional flow with all classes equally likely, log 1/K sum_y p(x | y)."""
-    if flow.classes is None:
-        return flow.log_prob(x)
-    return torch.stack([flow.log_prob(x, y) for y in range(flow.classes)]).logsumexp(0) - math.log(flow.classes)
+def draw_evaluation(result: Evaluation, title: str, place: Callable[[str], Path]) -> list[Path]:
+    """Calibration, and of two sets how likelihood tells them apart; the files, of which `place` says where by name."""
+    drawn = [place("calibration")]
+    words = f"{title}, latents of {result.calibration.n:,} {result.split} samples"
+    plots.draw_calibration(drawn[0], pit=result.pit, title=words)
+    if result.ood is not None and result.sets is not None:
+        unit, scale = ("nats", 1.0) if result.bits_per_dim is None else ("bits/dim", result.bits_per_dim / result.nll)
+        drawn.append(place("ood"))
+        plots.draw_ood(
+            drawn[1],
+            names=(title.rpartition(" on ")[2], result.ood.name),
+            log_p=(scale * result.sets[0], scale * result.sets[1]),
+            entropy=scale * result.ood.entropy,
+            auroc=result.ood.auroc,
+            typicality_auroc=result.ood.typicality_auroc,
+            unit=unit,
+            title=f"{title}, beside {result.ood.name}",
+        )
+    return drawn

@@ -16,11 +16,11 @@ from flowtrain import build, pictures, plots
 from flowtrain.checks import whole
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.errors import CheckpointError, ConfigError
-from flowtrain.evaluation import Evaluation, evaluate
+from flowtrain.evaluation import evaluate
+from flowtrain.files import write_json
 from flowtrain.flow import Flow
 from flowtrain.training import checkpoint
 from flowtrain.training.loop import Trainer
-from flowtrain.training.metrics import to_json
 
 log = logging.getLogger("flowtrain")
 
@@ -187,24 +187,10 @@ def finish(
     result = evaluate(flow, data, "test", saved["step"])
     write_json(run_dir / "result.json", {**result.to_dict(), "train_seconds": trainer.seconds, "steps": trainer.step})
     plots.draw_curves(run_dir / "plots/curves.png", rows=trainer.metrics.rows, title=title, entropy=data.entropy)
-    pictures.draw(flow, data, run_dir / "plots/samples.png", f"{title}, test {_headline(result)}")
+    pictures.draw(flow, data, run_dir / "plots/samples.png", f"{title}, test {result.words}")
+    pictures.draw_evaluation(result, title, lambda name: run_dir / f"plots/{name}.png")
     pictures.draw_more(flow, data, run_dir / "plots", title)
     log.info("%s\ntrained %d steps in %.1f s", result.table(), trainer.step, trainer.seconds)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written beside and renamed, so that a failure leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(to_json(content, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def _headline(result: Evaluation) -> str:
-    if result.bits_per_dim is not None:
-        return f"{result.bits_per_dim:.3f} bits/dim"
-    kl = "" if result.kl is None else f", KL {result.kl:.3f} ± {result.kl_stderr:.3f}"
-    return f"NLL {result.nll:.3f} ± {result.nll_stderr:.3f} nats{kl}"
 
 
 def _own_packages(config: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowtrain.data.base import Dataset
 from flowtrain.divergence import TraceRule
 from flowtrain.errors import DataError, NonFiniteError
-from flowtrain.flow import Flow, rows_at_a_time
+from flowtrain.flow import Flow, Label, rows_at_a_time
 from flowtrain.seeding import seeded
 from flowtrain.solvers import Statistics
 
@@ -29,34 +29,68 @@ def held_out(flow: Flow, data: Dataset, split: str) -> tuple[Tensor, Tensor | No
     return x, label
 
 
-@torch.no_grad()
 def log_probs(
     flow: Flow, x: Tensor, label: Tensor | None = None, batch_size: int | None = None, draws: int = 1
 ) -> Tensor:
-    """log p(x) in nats for all rows of x, (n,), float64 on the CPU; the noise of an estimated trace is seeded.
+    """log p(x) in nats for all rows of x, (n,); see `located`."""
+    return located(flow, x, label, batch_size, draws, latents=0)[0]
+
+
+@torch.no_grad()
+def located(
+    flow: Flow,
+    x: Tensor,
+    label: Tensor | None = None,
+    batch_size: int | None = None,
+    draws: int = 1,
+    latents: int = 10_000,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """log p(x) in nats for all rows of x, (n,), float64, and the latents of the first, both on the CPU.
 
     Of whole numbers log 1/K sum_k p(x + u_k), u_k uniform, K = `draws`: in expectation it rises with K to
     log P(x) (Burda et al. 2016, Importance weighted autoencoders, theorem 1, for a uniform proposal). Where the trace
     is estimated, twice the solves and `bound_of_estimates` in its place.
 
     Args:
-        label: (n,), for a conditional flow.
+        label: (n,), for a conditional flow; None for its `marginal`.
         batch_size: rows at a time; None for as many as suit the size of a sample.
+        latents: of how many rows, those of the first draw; none of a marginal.
+        seed: of the noise.
     """
     device = flow.like.device
     size = batch_size or rows_at_a_time(flow.event_shape)
     labels = repeat(None) if label is None else torch.split(label, size)
-    estimated = estimates_trace(flow) and draws > 1
-    parts = []
-    with seeded(0, device):
+    whole = flow.classes is not None and label is None
+    estimated = estimates_trace(flow) and draws > 1 and not whole
+    log_p, z = [], []
+    with seeded(seed, device):
         for part, y in zip(torch.split(x, size), labels, strict=False):
             x_k = [flow.dequantized(part.to(device)) for _ in range(draws)]
+            if whole:
+                found = [(marginal(flow, one), one[:0]) for one in x_k]
+            elif estimated:
+                found = _same_probes(flow, [(one, y) for one in x_k])
+            else:
+                found = [flow.located(one, y) for one in x_k]
+            if latents > 0:
+                z.append(found[0][1][:latents].cpu())
+                latents -= len(part)
+            log_p_k = torch.stack([one.double() for one, _ in found])
             if estimated:
-                parts.append(bound_of_estimates(*(_same_probes(flow, x_k, y) for _ in range(2))).cpu())
-                continue
-            log_p = torch.stack([flow.log_prob(one, y).double() for one in x_k])
-            parts.append((log_p.logsumexp(0) - math.log(draws)).cpu())
-    return torch.cat(parts)
+                again = torch.stack([one.double() for one, _ in _same_probes(flow, [(one, y) for one in x_k])])
+                log_p.append(bound_of_estimates(log_p_k, again).cpu())
+            else:
+                log_p.append((log_p_k.logsumexp(0) - math.log(draws)).cpu())
+    return torch.cat(log_p), torch.cat(z) if z else torch.empty(0, *flow.event_shape)
+
+
+def marginal(flow: Flow, x: Tensor) -> Tensor:
+    """log p(x), (B,); of a conditional flow with all classes equally likely, log 1/K sum_y p(x | y)."""
+    if flow.classes is None:
+        return flow.log_prob(x)
+    found = _same_probes(flow, [(x, y) for y in range(flow.classes)])
+    return torch.stack([log_p for log_p, _ in found]).logsumexp(0) - math.log(flow.classes)
 
 
 def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:
@@ -73,14 +107,14 @@ def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:
     return total / 2 - math.log(len(a))
 
 
-def _same_probes(flow: Flow, x_k: list[Tensor], label: Tensor | None) -> Tensor:
-    """log p of each x_k, (K, B), with fresh trace probes that they share, which makes their noise much the same."""
+def _same_probes(flow: Flow, points: Sequence[tuple[Tensor, Label]]) -> list[tuple[Tensor, Tensor]]:
+    """`Flow.located` of each (x, label), with fresh trace probes that they share: their noise is much the same."""
     seed = int(torch.randint(2**62, ()))
-    log_p = []
-    for x in x_k:
+    found = []
+    for x, label in points:
         torch.manual_seed(seed)
-        log_p.append(flow.log_prob(x, label).double())
-    return torch.stack(log_p)
+        found.append(flow.located(x, label))
+    return found
 
 
 def nfe_of_pass(flow: Flow, solves: Sequence[Statistics]) -> float | None:

@@ -11,7 +11,7 @@ LAYERS = [
     ("__main__",),
     ("cli",),
     ("run",),
-    ("pictures",),
+    ("pictures", "report"),
     ("__init__",),
     ("build",),
     ("training", "quality"),
@@ -24,7 +24,7 @@ LAYERS = [
     ("regularizers",),
     ("divergence", "conditioners"),
     ("fields", "solvers", "data", "paths"),
-    ("checks", "collecting", "derivatives", "precision", "seeding"),
+    ("checks", "collecting", "derivatives", "files", "precision", "seeding"),
     ("errors",),
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -13,7 +13,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowtrain.build import check_targets, resolve_device, restore
+from flowtrain.build import check_targets, resolve_device, restore, samples_of
+from flowtrain.data.base import Samples
 from flowtrain.errors import ConfigError, FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.paths import config_dir, config_groups
@@ -173,11 +174,12 @@ TRAINED = ("data.alpha", "data.standardize")
 
 
 class Opened(NamedTuple):
-    """A checkpoint file, its flow and step, and its config with the overrides of the command line."""
+    """A checkpoint file, its flow and step, its samples, and its config with the overrides of the command line."""
 
     path: Path
     flow: Flow
     step: int
+    samples: Samples
     config: dict[str, Any]
 
 
@@ -195,12 +197,34 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
     trust = trusted(own["trust"])
     check_targets(saved["config"], trust)
     check_kept(overrides)
+    overrides = with_array(saved["config"], overrides)
     config = absolute_paths(overridden(saved["config"], overrides, tuple(own), USED))
     # how the flow is preprocessed belongs to the data it was trained on, whatever it now meets
     trained_on = {**config, "data": saved["config"]["data"]}
     flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), trust)
     prepare_process(config, flow.event_shape)
-    return Opened(path, flow, saved["step"], config)
+    return Opened(path, flow, saved["step"], samples_of(saved), config)
+
+
+def with_array(saved: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """With data=array where only its path was given, and the flow was trained on data that have none."""
+    keys = [a.partition("=")[0] for a in overrides]
+    if "data.path" in keys and "data" not in keys and "path" not in saved["data"]:
+        return ["data=array", *overrides]
+    return list(overrides)
+
+
+def written_as(key: str, value: Any, ending: str) -> Path | None:
+    """The file that an option names, None where it is not given.
+
+    Raises:
+        ConfigError: a name that does not end in `ending`.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.endswith(ending):
+        raise ConfigError(f"{key}={value}: this is written as {ending}; give a name that ends so")
+    return Path(value).expanduser()
 
 
 def check_kept(overrides: Sequence[str]) -> None:

@@ -1,28 +1,54 @@
-"""`floweval`: the NLL of a checkpoint on held-out data."""
+"""`floweval`: the NLL of a checkpoint on held-out or new data, with its error and checks on the density."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
-from flowtrain.build import build_data
-from flowtrain.checks import whole
-from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
-from flowtrain.evaluation import evaluate
-from flowtrain.run import messages, write_json
+import torch
+from torch import Tensor
 
-USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [out=FILE] [KEY=VALUE ...]
+from flowtrain import pictures
+from flowtrain.build import build_data
+from flowtrain.checks import flag, one_of, whole
+from flowtrain.cli.common import (
+    Opened,
+    compose_defaults,
+    open_checkpoint,
+    run_command,
+    run_dir_of,
+    split_own,
+    written_as,
+)
+from flowtrain.data.base import Dataset
+from flowtrain.data.rows import Rows
+from flowtrain.errors import ConfigError
+from flowtrain.evaluation import check_fits, evaluate
+from flowtrain.files import write_json, write_npy
+from flowtrain.paths import config_dir
+from flowtrain.report import write_report
+from flowtrain.run import messages, title_of
+
+USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FILE] [report=true] [KEY=VALUE ...]
 
   ckpt         a run directory (its best checkpoint) or a .pt file
-  split        test (default) or val
-  out          where the JSON goes; default: eval.json in the run directory
+  split        test (default), val, or all: every row of data.path, in its order, which is the default with data.path
+  scores       a .npy file for log p(x) of every row, in nats, in the order of the rows
+  ood          another set to tell from this one by log p: a file of samples, or data by name as in ood=fashion_mnist
+               (its test set). AUROC in the table, plots/ood.png; with scores, also FILE_ood.npy
+  report       true: all of it in report.md and in report.html, one file with its figures inside
+  out          where the JSON goes; default: eval.json in the run directory. Figures and report then have its name
+  dtype        float32 (default) or float64
   device       auto (default), cpu, cuda or cuda:0
   batch_size   rows scored at a time; default: by the size of a sample
   dequantization_samples
                of whole numbers: noise draws averaged inside the log; default 1, and the more the tighter the bound
+  seed         of the noise of dequantization and of estimated traces; default 0
   trust        packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
 
 Keys of data and solver can be changed, as in solver.rtol=1e-7, solver=tsit5 or data=circles, and how a trace is taken:
-model.eval_trace=hutchinson, model.noise, model.noise_samples."""
+model.eval_trace=hutchinson, model.noise, model.noise_samples. data.path=NEW.csv scores new data."""
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def main() -> None:
@@ -33,20 +59,85 @@ def main() -> None:
 def _command() -> int:
     own: dict[str, Any] = {
         "ckpt": None,
-        "split": "test",
+        "split": None,
         "out": None,
+        "scores": None,
+        "ood": None,
+        "report": False,
+        "dtype": "float32",
         "device": "auto",
         "batch_size": None,
         "dequantization_samples": 1,
+        "seed": 0,
         "trust": [],
     }
     own, overrides = split_own(sys.argv[1:], own, USAGE)
     batch_size = None if own["batch_size"] is None else whole("batch_size", own["batch_size"])
-    draws = whole("dequantization_samples", own["dequantization_samples"])
+    draws, seed = whole("dequantization_samples", own["dequantization_samples"]), whole("seed", own["seed"], least=0)
+    dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])
+    scores, out = written_as("scores", own["scores"], ".npy"), Path(str(own["out"])) if own["out"] else None
     opened = open_checkpoint(own, overrides)
-    result = evaluate(opened.flow, build_data(opened.config), str(own["split"]), opened.step, batch_size, draws)
-    out = Path(str(own["out"])) if own["out"] else run_dir_of(opened.path) / "eval.json"
-    write_json(out, result.to_dict())
+    flow = opened.flow.to(dtype)
+    split = str(own["split"] or ("all" if any(a.startswith("data.path=") for a in overrides) else "test"))
+    data = data_of(opened, split)
+    other = None if own["ood"] is None else other_set(str(own["ood"]), opened)
+    result = evaluate(flow, data, split, opened.step, batch_size, draws, other, seed)
+
+    place = Place(run_dir_of(opened.path), out)
+    write_json(place.json, result.to_dict())
+    written = [place.json]
+    if scores is not None:
+        write_npy(scores, result.scores.numpy())
+        written.append(scores)
+        if result.sets is not None:
+            beside = scores.with_name(f"{scores.stem}_ood.npy")
+            write_npy(beside, result.sets[1].numpy())
+            written.append(beside)
+    title = title_of(opened.config)
+    figures = pictures.draw_evaluation(result, title, place.figure)
+    written += figures
+    if wants_report:
+        written += write_report(result, title, str(opened.path), place.report, place.others(figures))
     print(result.table())
-    print(f"{'written to':>13}  {out}")
+    print("\n".join(f"{'written to' if i == 0 else '':>13}  {path}" for i, path in enumerate(written)))
     return 0
+
+
+class Place:
+    """Where files go: into the run directory, or beside `out` and under its name."""
+
+    def __init__(self, run_dir: Path, out: Path | None) -> None:
+        self.run_dir, self.out = run_dir, out
+        self.json = out or run_dir / "eval.json"
+        self.report = out or run_dir / "report"
+
+    def figure(self, name: str) -> Path:
+        if self.out is None:
+            return self.run_dir / f"plots/{name}.png"
+        return self.out.with_name(f"{self.out.stem}_{name}.png")
+
+    def others(self, drawn: list[Path]) -> list[Path]:
+        """The figures of a report: what was drawn, and what the run's last pictures show."""
+        kept = [self.run_dir / f"plots/{name}.png" for name in ("samples", "curves")]
+        return [*drawn, *(path for path in kept if path.is_file())]
+
+
+def data_of(opened: Opened, split: str) -> Dataset:
+    """The data set of the config, or all the rows of its file."""
+    data = opened.config["data"]
+    if split != "all":
+        return build_data(opened.config)
+    if not data.get("path"):
+        raise ConfigError("split=all: this data is no file of rows; choose test or val, or give data.path")
+    return Rows(data["path"], opened.samples, **{key: data.get(key) for key in ("key", "columns", "label")})
+
+
+def other_set(value: str, opened: Opened) -> tuple[str, Tensor]:
+    """Name and samples of the set that `ood` means: the test set of data by that name, or the rows of a file."""
+    if value != "array" and (config_dir() / "data" / f"{value}.yaml").is_file():
+        data = build_data({**opened.config, "data": compose_defaults([f"data={value}"])["data"]})
+        check_fits(opened.flow, data)
+        return value, data.test
+    trained = opened.config["data"]
+    keys = {key: trained.get(key) for key in ("columns", "label")}
+    return Path(value).name, Rows(value, opened.samples, **keys).test

@@ -1,22 +1,21 @@
 """`flowsample`: draws samples from a checkpoint into a .npy file."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from flowtrain.build import build_data
 from flowtrain.checks import number, whole
-from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own
+from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own, written_as
 from flowtrain.errors import ConfigError, DataError, NonFiniteError
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
+from flowtrain.files import write_json, write_npy
 from flowtrain.pictures import draw
 from flowtrain.plots import draw_quality
 from flowtrain.quality import quality
-from flowtrain.run import messages, title_of, write_json
+from flowtrain.run import messages, title_of
 
 USAGE = """flowsample ckpt=RUN_DIR_OR_FILE [n=10000] [seed=0] [temperature=1.0] [label=7] [out=FILE.npy] [KEY=VALUE ...]
 
@@ -57,10 +56,9 @@ def _command() -> int:
     temperature = number("temperature", own["temperature"], inclusive=True)
     if own["quality"] is not None:
         return report_quality(own, overrides, seed)
-    if own["out"] and not str(own["out"]).endswith(".npy"):
-        raise ConfigError(f"out={own['out']}: samples are written as .npy; give a name that ends so")
+    written_as("out", own["out"], ".npy")
     label = None if own["label"] is None else whole("label", own["label"], least=0)
-    path, flow, _, config = open_checkpoint(own, overrides)
+    path, flow, config = (opened := open_checkpoint(own, overrides)).path, opened.flow, opened.config
     images = len(flow.event_shape) == 3
     n = (100 if images else 10_000) if own["n"] is None else whole("n", own["n"])
     out = Path(str(own["out"])) if own["out"] else run_dir_of(path) / "samples.npy"
@@ -96,13 +94,12 @@ def report_quality(own: dict[str, Any], overrides: list[str], seed: int) -> int:
     unused = [key for key in ("n", "label") if own[key] is not None] + ["temperature"] * (own["temperature"] != 1.0)
     if unused:
         raise ConfigError(f"{unused[0]}: has no use beside quality, which takes as many samples as there are data")
-    if own["out"] and not str(own["out"]).endswith(".json"):
-        raise ConfigError(f"out={own['out']}: quality is written as .json; give a name that ends so")
+    written_as("out", own["out"], ".json")
     steps = own["quality"]
     if not isinstance(steps, list) or not steps:
         raise ConfigError(f"quality={steps}: give a list of numbers of steps, as in [1,2,4,8]")
     steps = [whole(f"quality[{i}]", k) for i, k in enumerate(steps)]
-    path, flow, _, config = open_checkpoint(own, overrides)
+    path, flow, config = (opened := open_checkpoint(own, overrides)).path, opened.flow, opened.config
     found = quality(flow, build_data(config), steps, seed)
     out = Path(str(own["out"])) if own["out"] else run_dir_of(path) / "quality.json"
     write_json(out, found.to_dict())
@@ -117,15 +114,3 @@ def report_quality(own: dict[str, Any], overrides: list[str], seed: int) -> int:
     draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title)
     print(f"{found.table()}\nwritten to {out}, picture in {picture}")
     return 0
-
-
-def write_npy(path: Path, samples: np.ndarray) -> None:
-    """Written beside and renamed, so that a failure leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            np.save(f, samples)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

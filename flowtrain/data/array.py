@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from flowtrain.data.array_checks import (
     check_whole,
     warn_if_discrete,
 )
-from flowtrain.data.base import ALPHA, step_generator
+from flowtrain.data.base import ALPHA, Samples, step_generator
 from flowtrain.data.columns import Columns
 from flowtrain.data.memory import InMemory
 from flowtrain.data.read import Table, read_labelled, read_table
@@ -94,6 +95,7 @@ class ArrayData(InMemory):
         first = self._checked(tables)
         self.event_shape = _event_shape(event_shape, len(first.columns))
         self.columns = first.columns if event_shape is None else ()
+        self._names = first.columns if first.named else ()
 
         rows = _split(first, tables[1:], (val_fraction, test_fraction), seed)
         parts = _parts(tables, rows)
@@ -129,6 +131,10 @@ class ArrayData(InMemory):
         ]
         self.classes = 1 + max(int(part.max()) for part in parts)
         return train
+
+    @property
+    def samples(self) -> Samples:
+        return replace(super().samples, columns=self._names)
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation (over n) of the training rows, (*event_shape), float64, noise included."""

@@ -31,7 +31,10 @@ ALPHA = 1e-5
 
 @dataclass(frozen=True)
 class Samples:
-    """What a flow must know of the samples it is a density of; checkpoints keep it. See `Dataset` for the meanings."""
+    """What a flow must know of the samples it is a density of; checkpoints keep it. See `Dataset` for the meanings.
+
+    `columns` are those of the training file, where it names them: new data are read by them.
+    """
 
     event_shape: tuple[int, ...]
     discrete: bool = False
@@ -39,6 +42,7 @@ class Samples:
     alpha: float = ALPHA
     classes: int | None = None
     standardized: bool = False
+    columns: tuple[str, ...] = ()
 
 
 class Dataset(ABC):

@@ -1,6 +1,6 @@
 """The user's own tables, from .npy, .npz and text files, as float64 with every refusal naming the place."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from flowtrain.errors import ConfigError, DataError
 
 ARRAYS = (".npy", ".npz")
 TEXTS = (".csv", ".txt", ".data", ".tra", ".tes")
+
+# the positions of the columns to keep, from the names of all
+Choose = Callable[[Sequence[str]], list[int]]
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,21 @@ def read_labelled(path: str, key: str | None, columns: Columns | None, label: st
 
 
 def read_table(
-    path: str | Path, key: str | None = None, columns: Columns | None = None, option: str = "data.columns"
+    path: str | Path,
+    key: str | None = None,
+    columns: Columns | Choose | None = None,
+    option: str = "data.columns",
+    event_shape: tuple[int, ...] = (),
 ) -> Table:
     """The table in a file; a 1-D array is one column.
 
     Args:
         path: a file that ends in one of ARRAYS or TEXTS.
         key: which array of an .npz file with several.
-        columns: names, positions or slices such as "0:64" to keep, in this order; None keeps all.
+        columns: names, positions or slices such as "0:64" to keep, in this order; None keeps all; or what says which
+            positions, from the names of all columns.
         option: the user's name of `columns`.
+        event_shape: (C, H, W), so that an array (n, C, H, W), or (n, H, W) where C is 1, is a table too.
 
     Raises:
         DataError: a file that is missing or damaged, or values that are not finite real numbers in a table.
@@ -88,7 +97,8 @@ def read_table(
     if key is not None and ending != ".npz":
         raise ConfigError(f"data.key={key} names an array of an .npz file, and {path} is not one")
     try:
-        table = _from_array(file, key, columns, option) if ending in ARRAYS else _from_text(file, columns, option)
+        choose = columns if callable(columns) else lambda names: pick(columns, names, file, option)
+        table = _from_array(file, key, choose, event_shape) if ending in ARRAYS else _from_text(file, choose)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     _check_finite(table)
@@ -105,18 +115,19 @@ def _check_file(file: Path, ending: str) -> None:
         raise DataError(f"there is no file {file.absolute()}")
 
 
-def _from_text(file: Path, columns: Columns | None, option: str) -> Table:
-    text = read_delimited(file, lambda names: pick(columns, names, file, option))
+def _from_text(file: Path, choose: Choose) -> Table:
+    text = read_delimited(file, choose)
     return Table(text.values, text.names, text.indices, str(file), text.lines)
 
 
-def _from_array(file: Path, key: str | None, columns: Columns | None, option: str) -> Table:
+def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[int, ...]) -> Table:
     array = _load(file, key)
+    if array.ndim > 2 and array.shape[1:] in (event_shape, event_shape[1:] if event_shape[:1] == (1,) else event_shape):
+        array = array.reshape(len(array), -1)
     _check_array(array, file)
     table = array.reshape(len(array), -1) if array.ndim == 1 else array
-    names = default_names(range(table.shape[1]))
-    indices = pick(columns, names, file, option)
-    kept = table if columns is None else table[:, indices]
+    indices = choose(default_names(range(table.shape[1])))
+    kept = table if indices == list(range(table.shape[1])) else table[:, indices]
     return Table(np.ascontiguousarray(kept, dtype=np.float64), default_names(indices), tuple(indices), str(file))
 
 

@@ -5,19 +5,23 @@ from pathlib import Path
 from torch import Tensor
 
 from flowtrain.errors import FlowtrainError
+from flowtrain.plots.calibration import draw_calibration
 from flowtrain.plots.curves import draw_curves
 from flowtrain.plots.flow1d import draw_flow_1d
 from flowtrain.plots.flow2d import draw_flow_2d
 from flowtrain.plots.images import draw_panels, draw_rows
+from flowtrain.plots.ood import draw_ood
 from flowtrain.plots.pairs import draw_pairs
 from flowtrain.plots.points import LogDensity
 from flowtrain.plots.quality import draw_quality
 
 __all__ = [
+    "draw_calibration",
     "draw_curves",
     "draw_flow",
     "draw_flow_1d",
     "draw_flow_2d",
+    "draw_ood",
     "draw_pairs",
     "draw_panels",
     "draw_quality",

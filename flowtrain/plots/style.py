@@ -5,7 +5,6 @@ Figures are 9 inches wide at 200 dots per inch: 1800 pixels, sharp when a README
 
 import io
 import threading
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,8 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from flowtrain.files import replacing
 
 WIDTH = 9.0
 DPI = 200
@@ -126,10 +127,5 @@ def save(figure: Figure, path: Path) -> None:
     image = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(image, format="png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        part.write_bytes(image.getvalue())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as f:
+        f.write(image.getvalue())

@@ -5,13 +5,22 @@ from typing import Any
 
 from flowtrain.checks import one_of
 from flowtrain.errors import ConfigError
-from flowtrain.solvers.base import Problem, Solution, Solver, Statistics, record_solves
+from flowtrain.solvers.base import Problem, Solution, Solver, Statistics, record_integral_errors, record_solves
 from flowtrain.solvers.history import History
 from flowtrain.solvers.runge_kutta import RungeKutta
 from flowtrain.solvers.tableaus import TABLEAUS
 from flowtrain.solvers.torchdiffeq_engine import METHODS, Torchdiffeq
 
-__all__ = ["History", "Problem", "Solution", "Solver", "Statistics", "ode_solver", "record_solves"]
+__all__ = [
+    "History",
+    "Problem",
+    "Solution",
+    "Solver",
+    "Statistics",
+    "ode_solver",
+    "record_integral_errors",
+    "record_solves",
+]
 
 
 def ode_solver(method: str, gradient: str = "auto", **settings: Any) -> Solver:

@@ -78,6 +78,8 @@ class Solution:
 
 # the statistics of every solve begun inside; a backward solve adds to its forward one's
 record_solves: Collector[Statistics] = Collector("solves")
+# the error of the integrals of every solve inside, (B, Q), where the solver estimates it
+record_integral_errors: Collector[Tensor] = Collector("integral errors")
 
 
 class Solver(ABC):
@@ -190,7 +192,10 @@ class Solver(ABC):
             integrals = None if problem.integrand is None else problem.x.new_zeros(0, problem.n_integrals)
             return Solution(problem.x, integrals, statistics=statistics)
         with full_precision(problem.x.device):
-            return self._solve(problem, statistics)
+            solution = self._solve(problem, statistics)
+        if record_integral_errors.open is not None and solution.integral_error is not None:
+            record_integral_errors.open.append(solution.integral_error.detach())
+        return solution
 
     @abstractmethod
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:

@@ -1,6 +1,5 @@
 """Checkpoints: weights and plain values only, written so that a crash leaves the old file or the new one."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from flowtrain.errors import CheckpointError
+from flowtrain.files import replacing
 
 FORMAT = 1
 KEYS = ("format", "config", "event_shape", "step", "weights")
@@ -16,22 +16,9 @@ GROUPS = ("model", "data", "solver")
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Writes to a temporary name, flushes it to the disk, renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            torch.save({"format": FORMAT, **checkpoint}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    """Writes the whole of it, to the disk, or nothing."""
+    with replacing(path, durable=True) as f:
+        torch.save({"format": FORMAT, **checkpoint}, f)
 
 
 def find(path: Path, prefer: str = "best") -> Path:

@@ -1,9 +1,10 @@
 """metrics.jsonl: one JSON object a line."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
+
+from flowtrain.files import to_json, write_text
 
 
 class Metrics:
@@ -12,10 +13,7 @@ class Metrics:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self.rows = [row for row in read(path) if row["step"] <= step] if path.exists() else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = path.with_suffix(".tmp")
-        kept.write_text("".join(to_json(row) + "\n" for row in self.rows))
-        kept.replace(path)
+        write_text(path, "".join(to_json(row) + "\n" for row in self.rows))
 
     def write(self, **row: Any) -> None:
         self.rows.append(row)
@@ -32,9 +30,3 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def to_json(content: dict[str, Any], indent: int | None = None) -> str:
-    """JSON with null for what is not a finite number, which JSON has no word for."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
-    return json.dumps(clean, indent=indent, allow_nan=False)

@@ -1,0 +1,110 @@
+"""New data for a flow that is there already: every row of a file, in its order."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain.data.array_checks import check_labels, check_levels, check_range, check_whole
+from flowtrain.data.base import Dataset, Samples
+from flowtrain.data.columns import Columns, default_names, pick
+from flowtrain.data.idx import read_idx
+from flowtrain.data.read import Table, read_table
+from flowtrain.errors import ConfigError, DataError
+
+
+class Rows(Dataset):
+    """The rows of a file as samples to score; there is nothing to train on.
+
+    A file whose columns have the names of the training file's is read by them, in whatever order it has them, and may
+    have others beside. Otherwise it has as many columns as a sample has elements, or is read as the training file was.
+    Images are rows of numbers, an array (n, C, H, W) or (n, H, W), or an IDX file.
+
+    Args:
+        path: .npy .npz .csv .txt .data .tra .tes, or an IDX file, plain or gzipped.
+        samples: what the flow was trained on.
+        key, columns, label: how the training file was read, see `flowtrain.data.array.ArrayData`.
+
+    Raises:
+        ConfigError: columns that the file does not have.
+        DataError: values that are not the flow's kind of sample.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        samples: Samples,
+        key: str | None = None,
+        columns: Columns | None = None,
+        label: str | int | None = None,
+    ) -> None:
+        self.event_shape = samples.event_shape
+        self.discrete, self.levels, self.alpha = samples.discrete, samples.levels, samples.alpha
+        self.classes, self.columns = samples.classes, samples.columns
+        table, marks = _read(path, samples, key, columns, label)
+        check_range(table)
+        if self.discrete:
+            check_whole(table)
+        if self.levels is not None:
+            check_levels(table, self.levels)
+        narrow = np.uint8 if self.levels is not None and self.levels <= 256 else np.int64
+        values = table.values.astype(narrow if self.discrete else np.float32)
+        self.val = self.test = torch.from_numpy(values).view(-1, *self.event_shape)
+        if marks is not None:
+            check_labels(marks)
+            self.val_labels = self.test_labels = torch.from_numpy(marks.values[:, 0].astype(np.int64))
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        raise ConfigError("these rows are for scoring alone")
+
+    def split(self, name: str) -> Tensor:
+        if name != "all":
+            raise ConfigError(f"split={name}: rows of a file given to be scored are one set, split=all")
+        return self.test
+
+
+def _read(
+    path: str | Path, samples: Samples, key: str | None, columns: Columns | None, label: str | int | None
+) -> tuple[Table, Table | None]:
+    """The table, and the column of labels where there is one."""
+    file = Path(path).expanduser()
+    if _is_idx(file):
+        return _of_images(file, samples.event_shape), None
+    width = math.prod(samples.event_shape)
+    found: list[str] = []
+
+    def choose(names: Sequence[str]) -> list[int]:
+        found[:] = names
+        named = tuple(names) != default_names(range(len(names)))
+        if named and samples.columns:
+            return pick(samples.columns, names, file, "the columns that the flow was trained on")
+        if len(names) == width:
+            return list(range(width))
+        indices = pick(columns, names, file)
+        if label is not None:
+            indices = [i for i in indices if i not in pick([label], names, file, "data.label")]
+        if len(indices) != width:
+            raise DataError(f"{file} has {len(indices)} columns, and the flow was trained on samples of {width}")
+        return indices
+
+    table = read_table(file, key, choose, event_shape=samples.event_shape)
+    if label is None or samples.classes is None or (len(found) == width and label not in found):
+        return table, None
+    return table, read_table(file, key, [label], "data.label")
+
+
+def _is_idx(file: Path) -> bool:
+    """By its name, as published (train-images-idx3-ubyte.gz) or by its ending."""
+    return "-idx" in file.name or file.suffix in (".idx", ".gz")
+
+
+def _of_images(file: Path, event_shape: tuple[int, ...]) -> Table:
+    images = read_idx(file)
+    if images.shape[1:] not in (event_shape, event_shape[1:] if event_shape[0] == 1 else event_shape):
+        raise DataError(f"{file} has shape {images.shape}, and the flow was trained on samples of shape {event_shape}")
+    values = images.reshape(len(images), -1).astype(np.float64)
+    indices = tuple(range(values.shape[1]))
+    return Table(values, default_names(indices), indices, str(file))

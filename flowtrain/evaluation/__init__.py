@@ -1,0 +1,17 @@
+"""Likelihoods with an error budget, and checks on the density that gives them."""
+
+from flowtrain.evaluation.budget import rows_of_checks
+from flowtrain.evaluation.evaluate import check_fits, evaluate, roundtrip_error
+from flowtrain.evaluation.result import Budget, Calibration, Check, Evaluation, Separation
+
+__all__ = [
+    "Budget",
+    "Calibration",
+    "Check",
+    "Evaluation",
+    "Separation",
+    "check_fits",
+    "evaluate",
+    "roundtrip_error",
+    "rows_of_checks",
+]

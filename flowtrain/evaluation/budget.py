@@ -1,0 +1,122 @@
+"""What the error of an NLL is made of, measured on a subset of the rows."""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowtrain.evaluation.result import Budget
+from flowtrain.flow import Flow
+from flowtrain.scores import estimates_trace, located, log_probs
+from flowtrain.seeding import seeded
+from flowtrain.solvers import record_integral_errors
+
+# draws of the trace's noise that its variance is taken from, on each row of the subset
+DRAWS = 4
+# a solver or rounding error below this many nats is not worth a warning, however small the sampling error
+SMALL = 1e-3
+COVERED = 1.96
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Rows of the set that the costly measurements take.
+
+    Attributes:
+        raw: as the data set has them, (rows, *event_shape).
+        x: with noise added to whole numbers once, in the flow's dtype, so that it stays out of the differences.
+        label: of a conditional flow, (rows,), else None.
+    """
+
+    raw: Tensor
+    x: Tensor
+    label: Tensor | None
+
+
+def subset_of(flow: Flow, x: Tensor, label: Tensor | None) -> Subset:
+    """The first rows of x: as many as `rows_of_checks` says."""
+    rows = rows_of_checks(flow.event_shape)
+    with seeded(0, flow.like.device):
+        return Subset(x[:rows], flow.dequantized(x[:rows]), None if label is None else label[:rows])
+
+
+def rows_of_checks(event_shape: tuple[int, ...]) -> int:
+    """How many samples the costly checks take."""
+    return max(50, min(500, 20_000 // math.prod(event_shape)))
+
+
+def budget(flow: Flow, subset: Subset, log_p: Tensor, draws: int) -> Budget:
+    """The budget of -mean log_p, log_p (n,) of the whole set, each row with noise of its own.
+
+    Args:
+        draws: of the dequantization noise, that log_p averages.
+    """
+    n, nll = len(log_p), -float(log_p.mean())
+    over_rows = stderr(log_p)
+    trace = trace_error(flow, subset, n, draws)
+    exact = copy.deepcopy(flow).double()
+    with record_integral_errors() as errors:
+        in_float64 = log_probs(exact, subset.x, subset.label).mean()
+    solver = solver_error(exact, subset, in_float64)
+    precision = None
+    if flow.like.dtype != torch.float64:
+        precision = abs(float(log_probs(flow, subset.x, subset.label).mean() - in_float64))
+    total = math.sqrt(over_rows**2 + solver**2 + (precision or 0.0) ** 2)
+    return Budget(
+        sampling=math.sqrt(max(0.0, over_rows**2 - trace**2)) if math.isfinite(over_rows) else over_rows,
+        trace=trace,
+        solver=solver,
+        embedded=float(torch.cat(errors).sum()) / len(subset.x) if errors else None,
+        precision=precision,
+        dequantization_gap=dequantization_gap(flow, subset, draws) if flow.discrete else None,
+        rows=len(subset.x),
+        total=total,
+        interval=(nll - COVERED * total, nll + COVERED * total),
+    )
+
+
+def stderr(values: Tensor) -> float:
+    """Standard error of the mean; NaN of one value."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+def trace_error(flow: Flow, subset: Subset, n: int, draws: int) -> float:
+    """The standard error that the noise of an estimated trace leaves in the mean of n rows; 0 of an exact one.
+
+    From the variance over DRAWS draws of each row. Several dequantization draws share their probes, and are the mean of
+    two such passes.
+    """
+    if not estimates_trace(flow):
+        return 0.0
+    drawn = [located(flow, subset.x, subset.label, latents=0, seed=1 + k)[0] for k in range(DRAWS)]
+    variance = float(torch.stack(drawn).var(0).mean())
+    return math.sqrt(variance / (n if draws == 1 else 2 * n))
+
+
+def solver_error(flow: Flow, subset: Subset, nll: Tensor) -> float:
+    """|NLL(tolerance) - NLL(tolerance / 10)| in nats, of a flow in float64 so that rounding stays out of it.
+
+    Args:
+        nll: -NLL(tolerance), the mean of log p.
+    """
+    if flow.solver is None:
+        return 0.0
+    with flow.solver.using(**tighter(flow, 10)):
+        return abs(float(log_probs(flow, subset.x, subset.label).mean() - nll))
+
+
+def tighter(flow: Flow, by: float) -> dict[str, Any]:
+    """Settings of the flow's solver with its tolerance, or its step size, divided."""
+    solver = flow.solver
+    assert solver is not None
+    settings = {"rtol": solver.rtol / by, "atol": solver.atol / by, "max_nfe": int(100 * solver.max_nfe)}
+    return settings if solver.step_size is None else {**settings, "step_size": solver.step_size / by}
+
+
+def dequantization_gap(flow: Flow, subset: Subset, draws: int) -> float:
+    """NLL with `draws` draws of the noise inside the log less that with ten times as many, in nats."""
+    few, many = (log_probs(flow, subset.raw, subset.label, draws=k).mean() for k in (draws, 10 * draws))
+    return float(many - few)

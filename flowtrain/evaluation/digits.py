@@ -1,0 +1,36 @@
+"""Numbers to as many digits as their error leaves them."""
+
+import math
+
+
+def with_error(value: float, error: float) -> str:
+    """`value +- error`, as in "2.402 +- 0.006": the error to one significant digit, two where the first is a 1.
+
+    Both end at the same decimal. An error that is not known (NaN, as of one row) leaves the value four decimals and
+    no error.
+    """
+    if not math.isfinite(error) or not math.isfinite(value):
+        return f"{value:.4f}"
+    places = decimals(error)
+    return f"{round(value, places):.{max(0, places)}f} +- {round(error, places):.{max(0, places)}f}"
+
+
+def decimals(error: float) -> int:
+    """Where a number with that error ends: decimals after the point, negative for tens and hundreds."""
+    if not error > 0:
+        return 6
+    exponent = math.floor(math.log10(error))
+    leading = round(error / 10**exponent, 1)
+    if leading >= 9.5:
+        exponent, leading = exponent + 1, 1.0
+        return -exponent
+    return 1 - exponent if leading < 1.95 else -exponent
+
+
+def brief(value: float) -> str:
+    """An error to one digit: 0.02, 3e-6."""
+    if value == 0:
+        return "0"
+    words = f"{value:.0e}" if abs(value) < 0.001 else f"{value:.1g}"
+    mantissa, e, exponent = words.partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else words

@@ -1,0 +1,53 @@
+"""Are latents of the data draws from the base? Probability integral transforms and Kolmogorov-Smirnov's test."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from flowtrain.evaluation.result import Calibration
+
+# dimensions whose transforms are kept for the figure, those that deviate most
+SHOWN = 8
+RADIUS = "radius"
+
+
+def calibration(z: Tensor) -> tuple[Calibration, dict[str, Tensor]]:
+    """The test of latents z (n, *event), and the transforms that a figure shows, name -> (n,).
+
+    u_j = Phi(z_j) and u = F(|z|^2), F the chi-square distribution of d degrees, are uniform where the model is the
+    truth (Rosenblatt 1952, Diebold et al. 1998). Tested one by one: dependence between dimensions shows in the radius.
+    """
+    z = z.flatten(1).double()
+    n, d = z.shape
+    u = torch.special.ndtr(z)
+    radius = torch.special.gammainc(torch.tensor(d / 2, dtype=z.dtype), z.square().sum(1) / 2)
+    distances = torch.cat([ks_distance(u), ks_distance(radius.unsqueeze(1))])
+    worst = int(distances.argmax())
+    largest = float(distances[worst])
+    found = Calibration(
+        n=n,
+        statistic=largest,
+        worst=RADIUS if worst == d else f"z{worst + 1}",
+        p_value=min(1.0, (d + 1) * ks_p_value(largest, n)),
+        radius=float(distances[-1]),
+    )
+    shown = sorted(distances[:-1].argsort(descending=True)[:SHOWN].tolist())
+    return found, {**{f"z{j + 1}": u[:, j] for j in shown}, RADIUS: radius}
+
+
+def ks_distance(u: Tensor) -> Tensor:
+    """sup |F_n(u) - u| of each column of u (n, k), (k,)."""
+    n = len(u)
+    ordered = u.sort(0).values
+    rank = torch.arange(n, dtype=u.dtype, device=u.device).unsqueeze(1)
+    return torch.maximum((rank + 1) / n - ordered, ordered - rank / n).amax(0)
+
+
+def ks_p_value(distance: float, n: int) -> float:
+    """P(D >= distance) of n uniform draws: Kolmogorov's limit, with Stephens' (1970) correction for finite n."""
+    x = (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n)) * distance
+    if x < 0.2:
+        return 1.0
+    total = 2 * sum((1 if k % 2 else -1) * math.exp(-2 * (k * x) ** 2) for k in range(1, 101))
+    return min(1.0, max(0.0, total))

@@ -1,0 +1,52 @@
+"""How well likelihoods tell one set of samples from another."""
+
+import torch
+from torch import Tensor
+
+from flowtrain.evaluation.result import Separation
+
+
+def separation(name: str, inside: Tensor, outside: Tensor) -> Separation:
+    """log p of samples of the set that the flow is evaluated on, (n,), and of another one, (m,), float64."""
+    finite = outside.isfinite()
+    kept = outside[finite]
+    # NaN too: overflow on the way to a point is no sign of likelihood
+    outside = torch.where(finite, outside, -torch.inf)
+    entropy = -float(inside.mean())
+    plain, plain_error = auroc(-inside, -outside)
+    typical, typical_error = auroc((inside + entropy).abs(), (outside + entropy).abs())
+    return Separation(
+        name=name,
+        n=len(outside),
+        infinite=int((~finite).sum()),
+        nll=-float(kept.mean()),
+        nll_stderr=float(kept.std() / len(kept) ** 0.5) if len(kept) > 1 else float("nan"),
+        auroc=plain,
+        auroc_stderr=plain_error,
+        typicality_auroc=typical,
+        typicality_stderr=typical_error,
+        entropy=entropy,
+    )
+
+
+def auroc(inside: Tensor, outside: Tensor) -> tuple[float, float]:
+    """P(outside > inside) + P(outside = inside) / 2 over all pairs of scores (n,) and (m,), and its standard error.
+
+    The area under the receiver operating characteristic (Mann and Whitney 1947), by ranks. Its error is that of
+    DeLong et al. 1988, Comparing the areas under two or more correlated ROC curves: from the spread of each score's
+    own share, over both sets; NaN with fewer than two in either.
+    """
+    below = _share_below(inside, outside)
+    above = 1 - _share_below(outside, inside)
+    error = (
+        (below.var() / len(outside) + above.var() / len(inside)).sqrt() if min(len(inside), len(outside)) > 1 else None
+    )
+    return float(below.mean()), float("nan") if error is None else float(error)
+
+
+def _share_below(reference: Tensor, scores: Tensor) -> Tensor:
+    """For each of `scores`, the share of `reference` below it, those equal to it counted half."""
+    ordered = reference.sort().values
+    left = torch.searchsorted(ordered, scores, right=False)
+    right = torch.searchsorted(ordered, scores, right=True)
+    return (left + right).double() / (2 * len(ordered))

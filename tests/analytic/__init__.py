@@ -1,0 +1,1 @@
+"""Flows with known answers, built from checkpoints by name (trust=[analytic])."""
