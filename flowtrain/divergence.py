@@ -20,8 +20,8 @@ def rademacher(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def gaussian(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Standard normal."""
-    return torch.randn(shape, dtype=like.dtype, device=like.device)
+    """Standard normal; drawn in float32, so that a flow in float64 has the same as one in float32."""
+    return torch.randn(shape, dtype=torch.float32, device=like.device).to(like.dtype)
 
 
 NOISES = {"rademacher": rademacher, "gaussian": gaussian}

@@ -4,7 +4,6 @@ import csv
 import inspect
 import io
 import logging
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from omegaconf import OmegaConf
+from real_data import real
 
 from flowtrain.bijections.logit import dequantize
 from flowtrain.bijections.scale import Standardize
@@ -28,18 +28,9 @@ from flowtrain.errors import ConfigError, DataError, FlowtrainError
 from flowtrain.flow import Flow
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = Path(os.environ.get("FLOWTRAIN_DATA", ROOT.parent / "shared" / "data"))
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 TABLES = arrays(np.float64, array_shapes(min_dims=2, max_dims=2, max_side=6), elements=FINITE)
-
-
-def real(*names: str) -> list[str]:
-    paths = [REAL / name for name in names]
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
-        pytest.skip(f"real data not found: {', '.join(missing)}; set FLOWTRAIN_DATA")
-    return [str(path) for path in paths]
 
 
 def normal(n: int, d: int, seed: int = 0) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from real_data import real
 from runs import COMMANDS, Run
 
 import flowtrain
@@ -32,7 +33,7 @@ def result(run_dir: str | Path, name: str = "result.json") -> dict[str, Any]:
 EVALUATION = [
     "nll", "nll_stderr", "n", "split", "step", "bits_per_dim", "entropy", "kl", "kl_stderr", "trace", "noise_samples",
     "dequantization_samples", "solver", "nfe", "solver_error", "roundtrip_error", "seconds", "device",
-    "dtype", "budget", "checks", "calibration", "ood", "headline",
+    "dtype", "total_seconds", "budget", "checks", "calibration", "ood", "headline",
 ]  # fmt: skip
 
 
@@ -297,12 +298,9 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, code:
     assert step == json.loads(metrics.read_text().splitlines()[-1])["step"]
 
 
-DATA = Path(os.environ.get("FLOWTRAIN_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
-
-
-@pytest.mark.skipif(not (DATA / "optdigits").is_dir(), reason="no optdigits in FLOWTRAIN_DATA or ../shared/data")
 def test_optdigits_trains_on_all_64_columns(run: Run) -> None:
-    keys = ["data=array", f"data.path={DATA}/optdigits/optdigits.tra", f"data.test_path={DATA}/optdigits/optdigits.tes"]
+    train, test = real("optdigits/optdigits.tra", "optdigits/optdigits.tes")
+    keys = ["data=array", f"data.path={train}", f"data.test_path={test}"]
     keys += ["data.columns=[0:64]", "data.dequantize=true", "trainer.steps=3", "trainer.plot_every=null"]
     code, out, err = run("flowtrain", *keys, "model=realnvp")
     assert code == 0, err

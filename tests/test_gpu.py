@@ -12,6 +12,7 @@ from flowtrain.bijections.continuous import Continuous
 from flowtrain.build import build_data, load
 from flowtrain.cli.common import compose_defaults
 from flowtrain.divergence import TraceRule
+from flowtrain.evaluation import evaluate
 from flowtrain.fields.base import Field
 from flowtrain.fields.conv import ConvField
 from flowtrain.fields.mlp import MLPField
@@ -122,3 +123,19 @@ def test_objectives_train_on_a_gpu_and_are_reflowed(objective: str, tmp_path: Pa
     torch.testing.assert_close(
         load(tmp_path / "second", "cuda").log_prob(x).cpu(), load(tmp_path / "second").log_prob(x), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("model", ["affine", "realnvp", "ffjord"])
+def test_evaluation_agrees_with_the_cpu(model: str, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    config = compose_defaults([f"model={model}", "device=cuda", "trainer.steps=5", "data.n_test=300"])
+    with messages():
+        train(config, tmp_path)
+    data = build_data(config)
+    found, expected = (evaluate(load(tmp_path, device), data, other=("val", data.val)) for device in ("cuda", "cpu"))
+    assert found.device == "cuda"
+    assert found.nll == pytest.approx(expected.nll, abs=1e-4)
+    assert found.ood is not None
+    assert expected.ood is not None
+    assert found.ood.auroc == pytest.approx(expected.ood.auroc, abs=1e-3)
+    assert [check.name for check in found.failed] == [check.name for check in expected.failed]

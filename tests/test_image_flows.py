@@ -483,7 +483,7 @@ def test_train_evaluate_and_sample_by_the_commands(run: Run, tmp_path: Path, nam
     code, out, err = run("flowtrain", *keys, "recipe=none", *TINY[name], *labels)
     assert code == 0, err
     run_dir = tmp_path / out.splitlines()[-1]
-    pictures = {"samples", "curves", "reconstructions", "interpolation", "temperature"}
+    pictures = {"samples", "curves", "calibration", "reconstructions", "interpolation", "temperature"}
     pictures |= {"classes"} if conditional else set()
     assert {p.stem for p in (run_dir / "plots").glob("*.png")} == pictures
     result = json.loads((run_dir / "result.json").read_text())
@@ -593,7 +593,13 @@ def test_one_test_image_is_enough_to_finish(run: Run, tmp_path: Path) -> None:
     code, out, err = run("flowtrain", *keys, *TINY["realnvp"])
     assert code == 0, err
     plots = Path(out.splitlines()[-1]) / "plots"
-    assert {p.stem for p in plots.glob("*.png")} == {"samples", "curves", "reconstructions", "temperature"}
+    assert {p.stem for p in plots.glob("*.png")} == {
+        "samples",
+        "curves",
+        "calibration",
+        "reconstructions",
+        "temperature",
+    }
 
 
 def test_experiments_take_the_recipe_of_their_model() -> None:

@@ -3,7 +3,6 @@
 import gzip
 import inspect
 import logging
-import os
 import shlex
 import struct
 import tracemalloc
@@ -19,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from omegaconf import OmegaConf
+from real_data import REAL
 
 from flowtrain.data import images as module
 from flowtrain.data.epochs import Epochs
@@ -28,7 +28,6 @@ from flowtrain.errors import ConfigError, DataError, FlowtrainError
 from flowtrain.paths import config_dir
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = Path(os.environ.get("FLOWTRAIN_DATA", ROOT.parent / "shared" / "data"))
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = NAMES
 H, W = 4, 6

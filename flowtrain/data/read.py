@@ -124,7 +124,7 @@ def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[
     array = _load(file, key)
     if array.ndim > 2 and array.shape[1:] in (event_shape, event_shape[1:] if event_shape[:1] == (1,) else event_shape):
         array = array.reshape(len(array), -1)
-    _check_array(array, file)
+    _check_array(array, file, event_shape)
     table = array.reshape(len(array), -1) if array.ndim == 1 else array
     indices = choose(default_names(range(table.shape[1])))
     kept = table if indices == list(range(table.shape[1])) else table[:, indices]
@@ -160,11 +160,12 @@ def _member(names: list[str], key: str | None, file: Path) -> str:
     return names[0] if key is None else key
 
 
-def _check_array(array: NDArray[Any], file: Path) -> None:
+def _check_array(array: NDArray[Any], file: Path, event_shape: tuple[int, ...]) -> None:
     if array.dtype.kind not in "biuf":
         raise DataError(f"{file} has dtype {array.dtype}; real numbers are needed (integers, floats, booleans)")
     if array.ndim not in (1, 2):
-        raise DataError(f"{file} has shape {array.shape}; (rows, columns) is needed, or (rows,) for one column")
+        images = f", or (n, {', '.join(map(str, event_shape))})" if len(event_shape) > 1 else ""
+        raise DataError(f"{file} has shape {array.shape}; (rows, columns) is needed, or (rows,) for one column{images}")
     if not array.size:
         raise DataError(f"{file} has shape {array.shape}: there is nothing in it")
 

@@ -22,7 +22,7 @@ def decimals(error: float) -> int:
     exponent = math.floor(math.log10(error))
     leading = round(error / 10**exponent, 1)
     if leading >= 9.5:
-        exponent, leading = exponent + 1, 1.0
+        # rounded, it begins with a 1
         return -exponent
     return 1 - exponent if leading < 1.95 else -exponent
 

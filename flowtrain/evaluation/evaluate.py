@@ -63,6 +63,7 @@ def evaluate(
     if other is not None:
         inside = log_p if flow.classes is None else log_probs(flow, x, None, batch_size, dequantization_samples)
         sets = inside, log_probs(flow, other[1], None, batch_size, dequantization_samples)
+    judged = tuple(checks(flow, subset, parts, stderr(log_p), kl))
     result = Evaluation(
         nll=nll,
         nll_stderr=stderr(log_p),
@@ -83,8 +84,9 @@ def evaluate(
         seconds=seconds,
         device=str(flow.like.device),
         dtype=str(flow.like.dtype).removeprefix("torch."),
+        total_seconds=time.perf_counter() - begun,
         budget=parts,
-        checks=tuple(checks(flow, subset, parts, stderr(log_p), kl)),
+        checks=judged,
         calibration=calibrated,
         ood=None if other is None or sets is None else separation(other[0], *sets),
         scores=log_p,

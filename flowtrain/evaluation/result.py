@@ -122,6 +122,7 @@ class Evaluation:
             discrete flow.
         roundtrip_error: max |x - forward(inverse(x))| on it.
         bits_per_nat: takes nats to the bits per dimension of images; None of other data.
+        seconds: of scoring; total_seconds: with the budget and the checks.
         scores: log p(x) of every row in the order of the set, (n,), float64.
         sets: log p of this set and of the one it is told from, (n,) and (m,), or None.
         pit: name -> probability integral transforms of latents, (rows,).
@@ -146,6 +147,7 @@ class Evaluation:
     seconds: float
     device: str
     dtype: str
+    total_seconds: float
     budget: Budget
     checks: tuple[Check, ...]
     calibration: Calibration
@@ -227,7 +229,8 @@ class Evaluation:
             rows.append(("novelty", f"{o.name}, n = {o.n}: NLL {with_error(o.nll, o.nll_stderr)} nats"))
             rows.append(("", f"AUROC of -log p {with_error(o.auroc, o.auroc_stderr)}"))
             rows.append(("", f"AUROC of |log p + H| {with_error(o.typicality_auroc, o.typicality_stderr)}"))
-        rows.append(("time", f"{self.seconds:.1f} s on {self.device} in {self.dtype}, checkpoint of step {self.step}"))
+        took = f"{self.seconds:.1f} s of scoring, {self.total_seconds:.1f} s in all"
+        rows.append(("time", f"{took}, on {self.device} in {self.dtype}, checkpoint of step {self.step}"))
         return rows
 
     def _error_words(self) -> str:
