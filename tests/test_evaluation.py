@@ -56,8 +56,8 @@ def test_an_error_keeps_one_digit_or_two(error: float) -> None:
 
 
 def test_brief() -> None:
-    shown = [brief(v) for v in (0.0, 3.1e-6, 0.02, 0.0061, 0.35, 4.2, 1e-12)]
-    assert shown == ["0", "3e-6", "0.02", "0.006", "0.3", "4", "1e-12"]
+    shown = [brief(v) for v in (0.0, 3.1e-6, 0.02, 0.0061, 0.35, 4.2, 9.7, 123.4, 2e7, 1e-12)]
+    assert shown == ["0", "3e-6", "0.02", "0.006", "0.3", "4", "10", "123", "2e7", "1e-12"]
 
 
 @pytest.mark.parametrize("n", [5, 40, 2000])

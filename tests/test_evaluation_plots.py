@@ -234,8 +234,8 @@ def test_ood_words(tmp_path: Path, coarse: None, monkeypatch: pytest.MonkeyPatch
     separate(tmp_path / "ood.png", normal(400, -12_345, 9), normal(400, -1e6, 9), entropy=12_345.0)
     (left, right), (far, _) = (figure.axes for figure in saved)
     assert [axes.get_title(loc="left") for axes in (left, right)] == [
-        "AUROC of -log p: 0.87",
-        "AUROC of |log p + H|: 0.99",
+        "AUROC of -log p: 0.870",
+        "AUROC of |log p + H|: 0.990",
     ]
     assert [axes.get_xlabel() for axes in (left, right)] == ["log p(x) (bits/dim)", "|log p(x) + H| (bits/dim)"]
     assert [text.get_text() for text in left.texts] == ["-H = -2 bits/dim"]

@@ -28,9 +28,10 @@ def decimals(error: float) -> int:
 
 
 def brief(value: float) -> str:
-    """An error to one digit: 0.02, 3e-6."""
+    """An error to one digit, whole numbers to all of theirs: 12, 0.02, 3e-6."""
     if value == 0:
         return "0"
-    words = f"{value:.0e}" if abs(value) < 0.001 else f"{value:.1g}"
+    size = abs(value)
+    words = f"{value:.0e}" if size < 0.001 or size >= 1e6 else f"{value:.0f}" if size >= 9.5 else f"{value:.1g}"
     mantissa, e, exponent = words.partition("e")
     return f"{mantissa}e{int(exponent)}" if e else words

@@ -223,7 +223,7 @@ class Evaluation:
         rows.append(("round trip", f"{self.roundtrip_error:.1e}"))
         rows += [("checks", words) for words in self._check_words()]
         c = self.calibration
-        rows.append(("latents", f"KS {c.statistic:.3f} ({c.worst}), p = {p_words(c.p_value)}; radius {c.radius:.3f}"))
+        rows.append(("latents", f"KS {c.statistic:.3f} ({c.worst}), p {p_words(c.p_value)}; radius {c.radius:.3f}"))
         if self.ood is not None:
             o = self.ood
             rows.append(("novelty", f"{o.name}, n = {o.n}: NLL {with_error(o.nll, o.nll_stderr)} nats"))
@@ -255,8 +255,8 @@ class Evaluation:
 
 
 def p_words(p: float) -> str:
-    """A p-value in words: two digits, or that it is tiny."""
-    return "< 1e-6" if p < 1e-6 else f"{p:.2g}"
+    """What a p-value is equal to, to two digits, or less than."""
+    return "< 1e-6" if p < 1e-6 else f"= {p:.2g}"
 
 
 def _plain(value: Any) -> Any:
