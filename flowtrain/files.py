@@ -3,8 +3,9 @@
 import json
 import math
 import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -13,11 +14,15 @@ import numpy as np
 
 
 @contextmanager
-def replacing(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
+def replacing(
+    path: Path, durable: bool = False, check: Callable[[Path], None] | None = None, keep: Path | None = None
+) -> Iterator[IO[bytes]]:
     """A file to write in the place of `path`: a failure inside leaves the old one.
 
     Args:
         durable: whether it is on the disk when this ends, whatever becomes of the machine.
+        check: called with the new file before it takes the place of the old one; what it raises, leaves that.
+        keep: where the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -27,11 +32,29 @@ def replacing(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
             if durable:
                 f.flush()
                 os.fsync(f.fileno())
+        if check is not None:
+            check(temporary)
+        if keep is not None and path.exists():
+            _keep(path, keep)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     if durable:
         _sync_folder(path.parent)
+
+
+def _keep(path: Path, kept: Path) -> None:
+    """A second name for a file, in the place of what has that name: there is no moment without `path`."""
+    link = kept.with_name(f".{kept.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        try:
+            os.link(path, link)
+        except OSError:
+            # a file system without links
+            shutil.copy2(path, link)
+        link.replace(kept)
+    finally:
+        link.unlink(missing_ok=True)
 
 
 def _sync_folder(path: Path) -> None:

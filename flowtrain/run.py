@@ -36,6 +36,8 @@ def messages(path: Path | None = None) -> Iterator[None]:
     handlers: list[logging.Handler] = [console]
     if path is not None:
         file = logging.FileHandler(path)
+        # a message that the disk has no room for was on the terminal
+        file.handleError = lambda record: None  # type: ignore[method-assign]
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
     log.setLevel(logging.INFO)
@@ -126,9 +128,9 @@ def train(
         checkpoint.save(run_dir / TEACHER, taught)
     trainer.fit()
     best = float("nan") if trainer.best is None else trainer.best["nll"]
-    if trainer.stopped_by in ("SIGINT", "SIGTERM"):
+    if trainer.signal is not None:
         log.info("%s at step %d; go on with: flowtrain resume=%s", trainer.stopped_by, trainer.step, run_dir)
-        return best, 130 if trainer.stopped_by == "SIGINT" else 143
+        return best, 128 + trainer.signal
     if trainer.stopped_by:
         log.info("stopped at step %d: %s", trainer.step, trainer.stopped_by)
     # the trainer's config, whose step size may have become smaller

@@ -44,8 +44,8 @@ def test_train_evaluate_sample(run: Run, tmp_path: Path) -> None:
     written = {str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file()}
     assert written == {
         ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "flowtrain.log", "metrics.jsonl",
-        "checkpoints/best.pt", "checkpoints/last.pt", "plots/samples.png", "plots/curves.png",
-        "plots/calibration.png", "result.json",
+        "checkpoints/best.pt", "checkpoints/last.pt", "checkpoints/last.previous.pt", "plots/samples.png",
+        "plots/curves.png", "plots/calibration.png", "result.json",
     }  # fmt: skip
     trained = result(run_dir)
     assert list(trained) == [*EVALUATION, "train_seconds", "steps"]

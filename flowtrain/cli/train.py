@@ -15,6 +15,7 @@ from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.paths import config_dir, config_groups
 from flowtrain.run import messages, train
 from flowtrain.training import checkpoint
+from flowtrain.training.lock import holding
 
 
 def main() -> None:
@@ -36,12 +37,13 @@ def _command() -> int:
 def _start(config: DictConfig) -> float:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
-        claim(run_dir)
-        whole = begun(known(plain(config)), HydraConfig.get().overrides.task)
-        trust = trusted(whole.pop("trust"))
-        write_hydra(run_dir, config if whole["from"] is None else OmegaConf.create(whole))
-        with messages(run_dir / "flowtrain.log"):
-            best, code = train(absolute_paths(whole), run_dir, trust=trust)
+        with holding(run_dir):
+            claim(run_dir)
+            whole = begun(known(plain(config)), HydraConfig.get().overrides.task)
+            trust = trusted(whole.pop("trust"))
+            write_hydra(run_dir, config if whole["from"] is None else OmegaConf.create(whole))
+            with messages(run_dir / "flowtrain.log"):
+                best, code = train(absolute_paths(whole), run_dir, trust=trust)
     except (FlowtrainError, OSError) as e:
         # raised, it would reach the terminal under a heading of Hydra's; one message is what we promise
         raise SystemExit(report("flowtrain", e)) from e
@@ -74,17 +76,23 @@ def resume(arguments: Sequence[str]) -> int:
     run_dir = Path(str(own["resume"])).absolute()
     if run_dir.is_file():
         raise CheckpointError(f"resume={run_dir} is a file; give the run directory")
+    if not run_dir.is_dir():
+        raise CheckpointError(f"resume={run_dir}: there is no such run directory")
+    with holding(run_dir), messages(run_dir / "flowtrain.log"):
+        code = go_on(run_dir, trusted(own["trust"]), rest, tuple(own))
+    print(run_dir)
+    return code
+
+
+def go_on(run_dir: Path, trust: Sequence[str], rest: Sequence[str], own: Sequence[str]) -> int:
+    """The run from its last checkpoint to its end; see `resume`."""
     saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))
     if "optimizer" not in saved:
         raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
-    trust = trusted(own["trust"])
     check_targets(saved["config"], trust)
     refuse_changes(rest, "a run goes on with the model and data it has; start a new one to change them")
     refuse_changes(rest, "a run goes on from its own checkpoint; leave it out", ("from",))
-    with messages(run_dir / "flowtrain.log"):
-        _, code = train(absolute_paths(overridden(saved["config"], rest, tuple(own))), run_dir, saved, trust)
-    print(run_dir)
-    return code
+    return train(absolute_paths(overridden(saved["config"], rest, own)), run_dir, saved, trust)[1]
 
 
 def known(config: dict[str, Any]) -> dict[str, Any]:

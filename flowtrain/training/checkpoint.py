@@ -1,5 +1,7 @@
 """Checkpoints: weights and plain values only, written so that a crash leaves the old file or the new one."""
 
+import io
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -8,17 +10,42 @@ import torch
 
 from flowtrain.errors import CheckpointError
 from flowtrain.files import replacing
+from flowtrain.training.checksum import checksum
 
-FORMAT = 1
+log = logging.getLogger("flowtrain")
+
+# 2: with a checksum. Format 1 is read too
+FORMAT = 2
 KEYS = ("format", "config", "event_shape", "step", "weights")
 # of the config, what a flow is built from and told of
 GROUPS = ("model", "data", "solver")
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Writes the whole of it, to the disk, or nothing."""
-    with replacing(path, durable=True) as f:
-        torch.save({"format": FORMAT, **checkpoint}, f)
+    """Writes the whole of it, to the disk, or nothing; the file before it stays as `previous(path)`.
+
+    Raises:
+        OSError: it could not be written, or does not read back as it was.
+    """
+    content = {"format": FORMAT, **checkpoint}
+    content["checksum"] = checksum(content)
+
+    def reads_back(written: Path) -> None:
+        try:
+            _read(written)
+        except CheckpointError as e:
+            raise OSError(f"{path}: what was written does not read back ({e})") from e
+
+    # in memory first: torch answers a disk that is full with an error of its own archive's
+    archive = io.BytesIO()
+    torch.save(content, archive)
+    with replacing(path, durable=True, check=reads_back, keep=previous(path)) as f:
+        f.write(archive.getbuffer())
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before that of `path` is kept."""
+    return path.with_suffix(f".previous{path.suffix}")
 
 
 def find(path: Path, prefer: str = "best") -> Path:
@@ -32,7 +59,7 @@ def find(path: Path, prefer: str = "best") -> Path:
     names = ("best.pt", "last.pt") if prefer == "best" else (f"{prefer}.pt",)
     for name in names:
         candidate = path / "checkpoints" / name
-        if candidate.is_file():
+        if candidate.is_file() or previous(candidate).is_file():
             return candidate
     if not path.exists():
         raise CheckpointError(f"{path.absolute()}: there is no such file or run directory")
@@ -43,29 +70,53 @@ def find(path: Path, prefer: str = "best") -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint without running anything from it.
+    """Reads a checkpoint without running anything from it; where it is damaged, the one before it, with a warning.
 
     Raises:
         CheckpointError: not a checkpoint of ours, damaged, or with more in it than weights and plain values.
     """
     try:
+        return _read(path)
+    except CheckpointError as e:
+        before = previous(path)
+        if not before.is_file():
+            raise
+        try:
+            content = _read(before)
+        except CheckpointError:
+            raise e from None
+        log.warning("%s Taking the one before it, %s of step %s.", e, before.name, content["step"])
+        return content
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         first = str(e).strip().splitlines()[0]
         raise CheckpointError(
-            f"{path}: not a flowtrain checkpoint, or one that asks to run code; refused ({first})"
+            f"{path}: not a flowtrain checkpoint, or one that asks to run code; refused ({first})."
         ) from e
     except Exception as e:  # a file of another kind can fail in any way
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint; is it complete? ({first})") from e
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint; is it complete? ({first}).") from e
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config", {}), dict):
-        raise CheckpointError(f"{path}: not a flowtrain checkpoint")
+        raise CheckpointError(f"{path}: not a flowtrain checkpoint.")
     missing = [key for key in KEYS if key not in checkpoint]
     if missing:
-        raise CheckpointError(f"{path}: not a flowtrain checkpoint (it lacks {', '.join(missing)})")
+        raise CheckpointError(f"{path}: not a flowtrain checkpoint (it lacks {', '.join(missing)}).")
+    if checkpoint["format"] not in (1, FORMAT):
+        raise CheckpointError(
+            f"{path}: checkpoint format {checkpoint['format']}; this flowtrain reads formats 1 and {FORMAT}."
+        )
+    expected = checkpoint.pop("checksum", None)
+    try:
+        found = checksum(checkpoint)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: the checkpoint is damaged: {e}.") from e
+    if found != expected and (expected is not None or checkpoint["format"] != 1):
+        raise CheckpointError(f"{path}: the checkpoint is damaged: what it holds has another checksum than it says.")
     missing = [group for group in GROUPS if not isinstance(checkpoint["config"].get(group), dict)]
     if missing:
-        raise CheckpointError(f"{path}: the checkpoint's config has no {', '.join(missing)}: it is damaged")
-    if checkpoint["format"] != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']}; this flowtrain reads format {FORMAT}")
+        raise CheckpointError(f"{path}: the checkpoint's config has no {', '.join(missing)}: it is damaged.")
     return dict(checkpoint)

@@ -3,7 +3,9 @@
 import logging
 import math
 import signal
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -21,7 +23,8 @@ from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError, NonFi
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
 from flowtrain.precision import narrowed, training_step
-from flowtrain.scores import check_finite, held_out, log_probs
+from flowtrain.scores import check_finite as check_scores
+from flowtrain.scores import held_out, log_probs
 from flowtrain.solvers import record_solves
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import Ema
@@ -30,6 +33,7 @@ from flowtrain.training.metrics import Metrics
 from flowtrain.training.schedule import LearningRate
 from flowtrain.training.settings import Settings
 from flowtrain.training.signals import StopSignals
+from flowtrain.training.trouble import STEP_ERRORS, Trouble, check_finite, dump
 
 log = logging.getLogger("flowtrain")
 
@@ -40,6 +44,12 @@ WARMUP = 2 / 3
 INITIALIZATION, INITIALIZATION_ROWS = 2**23, 10_000
 # what last.pt keeps of the trainer itself
 PROGRESS = ("step", "seconds", "stale", "best", "val_nll", "began")
+# an NFE so many times the median of the steps before is a spike, and how many those are at most
+SPIKE, MEDIAN_OF = 3, 100
+
+# what a step that failed measured: nothing, and it was passed over, or the run went back
+SKIPPED: dict[str, Any] = {}
+REWOUND: dict[str, Any] = {}
 
 Picture = Callable[[Flow, int, float], None]
 
@@ -81,7 +91,11 @@ class Trainer:
         self.best: dict[str, float] | None = None
         self.val_nll = math.nan
         self.stopped_by: str | None = None
+        # the number of the signal that did
+        self.signal: int | None = None
+        self.trouble = Trouble(settings.on_nonfinite, settings.max_rewinds)
         self.warned = False
+        self.nfe: deque[int] = deque(maxlen=MEDIAN_OF)
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(flow.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         # the first step that solves, None where none does
@@ -110,10 +124,10 @@ class Trainer:
 
     def initialize(self) -> None:
         """Statistics and data-dependent parameters, from training data."""
-        statistics = self.data.statistics()
+        moments = self.data.statistics()
         for bijection in self.flow.bijection.modules():
-            if isinstance(bijection, Standardize) and statistics is not None:
-                bijection.fit(*statistics)
+            if isinstance(bijection, Standardize) and moments is not None:
+                bijection.fit(*moments)
         rows = max(500, min(INITIALIZATION_ROWS, INITIALIZATION // math.prod(self.flow.event_shape)))
         x, label = self.batch(0, rows)
         if not bool(torch.isfinite(x).all()):
@@ -156,18 +170,19 @@ class Trainer:
                 self.save_last()
             while self.step < s.steps and self.stopped_by is None:
                 row = self.guarded_step()
-                self.step += 1
+                self.step += row is not REWOUND
                 self.seconds = before + time.perf_counter() - begun
-                if self.step % s.log_every == 0 or self.step == 1:
+                if row and (self.step % s.log_every == 0 or self.step == 1):
                     self.metrics.write(step=self.step, split="train", nll=row.pop("nll"), seconds=self.seconds, **row)
                     self.show(bar, row)
                 self.watch_nfe(row)
-                bar.update()
+                bar.update(self.step - bar.n)
                 if s.time_limit is not None and time.perf_counter() - begun >= s.time_limit:
                     self.stopped_by = "time limit"
                 if signals.received is not None:
+                    self.signal = signals.received
                     self.stopped_by = signal.Signals(signals.received).name
-                if self.step % s.val_every == 0 or self.step == s.steps:
+                if row is not REWOUND and (self.step % s.val_every == 0 or self.step == s.steps):
                     self.validate()
                     self.save_last()
                 elif signals.received is not None:
@@ -176,19 +191,18 @@ class Trainer:
                     # saved first: resumed, the run must not know of a validation that it would not have made
                     self.save_last()
                     self.validate()
-                if self.picture is not None and s.plot_every and self.step % s.plot_every == 0:
-                    self.with_average(self.picture, self.flow, self.step, self.val_nll)
+                if row is not REWOUND and s.plot_every and self.step % s.plot_every == 0:
+                    self.draw()
                 self.seconds = before + time.perf_counter() - begun
 
     def guarded_step(self) -> dict[str, Any]:
+        """What a step measured; SKIPPED or REWOUND where it failed and the policy has it so."""
         try:
-            return self.train_step()
+            row = self.train_step()
+            self.trouble.skipped = 0
+            return row
         except FlowtrainError as e:
-            # last.pt stays as it is: a step fails for its weights, and would fail again from those before it
-            raise type(e)(
-                f"step {self.step + 1}: {e} Go on from the last checkpoint, with a smaller learning rate: "
-                f"flowtrain resume={self.run_dir} trainer.lr={self.settings.lr / 2:g}"
-            ) from e
+            return self.failed(e)
         except RuntimeError as e:
             if not self.settings.compile or "torch._" not in f"{type(e).__module__}.":
                 raise
@@ -196,6 +210,52 @@ class Trainer:
             raise ConfigError(
                 f"trainer.compile=true: torch could not compile here: set it to false ({first} ...)"
             ) from e
+
+    def failed(self, error: FlowtrainError) -> dict[str, Any]:
+        """Keeps the batch of a step that failed, before it touched the weights, and does what the policy says."""
+        kept = None
+        if isinstance(error, STEP_ERRORS):
+            kept = dump(self.run_dir, self.step + 1, *self.batch(self.step, self.settings.batch_size))
+        words = f"{error}" + ("" if kept is None else f" Its batch is in {kept}.")
+        if self.trouble.skips(type(error)(words), self.step + 1):
+            return SKIPPED
+        if self.trouble.rewinds_from(error):
+            self.rewind(f"step {self.step + 1}: {words}")
+            return REWOUND
+        # last.pt stays as it is: a step fails for its weights, and would fail again from those before it
+        lr = self.settings.lr * self.trouble.lr_scale
+        raise type(error)(
+            f"step {self.step + 1}: {words} Go on from the last checkpoint, with a smaller learning rate: "
+            f"flowtrain resume={self.run_dir} trainer.lr={lr / 2:g}"
+        ) from error
+
+    def rewind(self, why: str) -> None:
+        """Back to the last checkpoint, with half of the learning rate from there on."""
+        rewinds = self.trouble.rewinds + 1
+        saved = checkpoint.load(self.run_dir / "checkpoints/last.pt")
+        self.load_weights(saved)
+        self.load_progress(saved)
+        self.trouble.rewinds, self.trouble.skipped = rewinds, 0
+        self.metrics = Metrics(self.metrics.path, self.step)
+        # now, so that a run killed before its next checkpoint does not begin with the old rate again
+        self.save_last()
+        log.warning(
+            "%s Back to step %d with a learning rate %g times the one that was set (%d of at most %d times).",
+            why,
+            self.step,
+            self.trouble.lr_scale,
+            rewinds,
+            self.trouble.max_rewinds,
+        )
+
+    def draw(self) -> None:
+        """A picture of the flow as it is; a run is not lost for one that cannot be written."""
+        if self.picture is None:
+            return
+        try:
+            self.with_average(self.picture, self.flow, self.step, self.val_nll)
+        except OSError as e:
+            log.warning("step %d: no picture: %s", self.step, e)
 
     def train_step(self) -> dict[str, Any]:
         """One update. The finite check costs one transfer to the host, beside the solver's, and comes before it."""
@@ -208,7 +268,7 @@ class Trainer:
         x, label = self.batch(step, s.batch_size)
         self.objective.train()
         self.objective.begin(step)
-        lr = self.lr.at(step)
+        lr = self.lr.at(step) * self.trouble.lr_scale
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # where the step solves
@@ -225,7 +285,7 @@ class Trainer:
         norm = nn.utils.get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
         grad_norm, *values = torch.stack([norm, *terms.values()]).tolist()
         row = dict(zip(terms, values, strict=True))
-        self.check_finite(row.pop("loss"), grad_norm)
+        check_finite(self.flow, row.pop("loss"), grad_norm, x)
         if s.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.flow.parameters(), s.clip_norm, norm)
         self.optimizer.step()
@@ -282,16 +342,6 @@ class Trainer:
         # the best NLL so far may owe itself to the coarser steps, and no honest one would ever beat it
         self.best = None
 
-    def check_finite(self, nll: float, grad_norm: float) -> None:
-        if math.isfinite(nll) and math.isfinite(grad_norm):
-            return
-        if not math.isfinite(nll):
-            what = f"the loss is {nll}"
-        else:
-            bad = [n for n, p in self.flow.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            what = f"the gradient of {', '.join(bad[:3]) or 'the weights'} is not finite"
-        raise NonFiniteError(f"{what}; the weights were not touched. Try a smaller trainer.lr or trainer.clip_norm.")
-
     def show(self, bar: Any, row: dict[str, Any]) -> None:
         last = self.metrics.rows[-1]
         nfe = {} if row["nfe_forward"] is None else {"nfe": row["nfe_forward"] + row["nfe_backward"]}
@@ -300,7 +350,13 @@ class Trainer:
         bar.set_postfix(**loss, val=f"{self.val_nll:.3f}", **nfe, refresh=False)
 
     def watch_nfe(self, row: dict[str, Any]) -> None:
-        nfe = (row["nfe_forward"] or 0) + (row["nfe_backward"] or 0)
+        nfe = (row.get("nfe_forward") or 0) + (row.get("nfe_backward") or 0)
+        if not nfe:
+            return
+        usual = statistics.median(self.nfe) if len(self.nfe) >= MEDIAN_OF // 10 else math.inf
+        self.nfe.append(nfe)
+        if nfe > SPIKE * usual:
+            log.warning("step %d: NFE %d, where %g was usual before", self.step, nfe, usual)
         if nfe > NFE_WARNING and not self.warned:
             self.warned = True
             log.warning(
@@ -317,7 +373,7 @@ class Trainer:
         x, label = held_out(self.flow, self.data, "val")
         n = self.settings.val_size
         log_p = self.with_average(log_probs, self.flow, x[:n], None if label is None else label[:n])
-        check_finite(log_p, "val")
+        check_scores(log_p, "val")
         self.val_nll = -log_p.mean().item()
         self.metrics.write(
             step=self.step, split="val", nll=self.val_nll, seconds=self.seconds, **self.bits(self.val_nll)
@@ -327,9 +383,9 @@ class Trainer:
         self.lr.validated(improved)
         # what is still being tightened has not settled
         self.stale = 0 if improved or not self.settled() else self.stale + 1
-        if improved:
+        # the best is what is on the disk
+        if improved and self.keep("best", self.inference_state()):
             self.best = {"nll": self.val_nll, "step": self.step}
-            checkpoint.save(self.run_dir / "checkpoints/best.pt", self.inference_state())
         if self.settings.patience is not None and self.stale >= self.settings.patience:
             self.stopped_by = self.stopped_by or f"early stopping after {self.stale} validations without a new best"
 
@@ -387,8 +443,25 @@ class Trainer:
         guard = None if self.guard is None else self.guard.state()
         rest: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state(), "guard": guard}
         rest |= {key: getattr(self, key) for key in PROGRESS}
+        rest["trouble"] = self.trouble.state()
         rest["histories"] = [h.steps for h in self.flow.histories]
-        checkpoint.save(self.run_dir / "checkpoints/last.pt", {**self.inference_state(), **rest})
+        self.keep("last", {**self.inference_state(), **rest})
+
+    def keep(self, name: str, state: dict[str, Any]) -> bool:
+        """Whether the checkpoint was written: a disk that is full does not end a run, which has the one before."""
+        try:
+            checkpoint.save(self.run_dir / f"checkpoints/{name}.pt", state)
+        except OSError as e:
+            if self.step == 0:
+                raise
+            log.warning(
+                "step %d: checkpoints/%s.pt could not be written (%s). The one before it stays, and the run goes on.",
+                self.step,
+                name,
+                e,
+            )
+            return False
+        return True
 
     def load_weights(self, saved: Mapping[str, Any]) -> None:
         try:
@@ -410,6 +483,8 @@ class Trainer:
             self.ema.load(saved["ema"])
         if self.guard is not None and saved.get("guard") is not None:
             self.guard.load(saved["guard"])
+        if "trouble" in saved:
+            self.trouble.load(saved["trouble"])
         for key in PROGRESS:
             # a run of an older flowtrain has only ever solved
             setattr(self, key, saved.get(key, True) if key == "began" else saved[key])

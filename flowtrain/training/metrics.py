@@ -1,10 +1,15 @@
 """metrics.jsonl: one JSON object a line."""
 
 import json
+import logging
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from flowtrain.files import to_json, write_text
+
+log = logging.getLogger("flowtrain")
 
 
 class Metrics:
@@ -13,12 +18,25 @@ class Metrics:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self.rows = [row for row in read(path) if row["step"] <= step] if path.exists() else []
+        self.waiting, self.failing = "", False
         write_text(path, "".join(to_json(row) + "\n" for row in self.rows))
 
     def write(self, **row: Any) -> None:
+        """Appends a row; what cannot be written, as on a full disk, is tried again with the next one."""
         self.rows.append(row)
-        with self.path.open("a") as f:
-            f.write(to_json(row) + "\n")
+        self.waiting += to_json(row) + "\n"
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as f:
+                f.write(self.waiting)
+        except OSError as e:
+            if not self.failing:
+                log.warning("%s cannot be written (%s): its rows are kept until it can", self.path, e)
+            self.failing = True
+            with suppress(OSError):
+                os.truncate(self.path, size)
+            return
+        self.waiting, self.failing = "", False
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass
 from flowtrain.checks import flag, number, one_of, whole
 from flowtrain.errors import ConfigError
 from flowtrain.precision import PRECISIONS
+from flowtrain.training.trouble import POLICIES
 
 CHOICES = {
     "optimizer": ("adam", "adamw"),
     "lr_decay": ("cosine", "plateau", "constant"),
     "precision": PRECISIONS,
+    "on_nonfinite": POLICIES,
 }
 # the least value of each whole number
 WHOLE = {
@@ -24,6 +26,7 @@ WHOLE = {
     "guard_every": 1,
     "accumulate": 1,
     "val_size": 1,
+    "max_rewinds": 0,
 }
 POSITIVE = ("lr", "clip_norm", "ema", "time_limit")
 OPTIONAL = ("clip_norm", "ema", "patience", "plot_every", "time_limit", "guard_every", "val_size")
@@ -59,6 +62,8 @@ class Settings:
     accumulate: int = 1
     precision: str = "float32"
     val_size: int | None = None
+    on_nonfinite: str = "stop"
+    max_rewinds: int = 3
 
     def __post_init__(self) -> None:
         given = {k: v for k, v in asdict(self).items() if v is not None or k not in OPTIONAL}

@@ -1,9 +1,12 @@
-"""A polite stop: SIGINT and SIGTERM let the step in hand finish."""
+"""A polite stop: SIGINT, SIGTERM and what batch systems send before they take a machine back."""
 
 import signal
 import threading
 from types import FrameType
 from typing import Any
+
+# USR1 and USR2: SLURM's --signal, and submitit's
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignals:
@@ -16,7 +19,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         # handlers can be set in the main thread only; elsewhere (a notebook's worker, a launcher) nothing changes
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPPING:
                 self.before[number] = signal.signal(number, self._handle)
         return self
 

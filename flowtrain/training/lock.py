@@ -1,0 +1,55 @@
+"""One process at a time works in a run directory."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flowtrain.errors import ConfigError
+
+NAME = ".lock"
+
+
+@contextmanager
+def holding(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory, made where it is not there.
+
+    The lock is the kernel's, on an open file: it ends with the process, however that ends, and a file left behind by
+    one that was killed holds nobody up.
+
+    Raises:
+        ConfigError: another process has it; the message says which.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = _locked(run_dir / NAME)
+    try:
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        # while it is held: no other process can have locked this file by then
+        (run_dir / NAME).unlink(missing_ok=True)
+        os.close(file)
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of the file, locked."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(file)
+            raise ConfigError(
+                f"{path.parent} is in use by {holder}: wait for it to end, or stop it, or choose another directory"
+            ) from e
+        try:
+            if os.fstat(file).st_ino == path.stat().st_ino:
+                return file
+        except FileNotFoundError:
+            pass
+        # its last holder took the file away between the two calls
+        os.close(file)

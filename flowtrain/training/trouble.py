@@ -1,0 +1,113 @@
+"""What becomes of a step that fails: a loss or gradient that is not finite, a solve that does not end."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowtrain.errors import FlowtrainError, NonFiniteError, SolverError
+from flowtrain.files import replacing
+
+log = logging.getLogger("flowtrain")
+
+POLICIES = ("stop", "skip", "rewind")
+# what a policy is for; any other error is a mistake, and stops the run
+STEP_ERRORS = (NonFiniteError, SolverError)
+# steps skipped in a row after which a run stops: its weights are past mending
+SKIPS = 10
+# batches that are kept
+DUMPS = 5
+
+
+def dump(run_dir: Path, step: int, x: Tensor, label: Tensor | None) -> Path | None:
+    """Keeps the batch of a step that failed, x and label as .npz; the file, or None where it could not be written."""
+    path = run_dir / f"failed/step_{step:06d}.npz"
+    if len(list(path.parent.glob("step_*.npz"))) >= DUMPS and not path.exists():
+        return None
+    arrays: dict[str, Any] = {"x": x.cpu().numpy(), **({} if label is None else {"label": label.cpu().numpy()})}
+    try:
+        with replacing(path) as f:
+            np.savez(f, **arrays)
+    except OSError as e:
+        log.warning("the batch of step %d could not be kept: %s", step, e)
+        return None
+    return path
+
+
+def check_finite(flow: nn.Module, loss: float, grad_norm: float, x: Tensor) -> None:
+    """Refuses an update that is not finite, naming the tensor and the likely cause.
+
+    Raises:
+        NonFiniteError: the loss or a gradient is NaN or infinite.
+    """
+    finite = torch.tensor([loss, grad_norm]).isfinite().tolist()
+    if all(finite):
+        return
+    if not finite[0]:
+        what = f"the loss is {loss}"
+    else:
+        bad = [n for n, p in flow.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        what = f"the gradient of {_listed(bad) or 'the weights'} is not finite"
+    raise NonFiniteError(f"{what}; the weights were not touched. {_cause(flow, finite[0], x)}")
+
+
+def _cause(flow: nn.Module, loss_is_finite: bool, x: Tensor) -> str:
+    """Where to look first."""
+    wrong = [name for name, p in flow.named_parameters() if not p.isfinite().all()]
+    if wrong:
+        return f"The weights {_listed(wrong)} are not finite since an update before: go back to an earlier checkpoint."
+    rows = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if rows:
+        return f"The batch itself holds NaN or infinite values, first in row {rows[0]}: remove those rows of the data."
+    if loss_is_finite:
+        return (
+            "The loss is finite, so this is an overflow on the way back. Try a smaller trainer.lr or trainer.clip_norm."
+        )
+    largest = float(x.abs().max()) if x.is_floating_point() else 0.0
+    if largest > 1e6:
+        return (
+            f"The batch goes up to {largest:.1e}: scale the data down (data.standardize), or try a smaller trainer.lr."
+        )
+    return "Try a smaller trainer.lr or trainer.clip_norm."
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+class Trouble:
+    """The policy of a run, `trainer.on_nonfinite`, and what it has cost so far.
+
+    Attributes:
+        skipped: steps in a row.
+        rewinds: so far; each halves the learning rate.
+    """
+
+    def __init__(self, policy: str, max_rewinds: int) -> None:
+        self.policy, self.max_rewinds = policy, max_rewinds
+        self.skipped, self.rewinds = 0, 0
+
+    @property
+    def lr_scale(self) -> float:
+        return 0.5**self.rewinds
+
+    def skips(self, error: FlowtrainError, step: int) -> bool:
+        """Whether the step is passed over."""
+        if self.policy != "skip" or not isinstance(error, STEP_ERRORS) or self.skipped >= SKIPS:
+            return False
+        self.skipped += 1
+        log.warning("step %d is skipped: %s", step, error)
+        return True
+
+    def rewinds_from(self, error: FlowtrainError) -> bool:
+        """Whether the run goes back to its last checkpoint."""
+        return self.policy == "rewind" and isinstance(error, STEP_ERRORS) and self.rewinds < self.max_rewinds
+
+    def state(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "rewinds": self.rewinds}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.skipped, self.rewinds = state["skipped"], state["rewinds"]
