@@ -1,6 +1,7 @@
 """From a plain config to objects. The only place that calls what a config names, and decides what it may name."""
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from flowtrain.bijections.base import Chain
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset, Samples
-from flowtrain.errors import CheckpointError, ConfigError
+from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
 from flowtrain.regularizers import Regularizer
@@ -107,9 +108,11 @@ def load(path: str | Path, device: str = "cpu", trust: Sequence[str] = ()) -> Fl
 def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str] = ()) -> Flow:
     """The flow of a checkpoint that has been read; see `load`."""
     check_targets(saved["config"], trust)
+    samples = samples_of(saved)
     # building draws initial weights; reading a checkpoint must not shift the caller's random numbers
     with torch.random.fork_rng(devices=[]):
-        flow = build_flow(saved["config"], samples_of(saved))
+        check_sizes(saved, samples)
+        flow = build_flow(saved["config"], samples)
     try:
         flow.load_state_dict(saved["weights"])
         if saved.get("ema"):
@@ -119,6 +122,51 @@ def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str]
         first = " ".join(str(e).split())[:160]
         raise CheckpointError(f"the checkpoint's weights do not fit the model of its config ({first} ...)") from e
     return flow.to(device).eval()
+
+
+# what a number in a checkpoint may be whatever its weights are, and how many elements a sample may have
+SMALL_NUMBER, SMALL_SAMPLE = 1024, 2**24
+
+
+def check_sizes(saved: Mapping[str, Any], samples: Samples) -> None:
+    """Refuses a config that would build more than the checkpoint's weights fill, before any memory is asked for.
+
+    No whole number in the model's config may exceed all the weights there are; and the model, sketched without memory
+    (on torch's meta device), must have weights of their shapes.
+
+    Raises:
+        CheckpointError: the config is not that of the weights, or builds no flow at all.
+    """
+    weights = saved["weights"]
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    most = max(SMALL_NUMBER, sum(w.numel() for w in weights.values()))
+    for where, value in _leaves({"model": saved["config"]["model"]}, ()):
+        if isinstance(value, int) and abs(value) > most:
+            raise CheckpointError(f"the checkpoint's {'.'.join(where)} is {value}, and its weights are {most} numbers")
+    if math.prod(samples.event_shape) > max(SMALL_SAMPLE, most):
+        raise CheckpointError(f"the checkpoint's samples would be of shape {samples.event_shape}")
+    try:
+        with torch.device("meta"):
+            sketch = build_flow(saved["config"], samples)
+    except FlowtrainError as e:
+        raise CheckpointError(f"the checkpoint's config builds no flow: {e}") from e
+    except NotImplementedError:
+        # a user's own model that needs values to be built
+        return
+    except RuntimeError as e:
+        if "meta tensors" in str(e):
+            return
+        raise CheckpointError(f"the checkpoint's config builds no flow: {_first_line(e)}") from e
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError) as e:
+        raise CheckpointError(f"the checkpoint's config builds no flow: {_first_line(e)}") from e
+    wrong = [name for name, w in sketch.state_dict().items() if tuple(w.shape) != shapes.get(name)]
+    wrong += [name for name in shapes if name not in sketch.state_dict()]
+    if wrong:
+        raise CheckpointError(f"the checkpoint's weights do not fit the model of its config: {', '.join(wrong[:3])}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def samples_of(saved: Mapping[str, Any]) -> Samples:

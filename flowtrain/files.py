@@ -24,7 +24,13 @@ def replacing(
         check: called with the new file before it takes the place of the old one; what it raises, leaves that.
         keep: where the old file stays.
     """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # a pipe or a device, whose place no file should take
+        with path.open("wb") as f:
+            yield f
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as f:

@@ -92,9 +92,9 @@ class Flow(nn.Module):
         Raises:
             FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
         """
-        return self.located(x, label)[0]
+        return self.log_prob_and_latents(x, label)[0]
 
-    def located(self, x: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
+    def log_prob_and_latents(self, x: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
         """log p(x), (B,), see `log_prob`, and the latents it was found by, (B, *event_shape)."""
         x = self.dequantized(self._checked(x, "x"))
         with self._precision(x):

@@ -187,17 +187,25 @@ def _draw_vectors(flow: Flow, data: Dataset, path: Path, title: str, samples: Te
     )
 
 
-def draw_evaluation(result: Evaluation, title: str, place: Callable[[str], Path]) -> list[Path]:
-    """Calibration, and of two sets how likelihood tells them apart; the files, of which `place` says where by name."""
+def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[str], Path]) -> list[Path]:
+    """Calibration, and of two sets how likelihood tells them apart.
+
+    Args:
+        data: the name of the data.
+        place: where a figure of some name goes.
+
+    Returns:
+        The files.
+    """
     drawn = [place("calibration")]
     words = f"{title}, latents of {result.calibration.n:,} {result.split} samples"
     plots.draw_calibration(drawn[0], pit=result.pit, title=words)
     if result.ood is not None and result.sets is not None:
-        unit, scale = ("nats", 1.0) if result.bits_per_dim is None else ("bits/dim", result.bits_per_dim / result.nll)
+        unit, scale = result.unit
         drawn.append(place("ood"))
         plots.draw_ood(
             drawn[1],
-            names=(title.rpartition(" on ")[2], result.ood.name),
+            names=(data, result.ood.name),
             log_p=(scale * result.sets[0], scale * result.sets[1]),
             entropy=scale * result.ood.entropy,
             auroc=result.ood.auroc,

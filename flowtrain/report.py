@@ -44,8 +44,8 @@ def tables_of(result: Evaluation) -> list[Table]:
         Table("Numbers", "", ("", ""), list(result.rows())),
         Table(
             "Where the error comes from",
-            f"In nats, all but the first from {result.budget.rows} rows. The total is the root of the sum of squares "
-            "over sampling, trace, solver and precision.",
+            f"In nats; trace to gap from the first {result.budget.rows} rows. The total is the root of the sum of the "
+            "squares of sampling, trace, the larger of solver's two and precision.",
             ("part", "nats", "measured as"),
             budget_rows(result),
         ),
@@ -66,7 +66,8 @@ def budget_rows(result: Evaluation) -> list[Row]:
         ("sampling", b.sampling, "standard error over the rows"),
         ("trace", b.trace, "its noise over draws, at this many rows" if b.trace else "exact, no noise"),
         ("solver", b.solver, "change when the tolerance is tightened tenfold, in float64"),
-        ("solver, own estimate", b.embedded, "embedded error of the integral of the divergence; not in the total"),
+        ("solver, own estimate", b.embedded, "embedded error of the integral of the divergence"),
+        ("solver, of one row", b.solver_per_row, "RMS of that change: the error of a single score; not in the total"),
         ("precision", b.precision, f"{result.dtype} beside float64"),
         ("dequantization gap", b.dequantization_gap, "lower with ten times the draws: one sided, not in the total"),
         ("total", b.total, f"standard error; 95% interval {low:.6g} to {high:.6g}"),
@@ -101,6 +102,7 @@ def _cell(words: str) -> str:
 
 
 STYLE = """
+html { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 3rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .headline { font-size: 1.25rem; font-weight: 600; margin: .4rem 0; }
@@ -109,7 +111,6 @@ table { border-collapse: collapse; margin-top: .6rem; font-variant-numeric: tabu
 th { text-align: left; font-weight: 600; } td, th { padding: .25rem 1.2rem .25rem 0; vertical-align: top; }
 tr + tr td { border-top: 1px solid #e9e9e9; } td:first-child { white-space: nowrap; color: #6b6b6b; }
 .FAILED { color: #d55e00; font-weight: 600; } img { width: 100%; margin-top: 1.5rem; }
-@media (prefers-color-scheme: dark) { body { background: #fff; } }
 """
 
 

@@ -94,15 +94,17 @@ def train(
     if saved is not None:
         check_same("resume", build.samples_of(saved), data.samples)
     prepare_process(config, data.event_shape)
-    torch.manual_seed(whole("seed", config["seed"], least=0))
-    flow = build.build_flow(config, data.samples).to(device)
     taught = teaching(config, run_dir, saved is not None)
     teacher = None
     if taught is not None:
         check_same("from", build.samples_of(taught), data.samples)
         teacher = build.restore(taught, device, trust)
-        if saved is None:
-            flow.load_state_dict(teacher.state_dict())
+    if saved is not None:
+        build.check_sizes(saved, data.samples)
+    torch.manual_seed(whole("seed", config["seed"], least=0))
+    flow = build.build_flow(config, data.samples).to(device)
+    if teacher is not None and saved is None:
+        flow.load_state_dict(teacher.state_dict())
     objective = build.build_objective(config, flow, teacher)
     config = {**config, "objective": {**config["objective"], **objective.pinned}}
     title = title_of(config)
@@ -171,8 +173,13 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
 
 def title_of(config: Mapping[str, Any]) -> str:
     """Such as "ffjord on moons"; the user's own data go by their file's name."""
+    return f"{label(config['model'])} on {data_name(config)}"
+
+
+def data_name(config: Mapping[str, Any]) -> str:
+    """Of a data set; the user's own data go by their file's."""
     path = config["data"].get("path")
-    return f"{label(config['model'])} on {Path(path).name if path else label(config['data'])}"
+    return Path(path).name if path else label(config["data"])
 
 
 def label(group: Mapping[str, Any]) -> str:
@@ -190,7 +197,7 @@ def finish(
     write_json(run_dir / "result.json", {**result.to_dict(), "train_seconds": trainer.seconds, "steps": trainer.step})
     plots.draw_curves(run_dir / "plots/curves.png", rows=trainer.metrics.rows, title=title, entropy=data.entropy)
     pictures.draw(flow, data, run_dir / "plots/samples.png", f"{title}, test {result.words}")
-    pictures.draw_evaluation(result, title, lambda name: run_dir / f"plots/{name}.png")
+    pictures.draw_evaluation(result, title, data_name(config), lambda name: run_dir / f"plots/{name}.png")
     pictures.draw_more(flow, data, run_dir / "plots", title)
     log.info("%s\ntrained %d steps in %.1f s", result.table(), trainer.step, trainer.seconds)
 

@@ -1,7 +1,7 @@
 """log p(x) of many samples: in parts, with noise that is seeded, averaged over draws of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 
 import torch
@@ -30,23 +30,28 @@ def held_out(flow: Flow, data: Dataset, split: str) -> tuple[Tensor, Tensor | No
 
 
 def log_probs(
-    flow: Flow, x: Tensor, label: Tensor | None = None, batch_size: int | None = None, draws: int = 1
-) -> Tensor:
-    """log p(x) in nats for all rows of x, (n,); see `located`."""
-    return located(flow, x, label, batch_size, draws, latents=0)[0]
-
-
-@torch.no_grad()
-def located(
     flow: Flow,
     x: Tensor,
     label: Tensor | None = None,
     batch_size: int | None = None,
     draws: int = 1,
-    latents: int = 10_000,
     seed: int = 0,
+) -> Tensor:
+    """log p(x) in nats for all rows of x, (n,); see `log_probs_and_latents`."""
+    return log_probs_and_latents(flow, x, label, batch_size, draws, seed, latents=0)[0]
+
+
+@torch.no_grad()
+def log_probs_and_latents(
+    flow: Flow,
+    x: Tensor,
+    label: Tensor | None = None,
+    batch_size: int | None = None,
+    draws: int = 1,
+    seed: int = 0,
+    latents: int = 10_000,
 ) -> tuple[Tensor, Tensor]:
-    """log p(x) in nats for all rows of x, (n,), float64, and the latents of the first, both on the CPU.
+    """log p(x) in nats for all rows of x, (n,), float64, and latents of some of them, both on the CPU.
 
     Of whole numbers log 1/K sum_k p(x + u_k), u_k uniform, K = `draws`: in expectation it rises with K to
     log P(x) (Burda et al. 2016, Importance weighted autoencoders, theorem 1, for a uniform proposal). Where the trace
@@ -55,42 +60,55 @@ def located(
     Args:
         label: (n,), for a conditional flow; None for its `marginal`.
         batch_size: rows at a time; None for as many as suit the size of a sample.
-        latents: of how many rows, those of the first draw; none of a marginal.
         seed: of the noise.
+        latents: of about how many rows, evenly spread, those of the first draw; none of a marginal.
     """
     device = flow.like.device
     size = batch_size or rows_at_a_time(flow.event_shape)
     labels = repeat(None) if label is None else torch.split(label, size)
-    whole = flow.classes is not None and label is None
-    estimated = estimates_trace(flow) and draws > 1 and not whole
     log_p, z = [], []
+    every, at = math.ceil(len(x) / max(1, latents)), 0
     with seeded(seed, device):
         for part, y in zip(torch.split(x, size), labels, strict=False):
             x_k = [flow.dequantized(part.to(device)) for _ in range(draws)]
-            if whole:
-                found = [(marginal(flow, one), one[:0]) for one in x_k]
-            elif estimated:
-                found = _same_probes(flow, [(one, y) for one in x_k])
-            else:
-                found = [flow.located(one, y) for one in x_k]
-            if latents > 0:
-                z.append(found[0][1][:latents].cpu())
-                latents -= len(part)
-            log_p_k = torch.stack([one.double() for one, _ in found])
-            if estimated:
-                again = torch.stack([one.double() for one, _ in _same_probes(flow, [(one, y) for one in x_k])])
-                log_p.append(bound_of_estimates(log_p_k, again).cpu())
-            else:
-                log_p.append((log_p_k.logsumexp(0) - math.log(draws)).cpu())
+            averaged, first = _averaged(flow, x_k, y)
+            log_p.append(averaged.cpu())
+            if latents:
+                z.append(first[-at % every :: every].cpu())
+            at += len(part)
     return torch.cat(log_p), torch.cat(z) if z else torch.empty(0, *flow.event_shape)
+
+
+def _averaged(flow: Flow, x_k: list[Tensor], label: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log of the mean over the x_k (B, *event) of p(x_k), (B,), float64, and the latents of the first of them."""
+    if flow.classes is not None and label is None:
+        log_p = torch.stack([marginal(flow, x).double() for x in x_k])
+        return log_p.logsumexp(0) - math.log(len(x_k)), x_k[0][:0]
+    if estimates_trace(flow) and len(x_k) > 1:
+        points = [(x, label) for x in x_k]
+        (a, z), (b, _) = (_same_probes(flow, points) for _ in range(2))
+        return bound_of_estimates(a, b), z
+    log_p, z = _stacked(flow.log_prob_and_latents(x, label) for x in x_k)
+    return log_p.logsumexp(0) - math.log(len(x_k)), z
+
+
+def _stacked(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """log p, (K, B), float64, and the latents of the first; those of the others are not kept."""
+    log_p: list[Tensor] = []
+    first = None
+    for one, z in found:
+        log_p.append(one.double())
+        first = z if first is None else first
+    assert first is not None
+    return torch.stack(log_p), first
 
 
 def marginal(flow: Flow, x: Tensor) -> Tensor:
     """log p(x), (B,); of a conditional flow with all classes equally likely, log 1/K sum_y p(x | y)."""
     if flow.classes is None:
         return flow.log_prob(x)
-    found = _same_probes(flow, [(x, y) for y in range(flow.classes)])
-    return torch.stack([log_p for log_p, _ in found]).logsumexp(0) - math.log(flow.classes)
+    log_p, _ = _same_probes(flow, [(x, y) for y in range(flow.classes)])
+    return log_p.logsumexp(0) - math.log(flow.classes)
 
 
 def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:
@@ -107,14 +125,16 @@ def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:
     return total / 2 - math.log(len(a))
 
 
-def _same_probes(flow: Flow, points: Sequence[tuple[Tensor, Label]]) -> list[tuple[Tensor, Tensor]]:
-    """`Flow.located` of each (x, label), with fresh trace probes that they share: their noise is much the same."""
+def _same_probes(flow: Flow, points: Sequence[tuple[Tensor, Label]]) -> tuple[Tensor, Tensor]:
+    """`_stacked` of each (x, label), with fresh trace probes that they share: their noise is much the same."""
     seed = int(torch.randint(2**62, ()))
-    found = []
-    for x, label in points:
-        torch.manual_seed(seed)
-        found.append(flow.located(x, label))
-    return found
+
+    def found() -> Iterator[tuple[Tensor, Tensor]]:
+        for x, label in points:
+            torch.manual_seed(seed)
+            yield flow.log_prob_and_latents(x, label)
+
+    return _stacked(found())
 
 
 def nfe_of_pass(flow: Flow, solves: Sequence[Statistics]) -> float | None:

@@ -211,12 +211,67 @@ def test_headline_is_rounded_to_its_error(run: Run) -> None:
     assert found["budget"]["interval"][0] < found["nll"] < found["budget"]["interval"][1]
 
 
+def test_nothing_that_is_read_or_written_is_written_over(run: Run, tmp_path: Path) -> None:
+    run_dir = trained(run, "data=circles", "data.n_test=50", "data.n_val=40")
+    for name in ("v.npy", "v_ood.npy", "s_ood.npy"):
+        np.save(tmp_path / name, np.zeros((5, 2)))
+    (tmp_path / "link.npy").symlink_to(tmp_path / "v.npy")
+    (tmp_path / "folder").mkdir()
+    ckpt = f"{run_dir}/checkpoints/best.pt"
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for arguments in (
+        ["data.path=v.npy", "scores=v.npy"],
+        ["data.path=v.npy", "scores=link.npy"],
+        ["data.path=v.npy", "out=v.npy"],
+        ["ood=s_ood.npy", "scores=s.npy"],
+        [f"out={ckpt}"],
+        ["out=z.html", "report=true"],
+        ["out=z.npy", "scores=z.npy"],
+        ["out=folder"],
+        ["out=folder", "scores=s.npy"],
+    ):
+        code, out, err = run("floweval", f"ckpt={ckpt}", *arguments)
+        assert (code, out) == (2, ""), (arguments, err)
+        assert len(err.strip().splitlines()) == 1, err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    # a device is written to, and a link leads to its file
+    assert run("floweval", f"ckpt={ckpt}", "out=/dev/null", "scores=/dev/null/x.npy")[0] != 0
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    assert run("floweval", f"ckpt={ckpt}", "out=link.json")[0] == 0
+    assert json.loads((tmp_path / "real.json").read_text())["n"] == 50
+    assert (tmp_path / "link.json").is_symlink()
+
+
+def test_the_columns_that_are_asked_for_are_taken_or_refused(run: Run, tmp_path: Path, table: Path) -> None:
+    run_dir = trained(run, "data=array", f"data.path={table}")
+    rows = np.random.default_rng(1).normal([3.0, -1.0, 8.0], 1.0, (50, 3))
+    mixed = written(tmp_path / "mixed.csv", "age,height,weight", rows[:, [2, 0, 1]])
+    evaluated(run, run_dir, f"data.path={mixed}", "scores=a.npy")
+    evaluated(run, run_dir, f"data.path={mixed}", "data.columns=[1,2,0]", "scores=b.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+    for arguments, words in (
+        ([f"data.path={mixed}", "split=test"], "the flow was trained on height, weight, age"),
+        ([f"data.path={mixed}", "data.columns=[nonsense]"], "no column 'nonsense'"),
+        ([f"data.test_path={mixed}", "split=all"], "leave data.val_path and data.test_path out"),
+        ([f"data.test_path={mixed}"], "columns in another order"),
+    ):
+        code, out, err = run("floweval", f"ckpt={run_dir}", *arguments)
+        assert (code, out) == (2, ""), (arguments, err)
+        assert words in err
+    same = written(tmp_path / "same.csv", "height,weight,age", rows)
+    assert evaluated(run, run_dir, f"data.path={same}", f"data.test_path={same}")["n"] == 50
+
+
 MISTAKES = [
     (["split=all"], "no file of rows"),
     (["scores=s.csv"], "scores=s.csv: this is written as .npy"),
     (["dtype=float16"], "choose one of float32, float64"),
     (["report=maybe"], "report=maybe: give true or false"),
     (["seed=-1"], "seed=-1"),
+    (["data.path=5"], "data.path=5: give the path"),
+    (["data.path=[a,b]"], "give the path"),
+    (["ood=circles,moons"], "only flowtrain -m"),
+    (["ood=../model/ffjord"], "ending"),
     (["ood=nowhere.npy"], "there is no file"),
     (["ood=three.npy"], "three.npy has 3 columns, and the flow was trained on samples of 2"),
     (["data.path=three.npy"], "three.npy has 3 columns"),

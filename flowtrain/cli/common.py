@@ -104,6 +104,8 @@ def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> t
         raise ConfigError(f"{bad[0]}: arguments look like KEY=VALUE; see --help")
     values, rest = dict(own), []
     for argument, override in zip(arguments, OverridesParser.create().parse_overrides(list(arguments)), strict=True):
+        if override.is_sweep_override() and override.key_or_group in own:
+            raise ConfigError(f"{override.key_or_group}: several values make a sweep, which only flowtrain -m can run")
         if override.key_or_group in own:
             values[override.key_or_group] = override.value()
         else:
@@ -214,13 +216,39 @@ def with_array(saved: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
     return list(overrides)
 
 
+def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
+    """Refuses, before any work is done, to write two things to one place, or over what is read.
+
+    Raises:
+        ConfigError: such a place, or a directory.
+        OSError: a folder that cannot be written.
+    """
+    taken = {
+        Path(os.path.realpath(Path(given).expanduser())) for given in inputs if isinstance(given, str | Path) and given
+    }
+    for path in outputs:
+        real = Path(os.path.realpath(path))
+        if real in taken:
+            raise ConfigError(f"{path}: this is read here, or written to already; give another name")
+        if path.is_dir():
+            raise ConfigError(f"{path} is a directory; give the name of a file")
+        # a device or a pipe can take more than one
+        if not real.exists() or real.is_file():
+            taken.add(real)
+        folder = next(parent for parent in real.parents if parent.exists())
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is not a directory: nothing can be written into it")
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written")
+
+
 def written_as(key: str, value: Any, ending: str) -> Path | None:
     """The file that an option names, None where it is not given.
 
     Raises:
         ConfigError: a name that does not end in `ending`.
     """
-    if value is None:
+    if value is None or value == "":
         return None
     if not isinstance(value, str) or not value.endswith(ending):
         raise ConfigError(f"{key}={value}: this is written as {ending}; give a name that ends so")

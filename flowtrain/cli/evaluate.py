@@ -1,6 +1,7 @@
 """`floweval`: the NLL of a checkpoint on held-out or new data, with its error and checks on the density."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from flowtrain.build import build_data
 from flowtrain.checks import flag, one_of, whole
 from flowtrain.cli.common import (
     Opened,
+    check_outputs,
     compose_defaults,
+    is_path,
     open_checkpoint,
     run_command,
     run_dir_of,
@@ -21,12 +24,12 @@ from flowtrain.cli.common import (
 )
 from flowtrain.data.base import Dataset
 from flowtrain.data.rows import Rows
-from flowtrain.errors import ConfigError
+from flowtrain.errors import ConfigError, DataError
 from flowtrain.evaluation import check_fits, evaluate
 from flowtrain.files import write_json, write_npy
 from flowtrain.paths import config_dir
 from flowtrain.report import write_report
-from flowtrain.run import messages, title_of
+from flowtrain.run import data_name, messages, title_of
 
 USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FILE] [report=true] [KEY=VALUE ...]
 
@@ -75,26 +78,28 @@ def _command() -> int:
     batch_size = None if own["batch_size"] is None else whole("batch_size", own["batch_size"])
     draws, seed = whole("dequantization_samples", own["dequantization_samples"]), whole("seed", own["seed"], least=0)
     dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])
-    scores, out = written_as("scores", own["scores"], ".npy"), Path(str(own["out"])) if own["out"] else None
+    scores, out = (
+        written_as("scores", own["scores"], ".npy"),
+        Path(str(own["out"])).expanduser() if own["out"] else None,
+    )
     opened = open_checkpoint(own, overrides)
-    flow = opened.flow.to(dtype)
-    split = str(own["split"] or ("all" if any(a.startswith("data.path=") for a in overrides) else "test"))
-    data = data_of(opened, split)
+    split = str(own["split"] or default_split(overrides))
+    place = Place(run_dir_of(opened.path), out, scores, "" if split == "test" else f"_{split}")
+    place.check(own["ood"] is not None, wants_report, [opened.path, own["ood"], *paths_of(opened.config["data"])])
+    data = data_of(opened, split, overrides)
     other = None if own["ood"] is None else other_set(str(own["ood"]), opened)
-    result = evaluate(flow, data, split, opened.step, batch_size, draws, other, seed)
+    result = evaluate(opened.flow.to(dtype), data, split, opened.step, batch_size, draws, other, seed)
 
-    place = Place(run_dir_of(opened.path), out)
     write_json(place.json, result.to_dict())
     written = [place.json]
     if scores is not None:
         write_npy(scores, result.scores.numpy())
         written.append(scores)
         if result.sets is not None:
-            beside = scores.with_name(f"{scores.stem}_ood.npy")
-            write_npy(beside, result.sets[1].numpy())
-            written.append(beside)
+            write_npy(place.other_scores, result.sets[1].numpy())
+            written.append(place.other_scores)
     title = title_of(opened.config)
-    figures = pictures.draw_evaluation(result, title, place.figure)
+    figures = pictures.draw_evaluation(result, title, data_name(opened.config), place.figure)
     written += figures
     if wants_report:
         written += write_report(result, title, str(opened.path), place.report, place.others(figures))
@@ -106,14 +111,29 @@ def _command() -> int:
 class Place:
     """Where files go: into the run directory, or beside `out` and under its name."""
 
-    def __init__(self, run_dir: Path, out: Path | None) -> None:
-        self.run_dir, self.out = run_dir, out
+    def __init__(self, run_dir: Path, out: Path | None, scores: Path | None, suffix: str) -> None:
+        self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, suffix
         self.json = out or run_dir / "eval.json"
-        self.report = out or run_dir / "report"
+        self.report = out or run_dir / "report.html"
+
+    @property
+    def other_scores(self) -> Path:
+        """Those of the other set, beside the first."""
+        assert self.scores is not None
+        return self.scores.with_name(f"{self.scores.stem}_ood.npy")
+
+    def check(self, ood: bool, report: bool, inputs: list[Any]) -> None:
+        """Everything that will be written, before any work is done; see `check_outputs`."""
+        paths = [self.json, self.figure("calibration")]
+        paths += [self.figure("ood")] if ood else []
+        paths += [] if self.scores is None else [self.scores, *([self.other_scores] if ood else [])]
+        paths += [self.report.with_suffix(ending) for ending in (".md", ".html")] if report else []
+        check_outputs(paths, inputs)
 
     def figure(self, name: str) -> Path:
         if self.out is None:
-            return self.run_dir / f"plots/{name}.png"
+            # those of the test set are the run's
+            return self.run_dir / f"plots/{name}{self.suffix}.png"
         return self.out.with_name(f"{self.out.stem}_{name}.png")
 
     def others(self, drawn: list[Path]) -> list[Path]:
@@ -122,22 +142,50 @@ class Place:
         return [*drawn, *(path for path in kept if path.is_file())]
 
 
-def data_of(opened: Opened, split: str) -> Dataset:
-    """The data set of the config, or all the rows of its file."""
+def default_split(overrides: Sequence[str]) -> str:
+    """All the rows of a file that is given to be scored; the test set otherwise, and where it has a file of its own."""
+    keys = {a.partition("=")[0] for a in overrides}
+    return "all" if "data.path" in keys and not keys & {"data.val_path", "data.test_path"} else "test"
+
+
+def paths_of(data: Mapping[str, Any]) -> list[Any]:
+    """The files that a data set is read from."""
+    return [value for key, value in data.items() if is_path(key)]
+
+
+def data_of(opened: Opened, split: str, overrides: Sequence[str]) -> Dataset:
+    """The data set of the config, or all the rows of its file.
+
+    Raises:
+        ConfigError: a split that there is not.
+        DataError: columns of other names than those that the flow was trained on.
+    """
+    keys = {a.partition("=")[0] for a in overrides}
     data = opened.config["data"]
-    if split != "all":
-        return build_data(opened.config)
-    if not data.get("path"):
-        raise ConfigError("split=all: this data is no file of rows; choose test or val, or give data.path")
-    return Rows(data["path"], opened.samples, **{key: data.get(key) for key in ("key", "columns", "label")})
+    if split == "all":
+        if keys & {"data.val_path", "data.test_path"}:
+            raise ConfigError("split=all takes the rows of data.path alone: leave data.val_path and data.test_path out")
+        if not data.get("path"):
+            raise ConfigError("split=all: this data is no file of rows; choose test or val, or give data.path")
+        read = {key: data.get(key) for key in ("key", "columns", "label")}
+        return Rows(data["path"], opened.samples, **read, asked="data.columns" in keys)
+    built = build_data(opened.config)
+    names = built.samples.columns
+    if names and opened.samples.columns and names != opened.samples.columns:
+        raise DataError(
+            f"{data.get('path')} has the columns {', '.join(names)}, and the flow was trained on "
+            f"{', '.join(opened.samples.columns)}: give split=all, which reads them by name, or data.columns"
+        )
+    return built
 
 
 def other_set(value: str, opened: Opened) -> tuple[str, Tensor]:
     """Name and samples of the set that `ood` means: the test set of data by that name, or the rows of a file."""
-    if value != "array" and (config_dir() / "data" / f"{value}.yaml").is_file():
+    if value != "array" and value in {path.stem for path in (config_dir() / "data").glob("*.yaml")}:
         data = build_data({**opened.config, "data": compose_defaults([f"data={value}"])["data"]})
         check_fits(opened.flow, data)
         return value, data.test
     trained = opened.config["data"]
     keys = {key: trained.get(key) for key in ("columns", "label")}
+    keys["key"] = trained.get("key") if value.endswith(".npz") else None
     return Path(value).name, Rows(value, opened.samples, **keys).test

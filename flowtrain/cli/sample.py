@@ -1,7 +1,6 @@
 """`flowsample`: draws samples from a checkpoint into a .npy file."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,12 +55,13 @@ def _command() -> int:
     temperature = number("temperature", own["temperature"], inclusive=True)
     if own["quality"] is not None:
         return report_quality(own, overrides, seed)
-    written_as("out", own["out"], ".npy")
+    given = written_as("out", own["out"], ".npy")
     label = None if own["label"] is None else whole("label", own["label"], least=0)
-    path, flow, config = (opened := open_checkpoint(own, overrides)).path, opened.flow, opened.config
+    opened = open_checkpoint(own, overrides)
+    flow, config = opened.flow, opened.config
     images = len(flow.event_shape) == 3
     n = (100 if images else 10_000) if own["n"] is None else whole("n", own["n"])
-    out = Path(str(own["out"])) if own["out"] else run_dir_of(path) / "samples.npy"
+    out = given or run_dir_of(opened.path) / "samples.npy"
     labels = label if flow.classes is None or label is not None else flow.in_turn(n)
     # refused before anything is read or drawn
     flow.labels(labels, torch.empty(n, 0, device=flow.like.device))
@@ -94,21 +94,22 @@ def report_quality(own: dict[str, Any], overrides: list[str], seed: int) -> int:
     unused = [key for key in ("n", "label") if own[key] is not None] + ["temperature"] * (own["temperature"] != 1.0)
     if unused:
         raise ConfigError(f"{unused[0]}: has no use beside quality, which takes as many samples as there are data")
-    written_as("out", own["out"], ".json")
+    given = written_as("out", own["out"], ".json")
     steps = own["quality"]
     if not isinstance(steps, list) or not steps:
         raise ConfigError(f"quality={steps}: give a list of numbers of steps, as in [1,2,4,8]")
     steps = [whole(f"quality[{i}]", k) for i, k in enumerate(steps)]
-    path, flow, config = (opened := open_checkpoint(own, overrides)).path, opened.flow, opened.config
+    opened = open_checkpoint(own, overrides)
+    flow, config = opened.flow, opened.config
     found = quality(flow, build_data(config), steps, seed)
-    out = Path(str(own["out"])) if own["out"] else run_dir_of(path) / "quality.json"
+    out = given or run_dir_of(opened.path) / "quality.json"
     write_json(out, found.to_dict())
     lines: dict[str, tuple[list[float], list[float]]] = {}
     for row in found.rows:
         nfe, distance = lines.setdefault(row.method, ([], []))
         nfe.append(row.nfe)
         distance.append(row.sliced_wasserstein)
-    picture = out.with_suffix(".png") if own["out"] else out.parent / "plots/quality.png"
+    picture = out.with_suffix(".png") if given else out.parent / "plots/quality.png"
     exact = (found.exact.nfe, found.exact.sliced_wasserstein)
     title = f"{title_of(config)}, samples by few steps"
     draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title)

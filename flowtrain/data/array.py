@@ -81,6 +81,9 @@ class ArrayData(InMemory):
             raise ConfigError(
                 "data.path is not set: data=array reads your own file, so give data.path=FILE (.npy, .npz or .csv)"
             )
+        for name, given in (("path", path), ("val_path", val_path), ("test_path", test_path)):
+            if given is not None and not isinstance(given, str):
+                raise ConfigError(f"data.{name}={given}: give the path of a file")
         self.levels = None if levels is None else whole("data.levels", levels, least=2)
         self.alpha = below_half("data.alpha", alpha)
         self.discrete = flag("data.dequantize", dequantize) or levels is not None

@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from flowtrain.data.promise import MOST_RATIO
 from flowtrain.errors import DataError
 
 _UNSIGNED = 0x08
 _TYPES = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
 _MAX_RANK = 4
 _GZIP = b"\x1f\x8b"
-# Deflate spends at least one bit on 129 bytes
-_MAX_RATIO = 1032
 _BLOCK = 1 << 20
 
 
@@ -54,7 +53,7 @@ def _read(file: BufferedReader) -> NDArray[np.uint8]:
     if file.peek(2)[:2] != _GZIP:
         return _array(file, size)
     with gzip.GzipFile(fileobj=file) as unpacked:
-        return _array(unpacked, _MAX_RATIO * size)
+        return _array(unpacked, MOST_RATIO * size)
 
 
 def _array(stream: BufferedReader | gzip.GzipFile, most: int) -> NDArray[np.uint8]:

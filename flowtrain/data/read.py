@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flowtrain.data.columns import Columns, default_names, pick
 from flowtrain.data.delimited import read_delimited
+from flowtrain.data.promise import check_promise
 from flowtrain.errors import ConfigError, DataError
 
 ARRAYS = (".npy", ".npz")
@@ -122,7 +123,7 @@ def _from_text(file: Path, choose: Choose) -> Table:
 
 def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[int, ...]) -> Table:
     array = _load(file, key)
-    if array.ndim > 2 and array.shape[1:] in (event_shape, event_shape[1:] if event_shape[:1] == (1,) else event_shape):
+    if is_images(array.shape, event_shape):
         array = array.reshape(len(array), -1)
     _check_array(array, file, event_shape)
     table = array.reshape(len(array), -1) if array.ndim == 1 else array
@@ -131,11 +132,17 @@ def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[
     return Table(np.ascontiguousarray(kept, dtype=np.float64), default_names(indices), tuple(indices), str(file))
 
 
+def is_images(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool:
+    """Whether an array of that shape holds samples of shape (C, H, W): (n, C, H, W), or (n, H, W) where C is 1."""
+    return len(shape) > 2 and shape[1:] in (event_shape, event_shape[1:] if event_shape[:1] == (1,) else event_shape)
+
+
 def _load(file: Path, key: str | None) -> NDArray[Any]:
     """The array in the file, never unpickled."""
     try:
         # NumPy forgets to close what it opens itself when an archive turns out damaged
         with file.open("rb") as stream:
+            check_promise(stream, file)
             loaded = np.load(stream, allow_pickle=False)
             return np.asarray(loaded[_member(loaded.files, key, file)] if isinstance(loaded, NpzFile) else loaded)
     except (ConfigError, DataError, PermissionError):

@@ -12,7 +12,7 @@ from flowtrain.data.array_checks import check_labels, check_levels, check_range,
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.columns import Columns, default_names, pick
 from flowtrain.data.idx import read_idx
-from flowtrain.data.read import Table, read_table
+from flowtrain.data.read import Table, is_images, read_table
 from flowtrain.errors import ConfigError, DataError
 
 
@@ -27,6 +27,7 @@ class Rows(Dataset):
         path: .npy .npz .csv .txt .data .tra .tes, or an IDX file, plain or gzipped.
         samples: what the flow was trained on.
         key, columns, label: how the training file was read, see `flowtrain.data.array.ArrayData`.
+        asked: whether `columns` were asked for, and are to be taken whatever the file has.
 
     Raises:
         ConfigError: columns that the file does not have.
@@ -40,18 +41,20 @@ class Rows(Dataset):
         key: str | None = None,
         columns: Columns | None = None,
         label: str | int | None = None,
+        asked: bool = False,
     ) -> None:
         self.event_shape = samples.event_shape
         self.discrete, self.levels, self.alpha = samples.discrete, samples.levels, samples.alpha
         self.classes, self.columns = samples.classes, samples.columns
-        table, marks = _read(path, samples, key, columns, label)
+        table, marks = _read(path, samples, key, columns, label, asked)
         check_range(table)
         if self.discrete:
             check_whole(table)
         if self.levels is not None:
             check_levels(table, self.levels)
         narrow = np.uint8 if self.levels is not None and self.levels <= 256 else np.int64
-        values = table.values.astype(narrow if self.discrete else np.float32)
+        # in float64, which a flow may be evaluated in
+        values = table.values.astype(narrow if self.discrete else np.float64)
         self.val = self.test = torch.from_numpy(values).view(-1, *self.event_shape)
         if marks is not None:
             check_labels(marks)
@@ -67,9 +70,11 @@ class Rows(Dataset):
 
 
 def _read(
-    path: str | Path, samples: Samples, key: str | None, columns: Columns | None, label: str | int | None
+    path: str | Path, samples: Samples, key: str | None, columns: Columns | None, label: str | int | None, asked: bool
 ) -> tuple[Table, Table | None]:
     """The table, and the column of labels where there is one."""
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"data.path={path}: give the path of a file")
     file = Path(path).expanduser()
     if _is_idx(file):
         return _of_images(file, samples.event_shape), None
@@ -79,9 +84,9 @@ def _read(
     def choose(names: Sequence[str]) -> list[int]:
         found[:] = names
         named = tuple(names) != default_names(range(len(names)))
-        if named and samples.columns:
+        if named and samples.columns and not asked:
             return pick(samples.columns, names, file, "the columns that the flow was trained on")
-        if len(names) == width:
+        if len(names) == width and not asked:
             return list(range(width))
         indices = pick(columns, names, file)
         if label is not None:
@@ -91,19 +96,21 @@ def _read(
         return indices
 
     table = read_table(file, key, choose, event_shape=samples.event_shape)
-    if label is None or samples.classes is None or (len(found) == width and label not in found):
+    # by name, or by its place in a file that has more than the samples
+    labelled = label in found if isinstance(label, str) else len(found) > width
+    if label is None or samples.classes is None or not labelled:
         return table, None
     return table, read_table(file, key, [label], "data.label")
 
 
 def _is_idx(file: Path) -> bool:
-    """By its name, as published (train-images-idx3-ubyte.gz) or by its ending."""
-    return "-idx" in file.name or file.suffix in (".idx", ".gz")
+    """By its name, as published: train-images-idx3-ubyte.gz."""
+    return "-idx" in file.name or file.suffix == ".idx"
 
 
 def _of_images(file: Path, event_shape: tuple[int, ...]) -> Table:
     images = read_idx(file)
-    if images.shape[1:] not in (event_shape, event_shape[1:] if event_shape[0] == 1 else event_shape):
+    if not is_images(images.shape, event_shape):
         raise DataError(f"{file} has shape {images.shape}, and the flow was trained on samples of shape {event_shape}")
     values = images.reshape(len(images), -1).astype(np.float64)
     indices = tuple(range(values.shape[1]))

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowtrain.errors import SolverError
 from flowtrain.evaluation.result import Budget
 from flowtrain.flow import Flow
-from flowtrain.scores import estimates_trace, located, log_probs
+from flowtrain.scores import estimates_trace, log_probs
 from flowtrain.seeding import seeded
 from flowtrain.solvers import record_integral_errors
 
@@ -27,7 +28,7 @@ class Subset:
 
     Attributes:
         raw: as the data set has them, (rows, *event_shape).
-        x: with noise added to whole numbers once, in the flow's dtype, so that it stays out of the differences.
+        x: whole numbers with noise added once, in the flow's dtype, so that it stays out of the differences.
         label: of a conditional flow, (rows,), else None.
     """
 
@@ -37,10 +38,11 @@ class Subset:
 
 
 def subset_of(flow: Flow, x: Tensor, label: Tensor | None) -> Subset:
-    """The first rows of x: as many as `rows_of_checks` says."""
-    rows = rows_of_checks(flow.event_shape)
+    """As many rows of x as `rows_of_checks` says, drawn at random: files may be sorted."""
     with seeded(0, flow.like.device):
-        return Subset(x[:rows], flow.dequantized(x[:rows]), None if label is None else label[:rows])
+        rows = torch.randperm(len(x))[: rows_of_checks(flow.event_shape)]
+        raw = x[rows]
+        return Subset(raw, flow.dequantized(raw) if flow.discrete else raw, None if label is None else label[rows])
 
 
 def rows_of_checks(event_shape: tuple[int, ...]) -> int:
@@ -59,17 +61,22 @@ def budget(flow: Flow, subset: Subset, log_p: Tensor, draws: int) -> Budget:
     trace = trace_error(flow, subset, n, draws)
     exact = copy.deepcopy(flow).double()
     with record_integral_errors() as errors:
-        in_float64 = log_probs(exact, subset.x, subset.label).mean()
-    solver = solver_error(exact, subset, in_float64)
+        in_float64 = log_probs(exact, subset.x, subset.label)
+    solver, per_row = solver_error(exact, subset, in_float64)
+    # of fixed steps there is none
+    estimated = bool(errors) and flow.solver is not None and flow.solver.adaptive
+    embedded = float(torch.cat(errors).sum()) / len(subset.x) if estimated else None
     precision = None
     if flow.like.dtype != torch.float64:
-        precision = abs(float(log_probs(flow, subset.x, subset.label).mean() - in_float64))
-    total = math.sqrt(over_rows**2 + solver**2 + (precision or 0.0) ** 2)
+        precision = of_mean(log_probs(flow, subset.x, subset.label) - in_float64)
+    known = [part for part in (max(solver, embedded or 0.0), precision) if part is not None and math.isfinite(part)]
+    total = math.sqrt(over_rows**2 + sum(part**2 for part in known))
     return Budget(
         sampling=math.sqrt(max(0.0, over_rows**2 - trace**2)) if math.isfinite(over_rows) else over_rows,
         trace=trace,
         solver=solver,
-        embedded=float(torch.cat(errors).sum()) / len(subset.x) if errors else None,
+        solver_per_row=per_row,
+        embedded=embedded,
         precision=precision,
         dequantization_gap=dequantization_gap(flow, subset, draws) if flow.discrete else None,
         rows=len(subset.x),
@@ -91,29 +98,38 @@ def trace_error(flow: Flow, subset: Subset, n: int, draws: int) -> float:
     """
     if not estimates_trace(flow):
         return 0.0
-    drawn = [located(flow, subset.x, subset.label, latents=0, seed=1 + k)[0] for k in range(DRAWS)]
+    drawn = [log_probs(flow, subset.x, subset.label, seed=1 + k) for k in range(DRAWS)]
     variance = float(torch.stack(drawn).var(0).mean())
     return math.sqrt(variance / (n if draws == 1 else 2 * n))
 
 
-def solver_error(flow: Flow, subset: Subset, nll: Tensor) -> float:
-    """|NLL(tolerance) - NLL(tolerance / 10)| in nats, of a flow in float64 so that rounding stays out of it.
+def of_mean(difference: Tensor) -> float:
+    """How large the mean of all rows may be, by that of some, (rows,): root of its square and its squared error."""
+    if len(difference) < 2:
+        return float(difference.abs().mean())
+    return math.hypot(float(difference.mean()), stderr(difference))
+
+
+def solver_error(flow: Flow, subset: Subset, log_p: Tensor) -> tuple[float, float]:
+    """The change of the NLL, and in RMS that of a row, when the tolerance is tightened tenfold, in nats.
+
+    Of a flow in float64, so that rounding stays out of it; NaN of a field that cannot be solved so tightly.
 
     Args:
-        nll: -NLL(tolerance), the mean of log p.
+        log_p: at the tolerance as it is, (rows,).
     """
-    if flow.solver is None:
-        return 0.0
-    with flow.solver.using(**tighter(flow, 10)):
-        return abs(float(log_probs(flow, subset.x, subset.label).mean() - nll))
-
-
-def tighter(flow: Flow, by: float) -> dict[str, Any]:
-    """Settings of the flow's solver with its tolerance, or its step size, divided."""
     solver = flow.solver
-    assert solver is not None
-    settings = {"rtol": solver.rtol / by, "atol": solver.atol / by, "max_nfe": int(100 * solver.max_nfe)}
-    return settings if solver.step_size is None else {**settings, "step_size": solver.step_size / by}
+    if solver is None:
+        return 0.0, 0.0
+    tighter: dict[str, Any] = {"rtol": solver.rtol / 10, "atol": solver.atol / 10, "max_nfe": 10 * solver.max_nfe}
+    if solver.step_size is not None:
+        tighter["step_size"] = solver.step_size / 10
+    try:
+        with solver.using(**tighter):
+            change = log_probs(flow, subset.x, subset.label) - log_p
+    except SolverError:
+        return math.nan, math.nan
+    return of_mean(change), float(change.square().mean().sqrt())
 
 
 def dequantization_gap(flow: Flow, subset: Subset, draws: int) -> float:

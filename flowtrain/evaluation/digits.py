@@ -6,24 +6,19 @@ import math
 def with_error(value: float, error: float) -> str:
     """`value +- error`, as in "2.402 +- 0.006": the error to one significant digit, two where the first is a 1.
 
-    Both end at the same decimal. An error that is not known (NaN, as of one row) leaves the value four decimals and
-    no error.
+    Both end at the same decimal. Without an error (NaN, as of one row; or 0, as of an AUROC of 1) the value has four
+    decimals.
     """
-    if not math.isfinite(error) or not math.isfinite(value):
+    if not math.isfinite(value) or not 0 < error < math.inf:
         return f"{value:.4f}"
     places = decimals(error)
     return f"{round(value, places):.{max(0, places)}f} +- {round(error, places):.{max(0, places)}f}"
 
 
 def decimals(error: float) -> int:
-    """Where a number with that error ends: decimals after the point, negative for tens and hundreds."""
-    if not error > 0:
-        return 6
+    """Where a number with that error, above 0, ends: decimals after the point, negative for tens and hundreds."""
     exponent = math.floor(math.log10(error))
     leading = round(error / 10**exponent, 1)
-    if leading >= 9.5:
-        # rounded, it begins with a 1
-        return -exponent
     return 1 - exponent if leading < 1.95 else -exponent
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,15 @@ from flowtrain.evaluation.latents import calibration
 from flowtrain.evaluation.result import Evaluation
 from flowtrain.evaluation.separation import separation
 from flowtrain.flow import Flow, Label
-from flowtrain.scores import check_finite, estimates_trace, held_out, located, log_probs, nfe_of_pass, trace_rule
+from flowtrain.scores import (
+    check_finite,
+    estimates_trace,
+    held_out,
+    log_probs,
+    log_probs_and_latents,
+    nfe_of_pass,
+    trace_rule,
+)
 from flowtrain.seeding import seeded
 from flowtrain.solvers import record_solves
 
@@ -48,32 +57,34 @@ def evaluate(
     flow.eval()
     begun = time.perf_counter()
     with record_solves() as solves:
-        log_p, z = located(flow, x, label, batch_size, dequantization_samples, seed=seed)
+        log_p, z = log_probs_and_latents(flow, x, label, batch_size, dequantization_samples, seed=seed)
     check_finite(log_p, split)
     seconds = time.perf_counter() - begun
     true = data.log_prob(x)
     gap = None if true is None else true.cpu() - log_p
-    kl = None if gap is None else (float(gap.mean()), stderr(gap))
+    kl = (None, None) if gap is None else (float(gap.mean()), stderr(gap))
+    nll_stderr = stderr(log_p)
     subset = subset_of(flow, x, label)
     parts = budget(flow, subset, log_p, dequantization_samples)
+    judged = checks(flow, subset, parts, nll_stderr, kl)
     calibrated, pit = calibration(z)
-    rule, estimated = trace_rule(flow), estimates_trace(flow)
-    bits, nll = flow.bits_per_nat, -float(log_p.mean())
     sets = None
     if other is not None:
-        inside = log_p if flow.classes is None else log_probs(flow, x, None, batch_size, dequantization_samples)
-        sets = inside, log_probs(flow, other[1], None, batch_size, dequantization_samples)
-    judged = tuple(checks(flow, subset, parts, stderr(log_p), kl))
+        score = partial(log_probs, flow, label=None, batch_size=batch_size, draws=dequantization_samples, seed=seed)
+        sets = (log_p if flow.classes is None else score(x)), score(other[1])
+        check_finite(sets[0], split)
+    rule, estimated = trace_rule(flow), estimates_trace(flow)
+    bits, nll = flow.bits_per_nat, -float(log_p.mean())
     result = Evaluation(
         nll=nll,
-        nll_stderr=stderr(log_p),
+        nll_stderr=nll_stderr,
         n=len(x),
         split=split,
         step=step,
         bits_per_dim=None if bits is None else bits * nll,
         entropy=data.entropy,
-        kl=None if kl is None else kl[0],
-        kl_stderr=None if kl is None else kl[1],
+        kl=kl[0],
+        kl_stderr=kl[1],
         trace="hutchinson" if estimated else "exact",
         noise_samples=rule.noise_samples if rule is not None and estimated else None,
         dequantization_samples=dequantization_samples if flow.discrete else None,
@@ -86,9 +97,10 @@ def evaluate(
         dtype=str(flow.like.dtype).removeprefix("torch."),
         total_seconds=time.perf_counter() - begun,
         budget=parts,
-        checks=judged,
+        checks=tuple(judged),
         calibration=calibrated,
         ood=None if other is None or sets is None else separation(other[0], *sets),
+        bits_per_nat=bits,
         scores=log_p,
         sets=sets,
         pit=pit,

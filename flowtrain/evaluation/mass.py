@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# the grid is fine enough with this error, below what a density may miss 1 by, or with as many points as patience allows
-ENOUGH = 7e-4
-MOST = {1: 20_000, 2: 70_000}
+# what a density may miss 1 by, and the grid's own error below that
+MISS, ENOUGH = 1e-3, 7e-4
+# points that are evaluated at most, but for the last doubling, and nodes to a side, by the number of columns
+MOST, SIDE = 70_000, {1: 2**17 + 1, 2: 2**11 + 1}
 FIRST = {1: 257, 2: 33}
 # mass at a node below which its neighbours are left out of the next grid: all of them together are nothing
 NOTHING = 1e-9
@@ -30,35 +31,77 @@ def mass(log_prob: Callable[[Tensor], Tensor], samples: Tensor) -> Mass:
 
     On smooth densities the rule converges geometrically (Trefethen and Weideman 2014, The exponentially convergent
     trapezoidal rule); sinh takes a few far samples in at little cost to the middle. A doubled grid holds the old one,
-    whose values are not computed again, and has points only where that found mass nearby.
+    whose values are not computed again, and has points only where that found mass nearby or a sample lies. An integral
+    of 1 ends it as soon as its error is small; another one may be that of a grid which has missed a mode, and is
+    believed only after as many points as there may be.
 
     Args:
         log_prob: (B, d) -> (B,) in nats.
         samples: (n, d) from the density, which say where it lies.
     """
-    d = samples.shape[1]
-    x = samples.double()
-    low, centre, high = torch.quantile(x, torch.tensor([0.16, 0.5, 0.84], dtype=x.dtype, device=x.device), dim=0)
-    # twice the spread: the middle, where the mass is, has points at least as dense as an even grid's
-    scale = (high - low).clamp_min(torch.finfo(torch.float32).tiny)
-    end = torch.asinh(1.5 * ((x - centre).abs().amax(0) / scale).clamp_min(1.0))
-    n = FIRST[d]
-    known = _values(log_prob, _nodes(n, d), centre, scale, end).view((n,) * d)
-    total = _trapezoid(known, end)
-    points, changes = n**d, []
+    grid = Grid.over(samples)
+    n = FIRST[samples.shape[1]]
+    everywhere = torch.ones((n,) * samples.shape[1], dtype=torch.bool)
+    known = torch.zeros(everywhere.shape, dtype=torch.float64)
+    known[everywhere] = grid.values(log_prob, everywhere)
+    total, points, changes = grid.integral(known), known.numel(), list[float]()
     while True:
-        here = _near(known * _cell(n, end) > NOTHING)
+        here = _near((known * grid.cell(n) > NOTHING) | grid.holding(samples, n))
         n = 2 * n - 1
-        finer = torch.zeros((n,) * d, dtype=torch.float64)
-        finer[(slice(None, None, 2),) * d] = known
-        here[(slice(None, None, 2),) * d] = False
-        finer[here] = _values(log_prob, _nodes(n, d)[here.flatten()], centre, scale, end)
-        before, total, known = total, _trapezoid(finer, end), finer
+        every_other = (slice(None, None, 2),) * here.dim()
+        here[every_other] = False
+        finer = torch.zeros(here.shape, dtype=torch.float64)
+        finer[every_other] = known
+        finer[here] = grid.values(log_prob, here)
+        before, total, known = total, grid.integral(finer), finer
         points += int(here.sum())
         changes.append(abs(total - before))
         error = left_after(changes)
-        if error < ENOUGH or (2 * n - 1) ** d > MOST[d] or not math.isfinite(total):
+        # the next doubling has about 2^d times as many
+        spent = points + 2 ** here.dim() * int(here.sum()) > MOST or 2 * n - 1 > SIDE[here.dim()]
+        if (error < ENOUGH and abs(1 - total) < MISS) or spent or not math.isfinite(total):
             return Mass(total, error, points)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Nodes x_j = c_j + s_j sinh(e_j u_j), u an even grid over [-1, 1]^d."""
+
+    centre: Tensor
+    scale: Tensor
+    end: Tensor
+
+    @staticmethod
+    def over(samples: Tensor) -> "Grid":
+        """One that reaches half as far again as the samples (n, d)."""
+        x = samples.double()
+        low, centre, high = torch.quantile(x, torch.tensor([0.16, 0.5, 0.84], dtype=x.dtype, device=x.device), dim=0)
+        # twice the spread: the middle, where the mass is, has points at least as dense as an even grid's
+        scale = (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+        return Grid(centre, scale, torch.asinh(1.5 * ((x - centre).abs().amax(0) / scale).clamp_min(1.0)))
+
+    def values(self, log_prob: Callable[[Tensor], Tensor], where: Tensor) -> Tensor:
+        """p(x) dx/dt at the nodes that are marked, (n,), on the CPU."""
+        t = (2 * where.nonzero().to(self.end) / (len(where) - 1) - 1) * self.end
+        jacobian = (self.scale * t.cosh()).log().sum(1)
+        log_p = log_prob(self.centre + self.scale * t.sinh()).to(jacobian)
+        return (log_p + jacobian).exp().cpu()
+
+    def holding(self, samples: Tensor, n: int) -> Tensor:
+        """Of n^d nodes, those that are next to a sample, (n, ...) bool."""
+        u = torch.asinh((samples.double() - self.centre) / self.scale) / self.end
+        index = ((u + 1) / 2 * (n - 1)).round().long().clamp(0, n - 1).cpu()
+        held = torch.zeros((n,) * samples.shape[1], dtype=torch.bool)
+        held[tuple(index.T)] = True
+        return held
+
+    def integral(self, values: Tensor) -> float:
+        """By the trapezoidal rule; nothing is left at the ends, where its weights would be halves."""
+        return float(values.sum()) * self.cell(len(values))
+
+    def cell(self, n: int) -> float:
+        """dt of one of n^d nodes."""
+        return float((2 * self.end / (n - 1)).prod())
 
 
 def left_after(changes: list[float]) -> float:
@@ -80,27 +123,3 @@ def _near(coarse: Tensor) -> Tensor:
     marked[(slice(None, None, 2),) * d] = coarse.float()
     pool = F.max_pool1d if d == 1 else F.max_pool2d
     return pool(marked[None, None], 5, stride=1, padding=2)[0, 0] > 0
-
-
-def _nodes(n: int, d: int) -> Tensor:
-    """An even grid over [-1, 1]^d, (n^d, d)."""
-    line = torch.linspace(-1, 1, n, dtype=torch.float64)
-    return torch.cartesian_prod(*[line] * d).view(-1, d)
-
-
-def _values(log_prob: Callable[[Tensor], Tensor], nodes: Tensor, centre: Tensor, scale: Tensor, end: Tensor) -> Tensor:
-    """p(x) dx/dt at the nodes, (n,), on the CPU."""
-    t = nodes.to(end.device) * end
-    x = centre + scale * t.sinh()
-    jacobian = (scale * t.cosh()).log().sum(1)
-    return (log_prob(x).double().to(end.device) + jacobian).exp().cpu()
-
-
-def _trapezoid(values: Tensor, end: Tensor) -> float:
-    """Nothing is left at the ends, where a trapezoid's weights would be halves."""
-    return float(values.sum()) * _cell(values.shape[0], end)
-
-
-def _cell(n: int, end: Tensor) -> float:
-    """dt of one node."""
-    return float((2 * end / (n - 1)).prod())

@@ -16,22 +16,25 @@ class Budget:
     Attributes:
         sampling: standard error over the rows, less what the trace's noise adds to it.
         trace: standard error from the noise of an estimated trace, by draws of it on a subset; 0 where it is exact.
-        solver: |change of the NLL| when the tolerance is tightened tenfold, in float64 on a subset; 0 of a discrete
-            flow.
+        solver: change of the NLL when the tolerance is tightened tenfold, in float64 on a subset, whose own error is
+            in it; 0 of a discrete flow, NaN where the field could not be solved so tightly.
+        solver_per_row: RMS of that change of a row, the error of a single score.
         embedded: mean over the subset of what the solver itself estimates the error of the log-determinant's integral
-            to be; None where it gives no estimate. An independent look at `solver`, no part of `total`.
-        precision: |NLL in the flow's dtype - NLL in float64| on a subset; None of a flow that is in float64.
+            to be, whichever way; None where it gives no estimate.
+        precision: the NLL in the flow's dtype beside float64, on the subset likewise; None of a flow in float64.
         dequantization_gap: how much lower the NLL is on the subset with ten times the draws of the noise inside the
             log: by at least so much does the bound lie above the NLL of the whole numbers. None of real numbers. One
             sided and no error of the bound itself, hence no part of `total`.
         rows: of that subset.
-        total: sqrt(sampling^2 + trace^2 + solver^2 + precision^2), the standard error that is printed.
+        total: sqrt(nll_stderr^2 + s^2 + precision^2), s the larger of `solver` and `embedded`: the error that is
+            printed.
         interval: NLL -+ 1.96 total, which covers the flow's true NLL in 95 of 100 test sets.
     """
 
     sampling: float
     trace: float
     solver: float
+    solver_per_row: float
     embedded: float | None
     precision: float | None
     dequantization_gap: float | None
@@ -104,7 +107,7 @@ class Separation:
 
 
 # what the figures take, and no table or JSON
-ARRAYS = ("scores", "sets", "pit")
+PRIVATE = ("bits_per_nat", "scores", "sets", "pit")
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,6 @@ class Evaluation:
         solver_error: the change of the NLL when the tolerance is tightened tenfold, in float64 on a subset; None of a
             discrete flow.
         roundtrip_error: max |x - forward(inverse(x))| on it.
-        bits_per_nat: takes nats to the bits per dimension of images; None of other data.
         seconds: of scoring; total_seconds: with the budget and the checks.
         scores: log p(x) of every row in the order of the set, (n,), float64.
         sets: log p of this set and of the one it is told from, (n,) and (m,), or None.
@@ -152,13 +154,14 @@ class Evaluation:
     checks: tuple[Check, ...]
     calibration: Calibration
     ood: Separation | None
+    bits_per_nat: float | None = field(repr=False)
     scores: Tensor = field(repr=False)
     sets: tuple[Tensor, Tensor] | None = field(repr=False)
     pit: dict[str, Tensor] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the numbers above and the headline, checks by their name, and no arrays."""
-        content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in ARRAYS}
+        content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         content["checks"] = {c.name: {k: v for k, v in asdict(c).items() if k != "name"} for c in self.checks}
         return {**content, "headline": self.headline}
 
@@ -166,6 +169,12 @@ class Evaluation:
     def error(self) -> float:
         """The standard error of the NLL, in nats."""
         return self.budget.total
+
+    @property
+    def kl_error(self) -> float:
+        """That of the KL: what is not sampling error is in it as in the NLL."""
+        assert self.kl_stderr is not None
+        return math.sqrt(max(0.0, self.budget.total**2 - self.nll_stderr**2) + self.kl_stderr**2)
 
     @property
     def headline(self) -> str:
@@ -177,18 +186,22 @@ class Evaluation:
         """As in the headline, "2.402 +- 0.006 nats"; images in bits/dim."""
         if self.bits_per_dim is None:
             return f"{with_error(self.nll, self.error)} nats"
-        scale = self.bits_per_dim / self.nll
-        return f"{with_error(self.bits_per_dim, scale * self.error)} bits/dim"
+        return f"{with_error(self.bits_per_dim, self.unit[1] * self.error)} bits/dim"
+
+    @property
+    def unit(self) -> tuple[str, float]:
+        """What the NLL is told in, and how many of it a nat is: bits/dim of images, else nats."""
+        return ("nats", 1.0) if self.bits_per_nat is None else ("bits/dim", self.bits_per_nat)
 
     @property
     def words(self) -> str:
         """As a title has it: the amount, and the KL where it is known."""
         if self.kl is None or self.kl_stderr is None:
             return f"NLL {self.amount}"
-        return f"NLL {self.amount}, KL {with_error(self.kl, self.kl_stderr)}"
+        return f"NLL {self.amount}, KL {with_error(self.kl, self.kl_error)}"
 
     def _remarks(self) -> list[str]:
-        unit = 1.0 if self.bits_per_dim is None else self.bits_per_dim / self.nll
+        unit = self.unit[1]
         parts = []
         if self.solver is None:
             parts.append("log-det exact")
@@ -205,11 +218,12 @@ class Evaluation:
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, words) of everything, the headline first."""
-        rows = [("NLL", self.headline.removeprefix("NLL ")), ("of", f"{self.split} set, n = {self.n}")]
+        split = "all rows" if self.split == "all" else f"{self.split} set"
+        rows = [("NLL", self.headline.removeprefix("NLL ")), ("of", f"{split}, n = {self.n}")]
         if self.bits_per_dim is not None:
             rows.append(("", f"{with_error(self.nll, self.error)} nats"))
         if self.kl is not None and self.kl_stderr is not None:
-            rows.append(("KL", f"{with_error(self.kl, self.kl_stderr)} nats  (entropy {self.entropy:.4f})"))
+            rows.append(("KL", f"{with_error(self.kl, self.kl_error)} nats  (entropy {self.entropy:.4f})"))
         rows.append(("error", self._error_words()))
         if self.dequantization_samples is not None:
             gap = self.budget.dequantization_gap
@@ -226,7 +240,8 @@ class Evaluation:
         rows.append(("latents", f"KS {c.statistic:.3f} ({c.worst}), p {p_words(c.p_value)}; radius {c.radius:.3f}"))
         if self.ood is not None:
             o = self.ood
-            rows.append(("novelty", f"{o.name}, n = {o.n}: NLL {with_error(o.nll, o.nll_stderr)} nats"))
+            finite = f" of the {o.n - o.infinite} with one" if o.infinite else ""
+            rows.append(("novelty", f"{o.name}, n = {o.n}: NLL {with_error(o.nll, o.nll_stderr)} nats{finite}"))
             rows.append(("", f"AUROC of -log p {with_error(o.auroc, o.auroc_stderr)}"))
             rows.append(("", f"AUROC of |log p + H| {with_error(o.typicality_auroc, o.typicality_stderr)}"))
         took = f"{self.seconds:.1f} s of scoring, {self.total_seconds:.1f} s in all"

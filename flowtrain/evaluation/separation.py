@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flowtrain.evaluation.budget import stderr
 from flowtrain.evaluation.result import Separation
 
 
@@ -20,7 +21,7 @@ def separation(name: str, inside: Tensor, outside: Tensor) -> Separation:
         n=len(outside),
         infinite=int((~finite).sum()),
         nll=-float(kept.mean()),
-        nll_stderr=float(kept.std() / len(kept) ** 0.5) if len(kept) > 1 else float("nan"),
+        nll_stderr=stderr(kept),
         auroc=plain,
         auroc_stderr=plain_error,
         typicality_auroc=typical,

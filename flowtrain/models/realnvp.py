@@ -93,7 +93,8 @@ class Couplings:
 
     def stack(self, d: int, permuted: bool) -> Chain:
         """Over vectors of length d."""
-        even = torch.arange(d) % 2 == 0
+        # with values even where a model is only sketched, on the meta device
+        even = torch.arange(d, device="cpu") % 2 == 0
         bijections: list[Bijection] = []
         for i in range(self.layers):
             mask = even if i % 2 == 0 or permuted else ~even

@@ -3,6 +3,7 @@
 import io
 import logging
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ log = logging.getLogger("flowtrain")
 # 2: with a checksum. Format 1 is read too
 FORMAT = 2
 KEYS = ("format", "config", "event_shape", "step", "weights")
+# what some of them are
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "event_shape": lambda v: isinstance(v, list | tuple) and bool(v) and all(type(n) is int and n > 0 for n in v),
+    "step": lambda v: type(v) is int and v >= 0,
+    "weights": lambda v: isinstance(v, dict) and all(isinstance(w, torch.Tensor) for w in v.values()),
+}
 # of the config, what a flow is built from and told of
 GROUPS = ("model", "data", "solver")
 
@@ -112,10 +119,13 @@ def _read(path: Path) -> dict[str, Any]:
     expected = checkpoint.pop("checksum", None)
     try:
         found = checksum(checkpoint)
-    except CheckpointError as e:
+    except (CheckpointError, RecursionError) as e:
         raise CheckpointError(f"{path}: the checkpoint is damaged: {e}.") from e
     if found != expected and (expected is not None or checkpoint["format"] != 1):
         raise CheckpointError(f"{path}: the checkpoint is damaged: what it holds has another checksum than it says.")
+    for key, good in KINDS.items():
+        if not good(checkpoint[key]):
+            raise CheckpointError(f"{path}: the checkpoint's {key} is not one: it is damaged.")
     missing = [group for group in GROUPS if not isinstance(checkpoint["config"].get(group), dict)]
     if missing:
         raise CheckpointError(f"{path}: the checkpoint's config has no {', '.join(missing)}: it is damaged.")
