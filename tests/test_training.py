@@ -51,10 +51,14 @@ RUNS = [
     ["model=realnvp", "model.mixing=permutation", "trainer.ema=0.9"],
     ["model=ffjord", "model.hidden=[8]", "model.trace=hutchinson", "solver.warmup=6", "solver.rtol=1e-3"],
     ["model=affine", "trainer.optimizer=adamw", "trainer.ema=null", *PLATEAU],
+    ["model=glow", "trainer.lr_decay=constant", "trainer.lr_warmup=3"],
+    ["model=ffjord", "model.hidden=[8]", "objective=flow_matching"],
+    ["model=ffjord", "model.hidden=[8]", "objective=hybrid", "objective.matching=5", "solver.rtol=1e-3"],
+    ["model=ffjord", "model.hidden=[8]", "regularizer=rnode", "regularizer.end_time=0.1", "solver.rtol=1e-3"],
 ]
 
 
-@pytest.mark.parametrize("overrides", RUNS, ids=["realnvp", "ffjord", "affine"])
+@pytest.mark.parametrize("overrides", RUNS, ids=["realnvp", "ffjord", "affine", "glow", "matching", "hybrid", "rnode"])
 @pytest.mark.parametrize("stop", [4, 7])
 def test_resume_is_exact_to_the_bit(overrides: list[str], stop: int, tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole", *overrides, "trainer.steps=10")
