@@ -233,7 +233,11 @@ def test_nothing_that_is_read_or_written_is_written_over(run: Run, tmp_path: Pat
         code, out, err = run("floweval", f"ckpt={ckpt}", *arguments)
         assert (code, out) == (2, ""), (arguments, err)
         assert len(err.strip().splitlines()) == 1, err
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    np.save(tmp_path / "train.npy", np.random.default_rng(0).normal(size=(100, 2)))
+    other = trained(run, "data=array", "data.path=train.npy")
+    code, _, err = run("flowsample", f"ckpt={other}", "n=5", "out=train.npy")
+    assert (code, np.load(tmp_path / "train.npy").shape) == (2, (100, 2)), err
+    assert before.items() <= {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}.items()
     # a device is written to, and a link leads to its file
     assert run("floweval", f"ckpt={ckpt}", "out=/dev/null", "scores=/dev/null/x.npy")[0] != 0
     (tmp_path / "link.json").symlink_to(tmp_path / "real.json")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from holder import hold
 from runs import Run, stop_at
 from test_training import Poisoned, rows, trainer
 from torch import Tensor
@@ -278,12 +279,6 @@ def test_a_spike_of_nfe_is_logged_with_its_step(tmp_path: Path, caplog: pytest.L
         run.step = step
         run.watch_nfe({"nfe_forward": 200 if step == 25 else 40, "nfe_backward": 0})
     assert [r.getMessage() for r in caplog.records] == ["step 25: NFE 200, where 40 was usual before"]
-
-
-def hold(run_dir: Path, ready: Any, leave: Any) -> None:
-    with holding(run_dir):
-        ready.set()
-        leave.wait(60)
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: Path, run: Run) -> None:

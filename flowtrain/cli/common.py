@@ -280,6 +280,11 @@ def absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "data": data}
 
 
+def paths_of(data: Mapping[str, Any]) -> list[Any]:
+    """The files that a data set is read from."""
+    return [value for key, value in data.items() if is_path(key)]
+
+
 def is_path(key: str) -> bool:
     """Whether a key of the data says where files are."""
     return key in ("path", "root") or key.endswith("_path")

@@ -1,7 +1,7 @@
 """`floweval`: the NLL of a checkpoint on held-out or new data, with its error and checks on the density."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from flowtrain.cli.common import (
     Opened,
     check_outputs,
     compose_defaults,
-    is_path,
     open_checkpoint,
+    paths_of,
     run_command,
     run_dir_of,
     split_own,
@@ -146,11 +146,6 @@ def default_split(overrides: Sequence[str]) -> str:
     """All the rows of a file that is given to be scored; the test set otherwise, and where it has a file of its own."""
     keys = {a.partition("=")[0] for a in overrides}
     return "all" if "data.path" in keys and not keys & {"data.val_path", "data.test_path"} else "test"
-
-
-def paths_of(data: Mapping[str, Any]) -> list[Any]:
-    """The files that a data set is read from."""
-    return [value for key, value in data.items() if is_path(key)]
 
 
 def data_of(opened: Opened, split: str, overrides: Sequence[str]) -> Dataset:

@@ -7,7 +7,15 @@ import torch
 
 from flowtrain.build import build_data
 from flowtrain.checks import number, whole
-from flowtrain.cli.common import open_checkpoint, run_command, run_dir_of, split_own, written_as
+from flowtrain.cli.common import (
+    check_outputs,
+    open_checkpoint,
+    paths_of,
+    run_command,
+    run_dir_of,
+    split_own,
+    written_as,
+)
 from flowtrain.errors import ConfigError, DataError, NonFiniteError
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.files import write_json, write_npy
@@ -62,6 +70,7 @@ def _command() -> int:
     images = len(flow.event_shape) == 3
     n = (100 if images else 10_000) if own["n"] is None else whole("n", own["n"])
     out = given or run_dir_of(opened.path) / "samples.npy"
+    check_outputs([out, out.with_suffix(".png")], [opened.path, *paths_of(config["data"])])
     labels = label if flow.classes is None or label is not None else flow.in_turn(n)
     # refused before anything is read or drawn
     flow.labels(labels, torch.empty(n, 0, device=flow.like.device))
@@ -101,15 +110,16 @@ def report_quality(own: dict[str, Any], overrides: list[str], seed: int) -> int:
     steps = [whole(f"quality[{i}]", k) for i, k in enumerate(steps)]
     opened = open_checkpoint(own, overrides)
     flow, config = opened.flow, opened.config
-    found = quality(flow, build_data(config), steps, seed)
     out = given or run_dir_of(opened.path) / "quality.json"
+    picture = out.with_suffix(".png") if given else out.parent / "plots/quality.png"
+    check_outputs([out, picture], [opened.path, *paths_of(config["data"])])
+    found = quality(flow, build_data(config), steps, seed)
     write_json(out, found.to_dict())
     lines: dict[str, tuple[list[float], list[float]]] = {}
     for row in found.rows:
         nfe, distance = lines.setdefault(row.method, ([], []))
         nfe.append(row.nfe)
         distance.append(row.sliced_wasserstein)
-    picture = out.with_suffix(".png") if given else out.parent / "plots/quality.png"
     exact = (found.exact.nfe, found.exact.sliced_wasserstein)
     title = f"{title_of(config)}, samples by few steps"
     draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title)
