@@ -1,0 +1,193 @@
+"""Random command lines of `flowtrain`, sane and insane."""
+
+import random
+import struct
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from flowtrain.paths import config_dir
+from harm.forks import try_flowtrain
+from harm.part import Part
+
+# in the folder where the commands run: a table, and a run to begin from
+TABLE, TEACHER = "table.npy", "teacher"
+GROUPS = ("model", "data", "solver", "trainer", "objective", "regularizer")
+# of groups whose options share their keys, the file that lists them
+LISTED_IN = {"solver": "dopri5", "trainer": "default", "regularizer": "none"}
+# a minute of compiling says nothing of configs
+LEFT_OUT = ("name", "_target_", "defaults", "compile")
+TOP = {"seed": 0, "device": "auto", "threads": 1, "from": None, "resume": None, "trust": []}
+DEFAULTS = {"model": "ffjord", "data": "moons", "solver": "dopri5", "objective": "likelihood"}
+ADAPTIVE = ("dopri5", "tsit5", "bosh3", "dopri8", "adaptive_heun", "fehlberg2", "scipy_solver")
+
+WORDS = {
+    "activation": ["tanh", "softplus", "swish", "relu"],
+    "field": ["concatsquash", "concat", "time_embedding"],
+    "mixing": ["alternate", "permutation"],
+    "trace": ["exact", "hutchinson", "auto"],
+    "eval_trace": ["exact", "hutchinson", "auto"],
+    "noise": ["rademacher", "gaussian"],
+    "gradient": ["direct", "replay", "adjoint", "auto"],
+    "control": ["state", "all"],
+    "coupling": ["independent", "optimal"],
+    "optimizer": ["adam", "adamw"],
+    "lr_decay": ["cosine", "plateau", "constant"],
+    "precision": ["float32", "bfloat16", "tf32"],
+    "on_nonfinite": ["stop", "skip", "rewind"],
+    "method": [*ADAPTIVE, "rk4", "euler"],
+    "device": ["cpu", "auto", "cuda:9", "meta"],
+    "event_shape": ["[3]", "[1,1,3]", "[3,1,1]", "[1,2,2]"],
+    "columns": ["[0]", "[0,1]", "['0:2']", "[-1]", "[0,0]", "[9]", "x"],
+    "label": ["3", "0", "-1", "c3"],
+    "path": ["nowhere.npy", "/", "table.npy", "~"],
+    "trust": ["[]", "[os]", "os"],
+    "from": ["null", "nowhere"],
+    "resume": ["null", "nowhere"],
+}
+SANE = {
+    bool: ["true", "false"],
+    int: ["0", "1", "2", "3", "5"],
+    float: ["0", "1e-6", "0.001", "0.1", "0.5", "0.9", "1", "1.0", "3.7"],
+    list: ["[4]", "[3,5]", "[1]", "[4,4,4]"],
+    type(None): ["null", "1", "2", "0.5", "0.01", "true"],
+}
+# none of them may be right and large: a run of 2^31 - 1 steps has no end that can be waited for
+INSANE = [
+    "-1", "0", "1.5", "many", "true", "null", "[]", "[1,2]", "[-1]", "[a]", "[[1]]", "{a: 1}", "1e400", "nan", "inf",
+    "-inf", "1e-300", "1e30", "1e308", "-0.0", "2147483648", "99999999999999999999", "''", "'  '", "", "${seed}",
+    "${nothing.there}", "'${oc.env:HOME}'", "???", "'a b'", "ü", "0x10", "1_000", "None", "no", "a,b", "choice(1,2)",
+    "[1", "{", "\\", "$", "%s", "{x}",
+]  # fmt: skip
+SLIPS = [
+    "~trainer.steps", "~model", "~data", "~solver", "~trainer", "~objective", "~seed", "~model.hidden", "+foo=1",
+    "+trainer.foo=1", "+model.depth=3", "++trainer.foo=1", "foo=1", "foo.bar=1", "trainer.steps", "=3", "", " ",
+    "model=null", "model=", "model=nowhere", "model=[realnvp,glow]", "model={}", "trainer={}", "trainer=3",
+    "model.hidden.0=3", "solver@foo=rk4", "experiment=nowhere", "recipe=nowhere", "recipe=none", "trainer.steps.x=1",
+    "model._target_=null", "model._target_=nowhere.at.all", "model._target_=flowtrain.flow.nothing", "+data.depth=1",
+    "seed=1 seed=2", "trainer/foo=1", "hydra/launcher=nowhere", "trainer.steps=1,2", "+experiment=rings",
+    "regularizer=[none,rnode]",
+]  # fmt: skip
+
+
+def configs(part: Part) -> None:
+    """Every option comes up in turn, with random ones beside it."""
+    turns = list(options())
+    part.rng.shuffle(turns)
+    for i in part.tries():
+        try_flowtrain(random_config(part.rng, turns[i % len(turns)]), part.out, part)
+
+
+@cache
+def options() -> tuple[tuple[str, str], ...]:
+    """Every option of every config group."""
+    return tuple(sorted((path.parent.name, path.stem) for path in config_dir().glob("*/*.yaml")))
+
+
+def companions(picked: dict[str, str]) -> dict[str, str]:
+    """What a recipe is for: its name says of which model, and on which data or with which objective."""
+    model, _, other = picked.get("recipe", "").partition("_")
+    group = "data" if ("data", other) in options() else "objective"
+    return {"model": model, group: other} if other else {}
+
+
+def random_config(rng: random.Random, must: tuple[str, str] | None = None) -> list[str]:
+    """A command line for a small run in a folder with `write_files`, with random options and keys.
+
+    Args:
+        must: an option that is in it.
+    """
+    picked = {**dict(rng.choice(options()) for _ in range(rng.randint(0, 3))), **dict([must] if must else [])}
+    taught = picked.get("objective") == "rectified" and rng.random() < 0.8
+    if taught:
+        # what the other run has
+        picked = {g: name for g, name in picked.items() if g not in ("model", "data", "experiment", "recipe")}
+    if "experiment" in picked:
+        picked = {group: name for group, name in picked.items() if group not in ("model", "data")}
+    elif rng.random() < 0.8:
+        picked = {**companions(picked), **picked}
+    chosen = {**DEFAULTS, **_brought(picked), **picked}
+    insane = rng.choice([0, 0.1, 0.4])
+    keys = [random_key(rng, chosen, insane) for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 5]))]
+    slips = [rng.choice(SLIPS)] if rng.random() < 0.1 else []
+    return [*small_run(picked, taught), *keys, *slips]
+
+
+def small_run(picked: dict[str, str], taught: bool = False) -> list[str]:
+    """The command line of a run with the options, by group, that takes a second.
+
+    Args:
+        taught: whether it begins from another run.
+    """
+    chosen = {**DEFAULTS, **_brought(picked), **picked}
+    small = small_keys(chosen["model"], chosen["data"], chosen["solver"], chosen["objective"])
+    if taught:
+        small = [key for key in small if not key.startswith(("model.", "data."))]
+        small += [f"from={TEACHER}", "objective.pairs=32"]
+    return [*(f"{group}={name}" for group, name in picked.items()), *small]
+
+
+def _brought(picked: dict[str, str]) -> dict[str, str]:
+    """The model, data, ... that the experiment among the picked chooses."""
+    if "experiment" not in picked:
+        return {}
+    entries = _content("experiment", picked["experiment"]).get("defaults", [])
+    found = [item for entry in entries if isinstance(entry, dict) for item in entry.items()]
+    return {key.removeprefix("override /"): str(name) for key, name in found}
+
+
+def small_keys(model: str, data: str, solver: str = "dopri5", objective: str = "likelihood") -> list[str]:
+    """What keeps it to that."""
+    keys = ["device=cpu", "threads=1", "trainer.steps=2", "trainer.batch_size=8", "trainer.plot_every=null"]
+    keys += {"realnvp": ["model.layers=2"], "glow": ["model.steps=2"]}.get(model, [])
+    keys += [] if model == "affine" else ["model.hidden=[4]"]
+    keys += [f"data.path={TABLE}"] if data == "array" else ["data.n_val=16", "data.n_test=16"]
+    keys += ["objective.matching=0.5"] if objective == "hybrid" else []
+    return [*keys, "solver.rtol=1e-2" if solver in ADAPTIVE else "solver.steps=4"]
+
+
+def random_key(rng: random.Random, chosen: dict[str, str], insane: float = 0.3) -> str:
+    """An override of a key that there is.
+
+    Args:
+        insane: the share of values that are.
+    """
+    known = {group: keys_of(group, chosen.get(group, "default")) for group in GROUPS}
+    group = rng.choice([None, *(group for group in GROUPS if known[group])])
+    keys = TOP if group is None else known[group]
+    key = rng.choice(sorted(keys))
+    default = keys[key]
+    sane = WORDS.get(key) or SANE.get(type(default)) or [str(default)]
+    value = rng.choice(INSANE if rng.random() < insane else sane)
+    return f"{key}={value}" if group is None else f"{group}.{key}={value}"
+
+
+@cache
+def keys_of(group: str, option: str) -> dict[str, Any]:
+    """The keys that an option of a group has, with their defaults."""
+    content = _content(group, LISTED_IN.get(group, option))
+    return {key: value for key, value in content.get(group, content).items() if key not in LEFT_OUT}
+
+
+def _content(group: str, option: str) -> dict[str, Any]:
+    content = OmegaConf.to_container(OmegaConf.load(config_dir() / group / f"{option}.yaml"))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def write_files(folder: Path) -> Path:
+    """A table whose last column are classes, and small images in the format of MNIST; the root of those."""
+    rng = np.random.default_rng(0)
+    np.save(folder / TABLE, np.column_stack([rng.normal(size=(80, 3)), np.arange(80) % 3]))
+    for name, first in (("mnist", 5), ("fashion_mnist", 9)):
+        (folder / "idx" / name).mkdir(parents=True)
+        for kind, n in (("train", 60), ("t10k", 20)):
+            images = rng.integers(0, 256, (n, 8, 8)).astype(np.uint8)
+            labels = ((first + np.arange(n)) % 10).astype(np.uint8)
+            for what, values in (("images-idx3", images), ("labels-idx1", labels)):
+                head = struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+                (folder / "idx" / name / f"{kind}-{what}-ubyte").write_bytes(head + values.tobytes())
+    return folder / "idx"
