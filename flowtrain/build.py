@@ -14,7 +14,7 @@ from flowtrain.bijections.base import Chain
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset, Samples
-from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
+from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError, first_line
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
 from flowtrain.regularizers import Regularizer
@@ -156,17 +156,13 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> None:
     except RuntimeError as e:
         if "meta tensors" in str(e):
             return
-        raise CheckpointError(f"the checkpoint's config builds no flow: {_first_line(e)}") from e
+        raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError) as e:
-        raise CheckpointError(f"the checkpoint's config builds no flow: {_first_line(e)}") from e
+        raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
     wrong = [name for name, w in sketch.state_dict().items() if tuple(w.shape) != shapes.get(name)]
     wrong += [name for name in shapes if name not in sketch.state_dict()]
     if wrong:
         raise CheckpointError(f"the checkpoint's weights do not fit the model of its config: {', '.join(wrong[:3])}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def samples_of(saved: Mapping[str, Any]) -> Samples:

@@ -29,3 +29,8 @@ class NonFiniteError(FlowtrainError):
     """A loss, gradient or sample that is NaN or infinite."""
 
     exit_code = 1
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, on one line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

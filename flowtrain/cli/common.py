@@ -208,9 +208,14 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
     return Opened(path, flow, saved["step"], samples_of(saved), config)
 
 
+def keys_of(overrides: Sequence[str]) -> set[str]:
+    """What KEY=VALUE overrides set."""
+    return {a.partition("=")[0] for a in overrides}
+
+
 def with_array(saved: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
     """With data=array where only its path was given, and the flow was trained on data that have none."""
-    keys = [a.partition("=")[0] for a in overrides]
+    keys = keys_of(overrides)
     if "data.path" in keys and "data" not in keys and "path" not in saved["data"]:
         return ["data=array", *overrides]
     return list(overrides)

@@ -15,6 +15,7 @@ from flowtrain.cli.common import (
     Opened,
     check_outputs,
     compose_defaults,
+    keys_of,
     open_checkpoint,
     paths_of,
     run_command,
@@ -78,10 +79,8 @@ def _command() -> int:
     batch_size = None if own["batch_size"] is None else whole("batch_size", own["batch_size"])
     draws, seed = whole("dequantization_samples", own["dequantization_samples"]), whole("seed", own["seed"], least=0)
     dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])
-    scores, out = (
-        written_as("scores", own["scores"], ".npy"),
-        Path(str(own["out"])).expanduser() if own["out"] else None,
-    )
+    scores = written_as("scores", own["scores"], ".npy")
+    out = Path(str(own["out"])).expanduser() if own["out"] else None
     opened = open_checkpoint(own, overrides)
     split = str(own["split"] or default_split(overrides))
     place = Place(run_dir_of(opened.path), out, scores, "" if split == "test" else f"_{split}")
@@ -144,7 +143,7 @@ class Place:
 
 def default_split(overrides: Sequence[str]) -> str:
     """All the rows of a file that is given to be scored; the test set otherwise, and where it has a file of its own."""
-    keys = {a.partition("=")[0] for a in overrides}
+    keys = keys_of(overrides)
     return "all" if "data.path" in keys and not keys & {"data.val_path", "data.test_path"} else "test"
 
 
@@ -155,7 +154,7 @@ def data_of(opened: Opened, split: str, overrides: Sequence[str]) -> Dataset:
         ConfigError: a split that there is not.
         DataError: columns of other names than those that the flow was trained on.
     """
-    keys = {a.partition("=")[0] for a in overrides}
+    keys = keys_of(overrides)
     data = opened.config["data"]
     if split == "all":
         if keys & {"data.val_path", "data.test_path"}:

@@ -10,7 +10,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.build import check_targets
-from flowtrain.cli.common import absolute_paths, is_path, overridden, plain, report, run_command, split_own, trusted
+from flowtrain.cli.common import (
+    absolute_paths,
+    is_path,
+    keys_of,
+    overridden,
+    plain,
+    report,
+    run_command,
+    split_own,
+    trusted,
+)
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.paths import config_dir, config_groups
 from flowtrain.run import messages, train
@@ -142,7 +152,7 @@ def begun(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
     path = checkpoint.find(Path(str(config["from"])).expanduser().absolute())
     saved = checkpoint.load(path)["config"]
     check_targets(saved, trusted(config["trust"]))
-    keys = {a.partition("=")[0] for a in given}
+    keys = keys_of(given)
     moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
     return {**config, "from": str(path), "model": saved["model"], "data": {**saved["data"], **moved}}
 

@@ -69,7 +69,8 @@ def budget(flow: Flow, subset: Subset, log_p: Tensor, draws: int) -> Budget:
     precision = None
     if flow.like.dtype != torch.float64:
         precision = of_mean(log_probs(flow, subset.x, subset.label) - in_float64)
-    known = [part for part in (max(solver, embedded or 0.0), precision) if part is not None and math.isfinite(part)]
+    biases = (solver_bias(solver, embedded), precision)
+    known = [part for part in biases if part is not None and math.isfinite(part)]
     total = math.sqrt(over_rows**2 + sum(part**2 for part in known))
     return Budget(
         sampling=math.sqrt(max(0.0, over_rows**2 - trace**2)) if math.isfinite(over_rows) else over_rows,
@@ -130,6 +131,11 @@ def solver_error(flow: Flow, subset: Subset, log_p: Tensor) -> tuple[float, floa
     except SolverError:
         return math.nan, math.nan
     return of_mean(change), float(change.square().mean().sqrt())
+
+
+def solver_bias(solver: float, embedded: float | None) -> float:
+    """By what the solver may have the NLL off, the larger of two looks; NaN where the first is not to be had."""
+    return max(solver, embedded or 0.0)
 
 
 def dequantization_gap(flow: Flow, subset: Subset, draws: int) -> float:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flowtrain.errors import SolverError
-from flowtrain.evaluation.budget import SMALL, Subset, rows_of_checks
+from flowtrain.errors import SolverError, first_line
+from flowtrain.evaluation.budget import SMALL, Subset, rows_of_checks, solver_bias, stderr
 from flowtrain.evaluation.mass import ENOUGH, MISS, Mass, mass
 from flowtrain.evaluation.result import Budget, Check
 from flowtrain.flow import Flow, rows_at_a_time
@@ -90,7 +90,7 @@ def of_solver(flow: Flow, budget: Budget, nll_stderr: float) -> Check | None:
     """Is the likelihood the solver's doing? A field can learn to please a coarse one."""
     if flow.solver is None:
         return None
-    value = max(budget.solver, budget.embedded or 0.0)
+    value = solver_bias(budget.solver, budget.embedded)
     words = f"the NLL is off by about {value:.2g} nats for its tolerance (tightened tenfold, it changes so much)"
     if math.isnan(budget.solver):
         words = "the field cannot be solved with a tolerance ten times as tight"
@@ -162,8 +162,8 @@ def of_log_det(exact: Flow, subset: Subset) -> Check:
     try:
         expected = torch.linalg.slogdet(jacobians(exact, x, label)).logabsdet
     except RuntimeError as e:
-        first = (str(e).strip() or type(e).__name__).splitlines()[0]
-        return Check("log-det", None, None, None, f"there is no derivative of the inverse to compare with: {first}")
+        why = f"there is no derivative of the inverse to compare with: {first_line(e)}"
+        return Check("log-det", None, None, None, why)
     return judged(
         "log-det",
         most_rows((log_det - expected).abs() / (1 + expected.abs())),
@@ -224,11 +224,13 @@ def of_samples(exact: Flow) -> Check:
     # not by the flow's own base, which is looked at too
     normal = -0.5 * (z.square() + math.log(2 * math.pi))
     implied = normal.flatten(1).sum(1) - log_det
-    off = (log_p - implied).abs()
-    # few samples that float64 rounds to the edge of what the data can be have no density left to compare
-    noise = 4 * float((log_p - implied).std()) / len(z) ** 0.5 if estimates_trace(exact) else 0.0
-    value = float((log_p - implied).mean().abs()) if estimates_trace(exact) else most_rows(off)
-    limit = LOG_DET[bool(exact.continuous)] * (1 + float(log_det.abs().mean())) + noise
+    gap = log_p - implied
+    limit = LOG_DET[bool(exact.continuous)] * (1 + float(log_det.abs().mean()))
+    if estimates_trace(exact):
+        value, limit = float(gap.mean().abs()), limit + 4 * stderr(gap)
+    else:
+        # few samples that float64 rounds to the edge of what the data can be have no density left to compare
+        value = most_rows(gap.abs())
     return judged(
         "own samples",
         value,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flowtrain.errors import CheckpointError
+from flowtrain.errors import CheckpointError, first_line
 from flowtrain.files import replacing
 from flowtrain.training.checksum import checksum
 
@@ -100,13 +100,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        first = str(e).strip().splitlines()[0]
         raise CheckpointError(
-            f"{path}: not a flowtrain checkpoint, or one that asks to run code; refused ({first})."
+            f"{path}: not a flowtrain checkpoint, or one that asks to run code; refused ({first_line(e)})."
         ) from e
     except Exception as e:  # a file of another kind can fail in any way
-        first = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint; is it complete? ({first}).") from e
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint; is it complete? ({first_line(e)}).") from e
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config", {}), dict):
         raise CheckpointError(f"{path}: not a flowtrain checkpoint.")
     missing = [key for key in KEYS if key not in checkpoint]

@@ -23,8 +23,7 @@ from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError, NonFi
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
 from flowtrain.precision import narrowed, training_step
-from flowtrain.scores import check_finite as check_scores
-from flowtrain.scores import held_out, log_probs
+from flowtrain.scores import check_finite, held_out, log_probs
 from flowtrain.solvers import record_solves
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import Ema
@@ -33,7 +32,7 @@ from flowtrain.training.metrics import Metrics
 from flowtrain.training.schedule import LearningRate
 from flowtrain.training.settings import Settings
 from flowtrain.training.signals import StopSignals
-from flowtrain.training.trouble import STEP_ERRORS, Trouble, check_finite, dump
+from flowtrain.training.trouble import STEP_ERRORS, Trouble, check_update, dump
 
 log = logging.getLogger("flowtrain")
 
@@ -285,7 +284,7 @@ class Trainer:
         norm = nn.utils.get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
         grad_norm, *values = torch.stack([norm, *terms.values()]).tolist()
         row = dict(zip(terms, values, strict=True))
-        check_finite(self.flow, row.pop("loss"), grad_norm, x)
+        check_update(self.flow, row.pop("loss"), grad_norm, x)
         if s.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.flow.parameters(), s.clip_norm, norm)
         self.optimizer.step()
@@ -373,7 +372,7 @@ class Trainer:
         x, label = held_out(self.flow, self.data, "val")
         n = self.settings.val_size
         log_p = self.with_average(log_probs, self.flow, x[:n], None if label is None else label[:n])
-        check_scores(log_p, "val")
+        check_finite(log_p, "val")
         self.val_nll = -log_p.mean().item()
         self.metrics.write(
             step=self.step, split="val", nll=self.val_nll, seconds=self.seconds, **self.bits(self.val_nll)

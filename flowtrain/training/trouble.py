@@ -37,7 +37,7 @@ def dump(run_dir: Path, step: int, x: Tensor, label: Tensor | None) -> Path | No
     return path
 
 
-def check_finite(flow: nn.Module, loss: float, grad_norm: float, x: Tensor) -> None:
+def check_update(flow: nn.Module, loss: float, grad_norm: float, x: Tensor) -> None:
     """Refuses an update that is not finite, naming the tensor and the likely cause.
 
     Raises:
