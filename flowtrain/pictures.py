@@ -198,7 +198,7 @@ def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[
         The files.
     """
     drawn = [place("calibration")]
-    words = f"{title}, latents of {result.calibration.n:,} {result.split} samples"
+    words = f"{title}, latents of {result.calibration.n:,} samples ({result.rows_words})"
     plots.draw_calibration(drawn[0], pit=result.pit, title=words)
     if result.ood is not None and result.sets is not None:
         unit, scale = result.unit

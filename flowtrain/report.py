@@ -30,7 +30,7 @@ def write_report(result: Evaluation, title: str, checkpoint: str, path: Path, fi
         checkpoint: where the flow is from, in words.
         figures: PNGs, which the Markdown links to and the HTML holds.
     """
-    about = f"{checkpoint}, step {result.step}, {result.split} set of {result.n:,}, {result.device}, {result.dtype}"
+    about = f"{checkpoint}, step {result.step}, {result.rows_words}, n = {result.n:,}, {result.device}, {result.dtype}"
     tables = tables_of(result)
     markdown, html = path.with_suffix(".md"), path.with_suffix(".html")
     write_text(markdown, as_markdown(title, result.headline, about, tables, _links(markdown, figures)))

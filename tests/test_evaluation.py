@@ -20,7 +20,16 @@ from flowtrain.divergence import TraceRule
 from flowtrain.evaluation import checks as checks_module
 from flowtrain.evaluation.budget import budget, dequantization_gap, of_mean, subset_of, trace_error
 from flowtrain.evaluation.checks import checks as all_checks
-from flowtrain.evaluation.checks import jacobians, of_kl, of_log_det, of_mass, of_round_trip, of_samples, reference
+from flowtrain.evaluation.checks import (
+    drawn_from,
+    jacobians,
+    of_kl,
+    of_log_det,
+    of_mass,
+    of_round_trip,
+    of_samples,
+    reference,
+)
 from flowtrain.evaluation.digits import brief, decimals, with_error
 from flowtrain.evaluation.latents import calibration, ks_distance, ks_p_value
 from flowtrain.evaluation.mass import left_after, mass
@@ -323,7 +332,8 @@ class WrongBase(Flow):
 def failing(flow: Flow, x: Tensor) -> set[str]:
     flow.eval()
     exact, subset = reference(flow), subset_of(flow, x, None)
-    found = [of_mass(exact), of_log_det(exact, subset), of_round_trip(exact, subset), of_samples(exact)]
+    drawn = drawn_from(exact)
+    found = [of_mass(exact), of_log_det(exact, subset), of_round_trip(exact, subset, drawn), of_samples(exact, drawn)]
     return {check.name for check in found if check is not None and check.passed is False}
 
 

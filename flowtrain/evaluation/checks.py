@@ -3,7 +3,8 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ def checks(
         kl: and its standard error, where the true density is known.
     """
     exact = reference(flow)
+    drawn = cache(lambda: drawn_from(exact))
     # float32 is twice as fast, and does for three digits where rounding is not what is wrong
     rounded = torch.float64 if (budget.precision or 0.0) > SMALL else flow.like.dtype
     made: dict[str, Callable[[], Check | None]] = {
@@ -55,8 +57,8 @@ def checks(
         "precision": lambda: of_precision(flow, budget, nll_stderr),
         "mass": lambda: of_mass(reference(flow, LOOSE).to(rounded)),
         "log-det": lambda: of_log_det(exact, subset),
-        "round trip": lambda: of_round_trip(exact, subset),
-        "own samples": lambda: of_samples(exact),
+        "round trip": lambda: of_round_trip(exact, subset, drawn()),
+        "own samples": lambda: of_samples(exact, drawn()),
         "KL": lambda: of_kl(kl),
     }
     found = {name: check for name, make in made.items() if (check := _made(name, make)) is not None}
@@ -191,19 +193,47 @@ def jacobians(flow: Flow, x: Tensor, label: Tensor | None) -> Tensor:
     return torch.cat(rows).view(n, d, d)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Draws z from the base through the flow and back.
+
+    Attributes:
+        z, again: (B, *event_shape), and what comes back.
+        log_det: log|det dx/dz| by forward, (B,).
+        log_p: log p(x) of the samples x by inverse, (B,).
+    """
+
+    z: Tensor
+    again: Tensor
+    log_det: Tensor
+    log_p: Tensor
+
+
 @torch.no_grad()
-def of_round_trip(exact: Flow, subset: Subset) -> Check:
+def drawn_from(exact: Flow) -> Drawn:
+    """There and back with the same trace probes, of a conditional flow all classes in turn."""
+    rows, like = min(ROWS, rows_of_checks(exact.event_shape)), exact.like
+    label = None if exact.classes is None else exact.in_turn(rows)
+    with seeded(0, like.device):
+        z = torch.randn(rows, *exact.event_shape, dtype=like.dtype, device=like.device)
+    with seeded(1, like.device):
+        x, log_det = exact.bijection.forward(z, label)
+    with seeded(1, like.device):
+        log_p, again = exact.log_prob_and_latents(x, label)
+    return Drawn(z, again, log_det, log_p)
+
+
+@torch.no_grad()
+def of_round_trip(exact: Flow, subset: Subset, drawn: Drawn) -> Check:
     """Is forward the inverse of inverse, on the data, and inverse that of forward, on most draws from the base?"""
     x, label = subset.x[:ROWS].double(), None if subset.label is None else subset.label[:ROWS]
     with seeded(0, x.device):
         back = exact(exact.inverse(x, label), label)
-        z, drawn = base_of(exact)
-        again = exact.inverse(exact(z, drawn), drawn)
     flat, off = x.flatten(1), (x - back).flatten(1)
     spread = flat.std(0, correction=0)
     # a column that is constant here is taken as it is
     miss = float((off.square().mean(0).sqrt() / torch.where(spread > 0, spread, 1.0)).max())
-    miss = max(miss, most_rows((again - z).flatten(1).abs().amax(1)))
+    miss = max(miss, most_rows((drawn.again - drawn.z).flatten(1).abs().amax(1)))
     return judged(
         "round trip",
         miss,
@@ -213,19 +243,13 @@ def of_round_trip(exact: Flow, subset: Subset) -> Check:
     )
 
 
-@torch.no_grad()
-def of_samples(exact: Flow) -> Check:
+def of_samples(exact: Flow, drawn: Drawn) -> Check:
     """Does log p of the flow's own samples agree with the entropy that they imply, E[log|det dx/dz| - log N(z)]?"""
-    z, label = base_of(exact)
-    with seeded(1, exact.like.device):
-        x, log_det = exact.bijection.forward(z, label)
-    with seeded(1, exact.like.device):
-        log_p = exact.log_prob(x, label)
     # not by the flow's own base, which is looked at too
-    normal = -0.5 * (z.square() + math.log(2 * math.pi))
-    implied = normal.flatten(1).sum(1) - log_det
-    gap = log_p - implied
-    limit = LOG_DET[bool(exact.continuous)] * (1 + float(log_det.abs().mean()))
+    normal = -0.5 * (drawn.z.square() + math.log(2 * math.pi))
+    implied = normal.flatten(1).sum(1) - drawn.log_det
+    gap = drawn.log_p - implied
+    limit = LOG_DET[bool(exact.continuous)] * (1 + float(drawn.log_det.abs().mean()))
     if estimates_trace(exact):
         value, limit = float(gap.mean().abs()), limit + 4 * stderr(gap)
     else:
@@ -235,18 +259,10 @@ def of_samples(exact: Flow) -> Check:
         "own samples",
         value,
         limit,
-        f"on its own samples the flow has an entropy of {-float(log_p.mean()):.4f} nats by log p, and of "
+        f"on its own samples the flow has an entropy of {-float(drawn.log_p.mean()):.4f} nats by log p, and of "
         f"{-float(implied.mean()):.4f} by how forward spreads the base: one of the two log-determinants, or the base "
         "density, is wrong",
     )
-
-
-def base_of(flow: Flow) -> tuple[Tensor, Tensor | None]:
-    """Draws from the base, and their labels: all classes in turn."""
-    rows, like = min(ROWS, rows_of_checks(flow.event_shape)), flow.like
-    with seeded(0, like.device):
-        z = torch.randn(rows, *flow.event_shape, dtype=like.dtype, device=like.device)
-    return z, None if flow.classes is None else flow.in_turn(rows)
 
 
 def most_rows(error: Tensor) -> float:

@@ -194,6 +194,11 @@ class Evaluation:
         return ("nats", 1.0) if self.bits_per_nat is None else ("bits/dim", self.bits_per_nat)
 
     @property
+    def rows_words(self) -> str:
+        """What was evaluated: the test set, or all rows of a file."""
+        return "all rows" if self.split == "all" else f"{self.split} set"
+
+    @property
     def words(self) -> str:
         """As a title has it: the amount, and the KL where it is known."""
         if self.kl is None or self.kl_stderr is None:
@@ -218,8 +223,7 @@ class Evaluation:
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, words) of everything, the headline first."""
-        split = "all rows" if self.split == "all" else f"{self.split} set"
-        rows = [("NLL", self.headline.removeprefix("NLL ")), ("of", f"{split}, n = {self.n}")]
+        rows = [("NLL", self.headline.removeprefix("NLL ")), ("of", f"{self.rows_words}, n = {self.n}")]
         if self.bits_per_dim is not None:
             rows.append(("", f"{with_error(self.nll, self.error)} nats"))
         if self.kl is not None and self.kl_stderr is not None:
