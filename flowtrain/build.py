@@ -5,10 +5,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, cast
 
 import torch
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.logit import Logit
@@ -223,7 +224,7 @@ def check_targets(config: Config, trust: Sequence[str] = ()) -> None:
 def _home(target: str) -> str | None:
     """The module in which the object of that name was defined: `flowtrain.models.x.torch.load` is torch's."""
     try:
-        return getattr(get_object(target), "__module__", None)
+        return getattr(resolve_name(target), "__module__", None)
     except Exception as e:  # importing by name can fail in any way
         raise CheckpointError(f"the checkpoint's config names {target}, which is not to be had here: {e}") from e
 
@@ -245,8 +246,21 @@ def _leaves(node: Any, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
 
 def _wanted(config: Config, group: str, offered: Config) -> dict[str, Any]:
     """Those of the `offered` arguments that what a group names takes."""
-    known = inspect.signature(get_object(_target(config, group))).parameters
+    known = inspect.signature(_object(_target(config, group), group)).parameters
     return {key: value for key, value in offered.items() if key in known}
+
+
+def _object(target: str, group: str) -> Any:
+    """The class or function of that name."""
+    try:
+        found = resolve_name(target)
+    except Exception as e:  # importing by name can fail in any way
+        raise ConfigError(f"{group}: {target} is not to be had here: {first_line(e)}") from e
+    try:
+        inspect.signature(found)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"{group}: {target} is no class or function that says what it takes ({e})") from e
+    return found
 
 
 def _target(config: Config, group: str) -> str:
@@ -260,6 +274,7 @@ def _call(config: Config, group: str, **extra: Any) -> Any:
     """Calls the `_target_` of a group with the group's other keys (but `name`, a label) and `extra`."""
     arguments = {k: v for k, v in config[group].items() if k != "name"}
     made = {**arguments, "_target_": _target(config, group), "_partial_": True, "_convert_": "all"}
+    _object(made["_target_"], group)
     return _checked_call(instantiate(made), group, extra)
 
 

@@ -1,6 +1,7 @@
 """Checks on numbers and names that a user gives; each failure names the key, the value and what it may be."""
 
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,15 @@ def whole(key: str, value: Any, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
         raise ConfigError(f"{key}={value}: give a whole number, at least {least} and below 2^31")
     return value
+
+
+def within_memory(key: str, rows: int, bytes_each: int) -> int:
+    """`rows` if so many can be in this machine's memory: a process that fills it is killed without a word."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if rows * bytes_each > there:
+        wanted, had = rows * bytes_each / 2**30, there / 2**30
+        raise ConfigError(f"{key}={rows}: these take {wanted:.0f} GiB, and this machine has {had:.0f}; give fewer")
+    return rows
 
 
 def number(key: str, value: Any, least: float = 0.0, inclusive: bool = False) -> float:

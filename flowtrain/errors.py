@@ -31,6 +31,14 @@ class NonFiniteError(FlowtrainError):
     exit_code = 1
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error of numpy, or of torch on any device, says that memory was not to be had."""
+    if isinstance(error, MemoryError):
+        return True
+    words = ("can't allocate memory", "out of memory", "invalid size of storage", "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def first_line(error: Exception) -> str:
     """What an error of another library says, on one line; its name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,5 +1,6 @@
 """What a flow looks like beside its data: which samples and grids go into which figure."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from flowtrain import plots
 from flowtrain.data.base import Dataset
+from flowtrain.errors import FlowtrainError
 from flowtrain.evaluation import Evaluation
 from flowtrain.flow import Flow
 from flowtrain.scores import marginal
 from flowtrain.seeding import seeded
+
+log = logging.getLogger("flowtrain")
 
 POINTS = 10_000
 IMAGES = 100
@@ -21,6 +25,15 @@ TOLERANCE = 1e-4
 TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0)
 # images in a row of the data, in one of samples, and pairs that are interpolated
 ROW, SAMPLED, PAIRS = 10, 16, 6
+
+
+@contextmanager
+def spared(what: str) -> Iterator[None]:
+    """What came before it is not lost for a picture: one that cannot be drawn or written gives a warning."""
+    try:
+        yield
+    except (FlowtrainError, OSError) as e:
+        log.warning("no picture %s: %s", what, e)
 
 
 def draw(
@@ -43,11 +56,15 @@ def draw_more(flow: Flow, data: Dataset, folder: Path, title: str) -> None:
     if len(flow.event_shape) != 3:
         return
     show = Shown(flow, data)
-    figures = {"reconstructions": reconstructions, "interpolation": interpolations, "temperature": temperatures}
+    figures: dict[str, Callable[[Flow, Dataset], Rows]] = {
+        "reconstructions": reconstructions,
+        "interpolation": interpolations,
+        "temperature": temperatures,
+    }
     if flow.classes is not None:
         figures["classes"] = classes
-    with _drawing(flow):
-        for name, rows in figures.items():
+    for name, rows in figures.items():
+        with spared(name), _drawing(flow):
             drawn = [(words, show(images)) for words, images in rows(flow, data)]
             # no two test images of one class, and there is nothing to interpolate
             if drawn:
@@ -181,10 +198,21 @@ def _draw_vectors(flow: Flow, data: Dataset, path: Path, title: str, samples: Te
         path,
         data=flow.dequantized(data.test[:POINTS]),
         samples=samples,
-        log_density=lambda x: torch.cat([marginal(flow, part) for part in torch.split(x, 2000)]),
+        log_density=lambda x: torch.cat([_log_density(flow, part) for part in torch.split(x, 2000)]),
         columns=data.columns,
         title=title,
     )
+
+
+def _log_density(flow: Flow, x: Tensor) -> Tensor:
+    """That of the flow, and -inf off the range that a logit maps from, into which a grid around the data leads."""
+    if flow.levels is None:
+        return marginal(flow, x)
+    inside = ((x >= 0) & (x <= flow.levels)).all(dim=1)
+    out = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+    if inside.any():
+        out[inside] = marginal(flow, x[inside]).to(out.dtype)
+    return out
 
 
 def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[str], Path]) -> list[Path]:
@@ -197,14 +225,17 @@ def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[
     Returns:
         The files.
     """
-    drawn = [place("calibration")]
+    drawn = []
     words = f"{title}, latents of {result.calibration.n:,} samples ({result.rows_words})"
-    plots.draw_calibration(drawn[0], pit=result.pit, title=words)
-    if result.ood is not None and result.sets is not None:
-        unit, scale = result.unit
-        drawn.append(place("ood"))
+    with spared("calibration"):
+        plots.draw_calibration(place("calibration"), pit=result.pit, title=words)
+        drawn.append(place("calibration"))
+    if result.ood is None or result.sets is None:
+        return drawn
+    unit, scale = result.unit
+    with spared("ood"):
         plots.draw_ood(
-            drawn[1],
+            place("ood"),
             names=(data, result.ood.name),
             log_p=(scale * result.sets[0], scale * result.sets[1]),
             entropy=scale * result.ood.entropy,
@@ -213,4 +244,5 @@ def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[
             unit=unit,
             title=f"{title}, beside {result.ood.name}",
         )
+        drawn.append(place("ood"))
     return drawn

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flowtrain import build, pictures, plots
-from flowtrain.checks import whole
+from flowtrain.checks import whole, within_memory
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.evaluation import evaluate
@@ -93,6 +93,7 @@ def train(
     data = build.build_data(config)
     if saved is not None:
         check_same("resume", build.samples_of(saved), data.samples)
+    within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
     prepare_process(config, data.event_shape)
     taught = teaching(config, run_dir, saved is not None)
     teacher = None
@@ -121,7 +122,8 @@ def train(
         bits = flow.bits_per_nat
         reached = f"NLL {nll:.3f}" if bits is None else f"{bits * nll:.3f} bits/dim"
         words = f"{title}, step {step}, validation {reached}"
-        pictures.draw(flow, data, run_dir / f"plots/samples_{step:06d}.png", words)
+        with pictures.spared(f"of step {step}"):
+            pictures.draw(flow, data, run_dir / f"plots/samples_{step:06d}.png", words)
 
     trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None)
     if saved is None and taught is not None and build.takes_teacher(config):
@@ -195,8 +197,10 @@ def finish(
     flow = build.restore({**saved, "config": config}, device, trust=_own_packages(config))
     result = evaluate(flow, data, "test", saved["step"])
     write_json(run_dir / "result.json", {**result.to_dict(), "train_seconds": trainer.seconds, "steps": trainer.step})
-    plots.draw_curves(run_dir / "plots/curves.png", rows=trainer.metrics.rows, title=title, entropy=data.entropy)
-    pictures.draw(flow, data, run_dir / "plots/samples.png", f"{title}, test {result.words}")
+    with pictures.spared("curves"):
+        plots.draw_curves(run_dir / "plots/curves.png", rows=trainer.metrics.rows, title=title, entropy=data.entropy)
+    with pictures.spared("samples"):
+        pictures.draw(flow, data, run_dir / "plots/samples.png", f"{title}, test {result.words}")
     pictures.draw_evaluation(result, title, data_name(config), lambda name: run_dir / f"plots/{name}.png")
     pictures.draw_more(flow, data, run_dir / "plots", title)
     log.info("%s\ntrained %d steps in %.1f s", result.table(), trainer.step, trainer.seconds)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from holder import hold
@@ -332,3 +333,48 @@ def test_signals_save_and_say_how_to_go_on(
     metrics = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics if row["split"] == "train"] == list(range(1, 10))
     assert load(tmp_path / "r").log_prob(torch.zeros(1, 2)).isfinite().all()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(run: Run, tmp_path: Path) -> None:
+    """It has left a metrics file without rows, and what it was writing."""
+    (tmp_path / "r/checkpoints").mkdir(parents=True)
+    torn = [tmp_path / "r/checkpoints/.last.pt.77.88.tmp", tmp_path / "r/.metrics.jsonl.77.88.tmp"]
+    for path in (*torn, tmp_path / "r/metrics.jsonl"):
+        path.touch()
+    keys = ["model=affine", "trainer.steps=4", "data.n_test=20", "data.n_val=20", f"hydra.run.dir={tmp_path}/r"]
+    code, _, err = run("flowtrain", *keys)
+    assert (code, (tmp_path / "r/result.json").exists()) == (0, True), err
+    assert not any(path.exists() for path in torn)
+    code, _, err = run("flowtrain", *keys)
+    assert (code, "already holds a run" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "left", ["checkpoints/last.pt", "checkpoints/best.previous.pt", "result.json", "metrics.jsonl"]
+)
+def test_what_a_run_has_left_is_not_written_over(left: str, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "r" / left
+    path.parent.mkdir(parents=True)
+    path.write_text("kept")
+    code, _, err = run("flowtrain", "model=affine", f"hydra.run.dir={tmp_path}/r")
+    assert (code, "already holds a run" in err, path.read_text()) == (2, True, "kept")
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_fail_a_run(run: Run, tmp_path: Path) -> None:
+    """Values whose squares leave float32: a density of them there is, but no figure."""
+    generator = torch.Generator().manual_seed(0)
+    np.save(tmp_path / "x.npy", 1e37 * torch.randn(60, 2, generator=generator, dtype=torch.float64).numpy())
+    keys = ["data=array", f"data.path={tmp_path}/x.npy", "model=affine", "trainer.steps=4", "trainer.batch_size=8"]
+    code, out, err = run("flowtrain", *keys, f"hydra.run.dir={tmp_path}/r")
+    assert (code, out) == (0, f"{tmp_path}/r\n"), err
+    assert (tmp_path / "r/result.json").exists()
+    assert "no picture samples: cannot plot" in err
+
+
+def test_the_picture_of_two_columns_of_levels_ends_where_they_do(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (60, 2)))
+    keys = ["data=array", f"data.path={tmp_path}/x.npy", "data.levels=256", "model=affine", "trainer.batch_size=8"]
+    code, _, err = run("flowtrain", *keys, "trainer.steps=4", f"hydra.run.dir={tmp_path}/r")
+    assert code == 0, err
+    assert "no picture" not in err
+    assert (tmp_path / "r/plots/samples.png").exists()

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain.build import check_targets, resolve_device, restore, samples_of
 from flowtrain.data.base import Samples
-from flowtrain.errors import ConfigError, FlowtrainError
+from flowtrain.errors import ConfigError, FlowtrainError, first_line, out_of_memory
 from flowtrain.flow import Flow
 from flowtrain.paths import config_dir, config_groups
 from flowtrain.run import prepare_process
@@ -26,27 +26,38 @@ def run_command(name: str, command: Callable[[], int]) -> None:
     """Runs a command and exits; an error the user can mend becomes one message on standard error."""
     # Hydra would print its own errors in its own way and exit; raised instead, they pass through here
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    code: int | None
     try:
         code = command()
-    except (HydraException, OmegaConfBaseException) as e:
-        print(f"{name}: {explain(e)}", file=sys.stderr)
-        code = 2
-    except (FlowtrainError, OSError) as e:
-        code = report(name, e)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         code = 130
+    except Exception as e:
+        code = report(name, e)
+        if code is None:
+            raise
     sys.exit(code)
 
 
-def report(name: str, error: FlowtrainError | OSError) -> int:
-    """Prints the one message of an error and gives its exit code: 2 for a mistake, 1 for what went wrong."""
+def report(name: str, error: Exception) -> int | None:
+    """Prints the one message of an error and gives its exit code: 2 for a mistake, 1 for what went wrong.
+
+    None, and nothing is printed, for what no user can have caused.
+    """
     if isinstance(error, BrokenPipeError):
         # the reader of our output has gone (as in `floweval ... | head -1`): nothing is wrong here
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    print(f"{name}: {error}", file=sys.stderr)
-    return error.exit_code if isinstance(error, FlowtrainError) else 1
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        message, code = explain(error), 2
+    elif isinstance(error, FlowtrainError | OSError):
+        message, code = str(error), error.exit_code if isinstance(error, FlowtrainError) else 1
+    elif out_of_memory(error):
+        message, code = f"{first_line(error)}: this takes more memory than there is; make it smaller", 1
+    else:
+        return None
+    print(f"{name}: {message}", file=sys.stderr)
+    return code
 
 
 def explain(error: Exception) -> str:

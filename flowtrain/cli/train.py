@@ -21,7 +21,8 @@ from flowtrain.cli.common import (
     split_own,
     trusted,
 )
-from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
+from flowtrain.cli.grammar import check_grammar
+from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.paths import config_dir, config_groups
 from flowtrain.run import messages, train
 from flowtrain.training import checkpoint
@@ -36,8 +37,7 @@ def _command() -> int:
     arguments = sys.argv[1:]
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)
-    check_there(arguments)
-    check_recipe(arguments)
+    check_grammar(arguments)
     sys.argv[1:] = chosen(arguments)
     _start()
     return 0
@@ -54,28 +54,16 @@ def _start(config: DictConfig) -> float:
             write_hydra(run_dir, config if whole["from"] is None else OmegaConf.create(whole))
             with messages(run_dir / "flowtrain.log"):
                 best, code = train(absolute_paths(whole), run_dir, trust=trust)
-    except (FlowtrainError, OSError) as e:
+    except Exception as e:
+        failed = report("flowtrain", e)
+        if failed is None:
+            raise
         # raised, it would reach the terminal under a heading of Hydra's; one message is what we promise
-        raise SystemExit(report("flowtrain", e)) from e
+        raise SystemExit(failed) from e
     print(run_dir)
     if code:
         raise SystemExit(code)
     return best
-
-
-def check_there(arguments: Sequence[str]) -> None:
-    """Refuses to take out the groups that recipes are chosen by: Hydra would speak of an interpolation."""
-    for key in (a.partition("=")[0] for a in arguments):
-        if key in ("~model", "~data", "~objective"):
-            raise ConfigError(f"{key[1:]} was taken out of the config, but a run needs it")
-
-
-def check_recipe(arguments: Sequence[str]) -> None:
-    """Refuses a recipe that there is not: Hydra passes over it, because most models and data have none."""
-    there = sorted(p.stem for p in (config_dir() / "recipe").glob("*.yaml"))
-    for key, _, value in (a.partition("=") for a in arguments):
-        if key == "recipe" and not set(value.split(",")) <= set(there):
-            raise ConfigError(f"recipe={value}: choose one of {', '.join(there)}")
 
 
 def resume(arguments: Sequence[str]) -> int:
@@ -169,8 +157,10 @@ def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = (
 
 
 def claim(run_dir: Path) -> None:
-    """Refuses a directory that already holds a run."""
-    if any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "result.json")):
+    """Refuses a directory that already holds a run: one killed before its first checkpoint has left none."""
+    metrics = run_dir / "metrics.jsonl"
+    measured = metrics.exists() and metrics.stat().st_size > 0
+    if measured or (run_dir / "result.json").exists() or checkpoint.any_in(run_dir):
         raise ConfigError(
             f"{run_dir} already holds a run and is not overwritten: go on with flowtrain resume={run_dir}, "
             "or choose another hydra.run.dir"

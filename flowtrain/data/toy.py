@@ -5,7 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from flowtrain.checks import whole
+from flowtrain.checks import whole, within_memory
 from flowtrain.data.base import Dataset, step_generator
 from flowtrain.errors import DataError
 
@@ -52,8 +52,11 @@ class Toy(Dataset):
 
     def __init__(self, n_val: int = 2000, n_test: int = 10_000, seed: int = 0) -> None:
         seed = whole("data.seed", seed, least=0)
-        self.val = self.sample(whole("data.n_val", n_val), step_generator(seed, _VAL)).float()
-        self.test = self.sample(whole("data.n_test", n_test), step_generator(seed, _TEST)).float()
+        for key, n in (("data.n_val", n_val), ("data.n_test", n_test)):
+            # in float64, and once more in float32
+            within_memory(key, whole(key, n), 2 * (8 + 4))
+        self.val = self.sample(n_val, step_generator(seed, _VAL)).float()
+        self.test = self.sample(n_test, step_generator(seed, _TEST)).float()
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """Fresh samples of shape (batch_size, 2), float32, keyed by (seed, step)."""

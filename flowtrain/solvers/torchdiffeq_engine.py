@@ -12,7 +12,7 @@ from torchdiffeq import odeint, odeint_adjoint
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
 
-from flowtrain.errors import ConfigError
+from flowtrain.errors import ConfigError, SolverError
 from flowtrain.solvers.base import Problem, Solution, Solver, Statistics
 from flowtrain.solvers.tableaus import TABLEAUS
 
@@ -90,7 +90,14 @@ class Torchdiffeq(Solver):
             return [y[-1] for y in odeint_adjoint(dynamics, state, t, adjoint_params=problem.parameters, **arguments)]
         if needs_gradient and self.method == "scipy_solver":
             raise ConfigError("solver=scipy_solver has no direct gradient: set solver.gradient=adjoint")
-        return [y[-1] for y in odeint(dynamics, state, t, **arguments)]
+        try:
+            return [y[-1] for y in odeint(dynamics, state, t, **arguments)]
+        except MemoryError as e:
+            # LSODA
+            raise SolverError(
+                f"solver={self.method}: its matrix over all {sum(y.numel() for y in state)} numbers of a batch does "
+                "not fit into memory; take another solver, or a smaller batch"
+            ) from e
 
 
 def _grid(t: Tensor, n: int) -> Tensor:

@@ -55,6 +55,12 @@ def previous(path: Path) -> Path:
     return path.with_suffix(f".previous{path.suffix}")
 
 
+def any_in(run_dir: Path) -> bool:
+    """Whether a run has left one to go on from, or to be evaluated."""
+    paths = [run_dir / "checkpoints" / f"{name}.pt" for name in ("best", "last")]
+    return any(path.exists() or previous(path).exists() for path in paths)
+
+
 def find(path: Path, prefer: str = "best") -> Path:
     """The checkpoint file that `path` means: itself, or the best (else last) one of a run directory.
 

@@ -27,6 +27,9 @@ def holding(run_dir: Path) -> Iterator[None]:
     try:
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        # of a process that was killed while it wrote them: no other writes them now
+        for torn in [*run_dir.glob("checkpoints/.*.tmp"), *run_dir.glob(".metrics.jsonl.*.tmp")]:
+            torn.unlink(missing_ok=True)
         yield
     finally:
         # while it is held: no other process can have locked this file by then

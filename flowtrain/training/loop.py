@@ -248,13 +248,8 @@ class Trainer:
         )
 
     def draw(self) -> None:
-        """A picture of the flow as it is; a run is not lost for one that cannot be written."""
-        if self.picture is None:
-            return
-        try:
+        if self.picture is not None:
             self.with_average(self.picture, self.flow, self.step, self.val_nll)
-        except OSError as e:
-            log.warning("step %d: no picture: %s", self.step, e)
 
     def train_step(self) -> dict[str, Any]:
         """One update. The finite check costs one transfer to the host, beside the solver's, and comes before it."""
