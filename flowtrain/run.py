@@ -196,7 +196,9 @@ def finish(
     saved = checkpoint.load(checkpoint.find(run_dir))
     flow = build.restore({**saved, "config": config}, device, trust=_own_packages(config))
     result = evaluate(flow, data, "test", saved["step"])
-    write_json(run_dir / "result.json", {**result.to_dict(), "train_seconds": trainer.seconds, "steps": trainer.step})
+    best = None if trainer.best is None else trainer.best["nll"]
+    rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
+    write_json(run_dir / "result.json", {**result.to_dict(), **rest})
     with pictures.spared("curves"):
         plots.draw_curves(run_dir / "plots/curves.png", rows=trainer.metrics.rows, title=title, entropy=data.entropy)
     with pictures.spared("samples"):

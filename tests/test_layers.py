@@ -11,7 +11,7 @@ LAYERS = [
     ("__main__",),
     ("cli",),
     ("run",),
-    ("pictures", "report"),
+    ("pictures", "report", "sweep"),
     ("__init__",),
     ("build",),
     ("training", "quality"),

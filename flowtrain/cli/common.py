@@ -40,30 +40,39 @@ def run_command(name: str, command: Callable[[], int]) -> None:
 
 
 def report(name: str, error: Exception) -> int | None:
-    """Prints the one message of an error and gives its exit code: 2 for a mistake, 1 for what went wrong.
-
-    None, and nothing is printed, for what no user can have caused.
-    """
+    """Prints the one message of an error and gives its exit code; None, and nothing is printed, where it has none."""
     if isinstance(error, BrokenPipeError):
         # the reader of our output has gone (as in `floweval ... | head -1`): nothing is wrong here
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        message, code = explain(error), 2
-    elif isinstance(error, FlowtrainError | OSError):
-        message, code = str(error), error.exit_code if isinstance(error, FlowtrainError) else 1
-    elif out_of_memory(error):
-        message, code = f"{first_line(error)}: this takes more memory than there is; make it smaller", 1
-    else:
+    said = message_of(error)
+    if said is None:
         return None
-    print(f"{name}: {message}", file=sys.stderr)
-    return code
+    print(f"{name}: {said[0]}", file=sys.stderr)
+    return said[1]
+
+
+def message_of(error: Exception) -> tuple[str, int] | None:
+    """An error in one message, and the exit code: 2 for a mistake, 1 for what went wrong.
+
+    None for what no user can have caused.
+    """
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain(error), 2
+    if isinstance(error, FlowtrainError | OSError):
+        return str(error), error.exit_code if isinstance(error, FlowtrainError) else 1
+    if out_of_memory(error):
+        return f"{first_line(error)}: this takes more memory than there is; make it smaller", 1
+    return None
 
 
 def explain(error: Exception) -> str:
     """Hydra's message, and for an unknown key the list of what there is."""
     parts = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
     message = " ".join(" ".join(part.split()) for part in parts)
+    plugin = re.search(r"Could not (?:find|load) 'hydra/(?:launcher|sweeper)/(joblib|submitit|optuna)", message)
+    if plugin:
+        return f"hydra/*={plugin[1]} is an extra: pip install 'flowtrain[{plugin[1]}]'"
     unknown = re.search(r"Could not override '([^']+)'", message)
     if unknown is None:
         written = getattr(error, "override", None)

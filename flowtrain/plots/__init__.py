@@ -14,8 +14,11 @@ from flowtrain.plots.ood import draw_ood
 from flowtrain.plots.pairs import draw_pairs
 from flowtrain.plots.points import LogDensity
 from flowtrain.plots.quality import draw_quality
+from flowtrain.plots.sweep import MOST_SWEPT, Swept, draw_sweep
 
 __all__ = [
+    "MOST_SWEPT",
+    "Swept",
     "draw_calibration",
     "draw_curves",
     "draw_flow",
@@ -26,6 +29,7 @@ __all__ = [
     "draw_panels",
     "draw_quality",
     "draw_rows",
+    "draw_sweep",
 ]
 
 

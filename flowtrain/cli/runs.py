@@ -1,0 +1,130 @@
+"""What `flowtrain` does in a run directory: begin a run, or go on with one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from flowtrain.build import check_targets
+from flowtrain.cli.common import absolute_paths, is_path, keys_of, overridden, plain, trusted
+from flowtrain.errors import CheckpointError, ConfigError
+from flowtrain.paths import config_dir, config_groups
+from flowtrain.run import messages, train
+from flowtrain.training import checkpoint
+from flowtrain.training.lock import holding
+
+
+def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
+    """A new run, as Hydra composed it: the best validation NLL and the exit code, see `train`."""
+    with holding(run_dir):
+        claim(run_dir)
+        whole = begun(known(plain(config)), HydraConfig.get().overrides.task)
+        trust = trusted(whole.pop("trust"))
+        write_hydra(run_dir, config if whole["from"] is None else OmegaConf.create(whole))
+        with messages(run_dir / "flowtrain.log"):
+            return train(absolute_paths(whole), run_dir, trust=trust)
+
+
+def go_on(
+    run_dir: Path, trust: Sequence[str] = (), rest: Sequence[str] = (), own: Sequence[str] = ()
+) -> tuple[float, int]:
+    """The run from its last checkpoint to its end, as `begin`.
+
+    Args:
+        rest: overrides of its config.
+        own: the command's own keys, for messages.
+    """
+    with holding(run_dir), messages(run_dir / "flowtrain.log"):
+        saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))
+        if "optimizer" not in saved:
+            raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
+        check_targets(saved["config"], trust)
+        refuse_changes(rest, "a run goes on with the model and data it has; start a new one to change them")
+        refuse_changes(rest, "a run goes on from its own checkpoint; leave it out", ("from",))
+        return train(absolute_paths(overridden(saved["config"], rest, own)), run_dir, saved, trust)
+
+
+def known(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, if nothing was added to its top that no one reads."""
+    names = [*config_groups(), "seed", "device", "threads", "resume", "from", "trust"]
+    missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
+    if missing:
+        raise ConfigError(f"{missing[0]} was taken out of the config, but a run needs it")
+    extra = [key for key in config if key not in names]
+    if extra:
+        raise ConfigError(f"there is no key {extra[0]}; at the top there are {', '.join(names)}")
+    return config
+
+
+def chosen(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the model and data of the run that `from` names, so that what suits those is composed.
+
+    Raises:
+        ConfigError: other arguments ask for another model or other data.
+        CheckpointError: the run is not to be had.
+    """
+    places = [i for i, a in enumerate(arguments) if a.lstrip("+").startswith("from=")]
+    run = arguments[places[-1]].partition("=")[2] if places else "null"
+    if run == "null":
+        return list(arguments)
+    if not run or "," in run:
+        raise ConfigError(f"from={run}: give one run directory")
+    refuse_changes(arguments, FROM, ("model", "data", "experiment", "recipe"))
+    saved = checkpoint.load(checkpoint.find(Path(run.strip("'\"")).expanduser()))["config"]
+    names = {group: saved[group].get("name") for group in ("model", "data")}
+    ours = [f"{group}={name}" for group, name in names.items() if (config_dir() / group / f"{name}.yaml").is_file()]
+    # among the overrides: what follows a flag is no override
+    return [*arguments[: places[-1]], *ours, *arguments[places[-1] :]]
+
+
+def begun(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
+    """The config, of a run that begins `from` another with the model and data of that one.
+
+    Args:
+        given: the overrides of the command line; data files are where they say.
+
+    Raises:
+        CheckpointError: the run is not to be had, or asks for code that is not trusted.
+    """
+    if config["from"] is None:
+        return config
+    path = checkpoint.find(Path(str(config["from"])).expanduser().absolute())
+    saved = checkpoint.load(path)["config"]
+    check_targets(saved, trusted(config["trust"]))
+    keys = keys_of(given)
+    moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
+    return {**config, "from": str(path), "model": saved["model"], "data": {**saved["data"], **moved}}
+
+
+FROM = "a run begins with the model and data of from=RUN_DIR; leave it out"
+
+
+def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = ("model", "data")) -> None:
+    """Refuses to change what a run has from another, but for where its data files are."""
+    for key in (a.lstrip("+~").partition("=")[0] for a in overrides):
+        group, _, name = key.partition("@")[0].partition(".")
+        if group in groups and not is_path(name):
+            raise ConfigError(f"{key}: {why}")
+
+
+def claim(run_dir: Path) -> None:
+    """Refuses a directory that already holds a run: one killed before its first checkpoint has left none."""
+    metrics = run_dir / "metrics.jsonl"
+    measured = metrics.exists() and metrics.stat().st_size > 0
+    if measured or (run_dir / "result.json").exists() or checkpoint.any_in(run_dir):
+        raise ConfigError(
+            f"{run_dir} already holds a run and is not overwritten: go on with flowtrain resume={run_dir}, "
+            "or choose another hydra.run.dir"
+        )
+
+
+def write_hydra(run_dir: Path, config: DictConfig) -> None:
+    """The .hydra folder as Hydra itself would write it."""
+    folder = run_dir / ".hydra"
+    folder.mkdir(parents=True, exist_ok=True)
+    full = HydraConfig.instance().cfg
+    OmegaConf.save(config, folder / "config.yaml")
+    OmegaConf.save(full, folder / "hydra.yaml")
+    OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")

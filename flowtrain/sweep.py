@@ -1,0 +1,179 @@
+"""What a sweep has found: its runs in one table, as CSV, as Markdown and as a figure."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from flowtrain import plots
+from flowtrain.evaluation.digits import brief, with_error
+from flowtrain.files import write_text
+
+# in the directory of a run: what it found, the overrides that it was begun with, and what went wrong
+RESULT, OVERRIDES, ERROR = "result.json", ".hydra/overrides.yaml", "error.txt"
+# of result.json, what a table of runs has
+MEASURED = (
+    "val_nll", "nll", "nll_stderr", "bits_per_dim", "kl", "nfe", "solver_error", "roundtrip_error", "steps",
+    "train_seconds",
+)  # fmt: skip
+TOLERANCES = ("solver.rtol", "solver.atol")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a sweep: its directory's name, its overrides by key, what it found, and what went wrong."""
+
+    name: str
+    keys: dict[str, str]
+    result: dict[str, Any]
+    error: str | None
+
+    @property
+    def state(self) -> str:
+        return "done" if self.result else "failed" if self.error else "stopped"
+
+    @property
+    def val_nll(self) -> float:
+        """Infinity where there is none."""
+        found = self.result.get("val_nll")
+        return math.inf if found is None else float(found)
+
+
+def write_summary(root: Path) -> tuple[str, int]:
+    """Writes sweep.csv, sweep.md and sweep.png into the directory of a sweep: the table, and how many jobs failed."""
+    jobs = read(root)
+    if not jobs:
+        return "no job was begun", 0
+    keys = swept(jobs)
+    write_text(root / "sweep.csv", as_csv(jobs, keys))
+    table = as_markdown(jobs, keys)
+    write_text(root / "sweep.md", table + "\n")
+    done = [job for job in jobs if job.result]
+    axes = [key for key in keys if key != "seed"] or keys
+    if done and axes:
+        lines = {key: against(done, key) for key in axes[: plots.MOST_SWEPT]}
+        plots.draw_sweep(
+            root / "sweep.png", lines=lines, title=f"sweep {root.name}, {len(done)} of {len(jobs)} jobs done"
+        )
+    return table, sum(job.error is not None for job in jobs)
+
+
+def read(root: Path) -> list[Job]:
+    """The jobs of a sweep, the best first, those without an NLL last."""
+    jobs = []
+    for folder in root.iterdir():
+        given = overrides_of(folder)
+        if given is None:
+            continue
+        result, error = folder / RESULT, folder / ERROR
+        jobs.append(
+            Job(
+                folder.name,
+                dict(_pair(override) for override in given),
+                json.loads(result.read_text()) if result.is_file() else {},
+                error.read_text().strip() if error.is_file() and not result.is_file() else None,
+            )
+        )
+    return sorted(jobs, key=lambda job: (job.val_nll, job.state, len(job.name), job.name))
+
+
+def overrides_of(folder: Path) -> list[str] | None:
+    """The overrides that the run in a directory was begun with; None where there is none."""
+    path = folder / OVERRIDES
+    return [str(item) for item in OmegaConf.load(path)] if path.is_file() else None
+
+
+def _pair(override: str) -> tuple[str, str]:
+    key, _, value = override.lstrip("+").partition("=")
+    return key, value
+
+
+def swept(jobs: Sequence[Job]) -> list[str]:
+    """The keys that have not the same value in all jobs, in the order of the command line."""
+    keys = dict.fromkeys(key for job in jobs for key in job.keys)
+    return [key for key in keys if len({job.keys.get(key) for job in jobs}) > 1]
+
+
+def as_csv(jobs: Sequence[Job], keys: Sequence[str]) -> str:
+    """A row for each job, with every digit."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["job", *keys, *MEASURED, "state", "error"])
+    for job in jobs:
+        found = (job.result.get(name) for name in MEASURED)
+        given = (job.keys.get(key, "") for key in keys)
+        writer.writerow([job.name, *given, *("" if v is None else v for v in found), job.state, job.error or ""])
+    return text.getvalue()
+
+
+def as_markdown(jobs: Sequence[Job], keys: Sequence[str]) -> str:
+    """The table to read: digits as far as the errors leave them, no column that says nothing."""
+    columns: dict[str, list[str]] = {"job": [job.name for job in jobs]}
+    columns |= {key: [_short(job.keys.get(key, "")) for job in jobs] for key in keys}
+    columns["validation NLL"] = [f"{job.val_nll:.4f}" if job.result else "" for job in jobs]
+    columns["test NLL"] = [_nll(job.result) for job in jobs]
+    for name, words in (("bits_per_dim", "bits/dim"), ("kl", "KL"), ("nfe", "NFE"), ("solver_error", "solver error")):
+        columns[words] = [_number(job.result.get(name)) for job in jobs]
+    columns["steps"] = [str(job.result.get("steps", "")) for job in jobs]
+    columns["seconds"] = [f"{job.result['train_seconds']:.0f}" if job.result else "" for job in jobs]
+    columns[""] = [_words(job) for job in jobs]
+    columns = {head: cells for head, cells in columns.items() if any(cells)}
+    rows = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
+
+
+def _nll(result: dict[str, Any]) -> str:
+    return with_error(result["nll"], result["nll_stderr"]) if result.get("nll") is not None else ""
+
+
+def _short(value: str) -> str:
+    """A value as it was given, or of a number with many digits the first four."""
+    number = _as_number(value)
+    return value if number is None or len(value) <= 8 else f"{number:.4g}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else brief(value) if abs(value) < 1e-2 else f"{value:.4g}"
+
+
+def _words(job: Job) -> str:
+    if job.state == "done":
+        return ""
+    last = (job.error or "run the sweep again, and it goes on").splitlines()[-1]
+    return f"{job.state}: {last if len(last) <= 120 else last[:119] + '…'}"
+
+
+def against(jobs: Iterable[Job], key: str) -> plots.Swept:
+    """What the jobs have found, by their values of one key, whatever those of the others are."""
+    values: dict[str, list[Job]] = {}
+    for job in jobs:
+        values.setdefault(job.keys.get(key, "default"), []).append(job)
+    numbers = [_as_number(value) for value in values]
+    numeric = all(number is not None for number in numbers)
+    order = sorted(values, key=(lambda v: _as_number(v) or 0.0) if numeric else str)
+    names = ("val_nll", "nll", "nfe", *(("solver_error",) if key in TOLERANCES else ()))
+    found = {name: [[_measured(job, name) for job in values[value]] for value in order] for name in names}
+    return plots.Swept(
+        values=order,
+        numbers=[n for v in order if (n := _as_number(v)) is not None] if numeric else None,
+        found={name: rows for name, rows in found.items() if any(map(math.isfinite, (v for row in rows for v in row)))},
+    )
+
+
+def _measured(job: Job, name: str) -> float:
+    value = job.result.get(name)
+    return math.nan if value is None else float(value)
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
