@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flowtrain import build, pictures, plots
+from flowtrain import build, distributed, pictures, plots
 from flowtrain.checks import whole, within_memory
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.errors import CheckpointError, ConfigError
@@ -30,7 +30,9 @@ TEACHER = "checkpoints/teacher.pt"
 
 @contextmanager
 def messages(path: Path | None = None) -> Iterator[None]:
-    """Inside, messages go to standard error, and with the time to a file where one is given."""
+    """Inside, messages go to standard error, and with the time to a file where one is given; those of rank 0 alone."""
+    if not distributed.is_first():
+        path = None
     console = logging.StreamHandler(sys.stderr)
     console.setFormatter(logging.Formatter("%(message)s"))
     handlers: list[logging.Handler] = [console]
@@ -40,7 +42,7 @@ def messages(path: Path | None = None) -> Iterator[None]:
         file.handleError = lambda record: None  # type: ignore[method-assign]
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if distributed.is_first() else logging.CRITICAL)
     log.propagate = False
     log.handlers[:] = handlers
     try:
@@ -52,10 +54,11 @@ def messages(path: Path | None = None) -> Iterator[None]:
 
 
 def prepare_process(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> None:
-    """Threads and allocator. `threads`: null takes one where matrices are too small to share, else all the cores."""
+    """Threads and allocator. `threads`: null takes one where matrices are too small to share, else all cores."""
     threads = config["threads"]
     if threads is None:
-        threads = 1 if math.prod(event_shape) <= 16 else len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) // distributed.on_this_machine()
+        threads = 1 if math.prod(event_shape) <= 16 else max(1, cores)
     torch.set_num_threads(whole("threads", threads))
     keep_freed_memory()
 
@@ -88,7 +91,7 @@ def train(
     Returns:
         (best validation NLL in nats, exit code): 128 + the signal's number after a signal, else 0.
     """
-    device = build.resolve_device(config["device"])
+    device = distributed.device(build.resolve_device(config["device"]))
     settings = build.build_settings(config)
     data = build.build_data(config)
     if saved is not None:
@@ -126,7 +129,7 @@ def train(
             pictures.draw(flow, data, run_dir / f"plots/samples_{step:06d}.png", words)
 
     trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None)
-    if saved is None and taught is not None and build.takes_teacher(config):
+    if saved is None and taught is not None and build.takes_teacher(config) and distributed.is_first():
         # now that nothing is left to be refused: with it, the directory holds a run. As it was read: by now, the other
         # run may have gone on
         checkpoint.save(run_dir / TEACHER, taught)
@@ -137,8 +140,9 @@ def train(
         return best, 128 + trainer.signal
     if trainer.stopped_by:
         log.info("stopped at step %d: %s", trainer.step, trainer.stopped_by)
-    # the trainer's config, whose step size may have become smaller
-    finish(trainer.config, run_dir, data, device, title, trainer)
+    if distributed.is_first():
+        # the trainer's config, whose step size may have become smaller
+        finish(trainer.config, run_dir, data, device, title, trainer)
     return best, 0
 
 

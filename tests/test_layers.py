@@ -24,7 +24,7 @@ LAYERS = [
     ("regularizers",),
     ("divergence", "conditioners"),
     ("fields", "solvers", "data", "paths"),
-    ("checks", "collecting", "derivatives", "files", "precision", "seeding"),
+    ("checks", "collecting", "derivatives", "distributed", "files", "precision", "seeding"),
     ("errors",),
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flowtrain import distributed
 from flowtrain.build import check_targets, resolve_device, restore, samples_of
 from flowtrain.data.base import Samples
 from flowtrain.errors import ConfigError, FlowtrainError, first_line, out_of_memory
@@ -48,7 +49,8 @@ def report(name: str, error: Exception) -> int | None:
     said = message_of(error)
     if said is None:
         return None
-    print(f"{name}: {said[0]}", file=sys.stderr)
+    if distributed.first_to_say(said[0]):
+        print(f"{name}: {said[0]}", file=sys.stderr)
     return said[1]
 
 

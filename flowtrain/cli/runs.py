@@ -1,12 +1,14 @@
 """What `flowtrain` does in a run directory: begin a run, or go on with one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from flowtrain import distributed
 from flowtrain.build import check_targets
 from flowtrain.cli.common import absolute_paths, is_path, keys_of, overridden, plain, trusted
 from flowtrain.errors import CheckpointError, ConfigError
@@ -18,13 +20,23 @@ from flowtrain.training.lock import holding
 
 def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
     """A new run, as Hydra composed it: the best validation NLL and the exit code, see `train`."""
-    with holding(run_dir):
-        claim(run_dir)
+    with owned(run_dir):
+        if distributed.is_first():
+            claim(run_dir)
         whole = begun(known(plain(config)), HydraConfig.get().overrides.task)
         trust = trusted(whole.pop("trust"))
-        write_hydra(run_dir, config if whole["from"] is None else OmegaConf.create(whole))
+        if distributed.is_first():
+            write_hydra(run_dir, config if whole["from"] is None else OmegaConf.create(whole))
         with messages(run_dir / "flowtrain.log"):
             return train(absolute_paths(whole), run_dir, trust=trust)
+
+
+@contextmanager
+def owned(run_dir: Path) -> Iterator[None]:
+    """The run directory is this run's inside: rank 0 holds it, and the others begin once it does."""
+    with holding(run_dir) if distributed.is_first() else nullcontext():
+        distributed.from_first(True)
+        yield
 
 
 def go_on(
@@ -36,7 +48,7 @@ def go_on(
         rest: overrides of its config.
         own: the command's own keys, for messages.
     """
-    with holding(run_dir), messages(run_dir / "flowtrain.log"):
+    with owned(run_dir), messages(run_dir / "flowtrain.log"):
         saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))
         if "optimizer" not in saved:
             raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")

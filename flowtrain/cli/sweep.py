@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from flowtrain.cli.common import message_of
+from flowtrain.cli.common import message_of, plain, trusted
 from flowtrain.cli.runs import begin, go_on
 from flowtrain.errors import ConfigError, FlowtrainError
 from flowtrain.files import write_text
@@ -45,7 +45,7 @@ def job(config: DictConfig, run_dir: Path) -> float:
     (run_dir / ERROR).unlink(missing_ok=True)
     try:
         if checkpoint.any_in(run_dir):
-            best, code = go_on(run_dir, config["trust"])
+            best, code = go_on(run_dir, trusted(plain(config)["trust"]))
         else:
             (run_dir / OVERRIDES).parent.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.create(given), run_dir / OVERRIDES)

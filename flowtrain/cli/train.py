@@ -1,6 +1,7 @@
 """`flowtrain`: trains a flow; the last line on standard output is the run directory."""
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,16 +10,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from flowtrain import distributed
 from flowtrain.cli import sweep
-from flowtrain.cli.common import report, run_command, split_own, trusted
+from flowtrain.cli.common import plain, report, run_command, split_own, trusted
 from flowtrain.cli.grammar import check_grammar
 from flowtrain.cli.runs import begin, chosen, go_on
 from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.paths import config_dir
+from flowtrain.training import checkpoint
 
 
 def main() -> None:
-    run_command("flowtrain", _command)
+    run_command("flowtrain", _joined)
+
+
+def _joined() -> int:
+    with distributed.joined():
+        return _command()
 
 
 def _command() -> int:
@@ -27,7 +35,11 @@ def _command() -> int:
         return resume(arguments)
     check_grammar(arguments)
     sys.argv[1:] = chosen(arguments)
-    with sweep.summarized() as summary:
+    with tempfile.TemporaryDirectory() as aside, sweep.summarized() as summary:
+        if not distributed.is_first():
+            # for Hydra, which makes a directory on every rank
+            mine = [a for a in sys.argv[1:] if not a.startswith("hydra.run.dir=")]
+            sys.argv[1:] = [f"hydra.run.dir={aside}", *mine]
         _start()
     return summary.code
 
@@ -38,17 +50,32 @@ def _start(config: DictConfig) -> float:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.job(config, run_dir)
     try:
-        best, code = begin(config, run_dir)
+        run_dir, again = attempt(run_dir)
+        best, code = go_on(run_dir, trusted(plain(config)["trust"])) if again else begin(config, run_dir)
     except Exception as e:
         failed = report("flowtrain", e)
         if failed is None:
             raise
         # raised, it would reach the terminal under a heading of Hydra's; one message is what we promise
         raise SystemExit(failed) from e
-    print(run_dir)
+    if distributed.is_first():
+        print(run_dir)
     if code:
         raise SystemExit(code)
     return best
+
+
+def attempt(run_dir: Path) -> tuple[Path, bool]:
+    """Where the run is, the same on all ranks, and whether to go on with what an earlier attempt of torchrun left."""
+    before = distributed.remembered()
+    if before is not None and distributed.is_first():
+        if before != run_dir and not any(run_dir.iterdir()):
+            run_dir.rmdir()
+        run_dir = before
+    run_dir, again = distributed.from_first((run_dir, before is not None and checkpoint.any_in(run_dir)))
+    if distributed.is_first():
+        distributed.remember(run_dir)
+    return run_dir, again
 
 
 def resume(arguments: Sequence[str]) -> int:
@@ -62,7 +89,8 @@ def resume(arguments: Sequence[str]) -> int:
     if not run_dir.is_dir():
         raise CheckpointError(f"resume={run_dir}: there is no such run directory")
     code = go_on(run_dir, trusted(own["trust"]), rest, tuple(own))[1]
-    print(run_dir)
+    if distributed.is_first():
+        print(run_dir)
     return code
 
 

@@ -80,6 +80,15 @@ class Dataset(ABC):
         """The labels of that batch, (batch_size,), int64; None where there are none."""
         return None
 
+    def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        """Those rows of `train_batch`: what one of several ranks trains on."""
+        return self.train_batch(step, batch_size, seed)[share]
+
+    def labels_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        """Their labels; None where there are none."""
+        labels = self.train_labels(step, batch_size, seed)
+        return None if labels is None else labels[share]
+
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Moves the training samples to a device; nothing, for data sets that keep none."""
 

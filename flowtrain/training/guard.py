@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowtrain import distributed
 from flowtrain.errors import SolverError
 from flowtrain.flow import Flow
 from flowtrain.seeding import seeded
@@ -84,16 +85,18 @@ class Guard:
         if coarse == fine:
             return False
         loose, nfe, failure = self._log_prob(x, label, seed, coarse)
-        if failure:
-            # training will fail as this did and say what to do, or not fail at all
-            return False
-        tight, _, failure = self._log_prob(x, label, seed, fine)
-        if not failure and not exploited(loose, tight, math.prod(self.flow.event_shape)):
-            return False
-        read = f"step {step}: the batch has an NLL of {-loose.mean():.4f} as solved in training, "
-        read += f"but a tight solve failed ({failure})" if failure else f"{-tight.mean():.4f} when solved tightly"
+        wrong, failed, read = False, False, "another rank's rows"
+        # where it failed, training will fail as this did and say what to do, or not fail at all
+        if not failure:
+            tight, _, failure = self._log_prob(x, label, seed, fine)
+            failed = bool(failure)
+            wrong = failed or exploited(loose, tight, math.prod(self.flow.event_shape))
+            read = f"the batch has an NLL of {-loose.mean():.4f} as solved in training, "
+            read += f"but a tight solve failed ({failure})" if failed else f"{-tight.mean():.4f} when solved tightly"
+        # one rank's doubt is all ranks': they train one field, at one tolerance
+        any_wrong, any_failed, most = distributed.largest([wrong, failed, nfe])
         # once for a failure: how much tighter it would have to be, no comparison says
-        return self._tighten(step, nfe, read) and not failure
+        return bool(any_wrong) and self._tighten(step, int(most), f"step {step}: {read}") and not any_failed
 
     def _settings(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The solver's settings as in training, and tight ones."""

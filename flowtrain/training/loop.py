@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flowtrain.bijections.scale import Standardize
+from flowtrain import distributed
+from flowtrain.bijections.scale import BatchNorm, Standardize
 from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError, NonFiniteError
 from flowtrain.flow import Flow
@@ -26,13 +28,14 @@ from flowtrain.precision import narrowed, training_step
 from flowtrain.scores import check_finite, held_out, log_probs
 from flowtrain.solvers import record_solves
 from flowtrain.training import checkpoint
+from flowtrain.training.averaging import averaged
 from flowtrain.training.ema import Ema
 from flowtrain.training.guard import Guard
 from flowtrain.training.metrics import Metrics
 from flowtrain.training.schedule import LearningRate
 from flowtrain.training.settings import Settings
 from flowtrain.training.signals import StopSignals
-from flowtrain.training.trouble import STEP_ERRORS, Trouble, check_update, dump
+from flowtrain.training.trouble import STEP_ERRORS, Trouble, bad_update, dump
 
 log = logging.getLogger("flowtrain")
 
@@ -59,6 +62,9 @@ class Trainer:
     All randomness of step s is keyed by (seed, s): a run resumed at s goes on exactly as if it had not stopped,
     and nothing random needs saving.
 
+    With several ranks (see `flowtrain.distributed`), each takes its share of every batch, with noise of its own, and
+    solves it by steps of its own; gradients are averaged, so that all make the same updates, and rank 0 writes.
+
     Args:
         config: the run's plain config, kept in every checkpoint.
         saved: a checkpoint of this run to go on from.
@@ -84,6 +90,14 @@ class Trainer:
         self.picture = picture
         self.device = flow.like.device
         data.to(self.device)
+        # of every batch, the rows that this rank has
+        self.share = distributed.share(settings.batch_size)
+        self.rows = self.share.stop - self.share.start
+        if settings.batch_size < settings.accumulate * distributed.size():
+            raise ConfigError(
+                f"trainer.batch_size={settings.batch_size} over {distributed.size()} ranks leaves fewer rows to one "
+                f"than the {settings.accumulate} parts of trainer.accumulate: give a larger one"
+            )
         self.step, self.seconds, self.stale = 0, 0.0, 0
         # whether the likelihood's steps have
         self.began = False
@@ -114,12 +128,16 @@ class Trainer:
             self.initialize()
         elif saved is not None:
             self.load_weights(saved)
+        distributed.make_alike(flow.state_dict().values())
+        norms = [m for m in flow.modules() if isinstance(m, BatchNorm | _BatchNorm)]
+        # which each rank would have of its own rows
+        self.running = [b for m in norms for b in m.buffers()]
         self.ema = None if settings.ema is None else Ema(flow, settings.ema)
         if saved is not None:
             self.load_progress(saved)
         if settings.compile:
             self.compile()
-        self.metrics = Metrics(run_dir / "metrics.jsonl", self.step)
+        self.metrics = Metrics(run_dir / "metrics.jsonl", self.step, writes=distributed.is_first())
 
     def initialize(self) -> None:
         """Statistics and data-dependent parameters, from training data."""
@@ -128,15 +146,15 @@ class Trainer:
             if isinstance(bijection, Standardize) and moments is not None:
                 bijection.fit(*moments)
         rows = max(500, min(INITIALIZATION_ROWS, INITIALIZATION // math.prod(self.flow.event_shape)))
-        x, label = self.batch(0, rows)
+        x, label = self.batch(0, rows, slice(None))
         if not bool(torch.isfinite(x).all()):
             raise NonFiniteError("the training data hold NaN or infinite values: remove those rows")
         self.flow.bijection.initialize(self.flow.dequantized(x), label)
 
-    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor | None]:
-        """Samples and, for a conditional flow, labels of a step, on the flow's device."""
-        x = self.data.train_batch(step, size, self.seed).to(self.device, non_blocking=True)
-        label = self.data.train_labels(step, size, self.seed) if self.flow.classes is not None else None
+    def batch(self, step: int, size: int, share: slice) -> tuple[Tensor, Tensor | None]:
+        """Samples and, for a conditional flow, labels of a step, on the flow's device: those rows of the batch."""
+        x = self.data.train_share(step, size, self.seed, share).to(self.device, non_blocking=True)
+        label = self.data.labels_share(step, size, self.seed, share) if self.flow.classes is not None else None
         return x, None if label is None else label.to(self.device, non_blocking=True)
 
     def compile(self) -> None:
@@ -161,8 +179,9 @@ class Trainer:
         s = self.settings
         with StopSignals() as signals, ExitStack() as stack:
             stack.enter_context(logging_redirect_tqdm([log]))
+            hidden = None if distributed.is_first() else True
             bar = stack.enter_context(
-                tqdm(total=s.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
+                tqdm(total=s.steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
             )
             if self.step == 0:
                 # killed before the first validation, there is still something to go on from
@@ -176,15 +195,12 @@ class Trainer:
                     self.show(bar, row)
                 self.watch_nfe(row)
                 bar.update(self.step - bar.n)
-                if s.time_limit is not None and time.perf_counter() - begun >= s.time_limit:
-                    self.stopped_by = "time limit"
-                if signals.received is not None:
-                    self.signal = signals.received
-                    self.stopped_by = signal.Signals(signals.received).name
+                out_of_time = s.time_limit is not None and time.perf_counter() - begun >= s.time_limit
+                self.heed(signals.received, out_of_time)
                 if row is not REWOUND and (self.step % s.val_every == 0 or self.step == s.steps):
                     self.validate()
                     self.save_last()
-                elif signals.received is not None:
+                elif self.signal is not None:
                     self.save_last()
                 elif self.stopped_by:
                     # saved first: resumed, the run must not know of a validation that it would not have made
@@ -194,12 +210,22 @@ class Trainer:
                     self.draw()
                 self.seconds = before + time.perf_counter() - begun
 
+    def heed(self, received: int | None, out_of_time: bool) -> None:
+        """Ends the run after this step where any rank has had a signal, or has no time left."""
+        received, late = (int(v) for v in distributed.largest([received or 0, out_of_time]))
+        if late:
+            self.stopped_by = "time limit"
+        if received:
+            self.signal, self.stopped_by = received, signal.Signals(received).name
+
     def guarded_step(self) -> dict[str, Any]:
         """What a step measured; SKIPPED or REWOUND where it failed and the policy has it so."""
         try:
             row = self.train_step()
             self.trouble.skipped = 0
             return row
+        except distributed.RankLostError:
+            raise
         except FlowtrainError as e:
             return self.failed(e)
         except RuntimeError as e:
@@ -210,21 +236,23 @@ class Trainer:
                 f"trainer.compile=true: torch could not compile here: set it to false ({first} ...)"
             ) from e
 
+    def kept(self, error: FlowtrainError) -> FlowtrainError:
+        """The error of a step of this rank, before it touched the weights, and where its batch is now."""
+        batch = self.batch(self.step, self.settings.batch_size, self.share)
+        path = dump(self.run_dir, self.step + 1, *batch)
+        return error if path is None else type(error)(f"{error} Its batch is in {path}.")
+
     def failed(self, error: FlowtrainError) -> dict[str, Any]:
-        """Keeps the batch of a step that failed, before it touched the weights, and does what the policy says."""
-        kept = None
-        if isinstance(error, STEP_ERRORS):
-            kept = dump(self.run_dir, self.step + 1, *self.batch(self.step, self.settings.batch_size))
-        words = f"{error}" + ("" if kept is None else f" Its batch is in {kept}.")
-        if self.trouble.skips(type(error)(words), self.step + 1):
+        """Does what the policy says of a step that failed on some rank."""
+        if self.trouble.skips(error, self.step + 1):
             return SKIPPED
         if self.trouble.rewinds_from(error):
-            self.rewind(f"step {self.step + 1}: {words}")
+            self.rewind(f"step {self.step + 1}: {error}")
             return REWOUND
         # last.pt stays as it is: a step fails for its weights, and would fail again from those before it
         lr = self.settings.lr * self.trouble.lr_scale
         raise type(error)(
-            f"step {self.step + 1}: {words} Go on from the last checkpoint, with a smaller learning rate: "
+            f"step {self.step + 1}: {error} Go on from the last checkpoint, with a smaller learning rate: "
             f"flowtrain resume={self.run_dir} trainer.lr={lr / 2:g}"
         ) from error
 
@@ -235,7 +263,7 @@ class Trainer:
         self.load_weights(saved)
         self.load_progress(saved)
         self.trouble.rewinds, self.trouble.skipped = rewinds, 0
-        self.metrics = Metrics(self.metrics.path, self.step)
+        self.metrics = Metrics(self.metrics.path, self.step, self.metrics.writes)
         # now, so that a run killed before its next checkpoint does not begin with the old rate again
         self.save_last()
         log.warning(
@@ -248,18 +276,19 @@ class Trainer:
         )
 
     def draw(self) -> None:
-        if self.picture is not None:
+        if self.picture is not None and distributed.is_first():
             self.with_average(self.picture, self.flow, self.step, self.val_nll)
 
     def train_step(self) -> dict[str, Any]:
         """One update. The finite check costs one transfer to the host, beside the solver's, and comes before it."""
         begun = time.perf_counter()
         step, s = self.step, self.settings
-        seed = step_generator(self.seed, STEP_STREAM, step).initial_seed()
+        own = (distributed.rank(),) if distributed.rank() else ()
+        seed = step_generator(self.seed, STEP_STREAM, step, *own).initial_seed()
         torch.manual_seed(seed)
         if self.solves_from is not None and step >= self.solves_from and not self.began:
             self.begin_anew()
-        x, label = self.batch(step, s.batch_size)
+        x, label = self.batch(step, s.batch_size, self.share)
         self.objective.train()
         self.objective.begin(step)
         lr = self.lr.at(step) * self.trouble.lr_scale
@@ -275,14 +304,20 @@ class Trainer:
             if guard is not None:
                 stack.enter_context(guard.solver.using(rtol=rtol, atol=atol))
             self.optimizer.zero_grad()
-            terms = self.backward(x, label)
-        norm = nn.utils.get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
-        grad_norm, *values = torch.stack([norm, *terms.values()]).tolist()
+            try:
+                failure, terms = None, self.backward(x, label)
+            except STEP_ERRORS as e:
+                failure, terms = e, {}
+        norm, means = averaged(list(self.flow.parameters()), terms, self.rows / s.batch_size)
+        grad_norm, *values = torch.stack([norm, *means.values()]).tolist()
         row = dict(zip(terms, values, strict=True))
-        check_update(self.flow, row.pop("loss"), grad_norm, x)
+        if failure is not None or not math.isfinite(grad_norm) or not math.isfinite(row["loss"]):
+            raise self.blame(failure, terms, x)
+        del row["loss"]
         if s.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.flow.parameters(), s.clip_norm, norm)
         self.optimizer.step()
+        distributed.make_alike(self.running)
         if self.ema is not None:
             self.ema.update()
         seconds = time.perf_counter() - begun
@@ -303,6 +338,12 @@ class Trainer:
             "rtol": rtol if adaptive else None,
             "atol": atol if adaptive else None,
         }
+
+    def blame(self, failure: FlowtrainError | None, terms: Mapping[str, Tensor], x: Tensor) -> FlowtrainError:
+        """What there is to say of a step without an update, the same on all ranks: where it failed, and why."""
+        failure = failure or bad_update(self.flow, float(terms["loss"]), x)
+        agreed = distributed.agreed(None if failure is None else self.kept(failure))
+        return agreed or NonFiniteError("the sum of all ranks' gradients is not finite, though each of them is.")
 
     def backward(self, x: Tensor, label: Tensor | None) -> dict[str, Tensor]:
         """The loss of a batch and its terms, by name.
@@ -364,11 +405,7 @@ class Trainer:
     def validate(self) -> None:
         """NLL on the fixed validation set at the final tolerance; keeps the best checkpoint."""
         self.flow.eval()
-        x, label = held_out(self.flow, self.data, "val")
-        n = self.settings.val_size
-        log_p = self.with_average(log_probs, self.flow, x[:n], None if label is None else label[:n])
-        check_finite(log_p, "val")
-        self.val_nll = -log_p.mean().item()
+        self.val_nll = self.validation_nll()
         self.metrics.write(
             step=self.step, split="val", nll=self.val_nll, seconds=self.seconds, **self.bits(self.val_nll)
         )
@@ -377,11 +414,29 @@ class Trainer:
         self.lr.validated(improved)
         # what is still being tightened has not settled
         self.stale = 0 if improved or not self.settled() else self.stale + 1
-        # the best is what is on the disk
+        # the best is what is on the disk, as all ranks hear
         if improved and self.keep("best", self.inference_state()):
             self.best = {"nll": self.val_nll, "step": self.step}
         if self.settings.patience is not None and self.stale >= self.settings.patience:
             self.stopped_by = self.stopped_by or f"early stopping after {self.stale} validations without a new best"
+
+    def validation_nll(self) -> float:
+        """In nats, over the validation set, of which each rank scores its share."""
+        x, label = held_out(self.flow, self.data, "val")
+        x = x[: self.settings.val_size]
+        share = distributed.share(len(x))
+        label = None if label is None else label[share]
+        log_p, failure = torch.zeros(0, dtype=torch.float64), None
+        try:
+            if len(x[share]):
+                log_p = self.with_average(log_probs, self.flow, x[share], label, seed=distributed.rank())
+            check_finite(log_p, "val")
+        except FlowtrainError as e:
+            failure = e
+        total, n, failures = distributed.summed([log_p.sum().item(), len(log_p), failure is not None])
+        if failures:
+            raise distributed.agreed(failure) or NonFiniteError("the validation failed")
+        return -total / n
 
     def begin_anew(self) -> None:
         """The likelihood's first step: another loss, for which the optimizer's moments are of no use.
@@ -416,12 +471,12 @@ class Trainer:
             return True
         return self.step >= self.solves_from and self.warmed(self.step) >= (solver.warmup or 0)
 
-    def with_average(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def with_average(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Calls a function while the flow holds its averaged weights, where there are any."""
         with ExitStack() as stack:
             if self.ema is not None:
                 stack.enter_context(self.ema.applied())
-            return function(*arguments)
+            return function(*arguments, **named)
 
     def inference_state(self) -> dict[str, Any]:
         return {
@@ -442,9 +497,14 @@ class Trainer:
         self.keep("last", {**self.inference_state(), **rest})
 
     def keep(self, name: str, state: dict[str, Any]) -> bool:
-        """Whether the checkpoint was written: a disk that is full does not end a run, which has the one before."""
+        """Whether rank 0 has written the checkpoint.
+
+        A disk that is full does not end a run, which has the one before.
+        """
+        written = True
         try:
-            checkpoint.save(self.run_dir / f"checkpoints/{name}.pt", state)
+            if distributed.is_first():
+                checkpoint.save(self.run_dir / f"checkpoints/{name}.pt", state)
         except OSError as e:
             if self.step == 0:
                 raise
@@ -454,8 +514,8 @@ class Trainer:
                 name,
                 e,
             )
-            return False
-        return True
+            written = False
+        return distributed.from_first(written)
 
     def load_weights(self, saved: Mapping[str, Any]) -> None:
         try:

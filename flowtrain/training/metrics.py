@@ -13,17 +13,24 @@ log = logging.getLogger("flowtrain")
 
 
 class Metrics:
-    """Appends rows to a file; `rows` holds them all. Begun at step s, it keeps the rows up to s, no later ones."""
+    """Appends rows to a file; `rows` holds them all. Begun at step s, it keeps the rows up to s, no later ones.
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        self.rows = [row for row in read(path) if row["step"] <= step] if path.exists() else []
+    Args:
+        writes: whether to touch the file: of several processes, one does.
+    """
+
+    def __init__(self, path: Path, step: int, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self.rows = [row for row in read(path) if row["step"] <= step] if writes and path.exists() else []
         self.waiting, self.failing = "", False
-        write_text(path, "".join(to_json(row) + "\n" for row in self.rows))
+        if writes:
+            write_text(path, "".join(to_json(row) + "\n" for row in self.rows))
 
     def write(self, **row: Any) -> None:
         """Appends a row; what cannot be written, as on a full disk, is tried again with the next one."""
         self.rows.append(row)
+        if not self.writes:
+            return
         self.waiting += to_json(row) + "\n"
         size = self.path.stat().st_size if self.path.exists() else 0
         try:

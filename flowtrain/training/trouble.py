@@ -1,13 +1,14 @@
 """What becomes of a step that fails: a loss or gradient that is not finite, a solve that does not end."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from flowtrain import distributed
 from flowtrain.errors import FlowtrainError, NonFiniteError, SolverError
 from flowtrain.files import replacing
 
@@ -24,7 +25,8 @@ DUMPS = 5
 
 def dump(run_dir: Path, step: int, x: Tensor, label: Tensor | None) -> Path | None:
     """Keeps the batch of a step that failed, x and label as .npz; the file, or None where it could not be written."""
-    path = run_dir / f"failed/step_{step:06d}.npz"
+    of_rank = f"_rank{distributed.rank()}" if distributed.size() > 1 else ""
+    path = run_dir / f"failed/step_{step:06d}{of_rank}.npz"
     if len(list(path.parent.glob("step_*.npz"))) >= DUMPS and not path.exists():
         return None
     arrays: dict[str, Any] = {"x": x.cpu().numpy(), **({} if label is None else {"label": label.cpu().numpy()})}
@@ -37,21 +39,18 @@ def dump(run_dir: Path, step: int, x: Tensor, label: Tensor | None) -> Path | No
     return path
 
 
-def check_update(flow: nn.Module, loss: float, grad_norm: float, x: Tensor) -> None:
-    """Refuses an update that is not finite, naming the tensor and the likely cause.
-
-    Raises:
-        NonFiniteError: the loss or a gradient is NaN or infinite.
-    """
-    finite = torch.tensor([loss, grad_norm]).isfinite().tolist()
-    if all(finite):
-        return
-    if not finite[0]:
-        what = f"the loss is {loss}"
-    else:
-        bad = [n for n, p in flow.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        what = f"the gradient of {_listed(bad) or 'the weights'} is not finite"
-    raise NonFiniteError(f"{what}; the weights were not touched. {_cause(flow, finite[0], x)}")
+def bad_update(flow: nn.Module, loss: float, x: Tensor) -> NonFiniteError | None:
+    """What is wrong with a loss and its gradients: which is not finite, and the likely cause; None for nothing."""
+    finite = math.isfinite(loss)
+    bad = [n for n, p in flow.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    if finite and not bad:
+        # the norm of finite gradients can leave the range all the same
+        gradients = [p.grad for p in flow.parameters() if p.grad is not None]
+        bad = [] if nn.utils.get_total_norm(gradients).isfinite() else ["the weights"]
+        if not bad:
+            return None
+    what = f"the gradient of {_listed(bad)} is not finite" if finite else f"the loss is {loss}"
+    return NonFiniteError(f"{what}; the weights were not touched. {_cause(flow, finite, x)}")
 
 
 def _cause(flow: nn.Module, loss_is_finite: bool, x: Tensor) -> str:

@@ -1,0 +1,124 @@
+"""What two ranks do in the tests of data parallelism: each is a process of its own, and writes down what it found."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flowtrain import distributed
+from flowtrain.build import build_data, build_flow, build_objective, build_settings
+from flowtrain.cli.common import compose_defaults
+from flowtrain.data.base import Dataset
+from flowtrain.errors import FlowtrainError, SolverError
+from flowtrain.training.loop import Trainer
+
+SMALL = ["trainer.batch_size=17", "trainer.val_every=10", "trainer.log_every=1", "data.n_val=21", "data.n_test=20"]
+SMALL += ["trainer.steps=20"]
+REALNVP = ["model=realnvp", "model.layers=2", "model.hidden=[8]"]
+FFJORD = ["model=ffjord", "model.hidden=[8]"]
+TIGHT = ["solver.rtol=1e-10", "solver.warmup=0", "solver.control=all"]
+# equal to one process in float64: every kind of gradient, parts, averages, labels, clipping
+EQUAL = {
+    "realnvp": [*REALNVP, "trainer.clip_norm=0.5", "trainer.ema=0.9"],
+    "parts": [*REALNVP, "trainer.accumulate=3"],
+    "direct": [*FFJORD, "solver.gradient=direct", *TIGHT],
+    "replay": [*FFJORD, "solver.gradient=replay", *TIGHT],
+    "fixed": [*FFJORD, "solver=rk4", "solver.steps=4", "trainer.guard_every=5"],
+    "plateau": ["model=affine", "trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1", "trainer.lr=1.0"],
+}
+POLICIES = ("stop", "skip", "rewind")
+
+
+class Poisoned(Dataset):
+    """A row of the second rank's share is not finite at one step."""
+
+    event_shape = (2,)
+
+    def __init__(self, bad_step: int, times: int = 9) -> None:
+        self.val = self.test = torch.randn(20, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        self.bad_step, self.times = bad_step, times
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        x = torch.randn(batch_size, 2, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        if step == self.bad_step and self.times > 0:
+            self.times -= 1
+            x[-1, 0] = torch.nan
+        return x
+
+
+def trainer(
+    run_dir: Path, *overrides: str, data: Dataset | None = None, saved: dict[str, Any] | None = None
+) -> Trainer:
+    config = compose_defaults([*SMALL, *overrides])
+    torch.manual_seed(config["seed"])
+    data = data or build_data(config)
+    flow = build_flow(config, data.samples)
+    return Trainer(build_objective(config, flow), flow, data, build_settings(config), run_dir, config, saved)
+
+
+def ended(run: Trainer) -> dict[str, Any]:
+    """How a run ended: the error, and what it holds."""
+    error = None
+    try:
+        run.fit()
+    except FlowtrainError as e:
+        error = (type(e).__name__, str(e))
+    ema = {} if run.ema is None else {f"ema.{k}": v for k, v in run.ema.shadow.items()}
+    return {
+        "error": error, "step": run.step, "signal": run.signal, "stopped_by": run.stopped_by, "best": run.best,
+        "rows": [{k: v for k, v in row.items() if "seconds" not in k} for row in run.metrics.rows],
+        "state": {k: v.clone() for k, v in {**run.flow.state_dict(), **ema}.items()},
+    }  # fmt: skip
+
+
+def everything(rank: int, ranks: int, folder: Path) -> None:
+    """All that is asked of two ranks, in one start of them."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    logging.getLogger("flowtrain").setLevel(logging.CRITICAL)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    found: dict[str, Any] = {}
+    for name, overrides in EQUAL.items():
+        found[name] = ended(trainer(folder / name, *overrides))
+    for policy in POLICIES:
+        data = Poisoned(5, times=2 if rank == 1 and policy == "rewind" else 9)
+        keys = [*REALNVP, "trainer.val_every=4", f"trainer.on_nonfinite={policy}"]
+        found[policy] = ended(trainer(folder / policy, *keys, data=data))
+    found["unsolved"] = ended(_unsolved(folder / "unsolved", rank))
+    found["signal"] = ended(_signalled(folder / "signal", rank))
+    found["norm"] = ended(trainer(folder / "norm", *REALNVP, "model.batch_norm=true"))
+    found["agreed"] = [
+        str(distributed.agreed(SolverError("stiff") if rank == 1 else None)),
+        distributed.agreed(None), distributed.summed([1.0, rank]), distributed.largest([rank, -rank]),
+        distributed.from_first(("of", rank)), distributed.all_of(rank), [distributed.share(n) for n in (1, 2, 5)],
+    ]  # fmt: skip
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _unsolved(run_dir: Path, rank: int) -> Trainer:
+    """A solve that fails on the second rank alone, in the way back."""
+    run = trainer(run_dir, *FFJORD, "solver=rk4", "solver.steps=2")
+    take = run.backward
+
+    def backward(x: Tensor, label: Tensor | None) -> dict[str, Tensor]:
+        terms = take(x, label)
+        if rank == 1 and run.step == 6:
+            raise SolverError("the field is too stiff.")
+        return terms
+
+    run.backward = backward  # type: ignore[method-assign]
+    return run
+
+
+def _signalled(run_dir: Path, rank: int) -> Trainer:
+    """A signal that reaches the second rank alone."""
+    run = trainer(run_dir, "model=affine")
+    heed = run.heed
+    run.heed = lambda received, late: heed(15 if rank == 1 and run.step == 7 else received, late)  # type: ignore[method-assign]
+    return run
