@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -10,10 +11,12 @@ from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
+from torch import Tensor
 
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.scale import Standardize
+from flowtrain.checks import below_half
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError, first_line
 from flowtrain.flow import Flow
@@ -160,10 +163,24 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> None:
         raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError) as e:
         raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
-    wrong = [name for name, w in sketch.state_dict().items() if tuple(w.shape) != shapes.get(name)]
+    wrong = [name for name, w in sketch.state_dict().items() if not _fits(weights.get(name), w, samples)]
     wrong += [name for name in shapes if name not in sketch.state_dict()]
+    averaged = {k: v for k, v in (saved.get("ema") or {}).items() if k != "updates"}
+    wrong += [f"ema {k}" for k, v in averaged.items() if not _fits(v, sketch.state_dict().get(k), samples)]
     if wrong:
         raise CheckpointError(f"the checkpoint's weights do not fit the model of its config: {', '.join(wrong[:3])}")
+
+
+def _fits(value: Any, sketch: Tensor | None, samples: Samples) -> bool:
+    """Whether a tensor can take the place of one of the model's: of its shape and kind, and no index out of range."""
+    if not isinstance(value, Tensor) or sketch is None or value.shape != sketch.shape:
+        return False
+    kinds = [(t.is_floating_point(), t.is_complex(), t.dtype == torch.bool) for t in (value, sketch)]
+    if kinds[0] != kinds[1]:
+        return False
+    if value.is_floating_point() or value.dtype == torch.bool or not value.numel():
+        return True
+    return int(value.min()) >= 0 and int(value.max()) < max(SMALL_NUMBER, math.prod(samples.event_shape))
 
 
 def samples_of(saved: Mapping[str, Any]) -> Samples:
@@ -178,9 +195,16 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
         data = saved["config"]["data"]
         return Samples(event_shape, bool(data.get("dequantize")), standardized=bool(data.get("standardize")))
     try:
-        return Samples(**{**saved["samples"], "event_shape": event_shape})
-    except TypeError as e:
-        raise CheckpointError(f"the checkpoint describes its samples as {saved['samples']}: not one of ours") from e
+        samples = Samples(**{**saved["samples"], "event_shape": event_shape})
+        alpha = below_half("alpha", samples.alpha)
+        counts = [v for v in (samples.levels, samples.classes) if v is not None]
+        good = all(type(v) is int and v > 0 for v in counts) and all(isinstance(c, str) for c in samples.columns)
+        good &= isinstance(samples.discrete, bool) and isinstance(samples.standardized, bool)
+    except (TypeError, ConfigError):
+        good = False
+    if not good:
+        raise CheckpointError(f"the checkpoint describes its samples as {saved['samples']}: not one of ours")
+    return replace(samples, alpha=alpha)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -264,7 +288,7 @@ def _object(target: str, group: str) -> Any:
 
 
 def _target(config: Config, group: str) -> str:
-    target = config[group].get("_target_")
+    target = config[group].get("_target_") if isinstance(config.get(group), Mapping) else None
     if not isinstance(target, str):
         raise ConfigError(f"{group}: the config names no class to build (_target_)")
     return target
@@ -272,8 +296,9 @@ def _target(config: Config, group: str) -> str:
 
 def _call(config: Config, group: str, **extra: Any) -> Any:
     """Calls the `_target_` of a group with the group's other keys (but `name`, a label) and `extra`."""
+    target = _target(config, group)
     arguments = {k: v for k, v in config[group].items() if k != "name"}
-    made = {**arguments, "_target_": _target(config, group), "_partial_": True, "_convert_": "all"}
+    made = {**arguments, "_target_": target, "_partial_": True, "_convert_": "all"}
     _object(made["_target_"], group)
     return _checked_call(instantiate(made), group, extra)
 

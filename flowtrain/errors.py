@@ -31,6 +31,12 @@ class NonFiniteError(FlowtrainError):
     exit_code = 1
 
 
+class UnfinishedError(FlowtrainError):
+    """A run that has trained and is saved, and whose result is still to be written."""
+
+    exit_code = 1
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether an error of numpy, or of torch on any device, says that memory was not to be had."""
     if isinstance(error, MemoryError):

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,15 +16,17 @@ import torch
 from flowtrain import build, distributed, pictures, plots
 from flowtrain.checks import whole, within_memory
 from flowtrain.data.base import Dataset, Samples
-from flowtrain.errors import CheckpointError, ConfigError
+from flowtrain.errors import CheckpointError, ConfigError, UnfinishedError
 from flowtrain.evaluation import evaluate
 from flowtrain.files import write_json
 from flowtrain.flow import Flow
 from flowtrain.training import checkpoint
 from flowtrain.training.loop import Trainer
+from flowtrain.training.signals import SignalReceived, ended_by_signals
 
 log = logging.getLogger("flowtrain")
 
+MOST_THREADS = 1024
 # the flow that a run's objective learns from, in its directory
 TEACHER = "checkpoints/teacher.pt"
 
@@ -55,11 +58,13 @@ def messages(path: Path | None = None) -> Iterator[None]:
 
 def prepare_process(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> None:
     """Threads and allocator. `threads`: null takes one where matrices are too small to share, else all cores."""
-    threads = config["threads"]
+    threads = config.get("threads")
     if threads is None:
         cores = len(os.sched_getaffinity(0)) // distributed.on_this_machine()
         threads = 1 if math.prod(event_shape) <= 16 else max(1, cores)
-    torch.set_num_threads(whole("threads", threads))
+    if whole("threads", threads) > MOST_THREADS:
+        raise ConfigError(f"threads={threads}: give at most {MOST_THREADS}")
+    torch.set_num_threads(threads)
     keep_freed_memory()
 
 
@@ -136,13 +141,24 @@ def train(
     trainer.fit()
     best = float("nan") if trainer.best is None else trainer.best["nll"]
     if trainer.signal is not None:
-        log.info("%s at step %d; go on with: flowtrain resume=%s", trainer.stopped_by, trainer.step, run_dir)
+        log.info("%s at step %d; go on with: flowtrain resume=%s", trainer.stopped_by, trainer.saved_step, run_dir)
         return best, 128 + trainer.signal
     if trainer.stopped_by:
         log.info("stopped at step %d: %s", trainer.step, trainer.stopped_by)
-    if distributed.is_first():
-        # the trainer's config, whose step size may have become smaller
-        finish(trainer.config, run_dir, data, device, title, trainer)
+    if not distributed.is_first():
+        return best, 0
+    try:
+        with ended_by_signals():
+            # the trainer's config, whose step size may have become smaller
+            finish(trainer.config, run_dir, data, device, title, trainer)
+    except SignalReceived as e:
+        log.info("%s during the evaluation; go on with: flowtrain resume=%s", signal.Signals(e.number).name, run_dir)
+        return best, 128 + e.number
+    except OSError as e:
+        raise UnfinishedError(
+            f"the run has ended at step {trainer.saved_step} and is saved, but its result could not be written ({e}): "
+            f"once it can be, flowtrain resume={run_dir} evaluates it"
+        ) from e
     return best, 0
 
 

@@ -1,5 +1,7 @@
 """Shared by every test: a seed, and float64 as the default so that closed forms can be compared tightly."""
 
+import gc
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,21 +11,37 @@ import pytest
 import torch
 from runs import COMMANDS, Run
 
+from flowtrain.plots import style
+
 matplotlib.use("Agg")
+DPI = style.DPI
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: looking it through for garbage again and again takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def seeded_float64() -> Iterator[None]:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
+    # what tests compute is too small to share, and on a busy machine threads wait for each other
+    torch.set_num_threads(1)
     yield
     torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs a command in a fresh working directory: (exit code, standard output, standard error)."""
+    """Runs a command in a fresh working directory: (exit code, standard output, standard error).
+
+    One of the cores does, as above, and pictures of few dots: those of users take a third of a short run.
+    """
     torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    set_dots(monkeypatch, 40)
     monkeypatch.chdir(tmp_path)
     # Hydra answers a broken config with the whole trace when told so; the commands set this themselves
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
@@ -37,3 +55,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         return int(stopped.value.code or 0), out, err
 
     return call
+
+
+@pytest.fixture
+def full_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures of `run` as users get them."""
+    set_dots(monkeypatch, DPI)
+
+
+def set_dots(monkeypatch: pytest.MonkeyPatch, per_inch: int) -> None:
+    monkeypatch.setattr(style, "DPI", per_inch)
+    monkeypatch.setitem(style._RC, "figure.dpi", per_inch)

@@ -120,5 +120,5 @@ def _signalled(run_dir: Path, rank: int) -> Trainer:
     """A signal that reaches the second rank alone."""
     run = trainer(run_dir, "model=affine")
     heed = run.heed
-    run.heed = lambda received, late: heed(15 if rank == 1 and run.step == 7 else received, late)  # type: ignore[method-assign]
+    run.heed = lambda received, out_of_time: heed(15 if rank == 1 and run.step == 7 else received, out_of_time)  # type: ignore[method-assign]
     return run

@@ -91,6 +91,7 @@ def idx(path: Path, images: np.ndarray) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("full_size")
 def test_images_are_told_apart_from_arrays_idx_files_and_tables(run: Run, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 8, (200, 4, 4)).astype(np.uint8)

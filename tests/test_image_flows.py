@@ -97,8 +97,9 @@ def test_a_uniform_image_costs_the_bits_of_its_levels() -> None:
 @pytest.mark.parametrize("model", ["realnvp", "glow", "ffjord"])
 def test_untrained_bits_per_dim_match_an_independent_calculation(model: str) -> None:
     """Untrained flows without data-dependent scales carry the logit of the data to a standard normal base."""
-    data = Bytes((1, 8, 8))
-    keys = [f"model={model}", "model.hidden=[4]"] + (["model.actnorm=false"] if model == "realnvp" else [])
+    data = Bytes()
+    own = {"realnvp": ["model.actnorm=false"], "glow": ["model.scales=1"], "ffjord": []}
+    keys = [f"model={model}", "model.hidden=[4]", *own[model]]
     flow = build_flow(compose_defaults(keys), data.samples).double().eval()
     result = evaluate(flow, data)
     with torch.random.fork_rng():
@@ -428,7 +429,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> N
             build_objective(config, flow), flow, data, settings, tmp_path / str(parts), config,
             saved={"weights": flow.state_dict(), "optimizer": torch.optim.Adam(flow.parameters()).state_dict(),
                    "lr": {"scale": 1.0, "stale": 0}, "ema": None, "step": 0, "seconds": 0.0, "stale": 0,
-                   "best": None, "val_nll": 0.0},
+                   "best": None, "val_nll": 0.0, "config": config},
         )  # fmt: skip
         flow.zero_grad()
         loss = run.backward(x, None)
@@ -518,16 +519,16 @@ def test_train_evaluate_and_sample_by_the_commands(run: Run, tmp_path: Path, nam
 
 
 def test_images_of_a_table_train_as_images(run: Run, tmp_path: Path) -> None:
-    values = np.random.default_rng(0).integers(0, 17, (60, 65))
-    values[:, 64] = np.arange(60) % 4
+    values = np.random.default_rng(0).integers(0, 17, (60, 25))
+    values[:, 24] = np.arange(60) % 4
     np.savetxt(tmp_path / "t.tra", values, "%d", ",")
-    keys = ["data=array", "data.path=t.tra", "data.label=64", "data.event_shape=[1,8,8]", "data.levels=17"]
-    small = ["trainer.batch_size=8", "trainer.steps=2", "model.hidden=[4]"]
+    keys = ["data=array", "data.path=t.tra", "data.label=24", "data.event_shape=[1,4,6]", "data.levels=17"]
+    small = ["trainer.batch_size=8", "trainer.steps=2"]
     for model in ("realnvp", "glow", "ffjord"):
-        code, out, err = run("flowtrain", *keys, *small, f"model={model}", "model.conditional=true")
+        code, out, err = run("flowtrain", *keys, *small, *TINY[model], "model.conditional=true")
         assert code == 0, err
         result = json.loads((Path(out.splitlines()[-1]) / "result.json").read_text())
-        assert result["bits_per_dim"] == pytest.approx(result["nll"] / (64 * math.log(2)))
+        assert result["bits_per_dim"] == pytest.approx(result["nll"] / (24 * math.log(2)))
     code, _, err = run("flowtrain", *keys[:2], "model=realnvp", "model.conditional=true", "data.dequantize=true")
     assert code == 2
     assert "no labels to condition on" in err
@@ -613,6 +614,7 @@ def test_experiments_take_the_recipe_of_their_model() -> None:
 def test_every_experiment_on_images_trains(experiment: str, run: Run, tmp_path: Path) -> None:
     write_set(tmp_path / "data" / "mnist")
     small = ["data.n_val=10", "data.root=data", "trainer.batch_size=4", "trainer.steps=1", "model.hidden=[4]"]
-    code, out, err = run("flowtrain", f"experiment={experiment}", *small, "model.scales=1")
+    small += ["model.scales=1", "solver.rtol=1e-3"] + ["model.steps=2"] * ("glow" in experiment)
+    code, out, err = run("flowtrain", f"experiment={experiment}", *small)
     assert code == 0, err
     assert json.loads((Path(out.splitlines()[-1]) / "result.json").read_text())["bits_per_dim"] > 0

@@ -308,17 +308,24 @@ def trained(run_dir: Path, *overrides: str, stop: int | None = None) -> Trainer:
 STEPS = ["trainer.steps=10", "trainer.val_every=5"]
 
 
-@pytest.mark.parametrize("stop", [3, 6, 8])
-@pytest.mark.parametrize("name", ["flow_matching", "hybrid", "rectified"])
-def test_resume_is_exact_to_the_bit(name: str, stop: int, tmp_path: Path) -> None:
-    """A stop before, at and after the hybrid's change of loss."""
+@pytest.fixture(scope="module", params=["flow_matching", "hybrid", "rectified"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Trainer]:
+    """A run that was never stopped, and its overrides."""
+    torch.set_num_threads(1)
+    name = request.param
     keys = [f"objective={name}", *STEPS]
     keys += ["objective.matching=0.6"] * (name == "hybrid") + ["objective.pairs=100"] * (name == "rectified")
-    whole = trained(tmp_path / "whole", *keys)
-    assert any(bool(p.abs().max() > 0) for p in whole.ema.shadow.values() if p.shape == (2, 8))  # type: ignore[union-attr]
-    trained(tmp_path / "parts", *keys, stop=stop)
-    again = trained(tmp_path / "parts", *keys)
-    for key, value in whole.flow.state_dict().items():
+    return keys, trained(tmp_path_factory.mktemp("whole"), *keys)
+
+
+@pytest.mark.parametrize("stop", [3, 6, 8])
+def test_resume_is_exact_to_the_bit(whole: tuple[list[str], Trainer], stop: int, tmp_path: Path) -> None:
+    """A stop before, at and after the hybrid's change of loss."""
+    keys, run = whole
+    assert any(bool(p.abs().max() > 0) for p in run.ema.shadow.values() if p.shape == (2, 8))  # type: ignore[union-attr]
+    trained(tmp_path, *keys, stop=stop)
+    again = trained(tmp_path, *keys)
+    for key, value in run.flow.state_dict().items():
         assert torch.equal(value, again.flow.state_dict()[key]), key
 
 
@@ -590,6 +597,7 @@ def test_images_with_one_continuous_part_are_matched(tmp_path: Path) -> None:
         build_objective(config, build_flow({**config, "model": {**config["model"], "scales": 1}}, samples))
 
 
+@pytest.mark.usefixtures("full_size")
 def test_quality_against_steps(run: Run, tmp_path: Path) -> None:
     small = ["trainer.steps=3", "trainer.batch_size=16", "data.n_val=300", "data.n_test=200", "model.hidden=[8]"]
     code, out, err = run("flowtrain", "objective=flow_matching", *small)
@@ -621,7 +629,9 @@ def test_quality_against_steps(run: Run, tmp_path: Path) -> None:
     assert json.loads(Path("e.json").read_text())["solver"]["step_size"] == 0.25
 
 
-OTHERS = sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml") if not p.stem.startswith("mnist_"))
+OTHERS = sorted(
+    p.stem for p in (config_dir() / "experiment").glob("*.yaml") if not p.stem.startswith(("mnist_", "search_"))
+)
 
 
 @pytest.mark.parametrize("experiment", OTHERS)

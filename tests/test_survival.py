@@ -265,7 +265,7 @@ def test_the_cause_of_a_failed_step_is_named(tmp_path: Path) -> None:
         with torch.no_grad():
             change(parameter)
         with pytest.raises(NonFiniteError) as caught:
-            run.guarded_step()
+            run.guarded(run.train_step, "step 1")
         with torch.no_grad():
             parameter.copy_(kept)
         return str(caught.value)

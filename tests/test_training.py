@@ -58,11 +58,19 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize("overrides", RUNS, ids=["realnvp", "ffjord", "affine", "glow", "matching", "hybrid", "rnode"])
+@pytest.fixture(scope="module", params=RUNS, ids=["realnvp", "ffjord", "affine", "glow", "matching", "hybrid", "rnode"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Trainer]:
+    """A run that was never stopped, and its overrides."""
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)
+    run = trainer(tmp_path_factory.mktemp("whole"), *request.param, "trainer.steps=10")
+    run.fit()
+    return request.param, run
+
+
 @pytest.mark.parametrize("stop", [4, 7])
-def test_resume_is_exact_to_the_bit(overrides: list[str], stop: int, tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "whole", *overrides, "trainer.steps=10")
-    whole.fit()
+def test_resume_is_exact_to_the_bit(whole: tuple[list[str], Trainer], stop: int, tmp_path: Path) -> None:
+    overrides, run = whole
     first = trainer(tmp_path / "parts", *overrides, "trainer.steps=10")
     stop_at(first, stop)
     first.fit()
@@ -74,11 +82,11 @@ def test_resume_is_exact_to_the_bit(overrides: list[str], stop: int, tmp_path: P
     second = trainer(tmp_path / "parts", *overrides, "trainer.steps=10", saved=saved)
     second.fit()
     ends = [row for row in rows(tmp_path / "parts") if not (row["split"] == "val" and row["step"] == stop != 4)]
-    assert ends == rows(tmp_path / "whole")
-    for key, value in whole.flow.state_dict().items():
+    assert ends == rows(run.run_dir)
+    for key, value in run.flow.state_dict().items():
         assert torch.equal(value, second.flow.state_dict()[key]), key
-    if whole.ema is not None and second.ema is not None:
-        assert all(torch.equal(v, second.ema.shadow[k]) for k, v in whole.ema.shadow.items())
+    if run.ema is not None and second.ema is not None:
+        assert all(torch.equal(v, second.ema.shadow[k]) for k, v in run.ema.shadow.items())
 
 
 def test_resume_takes_new_settings_and_refuses_another_model(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from flowtrain.checks import whole, within_memory
 from flowtrain.data.base import Dataset, step_generator
-from flowtrain.errors import DataError
+from flowtrain.errors import ConfigError, DataError
 
 _TRAIN, _VAL, _TEST = 1, 2, 3
+# held-out points
+MOST = 10_000_000
 
 
 def uniform(generator: torch.Generator, *shape: int) -> Tensor:
@@ -55,6 +57,8 @@ class Toy(Dataset):
         for key, n in (("data.n_val", n_val), ("data.n_test", n_test)):
             # in float64, and once more in float32
             within_memory(key, whole(key, n), 2 * (8 + 4))
+            if n > MOST:
+                raise ConfigError(f"{key}={n}: give at most {MOST:,}; their density alone would take hours")
         self.val = self.sample(n_val, step_generator(seed, _VAL)).float()
         self.test = self.sample(n_test, step_generator(seed, _TEST)).float()
 

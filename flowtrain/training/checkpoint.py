@@ -23,6 +23,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "event_shape": lambda v: isinstance(v, list | tuple) and bool(v) and all(type(n) is int and n > 0 for n in v),
     "step": lambda v: type(v) is int and v >= 0,
     "weights": lambda v: isinstance(v, dict) and all(isinstance(w, torch.Tensor) for w in v.values()),
+    "ema": lambda v: v is None or isinstance(v, dict),
 }
 # of the config, what a flow is built from and told of
 GROUPS = ("model", "data", "solver")
@@ -128,7 +129,7 @@ def _read(path: Path) -> dict[str, Any]:
     if found != expected and (expected is not None or checkpoint["format"] != 1):
         raise CheckpointError(f"{path}: the checkpoint is damaged: what it holds has another checksum than it says.")
     for key, good in KINDS.items():
-        if not good(checkpoint[key]):
+        if not good(checkpoint.get(key)):
             raise CheckpointError(f"{path}: the checkpoint's {key} is not one: it is damaged.")
     missing = [group for group in GROUPS if not isinstance(checkpoint["config"].get(group), dict)]
     if missing:

@@ -40,6 +40,8 @@ def _add(digest: Any, value: Any) -> None:
 
 def _add_tensor(digest: Any, value: Tensor) -> None:
     # a few bytes can claim a tensor of any shape, which would be written out below
+    if value.device.type != "cpu":
+        raise CheckpointError(f"a tensor is on {value.device}, where no file can put it")
     if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise CheckpointError(f"a tensor of shape {tuple(value.shape)} has less memory than that")
     digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())

@@ -10,6 +10,7 @@ from pathlib import Path
 from flowtrain.errors import ConfigError
 
 NAME = ".lock"
+WRITTEN = ("metrics.jsonl", "flowtrain.log", "result.json", "checkpoints/last.pt", "checkpoints/best.pt")
 
 
 @contextmanager
@@ -20,9 +21,13 @@ def holding(run_dir: Path) -> Iterator[None]:
     one that was killed holds nobody up.
 
     Raises:
-        ConfigError: another process has it; the message says which.
+        ConfigError: another process has it; the message says which. Or a file of the run is a link, through which
+            something else would be written over.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    links = [name for name in (NAME, *WRITTEN) if (run_dir / name).is_symlink()]
+    if links:
+        raise ConfigError(f"{run_dir / links[0]} is a link: a run writes its own files alone; remove it")
     file = _locked(run_dir / NAME)
     try:
         os.ftruncate(file, 0)

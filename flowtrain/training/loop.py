@@ -9,8 +9,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from enum import Enum, auto
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ from flowtrain.training.metrics import Metrics
 from flowtrain.training.schedule import LearningRate
 from flowtrain.training.settings import Settings
 from flowtrain.training.signals import StopSignals
+from flowtrain.training.state import check_progress, moments
 from flowtrain.training.trouble import STEP_ERRORS, Trouble, bad_update, dump
 
 log = logging.getLogger("flowtrain")
@@ -49,9 +52,15 @@ PROGRESS = ("step", "seconds", "stale", "best", "val_nll", "began")
 # an NFE so many times the median of the steps before is a spike, and how many those are at most
 SPIKE, MEDIAN_OF = 3, 100
 
-# what a step that failed measured: nothing, and it was passed over, or the run went back
-SKIPPED: dict[str, Any] = {}
-REWOUND: dict[str, Any] = {}
+T = TypeVar("T")
+
+
+class Failed(Enum):
+    """What became of a step or a validation that failed: it was passed over, or the run went back."""
+
+    SKIPPED = auto()
+    REWOUND = auto()
+
 
 Picture = Callable[[Flow, int, float], None]
 
@@ -104,6 +113,8 @@ class Trainer:
         self.best: dict[str, float] | None = None
         self.val_nll = math.nan
         self.stopped_by: str | None = None
+        # of last.pt
+        self.saved_step = self.step
         # the number of the signal that did
         self.signal: int | None = None
         self.trouble = Trouble(settings.on_nonfinite, settings.max_rewinds)
@@ -187,28 +198,46 @@ class Trainer:
                 # killed before the first validation, there is still something to go on from
                 self.save_last()
             while self.step < s.steps and self.stopped_by is None:
-                row = self.guarded_step()
-                self.step += row is not REWOUND
+                row = self.guarded(self.train_step, f"step {self.step + 1}")
+                self.step += row is not Failed.REWOUND
                 self.seconds = before + time.perf_counter() - begun
-                if row and (self.step % s.log_every == 0 or self.step == 1):
-                    self.metrics.write(step=self.step, split="train", nll=row.pop("nll"), seconds=self.seconds, **row)
-                    self.show(bar, row)
-                self.watch_nfe(row)
+                if isinstance(row, dict):
+                    self.measured(row, bar)
                 bar.update(self.step - bar.n)
                 out_of_time = s.time_limit is not None and time.perf_counter() - begun >= s.time_limit
                 self.heed(signals.received, out_of_time)
-                if row is not REWOUND and (self.step % s.val_every == 0 or self.step == s.steps):
-                    self.validate()
-                    self.save_last()
-                elif self.signal is not None:
-                    self.save_last()
-                elif self.stopped_by:
-                    # saved first: resumed, the run must not know of a validation that it would not have made
-                    self.save_last()
-                    self.validate()
-                if row is not REWOUND and s.plot_every and self.step % s.plot_every == 0:
-                    self.draw()
+                if row is not Failed.REWOUND:
+                    self.after_step()
                 self.seconds = before + time.perf_counter() - begun
+            # a signal that came while the last step was validated and saved
+            self.heed(signals.received, out_of_time=False)
+        if self.saved_step != self.step:
+            log.warning("the last checkpoint that could be written is of step %d, not %d", self.saved_step, self.step)
+
+    def measured(self, row: dict[str, Any], bar: Any) -> None:
+        """Logs what a step measured, where its turn has come."""
+        self.trouble.skipped = 0
+        self.watch_nfe(row)
+        if self.step % self.settings.log_every == 0 or self.step == 1:
+            self.metrics.write(step=self.step, split="train", nll=row.pop("nll"), seconds=self.seconds, **row)
+            self.show(bar, row)
+
+    def after_step(self) -> None:
+        """Validates, saves and draws, where its turn has come or the run stops."""
+        s = self.settings
+        validate = partial(self.guarded, self.validate, f"the validation of step {self.step}")
+        if self.step % s.val_every == 0 or self.step == s.steps:
+            # what could not be validated is not worth keeping
+            if isinstance(validate(), Failed):
+                return
+            self.save_last()
+        elif self.stopped_by:
+            # saved first: resumed, the run must not know of a validation that it would not have made
+            self.save_last()
+            if self.signal is None:
+                validate()
+        if s.plot_every and self.step % s.plot_every == 0:
+            self.draw()
 
     def heed(self, received: int | None, out_of_time: bool) -> None:
         """Ends the run after this step where any rank has had a signal, or has no time left."""
@@ -218,16 +247,14 @@ class Trainer:
         if received:
             self.signal, self.stopped_by = received, signal.Signals(received).name
 
-    def guarded_step(self) -> dict[str, Any]:
-        """What a step measured; SKIPPED or REWOUND where it failed and the policy has it so."""
+    def guarded(self, action: Callable[[], T], what: str) -> T | Failed:
+        """What an action gives; where it failed, what the policy has made of that."""
         try:
-            row = self.train_step()
-            self.trouble.skipped = 0
-            return row
+            return action()
         except distributed.RankLostError:
             raise
         except FlowtrainError as e:
-            return self.failed(e)
+            return self.failed(e, what)
         except RuntimeError as e:
             if not self.settings.compile or "torch._" not in f"{type(e).__module__}.":
                 raise
@@ -242,28 +269,34 @@ class Trainer:
         path = dump(self.run_dir, self.step + 1, *batch)
         return error if path is None else type(error)(f"{error} Its batch is in {path}.")
 
-    def failed(self, error: FlowtrainError) -> dict[str, Any]:
-        """Does what the policy says of a step that failed on some rank."""
-        if self.trouble.skips(error, self.step + 1):
-            return SKIPPED
-        if self.trouble.rewinds_from(error):
-            self.rewind(f"step {self.step + 1}: {error}")
-            return REWOUND
+    def failed(self, error: FlowtrainError, what: str) -> Failed:
+        """Does what the policy says of what failed, on whatever rank."""
+        policy = self.trouble.policy_for(error)
+        if policy == "skip":
+            self.trouble.skipped += 1
+            log.warning("%s is skipped: %s", what, error)
+            return Failed.SKIPPED
+        if policy == "rewind":
+            self.rewind(f"{what}: {error}")
+            return Failed.REWOUND
         # last.pt stays as it is: a step fails for its weights, and would fail again from those before it
         lr = self.settings.lr * self.trouble.lr_scale
         raise type(error)(
-            f"step {self.step + 1}: {error} Go on from the last checkpoint, with a smaller learning rate: "
+            f"{what}: {error} Go on from the last checkpoint, with a smaller learning rate: "
             f"flowtrain resume={self.run_dir} trainer.lr={lr / 2:g}"
         ) from error
 
     def rewind(self, why: str) -> None:
         """Back to the last checkpoint, with half of the learning rate from there on."""
-        rewinds = self.trouble.rewinds + 1
+        rewinds, halvings = self.trouble.rewinds + 1, self.trouble.halvings + 1
         saved = checkpoint.load(self.run_dir / "checkpoints/last.pt")
         self.load_weights(saved)
         self.load_progress(saved)
-        self.trouble.rewinds, self.trouble.skipped = rewinds, 0
-        self.metrics = Metrics(self.metrics.path, self.step, self.metrics.writes)
+        self.trouble.rewinds, self.trouble.halvings, self.trouble.skipped = rewinds, halvings, 0
+        if self.config["solver"] != saved["config"]["solver"]:
+            # steps were made smaller since: what was best with the larger ones may owe itself to them
+            self.best = None
+        self.metrics.back_to(self.step)
         # now, so that a run killed before its next checkpoint does not begin with the old rate again
         self.save_last()
         log.warning(
@@ -494,7 +527,8 @@ class Trainer:
         rest |= {key: getattr(self, key) for key in PROGRESS}
         rest["trouble"] = self.trouble.state()
         rest["histories"] = [h.steps for h in self.flow.histories]
-        self.keep("last", {**self.inference_state(), **rest})
+        if self.keep("last", {**self.inference_state(), **rest}):
+            self.saved_step = self.step
 
     def keep(self, name: str, state: dict[str, Any]) -> bool:
         """Whether rank 0 has written the checkpoint.
@@ -520,18 +554,19 @@ class Trainer:
     def load_weights(self, saved: Mapping[str, Any]) -> None:
         try:
             self.flow.load_state_dict(saved["weights"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError) as e:
+        except RuntimeError as e:
             first = " ".join(str(e).split())[:160]
             raise CheckpointError(
-                f"the run cannot go on with this config, its weights are of another model or trainer ({first} ...): "
-                "leave model.* and trainer.optimizer as they were"
+                f"the run cannot go on with this config, its weights are of another model ({first} ...): "
+                "leave model.* as it was"
             ) from e
-        for group in self.optimizer.param_groups:
-            # loaded with the state, but the user may have changed it
-            group["weight_decay"] = self.settings.weight_decay
+        # its settings are those of this run, which may be others
+        groups = self.optimizer.state_dict()["param_groups"]
+        state = moments(saved["optimizer"], list(self.flow.parameters()))
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def load_progress(self, saved: Mapping[str, Any]) -> None:
+        check_progress(saved, self.flow)
         self.lr.load(saved["lr"])
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load(saved["ema"])
@@ -539,9 +574,13 @@ class Trainer:
             self.guard.load(saved["guard"])
         if "trouble" in saved:
             self.trouble.load(saved["trouble"])
+        if saved["config"]["trainer"].get("lr") != self.settings.lr:
+            # a rate that the user chose in the light of what had happened
+            self.trouble.halvings = 0
         for key in PROGRESS:
             # a run of an older flowtrain has only ever solved
             setattr(self, key, saved.get(key, True) if key == "began" else saved[key])
         # a run of an older flowtrain begins its solves anew
         for history, steps in zip(self.flow.histories, saved.get("histories", ()), strict=False):
             history.steps = [(length, suited) for length, suited in steps]
+        self.saved_step = self.step

@@ -24,7 +24,18 @@ class Metrics:
         self.rows = [row for row in read(path) if row["step"] <= step] if writes and path.exists() else []
         self.waiting, self.failing = "", False
         if writes:
-            write_text(path, "".join(to_json(row) + "\n" for row in self.rows))
+            write_text(path, _lines(self.rows))
+
+    def back_to(self, step: int) -> None:
+        """Drops the rows of later steps, written or waiting to be."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        if not self.writes:
+            return
+        # what was written is how the rows begin, and a disk that is full has room for less
+        text = _lines(self.rows).encode()
+        written = min(self.path.stat().st_size, len(text))
+        os.truncate(self.path, written)
+        self.waiting = text[written:].decode()
 
     def write(self, **row: Any) -> None:
         """Appends a row; what cannot be written, as on a full disk, is tried again with the next one."""
@@ -46,12 +57,28 @@ class Metrics:
         self.waiting, self.failing = "", False
 
 
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(to_json(row) + "\n" for row in rows)
+
+
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line torn by a crash is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
+    """The rows of a metrics file; lines that are none, as the last one torn by a crash, are left out."""
+    rows, bad = [], 0
+    lines = path.read_text(errors="replace").splitlines()
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            bad += 1
+    if bad > 1 or (bad and lines and not _is_torn(lines[-1])):
+        log.warning("%s: %d of %d lines are damaged, and left out", path, bad, len(lines))
     return rows
+
+
+def _is_torn(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return False

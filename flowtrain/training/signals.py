@@ -2,11 +2,13 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# USR1 and USR2: SLURM's --signal, and submitit's
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# USR1 and USR2: SLURM's --signal, and submitit's; HUP: the terminal has been closed
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class StopSignals:
@@ -20,7 +22,9 @@ class StopSignals:
         # handlers can be set in the main thread only; elsewhere (a notebook's worker, a launcher) nothing changes
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
-                self.before[number] = signal.signal(number, self._handle)
+                # as nohup has it with SIGHUP
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -31,3 +35,23 @@ class StopSignals:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+
+
+class SignalReceived(BaseException):
+    """A signal, where nothing has to be finished first; no one else's handler of errors is to stop it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class _Raising(StopSignals):
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        raise SignalReceived(number)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside, a signal to stop raises `SignalReceived` at once."""
+    with _Raising():
+        yield

@@ -82,31 +82,26 @@ class Trouble:
 
     Attributes:
         skipped: steps in a row.
-        rewinds: so far; each halves the learning rate.
+        rewinds: so far.
+        halvings: of the learning rate: one a rewind, since it was last chosen.
     """
 
     def __init__(self, policy: str, max_rewinds: int) -> None:
         self.policy, self.max_rewinds = policy, max_rewinds
-        self.skipped, self.rewinds = 0, 0
+        self.skipped, self.rewinds, self.halvings = 0, 0, 0
 
     @property
     def lr_scale(self) -> float:
-        return 0.5**self.rewinds
+        return 0.5**self.halvings
 
-    def skips(self, error: FlowtrainError, step: int) -> bool:
-        """Whether the step is passed over."""
-        if self.policy != "skip" or not isinstance(error, STEP_ERRORS) or self.skipped >= SKIPS:
-            return False
-        self.skipped += 1
-        log.warning("step %d is skipped: %s", step, error)
-        return True
-
-    def rewinds_from(self, error: FlowtrainError) -> bool:
-        """Whether the run goes back to its last checkpoint."""
-        return self.policy == "rewind" and isinstance(error, STEP_ERRORS) and self.rewinds < self.max_rewinds
+    def policy_for(self, error: FlowtrainError) -> str:
+        """What is done about an error: the policy, while it lasts and where it is for such an error, else to stop."""
+        lasts = {"stop": True, "skip": self.skipped < SKIPS, "rewind": self.rewinds < self.max_rewinds}
+        return self.policy if isinstance(error, STEP_ERRORS) and lasts[self.policy] else "stop"
 
     def state(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "rewinds": self.rewinds}
+        return {"skipped": self.skipped, "rewinds": self.rewinds, "halvings": self.halvings}
 
     def load(self, state: dict[str, Any]) -> None:
         self.skipped, self.rewinds = state["skipped"], state["rewinds"]
+        self.halvings = state.get("halvings", self.rewinds)
