@@ -1,0 +1,126 @@
+"""Two processes beside one, measured; 8, 64 and 512 by a model of what travels.
+
+    python scripts/bench/scaling.py                    # moons by FFJORD, MNIST by RealNVP; a few minutes
+    python scripts/bench/scaling.py --only moons --steps 60 --repeats 5
+
+Measured, each in turn: one process of one thread, two processes of one thread (torchrun, Gloo), one process of two
+threads, on the same global batch. The ratio is of median times of a step; the losses are those of the same steps.
+
+The model, per step, in seconds, for N ranks with a gradient of G bytes:
+
+    compute         c / N with the global batch held, c with the batch of a rank held; c is the measured step
+    communication   2 (N - 1) / N G / bandwidth + 2 log2(N) latency (a ring's volume, a tree's depth: what NCCL takes)
+    waiting         compute (E[max of N NFE] / E[NFE] - 1), drawn from the NFE of the measured steps: each rank solves
+                    its own share, and the slowest is waited for
+
+Nothing overlaps: gradients travel once the last of them is there (flowtrain.training.averaging says why).
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from common import machine, median_and_spread, progress, table
+
+import flowtrain
+
+RANKS = (8, 64, 512)
+# bytes a second, seconds
+LINKS = {"NVLink and InfiniBand, 25 GB/s, 5 us": (25e9, 5e-6), "Ethernet, 10 Gbit/s, 50 us": (1.25e9, 50e-6)}
+SETUPS = {
+    "moons": ["model=ffjord", "data=moons", "trainer.batch_size=512"],
+    "mnist": ["model=realnvp", "data=mnist", "trainer.batch_size=32"],
+}
+# of a run's first steps, those that are not timed
+WARM = 5
+
+
+class Measured(NamedTuple):
+    """Of one run: seconds of each timed step, NLL and NFE of every step, parameters."""
+
+    seconds: list[float]
+    nll: list[float]
+    nfe: list[int]
+    parameters: int
+
+
+def run(setup: str, steps: int, processes: int, threads: int) -> Measured:
+    keys = [*SETUPS[setup], f"trainer.steps={steps}", f"trainer.val_every={steps}", "trainer.log_every=1"]
+    keys += ["trainer.plot_every=null", "data.n_test=100", "data.n_val=100", f"threads={threads}", "solver.warmup=0"]
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *launcher, "-m", "flowtrain", *keys, f"hydra.run.dir={folder}/r"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"stopped: {' '.join(command[1:])} failed:\n{done.stderr}")
+        lines = Path(folder, "r/metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if row["split"] == "train"]
+        parameters = sum(p.numel() for p in flowtrain.load(f"{folder}/r").parameters())
+    nfe = [row["nfe_forward"] + row["nfe_backward"] for row in rows if row["nfe_forward"] is not None]
+    return Measured([row["step_seconds"] for row in rows[WARM:]], [row["nll"] for row in rows], nfe[WARM:], parameters)
+
+
+def measure(setup: str, steps: int, repeats: int) -> Measured:
+    """Prints what was measured of a setup: the runs of one process."""
+    kinds = {"1 process, 1 thread": (1, 1), "2 processes, 1 thread": (2, 1), "1 process, 2 threads": (1, 2)}
+    found: dict[str, list[Measured]] = {name: [] for name in kinds}
+    for i in range(repeats):
+        for name, (processes, threads) in kinds.items():
+            progress(f"{setup}: {name}, {i + 1} of {repeats}")
+            found[name].append(run(setup, steps, processes, threads))
+    alone = found["1 process, 1 thread"]
+    rows = []
+    for name, runs in found.items():
+        times = [statistics.median(r.seconds) for r in runs]
+        ratios = [statistics.median(a.seconds) / t for a, t in zip(alone, times, strict=True)]
+        apart = max(abs(a - b) for a, b in zip(alone[0].nll, runs[0].nll, strict=True))
+        step, speed = median_and_spread([1e3 * t for t in times]), median_and_spread(ratios, 2)
+        rows.append([name, *(f"{middle} ({spread})" for middle, spread in (step, speed)), f"{apart:.1e}"])
+    print(f"\n{setup}: {' '.join(SETUPS[setup])}, {steps} steps, {alone[0].parameters:,} parameters\n")
+    print(table(("", "step [ms]", "speed", f"NLL apart in {steps} steps"), rows))
+    return alone[0]
+
+
+def on_paper(setup: str, one: Measured) -> None:
+    compute, size = statistics.median(one.seconds), 4 * one.parameters
+    rows = []
+    for link, (bandwidth, latency) in LINKS.items():
+        for n in RANKS:
+            sent = 2 * (n - 1) / n * size / bandwidth + 2 * math.log2(n) * latency
+            slowest = expected_max(one.nfe, n)
+            held, own = (share * slowest + sent for share in (compute / n, compute))
+            cells = [1e3 * compute / n, 1e3 * sent, slowest - 1, compute / held / n, compute / own]
+            rows.append([link, str(n), *(f"{c:.3g}" for c in cells[:2]), *(f"{c:.0%}" for c in cells[2:])])
+    print(f"\n{setup}, on paper: gradient {size / 1e6:.2f} MB, step {1e3 * compute:.1f} ms on one rank\n")
+    head = ("link", "ranks", "compute of a share [ms]", "communication [ms]", "waiting", "efficiency, batch held")
+    print(table((*head, "efficiency, batch of a rank held"), rows))
+
+
+def expected_max(nfe: list[int], n: int) -> float:
+    """E[max of n] / E[one], of draws from the NFE that were measured; 1 where nothing is solved."""
+    if not nfe:
+        return 1.0
+    draw = random.Random(0)
+    return statistics.mean(max(draw.choices(nfe, k=n)) for _ in range(2000)) / statistics.mean(nfe)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SETUPS)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    print(machine())
+    for setup in [args.only] if args.only else SETUPS:
+        on_paper(setup, measure(setup, args.steps, args.repeats))
+
+
+if __name__ == "__main__":
+    main()
