@@ -185,7 +185,7 @@ def test_the_root_is_that_of_the_key_or_the_environment_or_the_cache(
         write_set(tmp_path / folder, n=n)
 
     def rows(root: str | None) -> int:
-        return IDXImages("mnist", root, n_val=10)._epochs._n + 10
+        return len(IDXImages("mnist", root, n_val=10)._store.train) + 10
 
     assert rows(str(tmp_path / "key")) == 30
     assert rows(None) == 40
@@ -433,7 +433,7 @@ def test_mnist() -> None:
     assert data.event_shape == (1, 28, 28)
     assert data.val.shape == data.test.shape == (10_000, 1, 28, 28)
     images, labels = data.train_batch(0, 50_000, 0), data.train_labels(0, 50_000, 0)
-    rows = data._epochs.rows(0, 50_000, 0)
+    rows = data._store._epochs.rows(0, 50_000, 0)
     assert labels[rows.argsort()][:5].tolist() == [5, 0, 4, 1, 9]
     assert data.val_labels[-3:].tolist() == [5, 6, 8]
     assert data.test_labels[:5].tolist() == [7, 2, 1, 0, 4]

@@ -4,6 +4,9 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +23,14 @@ from flowtrain.data.array_checks import (
     check_whole,
     warn_if_discrete,
 )
-from flowtrain.data.base import ALPHA, Samples, step_generator
+from flowtrain.data.base import ALPHA, Samples
 from flowtrain.data.columns import Columns
-from flowtrain.data.memory import InMemory
-from flowtrain.data.read import Table, read_labelled, read_table
-from flowtrain.errors import ConfigError, DataError
+from flowtrain.data.mapped import MOST_HELD_OUT, Mapped, as_labels, head, is_mapped
+from flowtrain.data.memory import Finite, Resident
+from flowtrain.data.npy_rows import NpyRows
+from flowtrain.data.read import Table, read_labelled
+from flowtrain.data.splits import held_out, split
+from flowtrain.errors import ConfigError
 
 _log = logging.getLogger("flowtrain")
 
@@ -33,7 +39,7 @@ _STREAM = 0x6172_7279
 _SPLIT, _ORDER = 1, 2
 
 
-class ArrayData(InMemory):
+class ArrayData(Finite):
     """Rows of a table as samples x of shape (B, d), or (B, *event_shape), in the units of the file.
 
     What is not given as a file of its own is split off the training file, at random but the same for every
@@ -53,6 +59,8 @@ class ArrayData(InMemory):
         dequantize: samples are whole numbers.
         levels: samples are whole numbers from 0 to levels - 1, which a logit takes to the real line.
         alpha: of that logit.
+        memory_map: read the training file, a .npy, as its rows are wanted, in memory that does not grow with it; None:
+            from 256 MiB on. Batches are then shuffled by blocks, and at most 100,000 rows held out for each set.
         seed: of the split; batches have the seed of the run.
 
     Raises:
@@ -76,6 +84,7 @@ class ArrayData(InMemory):
         dequantize: bool = False,
         levels: int | None = None,
         alpha: float = ALPHA,
+        memory_map: bool | None = None,
     ) -> None:
         if path is None:
             raise ConfigError(
@@ -88,29 +97,93 @@ class ArrayData(InMemory):
         self.alpha = below_half("data.alpha", alpha)
         self.discrete = flag("data.dequantize", dequantize) or levels is not None
         self._standardize = _standardizes(standardize, levels)
-        paths = [path, val_path, test_path]
-        if label is None:
-            tables = [None if p is None else read_table(p, key, columns) for p in paths]
-            marks: list[Table | None] = [None, None, None]
-        else:
-            pairs = [(None, None) if p is None else read_labelled(p, key, columns, label) for p in paths]
-            tables, marks = [table for table, _ in pairs], [mark for _, mark in pairs]
+        file = NpyRows(Path(path).expanduser()) if key is None and is_mapped(path, memory_map) else None
+        pairs = [(None, None) if p is None else read_labelled(p, key, columns, label) for p in (val_path, test_path)]
+        begin = read_labelled(path, key, columns, label) if file is None else head(file, columns, label)
+        tables, marks = ([pair[i] for pair in (begin, *pairs)] for i in range(2))
         first = self._checked(tables)
         self.event_shape = _event_shape(event_shape, len(first.columns))
         self.columns = first.columns if event_shape is None else ()
         self._names = first.columns if first.named else ()
 
-        rows = _split(first, tables[1:], (val_fraction, test_fraction), seed)
+        fractions = (val_fraction, test_fraction)
+        read = self._take if file is None else partial(self._map, file)
+        n = read(tables, marks, fractions, seed)
+        sizes = f"{n} + {len(self.val)} + {len(self.test)}"
+        _log.info(f"{path}: {sizes} rows for train, val and test, {len(first.columns)} columns")
+
+    def _check(self, table: Table) -> None:
+        """Refuses values that are not what the data set promises."""
+        check_range(table)
+        if self.discrete:
+            check_whole(table)
+        if self.levels is not None:
+            check_levels(table, self.levels)
+
+    def _take(
+        self,
+        tables: list[Table | None],
+        marks: list[Table | None],
+        fractions: tuple[float, float],
+        seed: int,
+    ) -> int:
+        """Takes all the rows into memory: how many are for training."""
+        first = tables[0]
+        assert first is not None
+        n = len(first.values)
+        sizes = held_out(n, first.path, [table is not None for table in tables[1:]], fractions)
+        rows = split(n, sizes, seed, _STREAM, _SPLIT)
         parts = _parts(tables, rows)
-        self._mean, self._std = _moments(parts[0], self.discrete)
+        self._settle(first, parts[0].mean(0), parts[0].var(0), parts[0])
+        train, self.val, self.test = (self._samples(part) for part in parts)
+        labels = None if marks[0] is None else self._labels(marks, rows)
+        self.keep(Resident(train, labels, _STREAM, _ORDER))
+        return len(train)
+
+    def _map(
+        self,
+        file: NpyRows,
+        tables: list[Table | None],
+        marks: list[Table | None],
+        fractions: tuple[float, float],
+        seed: int,
+    ) -> int:
+        """Looks the file through, and keeps none of its rows but those held out: how many are for training."""
+        first, mark = tables[0], marks[0]
+        assert first is not None
+        sizes = held_out(file.n, first.path, [t is not None for t in tables[1:]], fractions, MOST_HELD_OUT)
+        store = Mapped(file, first, mark, sizes, seed, (_STREAM, _SPLIT), (_STREAM, _ORDER), self._samples)
+        seen = store.look_through(self._check)
+        self.val, self.test = (
+            self._samples(held if own is None else own.values) for held, own in zip(seen.held, tables[1:], strict=True)
+        )
+        # the held-out rows are from all over the file, of which the first may not tell much
+        self._settle(first, seen.mean, seen.variance, seen.held[0] if sizes[0] else first.values)
+        if mark is not None:
+            for own in filter(None, marks[1:]):
+                check_labels(own)
+            found = [own.values if own is not None else held for held, own in zip(seen.marks, marks[1:], strict=True)]
+            self.val_labels, self.test_labels = (as_labels(part) for part in found if part is not None)
+            self.classes = 1 + max(seen.most, int(self.val_labels.max()), int(self.test_labels.max()))
+        self.keep(store)
+        return store.n
+
+    def _settle(
+        self, first: Table, mean: NDArray[np.float64], variance: NDArray[np.float64], values: NDArray[np.float64]
+    ) -> None:
+        """Takes over the moments of the training rows, with u ~ U[0, 1) added where discrete, and looks at them."""
+        if self.discrete:
+            mean, variance = mean + 1 / 2, variance + 1 / 12
+        self._mean, self._std = mean, np.sqrt(variance)
         check_spread(first, self._mean, self._std, self.discrete)
         if not self.discrete:
-            warn_if_discrete(first, parts[0])
-        train, self.val, self.test = (self._samples(part) for part in parts)
-        labels = None if label is None else self._labels(marks, rows)
-        self.keep(train, labels, _STREAM, _ORDER)
-        sizes = " + ".join(str(len(part)) for part in parts)
-        _log.info(f"{path}: {sizes} rows for train, val and test, {len(first.columns)} columns")
+            warn_if_discrete(first, values)
+
+    def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        return self._store.share(step, batch_size, seed, share)[0]
+
+    def labels_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        return self._store.share(step, batch_size, seed, share)[1]
 
     def _checked(self, tables: list[Table | None]) -> Table:
         """The training table, once all of them are what the data set promises."""
@@ -118,20 +191,14 @@ class ArrayData(InMemory):
         assert first is not None
         for table in filter(None, tables):
             check_alike(first, table)
-            check_range(table)
-            if self.discrete:
-                check_whole(table)
-            if self.levels is not None:
-                check_levels(table, self.levels)
+            self._check(table)
         return first
 
     def _labels(self, marks: list[Table | None], rows: list[NDArray[np.int64]]) -> Tensor:
         """The labels for training, with those for val and test set, and how many classes there are."""
         for mark in filter(None, marks):
             check_labels(mark)
-        train, self.val_labels, self.test_labels = parts = [
-            torch.from_numpy(part[:, 0].astype(np.int64)) for part in _parts(marks, rows)
-        ]
+        train, self.val_labels, self.test_labels = parts = [as_labels(part) for part in _parts(marks, rows)]
         self.classes = 1 + max(int(part.max()) for part in parts)
         return train
 
@@ -146,7 +213,7 @@ class ArrayData(InMemory):
         mean, std = (torch.from_numpy(v.copy()).view(self.event_shape) for v in (self._mean, self._std))
         return mean, std
 
-    def _samples(self, values: NDArray[np.float64]) -> Tensor:
+    def _samples(self, values: NDArray[Any]) -> Tensor:
         narrow = np.uint8 if self.levels is not None and self.levels <= 256 else np.int64
         return torch.from_numpy(values.astype(narrow if self.discrete else np.float32)).view(-1, *self.event_shape)
 
@@ -184,49 +251,3 @@ def _parts(tables: list[Table | None], rows: list[NDArray[np.int64]]) -> list[ND
     assert first is not None
     held = zip(rows[1:], others, strict=True)
     return [first.values[rows[0]], *(first.values[mine] if own is None else own.values for mine, own in held)]
-
-
-def _moments(values: NDArray[np.float64], discrete: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and population deviation per column, of x + u with u ~ U[0, 1) where discrete."""
-    mean, variance = values.mean(0), values.var(0)
-    if discrete:
-        mean, variance = mean + 1 / 2, variance + 1 / 12
-    return mean, np.sqrt(variance)
-
-
-def _split(
-    train: Table, others: list[Table | None], fractions: tuple[float, float], seed: int
-) -> list[NDArray[np.int64]]:
-    """Which rows of the training file are for training, val and test; none for a set with a file of its own.
-
-    Raises:
-        ConfigError: fractions that leave nothing for one of the sets.
-        DataError: fewer than two rows for training.
-    """
-    n = len(train.values)
-    shares: dict[str, float] = {}
-    for name, fraction, table in zip(("val", "test"), fractions, others, strict=True):
-        if table is None:
-            shares[name] = _fraction(name, fraction)
-    if sum(shares.values()) >= 1:
-        asked = " and ".join(f"data.{name}_fraction={share}" for name, share in shares.items())
-        raise ConfigError(f"{asked} leave nothing for training; their sum must be below 1")
-    held = {name: max(1, round(n * share)) for name, share in shares.items()}
-    left = n - sum(held.values())
-    if left < 2:
-        rest = "".join(f", {count} for {name}" for name, count in held.items())
-        raise DataError(
-            f"{train.path} has {n} row{'s' * (n != 1)}: {max(left, 0)} for training{rest}; at least 2 are "
-            "needed for training and 1 for each held-out set"
-        )
-    order = torch.randperm(n, generator=step_generator(seed, _STREAM, _SPLIT)).numpy()
-    ends = np.cumsum([left, held.get("val", 0)])
-    return list(np.split(order, ends))
-
-
-def _fraction(name: str, fraction: float) -> float:
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
-        raise ConfigError(
-            f"data.{name}_fraction={fraction}: a number between 0 and 1 is needed, or give data.{name}_path"
-        )
-    return float(fraction)

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowtrain.checks import below_half, one_of, whole
 from flowtrain.data.base import ALPHA, step_generator
 from flowtrain.data.idx import read_idx
-from flowtrain.data.memory import InMemory
+from flowtrain.data.memory import Finite, Resident
 from flowtrain.errors import ConfigError, DataError
 
 _log = logging.getLogger("flowtrain")
@@ -26,7 +26,7 @@ _STREAM = 0x696D_6167
 _ORDER, _CROP = 1, 2
 
 
-class IDXImages(InMemory):
+class IDXImages(Finite):
     """Images x of shape (B, 1, H, W), uint8: whole numbers from 0 (black) to levels - 1.
 
     The last `n_val` images of the training file are for validation.
@@ -85,7 +85,7 @@ class IDXImages(InMemory):
         n_train = len(images) - _at_most("data.n_val", n_val, len(images) - 1, files[0])
         n_test = len(test) if n_test is None else _at_most("data.n_test", n_test, len(test), files[2])
         self.event_shape = tuple(images.shape[1:])
-        self.keep(images[:n_train], labels[:n_train], _STREAM, _ORDER)
+        self.keep(Resident(images[:n_train], labels[:n_train], _STREAM, _ORDER))
         self.val, self.val_labels = images[n_train:], labels[n_train:]
         self.test, self.test_labels = test[:n_test], test_labels[:n_test]
         sizes = f"{n_train} + {len(self.val)} + {n_test}"

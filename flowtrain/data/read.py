@@ -31,6 +31,7 @@ class Table:
         indices: the d positions in the file.
         path: the file, as it was asked for.
         lines: the line of every row in a text file, from 1; None for an array file.
+        first: the row of the file that is the first of these.
     """
 
     values: NDArray[np.float64]
@@ -38,6 +39,7 @@ class Table:
     indices: tuple[int, ...]
     path: str
     lines: Sequence[int] | None = None
+    first: int = 0
 
     @property
     def named(self) -> bool:
@@ -52,22 +54,37 @@ class Table:
 
     def place(self, row: int, column: int) -> str:
         """Where a value stands, in words: a line of a text file, a row of an array file, and the column."""
-        line = f"row {row} (from 0)" if self.lines is None else f"line {self.lines[row]}"
+        line = f"row {self.first + row} (from 0)" if self.lines is None else f"line {self.lines[row]}"
         return f"{self.path}, {line}, column {self.columns[column]!r}"
 
 
-def read_labelled(path: str, key: str | None, columns: Columns | None, label: str | int) -> tuple[Table, Table]:
-    """The table in a file less its column of labels, and that column; see `read_table`.
+def read_labelled(
+    path: str, key: str | None, columns: Columns | None, label: str | int | None
+) -> tuple[Table, Table | None]:
+    """The table in a file less its column of labels, and that column, where there is one; see `read_table`.
 
     Raises:
         ConfigError: a label that is not one column, or that leaves none.
     """
+    if label is None:
+        return read_table(path, key, columns), None
     labels = read_table(path, key, [label], "data.label")
+    return less_labels(read_table(path, key, columns), labels, label)
+
+
+def less_labels(table: Table, labels: Table | None, label: str | int | None) -> tuple[Table, Table | None]:
+    """A table without its column of labels, and that column.
+
+    Raises:
+        ConfigError: a label that is not one column, or that leaves none.
+    """
+    if labels is None:
+        return table, None
     if len(labels.columns) != 1:
-        raise ConfigError(f"data.label={label} names {len(labels.columns)} columns of {path}: name one")
-    table = read_table(path, key, columns).without(labels.indices[0])
+        raise ConfigError(f"data.label={label} names {len(labels.columns)} columns of {table.path}: name one")
+    table = table.without(labels.indices[0])
     if not table.columns:
-        raise ConfigError(f"data.label={label} is the only column of {path}: nothing is left for the samples")
+        raise ConfigError(f"data.label={label} is the only column of {table.path}: nothing is left for the samples")
     return table, labels
 
 
@@ -102,7 +119,7 @@ def read_table(
         table = _from_array(file, key, choose, event_shape) if ending in ARRAYS else _from_text(file, choose)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    _check_finite(table)
+    check_finite(table)
     return table
 
 
@@ -177,7 +194,8 @@ def _check_array(array: NDArray[Any], file: Path, event_shape: tuple[int, ...]) 
         raise DataError(f"{file} has shape {array.shape}: there is nothing in it")
 
 
-def _check_finite(table: Table) -> None:
+def check_finite(table: Table) -> None:
+    """Refuse values that are NaN or infinite."""
     bad = ~np.isfinite(table.values)
     if not bad.any():
         return
