@@ -51,10 +51,17 @@ def draw(
             _draw_vectors(flow, data, path, title, samples)
 
 
-def draw_more(flow: Flow, data: Dataset, folder: Path, title: str) -> None:
-    """What else images have to show, one figure each: reconstructions, interpolations, temperatures and classes."""
+def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: str) -> list[Path]:
+    """What else images have to show, one figure each: reconstructions, interpolations, temperatures and classes.
+
+    Args:
+        place: where a figure of some name goes.
+
+    Returns:
+        The files.
+    """
     if len(flow.event_shape) != 3:
-        return
+        return []
     show = Shown(flow, data)
     figures: dict[str, Callable[[Flow, Dataset], Rows]] = {
         "reconstructions": reconstructions,
@@ -63,12 +70,15 @@ def draw_more(flow: Flow, data: Dataset, folder: Path, title: str) -> None:
     }
     if flow.classes is not None:
         figures["classes"] = classes
+    files = []
     for name, rows in figures.items():
         with spared(name), _drawing(flow):
             drawn = [(words, show(images)) for words, images in rows(flow, data)]
             # no two test images of one class, and there is nothing to interpolate
             if drawn:
-                plots.draw_rows(folder / f"{name}.png", rows=drawn, levels=1, title=f"{title}: {name}")
+                plots.draw_rows(place(name), rows=drawn, levels=1, title=f"{title}: {name}")
+                files.append(place(name))
+    return files
 
 
 class Shown:

@@ -20,7 +20,7 @@ from flowtrain.errors import CheckpointError, ConfigError, UnfinishedError
 from flowtrain.evaluation import evaluate
 from flowtrain.files import write_json
 from flowtrain.flow import Flow
-from flowtrain.training import checkpoint
+from flowtrain.training import checkpoint, tensorboard
 from flowtrain.training.loop import Trainer
 from flowtrain.training.signals import SignalReceived, ended_by_signals
 
@@ -96,6 +96,7 @@ def train(
     Returns:
         (best validation NLL in nats, exit code): 128 + the signal's number after a signal, else 0.
     """
+    board = tensorboard.board(config["logger"], run_dir / "tensorboard")
     device = distributed.device(build.resolve_device(config["device"]))
     settings = build.build_settings(config)
     data = build.build_data(config)
@@ -130,14 +131,19 @@ def train(
         bits = flow.bits_per_nat
         reached = f"NLL {nll:.3f}" if bits is None else f"{bits * nll:.3f} bits/dim"
         words = f"{title}, step {step}, validation {reached}"
+        path = run_dir / f"plots/samples_{step:06d}.png"
         with pictures.spared(f"of step {step}"):
-            pictures.draw(flow, data, run_dir / f"plots/samples_{step:06d}.png", words)
+            pictures.draw(flow, data, path, words)
+            if board is not None:
+                board.picture(path, step)
 
     trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None)
     if saved is None and taught is not None and build.takes_teacher(config) and distributed.is_first():
         # now that nothing is left to be refused: with it, the directory holds a run. As it was read: by now, the other
         # run may have gone on
         checkpoint.save(run_dir / TEACHER, taught)
+    if board is not None:
+        board.follow(trainer.metrics, trainer.step, run_dir / "plots")
     trainer.fit()
     best = float("nan") if trainer.best is None else trainer.best["nll"]
     if trainer.signal is not None:
@@ -150,7 +156,7 @@ def train(
     try:
         with ended_by_signals():
             # the trainer's config, whose step size may have become smaller
-            finish(trainer.config, run_dir, data, device, title, trainer)
+            finish(trainer.config, run_dir, data, device, title, trainer, board)
     except SignalReceived as e:
         log.info("%s during the evaluation; go on with: flowtrain resume=%s", signal.Signals(e.number).name, run_dir)
         return best, 128 + e.number
@@ -210,21 +216,36 @@ def label(group: Mapping[str, Any]) -> str:
 
 
 def finish(
-    config: Mapping[str, Any], run_dir: Path, data: Dataset, device: torch.device, title: str, trainer: Trainer
+    config: Mapping[str, Any],
+    run_dir: Path,
+    data: Dataset,
+    device: torch.device,
+    title: str,
+    trainer: Trainer,
+    board: tensorboard.Board | None,
 ) -> None:
     """result.json and the final pictures, from the best checkpoint as it stands on the disk."""
+
+    def place(name: str) -> Path:
+        return run_dir / f"plots/{name}.png"
+
     saved = checkpoint.load(checkpoint.find(run_dir))
     flow = build.restore({**saved, "config": config}, device, trust=_own_packages(config))
     result = evaluate(flow, data, "test", saved["step"])
     best = None if trainer.best is None else trainer.best["nll"]
     rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
     write_json(run_dir / "result.json", {**result.to_dict(), **rest})
+    drawn = []
     with pictures.spared("curves"):
-        plots.draw_curves(run_dir / "plots/curves.png", rows=trainer.metrics.rows, title=title, entropy=data.entropy)
+        plots.draw_curves(place("curves"), rows=trainer.metrics.rows, title=title, entropy=data.entropy)
+        drawn.append(place("curves"))
     with pictures.spared("samples"):
-        pictures.draw(flow, data, run_dir / "plots/samples.png", f"{title}, test {result.words}")
-    pictures.draw_evaluation(result, title, data_name(config), lambda name: run_dir / f"plots/{name}.png")
-    pictures.draw_more(flow, data, run_dir / "plots", title)
+        pictures.draw(flow, data, place("samples"), f"{title}, test {result.words}")
+        drawn.append(place("samples"))
+    drawn += pictures.draw_evaluation(result, title, data_name(config), place)
+    drawn += pictures.draw_more(flow, data, place, title)
+    if board is not None:
+        board.end(result.to_dict(), drawn, trainer.step)
     log.info("%s\ntrained %d steps in %.1f s", result.table(), trainer.step, trainer.seconds)
 
 

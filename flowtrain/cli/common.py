@@ -21,6 +21,7 @@ from flowtrain.flow import Flow
 from flowtrain.paths import config_dir, config_groups
 from flowtrain.run import prepare_process
 from flowtrain.training import checkpoint
+from flowtrain.training.tensorboard import DEFAULT
 
 
 def run_command(name: str, command: Callable[[], int]) -> None:
@@ -159,9 +160,9 @@ def overridden(
     Raises:
         ConfigError: an unknown or unused key, or another model, which would not fit the weights.
     """
-    # an older flowtrain did not have the key
-    solver = saved["solver"]
-    config = OmegaConf.create({**saved, "solver": {**solver, "steps": solver.get("steps")}})
+    # an older flowtrain did not have these keys
+    solver, logger = saved["solver"], saved.get("logger", list(DEFAULT))
+    config = OmegaConf.create({**saved, "solver": {**solver, "steps": solver.get("steps")}, "logger": logger})
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for override in parsed:
         group = override.key_or_group

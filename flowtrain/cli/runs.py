@@ -60,7 +60,7 @@ def go_on(
 
 def known(config: dict[str, Any]) -> dict[str, Any]:
     """The config, if nothing was added to its top that no one reads."""
-    names = [*config_groups(), "seed", "device", "threads", "resume", "from", "trust"]
+    names = [*config_groups(), "seed", "device", "threads", "logger", "resume", "from", "trust"]
     missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
     if missing:
         raise ConfigError(f"{missing[0]} was taken out of the config, but a run needs it")

@@ -42,6 +42,7 @@ from flowtrain.training.trouble import STEP_ERRORS, Trouble, bad_update, dump
 
 log = logging.getLogger("flowtrain")
 
+NFE = ("nfe_forward", "nfe_backward")
 NFE_WARNING = 1000
 # of the steps, the share over which the tolerance warms up where the solver leaves it to the trainer
 WARMUP = 2 / 3
@@ -323,7 +324,6 @@ class Trainer:
             self.begin_anew()
         x, label = self.batch(step, s.batch_size, self.share)
         self.objective.train()
-        self.objective.begin(step)
         lr = self.lr.at(step) * self.trouble.lr_scale
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -338,15 +338,22 @@ class Trainer:
                 stack.enter_context(guard.solver.using(rtol=rtol, atol=atol))
             self.optimizer.zero_grad()
             try:
+                self.objective.begin(step)
                 failure, terms = None, self.backward(x, label)
             except STEP_ERRORS as e:
                 failure, terms = e, {}
-        norm, means = averaged(list(self.flow.parameters()), terms, self.rows / s.batch_size)
+        # of one part: what a sample meets
+        nfe = {name: sum(getattr(c, name) for c in solves) / s.accumulate for name in NFE if solves}
+        shared = {name: x.new_tensor(n, dtype=torch.float32) for name, n in nfe.items() if distributed.size() > 1}
+        norm, means = averaged(
+            list(self.flow.parameters()), {**terms, **shared} if terms else {}, self.rows / s.batch_size
+        )
         grad_norm, *values = torch.stack([norm, *means.values()]).tolist()
-        row = dict(zip(terms, values, strict=True))
+        row = dict(zip(means, values, strict=True))
         if failure is not None or not math.isfinite(grad_norm) or not math.isfinite(row["loss"]):
             raise self.blame(failure, terms, x)
         del row["loss"]
+        nfe |= {name: row.pop(name) for name in shared}
         if s.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.flow.parameters(), s.clip_norm, norm)
         self.optimizer.step()
@@ -363,9 +370,7 @@ class Trainer:
             **row,
             **(self.bits(row["nll"]) if "nll" in row else {}),
             "step_seconds": seconds,
-            # of one part: what a sample meets
-            "nfe_forward": round(sum(c.nfe_forward for c in solves) / s.accumulate) if solves else None,
-            "nfe_backward": round(sum(c.nfe_backward for c in solves) / s.accumulate) if solves else None,
+            **{name: round(nfe[name]) if nfe else None for name in NFE},
             "grad_norm": grad_norm,
             "lr": lr,
             "rtol": rtol if adaptive else None,

@@ -5,11 +5,19 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flowtrain.files import to_json, write_text
 
 log = logging.getLogger("flowtrain")
+
+
+class Listener(Protocol):
+    """What else is told of rows, as `Metrics` is."""
+
+    def write(self, **row: Any) -> None: ...
+
+    def back_to(self, step: int) -> None: ...
 
 
 class Metrics:
@@ -23,12 +31,15 @@ class Metrics:
         self.path, self.writes = path, writes
         self.rows = [row for row in read(path) if row["step"] <= step] if writes and path.exists() else []
         self.waiting, self.failing = "", False
+        self.listeners: list[Listener] = []
         if writes:
             write_text(path, _lines(self.rows))
 
     def back_to(self, step: int) -> None:
         """Drops the rows of later steps, written or waiting to be."""
         self.rows = [row for row in self.rows if row["step"] <= step]
+        for listener in self.listeners:
+            listener.back_to(step)
         if not self.writes:
             return
         # what was written is how the rows begin, and a disk that is full has room for less
@@ -40,6 +51,8 @@ class Metrics:
     def write(self, **row: Any) -> None:
         """Appends a row; what cannot be written, as on a full disk, is tried again with the next one."""
         self.rows.append(row)
+        for listener in self.listeners:
+            listener.write(**row)
         if not self.writes:
             return
         self.waiting += to_json(row) + "\n"

@@ -20,7 +20,7 @@ GROUPS = ("model", "data", "solver", "trainer", "objective", "regularizer")
 LISTED_IN = {"solver": "dopri5", "trainer": "default", "regularizer": "none"}
 # a minute of compiling says nothing of configs
 LEFT_OUT = ("name", "_target_", "defaults", "compile")
-TOP = {"seed": 0, "device": "auto", "threads": 1, "from": None, "resume": None, "trust": []}
+TOP = {"seed": 0, "device": "auto", "threads": 1, "logger": ["jsonl"], "from": None, "resume": None, "trust": []}
 DEFAULTS = {"model": "ffjord", "data": "moons", "solver": "dopri5", "objective": "likelihood"}
 ADAPTIVE = ("dopri5", "tsit5", "bosh3", "dopri8", "adaptive_heun", "fehlberg2", "scipy_solver")
 
@@ -45,6 +45,7 @@ WORDS = {
     "label": ["3", "0", "-1", "c3"],
     "path": ["nowhere.npy", "/", "table.npy", "~"],
     "trust": ["[]", "[os]", "os"],
+    "logger": ["[jsonl]", "[jsonl,tensorboard]", "[tensorboard]", "jsonl"],
     "from": ["null", "nowhere"],
     "resume": ["null", "nowhere"],
 }
