@@ -86,13 +86,19 @@ def joined() -> Iterator[None]:
         yield
         return
     store, mine, ranks = next(iter(rendezvous("env://")))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if mine == 0 and attempt == "0":
+        # of a launcher of the same name, long ago
+        _note().unlink(missing_ok=True)
     # a launcher that starts the ranks again may hand them the store of before, with the addresses of the dead in it
-    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = PrefixStore(f"attempt_{attempt}", store)
     _STORE[:] = [store]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=mine, world_size=ranks)
     # what ends with an error leaves that to the launcher: a rank that waits for one that has ended waits for ever
     yield
+    if mine == 0:
+        _note().unlink(missing_ok=True)
     dist.destroy_process_group()
 
 
@@ -108,24 +114,15 @@ def first_to_say(message: str) -> bool:
 # the attempts of an elastic launcher
 
 
-def restarted() -> bool:
-    """Whether the launcher has started this run before, and a rank of it was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def remember(run_dir: Path | None) -> None:
-    """Keeps, for the attempts of this launcher to come, where the run is; with None, forgets it."""
-    if not launched():
-        return
-    if run_dir is None:
-        _note().unlink(missing_ok=True)
-    else:
+def remember(run_dir: Path) -> None:
+    """Keeps, for the attempts of this launcher to come, where the run is."""
+    if launched():
         _note().write_text(str(run_dir))
 
 
 def remembered() -> Path | None:
-    """Where an earlier attempt of this launcher had the run."""
-    return Path(_note().read_text()) if restarted() and _note().is_file() else None
+    """Where an earlier attempt of this launcher had the run, if that was on this machine."""
+    return Path(_note().read_text()) if launched() and _note().is_file() else None
 
 
 def _note() -> Path:

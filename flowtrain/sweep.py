@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from flowtrain import plots
+from flowtrain.errors import ConfigError, first_line
 from flowtrain.evaluation.digits import brief, with_error
 from flowtrain.files import write_text
 
@@ -58,35 +59,55 @@ def write_summary(root: Path) -> tuple[str, int]:
     axes = [key for key in keys if key != "seed"] or keys
     if done and axes:
         lines = {key: against(done, key) for key in axes[: plots.MOST_SWEPT]}
-        plots.draw_sweep(
-            root / "sweep.png", lines=lines, title=f"sweep {root.name}, {len(done)} of {len(jobs)} jobs done"
-        )
+        title = f"sweep {root.name}, {len(done)} of {len(jobs)} jobs done"
+        title += f", {len(lines)} of {len(axes)} keys" if len(axes) > len(lines) else ""
+        plots.draw_sweep(root / "sweep.png", lines=lines, title=title)
     return table, sum(job.error is not None for job in jobs)
 
 
 def read(root: Path) -> list[Job]:
     """The jobs of a sweep, the best first, those without an NLL last."""
     jobs = []
-    for folder in root.iterdir():
-        given = overrides_of(folder)
-        if given is None:
-            continue
-        result, error = folder / RESULT, folder / ERROR
-        jobs.append(
-            Job(
-                folder.name,
-                dict(_pair(override) for override in given),
-                json.loads(result.read_text()) if result.is_file() else {},
-                error.read_text().strip() if error.is_file() and not result.is_file() else None,
-            )
-        )
+    for folder in folders(root):
+        error = folder / ERROR
+        try:
+            result, said = result_of(folder), error.read_text(errors="replace").strip() if error.is_file() else None
+        except ConfigError as e:
+            result, said = {}, str(e)
+        keys = dict(_pair(override) for override in overrides_of(folder) or [])
+        jobs.append(Job(str(folder.relative_to(root)), keys, result, None if result else said))
     return sorted(jobs, key=lambda job: (job.val_nll, job.state, len(job.name), job.name))
 
 
+def folders(root: Path) -> list[Path]:
+    """Those of the jobs of a sweep."""
+    found = (path.parent.parent for path in root.glob(f"**/{OVERRIDES}"))
+    return sorted(folder for folder in found if folder != root and overrides_of(folder) is not None)
+
+
 def overrides_of(folder: Path) -> list[str] | None:
-    """The overrides that the run in a directory was begun with; None where there is none."""
-    path = folder / OVERRIDES
-    return [str(item) for item in OmegaConf.load(path)] if path.is_file() else None
+    """The overrides that the run in a directory was begun with; None where there is no run of ours."""
+    try:
+        given = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES))
+    except Exception:  # whatever else is in a file by that name
+        return None
+    return [str(item) for item in given] if isinstance(given, list) else None
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """The result.json of a run; empty where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = folder / RESULT
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except (ValueError, OSError) as e:
+        raise ConfigError(f"{path} is damaged ({first_line(e)}): remove it, and the run is evaluated again") from e
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is damaged: remove it, and the run is evaluated again")
+    return found
 
 
 def _pair(override: str) -> tuple[str, str]:
@@ -116,16 +137,20 @@ def as_markdown(jobs: Sequence[Job], keys: Sequence[str]) -> str:
     """The table to read: digits as far as the errors leave them, no column that says nothing."""
     columns: dict[str, list[str]] = {"job": [job.name for job in jobs]}
     columns |= {key: [_short(job.keys.get(key, "")) for job in jobs] for key in keys}
-    columns["validation NLL"] = [f"{job.val_nll:.4f}" if job.result else "" for job in jobs]
+    columns["validation NLL"] = [f"{job.val_nll:.4f}" if math.isfinite(job.val_nll) else "" for job in jobs]
     columns["test NLL"] = [_nll(job.result) for job in jobs]
     for name, words in (("bits_per_dim", "bits/dim"), ("kl", "KL"), ("nfe", "NFE"), ("solver_error", "solver error")):
         columns[words] = [_number(job.result.get(name)) for job in jobs]
     columns["steps"] = [str(job.result.get("steps", "")) for job in jobs]
-    columns["seconds"] = [f"{job.result['train_seconds']:.0f}" if job.result else "" for job in jobs]
+    columns["seconds"] = [_number(job.result.get("train_seconds"), 3) for job in jobs]
     columns[""] = [_words(job) for job in jobs]
     columns = {head: cells for head, cells in columns.items() if any(cells)}
     rows = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 def _nll(result: dict[str, Any]) -> str:
@@ -133,13 +158,13 @@ def _nll(result: dict[str, Any]) -> str:
 
 
 def _short(value: str) -> str:
-    """A value as it was given, or of a number with many digits the first four."""
+    """A value as it was given, or the first four digits of one that a sweeper has drawn with all of them."""
     number = _as_number(value)
-    return value if number is None or len(value) <= 8 else f"{number:.4g}"
+    return value if number is None or len(value) <= 12 or "." not in value else f"{number:.4g}"
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else brief(value) if abs(value) < 1e-2 else f"{value:.4g}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else brief(value) if abs(value) < 1e-2 else f"{value:.{digits}g}"
 
 
 def _words(job: Job) -> str:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from runs import trainer_of
 from torch import Tensor
 
 from flowtrain import distributed
-from flowtrain.build import build_data, build_flow, build_objective, build_settings
-from flowtrain.cli.common import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.errors import FlowtrainError, SolverError
 from flowtrain.training.loop import Trainer
@@ -53,11 +52,7 @@ class Poisoned(Dataset):
 def trainer(
     run_dir: Path, *overrides: str, data: Dataset | None = None, saved: dict[str, Any] | None = None
 ) -> Trainer:
-    config = compose_defaults([*SMALL, *overrides])
-    torch.manual_seed(config["seed"])
-    data = data or build_data(config)
-    flow = build_flow(config, data.samples)
-    return Trainer(build_objective(config, flow), flow, data, build_settings(config), run_dir, config, saved)
+    return trainer_of(run_dir, [*SMALL, *overrides], saved, data)
 
 
 def ended(run: Trainer) -> dict[str, Any]:

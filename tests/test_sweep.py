@@ -13,6 +13,7 @@ from runs import Run, stop_at
 
 from flowtrain import sweep
 from flowtrain.cli.sweep import place, stopped
+from flowtrain.training.lock import holding
 from flowtrain.training.loop import Trainer
 
 SMALL = ["model=affine", "trainer.steps=4", "trainer.batch_size=16", "data.n_val=32", "data.n_test=32"]
@@ -122,12 +123,12 @@ def test_a_place_for_every_job(tmp_path: Path) -> None:
 
     zero, one = there("0", "seed=0", "trainer.lr=0.1"), there("1", "seed=1", "trainer.lr=0.1")
     (tmp_path / "2").mkdir()
-    assert place(tmp_path / "0", ["seed=0", "trainer.lr=0.1"]) == zero
-    assert place(tmp_path / "2", ["seed=1", "trainer.lr=0.1"]) == one
+    assert place(tmp_path, tmp_path / "0", ["seed=0", "trainer.lr=0.1"]) == zero
+    assert place(tmp_path, tmp_path / "2", ["seed=1", "trainer.lr=0.1"]) == one
     assert not (tmp_path / "2").exists()
-    assert place(tmp_path / "1", ["seed=7"]) == tmp_path / "1_1"
+    assert place(tmp_path, tmp_path / "1", ["seed=7"]) == tmp_path / "1_1"
     (tmp_path / "3").mkdir()
-    assert place(tmp_path / "3", ["seed=7"]) == tmp_path / "3"
+    assert place(tmp_path, tmp_path / "3", ["seed=7"]) == tmp_path / "3"
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
@@ -163,6 +164,56 @@ def test_without_the_plugin_the_extra_is_named(run: Run, tmp_path: Path, monkeyp
     assert err == "flowtrain: hydra/*=joblib is an extra: pip install 'flowtrain[joblib]'\n"
 
 
+def test_files_of_others_and_damaged_results(run: Run, tmp_path: Path) -> None:
+    """In the directory of a sweep: neither stops a job, nor the summary."""
+    for name, content in (("foreign", b"\0\xff["), ("list", b"{a: 1}")):
+        (tmp_path / "s" / name / ".hydra").mkdir(parents=True)
+        (tmp_path / "s" / name / ".hydra/overrides.yaml").write_bytes(content)
+    keys = ["-m", *SMALL, "seed=1,2", f"hydra.sweep.dir={tmp_path}/s"]
+    assert run("flowtrain", *keys)[0] == 0
+    for damaged in ('{"val_nll": ', "[]", "\0"):
+        (tmp_path / "s/0/result.json").write_text(damaged)
+        code, _, err = run("flowtrain", *keys)
+        assert code == 1
+        assert "s/0/result.json is damaged" in err
+        assert [(row["job"], row["state"]) for row in table(tmp_path / "s")] == [("1", "done"), ("0", "failed")]
+    (tmp_path / "s/0/result.json").unlink()
+    assert run("flowtrain", *keys)[0] == 0
+    # floweval may have written over it
+    (tmp_path / "s/0/result.json").write_text('{"nll": 2.5, "nll_stderr": 0.1}')
+    assert run("flowtrain", *keys)[0] == 0
+    assert [row["state"] for row in table(tmp_path / "s")] == ["done", "done"]
+
+
+def test_what_another_process_holds_is_left_to_it(run: Run, tmp_path: Path) -> None:
+    with holding(tmp_path / "s/0"):
+        code, _, err = run("flowtrain", "-m", *SMALL, "seed=1,2", f"hydra.sweep.dir={tmp_path}/s")
+    assert code == 0
+    assert "is in use by process" in err
+    assert not (tmp_path / "s/0/error.txt").exists()
+    assert [row["state"] for row in table(tmp_path / "s")] == ["done", "stopped"]
+
+
+def test_directories_of_the_users_choice(run: Run, tmp_path: Path) -> None:
+    keys = ["-m", *SMALL, "seed=1,2", f"hydra.sweep.dir={tmp_path}/s"]
+    assert run("flowtrain", *keys, "hydra.sweep.subdir=a/${hydra.job.num}")[0] == 0
+    assert sorted(row["job"] for row in table(tmp_path / "s")) == ["a/0", "a/1"]
+    # found again under other names
+    assert run("flowtrain", *keys)[0] == 0
+    assert sorted(row["job"] for row in table(tmp_path / "s")) == ["a/0", "a/1"]
+    code, out, err = run("flowtrain", *keys, "hydra.sweep.subdir=.")
+    assert code in (0, 1)
+    assert err.count("hydra.sweep.subdir: every job needs a directory of its own") == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s"], out
+
+
+def test_a_key_that_one_model_of_several_has_not(run: Run, tmp_path: Path) -> None:
+    keys = ["model=realnvp,affine", "model.layers=2", f"hydra.sweep.dir={tmp_path}/s"]
+    code, _, err = run("flowtrain", "-m", *keys)
+    assert code == 2
+    assert err.startswith("flowtrain: with model=affine there is no key model.layers; model there is ")
+
+
 def job(name: str, nll: float | None, **keys: str) -> sweep.Job:
     return sweep.Job(
         name, keys, {} if nll is None else {"val_nll": nll, "nll": nll, "nll_stderr": 0.01, "nfe": 20}, None
@@ -185,4 +236,6 @@ def test_a_table_of_nothing_but_failures(tmp_path: Path) -> None:
     lines = sweep.as_markdown([failed], ["seed"]).splitlines()
     assert lines == ["| job | seed |  |", "| --- | --- | --- |", "| 0 | 1 | failed: the last line |"]
     assert sweep.write_summary(tmp_path) == ("no job was begun", 0)
+    odd = [sweep.Job("0", {"seed": "123456781", "x": "a|b\nc"}, {}, None), sweep.Job("1", {"seed": "2"}, {}, None)]
+    assert sweep.as_markdown(odd, ["seed", "x"]).splitlines()[2].startswith(r"| 0 | 123456781 | a\|b c |")
     assert math.isinf(failed.val_nll)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import stop_at
+from runs import stop_at, trainer_of
 from torch import Tensor, nn
 
-from flowtrain.build import build_data, build_flow, build_objective, build_settings, load
+from flowtrain.build import build_data, load
 from flowtrain.cli.common import compose_defaults
 from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
 from flowtrain.errors import CheckpointError, ConfigError, NonFiniteError, SolverError
@@ -33,11 +33,7 @@ def float32() -> None:
 def trainer(
     run_dir: Path, *overrides: str, saved: dict[str, Any] | None = None, data: Dataset | None = None
 ) -> Trainer:
-    config = compose_defaults([*SMALL, *overrides])
-    torch.manual_seed(config["seed"])
-    data = data or build_data(config)
-    flow = build_flow(config, data.samples)
-    return Trainer(build_objective(config, flow), flow, data, build_settings(config), run_dir, config, saved)
+    return trainer_of(run_dir, [*SMALL, *overrides], saved, data)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What the commands share: one-line errors, and overrides in Hydra's grammar on a saved config."""
 
+import itertools
 import os
 import re
 import sys
@@ -81,12 +82,22 @@ def explain(error: Exception) -> str:
         written = getattr(error, "override", None)
         message = re.sub(r"^In '[^']*': | Config search path:.*$", "", message)
         return f"{written}: {message}" if written else message
-    # with the groups that were chosen, whose keys are the ones to list
-    chosen = [a for a in sys.argv[1:] if a.partition("=")[0] in config_groups() and "," not in a]
-    return unknown_key(unknown[1], compose_defaults(chosen))
+    return unknown_key(unknown[1], *_without(unknown[1]))
 
 
-def unknown_key(key: str, config: Mapping[str, Any]) -> str:
+def _without(key: str) -> tuple[dict[str, Any], str]:
+    """The config of the groups that the command line chooses, of a sweep the first that has no such key; and which."""
+    chosen = [a.partition("=") for a in sys.argv[1:] if a.partition("=")[0] in config_groups()]
+    every = [[f"{group}={name}" for name in names.split(",")] for group, _, names in chosen]
+    for options in itertools.product(*every):
+        config = compose_defaults(options)
+        if OmegaConf.select(OmegaConf.create(config), key, default=_without) is _without:
+            break
+    swept = [option for option, names in zip(options, every, strict=True) if len(names) > 1]
+    return config, f"with {', '.join(swept)} " if swept else ""
+
+
+def unknown_key(key: str, config: Mapping[str, Any], where: str = "") -> str:
     """A message that says how far `key` leads into the config and what there is from there on."""
     node: Any = config
     found: list[str] = []
@@ -96,7 +107,7 @@ def unknown_key(key: str, config: Mapping[str, Any]) -> str:
         node = node[part]
         found.append(part)
     have = ", ".join(str(k) for k in node if k not in ("_target_", "name")) if isinstance(node, Mapping) else "no keys"
-    return f"there is no key {key}; {'.'.join(found) or 'at the top'} there {'is' if found else 'are'} {have}"
+    return f"{where}there is no key {key}; {'.'.join(found) or 'at the top'} there {'is' if found else 'are'} {have}"
 
 
 def compose_defaults(overrides: Sequence[str]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
     with owned(run_dir):
         if distributed.is_first():
             claim(run_dir)
+            # only now: a directory that was another run's is not this one's to go on with
+            distributed.remember(run_dir)
         whole = begun(known(plain(config)), HydraConfig.get().overrides.task)
         trust = trusted(whole.pop("trust"))
         if distributed.is_first():

@@ -4,16 +4,15 @@ A sweep run again in the directory of an earlier one finds the runs of its jobs 
 ended are left as they are, those that were stopped go on, and only the missing begin.
 """
 
-import json
-import logging
 import math
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from flowtrain import distributed
 from flowtrain.cli.common import message_of, plain, trusted
 from flowtrain.cli.runs import begin, go_on
 from flowtrain.errors import ConfigError, FlowtrainError
 from flowtrain.files import write_text
-from flowtrain.sweep import ERROR, OVERRIDES, RESULT, overrides_of, write_summary
+from flowtrain.sweep import ERROR, OVERRIDES, RESULT, folders, overrides_of, result_of, write_summary
 from flowtrain.training import checkpoint
-
-log = logging.getLogger("flowtrain")
+from flowtrain.training.lock import InUseError
 
 
 def job(config: DictConfig, run_dir: Path) -> float:
@@ -38,12 +37,11 @@ def job(config: DictConfig, run_dir: Path) -> float:
         run_dir: where Hydra would have it.
     """
     given = list(HydraConfig.get().overrides.task)
-    run_dir = place(run_dir, given)
-    if (run_dir / RESULT).is_file():
-        print(run_dir)
-        return _least(json.loads((run_dir / RESULT).read_text()).get("val_nll"))
-    (run_dir / ERROR).unlink(missing_ok=True)
     try:
+        run_dir = place(Path(HydraConfig.get().sweep.dir).absolute(), run_dir, given)
+        if (run_dir / RESULT).is_file():
+            print(run_dir)
+            return _least(result_of(run_dir).get("val_nll"))
         if checkpoint.any_in(run_dir):
             best, code = go_on(run_dir, trusted(plain(config)["trust"]))
         else:
@@ -53,8 +51,11 @@ def job(config: DictConfig, run_dir: Path) -> float:
     except Exception as e:
         message, _ = message_of(e) or (traceback.format_exc(), 1)
         print(f"flowtrain: {run_dir.name} ({' '.join(given)}): {message}", file=sys.stderr)
-        write_text(run_dir / ERROR, message.rstrip() + "\n")
+        # what another process holds is its own to speak of
+        if not isinstance(e, InUseError):
+            write_text(run_dir / ERROR, message.rstrip() + "\n")
         return math.inf
+    (run_dir / ERROR).unlink(missing_ok=True)
     print(run_dir)
     if code:
         stopped(code - 128)
@@ -63,46 +64,41 @@ def job(config: DictConfig, run_dir: Path) -> float:
     return _least(best)
 
 
-def stopped(number: int) -> None:
-    """Tells a launcher that waits for a signal, now that the run is saved: submitit puts the job back in the queue."""
-    handler = signal.getsignal(number)
-    if callable(handler) and handler is not signal.default_int_handler:
-        handler(number, None)
-
-
 def _least(nll: float | None) -> float:
     # sweepers refuse what is not a number
     return math.inf if nll is None or math.isnan(nll) else nll
 
 
-def place(run_dir: Path, given: list[str]) -> Path:
-    """The directory of the job with these overrides: one that has them already, else a free one."""
-    root = run_dir.parent
-    for there in sorted(root.iterdir()):
-        if overrides_of(there) == given:
-            if there != run_dir and not any(run_dir.iterdir()):
-                run_dir.rmdir()
-            return there
-    free, n = run_dir, 0
-    while (free / OVERRIDES).exists():
+def stopped(number: int) -> None:
+    """Tells a launcher that waits for a signal, now that the run is saved: submitit puts the job back in the queue."""
+    handler = signal.getsignal(number)
+    if callable(handler) and handler not in (signal.default_int_handler, _terminated):
+        handler(number, None)
+
+
+def place(root: Path, run_dir: Path, given: list[str]) -> Path:
+    """The directory of the job with these overrides: the one in the sweep that has them already, else a free one.
+
+    Raises:
+        ConfigError: no job has a directory of its own.
+    """
+    if run_dir == root:
+        raise ConfigError("hydra.sweep.subdir: every job needs a directory of its own, as with ${hydra.job.num}")
+    there = next((folder for folder in folders(root) if sorted(overrides_of(folder) or []) == sorted(given)), None)
+    if there is None:
+        return free(run_dir)
+    if there != run_dir and not any(run_dir.iterdir()):
+        run_dir.rmdir()
+    return there
+
+
+def free(run_dir: Path) -> Path:
+    """A directory that no job has, by that name or one like it."""
+    found, n = run_dir, 0
+    while (found / OVERRIDES).exists():
         n += 1
-        free = run_dir.with_name(f"{run_dir.name}_{n}")
-    return free
-
-
-@dataclass
-class Sweep:
-    """Where the sweep of this process is, None where there is none, and what becomes of it."""
-
-    root: Path | None = None
-    failed: int = field(default=0)
-
-    @property
-    def code(self) -> int:
-        return 1 if self.failed else 0
-
-
-_SWEEP = Sweep()
+        found = run_dir.with_name(f"{run_dir.name}_{n}")
+    return found
 
 
 class JobError(FlowtrainError):
@@ -111,11 +107,27 @@ class JobError(FlowtrainError):
     exit_code = 1
 
 
+@dataclass
+class Sweep:
+    """What becomes of a sweep: how many of its jobs failed."""
+
+    failed: int = 0
+
+    @property
+    def code(self) -> int:
+        return 1 if self.failed else 0
+
+
+# of the sweep of this process, its directory
+_ROOT: list[Path] = []
+
+
 class Root(Callback):
     """Hydra's callback that says where a sweep is, which no one else knows before it has begun."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _SWEEP.root = Path(str(config.hydra.sweep.dir)).absolute()
+        if not distributed.launched():
+            _ROOT[:] = [Path(str(config.hydra.sweep.dir)).absolute()]
         # bars of jobs side by side would write over one another; those of this process have theirs by now
         os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -123,20 +135,37 @@ class Root(Callback):
 @contextmanager
 def summarized() -> Iterator[Sweep]:
     """Whatever ends a sweep inside, what there is of it is summed up, and its directory printed last."""
-    _SWEEP.root, _SWEEP.failed = None, 0
-    if os.environ.get("WORLD_SIZE", "1") != "1" and {"-m", "--multirun"} & set(sys.argv[1:]):
-        raise ConfigError("a sweep runs jobs of one process each: leave out torchrun, or -m")
+    _ROOT.clear()
+    sweep, ended = Sweep(), False
+    before = signal.signal(signal.SIGTERM, _terminated) if _is_main() else None
     try:
-        yield _SWEEP
+        yield sweep
+        ended = True
     except RuntimeError as e:
         if type(e).__name__ != "TerminatedWorkerError":
             raise
         raise JobError(
             "the process of a job was killed, for its memory as a rule, and joblib ends all jobs with it. Those that "
-            f"ran go on where they were with the same command and hydra.sweep.dir={_SWEEP.root}"
+            f"ran go on where they were with the same command and hydra.sweep.dir={_ROOT[0]}"
         ) from e
     finally:
-        if _SWEEP.root is not None and _SWEEP.root.is_dir():
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+        if _ROOT and _ROOT[0].is_dir():
+            table, sweep.failed = write_summary(_ROOT[0])
+            rest = "" if ended else "\n\nstopped; the same command in the same hydra.sweep.dir does what is missing"
             sys.stdout.flush()
-            table, _SWEEP.failed = write_summary(_SWEEP.root)
-            print(f"\n{table}\n\n{_SWEEP.root}")
+            print(f"\n{table}{rest}\n\n{_ROOT[0]}")
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _terminated(number: int, frame: object) -> None:
+    """Ends a sweep between its jobs, or while it waits for those of other processes, which end with it."""
+    if _ROOT:
+        raise SystemExit(128 + number)
+    # no sweep: as it would have been
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

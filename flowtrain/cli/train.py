@@ -38,7 +38,7 @@ def _command() -> int:
     with tempfile.TemporaryDirectory() as aside, sweep.summarized() as summary:
         if not distributed.is_first():
             # for Hydra, which makes a directory on every rank
-            mine = [a for a in sys.argv[1:] if not a.startswith("hydra.run.dir=")]
+            mine = [a for a in sys.argv[1:] if not a.lstrip("+").startswith("hydra.run.dir=")]
             sys.argv[1:] = [f"hydra.run.dir={aside}", *mine]
         _start()
     return summary.code
@@ -47,9 +47,12 @@ def _command() -> int:
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def _start(config: DictConfig) -> float:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    if multirun and not distributed.launched():
         return sweep.job(config, run_dir)
     try:
+        if multirun:
+            raise ConfigError("the jobs of a sweep are of one process each: leave out torchrun, or -m")
         run_dir, again = attempt(run_dir)
         best, code = go_on(run_dir, trusted(plain(config)["trust"])) if again else begin(config, run_dir)
     except Exception as e:
@@ -72,10 +75,7 @@ def attempt(run_dir: Path) -> tuple[Path, bool]:
         if before != run_dir and not any(run_dir.iterdir()):
             run_dir.rmdir()
         run_dir = before
-    run_dir, again = distributed.from_first((run_dir, before is not None and checkpoint.any_in(run_dir)))
-    if distributed.is_first():
-        distributed.remember(run_dir)
-    return run_dir, again
+    return distributed.from_first((run_dir, before is not None and checkpoint.any_in(run_dir)))
 
 
 def resume(arguments: Sequence[str]) -> int:

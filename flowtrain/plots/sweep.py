@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from flowtrain.plots import style
 
@@ -28,6 +28,8 @@ LOOKS = {
 # from here on the largest and the smallest value are too far apart for a linear axis
 FAR = 20
 PANEL_HEIGHT = 1.75
+# inches that a letter of a tick's label takes
+LETTER = 0.075
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ def draw_sweep(path: Path, *, lines: Mapping[str, Swept], title: str) -> None:
     rows = [
         name for name, (names, _) in ROWS.items() if any(n in swept.found for swept in lines.values() for n in names)
     ]
-    left, gap, bottom, between = 0.85, 0.75, 0.65, 0.3
+    left, gap, between = 0.85, 0.75, 0.3
     width = (style.WIDTH - left - 0.2 - gap * (len(lines) - 1)) / len(lines)
+    tilted = any(s.numbers is None and not _fits(_names(s.values), width) for s in lines.values())
+    bottom = 1.15 if tilted else 0.65
     with style.styled():
         figure = style.new_figure(bottom + len(rows) * (PANEL_HEIGHT + between) + 0.55, title)
         for i, (key, swept) in enumerate(lines.items()):
@@ -74,21 +78,63 @@ def _panel(axes: Axes, swept: Swept, names: Sequence[str], logarithmic: bool) ->
         if len(points) > len(means):
             axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=3, alpha=0.45, linewidth=0)
         if means:
-            axes.plot(*zip(*means, strict=True), f"-{marker}", color=colour, markersize=4.5, label=words)
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
+            # nothing lies between one word and the next
+            line = "-" if swept.numbers else ""
+            axes.plot(*zip(*means, strict=True), f"{line}{marker}", color=colour, markersize=4.5, label=words)
     if swept.numbers is None:
-        axes.set_xticks(x, [style.literal(value, most=14) for value in swept.values])
-        axes.set_xlim(-0.5, len(x) - 0.5)
-    elif _spread(x):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(plain)
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _name(axes, swept.values)
+    else:
+        if _spread(x):
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        elif all(at == round(at) for at in x):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    shown = [v for name in names for row in swept.found.get(name, []) for v in row if math.isfinite(v)]
+    if shown and not logarithmic:
+        _zoom(axes, shown)
     if logarithmic and axes.lines and all(np.all(np.asarray(line.get_ydata()) > 0) for line in axes.lines):
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(axis="y")
     if not axes.lines:
         style.annotate(axes, "not measured")
+
+
+def _names(values: Sequence[str]) -> list[str]:
+    """Words for values: of paths what they end in, where that tells them apart."""
+    names = [value.rstrip("/").rpartition("/")[2] for value in values]
+    return [style.literal(name, most=18) for name in (names if len(set(names)) == len(names) else values)]
+
+
+def _fits(names: Sequence[str], width: float) -> bool:
+    """Whether names stand side by side in so many inches."""
+    return len(names) * (max(map(len, names)) + 2) * LETTER <= width
+
+
+def _name(axes: Axes, values: Sequence[str]) -> None:
+    """Ticks for values that are words, and no more than there is room for."""
+    names, width = _names(values), axes.get_position().width * style.WIDTH
+    flat = _fits(names, width)
+    ticks = range(0, len(names), 1 if flat else math.ceil(2.5 * LETTER * len(names) / width))
+    axes.set_xticks(
+        list(ticks), [names[i] for i in ticks], rotation=0 if flat else 30, ha="center" if flat else "right"
+    )
+    axes.set_xlim(-0.5, len(names) - 0.5)
+
+
+def _zoom(axes: Axes, values: Sequence[float]) -> None:
+    """Leaves out of view what is so far above the rest that nothing else could be told apart, and says so."""
+    low, middle, high = np.quantile(values, (0, 0.5, 0.75))
+    top = middle + FAR * (high - low)
+    beyond = sum(value > top for value in values)
+    if 0 < beyond < len(values) and high > low:
+        shown = [value for value in values if value <= top]
+        pad = 0.05 * (max(shown) - low) or 1.0
+        axes.set_ylim(low - pad, max(shown) + pad)
+        axes.text(
+            0.99, 0.97, f"{beyond} above", transform=axes.transAxes, color=style.MUTED, size=8, ha="right", va="bottom"
+        )
 
 
 def _spread(x: Sequence[float]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowtrain import distributed
-from flowtrain.errors import SolverError
+from flowtrain.errors import NonFiniteError, SolverError
 from flowtrain.flow import Flow
 from flowtrain.seeding import seeded
 from flowtrain.solvers import Solver, record_solves
@@ -125,7 +125,7 @@ class Guard:
         with seeded(seed, x.device), record_solves() as solves, self.solver.using(**settings):
             try:
                 log_p = self.flow.log_prob(x, label)
-            except SolverError as e:
+            except (SolverError, NonFiniteError) as e:
                 return torch.full((len(x),), math.nan), 0, str(e).rstrip(".")
         failure = "" if bool(torch.isfinite(log_p).all()) else "the log-likelihood is NaN or infinite"
         return log_p, max((s.nfe_forward for s in solves), default=0), failure

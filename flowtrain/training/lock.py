@@ -13,6 +13,10 @@ NAME = ".lock"
 WRITTEN = ("metrics.jsonl", "flowtrain.log", "result.json", "checkpoints/last.pt", "checkpoints/best.pt")
 
 
+class InUseError(ConfigError):
+    """Another process works there."""
+
+
 @contextmanager
 def holding(run_dir: Path) -> Iterator[None]:
     """Holds the run directory, made where it is not there.
@@ -21,8 +25,8 @@ def holding(run_dir: Path) -> Iterator[None]:
     one that was killed holds nobody up.
 
     Raises:
-        ConfigError: another process has it; the message says which. Or a file of the run is a link, through which
-            something else would be written over.
+        InUseError: another process has it; the message says which.
+        ConfigError: a file of the run is a link, through which something else would be written over.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     links = [name for name in (NAME, *WRITTEN) if (run_dir / name).is_symlink()]
@@ -51,7 +55,7 @@ def _locked(path: Path) -> int:
         except BlockingIOError as e:
             holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(file)
-            raise ConfigError(
+            raise InUseError(
                 f"{path.parent} is in use by {holder}: wait for it to end, or stop it, or choose another directory"
             ) from e
         try:

@@ -460,6 +460,8 @@ class Trainer:
 
     def validation_nll(self) -> float:
         """In nats, over the validation set, of which each rank scores its share."""
+        # a step that was skipped has left each rank with its own
+        distributed.make_alike(self.running)
         x, label = held_out(self.flow, self.data, "val")
         x = x[: self.settings.val_size]
         share = distributed.share(len(x))
