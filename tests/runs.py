@@ -8,7 +8,7 @@ import torch
 
 from flowtrain.build import build_data, build_flow, build_objective, build_settings
 from flowtrain.cli import evaluate, sample, train
-from flowtrain.cli.common import compose_defaults
+from flowtrain.cli.messages import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.training.loop import Trainer
 

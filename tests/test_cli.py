@@ -18,7 +18,7 @@ from real_data import real
 from runs import COMMANDS, Run
 
 import flowtrain
-from flowtrain.cli.common import compose_defaults
+from flowtrain.cli.messages import compose_defaults
 from flowtrain.paths import config_dir
 from flowtrain.training import checkpoint
 

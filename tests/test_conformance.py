@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from flowtrain.bijections.affine import Affine
-from flowtrain.cli.common import compose_defaults
+from flowtrain.cli.messages import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import evaluate
 from flowtrain.flow import Flow

@@ -17,7 +17,7 @@ from runs import Run
 from test_training import trainer
 
 from flowtrain.build import build_data, build_flow, build_objective, build_settings, takes_teacher
-from flowtrain.cli.common import compose_defaults
+from flowtrain.cli.messages import compose_defaults
 from flowtrain.data.array import ArrayData
 from flowtrain.errors import FlowtrainError
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.build import build_data, load
-from flowtrain.cli.common import compose_defaults
+from flowtrain.cli.messages import compose_defaults
 from flowtrain.divergence import TraceRule
 from flowtrain.evaluation import evaluate
 from flowtrain.fields.base import Field

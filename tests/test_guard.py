@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from flowtrain import run as runs
 from flowtrain.build import build_data, build_flow, build_objective, build_settings, load
-from flowtrain.cli.common import compose_defaults, overridden
+from flowtrain.cli.messages import compose_defaults
+from flowtrain.cli.overrides import overridden
 from flowtrain.errors import ConfigError, SolverError
 from flowtrain.scores import log_probs
 from flowtrain.solvers import Problem, Solver, ode_solver, record_solves

@@ -23,7 +23,7 @@ from flowtrain.bijections.logit import Logit, dequantize
 from flowtrain.bijections.scale import ActNorm, BatchNorm
 from flowtrain.bijections.squeeze import squeeze, unsqueeze
 from flowtrain.build import build_data, build_flow, build_objective, build_settings, load
-from flowtrain.cli.common import compose_defaults
+from flowtrain.cli.messages import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.errors import ConfigError, DataError, FlowtrainError
 from flowtrain.evaluation import evaluate

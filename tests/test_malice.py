@@ -17,7 +17,7 @@ from runs import Run
 
 import flowtrain
 from flowtrain.build import build_flow
-from flowtrain.cli.common import compose_defaults
+from flowtrain.cli.messages import compose_defaults
 from flowtrain.data.base import Samples
 from flowtrain.data.read import read_table
 from flowtrain.errors import CheckpointError, DataError

@@ -17,7 +17,7 @@ from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.scale import Standardize
 from flowtrain.build import build_data, build_flow, build_objective, build_settings, load
-from flowtrain.cli.common import compose_defaults
+from flowtrain.cli.messages import compose_defaults
 from flowtrain.data.base import Samples
 from flowtrain.divergence import TraceRule
 from flowtrain.errors import ConfigError

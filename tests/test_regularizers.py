@@ -14,7 +14,7 @@ from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.build import build_data, build_flow, build_objective, build_settings
-from flowtrain.cli.common import compose_defaults
+from flowtrain.cli.messages import compose_defaults
 from flowtrain.divergence import Probes, TraceRule
 from flowtrain.errors import ConfigError
 from flowtrain.fields.conv import ConvField

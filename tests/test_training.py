@@ -12,7 +12,7 @@ from runs import stop_at, trainer_of
 from torch import Tensor, nn
 
 from flowtrain.build import build_data, load
-from flowtrain.cli.common import compose_defaults
+from flowtrain.cli.messages import compose_defaults
 from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
 from flowtrain.errors import CheckpointError, ConfigError, NonFiniteError, SolverError
 from flowtrain.flow import Flow

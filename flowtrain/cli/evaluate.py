@@ -11,18 +11,10 @@ from torch import Tensor
 from flowtrain import pictures
 from flowtrain.build import build_data
 from flowtrain.checks import flag, one_of, whole
-from flowtrain.cli.common import (
-    Opened,
-    check_outputs,
-    compose_defaults,
-    keys_of,
-    open_checkpoint,
-    paths_of,
-    run_command,
-    run_dir_of,
-    split_own,
-    written_as,
-)
+from flowtrain.cli.files import check_outputs, paths_of, run_dir_of, written_as
+from flowtrain.cli.messages import compose_defaults, run_command
+from flowtrain.cli.opened import Opened, open_checkpoint
+from flowtrain.cli.overrides import keys_of, split_own
 from flowtrain.data.base import Dataset
 from flowtrain.data.rows import Rows
 from flowtrain.errors import ConfigError, DataError

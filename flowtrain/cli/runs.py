@@ -10,7 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowtrain import distributed
 from flowtrain.build import check_targets
-from flowtrain.cli.common import absolute_paths, is_path, keys_of, overridden, plain, trusted
+from flowtrain.cli.files import absolute_paths, is_path
+from flowtrain.cli.messages import plain
+from flowtrain.cli.overrides import keys_of, overridden, trusted
 from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.paths import config_dir, config_groups
 from flowtrain.run import messages, train

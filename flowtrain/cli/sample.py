@@ -7,15 +7,10 @@ import torch
 
 from flowtrain.build import build_data
 from flowtrain.checks import number, whole
-from flowtrain.cli.common import (
-    check_outputs,
-    open_checkpoint,
-    paths_of,
-    run_command,
-    run_dir_of,
-    split_own,
-    written_as,
-)
+from flowtrain.cli.files import check_outputs, paths_of, run_dir_of, written_as
+from flowtrain.cli.messages import run_command
+from flowtrain.cli.opened import open_checkpoint
+from flowtrain.cli.overrides import split_own
 from flowtrain.errors import ConfigError, DataError, NonFiniteError
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.files import write_json, write_npy

@@ -21,7 +21,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain import distributed
-from flowtrain.cli.common import message_of, plain, trusted
+from flowtrain.cli.messages import message_of, plain
+from flowtrain.cli.overrides import trusted
 from flowtrain.cli.runs import begin, go_on
 from flowtrain.errors import ConfigError, FlowtrainError
 from flowtrain.files import write_text

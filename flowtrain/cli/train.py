@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 
 from flowtrain import distributed
 from flowtrain.cli import sweep
-from flowtrain.cli.common import plain, report, run_command, split_own, trusted
 from flowtrain.cli.grammar import check_grammar
+from flowtrain.cli.messages import plain, report, run_command
+from flowtrain.cli.overrides import split_own, trusted
 from flowtrain.cli.runs import begin, chosen, go_on
 from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.paths import config_dir

@@ -24,7 +24,7 @@ from common import machine, median_and_spread, table
 from torch.nn.parallel import DistributedDataParallel
 
 from flowtrain.build import build_data, build_flow, build_objective
-from flowtrain.cli.common import compose_defaults
+from flowtrain.cli.messages import compose_defaults
 from flowtrain.training.averaging import averaged
 
 SETUPS = {

@@ -1,0 +1,50 @@
+"""A checkpoint as the commands that score and sample open it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flowtrain.build import check_targets, resolve_device, restore, samples_of
+from flowtrain.cli.files import absolute_paths
+from flowtrain.cli.overrides import check_kept, overridden, trusted, with_array
+from flowtrain.data.base import Samples
+from flowtrain.errors import ConfigError
+from flowtrain.flow import Flow
+from flowtrain.run import prepare_process
+from flowtrain.training import checkpoint
+
+# the parts of a saved config that scoring and sampling read, what may be changed of the model, and what may not of data
+USED = ("model", "data", "solver", "threads")
+
+
+class Opened(NamedTuple):
+    """A checkpoint file, its flow and step, its samples, and its config with the overrides of the command line."""
+
+    path: Path
+    flow: Flow
+    step: int
+    samples: Samples
+    config: dict[str, Any]
+
+
+def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
+    """What the keys `ckpt`, `device` and `trust` and the overrides mean, checked before anything is built.
+
+    Raises:
+        ConfigError: no `ckpt`, or an unknown key.
+        CheckpointError: missing, damaged, or asking for code that is not trusted.
+    """
+    if not own["ckpt"]:
+        raise ConfigError("ckpt=RUN_DIR_OR_FILE is needed; see --help")
+    path = checkpoint.find(Path(str(own["ckpt"])))
+    saved = checkpoint.load(path)
+    trust = trusted(own["trust"])
+    check_targets(saved["config"], trust)
+    check_kept(overrides)
+    overrides = with_array(saved["config"], overrides)
+    config = absolute_paths(overridden(saved["config"], overrides, tuple(own), USED))
+    # how the flow is preprocessed belongs to the data it was trained on, whatever it now meets
+    trained_on = {**config, "data": saved["config"]["data"]}
+    flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), trust)
+    prepare_process(config, flow.event_shape)
+    return Opened(path, flow, saved["step"], samples_of(saved), config)

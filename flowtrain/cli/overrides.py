@@ -1,0 +1,122 @@
+"""Overrides in Hydra's grammar: a command's own keys, and those meant for a saved config."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from flowtrain.cli.messages import compose_defaults, plain, unknown_key
+from flowtrain.errors import ConfigError
+from flowtrain.paths import config_groups
+from flowtrain.training.tensorboard import DEFAULT
+
+
+def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> tuple[dict[str, Any], list[str]]:
+    """The command's own keys with their values, and the overrides left over, meant for the saved config.
+
+    Raises:
+        ConfigError: an argument that is no override.
+        SystemExit: after printing `usage`, when asked for help.
+    """
+    if not arguments or any(a in ("-h", "--help") for a in arguments):
+        print(usage)
+        raise SystemExit(0 if arguments else 2)
+    bad = [a for a in arguments if "=" not in a]
+    if bad:
+        raise ConfigError(f"{bad[0]}: arguments look like KEY=VALUE; see --help")
+    values, rest = dict(own), []
+    for argument, override in zip(arguments, OverridesParser.create().parse_overrides(list(arguments)), strict=True):
+        if override.is_sweep_override() and override.key_or_group in own:
+            raise ConfigError(f"{override.key_or_group}: several values make a sweep, which only flowtrain -m can run")
+        if override.key_or_group in own:
+            values[override.key_or_group] = override.value()
+        else:
+            rest.append(argument)
+    return values, rest
+
+
+def trusted(value: Any) -> list[str]:
+    """The packages that `trust` names.
+
+    Raises:
+        ConfigError: no names.
+    """
+    names = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"trust={value}: give names of packages, as in trust=[mypkg]")
+    return names
+
+
+def overridden(
+    saved: Mapping[str, Any], overrides: Sequence[str], own: Sequence[str] = (), used: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A saved config with overrides: GROUP=NAME takes the group anew from the configs, KEY=VALUE sets a key.
+
+    Args:
+        own: the command's own keys, for the message.
+        used: the keys of the config that the command reads; empty for all. Others are refused, not passed over.
+
+    Raises:
+        ConfigError: an unknown or unused key, or another model, which would not fit the weights.
+    """
+    # an older flowtrain did not have these keys
+    solver, logger = saved["solver"], saved.get("logger", list(DEFAULT))
+    config = OmegaConf.create({**saved, "solver": {**solver, "steps": solver.get("steps")}, "logger": logger})
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for override in parsed:
+        group = override.key_or_group
+        top = group.partition(".")[0]
+        if override.is_sweep_override():
+            raise ConfigError(f"{group}: several values make a sweep, which only flowtrain -m can run; give one")
+        if used and top in config and top not in used:
+            raise ConfigError(f"{group}: has no use here; give {', '.join(own)}, or keys of {', '.join(used)}")
+        if group in config_groups():
+            if group in ("model", "experiment", "recipe"):
+                raise ConfigError(f"{group}={override.value()}: the checkpoint has its own model; leave it out")
+            config[group] = compose_defaults([f"{group}={override.value()}"])[group]
+    for override in parsed:
+        key = override.key_or_group
+        if key in config_groups():
+            continue
+        if not override.is_add() and OmegaConf.select(config, key, default=overridden) is overridden:
+            also = f" (and {', '.join(own)})" if own and "." not in key else ""
+            raise ConfigError(unknown_key(key, plain(config)) + also)
+        OmegaConf.update(config, key, override.value(), force_add=override.is_add())
+        if key in SAME and SAME[key] not in [other.key_or_group for other in parsed]:
+            OmegaConf.update(config, SAME[key], None)
+    return plain(config)
+
+
+# two keys for one thing: to set one takes the other back
+SAME = {"solver.steps": "solver.step_size", "solver.step_size": "solver.steps"}
+
+
+MODEL = ("eval_trace", "noise", "noise_samples")
+
+
+TRAINED = ("data.alpha", "data.standardize")
+
+
+def check_kept(overrides: Sequence[str]) -> None:
+    """Refuses to change what the weights were trained with: they would be scored as those of another density."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        if key.startswith("model.") and key.removeprefix("model.") not in MODEL:
+            free = ", ".join(f"model.{name}" for name in MODEL)
+            raise ConfigError(f"{key}: the checkpoint has its own model, of which {free} can be changed; leave it out")
+        if key in TRAINED:
+            raise ConfigError(f"{key}: the checkpoint keeps what it was trained with; leave it out")
+
+
+def keys_of(overrides: Sequence[str]) -> set[str]:
+    """What KEY=VALUE overrides set."""
+    return {a.partition("=")[0] for a in overrides}
+
+
+def with_array(saved: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """With data=array where only its path was given, and the flow was trained on data that have none."""
+    keys = keys_of(overrides)
+    if "data.path" in keys and "data" not in keys and "path" not in saved["data"]:
+        return ["data=array", *overrides]
+    return list(overrides)
