@@ -84,8 +84,9 @@ def configs(part: Part) -> None:
 
 @cache
 def options() -> tuple[tuple[str, str], ...]:
-    """Every option of every config group."""
-    return tuple(sorted((path.parent.name, path.stem) for path in config_dir().glob("*/*.yaml")))
+    """Every option of every config group, but for experiments that are searches: those are many runs each."""
+    every = ((path.parent.name, path.stem) for path in config_dir().glob("*/*.yaml"))
+    return tuple(sorted(option for option in every if not option[1].startswith("search_")))
 
 
 def companions(picked: dict[str, str]) -> dict[str, str]:
