@@ -2,6 +2,7 @@
 
     python scripts/bench/big_data.py                        # writes the file to a temporary folder; a few minutes
     python scripts/bench/big_data.py --rows 5000000 --steps 200
+    python scripts/bench/big_data.py --model affine --batch 32768 --steps 3000   # two epochs, of all the rows
 
 Prints the largest resident memory of `flowtrain` in a process of its own, on the whole file and on a tenth of it, the
 seconds until its first step, and the median time of a step beside that of the tenth read into memory.
@@ -40,9 +41,9 @@ def write(path: Path, rows: int) -> None:
             x.tofile(out)
 
 
-def run(path: Path, folder: Path, steps: int, batch: int, *keys: str) -> tuple[float, float, float]:
+def run(path: Path, folder: Path, model: str, steps: int, batch: int, *keys: str) -> tuple[float, float, float]:
     """Largest resident memory in GiB, seconds until training began, and median seconds of a step."""
-    keys = (*keys, "data=array", f"data.path={path}", "model=realnvp", f"trainer.steps={steps}")
+    keys = (*keys, "data=array", f"data.path={path}", f"model={model}", f"trainer.steps={steps}")
     keys += (
         f"trainer.batch_size={batch}",
         "trainer.log_every=1",
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=50_000_000)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--model", default="realnvp")
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     found = []
@@ -87,11 +89,11 @@ def main() -> None:
             (f"{args.rows // 10:,} rows in memory", tenth, ["data.memory_map=false"]),
         ):
             progress(words)
-            memory, start, step = run(path, folder / f"run{len(found)}", args.steps, args.batch, *keys)
+            memory, start, step = run(path, folder / f"run{len(found)}", args.model, args.steps, args.batch, *keys)
             size = path.stat().st_size / 1e9
             found.append([words, f"{size:.2f} GB", f"{memory:.2f} GiB", f"{start:.1f} s", f"{1e3 * step:.2f} ms"])
     print(f"{machine()}\n")
-    print(f"realnvp, {args.steps} steps of {args.batch} rows: {args.steps * args.batch / args.rows:.2f} epochs\n")
+    print(f"{args.model}, {args.steps} steps of {args.batch} rows: {args.steps * args.batch / args.rows:.2f} epochs\n")
     print(table(("", "file", "resident memory", "start", "step"), found))
 
 
