@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from runs import Run
 
-from flowtrain.data import array, mapped
+from flowtrain.data import array, mapped, windowed
 from flowtrain.data.array import ArrayData
-from flowtrain.data.mapped import _drawn, _Moments
+from flowtrain.data.images import IDXImages
+from flowtrain.data.mapped import Moments, drawn
 from flowtrain.data.npy_rows import NpyRows
 from flowtrain.data.windows import Windows
 from flowtrain.errors import ConfigError, DataError
@@ -24,8 +26,8 @@ N = 1000
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 rows, windows of 8 of them, and a look at 50 rows at a time."""
-    monkeypatch.setattr(mapped, "BLOCK", 16)
-    monkeypatch.setattr(mapped, "WINDOW", 16 * 8 * 3 * 4)
+    monkeypatch.setattr(windowed, "BLOCK", 16 * 3 * 4)
+    monkeypatch.setattr(windowed, "WINDOW", 16 * 8 * (3 * 4 + 8))
     monkeypatch.setattr(mapped, "CHUNK", 50 * 3 * 8)
     monkeypatch.setattr(array, "MOST_HELD_OUT", 60)
 
@@ -88,6 +90,18 @@ def test_ranks_have_the_whole_batch_together(memory_map: bool, tmp_path: Path) -
         assert torch.equal(y, labels)
 
 
+def test_an_image_is_shifted_alike_in_whichever_share_it_is(tmp_path: Path) -> None:
+    for kind, n in (("train", 50), ("t10k", 20)):
+        images, labels = np.random.default_rng(n).integers(0, 256, (n, 6, 8)), np.arange(n) % 10
+        for what, values in (("images-idx3", images), ("labels-idx1", labels)):
+            head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
+            (tmp_path / f"{kind}-{what}-ubyte").write_bytes(head + values.astype(np.uint8).tobytes())
+    data = IDXImages("mnist", str(tmp_path), n_val=10, crop=3)
+    shares = [data.train_share(2, 20, 0, slice(*ends)) for ends in ((0, 7), (7, 20))]
+    assert torch.equal(torch.cat(shares), data.train_batch(2, 20, 0))
+    assert torch.equal(data.labels_share(2, 20, 0, slice(7, 20)), data.train_labels(2, 20, 0)[7:])  # type: ignore
+
+
 def test_neighbours_in_the_file_are_spread_over_a_window() -> None:
     windows = Windows(10_000, 100, 20, 1)
     seen = Counter(b[0] // 100 for w in range(5) for b in windows.blocks_of(0, w, 0))
@@ -95,6 +109,7 @@ def test_neighbours_in_the_file_are_spread_over_a_window() -> None:
     first = [b[0] for b in windows.blocks_of(0, 0, 0)]
     assert first != sorted(first)
     assert windows.blocks_of(0, 0, 0) != windows.blocks_of(1, 0, 0)
+    assert windows.mixed(0, 0, 50, 0).tolist() != windows.mixed(1, 0, 50, 0).tolist()
     # of 2,000 that are mixed at random, neighbours are about a third of them apart
     place = np.argsort(windows.mixed(0, 0, 2000, 0))
     assert np.abs(np.diff(place)).mean() == pytest.approx(2000 / 3, rel=0.1)
@@ -127,7 +142,7 @@ def test_moments_are_those_of_the_training_rows(dtype: Any, tmp_path: Path) -> N
 def test_moments_far_from_zero() -> None:
     """Sums of squares would have lost every digit."""
     values = 1e9 + np.random.default_rng(0).standard_normal((1000, 2))
-    moments = _Moments(2)
+    moments = Moments(2)
     for part in np.split(values, [1, 1, 300, 301]):
         moments.add(part)
     np.testing.assert_allclose(moments.variance, (values - 1e9).var(0), rtol=1e-6)
@@ -199,7 +214,7 @@ def test_files_that_cannot_be_read_by_rows(tmp_path: Path) -> None:
     (tmp_path / "cut.npy").write_bytes(whole[:-40])
     with pytest.raises(DataError, match="cut short"):
         big(str(tmp_path / "cut.npy"))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="there is no file"):
         big(str(tmp_path / "none.npy"))
     np.savetxt(tmp_path / "x.csv", values)
     with pytest.raises(ConfigError, match=r"for \.npy files"):
@@ -214,7 +229,7 @@ def test_a_file_that_becomes_shorter_or_is_replaced(tmp_path: Path) -> None:
     np.save(path, values + 1)
     assert torch.equal(data.train_batch(0, 880, 0), first)
     os.truncate(tmp_path / "old.npy", 4000)
-    with pytest.raises(DataError, match="has become shorter while it was read"):
+    with pytest.raises(DataError, match="has been written to since it was opened"):
         data.train_batch(1, 880, 0)
 
 
@@ -224,7 +239,7 @@ def test_what_is_kept_does_not_grow(tmp_path: Path) -> None:
     for step in range(60):
         data.train_batch(step, 100, step % 3)
     store = data._store
-    assert isinstance(store, mapped.Mapped)
+    assert isinstance(store, windowed.Windowed)
     assert len(store._kept) == 2
     assert max(len(rows) for rows in store._kept.values()) == 16 * 8
 
@@ -233,7 +248,7 @@ def test_one_column_and_one_dimension(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.arange(500.0))
     data = big(str(tmp_path / "x.npy"))
     assert data.event_shape == (1,)
-    assert NpyRows(tmp_path / "x.npy").read(3, 5).tolist() == [[3.0], [4.0]]
+    assert NpyRows(str(tmp_path / "x.npy")).read(3, 5).tolist() == [[3.0], [4.0]]
 
 
 @pytest.mark.parametrize(("n", "k"), [(10, 10), (10, 3), (1000, 1)])
@@ -241,7 +256,7 @@ def test_rows_drawn_without_one_twice(n: int, k: int) -> None:
     generator = torch.Generator().manual_seed(0)
     counts = np.zeros(n)
     for _ in range(400):
-        rows = _drawn(n, k, generator)
+        rows = drawn(n, k, generator)
         assert len(set(rows.tolist())) == k
         counts[rows] += 1
     assert counts.sum() == 400 * k
@@ -252,10 +267,10 @@ def test_rows_drawn_without_one_twice(n: int, k: int) -> None:
 
 def test_a_large_file_is_read_so_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = table(tmp_path)
-    assert not isinstance(ArrayData(path)._store, mapped.Mapped)
+    assert not isinstance(ArrayData(path)._store, windowed.Windowed)
     monkeypatch.setattr(mapped, "LARGE", 1000)
-    assert isinstance(ArrayData(path)._store, mapped.Mapped)
-    assert not isinstance(ArrayData(path, memory_map=False)._store, mapped.Mapped)
+    assert isinstance(ArrayData(path)._store, windowed.Windowed)
+    assert not isinstance(ArrayData(path, memory_map=False)._store, windowed.Windowed)
 
 
 def test_a_run_resumed_on_a_large_file(run: Run, tmp_path: Path) -> None:
@@ -272,3 +287,124 @@ def test_a_run_resumed_on_a_large_file(run: Run, tmp_path: Path) -> None:
         for name in "ab"
     )
     assert a == b
+
+
+def message(call: Callable[[], object]) -> str:
+    with pytest.raises((DataError, ConfigError)) as caught:
+        call()
+    return str(caught.value)
+
+
+BAD: dict[str, tuple[list[tuple[int, int, float]], dict[str, Any]]] = {
+    "counted over the file": ([(5, 1, np.nan), (700, 1, np.nan), (700, 2, np.inf)], {}),
+    "in the first row": ([(0, 1, np.nan)], {"dequantize": True}),
+    "levels from and to": ([(700, 2, 20), (900, 2, -4)], {"columns": [2], "levels": 4}),
+    "label": ([(800, 2, 0.5)], {"label": 2}),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_messages_are_those_of_a_file_in_memory(case: str, tmp_path: Path) -> None:
+    path, values = table(tmp_path, np.float64)
+    cells, options = BAD[case]
+    for row, column, value in cells:
+        values[row, column] = value
+    np.save(path, values)
+    assert message(lambda: big(path, **options)) == message(lambda: ArrayData(path, memory_map=False, **options))
+
+
+def test_a_file_that_is_written_to(tmp_path: Path) -> None:
+    """Saved again in place it is as long as it was, and its rows were never checked."""
+    path, values = table(tmp_path)
+    data = big(path)
+    state = Path(path).stat()
+    np.save(path, np.full_like(values, np.nan))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    with pytest.raises(DataError, match="has been written to since it was opened"):
+        data.train_batch(0, 8, 0)
+
+
+def test_wide_rows_are_bounded_and_mixed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windowed, "BLOCK", 2**14)
+    monkeypatch.setattr(windowed, "WINDOW", 2**17)
+    values = np.random.default_rng(0).standard_normal((900, 300)).astype(np.float32)
+    values[:, 0] = np.arange(900)
+    np.save(tmp_path / "x.npy", values)
+    data = big(str(tmp_path / "x.npy"))
+    x = data.train_batch(0, 50, 0)[:, 0]
+    assert x.max() - x.min() > 400
+    # a batch is no run of rows that are neighbours in the file
+    assert (x.diff() == 1).sum() < 5
+    store = data._store
+    assert isinstance(store, windowed.Windowed)
+    assert sum(rows.nbytes for rows in store._kept.values()) <= 2**18
+
+
+def test_no_window_is_small() -> None:
+    windows = Windows(17 * 16, 16, 8, 1)
+    sizes = [len(windows.blocks_of(0, window, 0)) for window in range(3)]
+    assert sorted(sizes) == [5, 6, 6]
+
+
+def test_large_held_out_files_are_drawn_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _ = table(tmp_path)
+    other = table(tmp_path, np.float64)[1]
+    np.save(tmp_path / "val.npy", other)
+    np.save(tmp_path / "test.npy", other[:40])
+    monkeypatch.setattr(mapped, "LARGE", 900)
+    caplog.set_level("INFO", "flowtrain")
+    data = big(path, val_path=str(tmp_path / "val.npy"), test_path=str(tmp_path / "test.npy"))
+    assert "val.npy: 60 of its 1,000 rows are held in memory, drawn at random" in caplog.text
+    assert len({float(row[0]) for row in data.val}) == 60
+    assert not {float(row[0]) for row in data.val} <= set(other[:200, 0])
+    # a small one in its order
+    np.testing.assert_array_equal(data.test.numpy(), other[:40].astype(np.float32))
+    assert big(path, val_path=str(tmp_path / "val.npy")).val.equal(data.val)
+
+
+def test_what_is_held_out_is_bounded_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _ = table(tmp_path)
+    monkeypatch.setattr(array, "HELD_OUT_BYTES", 8 * 3 * 20)
+    caplog.set_level("INFO", "flowtrain")
+    data = big(path)
+    assert (len(data.val), len(data.test)) == (20, 20)
+    assert "at most 20 are held out for each" in caplog.text
+
+
+@pytest.mark.parametrize("given", [(), ("val_path",), ("val_path", "test_path")])
+def test_discrete_columns_are_warned_of(
+    given: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, values = table(tmp_path)
+    np.save(tmp_path / "own.npy", values[:50])
+    big(path, **{name: str(tmp_path / "own.npy") for name in given})
+    assert "looks discrete in 'c2'" in caplog.text
+
+
+def test_a_key_goes_with_archives(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", a=np.zeros((9, 2)))
+    for asked in (True, "off"):
+        with pytest.raises(ConfigError, match=r"data\.memory_map"):
+            ArrayData(str(tmp_path / "x.npz"), key="a", memory_map=asked)  # type: ignore[arg-type]
+    path, _ = table(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.key"):
+        big(path, key="a")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"a,b\n1,2\n", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4',"]
+)
+def test_what_is_no_array(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(DataError, match="no NumPy file"):
+        big(str(tmp_path / "x.npy"))
+
+
+@pytest.mark.parametrize("memory_map", [True, False])
+def test_a_share_may_be_empty(memory_map: bool, tmp_path: Path) -> None:
+    path, _ = table(tmp_path)
+    assert ArrayData(path, memory_map=memory_map).train_share(0, 4, 0, slice(2, 2)).shape == (0, 3)

@@ -137,7 +137,7 @@ class Unscored(Trainer):
 def test_a_validation_that_fails_follows_the_policy(
     policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("test_training.Trainer", Unscored)
+    monkeypatch.setattr("runs.Trainer", Unscored)
     run = trainer(tmp_path, "model=affine", "trainer.steps=12", f"trainer.on_nonfinite={policy}")
     what = "the validation of step 8"
     if policy == "stop":

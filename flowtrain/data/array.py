@@ -4,39 +4,28 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.checks import below_half, flag, whole
-from flowtrain.data.array_checks import (
-    check_alike,
-    check_labels,
-    check_levels,
-    check_range,
-    check_spread,
-    check_whole,
-    warn_if_discrete,
-)
+from flowtrain.data.array_checks import check_alike, check_spread, warn_if_discrete
 from flowtrain.data.base import ALPHA, Samples
 from flowtrain.data.columns import Columns
-from flowtrain.data.mapped import MOST_HELD_OUT, Mapped, as_labels, head, is_mapped
-from flowtrain.data.memory import Finite, Resident
-from flowtrain.data.npy_rows import NpyRows
-from flowtrain.data.read import Table, read_labelled
-from flowtrain.data.splits import held_out, split
+from flowtrain.data.kind import Divided, Kind
+from flowtrain.data.loaded import Loaded
+from flowtrain.data.mapped import Mapped, is_mapped
+from flowtrain.data.memory import Finite
+from flowtrain.data.splits import held_out
 from flowtrain.errors import ConfigError
 
 _log = logging.getLogger("flowtrain")
 
 # Keys of the random streams. None is 0: a generator keyed by (seed, 5) is the one keyed by (seed, 5, 0)
 _STREAM = 0x6172_7279
-_SPLIT, _ORDER = 1, 2
+_SPLIT, _ORDER, _OWN = 1, 2, 3
+# of a file that is not in memory, the rows that are held out for each set, and their bytes, at the most
+MOST_HELD_OUT, HELD_OUT_BYTES = 100_000, 2**28
 
 
 class ArrayData(Finite):
@@ -60,7 +49,8 @@ class ArrayData(Finite):
         levels: samples are whole numbers from 0 to levels - 1, which a logit takes to the real line.
         alpha: of that logit.
         memory_map: read the training file, a .npy, as its rows are wanted, in memory that does not grow with it; None:
-            from 256 MiB on. Batches are then shuffled by blocks, and at most 100,000 rows held out for each set.
+            from 256 MiB on. Batches are then shuffled by blocks, and at most 100,000 rows held out for each set. A
+            held-out file is read so from 256 MiB on, unless this is False, and so many of its rows are drawn.
         seed: of the split; batches have the seed of the run.
 
     Raises:
@@ -97,110 +87,42 @@ class ArrayData(Finite):
         self.alpha = below_half("data.alpha", alpha)
         self.discrete = flag("data.dequantize", dequantize) or levels is not None
         self._standardize = _standardizes(standardize, levels)
-        file = NpyRows(Path(path).expanduser()) if key is None and is_mapped(path, memory_map) else None
-        pairs = [(None, None) if p is None else read_labelled(p, key, columns, label) for p in (val_path, test_path)]
-        begin = read_labelled(path, key, columns, label) if file is None else head(file, columns, label)
-        tables, marks = ([pair[i] for pair in (begin, *pairs)] for i in range(2))
-        first = self._checked(tables)
-        self.event_shape = _event_shape(event_shape, len(first.columns))
-        self.columns = first.columns if event_shape is None else ()
-        self._names = first.columns if first.named else ()
+        first = _source(path, memory_map, key, columns, label)
+        # which of the other files are large is for them to say; none is read by windows where that is not wanted at all
+        rest = None if memory_map else memory_map
+        others = [None if p is None else _source(p, rest, key, columns, label) for p in (val_path, test_path)]
+        for other in others:
+            if other is not None:
+                check_alike(first.table, other.table)
+        width = len(first.table.columns)
+        self.event_shape = _event_shape(event_shape, width)
+        self.columns = first.table.columns if event_shape is None else ()
+        self._names = first.table.columns if first.table.named else ()
+        kind = Kind(self.event_shape, self.discrete, self.levels)
 
-        fractions = (val_fraction, test_fraction)
-        read = self._take if file is None else partial(self._map, file)
-        n = read(tables, marks, fractions, seed)
-        sizes = f"{n} + {len(self.val)} + {len(self.test)}"
-        _log.info(f"{path}: {sizes} rows for train, val and test, {len(first.columns)} columns")
+        most = max(1, min(MOST_HELD_OUT, HELD_OUT_BYTES // (8 * width)))
+        own = [None if o is None else o.all(kind, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
+        have = [part is not None for part in own]
+        cap = most if isinstance(first, Mapped) else None
+        sizes = held_out(first.n, first.table.path, have, (val_fraction, test_fraction), cap)
+        divided = self._divide(first, kind, sizes, seed)
+        val, test = (held if part is None else part for held, part in zip(divided.held, own, strict=True))
+        self.val, self.test, self.val_labels, self.test_labels = val.x, test.x, val.labels, test.labels
+        if val.labels is not None and test.labels is not None:
+            self.classes = 1 + max(divided.most, int(val.labels.max()), int(test.labels.max()))
+        counts = f"{divided.n} + {len(val.x)} + {len(test.x)}"
+        capped = f" (of so large a file, at most {most:,} are held out for each)" if cap in sizes else ""
+        _log.info(f"{path}: {counts} rows for train, val and test{capped}, {width} columns")
 
-    def _check(self, table: Table) -> None:
-        """Refuses values that are not what the data set promises."""
-        check_range(table)
-        if self.discrete:
-            check_whole(table)
-        if self.levels is not None:
-            check_levels(table, self.levels)
-
-    def _take(
-        self,
-        tables: list[Table | None],
-        marks: list[Table | None],
-        fractions: tuple[float, float],
-        seed: int,
-    ) -> int:
-        """Takes all the rows into memory: how many are for training."""
-        first = tables[0]
-        assert first is not None
-        n = len(first.values)
-        sizes = held_out(n, first.path, [table is not None for table in tables[1:]], fractions)
-        rows = split(n, sizes, seed, _STREAM, _SPLIT)
-        parts = _parts(tables, rows)
-        self._settle(first, parts[0].mean(0), parts[0].var(0), parts[0])
-        train, self.val, self.test = (self._samples(part) for part in parts)
-        labels = None if marks[0] is None else self._labels(marks, rows)
-        self.keep(Resident(train, labels, _STREAM, _ORDER))
-        return len(train)
-
-    def _map(
-        self,
-        file: NpyRows,
-        tables: list[Table | None],
-        marks: list[Table | None],
-        fractions: tuple[float, float],
-        seed: int,
-    ) -> int:
-        """Looks the file through, and keeps none of its rows but those held out: how many are for training."""
-        first, mark = tables[0], marks[0]
-        assert first is not None
-        sizes = held_out(file.n, first.path, [t is not None for t in tables[1:]], fractions, MOST_HELD_OUT)
-        store = Mapped(file, first, mark, sizes, seed, (_STREAM, _SPLIT), (_STREAM, _ORDER), self._samples)
-        seen = store.look_through(self._check)
-        self.val, self.test = (
-            self._samples(held if own is None else own.values) for held, own in zip(seen.held, tables[1:], strict=True)
-        )
-        # the held-out rows are from all over the file, of which the first may not tell much
-        self._settle(first, seen.mean, seen.variance, seen.held[0] if sizes[0] else first.values)
-        if mark is not None:
-            for own in filter(None, marks[1:]):
-                check_labels(own)
-            found = [own.values if own is not None else held for held, own in zip(seen.marks, marks[1:], strict=True)]
-            self.val_labels, self.test_labels = (as_labels(part) for part in found if part is not None)
-            self.classes = 1 + max(seen.most, int(self.val_labels.max()), int(self.test_labels.max()))
-        self.keep(store)
-        return store.n
-
-    def _settle(
-        self, first: Table, mean: NDArray[np.float64], variance: NDArray[np.float64], values: NDArray[np.float64]
-    ) -> None:
-        """Takes over the moments of the training rows, with u ~ U[0, 1) added where discrete, and looks at them."""
-        if self.discrete:
-            mean, variance = mean + 1 / 2, variance + 1 / 12
-        self._mean, self._std = mean, np.sqrt(variance)
-        check_spread(first, self._mean, self._std, self.discrete)
+    def _divide(self, first: Loaded | Mapped, kind: Kind, sizes: list[int], seed: int) -> Divided:
+        """Takes the training rows, and refuses columns that no density can be fitted to."""
+        divided = first.divided(kind, sizes, seed, (_STREAM, _SPLIT), (_STREAM, _ORDER))
+        self._mean, self._std = kind.moments(divided.mean, divided.variance)
+        check_spread(first.table, self._mean, self._std, self.discrete)
         if not self.discrete:
-            warn_if_discrete(first, values)
-
-    def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
-        return self._store.share(step, batch_size, seed, share)[0]
-
-    def labels_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
-        return self._store.share(step, batch_size, seed, share)[1]
-
-    def _checked(self, tables: list[Table | None]) -> Table:
-        """The training table, once all of them are what the data set promises."""
-        first = tables[0]
-        assert first is not None
-        for table in filter(None, tables):
-            check_alike(first, table)
-            self._check(table)
-        return first
-
-    def _labels(self, marks: list[Table | None], rows: list[NDArray[np.int64]]) -> Tensor:
-        """The labels for training, with those for val and test set, and how many classes there are."""
-        for mark in filter(None, marks):
-            check_labels(mark)
-        train, self.val_labels, self.test_labels = parts = [as_labels(part) for part in _parts(marks, rows)]
-        self.classes = 1 + max(int(part.max()) for part in parts)
-        return train
+            warn_if_discrete(first.table, divided.look)
+        self.keep(divided.store)
+        return divided
 
     @property
     def samples(self) -> Samples:
@@ -213,9 +135,14 @@ class ArrayData(Finite):
         mean, std = (torch.from_numpy(v.copy()).view(self.event_shape) for v in (self._mean, self._std))
         return mean, std
 
-    def _samples(self, values: NDArray[Any]) -> Tensor:
-        narrow = np.uint8 if self.levels is not None and self.levels <= 256 else np.int64
-        return torch.from_numpy(values.astype(narrow if self.discrete else np.float32)).view(-1, *self.event_shape)
+
+def _source(
+    path: str, memory_map: bool | None, key: str | None, columns: Columns | None, label: str | int | None
+) -> Loaded | Mapped:
+    """A file's table, in memory or not."""
+    if is_mapped(path, key, memory_map):
+        return Mapped(path, columns, label)
+    return Loaded(path, key, columns, label)
 
 
 def _standardizes(asked: bool | None, levels: int | None) -> bool:
@@ -243,11 +170,3 @@ def _event_shape(asked: Sequence[int] | None, width: int) -> tuple[int, ...]:
             "and name a column of labels with data.label"
         )
     return tuple(shape)
-
-
-def _parts(tables: list[Table | None], rows: list[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
-    """The values for training, val and test: a table of their own, or rows of the first."""
-    first, *others = tables
-    assert first is not None
-    held = zip(rows[1:], others, strict=True)
-    return [first.values[rows[0]], *(first.values[mine] if own is None else own.values for mine, own in held)]

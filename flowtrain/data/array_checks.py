@@ -1,6 +1,7 @@
 """What a table must be before a density in float32 can be fitted to it."""
 
 import logging
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,14 +59,20 @@ def check_whole(table: Table) -> None:
         )
 
 
-def check_levels(table: Table, levels: int) -> None:
-    """Refuse whole numbers outside 0 .. levels - 1."""
+def check_levels(table: Table, levels: int, whole: Iterable[Table] | None = None) -> None:
+    """Refuse whole numbers outside 0 .. levels - 1.
+
+    Args:
+        whole: all the blocks of the file that the table is one of; None where it is all there is.
+    """
     bad = (table.values < 0) | (table.values >= levels)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
+        ends = [(block.values.min(), block.values.max()) for block in whole or [table]]
+        low, high = min(end[0] for end in ends), max(end[1] for end in ends)
         raise DataError(
             f"{table.place(row, column)}: {table.values[row, column]:g} is outside 0 to {levels - 1}, which "
-            f"data.levels={levels} promises; the values go from {table.values.min():g} to {table.values.max():g}"
+            f"data.levels={levels} promises; the values go from {low:g} to {high:g}"
         )
 
 

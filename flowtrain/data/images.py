@@ -91,12 +91,15 @@ class IDXImages(Finite):
         sizes = f"{n_train} + {len(self.val)} + {n_test}"
         _log.info(f"{files[0].parent}: {sizes} images for train, val and test, {_sides(images)} pixels")
 
-    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
-        """Images (batch_size, 1, H, W), uint8, on the device of the training set; each comes once an epoch."""
-        batch = super().train_batch(step, batch_size, seed)
+    def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        """Images (k, 1, H, W), uint8, on the device of the training set; each comes once an epoch."""
+        images = super().train_share(step, batch_size, seed, share)
         if self._crop:
-            batch = _shifted(batch, self._crop, step_generator(seed, _STREAM, _CROP, step))
-        return batch
+            # of the whole batch, so that an image is shifted alike in whichever share it is
+            generator = step_generator(seed, _STREAM, _CROP, step)
+            left = torch.randint(2 * self._crop + 1, (batch_size, 1, 1, 1), generator=generator)
+            images = _shifted(images, self._crop, left[share])
+        return images
 
 
 def default_root() -> Path:
@@ -172,9 +175,8 @@ def _at_most(key: str, value: int, most: int, path: Path) -> int:
     return value
 
 
-def _shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Images (B, 1, H, W), each moved sideways by up to `most` pixels of its own, with zeros moving in."""
+def _shifted(images: Tensor, most: int, left: Tensor) -> Tensor:
+    """Images (B, 1, H, W), each cut from column `left`, (B, 1, 1, 1), of itself with `most` zeros at either side."""
     width = images.shape[-1]
-    left = torch.randint(2 * most + 1, (len(images), 1, 1, 1), generator=generator)
     columns = (left + torch.arange(width)).to(images.device)
     return F.pad(images, (most, most)).gather(3, columns.expand(images.shape))

@@ -10,13 +10,17 @@ from flowtrain.data.epochs import Epochs
 
 
 class Store(Protocol):
-    """Training samples, in memory or not."""
+    """Training samples, in memory or not, in endless epochs: every row comes once an epoch.
 
-    def share(self, step: int, batch_size: int, seed: int, share: slice) -> tuple[Tensor, Tensor | None]:
-        """Those rows of rows step * batch_size to (step + 1) * batch_size of the endless epochs, and their labels.
+    The batch of a step is rows step * batch_size to (step + 1) * batch_size; it may cross from one epoch into the next,
+    or hold several. A share is a slice of it, without a stride.
+    """
 
-        Every row comes once an epoch; a batch may cross from one epoch into the next, or hold several.
-        """
+    def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        """Those rows of a step's batch, (k, *event_shape)."""
+
+    def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        """Their labels, (k,), or None."""
 
     def to(self, device: torch.device) -> None:
         """Moves the samples, where they are in memory."""
@@ -30,29 +34,41 @@ class Resident:
     """
 
     def __init__(self, train: Tensor, labels: Tensor | None, *stream: int) -> None:
-        self.train, self.labels = train, labels
+        self.train, self._labels = train, labels
         self._epochs = Epochs(len(train), *stream)
 
-    def share(self, step: int, batch_size: int, seed: int, share: slice) -> tuple[Tensor, Tensor | None]:
-        rows = self._epochs.rows(step, batch_size, seed)[share].to(self.train.device)
-        return self.train[rows], None if self.labels is None else self.labels[rows]
+    def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        return self.train[self._rows(step, batch_size, seed, share)]
+
+    def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        return None if self._labels is None else self._labels[self._rows(step, batch_size, seed, share)]
 
     def to(self, device: torch.device) -> None:
         self.train = self.train.to(device)
-        self.labels = None if self.labels is None else self.labels.to(device)
+        self._labels = None if self._labels is None else self._labels.to(device)
+
+    def _rows(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        return self._epochs.rows(step, batch_size, seed)[share].to(self.train.device)
 
 
 class Finite(Dataset):
     """Epochs of the training samples in a store, each in an order drawn anew."""
 
     def keep(self, store: Store) -> None:
+        """Takes the store of the training samples."""
         self._store = store
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
-        return self._store.share(step, batch_size, seed, slice(None))[0]
+        return self.train_share(step, batch_size, seed, slice(None))
 
     def train_labels(self, step: int, batch_size: int, seed: int) -> Tensor | None:
-        return self._store.share(step, batch_size, seed, slice(None))[1]
+        return self.labels_share(step, batch_size, seed, slice(None))
+
+    def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        return self._store.samples(step, batch_size, seed, share)
+
+    def labels_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        return self._store.labels(step, batch_size, seed, share)
 
     def to(self, device: torch.device) -> None:
         self._store.to(device)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from flowtrain.data.promise import check_promise
+from flowtrain.data.promise import check_promise, npy_header
+from flowtrain.data.read import check_array, check_file, damage_refused
 from flowtrain.errors import DataError
 
 
@@ -23,24 +23,26 @@ class NpyRows:
         DataError: a file that is missing, damaged or cut short, or an array of another shape, order or type.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str) -> None:
+        self.path = file = Path(path).expanduser()
+        check_file(file)
         try:
-            with path.open("rb") as stream:
-                check_promise(stream, path)
-                shape, fortran, dtype = _header(stream, path)
+            with damage_refused(file), file.open("rb") as stream:
+                check_promise(stream, file)
+                self.shape, fortran, self.dtype = npy_header(stream)
                 self._begin = stream.tell()
                 self._file = os.dup(stream.fileno())
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
         weakref.finalize(self, os.close, self._file)
-        if fortran and len(shape) == 2 and min(shape) > 1:
+        check_array(self.shape, self.dtype, file)
+        if fortran:
             raise DataError(
-                f"{path} is in Fortran order, a column after the other, and cannot be read by rows: save it with "
+                f"{file} is in Fortran order, a column after the other, and cannot be read by rows: save it with "
                 "numpy.save(path, numpy.ascontiguousarray(array)), or give data.memory_map=false"
             )
-        self.shape, self.dtype = shape, dtype
-        self.n, self.width = shape[0], shape[1] if len(shape) == 2 else 1
+        self.n, self.width = self.shape[0], self.shape[1] if len(self.shape) == 2 else 1
+        self._state = self._stat()
 
     @property
     def row_bytes(self) -> int:
@@ -50,29 +52,27 @@ class NpyRows:
         """Rows start to stop, (stop - start, width), in the file's own type.
 
         Raises:
-            DataError: the file has become shorter.
+            DataError: the file cannot be read any more, or is not what it was.
         """
-        left, at, pieces = (stop - start) * self.row_bytes, self._begin + start * self.row_bytes, []
-        while left:
-            piece = os.pread(self._file, left, at)
-            if not piece:
-                raise DataError(f"{self.path} has become shorter while it was read: it ends before row {stop - 1}")
-            pieces.append(piece)
-            left, at = left - len(piece), at + len(piece)
-        return np.frombuffer(b"".join(pieces), self.dtype).reshape(-1, self.width)
+        rows = np.empty((stop - start, self.width), self.dtype)
+        room, at = rows.reshape(-1).view(np.uint8), self._begin + start * self.row_bytes
+        try:
+            while len(room):
+                got = os.preadv(self._file, [room.data], at)
+                if not got:
+                    break
+                room, at = room[got:], at + got
+            # after the reading, so that nothing that was written meanwhile goes unnoticed
+            same = self._stat() == self._state and not len(room)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read any more: {error.strerror or error}") from error
+        if not same:
+            raise DataError(
+                f"{self.path} has been written to since it was opened: its rows are not those that were checked. Put "
+                "it back as it was, and write what is new to another file"
+            )
+        return rows
 
-
-def _header(stream: Any, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    try:
-        version = npy.read_magic(stream)
-        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
-        shape, fortran, dtype = read(stream)
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{path} is damaged or no NumPy file: {error}") from error
-    if dtype.kind not in "biuf":
-        raise DataError(f"{path} has dtype {dtype}; real numbers are needed (integers, floats, booleans)")
-    if len(shape) not in (1, 2):
-        raise DataError(f"{path} has shape {shape}; (rows, columns) is needed, or (rows,) for one column")
-    if 0 in shape:
-        raise DataError(f"{path} has shape {shape}: there is nothing in it")
-    return shape, fortran, dtype
+    def _stat(self) -> tuple[int, int]:
+        found = os.fstat(self._file)
+        return found.st_size, found.st_mtime_ns

@@ -3,8 +3,9 @@
 import math
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 from numpy.lib import format as npy
 
 from flowtrain.errors import DataError
@@ -34,12 +35,24 @@ def check_promise(stream: IO[bytes], file: Path) -> None:
     stream.seek(begin)
 
 
+def npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether the order is Fortran's, and type of the array that begins where the stream is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    version = npy.read_magic(stream)
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"its format is of version {version}")
+    shape, fortran, dtype = read(stream)
+    return shape, fortran, dtype
+
+
 def _check(stream: IO[bytes], size: int, file: Path) -> None:
     try:
-        version = npy.read_magic(stream)
-        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
-        shape, _, dtype = read(stream)
-    except (ValueError, KeyError):
+        shape, _, dtype = npy_header(stream)
+    except ValueError:
         return
     if dtype.hasobject:
         # pickled, and refused as such

@@ -1,6 +1,7 @@
 """The user's own tables, from .npy, .npz and text files, as float64 with every refusal naming the place."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def read_table(
     """
     file = Path(path).expanduser()
     ending = file.suffix.lower()
-    _check_file(file, ending)
+    check_file(file)
     if key is not None and ending != ".npz":
         raise ConfigError(f"data.key={key} names an array of an .npz file, and {path} is not one")
     try:
@@ -123,7 +124,9 @@ def read_table(
     return table
 
 
-def _check_file(file: Path, ending: str) -> None:
+def check_file(file: Path) -> None:
+    """Refuse what is no file that can be read."""
+    ending = file.suffix.lower()
     if file.is_dir():
         raise DataError(f"{file} is a directory; give a file")
     if ending not in ARRAYS + TEXTS:
@@ -142,7 +145,7 @@ def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[
     array = _load(file, key)
     if is_images(array.shape, event_shape):
         array = array.reshape(len(array), -1)
-    _check_array(array, file, event_shape)
+    check_array(array.shape, array.dtype, file, event_shape)
     table = array.reshape(len(array), -1) if array.ndim == 1 else array
     indices = choose(default_names(range(table.shape[1])))
     kept = table if indices == list(range(table.shape[1])) else table[:, indices]
@@ -156,22 +159,32 @@ def is_images(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool:
 
 def _load(file: Path, key: str | None) -> NDArray[Any]:
     """The array in the file, never unpickled."""
+    # NumPy forgets to close what it opens itself when an archive turns out damaged
+    with damage_refused(file), file.open("rb") as stream:
+        check_promise(stream, file)
+        loaded = np.load(stream, allow_pickle=False)
+        return np.asarray(loaded[_member(loaded.files, key, file)] if isinstance(loaded, NpzFile) else loaded)
+
+
+@contextmanager
+def damage_refused(file: Path) -> Iterator[None]:
+    """Around the reading of an array file: whatever NumPy finds wrong with it is a DataError."""
     try:
-        # NumPy forgets to close what it opens itself when an archive turns out damaged
-        with file.open("rb") as stream:
-            check_promise(stream, file)
-            loaded = np.load(stream, allow_pickle=False)
-            return np.asarray(loaded[_member(loaded.files, key, file)] if isinstance(loaded, NpzFile) else loaded)
+        yield
     except (ConfigError, DataError, PermissionError):
         raise
     # A damaged file makes NumPy raise any of a dozen types, down to zlib's and tokenize's own
     except Exception as error:
         if "pickle" in str(error):
-            raise DataError(
-                f"{file} holds Python objects or is no NumPy file; loading it could run code, so it is not "
-                "loaded. Save numbers: numpy.save(path, array.astype(float))"
-            ) from error
+            raise _pickled(file) from error
         raise DataError(f"{file} is damaged or no NumPy file: {error}") from error
+
+
+def _pickled(file: Path) -> DataError:
+    return DataError(
+        f"{file} holds Python objects or is no NumPy file; loading it could run code, so it is not "
+        "loaded. Save numbers: numpy.save(path, array.astype(float))"
+    )
 
 
 def _member(names: list[str], key: str | None, file: Path) -> str:
@@ -184,24 +197,35 @@ def _member(names: list[str], key: str | None, file: Path) -> str:
     return names[0] if key is None else key
 
 
-def _check_array(array: NDArray[Any], file: Path, event_shape: tuple[int, ...]) -> None:
-    if array.dtype.kind not in "biuf":
-        raise DataError(f"{file} has dtype {array.dtype}; real numbers are needed (integers, floats, booleans)")
-    if array.ndim not in (1, 2):
+def check_array(shape: tuple[int, ...], dtype: np.dtype[Any], file: Path, event_shape: tuple[int, ...] = ()) -> None:
+    """Refuse an array that is no table of numbers."""
+    if dtype.hasobject:
+        raise _pickled(file)
+    if dtype.kind not in "biuf":
+        raise DataError(f"{file} has dtype {dtype}; real numbers are needed (integers, floats, booleans)")
+    if len(shape) not in (1, 2):
         images = f", or (n, {', '.join(map(str, event_shape))})" if len(event_shape) > 1 else ""
-        raise DataError(f"{file} has shape {array.shape}; (rows, columns) is needed, or (rows,) for one column{images}")
-    if not array.size:
-        raise DataError(f"{file} has shape {array.shape}: there is nothing in it")
+        raise DataError(f"{file} has shape {shape}; (rows, columns) is needed, or (rows,) for one column{images}")
+    if min(shape) < 1:
+        raise DataError(f"{file} has shape {shape}: there is nothing in it")
 
 
-def check_finite(table: Table) -> None:
-    """Refuse values that are NaN or infinite."""
+def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
+    """Refuse values that are NaN or infinite.
+
+    Args:
+        whole: all the blocks of the file that the table is one of, to be counted; None where it is all there is.
+    """
     bad = ~np.isfinite(table.values)
     if not bad.any():
         return
     row, column = (int(i) for i in np.argwhere(bad)[0])
+    counts = np.zeros(3, dtype=np.int64)
+    for block in whole or [table]:
+        each = ~np.isfinite(block.values)
+        counts += each.sum(), each.size, each.any(1).sum()
     raise DataError(
-        f"{table.place(row, column)}: the value is {table.values[row, column]}; {int(bad.sum())} of "
-        f"{bad.size} values are NaN or infinite, and rows with one: {int(bad.any(1).sum())}. "
+        f"{table.place(row, column)}: the value is {table.values[row, column]}; {counts[0]} of "
+        f"{counts[1]} values are NaN or infinite, and rows with one: {counts[2]}. "
         "Leave out the rows, or the columns with data.columns"
     )

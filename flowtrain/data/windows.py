@@ -1,4 +1,4 @@
-"""Batches of a data set too large to be shuffled at once: blocks in random order, rows mixed within a window."""
+"""Batches of a data set that is too large to be shuffled at once: blocks at random, rows mixed within a window."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -27,12 +27,16 @@ class Windows:
 
     Args:
         block: neighbours that stay in a window together, and are read together.
-        blocks: in a window.
+        blocks: in a window at most; windows differ by one at most, for a short last one would be mixed less.
         stream: the key of the random stream; the epoch, or the epoch and the window, are added to it.
     """
 
     def __init__(self, n: int, block: int, blocks: int, *stream: int) -> None:
-        self.n, self.block, self.blocks, self.stream = n, block, blocks, stream
+        self.n, self.block, self.stream = n, block, stream
+        n_blocks = -(-n // block)
+        n_windows = -(-n_blocks // blocks)
+        # where in the order of the blocks each window begins, and the last one ends
+        self._begins = [n_blocks * i // n_windows for i in range(n_windows + 1)]
         self._order: tuple[tuple[int, int], NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def pieces(self, first: int, count: int, seed: int) -> Iterator[Piece]:
@@ -49,20 +53,19 @@ class Windows:
 
     def blocks_of(self, epoch: int, window: int, seed: int) -> list[tuple[int, int]]:
         """(start, stop) of each block in a window."""
-        order = self._epoch(epoch, seed)[0][window * self.blocks : (window + 1) * self.blocks]
+        order = self._epoch(epoch, seed)[0][self._begins[window] : self._begins[window + 1]]
         return [(int(b) * self.block, min(self.n, (int(b) + 1) * self.block)) for b in order]
 
     def mixed(self, epoch: int, window: int, size: int, seed: int) -> NDArray[np.int64]:
-        """The order of a window's positions, of which there are `size`."""
+        """A new place for each of a window's positions, of which there are `size`."""
         return torch.randperm(size, generator=step_generator(seed, *self.stream, epoch, window)).numpy()
 
     def _epoch(self, epoch: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The order of the blocks, and the position at which each window ends."""
         if self._order is None or self._order[0] != (epoch, seed):
-            n_blocks = -(-self.n // self.block)
+            n_blocks = self._begins[-1]
             order = torch.randperm(n_blocks, generator=step_generator(seed, *self.stream, epoch)).numpy()
             lengths = np.full(n_blocks, self.block)
             lengths[order == n_blocks - 1] = self.n - (n_blocks - 1) * self.block
-            ends = lengths.cumsum()
-            self._order = (epoch, seed), order, np.append(ends[self.blocks - 1 : -1 : self.blocks], ends[-1])
+            self._order = (epoch, seed), order, lengths.cumsum()[np.array(self._begins[1:]) - 1]
         return self._order[1:]

@@ -280,6 +280,8 @@ class Trainer:
         if policy == "rewind":
             self.rewind(f"{what}: {error}")
             return Failed.REWOUND
+        if not isinstance(error, STEP_ERRORS):
+            raise type(error)(f"{what}: {error} Go on with: flowtrain resume={self.run_dir}") from error
         # last.pt stays as it is: a step fails for its weights, and would fail again from those before it
         lr = self.settings.lr * self.trouble.lr_scale
         raise type(error)(

@@ -1,0 +1,77 @@
+"""What the rows of a table are to a flow: real numbers or whole ones, vectors or images."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowtrain.data.array_checks import check_levels, check_range, check_whole
+from flowtrain.data.memory import Store
+from flowtrain.data.read import Table
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The shape of a sample, and whether samples are whole numbers, from 0 to levels - 1 where there are levels."""
+
+    event_shape: tuple[int, ...]
+    discrete: bool
+    levels: int | None
+
+    def check(self, table: Table, whole: Iterable[Table] | None = None) -> None:
+        """Refuses values that are not of this kind; see `check_levels` for `whole`."""
+        check_range(table)
+        if self.discrete:
+            check_whole(table)
+        if self.levels is not None:
+            check_levels(table, self.levels, whole)
+
+    def samples(self, values: NDArray[Any]) -> Tensor:
+        """(n, *event_shape) of rows (n, d)."""
+        narrow = np.uint8 if self.levels is not None and self.levels <= 256 else np.int64
+        narrowed = values.astype(narrow if self.discrete else np.float32, copy=False)
+        return torch.from_numpy(narrowed).view(-1, *self.event_shape)
+
+    def moments(self, mean: Values, variance: Values) -> tuple[Values, Values]:
+        """Mean and deviation of samples whose rows have these moments: of x + u with u ~ U[0, 1) where discrete."""
+        if self.discrete:
+            mean, variance = mean + 1 / 2, variance + 1 / 12
+        return mean, np.sqrt(variance)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A held-out set: samples (n, *event_shape) and labels (n,), int64, or None."""
+
+    x: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A training file: the store of the n rows that are for training, and the parts that are held out of it.
+
+    Attributes:
+        mean, variance: of the training rows by column, (d,).
+        look: some of them at random, (k, d).
+        most: the largest label of the file, -1 where there are none.
+    """
+
+    store: Store
+    n: int
+    held: list[Part]
+    mean: Values
+    variance: Values
+    look: NDArray[Any]
+    most: int
+
+
+def as_labels(values: NDArray[Any]) -> Tensor:
+    """(n,), int64, of a column (n, 1)."""
+    return torch.from_numpy(values.reshape(-1).astype(np.int64))

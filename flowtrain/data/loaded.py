@@ -1,0 +1,49 @@
+"""A table that is in memory as a whole: all of it held out, or divided for training."""
+
+import numpy as np
+
+from flowtrain.data.array_checks import check_labels
+from flowtrain.data.columns import Columns
+from flowtrain.data.kind import Divided, Kind, Part, as_labels
+from flowtrain.data.memory import Resident
+from flowtrain.data.read import read_labelled
+from flowtrain.data.splits import split
+
+
+class Loaded:
+    """The table of a file, and its labels where there are any; see `read_labelled` for the arguments.
+
+    Attributes:
+        table: of the samples.
+        n: rows.
+    """
+
+    def __init__(self, path: str, key: str | None, columns: Columns | None, label: str | int | None) -> None:
+        self.table, self.marks = read_labelled(path, key, columns, label)
+        self.n = len(self.table.values)
+
+    def all(self, kind: Kind, most: int, seed: int, *stream: int) -> Part:
+        """Every row, once checked: what is in memory may as well be used."""
+        return self._part(kind, np.arange(self._checked(kind)))
+
+    def divided(
+        self, kind: Kind, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
+    ) -> Divided:
+        """The rows, once checked, of which so many are held out, drawn by the stream (seed, *split_key)."""
+        rows = split(self._checked(kind), sizes, seed, *split_key)
+        values = self.table.values[rows[0]]
+        train = self._part(kind, rows[0])
+        most = -1 if self.marks is None else int(self.marks.values.max())
+        held = [self._part(kind, mine) for mine in rows[1:]]
+        store = Resident(train.x, train.labels, *order_key)
+        return Divided(store, len(values), held, values.mean(0), values.var(0), values, most)
+
+    def _checked(self, kind: Kind) -> int:
+        kind.check(self.table)
+        if self.marks is not None:
+            check_labels(self.marks)
+        return self.n
+
+    def _part(self, kind: Kind, rows: np.ndarray) -> Part:
+        labels = None if self.marks is None else as_labels(self.marks.values[rows])
+        return Part(kind.samples(self.table.values[rows]), labels)
