@@ -178,7 +178,8 @@ def _fits(value: Any, sketch: Tensor | None, samples: Samples) -> bool:
     kinds = [(t.is_floating_point(), t.is_complex(), t.dtype == torch.bool) for t in (value, sketch)]
     if kinds[0] != kinds[1]:
         return False
-    if value.is_floating_point() or value.dtype == torch.bool or not value.numel():
+    # what is not a list of indices is a count, as of a batch norm's batches
+    if value.is_floating_point() or value.dtype == torch.bool or not value.numel() or not value.dim():
         return True
     return int(value.min()) >= 0 and int(value.max()) < max(SMALL_NUMBER, math.prod(samples.event_shape))
 

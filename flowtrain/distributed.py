@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from flowtrain.errors import ConfigError, FlowtrainError
+from flowtrain.errors import ConfigError, FlowtrainError, first_line
 
 T = TypeVar("T")
 
@@ -85,7 +85,13 @@ def joined() -> Iterator[None]:
     if not launched():
         yield
         return
-    store, mine, ranks = next(iter(rendezvous("env://")))
+    try:
+        store, mine, ranks = next(iter(rendezvous("env://")))
+    except (ValueError, RuntimeError) as e:
+        raise ConfigError(
+            f"RANK and WORLD_SIZE say that this is one of several processes, which cannot meet ({first_line(e)}): "
+            "start them with torchrun, or unset both"
+        ) from e
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if mine == 0 and attempt == "0":
         # of a launcher of the same name, long ago

@@ -157,11 +157,11 @@ def estimates_trace(flow: Flow) -> bool:
     return rule is not None and not rule.is_exact(math.prod(flow.event_shape), training=False)
 
 
-def check_finite(log_p: Tensor, split: str) -> None:
-    """Refuses log-likelihoods that are NaN or infinite, naming the first row."""
+def check_finite(log_p: Tensor, split: str, start: int = 0) -> None:
+    """Refuses log-likelihoods that are NaN or infinite, naming the first row, of the set's rows from `start` on."""
     bad = (~torch.isfinite(log_p)).nonzero().flatten()
     if len(bad):
         raise NonFiniteError(
-            f"log p(x) is {log_p[bad[0]].item()} for row {bad[0].item()} of the {split} set ({len(bad)} of "
+            f"log p(x) is {log_p[bad[0]].item()} for row {start + int(bad[0])} of the {split} set ({len(bad)} of "
             f"{len(log_p)} rows): the flow does not cover these points, or its weights are damaged"
         )

@@ -15,6 +15,7 @@ from flowtrain import plots
 from flowtrain.errors import ConfigError, first_line
 from flowtrain.evaluation.digits import brief, with_error
 from flowtrain.files import write_text
+from flowtrain.pictures import spared
 
 # in the directory of a run: what it found, the overrides that it was begun with, and what went wrong
 RESULT, OVERRIDES, ERROR = "result.json", ".hydra/overrides.yaml", "error.txt"
@@ -47,22 +48,26 @@ class Job:
 
 
 def write_summary(root: Path) -> tuple[str, int]:
-    """Writes sweep.csv, sweep.md and sweep.png into the directory of a sweep: the table, and how many jobs failed."""
+    """Writes sweep.csv, sweep.md and sweep.png into a sweep's directory: the table, and how many jobs lack a result.
+
+    What cannot be written gives a warning: the table is for the terminal as well.
+    """
     jobs = read(root)
     if not jobs:
         return "no job was begun", 0
     keys = swept(jobs)
-    write_text(root / "sweep.csv", as_csv(jobs, keys))
     table = as_markdown(jobs, keys)
-    write_text(root / "sweep.md", table + "\n")
     done = [job for job in jobs if job.result]
     axes = [key for key in keys if key != "seed"] or keys
-    if done and axes:
-        lines = {key: against(done, key) for key in axes[: plots.MOST_SWEPT]}
-        title = f"sweep {root.name}, {len(done)} of {len(jobs)} jobs done"
-        title += f", {len(lines)} of {len(axes)} keys" if len(axes) > len(lines) else ""
-        plots.draw_sweep(root / "sweep.png", lines=lines, title=title)
-    return table, sum(job.error is not None for job in jobs)
+    with spared("of the sweep, nor its files"):
+        write_text(root / "sweep.csv", as_csv(jobs, keys))
+        write_text(root / "sweep.md", table + "\n")
+        if done and axes:
+            lines = {key: against(done, key) for key in axes[: plots.MOST_SWEPT]}
+            title = f"sweep {root.name}, {len(done)} of {len(jobs)} jobs done"
+            title += f", {len(lines)} of {len(axes)} keys" if len(axes) > len(lines) else ""
+            plots.draw_sweep(root / "sweep.png", lines=lines, title=title)
+    return table, len(jobs) - len(done)
 
 
 def read(root: Path) -> list[Job]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from runs import trainer_of
 from torch import Tensor
+from trainers import trainer_of
 
 from flowtrain import distributed
 from flowtrain.data.base import Dataset

@@ -137,7 +137,7 @@ class Unscored(Trainer):
 def test_a_validation_that_fails_follows_the_policy(
     policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("runs.Trainer", Unscored)
+    monkeypatch.setattr("trainers.Trainer", Unscored)
     run = trainer(tmp_path, "model=affine", "trainer.steps=12", f"trainer.on_nonfinite={policy}")
     what = "the validation of step 8"
     if policy == "stop":
@@ -147,6 +147,7 @@ def test_a_validation_that_fails_follows_the_policy(
         return
     run.fit()
     found = rows(tmp_path)
+    assert checkpoint.load(checkpoint.previous(tmp_path / "checkpoints/last.pt"))["step"] == 8
     assert [r["step"] for r in found if r["split"] == "train"] == list(range(1, 13))
     assert [r["step"] for r in found if r["split"] == "val"] == ([4, 12] if policy == "skip" else [4, 8, 12])
     said = (

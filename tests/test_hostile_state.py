@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import pytest
 import torch
 from runs import Run
 
+from flowtrain.build import build_flow, restore
+from flowtrain.cli.messages import compose_defaults
+from flowtrain.data.base import Samples
 from flowtrain.training import checkpoint
 from flowtrain.training.checksum import checksum
 
@@ -206,3 +210,14 @@ def test_nothing_is_written_through_a_link(name: str, run: Run, trained: Callabl
         link.unlink()
         if saved is not None:
             link.write_bytes(saved)
+
+
+def test_a_count_of_many_batches_is_no_index() -> None:
+    """A batch norm over images counts its batches, without end."""
+    samples = Samples((1, 4, 4), discrete=True, levels=256)
+    config = compose_defaults(["model=realnvp", "data=mnist", "model.hidden=[4]", "model.batch_norm=true"])
+    weights = build_flow(config, samples).state_dict()
+    counts = [name for name in weights if name.endswith("num_batches_tracked")]
+    assert counts
+    saved = {"config": config, "event_shape": [1, 4, 4], "samples": asdict(samples), "ema": None, "weights": weights}
+    restore({**saved, "weights": {**weights, **{name: torch.tensor(10**6) for name in counts}}}, torch.device("cpu"))

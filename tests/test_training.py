@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import stop_at, trainer_of
+from runs import stop_at
 from torch import Tensor, nn
+from trainers import trainer_of
 
 from flowtrain.build import build_data, load
 from flowtrain.cli.messages import compose_defaults

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 
 from flowtrain.errors import ConfigError
 from flowtrain.paths import config_dir, config_groups
@@ -41,6 +41,8 @@ def check_option(override: Override) -> None:
     """Refuses a value of a config group that names no option of it."""
     group = override.key_or_group
     value = override.value()
+    if isinstance(value, Glob):
+        return
     values: list[Any] = value.list if isinstance(value, ChoiceSweep) else value if isinstance(value, list) else [value]
     bad = [v for v in values if not isinstance(v, str) and type(v).__name__ != "QuotedString"]
     there = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))

@@ -80,7 +80,9 @@ def explain(error: Exception) -> str:
 def _without(key: str) -> tuple[dict[str, Any], str]:
     """The config of the groups that the command line chooses, of a sweep the first that has no such key; and which."""
     chosen = [a.partition("=") for a in sys.argv[1:] if a.partition("=")[0] in config_groups()]
-    every = [[f"{group}={name}" for name in names.split(",")] for group, _, names in chosen]
+    # of what is written otherwise, as in choice(a,b), the defaults
+    plain_words = [(group, names.split(",")) for group, _, names in chosen if re.fullmatch(r"[\w,]+", names)]
+    every = [[f"{group}={name}" for name in names] for group, names in plain_words]
     for options in itertools.product(*every):
         config = compose_defaults(options)
         if OmegaConf.select(OmegaConf.create(config), key, default=_without) is _without:

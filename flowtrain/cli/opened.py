@@ -13,7 +13,7 @@ from flowtrain.flow import Flow
 from flowtrain.run import prepare_process
 from flowtrain.training import checkpoint
 
-# the parts of a saved config that scoring and sampling read, what may be changed of the model, and what may not of data
+# the parts of a saved config that scoring and sampling read
 USED = ("model", "data", "solver", "threads")
 
 

@@ -92,9 +92,8 @@ def overridden(
 SAME = {"solver.steps": "solver.step_size", "solver.step_size": "solver.steps"}
 
 
+# what may be changed of a saved model, and what may not of its data
 MODEL = ("eval_trace", "noise", "noise_samples")
-
-
 TRAINED = ("data.alpha", "data.standardize")
 
 
@@ -111,7 +110,7 @@ def check_kept(overrides: Sequence[str]) -> None:
 
 def keys_of(overrides: Sequence[str]) -> set[str]:
     """What KEY=VALUE overrides set."""
-    return {a.partition("=")[0] for a in overrides}
+    return {a.lstrip("+").partition("=")[0] for a in overrides}
 
 
 def with_array(saved: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:

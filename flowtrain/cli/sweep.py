@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain import distributed
-from flowtrain.cli.messages import message_of, plain
+from flowtrain.cli.messages import message_of, plain, report
 from flowtrain.cli.overrides import trusted
 from flowtrain.cli.runs import begin, go_on
 from flowtrain.errors import ConfigError, FlowtrainError
@@ -37,9 +37,13 @@ def job(config: DictConfig, run_dir: Path) -> float:
     Args:
         run_dir: where Hydra would have it.
     """
-    given = list(HydraConfig.get().overrides.task)
+    given, root = list(HydraConfig.get().overrides.task), Path(HydraConfig.get().sweep.dir).absolute()
+    if run_dir == root:
+        # raised, it would be one job's error to Hydra
+        error = ConfigError("hydra.sweep.subdir: every job needs a directory of its own, as with ${hydra.job.num}")
+        raise SystemExit(report("flowtrain", error))
     try:
-        run_dir = place(Path(HydraConfig.get().sweep.dir).absolute(), run_dir, given)
+        run_dir = place(root, run_dir, given)
         if (run_dir / RESULT).is_file():
             print(run_dir)
             return _least(result_of(run_dir).get("val_nll"))
@@ -54,7 +58,8 @@ def job(config: DictConfig, run_dir: Path) -> float:
         print(f"flowtrain: {run_dir.name} ({' '.join(given)}): {message}", file=sys.stderr)
         # what another process holds is its own to speak of
         if not isinstance(e, InUseError):
-            write_text(run_dir / ERROR, message.rstrip() + "\n")
+            with suppress(OSError):
+                write_text(run_dir / ERROR, message.rstrip() + "\n")
         return math.inf
     (run_dir / ERROR).unlink(missing_ok=True)
     print(run_dir)
@@ -78,13 +83,7 @@ def stopped(number: int) -> None:
 
 
 def place(root: Path, run_dir: Path, given: list[str]) -> Path:
-    """The directory of the job with these overrides: the one in the sweep that has them already, else a free one.
-
-    Raises:
-        ConfigError: no job has a directory of its own.
-    """
-    if run_dir == root:
-        raise ConfigError("hydra.sweep.subdir: every job needs a directory of its own, as with ${hydra.job.num}")
+    """The directory of the job with these overrides: the one in the sweep that has them already, else a free one."""
     there = next((folder for folder in folders(root) if sorted(overrides_of(folder) or []) == sorted(given)), None)
     if there is None:
         return free(run_dir)
@@ -110,13 +109,13 @@ class JobError(FlowtrainError):
 
 @dataclass
 class Sweep:
-    """What becomes of a sweep: how many of its jobs failed."""
+    """What becomes of a sweep: how many of its jobs have no result."""
 
-    failed: int = 0
+    undone: int = 0
 
     @property
     def code(self) -> int:
-        return 1 if self.failed else 0
+        return 1 if self.undone else 0
 
 
 # of the sweep of this process, its directory
@@ -153,7 +152,7 @@ def summarized() -> Iterator[Sweep]:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
         if _ROOT and _ROOT[0].is_dir():
-            table, sweep.failed = write_summary(_ROOT[0])
+            table, sweep.undone = write_summary(_ROOT[0])
             rest = "" if ended else "\n\nstopped; the same command in the same hydra.sweep.dir does what is missing"
             sys.stdout.flush()
             print(f"\n{table}{rest}\n\n{_ROOT[0]}")

@@ -69,7 +69,7 @@ class Mapped:
         labels = [None] * len(sizes) if part.labels is None else list(torch.split(part.labels, sizes))
         parts = [Part(x, y) for x, y in zip(torch.split(part.x, sizes), labels, strict=True)]
         # rows of all the file, which its first are not
-        look = store.samples(0, min(store.n, LOOK, store.in_window), seed, slice(None)).flatten(1).numpy()
+        look = store.values(min(store.n, LOOK, store.in_window)).astype(np.float64)
         return Divided(store, store.n, parts, moments.mean, moments.variance, look, most)
 
     def _look_through(self, kind: Kind, wanted: NDArray[np.int64]) -> tuple[Part, "Moments", int]:

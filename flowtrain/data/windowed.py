@@ -29,7 +29,7 @@ class Windowed:
 
     Attributes:
         n: rows for training.
-        in_window: how many a window has at least, all where they fit into one.
+        in_window: how many may be asked for that are in one window, as a rule.
     """
 
     def __init__(
@@ -56,6 +56,10 @@ class Windowed:
     def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
         found = self._to_samples(self._batch(step, batch_size, seed, share)[:, self._columns])
         return found.pin_memory() if self._pinned else found
+
+    def values(self, n: int) -> NDArray[Any]:
+        """The first n rows of the epochs as they are in the file, (n, d)."""
+        return self._batch(0, n, 0, slice(None))[:, self._columns]
 
     def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
         if self._label is None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import signal
 import statistics
 import time
@@ -113,9 +114,9 @@ class Trainer:
         self.began = False
         self.best: dict[str, float] | None = None
         self.val_nll = math.nan
-        self.stopped_by: str | None = None
         # of last.pt
         self.saved_step = self.step
+        self.stopped_by: str | None = None
         # the number of the signal that did
         self.signal: int | None = None
         self.trouble = Trouble(settings.on_nonfinite, settings.max_rewinds)
@@ -191,7 +192,8 @@ class Trainer:
         s = self.settings
         with StopSignals() as signals, ExitStack() as stack:
             stack.enter_context(logging_redirect_tqdm([log]))
-            hidden = None if distributed.is_first() else True
+            # of tqdm's own variable, what is said here takes precedence
+            hidden = True if os.environ.get("TQDM_DISABLE") or not distributed.is_first() else None
             bar = stack.enter_context(
                 tqdm(total=s.steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
             )
@@ -228,8 +230,7 @@ class Trainer:
         s = self.settings
         validate = partial(self.guarded, self.validate, f"the validation of step {self.step}")
         if self.step % s.val_every == 0 or self.step == s.steps:
-            # what could not be validated is not worth keeping
-            if isinstance(validate(), Failed):
+            if validate() is Failed.REWOUND:
                 return
             self.save_last()
         elif self.stopped_by:
@@ -472,7 +473,7 @@ class Trainer:
         try:
             if len(x[share]):
                 log_p = self.with_average(log_probs, self.flow, x[share], label, seed=distributed.rank())
-            check_finite(log_p, "val")
+            check_finite(log_p, "val", share.start)
         except FlowtrainError as e:
             failure = e
         total, n, failures = distributed.summed([log_p.sum().item(), len(log_p), failure is not None])

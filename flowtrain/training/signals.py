@@ -12,7 +12,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signa
 
 
 class StopSignals:
-    """Inside the context, `received` is the first signal that came, or None; a second SIGINT interrupts at once."""
+    """Inside the context, `received` is the first signal that came, or None; a SIGINT after it interrupts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -22,8 +22,8 @@ class StopSignals:
         # handlers can be set in the main thread only; elsewhere (a notebook's worker, a launcher) nothing changes
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
-                # as nohup has it with SIGHUP
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                # ignored, as nohup has it with SIGHUP, or handled by what is not Python's
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self.before[number] = signal.signal(number, self._handle)
         return self
 
@@ -34,7 +34,7 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self.received = self.received or number
 
 
 class SignalReceived(BaseException):
