@@ -29,7 +29,22 @@ EQUAL = {
     "fixed": [*FFJORD, "solver=rk4", "solver.steps=4", "trainer.guard_every=5"],
     "plateau": ["model=affine", "trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1", "trainer.lr=1.0"],
 }
+IMAGES = ["model.hidden=[4]", "model.scales=1", "trainer.lr=0.01"]
+EQUAL |= {"images": ["model=realnvp", *IMAGES], "glow": ["model=glow", "model.steps=2", *IMAGES]}
 POLICIES = ("stop", "skip", "rewind")
+
+
+class Images(Dataset):
+    """Grey images of real numbers, so that no noise is drawn; their convolutions keep channels last."""
+
+    event_shape = (1, 4, 4)
+
+    def __init__(self) -> None:
+        self.val = self.test = self.train_batch(-1, 21, 0)
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step + 2)
+        return torch.randn(batch_size, 1, 4, 4, generator=generator, dtype=torch.float64).cumsum(-1)
 
 
 class Poisoned(Dataset):
@@ -47,6 +62,9 @@ class Poisoned(Dataset):
             self.times -= 1
             x[-1, 0] = torch.nan
         return x
+
+
+DATA: dict[str, Dataset] = {"images": Images(), "glow": Images()}
 
 
 def trainer(
@@ -79,7 +97,7 @@ def everything(rank: int, ranks: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     found: dict[str, Any] = {}
     for name, overrides in EQUAL.items():
-        found[name] = ended(trainer(folder / name, *overrides))
+        found[name] = ended(trainer(folder / name, *overrides, data=DATA.get(name)))
     for policy in POLICIES:
         data = Poisoned(5, times=2 if rank == 1 and policy == "rewind" else 9)
         keys = [*REALNVP, "trainer.val_every=4", f"trainer.on_nonfinite={policy}"]

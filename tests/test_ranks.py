@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import EQUAL, ended, everything, trainer
+from ranks import DATA, EQUAL, ended, everything, trainer
 
 from flowtrain import distributed
 from flowtrain.errors import ConfigError
@@ -48,7 +48,7 @@ def alike(a: dict[str, Any], b: dict[str, Any], atol: float = 0.0) -> None:
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_ranks_are_one_process(name: str, found: Found, tmp_path: Path) -> None:
     """The same batch of 17 rows, 8 and 9 to a rank: losses, gradients and weights of 20 steps in float64."""
-    alone = ended(trainer(tmp_path, *EQUAL[name]))
+    alone = ended(trainer(tmp_path, *EQUAL[name], data=DATA.get(name)))
     first, second = found[0][name], found[1][name]
     assert (first["error"], first["step"]) == (None, 20)
     alike(first, second)

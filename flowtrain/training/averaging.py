@@ -45,5 +45,6 @@ def averaged(
     # one wait for the device, which the caller's check would come to anyway
     if bool(norm.isfinite()):
         for p, piece in zip(trained, torch.split(gradient, [p.numel() for p in trained]), strict=True):
-            p.grad = piece.view_as(p)
+            # in the layout of the parameter: a fused optimizer goes through the memory of both side by side
+            p.grad = torch.empty_like(p).copy_(piece.view_as(p))
     return norm, found
