@@ -73,21 +73,21 @@ def write_summary(root: Path) -> tuple[str, int]:
 def read(root: Path) -> list[Job]:
     """The jobs of a sweep, the best first, those without an NLL last."""
     jobs = []
-    for folder in folders(root):
+    for folder, given in begun_in(root).items():
         error = folder / ERROR
         try:
             result, said = result_of(folder), error.read_text(errors="replace").strip() if error.is_file() else None
         except ConfigError as e:
             result, said = {}, str(e)
-        keys = dict(_pair(override) for override in overrides_of(folder) or [])
+        keys = dict(_pair(override) for override in given)
         jobs.append(Job(str(folder.relative_to(root)), keys, result, None if result else said))
     return sorted(jobs, key=lambda job: (job.val_nll, job.state, len(job.name), job.name))
 
 
-def folders(root: Path) -> list[Path]:
-    """Those of the jobs of a sweep."""
-    found = (path.parent.parent for path in root.glob(f"**/{OVERRIDES}"))
-    return sorted(folder for folder in found if folder != root and overrides_of(folder) is not None)
+def begun_in(root: Path) -> dict[Path, list[str]]:
+    """The directories of a sweep's jobs, each with the overrides that its run was begun with."""
+    found = sorted(path.parent.parent for path in root.glob(f"**/{OVERRIDES}"))
+    return {folder: given for folder in found if folder != root and (given := overrides_of(folder)) is not None}
 
 
 def overrides_of(folder: Path) -> list[str] | None:

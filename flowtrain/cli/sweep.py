@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,9 +25,10 @@ from flowtrain.cli.overrides import trusted
 from flowtrain.cli.runs import begin, go_on
 from flowtrain.errors import ConfigError, FlowtrainError
 from flowtrain.files import write_text
-from flowtrain.sweep import ERROR, OVERRIDES, RESULT, folders, overrides_of, result_of, write_summary
+from flowtrain.sweep import ERROR, OVERRIDES, RESULT, begun_in, overrides_of, result_of, write_summary
 from flowtrain.training import checkpoint
 from flowtrain.training.lock import InUseError
+from flowtrain.training.signals import may_set_handlers
 
 
 def job(config: DictConfig, run_dir: Path) -> float:
@@ -84,10 +84,13 @@ def stopped(number: int) -> None:
 
 def place(root: Path, run_dir: Path, given: list[str]) -> Path:
     """The directory of the job with these overrides: the one in the sweep that has them already, else a free one."""
-    there = next((folder for folder in folders(root) if sorted(overrides_of(folder) or []) == sorted(given)), None)
+    if sorted(overrides_of(run_dir) or []) == sorted(given):
+        # as a rule, and the others need not be looked at
+        return run_dir
+    there = next((folder for folder, its in begun_in(root).items() if sorted(its) == sorted(given)), None)
     if there is None:
         return free(run_dir)
-    if there != run_dir and not any(run_dir.iterdir()):
+    if not any(run_dir.iterdir()):
         run_dir.rmdir()
     return there
 
@@ -128,7 +131,7 @@ class Root(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not distributed.launched():
             _ROOT[:] = [Path(str(config.hydra.sweep.dir)).absolute()]
-        # bars of jobs side by side would write over one another; those of this process have theirs by now
+        # bars of jobs side by side would write over one another
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
@@ -137,7 +140,7 @@ def summarized() -> Iterator[Sweep]:
     """Whatever ends a sweep inside, what there is of it is summed up, and its directory printed last."""
     _ROOT.clear()
     sweep, ended = Sweep(), False
-    before = signal.signal(signal.SIGTERM, _terminated) if _is_main() else None
+    before = signal.signal(signal.SIGTERM, _terminated) if may_set_handlers() else None
     try:
         yield sweep
         ended = True
@@ -156,10 +159,6 @@ def summarized() -> Iterator[Sweep]:
             rest = "" if ended else "\n\nstopped; the same command in the same hydra.sweep.dir does what is missing"
             sys.stdout.flush()
             print(f"\n{table}{rest}\n\n{_ROOT[0]}")
-
-
-def _is_main() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -11,6 +11,11 @@ from typing import Any
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
+def may_set_handlers() -> bool:
+    """Only in the main thread; elsewhere (a notebook's worker, a launcher) nothing changes."""
+    return threading.current_thread() is threading.main_thread()
+
+
 class StopSignals:
     """Inside the context, `received` is the first signal that came, or None; a SIGINT after it interrupts at once."""
 
@@ -19,8 +24,7 @@ class StopSignals:
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        # handlers can be set in the main thread only; elsewhere (a notebook's worker, a launcher) nothing changes
-        if threading.current_thread() is threading.main_thread():
+        if may_set_handlers():
             for number in STOPPING:
                 # ignored, as nohup has it with SIGHUP, or handled by what is not Python's
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
