@@ -7,7 +7,7 @@ Example:
     torch.Size([5])
 """
 
-from flowtrain.build import load
 from flowtrain.flow import Flow
+from flowtrain.loading import load
 
 __all__ = ["Flow", "load"]

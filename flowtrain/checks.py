@@ -1,4 +1,7 @@
-"""Checks on numbers and names that a user gives; each failure names the key, the value and what it may be."""
+"""Checks on numbers and names that a user gives; each failure is a ConfigError.
+
+It names the key, the value and what that may be.
+"""
 
 import math
 import os
@@ -9,7 +12,13 @@ from flowtrain.errors import ConfigError
 
 
 def whole(key: str, value: Any, least: int = 1) -> int:
-    """`value` if it is a whole number of at least `least`."""
+    """`value` if it is a whole number of at least `least`.
+
+    Example:
+        >>> whole("model.layers", 0)
+        Traceback (most recent call last):
+        flowtrain.errors.ConfigError: model.layers=0: give a whole number, at least 1 and below 2^31
+    """
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
         raise ConfigError(f"{key}={value}: give a whole number, at least {least} and below 2^31")
     return value

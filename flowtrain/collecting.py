@@ -16,6 +16,7 @@ class Collector(Generic[T]):
 
     @property
     def open(self) -> list[T] | None:
+        """What the innermost `with` has found so far, to be added to; None outside of any."""
         return self._found.get()
 
     @contextmanager

@@ -1,7 +1,8 @@
 """The processes of one run, started by torchrun or alike: which of them this is, and what they agree on.
 
 Without a launcher there is one rank, 0 of 1, and everything here is free: nothing is copied or waited for.
-Every rank must call the functions that speak of "all ranks", in the same order.
+Every rank must call the functions that speak of "all ranks", in the same order; where one of the
+others has ended, they raise RankLostError.
 """
 
 import os
@@ -36,10 +37,12 @@ def launched() -> bool:
 
 
 def rank() -> int:
+    """Which of the run's processes this is, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
+    """How many processes the run has."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -81,7 +84,11 @@ def device(asked: torch.device) -> torch.device:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Inside, the ranks that a launcher has started know of each other: NCCL between GPUs, Gloo between CPUs."""
+    """Inside, the ranks that a launcher has started know of each other: NCCL between GPUs, Gloo between CPUs.
+
+    Raises:
+        ConfigError: the ranks cannot meet.
+    """
     if not launched():
         yield
         return
@@ -169,7 +176,7 @@ def _reduced(values: Sequence[float], operation: Any) -> list[float]:
 
 
 def sum_in_place(tensor: Tensor) -> None:
-    """Puts the sum of all ranks' tensors in the place of each."""
+    """Puts the sum of all ranks' tensors, alike in shape, in the place of each."""
     if size() > 1:
         with _together():
             dist.all_reduce(tensor)

@@ -15,12 +15,12 @@ from flowtrain.fields.base import Field, push_tangents
 
 
 def rademacher(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """-1 or 1 with equal probability."""
+    """-1 or 1 with equal probability, of that shape, with the dtype and on the device of `like`."""
     return torch.randint(0, 2, shape, device=like.device).to(like.dtype).mul_(2).sub_(1)
 
 
 def gaussian(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Standard normal; drawn in float32, so that a flow in float64 has the same as one in float32."""
+    """Standard normal, likewise; drawn in float32, so that a flow in float64 has the same as one in float32."""
     return torch.randn(shape, dtype=torch.float32, device=like.device).to(like.dtype)
 
 
@@ -67,7 +67,16 @@ class Probes:
 
 
 def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
-    """(v, tr dv/dx or its estimate); x (*nodes, B, *event) with t broadcasting against (*nodes, B)."""
+    """(v, tr dv/dx or its estimate); x (*nodes, B, *event) with t broadcasting against (*nodes, B).
+
+    Example:
+        >>> class Shear(nn.Module):
+        ...     def forward(self, t, x):
+        ...         return x @ torch.tensor([[3.0, 1.0], [0.0, -1.0]])
+        >>> x = torch.ones(1, 2)
+        >>> divergence(Shear(), torch.tensor(0.0), x, Probes.exact(x))[1]
+        tensor([2.])
+    """
     v, e, je = pushed(field, t, x, probes)
     return v, probes.contract(e * je)
 
@@ -96,6 +105,21 @@ class TraceRule:
     """Which probes a solve uses: `train` while the module trains, `evaluate` otherwise.
 
     `auto` is exact up to d = 8 elements of a sample in training and up to d = 128 at evaluation, else Hutchinson.
+
+    Attributes:
+        train, evaluate: auto | exact | hutchinson.
+        noise: rademacher | gaussian, of Hutchinson's estimate.
+        noise_samples: k, how many tangents it takes.
+
+    Raises:
+        ConfigError: a setting out of range.
+
+    Example:
+        >>> rule = TraceRule(train="hutchinson", noise_samples=4)
+        >>> rule.draw(torch.zeros(5, 3), training=True).tangents.shape
+        torch.Size([4, 5, 3])
+        >>> rule.draw(torch.zeros(5, 3), training=False).tangents.shape  # exact: the basis
+        torch.Size([3, 1, 3])
     """
 
     train: str = "auto"
@@ -110,6 +134,7 @@ class TraceRule:
         whole("model.noise_samples", self.noise_samples)
 
     def is_exact(self, d: int, training: bool) -> bool:
+        """Whether the divergence is exact for samples of d elements."""
         rule = self.train if training else self.evaluate
         return rule == "exact" or (rule == "auto" and d <= (8 if training else 128))
 

@@ -77,11 +77,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Text in UTF-8, in the place of what was there."""
     with replacing(path) as f:
         f.write(text.encode())
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:
+    """An array as .npy, in the place of what was there."""
     with replacing(path) as f:
         np.save(f, array)
 

@@ -36,7 +36,7 @@ class Flow(nn.Module):
         >>> import torch
         >>> from flowtrain.bijections.affine import Affine
         >>> flow = Flow((2,), Affine(2))
-        >>> round(float(flow.log_prob(torch.zeros(1, 2))), 4)  # -log(2 pi)
+        >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # -log(2 pi)
         -1.8379
     """
 
@@ -131,6 +131,14 @@ class Flow(nn.Module):
 
         Raises:
             FlowtrainError: n < 1, or a temperature below 0.
+
+        Example:
+            >>> from flowtrain.bijections.affine import Affine
+            >>> flow = Flow((2,), Affine(2))
+            >>> flow.sample(5).shape
+            torch.Size([5, 2])
+            >>> flow.sample(1, temperature=0.0)  # the image of z = 0
+            tensor([[0., 0.]])
         """
         if n < 1:
             raise FlowtrainError(f"n={n}: ask for at least one sample")
@@ -149,7 +157,11 @@ class Flow(nn.Module):
         return torch.cat([self.forward(part, y) for part, y in zip(torch.split(z, size), parts, strict=False)])
 
     def dequantized(self, x: Tensor) -> Tensor:
-        """x + u for the integers of a discrete flow, else x; of the flow's dtype, on its device."""
+        """x + u for the integers x (B, *event_shape) of a discrete flow, else x; of the flow's dtype, on its device.
+
+        Raises:
+            FlowtrainError: outside of training, integers that are none of the flow's levels.
+        """
         like = self.like
         if self.discrete and not x.is_floating_point():
             # in training they are the data set's own, and to look at them would wait for the device
@@ -164,7 +176,7 @@ class Flow(nn.Module):
         return x.to(like)
 
     def quantized(self, x: Tensor) -> Tensor:
-        """The whole numbers that samples x + u of a discrete flow stand for; other samples as they are."""
+        """The whole numbers that a discrete flow's samples x + u (B, *event_shape) stand for; others as they are."""
         if not self.discrete:
             return x
         whole = x.floor()
@@ -178,7 +190,11 @@ class Flow(nn.Module):
         return torch.arange(n, device=self.like.device) % self.classes
 
     def labels(self, label: Label, x: Tensor) -> Tensor | None:
-        """`label` as (B,) whole numbers on the device of x (B, ...); None for a flow that is not conditional."""
+        """`label` as (B,) whole numbers on the device of x (B, ...); None for a flow that is not conditional.
+
+        Raises:
+            FlowtrainError: labels missing, superfluous, not whole numbers, or outside of training out of range.
+        """
         if self.classes is None:
             if label is not None:
                 raise FlowtrainError("this flow is not conditional: give no label (train with model.conditional=true)")

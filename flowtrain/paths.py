@@ -11,4 +11,5 @@ def config_dir() -> Path:
 
 
 def config_groups() -> tuple[str, ...]:
+    """The names of the config groups, sorted."""
     return tuple(sorted(p.name for p in config_dir().iterdir() if p.is_dir()))

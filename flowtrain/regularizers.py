@@ -1,6 +1,8 @@
 """Penalties that keep a continuous flow easy to solve: on its paths, on its layers, and a random end time."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +13,59 @@ from flowtrain.divergence import Probes, pushed
 from flowtrain.errors import ConfigError
 from flowtrain.fields.base import Field
 
+
+class Along(NamedTuple):
+    """Points of paths, and what is known of the field there.
+
+    Attributes:
+        field: v(t, x).
+        t: their times, broadcasting against (*nodes, B).
+        x, v: the points and their velocities, (*nodes, B, *event).
+        je: dv/dx e for each of the probes e, (k, *nodes, B, *event).
+        probes: of the trace: the basis, or random tangents.
+    """
+
+    field: nn.Module
+    t: Tensor
+    x: Tensor
+    v: Tensor
+    je: Tensor
+    probes: Probes
+
+    def squared(self, y: Tensor) -> Tensor:
+        """|y|^2 of each point, (*nodes, B), for y like x."""
+        return y.square().sum(tuple(range(-self.probes.event_dims, 0)))
+
+
+# q of a path integral, (*nodes, B), and a penalty on a field
+Integral = Callable[[Along], Tensor]
+Penalty = Callable[[nn.Module], Tensor]
+
+
+def kinetic(at: Along) -> Tensor:
+    """q = |v|^2, (*nodes, B)."""
+    return at.squared(at.v)
+
+
+def jacobian(at: Along) -> Tensor:
+    """q = |dv/dx|_F^2, (*nodes, B), or its estimate: the sum over the probes of w |dv/dx e|^2."""
+    return at.probes.contract(at.je.square())
+
+
+def bending(at: Along) -> Tensor:
+    """q = |dv/dt + dv/dx v|^2, (*nodes, B)."""
+    return at.squared(acceleration(at.field, at.t, at.x, at.v, at.probes.event_dims))
+
+
 # the path integrals, by the names of their weights
-PATHS = ("kinetic", "jacobian", "acceleration")
+PATHS: Mapping[str, Integral] = {"kinetic": kinetic, "jacobian": jacobian, "acceleration": bending}
 
 
 @dataclass(frozen=True)
 class Regularizer:
     """What a training loss has added to its nats per sample: sum_r w_r mean int_0^1 q_r dt + w sum_l s(W_l)^2.
+
+    A subclass adds terms of its own: to `integrals` or to `penalties`, by the name of the field that is their weight.
 
     Attributes:
         kinetic: weight of q = |v|^2 (Finlay et al. 2020, How to train your neural ODE, eq. 5: optimal transport).
@@ -44,35 +92,51 @@ class Regularizer:
         if self.end_time >= 1:
             raise ConfigError(f"regularizer.end_time={self.end_time}: give a number below 1, so that time has an end")
 
-    @property
-    def active(self) -> bool:
-        return any(asdict(self).values())
+    def integrals(self) -> Mapping[str, Integral]:
+        """q of every path integral there is, by the name of its weight."""
+        return PATHS
+
+    def penalties(self) -> Mapping[str, Penalty]:
+        """Every penalty on a field there is, by the name of its weight."""
+        return {"spectral": spectral}
 
     @property
-    def paths(self) -> tuple[str, ...]:
+    def active(self) -> bool:
+        """Whether anything is asked for."""
+        return bool(self.paths or self.on_fields or self.end_time)
+
+    @property
+    def paths(self) -> dict[str, Integral]:
         """The path integrals that are asked for."""
-        return tuple(name for name in PATHS if getattr(self, name))
+        return self._weighted(self.integrals())
+
+    @property
+    def on_fields(self) -> dict[str, Penalty]:
+        """The penalties on fields that are asked for."""
+        return self._weighted(self.penalties())
+
+    def _weighted(self, terms: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: term for name, term in terms.items() if getattr(self, name)}
+
+    def without_paths(self) -> "Regularizer":
+        """What is left of it where no path is solved."""
+        return replace(self, end_time=0.0, **dict.fromkeys(self.paths, 0.0))
 
     def end(self) -> float:
         """Where time ends in one solve of training: 1, or drawn from the global generator of the CPU."""
         return 1.0 if not self.end_time else 1 + self.end_time * (2 * float(torch.rand(())) - 1)
 
 
-def integrands(field: nn.Module, t: Tensor, x: Tensor, probes: Probes, paths: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def integrands(
+    field: nn.Module, t: Tensor, x: Tensor, probes: Probes, paths: Mapping[str, Integral]
+) -> tuple[Tensor, Tensor]:
     """(v, q) with q (*nodes, B, 1 + len(paths)): the divergence, and the integrand of each of `paths`.
 
     Shapes: as in `flowtrain.divergence.divergence`.
     """
     v, e, je = pushed(field, t, x, probes)
-    event = tuple(range(-probes.event_dims, 0))
-    columns = [probes.contract(e * je)]
-    for name in paths:
-        if name == "jacobian":
-            columns.append(probes.contract(je.square()))
-        else:
-            along = v if name == "kinetic" else acceleration(field, t, x, v, probes.event_dims)
-            columns.append(along.square().sum(event))
-    return v, torch.stack(columns, -1)
+    at = Along(field, t, x, v, je, probes)
+    return v, torch.stack([probes.contract(e * je), *(q(at) for q in paths.values())], -1)
 
 
 def acceleration(field: nn.Module, t: Tensor, x: Tensor, v: Tensor, event_dims: int) -> Tensor:

@@ -88,6 +88,7 @@ def _links(markdown: Path, figures: list[Path]) -> list[str]:
 
 
 def as_markdown(title: str, headline: str, about: str, tables: list[Table], links: list[str]) -> str:
+    """The report in Markdown, with `links` to its figures."""
     parts = [f"# {_cell(title)}", f"**{_cell(headline)}**", _cell(about)]
     for table in tables:
         parts += [f"## {table.heading}", *([table.words] if table.words else [])]
@@ -115,6 +116,7 @@ tr + tr td { border-top: 1px solid #e9e9e9; } td:first-child { white-space: nowr
 
 
 def as_html(title: str, headline: str, about: str, tables: list[Table], figures: list[Path]) -> str:
+    """The report in HTML, with the figures, PNGs, inside it."""
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="headline">{escape(headline)}</p>',

@@ -1,86 +1,33 @@
 """One run from its config to result.json."""
 
-import ctypes
 import logging
 import math
-import os
 import signal
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flowtrain import build, distributed, pictures, plots
+from flowtrain import build, distributed, loading, pictures, plots
 from flowtrain.checks import whole, within_memory
+from flowtrain.console import NAMES, banner, next_commands
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.errors import CheckpointError, ConfigError, UnfinishedError
 from flowtrain.evaluation import evaluate
 from flowtrain.files import write_json
 from flowtrain.flow import Flow
+from flowtrain.process import prepare_process
+from flowtrain.titles import data_name, title_of
 from flowtrain.training import checkpoint, tensorboard
 from flowtrain.training.loop import Trainer
 from flowtrain.training.signals import SignalReceived, ended_by_signals
 
 log = logging.getLogger("flowtrain")
 
-MOST_THREADS = 1024
 # the flow that a run's objective learns from, in its directory
 TEACHER = "checkpoints/teacher.pt"
-
-
-@contextmanager
-def messages(path: Path | None = None) -> Iterator[None]:
-    """Inside, messages go to standard error, and with the time to a file where one is given; those of rank 0 alone."""
-    if not distributed.is_first():
-        path = None
-    console = logging.StreamHandler(sys.stderr)
-    console.setFormatter(logging.Formatter("%(message)s"))
-    handlers: list[logging.Handler] = [console]
-    if path is not None:
-        file = logging.FileHandler(path)
-        # a message that the disk has no room for was on the terminal
-        file.handleError = lambda record: None  # type: ignore[method-assign]
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers.append(file)
-    log.setLevel(logging.INFO if distributed.is_first() else logging.CRITICAL)
-    log.propagate = False
-    log.handlers[:] = handlers
-    try:
-        yield
-    finally:
-        log.handlers.clear()
-        for handler in handlers:
-            handler.close()
-
-
-def prepare_process(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> None:
-    """Threads and allocator. `threads`: null takes one where matrices are too small to share, else all cores."""
-    threads = config.get("threads")
-    if threads is None:
-        cores = len(os.sched_getaffinity(0)) // distributed.on_this_machine()
-        threads = 1 if math.prod(event_shape) <= 16 else max(1, cores)
-    if whole("threads", threads) > MOST_THREADS:
-        raise ConfigError(f"threads={threads}: give at most {MOST_THREADS}")
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc reuse what torch frees on the CPU.
-
-    By default it gives large blocks back at once, and the next tensor of that size waits for fresh zeroed pages, which
-    convolutional training steps feel most. Elsewhere than on glibc this does nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(mmap_threshold, 32 * 2**20)
-    mallopt(trim_threshold, 2**31 - 1)
 
 
 def train(
@@ -97,57 +44,11 @@ def train(
         (best validation NLL in nats, exit code): 128 + the signal's number after a signal, else 0.
     """
     board = tensorboard.board(config["logger"], run_dir / "tensorboard")
-    device = distributed.device(build.resolve_device(config["device"]))
-    settings = build.build_settings(config)
-    data = build.build_data(config)
-    if saved is not None:
-        check_same("resume", build.samples_of(saved), data.samples)
-    within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
-    prepare_process(config, data.event_shape)
-    taught = teaching(config, run_dir, saved is not None)
-    teacher = None
-    if taught is not None:
-        check_same("from", build.samples_of(taught), data.samples)
-        teacher = build.restore(taught, device, trust)
-    if saved is not None:
-        build.check_sizes(saved, data.samples)
-    torch.manual_seed(whole("seed", config["seed"], least=0))
-    flow = build.build_flow(config, data.samples).to(device)
-    if teacher is not None and saved is None:
-        flow.load_state_dict(teacher.state_dict())
-    objective = build.build_objective(config, flow, teacher)
-    config = {**config, "objective": {**config["objective"], **objective.pinned}}
-    title = title_of(config)
-    log.info(
-        "%s: %d parameters, %s samples, %s, %s",
-        title,
-        sum(p.numel() for p in flow.parameters()),
-        "x".join(map(str, data.event_shape)),
-        device,
-        run_dir,
-    )
-
-    def picture(flow: Flow, step: int, nll: float) -> None:
-        bits = flow.bits_per_nat
-        reached = f"NLL {nll:.3f}" if bits is None else f"{bits * nll:.3f} bits/dim"
-        words = f"{title}, step {step}, validation {reached}"
-        path = run_dir / f"plots/samples_{step:06d}.png"
-        with pictures.spared(f"of step {step}"):
-            pictures.draw(flow, data, path, words)
-            if board is not None:
-                board.picture(path, step)
-
-    trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None)
-    if saved is None and taught is not None and build.takes_teacher(config) and distributed.is_first():
-        # now that nothing is left to be refused: with it, the directory holds a run. As it was read: by now, the other
-        # run may have gone on
-        checkpoint.save(run_dir / TEACHER, taught)
-    if board is not None:
-        board.follow(trainer.metrics, trainer.step, run_dir / "plots")
+    trainer = prepare(config, run_dir, saved, trust, board)
     trainer.fit()
     best = float("nan") if trainer.best is None else trainer.best["nll"]
     if trainer.signal is not None:
-        log.info("%s at step %d; go on with: flowtrain resume=%s", trainer.stopped_by, trainer.saved_step, run_dir)
+        log.warning("%s at step %d; go on with: flowtrain resume=%s", trainer.stopped_by, trainer.saved_step, run_dir)
         return best, 128 + trainer.signal
     if trainer.stopped_by:
         log.info("stopped at step %d: %s", trainer.step, trainer.stopped_by)
@@ -155,10 +56,10 @@ def train(
         return best, 0
     try:
         with ended_by_signals():
-            # the trainer's config, whose step size may have become smaller
-            finish(trainer.config, run_dir, data, device, title, trainer, board)
+            finish(trainer, run_dir, board)
     except SignalReceived as e:
-        log.info("%s during the evaluation; go on with: flowtrain resume=%s", signal.Signals(e.number).name, run_dir)
+        name = signal.Signals(e.number).name
+        log.warning("%s during the evaluation; go on with: flowtrain resume=%s", name, run_dir)
         return best, 128 + e.number
     except OSError as e:
         raise UnfinishedError(
@@ -166,6 +67,59 @@ def train(
             f"once it can be, flowtrain resume={run_dir} evaluates it"
         ) from e
     return best, 0
+
+
+def prepare(
+    config: Mapping[str, Any],
+    run_dir: Path,
+    saved: Mapping[str, Any] | None,
+    trust: Sequence[str],
+    board: tensorboard.Board | None,
+) -> Trainer:
+    """Everything built and checked that a run takes, up to its first step; see `train`."""
+    device = distributed.device(build.resolve_device(config["device"]))
+    settings = build.build_settings(config)
+    data = build.build_data(config)
+    if saved is not None:
+        check_same("resume", loading.samples_of(saved), data.samples)
+    within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
+    prepare_process(config, data.event_shape)
+    taught = teaching(config, run_dir, saved is not None)
+    teacher = None
+    if taught is not None:
+        check_same("from", loading.samples_of(taught), data.samples)
+        teacher = loading.restore(taught, device, trust)
+    if saved is not None:
+        loading.check_sizes(saved, data.samples)
+    torch.manual_seed(whole("seed", config["seed"], least=0))
+    flow = build.build_flow(config, data.samples).to(device)
+    if teacher is not None and saved is None:
+        flow.load_state_dict(teacher.state_dict())
+    objective = build.build_objective(config, flow, teacher)
+    config = {**config, "objective": {**config["objective"], **objective.pinned}}
+    picture = partial(draw_training, data=data, run_dir=run_dir, title=title_of(config), board=board)
+    trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None)
+    log.info("%s", banner(config, flow, data, settings, run_dir, trainer.step))
+    if saved is None and taught is not None and build.takes_teacher(config) and distributed.is_first():
+        # now that nothing is left to be refused: with it, the directory holds a run. As it was read: by now, the other
+        # run may have gone on
+        checkpoint.save(run_dir / TEACHER, taught)
+    if board is not None:
+        board.follow(trainer.metrics, trainer.step, run_dir / "plots")
+    return trainer
+
+
+def draw_training(
+    flow: Flow, step: int, nll: float, *, data: Dataset, run_dir: Path, title: str, board: tensorboard.Board | None
+) -> None:
+    """A picture of a run on its way, after a step and with the last validation's NLL in nats."""
+    bits = flow.bits_per_nat
+    reached = f"NLL {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
+    path = run_dir / f"plots/samples_{step:06d}.png"
+    with pictures.spared(f"of step {step}"):
+        pictures.draw(flow, data, path, f"{title}, step {step}, validation {reached}")
+        if board is not None:
+            board.picture(path, step)
 
 
 def teaching(config: Mapping[str, Any], run_dir: Path, resumed: bool) -> dict[str, Any] | None:
@@ -199,54 +153,35 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
             )
 
 
-def title_of(config: Mapping[str, Any]) -> str:
-    """Such as "ffjord on moons"; the user's own data go by their file's name."""
-    return f"{label(config['model'])} on {data_name(config)}"
-
-
-def data_name(config: Mapping[str, Any]) -> str:
-    """Of a data set; the user's own data go by their file's."""
-    path = config["data"].get("path")
-    return Path(path).name if path else label(config["data"])
-
-
-def label(group: Mapping[str, Any]) -> str:
-    """The name of a group's choice, or of what it builds."""
-    return str(group.get("name") or group["_target_"].rpartition(".")[2])
-
-
-def finish(
-    config: Mapping[str, Any],
-    run_dir: Path,
-    data: Dataset,
-    device: torch.device,
-    title: str,
-    trainer: Trainer,
-    board: tensorboard.Board | None,
-) -> None:
+def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> None:
     """result.json and the final pictures, from the best checkpoint as it stands on the disk."""
 
     def place(name: str) -> Path:
         return run_dir / f"plots/{name}.png"
 
+    # the trainer's config, whose step size may have become smaller
+    config, data, device = trainer.config, trainer.data, trainer.flow.like.device
     saved = checkpoint.load(checkpoint.find(run_dir))
-    flow = build.restore({**saved, "config": config}, device, trust=_own_packages(config))
+    flow = loading.restore({**saved, "config": config}, device, trust=_own_packages(config))
     result = evaluate(flow, data, "test", saved["step"])
     best = None if trainer.best is None else trainer.best["nll"]
     rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
     write_json(run_dir / "result.json", {**result.to_dict(), **rest})
+    title = title_of(config)
+    reached = f"{title}, test {result.words}"
     drawn = []
     with pictures.spared("curves"):
-        plots.draw_curves(place("curves"), rows=trainer.metrics.rows, title=title, entropy=data.entropy)
+        plots.draw_curves(place("curves"), rows=trainer.metrics.rows, title=reached, entropy=data.entropy)
         drawn.append(place("curves"))
     with pictures.spared("samples"):
-        pictures.draw(flow, data, place("samples"), f"{title}, test {result.words}")
+        pictures.draw(flow, data, place("samples"), reached)
         drawn.append(place("samples"))
     drawn += pictures.draw_evaluation(result, title, data_name(config), place)
-    drawn += pictures.draw_more(flow, data, place, title)
+    drawn += pictures.draw_more(flow, data, place, reached)
     if board is not None:
         board.end(result.to_dict(), drawn, trainer.step)
-    log.info("%s\ntrained %d steps in %.1f s", result.table(), trainer.step, trainer.seconds)
+    trained = f"{'trained':>{NAMES}}  {trainer.step:,} steps in {trainer.seconds:.1f} s"
+    log.info("%s\n%s\n%s", result.table(), trained, next_commands(run_dir, data.event_shape))
 
 
 def _own_packages(config: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from flowtrain.solvers import Statistics
 
 
 def held_out(flow: Flow, data: Dataset, split: str) -> tuple[Tensor, Tensor | None]:
-    """A held-out set of `data`, with its labels for a conditional flow.
+    """A held-out set of `data`, (n, *event_shape), with its labels (n,) for a conditional flow.
 
     Raises:
         DataError: the flow is conditional and the data have no labels.
@@ -37,7 +37,13 @@ def log_probs(
     draws: int = 1,
     seed: int = 0,
 ) -> Tensor:
-    """log p(x) in nats for all rows of x, (n,); see `log_probs_and_latents`."""
+    """log p(x) in nats for all rows of x, (n,); see `log_probs_and_latents`.
+
+    Example:
+        >>> from flowtrain.bijections.affine import Affine
+        >>> [round(p, 4) for p in log_probs(Flow((1,), Affine(1)), torch.tensor([[0.0], [1.0]])).tolist()]
+        [-0.9189, -1.4189]
+    """
     return log_probs_and_latents(flow, x, label, batch_size, draws, seed, latents=0)[0]
 
 
@@ -158,7 +164,11 @@ def estimates_trace(flow: Flow) -> bool:
 
 
 def check_finite(log_p: Tensor, split: str, start: int = 0) -> None:
-    """Refuses log-likelihoods that are NaN or infinite, naming the first row, of the set's rows from `start` on."""
+    """Refuses log-likelihoods (n,) that are NaN or infinite, naming the first row, of the set's rows from `start` on.
+
+    Raises:
+        NonFiniteError: there are such.
+    """
     bad = (~torch.isfinite(log_p)).nonzero().flatten()
     if len(bad):
         raise NonFiniteError(

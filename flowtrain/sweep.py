@@ -38,6 +38,7 @@ class Job:
 
     @property
     def state(self) -> str:
+        """done, failed, or stopped before either."""
         return "done" if self.result else "failed" if self.error else "stopped"
 
     @property

@@ -1,6 +1,7 @@
 """Shared by every test: a seed, and float64 as the default so that closed forms can be compared tightly."""
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -9,8 +10,12 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from mirrors import Serve, serving
 from runs import COMMANDS, Run
 
+from flowtrain import plots
+from flowtrain.data import array, mapped, windowed
+from flowtrain.pictures import passage
 from flowtrain.plots import style
 
 matplotlib.use("Agg")
@@ -37,11 +42,13 @@ def seeded_float64() -> Iterator[None]:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Runs a command in a fresh working directory: (exit code, standard output, standard error).
 
-    One of the cores does, as above, and pictures of few dots: those of users take a third of a short run.
+    One of the cores does, as above, and pictures of few dots and points: those of users take most of a short run.
     """
     torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     set_dots(monkeypatch, 40)
+    for module, name, few in ((plots.passage, "RESOLUTION", 12), (passage, "ALONG", 4), (passage, "PARTICLES", 9)):
+        monkeypatch.setattr(module, name, few)
     monkeypatch.chdir(tmp_path)
     # Hydra answers a broken config with the whole trace when told so; the commands set this themselves
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
@@ -66,3 +73,32 @@ def full_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 def set_dots(monkeypatch: pytest.MonkeyPatch, per_inch: int) -> None:
     monkeypatch.setattr(style, "DPI", per_inch)
     monkeypatch.setitem(style._RC, "figure.dpi", per_inch)
+
+
+@pytest.fixture
+def float32() -> None:
+    """The default of users."""
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the log says reaches caplog, even once a command has turned propagation off."""
+    monkeypatch.setattr(logging.getLogger("flowtrain"), "propagate", True)
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of files that are not read into memory: blocks of 16 rows, windows of 8 of them, looks at 50 rows at a time."""
+    monkeypatch.setattr(windowed, "BLOCK", 16 * 3 * 4)
+    monkeypatch.setattr(windowed, "WINDOW", 16 * 8 * (3 * 4 + 8))
+    monkeypatch.setattr(mapped, "CHUNK", 50 * 3 * 8)
+    monkeypatch.setattr(array, "MOST_HELD_OUT", 60)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """Starts mirrors, and stops them after the test."""
+    monkeypatch.setenv("no_proxy", "*")
+    with serving() as start:
+        yield start

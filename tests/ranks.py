@@ -80,7 +80,7 @@ def ended(run: Trainer) -> dict[str, Any]:
         run.fit()
     except FlowtrainError as e:
         error = (type(e).__name__, str(e))
-    ema = {} if run.ema is None else {f"ema.{k}": v for k, v in run.ema.shadow.items()}
+    ema = {} if run.learner.ema is None else {f"ema.{k}": v for k, v in run.learner.ema.shadow.items()}
     return {
         "error": error, "step": run.step, "signal": run.signal, "stopped_by": run.stopped_by, "best": run.best,
         "rows": [{k: v for k, v in row.items() if "seconds" not in k} for row in run.metrics.rows],
@@ -99,7 +99,7 @@ def everything(rank: int, ranks: int, folder: Path) -> None:
     for name, overrides in EQUAL.items():
         found[name] = ended(trainer(folder / name, *overrides, data=DATA.get(name)))
     for policy in POLICIES:
-        data = Poisoned(5, times=2 if rank == 1 and policy == "rewind" else 9)
+        data = Poisoned(5, times=1 if rank == 1 and policy == "rewind" else 9)
         keys = [*REALNVP, "trainer.val_every=4", f"trainer.on_nonfinite={policy}"]
         found[policy] = ended(trainer(folder / policy, *keys, data=data))
     found["unsolved"] = ended(_unsolved(folder / "unsolved", rank))
@@ -117,7 +117,7 @@ def everything(rank: int, ranks: int, folder: Path) -> None:
 def _unsolved(run_dir: Path, rank: int) -> Trainer:
     """A solve that fails on the second rank alone, in the way back."""
     run = trainer(run_dir, *FFJORD, "solver=rk4", "solver.steps=2")
-    take = run.backward
+    take = run.update.backward
 
     def backward(x: Tensor, label: Tensor | None) -> dict[str, Tensor]:
         terms = take(x, label)
@@ -125,7 +125,7 @@ def _unsolved(run_dir: Path, rank: int) -> Trainer:
             raise SolverError("the field is too stiff.")
         return terms
 
-    run.backward = backward  # type: ignore[method-assign]
+    run.update.backward = backward  # type: ignore[method-assign]
     return run
 
 

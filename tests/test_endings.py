@@ -1,22 +1,23 @@
 """How a run ends when something comes between its last step and its result, or goes wrong beside its steps."""
 
 import errno
-import logging
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from runs import Run
-from test_survival import PoisonedOnce
-from test_training import Poisoned, rows, trainer
+from small_trainers import Poisoned, PoisonedOnce, rows, trainer
 
 from flowtrain.errors import NonFiniteError
 from flowtrain.training import checkpoint
 from flowtrain.training.loop import Trainer
 from flowtrain.training.metrics import Metrics
+from flowtrain.training.saving import Saves
+from flowtrain.training.validation import Validation
+
+pytestmark = pytest.mark.usefixtures("heard", "float32")
 
 KEYS = [
     "model=affine",
@@ -28,25 +29,19 @@ KEYS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def float32(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(logging.getLogger("flowtrain"), "propagate", True)
-
-
-@pytest.mark.parametrize("method", ["validate", "save_last"])
+@pytest.mark.parametrize(("owner", "method"), [(Validation, "run"), (Saves, "last")], ids=["validated", "saved"])
 def test_a_signal_while_the_last_step_is_validated_or_saved(
-    method: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: type, method: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    act = getattr(Trainer, method)
+    act = getattr(owner, method)
 
-    def signalled(self: Trainer) -> None:
+    def signalled(self: Any) -> None:
         act(self)
-        if self.step == 4:
+        if self.progress.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, method, signalled)
+        patched.setattr(owner, method, signalled)
         code, _, err = run("flowtrain", *KEYS, f"hydra.run.dir={tmp_path}/r")
     assert code == 143
     assert f"SIGTERM at step 4; go on with: flowtrain resume={tmp_path}/r" in err
@@ -121,23 +116,23 @@ def test_a_disk_that_stays_full_is_told_of_at_the_end(
     assert caplog.messages[-1] == "the last checkpoint that could be written is of step 4, not 9"
 
 
-class Unscored(Trainer):
-    """Its validation fails once, at step 8."""
+class Unscored(Validation):
+    """It fails once, at step 8."""
 
     failures = 1
 
-    def validation_nll(self) -> float:
-        if self.step == 8 and self.failures:
+    def nll(self) -> float:
+        if self.progress.step == 8 and self.failures:
             self.failures -= 1
             raise NonFiniteError("log p(x) is nan for row 0 of the val set")
-        return super().validation_nll()
+        return super().nll()
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
 def test_a_validation_that_fails_follows_the_policy(
     policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("trainers.Trainer", Unscored)
+    monkeypatch.setattr("flowtrain.training.loop.Validation", Unscored)
     run = trainer(tmp_path, "model=affine", "trainer.steps=12", f"trainer.on_nonfinite={policy}")
     what = "the validation of step 8"
     if policy == "stop":

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import Run
-from test_training import trainer
+from small_trainers import trainer
 
 from flowtrain.build import build_data, build_flow, build_objective, build_settings, takes_teacher
 from flowtrain.cli.messages import compose_defaults
@@ -33,6 +33,8 @@ from harm.forks import Outcome, judged  # noqa: E402
 from harm.kills import MODELS, RUN, Moment, Whole, kills  # noqa: E402
 from harm.part import Part, Verdict  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("float32")
+
 BUDGET = {
     "derandomize": True,
     "deadline": None,
@@ -41,11 +43,6 @@ BUDGET = {
 }
 RANDOM = st.randoms(use_true_random=False)
 NUMBERS = itertools.count()
-
-
-@pytest.fixture(autouse=True)
-def float32() -> None:
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import pytest
 import torch
 from runs import Run
 
-from flowtrain.build import build_flow, restore
+from flowtrain.build import build_flow
 from flowtrain.cli.messages import compose_defaults
 from flowtrain.data.base import Samples
+from flowtrain.loading import restore
 from flowtrain.training import checkpoint
 from flowtrain.training.checksum import checksum
 

@@ -1,12 +1,7 @@
-"""data=mnist and data=fashion_mnist: reading IDX files, refusing damaged ones by name, splitting and batching."""
+"""data=mnist and data=fashion_mnist: splitting, batching and shifting images, and the real files."""
 
-import gzip
 import inspect
 import logging
-import shlex
-import struct
-import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,255 +9,22 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
+from image_sets import NAMES, TEST_IMAGES, TRAIN_IMAGES, H, W, make, write_set
 from omegaconf import OmegaConf
 from real_data import REAL
+from refusals import refused
 
 from flowtrain.data import images as module
 from flowtrain.data.epochs import Epochs
 from flowtrain.data.idx import read_idx
-from flowtrain.data.images import IDXImages, default_root
-from flowtrain.errors import ConfigError, DataError, FlowtrainError
+from flowtrain.data.images import IDXImages
+from flowtrain.errors import DataError
 from flowtrain.paths import config_dir
-
-ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = NAMES
-H, W = 4, 6
-
-
-def idx(values: np.ndarray, code: int = 8) -> bytes:
-    return struct.pack(f">BBBB{values.ndim}I", 0, 0, code, values.ndim, *values.shape) + values.tobytes()
-
-
-def bytes_of(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def write_set(folder: Path, n: int = 50, n_test: int = 20, gz: bool = True, **changed: np.ndarray | bytes) -> Path:
-    """Four files of n + n_test images, whose first pixel is the position and whose label is the position mod 10."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, count in (("train", n), ("t10k", n_test)):
-        pixels = bytes_of(count, H, W, seed=count)
-        pixels[:, 0, 0] = np.arange(count)
-        contents = {"images-idx3": pixels, "labels-idx1": np.arange(count, dtype=np.uint8) % 10}
-        for what, values in contents.items():
-            new = changed.get(f"{kind}_{what[:6]}", values)
-            content = new if isinstance(new, bytes) else idx(new)
-            name = f"{kind}-{what}-ubyte"
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content)) if gz else (folder / name).write_bytes(content)
-    return folder
-
-
-def make(root: Path, **options: Any) -> IDXImages:
-    return IDXImages("mnist", str(root), **{"n_val": 10, **options})
-
-
-def refused(call: Callable[[], object], kind: type[FlowtrainError], fragments: list[str]) -> None:
-    with pytest.raises(kind) as caught:
-        call()
-    message = str(caught.value)
-    assert [part for part in fragments if part not in message] == [], message
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> IDXImages:
     return make(write_set(tmp_path))
-
-
-# Reading
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(values=arrays(np.uint8, array_shapes(min_dims=1, max_dims=4, max_side=5)), gz=st.booleans())
-def test_round_trip(tmp_path: Path, values: np.ndarray, gz: bool) -> None:
-    path = tmp_path / "f"
-    path.write_bytes(gzip.compress(idx(values)) if gz else idx(values))
-    found = read_idx(path)
-    np.testing.assert_array_equal(found, values)
-    assert found.dtype == np.uint8
-    # torch warns of arrays that may not be written to
-    torch.from_numpy(found)
-
-
-def test_the_content_tells_whether_it_is_gzipped(tmp_path: Path) -> None:
-    (tmp_path / "f.gz").write_bytes(idx(bytes_of(3, 2)))
-    (tmp_path / "f").write_bytes(gzip.compress(idx(bytes_of(3, 2))))
-    np.testing.assert_array_equal(read_idx(tmp_path / "f.gz"), bytes_of(3, 2))
-    np.testing.assert_array_equal(read_idx(tmp_path / "f"), bytes_of(3, 2))
-
-
-GOOD = idx(bytes_of(7, 5, 3))
-ZIPPED = gzip.compress(GOOD)
-BIG = gzip.compress(idx(bytes_of(500, 10, 10)), compresslevel=1)
-DAMAGED = {
-    "empty": (b"", ["is no IDX file", "is empty"]),
-    "a web page": (b"<!DOCTYPE html>", ["is no IDX file", "b'<!DO'"]),
-    "a cut magic number": (b"\0\0\x08", ["is no IDX file", r"b'\x00\x00\x08'"]),
-    "no such type": (b"\0\0\x07\x01" + GOOD[4:], ["is no IDX file"]),
-    "rank 0": (b"\0\0\x08\0\x01", ["is no IDX file", "rank of 1 to 4"]),
-    "rank 5": (idx(bytes_of(1, 1, 1, 1, 1)), ["is no IDX file", "rank of 1 to 4"]),
-    "integers": (idx(np.zeros((2, 2), ">i4"), 0x0C), ["holds int32", "0x0c", "uint8", "0x08"]),
-    "doubles": (idx(np.zeros(2), 0x0E), ["holds float64"]),
-    "a cut header": (GOOD[:13], ["cut short", "12 bytes for 3 sizes", "has 9"]),
-    "cut short": (GOOD[:-1], ["cut short", "7 x 5 x 3 = 105 bytes"]),
-    "cut short, zipped": (gzip.compress(GOOD[:-1]), ["cut short", "7 x 5 x 3 = 105 bytes", "104 follow"]),
-    "header alone": (GOOD[:16], ["cut short", "105 bytes"]),
-    "too long": (GOOD + b"\0", ["is damaged", "7 x 5 x 3 = 105 bytes", "more"]),
-    "too long, zipped": (gzip.compress(GOOD + b"\0"), ["is damaged", "105 bytes", "more"]),
-    "nothing in it": (idx(bytes_of(0, 28, 28)), ["holds nothing", "0 x 28 x 28"]),
-    "absurd sizes": (struct.pack(">I4I", 0x804, *[2**32 - 1] * 4) + b"\0" * 9, ["4294967295 x", "room for 29 "]),
-    "absurd sizes, zipped": (gzip.compress(struct.pack(">I2I", 0x802, 2**20, 2**20)), ["1099511627776", "room for"]),
-    "gzip magic alone": (b"\x1f\x8b", ["damaged gzip file", "4 more bytes are expected"]),
-    "cut gzip": (BIG[:-2000], ["damaged gzip file", "50000 more bytes are expected", "ended before"]),
-    "gzip without its end": (ZIPPED[:-8], ["damaged gzip file", "ended before"]),
-    "gzip sum": (ZIPPED[:-8] + b"1234" + ZIPPED[-4:], ["damaged gzip file", "CRC"]),
-    "gzip stream": (ZIPPED[:10] + b"\xff" + ZIPPED[11:], ["damaged gzip file", "invalid block type"]),
-    "gzip and more": (ZIPPED + b"more", ["damaged gzip file"]),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGED)
-def test_damaged_files_are_refused(tmp_path: Path, case: str) -> None:
-    content, fragments = DAMAGED[case]
-    path = tmp_path / "some-file"
-    path.write_bytes(content)
-    refused(lambda: read_idx(path, "ask for it again"), DataError, [str(path), *fragments, "; ask for it again"])
-
-
-def test_a_promise_alone_takes_no_memory(tmp_path: Path) -> None:
-    # within what gzip could hold, yet far from what is there
-    path = tmp_path / "f.gz"
-    noise = np.random.default_rng(0).bytes(600_000)
-    path.write_bytes(gzip.compress(struct.pack(">I2I", 0x802, 60_000, 10_000) + noise, compresslevel=1))
-    tracemalloc.start()
-    try:
-        refused(lambda: read_idx(path), DataError, ["cut short", "600000000 bytes", "600000 follow"])
-        assert tracemalloc.get_traced_memory()[1] < 20_000_000
-    finally:
-        tracemalloc.stop()
-
-
-def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    refused(lambda: read_idx(Path("no"), "get it"), DataError, [f"no file {tmp_path / 'no'}", "; get it"])
-    refused(lambda: read_idx(tmp_path, "get it"), DataError, [str(tmp_path), "directory", "; get it"])
-
-
-# Where the files are
-
-
-@pytest.mark.parametrize("gz", [True, False])
-@pytest.mark.parametrize("below", ["mnist", "."])
-def test_files_are_in_the_folder_of_their_name_or_in_the_root(tmp_path: Path, below: str, gz: bool) -> None:
-    write_set(tmp_path / below, gz=gz)
-    assert make(tmp_path).event_shape == (1, H, W)
-
-
-def test_the_folder_of_the_name_comes_first_and_folders_are_not_mixed(tmp_path: Path) -> None:
-    write_set(tmp_path, n=30)
-    write_set(tmp_path / "mnist", n=40)
-    assert len(make(tmp_path, n_val=35).val) == 35
-    (tmp_path / "mnist" / f"{TEST_LABELS}.gz").unlink()
-    refused(lambda: make(tmp_path, n_val=35), ConfigError, [str(tmp_path / f"{TRAIN_IMAGES}.gz")])
-
-
-def test_a_downloaded_file_comes_before_a_plain_one(tmp_path: Path) -> None:
-    write_set(tmp_path)
-    (tmp_path / TRAIN_IMAGES).write_bytes(b"damaged")
-    assert make(tmp_path).event_shape == (1, H, W)
-
-
-def test_the_root_is_that_of_the_key_or_the_environment_or_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("FLOWTRAIN_DATA", str(tmp_path / "env"))
-    for n, folder in ((30, "key"), (40, "env/mnist"), (50, "cache/flowtrain/mnist"), (60, "home/.cache/flowtrain")):
-        write_set(tmp_path / folder, n=n)
-
-    def rows(root: str | None) -> int:
-        return len(IDXImages("mnist", root, n_val=10)._store.train) + 10
-
-    assert rows(str(tmp_path / "key")) == 30
-    assert rows(None) == 40
-    monkeypatch.setenv("FLOWTRAIN_DATA", "~/.cache/flowtrain")
-    assert rows(None) == 60
-    monkeypatch.setenv("FLOWTRAIN_DATA", "")
-    assert rows(None) == 50
-    monkeypatch.delenv("FLOWTRAIN_DATA")
-    assert rows(None) == 50
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert rows(None) == rows("~/.cache/flowtrain") == 60
-    assert default_root() == tmp_path / "home/.cache/flowtrain"
-    monkeypatch.chdir(tmp_path)
-    assert rows("key") == 30
-
-
-def test_absent_files_say_where_and_what_to_run(tmp_path: Path) -> None:
-    root = tmp_path / "my data"
-    run = f"python scripts/download_mnist.py mnist --root {shlex.quote(str(root))}"
-    refused(
-        lambda: make(root),
-        DataError,
-        ["mnist", f"{TRAIN_IMAGES}.gz", f"{root / 'mnist'} nor in {root};", run, "data.root"],
-    )
-    (write_set(root) / f"{TEST_LABELS}.gz").unlink()
-    refused(lambda: make(root), DataError, [f"{root} (which lacks {TEST_LABELS})", run])
-
-
-# Files that do not make a data set
-
-FIRST_FASHION = np.array([9, 0, 0, 3, 0, 2, 7, 2, 5, 5] * 5, dtype=np.uint8)
-BAD_SETS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
-    "damaged": ({"t10k_images": b"no"}, TEST_IMAGES, ["is no IDX file"]),
-    "too few labels": ({"train_labels": bytes_of(49) % 10}, TRAIN_LABELS, ["50 images", "49 labels"]),
-    "too many test labels": ({"t10k_labels": bytes_of(21) % 10}, TEST_LABELS, ["20 images", "21 labels"]),
-    "labels for images": ({"train_images": bytes_of(50)}, TRAIN_IMAGES, ["(50,)", "(n, H, W)"]),
-    "images for labels": ({"t10k_labels": bytes_of(20, H, W)}, TEST_LABELS, [f"(20, {H}, {W})", "(n,)"]),
-    "a label of 10": (
-        {"train_labels": np.arange(50, dtype=np.uint8) % 11},
-        TRAIN_LABELS,
-        ["row 10", "is 10", "0 to 9"],
-    ),
-    "sizes that differ": ({"t10k_images": bytes_of(20, H, W + 1)}, TEST_IMAGES, ["4 x 6", "4 x 7"]),
-    "another set": ({"train_labels": FIRST_FASHION}, TRAIN_LABELS, ["that of fashion_mnist", "data=fashion_mnist"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD_SETS)
-def test_files_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
-    changed, name, fragments = BAD_SETS[case]
-    write_set(tmp_path, **changed)
-    run = "download_mnist.py mnist --root"
-    refused(lambda: make(tmp_path), DataError, [str(tmp_path / f"{name}.gz"), *fragments, run])
-
-
-BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"n_val": 50}, ["data.n_val=50", "at most 49"]),
-    ({"n_val": 0}, ["data.n_val=0"]),
-    ({"n_val": None}, ["data.n_val=None"]),
-    ({"n_test": 21}, ["data.n_test=21", "at most 20"]),
-    ({"n_test": 0}, ["data.n_test=0"]),
-    ({"crop": W}, [f"data.crop={W}", "width, 6 pixels"]),
-    ({"crop": -1}, ["data.crop=-1"]),
-    ({"crop": True}, ["data.crop=True"]),
-    ({"alpha": 0}, ["data.alpha=0", "greater than 0"]),
-    ({"alpha": 0.5}, ["data.alpha=0.5", "below 0.499"]),
-    ({"alpha": "x"}, ["data.alpha=x"]),
-    ({"root": ""}, ["data.root="]),
-    ({"root": 5}, ["data.root=5"]),
-    ({"dataset": "cifar"}, ["data.dataset=cifar", "mnist, fashion_mnist"]),
-]
-
-
-@pytest.mark.parametrize(("options", "fragments"), BAD_OPTIONS, ids=str)
-def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any], fragments: list[str]) -> None:
-    arguments = {"dataset": "mnist", "root": str(write_set(tmp_path)), "n_val": 10, **options}
-    refused(lambda: IDXImages(**arguments), ConfigError, fragments)
 
 
 # The data set

@@ -1,9 +1,12 @@
-"""Sliced Wasserstein distances against closed forms."""
+"""Sliced Wasserstein distances against closed forms, and the quality of samples against the steps they took."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from runs import Run
 from torch import Tensor
 
 from flowtrain.bijections.affine import Affine
@@ -74,3 +77,35 @@ class ByClass(MLPField):
 def test_a_discrete_flow_takes_no_steps() -> None:
     with pytest.raises(ConfigError, match="takes no steps"):
         quality(Flow((2,), Chain([Affine(2)])), Moons(n_val=10, n_test=10), [1])
+
+
+@pytest.mark.usefixtures("full_size")
+def test_quality_against_steps(run: Run, tmp_path: Path) -> None:
+    small = ["trainer.steps=3", "trainer.batch_size=16", "data.n_val=300", "data.n_test=200", "model.hidden=[8]"]
+    code, out, err = run("flowtrain", "objective=flow_matching", *small)
+    assert code == 0, err
+    run_dir = Path(out.strip().splitlines()[-1])
+    code, out, err = run("flowsample", f"ckpt={run_dir}", "quality=[1,4]")
+    assert code == 0, err
+    found = json.loads((run_dir / "quality.json").read_text())
+    assert [(row["method"], row["steps"], row["nfe"]) for row in found["rows"]] == [
+        ("euler", 1, 1), ("euler", 4, 4), ("midpoint", 1, 2), ("midpoint", 4, 8),
+    ]  # fmt: skip
+    assert found["n"] == 200
+    assert (run_dir / "plots/quality.png").stat().st_size > 10_000
+    assert "sliced W2" in out
+    code, out, err = run("flowsample", f"ckpt={run_dir}", "quality=[2]", "solver=rk4", "solver.steps=9", "out=q.json")
+    assert code == 0, err
+    assert [row["method"] for row in json.loads(Path("q.json").read_text())["rows"]] == ["rk4"]
+    for bad, words in ((["quality=3"], "quality"), (["quality=[2]", "n=5"], "n: has no use")):
+        code, _, err = run("flowsample", f"ckpt={run_dir}", *bad)
+        assert (code, len(err.strip().splitlines())) == (2, 1)
+        assert words in err
+    code, out, err = run("flowsample", f"ckpt={run_dir}", "solver=euler", "solver.steps=4", "n=50")
+    assert code == 0, err
+    # of a run with a step size, steps take its place
+    code, out, err = run("flowtrain", "solver=rk4", "solver.step_size=0.5", *small)
+    assert code == 0, err
+    code, out, err = run("floweval", f"ckpt={out.strip().splitlines()[-1]}", "solver.steps=4", "out=e.json")
+    assert code == 0, err
+    assert json.loads(Path("e.json").read_text())["solver"]["step_size"] == 0.25

@@ -27,6 +27,7 @@ from flowtrain.training import checkpoint
 from flowtrain.training.loop import Trainer
 
 ALL = Regularizer(kinetic=1.0, jacobian=1.0, acceleration=1.0)
+NORM = {"jacobian": PATHS["jacobian"]}
 
 
 class Rotating(nn.Module):
@@ -145,8 +146,8 @@ def test_the_jacobian_norm_is_estimated_without_bias() -> None:
         nn.init.normal_(p, std=0.4)
     rows = x[:1].expand(20_000, 3)
     t = torch.tensor(0.4)
-    exact = integrands(field, t, rows[:1], Probes.exact(rows[:1]), ("jacobian",))[1][0, 1]
-    found = integrands(field, t, rows, Probes.hutchinson(rows, "rademacher", 2), ("jacobian",))[1][:, 1]
+    exact = integrands(field, t, rows[:1], Probes.exact(rows[:1]), NORM)[1][0, 1]
+    found = integrands(field, t, rows, Probes.hutchinson(rows, "rademacher", 2), NORM)[1][:, 1]
     assert found.std() > 0.05 * exact
     assert abs(found.mean() - exact) < 4 * found.std() / len(rows) ** 0.5
 

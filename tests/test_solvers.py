@@ -6,41 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from equations import ADAPTIVE, Wave
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from flowtrain.errors import ConfigError, SolverError
+from flowtrain.errors import ConfigError
 from flowtrain.paths import config_dir
-from flowtrain.solvers import Problem, Solver, ode_solver, record_solves
+from flowtrain.solvers import Problem, Solver, ode_solver
 from flowtrain.solvers.runge_kutta import RungeKutta
 from flowtrain.solvers.tableaus import TABLEAUS
 from flowtrain.solvers.torchdiffeq_engine import METHODS, Torchdiffeq
 
 CONFIGS = sorted(p.stem for p in (config_dir() / "solver").glob("*.yaml"))
 FIXED = [name for name, tableau in TABLEAUS.items() if tableau.e is None]
-ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.e is not None]
-
-
-class Wave(nn.Module):
-    """dx/dt = a cos(3 t) x: x(t) = x0 exp(a sin(3 t) / 3); its divergence is d a cos(3 t)."""
-
-    def __init__(self, a: float = 1.3) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.tensor(a))
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.a * torch.cos(3 * t) * x
-
-    def integrand(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        q = x.shape[-1] * self.a * torch.cos(3 * t)
-        return self(t.unsqueeze(-1), x), q.expand(x.shape[:-1]).unsqueeze(-1)
-
-    def problem(self, x: Tensor, t0: float = 0.0, t1: float = 1.0) -> Problem:
-        return Problem(self, self.integrand, x, t0, t1, tuple(self.parameters()))
-
-    def growth(self, t0: float, t1: float) -> Tensor:
-        return (self.a * (math.sin(3 * t1) - math.sin(3 * t0)) / 3).exp()
 
 
 def make(name: str, **settings: Any) -> Solver:
@@ -204,165 +183,6 @@ def test_torchdiffeq_lands_on_the_end_as_our_engine_does(method: str) -> None:
     for rtol in (1e-3, 1e-5):
         solution = Torchdiffeq(method, rtol=rtol).solve(wave.problem(x))
         assert (solution.x - x * wave.growth(0, 1)).abs().max() < 5 * rtol
-
-
-def test_statistics() -> None:
-    wave, x = Wave(), torch.randn(3, 2)
-    with record_solves() as solves:
-        ode_solver("dopri5").solve(wave.problem(x))
-        adjoint = ode_solver("dopri5", gradient="adjoint")
-        solution = adjoint.solve(wave.problem(x))
-        solution.x.sum().backward()
-    direct, backwards = solves
-    # two evaluations choose the first step; the last stage of each step is the first of the next
-    assert direct.nfe_forward == 2 + 6 * (direct.accepted + direct.rejected)
-    assert direct.nfe_backward == 0
-    assert backwards.nfe_forward > 0
-    assert backwards.accepted > 0
-    assert backwards.nfe_backward > 0
-
-
-def test_rejections_are_counted_and_cost_nothing_else() -> None:
-    class Kink(nn.Module):
-        def forward(self, t: Tensor, x: Tensor) -> Tensor:
-            return x * torch.where(t < 0.5, 0.0, 60.0) * (t - 0.5)
-
-    solution = ode_solver("dopri5", rtol=1e-6).solve(Problem(Kink(), None, torch.ones(1, 1), 0.0, 1.0))
-    assert solution.statistics.rejected > 0
-    assert solution.x.item() == pytest.approx(math.exp(60 * 0.125), rel=1e-4)
-
-
-@pytest.mark.parametrize("step_size", [0.1, 0.3, 1 / 3, 5.0])
-@pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
-def test_fixed_steps_land_on_the_end(engine: type[Solver], step_size: float) -> None:
-    times: list[float] = []
-
-    def field(t: Tensor, x: Tensor) -> Tensor:
-        times.append(float(t))
-        return torch.ones_like(x)
-
-    solver = engine("euler", step_size=step_size)  # type: ignore[call-arg,arg-type]
-    x = solver.solve(Problem(field, None, torch.zeros(1, 1, dtype=torch.float32), 0.0, 1.0)).x
-    assert x.item() == pytest.approx(1, abs=1e-6)
-    assert len(times) == max(1, math.ceil(1 / step_size - 1e-9))
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"method": "rk4"}, "solver.step_size"),
-        ({"method": "rk5"}, "dopri5"),
-        ({"method": "dopri5", "step_size": 0.1}, "chooses its own"),
-        ({"method": "dopri5", "rtol": 0.0}, "solver.rtol"),
-        ({"method": "dopri5", "rtol": "tight"}, "solver.rtol"),
-        ({"method": "dopri5", "atol": -1.0}, "solver.atol"),
-        ({"method": "dopri5", "gradient": "magic"}, "adjoint"),
-        ({"method": "dopri5", "control": "none"}, "state"),
-        ({"method": "dopri5", "max_nfe": 0}, "max_nfe"),
-    ],
-)
-def test_settings_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        ode_solver(**settings)
-
-
-def explode(t: Tensor, x: Tensor) -> Tensor:
-    """x' = x^2 from 2 is infinite at t = 1/2."""
-    return x * x
-
-
-def broken(t: Tensor, x: Tensor) -> Tensor:
-    return torch.where(t > 0.3, torch.nan, 1.0) * torch.ones_like(x)
-
-
-def stiff(t: Tensor, x: Tensor) -> Tensor:
-    return -2000 * (x - torch.cos(t))
-
-
-@pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
-@pytest.mark.parametrize(
-    ("field", "settings", "words"),
-    [
-        (explode, {}, "underflow"),
-        (broken, {}, "NaN or infinite"),
-        (stiff, {"max_nfe": 50}, "max_nfe=50"),
-    ],
-)
-def test_failures_say_where_and_what_to_try(engine: Any, field: Any, settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(SolverError, match=words) as caught:
-        engine("dopri5", **settings).solve(Problem(field, None, 2 * torch.ones(1, 1), 0.0, 1.0))
-    message = str(caught.value)
-    for part in ("dopri5", "t=", "step size", "rtol=", "Try" if "Try" in message else "try"):
-        assert part in message
-    assert "\n" not in message
-
-
-def test_a_failing_adjoint_solve_is_explained() -> None:
-    """v = sqrt|x| stands still at 0, where its Jacobian is infinite: forward all is well, backward nothing is."""
-
-    class Root(nn.Module):
-        def forward(self, t: Tensor, x: Tensor) -> Tensor:
-            return x.abs().sqrt()
-
-    x = torch.zeros(1, 1, requires_grad=True)
-    solution = ode_solver("dopri5", gradient="adjoint").solve(Problem(Root(), None, x, 0.0, 1.0))
-    with pytest.raises(SolverError, match=r"NaN or infinite|underflow"):
-        solution.x.sum().backward()
-
-
-def test_an_assertion_in_a_users_field_is_not_taken_for_a_solver_failure() -> None:
-    def field(t: Tensor, x: Tensor) -> Tensor:
-        raise AssertionError("the user's own")
-
-    with pytest.raises(AssertionError, match="the user's own"):
-        Torchdiffeq("dopri5").solve(Problem(field, None, torch.ones(1, 1), 0.0, 1.0))
-
-
-@pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
-@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
-def test_control_of_the_integrals_is_a_choice(engine: Any, method: str) -> None:
-    """An integrand far rougher than the state costs steps only where it takes part in their control."""
-
-    def integrand(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        v = -x
-        return v, (30 * torch.sin(40 * t)).expand(x.shape[:-1]).unsqueeze(-1)
-
-    problem = Problem(lambda t, x: -x, integrand, torch.ones(2, 1), 0.0, 1.0)
-    state, everything = (engine(method, control=c).solve(problem) for c in ("state", "all"))
-    assert everything.statistics.accepted > 2 * state.statistics.accepted
-    exact = 30 * (1 - math.cos(40)) / 40
-    assert everything.integrals is not None
-    assert everything.integrals[0, 0].item() == pytest.approx(exact, abs=1e-3)
-
-
-@pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
-def test_fixed_steps_that_diverge_are_an_error(engine: Any) -> None:
-    with pytest.raises(SolverError, match="NaN or infinite"):
-        engine("euler", step_size=0.01).solve(Problem(explode, None, 1e30 * torch.ones(1, 1), 0.0, 1.0))
-
-
-def test_warmup_is_geometric_and_ends() -> None:
-    solver = ode_solver("dopri5", rtol=1e-5, atol=1e-7, warmup=100, warmup_rtol=1e-1)
-    assert solver.tolerance_at(0) == pytest.approx((1e-1, 1e-3))
-    assert solver.tolerance_at(50) == pytest.approx((1e-3, 1e-5))
-    assert solver.tolerance_at(100) == solver.tolerance_at(10_000) == (1e-5, 1e-7)
-    assert ode_solver("dopri5", rtol=1e-4).atol == 1e-4
-    assert ode_solver("dopri5", rtol=1e-2, warmup=9, warmup_rtol=1e-3).tolerance_at(0) == (1e-2, 1e-2)
-    assert ode_solver("dopri5", warmup=None).tolerance_at(0) == (1e-5, 1e-5)
-    assert ode_solver("rk4", step_size=0.1, warmup=None).warmup == 0
-
-
-def test_settings_return_after_using() -> None:
-    solver = ode_solver("dopri5")
-
-    def fail() -> None:
-        with solver.using(rtol=1e-2, control="all"):
-            assert solver.rtol == 1e-2
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert (solver.rtol, solver.control) == (1e-5, "state")
 
 
 def test_path_integral_is_the_augmented_solve_on_the_same_steps() -> None:

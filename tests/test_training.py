@@ -1,49 +1,33 @@
-"""The trainer: learning rates, averages, resume to the bit, failures before the update, early stops."""
+"""The trainer: learning rates, averages, resume to the bit, early stops."""
 
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from runs import stop_at
-from torch import Tensor, nn
-from trainers import trainer_of
+from small_trainers import rows, trainer
+from torch import nn
 
-from flowtrain.build import build_data, load
+from flowtrain.build import build_data
 from flowtrain.cli.messages import compose_defaults
-from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
-from flowtrain.errors import CheckpointError, ConfigError, NonFiniteError, SolverError
-from flowtrain.flow import Flow
+from flowtrain.data.base import STEP_STREAM, step_generator
+from flowtrain.errors import CheckpointError, ConfigError
+from flowtrain.loading import load
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import Ema
 from flowtrain.training.loop import Trainer
 from flowtrain.training.schedule import LearningRate
 from flowtrain.training.settings import Settings
 
-SMALL = ["trainer.batch_size=16", "trainer.val_every=4", "trainer.log_every=1", "data.n_val=20", "data.n_test=20"]
-
-
-@pytest.fixture(autouse=True)
-def float32() -> None:
-    torch.set_default_dtype(torch.float32)
-
-
-def trainer(
-    run_dir: Path, *overrides: str, saved: dict[str, Any] | None = None, data: Dataset | None = None
-) -> Trainer:
-    return trainer_of(run_dir, [*SMALL, *overrides], saved, data)
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in lines]
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 # lr=1 makes each validation worse than the one before, so that the plateau has something to remember
 PLATEAU = ["trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1", "trainer.lr=1.0", "trainer.val_every=2"]
+
 RUNS = [
     ["model=realnvp", "model.mixing=permutation", "trainer.ema=0.9"],
     ["model=ffjord", "model.hidden=[8]", "model.trace=hutchinson", "solver.warmup=6", "solver.rtol=1e-3"],
@@ -82,17 +66,17 @@ def test_resume_is_exact_to_the_bit(whole: tuple[list[str], Trainer], stop: int,
     assert ends == rows(run.run_dir)
     for key, value in run.flow.state_dict().items():
         assert torch.equal(value, second.flow.state_dict()[key]), key
-    if run.ema is not None and second.ema is not None:
-        assert all(torch.equal(v, second.ema.shadow[k]) for k, v in run.ema.shadow.items())
+    if run.learner.ema is not None and second.learner.ema is not None:
+        assert all(torch.equal(v, second.learner.ema.shadow[k]) for k, v in run.learner.ema.shadow.items())
 
 
 def test_resume_takes_new_settings_and_refuses_another_model(tmp_path: Path) -> None:
     trainer(tmp_path, "model=realnvp", "trainer.steps=4", "trainer.ema=null").fit()
     saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
     changed = trainer(tmp_path, "model=realnvp", "trainer.weight_decay=0.5", "trainer.ema=0.9", saved=saved)
-    assert changed.optimizer.param_groups[0]["weight_decay"] == 0.5
-    assert changed.ema is not None
-    assert all(torch.equal(changed.ema.shadow[k], v) for k, v in changed.flow.named_parameters())
+    assert changed.learner.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert changed.learner.ema is not None
+    assert all(torch.equal(changed.learner.ema.shadow[k], v) for k, v in changed.flow.named_parameters())
     with pytest.raises(CheckpointError, match=r"leave model\."):
         trainer(tmp_path, "model=realnvp", "model.hidden=[32]", saved=saved)
 
@@ -107,11 +91,6 @@ def test_a_run_killed_before_its_first_validation_can_go_on(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         run.fit()
     assert checkpoint.load(tmp_path / "checkpoints/last.pt")["step"] == 0
-
-
-def test_nan_in_the_first_data_is_named(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError, match="training data"):
-        trainer(tmp_path, "model=affine", data=Poisoned(0))
 
 
 def test_trace_noise_and_toy_data_are_independent() -> None:
@@ -148,36 +127,6 @@ def test_metrics_have_the_keys_of_the_contract(tmp_path: Path) -> None:
 def test_adjoint_counts_its_backward_solve(tmp_path: Path) -> None:
     trainer(tmp_path, "model.hidden=[8]", "trainer.steps=2", "solver.rtol=1e-3", "solver.gradient=adjoint").fit()
     assert all(row["nfe_backward"] > 0 for row in rows(tmp_path) if row["split"] == "train")
-
-
-class Poisoned(Dataset):
-    """Good batches, then one with a NaN."""
-
-    def __init__(self, bad_step: int) -> None:
-        self.event_shape, self.bad_step = (2,), bad_step
-        self.val = self.test = torch.randn(20, 2)
-
-    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
-        x = torch.randn(batch_size, 2)
-        if step == self.bad_step:
-            x[0, 0] = torch.nan
-        return x
-
-
-@pytest.mark.parametrize(("model", "error"), [("realnvp", NonFiniteError), ("ffjord", SolverError)])
-def test_nan_stops_before_the_update(model: str, error: type[Exception], tmp_path: Path) -> None:
-    run = trainer(tmp_path, f"model={model}", "trainer.steps=9", data=Poisoned(5))
-    with pytest.raises(error, match=r"step 6: .*resume=") as caught:
-        run.fit()
-    assert "NaN" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    kept = np.load(tmp_path / "failed/step_000006.npz")
-    assert np.isnan(kept["x"][0, 0])
-    assert kept["x"].shape == (16, 2)
-    saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
-    assert saved["step"] == 4
-    assert all(torch.isfinite(v).all() for v in saved["weights"].values())
-    assert load(tmp_path).log_prob(torch.zeros(1, 2)).isfinite().all()
 
 
 def test_early_stopping(tmp_path: Path) -> None:
@@ -232,9 +181,9 @@ def test_ema_is_the_average_and_gives_the_weights_back() -> None:
 def test_checkpoint_with_ema_loads_the_averaged_weights(tmp_path: Path) -> None:
     run = trainer(tmp_path, "model=affine", "trainer.steps=4", "trainer.ema=0.999", "trainer.lr=0.5")
     run.fit()
-    assert run.ema is not None
+    assert run.learner.ema is not None
     loaded = dict(load(tmp_path).named_parameters())
-    for name, value in run.ema.shadow.items():
+    for name, value in run.learner.ema.shadow.items():
         assert torch.equal(loaded[name], value)
     assert not torch.equal(loaded["bijection.bijections.0.mean"], run.flow.state_dict()["bijection.bijections.0.mean"])
 
@@ -273,68 +222,6 @@ def test_learning_rate() -> None:
 def test_settings_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         settings(**changes)
-
-
-def saved_flow(tmp_path: Path, *overrides: str) -> Path:
-    trainer(tmp_path, "model=affine", "trainer.steps=1", *overrides).fit()
-    return tmp_path / "checkpoints/best.pt"
-
-
-@pytest.mark.parametrize(
-    ("where", "target"),
-    [
-        (("model", "_target_"), "os.system"),
-        (("model", "_target_"), "flowtrain.models.affine.Chain.os.system"),
-        (("model", "_target_"), "flowtrain.training.checkpoint.save"),
-        (("model", "_target_"), "flowtrain.models.realnvp.torch.load"),
-        (("solver", "method"), {"_target_": "builtins.eval"}),
-        (("model", "note"), "${oc.env:HOME}"),
-    ],
-)
-def test_a_checkpoint_runs_no_code(where: tuple[str, str], target: Any, tmp_path: Path) -> None:
-    path = saved_flow(tmp_path)
-    content = checkpoint.load(path)
-    content["config"][where[0]][where[1]] = target
-    checkpoint.save(path, content)
-    with pytest.raises(CheckpointError, match=r"would run|interpolation|not to be had"):
-        load(path)
-
-
-def test_torn_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    path = saved_flow(tmp_path)
-    whole = path.read_bytes()
-    torn, foreign, pickled = (tmp_path / name for name in ("torn.pt", "foreign.pt", "pickled.pt"))
-    torn.write_bytes(whole[: len(whole) // 2])
-    torch.save({"weights": torch.zeros(2)}, foreign)
-    torch.save({"model": nn.Linear(1, 1)}, pickled)
-    for bad, words in ((torn, "complete"), (foreign, "lacks"), (pickled, "refused"), (tmp_path / "no.pt", "no such")):
-        with pytest.raises(CheckpointError, match=words) as caught:
-            load(bad)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved_flow(tmp_path)
-    before = path.read_bytes()
-    content = checkpoint.load(path)
-
-    def full(*arguments: Any, **named: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.save(path, content)
-    assert path.read_bytes() == before
-    assert [p.name for p in path.parent.iterdir() if p.name.endswith(".tmp")] == []
-
-
-def test_load_leaves_the_random_state_alone(tmp_path: Path) -> None:
-    path = saved_flow(tmp_path)
-    torch.manual_seed(3)
-    expected = torch.rand(3)
-    torch.manual_seed(3)
-    assert isinstance(load(path), Flow)
-    assert torch.equal(torch.rand(3), expected)
 
 
 def test_the_tolerance_warms_up_over_two_thirds_of_a_run(tmp_path: Path) -> None:

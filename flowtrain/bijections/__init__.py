@@ -1,0 +1,1 @@
+"""Invertible maps between base and data, each with its log-determinant."""

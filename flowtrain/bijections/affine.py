@@ -10,6 +10,12 @@ class Affine(Bijection):
     """x = L z + m, log|det dx/dz| = sum log L_ii, for samples of d >= 1 elements, images flattened.
 
     L L^T is the covariance. `initialize` sets the maximum-likelihood Gaussian of the data it is given.
+
+    Example:
+        >>> affine = Affine(1)
+        >>> z = affine.initialize(torch.tensor([[1.0], [5.0]]))
+        >>> round(affine.mean.item(), 3), round(affine.factor().item(), 3)
+        (3.0, 2.0)
     """
 
     def __init__(self, d: int) -> None:

@@ -18,6 +18,17 @@ class Bijection(nn.Module, ABC):
     `forward(z) -> (x, log|det dx/dz|)` leads from base to data, `inverse(x) -> (z, log|det dz/dx|)` back;
     values are (B, *event_shape), log-determinants (B,), in nats; `label` is (B,), whole numbers, or None. Whether a
     bijection reads the label or not, it takes it, so that all of them compose.
+
+    Example:
+        >>> class Double(Bijection):
+        ...     def forward(self, z, label=None):
+        ...         return 2 * z, z.new_full((len(z),), z[0].numel() * math.log(2))
+        ...
+        ...     def inverse(self, x, label=None):
+        ...         return x / 2, x.new_full((len(x),), -x[0].numel() * math.log(2))
+        >>> x, log_det = Double()(torch.ones(1, 3))
+        >>> x, round(float(log_det), 4)  # 3 log 2
+        (tensor([[2., 2., 2.]]), 2.0794)
     """
 
     @abstractmethod
@@ -45,7 +56,14 @@ class Bijection(nn.Module, ABC):
 
 
 class Chain(Bijection):
-    """The composition b_n . ... . b_1 in the direction base to data: b_1 stands next to the base."""
+    """The composition b_n . ... . b_1 in the direction base to data: b_1 stands next to the base.
+
+    Example:
+        >>> from flowtrain.bijections.permutation import Permutation
+        >>> swap, turn = Permutation(torch.tensor([1, 0, 2])), Permutation(torch.tensor([1, 2, 0]))
+        >>> Chain([swap, turn])(torch.tensor([[0.0, 1.0, 2.0]]))[0]  # swap first
+        tensor([[0., 2., 1.]])
+    """
 
     def __init__(self, bijections: Iterable[Bijection]) -> None:
         super().__init__()

@@ -77,6 +77,13 @@ class HalfCoupling(AffineCoupling):
 
     Args:
         channels: C; with an odd one the first half is the larger.
+
+    Example:
+        >>> from flowtrain.conditioners.mlp import MLP
+        >>> coupling = HalfCoupling(3, swap=False, conditioner=MLP(2, [8], 2, "relu"))
+        >>> x, log_det = coupling(torch.tensor([[1.0, 2.0, 3.0]]))  # the identity, until it is trained
+        >>> x.tolist(), log_det.tolist()
+        ([[1.0, 2.0, 3.0]], [0.0])
     """
 
     def __init__(self, channels: int, swap: bool, conditioner: nn.Module, cap: float = 2.0) -> None:

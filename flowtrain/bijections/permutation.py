@@ -10,6 +10,10 @@ class Permutation(Bijection):
     """x_i = z_{p(i)} along dimension 1; log-determinant 0.
 
     p is a buffer: a permutation that a checkpoint forgets ruins the flow.
+
+    Example:
+        >>> Permutation(torch.tensor([2, 0, 1]))(torch.tensor([[0.0, 1.0, 2.0]]))[0]
+        tensor([[2., 0., 1.]])
     """
 
     def __init__(self, order: Tensor) -> None:

@@ -20,6 +20,12 @@ class ActNorm(Bijection):
 
     Args:
         shape: C; or (C, H, W), for a scale and shift of each pixel's own.
+
+    Example:
+        >>> norm = ActNorm(1)
+        >>> norm.initialize(torch.tensor([[1.0], [3.0]]))
+        tensor([[-1.],
+                [ 1.]])
     """
 
     def __init__(self, shape: int | tuple[int, ...]) -> None:
@@ -39,7 +45,7 @@ class ActNorm(Bijection):
         return (shared * self.log_scale.sum()).expand(len(x))
 
     def over(self, v: Tensor, x: Tensor) -> Tensor:
-        """A parameter in the shape that broadcasts over x."""
+        """A parameter, (C,) or (C, H, W), in the shape that broadcasts over x (B, C, ...)."""
         return per_channel(v, x) if v.dim() == 1 else v
 
     @torch.no_grad()
@@ -81,9 +87,11 @@ class BatchNorm(Bijection):
         return self.standardized(x, mean, variance), -self.log_det(variance, x)
 
     def standardized(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """(x - mean) / sqrt(variance + eps) for x (B, C, ...) and statistics (C,)."""
         return (x - per_channel(mean, x)) * per_channel((variance + self.eps).rsqrt(), x)
 
     def log_det(self, variance: Tensor, x: Tensor) -> Tensor:
+        """log|det dx/dz| of each row of x (B, C, ...) for a variance (C,), (B,)."""
         return (places(x) * (variance + self.eps).log().sum() / 2).expand(len(x))
 
     @torch.no_grad()
@@ -95,7 +103,15 @@ class BatchNorm(Bijection):
 
 
 class Standardize(Bijection):
-    """x = z * std + mean with the training set's statistics, kept as buffers: base units to data units."""
+    """x = z * std + mean with the training set's statistics, kept as buffers: base units to data units.
+
+    Example:
+        >>> standardize = Standardize((2,))
+        >>> standardize.fit(mean=torch.tensor([1.0, 2.0]), std=torch.tensor([2.0, 4.0]))
+        >>> z, log_det = standardize.inverse(torch.tensor([[3.0, 2.0]]))
+        >>> z, round(float(log_det), 4)  # -log 2 - log 4
+        (tensor([[1., 0.]]), -2.0794)
+    """
 
     def __init__(self, event_shape: tuple[int, ...]) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ class Within(Bijection):
 
 
 class Squeezed(Within):
-    """A bijection of (4 C, H/2, W/2) applied to squeezed images (C, H, W)."""
+    """A bijection of (4 C, H/2, W/2) applied to squeezed images (C, H, W), H and W even."""
 
     def enter(self, x: Tensor) -> tuple[Tensor, None]:
         return squeeze(x), None
@@ -80,12 +80,19 @@ def squeeze(x: Tensor) -> Tensor:
 
     Upper left and lower right of every channel come first, then upper right and lower left: the two halves of the
     channels are the two colours of a checkerboard (Dinh et al. 2017, Real NVP, sections 3.4 and 3.6).
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).view(1, 1, 2, 2)
+        >>> squeeze(x).flatten()
+        tensor([0., 3., 1., 2.])
+        >>> torch.equal(unsqueeze(squeeze(x)), x)
+        True
     """
     return torch.cat([x[..., i::2, j::2] for i, j in ((0, 0), (1, 1), (0, 1), (1, 0))], 1)
 
 
 def unsqueeze(x: Tensor) -> Tensor:
-    """The inverse of `squeeze`."""
+    """The inverse of `squeeze`: (B, 4 C, H, W) -> (B, C, 2 H, 2 W)."""
     upper_left, lower_right, upper_right, lower_left = x.chunk(4, 1)
     rows = [torch.stack(pair, -1).flatten(-2) for pair in ((upper_left, upper_right), (lower_left, lower_right))]
     return torch.stack(rows, -2).flatten(-3, -2)

@@ -40,6 +40,7 @@ class ConvNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """(B, n_out, H, W) of x (B, n_in, H, W); labels (B,) where there are classes."""
         h = self.first(x, label)
         for layer in self.middle:
             h = layer(self.activation(h))
@@ -84,6 +85,7 @@ class ResidualNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """(B, n_out, H, W) of x (B, n_in, H, W); labels (B,) where there are classes."""
         h = self.first(x, label)
         for block in self.blocks:
             h = block(h)
@@ -102,6 +104,7 @@ class Block(nn.Sequential):
         super().__init__(*half(), *half())
 
     def forward(self, h: Tensor) -> Tensor:
+        """(B, width, H, W) of h, of the same shape."""
         change: Tensor = super().forward(h)  # type: ignore[no-untyped-call]
         return h + change
 
@@ -115,6 +118,7 @@ class InformedConv(nn.Conv2d):
         self.places = None if size is None else nn.Parameter(torch.zeros(1, n_out, *size))
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """(B, n_out, H, W) of x (B, n_in, H, W); labels (B,) where there are classes."""
         y = super().forward(x.contiguous(memory_format=torch.channels_last))
         if self.embedding is not None:
             assert label is not None

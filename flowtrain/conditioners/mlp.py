@@ -28,6 +28,7 @@ class MLP(nn.Sequential):
         self.classes = classes
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """(B, n_out) of x (B, n_in); labels (B,) where there are classes."""
         if self.classes is not None:
             assert label is not None
             x = torch.cat([x, F.one_hot(label, self.classes).to(x.dtype)], 1)

@@ -1,4 +1,4 @@
-"""What a table must be before a density in float32 can be fitted to it."""
+"""What a table must be before a density in float32 can be fitted to it; what is refused is a DataError."""
 
 import logging
 from collections.abc import Iterable

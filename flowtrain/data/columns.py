@@ -22,6 +22,10 @@ def pick(columns: Columns | None, names: Sequence[str], path: object, key: str =
 
     Raises:
         ConfigError: an entry that `names` does not have, a column chosen twice, or none at all.
+
+    Example:
+        >>> pick(["price", "0:2"], ["a", "b", "price"], "file.csv")
+        [2, 0, 1]
     """
     if columns is None:
         return list(range(len(names)))

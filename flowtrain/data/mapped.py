@@ -131,6 +131,7 @@ class Moments:
         self.n, self.mean, self._squares = 0, np.zeros(d), np.zeros(d)
 
     def add(self, values: Values) -> None:
+        """Takes rows (n, d) in; n may be 0."""
         if not len(values):
             return
         n, mean = len(values), values.mean(0)

@@ -38,12 +38,15 @@ class Resident:
         self._epochs = Epochs(len(train), *stream)
 
     def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        """Those rows of a step's batch, (k, *event_shape), on the device of the samples."""
         return self.train[self._rows(step, batch_size, seed, share)]
 
     def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        """Their labels, (k,), or None."""
         return None if self._labels is None else self._labels[self._rows(step, batch_size, seed, share)]
 
     def to(self, device: torch.device) -> None:
+        """Moves samples and labels to a device."""
         self.train = self.train.to(device)
         self._labels = None if self._labels is None else self._labels.to(device)
 

@@ -46,6 +46,7 @@ class NpyRows:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row in the file."""
         return self.width * self.dtype.itemsize
 
     def read(self, start: int, stop: int) -> NDArray[Any]:

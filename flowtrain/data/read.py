@@ -125,7 +125,11 @@ def read_table(
 
 
 def check_file(file: Path) -> None:
-    """Refuse what is no file that can be read."""
+    """Refuse what is no file that can be read.
+
+    Raises:
+        DataError: a directory, another ending, or nothing there.
+    """
     ending = file.suffix.lower()
     if file.is_dir():
         raise DataError(f"{file} is a directory; give a file")
@@ -198,7 +202,11 @@ def _member(names: list[str], key: str | None, file: Path) -> str:
 
 
 def check_array(shape: tuple[int, ...], dtype: np.dtype[Any], file: Path, event_shape: tuple[int, ...] = ()) -> None:
-    """Refuse an array that is no table of numbers."""
+    """Refuse an array that is no table of numbers.
+
+    Raises:
+        DataError: objects, numbers that are not real, an array of another rank, or nothing in it.
+    """
     if dtype.hasobject:
         raise _pickled(file)
     if dtype.kind not in "biuf":
@@ -215,6 +223,9 @@ def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
 
     Args:
         whole: all the blocks of the file that the table is one of, to be counted; None where it is all there is.
+
+    Raises:
+        DataError: naming the first, and how many there are.
     """
     bad = ~np.isfinite(table.values)
     if not bad.any():

@@ -15,17 +15,17 @@ MOST = 10_000_000
 
 
 def uniform(generator: torch.Generator, *shape: int) -> Tensor:
-    """U(0, 1) in float64."""
+    """U(0, 1) of that shape, in float64 on the CPU."""
     return torch.rand(shape, dtype=torch.float64, generator=generator)
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
-    """N(0, 1) in float64."""
+    """N(0, 1) of that shape, in float64 on the CPU."""
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def choice(generator: torch.Generator, n: int, count: int) -> Tensor:
-    """`n` independent draws from 0 .. count - 1, all equally likely."""
+    """`n` independent draws from 0 .. count - 1, all equally likely, (n,)."""
     return torch.randint(count, (n,), generator=generator)
 
 
@@ -40,10 +40,15 @@ class Toy(Dataset):
     >>> from flowtrain.data.moons import Moons
     >>> moons = Moons()
     >>> kl_of_a_perfect_model = -moons.log_prob(moons.test).mean() - moons.entropy
+    >>> bool(kl_of_a_perfect_model.abs() < 0.05)  # a mean over 10,000 points
+    True
 
     Args:
         n_val, n_test: sizes of the held-out sets.
         seed: of the held-out sets alone; a run's own seed drives only the training batches.
+
+    Raises:
+        ConfigError: a size or seed out of range.
     """
 
     event_shape = (2,)
@@ -71,6 +76,14 @@ class Toy(Dataset):
         """True log density in nats of x (B, 2): shape (B,), float64, on the device of x, without gradient.
 
         NaN gives NaN and an infinite coordinate -inf. Memory does not grow with B beyond the input's own size.
+
+        Raises:
+            DataError: x of another shape.
+
+        Example:
+            >>> from flowtrain.data.checkerboard import Checkerboard
+            >>> [round(p, 4) for p in Checkerboard().log_prob(torch.tensor([[0.5, 0.5], [9.0, 9.0]])).tolist()]
+            [-3.4657, -inf]
         """
         if x.ndim != 2 or x.shape[1] != 2:
             raise DataError(f"log_prob got shape {tuple(x.shape)}: a toy's points have shape (B, 2)")

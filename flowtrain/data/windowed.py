@@ -54,6 +54,7 @@ class Windowed:
         self._pinned = False
 
     def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        """Those rows of a step's batch, (k, *event_shape), read from the file."""
         found = self._to_samples(self._batch(step, batch_size, seed, share)[:, self._columns])
         return found.pin_memory() if self._pinned else found
 
@@ -62,6 +63,7 @@ class Windowed:
         return self._batch(0, n, 0, slice(None))[:, self._columns]
 
     def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        """Their labels, (k,), or None."""
         if self._label is None:
             return None
         found = as_labels(self._batch(step, batch_size, seed, share)[:, [self._label]])

@@ -28,8 +28,8 @@ class Subset:
 
     Attributes:
         raw: as the data set has them, (rows, *event_shape).
-        x: whole numbers with noise added once, in the flow's dtype, so that it stays out of the differences.
-        label: of a conditional flow, (rows,), else None.
+        x: on the flow's device; whole numbers with noise added once, so that it stays out of the differences.
+        label: of a conditional flow, (rows,), on that device too, else None.
     """
 
     raw: Tensor
@@ -38,11 +38,16 @@ class Subset:
 
 
 def subset_of(flow: Flow, x: Tensor, label: Tensor | None) -> Subset:
-    """As many rows of x as `rows_of_checks` says, drawn at random: files may be sorted."""
-    with seeded(0, flow.like.device):
+    """Rows of x (n, *event_shape) and of labels (n,) or None, drawn at random: files may be sorted.
+
+    As many as `rows_of_checks` says.
+    """
+    device = flow.like.device
+    with seeded(0, device):
         rows = torch.randperm(len(x))[: rows_of_checks(flow.event_shape)]
         raw = x[rows]
-        return Subset(raw, flow.dequantized(raw) if flow.discrete else raw, None if label is None else label[rows])
+        x = flow.dequantized(raw) if flow.discrete else raw.to(device)
+        return Subset(raw, x, None if label is None else label[rows].to(device))
 
 
 def rows_of_checks(event_shape: tuple[int, ...]) -> int:
@@ -87,7 +92,7 @@ def budget(flow: Flow, subset: Subset, log_p: Tensor, draws: int) -> Budget:
 
 
 def stderr(values: Tensor) -> float:
-    """Standard error of the mean; NaN of one value."""
+    """Standard error of the mean of values (n,); NaN of one."""
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 

@@ -8,6 +8,10 @@ def with_error(value: float, error: float) -> str:
 
     Both end at the same decimal. Without an error (NaN, as of one row; or 0, as of an AUROC of 1) the value has four
     decimals.
+
+    Example:
+        >>> with_error(2.40213, 0.00581), with_error(2.40213, 0.0147)
+        ('2.402 +- 0.006', '2.402 +- 0.015')
     """
     if not math.isfinite(value) or not 0 < error < math.inf:
         return f"{value:.4f}"

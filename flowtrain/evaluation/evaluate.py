@@ -2,7 +2,8 @@
 
 import logging
 import time
-from functools import partial
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,25 +57,15 @@ def evaluate(
     check_fits(flow, data, dequantization_samples)
     flow.eval()
     begun = time.perf_counter()
-    with record_solves() as solves:
-        log_p, z = log_probs_and_latents(flow, x, label, batch_size, dequantization_samples, seed=seed)
-    check_finite(log_p, split)
-    seconds = time.perf_counter() - begun
-    true = data.log_prob(x)
-    gap = None if true is None else true.cpu() - log_p
-    kl = (None, None) if gap is None else (float(gap.mean()), stderr(gap))
-    nll_stderr = stderr(log_p)
+    how: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
+    log_p, z, way = scored(flow, x, label, split, how)
+    nll, nll_stderr, bits = -float(log_p.mean()), stderr(log_p), flow.bits_per_nat
+    truth = beside_truth(data, x, log_p)
     subset = subset_of(flow, x, label)
     parts = budget(flow, subset, log_p, dequantization_samples)
-    judged = checks(flow, subset, parts, nll_stderr, kl)
+    judged = checks(flow, subset, parts, nll_stderr, (truth["kl"], truth["kl_stderr"]))
     calibrated, pit = calibration(z)
-    sets = None
-    if other is not None:
-        score = partial(log_probs, flow, label=None, batch_size=batch_size, draws=dequantization_samples, seed=seed)
-        sets = (log_p if flow.classes is None else score(x)), score(other[1])
-        check_finite(sets[0], split)
-    rule, estimated = trace_rule(flow), estimates_trace(flow)
-    bits, nll = flow.bits_per_nat, -float(log_p.mean())
+    sets = None if other is None else to_tell_apart(flow, x, log_p, other[1], split, how)
     result = Evaluation(
         nll=nll,
         nll_stderr=nll_stderr,
@@ -82,19 +73,10 @@ def evaluate(
         split=split,
         step=step,
         bits_per_dim=None if bits is None else bits * nll,
-        entropy=data.entropy,
-        kl=kl[0],
-        kl_stderr=kl[1],
-        trace="hutchinson" if estimated else "exact",
-        noise_samples=rule.noise_samples if rule is not None and estimated else None,
-        dequantization_samples=dequantization_samples if flow.discrete else None,
-        solver=None if flow.solver is None else flow.solver.describe(),
-        nfe=nfe_of_pass(flow, solves),
+        **truth,
+        **way,
         solver_error=None if flow.solver is None else parts.solver,
         roundtrip_error=roundtrip_error(flow, subset.x, subset.label),
-        seconds=seconds,
-        device=str(flow.like.device),
-        dtype=str(flow.like.dtype).removeprefix("torch."),
         total_seconds=time.perf_counter() - begun,
         budget=parts,
         checks=tuple(judged),
@@ -108,6 +90,58 @@ def evaluate(
     for check in result.failed:
         log.warning("%s: %s", check.name, check.message)
     return result
+
+
+def scored(
+    flow: Flow, x: Tensor, label: Tensor | None, split: str, how: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """log p of a set x (n, *event_shape), (n,), latents of some rows, and what eval.json says of how they were come by.
+
+    Args:
+        how: batch size, draws and seed, as `log_probs` takes them.
+    """
+    begun = time.perf_counter()
+    with record_solves() as solves:
+        log_p, z = log_probs_and_latents(flow, x, label, **how)
+    check_finite(log_p, split)
+    seconds = time.perf_counter() - begun
+    rule, estimated = trace_rule(flow), estimates_trace(flow)
+    way = {
+        "trace": "hutchinson" if estimated else "exact",
+        "noise_samples": rule.noise_samples if rule is not None and estimated else None,
+        "dequantization_samples": how["draws"] if flow.discrete else None,
+        "solver": None if flow.solver is None else flow.solver.describe(),
+        "nfe": nfe_of_pass(flow, solves),
+        "seconds": seconds,
+        "device": str(flow.like.device),
+        "dtype": str(flow.like.dtype).removeprefix("torch."),
+    }
+    return log_p, z, way
+
+
+def beside_truth(data: Dataset, x: Tensor, log_p: Tensor) -> dict[str, Any]:
+    """Entropy, KL and its standard error in nats, from the rows x (n, *event_shape) that log_p (n,) is of.
+
+    KL(true || flow) = mean(log p_true - log p); None where the true density is not known.
+    """
+    true = data.log_prob(x)
+    gap = None if true is None else true.cpu() - log_p
+    kl = (None, None) if gap is None else (float(gap.mean()), stderr(gap))
+    return {"entropy": data.entropy, "kl": kl[0], "kl_stderr": kl[1]}
+
+
+def to_tell_apart(
+    flow: Flow, x: Tensor, log_p: Tensor, other: Tensor, split: str, how: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """log p of the set x (n, *event_shape) and of the `other` (m, *event_shape), (n,) and (m,), by no label of either.
+
+    Args:
+        log_p: that of x as it has been scored, (n,): by its labels where the flow is conditional.
+        how: batch size, draws and seed, as `log_probs` takes them.
+    """
+    sets = (log_p if flow.classes is None else log_probs(flow, x, **how)), log_probs(flow, other, **how)
+    check_finite(sets[0], split)
+    return sets
 
 
 def check_fits(flow: Flow, data: Dataset, dequantization_samples: int = 1) -> None:

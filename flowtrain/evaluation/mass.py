@@ -96,7 +96,10 @@ class Grid:
         return held
 
     def integral(self, values: Tensor) -> float:
-        """By the trapezoidal rule; nothing is left at the ends, where its weights would be halves."""
+        """int p dx from values (n, ...) at all nodes, by the trapezoidal rule.
+
+        Nothing is left at the ends, where its weights would be halves.
+        """
         return float(values.sum()) * self.cell(len(values))
 
     def cell(self, n: int) -> float:

@@ -219,6 +219,7 @@ class Evaluation:
 
     @property
     def failed(self) -> list[Check]:
+        """The checks that did not pass."""
         return [check for check in self.checks if check.passed is False]
 
     def rows(self) -> list[tuple[str, str]]:

@@ -36,6 +36,11 @@ def auroc(inside: Tensor, outside: Tensor) -> tuple[float, float]:
     The area under the receiver operating characteristic (Mann and Whitney 1947), by ranks. Its error is that of
     DeLong et al. 1988, Comparing the areas under two or more correlated ROC curves: from the spread of each score's
     own share, over both sets; NaN with fewer than two in either.
+
+    Example:
+        >>> area, error = auroc(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.5, 4.0]))
+        >>> round(area, 4)  # 5 of 6 pairs
+        0.8333
     """
     below = _share_below(inside, outside)
     above = 1 - _share_below(outside, inside)

@@ -46,6 +46,8 @@ class Activation(ABC):
 
 @final
 class Tanh(Activation):
+    """tanh(x), with f' = 1 - f^2 and f'' = -2 f f'."""
+
     def __call__(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
 
@@ -74,6 +76,8 @@ class Tanh(Activation):
 
 @final
 class Softplus(Activation):
+    """log(1 + exp(x)), with f' = sigmoid(x)."""
+
     def __call__(self, x: Tensor) -> Tensor:
         return F.softplus(x)
 
@@ -92,7 +96,7 @@ class Softplus(Activation):
 
 @final
 class Swish(Activation):
-    """x sigmoid(x), also known as SiLU."""
+    """x sigmoid(x), also known as SiLU (Ramachandran et al. 2017, Searching for activation functions)."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.silu(x)

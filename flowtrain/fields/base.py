@@ -16,6 +16,17 @@ class Field(nn.Module, ABC):
 
     Attributes:
         event_dims: 1 for vectors (d,), 3 for images (C, H, W).
+
+    Example:
+        >>> class Rotation(Field):
+        ...     def forward(self, t, x):
+        ...         return torch.stack([-x[..., 1], x[..., 0]], -1)
+        ...
+        ...     def push(self, t, x, tangents):
+        ...         return self(t, x), self(t, tangents)  # linear in x
+        >>> v, je = push_tangents(Rotation(), torch.tensor(0.0), torch.tensor([[1.0, 0.0]]), torch.eye(2).unsqueeze(1))
+        >>> v.tolist(), je.squeeze(1).tolist()
+        ([[-0.0, 1.0]], [[-0.0, 1.0], [-1.0, 0.0]])
     """
 
     event_dims: int = 1

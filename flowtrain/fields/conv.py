@@ -194,6 +194,11 @@ class ConvField(LayeredField[TimedConv2d]):
         return shift + self.places
 
     def checked(self, x: Tensor) -> Tensor:
+        """x (..., C, H, W) as it is.
+
+        Raises:
+            ConfigError: it is no image of the field's channels.
+        """
         if x.dim() < 3 or x.shape[-3] != self.channels:
             raise ConfigError(
                 f"a convolutional field of {self.channels} channels takes images (..., {self.channels}, H, W); "
@@ -203,9 +208,9 @@ class ConvField(LayeredField[TimedConv2d]):
 
 
 def channels_last(weight: Tensor) -> Tensor:
-    """W with its channels innermost in memory, and so the convolution's output, where that was measured to be faster.
+    """W (n_out, n_in, ..) with its channels innermost in memory, where that was measured to be faster.
 
-    The weight decides, because an image of one channel has no layout to tell.
+    The convolution's output has them so too: the weight decides, because an image of one channel has no layout to tell.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return weight

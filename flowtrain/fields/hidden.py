@@ -28,6 +28,7 @@ class Hidden:
     tangents: int
 
     def tensors(self) -> tuple[Tensor, ...]:
+        """What `unpack` takes, in the order of the fields."""
         return self.h, self.kept, self.slope, self.u, self.t
 
 

@@ -81,6 +81,7 @@ class LayeredField(Field, Generic[Layer]):
 
     @property
     def layers(self) -> list[Layer]:
+        """All of them, from x to v."""
         return [*self.body, self.head]
 
     def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:

@@ -164,6 +164,7 @@ class MLPRecorder:
     parameters: list[Tensor]
 
     def record(self, times: Tensor, keep: bool) -> MLPTape:
+        """A tape for stages at `times` (s,), with the weights as they are now."""
         with torch.no_grad():
             weights, biases = self.field.at(times)
         return MLPTape(times, weights, biases, self.field.activation, keep)

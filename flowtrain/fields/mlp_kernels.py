@@ -47,6 +47,7 @@ class MLPTape:
         self.pulled: dict[int, list[Tensor]] = {}
 
     def velocity(self, i: int, x: Tensor) -> Tensor:
+        """v (B, d) of node i at x (B, d)."""
         inputs, kept = [x], []
         last = len(self.weights) - 1
         gain = self.activation.gain(x.device)
@@ -60,6 +61,7 @@ class MLPTape:
         return torch.addmm(self.biases[last][i], x, self.transposed[last][i])
 
     def pull(self, i: int, cotangent: Tensor) -> Tensor:
+        """cotangent^T dv/dx of node i, (B, d); the share of the weights is kept for `weight_gradients`."""
         at_a = [cotangent]
         for layer in reversed(range(1, len(self.weights))):
             slope = self.activation.slope(self.kept[i][layer - 1])

@@ -1,0 +1,1 @@
+"""Recipes: from the shape of a sample to a flow."""

@@ -83,7 +83,11 @@ class Steps:
         return parts
 
     def scale(self, channels: int, size: Size, times: int) -> Bijection:
-        """Squeeze, steps, half of the channels factored out given the others, those at the next scale (figure 2b)."""
+        """Squeeze, steps, half of the channels factored out given the others, those at the next scale (figure 2b).
+
+        Raises:
+            ConfigError: one channel at the last scale, which cannot be split.
+        """
         if not times:
             if channels == 1:
                 raise ConfigError(

@@ -49,6 +49,7 @@ def over_images(
 
 
 def halved(size: Size) -> Size:
+    """(H, W) of a squeezed image."""
     return size[0] // 2, size[1] // 2
 
 

@@ -1,4 +1,10 @@
-"""RealNVP: a stack of affine couplings over vectors, a multi-scale one over images (Dinh et al. 2017)."""
+"""RealNVP: a stack of affine couplings over vectors, a multi-scale one over images (Dinh et al. 2017).
+
+Example:
+    >>> flow = realnvp((2,), layers=4, hidden=[16])
+    >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # a standard normal, until it is trained
+    -1.8379
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

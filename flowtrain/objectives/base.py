@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.flow import Flow
-from flowtrain.regularizers import Regularizer, spectral
+from flowtrain.regularizers import Regularizer
 
 
 class Objective(nn.Module, ABC):
@@ -37,10 +37,10 @@ class Objective(nn.Module, ABC):
         """(loss, its terms by name) of x (B, *event_shape), label (B,) or None; `nll` in nats where it is taken."""
 
     def regularized(self, loss: Tensor, terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss with the weighted `terms` of the regularizer added, and with the spectral norm where asked for."""
+        """The loss with the weighted `terms` of the regularizer added, and with its penalties on fields."""
         terms = dict(terms)
-        if self.regularizer.spectral:
-            terms["spectral"] = torch.stack([spectral(m.field) for m in self.flow.continuous]).sum()
+        for name, penalty in self.regularizer.on_fields.items():
+            terms[name] = torch.stack([penalty(m.field) for m in self.flow.continuous]).sum()
         for name, term in terms.items():
             loss = loss + getattr(self.regularizer, name) * term
         return loss, terms

@@ -12,7 +12,7 @@ Coupling = Callable[[Tensor, Tensor], Tensor]
 
 
 def independent(z: Tensor, x: Tensor) -> Tensor:
-    """z as it is: any base point to any sample."""
+    """z (B, *event) as it is: any base point to any sample."""
     return z
 
 
@@ -23,6 +23,14 @@ def optimal(z: Tensor, x: Tensor) -> Tensor:
     generative models with minibatch optimal transport, section 3.2.) Solved on the CPU, in time that grows with B^3.
 
     Shapes: z, x and the result (B, *event).
+
+    Raises:
+        ConfigError: scipy is not installed.
+
+    Example:
+        >>> optimal(torch.tensor([[0.0], [5.0]]), torch.tensor([[4.0], [1.0]]))
+        tensor([[5.],
+                [0.]])
     """
     # |z|^2 and |x|^2 are the same for every pairing
     cost = -(x.flatten(1) @ z.flatten(1).T)

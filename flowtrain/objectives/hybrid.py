@@ -40,7 +40,7 @@ class Hybrid(Objective):
             )
         self.likelihood_from = first
         self.pinned = {"matching": first}
-        self.before = FlowMatching(flow, Regularizer(spectral=regularizer.spectral), coupling)
+        self.before = FlowMatching(flow, regularizer.without_paths(), coupling)
         self.after = Likelihood(flow, regularizer)
         self.current: Objective = self.before
 

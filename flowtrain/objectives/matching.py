@@ -30,8 +30,9 @@ class Matching(Objective):
         super().__init__(flow, regularizer)
         if regularizer.paths or regularizer.end_time:
             raise ConfigError(
-                "regularizer: kinetic, jacobian, acceleration and end_time are of paths that are solved, and this "
-                "objective solves none: take regularizer=none (spectral may stay), or objective=likelihood or hybrid"
+                f"regularizer: {', '.join(regularizer.integrals())} and end_time are of paths that are solved, and "
+                f"this objective solves none: take regularizer=none ({', '.join(regularizer.penalties())} may stay), "
+                "or objective=likelihood or hybrid"
             )
         self.ends = Ends(flow)
 

@@ -102,6 +102,14 @@ class Solver(ABC):
 
     Raises:
         ConfigError: a setting out of range, or a fixed-step method without a step size.
+
+    Example:
+        >>> import torch
+        >>> from flowtrain.solvers import ode_solver
+        >>> decay = Problem(velocity=lambda t, x: -x, integrand=None, x=torch.ones(1, 1), t0=0.0, t1=1.0)
+        >>> solution = ode_solver("rk4", steps=10).solve(decay)
+        >>> round(float(solution.x), 4), solution.statistics.nfe_forward
+        (0.3679, 40)
     """
 
     adaptive: bool
@@ -154,6 +162,12 @@ class Solver(ABC):
         """(rtol, atol) for a training step, never tighter than the final ones.
 
         rtol_w (rtol_t / rtol_w)^(step / warmup), then rtol_t = train_rtol; divided by 10^tightenings.
+
+        Example:
+            >>> from flowtrain.solvers import ode_solver
+            >>> solver = ode_solver("dopri5", rtol=1e-5, warmup=100)
+            >>> [f"{solver.tolerance_at(step)[0]:.0e}" for step in (0, 50, 100)]
+            ['1e-03', '1e-04', '1e-05']
         """
         looser = self.train_rtol / self.rtol
         warmup = self.warmup or 0
@@ -213,6 +227,7 @@ class Solver(ABC):
         return SolverError(f"solver {self.method}: {what} at t={t:.6g} (step size {h:.3g}, {how}). {advice}")
 
     def underflow(self, t: float, h: float) -> SolverError:
+        """The failure of a step too short for time to tell its ends apart."""
         return self.failure(
             "the step size underflowed",
             t,
@@ -222,6 +237,7 @@ class Solver(ABC):
         )
 
     def exhausted(self, t: float, h: float) -> SolverError:
+        """The failure of a solve that has spent max_nfe evaluations."""
         return self.failure(
             f"max_nfe={self.max_nfe} evaluations were not enough",
             t,
@@ -231,6 +247,7 @@ class Solver(ABC):
         )
 
     def non_finite(self, t: float, h: float) -> SolverError:
+        """The failure of a state that is NaN or infinite."""
         return self.failure(
             "the state is NaN or infinite",
             t,

@@ -25,6 +25,10 @@ class History:
 
         With s(t) the suited length less a margin, n(t) = int_t0^t dt / s counts steps, and the ends are where n is
         j n(t1) / ceil(n(t1)).
+
+        Example:
+            >>> History([(1.0, 0.6)]).plan(0.0, 1.0)  # one step, longer than its error allowed
+            [0.5, 1.0]
         """
         if not self.steps:
             return []

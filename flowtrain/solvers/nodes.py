@@ -66,7 +66,13 @@ class Nodes:
 
 
 def has_dense_output(tableau: Tableau) -> bool:
-    """Whether x(t) inside a step follows from its stages, to the order that its error estimate has."""
+    """Whether x(t) inside a step follows from its stages, to the order that its error estimate has.
+
+    Example:
+        >>> from flowtrain.solvers.tableaus import TABLEAUS
+        >>> has_dense_output(TABLEAUS["dopri5"]), has_dense_output(TABLEAUS["rk4"])
+        (True, False)
+    """
     return tableau.first_same_as_last and (tableau.mid is not None or tableau.order <= 3)
 
 

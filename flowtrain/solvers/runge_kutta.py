@@ -34,12 +34,15 @@ class RungeKutta(Solver):
     Step control: accept when the RMS of error / (atol + rtol max(|x0|, |x1|)) is at most 1, the next step
     0.9 ratio^(-1/order) times as long (Hairer, Norsett and Wanner, Solving ODEs I, II.4), the last two balanced. In
     training the steps are planned by those of the last solve, see history.py; the first rejection ends the plan.
+
+    Raises:
+        ConfigError: an unknown method, gradient=adjoint, or what `Solver` refuses.
     """
 
-    def __init__(self, method: str, **settings: Any) -> None:
-        if method not in TABLEAUS:
+    def __init__(self, method: str, tableau: Tableau | None = None, **settings: Any) -> None:
+        if tableau is None and method not in TABLEAUS:
             raise ConfigError(f"solver.method={method}: choose one of {', '.join(TABLEAUS)}")
-        self.tableau = TABLEAUS[method]
+        self.tableau = tableau or TABLEAUS[method]
         super().__init__(method, adaptive=self.tableau.e is not None, **settings)
         if self.gradient == "adjoint":
             raise ConfigError("solver.gradient=adjoint: this engine differentiates its own steps (direct, replay)")
@@ -283,4 +286,5 @@ class _Run:
 
 
 def rms(x: Tensor) -> Tensor:
+    """sqrt(mean x^2) over all elements, a scalar."""
     return x.square().mean().sqrt()

@@ -19,9 +19,11 @@ class Stage:
     i: int
 
     def velocity(self, x: Tensor) -> Tensor:
+        """v at x, both (B, *event)."""
         return self.tape.velocity(self.i, x)
 
     def pull(self, cotangent: Tensor) -> Tensor:
+        """cotangent^T dv/dx, (B, *event); see `Tape`."""
         return self.tape.pull(self.i, cotangent)
 
 
@@ -36,7 +38,7 @@ class Weights:
 
 
 def on_device(values: Sequence[object] | np.ndarray, like: Tensor) -> Tensor:
-    """Numbers from the host, without waiting for the device."""
+    """Numbers from the host in the dtype and on the device of `like`, without waiting for the device."""
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 

@@ -6,6 +6,8 @@ Sources: Bogacki and Shampine 1989 (bosh3), Dormand and Prince 1980 (dopri5), Sh
 
 from dataclasses import dataclass
 
+from flowtrain.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Tableau:
@@ -16,6 +18,9 @@ class Tableau:
         c, a, b: the method; a has one row for each stage after the first.
         e: b minus the embedded weights, or None where the method has no error estimate.
         mid: weights of x(t + h/2) = x + h sum mid_i k_i to 4th order, from which nodes.py makes a quartic; or None.
+
+    Raises:
+        ConfigError: numbers that make no explicit method.
     """
 
     order: int
@@ -24,6 +29,14 @@ class Tableau:
     b: tuple[float, ...]
     e: tuple[float, ...] | None = None
     mid: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.b)
+        if len(self.c) != n or [len(row) for row in self.a] != list(range(1, n)) or len(self.e or self.b) != n:
+            raise ConfigError(f"tableau: of {n} stages, c, b and e have {n} numbers and the rows of a 1 to {n - 1}")
+        sums = [sum(row) for row in ((), *self.a, self.b, self.e or ())]
+        if any(abs(found - wanted) > 1e-9 for found, wanted in zip(sums, (*self.c, 1, 0), strict=True)):
+            raise ConfigError("tableau: the rows of a have to sum to c, b to 1 and e to 0")
 
     @property
     def first_same_as_last(self) -> bool:

@@ -56,6 +56,7 @@ class AutogradTape:
         self.sums: list[Tensor | None] = []
 
     def velocity(self, i: int, x: Tensor) -> Tensor:
+        """v(t_i, x) for x (B, *event), whose graph is kept where it may be pulled."""
         field = self.recorder.field
         if not self.keep:
             return field(self.times[i], x)
@@ -67,6 +68,7 @@ class AutogradTape:
         return v.detach()
 
     def pull(self, i: int, cotangent: Tensor) -> Tensor:
+        """cotangent^T dv/dx at stage i, (B, *event); zero where v does not depend on x."""
         x, v = self.stages[i]
         if not v.requires_grad:
             return torch.zeros_like(x)
@@ -92,6 +94,7 @@ class AutogradRecorder:
 
     @property
     def trained(self) -> list[Tensor]:
+        """Those of the parameters that want a gradient."""
         return [p for p in self.parameters if p.requires_grad]
 
     def discover(self, v: Tensor, x: Tensor) -> None:
@@ -103,9 +106,11 @@ class AutogradRecorder:
         self.parameters += [leaf for leaf in leaves(v) if id(leaf) not in known]
 
     def record(self, times: Tensor, keep: bool) -> AutogradTape:
+        """A tape for stages at `times` (s,)."""
         return AutogradTape(self, times, keep)
 
     def gradients(self, tapes: Sequence[Tape]) -> list[Tensor | None]:
+        """What the pulls so far sum to, for each of the parameters, None where it has none; the sums begin anew."""
         total: list[Tensor | None] = [None] * len(self.trained)
         for tape in tapes:
             assert isinstance(tape, AutogradTape)

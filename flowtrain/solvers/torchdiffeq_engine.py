@@ -45,6 +45,9 @@ class Torchdiffeq(Solver):
 
     The adjoint (Chen et al. 2018, Neural ODEs, algorithm 1) needs memory that does not grow with the steps;
     its gradient is that of the continuous problem, with an error of the order of the tolerance.
+
+    Raises:
+        ConfigError: an unknown method, gradient=replay, or what `Solver` refuses.
     """
 
     def __init__(self, method: str, **settings: Any) -> None:

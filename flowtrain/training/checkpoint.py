@@ -35,7 +35,7 @@ def save(path: Path, checkpoint: dict[str, Any]) -> None:
     Raises:
         OSError: it could not be written, or does not read back as it was.
     """
-    content = {"format": FORMAT, **checkpoint}
+    content = on_cpu({"format": FORMAT, **checkpoint})
     content["checksum"] = checksum(content)
 
     def reads_back(written: Path) -> None:
@@ -49,6 +49,17 @@ def save(path: Path, checkpoint: dict[str, Any]) -> None:
     torch.save(content, archive)
     with replacing(path, durable=True, check=reads_back, keep=previous(path)) as f:
         f.write(archive.getbuffer())
+
+
+def on_cpu(content: Any) -> Any:
+    """The same values, their tensors on the CPU, so that a file does not tell of a device that a reader may not have."""
+    if isinstance(content, torch.Tensor):
+        return content.cpu()
+    if isinstance(content, dict):
+        return {key: on_cpu(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)([on_cpu(value) for value in content])
+    return content
 
 
 def previous(path: Path) -> Path:

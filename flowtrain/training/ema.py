@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Ema:
     """shadow <- d shadow + (1 - d) weights after each step, d = min(decay, (1 + n) / (10 + n)) at the nth update.
 
-    The growing decay lets a short run forget its start.
+    The growing decay, as of TensorFlow's ExponentialMovingAverage, lets a short run forget its start.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -29,6 +29,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Takes the weights in as they are after a step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         weights = [p.detach() for _, p in self._averaged()]
@@ -52,9 +53,11 @@ class Ema:
             p.data, self.shadow[name] = self.shadow[name], p.data
 
     def state(self) -> dict[str, Tensor | int]:
+        """What a resumed run needs: the averages by name, and how many updates led there."""
         return {"updates": self.updates, **self.shadow}
 
     def load(self, state: dict[str, Tensor | int]) -> None:
+        """Takes such a state."""
         for name, shadow in self.shadow.items():
             # an older flowtrain did not average buffers, and had none that change
             value = state.get(name, shadow)

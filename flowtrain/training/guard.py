@@ -162,4 +162,5 @@ class Guard:
         return {"tightenings": self.tightenings, "warned": self.warned}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Takes such a state."""
         self.tightenings, self.warned = state["tightenings"], state["warned"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flowtrain.files import to_json, write_text
+from flowtrain.flow import Flow
 
 log = logging.getLogger("flowtrain")
 
@@ -15,9 +16,11 @@ log = logging.getLogger("flowtrain")
 class Listener(Protocol):
     """What else is told of rows, as `Metrics` is."""
 
-    def write(self, **row: Any) -> None: ...
+    def write(self, **row: Any) -> None:
+        """A row, as `Metrics.write` takes it."""
 
-    def back_to(self, step: int) -> None: ...
+    def back_to(self, step: int) -> None:
+        """Drops the rows of later steps."""
 
 
 class Metrics:
@@ -68,6 +71,12 @@ class Metrics:
                 os.truncate(self.path, size)
             return
         self.waiting, self.failing = "", False
+
+
+def in_bits(flow: Flow, nll: float) -> dict[str, float]:
+    """What a row says of an NLL in bits per dimension: nothing but for images."""
+    factor = flow.bits_per_nat
+    return {} if factor is None else {"bits_per_dim": factor * nll}
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:

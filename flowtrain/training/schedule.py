@@ -26,6 +26,7 @@ class LearningRate:
         self.scale, self.stale = 1.0, 0
 
     def at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
         s = self.settings
         begin, end = (0, self.again) if step < self.again else (self.again, s.steps)
         since = step - begin
@@ -40,6 +41,7 @@ class LearningRate:
         return min(1.0, -math.log2(self.scale) / HALVINGS)
 
     def validated(self, improved: bool) -> None:
+        """Told of every validation, and whether it was the best so far."""
         if self.settings.lr_decay != "plateau":
             return
         self.stale = 0 if improved else self.stale + 1
@@ -47,7 +49,9 @@ class LearningRate:
             self.scale, self.stale = self.scale / 2, 0
 
     def state(self) -> dict[str, Any]:
+        """What a resumed run needs: what a plateau remembers."""
         return {"scale": self.scale, "stale": self.stale}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Takes such a state."""
         self.scale, self.stale = state["scale"], state["stale"]

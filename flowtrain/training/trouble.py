@@ -24,7 +24,10 @@ DUMPS = 5
 
 
 def dump(run_dir: Path, step: int, x: Tensor, label: Tensor | None) -> Path | None:
-    """Keeps the batch of a step that failed, x and label as .npz; the file, or None where it could not be written."""
+    """Keeps the batch of a step that failed, x (B, *event_shape) and label (B,) or None, as .npz.
+
+    Returns the file; None where it could not be written, or there are enough of them.
+    """
     of_rank = f"_rank{distributed.rank()}" if distributed.size() > 1 else ""
     path = run_dir / f"failed/step_{step:06d}{of_rank}.npz"
     if len(list(path.parent.glob("step_*.npz"))) >= DUMPS and not path.exists():
@@ -92,6 +95,7 @@ class Trouble:
 
     @property
     def lr_scale(self) -> float:
+        """What the rewinds leave of the learning rate, a factor."""
         return 0.5**self.halvings
 
     def policy_for(self, error: FlowtrainError) -> str:
@@ -100,8 +104,10 @@ class Trouble:
         return self.policy if isinstance(error, STEP_ERRORS) and lasts[self.policy] else "stop"
 
     def state(self) -> dict[str, Any]:
+        """What a resumed run needs."""
         return {"skipped": self.skipped, "rewinds": self.rewinds, "halvings": self.halvings}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Takes such a state; an older one has a halving for each rewind."""
         self.skipped, self.rewinds = state["skipped"], state["rewinds"]
         self.halvings = state.get("halvings", self.rewinds)

@@ -20,8 +20,8 @@ T = TypeVar("T")
 CACHE = Path(__file__).resolve().parents[2] / "outputs" / "bench"
 
 
-def use_threads(n: int) -> None:
-    """Holds this process, torch and jax alike, to n cores; before torch or jax is imported.
+def use_threads(n: int, device: str = "cpu") -> None:
+    """Holds this process, torch and jax alike, to n cores and one kind of device; before torch or jax is imported.
 
     XLA has no setting for the size of its thread pool: it takes as many as the process may run on.
     """
@@ -30,7 +30,12 @@ def use_threads(n: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(n)
     if n == 1:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    # callbacks run on the CPU wherever the rest does
+    os.environ["JAX_PLATFORMS"] = "cpu" if device == "cpu" else f"{device},cpu"
+    # on a GPU it has TF32 by default
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+    # not three quarters of a GPU's memory at once
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import torch
 
     torch.set_num_threads(n)
@@ -46,13 +51,13 @@ def run_flowtrain(run_dir: Path, *overrides: str) -> None:
 
 def keep_freed_memory() -> None:
     """As flowtrain's own commands do; every peer on torch gains as much."""
-    from flowtrain.run import keep_freed_memory
+    from flowtrain.process import keep_freed_memory
 
     keep_freed_memory()
 
 
-def machine() -> str:
-    """The processor, how much of it we hold, and the versions that matter."""
+def machine(device: str = "cpu") -> str:
+    """The processor, how much of it we hold, the GPU if that is the device, and the versions that matter."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -61,6 +66,10 @@ def machine() -> str:
         ]
         cpu = names[0] if names else cpu
     found = []
+    if device == "cuda":
+        import torch
+
+        found.append(torch.cuda.get_device_name())
     for name in ("torch", "torchdiffeq", "zuko", "diffrax", "jax"):
         try:
             found.append(f"{name} {metadata.version(name)}")

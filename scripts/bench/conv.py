@@ -2,6 +2,7 @@
 
     python scripts/bench/conv.py                                  # batch 64, hidden 64-64-64, softplus, all cores
     python scripts/bench/conv.py --activation tanh --batch 16 --threads 1
+    python scripts/bench/conv.py --device cuda
 
 The field is concatsquash, its last layer drawn at random and scaled (--head) until a solve costs about what one
 does in training; the table has the NFE. x is a batch of standard normal images, the trace Hutchinson's with one
@@ -33,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--head", type=float, default=4.0, help="scale of the last layer; 10 about doubles the NFE")
     parser.add_argument("--rtol", type=float, default=1e-5, help="atol is the same")
     parser.add_argument("--method", default="dopri5")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4, help="of the batch on which errors are measured")
@@ -69,18 +71,18 @@ def contestants() -> dict[str, Callable[["Problem"], "Contestant"]]:
 
 def main() -> None:
     args = arguments()
-    use_threads(args.threads)
+    use_threads(args.threads, args.device)
     keep_freed_memory()
     from steps import Problem, compare, reference
 
     shape = {k: getattr(args, k) for k in ("batch", "side", "channels", "hidden", "activation", "head")}
-    problem = conv_problem(**shape, method=args.method, rtol=args.rtol)
+    problem = conv_problem(**shape, method=args.method, rtol=args.rtol).to(args.device)
     assert problem.noise is not None
     n = args.rows
     few = Problem(problem.field, problem.x[:n], problem.noise[:n], problem.before[:n], problem.solver)
     progress(f"reference on {args.rows} rows")
     true = reference(few, rows=args.rows, rtol=1e-8)
-    print(f"{machine()}; {args.threads} threads")
+    print(f"{machine(args.device)}; {args.threads} threads")
     print(
         f"\n{args.channels}x{args.side}x{args.side}, batch {args.batch}, hidden {args.hidden.replace(',', '-')}, "
         f"{args.activation}, {args.method}, rtol = atol = {args.rtol:g}, Hutchinson, 1 Rademacher draw; "

@@ -25,7 +25,7 @@ def weights_of(field: MLPField) -> Layers:
     layers = [*field.body, field.head]
     if not all(isinstance(layer, ConcatSquash) for layer in layers):
         raise Skip("written for a concatsquash field")
-    return [{n: jnp.asarray(layer.get_parameter(n).detach().numpy()) for n in NAMES} for layer in layers]
+    return [{n: jnp.asarray(layer.get_parameter(n).numpy(force=True)) for n in NAMES} for layer in layers]
 
 
 def velocity(layers: Layers, activation: str, t: jax.Array, x: jax.Array) -> jax.Array:
@@ -47,8 +47,8 @@ def diffrax_step(problem: Problem) -> Contestant:
     if not isinstance(field, MLPField):
         raise Skip("written for a concatsquash MLP")
     activation, rtol, d = type(field.activation).__name__.lower(), problem.solver["rtol"], problem.x.shape[1]
-    noise = None if problem.noise is None else jnp.asarray(problem.noise.numpy())
-    x0 = jnp.asarray(problem.x.numpy())
+    noise = None if problem.noise is None else jnp.asarray(problem.noise.numpy(force=True))
+    x0 = jnp.asarray(problem.x.numpy(force=True))
 
     def augmented(t: Any, state: Any, layers: Any) -> Any:
         def f(y: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
     python scripts/bench/engine.py                               # two moons: d = 2, batch 512, one thread
     python scripts/bench/engine.py --d 43                        # a mixture of Gaussians, Hutchinson's trace
     python scripts/bench/engine.py --ckpt outputs/my-run --batch 2000 --rtol 1e-6
+    python scripts/bench/engine.py --device cuda --threads 4 --only flowtrain torchdiffeq
 
 A step is the solve from x to z, the NLL and its gradient in all parameters; no optimizer. Prints a Markdown table
 for the initial weights (the last layer at zero), for the same with the last layer drawn at random, and for trained
@@ -41,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ckpt", type=Path, help="a run directory or .pt file of model=ffjord; else trains one")
     parser.add_argument("--d", type=int, default=2, help="2: moons, exact trace; else a mixture, Hutchinson's trace")
     parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rtol", type=float, default=1e-5, help="atol is the same")
@@ -48,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--train", nargs="*", default=[], help="overrides for the run that trains the weights")
     stages = ("initial", "random", "trained")
     parser.add_argument("--weights", nargs="+", choices=stages, default=stages)
+    parser.add_argument("--only", nargs="+", default=[""], help="engines whose name holds one of these, as diffrax")
     return parser.parse_args()
 
 
@@ -93,14 +96,14 @@ def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
     import torch
     from steps import Problem, fixed_noise, wake_head
 
-    from flowtrain import build
+    from flowtrain import build, load
     from flowtrain.bijections.continuous import Continuous
     from flowtrain.training import checkpoint
 
     ckpt = args.ckpt or trained_run(args.d, args.train)
     saved = checkpoint.load(checkpoint.find(ckpt))
     data = build.build_data(saved["config"])
-    flow = build.load(ckpt)
+    flow = load(ckpt)
     both = torch.cat([data.train_batch(10**6 + i, args.batch, seed=1) for i in range(2)])
     with torch.no_grad():
         for bijection in reversed(parts_of(flow.bijection)):
@@ -123,7 +126,7 @@ def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
         "random": "initial weights, last layer drawn as torch's default",
         "trained": f"trained weights, step {saved['step']} of {ckpt}",
     }
-    return {words[name]: Problem(stages[name], x, noise, before, solver) for name in args.weights}
+    return {words[name]: Problem(stages[name], x, noise, before, solver).to(args.device) for name in args.weights}
 
 
 def contestants() -> dict[str, Callable[["Problem"], "Contestant"]]:
@@ -150,11 +153,12 @@ def contestants() -> dict[str, Callable[["Problem"], "Contestant"]]:
 
 def main() -> None:
     args = arguments()
-    use_threads(args.threads)
+    use_threads(args.threads, args.device)
     keep_freed_memory()
     from steps import compare, reference
 
-    print(f"{machine()}; {args.threads} threads")
+    print(f"{machine(args.device)}; {args.threads} threads")
+    chosen = {name: make for name, make in contestants().items() if any(part in name for part in args.only)}
     for words, problem in problems(args).items():
         b, d = problem.x.shape
         trace = "exact trace" if problem.noise is None else "Hutchinson, 1 Rademacher draw"
@@ -162,7 +166,7 @@ def main() -> None:
         progress(f"{words}: reference")
         true = reference(problem)
         print(f"\nd = {d}, batch {b}, {field}, {args.method}, rtol = atol = {args.rtol:g}, {trace}; {words}\n")
-        print(compare(contestants(), problem, true, args.repeats), flush=True)
+        print(compare(chosen, problem, true, args.repeats), flush=True)
 
 
 if __name__ == "__main__":

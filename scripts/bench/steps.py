@@ -20,6 +20,7 @@ from torchdiffeq import odeint, odeint_adjoint
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.divergence import Probes, TraceRule, rademacher
 from flowtrain.errors import FlowtrainError
+from flowtrain.precision import full_precision
 from flowtrain.solvers import ode_solver, record_solves
 
 
@@ -44,9 +45,9 @@ class Problem:
     def parameters(self) -> tuple[nn.Parameter, ...]:
         return tuple(self.field.parameters())
 
-    def double(self) -> "Problem":
-        noise = None if self.noise is None else self.noise.double()
-        return Problem(copy.deepcopy(self.field).double(), self.x.double(), noise, self.before.double(), self.solver)
+    def to(self, where: torch.device | torch.dtype | str) -> "Problem":
+        noise = None if self.noise is None else self.noise.to(where)
+        return Problem(copy.deepcopy(self.field).to(where), self.x.to(where), noise, self.before.to(where), self.solver)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def torchdiffeq_step(problem: Problem, adjoint: bool, **settings: Any) -> Contes
     if "step_size" in arguments:
         arguments["options"] = {"step_size": arguments.pop("step_size")}
     integrate = odeint_adjoint if adjoint else odeint
-    x, t = problem.x, torch.tensor([1.0, 0.0], dtype=problem.x.dtype)
+    x, t = problem.x, problem.x.new_tensor([1.0, 0.0])
 
     def step() -> Step:
         dynamics.nfe = 0
@@ -215,17 +216,29 @@ def reference(problem: Problem, rows: int = 128, rtol: float = 1e-10) -> Step:
 
     By dopri8 with its last step ending at t = 0, a few rows at a time, so that the graph fits in memory.
     """
-    exact = problem.double()
+    exact = problem.to(torch.float64)
     parts = []
     for i in range(0, len(exact.x), rows):
         noise = None if exact.noise is None else exact.noise[i : i + rows]
         part = Problem(exact.field, exact.x[i : i + rows], noise, exact.before, {"method": "dopri8", "rtol": rtol})
-        step = torchdiffeq_step(part, adjoint=False, options={"step_t": torch.zeros(1, dtype=torch.float64)})()
+        step = torchdiffeq_step(part, adjoint=False, options={"step_t": part.x.new_zeros(1)})()
         parts.append((len(part.x) / len(exact.x), step))
     return Step(sum(w * s.nll for w, s in parts), torch.stack([w * s.gradient for w, s in parts]).sum(0))
 
 
+def to_the_end(contestant: Contestant) -> Contestant:
+    """Returns when the GPU has nothing left to do."""
+
+    def step() -> Step:
+        found = contestant()
+        torch.cuda.synchronize()
+        return found
+
+    return step
+
+
 def relative(a: Tensor, b: Tensor) -> str:
+    b = b.to(a.device)
     return f"{((a.double() - b.double()).norm() / b.double().norm()).item():.1e}"
 
 
@@ -238,21 +251,24 @@ def compare(
 ) -> str:
     """The table of one problem: one warm-up each, then rounds; ratios are to the first contestant in the same round.
 
+    All without TF32, which on a GPU torch has in convolutions by default and flowtrain turns off in a solve.
+
     Args:
         true: the reference on `checked`, a smaller problem where `problem` itself is too large for one; gradients
             on the whole of it are then set beside the first contestant's.
     """
     steps, first, small, skipped = {}, {}, {}, {}
-    for name, make in makers.items():
-        progress(f"warming up {name}")
-        try:
-            step = make(problem)
-            first[name] = step()
-            small[name] = first[name] if checked is None else make(checked)()
-            steps[name] = step
-        except (Skip, FlowtrainError) as e:
-            skipped[name] = str(e).splitlines()[0]
-    times = interleave(steps, repeats)
+    with full_precision(problem.x.device):
+        for name, make in makers.items():
+            progress(f"warming up {name}")
+            try:
+                step = to_the_end(make(problem)) if problem.x.is_cuda else make(problem)
+                first[name] = step()
+                small[name] = first[name] if checked is None else make(checked)()
+                steps[name] = step
+            except (Skip, FlowtrainError) as e:
+                skipped[name] = str(e).splitlines()[0]
+        times = interleave(steps, repeats)
     of, base = ("", None) if checked is None else (f" ({len(checked.x)} rows)", first[next(iter(steps))])
     head = ["engine", "ms", "least to most", "ratio", "NFE forward", "backward"]
     head += [] if base is None else ["gradient beside the first's"]

@@ -1,0 +1,129 @@
+"""From a checkpoint to the flow in it, which is held against its weights before any memory is asked for."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowtrain.build import build_flow, resolve_device
+from flowtrain.checks import below_half
+from flowtrain.data.base import Samples
+from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError, first_line
+from flowtrain.flow import Flow
+from flowtrain.training import checkpoint
+from flowtrain.trust import check_targets, leaves
+
+# what a number in a checkpoint may be whatever its weights are, and how many elements a sample may have
+SMALL_NUMBER, SMALL_SAMPLE = 1024, 2**24
+
+
+def load(path: str | Path, device: str = "cpu", trust: Sequence[str] = ()) -> Flow:
+    """The flow of a checkpoint, in evaluation mode, with the averaged weights where EMA was on.
+
+    Args:
+        path: a run directory (its best checkpoint) or a .pt file.
+        trust: packages besides flowtrain that the checkpoint's config may build from, such as ("mypkg",).
+
+    Raises:
+        CheckpointError: missing, damaged, or asking for code that is not trusted.
+    """
+    return restore(checkpoint.load(checkpoint.find(Path(path))), resolve_device(device), trust)
+
+
+def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str] = ()) -> Flow:
+    """The flow of a checkpoint that has been read; see `load`."""
+    check_targets(saved["config"], trust)
+    samples = samples_of(saved)
+    # building draws initial weights; reading a checkpoint must not shift the caller's random numbers
+    with torch.random.fork_rng(devices=[]):
+        check_sizes(saved, samples)
+        flow = build_flow(saved["config"], samples)
+    try:
+        flow.load_state_dict(saved["weights"])
+        if saved.get("ema"):
+            averaged = {k: v for k, v in saved["ema"].items() if k != "updates"}
+            flow.load_state_dict(averaged, strict=False)
+    except RuntimeError as e:
+        first = " ".join(str(e).split())[:160]
+        raise CheckpointError(f"the checkpoint's weights do not fit the model of its config ({first} ...)") from e
+    return flow.to(device).eval()
+
+
+def check_sizes(saved: Mapping[str, Any], samples: Samples) -> None:
+    """Refuses a config that would build more than the checkpoint's weights fill, before any memory is asked for.
+
+    No whole number in the model's config may exceed all the weights there are; and the model, sketched without memory
+    (on torch's meta device), must have weights of their shapes.
+
+    Raises:
+        CheckpointError: the config is not that of the weights, or builds no flow at all.
+    """
+    weights = saved["weights"]
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    most = max(SMALL_NUMBER, sum(w.numel() for w in weights.values()))
+    for where, value in leaves({"model": saved["config"]["model"]}):
+        if isinstance(value, int) and abs(value) > most:
+            raise CheckpointError(f"the checkpoint's {'.'.join(where)} is {value}, and its weights are {most} numbers")
+    if math.prod(samples.event_shape) > max(SMALL_SAMPLE, most):
+        raise CheckpointError(f"the checkpoint's samples would be of shape {samples.event_shape}")
+    try:
+        with torch.device("meta"):
+            sketch = build_flow(saved["config"], samples)
+    except FlowtrainError as e:
+        raise CheckpointError(f"the checkpoint's config builds no flow: {e}") from e
+    except NotImplementedError:
+        # a user's own model that needs values to be built
+        return
+    except RuntimeError as e:
+        if "meta tensors" in str(e):
+            return
+        raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError) as e:
+        raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
+    wrong = [name for name, w in sketch.state_dict().items() if not _fits(weights.get(name), w, samples)]
+    wrong += [name for name in shapes if name not in sketch.state_dict()]
+    averaged = {k: v for k, v in (saved.get("ema") or {}).items() if k != "updates"}
+    wrong += [f"ema {k}" for k, v in averaged.items() if not _fits(v, sketch.state_dict().get(k), samples)]
+    if wrong:
+        raise CheckpointError(f"the checkpoint's weights do not fit the model of its config: {', '.join(wrong[:3])}")
+
+
+def _fits(value: Any, sketch: Tensor | None, samples: Samples) -> bool:
+    """Whether a tensor can take the place of one of the model's: of its shape and kind, and no index out of range."""
+    if not isinstance(value, Tensor) or sketch is None or value.shape != sketch.shape:
+        return False
+    kinds = [(t.is_floating_point(), t.is_complex(), t.dtype == torch.bool) for t in (value, sketch)]
+    if kinds[0] != kinds[1]:
+        return False
+    # what is not a list of indices is a count, as of a batch norm's batches
+    if value.is_floating_point() or value.dtype == torch.bool or not value.numel() or not value.dim():
+        return True
+    return int(value.min()) >= 0 and int(value.max()) < max(SMALL_NUMBER, math.prod(samples.event_shape))
+
+
+def samples_of(saved: Mapping[str, Any]) -> Samples:
+    """What a checkpoint says of the samples it was trained on.
+
+    Raises:
+        CheckpointError: a description that is not one.
+    """
+    event_shape = tuple(saved["event_shape"])
+    if "samples" not in saved:
+        # written before there were images
+        data = saved["config"]["data"]
+        return Samples(event_shape, bool(data.get("dequantize")), standardized=bool(data.get("standardize")))
+    try:
+        samples = Samples(**{**saved["samples"], "event_shape": event_shape})
+        alpha = below_half("alpha", samples.alpha)
+        counts = [v for v in (samples.levels, samples.classes) if v is not None]
+        good = all(type(v) is int and v > 0 for v in counts) and all(isinstance(c, str) for c in samples.columns)
+        good &= isinstance(samples.discrete, bool) and isinstance(samples.standardized, bool)
+    except (TypeError, ConfigError):
+        good = False
+    if not good:
+        raise CheckpointError(f"the checkpoint describes its samples as {saved['samples']}: not one of ours")
+    return replace(samples, alpha=alpha)

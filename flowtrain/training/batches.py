@@ -1,0 +1,57 @@
+"""The batches of a run, each a pure function of the seed and the step, and of each the rows that one rank has."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from flowtrain import distributed
+from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
+from flowtrain.flow import Flow
+
+
+class Batch(NamedTuple):
+    """What a step is taken on.
+
+    Attributes:
+        x: (rows, *event_shape), on the flow's device.
+        label: (rows,), for a conditional flow, else None.
+        seed: of all noise that the step draws.
+    """
+
+    x: Tensor
+    label: Tensor | None
+    seed: int
+
+
+class Batches:
+    """Draws from `data` for `flow`.
+
+    Args:
+        size: rows of a batch, over all ranks.
+        seed: the run's.
+
+    Attributes:
+        weight: the share of the rows of a batch that this rank has.
+    """
+
+    def __init__(self, flow: Flow, data: Dataset, size: int, seed: int) -> None:
+        self.flow, self.data, self.size, self.seed = flow, data, size, seed
+        self.device = flow.like.device
+        data.to(self.device)
+        self.share = distributed.share(size)
+        self.weight = (self.share.stop - self.share.start) / size
+
+    def seed_of(self, step: int) -> int:
+        """Of the noise of a step; each rank has its own."""
+        own = (distributed.rank(),) if distributed.rank() else ()
+        return step_generator(self.seed, STEP_STREAM, step, *own).initial_seed()
+
+    def of(self, step: int) -> Batch:
+        """This rank's rows of the batch of a step."""
+        return Batch(*self.draw(step, self.size, self.share), self.seed_of(step))
+
+    def draw(self, step: int, size: int, share: slice) -> tuple[Tensor, Tensor | None]:
+        """Those rows of a batch of any size, and their labels for a conditional flow."""
+        x = self.data.train_share(step, size, self.seed, share).to(self.device, non_blocking=True)
+        label = self.data.labels_share(step, size, self.seed, share) if self.flow.classes is not None else None
+        return x, None if label is None else label.to(self.device, non_blocking=True)

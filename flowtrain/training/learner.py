@@ -1,0 +1,148 @@
+"""What learns: the flow, and all that goes along with its weights from step to step."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from flowtrain import distributed
+from flowtrain.bijections.scale import BatchNorm
+from flowtrain.flow import Flow
+from flowtrain.objectives.base import Objective
+from flowtrain.training.batches import Batch
+from flowtrain.training.ema import Ema
+from flowtrain.training.guard import Guard
+from flowtrain.training.schedule import LearningRate
+from flowtrain.training.settings import Settings
+from flowtrain.training.state import moments
+
+# of the steps, the share over which the tolerance warms up where the solver leaves it to the trainer
+WARMUP = 2 / 3
+
+
+class Learner:
+    """Optimizer, learning rate, average and guard of a flow whose weights are those that training begins with.
+
+    Attributes:
+        solves_from: the first step that solves the ODE, None where none does.
+        tied: whether the tolerance warms up with the learning rate, which has no end in sight.
+        running: the running statistics of batch norms, which each rank would have of its own rows.
+        ema, guard: None where there is none.
+    """
+
+    def __init__(self, objective: Objective, flow: Flow, settings: Settings) -> None:
+        self.flow, self.settings = flow, settings
+        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = kind(flow.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        self.solves_from = objective.likelihood_from
+        self.lr = LearningRate(settings, self.solves_from or 0)
+        self.tied = flow.solver is not None and flow.solver.warmup is None and settings.lr_decay == "plateau"
+        if flow.solver is not None and flow.solver.warmup is None:
+            flow.solver.warmup = round(WARMUP * (settings.steps - (self.solves_from or 0)))
+        self.guard = None if flow.solver is None else Guard(flow, flow.solver, settings.guard_every, self.warmed)
+        norms = [m for m in flow.modules() if isinstance(m, BatchNorm | _BatchNorm)]
+        self.running = [b for m in norms for b in m.buffers()]
+        self.ema = None if settings.ema is None else Ema(flow, settings.ema)
+
+    def solves(self, step: int) -> bool:
+        """Whether that step of training solves the ODE, and maximizes the likelihood."""
+        return self.solves_from is not None and step >= self.solves_from
+
+    def set_rate(self, lr: float) -> None:
+        """Sets the learning rate of the update to come."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def apply(self) -> None:
+        """Moves the weights by their gradients, and the average after them."""
+        self.optimizer.step()
+        self.share_running()
+        if self.ema is not None:
+            self.ema.update()
+
+    def share_running(self) -> None:
+        """Takes over rank 0's running statistics."""
+        distributed.make_alike(self.running)
+
+    def begin_anew(self) -> None:
+        """Before another loss: it begins at the average, and the optimizer's moments are of no use to it."""
+        self.optimizer.state.clear()
+        self.lr.begin_anew()
+        if self.ema is not None:
+            self.ema.begin_anew()
+
+    def with_average(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Calls a function while the flow holds its averaged weights, where there are any."""
+        with ExitStack() as stack:
+            if self.ema is not None:
+                stack.enter_context(self.ema.applied())
+            return function(*arguments, **named)
+
+    # the tolerance of training, and the guard's look at what comes of it
+
+    @contextmanager
+    def solving(self, step: int) -> Iterator[None]:
+        """Inside, the ODE is solved as that step of training solves it."""
+        with ExitStack() as stack:
+            if self.guard is not None and self.solves(step):
+                rtol, atol = self.guard.tolerance_at(step)
+                stack.enter_context(self.guard.solver.using(rtol=rtol, atol=atol))
+            yield
+
+    def tolerance(self, step: int) -> dict[str, float | None]:
+        """What the row of a step says of it: None of fixed steps, and where nothing is solved."""
+        if self.guard is None or not self.guard.solver.adaptive or not self.solves(step):
+            return {"rtol": None, "atol": None}
+        return dict(zip(("rtol", "atol"), self.guard.tolerance_at(step), strict=True))
+
+    def tightened(self, step: int, batch: Batch) -> bool:
+        """Whether the guard, where its turn has come after that step, has found the solver exploited and tightened."""
+        if self.guard is None or not self.solves(step):
+            return False
+        # of several parts the first: there is memory for one
+        part = slice(math.ceil(len(batch.x) / self.settings.accumulate))
+        label = None if batch.label is None else batch.label[part]
+        return self.guard.check(step + 1, batch.x[part], batch.seed, label)
+
+    def warmed(self, step: int) -> float:
+        """How many steps of the tolerance's warm-up a step has behind it.
+
+        With lr_decay=plateau, where nothing says how many are to come, it goes with the halvings of the learning rate.
+        """
+        solver = self.flow.solver
+        if self.tied and solver is not None:
+            return self.lr.settled * (solver.warmup or 0)
+        return max(0, step - (self.solves_from or 0))
+
+    def settled(self, step: int) -> bool:
+        """Whether a validation without a new best counts towards early stopping: not while tolerances tighten."""
+        solver = self.flow.solver
+        if self.settings.lr_decay == "plateau" and self.lr.settled < 1:
+            return False
+        if solver is None or self.solves_from is None:
+            return True
+        return self.solves(step) and self.warmed(step) >= (solver.warmup or 0)
+
+    # of last.pt
+
+    def state(self) -> dict[str, Any]:
+        """What is not among the weights; `ema` goes with those, into every checkpoint."""
+        guard = None if self.guard is None else self.guard.state()
+        return {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state(), "guard": guard}
+
+    def load_moments(self, saved: Mapping[str, Any]) -> None:
+        """The optimizer's, not its settings: they are those of this run, which may be others."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        state = moments(saved["optimizer"], list(self.flow.parameters()))
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """The rest, once it has been checked."""
+        self.lr.load(saved["lr"])
+        if self.ema is not None and saved["ema"] is not None:
+            self.ema.load(saved["ema"])
+        if self.guard is not None and saved.get("guard") is not None:
+            self.guard.load(saved["guard"])

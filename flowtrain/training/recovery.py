@@ -1,0 +1,89 @@
+"""Steps and validations that fail: stopped at, passed over, or gone back from, as the run's policy says."""
+
+import logging
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import TypeVar
+
+from flowtrain import distributed
+from flowtrain.errors import ConfigError, FlowtrainError
+from flowtrain.training.metrics import Metrics
+from flowtrain.training.saving import Saves
+from flowtrain.training.settings import Settings
+from flowtrain.training.trouble import STEP_ERRORS, Trouble
+
+log = logging.getLogger("flowtrain")
+
+T = TypeVar("T")
+
+
+class Failed(Enum):
+    """What became of a step or a validation that failed: it was passed over, or the run went back."""
+
+    SKIPPED = auto()
+    REWOUND = auto()
+
+
+class Recovery:
+    """Stands around what may fail; all ranks see the same failures, and do the same about them."""
+
+    def __init__(self, trouble: Trouble, saves: Saves, metrics: Metrics, settings: Settings) -> None:
+        self.trouble, self.saves, self.metrics, self.settings = trouble, saves, metrics, settings
+
+    def guarded(self, action: Callable[[], T], what: str) -> T | Failed:
+        """What an action gives; where it failed, what the policy has made of that.
+
+        Args:
+            what: the action's name in messages.
+        """
+        try:
+            return action()
+        except distributed.RankLostError:
+            raise
+        except FlowtrainError as e:
+            return self.failed(e, what)
+        except RuntimeError as e:
+            if not self.settings.compile or "torch._" not in f"{type(e).__module__}.":
+                raise
+            first = " ".join(str(e).split())[:300]
+            raise ConfigError(
+                f"trainer.compile=true: torch could not compile here: set it to false ({first} ...)"
+            ) from e
+
+    def failed(self, error: FlowtrainError, what: str) -> Failed:
+        """Does what the policy says of what failed, on whatever rank."""
+        policy = self.trouble.policy_for(error)
+        if policy == "skip":
+            self.trouble.skipped += 1
+            log.warning("%s is skipped: %s", what, error)
+            return Failed.SKIPPED
+        if policy == "rewind":
+            self.rewind(f"{what}: {error}")
+            return Failed.REWOUND
+        run_dir = self.saves.run_dir
+        if not isinstance(error, STEP_ERRORS):
+            raise type(error)(f"{what}: {error} Go on with: flowtrain resume={run_dir}") from error
+        # last.pt stays as it is: a step fails for its weights, and would fail again from those before it
+        lr = self.settings.lr * self.trouble.lr_scale
+        raise type(error)(
+            f"{what}: {error} Go on from the last checkpoint, with a smaller learning rate: "
+            f"flowtrain resume={run_dir} trainer.lr={lr / 2:g}"
+        ) from error
+
+    def rewind(self, why: str) -> None:
+        """Back to the last checkpoint, with half of the learning rate from there on."""
+        rewinds, halvings = self.trouble.rewinds + 1, self.trouble.halvings + 1
+        self.saves.back()
+        self.trouble.rewinds, self.trouble.halvings, self.trouble.skipped = rewinds, halvings, 0
+        step = self.saves.saved_step
+        self.metrics.back_to(step)
+        # now, so that a run killed before its next checkpoint does not begin with the old rate again
+        self.saves.last()
+        log.warning(
+            "%s Back to step %d with a learning rate %g times the one that was set (%d of at most %d times).",
+            why,
+            step,
+            self.trouble.lr_scale,
+            rewinds,
+            self.trouble.max_rewinds,
+        )

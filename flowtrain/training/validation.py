@@ -1,0 +1,66 @@
+"""The NLL of the validation set, and what follows from it: the best checkpoint, a smaller rate, the end of a run."""
+
+import math
+
+import torch
+
+from flowtrain import distributed
+from flowtrain.data.base import Dataset
+from flowtrain.errors import FlowtrainError, NonFiniteError
+from flowtrain.scores import check_finite, held_out, log_probs
+from flowtrain.training.learner import Learner
+from flowtrain.training.metrics import Metrics, in_bits
+from flowtrain.training.progress import Progress
+from flowtrain.training.saving import Saves
+from flowtrain.training.settings import Settings
+
+
+class Validation:
+    """Scores the averaged weights, where there are any, and remembers how good they have been."""
+
+    def __init__(
+        self, learner: Learner, data: Dataset, settings: Settings, progress: Progress, metrics: Metrics, saves: Saves
+    ) -> None:
+        self.flow, self.learner, self.data, self.settings = learner.flow, learner, data, settings
+        self.progress, self.metrics, self.saves = progress, metrics, saves
+
+    def run(self) -> None:
+        """NLL on the fixed validation set at the final tolerance; keeps the best checkpoint."""
+        p = self.progress
+        self.flow.eval()
+        p.val_nll = self.nll()
+        self.metrics.write(step=p.step, split="val", nll=p.val_nll, seconds=p.seconds, **in_bits(self.flow, p.val_nll))
+        # a NaN is never an improvement
+        improved = p.val_nll < (math.inf if p.best is None else p.best["nll"])
+        self.learner.lr.validated(improved)
+        # what is still being tightened has not settled
+        p.stale = 0 if improved or not self.learner.settled(p.step) else p.stale + 1
+        # the best is what is on the disk, as all ranks hear
+        if improved and self.saves.best():
+            p.best = {"nll": p.val_nll, "step": p.step}
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether so many validations in a row have found no new best that the run is to end."""
+        patience = self.settings.patience
+        return patience is not None and self.progress.stale >= patience
+
+    def nll(self) -> float:
+        """In nats, over the validation set, of which each rank scores its share."""
+        # a step that was skipped has left each rank with its own
+        self.learner.share_running()
+        x, label = held_out(self.flow, self.data, "val")
+        x = x[: self.settings.val_size]
+        share = distributed.share(len(x))
+        label = None if label is None else label[share]
+        log_p, failure = torch.zeros(0, dtype=torch.float64), None
+        try:
+            if len(x[share]):
+                log_p = self.learner.with_average(log_probs, self.flow, x[share], label, seed=distributed.rank())
+            check_finite(log_p, "val", share.start)
+        except FlowtrainError as e:
+            failure = e
+        total, n, failures = distributed.summed([log_p.sum().item(), len(log_p), failure is not None])
+        if failures:
+            raise distributed.agreed(failure) or NonFiniteError("the validation failed")
+        return -total / n

@@ -1,0 +1,14 @@
+"""What a refusal says."""
+
+from collections.abc import Callable
+
+import pytest
+
+from flowtrain.errors import FlowtrainError
+
+
+def refused(call: Callable[[], object], kind: type[FlowtrainError], fragments: list[str]) -> None:
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert [part for part in fragments if part not in message] == [], message

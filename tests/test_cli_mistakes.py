@@ -1,0 +1,120 @@
+"""One message for every mistake at the command line, and nothing written over."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import Run
+from short_runs import SMALL, TINY
+
+BAD_TRAIN = [
+    (["model=realnvp", "model.layerz=3"], r"no key model.layerz; model there is layers, hidden"),
+    (["model=realnvp", "model.actnorm=no"], r"model.actnorm=no: give true or false"),
+    (["~objective"], r"objective was taken out"),
+    (["seed=99999999999999999999"], r"seed=9+: give a whole number"),
+    (["+stepz=3"], r"no key stepz"),
+    (["+solver.depth=3"], r"solver: unknown key depth; it takes method, rtol"),
+    (["solver.max_nfe=many"], r"solver.max_nfe=many: give a whole number"),
+    (["solver.warmup=x"], r"solver.warmup=x"),
+    (["recipe=foo"], r"recipe=foo: choose one of .*ffjord_rings.*none"),
+    (["recipe=null"], r"recipe=null: choose one of"),
+    (["solver=rk4", "solver.step_size=0.1", "solver.warmup=5"], r"remove solver.warmup"),
+    (["model=realnvp", "solver.rtol=-1"], r"solver.rtol=-1"),
+    (["model.hidden=64"], r"model.hidden=64: give a list"),
+    (["model.hidden=[a]"], r"model.hidden\[0\]=a: give a whole number"),
+    (["model.flows=two"], r"model.flows=two"),
+    (["model.noise_samples=1.5"], r"model.noise_samples=1.5"),
+    (["data.n_val=many"], r"data.n_val=many"),
+    (["trainer.stepz=3"], r"no key trainer.stepz; trainer there is steps, batch_size"),
+    (["modell=ffjord"], r"no key modell; at the top there are .*model"),
+    (["model=ffjrd"], r"Available options in 'model': affine ffjord glow realnvp"),
+    (["+model.depth=3"], r"model: unknown key depth; ffjord takes field, hidden"),
+    (["solver=rk4"], r"solver.step_size"),
+    (["solver.rtol=-1"], r"solver.rtol=-1"),
+    (["trainer.steps=many"], r"trainer.steps=many: give a whole number"),
+    (["device=cuda:9"], r"this machine has \d+ CUDA devices"),
+    (["device=tpu"], r"device=tpu: choose auto"),
+    (["seed=-1"], r"seed=-1"),
+    (["threads=0"], r"threads=0"),
+    (["data=array"], r"data.path"),
+    (["data=array", "data.path=nowhere.npy"], r"nowhere.npy"),
+    (["model.activation=relu"], r"model.activation=relu: choose one of tanh"),
+    (["resume=nowhere"], r"nowhere: there is no such"),
+    (["resume="], r"resume=RUN_DIR"),
+    (["trainer.steps=[1"], r"trainer.steps"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_TRAIN, ids=lambda v: v[-1] if isinstance(v, list) else "")
+def test_mistakes_get_one_message(run: Run, arguments: list[str], words: str) -> None:
+    code, out, err = (
+        run("flowtrain", *SMALL, *arguments) if "data=array" not in arguments else run("flowtrain", *arguments)
+    )
+    assert code == 2
+    assert out == ""
+    assert re.search(words, err), err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_realnvp_refuses_one_column(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.random.default_rng(0).standard_normal(100))
+    code, _, err = run("flowtrain", "model=realnvp", "data=array", "data.path=one.npy")
+    assert code == 2
+    assert "at least 2 columns" in err
+
+
+BAD_OTHERS = [
+    ("floweval", ["split=test"], "ckpt=RUN_DIR_OR_FILE"),
+    ("floweval", ["ckpt=nowhere"], "no such file"),
+    ("floweval", ["ckpt={run}", "split=train"], "choose val or test"),
+    ("floweval", ["ckpt={run}", "solver.tol=1"], "no key solver.tol; solver there is method, rtol"),
+    ("floweval", ["ckpt={run}", "frobnicate=1"], "no key frobnicate.*split, out"),
+    ("floweval", ["ckpt={run}", "model=realnvp"], "its own model"),
+    ("floweval", ["ckpt={run}", "trainer.lr=77"], "no use here; give ckpt.* keys of model, data, solver"),
+    ("floweval", ["ckpt={run}", "objective=hybrid"], "no use here"),
+    ("floweval", ["ckpt={run}", "solver.rtol=1e-3,1e-4"], "which only flowtrain -m can run"),
+    ("floweval", ["ckpt={run}", "batch_size=true"], "batch_size=True"),
+    ("flowtrain", ["resume={run}", "data=rings"], "start a new one"),
+    ("flowtrain", ["resume={run}", "model.activation=swish"], "start a new one"),
+    ("floweval", ["ckpt={run}", "batch_size=0"], "batch_size=0"),
+    ("floweval", ["{run}"], "KEY=VALUE"),
+    ("floweval", ["ckpt={run}/flowtrain.log"], "not a flowtrain checkpoint|complete"),
+    ("floweval", ["ckpt={run}", "data=gas"], "Available options in 'data': .*swissroll$"),
+    ("flowsample", ["ckpt={run}", "n=0"], "n=0"),
+    ("flowsample", ["ckpt={run}", "n=many"], "n=many"),
+    ("flowsample", ["ckpt={run}", "temperature=-1"], "temperature=-1"),
+    ("flowsample", ["ckpt={run}", "out=s.csv"], ".npy"),
+]
+
+
+def test_mistakes_of_the_other_commands_get_one_message(run: Run) -> None:
+    _, out, _ = run("flowtrain", *SMALL, *TINY)
+    run_dir = out.splitlines()[-1]
+    for command, arguments, words in BAD_OTHERS:
+        code, out, err = run(command, *(a.format(run=run_dir) for a in arguments))
+        assert (code, out) == (2, ""), (arguments, err)
+        assert re.search(words, err), err
+        assert len(err.strip().splitlines()) == 1, err
+
+
+def test_a_run_is_never_overwritten(run: Run, tmp_path: Path) -> None:
+    keys = ["model=affine", *SMALL, "hydra.run.dir=here"]
+    assert run("flowtrain", *keys)[0] == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "here").rglob("*") if p.is_file()}
+    code, _, err = run("flowtrain", *keys, "seed=5")
+    assert code == 2
+    assert "resume=" in err
+    assert {p: p.read_bytes() for p in (tmp_path / "here").rglob("*") if p.is_file()} == before
+
+
+def test_a_place_that_cannot_be_written_gets_one_message(run: Run, tmp_path: Path) -> None:
+    _, out, _ = run("flowtrain", *SMALL, "model=affine")
+    (tmp_path / "file").touch()
+    for command, key in (("flowtrain", "hydra.run.dir"), ("floweval", "out"), ("flowsample", "out")):
+        rest = SMALL if command == "flowtrain" else [f"ckpt={out.splitlines()[-1]}"]
+        code, _, err = run(command, *rest, f"{key}=file/x.npy")
+        assert code == 1
+        assert "file" in err
+        assert len(err.strip().splitlines()) == 1, err

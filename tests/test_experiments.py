@@ -1,0 +1,61 @@
+"""The experiments under configs/experiment train, each with the recipe of its model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from image_sets import write_set
+from runs import Run
+
+from flowtrain.cli.messages import compose_defaults
+from flowtrain.paths import config_dir
+
+
+def test_experiments_take_the_recipe_of_their_model() -> None:
+    for name in ("realnvp", "glow", "ffjord"):
+        config = compose_defaults([f"experiment=mnist_{name}_small"])
+        assert config["model"]["positions"]
+        assert config["trainer"]["time_limit"] == 600
+
+
+@pytest.mark.parametrize("experiment", sorted(p.stem for p in (config_dir() / "experiment").glob("mnist_*.yaml")))
+def test_every_experiment_on_images_trains(experiment: str, run: Run, tmp_path: Path) -> None:
+    write_set(tmp_path / "data" / "mnist")
+    small = ["data.n_val=10", "data.root=data", "trainer.batch_size=4", "trainer.steps=1", "model.hidden=[4]"]
+    small += ["model.scales=1", "solver.rtol=1e-3"] + ["model.steps=2"] * ("glow" in experiment)
+    code, out, err = run("flowtrain", f"experiment={experiment}", *small)
+    assert code == 0, err
+    assert json.loads((Path(out.splitlines()[-1]) / "result.json").read_text())["bits_per_dim"] > 0
+
+
+def test_patience_can_run_out_where_it_is_given() -> None:
+    """A run of fewer validations than its patience would never stop early."""
+    for keys in (
+        ["data=array", "data.path=x"],
+        ["data=array", "data.path=x", "model=realnvp"],
+        ["data=array", "data.path=x", "model=glow"],
+        ["data=array", "data.path=x", "objective=flow_matching"],
+        ["data=mnist", "model=realnvp"],
+        ["data=mnist", "model=glow"],
+    ):
+        trainer = compose_defaults(keys)["trainer"]
+        settled = 2 / 3 if "model=realnvp" not in keys and "model=glow" not in keys and len(keys) == 2 else 0
+        assert trainer["steps"] * (1 - settled) / trainer["val_every"] > trainer["patience"], keys
+
+
+OTHERS = sorted(
+    p.stem for p in (config_dir() / "experiment").glob("*.yaml") if not p.stem.startswith(("mnist_", "search_"))
+)
+
+
+@pytest.mark.parametrize("experiment", OTHERS)
+def test_every_other_experiment_trains(experiment: str, run: Run, tmp_path: Path) -> None:
+    small = ["trainer.batch_size=4", "trainer.steps=2", "model.hidden=[4]"]
+    if experiment == "gas_ffjord":
+        (tmp_path / "a.csv").write_text("\n".join(f"{i},{i * i % 7}" for i in range(50)))
+        small += ["data.path=a.csv", "objective.matching=1"]
+    else:
+        small += ["data.n_val=10", "data.n_test=10"]
+    code, out, err = run("flowtrain", f"experiment={experiment}", *small)
+    assert code == 0, err
+    assert (Path(out.splitlines()[-1]) / "result.json").exists()

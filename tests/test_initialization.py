@@ -1,0 +1,73 @@
+"""What bijections begin with: buffers, bounds, and parameters that fit the first data."""
+
+import pytest
+import torch
+from small_bijections import perturbed
+
+from flowtrain.bijections.affine import Affine
+from flowtrain.bijections.base import Chain
+from flowtrain.bijections.permutation import Permutation
+from flowtrain.bijections.scale import ActNorm, Standardize
+from flowtrain.errors import DataError
+from flowtrain.models.realnvp import realnvp
+
+
+def test_permutation_and_masks_are_saved() -> None:
+    """Fails when a permutation is not a buffer: the flow then loads with another one drawn afresh."""
+    torch.manual_seed(1)
+    trained = perturbed(realnvp((9,), mixing="permutation").bijection)
+    torch.manual_seed(2)
+    loaded = realnvp((9,), mixing="permutation").bijection
+    x = torch.randn(5, 9)
+    assert not torch.allclose(loaded.inverse(x)[0], trained.inverse(x)[0])
+    loaded.load_state_dict(trained.state_dict())
+    torch.testing.assert_close(loaded.inverse(x), trained.inverse(x), rtol=0, atol=0)
+
+
+def test_actnorm_initialization_standardizes_the_base_side() -> None:
+    x = 3 * torch.randn(5000, 4) + torch.arange(4)
+    bijection = perturbed(Chain([ActNorm(4), Permutation(torch.randperm(4)), Affine(4)]))
+    bijection.initialize(x)
+    z = bijection.map_inverse(x)
+    torch.testing.assert_close(z.mean(0), torch.zeros(4), atol=1e-9, rtol=0)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(4), atol=1e-9, rtol=0)
+
+
+def test_initialization_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, label = torch.randn(30, 1, 4, 4), torch.arange(30) % 3
+    flow = perturbed(realnvp((1, 4, 4), layers=2, hidden=(4,), conditional=True, classes=3).bijection)
+    whole = flow.initialize(x, label)
+    monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 16)
+    torch.testing.assert_close(flow.initialize(x, label), whole)
+
+
+def test_affine_initialization_is_the_maximum_likelihood_gaussian() -> None:
+    x = torch.randn(400, 3) @ torch.randn(3, 3) + 5
+    bijection = Affine(3)
+    bijection.initialize(x)
+    factor = bijection.factor()
+    torch.testing.assert_close(factor @ factor.T, torch.cov(x.T, correction=0), rtol=1e-4, atol=1e-4)
+    z, log_det = bijection.inverse(x)
+    standard = torch.distributions.MultivariateNormal(torch.zeros(3), torch.eye(3))
+    gaussian = torch.distributions.MultivariateNormal(bijection.mean, scale_tril=factor)
+    torch.testing.assert_close(standard.log_prob(z) + log_det, gaussian.log_prob(x))
+
+
+def test_affine_initialization_survives_columns_that_depend_on_each_other() -> None:
+    x = torch.randn(100, 1).expand(100, 3)
+    bijection = Affine(3)
+    bijection.initialize(x)
+    assert torch.isfinite(bijection.inverse(x)[0]).all()
+
+
+def test_standardize_refuses_a_constant_column() -> None:
+    with pytest.raises(DataError, match=r"\[1\]"):
+        Standardize((2,)).fit(torch.zeros(2), torch.tensor([1.0, 0.0]))
+
+
+def test_coupling_scale_is_bounded() -> None:
+    coupling = next(iter(realnvp((2,), layers=1, actnorm=False, cap=1.5).bijection))  # type: ignore[call-overload]
+    with torch.no_grad():
+        for p in coupling.parameters():
+            p.mul_(0).add_(50.0)
+    assert coupling.forward(torch.randn(10, 2))[1].abs().max() <= 1.5
