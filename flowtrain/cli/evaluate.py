@@ -12,17 +12,18 @@ from flowtrain import pictures
 from flowtrain.build import build_data
 from flowtrain.checks import flag, one_of, whole
 from flowtrain.cli.files import check_outputs, paths_of, run_dir_of, written_as
+from flowtrain.cli.folders import options
 from flowtrain.cli.messages import compose_defaults, run_command
 from flowtrain.cli.opened import Opened, open_checkpoint
 from flowtrain.cli.overrides import keys_of, split_own
+from flowtrain.console import messages
 from flowtrain.data.base import Dataset
 from flowtrain.data.rows import Rows
 from flowtrain.errors import ConfigError, DataError
 from flowtrain.evaluation import check_fits, evaluate
 from flowtrain.files import write_json, write_npy
-from flowtrain.paths import config_dir
 from flowtrain.report import write_report
-from flowtrain.run import data_name, messages, title_of
+from flowtrain.titles import data_name, title_of
 
 USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FILE] [report=true] [KEY=VALUE ...]
 
@@ -42,12 +43,14 @@ USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FIL
   trust        packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
 
 Keys of data and solver can be changed, as in solver.rtol=1e-7, solver=tsit5 or data=circles, and how a trace is taken:
-model.eval_trace=hutchinson, model.noise, model.noise_samples. data.path=NEW.csv scores new data."""
+model.eval_trace=hutchinson, model.noise, model.noise_samples. data.path=NEW.csv scores new data. --config-dir DIR finds
+your own configs of data and solvers."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def main() -> None:
+    """The command `floweval`."""
     with messages():
         run_command("floweval", _command)
 
@@ -122,6 +125,7 @@ class Place:
         check_outputs(paths, inputs)
 
     def figure(self, name: str) -> Path:
+        """Where the figure of that name goes."""
         if self.out is None:
             # those of the test set are the run's
             return self.run_dir / f"plots/{name}{self.suffix}.png"
@@ -167,7 +171,7 @@ def data_of(opened: Opened, split: str, overrides: Sequence[str]) -> Dataset:
 
 def other_set(value: str, opened: Opened) -> tuple[str, Tensor]:
     """Name and samples of the set that `ood` means: the test set of data by that name, or the rows of a file."""
-    if value != "array" and value in {path.stem for path in (config_dir() / "data").glob("*.yaml")}:
+    if value != "array" and value in options("data"):
         data = build_data({**opened.config, "data": compose_defaults([f"data={value}"])["data"]})
         check_fits(opened.flow, data)
         return value, data.test

@@ -6,13 +6,15 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 
+from flowtrain.cli.folders import options
 from flowtrain.errors import ConfigError
-from flowtrain.paths import config_dir, config_groups
+from flowtrain.paths import config_groups
 
-# Hydra's; those of the second line take a value
+# Hydra's; what follows those of the second line is no override
 FLAGS = ("-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun", "-sc",
-         "--shell-completion", "-i", "--info", "-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn",
-         "--config-name", "-cd", "--config-dir", "--experimental-rerun")  # fmt: skip
+         "--shell-completion", "-i", "--info")  # fmt: skip
+VALUED = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
+          "--experimental-rerun")  # fmt: skip
 
 
 def check_grammar(arguments: Sequence[str]) -> None:
@@ -22,9 +24,11 @@ def check_grammar(arguments: Sequence[str]) -> None:
         ConfigError: naming the argument.
         HydraException: an override that cannot be parsed.
     """
-    for argument in arguments:
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if before in VALUED:
+            continue
         if argument.startswith("-"):
-            if argument.partition("=")[0] not in FLAGS:
+            if argument.partition("=")[0] not in FLAGS + VALUED:
                 raise ConfigError(f"{argument}: there is no such flag; see --help, and -m for a sweep")
         elif argument.lstrip("+~").startswith("=") or not argument.strip():
             raise ConfigError(f"{argument!r}: arguments look like KEY=VALUE; see --help")
@@ -37,6 +41,16 @@ def check_grammar(arguments: Sequence[str]) -> None:
             check_option(OverridesParser.create().parse_override(argument))
 
 
+def in_order(arguments: Sequence[str]) -> list[str]:
+    """The overrides and after them the flags with their values: Hydra takes no overrides on both sides of a flag."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        topic = before in ("-i", "--info") and "=" not in argument
+        (flags if argument.startswith("-") or before in VALUED or topic else overrides).append(argument)
+    return [*overrides, *flags]
+
+
 def check_option(override: Override) -> None:
     """Refuses a value of a config group that names no option of it."""
     group = override.key_or_group
@@ -45,7 +59,7 @@ def check_option(override: Override) -> None:
         return
     values: list[Any] = value.list if isinstance(value, ChoiceSweep) else value if isinstance(value, list) else [value]
     bad = [v for v in values if not isinstance(v, str) and type(v).__name__ != "QuotedString"]
-    there = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    there = options(group)
     if group == "recipe":
         # Hydra passes over it where there is none, because most models and data have none
         bad += [v for v in values if isinstance(v, str) and v not in there]

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain import distributed
+from flowtrain.cli.folders import look_here, own_configs
 from flowtrain.errors import FlowtrainError, first_line, out_of_memory
 from flowtrain.paths import config_dir, config_groups
 
@@ -23,6 +24,8 @@ def run_command(name: str, command: Callable[[], int]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     code: int | None
     try:
+        if own_configs() is not None:
+            look_here()
         code = command()
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -107,7 +110,16 @@ def unknown_key(key: str, config: Mapping[str, Any], where: str = "") -> str:
 def compose_defaults(overrides: Sequence[str]) -> dict[str, Any]:
     """The plain config that a command line of overrides composes."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return plain(compose("config", list(overrides)))
+        return plain(compose("config", [*own_searchpath(), *overrides]))
+
+
+def own_searchpath() -> list[str]:
+    """The override that has Hydra look for configs in the folder of --config-dir too."""
+    own = own_configs()
+    if own is None:
+        return []
+    quoted = str(own).replace("\\", r"\\").replace("'", r"\'")
+    return [f"hydra.searchpath=['file://{quoted}']"]
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from flowtrain.cli.folders import look_here, split_folder
 from flowtrain.cli.messages import compose_defaults, plain, unknown_key
 from flowtrain.errors import ConfigError
 from flowtrain.paths import config_groups
@@ -22,6 +23,7 @@ def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> t
     if not arguments or any(a in ("-h", "--help") for a in arguments):
         print(usage)
         raise SystemExit(0 if arguments else 2)
+    arguments = split_folder(arguments)[1]
     bad = [a for a in arguments if "=" not in a]
     if bad:
         raise ConfigError(f"{bad[0]}: arguments look like KEY=VALUE; see --help")
@@ -37,7 +39,7 @@ def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> t
 
 
 def trusted(value: Any) -> list[str]:
-    """The packages that `trust` names.
+    """The packages that `trust` names, which are then looked for in the working directory too.
 
     Raises:
         ConfigError: no names.
@@ -45,6 +47,8 @@ def trusted(value: Any) -> list[str]:
     names = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"trust={value}: give names of packages, as in trust=[mypkg]")
+    if names:
+        look_here()
     return names
 
 

@@ -9,15 +9,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain import distributed
-from flowtrain.build import check_targets
 from flowtrain.cli.files import absolute_paths, is_path
+from flowtrain.cli.folders import options
 from flowtrain.cli.messages import plain
 from flowtrain.cli.overrides import keys_of, overridden, trusted
+from flowtrain.console import messages
 from flowtrain.errors import CheckpointError, ConfigError
-from flowtrain.paths import config_dir, config_groups
-from flowtrain.run import messages, train
+from flowtrain.paths import config_groups
+from flowtrain.run import train
 from flowtrain.training import checkpoint
 from flowtrain.training.lock import holding
+from flowtrain.trust import check_targets
 
 
 def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
@@ -90,7 +92,7 @@ def chosen(arguments: Sequence[str]) -> list[str]:
     refuse_changes(arguments, FROM, ("model", "data", "experiment", "recipe"))
     saved = checkpoint.load(checkpoint.find(Path(run.strip("'\"")).expanduser()))["config"]
     names = {group: saved[group].get("name") for group in ("model", "data")}
-    ours = [f"{group}={name}" for group, name in names.items() if (config_dir() / group / f"{name}.yaml").is_file()]
+    ours = [f"{group}={name}" for group, name in names.items() if name in options(group)]
     # among the overrides: what follows a flag is no override
     return [*arguments[: places[-1]], *ours, *arguments[places[-1] :]]
 

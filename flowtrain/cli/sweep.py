@@ -118,6 +118,7 @@ class Sweep:
 
     @property
     def code(self) -> int:
+        """What the process ends with: 1 where a job lacks its result, else 0."""
         return 1 if self.undone else 0
 
 
@@ -131,8 +132,9 @@ class Root(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not distributed.launched():
             _ROOT[:] = [Path(str(config.hydra.sweep.dir)).absolute()]
-        # bars of jobs side by side would write over one another
-        os.environ.setdefault("TQDM_DISABLE", "1")
+        if not str(config.hydra.launcher._target_).endswith(".BasicLauncher"):
+            # bars of jobs side by side would write over one another
+            os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from flowtrain import distributed
-from flowtrain.cli import sweep
-from flowtrain.cli.grammar import check_grammar
+from flowtrain.cli import help, sweep
+from flowtrain.cli.grammar import check_grammar, in_order
 from flowtrain.cli.messages import plain, report, run_command
 from flowtrain.cli.overrides import split_own, trusted
 from flowtrain.cli.runs import begin, chosen, go_on
@@ -22,6 +22,7 @@ from flowtrain.training import checkpoint
 
 
 def main() -> None:
+    """The command `flowtrain`."""
     run_command("flowtrain", _joined)
 
 
@@ -32,10 +33,13 @@ def _joined() -> int:
 
 def _command() -> int:
     arguments = sys.argv[1:]
+    if help.asked(arguments):
+        print(help.help_text(arguments))
+        return 0
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)
     check_grammar(arguments)
-    sys.argv[1:] = chosen(arguments)
+    sys.argv[1:] = in_order(chosen(arguments))
     with tempfile.TemporaryDirectory() as aside, sweep.summarized() as summary:
         if not distributed.is_first():
             # for Hydra, which makes a directory on every rank

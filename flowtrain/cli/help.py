@@ -1,0 +1,201 @@
+"""`flowtrain --help`: what the config files and their comments say, for what a command line chooses."""
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+
+from flowtrain.cli.comments import Commented
+from flowtrain.cli.folders import config_dirs, options, split_folder
+from flowtrain.cli.grammar import VALUED, check_grammar
+from flowtrain.cli.messages import own_searchpath, plain
+from flowtrain.cli.runs import chosen, known
+from flowtrain.paths import config_dir
+
+WIDTH, COLUMN = 110, 36
+# the groups as one thinks of a run
+GROUPS = ("model", "data", "objective", "regularizer", "solver", "trainer", "recipe", "experiment")
+
+Row = tuple[str, str]
+
+USES: list[Row] = [
+    ("flowtrain", "FFJORD on two moons, the defaults"),
+    ("flowtrain model=realnvp data=mnist", "other choices; scripts/download_mnist.py fetches MNIST"),
+    ("flowtrain data=array data.path=FILE", "your own .npy, .npz or .csv, one row a sample"),
+    ("flowtrain -m solver.rtol=1e-3,1e-5", "a sweep"),
+    ("flowtrain resume=RUN_DIR", "goes on exactly where a run stopped"),
+    ("flowtrain from=RUN_DIR", "a new run with the model, data and weights of another"),
+    ("floweval ckpt=RUN_DIR", "the test NLL of a run; floweval --help"),
+    ("flowsample ckpt=RUN_DIR n=10000", "samples of a run; flowsample --help"),
+]
+FLAGS: list[Row] = [
+    ("-h, --help", "this, for what the command line chooses: flowtrain model=glow data=mnist --help"),
+    (
+        "-m, --multirun",
+        "a sweep: KEY=A,B or GROUP=A,B makes a run of each, where hydra/launcher says",
+    ),
+    ("--cfg job", "the config that the command line composes, and no run; -p trainer with it: a part"),
+    ("--cfg hydra", "Hydra's own part of it"),
+    ("--info defaults-tree", "which file chooses which, and no run"),
+    ("--info defaults", "the files in the order in which they are merged: the last has the last word"),
+    ("--info searchpath", "the folders that they are looked for in"),
+    ("--info", "all of that, the plugins and the config"),
+    ("--config-dir DIR", "your own configs too, DIR/model/mine.yaml for model=mine; see README, Extending"),
+    ("--hydra-help", "the flags and the groups of Hydra itself"),
+]
+COMPLETION: list[Row] = [
+    ('eval "$(flowtrain -sc install=bash)"', "bash; for good, in ~/.bashrc"),
+    ('eval "$(flowtrain -sc install=bash)"', "zsh, after autoload -Uz bashcompinit && bashcompinit"),
+    ("flowtrain -sc install=fish | source", "fish"),
+]
+CODES: list[Row] = [
+    ("0", "the run has ended, also by early stopping or trainer.time_limit"),
+    ("1", "something went wrong on the way: a solve, a full disk, a job of a sweep"),
+    ("2", "a mistake: one message on standard error says which, and nothing was run"),
+    ("128 + n", "stopped by signal n, 130 by Ctrl-C; the run is saved, and resume=RUN_DIR goes on"),
+]
+OUTPUT = (
+    "The last line of standard output is the run directory, of a sweep the directory of all its runs. Messages and "
+    "progress go to standard error, and to RUN_DIR/flowtrain.log."
+)
+
+
+def asked(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks for help."""
+    return any(a in ("-h", "--help") for a in arguments)
+
+
+def help_text(arguments: Sequence[str]) -> str:
+    """The help for a command line.
+
+    Raises:
+        ConfigError, HydraException: a mistake in it.
+    """
+    check_grammar(arguments)
+    run, hydra = composed(overrides_of(chosen(arguments)))
+    choices = hydra["runtime"]["choices"]
+    blocks = [
+        ["flowtrain: train, evaluate and look at normalizing flows"],
+        ["  flowtrain [GROUP=NAME ...] [KEY=VALUE ...] [FLAG ...]"],
+        table(USES, column=42),
+        ["Groups (GROUP=NAME chooses; * marks what this command line chooses)"],
+        *(group_lines(group, [choices.get(group), choices.get(f"{group}@_global_")]) for group in GROUPS),
+        ["Keys (KEY=VALUE sets one; the values are those that this command line composes)"],
+        *key_lines(run, hydra, choices),
+        ["Flags"],
+        table(FLAGS, column=26),
+        ["Tab completion, of groups, choices and keys"],
+        table(COMPLETION, column=42),
+        ["Output and exit codes"],
+        textwrap.wrap(OUTPUT, WIDTH, initial_indent="  ", subsequent_indent="  "),
+        table(CODES, column=12),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def overrides_of(arguments: Sequence[str]) -> list[str]:
+    """The overrides among the arguments of a command line, of a sweep those of its first run."""
+    rest = split_folder(arguments)[1]
+    flagged = (*VALUED, "-i", "--info")
+    words = [a for before, a in zip(["", *rest], rest, strict=False) if not a.startswith("-") and before not in flagged]
+    if not {"-m", "--multirun"} & set(rest):
+        return words
+    return [word for override in OverridesParser.create().parse_overrides(words) for word in first_of(override)]
+
+
+def first_of(override: Override) -> list[str]:
+    """An override with the first of its values; nothing where there is no first, as in an interval."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if not override.is_discrete_sweep():
+        return []
+    return [f"{override.get_key_element()}={next(override.sweep_string_iterator())}"]
+
+
+def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config of a run, and Hydra's own part as it is written."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        whole = compose("config", [*own_searchpath(), *overrides], return_hydra_config=True)
+    hydra = OmegaConf.to_container(whole.hydra)
+    run = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+    return known(plain(run)), cast(dict[str, Any], hydra)
+
+
+def group_lines(group: str, names: Sequence[str | None]) -> list[str]:
+    """A group, what it is for, and its choices, those in `names` marked."""
+    rows = [(f"{'*' if name in names else ' '} {name}", read(group, name).sentence) for name in options(group)]
+    return [*table([(group, main_file().groups[group])], column=30), *table(rows, column=30, indent=4)]
+
+
+def key_lines(run: Mapping[str, Any], hydra: Mapping[str, Any], choices: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The keys of the run, of each group, and those of Hydra that flowtrain sets; with values and meanings."""
+    ours = main_file().keys
+    yield key_table({key: value for key, value in run.items() if key not in GROUPS}, ours)
+    for group in GROUPS:
+        if group in run:
+            name = str(choices.get(group))
+            yield [f"  {group}={name}", *key_table({group: run[group]}, meanings(group, name))]
+    values = dict(leaves({"hydra": hydra}))
+    yield ["  hydra", *key_table({key: values[key] for key in ours if key in values}, ours)]
+
+
+def key_table(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str]:
+    """Lines of key=value with what the key means."""
+    return table([(f"{key}={shown(value)}", meaning.get(key, "")) for key, value in leaves(values)])
+
+
+def leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key by its dotted path, with its value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def shown(value: Any) -> str:
+    """A value as a command line has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(shown, value))}]"
+    return str(value)
+
+
+def meanings(group: str, name: str) -> dict[str, str]:
+    """What the keys of a choice mean, by its file and those that it has its other keys from."""
+    said = read(group, name)
+    found: dict[str, str] = {}
+    for parent in said.parents:
+        found |= meanings(group, parent)
+    own = said.keys if said.whole else {f"{group}.{key}": text for key, text in said.keys.items()}
+    return {**found, **{key: text for key, text in own.items() if text}}
+
+
+def main_file() -> Commented:
+    """configs/config.yaml."""
+    return Commented((config_dir() / "config.yaml").read_text())
+
+
+def read(group: str, name: str) -> Commented:
+    """The file of a choice, where there is one."""
+    paths = [folder / group / f"{name}.yaml" for folder in config_dirs()]
+    return Commented(next((path.read_text() for path in paths if path.is_file()), ""))
+
+
+def table(rows: Sequence[Row], column: int = COLUMN, indent: int = 2) -> list[str]:
+    """Two columns, the second wrapped; on the next line where the first is too long for its own."""
+    lines: list[str] = []
+    for left, right in rows:
+        head = " " * indent + left
+        wrapped = textwrap.wrap(right, WIDTH - column, break_on_hyphens=False) or [""]
+        if len(head) > column - 2:
+            lines.append(head)
+            head = ""
+        first, *others = wrapped
+        lines += [f"{head:{column}}{first}".rstrip(), *(" " * column + line for line in others)]
+    return [line for line in lines if line]
