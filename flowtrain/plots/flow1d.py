@@ -9,6 +9,7 @@ from flowtrain.plots import points, style
 from flowtrain.plots.points import Array, LogDensity
 
 HEIGHT = 3.6
+DECADES = 5
 
 
 def draw_flow_1d(
@@ -19,10 +20,12 @@ def draw_flow_1d(
     log_density: LogDensity,
     title: str,
     resolution: int = 1000,
+    log_scale: bool = False,
 ) -> None:
     """Draw data (N, 1), samples (M, 1) and exp(log_density) over one axis to `path`.
 
-    The limits come from the data alone. `log_density` maps (resolution, 1) to (resolution,), called once.
+    The limits come from the data alone. `log_density` maps (resolution, 1) to (resolution,), called once. `log_scale`:
+    a logarithmic axis, DECADES deep.
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 1)
@@ -41,7 +44,11 @@ def draw_flow_1d(
         axes.stairs(sampled, edges, color=style.SAMPLES, linewidth=1.3, baseline=None, label=name)
         name = points.noted("model density", points.missing(density))
         axes.plot(x, np.minimum(density, 1e30), color=style.DENSITY, label=name)
-        axes.set(xlim=limits, ylim=(0, _top(observed, sampled, density)), ylabel="density")
+        top = _top(observed, sampled, density)
+        axes.set(xlim=limits, ylim=(0, top), ylabel="density")
+        if log_scale:
+            axes.set_yscale("log")
+            axes.set_ylim(2 * top / 10**DECADES, 2 * top)
         # the legend has its place on the left
         axes.yaxis.set_offset_position("right")
         style.legend_above(axes)

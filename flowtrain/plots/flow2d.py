@@ -1,11 +1,14 @@
 """Two-dimensional flows: the data, the samples and the density of the model, side by side."""
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -14,6 +17,8 @@ from flowtrain.plots.points import Array, LogDensity, Points, Range
 
 HEIGHT = 3.68
 BINS = 120
+# nats from the top of a logarithmic scale of colours to its bottom
+DEPTH = 10.0
 
 
 def draw_flow_2d(
@@ -24,27 +29,31 @@ def draw_flow_2d(
     log_density: LogDensity,
     title: str,
     resolution: int = 120,
+    log_scale: bool = False,
 ) -> None:
     """Draw data (N, 2), samples (M, 2) and exp(log_density) on a square grid, in three panels, to `path`.
 
     The limits come from the data alone: a stray sample must not squash the picture. `log_density` maps
-    (resolution**2, 2) to (resolution**2,) and is called once.
+    (resolution**2, 2) to (resolution**2,) and is called once. `log_scale`: colours by the logarithm, down to DEPTH
+    under the top.
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 2)
     limits = picture_limits(real.values)
-    density = _density(log_density, limits, resolution)
+    density = points.evaluate(log_density, points.grid_2d(limits, resolution)).reshape(resolution, resolution)
     blur = points.blur_2d(points.common_count(real.values, model.values))
     observed, sampled = (points.histogram_2d(each.values, limits, BINS, blur) for each in (real, model))
     top, density_top = _colour_scales(points.peak(observed), points.peak(density))
     own_scale = "" if density_top == top else "own colour scale"
+    scale = f"colours by log p, {DEPTH:g} nats deep" if log_scale else ""
     density_name = points.noted("model density", points.missing(density), own_scale)
     with style.styled():
         figure = style.new_figure(HEIGHT, title)
         panels = _panels(figure, limits)
-        _show(panels[0], observed, limits, top, points.noted("data", real.lost()))
-        _show(panels[1], sampled, limits, top, _samples_name(model, limits))
-        _show(panels[2], density, limits, density_top, density_name)
+        show = partial(_show, limits=limits, log_scale=log_scale)
+        show(panels[0], observed, top=top, name=points.noted("data", real.lost()))
+        show(panels[1], sampled, top=top, name=_samples_name(model, limits))
+        show(panels[2], density, top=density_top, name=points.noted(density_name, scale))
         style.save(figure, path)
 
 
@@ -56,12 +65,6 @@ def picture_limits(values: Array) -> tuple[Range, Range]:
         half = max(spans) / 2
         ranges = [((low + high) / 2 - half, (low + high) / 2 + half) for low, high in ranges]
     return ranges[0], ranges[1]
-
-
-def _density(log_density: LogDensity, limits: tuple[Range, Range], resolution: int) -> Array:
-    """The model's density on the grid, (resolution, resolution), first index along x."""
-    x, y = np.meshgrid(*(points.centres(edge, resolution) for edge in limits), indexing="ij")
-    return points.evaluate(log_density, np.stack((x.ravel(), y.ravel()), axis=1)).reshape(resolution, resolution)
 
 
 def _colour_scales(data: float, model: float) -> tuple[float, float]:
@@ -96,18 +99,31 @@ def _panels(figure: Figure, limits: tuple[Range, Range]) -> list[Axes]:
     return panels
 
 
-def _show(axes: Axes, heights: Array, limits: tuple[Range, Range], top: float, name: str) -> None:
+def _show(axes: Axes, heights: Array, limits: tuple[Range, Range], top: float, name: str, log_scale: bool) -> None:
+    if log_scale:
+        # nothing is as low as the scale goes; NaN stays
+        with np.errstate(divide="ignore"):
+            heights, top = np.maximum(1 + np.log(heights / top) / DEPTH, 0.0), 1.0
+    paint(axes, heights, limits, top)
+    axes.set_title(name, size=10 * min(1.0, 36 / len(name)))
+
+
+def paint(
+    axes: Axes,
+    heights: Array,
+    limits: tuple[Range, Range],
+    top: float,
+    colours: Colormap = matplotlib.colormaps[style.DENSITY_MAP],
+) -> AxesImage:
     """Paint heights (K, K), first index along x, on a colour scale from 0 to `top`; NaN in grey."""
-    colours = matplotlib.colormaps[style.DENSITY_MAP].with_extremes(bad=style.HAIRLINE)
     # divided by the top first: a height near the largest float would overflow in the resampling
-    axes.imshow(
+    return axes.imshow(
         np.minimum(heights.T / top, 1.0),
         extent=(*limits[0], *limits[1]),
         origin="lower",
         aspect="auto",
-        cmap=colours,
+        cmap=colours.with_extremes(bad=style.HAIRLINE),
         vmin=0,
         vmax=1,
         interpolation="bilinear",
     )
-    axes.set_title(name, size=10 * min(1.0, 36 / len(name)))

@@ -5,7 +5,7 @@ is room, so that all of them look alike; an image too large for its place is ave
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,15 @@ class Cell:
     def across(self, columns: int) -> int:
         """The width of `columns` images."""
         return columns * (self.width + self.gap) - self.gap
+
+    def halved(self, size: tuple[int, int]) -> "Cell":
+        """At half the dots, of images (H, W) that stay enlarged by a whole number."""
+        times = self.height // size[0]
+        height, width = (
+            times // 2 * n if times > 1 else max(1, m // 2)
+            for n, m in zip(size, (self.height, self.width), strict=True)
+        )
+        return Cell(height, width, max(1, self.gap // 2))
 
 
 def draw_panels(path: Path, *, panels: Named, levels: float, title: str, columns: int | None = None) -> None:
@@ -106,6 +115,20 @@ def draw_rows(path: Path, *, rows: Named, levels: float, title: str, note: str =
                 sheet = _sheet(images[:columns], cell, 1, columns, levels)
                 figure.figimage(sheet, edge + label, bottom, origin="upper")
         style.save(figure, path)
+
+
+def moving_panel(images: Tensor, levels: float, title: str) -> tuple[Figure, Callable[[Tensor], Pixels], int]:
+    """For animations, of half the dots: a figure with room for a grid of such images (N, C, H, W) at the lower left,
+    what makes a sheet of N images, and the edge in pixels around that."""
+    size = _common_size([("images", images)], levels)
+    edge, room = _pixels(style.EDGE), _pixels(style.WIDTH - 2 * style.EDGE)
+    rows, columns = _grid(len(images), None, 2 * min(max(size[0] / size[1], 0.25), 4.0), room // _pixels(LEAST))
+    cell = _cell(size, rows, columns, room).halved(size)
+    columns = max(1, min((room // 2 + cell.gap) // (cell.width + cell.gap), len(images)))
+    rows = math.ceil(len(images) / columns)
+    # the height of a whole number of pixels, twice over
+    figure = style.new_figure((2 * (edge // 2 + cell.down(rows)) + _pixels(HEAD - LINE)) / style.DPI, title)
+    return figure, lambda shown: _sheet(shown[: rows * columns], cell, rows, columns, levels), edge // 2
 
 
 def _pixels(inches: float) -> int:

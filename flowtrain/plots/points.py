@@ -95,17 +95,25 @@ def centres(limits: Range, count: int) -> Array:
     return np.asarray(low + (np.arange(count) + 0.5) * ((high - low) / count), dtype=np.float64)
 
 
-def evaluate(log_density: LogDensity, grid: Array) -> Array:
+def grid_2d(limits: tuple[Range, Range], count: int) -> Array:
+    """The centres of count by count equal cells, shape (count**2, 2): y runs fastest."""
+    x, y = np.meshgrid(*(centres(edge, count) for edge in limits), indexing="ij")
+    return np.stack((x.ravel(), y.ravel()), axis=1)
+
+
+def evaluate(log_density: LogDensity, grid: Array, moments: int = 1) -> Array:
     """The density at `grid` (G, d), shape (G,), from one call of `log_density`; NaN where it is not finite.
+
+    Of several moments, one after the other, (moments * G,).
 
     The call gets a float32 tensor on the CPU and runs in the caller's gradient mode: a density that
     differentiates inside would not work under a no_grad set here.
     """
     answer = log_density(torch.from_numpy(grid).to(torch.float32))
-    if answer.numel() != len(grid):
+    if answer.numel() != moments * len(grid):
         raise FlowtrainError(f"log_density returned shape {tuple(answer.shape)} for {len(grid)} points")
     # torch, because numpy warns where exp overflows
-    density = to_numpy(torch.exp(torch.as_tensor(to_numpy(answer)))).reshape(len(grid))
+    density = to_numpy(torch.exp(torch.as_tensor(to_numpy(answer)))).reshape(moments * len(grid))
     density[~np.isfinite(density)] = np.nan
     return density
 

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from flowtrain.files import replacing
@@ -30,6 +31,8 @@ INK, MUTED, HAIRLINE = "#222222", "#6B6B6B", "#C8C8C8"
 DATA, SAMPLES, DENSITY = BLUE, VERMILLION, INK
 DATA_SHADES = ("#CDE2F0", "#86B9DB", "#3F8FC4")
 DENSITY_MAP = "viridis"
+# under what is drawn on top of a density
+PALE_MAP = LinearSegmentedColormap.from_list("pale", ("#FFFFFF", "#E8F2F9", "#A9CFE8"))
 
 DASHES = (0, (5, 3))
 
@@ -110,11 +113,11 @@ def legend_above(axes: Axes, *others: Axes) -> None:
 
 
 def literal(text: str, most: int = 120) -> str:
-    """`text` on one line of at most `most` characters, with no part of it read as TeX."""
+    """`text` on one line of at most `most` characters, with no part of it read as TeX, and +- as one sign."""
     line = " ".join(text.split())
     if len(line) > most:
         line = line[: most - 1].rstrip() + "…"
-    return line.replace("$", r"\$")
+    return line.replace("+-", "±").replace("$", r"\$")
 
 
 def annotate(axes: Axes, text: str, *, x: float = 0.5, y: float = 0.5, align: str = "center") -> None:

@@ -1,0 +1,114 @@
+"""What a run says: on a terminal how it begins and ends, elsewhere warnings alone, in its log file everything."""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowtrain import distributed
+from flowtrain.data.base import Dataset
+from flowtrain.flow import Flow
+from flowtrain.titles import data_name, label, title_of
+from flowtrain.training.settings import Settings
+
+log = logging.getLogger("flowtrain")
+
+# the names before lines, as wide as those of an evaluation
+NAMES = 13
+
+
+@contextmanager
+def messages(path: Path | None = None) -> Iterator[None]:
+    """Inside, messages go to standard error, and with the time to a file where one is given; those of rank 0 alone.
+
+    Where standard error is no terminal, only warnings go there: a log of many jobs is not the place for tables.
+    """
+    if not distributed.is_first():
+        path = None
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    handlers: list[logging.Handler] = [console]
+    if path is not None:
+        file = logging.FileHandler(path)
+        # a message that the disk has no room for was on the terminal
+        file.handleError = lambda record: None  # type: ignore[method-assign]
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(file)
+    log.setLevel(logging.INFO if distributed.is_first() else logging.CRITICAL)
+    log.propagate = False
+    log.handlers[:] = handlers
+    try:
+        yield
+    finally:
+        log.handlers.clear()
+        for handler in handlers:
+            handler.close()
+
+
+def banner(
+    config: Mapping[str, Any], flow: Flow, data: Dataset, settings: Settings, run_dir: Path, step: int = 0
+) -> str:
+    """How a run begins, a line for each of its parts.
+
+    Args:
+        step: where it goes on from.
+    """
+    objective, regularizer = label(config["objective"]), label(config.get("regularizer") or {"name": "none"})
+    size = sum(p.numel() for p in flow.parameters())
+    start = f", from step {step}" if step else ""
+    rows = {
+        "model": f"{label(config['model'])}, {size:,} parameters",
+        "data": f"{data_name(config)}, {_samples(data)}",
+        "solver": "none: closed form" if flow.solver is None else _solver(flow),
+        "objective": objective + ("" if regularizer == "none" else f", regularizer {regularizer}"),
+        "training": f"{settings.steps:,} steps of {settings.batch_size}{start}, {settings.optimizer}, "
+        f"learning rate {settings.lr:g} ({settings.lr_decay}), seed {config['seed']}",
+        "device": _device(flow.like.device),
+        "run": str(shortest(run_dir)),
+    }
+    lines = "\n".join(f"{name:>{NAMES}}  {words}" for name, words in rows.items())
+    return f"flowtrain: {title_of(config)}\n{lines}"
+
+
+def _samples(data: Dataset) -> str:
+    shape = data.event_shape
+    kind = f"{shape[0]} column{'s' * (shape[0] > 1)}" if len(shape) == 1 else f"images {'x'.join(map(str, shape))}"
+    known = "" if data.entropy is None else f", entropy {data.entropy:.4f} nats"
+    return f"{kind}{known}; held out {len(data.val):,} for validation, {len(data.test):,} for the test"
+
+
+def _solver(flow: Flow) -> str:
+    solver = flow.solver
+    assert solver is not None
+    if not solver.adaptive:
+        return f"{solver.method}, steps of {solver.step_size:g}"
+    warming = solver.warmup and solver.warmup_rtol > solver.train_rtol
+    tightening = f", in training from {solver.warmup_rtol:g} on" if warming else ""
+    return f"{solver.method}, rtol {solver.rtol:g}, atol {solver.atol:g}{tightening}"
+
+
+def _device(device: torch.device) -> str:
+    ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}{ranks}"
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} thread{'s' * (threads > 1)}{ranks}"
+
+
+def next_commands(run_dir: Path, event_shape: tuple[int, ...]) -> str:
+    """What to type after a run."""
+    shown = shortest(run_dir)
+    moving = len(event_shape) == 3 or event_shape == (2,)
+    sample = f"flowsample ckpt={shown} {'animate=true' if moving else 'n=10000'}"
+    return f"{'next':>{NAMES}}  floweval ckpt={shown} report=true\n{'':>{NAMES}}  {sample}"
+
+
+def shortest(path: Path) -> Path:
+    """As it is seen from the working directory, where it lies in that."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

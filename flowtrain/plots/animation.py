@@ -1,0 +1,134 @@
+"""Figures that move: written whole or not at all, as GIF, or as MP4 where ffmpeg is.
+
+Shapes: K moments, one frame each; R by R cells; P particles.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.animation import AbstractMovieWriter, FFMpegWriter, PillowWriter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from flowtrain.errors import FlowtrainError
+from flowtrain.files import replacing
+from flowtrain.plots import images, points, style
+from flowtrain.plots.flow2d import paint, picture_limits
+from flowtrain.plots.points import LogDensity
+
+# what can be written, and frames a second
+KINDS = (".gif", ".mp4")
+FPS = 20
+# frames that the base, and then the data, stand still
+BEFORE, AFTER = 8, 28
+RESOLUTION = 100
+# inches
+HEIGHT, SIDE, LEFT, BOTTOM, GAP = 4.76, 4.1, 0.42, 0.3, 0.28
+
+
+def can_write_mp4() -> bool:
+    """Whether there is an ffmpeg."""
+    return shutil.which("ffmpeg") is not None
+
+
+def animate_flow_2d(
+    paths: Sequence[Path],
+    *,
+    data: Tensor,
+    names: Sequence[str],
+    log_density: LogDensity,
+    states: Tensor,
+    title: str,
+) -> None:
+    """Densities beside particles, moment by moment, to each of `paths`, .gif or .mp4.
+
+    Limits and colours do not move, and those come from the data (N, 2).
+
+    Args:
+        names: of the K moments.
+        log_density: grid points (G, 2) to (K, G), in nats.
+        states: of the particles, (K, P, 2).
+    """
+    real, _ = points.as_points(data, data)
+    points.require_width(real, 2)
+    limits = picture_limits(real.values)
+    heights = points.evaluate(lambda x: log_density(x).flatten(), points.grid_2d(limits, RESOLUTION), len(names))
+    heights = heights.reshape(len(names), RESOLUTION, RESOLUTION)
+    placed = points.to_numpy(states)
+    # each its own, and slowly from one to the next: a base is much flatter than the data
+    tops = np.maximum.accumulate(np.array([points.peak(height) or 1.0 for height in heights]))
+    with style.styled():
+        figure = style.new_figure(HEIGHT, title)
+        panels = [style.add_axes(figure, LEFT + i * (SIDE + GAP), BOTTOM, SIDE, SIDE) for i in range(2)]
+        for axes in panels:
+            axes.set(xlim=limits[0], ylim=limits[1])
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), prune="both"))
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), prune="both"))
+            axes.spines[:].set_visible(True)
+        panels[1].tick_params(left=False, labelleft=False)
+        image = paint(panels[0], heights[0], limits, tops[0])
+        (dots,) = panels[1].plot(*placed[0].T, ".", color=style.SAMPLES, markersize=2.2, alpha=0.7)
+        words = panels[0].text(0.03, 0.96, "", transform=panels[0].transAxes, color="white", size=11, va="top")
+
+        def draw(k: int) -> None:
+            image.set_data(np.minimum(heights[k].T / tops[k], 1.0))
+            dots.set_data(*placed[k].T)
+            words.set_text(style.literal(names[k]))
+
+        for path in paths:
+            write(path, figure, draw, len(names))
+
+
+def animate_images(paths: Sequence[Path], *, names: Sequence[str], frames: Tensor, levels: float, title: str) -> None:
+    """Images (K, N, C, H, W) in one grid, moment by moment, to `paths`, .gif or .mp4; shades as in `draw_panels`."""
+    with style.styled():
+        figure, sheet, edge = images.moving_panel(frames[0], levels, title)
+        shown = figure.figimage(sheet(frames[0]), edge, edge, origin="upper")
+        words = figure.text(1 - style.EDGE / style.WIDTH, 0.5, "", ha="right", va="top", color=style.MUTED)
+        words.set_y(1 - style.EDGE / figure.get_size_inches()[1])
+
+        def draw(k: int) -> None:
+            shown.set_data(sheet(frames[k]))
+            words.set_text(style.literal(names[k]))
+
+        for path in paths:
+            write(path, figure, draw, len(names))
+
+
+def write(path: Path, figure: Figure, draw: Callable[[int], None], moments: int) -> None:
+    """Writes a frame for each moment, the first and the last for longer.
+
+    A reader finds the old file or the new one, never half of one.
+
+    Raises:
+        FlowtrainError: a kind of file that cannot be written here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        aside = Path(folder) / f"animation{path.suffix}"
+        writer = _writer(path)
+        FigureCanvasAgg(figure)
+        # of half the dots of a picture
+        dots = style.DPI // 2
+        figure.set_dpi(dots)
+        with writer.saving(figure, str(aside), dots):
+            for k in [*[0] * BEFORE, *range(1, moments - 1), *[moments - 1] * AFTER]:
+                draw(k)
+                writer.grab_frame()
+        with replacing(path) as f:
+            f.write(aside.read_bytes())
+
+
+def _writer(path: Path) -> AbstractMovieWriter:
+    if path.suffix == ".gif":
+        return PillowWriter(fps=FPS)
+    if path.suffix == ".mp4" and can_write_mp4():
+        # what every player can show
+        return FFMpegWriter(fps=FPS, codec="libx264", extra_args=["-pix_fmt", "yuv420p"])
+    if path.suffix == ".mp4":
+        raise FlowtrainError(f"{path}: there is no ffmpeg here to write it with; give a .gif, or install ffmpeg")
+    raise FlowtrainError(f"{path}: an animation is a {' or '.join(KINDS)} file")

@@ -1,0 +1,46 @@
+"""Flows of every make, with random parameters, whose ways from base to data are looked at."""
+
+import torch
+
+from flowtrain.build import build_flow
+from flowtrain.cli.messages import compose_defaults
+from flowtrain.data.base import Samples
+from flowtrain.flow import Flow
+
+VECTORS = {
+    "ffjord": ["model=ffjord", "model.hidden=[8,8]"],
+    "two ffjords": ["model=ffjord", "model.hidden=[8]", "model.flows=2"],
+    "realnvp": ["model=realnvp", "model.layers=3", "model.hidden=[8]"],
+    "permuted": ["model=realnvp", "model.layers=2", "model.hidden=[8]", "model.mixing=permutation"],
+    "glow": ["model=glow", "model.steps=2", "model.hidden=[8]"],
+    "affine": ["model=affine"],
+}
+IMAGES = {
+    "ffjord": ["model=ffjord", "model.hidden=[4]", "model.scales=1"],
+    "realnvp": ["model=realnvp", "model.hidden=[4]", "model.layers=1", "model.scales=1"],
+    "glow": ["model=glow", "model.hidden=[4]", "model.steps=2", "model.scales=1"],
+}
+
+
+def flow_of(overrides: list[str], samples: Samples, rtol: float = 1e-9) -> Flow:
+    config = compose_defaults([*overrides, f"solver.rtol={rtol}"])
+    flow = build_flow(config, samples)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return flow.eval()
+
+
+def vectors(name: str, standardized: bool = True, classes: int | None = None) -> Flow:
+    conditional = [] if classes is None else ["model.conditional=true"]
+    flow = flow_of([*VECTORS[name], *conditional], Samples((2,), standardized=standardized, classes=classes))
+    if standardized:
+        state = flow.state_dict()
+        state |= {k: torch.tensor([2.0, 0.5]) for k in state if k.endswith(".std")}
+        state |= {k: torch.tensor([1.0, -3.0]) for k in state if k.endswith(".mean") and "bijections.1" in k}
+        flow.load_state_dict(state)
+    return flow
+
+
+def images(name: str) -> Flow:
+    return flow_of(IMAGES[name], Samples((1, 4, 4), discrete=True, levels=16))
