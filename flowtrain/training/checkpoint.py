@@ -52,7 +52,7 @@ def save(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def on_cpu(content: Any) -> Any:
-    """The same values, their tensors on the CPU, so that a file does not tell of a device that a reader may not have."""
+    """The same values, their tensors on the CPU: a file should not tell of a device that its reader may not have."""
     if isinstance(content, torch.Tensor):
         return content.cpu()
     if isinstance(content, dict):
