@@ -39,7 +39,7 @@ def seeded_float64() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
     """Runs a command in a fresh working directory: (exit code, standard output, standard error).
 
     One of the cores does, as above, and pictures of few dots and points: those of users take most of a short run.
@@ -52,6 +52,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.chdir(tmp_path)
     # Hydra answers a broken config with the whole trace when told so; the commands set this themselves
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    # which a sweep sets
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    handlers = list(logging.root.handlers)
 
     def call(command: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [command, *arguments])
@@ -61,7 +64,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         out, err = capsys.readouterr()
         return int(stopped.value.code or 0), out, err
 
-    return call
+    yield call
+    # Hydra's --info leaves one that writes to where standard output was
+    logging.root.handlers[:] = handlers
 
 
 @pytest.fixture
