@@ -116,7 +116,7 @@ def draw_training(
     bits = flow.bits_per_nat
     reached = f"NLL {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
     path = run_dir / f"plots/samples_{step:06d}.png"
-    with pictures.spared(f"of step {step}"):
+    with pictures.spared(f"step {step}"):
         pictures.draw(flow, data, path, f"{title}, step {step}, validation {reached}")
         if board is not None:
             board.picture(path, step)

@@ -60,7 +60,7 @@ def write_summary(root: Path) -> tuple[str, int]:
     table = as_markdown(jobs, keys)
     done = [job for job in jobs if job.result]
     axes = [key for key in keys if key != "seed"] or keys
-    with spared("of the sweep, nor its files"):
+    with spared("the sweep, nor its files"):
         write_text(root / "sweep.csv", as_csv(jobs, keys))
         write_text(root / "sweep.md", table + "\n")
         if done and axes:

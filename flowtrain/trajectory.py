@@ -33,8 +33,8 @@ class Moment(NamedTuple):
 class Step:
     """One stage of a flow and what is quiet after it.
 
-    A continuous flow has states at all its times. Other stages have none inside: there, for the eye, states move along
-    straight lines, and so they do for what is quiet.
+    A continuous flow has states at all its times. A coupling has no state half-way: pictures move each point along a
+    straight line from before to after it, and through the maps that follow it.
     """
 
     def __init__(self, found: list[Bijection]) -> None:

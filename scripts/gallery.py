@@ -35,7 +35,6 @@ SHOWN = {
     "curves.png": "moons/plots/curves.png",
     "rings.png": "rings/plots/samples.png",
     "couplings.png": "realnvp/plots/passage.png",
-    "digits.png": "glow/plots/samples.png",
 }
 
 

@@ -69,14 +69,14 @@ def test_couplings_move_step_by_step(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["animate=true", "out=a.npy"], "an animation is written as .gif or .mp4"),
+        (["animate=true", "out=a.npy"], "this is written as .gif or .mp4"),
         (["animate=true", "out=a.mp4"], "there is no ffmpeg here"),
         (["animate=yes"], "animate=yes"),
         (["animate=true", "quality=[1,2]"], "ask for one at a time"),
         (["animate=true", "log_scale=true"], "is for the picture of samples"),
         (["animate=true", "label=1"], "not conditional"),
         (["animate=true", "n=0"], "n=0"),
-        (["animate=true", "out=nowhere/../r"], "an animation is written as"),
+        (["animate=true", "out=nowhere/../r"], "this is written as"),
         (["log_scale=1e"], "log_scale"),
     ],
 )

@@ -152,7 +152,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_a_run(run: Run, tmp_path: 
     code, out, err = run("flowtrain", *keys, f"hydra.run.dir={tmp_path}/r")
     assert (code, out) == (0, f"{tmp_path}/r\n"), err
     assert (tmp_path / "r/result.json").exists()
-    assert "no picture samples: cannot plot" in err
+    assert "no picture of samples: cannot plot" in err
 
 
 def test_the_picture_of_two_columns_of_levels_ends_where_they_do(run: Run, tmp_path: Path) -> None:

@@ -34,16 +34,16 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
             raise PermissionError(f"{folder} cannot be written")
 
 
-def written_as(key: str, value: Any, ending: str) -> Path | None:
+def written_as(key: str, value: Any, *endings: str) -> Path | None:
     """The file that an option names, None where it is not given.
 
     Raises:
-        ConfigError: a name that does not end in `ending`.
+        ConfigError: a name that ends in none of `endings`.
     """
     if value is None or value == "":
         return None
-    if not isinstance(value, str) or not value.endswith(ending):
-        raise ConfigError(f"{key}={value}: this is written as {ending}; give a name that ends so")
+    if not isinstance(value, str) or not value.endswith(endings):
+        raise ConfigError(f"{key}={value}: this is written as {' or '.join(endings)}; give a name that ends so")
     return Path(value).expanduser()
 
 

@@ -106,7 +106,7 @@ def write_samples(
     check_outputs([out, out.with_suffix(".png")], [opened.path, *paths_of(opened.config["data"])])
     labels = label if flow.classes is None or label is not None else flow.in_turn(n)
     # refused before anything is read or drawn
-    flow.labels(labels, torch.empty(n, 0, device=flow.like.device))
+    flow.check_label(labels)
     data = beside(opened.config) if images or flow.event_shape in ((1,), (2,)) else None
     if data is not None:
         check_fits(flow, data)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from flowtrain.data.base import Dataset
 from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
 from flowtrain.pictures.images import Shown
-from flowtrain.pictures.shared import drawing, first, inside, latents, spared
+from flowtrain.pictures.shared import drawing, first, latents, spared, where_inside
 from flowtrain.trajectory import Moment, Trajectory
 
 # what the eye sees of a whole way
@@ -109,27 +110,21 @@ class _Way:
 
     def log_density(self, x: Tensor) -> Tensor:
         """(K, G) at x (G, 2), and -inf where the flow has none."""
-        return torch.stack([self._at(x, partial(self._density, moment=m), -torch.inf) for m in self.shown])
+        return torch.stack(
+            [where_inside(self.flow, x, partial(self._density, moment=m), -torch.inf) for m in self.shown]
+        )
 
     def _density(self, x: Tensor, moment: Moment) -> Tensor:
         return self.trajectory.log_density(x, moment, self._labels(x))
 
     def velocity(self, x: Tensor) -> Tensor:
         """(K, G, 2) at x (G, 2)."""
-        return torch.stack([self._at(x, partial(self._velocity, moment=m), 0.0, 2) for m in self.shown])
+        return torch.stack([where_inside(self.flow, x, partial(self._velocity, moment=m), 0.0, 2) for m in self.shown])
 
     def _velocity(self, x: Tensor, moment: Moment) -> Tensor:
         v = self.trajectory.velocity(x, moment, self._labels(x))
         assert v is not None
         return v
-
-    def _at(self, x: Tensor, function: Callable[[Tensor], Tensor], elsewhere: float, *columns: int) -> Tensor:
-        x = x.to(self.flow.like)
-        there = inside(self.flow, x)
-        out = torch.full((len(x), *columns), elsewhere, dtype=x.dtype, device=x.device)
-        if there.any():
-            out[there] = function(x[there])
-        return out
 
     def _labels(self, x: Tensor) -> Tensor | None:
         return self.flow.labels(self.label, x)

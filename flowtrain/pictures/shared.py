@@ -1,7 +1,7 @@
 """What all pictures have in common: the state a flow is drawn in, and the data beside it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,16 +20,16 @@ TOLERANCE = 1e-4
 
 @contextmanager
 def spared(what: str) -> Iterator[None]:
-    """What came before it is not lost for a picture: one that cannot be drawn or written gives a warning."""
+    """What came before it is not lost for a picture: one of `what` that cannot be drawn or written gives a warning."""
     try:
         yield
     except (FlowtrainError, OSError) as e:
-        log.warning("no picture %s: %s", what, e)
+        log.warning("no picture of %s: %s", what, e)
 
 
 @contextmanager
 def drawing(flow: Flow, tolerance: float = TOLERANCE, seed: int = 0) -> Iterator[None]:
-    """The flow in evaluation mode, no gradients, randomness of its own, and a tolerance that suits a picture."""
+    """The flow in evaluation mode, and left in it; no gradients, randomness of its own, a tolerance for a picture."""
     flow.eval()
     with torch.no_grad(), seeded(seed, flow.like.device):
         if flow.solver is None:
@@ -55,8 +55,18 @@ def latents(flow: Flow, n: int) -> Tensor:
     return torch.randn(n, *flow.event_shape, dtype=like.dtype, device=like.device)
 
 
-def inside(flow: Flow, x: Tensor) -> Tensor:
-    """Which rows of x (B, d) are not off the range that a logit maps from, into which a grid around the data leads."""
+def where_inside(
+    flow: Flow, x: Tensor, function: Callable[[Tensor], Tensor], elsewhere: float, *columns: int
+) -> Tensor:
+    """A function of rows of x (B, d), (B, *columns), on the flow's device, and `elsewhere` off the flow's range.
+
+    A logit maps from a range that a grid around the data leads out of; other flows have none.
+    """
+    x = x.to(flow.like)
     if flow.levels is None:
-        return torch.ones(len(x), dtype=torch.bool, device=x.device)
-    return ((x >= 0) & (x <= flow.levels)).all(dim=1)
+        return function(x)
+    there = ((x >= 0) & (x <= flow.levels)).all(dim=1)
+    out = torch.full((len(x), *columns), elsewhere, dtype=x.dtype, device=x.device)
+    if there.any():
+        out[there] = function(x[there]).to(out)
+    return out

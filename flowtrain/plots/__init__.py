@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from flowtrain.errors import FlowtrainError
-from flowtrain.plots.animation import KINDS, animate_flow_2d, animate_images, can_write_mp4
+from flowtrain.plots.animation import KINDS, animate_flow_2d, animate_images, can_write_mp4, check_writable
 from flowtrain.plots.calibration import draw_calibration
 from flowtrain.plots.curves import draw_curves
 from flowtrain.plots.flow1d import draw_flow_1d
@@ -26,6 +26,7 @@ __all__ = [
     "animate_flow_2d",
     "animate_images",
     "can_write_mp4",
+    "check_writable",
     "draw_calibration",
     "draw_curves",
     "draw_flow",

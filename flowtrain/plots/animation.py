@@ -12,10 +12,9 @@ import numpy as np
 from matplotlib.animation import AbstractMovieWriter, FFMpegWriter, PillowWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from flowtrain.errors import FlowtrainError
+from flowtrain.errors import ConfigError
 from flowtrain.files import replacing
 from flowtrain.plots import images, points, style
 from flowtrain.plots.flow2d import paint, picture_limits
@@ -54,11 +53,9 @@ def animate_flow_2d(
         log_density: grid points (G, 2) to (K, G), in nats.
         states: of the particles, (K, P, 2).
     """
-    real, _ = points.as_points(data, data)
-    points.require_width(real, 2)
+    real = points.data_points(data, width=2)
     limits = picture_limits(real.values)
-    heights = points.evaluate(lambda x: log_density(x).flatten(), points.grid_2d(limits, RESOLUTION), len(names))
-    heights = heights.reshape(len(names), RESOLUTION, RESOLUTION)
+    heights = points.moments_2d(log_density, limits, RESOLUTION, len(names))
     placed = points.to_numpy(states)
     # each its own, and slowly from one to the next: a base is much flatter than the data
     tops = np.maximum.accumulate(np.array([points.peak(height) or 1.0 for height in heights]))
@@ -67,8 +64,7 @@ def animate_flow_2d(
         panels = [style.add_axes(figure, LEFT + i * (SIDE + GAP), BOTTOM, SIDE, SIDE) for i in range(2)]
         for axes in panels:
             axes.set(xlim=limits[0], ylim=limits[1])
-            axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), prune="both"))
-            axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), prune="both"))
+            style.round_ticks(axes, 5, prune="both")
             axes.spines[:].set_visible(True)
         panels[1].tick_params(left=False, labelleft=False)
         image = paint(panels[0], heights[0], limits, tops[0])
@@ -106,7 +102,7 @@ def write(path: Path, figure: Figure, draw: Callable[[int], None], moments: int)
     A reader finds the old file or the new one, never half of one.
 
     Raises:
-        FlowtrainError: a kind of file that cannot be written here.
+        ConfigError: a kind of file that cannot be written here.
     """
     with tempfile.TemporaryDirectory() as folder:
         aside = Path(folder) / f"animation{path.suffix}"
@@ -123,12 +119,21 @@ def write(path: Path, figure: Figure, draw: Callable[[int], None], moments: int)
             f.write(aside.read_bytes())
 
 
+def check_writable(path: Path) -> None:
+    """Refuses a file that no animation can be written to here.
+
+    Raises:
+        ConfigError: another kind than KINDS, or an .mp4 without ffmpeg.
+    """
+    if path.suffix not in KINDS:
+        raise ConfigError(f"{path}: an animation is a {' or '.join(KINDS)} file")
+    if path.suffix == ".mp4" and not can_write_mp4():
+        raise ConfigError(f"{path}: there is no ffmpeg here to write it with; give a .gif, or install ffmpeg")
+
+
 def _writer(path: Path) -> AbstractMovieWriter:
+    check_writable(path)
     if path.suffix == ".gif":
         return PillowWriter(fps=FPS)
-    if path.suffix == ".mp4" and can_write_mp4():
-        # what every player can show
-        return FFMpegWriter(fps=FPS, codec="libx264", extra_args=["-pix_fmt", "yuv420p"])
-    if path.suffix == ".mp4":
-        raise FlowtrainError(f"{path}: there is no ffmpeg here to write it with; give a .gif, or install ffmpeg")
-    raise FlowtrainError(f"{path}: an animation is a {' or '.join(KINDS)} file")
+    # what every player can show
+    return FFMpegWriter(fps=FPS, codec="libx264", extra_args=["-pix_fmt", "yuv420p"])

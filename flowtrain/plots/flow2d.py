@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from flowtrain.plots import points, style
@@ -91,8 +90,7 @@ def _panels(figure: Figure, limits: tuple[Range, Range]) -> list[Axes]:
     for column in range(3):
         axes = style.add_axes(figure, left + column * (side + gap), bottom, side, side)
         axes.set(xlim=limits[0], ylim=limits[1])
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
+        style.round_ticks(axes, 5)
         axes.tick_params(length=2.5, labelleft=column == 0, left=column == 0)
         axes.spines[:].set_visible(False)
         panels.append(axes)

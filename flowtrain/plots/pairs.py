@@ -7,7 +7,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from flowtrain.plots import points, style
@@ -95,8 +94,7 @@ def _levels(heights: Array) -> list[float]:
 def _label(axes: Axes, row: int, column: int, names: Sequence[str]) -> None:
     """Ticks and names at the outer edges only."""
     last = row == len(names) - 1
-    axes.xaxis.set_major_locator(MaxNLocator(3, steps=(1, 2, 5, 10)))
-    axes.yaxis.set_major_locator(MaxNLocator(3, steps=(1, 2, 5, 10)))
+    style.round_ticks(axes, 3)
     axes.tick_params(labelbottom=last, labelleft=column == 0)
     if last:
         axes.set_xlabel(names[column])

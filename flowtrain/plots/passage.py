@@ -11,7 +11,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from flowtrain.plots.flow2d import paint, picture_limits
 from flowtrain.plots.points import Array, LogDensity, Range
 
 Velocity = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 
 # inches
 LEFT, BOTTOM, GAP, ROW_GAP, HEAD, RIGHT = 0.72, 0.36, 0.1, 0.1, 0.62, 0.08
@@ -27,7 +27,7 @@ RESOLUTION, ARROWS = 90, 15
 # of its peak, the density below which no samples come
 LEAST = 0.01
 # the base's grid: how far out its lines lie, and how many there are each way
-REACH, LINES, ALONG = 3.0, 13, 121
+REACH, LINES, ALONG = 3.0, 13, 241
 
 
 def draw_passage(
@@ -37,7 +37,7 @@ def draw_passage(
     names: Sequence[str],
     log_density: LogDensity,
     velocity: Velocity | None,
-    forward: Velocity,
+    forward: Forward,
     title: str,
 ) -> None:
     """Draw a row of densities, one of velocities where there are any, and one of the base's grid, to `path`.
@@ -50,12 +50,9 @@ def draw_passage(
         velocity: (G, 2) to (K, G, 2).
         forward: points of the base (P, 2) to where they are at each moment, (K, P, 2).
     """
-    real, _ = points.as_points(data, data)
-    points.require_width(real, 2)
+    real = points.data_points(data, width=2)
     limits = picture_limits(real.values)
-    grid = points.grid_2d(limits, RESOLUTION)
-    densities = points.evaluate(lambda x: log_density(x).flatten(), grid, len(names))
-    heights = densities.reshape(len(names), RESOLUTION, RESOLUTION)
+    heights = points.moments_2d(log_density, limits, RESOLUTION, len(names))
     rows = ["density", *([] if velocity is None else ["velocity"]), "grid of the base"]
     with style.styled():
         figure, panels = _panels(rows, names, limits, title)
@@ -89,8 +86,7 @@ def _panels(
             axes = style.add_axes(figure, LEFT + column * (side + GAP), bottom, side, side)
             axes.set(xlim=limits[0], ylim=limits[1])
             # labels at the very edge would run into those of the next panel
-            axes.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10), prune="both"))
-            axes.yaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10), prune="both"))
+            style.round_ticks(axes, 4, prune="both")
             first, last = column == 0, row == len(rows) - 1
             axes.tick_params(length=2.5, labelsize=7, left=first, labelleft=first, bottom=last, labelbottom=last)
             axes.spines[:].set_visible(True)

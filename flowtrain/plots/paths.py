@@ -11,7 +11,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from flowtrain.errors import FlowtrainError
@@ -39,8 +38,7 @@ def draw_paths(
     Raises:
         FlowtrainError: data of other columns, or no path that is finite.
     """
-    real, _ = points.as_points(data, data)
-    points.require_width(real, 2)
+    real = points.data_points(data, width=2)
     x, log_p = points.to_numpy(states), points.to_numpy(log_densities)
     kept = np.asarray(np.isfinite(x).all((0, 2)) & np.isfinite(log_p).all(0))
     if not kept.any():
@@ -61,8 +59,7 @@ def draw_paths(
         plane.scatter(x[-1, :, 0], x[-1, :, 1], s=12, linewidths=0.5, edgecolors="white", zorder=4, **ends)
         plane.set(xlim=limits[0], ylim=limits[1])
         plane.set_title(points.noted(f"{x.shape[1]} particles, from the base (grey) to the data", lost), size=9.5)
-        plane.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
-        plane.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
+        style.round_ticks(plane, 5)
         _course(course, np.asarray(at, dtype=np.float64), log_p, top, axis)
         style.save(figure, path)
 

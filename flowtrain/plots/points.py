@@ -51,18 +51,35 @@ def to_numpy(values: Tensor | NDArray[np.generic]) -> Array:
 
 def as_points(data: Tensor, samples: Tensor) -> tuple[Points, Points]:
     """Data (N, d) and samples (M, d) as points. There must be finite data; samples may all be lost."""
-    real, model = _finite("data", data), _finite("samples", samples)
+    real, model = data_points(data), finite("samples", samples)
     if real.values.shape[1] != model.values.shape[1]:
         raise FlowtrainError(
             f"cannot plot data with {real.values.shape[1]} columns beside samples with "
             f"{model.values.shape[1]}: give both in the same space"
         )
-    if len(real.values) == 0:
-        raise FlowtrainError(f"cannot plot the data: none of its {real.dropped} rows is finite")
     return real, model
 
 
-def _finite(name: str, batch: Tensor) -> Points:
+def data_points(data: Tensor, width: int | None = None) -> Points:
+    """Data (N, d) as points, d = `width` where that is given.
+
+    Raises:
+        FlowtrainError: none of its rows is finite, or another width.
+    """
+    real = finite("data", data)
+    if len(real.values) == 0:
+        raise FlowtrainError(f"cannot plot the data: none of its {real.dropped} rows is finite")
+    if width is not None:
+        require_width(real, width)
+    return real
+
+
+def finite(name: str, batch: Tensor) -> Points:
+    """The finite rows of a batch (N, d).
+
+    Raises:
+        FlowtrainError: another shape, or no row at all.
+    """
     values = to_numpy(batch)
     if values.ndim != 2 or values.size == 0:
         raise FlowtrainError(
@@ -116,6 +133,12 @@ def evaluate(log_density: LogDensity, grid: Array, moments: int = 1) -> Array:
     density = to_numpy(torch.exp(torch.as_tensor(to_numpy(answer)))).reshape(moments * len(grid))
     density[~np.isfinite(density)] = np.nan
     return density
+
+
+def moments_2d(log_density: LogDensity, limits: tuple[Range, Range], count: int, moments: int) -> Array:
+    """Densities at so many moments on a grid, (moments, count, count), from one call: (G, 2) to (moments, G)."""
+    grid = grid_2d(limits, count)
+    return evaluate(lambda x: log_density(x).flatten(), grid, moments).reshape(moments, count, count)
 
 
 def common_count(real: Array, model: Array) -> int:

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from flowtrain.files import replacing
 
@@ -101,6 +102,12 @@ def add_axes(figure: Figure, left: float, bottom: float, width: float, height: f
     """Axes placed by inches from the figure's lower left corner."""
     across, up = figure.get_size_inches()
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
+
+
+def round_ticks(axes: Axes, most: int, prune: Literal["both"] | None = None) -> None:
+    """At most so many intervals between ticks on both axes, at round numbers; `prune` leaves out those at the ends."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(most, steps=(1, 2, 5, 10), prune=prune))
 
 
 def legend_above(axes: Axes, *others: Axes) -> None:
