@@ -3,7 +3,7 @@
     python scripts/gallery.py --runs DIR          # a quarter of an hour on two cores, most of it for the digits
 
 Runs go to DIR, where those that are there already are taken as they are; what the README shows goes to `.pictures`,
-of fewer colours than flowtrain writes, since each clone of the repository carries it. MNIST is found as ever
+smaller than flowtrain writes it, since each clone of the repository carries it. MNIST is found as ever
 (FLOWTRAIN_DATA, or scripts/download_mnist.py).
 """
 
@@ -45,13 +45,13 @@ def call(command: str, **places: object) -> None:
     subprocess.run([Path(sys.executable).parent / name, *rest], check=True)
 
 
-def smaller(source: Path, target: Path, width: int = 1400) -> None:
-    """A picture of at most that many pixels across and 128 colours."""
+def smaller(source: Path, target: Path, width: int = 1200) -> None:
+    """A picture of that many pixels across, in all its colours: a palette would put steps into a density."""
     with Image.open(source) as image:
         whole = image.convert("RGB")
-    if whole.width > width:
-        whole = whole.resize((width, round(whole.height * width / whole.width)), Image.Resampling.LANCZOS)
-    whole.quantize(128, dither=Image.Dither.NONE).save(target, optimize=True)
+    whole.resize((width, round(whole.height * width / whole.width)), Image.Resampling.LANCZOS).save(
+        target, optimize=True
+    )
 
 
 def main() -> None:

@@ -47,8 +47,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     set_dots(monkeypatch, 40)
-    for module, name, few in ((plots.passage, "RESOLUTION", 12), (passage, "ALONG", 4), (passage, "PARTICLES", 9)):
-        monkeypatch.setattr(module, name, few)
+    monkeypatch.setattr(plots.passage, "RESOLUTION", 12)
+    for name, few in (("COLUMNS", 2), ("ALONG", 4), ("PARTICLES", 9)):
+        monkeypatch.setattr(passage, name, few)
     monkeypatch.chdir(tmp_path)
     # Hydra answers a broken config with the whole trace when told so; the commands set this themselves
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
