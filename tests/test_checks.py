@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.linear import InvertibleLinear
 from flowtrain.bijections.logit import Logit
 from flowtrain.divergence import TraceRule
 from flowtrain.evaluation import checks as checks_module
@@ -159,3 +160,11 @@ def test_kl_may_be_negative_within_its_error_only() -> None:
     assert of_kl((None, None)) is None
     passed = [of_kl(kl).passed for kl in ((-0.02, 0.01), (-0.04, 0.01), (0.5, 0.01))]  # type: ignore[union-attr]
     assert passed == [True, False, True]
+
+
+def test_determinants_are_right_on_several_threads() -> None:
+    """Where torch's own of a batch of such matrices are not."""
+    flow = Flow((180,), InvertibleLinear(180)).eval()
+    torch.set_num_threads(2)
+    check = of_log_det(reference(flow), subset_of(flow, torch.randn(60, 180), None))
+    assert check.passed, check.message
