@@ -48,11 +48,15 @@ class Step:
         return self.first is not None and not list(self.rest)
 
     def states(self, y: Tensor, parts: list[float], label: Tensor | None) -> Iterator[Tensor]:
-        """From y (B, *event) to each of `parts`, rising, and to the end."""
-        after = None
+        """From y (B, *event) to each of `parts`, rising, and to the end.
+
+        Fixed steps are taken from the base for each of them anew: more steps, as from one to the next, lead elsewhere.
+        """
+        origin, after = y, None
         for start, end in pairwise([0.0, *parts, 1.0]):
             if self.first is not None and end > start:
-                y, after = between(self.first, start, end).map_forward(y, label), None
+                begin, state = (start, y) if _adaptive(self.first) else (0.0, origin)
+                y, after = between(self.first, begin, end).map_forward(state, label), None
             if after is None:
                 after = self.rest.map_forward(y, label)
             yield torch.lerp(y, after, eased(end))
@@ -62,7 +66,8 @@ class Trajectory:
     """A flow as steps one after the other, and moments evenly spread over them.
 
     A step is a continuous flow, or a coupling with the scales, permutations and linear maps after it. Densities are
-    exact after every step and at every time of a continuous flow; within other steps one fades into the next.
+    exact after every step, and at every time of a continuous flow as far as its solver is; within other steps one fades
+    into the next.
 
     Args:
         flow: in evaluation mode.
@@ -155,6 +160,12 @@ class Trajectory:
         v = through(first, lambda inside: flow.velocity(label)(inside.new_tensor(time), inside), y)
         pushed: Tensor = torch.func.jvp(self.frame.map_forward, (y,), (v,))[1]
         return pushed
+
+
+def _adaptive(stage: Bijection) -> bool:
+    """Whether a continuous flow is solved by steps that its tolerance sets."""
+    flow = innermost(stage)
+    return isinstance(flow, Continuous) and flow.solver.adaptive
 
 
 def eased(part: float) -> float:

@@ -159,3 +159,13 @@ def test_frames_give_the_units_of_the_data() -> None:
     with torch.no_grad():
         at_mean = way.log_density(torch.tensor([[1.0, -3.0]]), way.moments[0])
     assert float(at_mean) == pytest.approx(-math.log(2 * math.pi) - math.log(2.0 * 0.5))
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_fixed_steps_lead_where_the_flow_does(steps: int) -> None:
+    """Whatever the moments: each is solved from the base, not from one to the next."""
+    flow = vectors("ffjord", solver=["solver=euler", f"solver.steps={steps}"])
+    z = torch.randn(6, 2)
+    with torch.no_grad():
+        for moments in (4, 21):
+            torch.testing.assert_close(Trajectory(flow, moments).states(z)[-1], flow(z))

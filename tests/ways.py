@@ -22,8 +22,8 @@ IMAGES = {
 }
 
 
-def flow_of(overrides: list[str], samples: Samples, rtol: float = 1e-9) -> Flow:
-    config = compose_defaults([*overrides, f"solver.rtol={rtol}"])
+def flow_of(overrides: list[str], samples: Samples, solver: list[str]) -> Flow:
+    config = compose_defaults([*overrides, *solver])
     flow = build_flow(config, samples)
     with torch.no_grad():
         for p in flow.parameters():
@@ -31,9 +31,13 @@ def flow_of(overrides: list[str], samples: Samples, rtol: float = 1e-9) -> Flow:
     return flow.eval()
 
 
-def vectors(name: str, standardized: bool = True, classes: int | None = None) -> Flow:
+TIGHT = ["solver.rtol=1e-9"]
+
+
+def vectors(name: str, standardized: bool = True, classes: int | None = None, solver: list[str] = TIGHT) -> Flow:
     conditional = [] if classes is None else ["model.conditional=true"]
-    flow = flow_of([*VECTORS[name], *conditional], Samples((2,), standardized=standardized, classes=classes))
+    samples = Samples((2,), standardized=standardized, classes=classes)
+    flow = flow_of([*VECTORS[name], *conditional], samples, solver)
     if standardized:
         state = flow.state_dict()
         state |= {k: torch.tensor([2.0, 0.5]) for k in state if k.endswith(".std")}
@@ -43,4 +47,4 @@ def vectors(name: str, standardized: bool = True, classes: int | None = None) ->
 
 
 def images(name: str) -> Flow:
-    return flow_of(IMAGES[name], Samples((1, 4, 4), discrete=True, levels=16))
+    return flow_of(IMAGES[name], Samples((1, 4, 4), discrete=True, levels=16), TIGHT)

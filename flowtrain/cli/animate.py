@@ -30,7 +30,7 @@ def write_animation(
         check_writable(given)
     opened = open_checkpoint(own, overrides)
     flow = opened.flow
-    check_animated(flow)
+    check_animated(flow, n)
     # refused before anything is read
     flow.check_label(0 if label is None and flow.classes is not None else label)
     out = run_dir_of(opened.path) / "animation.gif"

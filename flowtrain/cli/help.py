@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from omegaconf import OmegaConf
 
 from flowtrain.cli.comments import Commented
@@ -111,9 +111,12 @@ def first_of(override: Override) -> list[str]:
     """An override with the first of its values; nothing where there is no first, as in an interval."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
+    value, key = override.value(), override.get_key_element()
+    if isinstance(value, Glob):
+        return [f"{key}={name}" for name in value.filter(list(options(override.key_or_group)))[:1]]
     if not override.is_discrete_sweep():
         return []
-    return [f"{override.get_key_element()}={next(override.sweep_string_iterator())}"]
+    return [f"{key}={next(override.sweep_string_iterator())}"]
 
 
 def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -34,7 +34,8 @@ def _joined() -> int:
 def _command() -> int:
     arguments = sys.argv[1:]
     if help.asked(arguments):
-        print(help.help_text(arguments))
+        if distributed.is_first():
+            print(help.help_text(arguments))
         return 0
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import inf
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from flowtrain import plots
 from flowtrain.data.base import Dataset
-from flowtrain.errors import ConfigError
+from flowtrain.errors import ConfigError, NonFiniteError
 from flowtrain.flow import Flow
 from flowtrain.pictures.images import Shown
 from flowtrain.pictures.shared import drawing, first, latents, spared, where_inside
@@ -22,6 +21,7 @@ TOLERANCE = 1e-3
 COLUMNS, PARTICLES, ALONG = 5, 110, 25
 # of an animation: its moments, and how many particles or images
 FRAMES, DOTS, IMAGES = 49, 2000, 60
+MOST_DOTS, MOST_IMAGES = 100_000, 200
 POINTS = 10_000
 
 
@@ -56,32 +56,43 @@ def animate(
         label: of a conditional flow; None for images of all classes in turn, of two columns class 0.
 
     Raises:
-        ConfigError: a flow of other samples.
-        FlowtrainError: a file that cannot be written here.
+        ConfigError: a flow of other samples, too many of them, or a file that cannot be written here.
+        NonFiniteError: samples that are no numbers; nothing is written.
     """
-    check_animated(flow)
+    check_animated(flow, n)
     with drawing(flow, TOLERANCE, seed):
         if len(flow.event_shape) == 3:
             _animate_images(flow, data, paths, title, temperature * latents(flow, n or IMAGES), label)
             return
         label = 0 if label is None and flow.classes is not None else label
         way = _Way(flow, data, FRAMES, label)
+        states = _finite(way.states(temperature * latents(flow, n or DOTS)))
         plots.animate_flow_2d(
-            paths,
-            data=way.data,
-            names=way.names,
-            log_density=way.log_density,
-            states=way.states(temperature * latents(flow, n or DOTS)),
-            title=title,
+            paths, data=way.data, names=way.names, log_density=way.log_density, states=states, title=title
         )
 
 
-def check_animated(flow: Flow) -> None:
+def _finite(states: Tensor) -> Tensor:
+    """States (K, ...), the last of which are samples.
+
+    Raises:
+        NonFiniteError: as `flowsample` has it, samples that are no numbers.
+    """
+    bad = int((~torch.isfinite(states[-1])).sum())
+    if bad:
+        raise NonFiniteError(f"{bad} of the values sampled are NaN or infinite: nothing was written")
+    return states
+
+
+def check_animated(flow: Flow, n: int | None = None) -> None:
     """Refuses what no animation shows.
 
     Raises:
-        ConfigError: a flow of samples that are neither images nor of two columns.
+        ConfigError: a flow of samples that are neither images nor of two columns, or more of them than a picture holds.
     """
+    most = MOST_IMAGES if len(flow.event_shape) == 3 else MOST_DOTS
+    if n is not None and n > most:
+        raise ConfigError(f"n={n}: an animation of such samples shows at most {most}")
     if len(flow.event_shape) != 3 and flow.event_shape != (2,):
         raise ConfigError(
             f"animate=true: shows flows of two columns and of images, and this one has samples of shape "
@@ -162,6 +173,6 @@ def _draw_paths(way: _Way, path: Path, title: str) -> None:
 def _animate_images(flow: Flow, data: Dataset, paths: Sequence[Path], title: str, z: Tensor, label: int | None) -> None:
     labels = flow.in_turn(len(z)) if flow.classes is not None and label is None else flow.labels(label, z)
     trajectory, show = Trajectory(flow, FRAMES), Shown(flow, data)
-    frames = torch.stack([show(x) for x in trajectory.states(z, labels)])
+    frames = torch.stack([show(x) for x in _finite(trajectory.states(z, labels))])
     names = [trajectory.name(moment) for moment in trajectory.moments]
     plots.animate_images(paths, names=names, frames=frames, levels=1, title=title)

@@ -25,6 +25,8 @@ def spared(what: str) -> Iterator[None]:
         yield
     except (FlowtrainError, OSError) as e:
         log.warning("no picture of %s: %s", what, e)
+    except Exception as e:  # a mistake of ours is no reason to lose a run either
+        log.warning("no picture of %s: %s: %s", what, type(e).__name__, e)
 
 
 @contextmanager
