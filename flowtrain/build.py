@@ -23,7 +23,7 @@ from flowtrain.training.settings import Settings
 Config = Mapping[str, Any]
 
 # arguments that recipes and solvers take besides the keys of their group
-GIVEN = ("event_shape", "solver", "classes", "settings")
+GIVEN = ("event_shape", "solver", "classes")
 
 
 def build_data(config: Config) -> Dataset:
@@ -32,7 +32,7 @@ def build_data(config: Config) -> Dataset:
 
 
 def build_solver(config: Config) -> Solver:
-    """The ODE solver that `config.solver` names; discrete flows have no use for it."""
+    """The ODE solver that `config.solver` names; a flow that solves no ODE has no use for it."""
     return cast(Solver, _call(config, "solver"))
 
 
@@ -139,11 +139,11 @@ def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
     original = getattr(function, "func", function)
     given = {**getattr(function, "keywords", {}), **arguments}
     known = inspect.signature(original).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    unknown = [key for key in given if key not in known and not open_ended]
-    missing = [k for k, p in known.items() if k not in given and p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    named = {k: p for k, p in known.items() if p.kind is not p.VAR_KEYWORD}
+    unknown = [key for key in given if key not in known and len(named) == len(known)]
+    missing = [k for k, p in named.items() if k not in given and p.default is p.empty]
     if unknown or missing:
         what = f"unknown key {', '.join(unknown)}" if unknown else f"missing key {', '.join(missing)}"
-        names = [k for k in known if k not in (*arguments, *GIVEN)]
+        names = [k for k in named if k not in (*arguments, *GIVEN)]
         raise ConfigError(f"{group}: {what}; {original.__name__} takes {', '.join(names)}")
     return function(**arguments)

@@ -9,7 +9,10 @@ T = TypeVar("T")
 
 
 class Collector(Generic[T]):
-    """`with collector() as found:` lists what is left in `collector.open` inside, which is None where nobody asks."""
+    """Inside `with collector() as found:` code below appends to `collector.open`, which is `found`.
+
+    Outside it is None, and nothing is collected.
+    """
 
     def __init__(self, name: str) -> None:
         self._found: ContextVar[list[T] | None] = ContextVar(name, default=None)

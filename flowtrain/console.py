@@ -12,7 +12,7 @@ import torch
 from flowtrain import distributed
 from flowtrain.data.base import Dataset
 from flowtrain.flow import Flow
-from flowtrain.titles import data_name, label, title_of
+from flowtrain.titles import data_name, name_of, title_of
 from flowtrain.training.settings import Settings
 
 log = logging.getLogger("flowtrain")
@@ -58,11 +58,11 @@ def banner(
     Args:
         step: where it goes on from.
     """
-    objective, regularizer = label(config["objective"]), label(config.get("regularizer") or {"name": "none"})
+    objective, regularizer = name_of(config["objective"]), name_of(config.get("regularizer") or {"name": "none"})
     size = sum(p.numel() for p in flow.parameters())
     start = f", from step {step}" if step else ""
     rows = {
-        "model": f"{label(config['model'])}, {size:,} parameters",
+        "model": f"{name_of(config['model'])}, {size:,} parameters",
         "data": f"{data_name(config)}, {_samples(data)}",
         "solver": "none: closed form" if flow.solver is None else _solver(flow),
         "objective": objective + ("" if regularizer == "none" else f", regularizer {regularizer}"),

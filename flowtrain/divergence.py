@@ -69,6 +69,11 @@ class Probes:
 def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
     """(v, tr dv/dx or its estimate); x (*nodes, B, *event) with t broadcasting against (*nodes, B).
 
+    For users who look at a field, and for tests: a solve takes `pushed`, of which penalties on J e have need too.
+
+    Raises:
+        ConfigError: a field of vectors was given images, or the reverse.
+
     Example:
         >>> class Shear(nn.Module):
         ...     def forward(self, t, x):

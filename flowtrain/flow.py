@@ -56,12 +56,12 @@ class Flow(nn.Module):
 
     @property
     def continuous(self) -> list[Continuous]:
-        """The parts that solve an ODE, each once in a pass; none of a discrete flow."""
+        """The parts that solve an ODE, each once in a pass; none of a flow that solves nothing."""
         return [m for m in self.modules() if isinstance(m, Continuous)]
 
     @property
     def solver(self) -> Solver | None:
-        """The ODE solver of a continuous flow; None for a discrete one."""
+        """The ODE solver of a continuous flow; None of a flow that solves nothing."""
         parts = (getattr(m, "solver", None) for m in self.bijection.modules())
         return next((s for s in parts if isinstance(s, Solver)), None)
 
@@ -107,13 +107,21 @@ class Flow(nn.Module):
         return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
 
     def forward(self, z: Tensor, label: Label = None) -> Tensor:
-        """Base to data: x (B, *event_shape)."""
+        """Base to data: x (B, *event_shape), for z (B, *event_shape).
+
+        Raises:
+            FlowtrainError: z of another shape, or labels missing, superfluous or out of range.
+        """
         z = self._checked(z, "z").to(self.like)
         with self._precision(z):
             return self.bijection.map_forward(z, self.labels(label, z))
 
     def inverse(self, x: Tensor, label: Label = None) -> Tensor:
-        """Data to base: z (B, *event_shape); of integers and a discrete flow, with noise added anew."""
+        """Data to base: z (B, *event_shape); of integers and a discrete flow, with noise added anew.
+
+        Raises:
+            FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
+        """
         x = self.dequantized(self._checked(x, "x"))
         with self._precision(x):
             return self.bijection.map_inverse(x, self.labels(label, x))
@@ -130,7 +138,8 @@ class Flow(nn.Module):
             label: one for all, or (n,); None: of a conditional flow all classes in turn, 0, 1, 2, ...
 
         Raises:
-            FlowtrainError: n < 1, or a temperature below 0.
+            FlowtrainError: n or chunk < 1, a temperature below 0 or not finite, or labels superfluous, out of range, or
+                neither one nor n.
 
         Example:
             >>> from flowtrain.bijections.affine import Affine
@@ -209,6 +218,11 @@ class Flow(nn.Module):
         if bad:
             raise FlowtrainError(f"label={bad[0]}: the labels of this flow are 0 to {self.classes - 1}")
         return y.long().expand(len(x))
+
+    def check_label(self, label: Label) -> None:
+        """Refuses a label, or labels (n,), that this flow does not take, before anything else is done; see `labels`."""
+        n = len(label) if isinstance(label, Tensor) and label.dim() else 1
+        self.labels(label, self.like.new_empty(n, 0))
 
     @contextmanager
     def _precision(self, x: Tensor) -> Iterator[None]:

@@ -15,9 +15,11 @@ from flowtrain.data.base import Samples
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError, first_line
 from flowtrain.flow import Flow
 from flowtrain.training import checkpoint
+from flowtrain.training.ema import averages
 from flowtrain.trust import check_targets, leaves
 
-# what a number in a checkpoint may be whatever its weights are, and how many elements a sample may have
+# no smaller limits: a whole number in a checkpoint's model config may be up to 1024, and a sample have up to 2**24
+# elements, however few the weights
 SMALL_NUMBER, SMALL_SAMPLE = 1024, 2**24
 
 
@@ -30,6 +32,7 @@ def load(path: str | Path, device: str = "cpu", trust: Sequence[str] = ()) -> Fl
 
     Raises:
         CheckpointError: missing, damaged, or asking for code that is not trusted.
+        ConfigError: a device that is not there.
     """
     return restore(checkpoint.load(checkpoint.find(Path(path))), resolve_device(device), trust)
 
@@ -45,8 +48,7 @@ def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str]
     try:
         flow.load_state_dict(saved["weights"])
         if saved.get("ema"):
-            averaged = {k: v for k, v in saved["ema"].items() if k != "updates"}
-            flow.load_state_dict(averaged, strict=False)
+            flow.load_state_dict(averages(saved["ema"]), strict=False)
     except RuntimeError as e:
         first = " ".join(str(e).split())[:160]
         raise CheckpointError(f"the checkpoint's weights do not fit the model of its config ({first} ...)") from e
@@ -86,8 +88,8 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> None:
         raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
     wrong = [name for name, w in sketch.state_dict().items() if not _fits(weights.get(name), w, samples)]
     wrong += [name for name in shapes if name not in sketch.state_dict()]
-    averaged = {k: v for k, v in (saved.get("ema") or {}).items() if k != "updates"}
-    wrong += [f"ema {k}" for k, v in averaged.items() if not _fits(v, sketch.state_dict().get(k), samples)]
+    averaged = averages(saved.get("ema") or {}).items()
+    wrong += [f"ema {k}" for k, v in averaged if not _fits(v, sketch.state_dict().get(k), samples)]
     if wrong:
         raise CheckpointError(f"the checkpoint's weights do not fit the model of its config: {', '.join(wrong[:3])}")
 

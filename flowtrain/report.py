@@ -9,6 +9,7 @@ from pathlib import Path
 from flowtrain.evaluation import Check, Evaluation
 from flowtrain.evaluation.digits import brief
 from flowtrain.files import write_text
+from flowtrain.markdown import as_table, cell
 
 Row = tuple[str, ...]
 
@@ -89,17 +90,11 @@ def _links(markdown: Path, figures: list[Path]) -> list[str]:
 
 def as_markdown(title: str, headline: str, about: str, tables: list[Table], links: list[str]) -> str:
     """The report in Markdown, with `links` to its figures."""
-    parts = [f"# {_cell(title)}", f"**{_cell(headline)}**", _cell(about)]
+    parts = [f"# {cell(title)}", f"**{cell(headline)}**", cell(about)]
     for table in tables:
-        parts += [f"## {table.heading}", *([table.words] if table.words else [])]
-        lines = [table.head, ("---",) * len(table.head), *table.rows]
-        parts.append("\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines))
+        parts += [f"## {table.heading}", *([table.words] if table.words else []), as_table(table.head, table.rows)]
     parts += [f"![{Path(link).stem}](<{link}>)" for link in links]
     return "\n\n".join(parts) + "\n"
-
-
-def _cell(words: str) -> str:
-    return " ".join(words.split()).replace("|", "\\|")
 
 
 STYLE = """

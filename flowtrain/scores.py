@@ -153,7 +153,7 @@ def nfe_of_pass(flow: Flow, solves: Sequence[Statistics]) -> float | None:
 
 
 def trace_rule(flow: Flow) -> TraceRule | None:
-    """How a continuous flow takes its traces; None for a discrete flow."""
+    """How a continuous flow takes its traces; None of a flow that solves no ODE."""
     return next((m.trace for m in flow.continuous), None)
 
 

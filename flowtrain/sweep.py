@@ -15,6 +15,7 @@ from flowtrain import plots
 from flowtrain.errors import ConfigError, first_line
 from flowtrain.evaluation.digits import brief, with_error
 from flowtrain.files import write_text
+from flowtrain.markdown import as_table
 from flowtrain.pictures import spared
 
 # in the directory of a run: what it found, the overrides that it was begun with, and what went wrong
@@ -151,12 +152,7 @@ def as_markdown(jobs: Sequence[Job], keys: Sequence[str]) -> str:
     columns["seconds"] = [_number(job.result.get("train_seconds"), 3) for job in jobs]
     columns[""] = [_words(job) for job in jobs]
     columns = {head: cells for head, cells in columns.items() if any(cells)}
-    rows = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|")
+    return as_table(list(columns), zip(*columns.values(), strict=True))
 
 
 def _nll(result: dict[str, Any]) -> str:

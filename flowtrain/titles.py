@@ -12,15 +12,15 @@ def title_of(config: Mapping[str, Any]) -> str:
         >>> title_of({"model": {"name": "glow"}, "data": {"name": "array", "path": "some/where/mine.npy"}})
         'glow on mine.npy'
     """
-    return f"{label(config['model'])} on {data_name(config)}"
+    return f"{name_of(config['model'])} on {data_name(config)}"
 
 
 def data_name(config: Mapping[str, Any]) -> str:
     """Of a data set; the user's own data go by their file's."""
     path = config["data"].get("path")
-    return Path(path).name if path else label(config["data"])
+    return Path(path).name if path else name_of(config["data"])
 
 
-def label(group: Mapping[str, Any]) -> str:
+def name_of(group: Mapping[str, Any]) -> str:
     """The name of a group's choice, or of what it builds."""
     return str(group.get("name") or group["_target_"].rpartition(".")[2])

@@ -29,12 +29,12 @@ def compare() -> ModuleType:
 
 
 def test_rows_and_figure(compare: ModuleType, tmp_path: Path) -> None:
-    discrete = {**ROW, "method": "glow", "nfe": None, "sample_nfe": None, "sliced_wasserstein_4": None}
+    unsolved = {**ROW, "method": "glow", "nfe": None, "sample_nfe": None, "sliced_wasserstein_4": None}
     unknown = {**ROW, "data": "gas", "entropy": None, "kl": None, "kl_stderr": None}
     assert compare.cells(ROW)[3:5] == ["2.400 ± 0.010", "0.010 ± 0.002"]
-    assert compare.cells(discrete)[7:9] == ["-", "-"]
+    assert compare.cells(unsolved)[7:9] == ["-", "-"]
     assert compare.cells(unknown)[4] == "-"
-    compare.draw(tmp_path / "compare.png", [ROW, discrete, unknown])
+    compare.draw(tmp_path / "compare.png", [ROW, unsolved, unknown])
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 

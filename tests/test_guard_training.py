@@ -121,7 +121,7 @@ def test_checkpoints_from_before_the_guard_go_on(tmp_path: Path) -> None:
     assert run.step == 3
 
 
-def test_discrete_flows_have_no_guard(tmp_path: Path) -> None:
+def test_flows_that_solve_nothing_have_no_guard(tmp_path: Path) -> None:
     config = compose_defaults(["model=affine", *SHORT[:3], "trainer.guard_every=1", "data.n_val=20"])
     run = trainer(tmp_path, config)
     run.fit()

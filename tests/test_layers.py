@@ -26,7 +26,7 @@ LAYERS = [
     ("regularizers",),
     ("divergence", "conditioners"),
     ("fields", "solvers", "data", "paths", "process", "titles"),
-    ("checks", "collecting", "derivatives", "distributed", "files", "precision", "seeding", "trust"),
+    ("checks", "collecting", "derivatives", "distributed", "files", "markdown", "precision", "seeding", "trust"),
     ("errors",),
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -74,7 +74,7 @@ class ByClass(MLPField):
         return Given(self, (10.0 * label - 5).unsqueeze(1).expand(-1, 2))
 
 
-def test_a_discrete_flow_takes_no_steps() -> None:
+def test_a_flow_that_solves_nothing_takes_no_steps() -> None:
     with pytest.raises(ConfigError, match="takes no steps"):
         quality(Flow((2,), Chain([Affine(2)])), Moons(n_val=10, n_test=10), [1])
 

@@ -199,7 +199,7 @@ def test_weights_refused(weights: dict[str, float], words: str) -> None:
         Regularizer(**weights)
 
 
-def test_a_discrete_flow_has_no_paths(run: Run) -> None:
+def test_a_flow_that_solves_nothing_has_no_paths(run: Run) -> None:
     with pytest.raises(ConfigError, match="no paths to regularize"):
         Likelihood(Flow((2,), Chain([Affine(2)])), Regularizer(kinetic=1.0))
     code, _, err = run("flowtrain", "model=realnvp", "regularizer=rnode", "trainer.steps=1")

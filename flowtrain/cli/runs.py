@@ -53,6 +53,13 @@ def go_on(
     Args:
         rest: overrides of its config.
         own: the command's own keys, for messages.
+
+    Raises:
+        CheckpointError: no last checkpoint, one that is damaged or no run's, or one that asks for code that is not
+            trusted.
+        ConfigError: overrides of the model, the data or `from`, unknown ones, or a device that is not there.
+        InUseError: another process has the run.
+        FlowtrainError: what training and evaluation raise, see `train`.
     """
     with owned(run_dir), messages(run_dir / "flowtrain.log"):
         saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))

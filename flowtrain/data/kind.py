@@ -32,10 +32,13 @@ class Kind:
         if self.levels is not None:
             check_levels(table, self.levels, whole)
 
-    def samples(self, values: NDArray[Any]) -> Tensor:
-        """(n, *event_shape) of rows (n, d)."""
+    def samples(self, values: NDArray[Any], real: type[np.floating[Any]] = np.float32) -> Tensor:
+        """(n, *event_shape) of rows (n, d): whole numbers as uint8 or int64, others of the type `real`.
+
+        Rows of that type already are not copied: the samples share their memory.
+        """
         narrow = np.uint8 if self.levels is not None and self.levels <= 256 else np.int64
-        narrowed = values.astype(narrow if self.discrete else np.float32, copy=False)
+        narrowed = values.astype(narrow if self.discrete else real, copy=False)
         return torch.from_numpy(narrowed).view(-1, *self.event_shape)
 
     def moments(self, mean: Values, variance: Values) -> tuple[Values, Values]:

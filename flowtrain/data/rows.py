@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from flowtrain.data.array_checks import check_labels, check_levels, check_range, check_whole
+from flowtrain.data.array_checks import check_labels
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.columns import Columns, default_names, pick
 from flowtrain.data.idx import read_idx
+from flowtrain.data.kind import Kind, as_labels
 from flowtrain.data.read import Table, is_images, read_table
 from flowtrain.errors import ConfigError, DataError
 
@@ -47,18 +47,13 @@ class Rows(Dataset):
         self.discrete, self.levels, self.alpha = samples.discrete, samples.levels, samples.alpha
         self.classes, self.columns = samples.classes, samples.columns
         table, marks = _read(path, samples, key, columns, label, asked)
-        check_range(table)
-        if self.discrete:
-            check_whole(table)
-        if self.levels is not None:
-            check_levels(table, self.levels)
-        narrow = np.uint8 if self.levels is not None and self.levels <= 256 else np.int64
+        kind = Kind(self.event_shape, self.discrete, self.levels)
+        kind.check(table)
         # in float64, which a flow may be evaluated in
-        values = table.values.astype(narrow if self.discrete else np.float64)
-        self.val = self.test = torch.from_numpy(values).view(-1, *self.event_shape)
+        self.val = self.test = kind.samples(table.values, real=np.float64)
         if marks is not None:
             check_labels(marks)
-            self.val_labels = self.test_labels = torch.from_numpy(marks.values[:, 0].astype(np.int64))
+            self.val_labels = self.test_labels = as_labels(marks.values)
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         raise ConfigError("these rows are for scoring alone")

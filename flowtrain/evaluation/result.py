@@ -17,7 +17,7 @@ class Budget:
         sampling: standard error over the rows, less what the trace's noise adds to it.
         trace: standard error from the noise of an estimated trace, by draws of it on a subset; 0 where it is exact.
         solver: change of the NLL when the tolerance is tightened tenfold, in float64 on a subset, whose own error is
-            in it; 0 of a discrete flow, NaN where the field could not be solved so tightly.
+            in it; 0 of a flow that solves no ODE, NaN where the field could not be solved so tightly.
         solver_per_row: RMS of that change of a row, the error of a single score.
         embedded: mean over the subset of what the solver itself estimates the error of the log-determinant's integral
             to be, whichever way; None where it gives no estimate.
@@ -122,7 +122,7 @@ class Evaluation:
         dequantization_samples: of whole numbers, how many draws of the noise are averaged inside the log; with 1 the
             NLL is the plain bound.
         solver_error: the change of the NLL when the tolerance is tightened tenfold, in float64 on a subset; None of a
-            discrete flow.
+            flow that solves no ODE.
         roundtrip_error: max |x - forward(inverse(x))| on it.
         seconds: of scoring; total_seconds: with the budget and the checks.
         scores: log p(x) of every row in the order of the set, (n,), float64.

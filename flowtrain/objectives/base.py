@@ -13,7 +13,9 @@ from flowtrain.regularizers import Regularizer
 
 
 class Objective(nn.Module, ABC):
-    """What training minimizes; in `forward`, so that a wrapper such as DistributedDataParallel sees it.
+    """What training minimizes.
+
+    In `forward`, so that `trainer.compile` can compile the whole of it (`starting.compile_parts`).
 
     Attributes:
         flow: what is trained.

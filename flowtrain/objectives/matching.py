@@ -5,7 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.base import Bijection, Chain
+from flowtrain.bijections.stages import stages
 from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
@@ -66,7 +66,7 @@ class Ends:
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
-        parts, found = links(flow.bijection), flow.continuous
+        parts, found = stages(flow.bijection), flow.continuous
         if len(found) != 1 or found[0] not in parts:
             raise ConfigError(
                 f"this objective trains a flow with one continuous part, and the model has {len(found)}: use "
@@ -90,10 +90,3 @@ class Ends:
         for part in reversed(self.after):
             x = part.map_inverse(x, label)
         return x
-
-
-def links(bijection: Bijection) -> list[Bijection]:
-    """A chain, and the chains in it, as one list, from base to data."""
-    if not isinstance(bijection, Chain):
-        return [bijection]
-    return [link for part in bijection for link in links(part)]

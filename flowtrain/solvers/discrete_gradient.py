@@ -30,8 +30,8 @@ from flowtrain.solvers.tape import Recorder, Tape, add
 
 
 @dataclass
-class Step:
-    """An accepted step from x at t: its slopes (stages, B, *event), of which a replay needs the first; its stages."""
+class AcceptedStep:
+    """The step from x at t: its slopes (stages, B, *event), of which a replay needs the first; its stages."""
 
     t: float
     h: float
@@ -40,7 +40,7 @@ class Step:
     stages: list[Stage] | None
 
 
-class Trajectory:
+class AcceptedSteps:
     """The accepted steps of one solve, what they end in, and how a cotangent comes back through them."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Trajectory:
         recorder: Recorder,
         tableau: Tableau,
         weights: Weights,
-        steps: list[Step],
+        steps: list[AcceptedStep],
         x1: Tensor,
         nodes: Nodes | None,
         statistics: Statistics,
@@ -63,14 +63,20 @@ class Trajectory:
         self.last_used = [bool(each[:, -1].any()) for each in rows]
 
     def points(self) -> Tensor:
-        """x at the nodes, (nodes, B, *event)."""
-        parts = [self.x1.new_empty(0, *self.x1.shape)]
-        for s, rows in zip(self.steps, self.rows, strict=True):
-            parts.append(s.x + combined(s.h * rows, s.slopes))
+        """x at the nodes, (nodes, B, *event), by the slopes of every step: to be taken before `forget_slopes`."""
+        counts = [len(rows) for rows in self.rows]
+        # filled in place: all the slopes are still held, and parts to be joined would be held twice beside them
+        found = self.x1.new_empty(sum(counts), *self.x1.shape)
+        for s, rows, part in zip(self.steps, self.rows, torch.split(found, counts), strict=True):
+            part.copy_(s.x + combined(s.h * rows, s.slopes))
+        return found
+
+    def forget_slopes(self) -> None:
+        """Lets go of all slopes but the first of each step where steps are replayed: a replay needs the first alone."""
         if self.replay:
             for s in self.steps:
+                # a copy: a view would keep the others
                 s.slopes = s.slopes[:1].clone()
-        return torch.cat(parts)
 
     def pull(self, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Cotangents of x at the start (B, *event) and of the parameters, from those of x1 and of `points`."""
@@ -142,22 +148,22 @@ def outer(weights: Tensor, x: Tensor) -> Tensor:
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, trajectory: Trajectory, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.trajectory = trajectory
+    def forward(ctx: Any, accepted: AcceptedSteps, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.accepted = accepted
         # read again in backward, where torch refuses weights that were changed in between
         ctx.save_for_backward(x, *parameters)
-        return trajectory.x1.clone(), trajectory.points()
+        return accepted.x1.clone(), accepted.points()
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         with full_precision(at_end.device):
-            x, parameters = ctx.trajectory.pull(at_end, at_nodes)
+            x, parameters = ctx.accepted.pull(at_end, at_nodes)
         return None, x, *parameters
 
 
-def differentiable(trajectory: Trajectory, x: Tensor) -> tuple[Tensor, Tensor]:
+def differentiable(accepted: AcceptedSteps, x: Tensor) -> tuple[Tensor, Tensor]:
     """(x1, x at the nodes), with a graph that leads to x, where the solve began, and to the parameters."""
-    x1, points = _Differentiable.apply(trajectory, x, *trajectory.recorder.parameters)  # type: ignore[no-untyped-call]
+    x1, points = _Differentiable.apply(accepted, x, *accepted.recorder.parameters)  # type: ignore[no-untyped-call]
     return x1, points

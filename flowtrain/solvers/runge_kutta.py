@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowtrain.errors import ConfigError
 from flowtrain.solvers.base import Problem, Solution, Solver, Statistics
-from flowtrain.solvers.discrete_gradient import Step, Trajectory, differentiable
+from flowtrain.solvers.discrete_gradient import AcceptedStep, AcceptedSteps, differentiable
 from flowtrain.solvers.nodes import Nodes, gauss_nodes, has_dense_output, stage_nodes
 from flowtrain.solvers.stages import Stage, Weights, combined, on_device, record, take
 from flowtrain.solvers.tableaus import TABLEAUS, Tableau
@@ -62,7 +62,7 @@ class RungeKutta(Solver):
 
 
 @dataclass
-class Attempt:
+class TriedStep:
     """A step tried: its stages, where it ends, and where they join the control its integrals and their error."""
 
     h: float
@@ -84,7 +84,7 @@ class _Run:
         self.replay = solver.replays(problem.x)
         self.t, self.x = problem.t0, problem.x.detach()
         self.first: tuple[Tensor, Stage | None] | None = None
-        self.steps: list[Step] = []
+        self.steps: list[AcceptedStep] = []
         self.integrand = problem.integrand
         # all: the error of the integrals takes part in the step control
         self.controls_all = self.integrand is not None and solver.control == "all" and solver.adaptive
@@ -107,7 +107,7 @@ class _Run:
     def record(self, times: list[float], keep: bool) -> list[Stage]:
         return record(self.recorder, times, self.x, keep)
 
-    def attempt(self, h: float) -> Attempt:
+    def attempt(self, h: float) -> TriedStep:
         """The stages of a step of size h from here."""
         tableau, t, x = self.tableau, self.t, self.x
         if self.replay and self.steps:
@@ -125,9 +125,9 @@ class _Run:
 
         points, slopes = take(x, h, self.weights, self.first[0], velocity)
         x1 = points[-1] if tableau.first_same_as_last else x + combined(h * self.weights.b, slopes)
-        return Attempt(h, slopes, stages, points, x1)
+        return TriedStep(h, slopes, stages, points, x1)
 
-    def accept(self, tried: Attempt, t1: float) -> None:
+    def accept(self, tried: TriedStep, t1: float) -> None:
         self.statistics.accepted += 1
         same = self.tableau.first_same_as_last
         if self.controls_all:
@@ -135,7 +135,7 @@ class _Run:
         elif self.as_it_goes:
             self.add(*self.integrals_of(tried))
         if self.graph or (self.integrand is not None and not self.as_it_goes):
-            self.steps.append(Step(self.t, tried.h, self.x, tried.slopes, tried.stages))
+            self.steps.append(AcceptedStep(self.t, tried.h, self.x, tried.slopes, tried.stages))
         # replayed steps pull their first slope with the step before
         self.first = (tried.slopes[-1], None if self.replay else tried.stages[-1]) if same else None
         self.t, self.x = t1, tried.x1
@@ -228,7 +228,7 @@ class _Run:
         h1 = (0.01 / steepest) ** (1 / self.tableau.order) if steepest > 1e-15 else abs(span)
         return min(100 * abs(h0), h1, abs(span))
 
-    def error_ratio(self, tried: Attempt) -> float:
+    def error_ratio(self, tried: TriedStep) -> float:
         """Error over tolerance, in one transfer to the host."""
         solver = self.solver
         error = combined(tried.h * self.weights.e, tried.slopes)
@@ -240,7 +240,7 @@ class _Run:
             ratio = torch.maximum(ratio, rms(tried.error / (solver.atol + solver.rtol * total.abs())))
         return float(ratio)
 
-    def integrals_of(self, tried: Attempt) -> tuple[Tensor, Tensor]:
+    def integrals_of(self, tried: TriedStep) -> tuple[Tensor, Tensor]:
         """The integrals over one step by its stages and their error, each (B, Q)."""
         nodes = stage_nodes(self.tableau, [(self.t, tried.h)])
         q = self.integrand_at(nodes.times, torch.stack([tried.points[i] for i in self.tableau.used]))
@@ -277,8 +277,9 @@ class _Run:
             return Solution(self.x, self.total, self.error, self.statistics)
         nodes = self.nodes() if self.integrand is not None else None
         tableau, counts = self.tableau, self.statistics
-        trajectory = Trajectory(self.recorder, tableau, self.weights, self.steps, self.x, nodes, counts, self.replay)
-        x1, points = differentiable(trajectory, self.problem.x) if self.graph else (self.x, trajectory.points())
+        accepted = AcceptedSteps(self.recorder, tableau, self.weights, self.steps, self.x, nodes, counts, self.replay)
+        x1, points = differentiable(accepted, self.problem.x) if self.graph else (self.x, accepted.points())
+        accepted.forget_slopes()
         if nodes is None:
             return Solution(x1, None, None, self.statistics)
         q = self.integrand_at(nodes.times, points)

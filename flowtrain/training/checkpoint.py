@@ -56,7 +56,7 @@ def on_cpu(content: Any) -> Any:
     if isinstance(content, torch.Tensor):
         return content.cpu()
     if isinstance(content, dict):
-        return {key: on_cpu(value) for key, value in content.items()}
+        return type(content)((key, on_cpu(value)) for key, value in content.items())
     if isinstance(content, list | tuple):
         return type(content)([on_cpu(value) for value in content])
     return content

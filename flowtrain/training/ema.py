@@ -1,8 +1,9 @@
 """An exponential moving average of the weights, and of the running statistics that go with them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,3 +65,8 @@ class Ema:
             assert isinstance(value, Tensor)
             shadow.copy_(value)
         self.updates = int(state["updates"])
+
+
+def averages(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The averages in a saved `Ema.state`, by name, without the count of its updates."""
+    return {name: value for name, value in saved.items() if name != "updates"}

@@ -26,6 +26,8 @@ WARMUP = 2 / 3
 class Learner:
     """Optimizer, learning rate, average and guard of a flow whose weights are those that training begins with.
 
+    Sets `flow.solver.warmup`, in steps, where it is None and so left to the trainer: to WARMUP of the steps that solve.
+
     Attributes:
         solves_from: the first step that solves the ODE, None where none does.
         tied: whether the tolerance warms up with the learning rate, which has no end in sight.
@@ -98,8 +100,8 @@ class Learner:
             return {"rtol": None, "atol": None}
         return dict(zip(("rtol", "atol"), self.guard.tolerance_at(step), strict=True))
 
-    def tightened(self, step: int, batch: Batch) -> bool:
-        """Whether the guard, where its turn has come after that step, has found the solver exploited and tightened."""
+    def check_solver(self, step: int, batch: Batch) -> bool:
+        """Has the guard look at the solver, where its turn has come after that step: whether it has tightened it."""
         if self.guard is None or not self.solves(step):
             return False
         # of several parts the first: there is memory for one

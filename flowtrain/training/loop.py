@@ -150,8 +150,8 @@ class Trainer:
         if self.learner.solves(step) and not self.progress.began:
             self.begin_anew()
         row, batch = self.update.take(step, self.learner.lr.at(step) * self.trouble.lr_scale)
-        if self.learner.tightened(step, batch):
-            self.saves.tightened()
+        if self.learner.check_solver(step, batch):
+            self.saves.keep_step_size()
         return row
 
     def begin_anew(self) -> None:

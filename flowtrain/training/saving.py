@@ -131,8 +131,8 @@ class Saves:
             # steps were made smaller since: what was best with the larger ones may owe itself to them
             self.progress.best = None
 
-    def tightened(self) -> None:
-        """Takes over a smaller step size, which holds in evaluation too, and so in every checkpoint's config."""
+    def keep_step_size(self) -> None:
+        """Takes a step size that was made smaller into every checkpoint's config: it holds in evaluation too."""
         solver = self.flow.solver
         if solver is None or solver.adaptive:
             return

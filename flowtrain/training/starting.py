@@ -52,7 +52,7 @@ def initialize(flow: Flow, batches: Batches) -> None:
 
 
 def compile_parts(objective: Objective, flow: Flow) -> None:
-    """Compiles what is evaluated most: the fields of continuous flows, of discrete ones the whole loss.
+    """Compiles what is evaluated most: the fields of continuous flows, and of a flow that solves no ODE the whole loss.
 
     Raises:
         ConfigError: a conditional continuous flow.

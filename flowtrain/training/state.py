@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowtrain.errors import CheckpointError
 from flowtrain.flow import Flow
+from flowtrain.training.ema import averages
 
 Check = Callable[[Any], bool]
 # no run is rewound or tightened so often
@@ -87,7 +88,7 @@ def _is_ema(ema: Any, flow: Flow) -> bool:
     return (
         isinstance(ema, dict)
         and _count(ema.get("updates"))
-        and all(isinstance(v, Tensor) and v.shape == shapes.get(k) for k, v in ema.items() if k != "updates")
+        and all(isinstance(v, Tensor) and v.shape == shapes.get(k) for k, v in averages(ema).items())
     )
 
 
