@@ -56,6 +56,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # Kills
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_runs_end_as_if_they_had_not_been(run: Run, tmp_path: Path) -> None:
     keys = [*RUN, *MODELS["realnvp"], "trainer.steps=60"]
     code, _, err = run("flowtrain", *keys, f"hydra.run.dir={tmp_path}/whole")
