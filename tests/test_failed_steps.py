@@ -112,5 +112,7 @@ def test_the_cause_of_a_failed_step_is_named(tmp_path: Path) -> None:
 def test_a_spike_of_nfe_is_logged_with_its_step(caplog: pytest.LogCaptureFixture) -> None:
     watch = NfeWatch()
     for step in range(30):
-        watch.see(step, {"nfe_forward": 200 if step == 25 else 40, "nfe_backward": 0})
-    assert [r.getMessage() for r in caplog.records] == ["step 25: NFE 200, where 40 was usual before"]
+        # one that lasts is said once
+        watch.see(step, {"nfe_forward": 200 if step in (21, 25, 26, 27) else 40, "nfe_backward": 0})
+    found = [r.getMessage() for r in caplog.records]
+    assert found == [f"step {step}: NFE 200, where 40 was usual before" for step in (21, 25)]

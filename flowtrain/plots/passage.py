@@ -88,10 +88,10 @@ def _panels(
             # labels at the very edge would run into those of the next panel
             style.round_ticks(axes, 4, prune="both")
             first, last = column == 0, row == len(rows) - 1
-            # said once, where the panel above leaves room
+            axes.tick_params(length=2.5, labelsize=7, left=first, labelleft=first, bottom=last, labelbottom=last)
+            # powers of ten are said once, where the panel above leaves room
             axes.yaxis.offsetText.set(visible=first and last, size=6)
             axes.xaxis.offsetText.set(visible=last and column == len(names) - 1, size=6)
-            axes.tick_params(length=2.5, labelsize=7, left=first, labelleft=first, bottom=last, labelbottom=last)
             axes.spines[:].set_visible(True)
             if row == 0:
                 axes.set_title(name, size=9.5)

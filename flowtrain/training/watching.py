@@ -23,11 +23,11 @@ SPIKE, MEDIAN_OF, LEAST = 3, 100, 10
 
 
 class NfeWatch:
-    """Warns of spikes of the NFE, each, and once of a large one."""
+    """Warns of spikes of the NFE, once each however long it lasts, and once of a large one."""
 
     def __init__(self) -> None:
         self.before: deque[int] = deque(maxlen=MEDIAN_OF)
-        self.warned = False
+        self.warned, self.spiking = False, False
 
     def see(self, step: int, row: Mapping[str, Any]) -> None:
         """Told of the row of every step that was taken."""
@@ -36,7 +36,8 @@ class NfeWatch:
             return
         usual = statistics.median(self.before) if len(self.before) >= LEAST else math.inf
         self.before.append(nfe)
-        if nfe > SPIKE * usual:
+        before, self.spiking = self.spiking, nfe > SPIKE * usual
+        if self.spiking and not before:
             log.warning("step %d: NFE %d, where %g was usual before", step, nfe, usual)
         if nfe > NFE_WARNING and not self.warned:
             self.warned = True
