@@ -39,7 +39,8 @@ def messages(path: Path | None = None) -> Iterator[None]:
         file.handleError = lambda record: None  # type: ignore[method-assign]
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
-    log.setLevel(logging.INFO if distributed.is_first() else logging.CRITICAL)
+    # the log file has the traces of what went wrong too
+    log.setLevel(logging.DEBUG if distributed.is_first() else logging.CRITICAL)
     log.propagate = False
     log.handlers[:] = handlers
     try:

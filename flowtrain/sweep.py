@@ -61,11 +61,12 @@ def write_summary(root: Path) -> tuple[str, int]:
     table = as_markdown(jobs, keys)
     done = [job for job in jobs if job.result]
     axes = [key for key in keys if key != "seed"] or keys
+    written = {"sweep.csv": as_csv(jobs, keys), "sweep.md": table + "\n"}
+    lines = {key: against(done, key) for key in axes[: plots.MOST_SWEPT]}
     with spared("the sweep, nor its files"):
-        write_text(root / "sweep.csv", as_csv(jobs, keys))
-        write_text(root / "sweep.md", table + "\n")
+        for name, text in written.items():
+            write_text(root / name, text)
         if done and axes:
-            lines = {key: against(done, key) for key in axes[: plots.MOST_SWEPT]}
             title = f"sweep {root.name}, {len(done)} of {len(jobs)} jobs done"
             title += f", {len(lines)} of {len(axes)} keys" if len(axes) > len(lines) else ""
             plots.draw_sweep(root / "sweep.png", lines=lines, title=title)

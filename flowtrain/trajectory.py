@@ -50,7 +50,7 @@ class Step:
     def states(self, y: Tensor, parts: list[float], label: Tensor | None) -> Iterator[Tensor]:
         """From y (B, *event) to each of `parts`, rising, and to the end.
 
-        Fixed steps are taken from the base for each of them anew: more steps, as from one to the next, lead elsewhere.
+        With fixed steps each is solved anew from where this step begins: from one to the next others would be taken.
         """
         origin, after = y, None
         for start, end in pairwise([0.0, *parts, 1.0]):

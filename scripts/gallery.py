@@ -3,7 +3,7 @@
     python scripts/gallery.py --runs DIR          # a quarter of an hour on two cores, most of it for the digits
 
 Runs go to DIR, where those that are there already are taken as they are; what the README shows goes to `.pictures`,
-smaller than flowtrain writes it, since each clone of the repository carries it. MNIST is found as ever
+still ones smaller than flowtrain writes them, since each clone of the repository carries them. MNIST is found as ever
 (FLOWTRAIN_DATA, or scripts/download_mnist.py).
 """
 

@@ -65,7 +65,8 @@ def test_compiled_evaluations_serve_training_alone(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*jit.script:DeprecationWarning")
+# torch's own, of what it traces
+@pytest.mark.filterwarnings("ignore:.*jit.script:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 def test_a_compiled_field_has_the_same_gradient() -> None:
     field, x = random_field(), torch.randn(5, 2)
     solver = ode_solver("dopri5", rtol=1e-4)

@@ -163,7 +163,7 @@ def test_frames_give_the_units_of_the_data() -> None:
 
 @pytest.mark.parametrize("steps", [2, 3])
 def test_fixed_steps_lead_where_the_flow_does(steps: int) -> None:
-    """Whatever the moments: each is solved from the base, not from one to the next."""
+    """Whatever the moments: each is solved from where its part of the flow begins, not from one to the next."""
     flow = vectors("ffjord", solver=["solver=euler", f"solver.steps={steps}"])
     z = torch.randn(6, 2)
     with torch.no_grad():

@@ -24,6 +24,8 @@ def write_animation(
     Raises:
         ConfigError: a flow that no animation shows, or a file that cannot be written here.
         DataError: the data, which give the limits, are not to be had.
+        FlowtrainError: a label that the flow does not have.
+        NonFiniteError: samples that are no numbers, of which nothing is written.
     """
     given = written_as("out", own["out"], *KINDS)
     if given is not None:

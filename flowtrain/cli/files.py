@@ -42,7 +42,7 @@ def written_as(key: str, value: Any, *endings: str) -> Path | None:
     """
     if value is None or value == "":
         return None
-    if not isinstance(value, str) or not value.endswith(endings):
+    if not isinstance(value, str) or Path(value).suffix not in endings:
         raise ConfigError(f"{key}={value}: this is written as {' or '.join(endings)}; give a name that ends so")
     return Path(value).expanduser()
 

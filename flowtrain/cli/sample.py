@@ -28,7 +28,8 @@ flowsample ckpt=RUN_DIR_OR_FILE animate=true [n=2000] [seed=0] [temperature=1.0]
 flowsample ckpt=RUN_DIR_OR_FILE quality=[1,2,4,8,16] [seed=0] [out=FILE.json]
 
   ckpt          a run directory (its best checkpoint) or a .pt file
-  n             how many samples; default: 10000, of images 100. Animated: 2000, of images 60
+  n             how many samples; default: 10000, of images 100. Animated: 2000
+                (at most 100000), of images 60 (200)
   seed          of the base noise
   temperature   factor on the base noise; 1 samples the density
   label         of a conditional model; default: all classes in turn, 0, 1, 2, ...

@@ -27,6 +27,7 @@ def spared(what: str) -> Iterator[None]:
         log.warning("no picture of %s: %s", what, e)
     except Exception as e:  # a mistake of ours is no reason to lose a run either
         log.warning("no picture of %s: %s: %s", what, type(e).__name__, e)
+        log.debug("", exc_info=True)
 
 
 @contextmanager

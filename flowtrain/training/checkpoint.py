@@ -4,6 +4,7 @@ import io
 import logging
 import pickle
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def on_cpu(content: Any) -> Any:
     if isinstance(content, torch.Tensor):
         return content.cpu()
     if isinstance(content, dict):
-        return type(content)((key, on_cpu(value)) for key, value in content.items())
+        # of its own kind, which may be made in another way
+        found = copy(content)
+        found.update((key, on_cpu(value)) for key, value in content.items())
+        return found
     if isinstance(content, list | tuple):
         return type(content)([on_cpu(value) for value in content])
     return content
