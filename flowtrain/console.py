@@ -11,14 +11,12 @@ import torch
 
 from flowtrain import distributed
 from flowtrain.data.base import Dataset
+from flowtrain.evaluation import NAMES
 from flowtrain.flow import Flow
 from flowtrain.titles import data_name, name_of, title_of
 from flowtrain.training.settings import Settings
 
 log = logging.getLogger("flowtrain")
-
-# the names before lines, as wide as those of an evaluation
-NAMES = 13
 
 
 @contextmanager

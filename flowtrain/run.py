@@ -12,10 +12,10 @@ import torch
 
 from flowtrain import build, distributed, loading, pictures, plots
 from flowtrain.checks import whole, within_memory
-from flowtrain.console import NAMES, banner, next_commands
+from flowtrain.console import banner, next_commands
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.errors import CheckpointError, ConfigError, UnfinishedError
-from flowtrain.evaluation import evaluate
+from flowtrain.evaluation import NAMES, evaluate
 from flowtrain.files import write_json
 from flowtrain.flow import Flow
 from flowtrain.process import prepare_process

@@ -163,6 +163,17 @@ def estimates_trace(flow: Flow) -> bool:
     return rule is not None and not rule.is_exact(math.prod(flow.event_shape), training=False)
 
 
+def check_samples(samples: Tensor) -> None:
+    """Refuses samples that are NaN or infinite, before anything is written of them.
+
+    Raises:
+        NonFiniteError: saying how many values are.
+    """
+    bad = int((~torch.isfinite(samples)).sum())
+    if bad:
+        raise NonFiniteError(f"{bad} of the values sampled are NaN or infinite: nothing was written")
+
+
 def check_finite(log_p: Tensor, split: str, start: int = 0) -> None:
     """Refuses log-likelihoods (n,) that are NaN or infinite, naming the first row, of the set's rows from `start` on.
 

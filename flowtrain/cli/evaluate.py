@@ -20,7 +20,7 @@ from flowtrain.console import messages
 from flowtrain.data.base import Dataset
 from flowtrain.data.rows import Rows
 from flowtrain.errors import ConfigError, DataError
-from flowtrain.evaluation import check_fits, evaluate
+from flowtrain.evaluation import NAMES, check_fits, evaluate
 from flowtrain.files import write_json, write_npy
 from flowtrain.report import write_report
 from flowtrain.titles import data_name, title_of
@@ -98,7 +98,7 @@ def _command() -> int:
     if wants_report:
         written += write_report(result, title, str(opened.path), place.report, place.others(figures))
     print(result.table())
-    print("\n".join(f"{'written to' if i == 0 else '':>13}  {path}" for i, path in enumerate(written)))
+    print("\n".join(f"{'written to' if i == 0 else '':>{NAMES}}  {path}" for i, path in enumerate(written)))
     return 0
 
 

@@ -18,10 +18,11 @@ from flowtrain.cli.overrides import split_own
 from flowtrain.cli.quality import report_quality
 from flowtrain.console import messages
 from flowtrain.data.base import Dataset
-from flowtrain.errors import ConfigError, DataError, NonFiniteError
+from flowtrain.errors import ConfigError, DataError
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.files import write_npy
 from flowtrain.pictures import draw
+from flowtrain.scores import check_samples
 
 USAGE = """flowsample ckpt=RUN_DIR_OR_FILE [n=10000] [seed=0] [temperature=1.0] [label=7] [out=FILE.npy] [KEY=VALUE ...]
 flowsample ckpt=RUN_DIR_OR_FILE animate=true [n=2000] [seed=0] [temperature=1.0] [label=7] [out=FILE.gif]
@@ -115,9 +116,7 @@ def write_samples(
         raise ConfigError("log_scale=true: is for the picture of one or two columns, and there is none; leave it out")
     torch.manual_seed(seed)
     samples = flow.sample(n, temperature, label=labels).cpu()
-    bad = int((~torch.isfinite(samples)).sum())
-    if bad:
-        raise NonFiniteError(f"{bad} of the values sampled are NaN or infinite: nothing was written")
+    check_samples(samples)
     write_npy(out, (flow.quantized(samples) if images else samples).numpy())
     rows = rows_of_checks(flow.event_shape)
     few = labels[:rows] if isinstance(labels, Tensor) else labels

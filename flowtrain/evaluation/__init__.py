@@ -2,9 +2,10 @@
 
 from flowtrain.evaluation.budget import rows_of_checks
 from flowtrain.evaluation.evaluate import check_fits, evaluate, roundtrip_error
-from flowtrain.evaluation.result import Budget, Calibration, Check, Evaluation, Separation
+from flowtrain.evaluation.result import NAMES, Budget, Calibration, Check, Evaluation, Separation
 
 __all__ = [
+    "NAMES",
     "Budget",
     "Calibration",
     "Check",

@@ -108,6 +108,8 @@ class Separation:
 
 # what the figures take, and no table or JSON
 PRIVATE = ("bits_per_nat", "scores", "sets", "pit")
+# how wide the names before the lines of a table are
+NAMES = 13
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ class Evaluation:
 
     def table(self) -> str:
         """A few lines for a terminal."""
-        return "\n".join(f"{name:>13}  {value}" for name, value in self.rows())
+        return "\n".join(f"{name:>{NAMES}}  {value}" for name, value in self.rows())
 
 
 def p_words(p: float) -> str:

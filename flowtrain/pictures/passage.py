@@ -9,10 +9,11 @@ from torch import Tensor
 
 from flowtrain import plots
 from flowtrain.data.base import Dataset
-from flowtrain.errors import ConfigError, NonFiniteError
+from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
 from flowtrain.pictures.images import Shown
 from flowtrain.pictures.shared import drawing, first, latents, spared, where_inside
+from flowtrain.scores import check_samples
 from flowtrain.trajectory import Moment, Trajectory
 
 # what the eye sees of a whole way
@@ -66,22 +67,11 @@ def animate(
             return
         label = 0 if label is None and flow.classes is not None else label
         way = _Way(flow, data, FRAMES, label)
-        states = _finite(way.states(temperature * latents(flow, n or DOTS)))
+        states = way.states(temperature * latents(flow, n or DOTS))
+        check_samples(states[-1])
         plots.animate_flow_2d(
             paths, data=way.data, names=way.names, log_density=way.log_density, states=states, title=title
         )
-
-
-def _finite(states: Tensor) -> Tensor:
-    """States (K, ...), the last of which are samples.
-
-    Raises:
-        NonFiniteError: as `flowsample` has it, samples that are no numbers.
-    """
-    bad = int((~torch.isfinite(states[-1])).sum())
-    if bad:
-        raise NonFiniteError(f"{bad} of the values sampled are NaN or infinite: nothing was written")
-    return states
 
 
 def check_animated(flow: Flow, n: int | None = None) -> None:
@@ -173,6 +163,8 @@ def _draw_paths(way: _Way, path: Path, title: str) -> None:
 def _animate_images(flow: Flow, data: Dataset, paths: Sequence[Path], title: str, z: Tensor, label: int | None) -> None:
     labels = flow.in_turn(len(z)) if flow.classes is not None and label is None else flow.labels(label, z)
     trajectory, show = Trajectory(flow, FRAMES), Shown(flow, data)
-    frames = torch.stack([show(x) for x in _finite(trajectory.states(z, labels))])
+    states = trajectory.states(z, labels)
+    check_samples(states[-1])
+    frames = torch.stack([show(x) for x in states])
     names = [trajectory.name(moment) for moment in trajectory.moments]
     plots.animate_images(paths, names=names, frames=frames, levels=1, title=title)

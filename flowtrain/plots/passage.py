@@ -53,17 +53,18 @@ def draw_passage(
     real = points.data_points(data, width=2)
     limits = picture_limits(real.values)
     heights = points.moments_2d(log_density, limits, RESOLUTION, len(names))
+    tops = np.array([points.peak(height) or 1.0 for height in heights])
     rows = ["density", *([] if velocity is None else ["velocity"]), "grid of the base"]
     with style.styled():
         figure, panels = _panels(rows, names, limits, title)
-        for axes, height in zip(panels[0], heights, strict=True):
-            paint(axes, height, limits, points.peak(height) or 1.0)
+        for axes, height, top in zip(panels[0], heights, tops, strict=True):
+            paint(axes, height, limits, top)
         if velocity is not None:
             at = points.grid_2d(limits, ARROWS)
             v = points.to_numpy(velocity(torch.from_numpy(at).to(torch.float32)))
-            for axes, height in zip(panels[1], heights, strict=True):
-                paint(axes, height, limits, points.peak(height) or 1.0, style.PALE_MAP)
-            _arrows(panels[1], at, v, _inhabited(heights, limits, at))
+            for axes, height, top in zip(panels[1], heights, tops, strict=True):
+                paint(axes, height, limits, top, style.PALE_MAP)
+            _arrows(panels[1], at, v, _inhabited(heights / tops[:, None, None], limits, at))
         lines = _lattice()
         moved = points.to_numpy(forward(torch.from_numpy(lines.reshape(-1, 2)).to(torch.float32)))
         for axes, placed in zip(panels[-1], moved.reshape(len(names), *lines.shape), strict=True):
@@ -104,23 +105,22 @@ def _panels(
 
 
 def _inhabited(heights: Array, limits: tuple[Range, Range], at: Array) -> NDArray[np.bool_]:
-    """Where of `at` (G, 2) the densities (K, R, R) are not next to nothing, (K, G)."""
+    """Where of `at` (G, 2) densities (K, R, R), of which 1 is the peak, are not next to nothing, (K, G)."""
     lows, highs = np.array(limits).T
     x, y = np.clip(((at - lows) / (highs - lows) * RESOLUTION).astype(int), 0, RESOLUTION - 1).T
-    tops = np.array([points.peak(height) for height in heights])[:, None]
-    return np.nan_to_num(heights[:, x, y]) > LEAST * tops
+    return np.nan_to_num(heights[:, x, y]) > LEAST
 
 
 def _arrows(panels: Sequence[Axes], at: Array, v: Array, inhabited: NDArray[np.bool_]) -> None:
     """v (K, G, 2) at the points `at` (G, 2) as arrows of one scale for all moments, pale where no samples come."""
     speed = np.sqrt((v**2).sum(-1))
     seen = speed[inhabited & np.isfinite(speed)]
-    top = float(np.quantile(seen, 0.98)) if seen.size else 1.0
+    top = (float(np.quantile(seen, 0.98)) if seen.size else 0.0) or 1.0
     # where no samples come it may be as fast as it likes
-    v = v * np.minimum(1.0, (top or 1.0) / np.maximum(speed, 1e-12))[..., None]
+    v = v * np.minimum(1.0, top / np.maximum(speed, 1e-12))[..., None]
+    scale = top * ARROWS * 0.62
     for axes, one, here in zip(panels, v, inhabited, strict=True):
         for where, colour in ((~here, style.HAIRLINE), (here, style.INK)):
-            scale = (top or 1.0) * ARROWS * 0.62
             axes.quiver(*at[where].T, *one[where].T, color=colour, angles="xy", scale=scale, width=0.008, headwidth=4)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowtrain.errors import FlowtrainError
 from flowtrain.plots import points, style
 from flowtrain.plots.flow2d import picture_limits
-from flowtrain.plots.points import Array, Range
+from flowtrain.plots.points import Array
 
 HEIGHT = 4.75
 # nats below the densest particles that colours tell apart
@@ -45,15 +45,14 @@ def draw_paths(
         raise FlowtrainError(f"cannot draw where particles go: none of the {len(kept)} paths is finite")
     x, log_p = x[:, kept], log_p[:, kept]
     lost = f"{int((~kept).sum())} paths not finite" if not kept.all() else ""
-    limits = _limits(real.values, x[0])
+    limits = picture_limits(np.concatenate([real.values, x[0]]))
     top = float(np.quantile(log_p, 0.98))
     with style.styled():
         figure = style.new_figure(HEIGHT, title)
         plane = style.add_axes(figure, 0.54, 0.42, 3.72, 3.72)
         course = style.add_axes(figure, 5.05, 0.42, 3.72, 3.72)
         plane.plot(*real.values[:3000].T, ".", color=style.HAIRLINE, markersize=1.2, zorder=0)
-        segments = np.stack([x[:-1], x[1:]], 2).reshape(-1, 2, 2)
-        _coloured(plane, segments, (log_p[:-1] + log_p[1:]).ravel() / 2, top)
+        _coloured(plane, x, log_p, top)
         plane.plot(*x[0].T, "o", color=style.MUTED, markersize=1.8, zorder=3)
         ends: dict[str, Any] = {"c": log_p[-1], "cmap": _colours(), "vmin": top - DEPTH, "vmax": top}
         plane.scatter(x[-1, :, 0], x[-1, :, 1], s=12, linewidths=0.5, edgecolors="white", zorder=4, **ends)
@@ -64,14 +63,11 @@ def draw_paths(
         style.save(figure, path)
 
 
-def _limits(real: Array, base: Array) -> tuple[Range, Range]:
-    """Those that show data and base."""
-    return picture_limits(np.concatenate([real, base[np.isfinite(base).all(1)]]))
-
-
-def _coloured(axes: Axes, segments: Array, log_p: Array, top: float) -> None:
+def _coloured(axes: Axes, x: Array, log_p: Array, top: float) -> None:
+    """A line through x (K, P, 2) for each particle, coloured by log_p (K, P)."""
+    segments = np.stack([x[:-1], x[1:]], 2).reshape(-1, 2, 2)
     lines = LineCollection(list(segments), cmap=_colours(), linewidths=0.9, alpha=0.9, capstyle="round")
-    lines.set_array(log_p)
+    lines.set_array((log_p[:-1] + log_p[1:]).ravel() / 2)
     lines.set_clim(top - DEPTH, top)
     axes.add_collection(lines)
 
@@ -85,9 +81,7 @@ def _colours() -> matplotlib.colors.Colormap:
 def _course(axes: Axes, at: Array, log_p: Array, top: float, axis: str) -> None:
     """log p of each particle against the moments, with their mean."""
     axes.grid(axis="y")
-    lines = np.stack([np.broadcast_to(at[:, None], log_p.shape), log_p], -1)
-    segments = np.stack([lines[:-1], lines[1:]], 2).reshape(-1, 2, 2)
-    _coloured(axes, segments, (log_p[:-1] + log_p[1:]).ravel() / 2, top)
+    _coloured(axes, np.stack([np.broadcast_to(at[:, None], log_p.shape), log_p], -1), log_p, top)
     axes.plot(at, log_p.mean(1), color=style.INK, linewidth=2.0, label="mean of all particles")
     low = float(np.quantile(log_p, 0.01))
     high = float(log_p.max())
