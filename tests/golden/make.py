@@ -1,0 +1,264 @@
+"""Adds golden checkpoints: tiny interrupted runs of the current code, and the numbers that it computes from them.
+
+    python tests/golden/make.py LABEL [NAME ...]
+
+writes tests/golden/LABEL/NAME for every case in CASES, or for those named. A golden that exists is never overwritten:
+the command refuses. See README.md in this folder.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import flowtrain
+from flowtrain.cli import evaluate, train
+from flowtrain.training.loop import Trainer
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE / "data"
+
+# every run: short, on one thread of the CPU, every step in metrics.jsonl. The learning rate is large, so that the flows
+# are far from the identity after a few steps
+COMMON = [
+    "device=cpu", "threads=1", "trainer.steps=12", "trainer.batch_size=16", "trainer.lr=0.05", "trainer.lr_warmup=1",
+    "trainer.val_every=2", "trainer.log_every=1", "trainer.plot_every=null", "trainer.guard_every=3",
+]  # fmt: skip
+TABLE = ["data=array", "data.path=table.npy", "data.columns=[0,1,2,3]"]
+LABELLED = ["data=array", "data.path=table.npy", "data.columns=[0,1,2,3]", "data.label=4", "model.conditional=true"]
+COUNTS = ["data=array", "data.path=counts.npy", "data.columns=[0,1,2]"]
+SQUARES = ["data=array", "data.path=images.npy", "data.columns=['0:16']", "data.event_shape=[1,4,4]", "data.levels=17"]
+IMAGES = ["data=array", "data.path=images.npy", "data.columns=['0:64']", "data.event_shape=[1,8,8]", "data.levels=17"]
+CLASSES = ["data.label=64", "model.conditional=true"]
+MOONS = ["data=moons", "data.n_test=64", "data.n_val=48"]
+NET = ["model.hidden=[4]"]
+
+# arguments of `flowtrain`; runs stop after step 7 of 12, but where "stop=STEP" says otherwise
+CASES: dict[str, list[str]] = {
+    "affine_table": ["model=affine", *TABLE],
+    "affine_unstandardized": ["model=affine", *TABLE, "data.standardize=false", "trainer.ema=null"],
+    "realnvp_table": ["model=realnvp", *TABLE, "model.layers=3", *NET],
+    "realnvp_alternate": [
+        "model=realnvp", *TABLE, "recipe=none", "model.layers=2", *NET, "model.mixing=alternate", "model.cap=1.5",
+        "model.activation=tanh", "trainer.weight_decay=0.1", "trainer.optimizer=adamw", "trainer.clip_norm=null",
+    ],
+    "realnvp_batch_norm": [
+        "model=realnvp", *LABELLED, "model.layers=2", *NET, "model.batch_norm=true", "trainer.ema=0.5",
+        "trainer.accumulate=2",
+    ],
+    "realnvp_counts": ["model=realnvp", *COUNTS, "data.dequantize=true", "model.layers=2", *NET],
+    "realnvp_levels": ["model=realnvp", *COUNTS, "data.levels=9", "model.layers=2", *NET, "model.actnorm=false"],
+    "realnvp_images": [
+        "model=realnvp", *IMAGES, *CLASSES, "recipe=none", "model.layers=1", "model.hidden=[2]", "model.scales=1",
+    ],
+    "realnvp_images_batch_norm": [
+        "model=realnvp", *SQUARES, "recipe=none", "model.layers=1", "model.hidden=[2]", "model.scales=0",
+        "model.batch_norm=true", "model.positions=true",
+    ],
+    "realnvp_images_odd": [
+        "model=realnvp", *SQUARES, "data.columns=['0:9']", "data.event_shape=[1,3,3]", "data.alpha=0.01", "recipe=none",
+        "model.layers=2", *NET,
+    ],
+    "glow_table": [
+        "model=glow", *TABLE, "model.steps=2", *NET, "model.activation=swish", "trainer.lr_decay=plateau",
+        "trainer.lr_plateau_patience=1",
+    ],
+    "glow_labels": ["model=glow", *LABELLED, "model.steps=1", *NET, "trainer.ema=null"],
+    "glow_images": [
+        "model=glow", *IMAGES, "model.steps=1", "model.hidden=[2]", "model.scales=2", "model.positions=true",
+    ],
+    "glow_images_labels": ["model=glow", *SQUARES, *CLASSES, "model.steps=1", *NET, "model.scales=1"],
+    "ffjord_moons": ["model=ffjord", *MOONS, *NET],
+    "ffjord_table": ["model=ffjord", *TABLE, *NET, "solver.rtol=1e-4"],
+    "ffjord_rk4": [
+        "model=ffjord", *LABELLED, *NET, "solver=rk4", "solver.step_size=0.25", "regularizer=rnode", "model.flows=2",
+        "model.trace=hutchinson", "model.field=concat", "model.activation=softplus", "trainer.ema=0.5",
+    ],
+    "ffjord_adjoint": [
+        "model=ffjord", *TABLE, *NET, "recipe=none", "solver=tsit5", "solver.rtol=1e-3", "solver.gradient=adjoint",
+        "regularizer=steer", "model.init_scale=null", "regularizer.acceleration=0.01", "regularizer.spectral=0.001",
+    ],
+    "ffjord_images": [
+        "model=ffjord", *SQUARES, *CLASSES, "recipe=none", "model.hidden=[2]", "model.scales=1", "solver=midpoint",
+        "solver.steps=2", "model.positions=true", "trainer.steps=6", "stop=3",
+    ],
+    "ffjord_images_adaptive": [
+        "model=ffjord", *SQUARES, "recipe=none", "model.hidden=[2]", "model.scales=1", "model.full_size=false",
+        "model.actnorm=false", "solver.rtol=1e-3", "trainer.steps=6", "stop=3",
+    ],
+    "hybrid_table": ["objective=hybrid", "model=ffjord", *TABLE, *NET, "objective.matching=4", "stop=3"],
+    "hybrid_likelihood": [
+        "objective=hybrid", "model=ffjord", *MOONS, *NET, "objective.matching=0.25", "solver=heun2",
+        "solver.step_size=0.2",
+    ],
+    "flow_matching": ["objective=flow_matching", "model=ffjord", *MOONS, *NET],
+    "rectified": ["objective=rectified", "objective.pairs=64", "objective.rtol=1e-3", "from=../flow_matching/whole"],
+}  # fmt: skip
+
+
+def main() -> None:
+    """Makes the goldens that the command line names."""
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
+    label, names = sys.argv[1], sys.argv[2:] or list(CASES)
+    taken = [str(HERE / label / name) for name in names if (HERE / label / name).exists()]
+    if taken:
+        raise SystemExit(f"goldens are never overwritten, and there is {', '.join(taken)}: give another label")
+    if not DATA.exists():
+        make_data()
+    # one name on every machine, so that checkpoints do not tell whose it was
+    scratch = Path(tempfile.gettempdir()) / "flowtrain-golden"
+    shutil.rmtree(scratch, ignore_errors=True)
+    os.environ.pop("TQDM_DISABLE", None)
+    for name in names:
+        arguments = list(CASES[name])
+        if any(a.startswith("from=") for a in arguments) and not (scratch / "flow_matching").exists():
+            make("flow_matching", CASES["flow_matching"], scratch / "flow_matching")
+        make(name, arguments, scratch / name)
+        keep(scratch / name, HERE / label / name)
+        print(f"made {HERE / label / name}", flush=True)
+    shutil.rmtree(scratch)
+
+
+def make_data() -> None:
+    """Data files, from a fixed seed; like goldens, they are made once."""
+    rng = np.random.default_rng(18)
+    DATA.mkdir()
+    label = rng.integers(0, 3, 120)
+    table = (
+        rng.normal(size=(120, 4)) @ rng.normal(size=(4, 4)) + 2.0 * label[:, None] * [1, 0, -1, 0] + [10, 0, -3, 500]
+    )
+    np.save(DATA / "table.npy", np.column_stack([table, label]).astype(np.float32))
+    np.save(DATA / "counts.npy", rng.binomial(8, [0.2, 0.5, 0.7], (120, 3)).astype(np.uint8))
+    label = rng.integers(0, 2, (120, 1))
+    np.save(DATA / "images.npy", np.hstack([rng.binomial(16, 0.2 + 0.4 * label, (120, 64)), label]).astype(np.uint8))
+
+
+def make(name: str, arguments: list[str], folder: Path) -> None:
+    """Runs a case in a folder of its own: the interrupted run in `run`, its end in `whole`, and expected.json."""
+    shutil.copytree(DATA, folder)
+    os.chdir(folder)
+    stop = next((int(a.removeprefix("stop=")) for a in arguments if a.startswith("stop=")), 7)
+    command = [*(a for a in arguments if not a.startswith("stop=")), *COMMON]
+    # the last one given counts
+    command = list({a.partition("=")[0]: a for a in [*COMMON, *command[: len(command) - len(COMMON)]]}.values())
+    interrupted(["flowtrain", *command, "hydra.run.dir=run"], stop)
+    shutil.copytree("run", "whole")
+    called(evaluate.main, ["floweval", "ckpt=run", "out=eval.json", "split=test", "device=cpu"])
+    called(train.main, ["flowtrain", "resume=whole"])
+    rows, labels = rows_of(command)
+    saved = torch.load("run/checkpoints/last.pt", weights_only=True)["config"]
+    expected = {
+        "command": command,
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, text=True).strip(),
+        "torch": torch.__version__,
+        "data": None if "path" not in saved["data"] else Path(saved["data"]["path"]).name,
+        "stopped": stop,
+        "steps": saved["trainer"]["steps"],
+        "rows": rows.tolist(),
+        "labels": labels,
+        "log_p": {w: log_p(Path(f"run/checkpoints/{w}.pt"), rows, labels, torch.float32) for w in ("best", "last")},
+        "log_p_float64": {
+            w: log_p(Path(f"run/checkpoints/{w}.pt"), rows, labels, torch.float64) for w in ("best", "last")
+        },
+        "test": picked(json.loads(Path("eval.json").read_text())),
+        "resumed": {
+            "metrics": metrics(Path("whole"))[len(metrics(Path("run"))) :],
+            "test": picked(json.loads(Path("whole/result.json").read_text())),
+            "log_p": log_p(Path("whole/checkpoints/last.pt"), rows, labels, torch.float32),
+        },
+    }
+    Path("expected.json").write_text(written(expected) + "\n")
+
+
+def written(content: dict[str, Any]) -> str:
+    """JSON with one line for each key."""
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) + "\n}"
+
+
+def interrupted(arguments: list[str], stop: int) -> None:
+    """`flowtrain` with a SIGTERM in the step before `stop` is reached."""
+    step = Trainer.train_step
+
+    def signalled(self: Trainer) -> Any:
+        row = step(self)
+        if self.step == stop - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    Trainer.train_step = signalled  # type: ignore[method-assign]
+    try:
+        called(train.main, arguments, code=143)
+    finally:
+        Trainer.train_step = step  # type: ignore[method-assign]
+
+
+def called(command: Any, arguments: list[str], code: int = 0) -> None:
+    """One of the commands, in this process."""
+    sys.argv = arguments
+    try:
+        command()
+    except SystemExit as e:
+        if int(e.code or 0) != code:
+            raise RuntimeError(f"{' '.join(arguments)}: exit code {e.code}") from e
+
+
+def rows_of(command: list[str]) -> tuple[np.ndarray, list[int] | None]:
+    """16 rows in data units, not all of them from the data, with labels for a conditional flow."""
+    flow = flowtrain.load("run/checkpoints/last.pt")
+    rng = np.random.default_rng(7)
+    keys = dict(a.split("=", 1) for a in command)
+    labels = None if flow.classes is None else rng.integers(0, flow.classes, 16).tolist()
+    if "data.path" not in keys:
+        return (rng.normal(size=(16, 2)) * np.where(np.arange(16) < 10, 1.0, 10.0)[:, None]).round(3), labels
+    table = np.load(keys["data.path"]).astype(np.float64)
+    size = int(np.prod(flow.event_shape))
+    x = table[rng.permutation(len(table))[:16], :size]
+    if flow.discrete:
+        x = x + rng.uniform(0.001, 0.999, x.shape)
+    else:
+        # the last rows far out, where flows extrapolate
+        x = x + rng.normal(size=x.shape) * x.std(0) * np.where(np.arange(16) < 10, 0.3, 10.0)[:, None]
+    return x.round(3).reshape(16, *flow.event_shape), labels
+
+
+@torch.no_grad()
+def log_p(path: Path, rows: Any, labels: list[int] | None, dtype: torch.dtype) -> list[float]:
+    """log p of the rows by a checkpoint."""
+    flow = flowtrain.load(path).to(dtype)
+    label = None if labels is None else torch.tensor(labels)
+    return flow.log_prob(torch.as_tensor(rows, dtype=dtype), label).tolist()
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without times."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def picked(result: dict[str, Any]) -> dict[str, Any]:
+    """What is compared of eval.json or result.json."""
+    return {key: result[key] for key in ("nll", "nll_stderr", "n", "split", "step", "bits_per_dim")}
+
+
+def keep(made: Path, place: Path) -> None:
+    """Copies what a golden consists of: expected.json, and the interrupted run in run.tar.xz."""
+    place.mkdir(parents=True)
+    with tarfile.open(place / "run.tar.xz", "w:xz") as archive:
+        for name in ("checkpoints/best.pt", "checkpoints/last.pt", "checkpoints/teacher.pt", "metrics.jsonl"):
+            if (made / "run" / name).exists():
+                archive.add(made / "run" / name, name)
+    shutil.copy(made / "expected.json", place / "expected.json")
+
+
+if __name__ == "__main__":
+    main()

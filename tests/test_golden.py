@@ -1,0 +1,133 @@
+"""Checkpoints of earlier versions keep their density, evaluate, sample and resume with the numbers they had.
+
+tests/golden/README.md says how they were made. A failure here is a fault of the code, never of a golden.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Run
+
+import flowtrain
+from flowtrain import pictures, plots
+from flowtrain.flow import Flow
+from flowtrain.training import checkpoint
+
+HERE = Path(__file__).parent / "golden"
+GOLDENS = sorted(path.parent for path in HERE.glob("*/*/expected.json"))
+NAMES = [f"{path.parent.name}-{path.name}" for path in GOLDENS]
+
+# relative: rounding differs between machines, and where the steps of an ODE solver depend on it, so do they
+FLOAT64, FLOAT32, ADAPTIVE, TRAINED = 1e-9, 1e-5, 1e-4, 1e-4
+# of a train row of metrics.jsonl
+TRAIN_KEYS = ("nll", "lr", "grad_norm", "rtol", "atol")
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+class Golden:
+    """An interrupted run of an earlier version, unpacked, and the numbers that version computed from it."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.run_dir = folder / "run"
+        with tarfile.open(path / "run.tar.xz") as archive:
+            archive.extractall(self.run_dir, filter="data")
+        self.expected: dict[str, Any] = json.loads((path / "expected.json").read_text())
+        self.rows = torch.tensor(self.expected["rows"], dtype=torch.float64)
+        labels = self.expected["labels"]
+        self.labels = None if labels is None else torch.tensor(labels)
+        name = self.expected["data"]
+        # where the data are now
+        self.data = [] if name is None else [f"data.path={HERE / 'data' / name}"]
+
+    def flow(self, which: str) -> Flow:
+        return flowtrain.load(self.run_dir / f"checkpoints/{which}.pt")
+
+    @torch.no_grad()
+    def log_p(self, flow: Flow) -> list[float]:
+        found: list[float] = flow.log_prob(self.rows.to(flow.like), self.labels).tolist()
+        return found
+
+
+@pytest.fixture(params=GOLDENS, ids=NAMES)
+def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Golden:
+    return Golden(request.param, tmp_path)
+
+
+def close(value: Any, rel: float) -> Any:
+    return pytest.approx(value, rel=rel, abs=rel)
+
+
+def adaptive(flow: Flow) -> bool:
+    return flow.solver is not None and flow.solver.adaptive
+
+
+def test_there_are_goldens_of_every_model() -> None:
+    """Also guards against a test that passes because it found nothing."""
+    made = {path.parent.name: [p.name for p in GOLDENS if p.parent == path.parent] for path in GOLDENS}
+    assert all(any(name.startswith(m) for name in made["1"]) for m in ("affine", "realnvp", "glow", "ffjord"))
+    assert len(made["1"]) == 24
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_the_density_is_as_it_was(golden: Golden, which: str) -> None:
+    flow = golden.flow(which)
+    assert golden.log_p(flow) == close(golden.expected["log_p"][which], ADAPTIVE if adaptive(flow) else FLOAT32)
+    flow = flow.double()
+    assert golden.log_p(flow) == close(golden.expected["log_p_float64"][which], FLOAT32 if adaptive(flow) else FLOAT64)
+
+
+def test_it_samples(golden: Golden) -> None:
+    flow = golden.flow("best")
+    x = flow.sample(7)
+    assert x.shape == (7, *flow.event_shape)
+    assert x.isfinite().all()
+    # the rows near the data, there and back
+    rows, labels = golden.rows[:8], None if golden.labels is None else golden.labels[:8]
+    flow = flow.double()
+    with torch.no_grad():
+        back = flow.forward(flow.inverse(rows, labels), labels)
+    torch.testing.assert_close(back, rows, rtol=0.02 if adaptive(flow) else 1e-6, atol=1e-3)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_it_evaluates(golden: Golden, run: Run) -> None:
+    code, _, err = run("floweval", f"ckpt={golden.run_dir}", *golden.data, "split=test", "out=e.json", "device=cpu")
+    assert code == 0, err
+    same(json.loads(Path("e.json").read_text()), golden.expected["test"])
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_it_resumes_to_the_same_end(golden: Golden, run: Run) -> None:
+    before = (golden.run_dir / "metrics.jsonl").read_text().splitlines()
+    code, _, err = run("flowtrain", f"resume={golden.run_dir}", *golden.data)
+    assert code == 0, err
+    after = (golden.run_dir / "metrics.jsonl").read_text().splitlines()
+    assert after[: len(before)] == before
+    found, expected = [json.loads(line) for line in after[len(before) :]], golden.expected["resumed"]
+    assert [(row["step"], row["split"]) for row in found] == [(r["step"], r["split"]) for r in expected["metrics"]]
+    for row, right in zip(found, expected["metrics"], strict=True):
+        for key in [key for key in TRAIN_KEYS if key in right]:
+            assert row[key] == (None if right[key] is None else close(right[key], TRAINED)), (row["step"], key)
+    same(json.loads((golden.run_dir / "result.json").read_text()), expected["test"])
+    last = golden.run_dir / "checkpoints/last.pt"
+    assert checkpoint.load(last)["step"] == expected["metrics"][-1]["step"]
+    assert golden.log_p(flowtrain.load(last)) == close(expected["log_p"], TRAINED)
+
+
+def same(result: dict[str, Any], expected: dict[str, Any]) -> None:
+    for key, value in expected.items():
+        assert result[key] == (close(value, TRAINED) if isinstance(value, float) else value), key
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn takes most of the time, and other tests look at it."""
+    monkeypatch.setattr(pictures, "draw", lambda *arguments, **named: None)
+    monkeypatch.setattr(pictures, "draw_more", lambda *arguments, **named: [])
+    monkeypatch.setattr(pictures, "draw_evaluation", lambda *arguments, **named: [])
+    monkeypatch.setattr(plots, "draw_curves", lambda *arguments, **named: None)
