@@ -26,7 +26,18 @@ LAYERS = [
     ("regularizers",),
     ("divergence", "conditioners"),
     ("fields", "solvers", "data", "paths", "process", "titles"),
-    ("checks", "collecting", "derivatives", "distributed", "files", "markdown", "precision", "seeding", "trust"),
+    (
+        "checks",
+        "collecting",
+        "covariance",
+        "derivatives",
+        "distributed",
+        "files",
+        "markdown",
+        "precision",
+        "seeding",
+        "trust",
+    ),
     ("errors",),
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
