@@ -110,6 +110,8 @@ def main() -> None:
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
     label, names = sys.argv[1], sys.argv[2:] or list(CASES)
+    if not Path(flowtrain.__file__).is_relative_to(HERE.parents[1]):
+        raise SystemExit(f"{flowtrain.__file__} is imported, not the flowtrain of this checkout: set PYTHONPATH")
     taken = [str(HERE / label / name) for name in names if (HERE / label / name).exists()]
     if taken:
         raise SystemExit(f"goldens are never overwritten, and there is {', '.join(taken)}: give another label")
