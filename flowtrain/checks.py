@@ -25,7 +25,12 @@ def whole(key: str, value: Any, least: int = 1) -> int:
 
 
 def within_memory(key: str, rows: int, bytes_each: int) -> int:
-    """`rows` if so many can be in this machine's memory: a process that fills it is killed without a word."""
+    """`rows` if so many can be in this machine's memory: a process that fills it is killed without a word.
+
+    Where the size of the memory is unknown, as on Windows, nothing is refused; there, allocation itself fails.
+    """
+    if not hasattr(os, "sysconf"):
+        return rows
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if rows * bytes_each > there:
         wanted, had = rows * bytes_each / 2**30, there / 2**30

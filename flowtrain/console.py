@@ -32,7 +32,7 @@ def messages(path: Path | None = None) -> Iterator[None]:
     console.setFormatter(logging.Formatter("%(message)s"))
     handlers: list[logging.Handler] = [console]
     if path is not None:
-        file = logging.FileHandler(path)
+        file = logging.FileHandler(path, encoding="utf-8")
         # a message that the disk has no room for was on the terminal
         file.handleError = lambda record: None  # type: ignore[method-assign]
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -15,8 +15,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from flowtrain.errors import ConfigError, FlowtrainError, first_line
 
@@ -38,12 +36,17 @@ def launched() -> bool:
 
 def rank() -> int:
     """Which of the run's processes this is, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _is_joined() else 0
 
 
 def size() -> int:
     """How many processes the run has."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _is_joined() else 1
+
+
+def _is_joined() -> bool:
+    """Whether this process is one of several; a torch built without torch.distributed has one rank."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def is_first() -> bool:
@@ -67,7 +70,7 @@ def device(asked: torch.device) -> torch.device:
     Raises:
         ConfigError: more ranks on this machine than it has GPUs, or one GPU for all ranks.
     """
-    if not dist.is_initialized() or asked.type != "cuda":
+    if not _is_joined() or asked.type != "cuda":
         return asked
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if asked.index is not None and on_this_machine() > 1:
@@ -92,6 +95,14 @@ def joined() -> Iterator[None]:
     if not launched():
         yield
         return
+    if not dist.is_available():
+        raise ConfigError(
+            "RANK and WORLD_SIZE say that this is one of several processes, and this torch was built without "
+            "torch.distributed: unset both, or install another torch"
+        )
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     try:
         store, mine, ranks = next(iter(rendezvous("env://")))
     except (ValueError, RuntimeError) as e:
@@ -130,16 +141,18 @@ def first_to_say(message: str) -> bool:
 def remember(run_dir: Path) -> None:
     """Keeps, for the attempts of this launcher to come, where the run is."""
     if launched():
-        _note().write_text(str(run_dir))
+        _note().write_text(str(run_dir), encoding="utf-8")
 
 
 def remembered() -> Path | None:
     """Where an earlier attempt of this launcher had the run, if that was on this machine."""
-    return Path(_note().read_text()) if launched() and _note().is_file() else None
+    return Path(_note().read_text(encoding="utf-8")) if launched() and _note().is_file() else None
 
 
 def _note() -> Path:
-    launcher = f"{os.getuid()}-{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}-{os.getppid()}"
+    # on Windows, every user has a temporary folder of their own
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    launcher = f"{user}-{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}-{os.getppid()}"
     return Path(tempfile.gettempdir()) / f"flowtrain-{launcher.replace('/', '_')}"
 
 
@@ -158,20 +171,20 @@ def _together() -> Iterator[None]:
 
 def summed(values: Sequence[float]) -> list[float]:
     """The sums of all ranks' values, in float64."""
-    return _reduced(values, dist.ReduceOp.SUM)
+    return _reduced(values, "SUM")
 
 
 def largest(values: Sequence[float]) -> list[float]:
     """The largest of all ranks' values, each by itself."""
-    return _reduced(values, dist.ReduceOp.MAX)
+    return _reduced(values, "MAX")
 
 
-def _reduced(values: Sequence[float], operation: Any) -> list[float]:
+def _reduced(values: Sequence[float], operation: str) -> list[float]:
     if size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64)
     with _together():
-        dist.all_reduce(tensor, operation)
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
     return [float(value) for value in tensor.tolist()]
 
 

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all: written beside, flushed to the disk where it matters, renamed."""
 
+import errno
 import json
 import math
 import os
@@ -55,8 +56,8 @@ def _keep(path: Path, kept: Path) -> None:
     try:
         try:
             os.link(path, link)
-        except OSError:
-            # a file system without links
+        except (OSError, AttributeError):
+            # a file system or a platform without links
             shutil.copy2(path, link)
         link.replace(kept)
     finally:
@@ -64,9 +65,17 @@ def _keep(path: Path, kept: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        # Windows opens no folders, and writes names to the disk by itself
+        return
     try:
         os.fsync(folder)
+    except OSError as e:
+        # a file system that does this for files alone, as some network ones
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(folder)
 

@@ -23,12 +23,18 @@ def prepare_process(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> 
     """
     threads = config.get("threads")
     if threads is None:
-        cores = len(os.sched_getaffinity(0)) // distributed.on_this_machine()
-        threads = 1 if math.prod(event_shape) <= 16 else max(1, cores)
+        threads = 1 if math.prod(event_shape) <= 16 else max(1, cores() // distributed.on_this_machine())
     if whole("threads", threads) > MOST_THREADS:
         raise ConfigError(f"threads={threads}: give at most {MOST_THREADS}")
     torch.set_num_threads(threads)
     keep_freed_memory()
+
+
+def cores() -> int:
+    """CPU cores that this process may use: on Linux its affinity, which batch systems set, else all of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

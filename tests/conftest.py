@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from mirrors import Serve, serving
 from runs import COMMANDS, Run
 
-from flowtrain import plots
+from flowtrain import plots, process
 from flowtrain.data import array, mapped, windowed
 from flowtrain.pictures import passage
 from flowtrain.plots import style
@@ -45,7 +44,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     One of the cores does, as above, and pictures of few dots and points: those of users take most of a short run.
     """
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(process, "cores", lambda: 1)
     set_dots(monkeypatch, 40)
     monkeypatch.setattr(plots.passage, "RESOLUTION", 12)
     for name, few in (("COLUMNS", 2), ("ALONG", 4), ("PARTICLES", 9)):

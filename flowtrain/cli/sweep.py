@@ -169,4 +169,4 @@ def _terminated(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
     # no sweep: as it would have been
     signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)

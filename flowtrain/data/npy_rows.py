@@ -27,14 +27,14 @@ class NpyRows:
         self.path = file = Path(path).expanduser()
         check_file(file)
         try:
-            with damage_refused(file), file.open("rb") as stream:
-                check_promise(stream, file)
-                self.shape, fortran, self.dtype = npy_header(stream)
-                self._begin = stream.tell()
-                self._file = os.dup(stream.fileno())
+            with damage_refused(file):
+                self._file = file.open("rb", buffering=0)
+                weakref.finalize(self, self._file.close)
+                check_promise(self._file, file)
+                self.shape, fortran, self.dtype = npy_header(self._file)
+                self._begin = self._file.tell()
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-        weakref.finalize(self, os.close, self._file)
         check_array(self.shape, self.dtype, file)
         if fortran:
             raise DataError(
@@ -56,13 +56,11 @@ class NpyRows:
             DataError: the file cannot be read any more, or is not what it was.
         """
         rows = np.empty((stop - start, self.width), self.dtype)
-        room, at = rows.reshape(-1).view(np.uint8), self._begin + start * self.row_bytes
+        room = rows.reshape(-1).view(np.uint8)
         try:
-            while len(room):
-                got = os.preadv(self._file, [room.data], at)
-                if not got:
-                    break
-                room, at = room[got:], at + got
+            self._file.seek(self._begin + start * self.row_bytes)
+            while len(room) and (got := self._file.readinto(room.data)):
+                room = room[got:]
             # after the reading, so that nothing that was written meanwhile goes unnoticed
             same = self._stat() == self._state and not len(room)
         except OSError as error:
@@ -75,5 +73,5 @@ class NpyRows:
         return rows
 
     def _stat(self) -> tuple[int, int]:
-        found = os.fstat(self._file)
+        found = os.fstat(self._file.fileno())
         return found.st_size, found.st_mtime_ns

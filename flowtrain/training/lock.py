@@ -1,16 +1,20 @@
 """One process at a time works in a run directory."""
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
+
 from flowtrain.errors import ConfigError
 
-NAME = ".lock"
+# the lock, and a file that says who has it: Windows lets no other process read a file that is locked
+NAME, HOLDER = ".lock", ".holder"
 WRITTEN = ("metrics.jsonl", "flowtrain.log", "result.json", "checkpoints/last.pt", "checkpoints/best.pt")
+# seconds. A holder that ends may delete the file that another process has just opened, which then tries again
+PATIENCE = 0.1
 
 
 class InUseError(ConfigError):
@@ -19,49 +23,44 @@ class InUseError(ConfigError):
 
 @contextmanager
 def holding(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory, made where it is not there.
+    """Locks the run directory, and creates it if needed.
 
-    The lock is the kernel's, on an open file: it ends with the process, however that ends, and a file left behind by
-    one that was killed holds nobody up.
+    The operating system releases the lock when the process ends, however it ends. Files left behind by a killed
+    process never block a new run. Where the system has no file locks, filelock uses a file with the holder's process
+    ID, and ignores it once that process has ended.
 
     Raises:
-        InUseError: another process has it; the message says which.
-        ConfigError: a file of the run is a link, through which something else would be written over.
+        InUseError: another process holds the lock; the message says which.
+        ConfigError: a file of the run is a link, so that writing it would overwrite something else.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    links = [name for name in (NAME, *WRITTEN) if (run_dir / name).is_symlink()]
+    links = [name for name in (NAME, HOLDER, *WRITTEN) if (run_dir / name).is_symlink()]
     if links:
         raise ConfigError(f"{run_dir / links[0]} is a link: a run writes its own files alone; remove it")
-    file = _locked(run_dir / NAME)
+    lock, holder = filelock.FileLock(run_dir / NAME), run_dir / HOLDER
     try:
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        lock.acquire(timeout=PATIENCE, poll_interval=PATIENCE / 5)
+    except filelock.Timeout as e:
+        raise InUseError(
+            f"{run_dir} is in use by {_named(holder)}: wait for it to end, or stop it, or choose another directory"
+        ) from e
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         # of a process that was killed while it wrote them: no other writes them now
         for torn in [*run_dir.glob("checkpoints/.*.tmp"), *run_dir.glob(".metrics.jsonl.*.tmp")]:
             torn.unlink(missing_ok=True)
         yield
     finally:
-        # while it is held: no other process can have locked this file by then
-        (run_dir / NAME).unlink(missing_ok=True)
-        os.close(file)
+        holder.unlink(missing_ok=True)
+        if isinstance(lock, filelock.UnixFileLock):
+            # filelock leaves it there. While it is held: no other process can have locked this file by then
+            (run_dir / NAME).unlink(missing_ok=True)
+        lock.release()
 
 
-def _locked(path: Path) -> int:
-    """A descriptor of the file, locked."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(file)
-            raise InUseError(
-                f"{path.parent} is in use by {holder}: wait for it to end, or stop it, or choose another directory"
-            ) from e
-        try:
-            if os.fstat(file).st_ino == path.stat().st_ino:
-                return file
-        except FileNotFoundError:
-            pass
-        # its last holder took the file away between the two calls
-        os.close(file)
+def _named(holder: Path) -> str:
+    """Who has the lock, as the holder wrote it."""
+    try:
+        return holder.read_text(encoding="utf-8", errors="replace")[:200].strip() or "another process"
+    except OSError:
+        return "another process"

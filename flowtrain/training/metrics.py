@@ -61,8 +61,9 @@ class Metrics:
         self.waiting += to_json(row) + "\n"
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with self.path.open("a") as f:
-                f.write(self.waiting)
+            # in bytes: text would have other line ends on Windows, and `back_to` counts bytes
+            with self.path.open("ab") as f:
+                f.write(self.waiting.encode())
         except OSError as e:
             if not self.failing:
                 log.warning("%s cannot be written (%s): its rows are kept until it can", self.path, e)
@@ -86,7 +87,7 @@ def _lines(rows: list[dict[str, Any]]) -> str:
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; lines that are none, as the last one torn by a crash, are left out."""
     rows, bad = [], 0
-    lines = path.read_text(errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for line in lines:
         try:
             row = json.loads(line)

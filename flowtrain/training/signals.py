@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# USR1 and USR2: SLURM's --signal, and submitit's; HUP: the terminal has been closed
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+# USR1 and USR2: SLURM's --signal, and submitit's; HUP: the terminal has been closed, on Windows BREAK
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGBREAK")
+# those that the system has
+STOPPING: tuple[signal.Signals, ...] = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 def may_set_handlers() -> bool:

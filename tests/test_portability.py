@@ -1,0 +1,160 @@
+"""flowtrain runs wherever torch runs: what only some systems have is taken away, and the commands still work."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowtrain import checks, files, process
+from flowtrain.training import checkpoint
+
+# in a process of its own, as Windows or an odd system would have it: the modules and names are gone before flowtrain is
+# imported, and filelock, which torch has imported, is imported anew. Then the commands, in one process to save time
+WITHOUT = """
+import os, pathlib, signal, sys, time, types, warnings
+import matplotlib.pyplot, numpy, torch
+
+fork, run = os.fork, sys.argv[1]
+for name in ("sched_getaffinity", "sched_setaffinity", "sysconf", "getuid", "geteuid", "getloadavg", "pread", "preadv",
+             "pwrite", "pwritev", "link", "sync", "fork", "statvfs", "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC"):
+    if hasattr(os, name):
+        delattr(os, name)
+for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGALRM", "SIGPIPE", "pthread_sigmask"):
+    delattr(signal, name)
+gone = ("fcntl", "resource", "pwd", "grp", "termios", "posix_ipc")
+for name in [n for n in sys.modules if n in gone or n.partition(".")[0] == "filelock"]:
+    del sys.modules[name]
+
+
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name in gone:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Hook())
+warnings.filterwarnings("ignore", "only soft file lock")
+
+import filelock
+from flowtrain import distributed
+
+# a torch that was built without it has nothing else there
+distributed.dist = types.SimpleNamespace(is_available=lambda: False)
+from flowtrain.cli import evaluate, sample, train
+from flowtrain.training.lock import InUseError, holding
+from flowtrain.training.signals import STOPPING
+
+assert STOPPING == (signal.SIGINT, signal.SIGTERM), STOPPING
+assert "fcntl" not in sys.modules and filelock.FileLock is filelock.SoftFileLock
+
+
+def command(main, *arguments):
+    sys.argv = ["flowtrain", *arguments]
+    try:
+        main()
+    except SystemExit as e:
+        assert not e.code, (arguments, e.code)
+
+
+def hold_and(end):
+    # a process that has the run directory and ends without a word
+    ready, told = os.pipe()
+    child = fork()
+    if not child:
+        taken = holding(pathlib.Path(run))
+        taken.__enter__()
+        os.write(told, b"x")
+        end()
+        os._exit(9)
+    os.read(ready, 1)
+    return child
+
+
+child = hold_and(lambda: time.sleep(60))
+try:
+    with holding(pathlib.Path(run)):
+        raise AssertionError("two processes hold one directory")
+except InUseError as e:
+    assert f"process {child} on" in str(e), e
+os.kill(child, 9)
+os.waitpid(child, 0)
+# what it has left holds nobody up
+assert pathlib.Path(run, ".lock").exists()
+
+keys = ["model=realnvp", "recipe=none", "model.layers=2", "model.hidden=[4]", "data=array", "data.path=x.npy",
+        "data.memory_map=true", "trainer.steps=4", "trainer.val_every=2", "trainer.batch_size=16"]
+command(train.main, *keys, f"hydra.run.dir={run}")
+assert not pathlib.Path(run, ".lock").exists()
+command(train.main, f"resume={run}", "trainer.steps=6")
+command(evaluate.main, f"ckpt={run}", "scores=s.npy")
+command(sample.main, f"ckpt={run}", "n=20", "out=samples.npy")
+"""
+
+
+def test_the_commands_run_without_what_only_some_systems_have(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    np.save(tmp_path / "x.npy", torch.randn(80, 3).numpy())
+    (tmp_path / "without.py").write_text(WITHOUT)
+    environment = {**os.environ, "MPLBACKEND": "Agg"}
+    done = subprocess.run(
+        [sys.executable, "without.py", str(tmp_path / "r")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(tmp_path / "r/checkpoints/last.pt")["step"] == 6
+    assert (tmp_path / "samples.npy").exists()
+    assert (tmp_path / "s.npy").exists()
+    assert not [path.name for path in (tmp_path / "r").iterdir() if path.name in (".lock", ".holder")]
+
+
+def test_cores_where_the_system_knows_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert process.cores() == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert process.cores() == 1
+
+
+def test_memory_of_unknown_size_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sysconf")
+    assert checks.within_memory("trainer.batch_size", 2**30, 2**30) == 2**30
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EINVAL])
+def test_a_folder_that_cannot_be_flushed_fails_no_file(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows opens no folder, and some network file systems flush none."""
+    name = "open" if number == errno.EACCES else "fsync"
+    real = getattr(os, name)
+
+    def refused(where: Any, *arguments: Any) -> Any:
+        folder = Path(where).is_dir() if name == "open" else os.fstat(where).st_mode & 0o040000
+        if folder:
+            raise OSError(number, os.strerror(number))
+        return real(where, *arguments)
+
+    monkeypatch.setattr(os, name, refused)
+    with files.replacing(tmp_path / "x", durable=True) as f:
+        f.write(b"x")
+    assert (tmp_path / "x").read_bytes() == b"x"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_types_name_nothing_that_a_platform_lacks(platform: str) -> None:
+    """mypy knows which names of os and signal each platform has."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "mypy", "--platform", platform, "--config-file", "pyproject.toml"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
