@@ -191,7 +191,11 @@ def install(part: Path, target: Path) -> None:
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     part.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        folder = os.open(target.parent, os.O_RDONLY)
+    except PermissionError:
+        # Windows opens no folders
+        return
     try:
         os.fsync(folder)
     finally:

@@ -32,6 +32,8 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+if not hasattr(os, "fork"):
+    raise SystemExit("this script needs os.fork, which this system does not have: run it on Linux or macOS")
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
 # before torch is imported: no pool of threads may be there to be forked, and one is all that such sizes need
 os.environ["OMP_NUM_THREADS"] = "1"

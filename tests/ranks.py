@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from trainers import trainer_of
 
 from flowtrain import distributed
 from flowtrain.data.base import Dataset
 from flowtrain.errors import FlowtrainError, SolverError
+from flowtrain.training.averaging import averaged
 from flowtrain.training.loop import Trainer
 
 SMALL = ["trainer.batch_size=17", "trainer.val_every=10", "trainer.log_every=1", "data.n_val=21", "data.n_test=20"]
@@ -31,6 +32,8 @@ EQUAL = {
 }
 IMAGES = ["model.hidden=[4]", "model.scales=1", "trainer.lr=0.01"]
 EQUAL |= {"images": ["model=realnvp", *IMAGES], "glow": ["model=glow", "model.steps=2", *IMAGES]}
+# flow matching never uses the ActNorm of the pixels, which decay would shrink if it had a gradient
+UNUSED = ["model=ffjord", "model.hidden=[4]", "model.scales=0", "objective=flow_matching", "trainer.weight_decay=0.1"]
 POLICIES = ("stop", "skip", "rewind")
 
 
@@ -105,6 +108,8 @@ def everything(rank: int, ranks: int, folder: Path) -> None:
     found["unsolved"] = ended(_unsolved(folder / "unsolved", rank))
     found["signal"] = ended(_signalled(folder / "signal", rank))
     found["norm"] = ended(trainer(folder / "norm", *REALNVP, "model.batch_norm=true"))
+    found["unused"] = unused(folder / "unused")
+    found["partly"] = _partly(rank)
     found["agreed"] = [
         str(distributed.agreed(SolverError("stiff") if rank == 1 else None)),
         distributed.agreed(None), distributed.summed([1.0, rank]), distributed.largest([rank, -rank]),
@@ -112,6 +117,23 @@ def everything(rank: int, ranks: int, folder: Path) -> None:
     ]  # fmt: skip
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
+
+
+def unused(run_dir: Path) -> dict[str, Any]:
+    """How a run ends in which some parameters get no gradient, and which those are."""
+    run = trainer(run_dir, *UNUSED, data=Images())
+    begun = {name: p.detach().clone() for name, p in run.flow.named_parameters()}
+    found = ended(run)
+    return {**found, "begun": begun, "without": [n for n, p in run.flow.named_parameters() if p.grad is None]}
+
+
+def _partly(rank: int) -> list[list[float] | None]:
+    """Gradients once averaged, of parameters that one rank, both and none have a gradient of."""
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    for p in parameters[rank:2]:
+        p.grad = torch.full((2,), 4.0)
+    averaged(parameters, {"loss": torch.tensor(1.0)}, 0.5)
+    return [None if p.grad is None else p.grad.tolist() for p in parameters]
 
 
 def _unsolved(run_dir: Path, rank: int) -> Trainer:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import DATA, EQUAL, ended, everything, trainer
+from ranks import DATA, EQUAL, ended, everything, trainer, unused
 
 from flowtrain import distributed
 from flowtrain.errors import ConfigError
@@ -97,6 +97,20 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(found: Found, folde
 def test_running_statistics_are_those_of_the_first_rank(found: Found) -> None:
     alike(found[0]["norm"], found[1]["norm"])
     assert any("running" in key or "mean" in key for key in found[0]["norm"]["state"])
+
+
+def test_what_gets_no_gradient_is_left_alone_as_on_one_rank(found: Found, tmp_path: Path) -> None:
+    """Weight decay would change it. Noise differs between ranks, so that other weights differ from one process's."""
+    alone = unused(tmp_path)
+    assert alone["without"]
+    alike(found[0]["unused"], found[1]["unused"])
+    for run in (alone, found[0]["unused"], found[1]["unused"]):
+        assert (run["error"], run["step"], run["without"]) == (None, 20, alone["without"])
+        for name in alone["without"]:
+            assert torch.equal(run["state"][name], run["begun"][name])
+            assert run["begun"][name].any()
+    # what one rank has a gradient of is the same update on both
+    assert found[0]["partly"] == found[1]["partly"] == [[2.0, 2.0], [4.0, 4.0], None]
 
 
 def test_what_ranks_agree_on(found: Found) -> None:

@@ -20,6 +20,9 @@ def averaged(
     failed, forward or backward, takes part with NaN in the place of its own: then no rank has an update to make, and
     each has its own gradients still, to tell whether it was its fault.
 
+    A parameter without a gradient on any rank keeps none, as on one rank: weight decay and the optimizer's averages
+    leave it alone. Where some ranks have a gradient, the others count as zeros.
+
     Args:
         terms: the loss and its parts, by name, the same on all ranks; none where the step failed.
         weight: w_r, the share of the rows of the batch that this rank has.
@@ -35,16 +38,23 @@ def averaged(
     slots = pieces[0].new_full((SLOTS,), 0.0 if terms else torch.nan)
     for i, term in enumerate(terms.values()):
         slots[i] = term
-    flat = torch.cat([*(piece.flatten() for piece in pieces), slots]).mul_(weight)
+    # summed with the gradients, above 0 where any rank has one; filled on the device, for which nothing has to wait
+    known = pieces[0].new_ones(len(trained))
+    for i, p in enumerate(trained):
+        if p.grad is None:
+            known[i] = 0.0
+    flat = torch.cat([*(piece.flatten() for piece in pieces), known, slots]).mul_(weight)
     if not terms:
         flat.fill_(torch.nan)
     distributed.sum_in_place(flat)
-    gradient, means = flat[:-SLOTS], flat[-SLOTS:]
+    sizes = [p.numel() for p in trained]
+    gradient, known, means = torch.split(flat, [sum(sizes), len(trained), SLOTS])
     norm = torch.linalg.vector_norm(gradient)
     found = dict(zip(terms, means, strict=False))
     # one wait for the device, which the caller's check would come to anyway
-    if bool(norm.isfinite()):
-        for p, piece in zip(trained, torch.split(gradient, [p.numel() for p in trained]), strict=True):
+    finite, *there = torch.cat([norm.isfinite().view(1), known > 0]).tolist()
+    if finite:
+        for p, piece, has in zip(trained, torch.split(gradient, sizes), there, strict=True):
             # in the layout of the parameter: a fused optimizer goes through the memory of both side by side
-            p.grad = torch.empty_like(p).copy_(piece.view_as(p))
+            p.grad = torch.empty_like(p).copy_(piece.view_as(p)) if has else None
     return norm, found

@@ -11,7 +11,6 @@ seconds until its first step, and the median time of a step beside that of the t
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,8 +19,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import machine, progress, table
+from common import machine, peak_bytes, progress, table
 from numpy.lib.format import write_array_header_1_0
+
+try:
+    import resource
+except ImportError as e:
+    raise SystemExit("this script measures by Python's module resource, which this system does not have") from e
 
 COLUMNS = 8
 # rows that are written at once
@@ -66,7 +70,7 @@ def run(path: Path, folder: Path, model: str, steps: int, batch: int, *keys: str
     log = (folder / "flowtrain.log").read_text().splitlines()
     (ready,) = (line[:19] for line in log if " parameters, " in line)
     start = time.mktime(time.strptime(ready, "%Y-%m-%d %H:%M:%S")) - begun
-    return used.ru_maxrss / 2**20, start, statistics.median(row["step_seconds"] for row in trained[5:])
+    return peak_bytes(used) / 2**30, start, statistics.median(row["step_seconds"] for row in trained[5:])
 
 
 def main() -> None:

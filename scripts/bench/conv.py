@@ -13,12 +13,11 @@ and, on the first --rows rows alone, errors of the gradient (relative) and of th
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from common import keep_freed_memory, machine, progress, use_threads
+from common import cores, keep_freed_memory, machine, progress, use_threads
 
 if TYPE_CHECKING:
     from steps import Contestant, Problem
@@ -35,7 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rtol", type=float, default=1e-5, help="atol is the same")
     parser.add_argument("--method", default="dopri5")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4, help="of the batch on which errors are measured")
     return parser.parse_args()

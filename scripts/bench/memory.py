@@ -11,13 +11,17 @@ median of --repeats processes, with its spread where they differ by more than 5 
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 
-from common import machine, progress, table, use_threads
+from common import cores, machine, peak_bytes, progress, table, use_threads
+
+try:
+    import resource
+except ImportError as e:
+    raise SystemExit("this script measures by Python's module resource, which this system does not have") from e
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
@@ -31,14 +35,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", default="64,64,64")
     parser.add_argument("--activation", default="softplus")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--child", nargs=2, metavar=("ENGINE", "STEPS"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def peak() -> float:
-    """MiB; Linux counts in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MiB."""
+    return peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) / 2**20
 
 
 def measure(args: argparse.Namespace) -> None:
