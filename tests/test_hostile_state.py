@@ -194,7 +194,9 @@ def test_a_damaged_line_of_metrics_takes_no_other_with_it(
     assert path.read_bytes().splitlines() == before
 
 
-@pytest.mark.parametrize("name", [".lock", ".holder", "metrics.jsonl", "flowtrain.log", "result.json", "checkpoints/best.pt"])
+@pytest.mark.parametrize(
+    "name", [".lock", ".holder", "metrics.jsonl", "flowtrain.log", "result.json", "checkpoints/best.pt"]
+)
 def test_nothing_is_written_through_a_link(name: str, run: Run, trained: Callable[[str], Path], tmp_path: Path) -> None:
     folder = trained("realnvp")
     victim, link = tmp_path / "victim", folder / name
