@@ -75,11 +75,11 @@ def build_flow(config: Config, samples: Samples) -> Flow:
     offered = {"solver": build_solver(config), "classes": samples.classes}
     wanted = _wanted(config, "model", offered)
     flow = cast(Flow, _call(config, "model", event_shape=samples.event_shape, **wanted))
-    if samples.standardized:
-        flow.bijection = Chain([flow.bijection, Standardize(samples.event_shape)])
+    if samples.standardized or samples.centered:
+        flow.bijection = Chain([flow.bijection, Standardize(samples.event_shape, samples.centered)])
     if samples.levels is not None:
         flow.bijection = Chain([flow.bijection, Logit(samples.levels, samples.alpha)])
-    flow.discrete, flow.levels = samples.discrete, samples.levels
+    flow.discrete, flow.levels, flow.centered = samples.discrete, samples.levels, samples.centered
     return flow
 
 

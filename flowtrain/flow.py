@@ -31,6 +31,8 @@ class Flow(nn.Module):
         classes: of a conditional flow, how many labels there are, 0 .. classes - 1; None for p(x).
         discrete: whether the data are whole numbers.
         levels: of discrete data with values 0 .. levels - 1, else None.
+        centered: whether samples are float64, because the bijection has an offset next to the data whose digits float32
+            would lose.
 
     Example:
         >>> import torch
@@ -47,12 +49,13 @@ class Flow(nn.Module):
         classes: int | None = None,
         discrete: bool = False,
         levels: int | None = None,
+        centered: bool = False,
     ) -> None:
         super().__init__()
         self.event_shape = event_shape
         self.bijection = bijection
         self.classes = classes
-        self.discrete, self.levels = discrete, levels
+        self.discrete, self.levels, self.centered = discrete, levels, centered
 
     @property
     def continuous(self) -> list[Continuous]:
@@ -69,6 +72,11 @@ class Flow(nn.Module):
     def like(self) -> Tensor:
         """A tensor of the dtype and on the device of the flow."""
         return next(chain(self.parameters(), self.buffers()), torch.zeros(()))
+
+    @property
+    def data_like(self) -> Tensor:
+        """A tensor of the dtype of samples, on the device of the flow; see `centered`."""
+        return self.like.new_zeros((), dtype=torch.float64) if self.centered else self.like
 
     @property
     def histories(self) -> list[History]:
@@ -99,7 +107,8 @@ class Flow(nn.Module):
         x = self.dequantized(self._checked(x, "x"))
         with self._precision(x):
             z, log_det = self.bijection.inverse(x, self.labels(label, x))
-            return self.base_log_prob(z) + log_det, z
+            # of float64 samples, the map's sum of log-determinants is too
+            return self.base_log_prob(z) + log_det.to(z.dtype), z
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         """log N(z; 0, I), (B,)."""
@@ -166,12 +175,12 @@ class Flow(nn.Module):
         return torch.cat([self.forward(part, y) for part, y in zip(torch.split(z, size), parts, strict=False)])
 
     def dequantized(self, x: Tensor) -> Tensor:
-        """x + u for the integers x (B, *event_shape) of a discrete flow, else x; of the flow's dtype, on its device.
+        """x + u for the integers x (B, *event_shape) of a discrete flow, else x; like `data_like`.
 
         Raises:
             FlowtrainError: outside of training, integers that are none of the flow's levels.
         """
-        like = self.like
+        like = self.data_like
         if self.discrete and not x.is_floating_point():
             # in training they are the data set's own, and to look at them would wait for the device
             if self.levels is not None and not self.training and x.numel():

@@ -123,7 +123,8 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
         alpha = below_half("alpha", samples.alpha)
         counts = [v for v in (samples.levels, samples.classes) if v is not None]
         good = all(type(v) is int and v > 0 for v in counts) and all(isinstance(c, str) for c in samples.columns)
-        good &= isinstance(samples.discrete, bool) and isinstance(samples.standardized, bool)
+        flags = (samples.discrete, samples.standardized, samples.centered)
+        good &= all(isinstance(v, bool) for v in flags) and isinstance(samples.label, str | None)
     except (TypeError, ConfigError):
         good = False
     if not good:

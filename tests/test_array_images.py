@@ -95,7 +95,7 @@ BAD_IMAGES: list[tuple[dict[str, Any], type[FlowtrainError], list[str]]] = [
     ({"levels": 1}, ConfigError, ["data.levels=1", "at least 2"]),
     ({"levels": 17, "alpha": 0.5}, ConfigError, ["data.alpha=0.5", "below 0.499"]),
     ({"levels": 17, "standardize": True}, ConfigError, ["data.standardize=true and data.levels"]),
-    ({"event_shape": [1, 3, 4]}, ConfigError, ["takes 12 columns, and there are 13", "data.label"]),
+    ({"event_shape": [1, 3, 4]}, ConfigError, ["takes 12 columns, and the file has 13", "data.label"]),
     ({"event_shape": [12], "label": 12}, ConfigError, ["channels, height and width"]),
     ({"event_shape": 12}, ConfigError, ["data.event_shape=12"]),
     ({"label": 13}, ConfigError, ["data.label", "no column 13"]),

@@ -105,6 +105,13 @@ class BatchNorm(Bijection):
 class Standardize(Bijection):
     """x = z * std + mean with the training set's statistics, kept as buffers: base units to data units.
 
+    Data whose mean is large against their deviation, such as seconds since 1970, lose their digits in float32. With an
+    offset x = (z * std + mean) + offset, x and the sum are float64, and the values of `offset` are ones that float32
+    holds, so that a cast of the module does not change them.
+
+    Args:
+        offset: whether there is one.
+
     Example:
         >>> standardize = Standardize((2,))
         >>> standardize.fit(mean=torch.tensor([1.0, 2.0]), std=torch.tensor([2.0, 4.0]))
@@ -113,16 +120,18 @@ class Standardize(Bijection):
         (tensor([[1., 0.]]), -2.0794)
     """
 
-    def __init__(self, event_shape: tuple[int, ...]) -> None:
+    def __init__(self, event_shape: tuple[int, ...], offset: bool = False) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(event_shape))
         self.register_buffer("std", torch.ones(event_shape))
+        self.register_buffer("offset", torch.zeros(event_shape) if offset else None)
 
     mean: Tensor
     std: Tensor
+    offset: Tensor | None
 
-    def fit(self, mean: Tensor, std: Tensor) -> None:
-        """Takes statistics of shape (*event_shape).
+    def fit(self, mean: Tensor, std: Tensor, offset: Tensor | None = None) -> None:
+        """Takes statistics of shape (*event_shape), the mean before the offset is subtracted.
 
         Raises:
             DataError: a standard deviation that is zero or not finite.
@@ -130,11 +139,19 @@ class Standardize(Bijection):
         if not bool(((std > 0) & torch.isfinite(std)).all()):
             bad = [i for i, s in enumerate(std.flatten().tolist()) if not 0 < s < math.inf]
             raise DataError(f"columns {bad} of the training data do not vary: drop them (data.columns)")
+        if self.offset is not None and offset is not None:
+            self.offset.copy_(offset)
+            mean = mean - offset.to(mean)
         self.mean.copy_(mean)
         self.std.copy_(std)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return z * self.std + self.mean, self.std.log().sum().expand(len(z))
+        x = z * self.std + self.mean
+        if self.offset is not None:
+            x = x.double() + self.offset.double()
+        return x, self.std.log().sum().expand(len(z))
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.offset is not None:
+            x = (x.double() - self.offset.double()).to(self.mean.dtype)
         return (x - self.mean) / self.std, -self.std.log().sum().expand(len(x))

@@ -46,6 +46,8 @@ Keys of data and solver can be changed, as in solver.rtol=1e-7, solver=tsit5 or 
 model.eval_trace=hutchinson, model.noise, model.noise_samples. data.path=NEW.csv scores new data. --config-dir DIR finds
 your own configs of data and solvers."""
 
+# how a file is read, of the keys of data=array
+READ = ("key", "columns", "label", "header", "decimal")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -157,8 +159,8 @@ def data_of(opened: Opened, split: str, overrides: Sequence[str]) -> Dataset:
             raise ConfigError("split=all takes the rows of data.path alone: leave data.val_path and data.test_path out")
         if not data.get("path"):
             raise ConfigError("split=all: this data is no file of rows; choose test or val, or give data.path")
-        read = {key: data.get(key) for key in ("key", "columns", "label")}
-        return Rows(data["path"], opened.samples, **read, asked="data.columns" in keys)
+        asked = {key for key in READ if f"data.{key}" in keys}
+        return Rows(data["path"], opened.samples, **{key: data.get(key) for key in READ}, asked=asked)
     built = build_data(opened.config)
     names = built.samples.columns
     if names and opened.samples.columns and names != opened.samples.columns:
@@ -176,6 +178,4 @@ def other_set(value: str, opened: Opened) -> tuple[str, Tensor]:
         check_fits(opened.flow, data)
         return value, data.test
     trained = opened.config["data"]
-    keys = {key: trained.get(key) for key in ("columns", "label")}
-    keys["key"] = trained.get("key") if value.endswith(".npz") else None
-    return Path(value).name, Rows(value, opened.samples, **keys).test
+    return Path(value).name, Rows(value, opened.samples, **{key: trained.get(key) for key in READ}).test

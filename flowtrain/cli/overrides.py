@@ -89,7 +89,17 @@ def overridden(
         OmegaConf.update(config, key, override.value(), force_add=override.is_add())
         if key in SAME and SAME[key] not in [other.key_or_group for other in parsed]:
             OmegaConf.update(config, SAME[key], None)
-    return plain(config)
+    found = plain(config)
+    keys = [override.key_or_group for override in parsed]
+    if "data.path" in keys and "data.key" not in keys:
+        found["data"] = less_key(found["data"])
+    return found
+
+
+def less_key(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data without the key of an archive, where its file, which is another now, is none."""
+    is_archive = str(data.get("path")).lower().endswith(".npz")
+    return {**data, "key": None} if data.get("key") is not None and not is_archive else dict(data)
 
 
 # two keys for one thing: to set one takes the other back

@@ -12,7 +12,7 @@ from flowtrain import distributed
 from flowtrain.cli.files import absolute_paths, is_path
 from flowtrain.cli.folders import options
 from flowtrain.cli.messages import plain
-from flowtrain.cli.overrides import keys_of, overridden, trusted
+from flowtrain.cli.overrides import keys_of, less_key, overridden, trusted
 from flowtrain.console import messages
 from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.paths import config_groups
@@ -120,7 +120,8 @@ def begun(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
     check_targets(saved, trusted(config["trust"]))
     keys = keys_of(given)
     moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
-    return {**config, "from": str(path), "model": saved["model"], "data": {**saved["data"], **moved}}
+    data = less_key({**saved["data"], **moved}) if "path" in moved else saved["data"] | moved
+    return {**config, "from": str(path), "model": saved["model"], "data": data}
 
 
 FROM = "a run begins with the model and data of from=RUN_DIR; leave it out"

@@ -4,18 +4,23 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.checks import below_half, flag, whole
+from flowtrain.checks import below_half, flag, one_of, whole
 from flowtrain.data.array_checks import check_alike, check_spread, warn_if_discrete
 from flowtrain.data.base import ALPHA, Samples
-from flowtrain.data.columns import Columns
+from flowtrain.data.columns import Columns, counted, listed
+from flowtrain.data.delimited import TextFormat
 from flowtrain.data.kind import Divided, Kind
 from flowtrain.data.loaded import Loaded
 from flowtrain.data.mapped import Mapped, is_mapped
 from flowtrain.data.memory import Finite
+from flowtrain.data.read import ending_of
+from flowtrain.data.sentinels import warn_of_sentinels
 from flowtrain.data.splits import held_out
 from flowtrain.errors import ConfigError
 
@@ -26,6 +31,8 @@ _STREAM = 0x6172_7279
 _SPLIT, _ORDER, _OWN = 1, 2, 3
 # of a file that is not in memory, the rows that are held out for each set, and their bytes, at the most
 MOST_HELD_OUT, HELD_OUT_BYTES = 100_000, 2**28
+# how far float32 may round a value, as a share of the column's standard deviation, before its column is centred
+COARSE = 1e-4
 
 
 class ArrayData(Finite):
@@ -37,10 +44,12 @@ class ArrayData(Finite):
     to which the flow adds u ~ U[0, 1).
 
     Args:
-        path: the training file, .npy .npz .csv .txt .data .tra or .tes; see `read_table`.
+        path: the training file, .npy, .npz or text; see `read_table`.
         val_path, test_path: held-out files with the same columns.
-        key: which array of an .npz file with several.
+        key: which array of an .npz file with several; held-out files that are no .npz have no use for it.
         columns: names, positions or slices such as "0:64" of the columns to keep.
+        header: whether the first line of a text file names the columns; None: by what it looks like.
+        decimal: of text files, point or comma: the mark before the decimals; None: by the numbers themselves.
         label: name or position of a column of class labels 0, 1, ..., which is no part of a sample; None for none.
         event_shape: shape (C, H, W) of the images that rows hold, channel by channel and row by row; None for vectors.
         val_fraction, test_fraction: the share of the training file to hold out where there is no such file.
@@ -52,6 +61,8 @@ class ArrayData(Finite):
             from 256 MiB on. Batches are then shuffled by blocks, and at most 100,000 rows held out for each set. A
             held-out file is read so from 256 MiB on, unless this is False, and so many of its rows are drawn.
         seed: of the split; batches have the seed of the run.
+        center: keep samples in float64, and have the flow subtract an offset, of columns whose mean is so large against
+            their deviation that float32 would lose the digits that matter.
 
     Raises:
         ConfigError: no path, a fraction outside (0, 1), columns, a key or a shape that the file does not fit.
@@ -75,6 +86,9 @@ class ArrayData(Finite):
         levels: int | None = None,
         alpha: float = ALPHA,
         memory_map: bool | None = None,
+        header: bool | None = None,
+        decimal: str | None = None,
+        center: bool = True,
     ) -> None:
         if path is None:
             raise ConfigError(
@@ -87,10 +101,15 @@ class ArrayData(Finite):
         self.alpha = below_half("data.alpha", alpha)
         self.discrete = flag("data.dequantize", dequantize) or levels is not None
         self._standardize = _standardizes(standardize, levels)
-        first = _source(path, memory_map, key, columns, label)
+        self._centers = flag("data.center", center) and levels is None
+        text_format = format_of(header, decimal)
+        first = _source(path, memory_map, key, columns, label, text_format)
         # which of the other files are large is for them to say; none is read by windows where that is not wanted at all
         rest = None if memory_map else memory_map
-        others = [None if p is None else _source(p, rest, key, columns, label) for p in (val_path, test_path)]
+        others = [
+            None if p is None else _source(p, rest, key if _is_npz(p) else None, columns, label, text_format)
+            for p in (val_path, test_path)
+        ]
         for other in others:
             if other is not None:
                 check_alike(first.table, other.table)
@@ -98,35 +117,48 @@ class ArrayData(Finite):
         self.event_shape = _event_shape(event_shape, width)
         self.columns = first.table.columns if event_shape is None else ()
         self._names = first.table.columns if first.table.named else ()
+        self._label = first.marks.columns[0] if first.marks is not None and first.marks.named else None
         kind = Kind(self.event_shape, self.discrete, self.levels)
 
         most = max(1, min(MOST_HELD_OUT, HELD_OUT_BYTES // (8 * width)))
-        own = [None if o is None else o.all(kind, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
-        have = [part is not None for part in own]
+        have = [other is not None for other in others]
         cap = most if isinstance(first, Mapped) else None
         sizes = held_out(first.n, first.table.path, have, (val_fraction, test_fraction), cap)
-        divided = self._divide(first, kind, sizes, seed)
+        divided, kind = self._divide(first, kind, sizes, seed)
+        own = [None if o is None else o.all(kind, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
         val, test = (held if part is None else part for held, part in zip(divided.held, own, strict=True))
         self.val, self.test, self.val_labels, self.test_labels = val.x, test.x, val.labels, test.labels
         if val.labels is not None and test.labels is not None:
             self.classes = 1 + max(divided.most, int(val.labels.max()), int(test.labels.max()))
         counts = f"{divided.n} + {len(val.x)} + {len(test.x)}"
         capped = f" (of so large a file, at most {most:,} are held out for each)" if cap in sizes else ""
-        _log.info(f"{path}: {counts} rows for train, val and test{capped}, {width} columns")
+        _log.info(f"{path}: {counts} rows for train, val and test{capped}, {counted(width, 'column')}")
 
-    def _divide(self, first: Loaded | Mapped, kind: Kind, sizes: list[int], seed: int) -> Divided:
+    def _divide(self, first: Loaded | Mapped, kind: Kind, sizes: list[int], seed: int) -> tuple[Divided, Kind]:
         """Takes the training rows, and refuses columns that no density can be fitted to."""
-        divided = first.divided(kind, sizes, seed, (_STREAM, _SPLIT), (_STREAM, _ORDER))
+        keys = (_STREAM, _SPLIT), (_STREAM, _ORDER)
+        divided = first.divided(kind, sizes, seed, *keys)
         self._mean, self._std = kind.moments(divided.mean, divided.variance)
-        check_spread(first.table, self._mean, self._std, self.discrete)
+        check_spread(first.table, self._mean, self._std, self.discrete, self._centers)
+        coarse = COARSE * self._std < np.finfo(np.float32).eps * np.abs(self._mean)
+        if self._centers and coarse.any():
+            names = [name for name, is_coarse in zip(first.table.columns, coarse, strict=True) if is_coarse]
+            _log.info(f"{first.table.path}: float32 would lose digits of {listed(names)}, so samples are float64")
+            # of values that float32 holds
+            offset = np.where(coarse, self._mean, 0.0).astype(np.float32).astype(np.float64)
+            self.offset = torch.from_numpy(offset).view(self.event_shape)
+            kind = replace(kind, wide=True)
+            divided = first.divided(kind, sizes, seed, *keys)
         if not self.discrete:
             warn_if_discrete(first.table, divided.look)
+        if self.levels is None:
+            warn_of_sentinels(first.table, divided.look)
         self.keep(divided.store)
-        return divided
+        return divided, kind
 
     @property
     def samples(self) -> Samples:
-        return replace(super().samples, columns=self._names)
+        return replace(super().samples, columns=self._names, label=self._label)
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation (over n) of the training rows, (*event_shape), float64, noise included."""
@@ -137,12 +169,33 @@ class ArrayData(Finite):
 
 
 def _source(
-    path: str, memory_map: bool | None, key: str | None, columns: Columns | None, label: str | int | None
+    path: str,
+    memory_map: bool | None,
+    key: str | None,
+    columns: Columns | None,
+    label: str | int | None,
+    text_format: TextFormat,
 ) -> Loaded | Mapped:
     """A file's table, in memory or not."""
     if is_mapped(path, key, memory_map):
         return Mapped(path, columns, label)
-    return Loaded(path, key, columns, label)
+    return Loaded(path, key, columns, label, text_format)
+
+
+def format_of(header: bool | None, decimal: str | None) -> TextFormat:
+    """What `data.header` and `data.decimal` say of text files.
+
+    Raises:
+        ConfigError: another value.
+    """
+    return TextFormat(
+        None if header is None else flag("data.header", header),
+        None if decimal is None else one_of("data.decimal", decimal, ("point", "comma")),
+    )
+
+
+def _is_npz(path: str) -> bool:
+    return ending_of(Path(path)) == ".npz"
 
 
 def _standardizes(asked: bool | None, levels: int | None) -> bool:
@@ -166,7 +219,8 @@ def _event_shape(asked: Sequence[int] | None, width: int) -> tuple[int, ...]:
     shape = [whole(f"data.event_shape[{i}]", side) for i, side in enumerate(asked)]
     if math.prod(shape) != width:
         raise ConfigError(
-            f"data.event_shape={shape} takes {math.prod(shape)} columns, and there are {width}: choose data.columns, "
+            f"data.event_shape={shape} takes {counted(math.prod(shape), 'column')}, and the file has "
+            f"{width}: choose data.columns, "
             "and name a column of labels with data.label"
         )
     return tuple(shape)

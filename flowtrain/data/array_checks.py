@@ -6,13 +6,13 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from flowtrain.data.columns import as_option, listed
+from flowtrain.data.columns import as_option, counted, listed
 from flowtrain.data.read import Table
 from flowtrain.errors import DataError
 
 _log = logging.getLogger("flowtrain")
 
-_FLOAT32 = np.finfo(np.float32)
+_FLOAT32, _FLOAT64 = np.finfo(np.float32), np.finfo(np.float64)
 _MOST_CLASSES = 10_000
 # from here on, float32 has no room for noise between whole numbers
 _MOST_WHOLE = 2**23
@@ -22,7 +22,7 @@ def check_alike(first: Table, other: Table) -> None:
     """Refuse files whose columns differ in number, or in name where both have names."""
     if len(first.columns) != len(other.columns):
         raise DataError(
-            f"{first.path} has {len(first.columns)} columns and {other.path} has {len(other.columns)}; "
+            f"{first.path} has {counted(len(first.columns), 'column')} and {other.path} has {len(other.columns)}; "
             "they must have the same"
         )
     if not (first.named and other.named) or first.columns == other.columns:
@@ -88,31 +88,38 @@ def check_labels(table: Table) -> None:
         )
 
 
-def check_spread(table: Table, mean: NDArray[np.float64], std: NDArray[np.float64], discrete: bool) -> None:
+def check_spread(
+    table: Table, mean: NDArray[np.float64], std: NDArray[np.float64], discrete: bool, centered: bool = False
+) -> None:
     """Refuse columns that are constant, and warn of those that float32 makes coarse.
 
     Args:
         table: names the columns.
         mean, std: of the training rows, shape (d,).
         discrete: whether noise will be added, so that it is no cure to propose.
+        centered: whether columns with a large mean are kept in float64, and only its precision limits them.
     """
+    precision = _FLOAT64 if centered else _FLOAT32
     # Rounding leaves a deviation of about float64's epsilon in a constant column, hence no test for zero alone
-    flat = std <= np.maximum(8 * float(_FLOAT32.eps) * np.abs(mean), float(_FLOAT32.tiny))
+    flat = std <= np.maximum(64 * float(_FLOAT64.eps) * np.abs(mean), float(_FLOAT32.tiny))
+    if not centered:
+        flat |= std <= 8 * float(_FLOAT32.eps) * np.abs(mean)
     if flat.any():
         names = [name for name, is_flat in zip(table.columns, flat, strict=True) if is_flat]
         keep = [index for index, is_flat in zip(table.indices, flat, strict=True) if not is_flat]
         cure = f"keep the others with {as_option(keep)}" if keep else "there are no others"
         raise DataError(
             f"{table.path}: in the training rows, column{'s' * (len(names) > 1)} {listed(names, most=50)} "
-            f"{'is' if len(names) == 1 else 'are'} constant to the precision of float32; {cure}"
+            f"{'is' if len(names) == 1 else 'are'} constant to the precision of {precision.dtype}; {cure}"
             + ("" if discrete else ", or, for counts and pixels, data.dequantize=true keeps every column")
         )
-    coarse = std < 1e-4 * np.abs(mean)
+    # an offset is one that float32 holds, and what is left of the mean beside it is float32
+    coarse = std < (2**18 * float(_FLOAT64.eps) if centered else 1e-4) * np.abs(mean)
     if coarse.any():
         names = [name for name, is_coarse in zip(table.columns, coarse, strict=True) if is_coarse]
         _log.warning(
-            f"{table.path}: float32 loses digits of {listed(names)}, whose values differ by less than 1e-4 of "
-            "their mean; subtract the mean from the file"
+            f"{table.path}: {precision.dtype} loses digits of {listed(names)}, whose values differ too little for the "
+            "size of their mean; subtract the mean from the file"
         )
 
 

@@ -36,7 +36,9 @@ ALPHA = 1e-5
 class Samples:
     """What a flow must know of the samples it is a density of; checkpoints keep it. See `Dataset` for the meanings.
 
-    `columns` are those of the training file, where it names them: new data are read by them.
+    `columns` are those of the training file, where it names them, and `label` is its column of labels: new data are
+    read by them. Where samples are `centered`, float32 does not resolve them: they are float64, and the flow subtracts
+    `Dataset.offset` from them.
     """
 
     event_shape: tuple[int, ...]
@@ -46,10 +48,13 @@ class Samples:
     classes: int | None = None
     standardized: bool = False
     columns: tuple[str, ...] = ()
+    label: str | None = None
+    centered: bool = False
 
 
 class Dataset(ABC):
-    """Samples x of shape (B, *event_shape) in data units: float32, or integers where the data are whole numbers.
+    """Samples x of shape (B, *event_shape) in data units: float32, float64 where that loses digits that matter, or
+    integers where the data are whole numbers.
 
     Attributes:
         event_shape: the shape of one sample.
@@ -60,6 +65,8 @@ class Dataset(ABC):
         classes: labels are 0 .. classes - 1; None where there are none.
         val_labels, test_labels: (n,), int64, or None.
         columns: names of the columns of vector data, for plots and messages; may be empty.
+        offset: what the flow subtracts from samples, (*event_shape), float64, of values that float32 holds; None where
+            float32 has digits enough for the samples.
         entropy: differential entropy of the true density in nats, where it is known.
 
     Example:
@@ -84,6 +91,7 @@ class Dataset(ABC):
     val_labels: Tensor | None = None
     test_labels: Tensor | None = None
     columns: tuple[str, ...] = ()
+    offset: Tensor | None = None
     entropy: float | None = None
 
     @abstractmethod
@@ -110,7 +118,15 @@ class Dataset(ABC):
     def samples(self) -> Samples:
         """What a flow must know of them."""
         standardized = self.statistics() is not None
-        return Samples(self.event_shape, self.discrete, self.levels, self.alpha, self.classes, standardized)
+        return Samples(
+            self.event_shape,
+            self.discrete,
+            self.levels,
+            self.alpha,
+            self.classes,
+            standardized,
+            centered=self.offset is not None,
+        )
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
         """Mean and deviation of the training set by element, (*event_shape), float64; None if not standardised."""

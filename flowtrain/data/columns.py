@@ -15,8 +15,24 @@ def default_names(indices: Iterable[int]) -> tuple[str, ...]:
     return tuple(f"c{i}" for i in indices)
 
 
-def pick(columns: Columns | None, names: Sequence[str], path: object, key: str = "data.columns") -> list[int]:
-    """Positions of the chosen columns, in the order asked for; None chooses all.
+def counted(n: int, noun: str) -> str:
+    """A number and what it counts.
+
+    Example:
+        >>> counted(1, "column"), counted(2, "column")
+        ('1 column', '2 columns')
+    """
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def pick(
+    columns: Columns | None,
+    names: Sequence[str],
+    path: object,
+    key: str = "data.columns",
+    left_out: Sequence[int] = (),
+) -> list[int]:
+    """Positions of the chosen columns, in the order asked for; None chooses all but those `left_out`.
 
     An entry is a name, a position (-1 is the last) or a slice of positions such as "0:64"; `key` is what was set.
 
@@ -28,7 +44,7 @@ def pick(columns: Columns | None, names: Sequence[str], path: object, key: str =
         [2, 0, 1]
     """
     if columns is None:
-        return list(range(len(names)))
+        return [i for i in range(len(names)) if i not in left_out]
     entries = [columns] if isinstance(columns, str | int) else list(columns)
     chosen = [i for entry in entries for i in _positions(entry, names, path, key)]
     if not chosen:
@@ -61,8 +77,12 @@ def _positions(entry: object, names: Sequence[str], path: object, key: str) -> l
 
 def _overview(names: Sequence[str]) -> str:
     if tuple(names) == default_names(range(len(names))):
-        return f"{len(names)} columns without names, 0 to {len(names) - 1}"
-    return f"{len(names)} columns: {listed(names, most=50)}"
+        return (
+            "1 column without a name, 0"
+            if len(names) == 1
+            else f"{len(names)} columns without names, 0 to {len(names) - 1}"
+        )
+    return f"{counted(len(names), 'column')}: {listed(names, most=50)}"
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:

@@ -1,26 +1,63 @@
-"""Text tables: read by NumPy's C parser, or cell by cell where that fails, to name the culprit.
+"""Text tables: delimiter, header, comments and decimal mark are detected, numbers read by NumPy's parser where it can.
 
-The slow pass defines the grammar; the fast one is tried only on files where both must agree.
+NumPy's parser reads plain files. Where it fails, a slow pass reads cell by cell, and names the cell that is wrong. The
+slow pass defines the grammar: the fast one is tried only on files where both must agree.
 """
 
 import csv
+import gzip
+import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import IO, TextIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowtrain.data.columns import default_names, listed
+from flowtrain.data.columns import as_option, default_names, listed
 from flowtrain.errors import DataError
 
 _log = logging.getLogger("flowtrain")
 
 _MISSING = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "?", "-"})
+_GZIP = b"\x1f\x8b"
+# rows below the first that say whether it looks like a header
+_LOOK = 100
+_UNNAMED = re.compile(r"unnamed_\d+|Unnamed: \d+")
+_WHOLE = re.compile(r"\s*[+-]?\d+\s*")
+_EXPONENT = r"(?:[eE][+-]?\d+)?"
+# numbers with a decimal point whose digits are grouped by commas, and the other way round
+_GROUPED = re.compile(rf"\s*[+-]?\d{{1,3}}(?:,\d{{3}})+(?:\.\d*)?{_EXPONENT}\s*")
+_COMMA = re.compile(rf"\s*[+-]?(?:\d+|\d{{1,3}}(?:\.\d{{3}})+)(?:,\d+)?{_EXPONENT}\s*")
+
+# which columns to keep, from the names of all, and the positions of those that only number the rows
+Choose = Callable[[Sequence[str], Sequence[int]], list[int]]
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How a text file is to be read; what is None is detected.
+
+    Attributes:
+        header: whether the first line that is no comment names the columns.
+        decimal: point or comma, the mark before the decimals.
+        known: names of columns that make a line which has all of them a header, numbers though they may be.
+    """
+
+    header: bool | None = None
+    decimal: str | None = None
+    known: tuple[str, ...] = ()
+
+
+DETECTED = TextFormat()
 
 
 @dataclass(frozen=True)
@@ -35,48 +72,76 @@ class Layout:
 
 @dataclass(frozen=True)
 class Text:
-    """Values (n, d), the names and positions of their columns, and the line, from 1, of every row."""
+    """A table read from a text file.
+
+    Attributes:
+        values: (n, d), NaN where a value is missing.
+        names, indices: of the columns, and their positions in the file.
+        lines: the line of every row, from 1.
+        cells: what the file has in place of a number, by row and column of `values`, for the first value missing.
+    """
 
     values: NDArray[np.float64]
     names: tuple[str, ...]
     indices: tuple[int, ...]
     lines: Sequence[int]
+    cells: Mapping[tuple[int, int], str]
 
 
-def read_delimited(path: Path, choose: Callable[[Sequence[str]], list[int]]) -> Text:
-    """The columns that `choose(names)` picks, by their positions.
+class _File:
+    """A text file, plain or gzipped, as its first bytes tell: browsers unpack a .gz file and keep its name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self.gzipped = file.read(2) == _GZIP
+
+    def bytes(self) -> IO[bytes]:
+        return cast(IO[bytes], gzip.open(self.path)) if self.gzipped else self.path.open("rb")
+
+    def text(self, newline: str | None = None) -> TextIO:
+        return io.TextIOWrapper(self.bytes(), encoding="utf-8-sig", newline=newline)
+
+
+def read_delimited(path: Path, choose: Choose, text_format: TextFormat) -> Text:
+    """The columns that `choose` picks, by their positions.
 
     Columns that are not picked may hold anything, but every row must have every cell.
 
     Raises:
-        DataError: an empty file, a ragged row, a cell that is empty or not a number, text that is not UTF-8.
+        DataError: an empty or damaged file, a ragged row, a cell that is not a number, text that is not UTF-8.
     """
-    with _readable(path):
-        layout = find_layout(path)
-        indices = choose(layout.names)
-        _warn_of_odd_header(path, layout, indices)
-        rows = _plain_rows(path, layout)
-        values = None if rows is None else _fast(path, layout, indices, rows)
+    file = _File(path)
+    with _readable(file):
+        layout = find_layout(file, text_format)
+        counting = [i for i, name in enumerate(layout.names) if _is_row_index(file, layout, i)]
+        indices = choose(layout.names, counting)
+        _warn_of_unnamed(path, layout, indices, counting)
+        rows = _plain_rows(file, layout)
+        values = None if rows is None else _fast(file, layout, indices, rows, text_format)
         lines: Sequence[int] = range(layout.first_line, layout.first_line + (rows or 0))
+        cells: dict[tuple[int, int], str] = {}
         if values is None:
-            values, lines = _exact(path, layout, indices)
+            values, lines, cells = _exact(file, layout, indices, text_format)
     if not lines:
         raise DataError(f"{path} has no rows" + (" below its header" if layout.named else ""))
-    return Text(values, tuple(layout.names[i] for i in indices), tuple(indices), lines)
+    return Text(values, tuple(layout.names[i] for i in indices), tuple(indices), lines, cells)
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(file: _File) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {_undecodable(path)} is not UTF-8 text; save the file as UTF-8") from error
+        raise DataError(f"{file.path}, line {_undecodable(file)} is not UTF-8 text; save the file as UTF-8") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file.path} is a damaged gzip file ({error}); get the file again") from error
 
 
-def _undecodable(path: Path) -> int:
+def _undecodable(file: _File) -> int:
     """The first line, from 1, that is not UTF-8: the decoder knows only its place in a block of the file."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with file.bytes() as stream:
+        for number, line in enumerate(stream, 1):
             try:
                 line.decode()
             except UnicodeDecodeError:
@@ -84,71 +149,179 @@ def _undecodable(path: Path) -> int:
     return 1
 
 
-def find_layout(path: Path) -> Layout:
-    """Delimiter, names and first line of data, from the first two lines.
+# The layout
+
+
+def find_layout(file: _File, text_format: TextFormat) -> Layout:
+    """Delimiter, names and first line of data, from the comments at the top of the file and the lines below them.
 
     Raises:
         DataError: an empty file or an empty first line.
     """
-    with path.open(encoding="utf-8-sig") as file:
-        lines = [line for line in (file.readline(), file.readline()) if line.strip()]
-        if not lines:
-            raise DataError(f"{path} is empty" if not file.read().strip() else f"{path}, line 1 is empty")
-    delimiter = _sniff(lines)
-    rows = _rows(path, delimiter)
-    (_, first), (start, second) = next(rows), next(rows, (0, None))
-    if not first:
-        raise DataError(f"{path}, line 1 is empty")
-    if not _is_header(first, second):
-        return Layout(delimiter, default_names(range(len(first))), named=False, first_line=1)
-    # numpy.savetxt marks its header as a comment, and with white space between, the mark is a cell
-    cells = first[1:] if first[0] == "#" and delimiter is None else [first[0].removeprefix("# "), *first[1:]]
-    names = tuple(cell.strip() or f"unnamed_{i}" for i, cell in enumerate(cells))
-    # An embedded line break makes a header longer than one line, so ask where the second row begins
-    return Layout(delimiter, names, named=True, first_line=start or 2)
+    path = file.path
+    comments, top, lines = _top(file)
+    if not lines:
+        raise DataError(f"{path} has no rows below its comments" if comments else f"{path} is empty")
+    if not lines[0].strip():
+        raise DataError(f"{path}, line {top} is empty")
+    delimiter = _sniff([line for line in lines if line.strip()], text_format.decimal)
+    found = list(islice(_rows(file, delimiter, top), _LOOK + 1))
+    first, below = found[0][1], found[1:]
+    rows = [row for _, row in below if row]
+    start = below[0][0] if below else top + 1
+    header = text_format.header
+    if header is None and text_format.known and set(text_format.known) <= {cell.strip() for cell in first}:
+        header = True
+    if header is None:
+        header = _is_header(first, rows)
+        _warn_of_odd_header(path, top, first, rows, header)
+    if header:
+        names = tuple(cell.strip() or f"unnamed_{i}" for i, cell in enumerate(first))
+        # a header with a line break in it is longer than one line, and the second row says where the data begin
+        return Layout(delimiter, names, named=True, first_line=start)
+    commented = _commented_names(comments, delimiter, len(first))
+    return Layout(delimiter, commented or default_names(range(len(first))), named=bool(commented), first_line=top)
 
 
-def _sniff(lines: Sequence[str]) -> str | None:
+def _top(file: _File) -> tuple[list[str], int, list[str]]:
+    """The comments (#) at the top, the number of the first line that is none, and that line and the next.
+
+    Blank lines between comments and table belong to the comments.
+    """
+    comments: list[str] = []
+    with file.text() as stream:
+        for number, line in enumerate(stream, 1):
+            if line.startswith("#"):
+                comments.append(line.strip())
+            elif line.strip() or not comments:
+                return comments, number, [line, *islice(stream, 1)] if line.strip() or _any_text(stream) else []
+    return comments, 1, []
+
+
+def _any_text(lines: Iterator[str]) -> bool:
+    return any(line.strip() for line in lines)
+
+
+def _commented_names(comments: Sequence[str], delimiter: str | None, width: int) -> tuple[str, ...]:
+    """Names of the columns from the comment above a table without a header, as numpy.savetxt writes it; else ().
+
+    Where there are several comments, the last may be a sentence: names are then single words, after "columns:" or not.
+    """
+    if not comments:
+        return ()
+    line = comments[-1].removeprefix("# ")
+    if len(comments) > 1:
+        line = re.sub(r"^[#\s]*\w+:\s*", "", line)
+    cells = next(csv.reader([line], delimiter=delimiter)) if delimiter else _blank_cells(line)
+    names = tuple(cell.strip() for cell in cells)
+    if delimiter is None and names[:1] == ("#",):
+        names = names[1:]
+    words = len(comments) == 1 or not any(re.search(r"\s", name) for name in names)
+    return names if len(names) == width and all(names) and words and any(map(_is_text, names)) else ()
+
+
+def _blank_cells(line: str) -> list[str]:
+    return next(csv.reader([" ".join(line.split())], delimiter=" "), [])
+
+
+def _sniff(lines: Sequence[str], decimal: str | None) -> str | None:
     """The delimiter that occurs equally often in the lines, else one that occurs at all, else white space.
 
-    Semicolons and tabs come before commas, which may be decimal commas beside them.
+    Semicolons, tabs and bars come before commas, which may be decimal commas beside them.
     """
     bare = [re.sub(r'"[^"]*"', "", line.strip("\r\n")) for line in lines]
-    for delimiter in ";\t,":
+    commas = "" if decimal == "comma" or _blanks_between_decimals(bare[-1], decimal) else ","
+    for delimiter in f";\t|{commas}":
         counts = {line.count(delimiter) for line in bare}
         if len(counts) == 1 and counts != {0}:
             return delimiter
-    for delimiter in ",;\t":
+    for delimiter in f"{commas};\t|":
         if any(delimiter in line for line in bare):
             return delimiter
     # Only the last line counts: a single column may well be called "my name"
     return None if len(bare[-1].split()) > 1 else ","
 
 
-def _is_header(first: Sequence[str], second: Sequence[str] | None) -> bool:
+def _blanks_between_decimals(line: str, decimal: str | None) -> bool:
+    """Whether a line is numbers with decimal commas and blanks between: "10,38   1993,39"."""
+    cells = line.split()
+    return decimal is None and len(cells) > 1 and "," in line and all(_COMMA.fullmatch(cell) for cell in cells)
+
+
+def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     text = [i for i, cell in enumerate(first) if _is_text(cell)]
-    if not text or second is None or not any(_is_number(cell) for cell in first):
+    if not first[0].strip() and all(cell.strip() for cell in first[1:]) and _counts(row[0] for row in rows):
+        # pandas writes no name for the column of its index, and 0, 1, ... for columns without names
+        return len(first) > 1 and bool(rows)
+    if not text or not rows or not any(_is_number(cell) for cell in first):
         return bool(text)
     # A file without a header may hold labels: text in the same column of every row
-    return any(i >= len(second) or not _is_text(second[i]) for i in text)
+    return any(i >= len(rows[0]) or not _is_text(rows[0][i]) for i in text)
 
 
-def _warn_of_odd_header(path: Path, layout: Layout, indices: Sequence[int]) -> None:
-    numbers = [name for name in layout.names if _is_number(name)]
-    if layout.named and numbers:
-        _log.warning(f"{path}: line 1 is taken for the header, though it holds numbers: {listed(numbers)}")
-    if layout.names[0] == "unnamed_0" and 0 in indices:
+def _counts(cells: Iterator[str]) -> bool:
+    """Whether cells are 0, 1, 2, ... or 1, 2, 3, ..."""
+    return all(cell.strip() in (str(i), str(i + 1)) for i, cell in enumerate(cells))
+
+
+def _warn_of_odd_header(
+    path: Path, line: int, first: Sequence[str], rows: Sequence[Sequence[str]], header: bool
+) -> None:
+    numbers = [cell for cell in first if _is_number(cell)]
+    if header and numbers:
         _log.warning(
-            f"{path}: the first column has no name; if it is a row index, as pandas writes, "
-            "leave it out with 'data.columns=[1:]'"
+            f"{path}: line {line} is taken for the header, though it holds numbers: {listed(numbers)}; "
+            "data.header=false reads it as data"
         )
-    if not layout.named and len(layout.names) > 2:
-        row = next(_rows(path, layout.delimiter))[1]
-        if row == [str(i) for i in range(len(row))]:
-            _log.warning(
-                f"{path}: line 1 is 0, 1, 2, ... and is read as data; if it is the header "
-                "that pandas writes for columns without names, remove it"
-            )
+    if not header and _looks_like_header(first, rows):
+        _log.warning(
+            f"{path}: line {line} ({listed(first)}) looks like a header and is read as data; data.header=true takes "
+            "it for the names of the columns, and data.header=false ends this warning"
+        )
+
+
+def _looks_like_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether a line of numbers may be names: 0, 1, 2, ... of pandas, or whole numbers above decimals alone."""
+    if [cell.strip() for cell in first] == [str(i) for i in range(len(first))] and len(first) > 2:
+        return True
+    same = [row for row in rows if len(row) == len(first)]
+    decimals = all(_is_text(cell) or not _WHOLE.fullmatch(cell) for row in same for cell in row)
+    return len(same) > 1 and all(_WHOLE.fullmatch(cell) for cell in first) and decimals
+
+
+def _is_row_index(file: _File, layout: Layout, column: int) -> bool:
+    """Whether a column without a name holds whole numbers, none of them twice, or text, as row names of pandas or R."""
+    if not layout.named or not _UNNAMED.fullmatch(layout.names[column]):
+        return False
+    numbers: set[str] = set()
+    texts = 0
+    for _, row in _rows(file, layout.delimiter, layout.first_line):
+        cell = row[column].strip() if len(row) > column else None
+        if cell is None or cell in numbers or not (_WHOLE.fullmatch(cell) or _is_text(cell)):
+            if row:
+                return False
+        elif _is_text(cell):
+            texts += 1
+        else:
+            numbers.add(cell)
+    return bool(numbers) != bool(texts)
+
+
+def _warn_of_unnamed(path: Path, layout: Layout, indices: Sequence[int], counting: Sequence[int]) -> None:
+    left_out = [i for i in counting if i not in indices]
+    if left_out and len(indices) == len(layout.names) - len(left_out):
+        _log.warning(
+            f"{path}: column {', '.join(map(str, left_out))} has no name, numbers or names the rows, and is left out; "
+            f"{as_option(range(len(layout.names)))} keeps every column"
+        )
+    if layout.named and layout.names[0] == "unnamed_0" and 0 in indices and 0 not in counting:
+        _log.warning(
+            f"{path}: the first column has no name; if it names the rows, leave it out with "
+            f"{as_option(range(1, len(layout.names)))}"
+        )
+
+
+# Numbers
 
 
 def _is_number(cell: str) -> bool:
@@ -163,33 +336,81 @@ def _is_number(cell: str) -> bool:
 
 
 def _is_text(cell: str) -> bool:
-    return not _is_number(cell) and cell.strip().lower() not in _MISSING
+    numeric = _is_number(cell) or _GROUPED.fullmatch(cell) or _COMMA.fullmatch(cell)
+    return not numeric and cell.strip().lower() not in _MISSING
 
 
-def _rows(path: Path, delimiter: str | None) -> Iterator[tuple[int, list[str]]]:
-    """Every row with the line, counted from 1, on which it begins; a blank line is an empty row."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = file if delimiter else (" ".join(line.split()) for line in file)
+def _number(cell: str, decimal: str) -> float | None:
+    """The number in a cell, or None where there is none."""
+    if decimal == "point":
+        if _is_number(cell):
+            return float(cell)
+        return float(cell.replace(",", "")) if _GROUPED.fullmatch(cell) else None
+    if _COMMA.fullmatch(cell):
+        return float(cell.replace(".", "").replace(",", "."))
+    return float(cell) if "." not in cell and _is_number(cell) else None
+
+
+def _decimal_mark(file: _File, layout: Layout, indices: Sequence[int]) -> str:
+    """point or comma, by the cells that hold a comma.
+
+    Raises:
+        DataError: cells such as 1,234 that can be read either way.
+    """
+    doubtful, possible = "", {"point", "comma"}
+    for line, row in _rows(file, layout.delimiter, layout.first_line):
+        for i in indices:
+            cell = row[i] if i < len(row) else ""
+            if not {",", "."} & set(cell):
+                continue
+            fits = {mark for mark in possible if _number(cell, mark) is not None}
+            if fits and fits != possible:
+                possible = fits
+            if "," in cell and not doubtful:
+                doubtful = f"line {line}, column {layout.names[i]!r}: {cell!r}"
+    if not doubtful:
+        return "point"
+    if len(possible) > 1:
+        raise DataError(
+            f"{file.path}, {doubtful} has either a decimal comma or a comma between thousands, and no other cell tells "
+            "which: give data.decimal=comma or data.decimal=point"
+        )
+    (mark,) = possible
+    _log.info(
+        f"{file.path}: numbers are read with "
+        + ("a decimal comma" if mark == "comma" else "a decimal point, and commas between thousands")
+        + " (data.decimal)"
+    )
+    return mark
+
+
+# The rows
+
+
+def _rows(file: _File, delimiter: str | None, first_line: int) -> Iterator[tuple[int, list[str]]]:
+    """Every row from a line on, with the line, from 1, on which it begins; a blank line is an empty row."""
+    with file.text(newline="") as stream:
+        lines: Iterator[str] = islice(stream, first_line - 1, None)
+        if not delimiter:
+            lines = (" ".join(line.split()) for line in lines)
         reader = csv.reader(lines, delimiter=delimiter or " ")
-        line = 1
+        line = first_line
         try:
             for row in reader:
                 yield line, row if any(cell.strip() for cell in row) or len(row) > 1 else []
-                line = reader.line_num + 1
+                line = first_line + reader.line_num
         except csv.Error as error:
-            raise DataError(f"{path}, line {line}: {error}") from error
+            raise DataError(f"{file.path}, line {line}: {error}") from error
 
 
-def _plain_rows(path: Path, layout: Layout) -> int | None:
+def _plain_rows(file: _File, layout: Layout) -> int | None:
     """How many rows of data there are, or None unless all have the header's width, with blank lines only last.
 
     NumPy skips blank lines and, when columns are chosen, does not look at the width of a row.
     """
     rows, ended, width = 0, False, len(layout.names)
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if number < layout.first_line:
-                continue
+    with file.text() as stream:
+        for line in islice(stream, layout.first_line - 1, None):
             if not line.strip():
                 ended = True
             elif ended or _width(line, layout.delimiter) != width:
@@ -203,15 +424,18 @@ def _width(line: str, delimiter: str | None) -> int:
     return line.count(delimiter) + 1 if delimiter else len(line.split())
 
 
-def _fast(path: Path, layout: Layout, indices: list[int], rows: int) -> NDArray[np.float64] | None:
+def _fast(
+    file: _File, layout: Layout, indices: list[int], rows: int, text_format: TextFormat
+) -> NDArray[np.float64] | None:
     """The table by NumPy's C parser, or None where it stumbles."""
-    if not rows:
+    if not rows or text_format.decimal == "comma":
         return None
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), file.text() as stream:
         warnings.simplefilter("error")
         try:
             return np.loadtxt(
-                str(path.absolute()),
+                # a path is read in blocks, a stream by lines, which takes longer
+                stream if file.gzipped or file.path.suffix == ".gz" else str(file.path.absolute()),
                 delimiter=layout.delimiter,
                 skiprows=layout.first_line - 1,
                 usecols=indices,
@@ -225,43 +449,65 @@ def _fast(path: Path, layout: Layout, indices: list[int], rows: int) -> NDArray[
             return None
 
 
-def _exact(path: Path, layout: Layout, indices: Sequence[int]) -> tuple[NDArray[np.float64], list[int]]:
-    """The table cell by cell, and the line of every row."""
-    table: list[list[float]] = []
-    lines: list[int] = []
-    blank = 0
-    for line, row in _rows(path, layout.delimiter):
-        if line < layout.first_line:
-            continue
+def _exact(
+    file: _File, layout: Layout, indices: Sequence[int], text_format: TextFormat
+) -> tuple[NDArray[np.float64], Sequence[int], dict[tuple[int, int], str]]:
+    """The table cell by cell, the line of every row, and the first cell that has a missing value."""
+    decimal = text_format.decimal or _decimal_mark(file, layout, indices)
+    values, lines = array("d"), array("q")
+    cells: dict[tuple[int, int], str] = {}
+    blank, commas, pointed = 0, False, ""
+    for line, row in _rows(file, layout.delimiter, layout.first_line):
         if not row:
             blank = blank or line
             continue
         if blank:
-            raise DataError(f"{path}, line {blank} is empty, and rows follow it; take it out")
+            raise DataError(f"{file.path}, line {blank} is empty, and rows follow it; take it out")
         if len(row) != len(layout.names):
-            raise DataError(f"{path}, line {line} {_ragged(len(row), layout)}")
-        table.append([_cell(path, line, layout.names[i], row[i]) for i in indices])
+            raise DataError(f"{file.path}, line {line} {_ragged(row, layout)}")
+        for column, i in enumerate(indices):
+            value = _number(row[i], decimal)
+            if value is None:
+                if row[i].strip().lower() not in _MISSING:
+                    raise DataError(_no_number(file.path, line, layout, i, row[i], decimal))
+                value = float("nan")
+                if not cells:
+                    cells[len(lines), column] = row[i]
+            values.append(value)
+            if decimal == "comma":
+                commas = commas or "," in row[i]
+                pointed = pointed or ("." in row[i] and f"line {line}, column {layout.names[i]!r}: {row[i]!r}") or ""
         lines.append(line)
-    return np.array(table, dtype=np.float64).reshape(len(table), len(indices)), lines
+    if pointed and not commas:
+        raise DataError(
+            f"{file.path}, {pointed} has a point, and no number of the file has a decimal comma: leave "
+            "data.decimal=comma out"
+        )
+    return np.frombuffer(values, np.float64).reshape(len(lines), len(indices)), lines, cells
 
 
-def _ragged(cells: int, layout: Layout) -> str:
-    width = len(layout.names)
+def _ragged(row: Sequence[str], layout: Layout) -> str:
+    width, cells = len(layout.names), len(row)
     where = (
         f"it ends before column {layout.names[cells]!r}"
         if cells < width
         else f"it goes on after column {layout.names[-1]!r}"
     )
-    return f"has {cells} cell{'s' * (cells != 1)} where line 1 has {width}: {where}"
+    hint = ""
+    if row[0].startswith("#"):
+        hint = "; comments are read at the top of a file alone: take the line out"
+    elif width == 1 and cells == 2 and layout.delimiter == ",":
+        hint = "; where the comma stands before the decimals, give data.decimal=comma"
+    expected = "line 1 has" if layout.named or layout.first_line == 1 else "the first row has"
+    return f"has {cells} cell{'s' * (cells != 1)} where {expected} {width}: {where}{hint}"
 
 
-def _cell(path: Path, line: int, name: str, cell: str) -> float:
-    if _is_number(cell):
-        return float(cell)
-    where = f"{path}, line {line}, column {name!r}"
-    if not cell.strip():
-        raise DataError(f"{where}: the cell is empty; fill it in or leave the row out")
-    if not _is_text(cell):
-        raise DataError(f"{where}: {cell!r} is a missing value; fill it in or leave the row out")
-    hint = "; write decimals with a point" if re.fullmatch(r"\s*[+-]?\d*,\d+\s*", cell) else ""
-    raise DataError(f"{where}: {cell!r} is not a number{hint}")
+def _no_number(path: Path, line: int, layout: Layout, column: int, cell: str, decimal: str) -> str:
+    hint = ""
+    if cell.startswith("#"):
+        hint = "; comments are read at the top of a file alone: take the line out"
+    elif line == layout.first_line and not layout.named:
+        hint = "; if the line names the columns, give data.header=true; else leave the column out with data.columns"
+    elif _COMMA.fullmatch(cell) or _GROUPED.fullmatch(cell) or _is_number(cell):
+        hint = f", with a decimal {decimal} (data.decimal) as the other cells have it"
+    return f"{path}, line {line}, column {layout.names[column]!r}: {cell!r} is not a number{hint}"

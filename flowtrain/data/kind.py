@@ -23,6 +23,8 @@ class Kind:
     event_shape: tuple[int, ...]
     discrete: bool
     levels: int | None
+    # whether real samples are float64, because float32 loses digits that matter
+    wide: bool = False
 
     def check(self, table: Table, whole: Iterable[Table] | None = None) -> None:
         """Refuses values that are not of this kind; see `check_levels` for `whole`."""
@@ -32,12 +34,15 @@ class Kind:
         if self.levels is not None:
             check_levels(table, self.levels, whole)
 
-    def samples(self, values: NDArray[Any], real: type[np.floating[Any]] = np.float32) -> Tensor:
+    def samples(self, values: NDArray[Any], real: type[np.floating[Any]] | None = None) -> Tensor:
         """(n, *event_shape) of rows (n, d): whole numbers as uint8 or int64, others of the type `real`.
+
+        None for float32, or float64 where samples are wide.
 
         Rows of that type already are not copied: the samples share their memory.
         """
         narrow = np.uint8 if self.levels is not None and self.levels <= 256 else np.int64
+        real = real or (np.float64 if self.wide else np.float32)
         narrowed = values.astype(narrow if self.discrete else real, copy=False)
         return torch.from_numpy(narrowed).view(-1, *self.event_shape)
 

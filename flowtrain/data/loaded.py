@@ -4,6 +4,7 @@ import numpy as np
 
 from flowtrain.data.array_checks import check_labels
 from flowtrain.data.columns import Columns
+from flowtrain.data.delimited import DETECTED, TextFormat
 from flowtrain.data.kind import Divided, Kind, Part, as_labels
 from flowtrain.data.memory import Resident
 from flowtrain.data.read import read_labelled
@@ -18,8 +19,15 @@ class Loaded:
         n: rows.
     """
 
-    def __init__(self, path: str, key: str | None, columns: Columns | None, label: str | int | None) -> None:
-        self.table, self.marks = read_labelled(path, key, columns, label)
+    def __init__(
+        self,
+        path: str,
+        key: str | None,
+        columns: Columns | None,
+        label: str | int | None,
+        text_format: TextFormat = DETECTED,
+    ) -> None:
+        self.table, self.marks = read_labelled(path, key, columns, label, text_format)
         self.n = len(self.table.values)
 
     def all(self, kind: Kind, most: int, seed: int, *stream: int) -> Part:

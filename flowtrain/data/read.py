@@ -1,8 +1,8 @@
 """The user's own tables, from .npy, .npz and text files, as float64 with every refusal naming the place."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,13 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from flowtrain.data.columns import Columns, default_names, pick
-from flowtrain.data.delimited import read_delimited
+from flowtrain.data.columns import Columns, as_option, counted, default_names, pick
+from flowtrain.data.delimited import DETECTED, Choose, TextFormat, read_delimited
 from flowtrain.data.promise import check_promise
 from flowtrain.errors import ConfigError, DataError
 
 ARRAYS = (".npy", ".npz")
-TEXTS = (".csv", ".txt", ".data", ".tra", ".tes")
-
-# the positions of the columns to keep, from the names of all
-Choose = Callable[[Sequence[str]], list[int]]
+TEXTS = (".csv", ".tsv", ".txt", ".data", ".tra", ".tes")
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class Table:
         path: the file, as it was asked for.
         lines: the line of every row in a text file, from 1; None for an array file.
         first: the row of the file that is the first of these.
+        cells: what a text file has in place of a number, by row and column, for the first value missing.
     """
 
     values: NDArray[np.float64]
@@ -41,6 +39,7 @@ class Table:
     path: str
     lines: Sequence[int] | None = None
     first: int = 0
+    cells: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
     @property
     def named(self) -> bool:
@@ -49,9 +48,13 @@ class Table:
 
     def without(self, index: int) -> "Table":
         """The table less the column at that position in the file."""
-        kept = [i for i, other in enumerate(self.indices) if other != index]
-        columns, indices = tuple(self.columns[i] for i in kept), tuple(self.indices[i] for i in kept)
-        return replace(self, values=self.values[:, kept], columns=columns, indices=indices)
+        return self.only([i for i, other in enumerate(self.indices) if other != index])
+
+    def only(self, columns: Sequence[int]) -> "Table":
+        """The table of these columns, counted among its own."""
+        kept = list(columns)
+        names, indices = tuple(self.columns[i] for i in kept), tuple(self.indices[i] for i in kept)
+        return replace(self, values=self.values[:, kept], columns=names, indices=indices)
 
     def place(self, row: int, column: int) -> str:
         """Where a value stands, in words: a line of a text file, a row of an array file, and the column."""
@@ -60,7 +63,11 @@ class Table:
 
 
 def read_labelled(
-    path: str, key: str | None, columns: Columns | None, label: str | int | None
+    path: str,
+    key: str | None,
+    columns: Columns | None,
+    label: str | int | None,
+    text_format: TextFormat = DETECTED,
 ) -> tuple[Table, Table | None]:
     """The table in a file less its column of labels, and that column, where there is one; see `read_table`.
 
@@ -68,9 +75,16 @@ def read_labelled(
         ConfigError: a label that is not one column, or that leaves none.
     """
     if label is None:
-        return read_table(path, key, columns), None
-    labels = read_table(path, key, [label], "data.label")
-    return less_labels(read_table(path, key, columns), labels, label)
+        return read_table(path, key, columns, text_format=text_format), None
+    marks: list[int] = []
+
+    def choose(names: Sequence[str], left_out: Sequence[int]) -> list[int]:
+        marks[:] = pick([label], names, path, "data.label")
+        indices = pick(columns, names, path, left_out=left_out)
+        return [*indices, *(i for i in marks if i not in indices)]
+
+    table = read_table(path, key, choose, text_format=text_format)
+    return less_labels(table, table.only([table.indices.index(i) for i in marks]), label)
 
 
 def less_labels(table: Table, labels: Table | None, label: str | int | None) -> tuple[Table, Table | None]:
@@ -95,29 +109,35 @@ def read_table(
     columns: Columns | Choose | None = None,
     option: str = "data.columns",
     event_shape: tuple[int, ...] = (),
+    text_format: TextFormat = DETECTED,
 ) -> Table:
     """The table in a file; a 1-D array is one column.
 
     Args:
-        path: a file that ends in one of ARRAYS or TEXTS.
+        path: a file that ends in one of ARRAYS or TEXTS, or in one of TEXTS and .gz.
         key: which array of an .npz file with several.
-        columns: names, positions or slices such as "0:64" to keep, in this order; None keeps all; or what says which
-            positions, from the names of all columns.
+        columns: names, positions or slices such as "0:64" to keep, in this order; None keeps all but columns without a
+            name that number the rows; or what says which positions, from the names of all columns and the positions of
+            those.
         option: the user's name of `columns`.
         event_shape: (C, H, W), so that an array (n, C, H, W), or (n, H, W) where C is 1, is a table too.
+        text_format: how a text file is to be read.
 
     Raises:
         DataError: a file that is missing or damaged, or values that are not finite real numbers in a table.
         ConfigError: `key` or `columns` that the file does not have.
     """
     file = Path(path).expanduser()
-    ending = file.suffix.lower()
+    ending = ending_of(file)
     check_file(file)
     if key is not None and ending != ".npz":
         raise ConfigError(f"data.key={key} names an array of an .npz file, and {path} is not one")
     try:
-        choose = columns if callable(columns) else lambda names: pick(columns, names, file, option)
-        table = _from_array(file, key, choose, event_shape) if ending in ARRAYS else _from_text(file, choose)
+        choose = columns if callable(columns) else lambda names, out: pick(columns, names, file, option, out)
+        if ending in ARRAYS:
+            table = _from_array(file, key, choose, event_shape)
+        else:
+            table = _from_text(file, choose, text_format)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     check_finite(table)
@@ -130,19 +150,34 @@ def check_file(file: Path) -> None:
     Raises:
         DataError: a directory, another ending, or nothing there.
     """
-    ending = file.suffix.lower()
+    ending = ending_of(file)
     if file.is_dir():
         raise DataError(f"{file} is a directory; give a file")
-    if ending not in ARRAYS + TEXTS:
+    if ending.removesuffix(".gz") in ARRAYS and ending not in ARRAYS:
+        raise DataError(f"{file} is compressed as a whole, which is read of text files alone: unpack it with gunzip")
+    if ending.removesuffix(".gz") not in ARRAYS + TEXTS:
         found = f"ends in {ending!r}" if ending else "has no ending"
-        raise DataError(f"{file} {found}; data files end in {', '.join(ARRAYS + TEXTS)}")
+        raise DataError(
+            f"{file} {found}; data files end in {', '.join(ARRAYS + TEXTS)}, text files also in .csv.gz and the like"
+        )
     if not file.exists():
         raise DataError(f"there is no file {file.absolute()}")
 
 
-def _from_text(file: Path, choose: Choose) -> Table:
-    text = read_delimited(file, choose)
-    return Table(text.values, text.names, text.indices, str(file), text.lines)
+def ending_of(file: Path) -> str:
+    """What a file's name ends in, in lower case, with what comes before a .gz.
+
+    Example:
+        >>> ending_of(Path("a.CSV.gz")), ending_of(Path("b.npy"))
+        ('.csv.gz', '.npy')
+    """
+    ending = file.suffix.lower()
+    return Path(file.stem).suffix.lower() + ending if ending == ".gz" else ending
+
+
+def _from_text(file: Path, choose: Choose, text_format: TextFormat) -> Table:
+    text = read_delimited(file, choose, text_format)
+    return Table(text.values, text.names, text.indices, str(file), text.lines, cells=text.cells)
 
 
 def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[int, ...]) -> Table:
@@ -151,7 +186,7 @@ def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[
         array = array.reshape(len(array), -1)
     check_array(array.shape, array.dtype, file, event_shape)
     table = array.reshape(len(array), -1) if array.ndim == 1 else array
-    indices = choose(default_names(range(table.shape[1])))
+    indices = choose(default_names(range(table.shape[1])), ())
     kept = table if indices == list(range(table.shape[1])) else table[:, indices]
     return Table(np.ascontiguousarray(kept, dtype=np.float64), default_names(indices), tuple(indices), str(file))
 
@@ -219,24 +254,36 @@ def check_array(shape: tuple[int, ...], dtype: np.dtype[Any], file: Path, event_
 
 
 def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
-    """Refuse values that are NaN or infinite.
+    """Refuse values that are missing, NaN or infinite.
 
     Args:
         whole: all the blocks of the file that the table is one of, to be counted; None where it is all there is.
 
     Raises:
-        DataError: naming the first, and how many there are.
+        DataError: how many there are in which columns, and where the first is.
     """
     bad = ~np.isfinite(table.values)
     if not bad.any():
         return
     row, column = (int(i) for i in np.argwhere(bad)[0])
-    counts = np.zeros(3, dtype=np.int64)
+    by_column, rows, of_rows = np.zeros(len(table.columns), dtype=np.int64), 0, 0
     for block in whole or [table]:
         each = ~np.isfinite(block.values)
-        counts += each.sum(), each.size, each.any(1).sum()
+        by_column += each.sum(0)
+        rows, of_rows = rows + int(each.any(1).sum()), of_rows + len(each)
+    total = int(by_column.sum())
+    most = np.argsort(-by_column, kind="stable")[: min(12, int((by_column > 0).sum()))]
+    each_column = ", ".join(f"{table.columns[i]!r}: {by_column[i]:,}" for i in most)
+    more = int((by_column > 0).sum()) - len(most)
+    keep = [index for index, n in zip(table.indices, by_column, strict=True) if not n]
+    cell = table.cells.get((row, column))
+    found = f"the value is {table.values[row, column]}"
+    if cell is not None:
+        found = f"{cell!r} is a missing value" if cell.strip() else "the cell is empty"
     raise DataError(
-        f"{table.place(row, column)}: the value is {table.values[row, column]}; {counts[0]} of "
-        f"{counts[1]} values are NaN or infinite, and rows with one: {counts[2]}. "
-        "Leave out the rows, or the columns with data.columns"
+        f"{table.path}: {total:,} of {counted(of_rows * len(table.columns), 'value')} "
+        f"{'is' if total == 1 else 'are'} missing or not finite, in {rows:,} of {counted(of_rows, 'row')} (by column, "
+        f"{each_column}{f' and {more} columns more' if more else ''}). The first: "
+        f"{table.place(row, column).removeprefix(f'{table.path}, ')}: {found}. Take these rows out of the file"
+        + (f", or keep the columns without any: {as_option(keep)}" if keep else "")
     )

@@ -1,7 +1,9 @@
 """New data for a flow that is there already: every row of a file, in its order."""
 
+import logging
 import math
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +11,29 @@ from torch import Tensor
 
 from flowtrain.data.array_checks import check_labels
 from flowtrain.data.base import Dataset, Samples
-from flowtrain.data.columns import Columns, default_names, pick
+from flowtrain.data.columns import Columns, as_option, counted, default_names, listed, pick
+from flowtrain.data.delimited import TextFormat
 from flowtrain.data.idx import read_idx
 from flowtrain.data.kind import Kind, as_labels
-from flowtrain.data.read import Table, is_images, read_table
+from flowtrain.data.read import ARRAYS, TEXTS, Table, ending_of, is_images, read_table
 from flowtrain.errors import ConfigError, DataError
+
+_log = logging.getLogger("flowtrain")
 
 
 class Rows(Dataset):
     """The rows of a file as samples to score; there is nothing to train on.
 
-    A file whose columns have the names of the training file's is read by them, in whatever order it has them, and may
-    have others beside. Otherwise it has as many columns as a sample has elements, or is read as the training file was.
-    Images are rows of numbers, an array (n, C, H, W) or (n, H, W), or an IDX file.
+    The columns are those that the flow was trained on. A file that names them is read by their names, in whatever order
+    it has them, and may have others beside. Other files are read by the positions that were chosen in training; a file
+    that has as many columns as a sample has elements, and not those positions, is read in its order. Images are rows of
+    numbers, an array (n, C, H, W) or (n, H, W), or an IDX file.
 
     Args:
-        path: .npy .npz .csv .txt .data .tra .tes, or an IDX file, plain or gzipped.
+        path: .npy .npz or a text file, see `read_table`, or an IDX file, plain or gzipped.
         samples: what the flow was trained on.
-        key, columns, label: how the training file was read, see `flowtrain.data.array.ArrayData`.
-        asked: whether `columns` were asked for, and are to be taken whatever the file has.
+        key, columns, label, header, decimal: how the training file was read, see `flowtrain.data.array.ArrayData`.
+        asked: which of these were asked for, and are to be taken whatever the file has.
 
     Raises:
         ConfigError: columns that the file does not have.
@@ -41,12 +47,24 @@ class Rows(Dataset):
         key: str | None = None,
         columns: Columns | None = None,
         label: str | int | None = None,
-        asked: bool = False,
+        header: bool | None = None,
+        decimal: str | None = None,
+        asked: Collection[str] = (),
     ) -> None:
+        if not isinstance(path, str | Path):
+            raise ConfigError(f"data.path={path}: give the path of a file")
+        file = Path(path).expanduser()
         self.event_shape = samples.event_shape
         self.discrete, self.levels, self.alpha = samples.discrete, samples.levels, samples.alpha
         self.classes, self.columns = samples.classes, samples.columns
-        table, marks = _read(path, samples, key, columns, label, asked)
+        if _is_idx(file):
+            table, marks = _of_images(file, samples.event_shape), None
+        else:
+            key = key if "key" in asked else _key_of(file, key)
+            text_format = TextFormat(header if "header" in asked else None, decimal, samples.columns)
+            selection = _Selection(file, samples, columns, label, asked)
+            table = read_table(file, key, selection.choose, event_shape=samples.event_shape, text_format=text_format)
+            table, marks = selection.divided(table)
         kind = Kind(self.event_shape, self.discrete, self.levels)
         kind.check(table)
         # in float64, which a flow may be evaluated in
@@ -64,43 +82,116 @@ class Rows(Dataset):
         return self.test
 
 
-def _read(
-    path: str | Path, samples: Samples, key: str | None, columns: Columns | None, label: str | int | None, asked: bool
-) -> tuple[Table, Table | None]:
-    """The table, and the column of labels where there is one."""
-    if not isinstance(path, str | Path):
-        raise ConfigError(f"data.path={path}: give the path of a file")
-    file = Path(path).expanduser()
-    if _is_idx(file):
-        return _of_images(file, samples.event_shape), None
-    width = math.prod(samples.event_shape)
-    found: list[str] = []
+class _Selection:
+    """Which columns of a file are the samples, and which one the labels, as in training; see `Rows`."""
 
-    def choose(names: Sequence[str]) -> list[int]:
-        found[:] = names
+    def __init__(
+        self,
+        file: Path,
+        samples: Samples,
+        columns: Columns | None,
+        label: str | int | None,
+        asked: Collection[str],
+    ) -> None:
+        self.file, self.samples, self.columns, self.label, self.asked = file, samples, columns, label, asked
+        self.width = math.prod(samples.event_shape)
+        self.mark: int | None = None
+
+    def choose(self, names: Sequence[str], left_out: Sequence[int]) -> list[int]:
+        """Positions of the samples' columns, and after them that of the labels where there is one."""
         named = tuple(names) != default_names(range(len(names)))
-        if named and samples.columns and not asked:
-            return pick(samples.columns, names, file, "the columns that the flow was trained on")
-        if len(names) == width and not asked:
-            return list(range(width))
-        indices = pick(columns, names, file)
-        if label is not None:
-            indices = [i for i in indices if i not in pick([label], names, file, "data.label")]
-        if len(indices) != width:
-            raise DataError(f"{file} has {len(indices)} columns, and the flow was trained on samples of {width}")
+        trained = self.samples.columns
+        by_name = named and bool(trained) and "columns" not in self.asked
+        if by_name and len(set(trained)) == len(trained) and all(names.count(name) < 2 for name in trained):
+            indices = pick(trained, names, self.file, "the columns that the flow was trained on")
+        else:
+            indices = self._by_position(names, left_out)
+            if by_name and tuple(names[i] for i in indices) != trained:
+                raise DataError(
+                    f"{self.file} has {listed([names[i] for i in indices])} where the flow was trained on "
+                    f"{listed(trained)}, and names that come twice: choose the columns by position with data.columns"
+                )
+        self.mark = self._mark(names, indices, named)
+        return indices if self.mark is None else [*indices, self.mark]
+
+    def divided(self, table: Table) -> tuple[Table, Table | None]:
+        """The samples, and the labels where there are any, of what was read."""
+        if self.mark is None:
+            return table, None
+        return table.only(range(self.width)), table.only([self.width])
+
+    def _by_position(self, names: Sequence[str], left_out: Sequence[int]) -> list[int]:
+        """As in training, or every column in its order."""
+        every = [i for i in range(len(names)) if i not in left_out]
+        if "columns" in self.asked:
+            indices = self._less_label(pick(self.columns, names, self.file), names)
+        else:
+            try:
+                indices = self._less_label(pick(self.columns, names, self.file, left_out=left_out), names)
+            except ConfigError:
+                if len(every) != self.width:
+                    raise
+                indices = every
+            if len(indices) != self.width and len(every) == self.width:
+                indices = every
+            if indices != every and len(every) == self.width:
+                _log.warning(
+                    f"{self.file}: its columns are taken in the order {', '.join(map(str, indices))}, by data.columns "
+                    f"as in training; {as_option(range(self.width))} takes them as they are, such as those of "
+                    "flowsample"
+                )
+        if len(indices) != self.width:
+            raise DataError(
+                f"{self.file} has {counted(len(indices), 'column')}, and the flow was trained on samples of "
+                f"{self.width}: choose them with data.columns"
+            )
         return indices
 
-    table = read_table(file, key, choose, event_shape=samples.event_shape)
-    # by name, or by its place in a file that has more than the samples
-    labelled = label in found if isinstance(label, str) else len(found) > width
-    if label is None or samples.classes is None or not labelled:
-        return table, None
-    return table, read_table(file, key, [label], "data.label")
+    def _less_label(self, indices: list[int], names: Sequence[str]) -> list[int]:
+        try:
+            marks = [] if self.label is None else pick([self.label], names, self.file, "data.label")
+        except ConfigError:
+            # a file without labels
+            marks = []
+        return [i for i in indices if i not in marks]
+
+    def _mark(self, names: Sequence[str], indices: Sequence[int], named: bool) -> int | None:
+        """The position of the column of labels, None where the file has none or the flow no use for them."""
+        if self.label is None or self.samples.classes is None:
+            return None
+        label: str | int = self.label
+        if "label" not in self.asked:
+            # a position is one in the training file: a file with names may have its columns in another order
+            label = self.samples.label if named and self.samples.label else label
+            here = names.count(label) == 1 if isinstance(label, str) else len(names) > self.width
+            if not here:
+                return None
+        (mark,) = pick([label], names, self.file, "data.label")
+        if mark in indices:
+            raise DataError(
+                f"{self.file}: data.label={label} is column {names[mark]!r}, which the flow has in its samples: name "
+                "the column of labels with data.label"
+            )
+        return mark
+
+
+def _key_of(file: Path, key: str | None) -> str | None:
+    """The key of the training file, for another archive that may have one array under another name; else None."""
+    if key is None or ending_of(file) != ".npz":
+        return None
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+    except (OSError, zipfile.BadZipFile):
+        # refused when it is read
+        return key
+    return None if key not in names and len(names) == 1 else key
 
 
 def _is_idx(file: Path) -> bool:
     """By its name, as published: train-images-idx3-ubyte.gz."""
-    return "-idx" in file.name or file.suffix == ".idx"
+    known = ending_of(file).removesuffix(".gz") in ARRAYS + TEXTS
+    return file.suffix == ".idx" or ("-idx" in file.name and not known)
 
 
 def _of_images(file: Path, event_shape: tuple[int, ...]) -> Table:

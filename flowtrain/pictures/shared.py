@@ -65,7 +65,7 @@ def where_inside(
 
     A logit maps from a range that a grid around the data leads out of; other flows have none.
     """
-    x = x.to(flow.like)
+    x = x.to(flow.data_like)
     if flow.levels is None:
         return function(x)
     there = ((x >= 0) & (x <= flow.levels)).all(dim=1)

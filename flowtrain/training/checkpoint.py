@@ -149,4 +149,14 @@ def _read(path: Path) -> dict[str, Any]:
     missing = [group for group in GROUPS if not isinstance(checkpoint["config"].get(group), dict)]
     if missing:
         raise CheckpointError(f"{path}: the checkpoint's config has no {', '.join(missing)}: it is damaged.")
-    return dict(checkpoint)
+    return {**checkpoint, "config": _as_now(checkpoint["config"])}
+
+
+def _as_now(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of an older flowtrain, with keys that have data=array read as it was then."""
+    data = config["data"]
+    if data.get("_target_") != "flowtrain.data.array.ArrayData" or "header" in data:
+        return config
+    # it kept columns without a name that number the rows, and every sample in float32
+    columns = ["0:"] if data.get("columns") is None else data["columns"]
+    return {**config, "data": {**data, "columns": columns, "header": None, "decimal": None, "center": False}}

@@ -40,10 +40,13 @@ def initialize(flow: Flow, batches: Batches) -> None:
     Raises:
         NonFiniteError: data that hold NaN or infinite values.
     """
-    moments = batches.data.statistics()
+    moments, offset = batches.data.statistics(), batches.data.offset
+    if moments is None and offset is not None:
+        # not standardised, but centred
+        moments = offset, torch.ones_like(offset)
     for bijection in flow.bijection.modules():
         if isinstance(bijection, Standardize) and moments is not None:
-            bijection.fit(*moments)
+            bijection.fit(*moments, offset)
     rows = max(LEAST_ROWS, min(MOST_ROWS, INITIALIZATION // math.prod(flow.event_shape)))
     x, label = batches.draw(0, rows, slice(None))
     if not bool(torch.isfinite(x).all()):
