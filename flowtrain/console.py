@@ -78,7 +78,8 @@ def _samples(data: Dataset) -> str:
     shape = data.event_shape
     kind = f"{shape[0]} column{'s' * (shape[0] > 1)}" if len(shape) == 1 else f"images {'x'.join(map(str, shape))}"
     known = "" if data.entropy is None else f", entropy {data.entropy:.4f} nats"
-    return f"{kind}{known}; held out {len(data.val):,} for validation, {len(data.test):,} for the test"
+    rows = "" if data.n_train is None else f"{data.n_train:,} rows for training, "
+    return f"{kind}{known}; {rows}held out {len(data.val):,} for validation, {len(data.test):,} for the test"
 
 
 def _solver(flow: Flow) -> str:

@@ -88,7 +88,7 @@ BAD_ARRAYS: dict[str, tuple[str, bytes, list[str]]] = {
     "nan": (
         ".npy",
         array_file(with_nan()),
-        ["row 4 (from 0)", "column 'c1'", "nan", "3 of 18", "rows with one: 2"],
+        ["row 4 (from 0)", "column 'c1'", "nan", "3 of 18", "2 of 6 rows"],
     ),
     "text": (".npy", b"a,b\n1,2\n", ["no NumPy file"]),
     "nothing": (".npy", b"", ["no NumPy file"]),

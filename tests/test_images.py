@@ -1,7 +1,6 @@
 """data=mnist and data=fashion_mnist: splitting, batching and shifting images, and the real files."""
 
 import inspect
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +57,8 @@ def test_splits(data: IDXImages, tmp_path: Path) -> None:
     assert set(positions(make(tmp_path, n_val=49).train_batch(0, 5, 0))) == {0}
 
 
-def test_its_log_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    make(write_set(tmp_path))
-    assert f"{tmp_path}: 40 + 10 + 20 images for train, val and test, 4 x 6 pixels" in caplog.text
+def test_it_says_how_many_there_are(data: IDXImages) -> None:
+    assert (data.n_train, len(data.val), len(data.test)) == (40, 10, 20)
 
 
 @pytest.mark.parametrize("crop", [0, 2])

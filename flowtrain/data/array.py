@@ -113,6 +113,8 @@ class ArrayData(Finite):
         for other in others:
             if other is not None:
                 check_alike(first.table, other.table)
+                if first.marks is not None and other.marks is not None:
+                    check_alike(first.marks, other.marks)
         width = len(first.table.columns)
         self.event_shape = _event_shape(event_shape, width)
         self.columns = first.table.columns if event_shape is None else ()
@@ -130,9 +132,9 @@ class ArrayData(Finite):
         self.val, self.test, self.val_labels, self.test_labels = val.x, test.x, val.labels, test.labels
         if val.labels is not None and test.labels is not None:
             self.classes = 1 + max(divided.most, int(val.labels.max()), int(test.labels.max()))
-        counts = f"{divided.n} + {len(val.x)} + {len(test.x)}"
-        capped = f" (of so large a file, at most {most:,} are held out for each)" if cap in sizes else ""
-        _log.info(f"{path}: {counts} rows for train, val and test{capped}, {counted(width, 'column')}")
+        self.n_train = divided.n
+        if cap in sizes:
+            _log.info(f"{path}: of so large a file, at most {most:,} rows are held out for each of validation and test")
 
     def _divide(self, first: Loaded | Mapped, kind: Kind, sizes: list[int], seed: int) -> tuple[Divided, Kind]:
         """Takes the training rows, and refuses columns that no density can be fitted to."""

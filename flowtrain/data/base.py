@@ -67,6 +67,7 @@ class Dataset(ABC):
         columns: names of the columns of vector data, for plots and messages; may be empty.
         offset: what the flow subtracts from samples, (*event_shape), float64, of values that float32 holds; None where
             float32 has digits enough for the samples.
+        n_train: how many training samples there are; None where they are drawn anew.
         entropy: differential entropy of the true density in nats, where it is known.
 
     Example:
@@ -92,6 +93,7 @@ class Dataset(ABC):
     test_labels: Tensor | None = None
     columns: tuple[str, ...] = ()
     offset: Tensor | None = None
+    n_train: int | None = None
     entropy: float | None = None
 
     @abstractmethod

@@ -1,9 +1,12 @@
 """Which columns of a table to keep, and how messages name them."""
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 
 from flowtrain.errors import ConfigError
+
+_log = logging.getLogger("flowtrain")
 
 Columns = Sequence[str | int] | str | int
 
@@ -44,6 +47,11 @@ def pick(
         [2, 0, 1]
     """
     if columns is None:
+        if left_out:
+            _log.warning(
+                f"{path}: column {', '.join(map(str, left_out))} has no name, numbers or names the rows, and is left "
+                f"out; {as_option(range(len(names)))} keeps every column"
+            )
         return [i for i in range(len(names)) if i not in left_out]
     entries = [columns] if isinstance(columns, str | int) else list(columns)
     chosen = [i for entry in entries for i in _positions(entry, names, path, key)]

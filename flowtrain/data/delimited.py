@@ -239,7 +239,7 @@ def _sniff(lines: Sequence[str], decimal: str | None) -> str | None:
         if any(delimiter in line for line in bare):
             return delimiter
     # Only the last line counts: a single column may well be called "my name"
-    return None if len(bare[-1].split()) > 1 else ","
+    return None if len(bare[-1].split()) > 1 else commas or ";"
 
 
 def _blanks_between_decimals(line: str, decimal: str | None) -> bool:
@@ -308,12 +308,6 @@ def _is_row_index(file: _File, layout: Layout, column: int) -> bool:
 
 
 def _warn_of_unnamed(path: Path, layout: Layout, indices: Sequence[int], counting: Sequence[int]) -> None:
-    left_out = [i for i in counting if i not in indices]
-    if left_out and len(indices) == len(layout.names) - len(left_out):
-        _log.warning(
-            f"{path}: column {', '.join(map(str, left_out))} has no name, numbers or names the rows, and is left out; "
-            f"{as_option(range(len(layout.names)))} keeps every column"
-        )
     if layout.named and layout.names[0] == "unnamed_0" and 0 in indices and 0 not in counting:
         _log.warning(
             f"{path}: the first column has no name; if it names the rows, leave it out with "

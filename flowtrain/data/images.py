@@ -1,6 +1,5 @@
 """data=mnist and data=fashion_mnist: grey images from the four IDX files, kept as the bytes that they are."""
 
-import logging
 import os
 import shlex
 from pathlib import Path
@@ -14,8 +13,6 @@ from flowtrain.data.base import ALPHA, step_generator
 from flowtrain.data.idx import read_idx
 from flowtrain.data.memory import Finite, Resident
 from flowtrain.errors import ConfigError, DataError
-
-_log = logging.getLogger("flowtrain")
 
 # The files of all sets have the same names; how the training labels begin tells one set from another
 _FIRST_LABELS = {"mnist": (5, 0, 4, 1, 9, 2, 1, 3, 1, 4), "fashion_mnist": (9, 0, 0, 3, 0, 2, 7, 2, 5, 5)}
@@ -88,8 +85,7 @@ class IDXImages(Finite):
         self.keep(Resident(images[:n_train], labels[:n_train], _STREAM, _ORDER))
         self.val, self.val_labels = images[n_train:], labels[n_train:]
         self.test, self.test_labels = test[:n_test], test_labels[:n_test]
-        sizes = f"{n_train} + {len(self.val)} + {n_test}"
-        _log.info(f"{files[0].parent}: {sizes} images for train, val and test, {_sides(images)} pixels")
+        self.n_train = n_train
 
     def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
         """Images (k, 1, H, W), uint8, on the device of the training set; each comes once an epoch."""
