@@ -139,6 +139,38 @@ def test_what_float32_cannot_hold(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     refused(lambda: ArrayData(npy(tmp_path / "t.npy", values)), DataError, ["row 3", "'c0'", "1e+39", "float32"])
 
 
+# Numbers in place of missing values
+
+
+@pytest.mark.parametrize(
+    ("rest", "code", "count", "told"),
+    [
+        (normal(60, 1)[:, 0] * 30 + 2000, -999.0, 6, True),
+        (normal(60, 1)[:, 0] * 30 + 2000, 9999.0, 2, True),
+        (normal(60, 1)[:, 0] * 3 + 80, -1.0, 3, True),
+        (normal(60, 1)[:, 0] * 3 + 80, 0.0, 40, True),
+        (normal(60, 1)[:, 0], 1e30, 3, True),
+        # once is an outlier; what lies near the rest, or is one of few values, is no code
+        (normal(60, 1)[:, 0] * 30 + 2000, -999.0, 1, False),
+        (normal(60, 1)[:, 0], -9.0, 4, False),
+        (np.abs(normal(60, 1)[:, 0]), 0.0, 40, False),
+        (np.arange(60) % 5.0, 99.0, 4, False),
+        (normal(60, 1)[:, 0], 12.0, 4, False),
+    ],
+)
+def test_codes_of_missing_values_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rest: np.ndarray, code: float, count: int, told: bool
+) -> None:
+    column = np.concatenate([rest, np.full(count, code)])
+    values = np.column_stack([normal(len(column), 1, seed=1), column])
+    # all of the file is for training
+    ArrayData(npy(tmp_path / "t.npy", values), val_path=(held := npy(tmp_path / "v.npy", normal(5, 2))), test_path=held)
+    said = [m for m in caplog.messages if "missing value" in m]
+    assert bool(said) == told
+    if told:
+        assert all(part in said[0] for part in (f"'c1' is {code:g} in {count} rows", "'data.columns=[0]'"))
+
+
 # The configuration
 
 
