@@ -152,7 +152,7 @@ def test_what_float32_cannot_hold(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         (normal(60, 1)[:, 0], 1e30, 3, True),
         # once is an outlier; what lies near the rest, or is one of few values, is no code
         (normal(60, 1)[:, 0] * 30 + 2000, -999.0, 1, False),
-        (normal(60, 1)[:, 0], -9.0, 4, False),
+        (normal(60, 1)[:, 0] * 3, -9.0, 4, False),
         (np.abs(normal(60, 1)[:, 0]), 0.0, 40, False),
         (np.arange(60) % 5.0, 99.0, 4, False),
         (normal(60, 1)[:, 0], 12.0, 4, False),
