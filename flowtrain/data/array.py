@@ -134,7 +134,9 @@ class ArrayData(Finite):
             self.classes = 1 + max(divided.most, int(val.labels.max()), int(test.labels.max()))
         self.n_train = divided.n
         if cap in sizes:
-            _log.info(f"{path}: of so large a file, at most {most:,} rows are held out for each of validation and test")
+            _log.info(
+                f"{path}: of the rows of so large a file at most {most:,} are held out for each of validation and test"
+            )
 
     def _divide(self, first: Loaded | Mapped, kind: Kind, sizes: list[int], seed: int) -> tuple[Divided, Kind]:
         """Takes the training rows, and refuses columns that no density can be fitted to."""
