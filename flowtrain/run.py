@@ -144,7 +144,7 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    for key in ("event_shape", "discrete", "levels", "alpha", "standardized"):
+    for key in ("event_shape", "discrete", "levels", "alpha", "standardized", "centered"):
         old, new = getattr(before, key), getattr(now, key)
         if old != new:
             raise ConfigError(

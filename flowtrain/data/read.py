@@ -275,6 +275,7 @@ def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
     most = np.argsort(-by_column, kind="stable")[: min(12, int((by_column > 0).sum()))]
     each_column = ", ".join(f"{table.columns[i]!r}: {by_column[i]:,}" for i in most)
     more = int((by_column > 0).sum()) - len(most)
+    each_column += f" and {counted(more, 'column')} more" if more else ""
     keep = [index for index, n in zip(table.indices, by_column, strict=True) if not n]
     cell = table.cells.get((row, column))
     found = f"the value is {table.values[row, column]}"
@@ -283,7 +284,7 @@ def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
     raise DataError(
         f"{table.path}: {total:,} of {counted(of_rows * len(table.columns), 'value')} "
         f"{'is' if total == 1 else 'are'} missing or not finite, in {rows:,} of {counted(of_rows, 'row')} (by column, "
-        f"{each_column}{f' and {more} columns more' if more else ''}). The first: "
+        f"{each_column}). The first: "
         f"{table.place(row, column).removeprefix(f'{table.path}, ')}: {found}. Take these rows out of the file"
         + (f", or keep the columns without any: {as_option(keep)}" if keep else "")
     )
