@@ -1,6 +1,7 @@
 """From a plain config to objects: the only place that calls what a config names."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from functools import partial
 from pkgutil import resolve_name
@@ -10,6 +11,7 @@ import torch
 from hydra.utils import instantiate
 
 from flowtrain.bijections.base import Chain
+from flowtrain.bijections.linear import FromGaussian
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset, Samples
@@ -69,12 +71,15 @@ def build_settings(config: Config) -> Settings:
 def build_flow(config: Config, samples: Samples) -> Flow:
     """The model, with the solver and the classes where its recipe asks for them, and what prepares the samples for it.
 
-    From the data to the base: a Logit for whole numbers in a known range, or a Standardize where asked; the model.
+    From the data to the base: a Logit for integers in a known range, or a Standardize where asked; the model; a
+    GaussianStart where asked.
     """
     # built in any case, so that a mistake in it is not passed over
     offered = {"solver": build_solver(config), "classes": samples.classes}
     wanted = _wanted(config, "model", offered)
     flow = cast(Flow, _call(config, "model", event_shape=samples.event_shape, **wanted))
+    if samples.gaussian_start:
+        flow.bijection = FromGaussian(flow.bijection, math.prod(samples.event_shape))
     if samples.standardized or samples.centered:
         flow.bijection = Chain([flow.bijection, Standardize(samples.event_shape, samples.centered)])
     if samples.levels is not None:

@@ -53,6 +53,13 @@ def below_half(key: str, value: Any) -> float:
     return float(value)
 
 
+def share(key: str, value: Any) -> float:
+    """`value` if it is a number of at least 0 and below 1."""
+    if number(key, value, inclusive=True) >= 1:
+        raise ConfigError(f"{key}={value}: give a number of at least 0 and below 1")
+    return float(value)
+
+
 def one_of(key: str, value: Any, choices: Iterable[str], why: str = "") -> str:
     """`value` if it is among the choices."""
     names = list(choices)

@@ -123,7 +123,7 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
         alpha = below_half("alpha", samples.alpha)
         counts = [v for v in (samples.levels, samples.classes) if v is not None]
         good = all(type(v) is int and v > 0 for v in counts) and all(isinstance(c, str) for c in samples.columns)
-        flags = (samples.discrete, samples.standardized, samples.centered)
+        flags = (samples.discrete, samples.standardized, samples.centered, samples.gaussian_start)
         good &= all(isinstance(v, bool) for v in flags) and isinstance(samples.label, str | None)
     except (TypeError, ConfigError):
         good = False

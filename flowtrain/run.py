@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flowtrain import build, distributed, loading, pictures, plots
+from flowtrain import build, distributed, loading, pictures, plots, sizing
 from flowtrain.checks import whole, within_memory
 from flowtrain.console import banner, next_commands
 from flowtrain.data.base import Dataset, Samples
@@ -78,8 +78,11 @@ def prepare(
 ) -> Trainer:
     """Everything built and checked that a run takes, up to its first step; see `train`."""
     device = distributed.device(build.resolve_device(config["device"]))
-    settings = build.build_settings(config)
+    # before the data are read, which can take long; again with what follows from them
+    build.build_settings(sizing.sized(config, None, (1,)))
     data = build.build_data(config)
+    config = sizing.sized(config, data.n_train, data.event_shape)
+    settings = build.build_settings(config)
     if saved is not None:
         check_same("resume", loading.samples_of(saved), data.samples)
     within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
@@ -144,7 +147,7 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    for key in ("event_shape", "discrete", "levels", "alpha", "standardized", "centered"):
+    for key in ("event_shape", "discrete", "levels", "alpha", "standardized", "centered", "gaussian_start"):
         old, new = getattr(before, key), getattr(now, key)
         if old != new:
             raise ConfigError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.bijections.linear import InvertibleLinear
+from flowtrain.bijections.linear import GaussianStart, InvertibleLinear
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.permutation import Permutation
 from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
@@ -87,7 +87,10 @@ class Trajectory:
             end -= 1
         self.flow = flow
         self.frame = Chain(found[end:])
-        self.steps = _steps(found[:end])
+        # a base that is another Gaussian is no step
+        start = int(isinstance(found[0], GaussianStart)) if found else 0
+        self.base = Chain(found[:start])
+        self.steps = _steps(found[start:end])
         n, intervals = len(self.steps), moments - 1
         if not flow.continuous:
             intervals = -(-intervals // n) * n
@@ -120,6 +123,7 @@ class Trajectory:
     def states(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         """The states at all moments, (K, B, *event) in data units, from z (B, *event)."""
         found: list[Tensor] = []
+        z = self.base.map_forward(z, label)
         for number, step in enumerate(self.steps):
             parts = [moment.part for moment in self.moments if moment.step == number]
             *here, z = step.states(z, parts, label)
@@ -147,7 +151,8 @@ class Trajectory:
         for step in reversed(self.steps[:number]):
             y, log_det = step.whole.inverse(y, label)
             total = total + log_det
-        return total + self.flow.base_log_prob(y)
+        z, log_det = self.base.inverse(y, label)
+        return total + log_det + self.flow.base_log_prob(z)
 
     def velocity(self, x: Tensor, moment: Moment, label: Tensor | None = None) -> Tensor | None:
         """dx/dt at x (B, *event), in data units, at a moment of a continuous flow; None of any other step."""

@@ -25,7 +25,7 @@ LAYERS = [
     ("bijections",),
     ("regularizers",),
     ("divergence", "conditioners"),
-    ("fields", "solvers", "data", "paths", "process", "titles"),
+    ("fields", "solvers", "data", "paths", "process", "sizing", "titles"),
     (
         "checks",
         "collecting",

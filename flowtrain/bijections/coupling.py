@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.conditioners.parts import zero
 
 
 class AffineCoupling(Bijection):
@@ -13,15 +14,32 @@ class AffineCoupling(Bijection):
 
     Subclasses say which part is a, unchanged, and which b.
 
+    With an `input_bound` B the conditioner sees c = B tanh(z_a / B), and m(z_a) = m_c(c) + W z_a. Far from the data the
+    coupling is then an affine map: s and m_c stay what they are at the edge of a box, and W keeps the linear
+    correlations. -log p of a stack of such couplings grows quadratically along rays from the data, as that of a Gaussian
+    does, with a factor that `cap` bounds. Without a bound the conditioner extrapolates, and s reaches its cap in every
+    coupling.
+
     Args:
         conditioner: (a, label) -> raw log-scales and shifts of b, joined along dimension 1.
         cap: bound on the log-scale.
+        input_bound: B; None passes z_a to the conditioner unchanged, and there is no W.
+        sizes: the numbers of elements of a and b, for W; needed with an `input_bound`.
     """
 
-    def __init__(self, conditioner: nn.Module, cap: float = 2.0) -> None:
+    def __init__(
+        self,
+        conditioner: nn.Module,
+        cap: float = 2.0,
+        input_bound: float | None = None,
+        sizes: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.conditioner = conditioner
-        self.cap = cap
+        self.cap, self.input_bound = cap, input_bound
+        if input_bound is not None:
+            assert sizes is not None
+            self.linear = zero(nn.Linear(*sizes, bias=False))
 
     @abstractmethod
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +51,10 @@ class AffineCoupling(Bijection):
 
     def scale_and_shift(self, a: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         """(s, m) of b. Under autocast the conditioner may answer in a narrower dtype; what follows does not."""
-        raw, shift = self.conditioner(a, label).to(a.dtype).chunk(2, 1)
+        c = a if self.input_bound is None else self.input_bound * torch.tanh(a / self.input_bound)
+        raw, shift = self.conditioner(c, label).to(a.dtype).chunk(2, 1)
+        if self.input_bound is not None:
+            shift = shift + self.linear(a).to(a.dtype)
         return self.cap * torch.tanh(raw / self.cap), shift
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -54,8 +75,10 @@ class IndexCoupling(AffineCoupling):
         mask: bool (d,); saved as two buffers of indices.
     """
 
-    def __init__(self, mask: Tensor, conditioner: nn.Module, cap: float = 2.0) -> None:
-        super().__init__(conditioner, cap)
+    def __init__(
+        self, mask: Tensor, conditioner: nn.Module, cap: float = 2.0, input_bound: float | None = None
+    ) -> None:
+        super().__init__(conditioner, cap, input_bound, (int(mask.sum()), int((~mask).sum())))
         self.register_buffer("kept", mask.nonzero().squeeze(1))
         self.register_buffer("changed", (~mask).nonzero().squeeze(1))
 
@@ -86,10 +109,13 @@ class HalfCoupling(AffineCoupling):
         ([[1.0, 2.0, 3.0]], [0.0])
     """
 
-    def __init__(self, channels: int, swap: bool, conditioner: nn.Module, cap: float = 2.0) -> None:
-        super().__init__(conditioner, cap)
+    def __init__(
+        self, channels: int, swap: bool, conditioner: nn.Module, cap: float = 2.0, input_bound: float | None = None
+    ) -> None:
         first = (channels + 1) // 2
-        self.sizes, self.swap = [first, channels - first], swap
+        second = channels - first
+        super().__init__(conditioner, cap, input_bound, (second, first) if swap else (first, second))
+        self.sizes, self.swap = [first, second], swap
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = torch.split(x, self.sizes, 1)

@@ -1,10 +1,14 @@
-"""The invertible 1x1 convolution (Kingma and Dhariwal 2018, Glow, section 3.2), a linear map of the channels."""
+"""Linear maps: the invertible 1x1 convolution of Glow, and a fixed one that starts a flow at a Gaussian."""
 
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, places
+from flowtrain.bijections.base import Bijection, Chain, places
+from flowtrain.covariance import shrunk_covariance
 from flowtrain.precision import full_precision
+
+# least eigenvalue of a covariance, as a share of the largest: below it float32 keeps no digits of a direction
+LEAST_EIGENVALUE = 1e-8
 
 
 class InvertibleLinear(Bijection):
@@ -59,3 +63,80 @@ class InvertibleLinear(Bijection):
 def channel_map(weight: Tensor, x: Tensor) -> Tensor:
     """y_ij = W x_ij, x (B, C, ...)."""
     return torch.matmul(weight, x.flatten(2)).view_as(x) if x.dim() > 2 else x @ weight.T
+
+
+class GaussianStart(Bijection):
+    """x = F z + m with fixed F and m, F F^T = C: it turns a standard normal base into the Gaussian N(m, C).
+
+    A flow whose other parts begin as affine maps begins at the Gaussian of the training rows, see `FromGaussian`.
+    F is the symmetric square root of C, so that z_i stays next to x_i. log|det dx/dz| = log det C / 2.
+
+    Args:
+        d: length of the vectors.
+
+    Example:
+        >>> start = GaussianStart(2)
+        >>> start.fit(torch.tensor([1.0, 2.0]), torch.tensor([[4.0, 0.0], [0.0, 9.0]]))
+        >>> x, log_det = start(torch.ones(1, 2))
+        >>> x, round(float(log_det), 4)  # log 6
+        (tensor([[3., 5.]]), 1.7918)
+    """
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(d))
+        self.register_buffer("factor", torch.eye(d))
+        self.register_buffer("inverse_factor", torch.eye(d))
+        self.register_buffer("log_volume", torch.zeros(()))
+
+    mean: Tensor
+    factor: Tensor
+    inverse_factor: Tensor
+    log_volume: Tensor
+
+    def fit(self, mean: Tensor, covariance: Tensor) -> None:
+        """Takes the mean (d,) and the covariance (d, d), positive semidefinite."""
+        values, vectors = torch.linalg.eigh(covariance.double())
+        roots = values.clamp_min(LEAST_EIGENVALUE * values.max()).sqrt()
+        self.mean.copy_(mean)
+        self.factor.copy_(vectors * roots @ vectors.T)
+        self.inverse_factor.copy_(vectors / roots @ vectors.T)
+        self.log_volume.copy_(roots.log().sum())
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with full_precision(z.device):
+            return z @ self.factor.T + self.mean, self.log_volume.expand(len(z))
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with full_precision(x.device):
+            return (x - self.mean) @ self.inverse_factor.T, -self.log_volume.expand(len(x))
+
+
+class FromGaussian(Chain):
+    """A model over vectors (B, d) whose base is the Gaussian of the training rows in place of a standard normal.
+
+    `initialize` sets it from the data x: the flow then begins at N(m, C), with the mean and the shrunk covariance of x
+    (see `flowtrain.covariance`). It takes the model to be affine at first, as all of flowtrain's are: z = J (x - m) + o
+    takes N(m, C) to N(o, J C J^T).
+    """
+
+    def __init__(self, model: Bijection, d: int) -> None:
+        super().__init__([GaussianStart(d), model])
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        start, model = self
+        assert isinstance(start, GaussianStart)
+        model.initialize(x, label)
+        mean, covariance = shrunk_covariance(x)
+        std = covariance.diagonal().sqrt()
+        steps = torch.cat([torch.zeros_like(std).unsqueeze(0), std.diag()])
+        labels = None if label is None else label[:1].expand(len(steps))
+        was_training = model.training
+        # batch norms of their running statistics, no dropout
+        model.eval()
+        moved = model.map_inverse((mean + steps).to(x), labels).double()
+        model.train(was_training)
+        jacobian = (moved[1:] - moved[0]).T / std
+        start.fit(moved[0], jacobian @ covariance @ jacobian.T)
+        return self.map_inverse(x, label)

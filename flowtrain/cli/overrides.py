@@ -108,7 +108,7 @@ SAME = {"solver.steps": "solver.step_size", "solver.step_size": "solver.steps"}
 
 # what may be changed of a saved model, and what may not of its data
 MODEL = ("eval_trace", "noise", "noise_samples")
-TRAINED = ("data.alpha", "data.standardize")
+TRAINED = ("data.alpha", "data.standardize", "data.gaussian_start")
 
 
 def check_kept(overrides: Sequence[str]) -> None:

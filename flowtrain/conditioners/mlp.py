@@ -17,13 +17,24 @@ class MLP(nn.Sequential):
         hidden: widths.
         activation: relu | tanh | swish.
         classes: how many there are of the labels (B,), which enter one-hot; None takes none.
+        dropout: the share of the hidden units that training drops.
     """
 
     def __init__(
-        self, n_in: int, hidden: Sequence[int], n_out: int, activation: str, classes: int | None = None
+        self,
+        n_in: int,
+        hidden: Sequence[int],
+        n_out: int,
+        activation: str,
+        classes: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
         sizes = [n_in + (classes or 0), *hidden]
-        body = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), ACTIVATIONS[activation]())]
+        body: list[nn.Module] = []
+        for a, b in pairwise(sizes):
+            # inside the activation, so that the names of the weights are the same with and without it
+            activate = ACTIVATIONS[activation]()
+            body += [nn.Linear(a, b), nn.Sequential(activate, nn.Dropout(dropout)) if dropout else activate]
         super().__init__(*body, zero(nn.Linear(sizes[-1], n_out)))
         self.classes = classes
 

@@ -63,6 +63,8 @@ class ArrayData(Finite):
         seed: of the split; batches have the seed of the run.
         center: keep samples in float64, and have the flow subtract an offset, of columns whose mean is so large against
             their deviation that float32 would lose the digits that matter.
+        gaussian_start: start the flow at the Gaussian of the training rows, with a shrunk covariance, by a fixed linear
+            layer next to the base; None: for vectors.
 
     Raises:
         ConfigError: no path, a fraction outside (0, 1), columns, a key or a shape that the file does not fit.
@@ -89,6 +91,7 @@ class ArrayData(Finite):
         header: bool | None = None,
         decimal: str | None = None,
         center: bool = True,
+        gaussian_start: bool | None = False,
     ) -> None:
         if path is None:
             raise ConfigError(
@@ -128,6 +131,7 @@ class ArrayData(Finite):
         sizes = held_out(first.n, first.table.path, have, (val_fraction, test_fraction), cap)
         divided, kind = self._divide(first, kind, sizes, seed)
         own = [None if o is None else o.all(kind, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
+        self.gaussian_start = _starts(gaussian_start, self.event_shape)
         val, test = (held if part is None else part for held, part in zip(divided.held, own, strict=True))
         self.val, self.test, self.val_labels, self.test_labels = val.x, test.x, val.labels, test.labels
         if val.labels is not None and test.labels is not None:
@@ -212,6 +216,19 @@ def _standardizes(asked: bool | None, levels: int | None) -> bool:
         return levels is None
     if flag("data.standardize", asked) and levels is not None:
         raise ConfigError("data.standardize=true and data.levels: the logit of levels takes its place; leave one out")
+    return asked
+
+
+def _starts(asked: bool | None, event_shape: tuple[int, ...]) -> bool:
+    """Whether the flow starts at the Gaussian of the training rows: as asked, or for vectors.
+
+    Raises:
+        ConfigError: images.
+    """
+    if asked is None:
+        return len(event_shape) == 1
+    if flag("data.gaussian_start", asked) and len(event_shape) > 1:
+        raise ConfigError("data.gaussian_start=true is for vectors: leave it out where data.event_shape is given")
     return asked
 
 

@@ -50,6 +50,7 @@ class Samples:
     columns: tuple[str, ...] = ()
     label: str | None = None
     centered: bool = False
+    gaussian_start: bool = False
 
 
 class Dataset(ABC):
@@ -68,6 +69,7 @@ class Dataset(ABC):
         offset: what the flow subtracts from samples, (*event_shape), float64, of values that float32 holds; None where
             float32 has digits enough for the samples.
         n_train: how many training samples there are; None where they are drawn anew.
+        gaussian_start: whether the flow begins at the Gaussian of the training rows.
         entropy: differential entropy of the true density in nats, where it is known.
 
     Example:
@@ -94,6 +96,7 @@ class Dataset(ABC):
     columns: tuple[str, ...] = ()
     offset: Tensor | None = None
     n_train: int | None = None
+    gaussian_start: bool = False
     entropy: float | None = None
 
     @abstractmethod
@@ -128,6 +131,7 @@ class Dataset(ABC):
             self.classes,
             standardized,
             centered=self.offset is not None,
+            gaussian_start=self.gaussian_start,
         )
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:

@@ -10,7 +10,7 @@ from flowtrain.bijections.coupling import HalfCoupling
 from flowtrain.bijections.linear import InvertibleLinear
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.squeeze import OnHalf, Squeezed
-from flowtrain.checks import flag, number, one_of, whole, widths
+from flowtrain.checks import flag, number, one_of, share, whole, widths
 from flowtrain.conditioners.conv import ConvNet, InformedConv
 from flowtrain.conditioners.mlp import MLP
 from flowtrain.conditioners.parts import ACTIVATIONS, zero
@@ -26,6 +26,8 @@ def glow(
     hidden: Sequence[int] = (64, 64),
     activation: str = "relu",
     cap: float = 2.0,
+    input_bound: float | None = None,
+    dropout: float = 0.0,
     scales: int | None = None,
     positions: bool = False,
     conditional: bool = False,
@@ -40,6 +42,8 @@ def glow(
         hidden: of the conditioners: channels of a 3x3 convolution and of 1x1 ones after it, widths of an MLP.
         activation: of the conditioners; relu | tanh | swish.
         cap: bound on each coupling's log-scale.
+        input_bound: over vectors, bound on what the conditioners see, see `AffineCoupling`; None for no bound.
+        dropout: over vectors, the share of the conditioners' hidden units that training drops.
         scales: how often images are halved; None for as often as leaves no side below 4.
         positions: over images, the conditioners have a bias for each place, so that they know where they are.
         conditional: p(x | label), the conditioners told of the label.
@@ -53,6 +57,8 @@ def glow(
         hidden=widths("model.hidden", hidden),
         activation=one_of("model.activation", activation, ACTIVATIONS),
         cap=number("model.cap", cap),
+        input_bound=None if input_bound is None else number("model.input_bound", input_bound),
+        dropout=share("model.dropout", dropout),
         positions=flag("model.positions", positions),
         classes=labelled("glow", flag("model.conditional", conditional), classes),
     )
@@ -70,6 +76,8 @@ class Steps:
     hidden: list[int]
     activation: str
     cap: float
+    input_bound: float | None
+    dropout: float
     positions: bool
     classes: int | None
 
@@ -78,7 +86,8 @@ class Steps:
         first = (channels + 1) // 2
         parts: list[Bijection] = []
         for _ in range(self.steps):
-            coupling = HalfCoupling(channels, False, self.net(first, 2 * (channels - first), size), self.cap)
+            net = self.net(first, 2 * (channels - first), size)
+            coupling = HalfCoupling(channels, False, net, self.cap, self.input_bound if size is None else None)
             parts += [ActNorm(channels), InvertibleLinear(channels), coupling]
         return parts
 
@@ -108,7 +117,7 @@ class Steps:
     def net(self, n_in: int, n_out: int, size: Size | None) -> nn.Module:
         """A conditioner of images of that size, or of vectors."""
         if size is None:
-            return MLP(n_in, self.hidden, n_out, self.activation, self.classes)
+            return MLP(n_in, self.hidden, n_out, self.activation, self.classes, self.dropout)
         return ConvNet(n_in, self.hidden, n_out, self.activation, self.classes, self.places(size))
 
     def places(self, size: Size) -> Size | None:

@@ -17,7 +17,7 @@ from flowtrain.bijections.coupling import CheckerboardCoupling, HalfCoupling, In
 from flowtrain.bijections.permutation import Permutation
 from flowtrain.bijections.scale import ActNorm, BatchNorm
 from flowtrain.bijections.squeeze import OnHalf, Squeezed
-from flowtrain.checks import flag, number, one_of, whole, widths
+from flowtrain.checks import flag, number, one_of, share, whole, widths
 from flowtrain.conditioners.conv import ResidualNet
 from flowtrain.conditioners.mlp import MLP
 from flowtrain.conditioners.parts import ACTIVATIONS
@@ -37,6 +37,8 @@ def realnvp(
     actnorm: bool = True,
     batch_norm: bool = False,
     cap: float = 2.0,
+    input_bound: float | None = None,
+    dropout: float = 0.0,
     scales: int | None = None,
     positions: bool = False,
     conditional: bool = False,
@@ -53,6 +55,8 @@ def realnvp(
         actnorm: an ActNorm after each coupling, and one of each pixel at the data end of images.
         batch_norm: a BatchNorm after each coupling in place of its ActNorm, and over images in the conditioners too.
         cap: bound on each coupling's log-scale.
+        input_bound: over vectors, bound on what the conditioners see, see `AffineCoupling`; None for no bound.
+        dropout: over vectors, the share of the conditioners' hidden units that training drops.
         scales: how often images are halved; None for as often as leaves no side below 4.
         positions: over images, the conditioners have a bias for each place, so that they know where they are.
         conditional: p(x | label), the conditioners told of the label.
@@ -69,6 +73,8 @@ def realnvp(
         actnorm=flag("model.actnorm", actnorm),
         batch_norm=flag("model.batch_norm", batch_norm),
         cap=number("model.cap", cap),
+        input_bound=None if input_bound is None else number("model.input_bound", input_bound),
+        dropout=share("model.dropout", dropout),
         positions=flag("model.positions", positions),
         classes=labelled("realnvp", flag("model.conditional", conditional), classes),
     )
@@ -88,6 +94,8 @@ class Couplings:
     actnorm: bool
     batch_norm: bool
     cap: float
+    input_bound: float | None
+    dropout: float
     positions: bool
     classes: int | None
 
@@ -107,8 +115,8 @@ class Couplings:
             n_kept = int(mask.sum())
             if permuted:
                 bijections.append(Permutation(torch.randperm(d)))
-            net = MLP(n_kept, self.hidden, 2 * (d - n_kept), self.activation, self.classes)
-            bijections += [IndexCoupling(mask, net, self.cap), *self.norm(d)]
+            net = MLP(n_kept, self.hidden, 2 * (d - n_kept), self.activation, self.classes, self.dropout)
+            bijections += [IndexCoupling(mask, net, self.cap, self.input_bound), *self.norm(d)]
         return Chain(bijections)
 
     def scale(self, channels: int, size: Size, times: int) -> Bijection:

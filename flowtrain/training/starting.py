@@ -48,6 +48,9 @@ def initialize(flow: Flow, batches: Batches) -> None:
         if isinstance(bijection, Standardize) and moments is not None:
             bijection.fit(*moments, offset)
     rows = max(LEAST_ROWS, min(MOST_ROWS, INITIALIZATION // math.prod(flow.event_shape)))
+    if batches.data.n_train is not None:
+        # each at most once: a covariance is shrunk by the number of different rows
+        rows = min(rows, batches.data.n_train)
     x, label = batches.draw(0, rows, slice(None))
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError("the training data hold NaN or infinite values: remove those rows")

@@ -1,0 +1,137 @@
+"""Default settings that follow the number of training rows and columns: the value `auto` in a recipe.
+
+A recipe that was tuned on ten thousand rows overfits a hundred, and one for vectors is far too large for images. A key
+that a recipe sets to `auto` takes its value once the data have been read. The log and the checkpoints hold that value.
+A key given on the command line is never changed.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from flowtrain.errors import ConfigError
+
+AUTO = "auto"
+
+Groups = dict[str, dict[str, Any]]
+
+_log = logging.getLogger("flowtrain")
+
+# for vectors: the least number of training rows, and the values of `auto` from there on. 5,000 rows and more: chosen by
+# gas's validation set. Fewer: by optdigits' validation set and the tables of scripts/small_tables.py
+_MANY, _SOME, _FEW, _TINY = 5000, 1000, 100, 0
+_COUPLINGS: dict[int, Groups] = {
+    _MANY: {
+        "model": {"hidden": [64, 64], "dropout": 0.0},
+        "trainer": {"steps": 8000, "lr": 0.005, "weight_decay": 0.0, "ema": 0.999, "val_every": 100},
+    },
+    _SOME: {
+        "model": {"hidden": [64, 64], "dropout": 0.2},
+        "trainer": {"steps": 8000, "lr": 0.002, "weight_decay": 1e-4, "ema": 0.999, "val_every": 50},
+    },
+    _FEW: {
+        "model": {"hidden": [16, 16], "dropout": 0.2},
+        "trainer": {"steps": 4000, "lr": 0.001, "weight_decay": 1e-3, "ema": 0.99, "val_every": 20},
+    },
+    # so few rows say little beyond a Gaussian, and so few validation rows do not tell a better flow from a worse one
+    _TINY: {
+        "model": {"hidden": [8], "dropout": 0.5, "cap": 0.2},
+        "trainer": {"steps": 300, "lr": 2e-4, "weight_decay": 1e-2, "ema": 0.99, "val_every": 20},
+    },
+}
+_DEPTHS: dict[str, dict[int, Groups]] = {
+    "realnvp": {n: {"model": {"layers": layers}} for n, layers in ((_MANY, 16), (_SOME, 8), (_FEW, 4), (_TINY, 2))},
+    "glow": {n: {"model": {"steps": steps}} for n, steps in ((_MANY, 8), (_SOME, 4), (_FEW, 2), (_TINY, 1))},
+}
+_FIELDS: dict[int, Groups] = {
+    _MANY: {"model": {"hidden": [64, 64, 64]}, "trainer": {"lr": 0.01, "weight_decay": 0.0, "val_every": 50}},
+    _SOME: {"model": {"hidden": [64, 64, 64]}, "trainer": {"lr": 0.01, "weight_decay": 1e-4, "val_every": 50}},
+    _FEW: {"model": {"hidden": [32, 32]}, "trainer": {"lr": 0.002, "weight_decay": 1e-3, "val_every": 20}},
+    _TINY: {"model": {"hidden": [16]}, "trainer": {"lr": 2e-4, "weight_decay": 1e-2, "val_every": 20}},
+}
+# whatever the number of rows. A cap of 0.5 is as good as 2 on gas and bounds the scale of 16 couplings by exp(4); the NLL
+# of a table's validation rows rises and falls again
+_BOUNDED: dict[str, Any] = {"positions": False, "cap": 0.5, "input_bound": 5.0}
+_COUPLING_TRAINER: dict[str, Any] = {"lr_decay": "constant", "clip_norm": 5.0, "patience": 10}
+_VECTORS: dict[str, Groups] = {
+    "realnvp": {"model": {"mixing": "permutation", **_BOUNDED}, "trainer": _COUPLING_TRAINER},
+    "glow": {"model": _BOUNDED, "trainer": _COUPLING_TRAINER},
+    "ffjord": {
+        "model": {"field": "time_embedding", "positions": False},
+        "trainer": {"steps": 600, "lr_decay": "cosine", "ema": 0.99, "clip_norm": 5.0, "patience": 3},
+    },
+}
+# as in recipe/*_mnist.yaml; the gradient of an NLL in nats per image has a norm of some hundreds
+_IMAGE_TRAINER: dict[str, Any] = {
+    "steps": 3000,
+    "batch_size": 64,
+    "lr": 0.004,
+    "lr_decay": "cosine",
+    "weight_decay": 0.0,
+    "ema": 0.999,
+    "clip_norm": 1000.0,
+    "val_every": 200,
+    "patience": 5,
+}
+_UNBOUNDED: dict[str, Any] = {"positions": True, "cap": 2.0, "dropout": 0.0, "input_bound": None}
+_IMAGES: dict[str, Groups] = {
+    "realnvp": {
+        "model": {"layers": 2, "hidden": [32], "mixing": "alternate", **_UNBOUNDED},
+        "trainer": _IMAGE_TRAINER,
+    },
+    "glow": {"model": {"steps": 4, "hidden": [64, 64], **_UNBOUNDED}, "trainer": _IMAGE_TRAINER},
+    "ffjord": {
+        "model": {"field": "concat", "hidden": [32, 32], "positions": True},
+        "trainer": {**_IMAGE_TRAINER, "steps": 900, "batch_size": 32, "lr": 0.01},
+    },
+}
+# rows of a batch of vectors, at the most
+_BATCH = 512
+
+
+def sized(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, ...]) -> dict[str, Any]:
+    """The config with a value in place of each `auto` that a recipe has set in `model` and `trainer`.
+
+    Args:
+        rows: the number of training rows; None for endless data.
+
+    Raises:
+        ConfigError: `auto` for a key that has no such value.
+    """
+    values = _values(str(config["model"].get("name")), rows, event_shape)
+    groups = {group: dict(config[group]) for group in ("model", "trainer")}
+    chosen = []
+    for group, keys in groups.items():
+        for key, value in keys.items():
+            if value != AUTO or (group == "model" and key in NATIVE):
+                continue
+            if key not in values.get(group, {}):
+                raise ConfigError(
+                    f"{group}.{key}=auto: there is no automatic value of it for model={config['model'].get('name')}; "
+                    "give one"
+                )
+            keys[key] = values[group][key]
+            chosen.append(f"{group}.{key}={keys[key]}")
+    if chosen:
+        size = f"{rows:,} training rows of shape {'x'.join(map(str, event_shape))}" if rows else "endless data"
+        _log.debug("settings for %s: %s", size, " ".join(chosen))
+    return {**config, **groups}
+
+
+# `auto` of these keys is a value that the model itself takes
+NATIVE = ("trace", "eval_trace")
+
+
+def _values(name: str, rows: int | None, event_shape: tuple[int, ...]) -> Groups:
+    """What `auto` stands for, by group and key."""
+    if len(event_shape) > 1:
+        return _IMAGES.get(name, {})
+    tier = next(least for least in (_MANY, _SOME, _FEW, _TINY) if rows is None or rows >= least)
+    parts = [
+        _VECTORS.get(name, {}),
+        _COUPLINGS[tier] if name in _DEPTHS else {},
+        _DEPTHS.get(name, {}).get(tier, {}),
+        _FIELDS[tier] if name == "ffjord" else {},
+        {"trainer": {"batch_size": _BATCH if rows is None else min(_BATCH, rows)}},
+    ]
+    return {g: {k: v for part in parts for k, v in part.get(g, {}).items()} for g in ("model", "trainer")}
