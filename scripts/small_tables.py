@@ -6,8 +6,8 @@
 
 Each row is a run of `flowtrain model=MODEL data=array` with no other argument. Its flow scores 10,000 fresh rows of the
 same distribution, as does the Gaussian with the shrunk covariance of the run's training rows (flowtrain/covariance.py).
-`excess` is the mean difference of their NLL in nats, with its standard error over the fresh rows. The script fails where
-it is above 0.5 nats plus three standard errors. Tables have at least four rows for each column.
+`excess` is the mean difference of their NLL in nats, with its standard error over the fresh rows. The script fails
+where it is above 0.5 nats plus three standard errors. Tables have at least four rows for each column.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def measure(model: str, kind: str, rows: int, columns: int, seed: int, *override
             train(config, run_dir)
         flow = flowtrain.load(run_dir)
         data = ArrayData(**{k: v for k, v in config["data"].items() if k not in ("name", "_target_")})
-        training = data.train_share(0, data.rows or 0, 0, slice(None))
+        training = data.train_share(0, data.n_train or 0, 0, slice(None))
         step = json.loads((run_dir / "result.json").read_text())["step"]
     gaussian = -gaussian_log_prob(fresh, *shrunk_covariance(training))
     with torch.no_grad():

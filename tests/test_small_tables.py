@@ -134,7 +134,7 @@ def test_images_of_an_array_have_a_small_model_of_their_own() -> None:
 
 def test_a_given_value_is_kept_and_auto_without_a_value_is_refused() -> None:
     config = sizing.sized(composed("model=realnvp", "model.layers=3", "trainer.lr=0.5"), 50, (4,))
-    assert config["model"]["layers"] == 3 and config["trainer"]["lr"] == 0.5
+    assert (config["model"]["layers"], config["trainer"]["lr"]) == (3, 0.5)
     with pytest.raises(ConfigError, match="log_every"):
         sizing.sized(composed("model=realnvp", "trainer.log_every=auto"), 50, (4,))
 
@@ -144,12 +144,15 @@ def test_checkpoints_hold_the_chosen_values(run: Run, tmp_path: Path) -> None:
     code, _, err = run("flowtrain", "model=realnvp", "data=array", "data.path=t.npy", "hydra.run.dir=r")
     assert code == 0, err
     config = checkpoint.load(Path("r/checkpoints/best.pt"))["config"]
-    assert config["trainer"]["batch_size"] == 48 and isinstance(config["model"]["layers"], int)
+    assert config["trainer"]["batch_size"] == 48
+    assert isinstance(config["model"]["layers"], int)
     code, _, err = run("flowtrain", "resume=r", "trainer.steps=310")
     assert code == 0, err
 
 
-@pytest.mark.parametrize(("model", "kind", "rows", "columns"), [("realnvp", "heavy", 20, 5), ("glow", "correlated", 60, 12)])
+@pytest.mark.parametrize(
+    ("model", "kind", "rows", "columns"), [("realnvp", "heavy", 20, 5), ("glow", "correlated", 60, 12)]
+)
 def test_a_default_is_not_worse_than_the_gaussian(
     float32: None, model: str, kind: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

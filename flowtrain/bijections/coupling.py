@@ -16,9 +16,9 @@ class AffineCoupling(Bijection):
 
     With an `input_bound` B the conditioner sees c = B tanh(z_a / B), and m(z_a) = m_c(c) + W z_a. Far from the data the
     coupling is then an affine map: s and m_c stay what they are at the edge of a box, and W keeps the linear
-    correlations. -log p of a stack of such couplings grows quadratically along rays from the data, as that of a Gaussian
-    does, with a factor that `cap` bounds. Without a bound the conditioner extrapolates, and s reaches its cap in every
-    coupling.
+    correlations. -log p of a stack of such couplings grows quadratically along rays from the data, as that of a
+    Gaussian does, with a factor that `cap` bounds. Without a bound the conditioner extrapolates, and s reaches its cap
+    in every coupling.
 
     Args:
         conditioner: (a, label) -> raw log-scales and shifts of b, joined along dimension 1.
