@@ -1,18 +1,57 @@
-"""What a gradient written by hand does not offer."""
+"""Gradients written by hand: what they do not offer, and how they meet the transforms of `torch.func`.
+
+A hand-written gradient (`torch.autograd.Function`) computes outside of autograd, so `torch.func` (grad, vmap, jvp and
+what is built on them: jacrev, jacfwd, hessian) cannot transform it. Where `transforms_active` says so, a solve and a
+field compute by ordinary differentiable operations in its place.
+"""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from flowtrain.errors import FlowtrainError
+
+
+def transforms_active() -> bool:
+    """Whether the code runs inside a transform of `torch.func`, or inside `torch.autograd.forward_ad.dual_level`."""
+    # no public function tells; torch.autograd.Function.apply asks the same
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def values(x: Tensor) -> Tensor:
+    """The numbers of x without any graph, those of all lanes where `torch.func.vmap` has spread x over lanes.
+
+    vmap refuses decisions of the host, such as the size of a step, because lanes may differ. Taken on these numbers, a
+    decision holds for all lanes.
+
+    Example:
+        >>> found = []
+        >>> _ = torch.func.vmap(lambda row: (found.append(values(row.sum())), row)[1])(torch.eye(3))
+        >>> found[0]
+        tensor([1., 1., 1.])
+    """
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x.detach()
+
+
+def largest(x: Tensor) -> float:
+    """The largest of the numbers of x, see `values`; NaN if one of them is."""
+    x = values(x)
+    return float(x.max() if x.dim() else x)
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the backward of an autograd.Function that has no second derivative, to say so where one is begun.
 
     torch's own once_differentiable speaks only when the second derivative is taken, and a Hessian comes back as zeros.
+    Cotangents that vmap has spread over lanes, as in `torch.autograd.grad(..., is_grads_batched=True)`, are pulled back
+    lane by lane.
 
     Raises:
         FlowtrainError: the gradient is taken with create_graph=True.
@@ -22,9 +61,56 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(ctx: Any, *cotangents: Any) -> Any:
         if torch.is_grad_enabled():
             raise FlowtrainError(
-                "a continuous flow has first derivatives only: the gradient was asked for with create_graph=True. "
-                "Take second derivatives by finite differences of first ones, in float64 at a tight solver.rtol."
+                "a continuous flow has first derivatives only in torch.autograd: the gradient was asked for with "
+                "create_graph=True. Use torch.func for second derivatives, for example "
+                "torch.func.hessian(lambda x: flow.log_prob(x[None])[0])(x)."
             )
+        if any(isinstance(c, Tensor) and _functorch.is_batchedtensor(c) for c in cotangents):
+            return _lane_by_lane(lambda *lane: backward(ctx, *lane), cotangents)
         return backward(ctx, *cotangents)
 
     return checked
+
+
+def _lane_by_lane(pull: Callable[..., tuple[Any, ...]], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
+    """pull(*cotangents) for cotangents of which vmap has spread at least one over lanes."""
+    places: list[int] = []
+    n = 0
+
+    def tensors(*lane: Any) -> tuple[Tensor, ...]:
+        nonlocal n
+        found = pull(*lane)
+        n = len(found)
+        places[:] = [i for i, part in enumerate(found) if part is not None]
+        return tuple(found[i] for i in places)
+
+    parts = _Lanes.apply(tensors, *cotangents)  # type: ignore[no-untyped-call]
+    answer: list[Any] = [None] * n
+    for i, part in zip(places, parts, strict=True):
+        answer[i] = part
+    return tuple(answer)
+
+
+class _Lanes(torch.autograd.Function):
+    """A function of tensors that vmap evaluates once for each lane."""
+
+    @staticmethod
+    def forward(function: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:
+        return function(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: there is no derivative."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, function: Any, *inputs: Any) -> tuple[Any, Any]:
+        """The lanes one after another, stacked."""
+        dims = in_dims[1:]
+        lanes = [
+            _Lanes.apply(  # type: ignore[no-untyped-call]
+                function, *(y if d is None else y.select(d, i) for y, d in zip(inputs, dims, strict=True))
+            )
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(part) for part in zip(*lanes, strict=True))
+        return stacked, (0,) * len(stacked)

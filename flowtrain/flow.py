@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.logit import dequantize
+from flowtrain.derivatives import values
 from flowtrain.errors import FlowtrainError
 from flowtrain.precision import full_precision
 from flowtrain.solvers import History, Solver
@@ -184,7 +185,7 @@ class Flow(nn.Module):
         if self.discrete and not x.is_floating_point():
             # in training they are the data set's own, and to look at them would wait for the device
             if self.levels is not None and not self.training and x.numel():
-                low, high = int(x.min()), int(x.max())
+                low, high = int(values(x).min()), int(values(x).max())
                 if low < 0 or high >= self.levels:
                     raise FlowtrainError(
                         f"x goes from {low} to {high}, and this flow is one over whole numbers from 0 to "
@@ -223,7 +224,8 @@ class Flow(nn.Module):
         if y.is_floating_point() or y.dtype == torch.bool or y.dim() > 1 or (y.dim() == 1 and len(y) != len(x)):
             raise FlowtrainError(f"label: give one whole number, or one for each of the {len(x)} samples")
         # in training they are the data set's own, and to look at them would wait for the device
-        bad = [] if self.training else y[(y < 0) | (y >= self.classes)].tolist()
+        given = values(y)
+        bad = [] if self.training else given[(given < 0) | (given >= self.classes)].tolist()
         if bad:
             raise FlowtrainError(f"label={bad[0]}: the labels of this flow are 0 to {self.classes - 1}")
         return y.long().expand(len(x))

@@ -61,7 +61,7 @@ class Continuous(Bijection):
         )
 
     def between(self, start: float, end: float) -> Self:
-        """The same flow from one time to another, in evaluation: forward solves from `start` to `end`, inverse back."""
+        """The same flow from one time to another: forward solves from `start` to `end`, inverse back."""
         part = copy(self)
         part.times = (start, end)
         return part
@@ -73,7 +73,8 @@ class Continuous(Bijection):
         return self._transport(x, label, self._end(), self.times[0])
 
     def _end(self) -> float:
-        return self.regularizer.end() if self.training else self.times[1]
+        # a random end time is that of whole paths
+        return self.regularizer.end() if self.training and self.times == (0.0, 1.0) else self.times[1]
 
     def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return self.solver.solve(self._problem(z, label, *self.times, None)).x

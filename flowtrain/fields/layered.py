@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.checks import one_of
+from flowtrain.derivatives import transforms_active
 from flowtrain.errors import ConfigError
 from flowtrain.fields.activations import ACTIVATIONS
 from flowtrain.fields.base import Field
@@ -110,7 +111,8 @@ class LayeredField(Field, Generic[Layer]):
     def by_hand(self, t: Tensor, x: Tensor, tangents: Tensor) -> bool:
         """Whether the kernels serve: one time for all rows of a node, where the layers are plain ones."""
         one_time = x.dim() > self.event_dims and x.numel() > 0 and (t.dim() == 0 or t.shape[-1] == 1)
-        return one_time and not tangents.requires_grad and not torch.compiler.is_compiling()
+        transformed = torch.compiler.is_compiling() or transforms_active()
+        return one_time and not tangents.requires_grad and not transformed
 
     def push_rows(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`push` by autograd's means, for a time of its own for each row."""

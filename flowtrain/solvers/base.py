@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flowtrain.checks import number, one_of, whole
@@ -62,6 +63,11 @@ class Problem:
     recorder: Recorder | None = None
     history: History | None = None
 
+    def lasts(self) -> bool:
+        """Whether t0 and t1 differ in the dtype of the state, in which torchdiffeq keeps the time."""
+        t0, t1 = torch.tensor([self.t0, self.t1], dtype=self.x.dtype).tolist()
+        return bool(t0 != t1)
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -80,6 +86,23 @@ class Solution:
 record_solves: Collector[Statistics] = Collector("solves")
 # the error of the integrals of every solve inside, (B, Q), where the solver estimates it
 record_integral_errors: Collector[Tensor] = Collector("integral errors")
+
+
+def unmoved(problem: Problem, statistics: Statistics) -> Solution:
+    """The solution of a batch without rows, or over an interval of no length: the state as it is, integrals of 0.
+
+    The state and the integrals have a graph to x and to the parameters, so that a backward pass leaves gradients of 0
+    where a solve leaves gradients, as `nn.Linear` does for an empty batch.
+    """
+    # sums over nothing: 0 whatever the numbers are, NaN included
+    zeros = [p.flatten()[:0].sum() for p in problem.parameters if p.requires_grad]
+    zero = sum(zeros, problem.x.new_zeros(()))
+    x1 = problem.x + zero.to(problem.x.dtype)
+    if problem.integrand is None:
+        return Solution(x1, None, statistics=statistics)
+    rows = x1.unsqueeze(-1)[..., :0].sum(tuple(range(1, x1.dim() + 1)))
+    integrals = rows.unsqueeze(1).expand(-1, problem.n_integrals)
+    return Solution(x1, integrals, torch.zeros_like(integrals), statistics)
 
 
 class Solver(ABC):
@@ -193,7 +216,7 @@ class Solver(ABC):
         return {"method": self.method, "rtol": None, "atol": None, "step_size": self.step_size}
 
     def solve(self, problem: Problem) -> Solution:
-        """Solves `problem`.
+        """Solves `problem`; without rows, or with t0 = t1, there is nothing to solve, see `unmoved`.
 
         Raises:
             SolverError: step size underflow, more than max_nfe evaluations, or a state that is not finite.
@@ -201,10 +224,8 @@ class Solver(ABC):
         statistics = Statistics()
         if record_solves.open is not None:
             record_solves.open.append(statistics)
-        if not len(problem.x):
-            # no rows have no RMS to control
-            integrals = None if problem.integrand is None else problem.x.new_zeros(0, problem.n_integrals)
-            return Solution(problem.x, integrals, statistics=statistics)
+        if not len(problem.x) or not problem.lasts():
+            return unmoved(problem, statistics)
         with full_precision(problem.x.device):
             solution = self._solve(problem, statistics)
         if record_integral_errors.open is not None and solution.integral_error is not None:

@@ -6,18 +6,19 @@ stages, not those of the integrand.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from flowtrain.derivatives import largest, transforms_active, values
 from flowtrain.errors import ConfigError
 from flowtrain.solvers.base import Problem, Solution, Solver, Statistics
 from flowtrain.solvers.discrete_gradient import AcceptedStep, AcceptedSteps, differentiable
 from flowtrain.solvers.nodes import Nodes, gauss_nodes, has_dense_output, stage_nodes
-from flowtrain.solvers.stages import Stage, Weights, combined, on_device, record, take
+from flowtrain.solvers.stages import Stage, Weights, combined, on_device, record, take, take_ordinary
 from flowtrain.solvers.tableaus import TABLEAUS, Tableau
 from flowtrain.solvers.tape import AutogradRecorder
 
@@ -52,12 +53,13 @@ class RungeKutta(Solver):
         return self.gradient == "replay" or (self.gradient == "auto" and x.dim() > 2)
 
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
+        if transforms_active():
+            ordinary = _OrdinaryRun(self, problem, statistics)
+            ordinary.advance()
+            return ordinary.solution()
         run = _Run(self, problem, statistics, torch.is_grad_enabled())
         with torch.no_grad():
-            if self.adaptive:
-                run.adaptive()
-            else:
-                run.fixed()
+            run.advance()
         return run.solution()
 
 
@@ -76,6 +78,8 @@ class TriedStep:
 
 class _Run:
     """The moving parts of one solve: time, state, the slope there, the steps so far."""
+
+    take = staticmethod(take)
 
     def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics, graph: bool) -> None:
         self.solver, self.problem, self.statistics, self.graph = solver, problem, statistics, graph
@@ -104,6 +108,13 @@ class _Run:
             raise ConfigError(f"the field returned {tuple(v.shape)} for x {tuple(x.shape)}: a velocity has x's shape")
         return v
 
+    def advance(self) -> None:
+        """Takes the steps from t0 to t1."""
+        if self.solver.adaptive:
+            self.adaptive()
+        else:
+            self.fixed()
+
     def record(self, times: list[float], keep: bool) -> list[Stage]:
         return record(self.recorder, times, self.x, keep)
 
@@ -123,7 +134,7 @@ class _Run:
         def velocity(i: int, x: Tensor) -> Tensor:
             return self.velocity(stages[i], t + tableau.c[i] * h, h, x)
 
-        points, slopes = take(x, h, self.weights, self.first[0], velocity)
+        points, slopes = self.take(x, h, self.weights, self.first[0], velocity)
         x1 = points[-1] if tableau.first_same_as_last else x + combined(h * self.weights.b, slopes)
         return TriedStep(h, slopes, stages, points, x1)
 
@@ -152,7 +163,7 @@ class _Run:
         h = (t1 - t0) / n
         for i in range(n):
             self.accept(self.attempt(h), t0 + (i + 1) * h)
-        if not bool(torch.isfinite(self.x).all()):
+        if not bool(torch.isfinite(values(self.x)).all()):
             raise self.solver.non_finite(t1, h)
 
     def adaptive(self) -> None:
@@ -216,13 +227,13 @@ class _Run:
         self.first = slope, stage
         scale = self.solver.atol + self.solver.rtol * x.abs()
         size, speed = rms(x / scale), rms(slope / scale)
-        h0 = (torch.where((size < 1e-5) | (speed < 1e-5), torch.full_like(size, 1e-3), 0.01 * size / speed)).item()
+        h0 = -largest(-torch.where((size < 1e-5) | (speed < 1e-5), torch.full_like(size, 1e-3), 0.01 * size / speed))
         if not math.isfinite(h0):
             raise self.solver.non_finite(self.t, h0)
         h0 = math.copysign(min(h0, abs(span)), span)
         ahead = self.velocity(self.record([self.t + h0], keep=False)[0], self.t + h0, h0, x + h0 * slope)
         bend = rms((ahead - slope) / scale) / abs(h0)
-        steepest = torch.maximum(speed, bend).item()
+        steepest = largest(torch.maximum(speed, bend))
         if not math.isfinite(steepest):
             return h0
         h1 = (0.01 / steepest) ** (1 / self.tableau.order) if steepest > 1e-15 else abs(span)
@@ -238,13 +249,13 @@ class _Run:
             tried.integral, tried.error = self.integrals_of(tried)
             total = tried.integral if self.total is None else self.total + tried.integral
             ratio = torch.maximum(ratio, rms(tried.error / (solver.atol + solver.rtol * total.abs())))
-        return float(ratio)
+        return largest(ratio)
 
     def integrals_of(self, tried: TriedStep) -> tuple[Tensor, Tensor]:
         """The integrals over one step by its stages and their error, each (B, Q)."""
         nodes = stage_nodes(self.tableau, [(self.t, tried.h)])
         q = self.integrand_at(nodes.times, torch.stack([tried.points[i] for i in self.tableau.used]))
-        return nodes.integrate(q), nodes.error(q)
+        return nodes.integrate(q), nodes.error(q.detach())
 
     def integrand_at(self, times: list[float], points: Tensor) -> Tensor:
         """q at every node, (nodes, B, Q): one batched call, or when steps are replayed a few nodes at a time."""
@@ -284,6 +295,31 @@ class _Run:
             return Solution(x1, None, None, self.statistics)
         q = self.integrand_at(nodes.times, points)
         return Solution(x1, nodes.integrate(q), nodes.error(q.detach()), self.statistics)
+
+
+class _OrdinaryRun(_Run):
+    """A solve by ordinary operations, for `torch.func`: grad, vmap, jvp, and any of them inside another.
+
+    The sizes of the steps are numbers of the host, held constant by every derivative as by the gradient of
+    discrete_gradient.py. Lanes of a vmap share them: the step control takes the largest of their errors. Nothing is
+    replayed, so the memory of a gradient grows with the steps.
+    """
+
+    take = staticmethod(take_ordinary)
+
+    def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics) -> None:
+        # the recorder that a field brings computes by hand
+        super().__init__(solver, replace(problem, recorder=None), statistics, graph=False)
+        self.x = problem.x
+        self.replay = False
+
+    def solution(self) -> Solution:
+        if self.integrand is None or self.as_it_goes:
+            return super().solution()
+        nodes = self.nodes()
+        points = [s.x + combined(s.h * on_device(r, s.x), s.slopes) for s, r in zip(self.steps, nodes.rows, strict=True)]
+        q = self.integrand_at(nodes.times, torch.cat(points))
+        return Solution(self.x, nodes.integrate(q), nodes.error(q.detach()), self.statistics)
 
 
 def rms(x: Tensor) -> Tensor:

@@ -67,6 +67,17 @@ def take(
     return points, slopes
 
 
+def take_ordinary(
+    x: Tensor, h: float, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """`take` without writing in place, which neither autograd nor vmap allows."""
+    points, slopes = [x], [first]
+    for i in range(1, len(weights.b)):
+        points.append(x + combined(h * weights.a[i, :i], torch.stack(slopes)))
+        slopes.append(velocity(i, points[i]))
+    return points, torch.stack(slopes)
+
+
 def combined(weights: Tensor, slopes: Tensor) -> Tensor:
     """sum_i w_i k_i, w (stages,) or (n, stages): (B, *event) or (n, B, *event)."""
     return (weights @ slopes.flatten(1)).view(*weights.shape[:-1], *slopes.shape[1:])

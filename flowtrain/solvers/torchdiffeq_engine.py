@@ -4,6 +4,7 @@ State and path integrals are solved as one augmented system. A callback before e
 sees a failure coming and says where, before torchdiffeq asserts.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torchdiffeq import odeint, odeint_adjoint
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
 
+from flowtrain.derivatives import transforms_active, values
 from flowtrain.errors import ConfigError, SolverError
 from flowtrain.solvers.base import Problem, Solution, Solver, Statistics
-from flowtrain.solvers.tableaus import TABLEAUS
+from flowtrain.solvers.runge_kutta import RungeKutta
+from flowtrain.solvers.tableaus import TABLEAUS, Tableau
 
 
 def _tensor(values: tuple[float, ...]) -> Tensor:
@@ -61,6 +64,8 @@ class Torchdiffeq(Solver):
         super().__init__(method, adaptive=adaptive, **settings)
 
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
+        if transforms_active():
+            return self._solve_transformed(problem, statistics)
         dynamics = _Dynamics(self, problem, statistics)
         x = problem.x
         state: tuple[Tensor, ...] = (x,)
@@ -71,6 +76,49 @@ class Torchdiffeq(Solver):
         if not bool(torch.isfinite(x1).all()):
             raise self.non_finite(problem.t1, dynamics.h)
         return Solution(x1, q[0] if q else None, statistics=statistics)
+
+    def _solve_transformed(self, problem: Problem, statistics: Statistics) -> Solution:
+        """Solves inside a transform of `torch.func`, whatever the gradient: the steps are differentiated.
+
+        torchdiffeq writes into tensors in place and asks its error estimates whether they are small enough; vmap
+        allows neither. The adaptive methods run on our engine with torchdiffeq's tableau, those of fixed steps in
+        `_fixed_steps`.
+        """
+        if self.method == "scipy_solver":
+            raise ConfigError(
+                "solver=scipy_solver computes in NumPy, which the transforms of torch.func cannot enter: use another "
+                "solver, for example solver=dopri5"
+            )
+        if not self.adaptive:
+            return self._fixed_steps(problem, statistics)
+        shared = {key: getattr(self, key) for key in ("rtol", "atol", "max_nfe", "control")}
+        engine = RungeKutta(self.method, TABLEAUS.get(self.method) or tableau_of(METHODS[self.method]), **shared)
+        return engine._solve(problem, statistics)
+
+    def _fixed_steps(self, problem: Problem, statistics: Statistics) -> Solution:
+        """torchdiffeq's own steps of a fixed size in a loop that writes nothing in place."""
+        dynamics = _Dynamics(self, problem, statistics)
+        shape, d = problem.x.shape, problem.x.shape[1:].numel()
+
+        def slope(t: Tensor, y: Tensor, perturb: object = None) -> Tensor:
+            parts = dynamics(t, (y[:, :d].reshape(shape),))
+            return torch.cat([part.flatten(1) for part in parts], 1)
+
+        y = problem.x.flatten(1)
+        if problem.integrand is not None:
+            y = torch.cat([y, y.new_zeros(len(y), problem.n_integrals)], 1)
+        stepper: Any = METHODS[self.method](func=slope, y0=values(y), rtol=self.rtol, atol=self.atol)
+        # the corrector of implicit methods is repeated until it has converged for every lane
+        stepper._has_converged = lambda y0, y1: type(stepper)._has_converged(stepper, values(y0), values(y1))
+        t = torch.tensor([problem.t0, problem.t1], dtype=y.dtype, device=y.device)
+        grid = _grid(t, self.steps_between(problem.t0, problem.t1))
+        for start, end in pairwise(grid):
+            y = y + stepper._step_func(slope, start, end - start, end, y)[0]
+            statistics.accepted += 1
+        if not bool(torch.isfinite(values(y)).all()):
+            raise self.non_finite(problem.t1, float(grid[1] - grid[0]))
+        x1 = y[:, :d].reshape(shape)
+        return Solution(x1, None if problem.integrand is None else y[:, d:], statistics=statistics)
 
     def _integrate(self, dynamics: "_Dynamics", state: tuple[Tensor, ...], problem: Problem) -> list[Tensor]:
         t = torch.tensor([problem.t0, problem.t1], dtype=state[0].dtype, device=state[0].device)
@@ -101,6 +149,14 @@ class Torchdiffeq(Solver):
                 f"solver={self.method}: its matrix over all {sum(y.numel() for y in state)} numbers of a batch does "
                 "not fit into memory; take another solver, or a smaller batch"
             ) from e
+
+
+def tableau_of(method: type) -> Tableau:
+    """The tableau of one of torchdiffeq's adaptive Runge-Kutta methods."""
+    theirs: Any = method
+    alpha, beta, b, e = theirs.tableau
+    rows = tuple(tuple(row.tolist()) for row in beta)
+    return Tableau(theirs.order, (0.0, *alpha.tolist()), rows, tuple(b.tolist()), tuple(e.tolist()))
 
 
 def _grid(t: Tensor, n: int) -> Tensor:
