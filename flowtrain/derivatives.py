@@ -50,11 +50,10 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the backward of an autograd.Function that has no second derivative, to say so where one is begun.
 
     torch's own once_differentiable speaks only when the second derivative is taken, and a Hessian comes back as zeros.
-    Cotangents that vmap has spread over lanes, as in `torch.autograd.grad(..., is_grads_batched=True)`, are pulled back
-    lane by lane.
+    Cotangents that `torch.func.vmap` has spread over lanes are pulled back lane by lane.
 
     Raises:
-        FlowtrainError: the gradient is taken with create_graph=True.
+        FlowtrainError: the gradient is taken with create_graph=True, or with is_grads_batched=True.
     """
 
     @wraps(backward)
@@ -65,7 +64,13 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "create_graph=True. Use torch.func for second derivatives, for example "
                 "torch.func.hessian(lambda x: flow.log_prob(x[None])[0])(x)."
             )
-        if any(isinstance(c, Tensor) and _functorch.is_batchedtensor(c) for c in cotangents):
+        given = [c for c in cotangents if isinstance(c, Tensor)]
+        if any(_functorch.is_legacy_batchedtensor(c) for c in given):
+            raise FlowtrainError(
+                "a continuous flow pulls back one cotangent at a time in torch.autograd: it was asked for several "
+                "with is_grads_batched=True, or with vectorize=True. Use torch.func.jacrev or torch.func.jacfwd."
+            )
+        if any(_functorch.is_batchedtensor(c) for c in given):
             return _lane_by_lane(lambda *lane: backward(ctx, *lane), cotangents)
         return backward(ctx, *cotangents)
 

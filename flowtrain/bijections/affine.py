@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, check_sample, varies
 
 
 class Affine(Bijection):
@@ -38,9 +38,13 @@ class Affine(Bijection):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        check_sample(x)
         flat = x.flatten(1)
         centred = (flat - flat.mean(0)).double()
         covariance = centred.T @ centred / len(x)
+        # a column that does not vary has a scale of 1
+        variance = covariance.diagonal()
+        variance.copy_(variance.where(varies(variance.sqrt(), flat.mean(0)), 1))
         # fewer rows than columns, or columns that depend on each other, leave directions without variance
         covariance.diagonal().mul_(1 + 1e-6).add_(1e-30)
         factor = torch.linalg.cholesky(covariance)

@@ -8,6 +8,8 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
+from flowtrain.errors import FlowtrainError, NonFiniteError
+
 # numbers of x that initialization takes through a map at once: a network holds many times as many
 PART = 2**18
 
@@ -103,6 +105,27 @@ class Chain(Bijection):
         for bijection in reversed(list(self)):
             x = bijection.initialize(x, label)
         return x
+
+
+def check_sample(x: Tensor) -> None:
+    """Refuses data x (B, *event_shape) that statistics cannot be taken of, before a parameter has been set.
+
+    Raises:
+        FlowtrainError: no rows.
+        NonFiniteError: values that are NaN or infinite.
+    """
+    if not len(x):
+        raise FlowtrainError("x has no rows: statistics of the data need at least one, so nothing was initialized")
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError("x has values that are NaN or infinite: remove those rows; nothing was initialized")
+
+
+def varies(std: Tensor, mean: Tensor) -> Tensor:
+    """Which channels vary by more than the rounding of their mean: those of a single row, or of equal ones, do not.
+
+    A scale that takes differences of 0 to 1 would be infinite, so such channels keep a scale of 1.
+    """
+    return std > torch.finfo(mean.dtype).eps * mean.abs()
 
 
 def places(x: Tensor) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.derivatives import values
 from flowtrain.errors import FlowtrainError
 
 
@@ -45,9 +46,10 @@ class Logit(Bijection):
         # the data of training were checked when they were read, and to look at them would wait for the device
         if not self.training and x.numel():
             rounding = torch.finfo(x.dtype)
-            if bool((torch.minimum(p, q) < -2 * rounding.eps).any()):
+            if bool((values(torch.minimum(p, q)) < -2 * rounding.eps).any()):
+                low, high = values(x).min(), values(x).max()
                 raise FlowtrainError(
-                    f"x goes from {x.min():g} to {x.max():g}, and this flow is one over values from 0 to {self.levels}"
+                    f"x goes from {low:g} to {high:g}, and this flow is one over values from 0 to {self.levels}"
                 )
             # a sample far out in the tails lies on the very edge once it is rounded
             p, q = p.clamp_min(rounding.tiny), q.clamp_min(rounding.tiny)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, per_channel, places
+from flowtrain.bijections.base import Bijection, check_sample, per_channel, places, varies
 from flowtrain.errors import DataError
 
 # the least spread that a channel is scaled up from
@@ -50,9 +50,11 @@ class ActNorm(Bijection):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        check_sample(x)
         shared = (0, *range(2, x.dim())) if self.shift.dim() == 1 else (0,)
+        std = x.std(shared, correction=0)
         self.shift.copy_(x.mean(shared))
-        self.log_scale.copy_(x.std(shared, correction=0).clamp_min(LEAST).log())
+        self.log_scale.copy_(std.clamp_min(LEAST).log().where(varies(std, self.shift), 0))
         return self.map_inverse(x, label)
 
 
@@ -96,7 +98,9 @@ class BatchNorm(Bijection):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        check_sample(x)
         variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
+        variance = variance.where(varies(variance.sqrt(), mean), 1)
         self.mean.copy_(mean)
         self.variance.copy_(variance)
         return self.standardized(x, mean, variance)
@@ -134,8 +138,10 @@ class Standardize(Bijection):
         """Takes statistics of shape (*event_shape), the mean before the offset is subtracted.
 
         Raises:
-            DataError: a standard deviation that is zero or not finite.
+            DataError: a standard deviation that is zero or not finite, or a mean that is not finite.
         """
+        if not bool(torch.isfinite(mean).all()):
+            raise DataError("the mean of the training data is NaN or infinite: remove the rows that are")
         if not bool(((std > 0) & torch.isfinite(std)).all()):
             bad = [i for i, s in enumerate(std.flatten().tolist()) if not 0 < s < math.inf]
             raise DataError(f"columns {bad} of the training data do not vary: drop them (data.columns)")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.conditioners.parts import ACTIVATIONS, zero
+from flowtrain.derivatives import transforms_active
 from flowtrain.errors import ConfigError
 
 
@@ -119,7 +120,8 @@ class InformedConv(nn.Conv2d):
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         """(B, n_out, H, W) of x (B, n_in, H, W); labels (B,) where there are classes."""
-        y = super().forward(x.contiguous(memory_format=torch.channels_last))
+        # only a matter of speed, and refused by vmap
+        y = super().forward(x if transforms_active() else x.contiguous(memory_format=torch.channels_last))
         if self.embedding is not None:
             assert label is not None
             y = y + F.embedding(label, self.embedding).unsqueeze(-1).unsqueeze(-1)

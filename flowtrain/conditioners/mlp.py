@@ -42,6 +42,7 @@ class MLP(nn.Sequential):
         """(B, n_out) of x (B, n_in); labels (B,) where there are classes."""
         if self.classes is not None:
             assert label is not None
-            x = torch.cat([x, F.one_hot(label, self.classes).to(x.dtype)], 1)
+            # not F.one_hot, which vmap refuses
+            x = torch.cat([x, F.embedding(label, torch.eye(self.classes, dtype=x.dtype, device=x.device))], 1)
         y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return y

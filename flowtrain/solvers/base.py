@@ -220,12 +220,14 @@ class Solver(ABC):
 
         Raises:
             SolverError: step size underflow, more than max_nfe evaluations, or a state that is not finite.
+            ConfigError: a tolerance far below the rounding of the dtype.
         """
         statistics = Statistics()
         if record_solves.open is not None:
             record_solves.open.append(statistics)
         if not len(problem.x) or not problem.lasts():
             return unmoved(problem, statistics)
+        self.check_tolerance(problem.x.dtype)
         with full_precision(problem.x.device):
             solution = self._solve(problem, statistics)
         if record_integral_errors.open is not None and solution.integral_error is not None:
@@ -241,6 +243,23 @@ class Solver(ABC):
         if self.step_size is None:
             raise RuntimeError(f"{self.method} is adaptive")
         return max(1, math.ceil(abs(t1 - t0) / self.step_size - 1e-9))
+
+    def check_tolerance(self, dtype: torch.dtype) -> None:
+        """Refuses tolerances, those that training ends with too, that no step can meet in the dtype of the state.
+
+        The rounding of the velocities alone fails an error estimate so strict, and a solve would spend all of max_nfe.
+
+        Raises:
+            ConfigError: rtol and atol are both below 1e-4 of the rounding error, which is 1.2e-7 in float32.
+        """
+        eps = torch.finfo(dtype).eps
+        last = self.train_rtol, self.atol * self.train_rtol / self.rtol
+        tolerance = min(max(self.rtol, self.atol), max(last))
+        if self.adaptive and tolerance < 1e-4 * eps:
+            raise ConfigError(
+                f"solver.rtol={tolerance:.3g}: {str(dtype).removeprefix('torch.')} rounds to {eps:.2g}, and no step "
+                f"can be that exact; give a tolerance above {10 * eps:.0e}"
+            )
 
     def failure(self, what: str, t: float, h: float, advice: str) -> SolverError:
         """One message naming the method, the time, the step size, the tolerance and what to try."""

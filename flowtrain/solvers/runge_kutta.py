@@ -317,7 +317,9 @@ class _OrdinaryRun(_Run):
         if self.integrand is None or self.as_it_goes:
             return super().solution()
         nodes = self.nodes()
-        points = [s.x + combined(s.h * on_device(r, s.x), s.slopes) for s, r in zip(self.steps, nodes.rows, strict=True)]
+        points = [
+            s.x + combined(s.h * on_device(r, s.x), s.slopes) for s, r in zip(self.steps, nodes.rows, strict=True)
+        ]
         q = self.integrand_at(nodes.times, torch.cat(points))
         return Solution(self.x, nodes.integrate(q), nodes.error(q.detach()), self.statistics)
 

@@ -4,12 +4,16 @@ State and path integrals are solved as one augmented system. A callback before e
 sees a failure coming and says where, before torchdiffeq asserts.
 """
 
+import logging
+import warnings
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
+from torchdiffeq._impl.fixed_adams import AdamsBashforthMoulton
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
 
@@ -18,6 +22,8 @@ from flowtrain.errors import ConfigError, SolverError
 from flowtrain.solvers.base import Problem, Solution, Solver, Statistics
 from flowtrain.solvers.runge_kutta import RungeKutta
 from flowtrain.solvers.tableaus import TABLEAUS, Tableau
+
+log = logging.getLogger("flowtrain")
 
 
 def _tensor(values: tuple[float, ...]) -> Tensor:
@@ -37,9 +43,44 @@ class Tsit5(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
     mid = _tensor(TABLEAUS["tsit5"].mid or ())
 
 
+class ImplicitAdams(AdamsBashforthMoulton):  # type: ignore[misc]
+    """torchdiffeq's implicit Adams method, whose warning about its corrector becomes one of flowtrain's."""
+
+    def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> Any:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step = super()._step_func(func, t0, dt, t1, y0)
+        for w in caught:
+            if "did not converge" in str(w.message):
+                warn_of_corrector(self.max_iters)
+            else:
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        return step
+
+
+@cache
+def warn_of_corrector(iterations: int) -> None:
+    """Warns, once in a process, that an implicit step was not solved to its tolerance."""
+    log.warning(
+        "solver implicit_adams: the %d iterations of its corrector did not reach solver.rtol and solver.atol, so the "
+        "solution may be inexact. Try a smaller solver.step_size.",
+        iterations,
+    )
+
+
+@cache
+def warn_of_fehlberg2() -> None:
+    """Warns, once in a process, of a method whose error estimate is far too small."""
+    log.warning(
+        "solver=fehlberg2: its error estimate is far too small, so errors exceed the tolerance by a factor of 30 to "
+        "500 at any solver.rtol. Use solver=bosh3, or a tolerance that much tighter."
+    )
+
+
 # by its name in torchdiffeq's own table, because the adjoint looks it up again when it solves backwards
 SOLVERS.setdefault("tsit5", Tsit5)
 SOLVERS.setdefault("heun", SOLVERS["heun2"])
+SOLVERS.update(implicit_adams=ImplicitAdams, fixed_adams=ImplicitAdams)
 METHODS: dict[str, type] = SOLVERS
 
 
@@ -62,6 +103,9 @@ class Torchdiffeq(Solver):
             )
         adaptive = issubclass(METHODS[method], RKAdaptiveStepsizeODESolver) or method == "scipy_solver"
         super().__init__(method, adaptive=adaptive, **settings)
+        if method == "fehlberg2":
+            # Fehlberg's weights of the error are 1/512, but the error of x1 has another order and no such factor
+            warn_of_fehlberg2()
 
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
         if transforms_active():
