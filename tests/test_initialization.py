@@ -5,10 +5,10 @@ import torch
 from small_bijections import perturbed
 
 from flowtrain.bijections.affine import Affine
-from flowtrain.bijections.base import Chain
+from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.permutation import Permutation
-from flowtrain.bijections.scale import ActNorm, Standardize
-from flowtrain.errors import DataError
+from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
+from flowtrain.errors import DataError, FlowtrainError
 from flowtrain.models.realnvp import realnvp
 
 
@@ -71,3 +71,53 @@ def test_coupling_scale_is_bounded() -> None:
         for p in coupling.parameters():
             p.mul_(0).add_(50.0)
     assert coupling.forward(torch.randn(10, 2))[1].abs().max() <= 1.5
+
+
+def statistics_of(d: int) -> dict[str, Bijection]:
+    return {
+        "actnorm": ActNorm(d),
+        "batchnorm": BatchNorm(d),
+        "affine": Affine(d),
+        "chain": Chain([Affine(d), BatchNorm(d), ActNorm(d)]),
+    }
+
+
+@pytest.mark.parametrize("name", list(statistics_of(2)))
+def test_initialization_refuses_what_has_no_statistics_and_changes_nothing(name: str) -> None:
+    bijection = perturbed(statistics_of(2)[name])
+    before = {k: v.clone() for k, v in bijection.state_dict().items()}
+    hostile = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [4.0, torch.inf]])
+    for x, words in ((torch.zeros(0, 2), "no rows"), (hostile, "NaN or infinite")):
+        with pytest.raises(FlowtrainError, match=words):
+            bijection.initialize(x)
+    for key, value in bijection.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", list(statistics_of(2)))
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_initialization_from_equal_rows_keeps_a_scale_of_one(name: str, rows: int, dtype: torch.dtype) -> None:
+    bijection = statistics_of(2)[name].to(dtype)
+    x = torch.tensor([[0.1, -3e6]], dtype=dtype).expand(rows, 2)
+    z = bijection.initialize(x)
+    torch.testing.assert_close(z, torch.zeros_like(z), rtol=0, atol=0.5)
+    moved, log_det = bijection.eval().inverse(x + 1)
+    torch.testing.assert_close(moved, z + 1, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(log_det, torch.zeros_like(log_det), rtol=0, atol=1e-4)
+
+
+def test_a_column_that_does_not_vary_leaves_the_others_alone() -> None:
+    x = torch.stack([torch.full((500,), 2.0), 3 * torch.randn(500) + 1], 1)
+    for name, bijection in statistics_of(2).items():
+        bijection.initialize(x)
+        z = bijection.eval().inverse(x)[0]
+        torch.testing.assert_close(z[:, 0], torch.zeros(500), rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(z[:, 1].std(correction=0), torch.tensor(1.0), rtol=1e-4, atol=0, msg=name)
+
+
+def test_standardize_refuses_a_mean_that_is_no_number() -> None:
+    standardize = Standardize((2,))
+    with pytest.raises(DataError, match="mean"):
+        standardize.fit(torch.tensor([1.0, torch.nan]), torch.ones(2))
+    assert torch.equal(standardize.mean, torch.zeros(2))
