@@ -61,6 +61,8 @@ def test_compiled_evaluations_serve_training_alone(monkeypatch: pytest.MonkeyPat
     assert list(flow.state_dict()) == names
     calls.clear()
     flow.eval().inverse(x)
+    # nor can torch.func enter them
+    torch.func.vmap(lambda row: flow.train().inverse(row.unsqueeze(0))[1])(x)
     assert not calls
 
 

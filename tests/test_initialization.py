@@ -107,6 +107,16 @@ def test_initialization_from_equal_rows_keeps_a_scale_of_one(name: str, rows: in
     torch.testing.assert_close(log_det, torch.zeros_like(log_det), rtol=0, atol=1e-4)
 
 
+def test_batch_statistics_of_no_rows_do_not_reach_the_running_ones() -> None:
+    flow = perturbed(realnvp((4,), layers=2, hidden=(4,), batch_norm=True).bijection).train()
+    before = {k: v.clone() for k, v in flow.state_dict().items()}
+    z, log_det = flow.inverse(torch.zeros(0, 4))
+    (z.sum() + log_det.sum()).backward()
+    for key, value in flow.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in flow.parameters() if p.grad is not None)
+
+
 def test_a_column_that_does_not_vary_leaves_the_others_alone() -> None:
     x = torch.stack([torch.full((500,), 2.0), 3 * torch.randn(500) + 1], 1)
     for name, bijection in statistics_of(2).items():

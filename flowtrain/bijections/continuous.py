@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.derivatives import transforms_active
 from flowtrain.divergence import Probes, TraceRule
 from flowtrain.errors import ConfigError
 from flowtrain.fields.base import Field
@@ -108,7 +109,8 @@ class Continuous(Bijection):
         """The velocity, and `integrands`."""
         if label is not None:
             return given(self.field, label), integrands
-        return self.compiled if self.compiled is not None and self.training else (self.field, integrands)
+        compiled = self.compiled if self.training and not transforms_active() else None
+        return compiled or (self.field, integrands)
 
     def _problem(self, x: Tensor, label: Tensor | None, t0: float, t1: float, probes: Probes | None) -> Problem:
         velocity, along = self._functions(label)

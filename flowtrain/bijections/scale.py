@@ -81,7 +81,8 @@ class BatchNorm(Bijection):
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean, variance = self.mean, self.variance
-        if self.training:
+        # no rows have no statistics
+        if self.training and len(x):
             variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
             with torch.no_grad():
                 self.mean.lerp_(mean, self.momentum)
