@@ -1,6 +1,5 @@
 """Tables with few rows: flows start at the Gaussian of the training rows, and the defaults follow rows and columns."""
 
-import json
 import math
 import sys
 from pathlib import Path
