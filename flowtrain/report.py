@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flowtrain.evaluation import Check, Evaluation
 from flowtrain.evaluation.digits import brief
+from flowtrain.evaluation.result import counted
 from flowtrain.files import write_text
 from flowtrain.markdown import as_table, cell
 
@@ -31,7 +32,8 @@ def write_report(result: Evaluation, title: str, checkpoint: str, path: Path, fi
         checkpoint: where the flow is from, in words.
         figures: PNGs, which the Markdown links to and the HTML holds.
     """
-    about = f"{checkpoint}, step {result.step}, {result.rows_words}, n = {result.n:,}, {result.device}, {result.dtype}"
+    rows = f"{result.rows_words}, {counted(result.n, 'row')}"
+    about = f"{checkpoint}, step {result.step}, {rows}, {result.device}, {result.dtype}"
     tables = tables_of(result)
     markdown, html = path.with_suffix(".md"), path.with_suffix(".html")
     write_text(markdown, as_markdown(title, result.headline, about, tables, _links(markdown, figures)))
@@ -41,28 +43,30 @@ def write_report(result: Evaluation, title: str, checkpoint: str, path: Path, fi
 
 def tables_of(result: Evaluation) -> list[Table]:
     """What the report says, in the order it says it."""
+    unit = result.unit[0]
     return [
         Table("Numbers", "", ("", ""), list(result.rows())),
         Table(
             "Where the error comes from",
-            f"In nats; trace to gap from the first {result.budget.rows} rows. The total is the root of the sum of the "
-            "squares of sampling, trace, the larger of solver's two and precision.",
-            ("part", "nats", "measured as"),
+            f"In {unit}; trace to gap from {counted(result.budget.rows, 'row')} drawn at random. The total is the root "
+            "of the sum of the squares of sampling, trace, the larger of solver's two and precision.",
+            ("part", unit, "measured as"),
             budget_rows(result),
         ),
         Table(
-            "Is it a density?",
-            "Each check measures one thing and names one cause.",
+            "Checks",
+            "Is this a density, and is its NLL to be trusted? Each check measures one thing and names one cause; errors "
+            "of an NLL are in nats here.",
             ("check", "off by", "at most", "", ""),
-            [(c.name, _number(c.value), _number(c.limit), _verdict(c), c.message or "") for c in result.checks],
+            [(c.label, _number(c.value), _number(c.limit), _verdict(c), c.message or "") for c in result.checks],
         ),
     ]
 
 
 def budget_rows(result: Evaluation) -> list[Row]:
     """The parts of the budget, those that were measured."""
-    b = result.budget
-    low, high = b.interval
+    b, (_, scale) = result.budget, result.unit
+    low, high = (scale * end for end in b.interval)
     parts = [
         ("sampling", b.sampling, "standard error over the rows"),
         ("trace", b.trace, "its noise over draws, at this many rows" if b.trace else "exact, no noise"),
@@ -73,7 +77,7 @@ def budget_rows(result: Evaluation) -> list[Row]:
         ("dequantization gap", b.dequantization_gap, "lower with ten times the draws: one sided, not in the total"),
         ("total", b.total, f"standard error; 95% interval {low:.6g} to {high:.6g}"),
     ]
-    return [(name, brief(value), how) for name, value, how in parts if value is not None]
+    return [(name, brief(scale * value), how) for name, value, how in parts if value is not None]
 
 
 def _number(value: float | None) -> str:

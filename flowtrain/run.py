@@ -166,7 +166,7 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
     config, data, device = trainer.config, trainer.data, trainer.flow.like.device
     saved = checkpoint.load(checkpoint.find(run_dir))
     flow = loading.restore({**saved, "config": config}, device, trust=_own_packages(config))
-    result = evaluate(flow, data, "test", saved["step"])
+    result = evaluate(flow, data, "test", saved["step"], trained_on=data)
     best = None if trainer.best is None else trainer.best["nll"]
     rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
     write_json(run_dir / "result.json", {**result.to_dict(), **rest})

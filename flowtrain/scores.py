@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset
 from flowtrain.divergence import TraceRule
-from flowtrain.errors import DataError, NonFiniteError
+from flowtrain.errors import DataError, NonFiniteError, SolverError
 from flowtrain.flow import Flow, Label, rows_at_a_time
 from flowtrain.seeding import seeded
 from flowtrain.solvers import Statistics
@@ -56,6 +56,7 @@ def log_probs_and_latents(
     draws: int = 1,
     seed: int = 0,
     latents: int = 10_000,
+    unsolved: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """log p(x) in nats for all rows of x, (n,), float64, and latents of some of them, both on the CPU.
 
@@ -68,21 +69,48 @@ def log_probs_and_latents(
         batch_size: rows at a time; None for as many as suit the size of a sample.
         seed: of the noise.
         latents: of about how many rows, evenly spread, those of the first draw; none of a marginal.
+        unsolved: rows whose ODE may fail to be solved: they get NaN. Where more fail, the SolverError is raised.
     """
     device = flow.like.device
     size = batch_size or rows_at_a_time(flow.event_shape)
     labels = repeat(None) if label is None else torch.split(label, size)
     log_p, z = [], []
     every, at = math.ceil(len(x) / max(1, latents)), 0
+    failed: list[SolverError] = []
     with seeded(seed, device):
         for part, y in zip(torch.split(x, size), labels, strict=False):
             x_k = [flow.dequantized(part.to(device)) for _ in range(draws)]
-            averaged, first = _averaged(flow, x_k, y)
+            averaged, first = _averaged(flow, x_k, y) if unsolved == 0 else _solvable(flow, x_k, y, failed, unsolved)
             log_p.append(averaged.cpu())
             if latents:
                 z.append(first[-at % every :: every].cpu())
             at += len(part)
     return torch.cat(log_p), torch.cat(z) if z else torch.empty(0, *flow.event_shape)
+
+
+def _solvable(
+    flow: Flow, x_k: list[Tensor], label: Tensor | None, failed: list[SolverError], most: int
+) -> tuple[Tensor, Tensor]:
+    """`_averaged`, with NaN for the rows whose ODE cannot be solved, which are found by halving the batch.
+
+    Args:
+        failed: the errors of such rows, which are added to it.
+        most: of them.
+    """
+    try:
+        return _averaged(flow, x_k, label)
+    except SolverError as e:
+        n = len(x_k[0])
+        if n == 1:
+            failed.append(e)
+            if len(failed) > most:
+                raise
+            return torch.full((1,), torch.nan, dtype=torch.float64), torch.full_like(x_k[0], torch.nan)
+    halves = zip(*(x.tensor_split(2) for x in x_k), strict=True)
+    labels = (None, None) if label is None else label.tensor_split(2)
+    found = [_solvable(flow, list(half), y, failed, most) for half, y in zip(halves, labels, strict=True)]
+    log_p, z = zip(*found, strict=True)
+    return torch.cat([each.cpu() for each in log_p]), torch.cat(z)
 
 
 def _averaged(flow: Flow, x_k: list[Tensor], label: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,10 @@ class Dataset(ABC):
         labels = self.train_labels(step, batch_size, seed)
         return None if labels is None else labels[share]
 
+    def train_rows(self, most: int) -> Tensor | None:
+        """Up to `most` training samples (k, *event_shape), each at most once; None where they are endless."""
+        return None
+
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Moves the training samples to a device; nothing, for data sets that keep none."""
 

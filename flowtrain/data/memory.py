@@ -14,7 +14,12 @@ class Store(Protocol):
 
     The batch of a step is rows step * batch_size to (step + 1) * batch_size; it may cross from one epoch into the next,
     or hold several. A share is a slice of it, without a stride.
+
+    Attributes:
+        n: training samples.
     """
+
+    n: int
 
     def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
         """Those rows of a step's batch, (k, *event_shape)."""
@@ -34,7 +39,7 @@ class Resident:
     """
 
     def __init__(self, train: Tensor, labels: Tensor | None, *stream: int) -> None:
-        self.train, self._labels = train, labels
+        self.train, self._labels, self.n = train, labels, len(train)
         self._epochs = Epochs(len(train), *stream)
 
     def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
@@ -63,6 +68,9 @@ class Finite(Dataset):
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         return self.train_share(step, batch_size, seed, slice(None))
+
+    def train_rows(self, most: int) -> Tensor:
+        return self._store.samples(0, min(most, self._store.n), 0, slice(None))
 
     def train_labels(self, step: int, batch_size: int, seed: int) -> Tensor | None:
         return self.labels_share(step, batch_size, seed, slice(None))

@@ -37,14 +37,20 @@ class Subset:
     label: Tensor | None
 
 
-def subset_of(flow: Flow, x: Tensor, label: Tensor | None) -> Subset:
+def subset_of(flow: Flow, x: Tensor, label: Tensor | None, left_out: Tensor | None = None) -> Subset:
     """Rows of x (n, *event_shape) and of labels (n,) or None, drawn at random: files may be sorted.
 
     As many as `rows_of_checks` says.
+
+    Args:
+        left_out: rows that are not taken, (k,), of which one would decide all that is measured.
     """
     device = flow.like.device
     with seeded(0, device):
-        rows = torch.randperm(len(x))[: rows_of_checks(flow.event_shape)]
+        rows = torch.randperm(len(x))
+        if left_out is not None:
+            rows = rows[~torch.isin(rows, left_out)]
+        rows = rows[: rows_of_checks(flow.event_shape)]
         raw = x[rows]
         x = flow.dequantized(raw) if flow.discrete else raw.to(device)
         return Subset(raw, x, None if label is None else label[rows].to(device))

@@ -1,4 +1,4 @@
-"""Ways in which a density can be found to be none: each measures one thing and names one cause."""
+"""Checks that a density is valid and its likelihood accurate: each measures one thing and names one cause."""
 
 import copy
 import math
@@ -25,6 +25,8 @@ LOG_DET = {False: 1e-6, True: 2e-4}
 # tolerance of the solves that checks compare, so that what differs is not the solver's; and of samples too large for a
 # Jacobian, which take longer and have log-determinants of thousands of nats
 TIGHT, TIGHT_MANY = 1e-7, 1e-5
+# the share of an NLL that float32 may round: many times its epsilon of 1.2e-7
+ROUNDED = 1e-6
 # a map that passes these has a density that integrates to 1
 IMPLY_MASS = ("log-det", "round trip", "own samples")
 GRID = "the grid has not found all of the mass"
@@ -41,20 +43,21 @@ PAIRED, PAIRED_PER_COLUMN = 0.01, 1e-4
 
 
 def checks(
-    flow: Flow, subset: Subset, budget: Budget, nll_stderr: float, kl: tuple[float | None, float | None]
+    flow: Flow, subset: Subset, budget: Budget, log_p: Tensor, kl: tuple[float | None, float | None]
 ) -> list[Check]:
     """All the checks of a flow in evaluation mode; one that could not be made says why.
 
     Args:
+        log_p: of the rows that the subset is drawn from, (n,).
         kl: and its standard error, where the true density is known.
     """
-    exact = reference(flow)
+    exact, nll, nll_stderr = reference(flow), -float(log_p.mean()), stderr(log_p)
     drawn = cache(lambda: drawn_from(exact))
     # float32 is twice as fast, and does for three digits where rounding is not what is wrong
     rounded = torch.float64 if (budget.precision or 0.0) > SMALL else flow.like.dtype
     made: dict[str, Callable[[], Check | None]] = {
         "solver": lambda: of_solver(flow, budget, nll_stderr),
-        "precision": lambda: of_precision(flow, budget, nll_stderr),
+        "precision": lambda: of_precision(flow, budget, nll, nll_stderr),
         "mass": lambda: of_mass(reference(flow, LOOSE).to(rounded)),
         "log-det": lambda: of_log_det(exact, subset),
         "round trip": lambda: of_round_trip(exact, subset, drawn()),
@@ -105,15 +108,19 @@ def of_solver(flow: Flow, budget: Budget, nll_stderr: float) -> Check | None:
     )
 
 
-def of_precision(flow: Flow, budget: Budget, nll_stderr: float) -> Check | None:
-    """Does rounding reach the digits that are shown?"""
+def of_precision(flow: Flow, budget: Budget, nll: float, nll_stderr: float) -> Check | None:
+    """Does rounding reach the digits that are shown? `nll` is that of the rows that the budget is measured on."""
     if budget.precision is None:
         return None
+    # float32 has about 7 digits: of an NLL of 1e6 nats, whatever made it so large, it rounds the first decimal
+    limit = max(largest_bias(flow, nll_stderr), ROUNDED * abs(nll))
+    words = f"the NLL of {nll:.6g} nats changes by {budget.precision:.2g} nats in float64"
+    cause = "" if budget.precision > abs(nll) else ". Rounding does not explain the size of the NLL"
     return judged(
         "precision",
         budget.precision,
-        largest_bias(flow, nll_stderr),
-        f"the NLL changes by {budget.precision:.2g} nats in float64: rounding decides it. Evaluate with dtype=float64",
+        limit,
+        f"{words}: these digits are lost to rounding. Evaluate with dtype=float64{cause}",
     )
 
 

@@ -1,6 +1,7 @@
 """Likelihoods on held-out data, with what is known of their error."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,17 +11,17 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset
 from flowtrain.errors import ConfigError, DataError
+from flowtrain.evaluation.baseline import GAUSSIAN, gaussian_baseline, of_baseline
 from flowtrain.evaluation.budget import budget, stderr, subset_of
 from flowtrain.evaluation.checks import checks
+from flowtrain.evaluation.concentration import check_some_finite, concentration
 from flowtrain.evaluation.latents import calibration
-from flowtrain.evaluation.result import Evaluation
+from flowtrain.evaluation.result import Evaluation, Separation
 from flowtrain.evaluation.separation import separation
 from flowtrain.flow import Flow, Label
 from flowtrain.scores import (
-    check_finite,
     estimates_trace,
     held_out,
-    log_probs,
     log_probs_and_latents,
     nfe_of_pass,
     trace_rule,
@@ -29,6 +30,11 @@ from flowtrain.seeding import seeded
 from flowtrain.solvers import record_solves
 
 log = logging.getLogger("flowtrain")
+
+# rows of a set whose ODE may fail to be solved
+UNSOLVED = 100
+# validation samples that H is taken from
+MOST_TYPICAL = 10_000
 
 
 def evaluate(
@@ -40,18 +46,24 @@ def evaluate(
     dequantization_samples: int = 1,
     other: tuple[str, Tensor] | None = None,
     seed: int = 0,
+    trained_on: Dataset | None = None,
 ) -> Evaluation:
     """Scores a flow in evaluation mode on a held-out set of `data`.
+
+    Rows whose log p is not finite, or whose ODE cannot be solved, fail the check `concentration`.
 
     Args:
         other: the name and the samples of a set to tell that one from by log p; by that of all classes together where
             the flow is conditional.
         seed: of the noise of dequantization and of estimated traces.
+        trained_on: the data that the flow was trained on, for the baseline and for the typicality score of `other`.
+            Without it there is no baseline, and the score takes the NLL of the scored rows.
 
     Raises:
         ConfigError: several dequantization samples of data that are not whole numbers.
         DataError: data of another shape or kind than the flow's.
-        NonFiniteError: a log-likelihood that is NaN or infinite, naming the first row.
+        NonFiniteError: log-likelihoods none of which is finite.
+        SolverError: more than 100 rows cannot be solved.
     """
     x, label = held_out(flow, data, split)
     check_fits(flow, data, dequantization_samples)
@@ -61,11 +73,21 @@ def evaluate(
     log_p, z, way = scored(flow, x, label, split, how)
     nll, nll_stderr, bits = -float(log_p.mean()), stderr(log_p), flow.bits_per_nat
     truth = beside_truth(data, x, log_p)
-    subset = subset_of(flow, x, label)
+    where = "file" if split == "all" else f"{split} set"
+    concentrated = concentration(log_p, where, ("nats", 1.0) if bits is None else ("bits/dim", bits))
+    ordinary = torch.ones(len(x), dtype=torch.bool)
+    ordinary[list(concentrated.rows)] = False
+    ordinary &= log_p.isfinite()
+    subset = subset_of(flow, x, label, (~ordinary).nonzero().flatten())
     parts = budget(flow, subset, log_p, dequantization_samples)
-    judged = checks(flow, subset, parts, nll_stderr, (truth["kl"], truth["kl_stderr"]))
+    simple = None if trained_on is None else gaussian_baseline(trained_on, x, log_p)
+    judged = [
+        concentrated,
+        of_baseline(nll, nll_stderr, simple, math.prod(flow.event_shape)),
+        *checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"])),
+    ]
     calibrated, pit = calibration(z)
-    sets = None if other is None else to_tell_apart(flow, x, log_p, other[1], split, how)
+    told = None if other is None else told_apart(flow, x, log_p, split, other, trained_on, how)
     result = Evaluation(
         nll=nll,
         nll_stderr=nll_stderr,
@@ -79,16 +101,17 @@ def evaluate(
         roundtrip_error=roundtrip_error(flow, subset.x, subset.label),
         total_seconds=time.perf_counter() - begun,
         budget=parts,
-        checks=tuple(judged),
+        checks=tuple(check for check in judged if check is not None),
         calibration=calibrated,
-        ood=None if other is None or sets is None else separation(other[0], *sets),
+        ood=None if told is None else told[0],
+        baselines=None if simple is None else {GAUSSIAN: simple},
         bits_per_nat=bits,
         scores=log_p,
-        sets=sets,
+        sets=None if told is None else told[1],
         pit=pit,
     )
     for check in result.failed:
-        log.warning("%s: %s", check.name, check.message)
+        log.warning("%s: %s", check.label, check.message)
     return result
 
 
@@ -102,8 +125,8 @@ def scored(
     """
     begun = time.perf_counter()
     with record_solves() as solves:
-        log_p, z = log_probs_and_latents(flow, x, label, **how)
-    check_finite(log_p, split)
+        log_p, z = log_probs_and_latents(flow, x, label, unsolved=UNSOLVED, **how)
+    check_some_finite(log_p, split)
     seconds = time.perf_counter() - begun
     rule, estimated = trace_rule(flow), estimates_trace(flow)
     way = {
@@ -130,18 +153,39 @@ def beside_truth(data: Dataset, x: Tensor, log_p: Tensor) -> dict[str, Any]:
     return {"entropy": data.entropy, "kl": kl[0], "kl_stderr": kl[1]}
 
 
-def to_tell_apart(
-    flow: Flow, x: Tensor, log_p: Tensor, other: Tensor, split: str, how: Mapping[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """log p of the set x (n, *event_shape) and of the `other` (m, *event_shape), (n,) and (m,), by no label of either.
+def told_apart(
+    flow: Flow,
+    x: Tensor,
+    log_p: Tensor,
+    split: str,
+    other: tuple[str, Tensor],
+    trained_on: Dataset | None,
+    how: Mapping[str, Any],
+) -> tuple[Separation, tuple[Tensor, Tensor]]:
+    """How log p tells the set x (n, *event_shape) from the `other` (m, *event_shape), by no label of either.
 
     Args:
         log_p: that of x as it has been scored, (n,): by its labels where the flow is conditional.
+        split: which set of the data x is.
+        trained_on: the data whose validation set says what H is in |log p + H|; None for x itself.
         how: batch size, draws and seed, as `log_probs` takes them.
+
+    Returns:
+        (areas under the ROC curves, log p of both sets, (n,) and (m,)).
     """
-    sets = (log_p if flow.classes is None else log_probs(flow, x, **how)), log_probs(flow, other, **how)
-    check_finite(sets[0], split)
-    return sets
+
+    def scores(rows: Tensor) -> Tensor:
+        return log_probs_and_latents(flow, rows, latents=0, unsolved=UNSOLVED, **how)[0]
+
+    inside = log_p if flow.classes is None else scores(x)
+    typical, of = inside, "scored rows"
+    if trained_on is not None:
+        of = "validation set"
+        if trained_on.val is not x:
+            typical = scores(trained_on.val[:MOST_TYPICAL])
+    outside = scores(other[1])
+    entropy = -float(typical[typical.isfinite()].mean())
+    return separation(other[0], inside, outside, entropy, of), (inside, outside)
 
 
 def check_fits(flow: Flow, data: Dataset, dequantization_samples: int = 1) -> None:

@@ -1,6 +1,7 @@
 """What is known of a flow's likelihoods: the numbers that the table, the JSON, the report and the figures show."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -43,9 +44,13 @@ class Budget:
     interval: tuple[float, float]
 
 
+# names of checks in tables, where those of JSON are unclear
+LABELS = {"own samples": "log p of samples", "baseline": "worse than baseline"}
+
+
 @dataclass(frozen=True)
 class Check:
-    """One way in which a density can be found to be none.
+    """One thing that is measured of a density or of its likelihoods, and what it may be at most.
 
     Attributes:
         value: what was measured; None where it was not.
@@ -59,6 +64,51 @@ class Check:
     limit: float | None
     passed: bool | None
     message: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The name in tables; `name` is the key in JSON."""
+        return LABELS.get(self.name, self.name)
+
+
+@dataclass(frozen=True)
+class Concentration(Check):
+    """Whether a few rows decide the NLL.
+
+    Attributes:
+        value: the share of the variance of the NLL that at most 0.1% of the rows carry, all of them far from the
+            others; 1 where log p of a row is not finite.
+        rows: those rows, by their place in the scored set from 0; the first 1,000 of them.
+        count: how many there are.
+        nll_without, nll_without_stderr: of the other rows, in nats.
+    """
+
+    rows: tuple[int, ...] = ()
+    count: int = 0
+    nll_without: float | None = None
+    nll_without_stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The likelihood of a simple density on the same rows, in nats per sample.
+
+    Attributes:
+        nll_stderr: over the rows.
+        seconds: of fitting and scoring it.
+        worse: NLL of the flow less that of the baseline.
+        worse_stderr: over the rows, which both have in common.
+    """
+
+    nll: float
+    nll_stderr: float
+    seconds: float
+    worse: float
+    worse_stderr: float
+
+    def to_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {"nll": self.nll, "nll_stderr": self.nll_stderr, "seconds": self.seconds}
 
 
 @dataclass(frozen=True)
@@ -87,11 +137,13 @@ class Separation:
     Attributes:
         name: the other set, `n` samples.
         infinite: how many of them have no finite log p; they count as the least likely.
+        nll: over the samples that have a finite log p.
         auroc: P(log p of the other set < log p of this one), ties counted half: -log p as a score of novelty.
         typicality_auroc: the same of |log p + entropy| (Nalisnick et al. 2019, Detecting out-of-distribution inputs to
             deep generative models using typicality).
         auroc_stderr, typicality_stderr: DeLong et al. 1988.
-        entropy: the mean NLL of this set, which stands for the model's entropy.
+        entropy: the mean NLL of the validation set, which stands for the model's entropy.
+        entropy_of: the rows that it is the mean over: "validation set", or "scored rows" where that is not there.
     """
 
     name: str
@@ -104,10 +156,13 @@ class Separation:
     typicality_auroc: float
     typicality_stderr: float
     entropy: float
+    entropy_of: str
 
 
 # what the figures take, and no table or JSON
 PRIVATE = ("bits_per_nat", "scores", "sets", "pit")
+# rows that a message names
+NAMED = 5
 # how wide the names before the lines of a table are
 NAMES = 13
 
@@ -127,6 +182,7 @@ class Evaluation:
             flow that solves no ODE.
         roundtrip_error: max |x - forward(inverse(x))| on it.
         seconds: of scoring; total_seconds: with the budget and the checks.
+        baselines: by name, likelihoods of simple densities on the same rows; None of images and toys.
         scores: log p(x) of every row in the order of the set, (n,), float64.
         sets: log p of this set and of the one it is told from, (n,) and (m,), or None.
         pit: name -> probability integral transforms of latents, (rows,).
@@ -156,6 +212,7 @@ class Evaluation:
     checks: tuple[Check, ...]
     calibration: Calibration
     ood: Separation | None
+    baselines: dict[str, Baseline] | None
     bits_per_nat: float | None = field(repr=False)
     scores: Tensor = field(repr=False)
     sets: tuple[Tensor, Tensor] | None = field(repr=False)
@@ -164,6 +221,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the numbers above and the headline, checks by their name, and no arrays."""
         content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
+        if self.baselines is not None:
+            content["baselines"] = {name: found.to_dict() for name, found in self.baselines.items()}
         content["checks"] = {c.name: {k: v for k, v in asdict(c).items() if k != "name"} for c in self.checks}
         return {**content, "headline": self.headline}
 
@@ -183,12 +242,15 @@ class Evaluation:
         """The NLL to the digits that its error leaves it: "NLL 2.402 +- 0.006 nats (solver 3e-6, trace exact)"."""
         return f"NLL {self.amount} ({', '.join(self._remarks())})"
 
+    def in_unit(self, nats: float, error: float) -> str:
+        """An amount of nats with its error, in the unit of the NLL."""
+        name, scale = self.unit
+        return f"{with_error(scale * nats, scale * error)} {name}"
+
     @property
     def amount(self) -> str:
         """As in the headline, "2.402 +- 0.006 nats"; images in bits/dim."""
-        if self.bits_per_dim is None:
-            return f"{with_error(self.nll, self.error)} nats"
-        return f"{with_error(self.bits_per_dim, self.unit[1] * self.error)} bits/dim"
+        return self.in_unit(self.nll, self.error)
 
     @property
     def unit(self) -> tuple[str, float]:
@@ -226,54 +288,93 @@ class Evaluation:
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, words) of everything, the headline first."""
-        rows = [("NLL", self.headline.removeprefix("NLL ")), ("of", f"{self.rows_words}, n = {self.n}")]
-        if self.bits_per_dim is not None:
+        rows = [("NLL", self.headline.removeprefix("NLL "))]
+        if self.bits_per_nat is not None:
             rows.append(("", f"{with_error(self.nll, self.error)} nats"))
+        rows.append(("data", f"{self.rows_words}, {counted(self.n, 'row')}"))
         if self.kl is not None and self.kl_stderr is not None:
             rows.append(("KL", f"{with_error(self.kl, self.kl_error)} nats  (entropy {self.entropy:.4f})"))
+        for name, simple in (self.baselines or {}).items():
+            rows.append(("baseline", f"{name} {with_error(simple.nll, simple.nll_stderr)} nats, {_beside(simple)}"))
         rows.append(("error", self._error_words()))
         if self.dequantization_samples is not None:
             gap = self.budget.dequantization_gap
-            lower = "" if gap is None else f", {brief(gap)} nats lower with ten times as many"
-            rows.append(("dequantized", f"{self.dequantization_samples} uniform noise draws: a bound{lower}"))
+            name, scale = self.unit
+            lower = "" if gap is None else f", {brief(scale * gap)} {name} lower with ten times as many"
+            draws = counted(self.dequantization_samples, "uniform noise draw")
+            rows.append(("dequantized", f"{draws}: a bound{lower}"))
         if self.solver is not None:
             s = self.solver
             how = f"rtol {s['rtol']:g}, atol {s['atol']:g}" if s["rtol"] else f"steps of {s['step_size']:g}"
-            noise = "" if self.noise_samples is None else f", {self.noise_samples} noise draws"
+            noise = "" if self.noise_samples is None else f", {counted(self.noise_samples, 'noise draw')}"
             rows.append(("log-det", f"{self.trace} trace{noise}, {s['method']}, {how}, NFE {self.nfe:.0f}"))
         rows.append(("round trip", f"{self.roundtrip_error:.1e}"))
-        rows += [("checks", words) for words in self._check_words()]
+        rows += [("checks" if i == 0 else "", words) for i, words in enumerate(self._check_words())]
         c = self.calibration
         rows.append(("latents", f"KS {c.statistic:.3f} ({c.worst}), p {p_words(c.p_value)}; radius {c.radius:.3f}"))
         if self.ood is not None:
             o = self.ood
-            finite = f" of the {o.n - o.infinite} with one" if o.infinite else ""
-            rows.append(("novelty", f"{o.name}, n = {o.n}: NLL {with_error(o.nll, o.nll_stderr)} nats{finite}"))
+            finite = f" over the {o.n - o.infinite:,} with a finite log p" if o.infinite else ""
+            rows.append(("OOD", f"{o.name}, {counted(o.n, 'row')}: NLL {self.in_unit(o.nll, o.nll_stderr)}{finite}"))
             rows.append(("", f"AUROC of -log p {with_error(o.auroc, o.auroc_stderr)}"))
-            rows.append(("", f"AUROC of |log p + H| {with_error(o.typicality_auroc, o.typicality_stderr)}"))
+            typical = with_error(o.typicality_auroc, o.typicality_stderr)
+            rows.append(("", f"AUROC of |log p + H| {typical}, H the NLL of the {o.entropy_of}"))
         took = f"{self.seconds:.1f} s of scoring, {self.total_seconds:.1f} s in all"
         rows.append(("time", f"{took}, on {self.device} in {self.dtype}, checkpoint of step {self.step}"))
         return rows
 
     def _error_words(self) -> str:
-        b = self.budget
-        parts = [f"sampling {brief(b.sampling)}" if math.isfinite(b.sampling) else "sampling unknown, one row"]
+        b, (name, scale) = self.budget, self.unit
+        parts = [f"sampling {brief(scale * b.sampling)}" if math.isfinite(b.sampling) else "sampling unknown"]
         if self.solver is not None:
-            own = "" if b.embedded is None else f" ({brief(b.embedded)} by its own estimate)"
-            parts += [f"trace {brief(b.trace)}", f"solver {brief(b.solver)}{own}"]
+            own = "" if b.embedded is None else f" ({brief(scale * b.embedded)} by its own estimate)"
+            parts += [f"trace {brief(scale * b.trace)}", f"solver {brief(scale * b.solver)}{own}"]
         if b.precision is not None:
-            parts.append(f"{self.dtype} {brief(b.precision)}")
-        return f"{', '.join(parts)} nats"
+            parts.append(f"{self.dtype} {brief(scale * b.precision)}")
+        return f"{', '.join(parts)} {name}"
 
     def _check_words(self) -> list[str]:
-        good = [f"{c.name} {brief(c.value)}" for c in self.checks if c.passed and c.value is not None]
+        good = [f"{c.label} {brief(c.value)}" for c in self.checks if c.passed and c.value is not None]
         lines = [f"passed: {', '.join(good)}"] if good else []
-        lines += [f"FAILED: {c.name} {c.value:.2g}, at most {c.limit:.2g}" for c in self.failed]
-        return lines + [f"not made: {c.name}: {c.message}" for c in self.checks if c.passed is None]
+        lines += [f"FAILED: {c.label} {self._failure(c)}" for c in self.failed]
+        return lines + [f"not made: {c.label}: {c.message}" for c in self.checks if c.passed is None]
+
+    def _failure(self, check: Check) -> str:
+        """What a table says of a check that failed."""
+        if isinstance(check, Concentration) and check.nll_without is not None and check.nll_without_stderr is not None:
+            rest = self.in_unit(check.nll_without, check.nll_without_stderr)
+            carry = f"{'carries' if check.count == 1 else 'carry'} {check.value:.3g} of the variance of the NLL"
+            return f"{named_rows(check.rows, check.count)} {carry}; NLL of the other rows {rest}"
+        return f"{check.value:.2g}, at most {check.limit:.2g}"
 
     def table(self) -> str:
         """A few lines for a terminal."""
         return "\n".join(f"{name:>{NAMES}}  {value}" for name, value in self.rows())
+
+
+def counted(n: int, thing: str) -> str:
+    """Such as "1 row" or "10,000 rows"."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
+def named_rows(rows: Sequence[int], count: int) -> str:
+    """Some of `count` rows by their place, such as "row 17" or "rows 3, 17 and 19".
+
+    Example:
+        >>> named_rows([3], 1), named_rows([3, 17, 19], 3), named_rows(range(1000), 1200)
+        ('row 3', 'rows 3, 17 and 19', 'rows 0, 1, 2, 3, 4 and 1,195 others')
+    """
+    named = [str(row) for row in rows[:NAMED]]
+    if count > NAMED:
+        named.append(f"{count - NAMED:,} others")
+    words = named[-1] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
+    return f"row{'' if count == 1 else 's'} {words}"
+
+
+def _beside(simple: Baseline) -> str:
+    """How the flow compares with a baseline: "the flow is 0.18 +- 0.05 nats lower"."""
+    words = with_error(abs(simple.worse), simple.worse_stderr)
+    return f"the flow is {words} nats {'higher (worse)' if simple.worse > 0 else 'lower'}"
 
 
 def p_words(p: float) -> str:

@@ -7,13 +7,17 @@ from flowtrain.evaluation.budget import stderr
 from flowtrain.evaluation.result import Separation
 
 
-def separation(name: str, inside: Tensor, outside: Tensor) -> Separation:
-    """log p of samples of the set that the flow is evaluated on, (n,), and of another one, (m,), float64."""
+def separation(name: str, inside: Tensor, outside: Tensor, entropy: float, entropy_of: str) -> Separation:
+    """log p of samples of the set that the flow is evaluated on, (n,), and of another one, (m,), float64.
+
+    Args:
+        entropy: H of the typicality score, in nats.
+        entropy_of: the rows whose mean NLL it is.
+    """
     finite = outside.isfinite()
     kept = outside[finite]
     # NaN too: overflow on the way to a point is no sign of likelihood
-    outside = torch.where(finite, outside, -torch.inf)
-    entropy = -float(inside.mean())
+    inside, outside = (torch.where(log_p.isfinite(), log_p, -torch.inf) for log_p in (inside, outside))
     plain, plain_error = auroc(-inside, -outside)
     typical, typical_error = auroc((inside + entropy).abs(), (outside + entropy).abs())
     return Separation(
@@ -27,6 +31,7 @@ def separation(name: str, inside: Tensor, outside: Tensor) -> Separation:
         typicality_auroc=typical,
         typicality_stderr=typical_error,
         entropy=entropy,
+        entropy_of=entropy_of,
     )
 
 
