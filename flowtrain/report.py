@@ -55,7 +55,7 @@ def tables_of(result: Evaluation) -> list[Table]:
         ),
         Table(
             "Checks",
-            "Is this a density, and is its NLL to be trusted? Each check measures one thing and names one cause; errors "
+            "Is this a density, and can its NLL be trusted? Each check measures one thing and names one cause. Errors "
             "of an NLL are in nats here.",
             ("check", "off by", "at most", "", ""),
             [(c.label, _number(c.value), _number(c.limit), _verdict(c), c.message or "") for c in result.checks],

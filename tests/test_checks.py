@@ -148,7 +148,7 @@ def test_a_check_that_cannot_be_solved_is_not_made(monkeypatch: pytest.MonkeyPat
     subset = subset_of(flow, torch.randn(100, 2), None)
     log_p = log_probs(flow, subset.x)
     parts = budget(flow, subset, log_p, draws=1)
-    found = {check.name: check for check in all_checks(flow, subset, parts, 0.01, (None, None))}
+    found = {check.name: check for check in all_checks(flow, subset, parts, log_p, (None, None))}
     assert found["log-det"].passed is None
     assert "could not be solved" in str(found["log-det"].message)
     assert found["solver"].passed is False

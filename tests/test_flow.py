@@ -212,7 +212,10 @@ def test_evaluation_refuses_other_shapes_and_names_a_bad_row() -> None:
     affine, bad = Flow((2,), Affine(2)).eval(), Gaussian(10)
     bad.test = bad.test.clone()
     bad.test[4] = torch.inf
-    with pytest.raises(NonFiniteError, match="row 4 of the test set"):
+    check = {check.name: check for check in evaluate(affine, bad).checks}["concentration"]
+    assert (check.passed, check.rows) == (False, (4,))  # type: ignore[attr-defined]
+    bad.test[:] = torch.inf
+    with pytest.raises(NonFiniteError, match="row 0 of the test set"):
         evaluate(affine, bad)
 
 

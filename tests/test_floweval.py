@@ -25,7 +25,7 @@ def test_scores_are_log_p_of_every_row_in_order(run: Run, tmp_path: Path, table:
     run_dir = trained(run, "data=array", f"data.path={table}")
     new = np.random.default_rng(1).normal([3.0, -1.0, 8.0], 1.0, (2500, 3)).astype(np.float32)
     np.save(tmp_path / "new.npy", new)
-    found = evaluated(run, run_dir, "data.path=new.npy", "scores=out/s.npy", "batch_size=700")
+    found = evaluated(run, run_dir, "data.path=new.npy", "scores=out/s.npy", "batch_size=700", name="eval-new.json")
     scores = np.load(tmp_path / "out/s.npy")
     expected = flowtrain.load(run_dir).log_prob(torch.from_numpy(new)).detach().numpy()
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
@@ -33,8 +33,10 @@ def test_scores_are_log_p_of_every_row_in_order(run: Run, tmp_path: Path, table:
     assert (found["split"], found["n"]) == ("all", 2500)
     assert found["nll"] == pytest.approx(-scores.mean())
     # the training file's own test split, and all of its rows
+    assert not Path(run_dir, "eval.json").exists()
     assert evaluated(run, run_dir)["n"] == 30
-    assert evaluated(run, run_dir, "split=all")["n"] == 300
+    assert evaluated(run, run_dir, "split=all", name="eval-all.json")["n"] == 300
+    Path(run_dir, "eval.json").unlink()
     assert evaluated(run, run_dir, f"data.path={table}", "split=test")["n"] == 30
 
 
@@ -44,7 +46,7 @@ def test_new_data_are_read_by_the_names_of_the_columns(run: Run, tmp_path: Path,
     same = written(tmp_path / "same.csv", "height,weight,age", rows)
     mixed = written(tmp_path / "mixed.csv", "age,id,height,weight", rows[:, [2, 0, 0, 1]])
     for i, path in enumerate((same, mixed)):
-        evaluated(run, run_dir, f"data.path={path}", f"scores=s{i}.npy")
+        evaluated(run, run_dir, f"data.path={path}", f"scores=s{i}.npy", name=f"eval-{path.stem}.json")
     np.testing.assert_allclose(np.load(tmp_path / "s0.npy"), np.load(tmp_path / "s1.npy"), rtol=1e-6)
     other = written(tmp_path / "other.csv", "height,weight,wealth", rows)
     code, out, err = run("floweval", f"ckpt={run_dir}", f"data.path={other}")
@@ -55,7 +57,7 @@ def test_new_data_are_read_by_the_names_of_the_columns(run: Run, tmp_path: Path,
 def test_a_flow_of_a_toy_scores_points_of_a_file(run: Run, tmp_path: Path) -> None:
     run_dir = trained(run, "data=moons", "data.n_test=60", "data.n_val=40")
     written(tmp_path / "points.csv", "x,y", np.zeros((1, 2)))
-    found = evaluated(run, run_dir, "data.path=points.csv")
+    found = evaluated(run, run_dir, "data.path=points.csv", name="eval-points.json")
     assert (found["n"], found["kl"], found["nll_stderr"], found["budget"]["total"]) == (1, None, None, None)
     # its own test set has not become another
     assert evaluated(run, run_dir)["n"] == 60
@@ -100,8 +102,8 @@ def test_the_columns_that_are_asked_for_are_taken_or_refused(run: Run, tmp_path:
     run_dir = trained(run, "data=array", f"data.path={table}")
     rows = np.random.default_rng(1).normal([3.0, -1.0, 8.0], 1.0, (50, 3))
     mixed = written(tmp_path / "mixed.csv", "age,height,weight", rows[:, [2, 0, 1]])
-    evaluated(run, run_dir, f"data.path={mixed}", "scores=a.npy")
-    evaluated(run, run_dir, f"data.path={mixed}", "data.columns=[1,2,0]", "scores=b.npy")
+    evaluated(run, run_dir, f"data.path={mixed}", "scores=a.npy", name="eval-mixed.json")
+    evaluated(run, run_dir, f"data.path={mixed}", "data.columns=[1,2,0]", "scores=b.npy", name="eval-mixed.json")
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
     for arguments, words in (
         ([f"data.path={mixed}", "split=test"], "the flow was trained on height, weight, age"),
@@ -113,7 +115,7 @@ def test_the_columns_that_are_asked_for_are_taken_or_refused(run: Run, tmp_path:
         assert (code, out) == (2, ""), (arguments, err)
         assert words in err
     same = written(tmp_path / "same.csv", "height,weight,age", rows)
-    assert evaluated(run, run_dir, f"data.path={same}", f"data.test_path={same}")["n"] == 50
+    assert evaluated(run, run_dir, f"data.path={same}", f"data.test_path={same}", name="eval-same-test.json")["n"] == 50
 
 
 MISTAKES = [

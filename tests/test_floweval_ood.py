@@ -72,7 +72,7 @@ def test_conditional_flows_tell_sets_apart_by_all_classes(run: Run, tmp_path: Pa
     both = torch.stack([flow.log_prob(far, y) for y in (0, 1)]).logsumexp(0).detach() - np.log(2)
     np.testing.assert_allclose(np.load(tmp_path / "s_ood.npy"), both.numpy(), rtol=1e-5)
     # with labels, new rows are scored as p(x | label)
-    evaluated(run, run_dir, "data.path=train.csv", "scores=all.npy")
+    evaluated(run, run_dir, "data.path=train.csv", "scores=all.npy", name="eval-train.json")
     x, y = torch.from_numpy(rows[:, :2]).float(), torch.from_numpy(label)
     np.testing.assert_allclose(np.load(tmp_path / "all.npy"), flow.log_prob(x, y).detach().numpy(), rtol=1e-4)
     assert "mass" in found["checks"]
@@ -86,12 +86,13 @@ def test_auroc_of_optdigits_against_noise_is_scikit_learns(run: Run, tmp_path: P
         "trainer.steps=50",
     )  # fmt: skip
     found = evaluated(run, run_dir, "ood=noise.npy", "scores=s.npy")["ood"]
-    inside, outside = np.load(tmp_path / "s.npy"), np.load(tmp_path / "s_ood.npy")
+    evaluated(run, run_dir, "split=val", "scores=val.npy", name="eval-val.json")
+    inside, outside, val = (np.load(tmp_path / f"{name}.npy") for name in ("s", "s_ood", "val"))
     assert (len(inside), len(outside)) == (1797, 1000)
     novel = np.repeat([0, 1], [len(inside), len(outside)])
     scores = np.concatenate([inside, outside])
     assert found["auroc"] == pytest.approx(roc_auc_score(novel, -scores), abs=1e-12)
-    assert found["typicality_auroc"] == pytest.approx(roc_auc_score(novel, abs(scores - inside.mean())), abs=1e-12)
+    assert found["typicality_auroc"] == pytest.approx(roc_auc_score(novel, abs(scores - val.mean())), abs=1e-12)
     assert found["auroc"] > 0.99
 
 

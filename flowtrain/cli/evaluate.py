@@ -1,5 +1,6 @@
 """`floweval`: the NLL of a checkpoint on held-out or new data, with its error and checks on the density."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,26 +15,32 @@ from flowtrain.checks import flag, one_of, whole
 from flowtrain.cli.files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.folders import options
 from flowtrain.cli.messages import compose_defaults, run_command
-from flowtrain.cli.opened import Opened, open_checkpoint
+from flowtrain.cli.opened import Opened, open_checkpoint, set_name
 from flowtrain.cli.overrides import keys_of, split_own
 from flowtrain.console import messages
 from flowtrain.data.base import Dataset
 from flowtrain.data.rows import Rows
-from flowtrain.errors import ConfigError, DataError
+from flowtrain.errors import ConfigError, DataError, FlowtrainError
 from flowtrain.evaluation import NAMES, check_fits, evaluate
 from flowtrain.files import write_json, write_npy
 from flowtrain.report import write_report
 from flowtrain.titles import data_name, title_of
 
+log = logging.getLogger("flowtrain")
+
 USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FILE] [report=true] [KEY=VALUE ...]
 
   ckpt         a run directory (its best checkpoint) or a .pt file
   split        test (default), val, or all: every row of data.path, in its order, which is the default with data.path
-  scores       a .npy file for log p(x) of every row, in nats, in the order of the rows
+  scores       a .npy file for log p(x) of every row, in nats, in the order of the rows: -inf where the density is zero,
+               NaN where it cannot be computed
   ood          another set to tell from this one by log p: a file of samples, or data by name as in ood=fashion_mnist
-               (its test set). AUROC in the table, plots/ood.png; with scores, also FILE_ood.npy
+               (its test set). AUROC in the table, plots/ood.png; with scores, also FILE_ood.npy. The entropy H of the
+               typicality score is the NLL of the run's validation set, or of the scored rows where that is missing
   report       true: all of it in report.md and in report.html, one file with its figures inside
-  out          where the JSON goes; default: eval.json in the run directory. Figures and report then have its name
+  out          where the JSON goes, and beside it figures and report, under its name. Default: eval.json in the run
+               directory for its own test set, else eval-NAME.json with figures and report so named too: eval-new.json
+               for data.path=new.csv, eval-val.json for split=val
   dtype        float32 (default) or float64
   device       auto (default), cpu, cuda or cuda:0
   batch_size   rows scored at a time; default: by the size of a sample
@@ -80,11 +87,14 @@ def _command() -> int:
     out = Path(str(own["out"])).expanduser() if own["out"] else None
     opened = open_checkpoint(own, overrides)
     split = str(own["split"] or default_split(overrides))
-    place = Place(run_dir_of(opened.path), out, scores, "" if split == "test" else f"_{split}")
+    place = Place(run_dir_of(opened.path), out, scores, set_name(opened, split, overrides))
     place.check(own["ood"] is not None, wants_report, [opened.path, own["ood"], *paths_of(opened.config["data"])])
     data = data_of(opened, split, overrides)
     other = None if own["ood"] is None else other_set(str(own["ood"]), opened)
-    result = evaluate(opened.flow.to(dtype), data, split, opened.step, batch_size, draws, other, seed)
+    trained_on = data if opened.config["data"] == opened.own_data and split != "all" else None
+    if trained_on is None and other is not None:
+        trained_on = own_data_of(opened)
+    result = evaluate(opened.flow.to(dtype), data, split, opened.step, batch_size, draws, other, seed, trained_on)
 
     write_json(place.json, result.to_dict())
     written = [place.json]
@@ -105,12 +115,17 @@ def _command() -> int:
 
 
 class Place:
-    """Where files go: into the run directory, or beside `out` and under its name."""
+    """Where files go: into the run directory, or beside `out` and under its name.
 
-    def __init__(self, run_dir: Path, out: Path | None, scores: Path | None, suffix: str) -> None:
-        self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, suffix
-        self.json = out or run_dir / "eval.json"
-        self.report = out or run_dir / "report.html"
+    Args:
+        name: of the set that is evaluated, see `set_name`.
+    """
+
+    def __init__(self, run_dir: Path, out: Path | None, scores: Path | None, name: str) -> None:
+        self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, name and f"-{name}"
+        self.json = out or run_dir / f"eval{self.suffix}.json"
+        # .html takes its place, and a name may have a dot
+        self.report = out or run_dir / f"report{self.suffix}.json"
 
     @property
     def other_scores(self) -> Path:
@@ -129,7 +144,6 @@ class Place:
     def figure(self, name: str) -> Path:
         """Where the figure of that name goes."""
         if self.out is None:
-            # those of the test set are the run's
             return self.run_dir / f"plots/{name}{self.suffix}.png"
         return self.out.with_name(f"{self.out.stem}_{name}.png")
 
@@ -137,6 +151,17 @@ class Place:
         """The figures of a report: what was drawn, and what the run's last pictures show."""
         kept = [self.run_dir / f"plots/{name}.png" for name in ("samples", "curves")]
         return [*drawn, *(path for path in kept if path.is_file())]
+
+
+def own_data_of(opened: Opened) -> Dataset | None:
+    """The data that the flow was trained on; None, with a warning, where it is missing or does not fit."""
+    try:
+        data = build_data({**opened.config, "data": opened.own_data})
+        check_fits(opened.flow, data)
+        return data
+    except (FlowtrainError, OSError) as e:
+        log.warning("no validation set for the typicality score, which takes the NLL of the scored rows: %s", e)
+        return None
 
 
 def default_split(overrides: Sequence[str]) -> str:

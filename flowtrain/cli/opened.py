@@ -1,19 +1,20 @@
 """A checkpoint as the commands that score and sample open it."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowtrain.build import resolve_device
 from flowtrain.cli.files import absolute_paths, run_dir_of
-from flowtrain.cli.overrides import check_kept, overridden, trusted, with_array
+from flowtrain.cli.overrides import check_kept, keys_of, overridden, trusted, with_array
 from flowtrain.data.base import Samples
 from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
 from flowtrain.loading import restore, samples_of
 from flowtrain.process import prepare_process
-from flowtrain.titles import title_of
+from flowtrain.titles import name_of, title_of
 from flowtrain.training import checkpoint
 from flowtrain.trust import check_targets
 
@@ -22,7 +23,12 @@ USED = ("model", "data", "solver", "threads")
 
 
 class Opened(NamedTuple):
-    """A checkpoint file, its flow and step, its samples, and its config with the overrides of the command line."""
+    """A checkpoint file, its flow and step, its samples, and its config with the overrides of the command line.
+
+    Attributes:
+        changed: whether there are overrides.
+        own_data: the config of the data that the flow was trained on.
+    """
 
     path: Path
     flow: Flow
@@ -30,6 +36,7 @@ class Opened(NamedTuple):
     samples: Samples
     config: dict[str, Any]
     changed: bool
+    own_data: dict[str, Any]
 
     def titled(self, words: str) -> str:
         """The title of a picture: the run, its NLL on the test set where result.json has that, and words."""
@@ -73,4 +80,41 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
     trained_on = {**config, "data": saved["config"]["data"]}
     flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), trust)
     prepare_process(config, flow.event_shape)
-    return Opened(path, flow, saved["step"], samples_of(saved), config, bool(overrides))
+    own_data = absolute_paths({"data": saved["config"]["data"]})["data"]
+    return Opened(path, flow, saved["step"], samples_of(saved), config, bool(overrides), own_data)
+
+
+def set_name(opened: Opened, split: str, overrides: Sequence[str]) -> str:
+    """What the files of an evaluation are named after; empty for the run's own test set.
+
+    The stem of data.path where all of its rows are scored. Otherwise, what differs from the run's data and the split,
+    such as "val", "circles" or "new-test".
+    """
+    data = opened.config["data"]
+    if split == "all":
+        return stem_of(data["path"]) if "data.path" in keys_of(overrides) and data.get("path") else "all"
+    before = opened.own_data
+    changed = {key: value for key, value in data.items() if key not in before or before[key] != value}
+    if not changed:
+        words = []
+    elif "path" in changed or "_target_" in changed:
+        words = [stem_of(data["path"]) if data.get("path") else name_of(data)]
+    elif f"{split}_path" in changed:
+        words = [stem_of(changed[f"{split}_path"])]
+    else:
+        words = [re.sub(r"[^\w.+]+", "-", f"{key}={value}").strip("-") for key, value in sorted(changed.items())]
+    if split != "test" or "path" in changed:
+        words.append(split)
+    return "-".join(words)[:100]
+
+
+def stem_of(path: Any) -> str:
+    """The name of a file without its ending; with it, for a name that stands for a split.
+
+    Example:
+        >>> stem_of("some/where/new.csv"), stem_of("plain.csv.gz"), stem_of("gas/val.csv")
+        ('new', 'plain', 'val.csv')
+    """
+    name = Path(str(path)).name
+    stem = Path(name.removesuffix(".gz")).stem
+    return name if stem in ("all", "val") else stem

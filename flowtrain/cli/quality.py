@@ -6,7 +6,7 @@ from typing import Any
 from flowtrain.build import build_data
 from flowtrain.checks import whole
 from flowtrain.cli.files import check_outputs, paths_of, run_dir_of, written_as
-from flowtrain.cli.opened import open_checkpoint
+from flowtrain.cli.opened import open_checkpoint, set_name
 from flowtrain.errors import ConfigError
 from flowtrain.files import write_json
 from flowtrain.plots import draw_quality
@@ -29,8 +29,9 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     steps = [whole(f"quality[{i}]", k) for i, k in enumerate(steps)]
     opened = open_checkpoint(own, overrides)
     flow, config = opened.flow, opened.config
-    out = given or run_dir_of(opened.path) / "quality.json"
-    picture = out.with_suffix(".png") if given else out.parent / "plots/quality.png"
+    name = set_name(opened, "test", overrides)
+    out = given or run_dir_of(opened.path) / f"quality{name and f'-{name}'}.json"
+    picture = out.with_suffix(".png") if given else out.parent / f"plots/quality{name and f'-{name}'}.png"
     check_outputs([out, picture], [opened.path, *paths_of(config["data"])])
     found = quality(flow, build_data(config), steps, seed)
     write_json(out, found.to_dict())

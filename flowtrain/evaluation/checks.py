@@ -25,8 +25,8 @@ LOG_DET = {False: 1e-6, True: 2e-4}
 # tolerance of the solves that checks compare, so that what differs is not the solver's; and of samples too large for a
 # Jacobian, which take longer and have log-determinants of thousands of nats
 TIGHT, TIGHT_MANY = 1e-7, 1e-5
-# the share of an NLL that float32 may round: many times its epsilon of 1.2e-7
-ROUNDED = 1e-6
+# the share of an NLL that float32 may round: its epsilon of 1.2e-7, which couplings amplify
+ROUNDED = 1e-5
 # a map that passes these has a density that integrates to 1
 IMPLY_MASS = ("log-det", "round trip", "own samples")
 GRID = "the grid has not found all of the mass"
@@ -112,7 +112,7 @@ def of_precision(flow: Flow, budget: Budget, nll: float, nll_stderr: float) -> C
     """Does rounding reach the digits that are shown? `nll` is that of the rows that the budget is measured on."""
     if budget.precision is None:
         return None
-    # float32 has about 7 digits: of an NLL of 1e6 nats, whatever made it so large, it rounds the first decimal
+    # float32 has about 7 digits: of an NLL of 1e6 nats, whatever made it so large, it rounds away the decimals
     limit = max(largest_bias(flow, nll_stderr), ROUNDED * abs(nll))
     words = f"the NLL of {nll:.6g} nats changes by {budget.precision:.2g} nats in float64"
     cause = "" if budget.precision > abs(nll) else ". Rounding does not explain the size of the NLL"
