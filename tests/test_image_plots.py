@@ -131,6 +131,40 @@ def test_rows_of_any_length_start_at_one_place(tmp_path: Path) -> None:
     assert (picture[-EDGE - 700, 300 + first[-1] + 1 :] == 255).all()
 
 
+def test_differences_have_signed_colours_and_the_scale_of_the_largest(tmp_path: Path) -> None:
+    shades = torch.linspace(0, 255, 3).reshape(3, 1, 1, 1).expand(3, 1, 8, 8)
+    differences = torch.zeros(3, 3, 8, 8)
+    # of the channels the one that differs most, which a mean would hide
+    differences[0, 0], differences[0, 1], differences[2, 2] = -2e-5, 1e-5, 1e-5
+    differences[1, 0, 0, 0] = math.nan
+    cell = images.Cell(8, 8, 2)
+    for image, place in ((0, 0.0), (1, 0.5), (2, 0.75)):
+        shown = images._signed_shades(differences[image], cell, 2e-5)
+        assert (shown[7, 7] == images.SIGNED(place, bytes=True)[:3]).all()
+    assert images._signed_shades(differences[1], cell, 2e-5)[0, 0].tolist() == MAGENTA
+    written: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_write", lambda figure, x, y, words, room, **look: written.append(words))
+        path = rows(tmp_path / "rows.png", shades, signed=[("difference", differences)], unit="of a level")
+    assert any("2e-05" in words and "of a level" in words for words in written)
+    assert {"-2e-05", "0", "2e-05", "difference (1 not finite)"} <= set(written)
+    picture = np.rint(255 * imread(path)[..., :3]).astype(int)
+    # the image, its row being as wide as the colour bar is not
+    deepest = (picture == images.SIGNED(0.0, bytes=True)[:3]).all(2)
+    assert deepest.sum() > 10_000
+
+
+def test_a_difference_is_not_lost_where_images_are_made_smaller() -> None:
+    image = torch.zeros(1, 300, 300)
+    image[0, 150, 150], image[0, 20, 20] = -1.0, 0.5
+    cell = images.Cell(30, 30, 2)
+    shown = images._signed_shades(image, cell, 1.0).astype(int)
+    white = shown[29, 29]
+    assert (np.abs(shown - white).sum(2) > 0).sum() == 2
+    assert (shown[15, 15] == 255 * np.array(images.SIGNED(0.0)[:3])).all()
+    assert shown[2, 2, 0] > shown[2, 2, 2] + 40
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (1, 8, 8), (3, 32, 32), (4, 7, 28), (3, 200, 10), (1, 1, 900), (1, 900, 1)]
 )

@@ -30,13 +30,14 @@ def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: st
     """Reconstructions, interpolations, temperatures and classes; see `flowtrain.pictures.draw_more`."""
     show = Shown(flow, data)
     figures: dict[str, Callable[[Flow, Dataset], Rows]] = {
-        "reconstructions": reconstructions,
         "interpolation": interpolations,
         "temperature": temperatures,
     }
     if flow.classes is not None:
         figures["classes"] = classes
     files = []
+    with spared("reconstructions"):
+        files.append(_draw_reconstructions(flow, data, show, place("reconstructions"), title))
     for name, rows in figures.items():
         with spared(name), drawing(flow):
             drawn = [(words, show(images)) for words, images in rows(flow, data)]
@@ -45,6 +46,22 @@ def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: st
                 plots.draw_rows(place(name), rows=drawn, levels=1, title=f"{title}: {name}")
                 files.append(place(name))
     return files
+
+
+def _draw_reconstructions(flow: Flow, data: Dataset, show: "Shown", path: Path, title: str) -> Path:
+    """Test images, what comes back of them through the latents, and the difference, in colours of its own scale."""
+    # at the tolerance of an evaluation: the figure says how large the error is
+    with drawing(flow, tolerance=0.0):
+        x, back = reconstructed(flow, data)
+        plots.draw_rows(
+            path,
+            rows=[("data", show(x)), ("round trip", show(back))],
+            levels=1,
+            title=f"{title}: reconstructions",
+            signed=[("difference", x - back)],
+            unit="in the units of the data" if flow.levels is None else "of a level",
+        )
+    return path
 
 
 class Shown:
@@ -71,13 +88,11 @@ def value_range(flow: Flow, data: Dataset) -> tuple[float, float]:
 Rows = list[tuple[str, Tensor]]
 
 
-def reconstructions(flow: Flow, data: Dataset) -> Rows:
-    """Test images, what comes back of them through the latents, and the difference, which is not to be seen."""
+def reconstructed(flow: Flow, data: Dataset) -> tuple[Tensor, Tensor]:
+    """Test images, whole numbers with noise, and what comes back of them through the latents: both (ROW, C, H, W)."""
     x, label = first(flow, data, ROW)
     x = flow.dequantized(x)
-    back = flow(flow.inverse(x, label), label)
-    grey = sum(value_range(flow, data)) / 2
-    return [("data", x), ("round trip", back), ("difference", grey + x - back)]
+    return x, flow(flow.inverse(x, label), label)
 
 
 def interpolations(flow: Flow, data: Dataset) -> Rows:

@@ -7,9 +7,11 @@ is room, so that all of them look alike; an image too large for its place is ave
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -30,7 +32,12 @@ TALLEST, LARGEST = 7.0, 1.5
 LEAST = 0.33
 LETTER, WIDEST_LABEL = 0.075, 2.4
 
+# of the colour bar of differences, with its numbers; of the bar alone
+BAR, BAR_HEIGHT, BAR_WIDTH = 0.42, 0.1, 2.4
+
 MOST_PANELS = 6
+# blue, white and red: told apart with every common kind of colour blindness
+SIGNED = matplotlib.colormaps["RdBu_r"]
 # magenta: no colour of the house, and hardly ever one of a photograph
 NOT_FINITE = (255, 0, 255)
 
@@ -81,22 +88,33 @@ def draw_panels(path: Path, *, panels: Named, levels: float, title: str, columns
         figure = _figure(top, HEAD, title)
         for place, (name, images) in enumerate(panels):
             middle = edge + place * (room + edge) + room // 2
-            sheet = _sheet(images[: rows * columns], cell, rows, columns, levels)
+            sheet = _sheet(images[: rows * columns], cell, rows, columns, partial(_shades, levels=levels))
             figure.figimage(sheet, middle - cell.across(columns) // 2, edge, origin="upper")
             words = _noted(name, images, rows * columns)
             _write(figure, middle, top + _pixels(NAME), words, room, size=10, ha="center")
         style.save(figure, path)
 
 
-def draw_rows(path: Path, *, rows: Named, levels: float, title: str, note: str = "") -> None:
+def draw_rows(
+    path: Path, *, rows: Named, levels: float, title: str, note: str = "", signed: Named = (), unit: str = ""
+) -> None:
     """Draw rows of images (N, C, H, W), each from left to right behind its name, to `path`.
 
     N may differ by row; the first images and the first rows are drawn where there are many. Colours are those of
     `draw_panels`. `note` stands under the title.
+
+    Args:
+        signed: rows of differences, drawn below the others from blue (negative) over white (0) to red (positive), the
+            ends being the largest difference either way: a colour bar has that number. Of several channels, the one
+            that differs most counts, pixel by pixel.
+        unit: of these differences.
     """
+    plain, rows = len(rows), [*rows, *signed]
     size = _common_size(rows, levels)
     edge, longest = _pixels(style.EDGE), max(len(images) for _, images in rows)
-    names = [_noted(name, images, len(images)) for name, images in rows]
+    names = [_noted(name, images, len(images), plainly=i < plain) for i, (name, images) in enumerate(rows)]
+    largest = max((_largest(images) for _, images in signed), default=0.0)
+    bar = _pixels(BAR) if signed else 0
     label = _pixels(min(LETTER * max(map(len, names)) + NOTE, WIDEST_LABEL))
     room = _pixels(style.WIDTH) - 2 * edge - label
     count, columns = min(len(rows), int(TALLEST / LEAST)), max(1, min(longest, room // _pixels(LEAST)))
@@ -104,15 +122,18 @@ def draw_rows(path: Path, *, rows: Named, levels: float, title: str, note: str =
     step = max(cell.height + max(cell.gap, _pixels(ROW_GAP)), _pixels(LINE))
     cut = (_first(columns, longest, " images"), _first(count, len(rows), " rows"))
     words = style.literal(", ".join(filter(None, (note, *cut))), most=140)
-    top = edge + (count - 1) * step + cell.height
+    top = edge + bar + (count - 1) * step + cell.height
     with style.styled():
         figure = _figure(top, HEAD if words else HEAD - LINE, title)
+        if signed:
+            _draw_bar(figure, edge + label, edge, largest, unit)
         _write(figure, edge, top + _pixels(NOTE), words, label + room, size=8.5, color=style.MUTED)
         for place, (name, (_, images)) in enumerate(zip(names[:count], rows, strict=False)):
             bottom = top - cell.height - place * step
             _write(figure, edge, bottom + cell.height / 2, name, label, size=9, va="center")
             if len(images) > 0:
-                sheet = _sheet(images[:columns], cell, 1, columns, levels)
+                shades = partial(_shades, levels=levels) if place < plain else partial(_signed_shades, largest=largest)
+                sheet = _sheet(images[:columns], cell, 1, columns, shades)
                 figure.figimage(sheet, edge + label, bottom, origin="upper")
         style.save(figure, path)
 
@@ -128,7 +149,8 @@ def moving_panel(images: Tensor, levels: float, title: str) -> tuple[Figure, Cal
     rows = math.ceil(len(images) / columns)
     # the height of a whole number of pixels, twice over
     figure = style.new_figure((2 * (edge // 2 + cell.down(rows)) + _pixels(HEAD - LINE)) / style.DPI, title)
-    return figure, lambda shown: _sheet(shown[: rows * columns], cell, rows, columns, levels), edge // 2
+    shades = partial(_shades, levels=levels)
+    return figure, lambda shown: _sheet(shown[: rows * columns], cell, rows, columns, shades), edge // 2
 
 
 def _pixels(inches: float) -> int:
@@ -187,13 +209,17 @@ def _cell(size: tuple[int, int], rows: int, columns: int, room: int) -> Cell:
     return Cell(height, width, min(max(gap, left), max(gap, min(height, width) // 12)))
 
 
-def _sheet(images: Tensor, cell: Cell, rows: int, columns: int, levels: float) -> Pixels:
-    """Images (N, C, H, W) row by row on white, shape (height, width, 3) in screen pixels."""
+def _sheet(images: Tensor, cell: Cell, rows: int, columns: int, shades: Callable[[Tensor, Cell], Pixels]) -> Pixels:
+    """Images (N, C, H, W) row by row on white, shape (height, width, 3) in screen pixels.
+
+    Args:
+        shades: an image (C, H, W) as RGB of the cell's size.
+    """
     sheet = np.full((cell.down(rows), cell.across(columns), 3), 255, dtype=np.uint8)
     for place, image in enumerate(images.detach().cpu()):
         row, column = divmod(place, columns)
         y, x = cell.down(row) + cell.gap, cell.across(column) + cell.gap
-        sheet[y : y + cell.height, x : x + cell.width] = _shades(image, cell, levels)
+        sheet[y : y + cell.height, x : x + cell.width] = shades(image, cell)
     return sheet
 
 
@@ -212,6 +238,49 @@ def _shades(image: Tensor, cell: Cell, levels: float) -> Pixels:
     return np.where(lost.numpy()[..., None], np.array(NOT_FINITE, dtype=np.uint8), shades.numpy())
 
 
+def _signed_shades(image: Tensor, cell: Cell, largest: float) -> Pixels:
+    """One image of differences (C, H, W) in the colours of `SIGNED`, shape (height, width, 3)."""
+    values = image.to(torch.float64)
+    size = (cell.height, cell.width)
+    lost = F.adaptive_max_pool2d((~values.isfinite()).any(0, keepdim=True).to(torch.float64), size)[0] > 0
+    values = values.nan_to_num(0.0, 0.0, 0.0)
+    # what an average over channels or pixels would cancel
+    high, low = values.amax(0, keepdim=True), values.amin(0, keepdim=True)
+    high, low = (_largest_resized(each, size) for each in (high, -low))
+    worst = torch.where(high >= low, high, -low)[0]
+    colours = SIGNED((worst.numpy() / (largest or 1.0) + 1) / 2, bytes=True)[..., :3]
+    return np.where(lost.numpy()[..., None], np.array(NOT_FINITE, dtype=np.uint8), colours)
+
+
+def _largest_resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """`image` (1, H, W) at a whole multiple of its size, or the largest values of the parts of a smaller one."""
+    if size[0] < image.shape[1] or size[1] < image.shape[2]:
+        return F.adaptive_max_pool2d(image, size)
+    return _resized(image, size)
+
+
+def _largest(images: Tensor) -> float:
+    """The largest magnitude of finite values; 0 of none."""
+    finite = images.detach()[images.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _draw_bar(figure: Figure, left: int, bottom: int, largest: float, unit: str) -> None:
+    """The colours of differences from -largest to largest, with these numbers."""
+    height, width = _pixels(BAR_HEIGHT), _pixels(BAR_WIDTH)
+    bottom += _pixels(LINE)
+    shades = SIGNED(np.linspace(0, 1, width), bytes=True)[None, :, :3].repeat(height, axis=0)
+    figure.figimage(shades, left, bottom, origin="upper")
+    look: dict[str, Any] = {"size": 8, "color": style.MUTED, "va": "top"}
+    ends = ((0.0, f"-{largest:.2g}", "left"), (0.5, "0", "center"), (1.0, f"{largest:.2g}", "right"))
+    # of no difference at all, the ends are nothing
+    for share, words, align in ends if largest > 0 else ends[1:2]:
+        _write(figure, left + share * width, bottom - _pixels(NAME) / 2, words, width, ha=align, **look)
+    words = f"largest difference {largest:.2g} {unit}".rstrip()
+    look = {"size": 8.5, "color": style.MUTED, "va": "center"}
+    _write(figure, left + width + _pixels(NOTE), bottom + height / 2, words, _pixels(style.WIDTH), **look)
+
+
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     """`image` (C, H, W) at a whole multiple of its size, or averaged down to a smaller one."""
     height, width = image.shape[1:]
@@ -221,15 +290,19 @@ def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     return image.repeat_interleave(size[0] // height, 1).repeat_interleave(size[1] // width, 2)
 
 
-def _noted(name: str, images: Tensor, drawn: int) -> str:
-    """The name of some images, with what a reader must know of how the first `drawn` are shown."""
+def _noted(name: str, images: Tensor, drawn: int, plainly: bool = True) -> str:
+    """The name of some images, with what a reader must know of how the first `drawn` are shown.
+
+    Args:
+        plainly: as images, and not as differences.
+    """
     lost = int((~images.isfinite()).any(1).sum())
     channels = images.shape[1]
     return points.noted(
         style.literal(name, most=40),
         _first(drawn, len(images)),
         "" if len(images) else "no images",
-        f"mean of {channels} channels" if channels not in (1, 3) else "",
+        f"mean of {channels} channels" if plainly and channels not in (1, 3) else "",
         f"{lost:,} not finite" if lost else "",
     )
 
