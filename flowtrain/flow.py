@@ -144,7 +144,8 @@ class Flow(nn.Module):
 
         Args:
             temperature: multiplies the base noise: 1 samples the density, below 1 stays nearer its modes.
-            chunk: rows at a time; None for as many as suit the size of a sample.
+            chunk: rows at a time; None for as many as suit the size of a sample. The base points do not depend on it,
+                but samples by an adaptive solver do, within its tolerance: rows that are solved together share steps.
             label: one for all, or (n,); None: of a conditional flow all classes in turn, 0, 1, 2, ...
 
         Raises:
@@ -166,7 +167,7 @@ class Flow(nn.Module):
         if not 0 <= temperature < math.inf:
             raise FlowtrainError(f"temperature={temperature}: give a number that is not negative")
         like = self.like
-        # drawn at once, so that the samples do not depend on how they are chunked
+        # drawn at once, so that the base points do not depend on how they are chunked
         z = temperature * torch.randn(n, *self.event_shape, dtype=like.dtype, device=like.device)
         if self.classes is not None and label is None:
             label = self.in_turn(n)

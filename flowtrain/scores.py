@@ -66,7 +66,8 @@ def log_probs_and_latents(
 
     Args:
         label: (n,), for a conditional flow; None for its `marginal`.
-        batch_size: rows at a time; None for as many as suit the size of a sample.
+        batch_size: rows at a time; None for as many as suit the size of a sample. Noise is drawn batch by batch, and
+            rows that an adaptive solver solves together share steps: where there is either, log p depends on it.
         seed: of the noise.
         latents: of about how many rows, evenly spread, those of the first draw; none of a marginal.
         unsolved: rows whose ODE may fail to be solved: they get NaN. Where more fail, the SolverError is raised.

@@ -1,5 +1,6 @@
-"""log p of whole numbers, averaged over draws of the noise, where the trace itself is an estimate."""
+"""log p of whole numbers, averaged over draws of the noise; rows that cannot be solved."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -7,8 +8,9 @@ from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.logit import Logit
 from flowtrain.divergence import TraceRule
+from flowtrain.errors import SolverError
 from flowtrain.flow import Flow
-from flowtrain.scores import bound_of_estimates, log_probs
+from flowtrain.scores import bound_of_estimates, log_probs, log_probs_and_latents
 from flowtrain.solvers import ode_solver
 
 
@@ -55,3 +57,32 @@ def test_bound_of_estimates() -> None:
     assert (found < exact).all()
     # no worse than one draw, whose mean is that of log p
     assert (found > log_p.mean(0) - 0.5).all()
+
+
+class Hole(nn.Module):
+    """A field without values for points beyond 50."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.scale * torch.where(x.abs().amax(1, keepdim=True) > 50, torch.nan, x)
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_rows_that_cannot_be_solved_leave_the_others_their_scores(trace: str) -> None:
+    field = Continuous(Hole(), ode_solver("dopri5", rtol=1e-6), TraceRule("exact", trace))
+    flow = Flow((2,), Chain([field])).eval()
+    x = torch.randn(40, 2)
+    expected = log_probs(flow, x)
+    x[[3, 30]] = 100.0
+    with pytest.raises(SolverError):
+        log_probs(flow, x)
+    found, z = log_probs_and_latents(flow, x, batch_size=25, unsolved=2)
+    assert (~found.isfinite()).nonzero().flatten().tolist() == [3, 30]
+    assert z.isnan().any(1).nonzero().flatten().tolist() == [3, 30]
+    kept = found.isfinite()
+    torch.testing.assert_close(found[kept], expected[kept], atol=1e-4, rtol=0)
+    with pytest.raises(SolverError):
+        log_probs_and_latents(flow, x, unsolved=1)

@@ -1,4 +1,4 @@
-"""Data parallelism: the mean gradient of all ranks' rows, by one collective a step."""
+"""Data parallelism: the mean gradient of all ranks' rows, summed in one collective."""
 
 from collections.abc import Mapping, Sequence
 
