@@ -11,12 +11,6 @@ from runs import Run
 from flowtrain.cli.opened import Opened, set_name
 
 OWN = {"_target_": "flowtrain.data.array.ArrayData", "path": "/a/train.csv", "test_path": None, "seed": 0}
-    "_target_": "flowtrain.data.array.ArrayData",
-    "name": "array",
-    "path": "/a/train.csv",
-    "test_path": None,
-    "seed": 0,
-}
 TOY = {"_target_": "flowtrain.data.circles.Circles", "name": "circles", "n_test": 50}
 
 
