@@ -45,7 +45,7 @@ class Budget:
 
 
 # names of checks in tables, where those of JSON are unclear
-LABELS = {"own samples": "log p of the flow's own samples", "baseline": "worse than baseline"}
+LABELS = {"own samples": "log p of own samples", "baseline": "worse than baseline"}
 
 
 @dataclass(frozen=True)
