@@ -70,6 +70,10 @@ def test_calibration_sees_the_latent_and_the_dependence_that_are_off() -> None:
     shifted[:, 7] += 0.3
     found, _ = calibration(shifted)
     assert (found.worst, found.p_value < 1e-6) == ("z8", True)
+    # rows that have no latents are left out
+    lost, _ = calibration(torch.cat([shifted, torch.full((500, 12), torch.nan)]))
+    assert lost == found
+    assert calibration(torch.full((5, 12), torch.nan))[0].n == 0
     # each column normal, all of them equal: nothing but the radius can tell
     same, _ = calibration(z[:, :1].expand(4000, 12))
     assert (same.worst, same.p_value < 1e-6, same.radius) == ("radius", True, same.statistic)

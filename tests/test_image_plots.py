@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -15,7 +16,13 @@ from numpy.typing import NDArray
 from test_plots import COARSER, png_size, train_rows
 from torch import Tensor
 
+from flowtrain import plots
+from flowtrain.bijections.affine import Affine
+from flowtrain.bijections.base import Bijection, Chain
+from flowtrain.bijections.logit import Logit
 from flowtrain.errors import FlowtrainError
+from flowtrain.flow import Flow
+from flowtrain.pictures import images as pictures
 from flowtrain.plots import curves, draw_panels, draw_rows, images, style
 
 # screen pixels at full resolution: the margin, a digit of ten in a row of two panels, and the gap after it
@@ -152,6 +159,50 @@ def test_differences_have_signed_colours_and_the_scale_of_the_largest(tmp_path: 
     # the image, its row being as wide as the colour bar is not
     deepest = (picture == images.SIGNED(0.0, bytes=True)[:3]).all(2)
     assert deepest.sum() > 10_000
+
+
+@pytest.mark.parametrize("levels", [17, 256])
+def test_reconstructions_show_the_error_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: int) -> None:
+    """Not rounded to levels: an error of 1e-5 is no level, and one of half a level is an error."""
+
+    class Off(Affine):
+        """Misses by 0.4 in latents of the first pixel."""
+
+        def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            x, log_det = super().forward(z, label)
+            return x + 0.4 * torch.eye(16)[0], log_det
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(plots, "draw_rows", lambda path, **arguments: given.update(arguments))
+    x = torch.randint(0, levels, (30, 1, 4, 4))
+    data = SimpleNamespace(test=x, test_labels=None)
+    for broken in (False, True):
+        part = Off(16) if broken else Affine(16)
+        flow = Flow((1, 4, 4), Chain([Flat(part), Logit(levels, 0.05)]), discrete=True, levels=levels).float().eval()
+        show = pictures.Shown(flow, data)  # type: ignore[arg-type]
+        pictures._draw_reconstructions(flow, data, show, tmp_path / "r.png", "t")  # type: ignore[arg-type]
+        ((name, difference),) = given["signed"]
+        size = difference.abs()
+        assert name == "difference"
+        assert 0 < size[..., 1:].max() < 1e-2
+        assert (size[:, 0, 0, 0] > 0.01).any() == broken
+        assert [words for words, _ in given["rows"]] == ["data", "round trip"]
+
+
+class Flat(Bijection):
+    """A bijection of vectors for images."""
+
+    def __init__(self, inner: Bijection) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = self.inner.forward(z.flatten(1), label)
+        return x.view_as(z), log_det
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, log_det = self.inner.inverse(x.flatten(1), label)
+        return z.view_as(x), log_det
 
 
 def test_a_difference_is_not_lost_where_images_are_made_smaller() -> None:

@@ -17,9 +17,13 @@ def calibration(z: Tensor) -> tuple[Calibration, dict[str, Tensor]]:
 
     u_j = Phi(z_j) and u = F(|z|^2), F the chi-square distribution of d degrees, are uniform where the model is the
     truth (Rosenblatt 1952, Diebold et al. 1998). Tested one by one: dependence between dimensions shows in the radius.
+    Latents that are NaN are left out; where there are no others, the test has no statistic (NaN).
     """
     z = z.flatten(1).double()
+    z = z[~z.isnan().any(1)]
     n, d = z.shape
+    if n == 0:
+        return Calibration(0, math.nan, RADIUS, math.nan, math.nan), {RADIUS: z.new_empty(0)}
     u = torch.special.ndtr(z)
     radius = torch.special.gammainc(torch.tensor(d / 2, dtype=z.dtype), z.square().sum(1) / 2)
     distances = torch.cat([ks_distance(u), ks_distance(radius.unsqueeze(1))])
