@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flowtrain import distributed
+from flowtrain import distributed, status
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import NAMES
 from flowtrain.flow import Flow
@@ -19,15 +19,24 @@ from flowtrain.training.settings import Settings
 log = logging.getLogger("flowtrain")
 
 
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """A handler whose messages do not run into the display of `flowtrain.status`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with status.aside():
+            super().emit(record)
+
+
 @contextmanager
 def messages(path: Path | None = None) -> Iterator[None]:
     """Inside, messages go to standard error, and with the time to a file where one is given; those of rank 0 alone.
 
     Where standard error is no terminal, only warnings go there: a log of many jobs is not the place for tables.
+    Progress is shown as well, see `flowtrain.status`.
     """
     if not distributed.is_first():
         path = None
-    console = logging.StreamHandler(sys.stderr)
+    console = _Console(sys.stderr)
     console.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     console.setFormatter(logging.Formatter("%(message)s"))
     handlers: list[logging.Handler] = [console]
@@ -42,7 +51,8 @@ def messages(path: Path | None = None) -> Iterator[None]:
     log.propagate = False
     log.handlers[:] = handlers
     try:
-        yield
+        with status.reporting():
+            yield
     finally:
         log.handlers.clear()
         for handler in handlers:

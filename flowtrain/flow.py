@@ -15,6 +15,7 @@ from flowtrain.derivatives import values
 from flowtrain.errors import FlowtrainError
 from flowtrain.precision import full_precision
 from flowtrain.solvers import History, Solver
+from flowtrain.status import status
 
 Label = Tensor | int | None
 
@@ -174,7 +175,12 @@ class Flow(nn.Module):
         labels = self.labels(label, z)
         size = chunk or rows_at_a_time(self.event_shape)
         parts = repeat(None) if labels is None else torch.split(labels, size)
-        return torch.cat([self.forward(part, y) for part, y in zip(torch.split(z, size), parts, strict=False)])
+        x = []
+        with status("sampling", total=n, unit="sample") as progress:
+            for part, y in zip(torch.split(z, size), parts, strict=False):
+                x.append(self.forward(part, y))
+                progress.advance(len(part))
+        return torch.cat(x)
 
     def dequantized(self, x: Tensor) -> Tensor:
         """x + u for the integers x (B, *event_shape) of a discrete flow, else x; like `data_like`.

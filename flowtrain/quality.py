@@ -18,6 +18,7 @@ from flowtrain.flow import Flow
 from flowtrain.scores import held_out, nfe_of_pass
 from flowtrain.seeding import seeded
 from flowtrain.solvers import Solver, ode_solver, record_solves
+from flowtrain.status import status
 
 METHODS = ("euler", "midpoint")
 PROJECTIONS = 256
@@ -99,7 +100,8 @@ def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> Q
 
 def _row(flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, label: Tensor | None, seed: int) -> Row:
     begun = time.perf_counter()
-    with solved_by(flow, solver), seeded(seed, flow.like.device), record_solves() as solves:
+    words = f"{solver.method}" + ("" if steps is None else f", {steps} steps")
+    with status(words), solved_by(flow, solver), seeded(seed, flow.like.device), record_solves() as solves:
         samples = flow.sample(len(real), label=label).cpu()
     seconds = time.perf_counter() - begun
     if not bool(samples.isfinite().all()):

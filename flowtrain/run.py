@@ -19,6 +19,7 @@ from flowtrain.evaluation import NAMES, evaluate
 from flowtrain.files import write_json
 from flowtrain.flow import Flow
 from flowtrain.process import prepare_process
+from flowtrain.status import phase, status
 from flowtrain.titles import data_name, title_of
 from flowtrain.training import checkpoint, tensorboard
 from flowtrain.training.loop import Trainer
@@ -80,7 +81,8 @@ def prepare(
     device = distributed.device(build.resolve_device(config["device"]))
     # before the data are read, which can take long; again with what follows from them
     build.build_settings(sizing.sized(config, None, (1,)))
-    data = build.build_data(config)
+    with phase("reading the data"):
+        data = build.build_data(config)
     config = sizing.sized(config, data.n_train, data.event_shape)
     settings = build.build_settings(config)
     if saved is not None:
@@ -91,11 +93,13 @@ def prepare(
     teacher = None
     if taught is not None:
         check_same("from", loading.samples_of(taught), data.samples)
-        teacher = loading.restore(taught, device, trust)
+        with status("loading the run to begin from"):
+            teacher = loading.restore(taught, device, trust)
     if saved is not None:
         loading.check_sizes(saved, data.samples)
     torch.manual_seed(whole("seed", config["seed"], least=0))
-    flow = build.build_flow(config, data.samples).to(device)
+    with phase("building the model"):
+        flow = build.build_flow(config, data.samples).to(device)
     if teacher is not None and saved is None:
         flow.load_state_dict(teacher.state_dict())
     objective = build.build_objective(config, flow, teacher)
@@ -165,8 +169,10 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
     # the trainer's config, whose step size may have become smaller
     config, data, device = trainer.config, trainer.data, trainer.flow.like.device
     saved = checkpoint.load(checkpoint.find(run_dir))
-    flow = loading.restore({**saved, "config": config}, device, trust=_own_packages(config))
-    result = evaluate(flow, data, "test", saved["step"], trained_on=data)
+    with phase("loading the checkpoint to evaluate"):
+        flow = loading.restore({**saved, "config": config}, device, trust=_own_packages(config))
+    with phase("evaluating"):
+        result = evaluate(flow, data, "test", saved["step"], trained_on=data)
     best = None if trainer.best is None else trainer.best["nll"]
     rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
     write_json(run_dir / "result.json", {**result.to_dict(), **rest})

@@ -13,6 +13,7 @@ from flowtrain.errors import DataError, NonFiniteError, SolverError
 from flowtrain.flow import Flow, Label, rows_at_a_time
 from flowtrain.seeding import seeded
 from flowtrain.solvers import Statistics
+from flowtrain.status import status
 
 
 def held_out(flow: Flow, data: Dataset, split: str) -> tuple[Tensor, Tensor | None]:
@@ -78,7 +79,7 @@ def log_probs_and_latents(
     log_p, z = [], []
     every, at = math.ceil(len(x) / max(1, latents)), 0
     failed: list[SolverError] = []
-    with seeded(seed, device):
+    with seeded(seed, device), status("scoring", total=len(x), unit="row") as progress:
         for part, y in zip(torch.split(x, size), labels, strict=False):
             x_k = [flow.dequantized(part.to(device)) for _ in range(draws)]
             averaged, first = _averaged(flow, x_k, y) if unsolved == 0 else _solvable(flow, x_k, y, failed, unsolved)
@@ -86,6 +87,7 @@ def log_probs_and_latents(
             if latents:
                 z.append(first[-at % every :: every].cpu())
             at += len(part)
+            progress.advance(len(part))
     return torch.cat(log_p), torch.cat(z) if z else torch.empty(0, *flow.event_shape)
 
 

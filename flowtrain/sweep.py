@@ -63,7 +63,7 @@ def write_summary(root: Path) -> tuple[str, int]:
     axes = [key for key in keys if key != "seed"] or keys
     written = {"sweep.csv": as_csv(jobs, keys), "sweep.md": table + "\n"}
     lines = {key: against(done, key) for key in axes[: plots.MOST_SWEPT]}
-    with spared("the sweep, nor its files"):
+    with spared("the sweep", ", nor its files"):
         for name, text in written.items():
             write_text(root / name, text)
         if done and axes:

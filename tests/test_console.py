@@ -50,7 +50,7 @@ def test_on_a_terminal_it_says_what_it_is_and_what_came_of_it(run: Run, monkeypa
     assert named["device"] == "cpu, 1 thread"
     assert named["run"] == "r"
     # the bar, the table, what to type
-    assert re.search(r"4/4 \[.*nfe=\d+, nll=\d\.\d+", said)
+    assert re.search(r"4/4 \[.*nll=\d\.\d+, nfe=\d+", said)
     assert named["NLL"].endswith("nats (solver " + named["NLL"].partition("(solver ")[2])
     assert named["trained"].startswith("4 steps in ")
     assert named["next"] == "floweval ckpt=r report=true"

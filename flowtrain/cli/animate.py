@@ -9,6 +9,7 @@ from flowtrain.cli.opened import open_checkpoint
 from flowtrain.evaluation import check_fits
 from flowtrain.pictures import animate, check_animated
 from flowtrain.plots import KINDS, can_write_mp4, check_writable
+from flowtrain.status import status
 
 
 def write_animation(
@@ -38,7 +39,8 @@ def write_animation(
     out = run_dir_of(opened.path) / "animation.gif"
     paths = [given] if given else [out, *([out.with_suffix(".mp4")] if can_write_mp4() else [])]
     check_outputs(paths, [opened.path, *paths_of(opened.config["data"])])
-    data = build_data(opened.config)
+    with status("reading the data"):
+        data = build_data(opened.config)
     check_fits(flow, data)
     title = opened.titled("" if label is None else f"class {label}")
     animate(flow, data, paths, title, n=n, seed=seed, temperature=temperature, label=label)

@@ -24,6 +24,7 @@ from flowtrain.errors import ConfigError, DataError, FlowtrainError
 from flowtrain.evaluation import NAMES, check_fits, evaluate
 from flowtrain.files import write_json, write_npy
 from flowtrain.report import write_report
+from flowtrain.status import status
 from flowtrain.titles import data_name, title_of
 
 log = logging.getLogger("flowtrain")
@@ -89,11 +90,12 @@ def _command() -> int:
     split = str(own["split"] or default_split(overrides))
     place = Place(run_dir_of(opened.path), out, scores, set_name(opened, split, overrides))
     place.check(own["ood"] is not None, wants_report, [opened.path, own["ood"], *paths_of(opened.config["data"])])
-    data = data_of(opened, split, overrides)
-    other = None if own["ood"] is None else other_set(str(own["ood"]), opened)
-    trained_on = data if opened.config["data"] == opened.own_data and split != "all" else None
-    if trained_on is None and other is not None:
-        trained_on = own_data_of(opened)
+    with status("reading the data"):
+        data = data_of(opened, split, overrides)
+        other = None if own["ood"] is None else other_set(str(own["ood"]), opened)
+        trained_on = data if opened.config["data"] == opened.own_data and split != "all" else None
+        if trained_on is None and other is not None:
+            trained_on = own_data_of(opened)
     result = evaluate(opened.flow.to(dtype), data, split, opened.step, batch_size, draws, other, seed, trained_on)
 
     write_json(place.json, result.to_dict())
@@ -108,7 +110,8 @@ def _command() -> int:
     figures = pictures.draw_evaluation(result, title, data_name(opened.config), place.figure)
     written += figures
     if wants_report:
-        written += write_report(result, title, str(opened.path), place.report, place.others(figures))
+        with status("writing the report"):
+            written += write_report(result, title, str(opened.path), place.report, place.others(figures))
     print(result.table())
     print("\n".join(f"{'written to' if i == 0 else '':>{NAMES}}  {path}" for i, path in enumerate(written)))
     return 0

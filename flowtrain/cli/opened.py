@@ -14,6 +14,7 @@ from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
 from flowtrain.loading import restore, samples_of
 from flowtrain.process import prepare_process
+from flowtrain.status import status
 from flowtrain.titles import name_of, title_of
 from flowtrain.training import checkpoint
 from flowtrain.trust import check_targets
@@ -70,7 +71,8 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
     if not own["ckpt"]:
         raise ConfigError("ckpt=RUN_DIR_OR_FILE is needed; see --help")
     path = checkpoint.find(Path(str(own["ckpt"])))
-    saved = checkpoint.load(path)
+    with status("reading the checkpoint"):
+        saved = checkpoint.load(path)
     trust = trusted(own["trust"])
     check_targets(saved["config"], trust)
     check_kept(overrides)
@@ -78,7 +80,8 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
     config = absolute_paths(overridden(saved["config"], overrides, tuple(own), USED))
     # how the flow is preprocessed belongs to the data it was trained on, whatever it now meets
     trained_on = {**config, "data": saved["config"]["data"]}
-    flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), trust)
+    with status("building the model"):
+        flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), trust)
     prepare_process(config, flow.event_shape)
     own_data = absolute_paths({"data": saved["config"]["data"]})["data"]
     return Opened(path, flow, saved["step"], samples_of(saved), config, bool(overrides), own_data)

@@ -11,6 +11,7 @@ from flowtrain.errors import ConfigError
 from flowtrain.files import write_json
 from flowtrain.plots import draw_quality
 from flowtrain.quality import quality
+from flowtrain.status import status
 
 
 def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) -> int:
@@ -33,7 +34,10 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     out = given or run_dir_of(opened.path) / f"quality{name and f'-{name}'}.json"
     picture = out.with_suffix(".png") if given else out.parent / f"plots/quality{name and f'-{name}'}.png"
     check_outputs([out, picture], [opened.path, *paths_of(config["data"])])
-    found = quality(flow, build_data(config), steps, seed)
+    with status("reading the data"):
+        data = build_data(config)
+    with status("comparing samples with the data"):
+        found = quality(flow, data, steps, seed)
     write_json(out, found.to_dict())
     lines: dict[str, tuple[list[float], list[float]]] = {}
     for row in found.rows:
@@ -42,6 +46,7 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
         distance.append(row.sliced_wasserstein)
     exact = (found.exact.nfe, found.exact.sliced_wasserstein)
     title = opened.titled("samples by few steps")
-    draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title)
+    with status("drawing quality"):
+        draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title)
     print(f"{found.table()}\nwritten to {out}, picture in {picture}")
     return 0

@@ -17,6 +17,7 @@ from flowtrain.console import messages
 from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.paths import config_groups
 from flowtrain.run import train
+from flowtrain.status import status
 from flowtrain.training import checkpoint
 from flowtrain.training.lock import holding
 from flowtrain.trust import check_targets
@@ -62,7 +63,8 @@ def go_on(
         FlowtrainError: what training and evaluation raise, see `train`.
     """
     with owned(run_dir), messages(run_dir / "flowtrain.log"):
-        saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))
+        with status("reading the checkpoint"):
+            saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))
         if "optimizer" not in saved:
             raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
         check_targets(saved["config"], trust)

@@ -23,6 +23,7 @@ from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.files import write_npy
 from flowtrain.pictures import draw
 from flowtrain.scores import check_samples
+from flowtrain.status import status
 
 USAGE = """flowsample ckpt=RUN_DIR_OR_FILE [n=10000] [seed=0] [temperature=1.0] [label=7] [out=FILE.npy] [KEY=VALUE ...]
 flowsample ckpt=RUN_DIR_OR_FILE animate=true [n=2000] [seed=0] [temperature=1.0] [label=7] [out=FILE.gif]
@@ -120,11 +121,14 @@ def write_samples(
     write_npy(out, (flow.quantized(samples) if images else samples).numpy())
     rows = rows_of_checks(flow.event_shape)
     few = labels[:rows] if isinstance(labels, Tensor) else labels
-    print(f"{n} samples, round trip error {roundtrip_error(flow, samples[:rows], few):.1e}, written to {out}")
+    with status("round trip"):
+        error = roundtrip_error(flow, samples[:rows], few)
+    print(f"{n} samples, round trip error {error:.1e}, written to {out}")
     if data is not None:
         words = f"{n} samples" + ("" if label is None else f" of class {label}")
         title = opened.titled(words if temperature == 1 else f"{words} at temperature {temperature:g}")
-        draw(flow, data, out.with_suffix(".png"), title, samples, label, log_scale)
+        with status("drawing samples"):
+            draw(flow, data, out.with_suffix(".png"), title, samples, label, log_scale)
         print(f"picture in {out.with_suffix('.png')}")
     return 0
 
@@ -132,7 +136,8 @@ def write_samples(
 def beside(config: Mapping[str, Any]) -> Dataset | None:
     """The data that a picture is drawn beside; None, and a word of it, where it is not to be had."""
     try:
-        return build_data(config)
+        with status("reading the data"):
+            return build_data(config)
     except DataError as e:
         print(f"no picture beside the data, which is not to be had: {e}", file=sys.stderr)
         return None

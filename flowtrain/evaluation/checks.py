@@ -17,6 +17,7 @@ from flowtrain.flow import Flow, rows_at_a_time
 from flowtrain.scores import estimates_trace, marginal
 from flowtrain.seeding import seeded
 from flowtrain.solvers import ode_solver
+from flowtrain.status import status
 
 # of the RMS of x - forward(inverse(x)) over the spread of x, in the column where it is largest
 ROUND_TRIP = 1e-2
@@ -72,7 +73,8 @@ def checks(
 
 def _made(name: str, make: Callable[[], Check | None]) -> Check | None:
     try:
-        return make()
+        with status(name):
+            return make()
     except SolverError as e:
         return Check(name, None, None, None, f"the field could not be solved for it: {e}")
 
@@ -192,12 +194,14 @@ def jacobians(flow: Flow, x: Tensor, label: Tensor | None) -> Tensor:
     cotangents = torch.eye(d, dtype=x.dtype, device=x.device).repeat(n, 1)
     size = max(1, rows_at_a_time(flow.event_shape) // 4)
     rows = []
-    for i in range(0, len(copies), size):
-        part = copies[i : i + size].requires_grad_(True)
-        with torch.enable_grad(), seeded(0, x.device):
-            z = flow.inverse(part.view(-1, *x.shape[1:]), None if labels is None else labels[i : i + size])
-            (gradient,) = torch.autograd.grad(z.flatten(1), part, cotangents[i : i + size])
-        rows.append(gradient)
+    with status("Jacobians", total=len(copies), unit="row") as progress:
+        for i in range(0, len(copies), size):
+            part = copies[i : i + size].requires_grad_(True)
+            with torch.enable_grad(), seeded(0, x.device):
+                z = flow.inverse(part.view(-1, *x.shape[1:]), None if labels is None else labels[i : i + size])
+                (gradient,) = torch.autograd.grad(z.flatten(1), part, cotangents[i : i + size])
+            rows.append(gradient)
+            progress.advance(len(part))
     return torch.cat(rows).view(n, d, d)
 
 

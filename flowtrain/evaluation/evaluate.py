@@ -28,6 +28,7 @@ from flowtrain.scores import (
 )
 from flowtrain.seeding import seeded
 from flowtrain.solvers import record_solves
+from flowtrain.status import phase
 
 log = logging.getLogger("flowtrain")
 
@@ -70,7 +71,8 @@ def evaluate(
     flow.eval()
     begun = time.perf_counter()
     how: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
-    log_p, z, way = scored(flow, x, label, split, how)
+    with phase(f"scoring the {split} set"):
+        log_p, z, way = scored(flow, x, label, split, how)
     nll, nll_stderr, bits = -float(log_p.mean()), stderr(log_p), flow.bits_per_nat
     truth = beside_truth(data, x, log_p)
     where = "file" if split == "all" else f"{split} set"
@@ -79,15 +81,24 @@ def evaluate(
     ordinary[list(concentrated.rows)] = False
     ordinary &= log_p.isfinite()
     subset = subset_of(flow, x, label, (~ordinary).nonzero().flatten())
-    parts = budget(flow, subset, log_p, dequantization_samples)
-    simple = None if trained_on is None else gaussian_baseline(trained_on, x, log_p)
-    judged = [
-        concentrated,
-        of_baseline(nll, nll_stderr, simple, math.prod(flow.event_shape)),
-        *checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"])),
-    ]
-    calibrated, pit = calibration(z)
-    told = None if other is None else told_apart(flow, x, log_p, split, other, trained_on, how)
+    with phase("estimating the error of the NLL"):
+        parts = budget(flow, subset, log_p, dequantization_samples)
+    with phase("fitting the Gaussian baseline"):
+        simple = None if trained_on is None else gaussian_baseline(trained_on, x, log_p)
+    with phase("checking the density"):
+        judged = [
+            concentrated,
+            of_baseline(nll, nll_stderr, simple, math.prod(flow.event_shape)),
+            *checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"])),
+        ]
+    with phase("calibration"):
+        calibrated, pit = calibration(z)
+    told = None
+    if other is not None:
+        with phase(f"scoring {other[0]}"):
+            told = told_apart(flow, x, log_p, split, other, trained_on, how)
+    with phase("round trip"):
+        round_trip = roundtrip_error(flow, subset.x, subset.label)
     result = Evaluation(
         nll=nll,
         nll_stderr=nll_stderr,
@@ -98,7 +109,7 @@ def evaluate(
         **truth,
         **way,
         solver_error=None if flow.solver is None else parts.solver,
-        roundtrip_error=roundtrip_error(flow, subset.x, subset.label),
+        roundtrip_error=round_trip,
         total_seconds=time.perf_counter() - begun,
         budget=parts,
         checks=tuple(check for check in judged if check is not None),

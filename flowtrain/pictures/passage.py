@@ -14,6 +14,7 @@ from flowtrain.flow import Flow
 from flowtrain.pictures.images import Shown
 from flowtrain.pictures.shared import drawing, first, latents, spared, where_inside
 from flowtrain.scores import check_samples
+from flowtrain.status import status
 from flowtrain.trajectory import Moment, Trajectory
 
 # what the eye sees of a whole way
@@ -67,7 +68,8 @@ def animate(
             return
         label = 0 if label is None and flow.classes is not None else label
         way = _Way(flow, data, FRAMES, label)
-        states = way.states(temperature * latents(flow, n or DOTS))
+        with status("moving samples"):
+            states = way.states(temperature * latents(flow, n or DOTS))
         check_samples(states[-1])
         plots.animate_flow_2d(
             paths, data=way.data, names=way.names, log_density=way.log_density, states=states, title=title
@@ -111,9 +113,12 @@ class _Way:
 
     def log_density(self, x: Tensor) -> Tensor:
         """(K, G) at x (G, 2), and -inf where the flow has none."""
-        return torch.stack(
-            [where_inside(self.flow, x, partial(self._density, moment=m), -torch.inf) for m in self.shown]
-        )
+        found = []
+        with status("densities", total=len(self.shown), unit="moment") as progress:
+            for moment in self.shown:
+                found.append(where_inside(self.flow, x, partial(self._density, moment=moment), -torch.inf))
+                progress.advance()
+        return torch.stack(found)
 
     def _density(self, x: Tensor, moment: Moment) -> Tensor:
         return self.trajectory.log_density(x, moment, self._labels(x))
@@ -163,7 +168,8 @@ def _draw_paths(way: _Way, path: Path, title: str) -> None:
 def _animate_images(flow: Flow, data: Dataset, paths: Sequence[Path], title: str, z: Tensor, label: int | None) -> None:
     labels = flow.in_turn(len(z)) if flow.classes is not None and label is None else flow.labels(label, z)
     trajectory, show = Trajectory(flow, FRAMES), Shown(flow, data)
-    states = trajectory.states(z, labels)
+    with status("moving samples"):
+        states = trajectory.states(z, labels)
     check_samples(states[-1])
     frames = torch.stack([show(x) for x in states])
     names = [trajectory.name(moment) for moment in trajectory.moments]

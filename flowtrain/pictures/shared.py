@@ -11,6 +11,7 @@ from flowtrain.data.base import Dataset
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.seeding import seeded
+from flowtrain.status import phase
 
 log = logging.getLogger("flowtrain")
 
@@ -19,14 +20,19 @@ TOLERANCE = 1e-4
 
 
 @contextmanager
-def spared(what: str) -> Iterator[None]:
-    """What came before it is not lost for a picture: one of `what` that cannot be drawn or written gives a warning."""
+def spared(what: str, also: str = "") -> Iterator[None]:
+    """What came before it is not lost for a picture: one of `what` that cannot be drawn or written gives a warning.
+
+    Args:
+        also: what the warning says is missing besides the picture.
+    """
     try:
-        yield
+        with phase(f"drawing {what}"):
+            yield
     except (FlowtrainError, OSError) as e:
-        log.warning("no picture of %s: %s", what, e)
+        log.warning("no picture of %s%s: %s", what, also, e)
     except Exception as e:  # a mistake of ours is no reason to lose a run either
-        log.warning("no picture of %s: %s: %s", what, type(e).__name__, e)
+        log.warning("no picture of %s%s: %s: %s", what, also, type(e).__name__, e)
         log.debug("", exc_info=True)
 
 

@@ -12,6 +12,7 @@ from flowtrain import distributed
 from flowtrain.data.base import Dataset
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
+from flowtrain.status import Status, phase, status
 from flowtrain.training import starting
 from flowtrain.training.batches import Batches
 from flowtrain.training.learner import Learner
@@ -69,7 +70,8 @@ class Trainer:
         if saved is not None:
             load_weights(flow, saved)
         elif initialize:
-            starting.initialize(flow, batches)
+            with phase("initializing the model from data"):
+                starting.initialize(flow, batches)
         distributed.make_alike(flow.state_dict().values())
         self.progress, self.trouble = Progress(), Trouble(settings.on_nonfinite, settings.max_rewinds)
         self.learner = Learner(objective, flow, settings)
@@ -133,7 +135,7 @@ class Trainer:
                 p.seconds = before + time.perf_counter() - begun
                 if isinstance(row, dict):
                     self.measured(row, bar)
-                bar.update(p.step - bar.n)
+                bar.advance(p.step - bar.n)
                 out_of_time = s.time_limit is not None and time.perf_counter() - begun >= s.time_limit
                 self.heed(signals.received, out_of_time)
                 if row is not Failed.REWOUND:
@@ -150,7 +152,9 @@ class Trainer:
         if self.learner.solves(step) and not self.progress.began:
             self.begin_anew()
         row, batch = self.update.take(step, self.learner.lr.at(step) * self.trouble.lr_scale)
-        if self.learner.check_solver(step, batch):
+        with status("checking the solver's error"):
+            too_coarse = self.learner.check_solver(step, batch)
+        if too_coarse:
             self.saves.keep_step_size()
         return row
 
@@ -161,14 +165,14 @@ class Trainer:
             self.learner.begin_anew()
             self.progress.stale = 0
 
-    def measured(self, row: Row, bar: Any) -> None:
+    def measured(self, row: Row, bar: Status) -> None:
         """Logs what a step measured, where its turn has come."""
         self.trouble.skipped = 0
         self.watch.see(self.step, row)
         if self.step % self.settings.log_every == 0 or self.step == 1:
             nll = row.pop("nll")
             self.metrics.write(step=self.step, split="train", nll=nll, seconds=self.seconds, **row)
-            show(bar, self.metrics.rows[-1], self.progress.val_nll)
+            show(bar, self.metrics.rows[-1], self.progress.val_nll, self.flow.bits_per_nat)
 
     def heed(self, received: int | None, out_of_time: bool) -> None:
         """Ends the run after this step where any rank has had a signal, or has no time left."""
@@ -196,7 +200,8 @@ class Trainer:
 
     def validate(self) -> None:
         """Scores the validation set, and ends a run that has not become better for long."""
-        self.validation.run()
+        with status("validating"):
+            self.validation.run()
         if self.validation.out_of_patience:
             stale = self.progress.stale
             self.stopped_by = self.stopped_by or f"early stopping after {stale} validations without a new best"
@@ -204,4 +209,5 @@ class Trainer:
     def draw(self) -> None:
         """A picture of the averaged weights, where there are any."""
         if self.picture is not None and distributed.is_first():
-            self.learner.with_average(self.picture, self.flow, self.step, self.progress.val_nll)
+            with status("drawing samples"):
+                self.learner.with_average(self.picture, self.flow, self.step, self.progress.val_nll)

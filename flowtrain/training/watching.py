@@ -2,18 +2,13 @@
 
 import logging
 import math
-import os
 import statistics
-import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-from flowtrain import distributed
+from flowtrain.status import Status, status
 
 log = logging.getLogger("flowtrain")
 
@@ -50,21 +45,25 @@ class NfeWatch:
             )
 
 
-@contextmanager
-def progress_bar(steps: int, done: int) -> Iterator[Any]:
-    """On the terminal of rank 0; inside, messages appear above it."""
-    # of tqdm's own variable, what is said here takes precedence
-    shown = sys.stderr.isatty() and distributed.is_first() and not os.environ.get("TQDM_DISABLE")
-    with ExitStack() as stack:
-        if shown:
-            stack.enter_context(logging_redirect_tqdm([log]))
-        yield stack.enter_context(tqdm(total=steps, initial=done, unit="step", disable=not shown, dynamic_ncols=True))
+def progress_bar(steps: int, done: int) -> AbstractContextManager[Status]:
+    """The progress bar of training, from step `done` to `steps`."""
+    return status("training", total=steps, unit="step", done=done, bar=True)
 
 
-def show(bar: Any, row: Mapping[str, Any], val_nll: float) -> None:
-    """Puts the loss and the NFE of a row behind the bar."""
-    nfe = {} if row["nfe_forward"] is None else {"nfe": row["nfe_forward"] + row["nfe_backward"]}
-    name = "nll" if row.get("nll") is not None else "matching" if "matching" in row else None
-    loss = {} if name is None else {name: f"{row[name]:.3f}"}
-    val = {} if math.isnan(val_nll) else {"val": f"{val_nll:.3f}"}
-    bar.set_postfix(**loss, **val, **nfe, refresh=False)
+def show(bar: Status, row: Mapping[str, Any], val_nll: float, bits_per_nat: float | None) -> None:
+    """Puts the loss of a row, the last validation's and the NFE behind the bar.
+
+    Likelihoods are in nats per sample, or in bits per dimension where `bits_per_nat` is given, as the table of results
+    has them.
+    """
+    unit, scale = ("nll", 1.0) if bits_per_nat is None else ("bits/dim", bits_per_nat)
+    values: dict[str, Any] = {}
+    if row.get("nll") is not None:
+        values[unit] = f"{scale * row['nll']:.3f}"
+    elif "matching" in row:
+        values["matching"] = f"{row['matching']:.3f}"
+    if not math.isnan(val_nll):
+        values["val" if unit in values or unit == "nll" else f"val {unit}"] = f"{scale * val_nll:.3f}"
+    if row["nfe_forward"] is not None:
+        values["nfe"] = row["nfe_forward"] + row["nfe_backward"]
+    bar.note(**values)

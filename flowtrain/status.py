@@ -1,0 +1,370 @@
+"""Progress on standard error: a bar or a line on a terminal, a line every 30 seconds elsewhere.
+
+Work that may take long names itself by `status`, or by `phase`, which also logs the seconds. Both show nothing unless a
+command has called `reporting`, so the library is silent. They work at any depth; the innermost is shown.
+
+On a terminal the display appears after DELAY seconds without other output and is removed when the work ends. A thread
+refreshes it, so that one long operation shows its elapsed time too.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+log = logging.getLogger("flowtrain")
+
+# seconds: of silence before a terminal shows something, between lines elsewhere, and between refreshes on a terminal
+DELAY, EVERY, TICK = 2.0, 30.0, 0.5
+# seconds between redraws by work that counts, and the weight of the latest rate in the smoothed one
+REDRAW, SMOOTHING = 0.1, 0.3
+
+
+class Status:
+    """One piece of work: its name and how far it is.
+
+    Args:
+        words: what is done, such as "scoring the test set"; a function is called at every refresh.
+        total: how many units there are; None where that is not known.
+        unit: the singular of what is counted.
+        done: units that were done before, as by an earlier run.
+        bar: show it at once on a terminal and leave it there, as a progress bar of the main work.
+
+    Attributes:
+        n: units done so far.
+    """
+
+    def __init__(
+        self,
+        words: str | Callable[[], str],
+        total: int | None = None,
+        unit: str = "step",
+        done: int = 0,
+        bar: bool = False,
+    ) -> None:
+        self.words, self.total, self.unit, self.bar = words, total, unit, bar
+        self.n = self.initial = done
+        self.notes = ""
+        self.begun = 0.0
+        self._reporter: Reporter | None = None
+        self._rate: float | None = None
+        self._counted = (done, 0.0)
+
+    def begin(self, reporter: "Reporter", now: float) -> None:
+        """Sets where and since when this is shown."""
+        self._reporter, self.begun, self._counted = reporter, now, (self.n, now)
+
+    def advance(self, n: int = 1) -> None:
+        """Counts n more units as done; a negative n takes some back."""
+        self.n += n
+        if self._reporter is None:
+            return
+        now = self._reporter.clock()
+        before, then = self._counted
+        if now - then >= REDRAW:
+            rate = (self.n - before) / (now - then)
+            self._rate = rate if self._rate is None else SMOOTHING * rate + (1 - SMOOTHING) * self._rate
+            self._counted = self.n, now
+            self._reporter.refresh()
+
+    def note(self, **values: object) -> None:
+        """Sets the values that stand behind a bar."""
+        self.notes = ", ".join(f"{name}={value}" for name, value in values.items())
+
+    @property
+    def name(self) -> str:
+        """The words as they are now."""
+        return self.words if isinstance(self.words, str) else self.words()
+
+    @property
+    def rate(self) -> float | None:
+        """Units a second, smoothed; None while nothing is known."""
+        return self._rate if self._rate and self._rate > 0 else None
+
+
+class Reporter:
+    """Shows the innermost of the statuses that have begun.
+
+    Args:
+        stream: where to; whether it is a terminal decides how.
+        clock: seconds, from any start.
+        delay, every: see DELAY and EVERY; None for those.
+        threaded: refresh from a thread; else only `refresh` and what counts does.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        clock: Callable[[], float] = time.monotonic,
+        delay: float | None = None,
+        every: float | None = None,
+        threaded: bool = True,
+    ) -> None:
+        self.stream, self.clock, self.threaded = stream, clock, threaded
+        self.delay = DELAY if delay is None else delay
+        self.every = EVERY if every is None else every
+        self.terminal = stream.isatty()
+        self._stack: list[Status] = []
+        self._said = clock()
+        self._line = ""
+        # reentrant: a log message may come while a line is drawn
+        self._changed = threading.Condition(threading.RLock())
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def push(self, status: Status) -> None:
+        """Begins a status."""
+        with self._changed:
+            status.begin(self, self.clock())
+            self._stack.append(status)
+            if self.threaded and self._thread is None:
+                self._thread = threading.Thread(target=self._tick, name="flowtrain status", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+            self.refresh()
+
+    def pop(self, status: Status) -> None:
+        """Ends a status, and those that began within it; a bar stays on the terminal as it stood."""
+        with self._changed:
+            if status not in self._stack:
+                return
+            del self._stack[self._stack.index(status) + 1 :]
+            if status.bar and self.terminal:
+                self._draw(self._bar(status, "", self.clock()))
+                self._write("\n")
+                self._line, self._said = "", self.clock()
+            self._stack.pop()
+            self._draw("")
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Shows how far the work is now, where that is due."""
+        with self._changed:
+            if not self._stack or self._closed:
+                return
+            now = self.clock()
+            if self.terminal:
+                shown, words = self._current(now)
+                if shown is not None:
+                    self._draw(self._bar(shown, words, now))
+            elif now - self._said >= self.every:
+                self._said = now
+                self._write(self._sentence(self._stack[-1], self._joined(self._stack), now) + "\n")
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, something else is written to the terminal."""
+        with self._changed:
+            self._draw("")
+            try:
+                yield
+            finally:
+                if self.terminal:
+                    self._said = self.clock()
+                self.refresh()
+
+    def close(self) -> None:
+        """Removes what is shown, and ends the thread."""
+        with self._changed:
+            self._stack.clear()
+            self._draw("")
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=1.0)
+
+    def _tick(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed:
+                    return
+                self._changed.wait(self._until_due())
+                if self._closed:
+                    return
+                self.refresh()
+
+    def _until_due(self) -> float | None:
+        """Seconds that the thread may sleep; None while there is no work."""
+        if not self._stack:
+            return None
+        return TICK if self.terminal else min(max(TICK, self._said + self.every - self.clock()), 3600.0)
+
+    def _current(self, now: float) -> tuple[Status | None, str]:
+        """What to show on a terminal, and the names of the work around it.
+
+        Work inside a bar's takes its place once it has taken a while; other work is shown after silence.
+        """
+        bars = [i for i, status in enumerate(self._stack) if status.bar]
+        first = bars[-1] + 1 if bars else 0
+        inside = self._stack[first:]
+        since = inside[0].begun if bars and inside else self._said
+        if inside and now - since >= self.delay:
+            return inside[-1], self._joined(inside)
+        return (self._stack[first - 1], "") if bars else (None, "")
+
+    @staticmethod
+    def _joined(statuses: list[Status]) -> str:
+        return ": ".join(status.name for status in statuses)
+
+    def _bar(self, status: Status, words: str, now: float) -> str:
+        """One line for a terminal."""
+        from tqdm import tqdm
+
+        width, seconds, words = self._width(), max(0.0, now - status.begun), words or status.name
+        if status.total is None:
+            counted = f" {status.n:,} {status.unit}s" if status.n else ""
+            return f"{words}{counted} [{tqdm.format_interval(seconds)}]"[:width]
+        # half of the line is the bar's
+        if len(words) > width // 2:
+            words = words[: width // 2 - 1] + "…"
+        line: str = tqdm.format_meter(
+            status.n,
+            max(status.total, 1),
+            seconds,
+            ncols=width,
+            prefix=words,
+            ascii=not self._has_blocks(),
+            unit=status.unit,
+            rate=status.rate,
+            initial=status.initial,
+            postfix=status.notes,
+        )
+        return line[:width]
+
+    @staticmethod
+    def _sentence(status: Status, words: str, now: float) -> str:
+        """One line for a log."""
+        from tqdm import tqdm
+
+        seconds = max(0.0, now - status.begun)
+        parts = [words]
+        if status.total:
+            parts.append(f"{status.n:,} of {status.total:,} {status.unit}s ({status.n / status.total:.0%})")
+        elif status.n:
+            parts.append(f"{status.n:,} {status.unit}s")
+        parts.append(f"{tqdm.format_interval(seconds)} so far")
+        done = status.n - status.initial
+        if status.total and done > 0:
+            parts.append(f"about {tqdm.format_interval(seconds * (status.total - status.n) / done)} left")
+        return ", ".join([*parts, *([status.notes] if status.notes else [])])
+
+    def _width(self) -> int:
+        try:
+            columns = os.get_terminal_size(self.stream.fileno()).columns
+        except (OSError, ValueError, AttributeError):
+            columns = 0
+        # a line as long as the terminal is wide would wrap
+        return max(20, (columns or shutil.get_terminal_size().columns) - 1)
+
+    def _has_blocks(self) -> bool:
+        try:
+            "█…".encode(self.stream.encoding or "utf-8")
+        except (UnicodeError, LookupError):
+            return False
+        return True
+
+    def _draw(self, line: str) -> None:
+        """Replaces the line that is shown; none for an empty one. The cursor waits at its beginning."""
+        if not self.terminal or (not line and not self._line):
+            return
+        padded = line.ljust(len(self._line))
+        self._write(f"\r{padded}\r" if not line else f"\r{padded}")
+        self._line = line
+
+    def _write(self, text: str) -> None:
+        if self._closed:
+            return
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except UnicodeError:
+            self._write(text.encode("ascii", "replace").decode())
+        except (OSError, ValueError):
+            # nobody reads it any more, which is no reason to end the work
+            self._closed = True
+
+
+# of this process; None where nobody has asked to be told
+_reporter: Reporter | None = None
+
+
+@contextmanager
+def reporting(reporter: Reporter | None = None) -> Iterator[None]:
+    """Inside, statuses are shown, by `reporter` or else on standard error.
+
+    Nothing changes inside another `reporting`, on ranks other than 0, and where TQDM_DISABLE is set, as in jobs of a
+    sweep that run at the same time.
+    """
+    global _reporter
+    if _reporter is not None or not _is_first() or os.environ.get("TQDM_DISABLE"):
+        yield
+        return
+    mine = _reporter = reporter or Reporter(sys.stderr)
+    try:
+        yield
+    finally:
+        _reporter = None
+        mine.close()
+
+
+@contextmanager
+def status(
+    words: str | Callable[[], str], total: int | None = None, unit: str = "step", done: int = 0, bar: bool = False
+) -> Iterator[Status]:
+    """Inside, the user is told of this work once it has taken a while; for the arguments see `Status`.
+
+    Example:
+        >>> with status("scoring", total=300, unit="row") as progress:
+        ...     for _ in range(3):
+        ...         progress.advance(100)
+        >>> progress.n
+        300
+    """
+    current, reporter = Status(words, total, unit, done, bar), _reporter
+    if reporter is None:
+        yield current
+        return
+    reporter.push(current)
+    try:
+        yield current
+    finally:
+        reporter.pop(current)
+
+
+@contextmanager
+def phase(words: str) -> Iterator[None]:
+    """A `status` whose seconds are logged when it ends, at level DEBUG, which the log file of a run takes."""
+    begun = time.perf_counter()
+    with status(words):
+        yield
+    log.debug("%s: %.1f s", words, time.perf_counter() - begun)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Inside, something else is written to the terminal: the display makes room and comes back after it."""
+    if _reporter is None:
+        yield
+        return
+    with _reporter.aside():
+        yield
+
+
+def _is_first() -> bool:
+    """Whether this is the rank that writes; from the environment, for torch may not be imported yet."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def _forget() -> None:
+    global _reporter
+    _reporter = None
+
+
+# a forked process has neither the thread nor a say on the terminal, and its copy of the lock may be held for ever
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
