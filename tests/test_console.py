@@ -1,6 +1,5 @@
 """What a run says on a terminal, and what elsewhere."""
 
-import io
 import re
 import sys
 from pathlib import Path
@@ -8,17 +7,11 @@ from pathlib import Path
 import pytest
 from runs import Run
 from short_runs import SMALL, TINY
+from terminals import Terminal
 
 from flowtrain.console import shortest
 
 pytestmark = pytest.mark.usefixtures("float32")
-
-
-class Terminal(io.StringIO):
-    """Standard error as a terminal has it."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
@@ -27,7 +20,7 @@ def on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
         patched.setattr(sys, "stderr", terminal)
         code, _, _ = run("flowtrain", *SMALL, *TINY, "hydra.run.dir=r", *arguments)
     assert code == 0
-    return terminal.getvalue()
+    return terminal.screen()
 
 
 def test_elsewhere_than_on_a_terminal_a_run_is_quiet(run: Run, tmp_path: Path) -> None:
@@ -62,7 +55,7 @@ def test_a_resumed_run_says_from_where(run: Run, monkeypatch: pytest.MonkeyPatch
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     run("flowtrain", "resume=r", "trainer.steps=6")
-    assert "6 steps of 16, from step 4, adam" in terminal.getvalue()
+    assert "6 steps of 16, from step 4, adam" in terminal.screen()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +71,7 @@ def test_each_part_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, arguments
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", terminal)
         run("flowtrain", *SMALL, *arguments)
-    assert [w for w in words if w not in terminal.getvalue()] == []
+    assert [w for w in words if w not in terminal.screen()] == []
 
 
 def test_paths_are_as_short_as_they_can_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

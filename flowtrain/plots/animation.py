@@ -19,7 +19,6 @@ from flowtrain.files import replacing
 from flowtrain.plots import images, points, style
 from flowtrain.plots.flow2d import paint, picture_limits
 from flowtrain.plots.points import LogDensity
-from flowtrain.status import status
 
 # what can be written, and frames a second
 KINDS = (".gif", ".mp4")
