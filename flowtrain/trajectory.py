@@ -163,6 +163,9 @@ class Trajectory:
         flow, y = innermost(first), self.frame.map_inverse(x)
         assert isinstance(flow, Continuous)
         v = through(first, lambda inside: flow.velocity(label)(inside.new_tensor(time), inside), y)
+        if not list(self.frame):
+            # torch takes a second to load what its first jvp needs
+            return v
         pushed: Tensor = torch.func.jvp(self.frame.map_forward, (y,), (v,))[1]
         return pushed
 

@@ -3,7 +3,6 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +50,21 @@ class Bijection(nn.Module, ABC):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Sets data-dependent parameters from data x (B, *event_shape), once, before training; returns z."""
+        """Sets data-dependent parameters from data x (B, *event_shape), once, before training; returns z.
+
+        This default sets none and takes x through the map in parts. Couplings and continuous flows start as the
+        identity: a map that leaves the first part exactly as it was is taken for it, which spares the other parts.
+        """
         rows = max(1, PART // math.prod(x.shape[1:]))
-        labels = repeat(None) if label is None else torch.split(label, rows)
-        return torch.cat([self.map_inverse(part, y) for part, y in zip(torch.split(x, rows), labels, strict=False)])
+        parts = torch.split(x, rows)
+        labels = [None] * len(parts) if label is None else torch.split(label, rows)
+        before = [buffer.clone() for buffer in self.buffers()]
+        first = self.map_inverse(parts[0], labels[0])
+        # statistics that a part has changed, as those of a batch normalization, are set by all parts
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, self.buffers(), strict=True))
+        if len(parts) > 1 and unchanged and torch.equal(first, parts[0]):
+            return x
+        return torch.cat([first, *(self.map_inverse(p, y) for p, y in zip(parts[1:], labels[1:], strict=True))])
 
 
 class Chain(Bijection):

@@ -149,6 +149,9 @@ def spread(layer: nn.Linear, scale: float) -> None:
     Torch's biases are of the size of its weights, so that every ridge begins near 0, and what lies further out, such as
     a ring about it, is seen by all units alike. A tanh bends over 1 / |w|, which is 0.7 / scale in any dimension.
     """
+    if layer.weight.is_meta:
+        # a sketch has no values, and torch would import its compiler here, which takes seconds
+        return
     layer.weight.normal_(std=scale * (2 / layer.in_features) ** 0.5)
     layer.bias.copy_(-(layer.weight * 2 * torch.randn_like(layer.weight)).sum(1))
 
