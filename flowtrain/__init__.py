@@ -7,7 +7,20 @@ Example:
     torch.Size([5])
 """
 
-from flowtrain.flow import Flow
-from flowtrain.loading import load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowtrain.flow import Flow
+    from flowtrain.loading import load
 
 __all__ = ["Flow", "load"]
+
+_HOMES = {"Flow": "flowtrain.flow", "load": "flowtrain.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when first used: a command says that it is loading before it imports torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

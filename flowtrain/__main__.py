@@ -1,6 +1,6 @@
 """`python -m flowtrain` is the `flowtrain` command."""
 
-from flowtrain.cli.train import main
+from flowtrain.cli.start import flowtrain
 
 if __name__ == "__main__":
-    main()
+    flowtrain()

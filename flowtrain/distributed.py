@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowtrain.errors import ConfigError, FlowtrainError, first_line
+from flowtrain.status import status
 
 T = TypeVar("T")
 
@@ -104,7 +105,8 @@ def joined() -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, mine, ranks = next(iter(rendezvous("env://")))
+        with status("waiting for the other ranks"):
+            store, mine, ranks = next(iter(rendezvous("env://")))
     except (ValueError, RuntimeError) as e:
         raise ConfigError(
             f"RANK and WORLD_SIZE say that this is one of several processes, which cannot meet ({first_line(e)}): "

@@ -3,15 +3,17 @@
 Shapes: K moments, one frame each; R by R cells; P particles.
 """
 
+import io
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.animation import AbstractMovieWriter, FFMpegWriter, PillowWriter
+from matplotlib.animation import FFMpegWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from flowtrain.errors import ConfigError
@@ -19,6 +21,7 @@ from flowtrain.files import replacing
 from flowtrain.plots import images, points, style
 from flowtrain.plots.flow2d import paint, picture_limits
 from flowtrain.plots.points import LogDensity
+from flowtrain.status import status
 
 # what can be written, and frames a second
 KINDS = (".gif", ".mp4")
@@ -104,17 +107,61 @@ def write(path: Path, figure: Figure, draw: Callable[[int], None], moments: int)
     Raises:
         ConfigError: a kind of file that cannot be written here.
     """
+    check_writable(path)
+    FigureCanvasAgg(figure)
+    # of half the dots of a picture
+    figure.set_dpi(style.DPI // 2)
+    if path.suffix == ".gif":
+        _write_gif(path, figure, draw, moments)
+    else:
+        _write_mp4(path, figure, draw, moments)
+
+
+def _write_gif(path: Path, figure: Figure, draw: Callable[[int], None], moments: int) -> None:
+    """Each moment is drawn once: a GIF says for how long a frame is shown."""
+    milliseconds = [1000 // FPS] * moments
+    milliseconds[0] *= BEFORE
+    milliseconds[-1] *= AFTER
+
+    def frames() -> Iterator[Image.Image]:
+        with status(f"writing {path.name}", total=moments, unit="frame") as progress:
+            for k in range(moments):
+                draw(k)
+                yield _rendered(figure)
+                progress.advance()
+
+    drawn = frames()
+    first = next(drawn)
+    content = io.BytesIO()
+    # Pillow takes the others one by one, as it writes them
+    first.save(content, "GIF", save_all=True, append_images=drawn, duration=milliseconds, loop=0)
+    with replacing(path) as f:
+        f.write(content.getvalue())
+
+
+def _rendered(figure: Figure) -> Image.Image:
+    """The figure as it is, without transparency."""
+    pixels = io.BytesIO()
+    figure.savefig(pixels, format="rgba", dpi=figure.get_dpi())
+    size = figure.canvas.get_width_height()
+    return Image.frombytes("RGBA", size, pixels.getvalue()).convert("RGB")
+
+
+def _write_mp4(path: Path, figure: Figure, draw: Callable[[int], None], moments: int) -> None:
+    """At a fixed rate: moments that are shown for longer are several frames."""
+    order = [*[0] * BEFORE, *range(1, moments - 1), *[moments - 1] * AFTER]
+    # what every player can show
+    writer = FFMpegWriter(fps=FPS, codec="libx264", extra_args=["-pix_fmt", "yuv420p"])
     with tempfile.TemporaryDirectory() as folder:
         aside = Path(folder) / f"animation{path.suffix}"
-        writer = _writer(path)
-        FigureCanvasAgg(figure)
-        # of half the dots of a picture
-        dots = style.DPI // 2
-        figure.set_dpi(dots)
-        with writer.saving(figure, str(aside), dots):
-            for k in [*[0] * BEFORE, *range(1, moments - 1), *[moments - 1] * AFTER]:
+        with (
+            status(f"writing {path.name}", total=len(order), unit="frame") as progress,
+            writer.saving(figure, str(aside), int(figure.get_dpi())),
+        ):
+            for k in order:
                 draw(k)
                 writer.grab_frame()
+                progress.advance()
         with replacing(path) as f:
             f.write(aside.read_bytes())
 
@@ -129,11 +176,3 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"{path}: an animation is a {' or '.join(KINDS)} file")
     if path.suffix == ".mp4" and not can_write_mp4():
         raise ConfigError(f"{path}: there is no ffmpeg here to write it with; give a .gif, or install ffmpeg")
-
-
-def _writer(path: Path) -> AbstractMovieWriter:
-    check_writable(path)
-    if path.suffix == ".gif":
-        return PillowWriter(fps=FPS)
-    # what every player can show
-    return FFMpegWriter(fps=FPS, codec="libx264", extra_args=["-pix_fmt", "yuv420p"])

@@ -74,7 +74,9 @@ class Trainer:
                 starting.initialize(flow, batches)
         distributed.make_alike(flow.state_dict().values())
         self.progress, self.trouble = Progress(), Trouble(settings.on_nonfinite, settings.max_rewinds)
-        self.learner = Learner(objective, flow, settings)
+        # torch loads its compiler with the first optimizer
+        with status("preparing the optimizer"):
+            self.learner = Learner(objective, flow, settings)
         self.saves = Saves(run_dir, config, data.samples, self.learner, self.trouble, self.progress)
         if saved is not None:
             self.saves.load(saved)
