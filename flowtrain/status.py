@@ -269,11 +269,13 @@ class Reporter:
         return True
 
     def _draw(self, line: str) -> None:
-        """Replaces the line that is shown; none for an empty one. The cursor waits at its beginning."""
+        """Replaces the line that is shown; an empty one removes it.
+
+        The cursor waits at the start of the line, so that what others print covers it and does not continue it.
+        """
         if not self.terminal or (not line and not self._line):
             return
-        padded = line.ljust(len(self._line))
-        self._write(f"\r{padded}\r" if not line else f"\r{padded}")
+        self._write(f"\r{line.ljust(len(self._line))}\r")
         self._line = line
 
     def _write(self, text: str) -> None:

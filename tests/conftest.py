@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from mirrors import Serve, serving
 from runs import COMMANDS, Run
 
-from flowtrain import plots, process
+from flowtrain import plots, process, status
 from flowtrain.data import array, mapped, windowed
 from flowtrain.pictures import passage
 from flowtrain.plots import style
@@ -45,6 +46,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     """
     torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(process, "cores", lambda: 1)
+    # on a busy machine a command may take long enough for a line
+    monkeypatch.setattr(status, "EVERY", math.inf)
     set_dots(monkeypatch, 40)
     monkeypatch.setattr(plots.passage, "RESOLUTION", 12)
     for name, few in (("COLUMNS", 2), ("ALONG", 4), ("PARTICLES", 9)):
