@@ -1,8 +1,11 @@
 """What bijections begin with: buffers, bounds, and parameters that fit the first data."""
 
+import copy
+
 import pytest
 import torch
 from small_bijections import perturbed
+from torch import Tensor
 
 from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Bijection, Chain
@@ -39,6 +42,45 @@ def test_initialization_in_parts_is_that_of_the_whole(monkeypatch: pytest.Monkey
     whole = flow.initialize(x, label)
     monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 16)
     torch.testing.assert_close(flow.initialize(x, label), whole)
+
+
+class Seen(Bijection):
+    """A shift that counts the rows which pass through its inverse."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift, self.rows = shift, 0
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z + self.shift, z.new_zeros(len(z))
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.rows += len(x)
+        return x - self.shift, x.new_zeros(len(x))
+
+
+@pytest.mark.parametrize(("shift", "rows"), [(0.0, 7), (1.0, 30)])
+def test_initialization_takes_no_more_rows_through_the_identity_than_tell_it(
+    monkeypatch: pytest.MonkeyPatch, shift: float, rows: int
+) -> None:
+    monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 2)
+    x, seen = torch.randn(30, 2), Seen(shift)
+    torch.testing.assert_close(seen.initialize(x), x - shift, rtol=0, atol=0)
+    assert seen.rows == rows
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_initialization_is_the_same_whether_the_identity_is_seen_or_not(
+    monkeypatch: pytest.MonkeyPatch, batch_norm: bool
+) -> None:
+    monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 16)
+    x, label = torch.randn(30, 1, 4, 4), torch.arange(30) % 3
+    model = realnvp((1, 4, 4), layers=2, hidden=(4,), conditional=True, classes=3, batch_norm=batch_norm).bijection
+    other = copy.deepcopy(model)
+    z = model.initialize(x, label)
+    monkeypatch.setattr(torch, "equal", lambda a, b: False)
+    torch.testing.assert_close(other.initialize(x, label), z, rtol=0, atol=0)
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_affine_initialization_is_the_maximum_likelihood_gaussian() -> None:

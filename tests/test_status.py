@@ -15,13 +15,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from runs import Run
 from short_runs import SMALL, TINY
 from terminals import Terminal
 
 from flowtrain import status
 from flowtrain.bijections.affine import Affine
-from flowtrain.cli import start
+from flowtrain.cli import start, sweep
 from flowtrain.console import messages
 from flowtrain.flow import Flow
 from flowtrain.scores import log_probs
@@ -248,7 +249,7 @@ def in_a_process(code: str, **environment: str) -> str:
 def test_a_command_says_that_it_is_loading() -> None:
     said = in_a_process("""
         import sys, time, types
-        from flowtrain.cli import start
+        from flowtrain.cli import start, sweep
         assert "torch" not in sys.modules
         class Finder:
             def find_spec(self, name, path, target=None):
@@ -380,6 +381,26 @@ def test_of_a_command_that_fails_the_message_is_all(run: Run, monkeypatch: pytes
     assert len(lines) == 1
     assert lines[0].startswith("flowtrain: ")
     assert "not_a_table.npy" in lines[0]
+
+
+def test_a_sweep_of_jobs_in_other_processes_says_how_many_are_done(
+    terminal: Shown, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # which the callback sets
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(sweep.Ended, "SECONDS", 0.0)
+    launcher = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "launcher": launcher}})
+    with sweep.summarized():
+        sweep.Root().on_multirun_start(config)
+        assert "0 jobs" in terminal.after(2 * DELAY)
+        for name in ("0", "1"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "result.json").touch()
+        assert "2 jobs" in terminal.after(1)
+    assert terminal.seen == ""
+    assert capsys.readouterr().out.endswith(f"{tmp_path}\n")
 
 
 def test_an_interrupt_while_loading_is_no_traceback(

@@ -8,9 +8,10 @@ import math
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from flowtrain.cli.overrides import trusted
 from flowtrain.cli.runs import begin, go_on
 from flowtrain.errors import ConfigError, FlowtrainError
 from flowtrain.files import write_text
+from flowtrain.status import status
 from flowtrain.sweep import ERROR, OVERRIDES, RESULT, begun_in, overrides_of, result_of, write_summary
 from flowtrain.training import checkpoint
 from flowtrain.training.lock import InUseError
@@ -122,8 +124,9 @@ class Sweep:
         return 1 if self.undone else 0
 
 
-# of the sweep of this process, its directory
+# of the sweep of this process, its directory, and what is shown while it waits for jobs in other processes
 _ROOT: list[Path] = []
+_WAITING = ExitStack()
 
 
 class Root(Callback):
@@ -135,6 +138,23 @@ class Root(Callback):
         if not str(config.hydra.launcher._target_).endswith(".BasicLauncher"):
             # bars of jobs side by side would write over one another
             os.environ.setdefault("TQDM_DISABLE", "1")
+            if _ROOT:
+                _WAITING.enter_context(status(Ended(_ROOT[0])))
+
+
+class Ended:
+    """Says how many jobs of a sweep have a result, looking again at most every SECONDS."""
+
+    SECONDS = 5.0
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.looked, self.words = root, -math.inf, ""
+
+    def __call__(self) -> str:
+        if time.monotonic() - self.looked >= self.SECONDS:
+            count = sum(1 for _ in self.root.rglob(RESULT))
+            self.looked, self.words = time.monotonic(), f"sweep: {count} job{'s' * (count != 1)} done"
+        return self.words
 
 
 @contextmanager
@@ -154,6 +174,7 @@ def summarized() -> Iterator[Sweep]:
             f"ran go on where they were with the same command and hydra.sweep.dir={_ROOT[0]}"
         ) from e
     finally:
+        _WAITING.close()
         if before is not None:
             signal.signal(signal.SIGTERM, before)
         if _ROOT and _ROOT[0].is_dir():
