@@ -3,7 +3,10 @@
 Nothing heavy may be imported at the top of this module.
 """
 
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from flowtrain.status import reporting, status
@@ -27,9 +30,24 @@ def flowsample() -> None:
 def _run(name: str, module: str) -> None:
     with reporting():
         try:
-            with status("loading flowtrain"):
+            with status("loading flowtrain"), _kept():
                 command = import_module(module)
         except KeyboardInterrupt:
             print(f"{name}: interrupted", file=sys.stderr)
             sys.exit(130)
-        command.main()
+        try:
+            command.main()
+        finally:
+            # else the interpreter searches all modules for cycles as it ends, which takes a second
+            gc.freeze()
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Keeps the garbage collector from searching what is imported inside, which stays: a fifth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
