@@ -249,7 +249,7 @@ def in_a_process(code: str, **environment: str) -> str:
 def test_a_command_says_that_it_is_loading() -> None:
     said = in_a_process("""
         import sys, time, types
-        from flowtrain.cli import start, sweep
+        from flowtrain.cli import start
         assert "torch" not in sys.modules
         class Finder:
             def find_spec(self, name, path, target=None):
