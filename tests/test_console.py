@@ -34,7 +34,8 @@ def test_elsewhere_than_on_a_terminal_a_run_is_quiet(run: Run, tmp_path: Path) -
 def test_on_a_terminal_it_says_what_it_is_and_what_came_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     said = on_a_terminal(run, monkeypatch)
     begins = said.index("flowtrain: ffjord on moons")
-    named = dict(re.findall(r"^ +(\w[\w ]*?)  (.+)$", said, re.MULTILINE))
+    # a name that the table at the end has too is the banner's first
+    named = dict(reversed(re.findall(r"^ +(\w[\w ]*?)  (.+)$", said, re.MULTILINE)))
     assert begins == 0
     assert named["model"] == "ffjord, 72 parameters"
     assert named["data"] == "moons, 2 columns, entropy 2.3939 nats; held out 20 for validation, 50 for the test"
