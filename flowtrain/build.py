@@ -2,10 +2,10 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pkgutil import resolve_name
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from hydra.utils import instantiate
@@ -14,12 +14,14 @@ from flowtrain.bijections.base import Chain
 from flowtrain.bijections.linear import FromGaussian
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.scale import Standardize
+from flowtrain.checks import as_whole
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.errors import ConfigError, first_line
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
 from flowtrain.regularizers import Regularizer
 from flowtrain.solvers import Solver
+from flowtrain.suggestions import choose
 from flowtrain.training.settings import Settings
 
 Config = Mapping[str, Any]
@@ -88,6 +90,44 @@ def build_flow(config: Config, samples: Samples) -> Flow:
     return flow
 
 
+def with_whole_numbers(config: Config, groups: Iterable[str]) -> dict[str, Any]:
+    """The config with floats such as 1e4 as ints, where what a group builds is annotated to take whole numbers.
+
+    Args:
+        groups: the config groups to look at; the seed and the threads are looked at always.
+    """
+    top = {key: as_whole(value) if key in ("seed", "threads") else value for key, value in config.items()}
+    for group in groups:
+        if isinstance(config.get(group), Mapping):
+            kinds = _annotations(config, group)
+            keys = {k: _with_kind(v, _kinds_in(kinds.get(k))) for k, v in config[group].items()}
+            top[group] = keys
+    return top
+
+
+def _annotations(config: Config, group: str) -> dict[str, Any]:
+    """Of what a group builds, its arguments' types; nothing where there is no such thing, which is found out later."""
+    takers: list[Any] = [Solver.__init__] if group == "solver" else []
+    try:
+        takers.append(Settings if group == "trainer" else _object(_target(config, group), group))
+        called = [getattr(f, "__init__") if isinstance(f, type) else f for f in takers]  # noqa: B009
+        return {k: v for f in called for k, v in get_type_hints(f).items()}
+    except Exception:  # annotations of somebody else's class can be anything
+        return {}
+
+
+def _kinds_in(annotation: Any) -> set[Any]:
+    """The plain types in an annotation: int and None of `Sequence[int] | None`."""
+    inside = get_args(annotation)
+    return set().union(*map(_kinds_in, inside)) if inside else {annotation}
+
+
+def _with_kind(value: Any, kinds: set[Any]) -> Any:
+    if int not in kinds or float in kinds:
+        return value
+    return [as_whole(item) for item in value] if isinstance(value, list) else as_whole(value)
+
+
 def resolve_device(name: str) -> torch.device:
     """auto (a GPU where there is one) | cpu | cuda[:i].
 
@@ -148,7 +188,9 @@ def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
     unknown = [key for key in given if key not in known and len(named) == len(known)]
     missing = [k for k, p in named.items() if k not in given and p.default is p.empty]
     if unknown or missing:
-        what = f"unknown key {', '.join(unknown)}" if unknown else f"missing key {', '.join(missing)}"
         names = [k for k in named if k not in (*arguments, *GIVEN)]
-        raise ConfigError(f"{group}: {what}; {original.__name__} takes {', '.join(names)}")
+        takes = f"{original.__name__} takes"
+        if unknown:
+            raise ConfigError(f"{group}: unknown key {', '.join(unknown)}; {choose(unknown[0], names, takes)}")
+        raise ConfigError(f"{group}: missing key {', '.join(missing)}; {takes} {', '.join(names)}")
     return function(**arguments)

@@ -9,19 +9,28 @@ from collections.abc import Iterable
 from typing import Any
 
 from flowtrain.errors import ConfigError
+from flowtrain.suggestions import choose
 
 
 def whole(key: str, value: Any, least: int = 1) -> int:
-    """`value` if it is a whole number of at least `least`.
+    """`value` as an int if it is a whole number of at least `least`; a float such as 1e4 is one.
 
     Example:
+        >>> whole("trainer.steps", 1e4)
+        10000
         >>> whole("model.layers", 0)
         Traceback (most recent call last):
         flowtrain.errors.ConfigError: model.layers=0: give a whole number, at least 1 and below 2^31
     """
+    value = as_whole(value)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
         raise ConfigError(f"{key}={value}: give a whole number, at least {least} and below 2^31")
     return value
+
+
+def as_whole(value: Any) -> Any:
+    """A float that is a whole number, as an int; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def within_memory(key: str, rows: int, bytes_each: int) -> int:
@@ -61,10 +70,10 @@ def share(key: str, value: Any) -> float:
 
 
 def one_of(key: str, value: Any, choices: Iterable[str], why: str = "") -> str:
-    """`value` if it is among the choices."""
+    """`value` if it is among the choices; the message names the nearest of them first."""
     names = list(choices)
     if value not in names:
-        raise ConfigError(f"{key}={value}: choose one of {', '.join(names)}{why and f' ({why})'}")
+        raise ConfigError(f"{key}={value}: {choose(value, names)}{why and f' ({why})'}")
     return str(value)
 
 

@@ -13,6 +13,7 @@ from flowtrain import distributed, status
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import NAMES
 from flowtrain.flow import Flow
+from flowtrain.quoting import option
 from flowtrain.titles import data_name, name_of, title_of
 from flowtrain.training.settings import Settings
 
@@ -41,7 +42,8 @@ def messages(path: Path | None = None) -> Iterator[None]:
     console.setFormatter(logging.Formatter("%(message)s"))
     handlers: list[logging.Handler] = [console]
     if path is not None:
-        file = logging.FileHandler(path, encoding="utf-8")
+        # made with its first message: a command that is refused leaves no file
+        file = logging.FileHandler(path, encoding="utf-8", delay=True)
         # a message that the disk has no room for was on the terminal
         file.handleError = lambda record: None  # type: ignore[method-assign]
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -114,8 +116,9 @@ def next_commands(run_dir: Path, event_shape: tuple[int, ...]) -> str:
     """What to type after a run."""
     shown = shortest(run_dir)
     moving = len(event_shape) == 3 or event_shape == (2,)
-    sample = f"flowsample ckpt={shown} {'animate=true' if moving else 'n=10000'}"
-    return f"{'next':>{NAMES}}  floweval ckpt={shown} report=true\n{'':>{NAMES}}  {sample}"
+    run = option("ckpt", shown)
+    sample = f"flowsample {run} {'animate=true' if moving else 'n=10000'}"
+    return f"{'next':>{NAMES}}  floweval {run} report=true\n{'':>{NAMES}}  {sample}"
 
 
 def shortest(path: Path) -> Path:

@@ -19,6 +19,7 @@ from flowtrain.evaluation import NAMES, evaluate
 from flowtrain.files import write_json
 from flowtrain.flow import Flow
 from flowtrain.process import prepare_process
+from flowtrain.quoting import resume_command
 from flowtrain.status import phase, status
 from flowtrain.titles import data_name, title_of
 from flowtrain.training import checkpoint, tensorboard
@@ -49,7 +50,7 @@ def train(
     trainer.fit()
     best = float("nan") if trainer.best is None else trainer.best["nll"]
     if trainer.signal is not None:
-        log.warning("%s at step %d; go on with: flowtrain resume=%s", trainer.stopped_by, trainer.saved_step, run_dir)
+        log.warning("%s at step %d; resume with: %s", trainer.stopped_by, trainer.saved_step, resume_command(run_dir))
         return best, 128 + trainer.signal
     if trainer.stopped_by:
         log.info("stopped at step %d: %s", trainer.step, trainer.stopped_by)
@@ -60,12 +61,12 @@ def train(
             finish(trainer, run_dir, board)
     except SignalReceived as e:
         name = signal.Signals(e.number).name
-        log.warning("%s during the evaluation; go on with: flowtrain resume=%s", name, run_dir)
+        log.warning("%s during the evaluation; resume with: %s", name, resume_command(run_dir))
         return best, 128 + e.number
     except OSError as e:
         raise UnfinishedError(
             f"the run has ended at step {trainer.saved_step} and is saved, but its result could not be written ({e}): "
-            f"once it can be, flowtrain resume={run_dir} evaluates it"
+            f"once it can be, {resume_command(run_dir)} evaluates it"
         ) from e
     return best, 0
 

@@ -38,7 +38,7 @@ LAYERS = [
         "seeding",
         "trust",
     ),
-    ("errors", "status"),
+    ("errors", "quoting", "status", "suggestions"),
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from flowtrain import pictures
 from flowtrain.build import build_data
 from flowtrain.checks import flag, one_of, whole
+from flowtrain.cli.arguments import split_own
 from flowtrain.cli.files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.folders import options
 from flowtrain.cli.messages import compose_defaults, run_command
 from flowtrain.cli.opened import Opened, open_checkpoint, set_name
-from flowtrain.cli.overrides import keys_of, split_own
+from flowtrain.cli.overrides import keys_of
 from flowtrain.console import messages
 from flowtrain.data.base import Dataset
 from flowtrain.data.rows import Rows
@@ -31,7 +32,7 @@ log = logging.getLogger("flowtrain")
 
 USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FILE] [report=true] [KEY=VALUE ...]
 
-  ckpt         a run directory (its best checkpoint) or a .pt file
+  ckpt         a run directory (its best checkpoint) or a .pt file; the name may be left out, as in floweval RUN_DIR
   split        test (default), val, or all: every row of data.path, in its order, which is the default with data.path
   scores       a .npy file for log p(x) of every row, in nats, in the order of the rows: -inf where the density is zero,
                NaN where it cannot be computed

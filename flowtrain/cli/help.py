@@ -1,7 +1,7 @@
 """`flowtrain --help`: what the config files and their comments say, for what a command line chooses."""
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
@@ -11,10 +11,13 @@ from omegaconf import OmegaConf
 
 from flowtrain.cli.comments import Commented
 from flowtrain.cli.folders import config_dirs, options, split_folder
-from flowtrain.cli.grammar import VALUED, check_grammar
+from flowtrain.cli.grammar import SWEEP, VALUED, check_grammar
 from flowtrain.cli.messages import own_searchpath, plain
+from flowtrain.cli.quoted import quoted
 from flowtrain.cli.runs import chosen, known
+from flowtrain.errors import ConfigError
 from flowtrain.paths import config_dir
+from flowtrain.suggestions import did_you_mean
 
 WIDTH, COLUMN = 110, 36
 # the groups as one thinks of a run
@@ -29,11 +32,13 @@ USES: list[Row] = [
     ("flowtrain -m solver.rtol=1e-3,1e-5", "a sweep"),
     ("flowtrain resume=RUN_DIR", "goes on exactly where a run stopped"),
     ("flowtrain from=RUN_DIR", "a new run with the model, data and weights of another"),
-    ("floweval ckpt=RUN_DIR", "the test NLL of a run; floweval --help"),
-    ("flowsample ckpt=RUN_DIR n=10000", "samples of a run; flowsample --help"),
+    ("floweval RUN_DIR", "the test NLL of a run; floweval --help"),
+    ("flowsample RUN_DIR n=10000", "samples of a run; flowsample --help"),
 ]
 FLAGS: list[Row] = [
     ("-h, --help", "this, for what the command line chooses: flowtrain model=glow data=mnist --help"),
+    ("-h TOPIC", "the help on a group, a choice or a key alone: flowtrain --help trainer"),
+    ("--version", "the versions of flowtrain, torch and Python"),
     (
         "-m, --multirun",
         "a sweep: KEY=A,B or GROUP=A,B makes a run of each, where hydra/launcher says",
@@ -75,7 +80,11 @@ def help_text(arguments: Sequence[str]) -> str:
     Raises:
         ConfigError, HydraException: a mistake in it.
     """
+    about = topics(arguments)
+    arguments = quoted([argument for argument in arguments if argument not in about])
     check_grammar(arguments)
+    if about:
+        return topic_text(about, overrides=overrides_of(chosen(arguments)))
     run, hydra = composed(overrides_of(chosen(arguments)))
     choices = hydra["runtime"]["choices"]
     blocks = [
@@ -97,12 +106,62 @@ def help_text(arguments: Sequence[str]) -> str:
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
+def topics(arguments: Sequence[str]) -> list[str]:
+    """The words beside --help that are neither flags nor overrides, as `trainer` in `flowtrain --help trainer`."""
+    rest = split_folder(arguments)[1]
+    found = zip(["", *rest], rest, strict=False)
+    return [a for before, a in found if a.strip() and "=" not in a and a[0] not in "-~" and before not in VALUED]
+
+
+def topic_text(about: Sequence[str], others: Iterable[str] = (), overrides: Sequence[str] = ()) -> str:
+    """The help on groups, their choices and keys.
+
+    Args:
+        others: further topics that there are, for the message.
+        overrides: of the command line, which chooses from the groups and sets keys.
+
+    Raises:
+        ConfigError: a topic that is none of these.
+    """
+    run, hydra = composed(overrides)
+    choices = hydra["runtime"]["choices"]
+    return "\n\n".join("\n".join(_on(topic, run, choices, others)) for topic in about)
+
+
+def _on(topic: str, run: Mapping[str, Any], choices: Mapping[str, Any], others: Iterable[str]) -> list[str]:
+    """The lines of the help on one topic."""
+    if topic in GROUPS:
+        lines = group_lines(topic, [choices.get(topic), choices.get(f"{topic}@_global_")])
+        return [*lines, *(_keys_of(topic, str(choices[topic]), run) if topic in run else [])]
+    values, said = dict(leaves(run)), dict(main_file().keys)
+    for group in GROUPS:
+        said |= meanings(group, str(choices[group])) if group in run else {}
+    keys = {key: value for key, value in values.items() if key == topic or key.startswith(f"{topic}.")}
+    if keys:
+        return key_table_of(keys, said)
+    chosen_by = [group for group in GROUPS if topic in options(group)]
+    if chosen_by:
+        rows = [(f"{group}={topic}", read(group, topic).sentence) for group in chosen_by]
+        group = chosen_by[0]
+        shown_keys = [] if group not in run else _keys_of(group, topic, composed([f"{group}={topic}"])[0])
+        return [*table(rows, column=30), *shown_keys]
+    names = [*GROUPS, *others, *values, *(name for group in GROUPS for name in options(group))]
+    raise ConfigError(
+        f"{topic}: there is no help on it; {did_you_mean(topic, names)}Topics are the groups {', '.join(GROUPS)}, "
+        "their choices, and keys such as trainer.lr"
+    )
+
+
+def _keys_of(group: str, name: str, run: Mapping[str, Any]) -> list[str]:
+    return [f"  {group}={name}", *key_table({group: run[group]}, meanings(group, name))]
+
+
 def overrides_of(arguments: Sequence[str]) -> list[str]:
     """The overrides among the arguments of a command line, of a sweep those of its first run."""
     rest = split_folder(arguments)[1]
     flagged = (*VALUED, "-i", "--info")
     words = [a for before, a in zip(["", *rest], rest, strict=False) if not a.startswith("-") and before not in flagged]
-    if not {"-m", "--multirun"} & set(rest):
+    if not {*SWEEP} & {*rest}:
         return words
     return [word for override in OverridesParser.create().parse_overrides(words) for word in first_of(override)]
 
@@ -140,15 +199,19 @@ def key_lines(run: Mapping[str, Any], hydra: Mapping[str, Any], choices: Mapping
     yield key_table({key: value for key, value in run.items() if key not in GROUPS}, ours)
     for group in GROUPS:
         if group in run:
-            name = str(choices.get(group))
-            yield [f"  {group}={name}", *key_table({group: run[group]}, meanings(group, name))]
+            yield _keys_of(group, str(choices.get(group)), run)
     values = dict(leaves({"hydra": hydra}))
     yield ["  hydra", *key_table({key: values[key] for key in ours if key in values}, ours)]
 
 
 def key_table(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str]:
     """Lines of key=value with what the key means."""
-    return table([(f"{key}={shown(value)}", meaning.get(key, "")) for key, value in leaves(values)])
+    return key_table_of(dict(leaves(values)), meaning)
+
+
+def key_table_of(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str]:
+    """The same for values by their dotted keys."""
+    return table([(f"{key}={shown(value)}", meaning.get(key, "")) for key, value in values.items()])
 
 
 def leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

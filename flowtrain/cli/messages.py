@@ -3,12 +3,14 @@
 import itertools
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -16,6 +18,7 @@ from flowtrain import distributed
 from flowtrain.cli.folders import look_here, own_configs
 from flowtrain.errors import FlowtrainError, first_line, out_of_memory
 from flowtrain.paths import config_dir, config_groups
+from flowtrain.suggestions import choose, did_you_mean
 
 
 def run_command(name: str, command: Callable[[], int]) -> None:
@@ -72,12 +75,32 @@ def explain(error: Exception) -> str:
     plugin = re.search(r"Could not (?:find|load) 'hydra/(?:launcher|sweeper)/(joblib|submitit|optuna)", message)
     if plugin:
         return f"hydra/*={plugin[1]} is an extra: pip install 'flowtrain[{plugin[1]}]'"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name}: {choose(name, error.options)}"
     unknown = re.search(r"Could not override '([^']+)'", message)
-    if unknown is None:
-        written = getattr(error, "override", None)
-        message = re.sub(r"^In '[^']*': | Config search path:.*$", "", message)
-        return f"{written}: {message}" if written else message
-    return unknown_key(unknown[1], *_without(unknown[1]))
+    if unknown is not None:
+        return unknown_key(unknown[1], *_without(unknown[1]))
+    written = getattr(error, "override", None)
+    message = re.sub(r"^In '[^']*': | Config search path:.*$", "", message)
+    several = re.match(r"Ambiguous value for argument '(.*?)' 1\.|Sweep parameters '(.*?)' requires", message)
+    if several:
+        given = several[1] or several[2]
+        return f"{given}: several values make a sweep: add -m, or give one value, or a list in brackets"
+    if written:
+        return f"{written}: {_unparsed(message)}; Hydra takes special characters in quotes: {_in_quotes(written)}"
+    return message
+
+
+def _unparsed(message: str) -> str:
+    """What Hydra says of an override that it cannot parse, without its pointer to a web page."""
+    return message.partition(" See https://hydra.cc")[0]
+
+
+def _in_quotes(override: str) -> str:
+    """The override with its value in quotes, as a shell takes it."""
+    key, _, value = override.partition("=")
+    return shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
 
 
 def _without(key: str) -> tuple[dict[str, Any], str]:
@@ -95,16 +118,32 @@ def _without(key: str) -> tuple[dict[str, Any], str]:
 
 
 def unknown_key(key: str, config: Mapping[str, Any], where: str = "") -> str:
-    """A message that says how far `key` leads into the config and what there is from there on."""
+    """A message that suggests the nearest key, and lists the keys of the deepest part of the config that exists."""
+    key = key.lstrip("+~")
     node: Any = config
     found: list[str] = []
-    for part in key.removeprefix("+").split("."):
+    for part in key.split("."):
         if not isinstance(node, Mapping) or part not in node:
             break
         node = node[part]
         found.append(part)
-    have = ", ".join(str(k) for k in node if k not in ("_target_", "name")) if isinstance(node, Mapping) else "no keys"
-    return f"{where}there is no key {key}; {'.'.join(found) or 'at the top'} there {'is' if found else 'are'} {have}"
+    at = ".".join(found)
+    if not isinstance(node, Mapping):
+        return f"{where}there is no key {key}: {at} is a value, {at}={node}"
+    have = [str(k) for k in node if k not in ("_target_", "name")]
+    nearest = did_you_mean(key, [k for k in _every_key(config) if k.rpartition(".")[2] not in ("_target_", "name")])
+    keys_are = f"{'T' if nearest else 't'}he keys{at and f' of {at}'} are {', '.join(have)}"
+    return f"{where}there is no key {key}; {nearest}{keys_are}"
+
+
+def _every_key(config: Mapping[str, Any], before: str = "") -> list[str]:
+    """The dotted keys of a config, of groups as well as of values."""
+    found = []
+    for key, value in config.items():
+        found.append(f"{before}{key}")
+        if isinstance(value, Mapping):
+            found += _every_key(value, f"{before}{key}.")
+    return found
 
 
 def compose_defaults(overrides: Sequence[str]) -> dict[str, Any]:

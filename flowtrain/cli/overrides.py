@@ -1,55 +1,43 @@
-"""Overrides in Hydra's grammar: a command's own keys, and those meant for a saved config."""
+"""Overrides in Hydra's grammar that are meant for a saved config."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from flowtrain.cli.folders import look_here, split_folder
+from flowtrain.build import with_whole_numbers
+from flowtrain.cli.folders import look_here
 from flowtrain.cli.messages import compose_defaults, plain, unknown_key
 from flowtrain.errors import ConfigError
 from flowtrain.paths import config_groups
 from flowtrain.training.tensorboard import DEFAULT
 
 
-def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> tuple[dict[str, Any], list[str]]:
-    """The command's own keys with their values, and the overrides left over, meant for the saved config.
-
-    Raises:
-        ConfigError: an argument that is no override.
-        SystemExit: after printing `usage`, when asked for help.
-    """
-    if not arguments or any(a in ("-h", "--help") for a in arguments):
-        print(usage)
-        raise SystemExit(0 if arguments else 2)
-    arguments = split_folder(arguments)[1]
-    bad = [a for a in arguments if "=" not in a]
-    if bad:
-        raise ConfigError(f"{bad[0]}: arguments look like KEY=VALUE; see --help")
-    values, rest = dict(own), []
-    for argument, override in zip(arguments, OverridesParser.create().parse_overrides(list(arguments)), strict=True):
-        if override.is_sweep_override() and override.key_or_group in own:
-            raise ConfigError(f"{override.key_or_group}: several values make a sweep, which only flowtrain -m can run")
-        if override.key_or_group in own:
-            values[override.key_or_group] = override.value()
-        else:
-            rest.append(argument)
-    return values, rest
-
-
 def trusted(value: Any) -> list[str]:
     """The packages that `trust` names, which are then looked for in the working directory too.
 
     Raises:
-        ConfigError: no names.
+        ConfigError: no names, or one that no package has.
     """
     names = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"trust={value}: give names of packages, as in trust=[mypkg]")
     if names:
         look_here()
+    for name in names:
+        if not _is_package(name):
+            raise ConfigError(f"trust={name}: there is no package or module of that name here")
     return names
+
+
+def _is_package(name: str) -> bool:
+    """Whether Python would find the package; nothing of it is imported."""
+    try:
+        return find_spec(name.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def overridden(
@@ -71,6 +59,8 @@ def overridden(
     for override in parsed:
         group = override.key_or_group
         top = group.partition(".")[0]
+        if override.is_delete():
+            raise ConfigError(f"{override.input_line}: a key of a saved config cannot be taken out; give it a value")
         if override.is_sweep_override():
             raise ConfigError(f"{group}: several values make a sweep, which only flowtrain -m can run; give one")
         if used and top in config and top not in used:
@@ -83,9 +73,10 @@ def overridden(
         key = override.key_or_group
         if key in config_groups():
             continue
-        if not override.is_add() and OmegaConf.select(config, key, default=overridden) is overridden:
-            also = f" (and {', '.join(own)})" if own and "." not in key else ""
-            raise ConfigError(unknown_key(key, plain(config)) + also)
+        # to be added, a key needs a group
+        needed = key if not override.is_add() or "." not in key else key.partition(".")[0]
+        if OmegaConf.select(config, needed, default=overridden) is overridden:
+            raise ConfigError(unknown_key(key, {**dict.fromkeys(own), **plain(config)}))
         OmegaConf.update(config, key, override.value(), force_add=override.is_add())
         if key in SAME and SAME[key] not in [other.key_or_group for other in parsed]:
             OmegaConf.update(config, SAME[key], None)
@@ -93,7 +84,8 @@ def overridden(
     keys = [override.key_or_group for override in parsed]
     if "data.path" in keys and "data.key" not in keys:
         found["data"] = less_key(found["data"])
-    return found
+    groups = {key.partition(".")[0] for key in keys}
+    return with_whole_numbers(found, groups & {*config_groups()})
 
 
 def less_key(data: Mapping[str, Any]) -> dict[str, Any]:

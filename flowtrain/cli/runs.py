@@ -6,16 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain import distributed
+from flowtrain.build import with_whole_numbers
 from flowtrain.cli.files import absolute_paths, is_path
 from flowtrain.cli.folders import options
-from flowtrain.cli.messages import plain
+from flowtrain.cli.made import holds_run, unless_begun
+from flowtrain.cli.messages import plain, unknown_key
 from flowtrain.cli.overrides import keys_of, less_key, overridden, trusted
 from flowtrain.console import messages
-from flowtrain.errors import CheckpointError, ConfigError
+from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.paths import config_groups
+from flowtrain.quoting import resume_command
 from flowtrain.run import train
 from flowtrain.status import status
 from flowtrain.training import checkpoint
@@ -30,12 +36,15 @@ def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
             claim(run_dir)
             # only now: a directory that was another run's is not this one's to go on with
             distributed.remember(run_dir)
-        whole = begun(known(plain(config)), HydraConfig.get().overrides.task)
-        trust = trusted(whole.pop("trust"))
-        if distributed.is_first():
-            write_hydra(run_dir, config if whole["from"] is None else OmegaConf.create(whole))
-        with messages(run_dir / "flowtrain.log"):
-            return train(absolute_paths(whole), run_dir, trust=trust)
+        with unless_begun(run_dir, REFUSALS) if distributed.is_first() else nullcontext():
+            whole = begun(known(plain(config)), HydraConfig.get().overrides.task)
+            trust = trusted(whole["trust"])
+            whole = with_whole_numbers(whole, config_groups())
+            if distributed.is_first():
+                write_hydra(run_dir, OmegaConf.create(whole))
+            del whole["trust"]
+            with messages(run_dir / "flowtrain.log"):
+                return train(absolute_paths(whole), run_dir, trust=trust)
 
 
 @contextmanager
@@ -81,7 +90,9 @@ def known(config: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{missing[0]} was taken out of the config, but a run needs it")
     extra = [key for key in config if key not in names]
     if extra:
-        raise ConfigError(f"there is no key {extra[0]}; at the top there are {', '.join(names)}")
+        raise ConfigError(unknown_key(extra[0], {key: value for key, value in config.items() if key in names}))
+    if config["resume"] is not None:
+        raise ConfigError(f"resume={config['resume']}: is for the command line alone, and without +")
     return config
 
 
@@ -93,13 +104,16 @@ def chosen(arguments: Sequence[str]) -> list[str]:
         CheckpointError: the run is not to be had.
     """
     places = [i for i, a in enumerate(arguments) if a.lstrip("+").startswith("from=")]
-    run = arguments[places[-1]].partition("=")[2] if places else "null"
-    if run == "null":
+    if not places:
         return list(arguments)
-    if not run or "," in run:
-        raise ConfigError(f"from={run}: give one run directory")
+    override = OverridesParser.create().parse_override(arguments[places[-1]])
+    run = override.value()
+    if run is None:
+        return list(arguments)
+    if not isinstance(run, str) or not run or override.is_sweep_override():
+        raise ConfigError(f"{arguments[places[-1]]}: give one run directory")
     refuse_changes(arguments, FROM, ("model", "data", "experiment", "recipe"))
-    saved = checkpoint.load(checkpoint.find(Path(run.strip("'\"")).expanduser()))["config"]
+    saved = checkpoint.load(checkpoint.find(Path(run.replace("\\${", "${")).expanduser()))["config"]
     names = {group: saved[group].get("name") for group in ("model", "data")}
     ours = [f"{group}={name}" for group, name in names.items() if name in options(group)]
     # among the overrides: what follows a flag is no override
@@ -126,6 +140,8 @@ def begun(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
     return {**config, "from": str(path), "model": saved["model"], "data": data}
 
 
+# what ends a command without its run having begun; of any other error the files are kept, to be reported
+REFUSALS = (FlowtrainError, HydraException, OmegaConfBaseException, OSError, KeyboardInterrupt, MemoryError)
 FROM = "a run begins with the model and data of from=RUN_DIR; leave it out"
 
 
@@ -139,11 +155,9 @@ def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = (
 
 def claim(run_dir: Path) -> None:
     """Refuses a directory that already holds a run: one killed before its first checkpoint has left none."""
-    metrics = run_dir / "metrics.jsonl"
-    measured = metrics.exists() and metrics.stat().st_size > 0
-    if measured or (run_dir / "result.json").exists() or checkpoint.any_in(run_dir):
+    if holds_run(run_dir):
         raise ConfigError(
-            f"{run_dir} already holds a run and is not overwritten: go on with flowtrain resume={run_dir}, "
+            f"{run_dir} already holds a run and is not overwritten: resume it with {resume_command(run_dir)}, "
             "or choose another hydra.run.dir"
         )
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from flowtrain.build import build_data
 from flowtrain.checks import flag, number, whole
 from flowtrain.cli.animate import write_animation
+from flowtrain.cli.arguments import split_own
 from flowtrain.cli.files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.messages import run_command
 from flowtrain.cli.opened import Opened, open_checkpoint
-from flowtrain.cli.overrides import split_own
 from flowtrain.cli.quality import report_quality
 from flowtrain.console import messages
 from flowtrain.data.base import Dataset
@@ -29,7 +29,7 @@ USAGE = """flowsample ckpt=RUN_DIR_OR_FILE [n=10000] [seed=0] [temperature=1.0] 
 flowsample ckpt=RUN_DIR_OR_FILE animate=true [n=2000] [seed=0] [temperature=1.0] [label=7] [out=FILE.gif]
 flowsample ckpt=RUN_DIR_OR_FILE quality=[1,2,4,8,16] [seed=0] [out=FILE.json]
 
-  ckpt          a run directory (its best checkpoint) or a .pt file
+  ckpt          a run directory (its best checkpoint) or a .pt file; the name may be left out: flowsample RUN_DIR
   n             how many samples; default: 10000, of images 100. Animated: 2000
                 (at most 100000), of images 60 (200)
   seed          of the base noise

@@ -6,6 +6,7 @@ ended are left as they are, those that were stopped go on, and only the missing 
 
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -21,11 +22,13 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain import distributed
+from flowtrain.cli.made import is_new
 from flowtrain.cli.messages import message_of, plain, report
 from flowtrain.cli.overrides import trusted
 from flowtrain.cli.runs import begin, go_on
 from flowtrain.errors import ConfigError, FlowtrainError
 from flowtrain.files import write_text
+from flowtrain.quoting import option
 from flowtrain.status import status
 from flowtrain.sweep import ERROR, OVERRIDES, RESULT, begun_in, overrides_of, result_of, write_summary
 from flowtrain.training import checkpoint
@@ -114,14 +117,15 @@ class JobError(FlowtrainError):
 
 @dataclass
 class Sweep:
-    """What becomes of a sweep: how many of its jobs have no result."""
+    """What becomes of a sweep: how many of its jobs have no result, and whether none has begun to train."""
 
     undone: int = 0
+    refused: bool = False
 
     @property
     def code(self) -> int:
-        """What the process ends with: 1 where a job lacks its result, else 0."""
-        return 1 if self.undone else 0
+        """What the process ends with: 2 where every job was refused, 1 where a job lacks its result, else 0."""
+        return 2 if self.refused else 1 if self.undone else 0
 
 
 # of the sweep of this process, its directory, and what is shown while it waits for jobs in other processes
@@ -171,17 +175,38 @@ def summarized() -> Iterator[Sweep]:
             raise
         raise JobError(
             "the process of a job was killed, for its memory as a rule, and joblib ends all jobs with it. Those that "
-            f"ran go on where they were with the same command and hydra.sweep.dir={_ROOT[0]}"
+            f"ran go on where they were with the same command and {option('hydra.sweep.dir', _ROOT[0])}"
         ) from e
     finally:
         _WAITING.close()
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-        if _ROOT and _ROOT[0].is_dir():
+        if _ROOT and is_new(_ROOT[0]) and _removed(_ROOT[0]):
+            sweep.refused = True
+        elif _ROOT and _ROOT[0].is_dir():
             table, sweep.undone = write_summary(_ROOT[0])
             rest = "" if ended else "\n\nstopped; the same command in the same hydra.sweep.dir does what is missing"
             sys.stdout.flush()
             print(f"\n{table}{rest}\n\n{_ROOT[0]}")
+
+
+# what the launchers and sweepers write into the directory of a sweep
+OF_LAUNCHERS = ("multirun.yaml", "optimization_results.yaml", ".submitit")
+
+
+def _removed(root: Path) -> bool:
+    """Whether nothing has begun in the directory of a sweep that this command made: it is removed then.
+
+    Of a job that was refused there are its overrides and its error, and of one that was interrupted its overrides.
+    """
+    jobs = [folder / name for folder in begun_in(root) for name in (OVERRIDES, ERROR)]
+    others = [
+        path for path in root.rglob("*") if path.is_file() and path.relative_to(root).parts[0] not in OF_LAUNCHERS
+    ]
+    if {*others} - {*jobs}:
+        return False
+    shutil.rmtree(root)
+    return True
 
 
 def _terminated(number: int, frame: object) -> None:

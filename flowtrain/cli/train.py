@@ -12,9 +12,12 @@ from omegaconf import DictConfig
 
 from flowtrain import distributed
 from flowtrain.cli import help, sweep
-from flowtrain.cli.grammar import check_grammar, in_order
+from flowtrain.cli.arguments import split_own, versions
+from flowtrain.cli.grammar import SWEEP, check_grammar, in_order, separated
+from flowtrain.cli.made import note, tidied
 from flowtrain.cli.messages import plain, report, run_command
-from flowtrain.cli.overrides import split_own, trusted
+from flowtrain.cli.overrides import trusted
+from flowtrain.cli.quoted import quoted
 from flowtrain.cli.runs import begin, chosen, go_on
 from flowtrain.errors import CheckpointError, ConfigError
 from flowtrain.paths import config_dir
@@ -33,21 +36,35 @@ def _joined() -> int:
 
 def _command() -> int:
     arguments = sys.argv[1:]
+    if "--version" in arguments:
+        if distributed.is_first():
+            print(versions())
+        return 0
     if help.asked(arguments):
         if distributed.is_first():
             print(help.help_text(arguments))
         return 0
+    arguments = quoted(arguments)
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)
+    arguments = of_first_job(arguments)
     check_grammar(arguments)
     sys.argv[1:] = in_order(chosen(arguments))
-    with tempfile.TemporaryDirectory() as aside, sweep.summarized() as summary:
+    with tempfile.TemporaryDirectory() as aside, tidied(), sweep.summarized() as summary:
         if not distributed.is_first():
             # for Hydra, which makes a directory on every rank
             mine = [a for a in sys.argv[1:] if not a.lstrip("+").startswith("hydra.run.dir=")]
             sys.argv[1:] = [f"hydra.run.dir={aside}", *mine]
         _start()
     return summary.code
+
+
+def of_first_job(arguments: Sequence[str]) -> list[str]:
+    """The arguments; where a sweep is to be shown and not run, as with --cfg, those of its first job."""
+    flags = separated(arguments)[1]
+    if not {"-c", "--cfg", "-i", "--info"} & {flag.partition("=")[0] for flag in flags} or not {*SWEEP} & {*flags}:
+        return list(arguments)
+    return [*help.overrides_of(arguments), *(flag for flag in flags if flag not in SWEEP)]
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
@@ -81,6 +98,7 @@ def attempt(run_dir: Path) -> tuple[Path, bool]:
         if before != run_dir and not any(run_dir.iterdir()):
             run_dir.rmdir()
         run_dir = before
+        note(run_dir)
     return distributed.from_first((run_dir, before is not None and checkpoint.any_in(run_dir)))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.errors import ConfigError
+from flowtrain.suggestions import choose
 
 
 def step_generator(seed: int, *stream: int) -> torch.Generator:
@@ -153,7 +154,7 @@ class Dataset(ABC):
             ConfigError: another name.
         """
         if name not in ("val", "test"):
-            raise ConfigError(f"split={name}: there is no such split; choose val or test")
+            raise ConfigError(f"split={name}: there is no such split; {choose(name, ('val', 'test'))}")
         return self.val if name == "val" else self.test
 
     def split_labels(self, name: str) -> Tensor | None:

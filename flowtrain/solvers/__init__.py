@@ -10,6 +10,7 @@ from flowtrain.solvers.history import History
 from flowtrain.solvers.runge_kutta import RungeKutta
 from flowtrain.solvers.tableaus import TABLEAUS, Tableau
 from flowtrain.solvers.torchdiffeq_engine import METHODS, Torchdiffeq
+from flowtrain.suggestions import choose
 
 __all__ = [
     "History",
@@ -39,7 +40,7 @@ def ode_solver(method: str, gradient: str = "auto", tableau: Tableau | None = No
     unknown = [key for key in settings if key not in known]
     if unknown:
         names = [key for key in known if key not in ("self", "adaptive")]
-        raise ConfigError(f"solver: unknown key {', '.join(unknown)}; it takes {', '.join(names)}")
+        raise ConfigError(f"solver: unknown key {', '.join(unknown)}; {choose(unknown[0], names, 'it takes')}")
     if tableau is not None:
         if not isinstance(tableau, Tableau):
             raise ConfigError(f"solver.tableau={tableau}: a tableau is given by a function, see README, Extending")

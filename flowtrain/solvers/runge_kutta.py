@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from flowtrain.checks import one_of
 from flowtrain.derivatives import largest, transforms_active, values
 from flowtrain.errors import ConfigError
 from flowtrain.solvers.base import Problem, Solution, Solver, Statistics
@@ -41,8 +42,8 @@ class RungeKutta(Solver):
     """
 
     def __init__(self, method: str, tableau: Tableau | None = None, **settings: Any) -> None:
-        if tableau is None and method not in TABLEAUS:
-            raise ConfigError(f"solver.method={method}: choose one of {', '.join(TABLEAUS)}")
+        if tableau is None:
+            one_of("solver.method", method, TABLEAUS)
         self.tableau = tableau or TABLEAUS[method]
         super().__init__(method, adaptive=self.tableau.e is not None, **settings)
         if self.gradient == "adjoint":

@@ -17,6 +17,7 @@ from torchdiffeq._impl.fixed_adams import AdamsBashforthMoulton
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
 
+from flowtrain.checks import one_of
 from flowtrain.derivatives import transforms_active, values
 from flowtrain.errors import ConfigError, SolverError
 from flowtrain.solvers.base import Problem, Solution, Solver, Statistics
@@ -95,8 +96,7 @@ class Torchdiffeq(Solver):
     """
 
     def __init__(self, method: str, **settings: Any) -> None:
-        if method not in METHODS:
-            raise ConfigError(f"solver.method={method}: choose one of {', '.join(sorted(METHODS))}")
+        one_of("solver.method", method, sorted(METHODS))
         if settings.get("gradient") == "replay":
             raise ConfigError(
                 f"solver.gradient=replay: for {', '.join(TABLEAUS)}; solver={method} has direct and adjoint"

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from flowtrain import distributed
 from flowtrain.errors import ConfigError, FlowtrainError
+from flowtrain.quoting import resume_command
 from flowtrain.training.metrics import Metrics
 from flowtrain.training.saving import Saves
 from flowtrain.training.settings import Settings
@@ -62,12 +63,12 @@ class Recovery:
             return Failed.REWOUND
         run_dir = self.saves.run_dir
         if not isinstance(error, STEP_ERRORS):
-            raise type(error)(f"{what}: {error} Go on with: flowtrain resume={run_dir}") from error
+            raise type(error)(f"{what}: {error} Resume with: {resume_command(run_dir)}") from error
         # last.pt stays as it is: a step fails for its weights, and would fail again from those before it
         lr = self.settings.lr * self.trouble.lr_scale
         raise type(error)(
             f"{what}: {error} Go on from the last checkpoint, with a smaller learning rate: "
-            f"flowtrain resume={run_dir} trainer.lr={lr / 2:g}"
+            f"{resume_command(run_dir)} trainer.lr={lr / 2:g}"
         ) from error
 
     def rewind(self, why: str) -> None:

@@ -1,0 +1,119 @@
+"""The command line of `floweval`, `flowsample` and `flowtrain resume=`: own keys, overrides of a saved config, help."""
+
+import platform
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from flowtrain.cli import help
+from flowtrain.cli.folders import split_folder
+from flowtrain.cli.quoted import quoted
+from flowtrain.errors import ConfigError
+from flowtrain.suggestions import did_you_mean
+
+
+def versions() -> str:
+    """What --version prints: the versions of flowtrain, torch and Python."""
+    try:
+        ours = version("flowtrain")
+    except PackageNotFoundError:
+        # a checkout that is not installed
+        ours = "of a checkout"
+    return f"flowtrain {ours}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> tuple[dict[str, Any], list[str]]:
+    """The command's own keys with their values, and the overrides left over, meant for the saved config.
+
+    Where the command has the key `ckpt`, a run may be given without it: `floweval RUN` is `floweval ckpt=RUN`.
+
+    Args:
+        own: the own keys with their defaults.
+        usage: what --help prints.
+
+    Raises:
+        ConfigError: an argument that is no override.
+        SystemExit: after printing the help or the versions, when asked for them.
+    """
+    if not arguments:
+        print(usage)
+        raise SystemExit(2)
+    if "--version" in arguments:
+        print(versions())
+        raise SystemExit(0)
+    arguments = split_folder(arguments)[1]
+    if help.asked(arguments):
+        print(_help(help.topics(arguments), own, usage))
+        raise SystemExit(0)
+    arguments = quoted(_with_run(arguments, own))
+    values, rest = dict(own), []
+    for argument, override in zip(arguments, OverridesParser.create().parse_overrides(list(arguments)), strict=True):
+        key = override.key_or_group
+        if key not in own:
+            rest.append(argument)
+            continue
+        if override.is_sweep_override():
+            raise ConfigError(f"{key}: several values make a sweep, which only flowtrain -m can run")
+        if override.is_delete():
+            raise ConfigError(f"{argument}: leave {key} out instead")
+        # for interpolations, as ${oc.env:HOME}
+        value = OmegaConf.create({key: override.value()})
+        values[key] = OmegaConf.to_container(value, resolve=True)[key]  # type: ignore[index, call-overload]
+    return values, rest
+
+
+def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
+    """With ckpt= before the argument that is a run and no override.
+
+    Raises:
+        ConfigError: an argument that is neither.
+    """
+    whole, runs = [], 0
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise ConfigError(f"{argument}: there is no such flag here; see --help")
+        key = argument.partition("=")[0]
+        is_override = "=" in argument and re.fullmatch(r"[+~]{0,2}[\w.@/-]+", key) is not None
+        if (is_override and not (key not in own and "/" in key and _exists(argument))) or argument.startswith("~"):
+            whole.append(argument)
+            continue
+        if "ckpt" not in own or not argument.strip():
+            raise ConfigError(f"{argument!r}: arguments look like KEY=VALUE; see --help")
+        if argument in own:
+            raise ConfigError(f"{argument}: give it a value, {argument}=...; see --help")
+        if not _exists(argument):
+            meant = did_you_mean(argument, own)
+            raise ConfigError(f"{argument}: there is no such run; {meant}Give ckpt=RUN_DIR_OR_FILE and KEY=VALUE")
+        runs += 1
+        whole.append(f"ckpt={argument}")
+    if runs and sum(a.startswith("ckpt=") for a in whole) > 1:
+        raise ConfigError(f"{' '.join(arguments)}: give one run; KEY=VALUE sets an option")
+    return whole
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _help(topics: Sequence[str], own: Mapping[str, Any], usage: str) -> str:
+    """The usage, or what it or the help of flowtrain says of the topics."""
+    if not topics:
+        return usage
+    found = [_paragraph(topic, usage) if topic in own else help.topic_text([topic], own) for topic in topics]
+    return "\n\n".join(found)
+
+
+def _paragraph(key: str, usage: str) -> str:
+    """The lines of a usage that explain a key."""
+    match = re.search(rf"^  {re.escape(key)} *\n?(?: {{3,}}.*\n)*.*(?:\n {{5,}}.*)*", usage, re.M)
+    return textwrap.dedent(match[0]) if match else usage

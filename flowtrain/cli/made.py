@@ -1,0 +1,85 @@
+"""A command that was refused leaves nothing: what it wrote before the mistake was found is removed again.
+
+Only empty directories that were not there before, and files of a run that never began, are removed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from flowtrain.training import checkpoint
+
+# what a run writes before its training begins
+FILES = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "flowtrain.log", "metrics.jsonl",
+         "checkpoints/teacher.pt")  # fmt: skip
+# the directories that this command has Hydra make, the innermost first
+_MADE: list[Path] = []
+
+
+class Made(Callback):
+    """Hydra's callback that says where a run will be, before its directory is made."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        note(Path(str(config.hydra.run.dir)))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        note(Path(str(config.hydra.sweep.dir)))
+
+
+def note(folder: Path) -> None:
+    """Remembers which of a directory and those above it are not there yet."""
+    folder = folder.absolute()
+    _MADE[:] = [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def is_new(folder: Path) -> bool:
+    """Whether this command made the directory that was noted last."""
+    return folder.absolute() in _MADE
+
+
+@contextmanager
+def tidied() -> Iterator[None]:
+    """Whatever ends a command inside, the directories that it made and that are empty are removed."""
+    _MADE.clear()
+    try:
+        yield
+    finally:
+        remove_empty(_MADE)
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes directories, the innermost first, up to the first that something is in."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether training has begun in a directory."""
+    metrics = run_dir / "metrics.jsonl"
+    measured = metrics.exists() and metrics.stat().st_size > 0
+    return measured or (run_dir / "result.json").exists() or checkpoint.any_in(run_dir)
+
+
+@contextmanager
+def unless_begun(run_dir: Path, refused: tuple[type[BaseException], ...]) -> Iterator[None]:
+    """Where one of the errors ends what is inside before training has begun, the files written by then are removed.
+
+    Those that were there before stay. Only the process that holds the directory may call this.
+    """
+    paths = [run_dir / name for name in FILES]
+    before = {path for path in paths if path.exists()}
+    try:
+        yield
+    except refused:
+        if not holds_run(run_dir):
+            boards = [*run_dir.glob("tensorboard/events.out.tfevents.*")] if is_new(run_dir) else []
+            for path in (*paths, *boards):
+                if path not in before:
+                    path.unlink(missing_ok=True)
+                    remove_empty([path.parent] if path.parent != run_dir else [])
+        raise

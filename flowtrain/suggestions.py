@@ -1,0 +1,58 @@
+"""Did you mean: the valid name nearest to one that was misspelled, for every message that lists names."""
+
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+
+# below this similarity, as difflib measures it, a name is no suggestion
+LEAST = 0.6
+# names this near to the best one are suggested with it, up to so many
+TIE, MOST = 0.02, 3
+
+
+def nearest(word: str, names: Iterable[str]) -> list[str]:
+    """The names that `word` may be a misspelling of, nearest first; empty where none is near.
+
+    A dotted name is also found by its last part, and that by its initials.
+
+    Example:
+        >>> nearest("lr", ["trainer.lr", "trainer.steps"]), nearest("learning_rate", ["trainer.lr"])
+        (['trainer.lr'], ['trainer.lr'])
+        >>> nearest("ffjrod", ["affine", "ffjord"]), nearest("gas", ["moons"])
+        (['ffjord'], [])
+    """
+    scored = {name: _similarity(word.lower(), name.lower()) for name in map(str, names) if name and name != word}
+    best = max(scored.values(), default=0.0)
+    near = [name for name, score in scored.items() if score >= max(LEAST, best - TIE)]
+    return sorted(near, key=lambda name: -scored[name])[:MOST]
+
+
+def _similarity(word: str, name: str) -> float:
+    asked, last = word.rpartition(".")[2], name.rpartition(".")[2]
+    if not asked:
+        return 0.0
+    if asked == last:
+        return 1.0 + 0.1 * SequenceMatcher(None, word, name).ratio()
+    initials = "".join(part[:1] for part in asked.split("_"))
+    if len(initials) > 1 and initials == last:
+        return 0.95
+    by_last = SequenceMatcher(None, asked, last).ratio() - 0.05
+    return max(SequenceMatcher(None, word, name).ratio(), by_last)
+
+
+def did_you_mean(word: object, names: Iterable[str]) -> str:
+    """The suggestion as the words of a message, "did you mean trainer.lr? "; empty where no name is near."""
+    near = nearest(str(word), names)
+    return f"did you mean {' or '.join(near)}? " if near else ""
+
+
+def choose(word: object, names: Iterable[str], lead: str = "choose one of") -> str:
+    """The suggestion, and after it all the names.
+
+    Example:
+        >>> choose("moon", ["moons", "rings"])
+        'did you mean moons? Choose one of moons, rings'
+    """
+    names = list(names)
+    suggested = did_you_mean(word, names)
+    lead = f"{lead[0].upper()}{lead[1:]}" if suggested else lead
+    return f"{suggested}{lead} {', '.join(names)}"
