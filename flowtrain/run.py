@@ -176,6 +176,7 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
         result = evaluate(flow, data, "test", saved["step"], trained_on=data)
     best = None if trainer.best is None else trainer.best["nll"]
     rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
+    rest["val_nll_stderr"] = None if trainer.best is None else stderr_at(trainer.metrics.rows, trainer.best["step"])
     write_json(run_dir / "result.json", {**result.to_dict(), **rest})
     title = title_of(config)
     reached = f"{title}, test {result.words}"
@@ -192,6 +193,12 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
         board.end(result.to_dict(), drawn, trainer.step)
     trained = f"{'trained':>{NAMES}}  {trainer.step:,} steps in {trainer.seconds:.1f} s"
     log.info("%s\n%s\n%s", result.table(), trained, next_commands(run_dir, data.event_shape))
+
+
+def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
+    """The standard error of the validation NLL of a step; None in the rows of an older flowtrain."""
+    found = [row.get("nll_stderr") for row in rows if row.get("split") == "val" and row["step"] == step]
+    return found[-1] if found else None
 
 
 def _own_packages(config: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,11 @@ from flowtrain.pictures import spared
 RESULT, OVERRIDES, ERROR = "result.json", ".hydra/overrides.yaml", "error.txt"
 # of result.json, what a table of runs has
 MEASURED = (
-    "val_nll", "nll", "nll_stderr", "bits_per_dim", "kl", "nfe", "solver_error", "roundtrip_error", "steps",
-    "train_seconds",
+    "val_nll", "val_nll_stderr", "nll", "nll_stderr", "bits_per_dim", "kl", "nfe", "solver_error", "roundtrip_error",
+    "steps", "train_seconds",
 )  # fmt: skip
+# what the mark in a table means
+TIED = "\\* cannot be told from the best: within 2 standard errors of the difference"
 TOLERANCES = ("solver.rtol", "solver.atol")
 
 
@@ -47,6 +50,12 @@ class Job:
         """Infinity where there is none."""
         found = self.result.get("val_nll")
         return math.inf if found is None else float(found)
+
+    @property
+    def val_stderr(self) -> float:
+        """The standard error of the validation NLL; NaN where there is none, as in runs of an older flowtrain."""
+        found = self.result.get("val_nll_stderr")
+        return math.nan if found is None else float(found)
 
 
 def write_summary(root: Path) -> tuple[str, int]:
@@ -120,7 +129,20 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 def _pair(override: str) -> tuple[str, str]:
     key, _, value = override.lstrip("+").partition("=")
-    return key, value
+    quoted = re.fullmatch(r"(['\"])(.*)\1", value, re.S)
+    return key, re.sub(r"\\(['\"])", r"\1", quoted[2]) if quoted else value
+
+
+def as_good(jobs: Sequence[Job]) -> set[str]:
+    """The names of the runs whose validation NLL cannot be told from the best.
+
+    It is within 2 standard errors of the difference. The errors are taken as independent, which is cautious: runs that share a validation set differ by less noise.
+    """
+    best = min(jobs, key=lambda job: job.val_nll, default=None)
+    if best is None or not math.isfinite(best.val_nll):
+        return set()
+    near = {job.name for job in jobs if job.val_nll - best.val_nll <= 2 * math.hypot(job.val_stderr, best.val_stderr)}
+    return {best.name, *near}
 
 
 def swept(jobs: Sequence[Job]) -> list[str]:
@@ -133,11 +155,14 @@ def as_csv(jobs: Sequence[Job], keys: Sequence[str]) -> str:
     """A row for each job, with every digit."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["job", *keys, *MEASURED, "state", "error"])
+    writer.writerow(["job", *keys, *MEASURED, "as_good_as_best", "state", "error"])
+    near = as_good(jobs)
     for job in jobs:
         found = (job.result.get(name) for name in MEASURED)
         given = (job.keys.get(key, "") for key in keys)
-        writer.writerow([job.name, *given, *("" if v is None else v for v in found), job.state, job.error or ""])
+        measured = ["" if value is None else value for value in found]
+        good = str(job.name in near).lower() if job.result else ""
+        writer.writerow([job.name, *given, *measured, good, job.state, job.error or ""])
     return text.getvalue()
 
 
@@ -145,7 +170,9 @@ def as_markdown(jobs: Sequence[Job], keys: Sequence[str]) -> str:
     """The table to read: digits as far as the errors leave them, no column that says nothing."""
     columns: dict[str, list[str]] = {"job": [job.name for job in jobs]}
     columns |= {key: [_short(job.keys.get(key, "")) for job in jobs] for key in keys}
-    columns["validation NLL"] = [f"{job.val_nll:.4f}" if math.isfinite(job.val_nll) else "" for job in jobs]
+    near = as_good(jobs)
+    marks = {job.name: " *" if job.name in near and len(near) > 1 else "" for job in jobs}
+    columns["validation NLL"] = [_validation(job) + marks[job.name] for job in jobs]
     columns["test NLL"] = [_nll(job.result) for job in jobs]
     for name, words in (("bits_per_dim", "bits/dim"), ("kl", "KL"), ("nfe", "NFE"), ("solver_error", "solver error")):
         columns[words] = [_number(job.result.get(name)) for job in jobs]
@@ -153,7 +180,12 @@ def as_markdown(jobs: Sequence[Job], keys: Sequence[str]) -> str:
     columns["seconds"] = [_number(job.result.get("train_seconds"), 3) for job in jobs]
     columns[""] = [_words(job) for job in jobs]
     columns = {head: cells for head, cells in columns.items() if any(cells)}
-    return as_table(list(columns), zip(*columns.values(), strict=True))
+    table = as_table(list(columns), zip(*columns.values(), strict=True))
+    return f"{table}\n\n{TIED}" if len(near) > 1 else table
+
+
+def _validation(job: Job) -> str:
+    return with_error(job.val_nll, job.val_stderr) if math.isfinite(job.val_nll) else ""
 
 
 def _nll(result: dict[str, Any]) -> str:
@@ -191,6 +223,10 @@ def against(jobs: Iterable[Job], key: str) -> plots.Swept:
         values=order,
         numbers=[n for v in order if (n := _as_number(v)) is not None] if numeric else None,
         found={name: rows for name, rows in found.items() if any(map(math.isfinite, (v for row in rows for v in row)))},
+        errors={
+            name: [[_measured(job, f"{name}_stderr") for job in values[value]] for value in order]
+            for name in ("val_nll", "nll")
+        },
     )
 
 

@@ -121,7 +121,7 @@ class Unscored(Validation):
 
     failures = 1
 
-    def nll(self) -> float:
+    def nll(self) -> tuple[float, float]:
         if self.progress.step == 8 and self.failures:
             self.failures -= 1
             raise NonFiniteError("log p(x) is nan for row 0 of the val set")

@@ -22,6 +22,9 @@ from flowtrain.errors import ConfigError, FlowtrainError, out_of_memory
         ("--foo", "--foo: there is no such flag"),
         ("~model", "model was taken out of the config"),
         ("~data=moons", "was taken out of the config"),
+        ("nonsense", "nonsense: arguments look like KEY=VALUE"),
+        ("glow", "did you mean model=glow?"),
+        ("--multrun", "did you mean --multirun?"),
     ],
 )
 def test_refused_with_what_there_is(argument: str, says: str) -> None:
@@ -34,7 +37,7 @@ def test_refused_with_what_there_is(argument: str, says: str) -> None:
     "argument",
     [
         "model=realnvp", "model=realnvp,glow", "'model=\"realnvp\"'", "~regularizer", "seed=3", "model.hidden=[4]",
-        "experiment=moons", "+experiment=rings", "nonsense", "trainer.steps=", "data=array", *FLAGS,
+        "experiment=moons", "+experiment=rings", "trainer.steps=", "data=array", *(flag for flag in FLAGS if flag != "--resolve"),
     ],
 )  # fmt: skip
 def test_what_hydra_can_answer_passes(argument: str) -> None:

@@ -119,7 +119,7 @@ def test_metrics_have_the_keys_of_the_contract(tmp_path: Path) -> None:
         assert [r["step"] for r in by_split["train"]] == [1, 2, 3, 4]
         assert [r["step"] for r in by_split["val"]] == [4]
         assert set(by_split["train"][0]) == train
-        assert set(by_split["val"][0]) == {"step", "split", "nll"}
+        assert set(by_split["val"][0]) == {"step", "split", "nll", "nll_stderr"}
         assert (by_split["train"][0]["nfe_forward"] is not None) is continuous
         assert (by_split["train"][0]["rtol"] is not None) is continuous
 

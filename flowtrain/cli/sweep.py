@@ -199,11 +199,9 @@ def _removed(root: Path) -> bool:
 
     Of a job that was refused there are its overrides and its error, and of one that was interrupted its overrides.
     """
-    jobs = [folder / name for folder in begun_in(root) for name in (OVERRIDES, ERROR)]
-    others = [
-        path for path in root.rglob("*") if path.is_file() and path.relative_to(root).parts[0] not in OF_LAUNCHERS
-    ]
-    if {*others} - {*jobs}:
+    jobs = {folder / name for folder in begun_in(root) for name in (OVERRIDES, ERROR)}
+    files = {path for path in root.rglob("*") if path.is_file()}
+    if any(path.relative_to(root).parts[0] not in OF_LAUNCHERS for path in files - jobs):
         return False
     shutil.rmtree(root)
     return True

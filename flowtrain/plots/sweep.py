@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +34,21 @@ LETTER = 0.075
 
 @dataclass(frozen=True)
 class Swept:
-    """One key's values, as numbers where all are numbers, and of each name what the runs of each value measured."""
+    """One key's values, as numbers where all are numbers, and of each name what the runs of each value measured.
+
+    `errors` has the standard errors of some of these, NaN where there are none.
+    """
 
     values: list[str]
     numbers: list[float] | None
     found: dict[str, list[list[float]]]
+    errors: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
 def draw_sweep(path: Path, *, lines: Mapping[str, Swept], title: str) -> None:
     """Draw what was measured, every run a point and their means a line, to `path`: a column of panels for each key.
 
+    Bars are standard errors.
     Tolerances and what else spans orders of magnitude have logarithmic axes.
     """
     rows = [
@@ -74,6 +79,12 @@ def _panel(axes: Axes, swept: Swept, names: Sequence[str], logarithmic: bool) ->
         words, colour, marker = LOOKS[name]
         runs = swept.found.get(name, [])
         points = [(at, v) for at, row in zip(x, runs, strict=False) for v in row if math.isfinite(v)]
+        bars = [bar for row in swept.errors.get(name, []) for bar in row]
+        every = [v for row in runs for v in row]
+        known = [(at, v, e) for (at, v, e) in zip(_repeated(x, runs), every, bars, strict=False) if v + e < math.inf]
+        if known:
+            at, middle, error = zip(*known, strict=True)
+            axes.errorbar(at, middle, error, fmt="none", ecolor=colour, alpha=0.6, elinewidth=1, capsize=2)
         means = [(at, float(np.nanmean(row))) for at, row in zip(x, runs, strict=False) if np.isfinite(row).any()]
         if len(points) > len(means):
             axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=3, alpha=0.45, linewidth=0)
@@ -99,6 +110,11 @@ def _panel(axes: Axes, swept: Swept, names: Sequence[str], logarithmic: bool) ->
     axes.grid(axis="y")
     if not axes.lines:
         style.annotate(axes, "not measured")
+
+
+def _repeated(x: Sequence[float], runs: Sequence[Sequence[float]]) -> list[float]:
+    """The place of every run, where there are several of one value."""
+    return [at for at, row in zip(x, runs, strict=False) for _ in row]
 
 
 def _names(values: Sequence[str]) -> list[str]:

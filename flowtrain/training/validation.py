@@ -28,8 +28,9 @@ class Validation:
         """NLL on the fixed validation set at the final tolerance; keeps the best checkpoint."""
         p = self.progress
         self.flow.eval()
-        p.val_nll = self.nll()
-        self.metrics.write(step=p.step, split="val", nll=p.val_nll, seconds=p.seconds, **in_bits(self.flow, p.val_nll))
+        p.val_nll, stderr = self.nll()
+        bits = in_bits(self.flow, p.val_nll)
+        self.metrics.write(step=p.step, split="val", nll=p.val_nll, nll_stderr=stderr, seconds=p.seconds, **bits)
         # a NaN is never an improvement
         improved = p.val_nll < (math.inf if p.best is None else p.best["nll"])
         self.learner.lr.validated(improved)
@@ -45,8 +46,8 @@ class Validation:
         patience = self.settings.patience
         return patience is not None and self.progress.stale >= patience
 
-    def nll(self) -> float:
-        """In nats, over the validation set, of which each rank scores its share."""
+    def nll(self) -> tuple[float, float]:
+        """NLL over the validation set, of which each rank scores its share, and its standard error; in nats."""
         # a step that was skipped has left each rank with its own
         self.learner.share_running()
         x, label = held_out(self.flow, self.data, "val")
@@ -60,7 +61,9 @@ class Validation:
             check_finite(log_p, "val", share.start)
         except FlowtrainError as e:
             failure = e
-        total, n, failures = distributed.summed([log_p.sum().item(), len(log_p), failure is not None])
+        sums = [log_p.sum().item(), log_p.square().sum().item(), len(log_p), failure is not None]
+        total, squares, n, failures = distributed.summed(sums)
         if failures:
             raise distributed.agreed(failure) or NonFiniteError("the validation failed")
-        return -total / n
+        variance = max(0.0, squares - total**2 / n) / (n - 1) if n > 1 else math.nan
+        return -total / n, math.sqrt(variance / n)
