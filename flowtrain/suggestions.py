@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from difflib import SequenceMatcher
 
 # below this similarity, as difflib measures it, a name is no suggestion
-LEAST = 0.6
+LEAST = 0.68
 # names this near to the best one are suggested with it, up to so many
 TIE, MOST = 0.02, 3
 
@@ -27,7 +27,8 @@ def nearest(word: str, names: Iterable[str]) -> list[str]:
 
 
 def _similarity(word: str, name: str) -> float:
-    asked, last = word.rpartition(".")[2], name.rpartition(".")[2]
+    before, _, asked = word.rpartition(".")
+    group, _, last = name.rpartition(".")
     if not asked:
         return 0.0
     if asked == last:
@@ -35,14 +36,22 @@ def _similarity(word: str, name: str) -> float:
     initials = "".join(part[:1] for part in asked.split("_"))
     if len(initials) > 1 and initials == last:
         return 0.95
-    by_last = SequenceMatcher(None, asked, last).ratio() - 0.05
-    return max(SequenceMatcher(None, word, name).ratio(), by_last)
+    by_last = SequenceMatcher(None, asked, last).ratio()
+    if min(len(asked), len(last)) >= 4 and (asked in last or last in asked):
+        by_last = max(by_last, 0.8)
+    # with the same group before both, only the rest can be misspelled
+    return by_last if before == group else max(SequenceMatcher(None, word, name).ratio(), by_last - 0.05)
 
 
-def did_you_mean(word: object, names: Iterable[str]) -> str:
-    """The suggestion as the words of a message, "did you mean trainer.lr? "; empty where no name is near."""
+def hint(word: object, names: Iterable[str], rest: str) -> str:
+    """The suggestion in a message, and the rest of the message after it.
+
+    Example:
+        >>> hint("moon", ["moons"], "see --help"), hint("gas", ["moons"], "see --help")
+        ('did you mean moons? See --help', 'see --help')
+    """
     near = nearest(str(word), names)
-    return f"did you mean {' or '.join(near)}? " if near else ""
+    return f"did you mean {' or '.join(near)}? {rest[0].upper()}{rest[1:]}" if near else rest
 
 
 def choose(word: object, names: Iterable[str], lead: str = "choose one of") -> str:
@@ -53,6 +62,4 @@ def choose(word: object, names: Iterable[str], lead: str = "choose one of") -> s
         'did you mean moons? Choose one of moons, rings'
     """
     names = list(names)
-    suggested = did_you_mean(word, names)
-    lead = f"{lead[0].upper()}{lead[1:]}" if suggested else lead
-    return f"{suggested}{lead} {', '.join(names)}"
+    return hint(word, names, f"{lead} {', '.join(names)}")

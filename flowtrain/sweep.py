@@ -136,7 +136,8 @@ def _pair(override: str) -> tuple[str, str]:
 def as_good(jobs: Sequence[Job]) -> set[str]:
     """The names of the runs whose validation NLL cannot be told from the best.
 
-    It is within 2 standard errors of the difference. The errors are taken as independent, which is cautious: runs that share a validation set differ by less noise.
+    It is within 2 standard errors of the difference. The errors are taken as independent, which is cautious: runs
+    that share a validation set differ by less noise.
     """
     best = min(jobs, key=lambda job: job.val_nll, default=None)
     if best is None or not math.isfinite(best.val_nll):

@@ -37,7 +37,8 @@ def test_refused_with_what_there_is(argument: str, says: str) -> None:
     "argument",
     [
         "model=realnvp", "model=realnvp,glow", "'model=\"realnvp\"'", "~regularizer", "seed=3", "model.hidden=[4]",
-        "experiment=moons", "+experiment=rings", "trainer.steps=", "data=array", *(flag for flag in FLAGS if flag != "--resolve"),
+        "experiment=moons", "+experiment=rings", "trainer.steps=", "data=array",
+        *(flag for flag in FLAGS if flag != "--resolve"),
     ],
 )  # fmt: skip
 def test_what_hydra_can_answer_passes(argument: str) -> None:

@@ -212,7 +212,7 @@ def test_a_key_that_one_model_of_several_has_not(run: Run, tmp_path: Path) -> No
     keys = ["model=realnvp,affine", "model.layers=2", f"hydra.sweep.dir={tmp_path}/s"]
     code, _, err = run("flowtrain", "-m", *keys)
     assert code == 2
-    assert err.startswith("flowtrain: with model=affine there is no key model.layers; model there is ")
+    assert err.startswith("flowtrain: with model=affine there is no key model.layers; ")
     code, _, err = run("flowtrain", "-m", "model=choice(realnvp,affine)", "model.nonsense=1", keys[-1])
     assert (code, len(err.splitlines())) == (2, 1)
     assert err.startswith("flowtrain: there is no key model.nonsense; ")

@@ -16,7 +16,7 @@ from flowtrain.cli import help
 from flowtrain.cli.folders import split_folder
 from flowtrain.cli.quoted import quoted
 from flowtrain.errors import ConfigError
-from flowtrain.suggestions import did_you_mean
+from flowtrain.suggestions import hint
 
 
 def versions() -> str:
@@ -89,8 +89,8 @@ def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
         if argument in own:
             raise ConfigError(f"{argument}: give it a value, {argument}=...; see --help")
         if not _exists(argument):
-            meant = did_you_mean(argument, own)
-            raise ConfigError(f"{argument}: there is no such run; {meant}Give ckpt=RUN_DIR_OR_FILE and KEY=VALUE")
+            rest = hint(argument, own, "give ckpt=RUN_DIR_OR_FILE and KEY=VALUE")
+            raise ConfigError(f"{argument}: there is no such run; {rest}")
         runs += 1
         whole.append(f"ckpt={argument}")
     if runs and sum(a.startswith("ckpt=") for a in whole) > 1:

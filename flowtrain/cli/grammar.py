@@ -11,14 +11,14 @@ from flowtrain.cli.folders import options
 from flowtrain.errors import ConfigError
 from flowtrain.paths import config_groups
 from flowtrain.quoting import resume_command
-from flowtrain.suggestions import choose, did_you_mean
+from flowtrain.suggestions import choose, hint
 from flowtrain.training import checkpoint
 
 # Hydra's; what follows those of the second line is no override
 FLAGS = ("-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun", "-sc",
          "--shell-completion", "-i", "--info")  # fmt: skip
 VALUED = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
-          "--experimental-rerun")  # fmt: skip
+          )  # fmt: skip
 # of these, either
 SWEEP = ("-m", "--multirun")
 # the values of two flags
@@ -28,6 +28,8 @@ INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 MODES = {"-r": "--run", "--run": "--run", "-m": "-m", "--multirun": "-m", "-c": "--cfg", "--cfg": "--cfg",
          "-sc": "--shell-completion", "--shell-completion": "--shell-completion", "-i": "--info",
          "--info": "--info"}  # fmt: skip
+# which should not be the working directory by mistake
+DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
 # what follows these without being an override
 TOPICAL = ("--info", "--shell-completion")
 
@@ -51,6 +53,8 @@ def check_grammar(arguments: Sequence[str]) -> None:
             raise ConfigError(f"{argument!r}: arguments look like KEY=VALUE; see --help")
         if not equals and not key.startswith("~"):
             raise ConfigError(f"{argument}: {_no_override(argument)}")
+        if key.lstrip("+") in DIRECTORIES and argument.endswith("="):
+            raise ConfigError(f"{argument}: give the name of a directory")
         if key in ("~model", "~data", "~objective"):
             # Hydra would speak of an interpolation
             raise ConfigError(f"{argument[1:]} was taken out of the config, but a run needs it")
@@ -70,8 +74,10 @@ def check_flags(arguments: Sequence[str]) -> None:
             continue
         flag, equals, value = argument.partition("=")
         if flag not in FLAGS + VALUED:
-            meant = did_you_mean(flag, [known for known in FLAGS + VALUED if known.startswith("--")])
-            raise ConfigError(f"{argument}: there is no such flag; {meant}See --help, and -m for a sweep")
+            flags = [known for known in FLAGS + VALUED if known.startswith("--")]
+            raise ConfigError(
+                f"{argument}: there is no such flag; {hint(flag, flags, 'see --help, and -m for a sweep')}"
+            )
         value = value if equals else after
         if flag in VALUED and (not value or value.startswith("-")):
             raise ConfigError(f"{flag}: give it a value; see --help")
@@ -82,8 +88,9 @@ def check_flags(arguments: Sequence[str]) -> None:
         modes += [MODES[flag]] if flag in MODES else []
     if len({*modes}) > 1:
         raise ConfigError(f"{' and '.join(dict.fromkeys(modes))} ask for different things: give one of them")
-    if "--resolve" in arguments and "--cfg" not in modes:
-        raise ConfigError("--resolve: belongs to --cfg; see --help")
+    alone = [a for a in arguments if a.partition("=")[0] in ("--resolve", "-p", "--package")]
+    if alone and "--cfg" not in modes:
+        raise ConfigError(f"{alone[0]}: belongs to --cfg; see --help")
 
 
 def _no_override(word: str) -> str:

@@ -17,7 +17,7 @@ from flowtrain.cli.quoted import quoted
 from flowtrain.cli.runs import chosen, known
 from flowtrain.errors import ConfigError
 from flowtrain.paths import config_dir
-from flowtrain.suggestions import did_you_mean
+from flowtrain.suggestions import hint
 
 WIDTH, COLUMN = 110, 36
 # the groups as one thinks of a run
@@ -146,10 +146,8 @@ def _on(topic: str, run: Mapping[str, Any], choices: Mapping[str, Any], others: 
         shown_keys = [] if group not in run else _keys_of(group, topic, composed([f"{group}={topic}"])[0])
         return [*table(rows, column=30), *shown_keys]
     names = [*GROUPS, *others, *values, *(name for group in GROUPS for name in options(group))]
-    raise ConfigError(
-        f"{topic}: there is no help on it; {did_you_mean(topic, names)}Topics are the groups {', '.join(GROUPS)}, "
-        "their choices, and keys such as trainer.lr"
-    )
+    rest = f"topics are the groups {', '.join(GROUPS)}, their choices, and keys such as trainer.lr"
+    raise ConfigError(f"{topic}: there is no help on it; {hint(topic, names, rest)}")
 
 
 def _keys_of(group: str, name: str, run: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -15,10 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain import distributed
-from flowtrain.cli.folders import look_here, own_configs
+from flowtrain.cli.comments import Commented
+from flowtrain.cli.folders import config_dirs, look_here, options, own_configs
 from flowtrain.errors import FlowtrainError, first_line, out_of_memory
 from flowtrain.paths import config_dir, config_groups
-from flowtrain.suggestions import choose, did_you_mean
+from flowtrain.suggestions import choose, hint
 
 
 def run_command(name: str, command: Callable[[], int]) -> None:
@@ -78,6 +79,10 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name}: {choose(name, error.options)}"
+    unloaded = re.match(r"Could not load '([^']+)'", message)
+    if unloaded and unloaded[1].partition("/")[0] in config_groups():
+        group, _, name = unloaded[1].partition("/")
+        return f"{group}={name}: {choose(name, options(group))}"
     unknown = re.search(r"Could not override '([^']+)'", message)
     if unknown is not None:
         return unknown_key(unknown[1], *_without(unknown[1]))
@@ -94,7 +99,8 @@ def explain(error: Exception) -> str:
 
 def _unparsed(message: str) -> str:
     """What Hydra says of an override that it cannot parse, without its pointer to a web page."""
-    return message.partition(" See https://hydra.cc")[0]
+    said = re.sub(r"^Error parsing override '.*?' (?=\w+ while)", "", message.partition(" See https://hydra.cc")[0])
+    return "this cannot be parsed" if said.startswith("LexerNoViableAlt") else said
 
 
 def _in_quotes(override: str) -> str:
@@ -109,11 +115,11 @@ def _without(key: str) -> tuple[dict[str, Any], str]:
     # of what is written otherwise, as in choice(a,b), the defaults
     plain_words = [(group, names.split(",")) for group, _, names in chosen if re.fullmatch(r"[\w,]+", names)]
     every = [[f"{group}={name}" for name in names] for group, names in plain_words]
-    for options in itertools.product(*every):
-        config = compose_defaults(options)
+    for overrides in itertools.product(*every):
+        config = compose_defaults(overrides, with_hydra=key.startswith("hydra"))
         if OmegaConf.select(OmegaConf.create(config), key, default=_without) is _without:
             break
-    swept = [option for option, names in zip(options, every, strict=True) if len(names) > 1]
+    swept = [option for option, names in zip(overrides, every, strict=True) if len(names) > 1]
     return config, f"with {', '.join(swept)} " if swept else ""
 
 
@@ -131,9 +137,29 @@ def unknown_key(key: str, config: Mapping[str, Any], where: str = "") -> str:
     if not isinstance(node, Mapping):
         return f"{where}there is no key {key}: {at} is a value, {at}={node}"
     have = [str(k) for k in node if k not in ("_target_", "name")]
-    nearest = did_you_mean(key, [k for k in _every_key(config) if k.rpartition(".")[2] not in ("_target_", "name")])
-    keys_are = f"{'T' if nearest else 't'}he keys{at and f' of {at}'} are {', '.join(have)}"
-    return f"{where}there is no key {key}; {nearest}{keys_are}"
+    names = [k for k in _every_key(config) if k.rpartition(".")[2] not in ("_target_", "name")]
+    keys_are = f"the keys{at and f' of {at}'} are {', '.join(have)}" if have else f"there are no keys of {at}"
+    return f"{where}there is no key {key}; {_elsewhere(key) or hint(key, names, keys_are)}"
+
+
+def _elsewhere(key: str) -> str:
+    """Of which other choices of its group a key is one; nothing where there are none."""
+    group, _, name = key.partition(".")
+    if not name or group not in config_groups():
+        return ""
+    have = [choice for choice in options(group) if f"{group}.{name}" in keys_of_choice(group, choice)]
+    return f"it is a key of {' and of '.join(f'{group}={choice}' for choice in have)}" if have else ""
+
+
+def keys_of_choice(group: str, name: str) -> set[str]:
+    """The keys, with their group, that the file of a choice sets, and those that it takes others from."""
+    found: set[str] = set()
+    for folder in config_dirs():
+        path = folder / group / f"{name}.yaml"
+        said = Commented(path.read_text()) if path.is_file() else Commented("")
+        found |= {key if said.whole else f"{group}.{key}" for key in said.keys}
+        found |= {key for parent in said.parents for key in keys_of_choice(group, parent)}
+    return found
 
 
 def _every_key(config: Mapping[str, Any], before: str = "") -> list[str]:
@@ -146,10 +172,13 @@ def _every_key(config: Mapping[str, Any], before: str = "") -> list[str]:
     return found
 
 
-def compose_defaults(overrides: Sequence[str]) -> dict[str, Any]:
-    """The plain config that a command line of overrides composes."""
+def compose_defaults(overrides: Sequence[str], with_hydra: bool = False) -> dict[str, Any]:
+    """The plain config that a command line of overrides composes; if asked, with Hydra's own part as it is written."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return plain(compose("config", [*own_searchpath(), *overrides]))
+        if not with_hydra:
+            return plain(compose("config", [*own_searchpath(), *overrides]))
+        whole = compose("config", [*own_searchpath(), *overrides], return_hydra_config=True)
+        return cast(dict[str, Any], OmegaConf.to_container(whole))
 
 
 def own_searchpath() -> list[str]:

@@ -38,6 +38,8 @@ def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
             distributed.remember(run_dir)
         with unless_begun(run_dir, REFUSALS) if distributed.is_first() else nullcontext():
             whole = begun(known(plain(config)), HydraConfig.get().overrides.task)
+            if whole["resume"] is not None:
+                raise ConfigError(f"resume={whole['resume']}: give it without + and without -m")
             trust = trusted(whole["trust"])
             whole = with_whole_numbers(whole, config_groups())
             if distributed.is_first():
@@ -91,8 +93,6 @@ def known(config: dict[str, Any]) -> dict[str, Any]:
     extra = [key for key in config if key not in names]
     if extra:
         raise ConfigError(unknown_key(extra[0], {key: value for key, value in config.items() if key in names}))
-    if config["resume"] is not None:
-        raise ConfigError(f"resume={config['resume']}: is for the command line alone, and without +")
     return config
 
 
