@@ -20,7 +20,8 @@ def nearest(word: str, names: Iterable[str]) -> list[str]:
         >>> nearest("ffjrod", ["affine", "ffjord"]), nearest("gas", ["moons"])
         (['ffjord'], [])
     """
-    scored = {name: _similarity(word.lower(), name.lower()) for name in map(str, names) if name and name != word}
+    known = [name for name in map(str, names) if name and name != word]
+    scored = {name: _similarity(word.lower().lstrip("-"), name.lower().lstrip("-")) for name in known}
     best = max(scored.values(), default=0.0)
     near = [name for name, score in scored.items() if score >= max(LEAST, best - TIE)]
     return sorted(near, key=lambda name: -scored[name])[:MOST]

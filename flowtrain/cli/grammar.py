@@ -49,7 +49,7 @@ def check_grammar(arguments: Sequence[str]) -> None:
         if before in VALUED or argument.startswith("-") or (MODES.get(before) in TOPICAL and "=" not in argument):
             continue
         key, equals, _ = argument.partition("=")
-        if not key.strip("+~ "):
+        if not key.strip("+~@ "):
             raise ConfigError(f"{argument!r}: arguments look like KEY=VALUE; see --help")
         if not equals and not key.startswith("~"):
             raise ConfigError(f"{argument}: {_no_override(argument)}")
@@ -59,7 +59,7 @@ def check_grammar(arguments: Sequence[str]) -> None:
             # Hydra would speak of an interpolation
             raise ConfigError(f"{argument[1:]} was taken out of the config, but a run needs it")
         if key.lstrip("+").partition("@")[0] in config_groups():
-            check_option(OverridesParser.create().parse_override(argument))
+            check_option(OverridesParser.create().parse_overrides([argument])[0])
 
 
 def check_flags(arguments: Sequence[str]) -> None:
@@ -74,10 +74,9 @@ def check_flags(arguments: Sequence[str]) -> None:
             continue
         flag, equals, value = argument.partition("=")
         if flag not in FLAGS + VALUED:
-            flags = [known for known in FLAGS + VALUED if known.startswith("--")]
-            raise ConfigError(
-                f"{argument}: there is no such flag; {hint(flag, flags, 'see --help, and -m for a sweep')}"
-            )
+            long = [known for known in FLAGS + VALUED if known.startswith("--")]
+            rest = hint(flag, long, "see --help, and -m for a sweep")
+            raise ConfigError(f"{argument}: there is no such flag; {rest}")
         value = value if equals else after
         if flag in VALUED and (not value or value.startswith("-")):
             raise ConfigError(f"{flag}: give it a value; see --help")

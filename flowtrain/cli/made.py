@@ -55,7 +55,8 @@ def remove_empty(folders: list[Path]) -> None:
     """Removes directories, the innermost first, up to the first that something is in."""
     with suppress(OSError):
         for folder in folders:
-            folder.rmdir()
+            if folder.exists():
+                folder.rmdir()
 
 
 def holds_run(run_dir: Path) -> bool:

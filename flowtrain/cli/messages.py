@@ -79,7 +79,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name}: {choose(name, error.options)}"
-    unloaded = re.match(r"Could not load '([^']+)'", message)
+    unloaded = re.search(r"Could not load '([^']+)'", message)
     if unloaded and unloaded[1].partition("/")[0] in config_groups():
         group, _, name = unloaded[1].partition("/")
         return f"{group}={name}: {choose(name, options(group))}"
@@ -92,6 +92,8 @@ def explain(error: Exception) -> str:
     if several:
         given = several[1] or several[2]
         return f"{given}: several values make a sweep: add -m, or give one value, or a list in brackets"
+    if written and not re.fullmatch(r"[+~]{0,2}[A-Za-z_][\w/@-]*(\.[\w-]+)*", written.partition("=")[0], re.ASCII):
+        return f"{written}: this is no key; keys look like trainer.lr"
     if written:
         return f"{written}: {_unparsed(message)}; Hydra takes special characters in quotes: {_in_quotes(written)}"
     return message

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowtrain.build import resolve_device
+from flowtrain.build import build_solver, resolve_device
 from flowtrain.cli.files import absolute_paths, run_dir_of
 from flowtrain.cli.overrides import check_kept, keys_of, overridden, trusted, with_array
 from flowtrain.data.base import Samples
@@ -78,6 +78,9 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
     check_kept(overrides)
     overrides = with_array(saved["config"], overrides)
     config = absolute_paths(overridden(saved["config"], overrides, tuple(own), USED))
+    if overrides:
+        # so that a mistake in them is not taken for one of the checkpoint's
+        build_solver(config)
     # how the flow is preprocessed belongs to the data it was trained on, whatever it now meets
     trained_on = {**config, "data": saved["config"]["data"]}
     with status("building the model"):

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from flowtrain.build import with_whole_numbers
 from flowtrain.cli.folders import look_here
+from flowtrain.cli.grammar import check_option
 from flowtrain.cli.messages import compose_defaults, plain, unknown_key
 from flowtrain.errors import ConfigError
 from flowtrain.paths import config_groups
@@ -61,6 +62,8 @@ def overridden(
         top = group.partition(".")[0]
         if override.is_delete():
             raise ConfigError(f"{override.input_line}: a key of a saved config cannot be taken out; give it a value")
+        if override.package is not None:
+            raise ConfigError(f"{override.input_line}: the groups of a saved config stay where they are; leave out @")
         if override.is_sweep_override():
             raise ConfigError(f"{group}: several values make a sweep, which only flowtrain -m can run; give one")
         if used and top in config and top not in used:
@@ -68,6 +71,7 @@ def overridden(
         if group in config_groups():
             if group in ("model", "experiment", "recipe"):
                 raise ConfigError(f"{group}={override.value()}: the checkpoint has its own model; leave it out")
+            check_option(override)
             config[group] = compose_defaults([f"{group}={override.value()}"])[group]
     for override in parsed:
         key = override.key_or_group
