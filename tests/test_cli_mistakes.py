@@ -8,6 +8,10 @@ import pytest
 from runs import Run
 from short_runs import SMALL, TINY
 
+from flowtrain import build
+from flowtrain.errors import SolverError
+from flowtrain.training.loop import Trainer
+
 BAD_TRAIN = [
     (["model=realnvp", "model.layerz=3"], r"no key model.layerz; did you mean model.layers\?.* layers, hidden"),
     (["model=realnvp", "model.actnorm=no"], r"model.actnorm=no: give true or false"),
@@ -47,7 +51,7 @@ BAD_TRAIN = [
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD_TRAIN, ids=lambda v: v[-1] if isinstance(v, list) else "")
-def test_mistakes_get_one_message(run: Run, arguments: list[str], words: str) -> None:
+def test_mistakes_get_one_message_and_leave_nothing(run: Run, arguments: list[str], words: str, tmp_path: Path) -> None:
     code, out, err = (
         run("flowtrain", *SMALL, *arguments) if "data=array" not in arguments else run("flowtrain", *arguments)
     )
@@ -56,6 +60,89 @@ def test_mistakes_get_one_message(run: Run, arguments: list[str], words: str) ->
     assert re.search(words, err), err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+REFUSED = [
+    ["data=array", "data.path=table.csv", "data.columns=[nope]"],
+    ["data=array", "data.path=table.csv", "data.label=nope"],
+    ["data=array", "data.path=damaged.npy"],
+    ["data=array", "data.path=folder"],
+    ["from=nowhere"],
+    ["from=damaged.npy"],
+    ["resume=folder"],
+    ["objective=reflow"],
+    ["trust=[nope]"],
+    ["logger=[jsonl,nope]", "hydra.run.dir=a/b/c"],
+    ["logger=[jsonl,tensorboard]", "trainer.lr=-1"],
+    ["hydra.run.dir=folder/run", "trainer.lr=-1"],
+    ["hydra.run.dir=folder", "trainer.lr=-1"],
+    ["-m", "trainer.lr=-1,-2"],
+    ["-m", "trainer.lr=-1,-2", "hydra.sweep.dir=folder"],
+    ["-m", "trainer.lr=-1,-2", "hydra.sweep.dir=folder/a/b"],
+    ["-m", "data=array", "data.path=table.csv,folder", "data.columns=[nope]"],
+    ["-m", "seed=1,2", "hydra.sweep.subdir=."],
+    ["--cfg", "nope"],
+    ["outputs"],
+]
+
+
+@pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
+def test_refused_commands_leave_what_was_there(run: Run, tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/kept.txt").write_text("kept")
+    (tmp_path / "damaged.npy").write_bytes(b"no array")
+    (tmp_path / "table.csv").write_text("a,b\n" + "".join(f"{i / 7},{i % 5 / 3}\n" for i in range(40)))
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run("flowtrain", *arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    kept = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
+    # a sweep in a directory that was there keeps its table, to be completed
+    assert all(path.is_relative_to(tmp_path / "folder") for path in kept)
+    assert kept == [] or arguments[-1] == "hydra.sweep.dir=folder"
+    assert (tmp_path / "folder/kept.txt").read_text() == "kept"
+
+
+def test_an_interrupt_before_the_first_step_leaves_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "build_flow", interrupted)
+    for sweep in ([], ["-m"]):
+        assert run("flowtrain", *SMALL, *sweep)[0] == 130
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_begun_is_kept(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that fails leaves the checkpoint before it, and a bug leaves what is needed to report it."""
+
+    def failing(*_: object) -> None:
+        raise SolverError("no step is small enough")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", failing)
+        assert run("flowtrain", *SMALL, "model=affine", "hydra.run.dir=a b")[0] == 1
+        assert (tmp_path / "a b/checkpoints/last.pt").is_file()
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(build, "build_flow", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("flowtrain", *SMALL, "hydra.run.dir=bug")
+    assert (tmp_path / "bug/.hydra/config.yaml").is_file()
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(run: Run, tmp_path: Path) -> None:
+    assert run("flowtrain", *SMALL, "model=affine", "hydra.run.dir=r")[0] == 0
+    (tmp_path / "r/flowtrain.log").unlink()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    for mistake in ("data=rings", "trainer.lr=-1", "nope=1", "device=cuda:9", "logger=[nope]", "trust=[nope]"):
+        assert run("flowtrain", "resume=r", mistake)[0] == 2
+        assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_realnvp_refuses_one_column(run: Run, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from runs import Run
 
@@ -219,6 +220,55 @@ def test_completion_in_a_shell() -> None:
     done = subprocess.run([bash, "-c", commands], env=environment, capture_output=True, text=True)
     assert "hydra_bash_completion flowtrain" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == "found model=realnvp"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has", "lacks"),
+    [
+        (["model"], ["glow", "realnvp", "  model.hidden="], ["trainer.lr"]),
+        (["trainer"], ["trainer.lr=", "trainer.steps="], ["model.hidden"]),
+        (["model=glow", "model"], ["* glow", "model.steps=8"], ["trainer.lr"]),
+        (["trainer.lr"], ["trainer.lr="], ["trainer.lr_warmup"]),
+        (["solver.rtol=1e-3", "solver.rtol"], ["solver.rtol=0.001"], ["solver.atol"]),
+        (["glow"], ["model=glow", "model.steps=8"], ["trainer.lr"]),
+        (["seed", "device"], ["seed=0", "device=auto"], ["threads"]),
+    ],
+)
+def test_help_on_a_topic(run: Run, arguments: list[str], has: list[str], lacks: list[str]) -> None:
+    for order in ([*arguments, "--help"], ["-h", *arguments]):
+        code, out, err = run("flowtrain", *order)
+        assert code == 0, err
+        assert [words for words in has if words not in out] == []
+        assert [words for words in lacks if words in out] == []
+
+
+def test_help_on_a_topic_of_the_other_commands(run: Run) -> None:
+    for command, topic, has, lacks in (
+        ("floweval", "ood", "AUROC", "ckpt "),
+        ("floweval", "solver", "solver.rtol=", "AUROC"),
+        ("flowsample", "n", "10000", "quality"),
+    ):
+        code, out, err = run(command, "--help", topic)
+        assert code == 0, err
+        assert has in out
+        assert lacks not in out
+        code, out, err = run(command, "--help", f"{topic}x_")
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+
+
+@pytest.mark.parametrize("command", ["flowtrain", "floweval", "flowsample"])
+def test_version(run: Run, command: str) -> None:
+    code, out, _ = run(command, "--version")
+    assert code == 0
+    assert re.fullmatch(rf"flowtrain \S+, torch {re.escape(torch.__version__)}, Python 3\S+\n", out)
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg", "job", "-p", "trainer"], ["--info", "defaults"]])
+def test_of_a_sweep_the_first_config_is_shown(run: Run, flags: list[str], tmp_path: Path) -> None:
+    swept = run("flowtrain", "-m", "trainer.steps=123,5", "seed=1,2", *flags)
+    assert swept == run("flowtrain", *flags, "trainer.steps=123", "seed=1")
+    assert swept[0] == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["floweval", "flowsample"])

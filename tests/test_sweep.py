@@ -224,6 +224,46 @@ def job(name: str, nll: float | None, **keys: str) -> sweep.Job:
     )
 
 
+def test_a_sweep_of_nothing_but_mistakes_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("flowtrain", "-m", *SMALL, "trainer.lr=-1,-2")
+    assert (code, out) == (2, "")
+    assert err.count("trainer.lr=-") == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_which_runs_are_as_good_as_the_best() -> None:
+    def measured(name: str, nll: float, error: float | None) -> sweep.Job:
+        return sweep.Job(name, {"lr": name}, {"val_nll": nll, "val_nll_stderr": error}, None)
+
+    # two standard errors of the difference are 0.0283 beside the best's 0.01, where the other's is the same
+    jobs = [measured("a", 2.0, 0.01), measured("b", 2.028, 0.01), measured("c", 2.029, 0.01), measured("d", 2.2, 0.2)]
+    assert sweep.as_good(jobs) == {"a", "b", "d"}
+    lines = sweep.as_markdown(jobs, ["lr"]).splitlines()
+    assert [line.count("*") for line in lines[2:6]] == [1, 1, 0, 1]
+    assert "2.000 +- 0.010" in lines[2]
+    assert "standard errors" in lines[-1]
+    rows = list(csv.DictReader(sweep.as_csv(jobs, ["lr"]).splitlines()))
+    assert [row["as_good_as_best"] for row in rows] == ["true", "true", "false", "true"]
+    # of an older flowtrain, and of one run alone
+    old = [measured("a", 2.0, None), measured("b", 2.0001, None)]
+    assert sweep.as_good(old) == {"a"}
+    assert "*" not in sweep.as_markdown(old, ["lr"])
+    assert sweep.as_good([sweep.Job("0", {}, {}, "failed")]) == sweep.as_good([]) == set()
+
+
+def test_the_validation_error_is_that_of_the_best_step(run: Run, tmp_path: Path) -> None:
+    assert run("flowtrain", *SMALL, "hydra.run.dir=r", "trainer.val_every=1", "trainer.lr=0.1")[0] == 0
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    (best,) = [row for row in rows if row["split"] == "val" and row["nll"] == result["val_nll"]]
+    assert result["val_nll_stderr"] == best["nll_stderr"]
+    assert run("floweval", "r", "split=val")[0] == 0
+    scored = json.loads((tmp_path / "r/eval.json").read_text())
+    assert scored["n"] == 32
+    assert result["val_nll"] == pytest.approx(scored["nll"], rel=1e-5)
+    assert result["val_nll_stderr"] == pytest.approx(scored["nll_stderr"], rel=1e-4)
+
+
 def test_what_is_drawn_against_a_key() -> None:
     jobs = [job("0", 2.5, lr="1e-2", seed="0"), job("1", 2.4, lr="1e-3", seed="0"), job("2", 2.6, lr="1e-2", seed="1")]
     assert sweep.swept(jobs) == ["lr", "seed"]

@@ -100,9 +100,9 @@ def explain(error: Exception) -> str:
 
 
 def _unparsed(message: str) -> str:
-    """What Hydra says of an override that it cannot parse, without its pointer to a web page."""
-    said = re.sub(r"^Error parsing override '.*?' (?=\w+ while)", "", message.partition(" See https://hydra.cc")[0])
-    return "this cannot be parsed" if said.startswith("LexerNoViableAlt") else said
+    """What Hydra says of a function in an override that it cannot evaluate; of its grammar, no more than that."""
+    said = re.search(r"while evaluating .*?(?= See https://hydra.cc|$)", message)
+    return said[0] if said else "the value cannot be parsed"
 
 
 def _in_quotes(override: str) -> str:
