@@ -95,7 +95,7 @@ def test_refused_commands_leave_what_was_there(run: Run, tmp_path: Path, argumen
     (tmp_path / "table.csv").write_text("a,b\n" + "".join(f"{i / 7},{i % 5 / 3}\n" for i in range(40)))
     before = sorted(tmp_path.rglob("*"))
     code, _, err = run("flowtrain", *arguments)
-    assert code == 2
+    assert code == (1 if arguments[-1] == "hydra.sweep.dir=folder" else 2)
     assert "Traceback" not in err
     kept = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
     # a sweep in a directory that was there keeps its table, to be completed

@@ -35,11 +35,11 @@ def test_a_whole_float_is_a_whole_number() -> None:
 )
 def test_in_every_group(overrides: list[str]) -> None:
     config = with_whole_numbers(compose_defaults(overrides), GROUPS)
-    for override in overrides:
+    for override in (o for o in overrides if "e" in o.partition("=")[2] and o.partition("=")[2][0] in "[0123456789"):
         key = override.partition("=")[0]
         value = OmegaConf.select(OmegaConf.create(config), key)
         parts = value if OmegaConf.is_list(value) else [value]
-        assert all(isinstance(part, int) for part in parts if not isinstance(part, str)), override
+        assert {type(part) for part in parts} == {int}, override
 
 
 def test_other_numbers_stay_what_they_are() -> None:

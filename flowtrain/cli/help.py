@@ -23,6 +23,9 @@ WIDTH, COLUMN = 110, 36
 # the groups as one thinks of a run
 GROUPS = ("model", "data", "objective", "regularizer", "solver", "trainer", "recipe", "experiment")
 
+# what follows these flags is theirs
+TAKING = (*VALUED, "-i", "--info")
+
 Row = tuple[str, str]
 
 USES: list[Row] = [
@@ -110,7 +113,7 @@ def topics(arguments: Sequence[str]) -> list[str]:
     """The words beside --help that are neither flags nor overrides, as `trainer` in `flowtrain --help trainer`."""
     rest = split_folder(arguments)[1]
     found = zip(["", *rest], rest, strict=False)
-    return [a for before, a in found if a.strip() and "=" not in a and a[0] not in "-~" and before not in VALUED]
+    return [a for before, a in found if a.strip() and "=" not in a and a[0] not in "-~" and before not in TAKING]
 
 
 def topic_text(about: Sequence[str], others: Iterable[str] = (), overrides: Sequence[str] = ()) -> str:
@@ -157,8 +160,7 @@ def _keys_of(group: str, name: str, run: Mapping[str, Any]) -> list[str]:
 def overrides_of(arguments: Sequence[str]) -> list[str]:
     """The overrides among the arguments of a command line, of a sweep those of its first run."""
     rest = split_folder(arguments)[1]
-    flagged = (*VALUED, "-i", "--info")
-    words = [a for before, a in zip(["", *rest], rest, strict=False) if not a.startswith("-") and before not in flagged]
+    words = [a for before, a in zip(["", *rest], rest, strict=False) if not a.startswith("-") and before not in TAKING]
     if not {*SWEEP} & {*rest}:
         return words
     return [word for override in OverridesParser.create().parse_overrides(words) for word in first_of(override)]
