@@ -51,7 +51,7 @@ def hint(word: object, names: Iterable[str], rest: str) -> str:
         >>> hint("moon", ["moons"], "see --help"), hint("gas", ["moons"], "see --help")
         ('did you mean moons? See --help', 'see --help')
     """
-    near = nearest(str(word), names)
+    near = nearest(word, names) if isinstance(word, str) else []
     return f"did you mean {' or '.join(near)}? {rest[0].upper()}{rest[1:]}" if near else rest
 
 

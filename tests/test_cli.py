@@ -48,7 +48,7 @@ def test_train_evaluate_sample(run: Run, tmp_path: Path) -> None:
         "plots/curves.png", "plots/calibration.png", "plots/passage.png", "plots/paths.png", "result.json",
     }  # fmt: skip
     trained = result(run_dir)
-    assert list(trained) == [*EVALUATION, "train_seconds", "steps", "val_nll"]
+    assert list(trained) == [*EVALUATION, "train_seconds", "steps", "val_nll", "val_nll_stderr"]
     assert trained["steps"] == 4
 
     code, out, _ = run("floweval", f"ckpt={run_dir}")

@@ -22,7 +22,7 @@ BAD_TRAIN = [
     (["solver.max_nfe=many"], r"solver.max_nfe=many: give a whole number"),
     (["solver.warmup=x"], r"solver.warmup=x"),
     (["recipe=foo"], r"recipe=foo: choose one of .*ffjord_rings.*none"),
-    (["recipe=null"], r"recipe=null: did you mean .*none"),
+    (["recipe=null"], r"recipe=null: choose one of .*none"),
     (["solver=rk4", "solver.step_size=0.1", "solver.warmup=5"], r"remove solver.warmup"),
     (["model=realnvp", "solver.rtol=-1"], r"solver.rtol=-1"),
     (["model.hidden=64"], r"model.hidden=64: give a list"),

@@ -44,7 +44,7 @@ def test_a_signal_while_the_last_step_is_validated_or_saved(
         patched.setattr(owner, method, signalled)
         code, _, err = run("flowtrain", *KEYS, f"hydra.run.dir={tmp_path}/r")
     assert code == 143
-    assert f"SIGTERM at step 4; go on with: flowtrain resume={tmp_path}/r" in err
+    assert f"SIGTERM at step 4; resume with: flowtrain resume={tmp_path}/r" in err
     assert not (tmp_path / "r/result.json").exists()
     assert run("flowtrain", f"resume={tmp_path}/r")[0] == 0
     assert (tmp_path / "r/result.json").exists()
@@ -61,7 +61,7 @@ def test_a_signal_during_the_evaluation(
         patched.setattr("flowtrain.run.evaluate", signalled)
         found, out, err = run("flowtrain", *KEYS, f"hydra.run.dir={tmp_path}/r")
     assert (found, out) == (code, f"{tmp_path}/r\n")
-    assert err.endswith(f"during the evaluation; go on with: flowtrain resume={tmp_path}/r\n")
+    assert err.endswith(f"during the evaluation; resume with: flowtrain resume={tmp_path}/r\n")
     assert not (tmp_path / "r/.lock").exists()
     assert run("flowtrain", f"resume={tmp_path}/r")[0] == 0
 

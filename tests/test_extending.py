@@ -228,7 +228,7 @@ def test_own_configs_wherever_a_config_is_named(run: Run, mine: Path) -> None:
     assert re.search(r"\* sinh_arcsinh +Sinh-arcsinh bends of each column between linear maps\.", out)
     assert re.search(r"  model\.layers=8 +bends, and as many linear maps", out)
     for arguments, words in (
-        (["model=sinh_arcsinh", "model.nope=1"], "model there is layers"),
+        (["model=sinh_arcsinh", "model.nope=1"], "keys of model are layers"),
         (["model=nope"], "sinh_arcsinh"),
         (["recipe=nope"], "choose one of"),
     ):

@@ -121,7 +121,7 @@ def test_the_columns_that_are_asked_for_are_taken_or_refused(run: Run, tmp_path:
 MISTAKES = [
     (["split=all"], "no file of rows"),
     (["scores=s.csv"], "scores=s.csv: this is written as .npy"),
-    (["dtype=float16"], "choose one of float32, float64"),
+    (["dtype=float16"], "dtype=float16: .*float32, float64"),
     (["report=maybe"], "report=maybe: give true or false"),
     (["seed=-1"], "seed=-1"),
     (["data.path=5"], "data.path=5: give the path"),

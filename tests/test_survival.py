@@ -111,7 +111,7 @@ def test_signals_save_and_say_how_to_go_on(
         patched.setattr(Trainer, "train_step", signalled)
         found, _, err = run("flowtrain", *keys, f"hydra.run.dir={tmp_path}/r")
     assert found == code
-    assert f"{signal.Signals(number).name} at step 4; go on with: flowtrain resume={tmp_path}/r" in err
+    assert f"{signal.Signals(number).name} at step 4; resume with: flowtrain resume={tmp_path}/r" in err
     assert checkpoint.load(tmp_path / "r/checkpoints/last.pt")["step"] == 4
     assert run("flowtrain", f"resume={tmp_path}/r")[0] == 0
     metrics = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
