@@ -90,7 +90,10 @@ REFUSED = [
 @pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
 def test_refused_commands_leave_what_was_there(run: Run, tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/kept.txt").write_text("kept")
+    there = [tmp_path / "folder" / name for name in ("kept.txt", ".hydra/config.yaml", "flowtrain.log")]
+    for path in there:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("kept")
     (tmp_path / "damaged.npy").write_bytes(b"no array")
     (tmp_path / "table.csv").write_text("a,b\n" + "".join(f"{i / 7},{i % 5 / 3}\n" for i in range(40)))
     before = sorted(tmp_path.rglob("*"))
@@ -101,7 +104,7 @@ def test_refused_commands_leave_what_was_there(run: Run, tmp_path: Path, argumen
     # a sweep in a directory that was there keeps its table, to be completed
     assert all(path.is_relative_to(tmp_path / "folder") for path in kept)
     assert kept == [] or arguments[-1] == "hydra.sweep.dir=folder"
-    assert (tmp_path / "folder/kept.txt").read_text() == "kept"
+    assert [path.read_text() for path in there] == ["kept"] * 3
 
 
 def test_an_interrupt_before_the_first_step_leaves_nothing(

@@ -70,17 +70,20 @@ def holds_run(run_dir: Path) -> bool:
 def unless_begun(run_dir: Path, refused: tuple[type[BaseException], ...]) -> Iterator[None]:
     """Where one of the errors ends what is inside before training has begun, the files written by then are removed.
 
-    Those that were there before stay. Only the process that holds the directory may call this.
+    Those that were there before stay, and the configs among them as they were. Only the process that holds the directory may call this.
     """
     paths = [run_dir / name for name in FILES]
-    before = {path for path in paths if path.exists()}
+    before = {path: path.read_bytes() if path.suffix == ".yaml" else None for path in paths if path.exists()}
     try:
         yield
     except refused:
         if not holds_run(run_dir):
             boards = [*run_dir.glob("tensorboard/events.out.tfevents.*")] if is_new(run_dir) else []
             for path in (*paths, *boards):
-                if path not in before:
+                content = before.get(path)
+                if content is not None:
+                    path.write_bytes(content)
+                elif path not in before:
                     path.unlink(missing_ok=True)
                     remove_empty([path.parent] if path.parent != run_dir else [])
         raise
