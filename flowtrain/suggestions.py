@@ -32,8 +32,6 @@ def _similarity(word: str, name: str) -> float:
     group, _, last = name.rpartition(".")
     if not asked:
         return 0.0
-    if asked == last:
-        return 1.0 + 0.1 * SequenceMatcher(None, word, name).ratio()
     initials = "".join(part[:1] for part in asked.split("_"))
     if len(initials) > 1 and initials == last:
         return 0.95

@@ -128,7 +128,8 @@ def test_what_has_begun_is_kept(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "train_step", failing)
         assert run("flowtrain", *SMALL, "model=affine", "hydra.run.dir=a b")[0] == 1
-        assert (tmp_path / "a b/checkpoints/last.pt").is_file()
+        for name in ("checkpoints/last.pt", "flowtrain.log", ".hydra/config.yaml"):
+            assert (tmp_path / "a b" / name).is_file()
 
     def broken(*_: object) -> None:
         raise ZeroDivisionError

@@ -70,7 +70,8 @@ def holds_run(run_dir: Path) -> bool:
 def unless_begun(run_dir: Path, refused: tuple[type[BaseException], ...]) -> Iterator[None]:
     """Where one of the errors ends what is inside before training has begun, the files written by then are removed.
 
-    Those that were there before stay, and the configs among them as they were. Only the process that holds the directory may call this.
+    Those that were there before stay, and the configs among them as they were. Only the process that holds the
+    directory may call this.
     """
     paths = [run_dir / name for name in FILES]
     before = {path: path.read_bytes() if path.suffix == ".yaml" else None for path in paths if path.exists()}
