@@ -230,7 +230,7 @@ def test_own_configs_wherever_a_config_is_named(run: Run, mine: Path) -> None:
     for arguments, words in (
         (["model=sinh_arcsinh", "model.nope=1"], "keys of model are layers"),
         (["model=nope"], "sinh_arcsinh"),
-        (["recipe=nope"], "choose one of"),
+        (["recipe=nope"], "ffjord_rings"),
     ):
         code, _, err = run("flowtrain", *own, *arguments)
         assert (code, len(err.strip().splitlines())) == (2, 1)
