@@ -124,7 +124,7 @@ MISTAKES = [
     (["dtype=float16"], "dtype=float16: .*float32, float64"),
     (["report=maybe"], "report=maybe: give true or false"),
     (["seed=-1"], "seed=-1"),
-    (["data.path=5"], "data.path=5: give the path"),
+    (["data.path=5"], "5 has no ending"),
     (["data.path=[a,b]"], "give the path"),
     (["ood=circles,moons"], "only flowtrain -m"),
     (["ood=../model/ffjord"], "ending"),
