@@ -212,7 +212,7 @@ def test_the_commands_score_the_columns_of_training(run: Run, tmp_path: Path) ->
     path = npy(tmp_path / "perm.npy", rows)
     run_dir = trained(run, "data=array", f"data.path={path}", "data.columns=[1,0]")
     gaussian = 0.5 * np.log(np.linalg.det(2 * np.pi * np.e * np.cov(rows.T)))
-    found = evaluated(run, run_dir, f"data.path={path}", f"ood={path}")
+    found = evaluated(run, run_dir, f"data.path={path}", f"ood={path}", name="eval-perm.json")
     assert found["nll"] == pytest.approx(gaussian, abs=0.05)
     assert found["ood"]["auroc"] == pytest.approx(0.5)
 
@@ -221,8 +221,8 @@ def test_the_commands_take_a_file_without_the_key_of_the_archive(run: Run, tmp_p
     np.savez(tmp_path / "many.npz", train=DATA[:, :2], labels=DATA[:, 4])
     half = npy(tmp_path / "f16.npy", DATA[:50, :2].astype(np.float16))
     run_dir = trained(run, "data=array", "data.path=many.npz", "data.key=train")
-    assert evaluated(run, run_dir, f"data.path={half}", f"ood={half}")["n"] == 50
-    assert evaluated(run, run_dir, f"data.path={half}", "split=test")["n"] == 5
+    assert evaluated(run, run_dir, f"data.path={half}", f"ood={half}", name="eval-f16.json")["n"] == 50
+    assert evaluated(run, run_dir, f"data.path={half}", "split=test", name="eval-f16-test.json")["n"] == 5
     code, _, err = run("floweval", f"ckpt={run_dir}", f"data.path={half}", "data.key=train")
     assert (code, "data.key=train" in err) == (2, True)
 
@@ -241,7 +241,7 @@ def test_runs_of_an_older_flowtrain_read_their_files_as_they_did(run: Run, tmp_p
         samples = {k: v for k, v in saved["samples"].items() if k not in ("label", "centered")}
         checkpoint.save(file, {**saved, "config": {**saved["config"], "data": data}, "samples": samples})
     assert evaluated(run, str(run_dir))["nll"] == nll
-    assert evaluated(run, str(run_dir), "split=all", "data.header=true")["n"] == 60
+    assert evaluated(run, str(run_dir), "split=all", "data.header=true", name="eval-all.json")["n"] == 60
     (run_dir / "result.json").unlink()
     code, _, err = run("flowtrain", f"resume={run_dir}", "trainer.steps=6")
     assert code == 0, err

@@ -258,7 +258,7 @@ def test_the_validation_error_is_that_of_the_best_step(run: Run, tmp_path: Path)
     (best,) = [row for row in rows if row["split"] == "val" and row["nll"] == result["val_nll"]]
     assert result["val_nll_stderr"] == best["nll_stderr"]
     assert run("floweval", "r", "split=val")[0] == 0
-    scored = json.loads((tmp_path / "r/eval.json").read_text())
+    scored = json.loads((tmp_path / "r/eval-val.json").read_text())
     assert scored["n"] == 32
     assert result["val_nll"] == pytest.approx(scored["nll"], rel=1e-5)
     assert result["val_nll_stderr"] == pytest.approx(scored["nll_stderr"], rel=1e-4)
