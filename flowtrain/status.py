@@ -154,7 +154,10 @@ class Reporter:
                     self._draw(self._bar(shown, words, now))
             elif now - self._said >= self.every:
                 self._said = now
-                self._write(self._sentence(self._stack[-1], self._joined(self._stack), now) + "\n")
+                shown, words = self._current(now)
+                if shown is None:
+                    shown, words = self._stack[-1], self._joined(self._stack)
+                self._write(self._sentence(shown, words or shown.name, now) + "\n")
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -195,7 +198,7 @@ class Reporter:
         return TICK if self.terminal else min(max(TICK, self._said + self.every - self.clock()), 3600.0)
 
     def _current(self, now: float) -> tuple[Status | None, str]:
-        """What to show on a terminal, and the names of the work around it.
+        """What to show, and the names of the work around it; None where the silence is still short.
 
         Work inside a bar's takes its place once it has taken a while; other work is shown after silence.
         """
