@@ -150,7 +150,7 @@ def test_the_commands_keep_the_offset(run: Run, tmp_path: Path) -> None:
     path = npy(tmp_path / "t.npy", large(200))
     new = large(300, seed=1)
     run_dir = trained(run, "data=array", f"data.path={path}")
-    found = evaluated(run, run_dir, f"data.path={npy(tmp_path / 'new.npy', new)}", "scores=s.npy")
+    found = evaluated(run, run_dir, f"data.path={npy(tmp_path / 'new.npy', new)}", "scores=s.npy", name="eval-new.json")
     assert found["nll"] == pytest.approx(nll(new), abs=0.1)
     assert not [name for name, check in found["checks"].items() if check["passed"] is False]
     log_p = flowtrain.load(run_dir).log_prob(torch.from_numpy(new)).detach()

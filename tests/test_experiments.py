@@ -9,6 +9,7 @@ from runs import Run
 
 from flowtrain.cli.messages import compose_defaults
 from flowtrain.paths import config_dir
+from flowtrain.sizing import sized
 
 
 def test_experiments_take_the_recipe_of_their_model() -> None:
@@ -38,9 +39,10 @@ def test_patience_can_run_out_where_it_is_given() -> None:
         ["data=mnist", "model=realnvp"],
         ["data=mnist", "model=glow"],
     ):
-        trainer = compose_defaults(keys)["trainer"]
         settled = 2 / 3 if "model=realnvp" not in keys and "model=glow" not in keys and len(keys) == 2 else 0
-        assert trainer["steps"] * (1 - settled) / trainer["val_every"] > trainer["patience"], keys
+        for rows in (50, 500, 2000, 10_000):
+            trainer = sized(compose_defaults(keys), rows, (3,))["trainer"]
+            assert trainer["steps"] * (1 - settled) / trainer["val_every"] > trainer["patience"], (keys, rows)
 
 
 OTHERS = sorted(

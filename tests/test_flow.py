@@ -175,7 +175,7 @@ def test_a_coarse_solver_is_called_one(caplog: pytest.LogCaptureFixture) -> None
     flow = linear_flow(1e-5)
     fast = Flow((2,), Chain([Continuous(Linear(), ode_solver("euler", step_size=0.5), TraceRule())]))
     evaluate(flow, Gaussian(500))
-    assert caplog.text == ""
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert evaluate(fast, Gaussian(500)).kl is not None
     assert "not to be trusted" in caplog.text
 

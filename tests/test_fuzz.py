@@ -20,6 +20,7 @@ from flowtrain.build import build_data, build_flow, build_objective, build_setti
 from flowtrain.cli.messages import compose_defaults
 from flowtrain.data.array import ArrayData
 from flowtrain.errors import FlowtrainError
+from flowtrain.sizing import sized
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.append(str(SCRIPTS))
@@ -119,8 +120,9 @@ def test_what_is_loaded_wrong_is_noticed(known: tuple[Path, Right]) -> None:
 def test_every_option_composes_and_builds(files: Path) -> None:
     for group, name in options():
         config = compose_defaults(small_run({**companions({group: name}), group: name}))
-        build_settings(config)
         data = build_data(config)
+        config = sized(config, data.n_train, data.event_shape)
+        build_settings(config)
         flow = build_flow(config, data.samples)
         build_objective(config, flow, flow if takes_teacher(config) else None)
 

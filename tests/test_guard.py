@@ -26,7 +26,7 @@ class Lines(logging.Handler):
     """The messages of a logger; caplog misses them once a command has turned propagation off."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(logging.INFO)
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:

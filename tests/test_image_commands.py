@@ -79,7 +79,14 @@ def test_images_of_a_table_train_as_images(run: Run, tmp_path: Path) -> None:
 def test_an_old_checkpoint_of_dequantized_counts_still_loads(run: Run, tmp_path: Path) -> None:
     """Of the time before checkpoints described their samples."""
     np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(0, 9, (60, 3)))
-    keys = ["data=array", "data.path=t.npy", "data.dequantize=true", "trainer.steps=2", "model=realnvp"]
+    keys = [
+        "data=array",
+        "data.path=t.npy",
+        "data.dequantize=true",
+        "data.gaussian_start=false",
+        "trainer.steps=2",
+        "model=realnvp",
+    ]
     _, out, _ = run("flowtrain", *keys)
     path = tmp_path / out.splitlines()[-1] / "checkpoints/best.pt"
     saved = checkpoint.load(path)

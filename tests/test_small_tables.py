@@ -20,10 +20,12 @@ from flowtrain.conditioners.mlp import MLP
 from flowtrain.covariance import gaussian_log_prob, shrunk_covariance
 from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
+from flowtrain.loading import load
 from flowtrain.models.affine import affine
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.glow import glow
 from flowtrain.models.realnvp import realnvp
+from flowtrain.run import train
 from flowtrain.solvers import ode_solver
 from flowtrain.training import checkpoint
 
@@ -157,3 +159,24 @@ def test_a_default_is_not_worse_than_the_gaussian(
 ) -> None:
     result = small_tables.measure(model, kind, rows, columns, 0, "trainer.plot_every=null")
     assert not result.fails, result
+
+
+def test_no_row_beside_the_data_destroys_the_likelihood(float32: None, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(16, 16, generator=generator) / 4 + torch.eye(16)
+    z = torch.randn(1200, 16, generator=generator)
+    chi2 = torch.randn(1200, 3, generator=generator).square().sum(1, keepdim=True)
+    x = z @ mixing.T
+    heavy = x[:, :1] * (3 / chi2).sqrt()
+    x = torch.cat([heavy, x[:, 1:] + 0.5 * heavy], 1)
+    np.save(tmp_path / "t.npy", x[:1000].numpy())
+    (tmp_path / "r").mkdir()
+    config = compose_defaults(
+        ["model=realnvp", "data=array", f"data.path={tmp_path}/t.npy", "trainer.steps=400", "trainer.plot_every=null"]
+    )
+    config.pop("trust")
+    train(config, tmp_path / "r")
+    moved = x[1000:]
+    moved[:, 0] += 5 * x[:1000, 0].std()
+    with torch.no_grad():
+        assert load(tmp_path / "r").log_prob(moved).min() > -1500

@@ -91,7 +91,7 @@ class ArrayData(Finite):
         header: bool | None = None,
         decimal: str | None = None,
         center: bool = True,
-        gaussian_start: bool | None = False,
+        gaussian_start: bool | None = None,
     ) -> None:
         if path is None:
             raise ConfigError(

@@ -250,7 +250,7 @@ def _blanks_between_decimals(line: str, decimal: str | None) -> bool:
 
 def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     text = [i for i, cell in enumerate(first) if _is_text(cell)]
-    if not first[0].strip() and all(cell.strip() for cell in first[1:]) and _counts(row[0] for row in rows):
+    if first and not first[0].strip() and all(cell.strip() for cell in first[1:]) and _counts(row[0] for row in rows):
         # pandas writes no name for the column of its index, and 0, 1, ... for columns without names
         return len(first) > 1 and bool(rows)
     if not text or not rows or not any(_is_number(cell) for cell in first):

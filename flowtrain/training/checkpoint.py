@@ -155,8 +155,12 @@ def _read(path: Path) -> dict[str, Any]:
 def _as_now(config: dict[str, Any]) -> dict[str, Any]:
     """The config of an older flowtrain, with keys that have data=array read as it was then."""
     data = config["data"]
-    if data.get("_target_") != "flowtrain.data.array.ArrayData" or "header" in data:
+    if data.get("_target_") != "flowtrain.data.array.ArrayData":
         return config
-    # it kept columns without a name that number the rows, and every sample in float32
-    columns = ["0:"] if data.get("columns") is None else data["columns"]
-    return {**config, "data": {**data, "columns": columns, "header": None, "decimal": None, "center": False}}
+    # its flows started at a standard normal
+    data = {"gaussian_start": False, **data}
+    if "header" not in data:
+        # it kept columns without a name that number the rows, and every sample in float32
+        columns = ["0:"] if data.get("columns") is None else data["columns"]
+        data |= {"columns": columns, "header": None, "decimal": None, "center": False}
+    return {**config, "data": data}
