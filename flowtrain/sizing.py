@@ -49,6 +49,13 @@ _FIELDS: dict[int, Groups] = {
     _FEW: {"model": {"hidden": [32, 32]}, "trainer": {"lr": 0.002, "weight_decay": 1e-3, "val_every": 20}},
     _TINY: {"model": {"hidden": [16]}, "trainer": {"lr": 2e-4, "weight_decay": 1e-2, "val_every": 20}},
 }
+# the fewer the rows, the less a Gaussian may leave the shrunk one that it starts at
+_GAUSSIAN: dict[int, Groups] = {
+    _MANY: {"trainer": {"lr": 0.001, "val_every": 100}},
+    _SOME: {"trainer": {"lr": 0.001, "val_every": 50}},
+    _FEW: {"trainer": {"lr": 5e-4, "val_every": 20}},
+    _TINY: {"trainer": {"lr": 2e-4, "val_every": 20}},
+}
 # whatever the number of rows. A cap of 0.5 is as good as 2 on gas and bounds the scale of 16 couplings by exp(4). The
 # NLL of a table's validation rows rises and falls again, so patience is long
 _BOUNDED: dict[str, Any] = {"positions": False, "cap": 0.5, "input_bound": 5.0}
@@ -56,6 +63,7 @@ _COUPLING_TRAINER: dict[str, Any] = {"lr_decay": "constant", "clip_norm": 5.0, "
 _VECTORS: dict[str, Groups] = {
     "realnvp": {"model": {"mixing": "permutation", **_BOUNDED}, "trainer": _COUPLING_TRAINER},
     "glow": {"model": _BOUNDED, "trainer": _COUPLING_TRAINER},
+    "affine": {"trainer": {"steps": 500, "patience": 5}},
     "ffjord": {
         "model": {"field": "time_embedding", "positions": False},
         "trainer": {"steps": 600, "lr_decay": "cosine", "ema": 0.99, "clip_norm": 5.0, "patience": 3},
@@ -75,6 +83,7 @@ _IMAGE_TRAINER: dict[str, Any] = {
 }
 _UNBOUNDED: dict[str, Any] = {"positions": True, "cap": 2.0, "dropout": 0.0, "input_bound": None}
 _IMAGES: dict[str, Groups] = {
+    "affine": {"trainer": {"steps": 500, "batch_size": 512, "lr": 0.001, "val_every": 100, "patience": 5}},
     "realnvp": {
         "model": {"layers": 2, "hidden": [32], "mixing": "alternate", **_UNBOUNDED},
         "trainer": _IMAGE_TRAINER,
@@ -132,6 +141,7 @@ def _values(name: str, rows: int | None, event_shape: tuple[int, ...]) -> Groups
         _COUPLINGS[tier] if name in _DEPTHS else {},
         _DEPTHS.get(name, {}).get(tier, {}),
         _FIELDS[tier] if name == "ffjord" else {},
+        _GAUSSIAN[tier] if name == "affine" else {},
         {"trainer": {"batch_size": _BATCH if rows is None else min(_BATCH, rows)}},
     ]
     return {g: {k: v for part in parts for k, v in part.get(g, {}).items()} for g in ("model", "trainer")}
