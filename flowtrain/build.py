@@ -87,6 +87,7 @@ def build_flow(config: Config, samples: Samples) -> Flow:
     if samples.levels is not None:
         flow.bijection = Chain([flow.bijection, Logit(samples.levels, samples.alpha)])
     flow.discrete, flow.levels, flow.centered = samples.discrete, samples.levels, samples.centered
+    flow.noisy, flow.class_counts = samples.noisy, samples.class_counts
     return flow
 
 

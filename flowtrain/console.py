@@ -61,6 +61,20 @@ def messages(path: Path | None = None) -> Iterator[None]:
             handler.close()
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Inside, warnings are left out of the log; other messages are not."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return record.levelno != logging.WARNING
+
+    log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)
+
+
 def banner(
     config: Mapping[str, Any], flow: Flow, data: Dataset, settings: Settings, run_dir: Path, step: int = 0
 ) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.logit import dequantize
+from flowtrain.data.columns import as_ranges
 from flowtrain.derivatives import values
 from flowtrain.errors import FlowtrainError
 from flowtrain.precision import full_precision
@@ -35,6 +36,9 @@ class Flow(nn.Module):
         levels: of discrete data with values 0 .. levels - 1, else None.
         centered: whether samples are float64, because the bijection has an offset next to the data whose digits float32
             would lose.
+        noisy: of real data, the elements of a sample that are whole numbers with noise added by the data set: `x` has
+            it already, and `quantized` takes it off.
+        class_counts: how many training rows each class has; () where that is not known.
 
     Example:
         >>> import torch
@@ -52,12 +56,15 @@ class Flow(nn.Module):
         discrete: bool = False,
         levels: int | None = None,
         centered: bool = False,
+        noisy: tuple[int, ...] = (),
+        class_counts: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.event_shape = event_shape
         self.bijection = bijection
         self.classes = classes
         self.discrete, self.levels, self.centered = discrete, levels, centered
+        self.noisy, self.class_counts = noisy, class_counts
 
     @property
     def continuous(self) -> list[Continuous]:
@@ -147,11 +154,11 @@ class Flow(nn.Module):
             temperature: multiplies the base noise: 1 samples the density, below 1 stays nearer its modes.
             chunk: rows at a time; None for as many as suit the size of a sample. The base points do not depend on it,
                 but samples by an adaptive solver do, within its tolerance: rows that are solved together share steps.
-            label: one for all, or (n,); None: of a conditional flow all classes in turn, 0, 1, 2, ...
+            label: one for all, or (n,); None: of a conditional flow `drawn_labels`.
 
         Raises:
-            FlowtrainError: n or chunk < 1, a temperature below 0 or not finite, or labels superfluous, out of range, or
-                neither one nor n.
+            FlowtrainError: n or chunk < 1, a temperature below 0 or not finite, or labels superfluous, out of range, of
+                a class without training rows, or neither one nor n.
 
         Example:
             >>> from flowtrain.bijections.affine import Affine
@@ -168,10 +175,12 @@ class Flow(nn.Module):
         if not 0 <= temperature < math.inf:
             raise FlowtrainError(f"temperature={temperature}: give a number that is not negative")
         like = self.like
+        if label is not None:
+            self.check_label(label)
+        elif self.classes is not None:
+            label = self.drawn_labels(n)
         # drawn at once, so that the base points do not depend on how they are chunked
         z = temperature * torch.randn(n, *self.event_shape, dtype=like.dtype, device=like.device)
-        if self.classes is not None and label is None:
-            label = self.in_turn(n)
         labels = self.labels(label, z)
         size = chunk or rows_at_a_time(self.event_shape)
         parts = repeat(None) if labels is None else torch.split(labels, size)
@@ -202,7 +211,14 @@ class Flow(nn.Module):
         return x.to(like)
 
     def quantized(self, x: Tensor) -> Tensor:
-        """The whole numbers that a discrete flow's samples x + u (B, *event_shape) stand for; others as they are."""
+        """The whole numbers that a discrete flow's samples x + u (B, *event_shape) stand for; others as they are.
+
+        Of a flow with `noisy` elements, those alone, as numbers of the type of x.
+        """
+        if self.noisy:
+            flat, noisy = x.flatten(1).clone(), list(self.noisy)
+            flat[:, noisy] = flat[:, noisy].floor()
+            return flat.view_as(x)
         if not self.discrete:
             return x
         whole = x.floor()
@@ -210,10 +226,26 @@ class Flow(nn.Module):
             return whole.to(torch.int64)
         return whole.clamp(0, self.levels - 1).to(torch.uint8 if self.levels <= 256 else torch.int64)
 
-    def in_turn(self, n: int) -> Tensor:
-        """Labels 0, 1, 2, ... of a conditional flow, and again, (n,)."""
+    @property
+    def seen(self) -> list[int]:
+        """The classes of a conditional flow that have training rows; all of them where that is not known."""
         assert self.classes is not None
-        return torch.arange(n, device=self.like.device) % self.classes
+        return [y for y in range(self.classes) if not self.class_counts or self.class_counts[y]]
+
+    def in_turn(self, n: int) -> Tensor:
+        """Labels of the classes with training rows in turn, and again, (n,)."""
+        seen = torch.tensor(self.seen, device=self.like.device)
+        return seen[torch.arange(n, device=seen.device) % len(seen)]
+
+    def drawn_labels(self, n: int) -> Tensor:
+        """Labels drawn by the classes' frequencies in training, (n,), from the global generator of the flow's device.
+
+        Where these are not known, as of checkpoints of earlier versions, all classes in turn.
+        """
+        if not self.class_counts:
+            return self.in_turn(n)
+        weights = torch.tensor(self.class_counts, dtype=torch.float64, device=self.like.device)
+        return torch.multinomial(weights, n, replacement=True)
 
     def labels(self, label: Label, x: Tensor) -> Tensor | None:
         """`label` as (B,) whole numbers on the device of x (B, ...); None for a flow that is not conditional.
@@ -238,9 +270,20 @@ class Flow(nn.Module):
         return y.long().expand(len(x))
 
     def check_label(self, label: Label) -> None:
-        """Refuses a label, or labels (n,), that this flow does not take, before anything else is done; see `labels`."""
+        """Refuses a label, or labels (n,), that no sample can be drawn with, before anything else is done.
+
+        Raises:
+            FlowtrainError: labels that the flow does not take, see `labels`, or of a class without training rows.
+        """
         n = len(label) if isinstance(label, Tensor) and label.dim() else 1
-        self.labels(label, self.like.new_empty(n, 0))
+        labels = self.labels(label, self.like.new_empty(n, 0))
+        if labels is None or not self.class_counts:
+            return
+        bad = [y for y in sorted(set(labels.tolist())) if not self.class_counts[y]]
+        if bad:
+            raise FlowtrainError(
+                f"label={bad[0]}: the flow was trained on no row of this class; there are {as_ranges(self.seen)}"
+            )
 
     @contextmanager
     def _precision(self, x: Tensor) -> Iterator[None]:

@@ -125,8 +125,21 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
         good = all(type(v) is int and v > 0 for v in counts) and all(isinstance(c, str) for c in samples.columns)
         flags = (samples.discrete, samples.standardized, samples.centered, samples.gaussian_start)
         good &= all(isinstance(v, bool) for v in flags) and isinstance(samples.label, str | None)
+        good &= all(map(_is_count, samples.noisy)) and max(samples.noisy, default=-1) < math.prod(event_shape)
+        good &= all(map(_is_count, samples.class_counts)) and len(samples.class_counts) in (0, samples.classes)
+        good &= not samples.class_counts or sum(samples.class_counts) > 0
+        good &= all(
+            len(part) == 3 and isinstance(part[0], str) and _is_count(part[1]) and isinstance(part[2], str)
+            for part in samples.record
+        )
     except (TypeError, ConfigError):
         good = False
     if not good:
         raise CheckpointError(f"the checkpoint describes its samples as {saved['samples']}: not one of ours")
-    return replace(samples, alpha=alpha)
+    record = tuple((name, n, checksum) for name, n, checksum in samples.record)
+    class_counts, noisy = tuple(samples.class_counts), tuple(samples.noisy)
+    return replace(samples, alpha=alpha, noisy=noisy, class_counts=class_counts, record=record)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63

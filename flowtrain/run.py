@@ -14,7 +14,8 @@ from flowtrain import build, distributed, loading, pictures, plots, sizing
 from flowtrain.checks import whole, within_memory
 from flowtrain.console import banner, next_commands
 from flowtrain.data.base import Dataset, Samples
-from flowtrain.errors import CheckpointError, ConfigError, UnfinishedError
+from flowtrain.data.record import changes
+from flowtrain.errors import CheckpointError, ConfigError, DataError, UnfinishedError
 from flowtrain.evaluation import NAMES, evaluate
 from flowtrain.files import write_json
 from flowtrain.flow import Flow
@@ -88,12 +89,19 @@ def prepare(
     settings = build.build_settings(config)
     if saved is not None:
         check_same("resume", loading.samples_of(saved), data.samples)
+        check_unchanged(loading.samples_of(saved), data.samples)
     within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
     prepare_process(config, data.event_shape)
     taught = teaching(config, run_dir, saved is not None)
     teacher = None
     if taught is not None:
         check_same("from", loading.samples_of(taught), data.samples)
+        if saved is None and (change := changes(loading.samples_of(taught).record, data.samples.record)):
+            log.warning(
+                "from: since that run, %s: rows that are held out now may be among those that it was trained on, and "
+                "score too well",
+                change,
+            )
         with status("loading the run to begin from"):
             teacher = loading.restore(taught, device, trust)
     if saved is not None:
@@ -152,13 +160,28 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    for key in ("event_shape", "discrete", "levels", "alpha", "standardized", "centered", "gaussian_start"):
+    for key in ("event_shape", "discrete", "noisy", "levels", "alpha", "standardized", "centered", "gaussian_start"):
         old, new = getattr(before, key), getattr(now, key)
         if old != new:
             raise ConfigError(
                 f"{who}: the run was trained on samples whose {key} is {old}, and that of the data now is {new}: "
                 "leave data.* as it was, but for where its files are"
             )
+
+
+def check_unchanged(before: Samples, now: Samples) -> None:
+    """Refuses to go on with a run whose data have changed: it could be tested on rows that it was trained on.
+
+    Raises:
+        DataError: saying what has changed.
+    """
+    change = changes(before.record, now.record)
+    if change:
+        raise DataError(
+            f"resume: since the run began, {change}. A run goes on with the data that it began with: rows it "
+            "was trained on could else be held out. Put the data back as they were, or begin a new run with them as "
+            "they are (from=RUN_DIR gives it the weights of this one)"
+        )
 
 
 def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> None:

@@ -141,11 +141,16 @@ def _stacked(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def marginal(flow: Flow, x: Tensor) -> Tensor:
-    """log p(x), (B,); of a conditional flow with all classes equally likely, log 1/K sum_y p(x | y)."""
+    """log p(x), (B,); of a conditional flow log sum_y P(y) p(x | y), P the classes' frequencies in training.
+
+    Where these are not known, as of checkpoints of earlier versions, all classes are equally likely.
+    """
     if flow.classes is None:
         return flow.log_prob(x)
-    log_p, _ = _same_probes(flow, [(x, y) for y in range(flow.classes)])
-    return log_p.logsumexp(0) - math.log(flow.classes)
+    log_p, _ = _same_probes(flow, [(x, y) for y in flow.seen])
+    counts = torch.tensor([n for n in flow.class_counts if n] or [1] * flow.classes, dtype=log_p.dtype)
+    weights = (counts / counts.sum()).log().to(log_p.device)
+    return (log_p + weights[:, None]).logsumexp(0)
 
 
 def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:

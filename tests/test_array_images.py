@@ -152,7 +152,10 @@ def test_only_whole_numbers_that_repeat_are_called_discrete(tmp_path: Path, capl
     path = npy(tmp_path / "t.npy", values)
     ArrayData(path)
     assert "looks discrete in 'c1':" in caplog.text
-    assert "data.dequantize=true" in caplog.text
+    # which is taken, where one for all columns is refused
+    assert "'data.dequantize=[1]'" in caplog.text
+    assert ArrayData(path, dequantize=[1]).noisy == (1,)
+    refused(lambda: ArrayData(path, dequantize=True), DataError, ["'data.dequantize=[1,2]'"])
     caplog.clear()
     ArrayData(path, columns=[0, 2])
     ArrayData(npy(tmp_path / "t.npy", counts()), dequantize=True)

@@ -50,11 +50,11 @@ def test_what_a_data_set_has(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("d", [1, 300])
 def test_from_one_column_to_hundreds(tmp_path: Path, d: int) -> None:
-    values = normal(30, d)
+    values = normal(400, d)
     for path in (npy(tmp_path / "t.npy", values), save(tmp_path / "t.csv", values)):
         data = ArrayData(path)
         assert data.train_batch(0, 7, 0).shape == (7, d)
-        assert data.val.shape == data.test.shape == (3, d)
+        assert data.val.shape == data.test.shape == (40, d)
 
 
 @pytest.mark.parametrize("n", [1, 3])

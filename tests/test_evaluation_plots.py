@@ -16,7 +16,7 @@ from test_plots import COARSER, png_size
 from torch import Tensor
 
 from flowtrain.errors import FlowtrainError
-from flowtrain.plots import calibration, draw_calibration, draw_ood, ood, style
+from flowtrain.plots import calibration, draw_calibration, draw_ood, ood, scales, style
 
 
 @pytest.fixture
@@ -245,4 +245,4 @@ def test_ood_words(tmp_path: Path, coarse: None, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("value", "label"), [(0, "0"), (-200, "-200"), (5e4, "5e4"), (-1.25e16, "-1.25e16")])
 def test_labels_are_short(value: float, label: str) -> None:
-    assert ood._short(value) == label
+    assert scales.short(value) == label

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowtrain.build import build_data
 from flowtrain.cli.files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.opened import open_checkpoint
 from flowtrain.evaluation import check_fits
@@ -35,12 +34,13 @@ def write_animation(
     flow = opened.flow
     check_animated(flow, n)
     # refused before anything is read
-    flow.check_label(0 if label is None and flow.classes is not None else label)
+    if label is not None:
+        flow.check_label(label)
     out = run_dir_of(opened.path) / "animation.gif"
     paths = [given] if given else [out, *([out.with_suffix(".mp4")] if can_write_mp4() else [])]
     check_outputs(paths, [opened.path, *paths_of(opened.config["data"])])
     with status("reading the data"):
-        data = build_data(opened.config)
+        data = opened.build()
     check_fits(flow, data)
     title = opened.titled("" if label is None else f"class {label}")
     animate(flow, data, paths, title, n=n, seed=seed, temperature=temperature, label=label)

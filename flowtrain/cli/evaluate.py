@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from flowtrain import pictures
-from flowtrain.build import build_data
 from flowtrain.checks import flag, one_of, whole
 from flowtrain.cli.arguments import split_own
 from flowtrain.cli.files import check_outputs, paths_of, run_dir_of, written_as
@@ -19,7 +18,8 @@ from flowtrain.cli.messages import compose_defaults, run_command
 from flowtrain.cli.opened import Opened, open_checkpoint, set_name
 from flowtrain.cli.overrides import keys_of
 from flowtrain.console import messages
-from flowtrain.data.base import Dataset
+from flowtrain.data.base import Dataset, Samples
+from flowtrain.data.record import changes
 from flowtrain.data.rows import Rows
 from flowtrain.errors import ConfigError, DataError, FlowtrainError
 from flowtrain.evaluation import NAMES, check_fits, evaluate
@@ -160,8 +160,10 @@ class Place:
 def own_data_of(opened: Opened) -> Dataset | None:
     """The data that the flow was trained on; None, with a warning, where it is missing or does not fit."""
     try:
-        data = build_data({**opened.config, "data": opened.own_data})
+        data = opened.build(opened.own_data)
         check_fits(opened.flow, data)
+        if change := changes(opened.samples.record, data.record, ["val"]):
+            raise DataError(f"since the run was trained, {change}")
         return data
     except (FlowtrainError, OSError) as e:
         log.warning("no validation set for the typicality score, which takes the NLL of the scored rows: %s", e)
@@ -189,22 +191,50 @@ def data_of(opened: Opened, split: str, overrides: Sequence[str]) -> Dataset:
         if not data.get("path"):
             raise ConfigError("split=all: this data is no file of rows; choose test or val, or give data.path")
         asked = {key for key in READ if f"data.{key}" in keys}
-        return Rows(data["path"], opened.samples, **{key: data.get(key) for key in READ}, asked=asked)
-    built = build_data(opened.config)
+        return rows_of(data["path"], opened, data, asked)
+    built = opened.build()
     names = built.samples.columns
     if names and opened.samples.columns and names != opened.samples.columns:
         raise DataError(
             f"{data.get('path')} has the columns {', '.join(names)}, and the flow was trained on "
             f"{', '.join(opened.samples.columns)}: give split=all, which reads them by name, or data.columns"
         )
+    check_unchanged(opened.samples, built.samples, split, data.get("path"), keys)
     return built
+
+
+def check_unchanged(before: Samples, now: Samples, split: str, path: str | None, keys: set[str]) -> None:
+    """Refuses to score a set that may hold rows the flow was trained on, because its file or its split has changed.
+
+    A set that the command names is taken as it is; of another training file that it names, with a warning.
+
+    Args:
+        keys: those that the command sets.
+
+    Raises:
+        DataError: saying what has changed.
+    """
+    change = changes(before.record, now.record, [split])
+    if change is None or f"data.{split}_path" in keys:
+        return
+    leaks = f"since the run was trained, {change}, so that rows it was trained on may be in the {split} set"
+    if keys & {"data", "data.path", "data.root"}:
+        log.warning("%s: give split=all to score every row of another file", leaks)
+        return
+    new = f"; data.path={path} takes those of training too" if path else ""
+    raise DataError(f"{leaks}. Put the data back as they were, or score every row of a file with data.path=FILE{new}")
+
+
+def rows_of(path: str, opened: Opened, data: Mapping[str, Any], asked: Collection[str] = ()) -> Rows:
+    """Every row of a file, read as the config of the data says; see `Rows`."""
+    return Rows(path, opened.samples, **{key: data.get(key) for key in READ}, asked=asked, seed=data.get("seed", 0))
 
 
 def other_set(value: str, opened: Opened) -> tuple[str, Tensor]:
     """Name and samples of the set that `ood` means: the test set of data by that name, or the rows of a file."""
     if value != "array" and value in options("data"):
-        data = build_data({**opened.config, "data": compose_defaults([f"data={value}"])["data"]})
+        data = opened.build(compose_defaults([f"data={value}"])["data"])
         check_fits(opened.flow, data)
         return value, data.test
     trained = opened.config["data"]
-    return Path(value).name, Rows(value, opened.samples, **{key: trained.get(key) for key in READ}).test
+    return Path(value).name, rows_of(value, opened, trained).test

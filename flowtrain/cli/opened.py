@@ -3,13 +3,15 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowtrain.build import build_solver, resolve_device
+from flowtrain.build import build_data, build_solver, resolve_device
 from flowtrain.cli.files import absolute_paths, run_dir_of
 from flowtrain.cli.overrides import check_kept, keys_of, overridden, trusted, with_array
-from flowtrain.data.base import Samples
+from flowtrain.console import without_warnings
+from flowtrain.data.base import Dataset, Samples
 from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
 from flowtrain.loading import restore, samples_of
@@ -43,6 +45,15 @@ class Opened(NamedTuple):
         """The title of a picture: the run, its NLL on the test set where result.json has that, and words."""
         nll = "" if self.changed else reached(self.path, self.step)
         return ", ".join(filter(None, (title_of(self.config), nll, words)))
+
+    def build(self, data: Mapping[str, Any] | None = None) -> Dataset:
+        """The data set that the config, or another config of data, names.
+
+        Of the data that the flow was trained on, no warnings are given: training has given them.
+        """
+        data = self.config["data"] if data is None else data
+        with without_warnings() if data == self.own_data else nullcontext():
+            return build_data({**self.config, "data": data})
 
 
 def reached(path: Path, step: int) -> str:

@@ -1,17 +1,20 @@
 """`flowsample quality=[1,2,4]`: how near samples come to the data by the number of steps."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowtrain.build import build_data
 from flowtrain.checks import whole
 from flowtrain.cli.files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.opened import open_checkpoint, set_name
+from flowtrain.data.record import changes
 from flowtrain.errors import ConfigError
 from flowtrain.files import write_json
 from flowtrain.plots import draw_quality
 from flowtrain.quality import quality
 from flowtrain.status import status
+
+log = logging.getLogger("flowtrain")
 
 
 def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) -> int:
@@ -35,7 +38,9 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     picture = out.with_suffix(".png") if given else out.parent / f"plots/quality{name and f'-{name}'}.png"
     check_outputs([out, picture], [opened.path, *paths_of(config["data"])])
     with status("reading the data"):
-        data = build_data(config)
+        data = opened.build()
+    if change := changes(opened.samples.record, data.record, ["val", "test"]):
+        log.warning("since the run was trained, %s: the samples are held against rows it was trained on", change)
     with status("comparing samples with the data"):
         found = quality(flow, data, steps, seed)
     write_json(out, found.to_dict())

@@ -1,14 +1,12 @@
 """`flowsample`: draws samples from a checkpoint into a .npy file, or shows how they come about."""
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowtrain.build import build_data
 from flowtrain.checks import flag, number, whole
 from flowtrain.cli.animate import write_animation
 from flowtrain.cli.arguments import split_own
@@ -34,8 +32,9 @@ flowsample ckpt=RUN_DIR_OR_FILE quality=[1,2,4,8,16] [seed=0] [out=FILE.json]
                 (at most 100000), of images 60 (200)
   seed          of the base noise
   temperature   factor on the base noise; 1 samples the density
-  label         of a conditional model; default: all classes in turn, 0, 1, 2, ...
-  out           .npy file in data units, pixels as whole numbers; default: samples.npy in the run directory.
+  label         of a conditional model; default: classes by their frequency in training
+  out           .npy file in data units, pixels and counts as whole numbers; default: samples.npy in the run
+                directory.
                 Vectors of one or two columns and images come with a picture beside the data.
   log_scale     true: that picture shows densities by their logarithm, and so the tails
   animate       true: in place of samples, how they come about from the base, of two columns or images:
@@ -107,18 +106,19 @@ def write_samples(
     n = n or (100 if images else 10_000)
     out = given or run_dir_of(opened.path) / "samples.npy"
     check_outputs([out, out.with_suffix(".png")], [opened.path, *paths_of(opened.config["data"])])
-    labels = label if flow.classes is None or label is not None else flow.in_turn(n)
     # refused before anything is read or drawn
-    flow.check_label(labels)
-    data = beside(opened.config) if images or flow.event_shape in ((1,), (2,)) else None
+    if label is not None:
+        flow.check_label(label)
+    data = beside(opened) if images or flow.event_shape in ((1,), (2,)) else None
     if data is not None:
         check_fits(flow, data)
     elif log_scale:
         raise ConfigError("log_scale=true: is for the picture of one or two columns, and there is none; leave it out")
     torch.manual_seed(seed)
+    labels = label if flow.classes is None or label is not None else flow.drawn_labels(n)
     samples = flow.sample(n, temperature, label=labels).cpu()
     check_samples(samples)
-    write_npy(out, (flow.quantized(samples) if images else samples).numpy())
+    write_npy(out, flow.quantized(samples).numpy())
     rows = rows_of_checks(flow.event_shape)
     few = labels[:rows] if isinstance(labels, Tensor) else labels
     with status("round trip"):
@@ -133,11 +133,11 @@ def write_samples(
     return 0
 
 
-def beside(config: Mapping[str, Any]) -> Dataset | None:
+def beside(opened: Opened) -> Dataset | None:
     """The data that a picture is drawn beside; None, and a word of it, where it is not to be had."""
     try:
         with status("reading the data"):
-            return build_data(config)
+            return opened.build()
     except DataError as e:
         print(f"no picture beside the data, which is not to be had: {e}", file=sys.stderr)
         return None

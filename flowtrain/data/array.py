@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +11,28 @@ import torch
 from torch import Tensor
 
 from flowtrain.checks import below_half, flag, one_of, whole
-from flowtrain.data.array_checks import check_alike, check_spread, warn_if_discrete
+from flowtrain.data.array_checks import (
+    check_alike,
+    check_enough_rows,
+    check_spread,
+    row_hashes,
+    warn_of_copies,
+    warn_of_dependence,
+    warn_of_repeats,
+    warn_of_unseen,
+)
 from flowtrain.data.base import ALPHA, Samples
 from flowtrain.data.columns import Columns, counted, listed
 from flowtrain.data.delimited import TextFormat
-from flowtrain.data.kind import Divided, Kind
+from flowtrain.data.kind import Divided, Kind, Part
 from flowtrain.data.loaded import Loaded
 from flowtrain.data.mapped import Mapped, is_mapped
 from flowtrain.data.memory import Finite
-from flowtrain.data.read import ending_of
+from flowtrain.data.noise import noised_batch, noised_set, noisy_columns
+from flowtrain.data.read import Table, ending_of
+from flowtrain.data.record import record_of
 from flowtrain.data.sentinels import warn_of_sentinels
-from flowtrain.data.splits import held_out
+from flowtrain.data.splits import SETS, held_out
 from flowtrain.errors import ConfigError
 
 _log = logging.getLogger("flowtrain")
@@ -41,7 +52,8 @@ class ArrayData(Finite):
     What is not given as a file of its own is split off the training file, at random but the same for every
     run with the same `seed` of the data. The density of values that repeat is unbounded, so a column that is
     constant in training is refused, and counts or pixels want `dequantize` or `levels`: samples are then integers,
-    to which the flow adds u ~ U[0, 1).
+    to which the flow adds u ~ U[0, 1). Where only some columns are counts, the data set adds the noise to these: anew
+    in each training batch, and once to what is held out.
 
     Args:
         path: the training file, .npy, .npz or text; see `read_table`.
@@ -54,7 +66,7 @@ class ArrayData(Finite):
         event_shape: shape (C, H, W) of the images that rows hold, channel by channel and row by row; None for vectors.
         val_fraction, test_fraction: the share of the training file to hold out where there is no such file.
         standardize: give the flow the mean and deviation of the training rows; None: unless `levels` is given.
-        dequantize: samples are whole numbers.
+        dequantize: samples are whole numbers; or the names or positions of the columns that are.
         levels: samples are whole numbers from 0 to levels - 1, which a logit takes to the real line.
         alpha: of that logit.
         memory_map: read the training file, a .npy, as its rows are wanted, in memory that does not grow with it; None:
@@ -68,7 +80,8 @@ class ArrayData(Finite):
 
     Raises:
         ConfigError: no path, a fraction outside (0, 1), columns, a key or a shape that the file does not fit.
-        DataError: files that do not fit together, too few rows, values that no density can be fitted to.
+        DataError: files that do not fit together, too few rows (of vectors, fewer for training than columns), values
+            that no density can be fitted to.
     """
 
     def __init__(
@@ -84,7 +97,7 @@ class ArrayData(Finite):
         test_fraction: float = 0.1,
         standardize: bool | None = None,
         seed: int = 0,
-        dequantize: bool = False,
+        dequantize: bool | Sequence[str | int] | str | int = False,
         levels: int | None = None,
         alpha: float = ALPHA,
         memory_map: bool | None = None,
@@ -102,7 +115,6 @@ class ArrayData(Finite):
                 raise ConfigError(f"data.{name}={given}: give the path of a file")
         self.levels = None if levels is None else whole("data.levels", levels, least=2)
         self.alpha = below_half("data.alpha", alpha)
-        self.discrete = flag("data.dequantize", dequantize) or levels is not None
         self._standardize = _standardizes(standardize, levels)
         self._centers = flag("data.center", center) and levels is None
         text_format = format_of(header, decimal)
@@ -123,7 +135,8 @@ class ArrayData(Finite):
         self.columns = first.table.columns if event_shape is None else ()
         self._names = first.table.columns if first.table.named else ()
         self._label = first.marks.columns[0] if first.marks is not None and first.marks.named else None
-        kind = Kind(self.event_shape, self.discrete, self.levels)
+        self.discrete, self.noisy = _noise(dequantize, self.levels, first.table)
+        kind = Kind(self.event_shape, self.discrete, self.levels, self.noisy)
 
         most = max(1, min(MOST_HELD_OUT, HELD_OUT_BYTES // (8 * width)))
         have = [other is not None for other in others]
@@ -133,9 +146,11 @@ class ArrayData(Finite):
         own = [None if o is None else o.all(kind, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
         self.gaussian_start = _starts(gaussian_start, self.event_shape)
         val, test = (held if part is None else part for held, part in zip(divided.held, own, strict=True))
-        self.val, self.test, self.val_labels, self.test_labels = val.x, test.x, val.labels, test.labels
-        if val.labels is not None and test.labels is not None:
-            self.classes = 1 + max(divided.most, int(val.labels.max()), int(test.labels.max()))
+        self.val, self.test = (noised_set(part.x, self.noisy, seed, i) for i, part in enumerate((val, test)))
+        self.val_labels, self.test_labels = val.labels, test.labels
+        held_rows = zip(SETS, (val, test), strict=True)
+        self.record = record_of((first.n, divided.checksum), ((name, part.rows) for name, part in held_rows))
+        self._check_held_out(first.table, divided, kind, {"val": val, "test": test})
         self.n_train = divided.n
         if cap in sizes:
             _log.info(
@@ -145,9 +160,16 @@ class ArrayData(Finite):
     def _divide(self, first: Loaded | Mapped, kind: Kind, sizes: list[int], seed: int) -> tuple[Divided, Kind]:
         """Takes the training rows, and refuses columns that no density can be fitted to."""
         keys = (_STREAM, _SPLIT), (_STREAM, _ORDER)
+        if isinstance(first, Mapped):
+            _log.info(
+                f"{first.table.path}: {first.n:,} rows are checked now and read again by windows (data.memory_map)"
+            )
         divided = first.divided(kind, sizes, seed, *keys)
         self._mean, self._std = kind.moments(divided.mean, divided.variance)
-        check_spread(first.table, self._mean, self._std, self.discrete, self._centers)
+        if len(self.event_shape) == 1:
+            check_enough_rows(first.table.path, divided.n, len(self._mean))
+        noisy = range(len(self._mean)) if self.discrete else self.noisy
+        check_spread(first.table, self._mean, self._std, divided.whole, noisy, self._centers)
         coarse = COARSE * self._std < np.finfo(np.float32).eps * np.abs(self._mean)
         if self._centers and coarse.any():
             names = [name for name, is_coarse in zip(first.table.columns, coarse, strict=True) if is_coarse]
@@ -157,12 +179,31 @@ class ArrayData(Finite):
             self.offset = torch.from_numpy(offset).view(self.event_shape)
             kind = replace(kind, wide=True)
             divided = first.divided(kind, sizes, seed, *keys)
-        if not self.discrete:
-            warn_if_discrete(first.table, divided.look)
-        if self.levels is None:
-            warn_of_sentinels(first.table, divided.look)
         self.keep(divided.store)
         return divided, kind
+
+    def _check_held_out(self, table: Table, divided: Divided, kind: Kind, held: Mapping[str, Part]) -> None:
+        """Counts the classes, and warns of data whose likelihood means little."""
+        labels = {name: part.labels.numpy() for name, part in held.items() if part.labels is not None}
+        if len(labels) == len(held):
+            self.classes = max(len(divided.class_counts), *(1 + int(own.max()) for own in labels.values()))
+            counts = np.zeros(self.classes, np.int64)
+            counts[: len(divided.class_counts)] = divided.class_counts
+            self.class_counts = tuple(counts.tolist())
+            warn_of_unseen(table.path, counts, labels)
+        codes = warn_of_sentinels(table, divided.look) if self.levels is None else {}
+        if self.discrete:
+            return
+        few = warn_of_repeats(table, divided.look, divided.whole, set(self.noisy), codes)
+        if len(self.event_shape) == 1:
+            warn_of_dependence(table, divided.look, kind.noise(len(table.columns)))
+        if len(few | set(self.noisy)) < len(table.columns):
+            hashes = {name: row_hashes(part.x.numpy(), divided.hash_step) for name, part in held.items()}
+            warn_of_copies(table.path, divided.hashes, hashes)
+
+    def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        x = super().train_share(step, batch_size, seed, share)
+        return noised_batch(x, self.noisy, seed, step, batch_size, share) if self.noisy else x
 
     @property
     def samples(self) -> Samples:
@@ -174,6 +215,29 @@ class ArrayData(Finite):
             return None
         mean, std = (torch.from_numpy(v.copy()).view(self.event_shape) for v in (self._mean, self._std))
         return mean, std
+
+
+def _noise(
+    asked: bool | Sequence[str | int] | str | int, levels: int | None, table: Table
+) -> tuple[bool, tuple[int, ...]]:
+    """Whether samples are whole numbers, and else the columns that are.
+
+    Raises:
+        ConfigError: a column that the table does not have, or columns and `levels` at once.
+    """
+    if isinstance(asked, bool):
+        return asked or levels is not None, ()
+    entries = [asked] if isinstance(asked, str | int) else asked
+    if not isinstance(entries, list | tuple) or not entries:
+        raise ConfigError(
+            f"data.dequantize={asked}: give true, false, or the names or positions of the columns that are whole "
+            "numbers, as in [age,3]"
+        )
+    if levels is not None:
+        raise ConfigError("data.dequantize names columns, and data.levels is for all of them; leave one out")
+    columns = noisy_columns(entries, table)
+    everything = len(columns) == len(table.columns)
+    return everything, () if everything else columns
 
 
 def _source(

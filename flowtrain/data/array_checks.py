@@ -1,12 +1,15 @@
 """What a table must be before a density in float32 can be fitted to it; what is refused is a DataError."""
 
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowtrain.data.columns import as_option, counted, listed
+from flowtrain.data.columns import as_option, as_ranges, counted, listed
 from flowtrain.data.read import Table
 from flowtrain.errors import DataError
 
@@ -16,6 +19,16 @@ _FLOAT32, _FLOAT64 = np.finfo(np.float32), np.finfo(np.float64)
 _MOST_CLASSES = 10_000
 # from here on, float32 has no room for noise between whole numbers
 _MOST_WHOLE = 2**23
+# rows that are looked at for repeated values, and for linear dependence; columns that are looked at for that
+_LOOK, _MOST_DEPENDENT, _MOST_CORRELATED = 10_000, 100_000, 500
+# share of the rows, and how many, from which on a single value is an atom
+_ATOM, _LEAST_ATOM = 0.05, 5
+# share of a held-out set from which on copies of training rows are worth a warning
+_COPIES = 0.01
+# share of a column's variance below which it is linear in others: values rounded to four digits leave 1e-9
+_RESIDUAL = 1e-8
+# dependent columns, or single values, that are named
+_MOST_NAMED = 5
 
 
 def check_alike(first: Table, other: Table) -> None:
@@ -46,16 +59,24 @@ def check_range(table: Table) -> None:
         )
 
 
-def check_whole(table: Table) -> None:
-    """Refuse values that are not whole numbers, or too large for noise in [0, 1) to be told apart on them."""
-    bad = (table.values != np.rint(table.values)) | (np.abs(table.values) > _MOST_WHOLE)
+def check_whole(table: Table, columns: Sequence[int], blocks: Iterable[Table] | None = None) -> None:
+    """Refuse values that are not whole numbers, or too large for noise in [0, 1) to be told apart on them.
+
+    Args:
+        columns: those that must be whole.
+        blocks: all the blocks of the file that the table is one of; None where it is all there is.
+    """
+    values = table.values[:, list(columns)]
+    bad = (values != np.rint(values)) | (np.abs(values) > _MOST_WHOLE)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
-        value = table.values[row, column]
+        value = values[row, column]
         what = "too large" if value == np.rint(value) else "not a whole number"
+        counts = np.flatnonzero(np.all([whole_columns(block.values) for block in blocks or [table]], axis=0))
+        some = f", name the columns of whole numbers, as in {_dequantize(table, counts)}" if len(counts) else ""
         raise DataError(
-            f"{table.place(row, column)}: {value:.17g} is {what}; data.dequantize=true and data.levels are for whole "
-            f"numbers up to {_MOST_WHOLE:,}: leave them out, or choose data.columns"
+            f"{table.place(row, columns[column])}: {value:.17g} is {what}; data.dequantize and data.levels are for "
+            f"whole numbers up to {_MOST_WHOLE:,}: leave them out{some}, or choose data.columns"
         )
 
 
@@ -89,14 +110,20 @@ def check_labels(table: Table) -> None:
 
 
 def check_spread(
-    table: Table, mean: NDArray[np.float64], std: NDArray[np.float64], discrete: bool, centered: bool = False
+    table: Table,
+    mean: NDArray[np.float64],
+    std: NDArray[np.float64],
+    whole: NDArray[np.bool_],
+    noisy: Sequence[int],
+    centered: bool = False,
 ) -> None:
     """Refuse columns that are constant, and warn of those that float32 makes coarse.
 
     Args:
         table: names the columns.
-        mean, std: of the training rows, shape (d,).
-        discrete: whether noise will be added, so that it is no cure to propose.
+        mean, std: of the training rows, shape (d,), with the noise of `data.dequantize`.
+        whole: the columns that noise can be added to, (d,).
+        noisy: the columns that have noise.
         centered: whether columns with a large mean are kept in float64, and only its precision limits them.
     """
     precision = _FLOAT64 if centered else _FLOAT32
@@ -108,10 +135,14 @@ def check_spread(
         names = [name for name, is_flat in zip(table.columns, flat, strict=True) if is_flat]
         keep = [index for index, is_flat in zip(table.indices, flat, strict=True) if not is_flat]
         cure = f"keep the others with {as_option(keep)}" if keep else "there are no others"
+        if whole[flat].all() and not set(np.flatnonzero(flat)) & set(noisy):
+            columns = range(len(whole)) if whole.all() else (*np.flatnonzero(flat), *noisy)
+            cure += (
+                f", or, for counts and pixels, add noise with {_dequantize(table, columns)}, which keeps every column"
+            )
         raise DataError(
             f"{table.path}: in the training rows, column{'s' * (len(names) > 1)} {listed(names, most=50)} "
             f"{'is' if len(names) == 1 else 'are'} constant to the precision of {precision.dtype}; {cure}"
-            + ("" if discrete else ", or, for counts and pixels, data.dequantize=true keeps every column")
         )
     # an offset is one that float32 holds, and what is left of the mean beside it is float32
     coarse = std < (2**18 * float(_FLOAT64.eps) if centered else 1e-4) * np.abs(mean)
@@ -123,13 +154,298 @@ def check_spread(
         )
 
 
-def warn_if_discrete(table: Table, values: NDArray[np.float64]) -> None:
-    """Warn of whole numbers that repeat: a flow can put ever more density on them."""
-    sample = values[:10_000]
-    whole = np.flatnonzero((sample == np.rint(sample)).all(0))
-    names = [table.columns[i] for i in whole if 2 * len(np.unique(sample[:, i])) <= len(sample)]
-    if names:
-        _log.warning(
-            f"{table.path} looks discrete in {listed(names)}: the density of discrete data is unbounded, and "
-            "the likelihood means little; data.dequantize=true adds uniform noise"
+def check_enough_rows(path: str, n: int, d: int) -> None:
+    """Refuse fewer training rows than columns: they lie in a plane, on which a density can grow without bound.
+
+    Args:
+        n: training rows.
+        d: columns of a sample.
+    """
+    if n < d:
+        raise DataError(
+            f"{path}: {n} training rows are fewer than the {d} columns, and no density can be fitted to them: keep "
+            f"fewer columns than rows with data.columns, or give more rows (held-out sets can be files of their own, "
+            "data.val_path and data.test_path)"
         )
+
+
+def whole_columns(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which columns of (n, d) hold whole numbers alone that noise can be added to, (d,)."""
+    whole = np.ones(values.shape[1], dtype=bool)
+    for part in (values[:1000], values[1000:]):
+        there = part[:, whole]
+        whole[whole] = ((there == np.rint(there)) & (np.abs(there) <= _MOST_WHOLE)).all(0)
+    return whole
+
+
+def warn_of_repeats(
+    table: Table,
+    values: NDArray[np.float64],
+    whole: NDArray[np.bool_],
+    noisy: set[int],
+    codes: Mapping[int, float],
+) -> set[int]:
+    """Warn of columns whose values repeat: a flow can put ever more density on them.
+
+    Each warning names a way out that works for these columns: noise for whole numbers, whole numbers for values that
+    are rounded, and leaving out what is left.
+
+    Args:
+        table: names the columns.
+        values: of some training rows, (n, d).
+        whole: the columns that `data.dequantize` takes, (d,).
+        noisy: the columns that have noise.
+        codes: by column, a value that stands for a missing one, of which a warning has been given.
+
+    Returns:
+        The columns whose values are few.
+    """
+    values = values[:_LOOK]
+    found = {i: repeats(values[:, i]) for i in range(values.shape[1]) if i not in noisy}
+    few = {i for i, repeated in found.items() if repeated.few}
+    unexplained = {i for i in few if not whole[i] and not found[i].step}
+    if unexplained:
+        # values that repeat with the whole of their row are for `warn_of_copies`
+        different = values[np.unique(row_hashes(values), return_index=True)[1]]
+        few -= {i for i in unexplained if values.shape[1] == 1 or not repeats(different[:, i]).few}
+    counts = sorted(i for i in few if whole[i])
+    if counts:
+        option = _dequantize(table, {*counts, *noisy})
+        _log.warning(
+            f"{table.path} looks discrete in {listed([table.columns[i] for i in counts])}: the density of whole "
+            f"numbers is unbounded, and the likelihood means little. Give {option}, which adds uniform noise to "
+            "these columns"
+        )
+    for step in sorted({found[i].step for i in few if not whole[i]}):
+        names = [table.columns[i] for i in sorted(few) if not whole[i] and found[i].step == step]
+        if step:
+            _log.warning(
+                f"{table.path}: the values of {listed(names)} are rounded to multiples of {step:g}, so that their "
+                f"density is unbounded and the likelihood means little. Put round(x / {step:g}) into the file and name "
+                "the column in data.dequantize"
+            )
+        else:
+            _log.warning(
+                f"{table.path}: {listed(names)} repeats few values, whose density is unbounded, so that the likelihood "
+                "means little. Leave the column out with data.columns"
+            )
+    words = [
+        f"{share:.0%} of {table.columns[i]!r} is the value {value:g}"
+        for i, repeated in found.items()
+        if i not in few
+        for value, share in repeated.atoms[:2]
+        if codes.get(i) != value
+    ]
+    if words:
+        more = f", and {len(words) - _MOST_NAMED} more" if len(words) > _MOST_NAMED else ""
+        _log.warning(
+            f"{table.path}: {', '.join(words[:_MOST_NAMED])}{more}: a flow can put density without bound on a single "
+            "value, so that the likelihood means little. Train on the rows without it, or leave the column out with "
+            "data.columns"
+        )
+    return few
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """How the values of a column repeat.
+
+    Attributes:
+        few: whether they take few values, besides any atoms.
+        step: of values that are few, the step of the grid that they lie on, 0 for none.
+        atoms: (value, share) of single values that many rows have, the most frequent first.
+    """
+
+    few: bool
+    step: float
+    atoms: tuple[tuple[float, float], ...]
+
+
+def repeats(column: NDArray[np.float64]) -> Repeats:
+    """How the values of a column (n,) repeat.
+
+    Example:
+        >>> repeats(np.array([0.1, 0.2, 0.2, 0.4, 0.1, 0.2])).step
+        0.1
+    """
+    n = len(column)
+    distinct, counts = np.unique(column, return_counts=True)
+    if 20 * (n - len(distinct)) < n:
+        return Repeats(False, 0.0, ())
+    common = (counts >= _ATOM * n) & (counts >= _LEAST_ATOM)
+    rest, left = distinct[~common], int(counts[~common].sum())
+    if 2 * len(rest) <= left or left < _ATOM * n:
+        return Repeats(True, grid_step(distinct), ())
+    atoms = sorted(zip(distinct[common], counts[common] / n, strict=True), key=lambda atom: -atom[1])
+    return Repeats(False, 0.0, tuple((float(value), float(share)) for value, share in atoms))
+
+
+def grid_step(distinct: NDArray[np.float64]) -> float:
+    """The largest step of which all values are multiples, as far as rounding to float32 allows; 0 for none.
+
+    Args:
+        distinct: values, in order.
+
+    Example:
+        >>> grid_step(np.array([-0.5, 0.25, 1.0])), grid_step(np.array([0.1, 0.3])), grid_step(np.array([1, 2**0.5]))
+        (0.25, 0.1, 0.0)
+    """
+    if len(distinct) < 2:
+        return 0.0
+    gap, span, largest = float(np.diff(distinct).min()), float(np.ptp(distinct)), float(np.abs(distinct).max())
+    if largest / gap > _MOST_WHOLE:
+        return 0.0
+    step = span / round(span / gap)
+    power = math.floor(math.log10(step))
+    # the gap may be a multiple of the step, as in 0.1, 0.3
+    finer = [step / k for k in range(1, 11)] + [10.0**e for e in range(power, power - 4, -1)]
+    for each in finer:
+        for candidate in (float(f"{each:.6g}"), each):
+            multiples = distinct / candidate
+            if np.all(np.abs(multiples - np.rint(multiples)) <= 1e-6 + _FLOAT32.eps * np.abs(multiples)):
+                return candidate if largest / candidate <= _MOST_WHOLE else 0.0
+    return 0.0
+
+
+def row_hashes(values: NDArray[Any], step: int = 1) -> NDArray[np.uint64]:
+    """A 64-bit hash of each row of samples (n, *event_shape), the same for equal rows, (n,).
+
+    Args:
+        step: about one row in so many is hashed, chosen by its values: either none of several equal rows is, or all.
+    """
+    # -0.0 is 0.0
+    flat = np.ascontiguousarray(values.reshape(len(values), math.prod(values.shape[1:]))) + values.dtype.type(0)
+    bits = flat.view(f"u{flat.dtype.itemsize}")
+    if step > 1:
+        chosen = bits[:, 0].astype(np.uint64)
+        for column in bits.T[1:]:
+            chosen += column
+        bits = bits[_mixed(chosen) % step == 0]
+    # of whole numbers, most bits are zero
+    odd = np.random.default_rng(0).integers(0, 2**63, flat.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    found = np.empty(len(bits), np.uint64)
+    # in parts that stay in the cache
+    size = max(1, 2**15 // flat.shape[1])
+    for start in range(0, len(bits), size):
+        # a factor for each column, so that their order counts
+        found[start : start + size] = _mixed(bits[start : start + size].astype(np.uint64) * odd).sum(1, dtype=np.uint64)
+    return found
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Words of 64 bits each of which depends on all bits that were there, as in SplitMix64; in place."""
+    words ^= words >> np.uint64(32)
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(29)
+    return words
+
+
+def warn_of_copies(path: str, train: NDArray[np.uint64], held: Mapping[str, NDArray[np.uint64]]) -> None:
+    """Warn of held-out rows that are copies of training rows, and so no test of a flow that has learnt them by heart.
+
+    Args:
+        train: hashes of training rows.
+        held: hashes of the rows of each held-out set.
+    """
+    found = []
+    for name, hashes in held.items():
+        copies = int(np.isin(hashes, train).sum())
+        if copies and copies >= _COPIES * len(hashes):
+            found.append(f"{copies:,} of {len(hashes):,} rows of the {name} set")
+    if found:
+        _log.warning(
+            f"{path}: {' and '.join(found)} are copies of training rows, so that the NLL there is too low for new "
+            "data. Remove repeated rows from the file, or give data.val_path and data.test_path without them"
+        )
+
+
+def warn_of_dependence(table: Table, values: NDArray[np.float64], noise: NDArray[np.float64]) -> None:
+    """Warn of columns that are linear in others: the density is unbounded across the plane that the rows lie in.
+
+    Args:
+        table: names the columns.
+        values: of some training rows, (n, d).
+        noise: 1 for columns to which uniform noise is added, else 0, (d,).
+    """
+    d = values.shape[1]
+    if not 1 < d <= _MOST_CORRELATED:
+        return
+    values = values[: max(5 * d, min(_MOST_DEPENDENT, 2 * 10**9 // d**2))]
+    n = len(values)
+    if n <= d:
+        _log.warning(
+            f"{table.path}: {n} rows for {d} columns leave directions without any spread, in which a density is "
+            "unbounded. Give more rows, or keep fewer columns with data.columns"
+        )
+        return
+    centred = values - values.mean(0)
+    covariance = centred.T @ centred / n
+    covariance[np.diag_indices(d)] += noise / 12
+    scale = np.sqrt(np.diag(covariance))
+    if not scale.all():
+        return
+    dependent, free = dependent_columns(covariance / np.outer(scale, scale))
+    if not dependent:
+        return
+    words = []
+    for column in dependent[:_MOST_NAMED]:
+        weights = np.linalg.lstsq(covariance[np.ix_(free, free)], covariance[free, column], rcond=None)[0]
+        others = np.array(free)[np.abs(weights) * scale[free] > 1e-3 * scale[column]]
+        words.append(f"{table.columns[column]!r} on {listed([table.columns[i] for i in sorted(others)])}")
+    more = f"; and {len(dependent) - _MOST_NAMED} more" if len(dependent) > _MOST_NAMED else ""
+    _log.warning(
+        f"{table.path}: columns are linearly dependent ({'; '.join(words)}{more}), so that the density is unbounded "
+        f"and the likelihood means little. Keep the others with {as_option([table.indices[i] for i in free])}"
+    )
+
+
+def dependent_columns(correlation: NDArray[np.float64]) -> tuple[list[int], list[int]]:
+    """Columns that are linear in others but for _RESIDUAL of their variance, and the columns that are left.
+
+    By Cholesky decomposition with pivoting, which takes the column with the largest residual variance next.
+
+    Args:
+        correlation: (d, d).
+
+    Example:
+        >>> a, b = np.random.default_rng(0).normal(size=(2, 100))
+        >>> dependent_columns(np.corrcoef([a, b, a + b, -b]))
+        ([2, 3], [0, 1])
+    """
+    d = len(correlation)
+    factor, residual, free = np.zeros((d, d)), np.ones(d), np.zeros(d, dtype=bool)
+    for k in range(d):
+        waiting = np.where(free, -1.0, residual)
+        # the first of columns that are as good, so that of two copies the first is kept
+        pivot = int(np.flatnonzero(waiting >= waiting.max() - 1e-9)[0])
+        if waiting[pivot] < _RESIDUAL:
+            break
+        factor[:, k] = (correlation[pivot] - factor[:, :k] @ factor[pivot, :k]) / np.sqrt(residual[pivot])
+        residual -= factor[:, k] ** 2
+        free[pivot] = True
+    return np.flatnonzero(~free).tolist(), np.flatnonzero(free).tolist()
+
+
+def warn_of_unseen(path: str, class_counts: NDArray[np.int64], held: Mapping[str, NDArray[np.int64]]) -> None:
+    """Tell of labels that no training row has, and of held-out rows that have them.
+
+    Args:
+        class_counts: training rows of each label, (classes,).
+        held: the labels of each held-out set.
+    """
+    unseen = np.flatnonzero(class_counts == 0)
+    if not len(unseen):
+        return
+    rows = {name: int(np.isin(labels, unseen).sum()) for name, labels in held.items()}
+    scored = [f"{n} rows of the {name} set" for name, n in rows.items() if n]
+    also = f"; {' and '.join(scored)} have one of these, and their likelihood means little" if scored else ""
+    gaps = f"{as_ranges(unseen.tolist())} of 0 to {len(class_counts) - 1}"
+    _log.warning(f"{path}: no training row has label {gaps}, so that samples are of the other classes alone{also}")
+
+
+def _dequantize(table: Table, columns: Iterable[int]) -> str:
+    """The `data.dequantize=` setting that adds noise to these columns of a table, quoted for a shell."""
+    chosen = sorted(columns)
+    if len(chosen) == len(table.columns):
+        return "data.dequantize=true"
+    return f"'data.dequantize=[{','.join(str(table.indices[i]) for i in chosen)}]'"

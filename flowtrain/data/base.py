@@ -1,12 +1,13 @@
 """What a data set gives: training batches as a pure function of the step, fixed held-out sets, a density if known."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.data.record import Record
 from flowtrain.errors import ConfigError
 from flowtrain.suggestions import choose
 
@@ -37,9 +38,16 @@ ALPHA = 1e-5
 class Samples:
     """What a flow must know of the samples it is a density of; checkpoints keep it. See `Dataset` for the meanings.
 
-    `columns` are those of the training file, where it names them, and `label` is its column of labels: new data are
-    read by them. Where samples are `centered`, float32 does not resolve them: they are float64, and the flow subtracts
-    `Dataset.offset` from them.
+    Those of one kind are equal, whatever rows they come from.
+
+    Attributes:
+        columns: those of the training file, where it names them: new data are read by them.
+        label: the name of its column of labels, where it has one: new data are read by it.
+        centered: whether float32 does not resolve the samples: they are float64, and the flow subtracts
+            `Dataset.offset` from them.
+        noisy: of real vectors, the columns that are whole numbers with noise added by the data set.
+        class_counts: how many training rows each class has; () where that is not known.
+        record: rows and checksums of the data, see `flowtrain.data.record`; () where there are none.
     """
 
     event_shape: tuple[int, ...]
@@ -52,6 +60,9 @@ class Samples:
     label: str | None = None
     centered: bool = False
     gaussian_start: bool = False
+    noisy: tuple[int, ...] = ()
+    class_counts: tuple[int, ...] = field(default=(), compare=False)
+    record: Record = field(default=(), compare=False)
 
 
 class Dataset(ABC):
@@ -71,6 +82,7 @@ class Dataset(ABC):
             float32 has digits enough for the samples.
         n_train: how many training samples there are; None where they are drawn anew.
         gaussian_start: whether the flow begins at the Gaussian of the training rows.
+        noisy, class_counts, record: see `Samples`.
         entropy: differential entropy of the true density in nats, where it is known.
 
     Example:
@@ -98,6 +110,9 @@ class Dataset(ABC):
     offset: Tensor | None = None
     n_train: int | None = None
     gaussian_start: bool = False
+    noisy: tuple[int, ...] = ()
+    class_counts: tuple[int, ...] = ()
+    record: Record = ()
     entropy: float | None = None
 
     @abstractmethod
@@ -137,6 +152,9 @@ class Dataset(ABC):
             standardized,
             centered=self.offset is not None,
             gaussian_start=self.gaussian_start,
+            noisy=self.noisy,
+            class_counts=self.class_counts,
+            record=self.record,
         )
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:

@@ -101,11 +101,23 @@ def listed(names: Sequence[str], most: int = 12) -> str:
 
 def as_option(indices: Sequence[int]) -> str:
     """The `data.columns=` setting that keeps these positions, quoted for a shell: 'data.columns=[1:39,40]'."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    entries = (str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1] + 1}" for run in runs)
+    entries = (str(first) if first == last else f"{first}:{last + 1}" for first, last in _runs(indices))
     return f"'data.columns=[{','.join(entries)}]'"
+
+
+def as_ranges(numbers: Sequence[int], most: int = 12) -> str:
+    """Whole numbers in words, neighbours as ranges: "0, 3 to 5"; the tail of a long list is left out."""
+    runs = _runs(numbers)
+    words = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs[:most])
+    return words if len(runs) <= most else f"{words} and more"
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """The first and the last of each run of neighbours."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], number
+        else:
+            runs.append((number, number))
+    return runs

@@ -4,6 +4,7 @@ import os
 import shlex
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,7 @@ from flowtrain.checks import below_half, one_of, whole
 from flowtrain.data.base import ALPHA, step_generator
 from flowtrain.data.idx import read_idx
 from flowtrain.data.memory import Finite, Resident
+from flowtrain.data.record import Checksum, record_of
 from flowtrain.errors import ConfigError, DataError
 
 # The files of all sets have the same names; how the training labels begin tells one set from another
@@ -84,6 +86,11 @@ class IDXImages(Finite):
         self.event_shape = tuple(images.shape[1:])
         self.keep(Resident(images[:n_train], labels[:n_train], _STREAM, _ORDER))
         self.val, self.val_labels = images[n_train:], labels[n_train:]
+        self.class_counts = tuple(torch.bincount(labels[:n_train], minlength=self.classes).tolist())
+        checksum = str(Checksum().add(images.numpy(), labels.unsqueeze(1).numpy()))
+        # not the test set, which has a file of its own: fewer of its images, as by data.n_test, leak nothing
+        held = [("val", np.arange(n_train, len(images)))]
+        self.record = record_of((len(images), checksum), held)
         self.test, self.test_labels = test[:n_test], test_labels[:n_test]
         self.n_train = n_train
 

@@ -18,19 +18,23 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Kind:
-    """The shape of a sample, and whether samples are whole numbers, from 0 to levels - 1 where there are levels."""
+    """The shape of a sample, and whether samples are whole numbers, from 0 to levels - 1 where there are levels.
+
+    Of real vectors, `noisy` are the columns that are whole numbers to which noise is added.
+    """
 
     event_shape: tuple[int, ...]
     discrete: bool
     levels: int | None
+    noisy: tuple[int, ...] = ()
     # whether real samples are float64, because float32 loses digits that matter
     wide: bool = False
 
     def check(self, table: Table, whole: Iterable[Table] | None = None) -> None:
         """Refuses values that are not of this kind; see `check_levels` for `whole`."""
         check_range(table)
-        if self.discrete:
-            check_whole(table)
+        if self.discrete or self.noisy:
+            check_whole(table, range(len(table.columns)) if self.discrete else self.noisy, whole)
         if self.levels is not None:
             check_levels(table, self.levels, whole)
 
@@ -47,18 +51,28 @@ class Kind:
         return torch.from_numpy(narrowed).view(-1, *self.event_shape)
 
     def moments(self, mean: Values, variance: Values) -> tuple[Values, Values]:
-        """Mean and deviation of samples whose rows have these moments: of x + u with u ~ U[0, 1) where discrete."""
-        if self.discrete:
-            mean, variance = mean + 1 / 2, variance + 1 / 12
-        return mean, np.sqrt(variance)
+        """Mean and deviation of samples whose rows have these moments: of x + u, u ~ U[0, 1), where there is noise."""
+        noise = self.noise(len(mean))
+        return mean + noise / 2, np.sqrt(variance + noise / 12)
+
+    def noise(self, d: int) -> Values:
+        """1 for each of the d columns to which noise is added, else 0."""
+        noise = np.full(d, float(self.discrete))
+        noise[list(self.noisy)] = 1.0
+        return noise
 
 
 @dataclass(frozen=True)
 class Part:
-    """A held-out set: samples (n, *event_shape) and labels (n,), int64, or None."""
+    """A held-out set: samples (n, *event_shape) and labels (n,), int64, or None.
+
+    Attributes:
+        rows: which rows of the training file they are, (n,), or, of a file of their own, its rows and checksum.
+    """
 
     x: Tensor
     labels: Tensor | None
+    rows: NDArray[np.int64] | tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,10 @@ class Divided:
     Attributes:
         mean, variance: of the training rows by column, (d,).
         look: some of them at random, (k, d).
-        most: the largest label of the file, -1 where there are none.
+        whole: the columns of which every value in the file is a whole number that noise can be added to, (d,).
+        hashes: of training rows, see `row_hashes`, one in `hash_step` of them.
+        class_counts: how many training rows each label has, from label 0 to the largest; empty without labels.
+        checksum: of the file, labels included.
     """
 
     store: Store
@@ -77,7 +94,11 @@ class Divided:
     mean: Values
     variance: Values
     look: NDArray[Any]
-    most: int
+    whole: NDArray[np.bool_]
+    hashes: NDArray[np.uint64]
+    hash_step: int
+    class_counts: NDArray[np.int64]
+    checksum: str
 
 
 def as_labels(values: NDArray[Any]) -> Tensor:

@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from flowtrain.checks import flag
-from flowtrain.data.array_checks import check_labels
+from flowtrain.data.array_checks import check_labels, row_hashes, whole_columns
 from flowtrain.data.base import step_generator
 from flowtrain.data.columns import Columns, default_names, pick
 from flowtrain.data.kind import Divided, Kind, Part, Values, as_labels
 from flowtrain.data.npy_rows import NpyRows
 from flowtrain.data.read import Table, check_finite, less_labels
+from flowtrain.data.record import Checksum
 from flowtrain.data.windowed import Windowed
 from flowtrain.errors import ConfigError
 
@@ -28,6 +29,8 @@ LARGE = 2**28
 CHUNK = 2**20
 # rows that are looked at for being discrete
 LOOK = 10_000
+# training rows, about, that held-out rows are held against to find copies: those of a large file by their hashes
+HASHES = 200_000
 
 
 class Mapped:
@@ -53,38 +56,52 @@ class Mapped:
     def all(self, kind: Kind, most: int, seed: int, *stream: int) -> Part:
         """Every row, once checked; of more than `most` so many, drawn by the stream (seed, *stream)."""
         if self.n <= most:
-            return self._look_through(kind, np.arange(self.n))[0]
-        _log.info(f"{self.rows.path}: {most:,} of its {self.n:,} rows are held in memory, drawn at random")
-        return self._look_through(kind, drawn(self.n, most, step_generator(seed, *stream)))[0]
+            wanted = np.arange(self.n)
+        else:
+            _log.info(f"{self.rows.path}: {most:,} of its {self.n:,} rows are held in memory, drawn at random")
+            wanted = drawn(self.n, most, step_generator(seed, *stream))
+        part, seen = self._look_through(kind, wanted, training=False)
+        return replace(part, rows=(self.n, str(seen.checksum)))
 
     def divided(
         self, kind: Kind, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
     ) -> Divided:
         """The rows, once checked, of which so many are held out, drawn by the stream (seed, *split_key)."""
-        _log.info(f"{self.rows.path}: {self.n:,} rows are checked now and read again by windows (data.memory_map)")
         held = drawn(self.n, sum(sizes), step_generator(seed, *split_key))
-        part, moments, most = self._look_through(kind, held)
+        part, seen = self._look_through(kind, held)
         label = None if self.marks is None else self.marks.indices[0]
         store = Windowed(self.rows, np.sort(held), self.table.indices, label, kind.samples, *order_key)
         labels = [None] * len(sizes) if part.labels is None else list(torch.split(part.labels, sizes))
-        parts = [Part(x, y) for x, y in zip(torch.split(part.x, sizes), labels, strict=True)]
+        rows = [r.numpy() for r in torch.split(torch.from_numpy(held), sizes)]
+        parts = [Part(*each) for each in zip(torch.split(part.x, sizes), labels, rows, strict=True)]
         # rows of all the file, which its first are not
         look = store.values(min(store.n, LOOK, store.in_window)).astype(np.float64)
-        return Divided(store, store.n, parts, moments.mean, moments.variance, look, most)
+        return Divided(
+            store=store,
+            n=store.n,
+            held=parts,
+            mean=seen.moments.mean,
+            variance=seen.moments.variance,
+            look=look,
+            whole=seen.whole,
+            hashes=np.concatenate([np.empty(0, np.uint64), *seen.hashes]),
+            hash_step=seen.hash_step,
+            class_counts=seen.class_counts,
+            checksum=str(seen.checksum),
+        )
 
-    def _look_through(self, kind: Kind, wanted: NDArray[np.int64]) -> tuple[Part, "Moments", int]:
-        """Everything that is asked of the values, in one pass: the wanted rows, the moments of the others, the largest
-        label.
+    def _look_through(self, kind: Kind, wanted: NDArray[np.int64], training: bool = True) -> tuple[Part, "Seen"]:
+        """Everything that is asked of the values, in one pass: the wanted rows, and what is to know of the others.
+
+        Args:
+            training: whether the others are for training.
 
         Raises:
             DataError: values that are not finite, not of that kind, or no labels, naming the row of the file.
         """
         order = np.argsort(wanted, kind="stable")
-        found, moments, most = (
-            _Collected(kind, len(wanted), self.marks is not None),
-            Moments(len(self.table.columns)),
-            -1,
-        )
+        found = _Collected(kind, len(wanted), self.marks is not None)
+        seen = Seen(len(self.table.columns), max(1, self.n // HASHES))
         for start, (table, marks) in self._chunks():
             ends = np.searchsorted(wanted, (start, start + len(table.values)), sorter=order)
             places = order[slice(*ends)]
@@ -93,11 +110,11 @@ class Mapped:
             if marks is not None:
                 check_finite(marks, (m for _, (_, m) in self._chunks() if m is not None))
                 check_labels(marks)
-                most = max(most, int(marks.values.max()))
             out = wanted[places] - start
-            found.add(places, table.values[out], None if marks is None else marks.values[out])
-            moments.add(np.delete(table.values, out, axis=0) if len(out) else table.values)
-        return found.part, moments, most
+            labels = None if marks is None else marks.values
+            found.add(places, table.values[out], None if labels is None else labels[out])
+            seen.add(kind, table.values, labels, out if training else None)
+        return found.part, seen
 
     def _chunks(self) -> Iterator[tuple[int, tuple[Table, Table | None]]]:
         """The table and its labels in parts, each with the row it begins at."""
@@ -108,13 +125,44 @@ class Mapped:
             yield start, (_part_of(chunk, self.table, start), marks)
 
 
+class Seen:
+    """What is to know of the rows of a file that come in parts: of all of them, and of those that are for training.
+
+    Attributes:
+        moments, hashes, class_counts: of the training rows, see `Divided`.
+        whole, checksum: of all rows, see `Divided`.
+    """
+
+    def __init__(self, d: int, hash_step: int) -> None:
+        self.moments, self.checksum, self.hash_step = Moments(d), Checksum(), hash_step
+        self.whole = np.ones(d, dtype=bool)
+        self.hashes: list[NDArray[np.uint64]] = []
+        self.class_counts = np.zeros(0, np.int64)
+
+    def add(self, kind: Kind, values: Values, labels: Values | None, held: NDArray[np.int64] | None) -> None:
+        """Takes in rows (n, d) and labels (n, 1), of which the rows `held`, or with None all, are not for training."""
+        self.checksum.add(values, labels)
+        if held is None:
+            return
+        self.whole[self.whole] = whole_columns(values[:, self.whole])
+        train = np.delete(values, held, axis=0) if len(held) else values
+        self.moments.add(train)
+        if not kind.discrete:
+            self.hashes.append(row_hashes(kind.samples(train).numpy(), self.hash_step))
+        if labels is not None:
+            counts = np.bincount(np.delete(labels, held).astype(np.int64), minlength=len(self.class_counts))
+            counts[: len(self.class_counts)] += self.class_counts
+            self.class_counts = counts
+
+
 class _Collected:
     """k samples of a kind, with their labels or without, that come in parts."""
 
     def __init__(self, kind: Kind, k: int, labelled: bool) -> None:
         self.kind = kind
         like = kind.samples(np.empty((0, int(np.prod(kind.event_shape)))))
-        self.part = Part(like.new_empty(k, *kind.event_shape), torch.empty(k, dtype=torch.int64) if labelled else None)
+        labels = torch.empty(k, dtype=torch.int64) if labelled else None
+        self.part = Part(like.new_empty(k, *kind.event_shape), labels, np.empty(0, np.int64))
 
     def add(self, places: NDArray[np.int64], values: Values, marks: Values | None) -> None:
         """Takes rows (m, d) to their places (m,)."""

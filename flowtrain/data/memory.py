@@ -70,7 +70,7 @@ class Finite(Dataset):
         return self.train_share(step, batch_size, seed, slice(None))
 
     def train_rows(self, most: int) -> Tensor:
-        return self._store.samples(0, min(most, self._store.n), 0, slice(None))
+        return self.train_batch(0, min(most, self._store.n), 0)
 
     def train_labels(self, step: int, batch_size: int, seed: int) -> Tensor | None:
         return self.labels_share(step, batch_size, seed, slice(None))

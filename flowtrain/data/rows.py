@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from flowtrain.data.array_checks import check_labels
+from flowtrain.data.array_checks import check_labels, warn_of_unseen
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.columns import Columns, as_option, counted, default_names, listed, pick
 from flowtrain.data.delimited import TextFormat
 from flowtrain.data.idx import read_idx
 from flowtrain.data.kind import Kind, as_labels
+from flowtrain.data.noise import noised_set
 from flowtrain.data.read import ARRAYS, TEXTS, Table, ending_of, is_images, read_table
 from flowtrain.errors import ConfigError, DataError
 
@@ -34,6 +35,7 @@ class Rows(Dataset):
         samples: what the flow was trained on.
         key, columns, label, header, decimal: how the training file was read, see `flowtrain.data.array.ArrayData`.
         asked: which of these were asked for, and are to be taken whatever the file has.
+        seed: of the noise on columns that `data.dequantize` names.
 
     Raises:
         ConfigError: columns that the file does not have.
@@ -50,13 +52,15 @@ class Rows(Dataset):
         header: bool | None = None,
         decimal: str | None = None,
         asked: Collection[str] = (),
+        seed: int = 0,
     ) -> None:
         if not isinstance(path, str | Path):
             raise ConfigError(f"data.path={path}: give the path of a file")
         file = Path(path).expanduser()
         self.event_shape = samples.event_shape
         self.discrete, self.levels, self.alpha = samples.discrete, samples.levels, samples.alpha
-        self.classes, self.columns = samples.classes, samples.columns
+        self.classes, self.columns, self.noisy = samples.classes, samples.columns, samples.noisy
+        self.class_counts = samples.class_counts
         if _is_idx(file):
             table, marks = _of_images(file, samples.event_shape), None
         else:
@@ -65,13 +69,17 @@ class Rows(Dataset):
             selection = _Selection(file, samples, columns, label, asked)
             table = read_table(file, key, selection.choose, event_shape=samples.event_shape, text_format=text_format)
             table, marks = selection.divided(table)
-        kind = Kind(self.event_shape, self.discrete, self.levels)
+        kind = Kind(self.event_shape, self.discrete, self.levels, self.noisy)
         kind.check(table)
         # in float64, which a flow may be evaluated in
-        self.val = self.test = kind.samples(table.values, real=np.float64)
+        x = kind.samples(table.values, real=np.float64)
+        self.val = self.test = noised_set(x, self.noisy, seed)
         if marks is not None:
             check_labels(marks)
             self.val_labels = self.test_labels = as_labels(marks.values)
+            counts, labels = np.array(self.class_counts, np.int64), self.test_labels.numpy()
+            if np.isin(labels, np.flatnonzero(counts == 0)).any():
+                warn_of_unseen(table.path, counts, {"scored": labels})
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         raise ConfigError("these rows are for scoring alone")

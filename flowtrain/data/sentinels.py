@@ -42,16 +42,19 @@ def sentinel_of(column: NDArray[np.float64]) -> tuple[float, int] | None:
     return None
 
 
-def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> None:
+def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, float]:
     """Warns of columns in which a number seems to stand for missing values.
 
     Args:
         table: names the columns.
         values: training rows, (n, d).
+
+    Returns:
+        That number by column.
     """
     found = {i: code for i in range(values.shape[1]) if (code := sentinel_of(values[:, i])) is not None}
     if not found:
-        return
+        return {}
     keep = [index for i, index in enumerate(table.indices) if i not in found]
     each = ", ".join(f"{table.columns[i]!r} is {code:g} in {count:,} rows" for i, (code, count) in found.items())
     _log.warning(
@@ -59,3 +62,4 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> None:
         "stands for a missing value, the density of a number that means nothing is learned. Take these rows out of the "
         "file" + (f", or keep the other columns: {as_option(keep)}" if keep else "")
     )
+    return {i: code for i, (code, _) in found.items()}

@@ -150,7 +150,7 @@ def of_mass(exact: Flow) -> Check | None:
 
 
 def measured_mass(flow: Flow) -> Mass:
-    """int p(x) dx of a flow over one or two columns, of a conditional one with all classes equally likely."""
+    """int p(x) dx of a flow over one or two columns, of a conditional one its `marginal`."""
 
     @torch.no_grad()
     def log_prob(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
+from flowtrain.data.columns import as_ranges
 from flowtrain.errors import ConfigError, DataError
 from flowtrain.evaluation.baseline import GAUSSIAN, gaussian_baseline, of_baseline
 from flowtrain.evaluation.budget import budget, stderr, subset_of
@@ -205,15 +206,15 @@ def check_fits(flow: Flow, data: Dataset, dequantization_samples: int = 1) -> No
         raise DataError(
             f"the flow was trained on samples of shape {flow.event_shape}; this data has {tuple(data.event_shape)}"
         )
-    if flow.discrete != data.discrete or flow.levels != data.levels:
+    if (flow.discrete, flow.levels, flow.noisy) != (data.discrete, data.levels, data.noisy):
         raise DataError(
-            f"the flow was trained on {_kind(flow.discrete, flow.levels)}; this data has "
-            f"{_kind(data.discrete, data.levels)} (data.dequantize, data.levels)"
+            f"the flow was trained on {_kind(flow.discrete, flow.levels, flow.noisy)}; this data has "
+            f"{_kind(data.discrete, data.levels, data.noisy)} (data.dequantize, data.levels)"
         )
     if dequantization_samples > 1 and not flow.discrete:
+        why = "has noise on some columns, which is drawn once with the data" if flow.noisy else "has no noise"
         raise ConfigError(
-            f"dequantization_samples={dequantization_samples}: this flow is over real numbers, to which no noise is "
-            "added; leave it out"
+            f"dequantization_samples={dequantization_samples}: this flow is over real numbers and {why}; leave it out"
         )
 
 
@@ -225,8 +226,8 @@ def roundtrip_error(flow: Flow, x: Tensor, label: Label = None) -> float:
         return float((x - flow(flow.inverse(x, label), label)).abs().max())
 
 
-def _kind(discrete: bool, levels: int | None) -> str:
+def _kind(discrete: bool, levels: int | None, noisy: tuple[int, ...]) -> str:
     """What samples are, in words."""
     if not discrete:
-        return "real numbers"
+        return f"real numbers, and whole ones in columns {as_ranges(noisy)}" if noisy else "real numbers"
     return "whole numbers" if levels is None else f"whole numbers from 0 to {levels - 1}"

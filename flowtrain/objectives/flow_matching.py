@@ -31,7 +31,7 @@ class FlowMatching(Matching):
         x0 = self.ends.from_base(torch.randn_like(x1), label)
         if label is None or self.coupling is COUPLINGS["independent"]:
             return self.coupling(x0, x1), x1, label
-        for y in range(self.flow.classes or 0):
+        for y in self.flow.seen:
             rows = label == y
             x0[rows] = self.coupling(x0[rows], x1[rows])
         return x0, x1, label

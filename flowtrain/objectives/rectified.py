@@ -54,7 +54,7 @@ def drawn(teacher: Flow, n: int, rtol: float) -> tuple[Tensor, Tensor, Tensor | 
     ends, like, solver = Ends(teacher), teacher.like, teacher.solver
     assert solver is not None
     z = torch.randn(n, *teacher.event_shape, dtype=like.dtype, device=like.device)
-    labels = None if teacher.classes is None else teacher.in_turn(n)
+    labels = None if teacher.classes is None else teacher.drawn_labels(n)
     x0 = ends.from_base(z, labels)
     x1 = []
     # a fixed-step method keeps its steps

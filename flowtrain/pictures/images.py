@@ -140,7 +140,6 @@ def temperatures(flow: Flow, data: Dataset) -> Rows:
 
 
 def classes(flow: Flow, data: Dataset) -> Rows:
-    """Samples of each class, from the same latents."""
-    assert flow.classes is not None
+    """Samples of each class that has training rows, from the same latents."""
     z = latents(flow, SAMPLED)
-    return [(str(label), flow(z, label)) for label in range(flow.classes)]
+    return [(str(label), flow(z, label)) for label in flow.seen]

@@ -28,8 +28,9 @@ POINTS = 10_000
 
 
 def draw_way(flow: Flow, data: Dataset, place: Callable[[str], Path], title: str) -> list[Path]:
-    """passage.png and paths.png of a flow of two columns, of a conditional one those of class 0."""
-    label, words = (None, title) if flow.classes is None else (0, f"{title}, class 0")
+    """passage.png and paths.png of a flow of two columns, of a conditional one those of its first class."""
+    label = None if flow.classes is None else flow.seen[0]
+    words = title if label is None else f"{title}, class {label}"
     files = []
     with spared("passage"), drawing(flow, TOLERANCE):
         _draw_passage(_Way(flow, data, COLUMNS, label), place("passage"), words)
@@ -55,7 +56,8 @@ def animate(
     """The way of n particles, or images, from the base to the data, to each of `paths`, .gif or .mp4.
 
     Args:
-        label: of a conditional flow; None for images of all classes in turn, of two columns class 0.
+        label: of a conditional flow; None for images of all classes in turn, of two columns its first class. Classes
+            without training rows are left out.
 
     Raises:
         ConfigError: a flow of other samples, too many of them, or a file that cannot be written here.
@@ -66,7 +68,7 @@ def animate(
         if len(flow.event_shape) == 3:
             _animate_images(flow, data, paths, title, temperature * latents(flow, n or IMAGES), label)
             return
-        label = 0 if label is None and flow.classes is not None else label
+        label = flow.seen[0] if label is None and flow.classes is not None else label
         way = _Way(flow, data, FRAMES, label)
         with status("moving samples"):
             states = way.states(temperature * latents(flow, n or DOTS))

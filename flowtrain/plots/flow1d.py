@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from flowtrain.plots import points, style
+from flowtrain.plots import points, scales, style
 from flowtrain.plots.points import Array, LogDensity
 
 HEIGHT = 3.6
@@ -24,15 +24,18 @@ def draw_flow_1d(
 ) -> None:
     """Draw data (N, 1), samples (M, 1) and exp(log_density) over one axis to `path`.
 
-    The limits come from the data alone. `log_density` maps (resolution, 1) to (resolution,), called once. `log_scale`:
-    a logarithmic axis, DECADES deep.
+    The limits come from the data alone, and so does the scale: over heavy-tailed data the axis is logarithmic far out,
+    and densities are along the axis. `log_density` maps (resolution, 1) to (resolution,), called once. `log_scale`: a
+    logarithmic axis of densities, DECADES deep.
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 1)
+    axis = scales.suited(real.values[:, 0])
+    real, model = (scales.along([axis], each) for each in (real, model))
     limits = points.robust_range(real.values)
     x = points.centres(limits, resolution)
-    density = points.evaluate(log_density, x[:, None])
-    bins = points.bins_1d(points.common_count(real.values, model.values))
+    density = points.evaluate(scales.density_along([axis], log_density), x[:, None])
+    bins = points.fine_bins(real.values, limits, points.common_count(real.values, model.values))
     observed, edges = points.histogram_1d(real.values, limits, bins)
     sampled, _ = points.histogram_1d(model.values, limits, bins)
     with style.styled():
@@ -40,12 +43,14 @@ def draw_flow_1d(
         axes = style.add_axes(figure, left=0.62, bottom=0.4, width=8.2, height=2.56)
         name = points.noted("data", real.lost())
         axes.stairs(observed, edges, fill=True, color=style.DATA_SHADES[0], linewidth=0, label=name)
-        name = points.noted("samples", model.lost())
+        name = points.noted("samples", model.lost(), points.outside(model, [limits]))
         axes.stairs(sampled, edges, color=style.SAMPLES, linewidth=1.3, baseline=None, label=name)
         name = points.noted("model density", points.missing(density))
         axes.plot(x, np.minimum(density, 1e30), color=style.DENSITY, label=name)
         top = _top(observed, sampled, density)
-        axes.set(xlim=limits, ylim=(0, top), ylabel="density")
+        words = "density" if axis.plain else "density along the axis, logarithmic far out"
+        axes.set(xlim=limits, ylim=(0, top), ylabel=words)
+        axis.mark(axes.xaxis)
         if log_scale:
             axes.set_yscale("log")
             axes.set_ylim(2 * top / 10**DECADES, 2 * top)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from flowtrain.plots import points, style
+from flowtrain.plots import points, scales, style
 from flowtrain.plots.points import Array, LogDensity, Points, Range
 
 HEIGHT = 3.68
@@ -33,13 +33,17 @@ def draw_flow_2d(
     """Draw data (N, 2), samples (M, 2) and exp(log_density) on a square grid, in three panels, to `path`.
 
     The limits come from the data alone: a stray sample must not squash the picture. `log_density` maps
-    (resolution**2, 2) to (resolution**2,) and is called once. `log_scale`: colours by the logarithm, down to DEPTH
-    under the top.
+    (resolution**2, 2) to (resolution**2,) and is called once. The axis of a heavy-tailed column is logarithmic far out,
+    and densities are along the axes. `log_scale`: colours by the logarithm, down to DEPTH under the top.
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 2)
+    scaled = [scales.suited(column) for column in real.values.T]
+    real, model = (scales.along(scaled, each) for each in (real, model))
     limits = picture_limits(real.values)
-    density = points.evaluate(log_density, points.grid_2d(limits, resolution)).reshape(resolution, resolution)
+    density = points.evaluate(scales.density_along(scaled, log_density), points.grid_2d(limits, resolution)).reshape(
+        resolution, resolution
+    )
     blur = points.blur_2d(points.common_count(real.values, model.values))
     observed, sampled = (points.histogram_2d(each.values, limits, BINS, blur) for each in (real, model))
     top, density_top = _colour_scales(points.peak(observed), points.peak(density))
@@ -49,6 +53,9 @@ def draw_flow_2d(
     with style.styled():
         figure = style.new_figure(HEIGHT, title)
         panels = _panels(figure, limits)
+        for axes in panels:
+            scaled[0].mark(axes.xaxis)
+            scaled[1].mark(axes.yaxis)
         show = partial(_show, limits=limits, log_scale=log_scale)
         show(panels[0], observed, top=top, name=points.noted("data", real.lost()))
         show(panels[1], sampled, top=top, name=_samples_name(model, limits))
@@ -77,10 +84,7 @@ def _colour_scales(data: float, model: float) -> tuple[float, float]:
 
 
 def _samples_name(model: Points, limits: tuple[Range, Range]) -> str:
-    lows, highs = np.array(limits).T
-    outside = ((model.values < lows) | (model.values > highs)).any(axis=1)
-    share = float(outside.mean()) if len(outside) else 0.0
-    return points.noted("samples", model.lost(), f"{share:.0%} outside" if share >= 0.05 else "")
+    return points.noted("samples", model.lost(), points.outside(model, limits))
 
 
 def _panels(figure: Figure, limits: tuple[Range, Range]) -> list[Axes]:

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
 from flowtrain.errors import FlowtrainError
-from flowtrain.plots import points, style
+from flowtrain.plots import points, scales, style
 from flowtrain.plots.points import Array
 
 # inches
@@ -25,8 +25,6 @@ LONGEST = 20.0
 # a needle may not squash the other set more than so many times
 TALLEST = 6.0
 MOST_BINS = 80
-# the least distance between two labels of an axis, as a share of it
-APART = 0.13
 
 
 def draw_ood(
@@ -119,8 +117,8 @@ def _histograms(
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     if compressed:
-        axes.set_xticks(_round_places(axes, centre, reach))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.set_xticks(scales.round_values(axes.get_xlim(), scales.Scale(centre, reach)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scales.short(value)))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
 
@@ -144,34 +142,12 @@ def _compress(axes: Axes, centre: float, reach: float) -> None:
     )
 
 
-def _round_places(axes: Axes, centre: float, reach: float) -> list[float]:
-    """Round numbers along a compressed axis, the roundest first, none nearer to another than APART."""
-    low, high = axes.get_xlim()
-    scale = axes.xaxis.get_transform()
-    span = np.ptp(scale.transform(np.array([low, high])))
-    decades = range(math.floor(math.log10(max(abs(low), abs(high)))), math.floor(math.log10(reach)) - 1, -1)
-    wanted = [0.0, *(sign * digit * 10.0**k for digit in (1, 5, 2) for k in decades for sign in (-1, 1))]
-    # a set far from zero has no such number within it
-    wanted += list(MaxNLocator(2).tick_values(centre - reach, centre + reach))
-    taken: list[float] = []
-    for value in wanted:
-        gaps = np.abs(scale.transform(np.array(taken)) - scale.transform(value))
-        if low <= value <= high and (gaps > APART * span).all():
-            taken.append(value)
-    return sorted(taken)
-
-
-def _short(value: float) -> str:
-    """-200, 5e4, 1.25e6."""
-    return f"{value:.4g}".replace("e+0", "e").replace("e+", "e")
-
-
 def _name_line(axes: Axes, place: float, unit: str) -> None:
     """A dashed line at -H, named beside it on the side that has more room."""
     axes.axvline(place, color=style.INK, linestyle=style.DASHES, linewidth=1.1)
     across = axes.transAxes.inverted().transform(axes.transData.transform((place, 0)))[0]
     side = -1 if across > 0.5 else 1
-    number = f"{place:,.0f}" if 1000 <= abs(place) < 1e7 else _short(place)
+    number = f"{place:,.0f}" if 1000 <= abs(place) < 1e7 else scales.short(place)
     axes.annotate(
         style.literal(f"-H = {number} {unit}"),
         (across, 0.97),

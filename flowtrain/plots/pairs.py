@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from flowtrain.plots import points, style
+from flowtrain.plots import points, scales, style
 from flowtrain.plots.points import Array, Range
 
 HEIGHT = 9.2
@@ -17,6 +17,8 @@ BINS = 60
 MASSES = (0.9, 0.6, 0.3)
 # fewer points than this make contours of noise
 FEWEST = 200
+# of two ticks of a compressed axis, as a share of it: panels are small
+APART = 0.25
 
 
 def draw_pairs(
@@ -31,11 +33,14 @@ def draw_pairs(
     """Draw the first `most` columns of data (N, d) and samples (M, d) against each other to `path`.
 
     The diagonal holds the histogram of each column, the triangle under it the smallest regions that hold 30, 60
-    and 90 percent of the points of each pair. The limits come from the data alone.
+    and 90 percent of the points of each pair. The limits come from the data alone. The axis of a heavy-tailed column
+    is logarithmic far out, and densities are along the axes.
     """
     real, model = points.as_points(data, samples)
     width = real.values.shape[1]
     count = min(width, max(most, 1))
+    scaled = [scales.suited(column) for column in real.values.T[:count]] + [scales.Scale()] * (width - count)
+    real, model = (scales.along(scaled, each) for each in (real, model))
     limits = [points.robust_range(column) for column in real.values.T[:count]]
     names = [style.literal(columns[i] if i < len(columns) else f"x{i + 1}", most=80 // count) for i in range(count)]
     with style.styled():
@@ -51,15 +56,20 @@ def draw_pairs(
                     pair = (limits[column], limits[row])
                     _regions(axes, real.values[:, [column, row]], model.values[:, [column, row]], pair)
                 _label(axes, row, column, names)
+                scaled[column].mark(axes.xaxis, APART)
+                if row != column:
+                    scaled[row].mark(axes.yaxis, APART)
         notes = [f"first {count} of {width} columns"] if count < width else []
         if count > 1 and len(real.values) >= FEWEST:
             notes.append("regions of " + ", ".join(f"{mass:.0%}" for mass in sorted(MASSES)) + " of the points")
+        if not all(each.plain for each in scaled):
+            notes.append("axes of heavy-tailed columns are logarithmic far out")
         _legend(figure, (points.noted("data", real.lost()), points.noted("samples", model.lost())), notes)
         style.save(figure, path)
 
 
 def _histograms(axes: Axes, real: Array, model: Array, limits: Range) -> None:
-    bins = points.bins_1d(points.common_count(real, model))
+    bins = points.fine_bins(real, limits, points.common_count(real, model), BINS)
     observed, edges = points.histogram_1d(real, limits, bins)
     sampled, _ = points.histogram_1d(model, limits, bins)
     axes.stairs(observed, edges, fill=True, color=style.DATA_SHADES[0], linewidth=0)

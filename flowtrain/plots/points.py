@@ -3,7 +3,7 @@
 Shapes: N data points, M samples, d columns, G grid points, K bins a side.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,6 +152,25 @@ def common_count(real: Array, model: Array) -> int:
 def bins_1d(count: int) -> int:
     """Bins for a histogram of `count` points, by the Rice rule."""
     return int(np.clip(2 * count ** (1 / 3), 12, 100))
+
+
+def fine_bins(values: Array, limits: Range, count: int, most: int = 100) -> int:
+    """Bins for a histogram of `count` points over `limits`, by the rule of Freedman and Diaconis, at least `bins_1d`.
+
+    Bins are 2 IQR count^(-1/3) wide, IQR that of `values` (N,): points that lie close together on a long axis get bins
+    that show their shape.
+    """
+    first, third = np.quantile(values, (0.25, 0.75))
+    usual, width = bins_1d(count), 2 * float(third - first) * count ** (-1 / 3)
+    return max(usual, min(most, int((limits[1] - limits[0]) / width))) if width > 0 else usual
+
+
+def outside(points: Points, limits: Sequence[Range]) -> str:
+    """The share of points (N, d) that lie outside of limits, in words; empty if it is small."""
+    lows, highs = np.array(limits).T
+    beyond = ((points.values < lows) | (points.values > highs)).any(axis=1)
+    share = float(beyond.mean()) if len(beyond) else 0.0
+    return f"{share:.0%} outside" if share >= 0.05 else ""
 
 
 def blur_2d(count: int) -> float:
