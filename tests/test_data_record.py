@@ -110,7 +110,7 @@ def test_a_file_that_has_grown_is_refused(run: Run, tmp_path: Path, grown: tuple
         assert "60 rows and has 63" in err
     assert {p: p.read_bytes() for p in kept} == kept
     # what the message says to do
-    assert evaluated(run, run_dir, f"data.path={path}")["n"] == 63
+    assert evaluated(run, run_dir, f"data.path={path}", name=f"eval-{path.stem}.json")["n"] == 63
     code, out, err = run("flowtrain", f"from={run_dir}", *FAST[1:], "hydra.run.dir=new")
     assert code == 0, err
     assert "60 rows and has 63" in err
@@ -252,7 +252,7 @@ def test_noise_on_some_columns_by_the_commands(run: Run, tmp_path: Path) -> None
     run_dir = trained(run, "data=array", f"data.path={path}", "data.dequantize=[n]")
     # rows of a file have the same noise each time, and the flow is the density of the sum
     for name in ("a.npy", "b.npy"):
-        evaluated(run, run_dir, f"data.path={path}", f"scores={name}")
+        evaluated(run, run_dir, f"data.path={path}", f"scores={name}", name="eval-t.json")
     first, second = np.load("a.npy"), np.load("b.npy")
     np.testing.assert_array_equal(first, second)
     flow = flowtrain.load(run_dir)
