@@ -57,6 +57,11 @@ WARNED: dict[str, tuple[np.ndarray, list[list[str]]]] = {
     "multiples of 0.1": (table(REAL, np.round(REAL[:, 0], 1)), [["'c3'", "multiples of 0.1,", "round(x / 0.1)"]]),
     "multiples of 0.25": (table(REAL, COUNTS / 4 - 0.5), [["'c3'", "multiples of 0.25,"]]),
     "counts but for one": (table(REAL, np.where(np.arange(N) == 499, 48.7, COUNTS)), [["'c3'", "multiples of 0.1,"]]),
+    "minutes since 1970": (
+        table(REAL, 1.6e9 + 60 * COUNTS),
+        [["'c3'", "multiples of 60,", "round((x - 1600000000) / 60)"]],
+    ),
+    "a code for missing values": (table(REAL, np.where(COUNTS < 1, -999, REAL[:, 0])), [["'c3' is -999"]]),
     "few values on no grid": (table(REAL, np.sqrt(COUNTS + 2)), [["'c3'", "few values", "data.columns"]]),
 }
 

@@ -1,5 +1,6 @@
 """What checkpoints keep of their data: row counts and checksums, class counts, and which columns have noise."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,21 @@ def test_the_record_is_of_the_values(tmp_path: Path) -> None:
     for options in ({"seed": 1}, {"test_fraction": 0.2}):
         assert changed(ArrayData(array), ArrayData(array, **options), "test"), options
     assert changed(ArrayData(array), ArrayData(array, columns=[0, 1]), "file")
+
+
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_the_record_does_not_depend_on_centering(
+    memory_map: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    path = npy(tmp_path / "a.npy", normal(60, 2) + np.array([1e5, 0]))
+    centered = ArrayData(path, memory_map=memory_map)
+    assert centered.offset is not None
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(set(said))
+    plain = ArrayData(path, memory_map=memory_map, center=False)
+    assert plain.offset is None
+    assert centered.record == plain.record
 
 
 def test_labels_belong_to_the_record(tmp_path: Path) -> None:
@@ -291,3 +307,41 @@ def test_a_damaged_description_is_refused(key: str) -> None:
     refused(
         lambda: samples_of({"event_shape": [2], "samples": {**good, key: DAMAGED[key]}}), FlowtrainError, ["samples"]
     )
+
+
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_noise_beside_an_offset(memory_map: bool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    counts, large = rng.integers(0, 5, 300), 1e9 + rng.normal(size=300)
+    path = npy(tmp_path / "t.npy", np.column_stack([counts, large]))
+    data = ArrayData(path, dequantize=[0], memory_map=memory_map)
+    assert data.offset is not None
+    for x in (data.train_batch(3, 50, 0), data.train_rows(240), data.val, data.test):
+        assert x.dtype == torch.float64
+        # the real column is that of the file, and the other is not
+        assert set(x[:, 1].tolist()) <= set(large.tolist())
+        u = x[:, 0] - x[:, 0].floor()
+        assert 0.2 < float(u.mean()) < 0.8
+        assert set(x[:, 0].floor().tolist()) <= set(range(5))
+    rows = data.train_rows(240)
+    moments = data.statistics()
+    assert moments is not None
+    # a baseline is a Gaussian of the same density as the flow's
+    torch.testing.assert_close(rows.var(0, correction=0).sqrt(), moments[1], rtol=0.05, atol=0)
+
+
+def test_scoring_and_sampling_do_not_repeat_the_warnings_of_training(run: Run, tmp_path: Path) -> None:
+    rows = normal(80, 2)
+    path = npy(tmp_path / "t.npy", np.column_stack([rows[:, 0], -rows[:, 0]]))
+    code, out, err = run("flowtrain", *FAST, "data=array", f"data.path={path}")
+    assert code == 0
+    assert err.count("dependent") == 1
+    run_dir = out.splitlines()[-1]
+    for command in (["floweval"], ["floweval", "split=val"], ["flowsample", "n=10"]):
+        code, _, err = run(command[0], f"ckpt={run_dir}", *command[1:])
+        assert code == 0
+        assert "dependent" not in err, command
+    # those of other data are given, once
+    new = npy(tmp_path / "new.npy", np.column_stack([rows[:, 0], rows[:, 0]]))
+    _, _, err = run("floweval", f"ckpt={run_dir}", f"data.path={new}", "split=test", f"ood={path}")
+    assert err.count("dependent") == 1

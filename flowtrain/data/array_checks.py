@@ -216,13 +216,15 @@ def warn_of_repeats(
             f"numbers is unbounded, and the likelihood means little. Give {option}, which adds uniform noise to "
             "these columns"
         )
-    for step in sorted({found[i].step for i in few if not whole[i]}):
-        names = [table.columns[i] for i in sorted(few) if not whole[i] and found[i].step == step]
+    for step, origin in sorted({(found[i].step, found[i].origin) for i in few if not whole[i]}):
+        here = [i for i in sorted(few) if not whole[i] and (found[i].step, found[i].origin) == (step, origin)]
+        names = [table.columns[i] for i in here]
         if step:
+            x = f"(x - {origin:.17g})" if origin else "x"
             _log.warning(
                 f"{table.path}: the values of {listed(names)} are rounded to multiples of {step:g}, so that their "
-                f"density is unbounded and the likelihood means little. Put round(x / {step:g}) into the file and name "
-                "the column in data.dequantize"
+                f"density is unbounded and the likelihood means little. Put round({x} / {step:g}) into the file and "
+                "name the column in data.dequantize"
             )
         else:
             _log.warning(
@@ -253,12 +255,15 @@ class Repeats:
     Attributes:
         few: whether they take few values, besides any atoms.
         step: of values that are few, the step of the grid that they lie on, 0 for none.
+        origin: where the multiples of the step are too large for noise, as of seconds since 1970, the smallest value:
+            those of the differences from it are not. 0 elsewhere.
         atoms: (value, share) of single values that many rows have, the most frequent first.
     """
 
     few: bool
     step: float
     atoms: tuple[tuple[float, float], ...]
+    origin: float = 0.0
 
 
 def repeats(column: NDArray[np.float64]) -> Repeats:
@@ -275,6 +280,10 @@ def repeats(column: NDArray[np.float64]) -> Repeats:
     common = (counts >= _ATOM * n) & (counts >= _LEAST_ATOM)
     rest, left = distinct[~common], int(counts[~common].sum())
     if 2 * len(rest) <= left or left < _ATOM * n:
+        gaps, first = np.diff(distinct), float(distinct[0])
+        if len(gaps) and float(np.abs(distinct).max()) > _MOST_WHOLE * float(gaps.min()):
+            step = grid_step(distinct - first)
+            return Repeats(True, step, (), first if step else 0.0)
         return Repeats(True, grid_step(distinct), ())
     atoms = sorted(zip(distinct[common], counts[common] / n, strict=True), key=lambda atom: -atom[1])
     return Repeats(False, 0.0, tuple((float(value), float(share)) for value, share in atoms))
