@@ -30,7 +30,7 @@ def counts(n: int = 400, d: int = 3) -> np.ndarray:
 def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
     path = npy(tmp_path / "t.npy", counts() - 8)
     data = ArrayData(path, dequantize=True)
-    assert data.samples == Samples((3,), discrete=True, standardized=True)
+    assert data.samples == Samples((3,), discrete=True, standardized=True, gaussian_start=True)
     parts = [epoch(data, 320, 32), data.val, data.test]
     assert {part.dtype for part in parts} == {torch.int64}
     assert sorted(rows_of(torch.cat(parts))) == sorted(map(tuple, (counts() - 8).tolist()))

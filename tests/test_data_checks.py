@@ -116,7 +116,7 @@ def test_fewer_rows_than_columns_are_refused(tmp_path: Path, caplog: pytest.LogC
     refused(lambda: ArrayData(path), DataError, [path, "32 training rows", "100 columns", "data.columns"])
     refused(lambda: ArrayData(path, memory_map=True), DataError, ["32 training rows", "100 columns"])
     assert ArrayData(path, columns=["0:31"]).event_shape == (31,)
-    assert caplog.records == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     # as many lie in a plane as well
     ArrayData(path, columns=["0:32"])
     assert "32 rows for 32 columns" in caplog.text
