@@ -49,13 +49,6 @@ _FIELDS: dict[int, Groups] = {
     _FEW: {"model": {"hidden": [32, 32]}, "trainer": {"lr": 0.002, "weight_decay": 1e-3, "val_every": 20}},
     _TINY: {"model": {"hidden": [16]}, "trainer": {"lr": 2e-4, "weight_decay": 1e-2, "val_every": 20}},
 }
-# the fewer the rows, the less a Gaussian may leave the shrunk one that it starts at
-_GAUSSIAN: dict[int, Groups] = {
-    _MANY: {"trainer": {"lr": 0.001, "val_every": 100}},
-    _SOME: {"trainer": {"lr": 0.001, "val_every": 50}},
-    _FEW: {"trainer": {"lr": 5e-4, "val_every": 20}},
-    _TINY: {"trainer": {"lr": 2e-4, "val_every": 20}},
-}
 # whatever the number of rows. A cap of 0.5 is as good as 2 on gas and bounds the scale of 16 couplings by exp(4). The
 # NLL of a table's validation rows rises and falls again, so patience is long
 _BOUNDED: dict[str, Any] = {"positions": False, "cap": 0.5, "input_bound": 5.0}
@@ -131,6 +124,15 @@ def sized(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, .
 NATIVE = ("trace", "eval_trace")
 
 
+def _gaussian(rows: int | None, columns: int) -> Groups:
+    """Of affine, which has d (d + 3) / 2 parameters and starts at a shrunk Gaussian.
+
+    With few rows for each of them the maximum likelihood is worse than where it starts, so it may move less.
+    """
+    share = 1.0 if rows is None else min(1.0, rows / (4 * columns**2))
+    return {"trainer": {"lr": float(f"{1e-3 * share:.2g}"), "val_every": 100 if share == 1 else 20}}
+
+
 def _values(name: str, rows: int | None, event_shape: tuple[int, ...]) -> Groups:
     """What `auto` stands for, by group and key."""
     if len(event_shape) > 1:
@@ -141,7 +143,7 @@ def _values(name: str, rows: int | None, event_shape: tuple[int, ...]) -> Groups
         _COUPLINGS[tier] if name in _DEPTHS else {},
         _DEPTHS.get(name, {}).get(tier, {}),
         _FIELDS[tier] if name == "ffjord" else {},
-        _GAUSSIAN[tier] if name == "affine" else {},
+        _gaussian(rows, event_shape[0]) if name == "affine" else {},
         {"trainer": {"batch_size": _BATCH if rows is None else min(_BATCH, rows)}},
     ]
     return {g: {k: v for part in parts for k, v in part.get(g, {}).items()} for g in ("model", "trainer")}
