@@ -28,12 +28,12 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 class Poisoned(Dataset):
     """Good batches, then one with a NaN."""
 
-    def __init__(self, bad_step: int) -> None:
-        self.event_shape, self.bad_step = (2,), bad_step
-        self.val = self.test = torch.randn(20, 2)
+    def __init__(self, bad_step: int, event_shape: tuple[int, ...] = (2,)) -> None:
+        self.event_shape, self.bad_step = event_shape, bad_step
+        self.val = self.test = torch.randn(20, *event_shape)
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
-        x = torch.randn(batch_size, 2)
+        x = torch.randn(batch_size, *self.event_shape)
         if step == self.bad_step:
             x[0, 0] = torch.nan
         return x

@@ -97,6 +97,8 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(found: Found, folde
 def test_running_statistics_are_those_of_the_first_rank(found: Found) -> None:
     alike(found[0]["norm"], found[1]["norm"])
     assert any("running" in key or "mean" in key for key in found[0]["norm"]["state"])
+    # a step failed on the second rank alone
+    assert all(value.isfinite().all() for value in found[0]["norm"]["state"].values())
 
 
 def test_what_gets_no_gradient_is_left_alone_as_on_one_rank(found: Found, tmp_path: Path) -> None:

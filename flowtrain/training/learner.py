@@ -59,15 +59,27 @@ class Learner:
             group["lr"] = lr
 
     def apply(self) -> None:
-        """Moves the weights by their gradients, and the average after them."""
+        """Moves the weights by their gradients, and the average after them; every rank takes rank 0's statistics."""
         self.optimizer.step()
-        self.share_running()
+        distributed.make_alike(self.running)
         if self.ema is not None:
             self.ema.update()
 
-    def share_running(self) -> None:
-        """Takes over rank 0's running statistics."""
-        distributed.make_alike(self.running)
+    @torch.no_grad()
+    def keep_running(self) -> Callable[[], None]:
+        """Copies the running statistics of batch norms, and returns a function that restores the copy.
+
+        A forward pass in training mode updates them before anything is known of the loss. Without batch norms both
+        calls do nothing.
+        """
+        kept = [buffer.clone() for buffer in self.running]
+
+        @torch.no_grad()
+        def restore() -> None:
+            for buffer, value in zip(self.running, kept, strict=True):
+                buffer.copy_(value)
+
+        return restore
 
     def begin_anew(self) -> None:
         """Before another loss: it begins at the average, and the optimizer's moments are of no use to it."""
@@ -107,7 +119,12 @@ class Learner:
         # of several parts the first: there is memory for one
         part = slice(math.ceil(len(batch.x) / self.settings.accumulate))
         label = None if batch.label is None else batch.label[part]
-        return self.guard.check(step + 1, batch.x[part], batch.seed, label)
+        # the guard evaluates in training mode, and its forward passes are no updates
+        restore = self.keep_running()
+        try:
+            return self.guard.check(step + 1, batch.x[part], batch.seed, label)
+        finally:
+            restore()
 
     def warmed(self, step: int) -> float:
         """How many steps of the tolerance's warm-up a step has behind it.

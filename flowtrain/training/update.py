@@ -58,6 +58,8 @@ class Update:
     def take(self, step: int, lr: float) -> tuple[Row, Batch]:
         """One update. The finite check costs one transfer to the host, beside the solver's, and comes before it.
 
+        A step that fails leaves no trace: the weights and the running statistics of batch norms stay as they were.
+
         Returns:
             (what was measured, the batch).
 
@@ -68,11 +70,13 @@ class Update:
         torch.manual_seed(self.batches.seed_of(step))
         batch = self.batches.of(step)
         self.learner.set_rate(lr)
+        restore = self.learner.keep_running()
         tried = self.attempt(step, batch)
         norm, means = self.averaged(tried)
         grad_norm, *values = torch.stack([norm, *means.values()]).tolist()
         found = dict(zip(means, values, strict=True))
         if tried.failure is not None or not math.isfinite(grad_norm) or not math.isfinite(found["loss"]):
+            restore()
             raise self.blame(step, batch, tried)
         if self.settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.flow.parameters(), self.settings.clip_norm, norm)

@@ -48,8 +48,6 @@ class Validation:
 
     def nll(self) -> tuple[float, float]:
         """NLL over the validation set, of which each rank scores its share, and its standard error; in nats."""
-        # a step that was skipped has left each rank with its own
-        self.learner.share_running()
         x, label = held_out(self.flow, self.data, "val")
         x = x[: self.settings.val_size]
         share = distributed.share(len(x))
