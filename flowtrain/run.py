@@ -131,9 +131,11 @@ def draw_training(
     """A picture of a run on its way, after a step and with the last validation's NLL in nats."""
     bits = flow.bits_per_nat
     reached = f"NLL {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
+    # the first picture may come before the first validation
+    validated = "" if math.isnan(nll) else f", validation {reached}"
     path = run_dir / f"plots/samples_{step:06d}.png"
     with pictures.spared(f"step {step}"):
-        pictures.draw(flow, data, path, f"{title}, step {step}, validation {reached}")
+        pictures.draw(flow, data, path, f"{title}, step {step}{validated}")
         if board is not None:
             board.picture(path, step)
 
@@ -214,7 +216,7 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
     drawn += pictures.draw_more(flow, data, place, reached)
     if board is not None:
         board.end(result.to_dict(), drawn, trainer.step)
-    trained = f"{'trained':>{NAMES}}  {trainer.step:,} steps in {trainer.seconds:.1f} s"
+    trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.course(saved['step'])}"
     log.info("%s\n%s\n%s", result.table(), trained, next_commands(run_dir, data.event_shape))
 
 

@@ -145,6 +145,15 @@ class Learner:
             return True
         return self.solves(step) and self.warmed(step) >= (solver.warmup or 0)
 
+    def may_overfit(self, step: int) -> bool:
+        """Whether a rise of the validation NLL after that step means overfitting.
+
+        Not before the likelihood's learning rate has warmed up, nor while a plateau may still lower it.
+        """
+        if self.solves_from is None or step < self.solves_from + self.settings.lr_warmup:
+            return False
+        return self.settings.lr_decay != "plateau" or self.lr.settled >= 1
+
     # of last.pt
 
     def state(self) -> dict[str, Any]:

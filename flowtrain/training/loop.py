@@ -1,6 +1,7 @@
 """The training loop: update, guard, and what hangs off it: rows, validations, checkpoints, pictures, ends."""
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -14,15 +15,17 @@ from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
 from flowtrain.status import Status, phase, status
 from flowtrain.training import starting
+from flowtrain.training.advice import advice, best_step
 from flowtrain.training.batches import Batches
 from flowtrain.training.learner import Learner
 from flowtrain.training.metrics import Metrics
+from flowtrain.training.plan import Plan, early_validations
 from flowtrain.training.progress import Progress
 from flowtrain.training.recovery import Failed, Recovery
 from flowtrain.training.saving import Saves, load_weights
 from flowtrain.training.settings import Settings
 from flowtrain.training.signals import StopSignals
-from flowtrain.training.trouble import Trouble
+from flowtrain.training.trouble import STEP_ERRORS, Trouble
 from flowtrain.training.update import Row, Update
 from flowtrain.training.validation import Validation
 from flowtrain.training.watching import NfeWatch, progress_bar, show
@@ -85,6 +88,7 @@ class Trainer:
         self.metrics = Metrics(run_dir / "metrics.jsonl", self.step, writes=distributed.is_first())
         self.update = Update(objective, self.learner, batches, settings, run_dir)
         self.validation = Validation(self.learner, data, settings, self.progress, self.metrics, self.saves)
+        self.plan = Plan(settings, early_validations(settings, data.n_train, self.learner.solves_from != 0))
         self.recovery = Recovery(self.trouble, self.saves, self.metrics, settings)
         self.watch = NfeWatch()
         self.stopped_by: str | None = None
@@ -117,6 +121,12 @@ class Trainer:
         """The run's, with a step size that the guard may have made smaller."""
         return self.saves.config
 
+    def course(self, best: int) -> str:
+        """How training went, in words: where the best step was, and what may help; `best` is that of best.pt."""
+        d = math.prod(self.flow.event_shape)
+        hint = advice(self.metrics.rows, best, self.step, d, self.data.rows is not None, self.config)
+        return best_step(best, self.step) + (f" ({hint})" if hint else "")
+
     # the loop
 
     def fit(self) -> None:
@@ -131,6 +141,10 @@ class Trainer:
             if p.step == 0:
                 # killed before the first validation, there is still something to go on from
                 self.saves.last()
+                if self.plan.validates_early(0) and p.best is None:
+                    # killed after that row, but before a checkpoint knew of it, a run writes it again
+                    self.metrics.back_to(-1)
+                    self.validate_early()
             while p.step < s.steps and self.stopped_by is None:
                 row = self.recovery.guarded(self.train_step, f"step {p.step + 1}")
                 p.step += row is not Failed.REWOUND
@@ -165,7 +179,7 @@ class Trainer:
         self.progress.began = True
         if self.step:
             self.learner.begin_anew()
-            self.progress.stale = 0
+            self.progress.stale, self.progress.worse = 0, []
 
     def measured(self, row: Row, bar: Status) -> None:
         """Logs what a step measured, where its turn has come."""
@@ -186,27 +200,48 @@ class Trainer:
 
     def after_step(self) -> None:
         """Validates, saves and draws, where its turn has come or the run stops."""
-        s = self.settings
         validate = partial(self.recovery.guarded, self.validate, f"the validation of step {self.step}")
-        if self.step % s.val_every == 0 or self.step == s.steps:
+        if self.plan.validates(self.step):
             if validate() is Failed.REWOUND:
                 return
             self.saves.last()
+        elif self.plan.validates_early(self.step):
+            if not self.validate_early() and self.stopped_by:
+                self.saves.last()
         elif self.stopped_by:
             # saved first: resumed, the run must not know of a validation that it would not have made
             self.saves.last()
             if self.signal is None:
                 validate()
-        if s.plot_every and self.step % s.plot_every == 0:
+        if self.plan.draws(self.step):
             self.draw()
 
     def validate(self) -> None:
-        """Scores the validation set, and ends a run that has not become better for long."""
+        """Scores the validation set, and ends a run that has not become better for long, or clearly worse."""
         with status("validating"):
             self.validation.run()
+        if self.validation.risen and self.best is not None:
+            now, best = self.progress.val_nll, self.best
+            self.stopped_by = self.stopped_by or (
+                f"early stopping: the validation NLL is {now:.4g} nats and rising, after {best['nll']:.4g} at step "
+                f"{best['step']}"
+            )
         if self.validation.out_of_patience:
             stale = self.progress.stale
             self.stopped_by = self.stopped_by or f"early stopping after {stale} validations without a new best"
+
+    def validate_early(self) -> bool:
+        """Scores the validation set early, and saves; whether that could be done.
+
+        A failure is no reason to end a run, or to go back: it has not had to be validated here.
+        """
+        try:
+            self.validation.run(regular=False)
+        except STEP_ERRORS as e:
+            log.warning("the early validation of step %d failed, and is left out: %s", self.step, e)
+            return False
+        self.saves.last()
+        return True
 
     def draw(self) -> None:
         """A picture of the averaged weights, where there are any."""

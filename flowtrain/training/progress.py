@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass
@@ -13,10 +15,15 @@ class Progress:
     Attributes:
         step: updates so far, those that were skipped included.
         seconds: spent on them, over all the times that the run was resumed.
-        stale: validations in a row without a new best, as early stopping counts them.
+        stale: regular validations in a row without a new best among themselves, as early stopping counts them.
         best: NLL in nats and step of the best validation whose checkpoint is on the disk; None before the first.
         val_nll: of the last validation, in nats; NaN before the first.
         began: whether the likelihood's steps have.
+        counted: the best NLL of the regular validations, which `stale` counts by: early ones must not change when a run
+            ends. None before the first.
+        best_rows: log p of some validation rows at the best validation, see `rise.some_rows`; None where nothing is
+            compared with it.
+        worse: NLL of the last regular validations in a row that were clearly worse than the best; empty for none.
     """
 
     step: int = 0
@@ -25,6 +32,9 @@ class Progress:
     best: dict[str, float] | None = None
     val_nll: float = math.nan
     began: bool = False
+    counted: float | None = None
+    best_rows: Tensor | None = None
+    worse: list[float] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
         """All of it, by name."""
@@ -32,6 +42,18 @@ class Progress:
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Takes over what a checkpoint says, in place: others hold on to this object."""
+        # a run of an older flowtrain has only ever solved, and all its validations were regular
+        best = saved["best"]
+        older: dict[str, Any] = {
+            "began": True,
+            "counted": None if best is None else best["nll"],
+            "best_rows": None,
+            "worse": [],
+        }
         for name in (f.name for f in fields(self)):
-            # a run of an older flowtrain has only ever solved
-            setattr(self, name, saved.get(name, True) if name == "began" else saved[name])
+            setattr(self, name, saved.get(name, older[name]) if name in older else saved[name])
+
+    def forget_best(self) -> None:
+        """Makes the next validation the best, where the NLL so far was measured in another way."""
+        self.best = self.counted = self.best_rows = None
+        self.worse = []

@@ -129,7 +129,7 @@ class Saves:
         self.load(saved)
         if self.config["solver"] != saved["config"]["solver"]:
             # steps were made smaller since: what was best with the larger ones may owe itself to them
-            self.progress.best = None
+            self.progress.forget_best()
 
     def keep_step_size(self) -> None:
         """Takes a step size that was made smaller into every checkpoint's config: it holds in evaluation too."""
@@ -139,4 +139,4 @@ class Saves:
         sized = {"step_size": solver.step_size, "steps": None}
         self.config = {**self.config, "solver": {**self.config["solver"], **sized}}
         # the best NLL so far may owe itself to the coarser steps, and no honest one would ever beat it
-        self.progress.best = None
+        self.progress.forget_best()

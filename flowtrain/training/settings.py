@@ -28,8 +28,9 @@ WHOLE = {
     "val_size": 1,
     "max_rewinds": 0,
 }
-POSITIVE = ("lr", "clip_norm", "ema", "time_limit")
-OPTIONAL = ("clip_norm", "ema", "patience", "plot_every", "time_limit", "guard_every", "val_size")
+POSITIVE = ("lr", "clip_norm", "ema", "time_limit", "max_rise")
+OPTIONAL = ("clip_norm", "ema", "patience", "plot_every", "time_limit", "guard_every", "val_size", "max_rise")
+FLAGS = ("compile", "val_early")
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,14 @@ class Settings:
     val_size: int | None = None
     on_nonfinite: str = "stop"
     max_rewinds: int = 3
+    val_early: bool = False
+    max_rise: float | None = None
 
     def __post_init__(self) -> None:
         given = {k: v for k, v in asdict(self).items() if v is not None or k not in OPTIONAL}
         for key, value in given.items():
             name = f"trainer.{key}"
-            if key == "compile":
+            if key in FLAGS:
                 flag(name, value)
             elif key in CHOICES:
                 one_of(name, value, CHOICES[key])

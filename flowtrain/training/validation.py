@@ -3,11 +3,13 @@
 import math
 
 import torch
+from torch import Tensor
 
 from flowtrain import distributed
 from flowtrain.data.base import Dataset
 from flowtrain.errors import FlowtrainError, NonFiniteError
 from flowtrain.scores import check_finite, held_out, log_probs
+from flowtrain.training import rise
 from flowtrain.training.learner import Learner
 from flowtrain.training.metrics import Metrics, in_bits
 from flowtrain.training.progress import Progress
@@ -23,9 +25,17 @@ class Validation:
     ) -> None:
         self.flow, self.learner, self.data, self.settings = learner.flow, learner, data, settings
         self.progress, self.metrics, self.saves = progress, metrics, saves
+        # log p of this rank's rows at the last validation, the first of them, and the rows of the whole set
+        self.scored, self.start, self.n = torch.zeros(0, dtype=torch.float64), 0, 0
+        # whether the last validations say that the run is over
+        self.risen = False
 
-    def run(self) -> None:
-        """NLL on the fixed validation set at the final tolerance; keeps the best checkpoint."""
+    def run(self, regular: bool = True) -> None:
+        """NLL on the fixed validation set at the final tolerance; keeps the best checkpoint.
+
+        Args:
+            regular: whether it counts for patience, plateaus and `max_rise`, which early validations must not change.
+        """
         p = self.progress
         self.flow.eval()
         p.val_nll, stderr = self.nll()
@@ -33,12 +43,38 @@ class Validation:
         self.metrics.write(step=p.step, split="val", nll=p.val_nll, nll_stderr=stderr, seconds=p.seconds, **bits)
         # a NaN is never an improvement
         improved = p.val_nll < (math.inf if p.best is None else p.best["nll"])
+        rows = None if self.settings.max_rise is None else self.compared()
+        if regular:
+            self.count()
+            self.look_for_rise(rows)
+        # the best is what is on the disk, as all ranks hear
+        if improved and self.saves.best():
+            p.best, p.best_rows = {"nll": p.val_nll, "step": p.step}, rows
+
+    def count(self) -> None:
+        """Tells patience and plateau of a regular validation: whether it was the best of its kind."""
+        p = self.progress
+        improved = p.val_nll < (math.inf if p.counted is None else p.counted)
+        if improved:
+            p.counted = p.val_nll
         self.learner.lr.validated(improved)
         # what is still being tightened has not settled
         p.stale = 0 if improved or not self.learner.settled(p.step) else p.stale + 1
-        # the best is what is on the disk, as all ranks hear
-        if improved and self.saves.best():
-            p.best = {"nll": p.val_nll, "step": p.step}
+
+    def look_for_rise(self, rows: Tensor | None) -> None:
+        """Sets `risen`: validations in a row are clearly worse than the best, two that rise, or three."""
+        p, s = self.progress, self.settings
+        worse = False
+        if s.max_rise is not None and rows is not None and p.best_rows is not None and len(rows) == len(p.best_rows):
+            least = rise.margin(s.max_rise, math.prod(self.flow.event_shape))
+            worse = self.learner.may_overfit(p.step) and rise.clearly_worse(p.best_rows, rows, least)
+        p.worse = [*p.worse, p.val_nll] if worse else []
+        self.risen = len(p.worse) > 2 or p.worse != sorted(p.worse, reverse=True)
+
+    def compared(self) -> Tensor:
+        """log p of some rows of the whole validation set, the same on all ranks, (k,)."""
+        mine = rise.some_rows(self.scored, self.start, self.n)
+        return torch.cat([torch.tensor(part) for part in distributed.all_of(mine.tolist())])
 
     @property
     def out_of_patience(self) -> bool:
@@ -59,6 +95,7 @@ class Validation:
             check_finite(log_p, "val", share.start)
         except FlowtrainError as e:
             failure = e
+        self.scored, self.start, self.n = log_p, share.start, len(x)
         sums = [log_p.sum().item(), log_p.square().sum().item(), len(log_p), failure is not None]
         total, squares, n, failures = distributed.summed(sums)
         if failures:
