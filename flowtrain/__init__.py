@@ -10,6 +10,8 @@ Example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flowtrain import clock as _clock  # noqa: F401 - first, because it notes when the command began
+
 if TYPE_CHECKING:
     from flowtrain.flow import Flow
     from flowtrain.loading import load

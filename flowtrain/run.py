@@ -3,6 +3,7 @@
 import logging
 import math
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from flowtrain import build, distributed, loading, pictures, plots, sizing
-from flowtrain.checks import whole, within_memory
+from flowtrain.checks import number, whole, within_memory
 from flowtrain.console import banner, next_commands
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.record import changes
@@ -24,6 +25,7 @@ from flowtrain.quoting import resume_command
 from flowtrain.status import phase, status
 from flowtrain.titles import data_name, title_of
 from flowtrain.training import checkpoint, tensorboard
+from flowtrain.training.deadline import Deadline
 from flowtrain.training.loop import Trainer
 from flowtrain.training.signals import SignalReceived, ended_by_signals
 
@@ -34,7 +36,11 @@ TEACHER = "checkpoints/teacher.pt"
 
 
 def train(
-    config: Mapping[str, Any], run_dir: Path, saved: Mapping[str, Any] | None = None, trust: Sequence[str] = ()
+    config: Mapping[str, Any],
+    run_dir: Path,
+    saved: Mapping[str, Any] | None = None,
+    trust: Sequence[str] = (),
+    begun: float | None = None,
 ) -> tuple[float, int]:
     """Trains, evaluates the best checkpoint on the test set, writes result.json and the pictures.
 
@@ -42,12 +48,13 @@ def train(
         config: plain values, resolved.
         saved: the checkpoint to go on from.
         trust: packages besides flowtrain that the run of `from` may build from.
+        begun: when the command began, by time.perf_counter, for its `time_budget`; None: now.
 
     Returns:
         (best validation NLL in nats, exit code): 128 + the signal's number after a signal, else 0.
     """
     board = tensorboard.board(config["logger"], run_dir / "tensorboard")
-    trainer = prepare(config, run_dir, saved, trust, board)
+    trainer = prepare(config, run_dir, saved, trust, board, time.perf_counter() if begun is None else begun)
     trainer.fit()
     best = float("nan") if trainer.best is None else trainer.best["nll"]
     if trainer.signal is not None:
@@ -78,11 +85,15 @@ def prepare(
     saved: Mapping[str, Any] | None,
     trust: Sequence[str],
     board: tensorboard.Board | None,
+    begun: float,
 ) -> Trainer:
     """Everything built and checked that a run takes, up to its first step; see `train`."""
     device = distributed.device(build.resolve_device(config["device"]))
     # before the data are read, which can take long; again with what follows from them
     build.build_settings(sizing.sized(config, None, (1,)))
+    # checkpoints of an older flowtrain have no time budget
+    seconds = config.get("time_budget")
+    seconds = None if seconds is None else number("time_budget", seconds)
     with phase("reading the data"):
         data = build.build_data(config)
     config = sizing.sized(config, data.n_train, data.event_shape)
@@ -114,7 +125,10 @@ def prepare(
     objective = build.build_objective(config, flow, teacher)
     config = {**config, "objective": {**config["objective"], **objective.pinned}}
     picture = partial(draw_training, data=data, run_dir=run_dir, title=title_of(config), board=board)
-    trainer = Trainer(objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None)
+    deadline = None if seconds is None else Deadline(seconds, begun, flow, data)
+    trainer = Trainer(
+        objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None, deadline=deadline
+    )
     log.info("%s", banner(config, flow, data, settings, run_dir, trainer.step))
     if saved is None and taught is not None and build.takes_teacher(config) and distributed.is_first():
         # now that nothing is left to be refused: with it, the directory holds a run. As it was read: by now, the other
@@ -194,11 +208,13 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
 
     # the trainer's config, whose step size may have become smaller
     config, data, device = trainer.config, trainer.data, trainer.flow.like.device
+    deadline = trainer.deadline
     saved = checkpoint.load(checkpoint.find(run_dir))
     with phase("loading the checkpoint to evaluate"):
         flow = loading.restore({**saved, "config": config}, device, trust=_own_packages(config))
     with phase("evaluating"):
-        result = evaluate(flow, data, "test", saved["step"], trained_on=data)
+        tested = data if deadline is None else deadline.tested()
+        result = evaluate(flow, tested, "test", saved["step"], trained_on=data)
     best = None if trainer.best is None else trainer.best["nll"]
     rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
     rest["val_nll_stderr"] = None if trainer.best is None else stderr_at(trainer.metrics.rows, trainer.best["step"])
@@ -209,11 +225,13 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
     with pictures.spared("curves"):
         plots.draw_curves(place("curves"), rows=trainer.metrics.rows, title=reached, entropy=data.entropy)
         drawn.append(place("curves"))
-    with pictures.spared("samples"):
-        pictures.draw(flow, data, place("samples"), reached)
-        drawn.append(place("samples"))
+    if deadline is None or deadline.has_time_for("samples"):
+        with pictures.spared("samples"):
+            pictures.draw(flow, data, place("samples"), reached)
+            drawn.append(place("samples"))
     drawn += pictures.draw_evaluation(result, title, data_name(config), place)
-    drawn += pictures.draw_more(flow, data, place, reached)
+    if deadline is None or deadline.has_time_for("the flow in more detail", more=True):
+        drawn += pictures.draw_more(flow, data, place, reached)
     if board is not None:
         board.end(result.to_dict(), drawn, trainer.step)
     trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.course(saved['step'])}"

@@ -28,6 +28,7 @@ LAYERS = [
     ("fields", "solvers", "data", "paths", "process", "sizing", "titles"),
     (
         "checks",
+        "clock",
         "collecting",
         "covariance",
         "derivatives",

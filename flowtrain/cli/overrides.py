@@ -55,7 +55,9 @@ def overridden(
     """
     # an older flowtrain did not have these keys
     solver, logger = saved["solver"], saved.get("logger", list(DEFAULT))
-    config = OmegaConf.create({**saved, "solver": {**solver, "steps": solver.get("steps")}, "logger": logger})
+    config = OmegaConf.create(
+        {"time_budget": None, **saved, "solver": {**solver, "steps": solver.get("steps")}, "logger": logger}
+    )
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for override in parsed:
         group = override.key_or_group

@@ -18,6 +18,7 @@ from flowtrain.cli.folders import options
 from flowtrain.cli.made import holds_run, unless_begun
 from flowtrain.cli.messages import plain, unknown_key
 from flowtrain.cli.overrides import keys_of, less_key, overridden, trusted
+from flowtrain.clock import command_begun
 from flowtrain.console import messages
 from flowtrain.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.paths import config_groups
@@ -31,6 +32,7 @@ from flowtrain.trust import check_targets
 
 def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
     """A new run, as Hydra composed it: the best validation NLL and the exit code, see `train`."""
+    when = command_begun()
     with owned(run_dir):
         if distributed.is_first():
             claim(run_dir)
@@ -46,7 +48,7 @@ def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
                 write_hydra(run_dir, OmegaConf.create(whole))
             del whole["trust"]
             with messages(run_dir / "flowtrain.log"):
-                return train(absolute_paths(whole), run_dir, trust=trust)
+                return train(absolute_paths(whole), run_dir, trust=trust, begun=when)
 
 
 @contextmanager
@@ -73,6 +75,7 @@ def go_on(
         InUseError: another process has the run.
         FlowtrainError: what training and evaluation raise, see `train`.
     """
+    when = command_begun()
     with owned(run_dir), messages(run_dir / "flowtrain.log"):
         with status("reading the checkpoint"):
             saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))
@@ -81,12 +84,12 @@ def go_on(
         check_targets(saved["config"], trust)
         refuse_changes(rest, "a run goes on with the model and data it has; start a new one to change them")
         refuse_changes(rest, "a run goes on from its own checkpoint; leave it out", ("from",))
-        return train(absolute_paths(overridden(saved["config"], rest, own)), run_dir, saved, trust)
+        return train(absolute_paths(overridden(saved["config"], rest, own)), run_dir, saved, trust, when)
 
 
 def known(config: dict[str, Any]) -> dict[str, Any]:
     """The config, if nothing was added to its top that no one reads."""
-    names = [*config_groups(), "seed", "device", "threads", "logger", "resume", "from", "trust"]
+    names = [*config_groups(), "seed", "device", "threads", "time_budget", "logger", "resume", "from", "trust"]
     missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
     if missing:
         raise ConfigError(f"{missing[0]} was taken out of the config, but a run needs it")

@@ -31,6 +31,10 @@ class Objective(nn.Module, ABC):
         super().__init__()
         self.flow, self.regularizer = flow, regularizer
 
+    def take_over(self, step: int) -> bool:
+        """Has the likelihood begin at that step, earlier than `likelihood_from`; False where that cannot be moved."""
+        return False
+
     def begin(self, step: int) -> None:
         """Told of each step before its loss is taken; nothing, for losses that are the same throughout."""
 

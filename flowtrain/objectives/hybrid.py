@@ -44,6 +44,11 @@ class Hybrid(Objective):
         self.after = Likelihood(flow, regularizer)
         self.current: Objective = self.before
 
+    def take_over(self, step: int) -> bool:
+        self.likelihood_from = step
+        self.pinned = {"matching": step}
+        return True
+
     def begin(self, step: int) -> None:
         assert self.likelihood_from is not None
         self.current = self.before if step < self.likelihood_from else self.after

@@ -15,6 +15,7 @@ from flowtrain.objectives.base import Objective
 from flowtrain.training.batches import Batch
 from flowtrain.training.ema import Ema
 from flowtrain.training.guard import Guard
+from flowtrain.training.pace import Pace
 from flowtrain.training.schedule import LearningRate
 from flowtrain.training.settings import Settings
 from flowtrain.training.state import moments
@@ -28,6 +29,9 @@ class Learner:
 
     Sets `flow.solver.warmup`, in steps, where it is None and so left to the trainer: to WARMUP of the steps that solve.
 
+    Args:
+        pace: says how far learning rate and tolerance are at a step.
+
     Attributes:
         solves_from: the first step that solves the ODE, None where none does.
         tied: whether the tolerance warms up with the learning rate, which has no end in sight.
@@ -35,19 +39,33 @@ class Learner:
         ema, guard: None where there is none.
     """
 
-    def __init__(self, objective: Objective, flow: Flow, settings: Settings) -> None:
-        self.flow, self.settings = flow, settings
+    def __init__(self, objective: Objective, flow: Flow, settings: Settings, pace: Pace) -> None:
+        self.flow, self.settings, self.pace = flow, settings, pace
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(flow.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.solves_from = objective.likelihood_from
         self.lr = LearningRate(settings, self.solves_from or 0)
         self.tied = flow.solver is not None and flow.solver.warmup is None and settings.lr_decay == "plateau"
-        if flow.solver is not None and flow.solver.warmup is None:
-            flow.solver.warmup = round(WARMUP * (settings.steps - (self.solves_from or 0)))
+        self.chooses_warmup = flow.solver is not None and flow.solver.warmup is None
+        self.choose_warmup()
         self.guard = None if flow.solver is None else Guard(flow, flow.solver, settings.guard_every, self.warmed)
         norms = [m for m in flow.modules() if isinstance(m, BatchNorm | _BatchNorm)]
         self.running = [b for m in norms for b in m.buffers()]
         self.ema = None if settings.ema is None else Ema(flow, settings.ema)
+
+    def choose_warmup(self) -> None:
+        """Sets how long the tolerance warms up, where the solver leaves that to the trainer."""
+        if self.chooses_warmup and self.flow.solver is not None:
+            self.flow.solver.warmup = round(WARMUP * (self.settings.steps - (self.solves_from or 0)))
+
+    def solve_from(self, step: int) -> None:
+        """The likelihood takes over from that step on, earlier than it was to."""
+        self.solves_from = self.lr.again = step
+        self.choose_warmup()
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.lr.at(step, self.pace.at(step))
 
     def solves(self, step: int) -> bool:
         """Whether that step of training solves the ODE, and maximizes the likelihood."""
@@ -134,7 +152,7 @@ class Learner:
         solver = self.flow.solver
         if self.tied and solver is not None:
             return self.lr.settled * (solver.warmup or 0)
-        return max(0, step - (self.solves_from or 0))
+        return max(0, self.pace.at(step) - (self.solves_from or 0))
 
     def settled(self, step: int) -> bool:
         """Whether a validation without a new best counts towards early stopping: not while tolerances tighten."""

@@ -17,8 +17,10 @@ from flowtrain.status import Status, phase, status
 from flowtrain.training import starting
 from flowtrain.training.advice import advice, best_step
 from flowtrain.training.batches import Batches
+from flowtrain.training.deadline import Deadline
 from flowtrain.training.learner import Learner
 from flowtrain.training.metrics import Metrics
+from flowtrain.training.pace import Pace
 from flowtrain.training.plan import Plan, early_validations
 from flowtrain.training.progress import Progress
 from flowtrain.training.recovery import Failed, Recovery
@@ -50,6 +52,8 @@ class Trainer:
         picture: called with (flow, step, validation NLL) every `plot_every` steps.
         initialize: whether a new run sets what depends on its data; not where it begins from another run's weights.
 
+        deadline: when the whole command is to be done; training leaves time for what comes after it.
+
     Attributes:
         stopped_by: what has ended the run before its last step, or None.
         signal: the number of the signal that did.
@@ -66,8 +70,10 @@ class Trainer:
         saved: Mapping[str, Any] | None = None,
         picture: Picture | None = None,
         initialize: bool = True,
+        deadline: Deadline | None = None,
     ) -> None:
         self.flow, self.data, self.settings, self.run_dir, self.picture = flow, data, settings, run_dir, picture
+        self.deadline = deadline
         starting.check_trainable(flow, settings)
         batches = Batches(flow, data, settings.batch_size, int(config["seed"]))
         if saved is not None:
@@ -77,9 +83,11 @@ class Trainer:
                 starting.initialize(flow, batches)
         distributed.make_alike(flow.state_dict().values())
         self.progress, self.trouble = Progress(), Trouble(settings.on_nonfinite, settings.max_rewinds)
+        self.objective = objective
+        self.pace = Pace(self.progress, settings.steps, objective.likelihood_from or 0)
         # torch loads its compiler with the first optimizer
         with status("preparing the optimizer"):
-            self.learner = Learner(objective, flow, settings)
+            self.learner = Learner(objective, flow, settings, self.pace)
         self.saves = Saves(run_dir, config, data.samples, self.learner, self.trouble, self.progress)
         if saved is not None:
             self.saves.load(saved)
@@ -93,6 +101,16 @@ class Trainer:
         self.watch = NfeWatch()
         self.stopped_by: str | None = None
         self.signal: int | None = None
+        # when this command has begun to train
+        self.begun = time.perf_counter()
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds of training that this command has; None: no limit."""
+        limits = [] if self.settings.time_limit is None else [self.settings.time_limit]
+        if self.deadline is not None:
+            limits.append(time.perf_counter() - self.begun + self.deadline.for_training)
+        return min(limits, default=None)
 
     # what others ask of a run
 
@@ -137,6 +155,9 @@ class Trainer:
         """
         begun, before = time.perf_counter(), self.seconds
         s, p = self.settings, self.progress
+        self.begun = begun
+        self.pace.begin()
+        self.budget()
         with StopSignals() as signals, progress_bar(s.steps, p.step) as bar:
             if p.step == 0:
                 # killed before the first validation, there is still something to go on from
@@ -152,8 +173,10 @@ class Trainer:
                 if isinstance(row, dict):
                     self.measured(row, bar)
                 bar.advance(p.step - bar.n)
-                out_of_time = s.time_limit is not None and time.perf_counter() - begun >= s.time_limit
-                self.heed(signals.received, out_of_time)
+                limit = self.limit
+                if self.deadline is not None and limit is not None:
+                    self.deadline.probe_again(time.perf_counter() - begun, limit)
+                self.heed(signals.received, limit is not None and time.perf_counter() - begun >= limit)
                 if row is not Failed.REWOUND:
                     self.after_step()
                 p.seconds = before + time.perf_counter() - begun
@@ -162,12 +185,22 @@ class Trainer:
         if self.saved_step != p.step:
             log.warning("the last checkpoint that could be written is of step %d, not %d", self.saved_step, p.step)
 
+    def budget(self) -> None:
+        """Measures what rows take to be scored, and so how many of them a validation takes within a time budget."""
+        if self.deadline is None:
+            return
+        self.deadline.probe()
+        # a best NLL of before was of other rows
+        if self.best is None:
+            self.validation.size = distributed.from_first(self.deadline.val_rows(self.settings.val_size))
+            self.deadline.most_val = self.validation.size
+
     def train_step(self) -> Row:
         """One update, and the guard's look at it."""
         step = self.step
         if self.learner.solves(step) and not self.progress.began:
             self.begin_anew()
-        row, batch = self.update.take(step, self.learner.lr.at(step) * self.trouble.lr_scale)
+        row, batch = self.update.take(step, self.learner.rate(step) * self.trouble.lr_scale)
         with status("checking the solver's error"):
             too_coarse = self.learner.check_solver(step, batch)
         if too_coarse:
@@ -192,11 +225,19 @@ class Trainer:
 
     def heed(self, received: int | None, out_of_time: bool) -> None:
         """Ends the run after this step where any rank has had a signal, or has no time left."""
-        received, late = (int(v) for v in distributed.largest([received or 0, out_of_time]))
+        elapsed = time.perf_counter() - self.begun
+        signalled, late, position = distributed.largest(
+            [received or 0, out_of_time, self.pace.reached(elapsed, self.limit)]
+        )
         if late:
             self.stopped_by = "time limit"
-        if received:
-            self.signal, self.stopped_by = received, signal.Signals(received).name
+        if signalled:
+            self.signal, self.stopped_by = int(signalled), signal.Signals(int(signalled)).name
+        if self.pace.advance(position, elapsed) and not self.stopped_by and self.objective.take_over(self.step):
+            log.info("step %d: half of the time limit has passed, and the likelihood takes over", self.step)
+            self.pace.change_now(elapsed)
+            self.learner.solve_from(self.step)
+            self.saves.keep_objective(self.objective.pinned)
 
     def after_step(self) -> None:
         """Validates, saves and draws, where its turn has come or the run stops."""
@@ -220,6 +261,8 @@ class Trainer:
         """Scores the validation set, and ends a run that has not become better for long, or clearly worse."""
         with status("validating"):
             self.validation.run()
+        if self.deadline is not None:
+            self.deadline.scored(len(self.validation.scored), self.validation.seconds)
         if self.validation.risen and self.best is not None:
             now, best = self.progress.val_nll, self.best
             self.stopped_by = self.stopped_by or (

@@ -23,6 +23,7 @@ class Progress:
             ends. None before the first.
         best_rows: log p of some validation rows at the best validation, see `rise.some_rows`; None where nothing is
             compared with it.
+        position: of the schedules, in steps, see `Pace`.
         worse: NLL of the last regular validations in a row that were clearly worse than the best; empty for none.
     """
 
@@ -34,6 +35,7 @@ class Progress:
     began: bool = False
     counted: float | None = None
     best_rows: Tensor | None = None
+    position: float = 0.0
     worse: list[float] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
@@ -49,6 +51,7 @@ class Progress:
             "counted": None if best is None else best["nll"],
             "best_rows": None,
             "worse": [],
+            "position": float(saved["step"]),
         }
         for name in (f.name for f in fields(self)):
             setattr(self, name, saved.get(name, older[name]) if name in older else saved[name])

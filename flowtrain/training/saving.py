@@ -131,6 +131,10 @@ class Saves:
             # steps were made smaller since: what was best with the larger ones may owe itself to them
             self.progress.forget_best()
 
+    def keep_objective(self, pinned: Mapping[str, Any]) -> None:
+        """Takes what an objective has changed of its keys into every checkpoint's config."""
+        self.config = {**self.config, "objective": {**self.config["objective"], **pinned}}
+
     def keep_step_size(self) -> None:
         """Takes a step size that was made smaller into every checkpoint's config: it holds in evaluation too."""
         solver = self.flow.solver

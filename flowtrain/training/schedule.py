@@ -10,9 +10,10 @@ HALVINGS = 4
 
 
 class LearningRate:
-    """lr x warm-up x decay. Warm-up and cosine depend on the step alone; plateau remembers the validations.
+    """lr x warm-up x decay. Warm-up and cosine depend on step and position alone; plateau remembers the validations.
 
-    Warm-up: (step + 1) / lr_warmup up to 1. Cosine: (1 + cos(pi step / steps)) / 2. Plateau: halved after
+    Warm-up: (step + 1) / lr_warmup up to 1. Cosine: (1 + cos(pi position / steps)) / 2, the position being the step, or
+    further where a time limit asks for it, see `Pace`. Plateau: halved after
     `lr_plateau_patience` validations in a row without a new best. All of them once for the steps before `again`, where
     that is not 0, and once for those from there on.
     """
@@ -25,13 +26,14 @@ class LearningRate:
         """Forgets the validations."""
         self.scale, self.stale = 1.0, 0
 
-    def at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+    def at(self, step: int, position: float | None = None) -> float:
+        """The learning rate of a step, counted from 0, at a position of the schedules; None: at the step."""
         s = self.settings
         begin, end = (0, self.again) if step < self.again else (self.again, s.steps)
         since = step - begin
         warm = min(1.0, (since + 1) / s.lr_warmup) if s.lr_warmup else 1.0
-        part = min(1.0, since / max(1, end - begin))
+        reached = since if position is None else position - begin
+        part = min(1.0, reached / max(1, end - begin))
         decay = (1 + math.cos(math.pi * part)) / 2 if s.lr_decay == "cosine" else self.scale
         return s.lr * warm * decay
 

@@ -63,6 +63,7 @@ LATER: dict[str, Check] = {
     "began": lambda v: isinstance(v, bool),
     "guard": _none_or(_fields(tightenings=_few, warned=_none_or(lambda v: isinstance(v, dict)))),
     "trouble": lambda v: _fields(skipped=_few, rewinds=_few)(v) and _few(v.get("halvings", 0)),
+    "position": lambda v: _number(v) and math.isfinite(v) and v >= 0,
     "counted": _none_or(_number),
     "worse": lambda v: isinstance(v, list) and all(map(_number, v)),
     "best_rows": _none_or(lambda v: isinstance(v, Tensor) and v.dim() == 1 and v.is_floating_point()),

@@ -1,6 +1,7 @@
 """The NLL of the validation set, and what follows from it: the best checkpoint, a smaller rate, the end of a run."""
 
 import math
+import time
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ class Validation:
     ) -> None:
         self.flow, self.learner, self.data, self.settings = learner.flow, learner, data, settings
         self.progress, self.metrics, self.saves = progress, metrics, saves
+        # rows of the set, from its start, that a validation takes; None: all
+        self.size = settings.val_size
+        # seconds that this rank's rows took
+        self.seconds = 0.0
         # log p of this rank's rows at the last validation, the first of them, and the rows of the whole set
         self.scored, self.start, self.n = torch.zeros(0, dtype=torch.float64), 0, 0
         # whether the last validations say that the run is over
@@ -85,7 +90,8 @@ class Validation:
     def nll(self) -> tuple[float, float]:
         """NLL over the validation set, of which each rank scores its share, and its standard error; in nats."""
         x, label = held_out(self.flow, self.data, "val")
-        x = x[: self.settings.val_size]
+        x = x[: self.size]
+        begun = time.perf_counter()
         share = distributed.share(len(x))
         label = None if label is None else label[share]
         log_p, failure = torch.zeros(0, dtype=torch.float64), None
@@ -96,6 +102,7 @@ class Validation:
         except FlowtrainError as e:
             failure = e
         self.scored, self.start, self.n = log_p, share.start, len(x)
+        self.seconds = time.perf_counter() - begun
         sums = [log_p.sum().item(), log_p.square().sum().item(), len(log_p), failure is not None]
         total, squares, n, failures = distributed.summed(sums)
         if failures:

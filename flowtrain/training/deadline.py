@@ -1,0 +1,150 @@
+"""A time budget for a whole command: what training may take of it, and what the evaluation after it will need."""
+
+import copy
+import logging
+import time
+
+import torch
+
+from flowtrain.data.base import Dataset
+from flowtrain.evaluation import rows_of_checks
+from flowtrain.flow import Flow
+from flowtrain.scores import held_out, log_probs
+from flowtrain.training.trouble import STEP_ERRORS
+
+log = logging.getLogger("flowtrain")
+
+# seconds that an evaluation and its pictures take besides the passes of rows through the flow
+OVERHEAD, PICTURES = 1.5, 2.0
+# of the time that is left once all is built, the shares that one validation and the whole end may take
+VALIDATION, END = 0.05, 0.6
+# passes of the rows of the checks that an evaluation makes: several tolerances in float64, draws of the noise
+CHECKS = 20
+# rows that a picture takes of two columns, of more, and of images; and those that `pictures.draw_more` takes besides
+DRAWN, MORE = {"plane": 16_000, "vectors": 2_000, "images": 100}, {"plane": 45_000, "vectors": 0, "images": 400}
+# rows that a probe scores, at least and at most, and its share of the time that is left
+FEWEST, PROBE, SHARE = 8, 64, 0.005
+# the least that a set is cut to
+LEAST = 200
+# of the time for training, into how many parts probes divide it: solves become longer as a flow is trained
+PARTS = 4
+
+
+class Deadline:
+    """When a command is to be done.
+
+    Args:
+        seconds: of the whole command.
+        begun: when it began, by time.perf_counter.
+
+    Attributes:
+        row_seconds: what one row takes to be scored, as last measured.
+    """
+
+    def __init__(self, seconds: float, begun: float, flow: Flow, data: Dataset) -> None:
+        self.seconds, self.begun, self.flow, self.data = seconds, begun, flow, data
+        shape = flow.event_shape
+        self.kind = "images" if len(shape) == 3 else "plane" if shape[0] <= 2 else "vectors"
+        self.checked = CHECKS * rows_of_checks(shape)
+        self.row_seconds = 0.0
+        self.most_val: int | None = None
+        self.probed = 0
+        # seconds that the evaluation may take
+        self.room = END * self.left
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.begun + self.seconds - time.perf_counter()
+
+    def probe(self) -> None:
+        """Measures `row_seconds` on a few validation rows, with the weights as they are."""
+        x, label = held_out(self.flow, self.data, "val")
+        rows = int(SHARE * self.left / self.row_seconds) if self.row_seconds else FEWEST
+        rows = max(FEWEST, min(PROBE, rows))
+        x, label = x[:rows], None if label is None else label[:rows]
+        training = self.flow.training
+        self.flow.eval()
+        try:
+            # what comes first pays for allocations and caches
+            log_probs(self.flow, x[:2], None if label is None else label[:2])
+            begun = time.perf_counter()
+            log_probs(self.flow, x, label)
+            self.row_seconds = (time.perf_counter() - begun) / len(x)
+        except STEP_ERRORS as e:
+            # the next validation says what is wrong
+            log.debug("a probe of the time that rows take failed: %s", e)
+        finally:
+            self.flow.train(training)
+            self.probed += 1
+
+    def probe_again(self, elapsed: float, limit: float) -> None:
+        """Probes once in each of the PARTS of the time for training."""
+        if elapsed < limit and PARTS * elapsed >= self.probed * limit:
+            self.probe()
+
+    def scored(self, rows: int, seconds: float) -> None:
+        """Told of a validation."""
+        if rows:
+            self.row_seconds = seconds / rows
+
+    @property
+    def end(self) -> float:
+        """Seconds that the end of the run will take: a last validation, the evaluation and the pictures."""
+        n_val = len(self.data.val) if self.most_val is None else min(self.most_val, len(self.data.val))
+        rows = n_val + self.test_rows(self.room) + self.checked + DRAWN[self.kind]
+        return OVERHEAD + PICTURES + self.row_seconds * rows
+
+    @property
+    def for_training(self) -> float:
+        """Seconds that are left for training."""
+        return self.left - self.end
+
+    def test_rows(self, seconds: float) -> int:
+        """How many rows of the test set an evaluation in that time scores: all of them where it can."""
+        n = len(self.data.test)
+        if not self.row_seconds:
+            return n
+        room = (seconds - OVERHEAD) / self.row_seconds - self.checked
+        return n if room >= n else min(n, max(LEAST, int(room)))
+
+    def val_rows(self, size: int | None) -> int | None:
+        """How many rows of the validation set a validation takes: `size`, or fewer where those would take too long."""
+        n = min(len(self.data.val), size or len(self.data.val))
+        if not self.row_seconds or self.row_seconds * n <= VALIDATION * self.left:
+            return size
+        self.most_val = min(n, max(LEAST, int(VALIDATION * self.left / self.row_seconds)))
+        log.info(
+            "time_budget=%g: validations take %d of %d rows, so that each of them takes at most %d%% of the time",
+            self.seconds,
+            self.most_val,
+            n,
+            round(100 * VALIDATION),
+        )
+        return self.most_val
+
+    def tested(self) -> Dataset:
+        """The data with as many test rows as there is time for; fewer than there are give a warning."""
+        n, rows = len(self.data.test), self.test_rows(self.left - PICTURES)
+        if rows == n:
+            return self.data
+        log.warning(
+            "time_budget=%g leaves time to score %d of the %d test rows: the result is that of these, evenly spread. "
+            "floweval with the run's directory scores all of them.",
+            self.seconds,
+            rows,
+            n,
+        )
+        chosen = torch.linspace(0, n - 1, rows).round().long()
+        fewer = copy.copy(self.data)
+        fewer.test = self.data.test[chosen]
+        fewer.test_labels = None if self.data.test_labels is None else self.data.test_labels[chosen]
+        return fewer
+
+    def has_time_for(self, what: str, more: bool = False) -> bool:
+        """Whether a picture can be drawn within the budget; says where not."""
+        takes = PICTURES / 4 + self.row_seconds * (MORE if more else DRAWN)[self.kind]
+        if takes <= max(0.0, self.left):
+            return True
+        log.info("time_budget=%g: no time is left for pictures of %s; floweval draws them", self.seconds, what)
+        return False
