@@ -87,7 +87,11 @@ def test_they_change_nothing_of_training(how: str, table: list[str], tmp_path: P
     layers = [key for key in table if not (how == "hybrid" and key.startswith("model"))]
     found = []
     for early in ("true", "false"):
-        keys = [*layers, *ENDINGS[how], "trainer.steps=60" if how != "hybrid" else "trainer.steps=20"]
+        keys = [
+            *layers,
+            *ENDINGS[how],
+            {"hybrid": "trainer.steps=20", "plateau": "trainer.steps=120"}.get(how, "trainer.steps=60"),
+        ]
         keys += ["trainer.max_rise=null", "trainer.batch_size=12", "trainer.val_every=10", "trainer.log_every=1"]
         run = trainer_of(tmp_path / early, [*keys, f"trainer.val_early={early}"])
         run.fit()
@@ -141,7 +145,7 @@ def test_resume_is_exact(stop: int, table: list[str], tmp_path: Path) -> None:
 
 
 def test_the_start_is_kept_where_no_step_is_better(table: list[str], tmp_path: Path) -> None:
-    run = trainer_of(tmp_path, [*table, "trainer.lr=10", "trainer.steps=30"])
+    run = trainer_of(tmp_path, [*table, "trainer.lr=3", "trainer.lr_decay=constant", "trainer.steps=30"])
     start = {k: v.clone() for k, v in run.flow.state_dict().items()}
     run.fit()
     best = checkpoint.load(tmp_path / "checkpoints/best.pt")
