@@ -213,8 +213,8 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
     with phase("loading the checkpoint to evaluate"):
         flow = loading.restore({**saved, "config": config}, device, trust=_own_packages(config))
     with phase("evaluating"):
-        tested = data if deadline is None else deadline.tested()
-        result = evaluate(flow, tested, "test", saved["step"], trained_on=data)
+        tested, thorough = (data, True) if deadline is None else deadline.tested()
+        result = evaluate(flow, tested, "test", saved["step"], trained_on=data, thorough=thorough)
     best = None if trainer.best is None else trainer.best["nll"]
     rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
     rest["val_nll_stderr"] = None if trainer.best is None else stderr_at(trainer.metrics.rows, trainer.best["step"])

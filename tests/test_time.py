@@ -195,7 +195,9 @@ def test_training_leaves_time_for_the_evaluation(pretended: Clock) -> None:
     assert dear.end == pytest.approx(dear.left - dear.for_training)
     # all test rows, a validation, what is checked, and a picture
     assert dear.end > 10
-    assert dear.test_rows(dear.room) == 10_000
+    assert dear.evaluated(dear.room) == (10_000, True)
+    # the checks go first
+    assert limited(pretended, 100, 4e-3).evaluated(50.0) == (10_000, False)
     # what it reserves does not shrink as time goes by
     before = dear.end
     pretended.now += 40
@@ -205,18 +207,20 @@ def test_training_leaves_time_for_the_evaluation(pretended: Clock) -> None:
 
 def test_test_rows_are_never_reduced_silently(pretended: Clock, caplog: pytest.LogCaptureFixture) -> None:
     enough = limited(pretended, 100, 1e-4)
-    assert enough.tested() is enough.data
+    data, thorough = enough.tested()
+    assert data is enough.data
+    assert thorough
     assert not caplog.records
     short = limited(pretended, 100, 0.01)
-    fewer = short.tested()
+    fewer, thorough = short.tested()
+    assert not thorough
     n = len(fewer.test)
     assert 200 <= n < 10_000
     assert 0.01 * n < short.left
     # evenly spread
     assert torch.equal(fewer.test[[0, -1]], short.data.test[[0, -1]])
     assert len(short.data.test) == 10_000
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert str(n) in record.getMessage()
     assert "10000" in record.getMessage()
 
@@ -244,7 +248,7 @@ def test_a_budget_ends_training_in_time(pretended: Clock, tmp_path: Path) -> Non
     pretended.per_step(run, 0.5)
     run.fit()
     assert run.stopped_by == "time limit"
-    assert -1 < run.deadline.for_training <= 0
+    assert 3 < run.deadline.left < 4.5
     assert trained(tmp_path, "lr")[-1] < 0.001
 
 
@@ -281,7 +285,8 @@ def test_a_budget_that_is_spent_still_gives_a_result(run: Run, monkeypatch: pyte
     code, out, err = run("flowtrain", "time_budget=10", "model=affine", *SMALL, "data.n_test=500")
     assert code == 0, err
     found = result(Path(out.splitlines()[-1]))
-    assert (found["n"], found["steps"]) == (200, 1)
+    assert (found["n"], found["steps"], found["checks"]) == (200, 1, {})
+    assert found["budget"]["rows"] == 10
     assert "200 of the 500" in err
 
 

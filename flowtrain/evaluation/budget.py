@@ -37,10 +37,12 @@ class Subset:
     label: Tensor | None
 
 
-def subset_of(flow: Flow, x: Tensor, label: Tensor | None, left_out: Tensor | None = None) -> Subset:
+def subset_of(
+    flow: Flow, x: Tensor, label: Tensor | None, left_out: Tensor | None = None, most: int | None = None
+) -> Subset:
     """Rows of x (n, *event_shape) and of labels (n,) or None, drawn at random: files may be sorted.
 
-    As many as `rows_of_checks` says.
+    As many as `rows_of_checks` says, or `most` of them.
 
     Args:
         left_out: rows that are not taken, (k,), of which one would decide all that is measured.
@@ -50,7 +52,7 @@ def subset_of(flow: Flow, x: Tensor, label: Tensor | None, left_out: Tensor | No
         rows = torch.randperm(len(x))
         if left_out is not None:
             rows = rows[~torch.isin(rows, left_out)]
-        rows = rows[: rows_of_checks(flow.event_shape)]
+        rows = rows[: rows_of_checks(flow.event_shape)][:most]
         raw = x[rows]
         x = flow.dequantized(raw) if flow.discrete else raw.to(device)
         return Subset(raw, x, None if label is None else label[rows].to(device))
