@@ -2,12 +2,13 @@
 
 import copy
 import logging
+import math
 import time
 
 import torch
 
 from flowtrain.data.base import Dataset
-from flowtrain.flow import Flow
+from flowtrain.flow import Flow, rows_at_a_time
 from flowtrain.scores import held_out, log_probs
 from flowtrain.training.trouble import STEP_ERRORS
 
@@ -15,15 +16,15 @@ log = logging.getLogger("flowtrain")
 
 # seconds that an evaluation and its pictures take besides the passes of rows through the flow
 OVERHEAD, PICTURES = 1.5, 2.0
-# of the time that is left once all is built, the shares that one validation and the whole end may take
-VALIDATION, END = 0.05, 0.6
-# rows that the error budget and the checks of an evaluation take in all (9,000 to 10,000 as measured on moons, on a table
-# of 36 columns and on MNIST), and those of an evaluation that is not thorough
+# of the time that is left once all is built, the shares of initialization, of a validation and of the end
+FIRST, VALIDATION, END = 0.03, 0.05, 0.6
+# rows that the error budget and the checks of an evaluation take in all (9,000 to 10,000 as measured on moons, a table
+# of 36 columns and MNIST), and those of an evaluation that is not thorough
 CHECKED, BRIEF = 10_000, 500
 # rows that a picture takes of two columns, of more, and of images; and those that `pictures.draw_more` takes besides
 DRAWN, MORE = {"plane": 16_000, "vectors": 2_000, "images": 100}, {"plane": 45_000, "vectors": 0, "images": 400}
-# rows that a probe scores, at least and at most, and its share of the time that is left
-FEWEST, PROBE, SHARE = 8, 64, 0.005
+# rows that a probe scores first, then each time so many times as many, up to a share of the time that is left
+FEWEST, MORE_ROWS, SHARE = 8, 4, 0.005
 # the least that a set is cut to
 LEAST = 200
 # of the time for training, into how many parts probes divide it: solves become longer as a flow is trained
@@ -56,20 +57,33 @@ class Deadline:
         """Seconds."""
         return self.begun + self.seconds - time.perf_counter()
 
+    @property
+    def slowness(self) -> float:
+        """How much longer than on idle cores things take: wall time over CPU time, at least 1."""
+        return max(1.0, (self.seconds - self.left) / max(time.process_time(), 1e-3))
+
     def probe(self) -> None:
-        """Measures `row_seconds` on a few validation rows, with the weights as they are."""
+        """Measures `row_seconds` on validation rows, with the weights as they are.
+
+        On ever more of them, as long as that is quick: the cost of a pass is spread over as many rows as it has.
+        """
         x, label = held_out(self.flow, self.data, "val")
-        rows = int(SHARE * self.left / self.row_seconds) if self.row_seconds else FEWEST
-        rows = max(FEWEST, min(PROBE, rows))
-        x, label = x[:rows], None if label is None else label[:rows]
         training = self.flow.training
         self.flow.eval()
+        rows, enough = FEWEST, min(len(x), rows_at_a_time(self.flow.event_shape))
         try:
             # what comes first pays for allocations and caches
             log_probs(self.flow, x[:2], None if label is None else label[:2])
-            begun = time.perf_counter()
-            log_probs(self.flow, x, label)
-            self.row_seconds = (time.perf_counter() - begun) / len(x)
+            while True:
+                rows = min(rows, enough)
+                begun = time.perf_counter()
+                log_probs(self.flow, x[:rows], None if label is None else label[:rows])
+                took = time.perf_counter() - begun
+                measured = took / rows
+                if rows == enough or took > SHARE * self.left:
+                    break
+                rows *= MORE_ROWS
+            self.measured(measured)
         except STEP_ERRORS as e:
             # the next validation says what is wrong
             log.debug("a probe of the time that rows take failed: %s", e)
@@ -85,7 +99,16 @@ class Deadline:
     def scored(self, rows: int, seconds: float) -> None:
         """Told of a validation."""
         if rows:
-            self.row_seconds = seconds / rows
+            self.measured(seconds / rows)
+
+    def measured(self, row_seconds: float) -> None:
+        """Takes in a measurement: half of a sudden change may be that of a busy machine."""
+        self.row_seconds = math.sqrt(self.row_seconds * row_seconds) if self.row_seconds else row_seconds
+
+    def first_rows(self, most: int) -> int:
+        """How many of `most` rows a model is initialized with."""
+        self.probe()
+        return most if not self.row_seconds else min(most, max(1, int(FIRST * self.left / self.row_seconds)))
 
     @property
     def end(self) -> float:
@@ -93,7 +116,7 @@ class Deadline:
         n_val = len(self.data.val) if self.most_val is None else min(self.most_val, len(self.data.val))
         tested, thorough = self.evaluated(self.room)
         rows = n_val + tested + (CHECKED if thorough else BRIEF) + DRAWN[self.kind]
-        return OVERHEAD + PICTURES + self.row_seconds * rows
+        return self.slowness * (OVERHEAD + PICTURES) + self.row_seconds * rows
 
     @property
     def for_training(self) -> float:
@@ -105,7 +128,7 @@ class Deadline:
         n = len(self.data.test)
         if not self.row_seconds:
             return n, True
-        room = (seconds - OVERHEAD) / self.row_seconds
+        room = (seconds - self.slowness * OVERHEAD) / self.row_seconds
         if room >= n + CHECKED:
             return n, True
         return min(n, max(LEAST, int(room) - BRIEF)), False
@@ -131,7 +154,7 @@ class Deadline:
         Fewer rows than there are give a warning.
         """
         n = len(self.data.test)
-        rows, thorough = self.evaluated(self.left - PICTURES)
+        rows, thorough = self.evaluated(self.left - self.slowness * PICTURES)
         if not thorough:
             log.info(
                 "time_budget=%g leaves no time for the checks of the density; floweval makes them, with the run's "
@@ -155,7 +178,7 @@ class Deadline:
 
     def has_time_for(self, what: str, more: bool = False) -> bool:
         """Whether a picture can be drawn within the budget; says where not."""
-        takes = PICTURES / 4 + self.row_seconds * (MORE if more else DRAWN)[self.kind]
+        takes = self.slowness * PICTURES / 2 + self.row_seconds * (MORE if more else DRAWN)[self.kind]
         if takes <= max(0.0, self.left):
             return True
         log.info("time_budget=%g: no time is left for pictures of %s; floweval draws them", self.seconds, what)

@@ -80,7 +80,7 @@ class Trainer:
             load_weights(flow, saved)
         elif initialize:
             with phase("initializing the model from data"):
-                starting.initialize(flow, batches)
+                starting.initialize(flow, batches, deadline)
         distributed.make_alike(flow.state_dict().values())
         self.progress, self.trouble = Progress(), Trouble(settings.on_nonfinite, settings.max_rewinds)
         self.objective = objective

@@ -10,6 +10,7 @@ from flowtrain.errors import ConfigError, NonFiniteError
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
 from flowtrain.training.batches import Batches
+from flowtrain.training.deadline import Deadline
 from flowtrain.training.settings import Settings
 
 # numbers in the batch that data-dependent parameters are set by, and rows: at the least, and at the most
@@ -34,8 +35,11 @@ def check_trainable(flow: Flow, settings: Settings) -> None:
         )
 
 
-def initialize(flow: Flow, batches: Batches) -> None:
+def initialize(flow: Flow, batches: Batches, deadline: Deadline | None = None) -> None:
     """Sets statistics and data-dependent parameters from training data, all rows of them on every rank.
+
+    Args:
+        deadline: limits how many rows are taken, down to LEAST_ROWS.
 
     Raises:
         NonFiniteError: data that hold NaN or infinite values.
@@ -48,6 +52,8 @@ def initialize(flow: Flow, batches: Batches) -> None:
         if isinstance(bijection, Standardize) and moments is not None:
             bijection.fit(*moments, offset)
     rows = max(LEAST_ROWS, min(MOST_ROWS, INITIALIZATION // math.prod(flow.event_shape)))
+    if deadline is not None:
+        rows = max(LEAST_ROWS, deadline.first_rows(rows))
     if batches.data.n_train is not None:
         # each at most once: a covariance is shrunk by the number of different rows
         rows = min(rows, batches.data.n_train)
