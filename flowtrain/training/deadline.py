@@ -25,6 +25,8 @@ CHECKED, BRIEF = 10_000, 500
 DRAWN, MORE = {"plane": 16_000, "vectors": 2_000, "images": 100}, {"plane": 45_000, "vectors": 0, "images": 400}
 # rows that a probe scores first, then each time so many times as many, up to a share of the time that is left
 FEWEST, MORE_ROWS, SHARE = 8, 4, 0.005
+# by which rows are taken to be slower than measured
+SAFETY = 1.2
 # the least that a set is cut to
 LEAST = 200
 # of the time for training, into how many parts probes divide it: solves become longer as a flow is trained
@@ -99,7 +101,7 @@ class Deadline:
     def scored(self, rows: int, seconds: float) -> None:
         """Told of a validation."""
         if rows:
-            self.measured(seconds / rows)
+            self.row_seconds = seconds / rows
 
     def measured(self, row_seconds: float) -> None:
         """Takes in a measurement: half of a sudden change may be that of a busy machine."""
@@ -128,7 +130,7 @@ class Deadline:
         n = len(self.data.test)
         if not self.row_seconds:
             return n, True
-        room = (seconds - self.slowness * OVERHEAD) / self.row_seconds
+        room = (seconds - self.slowness * OVERHEAD) / (SAFETY * self.row_seconds)
         if room >= n + CHECKED:
             return n, True
         return min(n, max(LEAST, int(room) - BRIEF)), False
