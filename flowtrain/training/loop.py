@@ -142,7 +142,7 @@ class Trainer:
     def course(self, best: int) -> str:
         """How training went, in words: where the best step was, and what may help; `best` is that of best.pt."""
         d = math.prod(self.flow.event_shape)
-        hint = advice(self.metrics.rows, best, self.step, d, self.data.rows is not None, self.config)
+        hint = advice(self.metrics.rows, best, self.step, d, self.data.n_train is not None, self.config)
         return best_step(best, self.step) + (f" ({hint})" if hint else "")
 
     # the loop
