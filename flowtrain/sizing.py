@@ -56,7 +56,7 @@ _COUPLING_TRAINER: dict[str, Any] = {"lr_decay": "constant", "clip_norm": 5.0, "
 _VECTORS: dict[str, Groups] = {
     "realnvp": {"model": {"mixing": "permutation", **_BOUNDED}, "trainer": _COUPLING_TRAINER},
     "glow": {"model": _BOUNDED, "trainer": _COUPLING_TRAINER},
-    "affine": {"trainer": {"steps": 500, "patience": 5}},
+    "affine": {"trainer": {"steps": 500, "lr": 0.001, "val_every": 100, "patience": 5}},
     "ffjord": {
         "model": {"field": "time_embedding", "positions": False},
         "trainer": {"steps": 600, "lr_decay": "cosine", "ema": 0.99, "clip_norm": 5.0, "patience": 3},
@@ -124,13 +124,14 @@ def sized(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, .
 NATIVE = ("trace", "eval_trace")
 
 
-def _gaussian(rows: int | None, columns: int) -> Groups:
-    """Of affine, which has d (d + 3) / 2 parameters and starts at a shrunk Gaussian.
+def _small_steps(lr: float, rows: int, columns: int) -> dict[str, Any]:
+    """The trainer of models with a d x d matrix that starts at a shrunk Gaussian or at a rotation, on few rows.
 
-    With few rows for each of them the maximum likelihood is worse than where it starts, so it may move less.
+    With few rows for each entry the maximum likelihood is worse than the start, and a step of Adam moves all entries at
+    once, so the learning rate is smaller.
     """
-    share = 1.0 if rows is None else min(1.0, rows / (4 * columns**2))
-    return {"trainer": {"lr": float(f"{1e-3 * share:.2g}"), "val_every": 100 if share == 1 else 20}}
+    share = min(1.0, rows / (4 * columns**2))
+    return {"lr": float(f"{lr * share:.2g}"), **({"val_every": 20} if share < 1 else {})}
 
 
 def _values(name: str, rows: int | None, event_shape: tuple[int, ...]) -> Groups:
@@ -143,7 +144,9 @@ def _values(name: str, rows: int | None, event_shape: tuple[int, ...]) -> Groups
         _COUPLINGS[tier] if name in _DEPTHS else {},
         _DEPTHS.get(name, {}).get(tier, {}),
         _FIELDS[tier] if name == "ffjord" else {},
-        _gaussian(rows, event_shape[0]) if name == "affine" else {},
         {"trainer": {"batch_size": _BATCH if rows is None else min(_BATCH, rows)}},
     ]
-    return {g: {k: v for part in parts for k, v in part.get(g, {}).items()} for g in ("model", "trainer")}
+    found = {g: {k: v for part in parts for k, v in part.get(g, {}).items()} for g in ("model", "trainer")}
+    if rows is not None and (name == "affine" or (name == "glow" and tier in (_FEW, _TINY))):
+        found["trainer"] |= _small_steps(found["trainer"]["lr"], rows, event_shape[0])
+    return found
