@@ -15,7 +15,7 @@ from flowtrain.errors import ConfigError, FlowtrainError, out_of_memory
         ("+model=3", "model=3: choose one of affine"),
         ("solver={a: 1}", "choose one of adaptive_heun"),
         ("model=realnvp,3", "choose one of affine"),
-        ("recipe=nowhere", "recipe=nowhere: choose one of ffjord_2spirals"),
+        ("recipe=nowhere", "recipe=nowhere: choose one of affine_array"),
         ("=3", "'=3': arguments look like KEY=VALUE"),
         ("+=", "arguments look like KEY=VALUE"),
         (" ", "arguments look like KEY=VALUE"),

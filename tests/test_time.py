@@ -210,7 +210,7 @@ def test_training_leaves_time_for_the_evaluation(pretended: Clock) -> None:
     assert dear.end > 10
     assert dear.evaluated(dear.room) == (10_000, True)
     # the checks go first
-    assert limited(pretended, 100, 3.5e-3).evaluated(50.0) == (10_000, False)
+    assert limited(pretended, 100, 3.3e-3).evaluated(50.0) == (10_000, False)
     # what it reserves does not shrink as time goes by
     before = dear.end
     pretended.now += 40
@@ -298,7 +298,9 @@ def test_a_budget_that_is_spent_still_gives_a_result(run: Run, monkeypatch: pyte
     code, out, err = run("flowtrain", "time_budget=10", "model=affine", *SMALL, "data.n_test=500")
     assert code == 0, err
     found = result(Path(out.splitlines()[-1]))
-    assert (found["n"], found["steps"], found["checks"]) == (200, 1, {})
+    assert (found["n"], found["steps"]) == (200, 1)
+    # what needs no further scoring
+    assert found["checks"].keys() <= {"concentration", "baseline"}
     assert found["budget"]["rows"] == 10
     assert "200 of the 500" in err
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -109,6 +110,10 @@ def try_flowtrain(arguments: Sequence[str], folder: Path, part: Part) -> Verdict
     return verdict
 
 
+# the name of a data file in a message
+DATA_FILE = re.compile(r"\.(npy|npz|csv|tra|tes|txt)\b")
+
+
 def judged(outcome: Outcome, run_dir: Path) -> Verdict:
     """Whether a `flowtrain` has trained, or was refused or failed with one message."""
     code, out, err = outcome
@@ -117,8 +122,9 @@ def judged(outcome: Outcome, run_dir: Path) -> Verdict:
     if code:
         log = run_dir / "flowtrain.log"
         logged = log.read_text() if log.exists() else ""
-        # what the data said before is in the log too
+        # warnings about the data are in the log too; a refused run leaves no log, and its warnings name the file
         lines = [line for line in err.splitlines() if line.strip() and line not in logged]
+        lines = [line for line in lines if line.startswith("flowtrain: ") or not DATA_FILE.search(line)]
         if len(lines) != 1 or not lines[0].startswith("flowtrain: ") or out:
             return Verdict(f"exit code {code} with {len(lines)} lines: {' / '.join([out, *lines[-3:]])}", wrong=True)
         metrics = run_dir / "metrics.jsonl"
