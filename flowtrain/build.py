@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.linear import FromGaussian
+from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.scale import Standardize
 from flowtrain.checks import as_whole
@@ -81,7 +81,8 @@ def build_flow(config: Config, samples: Samples) -> Flow:
     wanted = _wanted(config, "model", offered)
     flow = cast(Flow, _call(config, "model", event_shape=samples.event_shape, **wanted))
     if samples.gaussian_start:
-        flow.bijection = FromGaussian(flow.bijection, math.prod(samples.event_shape))
+        start = Preconditioned if flow.continuous else FromGaussian
+        flow.bijection = start(flow.bijection, math.prod(samples.event_shape))
     if samples.standardized or samples.centered:
         flow.bijection = Chain([flow.bijection, Standardize(samples.event_shape, samples.centered)])
     if samples.levels is not None:

@@ -49,7 +49,7 @@ _FIELDS: dict[int, Groups] = {
     _FEW: {"model": {"hidden": [32, 32]}, "trainer": {"lr": 0.002, "weight_decay": 1e-3, "val_every": 20}},
     _TINY: {"model": {"hidden": [16]}, "trainer": {"lr": 2e-4, "weight_decay": 1e-2, "val_every": 20}},
 }
-# whatever the number of rows. A cap of 0.5 is as good as 2 on gas and bounds the scale of 16 couplings by exp(4). The
+# whatever the number of rows. A cap of 0.5 is as good as 2 on gas and bounds the scale of 16 couplings by exp(8). The
 # NLL of a table's validation rows rises and falls again, so patience is long
 _BOUNDED: dict[str, Any] = {"positions": False, "cap": 0.5, "input_bound": 5.0}
 _COUPLING_TRAINER: dict[str, Any] = {"lr_decay": "constant", "clip_norm": 5.0, "patience": 10}

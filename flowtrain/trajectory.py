@@ -18,7 +18,7 @@ from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 
 # what stands at the data end only to give samples their units; everything on the way is seen through it
-FRAMES = (ActNorm, BatchNorm, Standardize, Logit)
+FRAMES = (ActNorm, BatchNorm, Standardize, Logit, GaussianStart)
 # what belongs to the step before it: alone it would be one in which next to nothing happens
 QUIET = (*FRAMES, Permutation, InvertibleLinear)
 
@@ -88,7 +88,7 @@ class Trajectory:
         self.flow = flow
         self.frame = Chain(found[end:])
         # a base that is another Gaussian is no step
-        start = int(isinstance(found[0], GaussianStart)) if found else 0
+        start = int(end > 0 and isinstance(found[0], GaussianStart))
         self.base = Chain(found[:start])
         self.steps = _steps(found[start:end])
         n, intervals = len(self.steps), moments - 1

@@ -13,7 +13,7 @@ from runs import Run
 from flowtrain import sizing
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.coupling import IndexCoupling
-from flowtrain.bijections.linear import FromGaussian
+from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.scale import Standardize
 from flowtrain.cli.messages import compose_defaults
 from flowtrain.conditioners.mlp import MLP
@@ -54,7 +54,8 @@ def test_a_flow_starts_at_the_gaussian_of_the_training_rows(name: str) -> None:
     flow = MODELS[name]()
     standardize = Standardize((D,))
     standardize.fit(x.mean(0), x.std(0, correction=0))
-    flow.bijection = Chain([FromGaussian(flow.bijection, D), standardize])
+    start = Preconditioned if flow.continuous else FromGaussian
+    flow.bijection = Chain([start(flow.bijection, D), standardize])
     flow.bijection.initialize(x)
     flow.eval()
     with torch.no_grad():
