@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from field_flows import PLAIN, Linear, around
@@ -201,3 +202,14 @@ def test_from_on_data_of_another_kind_names_itself(run: Run, tmp_path: Path) -> 
     code, _, err = run("flowtrain", f"from={first}", f"data.path={tmp_path}/b.csv", "trainer.steps=2")
     assert code == 2
     assert "from: the run was trained on samples whose event_shape" in err
+
+
+def test_the_teacher_is_no_candidate_for_the_best_checkpoint_of_a_reflow(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32))
+    small = ["model.hidden=[4]", "trainer.steps=2", "trainer.plot_every=null"]
+    keys = ["objective=flow_matching", "data=array", "data.path=t.npy", *small]
+    assert run("flowtrain", *keys, "hydra.run.dir=teacher")[0] == 0
+    # steps so large that the start has the better likelihood
+    reflow = ["objective=rectified", "from=teacher", "objective.pairs=50", "trainer.lr=0.5", "trainer.lr_warmup=0"]
+    assert run("flowtrain", *reflow, *small[1:], "hydra.run.dir=student")[0] == 0
+    assert json.loads((tmp_path / "student/result.json").read_text())["step"] == 2

@@ -21,10 +21,13 @@ class Objective(nn.Module, ABC):
         flow: what is trained.
         likelihood_from: the first step that maximizes the likelihood, and so solves the ODE of a continuous flow;
             None: no step does. Learning rate, tolerance and averaging begin anew there.
+        start_counts: whether the flow before the first step can become the best checkpoint. It cannot where training
+            trades likelihood for something else.
         pinned: what checkpoints keep of the objective's keys in place of what the run was given.
     """
 
     likelihood_from: int | None = 0
+    start_counts = True
     pinned: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, flow: Flow, regularizer: Regularizer) -> None:

@@ -32,6 +32,9 @@ class Rectified(Matching):
         ConfigError: what `Matching` refuses, of either flow, or a setting out of range.
     """
 
+    # it is the teacher, whose likelihood may well be better, but whose paths are not straight
+    start_counts = False
+
     def __init__(
         self, flow: Flow, regularizer: Regularizer, teacher: Flow, seed: int, pairs: int = 100_000, rtol: float = 1e-4
     ) -> None:

@@ -96,7 +96,8 @@ class Trainer:
         self.metrics = Metrics(run_dir / "metrics.jsonl", self.step, writes=distributed.is_first())
         self.update = Update(objective, self.learner, batches, settings, run_dir)
         self.validation = Validation(self.learner, data, settings, self.progress, self.metrics, self.saves)
-        self.plan = Plan(settings, early_validations(settings, data.n_train, self.learner.solves_from != 0))
+        early = early_validations(settings, data.n_train, self.learner.solves_from != 0)
+        self.plan = Plan(settings, early if objective.start_counts else frozenset())
         self.recovery = Recovery(self.trouble, self.saves, self.metrics, settings)
         self.watch = NfeWatch()
         self.stopped_by: str | None = None
