@@ -115,8 +115,8 @@ class GaussianStart(Bijection):
 class Preconditioned(Chain):
     """A model over vectors (B, d) between a standard normal and the data whitened by their shrunk covariance.
 
-    A model that starts as the identity then starts at the Gaussian of the data. All directions of the data have the same
-    scale, which makes an ODE easier to learn. Couplings do better on the columns as they are, see `FromGaussian`.
+    A model that starts as the identity then starts at the Gaussian of the data. All directions of the data have the
+    same scale, which makes an ODE easier to learn. Couplings do better on the columns as they are, see `FromGaussian`.
     """
 
     def __init__(self, model: Bijection, d: int) -> None:
