@@ -73,8 +73,8 @@ def build_settings(config: Config) -> Settings:
 def build_flow(config: Config, samples: Samples) -> Flow:
     """The model, with the solver and the classes where its recipe asks for them, and what prepares the samples for it.
 
-    From the data to the base: a Logit for integers in a known range, or a Standardize where asked; the model; a
-    GaussianStart where asked.
+    From the data to the base, the flow consists of a Logit for integers in a known range, or a Standardize if the
+    samples ask for it; the model; and a start at the Gaussian of the training rows if the samples ask for it.
     """
     # built in any case, so that a mistake in it is not passed over
     offered = {"solver": build_solver(config), "classes": samples.classes}
@@ -93,10 +93,10 @@ def build_flow(config: Config, samples: Samples) -> Flow:
 
 
 def with_whole_numbers(config: Config, groups: Iterable[str]) -> dict[str, Any]:
-    """The config with floats such as 1e4 as ints, where what a group builds is annotated to take whole numbers.
+    """Converts whole floats such as 1e4 to ints, for arguments that are annotated as int and not as float.
 
     Args:
-        groups: the config groups to look at; the seed and the threads are looked at always.
+        groups: the config groups to convert. `seed` and `threads` are always converted.
     """
     top = {key: as_whole(value) if key in ("seed", "threads") else value for key, value in config.items()}
     for group in groups:
@@ -108,18 +108,18 @@ def with_whole_numbers(config: Config, groups: Iterable[str]) -> dict[str, Any]:
 
 
 def _annotations(config: Config, group: str) -> dict[str, Any]:
-    """Of what a group builds, its arguments' types; nothing where there is no such thing, which is found out later."""
+    """The type annotations of what a group builds; empty if it cannot be found, which is reported later."""
     takers: list[Any] = [Solver.__init__] if group == "solver" else []
     try:
         takers.append(Settings if group == "trainer" else _object(_target(config, group), group))
         called = [getattr(f, "__init__") if isinstance(f, type) else f for f in takers]  # noqa: B009
         return {k: v for f in called for k, v in get_type_hints(f).items()}
-    except Exception:  # annotations of somebody else's class can be anything
+    except Exception:  # annotations of a user's class can be anything
         return {}
 
 
 def _kinds_in(annotation: Any) -> set[Any]:
-    """The plain types in an annotation: int and None of `Sequence[int] | None`."""
+    """The plain types in an annotation: int and NoneType for `Sequence[int] | None`."""
     inside = get_args(annotation)
     return set().union(*map(_kinds_in, inside)) if inside else {annotation}
 

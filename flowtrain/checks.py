@@ -29,14 +29,14 @@ def whole(key: str, value: Any, least: int = 1) -> int:
 
 
 def as_whole(value: Any) -> Any:
-    """A float that is a whole number, as an int; anything else as it is."""
+    """Converts a float that is a whole number to an int. Returns anything else unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def within_memory(key: str, rows: int, bytes_each: int) -> int:
-    """`rows` if so many can be in this machine's memory: a process that fills it is killed without a word.
+    """`rows` if so many fit into the memory of this machine. A process that fills it is killed without a message.
 
-    Where the size of the memory is unknown, as on Windows, nothing is refused; there, allocation itself fails.
+    If the size of the memory is unknown, as on Windows, nothing is refused; the allocation fails instead.
     """
     if not hasattr(os, "sysconf"):
         return rows
@@ -70,7 +70,7 @@ def share(key: str, value: Any) -> float:
 
 
 def one_of(key: str, value: Any, choices: Iterable[str], why: str = "") -> str:
-    """`value` if it is among the choices; the message names the nearest of them first."""
+    """`value` if it is one of the choices. The error message suggests the nearest choice first."""
     names = list(choices)
     if value not in names:
         raise ConfigError(f"{key}={value}: {choose(value, names)}{why and f' ({why})'}")

@@ -1,17 +1,18 @@
-"""When this command has begun, as well as a process can tell: imports count, which take seconds.
+"""Estimates when this command began, including its imports, which take seconds.
 
-Imported before anything else of the package, and importing nothing of it.
+This module must not import anything from the package.
 """
 
 import time
 
-# perf_counter at the start of the process: it has computed since then, and done little else
+# perf_counter at the start of the process, assuming that it has computed since then without waiting
 _BEGUN = [time.perf_counter() - time.process_time()]
 
 
 def command_begun() -> float:
-    """perf_counter at which the present command or job began.
+    """The time at which the current command or job began, by time.perf_counter.
 
-    The first call of a process gives the start of the process; later ones, of further jobs of a sweep, the present.
+    The first call in a process returns the start of the process. Later calls, by further jobs of a sweep, return the
+    current time.
     """
     return _BEGUN.pop() if _BEGUN else time.perf_counter()

@@ -21,7 +21,7 @@ log = logging.getLogger("flowtrain")
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]
-    """A handler whose messages do not run into the display of `flowtrain.status`."""
+    """A handler that removes the display of `flowtrain.status` while it writes a message."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with status.aside():
@@ -33,7 +33,7 @@ def messages(path: Path | None = None) -> Iterator[None]:
     """Inside, messages go to standard error, and with the time to a file where one is given; those of rank 0 alone.
 
     Where standard error is no terminal, only warnings go there: a log of many jobs is not the place for tables.
-    Progress is shown as well, see `flowtrain.status`.
+    Progress is also shown, see `flowtrain.status`.
     """
     if not distributed.is_first():
         path = None
@@ -42,7 +42,7 @@ def messages(path: Path | None = None) -> Iterator[None]:
     console.setFormatter(logging.Formatter("%(message)s"))
     handlers: list[logging.Handler] = [console]
     if path is not None:
-        # made with its first message: a command that is refused leaves no file
+        # created with the first message, so that a refused command leaves no file
         file = logging.FileHandler(path, encoding="utf-8", delay=True)
         # a message that the disk has no room for was on the terminal
         file.handleError = lambda record: None  # type: ignore[method-assign]
@@ -63,7 +63,7 @@ def messages(path: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Inside, warnings are left out of the log; other messages are not."""
+    """Suppresses warnings of the log inside; other messages still appear."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return record.levelno != logging.WARNING

@@ -1,8 +1,8 @@
-"""Gradients written by hand: what they do not offer, and how they meet the transforms of `torch.func`.
+"""Support for hand-written gradients: errors for second derivatives, and compatibility with `torch.func`.
 
-A hand-written gradient (`torch.autograd.Function`) computes outside of autograd, so `torch.func` (grad, vmap, jvp and
-what is built on them: jacrev, jacfwd, hessian) cannot transform it. Where `transforms_active` says so, a solve and a
-field compute by ordinary differentiable operations in its place.
+A hand-written gradient (`torch.autograd.Function`) computes outside of autograd, so the transforms of `torch.func`
+(grad, vmap, jvp, jacrev, jacfwd, hessian) cannot transform it. If `transforms_active` returns true, solves and fields
+use ordinary differentiable operations instead.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,15 @@ from flowtrain.errors import FlowtrainError
 
 def transforms_active() -> bool:
     """Whether the code runs inside a transform of `torch.func`, or inside `torch.autograd.forward_ad.dual_level`."""
-    # no public function tells; torch.autograd.Function.apply asks the same
+    # there is no public function for this; torch.autograd.Function.apply makes the same check
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def values(x: Tensor) -> Tensor:
-    """The numbers of x without any graph, those of all lanes where `torch.func.vmap` has spread x over lanes.
+    """The values of x without a graph; inside `torch.func.vmap`, those of all lanes.
 
-    vmap refuses decisions of the host, such as the size of a step, because lanes may differ. Taken on these numbers, a
-    decision holds for all lanes.
+    vmap rejects control flow that depends on values, such as the choice of a step size, because lanes may differ. A
+    decision based on these values is the same for all lanes.
 
     Example:
         >>> found = []
@@ -41,7 +41,7 @@ def values(x: Tensor) -> Tensor:
 
 
 def largest(x: Tensor) -> float:
-    """The largest of the numbers of x, see `values`; NaN if one of them is."""
+    """The largest of the values of x, see `values`; NaN if one of them is NaN."""
     x = values(x)
     return float(x.max() if x.dim() else x)
 
@@ -50,7 +50,7 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the backward of an autograd.Function that has no second derivative, to say so where one is begun.
 
     torch's own once_differentiable speaks only when the second derivative is taken, and a Hessian comes back as zeros.
-    Cotangents that `torch.func.vmap` has spread over lanes are pulled back lane by lane.
+    Cotangents batched by `torch.func.vmap` are pulled back lane by lane.
 
     Raises:
         FlowtrainError: the gradient is taken with create_graph=True, or with is_grads_batched=True.
@@ -60,15 +60,15 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(ctx: Any, *cotangents: Any) -> Any:
         if torch.is_grad_enabled():
             raise FlowtrainError(
-                "a continuous flow has first derivatives only in torch.autograd: the gradient was asked for with "
-                "create_graph=True. Use torch.func for second derivatives, for example "
+                "torch.autograd supports only first derivatives of a continuous flow, but the gradient was requested "
+                "with create_graph=True. Use torch.func for second derivatives, for example "
                 "torch.func.hessian(lambda x: flow.log_prob(x[None])[0])(x)."
             )
         given = [c for c in cotangents if isinstance(c, Tensor)]
         if any(_functorch.is_legacy_batchedtensor(c) for c in given):
             raise FlowtrainError(
-                "a continuous flow pulls back one cotangent at a time in torch.autograd: it was asked for several "
-                "with is_grads_batched=True, or with vectorize=True. Use torch.func.jacrev or torch.func.jacfwd."
+                "torch.autograd supports only one cotangent at a time for a continuous flow, and several were given "
+                "with is_grads_batched=True or vectorize=True. Use torch.func.jacrev or torch.func.jacfwd."
             )
         if any(_functorch.is_batchedtensor(c) for c in given):
             return _lane_by_lane(lambda *lane: backward(ctx, *lane), cotangents)
@@ -78,7 +78,7 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _lane_by_lane(pull: Callable[..., tuple[Any, ...]], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
-    """pull(*cotangents) for cotangents of which vmap has spread at least one over lanes."""
+    """pull(*cotangents), if vmap has batched at least one of the cotangents."""
     places: list[int] = []
     n = 0
 
@@ -105,11 +105,11 @@ class _Lanes(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there is no derivative."""
+        """Saves nothing, because there is no derivative."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, function: Any, *inputs: Any) -> tuple[Any, Any]:
-        """The lanes one after another, stacked."""
+        """Evaluates the lanes one after another and stacks the results."""
         dims = in_dims[1:]
         lanes = [
             _Lanes.apply(  # type: ignore[no-untyped-call]

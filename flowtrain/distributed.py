@@ -98,8 +98,8 @@ def joined() -> Iterator[None]:
         return
     if not dist.is_available():
         raise ConfigError(
-            "RANK and WORLD_SIZE say that this is one of several processes, and this torch was built without "
-            "torch.distributed: unset both, or install another torch"
+            "RANK and WORLD_SIZE say that this is one of several processes, but this torch was built without "
+            "torch.distributed: unset both variables, or install another build of torch"
         )
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -152,7 +152,7 @@ def remembered() -> Path | None:
 
 
 def _note() -> Path:
-    # on Windows, every user has a temporary folder of their own
+    # on Windows, each user has a temporary folder
     user = os.getuid() if hasattr(os, "getuid") else 0
     launcher = f"{user}-{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}-{os.getppid()}"
     return Path(tempfile.gettempdir()) / f"flowtrain-{launcher.replace('/', '_')}"

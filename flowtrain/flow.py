@@ -34,11 +34,11 @@ class Flow(nn.Module):
         classes: of a conditional flow, how many labels there are, 0 .. classes - 1; None for p(x).
         discrete: whether the data are whole numbers.
         levels: of discrete data with values 0 .. levels - 1, else None.
-        centered: whether samples are float64, because the bijection has an offset next to the data whose digits float32
-            would lose.
-        noisy: of real data, the elements of a sample that are whole numbers with noise added by the data set: `x` has
-            it already, and `quantized` takes it off.
-        class_counts: how many training rows each class has; () where that is not known.
+        centered: whether samples are float64. Then the bijection subtracts an offset from the data that float32 would
+            not resolve.
+        noisy: indices of the elements of a sample that are whole numbers plus noise, in real data. The data set adds
+            the noise to `x`; `quantized` removes it.
+        class_counts: the number of training rows of each class; () if unknown.
 
     Example:
         >>> import torch
@@ -116,7 +116,7 @@ class Flow(nn.Module):
         x = self.dequantized(self._checked(x, "x"))
         with self._precision(x):
             z, log_det = self.bijection.inverse(x, self.labels(label, x))
-            # of float64 samples, the map's sum of log-determinants is too
+            # for float64 samples, log_det is float64 too
             return self.base_log_prob(z) + log_det.to(z.dtype), z
 
     def base_log_prob(self, z: Tensor) -> Tensor:
@@ -152,13 +152,13 @@ class Flow(nn.Module):
 
         Args:
             temperature: multiplies the base noise: 1 samples the density, below 1 stays nearer its modes.
-            chunk: rows at a time; None for as many as suit the size of a sample. The base points do not depend on it,
-                but samples by an adaptive solver do, within its tolerance: rows that are solved together share steps.
-            label: one for all, or (n,); None: of a conditional flow `drawn_labels`.
+            chunk: rows at a time; None: chosen by the size of a sample. The base points do not depend on it.
+                Samples by an adaptive solver do, within its tolerance, because the rows of a chunk share steps.
+            label: one for all, or (n,). None: `drawn_labels`, if the flow is conditional.
 
         Raises:
-            FlowtrainError: n or chunk < 1, a temperature below 0 or not finite, or labels superfluous, out of range, of
-                a class without training rows, or neither one nor n.
+            FlowtrainError: n or chunk < 1; a temperature below 0 or not finite; labels for an unconditional flow, out
+                of range, of a class without training rows, or neither one nor n of them.
 
         Example:
             >>> from flowtrain.bijections.affine import Affine
@@ -179,7 +179,7 @@ class Flow(nn.Module):
             self.check_label(label)
         elif self.classes is not None:
             label = self.drawn_labels(n)
-        # drawn at once, so that the base points do not depend on how they are chunked
+        # all at once, so that the base points do not depend on the chunks
         z = temperature * torch.randn(n, *self.event_shape, dtype=like.dtype, device=like.device)
         labels = self.labels(label, z)
         size = chunk or rows_at_a_time(self.event_shape)
@@ -192,7 +192,7 @@ class Flow(nn.Module):
         return torch.cat(x)
 
     def dequantized(self, x: Tensor) -> Tensor:
-        """x + u for the integers x (B, *event_shape) of a discrete flow, else x; like `data_like`.
+        """x + u for the integers x (B, *event_shape) of a discrete flow, else x; with the dtype of `data_like`.
 
         Raises:
             FlowtrainError: outside of training, integers that are none of the flow's levels.
@@ -211,9 +211,10 @@ class Flow(nn.Module):
         return x.to(like)
 
     def quantized(self, x: Tensor) -> Tensor:
-        """The whole numbers that a discrete flow's samples x + u (B, *event_shape) stand for; others as they are.
+        """Rounds samples x + u (B, *event_shape) of a discrete flow down to whole numbers.
 
-        Of a flow with `noisy` elements, those alone, as numbers of the type of x.
+        If the flow has `noisy` elements, only those are rounded, and the dtype of x is kept. Samples of other flows are
+        returned unchanged.
         """
         if self.noisy:
             flat, noisy = x.flatten(1).clone(), list(self.noisy)
@@ -228,19 +229,19 @@ class Flow(nn.Module):
 
     @property
     def seen(self) -> list[int]:
-        """The classes of a conditional flow that have training rows; all of them where that is not known."""
+        """The classes of a conditional flow that have training rows; all classes if that is unknown."""
         assert self.classes is not None
         return [y for y in range(self.classes) if not self.class_counts or self.class_counts[y]]
 
     def in_turn(self, n: int) -> Tensor:
-        """Labels of the classes with training rows in turn, and again, (n,)."""
+        """Labels (n,) that cycle through the classes with training rows."""
         seen = torch.tensor(self.seen, device=self.like.device)
         return seen[torch.arange(n, device=seen.device) % len(seen)]
 
     def drawn_labels(self, n: int) -> Tensor:
-        """Labels drawn by the classes' frequencies in training, (n,), from the global generator of the flow's device.
+        """Draws labels (n,) by the class frequencies in training, from the global generator of the flow's device.
 
-        Where these are not known, as of checkpoints of earlier versions, all classes in turn.
+        If the frequencies are unknown, as in checkpoints of earlier versions, the labels cycle through all classes.
         """
         if not self.class_counts:
             return self.in_turn(n)
@@ -270,10 +271,10 @@ class Flow(nn.Module):
         return y.long().expand(len(x))
 
     def check_label(self, label: Label) -> None:
-        """Refuses a label, or labels (n,), that no sample can be drawn with, before anything else is done.
+        """Checks that samples can be drawn with a label, or with labels (n,).
 
         Raises:
-            FlowtrainError: labels that the flow does not take, see `labels`, or of a class without training rows.
+            FlowtrainError: labels that the flow does not accept, see `labels`, or of a class without training rows.
         """
         n = len(label) if isinstance(label, Tensor) and label.dim() else 1
         labels = self.labels(label, self.like.new_empty(n, 0))
@@ -282,7 +283,7 @@ class Flow(nn.Module):
         bad = [y for y in sorted(set(labels.tolist())) if not self.class_counts[y]]
         if bad:
             raise FlowtrainError(
-                f"label={bad[0]}: the flow was trained on no row of this class; there are {as_ranges(self.seen)}"
+                f"label={bad[0]}: the training data have no row of this class, only of {as_ranges(self.seen)}"
             )
 
     @contextmanager

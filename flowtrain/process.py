@@ -31,7 +31,7 @@ def prepare_process(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> 
 
 
 def cores() -> int:
-    """CPU cores that this process may use: on Linux its affinity, which batch systems set, else all of the machine."""
+    """The number of CPU cores for this process: its affinity on Linux, which batch systems set, else all cores."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -48,7 +48,7 @@ def train(
         config: plain values, resolved.
         saved: the checkpoint to go on from.
         trust: packages besides flowtrain that the run of `from` may build from.
-        begun: when the command began, by time.perf_counter, for its `time_budget`; None: now.
+        begun: when the command began, by time.perf_counter, for `time_budget`; None: now.
 
     Returns:
         (best validation NLL in nats, exit code): 128 + the signal's number after a signal, else 0.
@@ -89,7 +89,7 @@ def prepare(
 ) -> Trainer:
     """Everything built and checked that a run takes, up to its first step; see `train`."""
     device = distributed.device(build.resolve_device(config["device"]))
-    # before the data are read, which can take long; again with what follows from them
+    # finds mistakes before the data are read, which can take long. Built again once the data are known
     build.build_settings(sizing.sized(config, None, (1,)))
     # checkpoints of an older flowtrain have no time budget
     seconds = config.get("time_budget")
@@ -109,8 +109,8 @@ def prepare(
         check_same("from", loading.samples_of(taught), data.samples)
         if saved is None and (change := changes(loading.samples_of(taught).record, data.samples.record)):
             log.warning(
-                "from: since that run, %s: rows that are held out now may be among those that it was trained on, and "
-                "score too well",
+                "from: since that run, %s: it may have been trained on rows that are held out now, which then score "
+                "too well",
                 change,
             )
         with status("loading the run to begin from"):
@@ -186,7 +186,7 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
 
 
 def check_unchanged(before: Samples, now: Samples) -> None:
-    """Refuses to go on with a run whose data have changed: it could be tested on rows that it was trained on.
+    """Refuses to resume a run whose data have changed: it could be tested on rows that it was trained on.
 
     Raises:
         DataError: saying what has changed.
@@ -194,9 +194,9 @@ def check_unchanged(before: Samples, now: Samples) -> None:
     change = changes(before.record, now.record)
     if change:
         raise DataError(
-            f"resume: since the run began, {change}. A run goes on with the data that it began with: rows it "
-            "was trained on could else be held out. Put the data back as they were, or begin a new run with them as "
-            "they are (from=RUN_DIR gives it the weights of this one)"
+            f"resume: since the run began, {change}. A run must be resumed with the same data: otherwise, rows that "
+            "it was trained on could be held out. Restore the data, or start a new run with the changed data "
+            "(from=RUN_DIR starts it with the weights of this one)"
         )
 
 
@@ -241,7 +241,7 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
 
 
 def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
-    """The standard error of the validation NLL of a step; None in the rows of an older flowtrain."""
+    """The standard error of the validation NLL at a step; None in rows written by an older flowtrain."""
     found = [row.get("nll_stderr") for row in rows if row.get("split") == "val" and row["step"] == step]
     return found[-1] if found else None
 

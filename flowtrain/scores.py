@@ -67,11 +67,11 @@ def log_probs_and_latents(
 
     Args:
         label: (n,), for a conditional flow; None for its `marginal`.
-        batch_size: rows at a time; None for as many as suit the size of a sample. Noise is drawn batch by batch, and
-            rows that an adaptive solver solves together share steps: where there is either, log p depends on it.
+        batch_size: rows at a time; None: chosen by the size of a sample. With noise or an adaptive solver, log p
+            depends on it: noise is drawn batch by batch, and the rows of a batch share the solver's steps.
         seed: of the noise.
         latents: of about how many rows, evenly spread, those of the first draw; none of a marginal.
-        unsolved: rows whose ODE may fail to be solved: they get NaN. Where more fail, the SolverError is raised.
+        unsolved: the number of rows whose solve may fail. They get NaN. If more fail, the SolverError is raised.
     """
     device = flow.like.device
     size = batch_size or rows_at_a_time(flow.event_shape)
@@ -94,11 +94,11 @@ def log_probs_and_latents(
 def _solvable(
     flow: Flow, x_k: list[Tensor], label: Tensor | None, failed: list[SolverError], most: int
 ) -> tuple[Tensor, Tensor]:
-    """`_averaged`, with NaN for the rows whose ODE cannot be solved, which are found by halving the batch.
+    """`_averaged`, with NaN for rows whose ODE cannot be solved. Finds these rows by halving the batch.
 
     Args:
-        failed: the errors of such rows, which are added to it.
-        most: of them.
+        failed: the errors of such rows are appended to it.
+        most: the largest allowed number of such rows.
     """
     try:
         return _averaged(flow, x_k, label)
@@ -141,9 +141,9 @@ def _stacked(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def marginal(flow: Flow, x: Tensor) -> Tensor:
-    """log p(x), (B,); of a conditional flow log sum_y P(y) p(x | y), P the classes' frequencies in training.
+    """log p(x), (B,). For a conditional flow, log sum_y P(y) p(x | y), with P the class frequencies in training.
 
-    Where these are not known, as of checkpoints of earlier versions, all classes are equally likely.
+    If the frequencies are unknown, as in checkpoints of earlier versions, all classes are equally likely.
     """
     if flow.classes is None:
         return flow.log_prob(x)

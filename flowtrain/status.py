@@ -1,10 +1,11 @@
 """Progress on standard error: a bar or a line on a terminal, a line every 30 seconds elsewhere.
 
-Work that may take long names itself by `status`, or by `phase`, which also logs the seconds. Both show nothing unless a
-command has called `reporting`, so the library is silent. They work at any depth; the innermost is shown.
+Wrap work that may take long in `status`, or in `phase`, which also logs the seconds. Both show nothing unless a command
+has called `reporting`, so the library is silent. They can be nested; the innermost is shown.
 
-On a terminal the display appears after DELAY seconds without other output and is removed when the work ends. A thread
-refreshes it, so that one long operation shows its elapsed time too.
+On a terminal, a status line appears after DELAY seconds without other output and is removed when the work ends. A
+progress bar (`bar=True`) appears at once and stays. A thread refreshes both, so that one long operation also shows its
+elapsed time.
 """
 
 import logging
@@ -19,21 +20,21 @@ from typing import TextIO
 
 log = logging.getLogger("flowtrain")
 
-# seconds: of silence before a terminal shows something, between lines elsewhere, and between refreshes on a terminal
+# seconds of silence before a terminal shows a status, between lines elsewhere, and between refreshes on a terminal
 DELAY, EVERY, TICK = 2.0, 30.0, 0.5
-# seconds between redraws by work that counts, and the weight of the latest rate in the smoothed one
+# seconds between redraws by `advance`, and the weight of the latest rate in the smoothed rate
 REDRAW, SMOOTHING = 0.1, 0.3
 
 
 class Status:
-    """One piece of work: its name and how far it is.
+    """A piece of work: its name and its progress.
 
     Args:
-        words: what is done, such as "scoring the test set"; a function is called at every refresh.
-        total: how many units there are; None where that is not known.
-        unit: the singular of what is counted.
-        done: units that were done before, as by an earlier run.
-        bar: show it at once on a terminal and leave it there, as a progress bar of the main work.
+        words: what is done, such as "scoring the test set", or a function that returns it, called at every refresh.
+        total: the number of units; None if unknown.
+        unit: the name of a unit, in the singular.
+        done: units already done, for example by an earlier run.
+        bar: show it on a terminal at once, as a progress bar, and leave it there at the end.
 
     Attributes:
         n: units done so far.
@@ -56,7 +57,7 @@ class Status:
         self._counted = (done, 0.0)
 
     def begin(self, reporter: "Reporter", now: float) -> None:
-        """Sets where and since when this is shown."""
+        """Sets the reporter that shows this status, and its start time."""
         self._reporter, self.begun, self._counted = reporter, now, (self.n, now)
 
     def advance(self, n: int = 1) -> None:
@@ -73,28 +74,28 @@ class Status:
             self._reporter.refresh()
 
     def note(self, **values: object) -> None:
-        """Sets the values that stand behind a bar."""
+        """Sets the values that are shown after the bar."""
         self.notes = ", ".join(f"{name}={value}" for name, value in values.items())
 
     @property
     def name(self) -> str:
-        """The words as they are now."""
+        """The current words."""
         return self.words if isinstance(self.words, str) else self.words()
 
     @property
     def rate(self) -> float | None:
-        """Units a second, smoothed; None while nothing is known."""
+        """Units per second, smoothed; None if not known yet."""
         return self._rate if self._rate and self._rate > 0 else None
 
 
 class Reporter:
-    """Shows the innermost of the statuses that have begun.
+    """Shows the innermost active status.
 
     Args:
-        stream: where to; whether it is a terminal decides how.
-        clock: seconds, from any start.
-        delay, every: see DELAY and EVERY; None for those.
-        threaded: refresh from a thread; else only `refresh` and what counts does.
+        stream: where to write. On a terminal, the display is redrawn in place; elsewhere, lines are written.
+        clock: a function that returns the time in seconds.
+        delay, every: None for DELAY and EVERY.
+        threaded: refresh from a thread. Otherwise only `refresh` and `advance` refresh the display.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Reporter:
         self._stack: list[Status] = []
         self._said = clock()
         self._line = ""
-        # reentrant: a log message may come while a line is drawn
+        # reentrant, because a log message may be written while a line is drawn
         self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -129,7 +130,7 @@ class Reporter:
             self.refresh()
 
     def pop(self, status: Status) -> None:
-        """Ends a status, and those that began within it; a bar stays on the terminal as it stood."""
+        """Ends a status and those inside it. A bar stays on the terminal in its last state."""
         with self._changed:
             if status not in self._stack:
                 return
@@ -143,7 +144,7 @@ class Reporter:
             self.refresh()
 
     def refresh(self) -> None:
-        """Shows how far the work is now, where that is due."""
+        """Updates the display, if that is due."""
         with self._changed:
             if not self._stack or self._closed:
                 return
@@ -161,7 +162,7 @@ class Reporter:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Inside, something else is written to the terminal."""
+        """Removes the display inside, so that other output can be written."""
         with self._changed:
             self._draw("")
             try:
@@ -172,7 +173,7 @@ class Reporter:
                 self.refresh()
 
     def close(self) -> None:
-        """Removes what is shown, and ends the thread."""
+        """Removes the display and ends the thread."""
         with self._changed:
             self._stack.clear()
             self._draw("")
@@ -192,15 +193,16 @@ class Reporter:
                 self.refresh()
 
     def _until_due(self) -> float | None:
-        """Seconds that the thread may sleep; None while there is no work."""
+        """Seconds that the thread may sleep; None if there is no status."""
         if not self._stack:
             return None
         return TICK if self.terminal else min(max(TICK, self._said + self.every - self.clock()), 3600.0)
 
     def _current(self, now: float) -> tuple[Status | None, str]:
-        """What to show, and the names of the work around it; None where the silence is still short.
+        """The status to show, and the names of the statuses around it; None before `delay` has passed.
 
-        Work inside a bar's takes its place once it has taken a while; other work is shown after silence.
+        A status inside a bar replaces the bar once it has lasted `delay` seconds. Others are shown after `delay`
+        seconds without output.
         """
         bars = [i for i, status in enumerate(self._stack) if status.bar]
         first = bars[-1] + 1 if bars else 0
@@ -222,7 +224,7 @@ class Reporter:
         if status.total is None:
             counted = f" {status.n:,} {status.unit}s" if status.n else ""
             return f"{words}{counted} [{tqdm.format_interval(seconds)}]"[:width]
-        # half of the line is the bar's
+        # half of the line is for the bar
         if len(words) > width // 2:
             words = words[: width // 2 - 1] + "…"
         line: str = tqdm.format_meter(
@@ -261,7 +263,7 @@ class Reporter:
             columns = os.get_terminal_size(self.stream.fileno()).columns
         except (OSError, ValueError, AttributeError):
             columns = 0
-        # a line as long as the terminal is wide would wrap
+        # a line as wide as the terminal would wrap
         return max(20, (columns or shutil.get_terminal_size().columns) - 1)
 
     def _has_blocks(self) -> bool:
@@ -272,9 +274,9 @@ class Reporter:
         return True
 
     def _draw(self, line: str) -> None:
-        """Replaces the line that is shown; an empty one removes it.
+        """Replaces the displayed line; an empty one removes it.
 
-        The cursor waits at the start of the line, so that what others print covers it and does not continue it.
+        The cursor returns to the start of the line, so that other output overwrites the line.
         """
         if not self.terminal or (not line and not self._line):
             return
@@ -290,20 +292,20 @@ class Reporter:
         except UnicodeError:
             self._write(text.encode("ascii", "replace").decode())
         except (OSError, ValueError):
-            # nobody reads it any more, which is no reason to end the work
+            # the stream is closed or broken, which must not end the work
             self._closed = True
 
 
-# of this process; None where nobody has asked to be told
+# the reporter of this process; None outside `reporting`
 _reporter: Reporter | None = None
 
 
 @contextmanager
 def reporting(reporter: Reporter | None = None) -> Iterator[None]:
-    """Inside, statuses are shown, by `reporter` or else on standard error.
+    """Shows statuses inside, by `reporter` or on standard error.
 
-    Nothing changes inside another `reporting`, on ranks other than 0, and where TQDM_DISABLE is set, as in jobs of a
-    sweep that run at the same time.
+    Does nothing inside another `reporting`, on ranks other than 0, and if TQDM_DISABLE is set, as in concurrent jobs of
+    a sweep.
     """
     global _reporter
     if _reporter is not None or not _is_first() or os.environ.get("TQDM_DISABLE"):
@@ -321,7 +323,7 @@ def reporting(reporter: Reporter | None = None) -> Iterator[None]:
 def status(
     words: str | Callable[[], str], total: int | None = None, unit: str = "step", done: int = 0, bar: bool = False
 ) -> Iterator[Status]:
-    """Inside, the user is told of this work once it has taken a while; for the arguments see `Status`.
+    """Shows the work inside as a status once it has lasted a while. For the arguments see `Status`.
 
     Example:
         >>> with status("scoring", total=300, unit="row") as progress:
@@ -343,7 +345,7 @@ def status(
 
 @contextmanager
 def phase(words: str) -> Iterator[None]:
-    """A `status` whose seconds are logged when it ends, at level DEBUG, which the log file of a run takes."""
+    """A `status` that logs its seconds when it ends, at level DEBUG, which is written to the log file of a run."""
     begun = time.perf_counter()
     with status(words):
         yield
@@ -352,7 +354,7 @@ def phase(words: str) -> Iterator[None]:
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Inside, something else is written to the terminal: the display makes room and comes back after it."""
+    """Removes the display inside, so that other output can be written, and restores it afterwards."""
     if _reporter is None:
         yield
         return
@@ -361,7 +363,7 @@ def aside() -> Iterator[None]:
 
 
 def _is_first() -> bool:
-    """Whether this is the rank that writes; from the environment, for torch may not be imported yet."""
+    """Whether this is rank 0, from the environment, because torch may not be imported yet."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
@@ -370,6 +372,6 @@ def _forget() -> None:
     _reporter = None
 
 
-# a forked process has neither the thread nor a say on the terminal, and its copy of the lock may be held for ever
+# a forked process has no refresh thread and must not draw, and its copy of the lock may never be released
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)

@@ -1,18 +1,19 @@
-"""Did you mean: the valid name nearest to one that was misspelled, for every message that lists names."""
+"""Suggests the valid names nearest to a misspelled one, for messages that list names."""
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
-# below this similarity, as difflib measures it, a name is no suggestion
+# names below this similarity, as difflib measures it, are not suggested
 LEAST = 0.68
-# names this near to the best one are suggested with it, up to so many
+# names within TIE of the best similarity are suggested too, at most MOST in all
 TIE, MOST = 0.02, 3
 
 
 def nearest(word: str, names: Iterable[str]) -> list[str]:
-    """The names that `word` may be a misspelling of, nearest first; empty where none is near.
+    """The names that `word` may be a misspelling of, nearest first; empty if none is near.
 
-    A dotted name is also found by its last part, and that by its initials.
+    A dotted name is also found by its last part. A word with underscores also matches a last part equal to its
+    initials: learning_rate finds lr.
 
     Example:
         >>> nearest("lr", ["trainer.lr", "trainer.steps"]), nearest("learning_rate", ["trainer.lr"])
@@ -38,12 +39,12 @@ def _similarity(word: str, name: str) -> float:
     by_last = SequenceMatcher(None, asked, last).ratio()
     if min(len(asked), len(last)) >= 4 and (asked in last or last in asked):
         by_last = max(by_last, 0.8)
-    # with the same group before both, only the rest can be misspelled
+    # if both have the same group, only the last parts are compared
     return by_last if before == group else max(SequenceMatcher(None, word, name).ratio(), by_last - 0.05)
 
 
 def hint(word: object, names: Iterable[str], rest: str) -> str:
-    """The suggestion in a message, and the rest of the message after it.
+    """The suggestion, followed by the rest of the message.
 
     Example:
         >>> hint("moon", ["moons"], "see --help"), hint("gas", ["moons"], "see --help")
@@ -54,7 +55,7 @@ def hint(word: object, names: Iterable[str], rest: str) -> str:
 
 
 def choose(word: object, names: Iterable[str], lead: str = "choose one of") -> str:
-    """The suggestion, and after it all the names.
+    """The suggestion, followed by all the names.
 
     Example:
         >>> choose("moon", ["moons", "rings"])

@@ -26,8 +26,8 @@ MEASURED = (
     "val_nll", "val_nll_stderr", "nll", "nll_stderr", "bits_per_dim", "kl", "nfe", "solver_error", "roundtrip_error",
     "steps", "train_seconds",
 )  # fmt: skip
-# what the mark in a table means
-TIED = "\\* cannot be told from the best: within 2 standard errors of the difference"
+# the meaning of the mark * in a table
+TIED = "\\* not significantly worse than the best: within 2 standard errors of the difference"
 TOLERANCES = ("solver.rtol", "solver.atol")
 
 
@@ -53,7 +53,7 @@ class Job:
 
     @property
     def val_stderr(self) -> float:
-        """The standard error of the validation NLL; NaN where there is none, as in runs of an older flowtrain."""
+        """The standard error of the validation NLL; NaN if missing, as in runs of an older flowtrain."""
         found = self.result.get("val_nll_stderr")
         return math.nan if found is None else float(found)
 
@@ -134,10 +134,10 @@ def _pair(override: str) -> tuple[str, str]:
 
 
 def as_good(jobs: Sequence[Job]) -> set[str]:
-    """The names of the runs whose validation NLL cannot be told from the best.
+    """The names of the runs whose validation NLL is not significantly worse than the best.
 
-    It is within 2 standard errors of the difference. The errors are taken as independent, which is cautious: runs
-    that share a validation set differ by less noise.
+    It is within 2 standard errors of the difference. The standard errors are assumed independent. This is conservative,
+    because runs that share a validation set differ by less noise.
     """
     best = min(jobs, key=lambda job: job.val_nll, default=None)
     if best is None or not math.isfinite(best.val_nll):

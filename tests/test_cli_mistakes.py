@@ -172,7 +172,7 @@ BAD_OTHERS = [
     ("floweval", ["ckpt={run}", "batch_size=0"], "batch_size=0"),
     ("floweval", ["{run}", "ckpt={run}"], "one run"),
     ("floweval", ["{run}", "{run}"], "one run"),
-    ("floweval", ["{run}/nowhere"], "nowhere: there is no such run"),
+    ("floweval", ["{run}/nowhere"], "nowhere: no such run"),
     ("floweval", ["{run}", "report"], "report=..."),
     ("floweval", ["{run}", "splt=val"], "did you mean split"),
     ("flowsample", ["{run}", "--foo"], "--foo"),

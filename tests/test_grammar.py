@@ -19,7 +19,7 @@ from flowtrain.errors import ConfigError, FlowtrainError, out_of_memory
         ("=3", "'=3': arguments look like KEY=VALUE"),
         ("+=", "arguments look like KEY=VALUE"),
         (" ", "arguments look like KEY=VALUE"),
-        ("--foo", "--foo: there is no such flag"),
+        ("--foo", "--foo: unknown flag"),
         ("~model", "model was taken out of the config"),
         ("~data=moons", "was taken out of the config"),
         ("nonsense", "nonsense: arguments look like KEY=VALUE"),

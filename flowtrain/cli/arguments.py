@@ -1,4 +1,4 @@
-"""The command line of `floweval`, `flowsample` and `flowtrain resume=`: own keys, overrides of a saved config, help."""
+"""Parses the command line of `floweval`, `flowsample` and `flowtrain resume=`: own keys, overrides, help."""
 
 import platform
 import re
@@ -20,27 +20,27 @@ from flowtrain.suggestions import hint
 
 
 def versions() -> str:
-    """What --version prints: the versions of flowtrain, torch and Python."""
+    """The text of --version: the versions of flowtrain, torch and Python."""
     try:
         ours = version("flowtrain")
     except PackageNotFoundError:
-        # a checkout that is not installed
+        # flowtrain runs from a checkout and is not installed
         ours = "of a checkout"
     return f"flowtrain {ours}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> tuple[dict[str, Any], list[str]]:
-    """The command's own keys with their values, and the overrides left over, meant for the saved config.
+    """Splits arguments into the command's own keys with their values, and overrides of the saved config.
 
-    Where the command has the key `ckpt`, a run may be given without it: `floweval RUN` is `floweval ckpt=RUN`.
+    If the command has the key `ckpt`, `ckpt=` may be left out: `floweval RUN` is short for `floweval ckpt=RUN`.
 
     Args:
-        own: the own keys with their defaults.
-        usage: what --help prints.
+        own: the command's own keys with their defaults.
+        usage: the text of --help.
 
     Raises:
-        ConfigError: an argument that is no override.
-        SystemExit: after printing the help or the versions, when asked for them.
+        ConfigError: an argument that is not an override.
+        SystemExit: after printing the help or the versions.
     """
     if not arguments:
         print(usage)
@@ -63,22 +63,22 @@ def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> t
             raise ConfigError(f"{key}: several values make a sweep, which only flowtrain -m can run")
         if override.is_delete():
             raise ConfigError(f"{argument}: leave {key} out instead")
-        # for interpolations, as ${oc.env:HOME}
+        # resolves interpolations such as ${oc.env:HOME}
         value = OmegaConf.create({key: override.value()})
         values[key] = OmegaConf.to_container(value, resolve=True)[key]  # type: ignore[index, call-overload]
     return values, rest
 
 
 def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
-    """With ckpt= before the argument that is a run and no override.
+    """Prefixes the argument that names a run with ckpt=.
 
     Raises:
-        ConfigError: an argument that is neither.
+        ConfigError: an argument that is neither a run nor an override.
     """
     whole, runs = [], 0
     for argument in arguments:
         if argument.startswith("-"):
-            raise ConfigError(f"{argument}: there is no such flag here; see --help")
+            raise ConfigError(f"{argument}: unknown flag; see --help")
         key = argument.partition("=")[0]
         is_override = "=" in argument and re.fullmatch(r"[+~]{0,2}[\w.@/-]+", key) is not None
         if (is_override and not (key not in own and "/" in key and _exists(argument))) or argument.startswith("~"):
@@ -90,7 +90,7 @@ def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
             raise ConfigError(f"{argument}: give it a value, {argument}=...; see --help")
         if not _exists(argument):
             rest = hint(argument, own, "give ckpt=RUN_DIR_OR_FILE and KEY=VALUE")
-            raise ConfigError(f"{argument}: there is no such run; {rest}")
+            raise ConfigError(f"{argument}: no such run; {rest}")
         runs += 1
         whole.append(f"ckpt={argument}")
     if runs and sum(a.startswith("ckpt=") for a in whole) > 1:
@@ -106,7 +106,7 @@ def _exists(text: str) -> bool:
 
 
 def _help(topics: Sequence[str], own: Mapping[str, Any], usage: str) -> str:
-    """The usage, or what it or the help of flowtrain says of the topics."""
+    """The usage, or the help on the given topics: the command's own keys, or topics of `flowtrain --help`."""
     if not topics:
         return usage
     found = [_paragraph(topic, usage) if topic in own else help.topic_text([topic], own) for topic in topics]

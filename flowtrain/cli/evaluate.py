@@ -37,12 +37,13 @@ USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FIL
   scores       a .npy file for log p(x) of every row, in nats, in the order of the rows: -inf where the density is zero,
                NaN where it cannot be computed
   ood          another set to tell from this one by log p: a file of samples, or data by name as in ood=fashion_mnist
-               (its test set). AUROC in the table, plots/ood.png; with scores, also FILE_ood.npy. The entropy H of the
-               typicality score is the NLL of the run's validation set, or of the scored rows where that is missing
+               (its test set). Adds the AUROC to the table and plots/ood.png; with scores, also FILE_ood.npy. The
+               entropy H of the typicality score is the NLL of the run's validation set. If that set is missing, it
+               is the NLL of the scored rows
   report       true: all of it in report.md and in report.html, one file with its figures inside
-  out          where the JSON goes, and beside it figures and report, under its name. Default: eval.json in the run
-               directory for its own test set, else eval-NAME.json with figures and report so named too: eval-new.json
-               for data.path=new.csv, eval-val.json for split=val
+  out          the JSON file. Figures and report are written beside it, under its name. Default: eval.json in the run
+               directory for the run's own test set, otherwise eval-NAME.json, with NAME also in the names of figures
+               and report: eval-new.json for data.path=new.csv, eval-val.json for split=val
   dtype        float32 (default) or float64
   device       auto (default), cpu, cuda or cuda:0
   batch_size   rows scored at a time; default: by the size of a sample
@@ -55,7 +56,7 @@ Keys of data and solver can be changed, as in solver.rtol=1e-7, solver=tsit5 or 
 model.eval_trace=hutchinson, model.noise, model.noise_samples. data.path=NEW.csv scores new data. --config-dir DIR finds
 your own configs of data and solvers."""
 
-# how a file is read, of the keys of data=array
+# the keys of data=array that say how a file is read
 READ = ("key", "columns", "label", "header", "decimal")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -119,16 +120,16 @@ def _command() -> int:
 
 
 class Place:
-    """Where files go: into the run directory, or beside `out` and under its name.
+    """The paths of the files to write: in the run directory, or beside `out` and under its name.
 
     Args:
-        name: of the set that is evaluated, see `set_name`.
+        name: the name of the evaluated set, see `set_name`.
     """
 
     def __init__(self, run_dir: Path, out: Path | None, scores: Path | None, name: str) -> None:
         self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, name and f"-{name}"
         self.json = out or run_dir / f"eval{self.suffix}.json"
-        # .html takes its place, and a name may have a dot
+        # callers replace .json by .md or .html; without it, a dot in the name would be taken for a suffix
         self.report = out or run_dir / f"report{self.suffix}.json"
 
     @property
@@ -158,7 +159,7 @@ class Place:
 
 
 def own_data_of(opened: Opened) -> Dataset | None:
-    """The data that the flow was trained on; None, with a warning, where it is missing or does not fit."""
+    """The data that the flow was trained on. If it is missing or does not fit, warns and returns None."""
     try:
         data = opened.build(opened.own_data)
         check_fits(opened.flow, data)
@@ -166,7 +167,7 @@ def own_data_of(opened: Opened) -> Dataset | None:
             raise DataError(f"since the run was trained, {change}")
         return data
     except (FlowtrainError, OSError) as e:
-        log.warning("no validation set for the typicality score, which takes the NLL of the scored rows: %s", e)
+        log.warning("no validation set, so the typicality score uses the NLL of the scored rows: %s", e)
         return None
 
 
@@ -204,12 +205,13 @@ def data_of(opened: Opened, split: str, overrides: Sequence[str]) -> Dataset:
 
 
 def check_unchanged(before: Samples, now: Samples, split: str, path: str | None, keys: set[str]) -> None:
-    """Refuses to score a set that may hold rows the flow was trained on, because its file or its split has changed.
+    """Rejects a held-out set that may contain training rows, because its file or its split has changed.
 
-    A set that the command names is taken as it is; of another training file that it names, with a warning.
+    A held-out file that the command names is not checked. If the command names another training file, the error is
+    only a warning.
 
     Args:
-        keys: those that the command sets.
+        keys: the keys that the command sets.
 
     Raises:
         DataError: saying what has changed.
@@ -217,12 +219,12 @@ def check_unchanged(before: Samples, now: Samples, split: str, path: str | None,
     change = changes(before.record, now.record, [split])
     if change is None or f"data.{split}_path" in keys:
         return
-    leaks = f"since the run was trained, {change}, so that rows it was trained on may be in the {split} set"
+    leaks = f"since the run was trained, {change}: the {split} set may contain rows that it was trained on"
     if keys & {"data", "data.path", "data.root"}:
-        log.warning("%s: give split=all to score every row of another file", leaks)
+        log.warning("%s: to score every row of another file, give split=all", leaks)
         return
-    new = f"; data.path={path} takes those of training too" if path else ""
-    raise DataError(f"{leaks}. Put the data back as they were, or score every row of a file with data.path=FILE{new}")
+    new = f" (data.path={path} includes the training rows)" if path else ""
+    raise DataError(f"{leaks}. Restore the data, or score every row of a file with data.path=FILE{new}")
 
 
 def rows_of(path: str, opened: Opened, data: Mapping[str, Any], asked: Collection[str] = ()) -> Rows:

@@ -19,26 +19,25 @@ FLAGS = ("-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"
          "--shell-completion", "-i", "--info")  # fmt: skip
 VALUED = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
           )  # fmt: skip
-# of these, either
+# both spellings of the flag for sweeps
 SWEEP = ("-m", "--multirun")
-# the values of two flags
+# the values that --cfg and --info take
 SHOWN = ("job", "hydra", "all")
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-# of these, a command line has one at most
+# flags that exclude each other, and their usual spellings
 MODES = {"-r": "--run", "--run": "--run", "-m": "-m", "--multirun": "-m", "-c": "--cfg", "--cfg": "--cfg",
          "-sc": "--shell-completion", "--shell-completion": "--shell-completion", "-i": "--info",
          "--info": "--info"}  # fmt: skip
-# which should not be the working directory by mistake
+# an empty value of these keys would mean the working directory
 DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
-# what follows these without being an override
+# flags that may be followed by a topic, which is not an override
 TOPICAL = ("--info", "--shell-completion")
 
 
 def check_grammar(arguments: Sequence[str]) -> None:
-    """Refuses what Hydra would answer with a traceback, with pages or with nothing.
+    """Rejects mistakes that Hydra would answer with a traceback, with pages of text or with nothing.
 
-    These are flags that there are not or that contradict each other, words that are no overrides, and options that
-    are none of their group's.
+    Rejects unknown or contradictory flags, arguments that are not overrides, and choices that a group does not have.
 
     Raises:
         ConfigError: naming the argument.
@@ -63,7 +62,7 @@ def check_grammar(arguments: Sequence[str]) -> None:
 
 
 def check_flags(arguments: Sequence[str]) -> None:
-    """Refuses flags that Hydra has not, those without their value, and two that contradict each other.
+    """Rejects unknown flags, flags without their value, and flags that contradict each other.
 
     Raises:
         ConfigError: naming the flag.
@@ -76,7 +75,7 @@ def check_flags(arguments: Sequence[str]) -> None:
         if flag not in FLAGS + VALUED:
             long = [known for known in FLAGS + VALUED if known.startswith("--")]
             rest = hint(flag, long, "see --help, and -m for a sweep")
-            raise ConfigError(f"{argument}: there is no such flag; {rest}")
+            raise ConfigError(f"{argument}: unknown flag; {rest}")
         value = value if equals else after
         if flag in VALUED and (not value or value.startswith("-")):
             raise ConfigError(f"{flag}: give it a value; see --help")
@@ -93,7 +92,7 @@ def check_flags(arguments: Sequence[str]) -> None:
 
 
 def _no_override(word: str) -> str:
-    """What a word that is no KEY=VALUE may have been meant for."""
+    """The message for an argument that is not KEY=VALUE, with what may have been meant."""
     if checkpoint.any_in(Path(word)):
         return f"arguments look like KEY=VALUE; {resume_command(word)} resumes this run"
     groups = [group for group in config_groups() if word in options(group)]

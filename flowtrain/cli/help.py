@@ -23,7 +23,7 @@ WIDTH, COLUMN = 110, 36
 # the groups as one thinks of a run
 GROUPS = ("model", "data", "objective", "regularizer", "solver", "trainer", "recipe", "experiment")
 
-# what follows these flags is theirs
+# flags that take the next argument
 TAKING = (*VALUED, "-i", "--info")
 
 Row = tuple[str, str]
@@ -35,12 +35,12 @@ USES: list[Row] = [
     ("flowtrain -m solver.rtol=1e-3,1e-5", "a sweep"),
     ("flowtrain resume=RUN_DIR", "goes on exactly where a run stopped"),
     ("flowtrain from=RUN_DIR", "a new run with the model, data and weights of another"),
-    ("floweval RUN_DIR", "the test NLL of a run; floweval --help"),
-    ("flowsample RUN_DIR n=10000", "samples of a run; flowsample --help"),
+    ("floweval RUN_DIR", "the test NLL of a run, see floweval --help"),
+    ("flowsample RUN_DIR n=10000", "samples of a run, see flowsample --help"),
 ]
 FLAGS: list[Row] = [
     ("-h, --help", "this, for what the command line chooses: flowtrain model=glow data=mnist --help"),
-    ("-h TOPIC", "the help on a group, a choice or a key alone: flowtrain --help trainer"),
+    ("-h TOPIC", "the help on one group, choice or key: flowtrain --help trainer"),
     ("--version", "the versions of flowtrain, torch and Python"),
     (
         "-m, --multirun",
@@ -120,11 +120,11 @@ def topic_text(about: Sequence[str], others: Iterable[str] = (), overrides: Sequ
     """The help on groups, their choices and keys.
 
     Args:
-        others: further topics that there are, for the message.
-        overrides: of the command line, which chooses from the groups and sets keys.
+        others: further known topics, for the suggestions of the message.
+        overrides: overrides on the command line, which select choices and set keys.
 
     Raises:
-        ConfigError: a topic that is none of these.
+        ConfigError: an unknown topic.
     """
     run, hydra = composed(overrides)
     choices = hydra["runtime"]["choices"]
@@ -150,7 +150,7 @@ def _on(topic: str, run: Mapping[str, Any], choices: Mapping[str, Any], others: 
         return [*table(rows, column=30), *shown_keys]
     names = [*GROUPS, *others, *values, *(name for group in GROUPS for name in options(group))]
     rest = f"topics are the groups {', '.join(GROUPS)}, their choices, and keys such as trainer.lr"
-    raise ConfigError(f"{topic}: there is no help on it; {hint(topic, names, rest)}")
+    raise ConfigError(f"{topic}: unknown help topic; {hint(topic, names, rest)}")
 
 
 def _keys_of(group: str, name: str, run: Mapping[str, Any]) -> list[str]:
@@ -210,7 +210,7 @@ def key_table(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str
 
 
 def key_table_of(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str]:
-    """The same for values by their dotted keys."""
+    """The same as `key_table`, for values by dotted keys."""
     return table([(f"{key}={shown(value)}", meaning.get(key, "")) for key, value in values.items()])
 
 

@@ -1,6 +1,6 @@
-"""A command that was refused leaves nothing: what it wrote before the mistake was found is removed again.
+"""Removes what a refused command wrote before its mistake was found.
 
-Only empty directories that were not there before, and files of a run that never began, are removed.
+Only new, empty directories and the files of a run that never began are removed.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from flowtrain.training import checkpoint
 # what a run writes before its training begins
 FILES = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "flowtrain.log", "metrics.jsonl",
          "checkpoints/teacher.pt")  # fmt: skip
-# the directories that this command has Hydra make, the innermost first
+# the directories that Hydra creates for this command, innermost first
 _MADE: list[Path] = []
 
 
 class Made(Callback):
-    """Hydra's callback that says where a run will be, before its directory is made."""
+    """Hydra's callback that records the directory of a run or a sweep before Hydra creates it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         note(Path(str(config.hydra.run.dir)))
@@ -31,19 +31,19 @@ class Made(Callback):
 
 
 def note(folder: Path) -> None:
-    """Remembers which of a directory and those above it are not there yet."""
+    """Records which of a directory and its parents do not exist yet."""
     folder = folder.absolute()
     _MADE[:] = [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def is_new(folder: Path) -> bool:
-    """Whether this command made the directory that was noted last."""
+    """Whether this command creates `folder`, one of the directories recorded by `note`."""
     return folder.absolute() in _MADE
 
 
 @contextmanager
 def tidied() -> Iterator[None]:
-    """Whatever ends a command inside, the directories that it made and that are empty are removed."""
+    """On exit, removes the directories that the command has created and that are empty, also after an error."""
     _MADE.clear()
     try:
         yield
@@ -52,7 +52,7 @@ def tidied() -> Iterator[None]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Removes directories, the innermost first, up to the first that something is in."""
+    """Removes empty directories, innermost first. Stops at the first that is not empty."""
     with suppress(OSError):
         for folder in folders:
             if folder.exists():
@@ -68,10 +68,10 @@ def holds_run(run_dir: Path) -> bool:
 
 @contextmanager
 def unless_begun(run_dir: Path, refused: tuple[type[BaseException], ...]) -> Iterator[None]:
-    """Where one of the errors ends what is inside before training has begun, the files written by then are removed.
+    """If one of the `refused` errors is raised inside before training has begun, removes the files written so far.
 
-    Those that were there before stay, and the configs among them as they were. Only the process that holds the
-    directory may call this.
+    Files that existed before are kept, and configs among them get their old content back. Only the process that holds
+    the lock of the directory may call this.
     """
     paths = [run_dir / name for name in FILES]
     before = {path: path.read_bytes() if path.suffix == ".yaml" else None for path in paths if path.exists()}

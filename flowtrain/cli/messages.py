@@ -93,20 +93,20 @@ def explain(error: Exception) -> str:
         given = several[1] or several[2]
         return f"{given}: several values make a sweep: add -m, or give one value, or a list in brackets"
     if written and not re.fullmatch(r"[+~]{0,2}[A-Za-z_][\w/@-]*(\.[\w-]+)*", written.partition("=")[0], re.ASCII):
-        return f"{written}: this is no key; keys look like trainer.lr"
+        return f"{written}: this is not a key; keys look like trainer.lr"
     if written:
-        return f"{written}: {_unparsed(message)}; Hydra takes special characters in quotes: {_in_quotes(written)}"
+        return f"{written}: {_unparsed(message)}; values with special characters need quotes: {_in_quotes(written)}"
     return message
 
 
 def _unparsed(message: str) -> str:
-    """What Hydra says of a function in an override that it cannot evaluate; of its grammar, no more than that."""
+    """Hydra's message if a function in an override fails. Otherwise says only that the value cannot be parsed."""
     said = re.search(r"while evaluating .*?(?= See https://hydra.cc|$)", message)
     return said[0] if said else "the value cannot be parsed"
 
 
 def _in_quotes(override: str) -> str:
-    """The override with its value in quotes, as a shell takes it."""
+    """The override with its value in Hydra's quotes, quoted again for the shell."""
     key, _, value = override.partition("=")
     return shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
 
@@ -140,12 +140,12 @@ def unknown_key(key: str, config: Mapping[str, Any], where: str = "") -> str:
         return f"{where}there is no key {key}: {at} is a value, {at}={node}"
     have = [str(k) for k in node if k not in ("_target_", "name")]
     names = [k for k in _every_key(config) if k.rpartition(".")[2] not in ("_target_", "name")]
-    keys_are = f"the keys{at and f' of {at}'} are {', '.join(have)}" if have else f"there are no keys of {at}"
+    keys_are = f"the keys{at and f' of {at}'} are {', '.join(have)}" if have else f"there are no keys in {at}"
     return f"{where}there is no key {key}; {_elsewhere(key) or hint(key, names, keys_are)}"
 
 
 def _elsewhere(key: str) -> str:
-    """Of which other choices of its group a key is one; nothing where there are none."""
+    """Says which other choices of its group have the key; empty if none has it."""
     group, _, name = key.partition(".")
     if not name or group not in config_groups():
         return ""
@@ -154,7 +154,7 @@ def _elsewhere(key: str) -> str:
 
 
 def keys_of_choice(group: str, name: str) -> set[str]:
-    """The keys, with their group, that the file of a choice sets, and those that it takes others from."""
+    """The keys, such as model.layers, that the file of a choice and its parents set."""
     found: set[str] = set()
     for folder in config_dirs():
         path = folder / group / f"{name}.yaml"
@@ -165,7 +165,7 @@ def keys_of_choice(group: str, name: str) -> set[str]:
 
 
 def _every_key(config: Mapping[str, Any], before: str = "") -> list[str]:
-    """The dotted keys of a config, of groups as well as of values."""
+    """All dotted keys of a config: groups and values."""
     found = []
     for key, value in config.items():
         found.append(f"{before}{key}")
@@ -175,7 +175,7 @@ def _every_key(config: Mapping[str, Any], before: str = "") -> list[str]:
 
 
 def compose_defaults(overrides: Sequence[str], with_hydra: bool = False) -> dict[str, Any]:
-    """The plain config that a command line of overrides composes; if asked, with Hydra's own part as it is written."""
+    """The plain config that overrides compose. `with_hydra` adds Hydra's own part, not interpolated."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         if not with_hydra:
             return plain(compose("config", [*own_searchpath(), *overrides]))

@@ -47,9 +47,9 @@ class Opened(NamedTuple):
         return ", ".join(filter(None, (title_of(self.config), nll, words)))
 
     def build(self, data: Mapping[str, Any] | None = None) -> Dataset:
-        """The data set that the config, or another config of data, names.
+        """Builds the data set of this config, or of another config of data.
 
-        Of the data that the flow was trained on, no warnings are given: training has given them.
+        Warnings about the data that the flow was trained on are suppressed, because training has already given them.
         """
         data = self.config["data"] if data is None else data
         with without_warnings() if data == self.own_data else nullcontext():
@@ -90,7 +90,7 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
     overrides = with_array(saved["config"], overrides)
     config = absolute_paths(overridden(saved["config"], overrides, tuple(own), USED))
     if overrides:
-        # so that a mistake in them is not taken for one of the checkpoint's
+        # a mistake in the overrides must not be reported as a damaged checkpoint
         build_solver(config)
     # how the flow is preprocessed belongs to the data it was trained on, whatever it now meets
     trained_on = {**config, "data": saved["config"]["data"]}
@@ -102,10 +102,10 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
 
 
 def set_name(opened: Opened, split: str, overrides: Sequence[str]) -> str:
-    """What the files of an evaluation are named after; empty for the run's own test set.
+    """A name for the evaluated set, used in file names; empty for the run's own test set.
 
-    The stem of data.path where all of its rows are scored. Otherwise, what differs from the run's data and the split,
-    such as "val", "circles" or "new-test".
+    With split=all, it is the stem of the data.path in the overrides, or "all". Otherwise, it joins what differs from
+    the run's data and the split: "val", "circles" or "new-test".
     """
     data = opened.config["data"]
     if split == "all":
@@ -126,7 +126,7 @@ def set_name(opened: Opened, split: str, overrides: Sequence[str]) -> str:
 
 
 def stem_of(path: Any) -> str:
-    """The name of a file without its ending; with it, for a name that stands for a split.
+    """The name of a file without its suffix. The suffix is kept if the stem is the name of a split.
 
     Example:
         >>> stem_of("some/where/new.csv"), stem_of("plain.csv.gz"), stem_of("gas/val.csv")

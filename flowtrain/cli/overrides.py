@@ -1,4 +1,4 @@
-"""Overrides in Hydra's grammar that are meant for a saved config."""
+"""Applies overrides in Hydra's grammar to a saved config."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ def trusted(value: Any) -> list[str]:
     """The packages that `trust` names, which are then looked for in the working directory too.
 
     Raises:
-        ConfigError: no names, or one that no package has.
+        ConfigError: a value that is not a name or a list of names, or a name without a package.
     """
     names = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -29,12 +29,12 @@ def trusted(value: Any) -> list[str]:
         look_here()
     for name in names:
         if not _is_package(name):
-            raise ConfigError(f"trust={name}: there is no package or module of that name here")
+            raise ConfigError(f"trust={name}: no package or module of that name was found")
     return names
 
 
 def _is_package(name: str) -> bool:
-    """Whether Python would find the package; nothing of it is imported."""
+    """Whether Python would find the package. Does not import it."""
     try:
         return find_spec(name.partition(".")[0]) is not None
     except (ImportError, ValueError):
@@ -63,9 +63,9 @@ def overridden(
         group = override.key_or_group
         top = group.partition(".")[0]
         if override.is_delete():
-            raise ConfigError(f"{override.input_line}: a key of a saved config cannot be taken out; give it a value")
+            raise ConfigError(f"{override.input_line}: a key of a saved config cannot be removed; give it a value")
         if override.package is not None:
-            raise ConfigError(f"{override.input_line}: the groups of a saved config stay where they are; leave out @")
+            raise ConfigError(f"{override.input_line}: the groups of a saved config cannot be moved; leave out @")
         if override.is_sweep_override():
             raise ConfigError(f"{group}: several values make a sweep, which only flowtrain -m can run; give one")
         if used and top in config and top not in used:
@@ -79,7 +79,7 @@ def overridden(
         key = override.key_or_group
         if key in config_groups():
             continue
-        # to be added, a key needs a group
+        # a key with + may be new, but its group must exist
         needed = key if not override.is_add() or "." not in key else key.partition(".")[0]
         if OmegaConf.select(config, needed, default=overridden) is overridden:
             raise ConfigError(unknown_key(key, {**dict.fromkeys(own), **plain(config)}))
@@ -95,7 +95,7 @@ def overridden(
 
 
 def less_key(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The data without the key of an archive, where its file, which is another now, is none."""
+    """Sets data.key to null if data.path no longer names an .npz file."""
     is_archive = str(data.get("path")).lower().endswith(".npz")
     return {**data, "key": None} if data.get("key") is not None and not is_archive else dict(data)
 

@@ -40,7 +40,7 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     with status("reading the data"):
         data = opened.build()
     if change := changes(opened.samples.record, data.record, ["val", "test"]):
-        log.warning("since the run was trained, %s: the samples are held against rows it was trained on", change)
+        log.warning("since the run was trained, %s: the samples are compared with rows it was trained on", change)
     with status("comparing samples with the data"):
         found = quality(flow, data, steps, seed)
     write_json(out, found.to_dict())

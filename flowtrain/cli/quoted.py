@@ -1,6 +1,6 @@
-"""Paths on a command line, as the shell hands them over, quoted so that Hydra's grammar reads them as they are.
+"""Quotes paths on a command line, so that Hydra's grammar reads them unchanged.
 
-Hydra splits a value at commas, and refuses parentheses, umlauts and other characters that file names have.
+Hydra splits a value at commas, and rejects parentheses, umlauts and other characters of file names.
 """
 
 import re
@@ -14,18 +14,17 @@ from hydra.errors import HydraException
 
 from flowtrain.cli.files import is_path
 
-# keys whose values are files to read, and files or directories to write; those of the data besides, see `is_path`
+# keys whose values are files to read, and files or directories to write. For keys of the data see `is_path`
 READ = ("resume", "from", "ckpt", "ood")
 WRITTEN = ("out", "scores", "hydra.run.dir", "hydra.sweep.dir")
-# keys whose values are names out of a file
+# keys whose values are names in a file
 NAMES = ("data.label", "data.key")
 
 
 def quoted(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command line, with the paths among their values quoted for Hydra where they need it.
+    """Quotes the paths among the values of a command line for Hydra, if they need it.
 
-    What is quoted already is left as it is, and so are lists and the values of a sweep, unless there is a file of
-    that very name.
+    Quoted values, lists and the values of a sweep are not changed, unless a file of exactly that name exists.
 
     Example:
         >>> quoted(["data.path=my data (1).npy", "ckpt=runs/1", "trainer.lr=0.1"])
@@ -53,17 +52,17 @@ def _quoted(argument: str) -> str:
     if sweeps or isinstance(value, list | dict):
         return argument if read else f"{start}={in_quotes(text)}"
     if read and "," in text and not re.search(r"['\"]", text):
-        # with -m, the values of a sweep
+        # the values of a sweep, with -m
         return f"{start}={','.join(_quoted(f'{key}={part.strip()}').partition('=')[2] for part in text.split(','))}"
-    # with quotes in it and not to be parsed, it was meant for Hydra
+    # a value that begins with a quote but cannot be parsed was meant for Hydra, which reports it
     return argument if value is None and text[0] in "'\"" else f"{start}={in_quotes(text)}"
 
 
 def parsed(argument: str) -> tuple[Any, bool]:
-    """The value of an override as Hydra's grammar has it, None where that refuses it; and whether it is a sweep."""
+    """The value of an override, parsed by Hydra (None if Hydra rejects it), and whether it is a sweep."""
     try:
         override = OverridesParser.create().parse_override(argument)
-        # as it was written: `value()` takes the quotes away
+        # `value()` would remove the quotes
         raw = override._value
     except HydraException:
         return None, False
@@ -71,7 +70,7 @@ def parsed(argument: str) -> tuple[Any, bool]:
 
 
 def in_quotes(text: str) -> str:
-    """The text as a quoted string of Hydra's grammar.
+    """The text as a quoted string in Hydra's grammar.
 
     Example:
         >>> print(in_quotes("it's [1]"))
@@ -84,5 +83,5 @@ def _is_there(text: str) -> bool:
     try:
         return Path(text).expanduser().exists()
     except (OSError, ValueError, RuntimeError):
-        # too long a name for a file
+        # for example, the name is too long
         return False

@@ -143,7 +143,7 @@ def begun(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
     return {**config, "from": str(path), "model": saved["model"], "data": data}
 
 
-# what ends a command without its run having begun; of any other error the files are kept, to be reported
+# errors after which the files of a run that never began are removed. After any other error they are kept for a report
 REFUSALS = (FlowtrainError, HydraException, OmegaConfBaseException, OSError, KeyboardInterrupt, MemoryError)
 FROM = "a run begins with the model and data of from=RUN_DIR; leave it out"
 

@@ -33,7 +33,7 @@ flowsample ckpt=RUN_DIR_OR_FILE quality=[1,2,4,8,16] [seed=0] [out=FILE.json]
   seed          of the base noise
   temperature   factor on the base noise; 1 samples the density
   label         of a conditional model; default: classes by their frequency in training
-  out           .npy file in data units, pixels and counts as whole numbers; default: samples.npy in the run
+  out           .npy file in data units, with pixels and counts as whole numbers; default: samples.npy in the run
                 directory.
                 Vectors of one or two columns and images come with a picture beside the data.
   log_scale     true: that picture shows densities by their logarithm, and so the tails

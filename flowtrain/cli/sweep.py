@@ -117,18 +117,23 @@ class JobError(FlowtrainError):
 
 @dataclass
 class Sweep:
-    """What becomes of a sweep: how many of its jobs have no result, and whether none has begun to train."""
+    """The outcome of a sweep.
+
+    Attributes:
+        undone: the number of jobs without a result.
+        refused: whether no job has begun to train.
+    """
 
     undone: int = 0
     refused: bool = False
 
     @property
     def code(self) -> int:
-        """What the process ends with: 2 where every job was refused, 1 where a job lacks its result, else 0."""
+        """The exit code: 2 if every job was refused, 1 if a job has no result, else 0."""
         return 2 if self.refused else 1 if self.undone else 0
 
 
-# of the sweep of this process, its directory, and what is shown while it waits for jobs in other processes
+# the directory of this process's sweep, and the status shown while jobs run in other processes
 _ROOT: list[Path] = []
 _WAITING = ExitStack()
 
@@ -147,7 +152,7 @@ class Root(Callback):
 
 
 class Ended:
-    """Says how many jobs of a sweep have a result, looking again at most every SECONDS."""
+    """The status line of a sweep: how many jobs have a result, counted at most once every SECONDS."""
 
     SECONDS = 5.0
 
@@ -190,14 +195,14 @@ def summarized() -> Iterator[Sweep]:
             print(f"\n{table}{rest}\n\n{_ROOT[0]}")
 
 
-# what the launchers and sweepers write into the directory of a sweep
+# what launchers and sweepers write into the directory of a sweep
 OF_LAUNCHERS = ("multirun.yaml", "optimization_results.yaml", ".submitit")
 
 
 def _removed(root: Path) -> bool:
-    """Whether nothing has begun in the directory of a sweep that this command made: it is removed then.
+    """Removes the directory of a sweep if no job has begun to train. Returns whether it was removed.
 
-    Of a job that was refused there are its overrides and its error, and of one that was interrupted its overrides.
+    A refused job leaves only its overrides and its error there, an interrupted job only its overrides.
     """
     jobs = {folder / name for folder in begun_in(root) for name in (OVERRIDES, ERROR)}
     files = {path for path in root.rglob("*") if path.is_file()}

@@ -60,7 +60,7 @@ def _command() -> int:
 
 
 def of_first_job(arguments: Sequence[str]) -> list[str]:
-    """The arguments; where a sweep is to be shown and not run, as with --cfg, those of its first job."""
+    """The arguments. With -m and a flag that only prints, such as --cfg, those of the sweep's first job."""
     flags = separated(arguments)[1]
     if not {"-c", "--cfg", "-i", "--info"} & {flag.partition("=")[0] for flag in flags} or not {*SWEEP} & {*flags}:
         return list(arguments)

@@ -1,4 +1,4 @@
-"""Data parallelism: the mean gradient of all ranks' rows, summed in one collective."""
+"""Data parallelism: averages the gradient over the rows of all ranks, in one collective."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,8 +20,8 @@ def averaged(
     failed, forward or backward, takes part with NaN in the place of its own: then no rank has an update to make, and
     each has its own gradients still, to tell whether it was its fault.
 
-    A parameter without a gradient on any rank keeps none, as on one rank: weight decay and the optimizer's averages
-    leave it alone. Where some ranks have a gradient, the others count as zeros.
+    A parameter without a gradient on every rank stays without one, so that weight decay and the optimizer's averages
+    do not change it. If only some ranks have a gradient, the others count as zeros.
 
     Args:
         terms: the loss and its parts, by name, the same on all ranks; none where the step failed.
@@ -38,7 +38,7 @@ def averaged(
     slots = pieces[0].new_full((SLOTS,), 0.0 if terms else torch.nan)
     for i, term in enumerate(terms.values()):
         slots[i] = term
-    # summed with the gradients, above 0 where any rank has one; filled on the device, for which nothing has to wait
+    # 1 for each parameter with a gradient. The sum over ranks is above 0 if any rank has one. Needs no device sync
     known = pieces[0].new_ones(len(trained))
     for i, p in enumerate(trained):
         if p.grad is None:

@@ -153,14 +153,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _as_now(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of an older flowtrain, with keys that have data=array read as it was then."""
+    """Adds missing keys to the config of an older checkpoint, so that data=array is read as it was then."""
     data = config["data"]
     if data.get("_target_") != "flowtrain.data.array.ArrayData":
         return config
-    # its flows started at a standard normal
+    # older flows over tables started at a standard normal
     data = {"gaussian_start": False, **data}
     if "header" not in data:
-        # it kept columns without a name that number the rows, and every sample in float32
+        # older versions kept unnamed index columns, and all samples in float32
         columns = ["0:"] if data.get("columns") is None else data["columns"]
         data |= {"columns": columns, "header": None, "decimal": None, "center": False}
     return {**config, "data": data}

@@ -1,4 +1,4 @@
-"""A time budget for a whole command: what training may take of it, and what the evaluation after it will need."""
+"""The time budget of a whole command, divided between training and the evaluation after it."""
 
 import copy
 import logging
@@ -14,34 +14,34 @@ from flowtrain.training.trouble import STEP_ERRORS
 
 log = logging.getLogger("flowtrain")
 
-# seconds that an evaluation and its pictures take besides the passes of rows through the flow
+# seconds that an evaluation and its pictures take in addition to passing rows through the flow
 OVERHEAD, PICTURES = 1.5, 2.0
-# of the time that is left once all is built, the shares of initialization, of a validation and of the end
+# shares of the time left: for initialization, for a validation, and for the evaluation at the end
 FIRST, VALIDATION, END = 0.03, 0.05, 0.6
-# rows that the error budget and the checks of an evaluation take in all (9,000 to 10,000 as measured on moons, a table
-# of 36 columns and MNIST), and those of an evaluation that is not thorough
+# rows that the error budget and the checks of an evaluation pass through the flow (9,000 to 10,000 measured on moons, a
+# table of 36 columns and MNIST), and the same for an evaluation that is not thorough
 CHECKED, BRIEF = 10_000, 500
-# rows that a picture takes of two columns, of more, and of images; and those that `pictures.draw_more` takes besides
+# rows that a picture of each kind of data takes, and further rows that `pictures.draw_more` takes
 DRAWN, MORE = {"plane": 16_000, "vectors": 2_000, "images": 100}, {"plane": 45_000, "vectors": 0, "images": 400}
-# rows that a probe scores first, then each time so many times as many, up to a share of the time that is left
+# rows of a probe's first pass, the factor to the next pass, and the share of the time left at which a probe stops
 FEWEST, MORE_ROWS, SHARE = 8, 4, 0.005
-# by which rows are taken to be slower than measured
+# safety factor: rows are assumed to be slower than measured by this factor
 SAFETY = 1.2
-# the least that a set is cut to
+# the smallest number of rows that a set is reduced to
 LEAST = 200
-# of the time for training, into how many parts probes divide it: solves become longer as a flow is trained
+# probes per training time: solves take longer as a flow is trained
 PARTS = 4
 
 
 class Deadline:
-    """When a command is to be done.
+    """Estimates what the rest of a command takes, and limits training and evaluation so that it ends in time.
 
     Args:
-        seconds: of the whole command.
-        begun: when it began, by time.perf_counter.
+        seconds: the time budget of the whole command.
+        begun: when the command began, by time.perf_counter.
 
     Attributes:
-        row_seconds: what one row takes to be scored, as last measured.
+        row_seconds: seconds to score one row. Repeated probes are combined by a geometric mean.
     """
 
     def __init__(self, seconds: float, begun: float, flow: Flow, data: Dataset) -> None:
@@ -56,25 +56,25 @@ class Deadline:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds left of the time budget."""
         return self.begun + self.seconds - time.perf_counter()
 
     @property
     def slowness(self) -> float:
-        """How much longer than on idle cores things take: wall time over CPU time, at least 1."""
+        """Wall time over CPU time so far, at least 1: how much other processes slow this command down."""
         return max(1.0, (self.seconds - self.left) / max(time.process_time(), 1e-3))
 
     def probe(self) -> None:
-        """Measures `row_seconds` on validation rows, with the weights as they are.
+        """Measures `row_seconds` on validation rows, with the current weights.
 
-        On ever more of them, as long as that is quick: the cost of a pass is spread over as many rows as it has.
+        Repeats the pass with more rows as long as it is quick, because the fixed cost of a pass is shared by its rows.
         """
         x, label = held_out(self.flow, self.data, "val")
         training = self.flow.training
         self.flow.eval()
         rows, enough = FEWEST, min(len(x), rows_at_a_time(self.flow.event_shape))
         try:
-            # what comes first pays for allocations and caches
+            # warm-up: the first pass also allocates memory and fills caches
             log_probs(self.flow, x[:2], None if label is None else label[:2])
             while True:
                 rows = min(rows, enough)
@@ -87,34 +87,34 @@ class Deadline:
                 rows *= MORE_ROWS
             self.measured(measured)
         except STEP_ERRORS as e:
-            # the next validation says what is wrong
+            # the next validation reports the error
             log.debug("a probe of the time that rows take failed: %s", e)
         finally:
             self.flow.train(training)
             self.probed += 1
 
     def probe_again(self, elapsed: float, limit: float) -> None:
-        """Probes once in each of the PARTS of the time for training."""
+        """Probes once in each of PARTS equal parts of the training time."""
         if elapsed < limit and PARTS * elapsed >= self.probed * limit:
             self.probe()
 
     def scored(self, rows: int, seconds: float) -> None:
-        """Told of a validation."""
+        """Sets `row_seconds` from a validation of `rows` rows that took `seconds`."""
         if rows:
             self.row_seconds = seconds / rows
 
     def measured(self, row_seconds: float) -> None:
-        """Takes in a measurement: half of a sudden change may be that of a busy machine."""
+        """Updates `row_seconds` to its geometric mean with a new measurement, since a busy machine may distort one."""
         self.row_seconds = math.sqrt(self.row_seconds * row_seconds) if self.row_seconds else row_seconds
 
     def first_rows(self, most: int) -> int:
-        """How many of `most` rows a model is initialized with."""
+        """The number of rows to initialize a model with, at most `most`."""
         self.probe()
         return most if not self.row_seconds else min(most, max(1, int(FIRST * self.left / self.row_seconds)))
 
     @property
     def end(self) -> float:
-        """Seconds that the end of the run will take: a last validation, the evaluation and the pictures."""
+        """Estimated seconds for the end of the run: a last validation, the evaluation and the pictures."""
         n_val = len(self.data.val) if self.most_val is None else min(self.most_val, len(self.data.val))
         tested, thorough = self.evaluated(self.room)
         rows = n_val + tested + (CHECKED if thorough else BRIEF) + DRAWN[self.kind]
@@ -122,11 +122,11 @@ class Deadline:
 
     @property
     def for_training(self) -> float:
-        """Seconds that are left for training."""
+        """Seconds left for training."""
         return self.left - self.end
 
     def evaluated(self, seconds: float) -> tuple[int, bool]:
-        """How many test rows an evaluation in that time scores, all where it can, and whether it is thorough."""
+        """How many test rows an evaluation can score in `seconds`, and whether there is time for its checks too."""
         n = len(self.data.test)
         if not self.row_seconds:
             return n, True
@@ -136,7 +136,7 @@ class Deadline:
         return min(n, max(LEAST, int(room) - BRIEF)), False
 
     def val_rows(self, size: int | None) -> int | None:
-        """How many rows of the validation set a validation takes: `size`, or fewer where those would take too long."""
+        """How many rows of the validation set a validation takes: `size`, or fewer if those would take too long."""
         n = min(len(self.data.val), size or len(self.data.val))
         if not self.row_seconds or self.row_seconds * n <= VALIDATION * self.left:
             return size
@@ -151,23 +151,23 @@ class Deadline:
         return self.most_val
 
     def tested(self) -> tuple[Dataset, bool]:
-        """The data with as many test rows as there is time for, and whether the evaluation is thorough.
+        """The data with as many test rows as there is time for, and whether there is time for the checks too.
 
-        Fewer rows than there are give a warning.
+        Warns if not all rows are scored.
         """
         n = len(self.data.test)
         rows, thorough = self.evaluated(self.left - self.slowness * PICTURES)
         if not thorough:
             log.info(
-                "time_budget=%g leaves no time for the checks of the density; floweval makes them, with the run's "
-                "directory",
+                "time_budget=%g leaves no time for the checks of the density; run floweval on the run's directory to "
+                "make them",
                 self.seconds,
             )
         if rows == n:
             return self.data, thorough
         log.warning(
-            "time_budget=%g leaves time to score %d of the %d test rows: the result is that of these, evenly spread. "
-            "floweval with the run's directory scores all of them.",
+            "time_budget=%g leaves time to score only %d of the %d test rows. The result is of these rows, which are "
+            "evenly spaced. Run floweval on the run's directory to score all rows.",
             self.seconds,
             rows,
             n,
@@ -179,7 +179,7 @@ class Deadline:
         return fewer, thorough
 
     def has_time_for(self, what: str, more: bool = False) -> bool:
-        """Whether a picture can be drawn within the budget; says where not."""
+        """Whether a picture can be drawn within the budget. Logs a message if not."""
         takes = self.slowness * PICTURES / 2 + self.row_seconds * (MORE if more else DRAWN)[self.kind]
         if takes <= max(0.0, self.left):
             return True

@@ -14,10 +14,10 @@ class Ema:
 
     The growing decay, as of TensorFlow's ExponentialMovingAverage, lets a short run forget its start.
 
-    The running statistics of batch norms are averaged in the same way: averaged weights have the activations of earlier
-    weights, and the last statistics suit them less. (RealNVP with batch norms, decay 0.99: the validation NLL on moons
-    after 200, 400 and 600 steps is 2.566, 2.525, 2.502 with averaged statistics and 2.586, 2.544, 2.517 with copied
-    ones.) This is sound because statistics change only with an accepted update, see `Learner.keep_running`.
+    The running statistics of batch norms are averaged in the same way, because the last statistics fit the activations
+    of averaged weights less well. (RealNVP with batch norms, decay 0.99: the validation NLL on moons after 200,
+    400 and 600 steps is 2.566, 2.525, 2.502 with averaged statistics and 2.586, 2.544, 2.517 with copied ones.) This is
+    valid because statistics change only with an accepted update, see `Learner.keep_running`.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:

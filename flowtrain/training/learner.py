@@ -30,7 +30,7 @@ class Learner:
     Sets `flow.solver.warmup`, in steps, where it is None and so left to the trainer: to WARMUP of the steps that solve.
 
     Args:
-        pace: says how far learning rate and tolerance are at a step.
+        pace: the position of the learning rate and tolerance schedules.
 
     Attributes:
         solves_from: the first step that solves the ODE, None where none does.
@@ -54,12 +54,12 @@ class Learner:
         self.ema = None if settings.ema is None else Ema(flow, settings.ema)
 
     def choose_warmup(self) -> None:
-        """Sets how long the tolerance warms up, where the solver leaves that to the trainer."""
+        """Sets the number of warm-up steps of the tolerance, if the solver leaves it to the trainer."""
         if self.chooses_warmup and self.flow.solver is not None:
             self.flow.solver.warmup = round(WARMUP * (self.settings.steps - (self.solves_from or 0)))
 
     def solve_from(self, step: int) -> None:
-        """The likelihood takes over from that step on, earlier than it was to."""
+        """Makes the likelihood take over at that step, earlier than planned."""
         self.solves_from = self.lr.again = step
         self.choose_warmup()
 
@@ -77,7 +77,7 @@ class Learner:
             group["lr"] = lr
 
     def apply(self) -> None:
-        """Moves the weights by their gradients, and the average after them; every rank takes rank 0's statistics."""
+        """Updates the weights and their average. All ranks take the running statistics of rank 0."""
         self.optimizer.step()
         distributed.make_alike(self.running)
         if self.ema is not None:
@@ -87,7 +87,7 @@ class Learner:
     def keep_running(self) -> Callable[[], None]:
         """Copies the running statistics of batch norms, and returns a function that restores the copy.
 
-        A forward pass in training mode updates them before anything is known of the loss. Without batch norms both
+        A forward pass in training mode updates them before the loss is known to be finite. Without batch norms, both
         calls do nothing.
         """
         kept = [buffer.clone() for buffer in self.running]
@@ -137,7 +137,7 @@ class Learner:
         # of several parts the first: there is memory for one
         part = slice(math.ceil(len(batch.x) / self.settings.accumulate))
         label = None if batch.label is None else batch.label[part]
-        # the guard evaluates in training mode, and its forward passes are no updates
+        # the guard's forward passes run in training mode and must not change the running statistics
         restore = self.keep_running()
         try:
             return self.guard.check(step + 1, batch.x[part], batch.seed, label)
@@ -166,7 +166,7 @@ class Learner:
     def may_overfit(self, step: int) -> bool:
         """Whether a rise of the validation NLL after that step means overfitting.
 
-        Not before the likelihood's learning rate has warmed up, nor while a plateau may still lower it.
+        False before the learning rate of the likelihood has warmed up, and while a plateau may still lower it.
         """
         if self.solves_from is None or step < self.solves_from + self.settings.lr_warmup:
             return False

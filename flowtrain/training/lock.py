@@ -10,10 +10,10 @@ import filelock
 
 from flowtrain.errors import ConfigError
 
-# the lock, and a file that says who has it: Windows lets no other process read a file that is locked
+# the lock file, and a file that names its holder, because other processes cannot read a locked file on Windows
 NAME, HOLDER = ".lock", ".holder"
 WRITTEN = ("metrics.jsonl", "flowtrain.log", "result.json", "checkpoints/last.pt", "checkpoints/best.pt")
-# seconds. A holder that ends may delete the file that another process has just opened, which then tries again
+# seconds to retry: a holder that ends may delete the lock file that another process has just opened
 PATIENCE = 0.1
 
 
@@ -53,13 +53,13 @@ def holding(run_dir: Path) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         if isinstance(lock, filelock.UnixFileLock):
-            # filelock leaves it there. While it is held: no other process can have locked this file by then
+            # filelock does not remove the file. It is removed while still locked, so that no other process can hold it
             (run_dir / NAME).unlink(missing_ok=True)
         lock.release()
 
 
 def _named(holder: Path) -> str:
-    """Who has the lock, as the holder wrote it."""
+    """The holder of the lock, as it wrote itself."""
     try:
         return holder.read_text(encoding="utf-8", errors="replace")[:200].strip() or "another process"
     except OSError:

@@ -52,7 +52,7 @@ class Trainer:
         picture: called with (flow, step, validation NLL) every `plot_every` steps.
         initialize: whether a new run sets what depends on its data; not where it begins from another run's weights.
 
-        deadline: when the whole command is to be done; training leaves time for what comes after it.
+        deadline: the time budget of the whole command; training leaves time for what follows it.
 
     Attributes:
         stopped_by: what has ended the run before its last step, or None.
@@ -85,7 +85,7 @@ class Trainer:
         self.progress, self.trouble = Progress(), Trouble(settings.on_nonfinite, settings.max_rewinds)
         self.objective = objective
         self.pace = Pace(self.progress, settings.steps, objective.likelihood_from or 0)
-        # torch loads its compiler with the first optimizer
+        # the first optimizer makes torch load its compiler, which takes seconds
         with status("preparing the optimizer"):
             self.learner = Learner(objective, flow, settings, self.pace)
         self.saves = Saves(run_dir, config, data.samples, self.learner, self.trouble, self.progress)
@@ -102,12 +102,12 @@ class Trainer:
         self.watch = NfeWatch()
         self.stopped_by: str | None = None
         self.signal: int | None = None
-        # when this command has begun to train
+        # when this command began to train
         self.begun = time.perf_counter()
 
     @property
     def limit(self) -> float | None:
-        """Seconds of training that this command has; None: no limit."""
+        """Seconds of training that this command may take; None: no limit."""
         limits = [] if self.settings.time_limit is None else [self.settings.time_limit]
         if self.deadline is not None:
             limits.append(time.perf_counter() - self.begun + self.deadline.for_training)
@@ -141,7 +141,7 @@ class Trainer:
         return self.saves.config
 
     def course(self, best: int) -> str:
-        """How training went, in words: where the best step was, and what may help; `best` is that of best.pt."""
+        """A summary of training: the best step, and what may help. `best` is the step of best.pt."""
         d = math.prod(self.flow.event_shape)
         hint = advice(self.metrics.rows, best, self.step, d, self.data.n_train is not None, self.config)
         return best_step(best, self.step) + (f" ({hint})" if hint else "")
@@ -164,7 +164,7 @@ class Trainer:
                 # killed before the first validation, there is still something to go on from
                 self.saves.last()
                 if self.plan.validates_early(0) and p.best is None:
-                    # killed after that row, but before a checkpoint knew of it, a run writes it again
+                    # drops a row that an earlier process wrote without saving it in a checkpoint
                     self.metrics.back_to(-1)
                     self.validate_early()
             while p.step < s.steps and self.stopped_by is None:
@@ -187,11 +187,11 @@ class Trainer:
             log.warning("the last checkpoint that could be written is of step %d, not %d", self.saved_step, p.step)
 
     def budget(self) -> None:
-        """Measures what rows take to be scored, and so how many of them a validation takes within a time budget."""
+        """Measures the time to score rows, and limits the rows of a validation to fit the time budget."""
         if self.deadline is None:
             return
         self.deadline.probe()
-        # a best NLL of before was of other rows
+        # an earlier best NLL can only be compared on the same rows
         if self.best is None:
             self.validation.size = distributed.from_first(self.deadline.val_rows(self.settings.val_size))
             self.deadline.most_val = self.validation.size
@@ -235,7 +235,7 @@ class Trainer:
         if signalled:
             self.signal, self.stopped_by = int(signalled), signal.Signals(int(signalled)).name
         if self.pace.advance(position, elapsed) and not self.stopped_by and self.objective.take_over(self.step):
-            log.info("step %d: half of the time limit has passed, and the likelihood takes over", self.step)
+            log.info("step %d: half of the time limit has passed; the likelihood takes over", self.step)
             self.pace.change_now(elapsed)
             self.learner.solve_from(self.step)
             self.saves.keep_objective(self.objective.pinned)
@@ -259,7 +259,7 @@ class Trainer:
             self.draw()
 
     def validate(self) -> None:
-        """Scores the validation set, and ends a run that has not become better for long, or clearly worse."""
+        """Scores the validation set. Ends a run whose NLL has stopped improving or has clearly risen."""
         with status("validating"):
             self.validation.run()
         if self.deadline is not None:
@@ -275,14 +275,14 @@ class Trainer:
             self.stopped_by = self.stopped_by or f"early stopping after {stale} validations without a new best"
 
     def validate_early(self) -> bool:
-        """Scores the validation set early, and saves; whether that could be done.
+        """Runs an early validation and saves. Returns whether it succeeded.
 
-        A failure is no reason to end a run, or to go back: it has not had to be validated here.
+        A failure only causes a warning, because early validations are optional.
         """
         try:
             self.validation.run(regular=False)
         except STEP_ERRORS as e:
-            log.warning("the early validation of step %d failed, and is left out: %s", self.step, e)
+            log.warning("the early validation of step %d failed and is skipped: %s", self.step, e)
             return False
         self.saves.last()
         return True

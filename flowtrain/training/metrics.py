@@ -61,7 +61,7 @@ class Metrics:
         self.waiting += to_json(row) + "\n"
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            # in bytes: text would have other line ends on Windows, and `back_to` counts bytes
+            # in binary mode: text mode changes line ends on Windows, and `back_to` counts bytes
             with self.path.open("ab") as f:
                 f.write(self.waiting.encode())
         except OSError as e:

@@ -1,27 +1,27 @@
-"""How far the schedules of a run are: by its steps, or by its time where a time limit ends it earlier."""
+"""The position of a run's schedules: its step, or further if a time limit will end the run before its last step."""
 
 from flowtrain.training.progress import Progress
 
-# of the time of a phase, the share in which only steps count: a slow start must not hurry a run that ends in time
+# share of a phase's time in which only steps count, so that a slow start does not advance the schedules
 GRACE = 0.1
-# of a time limit, the share after which another objective gives way to the likelihood
+# share of a time limit after which the likelihood replaces another objective
 MATCHING = 0.5
 
 
 class Pace:
-    """The position of the schedules, in steps: max(step, what of the time limit is spent, as a number of steps).
+    """The position of the schedules, in steps: max(step, time spent, converted to steps).
 
-    Learning rate, tolerance and the change to the likelihood go by it. After a share GRACE of the time, the second of
-    the two rises linearly to the last step at the time limit, so that the learning rate has come down by then. Without
-    a time limit the position is the step. With one, batches and noise still depend on the step alone.
+    Learning rate, tolerance and the change to the likelihood follow the position. The time counts after a share GRACE
+    of the limit. From there it rises linearly to the last step at the time limit, so that the learning rate has decayed
+    by then. Without a time limit, the position is the step. Batches and noise always depend on the step alone.
 
-    A run that was interrupted goes on from its position, and has the whole limit of the new command for the rest. A run
-    that its time limit had ended begins again at the position of its step.
+    A resumed run continues from its position and has the whole time limit again. If the time limit had ended the run,
+    it restarts at the position of its step.
 
     Args:
-        progress: of the run, which keeps the position.
-        steps: of the run.
-        change: the step at which the likelihood takes over from another objective; 0 where it comes first.
+        progress: the progress of the run, which stores the position.
+        steps: the number of steps of the run.
+        change: the step at which the likelihood takes over from another objective; 0 if the run begins with it.
     """
 
     def __init__(self, progress: Progress, steps: int, change: int) -> None:
@@ -33,13 +33,13 @@ class Pace:
         return max(step, self.progress.position)
 
     def begin(self) -> None:
-        """Begins the time of a command."""
+        """Sets the position at which this command begins to train."""
         p = self.progress
         p.position = float(p.step) if p.position >= self.steps else max(p.position, float(p.step))
         self.start = (0.0, p.position)
 
     def reached(self, elapsed: float, limit: float | None) -> float:
-        """The position after `elapsed` seconds of a command that has `limit` seconds for training, or None."""
+        """The position after `elapsed` seconds of training. `limit`: seconds of training of this command, or None."""
         p = self.progress
         if limit is None:
             return self.at(p.step)
@@ -51,9 +51,9 @@ class Pace:
         return max(self.at(p.step), begin + (end - begin) * min(1.0, max(0.0, part)))
 
     def advance(self, position: float, elapsed: float) -> bool:
-        """Takes over the position that all ranks agreed on; whether the likelihood must take over before its step.
+        """Stores the position that all ranks agreed on. Returns whether the likelihood must begin before its step.
 
-        Where the likelihood begins, by its step or by time, its own share of the time begins as well.
+        When the likelihood begins at its step, the rest of the time limit is measured from there.
         """
         p = self.progress
         before, p.position = self.start[1], position
@@ -65,6 +65,6 @@ class Pace:
         return False
 
     def change_now(self, elapsed: float) -> None:
-        """The likelihood takes over at this step."""
+        """Makes the likelihood take over at this step."""
         p = self.progress
         self.change, self.start, p.position = p.step, (elapsed, float(p.step)), float(p.step)

@@ -1,19 +1,19 @@
-"""Which steps of a run are validated and drawn: pure functions of the step, so that a resumed run does the same."""
+"""Which steps are followed by a validation or a picture. Depends on the step alone, so a resumed run does the same."""
 
 import math
 from dataclasses import dataclass
 
 from flowtrain.training.settings import Settings
 
-# of an early validation's step, the share by which the next one comes later
+# an early validation at a step is followed by the next one after this share of the step
 EARLY = 1 / 4
-# the step of the first picture, where plot_every is larger
+# the step of the first picture, if plot_every is larger
 FIRST_PICTURE = 50
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run at which something besides an update is done.
+    """The steps of a run that are followed by a validation or a picture.
 
     Args:
         early: steps of early validations, see `early_validations`.
@@ -23,11 +23,11 @@ class Plan:
     early: frozenset[int] = frozenset()
 
     def validates(self, step: int) -> bool:
-        """Whether a regular validation is due after so many updates: every `val_every` steps, and after the last."""
+        """Whether a regular validation is due after `step` updates: every `val_every` steps, and after the last."""
         return step > 0 and (step % self.settings.val_every == 0 or step == self.settings.steps)
 
     def validates_early(self, step: int) -> bool:
-        """Whether only an early validation is due after so many updates."""
+        """Whether an early validation, and no regular one, is due after `step` updates."""
         return step in self.early and not self.validates(step)
 
     def draws(self, step: int) -> bool:
@@ -37,17 +37,17 @@ class Plan:
 
 
 def early_validations(settings: Settings, rows: int | None, matching: bool = False) -> frozenset[int]:
-    """The steps of the validations that come before and between the regular ones, where `val_early` asks for them.
+    """The steps of validations before and between the regular ones; none unless `val_early` is set.
 
-    The first is step 0: the flow as it was initialized. The next ones follow after one epoch, or after a quarter of the
-    steps so far, whichever is more, until the regular validations are as frequent. A small table, whose epoch is one
-    step, is validated at steps 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22 and so on; a table whose epoch has more than
-    `val_every` steps at step 0 only.
+    The first is step 0: the flow as it was initialized. The gap to the next one is one epoch or a quarter of the steps
+    so far, whichever is more. They end when this gap reaches `val_every`. If an epoch is one step, the steps
+    are 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22 and so on. If an epoch has at least `val_every` steps, only step 0
+    is validated early.
 
     Args:
-        rows: of the training set; None where every batch is new.
-        matching: whether the run begins with another objective than the likelihood. Its steps are far cheaper than a
-            validation, so that only step 0 is validated early.
+        rows: the number of training rows. None: endless data, treated as one batch per epoch.
+        matching: whether the run begins with another objective than the likelihood. Then only step 0 is validated
+            early, because steps of that objective are far cheaper than a validation.
 
     Example:
         >>> from types import SimpleNamespace

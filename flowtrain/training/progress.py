@@ -15,16 +15,16 @@ class Progress:
     Attributes:
         step: updates so far, those that were skipped included.
         seconds: spent on them, over all the times that the run was resumed.
-        stale: regular validations in a row without a new best among themselves, as early stopping counts them.
+        stale: consecutive regular validations without a new best among the regular ones, for early stopping.
         best: NLL in nats and step of the best validation whose checkpoint is on the disk; None before the first.
         val_nll: of the last validation, in nats; NaN before the first.
         began: whether the likelihood's steps have.
-        counted: the best NLL of the regular validations, which `stale` counts by: early ones must not change when a run
-            ends. None before the first.
-        best_rows: log p of some validation rows at the best validation, see `rise.some_rows`; None where nothing is
-            compared with it.
-        position: of the schedules, in steps, see `Pace`.
-        worse: NLL of the last regular validations in a row that were clearly worse than the best; empty for none.
+        counted: the best NLL of the regular validations; None before the first. `stale` counts by it, because early
+            validations must not change when a run ends.
+        best_rows: log p of some validation rows at the best validation, see `rise.some_rows`; None if `max_rise` is not
+            set.
+        position: the position of the schedules, in steps, see `Pace`.
+        worse: NLL of the latest consecutive regular validations that were clearly worse than the best.
     """
 
     step: int = 0
@@ -44,7 +44,7 @@ class Progress:
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Takes over what a checkpoint says, in place: others hold on to this object."""
-        # a run of an older flowtrain has only ever solved, and all its validations were regular
+        # in runs of an older flowtrain, all steps were of the likelihood and all validations were regular
         best = saved["best"]
         older: dict[str, Any] = {
             "began": True,
@@ -57,6 +57,6 @@ class Progress:
             setattr(self, name, saved.get(name, older[name]) if name in older else saved[name])
 
     def forget_best(self) -> None:
-        """Makes the next validation the best, where the NLL so far was measured in another way."""
+        """Makes the next validation the best, because earlier ones were measured differently."""
         self.best = self.counted = self.best_rows = None
         self.worse = []

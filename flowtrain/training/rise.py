@@ -1,32 +1,33 @@
-"""A validation NLL that has clearly risen above its best: a sign of overfitting from which runs do not come back."""
+"""Detects a validation NLL that has clearly risen above its best. Runs that overfit so much do not recover."""
 
 import math
 
 import torch
 from torch import Tensor
 
-# rows of the validation set that are compared one by one, at most and at least
+# the largest and smallest number of validation rows that are compared row by row
 MOST, LEAST = 2000, 5
-# standard errors that the difference must exceed
+# the mean difference must exceed so many standard errors
 SIGMAS = 4.0
-# differences beyond so many times their median size count as that many: one row must not decide
+# differences are clipped at this multiple of their median size, so that one row does not decide
 CLIP = 3.0
-# the share of rows that settles the question whatever the spread of the differences is
+# if this share of rows is worse, the spread of the differences does not matter
 MANY = 0.75
-# columns of a sample from which on the margin grows with them
+# for samples of more numbers than this, the margin grows in proportion
 COLUMNS = 10
 
 
 def margin(max_rise: float, d: int) -> float:
-    """The nats by which the NLL of samples of d numbers may be above the best one."""
+    """How far the NLL of samples of d numbers may be above the best one, in nats."""
     return max_rise * max(1.0, d / COLUMNS)
 
 
 def clearly_worse(best: Tensor, now: Tensor, least: float) -> bool:
-    """Whether log p of the same rows, (n,) each, has become worse by more than `least` nats, beyond doubt.
+    """Whether log p of the same rows, (n,) each, is significantly worse, by more than `least` nats.
 
-    The mean of the differences exceeds `least`, and so do either MANY of the rows, or the mean of clipped differences,
-    which also exceeds SIGMAS standard errors of its own. Neither one bad row nor one good row decides.
+    The mean difference must exceed `least`. In addition, either a share MANY of the rows must be worse by more than
+    `least`, or the mean of the clipped differences must exceed `least` and SIGMAS of its standard errors. No single row
+    decides.
 
     Example:
         >>> before = torch.arange(10.0)
@@ -49,6 +50,6 @@ def clearly_worse(best: Tensor, now: Tensor, least: float) -> bool:
 
 
 def some_rows(log_p: Tensor, start: int, n: int) -> Tensor:
-    """Up to MOST rows of a set of n, evenly spread; of log_p, which has the rows of the set from `start` on."""
+    """The entries of log_p that belong to up to MOST evenly spaced rows of a set of n. log_p begins at row `start`."""
     every = max(1, math.ceil(n / MOST))
     return log_p[-start % every :: every].to(torch.float32)

@@ -132,7 +132,7 @@ class Saves:
             self.progress.forget_best()
 
     def keep_objective(self, pinned: Mapping[str, Any]) -> None:
-        """Takes what an objective has changed of its keys into every checkpoint's config."""
+        """Stores changed keys of the objective in the config of all later checkpoints."""
         self.config = {**self.config, "objective": {**self.config["objective"], **pinned}}
 
     def keep_step_size(self) -> None:

@@ -12,8 +12,8 @@ HALVINGS = 4
 class LearningRate:
     """lr x warm-up x decay. Warm-up and cosine depend on step and position alone; plateau remembers the validations.
 
-    Warm-up: (step + 1) / lr_warmup up to 1. Cosine: (1 + cos(pi position / steps)) / 2, the position being the step, or
-    further where a time limit asks for it, see `Pace`. Plateau: halved after
+    Warm-up: (step + 1) / lr_warmup up to 1. Cosine: (1 + cos(pi position / steps)) / 2. The position is the step,
+    or further under a time limit, see `Pace`. Plateau: halved after
     `lr_plateau_patience` validations in a row without a new best. All of them once for the steps before `again`, where
     that is not 0, and once for those from there on.
     """
@@ -27,7 +27,7 @@ class LearningRate:
         self.scale, self.stale = 1.0, 0
 
     def at(self, step: int, position: float | None = None) -> float:
-        """The learning rate of a step, counted from 0, at a position of the schedules; None: at the step."""
+        """The learning rate of a step, counted from 0. `position`: of the schedules; None for the step itself."""
         s = self.settings
         begin, end = (0, self.again) if step < self.again else (self.again, s.steps)
         since = step - begin

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# USR1 and USR2: SLURM's --signal, and submitit's; HUP: the terminal has been closed, on Windows BREAK
+# USR1 and USR2 are sent by SLURM's --signal and by submitit, HUP (BREAK on Windows) when the terminal is closed
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGBREAK")
-# those that the system has
+# the ones that this system has
 STOPPING: tuple[signal.Signals, ...] = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 

@@ -39,14 +39,14 @@ def initialize(flow: Flow, batches: Batches, deadline: Deadline | None = None) -
     """Sets statistics and data-dependent parameters from training data, all rows of them on every rank.
 
     Args:
-        deadline: limits how many rows are taken, down to LEAST_ROWS.
+        deadline: limits the number of rows, but not below LEAST_ROWS.
 
     Raises:
         NonFiniteError: data that hold NaN or infinite values.
     """
     moments, offset = batches.data.statistics(), batches.data.offset
     if moments is None and offset is not None:
-        # not standardised, but centred
+        # centered, but not standardized
         moments = offset, torch.ones_like(offset)
     for bijection in flow.bijection.modules():
         if isinstance(bijection, Standardize) and moments is not None:
@@ -55,7 +55,7 @@ def initialize(flow: Flow, batches: Batches, deadline: Deadline | None = None) -
     if deadline is not None:
         rows = max(LEAST_ROWS, deadline.first_rows(rows))
     if batches.data.n_train is not None:
-        # each at most once: a covariance is shrunk by the number of different rows
+        # no row twice: the shrinkage of a covariance depends on the number of distinct rows
         rows = min(rows, batches.data.n_train)
     x, label = batches.draw(0, rows, slice(None))
     if not bool(torch.isfinite(x).all()):

@@ -58,7 +58,7 @@ class Update:
     def take(self, step: int, lr: float) -> tuple[Row, Batch]:
         """One update. The finite check costs one transfer to the host, beside the solver's, and comes before it.
 
-        A step that fails leaves no trace: the weights and the running statistics of batch norms stay as they were.
+        A step that fails does not change the weights or the running statistics of batch norms.
 
         Returns:
             (what was measured, the batch).

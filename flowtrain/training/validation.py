@@ -26,20 +26,20 @@ class Validation:
     ) -> None:
         self.flow, self.learner, self.data, self.settings = learner.flow, learner, data, settings
         self.progress, self.metrics, self.saves = progress, metrics, saves
-        # rows of the set, from its start, that a validation takes; None: all
+        # the number of rows that a validation takes, from the start of the set; None: all
         self.size = settings.val_size
-        # seconds that this rank's rows took
+        # seconds that the last validation took on this rank
         self.seconds = 0.0
-        # log p of this rank's rows at the last validation, the first of them, and the rows of the whole set
+        # of the last validation: log p of this rank's rows, the index of its first row, and the size of the whole set
         self.scored, self.start, self.n = torch.zeros(0, dtype=torch.float64), 0, 0
-        # whether the last validations say that the run is over
+        # whether the NLL has clearly risen, which ends the run
         self.risen = False
 
     def run(self, regular: bool = True) -> None:
-        """NLL on the fixed validation set at the final tolerance; keeps the best checkpoint.
+        """Computes the NLL of the fixed validation set at the final tolerance, and keeps the best checkpoint.
 
         Args:
-            regular: whether it counts for patience, plateaus and `max_rise`, which early validations must not change.
+            regular: whether this validation counts for patience, plateaus and `max_rise`. Early ones do not.
         """
         p = self.progress
         self.flow.eval()
@@ -52,12 +52,12 @@ class Validation:
         if regular:
             self.count()
             self.look_for_rise(rows)
-        # the best is what is on the disk, as all ranks hear
+        # a new best counts only once its checkpoint is written, on all ranks
         if improved and self.saves.best():
             p.best, p.best_rows = {"nll": p.val_nll, "step": p.step}, rows
 
     def count(self) -> None:
-        """Tells patience and plateau of a regular validation: whether it was the best of its kind."""
+        """Updates patience and plateau after a regular validation: whether it was the best regular one."""
         p = self.progress
         improved = p.val_nll < (math.inf if p.counted is None else p.counted)
         if improved:
@@ -67,7 +67,7 @@ class Validation:
         p.stale = 0 if improved or not self.learner.settled(p.step) else p.stale + 1
 
     def look_for_rise(self, rows: Tensor | None) -> None:
-        """Sets `risen`: validations in a row are clearly worse than the best, two that rise, or three."""
+        """Sets `risen`: whether the last three validations are clearly worse than the best, or two that still rise."""
         p, s = self.progress, self.settings
         worse = False
         if s.max_rise is not None and rows is not None and p.best_rows is not None and len(rows) == len(p.best_rows):
@@ -77,7 +77,7 @@ class Validation:
         self.risen = len(p.worse) > 2 or p.worse != sorted(p.worse, reverse=True)
 
     def compared(self) -> Tensor:
-        """log p of some rows of the whole validation set, the same on all ranks, (k,)."""
+        """log p of some rows of the whole validation set, (k,), the same on all ranks."""
         mine = rise.some_rows(self.scored, self.start, self.n)
         return torch.cat([torch.tensor(part) for part in distributed.all_of(mine.tolist())])
 
@@ -88,7 +88,7 @@ class Validation:
         return patience is not None and self.progress.stale >= patience
 
     def nll(self) -> tuple[float, float]:
-        """NLL over the validation set, of which each rank scores its share, and its standard error; in nats."""
+        """NLL over the validation set and its standard error, in nats. Each rank scores its share of the rows."""
         x, label = held_out(self.flow, self.data, "val")
         x = x[: self.size]
         begun = time.perf_counter()

@@ -51,10 +51,9 @@ def progress_bar(steps: int, done: int) -> AbstractContextManager[Status]:
 
 
 def show(bar: Status, row: Mapping[str, Any], val_nll: float, bits_per_nat: float | None) -> None:
-    """Puts the loss of a row, the last validation's and the NFE behind the bar.
+    """Shows the loss of a row, the last validation NLL and the NFE beside the bar.
 
-    Likelihoods are in nats per sample, or in bits per dimension where `bits_per_nat` is given, as the table of results
-    has them.
+    Likelihoods are in nats per sample, or in bits per dimension if `bits_per_nat` is given, as in the table of results.
     """
     unit, scale = ("nll", 1.0) if bits_per_nat is None else ("bits/dim", bits_per_nat)
     values: dict[str, Any] = {}
