@@ -237,6 +237,7 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
     trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.course(saved['step'])}"
     if deadline is not None:
         log.info("time_budget=%g: %.1f s so far", deadline.seconds, deadline.seconds - deadline.left)
+        deadline.warn_if_over()
     log.info("%s\n%s\n%s", result.table(), trained, next_commands(run_dir, data.event_shape))
 
 

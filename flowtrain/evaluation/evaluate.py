@@ -90,7 +90,8 @@ def evaluate(
     with phase("estimating the error of the NLL"):
         parts = budget(flow, subset, log_p, dequantization_samples)
     with phase("fitting the Gaussian baseline"):
-        simple = None if trained_on is None else gaussian_baseline(trained_on, x, log_p)
+        # of the run's own sets: where all rows of a file are scored, `trained_on` is there for H alone
+        simple = None if trained_on is None or split == "all" else gaussian_baseline(trained_on, x, log_p)
     judged = [concentrated, of_baseline(nll, nll_stderr, simple, math.prod(flow.event_shape))]
     if thorough:
         with phase("checking the density"):

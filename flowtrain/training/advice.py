@@ -37,13 +37,14 @@ def advice(
     nll = {row["step"]: row["nll"] for row in rows if row["split"] == "val"}
     if len(nll) < 2 or best not in nll:
         return None
-    if finite and best <= EARLY * steps and max(nll) > best:
-        keys = ["more rows", "a smaller model (model.hidden)", "a larger trainer.weight_decay", "a smaller trainer.lr"]
-        if "dropout" in config["model"]:
-            keys.insert(2, "model.dropout")
+    clear = GAINED * max(1.0, d / 10)
+    if finite and best <= EARLY * steps and nll[max(nll)] - nll[best] > clear:
+        names = {"hidden": "a smaller model (model.hidden)", "dropout": "model.dropout"}
+        keys = ["more rows", *(words for key, words in names.items() if key in config["model"])]
+        keys += ["a larger trainer.weight_decay", "a smaller trainer.lr"]
         what = "the flow overfits" if best else "no step was better than the initial flow"
         return f"{what}: {', '.join(keys[:-1])} or {keys[-1]} may help"
     before = [nll[step] for step in nll if step <= (1 - LATE) * steps]
-    if best == max(nll) and before and min(before) - nll[best] > GAINED * max(1.0, d / 10):
+    if best == max(nll) and before and min(before) - nll[best] > clear:
         return "the validation NLL was still falling: a larger trainer.steps may help"
     return None

@@ -51,6 +51,8 @@ class Deadline:
         self.row_seconds = 0.0
         self.most_val: int | None = None
         self.probed = 0
+        # seconds of the command before training was prepared
+        self.before = seconds - self.left
         # seconds that the evaluation may take
         self.room = END * self.left
 
@@ -177,6 +179,17 @@ class Deadline:
         fewer.test = self.data.test[chosen]
         fewer.test_labels = None if self.data.test_labels is None else self.data.test_labels[chosen]
         return fewer, thorough
+
+    def warn_if_over(self) -> None:
+        """Warns of a command that has taken more than a fifth longer than its budget."""
+        if self.left < -0.2 * self.seconds:
+            log.warning(
+                "time_budget=%g: the command took %.0f s, %.0f s of them before the first step. Give a larger budget, "
+                "or run it while the machine is less busy",
+                self.seconds,
+                self.seconds - self.left,
+                self.before,
+            )
 
     def has_time_for(self, what: str, more: bool = False) -> bool:
         """Whether a picture can be drawn within the budget. Logs a message if not."""
