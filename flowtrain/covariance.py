@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowtrain.errors import DataError
 
-# values that are converted to float64 at a time: 32 MiB
+# number of values converted to float64 at a time: 32 MiB
 _CHUNK = 2**22
 
 
@@ -15,7 +15,7 @@ def shrunk_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (d,) and shrunk covariance (d, d) of rows x (n, d), in float64 on the device of x.
 
     The correlation matrix R is shrunk towards the identity, Sigma = D ((1 - s) R + s I) D with D the standard
-    deviations, so that the result does not depend on the units of the columns. The intensity s minimises the expected
+    deviations. The result therefore does not depend on the units of the columns. The intensity s minimises the expected
     squared Frobenius error (Ledoit and Wolf 2004, A well-conditioned estimator for large-dimensional covariance
     matrices), as `sklearn.covariance.LedoitWolf` computes it for standardised columns. It is at least 1/n: the estimate
     of Ledoit and Wolf is zero for two rows, and the result must be positive definite for any number of rows.
@@ -38,13 +38,13 @@ def shrunk_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
     n, d = x.shape
     if n == 0:
         raise DataError("a covariance needs at least one row, and there are none")
-    # moments of values divided by their largest: squares of float64 overflow from 1e154 on
+    # values are divided by the largest of their column, because squares overflow float64 above 1e154
     largest = x.abs().amax(0).double()
     unit = torch.where(largest > 0, largest, 1.0)
     parts = torch.split(x, max(1, _CHUNK // max(1, d)))
     mean = torch.stack([(part.double() / unit).sum(0) for part in parts]).sum(0) / n
     square = torch.stack([(part.double() / unit - mean).square().sum(0) for part in parts]).sum(0) / n
-    # rounding leaves a deviation of about float64's epsilon in a constant column
+    # rounding gives a constant column a standard deviation of about float64's epsilon
     flat = square.sqrt() <= 64 * torch.finfo(torch.float64).eps * mean.abs()
     std = torch.where(flat, 1.0, square.sqrt())
 
@@ -68,7 +68,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
         >>> gaussian_log_prob(torch.zeros(1, 2), torch.zeros(2), torch.eye(2)).tolist()
         [-1.8378770664093453]
     """
-    # columns in units of their deviation: the factorisation then neither overflows nor underflows
+    # columns are divided by their standard deviations so that the factorisation neither overflows nor underflows
     scale = covariance.double().diagonal().sqrt()
     factor = torch.linalg.cholesky(covariance.double() / scale[:, None] / scale)
     z = torch.linalg.solve_triangular(factor, ((x.double() - mean) / scale).T, upper=False)
@@ -78,12 +78,12 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
 
 
 def _intensity(correlation: Tensor, fourth: Tensor, n: int) -> Tensor:
-    """The share of the identity, in [1/n, 1]; `fourth` is the mean of |z|^4 over the standardised rows z.
+    """The shrinkage intensity, in [1/n, 1]; `fourth` is the mean of |z|^4 over the standardised rows z.
 
     b^2 / d^2 in the notation of Ledoit and Wolf: b^2 = (mean |z|^4 - |R|^2) / n is the squared error of R, and
     d^2 = |R - I|^2 its distance to the target.
     """
     distance = (correlation - correlation.diag().diag()).square().sum()
     error = (fourth - correlation.square().sum()) / n
-    # without any correlation the target is exact
+    # the target is exact if there is no correlation
     return (error / distance).clamp(1 / n, 1.0) if distance > 0 else torch.ones_like(error)

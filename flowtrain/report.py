@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from flowtrain.data.columns import counted
 from flowtrain.evaluation import Check, Evaluation
 from flowtrain.evaluation.digits import brief
-from flowtrain.evaluation.result import counted
 from flowtrain.files import write_text
 from flowtrain.markdown import as_table, cell
 
@@ -48,15 +48,16 @@ def tables_of(result: Evaluation) -> list[Table]:
         Table("Numbers", "", ("", ""), list(result.rows())),
         Table(
             "Where the error comes from",
-            f"In {unit}; trace to gap from {counted(result.budget.rows, 'row')} drawn at random. The total is the root "
-            "of the sum of the squares of sampling, trace, the larger of solver's two and precision.",
+            f"In {unit}. The parts from trace to gap are measured on {counted(result.budget.rows, 'row')} drawn at "
+            "random. The total is the root of the sum of the squares of sampling, trace, the larger value of solver "
+            "and precision.",
             ("part", unit, "measured as"),
             budget_rows(result),
         ),
         Table(
             "Checks",
-            "Is this a density, and can its NLL be trusted? Each check measures one thing and names one cause. Errors "
-            "of an NLL are in nats here.",
+            "Is this a density, and can its NLL be trusted? Each check measures one property and names one cause. "
+            "Errors of an NLL are in nats.",
             ("check", "off by", "at most", "", ""),
             [(c.label, _number(c.value), _number(c.limit), _verdict(c), c.message or "") for c in result.checks],
         ),

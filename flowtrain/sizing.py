@@ -1,8 +1,8 @@
-"""Default settings that follow the number of training rows and columns: the value `auto` in a recipe.
+"""Default settings chosen from the number of training rows and columns: the value `auto` in a recipe.
 
-A recipe that was tuned on ten thousand rows overfits a hundred, and one for vectors is far too large for images. A key
-that a recipe sets to `auto` takes its value once the data have been read. The log and the checkpoints hold that value.
-A key given on the command line is never changed.
+A recipe tuned on ten thousand rows overfits a hundred rows. A recipe for vectors is far too large for images. If a
+recipe sets a key to `auto`, its value is chosen after the data have been read. The log and the checkpoints hold that
+value. A key with another value on the command line is never changed.
 """
 
 import logging
@@ -17,8 +17,9 @@ Groups = dict[str, dict[str, Any]]
 
 _log = logging.getLogger("flowtrain")
 
-# for vectors: the least number of training rows, and the values of `auto` from there on. 5,000 rows and more: chosen by
-# gas's validation set. Fewer: by optdigits' validation set and the tables of scripts/small_tables.py
+# For vectors: the smallest number of training rows of each tier, and the values of `auto` in the tier. The values for
+# 5,000 rows and more were chosen on gas's validation set. The others were chosen on optdigits' validation set and the
+# tables of scripts/small_tables.py
 _MANY, _SOME, _FEW, _TINY = 5000, 1000, 100, 0
 _COUPLINGS: dict[int, Groups] = {
     _MANY: {
@@ -33,7 +34,7 @@ _COUPLINGS: dict[int, Groups] = {
         "model": {"hidden": [16, 16], "dropout": 0.2},
         "trainer": {"steps": 4000, "lr": 0.001, "weight_decay": 1e-3, "ema": 0.99, "val_every": 20},
     },
-    # so few rows say little beyond a Gaussian, and so few validation rows do not tell a better flow from a worse one
+    # so few rows determine little beyond a Gaussian, and the few validation rows cannot rank flows reliably
     _TINY: {
         "model": {"hidden": [8], "dropout": 0.5, "cap": 0.2},
         "trainer": {"steps": 300, "lr": 2e-4, "weight_decay": 1e-2, "ema": 0.99, "val_every": 20},
@@ -49,8 +50,8 @@ _FIELDS: dict[int, Groups] = {
     _FEW: {"model": {"hidden": [32, 32]}, "trainer": {"lr": 0.002, "weight_decay": 1e-3, "val_every": 20}},
     _TINY: {"model": {"hidden": [16]}, "trainer": {"lr": 2e-4, "weight_decay": 1e-2, "val_every": 20}},
 }
-# whatever the number of rows. A cap of 0.5 is as good as 2 on gas and bounds the scale of 16 couplings by exp(8). The
-# NLL of a table's validation rows rises and falls again, so patience is long
+# For any number of rows. A cap of 0.5 is as good as 2 on gas and bounds the scale of 16 couplings by exp(8). Patience
+# is long because the validation NLL of a table may rise and then fall again
 _BOUNDED: dict[str, Any] = {"positions": False, "cap": 0.5, "input_bound": 5.0}
 _COUPLING_TRAINER: dict[str, Any] = {"lr_decay": "constant", "clip_norm": 5.0, "patience": 10}
 _VECTORS: dict[str, Groups] = {
@@ -62,7 +63,7 @@ _VECTORS: dict[str, Groups] = {
         "trainer": {"steps": 600, "lr_decay": "cosine", "ema": 0.99, "clip_norm": 5.0, "patience": 3},
     },
 }
-# as in recipe/*_mnist.yaml; the gradient of an NLL in nats per image has a norm of some hundreds
+# As in recipe/*_mnist.yaml. The gradient of an NLL in nats per image has a norm of several hundred
 _IMAGE_TRAINER: dict[str, Any] = {
     "steps": 3000,
     "batch_size": 64,
@@ -87,18 +88,18 @@ _IMAGES: dict[str, Groups] = {
         "trainer": {**_IMAGE_TRAINER, "steps": 900, "batch_size": 32, "lr": 0.01},
     },
 }
-# rows of a batch of vectors, at the most
+# largest batch of vectors
 _BATCH = 512
 
 
 def sized(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, ...]) -> dict[str, Any]:
-    """The config with a value in place of each `auto` that a recipe has set in `model` and `trainer`.
+    """The config with each `auto` in `model` and `trainer` replaced by its value.
 
     Args:
         rows: the number of training rows; None for endless data.
 
     Raises:
-        ConfigError: `auto` for a key that has no such value.
+        ConfigError: `auto` for a key that has no automatic value.
     """
     values = _values(str(config["model"].get("name")), rows, event_shape)
     groups = {group: dict(config[group]) for group in ("model", "trainer")}
@@ -109,8 +110,8 @@ def sized(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, .
                 continue
             if key not in values.get(group, {}):
                 raise ConfigError(
-                    f"{group}.{key}=auto: there is no automatic value of it for model={config['model'].get('name')}; "
-                    "give one"
+                    f"{group}.{key}=auto: this key has no automatic value for model={config['model'].get('name')}; "
+                    "give a value"
                 )
             keys[key] = values[group][key]
             chosen.append(f"{group}.{key}={keys[key]}")
@@ -120,22 +121,22 @@ def sized(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, .
     return {**config, **groups}
 
 
-# `auto` of these keys is a value that the model itself takes
+# keys of which the model itself accepts `auto`
 NATIVE = ("trace", "eval_trace")
 
 
 def _small_steps(lr: float, rows: int, columns: int) -> dict[str, Any]:
-    """The trainer of models with a d x d matrix that starts at a shrunk Gaussian or at a rotation, on few rows.
+    """Trainer settings for few rows and a model with a d x d matrix that starts at a shrunk Gaussian or a rotation.
 
-    With few rows for each entry the maximum likelihood is worse than the start, and a step of Adam moves all entries at
-    once, so the learning rate is smaller.
+    With few rows per matrix entry, the maximum likelihood estimate is worse than the start. A step of Adam moves all
+    entries at once. The learning rate is therefore smaller.
     """
     share = min(1.0, rows / (4 * columns**2))
     return {"lr": float(f"{lr * share:.2g}"), **({"val_every": 20} if share < 1 else {})}
 
 
 def _values(name: str, rows: int | None, event_shape: tuple[int, ...]) -> Groups:
-    """What `auto` stands for, by group and key."""
+    """The values of `auto`, by group and key."""
     if len(event_shape) > 1:
         return _IMAGES.get(name, {})
     tier = next(least for least in (_MANY, _SOME, _FEW, _TINY) if rows is None or rows >= least)

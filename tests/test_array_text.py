@@ -274,7 +274,7 @@ ODD_HEADERS = {
     "years": ("2019,2020\n3.5,4.5\n5.5,1.5\n", None, "data.header=true"),
     "whole numbers": ("0,1\n3,4.5\n5.5,1.5\n", None, None),
     "counts": ("0\n3\n4\n", None, None),
-    "a bad cell in line 1": ("1.5,2,oops\n3,4,5\n", None, "taken for the header"),
+    "a bad cell in line 1": ("1.5,2,oops\n3,4,5\n", None, "read as the header"),
     "index left out": (",a,b\n0,1,2\n1,3,4\n", ["1:"], None),
     "plain": ("a,b,c\n0,1,2\n1,3,4\n", None, None),
     "our own names": ("c0,c1,c2\n0,1,2\n1,3,4\n", None, None),

@@ -120,13 +120,18 @@ def test_a_row_without_density_does_not_cost_the_scores_of_the_others(run: Run, 
     rows[[3, 30]] = 3e38
     np.save(tmp_path / "far.npy", rows)
     evaluated(run, run_dir, "data.path=good.npy", "scores=good_scores.npy", name="eval-good.json")
-    found = evaluated(
-        run, run_dir, "data.path=far.npy", "scores=s.npy", "ood=far.npy", "report=true", name="eval-far.json"
-    )
+    more = ["data.path=far.npy", "scores=s.npy", "ood=far.npy", "report=true"]
+    code, out, err = run("floweval", f"ckpt={run_dir}", *more)
+    assert code == 0, err
+    found = json.loads(Path(run_dir, "eval-far.json").read_text())
     scores, good = np.load(tmp_path / "s.npy"), np.load(tmp_path / "good_scores.npy")
     assert np.flatnonzero(~np.isfinite(scores)).tolist() == [3, 30]
     np.testing.assert_allclose(np.delete(scores, [3, 30]), np.delete(good, [3, 30]), rtol=1e-6)
     assert (found["nll"], found["n"]) == (None, 40)
+    # a share of the variance is no number here
+    (line,) = [line for line in out.splitlines() if "FAILED: concentration" in line]
+    assert "rows 3 and 30" in line
+    assert "variance" not in line
     check = found["checks"]["concentration"]
     assert (check["rows"], check["nll_without"]) == ([3, 30], pytest.approx(-np.delete(scores, [3, 30]).mean()))
     assert (found["ood"]["infinite"], found["ood"]["auroc"]) == (2, 0.5)

@@ -54,15 +54,15 @@ WARNED: dict[str, tuple[np.ndarray, list[list[str]]]] = {
     "clipped": (table(REAL, REAL[:, 0].clip(-1, 1)), [["'c3'", "value -1", "value 1:"]]),
     "counts": (table(REAL, COUNTS), [["'c3'", "'data.dequantize=[3]'"]]),
     "all counts": (table(COUNTS, COUNTS[::-1]), [["'c0', 'c1'", "data.dequantize=true"]]),
-    "multiples of 0.1": (table(REAL, np.round(REAL[:, 0], 1)), [["'c3'", "multiples of 0.1,", "round(x / 0.1)"]]),
-    "multiples of 0.25": (table(REAL, COUNTS / 4 - 0.5), [["'c3'", "multiples of 0.25,"]]),
-    "counts but for one": (table(REAL, np.where(np.arange(N) == 499, 48.7, COUNTS)), [["'c3'", "multiples of 0.1,"]]),
+    "multiples of 0.1": (table(REAL, np.round(REAL[:, 0], 1)), [["'c3'", "multiples of 0.1.", "round(x / 0.1)"]]),
+    "multiples of 0.25": (table(REAL, COUNTS / 4 - 0.5), [["'c3'", "multiples of 0.25."]]),
+    "counts but for one": (table(REAL, np.where(np.arange(N) == 499, 48.7, COUNTS)), [["'c3'", "multiples of 0.1."]]),
     "minutes since 1970": (
         table(REAL, 1.6e9 + 60 * COUNTS),
-        [["'c3'", "multiples of 60,", "round((x - 1600000000) / 60)"]],
+        [["'c3'", "multiples of 60.", "round((x - 1600000000) / 60)"]],
     ),
     "a code for missing values": (table(REAL, np.where(COUNTS < 1, -999, REAL[:, 0])), [["'c3' is -999"]]),
-    "few values on no grid": (table(REAL, np.sqrt(COUNTS + 2)), [["'c3'", "few values", "data.columns"]]),
+    "few values on no grid": (table(REAL, np.sqrt(COUNTS + 2)), [["'c3'", "few distinct values", "data.columns"]]),
 }
 
 
@@ -119,7 +119,7 @@ def test_fewer_rows_than_columns_are_refused(tmp_path: Path, caplog: pytest.LogC
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     # as many lie in a plane as well
     ArrayData(path, columns=["0:32"])
-    assert "32 rows for 32 columns" in caplog.text
+    assert "32 rows of 32 columns" in caplog.text
     # images have fewer pixels to say than they have
     assert ArrayData(path, event_shape=[1, 10, 10]).event_shape == (1, 10, 10)
 

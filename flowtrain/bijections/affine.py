@@ -42,7 +42,7 @@ class Affine(Bijection):
         flat = x.flatten(1)
         centred = (flat - flat.mean(0)).double()
         covariance = centred.T @ centred / len(x)
-        # a column that does not vary has a scale of 1
+        # constant columns keep a scale of 1
         variance = covariance.diagonal()
         variance.copy_(variance.where(varies(variance.sqrt(), flat.mean(0)), 1))
         # fewer rows than columns, or columns that depend on each other, leave directions without variance

@@ -52,15 +52,16 @@ class Bijection(nn.Module, ABC):
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         """Sets data-dependent parameters from data x (B, *event_shape), once, before training; returns z.
 
-        This default sets none and takes x through the map in parts. Couplings and continuous flows start as the
-        identity: a map that leaves the first part exactly as it was is taken for it, which spares the other parts.
+        This default sets no parameters and applies the map to x in parts. Couplings and continuous flows start as the
+        identity. If the map leaves the first part exactly unchanged, it is assumed to be the identity, and the other
+        parts are returned without applying it.
         """
         rows = max(1, PART // math.prod(x.shape[1:]))
         parts = torch.split(x, rows)
         labels = [None] * len(parts) if label is None else torch.split(label, rows)
         before = [buffer.clone() for buffer in self.buffers()]
         first = self.map_inverse(parts[0], labels[0])
-        # statistics that a part has changed, as those of a batch normalization, are set by all parts
+        # running statistics, such as those of batch normalization, must see all parts
         unchanged = all(torch.equal(a, b) for a, b in zip(before, self.buffers(), strict=True))
         if len(parts) > 1 and unchanged and torch.equal(first, parts[0]):
             return x
@@ -118,22 +119,23 @@ class Chain(Bijection):
 
 
 def check_sample(x: Tensor) -> None:
-    """Refuses data x (B, *event_shape) that statistics cannot be taken of, before a parameter has been set.
+    """Refuses data x (B, *event_shape) without valid statistics, before any parameter is set.
 
     Raises:
-        FlowtrainError: no rows.
-        NonFiniteError: values that are NaN or infinite.
+        FlowtrainError: x has no rows.
+        NonFiniteError: x has values that are NaN or infinite.
     """
     if not len(x):
-        raise FlowtrainError("x has no rows: statistics of the data need at least one, so nothing was initialized")
+        raise FlowtrainError("x has no rows, but the statistics of the data need at least one; nothing was initialized")
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError("x has values that are NaN or infinite: remove those rows; nothing was initialized")
 
 
 def varies(std: Tensor, mean: Tensor) -> Tensor:
-    """Which channels vary by more than the rounding of their mean: those of a single row, or of equal ones, do not.
+    """Which channels vary by more than the rounding error of their mean.
 
-    A scale that takes differences of 0 to 1 would be infinite, so such channels keep a scale of 1.
+    Channels of a single row, or of equal rows, do not vary. Dividing by their standard deviation of 0 would give an
+    infinite scale, so they keep a scale of 1.
     """
     return std > torch.finfo(mean.dtype).eps * mean.abs()
 

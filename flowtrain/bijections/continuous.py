@@ -62,7 +62,7 @@ class Continuous(Bijection):
         )
 
     def between(self, start: float, end: float) -> Self:
-        """The same flow from one time to another: forward solves from `start` to `end`, inverse back."""
+        """The same flow on another interval: forward solves from `start` to `end`, inverse from `end` to `start`."""
         part = copy(self)
         part.times = (start, end)
         return part
@@ -74,7 +74,7 @@ class Continuous(Bijection):
         return self._transport(x, label, self._end(), self.times[0])
 
     def _end(self) -> float:
-        # a random end time is that of whole paths
+        # the regularizer may draw a random end time, but only if the flow covers the whole interval (0, 1)
         return self.regularizer.end() if self.training and self.times == (0.0, 1.0) else self.times[1]
 
     def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:

@@ -14,16 +14,15 @@ class AffineCoupling(Bijection):
 
     Subclasses say which part is a, unchanged, and which b.
 
-    With an `input_bound` B the conditioner sees c = B tanh(z_a / B), and m(z_a) = m_c(c) + W z_a. Far from the data the
-    coupling is then an affine map: s and m_c stay what they are at the edge of a box, and W keeps the linear
-    correlations. -log p of a stack of such couplings grows quadratically along rays from the data, as that of a
-    Gaussian does, with a factor that `cap` bounds. Without a bound the conditioner extrapolates, and s reaches its cap
-    in every coupling.
+    With an `input_bound` B the conditioner receives c = B tanh(z_a / B), and m(z_a) = m_c(c) + W z_a. Far from the data
+    the coupling is then an affine map: s and m_c are constant, and W keeps the linear correlations. -log p of a stack
+    of such couplings grows quadratically along rays from the data, like that of a Gaussian, with a factor bounded by
+    `cap`. Without a bound the conditioner extrapolates, and s reaches its cap in every coupling.
 
     Args:
         conditioner: (a, label) -> raw log-scales and shifts of b, joined along dimension 1.
         cap: bound on the log-scale.
-        input_bound: B; None passes z_a to the conditioner unchanged, and there is no W.
+        input_bound: B. None passes z_a to the conditioner unchanged and omits W.
         sizes: the numbers of elements of a and b, for W; needed with an `input_bound`.
     """
 

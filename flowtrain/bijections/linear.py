@@ -7,7 +7,7 @@ from flowtrain.bijections.base import Bijection, Chain, places
 from flowtrain.covariance import shrunk_covariance
 from flowtrain.precision import full_precision
 
-# least eigenvalue of a covariance, as a share of the largest: below it float32 keeps no digits of a direction
+# Smallest eigenvalue of a covariance relative to the largest. Below it float32 cannot resolve the direction
 LEAST_EIGENVALUE = 1e-8
 
 
@@ -68,7 +68,7 @@ def channel_map(weight: Tensor, x: Tensor) -> Tensor:
 class GaussianStart(Bijection):
     """x = F z + m with fixed F and m, F F^T = C: it turns a standard normal base into the Gaussian N(m, C).
 
-    A flow whose other parts begin as affine maps begins at the Gaussian of the training rows, see `FromGaussian`.
+    A flow whose other parts start as affine maps then starts at the Gaussian of the training rows, see `FromGaussian`.
     F is the symmetric square root of C, so that z_i stays next to x_i. log|det dx/dz| = log det C / 2.
 
     Args:
@@ -95,7 +95,7 @@ class GaussianStart(Bijection):
     log_volume: Tensor
 
     def fit(self, mean: Tensor, covariance: Tensor) -> None:
-        """Takes the mean (d,) and the covariance (d, d), positive semidefinite."""
+        """Sets the Gaussian from its mean (d,) and its positive semidefinite covariance (d, d)."""
         values, vectors = torch.linalg.eigh(covariance.double())
         roots = values.clamp_min(LEAST_EIGENVALUE * values.max()).sqrt()
         self.mean.copy_(mean)
@@ -115,8 +115,9 @@ class GaussianStart(Bijection):
 class Preconditioned(Chain):
     """A model over vectors (B, d) between a standard normal and the data whitened by their shrunk covariance.
 
-    A model that starts as the identity then starts at the Gaussian of the data. All directions of the data have the
-    same scale, which makes an ODE easier to learn. Couplings do better on the columns as they are, see `FromGaussian`.
+    A model that starts as the identity then starts at the Gaussian of the data. All directions of the whitened data
+    have the same scale, which makes an ODE easier to learn. Couplings perform better on unwhitened columns, see
+    `FromGaussian`.
     """
 
     def __init__(self, model: Bijection, d: int) -> None:
@@ -133,9 +134,9 @@ class Preconditioned(Chain):
 class FromGaussian(Chain):
     """A model over vectors (B, d) whose base is the Gaussian of the training rows in place of a standard normal.
 
-    `initialize` sets it from the data x: the flow then begins at N(m, C), with the mean and the shrunk covariance of x
-    (see `flowtrain.covariance`). It takes the model to be affine at first, as all of flowtrain's are: z = J (x - m) + o
-    takes N(m, C) to N(o, J C J^T).
+    `initialize` sets this base from the data x. The flow then starts at N(m, C), with the mean and the shrunk
+    covariance of x (see `flowtrain.covariance`). It assumes that the model is affine at first, which holds for all
+    models of flowtrain: z = J (x - m) + o maps N(m, C) to N(o, J C J^T).
     """
 
     def __init__(self, model: Bijection, d: int) -> None:
@@ -151,7 +152,7 @@ class FromGaussian(Chain):
         steps = torch.cat([torch.zeros_like(std).unsqueeze(0), std.diag()])
         labels = None if label is None else label[:1].expand(len(steps))
         was_training = model.training
-        # batch norms of their running statistics, no dropout
+        # evaluation mode: batch norm uses its running statistics, and dropout is off
         model.eval()
         moved = model.map_inverse((mean + steps).to(x), labels).double()
         model.train(was_training)

@@ -49,7 +49,7 @@ class Logit(Bijection):
             if bool((values(torch.minimum(p, q)) < -2 * rounding.eps).any()):
                 low, high = values(x).min(), values(x).max()
                 raise FlowtrainError(
-                    f"x goes from {low:g} to {high:g}, and this flow is one over values from 0 to {self.levels}"
+                    f"x goes from {low:g} to {high:g}, but this flow is over values from 0 to {self.levels}"
                 )
             # a sample far out in the tails lies on the very edge once it is rounded
             p, q = p.clamp_min(rounding.tiny), q.clamp_min(rounding.tiny)

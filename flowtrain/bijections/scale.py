@@ -81,7 +81,7 @@ class BatchNorm(Bijection):
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean, variance = self.mean, self.variance
-        # no rows have no statistics
+        # an empty batch has no statistics
         if self.training and len(x):
             variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
             with torch.no_grad():
@@ -110,12 +110,12 @@ class BatchNorm(Bijection):
 class Standardize(Bijection):
     """x = z * std + mean with the training set's statistics, kept as buffers: base units to data units.
 
-    Data whose mean is large against their deviation, such as seconds since 1970, lose their digits in float32. With an
-    offset x = (z * std + mean) + offset, x and the sum are float64, and the values of `offset` are ones that float32
-    holds, so that a cast of the module does not change them.
+    Data whose mean is large compared with their standard deviation, such as seconds since 1970, lose digits in float32.
+    With an offset, x = (z * std + mean) + offset, and x and the sum are float64. float32 represents the values of
+    `offset` exactly, so a cast of the module does not change them.
 
     Args:
-        offset: whether there is one.
+        offset: whether to add an offset.
 
     Example:
         >>> standardize = Standardize((2,))
@@ -136,13 +136,13 @@ class Standardize(Bijection):
     offset: Tensor | None
 
     def fit(self, mean: Tensor, std: Tensor, offset: Tensor | None = None) -> None:
-        """Takes statistics of shape (*event_shape), the mean before the offset is subtracted.
+        """Sets the statistics, of shape (*event_shape); `mean` includes the offset.
 
         Raises:
             DataError: a standard deviation that is zero or not finite, or a mean that is not finite.
         """
         if not bool(torch.isfinite(mean).all()):
-            raise DataError("the mean of the training data is NaN or infinite: remove the rows that are")
+            raise DataError("the mean of the training data is NaN or infinite: remove the rows with such values")
         if not bool(((std > 0) & torch.isfinite(std)).all()):
             bad = [i for i, s in enumerate(std.flatten().tolist()) if not 0 < s < math.inf]
             raise DataError(f"columns {bad} of the training data do not vary: drop them (data.columns)")

@@ -42,7 +42,7 @@ _STREAM = 0x6172_7279
 _SPLIT, _ORDER, _OWN = 1, 2, 3
 # of a file that is not in memory, the rows that are held out for each set, and their bytes, at the most
 MOST_HELD_OUT, HELD_OUT_BYTES = 100_000, 2**28
-# how far float32 may round a value, as a share of the column's standard deviation, before its column is centred
+# largest rounding error of float32, as a share of the column's standard deviation, without centring the column
 COARSE = 1e-4
 
 
@@ -52,36 +52,36 @@ class ArrayData(Finite):
     What is not given as a file of its own is split off the training file, at random but the same for every
     run with the same `seed` of the data. The density of values that repeat is unbounded, so a column that is
     constant in training is refused, and counts or pixels want `dequantize` or `levels`: samples are then integers,
-    to which the flow adds u ~ U[0, 1). Where only some columns are counts, the data set adds the noise to these: anew
-    in each training batch, and once to what is held out.
+    to which the flow adds u ~ U[0, 1). If only some columns are counts, the data set adds the noise to these columns:
+    anew in each training batch, and once to held-out rows.
 
     Args:
         path: the training file, .npy, .npz or text; see `read_table`.
         val_path, test_path: held-out files with the same columns.
-        key: which array of an .npz file with several; held-out files that are no .npz have no use for it.
+        key: the array of an .npz file that holds several. It is ignored for held-out files of other formats.
         columns: names, positions or slices such as "0:64" of the columns to keep.
-        header: whether the first line of a text file names the columns; None: by what it looks like.
-        decimal: of text files, point or comma: the mark before the decimals; None: by the numbers themselves.
+        header: whether the first line of a text file names the columns; None: detected.
+        decimal: the decimal mark of text files, point or comma; None: detected.
         label: name or position of a column of class labels 0, 1, ..., which is no part of a sample; None for none.
         event_shape: shape (C, H, W) of the images that rows hold, channel by channel and row by row; None for vectors.
         val_fraction, test_fraction: the share of the training file to hold out where there is no such file.
         standardize: give the flow the mean and deviation of the training rows; None: unless `levels` is given.
-        dequantize: samples are whole numbers; or the names or positions of the columns that are.
+        dequantize: whether samples are whole numbers, or the names or positions of the columns that are.
         levels: samples are whole numbers from 0 to levels - 1, which a logit takes to the real line.
         alpha: of that logit.
         memory_map: read the training file, a .npy, as its rows are wanted, in memory that does not grow with it; None:
             from 256 MiB on. Batches are then shuffled by blocks, and at most 100,000 rows held out for each set. A
             held-out file is read so from 256 MiB on, unless this is False, and so many of its rows are drawn.
         seed: of the split; batches have the seed of the run.
-        center: keep samples in float64, and have the flow subtract an offset, of columns whose mean is so large against
-            their deviation that float32 would lose the digits that matter.
-        gaussian_start: start the flow at the Gaussian of the training rows, with a shrunk covariance, by a fixed linear
-            layer next to the base; None: for vectors.
+        center: keep samples in float64 and let the flow subtract an offset if the mean of a column is so large compared
+            with its standard deviation that float32 would lose significant digits.
+        gaussian_start: start the flow at the Gaussian of the training rows, with a shrunk covariance. A fixed linear
+            layer next to the base maps to it. None: true for vectors.
 
     Raises:
         ConfigError: no path, a fraction outside (0, 1), columns, a key or a shape that the file does not fit.
-        DataError: files that do not fit together, too few rows (of vectors, fewer for training than columns), values
-            that no density can be fitted to.
+        DataError: files that do not fit together, too few rows (for vectors: fewer training rows than columns), or
+            values that no density can be fitted to.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class ArrayData(Finite):
         self.n_train = divided.n
         if cap in sizes:
             _log.info(
-                f"{path}: of the rows of so large a file at most {most:,} are held out for each of validation and test"
+                f"{path}: the file is large, so at most {most:,} rows are held out for each of validation and test"
             )
 
     def _divide(self, first: Loaded | Mapped, kind: Kind, sizes: list[int], seed: int) -> tuple[Divided, Kind]:
@@ -162,7 +162,7 @@ class ArrayData(Finite):
         keys = (_STREAM, _SPLIT), (_STREAM, _ORDER)
         if isinstance(first, Mapped):
             _log.info(
-                f"{first.table.path}: {first.n:,} rows are checked now and read again by windows (data.memory_map)"
+                f"{first.table.path}: {first.n:,} rows are checked now and read again block by block (data.memory_map)"
             )
         divided = first.divided(kind, sizes, seed, *keys)
         self._mean, self._std = kind.moments(divided.mean, divided.variance)
@@ -173,8 +173,8 @@ class ArrayData(Finite):
         coarse = COARSE * self._std < np.finfo(np.float32).eps * np.abs(self._mean)
         if self._centers and coarse.any():
             names = [name for name, is_coarse in zip(first.table.columns, coarse, strict=True) if is_coarse]
-            _log.info(f"{first.table.path}: float32 would lose digits of {listed(names)}, so samples are float64")
-            # of values that float32 holds
+            _log.info(f"{first.table.path}: samples are float64 because float32 would lose digits of {listed(names)}")
+            # the offset has values that float32 represents exactly
             offset = np.where(coarse, self._mean, 0.0).astype(np.float32).astype(np.float64)
             self.offset = torch.from_numpy(offset).view(self.event_shape)
             kind = replace(kind, wide=True)
@@ -183,7 +183,7 @@ class ArrayData(Finite):
         return divided, kind
 
     def _check_held_out(self, table: Table, divided: Divided, kind: Kind, held: Mapping[str, Part]) -> None:
-        """Counts the classes, and warns of data whose likelihood means little."""
+        """Counts the classes, and warns of data whose likelihood is not meaningful."""
         labels = {name: part.labels.numpy() for name, part in held.items() if part.labels is not None}
         if len(labels) == len(held):
             self.classes = max(len(divided.class_counts), *(1 + int(own.max()) for own in labels.values()))
@@ -220,10 +220,10 @@ class ArrayData(Finite):
 def _noise(
     asked: bool | Sequence[str | int] | str | int, levels: int | None, table: Table
 ) -> tuple[bool, tuple[int, ...]]:
-    """Whether samples are whole numbers, and else the columns that are.
+    """Whether samples are whole numbers; if not, the columns that are.
 
     Raises:
-        ConfigError: a column that the table does not have, or columns and `levels` at once.
+        ConfigError: a column that the table does not have, or both columns and `levels`.
     """
     if isinstance(asked, bool):
         return asked or levels is not None, ()
@@ -234,7 +234,7 @@ def _noise(
             "numbers, as in [age,3]"
         )
     if levels is not None:
-        raise ConfigError("data.dequantize names columns, and data.levels is for all of them; leave one out")
+        raise ConfigError("data.dequantize names columns, but data.levels applies to all columns; omit one of the two")
     columns = noisy_columns(entries, table)
     everything = len(columns) == len(table.columns)
     return everything, () if everything else columns
@@ -255,10 +255,10 @@ def _source(
 
 
 def format_of(header: bool | None, decimal: str | None) -> TextFormat:
-    """What `data.header` and `data.decimal` say of text files.
+    """The format of text files from `data.header` and `data.decimal`.
 
     Raises:
-        ConfigError: another value.
+        ConfigError: an invalid value.
     """
     return TextFormat(
         None if header is None else flag("data.header", header),
@@ -284,15 +284,15 @@ def _standardizes(asked: bool | None, levels: int | None) -> bool:
 
 
 def _starts(asked: bool | None, event_shape: tuple[int, ...]) -> bool:
-    """Whether the flow starts at the Gaussian of the training rows: as asked, or for vectors.
+    """Whether the flow starts at the Gaussian of the training rows: as asked; by default for vectors.
 
     Raises:
-        ConfigError: images.
+        ConfigError: true for images.
     """
     if asked is None:
         return len(event_shape) == 1
     if flag("data.gaussian_start", asked) and len(event_shape) > 1:
-        raise ConfigError("data.gaussian_start=true is for vectors: leave it out where data.event_shape is given")
+        raise ConfigError("data.gaussian_start=true works for vectors only: omit it if data.event_shape is given")
     return asked
 
 

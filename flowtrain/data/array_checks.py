@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowtrain.data.columns import as_option, as_ranges, counted, listed
+from flowtrain.data.columns import as_option, as_ranges, counted, first_of, listed
 from flowtrain.data.read import Table
 from flowtrain.errors import DataError
 
@@ -19,15 +19,15 @@ _FLOAT32, _FLOAT64 = np.finfo(np.float32), np.finfo(np.float64)
 _MOST_CLASSES = 10_000
 # from here on, float32 has no room for noise between whole numbers
 _MOST_WHOLE = 2**23
-# rows that are looked at for repeated values, and for linear dependence; columns that are looked at for that
+# largest number of rows checked for repeated values; of rows and of columns checked for linear dependence
 _LOOK, _MOST_DEPENDENT, _MOST_CORRELATED = 10_000, 100_000, 500
-# share of the rows, and how many, from which on a single value is an atom
+# smallest share and smallest number of the rows with the same value that make the value an atom
 _ATOM, _LEAST_ATOM = 0.05, 5
-# share of a held-out set from which on copies of training rows are worth a warning
+# smallest share of copies of training rows in a held-out set that causes a warning
 _COPIES = 0.01
-# share of a column's variance below which it is linear in others: values rounded to four digits leave 1e-9
+# A column is linear in others if its residual variance is below this share. Rounding to four digits leaves 1e-9
 _RESIDUAL = 1e-8
-# dependent columns, or single values, that are named
+# largest number of dependent columns, or single values, in a warning
 _MOST_NAMED = 5
 
 
@@ -60,11 +60,11 @@ def check_range(table: Table) -> None:
 
 
 def check_whole(table: Table, columns: Sequence[int], blocks: Iterable[Table] | None = None) -> None:
-    """Refuse values that are not whole numbers, or too large for noise in [0, 1) to be told apart on them.
+    """Refuse values that are not whole numbers, or so large that rounding loses noise in [0, 1).
 
     Args:
-        columns: those that must be whole.
-        blocks: all the blocks of the file that the table is one of; None where it is all there is.
+        columns: the columns that must be whole numbers.
+        blocks: all blocks of the file that the table is part of; None if the table is the whole file.
     """
     values = table.values[:, list(columns)]
     bad = (values != np.rint(values)) | (np.abs(values) > _MOST_WHOLE)
@@ -75,8 +75,8 @@ def check_whole(table: Table, columns: Sequence[int], blocks: Iterable[Table] | 
         counts = np.flatnonzero(np.all([whole_columns(block.values) for block in blocks or [table]], axis=0))
         some = f", name the columns of whole numbers, as in {_dequantize(table, counts)}" if len(counts) else ""
         raise DataError(
-            f"{table.place(row, columns[column])}: {value:.17g} is {what}; data.dequantize and data.levels are for "
-            f"whole numbers up to {_MOST_WHOLE:,}: leave them out{some}, or choose data.columns"
+            f"{table.place(row, columns[column])}: {value:.17g} is {what}; data.dequantize and data.levels need "
+            f"whole numbers up to {_MOST_WHOLE:,}: omit them{some}, or choose data.columns"
         )
 
 
@@ -124,7 +124,7 @@ def check_spread(
         mean, std: of the training rows, shape (d,), with the noise of `data.dequantize`.
         whole: the columns that noise can be added to, (d,).
         noisy: the columns that have noise.
-        centered: whether columns with a large mean are kept in float64, and only its precision limits them.
+        centered: whether columns with a large mean are kept in float64, so that only float64 limits their precision.
     """
     precision = _FLOAT64 if centered else _FLOAT32
     # Rounding leaves a deviation of about float64's epsilon in a constant column, hence no test for zero alone
@@ -144,33 +144,32 @@ def check_spread(
             f"{table.path}: in the training rows, column{'s' * (len(names) > 1)} {listed(names, most=50)} "
             f"{'is' if len(names) == 1 else 'are'} constant to the precision of {precision.dtype}; {cure}"
         )
-    # an offset is one that float32 holds, and what is left of the mean beside it is float32
+    # float32 represents the offset exactly, and the rest of the mean is in float32
     coarse = std < (2**18 * float(_FLOAT64.eps) if centered else 1e-4) * np.abs(mean)
     if coarse.any():
         names = [name for name, is_coarse in zip(table.columns, coarse, strict=True) if is_coarse]
         _log.warning(
-            f"{table.path}: {precision.dtype} loses digits of {listed(names)}, whose values differ too little for the "
-            "size of their mean; subtract the mean from the file"
+            f"{table.path}: {precision.dtype} loses digits of {listed(names)}, because their values differ too little "
+            "for the size of their mean; subtract the mean from the values in the file"
         )
 
 
 def check_enough_rows(path: str, n: int, d: int) -> None:
-    """Refuse fewer training rows than columns: they lie in a plane, on which a density can grow without bound.
+    """Refuse fewer training rows than columns: the rows lie in a plane, where a density can grow without bound.
 
     Args:
-        n: training rows.
-        d: columns of a sample.
+        n: the number of training rows.
+        d: the number of columns of a sample.
     """
     if n < d:
         raise DataError(
-            f"{path}: {n} training rows are fewer than the {d} columns, and no density can be fitted to them: keep "
-            f"fewer columns than rows with data.columns, or give more rows (held-out sets can be files of their own, "
-            "data.val_path and data.test_path)"
+            f"{path}: no density can be fitted to {n} training rows of {d} columns: keep fewer columns than rows with "
+            "data.columns, or give more rows (data.val_path and data.test_path keep all rows of the file for training)"
         )
 
 
 def whole_columns(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which columns of (n, d) hold whole numbers alone that noise can be added to, (d,)."""
+    """Which columns of (n, d) hold only whole numbers that noise can be added to, (d,)."""
     whole = np.ones(values.shape[1], dtype=bool)
     for part in (values[:1000], values[1000:]):
         there = part[:, whole]
@@ -185,27 +184,27 @@ def warn_of_repeats(
     noisy: set[int],
     codes: Mapping[int, float],
 ) -> set[int]:
-    """Warn of columns whose values repeat: a flow can put ever more density on them.
+    """Warn of columns whose values repeat: the density of a flow can grow without bound at these values.
 
-    Each warning names a way out that works for these columns: noise for whole numbers, whole numbers for values that
-    are rounded, and leaving out what is left.
+    Each warning names a remedy for its columns: noise for whole numbers, conversion to whole numbers for rounded
+    values, and dropping the column in all other cases.
 
     Args:
         table: names the columns.
-        values: of some training rows, (n, d).
-        whole: the columns that `data.dequantize` takes, (d,).
+        values: some training rows, (n, d).
+        whole: the columns that `data.dequantize` accepts, (d,).
         noisy: the columns that have noise.
-        codes: by column, a value that stands for a missing one, of which a warning has been given.
+        codes: by column, the code of a missing value that a warning has already named.
 
     Returns:
-        The columns whose values are few.
+        The columns that have few distinct values.
     """
     values = values[:_LOOK]
     found = {i: repeats(values[:, i]) for i in range(values.shape[1]) if i not in noisy}
     few = {i for i, repeated in found.items() if repeated.few}
     unexplained = {i for i in few if not whole[i] and not found[i].step}
     if unexplained:
-        # values that repeat with the whole of their row are for `warn_of_copies`
+        # `warn_of_copies` reports values that repeat because the whole row repeats
         different = values[np.unique(row_hashes(values), return_index=True)[1]]
         few -= {i for i in unexplained if values.shape[1] == 1 or not repeats(different[:, i]).few}
     counts = sorted(i for i in few if whole[i])
@@ -213,7 +212,7 @@ def warn_of_repeats(
         option = _dequantize(table, {*counts, *noisy})
         _log.warning(
             f"{table.path} looks discrete in {listed([table.columns[i] for i in counts])}: the density of whole "
-            f"numbers is unbounded, and the likelihood means little. Give {option}, which adds uniform noise to "
+            f"numbers is unbounded, and the likelihood is not meaningful. Give {option}, which adds uniform noise to "
             "these columns"
         )
     for step, origin in sorted({(found[i].step, found[i].origin) for i in few if not whole[i]}):
@@ -222,14 +221,14 @@ def warn_of_repeats(
         if step:
             x = f"(x - {origin:.17g})" if origin else "x"
             _log.warning(
-                f"{table.path}: the values of {listed(names)} are rounded to multiples of {step:g}, so that their "
-                f"density is unbounded and the likelihood means little. Put round({x} / {step:g}) into the file and "
-                "name the column in data.dequantize"
+                f"{table.path}: the values of {listed(names)} are rounded to multiples of {step:g}. Their density is "
+                f"unbounded, and the likelihood is not meaningful. Replace them in the file by round({x} / {step:g}) "
+                "and name the column in data.dequantize"
             )
         else:
             _log.warning(
-                f"{table.path}: {listed(names)} repeats few values, whose density is unbounded, so that the likelihood "
-                "means little. Leave the column out with data.columns"
+                f"{table.path}: {listed(names)} has few distinct values. Their density is unbounded, and the "
+                "likelihood is not meaningful. Leave the column out with data.columns"
             )
     words = [
         f"{share:.0%} of {table.columns[i]!r} is the value {value:g}"
@@ -239,11 +238,10 @@ def warn_of_repeats(
         if codes.get(i) != value
     ]
     if words:
-        more = f", and {len(words) - _MOST_NAMED} more" if len(words) > _MOST_NAMED else ""
         _log.warning(
-            f"{table.path}: {', '.join(words[:_MOST_NAMED])}{more}: a flow can put density without bound on a single "
-            "value, so that the likelihood means little. Train on the rows without it, or leave the column out with "
-            "data.columns"
+            f"{table.path}: {first_of(words[:_MOST_NAMED], len(words))}: the density of a flow at a single value is "
+            "unbounded, and the likelihood is not meaningful. Train on the rows without the value, or leave the column "
+            "out with data.columns"
         )
     return few
 
@@ -253,10 +251,10 @@ class Repeats:
     """How the values of a column repeat.
 
     Attributes:
-        few: whether they take few values, besides any atoms.
-        step: of values that are few, the step of the grid that they lie on, 0 for none.
-        origin: where the multiples of the step are too large for noise, as of seconds since 1970, the smallest value:
-            those of the differences from it are not. 0 elsewhere.
+        few: whether the column has few distinct values, apart from atoms.
+        step: the step of the grid that the few values lie on; 0 if there is no grid.
+        origin: a value to subtract before dividing by the step. It is the smallest value if the multiples themselves
+            are too large for noise, as for seconds since 1970, else 0.
         atoms: (value, share) of single values that many rows have, the most frequent first.
     """
 
@@ -290,10 +288,10 @@ def repeats(column: NDArray[np.float64]) -> Repeats:
 
 
 def grid_step(distinct: NDArray[np.float64]) -> float:
-    """The largest step of which all values are multiples, as far as rounding to float32 allows; 0 for none.
+    """The largest step such that all values are multiples of it, up to rounding in float32; 0 if there is none.
 
     Args:
-        distinct: values, in order.
+        distinct: distinct values in ascending order.
 
     Example:
         >>> grid_step(np.array([-0.5, 0.25, 1.0])), grid_step(np.array([0.1, 0.3])), grid_step(np.array([1, 2**0.5]))
@@ -317,12 +315,13 @@ def grid_step(distinct: NDArray[np.float64]) -> float:
 
 
 def row_hashes(values: NDArray[Any], step: int = 1) -> NDArray[np.uint64]:
-    """A 64-bit hash of each row of samples (n, *event_shape), the same for equal rows, (n,).
+    """A 64-bit hash of each row of samples (n, *event_shape), (n,); equal rows have equal hashes.
 
     Args:
-        step: about one row in so many is hashed, chosen by its values: either none of several equal rows is, or all.
+        step: about one row in `step` is hashed. The choice depends on the values of the row, so equal rows are either
+            all hashed or all skipped.
     """
-    # -0.0 is 0.0
+    # adding 0 turns -0.0 into 0.0
     flat = np.ascontiguousarray(values.reshape(len(values), math.prod(values.shape[1:]))) + values.dtype.type(0)
     bits = flat.view(f"u{flat.dtype.itemsize}")
     if step > 1:
@@ -330,19 +329,19 @@ def row_hashes(values: NDArray[Any], step: int = 1) -> NDArray[np.uint64]:
         for column in bits.T[1:]:
             chosen += column
         bits = bits[_mixed(chosen) % step == 0]
-    # of whole numbers, most bits are zero
+    # most bits of whole numbers are zero, so they are multiplied by random odd numbers
     odd = np.random.default_rng(0).integers(0, 2**63, flat.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     found = np.empty(len(bits), np.uint64)
-    # in parts that stay in the cache
+    # parts small enough for the cache
     size = max(1, 2**15 // flat.shape[1])
     for start in range(0, len(bits), size):
-        # a factor for each column, so that their order counts
+        # each column has its own factor, so the order of the columns matters
         found[start : start + size] = _mixed(bits[start : start + size].astype(np.uint64) * odd).sum(1, dtype=np.uint64)
     return found
 
 
 def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Words of 64 bits each of which depends on all bits that were there, as in SplitMix64; in place."""
+    """Mixes the bits of 64-bit words in place, as in SplitMix64: each new bit depends on many old ones."""
     words ^= words >> np.uint64(32)
     words *= np.uint64(0xBF58476D1CE4E5B9)
     words ^= words >> np.uint64(29)
@@ -350,7 +349,7 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def warn_of_copies(path: str, train: NDArray[np.uint64], held: Mapping[str, NDArray[np.uint64]]) -> None:
-    """Warn of held-out rows that are copies of training rows, and so no test of a flow that has learnt them by heart.
+    """Warn of held-out rows that are copies of training rows: a flow that memorises them scores too well.
 
     Args:
         train: hashes of training rows.
@@ -363,18 +362,18 @@ def warn_of_copies(path: str, train: NDArray[np.uint64], held: Mapping[str, NDAr
             found.append(f"{copies:,} of {len(hashes):,} rows of the {name} set")
     if found:
         _log.warning(
-            f"{path}: {' and '.join(found)} are copies of training rows, so that the NLL there is too low for new "
+            f"{path}: {' and '.join(found)} are copies of training rows, so the NLL of the set is too low for new "
             "data. Remove repeated rows from the file, or give data.val_path and data.test_path without them"
         )
 
 
 def warn_of_dependence(table: Table, values: NDArray[np.float64], noise: NDArray[np.float64]) -> None:
-    """Warn of columns that are linear in others: the density is unbounded across the plane that the rows lie in.
+    """Warn of columns that are linear in others: the rows lie in a plane, and the density there is unbounded.
 
     Args:
         table: names the columns.
-        values: of some training rows, (n, d).
-        noise: 1 for columns to which uniform noise is added, else 0, (d,).
+        values: some training rows, (n, d).
+        noise: 1 for columns with added uniform noise, else 0, (d,).
     """
     d = values.shape[1]
     if not 1 < d <= _MOST_CORRELATED:
@@ -383,8 +382,8 @@ def warn_of_dependence(table: Table, values: NDArray[np.float64], noise: NDArray
     n = len(values)
     if n <= d:
         _log.warning(
-            f"{table.path}: {n} rows for {d} columns leave directions without any spread, in which a density is "
-            "unbounded. Give more rows, or keep fewer columns with data.columns"
+            f"{table.path}: {n} rows of {d} columns have directions without any spread, and the density is unbounded "
+            "there. Give more rows, or keep fewer columns with data.columns"
         )
         return
     centred = values - values.mean(0)
@@ -401,17 +400,17 @@ def warn_of_dependence(table: Table, values: NDArray[np.float64], noise: NDArray
         weights = np.linalg.lstsq(covariance[np.ix_(free, free)], covariance[free, column], rcond=None)[0]
         others = np.array(free)[np.abs(weights) * scale[free] > 1e-3 * scale[column]]
         words.append(f"{table.columns[column]!r} on {listed([table.columns[i] for i in sorted(others)])}")
-    more = f"; and {len(dependent) - _MOST_NAMED} more" if len(dependent) > _MOST_NAMED else ""
     _log.warning(
-        f"{table.path}: columns are linearly dependent ({'; '.join(words)}{more}), so that the density is unbounded "
-        f"and the likelihood means little. Keep the others with {as_option([table.indices[i] for i in free])}"
+        f"{table.path}: columns are linearly dependent ({first_of(words, len(dependent), '; ')}). The density is "
+        f"unbounded, and the likelihood is not meaningful. Keep the other columns with "
+        f"{as_option([table.indices[i] for i in free])}"
     )
 
 
 def dependent_columns(correlation: NDArray[np.float64]) -> tuple[list[int], list[int]]:
-    """Columns that are linear in others but for _RESIDUAL of their variance, and the columns that are left.
+    """Columns that are linear in others up to _RESIDUAL of their variance, and the other columns.
 
-    By Cholesky decomposition with pivoting, which takes the column with the largest residual variance next.
+    A Cholesky decomposition with pivoting takes the column with the largest residual variance in each step.
 
     Args:
         correlation: (d, d).
@@ -425,7 +424,7 @@ def dependent_columns(correlation: NDArray[np.float64]) -> tuple[list[int], list
     factor, residual, free = np.zeros((d, d)), np.ones(d), np.zeros(d, dtype=bool)
     for k in range(d):
         waiting = np.where(free, -1.0, residual)
-        # the first of columns that are as good, so that of two copies the first is kept
+        # ties go to the first column, so the first of two copies is kept
         pivot = int(np.flatnonzero(waiting >= waiting.max() - 1e-9)[0])
         if waiting[pivot] < _RESIDUAL:
             break
@@ -436,10 +435,10 @@ def dependent_columns(correlation: NDArray[np.float64]) -> tuple[list[int], list
 
 
 def warn_of_unseen(path: str, class_counts: NDArray[np.int64], held: Mapping[str, NDArray[np.int64]]) -> None:
-    """Tell of labels that no training row has, and of held-out rows that have them.
+    """Warn of labels that no training row has, and of held-out rows with these labels.
 
     Args:
-        class_counts: training rows of each label, (classes,).
+        class_counts: the number of training rows of each label, (classes,).
         held: the labels of each held-out set.
     """
     unseen = np.flatnonzero(class_counts == 0)
@@ -447,9 +446,9 @@ def warn_of_unseen(path: str, class_counts: NDArray[np.int64], held: Mapping[str
         return
     rows = {name: int(np.isin(labels, unseen).sum()) for name, labels in held.items()}
     scored = [f"{n} rows of the {name} set" for name, n in rows.items() if n]
-    also = f"; {' and '.join(scored)} have one of these, and their likelihood means little" if scored else ""
+    also = f"; {' and '.join(scored)} have such a label, and their likelihood is not meaningful" if scored else ""
     gaps = f"{as_ranges(unseen.tolist())} of 0 to {len(class_counts) - 1}"
-    _log.warning(f"{path}: no training row has label {gaps}, so that samples are of the other classes alone{also}")
+    _log.warning(f"{path}: no training row has label {gaps}, so samples are drawn from the other classes only{also}")
 
 
 def _dequantize(table: Table, columns: Iterable[int]) -> str:

@@ -38,16 +38,16 @@ ALPHA = 1e-5
 class Samples:
     """What a flow must know of the samples it is a density of; checkpoints keep it. See `Dataset` for the meanings.
 
-    Those of one kind are equal, whatever rows they come from.
+    Two instances are equal if they describe the same kind of sample; `class_counts` and `record` do not count.
 
     Attributes:
-        columns: those of the training file, where it names them: new data are read by them.
-        label: the name of its column of labels, where it has one: new data are read by it.
-        centered: whether float32 does not resolve the samples: they are float64, and the flow subtracts
+        columns: the names of the columns if the training file has names. New data are read by these names.
+        label: the name of the column of labels if it has one. New data are read by this name.
+        centered: whether float32 cannot resolve the samples. They are then float64, and the flow subtracts
             `Dataset.offset` from them.
-        noisy: of real vectors, the columns that are whole numbers with noise added by the data set.
-        class_counts: how many training rows each class has; () where that is not known.
-        record: rows and checksums of the data, see `flowtrain.data.record`; () where there are none.
+        noisy: for real vectors, the columns of whole numbers to which the data set adds noise.
+        class_counts: the number of training rows of each class; () if unknown.
+        record: row counts and checksums of the data, see `flowtrain.data.record`; () if there are none.
     """
 
     event_shape: tuple[int, ...]
@@ -66,8 +66,9 @@ class Samples:
 
 
 class Dataset(ABC):
-    """Samples x of shape (B, *event_shape) in data units: float32, float64 where that loses digits that matter, or
-    integers where the data are whole numbers.
+    """Samples x of shape (B, *event_shape) in data units.
+
+    Whole numbers are integers. Other samples are float32, or float64 if float32 loses significant digits.
 
     Attributes:
         event_shape: the shape of one sample.
@@ -78,10 +79,10 @@ class Dataset(ABC):
         classes: labels are 0 .. classes - 1; None where there are none.
         val_labels, test_labels: (n,), int64, or None.
         columns: names of the columns of vector data, for plots and messages; may be empty.
-        offset: what the flow subtracts from samples, (*event_shape), float64, of values that float32 holds; None where
-            float32 has digits enough for the samples.
-        n_train: how many training samples there are; None where they are drawn anew.
-        gaussian_start: whether the flow begins at the Gaussian of the training rows.
+        offset: the offset that the flow subtracts from samples, (*event_shape), float64. Its values are exact in
+            float32. None if float32 resolves the samples.
+        n_train: the number of training samples; None if they are drawn anew.
+        gaussian_start: whether the flow starts at the Gaussian of the training rows.
         noisy, class_counts, record: see `Samples`.
         entropy: differential entropy of the true density in nats, where it is known.
 
@@ -133,7 +134,7 @@ class Dataset(ABC):
         return None if labels is None else labels[share]
 
     def train_rows(self, most: int) -> Tensor | None:
-        """Up to `most` training samples (k, *event_shape), each at most once; None where they are endless."""
+        """Up to `most` distinct training samples (k, *event_shape); None if the data are endless."""
         return None
 
     def to(self, device: torch.device) -> None:  # noqa: B027

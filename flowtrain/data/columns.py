@@ -19,7 +19,7 @@ def default_names(indices: Iterable[int]) -> tuple[str, ...]:
 
 
 def counted(n: int, noun: str) -> str:
-    """A number and what it counts.
+    """A number with its noun, in the plural unless the number is 1.
 
     Example:
         >>> counted(1, "column"), counted(2, "column")
@@ -49,8 +49,8 @@ def pick(
     if columns is None:
         if left_out:
             _log.warning(
-                f"{path}: column {', '.join(map(str, left_out))} has no name, numbers or names the rows, and is left "
-                f"out; {as_option(range(len(names)))} keeps every column"
+                f"{path}: column {', '.join(map(str, left_out))} has no name and holds row numbers or row names, so it "
+                f"is left out; {as_option(range(len(names)))} keeps every column"
             )
         return [i for i in range(len(names)) if i not in left_out]
     entries = [columns] if isinstance(columns, str | int) else list(columns)
@@ -95,8 +95,18 @@ def _overview(names: Sequence[str]) -> str:
 
 def listed(names: Sequence[str], most: int = 12) -> str:
     """The names, quoted, with the tail of a long list counted instead of written out."""
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+    return first_of([repr(name) for name in names[:most]], len(names))
+
+
+def first_of(shown: Sequence[str], n: int, separator: str = ", ") -> str:
+    """The first of n words, with the others counted.
+
+    Example:
+        >>> first_of(["a", "b"], 2), first_of(["a", "b"], 5)
+        ('a, b', 'a, b and 3 more')
+    """
+    words = separator.join(shown)
+    return words if n <= len(shown) else f"{words} and {n - len(shown)} more"
 
 
 def as_option(indices: Sequence[int]) -> str:
@@ -106,14 +116,14 @@ def as_option(indices: Sequence[int]) -> str:
 
 
 def as_ranges(numbers: Sequence[int], most: int = 12) -> str:
-    """Whole numbers in words, neighbours as ranges: "0, 3 to 5"; the tail of a long list is left out."""
+    """Whole numbers in words, with consecutive ones as ranges: "0, 3 to 5". A long list is cut."""
     runs = _runs(numbers)
     words = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs[:most])
     return words if len(runs) <= most else f"{words} and more"
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """The first and the last of each run of neighbours."""
+    """The first and the last number of each run of consecutive numbers."""
     runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

@@ -1,7 +1,7 @@
-"""Text tables: delimiter, header, comments and decimal mark are detected, numbers read by NumPy's parser where it can.
+"""Reader of text tables: detects delimiter, header, comments and decimal mark.
 
-NumPy's parser reads plain files. Where it fails, a slow pass reads cell by cell, and names the cell that is wrong. The
-slow pass defines the grammar: the fast one is tried only on files where both must agree.
+NumPy's parser reads plain files. If it fails, a slow pass reads the file cell by cell and names the wrong cell. The
+slow pass defines the grammar. The fast parser is used only for files on which both must agree.
 """
 
 import csv
@@ -29,27 +29,29 @@ _log = logging.getLogger("flowtrain")
 
 _MISSING = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "?", "-"})
 _GZIP = b"\x1f\x8b"
-# rows below the first that say whether it looks like a header
+# number of rows below the first that are used to detect a header
 _LOOK = 100
+# the hint of two errors
+_COMMENT = "; comments are allowed only at the top of a file: remove the line"
 _UNNAMED = re.compile(r"unnamed_\d+|Unnamed: \d+")
 _WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 _EXPONENT = r"(?:[eE][+-]?\d+)?"
-# numbers with a decimal point whose digits are grouped by commas, and the other way round
+# numbers with a decimal point and commas between thousands; numbers with a decimal comma and points between thousands
 _GROUPED = re.compile(rf"\s*[+-]?\d{{1,3}}(?:,\d{{3}})+(?:\.\d*)?{_EXPONENT}\s*")
 _COMMA = re.compile(rf"\s*[+-]?(?:\d+|\d{{1,3}}(?:\.\d{{3}})+)(?:,\d+)?{_EXPONENT}\s*")
 
-# which columns to keep, from the names of all, and the positions of those that only number the rows
+# chooses the columns to keep, from the names of all columns and the positions of columns that only number or name rows
 Choose = Callable[[Sequence[str], Sequence[int]], list[int]]
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How a text file is to be read; what is None is detected.
+    """The format of a text file; None means detected.
 
     Attributes:
-        header: whether the first line that is no comment names the columns.
-        decimal: point or comma, the mark before the decimals.
-        known: names of columns that make a line which has all of them a header, numbers though they may be.
+        header: whether the first line after the comments names the columns.
+        decimal: the decimal mark, point or comma.
+        known: expected column names. A first line that has all of them is a header, even if the names are numbers.
     """
 
     header: bool | None = None
@@ -76,9 +78,9 @@ class Text:
 
     Attributes:
         values: (n, d), NaN where a value is missing.
-        names, indices: of the columns, and their positions in the file.
-        lines: the line of every row, from 1.
-        cells: what the file has in place of a number, by row and column of `values`, for the first value missing.
+        names, indices: the names of the columns and their positions in the file.
+        lines: the line number of every row, from 1.
+        cells: the text of the first missing value, by its row and column in `values`.
     """
 
     values: NDArray[np.float64]
@@ -89,7 +91,7 @@ class Text:
 
 
 class _File:
-    """A text file, plain or gzipped, as its first bytes tell: browsers unpack a .gz file and keep its name."""
+    """A text file. Its first bytes show whether it is gzipped: browsers may unpack a .gz file under its name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -104,7 +106,7 @@ class _File:
 
 
 def read_delimited(path: Path, choose: Choose, text_format: TextFormat) -> Text:
-    """The columns that `choose` picks, by their positions.
+    """Reads the columns whose positions `choose` returns.
 
     Columns that are not picked may hold anything, but every row must have every cell.
 
@@ -135,7 +137,7 @@ def _readable(file: _File) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file.path}, line {_undecodable(file)} is not UTF-8 text; save the file as UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{file.path} is a damaged gzip file ({error}); get the file again") from error
+        raise DataError(f"{file.path} is a damaged gzip file ({error}); download or copy it again") from error
 
 
 def _undecodable(file: _File) -> int:
@@ -153,7 +155,7 @@ def _undecodable(file: _File) -> int:
 
 
 def find_layout(file: _File, text_format: TextFormat) -> Layout:
-    """Delimiter, names and first line of data, from the comments at the top of the file and the lines below them.
+    """Finds delimiter, names and first line of data from the comments at the top of the file and the lines below them.
 
     Raises:
         DataError: an empty file or an empty first line.
@@ -177,16 +179,16 @@ def find_layout(file: _File, text_format: TextFormat) -> Layout:
         _warn_of_odd_header(path, top, first, rows, header)
     if header:
         names = tuple(cell.strip() or f"unnamed_{i}" for i, cell in enumerate(first))
-        # a header with a line break in it is longer than one line, and the second row says where the data begin
+        # a header may contain line breaks, so the data begin where the second row begins
         return Layout(delimiter, names, named=True, first_line=start)
     commented = _commented_names(comments, delimiter, len(first))
     return Layout(delimiter, commented or default_names(range(len(first))), named=bool(commented), first_line=top)
 
 
 def _top(file: _File) -> tuple[list[str], int, list[str]]:
-    """The comments (#) at the top, the number of the first line that is none, and that line and the next.
+    """The comments (#) at the top, the number of the first line after them, and this line and the next one.
 
-    Blank lines between comments and table belong to the comments.
+    Blank lines between the comments and the table count as comments.
     """
     comments: list[str] = []
     with file.text() as stream:
@@ -205,7 +207,8 @@ def _any_text(lines: Iterator[str]) -> bool:
 def _commented_names(comments: Sequence[str], delimiter: str | None, width: int) -> tuple[str, ...]:
     """Names of the columns from the comment above a table without a header, as numpy.savetxt writes it; else ().
 
-    Where there are several comments, the last may be a sentence: names are then single words, after "columns:" or not.
+    If there are several comments, the last may be a sentence. Names must then be single words, optionally after a
+    prefix such as "columns:".
     """
     if not comments:
         return ()
@@ -227,7 +230,7 @@ def _blank_cells(line: str) -> list[str]:
 def _sniff(lines: Sequence[str], decimal: str | None) -> str | None:
     """The delimiter that occurs equally often in the lines, else one that occurs at all, else white space.
 
-    Semicolons, tabs and bars come before commas, which may be decimal commas beside them.
+    Semicolons, tabs and bars have priority over commas, because the commas may be decimal commas.
     """
     bare = [re.sub(r'"[^"]*"', "", line.strip("\r\n")) for line in lines]
     commas = "" if decimal == "comma" or _blanks_between_decimals(bare[-1], decimal) else ","
@@ -243,7 +246,7 @@ def _sniff(lines: Sequence[str], decimal: str | None) -> str | None:
 
 
 def _blanks_between_decimals(line: str, decimal: str | None) -> bool:
-    """Whether a line is numbers with decimal commas and blanks between: "10,38   1993,39"."""
+    """Whether a line consists of numbers with decimal commas, separated by blanks: "10,38   1993,39"."""
     cells = line.split()
     return decimal is None and len(cells) > 1 and "," in line and all(_COMMA.fullmatch(cell) for cell in cells)
 
@@ -251,7 +254,7 @@ def _blanks_between_decimals(line: str, decimal: str | None) -> bool:
 def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     text = [i for i, cell in enumerate(first) if _is_text(cell)]
     if first and not first[0].strip() and all(cell.strip() for cell in first[1:]) and _counts(row[0] for row in rows):
-        # pandas writes no name for the column of its index, and 0, 1, ... for columns without names
+        # pandas writes an empty name for its index, and 0, 1, ... for columns without names
         return len(first) > 1 and bool(rows)
     if not text or not rows or not any(_is_number(cell) for cell in first):
         return bool(text)
@@ -260,7 +263,7 @@ def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
 
 
 def _counts(cells: Iterator[str]) -> bool:
-    """Whether cells are 0, 1, 2, ... or 1, 2, 3, ..."""
+    """Whether each cell is its position, counted from 0 or from 1."""
     return all(cell.strip() in (str(i), str(i + 1)) for i, cell in enumerate(cells))
 
 
@@ -270,18 +273,18 @@ def _warn_of_odd_header(
     numbers = [cell for cell in first if _is_number(cell)]
     if header and numbers:
         _log.warning(
-            f"{path}: line {line} is taken for the header, though it holds numbers: {listed(numbers)}; "
-            "data.header=false reads it as data"
+            f"{path}: line {line} is read as the header, but it holds numbers: {listed(numbers)}; data.header=false "
+            "reads it as data"
         )
     if not header and _looks_like_header(first, rows):
         _log.warning(
-            f"{path}: line {line} ({listed(first)}) looks like a header and is read as data; data.header=true takes "
-            "it for the names of the columns, and data.header=false ends this warning"
+            f"{path}: line {line} ({listed(first)}) looks like a header but is read as data; data.header=true reads "
+            "it as the header, and data.header=false turns this warning off"
         )
 
 
 def _looks_like_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
-    """Whether a line of numbers may be names: 0, 1, 2, ... of pandas, or whole numbers above decimals alone."""
+    """Whether a line of numbers may be a header: 0, 1, 2, ... of pandas, or whole numbers above columns of decimals."""
     if [cell.strip() for cell in first] == [str(i) for i in range(len(first))] and len(first) > 2:
         return True
     same = [row for row in rows if len(row) == len(first)]
@@ -290,7 +293,7 @@ def _looks_like_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> b
 
 
 def _is_row_index(file: _File, layout: Layout, column: int) -> bool:
-    """Whether a column without a name holds whole numbers, none of them twice, or text, as row names of pandas or R."""
+    """Whether a column without a name holds row numbers (distinct whole numbers) or row names (text)."""
     if not layout.named or not _UNNAMED.fullmatch(layout.names[column]):
         return False
     numbers: set[str] = set()
@@ -310,7 +313,7 @@ def _is_row_index(file: _File, layout: Layout, column: int) -> bool:
 def _warn_of_unnamed(path: Path, layout: Layout, indices: Sequence[int], counting: Sequence[int]) -> None:
     if layout.named and layout.names[0] == "unnamed_0" and 0 in indices and 0 not in counting:
         _log.warning(
-            f"{path}: the first column has no name; if it names the rows, leave it out with "
+            f"{path}: the first column has no name; if it holds row names, leave it out with "
             f"{as_option(range(1, len(layout.names)))}"
         )
 
@@ -335,7 +338,7 @@ def _is_text(cell: str) -> bool:
 
 
 def _number(cell: str, decimal: str) -> float | None:
-    """The number in a cell, or None where there is none."""
+    """The number in a cell; None if the cell is not a number."""
     if decimal == "point":
         if _is_number(cell):
             return float(cell)
@@ -346,10 +349,10 @@ def _number(cell: str, decimal: str) -> float | None:
 
 
 def _decimal_mark(file: _File, layout: Layout, indices: Sequence[int]) -> str:
-    """point or comma, by the cells that hold a comma.
+    """Detects the decimal mark, point or comma, from the cells that contain a comma.
 
     Raises:
-        DataError: cells such as 1,234 that can be read either way.
+        DataError: only cells such as 1,234, which can be read either way.
     """
     doubtful, possible = "", {"point", "comma"}
     for line, row in _rows(file, layout.delimiter, layout.first_line):
@@ -366,8 +369,8 @@ def _decimal_mark(file: _File, layout: Layout, indices: Sequence[int]) -> str:
         return "point"
     if len(possible) > 1:
         raise DataError(
-            f"{file.path}, {doubtful} has either a decimal comma or a comma between thousands, and no other cell tells "
-            "which: give data.decimal=comma or data.decimal=point"
+            f"{file.path}, {doubtful} has either a decimal comma or a comma between thousands, and no other cell "
+            "shows which: give data.decimal=comma or data.decimal=point"
         )
     (mark,) = possible
     _log.info(
@@ -382,7 +385,7 @@ def _decimal_mark(file: _File, layout: Layout, indices: Sequence[int]) -> str:
 
 
 def _rows(file: _File, delimiter: str | None, first_line: int) -> Iterator[tuple[int, list[str]]]:
-    """Every row from a line on, with the line, from 1, on which it begins; a blank line is an empty row."""
+    """Every row from `first_line` on, with the number of the line on which it begins. A blank line is an empty row."""
     with file.text(newline="") as stream:
         lines: Iterator[str] = islice(stream, first_line - 1, None)
         if not delimiter:
@@ -428,7 +431,7 @@ def _fast(
         warnings.simplefilter("error")
         try:
             return np.loadtxt(
-                # a path is read in blocks, a stream by lines, which takes longer
+                # NumPy reads a path in blocks, but a stream line by line, which is slower
                 stream if file.gzipped or file.path.suffix == ".gz" else str(file.path.absolute()),
                 delimiter=layout.delimiter,
                 skiprows=layout.first_line - 1,
@@ -446,7 +449,7 @@ def _fast(
 def _exact(
     file: _File, layout: Layout, indices: Sequence[int], text_format: TextFormat
 ) -> tuple[NDArray[np.float64], Sequence[int], dict[tuple[int, int], str]]:
-    """The table cell by cell, the line of every row, and the first cell that has a missing value."""
+    """Reads the table cell by cell; returns the values, the line of every row, and the first missing cell."""
     decimal = text_format.decimal or _decimal_mark(file, layout, indices)
     values, lines = array("d"), array("q")
     cells: dict[tuple[int, int], str] = {}
@@ -456,7 +459,7 @@ def _exact(
             blank = blank or line
             continue
         if blank:
-            raise DataError(f"{file.path}, line {blank} is empty, and rows follow it; take it out")
+            raise DataError(f"{file.path}, line {blank} is empty, but rows follow it; remove the line")
         if len(row) != len(layout.names):
             raise DataError(f"{file.path}, line {line} {_ragged(row, layout)}")
         for column, i in enumerate(indices):
@@ -474,8 +477,8 @@ def _exact(
         lines.append(line)
     if pointed and not commas:
         raise DataError(
-            f"{file.path}, {pointed} has a point, and no number of the file has a decimal comma: leave "
-            "data.decimal=comma out"
+            f"{file.path}, {pointed} has a point, but no number in the file has a decimal comma: omit "
+            "data.decimal=comma"
         )
     return np.frombuffer(values, np.float64).reshape(len(lines), len(indices)), lines, cells
 
@@ -489,9 +492,9 @@ def _ragged(row: Sequence[str], layout: Layout) -> str:
     )
     hint = ""
     if row[0].startswith("#"):
-        hint = "; comments are read at the top of a file alone: take the line out"
+        hint = _COMMENT
     elif width == 1 and cells == 2 and layout.delimiter == ",":
-        hint = "; where the comma stands before the decimals, give data.decimal=comma"
+        hint = "; if the comma is a decimal mark, give data.decimal=comma"
     expected = "line 1 has" if layout.named or layout.first_line == 1 else "the first row has"
     return f"has {cells} cell{'s' * (cells != 1)} where {expected} {width}: {where}{hint}"
 
@@ -499,9 +502,11 @@ def _ragged(row: Sequence[str], layout: Layout) -> str:
 def _no_number(path: Path, line: int, layout: Layout, column: int, cell: str, decimal: str) -> str:
     hint = ""
     if cell.startswith("#"):
-        hint = "; comments are read at the top of a file alone: take the line out"
+        hint = _COMMENT
     elif line == layout.first_line and not layout.named:
-        hint = "; if the line names the columns, give data.header=true; else leave the column out with data.columns"
+        hint = (
+            "; if the line names the columns, give data.header=true; otherwise leave the column out with data.columns"
+        )
     elif _COMMA.fullmatch(cell) or _GROUPED.fullmatch(cell) or _is_number(cell):
-        hint = f", with a decimal {decimal} (data.decimal) as the other cells have it"
+        hint = f" with a decimal {decimal} (data.decimal), the mark of the other cells"
     return f"{path}, line {line}, column {layout.names[column]!r}: {cell!r} is not a number{hint}"

@@ -88,7 +88,7 @@ class IDXImages(Finite):
         self.val, self.val_labels = images[n_train:], labels[n_train:]
         self.class_counts = tuple(torch.bincount(labels[:n_train], minlength=self.classes).tolist())
         checksum = str(Checksum().add(images.numpy(), labels.unsqueeze(1).numpy()))
-        # not the test set, which has a file of its own: fewer of its images, as by data.n_test, leak nothing
+        # The test set has its own file and is not recorded: another data.n_test cannot leak training images into it
         held = [("val", np.arange(n_train, len(images)))]
         self.record = record_of((len(images), checksum), held)
         self.test, self.test_labels = test[:n_test], test_labels[:n_test]

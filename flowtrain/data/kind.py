@@ -20,14 +20,14 @@ Values = NDArray[np.float64]
 class Kind:
     """The shape of a sample, and whether samples are whole numbers, from 0 to levels - 1 where there are levels.
 
-    Of real vectors, `noisy` are the columns that are whole numbers to which noise is added.
+    For real vectors, `noisy` are the columns of whole numbers to which noise is added.
     """
 
     event_shape: tuple[int, ...]
     discrete: bool
     levels: int | None
     noisy: tuple[int, ...] = ()
-    # whether real samples are float64, because float32 loses digits that matter
+    # whether real samples are float64 because float32 loses significant digits
     wide: bool = False
 
     def check(self, table: Table, whole: Iterable[Table] | None = None) -> None:
@@ -41,7 +41,7 @@ class Kind:
     def samples(self, values: NDArray[Any], real: type[np.floating[Any]] | None = None) -> Tensor:
         """(n, *event_shape) of rows (n, d): whole numbers as uint8 or int64, others of the type `real`.
 
-        None for float32, or float64 where samples are wide.
+        `real` None means float64 if samples are wide, else float32.
 
         Rows of that type already are not copied: the samples share their memory.
         """
@@ -51,12 +51,12 @@ class Kind:
         return torch.from_numpy(narrowed).view(-1, *self.event_shape)
 
     def moments(self, mean: Values, variance: Values) -> tuple[Values, Values]:
-        """Mean and deviation of samples whose rows have these moments: of x + u, u ~ U[0, 1), where there is noise."""
+        """Mean and standard deviation of samples, from the moments of rows; adds those of U[0, 1) to noisy columns."""
         noise = self.noise(len(mean))
         return mean + noise / 2, np.sqrt(variance + noise / 12)
 
     def noise(self, d: int) -> Values:
-        """1 for each of the d columns to which noise is added, else 0."""
+        """1 for each of the d columns with added noise, else 0."""
         noise = np.full(d, float(self.discrete))
         noise[list(self.noisy)] = 1.0
         return noise
@@ -67,7 +67,8 @@ class Part:
     """A held-out set: samples (n, *event_shape) and labels (n,), int64, or None.
 
     Attributes:
-        rows: which rows of the training file they are, (n,), or, of a file of their own, its rows and checksum.
+        rows: the rows of the training file that the set holds, (n,). For a set with its own file, the row count and
+            checksum of the file.
     """
 
     x: Tensor
@@ -82,10 +83,10 @@ class Divided:
     Attributes:
         mean, variance: of the training rows by column, (d,).
         look: some of them at random, (k, d).
-        whole: the columns of which every value in the file is a whole number that noise can be added to, (d,).
-        hashes: of training rows, see `row_hashes`, one in `hash_step` of them.
-        class_counts: how many training rows each label has, from label 0 to the largest; empty without labels.
-        checksum: of the file, labels included.
+        whole: the columns that hold only whole numbers that noise can be added to, (d,).
+        hashes: hashes of one in `hash_step` training rows, see `row_hashes`.
+        class_counts: the number of training rows of each label from 0 to the largest; empty without labels.
+        checksum: the checksum of the file, including labels.
     """
 
     store: Store

@@ -29,7 +29,7 @@ LARGE = 2**28
 CHUNK = 2**20
 # rows that are looked at for being discrete
 LOOK = 10_000
-# training rows, about, that held-out rows are held against to find copies: those of a large file by their hashes
+# approximate number of hashes of training rows that held-out rows are compared with to find copies
 HASHES = 200_000
 
 
@@ -91,10 +91,10 @@ class Mapped:
         )
 
     def _look_through(self, kind: Kind, wanted: NDArray[np.int64], training: bool = True) -> tuple[Part, "Seen"]:
-        """Everything that is asked of the values, in one pass: the wanted rows, and what is to know of the others.
+        """Collects the wanted rows and the statistics of the other rows in one pass.
 
         Args:
-            training: whether the others are for training.
+            training: whether the other rows are training rows.
 
         Raises:
             DataError: values that are not finite, not of that kind, or no labels, naming the row of the file.
@@ -126,11 +126,11 @@ class Mapped:
 
 
 class Seen:
-    """What is to know of the rows of a file that come in parts: of all of them, and of those that are for training.
+    """Statistics of a file that is read in parts, over its training rows and over all rows.
 
     Attributes:
-        moments, hashes, class_counts: of the training rows, see `Divided`.
-        whole, checksum: of all rows, see `Divided`.
+        moments, hashes, class_counts: statistics of the training rows, see `Divided`.
+        whole, checksum: statistics of all rows, see `Divided`.
     """
 
     def __init__(self, d: int, hash_step: int) -> None:
@@ -140,7 +140,7 @@ class Seen:
         self.class_counts = np.zeros(0, np.int64)
 
     def add(self, kind: Kind, values: Values, labels: Values | None, held: NDArray[np.int64] | None) -> None:
-        """Takes in rows (n, d) and labels (n, 1), of which the rows `held`, or with None all, are not for training."""
+        """Adds rows (n, d) and labels (n, 1). The rows `held` are not training rows; None means that no row is."""
         self.checksum.add(values, labels)
         if held is None:
             return

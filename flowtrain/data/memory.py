@@ -16,7 +16,7 @@ class Store(Protocol):
     or hold several. A share is a slice of it, without a stride.
 
     Attributes:
-        n: training samples.
+        n: the number of training samples.
     """
 
     n: int

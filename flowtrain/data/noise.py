@@ -1,4 +1,4 @@
-"""Uniform noise on the integer columns of a table that has real columns beside them (data.dequantize=[NAME, ...])."""
+"""Uniform noise on the integer columns of a table that also has real columns (data.dequantize=[NAME, ...])."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import step_generator
+from flowtrain.data.columns import first_of
 from flowtrain.data.read import Table
 from flowtrain.errors import ConfigError
 
@@ -15,11 +16,11 @@ _BATCH, _SET = 1, 2
 
 
 def noisy_columns(entries: Sequence[str | int], table: Table) -> tuple[int, ...]:
-    """Which elements of a sample `data.dequantize` names, in ascending order.
+    """The elements of a sample that `data.dequantize` names, in ascending order.
 
     Args:
         entries: names of columns, or their positions in the file.
-        table: the columns that samples consist of.
+        table: the table of the samples.
 
     Raises:
         ConfigError: an entry that is not one of these columns.
@@ -35,26 +36,26 @@ def noisy_columns(entries: Sequence[str | int], table: Table) -> tuple[int, ...]
         if not named and isinstance(entry, int) and not isinstance(entry, bool):
             named = [i for i, position in enumerate(table.indices) if position == entry]
         if len(named) != 1:
-            why = "names no column of the samples" if not named else f"names {len(named)} columns: give a position"
-            known = ", ".join(f"{i} ({name})" for i, name in zip(table.indices[:12], table.columns[:12], strict=True))
-            more = f" and {len(table.columns) - 12} more" if len(table.columns) > 12 else ""
-            raise ConfigError(f"data.dequantize: {entry!r} {why}; {table.path} has {known}{more}")
+            why = "is not a column of the samples" if not named else f"names {len(named)} columns: give a position"
+            known = [f"{i} ({name})" for i, name in zip(table.indices[:12], table.columns[:12], strict=True)]
+            words = first_of(known, len(table.columns))
+            raise ConfigError(f"data.dequantize: {entry!r} {why}; {table.path} has {words}")
         chosen.update(named)
     return tuple(sorted(chosen))
 
 
 def noised_batch(x: Tensor, noisy: Sequence[int], seed: int, step: int, batch_size: int, share: slice) -> Tensor:
-    """Rows of a training batch, (k, *event_shape), with noise that is drawn anew for each step.
+    """Adds noise to rows of a training batch, (k, *event_shape), drawn anew for each step.
 
     Args:
-        noisy: the elements of a sample that get noise, counted row by row.
-        share: which rows of the batch x is: the noise of a row does not depend on the rank that has it.
+        noisy: positions in the flattened sample of the elements that get noise.
+        share: the rows of the batch that x holds. The noise of a row does not depend on the rank.
     """
     return _added(x, _uniform((batch_size, *x.shape[1:]), noisy, seed, _BATCH, step)[share])
 
 
 def noised_set(x: Tensor, noisy: Sequence[int], seed: int, which: int = 2) -> Tensor:
-    """All rows of a set, (n, *event_shape), with noise that is the same for the same seed.
+    """Adds noise to all rows of a set, (n, *event_shape); the noise depends on the seed only.
 
     Args:
         which: 0 and 1 for the validation and the test set, 2 for the rows of a file that is scored.
@@ -72,5 +73,5 @@ def _uniform(shape: tuple[int, ...], noisy: Sequence[int], seed: int, *place: in
 
 def _added(x: Tensor, u: Tensor) -> Tensor:
     noise = u.to(x.dtype).to(x.device, non_blocking=True)
-    # rounding can carry 16 + u up to 17, which belongs to the next number
+    # 16 + u may round to 17, which belongs to the next whole number
     return torch.minimum(x + noise, torch.nextafter(x + 1, x))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from flowtrain.data.columns import Columns, as_option, counted, default_names, pick
+from flowtrain.data.columns import Columns, as_option, counted, default_names, first_of, pick
 from flowtrain.data.delimited import DETECTED, Choose, TextFormat, read_delimited
 from flowtrain.data.promise import check_promise
 from flowtrain.errors import ConfigError, DataError
@@ -30,7 +30,7 @@ class Table:
         path: the file, as it was asked for.
         lines: the line of every row in a text file, from 1; None for an array file.
         first: the row of the file that is the first of these.
-        cells: what a text file has in place of a number, by row and column, for the first value missing.
+        cells: the text of the first missing value of a text file, by its row and column.
     """
 
     values: NDArray[np.float64]
@@ -51,7 +51,7 @@ class Table:
         return self.only([i for i, other in enumerate(self.indices) if other != index])
 
     def only(self, columns: Sequence[int]) -> "Table":
-        """The table of these columns, counted among its own."""
+        """The table of these columns, given by their positions in this table."""
         kept = list(columns)
         names, indices = tuple(self.columns[i] for i in kept), tuple(self.indices[i] for i in kept)
         return replace(self, values=self.values[:, kept], columns=names, indices=indices)
@@ -116,12 +116,12 @@ def read_table(
     Args:
         path: a file that ends in one of ARRAYS or TEXTS, or in one of TEXTS and .gz.
         key: which array of an .npz file with several.
-        columns: names, positions or slices such as "0:64" to keep, in this order; None keeps all but columns without a
-            name that number the rows; or what says which positions, from the names of all columns and the positions of
-            those.
+        columns: names, positions or slices such as "0:64" to keep, in this order. None keeps all columns except those
+            without a name that number or name the rows. A function chooses positions from the names of all columns and
+            the positions of these exceptions.
         option: the user's name of `columns`.
         event_shape: (C, H, W), so that an array (n, C, H, W), or (n, H, W) where C is 1, is a table too.
-        text_format: how a text file is to be read.
+        text_format: the format of a text file.
 
     Raises:
         DataError: a file that is missing or damaged, or values that are not finite real numbers in a table.
@@ -154,18 +154,18 @@ def check_file(file: Path) -> None:
     if file.is_dir():
         raise DataError(f"{file} is a directory; give a file")
     if ending.removesuffix(".gz") in ARRAYS and ending not in ARRAYS:
-        raise DataError(f"{file} is compressed as a whole, which is read of text files alone: unpack it with gunzip")
+        raise DataError(f"{file} is gzipped, and only text files are read gzipped: unpack it with gunzip")
     if ending.removesuffix(".gz") not in ARRAYS + TEXTS:
         found = f"ends in {ending!r}" if ending else "has no ending"
         raise DataError(
-            f"{file} {found}; data files end in {', '.join(ARRAYS + TEXTS)}, text files also in .csv.gz and the like"
+            f"{file} {found}; data files end in {', '.join(ARRAYS + TEXTS)}; text files may be gzipped, as in .csv.gz"
         )
     if not file.exists():
         raise DataError(f"there is no file {file.absolute()}")
 
 
 def ending_of(file: Path) -> str:
-    """What a file's name ends in, in lower case, with what comes before a .gz.
+    """The suffix of a file name in lower case; of a gzipped file both suffixes.
 
     Example:
         >>> ending_of(Path("a.CSV.gz")), ending_of(Path("b.npy"))
@@ -260,7 +260,7 @@ def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
         whole: all the blocks of the file that the table is one of, to be counted; None where it is all there is.
 
     Raises:
-        DataError: how many there are in which columns, and where the first is.
+        DataError: the number of such values in each column, and the place of the first.
     """
     bad = ~np.isfinite(table.values)
     if not bad.any():
@@ -273,9 +273,7 @@ def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
         rows, of_rows = rows + int(each.any(1).sum()), of_rows + len(each)
     total = int(by_column.sum())
     most = np.argsort(-by_column, kind="stable")[: min(12, int((by_column > 0).sum()))]
-    each_column = ", ".join(f"{table.columns[i]!r}: {by_column[i]:,}" for i in most)
-    more = int((by_column > 0).sum()) - len(most)
-    each_column += f" and {counted(more, 'column')} more" if more else ""
+    each_column = first_of([f"{table.columns[i]!r}: {by_column[i]:,}" for i in most], int((by_column > 0).sum()))
     keep = [index for index, n in zip(table.indices, by_column, strict=True) if not n]
     cell = table.cells.get((row, column))
     found = f"the value is {table.values[row, column]}"
@@ -285,6 +283,6 @@ def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
         f"{table.path}: {total:,} of {counted(of_rows * len(table.columns), 'value')} "
         f"{'is' if total == 1 else 'are'} missing or not finite, in {rows:,} of {counted(of_rows, 'row')} (by column, "
         f"{each_column}). The first: "
-        f"{table.place(row, column).removeprefix(f'{table.path}, ')}: {found}. Take these rows out of the file"
-        + (f", or keep the columns without any: {as_option(keep)}" if keep else "")
+        f"{table.place(row, column).removeprefix(f'{table.path}, ')}: {found}. Remove these rows from the file"
+        + (f", or keep only the complete columns: {as_option(keep)}" if keep else "")
     )

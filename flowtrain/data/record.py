@@ -1,7 +1,7 @@
 """Record of the data that a flow was trained on: row counts and checksums, kept in checkpoints.
 
-It tells whether a training file and the sets held out of it are still the same. A file that has grown is split anew,
-and the new test set then holds rows that the flow was trained on.
+The record shows whether a training file and the sets held out from it are unchanged. A file that has grown is split
+anew. The new test set then holds rows that the flow was trained on.
 """
 
 import zlib
@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# (name, rows, checksum) of each: FILE for the training file, and the names of the held-out sets
+# (name, rows, checksum) of the training file, named FILE, and of each held-out set
 Record = tuple[tuple[str, int, str], ...]
 FILE = "file"
 
 
 class Checksum:
-    """CRC-32 of the rows of a table and of their labels, which may come in parts.
+    """CRC-32 of the rows of a table and of their labels, computed in parts.
 
-    It depends on the values alone, not on how the file writes them or how many rows come at a time.
+    It depends only on the values, not on their format in the file or on the size of the parts.
     """
 
     def __init__(self) -> None:
         self._values = self._labels = 0
 
     def add(self, values: NDArray[Any], labels: NDArray[Any] | None) -> "Checksum":
-        """Takes in rows (n, d) and labels (n, 1) or None; returns itself."""
+        """Adds rows (n, d) and labels (n, 1) or None; returns self."""
         self._values = zlib.crc32(np.ascontiguousarray(values).data, self._values)
         if labels is not None:
             self._labels = zlib.crc32(np.ascontiguousarray(labels).data, self._labels)
@@ -40,9 +40,9 @@ def record_of(file: tuple[int, str], rows: Iterable[tuple[str, NDArray[np.int64]
     """The record of a training file and its held-out sets.
 
     Args:
-        file: rows and checksum of the training file.
-        rows: of each set its name, and the rows of the training file that it holds or, where it has a file of its own,
-            how many rows it holds and that file's checksum.
+        file: row count and checksum of the training file.
+        rows: (name, rows) of each set: the rows of the training file that it holds, or, for a set with its own file,
+            the row count and checksum of that file.
     """
     found = [(FILE, *file)]
     for name, held in rows:
@@ -54,7 +54,7 @@ def record_of(file: tuple[int, str], rows: Iterable[tuple[str, NDArray[np.int64]
 
 
 def changes(before: Record, now: Record, sets: Iterable[str] = (FILE, "val", "test")) -> str | None:
-    """What has changed about these sets, in words; None if nothing has, or if either record does not have them.
+    """Describes how these sets have changed; None if they have not, or if either record lacks them.
 
     Example:
         >>> before = ("file", 150, "a5"), ("test", 15, "07@a5")
@@ -70,7 +70,7 @@ def changes(before: Record, now: Record, sets: Iterable[str] = (FILE, "val", "te
     if split_off and file[0] is not None and file[1] is not None and file[0] != file[1]:
         return f"the training file {_difference(file[0], file[1])}"
     if split_off:
-        why = "by data.seed, the fractions, data.n_val or data.memory_map"
+        why = "another data.seed, fraction, data.n_val or data.memory_map"
         return f"other rows are held out for {' and '.join(split_off)} ({why})"
     return " and ".join(f"the {name} set {_difference(old[name], new[name])}" for name in changed)
 
@@ -78,4 +78,4 @@ def changes(before: Record, now: Record, sets: Iterable[str] = (FILE, "val", "te
 def _difference(before: tuple[int, str], now: tuple[int, str]) -> str:
     if before[0] != now[0]:
         return f"had {before[0]:,} rows and has {now[0]:,} now"
-    return f"has {now[0]:,} rows as before, but other values, another order, or other columns"
+    return f"still has {now[0]:,} rows, but the values, their order, or the columns have changed"

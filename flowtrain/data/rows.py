@@ -25,17 +25,17 @@ _log = logging.getLogger("flowtrain")
 class Rows(Dataset):
     """The rows of a file as samples to score; there is nothing to train on.
 
-    The columns are those that the flow was trained on. A file that names them is read by their names, in whatever order
-    it has them, and may have others beside. Other files are read by the positions that were chosen in training; a file
-    that has as many columns as a sample has elements, and not those positions, is read in its order. Images are rows of
+    The columns are those that the flow was trained on. If the file names them, they are found by name, in any order,
+    and other columns are ignored. Other files are read by the positions chosen in training. If a file lacks these
+    positions but has as many columns as a sample has elements, all columns are read in their order. Images are rows of
     numbers, an array (n, C, H, W) or (n, H, W), or an IDX file.
 
     Args:
-        path: .npy .npz or a text file, see `read_table`, or an IDX file, plain or gzipped.
+        path: a .npy, .npz or text file, see `read_table`, or an IDX file, plain or gzipped.
         samples: what the flow was trained on.
         key, columns, label, header, decimal: how the training file was read, see `flowtrain.data.array.ArrayData`.
-        asked: which of these were asked for, and are to be taken whatever the file has.
-        seed: of the noise on columns that `data.dequantize` names.
+        asked: those of these settings that the user gave for this file. They override what the file suggests.
+        seed: the seed of the noise on columns that `data.dequantize` names.
 
     Raises:
         ConfigError: columns that the file does not have.
@@ -91,7 +91,7 @@ class Rows(Dataset):
 
 
 class _Selection:
-    """Which columns of a file are the samples, and which one the labels, as in training; see `Rows`."""
+    """Chooses the columns of the samples and of the labels as in training; see `Rows`."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class _Selection:
         self.mark: int | None = None
 
     def choose(self, names: Sequence[str], left_out: Sequence[int]) -> list[int]:
-        """Positions of the samples' columns, and after them that of the labels where there is one."""
+        """Positions of the samples' columns, followed by that of the labels if there is one."""
         named = tuple(names) != default_names(range(len(names)))
         trained = self.samples.columns
         by_name = named and bool(trained) and "columns" not in self.asked
@@ -116,20 +116,20 @@ class _Selection:
             indices = self._by_position(names, left_out)
             if by_name and tuple(names[i] for i in indices) != trained:
                 raise DataError(
-                    f"{self.file} has {listed([names[i] for i in indices])} where the flow was trained on "
-                    f"{listed(trained)}, and names that come twice: choose the columns by position with data.columns"
+                    f"{self.file} has {listed([names[i] for i in indices])}, but the flow was trained on "
+                    f"{listed(trained)}, and some names occur twice: choose the columns by position with data.columns"
                 )
         self.mark = self._mark(names, indices, named)
         return indices if self.mark is None else [*indices, self.mark]
 
     def divided(self, table: Table) -> tuple[Table, Table | None]:
-        """The samples, and the labels where there are any, of what was read."""
+        """Splits the table into samples and labels (None if there are none)."""
         if self.mark is None:
             return table, None
         return table.only(range(self.width)), table.only([self.width])
 
     def _by_position(self, names: Sequence[str], left_out: Sequence[int]) -> list[int]:
-        """As in training, or every column in its order."""
+        """Positions of the samples' columns as in training, or all columns in order."""
         every = [i for i in range(len(names)) if i not in left_out]
         if "columns" in self.asked:
             indices = self._less_label(pick(self.columns, names, self.file), names)
@@ -144,14 +144,14 @@ class _Selection:
                 indices = every
             if indices != every and len(every) == self.width:
                 _log.warning(
-                    f"{self.file}: its columns are taken in the order {', '.join(map(str, indices))}, by data.columns "
-                    f"as in training; {as_option(range(self.width))} takes them as they are, such as those of "
-                    "flowsample"
+                    f"{self.file}: columns are read in the order {', '.join(map(str, indices))}, as data.columns chose "
+                    f"them in training; {as_option(range(self.width))} reads them in the order of the file, as for "
+                    "samples of flowsample"
                 )
         if len(indices) != self.width:
             raise DataError(
-                f"{self.file} has {counted(len(indices), 'column')}, and the flow was trained on samples of "
-                f"{self.width}: choose them with data.columns"
+                f"{self.file} has {counted(len(indices), 'column')}, but the flow was trained on samples of "
+                f"{self.width}: choose the columns with data.columns"
             )
         return indices
 
@@ -164,12 +164,12 @@ class _Selection:
         return [i for i in indices if i not in marks]
 
     def _mark(self, names: Sequence[str], indices: Sequence[int], named: bool) -> int | None:
-        """The position of the column of labels, None where the file has none or the flow no use for them."""
+        """The position of the column of labels; None if the file has none or the flow uses none."""
         if self.label is None or self.samples.classes is None:
             return None
         label: str | int = self.label
         if "label" not in self.asked:
-            # a position is one in the training file: a file with names may have its columns in another order
+            # the position refers to the training file: a file with names may have another order of columns
             label = self.samples.label if named and self.samples.label else label
             here = names.count(label) == 1 if isinstance(label, str) else len(names) > self.width
             if not here:
@@ -177,21 +177,21 @@ class _Selection:
         (mark,) = pick([label], names, self.file, "data.label")
         if mark in indices:
             raise DataError(
-                f"{self.file}: data.label={label} is column {names[mark]!r}, which the flow has in its samples: name "
-                "the column of labels with data.label"
+                f"{self.file}: data.label={label} is column {names[mark]!r}, which is part of the samples: give the "
+                "column of labels with data.label"
             )
         return mark
 
 
 def _key_of(file: Path, key: str | None) -> str | None:
-    """The key of the training file, for another archive that may have one array under another name; else None."""
+    """The key to read from an archive: the training file's, or None if its only array has another name."""
     if key is None or ending_of(file) != ".npz":
         return None
     try:
         with zipfile.ZipFile(file) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist()]
     except (OSError, zipfile.BadZipFile):
-        # refused when it is read
+        # reading it gives the error
         return key
     return None if key not in names and len(names) == 1 else key
 

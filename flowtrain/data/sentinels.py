@@ -1,4 +1,4 @@
-"""Numbers that stand for missing values, such as -999: found where they repeat far outside the rest of a column."""
+"""Detects codes for missing values, such as -999: a number that repeats far outside the rest of its column."""
 
 import logging
 
@@ -10,18 +10,19 @@ from flowtrain.data.read import Table
 
 _log = logging.getLogger("flowtrain")
 
-# what programs and people write for a missing value, next to which a gap as wide as the rest of the column is telling
+# usual codes for a missing value: a gap as wide as the range of the rest of the column is enough to detect them
 _USUAL = frozenset({-1.0, 0.0} | {s * v for s in (-1.0, 1.0) for v in (9, 99, 999, 9999, 99999, 999999, 32767, 32768)})
-# of any other value, the gap has to be so many times as wide
+# for any other value, the gap must exceed this many times that range
 _WIDE = 5.0
-# distinct values that the rest of a column needs to have a width
+# smallest number of distinct values in the rest of a column
 _LEAST = 10
 
 
 def sentinel_of(column: NDArray[np.float64]) -> tuple[float, int] | None:
     """The smallest or largest value of a column (n,) and its count, if it looks like the code of a missing value.
 
-    It repeats, and the gap to the next value is wider than all the others are apart.
+    The value occurs at least twice. Its gap to the next value exceeds the range of the other values, or 5 times that
+    range unless the value is a usual code or at least 1e20 in magnitude.
 
     Example:
         >>> sentinel_of(np.array([-999.0, *np.linspace(1, 2, 20), -999.0]))
@@ -50,7 +51,7 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
         values: training rows, (n, d).
 
     Returns:
-        That number by column.
+        The number found in each such column, by column.
     """
     found = {i: code for i in range(values.shape[1]) if (code := sentinel_of(values[:, i])) is not None}
     if not found:
@@ -58,8 +59,8 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
     keep = [index for i, index in enumerate(table.indices) if i not in found]
     each = ", ".join(f"{table.columns[i]!r} is {code:g} in {count:,} rows" for i, (code, count) in found.items())
     _log.warning(
-        f"{table.path}: of {counted(len(values), 'training row')}, column {each}, far from its other values: if that "
-        "stands for a missing value, the density of a number that means nothing is learned. Take these rows out of the "
-        "file" + (f", or keep the other columns: {as_option(keep)}" if keep else "")
+        f"{table.path}: of {counted(len(values), 'training row')}, column {each}, far from its other values. If the "
+        "number is a code for a missing value, the flow learns a density of the code. Remove these rows from the file"
+        + (f", or keep the other columns: {as_option(keep)}" if keep else "")
     )
     return {i: code for i, (code, _) in found.items()}

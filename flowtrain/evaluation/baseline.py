@@ -14,26 +14,26 @@ from flowtrain.evaluation.digits import with_error
 from flowtrain.evaluation.result import Baseline, Check
 
 GAUSSIAN = "gaussian"
-# numbers of the training rows that a covariance is taken from, and of test rows that are scored at a time
+# values (rows times columns) of the training set that the covariance is estimated from, and values scored at a time
 FITTED, SCORED = 2**24, 2**22
-# of the noise that is added to whole numbers
+# keys of the random streams of the noise added to whole numbers
 _STREAM = 0x6761_7573
 _TRAIN, _TEST = 1, 2
-# standard errors of the paired difference that count as worse; nats, and standard errors of the baseline's own NLL,
-# that count as worse however uncertain the NLL of the flow is
+# The flow is worse if the paired difference exceeds PAIRED_ERRORS of its standard errors. It is also worse if the
+# difference exceeds CLEARLY nats plus CLEARLY_ERRORS standard errors of the baseline's NLL
 PAIRED_ERRORS, CLEARLY, CLEARLY_ERRORS = 2.0, 0.5, 3.0
 
 
 def gaussian_baseline(data: Dataset, x: Tensor, log_p: Tensor) -> Baseline | None:
-    """The Gaussian of the training rows of a table on the rows that a flow has scored; None of images and endless data.
+    """Scores a Gaussian fitted to the training rows of a table; None for images and endless data.
 
-    Its mean and covariance are those of `flowtrain.covariance.shrunk_covariance`, from at most 2^24 numbers of the
-    training rows. Whole numbers get uniform noise in [0, 1), here and there, as they do for the flow; labels are not
-    used.
+    `flowtrain.covariance.shrunk_covariance` gives its mean and covariance, from at most 2^24 values of the training
+    rows. Uniform noise in [0, 1) is added to whole numbers, both in the training rows and in the scored rows, as for
+    the flow. Labels are not used.
 
     Args:
         x: the scored rows, (n, d).
-        log_p: of the flow on these rows, (n,).
+        log_p: log densities of the flow at these rows, (n,).
     """
     if len(data.event_shape) != 1:
         return None
@@ -44,7 +44,7 @@ def gaussian_baseline(data: Dataset, x: Tensor, log_p: Tensor) -> Baseline | Non
     mean, covariance = shrunk_covariance(_real(rows.cpu(), _TRAIN))
     parts = torch.split(_real(x.cpu(), _TEST), max(1, SCORED // data.event_shape[0]))
     simple = torch.cat([gaussian_log_prob(part, mean, covariance) for part in parts])
-    # a row without a likelihood is worse than any
+    # a row without a likelihood counts as infinitely worse
     gap = torch.where(log_p.isnan(), torch.inf, simple - log_p)
     return Baseline(
         nll=-float(simple.mean()),
@@ -58,17 +58,17 @@ def gaussian_baseline(data: Dataset, x: Tensor, log_p: Tensor) -> Baseline | Non
 def of_baseline(nll: float, nll_stderr: float, simple: Baseline | None, d: int) -> Check | None:
     """Is the flow no worse than a Gaussian?
 
-    It is worse where the paired difference is above 2 of its standard errors, and above 0.01 nats and 1e-4 for each
-    column, which training may leave. It is also worse above 0.5 nats and 3 standard errors of the Gaussian's own NLL:
-    one row with a huge -log p makes the difference uncertain, but not small.
+    It is worse if the paired difference exceeds both 2 of its standard errors and 0.01 nats plus 1e-4 nats per column,
+    a gap that training may leave. It is also worse if the difference exceeds 0.5 nats plus 3 standard errors of the
+    Gaussian's own NLL: a row with a huge -log p makes the difference uncertain, but not small.
 
     Args:
-        d: columns.
+        d: the number of columns.
     """
     if simple is None:
         return None
     if not math.isfinite(simple.nll_stderr):
-        return Check("baseline", None, None, None, "one row says little")
+        return Check("baseline", None, None, None, "at least two rows are needed")
     small = PAIRED + PAIRED_PER_COLUMN * d
     limit = CLEARLY + CLEARLY_ERRORS * simple.nll_stderr
     if math.isfinite(simple.worse_stderr):
@@ -81,15 +81,15 @@ def of_baseline(nll: float, nll_stderr: float, simple: Baseline | None, d: int) 
         worse,
         limit,
         False,
-        f"the NLL of the flow is {with_error(nll, nll_stderr)} nats, and that of a Gaussian with the mean and "
-        f"covariance of the training rows is {with_error(simple.nll, simple.nll_stderr)} nats: the flow is worse by "
-        f"{with_error(simple.worse, simple.worse_stderr)}. The model may be too large for so few rows, or trained too "
-        "little (trainer.steps) or too fast (trainer.lr)",
+        f"the NLL of the flow is {with_error(nll, nll_stderr)} nats. A Gaussian with the mean and covariance of the "
+        f"training rows has {with_error(simple.nll, simple.nll_stderr)} nats. The flow is worse by "
+        f"{with_error(simple.worse, simple.worse_stderr)} nats. The model may be too large for the number of rows, the "
+        "training too short (trainer.steps), or the learning rate too high (trainer.lr)",
     )
 
 
 def _real(x: Tensor, which: int) -> Tensor:
-    """x + u for whole numbers x (n, d), with seeded noise; other rows as they are."""
+    """x + u with seeded uniform noise u if x (n, d) is whole numbers, else x unchanged."""
     if x.is_floating_point():
         return x
     u = torch.rand(x.shape, dtype=torch.float64, generator=step_generator(0, _STREAM, which))

@@ -42,10 +42,10 @@ def subset_of(
 ) -> Subset:
     """Rows of x (n, *event_shape) and of labels (n,) or None, drawn at random: files may be sorted.
 
-    As many as `rows_of_checks` says, or `most` of them.
+    The number of rows is that of `rows_of_checks`, but at most `most`.
 
     Args:
-        left_out: rows that are not taken, (k,), of which one would decide all that is measured.
+        left_out: rows to exclude, (k,), because a single one would dominate the results.
     """
     device = flow.like.device
     with seeded(0, device):

@@ -26,7 +26,7 @@ LOG_DET = {False: 1e-6, True: 2e-4}
 # tolerance of the solves that checks compare, so that what differs is not the solver's; and of samples too large for a
 # Jacobian, which take longer and have log-determinants of thousands of nats
 TIGHT, TIGHT_MANY = 1e-7, 1e-5
-# the share of an NLL that float32 may round: its epsilon of 1.2e-7, which couplings amplify
+# the relative rounding error of an NLL that float32 may cause: its epsilon is 1.2e-7, and couplings amplify it
 ROUNDED = 1e-5
 # a map that passes these has a density that integrates to 1
 IMPLY_MASS = ("log-det", "round trip", "own samples")
@@ -49,7 +49,7 @@ def checks(
     """All the checks of a flow in evaluation mode; one that could not be made says why.
 
     Args:
-        log_p: of the rows that the subset is drawn from, (n,).
+        log_p: log densities of the rows that the subset is drawn from, (n,).
         kl: and its standard error, where the true density is known.
     """
     exact, nll, nll_stderr = reference(flow), -float(log_p.mean()), stderr(log_p)
@@ -111,10 +111,10 @@ def of_solver(flow: Flow, budget: Budget, nll_stderr: float) -> Check | None:
 
 
 def of_precision(flow: Flow, budget: Budget, nll: float, nll_stderr: float) -> Check | None:
-    """Does rounding reach the digits that are shown? `nll` is that of the rows that the budget is measured on."""
+    """Does rounding change the digits shown? `nll` is the NLL of the rows that the budget is measured on."""
     if budget.precision is None:
         return None
-    # float32 has about 7 digits: of an NLL of 1e6 nats, whatever made it so large, it rounds away the decimals
+    # float32 has about 7 digits, so it cannot keep the decimals of an NLL of 1e6 nats
     limit = max(largest_bias(flow, nll_stderr), ROUNDED * abs(nll))
     words = f"the NLL of {nll:.6g} nats changes by {budget.precision:.2g} nats in float64"
     cause = "" if budget.precision > abs(nll) else ". Rounding does not explain the size of the NLL"
@@ -122,7 +122,7 @@ def of_precision(flow: Flow, budget: Budget, nll: float, nll_stderr: float) -> C
         "precision",
         budget.precision,
         limit,
-        f"{words}: these digits are lost to rounding. Evaluate with dtype=float64{cause}",
+        f"{words}: float32 rounds these digits away. Evaluate with dtype=float64{cause}",
     )
 
 

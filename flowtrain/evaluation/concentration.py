@@ -1,4 +1,4 @@
-"""Outlier rows that decide a negative log-likelihood: do 0.1% of the rows carry most of its variance?"""
+"""Outlier check: do at most 0.1% of the rows carry most of the variance of the negative log-likelihood?"""
 
 import math
 
@@ -10,34 +10,36 @@ from flowtrain.evaluation.budget import SMALL, stderr
 from flowtrain.evaluation.digits import with_error
 from flowtrain.evaluation.result import Concentration, named_rows
 
-# of the variance of the NLL, and of the rows; of small sets so many rows
+# largest share of the variance of the NLL; share of the rows that may carry it; number of rows in small sets
 LIMIT, SHARE, FEW = 0.5, 1e-3, 3
-# standard deviations of the other rows that a row must lie away from their mean
+# distance of an outlier from the mean of the other rows, in their standard deviations
 FAR = 20.0
-# rows of a set that can be judged
+# smallest number of rows that can be checked
 LEAST = 10
-# rows that the JSON names
+# largest number of rows listed in JSON
 LISTED = 1000
 
 
 def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 1.0)) -> Concentration:
-    """The check that no few rows carry more than half of the variance of the NLL.
+    """Checks that a few outlier rows do not carry more than half of the variance of the NLL.
 
-    Few are 0.1% of the rows, or three in a set of less than 3,000. They count only where each of them lies more than 20
-    standard deviations of the other rows from their mean. Without that condition, one row in 20 carries half of the
-    variance by chance in 36% of all sets from a standard normal distribution whose density is known exactly.
+    "A few" means at most 0.1% of the rows, or three rows in a set of fewer than 4,000, but never more than a fifth of
+    the set. Each of them must lie more than 20 standard deviations of the other rows from the mean of the other rows.
+    Without this condition the check is not specific: one row in 20 carries half of the variance by chance in 36% of all
+    sets from a standard normal distribution whose density is known exactly.
 
     In simulations, sound densities (log p of normal distributions in 1, 4 and 30 dimensions, of Student's t with 1 and
     3 degrees of freedom, exponential and Gumbel tails) failed in at most 1.8% of sets of 10 rows, 0.2% of 20 rows,
-    0.05% of 50 rows, and in none of 100 to 10,000 rows. A Gaussian that is fitted to heavy tails may fail, and should:
-    that of Student's t with 3 degrees of freedom does in 13% of sets of 20 rows and in 55% of 1,000 rows.
+    0.05% of 50 rows, and in none of 100 to 10,000 rows. A Gaussian fitted to heavy tails may fail, and this is
+    intended: a Gaussian fitted to Student's t with 3 degrees of freedom fails in 13% of sets of 20 rows and in 55% of
+    sets of 1,000 rows.
 
     A row whose log p is not finite always fails the check.
 
     Args:
         log_p: (n,), float64.
-        where: what the rows are those of, such as "test set".
-        unit: what likelihoods are told in, and how many of it a nat is.
+        where: the name of the set of rows, such as "test set".
+        unit: the unit of likelihoods in messages, and the number of these units per nat.
     """
     finite = log_p.isfinite()
     lost = (~finite).nonzero().flatten()
@@ -45,7 +47,7 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
     share, far = outlying(log_p[kept]) if len(kept) >= LEAST else (0.0, kept[:0])
     if len(lost) == 0 and len(kept) < LEAST:
         return Concentration(
-            "concentration", None, LIMIT, None, f"there are {len(kept)} rows, and at least {LEAST} are needed"
+            "concentration", None, LIMIT, None, f"at least {LEAST} rows are needed, and there are {len(kept)}"
         )
     if len(lost) == 0 and share <= LIMIT:
         return Concentration("concentration", share, LIMIT, True)
@@ -60,7 +62,7 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
     if len(lost):
         what = f"log p(x) is not finite in {_named(lost)} of the {where} ({_values(log_p[lost])})"
         effect = f"the NLL is {-float(log_p.mean())}"
-        cause = "the flow has no density there, or it could not be computed"
+        cause = "the density of the flow is zero there, or it could not be computed"
     else:
         worst = scale * -float(log_p[outliers[0]])
         carry = "carries" if len(outliers) == 1 else "carry"
@@ -73,7 +75,7 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
         1.0 if len(lost) else share,
         LIMIT,
         False,
-        f"{what}, {effect}; {left}. The likely cause: {cause}",
+        f"{what}, {effect}; {left}. Likely cause: {cause}",
         rows=tuple(rows[:LISTED].tolist()),
         count=len(rows),
         nll_without=without,
@@ -82,23 +84,24 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
 
 
 def outlying(log_p: Tensor) -> tuple[float, Tensor]:
-    """The largest share of the variance that a few far rows carry, and the fewest rows that carry half of it.
+    """The largest share of the variance that a few far rows carry, and the smallest set that carries more than half.
 
     Args:
         log_p: (n,), finite, n at least LEAST.
 
     Returns:
-        (share, rows), the share being 0 where no row is far from the others, and the rows positions in log_p, the
-        farthest first, none where the share is at most half.
+        (share, rows). The share is 0 if no row is far from the others. The rows are positions in log_p, the farthest
+        first; there are none if the share is at most half.
     """
     n = len(log_p)
     most = min(max(FEW, int(SHARE * n)), n // 5)
-    # values of 1e200 have squares beyond float64
+    # squares of values such as 1e200 overflow float64
     scale = float(log_p.abs().max()) or 1.0
     values = (log_p - log_p.median()) / scale
     apart = (values - values.mean()).square()
     order = apart.sort(descending=True, stable=True).indices
-    # mean and variance of all but the first 1, 2, ... rows; summed from the last row, so that a huge one is not in it
+    # mean and variance without the first 1, 2, ... rows. The sums start at the last row, so a huge row does not round
+    # them
     ordered, left = values[order], torch.arange(n - 1, n - 1 - most, -1)
     first, second = (each.flip(0).cumsum(0).flip(0)[1 : most + 1] / left for each in (ordered, ordered.square()))
     spread = (second - first.square()).clamp_min(0).sqrt().clamp_min(SMALL / scale)
@@ -110,15 +113,15 @@ def outlying(log_p: Tensor) -> tuple[float, Tensor]:
 
 
 def check_some_finite(log_p: Tensor, split: str) -> None:
-    """Refuses log-likelihoods (n,) none of which is finite.
+    """Refuses log-likelihoods (n,) if none is finite.
 
     Raises:
-        NonFiniteError: there is not one.
+        NonFiniteError: no log-likelihood is finite.
     """
     if not bool(log_p.isfinite().any()):
         raise NonFiniteError(
-            f"log p(x) is {log_p[0].item()} for row 0 of the {split} set, and finite for none of its {len(log_p)} "
-            "rows: the flow does not cover these points, or its weights are damaged"
+            f"log p(x) is not finite for any of the {len(log_p)} rows of the {split} set ({log_p[0].item()} for row "
+            "0): the flow does not cover these points, or its weights are damaged"
         )
 
 
@@ -127,5 +130,5 @@ def _named(rows: Tensor) -> str:
 
 
 def _values(log_p: Tensor) -> str:
-    """Which values there are, such as "-inf, nan"."""
+    """The distinct values, such as "-inf, nan"."""
     return ", ".join(sorted({str(value) for value in log_p[:LISTED].tolist()}))

@@ -33,11 +33,11 @@ from flowtrain.status import phase
 
 log = logging.getLogger("flowtrain")
 
-# rows of a set whose ODE may fail to be solved
+# largest number of rows of a set whose ODE solve may fail
 UNSOLVED = 100
-# validation samples that H is taken from
+# largest number of validation samples that H is computed from
 MOST_TYPICAL = 10_000
-# rows that an error budget takes where time is short
+# number of rows of the error budget if time is short
 FEW = 10
 
 
@@ -55,21 +55,21 @@ def evaluate(
 ) -> Evaluation:
     """Scores a flow in evaluation mode on a held-out set of `data`.
 
-    Rows whose log p is not finite, or whose ODE cannot be solved, fail the check `concentration`.
+    The check `concentration` fails if log p of a row is not finite, or if the ODE of a row cannot be solved.
 
     Args:
         other: the name and the samples of a set to tell that one from by log p; by that of all classes together where
             the flow is conditional.
         seed: of the noise of dequantization and of estimated traces.
         trained_on: the data that the flow was trained on, for the baseline and for the typicality score of `other`.
-            Without it there is no baseline, and the score takes the NLL of the scored rows.
-        thorough: whether to make the checks, and to measure the error budget on as many rows as usual. Otherwise there
-            are no checks, and the error budget is that of a few rows.
+            Without it there is no baseline, and the score uses the NLL of the scored rows.
+        thorough: if false, only `concentration` and `baseline` are checked, and the error budget is measured on only
+            10 rows (FEW).
 
     Raises:
         ConfigError: several dequantization samples of data that are not whole numbers.
         DataError: data of another shape or kind than the flow's.
-        NonFiniteError: log-likelihoods none of which is finite.
+        NonFiniteError: no log-likelihood is finite.
         SolverError: more than 100 rows cannot be solved.
     """
     x, label = held_out(flow, data, split)
@@ -178,12 +178,12 @@ def told_apart(
     trained_on: Dataset | None,
     how: Mapping[str, Any],
 ) -> tuple[Separation, tuple[Tensor, Tensor]]:
-    """How log p tells the set x (n, *event_shape) from the `other` (m, *event_shape), by no label of either.
+    """How well log p separates the set x (n, *event_shape) from the `other` (m, *event_shape). Labels are not used.
 
     Args:
         log_p: that of x as it has been scored, (n,): by its labels where the flow is conditional.
-        split: which set of the data x is.
-        trained_on: the data whose validation set says what H is in |log p + H|; None for x itself.
+        split: the name of the set x.
+        trained_on: the data whose validation set gives H in |log p + H|. None: x itself gives H.
         how: batch size, draws and seed, as `log_probs` takes them.
 
     Returns:
@@ -218,7 +218,7 @@ def check_fits(flow: Flow, data: Dataset, dequantization_samples: int = 1) -> No
     if dequantization_samples > 1 and not flow.discrete:
         why = "has noise on some columns, which is drawn once with the data" if flow.noisy else "has no noise"
         raise ConfigError(
-            f"dequantization_samples={dequantization_samples}: this flow is over real numbers and {why}; leave it out"
+            f"dequantization_samples={dequantization_samples}: this flow is over real numbers and {why}; omit it"
         )
 
 

@@ -17,7 +17,7 @@ def calibration(z: Tensor) -> tuple[Calibration, dict[str, Tensor]]:
 
     u_j = Phi(z_j) and u = F(|z|^2), F the chi-square distribution of d degrees, are uniform where the model is the
     truth (Rosenblatt 1952, Diebold et al. 1998). Tested one by one: dependence between dimensions shows in the radius.
-    Latents that are NaN are left out; where there are no others, the test has no statistic (NaN).
+    Latents that are NaN are left out. If all are NaN, the statistic is NaN.
     """
     z = z.flatten(1).double()
     z = z[~z.isnan().any(1)]

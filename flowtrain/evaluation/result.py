@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowtrain.data.columns import counted
 from flowtrain.evaluation.digits import brief, with_error
 
 
@@ -44,13 +45,13 @@ class Budget:
     interval: tuple[float, float]
 
 
-# names of checks in tables, where those of JSON are unclear
+# names of checks in tables, if the names in JSON are unclear
 LABELS = {"own samples": "log p of own samples", "baseline": "worse than baseline"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that is measured of a density or of its likelihoods, and what it may be at most.
+    """A measured property of a density or of its likelihoods, and the limit it must not exceed.
 
     Attributes:
         value: what was measured; None where it was not.
@@ -73,14 +74,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Concentration(Check):
-    """Whether a few rows decide the NLL.
+    """Whether a few outlier rows dominate the NLL.
 
     Attributes:
-        value: the share of the variance of the NLL that at most 0.1% of the rows carry, all of them far from the
-            others; 1 where log p of a row is not finite.
-        rows: those rows, by their place in the scored set from 0; the first 1,000 of them.
-        count: how many there are.
-        nll_without, nll_without_stderr: of the other rows, in nats.
+        value: the share of the variance of the NLL that a few rows far from the others carry, see
+            `flowtrain.evaluation.concentration`; 1 if log p of a row is not finite.
+        rows: the positions of these rows in the scored set, counted from 0; at most the first 1,000.
+        count: the number of these rows.
+        nll_without, nll_without_stderr: the NLL of the other rows and its standard error, in nats.
     """
 
     rows: tuple[int, ...] = ()
@@ -94,10 +95,10 @@ class Baseline:
     """The likelihood of a simple density on the same rows, in nats per sample.
 
     Attributes:
-        nll_stderr: over the rows.
-        seconds: of fitting and scoring it.
-        worse: NLL of the flow less that of the baseline.
-        worse_stderr: over the rows, which both have in common.
+        nll_stderr: the standard error over the rows.
+        seconds: the time to fit and score it.
+        worse: the NLL of the flow minus the NLL of the baseline.
+        worse_stderr: the standard error of the paired difference over the rows.
     """
 
     nll: float
@@ -137,13 +138,13 @@ class Separation:
     Attributes:
         name: the other set, `n` samples.
         infinite: how many of them have no finite log p; they count as the least likely.
-        nll: over the samples that have a finite log p.
+        nll: the mean over the samples with finite log p.
         auroc: P(log p of the other set < log p of this one), ties counted half: -log p as a score of novelty.
         typicality_auroc: the same of |log p + entropy| (Nalisnick et al. 2019, Detecting out-of-distribution inputs to
             deep generative models using typicality).
         auroc_stderr, typicality_stderr: DeLong et al. 1988.
         entropy: the mean NLL of the validation set, which stands for the model's entropy.
-        entropy_of: the rows that it is the mean over: "validation set", or "scored rows" where that is not there.
+        entropy_of: the rows of that mean: "validation set", or "scored rows" if the validation set is missing.
     """
 
     name: str
@@ -161,7 +162,7 @@ class Separation:
 
 # what the figures take, and no table or JSON
 PRIVATE = ("bits_per_nat", "scores", "sets", "pit")
-# rows that a message names
+# largest number of rows listed in a message
 NAMED = 5
 # how wide the names before the lines of a table are
 NAMES = 13
@@ -182,7 +183,7 @@ class Evaluation:
             flow that solves no ODE.
         roundtrip_error: max |x - forward(inverse(x))| on it.
         seconds: of scoring; total_seconds: with the budget and the checks.
-        baselines: by name, likelihoods of simple densities on the same rows; None of images and toys.
+        baselines: likelihoods of simple densities on the same rows, by name; None for images and toys.
         scores: log p(x) of every row in the order of the set, (n,), float64.
         sets: log p of this set and of the one it is told from, (n,) and (m,), or None.
         pit: name -> probability integral transforms of latents, (rows,).
@@ -340,11 +341,16 @@ class Evaluation:
         return lines + [f"not made: {c.label}: {c.message}" for c in self.checks if c.passed is None]
 
     def _failure(self, check: Check) -> str:
-        """What a table says of a check that failed."""
+        """The table entry of a failed check."""
         if isinstance(check, Concentration) and check.nll_without is not None and check.nll_without_stderr is not None:
             rest = self.in_unit(check.nll_without, check.nll_without_stderr)
-            carry = f"{'carries' if check.count == 1 else 'carry'} {check.value:.3g} of the variance of the NLL"
-            return f"{named_rows(check.rows, check.count)} {carry}; NLL of the other rows {rest}"
+            lost = (~self.scores.isfinite()).nonzero().flatten().tolist()
+            if lost:
+                found = f"log p is not finite in {named_rows(lost, len(lost))}"
+            else:
+                carry = "carries" if check.count == 1 else "carry"
+                found = f"{named_rows(check.rows, check.count)} {carry} {check.value:.3g} of the variance of the NLL"
+            return f"{found}; NLL of the other {counted(self.n - check.count, 'row')} {rest}"
         return f"{check.value:.2g}, at most {check.limit:.2g}"
 
     def table(self) -> str:
@@ -352,13 +358,8 @@ class Evaluation:
         return "\n".join(f"{name:>{NAMES}}  {value}" for name, value in self.rows())
 
 
-def counted(n: int, thing: str) -> str:
-    """Such as "1 row" or "10,000 rows"."""
-    return f"{n:,} {thing}{'' if n == 1 else 's'}"
-
-
 def named_rows(rows: Sequence[int], count: int) -> str:
-    """Some of `count` rows by their place, such as "row 17" or "rows 3, 17 and 19".
+    """Names rows by their positions, such as "row 17" or "rows 3, 17 and 19"; a long list is cut.
 
     Example:
         >>> named_rows([3], 1), named_rows([3, 17, 19], 3), named_rows(range(1000), 1200)
@@ -372,7 +373,7 @@ def named_rows(rows: Sequence[int], count: int) -> str:
 
 
 def _beside(simple: Baseline) -> str:
-    """How the flow compares with a baseline: "the flow is 0.18 +- 0.05 nats lower"."""
+    """The NLL of the flow compared with a baseline: "the flow is 0.18 +- 0.05 nats lower"."""
     words = with_error(abs(simple.worse), simple.worse_stderr)
     return f"the flow is {words} nats {'higher (worse)' if simple.worse > 0 else 'lower'}"
 

@@ -8,11 +8,14 @@ from flowtrain.evaluation.result import Separation
 
 
 def separation(name: str, inside: Tensor, outside: Tensor, entropy: float, entropy_of: str) -> Separation:
-    """log p of samples of the set that the flow is evaluated on, (n,), and of another one, (m,), float64.
+    """Areas under the ROC curves of -log p and of |log p + H| as scores that separate two sets of samples.
 
     Args:
+        name: the name of the other set.
+        inside: log p of the set that the flow is evaluated on, (n,), float64.
+        outside: log p of the other set, (m,), float64.
         entropy: H of the typicality score, in nats.
-        entropy_of: the rows whose mean NLL it is.
+        entropy_of: the rows whose mean NLL is H.
     """
     finite = outside.isfinite()
     kept = outside[finite]

@@ -49,8 +49,8 @@ def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: st
 
 
 def _draw_reconstructions(flow: Flow, data: Dataset, show: "Shown", path: Path, title: str) -> Path:
-    """Test images, what comes back of them through the latents, and the difference, in colours of its own scale."""
-    # at the tolerance of an evaluation: the figure says how large the error is
+    """Draws test images, their round trips through the latents, and the differences in a colour scale of their own."""
+    # at the tolerance of an evaluation, because the figure states the size of the error
     with drawing(flow, tolerance=0.0):
         x, back = reconstructed(flow, data)
         plots.draw_rows(
@@ -89,7 +89,7 @@ Rows = list[tuple[str, Tensor]]
 
 
 def reconstructed(flow: Flow, data: Dataset) -> tuple[Tensor, Tensor]:
-    """Test images, whole numbers with noise, and what comes back of them through the latents: both (ROW, C, H, W)."""
+    """Test images (dequantized if discrete) and their round trips through the latents, both (ROW, C, H, W)."""
     x, label = first(flow, data, ROW)
     x = flow.dequantized(x)
     return x, flow(flow.inverse(x, label), label)

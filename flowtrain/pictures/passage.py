@@ -28,7 +28,7 @@ POINTS = 10_000
 
 
 def draw_way(flow: Flow, data: Dataset, place: Callable[[str], Path], title: str) -> list[Path]:
-    """passage.png and paths.png of a flow of two columns, of a conditional one those of its first class."""
+    """passage.png and paths.png of a flow of two columns; for a conditional flow, those of its first class."""
     label = None if flow.classes is None else flow.seen[0]
     words = title if label is None else f"{title}, class {label}"
     files = []
@@ -56,8 +56,8 @@ def animate(
     """The way of n particles, or images, from the base to the data, to each of `paths`, .gif or .mp4.
 
     Args:
-        label: of a conditional flow; None for images of all classes in turn, of two columns its first class. Classes
-            without training rows are left out.
+        label: the class of a conditional flow. None: all classes in turn for images, the first class for two columns.
+            Classes without training rows are left out.
 
     Raises:
         ConfigError: a flow of other samples, too many of them, or a file that cannot be written here.

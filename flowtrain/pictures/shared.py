@@ -21,10 +21,10 @@ TOLERANCE = 1e-4
 
 @contextmanager
 def spared(what: str, also: str = "") -> Iterator[None]:
-    """What came before it is not lost for a picture: one of `what` that cannot be drawn or written gives a warning.
+    """Turns an error in drawing or writing a picture of `what` into a warning, so that earlier results are kept.
 
     Args:
-        also: what the warning says is missing besides the picture.
+        also: names other missing output in the warning.
     """
     try:
         with phase(f"drawing {what}"):

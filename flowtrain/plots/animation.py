@@ -109,7 +109,7 @@ def write(path: Path, figure: Figure, draw: Callable[[int], None], moments: int)
     """
     check_writable(path)
     FigureCanvasAgg(figure)
-    # of half the dots of a picture
+    # half the resolution of a picture
     figure.set_dpi(style.DPI // 2)
     if path.suffix == ".gif":
         _write_gif(path, figure, draw, moments)
@@ -118,7 +118,7 @@ def write(path: Path, figure: Figure, draw: Callable[[int], None], moments: int)
 
 
 def _write_gif(path: Path, figure: Figure, draw: Callable[[int], None], moments: int) -> None:
-    """Each moment is drawn once: a GIF says for how long a frame is shown."""
+    """Draws each moment once: a GIF stores how long each frame is shown."""
     milliseconds = [1000 // FPS] * moments
     milliseconds[0] *= BEFORE
     milliseconds[-1] *= AFTER
@@ -133,14 +133,14 @@ def _write_gif(path: Path, figure: Figure, draw: Callable[[int], None], moments:
     drawn = frames()
     first = next(drawn)
     content = io.BytesIO()
-    # Pillow takes the others one by one, as it writes them
+    # Pillow requests the other frames one by one while it writes
     first.save(content, "GIF", save_all=True, append_images=drawn, duration=milliseconds, loop=0)
     with replacing(path) as f:
         f.write(content.getvalue())
 
 
 def _rendered(figure: Figure) -> Image.Image:
-    """The figure as it is, without transparency."""
+    """The current figure as an image without transparency."""
     pixels = io.BytesIO()
     figure.savefig(pixels, format="rgba", dpi=figure.get_dpi())
     size = figure.canvas.get_width_height()
@@ -148,9 +148,9 @@ def _rendered(figure: Figure) -> Image.Image:
 
 
 def _write_mp4(path: Path, figure: Figure, draw: Callable[[int], None], moments: int) -> None:
-    """At a fixed rate: moments that are shown for longer are several frames."""
+    """Writes frames at a fixed rate: moments that are shown for longer take several frames."""
     order = [*[0] * BEFORE, *range(1, moments - 1), *[moments - 1] * AFTER]
-    # what every player can show
+    # a format that every player supports
     writer = FFMpegWriter(fps=FPS, codec="libx264", extra_args=["-pix_fmt", "yuv420p"])
     with tempfile.TemporaryDirectory() as folder:
         aside = Path(folder) / f"animation{path.suffix}"

@@ -24,9 +24,9 @@ def draw_flow_1d(
 ) -> None:
     """Draw data (N, 1), samples (M, 1) and exp(log_density) over one axis to `path`.
 
-    The limits come from the data alone, and so does the scale: over heavy-tailed data the axis is logarithmic far out,
-    and densities are along the axis. `log_density` maps (resolution, 1) to (resolution,), called once. `log_scale`: a
-    logarithmic axis of densities, DECADES deep.
+    The limits and the scale depend on the data only. For heavy-tailed data the axis is logarithmic far from the bulk,
+    and densities are per unit of the axis. `log_density` maps (resolution, 1) to (resolution,) and is called once.
+    `log_scale` draws densities on a logarithmic axis, DECADES deep.
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 1)

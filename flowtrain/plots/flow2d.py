@@ -33,8 +33,9 @@ def draw_flow_2d(
     """Draw data (N, 2), samples (M, 2) and exp(log_density) on a square grid, in three panels, to `path`.
 
     The limits come from the data alone: a stray sample must not squash the picture. `log_density` maps
-    (resolution**2, 2) to (resolution**2,) and is called once. The axis of a heavy-tailed column is logarithmic far out,
-    and densities are along the axes. `log_scale`: colours by the logarithm, down to DEPTH under the top.
+    (resolution**2, 2) to (resolution**2,) and is called once. The axis of a heavy-tailed column is logarithmic far
+    from the bulk, and densities are per unit of the axes. `log_scale`: colours by the logarithm, down to DEPTH under
+    the top.
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 2)

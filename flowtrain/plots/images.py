@@ -32,11 +32,11 @@ TALLEST, LARGEST = 7.0, 1.5
 LEAST = 0.33
 LETTER, WIDEST_LABEL = 0.075, 2.4
 
-# of the colour bar of differences, with its numbers; of the bar alone
+# height of the colour bar of differences with its numbers; height and width of the bar itself
 BAR, BAR_HEIGHT, BAR_WIDTH = 0.42, 0.1, 2.4
 
 MOST_PANELS = 6
-# blue, white and red: told apart with every common kind of colour blindness
+# blue, white and red can be distinguished with every common kind of colour blindness
 SIGNED = matplotlib.colormaps["RdBu_r"]
 # magenta: no colour of the house, and hardly ever one of a photograph
 NOT_FINITE = (255, 0, 255)
@@ -104,10 +104,10 @@ def draw_rows(
     `draw_panels`. `note` stands under the title.
 
     Args:
-        signed: rows of differences, drawn below the others from blue (negative) over white (0) to red (positive), the
-            ends being the largest difference either way: a colour bar has that number. Of several channels, the one
-            that differs most counts, pixel by pixel.
-        unit: of these differences.
+        signed: rows of differences, drawn below the others from blue (negative) through white (0) to red (positive).
+            The colours end at the largest magnitude, which the colour bar shows. Each pixel shows the channel with the
+            largest magnitude.
+        unit: the unit of these differences.
     """
     plain, rows = len(rows), [*rows, *signed]
     size = _common_size(rows, levels)
@@ -213,7 +213,7 @@ def _sheet(images: Tensor, cell: Cell, rows: int, columns: int, shades: Callable
     """Images (N, C, H, W) row by row on white, shape (height, width, 3) in screen pixels.
 
     Args:
-        shades: an image (C, H, W) as RGB of the cell's size.
+        shades: converts an image (C, H, W) to RGB of the cell's size.
     """
     sheet = np.full((cell.down(rows), cell.across(columns), 3), 255, dtype=np.uint8)
     for place, image in enumerate(images.detach().cpu()):
@@ -244,7 +244,7 @@ def _signed_shades(image: Tensor, cell: Cell, largest: float) -> Pixels:
     size = (cell.height, cell.width)
     lost = F.adaptive_max_pool2d((~values.isfinite()).any(0, keepdim=True).to(torch.float64), size)[0] > 0
     values = values.nan_to_num(0.0, 0.0, 0.0)
-    # what an average over channels or pixels would cancel
+    # extremes instead of averages, because differences of opposite sign would cancel
     high, low = values.amax(0, keepdim=True), values.amin(0, keepdim=True)
     high, low = (_largest_resized(each, size) for each in (high, -low))
     worst = torch.where(high >= low, high, -low)[0]
@@ -253,27 +253,27 @@ def _signed_shades(image: Tensor, cell: Cell, largest: float) -> Pixels:
 
 
 def _largest_resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """`image` (1, H, W) at a whole multiple of its size, or the largest values of the parts of a smaller one."""
+    """`image` (1, H, W) enlarged by a whole factor, or reduced by taking the largest value of each part."""
     if size[0] < image.shape[1] or size[1] < image.shape[2]:
         return F.adaptive_max_pool2d(image, size)
     return _resized(image, size)
 
 
 def _largest(images: Tensor) -> float:
-    """The largest magnitude of finite values; 0 of none."""
+    """The largest magnitude of finite values; 0 if there are none."""
     finite = images.detach()[images.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _draw_bar(figure: Figure, left: int, bottom: int, largest: float, unit: str) -> None:
-    """The colours of differences from -largest to largest, with these numbers."""
+    """Draws the colour bar of differences from -largest to largest, with these numbers."""
     height, width = _pixels(BAR_HEIGHT), _pixels(BAR_WIDTH)
     bottom += _pixels(LINE)
     shades = SIGNED(np.linspace(0, 1, width), bytes=True)[None, :, :3].repeat(height, axis=0)
     figure.figimage(shades, left, bottom, origin="upper")
     look: dict[str, Any] = {"size": 8, "color": style.MUTED, "va": "top"}
     ends = ((0.0, f"-{largest:.2g}", "left"), (0.5, "0", "center"), (1.0, f"{largest:.2g}", "right"))
-    # of no difference at all, the ends are nothing
+    # no ends without any difference
     for share, words, align in ends if largest > 0 else ends[1:2]:
         _write(figure, left + share * width, bottom - _pixels(NAME) / 2, words, width, ha=align, **look)
     words = f"largest difference {largest:.2g} {unit}".rstrip()
@@ -294,7 +294,7 @@ def _noted(name: str, images: Tensor, drawn: int, plainly: bool = True) -> str:
     """The name of some images, with what a reader must know of how the first `drawn` are shown.
 
     Args:
-        plainly: as images, and not as differences.
+        plainly: whether they are shown as images, not as differences.
     """
     lost = int((~images.isfinite()).any(1).sum())
     channels = images.shape[1]

@@ -17,7 +17,7 @@ BINS = 60
 MASSES = (0.9, 0.6, 0.3)
 # fewer points than this make contours of noise
 FEWEST = 200
-# of two ticks of a compressed axis, as a share of it: panels are small
+# smallest distance between two ticks of a compressed axis, as a share of its length; panels are small
 APART = 0.25
 
 
@@ -34,7 +34,7 @@ def draw_pairs(
 
     The diagonal holds the histogram of each column, the triangle under it the smallest regions that hold 30, 60
     and 90 percent of the points of each pair. The limits come from the data alone. The axis of a heavy-tailed column
-    is logarithmic far out, and densities are along the axes.
+    is logarithmic far from the bulk, and densities are per unit of the axes.
     """
     real, model = points.as_points(data, samples)
     width = real.values.shape[1]

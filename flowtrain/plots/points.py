@@ -155,10 +155,10 @@ def bins_1d(count: int) -> int:
 
 
 def fine_bins(values: Array, limits: Range, count: int, most: int = 100) -> int:
-    """Bins for a histogram of `count` points over `limits`, by the rule of Freedman and Diaconis, at least `bins_1d`.
+    """Number of bins of a histogram of `count` points by the rule of Freedman and Diaconis, at least `bins_1d`.
 
-    Bins are 2 IQR count^(-1/3) wide, IQR that of `values` (N,): points that lie close together on a long axis get bins
-    that show their shape.
+    Bins are 2 IQR count^(-1/3) wide, where IQR is the interquartile range of `values` (N,). Points that lie close
+    together on a long axis then get bins that show their shape.
     """
     first, third = np.quantile(values, (0.25, 0.75))
     usual, width = bins_1d(count), 2 * float(third - first) * count ** (-1 / 3)
@@ -166,7 +166,7 @@ def fine_bins(values: Array, limits: Range, count: int, most: int = 100) -> int:
 
 
 def outside(points: Points, limits: Sequence[Range]) -> str:
-    """The share of points (N, d) that lie outside of limits, in words; empty if it is small."""
+    """The share of points (N, d) outside the limits, in words; empty below 5%."""
     lows, highs = np.array(limits).T
     beyond = ((points.values < lows) | (points.values > highs)).any(axis=1)
     share = float(beyond.mean()) if len(beyond) else 0.0

@@ -1,6 +1,6 @@
-"""Axes for heavy-tailed data: plain where most values are, logarithmic far from them.
+"""Axes for heavy-tailed data: linear near the bulk of the values, logarithmic far from it.
 
-Figures are drawn over places y = asinh((x - centre) / reach) along the axis, and its ticks tell x. Shapes: N values.
+A compressed axis shows x at the position y = asinh((x - centre) / reach), and its tick labels give x.
 """
 
 import math
@@ -15,45 +15,45 @@ from torch import Tensor
 
 from flowtrain.plots.points import Array, LogDensity, Points, Range
 
-# a plain axis this many times longer than what holds half of the values would show them as a needle
+# an axis is compressed if the range of the values exceeds this many times half their interquartile range
 LONGEST = 30.0
-# a tail this many times longer than the other is the only one
+# the data have a single tail if one side is this many times longer than the other
 ONE_SIDED = 10.0
-# the least distance between two ticks of a compressed axis, as a share of it
+# smallest distance between two ticks of a compressed axis, as a share of its length
 APART = 0.13
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How far along an axis a value is: at itself, or at asinh((x - centre) / reach) where there is a reach."""
+    """The position of a value along an axis: x itself, or asinh((x - centre) / reach) if there is a reach."""
 
     centre: float = 0.0
     reach: float | None = None
 
     @property
     def plain(self) -> bool:
-        """Whether the axis is an ordinary one."""
+        """Whether the axis is linear."""
         return self.reach is None
 
     def places(self, values: Array) -> Array:
-        """Where values are along the axis, of any shape."""
+        """The positions of values along the axis, of any shape."""
         return values if self.reach is None else np.arcsinh((values - self.centre) / self.reach)
 
     def values(self, places: Tensor) -> Tensor:
-        """The values at places along the axis, of any shape."""
+        """The values at positions along the axis, of any shape."""
         return places if self.reach is None else self.centre + self.reach * places.sinh()
 
     def log_slope(self, places: Tensor) -> Tensor:
-        """log dx/dy at places along the axis, of any shape: what takes a density of x to one along the axis."""
+        """log dx/dy at positions along the axis, of any shape; added to a log density of x it gives that of y."""
         if self.reach is None:
             return torch.zeros_like(places)
         return math.log(self.reach) + places.cosh().log()
 
     def mark(self, axis: Axis, apart: float = APART) -> None:
-        """Ticks at round values of x on a compressed axis that has its limits; others are left as they are.
+        """Sets ticks at round values of x on a compressed axis, whose limits must be set; a linear axis is unchanged.
 
         Args:
-            apart: the least distance between two of them, as a share of the axis.
+            apart: the smallest distance between two ticks, as a share of the axis.
         """
         if self.reach is None:
             return
@@ -80,18 +80,18 @@ def suited(values: Array) -> Scale:
         centre, reach = high, high - float(np.quantile(values, 0.9))
     else:
         centre, reach = middle, (third - first) / 2
-    # of values that mostly are one value, nothing but a needle could be shown
+    # most values are equal, so no scale can show their shape
     return Scale(centre, reach) if reach > 1e-9 * max(abs(low), abs(high)) else Scale()
 
 
 def along(scales: Sequence[Scale], points: Points) -> Points:
-    """Points (N, d) at their places along axes of these scales."""
+    """The positions of points (N, d) along axes of these scales."""
     places = [scale.places(column) for scale, column in zip(scales, points.values.T, strict=True)]
     return Points(np.stack(places, axis=1), points.dropped)
 
 
 def density_along(scales: Sequence[Scale], log_density: LogDensity) -> LogDensity:
-    """The log density along axes of these scales, (G, d) to (G,), from that of x."""
+    """The log density per unit of axes of these scales, (G, d) to (G,), from that of x."""
     if all(scale.plain for scale in scales):
         return log_density
 
@@ -104,15 +104,15 @@ def density_along(scales: Sequence[Scale], log_density: LogDensity) -> LogDensit
 
 
 def round_values(limits: Range, scale: Scale, apart: float = APART) -> list[float]:
-    """Round numbers within limits of x, in order, none nearer to another than that share of the axis.
+    """Round numbers within the limits of x in ascending order, at least `apart` of the axis from each other.
 
-    The roundest are taken first: zero, then powers of ten.
+    The roundest numbers have priority: zero, then powers of ten.
     """
     assert scale.reach is not None
     (low, high), (begin, end) = limits, scale.places(np.array(limits))
     decades = range(math.floor(math.log10(max(abs(low), abs(high)))), math.floor(math.log10(scale.reach)) - 1, -1)
     wanted = [0.0, *(sign * digit * 10.0**k for digit in (1, 5, 2) for k in decades for sign in (-1, 1))]
-    # values far from zero have no such number among them
+    # values far from zero may contain no such number
     wanted += list(MaxNLocator(2).tick_values(scale.centre - scale.reach, scale.centre + scale.reach))
     taken: list[float] = []
     for value in wanted:

@@ -34,9 +34,9 @@ LETTER = 0.075
 
 @dataclass(frozen=True)
 class Swept:
-    """One key's values, as numbers where all are numbers, and of each name what the runs of each value measured.
+    """The values of one key, as numbers if all are numbers, and for each name the results of the runs of each value.
 
-    `errors` has the standard errors of some of these, NaN where there are none.
+    `errors` has the standard errors of some results, NaN if unknown.
     """
 
     values: list[str]
@@ -113,7 +113,7 @@ def _panel(axes: Axes, swept: Swept, names: Sequence[str], logarithmic: bool) ->
 
 
 def _repeated(x: Sequence[float], runs: Sequence[Sequence[float]]) -> list[float]:
-    """The place of every run, where there are several of one value."""
+    """The position of every run on the x axis; runs of the same value share it."""
     return [at for at, row in zip(x, runs, strict=False) for _ in row]
 
 

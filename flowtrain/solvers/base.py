@@ -89,12 +89,12 @@ record_integral_errors: Collector[Tensor] = Collector("integral errors")
 
 
 def unmoved(problem: Problem, statistics: Statistics) -> Solution:
-    """The solution of a batch without rows, or over an interval of no length: the state as it is, integrals of 0.
+    """The solution for an empty batch or an interval of length 0: the state is unchanged, and integrals are 0.
 
-    The state and the integrals have a graph to x and to the parameters, so that a backward pass leaves gradients of 0
-    where a solve leaves gradients, as `nn.Linear` does for an empty batch.
+    The state and the integrals have a graph to x and to the parameters. A backward pass then sets gradients of 0, as
+    `nn.Linear` does for an empty batch.
     """
-    # sums over nothing: 0 whatever the numbers are, NaN included
+    # empty sums are 0 even if a parameter is NaN
     zeros = [p.flatten()[:0].sum() for p in problem.parameters if p.requires_grad]
     zero = sum(zeros, problem.x.new_zeros(()))
     x1 = problem.x + zero.to(problem.x.dtype)
@@ -216,7 +216,7 @@ class Solver(ABC):
         return {"method": self.method, "rtol": None, "atol": None, "step_size": self.step_size}
 
     def solve(self, problem: Problem) -> Solution:
-        """Solves `problem`; without rows, or with t0 = t1, there is nothing to solve, see `unmoved`.
+        """Solves `problem`. For an empty batch, or if t0 = t1, see `unmoved`.
 
         Raises:
             SolverError: step size underflow, more than max_nfe evaluations, or a state that is not finite.
@@ -245,9 +245,9 @@ class Solver(ABC):
         return max(1, math.ceil(abs(t1 - t0) / self.step_size - 1e-9))
 
     def check_tolerance(self, dtype: torch.dtype) -> None:
-        """Refuses tolerances, those that training ends with too, that no step can meet in the dtype of the state.
+        """Refuses tolerances that no step can meet in the dtype of the state, including those at the end of training.
 
-        The rounding of the velocities alone fails an error estimate so strict, and a solve would spend all of max_nfe.
+        The rounding errors of the velocities alone would exceed such a tolerance, and a solve would use up max_nfe.
 
         Raises:
             ConfigError: rtol and atol are both below 1e-4 of the rounding error, which is 1.2e-7 in float32.
@@ -257,8 +257,8 @@ class Solver(ABC):
         tolerance = min(max(self.rtol, self.atol), max(last))
         if self.adaptive and tolerance < 1e-4 * eps:
             raise ConfigError(
-                f"solver.rtol={tolerance:.3g}: {str(dtype).removeprefix('torch.')} rounds to {eps:.2g}, and no step "
-                f"can be that exact; give a tolerance above {10 * eps:.0e}"
+                f"solver.rtol={tolerance:.3g}: {str(dtype).removeprefix('torch.')} has a precision of {eps:.2g}, so no "
+                f"step can meet this tolerance; give one above {10 * eps:.0e}"
             )
 
     def failure(self, what: str, t: float, h: float, advice: str) -> SolverError:

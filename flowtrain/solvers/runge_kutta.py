@@ -301,15 +301,16 @@ class _Run:
 class _OrdinaryRun(_Run):
     """A solve by ordinary operations, for `torch.func`: grad, vmap, jvp, and any of them inside another.
 
-    The sizes of the steps are numbers of the host, held constant by every derivative as by the gradient of
-    discrete_gradient.py. Lanes of a vmap share them: the step control takes the largest of their errors. Nothing is
-    replayed, so the memory of a gradient grows with the steps.
+    Step sizes are Python numbers, and every derivative treats them as constants, as in discrete_gradient.py. The lanes
+    of a vmap share the steps: the step control uses the largest error of all lanes. No step is recomputed, so the
+        memory
+    of a gradient grows with the number of steps.
     """
 
     take = staticmethod(take_ordinary)
 
     def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics) -> None:
-        # the recorder that a field brings computes by hand
+        # a field's own recorder uses hand-written kernels, which torch.func cannot transform
         super().__init__(solver, replace(problem, recorder=None), statistics, graph=False)
         self.x = problem.x
         self.replay = False

@@ -70,7 +70,7 @@ def take(
 def take_ordinary(
     x: Tensor, h: float, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """`take` without writing in place, which neither autograd nor vmap allows."""
+    """`take` without in-place writes, which autograd and vmap do not allow."""
     points, slopes = [x], [first]
     for i in range(1, len(weights.b)):
         points.append(x + combined(h * weights.a[i, :i], torch.stack(slopes)))

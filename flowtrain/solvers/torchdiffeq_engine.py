@@ -45,7 +45,7 @@ class Tsit5(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
 
 
 class ImplicitAdams(AdamsBashforthMoulton):  # type: ignore[misc]
-    """torchdiffeq's implicit Adams method, whose warning about its corrector becomes one of flowtrain's."""
+    """torchdiffeq's implicit Adams method; its warning about the corrector goes to flowtrain's log."""
 
     def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> Any:
         with warnings.catch_warnings(record=True) as caught:
@@ -61,7 +61,7 @@ class ImplicitAdams(AdamsBashforthMoulton):  # type: ignore[misc]
 
 @cache
 def warn_of_corrector(iterations: int) -> None:
-    """Warns, once in a process, that an implicit step was not solved to its tolerance."""
+    """Warns once per process that an implicit step was not solved to its tolerance."""
     log.warning(
         "solver implicit_adams: the %d iterations of its corrector did not reach solver.rtol and solver.atol, so the "
         "solution may be inexact. Try a smaller solver.step_size.",
@@ -71,7 +71,7 @@ def warn_of_corrector(iterations: int) -> None:
 
 @cache
 def warn_of_fehlberg2() -> None:
-    """Warns, once in a process, of a method whose error estimate is far too small."""
+    """Warns once per process that the error estimate of fehlberg2 is far too small."""
     log.warning(
         "solver=fehlberg2: its error estimate is far too small, so errors exceed the tolerance by a factor of 30 to "
         "500 at any solver.rtol. Use solver=bosh3, or a tolerance that much tighter."
@@ -104,7 +104,7 @@ class Torchdiffeq(Solver):
         adaptive = issubclass(METHODS[method], RKAdaptiveStepsizeODESolver) or method == "scipy_solver"
         super().__init__(method, adaptive=adaptive, **settings)
         if method == "fehlberg2":
-            # Fehlberg's weights of the error are 1/512, but the error of x1 has another order and no such factor
+            # The error weights contain the factor 1/512, but the error of x1 has another order without this factor
             warn_of_fehlberg2()
 
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
@@ -122,15 +122,14 @@ class Torchdiffeq(Solver):
         return Solution(x1, q[0] if q else None, statistics=statistics)
 
     def _solve_transformed(self, problem: Problem, statistics: Statistics) -> Solution:
-        """Solves inside a transform of `torch.func`, whatever the gradient: the steps are differentiated.
+        """Solves inside a transform of `torch.func` and differentiates the steps, whatever `solver.gradient` is.
 
-        torchdiffeq writes into tensors in place and asks its error estimates whether they are small enough; vmap
-        allows neither. The adaptive methods run on our engine with torchdiffeq's tableau, those of fixed steps in
-        `_fixed_steps`.
+        torchdiffeq writes in place and branches on the values of its error estimates; vmap allows neither. Adaptive
+        methods run on our engine with torchdiffeq's tableau. Methods with fixed steps run in `_fixed_steps`.
         """
         if self.method == "scipy_solver":
             raise ConfigError(
-                "solver=scipy_solver computes in NumPy, which the transforms of torch.func cannot enter: use another "
+                "solver=scipy_solver computes in NumPy and cannot run inside the transforms of torch.func: use another "
                 "solver, for example solver=dopri5"
             )
         if not self.adaptive:
@@ -140,7 +139,7 @@ class Torchdiffeq(Solver):
         return engine._solve(problem, statistics)
 
     def _fixed_steps(self, problem: Problem, statistics: Statistics) -> Solution:
-        """torchdiffeq's own steps of a fixed size in a loop that writes nothing in place."""
+        """Takes torchdiffeq's own steps of a fixed size, without in-place writes."""
         dynamics = _Dynamics(self, problem, statistics)
         shape, d = problem.x.shape, problem.x.shape[1:].numel()
 
@@ -152,7 +151,7 @@ class Torchdiffeq(Solver):
         if problem.integrand is not None:
             y = torch.cat([y, y.new_zeros(len(y), problem.n_integrals)], 1)
         stepper: Any = METHODS[self.method](func=slope, y0=values(y), rtol=self.rtol, atol=self.atol)
-        # the corrector of implicit methods is repeated until it has converged for every lane
+        # implicit methods repeat the corrector until it has converged for every lane
         stepper._has_converged = lambda y0, y1: type(stepper)._has_converged(stepper, values(y0), values(y1))
         t = torch.tensor([problem.t0, problem.t1], dtype=y.dtype, device=y.device)
         grid = _grid(t, self.steps_between(problem.t0, problem.t1))
