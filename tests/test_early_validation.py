@@ -273,7 +273,7 @@ def val(*nlls: float) -> list[dict[str, Any]]:
     ("nlls", "best", "finite", "word"),
     [
         ((6.0, 5.0, 5.5, 6.0, 7.0), 100, True, "model.hidden"),
-        ((5.0, 5.1, 5.5, 6.0, 7.0), 0, True, "began"),
+        ((5.0, 5.1, 5.5, 6.0, 7.0), 0, True, "initial"),
         ((6.0, 5.0, 4.0, 3.0, 2.5, 2.0), 500, True, "trainer.steps"),
         ((6.0, 5.0, 4.0, 3.0, 2.5, 2.0), 500, False, "trainer.steps"),
         ((6.0, 5.0, 4.0, 3.0, 2.001, 2.0), 500, True, None),
