@@ -278,11 +278,13 @@ def val(*nlls: float) -> list[dict[str, Any]]:
         ((6.0, 5.0, 4.0, 3.0, 2.5, 2.0), 500, False, "trainer.steps"),
         ((6.0, 5.0, 4.0, 3.0, 2.001, 2.0), 500, True, None),
         ((6.0, 5.0, 5.5, 6.0, 7.0), 100, False, None),
+        # no clear rise
+        ((6.0, 5.0, 5.001, 5.0, 5.002), 100, True, None),
         ((6.0,), 0, True, None),
     ],
 )
 def test_one_piece_of_advice_that_fits(nlls: tuple[float, ...], best: int, finite: bool, word: str | None) -> None:
-    config = {"model": {"dropout": 0.0}}
+    config = {"model": {"hidden": [8], "dropout": 0.0}}
     found = advice(val(*nlls), best, 100 * (len(nlls) - 1), 4, finite, config)
     assert found is None if word is None else word in str(found)
     if word == "model.hidden":
