@@ -249,7 +249,7 @@ def test_what_is_held_out_is_bounded_in_bytes(
     caplog.set_level("INFO", "flowtrain")
     data = big(path)
     assert (len(data.val), len(data.test)) == (20, 20)
-    assert "at most 20 are held out for each" in caplog.text
+    assert "at most 20 rows are held out" in caplog.text
 
 
 @pytest.mark.parametrize("memory_map", [True, False])

@@ -215,7 +215,7 @@ def test_evaluation_refuses_other_shapes_and_names_a_bad_row() -> None:
     check = {check.name: check for check in evaluate(affine, bad).checks}["concentration"]
     assert (check.passed, check.rows) == (False, (4,))  # type: ignore[attr-defined]
     bad.test[:] = torch.inf
-    with pytest.raises(NonFiniteError, match="row 0 of the test set"):
+    with pytest.raises(NonFiniteError, match="10 rows of the test set"):
         evaluate(affine, bad)
 
 
