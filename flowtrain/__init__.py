@@ -10,15 +10,16 @@ Example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flowtrain import clock as _clock  # noqa: F401 - first, because it notes when the command began
+# notes when the command began
+import flowtrain.utils.status  # noqa: F401
 
 if TYPE_CHECKING:
     from flowtrain.flow import Flow
-    from flowtrain.loading import load
+    from flowtrain.runs.load import load
 
 __all__ = ["Flow", "load"]
 
-_HOMES = {"Flow": "flowtrain.flow", "load": "flowtrain.loading"}
+_HOMES = {"Flow": "flowtrain.flow", "load": "flowtrain.runs.load"}
 
 
 def __getattr__(name: str) -> Any:

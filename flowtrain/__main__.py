@@ -1,6 +1,6 @@
 """`python -m flowtrain` is the `flowtrain` command."""
 
-from flowtrain.cli.start import flowtrain
+from flowtrain.cli.entry_points import flowtrain
 
 if __name__ == "__main__":
     flowtrain()

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.bijections.logit import dequantize
-from flowtrain.data.columns import as_ranges
-from flowtrain.derivatives import values
-from flowtrain.errors import FlowtrainError
-from flowtrain.precision import full_precision
-from flowtrain.solvers import History, Solver
-from flowtrain.status import status
+from flowtrain.bijections.scale import dequantize
+from flowtrain.data.tables.columns import as_ranges
+from flowtrain.ode import History, Solver
+from flowtrain.utils.autograd import values
+from flowtrain.utils.errors import FlowtrainError
+from flowtrain.utils.precision import full_precision
+from flowtrain.utils.status import status
 
 Label = Tensor | int | None
 
@@ -42,7 +42,7 @@ class Flow(nn.Module):
 
     Example:
         >>> import torch
-        >>> from flowtrain.bijections.affine import Affine
+        >>> from flowtrain.bijections.linear import Affine
         >>> flow = Flow((2,), Affine(2))
         >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # -log(2 pi)
         -1.8379
@@ -161,7 +161,7 @@ class Flow(nn.Module):
                 of range, of a class without training rows, or neither one nor n of them.
 
         Example:
-            >>> from flowtrain.bijections.affine import Affine
+            >>> from flowtrain.bijections.linear import Affine
             >>> flow = Flow((2,), Affine(2))
             >>> flow.sample(5).shape
             torch.Size([5, 2])

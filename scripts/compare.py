@@ -114,10 +114,10 @@ def measure(data: str, method: str, run_dir: Path) -> dict[str, Any]:
     import torch
 
     import flowtrain
-    from flowtrain.build import build_data
-    from flowtrain.quality import sliced_wasserstein, solved_by
-    from flowtrain.scores import nfe_of_pass
-    from flowtrain.solvers import ode_solver, record_solves
+    from flowtrain.evaluation.log_likelihood import nfe_of_pass
+    from flowtrain.evaluation.sample_quality import sliced_wasserstein, solved_by
+    from flowtrain.ode import ode_solver, record_solves
+    from flowtrain.runs.build import build_data
     from flowtrain.training import checkpoint
 
     torch.set_num_threads(1)
@@ -179,7 +179,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Three dot plots, a line for each data set: how far from the best likelihood, and what it cost."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    from flowtrain.plots import style
+    from flowtrain.plotting import style
 
     colours = dict(zip(METHODS, (style.BLUE, style.GREEN, style.VERMILLION, style.ORANGE, style.PURPLE), strict=True))
     names = list(dict.fromkeys(row["data"] for row in rows))

@@ -13,7 +13,7 @@ import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from flowtrain.data.toy import Toy
+from flowtrain.data.toys.base import Toy
 
 HALF_SIDE = 6.0
 CELLS = 480

@@ -88,10 +88,10 @@ def measure(model: str, kind: str, rows: int, columns: int, seed: int, *override
     """Trains the default of a model on a generated table, and scores fresh rows by it and by the Gaussian."""
     # torch and hydra only in the process that trains
     import flowtrain
-    from flowtrain.cli.messages import compose_defaults
-    from flowtrain.covariance import gaussian_log_prob, shrunk_covariance
-    from flowtrain.data.array import ArrayData
-    from flowtrain.run import train
+    from flowtrain.bijections.linear import gaussian_log_prob, shrunk_covariance
+    from flowtrain.cli.error_messages import compose_defaults
+    from flowtrain.data.tables.array import ArrayData
+    from flowtrain.runs.run import train
 
     table, fresh = generated(kind, rows, columns, seed)
     begun = time.perf_counter()

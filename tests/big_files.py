@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowtrain.data.array import ArrayData
+from flowtrain.data.tables.array import ArrayData
 
 N = 1000
 

@@ -13,10 +13,9 @@ import torch
 from mirrors import Serve, serving
 from runs import COMMANDS, Run
 
-from flowtrain import plots, process, status
-from flowtrain.data import array, mapped, windowed
-from flowtrain.pictures import passage
-from flowtrain.plots import style
+from flowtrain.data.tables import array, streaming
+from flowtrain.plotting import style, transport_figures, transport_pictures
+from flowtrain.utils import process, status
 
 matplotlib.use("Agg")
 DPI = style.DPI
@@ -49,9 +48,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     # on a busy machine a command may take long enough for a line
     monkeypatch.setattr(status, "EVERY", math.inf)
     set_dots(monkeypatch, 40)
-    monkeypatch.setattr(plots.passage, "RESOLUTION", 12)
+    monkeypatch.setattr(transport_figures, "RESOLUTION", 12)
     for name, few in (("COLUMNS", 2), ("ALONG", 4), ("PARTICLES", 9)):
-        monkeypatch.setattr(passage, name, few)
+        monkeypatch.setattr(transport_pictures, name, few)
     monkeypatch.chdir(tmp_path)
     # Hydra answers a broken config with the whole trace when told so; the commands set this themselves
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
@@ -98,9 +97,9 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of files that are not read into memory: blocks of 16 rows, windows of 8 of them, looks at 50 rows at a time."""
-    monkeypatch.setattr(windowed, "BLOCK", 16 * 3 * 4)
-    monkeypatch.setattr(windowed, "WINDOW", 16 * 8 * (3 * 4 + 8))
-    monkeypatch.setattr(mapped, "CHUNK", 50 * 3 * 8)
+    monkeypatch.setattr(streaming, "BLOCK", 16 * 3 * 4)
+    monkeypatch.setattr(streaming, "WINDOW", 16 * 8 * (3 * 4 + 8))
+    monkeypatch.setattr(streaming, "CHUNK", 50 * 3 * 8)
     monkeypatch.setattr(array, "MOST_HELD_OUT", 60)
 
 

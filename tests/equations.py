@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.divergence import TraceRule
-from flowtrain.fields.mlp import MLPField
-from flowtrain.solvers import Problem, Solver
-from flowtrain.solvers.tableaus import TABLEAUS
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.nn.mlp_field import MLPField
+from flowtrain.ode import Problem, Solver
+from flowtrain.ode.tableaus import TABLEAUS
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.e is not None]
 

@@ -5,11 +5,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.continuous import Continuous
-from flowtrain.divergence import TraceRule
+from flowtrain.bijections.continuous import Continuous, Regularizer
 from flowtrain.flow import Flow
-from flowtrain.regularizers import Regularizer
-from flowtrain.solvers import ode_solver
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.ode import ode_solver
 
 PLAIN = Regularizer()
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from flowtrain.build import build_data, build_flow, build_objective, build_settings
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.training.loop import Trainer
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
+from flowtrain.training.trainer import Trainer
 
 SMALL = ["data.n_val=100", "data.n_test=20", "trainer.batch_size=64", "model.hidden=[16,16]", "trainer.ema=null"]
 

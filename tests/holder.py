@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from flowtrain.training.lock import holding
+from flowtrain.runs.lock import holding
 
 
 def hold(run_dir: Path, ready: Any, leave: Any) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from runs import stop_at
 
-from flowtrain.build import build_data, build_flow, build_objective, build_settings
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.training.loop import Trainer
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
+from flowtrain.training.trainer import Trainer
 
 
 def config_of(root: Path, *overrides: str) -> dict[str, Any]:

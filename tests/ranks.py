@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from trainers import trainer_of
 
-from flowtrain import distributed
 from flowtrain.data.base import Dataset
-from flowtrain.errors import FlowtrainError, SolverError
-from flowtrain.training.averaging import averaged
-from flowtrain.training.loop import Trainer
+from flowtrain.training.trainer import Trainer
+from flowtrain.training.update import averaged
+from flowtrain.utils import ranks
+from flowtrain.utils.errors import FlowtrainError, SolverError
 
 SMALL = ["trainer.batch_size=17", "trainer.val_every=10", "trainer.log_every=1", "data.n_val=21", "data.n_test=20"]
 SMALL += ["trainer.steps=20"]
@@ -91,13 +91,13 @@ def ended(run: Trainer) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def everything(rank: int, ranks: int, folder: Path) -> None:
+def everything(rank: int, size: int, folder: Path) -> None:
     """All that is asked of two ranks, in one start of them."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     logging.getLogger("flowtrain").setLevel(logging.CRITICAL)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     found: dict[str, Any] = {}
     for name, overrides in EQUAL.items():
         found[name] = ended(trainer(folder / name, *overrides, data=DATA.get(name)))
@@ -112,9 +112,9 @@ def everything(rank: int, ranks: int, folder: Path) -> None:
     found["unused"] = unused(folder / "unused")
     found["partly"] = _partly(rank)
     found["agreed"] = [
-        str(distributed.agreed(SolverError("stiff") if rank == 1 else None)),
-        distributed.agreed(None), distributed.summed([1.0, rank]), distributed.largest([rank, -rank]),
-        distributed.from_first(("of", rank)), distributed.all_of(rank), [distributed.share(n) for n in (1, 2, 5)],
+        str(ranks.agreed(SolverError("stiff") if rank == 1 else None)),
+        ranks.agreed(None), ranks.summed([1.0, rank]), ranks.largest([rank, -rank]),
+        ranks.from_first(("of", rank)), ranks.all_of(rank), [ranks.share(n) for n in (1, 2, 5)],
     ]  # fmt: skip
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()

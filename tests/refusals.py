@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flowtrain.errors import FlowtrainError
+from flowtrain.utils.errors import FlowtrainError
 
 
 def refused(call: Callable[[], object], kind: type[FlowtrainError], fragments: list[str]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flowtrain.cli import evaluate, sample, train
-from flowtrain.training.loop import Trainer
+from flowtrain.training.trainer import Trainer
 
 COMMANDS = {"flowtrain": train.main, "floweval": evaluate.main, "flowsample": sample.main}
 

@@ -4,9 +4,9 @@ import torch
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.divergence import TraceRule
-from flowtrain.fields.mlp import MLPField
-from flowtrain.solvers import Solver, ode_solver
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.nn.mlp_field import MLPField
+from flowtrain.ode import Solver, ode_solver
 
 
 def perturbed(module: Bijection, std: float = 0.4) -> Bijection:

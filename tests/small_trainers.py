@@ -9,7 +9,7 @@ from torch import Tensor
 from trainers import trainer_of
 
 from flowtrain.data.base import Dataset
-from flowtrain.training.loop import Trainer
+from flowtrain.training.trainer import Trainer
 
 SMALL = ["trainer.batch_size=16", "trainer.val_every=4", "trainer.log_every=1", "data.n_val=20", "data.n_test=20"]
 

@@ -12,9 +12,9 @@ from array_files import epoch, normal, npy, save
 from omegaconf import OmegaConf
 from refusals import refused
 
-from flowtrain.data.array import ArrayData
-from flowtrain.data.read import read_table
-from flowtrain.errors import ConfigError, DataError
+from flowtrain.data.tables.array import ArrayData
+from flowtrain.data.tables.table_reader import read_table
+from flowtrain.utils.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 

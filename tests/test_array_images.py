@@ -11,12 +11,11 @@ from array_files import epoch, normal, npy, rows_of, save
 from real_data import real
 from refusals import refused
 
-from flowtrain.bijections.logit import dequantize
-from flowtrain.bijections.scale import Standardize
-from flowtrain.data.array import ArrayData
+from flowtrain.bijections.scale import Standardize, dequantize
 from flowtrain.data.base import Samples
-from flowtrain.errors import ConfigError, DataError, FlowtrainError
+from flowtrain.data.tables.array import ArrayData
 from flowtrain.flow import Flow
+from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 
 # Discrete data
 

@@ -12,8 +12,8 @@ from array_files import TABLES, normal, npy, save
 from hypothesis import HealthCheck, given, settings
 from refusals import refused
 
-from flowtrain.data.read import read_table
-from flowtrain.errors import ConfigError, DataError
+from flowtrain.data.tables.table_reader import read_table
+from flowtrain.utils.errors import ConfigError, DataError
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

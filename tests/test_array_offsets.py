@@ -15,14 +15,14 @@ from refusals import refused
 from runs import Run
 
 import flowtrain
-from flowtrain.build import build_flow
-from flowtrain.data.array import ArrayData
 from flowtrain.data.base import Samples
-from flowtrain.data.rows import Rows
-from flowtrain.errors import DataError
+from flowtrain.data.tables.array import ArrayData
+from flowtrain.data.tables.new_rows import Rows
 from flowtrain.flow import Flow
+from flowtrain.runs.build import build_flow
 from flowtrain.training.batches import Batches
-from flowtrain.training.starting import initialize
+from flowtrain.training.initialization import initialize
+from flowtrain.utils.errors import DataError
 
 MEAN, STD = np.array([1.7e9, 5.412e6, 3.0]), np.array([100.0, 5.0, 2.0])
 
@@ -93,7 +93,7 @@ def test_whole_numbers_are_centred_with_their_noise(tmp_path: Path) -> None:
 
 CONFIG: dict[str, Any] = {
     "model": {"_target_": "flowtrain.models.affine.affine", "name": "affine"},
-    "solver": {"_target_": "flowtrain.solvers.ode_solver", "method": "dopri5"},
+    "solver": {"_target_": "flowtrain.ode.ode_solver", "method": "dopri5"},
 }
 
 

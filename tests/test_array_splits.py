@@ -10,9 +10,9 @@ from array_files import epoch, normal, npy, rows_of, save
 from real_data import real
 from refusals import refused
 
-from flowtrain.data.array import ArrayData
-from flowtrain.data.read import read_table
-from flowtrain.errors import ConfigError, DataError
+from flowtrain.data.tables.array import ArrayData
+from flowtrain.data.tables.table_reader import read_table
+from flowtrain.utils.errors import ConfigError, DataError
 
 # Splits
 

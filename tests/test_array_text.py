@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from flowtrain.data import delimited
-from flowtrain.data.delimited import TextFormat
-from flowtrain.data.read import read_labelled, read_table
-from flowtrain.errors import DataError
+from flowtrain.data.tables import csv_reader
+from flowtrain.data.tables.csv_reader import TextFormat
+from flowtrain.data.tables.table_reader import read_labelled, read_table
+from flowtrain.utils.errors import DataError
 
 # Reading
 
@@ -207,7 +207,7 @@ def test_a_bad_cell_in_a_column_left_out_does_not_matter(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", " "])
 def test_a_plain_file_is_left_to_the_fast_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delimiter: str) -> None:
-    monkeypatch.delattr(delimited, "_exact")
+    monkeypatch.delattr(csv_reader, "_exact")
     values = normal(100, 3)
     for header in (None, ["a", "b", "c"]):
         path = save(tmp_path / "t.csv", values, header, delimiter)

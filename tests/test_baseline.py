@@ -11,9 +11,8 @@ import torch
 from evaluated_runs import evaluated, trained
 from runs import Run
 
-from flowtrain.bijections.affine import Affine
-from flowtrain.covariance import gaussian_log_prob, shrunk_covariance
-from flowtrain.data.array import ArrayData
+from flowtrain.bijections.linear import Affine, gaussian_log_prob, shrunk_covariance
+from flowtrain.data.tables.array import ArrayData
 from flowtrain.evaluation import evaluate
 from flowtrain.evaluation.baseline import gaussian_baseline, of_baseline
 from flowtrain.evaluation.result import Baseline

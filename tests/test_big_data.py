@@ -10,12 +10,10 @@ import torch
 from big_files import N, big, table
 from runs import Run
 
-from flowtrain.data import array, mapped, windowed
-from flowtrain.data.array import ArrayData
 from flowtrain.data.images import IDXImages
-from flowtrain.data.mapped import Moments, drawn
-from flowtrain.data.npy_rows import NpyRows
-from flowtrain.data.windows import Windows
+from flowtrain.data.tables import array, streaming
+from flowtrain.data.tables.array import ArrayData
+from flowtrain.data.tables.streaming import Moments, NpyRows, Windows, drawn
 
 pytestmark = pytest.mark.usefixtures("small_windows")
 
@@ -151,7 +149,7 @@ def test_what_is_kept_does_not_grow(tmp_path: Path) -> None:
     for step in range(60):
         data.train_batch(step, 100, step % 3)
     store = data._store
-    assert isinstance(store, windowed.Windowed)
+    assert isinstance(store, streaming.Windowed)
     assert len(store._kept) == 2
     assert max(len(rows) for rows in store._kept.values()) == 16 * 8
 
@@ -179,10 +177,10 @@ def test_rows_drawn_without_one_twice(n: int, k: int) -> None:
 
 def test_a_large_file_is_read_so_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = table(tmp_path)
-    assert not isinstance(ArrayData(path)._store, windowed.Windowed)
-    monkeypatch.setattr(mapped, "LARGE", 1000)
-    assert isinstance(ArrayData(path)._store, windowed.Windowed)
-    assert not isinstance(ArrayData(path, memory_map=False)._store, windowed.Windowed)
+    assert not isinstance(ArrayData(path)._store, streaming.Windowed)
+    monkeypatch.setattr(streaming, "LARGE", 1000)
+    assert isinstance(ArrayData(path)._store, streaming.Windowed)
+    assert not isinstance(ArrayData(path, memory_map=False)._store, streaming.Windowed)
 
 
 def test_a_run_resumed_on_a_large_file(run: Run, tmp_path: Path) -> None:
@@ -202,8 +200,8 @@ def test_a_run_resumed_on_a_large_file(run: Run, tmp_path: Path) -> None:
 
 
 def test_wide_rows_are_bounded_and_mixed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windowed, "BLOCK", 2**14)
-    monkeypatch.setattr(windowed, "WINDOW", 2**17)
+    monkeypatch.setattr(streaming, "BLOCK", 2**14)
+    monkeypatch.setattr(streaming, "WINDOW", 2**17)
     values = np.random.default_rng(0).standard_normal((900, 300)).astype(np.float32)
     values[:, 0] = np.arange(900)
     np.save(tmp_path / "x.npy", values)
@@ -213,7 +211,7 @@ def test_wide_rows_are_bounded_and_mixed_too(tmp_path: Path, monkeypatch: pytest
     # a batch is no run of rows that are neighbours in the file
     assert (x.diff() == 1).sum() < 5
     store = data._store
-    assert isinstance(store, windowed.Windowed)
+    assert isinstance(store, streaming.Windowed)
     assert sum(rows.nbytes for rows in store._kept.values()) <= 2**18
 
 
@@ -230,7 +228,7 @@ def test_large_held_out_files_are_drawn_from(
     other = table(tmp_path, np.float64)[1]
     np.save(tmp_path / "val.npy", other)
     np.save(tmp_path / "test.npy", other[:40])
-    monkeypatch.setattr(mapped, "LARGE", 900)
+    monkeypatch.setattr(streaming, "LARGE", 900)
     caplog.set_level("INFO", "flowtrain")
     data = big(path, val_path=str(tmp_path / "val.npy"), test_path=str(tmp_path / "test.npy"))
     assert "val.npy: 60 of its 1,000 rows are held in memory, drawn at random" in caplog.text

@@ -10,8 +10,8 @@ import pytest
 import torch
 from big_files import big, table
 
-from flowtrain.data.array import ArrayData
-from flowtrain.errors import ConfigError, DataError
+from flowtrain.data.tables.array import ArrayData
+from flowtrain.utils.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("small_windows")
 

@@ -7,19 +7,16 @@ import torch
 from small_bijections import continuous, perturbed
 from torch import Tensor, nn
 
-from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.coupling import CheckerboardCoupling, HalfCoupling
-from flowtrain.bijections.linear import InvertibleLinear
-from flowtrain.bijections.logit import Logit
-from flowtrain.bijections.permutation import Permutation
-from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
+from flowtrain.bijections.linear import Affine, InvertibleLinear, Permutation
+from flowtrain.bijections.scale import ActNorm, BatchNorm, Logit, Standardize
 from flowtrain.bijections.squeeze import OnHalf, Squeezed
-from flowtrain.conditioners.conv import ConvNet
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.glow import glow
 from flowtrain.models.realnvp import realnvp
-from flowtrain.solvers import ode_solver
+from flowtrain.nn.conditioners import ConvNet
+from flowtrain.ode import ode_solver
 
 
 def standardize(d: int) -> Bijection:

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Bijection, Chain
-from flowtrain.bijections.logit import Logit, dequantize
-from flowtrain.build import build_flow
-from flowtrain.cli.messages import compose_defaults
+from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.scale import Logit, dequantize
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.data.base import Dataset
-from flowtrain.errors import ConfigError, DataError
 from flowtrain.evaluation import evaluate
+from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.flow import Flow
-from flowtrain.scores import log_probs
+from flowtrain.runs.build import build_flow
+from flowtrain.utils.errors import ConfigError, DataError
 
 SHAPE = (1, 4, 4)
 

@@ -8,13 +8,13 @@ import torch
 from analytic.models import linear
 from torch import nn
 
-from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.logit import Logit
-from flowtrain.evaluation.budget import budget, dequantization_gap, of_mean, subset_of, trace_error
+from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.scale import Logit
+from flowtrain.evaluation.error_budget import budget, dequantization_gap, of_mean, subset_of, trace_error
+from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.flow import Flow
-from flowtrain.scores import log_probs
-from flowtrain.solvers import ode_solver
+from flowtrain.ode import ode_solver
 
 
 def hutchinson_flow(d: int = 5) -> Flow:

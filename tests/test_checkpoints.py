@@ -8,11 +8,11 @@ import torch
 from small_trainers import rows, saved_run, trainer
 from torch import nn
 
-from flowtrain.errors import CheckpointError
 from flowtrain.flow import Flow
-from flowtrain.loading import load
+from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
-from flowtrain.training.checksum import checksum
+from flowtrain.training.checkpoint import checksum
+from flowtrain.utils.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("heard", "float32")
 
@@ -26,7 +26,7 @@ def saved_flow(tmp_path: Path, *overrides: str) -> Path:
     ("where", "target"),
     [
         (("model", "_target_"), "os.system"),
-        (("model", "_target_"), "flowtrain.models.affine.Chain.os.system"),
+        (("model", "_target_"), "flowtrain.bijections.base.Chain.os.system"),
         (("model", "_target_"), "flowtrain.training.checkpoint.save"),
         (("model", "_target_"), "flowtrain.models.realnvp.torch.load"),
         (("solver", "method"), {"_target_": "builtins.eval"}),

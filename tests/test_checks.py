@@ -6,14 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.bijections.linear import InvertibleLinear
-from flowtrain.bijections.logit import Logit
-from flowtrain.divergence import TraceRule
+from flowtrain.bijections.linear import Affine, InvertibleLinear
+from flowtrain.bijections.scale import Logit
 from flowtrain.evaluation import checks as checks_module
-from flowtrain.evaluation.budget import budget, subset_of
 from flowtrain.evaluation.checks import checks as all_checks
 from flowtrain.evaluation.checks import (
     drawn_from,
@@ -25,11 +22,13 @@ from flowtrain.evaluation.checks import (
     of_samples,
     reference,
 )
+from flowtrain.evaluation.error_budget import budget, subset_of
+from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.flow import Flow
 from flowtrain.models.glow import glow
 from flowtrain.models.realnvp import realnvp
-from flowtrain.scores import log_probs
-from flowtrain.solvers import ode_solver
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.ode import ode_solver
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 4)])

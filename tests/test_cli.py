@@ -18,9 +18,9 @@ from runs import COMMANDS, Run
 from short_runs import SMALL, TINY
 
 import flowtrain
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.paths import config_dir
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.training import checkpoint
+from flowtrain.utils.files import config_dir
 
 FAST = {"affine": [], "realnvp": ["model.hidden=[8]", "model.layers=4"], "ffjord": TINY}
 

@@ -8,9 +8,9 @@ import pytest
 from runs import Run
 from short_runs import SMALL, TINY
 
-from flowtrain import build
-from flowtrain.errors import SolverError
-from flowtrain.training.loop import Trainer
+from flowtrain.runs import build
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils.errors import SolverError
 
 BAD_TRAIN = [
     (["model=realnvp", "model.layerz=3"], r"no key model.layerz; did you mean model.layers\?.* layers, hidden"),

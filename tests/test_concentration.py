@@ -10,7 +10,7 @@ from evaluated_runs import evaluated, trained
 from runs import Run
 from torch import Tensor
 
-from flowtrain.evaluation.concentration import concentration, outlying
+from flowtrain.evaluation.outliers import concentration, outlying
 
 
 def gaussian(n: int, d: int = 4) -> Tensor:

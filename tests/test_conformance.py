@@ -17,13 +17,13 @@ from runs import Run
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from flowtrain.bijections.affine import Affine
-from flowtrain.cli.messages import compose_defaults
+from flowtrain.bijections.linear import Affine
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import evaluate
 from flowtrain.flow import Flow
 from flowtrain.models.affine import affine
-from flowtrain.solvers import ode_solver
+from flowtrain.ode import ode_solver
 from flowtrain.training import checkpoint
 
 pytestmark = pytest.mark.conformance

@@ -9,7 +9,7 @@ from runs import Run
 from short_runs import SMALL, TINY
 from terminals import Terminal
 
-from flowtrain.console import shortest
+from flowtrain.runs.console import shortest
 
 pytestmark = pytest.mark.usefixtures("float32")
 

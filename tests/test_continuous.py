@@ -6,8 +6,8 @@ from small_bijections import continuous
 from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.divergence import TraceRule
-from flowtrain.solvers import Problem, Solution, Solver, Statistics, ode_solver, record_solves
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.ode import Problem, Solution, Solver, Statistics, ode_solver, record_solves
 
 
 class LinearField(nn.Module):

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.conditioners.conv import ConvNet, ResidualNet
-from flowtrain.divergence import Probes, TraceRule, divergence
-from flowtrain.errors import ConfigError
-from flowtrain.fields.activations import ACTIVATIONS
-from flowtrain.fields.base import push_tangents
-from flowtrain.fields.conv import LAYERS, ConcatConv2d, ConcatSquashConv2d, ConvField
-from flowtrain.fields.mlp import MLPField
-from flowtrain.solvers import ode_solver
+from flowtrain.nn.conditioners import ConvNet, ResidualNet
+from flowtrain.nn.conv_field import LAYERS, ConcatConv2d, ConcatSquashConv2d, ConvField
+from flowtrain.nn.divergence import Probes, TraceRule, divergence
+from flowtrain.nn.fields import ACTIVATIONS, push_tangents
+from flowtrain.nn.mlp_field import MLPField
+from flowtrain.ode import ode_solver
+from flowtrain.utils.errors import ConfigError
 
 EVENT = (2, 4, 3)
 D = 2 * 4 * 3

@@ -6,9 +6,9 @@ import torch
 from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 
-from flowtrain import covariance
-from flowtrain.covariance import gaussian_log_prob, shrunk_covariance
-from flowtrain.errors import DataError
+from flowtrain.bijections import linear
+from flowtrain.bijections.linear import gaussian_log_prob, shrunk_covariance
+from flowtrain.utils.errors import DataError
 
 
 def correlated(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -32,7 +32,7 @@ def test_is_the_same_in_other_units_and_whatever_the_chunks(monkeypatch: pytest.
     unit = torch.tensor([1e-120, 1.0, 1e6, 1e150], dtype=torch.float64)
     shift = torch.tensor([0.0, 1e6, -1e3, 0.0], dtype=torch.float64)
     _, shrunk = shrunk_covariance(x)
-    monkeypatch.setattr(covariance, "_CHUNK", 28)
+    monkeypatch.setattr(linear, "_CHUNK", 28)
     mean, moved = shrunk_covariance(unit * x + shift)
     assert torch.allclose(moved / unit / unit[:, None], shrunk, rtol=1e-6)
     assert torch.allclose((mean - shift) / unit, x.mean(0), rtol=1e-6)

@@ -11,9 +11,9 @@ from array_files import normal, npy
 from real_data import real
 from refusals import refused
 
-from flowtrain.data.array import ArrayData
-from flowtrain.data.array_checks import row_hashes
-from flowtrain.errors import DataError, FlowtrainError
+from flowtrain.data.tables.array import ArrayData
+from flowtrain.data.tables.table_checks import row_hashes
+from flowtrain.utils.errors import DataError, FlowtrainError
 
 RNG = np.random.default_rng(7)
 N = 500
@@ -140,7 +140,7 @@ def test_copies_are_found_in_large_files(tmp_path: Path, caplog: pytest.LogCaptu
     """Rows are told by some of their hashes, which copies share."""
     values = np.repeat(normal(2000, 2), 2, 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flowtrain.data.mapped.HASHES", 400)
+        patch.setattr("flowtrain.data.tables.streaming.HASHES", 400)
         ArrayData(npy(tmp_path / "t.npy", values), memory_map=True)
     shares = re.findall(r"(\d+) of (\d+) rows", caplog.text)
     assert len(shares) == 2

@@ -14,18 +14,17 @@ from refusals import refused
 from runs import Run
 
 import flowtrain
-from flowtrain.bijections.affine import Affine
-from flowtrain.data.array import ArrayData
-from flowtrain.data.base import Samples
+from flowtrain.bijections.linear import Affine
+from flowtrain.data.base import Samples, changes
 from flowtrain.data.images import IDXImages
-from flowtrain.data.record import changes
-from flowtrain.data.rows import Rows
-from flowtrain.errors import FlowtrainError
+from flowtrain.data.tables.array import ArrayData
+from flowtrain.data.tables.new_rows import Rows
+from flowtrain.evaluation.log_likelihood import marginal
 from flowtrain.flow import Flow
-from flowtrain.loading import samples_of
 from flowtrain.models.realnvp import realnvp
-from flowtrain.scores import marginal
+from flowtrain.runs.load import samples_of
 from flowtrain.training import checkpoint
+from flowtrain.utils.errors import FlowtrainError
 
 # Records of the data
 

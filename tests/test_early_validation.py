@@ -13,14 +13,12 @@ from runs import stop_at
 from small_trainers import rows
 from trainers import trainer_of
 
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.errors import NonFiniteError
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.training import checkpoint
-from flowtrain.training.advice import advice
-from flowtrain.training.plan import Plan, early_validations
-from flowtrain.training.rise import clearly_worse, some_rows
+from flowtrain.training.schedules import Plan, early_validations
 from flowtrain.training.settings import Settings
-from flowtrain.training.validation import Validation
+from flowtrain.training.validation import Validation, advice, clearly_worse, some_rows
+from flowtrain.utils.errors import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("heard", "float32")
 

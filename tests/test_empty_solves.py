@@ -7,15 +7,14 @@ import torch
 from equations import random_field
 from torch import nn
 
-from flowtrain.bijections.continuous import Continuous
-from flowtrain.divergence import TraceRule
-from flowtrain.errors import ConfigError
-from flowtrain.fields.conv import ConvField
-from flowtrain.regularizers import Regularizer, record_paths
-from flowtrain.solvers import Problem, ode_solver
-from flowtrain.solvers.runge_kutta import RungeKutta
-from flowtrain.solvers.tableaus import TABLEAUS
-from flowtrain.solvers.torchdiffeq_engine import METHODS, Torchdiffeq
+from flowtrain.bijections.continuous import Continuous, Regularizer, record_paths
+from flowtrain.nn.conv_field import ConvField
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.ode import Problem, ode_solver
+from flowtrain.ode.runge_kutta import RungeKutta
+from flowtrain.ode.tableaus import TABLEAUS
+from flowtrain.ode.torchdiffeq_engine import METHODS, Torchdiffeq
+from flowtrain.utils.errors import ConfigError
 
 WAYS = [
     (method, gradient)

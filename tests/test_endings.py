@@ -10,12 +10,12 @@ import pytest
 from runs import Run
 from small_trainers import Poisoned, PoisonedOnce, rows, trainer
 
-from flowtrain.errors import NonFiniteError
 from flowtrain.training import checkpoint
-from flowtrain.training.loop import Trainer
+from flowtrain.training.checkpoint_manager import Saves
 from flowtrain.training.metrics import Metrics
-from flowtrain.training.saving import Saves
+from flowtrain.training.trainer import Trainer
 from flowtrain.training.validation import Validation
+from flowtrain.utils.errors import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("heard", "float32")
 
@@ -58,7 +58,7 @@ def test_a_signal_during_the_evaluation(
         os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patched:
-        patched.setattr("flowtrain.run.evaluate", signalled)
+        patched.setattr("flowtrain.runs.run.evaluate", signalled)
         found, out, err = run("flowtrain", *KEYS, f"hydra.run.dir={tmp_path}/r")
     assert (found, out) == (code, f"{tmp_path}/r\n")
     assert err.endswith(f"during the evaluation; resume with: flowtrain resume={tmp_path}/r\n")
@@ -90,7 +90,7 @@ def test_a_result_that_cannot_be_written(run: Run, tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("flowtrain.run.write_json", full)
+        patched.setattr("flowtrain.runs.run.write_json", full)
         code, _, err = run("flowtrain", *KEYS, f"hydra.run.dir={tmp_path}/r")
     assert code == 1
     last = err.splitlines()[-1]
@@ -132,7 +132,7 @@ class Unscored(Validation):
 def test_a_validation_that_fails_follows_the_policy(
     policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("flowtrain.training.loop.Validation", Unscored)
+    monkeypatch.setattr("flowtrain.training.trainer.Validation", Unscored)
     run = trainer(tmp_path, "model=affine", "trainer.steps=12", f"trainer.on_nonfinite={policy}")
     what = "the validation of step 8"
     if policy == "stop":

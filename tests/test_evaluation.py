@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from flowtrain.evaluation.digits import brief, decimals, with_error
-from flowtrain.evaluation.latents import calibration, ks_distance, ks_p_value
-from flowtrain.evaluation.separation import auroc, separation
+from flowtrain.evaluation.calibration import calibration, ks_distance, ks_p_value
+from flowtrain.evaluation.ood import auroc, separation
+from flowtrain.utils.formatting import brief, decimals, with_error
 
 
 @pytest.mark.parametrize(

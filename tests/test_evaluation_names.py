@@ -8,10 +8,10 @@ import pytest
 from evaluated_runs import trained
 from runs import Run
 
-from flowtrain.cli.opened import Opened, set_name
+from flowtrain.cli.load_run import Opened, set_name
 
-OWN = {"_target_": "flowtrain.data.array.ArrayData", "path": "/a/train.csv", "test_path": None, "seed": 0}
-TOY = {"_target_": "flowtrain.data.circles.Circles", "name": "circles", "n_test": 50}
+OWN = {"_target_": "flowtrain.data.tables.array.ArrayData", "path": "/a/train.csv", "test_path": None, "seed": 0}
+TOY = {"_target_": "flowtrain.data.toys.shapes.Circles", "name": "circles", "n_test": 50}
 
 
 @pytest.mark.parametrize(

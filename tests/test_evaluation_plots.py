@@ -15,8 +15,9 @@ from scipy import stats
 from test_plots import COARSER, png_size
 from torch import Tensor
 
-from flowtrain.errors import FlowtrainError
-from flowtrain.plots import calibration, draw_calibration, draw_ood, ood, scales, style
+from flowtrain.plotting import evaluation_figures, points, style
+from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
+from flowtrain.utils.errors import FlowtrainError
 
 
 @pytest.fixture
@@ -97,12 +98,12 @@ def test_calibration_refuses_what_is_no_transform(tmp_path: Path, pit: dict[str,
 @pytest.mark.parametrize(("n", "bins"), [(1, 5), (20, 5), (1000, 20), (100_000, 20)])
 def test_the_band_of_a_bin_is_binomial(n: int, bins: int) -> None:
     expected = stats.binom.ppf([0.025, 0.975], n, 1 / bins) * bins / n
-    assert calibration.bin_band(n, bins) == pytest.approx(tuple(expected))
+    assert evaluation_figures.bin_band(n, bins) == pytest.approx(tuple(expected))
 
 
 def test_the_curve_reaches_the_kolmogorov_smirnov_distances() -> None:
     u = np.sort(np.random.default_rng(0).beta(1, 1.3, 300))
-    x, y = calibration.deviation(u)
+    x, y = evaluation_figures.deviation(u)
     assert y.max() == pytest.approx(stats.kstest(u, "uniform", alternative="greater").statistic)
     assert -y.min() == pytest.approx(stats.kstest(u, "uniform", alternative="less").statistic)
     assert (np.diff(x) >= 0).all()
@@ -111,23 +112,23 @@ def test_the_curve_reaches_the_kolmogorov_smirnov_distances() -> None:
 
 def test_a_long_curve_is_thinned_and_keeps_its_form() -> None:
     u = np.sort(np.random.default_rng(0).beta(2, 2, 200_000))
-    x, y = calibration.deviation(u)
+    x, y = evaluation_figures.deviation(u)
     assert len(x) < 1000
     places = np.linspace(0.01, 0.99, 50)
     assert np.interp(places, x, y) == pytest.approx(stats.beta.cdf(places, 2, 2) - places, abs=0.004)
 
 
 def test_points_at_the_edges_are_upright_steps() -> None:
-    x, y = calibration.deviation(np.repeat([0.0, 1.0], [300_000, 700_000]))
+    x, y = evaluation_figures.deviation(np.repeat([0.0, 1.0], [300_000, 700_000]))
     assert np.interp([0.2, 0.8], x, y) == pytest.approx([0.1, -0.5], abs=0.004)
     assert set(x) == {0.0, 1.0}
 
 
 def test_many_latents_share_a_look_and_a_name_and_few_have_their_own() -> None:
-    few = [calibration._look(name, list(uniform(1, 4))) for name in uniform(1, 4)]
+    few = [evaluation_figures._look(name, list(uniform(1, 4))) for name in uniform(1, 4)]
     assert len({look["color"] for look in few}) == 5
     assert [look["label"] for look in few] == ["z1", "z2", "z3", "z4", "radius"]
-    many = [calibration._look(name, list(uniform(1, 8))) for name in uniform(1, 8)]
+    many = [evaluation_figures._look(name, list(uniform(1, 8))) for name in uniform(1, 8)]
     assert len({look["color"] for look in many}) == 2
     assert [look["label"] for look in many if look["label"]] == ["latents", "radius"]
 
@@ -155,9 +156,9 @@ def test_ood_of_any_sets(tmp_path: Path, coarse: None, known: Tensor, other: Ten
 
 
 def test_ood_counts_what_it_leaves_out() -> None:
-    assert ood._label("noise", 0, 5) == "noise"
-    assert ood._label("noise", 1200, 5) == "noise (1,200 not finite)"
-    assert ood._label("noise", 0, 0) == "noise (nothing to draw)"
+    assert evaluation_figures._label("noise", 0, 5) == "noise"
+    assert evaluation_figures._label("noise", 1200, 5) == "noise (1,200 not finite)"
+    assert evaluation_figures._label("noise", 0, 0) == "noise (nothing to draw)"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_ood_shows_both_sets_however_far_apart(tmp_path: Path, coarse: None, oth
 
 def histograms(known: Tensor, other: Tensor, **changed: Any) -> Axes:
     axes = Figure().add_subplot()
-    ood._histograms(axes, known.numpy(), other.numpy(), **{"centre": float(known.median()), **changed})
+    evaluation_figures._histograms(axes, known.numpy(), other.numpy(), **{"centre": float(known.median()), **changed})
     return axes
 
 
@@ -245,4 +246,4 @@ def test_ood_words(tmp_path: Path, coarse: None, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("value", "label"), [(0, "0"), (-200, "-200"), (5e4, "5e4"), (-1.25e16, "-1.25e16")])
 def test_labels_are_short(value: float, label: str) -> None:
-    assert scales.short(value) == label
+    assert points.short(value) == label

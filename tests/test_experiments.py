@@ -7,9 +7,9 @@ import pytest
 from image_sets import write_set
 from runs import Run
 
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.paths import config_dir
-from flowtrain.sizing import sized
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.runs.auto_settings import sized
+from flowtrain.utils.files import config_dir
 
 
 def test_experiments_take_the_recipe_of_their_model() -> None:

@@ -19,12 +19,12 @@ import torch
 from runs import Run
 from torch import Tensor
 
-from flowtrain.build import build_data, build_flow, build_objective
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.errors import CheckpointError, ConfigError
-from flowtrain.paths import config_dir
-from flowtrain.solvers import Problem, Tableau, ode_solver
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.ode import Problem, Tableau, ode_solver
+from flowtrain.runs.build import build_data, build_flow, build_objective
 from flowtrain.training import checkpoint
+from flowtrain.utils.errors import CheckpointError, ConfigError
+from flowtrain.utils.files import config_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTION = (ROOT / "README.md").read_text().partition("\n## Extending\n")[2].partition("\n## ")[0]

@@ -10,10 +10,10 @@ from runs import stop_at
 from small_trainers import Poisoned, PoisonedOnce, rows, trainer
 from torch import Tensor
 
-from flowtrain.errors import NonFiniteError, SolverError
-from flowtrain.loading import load
+from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
-from flowtrain.training.watching import NfeWatch
+from flowtrain.training.progress import NfeWatch
+from flowtrain.utils.errors import NonFiniteError, SolverError
 
 pytestmark = pytest.mark.usefixtures("heard", "float32")
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowtrain.divergence import Probes, TraceRule, divergence
-from flowtrain.errors import ConfigError
-from flowtrain.fields.activations import ACTIVATIONS
-from flowtrain.fields.base import push_tangents
-from flowtrain.fields.mlp import LAYERS, MLPField
+from flowtrain.nn.divergence import Probes, TraceRule, divergence
+from flowtrain.nn.fields import ACTIVATIONS, push_tangents
+from flowtrain.nn.mlp_field import LAYERS, MLPField
+from flowtrain.utils.errors import ConfigError
 
 
 def random_field(d: int = 3, layer: str = "concatsquash", activation: str = "tanh") -> MLPField:

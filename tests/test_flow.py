@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 import flowtrain
-from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.linear import Affine
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset, step_generator
-from flowtrain.divergence import TraceRule
-from flowtrain.errors import ConfigError, DataError, FlowtrainError, NonFiniteError
 from flowtrain.evaluation import evaluate
+from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.flow import Flow
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.realnvp import realnvp
-from flowtrain.scores import log_probs
-from flowtrain.solvers import ode_solver
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.ode import ode_solver
+from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError, NonFiniteError
 
 A = torch.tensor([[0.6, -0.3], [0.9, 0.2]], dtype=torch.float64)
 

@@ -10,22 +10,19 @@ import torch
 from field_flows import PLAIN, Linear, around
 from torch import Tensor, nn
 
-from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.continuous import Continuous, Regularizer, spectral
+from flowtrain.bijections.linear import Affine
 from flowtrain.bijections.scale import Standardize
-from flowtrain.build import build_flow, build_objective
-from flowtrain.cli.messages import compose_defaults
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.data.base import Samples
-from flowtrain.divergence import TraceRule
-from flowtrain.errors import ConfigError
-from flowtrain.fields.mlp import MLPField
 from flowtrain.flow import Flow
-from flowtrain.objectives.coupling import optimal
-from flowtrain.objectives.flow_matching import FlowMatching
-from flowtrain.objectives.matching import Ends, stratified
-from flowtrain.regularizers import Regularizer, spectral
-from flowtrain.solvers import ode_solver, record_solves
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.nn.mlp_field import MLPField
+from flowtrain.objectives.flow_matching import Ends, FlowMatching, optimal, stratified
+from flowtrain.ode import ode_solver, record_solves
+from flowtrain.runs.build import build_flow, build_objective
+from flowtrain.utils.errors import ConfigError
 
 
 class GaussianField(nn.Module):

@@ -14,10 +14,10 @@ from refusals import refused
 from runs import Run
 
 import flowtrain
-from flowtrain.data.array import ArrayData
-from flowtrain.data.rows import Rows
-from flowtrain.errors import ConfigError, DataError, FlowtrainError
+from flowtrain.data.tables.array import ArrayData
+from flowtrain.data.tables.new_rows import Rows
 from flowtrain.training import checkpoint
+from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 
 MEAN, STD = np.array([3.0, -1.0, 8.0, 0.0]), np.array([1.0, 5.0, 0.1, 2.0])
 # two classes behind the samples

@@ -11,9 +11,8 @@ from PIL import Image
 from runs import Run
 from short_runs import SMALL, TINY
 
-from flowtrain.cli.opened import reached
-from flowtrain.pictures import passage
-from flowtrain.plots import animation, style
+from flowtrain.cli.load_run import reached
+from flowtrain.plotting import animation, style, transport_pictures
 
 FRAMES = 7
 
@@ -25,7 +24,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(animation, "RESOLUTION", 12)
     monkeypatch.setattr(animation, "AFTER", 1)
-    monkeypatch.setattr(passage, "FRAMES", FRAMES)
+    monkeypatch.setattr(transport_pictures, "FRAMES", FRAMES)
 
 
 @pytest.fixture

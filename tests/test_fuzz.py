@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from runs import Run
 from small_trainers import trainer
 
-from flowtrain.build import build_data, build_flow, build_objective, build_settings, takes_teacher
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.data.array import ArrayData
-from flowtrain.errors import FlowtrainError
-from flowtrain.sizing import sized
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.data.tables.array import ArrayData
+from flowtrain.runs.auto_settings import sized
+from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings, takes_teacher
+from flowtrain.utils.errors import FlowtrainError
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.append(str(SCRIPTS))

@@ -13,8 +13,9 @@ import torch
 from runs import Run
 
 import flowtrain
-from flowtrain import pictures, plots
 from flowtrain.flow import Flow
+from flowtrain.plotting import pictures
+from flowtrain.runs import run as run_module
 from flowtrain.training import checkpoint
 
 HERE = Path(__file__).parent / "golden"
@@ -130,4 +131,4 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "draw", lambda *arguments, **named: None)
     monkeypatch.setattr(pictures, "draw_more", lambda *arguments, **named: [])
     monkeypatch.setattr(pictures, "draw_evaluation", lambda *arguments, **named: [])
-    monkeypatch.setattr(plots, "draw_curves", lambda *arguments, **named: None)
+    monkeypatch.setattr(run_module, "draw_curves", lambda *arguments, **named: None)

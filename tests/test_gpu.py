@@ -9,18 +9,18 @@ from image_sets import write_set
 from torch import nn
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.build import build_data
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.console import messages
-from flowtrain.divergence import TraceRule
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.evaluation import evaluate
-from flowtrain.fields.base import Field
-from flowtrain.fields.conv import ConvField
-from flowtrain.fields.mlp import MLPField
-from flowtrain.loading import load
-from flowtrain.pictures import animate
-from flowtrain.run import train
-from flowtrain.solvers import ode_solver
+from flowtrain.nn.conv_field import ConvField
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.nn.fields import Field
+from flowtrain.nn.mlp_field import MLPField
+from flowtrain.ode import ode_solver
+from flowtrain.plotting.transport_pictures import animate
+from flowtrain.runs.build import build_data
+from flowtrain.runs.console import messages
+from flowtrain.runs.load import load
+from flowtrain.runs.run import train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,10 +9,10 @@ from equations import Plain, gradients, random_field
 from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.divergence import TraceRule
-from flowtrain.errors import ConfigError, FlowtrainError
-from flowtrain.fields.mlp import MLPField
-from flowtrain.solvers import Problem, ode_solver
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.nn.mlp_field import MLPField
+from flowtrain.ode import Problem, ode_solver
+from flowtrain.utils.errors import ConfigError, FlowtrainError
 
 
 def cubic(t: Tensor, x: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from equations import ADAPTIVE, Plain, gradients, random_field
 from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.divergence import TraceRule
-from flowtrain.fields import mlp_kernels
-from flowtrain.fields.activations import ACTIVATIONS
-from flowtrain.fields.conv import ConvField
-from flowtrain.fields.mlp import LAYERS
-from flowtrain.solvers import ode_solver, record_solves, runge_kutta
-from flowtrain.solvers.tableaus import TABLEAUS
+from flowtrain.nn import mlp_field
+from flowtrain.nn.conv_field import ConvField
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.nn.fields import ACTIVATIONS
+from flowtrain.nn.mlp_field import LAYERS
+from flowtrain.ode import ode_solver, record_solves, runge_kutta
+from flowtrain.ode.tableaus import TABLEAUS
 
 
 def settings_of(method: str) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def test_frozen_parameters_take_no_gradient(layer: str, frozen: str) -> None:
 def test_pushed_by_hand_is_pushed_by_autograd(
     layer: str, activation: str, tangents: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlp_kernels, "BLOCK", 200)
+    monkeypatch.setattr(mlp_field, "BLOCK", 200)
     field, x = random_field(3, layer, activation, std=0.4), torch.randn(5, 4, 3, requires_grad=True)
     t = torch.rand(5, 1, requires_grad=True)
     e = {"basis": torch.eye(3).view(3, 1, 1, 3), "rows": torch.randn(2, 1, 4, 3), "nodes": torch.randn(2, 5, 4, 3)}

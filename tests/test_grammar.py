@@ -3,8 +3,8 @@
 import pytest
 from runs import Run
 
-from flowtrain.cli.grammar import FLAGS, check_grammar
-from flowtrain.errors import ConfigError, FlowtrainError, out_of_memory
+from flowtrain.cli.overrides import FLAGS, check_grammar
+from flowtrain.utils.errors import ConfigError, FlowtrainError, out_of_memory
 
 
 @pytest.mark.parametrize(

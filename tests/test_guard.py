@@ -11,13 +11,13 @@ import torch
 from guarded_runs import compose, trainer
 from torch import Tensor, nn
 
-from flowtrain.errors import ConfigError, SolverError
-from flowtrain.loading import load
-from flowtrain.scores import log_probs
-from flowtrain.solvers import Problem, Solver, ode_solver, record_solves
+from flowtrain.evaluation.log_likelihood import log_probs
+from flowtrain.ode import Problem, Solver, ode_solver, record_solves
+from flowtrain.runs.load import load
 from flowtrain.training import guard
 from flowtrain.training.guard import Guard, exploited
-from flowtrain.training.loop import Trainer
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils.errors import ConfigError, SolverError
 
 pytestmark = pytest.mark.usefixtures("float32")
 

@@ -9,11 +9,11 @@ import torch
 from guarded_runs import compose, trainer
 from runs import stop_at
 
-from flowtrain import run as runs
-from flowtrain.cli.messages import compose_defaults
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.cli.overrides import overridden
+from flowtrain.runs import run as runs
 from flowtrain.training import checkpoint, guard
-from flowtrain.training.loop import Trainer
+from flowtrain.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("float32")
 

@@ -14,10 +14,10 @@ import torch
 from omegaconf import OmegaConf
 from runs import Run
 
-from flowtrain.cli.comments import Commented
+from flowtrain.cli.config_files import Commented
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.cli.help import GROUPS, WIDTH, leaves, meanings, shown
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.paths import config_dir, config_groups
+from flowtrain.utils.files import config_dir, config_groups
 
 FILES = sorted(path.relative_to(config_dir()).with_suffix("").as_posix() for path in config_dir().rglob("*.yaml"))
 CHOICES = [name for name in FILES if "/" in name]

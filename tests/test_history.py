@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flowtrain.solvers.history import MARGIN, History
+from flowtrain.ode.step_control import MARGIN, History
 
 
 def test_nothing_known_nothing_planned() -> None:

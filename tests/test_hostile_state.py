@@ -10,12 +10,12 @@ import pytest
 import torch
 from runs import Run
 
-from flowtrain.build import build_flow
-from flowtrain.cli.messages import compose_defaults
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.data.base import Samples
-from flowtrain.loading import restore
+from flowtrain.runs.build import build_flow
+from flowtrain.runs.load import restore
 from flowtrain.training import checkpoint
-from flowtrain.training.checksum import checksum
+from flowtrain.training.checkpoint import checksum
 
 Change = Callable[[dict[str, Any]], object]
 MODELS = {"realnvp": ["model=realnvp", "model.layers=2", "model.hidden=[4]"], "ffjord": ["model.hidden=[4]"]}

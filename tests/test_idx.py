@@ -14,8 +14,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from image_sets import bytes_of, idx
 from refusals import refused
 
-from flowtrain.data.idx import read_idx
-from flowtrain.errors import DataError
+from flowtrain.data.images import read_idx
+from flowtrain.utils.errors import DataError
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,7 +13,7 @@ from image_sets import write_set
 from runs import Run
 
 import flowtrain
-from flowtrain.loading import load
+from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
 
 

@@ -10,7 +10,7 @@ from image_sets import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, H, 
 from refusals import refused
 
 from flowtrain.data.images import IDXImages, default_root
-from flowtrain.errors import ConfigError, DataError
+from flowtrain.utils.errors import ConfigError, DataError
 
 # Where the files are
 

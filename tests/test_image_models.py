@@ -13,12 +13,12 @@ from torch import Tensor
 from flowtrain.bijections.coupling import AffineCoupling
 from flowtrain.bijections.scale import ActNorm, BatchNorm
 from flowtrain.bijections.squeeze import squeeze, unsqueeze
-from flowtrain.build import build_data, build_flow
-from flowtrain.errors import ConfigError, FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.models.glow import glow
 from flowtrain.models.realnvp import realnvp
-from flowtrain.precision import narrowed
+from flowtrain.runs.build import build_data, build_flow
+from flowtrain.utils.errors import ConfigError, FlowtrainError
+from flowtrain.utils.precision import narrowed
 
 # Shapes and scales
 

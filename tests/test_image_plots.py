@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from test_plots import COARSER, png_size, train_rows
 from torch import Tensor
 
-from flowtrain import plots
-from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Bijection, Chain
-from flowtrain.bijections.logit import Logit
-from flowtrain.errors import FlowtrainError
+from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.scale import Logit
 from flowtrain.flow import Flow
-from flowtrain.pictures import images as pictures
-from flowtrain.plots import curves, draw_panels, draw_rows, images, style
+from flowtrain.plotting import curves, densities, image_grids, style
+from flowtrain.plotting import image_pictures as pictures
+from flowtrain.plotting.image_grids import draw_panels, draw_rows
+from flowtrain.utils.errors import FlowtrainError
 
 # screen pixels at full resolution: the margin, a digit of ten in a row of two panels, and the gap after it
 EDGE, DIGIT, GAP = 28, 84, 2
@@ -96,7 +96,7 @@ def test_three_channels_are_colours_and_others_their_mean(tmp_path: Path) -> Non
     picture = panels(tmp_path / "images.png", colours, colours[:, :2])
     assert picture[-1, 429].tolist() == [10, 100, 200]
     assert picture[-1, 858 + EDGE + 429].tolist() == [55, 55, 55]
-    assert images._noted("x", colours[:, :2], 1) == "x (mean of 2 channels)"
+    assert image_grids._noted("x", colours[:, :2], 1) == "x (mean of 2 channels)"
 
 
 def test_what_is_not_finite_is_magenta_and_counted(tmp_path: Path) -> None:
@@ -107,11 +107,11 @@ def test_what_is_not_finite_is_magenta_and_counted(tmp_path: Path) -> None:
     corners = [(12, 15), (81, 81), (9 * 86, 9 * 86)]
     expected = [[y + i, x + j] for y, x in corners for i in range(3) for j in range(3)]
     assert sorted(lost.tolist()) == sorted(expected)
-    assert images._noted("x", x, 100) == "x (3 not finite)"
+    assert image_grids._noted("x", x, 100) == "x (3 not finite)"
     # a pixel is lost with any of its channels
     colours = torch.ones(1, 3, 1, 1).index_fill(1, torch.tensor([1]), math.nan)
     assert panels(tmp_path / "images.png", colours, colours)[-1, 429].tolist() == MAGENTA
-    assert images._noted("x", x.expand(100, 3, 28, 28), 50) == "x (first 50 of 100, 3 not finite)"
+    assert image_grids._noted("x", x.expand(100, 3, 28, 28), 50) == "x (first 50 of 100, 3 not finite)"
 
 
 def test_large_images_are_averaged_and_lose_no_lost_pixel(tmp_path: Path) -> None:
@@ -144,20 +144,20 @@ def test_differences_have_signed_colours_and_the_scale_of_the_largest(tmp_path: 
     # of the channels the one that differs most, which a mean would hide
     differences[0, 0], differences[0, 1], differences[2, 2] = -2e-5, 1e-5, 1e-5
     differences[1, 0, 0, 0] = math.nan
-    cell = images.Cell(8, 8, 2)
+    cell = image_grids.Cell(8, 8, 2)
     for image, place in ((0, 0.0), (1, 0.5), (2, 0.75)):
-        shown = images._signed_shades(differences[image], cell, 2e-5)
-        assert (shown[7, 7] == images.SIGNED(place, bytes=True)[:3]).all()
-    assert images._signed_shades(differences[1], cell, 2e-5)[0, 0].tolist() == MAGENTA
+        shown = image_grids._signed_shades(differences[image], cell, 2e-5)
+        assert (shown[7, 7] == image_grids.SIGNED(place, bytes=True)[:3]).all()
+    assert image_grids._signed_shades(differences[1], cell, 2e-5)[0, 0].tolist() == MAGENTA
     written: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "_write", lambda figure, x, y, words, room, **look: written.append(words))
+        patch.setattr(image_grids, "_write", lambda figure, x, y, words, room, **look: written.append(words))
         path = rows(tmp_path / "rows.png", shades, signed=[("difference", differences)], unit="of a level")
     assert any("2e-05" in words and "of a level" in words for words in written)
     assert {"-2e-05", "0", "2e-05", "difference (1 not finite)"} <= set(written)
     picture = np.rint(255 * imread(path)[..., :3]).astype(int)
     # the image, its row being as wide as the colour bar is not
-    deepest = (picture == images.SIGNED(0.0, bytes=True)[:3]).all(2)
+    deepest = (picture == image_grids.SIGNED(0.0, bytes=True)[:3]).all(2)
     assert deepest.sum() > 10_000
 
 
@@ -173,7 +173,7 @@ def test_reconstructions_show_the_error_itself(tmp_path: Path, monkeypatch: pyte
             return x + 0.4 * torch.eye(16)[0], log_det
 
     given: dict[str, Any] = {}
-    monkeypatch.setattr(plots, "draw_rows", lambda path, **arguments: given.update(arguments))
+    monkeypatch.setattr(densities, "draw_rows", lambda path, **arguments: given.update(arguments))
     x = torch.randint(0, levels, (30, 1, 4, 4))
     data = SimpleNamespace(test=x, test_labels=None)
     for broken in (False, True):
@@ -208,11 +208,11 @@ class Flat(Bijection):
 def test_a_difference_is_not_lost_where_images_are_made_smaller() -> None:
     image = torch.zeros(1, 300, 300)
     image[0, 150, 150], image[0, 20, 20] = -1.0, 0.5
-    cell = images.Cell(30, 30, 2)
-    shown = images._signed_shades(image, cell, 1.0).astype(int)
+    cell = image_grids.Cell(30, 30, 2)
+    shown = image_grids._signed_shades(image, cell, 1.0).astype(int)
     white = shown[29, 29]
     assert (np.abs(shown - white).sum(2) > 0).sum() == 2
-    assert (shown[15, 15] == 255 * np.array(images.SIGNED(0.0)[:3])).all()
+    assert (shown[15, 15] == 255 * np.array(image_grids.SIGNED(0.0)[:3])).all()
     assert shown[2, 2, 0] > shown[2, 2, 2] + 40
 
 
@@ -267,7 +267,7 @@ def test_of_many_images_the_first_are_drawn_and_the_rest_named(tmp_path: Path, c
 
 @pytest.mark.parametrize(("count", "columns"), [(100, 10), (64, 8), (50, 10), (97, 10), (2, 2), (1, 1)])
 def test_grids_are_near_a_square_and_full_where_they_can_be(count: int, columns: int) -> None:
-    assert images._grid(count, None, aspect=1.0, most=13) == (math.ceil(count / columns), columns)
+    assert image_grids._grid(count, None, aspect=1.0, most=13) == (math.ceil(count / columns), columns)
 
 
 def test_words_of_any_kind(tmp_path: Path, coarse: None) -> None:

@@ -10,12 +10,12 @@ import torch
 from image_runs import TINY, config_of, trained
 from image_sets import write_set
 
-from flowtrain.build import build_data, build_flow, build_objective, build_settings
-from flowtrain.errors import ConfigError
-from flowtrain.loading import load
-from flowtrain.scores import log_probs
+from flowtrain.evaluation.log_likelihood import log_probs
+from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
+from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
-from flowtrain.training.loop import Trainer
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", ["realnvp", "glow", "ffjord"])

@@ -14,11 +14,10 @@ from real_data import REAL
 from refusals import refused
 
 from flowtrain.data import images as module
-from flowtrain.data.epochs import Epochs
-from flowtrain.data.idx import read_idx
-from flowtrain.data.images import IDXImages
-from flowtrain.errors import DataError
-from flowtrain.paths import config_dir
+from flowtrain.data.images import IDXImages, read_idx
+from flowtrain.data.in_memory import Epochs
+from flowtrain.utils.errors import DataError
+from flowtrain.utils.files import config_dir
 
 
 @pytest.fixture

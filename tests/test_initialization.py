@@ -7,12 +7,11 @@ import torch
 from small_bijections import perturbed
 from torch import Tensor
 
-from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Bijection, Chain
-from flowtrain.bijections.permutation import Permutation
+from flowtrain.bijections.linear import Affine, Permutation
 from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
-from flowtrain.errors import DataError, FlowtrainError
 from flowtrain.models.realnvp import realnvp
+from flowtrain.utils.errors import DataError, FlowtrainError
 
 
 def test_permutation_and_masks_are_saved() -> None:

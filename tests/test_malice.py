@@ -16,13 +16,13 @@ import torch
 from runs import Run
 
 import flowtrain
-from flowtrain.build import build_flow
-from flowtrain.cli.messages import compose_defaults
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.data.base import Samples
-from flowtrain.data.read import read_table
-from flowtrain.errors import CheckpointError, DataError
+from flowtrain.data.tables.table_reader import read_table
+from flowtrain.runs.build import build_flow
 from flowtrain.training import checkpoint
-from flowtrain.training.checksum import checksum
+from flowtrain.training.checkpoint import checksum
+from flowtrain.utils.errors import CheckpointError, DataError
 
 
 class Bomb:
@@ -105,8 +105,8 @@ SYSTEM = {"_target_": "os.system", "_args_": ["touch boom"]}
 CONFIGS = {
     "target": put("config.model._target_", "os.system"),
     "method of ours": put("config.model._target_", "flowtrain.models.affine.math.prod"),
-    "import by ours": put("config.model._target_", "flowtrain.build.instantiate"),
-    "another group's": put("config.model._target_", "flowtrain.run.train"),
+    "import by ours": put("config.model._target_", "flowtrain.runs.build.instantiate"),
+    "another group's": put("config.model._target_", "flowtrain.runs.run.train"),
     "builtin": put("config.data._target_", "builtins.eval"),
     "nested": put("config.model.hidden", SYSTEM),
     "in a list": put("config.solver.rtol", [{"a": SYSTEM}]),
@@ -171,7 +171,10 @@ def test_a_loaded_checkpoint_opens_no_path_that_it_names(run: Run, trained: Path
     (tmp_path / "secret.txt").write_text("root:x:0:0\n")
 
     def traverse(content: dict[str, Any]) -> None:
-        content["config"]["data"] = {"_target_": "flowtrain.data.array.ArrayData", "path": f"{tmp_path}/run/../secret"}
+        content["config"]["data"] = {
+            "_target_": "flowtrain.data.tables.array.ArrayData",
+            "path": f"{tmp_path}/run/../secret",
+        }
         content["config"]["resume"] = content["config"]["from"] = "../../secret.txt"
 
     changed(trained, traverse)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowtrain.evaluation.mass import left_after, mass
+from flowtrain.evaluation.checks import left_after, mass
 
 
 def gaussian_log_prob(x: Tensor) -> Tensor:

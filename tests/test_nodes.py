@@ -7,10 +7,10 @@ from equations import random_field
 from torch import Tensor
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.divergence import Probes, TraceRule
-from flowtrain.solvers import Problem, ode_solver
-from flowtrain.solvers.nodes import dense_rows, gauss_nodes, has_dense_output, legendre, panels, stage_nodes
-from flowtrain.solvers.tableaus import TABLEAUS
+from flowtrain.nn.divergence import Probes, TraceRule
+from flowtrain.ode import Problem, ode_solver
+from flowtrain.ode.quadrature import dense_rows, gauss_nodes, has_dense_output, legendre, panels, stage_nodes
+from flowtrain.ode.tableaus import TABLEAUS
 
 DENSE = [name for name, tableau in TABLEAUS.items() if has_dense_output(tableau)]
 

@@ -8,16 +8,16 @@ import torch
 from field_flows import PLAIN, around
 from runs import Run, stop_at
 
-from flowtrain.build import build_data, build_flow, build_objective, build_settings
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.errors import ConfigError
-from flowtrain.fields.mlp import MLPField
-from flowtrain.objectives.hybrid import Hybrid
+from flowtrain.bijections.continuous import Regularizer
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.nn.mlp_field import MLPField
+from flowtrain.objectives.flow_matching import Hybrid
 from flowtrain.objectives.likelihood import Likelihood
-from flowtrain.regularizers import Regularizer
-from flowtrain.solvers import ode_solver
+from flowtrain.ode import ode_solver
+from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
 from flowtrain.training import checkpoint
-from flowtrain.training.loop import Trainer
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils.errors import ConfigError
 
 SMALL = ["trainer.batch_size=16", "trainer.log_every=1", "data.n_val=20", "data.n_test=20", "model.hidden=[8]"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flowtrain.paths import config_dir, config_groups
+from flowtrain.utils.files import config_dir, config_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +33,7 @@ def test_a_wheel_from_an_sdist_runs(tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     assert (site / "flowtrain/configs/config.yaml").exists()
-    code = f"import sys; sys.path.insert(0, {str(site)!r}); import flowtrain.paths as p; print(p.config_dir())"
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); import flowtrain.utils.files as p; print(p.config_dir())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert Path(done.stdout.strip()) == site / "flowtrain/configs"
     assert {p.name for p in config_dir().rglob("*.yaml")} == {

@@ -12,8 +12,10 @@ from gifs import Gif, gif_of
 from PIL import Image
 from torch import Tensor
 
-from flowtrain.errors import FlowtrainError
-from flowtrain.plots import animate_flow_2d, animate_images, animation, draw_passage, draw_paths, passage, style
+from flowtrain.plotting import animation, style, transport_figures
+from flowtrain.plotting.animation import animate_flow_2d, animate_images
+from flowtrain.plotting.transport_figures import draw_passage, draw_paths
+from flowtrain.utils.errors import FlowtrainError
 
 K = 3
 NAMES = ["t = 0", "t = 0.5", "t = 1 $\\no{ tex"]
@@ -181,13 +183,13 @@ def test_mp4_takes_an_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_arrows_are_scaled_by_where_samples_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drawn: list[np.ndarray] = []
-    arrows = passage._arrows
+    arrows = transport_figures._arrows
 
     def seen(panels: Any, at: np.ndarray, v: np.ndarray, inhabited: np.ndarray) -> None:
         drawn.append(inhabited)
         arrows(panels, at, v, inhabited)
 
-    monkeypatch.setattr(passage, "_arrows", seen)
+    monkeypatch.setattr(transport_figures, "_arrows", seen)
     still(tmp_path / "p.png")
     counts = drawn[0].sum(1)
     # the narrower the density, the fewer places it has samples at

@@ -8,7 +8,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from flowtrain.plots import draw_flow_1d, points, scales
+from flowtrain.plotting import points
+from flowtrain.plotting.densities import draw_flow_1d
 
 RNG = np.random.default_rng(0)
 LOGNORMAL = np.exp(2 * RNG.normal(size=3000))
@@ -27,7 +28,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_heavy_tails_alone_are_compressed(name: str) -> None:
     values, plain = SHAPES[name]
-    scale = scales.suited(values)
+    scale = points.suited(values)
     assert scale.plain is plain
     places = scale.places(values)
     np.testing.assert_allclose(scale.values(torch.from_numpy(places)), values, rtol=1e-9, atol=1e-9)
@@ -36,7 +37,7 @@ def test_heavy_tails_alone_are_compressed(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lognormal", "mirrored", "cauchy"])
 def test_no_bin_holds_most_of_them(name: str) -> None:
-    values = scales.suited(SHAPES[name][0]).places(SHAPES[name][0])
+    values = points.suited(SHAPES[name][0]).places(SHAPES[name][0])
     limits = points.robust_range(values)
     shares = np.histogram(values, points.fine_bins(values, limits, 3000), limits)[0] / 3000
     assert shares.max() < 0.2
@@ -51,27 +52,27 @@ def test_a_long_plain_axis_has_finer_bins() -> None:
 
 
 def test_the_density_along_the_axis_is_one() -> None:
-    scale = scales.suited(LOGNORMAL)
+    scale = points.suited(LOGNORMAL)
     exact = torch.distributions.LogNormal(0.0, 2.0)
 
     def log_prob(x: Tensor) -> Tensor:
         return torch.where(x > 0, exact.log_prob(x.clamp_min(1e-30)), -torch.inf).sum(1)
 
     y = torch.linspace(-1, 15, 20_001).double()
-    density = scales.density_along([scale], log_prob)(y[:, None]).exp()
+    density = points.density_along([scale], log_prob)(y[:, None]).exp()
     assert float(torch.trapezoid(density, y)) == pytest.approx(1, abs=0.01)
-    both = scales.density_along([scale, scales.Scale()], lambda x: log_prob(x[:, :1]) - x[:, 1].square())
+    both = points.density_along([scale, points.Scale()], lambda x: log_prob(x[:, :1]) - x[:, 1].square())
     torch.testing.assert_close(both(torch.stack([y, torch.zeros_like(y)], 1)).exp(), density)
 
 
 def test_ticks_tell_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Axes] = []
-    monkeypatch.setattr("flowtrain.plots.style.save", lambda figure, path: seen.extend(figure.axes))
+    monkeypatch.setattr("flowtrain.plotting.style.save", lambda figure, path: seen.extend(figure.axes))
     data = torch.from_numpy(LOGNORMAL)[:, None]
     draw_flow_1d(tmp_path / "a.png", data=data, samples=-data, log_density=lambda x: -x[:, 0].square(), title="t")
     (axes,) = seen
     words = [label.get_text() for label in axes.get_xticklabels()]
-    scale = scales.suited(LOGNORMAL)
+    scale = points.suited(LOGNORMAL)
     assert {"0", "1", "100"} <= set(words)
     np.testing.assert_allclose(axes.get_xticks(), scale.places(np.array([float(w) for w in words])), atol=1e-9)
     # samples on the other side of zero are counted

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowtrain.errors import FlowtrainError
-from flowtrain.plots import curves, draw_curves, draw_flow, draw_flow_2d, draw_pairs, points, style
+from flowtrain.plotting import curves, points, style
+from flowtrain.plotting.curves import draw_curves
+from flowtrain.plotting.densities import draw_flow, draw_flow_2d, draw_pairs
+from flowtrain.utils.errors import FlowtrainError
 
 PIXELS = {1: (1800, 720), 2: (1800, 736), 8: (1800, 1840)}
 COARSER = 5

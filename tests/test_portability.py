@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowtrain import checks, files, process
 from flowtrain.training import checkpoint
+from flowtrain.utils import arguments, files, process
 
 # in a process of its own, as Windows or an odd system would have it: the modules and names are gone before flowtrain is
 # imported, and filelock, which torch has imported, is imported anew. Then the commands, in one process to save time
@@ -42,13 +42,13 @@ sys.meta_path.insert(0, Hook())
 warnings.filterwarnings("ignore", "only soft file lock")
 
 import filelock
-from flowtrain import distributed
+from flowtrain.utils import ranks
 
 # a torch that was built without it has nothing else there
-distributed.dist = types.SimpleNamespace(is_available=lambda: False)
+ranks.dist = types.SimpleNamespace(is_available=lambda: False)
 from flowtrain.cli import evaluate, sample, train
-from flowtrain.training.lock import InUseError, holding
-from flowtrain.training.signals import STOPPING
+from flowtrain.runs.lock import InUseError, holding
+from flowtrain.utils.process import STOPPING
 
 assert STOPPING == (signal.SIGINT, signal.SIGTERM), STOPPING
 assert "fcntl" not in sys.modules and filelock.FileLock is filelock.SoftFileLock
@@ -127,7 +127,7 @@ def test_cores_where_the_system_knows_no_affinity(monkeypatch: pytest.MonkeyPatc
 
 def test_memory_of_unknown_size_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sysconf")
-    assert checks.within_memory("trainer.batch_size", 2**30, 2**30) == 2**30
+    assert arguments.within_memory("trainer.batch_size", 2**30, 2**30) == 2**30
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EINVAL])

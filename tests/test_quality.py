@@ -9,17 +9,17 @@ import torch
 from runs import Run
 from torch import Tensor
 
-from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.data.moons import Moons
-from flowtrain.divergence import TraceRule
-from flowtrain.errors import ConfigError
-from flowtrain.fields.layered import Given
-from flowtrain.fields.mlp import MLPField
+from flowtrain.bijections.linear import Affine
+from flowtrain.data.toys.shapes import Moons
+from flowtrain.evaluation.sample_quality import quality, sliced_wasserstein
 from flowtrain.flow import Flow
-from flowtrain.quality import quality, sliced_wasserstein
-from flowtrain.solvers import ode_solver
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.nn.fields import Given
+from flowtrain.nn.mlp_field import MLPField
+from flowtrain.ode import ode_solver
+from flowtrain.utils.errors import ConfigError
 
 
 def test_a_shift_moves_every_projection_by_its_cosine() -> None:

@@ -10,8 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from runs import Run
 from short_runs import SMALL
 
-from flowtrain.cli.quoted import quoted
-from flowtrain.quoting import option, resume_command
+from flowtrain.cli.overrides import quoted
+from flowtrain.utils.formatting import option, resume_command
 
 ODD = [
     "my data (1).npy", "a=b.npy", "größe.npy", "a,b.npy", "it's.npy", 'say "x".npy', "$HOME.npy", "${x}.npy", "[1].npy",

@@ -12,9 +12,9 @@ import pytest
 import torch
 from ranks import DATA, EQUAL, ended, everything, trainer, unused
 
-from flowtrain import distributed
-from flowtrain.errors import ConfigError
 from flowtrain.training import checkpoint
+from flowtrain.utils import ranks
+from flowtrain.utils.errors import ConfigError
 
 Found = list[dict[str, Any]]
 
@@ -133,12 +133,12 @@ def test_one_process_goes_on_with_what_two_have_begun(found: Found, folder: Path
 
 
 def test_without_a_launcher_there_is_one_rank() -> None:
-    assert (distributed.rank(), distributed.size(), distributed.share(5)) == (0, 1, slice(0, 5))
+    assert (ranks.rank(), ranks.size(), ranks.share(5)) == (0, 1, slice(0, 5))
     error = ConfigError("x")
-    assert distributed.agreed(error) is error
-    assert distributed.device(torch.device("cpu")) == torch.device("cpu")
-    assert distributed.first_to_say("x")
-    assert distributed.remembered() is None
+    assert ranks.agreed(error) is error
+    assert ranks.device(torch.device("cpu")) == torch.device("cpu")
+    assert ranks.first_to_say("x")
+    assert ranks.remembered() is None
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
@@ -153,7 +153,7 @@ def test_torchrun_goes_on_after_a_rank_was_killed(tmp_path: Path) -> None:
     slow.write_text(
         "import os, signal\n"
         "from flowtrain.cli import train\n"
-        "from flowtrain.training.loop import Trainer\n"
+        "from flowtrain.training.trainer import Trainer\n"
         "step = Trainer.train_step\n"
         "def killed(self):\n"
         "    if self.step == 30 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"

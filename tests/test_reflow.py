@@ -12,10 +12,10 @@ from field_flows import PLAIN, Linear, around
 from runs import Run
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.fields.mlp import MLPField
-from flowtrain.loading import load
-from flowtrain.objectives.rectified import Rectified, drawn
-from flowtrain.solvers import ode_solver
+from flowtrain.nn.mlp_field import MLPField
+from flowtrain.objectives.flow_matching import Rectified, drawn
+from flowtrain.ode import ode_solver
+from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
 
 
@@ -121,7 +121,7 @@ def test_the_teacher_that_is_kept_is_the_one_that_was_learnt_from(run: Run, monk
         checkpoint.save(best, {**before, "step": 77})
         return drawn(*arguments)
 
-    monkeypatch.setattr("flowtrain.objectives.rectified.drawn", meanwhile)
+    monkeypatch.setattr("flowtrain.objectives.flow_matching.drawn", meanwhile)
     code, out, err = run("flowtrain", "objective=rectified", f"from={best}", "objective.pairs=50", "trainer.steps=2")
     assert code == 0, err
     assert checkpoint.load(best)["step"] == 77

@@ -10,21 +10,28 @@ import torch
 from runs import Run, stop_at
 from torch import Tensor, nn
 
-from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.continuous import Continuous
-from flowtrain.build import build_data, build_flow, build_objective, build_settings
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.divergence import Probes, TraceRule
-from flowtrain.errors import ConfigError
-from flowtrain.fields.conv import ConvField
-from flowtrain.fields.mlp import MLPField
+from flowtrain.bijections.continuous import (
+    PATHS,
+    Continuous,
+    Regularizer,
+    acceleration,
+    integrands,
+    record_paths,
+    spectral,
+)
+from flowtrain.bijections.linear import Affine
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.flow import Flow
+from flowtrain.nn.conv_field import ConvField
+from flowtrain.nn.divergence import Probes, TraceRule
+from flowtrain.nn.mlp_field import MLPField
 from flowtrain.objectives.likelihood import Likelihood
-from flowtrain.regularizers import PATHS, Regularizer, acceleration, integrands, record_paths, spectral
-from flowtrain.solvers import Solver, ode_solver
+from flowtrain.ode import Solver, ode_solver
+from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
 from flowtrain.training import checkpoint
-from flowtrain.training.loop import Trainer
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils.errors import ConfigError
 
 ALL = Regularizer(kinetic=1.0, jacobian=1.0, acceleration=1.0)
 NORM = {"jacobian": PATHS["jacobian"]}

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.scale import BatchNorm
-from flowtrain.build import build_data, build_flow, build_objective, build_settings
-from flowtrain.errors import NonFiniteError
+from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
 from flowtrain.training import checkpoint
-from flowtrain.training.loop import Trainer
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils.errors import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("heard", "float32")
 

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.bijections.logit import Logit
-from flowtrain.divergence import TraceRule
-from flowtrain.errors import SolverError
+from flowtrain.bijections.scale import Logit
+from flowtrain.evaluation.log_likelihood import bound_of_estimates, log_probs, log_probs_and_latents
 from flowtrain.flow import Flow
-from flowtrain.scores import bound_of_estimates, log_probs, log_probs_and_latents
-from flowtrain.solvers import ode_solver
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.ode import ode_solver
+from flowtrain.utils.errors import SolverError
 
 
 class Linear(nn.Module):

@@ -10,24 +10,23 @@ import pytest
 import torch
 from runs import Run
 
-from flowtrain import sizing
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.coupling import IndexCoupling
-from flowtrain.bijections.linear import FromGaussian, Preconditioned
+from flowtrain.bijections.linear import FromGaussian, Preconditioned, gaussian_log_prob, shrunk_covariance
 from flowtrain.bijections.scale import Standardize
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.conditioners.mlp import MLP
-from flowtrain.covariance import gaussian_log_prob, shrunk_covariance
-from flowtrain.errors import ConfigError
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.flow import Flow
-from flowtrain.loading import load
 from flowtrain.models.affine import affine
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.glow import glow
 from flowtrain.models.realnvp import realnvp
-from flowtrain.run import train
-from flowtrain.solvers import ode_solver
+from flowtrain.nn.conditioners import MLP
+from flowtrain.ode import ode_solver
+from flowtrain.runs import auto_settings
+from flowtrain.runs.load import load
+from flowtrain.runs.run import train
 from flowtrain.training import checkpoint
+from flowtrain.utils.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
@@ -113,7 +112,7 @@ def composed(*overrides: str) -> dict[str, Any]:
 @pytest.mark.parametrize("model", ["affine", "realnvp", "glow", "ffjord"])
 @pytest.mark.parametrize(("rows", "shape"), [(12, (3,)), (700, (3,)), (3000, (3,)), (9000, (3,)), (3000, (1, 8, 8))])
 def test_every_automatic_value_is_found(model: str, rows: int, shape: tuple[int, ...]) -> None:
-    config = sizing.sized(composed(f"model={model}"), rows, shape)
+    config = auto_settings.sized(composed(f"model={model}"), rows, shape)
     automatic = {k for g in ("model", "trainer") for k, v in config[g].items() if v == "auto"}
     assert automatic <= {"trace", "eval_trace"}
 
@@ -121,7 +120,7 @@ def test_every_automatic_value_is_found(model: str, rows: int, shape: tuple[int,
 def test_networks_grow_with_the_number_of_rows() -> None:
     sizes = []
     for rows in (16, 120, 1600, 8000):
-        model = sizing.sized(composed("model=realnvp"), rows, (8,))["model"]
+        model = auto_settings.sized(composed("model=realnvp"), rows, (8,))["model"]
         keys = {k: v for k, v in model.items() if k not in ("name", "_target_")}
         sizes.append(sum(p.numel() for p in realnvp((8,), **keys).parameters()))
     assert sizes == sorted(sizes)
@@ -129,16 +128,16 @@ def test_networks_grow_with_the_number_of_rows() -> None:
 
 
 def test_images_of_an_array_have_a_small_model_of_their_own() -> None:
-    model = sizing.sized(composed("model=realnvp"), 3000, (1, 8, 8))["model"]
+    model = auto_settings.sized(composed("model=realnvp"), 3000, (1, 8, 8))["model"]
     keys = {k: v for k, v in model.items() if k not in ("name", "_target_")}
     assert sum(p.numel() for p in realnvp((1, 8, 8), **keys).parameters()) < 300_000
 
 
 def test_a_given_value_is_kept_and_auto_without_a_value_is_refused() -> None:
-    config = sizing.sized(composed("model=realnvp", "model.layers=3", "trainer.lr=0.5"), 50, (4,))
+    config = auto_settings.sized(composed("model=realnvp", "model.layers=3", "trainer.lr=0.5"), 50, (4,))
     assert (config["model"]["layers"], config["trainer"]["lr"]) == (3, 0.5)
     with pytest.raises(ConfigError, match="log_every"):
-        sizing.sized(composed("model=realnvp", "trainer.log_every=auto"), 50, (4,))
+        auto_settings.sized(composed("model=realnvp", "trainer.log_every=auto"), 50, (4,))
 
 
 def test_checkpoints_hold_the_chosen_values(run: Run, tmp_path: Path) -> None:

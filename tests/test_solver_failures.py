@@ -9,10 +9,10 @@ import torch
 from equations import Wave
 from torch import Tensor, nn
 
-from flowtrain.errors import ConfigError, SolverError
-from flowtrain.solvers import Problem, ode_solver
-from flowtrain.solvers.runge_kutta import RungeKutta
-from flowtrain.solvers.torchdiffeq_engine import Torchdiffeq, warn_of_corrector, warn_of_fehlberg2
+from flowtrain.ode import Problem, ode_solver
+from flowtrain.ode.runge_kutta import RungeKutta
+from flowtrain.ode.torchdiffeq_engine import Torchdiffeq, warn_of_corrector, warn_of_fehlberg2
+from flowtrain.utils.errors import ConfigError, SolverError
 
 
 @pytest.mark.parametrize(

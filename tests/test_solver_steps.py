@@ -10,10 +10,10 @@ from equations import Wave, random_field
 from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.divergence import TraceRule
-from flowtrain.solvers import History, Problem, Solver, ode_solver, record_solves
-from flowtrain.solvers.runge_kutta import RungeKutta
-from flowtrain.solvers.torchdiffeq_engine import Torchdiffeq
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.ode import History, Problem, Solver, ode_solver, record_solves
+from flowtrain.ode.runge_kutta import RungeKutta
+from flowtrain.ode.torchdiffeq_engine import Torchdiffeq
 
 
 def test_a_solve_is_planned_by_the_last() -> None:

@@ -11,12 +11,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from flowtrain.errors import ConfigError
-from flowtrain.paths import config_dir
-from flowtrain.solvers import Problem, Solver, ode_solver
-from flowtrain.solvers.runge_kutta import RungeKutta
-from flowtrain.solvers.tableaus import TABLEAUS
-from flowtrain.solvers.torchdiffeq_engine import METHODS, Torchdiffeq
+from flowtrain.ode import Problem, Solver, ode_solver
+from flowtrain.ode.runge_kutta import RungeKutta
+from flowtrain.ode.tableaus import TABLEAUS
+from flowtrain.ode.torchdiffeq_engine import METHODS, Torchdiffeq
+from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.files import config_dir
 
 CONFIGS = sorted(p.stem for p in (config_dir() / "solver").glob("*.yaml"))
 FIXED = [name for name, tableau in TABLEAUS.items() if tableau.e is None]

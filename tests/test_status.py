@@ -20,14 +20,14 @@ from runs import Run
 from short_runs import SMALL, TINY
 from terminals import Terminal
 
-from flowtrain import status
-from flowtrain.bijections.affine import Affine
-from flowtrain.cli import start, sweep
-from flowtrain.console import messages
+from flowtrain.bijections.linear import Affine
+from flowtrain.cli import entry_points, sweep_jobs
+from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.flow import Flow
-from flowtrain.scores import log_probs
-from flowtrain.status import DELAY, EVERY, Reporter, Status, phase, reporting
-from flowtrain.training.watching import show
+from flowtrain.runs.console import messages
+from flowtrain.training.progress import show
+from flowtrain.utils import status
+from flowtrain.utils.status import DELAY, EVERY, Reporter, Status, phase, reporting
 
 log = logging.getLogger("flowtrain")
 
@@ -387,11 +387,11 @@ def test_a_sweep_of_jobs_in_other_processes_says_how_many_are_done(
     # which the callback sets
     monkeypatch.setenv("TQDM_DISABLE", "")
     monkeypatch.delenv("TQDM_DISABLE")
-    monkeypatch.setattr(sweep.Ended, "SECONDS", 0.0)
+    monkeypatch.setattr(sweep_jobs.Ended, "SECONDS", 0.0)
     launcher = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "launcher": launcher}})
-    with sweep.summarized():
-        sweep.Root().on_multirun_start(config)
+    with sweep_jobs.summarized():
+        sweep_jobs.Root().on_multirun_start(config)
         assert "0 jobs" in terminal.after(2 * DELAY)
         for name in ("0", "1"):
             (tmp_path / name).mkdir()
@@ -407,8 +407,8 @@ def test_an_interrupt_while_loading_is_no_traceback(
     def interrupted(name: str) -> ModuleType:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(start, "import_module", interrupted)
+    monkeypatch.setattr(entry_points, "import_module", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        start.floweval()
+        entry_points.floweval()
     assert stopped.value.code == 130
     assert capsys.readouterr().err.count("\n") == 1

@@ -3,10 +3,9 @@
 import pytest
 from runs import Run
 
-from flowtrain.checks import one_of
-from flowtrain.cli.messages import compose_defaults, unknown_key
-from flowtrain.errors import ConfigError
-from flowtrain.suggestions import nearest
+from flowtrain.cli.error_messages import compose_defaults, unknown_key
+from flowtrain.utils.arguments import nearest, one_of
+from flowtrain.utils.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from holder import hold
 from runs import Run
 from small_trainers import rows, saved_run, trainer
 
-from flowtrain.errors import ConfigError
-from flowtrain.loading import load
+from flowtrain.runs.load import load
+from flowtrain.runs.lock import holding
 from flowtrain.training import checkpoint
-from flowtrain.training.lock import holding
-from flowtrain.training.loop import Trainer
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("heard", "float32")
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from runs import Run, stop_at
 
-from flowtrain import sweep
-from flowtrain.cli.sweep import place, stopped
-from flowtrain.training.lock import holding
-from flowtrain.training.loop import Trainer
+from flowtrain.cli.sweep_jobs import place, stopped
+from flowtrain.runs import sweep_summary
+from flowtrain.runs.lock import holding
+from flowtrain.training.trainer import Trainer
 
 SMALL = ["model=affine", "trainer.steps=4", "trainer.batch_size=16", "data.n_val=32", "data.n_test=32"]
 MATPLOTLIB_AND_OTHERS = pytest.mark.filterwarnings(
@@ -42,7 +42,7 @@ def test_a_job_that_fails_leaves_the_others_alone(run: Run, tmp_path: Path) -> N
     for row in rows[:2]:
         lines = (tmp_path / "s" / row["job"] / "metrics.jsonl").read_text().splitlines()
         assert min(r["nll"] for r in map(json.loads, lines) if r["split"] == "val") == float(row["val_nll"])
-    assert out.endswith(f"{(tmp_path / 's/sweep.md').read_text()}\n{tmp_path}/s\n")
+    assert out.endswith(f"{(tmp_path / 's/sweep_summary.md').read_text()}\n{tmp_path}/s\n")
     assert (tmp_path / "s/sweep.png").exists()
 
 
@@ -61,7 +61,7 @@ def test_run_again_it_does_what_is_missing(run: Run, tmp_path: Path, monkeypatch
     whole = (tmp_path / "s/0/result.json").stat()
     # as if it had been killed before it was evaluated
     (tmp_path / "s/1/result.json").unlink()
-    assert sweep.read(tmp_path / "s")[1].state == "stopped"
+    assert sweep_summary.read(tmp_path / "s")[1].state == "stopped"
     # one more value, and another order: the jobs have other numbers now
     keys[-2] = "trainer.lr=3e-3,1e-3,1e-2"
     assert run("flowtrain", *keys)[0] == 0
@@ -218,8 +218,8 @@ def test_a_key_that_one_model_of_several_has_not(run: Run, tmp_path: Path) -> No
     assert err.startswith("flowtrain: there is no key model.nonsense; ")
 
 
-def job(name: str, nll: float | None, **keys: str) -> sweep.Job:
-    return sweep.Job(
+def job(name: str, nll: float | None, **keys: str) -> sweep_summary.Job:
+    return sweep_summary.Job(
         name, keys, {} if nll is None else {"val_nll": nll, "nll": nll, "nll_stderr": 0.01, "nfe": 20}, None
     )
 
@@ -232,23 +232,23 @@ def test_a_sweep_of_nothing_but_mistakes_leaves_nothing(run: Run, tmp_path: Path
 
 
 def test_which_runs_are_as_good_as_the_best() -> None:
-    def measured(name: str, nll: float, error: float | None) -> sweep.Job:
-        return sweep.Job(name, {"lr": name}, {"val_nll": nll, "val_nll_stderr": error}, None)
+    def measured(name: str, nll: float, error: float | None) -> sweep_summary.Job:
+        return sweep_summary.Job(name, {"lr": name}, {"val_nll": nll, "val_nll_stderr": error}, None)
 
     # two standard errors of the difference are 0.0283 beside the best's 0.01, where the other's is the same
     jobs = [measured("a", 2.0, 0.01), measured("b", 2.028, 0.01), measured("c", 2.029, 0.01), measured("d", 2.2, 0.2)]
-    assert sweep.as_good(jobs) == {"a", "b", "d"}
-    lines = sweep.as_markdown(jobs, ["lr"]).splitlines()
+    assert sweep_summary.as_good(jobs) == {"a", "b", "d"}
+    lines = sweep_summary.as_markdown(jobs, ["lr"]).splitlines()
     assert [line.count("*") for line in lines[2:6]] == [1, 1, 0, 1]
     assert "2.000 +- 0.010" in lines[2]
     assert "standard errors" in lines[-1]
-    rows = list(csv.DictReader(sweep.as_csv(jobs, ["lr"]).splitlines()))
+    rows = list(csv.DictReader(sweep_summary.as_csv(jobs, ["lr"]).splitlines()))
     assert [row["as_good_as_best"] for row in rows] == ["true", "true", "false", "true"]
     # of an older flowtrain, and of one run alone
     old = [measured("a", 2.0, None), measured("b", 2.0001, None)]
-    assert sweep.as_good(old) == {"a"}
-    assert "*" not in sweep.as_markdown(old, ["lr"])
-    assert sweep.as_good([sweep.Job("0", {}, {}, "failed")]) == sweep.as_good([]) == set()
+    assert sweep_summary.as_good(old) == {"a"}
+    assert "*" not in sweep_summary.as_markdown(old, ["lr"])
+    assert sweep_summary.as_good([sweep_summary.Job("0", {}, {}, "failed")]) == sweep_summary.as_good([]) == set()
 
 
 def test_the_validation_error_is_that_of_the_best_step(run: Run, tmp_path: Path) -> None:
@@ -266,20 +266,25 @@ def test_the_validation_error_is_that_of_the_best_step(run: Run, tmp_path: Path)
 
 def test_what_is_drawn_against_a_key() -> None:
     jobs = [job("0", 2.5, lr="1e-2", seed="0"), job("1", 2.4, lr="1e-3", seed="0"), job("2", 2.6, lr="1e-2", seed="1")]
-    assert sweep.swept(jobs) == ["lr", "seed"]
-    found = sweep.against(jobs, "lr")
+    assert sweep_summary.swept(jobs) == ["lr", "seed"]
+    found = sweep_summary.against(jobs, "lr")
     assert (found.values, found.numbers) == (["1e-3", "1e-2"], [1e-3, 1e-2])
     assert found.found["val_nll"] == [[2.4], [2.5, 2.6]]
     assert "solver_error" not in found.found
-    named = sweep.against([job("0", 2.5, model="realnvp"), job("1", 2.4, model="affine"), job("2", 2.4)], "model")
+    named = sweep_summary.against(
+        [job("0", 2.5, model="realnvp"), job("1", 2.4, model="affine"), job("2", 2.4)], "model"
+    )
     assert (named.values, named.numbers) == (["affine", "default", "realnvp"], None)
 
 
 def test_a_table_of_nothing_but_failures(tmp_path: Path) -> None:
-    failed = sweep.Job("0", {"seed": "1"}, {}, "one|two\nthe last line")
-    lines = sweep.as_markdown([failed], ["seed"]).splitlines()
+    failed = sweep_summary.Job("0", {"seed": "1"}, {}, "one|two\nthe last line")
+    lines = sweep_summary.as_markdown([failed], ["seed"]).splitlines()
     assert lines == ["| job | seed |  |", "| --- | --- | --- |", "| 0 | 1 | failed: the last line |"]
-    assert sweep.write_summary(tmp_path) == ("no job was begun", 0)
-    odd = [sweep.Job("0", {"seed": "123456781", "x": "a|b\nc"}, {}, None), sweep.Job("1", {"seed": "2"}, {}, None)]
-    assert sweep.as_markdown(odd, ["seed", "x"]).splitlines()[2].startswith(r"| 0 | 123456781 | a\|b c |")
+    assert sweep_summary.write_summary(tmp_path) == ("no job was begun", 0)
+    odd = [
+        sweep_summary.Job("0", {"seed": "123456781", "x": "a|b\nc"}, {}, None),
+        sweep_summary.Job("1", {"seed": "2"}, {}, None),
+    ]
+    assert sweep_summary.as_markdown(odd, ["seed", "x"]).splitlines()[2].startswith(r"| 0 | 123456781 | a\|b c |")
     assert math.isinf(failed.val_nll)

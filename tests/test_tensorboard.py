@@ -14,9 +14,9 @@ from boards import LOGGER, SMALL, EventAccumulator, drawn, shown, written
 from image_sets import write_set
 from runs import Run
 
-from flowtrain.errors import ConfigError
 from flowtrain.training import checkpoint, tensorboard
 from flowtrain.training.metrics import Metrics
+from flowtrain.utils.errors import ConfigError
 
 
 def test_it_shows_every_number_and_picture(run: Run, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_without_the_package_the_extra_is_named(run: Run, tmp_path: Path, not_th
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowtrain.distributed.rank", lambda: 1)
+    monkeypatch.setattr("flowtrain.utils.ranks.rank", lambda: 1)
     assert tensorboard.board(["jsonl", "tensorboard"], tmp_path) is None
     with pytest.raises(ConfigError):
         tensorboard.board(["tensorboard"], tmp_path)

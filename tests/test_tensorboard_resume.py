@@ -8,10 +8,10 @@ import pytest
 from boards import LOGGER, SMALL, EventAccumulator, drawn, shown, written
 from runs import Run, stop_at
 
-from flowtrain.errors import NonFiniteError
 from flowtrain.training import checkpoint, tensorboard
-from flowtrain.training.loop import Trainer
-from flowtrain.training.saving import Saves
+from flowtrain.training.checkpoint_manager import Saves
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils.errors import NonFiniteError
 
 
 def wall_time(run_dir: Path, step: int) -> float:

@@ -13,17 +13,18 @@ from runs import Run
 from short_runs import SMALL
 from small_trainers import rows, trainer
 
-from flowtrain import clock
-from flowtrain.bijections.affine import Affine
-from flowtrain.cli.messages import compose_defaults
+from flowtrain.bijections.linear import Affine
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.cli.overrides import overridden
 from flowtrain.data.base import Dataset
 from flowtrain.flow import Flow
-from flowtrain.training import checkpoint, deadline, loop
-from flowtrain.training.deadline import Deadline
-from flowtrain.training.loop import Trainer
-from flowtrain.training.pace import Pace
+from flowtrain.training import checkpoint, time_budget
+from flowtrain.training import trainer as loop
 from flowtrain.training.progress import Progress
+from flowtrain.training.schedules import Pace
+from flowtrain.training.time_budget import Deadline
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils import status
 
 pytestmark = pytest.mark.usefixtures("heard", "float32")
 
@@ -54,7 +55,7 @@ class Clock:
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(loop, "time", found)
-    monkeypatch.setattr(deadline, "time", found)
+    monkeypatch.setattr(time_budget, "time", found)
     return found
 
 
@@ -120,7 +121,7 @@ def test_the_tolerance_gets_tight_within_the_time_limit(pretended: Clock, tmp_pa
 def test_ranks_take_the_position_that_they_agree_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The largest of all ranks': here, another rank is 50 steps ahead."""
     run = trainer(tmp_path, *AFFINE, "trainer.steps=100", "trainer.time_limit=1000")
-    monkeypatch.setattr(loop.distributed, "largest", lambda values: [*values[:2], values[2] + 50])
+    monkeypatch.setattr(loop.ranks, "largest", lambda values: [*values[:2], values[2] + 50])
     run.progress.step = 1
     run.heed(None, False)
     assert run.pace.at(1) == 51
@@ -269,7 +270,9 @@ def test_rows_are_timed_as_training_goes_on(pretended: Clock, tmp_path: Path, mo
     """Solves become longer: each row takes a second more with every step."""
     run = trainer(tmp_path, *AFFINE, "trainer.steps=100000")
     monkeypatch.setattr(
-        deadline, "log_probs", lambda flow, x, label: setattr(pretended, "now", pretended.now + len(x) * run.step / 1e4)
+        time_budget,
+        "log_probs",
+        lambda flow, x, label: setattr(pretended, "now", pretended.now + len(x) * run.step / 1e4),
     )
     run.deadline = Deadline(600, pretended.now, run.flow, run.data)
     pretended.per_step(run, 1.0)
@@ -294,7 +297,7 @@ def test_a_budget_that_suffices_changes_nothing(run: Run, tmp_path: Path) -> Non
 
 
 def test_a_budget_that_is_spent_still_gives_a_result(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("flowtrain.cli.runs.command_begun", lambda: time.perf_counter() - 10_000)
+    monkeypatch.setattr("flowtrain.cli.start_run.command_begun", lambda: time.perf_counter() - 10_000)
     code, out, err = run("flowtrain", "time_budget=10", "model=affine", *SMALL, "data.n_test=500")
     assert code == 0, err
     found = result(Path(out.splitlines()[-1]))
@@ -320,8 +323,8 @@ def test_older_runs_take_a_budget() -> None:
 
 
 def test_a_command_begins_with_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clock, "_BEGUN", [1.5])
-    assert clock.command_begun() == 1.5
+    monkeypatch.setattr(status, "_BEGUN", [1.5])
+    assert status.command_begun() == 1.5
     # the next job of a sweep
     before = time.perf_counter()
-    assert clock.command_begun() >= before
+    assert status.command_begun() >= before

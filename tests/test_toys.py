@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy_sets import TOYS, every_toy, toy
 
-from flowtrain.errors import ConfigError, DataError
+from flowtrain.utils.errors import ConfigError, DataError
 
 
 @every_toy

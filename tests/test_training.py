@@ -11,16 +11,16 @@ from runs import stop_at
 from small_trainers import rows, trainer
 from torch import nn
 
-from flowtrain.build import build_data
-from flowtrain.cli.messages import compose_defaults
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.data.base import STEP_STREAM, step_generator
-from flowtrain.errors import CheckpointError, ConfigError
-from flowtrain.loading import load
+from flowtrain.runs.build import build_data
+from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import Ema
-from flowtrain.training.loop import Trainer
-from flowtrain.training.schedule import LearningRate
+from flowtrain.training.schedules import LearningRate
 from flowtrain.training.settings import Settings
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("float32")
 

@@ -9,8 +9,8 @@ from ways import IMAGES, VECTORS, images, vectors
 
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.stages import between, innermost, stages
-from flowtrain.errors import FlowtrainError
-from flowtrain.trajectory import Moment, Trajectory, eased
+from flowtrain.plotting.trajectory import Moment, Trajectory, eased
+from flowtrain.utils.errors import FlowtrainError
 
 
 @pytest.mark.parametrize("name", VECTORS)

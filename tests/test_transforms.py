@@ -12,13 +12,12 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from ways import IMAGES, VECTORS, flow_of, vectors
 
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.continuous import Continuous, Regularizer, record_paths
 from flowtrain.data.base import Samples
-from flowtrain.divergence import TraceRule
-from flowtrain.errors import ConfigError, FlowtrainError
 from flowtrain.flow import Flow
-from flowtrain.regularizers import Regularizer, record_paths
-from flowtrain.solvers import ode_solver
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.ode import ode_solver
+from flowtrain.utils.errors import ConfigError, FlowtrainError
 
 # one of each way to solve: both engines, fixed and adaptive steps, quadrature on stages and on dense output
 SOLVERS: list[dict[str, Any]] = [

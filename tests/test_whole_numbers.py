@@ -7,11 +7,11 @@ import pytest
 from omegaconf import OmegaConf
 from runs import Run
 
-from flowtrain.build import with_whole_numbers
-from flowtrain.checks import whole
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.errors import ConfigError
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.runs.build import with_whole_numbers
 from flowtrain.training import checkpoint
+from flowtrain.utils.arguments import whole
+from flowtrain.utils.errors import ConfigError
 
 GROUPS = ("model", "data", "solver", "trainer", "objective", "regularizer")
 

@@ -8,7 +8,7 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from flowtrain.data.toy import Toy
+from flowtrain.data.toys.base import Toy
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "data"
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from flowtrain.build import build_data, build_flow, build_objective, build_settings
-from flowtrain.cli.messages import compose_defaults
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.data.base import Dataset
-from flowtrain.training.loop import Trainer
+from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
+from flowtrain.training.trainer import Trainer
 
 
 def trainer_of(

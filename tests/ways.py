@@ -2,10 +2,10 @@
 
 import torch
 
-from flowtrain.build import build_flow
-from flowtrain.cli.messages import compose_defaults
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.data.base import Samples
 from flowtrain.flow import Flow
+from flowtrain.runs.build import build_flow
 
 VECTORS = {
     "ffjord": ["model=ffjord", "model.hidden=[8,8]"],

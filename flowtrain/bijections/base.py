@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from flowtrain.errors import FlowtrainError, NonFiniteError
+from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 
 # numbers of x that initialization takes through a map at once: a network holds many times as many
 PART = 2**18
@@ -72,7 +72,7 @@ class Chain(Bijection):
     """The composition b_n . ... . b_1 in the direction base to data: b_1 stands next to the base.
 
     Example:
-        >>> from flowtrain.bijections.permutation import Permutation
+        >>> from flowtrain.bijections.linear import Permutation
         >>> swap, turn = Permutation(torch.tensor([1, 0, 2])), Permutation(torch.tensor([1, 2, 0]))
         >>> Chain([swap, turn])(torch.tensor([[0.0, 1.0, 2.0]]))[0]  # swap first
         tensor([[0., 2., 1.]])

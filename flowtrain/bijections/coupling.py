@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
-from flowtrain.conditioners.parts import zero
+from flowtrain.nn.conditioners import zero
 
 
 class AffineCoupling(Bijection):
@@ -101,7 +101,7 @@ class HalfCoupling(AffineCoupling):
         channels: C; with an odd one the first half is the larger.
 
     Example:
-        >>> from flowtrain.conditioners.mlp import MLP
+        >>> from flowtrain.nn.conditioners import MLP
         >>> coupling = HalfCoupling(3, swap=False, conditioner=MLP(2, [8], 2, "relu"))
         >>> x, log_det = coupling(torch.tensor([[1.0, 2.0, 3.0]]))  # the identity, until it is trained
         >>> x.tolist(), log_det.tolist()

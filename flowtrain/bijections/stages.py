@@ -16,7 +16,7 @@ def stages(bijection: Bijection) -> list[Bijection]:
     Chains are taken apart, also within squeezes and halves: Squeezed(b . a) = Squeezed(b) . Squeezed(a).
 
     Example:
-        >>> from flowtrain.bijections.affine import Affine
+        >>> from flowtrain.bijections.linear import Affine
         >>> from flowtrain.bijections.scale import ActNorm
         >>> [type(s).__name__ for s in stages(Chain([Affine(2), Chain([ActNorm(2)])]))]
         ['Affine', 'ActNorm']

@@ -1,1 +1,1 @@
-"""The commands: what they print, and how they end."""
+"""The commands: Hydra composition, overrides and help. The only part that imports Hydra."""

@@ -13,10 +13,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from flowtrain.cli import help
-from flowtrain.cli.folders import split_folder
-from flowtrain.cli.quoted import quoted
-from flowtrain.errors import ConfigError
-from flowtrain.suggestions import hint
+from flowtrain.cli.config_files import split_folder
+from flowtrain.cli.overrides import quoted
+from flowtrain.utils.arguments import hint
+from flowtrain.utils.errors import ConfigError
 
 
 def versions() -> str:

@@ -9,24 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain import pictures
-from flowtrain.checks import flag, one_of, whole
 from flowtrain.cli.arguments import split_own
-from flowtrain.cli.files import check_outputs, paths_of, run_dir_of, written_as
-from flowtrain.cli.folders import options
-from flowtrain.cli.messages import compose_defaults, run_command
-from flowtrain.cli.opened import Opened, open_checkpoint, set_name
+from flowtrain.cli.config_files import options
+from flowtrain.cli.error_messages import compose_defaults, run_command
+from flowtrain.cli.load_run import Opened, open_checkpoint, set_name
+from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.overrides import keys_of
-from flowtrain.console import messages
-from flowtrain.data.base import Dataset, Samples
-from flowtrain.data.record import changes
-from flowtrain.data.rows import Rows
-from flowtrain.errors import ConfigError, DataError, FlowtrainError
+from flowtrain.data.base import Dataset, Samples, changes
+from flowtrain.data.tables.new_rows import Rows
 from flowtrain.evaluation import NAMES, check_fits, evaluate
-from flowtrain.files import write_json, write_npy
-from flowtrain.report import write_report
-from flowtrain.status import status
-from flowtrain.titles import data_name, title_of
+from flowtrain.evaluation.report import write_report
+from flowtrain.plotting import pictures
+from flowtrain.runs.console import data_name, messages, title_of
+from flowtrain.utils.arguments import flag, one_of, whole
+from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
+from flowtrain.utils.files import write_json, write_npy
+from flowtrain.utils.status import status
 
 log = logging.getLogger("flowtrain")
 

@@ -9,15 +9,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from omegaconf import OmegaConf
 
-from flowtrain.cli.comments import Commented
-from flowtrain.cli.folders import config_dirs, options, split_folder
-from flowtrain.cli.grammar import SWEEP, VALUED, check_grammar
-from flowtrain.cli.messages import own_searchpath, plain
-from flowtrain.cli.quoted import quoted
-from flowtrain.cli.runs import chosen, known
-from flowtrain.errors import ConfigError
-from flowtrain.paths import config_dir
-from flowtrain.suggestions import hint
+from flowtrain.cli.config_files import Commented, config_dirs, options, split_folder
+from flowtrain.cli.error_messages import own_searchpath, plain
+from flowtrain.cli.overrides import SWEEP, VALUED, check_grammar, quoted
+from flowtrain.cli.start_run import chosen, known
+from flowtrain.utils.arguments import hint
+from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.files import config_dir
 
 WIDTH, COLUMN = 110, 36
 # the groups as one thinks of a run

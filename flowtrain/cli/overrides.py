@@ -1,19 +1,216 @@
-"""Applies overrides in Hydra's grammar to a saved config."""
+"""Validates overrides, quotes their paths for Hydra, and applies them to a saved config."""
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from flowtrain.build import with_whole_numbers
-from flowtrain.cli.folders import look_here
-from flowtrain.cli.grammar import check_option
-from flowtrain.cli.messages import compose_defaults, plain, unknown_key
-from flowtrain.errors import ConfigError
-from flowtrain.paths import config_groups
+from flowtrain.cli.config_files import look_here, options
+from flowtrain.cli.error_messages import compose_defaults, plain, unknown_key
+from flowtrain.cli.output_files import is_path
+from flowtrain.runs.build import with_whole_numbers
+from flowtrain.training import checkpoint
 from flowtrain.training.tensorboard import DEFAULT
+from flowtrain.utils.arguments import choose, hint
+from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.files import config_groups
+from flowtrain.utils.formatting import resume_command
+
+# keys whose values are files to read, and files or directories to write. For keys of the data see `is_path`
+READ_PATHS = ("resume", "from", "ckpt", "ood")
+WRITTEN_PATHS = ("out", "scores", "hydra.run.dir", "hydra.sweep.dir")
+# keys whose values are names in a file
+QUOTED_NAMES = ("data.label", "data.key")
+
+
+def quoted(arguments: Sequence[str]) -> list[str]:
+    """Quotes the paths among the values of a command line for Hydra, if they need it.
+
+    Quoted values, lists and the values of a sweep are not changed, unless a file of exactly that name exists.
+
+    Example:
+        >>> quoted(["data.path=my data (1).npy", "ckpt=runs/1", "trainer.lr=0.1"])
+        ["data.path='my data (1).npy'", 'ckpt=runs/1', 'trainer.lr=0.1']
+    """
+    return [_quoted(argument) for argument in arguments]
+
+
+def _quoted(argument: str) -> str:
+    start, equals, text = argument.partition("=")
+    key = start.lstrip("+")
+    group, _, name = key.partition(".")
+    read = key in READ_PATHS or (group == "data" and is_path(name))
+    if not equals or not text or text.lower() == "null" or not (read or key in (*WRITTEN_PATHS, *QUOTED_NAMES)):
+        return argument
+    value, sweeps = parsed(argument)
+    if key in QUOTED_NAMES:
+        return f"{start}={in_quotes(text)}" if value is None and text[0] not in "'\"[{" else argument
+    if isinstance(value, str) and value == text and not ("${" in text and _is_there(text)):
+        return argument
+    if _is_there(text):
+        return f"{start}={in_quotes(text.replace('${', chr(92) + '${'))}"
+    if isinstance(value, QuotedString):
+        return argument
+    if sweeps or isinstance(value, list | dict):
+        return argument if read else f"{start}={in_quotes(text)}"
+    if read and "," in text and not re.search(r"['\"]", text):
+        # the values of a sweep, with -m
+        return f"{start}={','.join(_quoted(f'{key}={part.strip()}').partition('=')[2] for part in text.split(','))}"
+    # a value that begins with a quote but cannot be parsed was meant for Hydra, which reports it
+    return argument if value is None and text[0] in "'\"" else f"{start}={in_quotes(text)}"
+
+
+def parsed(argument: str) -> tuple[Any, bool]:
+    """The value of an override, parsed by Hydra (None if Hydra rejects it), and whether it is a sweep."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+        # `value()` would remove the quotes
+        raw = override._value
+    except HydraException:
+        return None, False
+    return raw, override.is_sweep_override()
+
+
+def in_quotes(text: str) -> str:
+    """The text as a quoted string in Hydra's grammar.
+
+    Example:
+        >>> print(in_quotes("it's [1]"))
+        'it\\'s [1]'
+    """
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _is_there(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        # for example, the name is too long
+        return False
+
+
+# Hydra's; what follows those of the second line is no override
+FLAGS = ("-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun", "-sc",
+         "--shell-completion", "-i", "--info")  # fmt: skip
+VALUED = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
+          )  # fmt: skip
+# both spellings of the flag for sweeps
+SWEEP = ("-m", "--multirun")
+# the values that --cfg and --info take
+SHOWN = ("job", "hydra", "all")
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+# flags that exclude each other, and their usual spellings
+MODES = {"-r": "--run", "--run": "--run", "-m": "-m", "--multirun": "-m", "-c": "--cfg", "--cfg": "--cfg",
+         "-sc": "--shell-completion", "--shell-completion": "--shell-completion", "-i": "--info",
+         "--info": "--info"}  # fmt: skip
+# an empty value of these keys would mean the working directory
+DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
+# flags that may be followed by a topic, which is not an override
+TOPICAL = ("--info", "--shell-completion")
+
+
+def check_grammar(arguments: Sequence[str]) -> None:
+    """Rejects mistakes that Hydra would answer with a traceback, with pages of text or with nothing.
+
+    Rejects unknown or contradictory flags, arguments that are not overrides, and choices that a group does not have.
+
+    Raises:
+        ConfigError: naming the argument.
+        HydraException: an override that cannot be parsed.
+    """
+    check_flags(arguments)
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if before in VALUED or argument.startswith("-") or (MODES.get(before) in TOPICAL and "=" not in argument):
+            continue
+        key, equals, _ = argument.partition("=")
+        if not key.strip("+~@ "):
+            raise ConfigError(f"{argument!r}: arguments look like KEY=VALUE; see --help")
+        if not equals and not key.startswith("~"):
+            raise ConfigError(f"{argument}: {_no_override(argument)}")
+        if key.lstrip("+") in DIRECTORIES and argument.endswith("="):
+            raise ConfigError(f"{argument}: give the name of a directory")
+        if key in ("~model", "~data", "~objective"):
+            # Hydra would speak of an interpolation
+            raise ConfigError(f"{argument[1:]} was taken out of the config, but a run needs it")
+        if key.lstrip("+").partition("@")[0] in config_groups():
+            check_option(OverridesParser.create().parse_overrides([argument])[0])
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """Rejects unknown flags, flags without their value, and flags that contradict each other.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    modes = []
+    for before, argument, after in zip(["", *arguments], arguments, [*arguments[1:], ""], strict=False):
+        if before in VALUED or not argument.startswith("-"):
+            continue
+        flag, equals, value = argument.partition("=")
+        if flag not in FLAGS + VALUED:
+            long = [known for known in FLAGS + VALUED if known.startswith("--")]
+            rest = hint(flag, long, "see --help, and -m for a sweep")
+            raise ConfigError(f"{argument}: unknown flag; {rest}")
+        value = value if equals else after
+        if flag in VALUED and (not value or value.startswith("-")):
+            raise ConfigError(f"{flag}: give it a value; see --help")
+        if flag in ("-c", "--cfg") and value not in SHOWN:
+            raise ConfigError(f"{flag} {value}: {choose(value, SHOWN)}")
+        if flag in ("-i", "--info") and value and "=" not in value and value[0] not in "-~" and value not in INFO:
+            raise ConfigError(f"{flag} {value}: {choose(value, INFO)}")
+        modes += [MODES[flag]] if flag in MODES else []
+    if len({*modes}) > 1:
+        raise ConfigError(f"{' and '.join(dict.fromkeys(modes))} ask for different things: give one of them")
+    alone = [a for a in arguments if a.partition("=")[0] in ("--resolve", "-p", "--package")]
+    if alone and "--cfg" not in modes:
+        raise ConfigError(f"{alone[0]}: belongs to --cfg; see --help")
+
+
+def _no_override(word: str) -> str:
+    """The message for an argument that is not KEY=VALUE, with what may have been meant."""
+    if checkpoint.any_in(Path(word)):
+        return f"arguments look like KEY=VALUE; {resume_command(word)} resumes this run"
+    groups = [group for group in config_groups() if word in options(group)]
+    meant = f"did you mean {' or '.join(f'{group}={word}' for group in groups)}?" if groups else "see --help"
+    return f"arguments look like KEY=VALUE; {meant}"
+
+
+def in_order(arguments: Sequence[str]) -> list[str]:
+    """The overrides and after them the flags with their values: Hydra takes no overrides on both sides of a flag."""
+    overrides, flags = separated(arguments)
+    return [*overrides, *flags]
+
+
+def separated(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides, and the flags with their values."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        topic = before in ("-i", "--info") and "=" not in argument
+        (flags if argument.startswith("-") or before in VALUED or topic else overrides).append(argument)
+    return overrides, flags
+
+
+def check_option(override: Override) -> None:
+    """Refuses a value of a config group that names no option of it."""
+    group = override.key_or_group
+    value = override.value()
+    if isinstance(value, Glob):
+        return
+    values: list[Any] = value.list if isinstance(value, ChoiceSweep) else value if isinstance(value, list) else [value]
+    bad = [v for v in values if not isinstance(v, str) and type(v).__name__ != "QuotedString"]
+    there = options(group)
+    if group == "recipe":
+        # Hydra passes over it where there is none, because most models and data have none
+        bad += [v for v in values if isinstance(v, str) and v not in there]
+    if bad and not override.is_delete():
+        raise ConfigError(f"{(override.input_line or group).lstrip('+')}: {choose(bad[0], there)}")
 
 
 def trusted(value: Any) -> list[str]:
@@ -84,8 +281,8 @@ def overridden(
         if OmegaConf.select(config, needed, default=overridden) is overridden:
             raise ConfigError(unknown_key(key, {**dict.fromkeys(own), **plain(config)}))
         OmegaConf.update(config, key, override.value(), force_add=override.is_add())
-        if key in SAME and SAME[key] not in [other.key_or_group for other in parsed]:
-            OmegaConf.update(config, SAME[key], None)
+        if key in SAME_SETTING and SAME_SETTING[key] not in [other.key_or_group for other in parsed]:
+            OmegaConf.update(config, SAME_SETTING[key], None)
     found = plain(config)
     keys = [override.key_or_group for override in parsed]
     if "data.path" in keys and "data.key" not in keys:
@@ -101,22 +298,22 @@ def less_key(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # two keys for one thing: to set one takes the other back
-SAME = {"solver.steps": "solver.step_size", "solver.step_size": "solver.steps"}
+SAME_SETTING = {"solver.steps": "solver.step_size", "solver.step_size": "solver.steps"}
 
 
 # what may be changed of a saved model, and what may not of its data
-MODEL = ("eval_trace", "noise", "noise_samples")
-TRAINED = ("data.alpha", "data.standardize", "data.gaussian_start")
+MODEL_KEYS = ("eval_trace", "noise", "noise_samples")
+TRAINED_KEYS = ("data.alpha", "data.standardize", "data.gaussian_start")
 
 
 def check_kept(overrides: Sequence[str]) -> None:
     """Refuses to change what the weights were trained with: they would be scored as those of another density."""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group
-        if key.startswith("model.") and key.removeprefix("model.") not in MODEL:
-            free = ", ".join(f"model.{name}" for name in MODEL)
+        if key.startswith("model.") and key.removeprefix("model.") not in MODEL_KEYS:
+            free = ", ".join(f"model.{name}" for name in MODEL_KEYS)
             raise ConfigError(f"{key}: the checkpoint has its own model, of which {free} can be changed; leave it out")
-        if key in TRAINED:
+        if key in TRAINED_KEYS:
             raise ConfigError(f"{key}: the checkpoint keeps what it was trained with; leave it out")
 
 

@@ -1,27 +1,111 @@
-"""`flowsample`: draws samples from a checkpoint into a .npy file, or shows how they come about."""
+"""`flowsample`: draws samples from a checkpoint, animates them, or measures their quality by solver steps."""
 
+import logging
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowtrain.checks import flag, number, whole
-from flowtrain.cli.animate import write_animation
 from flowtrain.cli.arguments import split_own
-from flowtrain.cli.files import check_outputs, paths_of, run_dir_of, written_as
-from flowtrain.cli.messages import run_command
-from flowtrain.cli.opened import Opened, open_checkpoint
-from flowtrain.cli.quality import report_quality
-from flowtrain.console import messages
-from flowtrain.data.base import Dataset
-from flowtrain.errors import ConfigError, DataError
+from flowtrain.cli.error_messages import run_command
+from flowtrain.cli.load_run import Opened, open_checkpoint, set_name
+from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
+from flowtrain.data.base import Dataset, changes
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
-from flowtrain.files import write_npy
-from flowtrain.pictures import draw
-from flowtrain.scores import check_samples
-from flowtrain.status import status
+from flowtrain.evaluation.log_likelihood import check_samples
+from flowtrain.evaluation.sample_quality import quality
+from flowtrain.plotting.animation import KINDS, can_write_mp4, check_writable
+from flowtrain.plotting.evaluation_figures import draw_quality
+from flowtrain.plotting.pictures import draw
+from flowtrain.plotting.transport_pictures import animate, check_animated
+from flowtrain.runs.console import messages
+from flowtrain.utils.arguments import flag, number, whole
+from flowtrain.utils.errors import ConfigError, DataError
+from flowtrain.utils.files import write_json, write_npy
+from flowtrain.utils.status import status
+
+log = logging.getLogger("flowtrain")
+
+
+def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) -> int:
+    """A table, JSON and a figure; the exit code.
+
+    Raises:
+        ConfigError: keys that have no use here, or no numbers of steps.
+    """
+    unused = [key for key in ("n", "label") if own[key] is not None] + ["temperature"] * (own["temperature"] != 1.0)
+    if unused:
+        raise ConfigError(f"{unused[0]}: has no use beside quality, which takes as many samples as there are data")
+    given = written_as("out", own["out"], ".json")
+    steps = own["quality"]
+    if not isinstance(steps, list) or not steps:
+        raise ConfigError(f"quality={steps}: give a list of numbers of steps, as in [1,2,4,8]")
+    steps = [whole(f"quality[{i}]", k) for i, k in enumerate(steps)]
+    opened = open_checkpoint(own, overrides)
+    flow, config = opened.flow, opened.config
+    name = set_name(opened, "test", overrides)
+    out = given or run_dir_of(opened.path) / f"quality{name and f'-{name}'}.json"
+    picture = out.with_suffix(".png") if given else out.parent / f"plots/quality{name and f'-{name}'}.png"
+    check_outputs([out, picture], [opened.path, *paths_of(config["data"])])
+    with status("reading the data"):
+        data = opened.build()
+    if change := changes(opened.samples.record, data.record, ["val", "test"]):
+        log.warning("since the run was trained, %s: the samples are compared with rows it was trained on", change)
+    with status("comparing samples with the data"):
+        found = quality(flow, data, steps, seed)
+    write_json(out, found.to_dict())
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for row in found.rows:
+        nfe, distance = lines.setdefault(row.method, ([], []))
+        nfe.append(row.nfe)
+        distance.append(row.sliced_wasserstein)
+    exact = (found.exact.nfe, found.exact.sliced_wasserstein)
+    title = opened.titled("samples by few steps")
+    with status("drawing quality"):
+        draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title)
+    print(f"{found.table()}\nwritten to {out}, picture in {picture}")
+    return 0
+
+
+def write_animation(
+    own: Mapping[str, Any],
+    overrides: Sequence[str],
+    n: int | None,
+    seed: int,
+    temperature: float,
+    label: int | None,
+) -> int:
+    """The way of n samples from the base to the data, beside the density of two columns; the exit code.
+
+    Raises:
+        ConfigError: a flow that no animation shows, or a file that cannot be written here.
+        DataError: the data, which give the limits, are not to be had.
+        FlowtrainError: a label that the flow does not have.
+        NonFiniteError: samples that are no numbers, of which nothing is written.
+    """
+    given = written_as("out", own["out"], *KINDS)
+    if given is not None:
+        check_writable(given)
+    opened = open_checkpoint(own, overrides)
+    flow = opened.flow
+    check_animated(flow, n)
+    # refused before anything is read
+    if label is not None:
+        flow.check_label(label)
+    out = run_dir_of(opened.path) / "animation.gif"
+    paths = [given] if given else [out, *([out.with_suffix(".mp4")] if can_write_mp4() else [])]
+    check_outputs(paths, [opened.path, *paths_of(opened.config["data"])])
+    with status("reading the data"):
+        data = opened.build()
+    check_fits(flow, data)
+    title = opened.titled("" if label is None else f"class {label}")
+    animate(flow, data, paths, title, n=n, seed=seed, temperature=temperature, label=label)
+    print("\n".join(f"written to {path}" for path in paths))
+    return 0
+
 
 USAGE = """flowsample ckpt=RUN_DIR_OR_FILE [n=10000] [seed=0] [temperature=1.0] [label=7] [out=FILE.npy] [KEY=VALUE ...]
 flowsample ckpt=RUN_DIR_OR_FILE animate=true [n=2000] [seed=0] [temperature=1.0] [label=7] [out=FILE.gif]

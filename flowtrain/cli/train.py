@@ -10,18 +10,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from flowtrain import distributed
-from flowtrain.cli import help, sweep
+from flowtrain.cli import help, sweep_jobs
 from flowtrain.cli.arguments import split_own, versions
-from flowtrain.cli.grammar import SWEEP, check_grammar, in_order, separated
-from flowtrain.cli.made import note, tidied
-from flowtrain.cli.messages import plain, report, run_command
-from flowtrain.cli.overrides import trusted
-from flowtrain.cli.quoted import quoted
-from flowtrain.cli.runs import begin, chosen, go_on
-from flowtrain.errors import CheckpointError, ConfigError
-from flowtrain.paths import config_dir
+from flowtrain.cli.error_messages import plain, report, run_command
+from flowtrain.cli.overrides import SWEEP, check_grammar, in_order, quoted, separated, trusted
+from flowtrain.cli.start_run import begin, chosen, go_on, note, tidied
 from flowtrain.training import checkpoint
+from flowtrain.utils import ranks
+from flowtrain.utils.errors import CheckpointError, ConfigError
+from flowtrain.utils.files import config_dir
 
 
 def main() -> None:
@@ -30,18 +27,18 @@ def main() -> None:
 
 
 def _joined() -> int:
-    with distributed.joined():
+    with ranks.joined():
         return _command()
 
 
 def _command() -> int:
     arguments = sys.argv[1:]
     if "--version" in arguments:
-        if distributed.is_first():
+        if ranks.is_first():
             print(versions())
         return 0
     if help.asked(arguments):
-        if distributed.is_first():
+        if ranks.is_first():
             print(help.help_text(arguments))
         return 0
     arguments = quoted(arguments)
@@ -50,8 +47,8 @@ def _command() -> int:
     arguments = of_first_job(arguments)
     check_grammar(arguments)
     sys.argv[1:] = in_order(chosen(arguments))
-    with tempfile.TemporaryDirectory() as aside, tidied(), sweep.summarized() as summary:
-        if not distributed.is_first():
+    with tempfile.TemporaryDirectory() as aside, tidied(), sweep_jobs.summarized() as summary:
+        if not ranks.is_first():
             # for Hydra, which makes a directory on every rank
             mine = [a for a in sys.argv[1:] if not a.lstrip("+").startswith("hydra.run.dir=")]
             sys.argv[1:] = [f"hydra.run.dir={aside}", *mine]
@@ -71,8 +68,8 @@ def of_first_job(arguments: Sequence[str]) -> list[str]:
 def _start(config: DictConfig) -> float:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
-    if multirun and not distributed.launched():
-        return sweep.job(config, run_dir)
+    if multirun and not ranks.launched():
+        return sweep_jobs.job(config, run_dir)
     try:
         if multirun:
             raise ConfigError("the jobs of a sweep are of one process each: leave out torchrun, or -m")
@@ -84,7 +81,7 @@ def _start(config: DictConfig) -> float:
             raise
         # raised, it would reach the terminal under a heading of Hydra's; one message is what we promise
         raise SystemExit(failed) from e
-    if distributed.is_first():
+    if ranks.is_first():
         print(run_dir)
     if code:
         raise SystemExit(code)
@@ -93,13 +90,13 @@ def _start(config: DictConfig) -> float:
 
 def attempt(run_dir: Path) -> tuple[Path, bool]:
     """Where the run is, the same on all ranks, and whether to go on with what an earlier attempt of torchrun left."""
-    before = distributed.remembered()
-    if before is not None and distributed.is_first():
+    before = ranks.remembered()
+    if before is not None and ranks.is_first():
         if before != run_dir and not any(run_dir.iterdir()):
             run_dir.rmdir()
         run_dir = before
         note(run_dir)
-    return distributed.from_first((run_dir, before is not None and checkpoint.any_in(run_dir)))
+    return ranks.from_first((run_dir, before is not None and checkpoint.any_in(run_dir)))
 
 
 def resume(arguments: Sequence[str]) -> int:
@@ -113,7 +110,7 @@ def resume(arguments: Sequence[str]) -> int:
     if not run_dir.is_dir():
         raise CheckpointError(f"resume={run_dir}: there is no such run directory")
     code = go_on(run_dir, trusted(own["trust"]), rest, tuple(own))[1]
-    if distributed.is_first():
+    if ranks.is_first():
         print(run_dir)
     return code
 

@@ -1,15 +1,87 @@
-"""What a data set gives: training batches as a pure function of the step, fixed held-out sets, a density if known."""
+"""Data sets: training batches as a function of the step, held-out sets, and a record of the data."""
 
+import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from flowtrain.data.record import Record
-from flowtrain.errors import ConfigError
-from flowtrain.suggestions import choose
+from flowtrain.utils.arguments import choose
+from flowtrain.utils.errors import ConfigError
+
+# (name, rows, checksum) of the training file, named FILE, and of each held-out set
+Record = tuple[tuple[str, int, str], ...]
+FILE = "file"
+
+
+class Checksum:
+    """CRC-32 of the rows of a table and of their labels, computed in parts.
+
+    It depends only on the values, not on their format in the file or on the size of the parts.
+    """
+
+    def __init__(self) -> None:
+        self._values = self._labels = 0
+
+    def add(self, values: NDArray[Any], labels: NDArray[Any] | None) -> "Checksum":
+        """Adds rows (n, d) and labels (n, 1) or None; returns self."""
+        self._values = zlib.crc32(np.ascontiguousarray(values).data, self._values)
+        if labels is not None:
+            self._labels = zlib.crc32(np.ascontiguousarray(labels).data, self._labels)
+        return self
+
+    def __str__(self) -> str:
+        return f"{self._values:08x}{self._labels:08x}"
+
+
+def record_of(file: tuple[int, str], rows: Iterable[tuple[str, NDArray[np.int64] | tuple[int, str]]]) -> Record:
+    """The record of a training file and its held-out sets.
+
+    Args:
+        file: row count and checksum of the training file.
+        rows: (name, rows) of each set: the rows of the training file that it holds, or, for a set with its own file,
+            the row count and checksum of that file.
+    """
+    found = [(FILE, *file)]
+    for name, held in rows:
+        if isinstance(held, tuple):
+            found.append((name, *held))
+        else:
+            found.append((name, len(held), f"{zlib.crc32(np.ascontiguousarray(held).data):08x}@{file[1]}"))
+    return tuple(found)
+
+
+def changes(before: Record, now: Record, sets: Iterable[str] = (FILE, "val", "test")) -> str | None:
+    """Describes how these sets have changed; None if they have not, or if either record lacks them.
+
+    Example:
+        >>> before = ("file", 150, "a5"), ("test", 15, "07@a5")
+        >>> changes(before, (("file", 153, "b1"), ("test", 15, "1f@b1")), ["test"])
+        'the training file had 150 rows and has 153 now'
+    """
+    old, new = ({name: (n, checksum) for name, n, checksum in record} for record in (before, now))
+    changed = [name for name in sets if name in old and name in new and old[name] != new[name]]
+    if not changed:
+        return None
+    file = old.get(FILE), new.get(FILE)
+    split_off = [name for name in changed if name == FILE or "@" in new[name][1]]
+    if split_off and file[0] is not None and file[1] is not None and file[0] != file[1]:
+        return f"the training file {_difference(file[0], file[1])}"
+    if split_off:
+        why = "another data.seed, fraction, data.n_val or data.memory_map"
+        return f"other rows are held out for {' and '.join(split_off)} ({why})"
+    return " and ".join(f"the {name} set {_difference(old[name], new[name])}" for name in changed)
+
+
+def _difference(before: tuple[int, str], now: tuple[int, str]) -> str:
+    if before[0] != now[0]:
+        return f"had {before[0]:,} rows and has {now[0]:,} now"
+    return f"still has {now[0]:,} rows, but the values, their order, or the columns have changed"
 
 
 def step_generator(seed: int, *stream: int) -> torch.Generator:
@@ -47,7 +119,7 @@ class Samples:
             `Dataset.offset` from them.
         noisy: for real vectors, the columns of whole numbers to which the data set adds noise.
         class_counts: the number of training rows of each class; () if unknown.
-        record: row counts and checksums of the data, see `flowtrain.data.record`; () if there are none.
+        record: row counts and checksums of the data, see `flowtrain.data.base`; () if there are none.
     """
 
     event_shape: tuple[int, ...]

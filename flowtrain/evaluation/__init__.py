@@ -1,6 +1,6 @@
 """Likelihoods with an error budget, and checks on the density that gives them."""
 
-from flowtrain.evaluation.budget import rows_of_checks
+from flowtrain.evaluation.error_budget import rows_of_checks
 from flowtrain.evaluation.evaluate import check_fits, evaluate, roundtrip_error
 from flowtrain.evaluation.result import NAMES, Budget, Calibration, Check, Evaluation, Separation
 

@@ -6,12 +6,12 @@ import time
 import torch
 from torch import Tensor
 
-from flowtrain.covariance import gaussian_log_prob, shrunk_covariance
+from flowtrain.bijections.linear import gaussian_log_prob, shrunk_covariance
 from flowtrain.data.base import Dataset, step_generator
-from flowtrain.evaluation.budget import stderr
 from flowtrain.evaluation.checks import PAIRED, PAIRED_PER_COLUMN
-from flowtrain.evaluation.digits import with_error
+from flowtrain.evaluation.error_budget import stderr
 from flowtrain.evaluation.result import Baseline, Check
+from flowtrain.utils.formatting import with_error
 
 GAUSSIAN = "gaussian"
 # values (rows times columns) of the training set that the covariance is estimated from, and values scored at a time
@@ -27,7 +27,7 @@ PAIRED_ERRORS, CLEARLY, CLEARLY_ERRORS = 2.0, 0.5, 3.0
 def gaussian_baseline(data: Dataset, x: Tensor, log_p: Tensor) -> Baseline | None:
     """Scores a Gaussian fitted to the training rows of a table; None for images and endless data.
 
-    `flowtrain.covariance.shrunk_covariance` gives its mean and covariance, from at most 2^24 values of the training
+    `flowtrain.bijections.linear.shrunk_covariance` gives its mean and covariance, from at most 2^24 values of the training
     rows. Uniform noise in [0, 1) is added to whole numbers, both in the training rows and in the scored rows, as for
     the flow. Labels are not used.
 

@@ -10,26 +10,26 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
-from flowtrain.data.columns import as_ranges
-from flowtrain.errors import ConfigError, DataError
+from flowtrain.data.tables.columns import as_ranges
 from flowtrain.evaluation.baseline import GAUSSIAN, gaussian_baseline, of_baseline
-from flowtrain.evaluation.budget import budget, stderr, subset_of
+from flowtrain.evaluation.calibration import calibration
 from flowtrain.evaluation.checks import checks
-from flowtrain.evaluation.concentration import check_some_finite, concentration
-from flowtrain.evaluation.latents import calibration
-from flowtrain.evaluation.result import Evaluation, Separation
-from flowtrain.evaluation.separation import separation
-from flowtrain.flow import Flow, Label
-from flowtrain.scores import (
+from flowtrain.evaluation.error_budget import budget, stderr, subset_of
+from flowtrain.evaluation.log_likelihood import (
     estimates_trace,
     held_out,
     log_probs_and_latents,
     nfe_of_pass,
     trace_rule,
 )
-from flowtrain.seeding import seeded
-from flowtrain.solvers import record_solves
-from flowtrain.status import phase
+from flowtrain.evaluation.ood import separation
+from flowtrain.evaluation.outliers import check_some_finite, concentration
+from flowtrain.evaluation.result import Evaluation, Separation
+from flowtrain.flow import Flow, Label
+from flowtrain.ode import record_solves
+from flowtrain.utils.errors import ConfigError, DataError
+from flowtrain.utils.process import seeded
+from flowtrain.utils.status import phase
 
 log = logging.getLogger("flowtrain")
 

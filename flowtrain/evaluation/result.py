@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flowtrain.data.columns import counted
-from flowtrain.evaluation.digits import brief, with_error
+from flowtrain.data.tables.columns import counted
+from flowtrain.utils.formatting import brief, with_error
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Concentration(Check):
 
     Attributes:
         value: the share of the variance of the NLL that a few rows far from the others carry, see
-            `flowtrain.evaluation.concentration`; 1 if log p of a row is not finite.
+            `flowtrain.evaluation.outliers`; 1 if log p of a row is not finite.
         rows: the positions of these rows in the scored set, counted from 0; at most the first 1,000.
         count: the number of these rows.
         nll_without, nll_without_stderr: the NLL of the other rows and its standard error, in nats.

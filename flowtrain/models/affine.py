@@ -2,8 +2,8 @@
 
 import math
 
-from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Chain
+from flowtrain.bijections.linear import Affine
 from flowtrain.flow import Flow
 
 

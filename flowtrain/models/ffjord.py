@@ -2,7 +2,7 @@
 
 Example:
     >>> import torch
-    >>> from flowtrain.solvers import ode_solver
+    >>> from flowtrain.ode import ode_solver
     >>> flow = ffjord((2,), solver=ode_solver("dopri5"), hidden=[16])
     >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # a standard normal, until it is trained
     -1.8379
@@ -15,14 +15,14 @@ from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.squeeze import OnHalf, Squeezed
-from flowtrain.checks import flag, whole
-from flowtrain.divergence import TraceRule
-from flowtrain.fields.base import Field
-from flowtrain.fields.conv import ConvField
-from flowtrain.fields.mlp import MLPField
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
-from flowtrain.solvers import Solver
+from flowtrain.nn.conv_field import ConvField
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.nn.fields import Field
+from flowtrain.nn.mlp_field import MLPField
+from flowtrain.ode import Solver
+from flowtrain.utils.arguments import flag, whole
 
 
 def ffjord(

@@ -10,13 +10,11 @@ from flowtrain.bijections.coupling import HalfCoupling
 from flowtrain.bijections.linear import InvertibleLinear
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.squeeze import OnHalf, Squeezed
-from flowtrain.checks import flag, number, one_of, share, whole, widths
-from flowtrain.conditioners.conv import ConvNet, InformedConv
-from flowtrain.conditioners.mlp import MLP
-from flowtrain.conditioners.parts import ACTIVATIONS, zero
-from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
+from flowtrain.nn.conditioners import ACTIVATIONS, MLP, ConvNet, InformedConv, zero
+from flowtrain.utils.arguments import flag, number, one_of, share, whole, widths
+from flowtrain.utils.errors import ConfigError
 
 
 def glow(

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable
 
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.scale import ActNorm
-from flowtrain.checks import whole
-from flowtrain.errors import ConfigError
 from flowtrain.flow import Flow
+from flowtrain.utils.arguments import whole
+from flowtrain.utils.errors import ConfigError
 
 Size = tuple[int, int]
 

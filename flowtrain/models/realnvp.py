@@ -14,15 +14,13 @@ from torch import nn
 
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.coupling import CheckerboardCoupling, HalfCoupling, IndexCoupling
-from flowtrain.bijections.permutation import Permutation
+from flowtrain.bijections.linear import Permutation
 from flowtrain.bijections.scale import ActNorm, BatchNorm
 from flowtrain.bijections.squeeze import OnHalf, Squeezed
-from flowtrain.checks import flag, number, one_of, share, whole, widths
-from flowtrain.conditioners.conv import ResidualNet
-from flowtrain.conditioners.mlp import MLP
-from flowtrain.conditioners.parts import ACTIVATIONS
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
+from flowtrain.nn.conditioners import ACTIVATIONS, MLP, ResidualNet
+from flowtrain.utils.arguments import flag, number, one_of, share, whole, widths
 
 MIXINGS = ("alternate", "permutation")
 

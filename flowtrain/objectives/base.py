@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowtrain.bijections.continuous import Regularizer
 from flowtrain.flow import Flow
-from flowtrain.regularizers import Regularizer
 
 
 class Objective(nn.Module, ABC):
     """What training minimizes.
 
-    In `forward`, so that `trainer.compile` can compile the whole of it (`starting.compile_parts`).
+    In `forward`, so that `trainer.compile` can compile the whole of it (`training.initialization.compile_parts`).
 
     Attributes:
         flow: what is trained.

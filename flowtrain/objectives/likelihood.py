@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from flowtrain.errors import ConfigError
+from flowtrain.bijections.continuous import Regularizer, record_paths
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
-from flowtrain.regularizers import Regularizer, record_paths
+from flowtrain.utils.errors import ConfigError
 
 
 class Likelihood(Objective):

@@ -1,1 +1,1 @@
-"""The training loop, and what hangs off it."""
+"""The training loop and its parts."""

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from flowtrain import distributed
 from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
 from flowtrain.flow import Flow
+from flowtrain.utils import ranks
 
 
 class Batch(NamedTuple):
@@ -38,12 +38,12 @@ class Batches:
         self.flow, self.data, self.size, self.seed = flow, data, size, seed
         self.device = flow.like.device
         data.to(self.device)
-        self.share = distributed.share(size)
+        self.share = ranks.share(size)
         self.weight = (self.share.stop - self.share.start) / size
 
     def seed_of(self, step: int) -> int:
         """Of the noise of a step; each rank has its own."""
-        own = (distributed.rank(),) if distributed.rank() else ()
+        own = (ranks.rank(),) if ranks.rank() else ()
         return step_generator(self.seed, STEP_STREAM, step, *own).initial_seed()
 
     def of(self, step: int) -> Batch:

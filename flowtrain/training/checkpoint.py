@@ -1,5 +1,6 @@
-"""Checkpoints: weights and plain values only, written so that a crash leaves the old file or the new one."""
+"""Checkpoint files: weights and plain values with a checksum. A crash leaves the old file or the new one."""
 
+import hashlib
 import io
 import logging
 import pickle
@@ -9,10 +10,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from flowtrain.errors import CheckpointError, first_line
-from flowtrain.files import replacing
-from flowtrain.training.checksum import checksum
+from flowtrain.training.old_checkpoints import upgraded
+from flowtrain.utils.errors import CheckpointError, first_line
+from flowtrain.utils.files import replacing
+
+
+def checksum(content: Any) -> str:
+    """SHA-256 of plain values and tensors, by type, order and value.
+
+    Raises:
+        CheckpointError: a value of another kind, or a tensor that claims more than its memory holds.
+    """
+    digest = hashlib.sha256()
+    _add(digest, content)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        _add_tensor(digest, value)
+    elif isinstance(value, dict):
+        digest.update(f"dict {len(value)};".encode())
+        for key, item in value.items():
+            _add(digest, key)
+            _add(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"{'list' if isinstance(value, list) else 'tuple'} {len(value)};".encode())
+        for item in value:
+            _add(digest, item)
+    elif value is None or isinstance(value, bool | int | float | str):
+        digest.update(f"{type(value).__name__} {value!r};".encode())
+    else:
+        raise CheckpointError(f"a {type(value).__name__} is no plain value")
+
+
+def _add_tensor(digest: Any, value: Tensor) -> None:
+    # a few bytes can claim a tensor of any shape, which would be written out below
+    if value.device.type != "cpu":
+        raise CheckpointError(f"a tensor is on {value.device}, where no file can put it")
+    if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(f"a tensor of shape {tuple(value.shape)} has less memory than that")
+    digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
 
 log = logging.getLogger("flowtrain")
 
@@ -149,18 +191,4 @@ def _read(path: Path) -> dict[str, Any]:
     missing = [group for group in GROUPS if not isinstance(checkpoint["config"].get(group), dict)]
     if missing:
         raise CheckpointError(f"{path}: the checkpoint's config has no {', '.join(missing)}: it is damaged.")
-    return {**checkpoint, "config": _as_now(checkpoint["config"])}
-
-
-def _as_now(config: dict[str, Any]) -> dict[str, Any]:
-    """Adds missing keys to the config of an older checkpoint, so that data=array is read as it was then."""
-    data = config["data"]
-    if data.get("_target_") != "flowtrain.data.array.ArrayData":
-        return config
-    # older flows over tables started at a standard normal
-    data = {"gaussian_start": False, **data}
-    if "header" not in data:
-        # older versions kept unnamed index columns, and all samples in float32
-        columns = ["0:"] if data.get("columns") is None else data["columns"]
-        data |= {"columns": columns, "header": None, "decimal": None, "center": False}
-    return {**config, "data": data}
+    return upgraded(checkpoint)

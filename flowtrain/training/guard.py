@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain import distributed
-from flowtrain.errors import NonFiniteError, SolverError
 from flowtrain.flow import Flow
-from flowtrain.seeding import seeded
-from flowtrain.solvers import Solver, record_solves
+from flowtrain.ode import Solver, record_solves
+from flowtrain.utils import ranks
+from flowtrain.utils.errors import NonFiniteError, SolverError
+from flowtrain.utils.process import seeded
 
 log = logging.getLogger("flowtrain")
 
@@ -94,7 +94,7 @@ class Guard:
             read = f"the batch has an NLL of {-loose.mean():.4f} as solved in training, "
             read += f"but a tight solve failed ({failure})" if failed else f"{-tight.mean():.4f} when solved tightly"
         # one rank's doubt is all ranks': they train one field, at one tolerance
-        any_wrong, any_failed, most = distributed.largest([wrong, failed, nfe])
+        any_wrong, any_failed, most = ranks.largest([wrong, failed, nfe])
         # once for a failure: how much tighter it would have to be, no comparison says
         return bool(any_wrong) and self._tighten(step, int(most), f"step {step}: {read}") and not any_failed
 

@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from flowtrain.files import to_json, write_text
 from flowtrain.flow import Flow
+from flowtrain.utils.files import to_json, write_text
 
 log = logging.getLogger("flowtrain")
 

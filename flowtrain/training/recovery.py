@@ -5,13 +5,13 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import TypeVar
 
-from flowtrain import distributed
-from flowtrain.errors import ConfigError, FlowtrainError
-from flowtrain.quoting import resume_command
+from flowtrain.training.checkpoint_manager import Saves
+from flowtrain.training.failure_policy import STEP_ERRORS, Trouble
 from flowtrain.training.metrics import Metrics
-from flowtrain.training.saving import Saves
 from flowtrain.training.settings import Settings
-from flowtrain.training.trouble import STEP_ERRORS, Trouble
+from flowtrain.utils import ranks
+from flowtrain.utils.errors import ConfigError, FlowtrainError
+from flowtrain.utils.formatting import resume_command
 
 log = logging.getLogger("flowtrain")
 
@@ -39,7 +39,7 @@ class Recovery:
         """
         try:
             return action()
-        except distributed.RankLostError:
+        except ranks.RankLostError:
             raise
         except FlowtrainError as e:
             return self.failed(e, what)

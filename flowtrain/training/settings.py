@@ -2,10 +2,10 @@
 
 from dataclasses import asdict, dataclass
 
-from flowtrain.checks import flag, number, one_of, whole
-from flowtrain.errors import ConfigError
-from flowtrain.precision import PRECISIONS
-from flowtrain.training.trouble import POLICIES
+from flowtrain.training.failure_policy import POLICIES
+from flowtrain.utils.arguments import flag, number, one_of, whole
+from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.precision import PRECISIONS
 
 CHOICES = {
     "optimizer": ("adam", "adamw"),

@@ -16,10 +16,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flowtrain import distributed
-from flowtrain.checks import one_of
-from flowtrain.errors import ConfigError
 from flowtrain.training.metrics import Metrics
+from flowtrain.utils import ranks
+from flowtrain.utils.arguments import one_of
+from flowtrain.utils.errors import ConfigError
 
 log = logging.getLogger("flowtrain")
 
@@ -155,7 +155,7 @@ def board(logger: Any, folder: Path) -> Board | None:
             f"logger=[{','.join(names)}] needs tensorboard (pip install 'flowtrain[tensorboard]'), which cannot be "
             f"imported here ({e}); or take logger=[jsonl]"
         ) from e
-    return made if distributed.is_first() else None
+    return made if ranks.is_first() else None
 
 
 def _step_of(path: Path) -> int | None:

@@ -1,7 +1,8 @@
-"""One update of the weights, top to bottom: batch, loss, backward, average, check, clip, step."""
+"""One update of the weights: batch, loss, gradient averaged over ranks, check, clipping, optimizer step."""
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,69 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowtrain import distributed
-from flowtrain.errors import FlowtrainError, NonFiniteError
 from flowtrain.objectives.base import Objective
-from flowtrain.precision import narrowed, training_step
-from flowtrain.solvers import record_solves
-from flowtrain.training.averaging import averaged
+from flowtrain.ode import record_solves
 from flowtrain.training.batches import Batch, Batches
-from flowtrain.training.learner import Learner
+from flowtrain.training.failure_policy import STEP_ERRORS, bad_update, dump
 from flowtrain.training.metrics import in_bits
 from flowtrain.training.settings import Settings
-from flowtrain.training.trouble import STEP_ERRORS, bad_update, dump
+from flowtrain.training.train_state import Learner
+from flowtrain.utils import ranks
+from flowtrain.utils.errors import FlowtrainError, NonFiniteError
+from flowtrain.utils.precision import narrowed, training_step
+
+# numbers kept for a loss and its terms in what is summed, so that a rank whose step failed sends as many as the others
+AVERAGING_SLOTS = 16
+
+
+def averaged(
+    parameters: Sequence[nn.Parameter], terms: Mapping[str, Tensor], weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Puts sum_r w_r g_r, over all ranks, in the place of this rank's gradients, where that is finite.
+
+    Gradients and terms travel as one tensor and are summed once all of them are there, so that a rank whose step has
+    failed, forward or backward, takes part with NaN in the place of its own: then no rank has an update to make, and
+    each has its own gradients still, to tell whether it was its fault.
+
+    A parameter without a gradient on every rank stays without one, so that weight decay and the optimizer's averages
+    do not change it. If only some ranks have a gradient, the others count as zeros.
+
+    Args:
+        terms: the loss and its parts, by name, the same on all ranks; none where the step failed.
+        weight: w_r, the share of the rows of the batch that this rank has.
+
+    Returns:
+        (the norm of the mean gradient, NaN or infinite where it is of no use; the weighted terms). On one rank, those
+        of its own, and nothing is copied.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    if ranks.size() == 1:
+        return nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]), dict(terms)
+    pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    slots = pieces[0].new_full((AVERAGING_SLOTS,), 0.0 if terms else torch.nan)
+    for i, term in enumerate(terms.values()):
+        slots[i] = term
+    # 1 for each parameter with a gradient. The sum over ranks is above 0 if any rank has one. Needs no device sync
+    known = pieces[0].new_ones(len(trained))
+    for i, p in enumerate(trained):
+        if p.grad is None:
+            known[i] = 0.0
+    flat = torch.cat([*(piece.flatten() for piece in pieces), known, slots]).mul_(weight)
+    if not terms:
+        flat.fill_(torch.nan)
+    ranks.sum_in_place(flat)
+    sizes = [p.numel() for p in trained]
+    gradient, known, means = torch.split(flat, [sum(sizes), len(trained), AVERAGING_SLOTS])
+    norm = torch.linalg.vector_norm(gradient)
+    found = dict(zip(terms, means, strict=False))
+    # one wait for the device, which the caller's check would come to anyway
+    finite, *there = torch.cat([norm.isfinite().view(1), known > 0]).tolist()
+    if finite:
+        for p, piece, has in zip(trained, torch.split(gradient, sizes), there, strict=True):
+            # in the layout of the parameter: a fused optimizer goes through the memory of both side by side
+            p.grad = torch.empty_like(p).copy_(piece.view_as(p)) if has else None
+    return norm, found
+
 
 NFE = ("nfe_forward", "nfe_backward")
 
@@ -132,7 +185,7 @@ class Update:
     def averaged(self, tried: Attempt) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean gradient of all ranks in the place of this one's: its norm, and the mean terms, NFE among them."""
         terms = dict(tried.terms)
-        if terms and distributed.size() > 1:
+        if terms and ranks.size() > 1:
             terms |= {name: terms["loss"].new_tensor(n, dtype=torch.float32) for name, n in tried.nfe.items()}
         return averaged(list(self.flow.parameters()), terms, self.batches.weight)
 
@@ -142,5 +195,5 @@ class Update:
         if failure is not None:
             path = dump(self.run_dir, step + 1, batch.x, batch.label)
             failure = failure if path is None else type(failure)(f"{failure} Its batch is in {path}.")
-        agreed = distributed.agreed(failure)
+        agreed = ranks.agreed(failure)
         return agreed or NonFiniteError("the sum of all ranks' gradients is not finite, though each of them is.")

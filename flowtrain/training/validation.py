@@ -1,21 +1,118 @@
-"""The NLL of the validation set, and what follows from it: the best checkpoint, a smaller rate, the end of a run."""
+"""Validation: the NLL, the best checkpoint, early stopping, overfitting, and advice from it."""
 
 import math
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowtrain import distributed
 from flowtrain.data.base import Dataset
-from flowtrain.errors import FlowtrainError, NonFiniteError
-from flowtrain.scores import check_finite, held_out, log_probs
-from flowtrain.training import rise
-from flowtrain.training.learner import Learner
+from flowtrain.evaluation.log_likelihood import check_finite, held_out, log_probs
+from flowtrain.training.checkpoint_manager import Saves
 from flowtrain.training.metrics import Metrics, in_bits
 from flowtrain.training.progress import Progress
-from flowtrain.training.saving import Saves
 from flowtrain.training.settings import Settings
+from flowtrain.training.train_state import Learner
+from flowtrain.utils import ranks
+from flowtrain.utils.errors import FlowtrainError, NonFiniteError
+
+# the largest and smallest number of validation rows that are compared row by row
+MOST_COMPARED, LEAST_ROWS_RISEN = 2000, 5
+# the mean difference must exceed so many standard errors
+SIGMAS = 4.0
+# differences are clipped at this multiple of their median size, so that one row does not decide
+CLIP = 3.0
+# if this share of rows is worse, the spread of the differences does not matter
+MANY_WORSE = 0.75
+# for samples of more numbers than this, the margin grows in proportion
+MARGIN_COLUMNS = 10
+
+
+def margin(max_rise: float, d: int) -> float:
+    """How far the NLL of samples of d numbers may be above the best one, in nats."""
+    return max_rise * max(1.0, d / MARGIN_COLUMNS)
+
+
+def clearly_worse(best: Tensor, now: Tensor, least: float) -> bool:
+    """Whether log p of the same rows, (n,) each, is significantly worse, by more than `least` nats.
+
+    The mean difference must exceed `least`. In addition, either a share MANY of the rows must be worse by more than
+    `least`, or the mean of the clipped differences must exceed `least` and SIGMAS of its standard errors. No single row
+    decides.
+
+    Example:
+        >>> before = torch.arange(10.0)
+        >>> clearly_worse(before, before - 2 - 0.1 * before, least=1.0), clearly_worse(before, before - 0.5, least=1.0)
+        (True, False)
+        >>> clearly_worse(before, before - 1000 * (before == 3), least=1.0)
+        False
+    """
+    worse = (best - now).double()
+    if len(worse) < LEAST_ROWS_RISEN or not bool(worse.isfinite().all()):
+        return False
+    if float(worse.mean()) <= least:
+        return False
+    if float((worse > least).double().mean()) >= MANY_WORSE:
+        return True
+    limit = float(CLIP * worse.abs().median())
+    clipped = worse.clamp(-limit, limit)
+    mean, error = float(clipped.mean()), float(clipped.std()) / math.sqrt(len(clipped))
+    return mean > max(least, SIGMAS * error)
+
+
+def some_rows(log_p: Tensor, start: int, n: int) -> Tensor:
+    """The entries of log_p that belong to up to MOST evenly spaced rows of a set of n. log_p begins at row `start`."""
+    every = max(1, math.ceil(n / MOST_COMPARED))
+    return log_p[-start % every :: every].to(torch.float32)
+
+
+# a run that still improves in this last share of its steps had too few of them
+LATE_BEST = 0.2
+# nats that the run must have gained in that share, for samples of up to ten numbers
+GAINED = 0.02
+# a best validation within this first share of the steps suggests overfitting
+EARLY_BEST = 0.5
+
+
+def best_step(step: int, steps: int) -> str:
+    """Says at which step of a run the best validation was.
+
+    Example:
+        >>> best_step(200, 1200)
+        'best at step 200 of 1,200'
+    """
+    return f"best at step {step:,} of {steps:,}"
+
+
+def advice(
+    rows: Sequence[Mapping[str, Any]], best: int, steps: int, d: int, finite: bool, config: Mapping[str, Any]
+) -> str | None:
+    """Suggests what may give a better flow, from the validations of a run; None if they show nothing clear.
+
+    Args:
+        rows: the rows of metrics.jsonl.
+        best: the step of the best validation.
+        steps: the number of steps that the run took.
+        d: the number of elements of a sample.
+        finite: whether the training data are a finite set.
+        config: the config of the run, which says which keys the model has.
+    """
+    nll = {row["step"]: row["nll"] for row in rows if row["split"] == "val"}
+    if len(nll) < 2 or best not in nll:
+        return None
+    clear = GAINED * max(1.0, d / 10)
+    if finite and best <= EARLY_BEST * steps and nll[max(nll)] - nll[best] > clear:
+        names = {"hidden": "a smaller model (model.hidden)", "dropout": "model.dropout"}
+        keys = ["more rows", *(words for key, words in names.items() if key in config["model"])]
+        keys += ["a larger trainer.weight_decay", "a smaller trainer.lr"]
+        what = "the flow overfits" if best else "no step was better than the initial flow"
+        return f"{what}: {', '.join(keys[:-1])} or {keys[-1]} may help"
+    before = [nll[step] for step in nll if step <= (1 - LATE_BEST) * steps]
+    if best == max(nll) and before and min(before) - nll[best] > clear:
+        return "the validation NLL was still falling: a larger trainer.steps may help"
+    return None
 
 
 class Validation:
@@ -71,15 +168,15 @@ class Validation:
         p, s = self.progress, self.settings
         worse = False
         if s.max_rise is not None and rows is not None and p.best_rows is not None and len(rows) == len(p.best_rows):
-            least = rise.margin(s.max_rise, math.prod(self.flow.event_shape))
-            worse = self.learner.may_overfit(p.step) and rise.clearly_worse(p.best_rows, rows, least)
+            least = margin(s.max_rise, math.prod(self.flow.event_shape))
+            worse = self.learner.may_overfit(p.step) and clearly_worse(p.best_rows, rows, least)
         p.worse = [*p.worse, p.val_nll] if worse else []
         self.risen = len(p.worse) > 2 or p.worse != sorted(p.worse, reverse=True)
 
     def compared(self) -> Tensor:
         """log p of some rows of the whole validation set, (k,), the same on all ranks."""
-        mine = rise.some_rows(self.scored, self.start, self.n)
-        return torch.cat([torch.tensor(part) for part in distributed.all_of(mine.tolist())])
+        mine = some_rows(self.scored, self.start, self.n)
+        return torch.cat([torch.tensor(part) for part in ranks.all_of(mine.tolist())])
 
     @property
     def out_of_patience(self) -> bool:
@@ -92,20 +189,20 @@ class Validation:
         x, label = held_out(self.flow, self.data, "val")
         x = x[: self.size]
         begun = time.perf_counter()
-        share = distributed.share(len(x))
+        share = ranks.share(len(x))
         label = None if label is None else label[share]
         log_p, failure = torch.zeros(0, dtype=torch.float64), None
         try:
             if len(x[share]):
-                log_p = self.learner.with_average(log_probs, self.flow, x[share], label, seed=distributed.rank())
+                log_p = self.learner.with_average(log_probs, self.flow, x[share], label, seed=ranks.rank())
             check_finite(log_p, "val", share.start)
         except FlowtrainError as e:
             failure = e
         self.scored, self.start, self.n = log_p, share.start, len(x)
         self.seconds = time.perf_counter() - begun
         sums = [log_p.sum().item(), log_p.square().sum().item(), len(log_p), failure is not None]
-        total, squares, n, failures = distributed.summed(sums)
+        total, squares, n, failures = ranks.summed(sums)
         if failures:
-            raise distributed.agreed(failure) or NonFiniteError("the validation failed")
+            raise ranks.agreed(failure) or NonFiniteError("the validation failed")
         variance = max(0.0, squares - total**2 / n) / (n - 1) if n > 1 else math.nan
         return -total / n, math.sqrt(variance / n)

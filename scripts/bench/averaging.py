@@ -5,7 +5,7 @@
 
 Prints, of each setup, the median time of forward, backward and averaging, taken in turn in the same processes, and how
 far apart the two gradients are. DDP overlaps its all-reduce with the way back; flowtrain sums everything at the end
-(flowtrain.training.averaging says what for).
+(flowtrain.training.update says what for).
 """
 
 import argparse
@@ -23,9 +23,9 @@ import torch.distributed as dist
 from common import machine, median_and_spread, table
 from torch.nn.parallel import DistributedDataParallel
 
-from flowtrain.build import build_data, build_flow, build_objective
-from flowtrain.cli.messages import compose_defaults
-from flowtrain.training.averaging import averaged
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.runs.build import build_data, build_flow, build_objective
+from flowtrain.training.update import averaged
 
 SETUPS = {
     "FFJORD, moons, 256 rows a rank": (["model=ffjord", "data=moons", "solver.rtol=1e-4"], 256),

@@ -51,7 +51,7 @@ def run_flowtrain(run_dir: Path, *overrides: str) -> None:
 
 def keep_freed_memory() -> None:
     """As flowtrain's own commands do; every peer on torch gains as much."""
-    from flowtrain.process import keep_freed_memory
+    from flowtrain.utils.process import keep_freed_memory
 
     keep_freed_memory()
 

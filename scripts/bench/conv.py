@@ -47,10 +47,10 @@ def conv_problem(
     import torch
     from steps import Problem, fixed_noise, wake_head
 
-    from flowtrain.fields import conv
+    from flowtrain.nn import conv_field
 
     torch.manual_seed(0)
-    field = conv.ConvField(channels, [int(h) for h in hidden.split(",")], "concatsquash", activation)
+    field = conv_field.ConvField(channels, [int(h) for h in hidden.split(",")], "concatsquash", activation)
     wake_head(field, head)
     x = torch.randn(batch, channels, side, side)
     return Problem(field, x, fixed_noise(x), torch.randn_like(x), dict(solver))

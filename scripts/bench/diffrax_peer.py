@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from steps import Contestant, Problem, Skip, Step
 
-from flowtrain.fields.mlp import ConcatSquash, MLPField
+from flowtrain.nn.mlp_field import ConcatSquash, MLPField
 
 ACTIVATIONS = {"tanh": jnp.tanh, "softplus": jax.nn.softplus, "swish": jax.nn.silu}
 # in the order of ConcatSquash's own parameters, so that gradients line up

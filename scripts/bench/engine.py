@@ -96,8 +96,9 @@ def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
     import torch
     from steps import Problem, fixed_noise, wake_head
 
-    from flowtrain import build, load
+    from flowtrain import load
     from flowtrain.bijections.continuous import Continuous
+    from flowtrain.runs import build
     from flowtrain.training import checkpoint
 
     ckpt = args.ckpt or trained_run(args.d, args.train)

@@ -51,7 +51,7 @@ def measure(args: argparse.Namespace) -> None:
     from conv import contestants, conv_problem
     from steps import Skip
 
-    from flowtrain.errors import FlowtrainError
+    from flowtrain.utils.errors import FlowtrainError
 
     name, steps = args.child
     make = contestants()[name]

@@ -13,7 +13,7 @@ The model, per step, in seconds, for N ranks with a gradient of G bytes:
     waiting         compute (E[max of N NFE] / E[NFE] - 1), drawn from the NFE of the measured steps: each rank solves
                     its own share, and the slowest is waited for
 
-Nothing overlaps: gradients travel once the last of them is there (flowtrain.training.averaging says why).
+Nothing overlaps: gradients travel once the last of them is there (flowtrain.training.update says why).
 """
 
 import argparse

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torchdiffeq import odeint, odeint_adjoint
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.divergence import Probes, TraceRule, rademacher
-from flowtrain.errors import FlowtrainError
-from flowtrain.precision import full_precision
-from flowtrain.solvers import ode_solver, record_solves
+from flowtrain.nn.divergence import Probes, TraceRule, rademacher
+from flowtrain.ode import ode_solver, record_solves
+from flowtrain.utils.errors import FlowtrainError
+from flowtrain.utils.precision import full_precision
 
 
 class Skip(Exception):  # noqa: N818

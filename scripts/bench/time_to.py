@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
 
 def entropy_on_validation(run_dir: Path) -> float:
     """-mean log p_true on the run's own validation set: its NLL less this is the KL there."""
-    from flowtrain import build
+    from flowtrain.runs import build
     from flowtrain.training import checkpoint
 
     data = build.build_data(checkpoint.load(checkpoint.find(run_dir))["config"])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 import flowtrain
-from flowtrain.errors import CheckpointError
+from flowtrain.utils.errors import CheckpointError
 from harm.compare import unlike
 from harm.damage import damaged
 from harm.forks import forked

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from flowtrain.paths import config_dir
+from flowtrain.utils.files import config_dir
 from harm.forks import try_flowtrain
 from harm.part import Part
 

@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.divergence import TraceRule
+from flowtrain.bijections.linear import Affine
 from flowtrain.flow import Flow
-from flowtrain.solvers import Solver
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.ode import Solver
 
 
 def composed(event_shape: tuple[int, ...], maps: int = 3) -> Flow:

@@ -1,0 +1,198 @@
+"""One message for every error: what a command prints of it, and how it exits."""
+
+import itertools
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flowtrain.cli.config_files import Commented, config_dirs, look_here, options, own_configs
+from flowtrain.utils import ranks
+from flowtrain.utils.arguments import choose, hint
+from flowtrain.utils.errors import FlowtrainError, first_line, out_of_memory
+from flowtrain.utils.files import config_dir, config_groups
+
+
+def run_command(name: str, command: Callable[[], int]) -> None:
+    """Runs a command and exits; an error the user can mend becomes one message on standard error."""
+    # Hydra would print its own errors in its own way and exit; raised instead, they pass through here
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    code: int | None
+    try:
+        if own_configs() is not None:
+            look_here()
+        code = command()
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        code = 130
+    except Exception as e:
+        code = report(name, e)
+        if code is None:
+            raise
+    sys.exit(code)
+
+
+def report(name: str, error: Exception) -> int | None:
+    """Prints the one message of an error and gives its exit code; None, and nothing is printed, where it has none."""
+    if isinstance(error, BrokenPipeError):
+        # the reader of our output has gone (as in `floweval ... | head -1`): nothing is wrong here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    said = message_of(error)
+    if said is None:
+        return None
+    if ranks.first_to_say(said[0]):
+        print(f"{name}: {said[0]}", file=sys.stderr)
+    return said[1]
+
+
+def message_of(error: Exception) -> tuple[str, int] | None:
+    """An error in one message, and the exit code: 2 for a mistake, 1 for what went wrong.
+
+    None for what no user can have caused.
+    """
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain(error), 2
+    if isinstance(error, FlowtrainError | OSError):
+        return str(error), error.exit_code if isinstance(error, FlowtrainError) else 1
+    if out_of_memory(error):
+        return f"{first_line(error)}: this takes more memory than there is; make it smaller", 1
+    return None
+
+
+def explain(error: Exception) -> str:
+    """Hydra's message, and for an unknown key the list of what there is."""
+    parts = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
+    message = " ".join(" ".join(part.split()) for part in parts)
+    plugin = re.search(r"Could not (?:find|load) 'hydra/(?:launcher|sweeper)/(joblib|submitit|optuna)", message)
+    if plugin:
+        return f"hydra/*={plugin[1]} is an extra: pip install 'flowtrain[{plugin[1]}]'"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name}: {choose(name, error.options)}"
+    unloaded = re.search(r"Could not load '([^']+)'", message)
+    if unloaded and unloaded[1].partition("/")[0] in config_groups():
+        group, _, name = unloaded[1].partition("/")
+        return f"{group}={name}: {choose(name, options(group))}"
+    unknown = re.search(r"Could not override '([^']+)'", message)
+    if unknown is not None:
+        return unknown_key(unknown[1], *_without(unknown[1]))
+    written = getattr(error, "override", None)
+    message = re.sub(r"^In '[^']*': | Config search path:.*$", "", message)
+    several = re.match(r"Ambiguous value for argument '(.*?)' 1\.|Sweep parameters '(.*?)' requires", message)
+    if several:
+        given = several[1] or several[2]
+        return f"{given}: several values make a sweep: add -m, or give one value, or a list in brackets"
+    if written and not re.fullmatch(r"[+~]{0,2}[A-Za-z_][\w/@-]*(\.[\w-]+)*", written.partition("=")[0], re.ASCII):
+        return f"{written}: this is not a key; keys look like trainer.lr"
+    if written:
+        return f"{written}: {_unparsed(message)}; values with special characters need quotes: {_in_quotes(written)}"
+    return message
+
+
+def _unparsed(message: str) -> str:
+    """Hydra's message if a function in an override fails. Otherwise says only that the value cannot be parsed."""
+    said = re.search(r"while evaluating .*?(?= See https://hydra.cc|$)", message)
+    return said[0] if said else "the value cannot be parsed"
+
+
+def _in_quotes(override: str) -> str:
+    """The override with its value in Hydra's quotes, quoted again for the shell."""
+    key, _, value = override.partition("=")
+    return shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
+
+
+def _without(key: str) -> tuple[dict[str, Any], str]:
+    """The config of the groups that the command line chooses, of a sweep the first that has no such key; and which."""
+    chosen = [a.partition("=") for a in sys.argv[1:] if a.partition("=")[0] in config_groups()]
+    # of what is written otherwise, as in choice(a,b), the defaults
+    plain_words = [(group, names.split(",")) for group, _, names in chosen if re.fullmatch(r"[\w,]+", names)]
+    every = [[f"{group}={name}" for name in names] for group, names in plain_words]
+    for overrides in itertools.product(*every):
+        config = compose_defaults(overrides, with_hydra=key.startswith("hydra"))
+        if OmegaConf.select(OmegaConf.create(config), key, default=_without) is _without:
+            break
+    swept = [option for option, names in zip(overrides, every, strict=True) if len(names) > 1]
+    return config, f"with {', '.join(swept)} " if swept else ""
+
+
+def unknown_key(key: str, config: Mapping[str, Any], where: str = "") -> str:
+    """A message that suggests the nearest key, and lists the keys of the deepest part of the config that exists."""
+    key = key.lstrip("+~")
+    node: Any = config
+    found: list[str] = []
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            break
+        node = node[part]
+        found.append(part)
+    at = ".".join(found)
+    if not isinstance(node, Mapping):
+        return f"{where}there is no key {key}: {at} is a value, {at}={node}"
+    have = [str(k) for k in node if k not in ("_target_", "name")]
+    names = [k for k in _every_key(config) if k.rpartition(".")[2] not in ("_target_", "name")]
+    keys_are = f"the keys{at and f' of {at}'} are {', '.join(have)}" if have else f"there are no keys in {at}"
+    return f"{where}there is no key {key}; {_elsewhere(key) or hint(key, names, keys_are)}"
+
+
+def _elsewhere(key: str) -> str:
+    """Says which other choices of its group have the key; empty if none has it."""
+    group, _, name = key.partition(".")
+    if not name or group not in config_groups():
+        return ""
+    have = [choice for choice in options(group) if f"{group}.{name}" in keys_of_choice(group, choice)]
+    return f"it is a key of {' and of '.join(f'{group}={choice}' for choice in have)}" if have else ""
+
+
+def keys_of_choice(group: str, name: str) -> set[str]:
+    """The keys, such as model.layers, that the file of a choice and its parents set."""
+    found: set[str] = set()
+    for folder in config_dirs():
+        path = folder / group / f"{name}.yaml"
+        said = Commented(path.read_text()) if path.is_file() else Commented("")
+        found |= {key if said.whole else f"{group}.{key}" for key in said.keys}
+        found |= {key for parent in said.parents for key in keys_of_choice(group, parent)}
+    return found
+
+
+def _every_key(config: Mapping[str, Any], before: str = "") -> list[str]:
+    """All dotted keys of a config: groups and values."""
+    found = []
+    for key, value in config.items():
+        found.append(f"{before}{key}")
+        if isinstance(value, Mapping):
+            found += _every_key(value, f"{before}{key}.")
+    return found
+
+
+def compose_defaults(overrides: Sequence[str], with_hydra: bool = False) -> dict[str, Any]:
+    """The plain config that overrides compose. `with_hydra` adds Hydra's own part, not interpolated."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        if not with_hydra:
+            return plain(compose("config", [*own_searchpath(), *overrides]))
+        whole = compose("config", [*own_searchpath(), *overrides], return_hydra_config=True)
+        return cast(dict[str, Any], OmegaConf.to_container(whole))
+
+
+def own_searchpath() -> list[str]:
+    """The override that has Hydra look for configs in the folder of --config-dir too."""
+    own = own_configs()
+    if own is None:
+        return []
+    quoted = str(own).replace("\\", r"\\").replace("'", r"\'")
+    return [f"hydra.searchpath=['file://{quoted}']"]
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Interpolations resolved, plain containers."""
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(k): v for k, v in container.items()}

@@ -1,0 +1,250 @@
+"""Starts or resumes a run in its directory, and removes what a refused command wrote."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flowtrain.cli.config_files import options
+from flowtrain.cli.error_messages import plain, unknown_key
+from flowtrain.cli.output_files import absolute_paths, is_path
+from flowtrain.cli.overrides import keys_of, less_key, overridden, trusted
+from flowtrain.runs.build import with_whole_numbers
+from flowtrain.runs.console import messages
+from flowtrain.runs.load import check_targets
+from flowtrain.runs.lock import holding
+from flowtrain.runs.run import train
+from flowtrain.training import checkpoint
+from flowtrain.utils import ranks
+from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError
+from flowtrain.utils.files import config_groups
+from flowtrain.utils.formatting import resume_command
+from flowtrain.utils.status import command_begun, status
+
+# what a run writes before its training begins
+REFUSED_FILES = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "flowtrain.log", "metrics.jsonl",
+         "checkpoints/teacher.pt")  # fmt: skip
+# the directories that Hydra creates for this command, innermost first
+_MADE: list[Path] = []
+
+
+class Made(Callback):
+    """Hydra's callback that records the directory of a run or a sweep before Hydra creates it."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        note(Path(str(config.hydra.run.dir)))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        note(Path(str(config.hydra.sweep.dir)))
+
+
+def note(folder: Path) -> None:
+    """Records which of a directory and its parents do not exist yet."""
+    folder = folder.absolute()
+    _MADE[:] = [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def is_new(folder: Path) -> bool:
+    """Whether this command creates `folder`, one of the directories recorded by `note`."""
+    return folder.absolute() in _MADE
+
+
+@contextmanager
+def tidied() -> Iterator[None]:
+    """On exit, removes the directories that the command has created and that are empty, also after an error."""
+    _MADE.clear()
+    try:
+        yield
+    finally:
+        remove_empty(_MADE)
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes empty directories, innermost first. Stops at the first that is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            if folder.exists():
+                folder.rmdir()
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether training has begun in a directory."""
+    metrics = run_dir / "metrics.jsonl"
+    measured = metrics.exists() and metrics.stat().st_size > 0
+    return measured or (run_dir / "result.json").exists() or checkpoint.any_in(run_dir)
+
+
+@contextmanager
+def unless_begun(run_dir: Path, refused: tuple[type[BaseException], ...]) -> Iterator[None]:
+    """If one of the `refused` errors is raised inside before training has begun, removes the files written so far.
+
+    Files that existed before are kept, and configs among them get their old content back. Only the process that holds
+    the lock of the directory may call this.
+    """
+    paths = [run_dir / name for name in REFUSED_FILES]
+    before = {path: path.read_bytes() if path.suffix == ".yaml" else None for path in paths if path.exists()}
+    try:
+        yield
+    except refused:
+        if not holds_run(run_dir):
+            boards = [*run_dir.glob("tensorboard/events.out.tfevents.*")] if is_new(run_dir) else []
+            for path in (*paths, *boards):
+                content = before.get(path)
+                if content is not None:
+                    path.write_bytes(content)
+                elif path not in before:
+                    path.unlink(missing_ok=True)
+                    remove_empty([path.parent] if path.parent != run_dir else [])
+        raise
+
+
+def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
+    """A new run, as Hydra composed it: the best validation NLL and the exit code, see `train`."""
+    when = command_begun()
+    with owned(run_dir):
+        if ranks.is_first():
+            claim(run_dir)
+            # only now: a directory that was another run's is not this one's to go on with
+            ranks.remember(run_dir)
+        with unless_begun(run_dir, REFUSALS) if ranks.is_first() else nullcontext():
+            whole = begun(known(plain(config)), HydraConfig.get().overrides.task)
+            if whole["resume"] is not None:
+                raise ConfigError(f"resume={whole['resume']}: give it without + and without -m")
+            trust = trusted(whole["trust"])
+            whole = with_whole_numbers(whole, config_groups())
+            if ranks.is_first():
+                write_hydra(run_dir, OmegaConf.create(whole))
+            del whole["trust"]
+            with messages(run_dir / "flowtrain.log"):
+                return train(absolute_paths(whole), run_dir, trust=trust, begun=when)
+
+
+@contextmanager
+def owned(run_dir: Path) -> Iterator[None]:
+    """The run directory is this run's inside: rank 0 holds it, and the others begin once it does."""
+    with holding(run_dir) if ranks.is_first() else nullcontext():
+        ranks.from_first(True)
+        yield
+
+
+def go_on(
+    run_dir: Path, trust: Sequence[str] = (), rest: Sequence[str] = (), own: Sequence[str] = ()
+) -> tuple[float, int]:
+    """The run from its last checkpoint to its end, as `begin`.
+
+    Args:
+        rest: overrides of its config.
+        own: the command's own keys, for messages.
+
+    Raises:
+        CheckpointError: no last checkpoint, one that is damaged or no run's, or one that asks for code that is not
+            trusted.
+        ConfigError: overrides of the model, the data or `from`, unknown ones, or a device that is not there.
+        InUseError: another process has the run.
+        FlowtrainError: what training and evaluation raise, see `train`.
+    """
+    when = command_begun()
+    with owned(run_dir), messages(run_dir / "flowtrain.log"):
+        with status("reading the checkpoint"):
+            saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))
+        if "optimizer" not in saved:
+            raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
+        check_targets(saved["config"], trust)
+        refuse_changes(rest, "a run goes on with the model and data it has; start a new one to change them")
+        refuse_changes(rest, "a run goes on from its own checkpoint; leave it out", ("from",))
+        return train(absolute_paths(overridden(saved["config"], rest, own)), run_dir, saved, trust, when)
+
+
+def known(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, if nothing was added to its top that no one reads."""
+    names = [*config_groups(), "seed", "device", "threads", "time_budget", "logger", "resume", "from", "trust"]
+    missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
+    if missing:
+        raise ConfigError(f"{missing[0]} was taken out of the config, but a run needs it")
+    extra = [key for key in config if key not in names]
+    if extra:
+        raise ConfigError(unknown_key(extra[0], {key: value for key, value in config.items() if key in names}))
+    return config
+
+
+def chosen(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the model and data of the run that `from` names, so that what suits those is composed.
+
+    Raises:
+        ConfigError: other arguments ask for another model or other data.
+        CheckpointError: the run is not to be had.
+    """
+    places = [i for i, a in enumerate(arguments) if a.lstrip("+").startswith("from=")]
+    if not places:
+        return list(arguments)
+    override = OverridesParser.create().parse_override(arguments[places[-1]])
+    run = override.value()
+    if run is None:
+        return list(arguments)
+    if not isinstance(run, str) or not run or override.is_sweep_override():
+        raise ConfigError(f"{arguments[places[-1]]}: give one run directory")
+    refuse_changes(arguments, FROM, ("model", "data", "experiment", "recipe"))
+    saved = checkpoint.load(checkpoint.find(Path(run.replace("\\${", "${")).expanduser()))["config"]
+    names = {group: saved[group].get("name") for group in ("model", "data")}
+    ours = [f"{group}={name}" for group, name in names.items() if name in options(group)]
+    # among the overrides: what follows a flag is no override
+    return [*arguments[: places[-1]], *ours, *arguments[places[-1] :]]
+
+
+def begun(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
+    """The config, of a run that begins `from` another with the model and data of that one.
+
+    Args:
+        given: the overrides of the command line; data files are where they say.
+
+    Raises:
+        CheckpointError: the run is not to be had, or asks for code that is not trusted.
+    """
+    if config["from"] is None:
+        return config
+    path = checkpoint.find(Path(str(config["from"])).expanduser().absolute())
+    saved = checkpoint.load(path)["config"]
+    check_targets(saved, trusted(config["trust"]))
+    keys = keys_of(given)
+    moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
+    data = less_key({**saved["data"], **moved}) if "path" in moved else saved["data"] | moved
+    return {**config, "from": str(path), "model": saved["model"], "data": data}
+
+
+# errors after which the files of a run that never began are removed. After any other error they are kept for a report
+REFUSALS = (FlowtrainError, HydraException, OmegaConfBaseException, OSError, KeyboardInterrupt, MemoryError)
+FROM = "a run begins with the model and data of from=RUN_DIR; leave it out"
+
+
+def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = ("model", "data")) -> None:
+    """Refuses to change what a run has from another, but for where its data files are."""
+    for key in (a.lstrip("+~").partition("=")[0] for a in overrides):
+        group, _, name = key.partition("@")[0].partition(".")
+        if group in groups and not is_path(name):
+            raise ConfigError(f"{key}: {why}")
+
+
+def claim(run_dir: Path) -> None:
+    """Refuses a directory that already holds a run: one killed before its first checkpoint has left none."""
+    if holds_run(run_dir):
+        raise ConfigError(
+            f"{run_dir} already holds a run and is not overwritten: resume it with {resume_command(run_dir)}, "
+            "or choose another hydra.run.dir"
+        )
+
+
+def write_hydra(run_dir: Path, config: DictConfig) -> None:
+    """The .hydra folder as Hydra itself would write it."""
+    folder = run_dir / ".hydra"
+    folder.mkdir(parents=True, exist_ok=True)
+    full = HydraConfig.instance().cfg
+    OmegaConf.save(config, folder / "config.yaml")
+    OmegaConf.save(full, folder / "hydra.yaml")
+    OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")

@@ -1,0 +1,220 @@
+"""The jobs of `flowtrain -m`: each has its own directory, one that fails leaves the others alone, none is done twice.
+
+A sweep run again in the directory of an earlier one finds the runs of its jobs by their overrides: those that have
+ended are left as they are, those that were stopped go on, and only the missing begin.
+"""
+
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from flowtrain.cli.error_messages import message_of, plain, report
+from flowtrain.cli.overrides import trusted
+from flowtrain.cli.start_run import begin, go_on, is_new
+from flowtrain.runs.lock import InUseError
+from flowtrain.runs.sweep_summary import ERROR, OVERRIDES, RESULT, begun_in, overrides_of, result_of, write_summary
+from flowtrain.training import checkpoint
+from flowtrain.utils import ranks
+from flowtrain.utils.errors import ConfigError, FlowtrainError
+from flowtrain.utils.files import write_text
+from flowtrain.utils.formatting import option
+from flowtrain.utils.process import may_set_handlers
+from flowtrain.utils.status import status
+
+
+def job(config: DictConfig, run_dir: Path) -> float:
+    """The best validation NLL of a job, for a sweeper that looks for the least: infinity where it failed.
+
+    Args:
+        run_dir: where Hydra would have it.
+    """
+    given, root = list(HydraConfig.get().overrides.task), Path(HydraConfig.get().sweep.dir).absolute()
+    if run_dir == root:
+        # raised, it would be one job's error to Hydra
+        error = ConfigError("hydra.sweep.subdir: every job needs a directory of its own, as with ${hydra.job.num}")
+        raise SystemExit(report("flowtrain", error))
+    try:
+        run_dir = place(root, run_dir, given)
+        if (run_dir / RESULT).is_file():
+            print(run_dir)
+            return _least(result_of(run_dir).get("val_nll"))
+        if checkpoint.any_in(run_dir):
+            best, code = go_on(run_dir, trusted(plain(config)["trust"]))
+        else:
+            (run_dir / OVERRIDES).parent.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.create(given), run_dir / OVERRIDES)
+            best, code = begin(config, run_dir)
+    except Exception as e:
+        message, _ = message_of(e) or (traceback.format_exc(), 1)
+        print(f"flowtrain: {run_dir.name} ({' '.join(given)}): {message}", file=sys.stderr)
+        # what another process holds is its own to speak of
+        if not isinstance(e, InUseError):
+            with suppress(OSError):
+                write_text(run_dir / ERROR, message.rstrip() + "\n")
+        return math.inf
+    (run_dir / ERROR).unlink(missing_ok=True)
+    print(run_dir)
+    if code:
+        stopped(code - 128)
+        # a signal to stop is one to the whole sweep
+        raise SystemExit(code)
+    return _least(best)
+
+
+def _least(nll: float | None) -> float:
+    # sweepers refuse what is not a number
+    return math.inf if nll is None or math.isnan(nll) else nll
+
+
+def stopped(number: int) -> None:
+    """Tells a launcher that waits for a signal, now that the run is saved: submitit puts the job back in the queue."""
+    handler = signal.getsignal(number)
+    if callable(handler) and handler not in (signal.default_int_handler, _terminated):
+        handler(number, None)
+
+
+def place(root: Path, run_dir: Path, given: list[str]) -> Path:
+    """The directory of the job with these overrides: the one in the sweep that has them already, else a free one."""
+    if sorted(overrides_of(run_dir) or []) == sorted(given):
+        # as a rule, and the others need not be looked at
+        return run_dir
+    there = next((folder for folder, its in begun_in(root).items() if sorted(its) == sorted(given)), None)
+    if there is None:
+        return free(run_dir)
+    if not any(run_dir.iterdir()):
+        run_dir.rmdir()
+    return there
+
+
+def free(run_dir: Path) -> Path:
+    """A directory that no job has, by that name or one like it."""
+    found, n = run_dir, 0
+    while (found / OVERRIDES).exists():
+        n += 1
+        found = run_dir.with_name(f"{run_dir.name}_{n}")
+    return found
+
+
+class JobError(FlowtrainError):
+    """A job that took the others with it."""
+
+    exit_code = 1
+
+
+@dataclass
+class Sweep:
+    """The outcome of a sweep.
+
+    Attributes:
+        undone: the number of jobs without a result.
+        refused: whether no job has begun to train.
+    """
+
+    undone: int = 0
+    refused: bool = False
+
+    @property
+    def code(self) -> int:
+        """The exit code: 2 if every job was refused, 1 if a job has no result, else 0."""
+        return 2 if self.refused else 1 if self.undone else 0
+
+
+# the directory of this process's sweep, and the status shown while jobs run in other processes
+_ROOT: list[Path] = []
+_WAITING = ExitStack()
+
+
+class Root(Callback):
+    """Hydra's callback that says where a sweep is, which no one else knows before it has begun."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if not ranks.launched():
+            _ROOT[:] = [Path(str(config.hydra.sweep.dir)).absolute()]
+        if not str(config.hydra.launcher._target_).endswith(".BasicLauncher"):
+            # bars of jobs side by side would write over one another
+            os.environ.setdefault("TQDM_DISABLE", "1")
+            if _ROOT:
+                _WAITING.enter_context(status(Ended(_ROOT[0])))
+
+
+class Ended:
+    """The status line of a sweep: how many jobs have a result, counted at most once every SECONDS."""
+
+    SECONDS = 5.0
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.looked, self.words = root, -math.inf, ""
+
+    def __call__(self) -> str:
+        if time.monotonic() - self.looked >= self.SECONDS:
+            count = sum(1 for _ in self.root.rglob(RESULT))
+            self.looked, self.words = time.monotonic(), f"sweep: {count} job{'s' * (count != 1)} done"
+        return self.words
+
+
+@contextmanager
+def summarized() -> Iterator[Sweep]:
+    """Whatever ends a sweep inside, what there is of it is summed up, and its directory printed last."""
+    _ROOT.clear()
+    sweep, ended = Sweep(), False
+    before = signal.signal(signal.SIGTERM, _terminated) if may_set_handlers() else None
+    try:
+        yield sweep
+        ended = True
+    except RuntimeError as e:
+        if type(e).__name__ != "TerminatedWorkerError":
+            raise
+        raise JobError(
+            "the process of a job was killed, for its memory as a rule, and joblib ends all jobs with it. Those that "
+            f"ran go on where they were with the same command and {option('hydra.sweep.dir', _ROOT[0])}"
+        ) from e
+    finally:
+        _WAITING.close()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+        if _ROOT and is_new(_ROOT[0]) and _removed(_ROOT[0]):
+            sweep.refused = True
+        elif _ROOT and _ROOT[0].is_dir():
+            table, sweep.undone = write_summary(_ROOT[0])
+            rest = "" if ended else "\n\nstopped; the same command in the same hydra.sweep.dir does what is missing"
+            sys.stdout.flush()
+            print(f"\n{table}{rest}\n\n{_ROOT[0]}")
+
+
+# what launchers and sweepers write into the directory of a sweep
+OF_LAUNCHERS = ("multirun.yaml", "optimization_results.yaml", ".submitit")
+
+
+def _removed(root: Path) -> bool:
+    """Removes the directory of a sweep if no job has begun to train. Returns whether it was removed.
+
+    A refused job leaves only its overrides and its error there, an interrupted job only its overrides.
+    """
+    jobs = {folder / name for folder in begun_in(root) for name in (OVERRIDES, ERROR)}
+    files = {path for path in root.rglob("*") if path.is_file()}
+    if any(path.relative_to(root).parts[0] not in OF_LAUNCHERS for path in files - jobs):
+        return False
+    shutil.rmtree(root)
+    return True
+
+
+def _terminated(number: int, frame: object) -> None:
+    """Ends a sweep between its jobs, or while it waits for those of other processes, which end with it."""
+    if _ROOT:
+        raise SystemExit(128 + number)
+    # no sweep: as it would have been
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)

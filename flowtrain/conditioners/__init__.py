@@ -1,1 +1,0 @@
-"""Networks that say how a coupling scales and shifts."""

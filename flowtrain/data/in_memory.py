@@ -1,0 +1,175 @@
+"""Finite data sets: splits, epochs, and batches from rows in memory."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowtrain.data.base import Dataset, step_generator
+from flowtrain.utils.errors import ConfigError, DataError
+
+
+class Epochs:
+    """Epochs of `n` rows laid end to end: each row comes once an epoch, in an order drawn anew.
+
+    The batch of a step is a pure function of (step, batch_size, seed), so resuming needs no position to be saved.
+
+    Args:
+        n: rows in an epoch, at least 1.
+        stream: the key of the random stream that the orders are drawn from; the epoch's number is added to it.
+    """
+
+    def __init__(self, n: int, *stream: int) -> None:
+        self._n = n
+        self._stream = stream
+        self._orders: dict[tuple[int, int], Tensor] = {}
+
+    def rows(self, step: int, batch_size: int, seed: int) -> Tensor:
+        """Positions step * batch_size to (step + 1) * batch_size of the endless epochs, (batch_size,), int64, CPU.
+
+        A batch may cross from one epoch into the next, or hold several.
+        """
+        first, count = step * batch_size, batch_size
+        pieces = []
+        while count:
+            epoch, offset = divmod(first, self._n)
+            piece = self._order(epoch, seed)[offset : offset + count]
+            pieces.append(piece)
+            first, count = first + len(piece), count - len(piece)
+        # a copy even of a single piece, so that what a caller does to it does not reach the order kept here
+        return torch.cat(pieces)
+
+    def _order(self, epoch: int, seed: int) -> Tensor:
+        order = self._orders.get((epoch, seed))
+        if order is None:
+            order = torch.randperm(self._n, generator=step_generator(seed, *self._stream, epoch))
+            # Two epochs are all that one batch crosses as a rule, and an order is as long as the data
+            if len(self._orders) == 2:
+                del self._orders[next(iter(self._orders))]
+            self._orders[epoch, seed] = order
+        return order
+
+
+SETS = ("val", "test")
+
+
+def held_out(
+    n: int, path: str, given: Sequence[bool], fractions: Sequence[float], most: int | None = None
+) -> list[int]:
+    """How many of a file's n rows are for validation and for test: none for a set with a file of its own.
+
+    Args:
+        given: whether each set has one.
+        most: rows for each at the most.
+
+    Raises:
+        ConfigError: fractions that leave nothing for training.
+        DataError: fewer than two rows for training.
+    """
+    shares = {name: _fraction(name, f) for name, f, own in zip(SETS, fractions, given, strict=True) if not own}
+    if sum(shares.values()) >= 1:
+        asked = " and ".join(f"data.{name}_fraction={share}" for name, share in shares.items())
+        raise ConfigError(f"{asked} leave nothing for training; their sum must be below 1")
+    held = {name: min(max(1, round(n * share)), most or n) for name, share in shares.items()}
+    left = n - sum(held.values())
+    if left < 2:
+        rest = "".join(f", {count} for {name}" for name, count in held.items())
+        raise DataError(
+            f"{path} has {n} row{'s' * (n != 1)}: {max(left, 0)} for training{rest}; at least 2 are "
+            "needed for training and 1 for each held-out set"
+        )
+    return [held.get(name, 0) for name in SETS]
+
+
+def split(n: int, sizes: Sequence[int], seed: int, *stream: int) -> list[NDArray[np.int64]]:
+    """Which of n rows are for training, and for each of the sizes, at random."""
+    order = torch.randperm(n, generator=step_generator(seed, *stream)).numpy()
+    ends = np.cumsum([n - sum(sizes), *sizes[:-1]])
+    return list(np.split(order, ends))
+
+
+def _fraction(name: str, fraction: float) -> float:
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
+        raise ConfigError(
+            f"data.{name}_fraction={fraction}: a number between 0 and 1 is needed, or give data.{name}_path"
+        )
+    return float(fraction)
+
+
+class Store(Protocol):
+    """Training samples, in memory or not, in endless epochs: every row comes once an epoch.
+
+    The batch of a step is rows step * batch_size to (step + 1) * batch_size; it may cross from one epoch into the next,
+    or hold several. A share is a slice of it, without a stride.
+
+    Attributes:
+        n: the number of training samples.
+    """
+
+    n: int
+
+    def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        """Those rows of a step's batch, (k, *event_shape)."""
+
+    def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        """Their labels, (k,), or None."""
+
+    def to(self, device: torch.device) -> None:
+        """Moves the samples, where they are in memory."""
+
+
+class Resident:
+    """Samples (n, *event_shape) and labels (n,), or None, in memory on any device; batches are gathered there.
+
+    Args:
+        stream: the key of the random stream of the orders, of which each epoch has one drawn anew.
+    """
+
+    def __init__(self, train: Tensor, labels: Tensor | None, *stream: int) -> None:
+        self.train, self._labels, self.n = train, labels, len(train)
+        self._epochs = Epochs(len(train), *stream)
+
+    def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        """Those rows of a step's batch, (k, *event_shape), on the device of the samples."""
+        return self.train[self._rows(step, batch_size, seed, share)]
+
+    def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        """Their labels, (k,), or None."""
+        return None if self._labels is None else self._labels[self._rows(step, batch_size, seed, share)]
+
+    def to(self, device: torch.device) -> None:
+        """Moves samples and labels to a device."""
+        self.train = self.train.to(device)
+        self._labels = None if self._labels is None else self._labels.to(device)
+
+    def _rows(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        return self._epochs.rows(step, batch_size, seed)[share].to(self.train.device)
+
+
+class Finite(Dataset):
+    """Epochs of the training samples in a store, each in an order drawn anew."""
+
+    def keep(self, store: Store) -> None:
+        """Takes the store of the training samples."""
+        self._store = store
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        return self.train_share(step, batch_size, seed, slice(None))
+
+    def train_rows(self, most: int) -> Tensor:
+        return self.train_batch(0, min(most, self._store.n), 0)
+
+    def train_labels(self, step: int, batch_size: int, seed: int) -> Tensor | None:
+        return self.labels_share(step, batch_size, seed, slice(None))
+
+    def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        return self._store.samples(step, batch_size, seed, share)
+
+    def labels_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        return self._store.labels(step, batch_size, seed, share)
+
+    def to(self, device: torch.device) -> None:
+        self._store.to(device)

@@ -1,0 +1,1 @@
+"""The user's own tables: readers, checks, and the samples they become."""

@@ -1,0 +1,370 @@
+"""data=array: the user's own table from .npy, .npz or text files."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain.data.base import ALPHA, Checksum, Samples, record_of
+from flowtrain.data.in_memory import SETS, Finite, Resident, held_out, split
+from flowtrain.data.tables.columns import Columns, counted, listed
+from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
+from flowtrain.data.tables.sample_spec import Divided, Kind, Part, as_labels, noised_batch, noised_set, noisy_columns
+from flowtrain.data.tables.streaming import Mapped, is_mapped
+from flowtrain.data.tables.table_checks import (
+    check_alike,
+    check_enough_rows,
+    check_labels,
+    check_spread,
+    row_hashes,
+    warn_of_copies,
+    warn_of_dependence,
+    warn_of_repeats,
+    warn_of_sentinels,
+    warn_of_unseen,
+    whole_columns,
+)
+from flowtrain.data.tables.table_reader import Table, ending_of, read_labelled
+from flowtrain.utils.arguments import below_half, flag, one_of, whole
+from flowtrain.utils.errors import ConfigError
+
+
+class Loaded:
+    """The table of a file, and its labels where there are any; see `read_labelled` for the arguments.
+
+    Attributes:
+        table: of the samples.
+        n: rows.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        key: str | None,
+        columns: Columns | None,
+        label: str | int | None,
+        text_format: TextFormat = DETECTED,
+    ) -> None:
+        self.table, self.marks = read_labelled(path, key, columns, label, text_format)
+        self.n = len(self.table.values)
+
+    def all(self, kind: Kind, most: int, seed: int, *stream: int) -> Part:
+        """Every row, once checked: what is in memory may as well be used."""
+        rows = np.arange(self._checked(kind))
+        return replace(self._part(kind, rows), rows=(self.n, self._checksum()))
+
+    def divided(
+        self, kind: Kind, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
+    ) -> Divided:
+        """The rows, once checked, of which so many are held out, drawn by the stream (seed, *split_key)."""
+        rows = split(self._checked(kind), sizes, seed, *split_key)
+        values = self.table.values[rows[0]]
+        train = self._part(kind, rows[0])
+        labels = np.empty(0, np.int64) if train.labels is None else train.labels.numpy()
+        return Divided(
+            store=Resident(train.x, train.labels, *order_key),
+            n=len(values),
+            held=[self._part(kind, mine) for mine in rows[1:]],
+            mean=values.mean(0),
+            variance=values.var(0),
+            look=values,
+            whole=whole_columns(self.table.values),
+            hashes=np.empty(0, np.uint64) if kind.discrete else row_hashes(train.x.numpy()),
+            hash_step=1,
+            class_counts=np.bincount(labels),
+            checksum=self._checksum(),
+        )
+
+    def _checksum(self) -> str:
+        return str(Checksum().add(self.table.values, None if self.marks is None else self.marks.values))
+
+    def _checked(self, kind: Kind) -> int:
+        kind.check(self.table)
+        if self.marks is not None:
+            check_labels(self.marks)
+        return self.n
+
+    def _part(self, kind: Kind, rows: np.ndarray) -> Part:
+        labels = None if self.marks is None else as_labels(self.marks.values[rows])
+        return Part(kind.samples(self.table.values[rows]), labels, rows)
+
+
+_log = logging.getLogger("flowtrain")
+
+# Keys of the random streams. None is 0: a generator keyed by (seed, 5) is the one keyed by (seed, 5, 0)
+_STREAM = 0x6172_7279
+_SPLIT, _ORDER, _OWN = 1, 2, 3
+# of a file that is not in memory, the rows that are held out for each set, and their bytes, at the most
+MOST_HELD_OUT, HELD_OUT_BYTES = 100_000, 2**28
+# largest rounding error of float32, as a share of the column's standard deviation, without centring the column
+COARSE = 1e-4
+
+
+class ArrayData(Finite):
+    """Rows of a table as samples x of shape (B, d), or (B, *event_shape), in the units of the file.
+
+    What is not given as a file of its own is split off the training file, at random but the same for every
+    run with the same `seed` of the data. The density of values that repeat is unbounded, so a column that is
+    constant in training is refused, and counts or pixels want `dequantize` or `levels`: samples are then integers,
+    to which the flow adds u ~ U[0, 1). If only some columns are counts, the data set adds the noise to these columns:
+    anew in each training batch, and once to held-out rows.
+
+    Args:
+        path: the training file, .npy, .npz or text; see `read_table`.
+        val_path, test_path: held-out files with the same columns.
+        key: the array of an .npz file that holds several. It is ignored for held-out files of other formats.
+        columns: names, positions or slices such as "0:64" of the columns to keep.
+        header: whether the first line of a text file names the columns; None: detected.
+        decimal: the decimal mark of text files, point or comma; None: detected.
+        label: name or position of a column of class labels 0, 1, ..., which is no part of a sample; None for none.
+        event_shape: shape (C, H, W) of the images that rows hold, channel by channel and row by row; None for vectors.
+        val_fraction, test_fraction: the share of the training file to hold out where there is no such file.
+        standardize: give the flow the mean and deviation of the training rows; None: unless `levels` is given.
+        dequantize: whether samples are whole numbers, or the names or positions of the columns that are.
+        levels: samples are whole numbers from 0 to levels - 1, which a logit takes to the real line.
+        alpha: of that logit.
+        memory_map: read the training file, a .npy, as its rows are wanted, in memory that does not grow with it; None:
+            from 256 MiB on. Batches are then shuffled by blocks, and at most 100,000 rows held out for each set. A
+            held-out file is read so from 256 MiB on, unless this is False, and so many of its rows are drawn.
+        seed: of the split; batches have the seed of the run.
+        center: keep samples in float64 and let the flow subtract an offset if the mean of a column is so large compared
+            with its standard deviation that float32 would lose significant digits.
+        gaussian_start: start the flow at the Gaussian of the training rows, with a shrunk covariance. A fixed linear
+            layer next to the base maps to it. None: true for vectors.
+
+    Raises:
+        ConfigError: no path, a fraction outside (0, 1), columns, a key or a shape that the file does not fit.
+        DataError: files that do not fit together, too few rows (for vectors: fewer training rows than columns), or
+            values that no density can be fitted to.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        val_path: str | None = None,
+        test_path: str | None = None,
+        key: str | None = None,
+        columns: Columns | None = None,
+        label: str | int | None = None,
+        event_shape: Sequence[int] | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        standardize: bool | None = None,
+        seed: int = 0,
+        dequantize: bool | Sequence[str | int] | str | int = False,
+        levels: int | None = None,
+        alpha: float = ALPHA,
+        memory_map: bool | None = None,
+        header: bool | None = None,
+        decimal: str | None = None,
+        center: bool = True,
+        gaussian_start: bool | None = None,
+    ) -> None:
+        if path is None:
+            raise ConfigError(
+                "data.path is not set: data=array reads your own file, so give data.path=FILE (.npy, .npz or .csv)"
+            )
+        for name, given in (("path", path), ("val_path", val_path), ("test_path", test_path)):
+            if given is not None and not isinstance(given, str):
+                raise ConfigError(f"data.{name}={given}: give the path of a file")
+        self.levels = None if levels is None else whole("data.levels", levels, least=2)
+        self.alpha = below_half("data.alpha", alpha)
+        self._standardize = _standardizes(standardize, levels)
+        self._centers = flag("data.center", center) and levels is None
+        text_format = format_of(header, decimal)
+        first = _source(path, memory_map, key, columns, label, text_format)
+        # which of the other files are large is for them to say; none is read by windows where that is not wanted at all
+        rest = None if memory_map else memory_map
+        others = [
+            None if p is None else _source(p, rest, key if _is_npz(p) else None, columns, label, text_format)
+            for p in (val_path, test_path)
+        ]
+        for other in others:
+            if other is not None:
+                check_alike(first.table, other.table)
+                if first.marks is not None and other.marks is not None:
+                    check_alike(first.marks, other.marks)
+        width = len(first.table.columns)
+        self.event_shape = _event_shape(event_shape, width)
+        self.columns = first.table.columns if event_shape is None else ()
+        self._names = first.table.columns if first.table.named else ()
+        self._label = first.marks.columns[0] if first.marks is not None and first.marks.named else None
+        self.discrete, self.noisy = _noise(dequantize, self.levels, first.table)
+        kind = Kind(self.event_shape, self.discrete, self.levels, self.noisy)
+
+        most = max(1, min(MOST_HELD_OUT, HELD_OUT_BYTES // (8 * width)))
+        have = [other is not None for other in others]
+        cap = most if isinstance(first, Mapped) else None
+        sizes = held_out(first.n, first.table.path, have, (val_fraction, test_fraction), cap)
+        divided, kind = self._divide(first, kind, sizes, seed)
+        own = [None if o is None else o.all(kind, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
+        self.gaussian_start = _starts(gaussian_start, self.event_shape)
+        val, test = (held if part is None else part for held, part in zip(divided.held, own, strict=True))
+        self.val, self.test = (noised_set(part.x, self.noisy, seed, i) for i, part in enumerate((val, test)))
+        self.val_labels, self.test_labels = val.labels, test.labels
+        held_rows = zip(SETS, (val, test), strict=True)
+        self.record = record_of((first.n, divided.checksum), ((name, part.rows) for name, part in held_rows))
+        self._check_held_out(first.table, divided, kind, {"val": val, "test": test})
+        self.n_train = divided.n
+        if cap in sizes:
+            _log.info(
+                f"{path}: the file is large, so at most {most:,} rows are held out for each of validation and test"
+            )
+
+    def _divide(self, first: Loaded | Mapped, kind: Kind, sizes: list[int], seed: int) -> tuple[Divided, Kind]:
+        """Takes the training rows, and refuses columns that no density can be fitted to."""
+        keys = (_STREAM, _SPLIT), (_STREAM, _ORDER)
+        if isinstance(first, Mapped):
+            _log.info(
+                f"{first.table.path}: {first.n:,} rows are checked now and read again block by block (data.memory_map)"
+            )
+        divided = first.divided(kind, sizes, seed, *keys)
+        self._mean, self._std = kind.moments(divided.mean, divided.variance)
+        if len(self.event_shape) == 1:
+            check_enough_rows(first.table.path, divided.n, len(self._mean))
+        noisy = range(len(self._mean)) if self.discrete else self.noisy
+        check_spread(first.table, self._mean, self._std, divided.whole, noisy, self._centers)
+        coarse = COARSE * self._std < np.finfo(np.float32).eps * np.abs(self._mean)
+        if self._centers and coarse.any():
+            names = [name for name, is_coarse in zip(first.table.columns, coarse, strict=True) if is_coarse]
+            _log.info(f"{first.table.path}: samples are float64 because float32 would lose digits of {listed(names)}")
+            # the offset has values that float32 represents exactly
+            offset = np.where(coarse, self._mean, 0.0).astype(np.float32).astype(np.float64)
+            self.offset = torch.from_numpy(offset).view(self.event_shape)
+            kind = replace(kind, wide=True)
+            divided = first.divided(kind, sizes, seed, *keys)
+        self.keep(divided.store)
+        return divided, kind
+
+    def _check_held_out(self, table: Table, divided: Divided, kind: Kind, held: Mapping[str, Part]) -> None:
+        """Counts the classes, and warns of data whose likelihood is not meaningful."""
+        labels = {name: part.labels.numpy() for name, part in held.items() if part.labels is not None}
+        if len(labels) == len(held):
+            self.classes = max(len(divided.class_counts), *(1 + int(own.max()) for own in labels.values()))
+            counts = np.zeros(self.classes, np.int64)
+            counts[: len(divided.class_counts)] = divided.class_counts
+            self.class_counts = tuple(counts.tolist())
+            warn_of_unseen(table.path, counts, labels)
+        codes = warn_of_sentinels(table, divided.look) if self.levels is None else {}
+        if self.discrete:
+            return
+        few = warn_of_repeats(table, divided.look, divided.whole, set(self.noisy), codes)
+        if len(self.event_shape) == 1:
+            warn_of_dependence(table, divided.look, kind.noise(len(table.columns)))
+        if len(few | set(self.noisy)) < len(table.columns):
+            hashes = {name: row_hashes(part.x.numpy(), divided.hash_step) for name, part in held.items()}
+            warn_of_copies(table.path, divided.hashes, hashes)
+
+    def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        x = super().train_share(step, batch_size, seed, share)
+        return noised_batch(x, self.noisy, seed, step, batch_size, share) if self.noisy else x
+
+    @property
+    def samples(self) -> Samples:
+        return replace(super().samples, columns=self._names, label=self._label)
+
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation (over n) of the training rows, (*event_shape), float64, noise included."""
+        if not self._standardize:
+            return None
+        mean, std = (torch.from_numpy(v.copy()).view(self.event_shape) for v in (self._mean, self._std))
+        return mean, std
+
+
+def _noise(
+    asked: bool | Sequence[str | int] | str | int, levels: int | None, table: Table
+) -> tuple[bool, tuple[int, ...]]:
+    """Whether samples are whole numbers; if not, the columns that are.
+
+    Raises:
+        ConfigError: a column that the table does not have, or both columns and `levels`.
+    """
+    if isinstance(asked, bool):
+        return asked or levels is not None, ()
+    entries = [asked] if isinstance(asked, str | int) else asked
+    if not isinstance(entries, list | tuple) or not entries:
+        raise ConfigError(
+            f"data.dequantize={asked}: give true, false, or the names or positions of the columns that are whole "
+            "numbers, as in [age,3]"
+        )
+    if levels is not None:
+        raise ConfigError("data.dequantize names columns, but data.levels applies to all columns; omit one of the two")
+    columns = noisy_columns(entries, table)
+    everything = len(columns) == len(table.columns)
+    return everything, () if everything else columns
+
+
+def _source(
+    path: str,
+    memory_map: bool | None,
+    key: str | None,
+    columns: Columns | None,
+    label: str | int | None,
+    text_format: TextFormat,
+) -> Loaded | Mapped:
+    """A file's table, in memory or not."""
+    if is_mapped(path, key, memory_map):
+        return Mapped(path, columns, label)
+    return Loaded(path, key, columns, label, text_format)
+
+
+def format_of(header: bool | None, decimal: str | None) -> TextFormat:
+    """The format of text files from `data.header` and `data.decimal`.
+
+    Raises:
+        ConfigError: an invalid value.
+    """
+    return TextFormat(
+        None if header is None else flag("data.header", header),
+        None if decimal is None else one_of("data.decimal", decimal, ("point", "comma")),
+    )
+
+
+def _is_npz(path: str) -> bool:
+    return ending_of(Path(path)) == ".npz"
+
+
+def _standardizes(asked: bool | None, levels: int | None) -> bool:
+    """Whether samples are standardised: as asked, or unless a logit takes them to the real line.
+
+    Raises:
+        ConfigError: both at once.
+    """
+    if asked is None:
+        return levels is None
+    if flag("data.standardize", asked) and levels is not None:
+        raise ConfigError("data.standardize=true and data.levels: the logit of levels takes its place; leave one out")
+    return asked
+
+
+def _starts(asked: bool | None, event_shape: tuple[int, ...]) -> bool:
+    """Whether the flow starts at the Gaussian of the training rows: as asked; by default for vectors.
+
+    Raises:
+        ConfigError: true for images.
+    """
+    if asked is None:
+        return len(event_shape) == 1
+    if flag("data.gaussian_start", asked) and len(event_shape) > 1:
+        raise ConfigError("data.gaussian_start=true works for vectors only: omit it if data.event_shape is given")
+    return asked
+
+
+def _event_shape(asked: Sequence[int] | None, width: int) -> tuple[int, ...]:
+    if asked is None:
+        return (width,)
+    if not isinstance(asked, list | tuple) or len(asked) != 3:
+        raise ConfigError(f"data.event_shape={asked}: give channels, height and width of an image, as in [1,8,8]")
+    shape = [whole(f"data.event_shape[{i}]", side) for i, side in enumerate(asked)]
+    if math.prod(shape) != width:
+        raise ConfigError(
+            f"data.event_shape={shape} takes {counted(math.prod(shape), 'column')}, and the file has "
+            f"{width}: choose data.columns, "
+            "and name a column of labels with data.label"
+        )
+    return tuple(shape)

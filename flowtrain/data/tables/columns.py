@@ -1,0 +1,133 @@
+"""Which columns of a table to keep, and how messages name them."""
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+
+from flowtrain.utils.errors import ConfigError
+
+_log = logging.getLogger("flowtrain")
+
+Columns = Sequence[str | int] | str | int
+
+_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?")
+
+
+def default_names(indices: Iterable[int]) -> tuple[str, ...]:
+    """The names of columns that have none: c0, c1, ..."""
+    return tuple(f"c{i}" for i in indices)
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun, in the plural unless the number is 1.
+
+    Example:
+        >>> counted(1, "column"), counted(2, "column")
+        ('1 column', '2 columns')
+    """
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def pick(
+    columns: Columns | None,
+    names: Sequence[str],
+    path: object,
+    key: str = "data.columns",
+    left_out: Sequence[int] = (),
+) -> list[int]:
+    """Positions of the chosen columns, in the order asked for; None chooses all but those `left_out`.
+
+    An entry is a name, a position (-1 is the last) or a slice of positions such as "0:64"; `key` is what was set.
+
+    Raises:
+        ConfigError: an entry that `names` does not have, a column chosen twice, or none at all.
+
+    Example:
+        >>> pick(["price", "0:2"], ["a", "b", "price"], "file.csv")
+        [2, 0, 1]
+    """
+    if columns is None:
+        if left_out:
+            _log.warning(
+                f"{path}: column {', '.join(map(str, left_out))} has no name and holds row numbers or row names, so it "
+                f"is left out; {as_option(range(len(names)))} keeps every column"
+            )
+        return [i for i in range(len(names)) if i not in left_out]
+    entries = [columns] if isinstance(columns, str | int) else list(columns)
+    chosen = [i for entry in entries for i in _positions(entry, names, path, key)]
+    if not chosen:
+        raise ConfigError(f"{key}={columns} keeps no column of {path}; it has {_overview(names)}")
+    twice = sorted({i for i in chosen if chosen.count(i) > 1})
+    if twice:
+        raise ConfigError(f"{key}={columns} keeps {listed([names[i] for i in twice])} twice")
+    return chosen
+
+
+def _positions(entry: object, names: Sequence[str], path: object, key: str) -> list[int]:
+    width = len(names)
+    if isinstance(entry, str):
+        found = [i for i, name in enumerate(names) if name == entry]
+        if len(found) > 1:
+            raise ConfigError(f"{key}: {path} has {len(found)} columns named {entry!r}; give positions")
+        if found:
+            return found
+        match = _SLICE.fullmatch(entry)
+        if match:
+            start, stop, step = (int(group) if group else None for group in match.groups())
+            bounds = [bound for bound in (start, stop) if bound is not None]
+            # Python clips a slice in silence, and a file narrower than expected would go unnoticed
+            if step != 0 and all(-width <= bound <= width for bound in bounds):
+                return list(range(width))[start:stop:step]
+    elif isinstance(entry, int) and not isinstance(entry, bool) and -width <= entry < width:
+        return [entry % width]
+    raise ConfigError(f"{key}: {path} has no column {entry!r}; it has {_overview(names)}")
+
+
+def _overview(names: Sequence[str]) -> str:
+    if tuple(names) == default_names(range(len(names))):
+        return (
+            "1 column without a name, 0"
+            if len(names) == 1
+            else f"{len(names)} columns without names, 0 to {len(names) - 1}"
+        )
+    return f"{counted(len(names), 'column')}: {listed(names, most=50)}"
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """The names, quoted, with the tail of a long list counted instead of written out."""
+    return first_of([repr(name) for name in names[:most]], len(names))
+
+
+def first_of(shown: Sequence[str], n: int, separator: str = ", ") -> str:
+    """The first of n words, with the others counted.
+
+    Example:
+        >>> first_of(["a", "b"], 2), first_of(["a", "b"], 5)
+        ('a, b', 'a, b and 3 more')
+    """
+    words = separator.join(shown)
+    return words if n <= len(shown) else f"{words} and {n - len(shown)} more"
+
+
+def as_option(indices: Sequence[int]) -> str:
+    """The `data.columns=` setting that keeps these positions, quoted for a shell: 'data.columns=[1:39,40]'."""
+    entries = (str(first) if first == last else f"{first}:{last + 1}" for first, last in _runs(indices))
+    return f"'data.columns=[{','.join(entries)}]'"
+
+
+def as_ranges(numbers: Sequence[int], most: int = 12) -> str:
+    """Whole numbers in words, with consecutive ones as ranges: "0, 3 to 5". A long list is cut."""
+    runs = _runs(numbers)
+    words = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs[:most])
+    return words if len(runs) <= most else f"{words} and more"
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """The first and the last number of each run of consecutive numbers."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], number
+        else:
+            runs.append((number, number))
+    return runs

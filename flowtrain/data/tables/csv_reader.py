@@ -1,0 +1,512 @@
+"""Reader of text tables: detects delimiter, header, comments and decimal mark.
+
+NumPy's parser reads plain files. If it fails, a slow pass reads the file cell by cell and names the wrong cell. The
+slow pass defines the grammar. The fast parser is used only for files on which both must agree.
+"""
+
+import csv
+import gzip
+import io
+import logging
+import re
+import warnings
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, TextIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowtrain.data.tables.columns import as_option, default_names, listed
+from flowtrain.utils.errors import DataError
+
+_log = logging.getLogger("flowtrain")
+
+_MISSING = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "?", "-"})
+_GZIP = b"\x1f\x8b"
+# number of rows below the first that are used to detect a header
+_LOOK = 100
+# the hint of two errors
+_COMMENT = "; comments are allowed only at the top of a file: remove the line"
+_UNNAMED = re.compile(r"unnamed_\d+|Unnamed: \d+")
+_WHOLE = re.compile(r"\s*[+-]?\d+\s*")
+_EXPONENT = r"(?:[eE][+-]?\d+)?"
+# numbers with a decimal point and commas between thousands; numbers with a decimal comma and points between thousands
+_GROUPED = re.compile(rf"\s*[+-]?\d{{1,3}}(?:,\d{{3}})+(?:\.\d*)?{_EXPONENT}\s*")
+_COMMA = re.compile(rf"\s*[+-]?(?:\d+|\d{{1,3}}(?:\.\d{{3}})+)(?:,\d+)?{_EXPONENT}\s*")
+
+# chooses the columns to keep, from the names of all columns and the positions of columns that only number or name rows
+Choose = Callable[[Sequence[str], Sequence[int]], list[int]]
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """The format of a text file; None means detected.
+
+    Attributes:
+        header: whether the first line after the comments names the columns.
+        decimal: the decimal mark, point or comma.
+        known: expected column names. A first line that has all of them is a header, even if the names are numbers.
+    """
+
+    header: bool | None = None
+    decimal: str | None = None
+    known: tuple[str, ...] = ()
+
+
+DETECTED = TextFormat()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a text file is laid out; `delimiter` None is any run of white space, `first_line` counts from 1."""
+
+    delimiter: str | None
+    names: tuple[str, ...]
+    named: bool
+    first_line: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """A table read from a text file.
+
+    Attributes:
+        values: (n, d), NaN where a value is missing.
+        names, indices: the names of the columns and their positions in the file.
+        lines: the line number of every row, from 1.
+        cells: the text of the first missing value, by its row and column in `values`.
+    """
+
+    values: NDArray[np.float64]
+    names: tuple[str, ...]
+    indices: tuple[int, ...]
+    lines: Sequence[int]
+    cells: Mapping[tuple[int, int], str]
+
+
+class _File:
+    """A text file. Its first bytes show whether it is gzipped: browsers may unpack a .gz file under its name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self.gzipped = file.read(2) == _GZIP
+
+    def bytes(self) -> IO[bytes]:
+        return cast(IO[bytes], gzip.open(self.path)) if self.gzipped else self.path.open("rb")
+
+    def text(self, newline: str | None = None) -> TextIO:
+        return io.TextIOWrapper(self.bytes(), encoding="utf-8-sig", newline=newline)
+
+
+def read_delimited(path: Path, choose: Choose, text_format: TextFormat) -> Text:
+    """Reads the columns whose positions `choose` returns.
+
+    Columns that are not picked may hold anything, but every row must have every cell.
+
+    Raises:
+        DataError: an empty or damaged file, a ragged row, a cell that is not a number, text that is not UTF-8.
+    """
+    file = _File(path)
+    with _readable(file):
+        layout = find_layout(file, text_format)
+        counting = [i for i, name in enumerate(layout.names) if _is_row_index(file, layout, i)]
+        indices = choose(layout.names, counting)
+        _warn_of_unnamed(path, layout, indices, counting)
+        rows = _plain_rows(file, layout)
+        values = None if rows is None else _fast(file, layout, indices, rows, text_format)
+        lines: Sequence[int] = range(layout.first_line, layout.first_line + (rows or 0))
+        cells: dict[tuple[int, int], str] = {}
+        if values is None:
+            values, lines, cells = _exact(file, layout, indices, text_format)
+    if not lines:
+        raise DataError(f"{path} has no rows" + (" below its header" if layout.named else ""))
+    return Text(values, tuple(layout.names[i] for i in indices), tuple(indices), lines, cells)
+
+
+@contextmanager
+def _readable(file: _File) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file.path}, line {_undecodable(file)} is not UTF-8 text; save the file as UTF-8") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file.path} is a damaged gzip file ({error}); download or copy it again") from error
+
+
+def _undecodable(file: _File) -> int:
+    """The first line, from 1, that is not UTF-8: the decoder knows only its place in a block of the file."""
+    with file.bytes() as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
+# The layout
+
+
+def find_layout(file: _File, text_format: TextFormat) -> Layout:
+    """Finds delimiter, names and first line of data from the comments at the top of the file and the lines below them.
+
+    Raises:
+        DataError: an empty file or an empty first line.
+    """
+    path = file.path
+    comments, top, lines = _top(file)
+    if not lines:
+        raise DataError(f"{path} has no rows below its comments" if comments else f"{path} is empty")
+    if not lines[0].strip():
+        raise DataError(f"{path}, line {top} is empty")
+    delimiter = _sniff([line for line in lines if line.strip()], text_format.decimal)
+    found = list(islice(_rows(file, delimiter, top), _LOOK + 1))
+    first, below = found[0][1], found[1:]
+    rows = [row for _, row in below if row]
+    start = below[0][0] if below else top + 1
+    header = text_format.header
+    if header is None and text_format.known and set(text_format.known) <= {cell.strip() for cell in first}:
+        header = True
+    if header is None:
+        header = _is_header(first, rows)
+        _warn_of_odd_header(path, top, first, rows, header)
+    if header:
+        names = tuple(cell.strip() or f"unnamed_{i}" for i, cell in enumerate(first))
+        # a header may contain line breaks, so the data begin where the second row begins
+        return Layout(delimiter, names, named=True, first_line=start)
+    commented = _commented_names(comments, delimiter, len(first))
+    return Layout(delimiter, commented or default_names(range(len(first))), named=bool(commented), first_line=top)
+
+
+def _top(file: _File) -> tuple[list[str], int, list[str]]:
+    """The comments (#) at the top, the number of the first line after them, and this line and the next one.
+
+    Blank lines between the comments and the table count as comments.
+    """
+    comments: list[str] = []
+    with file.text() as stream:
+        for number, line in enumerate(stream, 1):
+            if line.startswith("#"):
+                comments.append(line.strip())
+            elif line.strip() or not comments:
+                return comments, number, [line, *islice(stream, 1)] if line.strip() or _any_text(stream) else []
+    return comments, 1, []
+
+
+def _any_text(lines: Iterator[str]) -> bool:
+    return any(line.strip() for line in lines)
+
+
+def _commented_names(comments: Sequence[str], delimiter: str | None, width: int) -> tuple[str, ...]:
+    """Names of the columns from the comment above a table without a header, as numpy.savetxt writes it; else ().
+
+    If there are several comments, the last may be a sentence. Names must then be single words, optionally after a
+    prefix such as "columns:".
+    """
+    if not comments:
+        return ()
+    line = comments[-1].removeprefix("# ")
+    if len(comments) > 1:
+        line = re.sub(r"^[#\s]*\w+:\s*", "", line)
+    cells = next(csv.reader([line], delimiter=delimiter)) if delimiter else _blank_cells(line)
+    names = tuple(cell.strip() for cell in cells)
+    if delimiter is None and names[:1] == ("#",):
+        names = names[1:]
+    words = len(comments) == 1 or not any(re.search(r"\s", name) for name in names)
+    return names if len(names) == width and all(names) and words and any(map(_is_text, names)) else ()
+
+
+def _blank_cells(line: str) -> list[str]:
+    return next(csv.reader([" ".join(line.split())], delimiter=" "), [])
+
+
+def _sniff(lines: Sequence[str], decimal: str | None) -> str | None:
+    """The delimiter that occurs equally often in the lines, else one that occurs at all, else white space.
+
+    Semicolons, tabs and bars have priority over commas, because the commas may be decimal commas.
+    """
+    bare = [re.sub(r'"[^"]*"', "", line.strip("\r\n")) for line in lines]
+    commas = "" if decimal == "comma" or _blanks_between_decimals(bare[-1], decimal) else ","
+    for delimiter in f";\t|{commas}":
+        counts = {line.count(delimiter) for line in bare}
+        if len(counts) == 1 and counts != {0}:
+            return delimiter
+    for delimiter in f"{commas};\t|":
+        if any(delimiter in line for line in bare):
+            return delimiter
+    # Only the last line counts: a single column may well be called "my name"
+    return None if len(bare[-1].split()) > 1 else commas or ";"
+
+
+def _blanks_between_decimals(line: str, decimal: str | None) -> bool:
+    """Whether a line consists of numbers with decimal commas, separated by blanks: "10,38   1993,39"."""
+    cells = line.split()
+    return decimal is None and len(cells) > 1 and "," in line and all(_COMMA.fullmatch(cell) for cell in cells)
+
+
+def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    text = [i for i, cell in enumerate(first) if _is_text(cell)]
+    if first and not first[0].strip() and all(cell.strip() for cell in first[1:]) and _counts(row[0] for row in rows):
+        # pandas writes an empty name for its index, and 0, 1, ... for columns without names
+        return len(first) > 1 and bool(rows)
+    if not text or not rows or not any(_is_number(cell) for cell in first):
+        return bool(text)
+    # A file without a header may hold labels: text in the same column of every row
+    return any(i >= len(rows[0]) or not _is_text(rows[0][i]) for i in text)
+
+
+def _counts(cells: Iterator[str]) -> bool:
+    """Whether each cell is its position, counted from 0 or from 1."""
+    return all(cell.strip() in (str(i), str(i + 1)) for i, cell in enumerate(cells))
+
+
+def _warn_of_odd_header(
+    path: Path, line: int, first: Sequence[str], rows: Sequence[Sequence[str]], header: bool
+) -> None:
+    numbers = [cell for cell in first if _is_number(cell)]
+    if header and numbers:
+        _log.warning(
+            f"{path}: line {line} is read as the header, but it holds numbers: {listed(numbers)}; data.header=false "
+            "reads it as data"
+        )
+    if not header and _looks_like_header(first, rows):
+        _log.warning(
+            f"{path}: line {line} ({listed(first)}) looks like a header but is read as data; data.header=true reads "
+            "it as the header, and data.header=false turns this warning off"
+        )
+
+
+def _looks_like_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether a line of numbers may be a header: 0, 1, 2, ... of pandas, or whole numbers above columns of decimals."""
+    if [cell.strip() for cell in first] == [str(i) for i in range(len(first))] and len(first) > 2:
+        return True
+    same = [row for row in rows if len(row) == len(first)]
+    decimals = all(_is_text(cell) or not _WHOLE.fullmatch(cell) for row in same for cell in row)
+    return len(same) > 1 and all(_WHOLE.fullmatch(cell) for cell in first) and decimals
+
+
+def _is_row_index(file: _File, layout: Layout, column: int) -> bool:
+    """Whether a column without a name holds row numbers (distinct whole numbers) or row names (text)."""
+    if not layout.named or not _UNNAMED.fullmatch(layout.names[column]):
+        return False
+    numbers: set[str] = set()
+    texts = 0
+    for _, row in _rows(file, layout.delimiter, layout.first_line):
+        cell = row[column].strip() if len(row) > column else None
+        if cell is None or cell in numbers or not (_WHOLE.fullmatch(cell) or _is_text(cell)):
+            if row:
+                return False
+        elif _is_text(cell):
+            texts += 1
+        else:
+            numbers.add(cell)
+    return bool(numbers) != bool(texts)
+
+
+def _warn_of_unnamed(path: Path, layout: Layout, indices: Sequence[int], counting: Sequence[int]) -> None:
+    if layout.named and layout.names[0] == "unnamed_0" and 0 in indices and 0 not in counting:
+        _log.warning(
+            f"{path}: the first column has no name; if it holds row names, leave it out with "
+            f"{as_option(range(1, len(layout.names)))}"
+        )
+
+
+# Numbers
+
+
+def _is_number(cell: str) -> bool:
+    # float() takes 1_000, which NumPy's parser and every other CSV reader refuse
+    if "_" in cell or "\n" in cell or not cell.isascii():
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_text(cell: str) -> bool:
+    numeric = _is_number(cell) or _GROUPED.fullmatch(cell) or _COMMA.fullmatch(cell)
+    return not numeric and cell.strip().lower() not in _MISSING
+
+
+def _number(cell: str, decimal: str) -> float | None:
+    """The number in a cell; None if the cell is not a number."""
+    if decimal == "point":
+        if _is_number(cell):
+            return float(cell)
+        return float(cell.replace(",", "")) if _GROUPED.fullmatch(cell) else None
+    if _COMMA.fullmatch(cell):
+        return float(cell.replace(".", "").replace(",", "."))
+    return float(cell) if "." not in cell and _is_number(cell) else None
+
+
+def _decimal_mark(file: _File, layout: Layout, indices: Sequence[int]) -> str:
+    """Detects the decimal mark, point or comma, from the cells that contain a comma.
+
+    Raises:
+        DataError: only cells such as 1,234, which can be read either way.
+    """
+    doubtful, possible = "", {"point", "comma"}
+    for line, row in _rows(file, layout.delimiter, layout.first_line):
+        for i in indices:
+            cell = row[i] if i < len(row) else ""
+            if not {",", "."} & set(cell):
+                continue
+            fits = {mark for mark in possible if _number(cell, mark) is not None}
+            if fits and fits != possible:
+                possible = fits
+            if "," in cell and not doubtful:
+                doubtful = f"line {line}, column {layout.names[i]!r}: {cell!r}"
+    if not doubtful:
+        return "point"
+    if len(possible) > 1:
+        raise DataError(
+            f"{file.path}, {doubtful} has either a decimal comma or a comma between thousands, and no other cell "
+            "shows which: give data.decimal=comma or data.decimal=point"
+        )
+    (mark,) = possible
+    _log.info(
+        f"{file.path}: numbers are read with "
+        + ("a decimal comma" if mark == "comma" else "a decimal point, and commas between thousands")
+        + " (data.decimal)"
+    )
+    return mark
+
+
+# The rows
+
+
+def _rows(file: _File, delimiter: str | None, first_line: int) -> Iterator[tuple[int, list[str]]]:
+    """Every row from `first_line` on, with the number of the line on which it begins. A blank line is an empty row."""
+    with file.text(newline="") as stream:
+        lines: Iterator[str] = islice(stream, first_line - 1, None)
+        if not delimiter:
+            lines = (" ".join(line.split()) for line in lines)
+        reader = csv.reader(lines, delimiter=delimiter or " ")
+        line = first_line
+        try:
+            for row in reader:
+                yield line, row if any(cell.strip() for cell in row) or len(row) > 1 else []
+                line = first_line + reader.line_num
+        except csv.Error as error:
+            raise DataError(f"{file.path}, line {line}: {error}") from error
+
+
+def _plain_rows(file: _File, layout: Layout) -> int | None:
+    """How many rows of data there are, or None unless all have the header's width, with blank lines only last.
+
+    NumPy skips blank lines and, when columns are chosen, does not look at the width of a row.
+    """
+    rows, ended, width = 0, False, len(layout.names)
+    with file.text() as stream:
+        for line in islice(stream, layout.first_line - 1, None):
+            if not line.strip():
+                ended = True
+            elif ended or _width(line, layout.delimiter) != width:
+                return None
+            else:
+                rows += 1
+    return rows
+
+
+def _width(line: str, delimiter: str | None) -> int:
+    return line.count(delimiter) + 1 if delimiter else len(line.split())
+
+
+def _fast(
+    file: _File, layout: Layout, indices: list[int], rows: int, text_format: TextFormat
+) -> NDArray[np.float64] | None:
+    """The table by NumPy's C parser, or None where it stumbles."""
+    if not rows or text_format.decimal == "comma":
+        return None
+    with warnings.catch_warnings(), file.text() as stream:
+        warnings.simplefilter("error")
+        try:
+            return np.loadtxt(
+                # NumPy reads a path in blocks, but a stream line by line, which is slower
+                stream if file.gzipped or file.path.suffix == ".gz" else str(file.path.absolute()),
+                delimiter=layout.delimiter,
+                skiprows=layout.first_line - 1,
+                usecols=indices,
+                max_rows=rows,
+                ndmin=2,
+                comments=None,
+                quotechar='"',
+                encoding="utf-8-sig",
+            )
+        except (ValueError, UserWarning):
+            return None
+
+
+def _exact(
+    file: _File, layout: Layout, indices: Sequence[int], text_format: TextFormat
+) -> tuple[NDArray[np.float64], Sequence[int], dict[tuple[int, int], str]]:
+    """Reads the table cell by cell; returns the values, the line of every row, and the first missing cell."""
+    decimal = text_format.decimal or _decimal_mark(file, layout, indices)
+    values, lines = array("d"), array("q")
+    cells: dict[tuple[int, int], str] = {}
+    blank, commas, pointed = 0, False, ""
+    for line, row in _rows(file, layout.delimiter, layout.first_line):
+        if not row:
+            blank = blank or line
+            continue
+        if blank:
+            raise DataError(f"{file.path}, line {blank} is empty, but rows follow it; remove the line")
+        if len(row) != len(layout.names):
+            raise DataError(f"{file.path}, line {line} {_ragged(row, layout)}")
+        for column, i in enumerate(indices):
+            value = _number(row[i], decimal)
+            if value is None:
+                if row[i].strip().lower() not in _MISSING:
+                    raise DataError(_no_number(file.path, line, layout, i, row[i], decimal))
+                value = float("nan")
+                if not cells:
+                    cells[len(lines), column] = row[i]
+            values.append(value)
+            if decimal == "comma":
+                commas = commas or "," in row[i]
+                pointed = pointed or ("." in row[i] and f"line {line}, column {layout.names[i]!r}: {row[i]!r}") or ""
+        lines.append(line)
+    if pointed and not commas:
+        raise DataError(
+            f"{file.path}, {pointed} has a point, but no number in the file has a decimal comma: omit "
+            "data.decimal=comma"
+        )
+    return np.frombuffer(values, np.float64).reshape(len(lines), len(indices)), lines, cells
+
+
+def _ragged(row: Sequence[str], layout: Layout) -> str:
+    width, cells = len(layout.names), len(row)
+    where = (
+        f"it ends before column {layout.names[cells]!r}"
+        if cells < width
+        else f"it goes on after column {layout.names[-1]!r}"
+    )
+    hint = ""
+    if row[0].startswith("#"):
+        hint = _COMMENT
+    elif width == 1 and cells == 2 and layout.delimiter == ",":
+        hint = "; if the comma is a decimal mark, give data.decimal=comma"
+    expected = "line 1 has" if layout.named or layout.first_line == 1 else "the first row has"
+    return f"has {cells} cell{'s' * (cells != 1)} where {expected} {width}: {where}{hint}"
+
+
+def _no_number(path: Path, line: int, layout: Layout, column: int, cell: str, decimal: str) -> str:
+    hint = ""
+    if cell.startswith("#"):
+        hint = _COMMENT
+    elif line == layout.first_line and not layout.named:
+        hint = (
+            "; if the line names the columns, give data.header=true; otherwise leave the column out with data.columns"
+        )
+    elif _COMMA.fullmatch(cell) or _GROUPED.fullmatch(cell) or _is_number(cell):
+        hint = f" with a decimal {decimal} (data.decimal), the mark of the other cells"
+    return f"{path}, line {line}, column {layout.names[column]!r}: {cell!r} is not a number{hint}"

@@ -1,0 +1,177 @@
+"""What the rows of a table are to a flow: real or integer-valued, vectors or images, with noise on some columns."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowtrain.data.base import step_generator
+from flowtrain.data.in_memory import Store
+from flowtrain.data.tables.columns import first_of
+from flowtrain.data.tables.table_checks import check_levels, check_range, check_whole
+from flowtrain.data.tables.table_reader import Table
+from flowtrain.utils.errors import ConfigError
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The shape of a sample, and whether samples are whole numbers, from 0 to levels - 1 where there are levels.
+
+    For real vectors, `noisy` are the columns of whole numbers to which noise is added.
+    """
+
+    event_shape: tuple[int, ...]
+    discrete: bool
+    levels: int | None
+    noisy: tuple[int, ...] = ()
+    # whether real samples are float64 because float32 loses significant digits
+    wide: bool = False
+
+    def check(self, table: Table, whole: Iterable[Table] | None = None) -> None:
+        """Refuses values that are not of this kind; see `check_levels` for `whole`."""
+        check_range(table)
+        if self.discrete or self.noisy:
+            check_whole(table, range(len(table.columns)) if self.discrete else self.noisy, whole)
+        if self.levels is not None:
+            check_levels(table, self.levels, whole)
+
+    def samples(self, values: NDArray[Any], real: type[np.floating[Any]] | None = None) -> Tensor:
+        """(n, *event_shape) of rows (n, d): whole numbers as uint8 or int64, others of the type `real`.
+
+        `real` None means float64 if samples are wide, else float32.
+
+        Rows of that type already are not copied: the samples share their memory.
+        """
+        narrow = np.uint8 if self.levels is not None and self.levels <= 256 else np.int64
+        real = real or (np.float64 if self.wide else np.float32)
+        narrowed = values.astype(narrow if self.discrete else real, copy=False)
+        return torch.from_numpy(narrowed).view(-1, *self.event_shape)
+
+    def moments(self, mean: Values, variance: Values) -> tuple[Values, Values]:
+        """Mean and standard deviation of samples, from the moments of rows; adds those of U[0, 1) to noisy columns."""
+        noise = self.noise(len(mean))
+        return mean + noise / 2, np.sqrt(variance + noise / 12)
+
+    def noise(self, d: int) -> Values:
+        """1 for each of the d columns with added noise, else 0."""
+        noise = np.full(d, float(self.discrete))
+        noise[list(self.noisy)] = 1.0
+        return noise
+
+
+@dataclass(frozen=True)
+class Part:
+    """A held-out set: samples (n, *event_shape) and labels (n,), int64, or None.
+
+    Attributes:
+        rows: the rows of the training file that the set holds, (n,). For a set with its own file, the row count and
+            checksum of the file.
+    """
+
+    x: Tensor
+    labels: Tensor | None
+    rows: NDArray[np.int64] | tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A training file: the store of the n rows that are for training, and the parts that are held out of it.
+
+    Attributes:
+        mean, variance: of the training rows by column, (d,).
+        look: some of them at random, (k, d).
+        whole: the columns that hold only whole numbers that noise can be added to, (d,).
+        hashes: hashes of one in `hash_step` training rows, see `row_hashes`.
+        class_counts: the number of training rows of each label from 0 to the largest; empty without labels.
+        checksum: the checksum of the file, including labels.
+    """
+
+    store: Store
+    n: int
+    held: list[Part]
+    mean: Values
+    variance: Values
+    look: NDArray[Any]
+    whole: NDArray[np.bool_]
+    hashes: NDArray[np.uint64]
+    hash_step: int
+    class_counts: NDArray[np.int64]
+    checksum: str
+
+
+def as_labels(values: NDArray[Any]) -> Tensor:
+    """(n,), int64, of a column (n, 1)."""
+    return torch.from_numpy(values.reshape(-1).astype(np.int64))
+
+
+# keys of the random streams
+_NOISE_STREAM = 0x6E6F_6973
+_BATCH_NOISE, _SET_NOISE = 1, 2
+
+
+def noisy_columns(entries: Sequence[str | int], table: Table) -> tuple[int, ...]:
+    """The elements of a sample that `data.dequantize` names, in ascending order.
+
+    Args:
+        entries: names of columns, or their positions in the file.
+        table: the table of the samples.
+
+    Raises:
+        ConfigError: an entry that is not one of these columns.
+
+    Example:
+        >>> import numpy as np
+        >>> noisy_columns(["n", 1], Table(np.ones((2, 2)), ("x", "n"), (1, 3), "file.csv"))
+        (0, 1)
+    """
+    chosen = set()
+    for entry in entries:
+        named = [i for i, name in enumerate(table.columns) if name == entry]
+        if not named and isinstance(entry, int) and not isinstance(entry, bool):
+            named = [i for i, position in enumerate(table.indices) if position == entry]
+        if len(named) != 1:
+            why = "is not a column of the samples" if not named else f"names {len(named)} columns: give a position"
+            known = [f"{i} ({name})" for i, name in zip(table.indices[:12], table.columns[:12], strict=True)]
+            words = first_of(known, len(table.columns))
+            raise ConfigError(f"data.dequantize: {entry!r} {why}; {table.path} has {words}")
+        chosen.update(named)
+    return tuple(sorted(chosen))
+
+
+def noised_batch(x: Tensor, noisy: Sequence[int], seed: int, step: int, batch_size: int, share: slice) -> Tensor:
+    """Adds noise to rows of a training batch, (k, *event_shape), drawn anew for each step.
+
+    Args:
+        noisy: positions in the flattened sample of the elements that get noise.
+        share: the rows of the batch that x holds. The noise of a row does not depend on the rank.
+    """
+    return _added(x, _uniform((batch_size, *x.shape[1:]), noisy, seed, _BATCH_NOISE, step)[share])
+
+
+def noised_set(x: Tensor, noisy: Sequence[int], seed: int, which: int = 2) -> Tensor:
+    """Adds noise to all rows of a set, (n, *event_shape); the noise depends on the seed only.
+
+    Args:
+        which: 0 and 1 for the validation and the test set, 2 for the rows of a file that is scored.
+    """
+    return _added(x, _uniform(tuple(x.shape), noisy, seed, _SET_NOISE, which)) if noisy else x
+
+
+def _uniform(shape: tuple[int, ...], noisy: Sequence[int], seed: int, *place: int) -> Tensor:
+    """U[0, 1) on some elements of each row, and 0 on the others, in float64."""
+    u = torch.zeros(shape, dtype=torch.float64)
+    generator = step_generator(seed, _NOISE_STREAM, *place)
+    u.flatten(1)[:, list(noisy)] = torch.rand(shape[0], len(noisy), dtype=torch.float64, generator=generator)
+    return u
+
+
+def _added(x: Tensor, u: Tensor) -> Tensor:
+    noise = u.to(x.dtype).to(x.device, non_blocking=True)
+    # 16 + u may round to 17, which belongs to the next whole number
+    return torch.minimum(x + noise, torch.nextafter(x + 1, x))

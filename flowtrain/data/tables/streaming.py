@@ -1,0 +1,461 @@
+"""Training rows that stay in a .npy file: the file is read once for statistics, then in windows."""
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowtrain.data.base import Checksum, step_generator
+from flowtrain.data.tables.columns import Columns, default_names, pick
+from flowtrain.data.tables.sample_spec import Divided, Kind, Part, Values, as_labels
+from flowtrain.data.tables.table_checks import check_labels, row_hashes, whole_columns
+from flowtrain.data.tables.table_reader import (
+    Table,
+    check_array,
+    check_file,
+    check_finite,
+    check_promise,
+    damage_refused,
+    less_labels,
+    npy_header,
+)
+from flowtrain.utils.arguments import flag
+from flowtrain.utils.errors import ConfigError, DataError
+
+
+class NpyRows:
+    """The n rows of an array (n, width), or of (n,), which is one column.
+
+    Read, not mapped: pages of a map count as this process's memory, and a map of a file that has become shorter ends
+    the process. The file that was opened is the one that is read, whatever takes its name.
+
+    Raises:
+        DataError: a file that is missing, damaged or cut short, or an array of another shape, order or type.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = file = Path(path).expanduser()
+        check_file(file)
+        try:
+            with damage_refused(file):
+                self._file = file.open("rb", buffering=0)
+                weakref.finalize(self, self._file.close)
+                check_promise(self._file, file)
+                self.shape, fortran, self.dtype = npy_header(self._file)
+                self._begin = self._file.tell()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        check_array(self.shape, self.dtype, file)
+        if fortran:
+            raise DataError(
+                f"{file} is in Fortran order, a column after the other, and cannot be read by rows: save it with "
+                "numpy.save(path, numpy.ascontiguousarray(array)), or give data.memory_map=false"
+            )
+        self.n, self.width = self.shape[0], self.shape[1] if len(self.shape) == 2 else 1
+        self._state = self._stat()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the file."""
+        return self.width * self.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows start to stop, (stop - start, width), in the file's own type.
+
+        Raises:
+            DataError: the file cannot be read any more, or is not what it was.
+        """
+        rows = np.empty((stop - start, self.width), self.dtype)
+        room = rows.reshape(-1).view(np.uint8)
+        try:
+            self._file.seek(self._begin + start * self.row_bytes)
+            while len(room) and (got := self._file.readinto(room.data)):
+                room = room[got:]
+            # after the reading, so that nothing that was written meanwhile goes unnoticed
+            same = self._stat() == self._state and not len(room)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read any more: {error.strerror or error}") from error
+        if not same:
+            raise DataError(
+                f"{self.path} has been written to since it was opened: its rows are not those that were checked. Put "
+                "it back as it was, and write what is new to another file"
+            )
+        return rows
+
+    def _stat(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+
+class Piece(NamedTuple):
+    """The part of a batch that lies in one window of one epoch: which, and from where to where in it."""
+
+    epoch: int
+    window: int
+    start: int
+    stop: int
+
+
+class Windows:
+    """Epochs of n positions laid end to end, each position once an epoch, without an order of all n being drawn.
+
+    Blocks of neighbours are laid in an order drawn anew each epoch; so many in a row are a window, whose positions are
+    mixed. As with `Epochs`, the batch of a step is a pure function of (step, batch_size, seed).
+
+    Args:
+        block: neighbours that stay in a window together, and are read together.
+        blocks: in a window at most; windows differ by one at most, for a short last one would be mixed less.
+        stream: the key of the random stream; the epoch, or the epoch and the window, are added to it.
+    """
+
+    def __init__(self, n: int, block: int, blocks: int, *stream: int) -> None:
+        self.n, self.block, self.stream = n, block, stream
+        n_blocks = -(-n // block)
+        n_windows = -(-n_blocks // blocks)
+        # where in the order of the blocks each window begins, and the last one ends
+        self._begins = [n_blocks * i // n_windows for i in range(n_windows + 1)]
+        self._order: tuple[tuple[int, int], NDArray[np.int64], NDArray[np.int64]] | None = None
+
+    def pieces(self, first: int, count: int, seed: int) -> Iterator[Piece]:
+        """Where positions first to first + count of the endless epochs are, in order."""
+        while count:
+            epoch, offset = divmod(first, self.n)
+            ends = self._epoch(epoch, seed)[1]
+            window = int(np.searchsorted(ends, offset, side="right"))
+            begin = int(ends[window - 1]) if window else 0
+            stop = min(offset - begin + count, int(ends[window]) - begin)
+            yield Piece(epoch, window, offset - begin, stop)
+            taken = stop - (offset - begin)
+            first, count = first + taken, count - taken
+
+    def blocks_of(self, epoch: int, window: int, seed: int) -> list[tuple[int, int]]:
+        """(start, stop) of each block in a window."""
+        order = self._epoch(epoch, seed)[0][self._begins[window] : self._begins[window + 1]]
+        return [(int(b) * self.block, min(self.n, (int(b) + 1) * self.block)) for b in order]
+
+    def mixed(self, epoch: int, window: int, size: int, seed: int) -> NDArray[np.int64]:
+        """A new place for each of a window's positions, of which there are `size`."""
+        return torch.randperm(size, generator=step_generator(seed, *self.stream, epoch, window)).numpy()
+
+    def _epoch(self, epoch: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The order of the blocks, and the position at which each window ends."""
+        if self._order is None or self._order[0] != (epoch, seed):
+            n_blocks = self._begins[-1]
+            order = torch.randperm(n_blocks, generator=step_generator(seed, *self.stream, epoch)).numpy()
+            lengths = np.full(n_blocks, self.block)
+            lengths[order == n_blocks - 1] = self.n - (n_blocks - 1) * self.block
+            self._order = (epoch, seed), order, lengths.cumsum()[np.array(self._begins[1:]) - 1]
+        return self._order[1:]
+
+
+# bytes of the file that are read together, and of a window with the order of its rows; two windows are kept
+BLOCK, WINDOW = 2**18, 2**26
+KEPT = 2
+
+
+class Windowed:
+    """The rows of a .npy file less those held out; see `Store`.
+
+    Args:
+        held: the rows held out, sorted.
+        columns: positions of those that are samples.
+        label: position of the column of labels, or None.
+        to_samples: from values (k, d) to samples.
+        stream: the key of the random stream of the orders.
+
+    Attributes:
+        n: rows for training.
+        in_window: how many may be asked for that are in one window, as a rule.
+    """
+
+    def __init__(
+        self,
+        rows: NpyRows,
+        held: NDArray[np.int64],
+        columns: tuple[int, ...],
+        label: int | None,
+        to_samples: Callable[[NDArray[Any]], Tensor],
+        *stream: int,
+    ) -> None:
+        self._rows, self._held, self._label, self._to_samples = rows, held, label, to_samples
+        self._columns = slice(None) if columns == tuple(range(rows.width)) else list(columns)
+        # how many rows for training there are before each that is held out
+        self._before = held - np.arange(len(held))
+        self.n = rows.n - len(held)
+        block = max(1, BLOCK // rows.row_bytes)
+        blocks = max(1, WINDOW // (block * (rows.row_bytes + 8)))
+        self._windows = Windows(self.n, block, blocks, *stream)
+        self.in_window = min(self.n, block * max(1, blocks // 2))
+        self._kept: dict[tuple[int, int, int], NDArray[Any]] = {}
+        self._pinned = False
+
+    def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        """Those rows of a step's batch, (k, *event_shape), read from the file."""
+        found = self._to_samples(self._batch(step, batch_size, seed, share)[:, self._columns])
+        return found.pin_memory() if self._pinned else found
+
+    def values(self, n: int) -> NDArray[Any]:
+        """The first n rows of the epochs as they are in the file, (n, d)."""
+        return self._batch(0, n, 0, slice(None))[:, self._columns]
+
+    def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        """Their labels, (k,), or None."""
+        if self._label is None:
+            return None
+        found = as_labels(self._batch(step, batch_size, seed, share)[:, [self._label]])
+        return found.pin_memory() if self._pinned else found
+
+    def to(self, device: torch.device) -> None:
+        """Batches come in pinned memory where they go to a GPU: what is read goes there a batch at a time."""
+        self._pinned = device.type == "cuda"
+
+    def _batch(self, step: int, batch_size: int, seed: int, share: slice) -> NDArray[Any]:
+        """Those rows of a step's batch as they are in the file, (k, width)."""
+        first, last, _ = share.indices(batch_size)
+        pieces = [
+            self._window(piece.epoch, piece.window, seed)[piece.start : piece.stop]
+            for piece in self._windows.pieces(step * batch_size + first, max(0, last - first), seed)
+        ]
+        return np.concatenate([self._rows.read(0, 0), *pieces])
+
+    def _window(self, epoch: int, window: int, seed: int) -> NDArray[Any]:
+        """The rows of a window, in their mixed order: kept, because the next batches want them too."""
+        key = (epoch, window, seed)
+        if key not in self._kept:
+            while len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]
+            blocks = self._windows.blocks_of(epoch, window, seed)
+            size = sum(stop - start for start, stop in blocks)
+            places = self._windows.mixed(epoch, window, size, seed)
+            # each block goes to its places at once: the window is never in memory twice
+            rows, done = np.empty((size, self._rows.width), self._rows.dtype), 0
+            for start, stop in blocks:
+                rows[places[done : done + stop - start]] = self._block(start, stop)
+                done += stop - start
+            self._kept[key] = rows
+        return self._kept[key]
+
+    def _block(self, start: int, stop: int) -> NDArray[Any]:
+        """Training rows start to stop: a stretch of the file less the rows in it that are held out."""
+        first, last = self._place(start), self._place(stop - 1)
+        out = self._held[slice(*np.searchsorted(self._held, (first, last)))] - first
+        stretch = self._rows.read(first, last + 1)
+        return np.delete(stretch, out, axis=0) if len(out) else stretch
+
+    def _place(self, row: int) -> int:
+        """Where a training row is in the file: behind the ith row that is held out once i are before it."""
+        return row + int(np.searchsorted(self._before, row, side="right"))
+
+
+_log = logging.getLogger("flowtrain")
+
+# bytes from which on a file is read so unless it is asked not to be
+LARGE = 2**28
+# bytes of float64 that are looked through at once
+CHUNK = 2**20
+# rows that are looked at for being discrete
+LOOK = 10_000
+# approximate number of hashes of training rows that held-out rows are compared with to find copies
+HASHES = 200_000
+
+
+class Mapped:
+    """The table in a .npy file, and its labels where there are any; see `read_labelled` for the arguments.
+
+    Attributes:
+        table: of the samples, without rows.
+        n: rows.
+    """
+
+    def __init__(self, path: str, columns: Columns | None, label: str | int | None) -> None:
+        self.rows = NpyRows(path)
+        self.n = self.rows.n
+        names = default_names(range(self.rows.width))
+
+        def table(wanted: Columns | None, option: str) -> Table:
+            indices = tuple(pick(wanted, names, self.rows.path, option))
+            return Table(np.empty((0, len(indices))), default_names(indices), indices, str(self.rows.path))
+
+        marks = None if label is None else table([label], "data.label")
+        self.table, self.marks = less_labels(table(columns, "data.columns"), marks, label)
+
+    def all(self, kind: Kind, most: int, seed: int, *stream: int) -> Part:
+        """Every row, once checked; of more than `most` so many, drawn by the stream (seed, *stream)."""
+        if self.n <= most:
+            wanted = np.arange(self.n)
+        else:
+            _log.info(f"{self.rows.path}: {most:,} of its {self.n:,} rows are held in memory, drawn at random")
+            wanted = drawn(self.n, most, step_generator(seed, *stream))
+        part, seen = self._look_through(kind, wanted, training=False)
+        return replace(part, rows=(self.n, str(seen.checksum)))
+
+    def divided(
+        self, kind: Kind, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
+    ) -> Divided:
+        """The rows, once checked, of which so many are held out, drawn by the stream (seed, *split_key)."""
+        held = drawn(self.n, sum(sizes), step_generator(seed, *split_key))
+        part, seen = self._look_through(kind, held)
+        label = None if self.marks is None else self.marks.indices[0]
+        store = Windowed(self.rows, np.sort(held), self.table.indices, label, kind.samples, *order_key)
+        labels = [None] * len(sizes) if part.labels is None else list(torch.split(part.labels, sizes))
+        rows = [r.numpy() for r in torch.split(torch.from_numpy(held), sizes)]
+        parts = [Part(*each) for each in zip(torch.split(part.x, sizes), labels, rows, strict=True)]
+        # rows of all the file, which its first are not
+        look = store.values(min(store.n, LOOK, store.in_window)).astype(np.float64)
+        return Divided(
+            store=store,
+            n=store.n,
+            held=parts,
+            mean=seen.moments.mean,
+            variance=seen.moments.variance,
+            look=look,
+            whole=seen.whole,
+            hashes=np.concatenate([np.empty(0, np.uint64), *seen.hashes]),
+            hash_step=seen.hash_step,
+            class_counts=seen.class_counts,
+            checksum=str(seen.checksum),
+        )
+
+    def _look_through(self, kind: Kind, wanted: NDArray[np.int64], training: bool = True) -> tuple[Part, "Seen"]:
+        """Collects the wanted rows and the statistics of the other rows in one pass.
+
+        Args:
+            training: whether the other rows are training rows.
+
+        Raises:
+            DataError: values that are not finite, not of that kind, or no labels, naming the row of the file.
+        """
+        order = np.argsort(wanted, kind="stable")
+        found = _Collected(kind, len(wanted), self.marks is not None)
+        seen = Seen(len(self.table.columns), max(1, self.n // HASHES))
+        for start, (table, marks) in self._chunks():
+            ends = np.searchsorted(wanted, (start, start + len(table.values)), sorter=order)
+            places = order[slice(*ends)]
+            check_finite(table, (t for _, (t, _) in self._chunks()))
+            kind.check(table, (t for _, (t, _) in self._chunks()))
+            if marks is not None:
+                check_finite(marks, (m for _, (_, m) in self._chunks() if m is not None))
+                check_labels(marks)
+            out = wanted[places] - start
+            labels = None if marks is None else marks.values
+            found.add(places, table.values[out], None if labels is None else labels[out])
+            seen.add(kind, table.values, labels, out if training else None)
+        return found.part, seen
+
+    def _chunks(self) -> Iterator[tuple[int, tuple[Table, Table | None]]]:
+        """The table and its labels in parts, each with the row it begins at."""
+        size = max(1, CHUNK // (8 * self.rows.width))
+        for start in range(0, self.n, size):
+            chunk = self.rows.read(start, min(self.n, start + size))
+            marks = None if self.marks is None else _part_of(chunk, self.marks, start)
+            yield start, (_part_of(chunk, self.table, start), marks)
+
+
+class Seen:
+    """Statistics of a file that is read in parts, over its training rows and over all rows.
+
+    Attributes:
+        moments, hashes, class_counts: statistics of the training rows, see `Divided`.
+        whole, checksum: statistics of all rows, see `Divided`.
+    """
+
+    def __init__(self, d: int, hash_step: int) -> None:
+        self.moments, self.checksum, self.hash_step = Moments(d), Checksum(), hash_step
+        self.whole = np.ones(d, dtype=bool)
+        self.hashes: list[NDArray[np.uint64]] = []
+        self.class_counts = np.zeros(0, np.int64)
+
+    def add(self, kind: Kind, values: Values, labels: Values | None, held: NDArray[np.int64] | None) -> None:
+        """Adds rows (n, d) and labels (n, 1). The rows `held` are not training rows; None means that no row is."""
+        self.checksum.add(values, labels)
+        if held is None:
+            return
+        self.whole[self.whole] = whole_columns(values[:, self.whole])
+        train = np.delete(values, held, axis=0) if len(held) else values
+        self.moments.add(train)
+        if not kind.discrete:
+            self.hashes.append(row_hashes(kind.samples(train).numpy(), self.hash_step))
+        if labels is not None:
+            counts = np.bincount(np.delete(labels, held).astype(np.int64), minlength=len(self.class_counts))
+            counts[: len(self.class_counts)] += self.class_counts
+            self.class_counts = counts
+
+
+class _Collected:
+    """k samples of a kind, with their labels or without, that come in parts."""
+
+    def __init__(self, kind: Kind, k: int, labelled: bool) -> None:
+        self.kind = kind
+        like = kind.samples(np.empty((0, int(np.prod(kind.event_shape)))))
+        labels = torch.empty(k, dtype=torch.int64) if labelled else None
+        self.part = Part(like.new_empty(k, *kind.event_shape), labels, np.empty(0, np.int64))
+
+    def add(self, places: NDArray[np.int64], values: Values, marks: Values | None) -> None:
+        """Takes rows (m, d) to their places (m,)."""
+        at = torch.from_numpy(places)
+        self.part.x[at] = self.kind.samples(values)
+        if self.part.labels is not None and marks is not None:
+            self.part.labels[at] = as_labels(marks)
+
+
+class Moments:
+    """Mean and variance by column, of parts (Chan et al. 1983, Algorithms for computing the sample variance)."""
+
+    def __init__(self, d: int) -> None:
+        self.n, self.mean, self._squares = 0, np.zeros(d), np.zeros(d)
+
+    def add(self, values: Values) -> None:
+        """Takes rows (n, d) in; n may be 0."""
+        if not len(values):
+            return
+        n, mean = len(values), values.mean(0)
+        apart = mean - self.mean
+        self._squares += ((values - mean) ** 2).sum(0) + apart**2 * (self.n * n / (self.n + n))
+        self.mean = self.mean + apart * (n / (self.n + n))
+        self.n += n
+
+    @property
+    def variance(self) -> Values:
+        """Over n."""
+        return self._squares / max(1, self.n)
+
+
+def drawn(n: int, k: int, generator: torch.Generator) -> NDArray[np.int64]:
+    """k of n rows without one twice, in random order, in memory of the size of k (Floyd's algorithm)."""
+    chosen: dict[int, None] = {}
+    uniform = torch.rand(k, generator=generator, dtype=torch.float64).tolist()
+    for top, u in zip(range(n - k, n), uniform, strict=True):
+        row = min(int(u * (top + 1)), top)
+        chosen[top if row in chosen else row] = None
+    rows = np.fromiter(chosen, np.int64, k)
+    return np.take(rows, torch.randperm(k, generator=generator).numpy())
+
+
+def _part_of(chunk: NDArray[Any], like: Table, first: int) -> Table:
+    """The columns of a table in rows of the file, (k, width), of which the first is the file's row `first`."""
+    kept = chunk if like.indices == tuple(range(chunk.shape[1])) else chunk[:, like.indices]
+    return replace(like, values=kept.astype(np.float64), first=first)
+
+
+def is_mapped(path: str, key: str | None, asked: bool | None) -> bool:
+    """Whether a file is read by windows: as asked, or a .npy of 256 MiB or more.
+
+    Raises:
+        ConfigError: asked for, of a file that is no .npy, or with a key of an .npz.
+    """
+    file = Path(path).expanduser()
+    is_npy = file.suffix.lower() == ".npy" and key is None
+    if asked is None:
+        return is_npy and file.is_file() and file.stat().st_size >= LARGE
+    if flag("data.memory_map", asked) and not is_npy:
+        what = "data.key names an array of an .npz file" if key is not None else f"{path} is none"
+        raise ConfigError(f"data.memory_map=true is for .npy files, and {what}: save it as one, or leave it out")
+    return asked

@@ -1,0 +1,517 @@
+"""Checks that a density in float32 can be fitted to a table. A table that cannot be used is a DataError."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowtrain.data.tables.columns import as_option, as_ranges, counted, first_of, listed
+from flowtrain.data.tables.table_reader import Table
+from flowtrain.utils.errors import DataError
+
+_log = logging.getLogger("flowtrain")
+
+# usual codes for a missing value: a gap as wide as the range of the rest of the column is enough to detect them
+_USUAL_SENTINELS = frozenset(
+    {-1.0, 0.0} | {s * v for s in (-1.0, 1.0) for v in (9, 99, 999, 9999, 99999, 999999, 32767, 32768)}
+)
+# for any other value, the gap must exceed this many times that range
+_WIDE_GAP = 5.0
+# smallest number of distinct values in the rest of a column
+_LEAST_REPEATS = 10
+
+
+def sentinel_of(column: NDArray[np.float64]) -> tuple[float, int] | None:
+    """The smallest or largest value of a column (n,) and its count, if it looks like the code of a missing value.
+
+    The value occurs at least twice. Its gap to the next value exceeds the range of the other values, or 5 times that
+    range unless the value is a usual code or at least 1e20 in magnitude.
+
+    Example:
+        >>> sentinel_of(np.array([-999.0, *np.linspace(1, 2, 20), -999.0]))
+        (-999.0, 2)
+    """
+    for end in (float(column.min()), float(column.max())):
+        rest = column[column != end]
+        count = len(column) - len(rest)
+        if count < 2 or len(rest) < _LEAST_REPEATS:
+            continue
+        low, high = float(rest.min()), float(rest.max())
+        gap = max(low - end, end - high)
+        if (
+            gap > (high - low) * (1.0 if end in _USUAL_SENTINELS or abs(end) >= 1e20 else _WIDE_GAP)
+            and len(np.unique(rest)) >= _LEAST_REPEATS
+        ):
+            return end, count
+    return None
+
+
+def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, float]:
+    """Warns of columns in which a number seems to stand for missing values.
+
+    Args:
+        table: names the columns.
+        values: training rows, (n, d).
+
+    Returns:
+        The number found in each such column, by column.
+    """
+    found = {i: code for i in range(values.shape[1]) if (code := sentinel_of(values[:, i])) is not None}
+    if not found:
+        return {}
+    keep = [index for i, index in enumerate(table.indices) if i not in found]
+    each = ", ".join(f"{table.columns[i]!r} is {code:g} in {count:,} rows" for i, (code, count) in found.items())
+    _log.warning(
+        f"{table.path}: of {counted(len(values), 'training row')}, column {each}, far from its other values. If the "
+        "number is a code for a missing value, the flow learns a density of the code. Remove these rows from the file"
+        + (f", or keep the other columns: {as_option(keep)}" if keep else "")
+    )
+    return {i: code for i, (code, _) in found.items()}
+
+
+_FLOAT32, _FLOAT64 = np.finfo(np.float32), np.finfo(np.float64)
+_MOST_CLASSES = 10_000
+# from here on, float32 has no room for noise between whole numbers
+_MOST_WHOLE = 2**23
+# largest number of rows checked for repeated values; of rows and of columns checked for linear dependence
+_LOOK, _MOST_DEPENDENT, _MOST_CORRELATED = 10_000, 100_000, 500
+# smallest share and smallest number of the rows with the same value that make the value an atom
+_ATOM, _LEAST_ATOM = 0.05, 5
+# smallest share of copies of training rows in a held-out set that causes a warning
+_COPIES = 0.01
+# A column is linear in others if its residual variance is below this share. Rounding to four digits leaves 1e-9
+_RESIDUAL = 1e-8
+# largest number of dependent columns, or single values, in a warning
+_MOST_NAMED = 5
+
+
+def check_alike(first: Table, other: Table) -> None:
+    """Refuse files whose columns differ in number, or in name where both have names."""
+    if len(first.columns) != len(other.columns):
+        raise DataError(
+            f"{first.path} has {counted(len(first.columns), 'column')} and {other.path} has {len(other.columns)}; "
+            "they must have the same"
+        )
+    if not (first.named and other.named) or first.columns == other.columns:
+        return
+    i = next(i for i, pair in enumerate(zip(first.columns, other.columns, strict=True)) if pair[0] != pair[1])
+    what = "in another order" if sorted(first.columns) == sorted(other.columns) else "under other names"
+    raise DataError(
+        f"{other.path} has the columns {what}: column {i} is {other.columns[i]!r}, and {first.columns[i]!r} in "
+        f"{first.path}"
+    )
+
+
+def check_range(table: Table) -> None:
+    """Refuse values that float32 turns into infinity."""
+    bad = np.abs(table.values) > float(_FLOAT32.max)
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise DataError(
+            f"{table.place(row, column)}: {table.values[row, column]:g} is beyond float32 "
+            f"({_FLOAT32.max:.1e}); scale the column down"
+        )
+
+
+def check_whole(table: Table, columns: Sequence[int], blocks: Iterable[Table] | None = None) -> None:
+    """Refuse values that are not whole numbers, or so large that rounding loses noise in [0, 1).
+
+    Args:
+        columns: the columns that must be whole numbers.
+        blocks: all blocks of the file that the table is part of; None if the table is the whole file.
+    """
+    values = table.values[:, list(columns)]
+    bad = (values != np.rint(values)) | (np.abs(values) > _MOST_WHOLE)
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        value = values[row, column]
+        what = "too large" if value == np.rint(value) else "not a whole number"
+        counts = np.flatnonzero(np.all([whole_columns(block.values) for block in blocks or [table]], axis=0))
+        some = f", name the columns of whole numbers, as in {_dequantize(table, counts)}" if len(counts) else ""
+        raise DataError(
+            f"{table.place(row, columns[column])}: {value:.17g} is {what}; data.dequantize and data.levels need "
+            f"whole numbers up to {_MOST_WHOLE:,}: omit them{some}, or choose data.columns"
+        )
+
+
+def check_levels(table: Table, levels: int, whole: Iterable[Table] | None = None) -> None:
+    """Refuse whole numbers outside 0 .. levels - 1.
+
+    Args:
+        whole: all the blocks of the file that the table is one of; None where it is all there is.
+    """
+    bad = (table.values < 0) | (table.values >= levels)
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        ends = [(block.values.min(), block.values.max()) for block in whole or [table]]
+        low, high = min(end[0] for end in ends), max(end[1] for end in ends)
+        raise DataError(
+            f"{table.place(row, column)}: {table.values[row, column]:g} is outside 0 to {levels - 1}, which "
+            f"data.levels={levels} promises; the values go from {low:g} to {high:g}"
+        )
+
+
+def check_labels(table: Table) -> None:
+    """Refuse labels that are not 0, 1, 2, ..."""
+    values = table.values
+    bad = (values != np.rint(values)) | (values < 0) | (values >= _MOST_CLASSES)
+    if bad.any():
+        row = int(np.argwhere(bad)[0][0])
+        raise DataError(
+            f"{table.place(row, 0)}: {values[row, 0]:g} is no label; data.label names a column of whole numbers from 0 "
+            f"to the number of classes less one, at most {_MOST_CLASSES - 1}"
+        )
+
+
+def check_spread(
+    table: Table,
+    mean: NDArray[np.float64],
+    std: NDArray[np.float64],
+    whole: NDArray[np.bool_],
+    noisy: Sequence[int],
+    centered: bool = False,
+) -> None:
+    """Refuse columns that are constant, and warn of those that float32 makes coarse.
+
+    Args:
+        table: names the columns.
+        mean, std: of the training rows, shape (d,), with the noise of `data.dequantize`.
+        whole: the columns that noise can be added to, (d,).
+        noisy: the columns that have noise.
+        centered: whether columns with a large mean are kept in float64, so that only float64 limits their precision.
+    """
+    precision = _FLOAT64 if centered else _FLOAT32
+    # Rounding leaves a deviation of about float64's epsilon in a constant column, hence no test for zero alone
+    flat = std <= np.maximum(64 * float(_FLOAT64.eps) * np.abs(mean), float(_FLOAT32.tiny))
+    if not centered:
+        flat |= std <= 8 * float(_FLOAT32.eps) * np.abs(mean)
+    if flat.any():
+        names = [name for name, is_flat in zip(table.columns, flat, strict=True) if is_flat]
+        keep = [index for index, is_flat in zip(table.indices, flat, strict=True) if not is_flat]
+        cure = f"keep the others with {as_option(keep)}" if keep else "there are no others"
+        if whole[flat].all() and not set(np.flatnonzero(flat)) & set(noisy):
+            columns = range(len(whole)) if whole.all() else (*np.flatnonzero(flat), *noisy)
+            cure += (
+                f", or, for counts and pixels, add noise with {_dequantize(table, columns)}, which keeps every column"
+            )
+        raise DataError(
+            f"{table.path}: in the training rows, column{'s' * (len(names) > 1)} {listed(names, most=50)} "
+            f"{'is' if len(names) == 1 else 'are'} constant to the precision of {precision.dtype}; {cure}"
+        )
+    # float32 represents the offset exactly, and the rest of the mean is in float32
+    coarse = std < (2**18 * float(_FLOAT64.eps) if centered else 1e-4) * np.abs(mean)
+    if coarse.any():
+        names = [name for name, is_coarse in zip(table.columns, coarse, strict=True) if is_coarse]
+        _log.warning(
+            f"{table.path}: {precision.dtype} loses digits of {listed(names)}, because their values differ too little "
+            "for the size of their mean; subtract the mean from the values in the file"
+        )
+
+
+def check_enough_rows(path: str, n: int, d: int) -> None:
+    """Refuse fewer training rows than columns: the rows lie in a plane, where a density can grow without bound.
+
+    Args:
+        n: the number of training rows.
+        d: the number of columns of a sample.
+    """
+    if n < d:
+        raise DataError(
+            f"{path}: no density can be fitted to {n} training rows of {d} columns: keep fewer columns than rows with "
+            "data.columns, or give more rows (data.val_path and data.test_path keep all rows of the file for training)"
+        )
+
+
+def whole_columns(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which columns of (n, d) hold only whole numbers that noise can be added to, (d,)."""
+    whole = np.ones(values.shape[1], dtype=bool)
+    for part in (values[:1000], values[1000:]):
+        there = part[:, whole]
+        whole[whole] = ((there == np.rint(there)) & (np.abs(there) <= _MOST_WHOLE)).all(0)
+    return whole
+
+
+def warn_of_repeats(
+    table: Table,
+    values: NDArray[np.float64],
+    whole: NDArray[np.bool_],
+    noisy: set[int],
+    codes: Mapping[int, float],
+) -> set[int]:
+    """Warn of columns whose values repeat: the density of a flow can grow without bound at these values.
+
+    Each warning names a remedy for its columns: noise for whole numbers, conversion to whole numbers for rounded
+    values, and dropping the column in all other cases.
+
+    Args:
+        table: names the columns.
+        values: some training rows, (n, d).
+        whole: the columns that `data.dequantize` accepts, (d,).
+        noisy: the columns that have noise.
+        codes: by column, the code of a missing value that a warning has already named.
+
+    Returns:
+        The columns that have few distinct values.
+    """
+    values = values[:_LOOK]
+    found = {i: repeats(values[:, i]) for i in range(values.shape[1]) if i not in noisy}
+    few = {i for i, repeated in found.items() if repeated.few}
+    unexplained = {i for i in few if not whole[i] and not found[i].step}
+    if unexplained:
+        # `warn_of_copies` reports values that repeat because the whole row repeats
+        different = values[np.unique(row_hashes(values), return_index=True)[1]]
+        few -= {i for i in unexplained if values.shape[1] == 1 or not repeats(different[:, i]).few}
+    counts = sorted(i for i in few if whole[i])
+    if counts:
+        option = _dequantize(table, {*counts, *noisy})
+        _log.warning(
+            f"{table.path} looks discrete in {listed([table.columns[i] for i in counts])}: the density of whole "
+            f"numbers is unbounded, and the likelihood is not meaningful. Give {option}, which adds uniform noise to "
+            "these columns"
+        )
+    for step, origin in sorted({(found[i].step, found[i].origin) for i in few if not whole[i]}):
+        here = [i for i in sorted(few) if not whole[i] and (found[i].step, found[i].origin) == (step, origin)]
+        names = [table.columns[i] for i in here]
+        if step:
+            x = f"(x - {origin:.17g})" if origin else "x"
+            _log.warning(
+                f"{table.path}: the values of {listed(names)} are rounded to multiples of {step:g}. Their density is "
+                f"unbounded, and the likelihood is not meaningful. Replace them in the file by round({x} / {step:g}) "
+                "and name the column in data.dequantize"
+            )
+        else:
+            _log.warning(
+                f"{table.path}: {listed(names)} has few distinct values. Their density is unbounded, and the "
+                "likelihood is not meaningful. Leave the column out with data.columns"
+            )
+    words = [
+        f"{share:.0%} of {table.columns[i]!r} is the value {value:g}"
+        for i, repeated in found.items()
+        if i not in few
+        for value, share in repeated.atoms[:2]
+        if codes.get(i) != value
+    ]
+    if words:
+        _log.warning(
+            f"{table.path}: {first_of(words[:_MOST_NAMED], len(words))}: the density of a flow at a single value is "
+            "unbounded, and the likelihood is not meaningful. Train on the rows without the value, or leave the column "
+            "out with data.columns"
+        )
+    return few
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """How the values of a column repeat.
+
+    Attributes:
+        few: whether the column has few distinct values, apart from atoms.
+        step: the step of the grid that the few values lie on; 0 if there is no grid.
+        origin: a value to subtract before dividing by the step. It is the smallest value if the multiples themselves
+            are too large for noise, as for seconds since 1970, else 0.
+        atoms: (value, share) of single values that many rows have, the most frequent first.
+    """
+
+    few: bool
+    step: float
+    atoms: tuple[tuple[float, float], ...]
+    origin: float = 0.0
+
+
+def repeats(column: NDArray[np.float64]) -> Repeats:
+    """How the values of a column (n,) repeat.
+
+    Example:
+        >>> repeats(np.array([0.1, 0.2, 0.2, 0.4, 0.1, 0.2])).step
+        0.1
+    """
+    n = len(column)
+    distinct, counts = np.unique(column, return_counts=True)
+    if 20 * (n - len(distinct)) < n:
+        return Repeats(False, 0.0, ())
+    common = (counts >= _ATOM * n) & (counts >= _LEAST_ATOM)
+    rest, left = distinct[~common], int(counts[~common].sum())
+    if 2 * len(rest) <= left or left < _ATOM * n:
+        gaps, first = np.diff(distinct), float(distinct[0])
+        if len(gaps) and float(np.abs(distinct).max()) > _MOST_WHOLE * float(gaps.min()):
+            step = grid_step(distinct - first)
+            return Repeats(True, step, (), first if step else 0.0)
+        return Repeats(True, grid_step(distinct), ())
+    atoms = sorted(zip(distinct[common], counts[common] / n, strict=True), key=lambda atom: -atom[1])
+    return Repeats(False, 0.0, tuple((float(value), float(share)) for value, share in atoms))
+
+
+def grid_step(distinct: NDArray[np.float64]) -> float:
+    """The largest step such that all values are multiples of it, up to rounding in float32; 0 if there is none.
+
+    Args:
+        distinct: distinct values in ascending order.
+
+    Example:
+        >>> grid_step(np.array([-0.5, 0.25, 1.0])), grid_step(np.array([0.1, 0.3])), grid_step(np.array([1, 2**0.5]))
+        (0.25, 0.1, 0.0)
+    """
+    if len(distinct) < 2:
+        return 0.0
+    gap, span, largest = float(np.diff(distinct).min()), float(np.ptp(distinct)), float(np.abs(distinct).max())
+    if largest / gap > _MOST_WHOLE:
+        return 0.0
+    step = span / round(span / gap)
+    power = math.floor(math.log10(step))
+    # the gap may be a multiple of the step, as in 0.1, 0.3
+    finer = [step / k for k in range(1, 11)] + [10.0**e for e in range(power, power - 4, -1)]
+    for each in finer:
+        for candidate in (float(f"{each:.6g}"), each):
+            multiples = distinct / candidate
+            if np.all(np.abs(multiples - np.rint(multiples)) <= 1e-6 + _FLOAT32.eps * np.abs(multiples)):
+                return candidate if largest / candidate <= _MOST_WHOLE else 0.0
+    return 0.0
+
+
+def row_hashes(values: NDArray[Any], step: int = 1) -> NDArray[np.uint64]:
+    """A 64-bit hash of each row of samples (n, *event_shape), (n,); equal rows have equal hashes.
+
+    Args:
+        step: about one row in `step` is hashed. The choice depends on the values of the row, so equal rows are either
+            all hashed or all skipped.
+    """
+    # adding 0 turns -0.0 into 0.0
+    flat = np.ascontiguousarray(values.reshape(len(values), math.prod(values.shape[1:]))) + values.dtype.type(0)
+    bits = flat.view(f"u{flat.dtype.itemsize}")
+    if step > 1:
+        chosen = bits[:, 0].astype(np.uint64)
+        for column in bits.T[1:]:
+            chosen += column
+        bits = bits[_mixed(chosen) % step == 0]
+    # most bits of whole numbers are zero, so they are multiplied by random odd numbers
+    odd = np.random.default_rng(0).integers(0, 2**63, flat.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    found = np.empty(len(bits), np.uint64)
+    # parts small enough for the cache
+    size = max(1, 2**15 // flat.shape[1])
+    for start in range(0, len(bits), size):
+        # each column has its own factor, so the order of the columns matters
+        found[start : start + size] = _mixed(bits[start : start + size].astype(np.uint64) * odd).sum(1, dtype=np.uint64)
+    return found
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Mixes the bits of 64-bit words in place, as in SplitMix64: each new bit depends on many old ones."""
+    words ^= words >> np.uint64(32)
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(29)
+    return words
+
+
+def warn_of_copies(path: str, train: NDArray[np.uint64], held: Mapping[str, NDArray[np.uint64]]) -> None:
+    """Warn of held-out rows that are copies of training rows: a flow that memorises them scores too well.
+
+    Args:
+        train: hashes of training rows.
+        held: hashes of the rows of each held-out set.
+    """
+    found = []
+    for name, hashes in held.items():
+        copies = int(np.isin(hashes, train).sum())
+        if copies and copies >= _COPIES * len(hashes):
+            found.append(f"{copies:,} of {len(hashes):,} rows of the {name} set")
+    if found:
+        _log.warning(
+            f"{path}: {' and '.join(found)} are copies of training rows, so the NLL of the set is too low for new "
+            "data. Remove repeated rows from the file, or give data.val_path and data.test_path without them"
+        )
+
+
+def warn_of_dependence(table: Table, values: NDArray[np.float64], noise: NDArray[np.float64]) -> None:
+    """Warn of columns that are linear in others: the rows lie in a plane, and the density there is unbounded.
+
+    Args:
+        table: names the columns.
+        values: some training rows, (n, d).
+        noise: 1 for columns with added uniform noise, else 0, (d,).
+    """
+    d = values.shape[1]
+    if not 1 < d <= _MOST_CORRELATED:
+        return
+    values = values[: max(5 * d, min(_MOST_DEPENDENT, 2 * 10**9 // d**2))]
+    n = len(values)
+    if n <= d:
+        _log.warning(
+            f"{table.path}: {n} rows of {d} columns have directions without any spread, and the density is unbounded "
+            "there. Give more rows, or keep fewer columns with data.columns"
+        )
+        return
+    centred = values - values.mean(0)
+    covariance = centred.T @ centred / n
+    covariance[np.diag_indices(d)] += noise / 12
+    scale = np.sqrt(np.diag(covariance))
+    if not scale.all():
+        return
+    dependent, free = dependent_columns(covariance / np.outer(scale, scale))
+    if not dependent:
+        return
+    words = []
+    for column in dependent[:_MOST_NAMED]:
+        weights = np.linalg.lstsq(covariance[np.ix_(free, free)], covariance[free, column], rcond=None)[0]
+        others = np.array(free)[np.abs(weights) * scale[free] > 1e-3 * scale[column]]
+        words.append(f"{table.columns[column]!r} on {listed([table.columns[i] for i in sorted(others)])}")
+    _log.warning(
+        f"{table.path}: columns are linearly dependent ({first_of(words, len(dependent), '; ')}). The density is "
+        f"unbounded, and the likelihood is not meaningful. Keep the other columns with "
+        f"{as_option([table.indices[i] for i in free])}"
+    )
+
+
+def dependent_columns(correlation: NDArray[np.float64]) -> tuple[list[int], list[int]]:
+    """Columns that are linear in others up to _RESIDUAL of their variance, and the other columns.
+
+    A Cholesky decomposition with pivoting takes the column with the largest residual variance in each step.
+
+    Args:
+        correlation: (d, d).
+
+    Example:
+        >>> a, b = np.random.default_rng(0).normal(size=(2, 100))
+        >>> dependent_columns(np.corrcoef([a, b, a + b, -b]))
+        ([2, 3], [0, 1])
+    """
+    d = len(correlation)
+    factor, residual, free = np.zeros((d, d)), np.ones(d), np.zeros(d, dtype=bool)
+    for k in range(d):
+        waiting = np.where(free, -1.0, residual)
+        # ties go to the first column, so the first of two copies is kept
+        pivot = int(np.flatnonzero(waiting >= waiting.max() - 1e-9)[0])
+        if waiting[pivot] < _RESIDUAL:
+            break
+        factor[:, k] = (correlation[pivot] - factor[:, :k] @ factor[pivot, :k]) / np.sqrt(residual[pivot])
+        residual -= factor[:, k] ** 2
+        free[pivot] = True
+    return np.flatnonzero(~free).tolist(), np.flatnonzero(free).tolist()
+
+
+def warn_of_unseen(path: str, class_counts: NDArray[np.int64], held: Mapping[str, NDArray[np.int64]]) -> None:
+    """Warn of labels that no training row has, and of held-out rows with these labels.
+
+    Args:
+        class_counts: the number of training rows of each label, (classes,).
+        held: the labels of each held-out set.
+    """
+    unseen = np.flatnonzero(class_counts == 0)
+    if not len(unseen):
+        return
+    rows = {name: int(np.isin(labels, unseen).sum()) for name, labels in held.items()}
+    scored = [f"{n} rows of the {name} set" for name, n in rows.items() if n]
+    also = f"; {' and '.join(scored)} have such a label, and their likelihood is not meaningful" if scored else ""
+    gaps = f"{as_ranges(unseen.tolist())} of 0 to {len(class_counts) - 1}"
+    _log.warning(f"{path}: no training row has label {gaps}, so samples are drawn from the other classes only{also}")
+
+
+def _dequantize(table: Table, columns: Iterable[int]) -> str:
+    """The `data.dequantize=` setting that adds noise to these columns of a table, quoted for a shell."""
+    chosen = sorted(columns)
+    if len(chosen) == len(table.columns):
+        return "data.dequantize=true"
+    return f"'data.dequantize=[{','.join(str(table.indices[i]) for i in chosen)}]'"

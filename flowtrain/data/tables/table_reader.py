@@ -1,0 +1,346 @@
+"""Reads tables from .npy, .npz and text files, as float64. Each error names the place in the file."""
+
+import math
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.lib.npyio import NpzFile
+from numpy.typing import NDArray
+
+from flowtrain.data.tables.columns import Columns, as_option, counted, default_names, first_of, pick
+from flowtrain.data.tables.csv_reader import DETECTED, Choose, TextFormat, read_delimited
+from flowtrain.utils.errors import ConfigError, DataError
+
+# Deflate spends at least one bit on 129 bytes
+MOST_RATIO = 1032
+
+
+def check_promise(stream: IO[bytes], file: Path) -> None:
+    """Refuses arrays that are larger than their file, before any memory is asked for; the stream is where it was.
+
+    Raises:
+        DataError: a header that promises more bytes than follow. One that cannot be read is left to NumPy.
+    """
+    begin = stream.tell()
+    magic = stream.read(4)
+    stream.seek(begin)
+    if magic.startswith(b"PK"):
+        with zipfile.ZipFile(stream) as archive:
+            for member in archive.infolist():
+                if member.file_size > MOST_RATIO * max(1, member.compress_size):
+                    raise DataError(_too_large(file, member.file_size, MOST_RATIO * member.compress_size))
+                with archive.open(member) as inside:
+                    _check(inside, member.file_size, file)
+    else:
+        _check(stream, file.stat().st_size, file)
+    stream.seek(begin)
+
+
+def npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether the order is Fortran's, and type of the array that begins where the stream is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    version = npy.read_magic(stream)
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"its format is of version {version}")
+    shape, fortran, dtype = read(stream)
+    return shape, fortran, dtype
+
+
+def _check(stream: IO[bytes], size: int, file: Path) -> None:
+    try:
+        shape, _, dtype = npy_header(stream)
+    except ValueError:
+        return
+    if dtype.hasobject:
+        # pickled, and refused as such
+        return
+    promised, room = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    if promised > room:
+        raise DataError(_too_large(file, promised, room))
+
+
+def _too_large(file: Path, promised: int, room: int) -> str:
+    return f"{file} is cut short, or its header damaged: it promises {promised} bytes, and {max(0, room)} follow"
+
+
+ARRAYS = (".npy", ".npz")
+TEXTS = (".csv", ".tsv", ".txt", ".data", ".tra", ".tes")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of numbers.
+
+    Attributes:
+        values: (n, d), finite.
+        columns: d names; c0, c1, ... by position in the file where it gives none.
+        indices: the d positions in the file.
+        path: the file, as it was asked for.
+        lines: the line of every row in a text file, from 1; None for an array file.
+        first: the row of the file that is the first of these.
+        cells: the text of the first missing value of a text file, by its row and column.
+    """
+
+    values: NDArray[np.float64]
+    columns: tuple[str, ...]
+    indices: tuple[int, ...]
+    path: str
+    lines: Sequence[int] | None = None
+    first: int = 0
+    cells: Mapping[tuple[int, int], str] = field(default_factory=dict)
+
+    @property
+    def named(self) -> bool:
+        """Whether the file names its columns."""
+        return self.columns != default_names(self.indices)
+
+    def without(self, index: int) -> "Table":
+        """The table less the column at that position in the file."""
+        return self.only([i for i, other in enumerate(self.indices) if other != index])
+
+    def only(self, columns: Sequence[int]) -> "Table":
+        """The table of these columns, given by their positions in this table."""
+        kept = list(columns)
+        names, indices = tuple(self.columns[i] for i in kept), tuple(self.indices[i] for i in kept)
+        return replace(self, values=self.values[:, kept], columns=names, indices=indices)
+
+    def place(self, row: int, column: int) -> str:
+        """Where a value stands, in words: a line of a text file, a row of an array file, and the column."""
+        line = f"row {self.first + row} (from 0)" if self.lines is None else f"line {self.lines[row]}"
+        return f"{self.path}, {line}, column {self.columns[column]!r}"
+
+
+def read_labelled(
+    path: str,
+    key: str | None,
+    columns: Columns | None,
+    label: str | int | None,
+    text_format: TextFormat = DETECTED,
+) -> tuple[Table, Table | None]:
+    """The table in a file less its column of labels, and that column, where there is one; see `read_table`.
+
+    Raises:
+        ConfigError: a label that is not one column, or that leaves none.
+    """
+    if label is None:
+        return read_table(path, key, columns, text_format=text_format), None
+    marks: list[int] = []
+
+    def choose(names: Sequence[str], left_out: Sequence[int]) -> list[int]:
+        marks[:] = pick([label], names, path, "data.label")
+        indices = pick(columns, names, path, left_out=left_out)
+        return [*indices, *(i for i in marks if i not in indices)]
+
+    table = read_table(path, key, choose, text_format=text_format)
+    return less_labels(table, table.only([table.indices.index(i) for i in marks]), label)
+
+
+def less_labels(table: Table, labels: Table | None, label: str | int | None) -> tuple[Table, Table | None]:
+    """A table without its column of labels, and that column.
+
+    Raises:
+        ConfigError: a label that is not one column, or that leaves none.
+    """
+    if labels is None:
+        return table, None
+    if len(labels.columns) != 1:
+        raise ConfigError(f"data.label={label} names {len(labels.columns)} columns of {table.path}: name one")
+    table = table.without(labels.indices[0])
+    if not table.columns:
+        raise ConfigError(f"data.label={label} is the only column of {table.path}: nothing is left for the samples")
+    return table, labels
+
+
+def read_table(
+    path: str | Path,
+    key: str | None = None,
+    columns: Columns | Choose | None = None,
+    option: str = "data.columns",
+    event_shape: tuple[int, ...] = (),
+    text_format: TextFormat = DETECTED,
+) -> Table:
+    """The table in a file; a 1-D array is one column.
+
+    Args:
+        path: a file that ends in one of ARRAYS or TEXTS, or in one of TEXTS and .gz.
+        key: which array of an .npz file with several.
+        columns: names, positions or slices such as "0:64" to keep, in this order. None keeps all columns except those
+            without a name that number or name the rows. A function chooses positions from the names of all columns and
+            the positions of these exceptions.
+        option: the user's name of `columns`.
+        event_shape: (C, H, W), so that an array (n, C, H, W), or (n, H, W) where C is 1, is a table too.
+        text_format: the format of a text file.
+
+    Raises:
+        DataError: a file that is missing or damaged, or values that are not finite real numbers in a table.
+        ConfigError: `key` or `columns` that the file does not have.
+    """
+    file = Path(path).expanduser()
+    ending = ending_of(file)
+    check_file(file)
+    if key is not None and ending != ".npz":
+        raise ConfigError(f"data.key={key} names an array of an .npz file, and {path} is not one")
+    try:
+        choose = columns if callable(columns) else lambda names, out: pick(columns, names, file, option, out)
+        if ending in ARRAYS:
+            table = _from_array(file, key, choose, event_shape)
+        else:
+            table = _from_text(file, choose, text_format)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    check_finite(table)
+    return table
+
+
+def check_file(file: Path) -> None:
+    """Refuse what is no file that can be read.
+
+    Raises:
+        DataError: a directory, another ending, or nothing there.
+    """
+    ending = ending_of(file)
+    if file.is_dir():
+        raise DataError(f"{file} is a directory; give a file")
+    if ending.removesuffix(".gz") in ARRAYS and ending not in ARRAYS:
+        raise DataError(f"{file} is gzipped, and only text files are read gzipped: unpack it with gunzip")
+    if ending.removesuffix(".gz") not in ARRAYS + TEXTS:
+        found = f"ends in {ending!r}" if ending else "has no ending"
+        raise DataError(
+            f"{file} {found}; data files end in {', '.join(ARRAYS + TEXTS)}; text files may be gzipped, as in .csv.gz"
+        )
+    if not file.exists():
+        raise DataError(f"there is no file {file.absolute()}")
+
+
+def ending_of(file: Path) -> str:
+    """The suffix of a file name in lower case; of a gzipped file both suffixes.
+
+    Example:
+        >>> ending_of(Path("a.CSV.gz")), ending_of(Path("b.npy"))
+        ('.csv.gz', '.npy')
+    """
+    ending = file.suffix.lower()
+    return Path(file.stem).suffix.lower() + ending if ending == ".gz" else ending
+
+
+def _from_text(file: Path, choose: Choose, text_format: TextFormat) -> Table:
+    text = read_delimited(file, choose, text_format)
+    return Table(text.values, text.names, text.indices, str(file), text.lines, cells=text.cells)
+
+
+def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[int, ...]) -> Table:
+    array = _load(file, key)
+    if is_images(array.shape, event_shape):
+        array = array.reshape(len(array), -1)
+    check_array(array.shape, array.dtype, file, event_shape)
+    table = array.reshape(len(array), -1) if array.ndim == 1 else array
+    indices = choose(default_names(range(table.shape[1])), ())
+    kept = table if indices == list(range(table.shape[1])) else table[:, indices]
+    return Table(np.ascontiguousarray(kept, dtype=np.float64), default_names(indices), tuple(indices), str(file))
+
+
+def is_images(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool:
+    """Whether an array of that shape holds samples of shape (C, H, W): (n, C, H, W), or (n, H, W) where C is 1."""
+    return len(shape) > 2 and shape[1:] in (event_shape, event_shape[1:] if event_shape[:1] == (1,) else event_shape)
+
+
+def _load(file: Path, key: str | None) -> NDArray[Any]:
+    """The array in the file, never unpickled."""
+    # NumPy forgets to close what it opens itself when an archive turns out damaged
+    with damage_refused(file), file.open("rb") as stream:
+        check_promise(stream, file)
+        loaded = np.load(stream, allow_pickle=False)
+        return np.asarray(loaded[_member(loaded.files, key, file)] if isinstance(loaded, NpzFile) else loaded)
+
+
+@contextmanager
+def damage_refused(file: Path) -> Iterator[None]:
+    """Around the reading of an array file: whatever NumPy finds wrong with it is a DataError."""
+    try:
+        yield
+    except (ConfigError, DataError, PermissionError):
+        raise
+    # A damaged file makes NumPy raise any of a dozen types, down to zlib's and tokenize's own
+    except Exception as error:
+        if "pickle" in str(error):
+            raise _pickled(file) from error
+        raise DataError(f"{file} is damaged or no NumPy file: {error}") from error
+
+
+def _pickled(file: Path) -> DataError:
+    return DataError(
+        f"{file} holds Python objects or is no NumPy file; loading it could run code, so it is not "
+        "loaded. Save numbers: numpy.save(path, array.astype(float))"
+    )
+
+
+def _member(names: list[str], key: str | None, file: Path) -> str:
+    if not names:
+        raise DataError(f"{file} holds no array")
+    if key is None and len(names) > 1:
+        raise ConfigError(f"{file} holds {len(names)} arrays; choose one with data.key: {', '.join(names)}")
+    if key is not None and key not in names:
+        raise ConfigError(f"{file} has no array {key!r}; data.key can be {', '.join(names)}")
+    return names[0] if key is None else key
+
+
+def check_array(shape: tuple[int, ...], dtype: np.dtype[Any], file: Path, event_shape: tuple[int, ...] = ()) -> None:
+    """Refuse an array that is no table of numbers.
+
+    Raises:
+        DataError: objects, numbers that are not real, an array of another rank, or nothing in it.
+    """
+    if dtype.hasobject:
+        raise _pickled(file)
+    if dtype.kind not in "biuf":
+        raise DataError(f"{file} has dtype {dtype}; real numbers are needed (integers, floats, booleans)")
+    if len(shape) not in (1, 2):
+        images = f", or (n, {', '.join(map(str, event_shape))})" if len(event_shape) > 1 else ""
+        raise DataError(f"{file} has shape {shape}; (rows, columns) is needed, or (rows,) for one column{images}")
+    if min(shape) < 1:
+        raise DataError(f"{file} has shape {shape}: there is nothing in it")
+
+
+def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
+    """Refuse values that are missing, NaN or infinite.
+
+    Args:
+        whole: all the blocks of the file that the table is one of, to be counted; None where it is all there is.
+
+    Raises:
+        DataError: the number of such values in each column, and the place of the first.
+    """
+    bad = ~np.isfinite(table.values)
+    if not bad.any():
+        return
+    row, column = (int(i) for i in np.argwhere(bad)[0])
+    by_column, rows, of_rows = np.zeros(len(table.columns), dtype=np.int64), 0, 0
+    for block in whole or [table]:
+        each = ~np.isfinite(block.values)
+        by_column += each.sum(0)
+        rows, of_rows = rows + int(each.any(1).sum()), of_rows + len(each)
+    total = int(by_column.sum())
+    most = np.argsort(-by_column, kind="stable")[: min(12, int((by_column > 0).sum()))]
+    each_column = first_of([f"{table.columns[i]!r}: {by_column[i]:,}" for i in most], int((by_column > 0).sum()))
+    keep = [index for index, n in zip(table.indices, by_column, strict=True) if not n]
+    cell = table.cells.get((row, column))
+    found = f"the value is {table.values[row, column]}"
+    if cell is not None:
+        found = f"{cell!r} is a missing value" if cell.strip() else "the cell is empty"
+    raise DataError(
+        f"{table.path}: {total:,} of {counted(of_rows * len(table.columns), 'value')} "
+        f"{'is' if total == 1 else 'are'} missing or not finite, in {rows:,} of {counted(of_rows, 'row')} (by column, "
+        f"{each_column}). The first: "
+        f"{table.place(row, column).removeprefix(f'{table.path}, ')}: {found}. Remove these rows from the file"
+        + (f", or keep only the complete columns: {as_option(keep)}" if keep else "")
+    )

@@ -1,0 +1,1 @@
+"""Two-dimensional toy densities that are known exactly."""

@@ -1,0 +1,134 @@
+"""Outlier check: do at most 0.1% of the rows carry most of the variance of the negative log-likelihood?"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from flowtrain.evaluation.error_budget import SMALL, stderr
+from flowtrain.evaluation.result import Concentration, named_rows
+from flowtrain.utils.errors import NonFiniteError
+from flowtrain.utils.formatting import with_error
+
+# largest share of the variance of the NLL; share of the rows that may carry it; number of rows in small sets
+LIMIT, SHARE, FEW = 0.5, 1e-3, 3
+# distance of an outlier from the mean of the other rows, in their standard deviations
+FAR = 20.0
+# smallest number of rows that can be checked
+LEAST = 10
+# largest number of rows listed in JSON
+LISTED = 1000
+
+
+def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 1.0)) -> Concentration:
+    """Checks that a few outlier rows do not carry more than half of the variance of the NLL.
+
+    "A few" means at most 0.1% of the rows, or three rows in a set of fewer than 4,000, but never more than a fifth of
+    the set. Each of them must lie more than 20 standard deviations of the other rows from the mean of the other rows.
+    Without this condition the check is not specific: one row in 20 carries half of the variance by chance in 36% of all
+    sets from a standard normal distribution whose density is known exactly.
+
+    In simulations, sound densities (log p of normal distributions in 1, 4 and 30 dimensions, of Student's t with 1 and
+    3 degrees of freedom, exponential and Gumbel tails) failed in at most 1.8% of sets of 10 rows, 0.2% of 20 rows,
+    0.05% of 50 rows, and in none of 100 to 10,000 rows. A Gaussian fitted to heavy tails may fail, and this is
+    intended: a Gaussian fitted to Student's t with 3 degrees of freedom fails in 13% of sets of 20 rows and in 55% of
+    sets of 1,000 rows.
+
+    A row whose log p is not finite always fails the check.
+
+    Args:
+        log_p: (n,), float64.
+        where: the name of the set of rows, such as "test set".
+        unit: the unit of likelihoods in messages, and the number of these units per nat.
+    """
+    finite = log_p.isfinite()
+    lost = (~finite).nonzero().flatten()
+    kept = finite.nonzero().flatten()
+    share, far = outlying(log_p[kept]) if len(kept) >= LEAST else (0.0, kept[:0])
+    if len(lost) == 0 and len(kept) < LEAST:
+        return Concentration(
+            "concentration", None, LIMIT, None, f"at least {LEAST} rows are needed, and there are {len(kept)}"
+        )
+    if len(lost) == 0 and share <= LIMIT:
+        return Concentration("concentration", share, LIMIT, True)
+    outliers = kept[far]
+    rows = torch.cat([lost, outliers]).sort().values
+    rest = torch.ones(len(log_p), dtype=torch.bool)
+    rest[rows] = False
+    others = log_p[rest]
+    without, error = (-float(others.mean()), stderr(others)) if len(others) else (math.nan, math.nan)
+    name, scale = unit
+    words = with_error(scale * without, scale * error)
+    if len(lost):
+        what = f"log p(x) is not finite in {_named(lost)} of the {where} ({_values(log_p[lost])})"
+        effect = f"the NLL is {-float(log_p.mean())}"
+        cause = "the density of the flow is zero there, or it could not be computed"
+    else:
+        worst = scale * -float(log_p[outliers[0]])
+        carry = "carries" if len(outliers) == 1 else "carry"
+        what = f"{_named(outliers)} of the {where} {carry} {share:.2%} of the variance of the NLL"
+        effect = f"{'its' if len(outliers) == 1 else 'the first'} -log p is {worst:.3g} {name}"
+        cause = "outliers in the data, or a flow that extrapolates badly"
+    left = f"without {'it' if len(rows) == 1 else 'these rows'} the NLL is {words} {name}"
+    return Concentration(
+        "concentration",
+        1.0 if len(lost) else share,
+        LIMIT,
+        False,
+        f"{what}, {effect}; {left}. Likely cause: {cause}",
+        rows=tuple(rows[:LISTED].tolist()),
+        count=len(rows),
+        nll_without=without,
+        nll_without_stderr=error,
+    )
+
+
+def outlying(log_p: Tensor) -> tuple[float, Tensor]:
+    """The largest share of the variance that a few far rows carry, and the smallest set that carries more than half.
+
+    Args:
+        log_p: (n,), finite, n at least LEAST.
+
+    Returns:
+        (share, rows). The share is 0 if no row is far from the others. The rows are positions in log_p, the farthest
+        first; there are none if the share is at most half.
+    """
+    n = len(log_p)
+    most = min(max(FEW, int(SHARE * n)), n // 5)
+    # squares of values such as 1e200 overflow float64
+    scale = float(log_p.abs().max()) or 1.0
+    values = (log_p - log_p.median()) / scale
+    apart = (values - values.mean()).square()
+    order = apart.sort(descending=True, stable=True).indices
+    # mean and variance without the first 1, 2, ... rows. The sums start at the last row, so a huge row does not round
+    # them
+    ordered, left = values[order], torch.arange(n - 1, n - 1 - most, -1)
+    first, second = (each.flip(0).cumsum(0).flip(0)[1 : most + 1] / left for each in (ordered, ordered.square()))
+    spread = (second - first.square()).clamp_min(0).sqrt().clamp_min(SMALL / scale)
+    far = (ordered[:most] - first).abs() > FAR * spread
+    shares = torch.where(far, apart[order[:most]].cumsum(0) / apart.sum().clamp_min(torch.finfo(apart.dtype).tiny), 0.0)
+    enough = (shares > LIMIT).nonzero().flatten()
+    count = int(enough[0]) + 1 if len(enough) else 0
+    return float(shares.max()), order[:count]
+
+
+def check_some_finite(log_p: Tensor, split: str) -> None:
+    """Refuses log-likelihoods (n,) if none is finite.
+
+    Raises:
+        NonFiniteError: no log-likelihood is finite.
+    """
+    if not bool(log_p.isfinite().any()):
+        raise NonFiniteError(
+            f"log p(x) is not finite for any of the {len(log_p)} rows of the {split} set ({log_p[0].item()} for row "
+            "0): the flow does not cover these points, or its weights are damaged"
+        )
+
+
+def _named(rows: Tensor) -> str:
+    return named_rows(rows[:LISTED].sort().values.tolist(), len(rows))
+
+
+def _values(log_p: Tensor) -> str:
+    """The distinct values, such as "-inf, nan"."""
+    return ", ".join(sorted({str(value) for value in log_p[:LISTED].tolist()}))

@@ -1,1 +1,0 @@
-"""Velocity fields of continuous flows, with tangents pushed alongside."""

@@ -1,0 +1,1 @@
+"""Networks: conditioners of couplings, velocity fields of continuous flows, and their divergence."""

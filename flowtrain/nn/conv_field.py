@@ -1,0 +1,299 @@
+"""Velocity fields over images: convolutions modulated by time, and their hand-written derivatives."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowtrain.nn.fields import (
+    Activation,
+    Hidden,
+    LayeredField,
+    TimedLayer,
+    TimeEmbedded,
+    back_through,
+    image_of,
+    through,
+    unpack,
+)
+from flowtrain.utils.arguments import one_of, whole, widths
+from flowtrain.utils.autograd import first_derivative
+from flowtrain.utils.errors import ConfigError
+
+
+def push(
+    activation: Activation, x: Tensor, tangents: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(v, J e): x (B, C, H, W), tangents (k, 1 or B, C, H, W), constants -> (B, C', H, W), (k, B, C', H, W)."""
+    v, je = _Push.apply(activation, len(weights), x, tangents, *weights, *shifts)  # type: ignore[no-untyped-call]
+    return v, je
+
+
+class _Push(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, activation: Activation, n_layers: int, x: Tensor, tangents: Tensor, *layers: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights, shifts = layers[:n_layers], layers[n_layers:]
+        gain = activation.gain(x.device)
+        hidden: list[Hidden] = []
+        h, t = x, tangents
+        for weight, shift in zip(weights[:-1], shifts[:-1], strict=True):
+            # a convolution is linear: its weights take the gain, not the images
+            a = _convolved(h, gain * weight, gain * shift)
+            hidden.append(through(activation, a, _pushed(t, weight), tangents=0))
+            h, t = hidden[-1].h, hidden[-1].t
+        ctx.activation, ctx.n_layers = activation, n_layers
+        # nothing kept but this way: only so does torch.utils.checkpoint drop it
+        ctx.save_for_backward(x, tangents, *layers, *(tensor for layer in hidden for tensor in layer.tensors()))
+        je = _pushed(t, weights[-1])
+        return _convolved(h, weights[-1], shifts[-1]), je.expand(len(je), len(x), *je.shape[2:]).contiguous()
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: Any, at_a: Tensor, at_u: Tensor) -> tuple[Any, ...]:
+        n = ctx.n_layers
+        x, tangents, *rest = ctx.saved_tensors
+        weights, shifts, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangents=0)
+        at_weights: list[Tensor] = []
+        at_shifts: list[Tensor] = []
+        for layer in reversed(range(n)):
+            h, t = (hidden[layer - 1].h, hidden[layer - 1].t) if layer else (x, tangents)
+            if t.shape[1] == 1:
+                at_u = at_u.sum(1, keepdim=True)
+            at_shifts.append(at_a.sum_to_size(shifts[layer].shape))
+            at_h, at_weight = _pull(at_a, h, weights[layer], layer > 0 or ctx.needs_input_grad[2])
+            at_t, more = _pull(at_u.flatten(0, 1), t.flatten(0, 1), weights[layer], layer > 0)
+            at_weights.append(at_weight.add_(more))
+            if layer == 0:
+                return None, None, at_h, None, *at_weights[::-1], *at_shifts[::-1]
+            assert at_h is not None
+            assert at_t is not None
+            at_a, at_u = back_through(ctx.activation, hidden[layer - 1], at_h, at_t.view_as(t))
+        raise AssertionError("a field has layers")
+
+
+def _convolved(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    if shift.numel() == len(weight):
+        return F.conv2d(x, weight, shift.flatten(), padding="same")
+    return F.conv2d(x, weight, padding="same").add_(shift)
+
+
+def _pushed(t: Tensor, weight: Tensor) -> Tensor:
+    """W * t for t (k, 1 or B, C, H, W)."""
+    y = F.conv2d(t.flatten(0, 1), weight, padding="same")
+    return y.view(*t.shape[:2], *y.shape[1:])
+
+
+def _pull(at_y: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor | None, Tensor]:
+    """Cotangents of x, or None, and of W from that of y = W * x."""
+    same = [size // 2 for size in weight.shape[2:]]
+    at_x, at_weight, _ = torch.ops.aten.convolution_backward(
+        at_y, x, weight, None, [1, 1], same, [1, 1], False, [0, 0], 1, [needs_x, True, False]
+    )
+    return at_x, at_weight
+
+
+class TimedConv2d(TimedLayer):
+    """y = (W * x + b) gate(t) + offset(t), * a convolution that keeps the size.
+
+    Shapes: x is (..., n_in, H, W), t broadcasts against x.shape[:-3], y is (..., n_out, H, W).
+    """
+
+    def __init__(self, n_in: int, n_out: int, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(n_in, n_out, kernel_size, padding="same")
+
+    @abstractmethod
+    def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor | None, Tensor]:
+        """(gate, shift) for images of `size` (H, W), shift = b gate + offset; a gate of None is 1.
+
+        Shapes: gate is (*t.shape, n_out, 1, 1), shift the same or (*t.shape, n_out, H, W).
+        """
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        gate, shift = self.modulation(t, x.shape[-2:])
+        weight, gate = self.fold(gate)
+        if shift.numel() == len(weight):
+            (y,) = convolve(weight, x, bias=shift.flatten())
+            return y
+        (y,) = convolve(weight, x)
+        return y + shift if gate is None else torch.addcmul(shift, y, gate)
+
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, (dy/dx) e) for each tangent e, from one modulation and one convolution."""
+        gate, shift = self.modulation(t, x.shape[-2:])
+        weight, gate = self.fold(gate)
+        y, pushed = convolve(weight, x, tangents)
+        if gate is None:
+            return y + shift, pushed
+        return torch.addcmul(shift, y, gate), pushed * gate
+
+    def at(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+        """The plain convolution that this layer is at time t: W (n_out, n_in, ..), shift (n_out, 1 or H, 1 or W)."""
+        gate, shift = self.modulation(t, size)
+        return channels_last(self.fold(gate)[0]), shift
+
+    def fold(self, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(W, gate), or (gate W, None) where all images share one gate: W is small, the images are not."""
+        weight = self.conv.weight
+        if gate is not None and gate.numel() == len(weight):
+            return weight * gate.reshape(-1, 1, 1, 1), None
+        return weight, gate
+
+
+def convolve(weight: Tensor, *parts: Tensor, bias: Tensor | None = None) -> list[Tensor]:
+    """W * p (+ bias) for every part p (..., n_in, H, W), all in one convolution."""
+    flat = [p.reshape(-1, *p.shape[-3:]) for p in parts]
+    y = F.conv2d(torch.cat(flat) if len(flat) > 1 else flat[0], channels_last(weight), bias, padding="same")
+    # split and not slices: the gradient of a slice is a zero-filled tensor of the whole size
+    rows = torch.split(y, [len(p) for p in flat])
+    return [r.reshape(*p.shape[:-3], *r.shape[1:]) for r, p in zip(rows, parts, strict=True)]
+
+
+class ConcatConv2d(TimedConv2d):
+    """y = W * [x, t] + b: time as one more input channel, constant inside the image and zero in its padding."""
+
+    def __init__(self, n_in: int, n_out: int, kernel_size: int) -> None:
+        super().__init__(n_in, n_out, kernel_size)
+        self.shift = nn.Conv2d(1, n_out, kernel_size, padding="same", bias=False)
+
+    def modulation(self, t: Tensor, size: torch.Size) -> tuple[None, Tensor]:
+        assert self.conv.bias is not None
+        # linear in t, so one convolution serves all times; a channel of ones sees the border as one of t does
+        (response,) = convolve(self.shift.weight, t.new_ones(1, *size))
+        return None, torch.addcmul(image_of(self.conv.bias, 3), image_of(t.unsqueeze(-1), 3), response)
+
+
+class ConcatSquashConv2d(TimedConv2d):
+    """y = (W * x + b) sigmoid(a t + c) + u t, with a, c and u per channel."""
+
+    def __init__(self, n_in: int, n_out: int, kernel_size: int) -> None:
+        super().__init__(n_in, n_out, kernel_size)
+        self.gate = nn.Linear(1, n_out)
+        self.shift = nn.Linear(1, n_out, bias=False)
+
+    def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+        assert self.conv.bias is not None
+        column = t.unsqueeze(-1)
+        gate = torch.sigmoid(self.gate(column))
+        return image_of(gate, 3), image_of(torch.addcmul(self.shift(column), self.conv.bias, gate), 3)
+
+
+class TimeEmbeddingConv2d(TimedConv2d, TimeEmbedded):
+    """y = (W * x + b) gate(t) + offset(t), per channel, see `TimeEmbedded`."""
+
+    def __init__(self, n_in: int, n_out: int, kernel_size: int, n_embedding: int = 16) -> None:
+        super().__init__(n_in, n_out, kernel_size)
+        self.embed_time(n_out, n_embedding)
+
+    def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+        assert self.conv.bias is not None
+        gate, offset = self.gate_and_offset(t)
+        return image_of(gate, 3), image_of(torch.addcmul(offset, self.conv.bias, gate), 3)
+
+
+LAYERS: dict[str, type[TimedConv2d]] = {
+    "concatsquash": ConcatSquashConv2d,
+    "concat": ConcatConv2d,
+    "time_embedding": TimeEmbeddingConv2d,
+}
+
+
+class ConvField(LayeredField[TimedConv2d]):
+    """v(t, x) for images: timed convolutions of stride 1.
+
+    Shapes: x is (..., C, H, W); t is a scalar or broadcasts against x.shape[:-3]; v has the shape of x.
+
+    Args:
+        channels: C.
+        hidden: channels of the hidden layers.
+        layer: concatsquash | concat | time_embedding.
+        activation: tanh | softplus | swish.
+        kernel_size: odd, so that an image keeps its size about its centre.
+        classes: how many labels there are, which `given` takes; None for none.
+        size: (H, W), for a bias of the first layer at each place; None for a field that is the same at all.
+
+    Raises:
+        ConfigError: an unknown layer or activation, no hidden layer, an even kernel; x that is not C channels.
+    """
+
+    event_dims = 3
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: Sequence[int],
+        layer: str,
+        activation: str,
+        kernel_size: int = 3,
+        classes: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        kind = LAYERS[one_of("model.field", layer, LAYERS)]
+        sizes = [whole("model.channels", channels), *widths("model.hidden", hidden), channels]
+        if whole("model.kernel_size", kernel_size) % 2 == 0:
+            raise ConfigError(f"model.kernel_size={kernel_size}: give an odd number, so that images keep their size")
+        super().__init__([kind(a, b, kernel_size) for a, b in pairwise(sizes)], activation, sizes[1], classes)
+        self.channels = channels
+        self.places = None if size is None else nn.Parameter(torch.zeros(sizes[1], *size))
+
+    def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return super().forward(t, self.checked(x), self.placed(shift)).contiguous()
+
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, shift = self.checked(x), self.placed(shift)
+        if not self.by_hand(t, x, tangents):
+            v, je = self.push_rows(t, x, tangents, shift)
+            return v.contiguous(), je.contiguous()
+        nodes, batch = x.shape[:-4], x.shape[-4:]
+        times = t.expand(*nodes, 1).reshape(-1)
+        e = tangents.expand(-1, *nodes, *tangents.shape[-4:]).reshape(len(tangents), len(times), *tangents.shape[-4:])
+        each = zip(times, x.reshape(-1, *batch), e.unbind(1), strict=True)
+        v, je = (
+            torch.stack(parts, i)
+            for i, parts in enumerate(zip(*(self.push_node(*one, shift) for one in each), strict=True))
+        )
+        return v.view(x.shape), je.view(len(tangents), *x.shape)
+
+    def push_node(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`push` at one time: x (B, C, H, W), tangents (k, 1 or B, C, H, W)."""
+        weights, shifts = zip(*(layer.at(t, x.shape[-2:]) for layer in self.layers), strict=True)
+        if shift is not None:
+            shifts = (shifts[0] + shift, *shifts[1:])
+        v, je = push(self.activation, x, tangents, weights, shifts)
+        return v.contiguous(), je.contiguous()
+
+    def placed(self, shift: Tensor | None) -> Tensor | None:
+        """The shift of the first layer: that of the labels, and that of the places."""
+        if shift is None or self.places is None:
+            return self.places if shift is None else shift
+        return shift + self.places
+
+    def checked(self, x: Tensor) -> Tensor:
+        """x (..., C, H, W) as it is.
+
+        Raises:
+            ConfigError: it is no image of the field's channels.
+        """
+        if x.dim() < 3 or x.shape[-3] != self.channels:
+            raise ConfigError(
+                f"a convolutional field of {self.channels} channels takes images (..., {self.channels}, H, W); "
+                f"it was given {tuple(x.shape)}: use an MLP for vectors, or set channels to the images' own"
+            )
+        return x
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """W (n_out, n_in, ..) with its channels innermost in memory, where that was measured to be faster.
+
+    The convolution's output has them so too: the weight decides, because an image of one channel has no layout to tell.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return weight
+    # not contiguous(memory_format=torch.channels_last): it does nothing for one input channel, and vmap refuses it
+    return weight.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)

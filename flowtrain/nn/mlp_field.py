@@ -1,0 +1,385 @@
+"""Velocity fields over vectors: multilayer perceptrons modulated by time, and their hand-written derivatives."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowtrain.nn.fields import (
+    Activation,
+    Hidden,
+    LayeredField,
+    TimedLayer,
+    TimeEmbedded,
+    back_through,
+    through,
+    unpack,
+)
+from flowtrain.utils.arguments import number, one_of, widths
+from flowtrain.utils.autograd import first_derivative
+
+# numbers that one layer's values and tangents may take in a block of nodes: larger ones leave a CPU's cache, and its
+# allocator asks for fresh pages
+BLOCK = 2**18
+
+
+class MLPTape:
+    """Evaluations of an MLP, one node at a time; see `flowtrain.ode.tape.Tape`.
+
+    Args:
+        times: of the nodes, (M,).
+        weights, biases: of each layer, (M, n_out, n_in) and (M, n_out), without a graph.
+        keep: whether nodes will be pulled.
+    """
+
+    def __init__(
+        self, times: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: Activation, keep: bool
+    ) -> None:
+        self.times, self.activation, self.keep = times, activation, keep
+        self.weights = [w.unbind() for w in weights]
+        self.transposed = [w.mT.unbind() for w in weights]
+        self.biases = [b.unbind() for b in biases]
+        # for each node the input of every layer, what the slopes need, and once pulled the cotangents of every a_l
+        self.inputs: dict[int, list[Tensor]] = {}
+        self.kept: dict[int, list[Tensor]] = {}
+        self.pulled: dict[int, list[Tensor]] = {}
+
+    def velocity(self, i: int, x: Tensor) -> Tensor:
+        """v (B, d) of node i at x (B, d)."""
+        inputs, kept = [x], []
+        last = len(self.weights) - 1
+        gain = self.activation.gain(x.device)
+        for layer in range(last):
+            a = torch.addmm(self.biases[layer][i], x, self.transposed[layer][i], beta=gain, alpha=gain)
+            x, needed = self.activation.replace(a)
+            inputs.append(x)
+            kept.append(needed)
+        if self.keep:
+            self.inputs[i], self.kept[i] = inputs, kept
+        return torch.addmm(self.biases[last][i], x, self.transposed[last][i])
+
+    def pull(self, i: int, cotangent: Tensor) -> Tensor:
+        """cotangent^T dv/dx of node i, (B, d); the share of the weights is kept for `weight_gradients`."""
+        at_a = [cotangent]
+        for layer in reversed(range(1, len(self.weights))):
+            slope = self.activation.slope(self.kept[i][layer - 1])
+            at_a.append(torch.mm(at_a[-1], self.weights[layer][i]).mul_(slope))
+        self.pulled[i] = at_a[::-1]
+        return torch.mm(at_a[-1], self.weights[0][i])
+
+    def weight_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Of every layer, (M, n_out, n_in) and (M, n_out), zero for nodes that were not pulled."""
+        n_nodes = len(self.times)
+        at_weights, at_biases = [], []
+        for layer, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+            at_w, at_b = w[0].new_zeros(n_nodes, *w[0].shape), b[0].new_zeros(n_nodes, *b[0].shape)
+            for i, at_a in self.pulled.items():
+                torch.mm(at_a[layer].t(), self.inputs[i][layer], out=at_w[i])
+                torch.sum(at_a[layer], 0, out=at_b[i])
+            at_weights.append(at_w)
+            at_biases.append(at_b)
+        return at_weights, at_biases
+
+
+def push(
+    activation: Activation, x: Tensor, tangents: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(v, J e) at M nodes: x (M, B, d), tangents (k, 1 or M, 1 or B, d), constants -> (M, B, d'), (k, M, B, d')."""
+    v, je = _Push.apply(activation, len(weights), x, tangents, *weights, *biases)  # type: ignore[no-untyped-call]
+    return v, je
+
+
+class _Push(torch.autograd.Function):
+    """Nodes go through in blocks; u are the tangents before a slope, t after it, each (m, k, 1 or B, n)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation: Activation, n_layers: int, x: Tensor, tangents: Tensor, *layers: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights, biases = layers[:n_layers], layers[n_layers:]
+        k = len(tangents)
+        e = tangents.transpose(0, 1).expand(len(x), k, *tangents.shape[2:])
+        v = x.new_empty(*x.shape[:2], weights[-1].shape[1])
+        je = x.new_empty(k, *v.shape)
+        kept: list[Tensor] = []
+        for b in _blocks(x, k, weights):
+            saved, v[b], pushed = _push_block(activation, x[b], e[b], [w[b] for w in weights], [c[b] for c in biases])
+            je[:, b] = pushed.transpose(0, 1)
+            kept += [tensor for layer in saved for tensor in layer.tensors()]
+        ctx.activation, ctx.n_layers = activation, n_layers
+        # nothing kept but this way: only so does torch.utils.checkpoint drop it
+        ctx.save_for_backward(x, e, *layers, *kept)
+        return v, je
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: Any, at_v: Tensor, at_je: Tensor) -> tuple[Any, ...]:
+        n = ctx.n_layers
+        x, e, *rest = ctx.saved_tensors
+        weights, biases, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangents=1)
+        at_x = torch.empty_like(x)
+        at_weights = [torch.empty_like(w) for w in weights]
+        at_biases = [torch.empty_like(c) for c in biases]
+        for i, b in enumerate(_blocks(x, e.shape[1], weights)):
+            at_x[b] = _pull_block(
+                ctx.activation,
+                x[b],
+                e[b],
+                [w[b] for w in weights],
+                hidden[i * (n - 1) : (i + 1) * (n - 1)],
+                at_v[b],
+                at_je[:, b].transpose(0, 1),
+                [w[b] for w in at_weights],
+                [c[b] for c in at_biases],
+            )
+        return None, None, at_x, None, *at_weights, *at_biases
+
+
+def _blocks(x: Tensor, k: int, weights: Sequence[Tensor]) -> list[slice]:
+    n_nodes, rows = x.shape[:2]
+    size = n_nodes
+    if x.device.type == "cpu":
+        size = max(1, BLOCK // (rows * (1 + k) * max(w.shape[1] for w in weights)))
+    return [slice(i, i + size) for i in range(0, n_nodes, size)]
+
+
+def _push_block(
+    activation: Activation, x: Tensor, e: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[list[Hidden], Tensor, Tensor]:
+    """The hidden layers, v (m, B, d') and J e (m, k, 1 or B, d')."""
+    gain = activation.gain(x.device)
+    hidden: list[Hidden] = []
+    h, t = x, e
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        a = torch.baddbmm(bias.unsqueeze(1), h, weight.mT, beta=gain, alpha=gain)
+        hidden.append(through(activation, a, _product(t, weight.mT), tangents=1))
+        h, t = hidden[-1].h, hidden[-1].t
+    return hidden, torch.baddbmm(biases[-1].unsqueeze(1), h, weights[-1].mT), _product(t, weights[-1].mT)
+
+
+def _pull_block(
+    activation: Activation,
+    x: Tensor,
+    e: Tensor,
+    weights: Sequence[Tensor],
+    hidden: list[Hidden],
+    at_a: Tensor,
+    at_u: Tensor,
+    at_weights: Sequence[Tensor],
+    at_biases: Sequence[Tensor],
+) -> Tensor:
+    """The cotangent of x from those of v (m, B, d') and J e (m, k, B, d'); writes those of weights and biases."""
+    for layer in reversed(range(1, len(weights))):
+        below = hidden[layer - 1]
+        _weight_gradient(at_a, at_u, below.h, below.t, at_weights[layer], at_biases[layer])
+        at_h, at_t = torch.bmm(at_a, weights[layer]), _product(at_u, weights[layer])
+        at_a, at_u = back_through(activation, below, at_h, at_t)
+    if e.shape[2] == 1:
+        at_u = at_u.sum(2, keepdim=True)
+    _weight_gradient(at_a, at_u, x, e, at_weights[0], at_biases[0])
+    return torch.bmm(at_a, weights[0])
+
+
+def _product(t: Tensor, matrix: Tensor) -> Tensor:
+    """t M for t (m, k, B, n), M (m, n, n')."""
+    m, k, rows, _ = t.shape
+    return torch.bmm(t.reshape(m, k * rows, -1), matrix).view(m, k, rows, -1)
+
+
+def _weight_gradient(at_a: Tensor, at_u: Tensor, h: Tensor, t: Tensor, at_weight: Tensor, at_bias: Tensor) -> None:
+    """Of a = W h + b and u = W t."""
+    torch.bmm(at_a.mT, h, out=at_weight)
+    at_weight.baddbmm_(at_u.flatten(1, 2).mT, t.flatten(1, 2))
+    torch.sum(at_a, 1, out=at_bias)
+
+
+class TimedLinear(TimedLayer):
+    """y = (W x + b) * gate(t) + shift(t), with x (..., n_in), t broadcasting against x.shape[:-1]."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n_in, n_out)
+
+    @abstractmethod
+    def modulation(self, t: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(gate, shift), each (*t.shape, n_out); a gate of None is 1."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        gate, shift = self.modulation(t)
+        y: Tensor = self.linear(x)
+        return y + shift if gate is None else torch.addcmul(shift, y, gate)
+
+    def at(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """The plain linear layer that this one is at each of times (M,): weight (M, n_out, n_in), bias (M, n_out)."""
+        gate, shift = self.modulation(times)
+        weight, bias = self.linear.weight, self.linear.bias
+        if gate is None:
+            return weight.expand(len(times), *weight.shape), shift + bias
+        return gate.unsqueeze(-1) * weight, torch.addcmul(shift, gate, bias)
+
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, (dy/dx) e) for each tangent e, from one modulation."""
+        gate, shift = self.modulation(t)
+        y: Tensor = self.linear(x)
+        pushed = F.linear(tangents, self.linear.weight)
+        if gate is None:
+            return y + shift, pushed
+        return torch.addcmul(shift, y, gate), pushed * gate
+
+
+class Concat(TimedLinear):
+    """y = W [x, t] + b: time as one more input (FFJORD's ConcatLinear)."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        self.shift = nn.Linear(1, n_out, bias=False)
+
+    def modulation(self, t: Tensor) -> tuple[None, Tensor]:
+        return None, self.shift(t.unsqueeze(-1))
+
+
+class ConcatSquash(TimedLinear):
+    """y = (W x + b) * sigmoid(a t + c) + u t (FFJORD's ConcatSquashLinear)."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        self.gate = nn.Linear(1, n_out)
+        self.shift = nn.Linear(1, n_out, bias=False)
+
+    def modulation(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        column = t.unsqueeze(-1)
+        return torch.sigmoid(self.gate(column)), self.shift(column)
+
+
+class TimeEmbedding(TimedLinear, TimeEmbedded):
+    """y = (W x + b) gate(t) + offset(t), see `TimeEmbedded`."""
+
+    def __init__(self, n_in: int, n_out: int, n_embedding: int = 16) -> None:
+        super().__init__(n_in, n_out)
+        self.embed_time(n_out, n_embedding)
+
+    def modulation(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate_and_offset(t)
+
+
+LAYERS: dict[str, type[TimedLinear]] = {
+    "concatsquash": ConcatSquash,
+    "concat": Concat,
+    "time_embedding": TimeEmbedding,
+}
+
+
+class MLPField(LayeredField[TimedLinear]):
+    """v(t, x) for vectors: a multilayer perceptron of timed layers.
+
+    Args:
+        d: dimension of x.
+        hidden: widths of the hidden layers.
+        layer: concatsquash | concat | time_embedding.
+        activation: tanh | softplus | swish.
+        classes: how many labels there are, which `given` takes; None for none.
+        init_scale: of the first layer's weights, see `spread`; None leaves them to torch, U(-1, 1) / sqrt(d).
+
+    Raises:
+        ConfigError: an unknown layer or activation, no hidden layer, or a scale that is not positive.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        hidden: Sequence[int],
+        layer: str,
+        activation: str,
+        classes: int | None = None,
+        init_scale: float | None = None,
+    ) -> None:
+        kind = LAYERS[one_of("model.field", layer, LAYERS)]
+        sizes = [d, *widths("model.hidden", hidden), d]
+        layers = [kind(a, b) for a, b in pairwise(sizes)]
+        super().__init__(layers, activation, sizes[1], classes)
+        if init_scale is not None:
+            spread(layers[0].linear, number("model.init_scale", init_scale))
+
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        # the kernels know one bias a node and not one a row
+        if shift is not None or not self.by_hand(t, x, tangents):
+            return self.push_rows(t, x, tangents, shift)
+        nodes, (rows, d) = x.shape[:-2], x.shape[-2:]
+        weights, biases = self.at(t.expand(*nodes, 1).reshape(-1))
+        shared = tangents.shape[1:-2].numel() == 1
+        e = tangents if shared else tangents.expand(-1, *nodes, -1, -1)
+        e = e.reshape(len(tangents), -1, *tangents.shape[-2:])
+        v, je = push(self.activation, x.reshape(-1, rows, d), e, weights, biases)
+        return v.view(x.shape), je.view(len(tangents), *x.shape)
+
+    def at(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of the plain MLP that the field is at each of times (M,)."""
+        weights, biases = zip(*(layer.at(times) for layer in self.layers), strict=True)
+        return list(weights), list(biases)
+
+    def recorder(self) -> "MLPRecorder | None":
+        # a subclass may compute something else
+        return MLPRecorder(self) if type(self) is MLPField else None
+
+
+@torch.no_grad()
+def spread(layer: nn.Linear, scale: float) -> None:
+    """Sets units w x + b to w ~ N(0, 2 scale^2 / d I), b = -w c, c ~ N(0, 4 I): ridges all over the data.
+
+    Torch's biases are of the size of its weights, so that every ridge begins near 0, and what lies further out, such as
+    a ring about it, is seen by all units alike. A tanh bends over 1 / |w|, which is 0.7 / scale in any dimension.
+    """
+    if layer.weight.is_meta:
+        # a sketch has no values, and torch would import its compiler here, which takes seconds
+        return
+    layer.weight.normal_(std=scale * (2 / layer.in_features) ** 0.5)
+    layer.bias.copy_(-(layer.weight * 2 * torch.randn_like(layer.weight)).sum(1))
+
+
+class MLPRecorder:
+    """Tapes of an MLP field; see `flowtrain.ode.tape.Recorder`."""
+
+    def __init__(self, field: MLPField) -> None:
+        self.field = field
+        self.names, self.parameters = map(list, zip(*field.named_parameters(), strict=True))
+
+    names: list[str]
+    parameters: list[Tensor]
+
+    def record(self, times: Tensor, keep: bool) -> MLPTape:
+        """A tape for stages at `times` (s,), with the weights as they are now."""
+        with torch.no_grad():
+            weights, biases = self.field.at(times)
+        return MLPTape(times, weights, biases, self.field.activation, keep)
+
+    def gradients(self, tapes: Sequence[MLPTape]) -> list[Tensor | None]:
+        """The layers' cotangents at all times together, then once through how the layers depend on time."""
+        parts = [tape.weight_gradients() for tape in tapes]
+        cotangents = [torch.cat(part) for kind in zip(*parts, strict=True) for part in zip(*kind, strict=True)]
+        # the weights that were recorded with, which need not be those the field holds by now
+        recorded = {f"field.{name}": p for name, p in zip(self.names, self.parameters, strict=True)}
+        with torch.enable_grad():
+            times = torch.cat([tape.times for tape in tapes])
+            weights, biases = torch.func.functional_call(_At(self.field), recorded, (times,))
+        pairs = [(y, c) for y, c in zip([*weights, *biases], cotangents, strict=True) if y.requires_grad]
+        if not pairs:
+            return [None] * len(self.parameters)
+        outputs, at_outputs = zip(*pairs, strict=True)
+        trained = [p for p in self.parameters if p.requires_grad]
+        found = iter(torch.autograd.grad(outputs, trained, at_outputs, allow_unused=True))
+        return [next(found) if p.requires_grad else None for p in self.parameters]
+
+
+class _At(nn.Module):
+    """`MLPField.at` as a module, to be called with other weights."""
+
+    def __init__(self, field: MLPField) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return self.field.at(times)

@@ -1,0 +1,48 @@
+"""ODE solvers: `ode_solver` picks the engine for a method and a gradient."""
+
+import inspect
+from typing import Any
+
+from flowtrain.ode.runge_kutta import RungeKutta
+from flowtrain.ode.solver import Problem, Solution, Solver, Statistics, record_integral_errors, record_solves
+from flowtrain.ode.step_control import History
+from flowtrain.ode.tableaus import TABLEAUS, Tableau
+from flowtrain.ode.torchdiffeq_engine import METHODS, Torchdiffeq
+from flowtrain.utils.arguments import choose, one_of
+from flowtrain.utils.errors import ConfigError
+
+__all__ = [
+    "History",
+    "Problem",
+    "Solution",
+    "Solver",
+    "Statistics",
+    "Tableau",
+    "ode_solver",
+    "record_integral_errors",
+    "record_solves",
+]
+
+
+def ode_solver(method: str, gradient: str = "auto", tableau: Tableau | None = None, **settings: Any) -> Solver:
+    """The solver of that name: torchdiffeq for the adjoint and for methods without a tableau here, else our own engine.
+
+    Args:
+        tableau: of a method that is not one of ours, by whatever name; solved by our own engine.
+
+    Raises:
+        ConfigError: an unknown method (the message lists what there is) or a setting out of range.
+    """
+    if tableau is None:
+        one_of("solver.method", method, sorted({*TABLEAUS, *METHODS}))
+    known = inspect.signature(Solver.__init__).parameters
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        names = [key for key in known if key not in ("self", "adaptive")]
+        raise ConfigError(f"solver: unknown key {', '.join(unknown)}; {choose(unknown[0], names, 'it takes')}")
+    if tableau is not None:
+        if not isinstance(tableau, Tableau):
+            raise ConfigError(f"solver.tableau={tableau}: a tableau is given by a function, see README, Extending")
+        return RungeKutta(method, tableau, gradient=gradient, **settings)
+    engine = RungeKutta if method in TABLEAUS and gradient != "adjoint" else Torchdiffeq
+    return engine(method, gradient=gradient, **settings)

@@ -1,0 +1,330 @@
+"""Explicit Runge-Kutta: one stepping loop for every tableau, path integrals as quadratures along the solution.
+
+The state is solved alone; what the path integrals need of it is in nodes.py, and the gradient, the exact one of the
+accepted steps with their sizes held constant, in discrete_adjoint.py. NFE counts evaluations of the velocity by the
+stages, not those of the integrand.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from flowtrain.ode.discrete_adjoint import AcceptedStep, AcceptedSteps, differentiable
+from flowtrain.ode.quadrature import Nodes, gauss_nodes, has_dense_output, stage_nodes
+from flowtrain.ode.solver import Problem, Solution, Solver, Statistics
+from flowtrain.ode.tableaus import TABLEAUS, Tableau
+from flowtrain.ode.tape import AutogradRecorder, Stage, Weights, combined, on_device, record, take, take_ordinary
+from flowtrain.utils.arguments import one_of
+from flowtrain.utils.autograd import largest, transforms_active, values
+from flowtrain.utils.errors import ConfigError
+
+SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
+# a step whose error is NaN or infinite is retried shorter; a state that stays so this often will not recover
+NON_FINITE_RETRIES = 8
+# nodes of the integrand that are evaluated together when memory counts: together they hold this many numbers
+REPLAYED_NUMBERS = 2**15
+
+
+class RungeKutta(Solver):
+    """Fixed steps or adaptive ones, as the tableau has an error estimate or not; `gradient` is direct or replay.
+
+    Step control: accept when the RMS of error / (atol + rtol max(|x0|, |x1|)) is at most 1, the next step
+    0.9 ratio^(-1/order) times as long (Hairer, Norsett and Wanner, Solving ODEs I, II.4), the last two balanced. In
+    training the steps are planned by those of the last solve, see step_control.py; the first rejection ends the plan.
+
+    Raises:
+        ConfigError: an unknown method, gradient=adjoint, or what `Solver` refuses.
+    """
+
+    def __init__(self, method: str, tableau: Tableau | None = None, **settings: Any) -> None:
+        if tableau is None:
+            one_of("solver.method", method, TABLEAUS)
+        self.tableau = tableau or TABLEAUS[method]
+        super().__init__(method, adaptive=self.tableau.e is not None, **settings)
+        if self.gradient == "adjoint":
+            raise ConfigError("solver.gradient=adjoint: this engine differentiates its own steps (direct, replay)")
+
+    def replays(self, x: Tensor) -> bool:
+        """Whether the gradient of a solve from x (B, *event) takes its steps again instead of keeping them."""
+        return self.gradient == "replay" or (self.gradient == "auto" and x.dim() > 2)
+
+    def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
+        if transforms_active():
+            ordinary = _OrdinaryRun(self, problem, statistics)
+            ordinary.advance()
+            return ordinary.solution()
+        run = _Run(self, problem, statistics, torch.is_grad_enabled())
+        with torch.no_grad():
+            run.advance()
+        return run.solution()
+
+
+@dataclass
+class TriedStep:
+    """A step tried: its stages, where it ends, and where they join the control its integrals and their error."""
+
+    h: float
+    slopes: Tensor
+    stages: list[Stage]
+    points: list[Tensor]
+    x1: Tensor
+    integral: Tensor | None = None
+    error: Tensor | None = None
+
+
+class _Run:
+    """The moving parts of one solve: time, state, the slope there, the steps so far."""
+
+    take = staticmethod(take)
+
+    def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics, graph: bool) -> None:
+        self.solver, self.problem, self.statistics, self.graph = solver, problem, statistics, graph
+        self.tableau: Tableau = solver.tableau
+        self.recorder = problem.recorder or AutogradRecorder(problem.velocity, problem.parameters)
+        self.replay = solver.replays(problem.x)
+        self.t, self.x = problem.t0, problem.x.detach()
+        self.first: tuple[Tensor, Stage | None] | None = None
+        self.steps: list[AcceptedStep] = []
+        self.integrand = problem.integrand
+        # all: the error of the integrals takes part in the step control
+        self.controls_all = self.integrand is not None and solver.control == "all" and solver.adaptive
+        self.on_stages = solver.control == "all" or not solver.adaptive or not has_dense_output(self.tableau)
+        # integrals without a gradient need no nodes kept
+        self.as_it_goes = self.integrand is not None and self.on_stages and not graph
+        self.total: Tensor | None = None
+        self.error: Tensor | None = None
+        self.weights = Weights(self.tableau, self.x)
+
+    def velocity(self, stage: Stage, t: float, h: float, x: Tensor) -> Tensor:
+        if self.statistics.nfe_forward >= self.solver.max_nfe:
+            raise self.solver.exhausted(t, h)
+        self.statistics.nfe_forward += 1
+        v = stage.velocity(x)
+        if v.shape != x.shape:
+            raise ConfigError(f"the field returned {tuple(v.shape)} for x {tuple(x.shape)}: a velocity has x's shape")
+        return v
+
+    def advance(self) -> None:
+        """Takes the steps from t0 to t1."""
+        if self.solver.adaptive:
+            self.adaptive()
+        else:
+            self.fixed()
+
+    def record(self, times: list[float], keep: bool) -> list[Stage]:
+        return record(self.recorder, times, self.x, keep)
+
+    def attempt(self, h: float) -> TriedStep:
+        """The stages of a step of size h from here."""
+        tableau, t, x = self.tableau, self.t, self.x
+        if self.replay and self.steps:
+            # the memory of one step: only the last to be taken keeps its stages for the backward pass
+            self.steps[-1].stages = None
+        if self.first is None:
+            # on a tape of its own, which outlives a rejected attempt
+            first = self.record([t], keep=self.graph)[0]
+            self.first = self.velocity(first, t, h, x), first
+        stages = self.record([t + c * h for c in tableau.c], keep=self.graph)
+        stages[0] = self.first[1] or stages[0]
+
+        def velocity(i: int, x: Tensor) -> Tensor:
+            return self.velocity(stages[i], t + tableau.c[i] * h, h, x)
+
+        points, slopes = self.take(x, h, self.weights, self.first[0], velocity)
+        x1 = points[-1] if tableau.first_same_as_last else x + combined(h * self.weights.b, slopes)
+        return TriedStep(h, slopes, stages, points, x1)
+
+    def accept(self, tried: TriedStep, t1: float) -> None:
+        self.statistics.accepted += 1
+        same = self.tableau.first_same_as_last
+        if self.controls_all:
+            self.add(tried.integral, tried.error)
+        elif self.as_it_goes:
+            self.add(*self.integrals_of(tried))
+        if self.graph or (self.integrand is not None and not self.as_it_goes):
+            self.steps.append(AcceptedStep(self.t, tried.h, self.x, tried.slopes, tried.stages))
+        # replayed steps pull their first slope with the step before
+        self.first = (tried.slopes[-1], None if self.replay else tried.stages[-1]) if same else None
+        self.t, self.x = t1, tried.x1
+
+    def add(self, integral: Tensor | None, error: Tensor | None) -> None:
+        assert integral is not None
+        assert error is not None
+        self.total = integral if self.total is None else self.total + integral
+        self.error = error if self.error is None else self.error + error
+
+    def fixed(self) -> None:
+        t0, t1 = self.problem.t0, self.problem.t1
+        n = self.solver.steps_between(t0, t1)
+        h = (t1 - t0) / n
+        for i in range(n):
+            self.accept(self.attempt(h), t0 + (i + 1) * h)
+        if not bool(torch.isfinite(values(self.x)).all()):
+            raise self.solver.non_finite(t1, h)
+
+    def adaptive(self) -> None:
+        t1 = self.problem.t1
+        smallest = 2 * torch.finfo(self.x.dtype).eps * max(1.0, abs(self.problem.t0), abs(t1))
+        plan = self.problem.history.plan(self.t, t1) if self.problem.history is not None else []
+        h = 0.0 if plan else self.begin(10 * smallest)
+        taken: list[tuple[float, float]] = []
+        broken = 0
+        while self.t != t1:
+            end = plan[len(taken)] if plan else self.next_end(h)
+            if not plan and abs(h) < smallest and end != t1:
+                raise self.solver.non_finite(self.t, h) if broken else self.solver.underflow(self.t, h)
+            h = end - self.t
+            tried = self.attempt(h)
+            ratio = self.error_ratio(tried)
+            suited = h * self.factor(ratio)
+            if ratio <= 1:
+                taken.append((abs(h), abs(suited)))
+                self.accept(tried, end)
+                broken = 0
+            else:
+                self.statistics.rejected += 1
+                broken = 0 if math.isfinite(ratio) else broken + 1
+                if broken > NON_FINITE_RETRIES:
+                    raise self.solver.non_finite(self.t, h)
+                # what was planned did not hold
+                plan = []
+            h = suited
+        if self.problem.history is not None and self.graph:
+            # a solve for its value alone, as the tolerance guard's tight ones, plans no step of training
+            self.problem.history.steps = taken
+
+    def next_end(self, h: float) -> float:
+        """Where a step of size h ends: two equal steps lead to t1 rather than a long one and a sliver."""
+        left = self.problem.t1 - self.t
+        if abs(h) >= abs(left) * (1 - 1e-9):
+            return self.problem.t1
+        return self.t + (left / 2 if 2 * abs(h) > abs(left) else h)
+
+    def factor(self, ratio: float) -> float:
+        if not math.isfinite(ratio):
+            return SHRINK
+        grow = 1.0 if ratio > 1 else GROW
+        ideal: float = SAFETY * max(ratio, 1e-10) ** (-1 / self.tableau.order)
+        return min(grow, max(SHRINK, ideal))
+
+    def begin(self, smallest: float) -> float:
+        """The first step size, with its sign, from two slopes."""
+        # from near the origin the guess can fall below what time can resolve, which is no failure yet
+        return math.copysign(max(abs(self.guess()), smallest), self.problem.t1 - self.problem.t0)
+
+    def guess(self) -> float:
+        """After Hairer, Norsett and Wanner, II.4, 'starting step size'.
+
+        Their floor of 1e-6 is 1e-3 here: an untrained field is zero, which would trigger it in every first solve.
+        """
+        x, span = self.x, self.problem.t1 - self.problem.t0
+        stage = self.record([self.t], keep=self.graph)[0]
+        slope = self.velocity(stage, self.t, 0.0, x)
+        self.first = slope, stage
+        scale = self.solver.atol + self.solver.rtol * x.abs()
+        size, speed = rms(x / scale), rms(slope / scale)
+        h0 = -largest(-torch.where((size < 1e-5) | (speed < 1e-5), torch.full_like(size, 1e-3), 0.01 * size / speed))
+        if not math.isfinite(h0):
+            raise self.solver.non_finite(self.t, h0)
+        h0 = math.copysign(min(h0, abs(span)), span)
+        ahead = self.velocity(self.record([self.t + h0], keep=False)[0], self.t + h0, h0, x + h0 * slope)
+        bend = rms((ahead - slope) / scale) / abs(h0)
+        steepest = largest(torch.maximum(speed, bend))
+        if not math.isfinite(steepest):
+            return h0
+        h1 = (0.01 / steepest) ** (1 / self.tableau.order) if steepest > 1e-15 else abs(span)
+        return min(100 * abs(h0), h1, abs(span))
+
+    def error_ratio(self, tried: TriedStep) -> float:
+        """Error over tolerance, in one transfer to the host."""
+        solver = self.solver
+        error = combined(tried.h * self.weights.e, tried.slopes)
+        scale = solver.atol + solver.rtol * torch.maximum(self.x.abs(), tried.x1.abs())
+        ratio = rms(error / scale)
+        if self.controls_all:
+            tried.integral, tried.error = self.integrals_of(tried)
+            total = tried.integral if self.total is None else self.total + tried.integral
+            ratio = torch.maximum(ratio, rms(tried.error / (solver.atol + solver.rtol * total.abs())))
+        return largest(ratio)
+
+    def integrals_of(self, tried: TriedStep) -> tuple[Tensor, Tensor]:
+        """The integrals over one step by its stages and their error, each (B, Q)."""
+        nodes = stage_nodes(self.tableau, [(self.t, tried.h)])
+        q = self.integrand_at(nodes.times, torch.stack([tried.points[i] for i in self.tableau.used]))
+        return nodes.integrate(q), nodes.error(q.detach())
+
+    def integrand_at(self, times: list[float], points: Tensor) -> Tensor:
+        """q at every node, (nodes, B, Q): one batched call, or when steps are replayed a few nodes at a time."""
+        assert self.integrand is not None
+        integrand = self.integrand
+        t = on_device(times, self.x).unsqueeze(1)
+        if not self.replay:
+            return integrand(t, points)[1]
+
+        def q(t: Tensor, x: Tensor) -> Tensor:
+            return integrand(t, x)[1]
+
+        size = max(1, REPLAYED_NUMBERS // self.x.numel())
+        parts = [*zip(torch.split(t, size), torch.split(points, size), strict=True)]
+        # the backward pass comes to the last ones first: kept, in less memory than a step's stages take, they are free
+        kept = min(len(self.tableau.b) // 3, len(parts) - 1) if torch.is_grad_enabled() else len(parts)
+        replayed = parts[: len(parts) - kept]
+        # the probes were drawn before: nothing in q is random
+        again = [checkpoint(q, t, x, use_reentrant=False, preserve_rng_state=False) for t, x in replayed]
+        return torch.cat([*again, *(q(t, x) for t, x in parts[len(replayed) :])])
+
+    def nodes(self) -> Nodes:
+        steps = [(s.t, s.h) for s in self.steps]
+        return (
+            stage_nodes(self.tableau, steps) if self.on_stages else gauss_nodes(self.tableau, steps, self.problem.noisy)
+        )
+
+    def solution(self) -> Solution:
+        if not self.graph and (self.integrand is None or self.as_it_goes):
+            return Solution(self.x, self.total, self.error, self.statistics)
+        nodes = self.nodes() if self.integrand is not None else None
+        tableau, counts = self.tableau, self.statistics
+        accepted = AcceptedSteps(self.recorder, tableau, self.weights, self.steps, self.x, nodes, counts, self.replay)
+        x1, points = differentiable(accepted, self.problem.x) if self.graph else (self.x, accepted.points())
+        accepted.forget_slopes()
+        if nodes is None:
+            return Solution(x1, None, None, self.statistics)
+        q = self.integrand_at(nodes.times, points)
+        return Solution(x1, nodes.integrate(q), nodes.error(q.detach()), self.statistics)
+
+
+class _OrdinaryRun(_Run):
+    """A solve by ordinary operations, for `torch.func`: grad, vmap, jvp, and any of them inside another.
+
+    Step sizes are Python numbers, and every derivative treats them as constants, as in discrete_adjoint.py. The lanes
+    of a vmap share the steps: the step control uses the largest error of all lanes. No step is recomputed, so the
+        memory
+    of a gradient grows with the number of steps.
+    """
+
+    take = staticmethod(take_ordinary)
+
+    def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics) -> None:
+        # a field's own recorder uses hand-written kernels, which torch.func cannot transform
+        super().__init__(solver, replace(problem, recorder=None), statistics, graph=False)
+        self.x = problem.x
+        self.replay = False
+
+    def solution(self) -> Solution:
+        if self.integrand is None or self.as_it_goes:
+            return super().solution()
+        nodes = self.nodes()
+        points = [
+            s.x + combined(s.h * on_device(r, s.x), s.slopes) for s, r in zip(self.steps, nodes.rows, strict=True)
+        ]
+        q = self.integrand_at(nodes.times, torch.cat(points))
+        return Solution(self.x, nodes.integrate(q), nodes.error(q.detach()), self.statistics)
+
+
+def rms(x: Tensor) -> Tensor:
+    """sqrt(mean x^2) over all elements, a scalar."""
+    return x.square().mean().sqrt()

@@ -1,0 +1,213 @@
+"""Runge-Kutta stages whose evaluations of the velocity can be differentiated in reverse."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain.ode.tableaus import Tableau
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+class Tape(Protocol):
+    """The stages of one step: evaluations at times fixed beforehand, without a graph around them."""
+
+    def velocity(self, i: int, x: Tensor) -> Tensor:
+        """v(t_i, x) for x (B, *event)."""
+        ...
+
+    def pull(self, i: int, cotangent: Tensor) -> Tensor:
+        """cotangent^T dv/dx at stage i, (B, *event); the share of the parameters is kept for `gradients`."""
+        ...
+
+
+class Recorder(Protocol):
+    """Makes tapes of one velocity. A field that knows a faster way than autograd brings its own.
+
+    Attributes:
+        parameters: what `gradients` are of; complete once a stage has been kept.
+    """
+
+    parameters: list[Tensor]
+
+    def record(self, times: Tensor, keep: bool) -> Tape:
+        """A tape for stages at `times` (s,); with keep=False its stages cannot be pulled."""
+        ...
+
+    def gradients(self, tapes: Sequence[Tape]) -> list[Tensor | None]:
+        """What the pulls so far sum to, for each of the parameters."""
+        ...
+
+
+def add(totals: list[Tensor | None], shares: Sequence[Tensor | None]) -> None:
+    """Adds what there is, in place of the list's entries."""
+    for j, share in enumerate(shares):
+        so_far = totals[j]
+        if share is not None:
+            totals[j] = share if so_far is None else so_far + share
+
+
+class AutogradTape:
+    """Any velocity: a small autograd graph for each stage."""
+
+    def __init__(self, recorder: "AutogradRecorder", times: Tensor, keep: bool) -> None:
+        self.recorder, self.times, self.keep = recorder, times, keep
+        self.stages: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sums: list[Tensor | None] = []
+
+    def velocity(self, i: int, x: Tensor) -> Tensor:
+        """v(t_i, x) for x (B, *event), whose graph is kept where it may be pulled."""
+        field = self.recorder.field
+        if not self.keep:
+            return field(self.times[i], x)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            v = field(self.times[i], x)
+        self.recorder.discover(v, x)
+        self.stages[i] = x, v
+        return v.detach()
+
+    def pull(self, i: int, cotangent: Tensor) -> Tensor:
+        """cotangent^T dv/dx at stage i, (B, *event); zero where v does not depend on x."""
+        x, v = self.stages[i]
+        if not v.requires_grad:
+            return torch.zeros_like(x)
+        trained = self.recorder.trained
+        self.sums += [None] * (len(trained) - len(self.sums))
+        # retained, because a Jacobian is computed by pulling back through one solve many times
+        dx, *shares = torch.autograd.grad(v, (x, *trained), cotangent, retain_graph=True, allow_unused=True)
+        add(self.sums, shares)
+        return torch.zeros_like(x) if dx is None else dx
+
+
+class AutogradRecorder:
+    """Tapes of any velocity (t scalar, x) -> v, differentiated by autograd.
+
+    Tensors that the velocity uses and that are not among its parameters, such as an encoding that a conditional field
+    is given, are found in the graph of its first stage.
+    """
+
+    def __init__(self, field: Velocity, parameters: Sequence[Tensor]) -> None:
+        self.field = field
+        self.parameters = list(parameters)
+        self.discovered = False
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """Those of the parameters that want a gradient."""
+        return [p for p in self.parameters if p.requires_grad]
+
+    def discover(self, v: Tensor, x: Tensor) -> None:
+        """Adds to the parameters the leaves that v depends on besides x; once."""
+        if self.discovered:
+            return
+        self.discovered = True
+        known = {id(p) for p in (x, *self.parameters)}
+        self.parameters += [leaf for leaf in leaves(v) if id(leaf) not in known]
+
+    def record(self, times: Tensor, keep: bool) -> AutogradTape:
+        """A tape for stages at `times` (s,)."""
+        return AutogradTape(self, times, keep)
+
+    def gradients(self, tapes: Sequence[Tape]) -> list[Tensor | None]:
+        """What the pulls so far sum to, for each of the parameters, None where it has none; the sums begin anew."""
+        total: list[Tensor | None] = [None] * len(self.trained)
+        for tape in tapes:
+            assert isinstance(tape, AutogradTape)
+            add(total, tape.sums)
+            tape.sums = []
+        sums = iter(total)
+        return [next(sums) if p.requires_grad else None for p in self.parameters]
+
+
+def leaves(v: Tensor) -> list[Tensor]:
+    """The tensors that the graph of v accumulates gradients into."""
+    found: dict[int, Tensor] = {}
+    seen: set[object] = set()
+    ahead = [v.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[id(leaf)] = leaf
+        ahead += [following for following, _ in node.next_functions]
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One evaluation of a tape."""
+
+    tape: Tape
+    i: int
+
+    def velocity(self, x: Tensor) -> Tensor:
+        """v at x, both (B, *event)."""
+        return self.tape.velocity(self.i, x)
+
+    def pull(self, cotangent: Tensor) -> Tensor:
+        """cotangent^T dv/dx, (B, *event); see `Tape`."""
+        return self.tape.pull(self.i, cotangent)
+
+
+class Weights:
+    """A tableau's a (stages, stages), b and e (stages,) on the device and in the dtype of a state."""
+
+    def __init__(self, tableau: Tableau, like: Tensor) -> None:
+        n = len(tableau.b)
+        rows = [(), *tableau.a, tableau.b, tableau.e or ()]
+        matrix = on_device([[*row, *(0.0,) * (n - len(row))] for row in rows], like)
+        self.a, self.b, self.e = matrix[:n], matrix[n], matrix[n + 1]
+
+
+def on_device(values: Sequence[object] | np.ndarray, like: Tensor) -> Tensor:
+    """Numbers from the host in the dtype and on the device of `like`, without waiting for the device."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+def record(recorder: Recorder, times: Sequence[float], like: Tensor, keep: bool) -> list[Stage]:
+    """Stages at `times`, on one tape."""
+    tape = recorder.record(on_device(times, like), keep)
+    return [Stage(tape, i) for i in range(len(times))]
+
+
+def take(
+    x: Tensor, h: float, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """x_i = x + h sum_(j<i) a_ij k_j and k_i = velocity(i, x_i): the points, and the slopes (stages, B, *event).
+
+    Args:
+        first: k_0, known from the step before or from an attempt that was rejected.
+    """
+    n = len(weights.b)
+    slopes = x.new_empty(n, *x.shape)
+    slopes[0] = first
+    scaled, flat = h * weights.a, slopes.flatten(1)
+    points = [x]
+    for i in range(1, n):
+        points.append(x + (scaled[i, :i] @ flat[:i]).view_as(x))
+        slopes[i] = velocity(i, points[i])
+    return points, slopes
+
+
+def take_ordinary(
+    x: Tensor, h: float, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """`take` without in-place writes, which autograd and vmap do not allow."""
+    points, slopes = [x], [first]
+    for i in range(1, len(weights.b)):
+        points.append(x + combined(h * weights.a[i, :i], torch.stack(slopes)))
+        slopes.append(velocity(i, points[i]))
+    return points, torch.stack(slopes)
+
+
+def combined(weights: Tensor, slopes: Tensor) -> Tensor:
+    """sum_i w_i k_i, w (stages,) or (n, stages): (B, *event) or (n, B, *event)."""
+    return (weights @ slopes.flatten(1)).view(*weights.shape[:-1], *slopes.shape[1:])

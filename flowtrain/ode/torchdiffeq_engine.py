@@ -1,0 +1,258 @@
+"""torchdiffeq as an engine: every method it has, by its name, and its constant-memory adjoint.
+
+State and path integrals are solved as one augmented system. A callback before each step, forward or backward,
+sees a failure coming and says where, before torchdiffeq asserts.
+"""
+
+import logging
+import warnings
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint, odeint_adjoint
+from torchdiffeq._impl.fixed_adams import AdamsBashforthMoulton
+from torchdiffeq._impl.odeint import SOLVERS
+from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
+
+from flowtrain.ode.runge_kutta import RungeKutta
+from flowtrain.ode.solver import Problem, Solution, Solver, Statistics
+from flowtrain.ode.tableaus import TABLEAUS, Tableau
+from flowtrain.utils.arguments import one_of
+from flowtrain.utils.autograd import transforms_active, values
+from flowtrain.utils.errors import ConfigError, SolverError
+
+log = logging.getLogger("flowtrain")
+
+
+def _tensor(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+class Tsit5(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
+    """Tsitouras 5(4) for torchdiffeq, which has no tsit5 of its own in 0.2.5: here for its adjoint."""
+
+    order = TABLEAUS["tsit5"].order
+    tableau = _ButcherTableau(
+        alpha=_tensor(TABLEAUS["tsit5"].c[1:]),
+        beta=[_tensor(row) for row in TABLEAUS["tsit5"].a],
+        c_sol=_tensor(TABLEAUS["tsit5"].b),
+        c_error=_tensor(TABLEAUS["tsit5"].e or ()),
+    )
+    mid = _tensor(TABLEAUS["tsit5"].mid or ())
+
+
+class ImplicitAdams(AdamsBashforthMoulton):  # type: ignore[misc]
+    """torchdiffeq's implicit Adams method; its warning about the corrector goes to flowtrain's log."""
+
+    def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> Any:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step = super()._step_func(func, t0, dt, t1, y0)
+        for w in caught:
+            if "did not converge" in str(w.message):
+                warn_of_corrector(self.max_iters)
+            else:
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        return step
+
+
+@cache
+def warn_of_corrector(iterations: int) -> None:
+    """Warns once per process that an implicit step was not solved to its tolerance."""
+    log.warning(
+        "solver implicit_adams: the %d iterations of its corrector did not reach solver.rtol and solver.atol, so the "
+        "solution may be inexact. Try a smaller solver.step_size.",
+        iterations,
+    )
+
+
+@cache
+def warn_of_fehlberg2() -> None:
+    """Warns once per process that the error estimate of fehlberg2 is far too small."""
+    log.warning(
+        "solver=fehlberg2: its error estimate is far too small, so errors exceed the tolerance by a factor of 30 to "
+        "500 at any solver.rtol. Use solver=bosh3, or a tolerance that much tighter."
+    )
+
+
+# by its name in torchdiffeq's own table, because the adjoint looks it up again when it solves backwards
+SOLVERS.setdefault("tsit5", Tsit5)
+SOLVERS.setdefault("heun", SOLVERS["heun2"])
+SOLVERS.update(implicit_adams=ImplicitAdams, fixed_adams=ImplicitAdams)
+METHODS: dict[str, type] = SOLVERS
+
+
+class Torchdiffeq(Solver):
+    """`gradient=direct` differentiates through torchdiffeq's steps, `adjoint` solves the adjoint ODE backwards.
+
+    The adjoint (Chen et al. 2018, Neural ODEs, algorithm 1) needs memory that does not grow with the steps;
+    its gradient is that of the continuous problem, with an error of the order of the tolerance.
+
+    Raises:
+        ConfigError: an unknown method, gradient=replay, or what `Solver` refuses.
+    """
+
+    def __init__(self, method: str, **settings: Any) -> None:
+        one_of("solver.method", method, sorted(METHODS))
+        if settings.get("gradient") == "replay":
+            raise ConfigError(
+                f"solver.gradient=replay: for {', '.join(TABLEAUS)}; solver={method} has direct and adjoint"
+            )
+        adaptive = issubclass(METHODS[method], RKAdaptiveStepsizeODESolver) or method == "scipy_solver"
+        super().__init__(method, adaptive=adaptive, **settings)
+        if method == "fehlberg2":
+            # The error weights contain the factor 1/512, but the error of x1 has another order without this factor
+            warn_of_fehlberg2()
+
+    def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
+        if transforms_active():
+            return self._solve_transformed(problem, statistics)
+        dynamics = _Dynamics(self, problem, statistics)
+        x = problem.x
+        state: tuple[Tensor, ...] = (x,)
+        if problem.integrand is not None:
+            state = (x, x.new_zeros(len(x), problem.n_integrals))
+        x1, *q = self._integrate(dynamics, state, problem)
+        dynamics.backward = True
+        if not bool(torch.isfinite(x1).all()):
+            raise self.non_finite(problem.t1, dynamics.h)
+        return Solution(x1, q[0] if q else None, statistics=statistics)
+
+    def _solve_transformed(self, problem: Problem, statistics: Statistics) -> Solution:
+        """Solves inside a transform of `torch.func` and differentiates the steps, whatever `solver.gradient` is.
+
+        torchdiffeq writes in place and branches on the values of its error estimates; vmap allows neither. Adaptive
+        methods run on our engine with torchdiffeq's tableau. Methods with fixed steps run in `_fixed_steps`.
+        """
+        if self.method == "scipy_solver":
+            raise ConfigError(
+                "solver=scipy_solver computes in NumPy and cannot run inside the transforms of torch.func: use another "
+                "solver, for example solver=dopri5"
+            )
+        if not self.adaptive:
+            return self._fixed_steps(problem, statistics)
+        shared = {key: getattr(self, key) for key in ("rtol", "atol", "max_nfe", "control")}
+        engine = RungeKutta(self.method, TABLEAUS.get(self.method) or tableau_of(METHODS[self.method]), **shared)
+        return engine._solve(problem, statistics)
+
+    def _fixed_steps(self, problem: Problem, statistics: Statistics) -> Solution:
+        """Takes torchdiffeq's own steps of a fixed size, without in-place writes."""
+        dynamics = _Dynamics(self, problem, statistics)
+        shape, d = problem.x.shape, problem.x.shape[1:].numel()
+
+        def slope(t: Tensor, y: Tensor, perturb: object = None) -> Tensor:
+            parts = dynamics(t, (y[:, :d].reshape(shape),))
+            return torch.cat([part.flatten(1) for part in parts], 1)
+
+        y = problem.x.flatten(1)
+        if problem.integrand is not None:
+            y = torch.cat([y, y.new_zeros(len(y), problem.n_integrals)], 1)
+        stepper: Any = METHODS[self.method](func=slope, y0=values(y), rtol=self.rtol, atol=self.atol)
+        # implicit methods repeat the corrector until it has converged for every lane
+        stepper._has_converged = lambda y0, y1: type(stepper)._has_converged(stepper, values(y0), values(y1))
+        t = torch.tensor([problem.t0, problem.t1], dtype=y.dtype, device=y.device)
+        grid = _grid(t, self.steps_between(problem.t0, problem.t1))
+        for start, end in pairwise(grid):
+            y = y + stepper._step_func(slope, start, end - start, end, y)[0]
+            statistics.accepted += 1
+        if not bool(torch.isfinite(values(y)).all()):
+            raise self.non_finite(problem.t1, float(grid[1] - grid[0]))
+        x1 = y[:, :d].reshape(shape)
+        return Solution(x1, None if problem.integrand is None else y[:, d:], statistics=statistics)
+
+    def _integrate(self, dynamics: "_Dynamics", state: tuple[Tensor, ...], problem: Problem) -> list[Tensor]:
+        t = torch.tensor([problem.t0, problem.t1], dtype=state[0].dtype, device=state[0].device)
+        arguments: dict[str, Any] = {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": {}}
+        if not self.adaptive:
+            n = self.steps_between(problem.t0, problem.t1)
+            # torchdiffeq's own grid from a step size can end in a step of length zero in float32
+            arguments["options"] = {"grid_constructor": lambda f, y, t: _grid(t, n)}
+        elif self.method != "scipy_solver":
+            # a step that ends at t1: else torchdiffeq steps over it and interpolates, far less exactly
+            arguments["options"] = {"step_t": t[1:]}
+            if self.control == "state":
+                arguments["options"]["norm"] = lambda y: y[0].square().mean().sqrt()
+        needs_gradient = torch.is_grad_enabled() and any(v.requires_grad for v in (state[0], *problem.parameters))
+        if needs_gradient and self.gradient == "adjoint":
+            arguments["adjoint_options"] = {**arguments["options"]}
+            arguments["adjoint_options"].pop("norm", None)
+            if "step_t" in arguments["options"]:
+                arguments["adjoint_options"]["step_t"] = t[:1]
+            return [y[-1] for y in odeint_adjoint(dynamics, state, t, adjoint_params=problem.parameters, **arguments)]
+        if needs_gradient and self.method == "scipy_solver":
+            raise ConfigError("solver=scipy_solver has no direct gradient: set solver.gradient=adjoint")
+        try:
+            return [y[-1] for y in odeint(dynamics, state, t, **arguments)]
+        except MemoryError as e:
+            # LSODA
+            raise SolverError(
+                f"solver={self.method}: its matrix over all {sum(y.numel() for y in state)} numbers of a batch does "
+                "not fit into memory; take another solver, or a smaller batch"
+            ) from e
+
+
+def tableau_of(method: type) -> Tableau:
+    """The tableau of one of torchdiffeq's adaptive Runge-Kutta methods."""
+    theirs: Any = method
+    alpha, beta, b, e = theirs.tableau
+    rows = tuple(tuple(row.tolist()) for row in beta)
+    return Tableau(theirs.order, (0.0, *alpha.tolist()), rows, tuple(b.tolist()), tuple(e.tolist()))
+
+
+def _grid(t: Tensor, n: int) -> Tensor:
+    grid = t[0] + (t[-1] - t[0]) * torch.arange(n + 1, dtype=t.dtype, device=t.device) / n
+    grid[-1] = t[-1]
+    return grid
+
+
+class _Dynamics:
+    """d(x, q)/dt for torchdiffeq; its callbacks count steps and turn a failing one into a SolverError."""
+
+    def __init__(self, solver: Torchdiffeq, problem: Problem, statistics: Statistics) -> None:
+        self.solver, self.problem, self.statistics = solver, problem, statistics
+        self.backward = False
+        self.h = 0.0
+        # torchdiffeq warns of a callback that the method does not support
+        if solver.method != "scipy_solver":
+            self.callback_step = self.callback_step_adjoint = self.check_step
+        if solver.adaptive and solver.method != "scipy_solver":
+            self.callback_accept_step, self.callback_reject_step = self.accepted, self.rejected
+
+    def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.count(t)
+        x = state[0]
+        if self.problem.integrand is None:
+            return (self.problem.velocity(t, x),)
+        v, q = self.problem.integrand(t, x)
+        return v, q
+
+    def count(self, t: Tensor) -> None:
+        statistics = self.statistics
+        spent = statistics.nfe_backward if self.backward else statistics.nfe_forward
+        if spent >= self.solver.max_nfe:
+            raise self.solver.exhausted(float(t.detach()), self.h)
+        if self.backward:
+            statistics.nfe_backward += 1
+        else:
+            statistics.nfe_forward += 1
+
+    def check_step(self, t: Tensor, state: Any, h: Tensor) -> None:
+        # torchdiffeq leaves its first step size in the graph, and sets a step size of NaN to zero
+        now, self.h = float(t.detach()), float(h.detach())
+        if not self.solver.adaptive:
+            self.statistics.accepted += 1
+            return
+        finite = all(bool(torch.isfinite(part).all()) for part in state)
+        if self.h == 0 or not finite:
+            raise self.solver.non_finite(now, self.h)
+        if now + self.h == now:
+            raise self.solver.underflow(now, self.h)
+
+    def accepted(self, t: Tensor, state: Any, h: Tensor) -> None:
+        self.statistics.accepted += 1
+
+    def rejected(self, t: Tensor, state: Any, h: Tensor) -> None:
+        self.statistics.rejected += 1

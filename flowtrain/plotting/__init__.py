@@ -1,0 +1,1 @@
+"""Figures of flows, runs and evaluations."""

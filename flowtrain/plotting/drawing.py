@@ -1,0 +1,81 @@
+"""What all pictures have in common: the state a flow is drawn in, and the data beside it."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from flowtrain.data.base import Dataset
+from flowtrain.flow import Flow
+from flowtrain.utils.errors import FlowtrainError
+from flowtrain.utils.process import seeded
+from flowtrain.utils.status import phase
+
+log = logging.getLogger("flowtrain")
+
+# a picture shows nothing of an error this small, and a tight solve of its whole grid would cost more than it shows
+TOLERANCE = 1e-4
+
+
+@contextmanager
+def spared(what: str, also: str = "") -> Iterator[None]:
+    """Turns an error in drawing or writing a picture of `what` into a warning, so that earlier results are kept.
+
+    Args:
+        also: names other missing output in the warning.
+    """
+    try:
+        with phase(f"drawing {what}"):
+            yield
+    except (FlowtrainError, OSError) as e:
+        log.warning("no picture of %s%s: %s", what, also, e)
+    except Exception as e:  # a mistake of ours is no reason to lose a run either
+        log.warning("no picture of %s%s: %s: %s", what, also, type(e).__name__, e)
+        log.debug("", exc_info=True)
+
+
+@contextmanager
+def drawing(flow: Flow, tolerance: float = TOLERANCE, seed: int = 0) -> Iterator[None]:
+    """The flow in evaluation mode, and left in it; no gradients, randomness of its own, a tolerance for a picture."""
+    flow.eval()
+    with torch.no_grad(), seeded(seed, flow.like.device):
+        if flow.solver is None:
+            yield
+            return
+        rtol = max(flow.solver.rtol, tolerance)
+        with flow.solver.using(rtol=rtol, atol=rtol):
+            yield
+
+
+def first(flow: Flow, data: Dataset, n: int, label: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """The first test samples, of that class where one is given, and for a conditional flow their labels."""
+    x, labels = data.test, data.test_labels
+    if label is not None and labels is not None:
+        x, labels = x[labels == label], labels[labels == label]
+    device = flow.like.device
+    return x[:n].to(device), None if flow.classes is None or labels is None else labels[:n].to(device)
+
+
+def latents(flow: Flow, n: int) -> Tensor:
+    """Draws from the base, (n, *event)."""
+    like = flow.like
+    return torch.randn(n, *flow.event_shape, dtype=like.dtype, device=like.device)
+
+
+def where_inside(
+    flow: Flow, x: Tensor, function: Callable[[Tensor], Tensor], elsewhere: float, *columns: int
+) -> Tensor:
+    """A function of rows of x (B, d), (B, *columns), on the flow's device, and `elsewhere` off the flow's range.
+
+    A logit maps from a range that a grid around the data leads out of; other flows have none.
+    """
+    x = x.to(flow.data_like)
+    if flow.levels is None:
+        return function(x)
+    there = ((x >= 0) & (x <= flow.levels)).all(dim=1)
+    out = torch.full((len(x), *columns), elsewhere, dtype=x.dtype, device=x.device)
+    if there.any():
+        out[there] = function(x[there]).to(out)
+    return out

@@ -1,0 +1,115 @@
+"""Chooses the pictures of a flow: which samples and grids go into which figure."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowtrain.data.base import Dataset
+from flowtrain.evaluation import Evaluation
+from flowtrain.evaluation.log_likelihood import marginal
+from flowtrain.flow import Flow
+from flowtrain.plotting import image_pictures
+from flowtrain.plotting.densities import draw_flow
+from flowtrain.plotting.drawing import drawing, spared, where_inside
+from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
+from flowtrain.plotting.transport_pictures import animate, check_animated, draw_way
+
+POINTS = 10_000
+
+
+def draw_vectors(flow: Flow, data: Dataset, path: Path, title: str, samples: Tensor | None, log_scale: bool) -> None:
+    """See `flowtrain.plotting.pictures.draw`."""
+    if samples is None:
+        samples = flow.sample(POINTS if flow.event_shape[0] <= 2 else 2000)
+
+    def density(x: Tensor) -> Tensor:
+        return where_inside(flow, x, partial(marginal, flow), -torch.inf)
+
+    draw_flow(
+        path,
+        data=flow.dequantized(data.test[:POINTS]),
+        samples=samples,
+        log_density=lambda x: torch.cat([density(part) for part in torch.split(x, 2000)]),
+        columns=data.columns,
+        title=title,
+        log_scale=log_scale,
+    )
+
+
+def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[str], Path]) -> list[Path]:
+    """Calibration, and of two sets how likelihood tells them apart.
+
+    Args:
+        data: the name of the data.
+        place: where a figure of some name goes.
+
+    Returns:
+        The files.
+    """
+    drawn = []
+    words = f"{title}, latents of {result.calibration.n:,} samples ({result.rows_words})"
+    with spared("calibration"):
+        draw_calibration(place("calibration"), pit=result.pit, title=words)
+        drawn.append(place("calibration"))
+    if result.ood is None or result.sets is None:
+        return drawn
+    unit, scale = result.unit
+    with spared("ood"):
+        draw_ood(
+            place("ood"),
+            names=(data, result.ood.name),
+            log_p=(scale * result.sets[0], scale * result.sets[1]),
+            entropy=scale * result.ood.entropy,
+            auroc=result.ood.auroc,
+            typicality_auroc=result.ood.typicality_auroc,
+            unit=unit,
+            title=f"{title}, beside {result.ood.name}",
+        )
+        drawn.append(place("ood"))
+    return drawn
+
+
+__all__ = ["animate", "check_animated", "draw", "draw_evaluation", "draw_more", "spared"]
+
+
+def draw(
+    flow: Flow,
+    data: Dataset,
+    path: Path,
+    title: str,
+    samples: Tensor | None = None,
+    label: int | None = None,
+    log_scale: bool = False,
+) -> None:
+    """Data beside samples: with the density for 2-D, a corner plot of a few columns beyond, grids of images.
+
+    No randomness is left behind. Images of a conditional flow are of the labels of the data beside them; with `label`,
+    the class of `samples`, both are of that one.
+
+    Args:
+        log_scale: 2-D densities by their logarithm, which shows the tails.
+    """
+    with drawing(flow):
+        if len(flow.event_shape) == 3:
+            image_pictures.draw(flow, data, path, title, samples, label)
+        else:
+            draw_vectors(flow, data, path, title, samples, log_scale)
+
+
+def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: str) -> list[Path]:
+    """What else there is to show, one figure each.
+
+    Of images reconstructions, interpolations, temperatures and classes; of two columns the way from base to data.
+
+    Args:
+        place: where a figure of some name goes.
+
+    Returns:
+        The files.
+    """
+    if len(flow.event_shape) == 3:
+        return image_pictures.draw_more(flow, data, place, title)
+    return draw_way(flow, data, place, title) if flow.event_shape == (2,) else []

@@ -1,0 +1,177 @@
+"""The way of a flow from the base to the data: pictures of two columns, animations of those and of images."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowtrain.data.base import Dataset
+from flowtrain.evaluation.log_likelihood import check_samples
+from flowtrain.flow import Flow
+from flowtrain.plotting.animation import animate_flow_2d, animate_images
+from flowtrain.plotting.drawing import drawing, first, latents, spared, where_inside
+from flowtrain.plotting.image_pictures import Shown
+from flowtrain.plotting.trajectory import Moment, Trajectory
+from flowtrain.plotting.transport_figures import draw_passage, draw_paths
+from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.status import status
+
+# what the eye sees of a whole way
+TOLERANCE = 1e-3
+# moments side by side; particles, and the moments along their paths
+COLUMNS, PARTICLES, ALONG = 5, 110, 25
+# of an animation: its moments, and how many particles or images
+FRAMES, DOTS, IMAGES = 49, 2000, 60
+MOST_DOTS, MOST_IMAGES = 100_000, 200
+POINTS = 10_000
+
+
+def draw_way(flow: Flow, data: Dataset, place: Callable[[str], Path], title: str) -> list[Path]:
+    """passage.png and paths.png of a flow of two columns; for a conditional flow, those of its first class."""
+    label = None if flow.classes is None else flow.seen[0]
+    words = title if label is None else f"{title}, class {label}"
+    files = []
+    with spared("passage"), drawing(flow, TOLERANCE):
+        _draw_passage(_Way(flow, data, COLUMNS, label), place("passage"), words)
+        files.append(place("passage"))
+    # few particles, whose densities are drawn as lines, on which errors show
+    with spared("paths"), drawing(flow):
+        _draw_paths(_Way(flow, data, ALONG, label), place("paths"), words)
+        files.append(place("paths"))
+    return files
+
+
+def animate(
+    flow: Flow,
+    data: Dataset,
+    paths: Sequence[Path],
+    title: str,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    temperature: float = 1.0,
+    label: int | None = None,
+) -> None:
+    """The way of n particles, or images, from the base to the data, to each of `paths`, .gif or .mp4.
+
+    Args:
+        label: the class of a conditional flow. None: all classes in turn for images, the first class for two columns.
+            Classes without training rows are left out.
+
+    Raises:
+        ConfigError: a flow of other samples, too many of them, or a file that cannot be written here.
+        NonFiniteError: samples that are no numbers; nothing is written.
+    """
+    check_animated(flow, n)
+    with drawing(flow, TOLERANCE, seed):
+        if len(flow.event_shape) == 3:
+            _animate_images(flow, data, paths, title, temperature * latents(flow, n or IMAGES), label)
+            return
+        label = flow.seen[0] if label is None and flow.classes is not None else label
+        way = _Way(flow, data, FRAMES, label)
+        with status("moving samples"):
+            states = way.states(temperature * latents(flow, n or DOTS))
+        check_samples(states[-1])
+        animate_flow_2d(paths, data=way.data, names=way.names, log_density=way.log_density, states=states, title=title)
+
+
+def check_animated(flow: Flow, n: int | None = None) -> None:
+    """Refuses what no animation shows.
+
+    Raises:
+        ConfigError: a flow of samples that are neither images nor of two columns, or more of them than a picture holds.
+    """
+    most = MOST_IMAGES if len(flow.event_shape) == 3 else MOST_DOTS
+    if n is not None and n > most:
+        raise ConfigError(f"n={n}: an animation of such samples shows at most {most}")
+    if len(flow.event_shape) != 3 and flow.event_shape != (2,):
+        raise ConfigError(
+            f"animate=true: shows flows of two columns and of images, and this one has samples of shape "
+            f"{flow.event_shape}; leave it out"
+        )
+
+
+class _Way:
+    """A flow of two columns and the moments that a picture shows, with functions of points on the CPU."""
+
+    def __init__(self, flow: Flow, data: Dataset, moments: int, label: int | None) -> None:
+        self.flow, self.label = flow, label
+        self.trajectory = Trajectory(flow, moments)
+        self.shown = self.trajectory.exact(moments)
+        self.data = flow.dequantized(first(flow, data, POINTS, label)[0])
+
+    @property
+    def names(self) -> list[str]:
+        return [self.trajectory.name(moment) for moment in self.shown]
+
+    def states(self, z: Tensor) -> Tensor:
+        """(K, P, 2) of points z of the base (P, 2)."""
+        z = z.to(self.flow.like)
+        every = dict(zip(self.trajectory.moments, self.trajectory.states(z, self._labels(z)), strict=True))
+        return torch.stack([every[moment] for moment in self.shown])
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """(K, G) at x (G, 2), and -inf where the flow has none."""
+        found = []
+        with status("densities", total=len(self.shown), unit="moment") as progress:
+            for moment in self.shown:
+                found.append(where_inside(self.flow, x, partial(self._density, moment=moment), -torch.inf))
+                progress.advance()
+        return torch.stack(found)
+
+    def _density(self, x: Tensor, moment: Moment) -> Tensor:
+        return self.trajectory.log_density(x, moment, self._labels(x))
+
+    def velocity(self, x: Tensor) -> Tensor:
+        """(K, G, 2) at x (G, 2)."""
+        return torch.stack([where_inside(self.flow, x, partial(self._velocity, moment=m), 0.0, 2) for m in self.shown])
+
+    def _velocity(self, x: Tensor, moment: Moment) -> Tensor:
+        v = self.trajectory.velocity(x, moment, self._labels(x))
+        assert v is not None
+        return v
+
+    def _labels(self, x: Tensor) -> Tensor | None:
+        return self.flow.labels(self.label, x)
+
+
+def _draw_passage(way: _Way, path: Path, title: str) -> None:
+    draw_passage(
+        path,
+        data=way.data,
+        names=way.names,
+        log_density=way.log_density,
+        velocity=way.velocity if way.trajectory.continuous else None,
+        forward=way.states,
+        title=title,
+    )
+
+
+def _draw_paths(way: _Way, path: Path, title: str) -> None:
+    states = way.states(latents(way.flow, PARTICLES))
+    labels = way.flow.labels(way.label, states[0])
+    along = [way.trajectory.log_density(x, m, labels) for x, m in zip(states, way.shown, strict=True)]
+    steps = len(way.trajectory.steps)
+    one = way.trajectory.continuous and steps == 1
+    draw_paths(
+        path,
+        data=way.data,
+        states=states,
+        log_densities=torch.stack(along),
+        at=[sum(moment) for moment in way.shown],
+        axis="time" if one else "steps of the flow",
+        title=title,
+    )
+
+
+def _animate_images(flow: Flow, data: Dataset, paths: Sequence[Path], title: str, z: Tensor, label: int | None) -> None:
+    labels = flow.in_turn(len(z)) if flow.classes is not None and label is None else flow.labels(label, z)
+    trajectory, show = Trajectory(flow, FRAMES), Shown(flow, data)
+    with status("moving samples"):
+        states = trajectory.states(z, labels)
+    check_samples(states[-1])
+    frames = torch.stack([show(x) for x in states])
+    names = [trajectory.name(moment) for moment in trajectory.moments]
+    animate_images(paths, names=names, frames=frames, levels=1, title=title)

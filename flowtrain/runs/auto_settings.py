@@ -1,0 +1,153 @@
+"""Default settings chosen from the number of training rows and columns: the value `auto` in a recipe.
+
+A recipe tuned on ten thousand rows overfits a hundred rows. A recipe for vectors is far too large for images. If a
+recipe sets a key to `auto`, its value is chosen after the data have been read. The log and the checkpoints hold that
+value. A key with another value on the command line is never changed.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from flowtrain.utils.errors import ConfigError
+
+AUTO = "auto"
+
+Groups = dict[str, dict[str, Any]]
+
+_log = logging.getLogger("flowtrain")
+
+# For vectors: the smallest number of training rows of each tier, and the values of `auto` in the tier. The values for
+# 5,000 rows and more were chosen on gas's validation set. The others were chosen on optdigits' validation set and the
+# tables of scripts/small_tables.py
+_MANY, _SOME, _FEW, _TINY = 5000, 1000, 100, 0
+_COUPLINGS: dict[int, Groups] = {
+    _MANY: {
+        "model": {"hidden": [64, 64], "dropout": 0.0},
+        "trainer": {"steps": 8000, "lr": 0.005, "weight_decay": 0.0, "ema": 0.999, "val_every": 100},
+    },
+    _SOME: {
+        "model": {"hidden": [64, 64], "dropout": 0.2},
+        "trainer": {"steps": 8000, "lr": 0.002, "weight_decay": 1e-4, "ema": 0.999, "val_every": 50},
+    },
+    _FEW: {
+        "model": {"hidden": [16, 16], "dropout": 0.2},
+        "trainer": {"steps": 4000, "lr": 0.001, "weight_decay": 1e-3, "ema": 0.99, "val_every": 20},
+    },
+    # so few rows determine little beyond a Gaussian, and the few validation rows cannot rank flows reliably
+    _TINY: {
+        "model": {"hidden": [8], "dropout": 0.5, "cap": 0.2},
+        "trainer": {"steps": 300, "lr": 2e-4, "weight_decay": 1e-2, "ema": 0.99, "val_every": 20},
+    },
+}
+_DEPTHS: dict[str, dict[int, Groups]] = {
+    "realnvp": {n: {"model": {"layers": layers}} for n, layers in ((_MANY, 16), (_SOME, 8), (_FEW, 4), (_TINY, 2))},
+    "glow": {n: {"model": {"steps": steps}} for n, steps in ((_MANY, 8), (_SOME, 4), (_FEW, 2), (_TINY, 1))},
+}
+_FIELDS: dict[int, Groups] = {
+    _MANY: {"model": {"hidden": [64, 64, 64]}, "trainer": {"lr": 0.01, "weight_decay": 0.0, "val_every": 50}},
+    _SOME: {"model": {"hidden": [64, 64, 64]}, "trainer": {"lr": 0.01, "weight_decay": 1e-4, "val_every": 50}},
+    _FEW: {"model": {"hidden": [32, 32]}, "trainer": {"lr": 0.002, "weight_decay": 1e-3, "val_every": 20}},
+    _TINY: {"model": {"hidden": [16]}, "trainer": {"lr": 2e-4, "weight_decay": 1e-2, "val_every": 20}},
+}
+# For any number of rows. A cap of 0.5 is as good as 2 on gas and bounds the scale of 16 couplings by exp(8). Patience
+# is long because the validation NLL of a table may rise and then fall again
+_BOUNDED: dict[str, Any] = {"positions": False, "cap": 0.5, "input_bound": 5.0}
+_COUPLING_TRAINER: dict[str, Any] = {"lr_decay": "constant", "clip_norm": 5.0, "patience": 10}
+_VECTORS: dict[str, Groups] = {
+    "realnvp": {"model": {"mixing": "permutation", **_BOUNDED}, "trainer": _COUPLING_TRAINER},
+    "glow": {"model": _BOUNDED, "trainer": _COUPLING_TRAINER},
+    "affine": {"trainer": {"steps": 500, "lr": 0.001, "val_every": 100, "patience": 5}},
+    "ffjord": {
+        "model": {"field": "time_embedding", "positions": False},
+        "trainer": {"steps": 600, "lr_decay": "cosine", "ema": 0.99, "clip_norm": 5.0, "patience": 3},
+    },
+}
+# As in recipe/*_mnist.yaml. The gradient of an NLL in nats per image has a norm of several hundred
+_IMAGE_TRAINER: dict[str, Any] = {
+    "steps": 3000,
+    "batch_size": 64,
+    "lr": 0.004,
+    "lr_decay": "cosine",
+    "weight_decay": 0.0,
+    "ema": 0.999,
+    "clip_norm": 1000.0,
+    "val_every": 200,
+    "patience": 5,
+}
+_UNBOUNDED: dict[str, Any] = {"positions": True, "cap": 2.0, "dropout": 0.0, "input_bound": None}
+_IMAGES: dict[str, Groups] = {
+    "affine": {"trainer": {"steps": 500, "batch_size": 512, "lr": 0.001, "val_every": 100, "patience": 5}},
+    "realnvp": {
+        "model": {"layers": 2, "hidden": [32], "mixing": "alternate", **_UNBOUNDED},
+        "trainer": _IMAGE_TRAINER,
+    },
+    "glow": {"model": {"steps": 4, "hidden": [64, 64], **_UNBOUNDED}, "trainer": _IMAGE_TRAINER},
+    "ffjord": {
+        "model": {"field": "concat", "hidden": [32, 32], "positions": True},
+        "trainer": {**_IMAGE_TRAINER, "steps": 900, "batch_size": 32, "lr": 0.01},
+    },
+}
+# largest batch of vectors
+_BATCH = 512
+
+
+def sized(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, ...]) -> dict[str, Any]:
+    """The config with each `auto` in `model` and `trainer` replaced by its value.
+
+    Args:
+        rows: the number of training rows; None for endless data.
+
+    Raises:
+        ConfigError: `auto` for a key that has no automatic value.
+    """
+    values = _values(str(config["model"].get("name")), rows, event_shape)
+    groups = {group: dict(config[group]) for group in ("model", "trainer")}
+    chosen = []
+    for group, keys in groups.items():
+        for key, value in keys.items():
+            if value != AUTO or (group == "model" and key in NATIVE):
+                continue
+            if key not in values.get(group, {}):
+                raise ConfigError(
+                    f"{group}.{key}=auto: this key has no automatic value for model={config['model'].get('name')}; "
+                    "give a value"
+                )
+            keys[key] = values[group][key]
+            chosen.append(f"{group}.{key}={keys[key]}")
+    if chosen:
+        size = f"{rows:,} training rows of shape {'x'.join(map(str, event_shape))}" if rows else "endless data"
+        _log.debug("settings for %s: %s", size, " ".join(chosen))
+    return {**config, **groups}
+
+
+# keys of which the model itself accepts `auto`
+NATIVE = ("trace", "eval_trace")
+
+
+def _small_steps(lr: float, rows: int, columns: int) -> dict[str, Any]:
+    """Trainer settings for few rows and a model with a d x d matrix that starts at a shrunk Gaussian or a rotation.
+
+    With few rows per matrix entry, the maximum likelihood estimate is worse than the start. A step of Adam moves all
+    entries at once. The learning rate is therefore smaller.
+    """
+    share = min(1.0, rows / (4 * columns**2))
+    return {"lr": float(f"{lr * share:.2g}"), **({"val_every": 20} if share < 1 else {})}
+
+
+def _values(name: str, rows: int | None, event_shape: tuple[int, ...]) -> Groups:
+    """The values of `auto`, by group and key."""
+    if len(event_shape) > 1:
+        return _IMAGES.get(name, {})
+    tier = next(least for least in (_MANY, _SOME, _FEW, _TINY) if rows is None or rows >= least)
+    parts = [
+        _VECTORS.get(name, {}),
+        _COUPLINGS[tier] if name in _DEPTHS else {},
+        _DEPTHS.get(name, {}).get(tier, {}),
+        _FIELDS[tier] if name == "ffjord" else {},
+        {"trainer": {"batch_size": _BATCH if rows is None else min(_BATCH, rows)}},
+    ]
+    found = {g: {k: v for part in parts for k, v in part.get(g, {}).items()} for g in ("model", "trainer")}
+    if rows is not None and (name == "affine" or (name == "glow" and tier in (_FEW, _TINY))):
+        found["trainer"] |= _small_steps(found["trainer"]["lr"], rows, event_shape[0])
+    return found

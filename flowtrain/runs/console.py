@@ -1,0 +1,162 @@
+"""Messages of a run: its title, its banner, its log, the commands to try next."""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowtrain.data.base import Dataset
+from flowtrain.evaluation import NAMES
+from flowtrain.flow import Flow
+from flowtrain.training.settings import Settings
+from flowtrain.utils import ranks, status
+from flowtrain.utils.formatting import option
+
+
+def title_of(config: Mapping[str, Any]) -> str:
+    """Such as "ffjord on moons"; the user's own data go by their file's name.
+
+    Example:
+        >>> title_of({"model": {"name": "glow"}, "data": {"name": "array", "path": "some/where/mine.npy"}})
+        'glow on mine.npy'
+    """
+    return f"{name_of(config['model'])} on {data_name(config)}"
+
+
+def data_name(config: Mapping[str, Any]) -> str:
+    """Of a data set; the user's own data go by their file's."""
+    path = config["data"].get("path")
+    return Path(path).name if path else name_of(config["data"])
+
+
+def name_of(group: Mapping[str, Any]) -> str:
+    """The name of a group's choice, or of what it builds."""
+    return str(group.get("name") or group["_target_"].rpartition(".")[2])
+
+
+log = logging.getLogger("flowtrain")
+
+
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """A handler that removes the display of `flowtrain.utils.status` while it writes a message."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with status.aside():
+            super().emit(record)
+
+
+@contextmanager
+def messages(path: Path | None = None) -> Iterator[None]:
+    """Inside, messages go to standard error, and with the time to a file where one is given; those of rank 0 alone.
+
+    Where standard error is no terminal, only warnings go there: a log of many jobs is not the place for tables.
+    Progress is also shown, see `flowtrain.utils.status`.
+    """
+    if not ranks.is_first():
+        path = None
+    console = _Console(sys.stderr)
+    console.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    handlers: list[logging.Handler] = [console]
+    if path is not None:
+        # created with the first message, so that a refused command leaves no file
+        file = logging.FileHandler(path, encoding="utf-8", delay=True)
+        # a message that the disk has no room for was on the terminal
+        file.handleError = lambda record: None  # type: ignore[method-assign]
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(file)
+    # the log file has the traces of what went wrong too
+    log.setLevel(logging.DEBUG if ranks.is_first() else logging.CRITICAL)
+    log.propagate = False
+    log.handlers[:] = handlers
+    try:
+        with status.reporting():
+            yield
+    finally:
+        log.handlers.clear()
+        for handler in handlers:
+            handler.close()
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Suppresses warnings of the log inside; other messages still appear."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return record.levelno != logging.WARNING
+
+    log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)
+
+
+def banner(
+    config: Mapping[str, Any], flow: Flow, data: Dataset, settings: Settings, run_dir: Path, step: int = 0
+) -> str:
+    """How a run begins, a line for each of its parts.
+
+    Args:
+        step: where it goes on from.
+    """
+    objective, regularizer = name_of(config["objective"]), name_of(config.get("regularizer") or {"name": "none"})
+    size = sum(p.numel() for p in flow.parameters())
+    start = f", from step {step}" if step else ""
+    rows = {
+        "model": f"{name_of(config['model'])}, {size:,} parameters",
+        "data": f"{data_name(config)}, {_samples(data)}",
+        "solver": "none: closed form" if flow.solver is None else _solver(flow),
+        "objective": objective + ("" if regularizer == "none" else f", regularizer {regularizer}"),
+        "training": f"{settings.steps:,} steps of {settings.batch_size}{start}, {settings.optimizer}, "
+        f"learning rate {settings.lr:g} ({settings.lr_decay}), seed {config['seed']}",
+        "device": _device(flow.like.device),
+        "run": str(shortest(run_dir)),
+    }
+    lines = "\n".join(f"{name:>{NAMES}}  {words}" for name, words in rows.items())
+    return f"flowtrain: {title_of(config)}\n{lines}"
+
+
+def _samples(data: Dataset) -> str:
+    shape = data.event_shape
+    kind = f"{shape[0]} column{'s' * (shape[0] > 1)}" if len(shape) == 1 else f"images {'x'.join(map(str, shape))}"
+    known = "" if data.entropy is None else f", entropy {data.entropy:.4f} nats"
+    rows = "" if data.n_train is None else f"{data.n_train:,} rows for training, "
+    return f"{kind}{known}; {rows}held out {len(data.val):,} for validation, {len(data.test):,} for the test"
+
+
+def _solver(flow: Flow) -> str:
+    solver = flow.solver
+    assert solver is not None
+    if not solver.adaptive:
+        return f"{solver.method}, steps of {solver.step_size:g}"
+    warming = solver.warmup and solver.warmup_rtol > solver.train_rtol
+    tightening = f", in training from {solver.warmup_rtol:g} on" if warming else ""
+    return f"{solver.method}, rtol {solver.rtol:g}, atol {solver.atol:g}{tightening}"
+
+
+def _device(device: torch.device) -> str:
+    beside = f", {ranks.size()} ranks" if ranks.size() > 1 else ""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}{beside}"
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} thread{'s' * (threads > 1)}{beside}"
+
+
+def next_commands(run_dir: Path, event_shape: tuple[int, ...]) -> str:
+    """What to type after a run."""
+    shown = shortest(run_dir)
+    moving = len(event_shape) == 3 or event_shape == (2,)
+    run = option("ckpt", shown)
+    sample = f"flowsample {run} {'animate=true' if moving else 'n=10000'}"
+    return f"{'next':>{NAMES}}  floweval {run} report=true\n{'':>{NAMES}}  {sample}"
+
+
+def shortest(path: Path) -> Path:
+    """As it is seen from the working directory, where it lies in that."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

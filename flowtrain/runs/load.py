@@ -1,0 +1,201 @@
+"""Loads the flow of a checkpoint, after checking that its config names only trusted code and fits its weights."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowtrain.data.base import Samples
+from flowtrain.flow import Flow
+from flowtrain.runs.build import build_flow, resolve_device
+from flowtrain.training import checkpoint
+from flowtrain.training.ema import averages
+from flowtrain.utils.arguments import below_half
+from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError, first_line
+
+# the package that each config group draws from, when the config comes out of a file
+GROUP_PACKAGES = {
+    "model": "models",
+    "data": "data",
+    "solver": "ode",
+    "objective": "objectives",
+    "regularizer": "bijections.continuous",
+}
+
+
+def check_targets(config: Mapping[str, Any], trust: Sequence[str] = ()) -> None:
+    """Refuses a config read from a file that names anything outside flowtrain's own groups and `trust`.
+
+    Raises:
+        CheckpointError: a foreign `_target_`, or an interpolation.
+    """
+    if isinstance(trust, str):
+        trust = [trust]
+    for where, value in leaves(config):
+        if isinstance(value, str) and "${" in value:
+            raise CheckpointError(f"the checkpoint's config has an interpolation at {'.'.join(where)}: refused")
+        if where[-1] != "_target_":
+            continue
+        roots = [f"flowtrain.{GROUP_PACKAGES[where[0]]}"] if where[0] in GROUP_PACKAGES else []
+        roots += list(trust)
+        if not _under(value, roots) or not _under(_home(value), roots):
+            raise CheckpointError(
+                f"the checkpoint's config would run {value} ({'.'.join(where)}); only {', '.join(roots) or 'nothing'} "
+                "is trusted there. If it is your own package, name it: trust=[mypkg]"
+            )
+
+
+def _home(target: str) -> str | None:
+    """The module in which the object of that name was defined: `flowtrain.models.x.torch.load` is torch's."""
+    try:
+        return getattr(resolve_name(target), "__module__", None)
+    except Exception as e:  # importing by name can fail in any way
+        raise CheckpointError(f"the checkpoint's config names {target}, which is not to be had here: {e}") from e
+
+
+def _under(name: Any, roots: Sequence[str]) -> bool:
+    return isinstance(name, str) and any(name == root or name.startswith(root + ".") for root in roots)
+
+
+def leaves(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The plain values in nested mappings and lists, each with the keys that lead to it."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from leaves(value, (*where, str(key)))
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            yield from leaves(value, (*where, str(i)))
+    else:
+        yield where, node
+
+
+# no smaller limits: a whole number in a checkpoint's model config may be up to 1024, and a sample have up to 2**24
+# elements, however few the weights
+SMALL_NUMBER, SMALL_SAMPLE = 1024, 2**24
+
+
+def load(path: str | Path, device: str = "cpu", trust: Sequence[str] = ()) -> Flow:
+    """The flow of a checkpoint, in evaluation mode, with the averaged weights where EMA was on.
+
+    Args:
+        path: a run directory (its best checkpoint) or a .pt file.
+        trust: packages besides flowtrain that the checkpoint's config may build from, such as ("mypkg",).
+
+    Raises:
+        CheckpointError: missing, damaged, or asking for code that is not trusted.
+        ConfigError: a device that is not there.
+    """
+    return restore(checkpoint.load(checkpoint.find(Path(path))), resolve_device(device), trust)
+
+
+def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str] = ()) -> Flow:
+    """The flow of a checkpoint that has been read; see `load`."""
+    check_targets(saved["config"], trust)
+    samples = samples_of(saved)
+    # building draws initial weights; reading a checkpoint must not shift the caller's random numbers
+    with torch.random.fork_rng(devices=[]):
+        check_sizes(saved, samples)
+        flow = build_flow(saved["config"], samples)
+    try:
+        flow.load_state_dict(saved["weights"])
+        if saved.get("ema"):
+            flow.load_state_dict(averages(saved["ema"]), strict=False)
+    except RuntimeError as e:
+        first = " ".join(str(e).split())[:160]
+        raise CheckpointError(f"the checkpoint's weights do not fit the model of its config ({first} ...)") from e
+    return flow.to(device).eval()
+
+
+def check_sizes(saved: Mapping[str, Any], samples: Samples) -> None:
+    """Refuses a config that would build more than the checkpoint's weights fill, before any memory is asked for.
+
+    No whole number in the model's config may exceed all the weights there are; and the model, sketched without memory
+    (on torch's meta device), must have weights of their shapes.
+
+    Raises:
+        CheckpointError: the config is not that of the weights, or builds no flow at all.
+    """
+    weights = saved["weights"]
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    most = max(SMALL_NUMBER, sum(w.numel() for w in weights.values()))
+    for where, value in leaves({"model": saved["config"]["model"]}):
+        if isinstance(value, int) and abs(value) > most:
+            raise CheckpointError(f"the checkpoint's {'.'.join(where)} is {value}, and its weights are {most} numbers")
+    if math.prod(samples.event_shape) > max(SMALL_SAMPLE, most):
+        raise CheckpointError(f"the checkpoint's samples would be of shape {samples.event_shape}")
+    try:
+        with torch.device("meta"):
+            sketch = build_flow(saved["config"], samples)
+    except FlowtrainError as e:
+        raise CheckpointError(f"the checkpoint's config builds no flow: {e}") from e
+    except NotImplementedError:
+        # a user's own model that needs values to be built
+        return
+    except RuntimeError as e:
+        if "meta tensors" in str(e):
+            return
+        raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError) as e:
+        raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
+    wrong = [name for name, w in sketch.state_dict().items() if not _fits(weights.get(name), w, samples)]
+    wrong += [name for name in shapes if name not in sketch.state_dict()]
+    averaged = averages(saved.get("ema") or {}).items()
+    wrong += [f"ema {k}" for k, v in averaged if not _fits(v, sketch.state_dict().get(k), samples)]
+    if wrong:
+        raise CheckpointError(f"the checkpoint's weights do not fit the model of its config: {', '.join(wrong[:3])}")
+
+
+def _fits(value: Any, sketch: Tensor | None, samples: Samples) -> bool:
+    """Whether a tensor can take the place of one of the model's: of its shape and kind, and no index out of range."""
+    if not isinstance(value, Tensor) or sketch is None or value.shape != sketch.shape:
+        return False
+    kinds = [(t.is_floating_point(), t.is_complex(), t.dtype == torch.bool) for t in (value, sketch)]
+    if kinds[0] != kinds[1]:
+        return False
+    # what is not a list of indices is a count, as of a batch norm's batches
+    if value.is_floating_point() or value.dtype == torch.bool or not value.numel() or not value.dim():
+        return True
+    return int(value.min()) >= 0 and int(value.max()) < max(SMALL_NUMBER, math.prod(samples.event_shape))
+
+
+def samples_of(saved: Mapping[str, Any]) -> Samples:
+    """What a checkpoint says of the samples it was trained on.
+
+    Raises:
+        CheckpointError: a description that is not one.
+    """
+    event_shape = tuple(saved["event_shape"])
+    if "samples" not in saved:
+        # written before there were images
+        data = saved["config"]["data"]
+        return Samples(event_shape, bool(data.get("dequantize")), standardized=bool(data.get("standardize")))
+    try:
+        samples = Samples(**{**saved["samples"], "event_shape": event_shape})
+        alpha = below_half("alpha", samples.alpha)
+        counts = [v for v in (samples.levels, samples.classes) if v is not None]
+        good = all(type(v) is int and v > 0 for v in counts) and all(isinstance(c, str) for c in samples.columns)
+        flags = (samples.discrete, samples.standardized, samples.centered, samples.gaussian_start)
+        good &= all(isinstance(v, bool) for v in flags) and isinstance(samples.label, str | None)
+        good &= all(map(_is_count, samples.noisy)) and max(samples.noisy, default=-1) < math.prod(event_shape)
+        good &= all(map(_is_count, samples.class_counts)) and len(samples.class_counts) in (0, samples.classes)
+        good &= not samples.class_counts or sum(samples.class_counts) > 0
+        good &= all(
+            len(part) == 3 and isinstance(part[0], str) and _is_count(part[1]) and isinstance(part[2], str)
+            for part in samples.record
+        )
+    except (TypeError, ConfigError):
+        good = False
+    if not good:
+        raise CheckpointError(f"the checkpoint describes its samples as {saved['samples']}: not one of ours")
+    record = tuple((name, n, checksum) for name, n, checksum in samples.record)
+    class_counts, noisy = tuple(samples.class_counts), tuple(samples.noisy)
+    return replace(samples, alpha=alpha, noisy=noisy, class_counts=class_counts, record=record)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63

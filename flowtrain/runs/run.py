@@ -1,0 +1,256 @@
+"""One run from its config to result.json."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowtrain.data.base import Dataset, Samples, changes
+from flowtrain.evaluation import NAMES, evaluate
+from flowtrain.flow import Flow
+from flowtrain.plotting import pictures
+from flowtrain.plotting.curves import draw_curves
+from flowtrain.runs import auto_settings, build, load
+from flowtrain.runs.console import banner, data_name, next_commands, title_of
+from flowtrain.training import checkpoint, tensorboard
+from flowtrain.training.time_budget import Deadline
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils import ranks
+from flowtrain.utils.arguments import number, whole, within_memory
+from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, UnfinishedError
+from flowtrain.utils.files import write_json
+from flowtrain.utils.formatting import resume_command
+from flowtrain.utils.process import SignalReceived, ended_by_signals, prepare_process
+from flowtrain.utils.status import phase, status
+
+log = logging.getLogger("flowtrain")
+
+# the flow that a run's objective learns from, in its directory
+TEACHER = "checkpoints/teacher.pt"
+
+
+def train(
+    config: Mapping[str, Any],
+    run_dir: Path,
+    saved: Mapping[str, Any] | None = None,
+    trust: Sequence[str] = (),
+    begun: float | None = None,
+) -> tuple[float, int]:
+    """Trains, evaluates the best checkpoint on the test set, writes result.json and the pictures.
+
+    Args:
+        config: plain values, resolved.
+        saved: the checkpoint to go on from.
+        trust: packages besides flowtrain that the run of `from` may build from.
+        begun: when the command began, by time.perf_counter, for `time_budget`; None: now.
+
+    Returns:
+        (best validation NLL in nats, exit code): 128 + the signal's number after a signal, else 0.
+    """
+    board = tensorboard.board(config["logger"], run_dir / "tensorboard")
+    trainer = prepare(config, run_dir, saved, trust, board, time.perf_counter() if begun is None else begun)
+    trainer.fit()
+    best = float("nan") if trainer.best is None else trainer.best["nll"]
+    if trainer.signal is not None:
+        log.warning("%s at step %d; resume with: %s", trainer.stopped_by, trainer.saved_step, resume_command(run_dir))
+        return best, 128 + trainer.signal
+    if trainer.stopped_by:
+        log.info("stopped at step %d: %s", trainer.step, trainer.stopped_by)
+    if not ranks.is_first():
+        return best, 0
+    try:
+        with ended_by_signals():
+            finish(trainer, run_dir, board)
+    except SignalReceived as e:
+        name = signal.Signals(e.number).name
+        log.warning("%s during the evaluation; resume with: %s", name, resume_command(run_dir))
+        return best, 128 + e.number
+    except OSError as e:
+        raise UnfinishedError(
+            f"the run has ended at step {trainer.saved_step} and is saved, but its result could not be written ({e}): "
+            f"once it can be, {resume_command(run_dir)} evaluates it"
+        ) from e
+    return best, 0
+
+
+def prepare(
+    config: Mapping[str, Any],
+    run_dir: Path,
+    saved: Mapping[str, Any] | None,
+    trust: Sequence[str],
+    board: tensorboard.Board | None,
+    begun: float,
+) -> Trainer:
+    """Everything built and checked that a run takes, up to its first step; see `train`."""
+    device = ranks.device(build.resolve_device(config["device"]))
+    # finds mistakes before the data are read, which can take long. Built again once the data are known
+    build.build_settings(auto_settings.sized(config, None, (1,)))
+    # checkpoints of an older flowtrain have no time budget
+    seconds = config.get("time_budget")
+    seconds = None if seconds is None else number("time_budget", seconds)
+    with phase("reading the data"):
+        data = build.build_data(config)
+    config = auto_settings.sized(config, data.n_train, data.event_shape)
+    settings = build.build_settings(config)
+    if saved is not None:
+        check_same("resume", load.samples_of(saved), data.samples)
+        check_unchanged(load.samples_of(saved), data.samples)
+    within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
+    prepare_process(config, data.event_shape)
+    taught = teaching(config, run_dir, saved is not None)
+    teacher = None
+    if taught is not None:
+        check_same("from", load.samples_of(taught), data.samples)
+        if saved is None and (change := changes(load.samples_of(taught).record, data.samples.record)):
+            log.warning(
+                "from: since that run, %s: it may have been trained on rows that are held out now, which then score "
+                "too well",
+                change,
+            )
+        with status("loading the run to begin from"):
+            teacher = load.restore(taught, device, trust)
+    if saved is not None:
+        load.check_sizes(saved, data.samples)
+    torch.manual_seed(whole("seed", config["seed"], least=0))
+    with phase("building the model"):
+        flow = build.build_flow(config, data.samples).to(device)
+    if teacher is not None and saved is None:
+        flow.load_state_dict(teacher.state_dict())
+    objective = build.build_objective(config, flow, teacher)
+    config = {**config, "objective": {**config["objective"], **objective.pinned}}
+    picture = partial(draw_training, data=data, run_dir=run_dir, title=title_of(config), board=board)
+    deadline = None if seconds is None else Deadline(seconds, begun, flow, data)
+    trainer = Trainer(
+        objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None, deadline=deadline
+    )
+    log.info("%s", banner(config, flow, data, settings, run_dir, trainer.step))
+    if saved is None and taught is not None and build.takes_teacher(config) and ranks.is_first():
+        # now that nothing is left to be refused: with it, the directory holds a run. As it was read: by now, the other
+        # run may have gone on
+        checkpoint.save(run_dir / TEACHER, taught)
+    if board is not None:
+        board.follow(trainer.metrics, trainer.step, run_dir / "plots")
+    return trainer
+
+
+def draw_training(
+    flow: Flow, step: int, nll: float, *, data: Dataset, run_dir: Path, title: str, board: tensorboard.Board | None
+) -> None:
+    """A picture of a run on its way, after a step and with the last validation's NLL in nats."""
+    bits = flow.bits_per_nat
+    reached = f"NLL {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
+    # the first picture may come before the first validation
+    validated = "" if math.isnan(nll) else f", validation {reached}"
+    path = run_dir / f"plots/samples_{step:06d}.png"
+    with pictures.spared(f"step {step}"):
+        pictures.draw(flow, data, path, f"{title}, step {step}{validated}")
+        if board is not None:
+            board.picture(path, step)
+
+
+def teaching(config: Mapping[str, Any], run_dir: Path, resumed: bool) -> dict[str, Any] | None:
+    """The checkpoint of the run that `from` names: what a new run begins with, and what some objectives learn from.
+
+    Those are resumed with the copy that they kept, whatever becomes of the other run; others no longer need it.
+
+    Raises:
+        CheckpointError: it is not to be had.
+    """
+    if config.get("from") is None or (resumed and not build.takes_teacher(config)):
+        return None
+    path = run_dir / TEACHER if resumed else checkpoint.find(Path(config["from"]))
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not there: the run cannot go on without; start a new one, with from=RUN_DIR")
+    return checkpoint.load(path)
+
+
+def check_same(who: str, before: Samples, now: Samples) -> None:
+    """Refuses to go on with a run on samples of another kind.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    for key in ("event_shape", "discrete", "noisy", "levels", "alpha", "standardized", "centered", "gaussian_start"):
+        old, new = getattr(before, key), getattr(now, key)
+        if old != new:
+            raise ConfigError(
+                f"{who}: the run was trained on samples whose {key} is {old}, and that of the data now is {new}: "
+                "leave data.* as it was, but for where its files are"
+            )
+
+
+def check_unchanged(before: Samples, now: Samples) -> None:
+    """Refuses to resume a run whose data have changed: it could be tested on rows that it was trained on.
+
+    Raises:
+        DataError: saying what has changed.
+    """
+    change = changes(before.record, now.record)
+    if change:
+        raise DataError(
+            f"resume: since the run began, {change}. A run must be resumed with the same data: otherwise, rows that "
+            "it was trained on could be held out. Restore the data, or start a new run with the changed data "
+            "(from=RUN_DIR starts it with the weights of this one)"
+        )
+
+
+def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> None:
+    """result.json and the final pictures, from the best checkpoint as it stands on the disk."""
+
+    def place(name: str) -> Path:
+        return run_dir / f"plots/{name}.png"
+
+    # the trainer's config, whose step size may have become smaller
+    config, data, device = trainer.config, trainer.data, trainer.flow.like.device
+    deadline = trainer.deadline
+    saved = checkpoint.load(checkpoint.find(run_dir))
+    with phase("loading the checkpoint to evaluate"):
+        flow = load.restore({**saved, "config": config}, device, trust=_own_packages(config))
+    with phase("evaluating"):
+        tested, thorough = (data, True) if deadline is None else deadline.tested()
+        result = evaluate(flow, tested, "test", saved["step"], trained_on=data, thorough=thorough)
+    best = None if trainer.best is None else trainer.best["nll"]
+    rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
+    rest["val_nll_stderr"] = None if trainer.best is None else stderr_at(trainer.metrics.rows, trainer.best["step"])
+    write_json(run_dir / "result.json", {**result.to_dict(), **rest})
+    title = title_of(config)
+    reached = f"{title}, test {result.words}"
+    drawn = []
+    with pictures.spared("curves"):
+        draw_curves(place("curves"), rows=trainer.metrics.rows, title=reached, entropy=data.entropy)
+        drawn.append(place("curves"))
+    if deadline is None or deadline.has_time_for("samples"):
+        with pictures.spared("samples"):
+            pictures.draw(flow, data, place("samples"), reached)
+            drawn.append(place("samples"))
+    drawn += pictures.draw_evaluation(result, title, data_name(config), place)
+    if deadline is None or deadline.has_time_for("the flow in more detail", more=True):
+        drawn += pictures.draw_more(flow, data, place, reached)
+    if board is not None:
+        board.end(result.to_dict(), drawn, trainer.step)
+    trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.course(saved['step'])}"
+    if deadline is not None:
+        log.info("time_budget=%g: %.1f s so far", deadline.seconds, deadline.seconds - deadline.left)
+        deadline.warn_if_over()
+    log.info("%s\n%s\n%s", result.table(), trained, next_commands(run_dir, data.event_shape))
+
+
+def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
+    """The standard error of the validation NLL at a step; None in rows written by an older flowtrain."""
+    found = [row.get("nll_stderr") for row in rows if row.get("split") == "val" and row["step"] == step]
+    return found[-1] if found else None
+
+
+def _own_packages(config: Mapping[str, Any]) -> list[str]:
+    """The packages this run was itself composed from: what it trained with, it may be evaluated with."""
+    return [
+        str(group["_target_"]).split(".")[0]
+        for group in config.values()
+        if isinstance(group, dict) and "_target_" in group
+    ]

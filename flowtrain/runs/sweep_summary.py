@@ -1,0 +1,243 @@
+"""What a sweep has found: its runs in one table, as CSV, as Markdown and as a figure."""
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from flowtrain.plotting.drawing import spared
+from flowtrain.plotting.sweep_figure import MOST_SWEPT, Swept, draw_sweep
+from flowtrain.utils.errors import ConfigError, first_line
+from flowtrain.utils.files import write_text
+from flowtrain.utils.formatting import as_table, brief, with_error
+
+# in the directory of a run: what it found, the overrides that it was begun with, and what went wrong
+RESULT, OVERRIDES, ERROR = "result.json", ".hydra/overrides.yaml", "error.txt"
+# of result.json, what a table of runs has
+MEASURED = (
+    "val_nll", "val_nll_stderr", "nll", "nll_stderr", "bits_per_dim", "kl", "nfe", "solver_error", "roundtrip_error",
+    "steps", "train_seconds",
+)  # fmt: skip
+# the meaning of the mark * in a table
+TIED = "\\* not significantly worse than the best: within 2 standard errors of the difference"
+TOLERANCES = ("solver.rtol", "solver.atol")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a sweep: its directory's name, its overrides by key, what it found, and what went wrong."""
+
+    name: str
+    keys: dict[str, str]
+    result: dict[str, Any]
+    error: str | None
+
+    @property
+    def state(self) -> str:
+        """done, failed, or stopped before either."""
+        return "done" if self.result else "failed" if self.error else "stopped"
+
+    @property
+    def val_nll(self) -> float:
+        """Infinity where there is none."""
+        found = self.result.get("val_nll")
+        return math.inf if found is None else float(found)
+
+    @property
+    def val_stderr(self) -> float:
+        """The standard error of the validation NLL; NaN if missing, as in runs of an older flowtrain."""
+        found = self.result.get("val_nll_stderr")
+        return math.nan if found is None else float(found)
+
+
+def write_summary(root: Path) -> tuple[str, int]:
+    """Writes sweep.csv, sweep.md and sweep.png into a sweep's directory: the table, and how many jobs lack a result.
+
+    What cannot be written gives a warning: the table is for the terminal as well.
+    """
+    jobs = read(root)
+    if not jobs:
+        return "no job was begun", 0
+    keys = swept(jobs)
+    table = as_markdown(jobs, keys)
+    done = [job for job in jobs if job.result]
+    axes = [key for key in keys if key != "seed"] or keys
+    written = {"sweep.csv": as_csv(jobs, keys), "sweep.md": table + "\n"}
+    lines = {key: against(done, key) for key in axes[:MOST_SWEPT]}
+    with spared("the sweep", ", nor its files"):
+        for name, text in written.items():
+            write_text(root / name, text)
+        if done and axes:
+            title = f"sweep {root.name}, {len(done)} of {len(jobs)} jobs done"
+            title += f", {len(lines)} of {len(axes)} keys" if len(axes) > len(lines) else ""
+            draw_sweep(root / "sweep.png", lines=lines, title=title)
+    return table, len(jobs) - len(done)
+
+
+def read(root: Path) -> list[Job]:
+    """The jobs of a sweep, the best first, those without an NLL last."""
+    jobs = []
+    for folder, given in begun_in(root).items():
+        error = folder / ERROR
+        try:
+            result, said = result_of(folder), error.read_text(errors="replace").strip() if error.is_file() else None
+        except ConfigError as e:
+            result, said = {}, str(e)
+        keys = dict(_pair(override) for override in given)
+        jobs.append(Job(str(folder.relative_to(root)), keys, result, None if result else said))
+    return sorted(jobs, key=lambda job: (job.val_nll, job.state, len(job.name), job.name))
+
+
+def begun_in(root: Path) -> dict[Path, list[str]]:
+    """The directories of a sweep's jobs, each with the overrides that its run was begun with."""
+    found = sorted(path.parent.parent for path in root.glob(f"**/{OVERRIDES}"))
+    return {folder: given for folder in found if folder != root and (given := overrides_of(folder)) is not None}
+
+
+def overrides_of(folder: Path) -> list[str] | None:
+    """The overrides that the run in a directory was begun with; None where there is no run of ours."""
+    try:
+        given = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES))
+    except Exception:  # whatever else is in a file by that name
+        return None
+    return [str(item) for item in given] if isinstance(given, list) else None
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """The result.json of a run; empty where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = folder / RESULT
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except (ValueError, OSError) as e:
+        raise ConfigError(f"{path} is damaged ({first_line(e)}): remove it, and the run is evaluated again") from e
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is damaged: remove it, and the run is evaluated again")
+    return found
+
+
+def _pair(override: str) -> tuple[str, str]:
+    key, _, value = override.lstrip("+").partition("=")
+    quoted = re.fullmatch(r"(['\"])(.*)\1", value, re.S)
+    return key, re.sub(r"\\(['\"])", r"\1", quoted[2]) if quoted else value
+
+
+def as_good(jobs: Sequence[Job]) -> set[str]:
+    """The names of the runs whose validation NLL is not significantly worse than the best.
+
+    It is within 2 standard errors of the difference. The standard errors are assumed independent. This is conservative,
+    because runs that share a validation set differ by less noise.
+    """
+    best = min(jobs, key=lambda job: job.val_nll, default=None)
+    if best is None or not math.isfinite(best.val_nll):
+        return set()
+    near = {job.name for job in jobs if job.val_nll - best.val_nll <= 2 * math.hypot(job.val_stderr, best.val_stderr)}
+    return {best.name, *near}
+
+
+def swept(jobs: Sequence[Job]) -> list[str]:
+    """The keys that have not the same value in all jobs, in the order of the command line."""
+    keys = dict.fromkeys(key for job in jobs for key in job.keys)
+    return [key for key in keys if len({job.keys.get(key) for job in jobs}) > 1]
+
+
+def as_csv(jobs: Sequence[Job], keys: Sequence[str]) -> str:
+    """A row for each job, with every digit."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["job", *keys, *MEASURED, "as_good_as_best", "state", "error"])
+    near = as_good(jobs)
+    for job in jobs:
+        found = (job.result.get(name) for name in MEASURED)
+        given = (job.keys.get(key, "") for key in keys)
+        measured = ["" if value is None else value for value in found]
+        good = str(job.name in near).lower() if job.result else ""
+        writer.writerow([job.name, *given, *measured, good, job.state, job.error or ""])
+    return text.getvalue()
+
+
+def as_markdown(jobs: Sequence[Job], keys: Sequence[str]) -> str:
+    """The table to read: digits as far as the errors leave them, no column that says nothing."""
+    columns: dict[str, list[str]] = {"job": [job.name for job in jobs]}
+    columns |= {key: [_short(job.keys.get(key, "")) for job in jobs] for key in keys}
+    near = as_good(jobs)
+    marks = {job.name: " *" if job.name in near and len(near) > 1 else "" for job in jobs}
+    columns["validation NLL"] = [_validation(job) + marks[job.name] for job in jobs]
+    columns["test NLL"] = [_nll(job.result) for job in jobs]
+    for name, words in (("bits_per_dim", "bits/dim"), ("kl", "KL"), ("nfe", "NFE"), ("solver_error", "solver error")):
+        columns[words] = [_number(job.result.get(name)) for job in jobs]
+    columns["steps"] = [str(job.result.get("steps", "")) for job in jobs]
+    columns["seconds"] = [_number(job.result.get("train_seconds"), 3) for job in jobs]
+    columns[""] = [_words(job) for job in jobs]
+    columns = {head: cells for head, cells in columns.items() if any(cells)}
+    table = as_table(list(columns), zip(*columns.values(), strict=True))
+    return f"{table}\n\n{TIED}" if len(near) > 1 else table
+
+
+def _validation(job: Job) -> str:
+    return with_error(job.val_nll, job.val_stderr) if math.isfinite(job.val_nll) else ""
+
+
+def _nll(result: dict[str, Any]) -> str:
+    return with_error(result["nll"], result["nll_stderr"]) if result.get("nll") is not None else ""
+
+
+def _short(value: str) -> str:
+    """A value as it was given, or the first four digits of one that a sweeper has drawn with all of them."""
+    number = _as_number(value)
+    return value if number is None or len(value) <= 12 or "." not in value else f"{number:.4g}"
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else brief(value) if abs(value) < 1e-2 else f"{value:.{digits}g}"
+
+
+def _words(job: Job) -> str:
+    if job.state == "done":
+        return ""
+    last = (job.error or "run the sweep again, and it goes on").splitlines()[-1]
+    return f"{job.state}: {last if len(last) <= 120 else last[:119] + '…'}"
+
+
+def against(jobs: Iterable[Job], key: str) -> Swept:
+    """What the jobs have found, by their values of one key, whatever those of the others are."""
+    values: dict[str, list[Job]] = {}
+    for job in jobs:
+        values.setdefault(job.keys.get(key, "default"), []).append(job)
+    numbers = [_as_number(value) for value in values]
+    numeric = all(number is not None for number in numbers)
+    order = sorted(values, key=(lambda v: _as_number(v) or 0.0) if numeric else str)
+    names = ("val_nll", "nll", "nfe", *(("solver_error",) if key in TOLERANCES else ()))
+    found = {name: [[_measured(job, name) for job in values[value]] for value in order] for name in names}
+    return Swept(
+        values=order,
+        numbers=[n for v in order if (n := _as_number(v)) is not None] if numeric else None,
+        found={name: rows for name, rows in found.items() if any(map(math.isfinite, (v for row in rows for v in row)))},
+        errors={
+            name: [[_measured(job, f"{name}_stderr") for job in values[value]] for value in order]
+            for name in ("val_nll", "nll")
+        },
+    )
+
+
+def _measured(job: Job, name: str) -> float:
+    value = job.result.get(name)
+    return math.nan if value is None else float(value)
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,189 @@
+"""Schedules of a run: the learning rate, its position in time, and the steps of validations and pictures."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from flowtrain.training.progress import Progress
+from flowtrain.training.settings import Settings
+
+# after so many, a learning rate that is halved on a plateau has settled
+HALVINGS = 4
+
+
+class LearningRate:
+    """lr x warm-up x decay. Warm-up and cosine depend on step and position alone; plateau remembers the validations.
+
+    Warm-up: (step + 1) / lr_warmup up to 1. Cosine: (1 + cos(pi position / steps)) / 2. The position is the step,
+    or further under a time limit, see `Pace`. Plateau: halved after
+    `lr_plateau_patience` validations in a row without a new best. All of them once for the steps before `again`, where
+    that is not 0, and once for those from there on.
+    """
+
+    def __init__(self, settings: Settings, again: int = 0) -> None:
+        self.settings, self.again = settings, again
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forgets the validations."""
+        self.scale, self.stale = 1.0, 0
+
+    def at(self, step: int, position: float | None = None) -> float:
+        """The learning rate of a step, counted from 0. `position`: of the schedules; None for the step itself."""
+        s = self.settings
+        begin, end = (0, self.again) if step < self.again else (self.again, s.steps)
+        since = step - begin
+        warm = min(1.0, (since + 1) / s.lr_warmup) if s.lr_warmup else 1.0
+        reached = since if position is None else position - begin
+        part = min(1.0, reached / max(1, end - begin))
+        decay = (1 + math.cos(math.pi * part)) / 2 if s.lr_decay == "cosine" else self.scale
+        return s.lr * warm * decay
+
+    @property
+    def settled(self) -> float:
+        """How far a plateau's halvings have come, from 0 to 1."""
+        return min(1.0, -math.log2(self.scale) / HALVINGS)
+
+    def validated(self, improved: bool) -> None:
+        """Told of every validation, and whether it was the best so far."""
+        if self.settings.lr_decay != "plateau":
+            return
+        self.stale = 0 if improved else self.stale + 1
+        if self.stale >= self.settings.lr_plateau_patience:
+            self.scale, self.stale = self.scale / 2, 0
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs: what a plateau remembers."""
+        return {"scale": self.scale, "stale": self.stale}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes such a state."""
+        self.scale, self.stale = state["scale"], state["stale"]
+
+
+# share of a phase's time in which only steps count, so that a slow start does not advance the schedules
+GRACE = 0.1
+# share of a time limit after which the likelihood replaces another objective
+MATCHING = 0.5
+
+
+class Pace:
+    """The position of the schedules, in steps: max(step, time spent, converted to steps).
+
+    Learning rate, tolerance and the change to the likelihood follow the position. The time counts after a share GRACE
+    of the limit. From there it rises linearly to the last step at the time limit, so that the learning rate has decayed
+    by then. Without a time limit, the position is the step. Batches and noise always depend on the step alone.
+
+    A resumed run continues from its position and has the whole time limit again. If the time limit had ended the run,
+    it restarts at the position of its step.
+
+    Args:
+        progress: the progress of the run, which stores the position.
+        steps: the number of steps of the run.
+        change: the step at which the likelihood takes over from another objective; 0 if the run begins with it.
+    """
+
+    def __init__(self, progress: Progress, steps: int, change: int) -> None:
+        self.progress, self.steps, self.change = progress, steps, change
+        self.start = (0.0, 0.0)
+
+    def at(self, step: float) -> float:
+        """The position of a step."""
+        return max(step, self.progress.position)
+
+    def begin(self) -> None:
+        """Sets the position at which this command begins to train."""
+        p = self.progress
+        p.position = float(p.step) if p.position >= self.steps else max(p.position, float(p.step))
+        self.start = (0.0, p.position)
+
+    def reached(self, elapsed: float, limit: float | None) -> float:
+        """The position after `elapsed` seconds of training. `limit`: seconds of training of this command, or None."""
+        p = self.progress
+        if limit is None:
+            return self.at(p.step)
+        matching = p.step < self.change
+        end, until = (self.change, MATCHING * limit) if matching else (self.steps, limit)
+        since, begin = self.start
+        length = until - since
+        part = 1.0 if length <= 0 else ((elapsed - since) / length - GRACE) / (1 - GRACE)
+        return max(self.at(p.step), begin + (end - begin) * min(1.0, max(0.0, part)))
+
+    def advance(self, position: float, elapsed: float) -> bool:
+        """Stores the position that all ranks agreed on. Returns whether the likelihood must begin before its step.
+
+        When the likelihood begins at its step, the rest of the time limit is measured from there.
+        """
+        p = self.progress
+        before, p.position = self.start[1], position
+        if p.step < self.change:
+            return position >= self.change
+        if before < self.change:
+            self.start = (elapsed, float(p.step))
+            p.position = float(p.step)
+        return False
+
+    def change_now(self, elapsed: float) -> None:
+        """Makes the likelihood take over at this step."""
+        p = self.progress
+        self.change, self.start, p.position = p.step, (elapsed, float(p.step)), float(p.step)
+
+
+# an early validation at a step is followed by the next one after this share of the step
+EARLY_SPACING = 1 / 4
+# the step of the first picture, if plot_every is larger
+FIRST_PICTURE = 50
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run that are followed by a validation or a picture.
+
+    Args:
+        early: steps of early validations, see `early_validations`.
+    """
+
+    settings: Settings
+    early: frozenset[int] = frozenset()
+
+    def validates(self, step: int) -> bool:
+        """Whether a regular validation is due after `step` updates: every `val_every` steps, and after the last."""
+        return step > 0 and (step % self.settings.val_every == 0 or step == self.settings.steps)
+
+    def validates_early(self, step: int) -> bool:
+        """Whether an early validation, and no regular one, is due after `step` updates."""
+        return step in self.early and not self.validates(step)
+
+    def draws(self, step: int) -> bool:
+        """Whether a picture is due: every `plot_every` steps, and once at FIRST_PICTURE."""
+        every = self.settings.plot_every
+        return every is not None and (step % every == 0 or step == FIRST_PICTURE < every)
+
+
+def early_validations(settings: Settings, rows: int | None, matching: bool = False) -> frozenset[int]:
+    """The steps of validations before and between the regular ones; none unless `val_early` is set.
+
+    The first is step 0: the flow as it was initialized. The gap to the next one is one epoch or a quarter of the steps
+    so far, whichever is more. They end when this gap reaches `val_every`. If an epoch is one step, the steps
+    are 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22 and so on. If an epoch has at least `val_every` steps, only step 0
+    is validated early.
+
+    Args:
+        rows: the number of training rows. None: endless data, treated as one batch per epoch.
+        matching: whether the run begins with another objective than the likelihood. Then only step 0 is validated
+            early, because steps of that objective are far cheaper than a validation.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> settings = SimpleNamespace(val_early=True, val_every=50, batch_size=100)
+        >>> sorted(early_validations(settings, rows=1000))
+        [0, 10, 20, 30, 40, 50, 62, 77, 96, 120, 150, 187, 233]
+    """
+    if not settings.val_early:
+        return frozenset()
+    steps, step = [0], 0
+    epoch = max(1, math.ceil((rows or 0) / settings.batch_size))
+    while not matching and (gap := max(epoch, int(EARLY_SPACING * step))) < settings.val_every:
+        step += gap
+        steps.append(step)
+    return frozenset(steps)

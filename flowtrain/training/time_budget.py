@@ -1,0 +1,200 @@
+"""The time budget of a whole command, divided between training and the evaluation after it."""
+
+import copy
+import logging
+import math
+import time
+
+import torch
+
+from flowtrain.data.base import Dataset
+from flowtrain.evaluation.log_likelihood import held_out, log_probs
+from flowtrain.flow import Flow, rows_at_a_time
+from flowtrain.training.failure_policy import STEP_ERRORS
+
+log = logging.getLogger("flowtrain")
+
+# seconds that an evaluation and its pictures take in addition to passing rows through the flow
+OVERHEAD, PICTURES = 1.5, 2.0
+# shares of the time left: for initialization, for a validation, and for the evaluation at the end
+FIRST, VALIDATION, END = 0.03, 0.05, 0.6
+# rows that the error budget and the checks of an evaluation pass through the flow (9,000 to 10,000 measured on moons, a
+# table of 36 columns and MNIST), and the same for an evaluation that is not thorough
+CHECKED, BRIEF = 10_000, 500
+# rows that a picture of each kind of data takes, and further rows that `pictures.draw_more` takes
+DRAWN, MORE = {"plane": 16_000, "vectors": 2_000, "images": 100}, {"plane": 45_000, "vectors": 0, "images": 400}
+# rows of a probe's first pass, the factor to the next pass, and the share of the time left at which a probe stops
+FEWEST, MORE_ROWS, SHARE = 8, 4, 0.005
+# safety factor: rows are assumed to be slower than measured by this factor
+SAFETY = 1.2
+# the smallest number of rows that a set is reduced to
+LEAST = 200
+# probes per training time: solves take longer as a flow is trained
+PARTS = 4
+
+
+class Deadline:
+    """Estimates what the rest of a command takes, and limits training and evaluation so that it ends in time.
+
+    Args:
+        seconds: the time budget of the whole command.
+        begun: when the command began, by time.perf_counter.
+
+    Attributes:
+        row_seconds: seconds to score one row. Repeated probes are combined by a geometric mean.
+    """
+
+    def __init__(self, seconds: float, begun: float, flow: Flow, data: Dataset) -> None:
+        self.seconds, self.begun, self.flow, self.data = seconds, begun, flow, data
+        shape = flow.event_shape
+        self.kind = "images" if len(shape) == 3 else "plane" if shape[0] <= 2 else "vectors"
+        self.row_seconds = 0.0
+        self.most_val: int | None = None
+        self.probed = 0
+        # seconds of the command before training was prepared
+        self.before = seconds - self.left
+        # seconds that the evaluation may take
+        self.room = END * self.left
+
+    @property
+    def left(self) -> float:
+        """Seconds left of the time budget."""
+        return self.begun + self.seconds - time.perf_counter()
+
+    @property
+    def slowness(self) -> float:
+        """Wall time over CPU time so far, at least 1: how much other processes slow this command down."""
+        return max(1.0, (self.seconds - self.left) / max(time.process_time(), 1e-3))
+
+    def probe(self) -> None:
+        """Measures `row_seconds` on validation rows, with the current weights.
+
+        Repeats the pass with more rows as long as it is quick, because the fixed cost of a pass is shared by its rows.
+        """
+        x, label = held_out(self.flow, self.data, "val")
+        training = self.flow.training
+        self.flow.eval()
+        rows, enough = FEWEST, min(len(x), rows_at_a_time(self.flow.event_shape))
+        try:
+            # warm-up: the first pass also allocates memory and fills caches
+            log_probs(self.flow, x[:2], None if label is None else label[:2])
+            while True:
+                rows = min(rows, enough)
+                begun = time.perf_counter()
+                log_probs(self.flow, x[:rows], None if label is None else label[:rows])
+                took = time.perf_counter() - begun
+                measured = took / rows
+                if rows == enough or took > SHARE * self.left:
+                    break
+                rows *= MORE_ROWS
+            self.measured(measured)
+        except STEP_ERRORS as e:
+            # the next validation reports the error
+            log.debug("a probe of the time that rows take failed: %s", e)
+        finally:
+            self.flow.train(training)
+            self.probed += 1
+
+    def probe_again(self, elapsed: float, limit: float) -> None:
+        """Probes once in each of PARTS equal parts of the training time."""
+        if elapsed < limit and PARTS * elapsed >= self.probed * limit:
+            self.probe()
+
+    def scored(self, rows: int, seconds: float) -> None:
+        """Sets `row_seconds` from a validation of `rows` rows that took `seconds`."""
+        if rows:
+            self.row_seconds = seconds / rows
+
+    def measured(self, row_seconds: float) -> None:
+        """Updates `row_seconds` to its geometric mean with a new measurement, since a busy machine may distort one."""
+        self.row_seconds = math.sqrt(self.row_seconds * row_seconds) if self.row_seconds else row_seconds
+
+    def first_rows(self, most: int) -> int:
+        """The number of rows to initialize a model with, at most `most`."""
+        self.probe()
+        return most if not self.row_seconds else min(most, max(1, int(FIRST * self.left / self.row_seconds)))
+
+    @property
+    def end(self) -> float:
+        """Estimated seconds for the end of the run: a last validation, the evaluation and the pictures."""
+        n_val = len(self.data.val) if self.most_val is None else min(self.most_val, len(self.data.val))
+        tested, thorough = self.evaluated(self.room)
+        rows = n_val + tested + (CHECKED if thorough else BRIEF) + DRAWN[self.kind]
+        return self.slowness * (OVERHEAD + PICTURES) + self.row_seconds * rows
+
+    @property
+    def for_training(self) -> float:
+        """Seconds left for training."""
+        return self.left - self.end
+
+    def evaluated(self, seconds: float) -> tuple[int, bool]:
+        """How many test rows an evaluation can score in `seconds`, and whether there is time for its checks too."""
+        n = len(self.data.test)
+        if not self.row_seconds:
+            return n, True
+        room = (seconds - self.slowness * OVERHEAD) / (SAFETY * self.row_seconds)
+        if room >= n + CHECKED:
+            return n, True
+        return min(n, max(LEAST, int(room) - BRIEF)), False
+
+    def val_rows(self, size: int | None) -> int | None:
+        """How many rows of the validation set a validation takes: `size`, or fewer if those would take too long."""
+        n = min(len(self.data.val), size or len(self.data.val))
+        if not self.row_seconds or self.row_seconds * n <= VALIDATION * self.left:
+            return size
+        self.most_val = min(n, max(LEAST, int(VALIDATION * self.left / self.row_seconds)))
+        log.info(
+            "time_budget=%g: validations take %d of %d rows, so that each of them takes at most %d%% of the time",
+            self.seconds,
+            self.most_val,
+            n,
+            round(100 * VALIDATION),
+        )
+        return self.most_val
+
+    def tested(self) -> tuple[Dataset, bool]:
+        """The data with as many test rows as there is time for, and whether there is time for the checks too.
+
+        Warns if not all rows are scored.
+        """
+        n = len(self.data.test)
+        rows, thorough = self.evaluated(self.left - self.slowness * PICTURES)
+        if not thorough:
+            log.info(
+                "time_budget=%g leaves no time for the checks of the density; run floweval on the run's directory to "
+                "make them",
+                self.seconds,
+            )
+        if rows == n:
+            return self.data, thorough
+        log.warning(
+            "time_budget=%g leaves time to score only %d of the %d test rows. The result is of these rows, which are "
+            "evenly spaced. Run floweval on the run's directory to score all rows.",
+            self.seconds,
+            rows,
+            n,
+        )
+        chosen = torch.linspace(0, n - 1, rows).round().long()
+        fewer = copy.copy(self.data)
+        fewer.test = self.data.test[chosen]
+        fewer.test_labels = None if self.data.test_labels is None else self.data.test_labels[chosen]
+        return fewer, thorough
+
+    def warn_if_over(self) -> None:
+        """Warns of a command that has taken more than a fifth longer than its budget."""
+        if self.left < -0.2 * self.seconds:
+            log.warning(
+                "time_budget=%g: the command took %.0f s, %.0f s of them before the first step. Give a larger budget, "
+                "or run it while the machine is less busy",
+                self.seconds,
+                self.seconds - self.left,
+                self.before,
+            )
+
+    def has_time_for(self, what: str, more: bool = False) -> bool:
+        """Whether a picture can be drawn within the budget. Logs a message if not."""
+        takes = self.slowness * PICTURES / 2 + self.row_seconds * (MORE if more else DRAWN)[self.kind]
+        if takes <= max(0.0, self.left):
+            return True
+        log.info("time_budget=%g: no time is left for pictures of %s; floweval draws them", self.seconds, what)
+        return False

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of flows: errors, argument checks, files, ranks, status lines."""

@@ -1,0 +1,121 @@
+"""Support for hand-written gradients: errors for second derivatives, and compatibility with `torch.func`.
+
+A hand-written gradient (`torch.autograd.Function`) computes outside of autograd, so the transforms of `torch.func`
+(grad, vmap, jvp, jacrev, jacfwd, hessian) cannot transform it. If `transforms_active` returns true, solves and fields
+use ordinary differentiable operations instead.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+from flowtrain.utils.errors import FlowtrainError
+
+
+def transforms_active() -> bool:
+    """Whether the code runs inside a transform of `torch.func`, or inside `torch.autograd.forward_ad.dual_level`."""
+    # there is no public function for this; torch.autograd.Function.apply makes the same check
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def values(x: Tensor) -> Tensor:
+    """The values of x without a graph; inside `torch.func.vmap`, those of all lanes.
+
+    vmap rejects control flow that depends on values, such as the choice of a step size, because lanes may differ. A
+    decision based on these values is the same for all lanes.
+
+    Example:
+        >>> found = []
+        >>> _ = torch.func.vmap(lambda row: (found.append(values(row.sum())), row)[1])(torch.eye(3))
+        >>> found[0]
+        tensor([1., 1., 1.])
+    """
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x.detach()
+
+
+def largest(x: Tensor) -> float:
+    """The largest of the values of x, see `values`; NaN if one of them is NaN."""
+    x = values(x)
+    return float(x.max() if x.dim() else x)
+
+
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the backward of an autograd.Function that has no second derivative, to say so where one is begun.
+
+    torch's own once_differentiable speaks only when the second derivative is taken, and a Hessian comes back as zeros.
+    Cotangents batched by `torch.func.vmap` are pulled back lane by lane.
+
+    Raises:
+        FlowtrainError: the gradient is taken with create_graph=True, or with is_grads_batched=True.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *cotangents: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise FlowtrainError(
+                "torch.autograd supports only first derivatives of a continuous flow, but the gradient was requested "
+                "with create_graph=True. Use torch.func for second derivatives, for example "
+                "torch.func.hessian(lambda x: flow.log_prob(x[None])[0])(x)."
+            )
+        given = [c for c in cotangents if isinstance(c, Tensor)]
+        if any(_functorch.is_legacy_batchedtensor(c) for c in given):
+            raise FlowtrainError(
+                "torch.autograd supports only one cotangent at a time for a continuous flow, and several were given "
+                "with is_grads_batched=True or vectorize=True. Use torch.func.jacrev or torch.func.jacfwd."
+            )
+        if any(_functorch.is_batchedtensor(c) for c in given):
+            return _lane_by_lane(lambda *lane: backward(ctx, *lane), cotangents)
+        return backward(ctx, *cotangents)
+
+    return checked
+
+
+def _lane_by_lane(pull: Callable[..., tuple[Any, ...]], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
+    """pull(*cotangents), if vmap has batched at least one of the cotangents."""
+    places: list[int] = []
+    n = 0
+
+    def tensors(*lane: Any) -> tuple[Tensor, ...]:
+        nonlocal n
+        found = pull(*lane)
+        n = len(found)
+        places[:] = [i for i, part in enumerate(found) if part is not None]
+        return tuple(found[i] for i in places)
+
+    parts = _Lanes.apply(tensors, *cotangents)  # type: ignore[no-untyped-call]
+    answer: list[Any] = [None] * n
+    for i, part in zip(places, parts, strict=True):
+        answer[i] = part
+    return tuple(answer)
+
+
+class _Lanes(torch.autograd.Function):
+    """A function of tensors that vmap evaluates once for each lane."""
+
+    @staticmethod
+    def forward(function: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:
+        return function(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Saves nothing, because there is no derivative."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, function: Any, *inputs: Any) -> tuple[Any, Any]:
+        """Evaluates the lanes one after another and stacks the results."""
+        dims = in_dims[1:]
+        lanes = [
+            _Lanes.apply(  # type: ignore[no-untyped-call]
+                function, *(y if d is None else y.select(d, i) for y, d in zip(inputs, dims, strict=True))
+            )
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(part) for part in zip(*lanes, strict=True))
+        return stacked, (0,) * len(stacked)

@@ -1,0 +1,80 @@
+"""Formats numbers with their errors, Markdown tables, and commands to copy."""
+
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+def cell(text: str) -> str:
+    r"""Text on one line, in which nothing ends a cell.
+
+    Example:
+        >>> print(cell("a |\n b"))
+        a \| b
+    """
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def as_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A head, the line below it and rows of as many cells.
+
+    Example:
+        >>> print(as_table(["a", "b"], [["1", "2"]]))
+        | a | b |
+        | --- | --- |
+        | 1 | 2 |
+    """
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+
+
+def with_error(value: float, error: float) -> str:
+    """`value +- error`, as in "2.402 +- 0.006": the error to one significant digit, two where the first is a 1.
+
+    Both end at the same decimal. Without an error (NaN, as of one row; or 0, as of an AUROC of 1) the value has four
+    decimals.
+
+    Example:
+        >>> with_error(2.40213, 0.00581), with_error(2.40213, 0.0147)
+        ('2.402 +- 0.006', '2.402 +- 0.015')
+    """
+    if not math.isfinite(value) or not 0 < error < math.inf:
+        return f"{value:.4f}"
+    places = decimals(error)
+    return f"{round(value, places):.{max(0, places)}f} +- {round(error, places):.{max(0, places)}f}"
+
+
+def decimals(error: float) -> int:
+    """Where a number with that error, above 0, ends: decimals after the point, negative for tens and hundreds."""
+    exponent = math.floor(math.log10(error))
+    leading = round(error / 10**exponent, 1)
+    return 1 - exponent if leading < 1.95 else -exponent
+
+
+def brief(value: float) -> str:
+    """An error to one digit, whole numbers to all of theirs: 12, 0.02, 3e-6."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    words = f"{value:.0e}" if size < 0.001 or size >= 1e6 else f"{value:.0f}" if size >= 9.5 else f"{value:.1g}"
+    mantissa, e, exponent = words.partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else words
+
+
+def option(key: str, path: Path | str) -> str:
+    """KEY=PATH, quoted for the shell if needed. Our commands take a path without Hydra's quotes.
+
+    Example:
+        >>> print(option("ckpt", "runs/a b [1]"), option("ckpt", "runs/1"))
+        'ckpt=runs/a b [1]' ckpt=runs/1
+    """
+    text = str(path)
+    # a file named null must not be read as no file, nor a leading ~ as a home directory
+    here = "./" if text.lower() == "null" or text.startswith("~") else ""
+    return shlex.quote(f"{key}={here}{text}")
+
+
+def resume_command(run_dir: Path | str) -> str:
+    """The command that resumes a run."""
+    return f"flowtrain {option('resume', run_dir)}"

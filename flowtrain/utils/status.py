@@ -1,0 +1,382 @@
+"""Progress on standard error: a bar or a line on a terminal, a line every 30 seconds elsewhere."""
+
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+# perf_counter at the start of the process, assuming that it has computed since then without waiting
+_BEGUN = [time.perf_counter() - time.process_time()]
+
+
+def command_begun() -> float:
+    """The time at which the current command or job began, by time.perf_counter.
+
+    The first call in a process returns the start of the process. Later calls, by further jobs of a sweep, return the
+    current time.
+    """
+    return _BEGUN.pop() if _BEGUN else time.perf_counter()
+
+
+log = logging.getLogger("flowtrain")
+
+# seconds of silence before a terminal shows a status, between lines elsewhere, and between refreshes on a terminal
+DELAY, EVERY, TICK = 2.0, 30.0, 0.5
+# seconds between redraws by `advance`, and the weight of the latest rate in the smoothed rate
+REDRAW, SMOOTHING = 0.1, 0.3
+
+
+class Status:
+    """A piece of work: its name and its progress.
+
+    Args:
+        words: what is done, such as "scoring the test set", or a function that returns it, called at every refresh.
+        total: the number of units; None if unknown.
+        unit: the name of a unit, in the singular.
+        done: units already done, for example by an earlier run.
+        bar: show it on a terminal at once, as a progress bar, and leave it there at the end.
+
+    Attributes:
+        n: units done so far.
+    """
+
+    def __init__(
+        self,
+        words: str | Callable[[], str],
+        total: int | None = None,
+        unit: str = "step",
+        done: int = 0,
+        bar: bool = False,
+    ) -> None:
+        self.words, self.total, self.unit, self.bar = words, total, unit, bar
+        self.n = self.initial = done
+        self.notes = ""
+        self.begun = 0.0
+        self._reporter: Reporter | None = None
+        self._rate: float | None = None
+        self._counted = (done, 0.0)
+
+    def begin(self, reporter: "Reporter", now: float) -> None:
+        """Sets the reporter that shows this status, and its start time."""
+        self._reporter, self.begun, self._counted = reporter, now, (self.n, now)
+
+    def advance(self, n: int = 1) -> None:
+        """Counts n more units as done; a negative n takes some back."""
+        self.n += n
+        if self._reporter is None:
+            return
+        now = self._reporter.clock()
+        before, then = self._counted
+        if now - then >= REDRAW:
+            rate = (self.n - before) / (now - then)
+            self._rate = rate if self._rate is None else SMOOTHING * rate + (1 - SMOOTHING) * self._rate
+            self._counted = self.n, now
+            self._reporter.refresh()
+
+    def note(self, **values: object) -> None:
+        """Sets the values that are shown after the bar."""
+        self.notes = ", ".join(f"{name}={value}" for name, value in values.items())
+
+    @property
+    def name(self) -> str:
+        """The current words."""
+        return self.words if isinstance(self.words, str) else self.words()
+
+    @property
+    def rate(self) -> float | None:
+        """Units per second, smoothed; None if not known yet."""
+        return self._rate if self._rate and self._rate > 0 else None
+
+
+class Reporter:
+    """Shows the innermost active status.
+
+    Args:
+        stream: where to write. On a terminal, the display is redrawn in place; elsewhere, lines are written.
+        clock: a function that returns the time in seconds.
+        delay, every: None for DELAY and EVERY.
+        threaded: refresh from a thread. Otherwise only `refresh` and `advance` refresh the display.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        clock: Callable[[], float] = time.monotonic,
+        delay: float | None = None,
+        every: float | None = None,
+        threaded: bool = True,
+    ) -> None:
+        self.stream, self.clock, self.threaded = stream, clock, threaded
+        self.delay = DELAY if delay is None else delay
+        self.every = EVERY if every is None else every
+        self.terminal = stream.isatty()
+        self._stack: list[Status] = []
+        self._said = clock()
+        self._line = ""
+        # reentrant, because a log message may be written while a line is drawn
+        self._changed = threading.Condition(threading.RLock())
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def push(self, status: Status) -> None:
+        """Begins a status."""
+        with self._changed:
+            status.begin(self, self.clock())
+            self._stack.append(status)
+            if self.threaded and self._thread is None:
+                self._thread = threading.Thread(target=self._tick, name="flowtrain status", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+            self.refresh()
+
+    def pop(self, status: Status) -> None:
+        """Ends a status and those inside it. A bar stays on the terminal in its last state."""
+        with self._changed:
+            if status not in self._stack:
+                return
+            del self._stack[self._stack.index(status) + 1 :]
+            if status.bar and self.terminal:
+                self._draw(self._bar(status, "", self.clock()))
+                self._write("\n")
+                self._line, self._said = "", self.clock()
+            self._stack.pop()
+            self._draw("")
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Updates the display, if that is due."""
+        with self._changed:
+            if not self._stack or self._closed:
+                return
+            now = self.clock()
+            if self.terminal:
+                shown, words = self._current(now)
+                if shown is not None:
+                    self._draw(self._bar(shown, words, now))
+            elif now - self._said >= self.every:
+                self._said = now
+                shown, words = self._current(now)
+                if shown is None:
+                    shown, words = self._stack[-1], self._joined(self._stack)
+                self._write(self._sentence(shown, words or shown.name, now) + "\n")
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Removes the display inside, so that other output can be written."""
+        with self._changed:
+            self._draw("")
+            try:
+                yield
+            finally:
+                if self.terminal:
+                    self._said = self.clock()
+                self.refresh()
+
+    def close(self) -> None:
+        """Removes the display and ends the thread."""
+        with self._changed:
+            self._stack.clear()
+            self._draw("")
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=1.0)
+
+    def _tick(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed:
+                    return
+                self._changed.wait(self._until_due())
+                if self._closed:
+                    return
+                self.refresh()
+
+    def _until_due(self) -> float | None:
+        """Seconds that the thread may sleep; None if there is no status."""
+        if not self._stack:
+            return None
+        return TICK if self.terminal else min(max(TICK, self._said + self.every - self.clock()), 3600.0)
+
+    def _current(self, now: float) -> tuple[Status | None, str]:
+        """The status to show, and the names of the statuses around it; None before `delay` has passed.
+
+        A status inside a bar replaces the bar once it has lasted `delay` seconds. Others are shown after `delay`
+        seconds without output.
+        """
+        bars = [i for i, status in enumerate(self._stack) if status.bar]
+        first = bars[-1] + 1 if bars else 0
+        inside = self._stack[first:]
+        since = inside[0].begun if bars and inside else self._said
+        if inside and now - since >= self.delay:
+            return inside[-1], self._joined(inside)
+        return (self._stack[first - 1], "") if bars else (None, "")
+
+    @staticmethod
+    def _joined(statuses: list[Status]) -> str:
+        return ": ".join(status.name for status in statuses)
+
+    def _bar(self, status: Status, words: str, now: float) -> str:
+        """One line for a terminal."""
+        from tqdm import tqdm
+
+        width, seconds, words = self._width(), max(0.0, now - status.begun), words or status.name
+        if status.total is None:
+            counted = f" {status.n:,} {status.unit}s" if status.n else ""
+            return f"{words}{counted} [{tqdm.format_interval(seconds)}]"[:width]
+        # half of the line is for the bar
+        if len(words) > width // 2:
+            words = words[: width // 2 - 1] + "…"
+        line: str = tqdm.format_meter(
+            status.n,
+            max(status.total, 1),
+            seconds,
+            ncols=width,
+            prefix=words,
+            ascii=not self._has_blocks(),
+            unit=status.unit,
+            rate=status.rate,
+            initial=status.initial,
+            postfix=status.notes,
+        )
+        return line[:width]
+
+    @staticmethod
+    def _sentence(status: Status, words: str, now: float) -> str:
+        """One line for a log."""
+        from tqdm import tqdm
+
+        seconds = max(0.0, now - status.begun)
+        parts = [words]
+        if status.total:
+            parts.append(f"{status.n:,} of {status.total:,} {status.unit}s ({status.n / status.total:.0%})")
+        elif status.n:
+            parts.append(f"{status.n:,} {status.unit}s")
+        parts.append(f"{tqdm.format_interval(seconds)} so far")
+        done = status.n - status.initial
+        if status.total and done > 0:
+            parts.append(f"about {tqdm.format_interval(seconds * (status.total - status.n) / done)} left")
+        return ", ".join([*parts, *([status.notes] if status.notes else [])])
+
+    def _width(self) -> int:
+        try:
+            columns = os.get_terminal_size(self.stream.fileno()).columns
+        except (OSError, ValueError, AttributeError):
+            columns = 0
+        # a line as wide as the terminal would wrap
+        return max(20, (columns or shutil.get_terminal_size().columns) - 1)
+
+    def _has_blocks(self) -> bool:
+        try:
+            "█…".encode(self.stream.encoding or "utf-8")
+        except (UnicodeError, LookupError):
+            return False
+        return True
+
+    def _draw(self, line: str) -> None:
+        """Replaces the displayed line; an empty one removes it.
+
+        The cursor returns to the start of the line, so that other output overwrites the line.
+        """
+        if not self.terminal or (not line and not self._line):
+            return
+        self._write(f"\r{line.ljust(len(self._line))}\r")
+        self._line = line
+
+    def _write(self, text: str) -> None:
+        if self._closed:
+            return
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except UnicodeError:
+            self._write(text.encode("ascii", "replace").decode())
+        except (OSError, ValueError):
+            # the stream is closed or broken, which must not end the work
+            self._closed = True
+
+
+# the reporter of this process; None outside `reporting`
+_reporter: Reporter | None = None
+
+
+@contextmanager
+def reporting(reporter: Reporter | None = None) -> Iterator[None]:
+    """Shows statuses inside, by `reporter` or on standard error.
+
+    Does nothing inside another `reporting`, on ranks other than 0, and if TQDM_DISABLE is set, as in concurrent jobs of
+    a sweep.
+    """
+    global _reporter
+    if _reporter is not None or not _is_first() or os.environ.get("TQDM_DISABLE"):
+        yield
+        return
+    mine = _reporter = reporter or Reporter(sys.stderr)
+    try:
+        yield
+    finally:
+        _reporter = None
+        mine.close()
+
+
+@contextmanager
+def status(
+    words: str | Callable[[], str], total: int | None = None, unit: str = "step", done: int = 0, bar: bool = False
+) -> Iterator[Status]:
+    """Shows the work inside as a status once it has lasted a while. For the arguments see `Status`.
+
+    Example:
+        >>> with status("scoring", total=300, unit="row") as progress:
+        ...     for _ in range(3):
+        ...         progress.advance(100)
+        >>> progress.n
+        300
+    """
+    current, reporter = Status(words, total, unit, done, bar), _reporter
+    if reporter is None:
+        yield current
+        return
+    reporter.push(current)
+    try:
+        yield current
+    finally:
+        reporter.pop(current)
+
+
+@contextmanager
+def phase(words: str) -> Iterator[None]:
+    """A `status` that logs its seconds when it ends, at level DEBUG, which is written to the log file of a run."""
+    begun = time.perf_counter()
+    with status(words):
+        yield
+    log.debug("%s: %.1f s", words, time.perf_counter() - begun)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Removes the display inside, so that other output can be written, and restores it afterwards."""
+    if _reporter is None:
+        yield
+        return
+    with _reporter.aside():
+        yield
+
+
+def _is_first() -> bool:
+    """Whether this is rank 0, from the environment, because torch may not be imported yet."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def _forget() -> None:
+    global _reporter
+    _reporter = None
+
+
+# a forked process has no refresh thread and must not draw, and its copy of the lock may never be released
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
