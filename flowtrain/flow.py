@@ -12,8 +12,8 @@ from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.scale import dequantize
 from flowtrain.data.tables.columns import as_ranges
-from flowtrain.ode import History, Solver
-from flowtrain.utils.autograd import values
+from flowtrain.ode import Solver, StepPlan
+from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError
 from flowtrain.utils.precision import full_precision
 from flowtrain.utils.status import status
@@ -24,16 +24,16 @@ Label = Tensor | int | None
 class Flow(nn.Module):
     """A density over samples of `event_shape` with a standard normal base.
 
-    A discrete flow is one over whole numbers: it is the density of x + u, u uniform on the unit cube, and in place of
-    integer tensors it takes them with such noise added, anew in each call; real ones it takes as they are. A
-    conditional flow, p(x | label), takes labels with everything.
+    An integer-valued flow is the density of x + u for whole numbers x, with u uniform on the unit cube. Each call adds
+    such noise to an integer tensor; a real tensor is taken as it is. A conditional flow, p(x | label), takes labels in
+    every call.
 
     Args:
         event_shape: shape of one sample.
         bijection: from base to data.
         classes: of a conditional flow, how many labels there are, 0 .. classes - 1; None for p(x).
-        discrete: whether the data are whole numbers.
-        levels: of discrete data with values 0 .. levels - 1, else None.
+        integer_valued: whether the data are whole numbers.
+        levels: of integer-valued data with values 0 .. levels - 1, else None.
         centered: whether samples are float64. Then the bijection subtracts an offset from the data that float32 would
             not resolve.
         noisy: indices of the elements of a sample that are whole numbers plus noise, in real data. The data set adds
@@ -53,7 +53,7 @@ class Flow(nn.Module):
         event_shape: tuple[int, ...],
         bijection: Bijection,
         classes: int | None = None,
-        discrete: bool = False,
+        integer_valued: bool = False,
         levels: int | None = None,
         centered: bool = False,
         noisy: tuple[int, ...] = (),
@@ -63,11 +63,11 @@ class Flow(nn.Module):
         self.event_shape = event_shape
         self.bijection = bijection
         self.classes = classes
-        self.discrete, self.levels, self.centered = discrete, levels, centered
+        self.integer_valued, self.levels, self.centered = integer_valued, levels, centered
         self.noisy, self.class_counts = noisy, class_counts
 
     @property
-    def continuous(self) -> list[Continuous]:
+    def ode_blocks(self) -> list[Continuous]:
         """The parts that solve an ODE, each once in a pass; none of a flow that solves nothing."""
         return [m for m in self.modules() if isinstance(m, Continuous)]
 
@@ -88,22 +88,22 @@ class Flow(nn.Module):
         return self.like.new_zeros((), dtype=torch.float64) if self.centered else self.like
 
     @property
-    def histories(self) -> list[History]:
+    def histories(self) -> list[StepPlan]:
         """What past solves left for the next ones: part of the state of a training run, not of the model."""
-        found: list[dict[bool, History]] = [getattr(m, "histories", {}) for m in self.bijection.modules()]
+        found: list[dict[bool, StepPlan]] = [getattr(m, "histories", {}) for m in self.bijection.modules()]
         return [h for one in found for h in one.values()]
 
     @property
     def bits_per_nat(self) -> float | None:
-        """What takes nats per sample of discrete images to bits per dimension, 1 / (D log 2); None for other data."""
-        if not self.discrete or len(self.event_shape) != 3:
+        """1 / (D log 2), from nats per sample to bits per dimension, for integer-valued images; None for other data."""
+        if not self.integer_valued or len(self.event_shape) != 3:
             return None
         return 1 / (math.prod(self.event_shape) * math.log(2))
 
     def log_prob(self, x: Tensor, label: Label = None) -> Tensor:
         """log p(x) in nats, (B,), for x (B, *event_shape) in data units.
 
-        Of integers and a discrete flow, log p(x + u) for one draw of u: its mean over u is at most log P(x)
+        Of integers and an integer-valued flow, log p(x + u) for one draw of u: its mean over u is at most log P(x)
         (Theis et al. 2016, A note on the evaluation of generative models, eq. 4).
 
         Raises:
@@ -135,7 +135,7 @@ class Flow(nn.Module):
             return self.bijection.map_forward(z, self.labels(label, z))
 
     def inverse(self, x: Tensor, label: Label = None) -> Tensor:
-        """Data to base: z (B, *event_shape); of integers and a discrete flow, with noise added anew.
+        """Data to base: z (B, *event_shape); of integers and an integer-valued flow, with noise added anew.
 
         Raises:
             FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
@@ -148,7 +148,7 @@ class Flow(nn.Module):
     def sample(self, n: int, temperature: float = 1.0, chunk: int | None = None, label: Label = None) -> Tensor:
         """n samples (n, *event_shape) in data units, from the global generator of the flow's device.
 
-        Of a discrete flow, samples of x + u; `quantized` takes them to whole numbers.
+        Of an integer-valued flow, samples of x + u; `quantized` takes them to whole numbers.
 
         Args:
             temperature: multiplies the base noise: 1 samples the density, below 1 stays nearer its modes.
@@ -192,16 +192,16 @@ class Flow(nn.Module):
         return torch.cat(x)
 
     def dequantized(self, x: Tensor) -> Tensor:
-        """x + u for the integers x (B, *event_shape) of a discrete flow, else x; with the dtype of `data_like`.
+        """x + u for the integers x (B, *event_shape) of an integer-valued flow, else x; with the dtype of `data_like`.
 
         Raises:
             FlowtrainError: outside of training, integers that are none of the flow's levels.
         """
         like = self.data_like
-        if self.discrete and not x.is_floating_point():
+        if self.integer_valued and not x.is_floating_point():
             # in training they are the data set's own, and to look at them would wait for the device
             if self.levels is not None and not self.training and x.numel():
-                low, high = int(values(x).min()), int(values(x).max())
+                low, high = int(plain_values(x).min()), int(plain_values(x).max())
                 if low < 0 or high >= self.levels:
                     raise FlowtrainError(
                         f"x goes from {low} to {high}, and this flow is one over whole numbers from 0 to "
@@ -211,7 +211,7 @@ class Flow(nn.Module):
         return x.to(like)
 
     def quantized(self, x: Tensor) -> Tensor:
-        """Rounds samples x + u (B, *event_shape) of a discrete flow down to whole numbers.
+        """Rounds samples x + u (B, *event_shape) of an integer-valued flow down to whole numbers.
 
         If the flow has `noisy` elements, only those are rounded, and the dtype of x is kept. Samples of other flows are
         returned unchanged.
@@ -220,7 +220,7 @@ class Flow(nn.Module):
             flat, noisy = x.flatten(1).clone(), list(self.noisy)
             flat[:, noisy] = flat[:, noisy].floor()
             return flat.view_as(x)
-        if not self.discrete:
+        if not self.integer_valued:
             return x
         whole = x.floor()
         if self.levels is None:
@@ -264,7 +264,7 @@ class Flow(nn.Module):
         if y.is_floating_point() or y.dtype == torch.bool or y.dim() > 1 or (y.dim() == 1 and len(y) != len(x)):
             raise FlowtrainError(f"label: give one whole number, or one for each of the {len(x)} samples")
         # in training they are the data set's own, and to look at them would wait for the device
-        given = values(y)
+        given = plain_values(y)
         bad = [] if self.training else given[(given < 0) | (given >= self.classes)].tolist()
         if bad:
             raise FlowtrainError(f"label={bad[0]}: the labels of this flow are 0 to {self.classes - 1}")

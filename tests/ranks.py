@@ -112,9 +112,9 @@ def everything(rank: int, size: int, folder: Path) -> None:
     found["unused"] = unused(folder / "unused")
     found["partly"] = _partly(rank)
     found["agreed"] = [
-        str(ranks.agreed(SolverError("stiff") if rank == 1 else None)),
-        ranks.agreed(None), ranks.summed([1.0, rank]), ranks.largest([rank, -rank]),
-        ranks.from_first(("of", rank)), ranks.all_of(rank), [ranks.share(n) for n in (1, 2, 5)],
+        str(ranks.gather_errors(SolverError("stiff") if rank == 1 else None)),
+        ranks.gather_errors(None), ranks.summed([1.0, rank]), ranks.largest([rank, -rank]),
+        ranks.broadcast_object(("of", rank)), ranks.all_gather(rank), [ranks.share(n) for n in (1, 2, 5)],
     ]  # fmt: skip
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
@@ -155,6 +155,8 @@ def _unsolved(run_dir: Path, rank: int) -> Trainer:
 def _signalled(run_dir: Path, rank: int) -> Trainer:
     """A signal that reaches the second rank alone."""
     run = trainer(run_dir, "model=affine")
-    heed = run.heed
-    run.heed = lambda received, out_of_time: heed(15 if rank == 1 and run.step == 7 else received, out_of_time)  # type: ignore[method-assign]
+    check_for_stop = run.check_for_stop
+    run.check_for_stop = lambda received, out_of_time: check_for_stop(
+        15 if rank == 1 and run.step == 7 else received, out_of_time
+    )  # type: ignore[method-assign]
     return run

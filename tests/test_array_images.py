@@ -29,7 +29,7 @@ def counts(n: int = 400, d: int = 3) -> np.ndarray:
 def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
     path = npy(tmp_path / "t.npy", counts() - 8)
     data = ArrayData(path, dequantize=True)
-    assert data.samples == Samples((3,), discrete=True, standardized=True, gaussian_start=True)
+    assert data.samples == Samples((3,), integer_valued=True, standardized=True, gaussian_start=True)
     parts = [epoch(data, 320, 32), data.val, data.test]
     assert {part.dtype for part in parts} == {torch.int64}
     assert sorted(rows_of(torch.cat(parts))) == sorted(map(tuple, (counts() - 8).tolist()))
@@ -59,7 +59,7 @@ def pixels(tmp_path: Path, n: int = 60) -> str:
 def test_rows_become_images_of_bytes_with_their_labels(tmp_path: Path) -> None:
     path = pixels(tmp_path)
     data = ArrayData(path, label=12, event_shape=[1, 3, 4], levels=17)
-    assert data.samples == Samples((1, 3, 4), discrete=True, levels=17, classes=3)
+    assert data.samples == Samples((1, 3, 4), integer_valued=True, levels=17, classes=3)
     assert (data.statistics(), data.columns) == (None, ())
     x, label = data.train_batch(1, 7, 5), data.train_labels(1, 7, 5)
     assert label is not None

@@ -17,7 +17,7 @@ from runs import Run
 import flowtrain
 from flowtrain.data.base import Samples
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.data.tables.new_rows import Rows
+from flowtrain.data.tables.new_rows import NewRows
 from flowtrain.flow import Flow
 from flowtrain.runs.build import build_flow
 from flowtrain.training.batches import Batches
@@ -178,6 +178,6 @@ def test_reported_offsets(float32: None) -> None:
     """5,412,000 +- 5 metres and 448,000 +- 5: a Gaussian has 6.07 nats."""
     (path,) = real("cases/utm.npy")
     data = ArrayData(path)
-    flow, rows = begun(data, MODELS["affine"]), Rows(path, data.samples)
+    flow, rows = begun(data, MODELS["affine"]), NewRows(path, data.samples)
     assert rows.test.dtype == torch.float64
     assert float(-flow.log_prob(rows.test).detach().mean()) == pytest.approx(6.07, abs=0.02)

@@ -13,7 +13,7 @@ from runs import Run
 from flowtrain.data.images import IDXImages
 from flowtrain.data.tables import array, streaming
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.data.tables.streaming import Moments, NpyRows, Windows, drawn
+from flowtrain.data.tables.streaming import Moments, NpyRows, WindowedEpochs, drawn
 
 pytestmark = pytest.mark.usefixtures("small_windows")
 
@@ -77,7 +77,7 @@ def test_an_image_is_shifted_alike_in_whichever_share_it_is(tmp_path: Path) -> N
 
 
 def test_neighbours_in_the_file_are_spread_over_a_window() -> None:
-    windows = Windows(10_000, 100, 20, 1)
+    windows = WindowedEpochs(10_000, 100, 20, 1)
     seen = Counter(b[0] // 100 for w in range(5) for b in windows.blocks_of(0, w, 0))
     assert seen == Counter(range(100))
     first = [b[0] for b in windows.blocks_of(0, 0, 0)]
@@ -91,7 +91,7 @@ def test_neighbours_in_the_file_are_spread_over_a_window() -> None:
 
 @pytest.mark.parametrize("n", [1, 99, 100, 101, 1999, 2000, 2001])
 def test_windows_of_any_length_have_every_position(n: int) -> None:
-    windows = Windows(n, 100, 20, 1)
+    windows = WindowedEpochs(n, 100, 20, 1)
     found = []
     for piece in windows.pieces(3 * n, n, 0):
         blocks = windows.blocks_of(piece.epoch, piece.window, 0)
@@ -149,7 +149,7 @@ def test_what_is_kept_does_not_grow(tmp_path: Path) -> None:
     for step in range(60):
         data.train_batch(step, 100, step % 3)
     store = data._store
-    assert isinstance(store, streaming.Windowed)
+    assert isinstance(store, streaming.StreamedStore)
     assert len(store._kept) == 2
     assert max(len(rows) for rows in store._kept.values()) == 16 * 8
 
@@ -177,10 +177,10 @@ def test_rows_drawn_without_one_twice(n: int, k: int) -> None:
 
 def test_a_large_file_is_read_so_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = table(tmp_path)
-    assert not isinstance(ArrayData(path)._store, streaming.Windowed)
+    assert not isinstance(ArrayData(path)._store, streaming.StreamedStore)
     monkeypatch.setattr(streaming, "LARGE", 1000)
-    assert isinstance(ArrayData(path)._store, streaming.Windowed)
-    assert not isinstance(ArrayData(path, memory_map=False)._store, streaming.Windowed)
+    assert isinstance(ArrayData(path)._store, streaming.StreamedStore)
+    assert not isinstance(ArrayData(path, memory_map=False)._store, streaming.StreamedStore)
 
 
 def test_a_run_resumed_on_a_large_file(run: Run, tmp_path: Path) -> None:
@@ -211,12 +211,12 @@ def test_wide_rows_are_bounded_and_mixed_too(tmp_path: Path, monkeypatch: pytest
     # a batch is no run of rows that are neighbours in the file
     assert (x.diff() == 1).sum() < 5
     store = data._store
-    assert isinstance(store, streaming.Windowed)
+    assert isinstance(store, streaming.StreamedStore)
     assert sum(rows.nbytes for rows in store._kept.values()) <= 2**18
 
 
 def test_no_window_is_small() -> None:
-    windows = Windows(17 * 16, 16, 8, 1)
+    windows = WindowedEpochs(17 * 16, 16, 8, 1)
     sizes = [len(windows.blocks_of(0, window, 0)) for window in range(3)]
     assert sorted(sizes) == [5, 6, 6]
 

@@ -11,7 +11,7 @@ from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.coupling import CheckerboardCoupling, HalfCoupling
 from flowtrain.bijections.linear import Affine, InvertibleLinear, Permutation
 from flowtrain.bijections.scale import ActNorm, BatchNorm, Logit, Standardize
-from flowtrain.bijections.squeeze import OnHalf, Squeezed
+from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.glow import glow
 from flowtrain.models.realnvp import realnvp
@@ -69,8 +69,8 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
     "permutation": (lambda c, h, w: Permutation(torch.randperm(c)), [(4, 2, 3)]),
     "linear": (lambda c, h, w: perturbed(InvertibleLinear(c), 0.1), [(1, 3, 2), (4, 2, 3)]),
     "logit": (lambda c, h, w: Logit(256, 1e-2), [(1, 3, 2)]),
-    "squeezed": (lambda c, h, w: Squeezed(perturbed(ActNorm(4 * c))), [(1, 2, 4), (2, 4, 2)]),
-    "on half": (lambda c, h, w: OnHalf(perturbed(Affine(c // 2 * h * w))), [(2, 2, 3), (4, 3, 1)]),
+    "squeezed": (lambda c, h, w: Squeeze(perturbed(ActNorm(4 * c))), [(1, 2, 4), (2, 4, 2)]),
+    "on half": (lambda c, h, w: FactorOut(perturbed(Affine(c // 2 * h * w))), [(2, 2, 3), (4, 3, 1)]),
     "half": (lambda c, h, w: perturbed(HalfCoupling(c, False, net((c + 1) // 2, c // 2 * 2))), [(2, 3, 4), (3, 3, 2)]),
     "half, swapped": (
         lambda c, h, w: perturbed(HalfCoupling(c, True, net(c // 2, (c + 1) // 2 * 2))),
@@ -85,7 +85,7 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
         [(1, 3, 3), (2, 1, 2)],
     ),
     "realnvp": (
-        lambda c, h, w: perturbed(realnvp((c, h, w), layers=2, hidden=(6,), positions=True).bijection, 0.2),
+        lambda c, h, w: perturbed(realnvp((c, h, w), layers=2, hidden=(6,), positional_bias=True).bijection, 0.2),
         [(1, 4, 4), (1, 3, 5), (2, 2, 4), (1, 8, 8)],
     ),
     "realnvp batchnorm": (
@@ -97,7 +97,7 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
     ),
     "glow": (
         lambda c, h, w: perturbed(
-            glow((c, h, w), steps=2, hidden=(6, 6), scales=2 if h > 2 else 0, positions=True).bijection, 0.1
+            glow((c, h, w), steps=2, hidden=(6, 6), scales=2 if h > 2 else 0, positional_bias=True).bijection, 0.1
         ),
         [(1, 4, 8), (2, 2, 3)],
     ),
@@ -109,7 +109,7 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
                 hidden=(6,),
                 scales=1 if h % 2 == 0 else 0,
                 actnorm=True,
-                positions=True,
+                positional_bias=True,
                 trace="exact",
             ).bijection,
             0.1,
@@ -142,7 +142,7 @@ LABELLED = {
 @pytest.mark.parametrize("training", [True, False])
 def test_a_conditional_bijection_is_one_for_each_label(model: str, shape: tuple[int, ...], training: bool) -> None:
     scales = {"scales": 1} if shape == (1, 2, 2) else {}
-    flow = LABELLED[model](shape, conditional=True, classes=3, positions=True, **scales)
+    flow = LABELLED[model](shape, conditional=True, classes=3, positional_bias=True, **scales)
     bijection = perturbed(flow.bijection, 0.2).train(training)
     z, label = torch.randn(3, *shape), torch.tensor([2, 0, 2])
     check(bijection, z, label)

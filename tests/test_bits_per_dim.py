@@ -25,7 +25,7 @@ SHAPE = (1, 4, 4)
 class Bytes(Dataset):
     """Images whose pixels are 0 half of the time, labelled by their first pixel."""
 
-    discrete, levels, classes = True, 256, 2
+    integer_valued, levels, classes = True, 256, 2
 
     def __init__(self, shape: tuple[int, ...] = SHAPE, n: int = 40) -> None:
         self.event_shape = shape
@@ -38,8 +38,8 @@ class Bytes(Dataset):
         return torch.where(x < 256, x, 0).to(torch.uint8)
 
 
-def discrete(bijection: Bijection, shape: tuple[int, ...] = SHAPE, **rest: Any) -> Flow:
-    return Flow(shape, bijection, discrete=True, levels=256, **rest).eval()
+def integer_flow(bijection: Bijection, shape: tuple[int, ...] = SHAPE, **rest: Any) -> Flow:
+    return Flow(shape, bijection, integer_valued=True, levels=256, **rest).eval()
 
 
 # Bits per dimension
@@ -47,7 +47,7 @@ def discrete(bijection: Bijection, shape: tuple[int, ...] = SHAPE, **rest: Any) 
 
 def test_bits_per_dim_of_a_case_computed_by_hand() -> None:
     """One pixel of 0 dequantized to 0.5, logit with alpha = 0.05, standard normal: every step in plain arithmetic."""
-    flow = discrete(Logit(256, 0.05), (1, 1, 1))
+    flow = integer_flow(Logit(256, 0.05), (1, 1, 1))
     p = 0.05 + 0.9 * 0.5 / 256
     z = math.log(p / (1 - p))
     log_p = -0.5 * z * z - 0.5 * math.log(2 * math.pi) + math.log(0.9 / 256) - math.log(p) - math.log(1 - p)
@@ -71,7 +71,7 @@ def test_a_uniform_image_costs_the_bits_of_its_levels() -> None:
             logistic = -x - 2 * nn.functional.softplus(-x)
             return z, (logistic + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
 
-    flow = discrete(Chain([ToLogistic(), Affine(16), Logit(256, 1e-9)]))
+    flow = integer_flow(Chain([ToLogistic(), Affine(16), Logit(256, 1e-9)]))
     x = torch.randint(20, 235, (50, *SHAPE))
     bits = -flow.bits_per_nat * flow.log_prob(x)  # type: ignore[operator]
     torch.testing.assert_close(bits, torch.full((50,), 8.0), rtol=1e-6, atol=0)
@@ -98,7 +98,7 @@ def test_untrained_bits_per_dim_match_an_independent_calculation(model: str) -> 
 
 def test_bits_per_dim_of_an_affine_flow_match_the_gaussian_of_the_logits() -> None:
     data = Bytes()
-    flow = discrete(Chain([Affine(16), Logit(256, 1e-3)]))
+    flow = integer_flow(Chain([Affine(16), Logit(256, 1e-3)]))
     flow.bijection.initialize(dequantize(data.train_batch(0, 2000, 3), torch.zeros(())))
     x = dequantize(data.test, torch.zeros(()))
     p = 1e-3 + (1 - 2e-3) * x.flatten(1) / 256
@@ -135,7 +135,7 @@ def test_the_edge_of_the_tails_is_still_inside(alpha: float) -> None:
 
 
 def test_integers_are_dequantized_anew_and_real_numbers_taken_as_they_are() -> None:
-    flow = discrete(Logit(256, 0.05))
+    flow = integer_flow(Logit(256, 0.05))
     x = Bytes().test
     assert not torch.equal(flow.log_prob(x), flow.log_prob(x))
     noisy = flow.dequantized(x)
@@ -158,18 +158,18 @@ def test_noise_never_reaches_the_next_number(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_samples_are_quantized_into_their_range() -> None:
-    flow = discrete(Logit(256, 0.05))
+    flow = integer_flow(Logit(256, 0.05))
     x = torch.tensor([-3.0, -0.1, 0.0, 0.99, 255.5, 256.0, 300.0]).view(-1, 1, 1, 1)
     assert flow.quantized(x).flatten().tolist() == [0, 0, 0, 0, 255, 255, 255]
     assert flow.quantized(x).dtype == torch.uint8
-    counts = Flow((1,), Affine(1), discrete=True)
+    counts = Flow((1,), Affine(1), integer_valued=True)
     assert counts.quantized(torch.tensor([-1.5, 300.2])).tolist() == [-2, 300]
 
 
 def test_more_dequantization_samples_tighten_the_bound() -> None:
     """log 1/K sum p(x + u_k) against its definition, and its mean rising towards log P(x)."""
     data = Bytes((1, 1, 1), n=400)
-    flow = discrete(Logit(256, 1e-4), (1, 1, 1))
+    flow = integer_flow(Logit(256, 1e-4), (1, 1, 1))
     means = []
     for draws in (1, 4, 64):
         result = evaluate(flow, data, dequantization_samples=draws)
@@ -193,6 +193,6 @@ def test_evaluation_refuses_data_of_another_kind() -> None:
         evaluate(flow, Bytes())
     data = Bytes()
     data.test = data.test.double()
-    data.discrete, data.levels = False, None  # type: ignore[misc, assignment]
+    data.integer_valued, data.levels = False, None  # type: ignore[misc, assignment]
     with pytest.raises(ConfigError, match="dequantization_samples=2: this flow is over real numbers"):
         evaluate(flow, data, dequantization_samples=2)

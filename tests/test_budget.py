@@ -28,7 +28,7 @@ def hutchinson_flow(d: int = 5) -> Flow:
 def test_trace_error_is_that_of_the_estimator() -> None:
     """Rademacher noise leaves e^T A e a variance of 2 |S - diag S|_F^2, S the symmetric part of A."""
     flow = hutchinson_flow()
-    (part,) = flow.continuous
+    (part,) = flow.ode_blocks
     a = part.field.a.detach()
     symmetric = (a + a.T) / 2
     variance = 2 * float((symmetric - symmetric.diag().diag()).square().sum())
@@ -36,7 +36,7 @@ def test_trace_error_is_that_of_the_estimator() -> None:
     found = trace_error(flow, subset_of(flow, x, None), n=10_000, draws=1)
     assert found == pytest.approx(math.sqrt(variance / 10_000), rel=0.06)
     exact = copy.deepcopy(flow)
-    exact.continuous[0].trace = type(part.trace)("auto", "exact")
+    exact.ode_blocks[0].trace = type(part.trace)("auto", "exact")
     assert trace_error(exact, subset_of(exact, x, None), n=10_000, draws=1) == 0.0
 
 
@@ -66,7 +66,7 @@ def test_seed_is_that_of_the_noise() -> None:
 
 
 def test_dequantization_gap_is_that_of_two_bounds() -> None:
-    flow = Flow((2,), Chain([Affine(2), Logit(4, 0.05)]), discrete=True, levels=4).eval()
+    flow = Flow((2,), Chain([Affine(2), Logit(4, 0.05)]), integer_valued=True, levels=4).eval()
     for p in flow.parameters():
         nn.init.normal_(p, std=0.5)
     x = torch.randint(0, 4, (500, 2))

@@ -129,7 +129,7 @@ def test_round_trip_sees_one_bad_column_beside_others_of_any_scale(scale: float,
 
 def test_whole_numbers_in_a_range_are_not_integrated() -> None:
     """Some of the mass of x + u lies beyond the range, and log p is not to be had there."""
-    flow = Flow((2,), Chain([Affine(2), Logit(4, 0.05)]), discrete=True, levels=4).eval()
+    flow = Flow((2,), Chain([Affine(2), Logit(4, 0.05)]), integer_valued=True, levels=4).eval()
     assert of_mass(reference(flow)) is None
     assert failing(flow, torch.randint(0, 4, (100, 2))) == set()
 

@@ -69,7 +69,7 @@ def gaussian_of(maps: list[Affine]) -> MultivariateNormal:
 
 def gaussian_of_field(flow: Flow) -> MultivariateNormal:
     """What it becomes along v = A x + b: the mean is int_0^1 e^(sA) b ds, by the exponential of [[A, b], [0, 0]]."""
-    (part,) = flow.continuous
+    (part,) = flow.ode_blocks
     a, b = (p.detach().double() for p in (part.field.a, part.field.b))
     d = len(b)
     block = torch.zeros(d + 1, d + 1, dtype=torch.float64)

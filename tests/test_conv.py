@@ -12,7 +12,7 @@ from flowtrain.bijections.continuous import Continuous
 from flowtrain.nn.conditioners import ConvNet, ResidualNet
 from flowtrain.nn.conv_field import LAYERS, ConcatConv2d, ConcatSquashConv2d, ConvField
 from flowtrain.nn.divergence import Probes, TraceRule, divergence
-from flowtrain.nn.fields import ACTIVATIONS, push_tangents
+from flowtrain.nn.fields import ACTIVATIONS, field_jvp
 from flowtrain.nn.mlp_field import MLPField
 from flowtrain.ode import ode_solver
 from flowtrain.utils.errors import ConfigError
@@ -75,7 +75,7 @@ def test_positions_tell_a_network_where_it_is(network: str, size: tuple[int, int
     dots[0, 0, 8, 8] = dots[1, 0, 9, 10] = 1
     t = torch.tensor(0.3)
     if network == "pushed":
-        y = made.push(t, dots, torch.ones_like(dots).unsqueeze(0))[1][0]
+        y = made.jvp(t, dots, torch.ones_like(dots).unsqueeze(0))[1][0]
     else:
         y = made(t, dots) if network == "field" else made(dots)
     same = torch.allclose(y[0, 0, 5:12, 5:12], y[1, 0, 6:13, 7:14])
@@ -111,21 +111,21 @@ def test_push_is_the_jvp(layer: str, activation: str, per_row: bool) -> None:
     field, x = random_field(layer, activation), torch.randn(4, *EVENT)
     t = torch.rand(4) if per_row else torch.rand(())
     tangents = torch.randn(2, 4, *EVENT)
-    v, je = push_tangents(field, t, x, tangents)
+    v, je = field_jvp(field, t, x, tangents)
     torch.testing.assert_close(v, field(t, x))
-    for e, pushed in zip(tangents, je, strict=True):
+    for e, probe_jvps in zip(tangents, je, strict=True):
         expected = torch.func.jvp(lambda y: field(t, y), (x,), (e,))[1]
-        torch.testing.assert_close(pushed, expected)
+        torch.testing.assert_close(probe_jvps, expected)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_each_node_has_its_own_time(layer: str) -> None:
     field, x, t = random_field(layer), torch.randn(3, 2, *EVENT), torch.rand(3, 1)
     e = torch.randn(2, 1, 2, *EVENT)
-    v, je = field.push(t, x, e)
+    v, je = field.jvp(t, x, e)
     torch.testing.assert_close(v, field(t, x))
     for node in range(3):
-        one_v, one_je = field.push(t[node, 0], x[node], e[:, 0])
+        one_v, one_je = field.jvp(t[node, 0], x[node], e[:, 0])
         torch.testing.assert_close(v[node], one_v)
         torch.testing.assert_close(je[:, node], one_je)
 
@@ -226,7 +226,7 @@ def test_float32_agrees_with_float64(layer: str, channels: int, per_node: bool) 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_untrained_field_is_zero(layer: str) -> None:
     field, x = ConvField(2, [8], layer, "softplus"), torch.randn(2, *EVENT)
-    v, je = field.push(torch.tensor(0.5), x, torch.randn(1, 2, *EVENT))
+    v, je = field.jvp(torch.tensor(0.5), x, torch.randn(1, 2, *EVENT))
     assert not field(torch.tensor(0.5), x).any()
     assert not v.any()
     assert not je.any()

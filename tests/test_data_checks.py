@@ -182,7 +182,7 @@ def test_noise_on_the_named_columns(tmp_path: Path, memory_map: bool) -> None:
     path = mixed(tmp_path)
     data = ArrayData(path, dequantize=[1, 3], memory_map=memory_map)
     plain = ArrayData(path, memory_map=memory_map)
-    assert (data.discrete, data.noisy, data.samples.noisy) == (False, (1, 3), (1, 3))
+    assert (data.integer_valued, data.noisy, data.samples.noisy) == (False, (1, 3), (1, 3))
     pairs = [(data.split(name), plain.split(name)) for name in ("val", "test")]
     pairs += [(data.train_batch(step, 100, 0), plain.train_batch(step, 100, 0)) for step in range(8)]
     for x, raw in pairs:
@@ -227,7 +227,7 @@ def test_columns_with_noise_by_name_and_position(tmp_path: Path) -> None:
     assert ArrayData(str(path), columns=["m", "x"], dequantize=["m"]).noisy == (0,)
     assert ArrayData(str(path), columns=["m", "x"], dequantize=[3]).noisy == (0,)
     every = ArrayData(str(path), columns=["n", "m"], dequantize=["m", "n"])
-    assert (every.discrete, every.noisy) == (True, ())
+    assert (every.integer_valued, every.noisy) == (True, ())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from flowtrain.bijections.linear import Affine
 from flowtrain.data.base import Samples, changes
 from flowtrain.data.images import IDXImages
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.data.tables.new_rows import Rows
+from flowtrain.data.tables.new_rows import NewRows
 from flowtrain.evaluation.log_likelihood import marginal
 from flowtrain.flow import Flow
 from flowtrain.models.realnvp import realnvp
@@ -189,7 +189,7 @@ def test_held_out_rows_of_a_class_without_training_rows(tmp_path: Path, caplog: 
     assert data.class_counts[2] == 0
     assert "3 rows of the test set" in caplog.text
     caplog.clear()
-    Rows(test, Samples((2,), classes=3, class_counts=(18, 18, 0)), label=2)
+    NewRows(test, Samples((2,), classes=3, class_counts=(18, 18, 0)), label=2)
     assert "3 rows of the scored set" in caplog.text
 
 
@@ -299,7 +299,7 @@ DAMAGED: dict[str, Any] = {
 
 @pytest.mark.parametrize("key", DAMAGED)
 def test_a_damaged_description_is_refused(key: str) -> None:
-    good: dict[str, Any] = {"discrete": False, "noisy": (1,), "class_counts": [2, 3], "classes": 2}
+    good: dict[str, Any] = {"integer_valued": False, "noisy": (1,), "class_counts": [2, 3], "classes": 2}
     good["record"] = [["file", 5, "ab"]]
     found = samples_of({"event_shape": [2], "samples": good})
     assert (found.noisy, found.class_counts, found.record) == ((1,), (2, 3), (("file", 5, "ab"),))

@@ -15,7 +15,7 @@ from trainers import trainer_of
 
 from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.training import checkpoint
-from flowtrain.training.schedules import Plan, early_validations
+from flowtrain.training.schedules import ValidationSchedule, early_validations
 from flowtrain.training.settings import Settings
 from flowtrain.training.validation import Validation, advice, clearly_worse, some_rows
 from flowtrain.utils.errors import NonFiniteError
@@ -53,7 +53,7 @@ def test_early_validations_come_once_an_epoch_and_then_less_and_less_often() -> 
     # an epoch of many steps: only the start, and so where another objective comes first
     assert early_validations(early, 512 * 100) == early_validations(early, 120, matching=True) == {0}
     assert early_validations(settings(val_early=False), 120) == frozenset()
-    plan = Plan(early, frozenset([0, 5, 100]))
+    plan = ValidationSchedule(early, frozenset([0, 5, 100]))
     assert [plan.validates(s) for s in (0, 5, 100, 1000)] == [False, False, True, True]
     assert [plan.validates_early(s) for s in (0, 5, 100)] == [True, True, False]
 
@@ -295,6 +295,6 @@ def test_one_piece_of_advice_that_fits(nlls: tuple[float, ...], best: int, finit
 
 def test_the_first_picture_comes_after_50_steps() -> None:
     steps = np.arange(0, 1201)
-    assert [s for s in steps if s and Plan(settings(plot_every=500)).draws(s)] == [50, 500, 1000]
-    assert [s for s in steps if s and Plan(settings(plot_every=40)).draws(s)][:2] == [40, 80]
-    assert not any(Plan(settings(plot_every=None)).draws(s) for s in steps)
+    assert [s for s in steps if s and ValidationSchedule(settings(plot_every=500)).draws(s)] == [50, 500, 1000]
+    assert [s for s in steps if s and ValidationSchedule(settings(plot_every=40)).draws(s)][:2] == [40, 80]
+    assert not any(ValidationSchedule(settings(plot_every=None)).draws(s) for s in steps)

@@ -11,7 +11,7 @@ from runs import Run
 from small_trainers import Poisoned, PoisonedOnce, rows, trainer
 
 from flowtrain.training import checkpoint
-from flowtrain.training.checkpoint_manager import Saves
+from flowtrain.training.checkpoint_manager import CheckpointManager
 from flowtrain.training.metrics import Metrics
 from flowtrain.training.trainer import Trainer
 from flowtrain.training.validation import Validation
@@ -29,7 +29,9 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize(("owner", "method"), [(Validation, "run"), (Saves, "last")], ids=["validated", "saved"])
+@pytest.mark.parametrize(
+    ("owner", "method"), [(Validation, "run"), (CheckpointManager, "last")], ids=["validated", "saved"]
+)
 def test_a_signal_while_the_last_step_is_validated_or_saved(
     owner: type, method: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from flowtrain.evaluation.calibration import calibration, ks_distance, ks_p_value
-from flowtrain.evaluation.ood import auroc, separation
+from flowtrain.evaluation.ood import auroc, ood_detection
 from flowtrain.utils.formatting import brief, decimals, with_error
 
 
@@ -99,16 +99,16 @@ def test_error_of_auroc_is_its_spread() -> None:
 
 def test_separation_counts_what_is_not_finite_as_least_likely() -> None:
     inside, outside = -2 + torch.randn(100), torch.tensor([-50.0, -torch.inf, torch.nan])
-    found = separation("noise", inside, outside, 1.5, "validation set")
+    found = ood_detection("noise", inside, outside, 1.5, "validation set")
     assert (found.n, found.infinite, found.auroc, found.typicality_auroc) == (3, 2, 1.0, 1.0)
     assert found.nll == 50.0
     assert (found.entropy, found.entropy_of) == (1.5, "validation set")
     # more likely than the set itself, as Fashion-MNIST's flows find MNIST: log p fails, typicality does not
-    likely = separation("likely", inside, 40 + torch.randn(100), 2.0, "validation set")
+    likely = ood_detection("likely", inside, 40 + torch.randn(100), 2.0, "validation set")
     assert (likely.auroc, likely.typicality_auroc) == (0.0, 1.0)
     # rows of the set itself count alike
     lost = torch.cat([inside, torch.tensor([torch.nan, -torch.inf])])
-    found = separation("noise", lost, outside, 2.0, "validation set")
+    found = ood_detection("noise", lost, outside, 2.0, "validation set")
     labels, ranks = [0] * 102 + [1] * 3, np.concatenate([lost.nan_to_num(-1e9, neginf=-1e9), [-50, -1e9, -1e9]])
     assert found.auroc == pytest.approx(roc_auc_score(labels, -ranks), abs=1e-12)
     assert found.typicality_auroc == pytest.approx(roc_auc_score(labels, abs(ranks + 2.0)), abs=1e-12)

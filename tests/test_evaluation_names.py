@@ -8,7 +8,7 @@ import pytest
 from evaluated_runs import trained
 from runs import Run
 
-from flowtrain.cli.load_run import Opened, set_name
+from flowtrain.cli.load_run import LoadedRun, set_name
 
 OWN = {"_target_": "flowtrain.data.tables.array.ArrayData", "path": "/a/train.csv", "test_path": None, "seed": 0}
 TOY = {"_target_": "flowtrain.data.toys.shapes.Circles", "name": "circles", "n_test": 50}
@@ -35,12 +35,12 @@ TOY = {"_target_": "flowtrain.data.toys.shapes.Circles", "name": "circles", "n_t
     ],
 )
 def test_names_tell_which_rows_were_scored(split: str, changed: dict[str, object], name: str) -> None:
-    opened = Opened(Path("best.pt"), None, 0, None, {"data": {**OWN, **changed}}, bool(changed), OWN)  # type: ignore[arg-type]
+    opened = LoadedRun(Path("best.pt"), None, 0, None, {"data": {**OWN, **changed}}, bool(changed), OWN)  # type: ignore[arg-type]
     assert set_name(opened, split, [f"data.{key}={value}" for key, value in changed.items()]) == name
 
 
 def test_other_data_have_their_own_name() -> None:
-    opened = Opened(Path("best.pt"), None, 0, None, {"data": TOY}, True, OWN)  # type: ignore[arg-type]
+    opened = LoadedRun(Path("best.pt"), None, 0, None, {"data": TOY}, True, OWN)  # type: ignore[arg-type]
     assert set_name(opened, "test", ["data=circles"]) == "circles"
     assert set_name(opened, "val", ["data=circles"]) == "circles-val"
 

@@ -8,14 +8,14 @@ from image_sets import write_set
 from runs import Run
 
 from flowtrain.cli.error_messages import compose_defaults
-from flowtrain.runs.auto_settings import sized
+from flowtrain.runs.auto_settings import resolve_auto
 from flowtrain.utils.files import config_dir
 
 
 def test_experiments_take_the_recipe_of_their_model() -> None:
     for name in ("realnvp", "glow", "ffjord"):
         config = compose_defaults([f"experiment=mnist_{name}_small"])
-        assert config["model"]["positions"]
+        assert config["model"]["positional_bias"]
         assert config["trainer"]["time_limit"] == 600
 
 
@@ -41,7 +41,7 @@ def test_patience_can_run_out_where_it_is_given() -> None:
     ):
         settled = 2 / 3 if "model=realnvp" not in keys and "model=glow" not in keys and len(keys) == 2 else 0
         for rows in (50, 500, 2000, 10_000):
-            trainer = sized(compose_defaults(keys), rows, (3,))["trainer"]
+            trainer = resolve_auto(compose_defaults(keys), rows, (3,))["trainer"]
             assert trainer["steps"] * (1 - settled) / trainer["val_every"] > trainer["patience"], (keys, rows)
 
 

@@ -182,7 +182,7 @@ def test_the_loss_is_that_of_the_term(mine: Path, monkeypatch: pytest.MonkeyPatc
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
             return u.expand_as(x) + 0 * x
 
-    flow.continuous[0].field = Constant()
+    flow.ode_blocks[0].field = Constant()
     loss, terms = build_objective(config, flow).train()(torch.randn(5, 2))
     assert terms["speeding"].item() == pytest.approx(10 - 4)
     assert loss.item() == pytest.approx(terms["nll"].item() + config["regularizer"]["speeding"] * 6)

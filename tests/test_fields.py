@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.nn.divergence import Probes, TraceRule, divergence
-from flowtrain.nn.fields import ACTIVATIONS, push_tangents
+from flowtrain.nn.fields import ACTIVATIONS, field_jvp
 from flowtrain.nn.mlp_field import LAYERS, MLPField
 from flowtrain.utils.errors import ConfigError
 
@@ -42,7 +42,7 @@ def test_push_is_the_jacobian(layer: str, activation: str, per_row: bool) -> Non
     field, x = random_field(3, layer, activation), torch.randn(4, 3)
     t = torch.rand(4) if per_row else torch.rand(())
     tangents = torch.randn(2, 4, 3)
-    v, je = push_tangents(field, t, x, tangents)
+    v, je = field_jvp(field, t, x, tangents)
     torch.testing.assert_close(v, field(t, x))
     for i in range(4):
         j = jacobian(field, t[i] if per_row else t, x[i])

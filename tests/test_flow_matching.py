@@ -86,7 +86,7 @@ def test_nothing_is_solved_and_only_the_field_is_trained() -> None:
         objective(torch.randn(10, 2))[0].backward()
     assert solves == []
     assert all(p.grad is None for p in after.parameters())
-    assert all(p.grad is not None for p in objective.ends.continuous.field.parameters())
+    assert all(p.grad is not None for p in objective.ends.ode_block.field.parameters())
 
 
 def test_times_are_stratified_and_uniform() -> None:
@@ -146,7 +146,7 @@ def test_the_ends_of_the_continuous_part() -> None:
     ends, z = Ends(flow), torch.randn(5, 2)
     x = flow(z)
     x0, x1 = ends.from_base(z, None), ends.from_data(x, None)
-    torch.testing.assert_close(ends.continuous.map_forward(x0), x1)
+    torch.testing.assert_close(ends.ode_block.map_forward(x0), x1)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_first_weights_spread_over_the_data() -> None:
 
 def test_images_with_one_continuous_part_are_matched(tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
-    samples = Samples((1, 4, 4), discrete=True, levels=16, classes=3)
+    samples = Samples((1, 4, 4), integer_valued=True, levels=16, classes=3)
     keys = ["model.field=concat", "model.activation=softplus", "model.scales=0", "model.conditional=true"]
     config = compose_defaults(["objective=flow_matching", *keys, "model.hidden=[4]"])
     flow = build_flow(config, samples)

@@ -15,7 +15,7 @@ from runs import Run
 
 import flowtrain
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.data.tables.new_rows import Rows
+from flowtrain.data.tables.new_rows import NewRows
 from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 
@@ -31,9 +31,9 @@ def table(path: Path, columns: list[int], names: str | None = None) -> str:
     return str(written(path, names or ",".join("abcdy"[i] for i in columns), DATA[:, columns]))
 
 
-def scored(data: ArrayData, path: str, label: Any = None, columns: Any = None, **given: Any) -> Rows:
+def scored(data: ArrayData, path: str, label: Any = None, columns: Any = None, **given: Any) -> NewRows:
     """A file as `floweval` reads it with the checkpoint of a run on `data`."""
-    return Rows(path, data.samples, label=label, columns=columns, **given)
+    return NewRows(path, data.samples, label=label, columns=columns, **given)
 
 
 POSITIONS: list[tuple[str, Any, Any]] = [

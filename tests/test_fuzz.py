@@ -18,7 +18,7 @@ from small_trainers import trainer
 
 from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.runs.auto_settings import sized
+from flowtrain.runs.auto_settings import resolve_auto
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings, takes_teacher
 from flowtrain.utils.errors import FlowtrainError
 
@@ -121,7 +121,7 @@ def test_every_option_composes_and_builds(files: Path) -> None:
     for group, name in options():
         config = compose_defaults(small_run({**companions({group: name}), group: name}))
         data = build_data(config)
-        config = sized(config, data.n_train, data.event_shape)
+        config = resolve_auto(config, data.n_train, data.event_shape)
         build_settings(config)
         flow = build_flow(config, data.samples)
         build_objective(config, flow, flow if takes_teacher(config) else None)

@@ -119,8 +119,8 @@ def test_pushed_by_hand_is_pushed_by_autograd(
     e = {"basis": torch.eye(3).view(3, 1, 1, 3), "rows": torch.randn(2, 1, 4, 3), "nodes": torch.randn(2, 5, 4, 3)}
     inputs = [x, t, *field.parameters()]
     found = []
-    for push in (field.push, field.push_rows):
-        v, je = push(t, x, e[tangents])
+    for jvp in (field.jvp, field.jvp_rows):
+        v, je = jvp(t, x, e[tangents])
         loss = (v.sin() * torch.arange(3)).sum() + (je.cos() * torch.arange(1, len(je) + 1).view(-1, 1, 1, 1)).sum()
         found.append([v, je, *torch.autograd.grad(loss, inputs, allow_unused=True)])
     for a, b in zip(*found, strict=True):
@@ -130,7 +130,7 @@ def test_pushed_by_hand_is_pushed_by_autograd(
 def test_tangents_that_need_a_gradient_get_it() -> None:
     field, x = random_field(3), torch.randn(4, 3)
     e = torch.randn(1, 4, 3, requires_grad=True)
-    field.push(torch.tensor(0.3), x, e)[1].sum().backward()
+    field.jvp(torch.tensor(0.3), x, e)[1].sum().backward()
     assert e.grad is not None
     assert bool(e.grad.any())
 

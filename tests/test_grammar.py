@@ -3,7 +3,7 @@
 import pytest
 from runs import Run
 
-from flowtrain.cli.overrides import FLAGS, check_grammar
+from flowtrain.cli.overrides import FLAGS, validate_command_line
 from flowtrain.utils.errors import ConfigError, FlowtrainError, out_of_memory
 
 
@@ -29,7 +29,7 @@ from flowtrain.utils.errors import ConfigError, FlowtrainError, out_of_memory
 )
 def test_refused_with_what_there_is(argument: str, says: str) -> None:
     with pytest.raises(ConfigError) as e:
-        check_grammar([argument])
+        validate_command_line([argument])
     assert says in str(e.value)
 
 
@@ -42,7 +42,7 @@ def test_refused_with_what_there_is(argument: str, says: str) -> None:
     ],
 )  # fmt: skip
 def test_what_hydra_can_answer_passes(argument: str) -> None:
-    check_grammar([argument])
+    validate_command_line([argument])
 
 
 @pytest.mark.parametrize(

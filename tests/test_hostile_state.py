@@ -152,7 +152,7 @@ WHOLE = {
     "no classes": put("samples.classes", -1),
     "alpha of nan": put("samples.alpha", math.nan),
     "columns of a number": put("samples.columns", 5),
-    "discrete x": put("samples.discrete", "x"),
+    "discrete x": put("samples.integer_valued", "x"),
 }
 
 
@@ -217,7 +217,7 @@ def test_nothing_is_written_through_a_link(name: str, run: Run, trained: Callabl
 
 def test_a_count_of_many_batches_is_no_index() -> None:
     """A batch norm over images counts its batches, without end."""
-    samples = Samples((1, 4, 4), discrete=True, levels=256)
+    samples = Samples((1, 4, 4), integer_valued=True, levels=256)
     config = compose_defaults(["model=realnvp", "data=mnist", "model.hidden=[4]", "model.batch_norm=true"])
     weights = build_flow(config, samples).state_dict()
     counts = [name for name in weights if name.endswith("num_batches_tracked")]

@@ -95,7 +95,7 @@ def test_an_old_checkpoint_of_dequantized_counts_still_loads(run: Run, tmp_path:
     saved["config"]["data"]["standardize"] = True
     checkpoint.save(tmp_path / "old.pt", saved)
     flow = load(tmp_path / "old.pt")
-    assert flow.discrete
+    assert flow.integer_valued
     x = torch.randn(5, 3)
     assert torch.equal(flow.log_prob(x), expected.log_prob(x))
 

@@ -178,7 +178,9 @@ def test_reconstructions_show_the_error_itself(tmp_path: Path, monkeypatch: pyte
     data = SimpleNamespace(test=x, test_labels=None)
     for broken in (False, True):
         part = Off(16) if broken else Affine(16)
-        flow = Flow((1, 4, 4), Chain([Flat(part), Logit(levels, 0.05)]), discrete=True, levels=levels).float().eval()
+        flow = (
+            Flow((1, 4, 4), Chain([Flat(part), Logit(levels, 0.05)]), integer_valued=True, levels=levels).float().eval()
+        )
         show = pictures.Shown(flow, data)  # type: ignore[arg-type]
         pictures._draw_reconstructions(flow, data, show, tmp_path / "r.png", "t")  # type: ignore[arg-type]
         ((name, difference),) = given["signed"]

@@ -52,7 +52,7 @@ def test_resume_is_exact_to_the_bit(name: str, conditional: bool, tmp_path: Path
         assert torch.equal(value, second.flow.state_dict()[key]), key
     loaded = load(tmp_path / "parts")
     assert loaded.classes == (10 if conditional else None)
-    assert (loaded.discrete, loaded.levels) == (True, 256)
+    assert (loaded.integer_valued, loaded.levels) == (True, 256)
     rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     for row in rows:
         assert row["bits_per_dim"] == pytest.approx(row["nll"] / (24 * math.log(2)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowtrain.plotting import animation, style, transport_figures
 from flowtrain.plotting.animation import animate_flow_2d, animate_images
-from flowtrain.plotting.transport_figures import draw_passage, draw_paths
+from flowtrain.plotting.transport_figures import draw_paths, draw_transport
 from flowtrain.utils.errors import FlowtrainError
 
 K = 3
@@ -43,7 +43,7 @@ def still(path: Path, **changed: Any) -> Path:
         "forward": lambda z: torch.stack([z, 0.7 * z, 0.5 * z]),
         "title": "a title +- $\\no{ tex",
     }
-    draw_passage(path, **{**given, **changed})
+    draw_transport(path, **{**given, **changed})
     return path
 
 

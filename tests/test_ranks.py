@@ -135,7 +135,7 @@ def test_one_process_goes_on_with_what_two_have_begun(found: Found, folder: Path
 def test_without_a_launcher_there_is_one_rank() -> None:
     assert (ranks.rank(), ranks.size(), ranks.share(5)) == (0, 1, slice(0, 5))
     error = ConfigError("x")
-    assert ranks.agreed(error) is error
+    assert ranks.gather_errors(error) is error
     assert ranks.device(torch.device("cpu")) == torch.device("cpu")
     assert ranks.first_to_say("x")
     assert ranks.remembered() is None

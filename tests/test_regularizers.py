@@ -171,7 +171,7 @@ def test_spectral_is_the_sum_of_squared_norms() -> None:
 def test_the_end_of_time_is_random_in_training_alone() -> None:
     ends: list[float] = []
     objective = flow_of(Rotating(), ode_solver("dopri5", rtol=1e-5), end_time=0.5)
-    continuous = objective.flow.continuous[0]
+    continuous = objective.flow.ode_blocks[0]
     solve = continuous.solve
     continuous.solve = lambda x, t0, t1, label=None: (ends.append(t0), solve(x, t0, t1, label))[1]  # type: ignore[method-assign]
     x = torch.randn(3, 2)
@@ -187,7 +187,7 @@ def test_the_end_of_time_is_random_in_training_alone() -> None:
 def test_nothing_is_integrated_that_nobody_records() -> None:
     objective = flow_of(Rotating(), ode_solver("dopri5", rtol=1e-5), kinetic=1.0)
     x = torch.randn(3, 2)
-    assert objective.flow.continuous[0].solve(x, 1.0, 0.0).integrals.shape == (3, 1)  # type: ignore[union-attr]
+    assert objective.flow.ode_blocks[0].solve(x, 1.0, 0.0).integrals.shape == (3, 1)  # type: ignore[union-attr]
     with record_paths() as paths:
         objective.flow.eval().log_prob(x)
     assert paths == []

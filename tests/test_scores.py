@@ -32,7 +32,7 @@ def test_an_estimated_trace_never_looks_like_a_better_likelihood() -> None:
 
     def scores(evaluate: str, draws: int) -> Tensor:
         field = Continuous(Linear(a), ode_solver("dopri5", rtol=1e-6), TraceRule("exact", evaluate))
-        flow = Flow((4,), Chain([field, Logit(8, 0.05)]), discrete=True, levels=8).eval()
+        flow = Flow((4,), Chain([field, Logit(8, 0.05)]), integer_valued=True, levels=8).eval()
         return log_probs(flow, x, draws=draws)
 
     for draws in (1, 8):

@@ -53,7 +53,7 @@ def test_a_flow_starts_at_the_gaussian_of_the_training_rows(name: str) -> None:
     flow = MODELS[name]()
     standardize = Standardize((D,))
     standardize.fit(x.mean(0), x.std(0, correction=0))
-    start = Preconditioned if flow.continuous else FromGaussian
+    start = Preconditioned if flow.ode_blocks else FromGaussian
     flow.bijection = Chain([start(flow.bijection, D), standardize])
     flow.bijection.initialize(x)
     flow.eval()
@@ -112,7 +112,7 @@ def composed(*overrides: str) -> dict[str, Any]:
 @pytest.mark.parametrize("model", ["affine", "realnvp", "glow", "ffjord"])
 @pytest.mark.parametrize(("rows", "shape"), [(12, (3,)), (700, (3,)), (3000, (3,)), (9000, (3,)), (3000, (1, 8, 8))])
 def test_every_automatic_value_is_found(model: str, rows: int, shape: tuple[int, ...]) -> None:
-    config = auto_settings.sized(composed(f"model={model}"), rows, shape)
+    config = auto_settings.resolve_auto(composed(f"model={model}"), rows, shape)
     automatic = {k for g in ("model", "trainer") for k, v in config[g].items() if v == "auto"}
     assert automatic <= {"trace", "eval_trace"}
 
@@ -120,7 +120,7 @@ def test_every_automatic_value_is_found(model: str, rows: int, shape: tuple[int,
 def test_networks_grow_with_the_number_of_rows() -> None:
     sizes = []
     for rows in (16, 120, 1600, 8000):
-        model = auto_settings.sized(composed("model=realnvp"), rows, (8,))["model"]
+        model = auto_settings.resolve_auto(composed("model=realnvp"), rows, (8,))["model"]
         keys = {k: v for k, v in model.items() if k not in ("name", "_target_")}
         sizes.append(sum(p.numel() for p in realnvp((8,), **keys).parameters()))
     assert sizes == sorted(sizes)
@@ -128,16 +128,16 @@ def test_networks_grow_with_the_number_of_rows() -> None:
 
 
 def test_images_of_an_array_have_a_small_model_of_their_own() -> None:
-    model = auto_settings.sized(composed("model=realnvp"), 3000, (1, 8, 8))["model"]
+    model = auto_settings.resolve_auto(composed("model=realnvp"), 3000, (1, 8, 8))["model"]
     keys = {k: v for k, v in model.items() if k not in ("name", "_target_")}
     assert sum(p.numel() for p in realnvp((1, 8, 8), **keys).parameters()) < 300_000
 
 
 def test_a_given_value_is_kept_and_auto_without_a_value_is_refused() -> None:
-    config = auto_settings.sized(composed("model=realnvp", "model.layers=3", "trainer.lr=0.5"), 50, (4,))
+    config = auto_settings.resolve_auto(composed("model=realnvp", "model.layers=3", "trainer.lr=0.5"), 50, (4,))
     assert (config["model"]["layers"], config["trainer"]["lr"]) == (3, 0.5)
     with pytest.raises(ConfigError, match="log_every"):
-        auto_settings.sized(composed("model=realnvp", "trainer.log_every=auto"), 50, (4,))
+        auto_settings.resolve_auto(composed("model=realnvp", "trainer.log_every=auto"), 50, (4,))
 
 
 def test_checkpoints_hold_the_chosen_values(run: Run, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.nn.divergence import TraceRule
-from flowtrain.ode import History, Problem, Solver, ode_solver, record_solves
+from flowtrain.ode import Problem, Solver, StepPlan, ode_solver, record_solves
 from flowtrain.ode.runge_kutta import RungeKutta
 from flowtrain.ode.torchdiffeq_engine import Torchdiffeq
 
@@ -40,7 +40,7 @@ def test_evaluation_does_not_depend_on_what_was_solved_before() -> None:
 
 def test_a_wild_first_step_is_rejected_not_believed() -> None:
     field, x = random_field(std=1.5), torch.randn(50, 2)
-    problem = Problem(field, None, x, 0.0, 1.0, history=History([(1.0, 1.0)]))
+    problem = Problem(field, None, x, 0.0, 1.0, history=StepPlan([(1.0, 1.0)]))
     with record_solves() as solves, torch.no_grad():
         far = ode_solver("dopri5").solve(problem).x
     assert solves[0].rejected

@@ -387,7 +387,7 @@ def test_a_sweep_of_jobs_in_other_processes_says_how_many_are_done(
     # which the callback sets
     monkeypatch.setenv("TQDM_DISABLE", "")
     monkeypatch.delenv("TQDM_DISABLE")
-    monkeypatch.setattr(sweep_jobs.Ended, "SECONDS", 0.0)
+    monkeypatch.setattr(sweep_jobs.JobCounter, "SECONDS", 0.0)
     launcher = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "launcher": launcher}})
     with sweep_jobs.summarized():

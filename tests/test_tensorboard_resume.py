@@ -9,7 +9,7 @@ from boards import LOGGER, SMALL, EventAccumulator, drawn, shown, written
 from runs import Run, stop_at
 
 from flowtrain.training import checkpoint, tensorboard
-from flowtrain.training.checkpoint_manager import Saves
+from flowtrain.training.checkpoint_manager import CheckpointManager
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import NonFiniteError
 
@@ -59,8 +59,8 @@ def test_killed_after_its_checkpoint_it_forgets_what_came_then(
 
     with monkeypatch.context() as patched:
         # before the validation of its last step is part of a checkpoint
-        save = Saves.last
-        patched.setattr(Saves, "last", lambda self: killed() if self.progress.step == 6 else save(self))
+        save = CheckpointManager.last
+        patched.setattr(CheckpointManager, "last", lambda self: killed() if self.progress.step == 6 else save(self))
         assert run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")[0] == 130
     assert ("val/nll", 6) in shown(tmp_path / "r")[0]
     begun = (tmp_path / "r/tensorboard/events.out.tfevents.000000").stat().st_size

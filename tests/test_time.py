@@ -21,8 +21,8 @@ from flowtrain.flow import Flow
 from flowtrain.training import checkpoint, time_budget
 from flowtrain.training import trainer as loop
 from flowtrain.training.progress import Progress
-from flowtrain.training.schedules import Pace
-from flowtrain.training.time_budget import Deadline
+from flowtrain.training.schedules import ScheduleClock
+from flowtrain.training.time_budget import TimeBudget
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import status
 
@@ -68,7 +68,7 @@ AFFINE = ["model=affine", "trainer.lr=0.01", "trainer.lr_warmup=0", "trainer.val
 
 def test_without_a_limit_the_position_is_the_step() -> None:
     p = Progress()
-    pace = Pace(p, 100, 0)
+    pace = ScheduleClock(p, 100, 0)
     pace.begin()
     for p.step in range(1, 101):
         assert pace.reached(1e6, None) == p.step
@@ -80,7 +80,7 @@ def test_without_a_limit_the_position_is_the_step() -> None:
 def test_a_run_that_ends_within_its_limit_is_left_alone(change: int) -> None:
     """Whatever the first tenth of the time went into."""
     p = Progress()
-    pace = Pace(p, 100, change)
+    pace = ScheduleClock(p, 100, change)
     pace.begin()
     for p.step in range(1, 101):
         elapsed = (4 if p.step > 1 else 3) + 0.8 * p.step
@@ -123,7 +123,7 @@ def test_ranks_take_the_position_that_they_agree_on(monkeypatch: pytest.MonkeyPa
     run = trainer(tmp_path, *AFFINE, "trainer.steps=100", "trainer.time_limit=1000")
     monkeypatch.setattr(loop.ranks, "largest", lambda values: [*values[:2], values[2] + 50])
     run.progress.step = 1
-    run.heed(None, False)
+    run.check_for_stop(None, False)
     assert run.pace.at(1) == 51
     assert run.learner.rate(1) == pytest.approx(run.learner.lr.at(51))
 
@@ -197,8 +197,8 @@ class Many(Dataset):
         return torch.randn(batch_size, 2)
 
 
-def limited(pretended: Clock, seconds: float, row_seconds: float, n: int = 10_000) -> Deadline:
-    found = Deadline(seconds, pretended.now - 5, Flow((2,), Affine(2)), Many(n))
+def limited(pretended: Clock, seconds: float, row_seconds: float, n: int = 10_000) -> TimeBudget:
+    found = TimeBudget(seconds, pretended.now - 5, Flow((2,), Affine(2)), Many(n))
     found.row_seconds = row_seconds
     return found
 
@@ -258,7 +258,7 @@ def test_pictures_are_left_out_where_no_time_is_left(pretended: Clock) -> None:
 
 def test_a_budget_ends_training_in_time(pretended: Clock, tmp_path: Path) -> None:
     run = trainer(tmp_path, *AFFINE, "trainer.steps=100000")
-    run.deadline = Deadline(60, pretended.now - 10, run.flow, run.data)
+    run.deadline = TimeBudget(60, pretended.now - 10, run.flow, run.data)
     pretended.per_step(run, 0.5)
     run.fit()
     assert run.stopped_by == "time limit"
@@ -274,7 +274,7 @@ def test_rows_are_timed_as_training_goes_on(pretended: Clock, tmp_path: Path, mo
         "log_probs",
         lambda flow, x, label: setattr(pretended, "now", pretended.now + len(x) * run.step / 1e4),
     )
-    run.deadline = Deadline(600, pretended.now, run.flow, run.data)
+    run.deadline = TimeBudget(600, pretended.now, run.flow, run.data)
     pretended.per_step(run, 1.0)
     run.fit()
     assert run.deadline.probed > 2

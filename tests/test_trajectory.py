@@ -67,7 +67,7 @@ def test_densities_are_those_of_the_states(name: str) -> None:
     exact = way.exact(7)
     assert len(exact) >= 2
     jacobian = torch.func.vmap(torch.func.jacfwd(lambda row: way.states(row[None])[:, 0]))
-    if flow.continuous:
+    if flow.ode_blocks:
         jacobian = _by_rows(way)
     found = jacobian(z)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_velocities_are_the_slopes_of_the_states(name: str) -> None:
 def test_a_coupling_has_no_velocity() -> None:
     way = Trajectory(vectors("realnvp"), 4)
     assert way.velocity(torch.randn(3, 2), way.moments[1]) is None
-    assert not way.continuous
+    assert not way.is_continuous
     with pytest.raises(TypeError, match="has no time"):
         between(innermost(stages(vectors("affine").bijection)[0]), 0.0, 0.5)
 

@@ -139,7 +139,7 @@ def test_every_flow_of_vectors(name: str, classes: int | None) -> None:
 
 @pytest.mark.parametrize("name", list(IMAGES))
 def test_every_flow_of_images(name: str) -> None:
-    samples = Samples((1, 4, 4), discrete=True, levels=16)
+    samples = Samples((1, 4, 4), integer_valued=True, levels=16)
     flow = flow_of(IMAGES[name], samples, ["solver=rk4", "solver.steps=3"])
     x = (14 * torch.rand(2, 1, 4, 4) + 1).requires_grad_()
     (expected,) = torch.autograd.grad(flow.log_prob(x).sum(), x)
@@ -176,10 +176,10 @@ def test_cotangents_side_by_side() -> None:
         total = torch.cat([z, log_det.unsqueeze(1)], 1)
         cotangents = torch.randn(2, 3, 3)
 
-        def pull(cotangent: Tensor, total: Tensor = total, x: Tensor = x) -> Tensor:
+        def vjp(cotangent: Tensor, total: Tensor = total, x: Tensor = x) -> Tensor:
             return torch.autograd.grad(total, x, cotangent, retain_graph=True)[0]
 
-        close(vmap(pull)(cotangents), torch.stack([pull(c) for c in cotangents]), 1e-12)
+        close(vmap(vjp)(cotangents), torch.stack([vjp(c) for c in cotangents]), 1e-12)
         with pytest.raises(FlowtrainError, match=r"torch\.func"):
             torch.autograd.grad(total, x, cotangents, is_grads_batched=True)
 

@@ -47,4 +47,4 @@ def vectors(name: str, standardized: bool = True, classes: int | None = None, so
 
 
 def images(name: str) -> Flow:
-    return flow_of(IMAGES[name], Samples((1, 4, 4), discrete=True, levels=16), TIGHT)
+    return flow_of(IMAGES[name], Samples((1, 4, 4), integer_valued=True, levels=16), TIGHT)

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
-from flowtrain.nn.divergence import Probes, TraceRule, pushed
+from flowtrain.nn.divergence import Probes, TraceRule, probe_jvps
 from flowtrain.nn.fields import Field, LayeredField
-from flowtrain.ode import History, Problem, Solution, Solver
+from flowtrain.ode import Problem, Solution, Solver, StepPlan
 from flowtrain.ode.solver import Collector
 from flowtrain.utils.arguments import number
 from flowtrain.utils.autograd import transforms_active
 from flowtrain.utils.errors import ConfigError
 
 
-class Along(NamedTuple):
+class PathPoint(NamedTuple):
     """Points of paths, and what is known of the field there.
 
     Attributes:
@@ -42,21 +42,21 @@ class Along(NamedTuple):
 
 
 # q of a path integral, (*nodes, B), and a penalty on a field
-Integral = Callable[[Along], Tensor]
+Integral = Callable[[PathPoint], Tensor]
 Penalty = Callable[[nn.Module], Tensor]
 
 
-def kinetic(at: Along) -> Tensor:
+def kinetic(at: PathPoint) -> Tensor:
     """q = |v|^2, (*nodes, B)."""
     return at.squared(at.v)
 
 
-def jacobian(at: Along) -> Tensor:
+def jacobian(at: PathPoint) -> Tensor:
     """q = |dv/dx|_F^2, (*nodes, B), or its estimate: the sum over the probes of w |dv/dx e|^2."""
     return at.probes.contract(at.je.square())
 
 
-def bending(at: Along) -> Tensor:
+def bending(at: PathPoint) -> Tensor:
     """q = |dv/dt + dv/dx v|^2, (*nodes, B)."""
     return at.squared(acceleration(at.field, at.t, at.x, at.v, at.probes.event_dims))
 
@@ -138,8 +138,8 @@ def integrands(
 
     Shapes: as in `flowtrain.nn.divergence.divergence`.
     """
-    v, e, je = pushed(field, t, x, probes)
-    at = Along(field, t, x, v, je, probes)
+    v, e, je = probe_jvps(field, t, x, probes)
+    at = PathPoint(field, t, x, v, je, probes)
     return v, torch.stack([probes.contract(e * je), *(q(at) for q in paths.values())], -1)
 
 
@@ -195,7 +195,7 @@ class Continuous(Bijection):
         # at the base and at the data
         self.times = (0.0, 1.0)
         # by whether time runs forward, from base to data
-        self.histories = {True: History(), False: History()}
+        self.histories = {True: StepPlan(), False: StepPlan()}
         self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def compile_field(self) -> None:

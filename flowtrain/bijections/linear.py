@@ -267,7 +267,7 @@ class FromGaussian(Chain):
     """A model over vectors (B, d) whose base is the Gaussian of the training rows in place of a standard normal.
 
     `initialize` sets this base from the data x. The flow then starts at N(m, C), with the mean and the shrunk
-    covariance of x (see `flowtrain.bijections.linear`). It assumes that the model is affine at first, which holds for all
+    covariance of x (see `shrunk_covariance`). It assumes that the model is affine at first, which holds for all
     models of flowtrain: z = J (x - m) + o maps N(m, C) to N(o, J C J^T).
     """
 

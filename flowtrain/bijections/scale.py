@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, check_sample, per_channel, places, varies
-from flowtrain.utils.autograd import values
+from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import DataError, FlowtrainError
 
 # the least spread that a channel is scaled up from
@@ -169,10 +169,10 @@ class Logit(Bijection):
     """z = logit p, p = alpha + (1 - 2 alpha) x / levels, for x in [0, levels]; each element by itself.
 
     log|det dz/dx| = sum log((1 - 2 alpha) / levels) - log p - log(1 - p). x is in the units of the data, so that a
-    unit cube is one discrete value and -log p(x) / (D log 2) of the dequantized x is in bits per dimension.
+    unit cube is one integer value and -log p(x) / (D log 2) of the dequantized x is in bits per dimension.
 
     Args:
-        levels: how many values, 0 .. levels - 1, the discrete data take.
+        levels: how many values, 0 .. levels - 1, the integer-valued data take.
         alpha: keeps p off 0 and 1.
 
     Raises:
@@ -201,8 +201,8 @@ class Logit(Bijection):
         # the data of training were checked when they were read, and to look at them would wait for the device
         if not self.training and x.numel():
             rounding = torch.finfo(x.dtype)
-            if bool((values(torch.minimum(p, q)) < -2 * rounding.eps).any()):
-                low, high = values(x).min(), values(x).max()
+            if bool((plain_values(torch.minimum(p, q)) < -2 * rounding.eps).any()):
+                low, high = plain_values(x).min(), plain_values(x).max()
                 raise FlowtrainError(
                     f"x goes from {low:g} to {high:g}, but this flow is over values from 0 to {self.levels}"
                 )

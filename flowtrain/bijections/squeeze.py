@@ -11,7 +11,7 @@ from torch import Tensor
 from flowtrain.bijections.base import Bijection
 
 
-class Within(Bijection):
+class Wrapped(Bijection):
     """A bijection applied to a part or a rearrangement of x, in both directions the same.
 
     Around it nothing changes volume: its log-determinant is the inner one's.
@@ -53,7 +53,7 @@ class Within(Bijection):
         return self.leave(self.inner.initialize(inside, label), outside)
 
 
-class Squeezed(Within):
+class Squeeze(Wrapped):
     """A bijection of (4 C, H/2, W/2) applied to squeezed images (C, H, W), H and W even."""
 
     def enter(self, x: Tensor) -> tuple[Tensor, None]:
@@ -63,7 +63,7 @@ class Squeezed(Within):
         return unsqueeze(inside)
 
 
-class OnHalf(Within):
+class FactorOut(Wrapped):
     """A bijection of the first half of the channels; the others are factored out (Dinh et al. 2017, section 3.6)."""
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.bijections.squeeze import Within
+from flowtrain.bijections.squeeze import Wrapped
 
 
 def stages(bijection: Bijection) -> list[Bijection]:
@@ -23,14 +23,14 @@ def stages(bijection: Bijection) -> list[Bijection]:
     """
     if isinstance(bijection, Chain):
         return [stage for part in bijection for stage in stages(part)]
-    if isinstance(bijection, Within):
+    if isinstance(bijection, Wrapped):
         return [type(bijection)(stage) for stage in stages(bijection.inner)]
     return [bijection]
 
 
 def innermost(stage: Bijection) -> Bijection:
     """What a stage does, without the squeezes and halves around it."""
-    return innermost(stage.inner) if isinstance(stage, Within) else stage
+    return innermost(stage.inner) if isinstance(stage, Wrapped) else stage
 
 
 def between(stage: Bijection, start: float, end: float) -> Bijection:
@@ -39,7 +39,7 @@ def between(stage: Bijection, start: float, end: float) -> Bijection:
     Raises:
         TypeError: another stage, which has no time.
     """
-    if isinstance(stage, Within):
+    if isinstance(stage, Wrapped):
         return type(stage)(between(stage.inner, start, end))
     if not isinstance(stage, Continuous):
         raise TypeError(f"{type(stage).__name__} has no time")
@@ -48,7 +48,7 @@ def between(stage: Bijection, start: float, end: float) -> Bijection:
 
 def through(stage: Bijection, function: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
     """What a function of the innermost's states, as its velocity, is of y (B, *event): 0 where y passes it by."""
-    if not isinstance(stage, Within):
+    if not isinstance(stage, Wrapped):
         return function(y)
     inside, outside = stage.enter(y)
     still = None if outside is None else torch.zeros_like(outside)

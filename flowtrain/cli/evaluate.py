@@ -12,11 +12,11 @@ from torch import Tensor
 from flowtrain.cli.arguments import split_own
 from flowtrain.cli.config_files import options
 from flowtrain.cli.error_messages import compose_defaults, run_command
-from flowtrain.cli.load_run import Opened, open_checkpoint, set_name
+from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.overrides import keys_of
 from flowtrain.data.base import Dataset, Samples, changes
-from flowtrain.data.tables.new_rows import Rows
+from flowtrain.data.tables.new_rows import NewRows
 from flowtrain.evaluation import NAMES, check_fits, evaluate
 from flowtrain.evaluation.report import write_report
 from flowtrain.plotting import pictures
@@ -86,7 +86,7 @@ def _command() -> int:
     dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])
     scores = written_as("scores", own["scores"], ".npy")
     out = Path(str(own["out"])).expanduser() if own["out"] else None
-    opened = open_checkpoint(own, overrides)
+    opened = load_run(own, overrides)
     split = str(own["split"] or default_split(overrides))
     place = Place(run_dir_of(opened.path), out, scores, set_name(opened, split, overrides))
     place.check(own["ood"] is not None, wants_report, [opened.path, own["ood"], *paths_of(opened.config["data"])])
@@ -156,7 +156,7 @@ class Place:
         return [*drawn, *(path for path in kept if path.is_file())]
 
 
-def own_data_of(opened: Opened) -> Dataset | None:
+def own_data_of(opened: LoadedRun) -> Dataset | None:
     """The data that the flow was trained on. If it is missing or does not fit, warns and returns None."""
     try:
         data = opened.build(opened.own_data)
@@ -175,7 +175,7 @@ def default_split(overrides: Sequence[str]) -> str:
     return "all" if "data.path" in keys and not keys & {"data.val_path", "data.test_path"} else "test"
 
 
-def data_of(opened: Opened, split: str, overrides: Sequence[str]) -> Dataset:
+def data_of(opened: LoadedRun, split: str, overrides: Sequence[str]) -> Dataset:
     """The data set of the config, or all the rows of its file.
 
     Raises:
@@ -225,12 +225,12 @@ def check_unchanged(before: Samples, now: Samples, split: str, path: str | None,
     raise DataError(f"{leaks}. Restore the data, or score every row of a file with data.path=FILE{new}")
 
 
-def rows_of(path: str, opened: Opened, data: Mapping[str, Any], asked: Collection[str] = ()) -> Rows:
-    """Every row of a file, read as the config of the data says; see `Rows`."""
-    return Rows(path, opened.samples, **{key: data.get(key) for key in READ}, asked=asked, seed=data.get("seed", 0))
+def rows_of(path: str, opened: LoadedRun, data: Mapping[str, Any], asked: Collection[str] = ()) -> NewRows:
+    """Every row of a file, read as the config of the data says; see `NewRows`."""
+    return NewRows(path, opened.samples, **{key: data.get(key) for key in READ}, asked=asked, seed=data.get("seed", 0))
 
 
-def other_set(value: str, opened: Opened) -> tuple[str, Tensor]:
+def other_set(value: str, opened: LoadedRun) -> tuple[str, Tensor]:
     """Name and samples of the set that `ood` means: the test set of data by that name, or the rows of a file."""
     if value != "array" and value in options("data"):
         data = opened.build(compose_defaults([f"data={value}"])["data"])

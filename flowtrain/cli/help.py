@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from flowtrain.cli.config_files import Commented, config_dirs, options, split_folder
 from flowtrain.cli.error_messages import own_searchpath, plain
-from flowtrain.cli.overrides import SWEEP, VALUED, check_grammar, quoted
+from flowtrain.cli.overrides import SWEEP, VALUED, quoted, validate_command_line
 from flowtrain.cli.start_run import chosen, known
 from flowtrain.utils.arguments import hint
 from flowtrain.utils.errors import ConfigError
@@ -83,7 +83,7 @@ def help_text(arguments: Sequence[str]) -> str:
     """
     about = topics(arguments)
     arguments = quoted([argument for argument in arguments if argument not in about])
-    check_grammar(arguments)
+    validate_command_line(arguments)
     if about:
         return topic_text(about, overrides=overrides_of(chosen(arguments)))
     run, hydra = composed(overrides_of(chosen(arguments)))

@@ -23,7 +23,7 @@ from flowtrain.utils.status import status
 USED = ("model", "data", "solver", "threads")
 
 
-class Opened(NamedTuple):
+class LoadedRun(NamedTuple):
     """A checkpoint file, its flow and step, its samples, and its config with the overrides of the command line.
 
     Attributes:
@@ -70,7 +70,7 @@ def reached(path: Path, step: int) -> str:
         return ""
 
 
-def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
+def load_run(own: Mapping[str, Any], overrides: Sequence[str]) -> LoadedRun:
     """What the keys `ckpt`, `device` and `trust` and the overrides mean, checked before anything is built.
 
     Raises:
@@ -96,10 +96,10 @@ def open_checkpoint(own: Mapping[str, Any], overrides: Sequence[str]) -> Opened:
         flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), trust)
     prepare_process(config, flow.event_shape)
     own_data = absolute_paths({"data": saved["config"]["data"]})["data"]
-    return Opened(path, flow, saved["step"], samples_of(saved), config, bool(overrides), own_data)
+    return LoadedRun(path, flow, saved["step"], samples_of(saved), config, bool(overrides), own_data)
 
 
-def set_name(opened: Opened, split: str, overrides: Sequence[str]) -> str:
+def set_name(opened: LoadedRun, split: str, overrides: Sequence[str]) -> str:
     """A name for the evaluated set, used in file names; empty for the run's own test set.
 
     With split=all, it is the stem of the data.path in the overrides, or "all". Otherwise, it joins what differs from

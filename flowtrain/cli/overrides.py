@@ -1,7 +1,9 @@
 """Validates overrides, quotes their paths for Hydra, and applies them to a saved config."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,58 @@ from flowtrain.cli.error_messages import compose_defaults, plain, unknown_key
 from flowtrain.cli.output_files import is_path
 from flowtrain.runs.build import with_whole_numbers
 from flowtrain.training import checkpoint
+from flowtrain.training.old_checkpoints import RENAMED_KEYS
 from flowtrain.training.tensorboard import DEFAULT
 from flowtrain.utils.arguments import choose, hint
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_groups
 from flowtrain.utils.formatting import resume_command
 
+log = logging.getLogger("flowtrain")
+
 # keys whose values are files to read, and files or directories to write. For keys of the data see `is_path`
 READ_PATHS = ("resume", "from", "ckpt", "ood")
 WRITTEN_PATHS = ("out", "scores", "hydra.run.dir", "hydra.sweep.dir")
 # keys whose values are names in a file
 QUOTED_NAMES = ("data.label", "data.key")
+
+
+def with_new_keys(arguments: Sequence[str]) -> list[str]:
+    """Replaces keys of earlier versions by their present names, with a warning.
+
+    Example:
+        >>> with_new_keys(["trainer.lr=0.1"])
+        ['trainer.lr=0.1']
+    """
+    renamed = {f"{g}.{old}": f"{g}.{new}" for g, names in RENAMED_KEYS.items() for old, new in names.items()}
+    replaced = []
+    for argument in arguments:
+        start, equals, value = argument.partition("=")
+        key = start.lstrip("+~")
+        if key in renamed:
+            warn_of_old_key(key, renamed[key])
+            argument = start.removesuffix(key) + renamed[key] + equals + value
+        replaced.append(argument)
+    return replaced
+
+
+def with_new_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A composed config in which keys of earlier versions have their present names, with a warning."""
+    groups = dict(config)
+    for group, names in RENAMED_KEYS.items():
+        keys = dict(groups[group])
+        for old, new in names.items():
+            if old in keys and new in keys:
+                warn_of_old_key(f"{group}.{old}", f"{group}.{new}")
+                keys[new] = keys.pop(old)
+        groups[group] = keys
+    return groups
+
+
+@cache
+def warn_of_old_key(old: str, new: str) -> None:
+    """Warns once per process that a key has a new name."""
+    log.warning("%s is now named %s. The old name still works.", old, new)
 
 
 def quoted(arguments: Sequence[str]) -> list[str]:
@@ -115,7 +158,7 @@ DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
 TOPICAL = ("--info", "--shell-completion")
 
 
-def check_grammar(arguments: Sequence[str]) -> None:
+def validate_command_line(arguments: Sequence[str]) -> None:
     """Rejects mistakes that Hydra would answer with a traceback, with pages of text or with nothing.
 
     Rejects unknown or contradictory flags, arguments that are not overrides, and choices that a group does not have.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowtrain.cli.arguments import split_own
 from flowtrain.cli.error_messages import run_command
-from flowtrain.cli.load_run import Opened, open_checkpoint, set_name
+from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.data.base import Dataset, changes
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
@@ -44,7 +44,7 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     if not isinstance(steps, list) or not steps:
         raise ConfigError(f"quality={steps}: give a list of numbers of steps, as in [1,2,4,8]")
     steps = [whole(f"quality[{i}]", k) for i, k in enumerate(steps)]
-    opened = open_checkpoint(own, overrides)
+    opened = load_run(own, overrides)
     flow, config = opened.flow, opened.config
     name = set_name(opened, "test", overrides)
     out = given or run_dir_of(opened.path) / f"quality{name and f'-{name}'}.json"
@@ -89,7 +89,7 @@ def write_animation(
     given = written_as("out", own["out"], *KINDS)
     if given is not None:
         check_writable(given)
-    opened = open_checkpoint(own, overrides)
+    opened = load_run(own, overrides)
     flow = opened.flow
     check_animated(flow, n)
     # refused before anything is read
@@ -167,11 +167,11 @@ def _command() -> int:
     if animate:
         return write_animation(own, overrides, n, seed, temperature, label)
     given = written_as("out", own["out"], ".npy")
-    return write_samples(open_checkpoint(own, overrides), given, n, seed, temperature, label, log_scale)
+    return write_samples(load_run(own, overrides), given, n, seed, temperature, label, log_scale)
 
 
 def write_samples(
-    opened: Opened,
+    opened: LoadedRun,
     given: Path | None,
     n: int | None,
     seed: int,
@@ -217,7 +217,7 @@ def write_samples(
     return 0
 
 
-def beside(opened: Opened) -> Dataset | None:
+def beside(opened: LoadedRun) -> Dataset | None:
     """The data that a picture is drawn beside; None, and a word of it, where it is not to be had."""
     try:
         with status("reading the data"):

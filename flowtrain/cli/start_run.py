@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flowtrain.cli.config_files import options
 from flowtrain.cli.error_messages import plain, unknown_key
 from flowtrain.cli.output_files import absolute_paths, is_path
-from flowtrain.cli.overrides import keys_of, less_key, overridden, trusted
+from flowtrain.cli.overrides import keys_of, less_key, overridden, trusted, with_new_names
 from flowtrain.runs.build import with_whole_numbers
 from flowtrain.runs.console import messages
 from flowtrain.runs.load import check_targets
@@ -35,7 +35,7 @@ REFUSED_FILES = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.ya
 _MADE: list[Path] = []
 
 
-class Made(Callback):
+class DirectoryRecorder(Callback):
     """Hydra's callback that records the directory of a run or a sweep before Hydra creates it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -57,7 +57,7 @@ def is_new(folder: Path) -> bool:
 
 
 @contextmanager
-def tidied() -> Iterator[None]:
+def removing_empty_directories() -> Iterator[None]:
     """On exit, removes the directories that the command has created and that are empty, also after an error."""
     _MADE.clear()
     try:
@@ -82,7 +82,7 @@ def holds_run(run_dir: Path) -> bool:
 
 
 @contextmanager
-def unless_begun(run_dir: Path, refused: tuple[type[BaseException], ...]) -> Iterator[None]:
+def cleaned_up_unless_begun(run_dir: Path, refused: tuple[type[BaseException], ...]) -> Iterator[None]:
     """If one of the `refused` errors is raised inside before training has begun, removes the files written so far.
 
     Files that existed before are kept, and configs among them get their old content back. Only the process that holds
@@ -113,8 +113,8 @@ def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
             claim(run_dir)
             # only now: a directory that was another run's is not this one's to go on with
             ranks.remember(run_dir)
-        with unless_begun(run_dir, REFUSALS) if ranks.is_first() else nullcontext():
-            whole = begun(known(plain(config)), HydraConfig.get().overrides.task)
+        with cleaned_up_unless_begun(run_dir, REFUSALS) if ranks.is_first() else nullcontext():
+            whole = begun(with_new_names(known(plain(config))), HydraConfig.get().overrides.task)
             if whole["resume"] is not None:
                 raise ConfigError(f"resume={whole['resume']}: give it without + and without -m")
             trust = trusted(whole["trust"])
@@ -130,7 +130,7 @@ def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
 def owned(run_dir: Path) -> Iterator[None]:
     """The run directory is this run's inside: rank 0 holds it, and the others begin once it does."""
     with holding(run_dir) if ranks.is_first() else nullcontext():
-        ranks.from_first(True)
+        ranks.broadcast_object(True)
         yield
 
 

@@ -147,10 +147,10 @@ class Root(Callback):
             # bars of jobs side by side would write over one another
             os.environ.setdefault("TQDM_DISABLE", "1")
             if _ROOT:
-                _WAITING.enter_context(status(Ended(_ROOT[0])))
+                _WAITING.enter_context(status(JobCounter(_ROOT[0])))
 
 
-class Ended:
+class JobCounter:
     """The status line of a sweep: how many jobs have a result, counted at most once every SECONDS."""
 
     SECONDS = 5.0
@@ -185,7 +185,7 @@ def summarized() -> Iterator[Sweep]:
         _WAITING.close()
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-        if _ROOT and is_new(_ROOT[0]) and _removed(_ROOT[0]):
+        if _ROOT and is_new(_ROOT[0]) and _remove_if_unused(_ROOT[0]):
             sweep.refused = True
         elif _ROOT and _ROOT[0].is_dir():
             table, sweep.undone = write_summary(_ROOT[0])
@@ -198,7 +198,7 @@ def summarized() -> Iterator[Sweep]:
 OF_LAUNCHERS = ("multirun.yaml", "optimization_results.yaml", ".submitit")
 
 
-def _removed(root: Path) -> bool:
+def _remove_if_unused(root: Path) -> bool:
     """Removes the directory of a sweep if no job has begun to train. Returns whether it was removed.
 
     A refused job leaves only its overrides and its error there, an interrupted job only its overrides.

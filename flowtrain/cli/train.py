@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from flowtrain.cli import help, sweep_jobs
 from flowtrain.cli.arguments import split_own, versions
 from flowtrain.cli.error_messages import plain, report, run_command
-from flowtrain.cli.overrides import SWEEP, check_grammar, in_order, quoted, separated, trusted
-from flowtrain.cli.start_run import begin, chosen, go_on, note, tidied
+from flowtrain.cli.overrides import SWEEP, in_order, quoted, separated, trusted, validate_command_line, with_new_keys
+from flowtrain.cli.start_run import begin, chosen, go_on, note, removing_empty_directories
 from flowtrain.training import checkpoint
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import CheckpointError, ConfigError
@@ -32,7 +32,7 @@ def _joined() -> int:
 
 
 def _command() -> int:
-    arguments = sys.argv[1:]
+    arguments = with_new_keys(sys.argv[1:])
     if "--version" in arguments:
         if ranks.is_first():
             print(versions())
@@ -45,9 +45,9 @@ def _command() -> int:
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)
     arguments = of_first_job(arguments)
-    check_grammar(arguments)
+    validate_command_line(arguments)
     sys.argv[1:] = in_order(chosen(arguments))
-    with tempfile.TemporaryDirectory() as aside, tidied(), sweep_jobs.summarized() as summary:
+    with tempfile.TemporaryDirectory() as aside, removing_empty_directories(), sweep_jobs.summarized() as summary:
         if not ranks.is_first():
             # for Hydra, which makes a directory on every rank
             mine = [a for a in sys.argv[1:] if not a.lstrip("+").startswith("hydra.run.dir=")]
@@ -96,7 +96,7 @@ def attempt(run_dir: Path) -> tuple[Path, bool]:
             run_dir.rmdir()
         run_dir = before
         note(run_dir)
-    return ranks.from_first((run_dir, before is not None and checkpoint.any_in(run_dir)))
+    return ranks.broadcast_object((run_dir, before is not None and checkpoint.any_in(run_dir)))
 
 
 def resume(arguments: Sequence[str]) -> int:

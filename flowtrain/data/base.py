@@ -123,7 +123,7 @@ class Samples:
     """
 
     event_shape: tuple[int, ...]
-    discrete: bool = False
+    integer_valued: bool = False
     levels: int | None = None
     alpha: float = ALPHA
     classes: int | None = None
@@ -145,8 +145,8 @@ class Dataset(ABC):
     Attributes:
         event_shape: the shape of one sample.
         val, test: fixed held-out samples, the same for every seed of a run.
-        discrete: whether samples are integers, to be dequantized by the flow.
-        levels: of discrete samples with values 0 .. levels - 1, else None.
+        integer_valued: whether samples are integers, to be dequantized by the flow.
+        levels: of integer-valued samples with values 0 .. levels - 1, else None.
         alpha: of the logit that takes [0, levels] to the real line.
         classes: labels are 0 .. classes - 1; None where there are none.
         val_labels, test_labels: (n,), int64, or None.
@@ -173,7 +173,7 @@ class Dataset(ABC):
     event_shape: tuple[int, ...]
     val: Tensor
     test: Tensor
-    discrete: bool = False
+    integer_valued: bool = False
     levels: int | None = None
     alpha: float = ALPHA
     classes: int | None = None
@@ -218,7 +218,7 @@ class Dataset(ABC):
         standardized = self.statistics() is not None
         return Samples(
             self.event_shape,
-            self.discrete,
+            self.integer_valued,
             self.levels,
             self.alpha,
             self.classes,

@@ -121,7 +121,7 @@ class Store(Protocol):
         """Moves the samples, where they are in memory."""
 
 
-class Resident:
+class InMemoryStore:
     """Samples (n, *event_shape) and labels (n,), or None, in memory on any device; batches are gathered there.
 
     Args:

@@ -2,7 +2,7 @@
 
 from flowtrain.evaluation.error_budget import rows_of_checks
 from flowtrain.evaluation.evaluate import check_fits, evaluate, roundtrip_error
-from flowtrain.evaluation.result import NAMES, Budget, Calibration, Check, Evaluation, Separation
+from flowtrain.evaluation.result import NAMES, Budget, Calibration, Check, Evaluation, OODDetection
 
 __all__ = [
     "NAMES",
@@ -10,7 +10,7 @@ __all__ = [
     "Calibration",
     "Check",
     "Evaluation",
-    "Separation",
+    "OODDetection",
     "check_fits",
     "evaluate",
     "roundtrip_error",

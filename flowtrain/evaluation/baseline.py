@@ -27,7 +27,7 @@ PAIRED_ERRORS, CLEARLY, CLEARLY_ERRORS = 2.0, 0.5, 3.0
 def gaussian_baseline(data: Dataset, x: Tensor, log_p: Tensor) -> Baseline | None:
     """Scores a Gaussian fitted to the training rows of a table; None for images and endless data.
 
-    `flowtrain.bijections.linear.shrunk_covariance` gives its mean and covariance, from at most 2^24 values of the training
+    `shrunk_covariance` gives its mean and covariance, from at most 2^24 values of the training
     rows. Uniform noise in [0, 1) is added to whole numbers, both in the training rows and in the scored rows, as for
     the flow. Labels are not used.
 

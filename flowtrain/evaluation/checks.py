@@ -206,7 +206,7 @@ def reference(flow: Flow, rtol: float | None = None) -> Flow:
     """
     exact = copy.deepcopy(flow).double()
     few = math.prod(flow.event_shape) <= MOST_COLUMNS[True]
-    for part in exact.continuous:
+    for part in exact.ode_blocks:
         part.solver = ode_solver("dopri5", rtol=rtol or (TIGHT if few else TIGHT_MANY), max_nfe=MAX_NFE)
         if few:
             part.trace = replace(part.trace, evaluate="exact")
@@ -282,10 +282,10 @@ def measured_mass(flow: Flow) -> Mass:
 
 def of_log_det(exact: Flow, subset: Subset) -> Check:
     """Is log|det dz/dx| that of the Jacobian, which autograd takes through `inverse`?"""
-    d, most = math.prod(exact.event_shape), MOST_COLUMNS[bool(exact.continuous)]
+    d, most = math.prod(exact.event_shape), MOST_COLUMNS[bool(exact.ode_blocks)]
     if d > most:
         return Check("log-det", None, None, None, f"a Jacobian of {d} columns, which are too many (at most {most})")
-    rows, share = max(1, min(ROWS, 1000 // d)), LOG_DET[bool(exact.continuous)]
+    rows, share = max(1, min(ROWS, 1000 // d)), LOG_DET[bool(exact.ode_blocks)]
     x, label = subset.x[:rows].double(), None if subset.label is None else subset.label[:rows]
     with torch.no_grad(), seeded(0, x.device):
         log_p, z = exact.log_prob_and_latents(x, label)
@@ -381,7 +381,7 @@ def of_samples(exact: Flow, drawn: Drawn) -> Check:
     normal = -0.5 * (drawn.z.square() + math.log(2 * math.pi))
     implied = normal.flatten(1).sum(1) - drawn.log_det
     gap = drawn.log_p - implied
-    limit = LOG_DET[bool(exact.continuous)] * (1 + float(drawn.log_det.abs().mean()))
+    limit = LOG_DET[bool(exact.ode_blocks)] * (1 + float(drawn.log_det.abs().mean()))
     if estimates_trace(exact):
         value, limit = float(gap.mean().abs()), limit + 4 * stderr(gap)
     else:

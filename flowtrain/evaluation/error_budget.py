@@ -54,7 +54,7 @@ def subset_of(
             rows = rows[~torch.isin(rows, left_out)]
         rows = rows[: rows_of_checks(flow.event_shape)][:most]
         raw = x[rows]
-        x = flow.dequantized(raw) if flow.discrete else raw.to(device)
+        x = flow.dequantized(raw) if flow.integer_valued else raw.to(device)
         return Subset(raw, x, None if label is None else label[rows].to(device))
 
 
@@ -92,7 +92,7 @@ def budget(flow: Flow, subset: Subset, log_p: Tensor, draws: int) -> Budget:
         solver_per_row=per_row,
         embedded=embedded,
         precision=precision,
-        dequantization_gap=dequantization_gap(flow, subset, draws) if flow.discrete else None,
+        dequantization_gap=dequantization_gap(flow, subset, draws) if flow.integer_valued else None,
         rows=len(subset.x),
         total=total,
         interval=(nll - COVERED * total, nll + COVERED * total),

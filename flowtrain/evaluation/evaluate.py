@@ -22,9 +22,9 @@ from flowtrain.evaluation.log_likelihood import (
     nfe_of_pass,
     trace_rule,
 )
-from flowtrain.evaluation.ood import separation
+from flowtrain.evaluation.ood import ood_detection
 from flowtrain.evaluation.outliers import check_some_finite, concentration
-from flowtrain.evaluation.result import Evaluation, Separation
+from flowtrain.evaluation.result import Evaluation, OODDetection
 from flowtrain.flow import Flow, Label
 from flowtrain.ode import record_solves
 from flowtrain.utils.errors import ConfigError, DataError
@@ -101,7 +101,7 @@ def evaluate(
     told = None
     if other is not None:
         with phase(f"scoring {other[0]}"):
-            told = told_apart(flow, x, log_p, split, other, trained_on, how)
+            told = detect_ood(flow, x, log_p, split, other, trained_on, how)
     with phase("round trip"):
         round_trip = roundtrip_error(flow, subset.x, subset.label)
     result = Evaluation(
@@ -148,7 +148,7 @@ def scored(
     way = {
         "trace": "hutchinson" if estimated else "exact",
         "noise_samples": rule.noise_samples if rule is not None and estimated else None,
-        "dequantization_samples": how["draws"] if flow.discrete else None,
+        "dequantization_samples": how["draws"] if flow.integer_valued else None,
         "solver": None if flow.solver is None else flow.solver.describe(),
         "nfe": nfe_of_pass(flow, solves),
         "seconds": seconds,
@@ -169,7 +169,7 @@ def beside_truth(data: Dataset, x: Tensor, log_p: Tensor) -> dict[str, Any]:
     return {"entropy": data.entropy, "kl": kl[0], "kl_stderr": kl[1]}
 
 
-def told_apart(
+def detect_ood(
     flow: Flow,
     x: Tensor,
     log_p: Tensor,
@@ -177,7 +177,7 @@ def told_apart(
     other: tuple[str, Tensor],
     trained_on: Dataset | None,
     how: Mapping[str, Any],
-) -> tuple[Separation, tuple[Tensor, Tensor]]:
+) -> tuple[OODDetection, tuple[Tensor, Tensor]]:
     """How well log p separates the set x (n, *event_shape) from the `other` (m, *event_shape). Labels are not used.
 
     Args:
@@ -201,7 +201,7 @@ def told_apart(
             typical = scores(trained_on.val[:MOST_TYPICAL])
     outside = scores(other[1])
     entropy = -float(typical[typical.isfinite()].mean())
-    return separation(other[0], inside, outside, entropy, of), (inside, outside)
+    return ood_detection(other[0], inside, outside, entropy, of), (inside, outside)
 
 
 def check_fits(flow: Flow, data: Dataset, dequantization_samples: int = 1) -> None:
@@ -210,12 +210,12 @@ def check_fits(flow: Flow, data: Dataset, dequantization_samples: int = 1) -> No
         raise DataError(
             f"the flow was trained on samples of shape {flow.event_shape}; this data has {tuple(data.event_shape)}"
         )
-    if (flow.discrete, flow.levels, flow.noisy) != (data.discrete, data.levels, data.noisy):
+    if (flow.integer_valued, flow.levels, flow.noisy) != (data.integer_valued, data.levels, data.noisy):
         raise DataError(
-            f"the flow was trained on {_kind(flow.discrete, flow.levels, flow.noisy)}; this data has "
-            f"{_kind(data.discrete, data.levels, data.noisy)} (data.dequantize, data.levels)"
+            f"the flow was trained on {_kind(flow.integer_valued, flow.levels, flow.noisy)}; this data has "
+            f"{_kind(data.integer_valued, data.levels, data.noisy)} (data.dequantize, data.levels)"
         )
-    if dequantization_samples > 1 and not flow.discrete:
+    if dequantization_samples > 1 and not flow.integer_valued:
         why = "has noise on some columns, which is drawn once with the data" if flow.noisy else "has no noise"
         raise ConfigError(
             f"dequantization_samples={dequantization_samples}: this flow is over real numbers and {why}; omit it"
@@ -230,8 +230,8 @@ def roundtrip_error(flow: Flow, x: Tensor, label: Label = None) -> float:
         return float((x - flow(flow.inverse(x, label), label)).abs().max())
 
 
-def _kind(discrete: bool, levels: int | None, noisy: tuple[int, ...]) -> str:
+def _kind(integer_valued: bool, levels: int | None, noisy: tuple[int, ...]) -> str:
     """What samples are, in words."""
-    if not discrete:
+    if not integer_valued:
         return f"real numbers, and whole ones in columns {as_ranges(noisy)}" if noisy else "real numbers"
     return "whole numbers" if levels is None else f"whole numbers from 0 to {levels - 1}"

@@ -185,12 +185,12 @@ def nfe_of_pass(flow: Flow, solves: Sequence[Statistics]) -> float | None:
     Args:
         solves: those of any number of whole passes.
     """
-    return len(flow.continuous) * sum(s.nfe_forward for s in solves) / len(solves) if solves else None
+    return len(flow.ode_blocks) * sum(s.nfe_forward for s in solves) / len(solves) if solves else None
 
 
 def trace_rule(flow: Flow) -> TraceRule | None:
     """How a continuous flow takes its traces; None of a flow that solves no ODE."""
-    return next((m.trace for m in flow.continuous), None)
+    return next((m.trace for m in flow.ode_blocks), None)
 
 
 def estimates_trace(flow: Flow) -> bool:

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from flowtrain.evaluation.error_budget import stderr
-from flowtrain.evaluation.result import Separation
+from flowtrain.evaluation.result import OODDetection
 
 
-def separation(name: str, inside: Tensor, outside: Tensor, entropy: float, entropy_of: str) -> Separation:
+def ood_detection(name: str, inside: Tensor, outside: Tensor, entropy: float, entropy_of: str) -> OODDetection:
     """Areas under the ROC curves of -log p and of |log p + H| as scores that separate two sets of samples.
 
     Args:
@@ -23,7 +23,7 @@ def separation(name: str, inside: Tensor, outside: Tensor, entropy: float, entro
     inside, outside = (torch.where(log_p.isfinite(), log_p, -torch.inf) for log_p in (inside, outside))
     plain, plain_error = auroc(-inside, -outside)
     typical, typical_error = auroc((inside + entropy).abs(), (outside + entropy).abs())
-    return Separation(
+    return OODDetection(
         name=name,
         n=len(outside),
         infinite=int((~finite).sum()),

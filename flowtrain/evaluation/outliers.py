@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.evaluation.error_budget import SMALL, stderr
-from flowtrain.evaluation.result import Concentration, named_rows
+from flowtrain.evaluation.result import OutlierCheck, named_rows
 from flowtrain.utils.errors import NonFiniteError
 from flowtrain.utils.formatting import with_error
 
@@ -20,7 +20,7 @@ LEAST = 10
 LISTED = 1000
 
 
-def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 1.0)) -> Concentration:
+def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 1.0)) -> OutlierCheck:
     """Checks that a few outlier rows do not carry more than half of the variance of the NLL.
 
     "A few" means at most 0.1% of the rows, or three rows in a set of fewer than 4,000, but never more than a fifth of
@@ -46,11 +46,11 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
     kept = finite.nonzero().flatten()
     share, far = outlying(log_p[kept]) if len(kept) >= LEAST else (0.0, kept[:0])
     if len(lost) == 0 and len(kept) < LEAST:
-        return Concentration(
+        return OutlierCheck(
             "concentration", None, LIMIT, None, f"at least {LEAST} rows are needed, and there are {len(kept)}"
         )
     if len(lost) == 0 and share <= LIMIT:
-        return Concentration("concentration", share, LIMIT, True)
+        return OutlierCheck("concentration", share, LIMIT, True)
     outliers = kept[far]
     rows = torch.cat([lost, outliers]).sort().values
     rest = torch.ones(len(log_p), dtype=torch.bool)
@@ -70,7 +70,7 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
         effect = f"{'its' if len(outliers) == 1 else 'the first'} -log p is {worst:.3g} {name}"
         cause = "outliers in the data, or a flow that extrapolates badly"
     left = f"without {'it' if len(rows) == 1 else 'these rows'} the NLL is {words} {name}"
-    return Concentration(
+    return OutlierCheck(
         "concentration",
         1.0 if len(lost) else share,
         LIMIT,

@@ -73,7 +73,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Concentration(Check):
+class OutlierCheck(Check):
     """Whether a few outlier rows dominate the NLL.
 
     Attributes:
@@ -132,7 +132,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Separation:
+class OODDetection:
     """How well likelihoods tell another set from this one; NLL in nats per sample.
 
     Attributes:
@@ -212,7 +212,7 @@ class Evaluation:
     budget: Budget
     checks: tuple[Check, ...]
     calibration: Calibration
-    ood: Separation | None
+    ood: OODDetection | None
     baselines: dict[str, Baseline] | None
     bits_per_nat: float | None = field(repr=False)
     scores: Tensor = field(repr=False)
@@ -342,7 +342,7 @@ class Evaluation:
 
     def _failure(self, check: Check) -> str:
         """The table entry of a failed check."""
-        if isinstance(check, Concentration) and check.nll_without is not None and check.nll_without_stderr is not None:
+        if isinstance(check, OutlierCheck) and check.nll_without is not None and check.nll_without_stderr is not None:
             rest = self.in_unit(check.nll_without, check.nll_without_stderr)
             lost = (~self.scores.isfinite()).nonzero().flatten().tolist()
             if lost:

@@ -38,7 +38,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Quality:
+class SampleQuality:
     """Samples by `n` rows of each solver beside `n` test samples.
 
     Attributes:
@@ -69,7 +69,7 @@ class Quality:
         return "\n".join(lines)
 
 
-def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> Quality:
+def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> SampleQuality:
     """Solves the same base points with each number of `steps`, and compares the samples with test data.
 
     By Euler and midpoint, or by the flow's own method where that takes fixed steps.
@@ -95,7 +95,7 @@ def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> Q
     draw = partial(_row, flow, real=real, label=None if label is None else label[:n], seed=seed)
     exact = draw(solver=own, steps=None)
     rows = [draw(solver=ode_solver(m, steps=k, max_nfe=own.max_nfe), steps=k) for m in methods for k in steps]
-    return Quality(n, PROJECTIONS, sliced_wasserstein(other, real), exact, tuple(rows))
+    return SampleQuality(n, PROJECTIONS, sliced_wasserstein(other, real), exact, tuple(rows))
 
 
 def _row(flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, label: Tensor | None, seed: int) -> Row:
@@ -115,7 +115,7 @@ def _row(flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, label: 
 @contextmanager
 def solved_by(flow: Flow, solver: Solver) -> Iterator[None]:
     """Inside, the flow's continuous parts are solved by another solver."""
-    parts = flow.continuous
+    parts = flow.ode_blocks
     before = [m.solver for m in parts]
     try:
         for m in parts:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.scale import ActNorm
-from flowtrain.bijections.squeeze import OnHalf, Squeezed
+from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
 from flowtrain.nn.conv_field import ConvField
@@ -36,7 +36,7 @@ def ffjord(
     flows: int = 1,
     scales: int | None = None,
     full_size: bool = True,
-    positions: bool = False,
+    positional_bias: bool = False,
     actnorm: bool = True,
     conditional: bool = False,
     classes: int | None = None,
@@ -56,7 +56,7 @@ def ffjord(
         flows: how many continuous bijections; over images, at each size and number of channels.
         scales: how often images are halved; None for as often as leaves no side below 4.
         full_size: whether flows stand at the images' own size too, before the first squeeze.
-        positions: over images, the fields have a bias for each place, so that they know where they are.
+        positional_bias: over images, the fields have a bias for each place, so that they know where they are.
         actnorm: over images, an ActNorm of each pixel at the data end, and one of each channel after each flow.
         conditional: p(x | label), the fields told of the label.
         classes: how many labels the data have; None for none.
@@ -73,7 +73,7 @@ def ffjord(
         activation=activation,
         flows=whole("model.flows", flows),
         full_size=flag("model.full_size", full_size),
-        positions=flag("model.positions", positions),
+        positional_bias=flag("model.positional_bias", positional_bias),
         actnorm=flag("model.actnorm", actnorm),
         classes=labelled("ffjord", flag("model.conditional", conditional), classes),
     )
@@ -95,7 +95,7 @@ class Flows:
     activation: str
     flows: int
     full_size: bool
-    positions: bool
+    positional_bias: bool
     actnorm: bool
     classes: int | None
 
@@ -105,7 +105,7 @@ class Flows:
 
     def at(self, channels: int, size: Size) -> list[Bijection]:
         """Flows over images of `channels` and `size`, from the data to the base."""
-        places = size if self.positions else None
+        places = size if self.positional_bias else None
         parts: list[Bijection] = []
         for _ in range(self.flows):
             field = ConvField(channels, self.hidden, self.field, self.activation, classes=self.classes, size=places)
@@ -121,5 +121,5 @@ class Flows:
         if not times:
             return from_data(here)
         half = halved(size)
-        rest = OnHalf(self.scale(2 * channels, half, times - 1, squeezed=True))
-        return from_data([*here, Squeezed(from_data([*self.at(4 * channels, half), rest]))])
+        rest = FactorOut(self.scale(2 * channels, half, times - 1, squeezed=True))
+        return from_data([*here, Squeeze(from_data([*self.at(4 * channels, half), rest]))])

@@ -9,7 +9,7 @@ from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.coupling import HalfCoupling
 from flowtrain.bijections.linear import InvertibleLinear
 from flowtrain.bijections.scale import ActNorm
-from flowtrain.bijections.squeeze import OnHalf, Squeezed
+from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
 from flowtrain.nn.conditioners import ACTIVATIONS, MLP, ConvNet, InformedConv, zero
@@ -27,7 +27,7 @@ def glow(
     input_bound: float | None = None,
     dropout: float = 0.0,
     scales: int | None = None,
-    positions: bool = False,
+    positional_bias: bool = False,
     conditional: bool = False,
     classes: int | None = None,
 ) -> Flow:
@@ -43,7 +43,7 @@ def glow(
         input_bound: over vectors, bound on what the conditioners see, see `AffineCoupling`; None for no bound.
         dropout: over vectors, the share of the conditioners' hidden units that training drops.
         scales: how often images are halved; None for as often as leaves no side below 4.
-        positions: over images, the conditioners have a bias for each place, so that they know where they are.
+        positional_bias: over images, the conditioners have a bias for each place, so that they know where they are.
         conditional: p(x | label), the conditioners told of the label.
         classes: how many labels the data have; None for none.
 
@@ -57,7 +57,7 @@ def glow(
         cap=number("model.cap", cap),
         input_bound=None if input_bound is None else number("model.input_bound", input_bound),
         dropout=share("model.dropout", dropout),
-        positions=flag("model.positions", positions),
+        positional_bias=flag("model.positional_bias", positional_bias),
         classes=labelled("glow", flag("model.conditional", conditional), classes),
     )
     if of_images("glow", event_shape, least=2):
@@ -76,7 +76,7 @@ class Steps:
     cap: float
     input_bound: float | None
     dropout: float
-    positions: bool
+    positional_bias: bool
     classes: int | None
 
     def at(self, channels: int, size: Size | None = None) -> list[Bijection]:
@@ -105,12 +105,12 @@ class Steps:
         size = halved(size)
         inside = self.at(4 * channels, size)
         if times == 1:
-            return Squeezed(from_data([*inside, ActNorm(4 * channels)]))
+            return Squeeze(from_data([*inside, ActNorm(4 * channels)]))
         half = 2 * channels
         # the density of what is factored out, its mean and scale a convolution of the rest
         prior = zero(InformedConv(half, 2 * half, self.classes, self.places(size)))
         parts = [*inside, HalfCoupling(2 * half, False, prior, self.cap)]
-        return Squeezed(from_data([*parts, OnHalf(self.scale(half, size, times - 1))]))
+        return Squeeze(from_data([*parts, FactorOut(self.scale(half, size, times - 1))]))
 
     def net(self, n_in: int, n_out: int, size: Size | None) -> nn.Module:
         """A conditioner of images of that size, or of vectors."""
@@ -120,4 +120,4 @@ class Steps:
 
     def places(self, size: Size) -> Size | None:
         """The size that a network is told of."""
-        return size if self.positions else None
+        return size if self.positional_bias else None

@@ -16,7 +16,7 @@ from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.coupling import CheckerboardCoupling, HalfCoupling, IndexCoupling
 from flowtrain.bijections.linear import Permutation
 from flowtrain.bijections.scale import ActNorm, BatchNorm
-from flowtrain.bijections.squeeze import OnHalf, Squeezed
+from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
 from flowtrain.nn.conditioners import ACTIVATIONS, MLP, ResidualNet
@@ -38,7 +38,7 @@ def realnvp(
     input_bound: float | None = None,
     dropout: float = 0.0,
     scales: int | None = None,
-    positions: bool = False,
+    positional_bias: bool = False,
     conditional: bool = False,
     classes: int | None = None,
 ) -> Flow:
@@ -56,7 +56,7 @@ def realnvp(
         input_bound: over vectors, bound on what the conditioners see, see `AffineCoupling`; None for no bound.
         dropout: over vectors, the share of the conditioners' hidden units that training drops.
         scales: how often images are halved; None for as often as leaves no side below 4.
-        positions: over images, the conditioners have a bias for each place, so that they know where they are.
+        positional_bias: over images, the conditioners have a bias for each place, so that they know where they are.
         conditional: p(x | label), the conditioners told of the label.
         classes: how many labels the data have; None for none.
 
@@ -73,7 +73,7 @@ def realnvp(
         cap=number("model.cap", cap),
         input_bound=None if input_bound is None else number("model.input_bound", input_bound),
         dropout=share("model.dropout", dropout),
-        positions=flag("model.positions", positions),
+        positional_bias=flag("model.positional_bias", positional_bias),
         classes=labelled("realnvp", flag("model.conditional", conditional), classes),
     )
     one_of("model.mixing", mixing, MIXINGS)
@@ -94,7 +94,7 @@ class Couplings:
     cap: float
     input_bound: float | None
     dropout: float
-    positions: bool
+    positional_bias: bool
     classes: int | None
 
     def norm(self, channels: int) -> list[Bijection]:
@@ -130,13 +130,13 @@ class Couplings:
         c, half = 4 * channels, halved(size)
         upper_left, lower_right, upper_right, lower_left = torch.arange(c).chunk(4)
         by_columns = torch.cat([upper_left, upper_right, lower_left, lower_right])
-        rest = OnHalf(self.scale(c // 2, half, times - 1))
-        return Squeezed(from_data([*self.halves(c, half), Permutation(by_columns), *self.halves(c, half), rest]))
+        rest = FactorOut(self.scale(c // 2, half, times - 1))
+        return Squeeze(from_data([*self.halves(c, half), Permutation(by_columns), *self.halves(c, half), rest]))
 
     def last_scale(self, channels: int, size: Size) -> Bijection:
         """Couplings by checkerboards alone, inside a squeeze where the sides allow one."""
         if size[0] % 2 == 0 and size[1] % 2 == 0:
-            return Squeezed(from_data(self.halves(4 * channels, halved(size))))
+            return Squeeze(from_data(self.halves(4 * channels, halved(size))))
         parts: list[Bijection] = []
         for i in range(self.layers):
             net = self.net(channels, 2 * channels, size)
@@ -153,5 +153,5 @@ class Couplings:
 
     def net(self, n_in: int, n_out: int, size: Size) -> nn.Module:
         """A conditioner over images of that size."""
-        places = size if self.positions else None
+        places = size if self.positional_bias else None
         return ResidualNet(n_in, self.hidden, n_out, self.activation, self.classes, places, self.batch_norm)

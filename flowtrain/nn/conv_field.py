@@ -25,15 +25,15 @@ from flowtrain.utils.autograd import first_derivative
 from flowtrain.utils.errors import ConfigError
 
 
-def push(
+def jvp(
     activation: Activation, x: Tensor, tangents: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """(v, J e): x (B, C, H, W), tangents (k, 1 or B, C, H, W), constants -> (B, C', H, W), (k, B, C', H, W)."""
-    v, je = _Push.apply(activation, len(weights), x, tangents, *weights, *shifts)  # type: ignore[no-untyped-call]
+    v, je = _JVP.apply(activation, len(weights), x, tangents, *weights, *shifts)  # type: ignore[no-untyped-call]
     return v, je
 
 
-class _Push(torch.autograd.Function):
+class _JVP(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, activation: Activation, n_layers: int, x: Tensor, tangents: Tensor, *layers: Tensor
@@ -45,12 +45,12 @@ class _Push(torch.autograd.Function):
         for weight, shift in zip(weights[:-1], shifts[:-1], strict=True):
             # a convolution is linear: its weights take the gain, not the images
             a = _convolved(h, gain * weight, gain * shift)
-            hidden.append(through(activation, a, _pushed(t, weight), tangents=0))
+            hidden.append(through(activation, a, _jvp_of(t, weight), tangents=0))
             h, t = hidden[-1].h, hidden[-1].t
         ctx.activation, ctx.n_layers = activation, n_layers
         # nothing kept but this way: only so does torch.utils.checkpoint drop it
         ctx.save_for_backward(x, tangents, *layers, *(tensor for layer in hidden for tensor in layer.tensors()))
-        je = _pushed(t, weights[-1])
+        je = _jvp_of(t, weights[-1])
         return _convolved(h, weights[-1], shifts[-1]), je.expand(len(je), len(x), *je.shape[2:]).contiguous()
 
     @staticmethod
@@ -66,8 +66,8 @@ class _Push(torch.autograd.Function):
             if t.shape[1] == 1:
                 at_u = at_u.sum(1, keepdim=True)
             at_shifts.append(at_a.sum_to_size(shifts[layer].shape))
-            at_h, at_weight = _pull(at_a, h, weights[layer], layer > 0 or ctx.needs_input_grad[2])
-            at_t, more = _pull(at_u.flatten(0, 1), t.flatten(0, 1), weights[layer], layer > 0)
+            at_h, at_weight = _vjp(at_a, h, weights[layer], layer > 0 or ctx.needs_input_grad[2])
+            at_t, more = _vjp(at_u.flatten(0, 1), t.flatten(0, 1), weights[layer], layer > 0)
             at_weights.append(at_weight.add_(more))
             if layer == 0:
                 return None, None, at_h, None, *at_weights[::-1], *at_shifts[::-1]
@@ -83,13 +83,13 @@ def _convolved(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
     return F.conv2d(x, weight, padding="same").add_(shift)
 
 
-def _pushed(t: Tensor, weight: Tensor) -> Tensor:
+def _jvp_of(t: Tensor, weight: Tensor) -> Tensor:
     """W * t for t (k, 1 or B, C, H, W)."""
     y = F.conv2d(t.flatten(0, 1), weight, padding="same")
     return y.view(*t.shape[:2], *y.shape[1:])
 
 
-def _pull(at_y: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor | None, Tensor]:
+def _vjp(at_y: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor | None, Tensor]:
     """Cotangents of x, or None, and of W from that of y = W * x."""
     same = [size // 2 for size in weight.shape[2:]]
     at_x, at_weight, _ = torch.ops.aten.convolution_backward(
@@ -124,14 +124,14 @@ class TimedConv2d(TimedLayer):
         (y,) = convolve(weight, x)
         return y + shift if gate is None else torch.addcmul(shift, y, gate)
 
-    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """(y, (dy/dx) e) for each tangent e, from one modulation and one convolution."""
         gate, shift = self.modulation(t, x.shape[-2:])
         weight, gate = self.fold(gate)
-        y, pushed = convolve(weight, x, tangents)
+        y, probe_jvps = convolve(weight, x, tangents)
         if gate is None:
-            return y + shift, pushed
-        return torch.addcmul(shift, y, gate), pushed * gate
+            return y + shift, probe_jvps
+        return torch.addcmul(shift, y, gate), probe_jvps * gate
 
     def at(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
         """The plain convolution that this layer is at time t: W (n_out, n_in, ..), shift (n_out, 1 or H, 1 or W)."""
@@ -245,10 +245,10 @@ class ConvField(LayeredField[TimedConv2d]):
     def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
         return super().forward(t, self.checked(x), self.placed(shift)).contiguous()
 
-    def push(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, shift = self.checked(x), self.placed(shift)
         if not self.by_hand(t, x, tangents):
-            v, je = self.push_rows(t, x, tangents, shift)
+            v, je = self.jvp_rows(t, x, tangents, shift)
             return v.contiguous(), je.contiguous()
         nodes, batch = x.shape[:-4], x.shape[-4:]
         times = t.expand(*nodes, 1).reshape(-1)
@@ -256,16 +256,16 @@ class ConvField(LayeredField[TimedConv2d]):
         each = zip(times, x.reshape(-1, *batch), e.unbind(1), strict=True)
         v, je = (
             torch.stack(parts, i)
-            for i, parts in enumerate(zip(*(self.push_node(*one, shift) for one in each), strict=True))
+            for i, parts in enumerate(zip(*(self.jvp_node(*one, shift) for one in each), strict=True))
         )
         return v.view(x.shape), je.view(len(tangents), *x.shape)
 
-    def push_node(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`push` at one time: x (B, C, H, W), tangents (k, 1 or B, C, H, W)."""
+    def jvp_node(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`jvp` at one time: x (B, C, H, W), tangents (k, 1 or B, C, H, W)."""
         weights, shifts = zip(*(layer.at(t, x.shape[-2:]) for layer in self.layers), strict=True)
         if shift is not None:
             shifts = (shifts[0] + shift, *shifts[1:])
-        v, je = push(self.activation, x, tangents, weights, shifts)
+        v, je = jvp(self.activation, x, tangents, weights, shifts)
         return v.contiguous(), je.contiguous()
 
     def placed(self, shift: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowtrain.nn.fields import Field, push_tangents
+from flowtrain.nn.fields import Field, field_jvp
 from flowtrain.utils.arguments import one_of, whole
 from flowtrain.utils.errors import ConfigError
 
@@ -69,7 +69,7 @@ class Probes:
 def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
     """(v, tr dv/dx or its estimate); x (*nodes, B, *event) with t broadcasting against (*nodes, B).
 
-    For users who look at a field, and for tests: a solve takes `pushed`, of which penalties on J e have need too.
+    For users who look at a field, and for tests: a solve takes `probe_jvps`, of which penalties on J e have need too.
 
     Raises:
         ConfigError: a field of vectors was given images, or the reverse.
@@ -82,11 +82,11 @@ def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[
         >>> divergence(Shear(), torch.tensor(0.0), x, Probes.exact(x))[1]
         tensor([2.])
     """
-    v, e, je = pushed(field, t, x, probes)
+    v, e, je = probe_jvps(field, t, x, probes)
     return v, probes.contract(e * je)
 
 
-def pushed(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor, Tensor]:
+def probe_jvps(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor, Tensor]:
     """(v, e, J e) for the probes e, shaped (k, *nodes, B, *event) or so as to broadcast; shapes as in `divergence`.
 
     Raises:
@@ -101,7 +101,7 @@ def pushed(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tens
     nodes = x.dim() - event_dims - 1
     k, *rest = probes.tangents.shape
     e = probes.tangents.view(k, *(1,) * nodes, *rest)
-    v, je = push_tangents(field, t, x, e, event_dims)
+    v, je = field_jvp(field, t, x, e, event_dims)
     return v, e, je
 
 

@@ -38,7 +38,7 @@ class Activation(ABC):
     def curvature(self, kept: Tensor, slope: Tensor) -> Tensor:
         """f''(x)."""
 
-    def pull(self, kept: Tensor, slope: Tensor, at_value: Tensor, at_slope: Tensor) -> Tensor:
+    def vjp(self, kept: Tensor, slope: Tensor, at_value: Tensor, at_slope: Tensor) -> Tensor:
         """at_value f'(x) + at_slope f''(x), overwriting at_value."""
         return at_value.mul_(slope).addcmul_(at_slope, self.curvature(kept, slope))
 
@@ -68,7 +68,7 @@ class Tanh(Activation):
     def curvature(self, kept: Tensor, slope: Tensor) -> Tensor:
         return (kept * slope).mul_(-2)
 
-    def pull(self, kept: Tensor, slope: Tensor, at_value: Tensor, at_slope: Tensor) -> Tensor:
+    def vjp(self, kept: Tensor, slope: Tensor, at_value: Tensor, at_slope: Tensor) -> Tensor:
         # f'' = -2 f f'
         return at_value.addcmul_(kept, at_slope, value=-2).mul_(slope)
 
@@ -129,7 +129,7 @@ class Field(nn.Module, ABC):
 
     Shapes: x is (..., *event), with `event_dims` dimensions in an event; t is a scalar or broadcasts against the
     others; v has the shape of x. Any other module with `forward(t, x)` on x (B, *event) and t scalar or (B,) works
-    as a field too (`push_tangents` falls back on forward-mode autodiff); this class only makes the divergence fast.
+    as a field too (`field_jvp` falls back on forward-mode autodiff); this class only makes the divergence fast.
 
     Attributes:
         event_dims: 1 for vectors (d,), 3 for images (C, H, W).
@@ -153,7 +153,7 @@ class Field(nn.Module, ABC):
         """v(t, x)."""
 
     @abstractmethod
-    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """(v, J e) for J = dv/dx and each tangent e; tangents (k, ...) broadcast against (k, *x.shape)."""
 
     def recorder(self) -> Any:
@@ -161,16 +161,14 @@ class Field(nn.Module, ABC):
         return None
 
 
-def push_tangents(
-    field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor, event_dims: int = 1
-) -> tuple[Tensor, Tensor]:
-    """(v, J e): the field's own `push` where it has one, else `torch.func.jvp` over rows of `event_dims` dimensions.
+def field_jvp(field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor, event_dims: int = 1) -> tuple[Tensor, Tensor]:
+    """(v, J e): the field's own `jvp` where it has one, else `torch.func.jvp` over rows of `event_dims` dimensions.
 
     Shapes: x (..., *event), t broadcasting against x.shape[:-event_dims], tangents (k, ...) broadcasting against
     (k, *x.shape); J e comes back as (k, *x.shape). A `Field` knows its own `event_dims`, whatever is given here.
     """
     if isinstance(field, Field):
-        return field.push(t, x, tangents)
+        return field.jvp(t, x, tangents)
     outer = x.dim() - event_dims
     rows = x.reshape(-1, *x.shape[outer:])
     row_times = t.expand(x.shape[:outer]).reshape(-1)
@@ -198,7 +196,7 @@ class TimedLayer(nn.Module, ABC):
         """y(t, x)."""
 
     @abstractmethod
-    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """(y, (dy/dx) e) for each tangent e, from one modulation."""
 
 
@@ -263,7 +261,7 @@ class LayeredField(Field, Generic[Layer]):
         return v
 
     @abstractmethod
-    def push(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(v, J e) as of any field, `shift` as in `forward`."""
 
     def given(self, label: Tensor) -> "Given":
@@ -282,16 +280,16 @@ class LayeredField(Field, Generic[Layer]):
         transformed = torch.compiler.is_compiling() or transforms_active()
         return one_time and not tangents.requires_grad and not transformed
 
-    def push_rows(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`push` by autograd's means, for a time of its own for each row."""
+    def jvp_rows(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`jvp` by autograd's means, for a time of its own for each row."""
         *body, head = self.layers
         for layer in body:
-            x, tangents = layer.push(t, x, tangents)
+            x, tangents = layer.jvp(t, x, tangents)
             if shift is not None:
                 x, shift = x + shift, None
             x, slope = self.activation.value_and_slope(x)
             tangents = tangents * slope
-        v, je = head.push(t, x, tangents)
+        v, je = head.jvp(t, x, tangents)
         # a tangent that broadcasts over rows stays unexpanded up to the first slope; one linear layer has none
         return v, je.expand(len(tangents), *v.shape)
 
@@ -308,8 +306,8 @@ class Given(Field):
         v: Tensor = self.field(t, x, self.shift)
         return v
 
-    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        return self.field.push(t, x, tangents, self.shift)
+    def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        return self.field.jvp(t, x, tangents, self.shift)
 
 
 def image_of(v: Tensor, event_dims: int) -> Tensor:
@@ -357,5 +355,5 @@ def back_through(activation: Activation, layer: Hidden, at_h: Tensor, at_t: Tens
     at_slope = first[0] * first[1]
     for cotangent, u in rest:
         at_slope.addcmul_(cotangent, u)
-    at_a = activation.pull(layer.kept, layer.slope, at_h, at_slope)
+    at_a = activation.vjp(layer.kept, layer.slope, at_h, at_slope)
     return at_a, at_t.mul_(layer.slope.unsqueeze(layer.tangents))

@@ -62,7 +62,7 @@ class MLPTape:
             self.inputs[i], self.kept[i] = inputs, kept
         return torch.addmm(self.biases[last][i], x, self.transposed[last][i])
 
-    def pull(self, i: int, cotangent: Tensor) -> Tensor:
+    def vjp(self, i: int, cotangent: Tensor) -> Tensor:
         """cotangent^T dv/dx of node i, (B, d); the share of the weights is kept for `weight_gradients`."""
         at_a = [cotangent]
         for layer in reversed(range(1, len(self.weights))):
@@ -85,15 +85,15 @@ class MLPTape:
         return at_weights, at_biases
 
 
-def push(
+def jvp(
     activation: Activation, x: Tensor, tangents: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """(v, J e) at M nodes: x (M, B, d), tangents (k, 1 or M, 1 or B, d), constants -> (M, B, d'), (k, M, B, d')."""
-    v, je = _Push.apply(activation, len(weights), x, tangents, *weights, *biases)  # type: ignore[no-untyped-call]
+    v, je = _JVP.apply(activation, len(weights), x, tangents, *weights, *biases)  # type: ignore[no-untyped-call]
     return v, je
 
 
-class _Push(torch.autograd.Function):
+class _JVP(torch.autograd.Function):
     """Nodes go through in blocks; u are the tangents before a slope, t after it, each (m, k, 1 or B, n)."""
 
     @staticmethod
@@ -107,8 +107,10 @@ class _Push(torch.autograd.Function):
         je = x.new_empty(k, *v.shape)
         kept: list[Tensor] = []
         for b in _blocks(x, k, weights):
-            saved, v[b], pushed = _push_block(activation, x[b], e[b], [w[b] for w in weights], [c[b] for c in biases])
-            je[:, b] = pushed.transpose(0, 1)
+            saved, v[b], probe_jvps = _jvp_block(
+                activation, x[b], e[b], [w[b] for w in weights], [c[b] for c in biases]
+            )
+            je[:, b] = probe_jvps.transpose(0, 1)
             kept += [tensor for layer in saved for tensor in layer.tensors()]
         ctx.activation, ctx.n_layers = activation, n_layers
         # nothing kept but this way: only so does torch.utils.checkpoint drop it
@@ -125,7 +127,7 @@ class _Push(torch.autograd.Function):
         at_weights = [torch.empty_like(w) for w in weights]
         at_biases = [torch.empty_like(c) for c in biases]
         for i, b in enumerate(_blocks(x, e.shape[1], weights)):
-            at_x[b] = _pull_block(
+            at_x[b] = _vjp_block(
                 ctx.activation,
                 x[b],
                 e[b],
@@ -147,7 +149,7 @@ def _blocks(x: Tensor, k: int, weights: Sequence[Tensor]) -> list[slice]:
     return [slice(i, i + size) for i in range(0, n_nodes, size)]
 
 
-def _push_block(
+def _jvp_block(
     activation: Activation, x: Tensor, e: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[list[Hidden], Tensor, Tensor]:
     """The hidden layers, v (m, B, d') and J e (m, k, 1 or B, d')."""
@@ -161,7 +163,7 @@ def _push_block(
     return hidden, torch.baddbmm(biases[-1].unsqueeze(1), h, weights[-1].mT), _product(t, weights[-1].mT)
 
 
-def _pull_block(
+def _vjp_block(
     activation: Activation,
     x: Tensor,
     e: Tensor,
@@ -221,14 +223,14 @@ class TimedLinear(TimedLayer):
             return weight.expand(len(times), *weight.shape), shift + bias
         return gate.unsqueeze(-1) * weight, torch.addcmul(shift, gate, bias)
 
-    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """(y, (dy/dx) e) for each tangent e, from one modulation."""
         gate, shift = self.modulation(t)
         y: Tensor = self.linear(x)
-        pushed = F.linear(tangents, self.linear.weight)
+        probe_jvps = F.linear(tangents, self.linear.weight)
         if gate is None:
-            return y + shift, pushed
-        return torch.addcmul(shift, y, gate), pushed * gate
+            return y + shift, probe_jvps
+        return torch.addcmul(shift, y, gate), probe_jvps * gate
 
 
 class Concat(TimedLinear):
@@ -304,16 +306,16 @@ class MLPField(LayeredField[TimedLinear]):
         if init_scale is not None:
             spread(layers[0].linear, number("model.init_scale", init_scale))
 
-    def push(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # the kernels know one bias a node and not one a row
         if shift is not None or not self.by_hand(t, x, tangents):
-            return self.push_rows(t, x, tangents, shift)
+            return self.jvp_rows(t, x, tangents, shift)
         nodes, (rows, d) = x.shape[:-2], x.shape[-2:]
         weights, biases = self.at(t.expand(*nodes, 1).reshape(-1))
         shared = tangents.shape[1:-2].numel() == 1
         e = tangents if shared else tangents.expand(-1, *nodes, -1, -1)
         e = e.reshape(len(tangents), -1, *tangents.shape[-2:])
-        v, je = push(self.activation, x.reshape(-1, rows, d), e, weights, biases)
+        v, je = jvp(self.activation, x.reshape(-1, rows, d), e, weights, biases)
         return v.view(x.shape), je.view(len(tangents), *x.shape)
 
     def at(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -49,7 +49,7 @@ class Objective(nn.Module, ABC):
         """The loss with the weighted `terms` of the regularizer added, and with its penalties on fields."""
         terms = dict(terms)
         for name, penalty in self.regularizer.on_fields.items():
-            terms[name] = torch.stack([penalty(m.field) for m in self.flow.continuous]).sum()
+            terms[name] = torch.stack([penalty(m.field) for m in self.flow.ode_blocks]).sum()
         for name, term in terms.items():
             loss = loss + getattr(self.regularizer, name) * term
         return loss, terms

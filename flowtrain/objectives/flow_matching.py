@@ -93,7 +93,7 @@ class Matching(Objective):
         x0, x1, label = self.pairs(x, label)
         t = stratified(len(x1), x1)
         along = t.view(-1, *(1,) * (x1.dim() - 1))
-        v = self.ends.continuous.velocity(label)(t, torch.lerp(x0, x1, along))
+        v = self.ends.ode_block.velocity(label)(t, torch.lerp(x0, x1, along))
         matching = (v - (x1 - x0)).square().flatten(1).sum(1).mean()
         loss, penalties = self.regularized(matching, {})
         return loss, {"matching": matching, **penalties}
@@ -115,14 +115,14 @@ class Ends:
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
-        parts, found = stages(flow.bijection), flow.continuous
+        parts, found = stages(flow.bijection), flow.ode_blocks
         if len(found) != 1 or found[0] not in parts:
             raise ConfigError(
                 f"this objective trains a flow with one continuous part, and the model has {len(found)}: use "
                 "model=ffjord model.flows=1, over images with model.scales=0 as well, or objective=likelihood"
             )
-        self.continuous = found[0]
-        at = parts.index(self.continuous)
+        self.ode_block = found[0]
+        at = parts.index(self.ode_block)
         self.before, self.after = parts[:at], parts[at + 1 :]
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class Ends:
 
     @torch.no_grad()
     def from_data(self, x: Tensor, label: Tensor | None) -> Tensor:
-        """Where samples x (B, *event_shape) enter it at t = 1; those of a discrete flow with noise added."""
+        """Where samples x (B, *event_shape) enter it at t = 1; those of an integer-valued flow with noise added."""
         x = self.flow.dequantized(x)
         for part in reversed(self.after):
             x = part.map_inverse(x, label)
@@ -219,7 +219,7 @@ def drawn(teacher: Flow, n: int, rtol: float) -> tuple[Tensor, Tensor, Tensor | 
     # a fixed-step method keeps its steps
     with solver.using(**({"rtol": rtol, "atol": rtol} if solver.adaptive else {})):
         for rows in torch.split(torch.arange(n, device=like.device), rows_at_a_time(teacher.event_shape)):
-            x1.append(ends.continuous.map_forward(x0[rows], None if labels is None else labels[rows]))
+            x1.append(ends.ode_block.map_forward(x0[rows], None if labels is None else labels[rows]))
     return x0, torch.cat(x1), labels
 
 

@@ -18,11 +18,11 @@ class Likelihood(Objective):
 
     def __init__(self, flow: Flow, regularizer: Regularizer) -> None:
         super().__init__(flow, regularizer)
-        if regularizer.active and not flow.continuous:
+        if regularizer.active and not flow.ode_blocks:
             raise ConfigError(
                 "regularizer: this flow has no paths to regularize; use regularizer=none, or model=ffjord"
             )
-        for m in flow.continuous:
+        for m in flow.ode_blocks:
             m.regularizer = regularizer
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -77,7 +77,7 @@ class AcceptedSteps:
                 # a copy: a view would keep the others
                 s.slopes = s.slopes[:1].clone()
 
-    def pull(self, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def vjp(self, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Cotangents of x at the start (B, *event) and of the parameters, from those of x1 and of `points`."""
         gradients: list[Tensor | None] = [None] * len(self.recorder.parameters)
         by_step = torch.split(at_nodes, [len(rows) for rows in self.rows])
@@ -85,7 +85,7 @@ class AcceptedSteps:
         tapes: dict[int, Tape] = {}
         for k in reversed(range(len(self.steps))):
             stages = self.steps[k].stages or self.replayed(k)
-            at_end, at_first = self.pull_step(k, stages, at_end, by_step[k], at_first)
+            at_end, at_first = self.vjp_step(k, stages, at_end, by_step[k], at_first)
             tapes |= {id(s.tape): s.tape for s in stages}
             if self.replay or k == 0:
                 add(gradients, self.recorder.gradients(list(tapes.values())))
@@ -94,7 +94,7 @@ class AcceptedSteps:
                 self.steps[k].stages = None
         return at_end, gradients
 
-    def pull_step(
+    def vjp_step(
         self, k: int, stages: list[Stage], at_end: Tensor, at_nodes: Tensor, at_last: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Step k in reverse: the cotangents of x where it begins, and of its first slope if the step before pulls that.
@@ -116,13 +116,13 @@ class AcceptedSteps:
         for i in reversed(range(1, last + 1)):
             # a method whose last stage is where the step ends is pulled there with the end itself
             idle = same and i == last and at_last is None and not self.last_used[k]
-            pulled = torch.zeros_like(at_end) if idle else stages[i].pull(c[i])
+            pulled = torch.zeros_like(at_end) if idle else stages[i].vjp(c[i])
             if same and i == last:
                 pulled = pulled + at_end
             start += pulled
             c[:i] += outer(a[i, :i], pulled)
         if self.begins(k):
-            return start + stages[0].pull(c[0]), None
+            return start + stages[0].vjp(c[0]), None
         return start, c[0]
 
     def begins(self, k: int) -> bool:
@@ -158,7 +158,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         with full_precision(at_end.device):
-            x, parameters = ctx.accepted.pull(at_end, at_nodes)
+            x, parameters = ctx.accepted.vjp(at_end, at_nodes)
         return None, x, *parameters
 
 

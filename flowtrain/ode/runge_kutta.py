@@ -19,7 +19,7 @@ from flowtrain.ode.solver import Problem, Solution, Solver, Statistics
 from flowtrain.ode.tableaus import TABLEAUS, Tableau
 from flowtrain.ode.tape import AutogradRecorder, Stage, Weights, combined, on_device, record, take, take_ordinary
 from flowtrain.utils.arguments import one_of
-from flowtrain.utils.autograd import largest, transforms_active, values
+from flowtrain.utils.autograd import plain_max, plain_values, transforms_active
 from flowtrain.utils.errors import ConfigError
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
@@ -163,7 +163,7 @@ class _Run:
         h = (t1 - t0) / n
         for i in range(n):
             self.accept(self.attempt(h), t0 + (i + 1) * h)
-        if not bool(torch.isfinite(values(self.x)).all()):
+        if not bool(torch.isfinite(plain_values(self.x)).all()):
             raise self.solver.non_finite(t1, h)
 
     def adaptive(self) -> None:
@@ -227,13 +227,13 @@ class _Run:
         self.first = slope, stage
         scale = self.solver.atol + self.solver.rtol * x.abs()
         size, speed = rms(x / scale), rms(slope / scale)
-        h0 = -largest(-torch.where((size < 1e-5) | (speed < 1e-5), torch.full_like(size, 1e-3), 0.01 * size / speed))
+        h0 = -plain_max(-torch.where((size < 1e-5) | (speed < 1e-5), torch.full_like(size, 1e-3), 0.01 * size / speed))
         if not math.isfinite(h0):
             raise self.solver.non_finite(self.t, h0)
         h0 = math.copysign(min(h0, abs(span)), span)
         ahead = self.velocity(self.record([self.t + h0], keep=False)[0], self.t + h0, h0, x + h0 * slope)
         bend = rms((ahead - slope) / scale) / abs(h0)
-        steepest = largest(torch.maximum(speed, bend))
+        steepest = plain_max(torch.maximum(speed, bend))
         if not math.isfinite(steepest):
             return h0
         h1 = (0.01 / steepest) ** (1 / self.tableau.order) if steepest > 1e-15 else abs(span)
@@ -249,7 +249,7 @@ class _Run:
             tried.integral, tried.error = self.integrals_of(tried)
             total = tried.integral if self.total is None else self.total + tried.integral
             ratio = torch.maximum(ratio, rms(tried.error / (solver.atol + solver.rtol * total.abs())))
-        return largest(ratio)
+        return plain_max(ratio)
 
     def integrals_of(self, tried: TriedStep) -> tuple[Tensor, Tensor]:
         """The integrals over one step by its stages and their error, each (B, Q)."""

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flowtrain.ode.step_control import History
+from flowtrain.ode.step_control import StepPlan
 from flowtrain.ode.tape import Recorder, Velocity
 from flowtrain.utils.arguments import number, one_of, whole
 from flowtrain.utils.errors import ConfigError, SolverError
@@ -88,7 +88,7 @@ class Problem:
     n_integrals: int = 1
     noisy: bool = False
     recorder: Recorder | None = None
-    history: History | None = None
+    history: StepPlan | None = None
 
     def lasts(self) -> bool:
         """Whether t0 and t1 differ in the dtype of the state, in which torchdiffeq keeps the time."""

@@ -10,7 +10,7 @@ MARGIN = 0.95
 
 
 @dataclass
-class History:
+class StepPlan:
     """The accepted steps of the last solve, each (length, the length that would have suited it), in the order taken.
 
     The flow of a training run changes little from one update to the next. So the last solve's steps say how long a

@@ -20,7 +20,7 @@ class Tape(Protocol):
         """v(t_i, x) for x (B, *event)."""
         ...
 
-    def pull(self, i: int, cotangent: Tensor) -> Tensor:
+    def vjp(self, i: int, cotangent: Tensor) -> Tensor:
         """cotangent^T dv/dx at stage i, (B, *event); the share of the parameters is kept for `gradients`."""
         ...
 
@@ -71,7 +71,7 @@ class AutogradTape:
         self.stages[i] = x, v
         return v.detach()
 
-    def pull(self, i: int, cotangent: Tensor) -> Tensor:
+    def vjp(self, i: int, cotangent: Tensor) -> Tensor:
         """cotangent^T dv/dx at stage i, (B, *event); zero where v does not depend on x."""
         x, v = self.stages[i]
         if not v.requires_grad:
@@ -152,9 +152,9 @@ class Stage:
         """v at x, both (B, *event)."""
         return self.tape.velocity(self.i, x)
 
-    def pull(self, cotangent: Tensor) -> Tensor:
+    def vjp(self, cotangent: Tensor) -> Tensor:
         """cotangent^T dv/dx, (B, *event); see `Tape`."""
-        return self.tape.pull(self.i, cotangent)
+        return self.tape.vjp(self.i, cotangent)
 
 
 class Weights:

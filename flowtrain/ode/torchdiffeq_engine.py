@@ -21,7 +21,7 @@ from flowtrain.ode.runge_kutta import RungeKutta
 from flowtrain.ode.solver import Problem, Solution, Solver, Statistics
 from flowtrain.ode.tableaus import TABLEAUS, Tableau
 from flowtrain.utils.arguments import one_of
-from flowtrain.utils.autograd import transforms_active, values
+from flowtrain.utils.autograd import plain_values, transforms_active
 from flowtrain.utils.errors import ConfigError, SolverError
 
 log = logging.getLogger("flowtrain")
@@ -150,15 +150,17 @@ class Torchdiffeq(Solver):
         y = problem.x.flatten(1)
         if problem.integrand is not None:
             y = torch.cat([y, y.new_zeros(len(y), problem.n_integrals)], 1)
-        stepper: Any = METHODS[self.method](func=slope, y0=values(y), rtol=self.rtol, atol=self.atol)
+        stepper: Any = METHODS[self.method](func=slope, y0=plain_values(y), rtol=self.rtol, atol=self.atol)
         # implicit methods repeat the corrector until it has converged for every lane
-        stepper._has_converged = lambda y0, y1: type(stepper)._has_converged(stepper, values(y0), values(y1))
+        stepper._has_converged = lambda y0, y1: type(stepper)._has_converged(
+            stepper, plain_values(y0), plain_values(y1)
+        )
         t = torch.tensor([problem.t0, problem.t1], dtype=y.dtype, device=y.device)
         grid = _grid(t, self.steps_between(problem.t0, problem.t1))
         for start, end in pairwise(grid):
             y = y + stepper._step_func(slope, start, end - start, end, y)[0]
             statistics.accepted += 1
-        if not bool(torch.isfinite(values(y)).all()):
+        if not bool(torch.isfinite(plain_values(y)).all()):
             raise self.non_finite(problem.t1, float(grid[1] - grid[0]))
         x1 = y[:, :d].reshape(shape)
         return Solution(x1, None if problem.integrand is None else y[:, d:], statistics=statistics)

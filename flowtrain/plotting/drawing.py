@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 
 
 @contextmanager
-def spared(what: str, also: str = "") -> Iterator[None]:
+def warn_if_plotting_fails(what: str, also: str = "") -> Iterator[None]:
     """Turns an error in drawing or writing a picture of `what` into a warning, so that earlier results are kept.
 
     Args:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset
 from flowtrain.flow import Flow
-from flowtrain.plotting.drawing import drawing, first, latents, spared
+from flowtrain.plotting.drawing import drawing, first, latents, warn_if_plotting_fails
 from flowtrain.plotting.image_grids import draw_panels, draw_rows
 
 IMAGES = 100
@@ -36,10 +36,10 @@ def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: st
     if flow.classes is not None:
         figures["classes"] = classes
     files = []
-    with spared("reconstructions"):
+    with warn_if_plotting_fails("reconstructions"):
         files.append(_draw_reconstructions(flow, data, show, place("reconstructions"), title))
     for name, rows in figures.items():
-        with spared(name), drawing(flow):
+        with warn_if_plotting_fails(name), drawing(flow):
             drawn = [(words, show(images)) for words, images in rows(flow, data)]
             # no two test images of one class, and there is nothing to interpolate
             if drawn:
@@ -89,7 +89,7 @@ Rows = list[tuple[str, Tensor]]
 
 
 def reconstructed(flow: Flow, data: Dataset) -> tuple[Tensor, Tensor]:
-    """Test images (dequantized if discrete) and their round trips through the latents, both (ROW, C, H, W)."""
+    """Test images (dequantized if integer-valued) and their round trips through the latents, both (ROW, C, H, W)."""
     x, label = first(flow, data, ROW)
     x = flow.dequantized(x)
     return x, flow(flow.inverse(x, label), label)

@@ -13,9 +13,9 @@ from flowtrain.evaluation.log_likelihood import marginal
 from flowtrain.flow import Flow
 from flowtrain.plotting import image_pictures
 from flowtrain.plotting.densities import draw_flow
-from flowtrain.plotting.drawing import drawing, spared, where_inside
+from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails, where_inside
 from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
-from flowtrain.plotting.transport_pictures import animate, check_animated, draw_way
+from flowtrain.plotting.transport_pictures import animate, check_animated, draw_transport_pictures
 
 POINTS = 10_000
 
@@ -51,13 +51,13 @@ def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[
     """
     drawn = []
     words = f"{title}, latents of {result.calibration.n:,} samples ({result.rows_words})"
-    with spared("calibration"):
+    with warn_if_plotting_fails("calibration"):
         draw_calibration(place("calibration"), pit=result.pit, title=words)
         drawn.append(place("calibration"))
     if result.ood is None or result.sets is None:
         return drawn
     unit, scale = result.unit
-    with spared("ood"):
+    with warn_if_plotting_fails("ood"):
         draw_ood(
             place("ood"),
             names=(data, result.ood.name),
@@ -72,7 +72,7 @@ def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[
     return drawn
 
 
-__all__ = ["animate", "check_animated", "draw", "draw_evaluation", "draw_more", "spared"]
+__all__ = ["animate", "check_animated", "draw", "draw_evaluation", "draw_more", "warn_if_plotting_fails"]
 
 
 def draw(
@@ -112,4 +112,4 @@ def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: st
     """
     if len(flow.event_shape) == 3:
         return image_pictures.draw_more(flow, data, place, title)
-    return draw_way(flow, data, place, title) if flow.event_shape == (2,) else []
+    return draw_transport_pictures(flow, data, place, title) if flow.event_shape == (2,) else []

@@ -41,7 +41,7 @@ class Step:
         self.rest = Chain(found[1:] if self.first is not None else found)
 
     @property
-    def continuous(self) -> bool:
+    def is_continuous(self) -> bool:
         """Whether it is a continuous flow and nothing else: all that it shows is as the flow has it."""
         return self.first is not None and not list(self.rest)
 
@@ -90,25 +90,25 @@ class Trajectory:
         self.base = Chain(found[:start])
         self.steps = _steps(found[start:end])
         n, intervals = len(self.steps), moments - 1
-        if not flow.continuous:
+        if not flow.ode_blocks:
             intervals = -(-intervals // n) * n
         self.moments = [Moment(i * n // intervals, i * n % intervals / intervals) for i in range(intervals + 1)]
 
     def exact(self, count: int) -> list[Moment]:
         """At most `count` of the moments, evenly spread, none within a step where nothing is in between."""
-        found = [m for m in self.moments if not m.part or self.steps[m.step].continuous]
+        found = [m for m in self.moments if not m.part or self.steps[m.step].is_continuous]
         last = len(found) - 1
         return [found[round(i * last / (count - 1))] for i in range(count)] if last >= count else found
 
     @property
-    def continuous(self) -> bool:
+    def is_continuous(self) -> bool:
         """Whether every step is a continuous flow and nothing else."""
-        return all(step.continuous for step in self.steps)
+        return all(step.is_continuous for step in self.steps)
 
     def name(self, moment: Moment) -> str:
         """Such as "t = 0.25", "flow 2 of 3, t = 0.25" and "3 of 8 steps"."""
         n = len(self.steps)
-        if not self.continuous:
+        if not self.is_continuous:
             return f"{sum(moment):.3g} of {n} steps"
         number, time = self._within(moment)
         return f"t = {time:.2f}" if n == 1 else f"flow {number + 1} of {n}, t = {time:.2f}"
@@ -136,7 +136,7 @@ class Trajectory:
         if not part:
             return log_det + self._pulled_back(y, number, label)
         first = self.steps[number].first
-        if first is not None and self.steps[number].continuous:
+        if first is not None and self.steps[number].is_continuous:
             start, behind = between(first, 0.0, part).inverse(y, label)
             return log_det + behind + self._pulled_back(start, number, label)
         p = y.new_tensor(eased(part))
@@ -156,7 +156,7 @@ class Trajectory:
         """dx/dt at x (B, *event), in data units, at a moment of a continuous flow; None of any other step."""
         number, time = self._within(moment)
         first = self.steps[number].first
-        if first is None or not self.steps[number].continuous:
+        if first is None or not self.steps[number].is_continuous:
             return None
         flow, y = innermost(first), self.frame.map_inverse(x)
         assert isinstance(flow, Continuous)

@@ -30,7 +30,7 @@ LEAST = 0.01
 REACH, LINES, ALONG = 3.0, 13, 241
 
 
-def draw_passage(
+def draw_transport(
     path: Path,
     *,
     data: Tensor,

@@ -11,10 +11,10 @@ from flowtrain.data.base import Dataset
 from flowtrain.evaluation.log_likelihood import check_samples
 from flowtrain.flow import Flow
 from flowtrain.plotting.animation import animate_flow_2d, animate_images
-from flowtrain.plotting.drawing import drawing, first, latents, spared, where_inside
+from flowtrain.plotting.drawing import drawing, first, latents, warn_if_plotting_fails, where_inside
 from flowtrain.plotting.image_pictures import Shown
 from flowtrain.plotting.trajectory import Moment, Trajectory
-from flowtrain.plotting.transport_figures import draw_passage, draw_paths
+from flowtrain.plotting.transport_figures import draw_paths, draw_transport
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.status import status
 
@@ -28,16 +28,16 @@ MOST_DOTS, MOST_IMAGES = 100_000, 200
 POINTS = 10_000
 
 
-def draw_way(flow: Flow, data: Dataset, place: Callable[[str], Path], title: str) -> list[Path]:
+def draw_transport_pictures(flow: Flow, data: Dataset, place: Callable[[str], Path], title: str) -> list[Path]:
     """passage.png and paths.png of a flow of two columns; for a conditional flow, those of its first class."""
     label = None if flow.classes is None else flow.seen[0]
     words = title if label is None else f"{title}, class {label}"
     files = []
-    with spared("passage"), drawing(flow, TOLERANCE):
-        _draw_passage(_Way(flow, data, COLUMNS, label), place("passage"), words)
+    with warn_if_plotting_fails("passage"), drawing(flow, TOLERANCE):
+        _draw_transport(_Way(flow, data, COLUMNS, label), place("passage"), words)
         files.append(place("passage"))
     # few particles, whose densities are drawn as lines, on which errors show
-    with spared("paths"), drawing(flow):
+    with warn_if_plotting_fails("paths"), drawing(flow):
         _draw_paths(_Way(flow, data, ALONG, label), place("paths"), words)
         files.append(place("paths"))
     return files
@@ -137,13 +137,13 @@ class _Way:
         return self.flow.labels(self.label, x)
 
 
-def _draw_passage(way: _Way, path: Path, title: str) -> None:
-    draw_passage(
+def _draw_transport(way: _Way, path: Path, title: str) -> None:
+    draw_transport(
         path,
         data=way.data,
         names=way.names,
         log_density=way.log_density,
-        velocity=way.velocity if way.trajectory.continuous else None,
+        velocity=way.velocity if way.trajectory.is_continuous else None,
         forward=way.states,
         title=title,
     )
@@ -154,7 +154,7 @@ def _draw_paths(way: _Way, path: Path, title: str) -> None:
     labels = way.flow.labels(way.label, states[0])
     along = [way.trajectory.log_density(x, m, labels) for x, m in zip(states, way.shown, strict=True)]
     steps = len(way.trajectory.steps)
-    one = way.trajectory.continuous and steps == 1
+    one = way.trajectory.is_continuous and steps == 1
     draw_paths(
         path,
         data=way.data,

@@ -52,14 +52,14 @@ _FIELDS: dict[int, Groups] = {
 }
 # For any number of rows. A cap of 0.5 is as good as 2 on gas and bounds the scale of 16 couplings by exp(8). Patience
 # is long because the validation NLL of a table may rise and then fall again
-_BOUNDED: dict[str, Any] = {"positions": False, "cap": 0.5, "input_bound": 5.0}
+_BOUNDED: dict[str, Any] = {"positional_bias": False, "cap": 0.5, "input_bound": 5.0}
 _COUPLING_TRAINER: dict[str, Any] = {"lr_decay": "constant", "clip_norm": 5.0, "patience": 10}
 _VECTORS: dict[str, Groups] = {
     "realnvp": {"model": {"mixing": "permutation", **_BOUNDED}, "trainer": _COUPLING_TRAINER},
     "glow": {"model": _BOUNDED, "trainer": _COUPLING_TRAINER},
     "affine": {"trainer": {"steps": 500, "lr": 0.001, "val_every": 100, "patience": 5}},
     "ffjord": {
-        "model": {"field": "time_embedding", "positions": False},
+        "model": {"field": "time_embedding", "positional_bias": False},
         "trainer": {"steps": 600, "lr_decay": "cosine", "ema": 0.99, "clip_norm": 5.0, "patience": 3},
     },
 }
@@ -75,7 +75,7 @@ _IMAGE_TRAINER: dict[str, Any] = {
     "val_every": 200,
     "patience": 5,
 }
-_UNBOUNDED: dict[str, Any] = {"positions": True, "cap": 2.0, "dropout": 0.0, "input_bound": None}
+_UNBOUNDED: dict[str, Any] = {"positional_bias": True, "cap": 2.0, "dropout": 0.0, "input_bound": None}
 _IMAGES: dict[str, Groups] = {
     "affine": {"trainer": {"steps": 500, "batch_size": 512, "lr": 0.001, "val_every": 100, "patience": 5}},
     "realnvp": {
@@ -84,7 +84,7 @@ _IMAGES: dict[str, Groups] = {
     },
     "glow": {"model": {"steps": 4, "hidden": [64, 64], **_UNBOUNDED}, "trainer": _IMAGE_TRAINER},
     "ffjord": {
-        "model": {"field": "concat", "hidden": [32, 32], "positions": True},
+        "model": {"field": "concat", "hidden": [32, 32], "positional_bias": True},
         "trainer": {**_IMAGE_TRAINER, "steps": 900, "batch_size": 32, "lr": 0.01},
     },
 }
@@ -92,7 +92,7 @@ _IMAGES: dict[str, Groups] = {
 _BATCH = 512
 
 
-def sized(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, ...]) -> dict[str, Any]:
+def resolve_auto(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, ...]) -> dict[str, Any]:
     """The config with each `auto` in `model` and `trainer` replaced by its value.
 
     Args:
@@ -106,7 +106,7 @@ def sized(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, .
     chosen = []
     for group, keys in groups.items():
         for key, value in keys.items():
-            if value != AUTO or (group == "model" and key in NATIVE):
+            if value != AUTO or (group == "model" and key in OWN_AUTO):
                 continue
             if key not in values.get(group, {}):
                 raise ConfigError(
@@ -122,7 +122,7 @@ def sized(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, .
 
 
 # keys of which the model itself accepts `auto`
-NATIVE = ("trace", "eval_trace")
+OWN_AUTO = ("trace", "eval_trace")
 
 
 def _small_steps(lr: float, rows: int, columns: int) -> dict[str, Any]:

@@ -80,13 +80,13 @@ def build_flow(config: Config, samples: Samples) -> Flow:
     wanted = _wanted(config, "model", offered)
     flow = cast(Flow, _call(config, "model", event_shape=samples.event_shape, **wanted))
     if samples.gaussian_start:
-        start = Preconditioned if flow.continuous else FromGaussian
+        start = Preconditioned if flow.ode_blocks else FromGaussian
         flow.bijection = start(flow.bijection, math.prod(samples.event_shape))
     if samples.standardized or samples.centered:
         flow.bijection = Chain([flow.bijection, Standardize(samples.event_shape, samples.centered)])
     if samples.levels is not None:
         flow.bijection = Chain([flow.bijection, Logit(samples.levels, samples.alpha)])
-    flow.discrete, flow.levels, flow.centered = samples.discrete, samples.levels, samples.centered
+    flow.integer_valued, flow.levels, flow.centered = samples.integer_valued, samples.levels, samples.centered
     flow.noisy, flow.class_counts = samples.noisy, samples.class_counts
     return flow
 

@@ -179,7 +179,7 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
         alpha = below_half("alpha", samples.alpha)
         counts = [v for v in (samples.levels, samples.classes) if v is not None]
         good = all(type(v) is int and v > 0 for v in counts) and all(isinstance(c, str) for c in samples.columns)
-        flags = (samples.discrete, samples.standardized, samples.centered, samples.gaussian_start)
+        flags = (samples.integer_valued, samples.standardized, samples.centered, samples.gaussian_start)
         good &= all(isinstance(v, bool) for v in flags) and isinstance(samples.label, str | None)
         good &= all(map(_is_count, samples.noisy)) and max(samples.noisy, default=-1) < math.prod(event_shape)
         good &= all(map(_is_count, samples.class_counts)) and len(samples.class_counts) in (0, samples.classes)

@@ -19,7 +19,7 @@ from flowtrain.plotting.curves import draw_curves
 from flowtrain.runs import auto_settings, build, load
 from flowtrain.runs.console import banner, data_name, next_commands, title_of
 from flowtrain.training import checkpoint, tensorboard
-from flowtrain.training.time_budget import Deadline
+from flowtrain.training.time_budget import TimeBudget
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import ranks
 from flowtrain.utils.arguments import number, whole, within_memory
@@ -90,13 +90,13 @@ def prepare(
     """Everything built and checked that a run takes, up to its first step; see `train`."""
     device = ranks.device(build.resolve_device(config["device"]))
     # finds mistakes before the data are read, which can take long. Built again once the data are known
-    build.build_settings(auto_settings.sized(config, None, (1,)))
+    build.build_settings(auto_settings.resolve_auto(config, None, (1,)))
     # checkpoints of an older flowtrain have no time budget
     seconds = config.get("time_budget")
     seconds = None if seconds is None else number("time_budget", seconds)
     with phase("reading the data"):
         data = build.build_data(config)
-    config = auto_settings.sized(config, data.n_train, data.event_shape)
+    config = auto_settings.resolve_auto(config, data.n_train, data.event_shape)
     settings = build.build_settings(config)
     if saved is not None:
         check_same("resume", load.samples_of(saved), data.samples)
@@ -125,7 +125,7 @@ def prepare(
     objective = build.build_objective(config, flow, teacher)
     config = {**config, "objective": {**config["objective"], **objective.pinned}}
     picture = partial(draw_training, data=data, run_dir=run_dir, title=title_of(config), board=board)
-    deadline = None if seconds is None else Deadline(seconds, begun, flow, data)
+    deadline = None if seconds is None else TimeBudget(seconds, begun, flow, data)
     trainer = Trainer(
         objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None, deadline=deadline
     )
@@ -148,7 +148,7 @@ def draw_training(
     # the first picture may come before the first validation
     validated = "" if math.isnan(nll) else f", validation {reached}"
     path = run_dir / f"plots/samples_{step:06d}.png"
-    with pictures.spared(f"step {step}"):
+    with pictures.warn_if_plotting_fails(f"step {step}"):
         pictures.draw(flow, data, path, f"{title}, step {step}{validated}")
         if board is not None:
             board.picture(path, step)
@@ -176,7 +176,16 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    for key in ("event_shape", "discrete", "noisy", "levels", "alpha", "standardized", "centered", "gaussian_start"):
+    for key in (
+        "event_shape",
+        "integer_valued",
+        "noisy",
+        "levels",
+        "alpha",
+        "standardized",
+        "centered",
+        "gaussian_start",
+    ):
         old, new = getattr(before, key), getattr(now, key)
         if old != new:
             raise ConfigError(
@@ -222,11 +231,11 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
     title = title_of(config)
     reached = f"{title}, test {result.words}"
     drawn = []
-    with pictures.spared("curves"):
+    with pictures.warn_if_plotting_fails("curves"):
         draw_curves(place("curves"), rows=trainer.metrics.rows, title=reached, entropy=data.entropy)
         drawn.append(place("curves"))
     if deadline is None or deadline.has_time_for("samples"):
-        with pictures.spared("samples"):
+        with pictures.warn_if_plotting_fails("samples"):
             pictures.draw(flow, data, place("samples"), reached)
             drawn.append(place("samples"))
     drawn += pictures.draw_evaluation(result, title, data_name(config), place)

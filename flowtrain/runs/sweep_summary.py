@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from flowtrain.plotting.drawing import spared
+from flowtrain.plotting.drawing import warn_if_plotting_fails
 from flowtrain.plotting.sweep_figure import MOST_SWEPT, Swept, draw_sweep
 from flowtrain.utils.errors import ConfigError, first_line
 from flowtrain.utils.files import write_text
@@ -71,7 +71,7 @@ def write_summary(root: Path) -> tuple[str, int]:
     axes = [key for key in keys if key != "seed"] or keys
     written = {"sweep.csv": as_csv(jobs, keys), "sweep.md": table + "\n"}
     lines = {key: against(done, key) for key in axes[:MOST_SWEPT]}
-    with spared("the sweep", ", nor its files"):
+    with warn_if_plotting_fails("the sweep", ", nor its files"):
         for name, text in written.items():
             write_text(root / name, text)
         if done and axes:

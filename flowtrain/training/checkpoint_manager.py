@@ -9,10 +9,10 @@ from typing import Any
 from flowtrain.data.base import Samples
 from flowtrain.flow import Flow
 from flowtrain.training import checkpoint
-from flowtrain.training.failure_policy import Trouble
+from flowtrain.training.failure_policy import FailurePolicy
 from flowtrain.training.progress import Progress
 from flowtrain.training.resume_validation import check_progress
-from flowtrain.training.train_state import Learner
+from flowtrain.training.train_state import TrainState
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import CheckpointError
 
@@ -35,7 +35,7 @@ def load_weights(flow: Flow, saved: Mapping[str, Any]) -> None:
         ) from e
 
 
-class Saves:
+class CheckpointManager:
     """Writes what a run must not lose into its directory, and takes it from there.
 
     Args:
@@ -51,8 +51,8 @@ class Saves:
         run_dir: Path,
         config: Mapping[str, Any],
         samples: Samples,
-        learner: Learner,
-        trouble: Trouble,
+        learner: TrainState,
+        trouble: FailurePolicy,
         progress: Progress,
     ) -> None:
         self.run_dir, self.config, self.samples = run_dir, config, samples
@@ -100,7 +100,7 @@ class Saves:
                 e,
             )
             written = False
-        return ranks.from_first(written)
+        return ranks.broadcast_object(written)
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """All of last.pt but its weights.
@@ -140,7 +140,7 @@ class Saves:
         solver = self.flow.solver
         if solver is None or solver.adaptive:
             return
-        sized = {"step_size": solver.step_size, "steps": None}
-        self.config = {**self.config, "solver": {**self.config["solver"], **sized}}
+        resolve_auto = {"step_size": solver.step_size, "steps": None}
+        self.config = {**self.config, "solver": {**self.config["solver"], **resolve_auto}}
         # the best NLL so far may owe itself to the coarser steps, and no honest one would ever beat it
         self.progress.forget_best()

@@ -17,7 +17,7 @@ class Ema:
     The running statistics of batch norms are averaged in the same way, because the last statistics fit the activations
     of averaged weights less well. (RealNVP with batch norms, decay 0.99: the validation NLL on moons after 200,
     400 and 600 steps is 2.566, 2.525, 2.502 with averaged statistics and 2.586, 2.544, 2.517 with copied ones.) This is
-    valid because statistics change only with an accepted update, see `Learner.keep_running`.
+    valid because statistics change only with an accepted update, see `TrainState.keep_running`.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:

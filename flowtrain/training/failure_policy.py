@@ -80,7 +80,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-class Trouble:
+class FailurePolicy:
     """The policy of a run, `trainer.on_nonfinite`, and what it has cost so far.
 
     Attributes:

@@ -9,7 +9,7 @@ from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
 from flowtrain.training.batches import Batches
 from flowtrain.training.settings import Settings
-from flowtrain.training.time_budget import Deadline
+from flowtrain.training.time_budget import TimeBudget
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import ConfigError, NonFiniteError
 
@@ -35,7 +35,7 @@ def check_trainable(flow: Flow, settings: Settings) -> None:
         )
 
 
-def initialize(flow: Flow, batches: Batches, deadline: Deadline | None = None) -> None:
+def initialize(flow: Flow, batches: Batches, deadline: TimeBudget | None = None) -> None:
     """Sets statistics and data-dependent parameters from training data, all rows of them on every rank.
 
     Args:
@@ -69,7 +69,7 @@ def compile_parts(objective: Objective, flow: Flow) -> None:
     Raises:
         ConfigError: a conditional continuous flow.
     """
-    parts = flow.continuous
+    parts = flow.ode_blocks
     if parts and flow.classes is not None:
         raise ConfigError("trainer.compile=true: the fields of a conditional flow are not compiled; set it to false")
     for continuous in parts:

@@ -20,17 +20,34 @@ RENAMED = {
     "flowtrain.solvers.ode_solver": "flowtrain.ode.ode_solver",
 }
 
+# config keys of earlier versions, by group, and their present names
+RENAMED_KEYS = {"model": {"positions": "positional_bias"}}
+# what checkpoints say of their samples
+RENAMED_SAMPLES = {"discrete": "integer_valued"}
+
 
 def upgraded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of a checkpoint as the current version writes them."""
-    config = {group: _renamed(keys) for group, keys in checkpoint["config"].items()}
-    return {**checkpoint, "config": {**config, "data": _data(config["data"])}}
+    config = {group: _renamed(group, keys) for group, keys in checkpoint["config"].items()}
+    content = {**checkpoint, "config": {**config, "data": _data(config["data"])}}
+    if isinstance(checkpoint.get("samples"), dict):
+        content["samples"] = renamed(checkpoint["samples"], RENAMED_SAMPLES)
+    return content
 
 
-def _renamed(keys: Any) -> Any:
-    if isinstance(keys, dict) and keys.get("_target_") in RENAMED:
-        return {**keys, "_target_": RENAMED[keys["_target_"]]}
-    return keys
+def renamed(keys: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The mapping with its keys renamed. A key that has its new name already wins over one with the old name."""
+    found = {names[k]: v for k, v in keys.items() if k in names}
+    return {**found, **{k: v for k, v in keys.items() if k not in names}}
+
+
+def _renamed(group: str, keys: Any) -> Any:
+    if not isinstance(keys, dict):
+        return keys
+    if group in RENAMED_KEYS and str(keys.get("_target_")).startswith("flowtrain."):
+        keys = renamed(keys, RENAMED_KEYS[group])
+    target = keys.get("_target_")
+    return {**keys, "_target_": RENAMED[target]} if isinstance(target, str) and target in RENAMED else keys
 
 
 def _data(data: dict[str, Any]) -> dict[str, Any]:

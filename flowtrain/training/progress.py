@@ -29,7 +29,7 @@ class Progress:
             validations must not change when a run ends.
         best_rows: log p of some validation rows at the best validation, see `rise.some_rows`; None if `max_rise` is not
             set.
-        position: the position of the schedules, in steps, see `Pace`.
+        position: the position of the schedules, in steps, see `ScheduleClock`.
         worse: NLL of the latest consecutive regular validations that were clearly worse than the best.
     """
 

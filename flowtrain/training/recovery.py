@@ -5,8 +5,8 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import TypeVar
 
-from flowtrain.training.checkpoint_manager import Saves
-from flowtrain.training.failure_policy import STEP_ERRORS, Trouble
+from flowtrain.training.checkpoint_manager import CheckpointManager
+from flowtrain.training.failure_policy import STEP_ERRORS, FailurePolicy
 from flowtrain.training.metrics import Metrics
 from flowtrain.training.settings import Settings
 from flowtrain.utils import ranks
@@ -28,7 +28,7 @@ class Failed(Enum):
 class Recovery:
     """Stands around what may fail; all ranks see the same failures, and do the same about them."""
 
-    def __init__(self, trouble: Trouble, saves: Saves, metrics: Metrics, settings: Settings) -> None:
+    def __init__(self, trouble: FailurePolicy, saves: CheckpointManager, metrics: Metrics, settings: Settings) -> None:
         self.trouble, self.saves, self.metrics, self.settings = trouble, saves, metrics, settings
 
     def guarded(self, action: Callable[[], T], what: str) -> T | Failed:

@@ -15,7 +15,7 @@ class LearningRate:
     """lr x warm-up x decay. Warm-up and cosine depend on step and position alone; plateau remembers the validations.
 
     Warm-up: (step + 1) / lr_warmup up to 1. Cosine: (1 + cos(pi position / steps)) / 2. The position is the step,
-    or further under a time limit, see `Pace`. Plateau: halved after
+    or further under a time limit, see `ScheduleClock`. Plateau: halved after
     `lr_plateau_patience` validations in a row without a new best. All of them once for the steps before `again`, where
     that is not 0, and once for those from there on.
     """
@@ -67,7 +67,7 @@ GRACE = 0.1
 MATCHING = 0.5
 
 
-class Pace:
+class ScheduleClock:
     """The position of the schedules, in steps: max(step, time spent, converted to steps).
 
     Learning rate, tolerance and the change to the likelihood follow the position. The time counts after a share GRACE
@@ -136,7 +136,7 @@ FIRST_PICTURE = 50
 
 
 @dataclass(frozen=True)
-class Plan:
+class ValidationSchedule:
     """The steps of a run that are followed by a validation or a picture.
 
     Args:

@@ -33,7 +33,7 @@ LEAST = 200
 PARTS = 4
 
 
-class Deadline:
+class TimeBudget:
     """Estimates what the rest of a command takes, and limits training and evaluation so that it ends in time.
 
     Args:

@@ -15,7 +15,7 @@ from flowtrain.training.batches import Batch
 from flowtrain.training.ema import Ema
 from flowtrain.training.guard import Guard
 from flowtrain.training.resume_validation import moments
-from flowtrain.training.schedules import LearningRate, Pace
+from flowtrain.training.schedules import LearningRate, ScheduleClock
 from flowtrain.training.settings import Settings
 from flowtrain.utils import ranks
 
@@ -23,7 +23,7 @@ from flowtrain.utils import ranks
 WARMUP = 2 / 3
 
 
-class Learner:
+class TrainState:
     """Optimizer, learning rate, average and guard of a flow whose weights are those that training begins with.
 
     Sets `flow.solver.warmup`, in steps, where it is None and so left to the trainer: to WARMUP of the steps that solve.
@@ -38,7 +38,7 @@ class Learner:
         ema, guard: None where there is none.
     """
 
-    def __init__(self, objective: Objective, flow: Flow, settings: Settings, pace: Pace) -> None:
+    def __init__(self, objective: Objective, flow: Flow, settings: Settings, pace: ScheduleClock) -> None:
         self.flow, self.settings, self.pace = flow, settings, pace
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(flow.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
@@ -78,7 +78,7 @@ class Learner:
     def apply(self) -> None:
         """Updates the weights and their average. All ranks take the running statistics of rank 0."""
         self.optimizer.step()
-        ranks.make_alike(self.running)
+        ranks.broadcast(self.running)
         if self.ema is not None:
             self.ema.update()
 

@@ -14,15 +14,15 @@ from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
 from flowtrain.training import initialization
 from flowtrain.training.batches import Batches
-from flowtrain.training.checkpoint_manager import Saves, load_weights
-from flowtrain.training.failure_policy import STEP_ERRORS, Trouble
+from flowtrain.training.checkpoint_manager import CheckpointManager, load_weights
+from flowtrain.training.failure_policy import STEP_ERRORS, FailurePolicy
 from flowtrain.training.metrics import Metrics
 from flowtrain.training.progress import NfeWatch, Progress, progress_bar, show
 from flowtrain.training.recovery import Failed, Recovery
-from flowtrain.training.schedules import Pace, Plan, early_validations
+from flowtrain.training.schedules import ScheduleClock, ValidationSchedule, early_validations
 from flowtrain.training.settings import Settings
-from flowtrain.training.time_budget import Deadline
-from flowtrain.training.train_state import Learner
+from flowtrain.training.time_budget import TimeBudget
+from flowtrain.training.train_state import TrainState
 from flowtrain.training.update import Row, Update
 from flowtrain.training.validation import Validation, advice, best_step
 from flowtrain.utils import ranks
@@ -67,7 +67,7 @@ class Trainer:
         saved: Mapping[str, Any] | None = None,
         picture: Picture | None = None,
         initialize: bool = True,
-        deadline: Deadline | None = None,
+        deadline: TimeBudget | None = None,
     ) -> None:
         self.flow, self.data, self.settings, self.run_dir, self.picture = flow, data, settings, run_dir, picture
         self.deadline = deadline
@@ -78,14 +78,14 @@ class Trainer:
         elif initialize:
             with phase("initializing the model from data"):
                 initialization.initialize(flow, batches, deadline)
-        ranks.make_alike(flow.state_dict().values())
-        self.progress, self.trouble = Progress(), Trouble(settings.on_nonfinite, settings.max_rewinds)
+        ranks.broadcast(flow.state_dict().values())
+        self.progress, self.trouble = Progress(), FailurePolicy(settings.on_nonfinite, settings.max_rewinds)
         self.objective = objective
-        self.pace = Pace(self.progress, settings.steps, objective.likelihood_from or 0)
+        self.pace = ScheduleClock(self.progress, settings.steps, objective.likelihood_from or 0)
         # the first optimizer makes torch load its compiler, which takes seconds
         with status("preparing the optimizer"):
-            self.learner = Learner(objective, flow, settings, self.pace)
-        self.saves = Saves(run_dir, config, data.samples, self.learner, self.trouble, self.progress)
+            self.learner = TrainState(objective, flow, settings, self.pace)
+        self.saves = CheckpointManager(run_dir, config, data.samples, self.learner, self.trouble, self.progress)
         if saved is not None:
             self.saves.load(saved)
         if settings.compile:
@@ -94,7 +94,7 @@ class Trainer:
         self.update = Update(objective, self.learner, batches, settings, run_dir)
         self.validation = Validation(self.learner, data, settings, self.progress, self.metrics, self.saves)
         early = early_validations(settings, data.n_train, self.learner.solves_from != 0)
-        self.plan = Plan(settings, early if objective.start_counts else frozenset())
+        self.plan = ValidationSchedule(settings, early if objective.start_counts else frozenset())
         self.recovery = Recovery(self.trouble, self.saves, self.metrics, settings)
         self.watch = NfeWatch()
         self.stopped_by: str | None = None
@@ -174,12 +174,12 @@ class Trainer:
                 limit = self.limit
                 if self.deadline is not None and limit is not None:
                     self.deadline.probe_again(time.perf_counter() - begun, limit)
-                self.heed(signals.received, limit is not None and time.perf_counter() - begun >= limit)
+                self.check_for_stop(signals.received, limit is not None and time.perf_counter() - begun >= limit)
                 if row is not Failed.REWOUND:
                     self.after_step()
                 p.seconds = before + time.perf_counter() - begun
             # a signal that came while the last step was validated and saved
-            self.heed(signals.received, out_of_time=False)
+            self.check_for_stop(signals.received, out_of_time=False)
         if self.saved_step != p.step:
             log.warning("the last checkpoint that could be written is of step %d, not %d", self.saved_step, p.step)
 
@@ -190,7 +190,7 @@ class Trainer:
         self.deadline.probe()
         # an earlier best NLL can only be compared on the same rows
         if self.best is None:
-            self.validation.size = ranks.from_first(self.deadline.val_rows(self.settings.val_size))
+            self.validation.size = ranks.broadcast_object(self.deadline.val_rows(self.settings.val_size))
             self.deadline.most_val = self.validation.size
 
     def train_step(self) -> Row:
@@ -221,7 +221,7 @@ class Trainer:
             self.metrics.write(step=self.step, split="train", nll=nll, seconds=self.seconds, **row)
             show(bar, self.metrics.rows[-1], self.progress.val_nll, self.flow.bits_per_nat)
 
-    def heed(self, received: int | None, out_of_time: bool) -> None:
+    def check_for_stop(self, received: int | None, out_of_time: bool) -> None:
         """Ends the run after this step where any rank has had a signal, or has no time left."""
         elapsed = time.perf_counter() - self.begun
         signalled, late, position = ranks.largest([received or 0, out_of_time, self.pace.reached(elapsed, self.limit)])

@@ -16,7 +16,7 @@ from flowtrain.training.batches import Batch, Batches
 from flowtrain.training.failure_policy import STEP_ERRORS, bad_update, dump
 from flowtrain.training.metrics import in_bits
 from flowtrain.training.settings import Settings
-from flowtrain.training.train_state import Learner
+from flowtrain.training.train_state import TrainState
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 from flowtrain.utils.precision import narrowed, training_step
@@ -102,7 +102,7 @@ class Update:
     """
 
     def __init__(
-        self, objective: Objective, learner: Learner, batches: Batches, settings: Settings, run_dir: Path
+        self, objective: Objective, learner: TrainState, batches: Batches, settings: Settings, run_dir: Path
     ) -> None:
         self.objective, self.learner, self.batches = objective, learner, batches
         self.settings, self.run_dir = settings, run_dir
@@ -130,7 +130,7 @@ class Update:
         found = dict(zip(means, values, strict=True))
         if tried.failure is not None or not math.isfinite(grad_norm) or not math.isfinite(found["loss"]):
             restore()
-            raise self.blame(step, batch, tried)
+            raise self.diagnose_failure(step, batch, tried)
         if self.settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.flow.parameters(), self.settings.clip_norm, norm)
         self.learner.apply()
@@ -189,11 +189,11 @@ class Update:
             terms |= {name: terms["loss"].new_tensor(n, dtype=torch.float32) for name, n in tried.nfe.items()}
         return averaged(list(self.flow.parameters()), terms, self.batches.weight)
 
-    def blame(self, step: int, batch: Batch, tried: Attempt) -> FlowtrainError:
+    def diagnose_failure(self, step: int, batch: Batch, tried: Attempt) -> FlowtrainError:
         """What there is to say of a step without an update, the same on all ranks: where it failed, and why."""
         failure = tried.failure or bad_update(self.flow, float(tried.terms["loss"]), batch.x)
         if failure is not None:
             path = dump(self.run_dir, step + 1, batch.x, batch.label)
             failure = failure if path is None else type(failure)(f"{failure} Its batch is in {path}.")
-        agreed = ranks.agreed(failure)
+        agreed = ranks.gather_errors(failure)
         return agreed or NonFiniteError("the sum of all ranks' gradients is not finite, though each of them is.")

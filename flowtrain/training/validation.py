@@ -10,11 +10,11 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation.log_likelihood import check_finite, held_out, log_probs
-from flowtrain.training.checkpoint_manager import Saves
+from flowtrain.training.checkpoint_manager import CheckpointManager
 from flowtrain.training.metrics import Metrics, in_bits
 from flowtrain.training.progress import Progress
 from flowtrain.training.settings import Settings
-from flowtrain.training.train_state import Learner
+from flowtrain.training.train_state import TrainState
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 
@@ -119,7 +119,13 @@ class Validation:
     """Scores the averaged weights, where there are any, and remembers how good they have been."""
 
     def __init__(
-        self, learner: Learner, data: Dataset, settings: Settings, progress: Progress, metrics: Metrics, saves: Saves
+        self,
+        learner: TrainState,
+        data: Dataset,
+        settings: Settings,
+        progress: Progress,
+        metrics: Metrics,
+        saves: CheckpointManager,
     ) -> None:
         self.flow, self.learner, self.data, self.settings = learner.flow, learner, data, settings
         self.progress, self.metrics, self.saves = progress, metrics, saves
@@ -148,7 +154,7 @@ class Validation:
         rows = None if self.settings.max_rise is None else self.compared()
         if regular:
             self.count()
-            self.look_for_rise(rows)
+            self.check_overfitting(rows)
         # a new best counts only once its checkpoint is written, on all ranks
         if improved and self.saves.best():
             p.best, p.best_rows = {"nll": p.val_nll, "step": p.step}, rows
@@ -163,7 +169,7 @@ class Validation:
         # what is still being tightened has not settled
         p.stale = 0 if improved or not self.learner.settled(p.step) else p.stale + 1
 
-    def look_for_rise(self, rows: Tensor | None) -> None:
+    def check_overfitting(self, rows: Tensor | None) -> None:
         """Sets `risen`: whether the last three validations are clearly worse than the best, or two that still rise."""
         p, s = self.progress, self.settings
         worse = False
@@ -176,7 +182,7 @@ class Validation:
     def compared(self) -> Tensor:
         """log p of some rows of the whole validation set, (k,), the same on all ranks."""
         mine = some_rows(self.scored, self.start, self.n)
-        return torch.cat([torch.tensor(part) for part in ranks.all_of(mine.tolist())])
+        return torch.cat([torch.tensor(part) for part in ranks.all_gather(mine.tolist())])
 
     @property
     def out_of_patience(self) -> bool:
@@ -203,6 +209,6 @@ class Validation:
         sums = [log_p.sum().item(), log_p.square().sum().item(), len(log_p), failure is not None]
         total, squares, n, failures = ranks.summed(sums)
         if failures:
-            raise ranks.agreed(failure) or NonFiniteError("the validation failed")
+            raise ranks.gather_errors(failure) or NonFiniteError("the validation failed")
         variance = max(0.0, squares - total**2 / n) / (n - 1) if n > 1 else math.nan
         return -total / n, math.sqrt(variance / n)

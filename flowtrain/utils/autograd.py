@@ -23,7 +23,7 @@ def transforms_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
-def values(x: Tensor) -> Tensor:
+def plain_values(x: Tensor) -> Tensor:
     """The values of x without a graph; inside `torch.func.vmap`, those of all lanes.
 
     vmap rejects control flow that depends on values, such as the choice of a step size, because lanes may differ. A
@@ -40,9 +40,9 @@ def values(x: Tensor) -> Tensor:
     return x.detach()
 
 
-def largest(x: Tensor) -> float:
-    """The largest of the values of x, see `values`; NaN if one of them is NaN."""
-    x = values(x)
+def plain_max(x: Tensor) -> float:
+    """The largest of the values of x, see `plain_values`; NaN if one of them is NaN."""
+    x = plain_values(x)
     return float(x.max() if x.dim() else x)
 
 
@@ -77,14 +77,14 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _lane_by_lane(pull: Callable[..., tuple[Any, ...]], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
+def _lane_by_lane(vjp: Callable[..., tuple[Any, ...]], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
     """pull(*cotangents), if vmap has batched at least one of the cotangents."""
     places: list[int] = []
     n = 0
 
     def tensors(*lane: Any) -> tuple[Tensor, ...]:
         nonlocal n
-        found = pull(*lane)
+        found = vjp(*lane)
         n = len(found)
         places[:] = [i for i, part in enumerate(found) if part is not None]
         return tuple(found[i] for i in places)

@@ -197,7 +197,7 @@ def sum_in_place(tensor: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
-def from_first(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """The value that rank 0 has, on all ranks; plain values only."""
     if size() == 1:
         return value
@@ -207,7 +207,7 @@ def from_first(value: T) -> T:
     return box[0]
 
 
-def all_of(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """The values of all ranks, by rank; plain values only."""
     if size() == 1:
         return [value]
@@ -218,7 +218,7 @@ def all_of(value: T) -> list[T]:
 
 
 @torch.no_grad()
-def make_alike(tensors: Iterable[Tensor]) -> None:
+def broadcast(tensors: Iterable[Tensor]) -> None:
     """Copies rank 0's values into the tensors of all ranks."""
     if size() > 1:
         with _together():
@@ -226,11 +226,11 @@ def make_alike(tensors: Iterable[Tensor]) -> None:
                 dist.broadcast(tensor, src=0)
 
 
-def agreed(error: FlowtrainError | None) -> FlowtrainError | None:
+def gather_errors(error: FlowtrainError | None) -> FlowtrainError | None:
     """The first of all ranks' errors, with the rank it comes from; None where no rank has one."""
     if size() == 1:
         return error
-    found = all_of(None if error is None else (type(error), str(error)))
+    found = all_gather(None if error is None else (type(error), str(error)))
     for i, each in enumerate(found):
         if each is not None:
             kind, message = each

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from flowtrain.training.loop import Trainer
 
 import flowtrain
 from flowtrain.cli import evaluate, train
-from flowtrain.training.loop import Trainer
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -62,7 +62,7 @@ CASES: dict[str, list[str]] = {
     ],
     "realnvp_images_batch_norm": [
         "model=realnvp", *SQUARES, "recipe=none", "model.layers=1", "model.hidden=[2]", "model.scales=0",
-        "model.batch_norm=true", "model.positions=true",
+        "model.batch_norm=true", "model.positional_bias=true",
     ],
     "realnvp_images_odd": [
         "model=realnvp", *SQUARES, "data.columns=['0:9']", "data.event_shape=[1,3,3]", "data.alpha=0.01", "recipe=none",
@@ -74,7 +74,7 @@ CASES: dict[str, list[str]] = {
     ],
     "glow_labels": ["model=glow", *LABELLED, "model.steps=1", *NET, "trainer.ema=null"],
     "glow_images": [
-        "model=glow", *IMAGES, "model.steps=1", "model.hidden=[2]", "model.scales=2", "model.positions=true",
+        "model=glow", *IMAGES, "model.steps=1", "model.hidden=[2]", "model.scales=2", "model.positional_bias=true",
     ],
     "glow_images_labels": ["model=glow", *SQUARES, *CLASSES, "model.steps=1", *NET, "model.scales=1"],
     "ffjord_moons": ["model=ffjord", *MOONS, *NET],
@@ -89,7 +89,7 @@ CASES: dict[str, list[str]] = {
     ],
     "ffjord_images": [
         "model=ffjord", *SQUARES, *CLASSES, "recipe=none", "model.hidden=[2]", "model.scales=1", "solver=midpoint",
-        "solver.steps=2", "model.positions=true", "trainer.steps=6", "stop=3",
+        "solver.steps=2", "model.positional_bias=true", "trainer.steps=6", "stop=3",
     ],
     "ffjord_images_adaptive": [
         "model=ffjord", *SQUARES, "recipe=none", "model.hidden=[2]", "model.scales=1", "model.full_size=false",
@@ -225,7 +225,7 @@ def rows_of(command: list[str]) -> tuple[np.ndarray, list[int] | None]:
     table = np.load(keys["data.path"]).astype(np.float64)
     size = int(np.prod(flow.event_shape))
     x = table[rng.permutation(len(table))[:16], :size]
-    if flow.discrete:
+    if flow.integer_valued:
         x = x + rng.uniform(0.001, 0.999, x.shape)
     else:
         # the last rows far out, where flows extrapolate

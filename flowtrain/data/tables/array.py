@@ -11,11 +11,19 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import ALPHA, Checksum, Samples, record_of
-from flowtrain.data.in_memory import SETS, Finite, Resident, held_out, split
+from flowtrain.data.in_memory import SETS, Finite, InMemoryStore, held_out, split
 from flowtrain.data.tables.columns import Columns, counted, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
-from flowtrain.data.tables.sample_spec import Divided, Kind, Part, as_labels, noised_batch, noised_set, noisy_columns
-from flowtrain.data.tables.streaming import Mapped, is_mapped
+from flowtrain.data.tables.sample_spec import (
+    Divided,
+    Part,
+    SampleSpec,
+    as_labels,
+    noised_batch,
+    noised_set,
+    noisy_columns,
+)
+from flowtrain.data.tables.streaming import StreamedTable, is_streamed
 from flowtrain.data.tables.table_checks import (
     check_alike,
     check_enough_rows,
@@ -34,7 +42,7 @@ from flowtrain.utils.arguments import below_half, flag, one_of, whole
 from flowtrain.utils.errors import ConfigError
 
 
-class Loaded:
+class InMemoryTable:
     """The table of a file, and its labels where there are any; see `read_labelled` for the arguments.
 
     Attributes:
@@ -50,48 +58,48 @@ class Loaded:
         label: str | int | None,
         text_format: TextFormat = DETECTED,
     ) -> None:
-        self.table, self.marks = read_labelled(path, key, columns, label, text_format)
+        self.table, self.label_column = read_labelled(path, key, columns, label, text_format)
         self.n = len(self.table.values)
 
-    def all(self, kind: Kind, most: int, seed: int, *stream: int) -> Part:
+    def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
         """Every row, once checked: what is in memory may as well be used."""
-        rows = np.arange(self._checked(kind))
-        return replace(self._part(kind, rows), rows=(self.n, self._checksum()))
+        rows = np.arange(self._checked(spec))
+        return replace(self._part(spec, rows), rows=(self.n, self._checksum()))
 
     def divided(
-        self, kind: Kind, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
+        self, spec: SampleSpec, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
     ) -> Divided:
         """The rows, once checked, of which so many are held out, drawn by the stream (seed, *split_key)."""
-        rows = split(self._checked(kind), sizes, seed, *split_key)
+        rows = split(self._checked(spec), sizes, seed, *split_key)
         values = self.table.values[rows[0]]
-        train = self._part(kind, rows[0])
+        train = self._part(spec, rows[0])
         labels = np.empty(0, np.int64) if train.labels is None else train.labels.numpy()
         return Divided(
-            store=Resident(train.x, train.labels, *order_key),
+            store=InMemoryStore(train.x, train.labels, *order_key),
             n=len(values),
-            held=[self._part(kind, mine) for mine in rows[1:]],
+            held=[self._part(spec, mine) for mine in rows[1:]],
             mean=values.mean(0),
             variance=values.var(0),
             look=values,
             whole=whole_columns(self.table.values),
-            hashes=np.empty(0, np.uint64) if kind.discrete else row_hashes(train.x.numpy()),
+            hashes=np.empty(0, np.uint64) if spec.integer_valued else row_hashes(train.x.numpy()),
             hash_step=1,
             class_counts=np.bincount(labels),
             checksum=self._checksum(),
         )
 
     def _checksum(self) -> str:
-        return str(Checksum().add(self.table.values, None if self.marks is None else self.marks.values))
+        return str(Checksum().add(self.table.values, None if self.label_column is None else self.label_column.values))
 
-    def _checked(self, kind: Kind) -> int:
-        kind.check(self.table)
-        if self.marks is not None:
-            check_labels(self.marks)
+    def _checked(self, spec: SampleSpec) -> int:
+        spec.check(self.table)
+        if self.label_column is not None:
+            check_labels(self.label_column)
         return self.n
 
-    def _part(self, kind: Kind, rows: np.ndarray) -> Part:
-        labels = None if self.marks is None else as_labels(self.marks.values[rows])
-        return Part(kind.samples(self.table.values[rows]), labels, rows)
+    def _part(self, spec: SampleSpec, rows: np.ndarray) -> Part:
+        labels = None if self.label_column is None else as_labels(self.label_column.values[rows])
+        return Part(spec.samples(self.table.values[rows]), labels, rows)
 
 
 _log = logging.getLogger("flowtrain")
@@ -187,47 +195,51 @@ class ArrayData(Finite):
         for other in others:
             if other is not None:
                 check_alike(first.table, other.table)
-                if first.marks is not None and other.marks is not None:
-                    check_alike(first.marks, other.marks)
+                if first.label_column is not None and other.label_column is not None:
+                    check_alike(first.label_column, other.label_column)
         width = len(first.table.columns)
         self.event_shape = _event_shape(event_shape, width)
         self.columns = first.table.columns if event_shape is None else ()
         self._names = first.table.columns if first.table.named else ()
-        self._label = first.marks.columns[0] if first.marks is not None and first.marks.named else None
-        self.discrete, self.noisy = _noise(dequantize, self.levels, first.table)
-        kind = Kind(self.event_shape, self.discrete, self.levels, self.noisy)
+        self._label = (
+            first.label_column.columns[0] if first.label_column is not None and first.label_column.named else None
+        )
+        self.integer_valued, self.noisy = _noise(dequantize, self.levels, first.table)
+        spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy)
 
         most = max(1, min(MOST_HELD_OUT, HELD_OUT_BYTES // (8 * width)))
         have = [other is not None for other in others]
-        cap = most if isinstance(first, Mapped) else None
+        cap = most if isinstance(first, StreamedTable) else None
         sizes = held_out(first.n, first.table.path, have, (val_fraction, test_fraction), cap)
-        divided, kind = self._divide(first, kind, sizes, seed)
-        own = [None if o is None else o.all(kind, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
+        divided, spec = self._divide(first, spec, sizes, seed)
+        own = [None if o is None else o.all(spec, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
         self.gaussian_start = _starts(gaussian_start, self.event_shape)
         val, test = (held if part is None else part for held, part in zip(divided.held, own, strict=True))
         self.val, self.test = (noised_set(part.x, self.noisy, seed, i) for i, part in enumerate((val, test)))
         self.val_labels, self.test_labels = val.labels, test.labels
         held_rows = zip(SETS, (val, test), strict=True)
         self.record = record_of((first.n, divided.checksum), ((name, part.rows) for name, part in held_rows))
-        self._check_held_out(first.table, divided, kind, {"val": val, "test": test})
+        self._check_held_out(first.table, divided, spec, {"val": val, "test": test})
         self.n_train = divided.n
         if cap in sizes:
             _log.info(
                 f"{path}: the file is large, so at most {most:,} rows are held out for each of validation and test"
             )
 
-    def _divide(self, first: Loaded | Mapped, kind: Kind, sizes: list[int], seed: int) -> tuple[Divided, Kind]:
+    def _divide(
+        self, first: InMemoryTable | StreamedTable, spec: SampleSpec, sizes: list[int], seed: int
+    ) -> tuple[Divided, SampleSpec]:
         """Takes the training rows, and refuses columns that no density can be fitted to."""
         keys = (_STREAM, _SPLIT), (_STREAM, _ORDER)
-        if isinstance(first, Mapped):
+        if isinstance(first, StreamedTable):
             _log.info(
                 f"{first.table.path}: {first.n:,} rows are checked now and read again block by block (data.memory_map)"
             )
-        divided = first.divided(kind, sizes, seed, *keys)
-        self._mean, self._std = kind.moments(divided.mean, divided.variance)
+        divided = first.divided(spec, sizes, seed, *keys)
+        self._mean, self._std = spec.moments(divided.mean, divided.variance)
         if len(self.event_shape) == 1:
             check_enough_rows(first.table.path, divided.n, len(self._mean))
-        noisy = range(len(self._mean)) if self.discrete else self.noisy
+        noisy = range(len(self._mean)) if self.integer_valued else self.noisy
         check_spread(first.table, self._mean, self._std, divided.whole, noisy, self._centers)
         coarse = COARSE * self._std < np.finfo(np.float32).eps * np.abs(self._mean)
         if self._centers and coarse.any():
@@ -236,12 +248,12 @@ class ArrayData(Finite):
             # the offset has values that float32 represents exactly
             offset = np.where(coarse, self._mean, 0.0).astype(np.float32).astype(np.float64)
             self.offset = torch.from_numpy(offset).view(self.event_shape)
-            kind = replace(kind, wide=True)
-            divided = first.divided(kind, sizes, seed, *keys)
+            spec = replace(spec, wide=True)
+            divided = first.divided(spec, sizes, seed, *keys)
         self.keep(divided.store)
-        return divided, kind
+        return divided, spec
 
-    def _check_held_out(self, table: Table, divided: Divided, kind: Kind, held: Mapping[str, Part]) -> None:
+    def _check_held_out(self, table: Table, divided: Divided, spec: SampleSpec, held: Mapping[str, Part]) -> None:
         """Counts the classes, and warns of data whose likelihood is not meaningful."""
         labels = {name: part.labels.numpy() for name, part in held.items() if part.labels is not None}
         if len(labels) == len(held):
@@ -251,11 +263,11 @@ class ArrayData(Finite):
             self.class_counts = tuple(counts.tolist())
             warn_of_unseen(table.path, counts, labels)
         codes = warn_of_sentinels(table, divided.look) if self.levels is None else {}
-        if self.discrete:
+        if self.integer_valued:
             return
         few = warn_of_repeats(table, divided.look, divided.whole, set(self.noisy), codes)
         if len(self.event_shape) == 1:
-            warn_of_dependence(table, divided.look, kind.noise(len(table.columns)))
+            warn_of_dependence(table, divided.look, spec.noise(len(table.columns)))
         if len(few | set(self.noisy)) < len(table.columns):
             hashes = {name: row_hashes(part.x.numpy(), divided.hash_step) for name, part in held.items()}
             warn_of_copies(table.path, divided.hashes, hashes)
@@ -306,11 +318,11 @@ def _source(
     columns: Columns | None,
     label: str | int | None,
     text_format: TextFormat,
-) -> Loaded | Mapped:
+) -> InMemoryTable | StreamedTable:
     """A file's table, in memory or not."""
-    if is_mapped(path, key, memory_map):
-        return Mapped(path, columns, label)
-    return Loaded(path, key, columns, label, text_format)
+    if is_streamed(path, key, memory_map):
+        return StreamedTable(path, columns, label)
+    return InMemoryTable(path, key, columns, label, text_format)
 
 
 def format_of(header: bool | None, decimal: str | None) -> TextFormat:

@@ -13,7 +13,7 @@ from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.images import read_idx
 from flowtrain.data.tables.columns import Columns, as_option, counted, default_names, listed, pick
 from flowtrain.data.tables.csv_reader import TextFormat
-from flowtrain.data.tables.sample_spec import Kind, as_labels, noised_set
+from flowtrain.data.tables.sample_spec import SampleSpec, as_labels, noised_set
 from flowtrain.data.tables.table_checks import check_labels, warn_of_unseen
 from flowtrain.data.tables.table_reader import ARRAYS, TEXTS, Table, ending_of, is_images, read_table
 from flowtrain.utils.errors import ConfigError, DataError
@@ -21,7 +21,7 @@ from flowtrain.utils.errors import ConfigError, DataError
 _log = logging.getLogger("flowtrain")
 
 
-class Rows(Dataset):
+class NewRows(Dataset):
     """The rows of a file as samples to score; there is nothing to train on.
 
     The columns are those that the flow was trained on. If the file names them, they are found by name, in any order,
@@ -32,7 +32,7 @@ class Rows(Dataset):
     Args:
         path: a .npy, .npz or text file, see `read_table`, or an IDX file, plain or gzipped.
         samples: what the flow was trained on.
-        key, columns, label, header, decimal: how the training file was read, see `flowtrain.data.tables.array.ArrayData`.
+        key, columns, label, header, decimal: how the training file was read, see `ArrayData`.
         asked: those of these settings that the user gave for this file. They override what the file suggests.
         seed: the seed of the noise on columns that `data.dequantize` names.
 
@@ -57,25 +57,25 @@ class Rows(Dataset):
             raise ConfigError(f"data.path={path}: give the path of a file")
         file = Path(path).expanduser()
         self.event_shape = samples.event_shape
-        self.discrete, self.levels, self.alpha = samples.discrete, samples.levels, samples.alpha
+        self.integer_valued, self.levels, self.alpha = samples.integer_valued, samples.levels, samples.alpha
         self.classes, self.columns, self.noisy = samples.classes, samples.columns, samples.noisy
         self.class_counts = samples.class_counts
         if _is_idx(file):
-            table, marks = _of_images(file, samples.event_shape), None
+            table, label_column = _of_images(file, samples.event_shape), None
         else:
             key = key if "key" in asked else _key_of(file, key)
             text_format = TextFormat(header if "header" in asked else None, decimal, samples.columns)
             selection = _Selection(file, samples, columns, label, asked)
             table = read_table(file, key, selection.choose, event_shape=samples.event_shape, text_format=text_format)
-            table, marks = selection.divided(table)
-        kind = Kind(self.event_shape, self.discrete, self.levels, self.noisy)
-        kind.check(table)
+            table, label_column = selection.divided(table)
+        spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy)
+        spec.check(table)
         # in float64, which a flow may be evaluated in
-        x = kind.samples(table.values, real=np.float64)
+        x = spec.samples(table.values, real=np.float64)
         self.val = self.test = noised_set(x, self.noisy, seed)
-        if marks is not None:
-            check_labels(marks)
-            self.val_labels = self.test_labels = as_labels(marks.values)
+        if label_column is not None:
+            check_labels(label_column)
+            self.val_labels = self.test_labels = as_labels(label_column.values)
             counts, labels = np.array(self.class_counts, np.int64), self.test_labels.numpy()
             if np.isin(labels, np.flatnonzero(counts == 0)).any():
                 warn_of_unseen(table.path, counts, {"scored": labels})
@@ -90,7 +90,7 @@ class Rows(Dataset):
 
 
 class _Selection:
-    """Chooses the columns of the samples and of the labels as in training; see `Rows`."""
+    """Chooses the columns of the samples and of the labels as in training; see `NewRows`."""
 
     def __init__(
         self,
@@ -156,11 +156,11 @@ class _Selection:
 
     def _less_label(self, indices: list[int], names: Sequence[str]) -> list[int]:
         try:
-            marks = [] if self.label is None else pick([self.label], names, self.file, "data.label")
+            label_column = [] if self.label is None else pick([self.label], names, self.file, "data.label")
         except ConfigError:
             # a file without labels
-            marks = []
-        return [i for i in indices if i not in marks]
+            label_column = []
+        return [i for i in indices if i not in label_column]
 
     def _mark(self, names: Sequence[str], indices: Sequence[int], named: bool) -> int | None:
         """The position of the column of labels; None if the file has none or the flow uses none."""

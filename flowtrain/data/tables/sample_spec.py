@@ -20,14 +20,14 @@ Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Kind:
+class SampleSpec:
     """The shape of a sample, and whether samples are whole numbers, from 0 to levels - 1 where there are levels.
 
     For real vectors, `noisy` are the columns of whole numbers to which noise is added.
     """
 
     event_shape: tuple[int, ...]
-    discrete: bool
+    integer_valued: bool
     levels: int | None
     noisy: tuple[int, ...] = ()
     # whether real samples are float64 because float32 loses significant digits
@@ -36,8 +36,8 @@ class Kind:
     def check(self, table: Table, whole: Iterable[Table] | None = None) -> None:
         """Refuses values that are not of this kind; see `check_levels` for `whole`."""
         check_range(table)
-        if self.discrete or self.noisy:
-            check_whole(table, range(len(table.columns)) if self.discrete else self.noisy, whole)
+        if self.integer_valued or self.noisy:
+            check_whole(table, range(len(table.columns)) if self.integer_valued else self.noisy, whole)
         if self.levels is not None:
             check_levels(table, self.levels, whole)
 
@@ -50,7 +50,7 @@ class Kind:
         """
         narrow = np.uint8 if self.levels is not None and self.levels <= 256 else np.int64
         real = real or (np.float64 if self.wide else np.float32)
-        narrowed = values.astype(narrow if self.discrete else real, copy=False)
+        narrowed = values.astype(narrow if self.integer_valued else real, copy=False)
         return torch.from_numpy(narrowed).view(-1, *self.event_shape)
 
     def moments(self, mean: Values, variance: Values) -> tuple[Values, Values]:
@@ -60,7 +60,7 @@ class Kind:
 
     def noise(self, d: int) -> Values:
         """1 for each of the d columns with added noise, else 0."""
-        noise = np.full(d, float(self.discrete))
+        noise = np.full(d, float(self.integer_valued))
         noise[list(self.noisy)] = 1.0
         return noise
 

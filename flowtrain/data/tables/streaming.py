@@ -15,14 +15,14 @@ from torch import Tensor
 
 from flowtrain.data.base import Checksum, step_generator
 from flowtrain.data.tables.columns import Columns, default_names, pick
-from flowtrain.data.tables.sample_spec import Divided, Kind, Part, Values, as_labels
+from flowtrain.data.tables.sample_spec import Divided, Part, SampleSpec, Values, as_labels
 from flowtrain.data.tables.table_checks import check_labels, row_hashes, whole_columns
 from flowtrain.data.tables.table_reader import (
     Table,
     check_array,
+    check_array_headers,
     check_file,
     check_finite,
-    check_promise,
     damage_refused,
     less_labels,
     npy_header,
@@ -48,7 +48,7 @@ class NpyRows:
             with damage_refused(file):
                 self._file = file.open("rb", buffering=0)
                 weakref.finalize(self, self._file.close)
-                check_promise(self._file, file)
+                check_array_headers(self._file, file)
                 self.shape, fortran, self.dtype = npy_header(self._file)
                 self._begin = self._file.tell()
         except OSError as error:
@@ -104,7 +104,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Windows:
+class WindowedEpochs:
     """Epochs of n positions laid end to end, each position once an epoch, without an order of all n being drawn.
 
     Blocks of neighbours are laid in an order drawn anew each epoch; so many in a row are a window, whose positions are
@@ -161,7 +161,7 @@ BLOCK, WINDOW = 2**18, 2**26
 KEPT = 2
 
 
-class Windowed:
+class StreamedStore:
     """The rows of a .npy file less those held out; see `Store`.
 
     Args:
@@ -192,7 +192,7 @@ class Windowed:
         self.n = rows.n - len(held)
         block = max(1, BLOCK // rows.row_bytes)
         blocks = max(1, WINDOW // (block * (rows.row_bytes + 8)))
-        self._windows = Windows(self.n, block, blocks, *stream)
+        self._windows = WindowedEpochs(self.n, block, blocks, *stream)
         self.in_window = min(self.n, block * max(1, blocks // 2))
         self._kept: dict[tuple[int, int, int], NDArray[Any]] = {}
         self._pinned = False
@@ -261,13 +261,13 @@ _log = logging.getLogger("flowtrain")
 LARGE = 2**28
 # bytes of float64 that are looked through at once
 CHUNK = 2**20
-# rows that are looked at for being discrete
+# rows that are looked at for integer values
 LOOK = 10_000
 # approximate number of hashes of training rows that held-out rows are compared with to find copies
 HASHES = 200_000
 
 
-class Mapped:
+class StreamedTable:
     """The table in a .npy file, and its labels where there are any; see `read_labelled` for the arguments.
 
     Attributes:
@@ -284,27 +284,27 @@ class Mapped:
             indices = tuple(pick(wanted, names, self.rows.path, option))
             return Table(np.empty((0, len(indices))), default_names(indices), indices, str(self.rows.path))
 
-        marks = None if label is None else table([label], "data.label")
-        self.table, self.marks = less_labels(table(columns, "data.columns"), marks, label)
+        label_column = None if label is None else table([label], "data.label")
+        self.table, self.label_column = less_labels(table(columns, "data.columns"), label_column, label)
 
-    def all(self, kind: Kind, most: int, seed: int, *stream: int) -> Part:
+    def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
         """Every row, once checked; of more than `most` so many, drawn by the stream (seed, *stream)."""
         if self.n <= most:
             wanted = np.arange(self.n)
         else:
             _log.info(f"{self.rows.path}: {most:,} of its {self.n:,} rows are held in memory, drawn at random")
             wanted = drawn(self.n, most, step_generator(seed, *stream))
-        part, seen = self._look_through(kind, wanted, training=False)
+        part, seen = self._look_through(spec, wanted, training=False)
         return replace(part, rows=(self.n, str(seen.checksum)))
 
     def divided(
-        self, kind: Kind, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
+        self, spec: SampleSpec, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
     ) -> Divided:
         """The rows, once checked, of which so many are held out, drawn by the stream (seed, *split_key)."""
         held = drawn(self.n, sum(sizes), step_generator(seed, *split_key))
-        part, seen = self._look_through(kind, held)
-        label = None if self.marks is None else self.marks.indices[0]
-        store = Windowed(self.rows, np.sort(held), self.table.indices, label, kind.samples, *order_key)
+        part, seen = self._look_through(spec, held)
+        label = None if self.label_column is None else self.label_column.indices[0]
+        store = StreamedStore(self.rows, np.sort(held), self.table.indices, label, spec.samples, *order_key)
         labels = [None] * len(sizes) if part.labels is None else list(torch.split(part.labels, sizes))
         rows = [r.numpy() for r in torch.split(torch.from_numpy(held), sizes)]
         parts = [Part(*each) for each in zip(torch.split(part.x, sizes), labels, rows, strict=True)]
@@ -324,7 +324,7 @@ class Mapped:
             checksum=str(seen.checksum),
         )
 
-    def _look_through(self, kind: Kind, wanted: NDArray[np.int64], training: bool = True) -> tuple[Part, "Seen"]:
+    def _look_through(self, spec: SampleSpec, wanted: NDArray[np.int64], training: bool = True) -> tuple[Part, "Seen"]:
         """Collects the wanted rows and the statistics of the other rows in one pass.
 
         Args:
@@ -334,20 +334,20 @@ class Mapped:
             DataError: values that are not finite, not of that kind, or no labels, naming the row of the file.
         """
         order = np.argsort(wanted, kind="stable")
-        found = _Collected(kind, len(wanted), self.marks is not None)
+        found = _Collected(spec, len(wanted), self.label_column is not None)
         seen = Seen(len(self.table.columns), max(1, self.n // HASHES))
-        for start, (table, marks) in self._chunks():
+        for start, (table, label_column) in self._chunks():
             ends = np.searchsorted(wanted, (start, start + len(table.values)), sorter=order)
             places = order[slice(*ends)]
             check_finite(table, (t for _, (t, _) in self._chunks()))
-            kind.check(table, (t for _, (t, _) in self._chunks()))
-            if marks is not None:
-                check_finite(marks, (m for _, (_, m) in self._chunks() if m is not None))
-                check_labels(marks)
+            spec.check(table, (t for _, (t, _) in self._chunks()))
+            if label_column is not None:
+                check_finite(label_column, (m for _, (_, m) in self._chunks() if m is not None))
+                check_labels(label_column)
             out = wanted[places] - start
-            labels = None if marks is None else marks.values
+            labels = None if label_column is None else label_column.values
             found.add(places, table.values[out], None if labels is None else labels[out])
-            seen.add(kind, table.values, labels, out if training else None)
+            seen.add(spec, table.values, labels, out if training else None)
         return found.part, seen
 
     def _chunks(self) -> Iterator[tuple[int, tuple[Table, Table | None]]]:
@@ -355,8 +355,8 @@ class Mapped:
         size = max(1, CHUNK // (8 * self.rows.width))
         for start in range(0, self.n, size):
             chunk = self.rows.read(start, min(self.n, start + size))
-            marks = None if self.marks is None else _part_of(chunk, self.marks, start)
-            yield start, (_part_of(chunk, self.table, start), marks)
+            label_column = None if self.label_column is None else _part_of(chunk, self.label_column, start)
+            yield start, (_part_of(chunk, self.table, start), label_column)
 
 
 class Seen:
@@ -373,7 +373,7 @@ class Seen:
         self.hashes: list[NDArray[np.uint64]] = []
         self.class_counts = np.zeros(0, np.int64)
 
-    def add(self, kind: Kind, values: Values, labels: Values | None, held: NDArray[np.int64] | None) -> None:
+    def add(self, spec: SampleSpec, values: Values, labels: Values | None, held: NDArray[np.int64] | None) -> None:
         """Adds rows (n, d) and labels (n, 1). The rows `held` are not training rows; None means that no row is."""
         self.checksum.add(values, labels)
         if held is None:
@@ -381,8 +381,8 @@ class Seen:
         self.whole[self.whole] = whole_columns(values[:, self.whole])
         train = np.delete(values, held, axis=0) if len(held) else values
         self.moments.add(train)
-        if not kind.discrete:
-            self.hashes.append(row_hashes(kind.samples(train).numpy(), self.hash_step))
+        if not spec.integer_valued:
+            self.hashes.append(row_hashes(spec.samples(train).numpy(), self.hash_step))
         if labels is not None:
             counts = np.bincount(np.delete(labels, held).astype(np.int64), minlength=len(self.class_counts))
             counts[: len(self.class_counts)] += self.class_counts
@@ -392,18 +392,18 @@ class Seen:
 class _Collected:
     """k samples of a kind, with their labels or without, that come in parts."""
 
-    def __init__(self, kind: Kind, k: int, labelled: bool) -> None:
-        self.kind = kind
-        like = kind.samples(np.empty((0, int(np.prod(kind.event_shape)))))
+    def __init__(self, spec: SampleSpec, k: int, labelled: bool) -> None:
+        self.spec = spec
+        like = spec.samples(np.empty((0, int(np.prod(spec.event_shape)))))
         labels = torch.empty(k, dtype=torch.int64) if labelled else None
-        self.part = Part(like.new_empty(k, *kind.event_shape), labels, np.empty(0, np.int64))
+        self.part = Part(like.new_empty(k, *spec.event_shape), labels, np.empty(0, np.int64))
 
-    def add(self, places: NDArray[np.int64], values: Values, marks: Values | None) -> None:
+    def add(self, places: NDArray[np.int64], values: Values, label_column: Values | None) -> None:
         """Takes rows (m, d) to their places (m,)."""
         at = torch.from_numpy(places)
-        self.part.x[at] = self.kind.samples(values)
-        if self.part.labels is not None and marks is not None:
-            self.part.labels[at] = as_labels(marks)
+        self.part.x[at] = self.spec.samples(values)
+        if self.part.labels is not None and label_column is not None:
+            self.part.labels[at] = as_labels(label_column)
 
 
 class Moments:
@@ -445,7 +445,7 @@ def _part_of(chunk: NDArray[Any], like: Table, first: int) -> Table:
     return replace(like, values=kept.astype(np.float64), first=first)
 
 
-def is_mapped(path: str, key: str | None, asked: bool | None) -> bool:
+def is_streamed(path: str, key: str | None, asked: bool | None) -> bool:
     """Whether a file is read by windows: as asked, or a .npy of 256 MiB or more.
 
     Raises:

@@ -21,7 +21,7 @@ from flowtrain.utils.errors import ConfigError, DataError
 MOST_RATIO = 1032
 
 
-def check_promise(stream: IO[bytes], file: Path) -> None:
+def check_array_headers(stream: IO[bytes], file: Path) -> None:
     """Refuses arrays that are larger than their file, before any memory is asked for; the stream is where it was.
 
     Raises:
@@ -134,15 +134,15 @@ def read_labelled(
     """
     if label is None:
         return read_table(path, key, columns, text_format=text_format), None
-    marks: list[int] = []
+    label_column: list[int] = []
 
     def choose(names: Sequence[str], left_out: Sequence[int]) -> list[int]:
-        marks[:] = pick([label], names, path, "data.label")
+        label_column[:] = pick([label], names, path, "data.label")
         indices = pick(columns, names, path, left_out=left_out)
-        return [*indices, *(i for i in marks if i not in indices)]
+        return [*indices, *(i for i in label_column if i not in indices)]
 
     table = read_table(path, key, choose, text_format=text_format)
-    return less_labels(table, table.only([table.indices.index(i) for i in marks]), label)
+    return less_labels(table, table.only([table.indices.index(i) for i in label_column]), label)
 
 
 def less_labels(table: Table, labels: Table | None, label: str | int | None) -> tuple[Table, Table | None]:
@@ -258,7 +258,7 @@ def _load(file: Path, key: str | None) -> NDArray[Any]:
     """The array in the file, never unpickled."""
     # NumPy forgets to close what it opens itself when an archive turns out damaged
     with damage_refused(file), file.open("rb") as stream:
-        check_promise(stream, file)
+        check_array_headers(stream, file)
         loaded = np.load(stream, allow_pickle=False)
         return np.asarray(loaded[_member(loaded.files, key, file)] if isinstance(loaded, NpzFile) else loaded)
 
