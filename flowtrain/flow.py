@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from itertools import chain, repeat
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +14,21 @@ from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.scale import dequantize
 from flowtrain.data.tables.columns import as_ranges
-from flowtrain.ode import Solver, StepPlan
+from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan
 from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError
 from flowtrain.utils.precision import full_precision
 from flowtrain.utils.status import status
 
 Label = Tensor | int | None
+
+
+class DensityPass(NamedTuple):
+    """log p(x) (B,) in nats, the latents z (B, *event_shape), and path integrals, see `bijections.base.Pass`."""
+
+    log_p: Tensor
+    z: Tensor
+    integrals: tuple[Tensor, ...] = ()
 
 
 class Flow(nn.Module):
@@ -77,6 +87,37 @@ class Flow(nn.Module):
         parts = (getattr(m, "solver", None) for m in self.bijection.modules())
         return next((s for s in parts if isinstance(s, Solver)), None)
 
+    def use_solver(self, solver: Solver) -> None:
+        """Solves all ODEs of this flow with another solver from now on."""
+        for module in self.bijection.modules():
+            if isinstance(getattr(module, "solver", None), Solver):
+                setattr(module, "solver", solver)  # noqa: B010 - mypy takes a plain assignment for that of a submodule
+
+    def with_solver(self, solver: Solver) -> Self:
+        """A flow with the same parameters, not copies of them, whose ODEs are solved by another solver."""
+
+        def view(module: nn.Module) -> nn.Module:
+            if not any(isinstance(getattr(m, "solver", None), Solver) for m in module.modules()):
+                return module
+            found = copy(module)
+            found._modules = {k: m if m is None else view(m) for k, m in module._modules.items()}
+            return found
+
+        found = cast(Self, view(self))
+        found.use_solver(solver)
+        return found
+
+    def with_data(self, bijection: Bijection, **data: Any) -> Self:
+        """The same flow over other data units: another bijection, and attributes such as `levels`.
+
+        Args:
+            data: integer_valued, levels, centered, noisy, class_counts.
+        """
+        found = copy(self)
+        found._modules = {**self._modules, "bijection": bijection}
+        found.__dict__.update(data)
+        return found
+
     @property
     def like(self) -> Tensor:
         """A tensor of the dtype and on the device of the flow."""
@@ -113,11 +154,16 @@ class Flow(nn.Module):
 
     def log_prob_and_latents(self, x: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
         """log p(x), (B,), see `log_prob`, and the latents it was found by, (B, *event_shape)."""
+        log_p, z, _ = self.density_pass(x, label)
+        return log_p, z
+
+    def density_pass(self, x: Tensor, label: Label = None, options: SolveOptions = AS_CONFIGURED) -> DensityPass:
+        """log p(x), see `log_prob`, with options for the ODE solves and the path integrals that they ask for."""
         x = self.dequantized(self._checked(x, "x"))
         with self._precision(x):
-            z, log_det = self.bijection.inverse(x, self.labels(label, x))
+            z, log_det, integrals = self.bijection.pass_inverse(x, self.labels(label, x), options)
             # for float64 samples, log_det is float64 too
-            return self.base_log_prob(z) + log_det.to(z.dtype), z
+            return DensityPass(self.base_log_prob(z) + log_det.to(z.dtype), z, integrals)
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         """log N(z; 0, I), (B,)."""

@@ -115,7 +115,7 @@ def measure(data: str, method: str, run_dir: Path) -> dict[str, Any]:
 
     import flowtrain
     from flowtrain.evaluation.log_likelihood import nfe_of_pass
-    from flowtrain.evaluation.sample_quality import sliced_wasserstein, solved_by
+    from flowtrain.evaluation.sample_quality import sliced_wasserstein
     from flowtrain.ode import ode_solver, record_solves
     from flowtrain.runs.build import build_data
     from flowtrain.training import checkpoint
@@ -127,7 +127,7 @@ def measure(data: str, method: str, run_dir: Path) -> dict[str, Any]:
     test = flow.dequantized(build_data(config).test)[:SAMPLES]
     result = json.loads((run_dir / "result.json").read_text())
 
-    def drawn(n: int) -> torch.Tensor:
+    def drawn(n: int, flow: Any = flow) -> torch.Tensor:
         torch.manual_seed(0)
         return flow.sample(n)
 
@@ -139,8 +139,8 @@ def measure(data: str, method: str, run_dir: Path) -> dict[str, Any]:
         seconds.append(time.perf_counter() - begun)
     coarse = None
     if flow.solver is not None:
-        with solved_by(flow, ode_solver("euler", steps=4)):
-            coarse = sliced_wasserstein(drawn(len(test)), test)
+        by_euler = flow.with_solver(ode_solver("euler", steps=4))
+        coarse = sliced_wasserstein(drawn(len(test), by_euler), test)
     return {
         "data": data,
         "method": method,

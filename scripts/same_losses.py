@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from harm.compare import rows, unlike
 
+from flowtrain.training.old_checkpoints import upgraded
+
 HERE = Path(__file__).resolve().parents[1]
 SHORT = ["trainer.steps=40", "trainer.val_every=20", "trainer.plot_every=null", "trainer.batch_size=64"]
 SHORT += ["trainer.log_every=1", "data.n_val=200", "data.n_test=200", "threads=1", "device=cpu"]
@@ -70,7 +72,8 @@ def differences(keys: str, base: Path, out: Path) -> list[str]:
         python(checkout, "-m", "flowtrain", *SHORT, *keys.split(), f"hydra.run.dir={folders[-1]}")
     written = [rows(folder) for folder in folders]
     wrong = [] if written[0] == written[1] and len(written[0]) > 3 else ["metrics.jsonl differs"]
-    last = [torch.load(folder / "checkpoints/last.pt", weights_only=True) for folder in folders]
+    # keys that have been renamed since are compared by their present names
+    last = [upgraded(torch.load(folder / "checkpoints/last.pt", weights_only=True)) for folder in folders]
     return wrong + unlike(*({k: v for k, v in saved.items() if k != "config"} for saved in last), "last.pt")
 
 

@@ -7,10 +7,10 @@ import torch
 from equations import random_field
 from torch import nn
 
-from flowtrain.bijections.continuous import Continuous, Regularizer, record_paths
+from flowtrain.bijections.continuous import Continuous, Regularizer
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import TraceRule
-from flowtrain.ode import Problem, ode_solver
+from flowtrain.ode import Problem, SolveOptions, ode_solver
 from flowtrain.ode.runge_kutta import RungeKutta
 from flowtrain.ode.tableaus import TABLEAUS
 from flowtrain.ode.torchdiffeq_engine import METHODS, Torchdiffeq
@@ -60,10 +60,9 @@ def test_weights_that_are_not_finite_move_nothing_either() -> None:
 
 def test_path_integrals_of_nothing() -> None:
     flow = Continuous(random_field(), ode_solver("dopri5"), TraceRule()).train()
-    flow.regularizer = Regularizer(kinetic=1.0, jacobian=1.0)
-    with record_paths() as found:
-        flow.inverse(torch.zeros(0, 2))
-    assert found[0].shape == (0, 2)
+    options = Regularizer(kinetic=1.0, jacobian=1.0).options(SolveOptions())
+    (found,) = flow.pass_inverse(torch.zeros(0, 2), options=options).integrals
+    assert found.shape == (0, 2)
 
 
 @pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
@@ -77,7 +76,6 @@ def test_no_time_in_the_dtype_of_the_state(engine: type[RungeKutta] | type[Torch
 
 def test_a_part_of_the_time_is_that_part_in_training_too() -> None:
     flow = Continuous(random_field(), ode_solver("rk4", steps=8), TraceRule("exact")).train()
-    flow.regularizer = Regularizer(end_time=0.5)
     x, part = torch.randn(3, 2), flow.between(0.25, 0.75)
-    training = part.inverse(x)
+    training = part.pass_inverse(x, options=SolveOptions(end_time=0.5))[:2]
     torch.testing.assert_close(training, part.eval().inverse(x))

@@ -12,7 +12,8 @@ from guarded_runs import compose, trainer
 from torch import Tensor, nn
 
 from flowtrain.evaluation.log_likelihood import log_probs
-from flowtrain.ode import Problem, Solver, ode_solver, record_solves
+from flowtrain.flow import DensityPass
+from flowtrain.ode import Problem, SolveOptions, Solver, ode_solver, record_solves
 from flowtrain.runs.load import load
 from flowtrain.training import guard
 from flowtrain.training.guard import Guard, exploited
@@ -51,8 +52,8 @@ def reported_and_true(run: Trainer) -> tuple[float, float]:
     solver = run.flow.eval().solver
     assert solver is not None
     reported = -log_probs(run.flow, x).mean().item()
-    with solver.using(step_size=0.01):
-        return reported, -log_probs(run.flow, x).mean().item()
+    fine = run.flow.with_solver(solver.replace(step_size=0.01))
+    return reported, -log_probs(fine, x).mean().item()
 
 
 def test_a_field_that_exploits_a_coarse_solver_is_caught(tmp_path: Path, lines: list[str]) -> None:
@@ -103,16 +104,19 @@ class Fake(nn.Module):
         self.solver, self.lie = solver, lie
         self.probes: list[Tensor] = []
 
-    def log_prob(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def use_solver(self, solver: Solver) -> None:
+        self.solver = solver
+
+    def density_pass(self, x: Tensor, label: Tensor | None, options: SolveOptions) -> DensityPass:
         self.probes.append(torch.rand(3))
         zero = torch.zeros_like(x)
-        self.solver.solve(Problem(lambda t, y: torch.zeros_like(y), None, zero, 0.0, 1.0))
-        return torch.full((len(x),), self.lie(self.solver))
+        self.solver.solve(Problem(lambda t, y: torch.zeros_like(y), None, zero, 0.0, 1.0), options)
+        return DensityPass(torch.full((len(x),), self.lie(self.solver.replace(**options.settings))), x)
 
 
 def guarded(solver: Solver, lie: Callable[[Solver], float], every: int | None = 10) -> tuple[Guard, Fake]:
     flow = Fake(solver, lie)
-    return Guard(flow, solver, every), flow  # type: ignore[arg-type]
+    return Guard(flow, every), flow  # type: ignore[arg-type]
 
 
 X = torch.zeros(8, 2)
@@ -145,7 +149,7 @@ def test_tightening_stops_at_the_final_tolerance(control: str, lines: list[str])
     watch.check(40, X, 0)
     assert len(flow.probes) == solves
     # a run that goes on with a smaller rtol is watched again
-    solver.rtol = 1e-4
+    flow.solver = solver.replace(rtol=1e-4)
     watch.check(50, X, 0)
     assert len(flow.probes) > solves
 
@@ -157,7 +161,7 @@ def test_steps_are_halved_until_max_nfe(lines: list[str]) -> None:
     # half of 4 would be the same single step
     assert "from 4 to 0.5" in lines[0]
     # 4 evaluations a step: 4 steps are within 20, 8 are not
-    assert solver.step_size == 0.25
+    assert watch.solver.step_size == 0.25
     assert not watch.check(20, X, 0)
     assert [line for line in lines if "max_nfe=20" in line] == lines[-1:]
 
@@ -178,7 +182,7 @@ def test_a_failing_tight_solve_tightens_and_does_not_kill(kind: str, method: str
     assert watch.check(10, X, 0)
     assert len(lines) == 1
     assert ("broken" if kind == "raises" else "NaN") in lines[0]
-    assert (watch.tolerance_at(10)[0] == 1e-3) if method == "dopri5" else (solver.step_size == 0.25)
+    assert (watch.tolerance_at(10)[0] == 1e-3) if method == "dopri5" else (watch.solver.step_size == 0.25)
     for step in (20, 30):
         assert not watch.check(step, X, 0)
     assert len(lines) == 2

@@ -17,7 +17,6 @@ from flowtrain.bijections.continuous import (
     Regularizer,
     acceleration,
     integrands,
-    record_paths,
     spectral,
 )
 from flowtrain.bijections.linear import Affine
@@ -27,7 +26,7 @@ from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import Probes, TraceRule
 from flowtrain.nn.mlp_field import MLPField
 from flowtrain.objectives.likelihood import Likelihood
-from flowtrain.ode import Solver, ode_solver
+from flowtrain.ode import SolveOptions, Solver, ode_solver
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
 from flowtrain.training import checkpoint
 from flowtrain.training.trainer import Trainer
@@ -173,7 +172,7 @@ def test_the_end_of_time_is_random_in_training_alone() -> None:
     objective = flow_of(Rotating(), ode_solver("dopri5", rtol=1e-5), end_time=0.5)
     continuous = objective.flow.ode_blocks[0]
     solve = continuous.solve
-    continuous.solve = lambda x, t0, t1, label=None: (ends.append(t0), solve(x, t0, t1, label))[1]  # type: ignore[method-assign]
+    continuous.solve = lambda x, t0, *rest: (ends.append(t0), solve(x, t0, *rest))[1]  # type: ignore[method-assign]
     x = torch.randn(3, 2)
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -184,13 +183,13 @@ def test_the_end_of_time_is_random_in_training_alone() -> None:
     assert ends[3] == 1
 
 
-def test_nothing_is_integrated_that_nobody_records() -> None:
+def test_path_integrals_are_evaluated_only_if_the_options_ask_for_them() -> None:
     objective = flow_of(Rotating(), ode_solver("dopri5", rtol=1e-5), kinetic=1.0)
     x = torch.randn(3, 2)
     assert objective.flow.ode_blocks[0].solve(x, 1.0, 0.0).integrals.shape == (3, 1)  # type: ignore[union-attr]
-    with record_paths() as paths:
-        objective.flow.eval().log_prob(x)
-    assert paths == []
+    assert objective.flow.density_pass(x).integrals == ()
+    (paths,) = objective.flow.density_pass(x, None, objective.regularizer.options(SolveOptions())).integrals
+    assert paths.shape == (3, 1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from equations import Wave
 from torch import Tensor, nn
 
-from flowtrain.ode import Problem, ode_solver
+from flowtrain.ode import Problem, SolveOptions, ode_solver
 from flowtrain.ode.runge_kutta import RungeKutta
 from flowtrain.ode.torchdiffeq_engine import Torchdiffeq, warn_of_corrector, warn_of_fehlberg2
 from flowtrain.utils.errors import ConfigError, SolverError
@@ -41,14 +41,15 @@ def test_a_tolerance_below_all_rounding_is_refused_before_it_is_tried(engine: An
     solver = engine("dopri5", rtol=1e-14, warmup=100)
     problem = Problem(cubic, None, torch.ones(1, 1, dtype=torch.float32), 0.0, 1.0)
     rtol, atol = solver.tolerance_at(100 if final else 0)
-    with solver.using(rtol=rtol, atol=atol), pytest.raises(ConfigError, match=r"1e-14.*float32"):
-        solver.solve(problem)
+    with pytest.raises(ConfigError, match=r"1e-14.*float32"):
+        solver.solve(problem, SolveOptions(rtol=rtol, atol=atol))
     in_double = replace(problem, x=problem.x.double())
     torch.testing.assert_close(solver.solve(in_double).x, in_double.x)
     for enough in ({"atol": 1e-6}, {"train_rtol": 1e-4}):
         loose = engine("dopri5", rtol=1e-14, **enough)
-        with loose.using(**dict(zip(("rtol", "atol"), loose.tolerance_at(0), strict=True))):
-            torch.testing.assert_close(loose.solve(problem).x, problem.x, rtol=0, atol=1e-3)
+        rtol, atol = loose.tolerance_at(0)
+        solved = loose.solve(problem, SolveOptions(rtol=rtol, atol=atol))
+        torch.testing.assert_close(solved.x, problem.x, rtol=0, atol=1e-3)
 
 
 def test_fehlberg2_is_warned_of_once_and_solves(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.nn.divergence import TraceRule
-from flowtrain.ode import Problem, Solver, StepPlan, ode_solver, record_solves
+from flowtrain.ode import Problem, SolveOptions, Solver, StepPlan, ode_solver, record_solves
 from flowtrain.ode.runge_kutta import RungeKutta
 from flowtrain.ode.torchdiffeq_engine import Torchdiffeq
 
@@ -134,14 +134,14 @@ def test_warmup_is_geometric_and_ends() -> None:
     assert ode_solver("rk4", step_size=0.1, warmup=None).warmup == 0
 
 
-def test_settings_return_after_using() -> None:
+def test_options_of_a_solve_leave_the_solver_unchanged() -> None:
     solver = ode_solver("dopri5")
-
-    def fail() -> None:
-        with solver.using(rtol=1e-2, control="all"):
-            assert solver.rtol == 1e-2
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
+    x = torch.ones(1, 1)
+    problem = Problem(lambda t, y: torch.cos(20 * t) * y, None, x, 0.0, 1.0)
+    fine, coarse = solver.solve(problem), solver.solve(problem, SolveOptions(rtol=1e-1, atol=1e-1))
+    assert coarse.statistics.nfe_forward < fine.statistics.nfe_forward
+    assert (solver.rtol, solver.atol) == (1e-5, 1e-5)
+    assert solver.replace(rtol=1e-2, control="all").control == "all"
     assert (solver.rtol, solver.control) == (1e-5, "state")
+    with pytest.raises(TypeError, match="nonsense"):
+        solver.replace(nonsense=1)

@@ -12,11 +12,11 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from ways import IMAGES, VECTORS, flow_of, vectors
 
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.continuous import Continuous, Regularizer, record_paths
+from flowtrain.bijections.continuous import Continuous, Regularizer
 from flowtrain.data.base import Samples
 from flowtrain.flow import Flow
 from flowtrain.nn.divergence import TraceRule
-from flowtrain.ode import ode_solver
+from flowtrain.ode import SolveOptions, ode_solver
 from flowtrain.utils.errors import ConfigError, FlowtrainError
 
 # one of each way to solve: both engines, fixed and adaptive steps, quadrature on stages and on dense output
@@ -197,12 +197,10 @@ def test_noise_of_the_trace_follows_the_randomness_of_vmap() -> None:
 
 def test_path_integrals() -> None:
     flow = continuous(2, ode_solver("rk4", steps=4)).train()
-    flow.regularizer = Regularizer(kinetic=0.1, jacobian=0.1, acceleration=0.1)
+    options = Regularizer(kinetic=0.1, jacobian=0.1, acceleration=0.1).options(SolveOptions())
 
     def penalty(x: Tensor) -> Tensor:
-        with record_paths() as found:
-            flow.inverse(x)
-        return found[0].sum(1)
+        return flow.pass_inverse(x, options=options).integrals[0].sum(1)
 
     x = torch.randn(3, 2, requires_grad=True)
     (expected,) = torch.autograd.grad(penalty(x).sum(), x)

@@ -3,14 +3,30 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 
 # numbers of x that initialization takes through a map at once: a network holds many times as many
 PART = 2**18
+
+
+class Pass(NamedTuple):
+    """The result of one pass through a bijection.
+
+    Attributes:
+        x: the values at the other end, (B, *event_shape).
+        log_det: log|det| of the Jacobian of the pass, (B,), in nats.
+        integrals: for each ODE that was solved, in order, the path integrals that `SolveOptions` asked for, (B, Q).
+    """
+
+    x: Tensor
+    log_det: Tensor
+    integrals: tuple[Tensor, ...] = ()
 
 
 class Bijection(nn.Module, ABC):
@@ -39,6 +55,17 @@ class Bijection(nn.Module, ABC):
     @abstractmethod
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to base."""
+
+    def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+        """`forward` with options for its ODE solves, and with the path integrals that the options ask for.
+
+        A bijection that contains others overrides this method and `pass_inverse`, to hand the options down.
+        """
+        return Pass(*self.forward(z, label))
+
+    def pass_inverse(self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+        """`inverse` with options, see `pass_forward`."""
+        return Pass(*self.inverse(x, label))
 
     def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         """`forward` without its log-determinant, for maps that can save the work."""
@@ -88,18 +115,26 @@ class Chain(Bijection):
             yield bijection
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_det = z.new_zeros(len(z))
-        for bijection in self:
-            z, term = bijection.forward(z, label)
-            log_det = log_det + term
-        return z, log_det
+        return self.pass_forward(z, label)[:2]
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.pass_inverse(x, label)[:2]
+
+    def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+        log_det = z.new_zeros(len(z))
+        integrals: tuple[Tensor, ...] = ()
+        for bijection in self:
+            z, term, more = bijection.pass_forward(z, label, options)
+            log_det, integrals = log_det + term, integrals + more
+        return Pass(z, log_det, integrals)
+
+    def pass_inverse(self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         log_det = x.new_zeros(len(x))
+        integrals: tuple[Tensor, ...] = ()
         for bijection in reversed(list(self)):
-            x, term = bijection.inverse(x, label)
-            log_det = log_det + term
-        return x, log_det
+            x, term, more = bijection.pass_inverse(x, label, options)
+            log_det, integrals = log_det + term, integrals + more
+        return Pass(x, log_det, integrals)
 
     def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         for bijection in self:

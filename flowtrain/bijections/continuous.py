@@ -3,16 +3,16 @@
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, Pass
 from flowtrain.nn.divergence import Probes, TraceRule, probe_jvps
 from flowtrain.nn.fields import Field, LayeredField
-from flowtrain.ode import Problem, Solution, Solver, StepPlan
-from flowtrain.ode.solver import Collector
+from flowtrain.ode import AS_CONFIGURED, Problem, Solution, SolveOptions, Solver, StepPlan
 from flowtrain.utils.arguments import number
 from flowtrain.utils.autograd import transforms_active
 from flowtrain.utils.errors import ConfigError
@@ -126,9 +126,9 @@ class Regularizer:
         """What is left of it where no path is solved."""
         return replace(self, end_time=0.0, **dict.fromkeys(self.paths, 0.0))
 
-    def end(self) -> float:
-        """Where time ends in one solve of training: 1, or drawn from the global generator of the CPU."""
-        return 1.0 if not self.end_time else 1 + self.end_time * (2 * float(torch.rand(())) - 1)
+    def options(self, options: SolveOptions) -> SolveOptions:
+        """The options of a training pass that returns the path integrals and draws the end time."""
+        return replace(options, integrals=self.paths, end_time=self.end_time) if self.active else options
 
 
 def integrands(
@@ -161,10 +161,6 @@ def spectral(field: nn.Module) -> Tensor:
     return torch.stack([torch.linalg.matrix_norm(w.flatten(1), ord=2).square() for w in weights]).sum()
 
 
-# the path integrals (B, len(paths)) of every solve inside; only there are they taken at all
-record_paths: Collector[Tensor] = Collector("paths")
-
-
 class Continuous(Bijection):
     """dx/dt = v(t, x); log|det dx(1)/dx(0)| = int_0^1 tr dv/dx dt.
 
@@ -177,7 +173,7 @@ class Continuous(Bijection):
         trace: exact or estimated divergence, in training and at evaluation.
 
     Example:
-        >>> from flowtrain.ode import ode_solver
+        >>> from flowtrain.ode import AS_CONFIGURED, Problem, Solution, SolveOptions, Solver, StepPlan
         >>> class Decay(nn.Module):
         ...     def forward(self, t, x):
         ...         return -x
@@ -191,7 +187,6 @@ class Continuous(Bijection):
         self.field = field
         self.solver = solver
         self.trace = trace
-        self.regularizer = Regularizer()
         # at the base and at the data
         self.times = (0.0, 1.0)
         # by whether time runs forward, from base to data
@@ -216,14 +211,22 @@ class Continuous(Bijection):
         return part
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._transport(z, label, self.times[0], self._end())
+        return self.pass_forward(z, label)[:2]
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._transport(x, label, self._end(), self.times[0])
+        return self.pass_inverse(x, label)[:2]
 
-    def _end(self) -> float:
-        # the regularizer may draw a random end time, but only if the flow covers the whole interval (0, 1)
-        return self.regularizer.end() if self.training and self.times == (0.0, 1.0) else self.times[1]
+    def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+        return self._transport(z, label, self.times[0], self._end(options), options)
+
+    def pass_inverse(self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+        return self._transport(x, label, self._end(options), self.times[0], options)
+
+    def _end(self, options: SolveOptions) -> float:
+        # a random end time, from the global generator of the CPU, only if the flow covers the whole interval (0, 1)
+        if not options.end_time or not self.training or self.times != (0.0, 1.0):
+            return self.times[1]
+        return 1 + options.end_time * (2 * float(torch.rand(())) - 1)
 
     def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return self.solver.solve(self._problem(z, label, *self.times, None)).x
@@ -231,23 +234,26 @@ class Continuous(Bijection):
     def map_inverse(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         return self.solver.solve(self._problem(x, label, *self.times[::-1], None)).x
 
-    def _transport(self, x: Tensor, label: Tensor | None, t0: float, t1: float) -> tuple[Tensor, Tensor]:
-        solution = self.solve(x, t0, t1, label)
+    def _transport(self, x: Tensor, label: Tensor | None, t0: float, t1: float, options: SolveOptions) -> Pass:
+        solution = self.solve(x, t0, t1, label, options)
         if solution.integrals is None:
             raise RuntimeError("the solver returned no integral")
-        if record_paths.open is not None and self.training:
-            # int_0^1 whichever way it was solved
-            record_paths.open.append(solution.integrals[:, 1:] if t0 < t1 else -solution.integrals[:, 1:])
-        return solution.x, solution.integrals[:, 0]
+        log_det, paths = solution.integrals[:, 0], solution.integrals[:, 1:]
+        # int_0^1 whichever way it was solved
+        return Pass(solution.x, log_det, (paths if t0 < t1 else -paths,) if options.integrals else ())
 
-    def solve(self, x: Tensor, t0: float, t1: float, label: Tensor | None = None) -> Solution:
-        """The solution from x (B, *event) at t0, its integrals (B, 1 + Q): the log-determinant, and the path
-        integrals that the regularizer asks for while they are recorded."""
-        problem = self._problem(x, label, t0, t1, self.trace.draw(x, self.training))
+    def solve(
+        self,
+        x: Tensor,
+        t0: float,
+        t1: float,
+        label: Tensor | None = None,
+        options: SolveOptions = AS_CONFIGURED,
+    ) -> Solution:
+        """Solves from x (B, *event) at t0. The integrals (B, 1 + Q) are the log-determinant and those of `options`."""
+        problem = self._problem(x, label, t0, t1, self.trace.draw(x, self.training), options.integrals)
         # an evaluated likelihood must be as exact as the tolerance says: its error takes part in the step control
-        control = self.solver.control if self.training else "all"
-        with self.solver.using(control=control):
-            return self.solver.solve(problem)
+        return self.solver.solve(problem, options if self.training else replace(options, control="all"))
 
     def velocity(self, label: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
         """v(t, x), of labels (B,) where the flow is conditional; compiled in training where that was asked for."""
@@ -260,15 +266,22 @@ class Continuous(Bijection):
         compiled = self.compiled if self.training and not transforms_active() else None
         return compiled or (self.field, integrands)
 
-    def _problem(self, x: Tensor, label: Tensor | None, t0: float, t1: float, probes: Probes | None) -> Problem:
+    def _problem(
+        self,
+        x: Tensor,
+        label: Tensor | None,
+        t0: float,
+        t1: float,
+        probes: Probes | None,
+        integrals: Mapping[str, Integral] = MappingProxyType({}),
+    ) -> Problem:
         velocity, along = self._functions(label)
         # compiled integrands too take the field itself
         field = velocity if isinstance(velocity, Field) else self.field
-        names = self.regularizer.paths if self.training and record_paths.open is not None else {}
 
         def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             assert probes is not None
-            v, q = along(field, t, y, probes, names)
+            v, q = along(field, t, y, probes, integrals)
             return v, q
 
         return Problem(
@@ -278,7 +291,7 @@ class Continuous(Bijection):
             t0=t0,
             t1=t1,
             parameters=tuple(self.field.parameters()),
-            n_integrals=1 + len(names),
+            n_integrals=1 + len(integrals),
             noisy=probes is not None and probes.noisy,
             recorder=velocity.recorder() if isinstance(velocity, Field) else None,
             # an evaluation is the same whatever was solved before it

@@ -8,7 +8,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, Pass
+from flowtrain.ode import AS_CONFIGURED, SolveOptions
 
 
 class Wrapped(Bijection):
@@ -30,14 +31,20 @@ class Wrapped(Bijection):
         """The inverse of `enter`."""
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        inside, outside = self.enter(z)
-        x, log_det = self.inner.forward(inside, label)
-        return self.leave(x, outside), log_det
+        return self.pass_forward(z, label)[:2]
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.pass_inverse(x, label)[:2]
+
+    def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+        inside, outside = self.enter(z)
+        x, log_det, integrals = self.inner.pass_forward(inside, label, options)
+        return Pass(self.leave(x, outside), log_det, integrals)
+
+    def pass_inverse(self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         inside, outside = self.enter(x)
-        z, log_det = self.inner.inverse(inside, label)
-        return self.leave(z, outside), log_det
+        z, log_det, integrals = self.inner.pass_inverse(inside, label, options)
+        return Pass(self.leave(z, outside), log_det, integrals)
 
     def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         inside, outside = self.enter(z)

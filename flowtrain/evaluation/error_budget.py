@@ -11,7 +11,7 @@ from torch import Tensor
 from flowtrain.evaluation.log_likelihood import estimates_trace, log_probs
 from flowtrain.evaluation.result import Budget
 from flowtrain.flow import Flow
-from flowtrain.ode import record_integral_errors
+from flowtrain.ode import record_solves
 from flowtrain.utils.errors import SolverError
 from flowtrain.utils.process import seeded
 
@@ -73,9 +73,10 @@ def budget(flow: Flow, subset: Subset, log_p: Tensor, draws: int) -> Budget:
     over_rows = stderr(log_p)
     trace = trace_error(flow, subset, n, draws)
     exact = copy.deepcopy(flow).double()
-    with record_integral_errors() as errors:
+    with record_solves() as solves:
         in_float64 = log_probs(exact, subset.x, subset.label)
     solver, per_row = solver_error(exact, subset, in_float64)
+    errors = [s.integral_error for s in solves if s.integral_error is not None]
     # of fixed steps there is none
     estimated = bool(errors) and flow.solver is not None and flow.solver.adaptive
     embedded = float(torch.cat(errors).sum()) / len(subset.x) if estimated else None
@@ -139,8 +140,8 @@ def solver_error(flow: Flow, subset: Subset, log_p: Tensor) -> tuple[float, floa
     if solver.step_size is not None:
         tighter["step_size"] = solver.step_size / 10
     try:
-        with solver.using(**tighter):
-            change = log_probs(flow, subset.x, subset.label) - log_p
+        tight = flow.with_solver(solver.replace(**tighter))
+        change = log_probs(tight, subset.x, subset.label) - log_p
     except SolverError:
         return math.nan, math.nan
     return of_mean(change), float(change.square().mean().sqrt())

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -101,8 +100,8 @@ def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> S
 def _row(flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, label: Tensor | None, seed: int) -> Row:
     begun = time.perf_counter()
     words = f"{solver.method}" + ("" if steps is None else f", {steps} steps")
-    with status(words), solved_by(flow, solver), seeded(seed, flow.like.device), record_solves() as solves:
-        samples = flow.sample(len(real), label=label).cpu()
+    with status(words), seeded(seed, flow.like.device), record_solves() as solves:
+        samples = flow.with_solver(solver).sample(len(real), label=label).cpu()
     seconds = time.perf_counter() - begun
     if not bool(samples.isfinite().all()):
         how = "" if steps is None else f" with {steps} steps"
@@ -110,20 +109,6 @@ def _row(flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, label: 
     nfe = nfe_of_pass(flow, solves)
     assert nfe is not None
     return Row(solver.method, steps, nfe, sliced_wasserstein(samples, real), seconds)
-
-
-@contextmanager
-def solved_by(flow: Flow, solver: Solver) -> Iterator[None]:
-    """Inside, the flow's continuous parts are solved by another solver."""
-    parts = flow.ode_blocks
-    before = [m.solver for m in parts]
-    try:
-        for m in parts:
-            m.solver = solver
-        yield
-    finally:
-        for m, own in zip(parts, before, strict=True):
-            m.solver = own
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = PROJECTIONS) -> float:

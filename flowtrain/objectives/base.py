@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Regularizer
 from flowtrain.flow import Flow
+from flowtrain.ode import AS_CONFIGURED, SolveOptions
 
 
 class Objective(nn.Module, ABC):
@@ -42,8 +43,14 @@ class Objective(nn.Module, ABC):
         """Told of each step before its loss is taken; nothing, for losses that are the same throughout."""
 
     @abstractmethod
-    def forward(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, its terms by name) of x (B, *event_shape), label (B,) or None; `nll` in nats where it is taken."""
+    def forward(
+        self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, its terms by name) of x (B, *event_shape), label (B,) or None; `nll` in nats where it is taken.
+
+        Args:
+            options: how this step solves the ODE, for example with the tolerance of the warm-up.
+        """
 
     def regularized(self, loss: Tensor, terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with the weighted `terms` of the regularizer added, and with its penalties on fields."""

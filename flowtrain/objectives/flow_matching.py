@@ -14,6 +14,7 @@ from flowtrain.bijections.stages import stages
 from flowtrain.flow import Flow, rows_at_a_time
 from flowtrain.objectives.base import Objective
 from flowtrain.objectives.likelihood import Likelihood
+from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.arguments import number, one_of, whole
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.process import seeded
@@ -89,7 +90,9 @@ class Matching(Objective):
     def pairs(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(x0, x1, label) for a training batch: the ends of B lines, (B, *event) each, and labels (B,) or None."""
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         x0, x1, label = self.pairs(x, label)
         t = stratified(len(x1), x1)
         along = t.view(-1, *(1,) * (x1.dim() - 1))
@@ -210,16 +213,16 @@ class Rectified(Matching):
 @torch.no_grad()
 def drawn(teacher: Flow, n: int, rtol: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """n pairs (x0, x1) of the ends of a flow's continuous part, (n, *event) each, and their labels (n,) or None."""
-    ends, like, solver = Ends(teacher), teacher.like, teacher.solver
+    like, solver = teacher.like, teacher.solver
     assert solver is not None
+    # a fixed-step method keeps its steps
+    ends = Ends(teacher.with_solver(solver.replace(rtol=rtol, atol=rtol)) if solver.adaptive else teacher)
     z = torch.randn(n, *teacher.event_shape, dtype=like.dtype, device=like.device)
     labels = None if teacher.classes is None else teacher.drawn_labels(n)
     x0 = ends.from_base(z, labels)
     x1 = []
-    # a fixed-step method keeps its steps
-    with solver.using(**({"rtol": rtol, "atol": rtol} if solver.adaptive else {})):
-        for rows in torch.split(torch.arange(n, device=like.device), rows_at_a_time(teacher.event_shape)):
-            x1.append(ends.ode_block.map_forward(x0[rows], None if labels is None else labels[rows]))
+    for rows in torch.split(torch.arange(n, device=like.device), rows_at_a_time(teacher.event_shape)):
+        x1.append(ends.ode_block.map_forward(x0[rows], None if labels is None else labels[rows]))
     return x0, torch.cat(x1), labels
 
 
@@ -265,6 +268,8 @@ class Hybrid(Objective):
         assert self.likelihood_from is not None
         self.current = self.before if step < self.likelihood_from else self.after
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        loss: tuple[Tensor, dict[str, Tensor]] = self.current(x, label)
+    def forward(
+        self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss: tuple[Tensor, dict[str, Tensor]] = self.current(x, label, options)
         return loss

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.continuous import Regularizer, record_paths
+from flowtrain.bijections.continuous import Regularizer
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
+from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.errors import ConfigError
 
 
@@ -22,14 +23,14 @@ class Likelihood(Objective):
             raise ConfigError(
                 "regularizer: this flow has no paths to regularize; use regularizer=none, or model=ffjord"
             )
-        for m in flow.ode_blocks:
-            m.regularizer = regularizer
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, its terms by name): nll, and each regularizer before its weight."""
-        with record_paths() as paths:
-            nll = -self.flow.log_prob(x, label).mean()
+        log_p, _, integrals = self.flow.density_pass(x, label, self.regularizer.options(options))
+        nll = -log_p.mean()
         names = self.regularizer.paths
-        penalties = {name: torch.stack([p[:, i].mean() for p in paths]).sum() for i, name in enumerate(names)}
+        penalties = {name: torch.stack([q[:, i].mean() for q in integrals]).sum() for i, name in enumerate(names)}
         loss, penalties = self.regularized(nll, penalties)
         return loss, {"nll": nll, **penalties}

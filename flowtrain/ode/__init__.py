@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from flowtrain.ode.runge_kutta import RungeKutta
-from flowtrain.ode.solver import Problem, Solution, Solver, Statistics, record_integral_errors, record_solves
+from flowtrain.ode.solver import AS_CONFIGURED, Problem, Solution, SolveOptions, Solver, Statistics, record_solves
 from flowtrain.ode.step_control import StepPlan
 from flowtrain.ode.tableaus import TABLEAUS, Tableau
 from flowtrain.ode.torchdiffeq_engine import METHODS, Torchdiffeq
@@ -12,14 +12,15 @@ from flowtrain.utils.arguments import choose, one_of
 from flowtrain.utils.errors import ConfigError
 
 __all__ = [
+    "AS_CONFIGURED",
     "Problem",
     "Solution",
+    "SolveOptions",
     "Solver",
     "Statistics",
     "StepPlan",
     "Tableau",
     "ode_solver",
-    "record_integral_errors",
     "record_solves",
 ]
 

@@ -2,11 +2,12 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +53,16 @@ GRADIENTS = ("auto", "direct", "replay", "adjoint")
 
 @dataclass
 class Statistics:
-    """What one solve cost. NFE counts evaluations of the velocity by the solver, backward ones apart."""
+    """What one solve cost. NFE counts evaluations of the velocity by the solver, backward ones apart.
+
+    `integral_error` (B, Q) estimates the error of the path integrals; None if the solver has no estimate.
+    """
 
     nfe_forward: int = 0
     nfe_backward: int = 0
     accepted: int = 0
     rejected: int = 0
+    integral_error: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,37 @@ class Solution:
     statistics: Statistics = field(default_factory=Statistics)
 
 
-# the statistics of every solve begun inside; a backward solve adds to its forward one's
+@dataclass(frozen=True)
+class SolveOptions:
+    """Options for the ODE solves of one pass through a flow. They travel down with x; nothing stores them.
+
+    Attributes:
+        rtol, atol, step_size, max_nfe, control: in place of the solver's own settings; None keeps the solver's.
+        integrals: path integrals to return besides the log-determinant, by name; see `bijections.continuous.Integral`.
+        end_time: b in [0, 1). In training, a solve from 0 to 1 or back ends or begins at T ~ U(1 - b, 1 + b) instead
+            of 1 (Ghosh et al. 2020, STEER, eq. 6).
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+    step_size: float | None = None
+    max_nfe: int | None = None
+    control: str | None = None
+    integrals: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
+    end_time: float = 0.0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that replace those of the solver."""
+        found = {key: getattr(self, key) for key in ("rtol", "atol", "step_size", "max_nfe", "control")}
+        return {key: value for key, value in found.items() if value is not None}
+
+
+AS_CONFIGURED = SolveOptions()
+
+
+# counts work, for reports: the statistics of every solve begun inside; a backward solve adds to its forward one's
 record_solves: Collector[Statistics] = Collector("solves")
-# the error of the integrals of every solve inside, (B, Q), where the solver estimates it
-record_integral_errors: Collector[Tensor] = Collector("integral errors")
 
 
 def unmoved(problem: Problem, statistics: Statistics) -> Solution:
@@ -134,6 +166,8 @@ def unmoved(problem: Problem, statistics: Statistics) -> Solution:
 
 class Solver(ABC):
     """An ODE solver and its settings. Tolerances are relative and absolute, per component, in RMS over the batch.
+
+    The settings of a solver never change; `replace` makes another solver.
 
     Args:
         method: name of the method.
@@ -208,10 +242,13 @@ class Solver(ABC):
                 f"solver={method} chooses its own steps: remove solver.step_size and solver.steps, or set solver.rtol"
             )
 
-    def tolerance_at(self, step: float, tightenings: int = 0) -> tuple[float, float]:
+    def tolerance_at(self, step: float, tightenings: int = 0, warmup: int | None = None) -> tuple[float, float]:
         """(rtol, atol) for a training step, never tighter than the final ones.
 
         rtol_w (rtol_t / rtol_w)^(step / warmup), then rtol_t = train_rtol; divided by 10^tightenings.
+
+        Args:
+            warmup: in place of the solver's own number of warm-up steps.
 
         Example:
             >>> from flowtrain.ode import ode_solver
@@ -220,21 +257,28 @@ class Solver(ABC):
             ['1e-03', '1e-04', '1e-05']
         """
         looser = self.train_rtol / self.rtol
-        warmup = self.warmup or 0
+        warmup = (self.warmup if warmup is None else warmup) or 0
         if step < warmup and self.warmup_rtol > self.train_rtol:
             looser *= (self.warmup_rtol / self.train_rtol) ** (1 - step / warmup)
         looser = max(1.0, looser / 10**tightenings)
         return self.rtol * looser, self.atol * looser
 
-    @contextmanager
-    def using(self, **settings: Any) -> Iterator[None]:
-        """Solves inside use these settings (rtol, atol, control, step_size, max_nfe) in place of the solver's own."""
-        before = {key: getattr(self, key) for key in settings}
-        self.__dict__.update(settings)
-        try:
-            yield
-        finally:
-            self.__dict__.update(before)
+    def replace(self, **settings: Any) -> Self:
+        """The same solver with other settings (rtol, atol, control, step_size, max_nfe).
+
+        Example:
+            >>> from flowtrain.ode import ode_solver
+            >>> ode_solver("dopri5", rtol=1e-5).replace(rtol=1e-3).rtol
+            0.001
+        """
+        if not settings:
+            return self
+        unknown = [key for key in settings if not hasattr(self, key)]
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no setting {', '.join(unknown)}")
+        other = copy(self)
+        other.__dict__.update(settings)
+        return other
 
     def describe(self) -> dict[str, Any]:
         """method, rtol, atol for reports; a fixed-step method has a step size in place of tolerances."""
@@ -242,8 +286,11 @@ class Solver(ABC):
             return {"method": self.method, "rtol": self.rtol, "atol": self.atol}
         return {"method": self.method, "rtol": None, "atol": None, "step_size": self.step_size}
 
-    def solve(self, problem: Problem) -> Solution:
+    def solve(self, problem: Problem, options: SolveOptions = AS_CONFIGURED) -> Solution:
         """Solves `problem`. For an empty batch, or if t0 = t1, see `unmoved`.
+
+        Args:
+            options: settings of this solve in place of the solver's own.
 
         Raises:
             SolverError: step size underflow, more than max_nfe evaluations, or a state that is not finite.
@@ -254,11 +301,12 @@ class Solver(ABC):
             record_solves.open.append(statistics)
         if not len(problem.x) or not problem.lasts():
             return unmoved(problem, statistics)
-        self.check_tolerance(problem.x.dtype)
+        solver = self.replace(**options.settings)
+        solver.check_tolerance(problem.x.dtype)
         with full_precision(problem.x.device):
-            solution = self._solve(problem, statistics)
-        if record_integral_errors.open is not None and solution.integral_error is not None:
-            record_integral_errors.open.append(solution.integral_error.detach())
+            solution = solver._solve(problem, statistics)
+        if solution.integral_error is not None:
+            statistics.integral_error = solution.integral_error.detach()
         return solution
 
     @abstractmethod

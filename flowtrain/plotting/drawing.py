@@ -37,16 +37,18 @@ def warn_if_plotting_fails(what: str, also: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def drawing(flow: Flow, tolerance: float = TOLERANCE, seed: int = 0) -> Iterator[None]:
-    """The flow in evaluation mode, and left in it; no gradients, randomness of its own, a tolerance for a picture."""
+def drawing(flow: Flow, tolerance: float = TOLERANCE, seed: int = 0) -> Iterator[Flow]:
+    """Gives the flow with a tolerance for a picture. Inside, there are no gradients, and random numbers are seeded.
+
+    The flow is put into evaluation mode and stays in it.
+    """
     flow.eval()
     with torch.no_grad(), seeded(seed, flow.like.device):
         if flow.solver is None:
-            yield
-            return
-        rtol = max(flow.solver.rtol, tolerance)
-        with flow.solver.using(rtol=rtol, atol=rtol):
-            yield
+            yield flow
+        else:
+            rtol = max(flow.solver.rtol, tolerance)
+            yield flow.with_solver(flow.solver.replace(rtol=rtol, atol=rtol))
 
 
 def first(flow: Flow, data: Dataset, n: int, label: int | None = None) -> tuple[Tensor, Tensor | None]:

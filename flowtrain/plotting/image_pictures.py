@@ -39,7 +39,7 @@ def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: st
     with warn_if_plotting_fails("reconstructions"):
         files.append(_draw_reconstructions(flow, data, show, place("reconstructions"), title))
     for name, rows in figures.items():
-        with warn_if_plotting_fails(name), drawing(flow):
+        with warn_if_plotting_fails(name), drawing(flow) as flow:
             drawn = [(words, show(images)) for words, images in rows(flow, data)]
             # no two test images of one class, and there is nothing to interpolate
             if drawn:
@@ -51,7 +51,7 @@ def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: st
 def _draw_reconstructions(flow: Flow, data: Dataset, show: "Shown", path: Path, title: str) -> Path:
     """Draws test images, their round trips through the latents, and the differences in a colour scale of their own."""
     # at the tolerance of an evaluation, because the figure states the size of the error
-    with drawing(flow, tolerance=0.0):
+    with drawing(flow, tolerance=0.0) as flow:
         x, back = reconstructed(flow, data)
         draw_rows(
             path,

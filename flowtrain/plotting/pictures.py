@@ -92,7 +92,7 @@ def draw(
     Args:
         log_scale: 2-D densities by their logarithm, which shows the tails.
     """
-    with drawing(flow):
+    with drawing(flow) as flow:
         if len(flow.event_shape) == 3:
             image_pictures.draw(flow, data, path, title, samples, label)
         else:

@@ -33,11 +33,11 @@ def draw_transport_pictures(flow: Flow, data: Dataset, place: Callable[[str], Pa
     label = None if flow.classes is None else flow.seen[0]
     words = title if label is None else f"{title}, class {label}"
     files = []
-    with warn_if_plotting_fails("passage"), drawing(flow, TOLERANCE):
+    with warn_if_plotting_fails("passage"), drawing(flow, TOLERANCE) as flow:
         _draw_transport(_Way(flow, data, COLUMNS, label), place("passage"), words)
         files.append(place("passage"))
     # few particles, whose densities are drawn as lines, on which errors show
-    with warn_if_plotting_fails("paths"), drawing(flow):
+    with warn_if_plotting_fails("paths"), drawing(flow) as flow:
         _draw_paths(_Way(flow, data, ALONG, label), place("paths"), words)
         files.append(place("paths"))
     return files
@@ -65,7 +65,7 @@ def animate(
         NonFiniteError: samples that are no numbers; nothing is written.
     """
     check_animated(flow, n)
-    with drawing(flow, TOLERANCE, seed):
+    with drawing(flow, TOLERANCE, seed) as flow:
         if len(flow.event_shape) == 3:
             _animate_images(flow, data, paths, title, temperature * latents(flow, n or IMAGES), label)
             return

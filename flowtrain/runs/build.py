@@ -79,16 +79,22 @@ def build_flow(config: Config, samples: Samples) -> Flow:
     offered = {"solver": build_solver(config), "classes": samples.classes}
     wanted = _wanted(config, "model", offered)
     flow = cast(Flow, _call(config, "model", event_shape=samples.event_shape, **wanted))
+    bijection = flow.bijection
     if samples.gaussian_start:
         start = Preconditioned if flow.ode_blocks else FromGaussian
-        flow.bijection = start(flow.bijection, math.prod(samples.event_shape))
+        bijection = start(bijection, math.prod(samples.event_shape))
     if samples.standardized or samples.centered:
-        flow.bijection = Chain([flow.bijection, Standardize(samples.event_shape, samples.centered)])
+        bijection = Chain([bijection, Standardize(samples.event_shape, samples.centered)])
     if samples.levels is not None:
-        flow.bijection = Chain([flow.bijection, Logit(samples.levels, samples.alpha)])
-    flow.integer_valued, flow.levels, flow.centered = samples.integer_valued, samples.levels, samples.centered
-    flow.noisy, flow.class_counts = samples.noisy, samples.class_counts
-    return flow
+        bijection = Chain([bijection, Logit(samples.levels, samples.alpha)])
+    return flow.with_data(
+        bijection,
+        integer_valued=samples.integer_valued,
+        levels=samples.levels,
+        centered=samples.centered,
+        noisy=samples.noisy,
+        class_counts=samples.class_counts,
+    )
 
 
 def with_whole_numbers(config: Config, groups: Iterable[str]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class CheckpointManager:
         solver = self.flow.solver
         if solver is None or solver.adaptive:
             return
-        resolve_auto = {"step_size": solver.step_size, "steps": None}
-        self.config = {**self.config, "solver": {**self.config["solver"], **resolve_auto}}
+        changed = {"step_size": solver.step_size, "steps": None}
+        self.config = {**self.config, "solver": {**self.config["solver"], **changed}}
         # the best NLL so far may owe itself to the coarser steps, and no honest one would ever beat it
         self.progress.forget_best()

@@ -3,13 +3,14 @@
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowtrain.flow import Flow
-from flowtrain.ode import Solver, record_solves
+from flowtrain.ode import SolveOptions, Solver, record_solves
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import NonFiniteError, SolverError
 from flowtrain.utils.process import seeded
@@ -42,26 +43,41 @@ class Guard:
     """Compares log p of a training batch as training solves it with log p solved tightly, and tightens where exploited.
 
     An adaptive method's training tolerance is divided by ten, down to the final one; a fixed step size is halved, in
-    the solver itself, because an evaluation with the coarse steps would report the exploited likelihood.
+    the flow's solver, because an evaluation with the coarse steps would report the exploited likelihood.
 
     Args:
-        solver: the flow's.
+        flow: a flow that solves an ODE.
         every: steps between checks; None: never.
-        warmed: from a training step to those of the solver's warm-up; None: they are the same.
+        warmup: the number of warm-up steps; None: that of the solver.
+        warmed: from a training step to those of the warm-up; None: they are the same.
+        end_time: see `SolveOptions`.
     """
 
     def __init__(
-        self, flow: Flow, solver: Solver, every: int | None, warmed: Callable[[int], float] | None = None
+        self,
+        flow: Flow,
+        every: int | None,
+        warmup: Callable[[], int | None] | None = None,
+        warmed: Callable[[int], float] | None = None,
+        end_time: float = 0.0,
     ) -> None:
-        self.flow, self.solver, self.every = flow, solver, every
+        self.flow, self.every, self.end_time = flow, every, end_time
+        self.warmup = warmup or (lambda: None)
         self.warmed = warmed or float
         self.tightenings = 0
         # the limits that were met and warned of: past them there is nothing left to do, until a resume moves them
         self.warned: dict[str, Any] | None = None
 
+    @property
+    def solver(self) -> Solver:
+        """The solver of the flow, whose step size the guard may make smaller."""
+        solver = self.flow.solver
+        assert solver is not None
+        return solver
+
     def tolerance_at(self, step: int) -> tuple[float, float]:
         """(rtol, atol) of training at a step, tightened."""
-        return self.solver.tolerance_at(self.warmed(step), self.tightenings)
+        return self.solver.tolerance_at(self.warmed(step), self.tightenings, self.warmup())
 
     def check(self, step: int, x: Tensor, seed: int, label: Tensor | None = None) -> bool:
         """Whether the solver was tightened, after `step` updates, on the batch x (B, *event_shape), label (B,) or None.
@@ -81,7 +97,7 @@ class Guard:
 
     def _tighten_once(self, step: int, x: Tensor, label: Tensor | None, seed: int) -> bool:
         """Solves, compares, tightens where exploited; whether to compare again."""
-        coarse, fine = self._settings(step)
+        coarse, fine = self._options(step)
         if coarse == fine:
             return False
         loose, nfe, failure = self._log_prob(x, label, seed, coarse)
@@ -98,15 +114,15 @@ class Guard:
         # once for a failure: how much tighter it would have to be, no comparison says
         return bool(any_wrong) and self._tighten(step, int(most), f"step {step}: {read}") and not any_failed
 
-    def _settings(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The solver's settings as in training, and tight ones."""
-        solver = self.solver
+    def _options(self, step: int) -> tuple[SolveOptions, SolveOptions]:
+        """Options of a solve as in training, and of a tight one."""
+        solver, shared = self.solver, SolveOptions(end_time=self.end_time)
         if solver.adaptive:
             rtol, atol = self.tolerance_at(step)
-            coarse = {"rtol": rtol, "atol": atol, "control": solver.control}
-            return coarse, {"rtol": solver.rtol, "atol": solver.atol, "control": "all"}
-        coarse = {"step_size": self._step_size(), "max_nfe": solver.max_nfe}
-        return coarse, {"step_size": self._step_size() / FINER, "max_nfe": FINER * solver.max_nfe}
+            coarse = replace(shared, rtol=rtol, atol=atol, control=solver.control)
+            return coarse, replace(shared, rtol=solver.rtol, atol=solver.atol, control="all")
+        coarse = replace(shared, step_size=self._step_size(), max_nfe=solver.max_nfe)
+        return coarse, replace(shared, step_size=self._step_size() / FINER, max_nfe=FINER * solver.max_nfe)
 
     def _limits(self) -> dict[str, Any]:
         solver = self.solver
@@ -118,13 +134,11 @@ class Guard:
         return min(self.solver.step_size, 1.0)
 
     @torch.no_grad()
-    def _log_prob(
-        self, x: Tensor, label: Tensor | None, seed: int, settings: dict[str, Any]
-    ) -> tuple[Tensor, int, str]:
+    def _log_prob(self, x: Tensor, label: Tensor | None, seed: int, options: SolveOptions) -> tuple[Tensor, int, str]:
         """log p(x) (B,), the NFE of the longest solve, and what failed, or nothing."""
-        with seeded(seed, x.device), record_solves() as solves, self.solver.using(**settings):
+        with seeded(seed, x.device), record_solves() as solves:
             try:
-                log_p = self.flow.log_prob(x, label)
+                log_p = self.flow.density_pass(x, label, options).log_p
             except (SolverError, NonFiniteError) as e:
                 return torch.full((len(x),), math.nan), 0, str(e).rstrip(".")
         failure = "" if bool(torch.isfinite(log_p).all()) else "the log-likelihood is NaN or infinite"
@@ -148,8 +162,9 @@ class Guard:
         if solver.adaptive:
             log.warning("%s; training's rtol goes from %.3g to %.3g", read, rtol, self.tolerance_at(step)[0])
         else:
-            old, solver.step_size = solver.step_size, self._step_size() / 2
-            log.warning("%s; solver.step_size goes from %.3g to %.3g, in evaluation too", read, old, solver.step_size)
+            half = self._step_size() / 2
+            log.warning("%s; solver.step_size goes from %.3g to %.3g, in evaluation too", read, solver.step_size, half)
+            self.flow.use_solver(solver.replace(step_size=half))
         return True
 
     def _warn(self, message: str) -> bool:

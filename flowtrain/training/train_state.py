@@ -1,8 +1,8 @@
 """What learns: the flow, and all that goes along with its weights from step to step."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from flowtrain.bijections.scale import BatchNorm
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
+from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.training.batches import Batch
 from flowtrain.training.ema import Ema
 from flowtrain.training.guard import Guard
@@ -25,8 +26,6 @@ WARMUP = 2 / 3
 
 class TrainState:
     """Optimizer, learning rate, average and guard of a flow whose weights are those that training begins with.
-
-    Sets `flow.solver.warmup`, in steps, where it is None and so left to the trainer: to WARMUP of the steps that solve.
 
     Args:
         pace: the position of the learning rate and tolerance schedules.
@@ -45,22 +44,27 @@ class TrainState:
         self.solves_from = objective.likelihood_from
         self.lr = LearningRate(settings, self.solves_from or 0)
         self.tied = flow.solver is not None and flow.solver.warmup is None and settings.lr_decay == "plateau"
-        self.chooses_warmup = flow.solver is not None and flow.solver.warmup is None
-        self.choose_warmup()
-        self.guard = None if flow.solver is None else Guard(flow, flow.solver, settings.guard_every, self.warmed)
+        self.guard = None
+        if flow.solver is not None:
+            end_time = objective.regularizer.end_time
+            self.guard = Guard(flow, settings.guard_every, lambda: self.warmup, self.warmed, end_time)
         norms = [m for m in flow.modules() if isinstance(m, BatchNorm | _BatchNorm)]
         self.running = [b for m in norms for b in m.buffers()]
         self.ema = None if settings.ema is None else Ema(flow, settings.ema)
 
-    def choose_warmup(self) -> None:
-        """Sets the number of warm-up steps of the tolerance, if the solver leaves it to the trainer."""
-        if self.chooses_warmup and self.flow.solver is not None:
-            self.flow.solver.warmup = round(WARMUP * (self.settings.steps - (self.solves_from or 0)))
+    @property
+    def warmup(self) -> int:
+        """The number of warm-up steps of the tolerance: the solver's, or WARMUP of the steps that solve the ODE."""
+        solver = self.flow.solver
+        if solver is None:
+            return 0
+        if solver.warmup is not None:
+            return solver.warmup
+        return round(WARMUP * (self.settings.steps - (self.solves_from or 0)))
 
     def solve_from(self, step: int) -> None:
         """Makes the likelihood take over at that step, earlier than planned."""
         self.solves_from = self.lr.again = step
-        self.choose_warmup()
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -114,14 +118,12 @@ class TrainState:
 
     # the tolerance of training, and the guard's look at what comes of it
 
-    @contextmanager
-    def solving(self, step: int) -> Iterator[None]:
-        """Inside, the ODE is solved as that step of training solves it."""
-        with ExitStack() as stack:
-            if self.guard is not None and self.solves(step):
-                rtol, atol = self.guard.tolerance_at(step)
-                stack.enter_context(self.guard.solver.using(rtol=rtol, atol=atol))
-            yield
+    def options(self, step: int) -> SolveOptions:
+        """How a step of training solves the ODE."""
+        if self.guard is None or not self.solves(step):
+            return AS_CONFIGURED
+        rtol, atol = self.guard.tolerance_at(step)
+        return SolveOptions(rtol=rtol, atol=atol)
 
     def tolerance(self, step: int) -> dict[str, float | None]:
         """What the row of a step says of it: None of fixed steps, and where nothing is solved."""
@@ -150,7 +152,7 @@ class TrainState:
         """
         solver = self.flow.solver
         if self.tied and solver is not None:
-            return self.lr.settled * (solver.warmup or 0)
+            return self.lr.settled * self.warmup
         return max(0, self.pace.at(step) - (self.solves_from or 0))
 
     def settled(self, step: int) -> bool:
@@ -160,7 +162,7 @@ class TrainState:
             return False
         if solver is None or self.solves_from is None:
             return True
-        return self.solves(step) and self.warmed(step) >= (solver.warmup or 0)
+        return self.solves(step) and self.warmed(step) >= self.warmup
 
     def may_overfit(self, step: int) -> bool:
         """Whether a rise of the validation NLL after that step means overfitting.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.objectives.base import Objective
-from flowtrain.ode import record_solves
+from flowtrain.ode import SolveOptions, record_solves
 from flowtrain.training.batches import Batch, Batches
 from flowtrain.training.failure_policy import STEP_ERRORS, bad_update, dump
 from flowtrain.training.metrics import in_bits
@@ -155,17 +155,17 @@ class Update:
         if s.compile:
             # CUDA graphs may overwrite what the step before left
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        with record_solves() as solves, training_step(s.precision, self.device), self.learner.solving(step):
+        with record_solves() as solves, training_step(s.precision, self.device):
             self.learner.optimizer.zero_grad()
             try:
                 self.objective.begin(step)
-                tried.terms = self.backward(batch.x, batch.label)
+                tried.terms = self.backward(batch.x, batch.label, self.learner.options(step))
             except STEP_ERRORS as e:
                 tried.failure = e
         tried.nfe = {name: sum(getattr(c, name) for c in solves) / s.accumulate for name in NFE if solves}
         return tried
 
-    def backward(self, x: Tensor, label: Tensor | None) -> dict[str, Tensor]:
+    def backward(self, x: Tensor, label: Tensor | None, options: SolveOptions) -> dict[str, Tensor]:
         """The loss of a batch and its terms, by name.
 
         Its gradient is summed over `accumulate` parts that are in memory one at a time.
@@ -175,7 +175,7 @@ class Update:
         total: dict[str, Tensor] = {}
         for part, y in zip(x.tensor_split(n), labels, strict=True):
             with narrowed(self.settings.precision, self.device):
-                loss, terms = self.objective(part, y)
+                loss, terms = self.objective(part, y, options)
             share = len(part) / len(x)
             (share * loss).backward()
             for name, term in {"loss": loss, **terms}.items():
