@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from flowtrain.ode import Problem, Solver, ode_solver
+from flowtrain.ode import TORCHDIFFEQ_METHODS, Problem, Solver, ode_solver
 from flowtrain.ode.runge_kutta import RungeKutta
 from flowtrain.ode.tableaus import TABLEAUS
 from flowtrain.ode.torchdiffeq_engine import METHODS, Torchdiffeq
@@ -36,6 +36,7 @@ def make(name: str, **settings: Any) -> Solver:
 
 def test_every_torchdiffeq_method_has_a_config() -> None:
     assert set(CONFIGS) == {*METHODS, *TABLEAUS}
+    assert set(TORCHDIFFEQ_METHODS) == set(METHODS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

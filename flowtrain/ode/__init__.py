@@ -7,7 +7,6 @@ from flowtrain.ode.runge_kutta import RungeKutta
 from flowtrain.ode.solver import AS_CONFIGURED, Problem, Solution, SolveOptions, Solver, Statistics, record_solves
 from flowtrain.ode.step_control import StepPlan
 from flowtrain.ode.tableaus import TABLEAUS, Tableau
-from flowtrain.ode.torchdiffeq_engine import METHODS, Torchdiffeq
 from flowtrain.utils.arguments import choose, one_of
 from flowtrain.utils.errors import ConfigError
 
@@ -25,6 +24,27 @@ __all__ = [
 ]
 
 
+# torchdiffeq is imported when it is first used; a test compares these names with its own
+TORCHDIFFEQ_METHODS = (
+    "adaptive_heun",
+    "bosh3",
+    "dopri5",
+    "dopri8",
+    "euler",
+    "explicit_adams",
+    "fehlberg2",
+    "fixed_adams",
+    "heun",
+    "heun2",
+    "heun3",
+    "implicit_adams",
+    "midpoint",
+    "rk4",
+    "scipy_solver",
+    "tsit5",
+)
+
+
 def ode_solver(method: str, gradient: str = "auto", tableau: Tableau | None = None, **settings: Any) -> Solver:
     """The solver of that name: torchdiffeq for the adjoint and for methods without a tableau here, else our own engine.
 
@@ -35,7 +55,7 @@ def ode_solver(method: str, gradient: str = "auto", tableau: Tableau | None = No
         ConfigError: an unknown method (the message lists what there is) or a setting out of range.
     """
     if tableau is None:
-        one_of("solver.method", method, sorted({*TABLEAUS, *METHODS}))
+        one_of("solver.method", method, sorted({*TABLEAUS, *TORCHDIFFEQ_METHODS}))
     known = inspect.signature(Solver.__init__).parameters
     unknown = [key for key in settings if key not in known]
     if unknown:
@@ -45,5 +65,8 @@ def ode_solver(method: str, gradient: str = "auto", tableau: Tableau | None = No
         if not isinstance(tableau, Tableau):
             raise ConfigError(f"solver.tableau={tableau}: a tableau is given by a function, see README, Extending")
         return RungeKutta(method, tableau, gradient=gradient, **settings)
-    engine = RungeKutta if method in TABLEAUS and gradient != "adjoint" else Torchdiffeq
-    return engine(method, gradient=gradient, **settings)
+    if method in TABLEAUS and gradient != "adjoint":
+        return RungeKutta(method, gradient=gradient, **settings)
+    from flowtrain.ode.torchdiffeq_engine import Torchdiffeq
+
+    return Torchdiffeq(method, gradient=gradient, **settings)

@@ -78,11 +78,28 @@ def warn_of_fehlberg2() -> None:
     )
 
 
-# by its name in torchdiffeq's own table, because the adjoint looks it up again when it solves backwards
-SOLVERS.setdefault("tsit5", Tsit5)
-SOLVERS.setdefault("heun", SOLVERS["heun2"])
-SOLVERS.update(implicit_adams=ImplicitAdams, fixed_adams=ImplicitAdams)
-METHODS: dict[str, type] = SOLVERS
+# the solver class of each method
+METHODS: dict[str, type] = {
+    **SOLVERS,
+    "tsit5": Tsit5,
+    "heun": SOLVERS["heun2"],
+    "implicit_adams": ImplicitAdams,
+    "fixed_adams": ImplicitAdams,
+}
+
+
+def registered(method: str) -> str:
+    """The name under which torchdiffeq finds the solver class of a method.
+
+    torchdiffeq and its adjoint look classes up by name. Our own classes are added to its table under names of their
+    own, when they are first used. Its own entries never change.
+    """
+    solver = METHODS[method]
+    if SOLVERS.get(method) is solver:
+        return method
+    name = f"flowtrain_{solver.__name__}"
+    SOLVERS.setdefault(name, solver)
+    return name
 
 
 class Torchdiffeq(Solver):
@@ -167,7 +184,12 @@ class Torchdiffeq(Solver):
 
     def _integrate(self, dynamics: "_Dynamics", state: tuple[Tensor, ...], problem: Problem) -> list[Tensor]:
         t = torch.tensor([problem.t0, problem.t1], dtype=state[0].dtype, device=state[0].device)
-        arguments: dict[str, Any] = {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": {}}
+        arguments: dict[str, Any] = {
+            "method": registered(self.method),
+            "rtol": self.rtol,
+            "atol": self.atol,
+            "options": {},
+        }
         if not self.adaptive:
             n = self.steps_between(problem.t0, problem.t1)
             # torchdiffeq's own grid from a step size can end in a step of length zero in float32

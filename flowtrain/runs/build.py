@@ -8,7 +8,6 @@ from pkgutil import resolve_name
 from typing import Any, cast, get_args, get_type_hints
 
 import torch
-from hydra.utils import instantiate
 
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Regularizer
@@ -27,6 +26,8 @@ Config = Mapping[str, Any]
 
 # arguments that recipes and solvers take besides the keys of their group
 GIVEN = ("event_shape", "solver", "classes")
+# keys with a meaning of their own, as in hydra.utils.instantiate
+RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
 
 def build_data(config: Config) -> Dataset:
@@ -179,15 +180,33 @@ def _target(config: Config, group: str) -> str:
 
 def _call(config: Config, group: str, **extra: Any) -> Any:
     """Calls the `_target_` of a group with the group's other keys (but `name`, a label) and `extra`."""
-    target = _target(config, group)
-    arguments = {k: v for k, v in config[group].items() if k != "name"}
-    made = {**arguments, "_target_": target, "_partial_": True, "_convert_": "all"}
-    _object(made["_target_"], group)
-    return _checked_call(instantiate(made), group, extra)
+    _target(config, group)
+    return _checked_call(_function({k: v for k, v in config[group].items() if k != "name"}, group), group, extra)
+
+
+def _built(value: Any, group: str) -> Any:
+    """The value, with what its nested mappings name by `_target_` in their place."""
+    if isinstance(value, list):
+        return [_built(item, group) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if "_target_" not in value:
+        return {k: _built(v, group) for k, v in value.items()}
+    function = _function(value, group)
+    return function if value.get("_partial_") else _checked_call(function, group, {})
+
+
+def _function(value: Mapping[str, Any], group: str) -> Any:
+    """What `_target_` names, with the other keys as its arguments; those in the list `_args_` are positional."""
+    target = str(value["_target_"])
+    arguments = {k: _built(v, group) for k, v in value.items() if k not in RESERVED}
+    return partial(_object(RENAMED.get(target, target), group), *_built(value.get("_args_", []), group), **arguments)
 
 
 def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
     """Calls, with an unknown or missing argument turned into a message that lists what there is."""
+    if getattr(function, "args", ()):
+        return function(**arguments)
     original = getattr(function, "func", function)
     given = {**getattr(function, "keywords", {}), **arguments}
     known = inspect.signature(original).parameters

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from flowtrain.plotting.drawing import warn_if_plotting_fails
 from flowtrain.plotting.sweep_figure import MOST_SWEPT, Swept, draw_sweep
@@ -104,7 +104,7 @@ def begun_in(root: Path) -> dict[Path, list[str]]:
 def overrides_of(folder: Path) -> list[str] | None:
     """The overrides that the run in a directory was begun with; None where there is no run of ours."""
     try:
-        given = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES))
+        given = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8"))
     except Exception:  # whatever else is in a file by that name
         return None
     return [str(item) for item in given] if isinstance(given, list) else None
