@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from analytic.models import MixtureMap, composed, folded, linear, mixture, scaled
-from runs import Run
+from helpers import Run
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 

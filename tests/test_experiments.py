@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from image_sets import write_set
-from runs import Run
+from helpers import Run
+from helpers.files import write_set
 
 from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.runs.auto_settings import resolve_auto

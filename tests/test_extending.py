@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from runs import Run
+from helpers import Run
 from torch import Tensor
 
 from flowtrain.cli.error_messages import compose_defaults

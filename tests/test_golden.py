@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Run
+from helpers import Run
 
 import flowtrain
 from flowtrain.flow import Flow
