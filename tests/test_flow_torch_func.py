@@ -194,7 +194,7 @@ def test_noise_of_the_trace_follows_the_randomness_of_vmap() -> None:
     assert vmap(of_row, randomness="different")(x).std() > 1e-4
 
 
-def test_path_integrals() -> None:
+def test_path_integrals_under_torch_func() -> None:
     flow = continuous(2, ode_solver("rk4", steps=4)).train()
     flow.regularizer = Regularizer(kinetic=0.1, jacobian=0.1, acceleration=0.1)
 
@@ -208,7 +208,7 @@ def test_path_integrals() -> None:
     close(vmap(grad(lambda row: penalty(row.unsqueeze(0))[0]))(x.detach()), expected)
 
 
-def test_every_lane_meets_the_tolerance() -> None:
+def test_every_vmap_lane_meets_the_tolerance() -> None:
     """One lane is hard and the others are trivial: steps that suit their mean would miss the tolerance of the one."""
     wave, solver, x = Wave(), ode_solver("bosh3", rtol=1e-5), torch.zeros(400, 1, 1)
     x[7] = 1

@@ -120,7 +120,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_runs_and_resolves_nothing(run: Run, trained: Path, tmp_path: Path, name: str) -> None:
+def test_config_in_a_checkpoint_runs_no_code(run: Run, trained: Path, tmp_path: Path, name: str) -> None:
     changed(trained, CONFIGS[name])
     assert_refused(run, trained, "would run|interpolation|not to be had|damaged|complete|no class")
     assert not (tmp_path / "boom").exists()
@@ -205,7 +205,7 @@ ARRAYS = {
 
 @pytest.mark.parametrize("name", ARRAYS)
 @pytest.mark.parametrize("ending", [".npy", ".npz"])
-def test_arrays_promise_no_more_than_they_hold(run: Run, tmp_path: Path, name: str, ending: str) -> None:
+def test_array_headers_larger_than_the_file_are_refused(run: Run, tmp_path: Path, name: str, ending: str) -> None:
     path = npy(tmp_path / "a.npy", ARRAYS[name], b"\0" * 160)
     if ending == ".npz":
         with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:

@@ -35,7 +35,7 @@ def test_actnorm_initialization_standardizes_the_base_side() -> None:
     torch.testing.assert_close(z.std(0, correction=0), torch.ones(4), atol=1e-9, rtol=0)
 
 
-def test_initialization_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_initialization_in_parts_equals_initialization_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, label = torch.randn(30, 1, 4, 4), torch.arange(30) % 3
     flow = perturbed(realnvp((1, 4, 4), layers=2, hidden=(4,), conditional=True, classes=3).bijection)
     whole = flow.initialize(x, label)
@@ -59,7 +59,7 @@ class Seen(Bijection):
 
 
 @pytest.mark.parametrize(("shift", "rows"), [(0.0, 7), (1.0, 30)])
-def test_initialization_takes_no_more_rows_through_the_identity_than_tell_it(
+def test_initialization_checks_for_the_identity_on_few_rows(
     monkeypatch: pytest.MonkeyPatch, shift: float, rows: int
 ) -> None:
     monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 2)
@@ -69,7 +69,7 @@ def test_initialization_takes_no_more_rows_through_the_identity_than_tell_it(
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_initialization_is_the_same_whether_the_identity_is_seen_or_not(
+def test_initialization_does_not_depend_on_the_identity_shortcut(
     monkeypatch: pytest.MonkeyPatch, batch_norm: bool
 ) -> None:
     monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 16)
@@ -124,7 +124,7 @@ def statistics_of(d: int) -> dict[str, Bijection]:
 
 
 @pytest.mark.parametrize("name", list(statistics_of(2)))
-def test_initialization_refuses_what_has_no_statistics_and_changes_nothing(name: str) -> None:
+def test_failed_initialization_leaves_the_bijection_unchanged(name: str) -> None:
     bijection = perturbed(statistics_of(2)[name])
     before = {k: v.clone() for k, v in bijection.state_dict().items()}
     hostile = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [4.0, torch.inf]])
@@ -148,7 +148,7 @@ def test_initialization_from_equal_rows_keeps_a_scale_of_one(name: str, rows: in
     torch.testing.assert_close(log_det, torch.zeros_like(log_det), rtol=0, atol=1e-4)
 
 
-def test_batch_statistics_of_no_rows_do_not_reach_the_running_ones() -> None:
+def test_empty_batch_does_not_change_running_statistics() -> None:
     flow = perturbed(realnvp((4,), layers=2, hidden=(4,), batch_norm=True).bijection).train()
     before = {k: v.clone() for k, v in flow.state_dict().items()}
     z, log_det = flow.inverse(torch.zeros(0, 4))
@@ -158,7 +158,7 @@ def test_batch_statistics_of_no_rows_do_not_reach_the_running_ones() -> None:
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in flow.parameters() if p.grad is not None)
 
 
-def test_a_column_that_does_not_vary_leaves_the_others_alone() -> None:
+def test_constant_column_does_not_affect_other_columns() -> None:
     x = torch.stack([torch.full((500,), 2.0), 3 * torch.randn(500) + 1], 1)
     for name, bijection in statistics_of(2).items():
         bijection.initialize(x)
@@ -167,7 +167,7 @@ def test_a_column_that_does_not_vary_leaves_the_others_alone() -> None:
         torch.testing.assert_close(z[:, 1].std(correction=0), torch.tensor(1.0), rtol=1e-4, atol=0, msg=name)
 
 
-def test_standardize_refuses_a_mean_that_is_no_number() -> None:
+def test_standardize_refuses_a_nan_mean() -> None:
     standardize = Standardize((2,))
     with pytest.raises(DataError, match="mean"):
         standardize.fit(torch.tensor([1.0, torch.nan]), torch.ones(2))

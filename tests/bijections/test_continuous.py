@@ -85,7 +85,7 @@ def test_more_noise_samples_lower_the_variance() -> None:
     assert 6 < ratio < 11
 
 
-def test_evaluation_controls_the_log_det_whatever_training_does() -> None:
+def test_evaluation_controls_the_error_of_the_log_det() -> None:
     seen: list[str] = []
 
     class Spy(Solver):

@@ -82,7 +82,7 @@ def flow_of(field: nn.Module, solver: Solver, rule: TraceRule | None = None, **w
 
 @pytest.mark.parametrize("gradient", ["direct", "replay"])
 @pytest.mark.parametrize("control", ["state", "all"])
-def test_value_and_gradient_are_those_of_quadrature(gradient: str, control: str) -> None:
+def test_value_and_gradient_match_quadrature(gradient: str, control: str) -> None:
     x = torch.randn(5, 2)
     weights = {"kinetic": 0.7, "jacobian": 1.3, "acceleration": 0.4}
     field = Rotating()
@@ -100,7 +100,7 @@ def test_value_and_gradient_are_those_of_quadrature(gradient: str, control: str)
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_they_do_not_move_the_likelihood() -> None:
+def test_path_integrals_do_not_change_the_likelihood() -> None:
     field, x = Rotating(), torch.randn(5, 2)
     plain, regular = (
         flow_of(field, ode_solver("dopri5", rtol=1e-6), **weights)(x)[1]["nll"] for weights in ({}, {"kinetic": 1.0})
@@ -121,7 +121,7 @@ def plain() -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("make", [mlp, conv, plain])
-def test_integrands_of_fields_against_autograd(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+def test_integrands_match_autograd(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     field, x = make()
     for p in field.parameters():
         nn.init.normal_(p, std=0.4)
@@ -168,7 +168,7 @@ def test_spectral_is_the_sum_of_squared_norms() -> None:
     assert all(p.grad is not None for p in field.parameters() if p.dim() > 1)
 
 
-def test_the_end_of_time_is_random_in_training_alone() -> None:
+def test_end_time_is_random_only_in_training() -> None:
     ends: list[float] = []
     objective = flow_of(Rotating(), ode_solver("dopri5", rtol=1e-5), end_time=0.5)
     continuous = objective.flow.ode_blocks[0]
@@ -184,7 +184,7 @@ def test_the_end_of_time_is_random_in_training_alone() -> None:
     assert ends[3] == 1
 
 
-def test_nothing_is_integrated_that_nobody_records() -> None:
+def test_path_integrals_are_skipped_unless_recorded() -> None:
     objective = flow_of(Rotating(), ode_solver("dopri5", rtol=1e-5), kinetic=1.0)
     x = torch.randn(3, 2)
     assert objective.flow.ode_blocks[0].solve(x, 1.0, 0.0).integrals.shape == (3, 1)  # type: ignore[union-attr]
@@ -201,12 +201,12 @@ def test_nothing_is_integrated_that_nobody_records() -> None:
         ({"end_time": 1.0}, "regularizer.end_time=1"),
     ],
 )
-def test_weights_refused(weights: dict[str, float], words: str) -> None:
+def test_invalid_weights_are_refused(weights: dict[str, float], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Regularizer(**weights)
 
 
-def test_a_flow_that_solves_nothing_has_no_paths(run: Run) -> None:
+def test_flow_without_ode_has_no_path_integrals(run: Run) -> None:
     with pytest.raises(ConfigError, match="no paths to regularize"):
         Likelihood(Flow((2,), Chain([Affine(2)])), Regularizer(kinetic=1.0))
     code, _, err = run("flowtrain", "model=realnvp", "regularizer=rnode", "trainer.steps=1")
@@ -241,6 +241,6 @@ def test_terms_are_logged_and_resume_is_exact(tmp_path: Path, stop_at: Callable[
         assert all(row[name] >= 0 for name in (*PATHS, "spectral"))
 
 
-def test_every_choice_composes() -> None:
+def test_every_regularizer_config_composes() -> None:
     for name in ("none", "rnode", "steer"):
         assert compose_defaults([f"regularizer={name}"])["regularizer"]["name"] == name

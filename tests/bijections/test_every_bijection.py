@@ -123,7 +123,7 @@ IMAGE_CASES = [(name, shape) for name, (_, shapes) in IMAGES.items() for shape i
 
 @pytest.mark.parametrize(("name", "shape"), IMAGE_CASES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_bijection_of_images(name: str, shape: tuple[int, int, int], training: bool) -> None:
+def test_image_bijection_round_trip_and_log_det(name: str, shape: tuple[int, int, int], training: bool) -> None:
     bijection = IMAGES[name][0](*shape).train(training)
     check(bijection, torch.randn(2, *shape), moves=name != "permutation")
 
@@ -140,7 +140,7 @@ LABELLED = {
 @pytest.mark.parametrize("model", list(LABELLED))
 @pytest.mark.parametrize("shape", [(3,), (1, 2, 2), (2, 3, 1)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_conditional_bijection_is_one_for_each_label(model: str, shape: tuple[int, ...], training: bool) -> None:
+def test_conditional_bijection_depends_on_the_label(model: str, shape: tuple[int, ...], training: bool) -> None:
     scales = {"scales": 1} if shape == (1, 2, 2) else {}
     flow = LABELLED[model](shape, conditional=True, classes=3, positional_bias=True, **scales)
     bijection = perturbed(flow.bijection, 0.2).train(training)
@@ -156,7 +156,7 @@ def test_a_conditional_bijection_is_one_for_each_label(model: str, shape: tuple[
 @pytest.mark.parametrize("name", list(BIJECTIONS))
 @pytest.mark.parametrize("d", [1, 2, 5])
 @pytest.mark.parametrize("training", [True, False])
-def test_bijection(name: str, d: int, training: bool) -> None:
+def test_vector_bijection_round_trip_and_log_det(name: str, d: int, training: bool) -> None:
     if d == 1 and name.startswith(("realnvp", "glow")):
         pytest.skip("couplings need two halves")
     check(BIJECTIONS[name](d).train(training), torch.randn(2, d), moves="permutation" not in name)

@@ -18,7 +18,7 @@ def correlated(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("n", "d"), [(5, 3), (20, 10), (30, 50), (1000, 4)])
-def test_is_ledoit_and_wolf_of_the_standardised_columns(n: int, d: int) -> None:
+def test_shrunk_covariance_is_ledoit_wolf_of_standardised_columns(n: int, d: int) -> None:
     x = correlated(n, d)
     mean, shrunk = shrunk_covariance(x)
     std = x.std(0, correction=0)
@@ -27,7 +27,7 @@ def test_is_ledoit_and_wolf_of_the_standardised_columns(n: int, d: int) -> None:
     assert np.allclose((shrunk / std / std[:, None]).numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_is_the_same_in_other_units_and_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shrunk_covariance_does_not_depend_on_units_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     x = correlated(50, 4)
     unit = torch.tensor([1e-120, 1.0, 1e6, 1e150], dtype=torch.float64)
     shift = torch.tensor([0.0, 1e6, -1e3, 0.0], dtype=torch.float64)
@@ -39,7 +39,7 @@ def test_is_the_same_in_other_units_and_whatever_the_chunks(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("n", "d"), [(1, 2), (2, 1), (2, 300), (3, 2), (40, 100)])
-def test_is_positive_definite_for_few_rows_and_dependent_columns(n: int, d: int) -> None:
+def test_shrunk_covariance_is_positive_definite_for_few_rows_and_dependent_columns(n: int, d: int) -> None:
     x = correlated(n, d).float()
     x = torch.cat([x, x[:, :1], torch.full((n, 1), 0.1)], 1)
     mean, shrunk = shrunk_covariance(x)
@@ -48,14 +48,14 @@ def test_is_positive_definite_for_few_rows_and_dependent_columns(n: int, d: int)
     assert gaussian_log_prob(x, mean, shrunk).isfinite().all()
 
 
-def test_converges_to_the_covariance() -> None:
+def test_shrunk_covariance_converges_to_the_covariance() -> None:
     x = correlated(200_000, 3).float()
     _, shrunk = shrunk_covariance(x)
     exact = torch.cov(x.T.double())
     assert torch.allclose(shrunk, exact, rtol=1e-3, atol=1e-3 * exact.abs().max())
 
 
-def test_a_constant_column_is_apart() -> None:
+def test_constant_column_is_uncorrelated() -> None:
     x = torch.cat([correlated(30, 2), torch.full((30, 1), 1e9 / 3, dtype=torch.float64)], 1)
     _, shrunk = shrunk_covariance(x)
     assert shrunk[2].tolist() == [0, 0, 1]
@@ -67,7 +67,7 @@ def test_no_rows_are_refused() -> None:
         shrunk_covariance(torch.empty(0, 2))
 
 
-def test_log_prob_is_that_of_scipy() -> None:
+def test_log_prob_matches_scipy() -> None:
     x = correlated(20, 3)
     mean, shrunk = shrunk_covariance(x)
     expected = multivariate_normal(mean.numpy(), shrunk.numpy()).logpdf(x.numpy())

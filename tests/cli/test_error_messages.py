@@ -106,7 +106,7 @@ def test_refused_commands_leave_what_was_there(run: Run, tmp_path: Path, argumen
     assert [path.read_text() for path in there] == ["kept"] * 3
 
 
-def test_an_interrupt_before_the_first_step_leaves_nothing(
+def test_interrupt_before_the_first_step_leaves_no_files(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -118,7 +118,7 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(
         assert list(tmp_path.iterdir()) == []
 
 
-def test_what_has_begun_is_kept(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_started_run_is_kept_after_an_error(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that fails leaves the checkpoint before it, and a bug leaves what is needed to report it."""
 
     def failing(*_: object) -> None:
@@ -207,7 +207,7 @@ def test_a_run_is_never_overwritten(run: Run, tmp_path: Path) -> None:
     assert {p: p.read_bytes() for p in (tmp_path / "here").rglob("*") if p.is_file()} == before
 
 
-def test_a_place_that_cannot_be_written_gets_one_message(run: Run, tmp_path: Path) -> None:
+def test_unwritable_directory_gets_one_message(run: Run, tmp_path: Path) -> None:
     _, out, _ = run("flowtrain", *SMALL, "model=affine")
     (tmp_path / "file").touch()
     for command, key in (("flowtrain", "hydra.run.dir"), ("floweval", "out"), ("flowsample", "out")):

@@ -16,23 +16,23 @@ from flowtrain.utils.errors import ConfigError
         ("tainer.lr", "trainer.lr"), ("sed", "seed"), ("solver.rtoll", "solver.rtol"), ("Trainer.LR", "trainer.lr"),
     ],
 )  # fmt: skip
-def test_of_keys(key: str, meant: str) -> None:
+def test_nearest_key_is_suggested(key: str, meant: str) -> None:
     message = unknown_key(key, compose_defaults([]))
     assert f"did you mean {meant}?" in message
 
 
-def test_nothing_is_suggested_where_nothing_is_near() -> None:
+def test_no_suggestion_for_unrelated_names() -> None:
     assert nearest("frobnicate", ["trainer.lr", "model", "seed"]) == []
     assert nearest("", ["trainer.lr"]) == nearest("x", []) == []
     assert "did you mean" not in unknown_key("frobnicate", compose_defaults([]))
 
 
-def test_a_key_of_another_choice_is_said_to_be_one() -> None:
+def test_key_of_another_choice_is_named_as_such() -> None:
     assert "model=realnvp" in unknown_key("model.layers", compose_defaults([]))
     assert "data=array" in unknown_key("data.path", compose_defaults([]))
 
 
-def test_of_choices() -> None:
+def test_nearest_choice_is_suggested() -> None:
     with pytest.raises(ConfigError, match=r"x=tahn: did you mean tanh\?.*softplus, tanh"):
         one_of("x", "tahn", ["softplus", "tanh"])
 
@@ -45,7 +45,7 @@ def test_of_choices() -> None:
         ("trainer.optimizer=adm", "adam"), ("recipe=ffjord_ring", "ffjord_rings"), ("--hlp", "--help"),
     ],
 )  # fmt: skip
-def test_on_the_command_line(run: Run, argument: str, meant: str) -> None:
+def test_command_line_suggests_nearest_names(run: Run, argument: str, meant: str) -> None:
     code, out, err = run("flowtrain", argument)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert f"did you mean {meant}" in err

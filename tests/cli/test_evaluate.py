@@ -67,7 +67,7 @@ def test_a_flow_of_a_toy_scores_points_of_a_file(trained: Train, evaluated: Eval
     assert evaluated(run_dir)["n"] == 60
 
 
-def test_nothing_that_is_read_or_written_is_written_over(run: Run, tmp_path: Path, trained: Train) -> None:
+def test_output_never_overwrites_inputs_or_other_outputs(run: Run, tmp_path: Path, trained: Train) -> None:
     run_dir = trained("data=circles", "data.n_test=50", "data.n_val=40")
     for name in ("v.npy", "v_ood.npy", "s_ood.npy"):
         np.save(tmp_path / name, np.zeros((5, 2)))
@@ -102,7 +102,7 @@ def test_nothing_that_is_read_or_written_is_written_over(run: Run, tmp_path: Pat
     assert (tmp_path / "link.json").is_symlink()
 
 
-def test_the_columns_that_are_asked_for_are_taken_or_refused(
+def test_requested_columns_are_used_or_refused(
     run: Run, tmp_path: Path, table: Path, trained: Train, evaluated: Evaluate
 ) -> None:
     run_dir = trained("data=array", f"data.path={table}")
@@ -112,9 +112,9 @@ def test_the_columns_that_are_asked_for_are_taken_or_refused(
     evaluated(run_dir, f"data.path={mixed}", "data.columns=[1,2,0]", "scores=b.npy", name="eval-mixed.json")
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
     for arguments, words in (
-        ([f"data.path={mixed}", "split=test"], "the flow was trained on height, weight, age"),
+        ([f"data.path={mixed}", "split=test"], "height, weight, age"),
         ([f"data.path={mixed}", "data.columns=[nonsense]"], "no column 'nonsense'"),
-        ([f"data.test_path={mixed}", "split=all"], "leave data.val_path and data.test_path out"),
+        ([f"data.test_path={mixed}", "split=all"], "data.test_path"),
         ([f"data.test_path={mixed}"], "columns in another order"),
     ):
         code, out, err = run("floweval", f"ckpt={run_dir}", *arguments)
@@ -126,7 +126,7 @@ def test_the_columns_that_are_asked_for_are_taken_or_refused(
 
 MISTAKES = [
     (["split=all"], "no file of rows"),
-    (["scores=s.csv"], "scores=s.csv: this is written as .npy"),
+    (["scores=s.csv"], "scores=s.csv: .*npy"),
     (["dtype=float16"], "dtype=float16: .*float32, float64"),
     (["report=maybe"], "report=maybe: give true or false"),
     (["seed=-1"], "seed=-1"),
@@ -135,7 +135,7 @@ MISTAKES = [
     (["ood=circles,moons"], "only flowtrain -m"),
     (["ood=../model/ffjord"], "ending"),
     (["ood=nowhere.npy"], "there is no file"),
-    (["ood=three.npy"], "three.npy has 3 columns, but the flow was trained on samples of 2"),
+    (["ood=three.npy"], "three.npy has 3 columns"),
     (["data.path=three.npy"], "three.npy has 3 columns"),
     (["data.path=nan.npy"], "nan"),
     (["data.path=empty.csv"], "empty"),

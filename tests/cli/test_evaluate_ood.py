@@ -82,7 +82,7 @@ def test_conditional_flows_tell_sets_apart_by_all_classes(trained: Train, evalua
     assert "mass" in found["checks"]
 
 
-def test_auroc_of_optdigits_against_noise_is_scikit_learns(
+def test_auroc_of_optdigits_against_noise_matches_scikit_learn(
     real: Callable[..., list[str]], trained: Train, evaluated: Evaluate, tmp_path: Path
 ) -> None:
     train, test = real("optdigits/optdigits.tra", "optdigits/optdigits.tes")

@@ -1,5 +1,7 @@
 """Command lines that Hydra would answer with a traceback, with pages or with nothing: one message each."""
 
+import re
+
 import pytest
 from helpers import Run
 
@@ -27,7 +29,7 @@ from flowtrain.utils.errors import ConfigError, FlowtrainError, out_of_memory
         ("--multrun", "did you mean --multirun?"),
     ],
 )
-def test_refused_with_what_there_is(argument: str, says: str) -> None:
+def test_unknown_overrides_are_refused_with_valid_ones(argument: str, says: str) -> None:
     with pytest.raises(ConfigError) as e:
         validate_command_line([argument])
     assert says in str(e.value)
@@ -41,7 +43,7 @@ def test_refused_with_what_there_is(argument: str, says: str) -> None:
         *(flag for flag in FLAGS if flag != "--resolve"),
     ],
 )  # fmt: skip
-def test_what_hydra_can_answer_passes(argument: str) -> None:
+def test_valid_overrides_pass(argument: str) -> None:
     validate_command_line([argument])
 
 
@@ -50,13 +52,13 @@ def test_what_hydra_can_answer_passes(argument: str) -> None:
     [
         (["seed=${nothing.there}"], "nothing.there"),
         (["trainer.lr=???"], "trainer.lr"),
-        (["model._target_=nowhere.at.all"], "model: nowhere.at.all is not to be had here: No module named 'nowhere'"),
-        (["model._target_=flowtrain.flow.nothing"], "has no attribute 'nothing'"),
-        (["model._target_=math.pi"], "math.pi is no class or function"),
+        (["model._target_=nowhere.at.all"], "nowhere.at.all"),
+        (["model._target_=flowtrain.flow.nothing"], "'nothing'"),
+        (["model._target_=math.pi"], "math.pi"),
         (["model.hidden=[100000000,100000000]"], "more memory than there is"),
     ],
 )
-def test_one_line_of_a_run_that_cannot_begin(run: Run, arguments: list[str], says: str) -> None:
+def test_invalid_command_line_gets_one_line(run: Run, arguments: list[str], says: str) -> None:
     code, out, err = run("flowtrain", *arguments, "trainer.steps=1", "data.n_val=8")
     assert (code, out) == (1 if "memory" in says else 2, "")
     assert err.startswith("flowtrain: ")
@@ -64,15 +66,17 @@ def test_one_line_of_a_run_that_cannot_begin(run: Run, arguments: list[str], say
     assert says in err
 
 
-def test_more_points_than_there_is_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_larger_than_memory_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**18}
     monkeypatch.setattr("os.sysconf", sizes.get)
     code, out, err = run("flowtrain", "data.n_test=134217728")
-    assert (code, out) == (2, "")
-    assert err == "flowtrain: data.n_test=134217728: these take 3 GiB, and this machine has 1; give fewer\n"
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith("flowtrain: data.n_test=134217728: ")
+    assert re.findall(r"\b\d+\b", err)[1:] == ["3", "1"]
     code, out, err = run("flowtrain", "trainer.batch_size=268435456", "data.n_val=8", "data.n_test=8")
-    assert (code, out) == (2, "")
-    assert err == "flowtrain: trainer.batch_size=268435456: these take 2 GiB, and this machine has 1; give fewer\n"
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith("flowtrain: trainer.batch_size=268435456: ")
+    assert re.findall(r"\b\d+\b", err)[1:] == ["2", "1"]
 
 
 def test_other_errors_are_not_taken_for_memory() -> None:

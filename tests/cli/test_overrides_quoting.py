@@ -25,7 +25,7 @@ def value_of(argument: str) -> object:
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_the_name_of_a_file_is_taken_as_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_file_names_are_taken_literally(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path(name).touch()
     for key in ("data.path", "data.val_path", "data.root", "resume", "from", "ckpt", "out", "scores", "ood"):
@@ -35,12 +35,12 @@ def test_the_name_of_a_file_is_taken_as_it_is(name: str, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("name", [name for name in ODD if "${" not in name and name != "'quoted'"])
-def test_so_is_the_name_of_what_is_still_to_be_written(name: str) -> None:
+def test_output_file_names_are_taken_literally(name: str) -> None:
     assert value_of(f"out={name}") == name
     assert value_of(f"hydra.run.dir={name}") == name
 
 
-def test_what_hydra_has_a_meaning_for_is_left_alone() -> None:
+def test_hydra_syntax_is_not_quoted() -> None:
     left = [
         "data.path=a.npy,b.npy", "data.path=choice(a,b)", "data.path='a b'", "hydra.run.dir=out/${now:%Y}", "out=null",
         "data.path=plain.npy", "seed=1,2", "model.hidden=[1,2]", "-m", "~trainer", "data.label=3", "data.label=name",
@@ -50,7 +50,7 @@ def test_what_hydra_has_a_meaning_for_is_left_alone() -> None:
     assert quoted(["data.label=Größe (cm)"]) == ["data.label='Größe (cm)'"]
 
 
-def test_printed_names_are_those_of_files_here() -> None:
+def test_printed_paths_name_existing_files() -> None:
     assert (option("ckpt", "null"), option("ckpt", "~x")) == ("ckpt=./null", "'ckpt=./~x'")
     assert resume_command("runs/1") == "flowtrain resume=runs/1"
 

@@ -40,7 +40,7 @@ def trained(run: Run, *arguments: str) -> None:
     assert code == 0, err
 
 
-def test_two_columns_move(run: Run, titles: list[str], tmp_path: Path) -> None:
+def test_two_columns_are_animated(run: Run, titles: list[str], tmp_path: Path) -> None:
     trained(run, *TINY)
     titles.clear()
     code, out, err = run("flowsample", "ckpt=r", "animate=true", "n=30")
@@ -56,7 +56,7 @@ def test_two_columns_move(run: Run, titles: list[str], tmp_path: Path) -> None:
         assert (tmp_path / "o.gif").read_bytes() != first
 
 
-def test_couplings_move_step_by_step(run: Run, tmp_path: Path) -> None:
+def test_couplings_are_animated_in_steps(run: Run, tmp_path: Path) -> None:
     trained(run, "model=realnvp", "model.layers=2", "model.hidden=[8]")
     code, _, err = run("flowsample", "ckpt=r", "animate=true")
     assert (code, err) == (0, "")
@@ -88,7 +88,7 @@ def test_mistakes_get_one_message(run: Run, tmp_path: Path) -> None:
         assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before, arguments
 
 
-def test_only_what_can_be_shown_moves(run: Run, tmp_path: Path) -> None:
+def test_animation_and_log_scale_of_other_dimensions_are_refused(run: Run, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(200, 3)))
     trained(run, "model=affine", "data=array", "data.path=x.npy")
     code, _, err = run("flowsample", "ckpt=r", "animate=true")
@@ -98,7 +98,7 @@ def test_only_what_can_be_shown_moves(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("d", [1, 2])
-def test_a_logarithmic_scale_is_another_picture(run: Run, tmp_path: Path, d: int) -> None:
+def test_logarithmic_scale_changes_the_picture(run: Run, tmp_path: Path, d: int) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(400, d)))
     trained(run, "model=affine", "data=array", "data.path=x.npy")
     pictures = []
@@ -131,7 +131,7 @@ def test_titles_tell_the_nll_of_the_checkpoint_and_of_no_other(run: Run, titles:
 
 @pytest.mark.parametrize("name", ["glow", "ffjord"])
 @pytest.mark.parametrize("conditional", [False, True])
-def test_images_form(run: Run, tmp_path: Path, name: str, conditional: bool) -> None:
+def test_images_are_animated(run: Run, tmp_path: Path, name: str, conditional: bool) -> None:
     write_set(tmp_path / "data" / "mnist")
     keys = ["data=mnist", "data.root=data", "data.n_val=10", "trainer.batch_size=8", "trainer.steps=2", "recipe=none"]
     labels = ["model.conditional=true"] if conditional else []

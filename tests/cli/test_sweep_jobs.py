@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import os
 import signal
 from collections.abc import Callable
@@ -32,11 +31,11 @@ def test_a_job_that_fails_leaves_the_others_alone(run: Run, tmp_path: Path) -> N
     code, out, err = run("flowtrain", "-m", *SMALL, "trainer.lr=1e-2,-1,1e-3", f"hydra.sweep.dir={tmp_path}/s")
     assert code == 1
     assert "flowtrain: 1 (" in err
-    assert "trainer.lr=-1: give a number greater than 0" in err
+    assert "trainer.lr=-1" in err
     rows = table(tmp_path / "s")
     assert [row["job"] for row in rows[2:]] == ["1"]
     assert [row["state"] for row in rows] == ["done", "done", "failed"]
-    assert rows[2]["error"] == "trainer.lr=-1: give a number greater than 0"
+    assert rows[2]["error"].startswith("trainer.lr=-1: ")
     # sorted by the validation NLL, which is the one of the best checkpoint
     found = [float(row["val_nll"]) for row in rows[:2]]
     assert found == sorted(found)
@@ -47,7 +46,7 @@ def test_a_job_that_fails_leaves_the_others_alone(run: Run, tmp_path: Path) -> N
     assert (tmp_path / "s/sweep.png").exists()
 
 
-def test_run_again_it_does_what_is_missing(
+def test_rerun_sweep_skips_finished_jobs_and_runs_missing_ones(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[..., None]
 ) -> None:
     keys = ["-m", *SMALL, "trainer.log_every=1", "trainer.lr=1e-2,1e-3", f"hydra.sweep.dir={tmp_path}/s"]
@@ -78,7 +77,7 @@ def test_run_again_it_does_what_is_missing(
     assert sorted(p.name for p in (tmp_path / "s").iterdir() if p.is_dir()) == ["0", "0_1", "1"]
 
 
-def test_an_error_of_ours_is_kept_too(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_of_a_job_is_recorded(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Trainer) -> None:
         raise ZeroDivisionError("a mistake of ours")
 
@@ -92,7 +91,9 @@ def test_an_error_of_ours_is_kept_too(run: Run, tmp_path: Path, monkeypatch: pyt
     assert [row["state"] for row in table(tmp_path / "s")] == ["done", "done"]
 
 
-def test_a_signal_stops_the_sweep_and_sums_up(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_stops_the_sweep_and_writes_the_summary(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = Trainer.train_step
 
     def signalled(self: Trainer) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def test_a_signal_stops_the_sweep_and_sums_up(run: Run, tmp_path: Path, monkeypa
     assert out.splitlines()[-1] == f"{tmp_path}/s"
 
 
-def test_the_handler_of_a_launcher_hears_of_the_signal() -> None:
+def test_signal_handler_of_a_launcher_is_called() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
     try:
@@ -118,7 +119,7 @@ def test_the_handler_of_a_launcher_hears_of_the_signal() -> None:
     assert heard == [signal.SIGUSR2]
 
 
-def test_a_place_for_every_job(tmp_path: Path) -> None:
+def test_every_job_has_its_own_directory(tmp_path: Path) -> None:
     def there(name: str, *given: str) -> Path:
         (tmp_path / name / ".hydra").mkdir(parents=True)
         (tmp_path / name / ".hydra/overrides.yaml").write_text("".join(f"- {o}\n" for o in given))
@@ -136,7 +137,7 @@ def test_a_place_for_every_job(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 @MATPLOTLIB_AND_OTHERS
-def test_other_launchers(launcher: str, run: Run, tmp_path: Path) -> None:
+def test_other_launchers_run_the_jobs(launcher: str, run: Run, tmp_path: Path) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     keys = [f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path}/s"]
     code, out, _ = run("flowtrain", "-m", *SMALL, "trainer.lr=-1,1e-3", *keys)
@@ -167,7 +168,7 @@ def test_without_the_plugin_the_extra_is_named(run: Run, tmp_path: Path, monkeyp
     assert err == "flowtrain: hydra/*=joblib is an extra: pip install 'flowtrain[joblib]'\n"
 
 
-def test_files_of_others_and_damaged_results(run: Run, tmp_path: Path) -> None:
+def test_foreign_files_and_damaged_results_are_ignored(run: Run, tmp_path: Path) -> None:
     """In the directory of a sweep: neither stops a job, nor the summary."""
     for name, content in (("foreign", b"\0\xff["), ("list", b"{a: 1}")):
         (tmp_path / "s" / name / ".hydra").mkdir(parents=True)
@@ -188,7 +189,7 @@ def test_files_of_others_and_damaged_results(run: Run, tmp_path: Path) -> None:
     assert [row["state"] for row in table(tmp_path / "s")] == ["done", "done"]
 
 
-def test_what_another_process_holds_is_left_to_it(run: Run, tmp_path: Path) -> None:
+def test_jobs_of_another_process_are_skipped(run: Run, tmp_path: Path) -> None:
     with holding(tmp_path / "s/0"):
         code, _, err = run("flowtrain", "-m", *SMALL, "seed=1,2", f"hydra.sweep.dir={tmp_path}/s")
     assert code == 1
@@ -197,7 +198,7 @@ def test_what_another_process_holds_is_left_to_it(run: Run, tmp_path: Path) -> N
     assert [row["state"] for row in table(tmp_path / "s")] == ["done", "stopped"]
 
 
-def test_directories_of_the_users_choice(run: Run, tmp_path: Path) -> None:
+def test_custom_job_directories(run: Run, tmp_path: Path) -> None:
     keys = ["-m", *SMALL, "seed=1,2", f"hydra.sweep.dir={tmp_path}/s"]
     assert run("flowtrain", *keys, "hydra.sweep.subdir=a/${hydra.job.num}")[0] == 0
     assert sorted(row["job"] for row in table(tmp_path / "s")) == ["a/0", "a/1"]
@@ -211,7 +212,7 @@ def test_directories_of_the_users_choice(run: Run, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"], out
 
 
-def test_a_key_that_one_model_of_several_has_not(run: Run, tmp_path: Path) -> None:
+def test_key_missing_from_one_model_of_the_sweep(run: Run, tmp_path: Path) -> None:
     keys = ["model=realnvp,affine", "model.layers=2", f"hydra.sweep.dir={tmp_path}/s"]
     code, _, err = run("flowtrain", "-m", *keys)
     assert code == 2
@@ -221,73 +222,8 @@ def test_a_key_that_one_model_of_several_has_not(run: Run, tmp_path: Path) -> No
     assert err.startswith("flowtrain: there is no key model.nonsense; ")
 
 
-def job(name: str, nll: float | None, **keys: str) -> sweep_summary.Job:
-    return sweep_summary.Job(
-        name, keys, {} if nll is None else {"val_nll": nll, "nll": nll, "nll_stderr": 0.01, "nfe": 20}, None
-    )
-
-
-def test_a_sweep_of_nothing_but_mistakes_leaves_nothing(run: Run, tmp_path: Path) -> None:
+def test_sweep_of_invalid_jobs_leaves_no_files(run: Run, tmp_path: Path) -> None:
     code, out, err = run("flowtrain", "-m", *SMALL, "trainer.lr=-1,-2")
     assert (code, out) == (2, "")
     assert err.count("trainer.lr=-") == 4
     assert list(tmp_path.iterdir()) == []
-
-
-def test_which_runs_are_as_good_as_the_best() -> None:
-    def measured(name: str, nll: float, error: float | None) -> sweep_summary.Job:
-        return sweep_summary.Job(name, {"lr": name}, {"val_nll": nll, "val_nll_stderr": error}, None)
-
-    # two standard errors of the difference are 0.0283 beside the best's 0.01, where the other's is the same
-    jobs = [measured("a", 2.0, 0.01), measured("b", 2.028, 0.01), measured("c", 2.029, 0.01), measured("d", 2.2, 0.2)]
-    assert sweep_summary.as_good(jobs) == {"a", "b", "d"}
-    lines = sweep_summary.as_markdown(jobs, ["lr"]).splitlines()
-    assert [line.count("*") for line in lines[2:6]] == [1, 1, 0, 1]
-    assert "2.000 +- 0.010" in lines[2]
-    assert "standard errors" in lines[-1]
-    rows = list(csv.DictReader(sweep_summary.as_csv(jobs, ["lr"]).splitlines()))
-    assert [row["as_good_as_best"] for row in rows] == ["true", "true", "false", "true"]
-    # of an older flowtrain, and of one run alone
-    old = [measured("a", 2.0, None), measured("b", 2.0001, None)]
-    assert sweep_summary.as_good(old) == {"a"}
-    assert "*" not in sweep_summary.as_markdown(old, ["lr"])
-    assert sweep_summary.as_good([sweep_summary.Job("0", {}, {}, "failed")]) == sweep_summary.as_good([]) == set()
-
-
-def test_the_validation_error_is_that_of_the_best_step(run: Run, tmp_path: Path) -> None:
-    assert run("flowtrain", *SMALL, "hydra.run.dir=r", "trainer.val_every=1", "trainer.lr=0.1")[0] == 0
-    result = json.loads((tmp_path / "r/result.json").read_text())
-    rows = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
-    (best,) = [row for row in rows if row["split"] == "val" and row["nll"] == result["val_nll"]]
-    assert result["val_nll_stderr"] == best["nll_stderr"]
-    assert run("floweval", "r", "split=val")[0] == 0
-    scored = json.loads((tmp_path / "r/eval-val.json").read_text())
-    assert scored["n"] == 32
-    assert result["val_nll"] == pytest.approx(scored["nll"], rel=1e-5)
-    assert result["val_nll_stderr"] == pytest.approx(scored["nll_stderr"], rel=1e-4)
-
-
-def test_what_is_drawn_against_a_key() -> None:
-    jobs = [job("0", 2.5, lr="1e-2", seed="0"), job("1", 2.4, lr="1e-3", seed="0"), job("2", 2.6, lr="1e-2", seed="1")]
-    assert sweep_summary.swept(jobs) == ["lr", "seed"]
-    found = sweep_summary.against(jobs, "lr")
-    assert (found.values, found.numbers) == (["1e-3", "1e-2"], [1e-3, 1e-2])
-    assert found.found["val_nll"] == [[2.4], [2.5, 2.6]]
-    assert "solver_error" not in found.found
-    named = sweep_summary.against(
-        [job("0", 2.5, model="realnvp"), job("1", 2.4, model="affine"), job("2", 2.4)], "model"
-    )
-    assert (named.values, named.numbers) == (["affine", "default", "realnvp"], None)
-
-
-def test_a_table_of_nothing_but_failures(tmp_path: Path) -> None:
-    failed = sweep_summary.Job("0", {"seed": "1"}, {}, "one|two\nthe last line")
-    lines = sweep_summary.as_markdown([failed], ["seed"]).splitlines()
-    assert lines == ["| job | seed |  |", "| --- | --- | --- |", "| 0 | 1 | failed: the last line |"]
-    assert sweep_summary.write_summary(tmp_path) == ("no job was begun", 0)
-    odd = [
-        sweep_summary.Job("0", {"seed": "123456781", "x": "a|b\nc"}, {}, None),
-        sweep_summary.Job("1", {"seed": "2"}, {}, None),
-    ]
-    assert sweep_summary.as_markdown(odd, ["seed", "x"]).splitlines()[2].startswith(r"| 0 | 123456781 | a\|b c |")
-    assert math.isinf(failed.val_nll)

@@ -87,7 +87,7 @@ def test_floweval_changes_solver_split_and_data(run: Run, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("model", ["affine", "realnvp", "ffjord"])
 @pytest.mark.parametrize("d", [1, 3, 20])
-def test_own_arrays(run: Run, tmp_path: Path, model: str, d: int) -> None:
+def test_user_arrays_are_trained_on(run: Run, tmp_path: Path, model: str, d: int) -> None:
     if model == "realnvp" and d == 1:
         pytest.skip("couplings need two columns; see the test of the message")
     rows = 7 + 30 * np.random.default_rng(0).standard_normal((200, d))
@@ -106,7 +106,7 @@ def test_own_arrays(run: Run, tmp_path: Path, model: str, d: int) -> None:
     assert result(tmp_path, "e.json")["nll"] == pytest.approx(trained["nll"], abs=1e-6)
 
 
-def test_sweep(run: Run) -> None:
+def test_sweep_writes_a_run_per_job(run: Run) -> None:
     code, out, err = run("flowtrain", "-m", "solver.rtol=1e-2,1e-3", "model.hidden=[8]", *SMALL, "trainer.steps=2")
     assert code == 0, err
     dirs = [Path(line) for line in out.splitlines()[:2]]
@@ -115,7 +115,7 @@ def test_sweep(run: Run) -> None:
     assert [result(d)["solver"]["atol"] for d in dirs] == [1e-2, 1e-3]
 
 
-def test_resume_goes_on(run: Run) -> None:
+def test_resume_continues_a_run(run: Run) -> None:
     _, out, _ = run("flowtrain", *SMALL, "model=realnvp", "trainer.lr_decay=constant")
     run_dir = out.splitlines()[-1]
     code, out, err = run("flowtrain", f"resume={run_dir}", "trainer.steps=6")
@@ -157,7 +157,7 @@ def test_every_config_composes() -> None:
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
-def test_help(run: Run, command: str) -> None:
+def test_help_lists_keys(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
     assert "ckpt=" in out or "data=array" in out

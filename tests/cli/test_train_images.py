@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_an_old_checkpoint_of_dequantized_counts_still_loads(run: Run, tmp_path:
     assert torch.equal(flow.log_prob(x), expected.log_prob(x))
 
 
-def test_what_the_weights_were_trained_with_is_kept(run: Run, tmp_path: Path) -> None:
+def test_checkpoint_keeps_the_data_settings_of_its_weights(run: Run, tmp_path: Path) -> None:
     """A density that is not that of the training would be scored, or a run go on, without a word."""
     write_set(tmp_path / "data" / "mnist")
     keys = ["data=mnist", "data.root=data", "data.n_val=10", "trainer.steps=1", "trainer.batch_size=4", "recipe=none"]
@@ -114,13 +115,13 @@ def test_what_the_weights_were_trained_with_is_kept(run: Run, tmp_path: Path) ->
     (tmp_path / "kept.npy").write_bytes(b"kept")
     code, _, err = run("flowsample", ckpt, "n=2", "data=moons", "out=kept.npy")
     assert code == 2
-    assert "trained on samples of shape (1, 4, 6)" in err
+    assert "(1, 4, 6)" in err
     assert (tmp_path / "kept.npy").read_bytes() == b"kept"
     larger = {f"{kind}_images": np.zeros((n, 6, 6), np.uint8) for kind, n in (("train", 50), ("t10k", 20))}
     write_set(tmp_path / "other" / "mnist", **larger)
     code, _, err = run("flowtrain", ckpt.replace("ckpt", "resume"), "data.root=other", "trainer.steps=2")
     assert code == 2
-    assert "event_shape is (1, 4, 6), and that of the data now is (1, 6, 6)" in err
+    assert re.search(r"\(1, 4, 6\).*\(1, 6, 6\)", err)
 
 
 def test_one_test_image_is_enough_to_finish(run: Run, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def positions(images: torch.Tensor) -> list[int]:
     return images[:, 0, 0, 0].tolist()
 
 
-def test_what_it_has(data: IDXImages, tmp_path: Path, make: Callable[..., IDXImages]) -> None:
+def test_attributes_of_a_data_set(data: IDXImages, tmp_path: Path, make: Callable[..., IDXImages]) -> None:
     assert data.event_shape == (1, H, W)
     assert (data.levels, data.classes, data.columns, data.alpha) == (256, 10, (), 1e-5)
     for images, n in ((data.val, 10), (data.test, 20), (data.train_batch(0, 8, 0), 8)):
@@ -46,7 +46,7 @@ def test_what_it_has(data: IDXImages, tmp_path: Path, make: Callable[..., IDXIma
     assert make(tmp_path, alpha=0.1).alpha == 0.1
 
 
-def test_splits(data: IDXImages, tmp_path: Path, make: Callable[..., IDXImages]) -> None:
+def test_splits_follow_the_files(data: IDXImages, tmp_path: Path, make: Callable[..., IDXImages]) -> None:
     np.testing.assert_array_equal(data.test[:, 0], read_idx(tmp_path / f"{TEST_IMAGES}.gz"))
     np.testing.assert_array_equal(data.val[:, 0], read_idx(tmp_path / f"{TRAIN_IMAGES}.gz")[40:])
     assert data.val_labels.tolist() == list(range(10))
@@ -56,7 +56,7 @@ def test_splits(data: IDXImages, tmp_path: Path, make: Callable[..., IDXImages])
     assert set(positions(make(tmp_path, n_val=49).train_batch(0, 5, 0))) == {0}
 
 
-def test_it_says_how_many_there_are(data: IDXImages) -> None:
+def test_counts_of_the_splits(data: IDXImages) -> None:
     assert (data.n_train, len(data.val), len(data.test)) == (40, 10, 20)
 
 
@@ -154,7 +154,7 @@ def test_crop_is_off_by_default_and_leaves_labels_and_held_out_sets(
 # Epochs
 
 
-def test_rows_are_the_callers_own() -> None:
+def test_batches_are_copies() -> None:
     epochs = Epochs(10, 1, 2)
     rows = epochs.rows(0, 5, 0)
     before = rows.clone()
@@ -171,7 +171,7 @@ def test_streams_and_seeds_give_orders_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
-def test_the_config_is_the_constructor(name: str) -> None:
+def test_config_keys_match_the_constructor(name: str) -> None:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config: Any = OmegaConf.to_container(compose("config", [f"data={name}"]).data)
     assert config.pop("name") == config["dataset"] == name
@@ -192,7 +192,7 @@ def real(real_data: Path, name: str, **options: Any) -> IDXImages:
     return IDXImages(name, str(real_data), **options)
 
 
-def test_mnist(real_data: Path) -> None:
+def test_mnist_is_read_as_published(real_data: Path) -> None:
     data = real(real_data, "mnist")
     assert data.event_shape == (1, 28, 28)
     assert data.val.shape == data.test.shape == (10_000, 1, 28, 28)
@@ -209,7 +209,7 @@ def test_mnist(real_data: Path) -> None:
     assert total / (60_000 * 784) == pytest.approx(33.318421, abs=1e-6)
 
 
-def test_fashion_mnist(real_data: Path) -> None:
+def test_fashion_mnist_is_read_as_published(real_data: Path) -> None:
     data = real(real_data, "fashion_mnist", n_val=5000, n_test=1000)
     assert data.train_batch(0, 55_000, 0).shape == (55_000, 1, 28, 28)
     assert (len(data.val), len(data.test)) == (5000, 1000)

@@ -131,7 +131,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("options", "fragments"), BAD_OPTIONS, ids=str)
-def test_options_that_make_no_sense(
+def test_invalid_options_are_refused(
     tmp_path: Path, options: dict[str, Any], fragments: list[str], refused: Refused
 ) -> None:
     arguments = {"dataset": "mnist", "root": str(write_set(tmp_path)), "n_val": 10, **options}

@@ -76,7 +76,7 @@ def test_damaged_files_are_refused(tmp_path: Path, case: str, refused: Refused) 
     refused(lambda: read_idx(path, "ask for it again"), DataError, [str(path), *fragments, "; ask for it again"])
 
 
-def test_a_promise_alone_takes_no_memory(tmp_path: Path, refused: Refused) -> None:
+def test_header_with_a_huge_shape_allocates_no_memory(tmp_path: Path, refused: Refused) -> None:
     # within what gzip could hold, yet far from what is there
     path = tmp_path / "f.gz"
     noise = np.random.default_rng(0).bytes(600_000)
@@ -89,7 +89,9 @@ def test_a_promise_alone_takes_no_memory(tmp_path: Path, refused: Refused) -> No
         tracemalloc.stop()
 
 
-def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+def test_missing_files_and_directories_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
     monkeypatch.chdir(tmp_path)
     refused(lambda: read_idx(Path("no"), "get it"), DataError, [f"no file {tmp_path / 'no'}", "; get it"])
     refused(lambda: read_idx(tmp_path, "get it"), DataError, [str(tmp_path), "directory", "; get it"])

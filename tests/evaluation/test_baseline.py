@@ -24,7 +24,7 @@ def table(path: Path, n: int = 400) -> Path:
     return path
 
 
-def test_it_is_the_gaussian_of_the_training_rows_on_the_scored_rows(tmp_path: Path) -> None:
+def test_baseline_is_the_gaussian_of_the_training_rows_on_the_scored_rows(tmp_path: Path) -> None:
     data = ArrayData(str(table(tmp_path / "x.npy")))
     rows = data.train_rows(10**6)
     assert rows.shape == (320, 3)
@@ -41,7 +41,7 @@ def test_it_is_the_gaussian_of_the_training_rows_on_the_scored_rows(tmp_path: Pa
     assert len(torch.unique(data.train_rows(50), dim=0)) == 50
 
 
-def test_memory_mapped_tables_and_whole_numbers_have_it(tmp_path: Path) -> None:
+def test_memory_mapped_and_integer_tables_have_a_baseline(tmp_path: Path) -> None:
     path = table(tmp_path / "x.npy")
     mapped = ArrayData(str(path), memory_map=True, val_path=str(path), test_path=str(path))
     found = gaussian_baseline(mapped, mapped.test, torch.zeros(400))
@@ -57,7 +57,7 @@ def test_memory_mapped_tables_and_whole_numbers_have_it(tmp_path: Path) -> None:
     assert found.nll == pytest.approx(0.5 * math.log(2 * math.pi * math.e / 12), abs=0.02)
 
 
-def test_images_and_rows_to_be_scored_alone_have_none(tmp_path: Path) -> None:
+def test_images_and_rows_without_training_set_have_no_baseline(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(50, 4)))
     images = ArrayData(str(tmp_path / "x.npy"), event_shape=[1, 2, 2])
     assert gaussian_baseline(images, images.test, torch.zeros(5)) is None
@@ -101,7 +101,7 @@ def test_a_flow_that_is_worse_is_reported_with_both_figures(tmp_path: Path, monk
     assert evaluate(Flow((3,), Affine(3)).float(), data).baselines is None
 
 
-def test_a_run_has_it_of_its_own_data(trained: Train, evaluated: Evaluate, tmp_path: Path) -> None:
+def test_result_of_a_run_has_a_baseline(trained: Train, evaluated: Evaluate, tmp_path: Path) -> None:
     path = table(tmp_path / "x.npy")
     run_dir = trained("data=array", f"data.path={path}")
     simple = json.loads(Path(run_dir, "result.json").read_text())["baselines"]["gaussian"]
@@ -113,5 +113,5 @@ def test_a_run_has_it_of_its_own_data(trained: Train, evaluated: Evaluate, tmp_p
     assert evaluated(run_dir, f"data.path={path}", name="eval-x.json")["baselines"] is None
 
 
-def test_a_toy_has_none(evaluated: Evaluate, trained: Train) -> None:
+def test_toy_has_no_baseline(evaluated: Evaluate, trained: Train) -> None:
     assert evaluated(trained("data=moons", "data.n_test=60", "data.n_val=40"))["baselines"] is None

@@ -107,7 +107,7 @@ def failing(flow: Flow, x: Tensor) -> set[str]:
     return {check.name for check in found if check is not None and check.passed is False}
 
 
-def test_what_looks_right_on_the_data_alone_is_found_out() -> None:
+def test_mass_check_fails_for_a_flow_that_is_right_only_on_the_data() -> None:
     x = torch.randn(200, 3)
     assert failing(Flow((3,), Chain([Affine(3)])), x) == set()
     assert "log-det" in failing(Flow((2,), Chain([Collapsed()])), x[:, :2])
@@ -141,7 +141,7 @@ class Stiff(nn.Module):
         return 3 * torch.sign((40 * x).sin())
 
 
-def test_a_check_that_cannot_be_solved_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsolvable_check_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks_module, "MAX_NFE", 300)
     flow = Flow((2,), Chain([Continuous(Stiff(), ode_solver("rk4", steps=4), TraceRule())])).eval()
     subset = subset_of(flow, torch.randn(100, 2), None)

@@ -69,7 +69,7 @@ def test_mass_of_modes_that_fall_between_the_first_nodes(seed: int) -> None:
         assert found.points < 120_000
 
 
-def test_what_is_left_after_doublings() -> None:
+def test_remaining_error_is_extrapolated_from_doublings() -> None:
     # of first and second order what is left is the last change, and a third of it
     assert left_after([0.2, 0.1, 0.05]) == pytest.approx(0.05)
     assert left_after([0.4, 0.1]) == pytest.approx(0.1 / 3)

@@ -40,7 +40,7 @@ def test_trace_error_is_that_of_the_estimator() -> None:
     assert trace_error(exact, subset_of(exact, x, None), n=10_000, draws=1) == 0.0
 
 
-def test_budget_adds_up() -> None:
+def test_budget_sums_its_parts() -> None:
     flow, x = hutchinson_flow().float(), torch.randn(700, 5).float()
     log_p = log_probs(flow, x)
     found = budget(flow, subset_of(flow, x, None), log_p, draws=1)
@@ -58,7 +58,7 @@ def test_budget_adds_up() -> None:
     assert budget(copy.deepcopy(flow).double(), subset_of(flow, x, None), log_p, draws=1).precision is None
 
 
-def test_seed_is_that_of_the_noise() -> None:
+def test_seed_fixes_the_noise() -> None:
     flow, x = hutchinson_flow(), torch.randn(50, 5)
     first, again, other = (log_probs(flow, x, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(first, again)

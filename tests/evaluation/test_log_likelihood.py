@@ -44,7 +44,7 @@ def test_an_estimated_trace_never_looks_like_a_better_likelihood() -> None:
     assert scores("exact", 8).mean() > scores("exact", 1).mean()
 
 
-def test_bound_of_estimates() -> None:
+def test_bound_of_estimates_is_below_the_exact_log_density() -> None:
     log_p = torch.randn(5, 7)
     exact = log_p.exp().mean(0).log()
     torch.testing.assert_close(bound_of_estimates(log_p, log_p), exact)

@@ -25,7 +25,7 @@ def student(n: int, nu: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("n", [10, 15, 150, 999, 5000])
 @pytest.mark.parametrize("value", [-1e7, -1e300, 1e5])
-def test_one_row_that_carries_the_variance_is_named(n: int, value: float) -> None:
+def test_row_that_dominates_the_variance_is_named(n: int, value: float) -> None:
     log_p = gaussian(n)
     row = n // 3
     log_p[row] = value

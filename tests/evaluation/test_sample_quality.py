@@ -29,7 +29,7 @@ def test_a_shift_moves_every_projection_by_its_cosine() -> None:
     assert found == pytest.approx(float(c.norm()) / math.sqrt(3), rel=0.02)
 
 
-def test_gaussians_of_two_scales() -> None:
+def test_distance_between_gaussians_of_two_scales() -> None:
     """W_2 of N(0, 1) and N(0, s^2) is |s - 1|, and so is every projection's, whatever the order of the rows."""
     x = torch.randn(20_000, 2)
     y = 1.5 * torch.randn(20_000, 2)
@@ -37,7 +37,7 @@ def test_gaussians_of_two_scales() -> None:
     assert sliced_wasserstein(x, x[torch.randperm(len(x))]) == 0
 
 
-def test_it_is_symmetric_seeded_and_leaves_randomness_alone() -> None:
+def test_distance_is_symmetric_and_seeded() -> None:
     x, y = torch.randn(50, 1, 2, 2), torch.randn(50, 1, 2, 2)
     state = torch.get_rng_state()
     assert sliced_wasserstein(x, y) == pytest.approx(sliced_wasserstein(y, x), rel=1e-12)
@@ -74,13 +74,13 @@ class ByClass(MLPField):
         return Given(self, (10.0 * label - 5).unsqueeze(1).expand(-1, 2))
 
 
-def test_a_flow_that_solves_nothing_takes_no_steps() -> None:
+def test_flow_without_ode_reports_no_steps() -> None:
     with pytest.raises(ConfigError, match="takes no steps"):
         quality(Flow((2,), Chain([Affine(2)])), Moons(n_val=10, n_test=10), [1])
 
 
 @pytest.mark.usefixtures("full_size")
-def test_quality_against_steps(run: Run, tmp_path: Path) -> None:
+def test_quality_is_reported_for_each_number_of_steps(run: Run, tmp_path: Path) -> None:
     small = ["trainer.steps=3", "trainer.batch_size=16", "data.n_val=300", "data.n_test=200", "model.hidden=[8]"]
     code, out, err = run("flowtrain", "objective=flow_matching", *small)
     assert code == 0, err

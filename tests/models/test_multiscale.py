@@ -48,7 +48,7 @@ def test_squeeze_puts_the_colours_of_a_checkerboard_apart() -> None:
         (lambda: glow((2,), steps=0), "model.steps=0"),
     ],
 )
-def test_models_refuse(make: Callable[[], Flow], words: str) -> None:
+def test_invalid_model_options_are_refused(make: Callable[[], Flow], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make()
 
@@ -153,7 +153,7 @@ def test_bfloat16_networks_keep_the_likelihood(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["realnvp", "glow", "ffjord"])
-def test_values_out_of_range_and_no_values(model: str, tmp_path: Path, image_config: Compose) -> None:
+def test_invalid_pixel_values_are_refused(model: str, tmp_path: Path, image_config: Compose) -> None:
     config = image_config(write_set(tmp_path / "data"), *IMAGE_MODELS[model])
     flow = build_flow(config, build_data(config).samples).eval()
     x = torch.randint(0, 256, (3, 1, 4, 6))

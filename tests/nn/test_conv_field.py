@@ -107,7 +107,7 @@ def test_concatsquash_is_its_equation(times: str) -> None:
 
 @pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, ACTIVATIONS)))
 @pytest.mark.parametrize("per_row", [False, True])
-def test_push_is_the_jvp(layer: str, activation: str, per_row: bool) -> None:
+def test_jvp_matches_autograd(layer: str, activation: str, per_row: bool) -> None:
     field, x = random_field(layer, activation), torch.randn(4, *EVENT)
     t = torch.rand(4) if per_row else torch.rand(())
     tangents = torch.randn(2, 4, *EVENT)
@@ -130,7 +130,7 @@ def test_each_node_has_its_own_time(layer: str) -> None:
         torch.testing.assert_close(je[:, node], one_je)
 
 
-def test_one_image_without_a_batch() -> None:
+def test_single_image_without_batch_dimension() -> None:
     field, x, t = random_field(), torch.randn(*EVENT), torch.tensor(0.3)
     torch.testing.assert_close(field(t, x), field(t, x.unsqueeze(0)).squeeze(0))
 
@@ -243,13 +243,13 @@ def test_untrained_field_is_zero(layer: str) -> None:
         ((2, [8], "concat", "tanh", 0), "kernel_size=0"),
     ],
 )
-def test_conv_field_refuses(arguments: tuple[int, list[int], str, str], message: str) -> None:
+def test_invalid_conv_field_options_are_refused(arguments: tuple[int, list[int], str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ConvField(*arguments)
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (4, 3, 5, 5), (2,)])
-def test_conv_field_refuses_other_inputs(shape: tuple[int, ...]) -> None:
+def test_inputs_of_the_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="field of 2 channels takes images"):
         random_field()(torch.tensor(0.5), torch.randn(shape))
 
@@ -267,7 +267,7 @@ def test_divergence_refuses_samples_of_another_kind(field: nn.Module, shape: tup
         divergence(field, torch.tensor(0.5), x, Probes.exact(x))
 
 
-def test_trace_rule_refuses_what_is_no_batch() -> None:
+def test_divergence_refuses_inputs_without_batch_dimension() -> None:
     with pytest.raises(ConfigError, match="one row a sample"):
         TraceRule().draw(torch.randn(3), training=True)
 

@@ -38,7 +38,7 @@ def jacobian(field: nn.Module, t: Tensor, row: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, ACTIVATIONS)))
 @pytest.mark.parametrize("per_row", [False, True])
-def test_push_is_the_jacobian(layer: str, activation: str, per_row: bool) -> None:
+def test_jvp_matches_the_jacobian(layer: str, activation: str, per_row: bool) -> None:
     field, x = random_field(3, layer, activation), torch.randn(4, 3)
     t = torch.rand(4) if per_row else torch.rand(())
     tangents = torch.randn(2, 4, 3)
@@ -60,7 +60,7 @@ def test_divergence_is_the_trace_at_every_node(make: Callable[[], nn.Module]) ->
         torch.testing.assert_close(div[n, i], jacobian(field, t[n, 0], x[n, i]).trace())
 
 
-def test_fallback_gradient_agrees_with_own_push() -> None:
+def test_gradient_of_the_fallback_matches_the_jvp() -> None:
     field = random_field()
 
     class Hidden(nn.Module):
@@ -111,12 +111,12 @@ def test_untrained_field_is_zero_up_to_time() -> None:
 @pytest.mark.parametrize(
     ("d", "training", "exact"), [(8, True, True), (9, True, False), (128, False, True), (129, False, False)]
 )
-def test_auto_trace(d: int, training: bool, exact: bool) -> None:
+def test_auto_trace_depends_on_dimension_and_mode(d: int, training: bool, exact: bool) -> None:
     assert TraceRule().is_exact(d, training) is exact
 
 
 @pytest.mark.parametrize("bad", [{"train": "exacty"}, {"evaluate": "no"}, {"noise": "uniform"}, {"noise_samples": 0}])
-def test_trace_rule_refuses(bad: dict[str, object]) -> None:
+def test_invalid_trace_options_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="model"):
         TraceRule(**bad)  # type: ignore[arg-type]
 
@@ -129,6 +129,6 @@ def test_trace_rule_refuses(bad: dict[str, object]) -> None:
         ((2, [], "concat", "tanh"), "hidden"),
     ],
 )
-def test_mlp_field_refuses(arguments: tuple[int, list[int], str, str], message: str) -> None:
+def test_invalid_mlp_field_options_are_refused(arguments: tuple[int, list[int], str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MLPField(*arguments)

@@ -23,7 +23,7 @@ from flowtrain.utils.errors import ConfigError
 SMALL = ["trainer.batch_size=16", "trainer.log_every=1", "data.n_val=20", "data.n_test=20", "model.hidden=[8]"]
 
 
-def test_hybrid_changes_its_loss_once(around: Callable[..., Flow]) -> None:
+def test_hybrid_switches_its_loss_once(around: Callable[..., Flow]) -> None:
     flow = around(MLPField(2, [4], "concat", "tanh"))
     objective = Hybrid(flow, Regularizer(kinetic=0.1, spectral=0.1), steps=10, matching=0.7)
     x = torch.randn(5, 2)
@@ -39,7 +39,7 @@ def test_hybrid_changes_its_loss_once(around: Callable[..., Flow]) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 2.5, 10, "half"])
-def test_shares_refused(share: Any, around: Callable[..., Flow]) -> None:
+def test_invalid_shares_are_refused(share: Any, around: Callable[..., Flow]) -> None:
     with pytest.raises(ConfigError, match=r"objective.matching"):
         Hybrid(around(MLPField(2, [4], "concat", "tanh")), Regularizer(), steps=10, matching=share)
 
@@ -93,7 +93,7 @@ def test_resume_is_exact_to_the_bit(
         assert torch.equal(value, again.flow.state_dict()[key]), key
 
 
-def test_the_hybrid_goes_on_from_its_averaged_weights(tmp_path: Path, stop_at: Callable[..., None]) -> None:
+def test_hybrid_continues_from_its_averaged_weights(tmp_path: Path, stop_at: Callable[..., None]) -> None:
     keys = ["objective=hybrid", "objective.matching=6", *STEPS, "trainer.ema=0.9"]
     trainer = trained(stop_at, tmp_path, *keys, stop=6)
     assert trainer.learner.ema is not None
@@ -117,7 +117,9 @@ def test_rows_of_matching_have_null_where_nothing_was_solved(tmp_path: Path, sto
         assert {"seconds", "grad_norm", "lr"} <= set(row)
 
 
-def test_the_likelihood_of_a_hybrid_begins_anew(tmp_path: Path, stop_at: Callable[..., None]) -> None:
+def test_likelihood_phase_of_a_hybrid_restarts_schedules_and_early_stopping(
+    tmp_path: Path, stop_at: Callable[..., None]
+) -> None:
     keys = ["objective=hybrid", "objective.matching=0.6", "trainer.lr=0.01", "trainer.lr_warmup=2", *STEPS]
     trainer = trained(stop_at, tmp_path, *keys, "solver.warmup=2", "solver.train_rtol=null", "trainer.ema=0.9")
     rows = train_rows(trainer)
@@ -147,7 +149,7 @@ def test_plateau_tightens_the_tolerance_with_the_learning_rate_and_only_then_sto
     assert trainer.step == 7
 
 
-def test_a_change_of_loss_that_was_moved_behind_the_step_still_begins_anew(
+def test_resume_with_an_earlier_loss_switch_restarts_the_optimizer(
     tmp_path: Path, stop_at: Callable[..., None]
 ) -> None:
     keys = ["objective=hybrid", *STEPS, "trainer.ema=0.9"]
@@ -181,6 +183,6 @@ def test_mistakes_are_one_message(arguments: list[str], words: str, run: Run) ->
     assert words in err
 
 
-def test_steps_are_a_step_size() -> None:
+def test_number_of_steps_sets_the_step_size() -> None:
     assert ode_solver("euler", steps=4).step_size == 0.25
     assert ode_solver("rk4", steps=3).steps_between(0.0, 1.0) == 3

@@ -61,7 +61,7 @@ def test_no_field_beats_the_minimizer(around: Callable[..., Flow]) -> None:
     assert min(loss(1.7, s), loss(1.3, s), loss(1.5, 0.5), loss(1.5, 0.3)) > loss(1.5, s)
 
 
-def test_the_loss_and_its_gradient_by_hand(linear_field: type[nn.Module], around: Callable[..., Flow]) -> None:
+def test_loss_and_gradient_match_hand_computation(linear_field: type[nn.Module], around: Callable[..., Flow]) -> None:
     field = linear_field(torch.tensor([0.3, -0.2]), torch.tensor([[0.5, 0.1], [-0.4, 0.2]]))
     objective = FlowMatching(around(field), Regularizer())
     x = torch.randn(50, 2)
@@ -78,7 +78,7 @@ def test_the_loss_and_its_gradient_by_hand(linear_field: type[nn.Module], around
     torch.testing.assert_close(field.b.grad, 2 * error.T @ at / 50)
 
 
-def test_nothing_is_solved_and_only_the_field_is_trained(around: Callable[..., Flow]) -> None:
+def test_only_the_field_is_trained_and_no_ode_is_solved(around: Callable[..., Flow]) -> None:
     after = Affine(2)
     objective = FlowMatching(around(MLPField(2, [8], "concat", "tanh"), after=(after,)), Regularizer()).train()
     with record_solves() as solves:
@@ -135,7 +135,7 @@ def test_optimal_coupling_stays_within_classes() -> None:
     assert float((x0 - x1)[labels == 0].square().sum()) < float((torch.randn(100, 2) - x1[labels == 0]).square().sum())
 
 
-def test_the_ends_of_the_continuous_part(around: Callable[..., Flow], linear_field: type[nn.Module]) -> None:
+def test_endpoints_of_the_ode_block(around: Callable[..., Flow], linear_field: type[nn.Module]) -> None:
     before, after, scale = Affine(2), Affine(2), Standardize((2,))
     with torch.no_grad():
         for p in (*before.parameters(), *after.parameters()):
@@ -156,7 +156,7 @@ def test_the_ends_of_the_continuous_part(around: Callable[..., Flow], linear_fie
         (lambda: Nested(continuous()), "has 1"),
     ],
 )
-def test_flows_refused(bijection: Callable[[], Any], words: str) -> None:
+def test_unsuitable_flows_are_refused(bijection: Callable[[], Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         FlowMatching(Flow((2,), bijection()), Regularizer())
 
@@ -187,7 +187,7 @@ def test_spectral_norm_is_added_to_matching(around: Callable[..., Flow]) -> None
     torch.testing.assert_close(loss, terms["matching"] + 0.3 * terms["spectral"])
 
 
-def test_first_weights_spread_over_the_data() -> None:
+def test_initial_field_spreads_over_the_data() -> None:
     """Ridges w x + b = 0 at distances -b / |w| from 0 that are spread like points along w, not all near it."""
     torch.manual_seed(0)
     layer = MLPField(3, [4000, 2], "concatsquash", "tanh", init_scale=1.5).requires_grad_(False).body[0].linear

@@ -34,7 +34,7 @@ def test_reflow_pairs_are_the_ends_of_the_teachers_paths(
     assert labels is None
 
 
-def test_reflow_straightens(around: Callable[..., Flow], linear_field: type[nn.Module]) -> None:
+def test_reflow_straightens_paths(around: Callable[..., Flow], linear_field: type[nn.Module]) -> None:
     """A rotation by a quarter turn, reflowed: one Euler step then lands where the teacher's exact solve does."""
     torch.manual_seed(0)
     turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]]) * math.pi / 2
@@ -59,7 +59,7 @@ def test_reflow_straightens(around: Callable[..., Flow], linear_field: type[nn.M
     assert float(one) < 0.2 * float(before)
 
 
-def test_pairs_are_keyed_by_the_seed_and_leave_the_callers_randomness(around: Callable[..., Flow]) -> None:
+def test_pairs_depend_only_on_the_seed(around: Callable[..., Flow]) -> None:
     flow = around(MLPField(2, [4], "concat", "tanh"))
     state = torch.get_rng_state()
     pools = [Rectified(flow, Regularizer(), flow, seed=seed, pairs=10).pool[0] for seed in (1, 1, 2)]
@@ -68,7 +68,7 @@ def test_pairs_are_keyed_by_the_seed_and_leave_the_callers_randomness(around: Ca
     assert not torch.equal(pools[0], pools[2])
 
 
-def test_from_begins_with_the_weights_model_and_data_of_a_run(run: Run, tmp_path: Path) -> None:
+def test_from_starts_with_the_weights_model_and_data_of_a_run(run: Run, tmp_path: Path) -> None:
     small = ["trainer.steps=3", "trainer.batch_size=16", "data.n_val=50", "data.n_test=50"]
     code, out, err = run("flowtrain", "objective=flow_matching", "data=circles", "model.hidden=[6]", *small)
     assert code == 0, err
@@ -89,7 +89,7 @@ def test_from_begins_with_the_weights_model_and_data_of_a_run(run: Run, tmp_path
     assert code == 0, err
 
 
-def test_rectified_goes_on_without_the_run_it_began_from_and_hybrid_to_more_steps(run: Run, tmp_path: Path) -> None:
+def test_rectified_resumes_without_its_teacher_run_and_hybrid_with_more_steps(run: Run, tmp_path: Path) -> None:
     small = ["trainer.batch_size=16", "data.n_val=50", "data.n_test=50", "model.hidden=[6]", "trainer.val_every=5"]
     code, out, err = run("flowtrain", "objective=hybrid", "trainer.steps=10", "objective.matching=0.5", *small)
     assert code == 0, err
@@ -113,7 +113,7 @@ def test_rectified_goes_on_without_the_run_it_began_from_and_hybrid_to_more_step
     assert "its own checkpoint" in err
 
 
-def test_the_teacher_that_is_kept_is_the_one_that_was_learnt_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_teacher_is_the_one_used_in_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other run goes on while the pairs are drawn."""
     small = ["trainer.steps=2", "trainer.batch_size=16", "data.n_val=50", "data.n_test=50", "model.hidden=[4]"]
     code, out, err = run("flowtrain", *small)
@@ -133,7 +133,7 @@ def test_the_teacher_that_is_kept_is_the_one_that_was_learnt_from(run: Run, monk
     assert kept["step"] == before["step"]
 
 
-def test_a_refused_reflow_leaves_its_directory_free(run: Run) -> None:
+def test_refused_reflow_leaves_its_run_directory_unused(run: Run) -> None:
     small = ["trainer.steps=2", "trainer.batch_size=16", "data.n_val=50", "data.n_test=50"]
     code, out, err = run("flowtrain", "model.flows=2", "model.hidden=[4]", *small)
     assert code == 0, err
@@ -153,7 +153,7 @@ def test_a_refused_reflow_leaves_its_directory_free(run: Run) -> None:
         assert "give one run directory" in err
 
 
-def test_a_run_from_another_gets_what_suits_its_model(run: Run) -> None:
+def test_run_from_another_gets_the_recipe_of_its_model(run: Run) -> None:
     small = ["trainer.batch_size=16", "data.n_val=50", "data.n_test=50"]
     code, out, err = run("flowtrain", "model=realnvp", "data=circles", "trainer.steps=2", *small)
     assert code == 0, err
@@ -167,7 +167,7 @@ def test_a_run_from_another_gets_what_suits_its_model(run: Run) -> None:
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_the_run_that_another_begins_from_runs_no_code(resumed: bool, run: Run, tmp_path: Path) -> None:
+def test_from_runs_no_code_of_the_checkpoint(resumed: bool, run: Run, tmp_path: Path) -> None:
     """Neither its own config nor that of the run on it can grant it trust."""
     small = ["trainer.batch_size=16", "data.n_val=50", "data.n_test=50", "model.hidden=[6]", "trainer.steps=2"]
     code, out, err = run("flowtrain", *small)
@@ -193,7 +193,7 @@ def test_the_run_that_another_begins_from_runs_no_code(resumed: bool, run: Run, 
     assert not (tmp_path / "stolen").exists()
 
 
-def test_from_on_data_of_another_kind_names_itself(run: Run, tmp_path: Path) -> None:
+def test_from_on_incompatible_data_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("\n".join(f"{i},{i * i % 7}" for i in range(50)))
     (tmp_path / "b.csv").write_text("\n".join(f"{i},{i * i % 7},{i % 3}" for i in range(50)))
     small = ["trainer.steps=2", "model.hidden=[4]", "trainer.batch_size=8"]
@@ -205,7 +205,8 @@ def test_from_on_data_of_another_kind_names_itself(run: Run, tmp_path: Path) -> 
     assert code == 0, err
     code, _, err = run("flowtrain", f"from={first}", f"data.path={tmp_path}/b.csv", "trainer.steps=2")
     assert code == 2
-    assert "from: the run was trained on samples whose event_shape" in err
+    assert "from: " in err
+    assert "event_shape" in err
 
 
 def test_the_teacher_is_no_candidate_for_the_best_checkpoint_of_a_reflow(run: Run, tmp_path: Path) -> None:

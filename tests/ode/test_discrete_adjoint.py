@@ -26,7 +26,7 @@ def settings_of(method: str) -> dict[str, Any]:
 @pytest.mark.parametrize("method", list(TABLEAUS))
 @pytest.mark.parametrize("control", ["state", "all"])
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
-def test_direct_replay_and_a_plain_module_have_one_gradient(
+def test_direct_and_replay_gradients_match_those_of_a_plain_module(
     method: str, control: str, trace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # few nodes together, so that replay splits them
@@ -43,7 +43,7 @@ def test_direct_replay_and_a_plain_module_have_one_gradient(
 
 
 @pytest.mark.parametrize("control", ["state", "all"])
-def test_the_gradient_is_the_adjoints_at_a_tight_tolerance(control: str) -> None:
+def test_gradient_matches_the_continuous_adjoint_at_tight_tolerance(control: str) -> None:
     field, x = random_field(), torch.randn(7, 2)
     adjoint = gradients(field, ode_solver("dopri5", "adjoint", rtol=1e-11), x)
     for method, gradient in itertools.product(["dopri5", "dopri8"], ["direct", "replay"]):
@@ -54,7 +54,7 @@ def test_the_gradient_is_the_adjoints_at_a_tight_tolerance(control: str) -> None
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "heun", "rk4"])
 @pytest.mark.parametrize("gradient", ["direct", "replay"])
-def test_finite_differences_of_the_discrete_solution(method: str, gradient: str) -> None:
+def test_gradient_matches_finite_differences_of_the_discrete_solution(method: str, gradient: str) -> None:
     """On coarse steps only the discrete gradient agrees; the adaptive methods are made to take one step."""
     field, x = random_field(), torch.randn(5, 2)
     # so loose that the whole interval is one accepted step, on either side of the difference
@@ -81,7 +81,7 @@ def test_finite_differences_of_the_discrete_solution(method: str, gradient: str)
         assert grad[index].item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
 
 
-def test_a_jacobian_pulls_back_through_one_solve_many_times() -> None:
+def test_jacobian_uses_one_solve_for_many_backward_passes() -> None:
     field, x = random_field(), torch.randn(1, 2)
     flow = Continuous(field, ode_solver("dopri5", rtol=1e-9), TraceRule("exact"))
     jacobian = torch.autograd.functional.jacobian(lambda y: flow.forward(y)[0], x)
@@ -110,7 +110,7 @@ def test_frozen_parameters_take_no_gradient(layer: str, frozen: str) -> None:
 
 @pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, ACTIVATIONS)))
 @pytest.mark.parametrize("tangents", ["basis", "rows", "nodes"])
-def test_pushed_by_hand_is_pushed_by_autograd(
+def test_jvp_by_hand_matches_autograd(
     layer: str, activation: str, tangents: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mlp_field, "BLOCK", 200)
@@ -127,7 +127,7 @@ def test_pushed_by_hand_is_pushed_by_autograd(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-def test_tangents_that_need_a_gradient_get_it() -> None:
+def test_tangents_receive_gradients() -> None:
     field, x = random_field(3), torch.randn(4, 3)
     e = torch.randn(1, 4, 3, requires_grad=True)
     field.jvp(torch.tensor(0.3), x, e)[1].sum().backward()
@@ -153,7 +153,7 @@ def test_gauss_nodes_are_more_exact_than_stages_on_the_same_steps(method: str, m
     assert gauss < stages / 2
 
 
-def test_replay_counts_what_it_evaluates_again() -> None:
+def test_replay_counts_its_evaluations() -> None:
     field, x = random_field(), torch.randn(5, 2)
     counts = {}
     for gradient in ("direct", "replay"):

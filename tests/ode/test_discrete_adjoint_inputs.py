@@ -37,7 +37,7 @@ def test_integrals_of_a_field_without_weights(gradient: str) -> None:
     torch.testing.assert_close(dx, torch.full_like(x, 4.0))
 
 
-def test_compiled_evaluations_serve_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_field_is_used_only_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
     def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -95,7 +95,7 @@ class Conditional(nn.Module):
 
 
 @pytest.mark.parametrize("gradient", ["direct", "replay"])
-def test_gradient_of_what_a_field_uses_besides_its_parameters(gradient: str) -> None:
+def test_gradient_reaches_tensors_outside_the_parameters(gradient: str) -> None:
     field, x, encoder = Conditional(), torch.randn(5, 2), nn.Linear(3, 2)
     code = torch.randn(3)
     flow = Continuous(field, ode_solver("rk4", gradient, step_size=0.25), TraceRule("exact"))
@@ -116,7 +116,7 @@ def test_gradient_of_what_a_field_uses_besides_its_parameters(gradient: str) -> 
         assert grad[i].item() == pytest.approx(((values[0] - values[1]) / 2e-6).item(), rel=1e-5)
 
 
-def test_gradient_reaches_weights_that_were_swapped_in() -> None:
+def test_gradient_reaches_replaced_weights() -> None:
     field, x = random_field(std=0.4), torch.randn(5, 2)
     flow = Continuous(field, ode_solver("dopri5"), TraceRule("exact"))
     swapped = {name: (p.detach() + 0.1).requires_grad_() for name, p in flow.named_parameters()}

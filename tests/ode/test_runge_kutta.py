@@ -16,7 +16,7 @@ from flowtrain.ode.runge_kutta import RungeKutta
 from flowtrain.ode.torchdiffeq_engine import Torchdiffeq
 
 
-def test_a_solve_is_planned_by_the_last() -> None:
+def test_solve_reuses_the_steps_of_the_previous_solve() -> None:
     torch.manual_seed(1)
     field, x = random_field(), torch.randn(200, 2)
     flow = Continuous(field, ode_solver("dopri5"), TraceRule("exact"))
@@ -29,7 +29,7 @@ def test_a_solve_is_planned_by_the_last() -> None:
     assert not flow.histories[True].steps
 
 
-def test_evaluation_does_not_depend_on_what_was_solved_before() -> None:
+def test_evaluation_does_not_depend_on_previous_solves() -> None:
     field, x = random_field(), torch.randn(50, 2)
     flow = Continuous(field, ode_solver("dopri5"), TraceRule("exact")).eval()
     before = flow.inverse(x)[1]
@@ -38,7 +38,7 @@ def test_evaluation_does_not_depend_on_what_was_solved_before() -> None:
     assert torch.equal(flow.eval().inverse(x)[1], before)
 
 
-def test_a_wild_first_step_is_rejected_not_believed() -> None:
+def test_planned_step_is_rejected_when_its_error_exceeds_the_tolerance() -> None:
     field, x = random_field(std=1.5), torch.randn(50, 2)
     problem = Problem(field, None, x, 0.0, 1.0, history=StepPlan([(1.0, 1.0)]))
     with record_solves() as solves, torch.no_grad():
@@ -54,7 +54,7 @@ def linear(a: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 @pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3", "dopri8"])
 @pytest.mark.parametrize("shape", [(1, 2), (3, 2), (3, 1, 2, 2)])
-def test_odd_shapes(method: str, shape: tuple[int, ...]) -> None:
+def test_states_of_unusual_shapes_are_solved(method: str, shape: tuple[int, ...]) -> None:
     a = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     x = torch.randn(shape, requires_grad=True)
     solution = ode_solver(method, rtol=1e-8).solve(Problem(linear(a), None, x, 0.0, 1.0))
@@ -65,7 +65,7 @@ def test_odd_shapes(method: str, shape: tuple[int, ...]) -> None:
     )
 
 
-def test_statistics() -> None:
+def test_statistics_count_steps_and_evaluations() -> None:
     wave, x = Wave(), torch.randn(3, 2)
     with record_solves() as solves:
         ode_solver("dopri5").solve(wave.problem(x))
@@ -81,7 +81,7 @@ def test_statistics() -> None:
     assert backwards.nfe_backward > 0
 
 
-def test_rejections_are_counted_and_cost_nothing_else() -> None:
+def test_rejected_steps_are_counted() -> None:
     class Kink(nn.Module):
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
             return x * torch.where(t < 0.5, 0.0, 60.0) * (t - 0.5)
@@ -93,7 +93,7 @@ def test_rejections_are_counted_and_cost_nothing_else() -> None:
 
 @pytest.mark.parametrize("step_size", [0.1, 0.3, 1 / 3, 5.0])
 @pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
-def test_fixed_steps_land_on_the_end(engine: type[Solver], step_size: float) -> None:
+def test_fixed_steps_end_exactly_at_the_final_time(engine: type[Solver], step_size: float) -> None:
     times: list[float] = []
 
     def field(t: Tensor, x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def test_fixed_steps_land_on_the_end(engine: type[Solver], step_size: float) -> 
 
 @pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
 @pytest.mark.parametrize("method", ["dopri5", "tsit5"])
-def test_control_of_the_integrals_is_a_choice(engine: Any, method: str) -> None:
+def test_error_control_of_integrals_is_optional(engine: Any, method: str) -> None:
     """An integrand far rougher than the state costs steps only where it takes part in their control."""
 
     def integrand(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ def test_warmup_is_geometric_and_ends() -> None:
     assert ode_solver("rk4", step_size=0.1, warmup=None).warmup == 0
 
 
-def test_settings_return_after_using() -> None:
+def test_temporary_settings_are_restored() -> None:
     solver = ode_solver("dopri5")
 
     def fail() -> None:

@@ -40,7 +40,7 @@ def test_every_torchdiffeq_method_has_a_config() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (1.0, 0.0)])
-def test_every_config_solves_both_ways(name: str, t0: float, t1: float) -> None:
+def test_every_config_solves_forward_and_backward(name: str, t0: float, t1: float) -> None:
     wave, x = Wave(), torch.randn(5, 3)
     with torch.no_grad():
         solution = make(name).solve(wave.problem(x, t0, t1))
@@ -84,7 +84,7 @@ def test_order_of_convergence_of_the_adaptive_methods(name: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", list(TABLEAUS))
-def test_tableau_conditions(name: str) -> None:
+def test_tableaus_satisfy_the_order_conditions(name: str) -> None:
     """Row sums, and the order conditions of quadrature: sum b c^k = 1 / (k + 1) for k < order."""
     tableau = TABLEAUS[name]
     b, c = torch.tensor(tableau.b), torch.tensor(tableau.c)
@@ -177,7 +177,7 @@ def test_direct_gradient_is_that_of_the_discrete_solution(settings: dict[str, An
 
 
 @pytest.mark.parametrize("method", ["bosh3", "dopri5", "tsit5"])
-def test_torchdiffeq_lands_on_the_end_as_our_engine_does(method: str) -> None:
+def test_both_engines_end_exactly_at_the_final_time(method: str) -> None:
     """Stepping over t1 and interpolating back would cost far more accuracy than the tolerance grants."""
     wave, x = Wave(), torch.randn(50, 2)
     for rtol in (1e-3, 1e-5):

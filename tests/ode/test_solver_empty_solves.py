@@ -25,7 +25,7 @@ CASES = list(itertools.product(["vectors", "images"], ["exact", "hutchinson"], [
 
 
 @pytest.mark.parametrize(("method", "gradient"), WAYS)
-def test_nothing_moves_and_gradients_are_zero(method: str, gradient: str) -> None:
+def test_empty_solve_returns_its_input_with_zero_gradients(method: str, gradient: str) -> None:
     """Gradients of weights are 0 and not None, so that ranks with rows and ranks without are treated alike."""
     try:
         solver = ode_solver(method, gradient=gradient)
@@ -51,14 +51,14 @@ def test_nothing_moves_and_gradients_are_zero(method: str, gradient: str) -> Non
                 assert torch.equal(torch.autograd.grad(there.sum(), x)[0], torch.ones_like(x))
 
 
-def test_weights_that_are_not_finite_move_nothing_either() -> None:
+def test_empty_solve_ignores_non_finite_weights() -> None:
     field = random_field()
     nn.init.constant_(field.head.linear.weight, torch.nan)
     flow, x = Continuous(field, ode_solver("dopri5"), TraceRule()).between(0.5, 0.5), torch.randn(2, 2)
     assert torch.equal(flow.inverse(x)[0], x)
 
 
-def test_path_integrals_of_nothing() -> None:
+def test_path_integrals_of_an_empty_batch() -> None:
     flow = Continuous(random_field(), ode_solver("dopri5"), TraceRule()).train()
     flow.regularizer = Regularizer(kinetic=1.0, jacobian=1.0)
     with record_paths() as found:
@@ -67,7 +67,7 @@ def test_path_integrals_of_nothing() -> None:
 
 
 @pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
-def test_no_time_in_the_dtype_of_the_state(engine: type[RungeKutta] | type[Torchdiffeq]) -> None:
+def test_interval_that_rounds_to_zero_is_empty(engine: type[RungeKutta] | type[Torchdiffeq]) -> None:
     """Times that float32 cannot tell apart are one time to torchdiffeq, which asserts that there are two."""
     x = torch.ones(2, 2, dtype=torch.float32)
     solved = engine("dopri5", rtol=1e-5).solve(Problem(lambda t, y: y, None, x, 0.5, 0.5 + 1e-12))
@@ -75,7 +75,7 @@ def test_no_time_in_the_dtype_of_the_state(engine: type[RungeKutta] | type[Torch
     assert solved.statistics.nfe_forward == 0
 
 
-def test_a_part_of_the_time_is_that_part_in_training_too() -> None:
+def test_part_of_the_interval_is_solved_in_training() -> None:
     flow = Continuous(random_field(), ode_solver("rk4", steps=8), TraceRule("exact")).train()
     flow.regularizer = Regularizer(end_time=0.5)
     x, part = torch.randn(3, 2), flow.between(0.25, 0.75)

@@ -29,14 +29,14 @@ from flowtrain.utils.errors import ConfigError, SolverError
         ({"method": "dopri5", "max_nfe": 0}, "max_nfe"),
     ],
 )
-def test_settings_refused(settings: dict[str, Any], words: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         ode_solver(**settings)
 
 
 @pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
 @pytest.mark.parametrize("final", [False, True])
-def test_a_tolerance_below_all_rounding_is_refused_before_it_is_tried(engine: Any, final: bool) -> None:
+def test_tolerance_below_rounding_error_is_refused(engine: Any, final: bool) -> None:
     """Of training it is the final tolerance that counts, or a warm-up would end in a solve that cannot."""
     solver = engine("dopri5", rtol=1e-14, warmup=100)
     problem = Problem(cubic, None, torch.ones(1, 1, dtype=torch.float32), 0.0, 1.0)
@@ -51,7 +51,7 @@ def test_a_tolerance_below_all_rounding_is_refused_before_it_is_tried(engine: An
             torch.testing.assert_close(loose.solve(problem).x, problem.x, rtol=0, atol=1e-3)
 
 
-def test_fehlberg2_is_warned_of_once_and_solves(caplog: pytest.LogCaptureFixture) -> None:
+def test_fehlberg2_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     """It misses its tolerance, by a factor that does not depend on it; bosh3 and adaptive_heun do not."""
     warn_of_fehlberg2.cache_clear()
     wave, x = Wave(), torch.randn(20, 2)
@@ -67,9 +67,7 @@ def test_fehlberg2_is_warned_of_once_and_solves(caplog: pytest.LogCaptureFixture
 
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])
 @pytest.mark.parametrize("method", ["implicit_adams", "fixed_adams"])
-def test_a_corrector_that_does_not_converge_is_told_by_the_log(
-    method: str, gradient: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_non_converging_corrector_is_logged(method: str, gradient: str, caplog: pytest.LogCaptureFixture) -> None:
     warn_of_corrector.cache_clear()
     problem = Problem(lambda t, x: -20 * x, None, torch.ones(1, 1, requires_grad=True), 0.0, 1.0)
     with warnings.catch_warnings():
@@ -127,7 +125,7 @@ def test_a_failing_adjoint_solve_is_explained() -> None:
         solution.x.sum().backward()
 
 
-def test_an_assertion_in_a_users_field_is_not_taken_for_a_solver_failure() -> None:
+def test_assertion_error_in_a_field_is_not_a_solver_failure() -> None:
     def field(t: Tensor, x: Tensor) -> Tensor:
         raise AssertionError("the user's own")
 

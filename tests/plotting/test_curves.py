@@ -46,7 +46,7 @@ def val_rows(count: int) -> list[dict[str, Any]]:
     ],
     ids=lambda value: None if isinstance(value, list) else str(value),
 )
-def test_curves_of_any_rows(
+def test_curves_are_drawn_for_any_rows(
     tmp_path: Path, coarse: int, rows: list[dict[str, Any]], height: int, png_size: Callable[..., tuple[int, int]]
 ) -> None:
     draw_curves(tmp_path / "new" / "curves.png", rows=rows, title="a run", entropy=0.9)
@@ -55,7 +55,7 @@ def test_curves_of_any_rows(
 
 
 @pytest.mark.parametrize("entropy", [None, math.nan, -1e6])
-def test_curves_of_any_entropy(
+def test_curves_are_drawn_for_any_entropy(
     tmp_path: Path, coarse: int, entropy: float | None, png_size: Callable[..., tuple[int, int]]
 ) -> None:
     draw_curves(tmp_path / "curves.png", rows=train_rows(30), title="a run", entropy=entropy)

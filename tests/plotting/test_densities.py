@@ -123,7 +123,7 @@ def test_limits_ignore_outliers_of_the_data() -> None:
     assert 2.5 < high < 6
 
 
-def test_histograms_and_peak_are_densities() -> None:
+def test_histograms_integrate_to_one() -> None:
     values = torch.rand(50_000, 2).numpy()
     limits = ((-0.5, 1.5), (-0.5, 3.5))
     heights = points.histogram_2d(values, limits, bins=80, blur=1.2)

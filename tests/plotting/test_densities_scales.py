@@ -36,7 +36,7 @@ def test_heavy_tails_alone_are_compressed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lognormal", "mirrored", "cauchy"])
-def test_no_bin_holds_most_of_them(name: str) -> None:
+def test_no_bin_holds_most_rows(name: str) -> None:
     values = points.suited(SHAPES[name][0]).places(SHAPES[name][0])
     limits = points.robust_range(values)
     shares = np.histogram(values, points.fine_bins(values, limits, 3000), limits)[0] / 3000
@@ -51,7 +51,7 @@ def test_a_long_plain_axis_has_finer_bins() -> None:
     assert points.bins_1d(3000) <= points.fine_bins(values, limits, 3000) <= 100
 
 
-def test_the_density_along_the_axis_is_one() -> None:
+def test_density_along_the_axis_integrates_to_one() -> None:
     scale = points.suited(LOGNORMAL)
     exact = torch.distributions.LogNormal(0.0, 2.0)
 

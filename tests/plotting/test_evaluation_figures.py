@@ -43,7 +43,7 @@ def colours(path: Path) -> tuple[float, float]:
     return float((blue > red + 0.15).mean()), float((red > blue + 0.15).mean())
 
 
-def test_both_are_pngs_of_their_size_and_make_the_folder(
+def test_figures_are_pngs_of_their_size_in_a_new_folder(
     tmp_path: Path, png_size: Callable[..., tuple[int, int]]
 ) -> None:
     folder = tmp_path / "new" / "plots"
@@ -87,7 +87,7 @@ def test_calibration_of_any_model(
         ({"z1": torch.tensor([0.5, 1.1])}, "'z1'"),
     ],
 )
-def test_calibration_refuses_what_is_no_transform(tmp_path: Path, pit: dict[str, Tensor], words: str) -> None:
+def test_calibration_refuses_values_outside_0_to_1(tmp_path: Path, pit: dict[str, Tensor], words: str) -> None:
     with pytest.raises(FlowtrainError, match=words):
         draw_calibration(tmp_path / "calibration.png", pit=pit, title="")
     assert list(tmp_path.iterdir()) == []
@@ -155,7 +155,7 @@ def test_ood_of_any_sets(
     assert png_size(path) == (1800 // coarse, 732 // coarse)
 
 
-def test_ood_counts_what_it_leaves_out() -> None:
+def test_ood_states_how_many_rows_are_left_out() -> None:
     assert evaluation_figures._label("noise", 0, 5) == "noise"
     assert evaluation_figures._label("noise", 1200, 5) == "noise (1,200 not finite)"
     assert evaluation_figures._label("noise", 0, 0) == "noise (nothing to draw)"
@@ -228,7 +228,7 @@ def test_ood_names_a_bin_that_leaves_the_frame() -> None:
     assert notes(torch.full((100_000,), -95.0)) == ["highest bin at 100%"]
 
 
-def test_ood_words(tmp_path: Path, coarse: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ood_legend_and_title(tmp_path: Path, coarse: int, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Figure] = []
     monkeypatch.setattr(style, "save", lambda figure, path: saved.append(figure))
     separate(tmp_path / "ood.png", normal(400, -2, 0.1), normal(400, -3, 0.1), entropy=2.0, unit="bits/dim")

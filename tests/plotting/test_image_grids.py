@@ -81,7 +81,7 @@ def test_values_are_clipped_between_black_and_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("levels", "value", "shade"), [(2, 1, 255), (16, 5, 85), (32, 31, 255), (1.0, 0.2, 51)])
-def test_levels_set_what_is_white(tmp_path: Path, levels: float, value: float, shade: int) -> None:
+def test_highest_level_is_white(tmp_path: Path, levels: float, value: float, shade: int) -> None:
     x = torch.full((1, 1, 2, 2), value)
     assert panels(tmp_path / "images.png", x, x, levels=levels)[-1, 429].tolist() == [shade] * 3
 
@@ -269,7 +269,7 @@ def test_grids_are_near_a_square_and_full_where_they_can_be(count: int, columns:
     assert image_grids._grid(count, None, aspect=1.0, most=13) == (math.ceil(count / columns), columns)
 
 
-def test_words_of_any_kind(tmp_path: Path, coarse: int) -> None:
+def test_titles_may_contain_any_text(tmp_path: Path, coarse: int) -> None:
     words = "$\\no{ $ tex " * 20
     draw_panels(tmp_path / "panels.png", panels=[(words, digits(4)), ("", digits(4))], levels=256, title=words)
     draw_rows(tmp_path / "rows.png", rows=[(words, digits(4)), ("", digits(4))], levels=256, title="", note=words)

@@ -7,36 +7,13 @@ import torch
 from helpers.flows import IMAGES, VECTORS, images, vectors
 from torch import Tensor
 
-from flowtrain.bijections.base import Chain
 from flowtrain.bijections.stages import between, innermost, stages
 from flowtrain.plotting.trajectory import Moment, Trajectory, eased
 from flowtrain.utils.errors import FlowtrainError
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_stages_one_after_the_other_are_the_flow(name: str) -> None:
-    flow = vectors(name)
-    z = torch.randn(7, 2)
-    x, log_det = Chain(stages(flow.bijection)).forward(z)
-    expected, expected_log_det = flow.bijection.forward(z)
-    torch.testing.assert_close(x, expected)
-    torch.testing.assert_close(log_det, expected_log_det)
-
-
-@pytest.mark.parametrize("name", IMAGES)
-def test_stages_of_images_act_on_whole_images(name: str) -> None:
-    flow = images(name)
-    found = stages(flow.bijection)
-    assert len(found) > 3
-    x = z = torch.randn(3, 1, 4, 4)
-    for stage in found:
-        x = stage.map_forward(x)
-        assert x.shape == z.shape
-    torch.testing.assert_close(x, flow(z))
-
-
-@pytest.mark.parametrize("name", VECTORS)
-def test_it_begins_at_the_base_and_ends_at_the_data(name: str) -> None:
+def test_trajectory_starts_at_the_base_and_ends_at_the_data(name: str) -> None:
     flow = vectors(name)
     way, z = Trajectory(flow, 5), torch.randn(7, 2)
     with torch.no_grad():
@@ -162,7 +139,7 @@ def test_frames_give_the_units_of_the_data() -> None:
 
 
 @pytest.mark.parametrize("steps", [2, 3])
-def test_fixed_steps_lead_where_the_flow_does(steps: int) -> None:
+def test_fixed_steps_end_at_the_samples_of_the_flow(steps: int) -> None:
     """Whatever the moments: each is solved from where its part of the flow begins, not from one to the next."""
     flow = vectors("ffjord", solver=["solver=euler", f"solver.steps={steps}"])
     z = torch.randn(6, 2)

@@ -52,7 +52,7 @@ def shown(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def test_a_passage_has_a_row_for_each_thing(tmp_path: Path) -> None:
+def test_transport_figure_has_a_row_per_quantity(tmp_path: Path) -> None:
     three = shown(still(tmp_path / "three.png"))
     two = shown(still(tmp_path / "two.png", velocity=None))
     assert three.shape[1] == two.shape[1] == 360
@@ -79,11 +79,11 @@ def test_a_passage_has_a_row_for_each_thing(tmp_path: Path) -> None:
         {"data": torch.tensor([[0.0, 1e8], [1.0, 2e8]]).repeat(10, 1)},
     ],
 )
-def test_a_passage_is_drawn_of_anything(tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_transport_figure_is_drawn_for_any_numbers(tmp_path: Path, changed: dict[str, Any]) -> None:
     assert shown(still(tmp_path / "p.png", **changed)).shape[1] == 360
 
 
-def test_a_passage_is_one_of_two_columns(tmp_path: Path) -> None:
+def test_transport_figure_needs_two_columns(tmp_path: Path) -> None:
     with pytest.raises(FlowtrainError, match="for 2 columns"):
         still(tmp_path / "p.png", data=torch.randn(50, 3))
     with pytest.raises(FlowtrainError, match="returned shape"):
@@ -118,7 +118,7 @@ def move(path: Path, **changed: Any) -> Gif:
     return gif_of(path)
 
 
-def test_a_gif_has_a_frame_for_each_moment_and_rests_at_the_ends(tmp_path: Path) -> None:
+def test_gif_has_a_frame_per_time_and_pauses_at_the_ends(tmp_path: Path) -> None:
     gif = move(tmp_path / "new" / "a.gif")
     assert (gif.n_frames, gif.width) == (K, 180)
     # equal frames are one that is shown for longer
@@ -135,7 +135,7 @@ def test_a_gif_has_a_frame_for_each_moment_and_rests_at_the_ends(tmp_path: Path)
         {"data": torch.zeros(5, 2)},
     ],
 )
-def test_a_gif_is_made_of_anything(tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_gif_is_made_for_any_numbers(tmp_path: Path, changed: dict[str, Any]) -> None:
     assert move(tmp_path / "a.gif", **changed).width == 180
 
 
@@ -151,7 +151,7 @@ def test_images_form_in_a_grid(tmp_path: Path, shape: tuple[int, ...], n: int) -
     assert (gif.n_frames, gif.width) == (K, 180)
 
 
-def test_a_failure_leaves_the_file_before(tmp_path: Path) -> None:
+def test_failed_drawing_keeps_the_previous_file(tmp_path: Path) -> None:
     path = tmp_path / "a.gif"
     path.write_text("before")
     with pytest.raises(FlowtrainError, match="returned shape"):
@@ -162,7 +162,7 @@ def test_a_failure_leaves_the_file_before(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.gif"]
 
 
-def test_mp4_takes_an_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mp4_needs_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not animation.can_write_mp4()
     with pytest.raises(FlowtrainError, match=r"no ffmpeg here .* give a \.gif"):
@@ -181,7 +181,7 @@ def test_mp4_takes_an_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert path.stat().st_size >= frames * 180 * 4
 
 
-def test_arrows_are_scaled_by_where_samples_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_arrows_are_scaled_by_the_sample_density(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drawn: list[np.ndarray] = []
     arrows = transport_figures._arrows
 

@@ -1,12 +1,12 @@
 """Tables with few rows: flows start at the Gaussian of the training rows, and the defaults follow rows and columns."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import small_tables
 import torch
 from helpers import Run
 
@@ -27,10 +27,6 @@ from flowtrain.runs.load import load
 from flowtrain.runs.run import train
 from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import small_tables
 
 D = 4
 MODELS = {
@@ -111,7 +107,7 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", ["affine", "realnvp", "glow", "ffjord"])
 @pytest.mark.parametrize(("rows", "shape"), [(12, (3,)), (700, (3,)), (3000, (3,)), (9000, (3,)), (3000, (1, 8, 8))])
-def test_every_automatic_value_is_found(model: str, rows: int, shape: tuple[int, ...]) -> None:
+def test_every_auto_value_is_resolved(model: str, rows: int, shape: tuple[int, ...]) -> None:
     config = auto_settings.resolve_auto(composed(f"model={model}"), rows, shape)
     automatic = {k for g in ("model", "trainer") for k, v in config[g].items() if v == "auto"}
     assert automatic <= {"trace", "eval_trace"}
@@ -133,7 +129,7 @@ def test_images_of_an_array_have_a_small_model_of_their_own() -> None:
     assert sum(p.numel() for p in realnvp((1, 8, 8), **keys).parameters()) < 300_000
 
 
-def test_a_given_value_is_kept_and_auto_without_a_value_is_refused() -> None:
+def test_given_values_are_kept_and_unresolvable_auto_is_refused() -> None:
     config = auto_settings.resolve_auto(composed("model=realnvp", "model.layers=3", "trainer.lr=0.5"), 50, (4,))
     assert (config["model"]["layers"], config["trainer"]["lr"]) == (3, 0.5)
     with pytest.raises(ConfigError, match="log_every"):
@@ -161,7 +157,7 @@ def test_a_default_is_not_worse_than_the_gaussian(
     assert not result.fails, result
 
 
-def test_no_row_beside_the_data_destroys_the_likelihood(float32: None, tmp_path: Path) -> None:
+def test_outlying_row_does_not_destroy_the_likelihood(float32: None, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(16, 16, generator=generator) / 4 + torch.eye(16)
     z = torch.randn(1200, 16, generator=generator)

@@ -16,7 +16,7 @@ from flowtrain.utils.errors import ConfigError
 GROUPS = ("model", "data", "solver", "trainer", "objective", "regularizer")
 
 
-def test_a_whole_float_is_a_whole_number() -> None:
+def test_float_with_integer_value_becomes_an_int() -> None:
     assert (whole("n", 1e4), type(whole("n", 1e4))) == (10_000, int)
     for bad in (1.5, float("nan"), float("inf"), 1e10, 0.0, True, "1e4"):
         with pytest.raises(ConfigError, match="n="):
@@ -33,7 +33,7 @@ def test_a_whole_float_is_a_whole_number() -> None:
         ["trainer.steps=1e4", "trainer.batch_size=1e2", "trainer.patience=1e1", "trainer.log_every=1e1", "seed=1e1"],
     ],
 )
-def test_in_every_group(overrides: list[str]) -> None:
+def test_integers_may_be_written_as_floats_in_every_group(overrides: list[str]) -> None:
     config = with_whole_numbers(compose_defaults(overrides), GROUPS)
     for override in (o for o in overrides if "e" in o.partition("=")[2] and o.partition("=")[2][0] in "[0123456789"):
         key = override.partition("=")[0]
@@ -42,7 +42,7 @@ def test_in_every_group(overrides: list[str]) -> None:
         assert {type(part) for part in parts} == {int}, override
 
 
-def test_other_numbers_stay_what_they_are() -> None:
+def test_other_numbers_are_unchanged() -> None:
     config = compose_defaults(["trainer.lr=1e0", "solver.rtol=1.0", "trainer.time_limit=60.0", "trainer.steps=1.5"])
     assert with_whole_numbers(config, GROUPS) == config
     kept = with_whole_numbers(config, GROUPS)
@@ -51,7 +51,7 @@ def test_other_numbers_stay_what_they_are() -> None:
     assert with_whole_numbers(unknown, ["model", "data"]) == unknown
 
 
-def test_in_the_commands(run: Run, tmp_path: Path) -> None:
+def test_commands_accept_integers_written_as_floats(run: Run, tmp_path: Path) -> None:
     keys = ["trainer.steps=2e0", "trainer.batch_size=1.6e1", "seed=3e0", "data.n_val=2e1", "data.n_test=2e1"]
     assert run("flowtrain", "model=realnvp", "model.layers=2e0", "model.hidden=[4e0]", *keys, "hydra.run.dir=r")[0] == 0
     kept = checkpoint.load(tmp_path / "r/checkpoints/last.pt")["config"]

@@ -22,7 +22,7 @@ def on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
     return terminal.screen()
 
 
-def test_elsewhere_than_on_a_terminal_a_run_is_quiet(run: Run, tmp_path: Path) -> None:
+def test_run_prints_nothing_without_a_terminal(run: Run, tmp_path: Path) -> None:
     code, out, err = run("flowtrain", *SMALL, *TINY, "hydra.run.dir=r")
     assert (code, out, err) == (0, f"{tmp_path}/r\n", "")
     log = (tmp_path / "r/flowtrain.log").read_text()
@@ -30,17 +30,17 @@ def test_elsewhere_than_on_a_terminal_a_run_is_quiet(run: Run, tmp_path: Path) -
     assert "floweval ckpt=r report=true" in log
 
 
-def test_on_a_terminal_it_says_what_it_is_and_what_came_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_shows_a_banner_and_a_summary(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     said = on_a_terminal(run, monkeypatch)
     begins = said.index("flowtrain: ffjord on moons")
     # a name that the table at the end has too is the banner's first
     named = dict(reversed(re.findall(r"^ +(\w[\w ]*?)  (.+)$", said, re.MULTILINE)))
     assert begins == 0
-    assert named["model"] == "ffjord, 72 parameters"
-    assert named["data"] == "moons, 2 columns, entropy 2.3939 nats; held out 20 for validation, 50 for the test"
+    assert ("ffjord" in named["model"], "72" in named["model"]) == (True, True)
+    assert re.findall(r"moons|[\d.]+", named["data"]) == ["moons", "2", "2.3939", "20", "50"]
     assert named["solver"].startswith("dopri5, rtol 0.001, atol 0.001")
-    assert named["training"] == "4 steps of 16, adam, learning rate 0.015 (cosine), seed 0"
-    assert named["device"] == "cpu, 1 thread"
+    assert re.findall(r"adam|cosine|[\d.]+", named["training"]) == ["4", "16", "adam", "0.015", "cosine", "0"]
+    assert re.findall(r"cpu|\d+", named["device"]) == ["cpu", "1"]
     assert named["run"] == "r"
     # the bar, the table, what to type
     assert re.search(r"4/4 \[.*nll=\d\.\d+, nfe=\d+", said)
@@ -50,12 +50,12 @@ def test_on_a_terminal_it_says_what_it_is_and_what_came_of_it(run: Run, monkeypa
     assert "flowsample ckpt=r animate=true" in said
 
 
-def test_a_resumed_run_says_from_where(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_names_its_starting_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_terminal(run, monkeypatch)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     run("flowtrain", "resume=r", "trainer.steps=6")
-    assert "6 steps of 16, from step 4, adam" in terminal.screen()
+    assert re.search(r"\b6\b.*\b16\b.*step 4\b", terminal.screen())
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,9 @@ def test_a_resumed_run_says_from_where(run: Run, monkeypatch: pytest.MonkeyPatch
         (["regularizer=rnode", "model.hidden=[4]"], ["likelihood, regularizer rnode"]),
     ],
 )
-def test_each_part_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]) -> None:
+def test_banner_names_each_part(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+) -> None:
     terminal = Terminal()
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", terminal)

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable
@@ -45,8 +46,8 @@ def test_a_full_disk_does_not_end_a_run(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert run.step == 16
-    assert "step 8: checkpoints/last.pt could not be written" in caplog.text
-    assert "its rows are kept until it can" in caplog.text
+    assert re.search(r"step 8: .*checkpoints/last\.pt", caplog.text)
+    assert "metrics.jsonl" in caplog.text
     # nothing is missing: neither rows nor checkpoints, and the best is the one on the disk
     undisturbed = trainer(tmp_path / "calm", "model=realnvp", "trainer.steps=16")
     undisturbed.fit()
@@ -68,7 +69,7 @@ def test_a_directory_that_cannot_be_written_ends_a_run_before_it_begins(
         run.fit()
 
 
-def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(
+def test_run_directory_is_locked_until_its_process_ends(
     tmp_path: Path, run: Run, saved_run: Callable[..., Path]
 ) -> None:
     saved_run(tmp_path / "r")
@@ -99,7 +100,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(
     ("number", "code"),
     [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
 )
-def test_signals_save_and_say_how_to_go_on(
+def test_signals_save_and_print_the_resume_command(
     number: int, code: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Trainer.train_step
@@ -123,7 +124,7 @@ def test_signals_save_and_say_how_to_go_on(
     assert load(tmp_path / "r").log_prob(torch.zeros(1, 2)).isfinite().all()
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(run: Run, tmp_path: Path) -> None:
+def test_run_killed_before_its_first_checkpoint_restarts(run: Run, tmp_path: Path) -> None:
     """It has left a metrics file without rows, and what it was writing."""
     (tmp_path / "r/checkpoints").mkdir(parents=True)
     torn = [tmp_path / "r/checkpoints/.last.pt.77.88.tmp", tmp_path / "r/.metrics.jsonl.77.88.tmp"]
@@ -140,7 +141,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(run: Run, tmp_path
 @pytest.mark.parametrize(
     "left", ["checkpoints/last.pt", "checkpoints/best.previous.pt", "result.json", "metrics.jsonl"]
 )
-def test_what_a_run_has_left_is_not_written_over(left: str, run: Run, tmp_path: Path) -> None:
+def test_files_of_a_previous_run_are_not_overwritten(left: str, run: Run, tmp_path: Path) -> None:
     path = tmp_path / "r" / left
     path.parent.mkdir(parents=True)
     path.write_text("kept")
@@ -159,7 +160,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_a_run(run: Run, tmp_path: 
     assert "no picture of samples: cannot plot" in err
 
 
-def test_the_picture_of_two_columns_of_levels_ends_where_they_do(run: Run, tmp_path: Path) -> None:
+def test_picture_of_two_integer_columns_spans_their_levels(run: Run, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (60, 2)))
     keys = ["data=array", f"data.path={tmp_path}/x.npy", "data.levels=256", "model=affine", "trainer.batch_size=8"]
     code, _, err = run("flowtrain", *keys, "trainer.steps=4", f"hydra.run.dir={tmp_path}/r")

@@ -28,7 +28,7 @@ def compare() -> ModuleType:
     return module
 
 
-def test_rows_and_figure(compare: ModuleType, tmp_path: Path) -> None:
+def test_rows_and_figure_are_written(compare: ModuleType, tmp_path: Path) -> None:
     unsolved = {**ROW, "method": "glow", "nfe": None, "sample_nfe": None, "sliced_wasserstein_4": None}
     unknown = {**ROW, "data": "gas", "entropy": None, "kl": None, "kl_stderr": None}
     assert compare.cells(ROW)[3:5] == ["2.400 ± 0.010", "0.010 ± 0.002"]

@@ -345,7 +345,7 @@ def test_an_unknown_data_set_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     assert "no data set cifar; choose mnist or fashion_mnist" in capsys.readouterr().err
 
 
-def test_the_root_is_where_flowtrain_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_root_is_the_one_flowtrain_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("FLOWTRAIN_DATA", "~/here"), ("FLOWTRAIN_DATA", ""), ("XDG_CACHE_HOME", "/cache")):
         monkeypatch.setenv(name, value)
         assert download.default_root() == default_root()

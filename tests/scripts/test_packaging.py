@@ -12,7 +12,7 @@ from flowtrain.utils.files import config_dir, config_groups
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_config_groups() -> None:
+def test_config_groups_are_found() -> None:
     assert {"model", "data", "solver", "trainer", "objective", "experiment"} <= set(config_groups())
 
 

@@ -11,6 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from harm.arrays import random_file
+from harm.checkpoints import Right, loading, right
+from harm.compare import differences, unlike
+from harm.configs import companions, options, random_config, small_run, write_files
+from harm.damage import damaged
+from harm.forks import Outcome, judged
+from harm.kills import MODELS, RUN, Moment, Whole, kills
+from harm.part import Part, Verdict
 from helpers import MakeTrainer, Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,20 +29,9 @@ from flowtrain.runs.auto_settings import resolve_auto
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings, takes_teacher
 from flowtrain.utils.errors import FlowtrainError
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.append(str(SCRIPTS))
-
-from harm.arrays import random_file  # noqa: E402
-from harm.checkpoints import Right, loading, right  # noqa: E402
-from harm.compare import differences, unlike  # noqa: E402
-from harm.configs import companions, options, random_config, small_run, write_files  # noqa: E402
-from harm.damage import damaged  # noqa: E402
-from harm.forks import Outcome, judged  # noqa: E402
-from harm.kills import MODELS, RUN, Moment, Whole, kills  # noqa: E402
-from harm.part import Part, Verdict  # noqa: E402
-
 pytestmark = pytest.mark.usefixtures("float32")
 
+TORTURE = Path(__file__).resolve().parents[2] / "scripts" / "torture.py"
 BUDGET = {
     "derandomize": True,
     "deadline": None,
@@ -95,7 +92,7 @@ def known(tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer) -> tup
 
 @settings(max_examples=100, **BUDGET)
 @given(rng=RANDOM)
-def test_damaged_checkpoints(known: tuple[Path, Right], rng: random.Random) -> None:
+def test_damaged_checkpoints_are_refused_or_harmless(known: tuple[Path, Right], rng: random.Random) -> None:
     path, whole = known
     kind, content = damaged(rng, whole.content)
     path.write_bytes(content)
@@ -103,7 +100,7 @@ def test_damaged_checkpoints(known: tuple[Path, Right], rng: random.Random) -> N
     assert not verdict.wrong, (kind, verdict)
 
 
-def test_what_is_loaded_wrong_is_noticed(known: tuple[Path, Right]) -> None:
+def test_wrong_load_is_detected(known: tuple[Path, Right]) -> None:
     path, whole = known
     path.write_bytes(whole.content)
     assert loading(path, whole) == ("unharmed", False)
@@ -128,14 +125,14 @@ def test_every_option_composes_and_builds(files: Path) -> None:
 
 @settings(max_examples=10, **BUDGET)
 @given(rng=RANDOM)
-def test_random_configs(run: Run, files: Path, rng: random.Random) -> None:
+def test_random_configs_train_or_are_refused(run: Run, files: Path, rng: random.Random) -> None:
     run_dir = files / f"run{next(NUMBERS)}"
     arguments = random_config(rng)
     verdict = judged(Outcome(*run("flowtrain", *arguments, f"hydra.run.dir={run_dir}")), run_dir)
     assert not verdict.wrong, (arguments, verdict.words)
 
 
-def test_what_ends_badly_is_noticed(tmp_path: Path) -> None:
+def test_bad_exit_is_detected(tmp_path: Path) -> None:
     message = "flowtrain: seed=x: give a whole number\n"
     (tmp_path / "flowtrain.log").write_text("2026-01-01 INFO reading\nsecond line\n")
     assert judged(Outcome(2, "", message), tmp_path) == ("refused", False)
@@ -159,7 +156,7 @@ def test_what_ends_badly_is_noticed(tmp_path: Path) -> None:
 
 @settings(max_examples=300, **BUDGET)
 @given(rng=RANDOM)
-def test_odd_and_damaged_files(tmp_path: Path, rng: random.Random) -> None:
+def test_odd_and_damaged_files_are_read_or_refused(tmp_path: Path, rng: random.Random) -> None:
     name, content = random_file(rng)
     (tmp_path / name).write_bytes(content)
     verdict = reading(tmp_path / name)
@@ -182,7 +179,7 @@ def reading(path: Path) -> Verdict:
 def test_the_script_prints_a_table(tmp_path: Path) -> None:
     few = ["--kills", "1", "--corruptions", "5", "--configs", "3", "--arrays", "5", "--minutes", "5"]
     environment: dict[str, Any] = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, str(SCRIPTS / "torture.py"), *few]
+    command = [sys.executable, str(TORTURE), *few]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
     assert rows == ["harm", "kills of realnvp", "kills of ffjord", "corruptions", "configs", "array files"], done.stderr

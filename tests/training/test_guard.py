@@ -90,7 +90,7 @@ GAP = torch.randn(400, generator=torch.Generator().manual_seed(0))
     ],
     ids=["clear", "worse", "noise", "floor", "above the floor", "floor in 3-D", "one row"],
 )
-def test_what_counts_as_exploited(gap: Tensor, d: int, expected: bool) -> None:
+def test_criterion_for_an_exploited_solver(gap: Tensor, d: int, expected: bool) -> None:
     tight = torch.linspace(-100, 0, len(gap))
     assert exploited(tight + gap, tight, d) is expected
 
@@ -120,7 +120,7 @@ def guarded(solver: Solver, lie: Callable[[Solver], float], every: int | None = 
 X = torch.zeros(8, 2)
 
 
-def test_tightens_until_it_passes(lines: list[str]) -> None:
+def test_tolerance_is_tightened_until_the_check_passes(lines: list[str]) -> None:
     solver = ode_solver("dopri5", rtol=1e-5, atol=1e-7, train_rtol=1e-1)
     watch, _ = guarded(solver, lambda s: 1.0 if s.rtol > 2e-3 else 0.0)
     assert watch.check(10, X, 0)
@@ -166,7 +166,7 @@ def test_steps_are_halved_until_max_nfe(lines: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", ["raises", "nan"])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_a_failing_tight_solve_tightens_and_does_not_kill(kind: str, method: str, lines: list[str]) -> None:
+def test_failing_tight_solve_tightens_the_tolerance(kind: str, method: str, lines: list[str]) -> None:
     def lie(s: Solver) -> float:
         if (s.adaptive and s.control == "state") or s.step_size in (0.5, 0.25, 0.125):
             return 0.0
@@ -196,7 +196,7 @@ def test_a_failing_coarse_solve_is_left_to_training(lines: list[str]) -> None:
     assert not lines
 
 
-def test_solves_share_their_probes_and_leave_no_trace() -> None:
+def test_checks_share_probes_and_leave_random_state_alone() -> None:
     watch, flow = guarded(ode_solver("rk4", step_size=0.5), lambda s: 0.0)
     before = torch.get_rng_state()
     with record_solves() as solves:
@@ -209,7 +209,7 @@ def test_solves_share_their_probes_and_leave_no_trace() -> None:
     assert not torch.equal(flow.probes[-1], first)
 
 
-def test_checks_come_when_due_or_never() -> None:
+def test_checks_run_only_when_due() -> None:
     for every, expected in ((10, 2), (None, 0)):
         watch, flow = guarded(ode_solver("rk4", step_size=0.5), lambda s: 0.0, every)
         for step in range(1, 20):
@@ -217,7 +217,7 @@ def test_checks_come_when_due_or_never() -> None:
         assert len(flow.probes) == expected
 
 
-def test_training_tolerance() -> None:
+def test_training_tolerance_is_tightened_by_a_factor_of_ten() -> None:
     solver = ode_solver("dopri5", rtol=1e-5, atol=1e-7, train_rtol=1e-3)
     assert solver.tolerance_at(0) == solver.tolerance_at(99) == pytest.approx((1e-3, 1e-5))
     assert solver.tolerance_at(0, 1) == pytest.approx((1e-4, 1e-6))
@@ -237,7 +237,7 @@ def test_training_tolerance() -> None:
         ("trainer.guard_every=often", "whole number"),
     ],
 )
-def test_settings_refused(
+def test_invalid_settings_are_refused(
     override: str, words: str, tmp_path: Path, guarded_trainer: MakeTrainer, guarded_config: Compose
 ) -> None:
     with pytest.raises(ConfigError, match=words):

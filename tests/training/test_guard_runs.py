@@ -25,7 +25,7 @@ def rows(run: Trainer) -> list[dict[str, Any]]:
 SHORT = ["trainer.steps=10", "trainer.val_every=4", "trainer.log_every=1", "model.trace=hutchinson"]
 
 
-def test_a_guard_that_finds_nothing_changes_nothing(
+def test_passing_guard_does_not_change_training(
     tmp_path: Path, guarded_trainer: MakeTrainer, guarded_config: Compose
 ) -> None:
     ends = []
@@ -135,7 +135,7 @@ def test_checkpoints_from_before_the_guard_go_on(
     assert run.step == 3
 
 
-def test_flows_that_solve_nothing_have_no_guard(tmp_path: Path, guarded_trainer: MakeTrainer) -> None:
+def test_flows_without_ode_have_no_guard(tmp_path: Path, guarded_trainer: MakeTrainer) -> None:
     config = compose_defaults(["model=affine", *SHORT[:3], "trainer.guard_every=1", "data.n_val=20"])
     run = guarded_trainer(tmp_path, config)
     run.fit()

@@ -109,12 +109,12 @@ CONTINUOUS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_resume_refuses(name: str, run: Run, trained: Callable[[str], Path]) -> None:
+def test_resume_refuses_invalid_state(name: str, run: Run, trained: Callable[[str], Path]) -> None:
     refuse(run, trained("realnvp"), STATES[name])
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
-def test_resume_of_a_continuous_flow_refuses(name: str, run: Run, trained: Callable[[str], Path]) -> None:
+def test_resume_of_a_continuous_flow_refuses_invalid_state(name: str, run: Run, trained: Callable[[str], Path]) -> None:
     refuse(run, trained("ffjord"), CONTINUOUS[name])
 
 
@@ -157,7 +157,9 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_every_command_refuses(name: str, run: Run, trained: Callable[[str], Path], tmp_path: Path) -> None:
+def test_every_command_refuses_invalid_weights(
+    name: str, run: Run, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = trained("realnvp")
     changed(folder / "checkpoints/last.pt", WHOLE[name])
     for command, key in (("floweval", "ckpt"), ("flowsample", "ckpt"), ("flowtrain", "from"), ("flowtrain", "resume")):
@@ -181,9 +183,7 @@ LINES = [b"5", b"{}", b"[]", b'{"step": "x", "split": "train"}', b"\xff\xfe", b"
 
 
 @pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
-def test_a_damaged_line_of_metrics_takes_no_other_with_it(
-    line: bytes, run: Run, trained: Callable[[str], Path]
-) -> None:
+def test_damaged_metrics_line_does_not_affect_others(line: bytes, run: Run, trained: Callable[[str], Path]) -> None:
     folder = trained("realnvp")
     path = folder / "metrics.jsonl"
     before = path.read_bytes().splitlines()
@@ -215,7 +215,7 @@ def test_nothing_is_written_through_a_link(name: str, run: Run, trained: Callabl
             link.write_bytes(saved)
 
 
-def test_a_count_of_many_batches_is_no_index() -> None:
+def test_large_batch_count_is_not_an_index() -> None:
     """A batch norm over images counts its batches, without end."""
     samples = Samples((1, 4, 4), integer_valued=True, levels=256)
     config = compose_defaults(["model=realnvp", "data=mnist", "model.hidden=[4]", "model.batch_norm=true"])

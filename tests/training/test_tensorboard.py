@@ -26,7 +26,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_it_shows_every_number_and_picture(
+def test_tensorboard_shows_every_number_and_picture(
     run: Run, tmp_path: Path, shown: Callable[..., Any], written: Callable[..., Any], drawn: Callable[..., Any]
 ) -> None:
     code, _, err = run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
@@ -44,7 +44,7 @@ def test_it_shows_every_number_and_picture(
         assert matplotlib.image.imread(BytesIO(png)).ndim == 3
 
 
-def test_images_have_more_to_show(
+def test_tensorboard_shows_pictures_of_image_runs(
     run: Run, tmp_path: Path, shown: Callable[..., Any], drawn: Callable[..., Any]
 ) -> None:
     root = write_set(tmp_path / "data/mnist").parent
@@ -65,7 +65,7 @@ def test_images_have_more_to_show(
     assert images == drawn(tmp_path / "r", 1)
 
 
-def test_sizes_of_pictures_are_told(run: Run, tmp_path: Path) -> None:
+def test_picture_sizes_are_recorded(run: Run, tmp_path: Path) -> None:
     board = made(tmp_path / "tensorboard")
     picture = np.random.default_rng(0).random((5, 7, 4))
     matplotlib.image.imsave(tmp_path / "odd_name_1234567.png", picture)
@@ -89,20 +89,21 @@ def test_without_it_nothing_is_written_or_imported(
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "shown", "choices"),
     [
-        ("[jsonl,wandb]", "logger[1]=wandb: choose one of jsonl, tensorboard"),
-        ("[jsonl,[tensorboard]]", "logger[1]=['tensorboard']: choose one of jsonl, tensorboard"),
-        ("tensorboard", "logger=tensorboard: give a list of jsonl, tensorboard, as in logger=[jsonl,tensorboard]"),
-        ("null", "logger=None: give a list of jsonl, tensorboard, as in logger=[jsonl,tensorboard]"),
-        ("[tensorboard]", "logger=[tensorboard]: a run goes on and draws its curves from metrics.jsonl; give "
-         "logger=[jsonl,tensorboard]"),
-        ("[]", "logger=[]: a run goes on and draws its curves from metrics.jsonl; give logger=[jsonl]"),
+        ("[jsonl,wandb]", "logger[1]=wandb", ["jsonl", "tensorboard"]),
+        ("[jsonl,[tensorboard]]", "logger[1]=['tensorboard']", ["jsonl", "tensorboard"]),
+        ("tensorboard", "logger=tensorboard", ["logger=[jsonl,tensorboard]"]),
+        ("null", "logger=None", ["logger=[jsonl,tensorboard]"]),
+        ("[tensorboard]", "logger=[tensorboard]", ["logger=[jsonl,tensorboard]"]),
+        ("[]", "logger=[]", ["logger=[jsonl]"]),
     ],
-)  # fmt: skip
-def test_refusals(given: str, said: str, run: Run, tmp_path: Path) -> None:
+)
+def test_invalid_loggers_are_refused(given: str, shown: str, choices: list[str], run: Run, tmp_path: Path) -> None:
     code, out, err = run("flowtrain", *SMALL, f"logger={given}", f"hydra.run.dir={tmp_path}/r")
-    assert (code, out, err) == (2, "", f"flowtrain: {said}\n")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith(f"flowtrain: {shown}: ")
+    assert [choice for choice in choices if choice not in err] == []
     assert not (tmp_path / "r/checkpoints").exists()
 
 
@@ -178,7 +179,8 @@ def test_a_full_disk_gives_one_warning(
     code, _, err = run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
     assert code == 0, err
     assert err.count("cannot be written") == 1
-    assert "tensorboard/events.out.tfevents.000000 cannot be written ([Errno 28] No space left on device)" in err
+    assert "tensorboard/events.out.tfevents.000000" in err
+    assert "[Errno 28]" in err
     assert "Traceback" not in err
     scalars, _ = shown(tmp_path / "r")
     assert scalars.items() <= written(tmp_path / "r").items()
@@ -186,7 +188,7 @@ def test_a_full_disk_gives_one_warning(
     assert (tmp_path / "r/result.json").exists()
 
 
-def test_what_had_no_room_follows_when_there_is(
+def test_entries_that_did_not_fit_are_written_later(
     tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture, shown: Callable[..., Any]
 ) -> None:
     (tmp_path / "r").mkdir()
@@ -206,7 +208,7 @@ def test_what_had_no_room_follows_when_there_is(
     assert len([r for r in caplog.records if r.name == "flowtrain"]) == 1
 
 
-def test_a_folder_that_cannot_be_made(run: Run, tmp_path: Path) -> None:
+def test_uncreatable_directory_does_not_end_the_run(run: Run, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r/tensorboard").write_text("a file")
     code, _, err = run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")

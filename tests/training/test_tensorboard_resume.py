@@ -42,7 +42,7 @@ def begin_and_stop(
         assert code == 0, err
 
 
-def test_resumed_it_shows_nothing_twice(
+def test_resumed_run_shows_no_entry_twice(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -68,7 +68,7 @@ def test_resumed_it_shows_nothing_twice(
     assert shown(tmp_path / "r")[1] == drawn(tmp_path / "r", 6)
 
 
-def test_killed_after_its_checkpoint_it_forgets_what_came_then(
+def test_entries_after_the_checkpoint_of_a_killed_run_are_dropped(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -94,7 +94,7 @@ def test_killed_after_its_checkpoint_it_forgets_what_came_then(
     assert max(step for _, step in scalars) == 5
 
 
-def test_rewound_it_forgets_the_steps_in_between(
+def test_entries_of_rewound_steps_are_dropped(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -124,7 +124,7 @@ def test_rewound_it_forgets_the_steps_in_between(
     assert images == drawn(tmp_path / "r", 6)
 
 
-def test_a_run_of_before_is_shown_from_its_first_step(
+def test_older_run_is_shown_from_its_first_step(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -141,7 +141,7 @@ def test_a_run_of_before_is_shown_from_its_first_step(
         checkpoint.save(path, saved)
     assert run("floweval", f"ckpt={tmp_path}/r")[0] == 0
     code, _, err = run("floweval", f"ckpt={tmp_path}/r", LOGGER)
-    assert (code, "logger: has no use here" in err) == (2, True)
+    assert (code, "logger" in err) == (2, True)
     begin_and_stop(stop_at, run, monkeypatch, 4, f"resume={tmp_path}/r")
     assert not (tmp_path / "r/tensorboard").exists()
     code, _, err = run("flowtrain", f"resume={tmp_path}/r", LOGGER)

@@ -64,7 +64,7 @@ def trained(rows: ReadRows, run_dir: Path, key: str) -> list[Any]:
 AFFINE = ["model=affine", "trainer.lr=0.01", "trainer.lr_warmup=0", "trainer.val_every=500"]
 
 
-def test_without_a_limit_the_position_is_the_step() -> None:
+def test_schedule_position_without_time_limit_is_the_step() -> None:
     p = Progress()
     pace = ScheduleClock(p, 100, 0)
     pace.begin()
@@ -120,7 +120,7 @@ def test_the_tolerance_gets_tight_within_the_time_limit(
     assert rtol[-2:] == pytest.approx([1e-5, 1e-5])
 
 
-def test_ranks_take_the_position_that_they_agree_on(
+def test_ranks_agree_on_the_schedule_position(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trainer: MakeTrainer
 ) -> None:
     """The largest of all ranks': here, another rank is 50 steps ahead."""
@@ -319,20 +319,20 @@ def test_a_budget_that_is_spent_still_gives_a_result(run: Run, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "soon"])
-def test_a_budget_that_is_none_is_refused(value: str, run: Run) -> None:
+def test_invalid_budget_is_refused(value: str, run: Run) -> None:
     code, _, err = run("flowtrain", f"time_budget={value}", "model=affine", *SMALL)
     assert code == 2
     assert "time_budget" in err
 
 
-def test_older_runs_take_a_budget() -> None:
+def test_runs_of_older_versions_accept_a_budget() -> None:
     saved = compose_defaults([])
     del saved["time_budget"]
     assert overridden(saved, ["time_budget=60"])["time_budget"] == 60
     assert overridden(saved, [])["time_budget"] is None
 
 
-def test_a_command_begins_with_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_counted_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "_BEGUN", [1.5])
     assert status.command_begun() == 1.5
     # the next job of a sweep

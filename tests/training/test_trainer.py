@@ -112,7 +112,7 @@ def test_trace_noise_and_toy_data_are_independent() -> None:
     assert torch.corrcoef(torch.stack([noise[:, 0], batch[:, 0]]))[0, 1].abs() < 0.15
 
 
-def test_seed_decides_everything(tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
+def test_equal_seeds_give_equal_runs(tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         trainer(tmp_path / name, "model=realnvp", "trainer.steps=3", f"seed={seed}").fit()
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
@@ -138,7 +138,7 @@ def test_adjoint_counts_its_backward_solve(tmp_path: Path, trainer: MakeTrainer,
     assert all(row["nfe_backward"] > 0 for row in rows(tmp_path) if row["split"] == "train")
 
 
-def test_early_stopping(tmp_path: Path, trainer: MakeTrainer) -> None:
+def test_early_stopping_ends_a_run(tmp_path: Path, trainer: MakeTrainer) -> None:
     run = trainer(tmp_path, "model=affine", "trainer.lr=1.0", "trainer.steps=400", "trainer.patience=3")
     run.fit()
     assert run.step < 400
@@ -203,7 +203,7 @@ def settings(**changes: Any) -> Settings:
     return Settings(**{**compose_defaults([])["trainer"], **changes})
 
 
-def test_learning_rate() -> None:
+def test_learning_rate_schedules() -> None:
     cosine = LearningRate(settings(lr=1.0, lr_warmup=10, steps=100))
     assert cosine.at(0) == pytest.approx(0.1)
     assert cosine.at(50) == pytest.approx(0.5)
@@ -230,7 +230,7 @@ def test_learning_rate() -> None:
         ({"patience": 0}, "at least 1"),
     ],
 )
-def test_settings_refused(changes: dict[str, Any], words: str) -> None:
+def test_invalid_settings_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         settings(**changes)
 

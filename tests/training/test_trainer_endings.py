@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_a_closed_terminal_saves_unless_nohup_has_it_ignored(
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_result_that_cannot_be_written(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_result_is_an_error(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -101,7 +102,7 @@ def test_a_result_that_cannot_be_written(run: Run, tmp_path: Path, monkeypatch: 
     assert run("flowtrain", f"resume={tmp_path}/r")[0] == 0
 
 
-def test_a_disk_that_stays_full_is_told_of_at_the_end(
+def test_full_disk_is_reported_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trainer: MakeTrainer
 ) -> None:
     save = checkpoint.save
@@ -115,7 +116,7 @@ def test_a_disk_that_stays_full_is_told_of_at_the_end(
     run = trainer(tmp_path, "model=affine", "trainer.steps=9")
     run.fit()
     assert (run.step, run.saved_step) == (9, 4)
-    assert caplog.messages[-1] == "the last checkpoint that could be written is of step 4, not 9"
+    assert re.findall(r"\d+", caplog.messages[-1]) == ["4", "9"]
 
 
 class Unscored(Validation):
@@ -158,7 +159,7 @@ def test_a_validation_that_fails_follows_the_policy(
     assert said in caplog.text
 
 
-def test_a_rate_chosen_after_a_rewind_is_the_rate(
+def test_learning_rate_set_after_a_rewind_is_used(
     tmp_path: Path, trainer: MakeTrainer, poisoned_once: type[Dataset], poisoned: type[Dataset], rows: ReadRows
 ) -> None:
     keys = ["model=affine", "trainer.lr_decay=constant", "trainer.lr_warmup=0", "trainer.on_nonfinite=rewind"]
@@ -175,7 +176,7 @@ def test_a_rate_chosen_after_a_rewind_is_the_rate(
     assert other.trouble.rewinds == 1
 
 
-def test_rows_that_wait_for_room_outlive_a_rewind(tmp_path: Path, rows: ReadRows) -> None:
+def test_metrics_rows_waiting_for_disk_space_survive_a_rewind(tmp_path: Path, rows: ReadRows) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl", 0)
     metrics.write(step=1, nll=3.0)
     metrics.path.rename(tmp_path / "away")

@@ -35,7 +35,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_step_that_fails_leaves_them_as_they_were(
+def test_failed_step_leaves_running_statistics_unchanged(
     shape: str, accumulate: int, tmp_path: Path, trainer: MakeTrainer, poisoned: type[Dataset], rows: ReadRows
 ) -> None:
     keys = [*NORMS, "trainer.on_nonfinite=skip", f"trainer.accumulate={accumulate}", "trainer.steps=9"]
@@ -62,16 +62,14 @@ def test_a_step_that_fails_leaves_them_as_they_were(
     assert [r["step"] for r in rows(tmp_path) if r["split"] == "val"] == [4, 8, 9]
 
 
-def test_a_rewound_run_has_those_of_its_checkpoint(
-    tmp_path: Path, trainer: MakeTrainer, poisoned_once: type[Dataset]
-) -> None:
+def test_rewind_restores_running_statistics(tmp_path: Path, trainer: MakeTrainer, poisoned_once: type[Dataset]) -> None:
     run = trainer(tmp_path, *NORMS, "trainer.on_nonfinite=rewind", "trainer.steps=8", data=poisoned_once(5))
     run.fit()
     assert run.trouble.rewinds == 1
     assert all(v.isfinite().all() for v in statistics(run.flow).values())
 
 
-def test_a_step_that_stops_the_run_leaves_them_as_they_were(
+def test_stopping_step_leaves_running_statistics_unchanged(
     tmp_path: Path, trainer: MakeTrainer, poisoned: type[Dataset]
 ) -> None:
     run = trainer(tmp_path, *NORMS, data=poisoned(0x7FFF))
@@ -82,7 +80,7 @@ def test_a_step_that_stops_the_run_leaves_them_as_they_were(
     assert same(before, statistics(run.flow))
 
 
-def test_the_guard_leaves_them_alone(tmp_path: Path, guarded_config: Compose) -> None:
+def test_guard_does_not_change_running_statistics(tmp_path: Path, guarded_config: Compose) -> None:
     """It solves in training mode, twice, where training's tolerance is not the final one."""
     config = guarded_config("trainer.guard_every=1", "solver.rtol=1e-4", "solver.train_rtol=1e-2")
     torch.manual_seed(0)
@@ -99,7 +97,9 @@ def test_the_guard_leaves_them_alone(tmp_path: Path, guarded_config: Compose) ->
     assert same(before, statistics(flow))
 
 
-def test_a_resumed_run_has_the_same(tmp_path: Path, trainer: MakeTrainer, poisoned_once: type[Dataset]) -> None:
+def test_resumed_run_has_the_same_running_statistics(
+    tmp_path: Path, trainer: MakeTrainer, poisoned_once: type[Dataset]
+) -> None:
     keys = [*NORMS, "trainer.on_nonfinite=skip", "trainer.steps=9"]
     whole = trainer(tmp_path / "whole", *keys, data=poisoned_once(5))
     whole.fit()

@@ -62,7 +62,7 @@ def test_tables_are_validated_early_and_other_data_are_not() -> None:
     assert not compose_defaults(["data=moons"])["trainer"]["val_early"]
 
 
-def test_they_are_made_at_step_0_and_then(
+def test_early_validations_include_step_0(
     table: list[str], tmp_path: Path, trainer_of: MakeTrainer, rows: ReadRows
 ) -> None:
     run = trainer_of(tmp_path, [*table, "trainer.steps=20"])
@@ -81,7 +81,7 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("how", ENDINGS)
-def test_they_change_nothing_of_training(
+def test_early_validations_do_not_change_training(
     how: str, table: list[str], tmp_path: Path, trainer_of: MakeTrainer, rows: ReadRows
 ) -> None:
     """The same weights at the same steps, and the same end: neither patience nor a plateau counts them."""
@@ -147,7 +147,9 @@ def test_resume_is_exact(
     assert all(torch.equal(v, ends[1]["weights"][k]) for k, v in ends[0]["weights"].items())
 
 
-def test_the_start_is_kept_where_no_step_is_better(table: list[str], tmp_path: Path, trainer_of: MakeTrainer) -> None:
+def test_initial_weights_are_kept_if_no_step_is_better(
+    table: list[str], tmp_path: Path, trainer_of: MakeTrainer
+) -> None:
     run = trainer_of(tmp_path, [*table, "trainer.lr=3", "trainer.lr_decay=constant", "trainer.steps=30"])
     start = {k: v.clone() for k, v in run.flow.state_dict().items()}
     run.fit()
@@ -177,7 +179,7 @@ def test_a_run_killed_at_its_start_validates_once(
 
 
 @pytest.mark.parametrize("policy", ["stop", "rewind"])
-def test_one_that_fails_does_not_end_the_run(
+def test_failing_early_validation_does_not_end_the_run(
     policy: str,
     table: list[str],
     tmp_path: Path,
@@ -240,7 +242,7 @@ def test_no_rise_ends_a_plateau_that_may_still_come_down_nor_steps_that_match(
     assert not matching.learner.may_overfit(5000)
 
 
-def test_a_rise_is_one_of_most_rows() -> None:
+def test_validation_rise_must_affect_most_rows() -> None:
     torch.manual_seed(0)
     before = torch.randn(40)
     assert clearly_worse(before, before - 3 + torch.randn(40), 1.0)
@@ -258,7 +260,7 @@ def test_a_rise_is_one_of_most_rows() -> None:
     assert torch.equal(torch.cat(parts), some_rows(log_p, 0, 5000))
 
 
-def test_checkpoints_of_before_go_on(table: list[str], tmp_path: Path, trainer_of: MakeTrainer) -> None:
+def test_checkpoints_of_older_versions_resume(table: list[str], tmp_path: Path, trainer_of: MakeTrainer) -> None:
     """Without the new keys of config and state: no early validations, and `stale` counts from the best so far."""
     keys = [*table, "trainer.lr=0.3", "trainer.lr_decay=constant", "trainer.patience=2"]
     trainer_of(tmp_path, [*keys, "trainer.steps=20", "trainer.val_early=false", "trainer.max_rise=null"]).fit()
@@ -296,7 +298,7 @@ def val(*nlls: float) -> list[dict[str, Any]]:
         ((6.0,), 0, True, None),
     ],
 )
-def test_one_piece_of_advice_that_fits(nlls: tuple[float, ...], best: int, finite: bool, word: str | None) -> None:
+def test_one_fitting_advice_is_given(nlls: tuple[float, ...], best: int, finite: bool, word: str | None) -> None:
     config = {"model": {"hidden": [8], "dropout": 0.0}}
     found = advice(val(*nlls), best, 100 * (len(nlls) - 1), 4, finite, config)
     assert found is None if word is None else word in str(found)

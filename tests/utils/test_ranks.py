@@ -46,7 +46,7 @@ def alike(a: dict[str, Any], b: dict[str, Any], atol: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_two_ranks_are_one_process(name: str, found: Found, tmp_path: Path) -> None:
+def test_two_ranks_train_like_one_process(name: str, found: Found, tmp_path: Path) -> None:
     """The same batch of 17 rows, 8 and 9 to a rank: losses, gradients and weights of 20 steps in float64."""
     alone = ended(trainer(tmp_path, *EQUAL[name], data=DATA.get(name)))
     first, second = found[0][name], found[1][name]
@@ -63,7 +63,7 @@ def test_two_ranks_are_one_process(name: str, found: Found, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
-def test_what_fails_on_one_rank_fails_on_all(policy: str, found: Found, folder: Path) -> None:
+def test_failure_on_one_rank_fails_on_all(policy: str, found: Found, folder: Path) -> None:
     first, second = (each[policy] for each in found)
     alike(first, second)
     assert first["error"] == second["error"]
@@ -101,7 +101,7 @@ def test_running_statistics_are_those_of_the_first_rank(found: Found) -> None:
     assert all(value.isfinite().all() for value in found[0]["norm"]["state"].values())
 
 
-def test_what_gets_no_gradient_is_left_alone_as_on_one_rank(found: Found, tmp_path: Path) -> None:
+def test_parameters_without_gradient_are_unchanged(found: Found, tmp_path: Path) -> None:
     """Weight decay would change it. Noise differs between ranks, so that other weights differ from one process's."""
     alone = unused(tmp_path)
     assert alone["without"]
@@ -115,7 +115,7 @@ def test_what_gets_no_gradient_is_left_alone_as_on_one_rank(found: Found, tmp_pa
     assert found[0]["partly"] == found[1]["partly"] == [[2.0, 2.0], [4.0, 4.0], None]
 
 
-def test_what_ranks_agree_on(found: Found) -> None:
+def test_collective_operations(found: Found) -> None:
     for rank, each in enumerate(found):
         error, none, summed, largest, first, both, shares = each["agreed"]
         assert (error, none) == ("rank 1: stiff", None)
@@ -124,7 +124,7 @@ def test_what_ranks_agree_on(found: Found) -> None:
         assert shares == [slice(end[rank], end[rank + 1]) for end in ends]
 
 
-def test_one_process_goes_on_with_what_two_have_begun(found: Found, folder: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_a_run_of_two_ranks(found: Found, folder: Path, tmp_path: Path) -> None:
     saved = checkpoint.load(folder / "signal/checkpoints/last.pt")
     rest = ended(trainer(tmp_path / "rest", "model=affine", saved=saved))
     whole = ended(trainer(tmp_path / "whole", "model=affine"))

@@ -72,7 +72,7 @@ def elsewhere() -> Iterator[Shown]:
         yield shown
 
 
-def test_a_terminal_shows_what_takes_long_until_it_ends(terminal: Shown) -> None:
+def test_terminal_shows_long_work_until_it_ends(terminal: Shown) -> None:
     with status.status("solving"):
         assert terminal.after(0.9 * DELAY) == ""
         assert terminal.after(0.2 * DELAY).startswith("solving")
@@ -80,7 +80,7 @@ def test_a_terminal_shows_what_takes_long_until_it_ends(terminal: Shown) -> None
     assert terminal.seen == ""
 
 
-def test_steps_that_are_short_add_up(terminal: Shown) -> None:
+def test_short_steps_add_up(terminal: Shown) -> None:
     for name in ("first", "second", "third"):
         with status.status(name):
             seen = terminal.after(0.9 * DELAY)
@@ -88,7 +88,7 @@ def test_steps_that_are_short_add_up(terminal: Shown) -> None:
     assert terminal.seen == ""
 
 
-def test_the_innermost_is_shown(terminal: Shown) -> None:
+def test_innermost_work_is_shown(terminal: Shown) -> None:
     with status.status("evaluating"):
         with status.status("checks"), status.status("mass"):
             seen = terminal.after(2 * DELAY)
@@ -97,7 +97,7 @@ def test_the_innermost_is_shown(terminal: Shown) -> None:
         assert "evaluating" in terminal.seen
 
 
-def test_what_counts_has_a_bar(terminal: Shown) -> None:
+def test_counted_work_has_a_progress_bar(terminal: Shown) -> None:
     with status.status("scoring", total=200, unit="row") as progress:
         terminal.after(DELAY)
         for _ in range(5):
@@ -120,7 +120,7 @@ def test_the_bar_of_training_is_there_at_once_and_stays(terminal: Shown) -> None
     assert terminal.stream.getvalue().endswith("\n")
 
 
-def test_inside_a_bar_what_takes_long_takes_its_place(terminal: Shown) -> None:
+def test_long_work_replaces_the_progress_bar(terminal: Shown) -> None:
     with status.status("training", total=10, bar=True):
         terminal.after(100)
         with status.status("validating"):
@@ -129,7 +129,7 @@ def test_inside_a_bar_what_takes_long_takes_its_place(terminal: Shown) -> None:
         assert "0/10" in terminal.seen
 
 
-def test_messages_stand_on_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_are_on_separate_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(Terminal())
     monkeypatch.setattr(sys, "stderr", shown.stream)
     with reporting(shown.reporter), messages(), status.status("solving"):
@@ -142,7 +142,7 @@ def test_messages_stand_on_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) -
     assert shown.seen.split("\n") == ["short", "a message longer than what is shown of the work that is going on", ""]
 
 
-def test_an_error_is_all_that_is_left(terminal: Shown) -> None:
+def test_after_an_error_only_the_error_is_visible(terminal: Shown) -> None:
     def fails() -> None:
         with status.status("outer"), status.status("inner", total=3):
             terminal.after(2 * DELAY)
@@ -154,7 +154,7 @@ def test_an_error_is_all_that_is_left(terminal: Shown) -> None:
     assert terminal.seen == ""
 
 
-def test_what_ends_out_of_order_leaves_nothing(terminal: Shown) -> None:
+def test_work_ending_out_of_order_leaves_no_line(terminal: Shown) -> None:
     with status.status("outer"):
         inner = status.status("inner")
         inner.__enter__()
@@ -172,7 +172,7 @@ def test_no_line_is_longer_than_the_terminal(monkeypatch: pytest.MonkeyPatch) ->
             assert 10 < len(shown.after(2 * DELAY)) < 40
 
 
-def test_elsewhere_short_work_says_nothing(elsewhere: Shown) -> None:
+def test_short_work_prints_nothing_without_a_terminal(elsewhere: Shown) -> None:
     with status.status("training", total=10, bar=True) as progress:
         for _ in range(10):
             elsewhere.clock.now += 0.09 * EVERY
@@ -180,7 +180,7 @@ def test_elsewhere_short_work_says_nothing(elsewhere: Shown) -> None:
     assert elsewhere.seen == ""
 
 
-def test_elsewhere_there_is_a_line_now_and_then(elsewhere: Shown) -> None:
+def test_long_work_prints_lines_without_a_terminal(elsewhere: Shown) -> None:
     with status.status("evaluating"), status.status("scoring", total=400, unit="row") as progress:
         progress.advance(100)
         lines = [len(elsewhere.after(EVERY / 3).splitlines()) for _ in range(7)]
@@ -190,7 +190,7 @@ def test_elsewhere_there_is_a_line_now_and_then(elsewhere: Shown) -> None:
     assert "\r" not in elsewhere.seen
 
 
-def test_a_stream_that_nobody_reads_ends_no_work(terminal: Shown) -> None:
+def test_closed_stream_does_not_end_the_work(terminal: Shown) -> None:
     with status.status("solving"):
         terminal.stream.close()
         terminal.clock.now += 2 * DELAY
@@ -209,7 +209,7 @@ class Announced(Terminal):
         return super().write(text)
 
 
-def test_a_thread_shows_what_cannot_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thread_shows_uncounted_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "TICK", 0.01)
     stream = Announced()
     before = threading.active_count()
@@ -368,7 +368,7 @@ def test_commands_name_what_they_do(run: Run, monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.usefixtures("float32")
-def test_of_a_command_that_fails_the_message_is_all(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failing_command_prints_only_its_message(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "not_a_table.npy")
     with eager(monkeypatch) as stream:
         code, _, _ = run("flowtrain", "data=array", "data.path=not_a_table.npy", "hydra.run.dir=r")
@@ -400,7 +400,7 @@ def test_a_sweep_of_jobs_in_other_processes_says_how_many_are_done(
     assert capsys.readouterr().out.endswith(f"{tmp_path}\n")
 
 
-def test_an_interrupt_while_loading_is_no_traceback(
+def test_interrupt_while_loading_prints_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(name: str) -> ModuleType:

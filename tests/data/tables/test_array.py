@@ -44,7 +44,7 @@ def test_the_split_depends_on_the_data_seed_alone(tmp_path: Path) -> None:
     assert not torch.equal(same.val, other.val)
 
 
-def test_what_a_data_set_has(tmp_path: Path) -> None:
+def test_attributes_of_a_data_set(tmp_path: Path) -> None:
     data = ArrayData(save(tmp_path / "t.csv", normal(40, 3), ["a", "b", "c"]))
     assert data.event_shape == (3,)
     assert data.columns == ("a", "b", "c")
@@ -54,7 +54,7 @@ def test_what_a_data_set_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("d", [1, 300])
-def test_from_one_column_to_hundreds(tmp_path: Path, d: int) -> None:
+def test_any_number_of_columns_is_read(tmp_path: Path, d: int) -> None:
     values = normal(400, d)
     for path in (npy(tmp_path / "t.npy", values), save(tmp_path / "t.csv", values)):
         data = ArrayData(path)
@@ -63,7 +63,7 @@ def test_from_one_column_to_hundreds(tmp_path: Path, d: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_too_few_rows(tmp_path: Path, n: int, refused: Refused) -> None:
+def test_too_few_rows_are_refused(tmp_path: Path, n: int, refused: Refused) -> None:
     path = npy(tmp_path / "t.npy", normal(n, 2))
     refused(
         lambda: ArrayData(path),
@@ -81,7 +81,7 @@ def test_few_rows_are_enough(tmp_path: Path, refused: Refused) -> None:
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan"), "x", None, True])
 @pytest.mark.parametrize("name", ["val", "test"])
-def test_fractions_outside_0_to_1(tmp_path: Path, name: str, fraction: Any, refused: Refused) -> None:
+def test_fractions_outside_0_to_1_are_refused(tmp_path: Path, name: str, fraction: Any, refused: Refused) -> None:
     path = npy(tmp_path / "t.npy", normal(9, 2))
     call: dict[str, Any] = {f"{name}_fraction": fraction}
     refused(lambda: ArrayData(path, **call), ConfigError, [f"data.{name}_fraction={fraction}", f"data.{name}_path"])
@@ -89,16 +89,16 @@ def test_fractions_outside_0_to_1(tmp_path: Path, name: str, fraction: Any, refu
     ArrayData(path, **call, **{f"{name}_path": path})
 
 
-def test_fractions_that_leave_nothing(tmp_path: Path, refused: Refused) -> None:
+def test_fractions_that_leave_no_training_rows_are_refused(tmp_path: Path, refused: Refused) -> None:
     path = npy(tmp_path / "t.npy", normal(9, 2))
     refused(lambda: ArrayData(path, val_fraction=0.5, test_fraction=0.5), ConfigError, ["below 1"])
 
 
-def test_no_path(refused: Refused) -> None:
+def test_missing_path_is_refused(refused: Refused) -> None:
     refused(lambda: ArrayData(None), ConfigError, ["data.path=FILE"])
 
 
-def test_files_that_do_not_fit_together(tmp_path: Path, refused: Refused) -> None:
+def test_files_with_different_columns_are_refused(tmp_path: Path, refused: Refused) -> None:
     path = save(tmp_path / "t.csv", normal(9, 3), ["a", "b", "c"])
     narrow = save(tmp_path / "narrow.csv", normal(9, 2), ["a", "b"])
     swapped = save(tmp_path / "swapped.csv", normal(9, 3), ["a", "c", "b"])
@@ -168,7 +168,7 @@ def test_an_epoch_is_shuffled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # Real data
 
 
-def test_gas(
+def test_gas_is_read_as_published(
     real: Callable[..., list[str]], rows_of: Callable[..., list[tuple[float, ...]]], epoch: Callable[..., torch.Tensor]
 ) -> None:
     train, val, test = real("gas/train.csv", "gas/val.csv", "gas/test.csv")

@@ -37,7 +37,7 @@ def test_whole_numbers_stay_whole(
     assert sorted(rows_of(torch.cat(parts))) == sorted(map(tuple, (counts() - 8).tolist()))
 
 
-def test_statistics_count_the_noise_in(tmp_path: Path, epoch: Callable[..., torch.Tensor]) -> None:
+def test_statistics_include_the_dequantization_noise(tmp_path: Path, epoch: Callable[..., torch.Tensor]) -> None:
     data = ArrayData(npy(tmp_path / "t.npy", counts()), dequantize=True)
     train = epoch(data, 320).double()
     mean, std = data.statistics()  # type: ignore[misc]
@@ -74,7 +74,7 @@ def test_rows_become_images_of_bytes_with_their_labels(
     assert sorted(rows_of(every)) == sorted(map(tuple, np.load(path)[:, :12].tolist()))
 
 
-def test_labels_of_files_of_their_own(tmp_path: Path) -> None:
+def test_labels_are_read_from_separate_files(tmp_path: Path) -> None:
     train = pixels(tmp_path)
     data = ArrayData(train, val_path=train, test_path=train, columns=["0:12"], label=-1, levels=17)
     assert (data.event_shape, data.classes) == ((12,), 3)
@@ -109,13 +109,13 @@ BAD_IMAGES: list[tuple[dict[str, Any], type[FlowtrainError], list[str]]] = [
 
 
 @pytest.mark.parametrize(("arguments", "error", "fragments"), BAD_IMAGES, ids=str)
-def test_images_refused(
+def test_invalid_image_options_are_refused(
     tmp_path: Path, arguments: dict[str, Any], error: type[FlowtrainError], fragments: list[str], refused: Refused
 ) -> None:
     refused(lambda: ArrayData(pixels(tmp_path), **{"dequantize": True, **arguments}), error, fragments)
 
 
-def test_labels_by_name_wherever_they_stand(tmp_path: Path) -> None:
+def test_label_column_is_found_by_name_at_any_position(tmp_path: Path) -> None:
     for name, head in (("train", "a,digit,b"), ("test", "a,b,digit")):
         rows = [{"a": i, "b": 2 * i, "digit": i % 3} for i in range(40)]
         lines = [",".join(str(row[key]) for key in head.split(",")) for row in rows]
@@ -128,7 +128,7 @@ def test_labels_by_name_wherever_they_stand(tmp_path: Path) -> None:
     assert ArrayData(train, columns=["0:3"], label=1, dequantize=True).columns == ("a", "b")
 
 
-def test_labels_refused(tmp_path: Path, refused: Refused) -> None:
+def test_invalid_labels_are_refused(tmp_path: Path, refused: Refused) -> None:
     values = normal(20, 2)
     values[:, 1] = np.arange(20) % 2
     for row, bad in ((4, -1.0), (7, 0.5), (9, 1e6)):
@@ -148,7 +148,7 @@ def test_dequantizing_fractions_is_refused_with_the_cell(tmp_path: Path, refused
     refused(lambda: ArrayData(path, test_path=bad, dequantize=True), DataError, fragments)
 
 
-def test_only_whole_numbers_that_repeat_are_called_discrete(
+def test_only_repeated_integers_are_reported_as_discrete(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, refused: Refused
 ) -> None:
     values = normal(400, 3)
@@ -170,7 +170,9 @@ def test_only_whole_numbers_that_repeat_are_called_discrete(
 # Real data
 
 
-def test_optdigits(real: Callable[..., list[str]], refused: Refused, epoch: Callable[..., torch.Tensor]) -> None:
+def test_optdigits_is_read_as_images(
+    real: Callable[..., list[str]], refused: Refused, epoch: Callable[..., torch.Tensor]
+) -> None:
     train, test = real("optdigits/optdigits.tra", "optdigits/optdigits.tes")
     for columns, keep in ((["0:64"], "[1:39,40:64]"), (None, "[1:39,40:65]")):
         refused(

@@ -71,12 +71,12 @@ BAD_COLUMNS: list[tuple[Any, list[str]]] = [
 
 
 @pytest.mark.parametrize(("columns", "fragments"), BAD_COLUMNS, ids=str)
-def test_columns_that_are_not_there(tmp_path: Path, columns: Any, fragments: list[str], refused: Refused) -> None:
+def test_missing_columns_are_refused(tmp_path: Path, columns: Any, fragments: list[str], refused: Refused) -> None:
     path = save(tmp_path / "t.csv", normal(3, 4), list("abcd"))
     refused(lambda: read_table(path, columns=columns), ConfigError, fragments)
 
 
-def test_columns_without_or_with_the_same_names(tmp_path: Path, refused: Refused) -> None:
+def test_unnamed_and_duplicate_columns(tmp_path: Path, refused: Refused) -> None:
     path = npy(tmp_path / "t.npy", normal(3, 4))
     refused(lambda: read_table(path, columns=[9]), ConfigError, [path, "no column 9", "0 to 3"])
     path = save(tmp_path / "t.csv", normal(3, 2), ["a", "a"])
@@ -118,7 +118,7 @@ def test_a_constant_column_is_named(tmp_path: Path, value: float, standardize: b
     assert ArrayData(path, columns=[0, "2:4", 5]).columns == ("a", "c", "d", "f")
 
 
-def test_constant_in_training_alone_is_refused(tmp_path: Path, refused: Refused) -> None:
+def test_column_constant_in_the_training_rows_is_refused(tmp_path: Path, refused: Refused) -> None:
     train, test = normal(20, 2), normal(20, 2)
     train[:, 1] = 3
     paths = [npy(tmp_path / name, values) for name, values in (("a.npy", train), ("b.npy", test))]
@@ -126,7 +126,9 @@ def test_constant_in_training_alone_is_refused(tmp_path: Path, refused: Refused)
     refused(lambda: ArrayData(paths[0], columns=[1]), DataError, ["there are no others"])
 
 
-def test_what_float32_cannot_hold(tmp_path: Path, caplog: pytest.LogCaptureFixture, refused: Refused) -> None:
+def test_columns_that_float32_cannot_represent_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, refused: Refused
+) -> None:
     values = normal(50, 2)
     values[:, 1] += 1e7
     path = npy(tmp_path / "t.npy", values)
@@ -176,7 +178,7 @@ def test_codes_of_missing_values_are_warned_of(
 # The configuration
 
 
-def test_the_config_is_the_constructor() -> None:
+def test_config_keys_match_the_constructor() -> None:
     config = OmegaConf.load(ROOT / "configs" / "data" / "array.yaml")["data"]
     assert isinstance(config.pop("name"), str)
     assert config.pop("_target_") == f"{ArrayData.__module__}.{ArrayData.__name__}"

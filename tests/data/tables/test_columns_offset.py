@@ -53,7 +53,9 @@ def test_samples_keep_the_digits_that_float32_would_lose(tmp_path: Path, ending:
     ("mean", "std", "centered"),
     [(0.0, 1.0, False), (2000.0, 50.0, False), (2000.0, 1.0, True), (-1e7, 1.0, True), (1e-3, 1e-9, True)],
 )
-def test_only_what_float32_makes_coarse_is_centred(tmp_path: Path, mean: float, std: float, centered: bool) -> None:
+def test_only_columns_that_float32_rounds_coarsely_are_centred(
+    tmp_path: Path, mean: float, std: float, centered: bool
+) -> None:
     path = npy(tmp_path / "t.npy", mean + std * normal(50, 1))
     data = ArrayData(path)
     assert (data.samples.centered, data.val.dtype == torch.float64) == (centered, centered)
@@ -68,7 +70,7 @@ def test_constant_columns_are_still_refused(tmp_path: Path, refused: Refused) ->
     refused(lambda: ArrayData(path), DataError, [path, "'c1'", "constant"])
 
 
-def test_a_file_that_is_not_in_memory(tmp_path: Path, small_windows: None, big: Callable[..., ArrayData]) -> None:
+def test_memory_mapped_file_is_centred(tmp_path: Path, small_windows: None, big: Callable[..., ArrayData]) -> None:
     values = large(300)
     data = big(npy(tmp_path / "t.npy", values))
     assert data.train_batch(0, 7, 0).dtype == data.val.dtype == torch.float64
@@ -171,7 +173,7 @@ def test_the_pictures_of_a_run_are_drawn(trained: Train, tmp_path: Path) -> None
     assert {"samples.png", "passage.png", "paths.png"} <= {p.name for p in (run_dir / "plots").iterdir()}
 
 
-def test_reported_offsets(float32: None, real: Callable[..., list[str]]) -> None:
+def test_affine_flow_fits_a_real_table_with_offsets(float32: None, real: Callable[..., list[str]]) -> None:
     """5,412,000 +- 5 metres and 448,000 +- 5: a Gaussian has 6.07 nats."""
     (path,) = real("cases/utm.npy")
     data = ArrayData(path)

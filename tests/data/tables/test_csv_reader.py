@@ -104,7 +104,7 @@ GOOD_TEXT = {
 
 
 @pytest.mark.parametrize("case", GOOD_TEXT)
-def test_text_is_read(tmp_path: Path, case: str) -> None:
+def test_text_variants_are_read(tmp_path: Path, case: str) -> None:
     text, names, values = GOOD_TEXT[case]
     path = tmp_path / "t.csv"
     path.write_bytes(text.encode())
@@ -115,7 +115,7 @@ def test_text_is_read(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("ending", [".csv", ".CSV", ".tsv", ".txt", ".data", ".tra", ".tes", ".csv.gz", ".TXT.gz"])
 @pytest.mark.parametrize("zipped", [False, True])
-def test_text_endings(tmp_path: Path, ending: str, zipped: bool) -> None:
+def test_line_endings_and_gzip_are_read(tmp_path: Path, ending: str, zipped: bool) -> None:
     """Whether it is gzipped, its first bytes tell: browsers unpack files and keep their names."""
     path = tmp_path / f"t{ending}"
     text = b"a\tb\n1\t2\n"
@@ -151,7 +151,7 @@ def test_damaged_gzip_files_are_refused(tmp_path: Path, refused: Refused) -> Non
         ("x;y\n1,5;7\n2.5;7\n", {}, None, ["line 3", "'2.5' is not a number", "data.decimal"]),
     ],
 )
-def test_the_header_and_the_decimal_mark_can_be_given(
+def test_header_and_decimal_mark_can_be_set(
     refused: Refused, tmp_path: Path, text: str, given: dict[str, Any], names: tuple[str, ...] | None, values: list[Any]
 ) -> None:
     path = tmp_path / "t.csv"
@@ -163,7 +163,7 @@ def test_the_header_and_the_decimal_mark_can_be_given(
         assert (table.columns, table.values.tolist()) == (names, values)
 
 
-def test_an_index_that_is_asked_for_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_requested_index_column_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "t.csv"
     path.write_text(",a,b\n0,1,2\n1,3,4\n")
     assert read_table(path).indices == (1, 2)
@@ -196,7 +196,7 @@ def test_labels_in_a_file_without_header_are_not_a_header(tmp_path: Path) -> Non
         read_table(path)
 
 
-def test_a_bad_cell_in_a_column_left_out_does_not_matter(tmp_path: Path) -> None:
+def test_bad_cell_in_an_unselected_column_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text('a,note,b\n1,"x, y\nz",2\n3,,nan\n5,w,6\n')
     assert read_table(path, columns=["a"]).values.tolist() == [[1], [3], [5]]
@@ -206,7 +206,7 @@ def test_a_bad_cell_in_a_column_left_out_does_not_matter(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", " "])
-def test_a_plain_file_is_left_to_the_fast_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delimiter: str) -> None:
+def test_plain_file_uses_the_fast_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delimiter: str) -> None:
     monkeypatch.delattr(csv_reader, "_exact")
     values = normal(100, 3)
     for header in (None, ["a", "b", "c"]):

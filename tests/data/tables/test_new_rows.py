@@ -46,7 +46,7 @@ POSITIONS: list[tuple[str, Any, Any]] = [
 
 @pytest.mark.parametrize(("name", "columns", "expected"), POSITIONS, ids=str)
 @pytest.mark.parametrize("header", [True, False])
-def test_positions_select_as_in_training(
+def test_positions_select_the_training_columns(
     tmp_path: Path, name: str, columns: Any, expected: list[int], header: bool
 ) -> None:
     """In a file with names as well as in one without, whichever of the two the flow was trained on."""
@@ -107,7 +107,7 @@ LABELS: list[tuple[Any, list[int], str, list[int], Any]] = [
 
 
 @pytest.mark.parametrize(("label", "columns", "ending", "expected", "labelled"), LABELS, ids=str)
-def test_labels_are_found_by_the_name_that_they_had(
+def test_labels_are_found_by_their_training_name(
     tmp_path: Path, label: Any, columns: list[int], ending: str, expected: list[int], labelled: bool
 ) -> None:
     data = ArrayData(table(tmp_path / "t.csv", list(range(5))), label=label)
@@ -119,7 +119,7 @@ def test_labels_are_found_by_the_name_that_they_had(
         np.testing.assert_array_equal(rows.test_labels, DATA[:, 4])
 
 
-def test_a_label_before_the_samples(tmp_path: Path) -> None:
+def test_label_column_before_the_data_columns(tmp_path: Path) -> None:
     data = ArrayData(table(tmp_path / "t.npy", [4, 0, 1]), label=0)
     same = scored(data, table(tmp_path / "same.npy", [4, 0, 1]), label=0)
     np.testing.assert_array_equal(same.test, DATA[:, [0, 1]])
@@ -135,7 +135,7 @@ def test_held_out_files_with_other_labels_are_refused(tmp_path: Path, refused: R
     assert ArrayData(path, label=2, test_path=table(tmp_path / "same.csv", [0, 1, 4])).classes == 2
 
 
-def test_keys_go_with_archives_alone(tmp_path: Path, refused: Refused) -> None:
+def test_key_is_refused_unless_the_file_is_an_archive(tmp_path: Path, refused: Refused) -> None:
     np.savez(tmp_path / "many.npz", train=DATA[:, :2], other=DATA[:, 1:3])
     np.savez(tmp_path / "one.npz", DATA[:, :2])
     np.savez(tmp_path / "two.npz", x=DATA[:, :2], z=DATA[:, :2])
@@ -157,7 +157,7 @@ def test_keys_go_with_archives_alone(tmp_path: Path, refused: Refused) -> None:
         )
 
 
-def test_headers_of_numbers_are_known_by_their_names(tmp_path: Path) -> None:
+def test_numeric_headers_are_matched_by_name(tmp_path: Path) -> None:
     path = table(tmp_path / "t.csv", [0, 1], "2019,2020")
     data = ArrayData(path, header=True)
     assert data.columns == ("2019", "2020")
@@ -171,7 +171,7 @@ def test_headers_of_numbers_are_known_by_their_names(tmp_path: Path) -> None:
     np.testing.assert_array_equal(scored(data, str(bare), header=True).test, DATA[:, [0, 1]])
 
 
-def test_the_index_of_pandas_is_no_sample(tmp_path: Path) -> None:
+def test_pandas_index_is_not_a_data_column(tmp_path: Path) -> None:
     with_index = np.column_stack([np.arange(60), DATA[:, :2]])
     names = tmp_path / "t.csv"
     written(names, ",0,1", with_index)
@@ -183,7 +183,7 @@ def test_the_index_of_pandas_is_no_sample(tmp_path: Path) -> None:
             np.testing.assert_array_equal(scored(trained_on, path).test, DATA[:, :2])
 
 
-def test_an_idx_in_a_name_is_no_idx_file(tmp_path: Path) -> None:
+def test_idx_in_a_file_name_does_not_make_an_idx_file(tmp_path: Path) -> None:
     data = ArrayData(table(tmp_path / "t.npy", [0, 1]))
     np.testing.assert_array_equal(scored(data, table(tmp_path / "my-idx.csv", [0, 1])).test, DATA[:, :2])
 
@@ -227,7 +227,7 @@ def test_the_commands_take_a_file_without_the_key_of_the_archive(
     assert (code, "data.key=train" in err) == (2, True)
 
 
-def test_runs_of_an_older_flowtrain_read_their_files_as_they_did(
+def test_runs_of_older_versions_read_their_files_unchanged(
     run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate
 ) -> None:
     """They kept the index of pandas, and float32 of columns with a large mean."""
@@ -270,7 +270,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_reported_files(name: str, real: Callable[..., list[str]]) -> None:
+def test_reported_files_are_scored(name: str, real: Callable[..., list[str]]) -> None:
     (path,) = real(f"cases/{name}")
     data = ArrayData(path)
     rows = scored(data, path)

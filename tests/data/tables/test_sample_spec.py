@@ -32,7 +32,7 @@ def changed(before: ArrayData, now: ArrayData, *sets: str) -> str | None:
     return changes(before.record, now.record, sets or ("file", "val", "test"))
 
 
-def test_the_record_is_of_the_values(tmp_path: Path) -> None:
+def test_record_depends_on_the_values(tmp_path: Path) -> None:
     values = np.round(normal(60, 3), 4)
     array = npy(tmp_path / "a.npy", values)
     text = tmp_path / "b.csv"
@@ -55,7 +55,7 @@ def test_the_record_is_of_the_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
-def test_the_record_does_not_depend_on_centering(
+def test_record_does_not_depend_on_centering(
     memory_map: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -69,7 +69,7 @@ def test_the_record_does_not_depend_on_centering(
     assert centered.record == plain.record
 
 
-def test_labels_belong_to_the_record(tmp_path: Path) -> None:
+def test_record_includes_the_labels(tmp_path: Path) -> None:
     values = np.column_stack([normal(40, 2), np.arange(40) % 2])
     before = ArrayData(npy(tmp_path / "a.npy", values), label=2)
     values[5, 2] = 1 - values[5, 2]
@@ -89,7 +89,7 @@ def test_a_held_out_file_has_a_record_of_its_own(tmp_path: Path) -> None:
     assert "10 rows and has 11" in str(changed(grown, ArrayData(path, test_path=test)))
 
 
-def test_images_are_split_as_before(tmp_path: Path) -> None:
+def test_split_of_images_is_unchanged(tmp_path: Path) -> None:
     root = str(write_set(tmp_path / "mnist").parent)
     before, few = (IDXImages("mnist", root, n_val=10, n_test=n) for n in (None, 5))
     assert changes(before.record, few.record) is None
@@ -181,7 +181,7 @@ def test_classes_are_counted(tmp_path: Path, memory_map: bool, caplog: pytest.Lo
     assert [r.getMessage().count("0, 2, 4 of 0 to 5") for r in caplog.records if r.levelname == "WARNING"] == [1]
 
 
-def test_held_out_rows_of_a_class_without_training_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_held_out_class_without_training_rows_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     values = np.column_stack([normal(40, 2), np.arange(40) % 2])
     path = npy(tmp_path / "a.npy", values)
     values[:3, 2] = 2
@@ -227,7 +227,7 @@ def test_the_marginal_weighs_classes_by_their_frequencies() -> None:
     torch.testing.assert_close(marginal(flow, x).exp(), each[0] / 4 + 3 * each[2] / 4)
 
 
-def test_labels_with_gaps_by_the_commands(run: Run, tmp_path: Path) -> None:
+def test_commands_handle_labels_with_gaps(run: Run, tmp_path: Path) -> None:
     code, out, err = run(
         "flowtrain", *FAST[1:], "data=array", f"data.path={labelled(tmp_path)}", "data.label=2", "model=realnvp",
         "model.conditional=true", "model.hidden=[8]", "model.layers=2", "recipe=none",
@@ -253,7 +253,7 @@ def test_labels_with_gaps_by_the_commands(run: Run, tmp_path: Path) -> None:
 # Columns with noise
 
 
-def test_samples_lose_the_noise() -> None:
+def test_samples_are_rounded_back_to_integers() -> None:
     flow = Flow((3,), Affine(3), noisy=(0, 2)).eval()
     x = torch.tensor([[1.7, 1.7, -0.2]])
     assert flow.quantized(x).tolist() == [[1.0, 1.7, -1.0]]
@@ -261,7 +261,7 @@ def test_samples_lose_the_noise() -> None:
     assert flow.dequantized(x).tolist() == x.tolist()
 
 
-def test_noise_on_some_columns_by_the_commands(run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate) -> None:
+def test_commands_dequantize_selected_columns(run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate) -> None:
     rng = np.random.default_rng(0)
     rows = np.column_stack([rng.integers(0, 9, 300), 10 + rng.normal(size=300)])
     path = written(tmp_path / "t.csv", "n,x", rows)
@@ -310,7 +310,7 @@ def test_a_damaged_description_is_refused(key: str, refused: Refused) -> None:
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
-def test_noise_beside_an_offset(memory_map: bool, tmp_path: Path) -> None:
+def test_noise_and_offset_combine(memory_map: bool, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     counts, large = rng.integers(0, 5, 300), 1e9 + rng.normal(size=300)
     path = npy(tmp_path / "t.npy", np.column_stack([counts, large]))

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("small_windows")
         (999, 2, np.inf, {"label": 2}, "row 999 (from 0), column 'c2': the value is inf"),
     ],
 )
-def test_what_is_wrong_is_named_by_its_row(
+def test_bad_value_is_named_by_its_row(
     row: int,
     column: int,
     value: float,
@@ -54,7 +54,7 @@ def test_a_column_that_is_constant_is_refused(
         big(path)
 
 
-def test_files_that_cannot_be_read_by_rows(
+def test_files_that_cannot_be_streamed_are_refused(
     tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path)
@@ -78,7 +78,7 @@ def test_files_that_cannot_be_read_by_rows(
         big(str(tmp_path / "x.csv"))
 
 
-def test_a_file_that_becomes_shorter_or_is_replaced(
+def test_truncated_or_replaced_file_is_an_error(
     tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path)
@@ -88,7 +88,7 @@ def test_a_file_that_becomes_shorter_or_is_replaced(
     np.save(path, values + 1)
     assert torch.equal(data.train_batch(0, 880, 0), first)
     os.truncate(tmp_path / "old.npy", 4000)
-    with pytest.raises(DataError, match="has been written to since it was opened"):
+    with pytest.raises(DataError, match="written to"):
         data.train_batch(1, 880, 0)
 
 
@@ -107,7 +107,7 @@ BAD: dict[str, tuple[list[tuple[int, int, float]], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_messages_are_those_of_a_file_in_memory(
+def test_messages_equal_those_of_a_file_in_memory(
     case: str, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path, np.float64)
@@ -118,7 +118,7 @@ def test_messages_are_those_of_a_file_in_memory(
     assert message(lambda: big(path, **options)) == message(lambda: ArrayData(path, memory_map=False, **options))
 
 
-def test_a_file_that_is_written_to(
+def test_modified_file_is_an_error(
     tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
 ) -> None:
     """Saved again in place it is as long as it was, and its rows were never checked."""
@@ -127,7 +127,7 @@ def test_a_file_that_is_written_to(
     state = Path(path).stat()
     np.save(path, np.full_like(values, np.nan))
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
-    with pytest.raises(DataError, match="has been written to since it was opened"):
+    with pytest.raises(DataError, match="written to"):
         data.train_batch(0, 8, 0)
 
 
@@ -145,7 +145,7 @@ def test_discrete_columns_are_warned_of(
     assert "looks discrete in 'c2'" in caplog.text
 
 
-def test_a_key_goes_with_archives(
+def test_key_is_refused_unless_the_file_is_an_archive(
     tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
 ) -> None:
     np.savez(tmp_path / "x.npz", a=np.zeros((9, 2)))
@@ -160,7 +160,7 @@ def test_a_key_goes_with_archives(
 @pytest.mark.parametrize(
     "content", [b"", b"a,b\n1,2\n", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4',"]
 )
-def test_what_is_no_array(content: bytes, tmp_path: Path, big: Callable[..., ArrayData]) -> None:
+def test_files_that_are_not_arrays_are_refused(content: bytes, tmp_path: Path, big: Callable[..., ArrayData]) -> None:
     (tmp_path / "x.npy").write_bytes(content)
     with pytest.raises(DataError, match="no NumPy file"):
         big(str(tmp_path / "x.npy"))

@@ -76,7 +76,7 @@ def test_warnings(case: str, warned: object) -> None:
 
 
 @pytest.mark.parametrize("case", ["counts", "all counts", "a sum of others", "a copy in other units"])
-def test_the_advice_works(case: str, warned: object) -> None:
+def test_following_the_advice_removes_the_warning(case: str, warned: object) -> None:
     """What a warning says to give is taken, and then there is nothing to warn of."""
     values = WARNED[case][0]
     option = re.search(r"data\.(\w+)=(\[[^]]*\]|true)", warned(values)[0])  # type: ignore[operator]
@@ -85,14 +85,14 @@ def test_the_advice_works(case: str, warned: object) -> None:
     assert warned(values, **{option[1]: entries}) == []  # type: ignore[operator]
 
 
-def test_noise_hides_a_dependence(warned: object) -> None:
+def test_noise_removes_the_warning_of_a_dependence(warned: object) -> None:
     """Of one-hot columns with noise the sum is no constant."""
     ones = np.eye(3)[COUNTS.astype(int) % 3]
     assert any("dependent" in message for message in warned(table(REAL, ones)))  # type: ignore[operator]
     assert warned(table(REAL, ones), dequantize=[3, 4, 5]) == []  # type: ignore[operator]
 
 
-def test_copies_in_a_file_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_duplicates_in_a_test_file_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     own = normal(40, 3, seed=5)
     own[:7] = REAL[:7]
     path, test = npy(tmp_path / "t.npy", REAL), npy(tmp_path / "test.npy", own)
@@ -160,13 +160,13 @@ REAL_CASES = {
 
 
 @pytest.mark.parametrize("case", REAL_CASES)
-def test_real_cases(case: str, caplog: pytest.LogCaptureFixture, real: Callable[..., list[str]]) -> None:
+def test_warnings_on_real_tables(case: str, caplog: pytest.LogCaptureFixture, real: Callable[..., list[str]]) -> None:
     (path,) = real(f"cases/{case}.npy")
     ArrayData(path)
     assert [part for part in REAL_CASES[case] if part not in caplog.text] == []
 
 
-def test_real_wide(real: Callable[..., list[str]], refused: Refused) -> None:
+def test_wide_real_table_is_refused(real: Callable[..., list[str]], refused: Refused) -> None:
     (path,) = real("cases/wide.npy")
     refused(lambda: ArrayData(path), DataError, ["32 training rows", "100 columns"])
 
@@ -242,6 +242,8 @@ def test_columns_with_noise_by_name_and_position(tmp_path: Path) -> None:
         ({"dequantize": [0]}, ["'c0'", "not a whole number", "'data.dequantize=[1,3]'"]),
     ],
 )
-def test_noise_refused(tmp_path: Path, options: dict[str, object], fragments: list[str], refused: Refused) -> None:
+def test_noise_on_non_integer_columns_is_refused(
+    tmp_path: Path, options: dict[str, object], fragments: list[str], refused: Refused
+) -> None:
     path = mixed(tmp_path)
     refused(lambda: ArrayData(path, **options), FlowtrainError, fragments)  # type: ignore[arg-type]

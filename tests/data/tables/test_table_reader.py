@@ -117,7 +117,7 @@ def test_damaged_compression_is_refused(tmp_path: Path, refused: Refused) -> Non
     refused(lambda: read_table(path), DataError, [str(path), "damaged"])
 
 
-def test_a_pickle_is_never_run(tmp_path: Path, refused: Refused) -> None:
+def test_pickles_are_never_loaded(tmp_path: Path, refused: Refused) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
@@ -136,7 +136,7 @@ def test_a_missing_file_and_a_directory_are_named(
     refused(lambda: read_table("dir.npy"), DataError, ["dir.npy", "directory"])
 
 
-def test_keys_of_npz(tmp_path: Path, refused: Refused) -> None:
+def test_npz_arrays_are_chosen_by_key(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "t.npz"
     np.savez(path, mine=ONE, other=2 * ONE)
     assert read_table(path, key="other").values.tolist() == [[2, 2], [2, 2]]

@@ -60,7 +60,7 @@ def test_float32_input_and_default_dtype_change_nothing(
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-def test_points_are_scored_one_by_one(name: str, toy: Callable[[str], Toy]) -> None:
+def test_scores_do_not_depend_on_the_batch(name: str, toy: Callable[[str], Toy]) -> None:
     x = toy(name).test[:70].double()
     together = toy(name).log_prob(x)
     alone = torch.cat([toy(name).log_prob(row[None]) for row in x])
@@ -80,7 +80,7 @@ def test_far_points_are_finite_and_ever_less_likely(name: str, toy: Callable[[st
     assert (scores[0] < -20).all()
 
 
-def test_no_number_is_no_point(name: str, toy: Callable[[str], Toy]) -> None:
+def test_nan_and_infinite_points_are_scored_as_such(name: str, toy: Callable[[str], Toy]) -> None:
     x = torch.tensor([[math.nan, 0.0], [math.inf, 0.0], [0.0, -math.inf], [math.inf, math.nan]])
     score = toy(name).log_prob(x)
     assert score.isnan().tolist() == [True, False, False, True]
@@ -89,7 +89,7 @@ def test_no_number_is_no_point(name: str, toy: Callable[[str], Toy]) -> None:
         toy(name).log_prob(torch.zeros(4, 3))
 
 
-def test_points_on_the_edge_of_the_board_are_on_it(toy: Callable[[str], Toy]) -> None:
+def test_edge_of_the_checkerboard_has_density(toy: Callable[[str], Toy]) -> None:
     x = torch.tensor([[-4.0, -4.0], [0.0, 1.0], [2.0, 2.0], [3.0, 4.0], [4.0, 3.0]])
     assert toy("checkerboard").log_prob(x).tolist() == pytest.approx([-math.log(32)] * 5)
     assert toy("checkerboard").log_prob(torch.tensor([[-3.0, 3.0], [4.0001, 3.0]])).tolist() == [-math.inf] * 2

@@ -76,7 +76,7 @@ def own_samples(toy: Callable[[str], Toy], name: str, n: int) -> np.ndarray:
     return toy(name).sample(n, step_generator(5, 9)).numpy()
 
 
-def test_the_eight_toys_are_there(toys: dict[str, type[Toy]]) -> None:
+def test_the_eight_toys_exist(toys: dict[str, type[Toy]]) -> None:
     assert set(MONTE_CARLO) <= set(toys)
 
 
@@ -90,7 +90,7 @@ def test_entropy_is_the_integral_of_the_density(name: str, toy: Callable[[str], 
     assert float(torch.special.entr(log_p.exp()).sum()) * area == pytest.approx(toy(name).entropy, abs=1e-4)
 
 
-def test_entropy_is_the_independent_one(name: str, toy: Callable[[str], Toy]) -> None:
+def test_entropy_matches_an_independent_estimate(name: str, toy: Callable[[str], Toy]) -> None:
     if name not in MONTE_CARLO:
         pytest.skip(f"no independent entropy for {name}")
     assert toy(name).entropy == pytest.approx(MONTE_CARLO[name], abs=0.01)
