@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowtrain.nn.divergence import Probes, TraceRule, divergence
+from flowtrain.nn.divergence import Probes, divergence
 from flowtrain.nn.fields import ACTIVATIONS, field_jvp
 from flowtrain.nn.mlp_field import LAYERS, MLPField
 from flowtrain.utils.errors import ConfigError
@@ -77,16 +77,6 @@ def test_gradient_of_the_fallback_matches_the_jvp() -> None:
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
-def test_hutchinson_is_unbiased(noise: str) -> None:
-    field, x, t = random_field(), torch.randn(2, 3), torch.tensor(0.4)
-    _, exact = divergence(field, t, x, Probes.exact(x))
-    draws = 20_000
-    estimates = torch.stack([divergence(field, t, x, Probes.hutchinson(x, noise, draws // 20))[1] for _ in range(20)])
-    stderr = estimates.std(0) / 20**0.5
-    assert ((estimates.mean(0) - exact).abs() < 4 * stderr).all()
-
-
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_slope_and_curvature_are_derivatives(name: str) -> None:
     f = ACTIVATIONS[name]
@@ -106,19 +96,6 @@ def test_untrained_field_is_zero_up_to_time() -> None:
     field = MLPField(2, [8], "concat", "tanh")
     a, b = field(torch.tensor(0.5), torch.randn(2, 2))
     torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize(
-    ("d", "training", "exact"), [(8, True, True), (9, True, False), (128, False, True), (129, False, False)]
-)
-def test_auto_trace_depends_on_dimension_and_mode(d: int, training: bool, exact: bool) -> None:
-    assert TraceRule().is_exact(d, training) is exact
-
-
-@pytest.mark.parametrize("bad", [{"train": "exacty"}, {"evaluate": "no"}, {"noise": "uniform"}, {"noise_samples": 0}])
-def test_invalid_trace_options_are_refused(bad: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="model"):
-        TraceRule(**bad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,6 @@ from helpers import Run
 from flowtrain.runs import sweep_summary
 
 SMALL = ["model=affine", "trainer.steps=4", "trainer.batch_size=16", "data.n_val=32", "data.n_test=32"]
-MATPLOTLIB_AND_OTHERS = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
-)
 
 
 def job(name: str, nll: float | None, **keys: str) -> sweep_summary.Job:

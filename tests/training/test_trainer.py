@@ -1,7 +1,6 @@
-"""The trainer: learning rates, averages, resume to the bit, early stops."""
+"""The trainer: resume to the bit, metrics, early stops."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import MakeTrainer, ReadRows
-from torch import nn
 
 from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.data.base import STEP_STREAM, step_generator
 from flowtrain.runs.build import build_data
-from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
-from flowtrain.training.ema import Ema
-from flowtrain.training.schedules import LearningRate
-from flowtrain.training.settings import Settings
 from flowtrain.training.trainer import Trainer
-from flowtrain.utils.errors import CheckpointError, ConfigError
+from flowtrain.utils.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -155,87 +149,3 @@ def test_time_limit_validates_and_saves(tmp_path: Path, trainer: MakeTrainer) ->
     run.fit()
     assert run.stopped_by == "time limit"
     assert checkpoint.load(tmp_path / "checkpoints/best.pt")["step"] == run.step < 100_000
-
-
-def test_tolerance_warms_up_in_training_and_is_final_in_validation(
-    tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
-) -> None:
-    overrides = [
-        "model.hidden=[8]",
-        "trainer.steps=4",
-        "solver.rtol=1e-4",
-        "solver.warmup=3",
-        "solver.warmup_rtol=1e-1",
-    ]
-    run = trainer(tmp_path, *overrides)
-    assert run.flow.solver is not None
-    run.fit()
-    assert [r["rtol"] for r in rows(tmp_path) if r["split"] == "train"] == pytest.approx([1e-1, 1e-2, 1e-3, 1e-4])
-    assert run.flow.solver.rtol == 1e-4
-
-
-def test_ema_is_the_average_and_gives_the_weights_back() -> None:
-    module = nn.Linear(1, 1)
-    ema = Ema(module, 0.5)
-    with torch.no_grad():
-        module.weight.fill_(4.0)
-    start = ema.shadow["weight"].item()
-    ema.update()
-    decay = min(0.5, 2 / 11)
-    averaged = decay * start + (1 - decay) * 4
-    with ema.applied():
-        assert module.weight.item() == pytest.approx(averaged)
-    assert module.weight.item() == 4
-    assert ema.shadow["weight"].item() == pytest.approx(averaged)
-
-
-def test_checkpoint_with_ema_loads_the_averaged_weights(tmp_path: Path, trainer: MakeTrainer) -> None:
-    run = trainer(tmp_path, "model=affine", "trainer.steps=4", "trainer.ema=0.999", "trainer.lr=0.5")
-    run.fit()
-    assert run.learner.ema is not None
-    loaded = dict(load(tmp_path).named_parameters())
-    for name, value in run.learner.ema.shadow.items():
-        assert torch.equal(loaded[name], value)
-    assert not torch.equal(loaded["bijection.bijections.0.mean"], run.flow.state_dict()["bijection.bijections.0.mean"])
-
-
-def settings(**changes: Any) -> Settings:
-    return Settings(**{**compose_defaults([])["trainer"], **changes})
-
-
-def test_learning_rate_schedules() -> None:
-    cosine = LearningRate(settings(lr=1.0, lr_warmup=10, steps=100))
-    assert cosine.at(0) == pytest.approx(0.1)
-    assert cosine.at(50) == pytest.approx(0.5)
-    assert cosine.at(100) == pytest.approx(0)
-    plateau = LearningRate(settings(lr=1.0, lr_warmup=0, lr_decay="plateau", lr_plateau_patience=2))
-    for improved in (True, False, False, False):
-        plateau.validated(improved)
-    assert plateau.at(7) == 0.5
-    assert LearningRate(settings(lr=1.0, lr_warmup=0, lr_decay="constant")).at(99) == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"steps": 0}, "trainer.steps=0"),
-        ({"steps": 1.5}, "whole number"),
-        ({"steps": True}, "trainer.steps"),
-        ({"lr": "fast"}, "trainer.lr=fast"),
-        ({"lr": math.nan}, "trainer.lr"),
-        ({"clip_norm": 0}, "greater than 0"),
-        ({"ema": 1.0}, "between 0 and 1"),
-        ({"optimizer": "sgd"}, "adamw"),
-        ({"lr_decay": "linear"}, "cosine"),
-        ({"patience": 0}, "at least 1"),
-    ],
-)
-def test_invalid_settings_are_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        settings(**changes)
-
-
-def test_the_tolerance_warms_up_over_two_thirds_of_a_run(tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
-    trainer(tmp_path, "model=ffjord", "model.hidden=[8]", "trainer.steps=6", "trainer.log_every=1").fit()
-    rtol = [row["rtol"] for row in rows(tmp_path) if row["split"] == "train"]
-    assert rtol == pytest.approx([1e-3, 10**-3.5, 1e-4, 10**-4.5, 1e-5, 1e-5])
