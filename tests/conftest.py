@@ -1,20 +1,24 @@
-"""Shared by every test: a seed, and float64 as the default so that closed forms can be compared tightly."""
+"""Fixtures of several folders: a seed, float64 as the default so that closed forms are compared tightly, commands."""
 
 import gc
+import json
 import logging
 import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
 import torch
-from mirrors import Serve, serving
-from runs import COMMANDS, Run
+from helpers import COMMANDS, Compose, Evaluate, MakeTrainer, ReadRows, Run, Train
+from helpers.processes import trainer_of
 
-from flowtrain.data.tables import array, streaming
+from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.plotting import style, transport_figures, transport_pictures
+from flowtrain.training.trainer import Trainer
 from flowtrain.utils import process, status
 
 matplotlib.use("Agg")
@@ -94,18 +98,109 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("flowtrain"), "propagate", True)
 
 
-@pytest.fixture
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of files that are not read into memory: blocks of 16 rows, windows of 8 of them, looks at 50 rows at a time."""
-    monkeypatch.setattr(streaming, "BLOCK", 16 * 3 * 4)
-    monkeypatch.setattr(streaming, "WINDOW", 16 * 8 * (3 * 4 + 8))
-    monkeypatch.setattr(streaming, "CHUNK", 50 * 3 * 8)
-    monkeypatch.setattr(array, "MOST_HELD_OUT", 60)
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of the real data, which no test may need."""
+    return Path(os.environ.get("FLOWTRAIN_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def real(real_data: Path) -> Callable[..., list[str]]:
+    """Returns the paths of real files, and skips the test where one is missing."""
+
+    def paths_of(*names: str) -> list[str]:
+        paths = [real_data / name for name in names]
+        missing = [str(path) for path in paths if not path.exists()]
+        if missing:
+            pytest.skip(f"real data not found: {', '.join(missing)}; set FLOWTRAIN_DATA")
+        return [str(path) for path in paths]
+
+    return paths_of
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """Starts mirrors, and stops them after the test."""
-    monkeypatch.setenv("no_proxy", "*")
-    with serving() as start:
-        yield start
+def trained(run: Run) -> Train:
+    """Runs `flowtrain` for a few steps and returns the run directory."""
+
+    def train(*arguments: str) -> str:
+        few = ["model=affine", "trainer.steps=4", "trainer.batch_size=64", "trainer.plot_every=null"]
+        code, out, err = run("flowtrain", *few, *arguments)
+        assert code == 0, err
+        return str(Path(out.splitlines()[-1]).absolute())
+
+    return train
+
+
+@pytest.fixture
+def evaluated(run: Run) -> Evaluate:
+    """Runs `floweval` on a run directory and returns the content of eval.json, or of another file of the evaluation."""
+
+    def evaluate(run_dir: str, *arguments: str, name: str = "eval.json") -> dict[str, Any]:
+        code, _, err = run("floweval", f"ckpt={run_dir}", *arguments)
+        assert code == 0, err
+        content: dict[str, Any] = json.loads((Path(run_dir) / name).read_text())
+        return content
+
+    return evaluate
+
+
+@pytest.fixture(scope="session")
+def stop_at() -> Callable[[Trainer, int], None]:
+    """Makes `fit` end after a given step, as a time limit would, wherever validations fall."""
+
+    def stop(trainer: Trainer, step: int) -> None:
+        take = trainer.train_step
+
+        def train_step() -> dict[str, Any]:
+            if trainer.step == step - 1:
+                trainer.stopped_by = "the test"
+            return take()
+
+        trainer.train_step = train_step  # type: ignore[method-assign]
+
+    return stop
+
+
+@pytest.fixture(scope="session")
+def trainer() -> MakeTrainer:
+    """Builds the trainer of a small run: data and saved state may be given in place of those of the config."""
+
+    def build(run_dir: Path, *overrides: str, saved: dict[str, Any] | None = None, data: Any = None) -> Trainer:
+        small = ["trainer.batch_size=16", "trainer.val_every=4", "trainer.log_every=1", "data.n_val=20"]
+        return trainer_of(run_dir, [*small, "data.n_test=20", *overrides], saved, data)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def rows() -> ReadRows:
+    """Reads the rows of metrics.jsonl without the keys that are times."""
+
+    def read(run_dir: Path) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if "seconds" not in k} for row in lines]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def saved_run(trainer: MakeTrainer) -> Callable[..., Path]:
+    """Trains a small RealNVP to the end and returns its last checkpoint."""
+
+    def train(run_dir: Path, *overrides: str) -> Path:
+        trainer(run_dir, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=8", *overrides).fit()
+        return run_dir / "checkpoints/last.pt"
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def image_config() -> Compose:
+    """Composes the config of a small run on the images in a folder."""
+
+    def compose(root: Path, *overrides: str) -> dict[str, Any]:
+        small = ["data=mnist", f"data.root={root}", "data.n_val=10", "trainer.batch_size=8", "trainer.steps=4"]
+        small += ["trainer.val_every=2", "trainer.log_every=1", "trainer.plot_every=null", "recipe=none"]
+        return compose_defaults([*small, *overrides])
+
+    return compose

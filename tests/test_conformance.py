@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from analytic.models import MixtureMap, composed, folded, linear, mixture, scaled
-from runs import Run
+from helpers import Run
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
@@ -186,7 +186,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_flow_is_called_what_it_is(run: Run, tmp_path: Path, name: str) -> None:
+def test_wrong_flow_fails_the_check_for_its_error(run: Run, tmp_path: Path, name: str) -> None:
     recipe, d, trips, words = WRONG[name]
     flow = shaken(recipe((d,)), 0.6)
     data = points(tmp_path, torch.randn(500, d))
@@ -197,7 +197,7 @@ def test_a_wrong_flow_is_called_what_it_is(run: Run, tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("loose", [{"rtol": 0.3, "atol": 0.3}, {"method": "euler", "rtol": 1e-5, "step_size": 0.5}])
-def test_a_loose_tolerance_is_called_what_it_is(run: Run, tmp_path: Path, loose: dict[str, Any]) -> None:
+def test_loose_tolerance_is_reported_as_solver_error(run: Run, tmp_path: Path, loose: dict[str, Any]) -> None:
     flow = shaken(linear((4,), solver=ode_solver("dopri5")), 1.0)
     data = points(tmp_path, 2 * torch.randn(500, 4))
     ckpt = saved(flow, "analytic.models.linear", tmp_path / "flow.pt", data, **loose)

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from image_sets import write_set
-from runs import Run
+from helpers import Run
+from helpers.files import write_set
 
 from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.runs.auto_settings import resolve_auto
@@ -29,7 +29,7 @@ def test_every_experiment_on_images_trains(experiment: str, run: Run, tmp_path: 
     assert json.loads((Path(out.splitlines()[-1]) / "result.json").read_text())["bits_per_dim"] > 0
 
 
-def test_patience_can_run_out_where_it_is_given() -> None:
+def test_runs_have_more_validations_than_patience() -> None:
     """A run of fewer validations than its patience would never stop early."""
     for keys in (
         ["data=array", "data.path=x"],

@@ -163,14 +163,14 @@ def test_samples_follow_the_density_and_the_temperature() -> None:
     torch.testing.assert_close(flow.sample(20_000, chunk=777), x, rtol=1e-4, atol=1e-4)
 
 
-def test_points_near_the_origin_are_no_underflow() -> None:
+def test_points_near_the_origin_do_not_underflow() -> None:
     torch.set_default_dtype(torch.float32)
     flow = linear_flow(1e-5)
     for size in (0.0, 1e-12, 1e-9, 1e-7, 1e-5):
         assert flow.log_prob(torch.full((1, 2), size)).item() == pytest.approx(-math.log(2 * math.pi) - 0.8, abs=1e-4)
 
 
-def test_a_coarse_solver_is_called_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_coarse_solver_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("flowtrain").propagate = True
     flow = linear_flow(1e-5)
     fast = Flow((2,), Chain([Continuous(Linear(), ode_solver("euler", step_size=0.5), TraceRule())]))
@@ -180,7 +180,7 @@ def test_a_coarse_solver_is_called_one(caplog: pytest.LogCaptureFixture) -> None
     assert "not to be trusted" in caplog.text
 
 
-def test_no_rows_and_gradients_in_x() -> None:
+def test_empty_batches_and_gradients_with_respect_to_x() -> None:
     flow = linear_flow()
     assert flow.log_prob(torch.zeros(0, 2)).shape == (0,)
     assert flow.inverse(torch.zeros(0, 2)).shape == (0, 2)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Run
+from helpers import Run
 
 import flowtrain
 from flowtrain.flow import Flow
@@ -75,14 +75,14 @@ def test_there_are_goldens_of_every_model() -> None:
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
-def test_the_density_is_as_it_was(golden: Golden, which: str) -> None:
+def test_density_of_golden_checkpoints_is_unchanged(golden: Golden, which: str) -> None:
     flow = golden.flow(which)
     assert golden.log_p(flow) == close(golden.expected["log_p"][which], ADAPTIVE if adaptive(flow) else FLOAT32)
     flow = flow.double()
     assert golden.log_p(flow) == close(golden.expected["log_p_float64"][which], FLOAT32 if adaptive(flow) else FLOAT64)
 
 
-def test_it_samples(golden: Golden) -> None:
+def test_golden_checkpoints_sample(golden: Golden) -> None:
     flow = golden.flow("best")
     x = flow.sample(7)
     assert x.shape == (7, *flow.event_shape)
@@ -96,14 +96,14 @@ def test_it_samples(golden: Golden) -> None:
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_it_evaluates(golden: Golden, run: Run) -> None:
+def test_golden_checkpoints_evaluate_to_the_same_numbers(golden: Golden, run: Run) -> None:
     code, _, err = run("floweval", f"ckpt={golden.run_dir}", *golden.data, "split=test", "out=e.json", "device=cpu")
     assert code == 0, err
     same(json.loads(Path("e.json").read_text()), golden.expected["test"])
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_it_resumes_to_the_same_end(golden: Golden, run: Run) -> None:
+def test_golden_checkpoints_resume_to_the_same_numbers(golden: Golden, run: Run) -> None:
     before = (golden.run_dir / "metrics.jsonl").read_text().splitlines()
     code, _, err = run("flowtrain", f"resume={golden.run_dir}", *golden.data)
     assert code == 0, err

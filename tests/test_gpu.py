@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_sets import write_set
+from helpers.files import write_set
 from torch import nn
 
 from flowtrain.bijections.continuous import Continuous

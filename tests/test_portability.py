@@ -131,7 +131,7 @@ def test_memory_of_unknown_size_refuses_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EINVAL])
-def test_a_folder_that_cannot_be_flushed_fails_no_file(
+def test_unflushable_directory_does_not_fail_a_write(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows opens no folder, and some network file systems flush none."""

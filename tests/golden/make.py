@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from flowtrain.training.loop import Trainer
 
 import flowtrain
 from flowtrain.cli import evaluate, train
+from flowtrain.training.trainer import Trainer
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"

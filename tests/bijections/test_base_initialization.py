@@ -1,0 +1,174 @@
+"""What bijections begin with: buffers, bounds, and parameters that fit the first data."""
+
+import copy
+
+import pytest
+import torch
+from helpers.flows import perturbed
+from torch import Tensor
+
+from flowtrain.bijections.base import Bijection, Chain
+from flowtrain.bijections.linear import Affine, Permutation
+from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
+from flowtrain.models.realnvp import realnvp
+from flowtrain.utils.errors import DataError, FlowtrainError
+
+
+def test_permutation_and_masks_are_saved() -> None:
+    """Fails when a permutation is not a buffer: the flow then loads with another one drawn afresh."""
+    torch.manual_seed(1)
+    trained = perturbed(realnvp((9,), mixing="permutation").bijection)
+    torch.manual_seed(2)
+    loaded = realnvp((9,), mixing="permutation").bijection
+    x = torch.randn(5, 9)
+    assert not torch.allclose(loaded.inverse(x)[0], trained.inverse(x)[0])
+    loaded.load_state_dict(trained.state_dict())
+    torch.testing.assert_close(loaded.inverse(x), trained.inverse(x), rtol=0, atol=0)
+
+
+def test_actnorm_initialization_standardizes_the_base_side() -> None:
+    x = 3 * torch.randn(5000, 4) + torch.arange(4)
+    bijection = perturbed(Chain([ActNorm(4), Permutation(torch.randperm(4)), Affine(4)]))
+    bijection.initialize(x)
+    z = bijection.map_inverse(x)
+    torch.testing.assert_close(z.mean(0), torch.zeros(4), atol=1e-9, rtol=0)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(4), atol=1e-9, rtol=0)
+
+
+def test_initialization_in_parts_equals_initialization_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, label = torch.randn(30, 1, 4, 4), torch.arange(30) % 3
+    flow = perturbed(realnvp((1, 4, 4), layers=2, hidden=(4,), conditional=True, classes=3).bijection)
+    whole = flow.initialize(x, label)
+    monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 16)
+    torch.testing.assert_close(flow.initialize(x, label), whole)
+
+
+class Seen(Bijection):
+    """A shift that counts the rows which pass through its inverse."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift, self.rows = shift, 0
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z + self.shift, z.new_zeros(len(z))
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.rows += len(x)
+        return x - self.shift, x.new_zeros(len(x))
+
+
+@pytest.mark.parametrize(("shift", "rows"), [(0.0, 7), (1.0, 30)])
+def test_initialization_checks_for_the_identity_on_few_rows(
+    monkeypatch: pytest.MonkeyPatch, shift: float, rows: int
+) -> None:
+    monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 2)
+    x, seen = torch.randn(30, 2), Seen(shift)
+    torch.testing.assert_close(seen.initialize(x), x - shift, rtol=0, atol=0)
+    assert seen.rows == rows
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_initialization_does_not_depend_on_the_identity_shortcut(
+    monkeypatch: pytest.MonkeyPatch, batch_norm: bool
+) -> None:
+    monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 16)
+    x, label = torch.randn(30, 1, 4, 4), torch.arange(30) % 3
+    model = realnvp((1, 4, 4), layers=2, hidden=(4,), conditional=True, classes=3, batch_norm=batch_norm).bijection
+    other = copy.deepcopy(model)
+    z = model.initialize(x, label)
+    monkeypatch.setattr(torch, "equal", lambda a, b: False)
+    torch.testing.assert_close(other.initialize(x, label), z, rtol=0, atol=0)
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_affine_initialization_is_the_maximum_likelihood_gaussian() -> None:
+    x = torch.randn(400, 3) @ torch.randn(3, 3) + 5
+    bijection = Affine(3)
+    bijection.initialize(x)
+    factor = bijection.factor()
+    torch.testing.assert_close(factor @ factor.T, torch.cov(x.T, correction=0), rtol=1e-4, atol=1e-4)
+    z, log_det = bijection.inverse(x)
+    standard = torch.distributions.MultivariateNormal(torch.zeros(3), torch.eye(3))
+    gaussian = torch.distributions.MultivariateNormal(bijection.mean, scale_tril=factor)
+    torch.testing.assert_close(standard.log_prob(z) + log_det, gaussian.log_prob(x))
+
+
+def test_affine_initialization_survives_columns_that_depend_on_each_other() -> None:
+    x = torch.randn(100, 1).expand(100, 3)
+    bijection = Affine(3)
+    bijection.initialize(x)
+    assert torch.isfinite(bijection.inverse(x)[0]).all()
+
+
+def test_standardize_refuses_a_constant_column() -> None:
+    with pytest.raises(DataError, match=r"\[1\]"):
+        Standardize((2,)).fit(torch.zeros(2), torch.tensor([1.0, 0.0]))
+
+
+def test_coupling_scale_is_bounded() -> None:
+    coupling = next(iter(realnvp((2,), layers=1, actnorm=False, cap=1.5).bijection))  # type: ignore[call-overload]
+    with torch.no_grad():
+        for p in coupling.parameters():
+            p.mul_(0).add_(50.0)
+    assert coupling.forward(torch.randn(10, 2))[1].abs().max() <= 1.5
+
+
+def statistics_of(d: int) -> dict[str, Bijection]:
+    return {
+        "actnorm": ActNorm(d),
+        "batchnorm": BatchNorm(d),
+        "affine": Affine(d),
+        "chain": Chain([Affine(d), BatchNorm(d), ActNorm(d)]),
+    }
+
+
+@pytest.mark.parametrize("name", list(statistics_of(2)))
+def test_failed_initialization_leaves_the_bijection_unchanged(name: str) -> None:
+    bijection = perturbed(statistics_of(2)[name])
+    before = {k: v.clone() for k, v in bijection.state_dict().items()}
+    hostile = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [4.0, torch.inf]])
+    for x, words in ((torch.zeros(0, 2), "no rows"), (hostile, "NaN or infinite")):
+        with pytest.raises(FlowtrainError, match=words):
+            bijection.initialize(x)
+    for key, value in bijection.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", list(statistics_of(2)))
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_initialization_from_equal_rows_keeps_a_scale_of_one(name: str, rows: int, dtype: torch.dtype) -> None:
+    bijection = statistics_of(2)[name].to(dtype)
+    x = torch.tensor([[0.1, -3e6]], dtype=dtype).expand(rows, 2)
+    z = bijection.initialize(x)
+    torch.testing.assert_close(z, torch.zeros_like(z), rtol=0, atol=0.5)
+    moved, log_det = bijection.eval().inverse(x + 1)
+    torch.testing.assert_close(moved, z + 1, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(log_det, torch.zeros_like(log_det), rtol=0, atol=1e-4)
+
+
+def test_empty_batch_does_not_change_running_statistics() -> None:
+    flow = perturbed(realnvp((4,), layers=2, hidden=(4,), batch_norm=True).bijection).train()
+    before = {k: v.clone() for k, v in flow.state_dict().items()}
+    z, log_det = flow.inverse(torch.zeros(0, 4))
+    (z.sum() + log_det.sum()).backward()
+    for key, value in flow.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in flow.parameters() if p.grad is not None)
+
+
+def test_constant_column_does_not_affect_other_columns() -> None:
+    x = torch.stack([torch.full((500,), 2.0), 3 * torch.randn(500) + 1], 1)
+    for name, bijection in statistics_of(2).items():
+        bijection.initialize(x)
+        z = bijection.eval().inverse(x)[0]
+        torch.testing.assert_close(z[:, 0], torch.zeros(500), rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(z[:, 1].std(correction=0), torch.tensor(1.0), rtol=1e-4, atol=0, msg=name)
+
+
+def test_standardize_refuses_a_nan_mean() -> None:
+    standardize = Standardize((2,))
+    with pytest.raises(DataError, match="mean"):
+        standardize.fit(torch.tensor([1.0, torch.nan]), torch.ones(2))
+    assert torch.equal(standardize.mean, torch.zeros(2))

@@ -1,0 +1,74 @@
+"""The shrunk covariance beside scikit-learn's, and where that one is not positive definite."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+from sklearn.covariance import LedoitWolf
+
+from flowtrain.bijections import linear
+from flowtrain.bijections.linear import gaussian_log_prob, shrunk_covariance
+from flowtrain.utils.errors import DataError
+
+
+def correlated(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64) @ mix + 3.0
+
+
+@pytest.mark.parametrize(("n", "d"), [(5, 3), (20, 10), (30, 50), (1000, 4)])
+def test_shrunk_covariance_is_ledoit_wolf_of_standardised_columns(n: int, d: int) -> None:
+    x = correlated(n, d)
+    mean, shrunk = shrunk_covariance(x)
+    std = x.std(0, correction=0)
+    expected = LedoitWolf().fit(((x - x.mean(0)) / std).numpy()).covariance_
+    assert torch.allclose(mean, x.mean(0))
+    assert np.allclose((shrunk / std / std[:, None]).numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_shrunk_covariance_does_not_depend_on_units_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = correlated(50, 4)
+    unit = torch.tensor([1e-120, 1.0, 1e6, 1e150], dtype=torch.float64)
+    shift = torch.tensor([0.0, 1e6, -1e3, 0.0], dtype=torch.float64)
+    _, shrunk = shrunk_covariance(x)
+    monkeypatch.setattr(linear, "_COVARIANCE_CHUNK", 28)
+    mean, moved = shrunk_covariance(unit * x + shift)
+    assert torch.allclose(moved / unit / unit[:, None], shrunk, rtol=1e-6)
+    assert torch.allclose((mean - shift) / unit, x.mean(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 2), (2, 1), (2, 300), (3, 2), (40, 100)])
+def test_shrunk_covariance_is_positive_definite_for_few_rows_and_dependent_columns(n: int, d: int) -> None:
+    x = correlated(n, d).float()
+    x = torch.cat([x, x[:, :1], torch.full((n, 1), 0.1)], 1)
+    mean, shrunk = shrunk_covariance(x)
+    assert shrunk.dtype == mean.dtype == torch.float64
+    assert torch.linalg.eigvalsh(shrunk)[0] > 0
+    assert gaussian_log_prob(x, mean, shrunk).isfinite().all()
+
+
+def test_shrunk_covariance_converges_to_the_covariance() -> None:
+    x = correlated(200_000, 3).float()
+    _, shrunk = shrunk_covariance(x)
+    exact = torch.cov(x.T.double())
+    assert torch.allclose(shrunk, exact, rtol=1e-3, atol=1e-3 * exact.abs().max())
+
+
+def test_constant_column_is_uncorrelated() -> None:
+    x = torch.cat([correlated(30, 2), torch.full((30, 1), 1e9 / 3, dtype=torch.float64)], 1)
+    _, shrunk = shrunk_covariance(x)
+    assert shrunk[2].tolist() == [0, 0, 1]
+    assert torch.allclose(shrunk[:2, :2], shrunk_covariance(x[:, :2])[1])
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(DataError):
+        shrunk_covariance(torch.empty(0, 2))
+
+
+def test_log_prob_matches_scipy() -> None:
+    x = correlated(20, 3)
+    mean, shrunk = shrunk_covariance(x)
+    expected = multivariate_normal(mean.numpy(), shrunk.numpy()).logpdf(x.numpy())
+    assert np.allclose(gaussian_log_prob(x, mean, shrunk).numpy(), expected)

@@ -1,0 +1,86 @@
+"""Command lines that Hydra would answer with a traceback, with pages or with nothing: one message each."""
+
+import re
+
+import pytest
+from helpers import Run
+
+from flowtrain.cli.overrides import FLAGS, validate_command_line
+from flowtrain.utils.errors import ConfigError, FlowtrainError, out_of_memory
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("trainer=3", "trainer=3: choose one of default"),
+        ("model=null", "model=null: choose one of affine, ffjord, glow, realnvp"),
+        ("+model=3", "model=3: choose one of affine"),
+        ("solver={a: 1}", "choose one of adaptive_heun"),
+        ("model=realnvp,3", "choose one of affine"),
+        ("recipe=nowhere", "recipe=nowhere: choose one of affine_array"),
+        ("=3", "'=3': arguments look like KEY=VALUE"),
+        ("+=", "arguments look like KEY=VALUE"),
+        (" ", "arguments look like KEY=VALUE"),
+        ("--foo", "--foo: unknown flag"),
+        ("~model", "model was taken out of the config"),
+        ("~data=moons", "was taken out of the config"),
+        ("nonsense", "nonsense: arguments look like KEY=VALUE"),
+        ("glow", "did you mean model=glow?"),
+        ("--multrun", "did you mean --multirun?"),
+    ],
+)
+def test_unknown_overrides_are_refused_with_valid_ones(argument: str, says: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        validate_command_line([argument])
+    assert says in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "model=realnvp", "model=realnvp,glow", "'model=\"realnvp\"'", "~regularizer", "seed=3", "model.hidden=[4]",
+        "experiment=moons", "+experiment=rings", "trainer.steps=", "data=array",
+        *(flag for flag in FLAGS if flag != "--resolve"),
+    ],
+)  # fmt: skip
+def test_valid_overrides_pass(argument: str) -> None:
+    validate_command_line([argument])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["seed=${nothing.there}"], "nothing.there"),
+        (["trainer.lr=???"], "trainer.lr"),
+        (["model._target_=nowhere.at.all"], "nowhere.at.all"),
+        (["model._target_=flowtrain.flow.nothing"], "'nothing'"),
+        (["model._target_=math.pi"], "math.pi"),
+        (["model.hidden=[100000000,100000000]"], "more memory than there is"),
+    ],
+)
+def test_invalid_command_line_gets_one_line(run: Run, arguments: list[str], says: str) -> None:
+    code, out, err = run("flowtrain", *arguments, "trainer.steps=1", "data.n_val=8")
+    assert (code, out) == (1 if "memory" in says else 2, "")
+    assert err.startswith("flowtrain: ")
+    assert len(err.splitlines()) == 1
+    assert says in err
+
+
+def test_data_larger_than_memory_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**18}
+    monkeypatch.setattr("os.sysconf", sizes.get)
+    code, out, err = run("flowtrain", "data.n_test=134217728")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith("flowtrain: data.n_test=134217728: ")
+    assert re.findall(r"\b\d+\b", err)[1:] == ["3", "1"]
+    code, out, err = run("flowtrain", "trainer.batch_size=268435456", "data.n_val=8", "data.n_test=8")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith("flowtrain: trainer.batch_size=268435456: ")
+    assert re.findall(r"\b\d+\b", err)[1:] == ["2", "1"]
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    assert out_of_memory(MemoryError())
+    assert out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not out_of_memory(FlowtrainError("out of memory"))

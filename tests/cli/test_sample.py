@@ -1,0 +1,143 @@
+"""`flowsample`: pictures, animations, and their titles."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import SMALL, TINY, Run
+from helpers.files import gif_of, write_set
+from helpers.flows import IMAGE_MODELS
+from PIL import Image
+
+from flowtrain.cli.load_run import reached
+from flowtrain.plotting import animation, style, transport_pictures
+
+FRAMES = 7
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(animation, "RESOLUTION", 12)
+    monkeypatch.setattr(animation, "AFTER", 1)
+    monkeypatch.setattr(transport_pictures, "FRAMES", FRAMES)
+
+
+@pytest.fixture
+def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    made = style.new_figure
+    monkeypatch.setattr(style, "new_figure", lambda height, title: found.append(title) or made(height, title))
+    return found
+
+
+def trained(run: Run, *arguments: str) -> None:
+    # the user's own data are split by shares
+    small = [a for a in SMALL if "data=array" not in arguments or not a.startswith("data.")]
+    code, _, err = run("flowtrain", *small, "hydra.run.dir=r", *arguments)
+    assert code == 0, err
+
+
+def test_two_columns_are_animated(run: Run, titles: list[str], tmp_path: Path) -> None:
+    trained(run, *TINY)
+    titles.clear()
+    code, out, err = run("flowsample", "ckpt=r", "animate=true", "n=30")
+    assert (code, out, err) == (0, f"written to {Path('r/animation.gif')}\n", "")
+    first = (tmp_path / "r/animation.gif").read_bytes()
+    assert gif_of(tmp_path / "r/animation.gif").n_frames == FRAMES
+    assert titles[0].startswith("ffjord on moons, test NLL ")
+    assert titles[0].endswith(" nats")
+    run("flowsample", "ckpt=r", "animate=true", "n=30", "out=again.gif")
+    assert (tmp_path / "again.gif").read_bytes() == first
+    for changed in ("seed=1", "temperature=0.5", "n=20"):
+        run("flowsample", "ckpt=r", "animate=true", *({"n": "n=30"} | {changed[0]: changed}).values(), "out=o.gif")
+        assert (tmp_path / "o.gif").read_bytes() != first
+
+
+def test_couplings_are_animated_in_steps(run: Run, tmp_path: Path) -> None:
+    trained(run, "model=realnvp", "model.layers=2", "model.hidden=[8]")
+    code, _, err = run("flowsample", "ckpt=r", "animate=true")
+    assert (code, err) == (0, "")
+    assert {p.name for p in (tmp_path / "r/plots").iterdir()} >= {"passage.png", "paths.png", "curves.png"}
+
+
+MISTAKES = [
+    (["animate=true", "out=a.npy"], "this is written as .gif or .mp4"),
+    (["animate=true", "out=a.mp4"], "there is no ffmpeg here"),
+    (["animate=yes"], "animate=yes"),
+    (["animate=true", "quality=[1,2]"], "ask for one at a time"),
+    (["animate=true", "log_scale=true"], "is for the picture of samples"),
+    (["animate=true", "label=1"], "not conditional"),
+    (["animate=true", "n=0"], "n=0"),
+    (["animate=true", "out=nowhere/../r"], "this is written as"),
+    (["log_scale=1e"], "log_scale"),
+    (["animate=true", "n=100001"], "at most 100000"),
+    (["animate=true", "temperature=1e39"], "NaN or infinite: nothing was written"),
+]
+
+
+def test_mistakes_get_one_message(run: Run, tmp_path: Path) -> None:
+    trained(run, "model=affine")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    for arguments, says in MISTAKES:
+        code, out, err = run("flowsample", "ckpt=r", *arguments)
+        assert (code, out, len(err.splitlines())) == (1 if "infinite" in says else 2, "", 1), (arguments, err)
+        assert says in err
+        assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before, arguments
+
+
+def test_animation_and_log_scale_of_other_dimensions_are_refused(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(200, 3)))
+    trained(run, "model=affine", "data=array", "data.path=x.npy")
+    code, _, err = run("flowsample", "ckpt=r", "animate=true")
+    assert (code, "two columns and of images" in err) == (2, True)
+    code, _, err = run("flowsample", "ckpt=r", "log_scale=true")
+    assert (code, "one or two columns" in err) == (2, True)
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_logarithmic_scale_changes_the_picture(run: Run, tmp_path: Path, d: int) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(400, d)))
+    trained(run, "model=affine", "data=array", "data.path=x.npy")
+    pictures = []
+    for given in ("log_scale=false", "log_scale=true"):
+        code, _, err = run("flowsample", "ckpt=r", given, "n=500")
+        assert (code, err) == (0, "")
+        with Image.open(tmp_path / "r/samples.png") as image:
+            pictures.append(np.asarray(image.convert("L"), dtype=float))
+    assert pictures[0].shape == pictures[1].shape
+    assert np.abs(pictures[0] - pictures[1]).mean() > 1
+
+
+def test_titles_tell_the_nll_of_the_checkpoint_and_of_no_other(run: Run, titles: list[str], tmp_path: Path) -> None:
+    trained(run, "model=affine")
+    titles.clear()
+    run("flowsample", "ckpt=r", "n=500", "temperature=0.5")
+    run("flowsample", "ckpt=r/checkpoints/last.pt", "n=500", "out=a.npy")
+    run("flowsample", "ckpt=r", "n=500", "data=circles", "out=b.npy")
+    (tmp_path / "r/result.json").write_text("{")
+    run("flowsample", "ckpt=r", "n=500", "out=c.npy")
+    assert titles[0].startswith("affine on moons, test NLL ")
+    assert titles[0].endswith(" nats, 500 samples at temperature 0.5")
+    assert titles[1:] == [
+        "affine on moons, 500 samples",
+        "affine on circles, 500 samples",
+        "affine on moons, 500 samples",
+    ]
+    assert reached(tmp_path / "nowhere/checkpoints/best.pt", 4) == ""
+
+
+@pytest.mark.parametrize("name", ["glow", "ffjord"])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_images_are_animated(run: Run, tmp_path: Path, name: str, conditional: bool) -> None:
+    write_set(tmp_path / "data" / "mnist")
+    keys = ["data=mnist", "data.root=data", "data.n_val=10", "trainer.batch_size=8", "trainer.steps=2", "recipe=none"]
+    labels = ["model.conditional=true"] if conditional else []
+    code, _, err = run("flowtrain", *keys, *IMAGE_MODELS[name], *labels, "hydra.run.dir=r")
+    assert code == 0, err
+    label = ["label=7"] if conditional else []
+    code, out, err = run("flowsample", "ckpt=r", "animate=true", "n=6", *label)
+    assert (code, out, err) == (0, "written to r/animation.gif\n", "")
+    assert gif_of(tmp_path / "r/animation.gif").n_frames == FRAMES

@@ -1,0 +1,292 @@
+"""data=array: text files are read to the digit, and refused with the line and the column."""
+
+import gzip
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import Refused
+from helpers.files import TABLES, normal, save
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flowtrain.data.tables import csv_reader
+from flowtrain.data.tables.csv_reader import TextFormat
+from flowtrain.data.tables.table_reader import read_labelled, read_table
+from flowtrain.utils.errors import DataError
+
+# Reading
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    values=TABLES,
+    delimiter=st.sampled_from(",;\t "),
+    header=st.booleans(),
+    ending=st.sampled_from(["\n", "\r\n"]),
+)
+def test_text_round_trip(tmp_path: Path, values: np.ndarray, delimiter: str, header: bool, ending: str) -> None:
+    names = [f"x{i}" for i in range(values.shape[1])]
+    lines = [delimiter.join(map(repr, row)) for row in values.tolist()]
+    path = tmp_path / "t.csv"
+    path.write_bytes((ending.join([delimiter.join(names)] * header + lines) + ending).encode())
+    table = read_table(path)
+    np.testing.assert_array_equal(table.values, values)
+    assert table.columns == tuple(names if header else (f"c{i}" for i in range(len(names))))
+    assert table.named == header
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=TABLES)
+def test_the_fast_and_the_exact_pass_read_the_same(tmp_path: Path, values: np.ndarray) -> None:
+    lines = [",".join(map(repr, row)) for row in values.tolist()]
+    fast, exact = tmp_path / "fast.csv", tmp_path / "exact.csv"
+    fast.write_text("\n".join(lines))
+    # A delimiter inside quotes is what the fast pass does not judge
+    names = ",".join(f"x{i}" for i in range(values.shape[1] + 1))
+    exact.write_text("\n".join([names, *(f'{line},"a,b"' for line in lines)]))
+    columns = [f"0:{values.shape[1]}"]
+    np.testing.assert_array_equal(read_table(fast).values, read_table(exact, columns=columns).values)
+
+
+GOOD_TEXT = {
+    "quoted names": ('"a b","x.y"\n1,2\n', ("a b", "x.y"), [[1, 2]]),
+    "a comma in a name": ('"a,b",c\n1,2\n', ("a,b", "c"), [[1, 2]]),
+    "a line break in a name": ('"a\nb",c\n1,2\n3,4\n', ("a\nb", "c"), [[1, 2], [3, 4]]),
+    "byte order mark, header": ("\ufeffa,b\n1,2\n", ("a", "b"), [[1, 2]]),
+    "byte order mark, no header": ("\ufeff1,2\n3,4\n", ("c0", "c1"), [[1, 2], [3, 4]]),
+    "blank lines at the end": ("1,2\n3,4\n\n  \n\n", ("c0", "c1"), [[1, 2], [3, 4]]),
+    "no line break at the end": ("a,b\n1,2", ("a", "b"), [[1, 2]]),
+    "old line breaks": ("a,b\r1,2\r3,4\r", ("a", "b"), [[1, 2], [3, 4]]),
+    "spaces around": (" a , b \n 1 , 2 \n", ("a", "b"), [[1, 2]]),
+    "columns in line": ("  1.0   2.0\n 10.0 -20.0  \n", ("c0", "c1"), [[1, 2], [10, -20]]),
+    "spaces and quoted names": ('"a b"  "c"\n1  2\n', ("a b", "c"), [[1, 2]]),
+    "numpy.savetxt": ("# a b\n1e0 2e0\n", ("a", "b"), [[1, 2]]),
+    "numpy.savetxt, commas": ("# a,b\n1e0,2e0\n", ("a", "b"), [[1, 2]]),
+    "quoted numbers": ('"1","2"\n"3",4\n', ("c0", "c1"), [[1, 2], [3, 4]]),
+    "one column, two words": ("my name\n1\n2\n", ("my name",), [[1], [2]]),
+    "signs and exponents": ("+1,-2e-3\n.5,5.\n", ("c0", "c1"), [[1, -0.002], [0.5, 5]]),
+    "year for a name": ("id,2019\n7,1\n", ("id", "2019"), [[7, 1]]),
+    "one row": ("1,2,3\n", ("c0", "c1", "c2"), [[1, 2, 3]]),
+    "bars": ("a|b\n1|2\n3|4\n", ("a", "b"), [[1, 2], [3, 4]]),
+    "decimal commas": ("a;b\n1,5;2,25\n-3;4,0\n", ("a", "b"), [[1.5, 2.25], [-3, 4]]),
+    "decimal commas, no header": ("1,5;2,5\n3,5;4,5\n", ("c0", "c1"), [[1.5, 2.5], [3.5, 4.5]]),
+    "decimal commas and thousands": (
+        "a;b\n1.234,5;2,5e1\n1.234.567;.5\n".replace(".5\n", "0,5\n"),
+        ("a", "b"),
+        [[1234.5, 25], [1234567, 0.5]],
+    ),
+    "decimal commas and blanks": ("10,38   1993,39\n8,4   -18,5\n", ("c0", "c1"), [[10.38, 1993.39], [8.4, -18.5]]),
+    "decimal commas, blanks, header": ("a b\n1,5 2,5\n3 4,5\n", ("a", "b"), [[1.5, 2.5], [3, 4.5]]),
+    "decimal commas in quotes": ('a,b\n"1,5",2\n"3,25",4\n', ("a", "b"), [[1.5, 2], [3.25, 4]]),
+    "thousands in quotes": ('a,b\n1.5,"1,993.39"\n2,"2,005"\n3,7\n', ("a", "b"), [[1.5, 1993.39], [2, 2005], [3, 7]]),
+    "thousands that a point decides": ('a,b\n0.5,"1,993"\n', ("a", "b"), [[0.5, 1993]]),
+    "a comment above a header": (
+        "# http://example.org, page 5\nlat,long\n1,2\n3,4\n",
+        ("lat", "long"),
+        [[1, 2], [3, 4]],
+    ),
+    "comments that name the columns": (
+        "# made by a tool\n# columns: pt, eta\n1,2\n3,4\n",
+        ("pt", "eta"),
+        [[1, 2], [3, 4]],
+    ),
+    "comments that name nothing": ("# made by\n# tool 7, of the lab\n\n1,2\n3,4\n", ("c0", "c1"), [[1, 2], [3, 4]]),
+    "pandas index": (",a,b\n0,1.5,2\n1,3,4\n", ("a", "b"), [[1.5, 2], [3, 4]]),
+    "pandas index, columns without names": (",0,1\n0,1.5,2\n1,3,4\n", ("0", "1"), [[1.5, 2], [3, 4]]),
+    "pandas index, shuffled": (",a\n7,1.5\n3,3\n", ("a",), [[1.5], [3]]),
+    "pandas index, saved twice": (",Unnamed: 0,a\n0,7,1\n1,8,3\n", ("a",), [[1], [3]]),
+    "row names of R": ('"","mpg"\n"Mazda RX4",21\n"Datsun",22.8\n', ("mpg",), [[21], [22.8]]),
+    "two columns of one name": ("a,a\n1,2\n3,4\n", ("a", "a"), [[1, 2], [3, 4]]),
+}
+
+
+@pytest.mark.parametrize("case", GOOD_TEXT)
+def test_text_variants_are_read(tmp_path: Path, case: str) -> None:
+    text, names, values = GOOD_TEXT[case]
+    path = tmp_path / "t.csv"
+    path.write_bytes(text.encode())
+    table = read_table(path)
+    assert table.columns == names
+    assert table.values.tolist() == values
+
+
+@pytest.mark.parametrize("ending", [".csv", ".CSV", ".tsv", ".txt", ".data", ".tra", ".tes", ".csv.gz", ".TXT.gz"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_line_endings_and_gzip_are_read(tmp_path: Path, ending: str, zipped: bool) -> None:
+    """Whether it is gzipped, its first bytes tell: browsers unpack files and keep their names."""
+    path = tmp_path / f"t{ending}"
+    text = b"a\tb\n1\t2\n"
+    path.write_bytes(gzip.compress(text) if zipped else text)
+    table = read_table(path)
+    assert (table.columns, table.values.tolist()) == (("a", "b"), [[1, 2]])
+
+
+def test_damaged_gzip_files_are_refused(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "t.csv.gz"
+    whole = gzip.compress("\n".join(f"{i},{i * i}" for i in range(1000)).encode())
+    for content in (whole[:500], whole[:200] + b"????" + whole[204:]):
+        path.write_bytes(content)
+        refused(lambda: read_table(path), DataError, [str(path), "gzip"])
+    array = tmp_path / "t.npy.gz"
+    array.write_bytes(whole)
+    refused(lambda: read_table(array), DataError, [str(array), "gunzip"])
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "names", "values"),
+    [
+        ("2019,2020\n1.5,2.5\n3.5,4.5\n", {"header": True}, ("2019", "2020"), [[1.5, 2.5], [3.5, 4.5]]),
+        ("2019,2020\n1.5,2.5\n", {"header": False}, ("c0", "c1"), [[2019, 2020], [1.5, 2.5]]),
+        ("2019,2020\n1.5,2.5\n", {"known": ("2020",)}, ("2019", "2020"), [[1.5, 2.5]]),
+        ("a,2020\n1.5,2.5\n", {"header": False}, None, ["line 1", "'a' is not a number", "data.header"]),
+        ('x,y\n"1,234",7\n', {}, None, ["'1,234'", "data.decimal=comma", "data.decimal=point"]),
+        ('x,y\n"1,234",7\n', {"decimal": "point"}, ("x", "y"), [[1234, 7]]),
+        ("x y\n1,234 7\n", {"decimal": "comma"}, ("x", "y"), [[1.234, 7]]),
+        ("x\n1,5\n2,5\n", {}, None, ["line 2", "2 cells", "data.decimal=comma"]),
+        ("x\n1,5\n2,5\n", {"decimal": "comma"}, ("x",), [[1.5], [2.5]]),
+        ("x;y\n1.234;7\n", {"decimal": "comma"}, None, ["'1.234'", "data.decimal=comma"]),
+        ("x;y\n1,5;7\n2.5;7\n", {}, None, ["line 3", "'2.5' is not a number", "data.decimal"]),
+    ],
+)
+def test_header_and_decimal_mark_can_be_set(
+    refused: Refused, tmp_path: Path, text: str, given: dict[str, Any], names: tuple[str, ...] | None, values: list[Any]
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    if names is None:
+        refused(lambda: read_table(path, text_format=TextFormat(**given)), DataError, [str(path), *values])
+    else:
+        table = read_table(path, text_format=TextFormat(**given))
+        assert (table.columns, table.values.tolist()) == (names, values)
+
+
+def test_requested_index_column_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(",a,b\n0,1,2\n1,3,4\n")
+    assert read_table(path).indices == (1, 2)
+    (option,) = re.findall(r"data\.columns=\[(\S*)\]", caplog.text)
+    assert read_table(path, columns=[option]).values.tolist() == [[0, 1, 2], [1, 3, 4]]
+    assert read_table(path, columns=["b", 0]).values.tolist() == [[2, 0], [4, 1]]
+    # with a value twice it is no index
+    path.write_text(",a\n5,1\n5,3\n")
+    assert read_table(path).indices == (0, 1)
+
+
+def test_missing_values_are_counted_once_for_the_whole_file(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b,c,d\n1,2,3,4\n1,NA,3,\n1,,3,4\n1,2,3,4\n")
+    message = refused(lambda: read_table(path), DataError, [str(path), "line 3", "column 'b'", "'NA'"])
+    assert all(
+        part in message for part in ("3 of 16 values", "2 of 4 rows", "'b': 2", "'d': 1", "'data.columns=[0,2]'")
+    )
+    assert read_table(path, columns=[0, 2]).values.shape == (4, 2)
+    # labels are counted with the rest
+    message = refused(lambda: read_labelled(str(path), None, ["a", "d"], "b"), DataError, ["'b': 2", "'d': 1"])
+    assert "3 of 12 values" in message
+
+
+def test_labels_in_a_file_without_header_are_not_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "iris.data"
+    path.write_text("5.1,3.5,setosa\n4.9,3.0,setosa\n6.3,3.3,virginica\n\n")
+    assert read_table(path, columns=["0:2"]).values.tolist() == [[5.1, 3.5], [4.9, 3.0], [6.3, 3.3]]
+    with pytest.raises(DataError, match="line 1, column 'c2': 'setosa' is not a number"):
+        read_table(path)
+
+
+def test_bad_cell_in_an_unselected_column_is_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text('a,note,b\n1,"x, y\nz",2\n3,,nan\n5,w,6\n')
+    assert read_table(path, columns=["a"]).values.tolist() == [[1], [3], [5]]
+    # The line break in a cell must not shift the line that a later message names
+    with pytest.raises(DataError, match="line 4, column 'b': the value is nan"):
+        read_table(path, columns=["b"])
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", " "])
+def test_plain_file_uses_the_fast_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delimiter: str) -> None:
+    monkeypatch.delattr(csv_reader, "_exact")
+    values = normal(100, 3)
+    for header in (None, ["a", "b", "c"]):
+        path = save(tmp_path / "t.csv", values, header, delimiter)
+        np.testing.assert_array_equal(read_table(path).values, values)
+
+
+# Refusals: the file's ending, what is in it, and what the message must say besides the file's name
+
+BAD_TEXT = {
+    "ragged, short": ("a,b,c\n1,2,3\n4,5\n", ["line 3", "2 cells", "line 1 has 3", "'c'"]),
+    "ragged, long": ("a,b\n1,2\n4,5,6\n", ["line 3", "3 cells", "line 1 has 2", "'b'"]),
+    "ragged, no header": ("1,2\n3,4\n5\n6,7\n", ["line 3", "1 cell where", "'c1'"]),
+    "ragged, header": ("a,b\n1,2,3\n4,5,6\n", ["line 2", "3 cells", "line 1 has 2"]),
+    "word": ("a,b\n1,2\n3,oops\n", ["line 3", "column 'b'", "'oops' is not a number"]),
+    "word, no header": ("1,2\n3,4\nx,6\n", ["line 3", "column 'c0'", "'x' is not a number"]),
+    "underscore": ("1,2\n3,1_000\n", ["line 2", "column 'c1'", "'1_000' is not a number"]),
+    "a comment below": ("a,b\n1,2\n# 3\n", ["line 3", "comments"]),
+    "comments alone": ("# a\n# b\n", ["no rows"]),
+    "empty cell": ("a,b\n1,2\n,4\n", ["line 3", "column 'a'", "empty"]),
+    "empty cell at the end": ("1,2,3\n4,5,\n", ["line 2", "column 'c2'", "empty"]),
+    "empty cell in line 1": ("1,,3\n4,5,6\n", ["line 1", "column 'c1'", "empty"]),
+    "missing value": ("a,b\n1,2\n3,NA\n", ["line 3", "column 'b'", "'NA' is a missing value"]),
+    "missing value in line 1": ("1,NA\n3,4\n", ["line 1", "column 'c1'", "'NA' is a missing value"]),
+    "blank line": ("a,b\n1,2\n\n3,4\n", ["line 3 is empty"]),
+    "blank first line": ("\na,b\n1,2\n", ["line 1 is empty"]),
+    "blank first lines": ("\n\n\na,b\n1,2\n", ["line 1 is empty"]),
+    "blank line, one column": ("1\n2\n\n4\n", ["line 3 is empty"]),
+    "nan": ("a,b\n1,2\n3,nan\n5,6\nNaN,inf\n", ["line 3", "column 'b'", "nan", "3 of 8", "2 of 4 rows"]),
+    "infinity": ("1,2\n-inf,4\n", ["line 2", "column 'c0'", "-inf", "1 of 4"]),
+    "overflow": ("1,2\n3,1e999\n", ["line 2", "column 'c1'", "inf"]),
+    "nothing": ("", ["is empty"]),
+    "byte order mark alone": ("\ufeff", ["is empty"]),
+    "blanks alone": ("\n\n \n", ["is empty"]),
+    "header alone": ("a,b\n", ["no rows below its header"]),
+    "two headers": ("a,b\nc,d\n1,2\n", ["line 2", "column 'a'", "'c' is not a number"]),
+    "open quote": ('a,b\n1,2\n"3,4\n5,6\n', ["line 3"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXT)
+def test_bad_text_is_refused_with_the_place(tmp_path: Path, case: str, refused: Refused) -> None:
+    text, fragments = BAD_TEXT[case]
+    path = tmp_path / "t.csv"
+    path.write_bytes(text.encode())
+    refused(lambda: read_table(path), DataError, [str(path), *fragments])
+
+
+def test_other_encodings_are_refused_with_the_line(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"a,b\n" + b"1,2\n" * 5000 + "3,\N{POUND SIGN}\n".encode("latin-1"))
+    refused(lambda: read_table(path), DataError, [str(path), "line 5002", "UTF-8"])
+    path.write_bytes("a,b\n1,2\n".encode("utf-16"))
+    refused(lambda: read_table(path), DataError, [str(path), "line 1", "UTF-8"])
+
+
+# Headers that may not be what they seem
+
+ODD_HEADERS = {
+    "pandas index": (",a,b\n0,1,2\n1,3,4\n", None, "left out"),
+    "first column without a name": (",a,b\n0.5,1,2\n1,3,4\n", None, "first column has no name"),
+    "pandas columns without names": ("0,1,2\n3,4,5\n", None, "data.header=true"),
+    "pandas columns without names, decimals": ("0,1\n3.5,4.5\n5.5,1.5\n", None, "data.header=true"),
+    "a series of pandas": ("0\n3.5\n4.5\n", None, "data.header=true"),
+    "years": ("2019,2020\n3.5,4.5\n5.5,1.5\n", None, "data.header=true"),
+    "whole numbers": ("0,1\n3,4.5\n5.5,1.5\n", None, None),
+    "counts": ("0\n3\n4\n", None, None),
+    "a bad cell in line 1": ("1.5,2,oops\n3,4,5\n", None, "read as the header"),
+    "index left out": (",a,b\n0,1,2\n1,3,4\n", ["1:"], None),
+    "plain": ("a,b,c\n0,1,2\n1,3,4\n", None, None),
+    "our own names": ("c0,c1,c2\n0,1,2\n1,3,4\n", None, None),
+}
+
+
+@pytest.mark.parametrize("case", ODD_HEADERS)
+def test_odd_headers_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str) -> None:
+    text, columns, expected = ODD_HEADERS[case]
+    (tmp_path / "t.csv").write_text(text)
+    read_table(tmp_path / "t.csv", columns=columns)
+    if expected is None:
+        assert caplog.text == ""
+    else:
+        assert expected in caplog.text

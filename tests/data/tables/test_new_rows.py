@@ -1,0 +1,282 @@
+"""Files read with a checkpoint: `floweval data.path=` and `ood=` take the columns that the flow was trained on."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Evaluate, Refused, Run, Train
+from helpers.files import npy, written
+
+import flowtrain
+from flowtrain.data.tables.array import ArrayData
+from flowtrain.data.tables.new_rows import NewRows
+from flowtrain.training import checkpoint
+from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
+
+MEAN, STD = np.array([3.0, -1.0, 8.0, 0.0]), np.array([1.0, 5.0, 0.1, 2.0])
+# two classes behind the samples
+DATA = np.column_stack([np.random.default_rng(0).normal(MEAN, STD, (60, 4)).round(3), np.arange(60) % 2])
+
+
+def table(path: Path, columns: list[int], names: str | None = None) -> str:
+    """These columns of the data in a file, with a header or without."""
+    if path.suffix == ".npy":
+        return npy(path, DATA[:, columns])
+    return str(written(path, names or ",".join("abcdy"[i] for i in columns), DATA[:, columns]))
+
+
+def scored(data: ArrayData, path: str, label: Any = None, columns: Any = None, **given: Any) -> NewRows:
+    """A file as `floweval` reads it with the checkpoint of a run on `data`."""
+    return NewRows(path, data.samples, label=label, columns=columns, **given)
+
+
+POSITIONS: list[tuple[str, Any, Any]] = [
+    # as the training file is laid out
+    ("same.npy", [1, 0], [1, 0]),
+    ("same.npy", ["0:2"], [0, 1]),
+    ("same.npy", [-2, 0], [3, 0]),
+    ("same.npy", ["1:4:2"], [1, 3]),
+    ("same.npy", [4, 2], [4, 2]),
+]
+
+
+@pytest.mark.parametrize(("name", "columns", "expected"), POSITIONS, ids=str)
+@pytest.mark.parametrize("header", [True, False])
+def test_positions_select_the_training_columns(
+    tmp_path: Path, name: str, columns: Any, expected: list[int], header: bool
+) -> None:
+    """In a file with names as well as in one without, whichever of the two the flow was trained on."""
+    files = [table(tmp_path / "t.npy", list(range(5))), table(tmp_path / "t.csv", list(range(5)))]
+    data = ArrayData(files[header], columns=columns)
+    for path in files:
+        np.testing.assert_array_equal(scored(data, path, columns=columns).test, DATA[:, expected])
+
+
+def test_a_file_of_the_chosen_columns_alone_is_taken_in_its_order(tmp_path: Path) -> None:
+    data = ArrayData(table(tmp_path / "t.npy", list(range(5))), columns=[3, 1])
+    chosen = table(tmp_path / "chosen.npy", [3, 1])
+    # the training file's positions 3 and 1 are none of its
+    np.testing.assert_array_equal(scored(data, chosen, columns=[3, 1]).test, DATA[:, [3, 1]])
+    # where they are its own, they select, with a word on how to have it otherwise
+    data = ArrayData(table(tmp_path / "two.npy", [0, 1]), columns=[1, 0])
+    np.testing.assert_array_equal(scored(data, chosen, columns=[1, 0]).test, DATA[:, [1, 3]])
+    np.testing.assert_array_equal(scored(data, chosen, columns=["0:2"], asked={"columns"}).test, DATA[:, [3, 1]])
+
+
+def test_more_or_fewer_columns_are_refused_unless_they_have_names(tmp_path: Path, refused: Refused) -> None:
+    data = ArrayData(table(tmp_path / "t.csv", [0, 1]))
+    np.testing.assert_array_equal(scored(data, table(tmp_path / "m.csv", [2, 1, 4, 0])).test, DATA[:, [0, 1]])
+    for columns, count in (([0, 1, 2], "3 columns"), ([0], "1 column,")):
+        path = table(tmp_path / "n.npy", columns)
+        refused(lambda path=path: scored(data, path), DataError, [path, count, "samples of 2", "data.columns"])
+    path = table(tmp_path / "o.csv", [0, 2])
+    refused(lambda: scored(data, path), ConfigError, [path, "'b'"])
+
+
+def test_names_that_come_twice_select_by_position(tmp_path: Path, refused: Refused) -> None:
+    path = table(tmp_path / "t.csv", [0, 1, 2], "a,a,b")
+    for columns, expected in ((None, [0, 1, 2]), ([2, 1], [2, 1])):
+        data = ArrayData(path, columns=columns)
+        np.testing.assert_array_equal(scored(data, path, columns=columns).test, DATA[:, expected])
+    data = ArrayData(path)
+    # in another order nothing says which is which
+    other = table(tmp_path / "o.csv", [2, 0, 1], "b,a,a")
+    refused(lambda: scored(data, other), DataError, [other, "'b', 'a', 'a'", "data.columns"])
+    # by the names where they say it
+    data = ArrayData(table(tmp_path / "u.csv", [0, 1]))
+    np.testing.assert_array_equal(
+        scored(data, table(tmp_path / "v.csv", [1, 2, 3, 0], "b,c,c,a")).test, DATA[:, [0, 1]]
+    )
+
+
+LABELS: list[tuple[Any, list[int], str, list[int], Any]] = [
+    # label and columns in training; the new file, its columns, those of them that are samples, and whether labels
+    (4, [0, 1, 2, 3, 4], "csv", [0, 1, 2, 3], True),
+    (4, [0, 1, 2, 3, 4], "npy", [0, 1, 2, 3], True),
+    (4, [4, 0, 3, 2, 1], "csv", [0, 1, 2, 3], True),
+    ("y", [4, 0, 3, 2, 1], "csv", [0, 1, 2, 3], True),
+    (-1, [4, 0, 3, 2, 1], "csv", [0, 1, 2, 3], True),
+    (4, [0, 1, 2, 3], "npy", [0, 1, 2, 3], False),
+    (4, [3, 0, 2, 1], "csv", [0, 1, 2, 3], False),
+    ("y", [0, 1, 2, 3], "npy", [0, 1, 2, 3], False),
+]
+
+
+@pytest.mark.parametrize(("label", "columns", "ending", "expected", "labelled"), LABELS, ids=str)
+def test_labels_are_found_by_their_training_name(
+    tmp_path: Path, label: Any, columns: list[int], ending: str, expected: list[int], labelled: bool
+) -> None:
+    data = ArrayData(table(tmp_path / "t.csv", list(range(5))), label=label)
+    assert data.samples.label == "y"
+    rows = scored(data, table(tmp_path / f"n.{ending}", columns), label=label)
+    np.testing.assert_array_equal(rows.test, DATA[:, expected])
+    assert (rows.test_labels is not None) == labelled
+    if rows.test_labels is not None:
+        np.testing.assert_array_equal(rows.test_labels, DATA[:, 4])
+
+
+def test_label_column_before_the_data_columns(tmp_path: Path) -> None:
+    data = ArrayData(table(tmp_path / "t.npy", [4, 0, 1]), label=0)
+    same = scored(data, table(tmp_path / "same.npy", [4, 0, 1]), label=0)
+    np.testing.assert_array_equal(same.test, DATA[:, [0, 1]])
+    assert same.test_labels is not None
+    bare = scored(data, table(tmp_path / "bare.npy", [0, 1]), label=0)
+    np.testing.assert_array_equal(bare.test, DATA[:, [0, 1]])
+    assert bare.test_labels is None
+
+
+def test_held_out_files_with_other_labels_are_refused(tmp_path: Path, refused: Refused) -> None:
+    path, other = table(tmp_path / "t.csv", [0, 1, 4]), table(tmp_path / "o.csv", [0, 1, 4], "a,b,kind")
+    refused(lambda: ArrayData(path, label=2, test_path=other), DataError, [other, "'kind'", "'y'"])
+    assert ArrayData(path, label=2, test_path=table(tmp_path / "same.csv", [0, 1, 4])).classes == 2
+
+
+def test_key_is_refused_unless_the_file_is_an_archive(tmp_path: Path, refused: Refused) -> None:
+    np.savez(tmp_path / "many.npz", train=DATA[:, :2], other=DATA[:, 1:3])
+    np.savez(tmp_path / "one.npz", DATA[:, :2])
+    np.savez(tmp_path / "two.npz", x=DATA[:, :2], z=DATA[:, :2])
+    half = npy(tmp_path / "f16.npy", DATA[:, :2].astype(np.float16))
+    data = ArrayData(str(tmp_path / "many.npz"), key="train", test_path=half)
+    assert len(data.test) == len(DATA)
+    for name, expected in (("many.npz", DATA[:, :2]), ("one.npz", DATA[:, :2]), ("f16.npy", np.load(half))):
+        np.testing.assert_array_equal(scored(data, str(tmp_path / name), key="train").test, expected)
+    for name, given, kind in (
+        ("two.npz", {}, ConfigError),
+        ("one.npz", {"asked": {"key"}}, ConfigError),
+        ("f16.npy", {"asked": {"key"}}, ConfigError),
+    ):
+        kinds: type[FlowtrainError] = kind
+        refused(
+            lambda name=name, given=given: scored(data, str(tmp_path / name), key="train", **given),
+            kinds,
+            ["train", name],
+        )
+
+
+def test_numeric_headers_are_matched_by_name(tmp_path: Path) -> None:
+    path = table(tmp_path / "t.csv", [0, 1], "2019,2020")
+    data = ArrayData(path, header=True)
+    assert data.columns == ("2019", "2020")
+    # not asked for, it is the new file's names that tell; one without is read by position
+    for name, names in (("same.csv", "2019,2020"), ("turned.csv", "2020,2019")):
+        columns = [0, 1] if name == "same.csv" else [1, 0]
+        rows = scored(data, table(tmp_path / name, columns, names), header=True)
+        np.testing.assert_array_equal(rows.test, DATA[:, [0, 1]])
+    bare = tmp_path / "bare.csv"
+    np.savetxt(bare, DATA[:, :2], delimiter=",", fmt="%.9g")
+    np.testing.assert_array_equal(scored(data, str(bare), header=True).test, DATA[:, [0, 1]])
+
+
+def test_pandas_index_is_not_a_data_column(tmp_path: Path) -> None:
+    with_index = np.column_stack([np.arange(60), DATA[:, :2]])
+    names = tmp_path / "t.csv"
+    written(names, ",0,1", with_index)
+    data = ArrayData(str(names))
+    assert data.columns == ("0", "1")
+    plain = ArrayData(npy(tmp_path / "t.npy", DATA[:, :2]))
+    for trained_on in (data, plain):
+        for path in (str(names), str(tmp_path / "t.npy")):
+            np.testing.assert_array_equal(scored(trained_on, path).test, DATA[:, :2])
+
+
+def test_idx_in_a_file_name_does_not_make_an_idx_file(tmp_path: Path) -> None:
+    data = ArrayData(table(tmp_path / "t.npy", [0, 1]))
+    np.testing.assert_array_equal(scored(data, table(tmp_path / "my-idx.csv", [0, 1])).test, DATA[:, :2])
+
+
+def test_images_are_read_whatever_columns_were_chosen(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 9, (50, 13)).astype(float)
+    values[:, 12] = np.arange(50) % 3
+    path = npy(tmp_path / "t.npy", values)
+    read: dict[str, Any] = {"columns": ["0:12"], "label": 12}
+    data = ArrayData(path, event_shape=[1, 3, 4], levels=9, **read)
+    assert scored(data, path, **read).test_labels is not None
+    for shape in ((50, 12), (50, 3, 4), (50, 1, 3, 4)):
+        images = npy(tmp_path / "i.npy", values[:, :12].reshape(shape))
+        rows = scored(data, images, **read)
+        np.testing.assert_array_equal(rows.test.flatten(1), values[:, :12])
+        assert rows.test_labels is None
+
+
+# The commands
+
+
+def test_the_commands_score_the_columns_of_training(trained: Train, evaluated: Evaluate, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal([0.0, 100.0], [1.0, 10.0], (400, 2))
+    path = npy(tmp_path / "perm.npy", rows)
+    run_dir = trained("data=array", f"data.path={path}", "data.columns=[1,0]")
+    gaussian = 0.5 * np.log(np.linalg.det(2 * np.pi * np.e * np.cov(rows.T)))
+    found = evaluated(run_dir, f"data.path={path}", f"ood={path}", name="eval-perm.json")
+    assert found["nll"] == pytest.approx(gaussian, abs=0.05)
+    assert found["ood"]["auroc"] == pytest.approx(0.5)
+
+
+def test_the_commands_take_a_file_without_the_key_of_the_archive(
+    run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate
+) -> None:
+    np.savez(tmp_path / "many.npz", train=DATA[:, :2], labels=DATA[:, 4])
+    half = npy(tmp_path / "f16.npy", DATA[:50, :2].astype(np.float16))
+    run_dir = trained("data=array", "data.path=many.npz", "data.key=train")
+    assert evaluated(run_dir, f"data.path={half}", f"ood={half}", name="eval-f16.json")["n"] == 50
+    assert evaluated(run_dir, f"data.path={half}", "split=test", name="eval-f16-test.json")["n"] == 5
+    code, _, err = run("floweval", f"ckpt={run_dir}", f"data.path={half}", "data.key=train")
+    assert (code, "data.key=train" in err) == (2, True)
+
+
+def test_runs_of_older_versions_read_their_files_unchanged(
+    run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate
+) -> None:
+    """They kept the index of pandas, and float32 of columns with a large mean."""
+    rows = np.column_stack([np.arange(60), 3e4 + DATA[:, 0], DATA[:, 1]])
+    path = written(tmp_path / "t.csv", ",a,b", rows)
+    run_dir = Path(trained("data=array", f"data.path={path}", "data.columns=[0:3]", "data.center=false"))
+    nll = evaluated(str(run_dir))["nll"]
+    for name in ("best", "last"):
+        file = run_dir / f"checkpoints/{name}.pt"
+        saved = checkpoint.load(file)
+        new = {"header", "decimal", "center"}
+        data = {k: v for k, v in saved["config"]["data"].items() if k not in new} | {"columns": None}
+        samples = {k: v for k, v in saved["samples"].items() if k not in ("label", "centered")}
+        checkpoint.save(file, {**saved, "config": {**saved["config"], "data": data}, "samples": samples})
+    assert evaluated(str(run_dir))["nll"] == nll
+    assert evaluated(str(run_dir), "split=all", "data.header=true", name="eval-all.json")["n"] == 60
+    (run_dir / "result.json").unlink()
+    code, _, err = run("flowtrain", f"resume={run_dir}", "trainer.steps=6")
+    assert code == 0, err
+    assert flowtrain.load(run_dir).event_shape == (3,)
+
+
+# The files that were reported
+
+CASES = {
+    "dup_names.csv": (60, 2),
+    "dataframe.csv": (200, 2),
+    "pipe.csv": (60, 3),
+    "ws_decimal_comma.txt": (60, 2),
+    "comments_top.csv": (60, 2),
+    "quoted_thousands.csv": (60, 2),
+    "tab.tsv": (60, 2),
+    "plain.csv.gz": (60, 2),
+    "unix.csv": (60, 2),
+    "utm.npy": (2000, 2),
+    "f16.npy": (3000, 2),
+    "../earth/flood.csv": (4875, 2),
+    "../earth/volerup.csv": (827, 2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reported_files_are_scored(name: str, real: Callable[..., list[str]]) -> None:
+    (path,) = real(f"cases/{name}")
+    data = ArrayData(path)
+    rows = scored(data, path)
+    assert rows.test.shape == CASES[name]
+    assert data.n_train is not None
+    assert data.n_train + len(data.val) + len(data.test) == len(rows.test)
+    if name.endswith(".gz"):
+        assert gzip.decompress(Path(path).read_bytes()).count(b"\n") == 61
+    assert bool(torch.isfinite(rows.test).all())

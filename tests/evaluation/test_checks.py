@@ -1,0 +1,169 @@
+"""The checks of an evaluation: each finds its own cause, and none passes what it has not seen."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections.base import Bijection, Chain
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.linear import Affine, InvertibleLinear
+from flowtrain.bijections.scale import Logit
+from flowtrain.evaluation import checks as checks_module
+from flowtrain.evaluation.checks import checks as all_checks
+from flowtrain.evaluation.checks import (
+    drawn_from,
+    jacobians,
+    of_kl,
+    of_log_det,
+    of_mass,
+    of_round_trip,
+    of_samples,
+    reference,
+)
+from flowtrain.evaluation.error_budget import budget, subset_of
+from flowtrain.evaluation.log_likelihood import log_probs
+from flowtrain.flow import Flow
+from flowtrain.models.glow import glow
+from flowtrain.models.realnvp import realnvp
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.ode import ode_solver
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4, 4)])
+def test_jacobians_are_those_of_the_inverse(shape: tuple[int, ...]) -> None:
+    flow = realnvp(shape) if len(shape) == 1 else glow(shape)
+    for p in flow.parameters():
+        nn.init.normal_(p, std=0.2)
+    flow.eval()
+    x = torch.randn(3, *shape)
+    found = jacobians(flow, x, None)
+    d = math.prod(shape)
+    for i in range(3):
+        expected = torch.autograd.functional.jacobian(lambda one: flow.inverse(one[None])[0], x[i]).view(d, d)
+        torch.testing.assert_close(found[i], expected)
+
+
+class Broken(Bijection):
+    """x = 2 z, with what is wrong left to the caller: factors of forward, of the two log-determinants."""
+
+    def __init__(self, forward: float = 2.0, up: float = 1.0, down: float = 1.0) -> None:
+        super().__init__()
+        self.factor, self.up, self.down = forward, up, down
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.factor * z, (self.up * z.shape[1] * math.log(2)) * z.new_ones(len(z))
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x / 2, (-self.down * x.shape[1] * math.log(2)) * x.new_ones(len(x))
+
+
+@pytest.mark.parametrize(
+    ("broken", "trips"),
+    [
+        (Broken(), set()),
+        (Broken(forward=2.2), {"round trip", "own samples"}),
+        (Broken(up=1.01), {"own samples"}),
+        (Broken(down=1.01), {"mass", "log-det", "own samples"}),
+        (Broken(up=1.01, down=1.01), {"mass", "log-det"}),
+    ],
+)
+def test_each_check_finds_its_own_cause(broken: Broken, trips: set[str]) -> None:
+    assert failing(Flow((2,), Chain([broken, Affine(2)])), torch.randn(100, 2)) == trips
+
+
+class Collapsed(Bijection):
+    """Forgets the second column."""
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z, z.new_zeros(len(z))
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x * torch.tensor([1.0, 0.0]), x.new_zeros(len(x))
+
+
+class HalfFolded(Bijection):
+    """z = |x|: on data that are all positive, forward undoes it."""
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z.abs(), z.new_zeros(len(z))
+
+    inverse = forward
+
+
+class WrongBase(Flow):
+    """Leaves the constant of the normal density out."""
+
+    def base_log_prob(self, z: Tensor) -> Tensor:
+        return -0.5 * z.flatten(1).square().sum(1)
+
+
+def failing(flow: Flow, x: Tensor) -> set[str]:
+    flow.eval()
+    exact, subset = reference(flow), subset_of(flow, x, None)
+    drawn = drawn_from(exact)
+    found = [of_mass(exact), of_log_det(exact, subset), of_round_trip(exact, subset, drawn), of_samples(exact, drawn)]
+    return {check.name for check in found if check is not None and check.passed is False}
+
+
+def test_mass_check_fails_for_a_flow_that_is_right_only_on_the_data() -> None:
+    x = torch.randn(200, 3)
+    assert failing(Flow((3,), Chain([Affine(3)])), x) == set()
+    assert "log-det" in failing(Flow((2,), Chain([Collapsed()])), x[:, :2])
+    assert "round trip" in failing(Flow((3,), Chain([HalfFolded()])), x.abs())
+    assert failing(WrongBase((3,), Chain([Affine(3)])), x) == {"own samples"}
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1000.0, 0.0), (1.0, 500.0), (1e-6, 0.0)])
+def test_round_trip_sees_one_bad_column_beside_others_of_any_scale(scale: float, offset: float) -> None:
+    class SecondFolded(Bijection):
+        def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return torch.stack([z[:, 0], z[:, 1].abs()], 1), z.new_zeros(len(z))
+
+        inverse = forward
+
+    x = torch.randn(200, 2) * torch.tensor([scale, 1.0]) + torch.tensor([offset, 0.0])
+    assert "round trip" in failing(Flow((2,), Chain([SecondFolded()])), x)
+
+
+def test_whole_numbers_in_a_range_are_not_integrated() -> None:
+    """Some of the mass of x + u lies beyond the range, and log p is not to be had there."""
+    flow = Flow((2,), Chain([Affine(2), Logit(4, 0.05)]), integer_valued=True, levels=4).eval()
+    assert of_mass(reference(flow)) is None
+    assert failing(flow, torch.randint(0, 4, (100, 2))) == set()
+
+
+class Stiff(nn.Module):
+    """A field with a jump, which no tolerance can be held on."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return 3 * torch.sign((40 * x).sin())
+
+
+def test_unsolvable_check_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks_module, "MAX_NFE", 300)
+    flow = Flow((2,), Chain([Continuous(Stiff(), ode_solver("rk4", steps=4), TraceRule())])).eval()
+    subset = subset_of(flow, torch.randn(100, 2), None)
+    log_p = log_probs(flow, subset.x)
+    parts = budget(flow, subset, log_p, draws=1)
+    found = {check.name: check for check in all_checks(flow, subset, parts, log_p, (None, None))}
+    assert found["log-det"].passed is None
+    assert "could not be solved" in str(found["log-det"].message)
+    assert found["solver"].passed is False
+    # fixed steps have no estimate of their own
+    assert parts.embedded is None
+
+
+def test_kl_may_be_negative_within_its_error_only() -> None:
+    assert of_kl((None, None)) is None
+    passed = [of_kl(kl).passed for kl in ((-0.02, 0.01), (-0.04, 0.01), (0.5, 0.01))]  # type: ignore[union-attr]
+    assert passed == [True, False, True]
+
+
+def test_determinants_are_right_on_several_threads() -> None:
+    """Where torch's own of a batch of such matrices are not."""
+    flow = Flow((180,), InvertibleLinear(180)).eval()
+    torch.set_num_threads(2)
+    check = of_log_det(reference(flow), subset_of(flow, torch.randn(60, 180), None))
+    assert check.passed, check.message

@@ -1,0 +1,78 @@
+"""The mass of a density by quadrature, thin, far and scattered ones among them."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowtrain.evaluation.checks import left_after, mass
+
+
+def gaussian_log_prob(x: Tensor) -> Tensor:
+    return -x.square().sum(1) / 2 - x.shape[1] * math.log(2 * math.pi) / 2
+
+
+@pytest.mark.parametrize("d", [1, 2])
+@pytest.mark.parametrize("factor", [1.0, 0.9])
+def test_mass_of_a_gaussian(d: int, factor: float) -> None:
+    found = mass(lambda x: gaussian_log_prob(x) + math.log(factor), torch.randn(2000, d))
+    assert found.value == pytest.approx(factor, abs=1e-5)
+    assert abs(found.value - factor) < found.error + 1e-5
+
+
+def test_mass_of_thin_rings_and_of_far_outliers() -> None:
+    """p of a ring with sigma 0.03 at radius 2, int_0^oo r exp(-(r - 2)^2 / 2 s^2) dr = 2 s sqrt(2 pi) for s << 2."""
+    s = 0.03
+    constant = math.log(2 * math.pi * 2 * s * math.sqrt(2 * math.pi))
+    angle, radius = 2 * math.pi * torch.rand(2000), 2 + s * torch.randn(2000)
+    samples = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+    found = mass(lambda x: -((x.norm(dim=1) - 2) ** 2) / (2 * s * s) - constant, samples)
+    assert found.value == pytest.approx(1, abs=1e-3)
+    # one sample in a thousand comes from a Gaussian a hundred times as wide
+    samples = torch.randn(2000, 2)
+    samples[::1000] *= 100
+
+    def log_prob(x: Tensor) -> Tensor:
+        wide = gaussian_log_prob(x / 100) - 2 * math.log(100)
+        return torch.logaddexp(gaussian_log_prob(x) + math.log(0.999), wide + math.log(0.001))
+
+    assert mass(log_prob, samples).value == pytest.approx(1, abs=1e-3)
+
+
+def of_modes(means: Tensor, std: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """An even mixture of round Gaussians on the plane, and samples of it."""
+
+    def log_prob(x: Tensor) -> Tensor:
+        u = (x.unsqueeze(1) - means) / std.unsqueeze(-1)
+        return (-u.square().sum(-1) / 2 - 2 * std.log() - math.log(2 * math.pi * len(means))).logsumexp(1)
+
+    which = torch.randint(len(means), (2000,))
+    return log_prob, means[which] + std[which].unsqueeze(1) * torch.randn(2000, 2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mass_of_modes_that_fall_between_the_first_nodes(seed: int) -> None:
+    """A grid that is refined only where it has found mass would never see them, and believe itself."""
+    torch.manual_seed(seed)
+    side = 4 * torch.arange(-2.0, 3.0)
+    cases = [
+        (torch.cartesian_prod(side, side), torch.full((25,), 0.03)),
+        (2 * torch.randn(6, 2), 0.02 + 0.15 * torch.rand(6)),
+        (3 * torch.randn(3, 2), torch.full((3,), 0.01)),
+    ]
+    for means, std in cases:
+        found = mass(*of_modes(means, std))
+        # what cannot be resolved is not claimed to be
+        assert found.value == pytest.approx(1, abs=max(1e-3, 10 * found.error))
+        assert found.points < 120_000
+
+
+def test_remaining_error_is_extrapolated_from_doublings() -> None:
+    # of first and second order what is left is the last change, and a third of it
+    assert left_after([0.2, 0.1, 0.05]) == pytest.approx(0.05)
+    assert left_after([0.4, 0.1]) == pytest.approx(0.1 / 3)
+    assert left_after([0.01, 0.0001]) == pytest.approx(1e-6, rel=0.02)
+    assert left_after([0.1, 0.2]) == 0.2
+    assert left_after([0.0]) == 0.0

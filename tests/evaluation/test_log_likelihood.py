@@ -1,0 +1,88 @@
+"""log p of whole numbers, averaged over draws of the noise; rows that cannot be solved."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections.base import Chain
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.scale import Logit
+from flowtrain.evaluation.log_likelihood import bound_of_estimates, log_probs, log_probs_and_latents
+from flowtrain.flow import Flow
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.ode import ode_solver
+from flowtrain.utils.errors import SolverError
+
+
+class Linear(nn.Module):
+    """v = A x, whose estimated trace e^T A e has the variance of the sum over i < j of (a_ij + a_ji)^2."""
+
+    def __init__(self, a: Tensor) -> None:
+        super().__init__()
+        self.a = nn.Parameter(a)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return x @ self.a.T
+
+
+def test_an_estimated_trace_never_looks_like_a_better_likelihood() -> None:
+    """Averaged inside the log like the other noise, that of the trace would read as 1.5 nats more."""
+    a = torch.diag(torch.tensor([0.3, -0.2, 0.1, 0.4])) + 0.5 * (torch.ones(4, 4) - torch.eye(4))
+    x = torch.tensor([[3, 4, 4, 3]]).expand(3000, 4)
+
+    def scores(evaluate: str, draws: int) -> Tensor:
+        field = Continuous(Linear(a), ode_solver("dopri5", rtol=1e-6), TraceRule("exact", evaluate))
+        flow = Flow((4,), Chain([field, Logit(8, 0.05)]), integer_valued=True, levels=8).eval()
+        return log_probs(flow, x, draws=draws)
+
+    for draws in (1, 8):
+        exact, estimated = scores("exact", draws), scores("hutchinson", draws)
+        assert estimated.std() > 1.5 > 2 * exact.std()
+        gap, error = (estimated.mean() - exact.mean()).item(), estimated.std().item() / 3000**0.5
+        # one linear map has the same trace at every x, and the bound is tight
+        assert abs(gap) < 4 * error
+    assert scores("exact", 8).mean() > scores("exact", 1).mean()
+
+
+def test_bound_of_estimates_is_below_the_exact_log_density() -> None:
+    log_p = torch.randn(5, 7)
+    exact = log_p.exp().mean(0).log()
+    torch.testing.assert_close(bound_of_estimates(log_p, log_p), exact)
+    # shifts in common, as probes in common make them, come out in the mean
+    torch.testing.assert_close(bound_of_estimates(log_p + 3, log_p - 3), exact)
+    noisy = [log_p.unsqueeze(1) + torch.randn(5, 20_000, 7) for _ in range(2)]
+    found = bound_of_estimates(*(one.flatten(1) for one in noisy)).view(20_000, 7).mean(0)
+    naive = noisy[0].exp().mean(0).log().mean(0)
+    assert (naive > exact + 0.1).all()
+    assert (found < exact).all()
+    # no worse than one draw, whose mean is that of log p
+    assert (found > log_p.mean(0) - 0.5).all()
+
+
+class Hole(nn.Module):
+    """A field without values for points beyond 50."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.scale * torch.where(x.abs().amax(1, keepdim=True) > 50, torch.nan, x)
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_rows_that_cannot_be_solved_leave_the_others_their_scores(trace: str) -> None:
+    field = Continuous(Hole(), ode_solver("dopri5", rtol=1e-6), TraceRule("exact", trace))
+    flow = Flow((2,), Chain([field])).eval()
+    x = torch.randn(40, 2)
+    expected = log_probs(flow, x)
+    x[[3, 30]] = 100.0
+    with pytest.raises(SolverError):
+        log_probs(flow, x)
+    found, z = log_probs_and_latents(flow, x, batch_size=25, unsolved=2)
+    assert (~found.isfinite()).nonzero().flatten().tolist() == [3, 30]
+    assert z.isnan().any(1).nonzero().flatten().tolist() == [3, 30]
+    kept = found.isfinite()
+    torch.testing.assert_close(found[kept], expected[kept], atol=1e-4, rtol=0)
+    with pytest.raises(SolverError):
+        log_probs_and_latents(flow, x, unsolved=1)

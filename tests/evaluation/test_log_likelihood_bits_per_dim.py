@@ -1,0 +1,198 @@
+"""Bits per dimension of whole numbers by hand, their dequantization and their range."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections.base import Bijection, Chain
+from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.scale import Logit, dequantize
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.data.base import Dataset
+from flowtrain.evaluation import evaluate
+from flowtrain.evaluation.log_likelihood import log_probs
+from flowtrain.flow import Flow
+from flowtrain.runs.build import build_flow
+from flowtrain.utils.errors import ConfigError, DataError
+
+SHAPE = (1, 4, 4)
+
+
+class Bytes(Dataset):
+    """Images whose pixels are 0 half of the time, labelled by their first pixel."""
+
+    integer_valued, levels, classes = True, 256, 2
+
+    def __init__(self, shape: tuple[int, ...] = SHAPE, n: int = 40) -> None:
+        self.event_shape = shape
+        self.val, self.test = self.train_batch(0, n, 1), self.train_batch(0, n, 2)
+        self.val_labels, self.test_labels = ((x.flatten(1)[:, 0] > 0).long() for x in (self.val, self.test))
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * seed + step)
+        x = torch.randint(0, 512, (batch_size, *self.event_shape), generator=generator)
+        return torch.where(x < 256, x, 0).to(torch.uint8)
+
+
+def integer_flow(bijection: Bijection, shape: tuple[int, ...] = SHAPE, **rest: Any) -> Flow:
+    return Flow(shape, bijection, integer_valued=True, levels=256, **rest).eval()
+
+
+# Bits per dimension
+
+
+def test_bits_per_dim_of_a_case_computed_by_hand() -> None:
+    """One pixel of 0 dequantized to 0.5, logit with alpha = 0.05, standard normal: every step in plain arithmetic."""
+    flow = integer_flow(Logit(256, 0.05), (1, 1, 1))
+    p = 0.05 + 0.9 * 0.5 / 256
+    z = math.log(p / (1 - p))
+    log_p = -0.5 * z * z - 0.5 * math.log(2 * math.pi) + math.log(0.9 / 256) - math.log(p) - math.log(1 - p)
+    found = flow.log_prob(torch.full((1, 1, 1, 1), 0.5))
+    assert found.item() == pytest.approx(log_p, abs=1e-12)
+    assert flow.bits_per_nat == pytest.approx(1 / math.log(2))
+    assert -flow.bits_per_nat * found.item() == pytest.approx(11.229193, abs=1e-6)
+
+
+def test_a_uniform_image_costs_the_bits_of_its_levels() -> None:
+    """x + u uniform on [0, 256): its density is 1/256 and so 8 bits a pixel; here through the logistic base."""
+
+    class ToLogistic(Bijection):
+        """From a standard normal to a standard logistic, by their distribution functions."""
+
+        def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            raise NotImplementedError
+
+        def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            z = math.sqrt(2) * torch.erfinv(2 * torch.sigmoid(x) - 1)
+            logistic = -x - 2 * nn.functional.softplus(-x)
+            return z, (logistic + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+    flow = integer_flow(Chain([ToLogistic(), Affine(16), Logit(256, 1e-9)]))
+    x = torch.randint(20, 235, (50, *SHAPE))
+    bits = -flow.bits_per_nat * flow.log_prob(x)  # type: ignore[operator]
+    torch.testing.assert_close(bits, torch.full((50,), 8.0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("model", ["realnvp", "glow", "ffjord"])
+def test_untrained_bits_per_dim_match_an_independent_calculation(model: str) -> None:
+    """Untrained flows without data-dependent scales carry the logit of the data to a standard normal base."""
+    data = Bytes()
+    own = {"realnvp": ["model.actnorm=false"], "glow": ["model.scales=1"], "ffjord": []}
+    keys = [f"model={model}", "model.hidden=[4]", *own[model]]
+    flow = build_flow(compose_defaults(keys), data.samples).double().eval()
+    result = evaluate(flow, data)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        noisy = (data.test.double() + torch.rand(data.test.shape)).numpy()
+    p = data.alpha + (1 - 2 * data.alpha) * noisy / 256
+    z, slope = np.log(p) - np.log1p(-p), (1 - 2 * data.alpha) / 256 / (p * (1 - p))
+    log_p = -0.5 * z**2 - 0.5 * np.log(2 * np.pi) + np.log(slope)
+    # a rotation of the channels, which Glow begins with, leaves a standard normal as it is
+    assert result.bits_per_dim == pytest.approx(-log_p.mean() / np.log(2), rel=1e-6)
+    assert result.nll == pytest.approx(-log_p.sum((1, 2, 3)).mean(), rel=1e-6)
+
+
+def test_bits_per_dim_of_an_affine_flow_match_the_gaussian_of_the_logits() -> None:
+    data = Bytes()
+    flow = integer_flow(Chain([Affine(16), Logit(256, 1e-3)]))
+    flow.bijection.initialize(dequantize(data.train_batch(0, 2000, 3), torch.zeros(())))
+    x = dequantize(data.test, torch.zeros(()))
+    p = 1e-3 + (1 - 2e-3) * x.flatten(1) / 256
+    affine = flow.bijection.bijections[0]  # type: ignore[index]
+    gaussian = torch.distributions.MultivariateNormal(affine.mean, scale_tril=affine.factor())
+    slope = (1 - 2e-3) / 256 / (p * (1 - p))
+    torch.testing.assert_close(flow.log_prob(x), gaussian.log_prob(torch.logit(p)) + slope.log().sum(1))
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e-3, 0.05, 0.4])
+def test_logit_is_accurate_in_float32(alpha: float) -> None:
+    x = torch.cat([torch.linspace(0, 256, 400), torch.tensor([1e-6, 1e-3, 255.999])]).float().double().view(-1, 1, 1, 1)
+    wide, narrow = Logit(256, alpha).inverse(x), Logit(256, alpha).inverse(x.float())
+    for a, b in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-6)
+    back, log_det = Logit(256, alpha).forward(wide[0].float())
+    torch.testing.assert_close(back.double(), x, rtol=3e-6, atol=1e-4)
+    torch.testing.assert_close(log_det.double(), -wide[1], rtol=3e-6, atol=3e-6)
+
+
+# Whole numbers
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e-2])
+def test_far_latents_stay_finite_in_float32(alpha: float) -> None:
+    """Rounded to float32, a far latent is the edge itself, and nothing beyond it may be made of that."""
+    torch.set_default_dtype(torch.float32)
+    logit = Logit(256, alpha).eval()
+    far = torch.tensor([[-200.0, -60.0, -30.0, 30.0, 60.0, 200.0]])
+    z, log_det = logit.inverse(logit.forward(far)[0])
+    assert torch.isfinite(z).all()
+    assert torch.isfinite(log_det).all()
+    assert (z.sign() == far.sign()).all()
+
+
+def test_only_integers_are_dequantized() -> None:
+    flow = integer_flow(Logit(256, 0.05))
+    x = Bytes().test
+    assert not torch.equal(flow.log_prob(x), flow.log_prob(x))
+    noisy = flow.dequantized(x)
+    assert torch.equal(flow.dequantized(noisy), noisy)
+    assert torch.equal(noisy.floor(), x.double())
+    assert torch.equal(flow.quantized(noisy), x)
+    u = noisy - x
+    assert abs(u.mean() - 0.5) < 5 * (12 * u.numel()) ** -0.5
+    # integers that no flow was told of are numbers like any other
+    plain = Flow((2,), Affine(2))
+    whole = torch.tensor([[1, 2]])
+    assert torch.equal(plain.log_prob(whole), plain.log_prob(whole.double()))
+
+
+def test_noise_never_reaches_the_next_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = float(np.nextafter(np.float32(1), np.float32(0)))
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, largest))
+    x = torch.tensor([-300, -1, 0, 1, 16, 255, 60_000])
+    assert torch.equal(dequantize(x, torch.zeros((), dtype=torch.float32)).floor().long(), x)
+
+
+def test_samples_are_quantized_into_their_range() -> None:
+    flow = integer_flow(Logit(256, 0.05))
+    x = torch.tensor([-3.0, -0.1, 0.0, 0.99, 255.5, 256.0, 300.0]).view(-1, 1, 1, 1)
+    assert flow.quantized(x).flatten().tolist() == [0, 0, 0, 0, 255, 255, 255]
+    assert flow.quantized(x).dtype == torch.uint8
+    counts = Flow((1,), Affine(1), integer_valued=True)
+    assert counts.quantized(torch.tensor([-1.5, 300.2])).tolist() == [-2, 300]
+
+
+def test_more_dequantization_samples_tighten_the_bound() -> None:
+    """log 1/K sum p(x + u_k) against its definition, and its mean rising towards log P(x)."""
+    data = Bytes((1, 1, 1), n=400)
+    flow = integer_flow(Logit(256, 1e-4), (1, 1, 1))
+    means = []
+    for draws in (1, 4, 64):
+        result = evaluate(flow, data, dequantization_samples=draws)
+        assert result.dequantization_samples == draws
+        means.append(result.nll)
+    assert means[0] > means[1] > means[2]
+    # P(x) is the integral of the density over the pixel's unit interval
+    edges = 1e-4 + (1 - 2e-4) * torch.arange(257, dtype=torch.float64) / 256
+    cdf = torch.special.ndtr(torch.logit(edges))
+    exact = -(cdf[1:] - cdf[:-1])[data.test.long()].log().mean().item()
+    assert exact < means[2] < exact + 0.1 * (means[0] - exact)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        each = torch.stack([flow.log_prob(data.test) for _ in range(4)])
+    torch.testing.assert_close(log_probs(flow, data.test, draws=4), each.exp().mean(0).log())
+
+
+def test_evaluation_refuses_data_of_another_kind() -> None:
+    flow = Flow(SHAPE, Affine(16)).eval()
+    with pytest.raises(DataError, match="0 to 255"):
+        evaluate(flow, Bytes())
+    data = Bytes()
+    data.test = data.test.double()
+    data.integer_valued, data.levels = False, None  # type: ignore[misc, assignment]
+    with pytest.raises(ConfigError, match="dequantization_samples=2"):
+        evaluate(flow, data, dequantization_samples=2)

@@ -1,0 +1,26 @@
+"""What tests import by name: types, classes and parameters, which fixtures cannot provide at import time.
+
+Everything else that tests share is a fixture in a conftest.py.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flowtrain.cli import evaluate, sample, train
+from flowtrain.training.trainer import Trainer
+
+COMMANDS = {"flowtrain": train.main, "floweval": evaluate.main, "flowsample": sample.main}
+
+# types of the fixtures that are factories: see tests/conftest.py
+Run = Callable[..., tuple[int, str, str]]
+Train = Callable[..., str]
+Evaluate = Callable[..., dict[str, Any]]
+Refused = Callable[..., str]
+Compose = Callable[..., dict[str, Any]]
+MakeTrainer = Callable[..., Trainer]
+ReadRows = Callable[[Path], list[dict[str, Any]]]
+
+# overrides for a run of a few steps, and for a small FFJORD
+SMALL = ["trainer.steps=4", "trainer.batch_size=16", "trainer.plot_every=null", "data.n_val=20", "data.n_test=50"]
+TINY = ["model.hidden=[8]", "solver.rtol=1e-3"]

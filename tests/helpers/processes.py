@@ -1,0 +1,185 @@
+"""Functions that tests run in other processes, which import them by name.
+
+Two ranks of data-parallel training record what they find (`everything`), and a process holds a run directory (`hold`).
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.data.base import Dataset
+from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
+from flowtrain.runs.lock import holding
+from flowtrain.training.trainer import Trainer
+from flowtrain.training.update import averaged
+from flowtrain.utils import ranks
+from flowtrain.utils.errors import FlowtrainError, SolverError
+
+SMALL = ["trainer.batch_size=17", "trainer.val_every=10", "trainer.log_every=1", "data.n_val=21", "data.n_test=20"]
+SMALL += ["trainer.steps=20"]
+REALNVP = ["model=realnvp", "model.layers=2", "model.hidden=[8]"]
+FFJORD = ["model=ffjord", "model.hidden=[8]"]
+TIGHT = ["solver.rtol=1e-10", "solver.warmup=0", "solver.control=all"]
+# equal to one process in float64: every kind of gradient, parts, averages, labels, clipping
+EQUAL = {
+    "realnvp": [*REALNVP, "trainer.clip_norm=0.5", "trainer.ema=0.9"],
+    "parts": [*REALNVP, "trainer.accumulate=3"],
+    "direct": [*FFJORD, "solver.gradient=direct", *TIGHT],
+    "replay": [*FFJORD, "solver.gradient=replay", *TIGHT],
+    "fixed": [*FFJORD, "solver=rk4", "solver.steps=4", "trainer.guard_every=5"],
+    "plateau": ["model=affine", "trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1", "trainer.lr=1.0"],
+}
+IMAGES = ["model.hidden=[4]", "model.scales=1", "trainer.lr=0.01"]
+EQUAL |= {"images": ["model=realnvp", *IMAGES], "glow": ["model=glow", "model.steps=2", *IMAGES]}
+# flow matching never uses the ActNorm of the pixels, which decay would shrink if it had a gradient
+UNUSED = ["model=ffjord", "model.hidden=[4]", "model.scales=0", "objective=flow_matching", "trainer.weight_decay=0.1"]
+POLICIES = ("stop", "skip", "rewind")
+
+
+class Images(Dataset):
+    """Grey images of real numbers, so that no noise is drawn; their convolutions keep channels last."""
+
+    event_shape = (1, 4, 4)
+
+    def __init__(self) -> None:
+        self.val = self.test = self.train_batch(-1, 21, 0)
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step + 2)
+        return torch.randn(batch_size, 1, 4, 4, generator=generator, dtype=torch.float64).cumsum(-1)
+
+
+class Poisoned(Dataset):
+    """A row of the second rank's share is not finite at one step."""
+
+    event_shape = (2,)
+
+    def __init__(self, bad_step: int, times: int = 9) -> None:
+        self.val = self.test = torch.randn(20, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        self.bad_step, self.times = bad_step, times
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        x = torch.randn(batch_size, 2, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        if step == self.bad_step and self.times > 0:
+            self.times -= 1
+            x[-1, 0] = torch.nan
+        return x
+
+
+def trainer_of(
+    run_dir: Path, overrides: list[str], saved: dict[str, Any] | None = None, data: Dataset | None = None
+) -> Trainer:
+    """The trainer that `flowtrain` would build, with `data` in place of the configured data if given."""
+    config = compose_defaults(overrides)
+    torch.manual_seed(config["seed"])
+    data = data or build_data(config)
+    flow = build_flow(config, data.samples)
+    return Trainer(build_objective(config, flow), flow, data, build_settings(config), run_dir, config, saved)
+
+
+DATA: dict[str, Dataset] = {"images": Images(), "glow": Images()}
+
+
+def trainer(
+    run_dir: Path, *overrides: str, data: Dataset | None = None, saved: dict[str, Any] | None = None
+) -> Trainer:
+    return trainer_of(run_dir, [*SMALL, *overrides], saved, data)
+
+
+def ended(run: Trainer) -> dict[str, Any]:
+    """How a run ended: the error, and what it holds."""
+    error = None
+    try:
+        run.fit()
+    except FlowtrainError as e:
+        error = (type(e).__name__, str(e))
+    ema = {} if run.learner.ema is None else {f"ema.{k}": v for k, v in run.learner.ema.shadow.items()}
+    return {
+        "error": error, "step": run.step, "signal": run.signal, "stopped_by": run.stopped_by, "best": run.best,
+        "rows": [{k: v for k, v in row.items() if "seconds" not in k} for row in run.metrics.rows],
+        "state": {k: v.clone() for k, v in {**run.flow.state_dict(), **ema}.items()},
+    }  # fmt: skip
+
+
+def everything(rank: int, size: int, folder: Path) -> None:
+    """All that is asked of two ranks, in one start of them."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    logging.getLogger("flowtrain").setLevel(logging.CRITICAL)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    found: dict[str, Any] = {}
+    for name, overrides in EQUAL.items():
+        found[name] = ended(trainer(folder / name, *overrides, data=DATA.get(name)))
+    for policy in POLICIES:
+        data = Poisoned(5, times=1 if rank == 1 and policy == "rewind" else 9)
+        keys = [*REALNVP, "trainer.val_every=4", f"trainer.on_nonfinite={policy}"]
+        found[policy] = ended(trainer(folder / policy, *keys, data=data))
+    found["unsolved"] = ended(_unsolved(folder / "unsolved", rank))
+    found["signal"] = ended(_signalled(folder / "signal", rank))
+    keys = [*REALNVP, "model.batch_norm=true", "trainer.on_nonfinite=skip"]
+    found["norm"] = ended(trainer(folder / "norm", *keys, data=Poisoned(5)))
+    found["unused"] = unused(folder / "unused")
+    found["partly"] = _partly(rank)
+    found["agreed"] = [
+        str(ranks.gather_errors(SolverError("stiff") if rank == 1 else None)),
+        ranks.gather_errors(None), ranks.summed([1.0, rank]), ranks.largest([rank, -rank]),
+        ranks.broadcast_object(("of", rank)), ranks.all_gather(rank), [ranks.share(n) for n in (1, 2, 5)],
+    ]  # fmt: skip
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def unused(run_dir: Path) -> dict[str, Any]:
+    """How a run ends in which some parameters get no gradient, and which those are."""
+    run = trainer(run_dir, *UNUSED, data=Images())
+    begun = {name: p.detach().clone() for name, p in run.flow.named_parameters()}
+    found = ended(run)
+    return {**found, "begun": begun, "without": [n for n, p in run.flow.named_parameters() if p.grad is None]}
+
+
+def _partly(rank: int) -> list[list[float] | None]:
+    """Gradients once averaged, of parameters that one rank, both and none have a gradient of."""
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    for p in parameters[rank:2]:
+        p.grad = torch.full((2,), 4.0)
+    averaged(parameters, {"loss": torch.tensor(1.0)}, 0.5)
+    return [None if p.grad is None else p.grad.tolist() for p in parameters]
+
+
+def _unsolved(run_dir: Path, rank: int) -> Trainer:
+    """A solve that fails on the second rank alone, in the way back."""
+    run = trainer(run_dir, *FFJORD, "solver=rk4", "solver.steps=2")
+    take = run.update.backward
+
+    def backward(x: Tensor, label: Tensor | None) -> dict[str, Tensor]:
+        terms = take(x, label)
+        if rank == 1 and run.step == 6:
+            raise SolverError("the field is too stiff.")
+        return terms
+
+    run.update.backward = backward  # type: ignore[method-assign]
+    return run
+
+
+def _signalled(run_dir: Path, rank: int) -> Trainer:
+    """A signal that reaches the second rank alone."""
+    run = trainer(run_dir, "model=affine")
+    check_for_stop = run.check_for_stop
+    run.check_for_stop = lambda received, out_of_time: check_for_stop(
+        15 if rank == 1 and run.step == 7 else received, out_of_time
+    )  # type: ignore[method-assign]
+    return run
+
+
+def hold(run_dir: Path, ready: Any, leave: Any) -> None:
+    """Holds a run directory until `leave` is set."""
+    with holding(run_dir):
+        ready.set()
+        leave.wait(60)

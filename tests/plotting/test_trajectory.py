@@ -1,0 +1,148 @@
+"""The way from base to data: its ends are the flow's, its densities and velocities those of its own states."""
+
+import math
+
+import pytest
+import torch
+from helpers.flows import IMAGES, VECTORS, images, vectors
+from torch import Tensor
+
+from flowtrain.bijections.stages import between, innermost, stages
+from flowtrain.plotting.trajectory import Moment, Trajectory, eased
+from flowtrain.utils.errors import FlowtrainError
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_trajectory_starts_at_the_base_and_ends_at_the_data(name: str) -> None:
+    flow = vectors(name)
+    way, z = Trajectory(flow, 5), torch.randn(7, 2)
+    with torch.no_grad():
+        x = way.states(z)
+        assert len(x) == len(way.moments) >= 5
+        torch.testing.assert_close(x[0], way.frame.map_forward(z))
+        torch.testing.assert_close(x[-1], flow(z), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(way.log_density(x[-1], way.moments[-1]), flow.log_prob(x[-1]))
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_form_from_noise_to_samples(name: str) -> None:
+    flow = images(name)
+    way, z = Trajectory(flow, 4), torch.randn(3, 1, 4, 4)
+    with torch.no_grad():
+        x = way.states(z)
+        torch.testing.assert_close(x[-1], flow(z), rtol=1e-5, atol=1e-5)
+        assert float((x[0] - x[-1]).abs().max()) > 0.1
+        # of the logit, by its alpha
+        assert float((x - 8).abs().max()) < 8.001
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_densities_are_those_of_the_states(name: str) -> None:
+    """log p_t(x_t) = log p0(z) - log|det dx_t/dz|, the Jacobian by autograd."""
+    flow = vectors(name)
+    way, z = Trajectory(flow, 7), torch.randn(4, 2)
+    exact = way.exact(7)
+    assert len(exact) >= 2
+    jacobian = torch.func.vmap(torch.func.jacfwd(lambda row: way.states(row[None])[:, 0]))
+    if flow.ode_blocks:
+        jacobian = _by_rows(way)
+    found = jacobian(z)
+    with torch.no_grad():
+        states = way.states(z)
+    for moment in exact:
+        k = way.moments.index(moment)
+        expected = flow.base_log_prob(z) - torch.linalg.slogdet(found[:, k])[1]
+        torch.testing.assert_close(way.log_density(states[k], moment), expected, rtol=1e-5, atol=1e-5)
+
+
+def _by_rows(way: Trajectory):  # type: ignore[no-untyped-def]
+    # a solver looks at its values, which functional transforms do not allow
+    def rows(z: Tensor) -> Tensor:
+        return torch.stack([torch.autograd.functional.jacobian(lambda r: way.states(r[None])[:, 0], row) for row in z])
+
+    return rows
+
+
+@pytest.mark.parametrize("name", ["realnvp", "glow"])
+def test_between_steps_densities_fade_and_stay_densities(name: str) -> None:
+    flow = vectors(name, standardized=False)
+    way = Trajectory(flow, 12)
+    moment = next(m for m in way.moments if m.part)
+    line = torch.linspace(-12, 12, 600)
+    grid = torch.cartesian_prod(line, line)
+    with torch.no_grad():
+        p, before, after = (
+            way.log_density(grid, m).exp() for m in (moment, Moment(moment.step, 0), Moment(moment.step + 1, 0))
+        )
+    weight = eased(moment.part)
+    torch.testing.assert_close(p, (1 - weight) * before + weight * after)
+    assert float(p.sum() * (line[1] - line[0]) ** 2) == pytest.approx(1, abs=1e-3)
+    assert moment not in way.exact(12)
+
+
+@pytest.mark.parametrize("name", ["ffjord", "two ffjords"])
+def test_velocities_are_the_slopes_of_the_states(name: str) -> None:
+    flow = vectors(name)
+    z = torch.randn(5, 2)
+    with torch.no_grad():
+        way = Trajectory(flow, 101)
+        n = len(way.steps)
+        x = way.states(z)[28:33]
+        # to the fourth order
+        slope = (x[0] - 8 * x[1] + 8 * x[3] - x[4]) / 12 * 100 / n
+        v = way.velocity(x[2], way.moments[30])
+    assert v is not None
+    torch.testing.assert_close(v, slope, rtol=1e-5, atol=1e-5)
+
+
+def test_a_coupling_has_no_velocity() -> None:
+    way = Trajectory(vectors("realnvp"), 4)
+    assert way.velocity(torch.randn(3, 2), way.moments[1]) is None
+    assert not way.is_continuous
+    with pytest.raises(TypeError, match="has no time"):
+        between(innermost(stages(vectors("affine").bijection)[0]), 0.0, 0.5)
+
+
+def test_a_conditional_flow_goes_the_way_of_its_label() -> None:
+    flow = vectors("ffjord", classes=3)
+    way, z, label = Trajectory(flow, 3), torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        x = way.states(z, label)
+        torch.testing.assert_close(x[-1], flow(z, label), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(way.log_density(x[-1], way.moments[-1], label), flow.log_prob(x[-1], label))
+
+
+def test_moments_are_even_and_named() -> None:
+    way = Trajectory(vectors("ffjord"), 5)
+    assert [way.name(m) for m in way.moments] == ["t = 0.00", "t = 0.25", "t = 0.50", "t = 0.75", "t = 1.00"]
+    two = Trajectory(vectors("two ffjords"), 5)
+    assert [two.name(m) for m in two.moments][1::3] == ["flow 1 of 2, t = 0.50", "flow 2 of 2, t = 1.00"]
+    couplings = Trajectory(vectors("realnvp"), 5)
+    # one after each of three steps, and halves
+    assert [sum(m) for m in couplings.moments] == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, 3])
+    assert [couplings.name(m) for m in couplings.exact(9)] == [f"{i} of 3 steps" for i in range(4)]
+    assert len(couplings.exact(2)) == 2
+    with pytest.raises(FlowtrainError, match="at least two"):
+        Trajectory(vectors("affine"), 1)
+
+
+def test_frames_give_the_units_of_the_data() -> None:
+    flow = vectors("ffjord")
+    way = Trajectory(flow, 2)
+    z = torch.randn(20_000, 2)
+    with torch.no_grad():
+        x = way.states(z)[0]
+    assert x.std(0).tolist() == pytest.approx([2.0, 0.5], rel=0.03)
+    with torch.no_grad():
+        at_mean = way.log_density(torch.tensor([[1.0, -3.0]]), way.moments[0])
+    assert float(at_mean) == pytest.approx(-math.log(2 * math.pi) - math.log(2.0 * 0.5))
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_fixed_steps_end_at_the_samples_of_the_flow(steps: int) -> None:
+    """Whatever the moments: each is solved from where its part of the flow begins, not from one to the next."""
+    flow = vectors("ffjord", solver=["solver=euler", f"solver.steps={steps}"])
+    z = torch.randn(6, 2)
+    with torch.no_grad():
+        for moments in (4, 21):
+            torch.testing.assert_close(Trajectory(flow, moments).states(z)[-1], flow(z))

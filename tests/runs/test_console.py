@@ -1,0 +1,82 @@
+"""What a run says on a terminal, and what elsewhere."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import SMALL, TINY, Run
+from helpers.files import Terminal
+
+from flowtrain.runs.console import shortest
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+def on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    terminal = Terminal()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        code, _, _ = run("flowtrain", *SMALL, *TINY, "hydra.run.dir=r", *arguments)
+    assert code == 0
+    return terminal.screen()
+
+
+def test_run_prints_nothing_without_a_terminal(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("flowtrain", *SMALL, *TINY, "hydra.run.dir=r")
+    assert (code, out, err) == (0, f"{tmp_path}/r\n", "")
+    log = (tmp_path / "r/flowtrain.log").read_text()
+    assert "ffjord on moons" in log
+    assert "floweval ckpt=r report=true" in log
+
+
+def test_terminal_shows_a_banner_and_a_summary(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = on_a_terminal(run, monkeypatch)
+    begins = said.index("flowtrain: ffjord on moons")
+    # a name that the table at the end has too is the banner's first
+    named = dict(reversed(re.findall(r"^ +(\w[\w ]*?)  (.+)$", said, re.MULTILINE)))
+    assert begins == 0
+    assert ("ffjord" in named["model"], "72" in named["model"]) == (True, True)
+    assert re.findall(r"moons|[\d.]+", named["data"]) == ["moons", "2", "2.3939", "20", "50"]
+    assert named["solver"].startswith("dopri5, rtol 0.001, atol 0.001")
+    assert re.findall(r"adam|cosine|[\d.]+", named["training"]) == ["4", "16", "adam", "0.015", "cosine", "0"]
+    assert re.findall(r"cpu|\d+", named["device"]) == ["cpu", "1"]
+    assert named["run"] == "r"
+    # the bar, the table, what to type
+    assert re.search(r"4/4 \[.*nll=\d\.\d+, nfe=\d+", said)
+    assert named["NLL"].endswith("nats (solver " + named["NLL"].partition("(solver ")[2])
+    assert re.match(r"in \d+\.\d s, best at step \d of 4", named["trained"])
+    assert named["next"] == "floweval ckpt=r report=true"
+    assert "flowsample ckpt=r animate=true" in said
+
+
+def test_resumed_run_names_its_starting_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_terminal(run, monkeypatch)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run("flowtrain", "resume=r", "trainer.steps=6")
+    assert re.search(r"\b6\b.*\b16\b.*step 4\b", terminal.screen())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model=realnvp", "model.hidden=[4]"], ["none: closed form"]),
+        (["solver=rk4", "solver.steps=4", "model.hidden=[4]"], ["rk4, steps of 0.25"]),
+        (["regularizer=rnode", "model.hidden=[4]"], ["likelihood, regularizer rnode"]),
+    ],
+)
+def test_banner_names_each_part(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+) -> None:
+    terminal = Terminal()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        run("flowtrain", *SMALL, *arguments)
+    assert [w for w in words if w not in terminal.screen()] == []
+
+
+def test_paths_are_as_short_as_they_can_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shortest(tmp_path / "a/b") == Path("a/b")
+    assert shortest(Path("/elsewhere")) == Path("/elsewhere")

@@ -1,0 +1,41 @@
+"""The package finds its configs wherever it is installed from."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from flowtrain.utils.files import config_dir, config_groups
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_config_groups_are_found() -> None:
+    assert {"model", "data", "solver", "trainer", "objective", "experiment"} <= set(config_groups())
+
+
+def test_a_wheel_from_an_sdist_runs(tmp_path: Path) -> None:
+    if not (ROOT / "pyproject.toml").exists():
+        pytest.skip("not in a checkout")
+    build = "import sys; from hatchling.build import build_sdist, build_wheel; print(eval(sys.argv[1])(sys.argv[2]))"
+
+    def make(kind: str, cwd: Path) -> Path:
+        done = subprocess.run(
+            [sys.executable, "-c", build, kind, str(tmp_path)], cwd=cwd, check=True, capture_output=True, text=True
+        )
+        return tmp_path / done.stdout.split()[-1]
+
+    sdist = make("build_sdist", ROOT)
+    subprocess.run(["tar", "xzf", sdist, "-C", tmp_path], check=True)
+    wheel = make("build_wheel", tmp_path / sdist.name.removesuffix(".tar.gz"))
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    assert (site / "flowtrain/configs/config.yaml").exists()
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); import flowtrain.utils.files as p; print(p.config_dir())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert Path(done.stdout.strip()) == site / "flowtrain/configs"
+    assert {p.name for p in config_dir().rglob("*.yaml")} == {
+        p.name for p in (site / "flowtrain/configs").rglob("*.yaml")
+    }

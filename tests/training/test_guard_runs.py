@@ -1,0 +1,143 @@
+"""Training under the guard: nothing changes unasked, and what was tightened stays so."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Compose, MakeTrainer
+
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.overrides import overridden
+from flowtrain.runs import run as runs
+from flowtrain.training import checkpoint, guard
+from flowtrain.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+def rows(run: Trainer) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in run.metrics.rows]
+
+
+SHORT = ["trainer.steps=10", "trainer.val_every=4", "trainer.log_every=1", "model.trace=hutchinson"]
+
+
+def test_passing_guard_does_not_change_training(
+    tmp_path: Path, guarded_trainer: MakeTrainer, guarded_config: Compose
+) -> None:
+    ends = []
+    for every in ("null", "2"):
+        run = guarded_trainer(
+            tmp_path / every, guarded_config(*SHORT, "solver.rtol=1e-3", f"trainer.guard_every={every}")
+        )
+        run.fit()
+        ends.append((rows(run), run.flow.state_dict()))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(value, ends[1][1][key]) for key, value in ends[0][1].items())
+
+
+def tightens_first(monkeypatch: pytest.MonkeyPatch, run: Trainer, until: int) -> None:
+    """At its checks up to the step `until`, the field passes for one that exploits the solver, once a check."""
+    judged: set[int] = set()
+
+    def judge(*log_ps: Any) -> bool:
+        again = run.step in judged
+        judged.add(run.step)
+        return run.step < until and not again
+
+    monkeypatch.setattr(guard, "exploited", judge)
+
+
+ADAPTIVE = ["solver.rtol=1e-4", "solver.train_rtol=1e-1", "solver.warmup=8", "solver.warmup_rtol=3e-1"]
+FIXED = ["solver=midpoint", "solver.step_size=0.5"]
+
+
+@pytest.mark.parametrize("solver", [ADAPTIVE, FIXED], ids=["adaptive", "fixed"])
+@pytest.mark.parametrize("stop", [3, 7])
+def test_resume_is_exact_after_a_tightening(
+    solver: list[str],
+    stop: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    guarded_config: Compose,
+    guarded_trainer: MakeTrainer,
+    stop_at: Callable[..., None],
+) -> None:
+    config = guarded_config(*SHORT, *solver, "trainer.guard_every=2", "trainer.ema=0.9")
+    whole = guarded_trainer(tmp_path / "whole", config)
+    tightens_first(monkeypatch, whole, 2)
+    whole.fit()
+    first = guarded_trainer(tmp_path / "parts", config)
+    tightens_first(monkeypatch, first, 2)
+    stop_at(first, stop)
+    first.fit()
+    saved = checkpoint.load(tmp_path / "parts/checkpoints/last.pt")
+    assert saved["guard"]["tightenings"] == 1
+    # as the command line goes on: from the checkpoint's config
+    second = guarded_trainer(tmp_path / "parts", overridden(saved["config"], []), saved)
+    tightens_first(monkeypatch, second, 2)
+    second.fit()
+    assert [row for row in rows(second) if row["split"] == "train" or row["step"] != stop] == rows(whole)
+    for key, value in whole.flow.state_dict().items():
+        assert torch.equal(value, second.flow.state_dict()[key]), key
+    assert whole.best == second.best
+    assert second.flow.solver is not None
+    assert second.flow.solver.step_size == (0.25 if solver is FIXED else None)
+    if solver is ADAPTIVE:
+        rtols = [row["rtol"] for row in rows(whole) if row["split"] == "train"]
+        assert rtols[1] == pytest.approx(10 * 3 ** (1 / 8) * rtols[2])
+        assert rtols[-1] == pytest.approx(1e-2)
+
+
+def test_a_smaller_step_size_reaches_the_checkpoints_and_a_new_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded_config: Compose, guarded_trainer: MakeTrainer
+) -> None:
+    config = guarded_config(*SHORT, *FIXED, "trainer.guard_every=5")
+    run = guarded_trainer(tmp_path, config)
+    tightens_first(monkeypatch, run, 6)
+    validate, seen = run.validate, []
+
+    def watched() -> None:
+        seen.append(run.best)
+        validate()
+
+    run.validate = watched  # type: ignore[method-assign]
+    run.fit()
+    # validated at steps 4, 8 and 10; tightened at 5, the best of step 4 counts no more
+    assert [best and best["step"] for best in seen][:2] == [None, None]
+    for name in ("best", "last"):
+        assert checkpoint.load(tmp_path / f"checkpoints/{name}.pt")["config"]["solver"]["step_size"] == 0.25
+    assert config["solver"]["step_size"] == 0.5
+
+
+def test_the_result_is_scored_with_the_smaller_step_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded_config: Compose
+) -> None:
+    answers = iter([True, False])
+    monkeypatch.setattr(guard, "exploited", lambda *log_ps: next(answers))
+    monkeypatch.setattr(runs.pictures, "draw", lambda *arguments: None)
+    runs.train(guarded_config(*FIXED, "trainer.steps=2", "trainer.guard_every=2"), tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["solver"]["step_size"] == 0.25
+
+
+def test_checkpoints_from_before_the_guard_go_on(
+    tmp_path: Path, guarded_trainer: MakeTrainer, guarded_config: Compose
+) -> None:
+    guarded_trainer(tmp_path, guarded_config(*SHORT, "trainer.steps=2")).fit()
+    saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
+    del saved["guard"], saved["config"]["trainer"]["guard_every"], saved["config"]["solver"]["train_rtol"]
+    saved["config"]["trainer"]["steps"] = 3
+    run = guarded_trainer(tmp_path, saved["config"], saved)
+    run.fit()
+    assert run.step == 3
+
+
+def test_flows_without_ode_have_no_guard(tmp_path: Path, guarded_trainer: MakeTrainer) -> None:
+    config = compose_defaults(["model=affine", *SHORT[:3], "trainer.guard_every=1", "data.n_val=20"])
+    run = guarded_trainer(tmp_path, config)
+    run.fit()
+    assert run.learner.guard is None
+    assert checkpoint.load(tmp_path / "checkpoints/last.pt")["guard"] is None

@@ -1,0 +1,153 @@
+"""logger=[jsonl,tensorboard]: resumed, killed or rewound, a run is shown once and whole."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Run
+
+from flowtrain.training import checkpoint, tensorboard
+from flowtrain.training.checkpoint_manager import CheckpointManager
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils.errors import NonFiniteError
+
+EventAccumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+LOGGER = "logger=[jsonl,tensorboard]"
+SMALL = [
+    "model=affine", "trainer.steps=6", "trainer.batch_size=16", "trainer.log_every=1", "trainer.val_every=2",
+    "trainer.plot_every=2", "data.n_val=32", "data.n_test=32",
+]  # fmt: skip
+
+
+def wall_time(run_dir: Path, step: int) -> float:
+    read = EventAccumulator(str(run_dir / "tensorboard"))
+    read.Reload()
+    return next(float(e.wall_time) for e in read.Scalars("train/nll") if e.step == step)
+
+
+def begin_and_stop(
+    stop_at: Callable[..., None], run: Run, monkeypatch: pytest.MonkeyPatch, step: int, *keys: str
+) -> None:
+    begin = Trainer.__init__
+
+    def stopping(self: Trainer, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **named)
+        stop_at(self, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "__init__", stopping)
+        code, _, err = run("flowtrain", *keys)
+        assert code == 0, err
+
+
+def test_resumed_run_shows_no_entry_twice(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    written: Callable[..., Any],
+    shown: Callable[..., Any],
+    drawn: Callable[..., Any],
+    stop_at: Callable[..., None],
+) -> None:
+    begin_and_stop(stop_at, run, monkeypatch, 3, *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
+    assert shown(tmp_path / "r")[0] == written(tmp_path / "r")
+    begun = wall_time(tmp_path / "r", 1)
+    # with a smaller learning rate, so that no number comes out as before
+    assert run("flowtrain", f"resume={tmp_path}/r", "trainer.lr=1e-4")[0] == 0
+    scalars, images = shown(tmp_path / "r")
+    assert scalars == written(tmp_path / "r")
+    assert [step for name, step in scalars if name == "train/nll"] == [1, 2, 3, 4, 5, 6]
+    assert [step for name, step in scalars if name == "test/nll"] == [6]
+    assert images == drawn(tmp_path / "r", 6)
+    assert wall_time(tmp_path / "r", 1) == begun
+    # ended already, it is evaluated anew
+    assert run("flowtrain", f"resume={tmp_path}/r")[0] == 0
+    assert shown(tmp_path / "r")[0] == written(tmp_path / "r")
+    assert shown(tmp_path / "r")[1] == drawn(tmp_path / "r", 6)
+
+
+def test_entries_after_the_checkpoint_of_a_killed_run_are_dropped(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shown: Callable[..., Any],
+    written: Callable[..., Any],
+    stop_at: Callable[..., None],
+) -> None:
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        # before the validation of its last step is part of a checkpoint
+        save = CheckpointManager.last
+        patched.setattr(CheckpointManager, "last", lambda self: killed() if self.progress.step == 6 else save(self))
+        assert run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")[0] == 130
+    assert ("val/nll", 6) in shown(tmp_path / "r")[0]
+    begun = (tmp_path / "r/tensorboard/events.out.tfevents.000000").stat().st_size
+    # torn by the kill
+    os.truncate(tmp_path / "r/tensorboard/events.out.tfevents.000000", begun - 3)
+    begin_and_stop(stop_at, run, monkeypatch, 5, f"resume={tmp_path}/r", "trainer.lr=1e-4")
+    scalars, _ = shown(tmp_path / "r")
+    assert scalars == written(tmp_path / "r")
+    assert max(step for _, step in scalars) == 5
+
+
+def test_entries_of_rewound_steps_are_dropped(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shown: Callable[..., Any],
+    written: Callable[..., Any],
+    drawn: Callable[..., Any],
+) -> None:
+    take, failures = Trainer.train_step, [5]
+
+    def failing(self: Trainer) -> dict[str, Any]:
+        if self.step in failures:
+            failures.remove(self.step)
+            raise NonFiniteError("one that will not come again.")
+        return take(self)
+
+    monkeypatch.setattr(Trainer, "train_step", failing)
+    keys = [*SMALL, "trainer.val_every=4", "trainer.on_nonfinite=rewind", LOGGER]
+    purged: list[int] = []
+    purge = tensorboard.Board.back_to
+    monkeypatch.setattr(tensorboard.Board, "back_to", lambda self, step: (purged.append(step), purge(self, step)))
+    code, _, err = run("flowtrain", *keys, f"hydra.run.dir={tmp_path}/r")
+    assert code == 0, err
+    assert purged == [4]
+    scalars, images = shown(tmp_path / "r")
+    assert scalars == written(tmp_path / "r")
+    assert [step for name, step in scalars if name == "train/nll"] == [1, 2, 3, 4, 5, 6]
+    assert images == drawn(tmp_path / "r", 6)
+
+
+def test_older_run_is_shown_from_its_first_step(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shown: Callable[..., Any],
+    written: Callable[..., Any],
+    drawn: Callable[..., Any],
+    stop_at: Callable[..., None],
+) -> None:
+    begin_and_stop(stop_at, run, monkeypatch, 3, *SMALL, f"hydra.run.dir={tmp_path}/r")
+    # by a flowtrain without loggers
+    for path in (tmp_path / "r/checkpoints").glob("*.pt"):
+        saved = checkpoint.load(path)
+        assert saved["config"].pop("logger") == ["jsonl"]
+        checkpoint.save(path, saved)
+    assert run("floweval", f"ckpt={tmp_path}/r")[0] == 0
+    code, _, err = run("floweval", f"ckpt={tmp_path}/r", LOGGER)
+    assert (code, "logger" in err) == (2, True)
+    begin_and_stop(stop_at, run, monkeypatch, 4, f"resume={tmp_path}/r")
+    assert not (tmp_path / "r/tensorboard").exists()
+    code, _, err = run("flowtrain", f"resume={tmp_path}/r", LOGGER)
+    assert code == 0, err
+    scalars, images = shown(tmp_path / "r")
+    assert scalars == written(tmp_path / "r")
+    assert ("train/nll", 1) in scalars
+    assert images == drawn(tmp_path / "r", 6)
+    assert checkpoint.load(tmp_path / "r/checkpoints/last.pt")["config"]["logger"] == ["jsonl", "tensorboard"]

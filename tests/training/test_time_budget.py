@@ -1,0 +1,340 @@
+"""Time: schedules that end within a limit, and a budget for the whole command. The clock is a pretended one."""
+
+import itertools
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import SMALL, MakeTrainer, ReadRows, Run
+
+from flowtrain.bijections.linear import Affine
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.overrides import overridden
+from flowtrain.data.base import Dataset
+from flowtrain.flow import Flow
+from flowtrain.training import checkpoint, time_budget
+from flowtrain.training import trainer as loop
+from flowtrain.training.progress import Progress
+from flowtrain.training.schedules import ScheduleClock
+from flowtrain.training.time_budget import TimeBudget
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils import status
+
+pytestmark = pytest.mark.usefixtures("heard", "float32")
+
+
+class Clock:
+    """A clock that goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return 1e6
+
+    def per_step(self, run: Trainer, seconds: float) -> None:
+        take = run.train_step
+
+        def train_step() -> dict[str, Any]:
+            self.now += seconds
+            return take()
+
+        run.train_step = train_step  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(loop, "time", found)
+    monkeypatch.setattr(time_budget, "time", found)
+    return found
+
+
+def trained(rows: ReadRows, run_dir: Path, key: str) -> list[Any]:
+    return [row[key] for row in rows(run_dir) if row["split"] == "train"]
+
+
+AFFINE = ["model=affine", "trainer.lr=0.01", "trainer.lr_warmup=0", "trainer.val_every=500"]
+
+
+def test_schedule_position_without_time_limit_is_the_step() -> None:
+    p = Progress()
+    pace = ScheduleClock(p, 100, 0)
+    pace.begin()
+    for p.step in range(1, 101):
+        assert pace.reached(1e6, None) == p.step
+        pace.advance(p.step, 1e6)
+        assert pace.at(p.step) == p.step
+
+
+@pytest.mark.parametrize("change", [0, 40])
+def test_a_run_that_ends_within_its_limit_is_left_alone(change: int) -> None:
+    """Whatever the first tenth of the time went into."""
+    p = Progress()
+    pace = ScheduleClock(p, 100, change)
+    pace.begin()
+    for p.step in range(1, 101):
+        elapsed = (4 if p.step > 1 else 3) + 0.8 * p.step
+        position = pace.reached(elapsed, 200.0 if change else 100.0)
+        assert position == p.step
+        assert not pace.advance(position, elapsed)
+
+
+def test_schedules_end_within_the_time_limit(
+    pretended: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
+) -> None:
+    keys = [*AFFINE, "trainer.steps=1000", "trainer.time_limit=40"]
+    run = trainer(tmp_path / "cut", *keys)
+    pretended.per_step(run, 1.0)
+    run.fit()
+    assert (run.step, run.stopped_by) == (40, "time limit")
+    lr = trained(rows, tmp_path / "cut", "lr")
+    assert lr == sorted(lr, reverse=True)
+    assert lr[3] > 0.0099
+    assert 0.004 < lr[22] < 0.006
+    # smoothly to 0
+    assert lr[-1] < 0.0001
+    assert max(a - b for a, b in itertools.pairwise(lr)) < 0.0006
+    # batches and noise are those of the steps
+    whole = trainer(tmp_path / "whole", *keys[:-1], "trainer.steps=40")
+    assert torch.equal(whole.update.batches.of(7).x, run.update.batches.of(7).x)
+
+
+def test_the_tolerance_gets_tight_within_the_time_limit(
+    pretended: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
+) -> None:
+    keys = ["model=ffjord", "model.hidden=[4]", "trainer.steps=1000", "trainer.time_limit=12", "trainer.val_every=500"]
+    run = trainer(tmp_path, *keys)
+    pretended.per_step(run, 1.0)
+    run.fit()
+    rtol = trained(rows, tmp_path, "rtol")
+    assert rtol == sorted(rtol, reverse=True)
+    assert rtol[0] == pytest.approx(1e-3, rel=0.02)
+    assert rtol[-2:] == pytest.approx([1e-5, 1e-5])
+
+
+def test_ranks_agree_on_the_schedule_position(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trainer: MakeTrainer
+) -> None:
+    """The largest of all ranks': here, another rank is 50 steps ahead."""
+    run = trainer(tmp_path, *AFFINE, "trainer.steps=100", "trainer.time_limit=1000")
+    monkeypatch.setattr(loop.ranks, "largest", lambda values: [*values[:2], values[2] + 50])
+    run.progress.step = 1
+    run.check_for_stop(None, False)
+    assert run.pace.at(1) == 51
+    assert run.learner.rate(1) == pytest.approx(run.learner.lr.at(51))
+
+
+def test_an_interrupted_run_goes_on_from_its_position(
+    pretended: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
+) -> None:
+    keys = [*AFFINE, "trainer.steps=1000", "trainer.time_limit=40"]
+    first = trainer(tmp_path, *keys)
+    pretended.per_step(first, 1.0)
+    take = first.train_step
+
+    def signalled() -> dict[str, Any]:
+        if first.step == 21:
+            first.stopped_by, first.signal = "SIGTERM", 15
+        return take()
+
+    first.train_step = signalled  # type: ignore[method-assign]
+    first.fit()
+    saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
+    assert saved["step"] == 22
+    assert 450 < saved["position"] < 550
+    second = trainer(tmp_path, *keys, saved=saved)
+    pretended.per_step(second, 1.0)
+    second.fit()
+    lr = trained(rows, tmp_path, "lr")
+    assert (second.step, len(lr)) == (62, 62)
+    assert lr == sorted(lr, reverse=True)
+    assert lr[22] == pytest.approx(lr[21], rel=0.1)
+    assert lr[-1] < 0.0001
+    # what a limit has ended begins again at its step, as the rest of its steps would have it
+    ended = checkpoint.load(tmp_path / "checkpoints/last.pt")
+    assert ended["position"] == 1000
+    third = trainer(tmp_path, *keys, saved=ended)
+    third.pace.begin()
+    assert third.learner.rate(62) == pytest.approx(third.learner.lr.at(62))
+
+
+def test_the_likelihood_has_half_of_the_time(
+    pretended: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
+) -> None:
+    keys = ["model=ffjord", "model.hidden=[4]", "objective=hybrid", "objective.matching=900", "solver.rtol=1e-2"]
+    keys += ["trainer.steps=1000", "trainer.val_every=500", "trainer.log_every=1", "trainer.batch_size=16"]
+    keys += ["trainer.lr_warmup=0", "trainer.time_limit=20"]
+    run = trainer(tmp_path, *keys)
+    pretended.per_step(run, 1.0)
+    run.fit()
+    assert run.step == 20
+    nll = trained(rows, tmp_path, "nll")
+    assert [n is None for n in nll] == [True] * 10 + [False] * 10
+    assert trained(rows, tmp_path, "lr")[10] == pytest.approx(run.settings.lr)
+    assert trained(rows, tmp_path, "lr")[-1] < 0.1 * run.settings.lr
+    saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
+    assert saved["config"]["objective"]["matching"] == 10
+    again = trainer(tmp_path, *keys[:3], *keys[4:], "objective.matching=10", saved=saved)
+    assert again.learner.solves_from == 10
+    assert run.flow.solver is not None
+    assert again.flow.solver is not None
+    assert again.flow.solver.warmup == run.flow.solver.warmup == round(990 * 2 / 3)
+
+
+# the budget of a command
+
+
+class Many(Dataset):
+    """A test set in the order of its values."""
+
+    event_shape = (2,)
+
+    def __init__(self, n: int) -> None:
+        self.val = torch.randn(50, 2)
+        self.test = torch.arange(2.0 * n).view(n, 2)
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> torch.Tensor:
+        return torch.randn(batch_size, 2)
+
+
+def limited(pretended: Clock, seconds: float, row_seconds: float, n: int = 10_000) -> TimeBudget:
+    found = TimeBudget(seconds, pretended.now - 5, Flow((2,), Affine(2)), Many(n))
+    found.row_seconds = row_seconds
+    return found
+
+
+def test_training_leaves_time_for_the_evaluation(pretended: Clock) -> None:
+    cheap, dear = limited(pretended, 100, 1e-6), limited(pretended, 100, 1e-3)
+    assert 90 < cheap.for_training < cheap.left == 95
+    assert dear.end == pytest.approx(dear.left - dear.for_training)
+    # all test rows, a validation, what is checked, and a picture
+    assert dear.end > 10
+    assert dear.evaluated(dear.room) == (10_000, True)
+    # the checks go first
+    assert limited(pretended, 100, 3.3e-3).evaluated(50.0) == (10_000, False)
+    # what it reserves does not shrink as time goes by
+    before = dear.end
+    pretended.now += 40
+    assert dear.end == before
+    assert dear.left == 55
+
+
+def test_test_rows_are_never_reduced_silently(pretended: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    enough = limited(pretended, 100, 1e-4)
+    data, thorough = enough.tested()
+    assert data is enough.data
+    assert thorough
+    assert not caplog.records
+    short = limited(pretended, 100, 0.01)
+    fewer, thorough = short.tested()
+    assert not thorough
+    n = len(fewer.test)
+    assert 200 <= n < 10_000
+    assert 0.01 * n < short.left
+    # evenly spread
+    assert torch.equal(fewer.test[[0, -1]], short.data.test[[0, -1]])
+    assert len(short.data.test) == 10_000
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert str(n) in record.getMessage()
+    assert "10000" in record.getMessage()
+
+
+def test_validations_take_fewer_rows_where_they_would_take_too_long(pretended: Clock) -> None:
+    found = limited(pretended, 100, 1e-3)
+    found.data.val = torch.randn(100_000, 2)
+    n = found.val_rows(None)
+    assert n is not None
+    assert 1e-3 * n <= 0.05 * found.left
+    assert found.val_rows(300) == 300
+    assert limited(pretended, 100, 1e-6).val_rows(None) is None
+
+
+def test_pictures_are_left_out_where_no_time_is_left(pretended: Clock) -> None:
+    found = limited(pretended, 100, 1e-5)
+    assert found.has_time_for("samples")
+    pretended.now += 95
+    assert not found.has_time_for("samples")
+
+
+def test_a_budget_ends_training_in_time(pretended: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
+    run = trainer(tmp_path, *AFFINE, "trainer.steps=100000")
+    run.deadline = TimeBudget(60, pretended.now - 10, run.flow, run.data)
+    pretended.per_step(run, 0.5)
+    run.fit()
+    assert run.stopped_by == "time limit"
+    assert 3 < run.deadline.left < 4.5
+    assert trained(rows, tmp_path, "lr")[-1] < 0.001
+
+
+def test_rows_are_timed_as_training_goes_on(
+    pretended: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: MakeTrainer
+) -> None:
+    """Solves become longer: each row takes a second more with every step."""
+    run = trainer(tmp_path, *AFFINE, "trainer.steps=100000")
+    monkeypatch.setattr(
+        time_budget,
+        "log_probs",
+        lambda flow, x, label: setattr(pretended, "now", pretended.now + len(x) * run.step / 1e4),
+    )
+    run.deadline = TimeBudget(600, pretended.now, run.flow, run.data)
+    pretended.per_step(run, 1.0)
+    run.fit()
+    assert run.deadline.probed > 2
+    assert run.deadline.row_seconds > 0
+    assert run.step < 590
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
+    return {k: v for k, v in content.items() if "seconds" not in k}
+
+
+def test_a_budget_that_suffices_changes_nothing(run: Run, tmp_path: Path) -> None:
+    found = []
+    for budget in ("null", "5000"):
+        code, out, err = run("flowtrain", f"time_budget={budget}", "model=affine", *SMALL)
+        assert code == 0, err
+        found.append(result(Path(out.splitlines()[-1])))
+    assert found[0] == found[1]
+
+
+def test_a_budget_that_is_spent_still_gives_a_result(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("flowtrain.cli.start_run.command_begun", lambda: time.perf_counter() - 10_000)
+    code, out, err = run("flowtrain", "time_budget=10", "model=affine", *SMALL, "data.n_test=500")
+    assert code == 0, err
+    found = result(Path(out.splitlines()[-1]))
+    assert (found["n"], found["steps"]) == (200, 1)
+    # what needs no further scoring
+    assert found["checks"].keys() <= {"concentration", "baseline"}
+    assert found["budget"]["rows"] == 10
+    assert "200 of the 500" in err
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "soon"])
+def test_invalid_budget_is_refused(value: str, run: Run) -> None:
+    code, _, err = run("flowtrain", f"time_budget={value}", "model=affine", *SMALL)
+    assert code == 2
+    assert "time_budget" in err
+
+
+def test_runs_of_older_versions_accept_a_budget() -> None:
+    saved = compose_defaults([])
+    del saved["time_budget"]
+    assert overridden(saved, ["time_budget=60"])["time_budget"] == 60
+    assert overridden(saved, [])["time_budget"] is None
+
+
+def test_time_is_counted_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "_BEGUN", [1.5])
+    assert status.command_begun() == 1.5
+    # the next job of a sweep
+    before = time.perf_counter()
+    assert status.command_begun() >= before

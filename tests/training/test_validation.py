@@ -1,0 +1,317 @@
+"""Small tables: early validations, which change nothing else, and runs that end once they overfit."""
+
+import itertools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import MakeTrainer, ReadRows
+from helpers.files import normal, npy
+
+from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.training import checkpoint
+from flowtrain.training.schedules import ValidationSchedule, early_validations
+from flowtrain.training.settings import Settings
+from flowtrain.training.validation import Validation, advice, clearly_worse, some_rows
+from flowtrain.utils.errors import NonFiniteError
+
+pytestmark = pytest.mark.usefixtures("heard", "float32")
+
+# 60 rows are 5 steps of 12
+SMALL = ["data=array", "recipe=none", "trainer.batch_size=12", "trainer.val_every=10", "trainer.log_every=1"]
+SMALL += ["model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.lr_warmup=0", "trainer.plot_every=null"]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("table")
+    train, held = npy(folder / "train.npy", normal(60, 3)), npy(folder / "held.npy", normal(30, 3, seed=1))
+    return [*SMALL, f"data.path={train}", f"data.val_path={held}", f"data.test_path={held}"]
+
+
+def validated(rows: ReadRows, run_dir: Path) -> list[int]:
+    return [row["step"] for row in rows(run_dir) if row["split"] == "val"]
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(**{**compose_defaults([])["trainer"], **changes})
+
+
+def test_early_validations_come_once_an_epoch_and_then_less_and_less_often() -> None:
+    early = settings(val_early=True, val_every=100, batch_size=512)
+    small = sorted(early_validations(early, 120))
+    assert small[:14] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22]
+    gaps = [b - a for a, b in itertools.pairwise(small)]
+    assert gaps == sorted(gaps)
+    assert max(gaps) < 100
+    assert sorted(early_validations(early, 5_000))[:5] == [0, 10, 20, 30, 40]
+    # an epoch of many steps: only the start, and so where another objective comes first
+    assert early_validations(early, 512 * 100) == early_validations(early, 120, matching=True) == {0}
+    assert early_validations(settings(val_early=False), 120) == frozenset()
+    plan = ValidationSchedule(early, frozenset([0, 5, 100]))
+    assert [plan.validates(s) for s in (0, 5, 100, 1000)] == [False, False, True, True]
+    assert [plan.validates_early(s) for s in (0, 5, 100)] == [True, True, False]
+
+
+def test_tables_are_validated_early_and_other_data_are_not() -> None:
+    assert compose_defaults(["data=array", "data.path=x"])["trainer"]["val_early"]
+    assert not compose_defaults(["data=moons"])["trainer"]["val_early"]
+
+
+def test_early_validations_include_step_0(
+    table: list[str], tmp_path: Path, trainer_of: MakeTrainer, rows: ReadRows
+) -> None:
+    run = trainer_of(tmp_path, [*table, "trainer.steps=20"])
+    run.fit()
+    assert validated(rows, tmp_path) == [0, 5, 10, 15, 20]
+    assert run.best is not None
+    assert checkpoint.load(tmp_path / "checkpoints/best.pt")["step"] == run.best["step"]
+
+
+ENDINGS = {
+    "patience": ["trainer.lr=0.3", "trainer.patience=2", "trainer.lr_decay=constant"],
+    "plateau": ["trainer.lr=0.3", "trainer.patience=2", "trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1"],
+    "steps": ["trainer.lr=0.001", "trainer.patience=null"],
+    "hybrid": ["model=ffjord", "model.hidden=[8]", "objective=hybrid", "objective.matching=15", "solver.rtol=1e-2"],
+}
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+def test_early_validations_do_not_change_training(
+    how: str, table: list[str], tmp_path: Path, trainer_of: MakeTrainer, rows: ReadRows
+) -> None:
+    """The same weights at the same steps, and the same end: neither patience nor a plateau counts them."""
+    layers = [key for key in table if not (how == "hybrid" and key.startswith("model"))]
+    found = []
+    for early in ("true", "false"):
+        keys = [
+            *layers,
+            *ENDINGS[how],
+            {"hybrid": "trainer.steps=20", "plateau": "trainer.steps=120"}.get(how, "trainer.steps=60"),
+        ]
+        keys += ["trainer.max_rise=null", "trainer.batch_size=12", "trainer.val_every=10", "trainer.log_every=1"]
+        run = trainer_of(tmp_path / early, [*keys, f"trainer.val_early={early}"])
+        run.fit()
+        found.append(run)
+    early, late = found
+    assert len(validated(rows, early.run_dir)) > len(validated(rows, late.run_dir))
+    assert (early.step, early.stopped_by) == (late.step, late.stopped_by)
+    assert ("without a new best" in str(early.stopped_by)) is (how in ("patience", "plateau"))
+    of_training = [[r for r in rows(run.run_dir) if r["split"] == "train"] for run in found]
+    assert of_training[0] == of_training[1]
+    assert all(torch.equal(v, late.flow.state_dict()[k]) for k, v in early.flow.state_dict().items())
+    assert early.best is not None
+    assert late.best is not None
+    assert early.best["nll"] <= late.best["nll"]
+
+
+@pytest.fixture
+def rising(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The validation NLL falls to step 20 and rises from there on, by a nat in ten steps."""
+
+    def nll(self: Validation) -> tuple[float, float]:
+        self.scored = torch.linspace(-4, -2, 30) - abs(self.progress.step - 20) / 10
+        self.n = 30
+        return -self.scored.mean().item(), 0.1
+
+    monkeypatch.setattr(Validation, "nll", nll)
+
+
+@pytest.mark.usefixtures("rising")
+@pytest.mark.parametrize("stop", [3, 5, 7, 33])
+def test_resume_is_exact(
+    stop: int, table: list[str], tmp_path: Path, trainer_of: MakeTrainer, stop_at: Callable[..., None], rows: ReadRows
+) -> None:
+    """Stopped before, at and after an early validation, and while the NLL rises."""
+    keys = [*table, "trainer.steps=100", "trainer.max_rise=0.9"]
+    whole = trainer_of(tmp_path / "whole", keys)
+    whole.fit()
+    assert whole.best is not None
+    assert (whole.step, whole.best["step"]) == (40, 20)
+    first = trainer_of(tmp_path / "parts", keys)
+    stop_at(first, stop)
+    first.signal = 15
+    first.fit()
+    saved = checkpoint.load(tmp_path / "parts/checkpoints/last.pt")
+    assert saved["step"] == stop
+    second = trainer_of(tmp_path / "parts", keys, saved)
+    second.fit()
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert (second.best, second.step, second.stopped_by) == (whole.best, whole.step, whole.stopped_by)
+    ends = [checkpoint.load(tmp_path / name / "checkpoints/best.pt") for name in ("whole", "parts")]
+    assert ends[0]["step"] == ends[1]["step"] == whole.best["step"]
+    assert all(torch.equal(v, ends[1]["weights"][k]) for k, v in ends[0]["weights"].items())
+
+
+def test_initial_weights_are_kept_if_no_step_is_better(
+    table: list[str], tmp_path: Path, trainer_of: MakeTrainer
+) -> None:
+    run = trainer_of(tmp_path, [*table, "trainer.lr=3", "trainer.lr_decay=constant", "trainer.steps=30"])
+    start = {k: v.clone() for k, v in run.flow.state_dict().items()}
+    run.fit()
+    best = checkpoint.load(tmp_path / "checkpoints/best.pt")
+    assert best["step"] == 0
+    assert all(torch.equal(v, start[k]) for k, v in best["weights"].items())
+    assert "step 0 of 30" in run.course(best["step"])
+
+
+def test_a_run_killed_at_its_start_validates_once(
+    table: list[str], tmp_path: Path, trainer_of: MakeTrainer, rows: ReadRows
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill() -> None:
+        raise Killed
+
+    run = trainer_of(tmp_path, [*table, "trainer.steps=10"])
+    run.saves.best = kill  # type: ignore[method-assign,assignment]
+    with pytest.raises(Killed):
+        run.fit()
+    assert validated(rows, tmp_path) == [0]
+    saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
+    trainer_of(tmp_path, [*table, "trainer.steps=10"], saved).fit()
+    assert validated(rows, tmp_path) == [0, 5, 10]
+
+
+@pytest.mark.parametrize("policy", ["stop", "rewind"])
+def test_failing_early_validation_does_not_end_the_run(
+    policy: str,
+    table: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trainer_of: MakeTrainer,
+    rows: ReadRows,
+) -> None:
+    score = Validation.nll
+
+    def nll(self: Validation) -> float:
+        if self.progress.step in (0, 5):
+            raise NonFiniteError("log p(x) is nan for row 0 of the val set")
+        return score(self)
+
+    monkeypatch.setattr(Validation, "nll", nll)
+    run = trainer_of(tmp_path, [*table, "trainer.steps=20", f"trainer.on_nonfinite={policy}"])
+    run.fit()
+    assert (run.step, run.trouble.rewinds) == (20, 0)
+    assert validated(rows, tmp_path) == [10, 15, 20]
+    assert len([r for r in caplog.records if r.levelno == logging.WARNING and "validation" in r.getMessage()]) == 2
+
+
+# a rise
+
+
+@pytest.mark.usefixtures("rising")
+def test_a_run_ends_once_its_validation_has_risen(table: list[str], tmp_path: Path, trainer_of: MakeTrainer) -> None:
+    run = trainer_of(tmp_path / "a", [*table, "trainer.steps=100", "trainer.max_rise=0.9"])
+    run.fit()
+    assert run.best is not None
+    assert (run.step, run.best["step"]) == (40, 20)
+    assert "step 20" in str(run.stopped_by)
+    said = run.course(20)
+    assert "step 20 of 40" in said
+    assert "model.hidden" in said
+    # the first validation that counts comes later: the margin is wider, the rate warms up, or it is not asked for
+    for name, keys, step in (
+        ("b", ["trainer.max_rise=2.5"], 60),
+        ("c", ["trainer.max_rise=0.9", "trainer.lr_warmup=50"], 60),
+        ("d", ["trainer.max_rise=null", "trainer.steps=70"], 70),
+    ):
+        other = trainer_of(tmp_path / name, [*table, "trainer.steps=100", "trainer.patience=null", *keys])
+        other.fit()
+        assert other.step == step
+
+
+def test_no_rise_ends_a_plateau_that_may_still_come_down_nor_steps_that_match(
+    table: list[str], tmp_path: Path, trainer_of: MakeTrainer
+) -> None:
+    run = trainer_of(tmp_path / "a", [*table, "trainer.lr_decay=plateau"])
+    assert not run.learner.may_overfit(150)
+    run.learner.lr.scale = 1 / 16
+    assert run.learner.may_overfit(150)
+    layers = [key for key in table if not key.startswith("model")]
+    hybrid = trainer_of(tmp_path / "b", [*layers, "model=ffjord", "objective=hybrid", "objective.matching=100"])
+    matching = trainer_of(tmp_path / "c", [*layers, "model=ffjord", "objective=flow_matching"])
+    warmup = hybrid.settings.lr_warmup
+    assert [hybrid.learner.may_overfit(s) for s in (99, 99 + warmup, 100 + warmup)] == [False, False, True]
+    assert not matching.learner.may_overfit(5000)
+
+
+def test_validation_rise_must_affect_most_rows() -> None:
+    torch.manual_seed(0)
+    before = torch.randn(40)
+    assert clearly_worse(before, before - 3 + torch.randn(40), 1.0)
+    assert not clearly_worse(before, before - 0.5, 1.0)
+    assert not clearly_worse(before, before + 3, 1.0)
+    one = before.clone()
+    one[7] -= 1e9
+    assert not clearly_worse(before, one, 1.0)
+    # spread over many orders of magnitude, the mean has no error to speak of
+    assert clearly_worse(before, before - 10 ** torch.linspace(0.1, 9, 40), 1.0)
+    assert not clearly_worse(before[:3], before[:3] - 5, 1.0)
+    # the ranks' shares are those of the whole
+    log_p = torch.arange(5000.0)
+    parts = [some_rows(log_p[a:b], a, 5000) for a, b in ((0, 1667), (1667, 3000), (3000, 5000))]
+    assert torch.equal(torch.cat(parts), some_rows(log_p, 0, 5000))
+
+
+def test_checkpoints_of_older_versions_resume(table: list[str], tmp_path: Path, trainer_of: MakeTrainer) -> None:
+    """Without the new keys of config and state: no early validations, and `stale` counts from the best so far."""
+    keys = [*table, "trainer.lr=0.3", "trainer.lr_decay=constant", "trainer.patience=2"]
+    trainer_of(tmp_path, [*keys, "trainer.steps=20", "trainer.val_early=false", "trainer.max_rise=null"]).fit()
+    saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
+    for key in ("counted", "best_rows", "worse"):
+        del saved[key]
+    config = {**saved["config"], "trainer": {**saved["config"]["trainer"], "steps": 200}}
+    for key in ("val_early", "max_rise"):
+        del config["trainer"][key]
+    run = trainer_of(tmp_path, keys, {**saved, "config": config})
+    older = Settings(**config["trainer"])
+    assert (older.val_early, older.max_rise) == (False, None)
+    assert run.progress.counted == saved["best"]["nll"]
+    assert (run.progress.stale, run.progress.worse, run.progress.best_rows) == (saved["stale"], [], None)
+
+
+# advice
+
+
+def val(*nlls: float) -> list[dict[str, Any]]:
+    return [{"step": 100 * i, "split": "val", "nll": nll} for i, nll in enumerate(nlls)]
+
+
+@pytest.mark.parametrize(
+    ("nlls", "best", "finite", "word"),
+    [
+        ((6.0, 5.0, 5.5, 6.0, 7.0), 100, True, "model.hidden"),
+        ((5.0, 5.1, 5.5, 6.0, 7.0), 0, True, "initial"),
+        ((6.0, 5.0, 4.0, 3.0, 2.5, 2.0), 500, True, "trainer.steps"),
+        ((6.0, 5.0, 4.0, 3.0, 2.5, 2.0), 500, False, "trainer.steps"),
+        ((6.0, 5.0, 4.0, 3.0, 2.001, 2.0), 500, True, None),
+        ((6.0, 5.0, 5.5, 6.0, 7.0), 100, False, None),
+        # no clear rise
+        ((6.0, 5.0, 5.001, 5.0, 5.002), 100, True, None),
+        ((6.0,), 0, True, None),
+    ],
+)
+def test_one_fitting_advice_is_given(nlls: tuple[float, ...], best: int, finite: bool, word: str | None) -> None:
+    config = {"model": {"hidden": [8], "dropout": 0.0}}
+    found = advice(val(*nlls), best, 100 * (len(nlls) - 1), 4, finite, config)
+    assert found is None if word is None else word in str(found)
+    if word == "model.hidden":
+        assert "model.dropout" in str(found)
+        assert "model.dropout" not in str(advice(val(*nlls), best, 400, 4, finite, {"model": {}}))
+
+
+# pictures
+
+
+def test_the_first_picture_comes_after_50_steps() -> None:
+    steps = np.arange(0, 1201)
+    assert [s for s in steps if s and ValidationSchedule(settings(plot_every=500)).draws(s)] == [50, 500, 1000]
+    assert [s for s in steps if s and ValidationSchedule(settings(plot_every=40)).draws(s)][:2] == [40, 80]
+    assert not any(ValidationSchedule(settings(plot_every=None)).draws(s) for s in steps)

@@ -1,0 +1,175 @@
+"""Data parallelism: two ranks do what one process does, and whatever befalls one of them, both do the same."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.processes import DATA, EQUAL, ended, everything, trainer, unused
+
+from flowtrain.training import checkpoint
+from flowtrain.utils import ranks
+from flowtrain.utils.errors import ConfigError
+
+Found = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Found:
+    """What each of two ranks has found."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=everything, args=(rank, 2, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.exitcode is None:
+            process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def alike(a: dict[str, Any], b: dict[str, Any], atol: float = 0.0) -> None:
+    assert a["state"].keys() == b["state"].keys()
+    for key, value in a["state"].items():
+        torch.testing.assert_close(value, b["state"][key], rtol=atol, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_ranks_train_like_one_process(name: str, found: Found, tmp_path: Path) -> None:
+    """The same batch of 17 rows, 8 and 9 to a rank: losses, gradients and weights of 20 steps in float64."""
+    alone = ended(trainer(tmp_path, *EQUAL[name], data=DATA.get(name)))
+    first, second = found[0][name], found[1][name]
+    assert (first["error"], first["step"]) == (None, 20)
+    alike(first, second)
+    alike(first, alone, atol=1e-8)
+    assert len(first["rows"]) == len(alone["rows"]) == 22
+    for row, right in zip(first["rows"], alone["rows"], strict=True):
+        assert (row["step"], row["split"]) == (right["step"], right["split"])
+        assert row["nll"] == pytest.approx(right["nll"], abs=1e-8)
+        if row["split"] == "train":
+            assert row["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-6)
+            assert row["lr"] == right["lr"]
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
+def test_failure_on_one_rank_fails_on_all(policy: str, found: Found, folder: Path) -> None:
+    first, second = (each[policy] for each in found)
+    alike(first, second)
+    assert first["error"] == second["error"]
+    # the batch that was bad, by the rank that had it
+    assert [path.name for path in (folder / policy / "failed").iterdir()] == ["step_000006_rank1.npz"]
+    steps = [row["step"] for row in first["rows"] if row["split"] == "train"]
+    if policy == "stop":
+        kind, message = first["error"]
+        assert kind == "NonFiniteError"
+        assert message.startswith("step 6: rank 1: the loss is nan; the weights were not touched. The batch itself")
+        assert f"{folder}/stop/failed/step_000006_rank1.npz" in message
+        assert (first["step"], steps) == (5, [1, 2, 3, 4, 5])
+    else:
+        assert first["error"] is None
+        assert steps == [s for s in range(1, 21) if policy == "rewind" or s != 6]
+
+
+def test_a_solve_that_fails_on_one_rank_ends_both(found: Found) -> None:
+    assert [each["unsolved"]["step"] for each in found] == [6, 6]
+    kind, message = found[0]["unsolved"]["error"]
+    assert kind == "SolverError"
+    assert message.startswith("step 7: rank 1: the field is too stiff. Its batch is in ")
+    assert found[1]["unsolved"]["error"] == (kind, message)
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(found: Found, folder: Path) -> None:
+    assert [(each["signal"]["step"], each["signal"]["signal"]) for each in found] == [(7, 15), (7, 15)]
+    assert checkpoint.load(folder / "signal/checkpoints/last.pt")["step"] == 7
+
+
+def test_running_statistics_are_those_of_the_first_rank(found: Found) -> None:
+    alike(found[0]["norm"], found[1]["norm"])
+    assert any("running" in key or "mean" in key for key in found[0]["norm"]["state"])
+    # a step failed on the second rank alone
+    assert all(value.isfinite().all() for value in found[0]["norm"]["state"].values())
+
+
+def test_parameters_without_gradient_are_unchanged(found: Found, tmp_path: Path) -> None:
+    """Weight decay would change it. Noise differs between ranks, so that other weights differ from one process's."""
+    alone = unused(tmp_path)
+    assert alone["without"]
+    alike(found[0]["unused"], found[1]["unused"])
+    for run in (alone, found[0]["unused"], found[1]["unused"]):
+        assert (run["error"], run["step"], run["without"]) == (None, 20, alone["without"])
+        for name in alone["without"]:
+            assert torch.equal(run["state"][name], run["begun"][name])
+            assert run["begun"][name].any()
+    # what one rank has a gradient of is the same update on both
+    assert found[0]["partly"] == found[1]["partly"] == [[2.0, 2.0], [4.0, 4.0], None]
+
+
+def test_collective_operations(found: Found) -> None:
+    for rank, each in enumerate(found):
+        error, none, summed, largest, first, both, shares = each["agreed"]
+        assert (error, none) == ("rank 1: stiff", None)
+        assert (summed, largest, first, both) == ([2.0, 1.0], [1.0, 0.0], ("of", 0), [0, 1])
+        ends = [(0, 0, 1), (0, 1, 2), (0, 2, 5)]
+        assert shares == [slice(end[rank], end[rank + 1]) for end in ends]
+
+
+def test_one_process_resumes_a_run_of_two_ranks(found: Found, folder: Path, tmp_path: Path) -> None:
+    saved = checkpoint.load(folder / "signal/checkpoints/last.pt")
+    rest = ended(trainer(tmp_path / "rest", "model=affine", saved=saved))
+    whole = ended(trainer(tmp_path / "whole", "model=affine"))
+    assert rest["step"] == 20
+    alike(rest, whole, atol=1e-8)
+
+
+def test_without_a_launcher_there_is_one_rank() -> None:
+    assert (ranks.rank(), ranks.size(), ranks.share(5)) == (0, 1, slice(0, 5))
+    error = ConfigError("x")
+    assert ranks.gather_errors(error) is error
+    assert ranks.device(torch.device("cpu")) == torch.device("cpu")
+    assert ranks.first_to_say("x")
+    assert ranks.remembered() is None
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+LAUNCHED = ["model=affine", "trainer.steps=400", "trainer.val_every=20", "trainer.log_every=1", "data.n_test=50"]
+
+
+def test_torchrun_goes_on_after_a_rank_was_killed(tmp_path: Path) -> None:
+    """SIGKILL to a rank, in a run whose directory has a date for its name: the second attempt finds it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    slow = tmp_path / "slow.py"
+    # so that there is time to kill it: a tenth of a second a step until the first checkpoint after the start
+    slow.write_text(
+        "import os, signal\n"
+        "from flowtrain.cli import train\n"
+        "from flowtrain.training.trainer import Trainer\n"
+        "step = Trainer.train_step\n"
+        "def killed(self):\n"
+        "    if self.step == 30 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self)\n"
+        "Trainer.train_step = killed\n"
+        "train.main()\n"
+    )
+    begun = time.time()
+    done = subprocess.run(
+        [*TORCHRUN, str(slow), *LAUNCHED], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, (done.stderr, time.time() - begun)
+    (run_dir,) = (tmp_path / "outputs").glob("*/*")
+    assert done.stdout.splitlines()[-1] == str(run_dir)
+    trained = [line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
+    assert len(trained) == 400
+    assert (run_dir / "result.json").exists()
+    assert "another process of this run has ended" in done.stderr
