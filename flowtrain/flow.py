@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.scale import dequantize
-from flowtrain.data.tables.columns import as_ranges
 from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan
 from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError
+from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.precision import full_precision
 from flowtrain.utils.status import status
 

@@ -2,8 +2,9 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
@@ -56,6 +57,48 @@ def config_dirs() -> list[Path]:
 def options(group: str) -> list[str]:
     """What there is to choose from in a config group."""
     return sorted({path.stem for folder in config_dirs() for path in (folder / group).glob("*.yaml")})
+
+
+def read(group: str, name: str) -> "Commented":
+    """The file of a choice, where there is one."""
+    return Commented(_text(group, name))
+
+
+def recipe_values(name: str) -> dict[str, Any]:
+    """The values that a recipe sets, by dotted keys, with those of the recipes that it extends."""
+    found: dict[str, Any] = {}
+    for parent in read("recipe", name).parents:
+        found |= recipe_values(parent)
+    content = yaml.safe_load(_text("recipe", name)) or {}
+    return {**found, **dict(leaves({key: value for key, value in content.items() if key != "defaults"}))}
+
+
+def applied_recipes(choices: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The recipes that apply to a run, and the keys that each has set in its config.
+
+    A key that the command line or an experiment sets to another value is left out.
+
+    Args:
+        choices: Hydra's choices of the config groups.
+    """
+    values = dict(leaves(config))
+    names = [choices.get("recipe@_global_"), choices.get("recipe")]
+    there = [name for name in names if name != "none" and name in options("recipe")]
+    return {name: [k for k, v in recipe_values(name).items() if k in values and values[k] == v] for name in there}
+
+
+def leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key by its dotted path, with its value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def _text(group: str, name: str) -> str:
+    paths = [folder / group / f"{name}.yaml" for folder in config_dirs()]
+    return next((path.read_text() for path in paths if path.is_file()), "")
 
 
 def look_here() -> None:

@@ -9,13 +9,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from omegaconf import OmegaConf
 
-from flowtrain.cli.config_files import Commented, config_dirs, options, split_folder
+from flowtrain.cli.config_files import Commented, applied_recipes, leaves, options, read, split_folder
 from flowtrain.cli.error_messages import own_searchpath, plain
 from flowtrain.cli.overrides import SWEEP, VALUED, quoted, validate_command_line
 from flowtrain.cli.start_run import chosen, known
 from flowtrain.utils.arguments import hint
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_dir
+from flowtrain.utils.formatting import shown
 
 WIDTH, COLUMN = 110, 36
 # the groups as one thinks of a run
@@ -92,6 +93,7 @@ def help_text(arguments: Sequence[str]) -> str:
         ["flowtrain: train, evaluate and look at normalizing flows"],
         ["  flowtrain [GROUP=NAME ...] [KEY=VALUE ...] [FLAG ...]"],
         table(USES, column=42),
+        ["Recipe", *recipe_lines(run, choices)],
         ["Groups (GROUP=NAME chooses; * marks what this command line chooses)"],
         *(group_lines(group, [choices.get(group), choices.get(f"{group}@_global_")]) for group in GROUPS),
         ["Keys (KEY=VALUE sets one; the values are those that this command line composes)"],
@@ -185,6 +187,21 @@ def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     return known(plain(run)), cast(dict[str, Any], hydra)
 
 
+def recipe_lines(run: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:
+    """What a recipe is, and what the recipes of this command line set."""
+    values = dict(leaves(run))
+    said = (
+        "A recipe sets keys to values that were measured for a model with an objective or on a data set. It applies by "
+        "itself; recipe=none leaves it out, and KEY=VALUE overrides it. "
+    )
+    found = applied_recipes(choices, run)
+    if not found:
+        said += f"None applies to model={run['model'].get('name')} data={run['data'].get('name')}."
+    for name, keys in found.items():
+        said += f"Here {name} applies and sets " + " ".join(f"{key}={shown(values[key])}" for key in keys) + ". "
+    return textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+
+
 def group_lines(group: str, names: Sequence[str | None]) -> list[str]:
     """A group, what it is for, and its choices, those in `names` marked."""
     rows = [(f"{'*' if name in names else ' '} {name}", read(group, name).sentence) for name in options(group)]
@@ -212,24 +229,6 @@ def key_table_of(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[
     return table([(f"{key}={shown(value)}", meaning.get(key, "")) for key, value in values.items()])
 
 
-def leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key by its dotted path, with its value."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
-
-
-def shown(value: Any) -> str:
-    """A value as a command line has it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(shown, value))}]"
-    return str(value)
-
-
 def meanings(group: str, name: str) -> dict[str, str]:
     """What the keys of a choice mean, by its file and those that it has its other keys from."""
     said = read(group, name)
@@ -243,12 +242,6 @@ def meanings(group: str, name: str) -> dict[str, str]:
 def main_file() -> Commented:
     """configs/config.yaml."""
     return Commented((config_dir() / "config.yaml").read_text())
-
-
-def read(group: str, name: str) -> Commented:
-    """The file of a choice, where there is one."""
-    paths = [folder / group / f"{name}.yaml" for folder in config_dirs()]
-    return Commented(next((path.read_text() for path in paths if path.is_file()), ""))
 
 
 def table(rows: Sequence[Row], column: int = COLUMN, indent: int = 2) -> list[str]:

@@ -121,11 +121,11 @@ def parsed(argument: str) -> tuple[Any, bool]:
 
 
 def in_quotes(text: str) -> str:
-    """The text as a quoted string in Hydra's grammar.
+    r"""The text as a quoted string in Hydra's grammar.
 
     Example:
         >>> print(in_quotes("it's [1]"))
-        'it\\'s [1]'
+        'it\'s [1]'
     """
     return QuotedString(text, Quote.single).with_quotes()
 

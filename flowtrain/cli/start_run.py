@@ -12,7 +12,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowtrain.cli.config_files import options
+from flowtrain.cli.config_files import applied_recipes, options
 from flowtrain.cli.error_messages import plain, unknown_key
 from flowtrain.cli.output_files import absolute_paths, is_path
 from flowtrain.cli.overrides import keys_of, less_key, overridden, trusted, with_new_names
@@ -122,8 +122,9 @@ def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
             if ranks.is_first():
                 write_hydra(run_dir, OmegaConf.create(whole))
             del whole["trust"]
+            recipes = applied_recipes(HydraConfig.get().runtime.choices, whole)
             with messages(run_dir / "flowtrain.log"):
-                return train(absolute_paths(whole), run_dir, trust=trust, begun=when)
+                return train(absolute_paths(whole), run_dir, trust=trust, begun=when, recipes=recipes)
 
 
 @contextmanager

@@ -248,7 +248,8 @@ def of_precision(flow: Flow, budget: Budget, nll: float, nll_stderr: float) -> C
 
 def largest_bias(flow: Flow, nll_stderr: float) -> float:
     """A tenth of the sampling error, which hides it; but no more than PAIRED, because in the difference of two flows
-    on the same points (as in a KL) that error cancels."""
+    on the same points (as in a KL) that error cancels.
+    """
     most = PAIRED + PAIRED_PER_COLUMN * math.prod(flow.event_shape)
     return max(SMALL, min(nll_stderr / 10, most)) if math.isfinite(nll_stderr) else SMALL
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
-from flowtrain.data.tables.columns import as_ranges
 from flowtrain.evaluation.baseline import GAUSSIAN, gaussian_baseline, of_baseline
 from flowtrain.evaluation.calibration import calibration
 from flowtrain.evaluation.checks import checks
@@ -28,6 +27,7 @@ from flowtrain.evaluation.result import Evaluation, OODDetection
 from flowtrain.flow import Flow, Label
 from flowtrain.ode import record_solves
 from flowtrain.utils.errors import ConfigError, DataError
+from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import phase
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from flowtrain.data.tables.columns import counted
 from flowtrain.evaluation import Check, Evaluation
 from flowtrain.utils.files import write_text
-from flowtrain.utils.formatting import as_table, brief, cell
+from flowtrain.utils.formatting import as_table, brief, cell, counted
 
 Row = tuple[str, ...]
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowtrain.data.tables.columns import counted
-from flowtrain.utils.formatting import brief, with_error
+from flowtrain.utils.formatting import brief, counted, with_error
 
 
 @dataclass(frozen=True)

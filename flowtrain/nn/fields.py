@@ -202,7 +202,8 @@ class TimedLayer(nn.Module, ABC):
 
 class TimeEmbedded(TimedLayer):
     """A layer whose gate and offset are 1 + A e(t) and U e(t), e(t) = swish(E [sin 2 pi k t, cos 2 pi k t]) learned,
-    k = 1/4 .. 2; they begin at 1 and 0."""
+    k = 1/4 .. 2; they begin at 1 and 0.
+    """
 
     def embed_time(self, n_out: int, n_embedding: int) -> None:
         """Makes E, A and U; once, in the constructor."""

@@ -104,7 +104,8 @@ class Matching(Objective):
 
 def stratified(n: int, like: Tensor) -> Tensor:
     """n times (n,), each U(0, 1), one in each interval of 1 / n, in a random order (Kingma et al. 2021, Variational
-    diffusion models, appendix I)."""
+    diffusion models, appendix I).
+    """
     u = torch.rand((), dtype=like.dtype, device=like.device)
     return (torch.randperm(n, device=like.device) + u) / n
 

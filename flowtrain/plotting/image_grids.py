@@ -140,7 +140,8 @@ def draw_rows(
 
 def moving_panel(images: Tensor, levels: float, title: str) -> tuple[Figure, Callable[[Tensor], Pixels], int]:
     """For animations, of half the dots: a figure with room for a grid of such images (N, C, H, W) at the lower left,
-    what makes a sheet of N images, and the edge in pixels around that."""
+    what makes a sheet of N images, and the edge in pixels around that.
+    """
     size = _common_size([("images", images)], levels)
     edge, room = _pixels(style.EDGE), _pixels(style.WIDTH - 2 * style.EDGE)
     rows, columns = _grid(len(images), None, 2 * min(max(size[0] / size[1], 0.25), 4.0), room // _pixels(LEAST))

@@ -5,7 +5,6 @@ recipe sets a key to `auto`, its value is chosen after the data have been read. 
 value. A key with another value on the command line is never changed.
 """
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,6 @@ AUTO = "auto"
 
 Groups = dict[str, dict[str, Any]]
 
-_log = logging.getLogger("flowtrain")
 
 # For vectors: the smallest number of training rows of each tier, and the values of `auto` in the tier. The values for
 # 5,000 rows and more were chosen on gas's validation set. The others were chosen on optdigits' validation set and the
@@ -103,7 +101,6 @@ def resolve_auto(config: Mapping[str, Any], rows: int | None, event_shape: tuple
     """
     values = _values(str(config["model"].get("name")), rows, event_shape)
     groups = {group: dict(config[group]) for group in ("model", "trainer")}
-    chosen = []
     for group, keys in groups.items():
         for key, value in keys.items():
             if value != AUTO or (group == "model" and key in OWN_AUTO):
@@ -114,10 +111,6 @@ def resolve_auto(config: Mapping[str, Any], rows: int | None, event_shape: tuple
                     "give a value"
                 )
             keys[key] = values[group][key]
-            chosen.append(f"{group}.{key}={keys[key]}")
-    if chosen:
-        size = f"{rows:,} training rows of shape {'x'.join(map(str, event_shape))}" if rows else "endless data"
-        _log.debug("settings for %s: %s", size, " ".join(chosen))
     return {**config, **groups}
 
 

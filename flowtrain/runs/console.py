@@ -2,9 +2,11 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ import torch
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import NAMES
 from flowtrain.flow import Flow
+from flowtrain.ode import Solver
 from flowtrain.training.settings import Settings
 from flowtrain.utils import ranks, status
-from flowtrain.utils.formatting import option
+from flowtrain.utils.formatting import option, shown
 
 
 def title_of(config: Mapping[str, Any]) -> str:
@@ -97,12 +100,21 @@ def without_warnings() -> Iterator[None]:
 
 
 def banner(
-    config: Mapping[str, Any], flow: Flow, data: Dataset, settings: Settings, run_dir: Path, step: int = 0
+    config: Mapping[str, Any],
+    flow: Flow,
+    data: Dataset,
+    settings: Settings,
+    run_dir: Path,
+    step: int = 0,
+    warmup: int = 0,
+    recipes: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str:
     """How a run begins, a line for each of its parts.
 
     Args:
         step: where it goes on from.
+        warmup: the steps in which training tightens the tolerance of the solver.
+        recipes: the recipes that applied, and the keys that each has set.
     """
     objective, regularizer = name_of(config["objective"]), name_of(config.get("regularizer") or {"name": "none"})
     size = sum(p.numel() for p in flow.parameters())
@@ -110,10 +122,11 @@ def banner(
     rows = {
         "model": f"{name_of(config['model'])}, {size:,} parameters",
         "data": f"{data_name(config)}, {_samples(data)}",
-        "solver": "none: closed form" if flow.solver is None else _solver(flow),
+        "solver": "none: closed form" if flow.solver is None else _solver(flow.solver, warmup),
         "objective": objective + ("" if regularizer == "none" else f", regularizer {regularizer}"),
         "training": f"{settings.steps:,} steps of {settings.batch_size}{start}, {settings.optimizer}, "
         f"learning rate {settings.lr:g} ({settings.lr_decay}), seed {config['seed']}",
+        "recipe": _recipes(config, recipes),
         "device": _device(flow.like.device),
         "run": str(shortest(run_dir)),
     }
@@ -129,12 +142,20 @@ def _samples(data: Dataset) -> str:
     return f"{kind}{known}; {rows}held out {len(data.val):,} for validation, {len(data.test):,} for the test"
 
 
-def _solver(flow: Flow) -> str:
-    solver = flow.solver
-    assert solver is not None
+def _recipes(config: Mapping[str, Any], recipes: Mapping[str, Sequence[str]]) -> str:
+    """The recipes that applied and the keys that they have set, on as many lines as they take."""
+    lines = []
+    for name, keys in recipes.items():
+        values = [f"{key}={shown(config[key.partition('.')[0]][key.partition('.')[2]])}" for key in keys]
+        text = f"{name}, sets {' '.join(values)}"
+        lines += textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
+    return ("\n" + " " * (NAMES + 2)).join(lines) or "none"
+
+
+def _solver(solver: Solver, warmup: int) -> str:
     if not solver.adaptive:
         return f"{solver.method}, steps of {solver.step_size:g}"
-    warming = solver.warmup and solver.warmup_rtol > solver.train_rtol
+    warming = warmup and solver.warmup_rtol > solver.train_rtol
     tightening = f", in training from {solver.warmup_rtol:g} on" if warming else ""
     return f"{solver.method}, rtol {solver.rtol:g}, atol {solver.atol:g}{tightening}"
 

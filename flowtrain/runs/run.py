@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ def train(
     saved: Mapping[str, Any] | None = None,
     trust: Sequence[str] = (),
     begun: float | None = None,
+    recipes: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> tuple[float, int]:
     """Trains, evaluates the best checkpoint on the test set, writes result.json and the pictures.
 
@@ -49,12 +51,13 @@ def train(
         saved: the checkpoint to go on from.
         trust: packages besides flowtrain that the run of `from` may build from.
         begun: when the command began, by time.perf_counter, for `time_budget`; None: now.
+        recipes: the recipes that applied to the config, and the keys that each has set, for the banner.
 
     Returns:
         (best validation NLL in nats, exit code): 128 + the signal's number after a signal, else 0.
     """
     board = tensorboard.board(config["logger"], run_dir / "tensorboard")
-    trainer = prepare(config, run_dir, saved, trust, board, time.perf_counter() if begun is None else begun)
+    trainer = prepare(config, run_dir, saved, trust, board, time.perf_counter() if begun is None else begun, recipes)
     trainer.fit()
     best = float("nan") if trainer.best is None else trainer.best["nll"]
     if trainer.signal is not None:
@@ -86,6 +89,7 @@ def prepare(
     trust: Sequence[str],
     board: tensorboard.Board | None,
     begun: float,
+    recipes: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Trainer:
     """Everything built and checked that a run takes, up to its first step; see `train`."""
     device = ranks.device(build.resolve_device(config["device"]))
@@ -129,7 +133,7 @@ def prepare(
     trainer = Trainer(
         objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None, deadline=deadline
     )
-    log.info("%s", banner(config, flow, data, settings, run_dir, trainer.step))
+    log.info("%s", banner(config, flow, data, settings, run_dir, trainer.step, trainer.learner.warmup, recipes))
     if saved is None and taught is not None and build.takes_teacher(config) and ranks.is_first():
         # now that nothing is left to be refused: with it, the directory holds a run. As it was read: by now, the other
         # run may have gone on

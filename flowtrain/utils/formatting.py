@@ -4,6 +4,7 @@ import math
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def cell(text: str) -> str:
@@ -78,3 +79,45 @@ def option(key: str, path: Path | str) -> str:
 def resume_command(run_dir: Path | str) -> str:
     """The command that resumes a run."""
     return f"flowtrain {option('resume', run_dir)}"
+
+
+def shown(value: Any) -> str:
+    """A config value as it is written on a command line.
+
+    Example:
+        >>> shown([1, None, True])
+        '[1,null,true]'
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(shown, value))}]"
+    return str(value)
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun, in the plural unless the number is 1.
+
+    Example:
+        >>> counted(1, "column"), counted(2, "column")
+        ('1 column', '2 columns')
+    """
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def as_ranges(numbers: Sequence[int], most: int = 12) -> str:
+    """Whole numbers in words, with consecutive ones as ranges: "0, 3 to 5". A long list is cut."""
+    runs = consecutive(numbers)
+    words = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs[:most])
+    return words if len(runs) <= most else f"{words} and more"
+
+
+def consecutive(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """The first and the last number of each run of consecutive numbers."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], number
+        else:
+            runs.append((number, number))
+    return runs

@@ -8,7 +8,8 @@ References: 21 problems have a closed form. The other four (B1, C5, E2, E3) have
 with 34 digits in mpmath by the extrapolated midpoint rule (Gragg, Bulirsch and Stoer): order 20 on 20 to 160 steps and
 order 22 on 30 to 240 steps agree to 1e-20. Scipy's DOP853 at rtol=1e-13 agrees to 2e-12. The end points that Enright
 and Pryce 1987 (Two FORTRAN packages for assessing initial value methods) published agree to 1e-13 for all problems but
-A1, for which none was looked up; of C4, six of the 51 components were compared. The first test solves all 25 problems with DOP853 again.
+A1, for which none was looked up. Six of the 51 components of C4 were compared. The first test solves all 25 problems
+with DOP853 again.
 
 Bounds: `ERRORS`, `NFE` and `BACKWARD` are measured values. A solver may exceed them by the factors below, because
 another CPU rounds differently. After a deliberate change of the solvers, `python tests/ode/test_detest.py` prints the

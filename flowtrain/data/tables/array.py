@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowtrain.data.base import ALPHA, Checksum, Samples, record_of
 from flowtrain.data.in_memory import SETS, Finite, InMemoryStore, held_out, split
-from flowtrain.data.tables.columns import Columns, counted, listed
+from flowtrain.data.tables.columns import Columns, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
 from flowtrain.data.tables.sample_spec import (
     Divided,
@@ -40,6 +40,7 @@ from flowtrain.data.tables.table_checks import (
 from flowtrain.data.tables.table_reader import Table, ending_of, read_labelled
 from flowtrain.utils.arguments import below_half, flag, one_of, whole
 from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.formatting import counted
 
 
 class InMemoryTable:

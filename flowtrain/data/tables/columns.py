@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.formatting import consecutive, counted
 
 _log = logging.getLogger("flowtrain")
 
@@ -16,16 +17,6 @@ _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?")
 def default_names(indices: Iterable[int]) -> tuple[str, ...]:
     """The names of columns that have none: c0, c1, ..."""
     return tuple(f"c{i}" for i in indices)
-
-
-def counted(n: int, noun: str) -> str:
-    """A number with its noun, in the plural unless the number is 1.
-
-    Example:
-        >>> counted(1, "column"), counted(2, "column")
-        ('1 column', '2 columns')
-    """
-    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def pick(
@@ -111,23 +102,5 @@ def first_of(shown: Sequence[str], n: int, separator: str = ", ") -> str:
 
 def as_option(indices: Sequence[int]) -> str:
     """The `data.columns=` setting that keeps these positions, quoted for a shell: 'data.columns=[1:39,40]'."""
-    entries = (str(first) if first == last else f"{first}:{last + 1}" for first, last in _runs(indices))
+    entries = (str(first) if first == last else f"{first}:{last + 1}" for first, last in consecutive(indices))
     return f"'data.columns=[{','.join(entries)}]'"
-
-
-def as_ranges(numbers: Sequence[int], most: int = 12) -> str:
-    """Whole numbers in words, with consecutive ones as ranges: "0, 3 to 5". A long list is cut."""
-    runs = _runs(numbers)
-    words = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs[:most])
-    return words if len(runs) <= most else f"{words} and more"
-
-
-def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """The first and the last number of each run of consecutive numbers."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1] = runs[-1][0], number
-        else:
-            runs.append((number, number))
-    return runs

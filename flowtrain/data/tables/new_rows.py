@@ -11,12 +11,13 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.images import read_idx
-from flowtrain.data.tables.columns import Columns, as_option, counted, default_names, listed, pick
+from flowtrain.data.tables.columns import Columns, as_option, default_names, listed, pick
 from flowtrain.data.tables.csv_reader import TextFormat
 from flowtrain.data.tables.sample_spec import SampleSpec, as_labels, noised_set
 from flowtrain.data.tables.table_checks import check_labels, warn_of_unseen
 from flowtrain.data.tables.table_reader import ARRAYS, TEXTS, Table, ending_of, is_images, read_table
 from flowtrain.utils.errors import ConfigError, DataError
+from flowtrain.utils.formatting import counted
 
 _log = logging.getLogger("flowtrain")
 

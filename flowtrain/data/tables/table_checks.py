@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowtrain.data.tables.columns import as_option, as_ranges, counted, first_of, listed
+from flowtrain.data.tables.columns import as_option, first_of, listed
 from flowtrain.data.tables.table_reader import Table
 from flowtrain.utils.errors import DataError
+from flowtrain.utils.formatting import as_ranges, counted
 
 _log = logging.getLogger("flowtrain")
 

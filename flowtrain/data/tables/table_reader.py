@@ -13,9 +13,10 @@ from numpy.lib import format as npy
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from flowtrain.data.tables.columns import Columns, as_option, counted, default_names, first_of, pick
+from flowtrain.data.tables.columns import Columns, as_option, default_names, first_of, pick
 from flowtrain.data.tables.csv_reader import DETECTED, Choose, TextFormat, read_delimited
 from flowtrain.utils.errors import ConfigError, DataError
+from flowtrain.utils.formatting import counted
 
 # Deflate spends at least one bit on 129 bytes
 MOST_RATIO = 1032
