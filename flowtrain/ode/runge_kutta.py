@@ -1,6 +1,6 @@
 """Explicit Runge-Kutta: one stepping loop for every tableau, path integrals as quadratures along the solution.
 
-The state is solved alone; what the path integrals need of it is in nodes.py, and the gradient, the exact one of the
+The state is solved alone; what the path integrals need of it is in quadrature.py, and the gradient, the exact one of the
 accepted steps with their sizes held constant, in discrete_adjoint.py. NFE counts evaluations of the velocity by the
 stages, not those of the integrand.
 """
@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from flowtrain.ode.discrete_adjoint import AcceptedStep, AcceptedSteps, differentiable
 from flowtrain.ode.quadrature import Nodes, gauss_nodes, has_dense_output, stage_nodes
 from flowtrain.ode.solver import Problem, Solution, Solver, Statistics
+from flowtrain.ode.step_control import step_end, step_factor
 from flowtrain.ode.tableaus import TABLEAUS, Tableau
 from flowtrain.ode.tape import AutogradRecorder, Stage, Weights, combined, on_device, record, take, take_ordinary
 from flowtrain.utils.arguments import one_of
 from flowtrain.utils.autograd import plain_max, plain_values, transforms_active
 from flowtrain.utils.errors import ConfigError
 
-SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
 # a step whose error is NaN or infinite is retried shorter; a state that stays so this often will not recover
 NON_FINITE_RETRIES = 8
 # nodes of the integrand that are evaluated together when memory counts: together they hold this many numbers
@@ -174,13 +174,13 @@ class _Run:
         taken: list[tuple[float, float]] = []
         broken = 0
         while self.t != t1:
-            end = plan[len(taken)] if plan else self.next_end(h)
+            end = plan[len(taken)] if plan else step_end(self.t, t1, h)
             if not plan and abs(h) < smallest and end != t1:
                 raise self.solver.non_finite(self.t, h) if broken else self.solver.underflow(self.t, h)
             h = end - self.t
             tried = self.attempt(h)
             ratio = self.error_ratio(tried)
-            suited = h * self.factor(ratio)
+            suited = h * step_factor(ratio, self.tableau.order)
             if ratio <= 1:
                 taken.append((abs(h), abs(suited)))
                 self.accept(tried, end)
@@ -196,20 +196,6 @@ class _Run:
         if self.problem.history is not None and self.graph:
             # a solve for its value alone, as the tolerance guard's tight ones, plans no step of training
             self.problem.history.steps = taken
-
-    def next_end(self, h: float) -> float:
-        """Where a step of size h ends: two equal steps lead to t1 rather than a long one and a sliver."""
-        left = self.problem.t1 - self.t
-        if abs(h) >= abs(left) * (1 - 1e-9):
-            return self.problem.t1
-        return self.t + (left / 2 if 2 * abs(h) > abs(left) else h)
-
-    def factor(self, ratio: float) -> float:
-        if not math.isfinite(ratio):
-            return SHRINK
-        grow = 1.0 if ratio > 1 else GROW
-        ideal: float = SAFETY * max(ratio, 1e-10) ** (-1 / self.tableau.order)
-        return min(grow, max(SHRINK, ideal))
 
     def begin(self, smallest: float) -> float:
         """The first step size, with its sign, from two slopes."""
