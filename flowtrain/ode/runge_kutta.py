@@ -1,8 +1,8 @@
 """Explicit Runge-Kutta: one stepping loop for every tableau, path integrals as quadratures along the solution.
 
-The state is solved alone; what the path integrals need of it is in quadrature.py, and the gradient, the exact one of the
-accepted steps with their sizes held constant, in discrete_adjoint.py. NFE counts evaluations of the velocity by the
-stages, not those of the integrand.
+The state is solved alone. The nodes and weights of the path integrals are in quadrature.py. The gradient is the exact
+one of the accepted steps with their sizes held constant, see discrete_adjoint.py. NFE counts evaluations of the
+velocity by the stages, not those of the integrand.
 """
 
 import math
