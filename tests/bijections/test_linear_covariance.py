@@ -32,7 +32,7 @@ def test_shrunk_covariance_does_not_depend_on_units_or_chunks(monkeypatch: pytes
     unit = torch.tensor([1e-120, 1.0, 1e6, 1e150], dtype=torch.float64)
     shift = torch.tensor([0.0, 1e6, -1e3, 0.0], dtype=torch.float64)
     _, shrunk = shrunk_covariance(x)
-    monkeypatch.setattr(linear, "_CHUNK", 28)
+    monkeypatch.setattr(linear, "_COVARIANCE_CHUNK", 28)
     mean, moved = shrunk_covariance(unit * x + shift)
     assert torch.allclose(moved / unit / unit[:, None], shrunk, rtol=1e-6)
     assert torch.allclose((mean - shift) / unit, x.mean(0), rtol=1e-6)

@@ -42,7 +42,7 @@ def test_a_job_that_fails_leaves_the_others_alone(run: Run, tmp_path: Path) -> N
     for row in rows[:2]:
         lines = (tmp_path / "s" / row["job"] / "metrics.jsonl").read_text().splitlines()
         assert min(r["nll"] for r in map(json.loads, lines) if r["split"] == "val") == float(row["val_nll"])
-    assert out.endswith(f"{(tmp_path / 's/sweep_summary.md').read_text()}\n{tmp_path}/s\n")
+    assert out.endswith(f"{(tmp_path / 's/sweep.md').read_text()}\n{tmp_path}/s\n")
     assert (tmp_path / "s/sweep.png").exists()
 
 
