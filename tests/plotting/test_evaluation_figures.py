@@ -123,10 +123,10 @@ def test_points_at_the_edges_are_upright_steps() -> None:
 
 
 def test_many_latents_share_a_look_and_a_name_and_few_have_their_own() -> None:
-    few = [evaluation_figures._look(name, list(uniform(1, 4))) for name in uniform(1, 4)]
+    few = [evaluation_figures._calibration_look(name, list(uniform(1, 4))) for name in uniform(1, 4)]
     assert len({look["color"] for look in few}) == 5
     assert [look["label"] for look in few] == ["z1", "z2", "z3", "z4", "radius"]
-    many = [evaluation_figures._look(name, list(uniform(1, 8))) for name in uniform(1, 8)]
+    many = [evaluation_figures._calibration_look(name, list(uniform(1, 8))) for name in uniform(1, 8)]
     assert len({look["color"] for look in many}) == 2
     assert [look["label"] for look in many if look["label"]] == ["latents", "radius"]
 

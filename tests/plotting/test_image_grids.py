@@ -19,7 +19,7 @@ from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.linear import Affine
 from flowtrain.bijections.scale import Logit
 from flowtrain.flow import Flow
-from flowtrain.plotting import densities, image_grids
+from flowtrain.plotting import image_grids
 from flowtrain.plotting import image_pictures as pictures
 from flowtrain.plotting.image_grids import draw_panels, draw_rows
 from flowtrain.utils.errors import FlowtrainError
@@ -168,7 +168,7 @@ def test_reconstructions_show_the_error_itself(tmp_path: Path, monkeypatch: pyte
             return x + 0.4 * torch.eye(16)[0], log_det
 
     given: dict[str, Any] = {}
-    monkeypatch.setattr(densities, "draw_rows", lambda path, **arguments: given.update(arguments))
+    monkeypatch.setattr(pictures, "draw_rows", lambda path, **arguments: given.update(arguments))
     x = torch.randint(0, levels, (30, 1, 4, 4))
     data = SimpleNamespace(test=x, test_labels=None)
     for broken in (False, True):

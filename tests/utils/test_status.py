@@ -225,7 +225,7 @@ def in_a_process(code: str, **environment: str) -> str:
     pty = pytest.importorskip("pty")
     mine, its = pty.openpty()
     given = {**os.environ, **environment}
-    code = "from flowtrain import status\nstatus.DELAY, status.TICK = 0.0, 0.01\n" + textwrap.dedent(code)
+    code = "from flowtrain.utils import status\nstatus.DELAY, status.TICK = 0.0, 0.01\n" + textwrap.dedent(code)
     process = subprocess.Popen([sys.executable, "-c", code], stderr=its, stdout=subprocess.PIPE, env=given, text=True)
     os.close(its)
     text = io.StringIO()
@@ -246,7 +246,7 @@ def in_a_process(code: str, **environment: str) -> str:
 def test_a_command_says_that_it_is_loading() -> None:
     said = in_a_process("""
         import sys, time, types
-        from flowtrain.cli import start
+        from flowtrain.cli import entry_points
         assert "torch" not in sys.modules
         class Finder:
             def find_spec(self, name, path, target=None):
@@ -260,7 +260,7 @@ def test_a_command_says_that_it_is_loading() -> None:
                         def exec_module(self, module): pass
                     return importlib.machinery.ModuleSpec(name, Loader())
         sys.meta_path.insert(0, Finder())
-        start.floweval()
+        entry_points.floweval()
     """)
     shown = Terminal()
     shown.write(said.split("|")[0].replace("\r\n", "\n"))
