@@ -17,7 +17,7 @@ class Tableau:
         order: of x1.
         c, a, b: the method; a has one row for each stage after the first.
         e: b minus the embedded weights, or None where the method has no error estimate.
-        mid: weights of x(t + h/2) = x + h sum mid_i k_i to 4th order, from which quadrature.py makes a quartic; or None.
+        mid: weights of x(t + h/2) = x + h sum mid_i k_i to 4th order, used by quadrature.py; or None.
 
     Raises:
         ConfigError: numbers that make no explicit method.

@@ -1,7 +1,8 @@
-"""What TensorBoard shows of a run: scalars and pictures, in files that it reads. Nothing is sent anywhere.
+"""Writes scalars and pictures of a run for TensorBoard. Nothing is sent anywhere.
 
-Records are appended as metrics.jsonl's rows are. torch's SummaryWriter would write them from a thread of its own, which
-ends with a traceback on a full disk, and leaves the last minutes behind in a process that is killed.
+Records are appended like the rows of metrics.jsonl. torch's SummaryWriter cannot be used: it writes from a thread that
+ends with a traceback when the disk is full, and once its queue is full, the next `add_scalar` blocks the run for ever. A
+killed process also loses what is still in the queue.
 """
 
 import io
