@@ -1,7 +1,7 @@
 """Writes scalars and pictures of a run for TensorBoard. Nothing is sent anywhere.
 
 Records are appended like the rows of metrics.jsonl. torch's SummaryWriter cannot be used: it writes from a thread that
-ends with a traceback when the disk is full, and once its queue is full, the next `add_scalar` blocks the run for ever. A
+ends with a traceback when the disk is full. Once its queue is full, the next `add_scalar` blocks the run for ever. A
 killed process also loses what is still in the queue.
 """
 
