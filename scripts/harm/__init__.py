@@ -1,1 +1,1 @@
-"""The parts of scripts/torture.py, which tests/test_fuzz.py draws on too."""
+"""The parts of scripts/torture.py, which tests/scripts/test_torture.py uses too."""
