@@ -133,7 +133,7 @@ def prepare(
     trainer = Trainer(
         objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None, deadline=deadline
     )
-    log.info("%s", banner(config, flow, data, settings, run_dir, trainer.step, trainer.learner.warmup, recipes))
+    log.info("%s", banner(config, flow, data, settings, run_dir, trainer.step, trainer.train_state.warmup, recipes))
     if saved is None and taught is not None and build.takes_teacher(config) and ranks.is_first():
         # now that nothing is left to be refused: with it, the directory holds a run. As it was read: by now, the other
         # run may have gone on

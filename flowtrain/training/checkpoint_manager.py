@@ -51,12 +51,17 @@ class CheckpointManager:
         run_dir: Path,
         config: Mapping[str, Any],
         samples: Samples,
-        learner: TrainState,
-        trouble: FailurePolicy,
+        train_state: TrainState,
+        failure_policy: FailurePolicy,
         progress: Progress,
     ) -> None:
         self.run_dir, self.config, self.samples = run_dir, config, samples
-        self.flow, self.learner, self.trouble, self.progress = learner.flow, learner, trouble, progress
+        self.flow, self.train_state, self.failure_policy, self.progress = (
+            train_state.flow,
+            train_state,
+            failure_policy,
+            progress,
+        )
         self.saved_step = progress.step
 
     def best(self) -> bool:
@@ -65,7 +70,7 @@ class CheckpointManager:
 
     def last(self) -> None:
         """last.pt: that, and all that a resumed run needs."""
-        rest = {**self.learner.state(), **self.progress.state(), "trouble": self.trouble.state()}
+        rest = {**self.train_state.state(), **self.progress.state(), "trouble": self.failure_policy.state()}
         rest["histories"] = [h.steps for h in self.flow.histories]
         if self.keep("last", {**self.inference_state(), **rest}):
             self.saved_step = self.progress.step
@@ -78,7 +83,7 @@ class CheckpointManager:
             "samples": asdict(self.samples),
             "step": self.progress.step,
             "weights": self.flow.state_dict(),
-            "ema": None if self.learner.ema is None else self.learner.ema.state(),
+            "ema": None if self.train_state.ema is None else self.train_state.ema.state(),
         }
 
     def keep(self, name: str, state: dict[str, Any]) -> bool:
@@ -108,14 +113,14 @@ class CheckpointManager:
         Raises:
             CheckpointError: no run can have saved such a state.
         """
-        self.learner.load_moments(saved)
+        self.train_state.load_moments(saved)
         check_progress(saved, self.flow)
-        self.learner.load(saved)
+        self.train_state.load(saved)
         if "trouble" in saved:
-            self.trouble.load(saved["trouble"])
-        if saved["config"]["trainer"].get("lr") != self.learner.settings.lr:
+            self.failure_policy.load(saved["trouble"])
+        if saved["config"]["trainer"].get("lr") != self.train_state.settings.lr:
             # a rate that the user chose in the light of what had happened
-            self.trouble.halvings = 0
+            self.failure_policy.halvings = 0
         self.progress.load(saved)
         # a run of an older flowtrain begins its solves anew
         for history, steps in zip(self.flow.histories, saved.get("histories", ()), strict=False):

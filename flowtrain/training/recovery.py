@@ -28,8 +28,15 @@ class Failed(Enum):
 class Recovery:
     """Stands around what may fail; all ranks see the same failures, and do the same about them."""
 
-    def __init__(self, trouble: FailurePolicy, saves: CheckpointManager, metrics: Metrics, settings: Settings) -> None:
-        self.trouble, self.saves, self.metrics, self.settings = trouble, saves, metrics, settings
+    def __init__(
+        self, failure_policy: FailurePolicy, checkpoints: CheckpointManager, metrics: Metrics, settings: Settings
+    ) -> None:
+        self.failure_policy, self.checkpoints, self.metrics, self.settings = (
+            failure_policy,
+            checkpoints,
+            metrics,
+            settings,
+        )
 
     def guarded(self, action: Callable[[], T], what: str) -> T | Failed:
         """What an action gives; where it failed, what the policy has made of that.
@@ -53,19 +60,19 @@ class Recovery:
 
     def failed(self, error: FlowtrainError, what: str) -> Failed:
         """Does what the policy says of what failed, on whatever rank."""
-        policy = self.trouble.policy_for(error)
+        policy = self.failure_policy.policy_for(error)
         if policy == "skip":
-            self.trouble.skipped += 1
+            self.failure_policy.skipped += 1
             log.warning("%s is skipped: %s", what, error)
             return Failed.SKIPPED
         if policy == "rewind":
             self.rewind(f"{what}: {error}")
             return Failed.REWOUND
-        run_dir = self.saves.run_dir
+        run_dir = self.checkpoints.run_dir
         if not isinstance(error, STEP_ERRORS):
             raise type(error)(f"{what}: {error} Resume with: {resume_command(run_dir)}") from error
         # last.pt stays as it is: a step fails for its weights, and would fail again from those before it
-        lr = self.settings.lr * self.trouble.lr_scale
+        lr = self.settings.lr * self.failure_policy.lr_scale
         raise type(error)(
             f"{what}: {error} Go on from the last checkpoint, with a smaller learning rate: "
             f"{resume_command(run_dir)} trainer.lr={lr / 2:g}"
@@ -73,18 +80,18 @@ class Recovery:
 
     def rewind(self, why: str) -> None:
         """Back to the last checkpoint, with half of the learning rate from there on."""
-        rewinds, halvings = self.trouble.rewinds + 1, self.trouble.halvings + 1
-        self.saves.back()
-        self.trouble.rewinds, self.trouble.halvings, self.trouble.skipped = rewinds, halvings, 0
-        step = self.saves.saved_step
+        rewinds, halvings = self.failure_policy.rewinds + 1, self.failure_policy.halvings + 1
+        self.checkpoints.back()
+        self.failure_policy.rewinds, self.failure_policy.halvings, self.failure_policy.skipped = rewinds, halvings, 0
+        step = self.checkpoints.saved_step
         self.metrics.back_to(step)
         # now, so that a run killed before its next checkpoint does not begin with the old rate again
-        self.saves.last()
+        self.checkpoints.last()
         log.warning(
             "%s Back to step %d with a learning rate %g times the one that was set (%d of at most %d times).",
             why,
             step,
-            self.trouble.lr_scale,
+            self.failure_policy.lr_scale,
             rewinds,
-            self.trouble.max_rewinds,
+            self.failure_policy.max_rewinds,
         )

@@ -79,23 +79,25 @@ class Trainer:
             with phase("initializing the model from data"):
                 initialization.initialize(flow, batches, deadline)
         ranks.broadcast(flow.state_dict().values())
-        self.progress, self.trouble = Progress(), FailurePolicy(settings.on_nonfinite, settings.max_rewinds)
+        self.progress, self.failure_policy = Progress(), FailurePolicy(settings.on_nonfinite, settings.max_rewinds)
         self.objective = objective
         self.pace = ScheduleClock(self.progress, settings.steps, objective.likelihood_from or 0)
         # the first optimizer makes torch load its compiler, which takes seconds
         with status("preparing the optimizer"):
-            self.learner = TrainState(objective, flow, settings, self.pace)
-        self.saves = CheckpointManager(run_dir, config, data.samples, self.learner, self.trouble, self.progress)
+            self.train_state = TrainState(objective, flow, settings, self.pace)
+        self.checkpoints = CheckpointManager(
+            run_dir, config, data.samples, self.train_state, self.failure_policy, self.progress
+        )
         if saved is not None:
-            self.saves.load(saved)
+            self.checkpoints.load(saved)
         if settings.compile:
             initialization.compile_parts(objective, flow)
         self.metrics = Metrics(run_dir / "metrics.jsonl", self.step, writes=ranks.is_first())
-        self.update = Update(objective, self.learner, batches, settings, run_dir)
-        self.validation = Validation(self.learner, data, settings, self.progress, self.metrics, self.saves)
-        early = early_validations(settings, data.n_train, self.learner.solves_from != 0)
+        self.update = Update(objective, self.train_state, batches, settings, run_dir)
+        self.validation = Validation(self.train_state, data, settings, self.progress, self.metrics, self.checkpoints)
+        early = early_validations(settings, data.n_train, self.train_state.solves_from != 0)
         self.plan = ValidationSchedule(settings, early if objective.start_counts else frozenset())
-        self.recovery = Recovery(self.trouble, self.saves, self.metrics, settings)
+        self.recovery = Recovery(self.failure_policy, self.checkpoints, self.metrics, settings)
         self.watch = NfeWatch()
         self.stopped_by: str | None = None
         self.signal: int | None = None
@@ -130,12 +132,12 @@ class Trainer:
     @property
     def saved_step(self) -> int:
         """That of last.pt."""
-        return self.saves.saved_step
+        return self.checkpoints.saved_step
 
     @property
     def config(self) -> Mapping[str, Any]:
         """The run's, with a step size that the guard may have made smaller."""
-        return self.saves.config
+        return self.checkpoints.config
 
     def course(self, best: int) -> str:
         """A summary of training: the best step, and what may help. `best` is the step of best.pt."""
@@ -159,7 +161,7 @@ class Trainer:
         with StopSignals() as signals, progress_bar(s.steps, p.step) as bar:
             if p.step == 0:
                 # killed before the first validation, there is still something to go on from
-                self.saves.last()
+                self.checkpoints.last()
                 if self.plan.validates_early(0) and p.best is None:
                     # drops a row that an earlier process wrote without saving it in a checkpoint
                     self.metrics.back_to(-1)
@@ -196,25 +198,25 @@ class Trainer:
     def train_step(self) -> Row:
         """One update, and the guard's look at it."""
         step = self.step
-        if self.learner.solves(step) and not self.progress.began:
+        if self.train_state.solves(step) and not self.progress.began:
             self.begin_anew()
-        row, batch = self.update.take(step, self.learner.rate(step) * self.trouble.lr_scale)
+        row, batch = self.update.take(step, self.train_state.rate(step) * self.failure_policy.lr_scale)
         with status("checking the solver's error"):
-            too_coarse = self.learner.check_solver(step, batch)
+            too_coarse = self.train_state.check_solver(step, batch)
         if too_coarse:
-            self.saves.keep_step_size()
+            self.checkpoints.keep_step_size()
         return row
 
     def begin_anew(self) -> None:
         """The likelihood's first step: after steps of another objective it begins at their average."""
         self.progress.began = True
         if self.step:
-            self.learner.begin_anew()
+            self.train_state.begin_anew()
             self.progress.stale, self.progress.worse = 0, []
 
     def measured(self, row: Row, bar: Status) -> None:
         """Logs what a step measured, where its turn has come."""
-        self.trouble.skipped = 0
+        self.failure_policy.skipped = 0
         self.watch.see(self.step, row)
         if self.step % self.settings.log_every == 0 or self.step == 1:
             nll = row.pop("nll")
@@ -232,8 +234,8 @@ class Trainer:
         if self.pace.advance(position, elapsed) and not self.stopped_by and self.objective.take_over(self.step):
             log.info("step %d: half of the time limit has passed; the likelihood takes over", self.step)
             self.pace.change_now(elapsed)
-            self.learner.solve_from(self.step)
-            self.saves.keep_objective(self.objective.pinned)
+            self.train_state.solve_from(self.step)
+            self.checkpoints.keep_objective(self.objective.pinned)
 
     def after_step(self) -> None:
         """Validates, saves and draws, where its turn has come or the run stops."""
@@ -241,13 +243,13 @@ class Trainer:
         if self.plan.validates(self.step):
             if validate() is Failed.REWOUND:
                 return
-            self.saves.last()
+            self.checkpoints.last()
         elif self.plan.validates_early(self.step):
             if not self.validate_early() and self.stopped_by:
-                self.saves.last()
+                self.checkpoints.last()
         elif self.stopped_by:
             # saved first: resumed, the run must not know of a validation that it would not have made
-            self.saves.last()
+            self.checkpoints.last()
             if self.signal is None:
                 validate()
         if self.plan.draws(self.step):
@@ -279,11 +281,11 @@ class Trainer:
         except STEP_ERRORS as e:
             log.warning("the early validation of step %d failed and is skipped: %s", self.step, e)
             return False
-        self.saves.last()
+        self.checkpoints.last()
         return True
 
     def draw(self) -> None:
         """A picture of the averaged weights, where there are any."""
         if self.picture is not None and ranks.is_first():
             with status("drawing samples"):
-                self.learner.with_average(self.picture, self.flow, self.step, self.progress.val_nll)
+                self.train_state.with_average(self.picture, self.flow, self.step, self.progress.val_nll)

@@ -95,18 +95,18 @@ class Attempt:
 
 
 class Update:
-    """Makes the updates of `learner` that lower `objective` on `batches`, the same ones on all ranks.
+    """Makes the updates of `train_state` that lower `objective` on `batches`, the same ones on all ranks.
 
     Args:
         run_dir: where the batch of a step that failed is kept.
     """
 
     def __init__(
-        self, objective: Objective, learner: TrainState, batches: Batches, settings: Settings, run_dir: Path
+        self, objective: Objective, train_state: TrainState, batches: Batches, settings: Settings, run_dir: Path
     ) -> None:
-        self.objective, self.learner, self.batches = objective, learner, batches
+        self.objective, self.train_state, self.batches = objective, train_state, batches
         self.settings, self.run_dir = settings, run_dir
-        self.flow, self.device = learner.flow, batches.device
+        self.flow, self.device = train_state.flow, batches.device
 
     def take(self, step: int, lr: float) -> tuple[Row, Batch]:
         """One update. The finite check costs one transfer to the host, beside the solver's, and comes before it.
@@ -122,8 +122,8 @@ class Update:
         begun = time.perf_counter()
         torch.manual_seed(self.batches.seed_of(step))
         batch = self.batches.of(step)
-        self.learner.set_rate(lr)
-        restore = self.learner.keep_running()
+        self.train_state.set_rate(lr)
+        restore = self.train_state.keep_running()
         tried = self.attempt(step, batch)
         norm, means = self.averaged(tried)
         grad_norm, *values = torch.stack([norm, *means.values()]).tolist()
@@ -133,7 +133,7 @@ class Update:
             raise self.diagnose_failure(step, batch, tried)
         if self.settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.flow.parameters(), self.settings.clip_norm, norm)
-        self.learner.apply()
+        self.train_state.apply()
         nfe = {name: found.pop(name, n) for name, n in tried.nfe.items()}
         del found["loss"]
         row = {
@@ -144,7 +144,7 @@ class Update:
             **{name: round(nfe[name]) if nfe else None for name in NFE},
             "grad_norm": grad_norm,
             "lr": lr,
-            **self.learner.tolerance(step),
+            **self.train_state.tolerance(step),
         }
         return row, batch
 
@@ -156,10 +156,10 @@ class Update:
             # CUDA graphs may overwrite what the step before left
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with record_solves() as solves, training_step(s.precision, self.device):
-            self.learner.optimizer.zero_grad()
+            self.train_state.optimizer.zero_grad()
             try:
                 self.objective.begin(step)
-                tried.terms = self.backward(batch.x, batch.label, self.learner.options(step))
+                tried.terms = self.backward(batch.x, batch.label, self.train_state.options(step))
             except STEP_ERRORS as e:
                 tried.failure = e
         tried.nfe = {name: sum(getattr(c, name) for c in solves) / s.accumulate for name in NFE if solves}

@@ -120,15 +120,15 @@ class Validation:
 
     def __init__(
         self,
-        learner: TrainState,
+        train_state: TrainState,
         data: Dataset,
         settings: Settings,
         progress: Progress,
         metrics: Metrics,
-        saves: CheckpointManager,
+        checkpoints: CheckpointManager,
     ) -> None:
-        self.flow, self.learner, self.data, self.settings = learner.flow, learner, data, settings
-        self.progress, self.metrics, self.saves = progress, metrics, saves
+        self.flow, self.train_state, self.data, self.settings = train_state.flow, train_state, data, settings
+        self.progress, self.metrics, self.checkpoints = progress, metrics, checkpoints
         # the number of rows that a validation takes, from the start of the set; None: all
         self.size = settings.val_size
         # seconds that the last validation took on this rank
@@ -156,7 +156,7 @@ class Validation:
             self.count()
             self.check_overfitting(rows)
         # a new best counts only once its checkpoint is written, on all ranks
-        if improved and self.saves.best():
+        if improved and self.checkpoints.best():
             p.best, p.best_rows = {"nll": p.val_nll, "step": p.step}, rows
 
     def count(self) -> None:
@@ -165,9 +165,9 @@ class Validation:
         improved = p.val_nll < (math.inf if p.counted is None else p.counted)
         if improved:
             p.counted = p.val_nll
-        self.learner.lr.validated(improved)
+        self.train_state.lr.validated(improved)
         # what is still being tightened has not settled
-        p.stale = 0 if improved or not self.learner.settled(p.step) else p.stale + 1
+        p.stale = 0 if improved or not self.train_state.settled(p.step) else p.stale + 1
 
     def check_overfitting(self, rows: Tensor | None) -> None:
         """Sets `risen`: whether the last three validations are clearly worse than the best, or two that still rise."""
@@ -175,7 +175,7 @@ class Validation:
         worse = False
         if s.max_rise is not None and rows is not None and p.best_rows is not None and len(rows) == len(p.best_rows):
             least = margin(s.max_rise, math.prod(self.flow.event_shape))
-            worse = self.learner.may_overfit(p.step) and clearly_worse(p.best_rows, rows, least)
+            worse = self.train_state.may_overfit(p.step) and clearly_worse(p.best_rows, rows, least)
         p.worse = [*p.worse, p.val_nll] if worse else []
         self.risen = len(p.worse) > 2 or p.worse != sorted(p.worse, reverse=True)
 
@@ -200,7 +200,7 @@ class Validation:
         log_p, failure = torch.zeros(0, dtype=torch.float64), None
         try:
             if len(x[share]):
-                log_p = self.learner.with_average(log_probs, self.flow, x[share], label, seed=ranks.rank())
+                log_p = self.train_state.with_average(log_probs, self.flow, x[share], label, seed=ranks.rank())
             check_finite(log_p, "val", share.start)
         except FlowtrainError as e:
             failure = e

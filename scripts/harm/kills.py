@@ -175,10 +175,10 @@ class Watch:
     def phase(self) -> str:
         if self.size is None:
             return "starting"
-        return "saving" if self.saves else "evaluating" if self.evaluates else "training"
+        return "saving" if self.checkpoints else "evaluating" if self.evaluates else "training"
 
     @property
-    def saves(self) -> bool:
+    def checkpoints(self) -> bool:
         return bool(self._temporary() - self.left)
 
     @property

@@ -99,7 +99,7 @@ def ended(run: Trainer) -> dict[str, Any]:
         run.fit()
     except FlowtrainError as e:
         error = (type(e).__name__, str(e))
-    ema = {} if run.learner.ema is None else {f"ema.{k}": v for k, v in run.learner.ema.shadow.items()}
+    ema = {} if run.train_state.ema is None else {f"ema.{k}": v for k, v in run.train_state.ema.shadow.items()}
     return {
         "error": error, "step": run.step, "signal": run.signal, "stopped_by": run.stopped_by, "best": run.best,
         "rows": [{k: v for k, v in row.items() if "seconds" not in k} for row in run.metrics.rows],

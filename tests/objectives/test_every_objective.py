@@ -86,7 +86,7 @@ def test_resume_is_exact_to_the_bit(
 ) -> None:
     """A stop before, at and after the hybrid's change of loss."""
     keys, run = whole
-    assert any(bool(p.abs().max() > 0) for p in run.learner.ema.shadow.values() if p.shape == (2, 8))  # type: ignore[union-attr]
+    assert any(bool(p.abs().max() > 0) for p in run.train_state.ema.shadow.values() if p.shape == (2, 8))  # type: ignore[union-attr]
     trained(stop_at, tmp_path, *keys, stop=stop)
     again = trained(stop_at, tmp_path, *keys)
     for key, value in run.flow.state_dict().items():
@@ -96,12 +96,12 @@ def test_resume_is_exact_to_the_bit(
 def test_hybrid_continues_from_its_averaged_weights(tmp_path: Path, stop_at: Callable[..., None]) -> None:
     keys = ["objective=hybrid", "objective.matching=6", *STEPS, "trainer.ema=0.9"]
     trainer = trained(stop_at, tmp_path, *keys, stop=6)
-    assert trainer.learner.ema is not None
-    average = {name: value.clone() for name, value in trainer.learner.ema.shadow.items()}
+    assert trainer.train_state.ema is not None
+    average = {name: value.clone() for name, value in trainer.train_state.ema.shadow.items()}
     assert any(not torch.equal(p, average[name]) for name, p in trainer.flow.named_parameters())
     trainer.begin_anew()
     assert all(torch.equal(p, average[name]) for name, p in trainer.flow.named_parameters())
-    assert not trainer.learner.optimizer.state
+    assert not trainer.train_state.optimizer.state
 
 
 def train_rows(trainer: Trainer) -> list[dict[str, Any]]:
@@ -129,9 +129,9 @@ def test_likelihood_phase_of_a_hybrid_restarts_schedules_and_early_stopping(
     assert rows[5]["lr"] < 0.3 * rows[1]["lr"]
     assert [row["rtol"] for row in rows[6:]] == pytest.approx([1e-3, 1e-4, 1e-5, 1e-5])
     # averaging too: four updates since
-    assert trainer.learner.ema is not None
-    assert trainer.learner.ema.updates == 4
-    steps = {int(state["step"]) for state in trainer.learner.optimizer.state.values()}
+    assert trainer.train_state.ema is not None
+    assert trainer.train_state.ema.updates == 4
+    steps = {int(state["step"]) for state in trainer.train_state.optimizer.state.values()}
     assert steps == {4}
 
 
@@ -155,7 +155,7 @@ def test_resume_with_an_earlier_loss_switch_restarts_the_optimizer(
     keys = ["objective=hybrid", *STEPS, "trainer.ema=0.9"]
     trained(stop_at, tmp_path, *keys, "objective.matching=8", stop=5)
     trainer = trained(stop_at, tmp_path, *keys, "objective.matching=3")
-    assert {int(state["step"]) for state in trainer.learner.optimizer.state.values()} == {5}
+    assert {int(state["step"]) for state in trainer.train_state.optimizer.state.values()} == {5}
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ def test_ema_is_the_average_and_gives_the_weights_back() -> None:
 def test_checkpoint_with_ema_loads_the_averaged_weights(tmp_path: Path, trainer: MakeTrainer) -> None:
     run = trainer(tmp_path, "model=affine", "trainer.steps=4", "trainer.ema=0.999", "trainer.lr=0.5")
     run.fit()
-    assert run.learner.ema is not None
+    assert run.train_state.ema is not None
     loaded = dict(load(tmp_path).named_parameters())
-    for name, value in run.learner.ema.shadow.items():
+    for name, value in run.train_state.ema.shadow.items():
         assert torch.equal(loaded[name], value)
     assert not torch.equal(loaded["bijection.bijections.0.mean"], run.flow.state_dict()["bijection.bijections.0.mean"])

@@ -139,5 +139,5 @@ def test_flows_without_ode_have_no_guard(tmp_path: Path, guarded_trainer: MakeTr
     config = compose_defaults(["model=affine", *SHORT[:3], "trainer.guard_every=1", "data.n_val=20"])
     run = guarded_trainer(tmp_path, config)
     run.fit()
-    assert run.learner.guard is None
+    assert run.train_state.guard is None
     assert checkpoint.load(tmp_path / "checkpoints/last.pt")["guard"] is None

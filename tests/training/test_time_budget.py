@@ -129,7 +129,7 @@ def test_ranks_agree_on_the_schedule_position(
     run.progress.step = 1
     run.check_for_stop(None, False)
     assert run.pace.at(1) == 51
-    assert run.learner.rate(1) == pytest.approx(run.learner.lr.at(51))
+    assert run.train_state.rate(1) == pytest.approx(run.train_state.lr.at(51))
 
 
 def test_an_interrupted_run_goes_on_from_its_position(
@@ -163,7 +163,7 @@ def test_an_interrupted_run_goes_on_from_its_position(
     assert ended["position"] == 1000
     third = trainer(tmp_path, *keys, saved=ended)
     third.pace.begin()
-    assert third.learner.rate(62) == pytest.approx(third.learner.lr.at(62))
+    assert third.train_state.rate(62) == pytest.approx(third.train_state.lr.at(62))
 
 
 def test_the_likelihood_has_half_of_the_time(
@@ -183,7 +183,7 @@ def test_the_likelihood_has_half_of_the_time(
     saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
     assert saved["config"]["objective"]["matching"] == 10
     again = trainer(tmp_path, *keys[:3], *keys[4:], "objective.matching=10", saved=saved)
-    assert again.learner.solves_from == 10
+    assert again.train_state.solves_from == 10
     assert run.flow.solver is not None
     assert again.flow.solver is not None
     assert again.flow.solver.warmup == run.flow.solver.warmup == round(990 * 2 / 3)

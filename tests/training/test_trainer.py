@@ -69,17 +69,17 @@ def test_resume_is_exact_to_the_bit(
     assert ends == rows(run.run_dir)
     for key, value in run.flow.state_dict().items():
         assert torch.equal(value, second.flow.state_dict()[key]), key
-    if run.learner.ema is not None and second.learner.ema is not None:
-        assert all(torch.equal(v, second.learner.ema.shadow[k]) for k, v in run.learner.ema.shadow.items())
+    if run.train_state.ema is not None and second.train_state.ema is not None:
+        assert all(torch.equal(v, second.train_state.ema.shadow[k]) for k, v in run.train_state.ema.shadow.items())
 
 
 def test_resume_takes_new_settings_and_refuses_another_model(tmp_path: Path, trainer: MakeTrainer) -> None:
     trainer(tmp_path, "model=realnvp", "trainer.steps=4", "trainer.ema=null").fit()
     saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
     changed = trainer(tmp_path, "model=realnvp", "trainer.weight_decay=0.5", "trainer.ema=0.9", saved=saved)
-    assert changed.learner.optimizer.param_groups[0]["weight_decay"] == 0.5
-    assert changed.learner.ema is not None
-    assert all(torch.equal(changed.learner.ema.shadow[k], v) for k, v in changed.flow.named_parameters())
+    assert changed.train_state.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert changed.train_state.ema is not None
+    assert all(torch.equal(changed.train_state.ema.shadow[k], v) for k, v in changed.flow.named_parameters())
     with pytest.raises(CheckpointError, match=r"leave model\."):
         trainer(tmp_path, "model=realnvp", "model.hidden=[32]", saved=saved)
 

@@ -165,7 +165,7 @@ def test_learning_rate_set_after_a_rewind_is_used(
     keys = ["model=affine", "trainer.lr_decay=constant", "trainer.lr_warmup=0", "trainer.on_nonfinite=rewind"]
     first = trainer(tmp_path, *keys, "trainer.steps=8", "trainer.lr=0.004", data=poisoned_once(5))
     first.fit()
-    assert first.trouble.rewinds == 1
+    assert first.failure_policy.rewinds == 1
     saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
     again = trainer(tmp_path, *keys, "trainer.steps=10", "trainer.lr=0.004", data=poisoned(-1), saved=saved)
     again.fit()
@@ -173,7 +173,7 @@ def test_learning_rate_set_after_a_rewind_is_used(
     other = trainer(tmp_path, *keys, "trainer.steps=12", "trainer.lr=0.003", data=poisoned(-1), saved=saved)
     other.fit()
     assert rows(tmp_path)[-2]["lr"] == 0.003
-    assert other.trouble.rewinds == 1
+    assert other.failure_policy.rewinds == 1
 
 
 def test_metrics_rows_waiting_for_disk_space_survive_a_rewind(tmp_path: Path, rows: ReadRows) -> None:

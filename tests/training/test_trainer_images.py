@@ -128,10 +128,10 @@ def test_an_average_of_weights_has_an_average_of_running_statistics(
     """Fails when batch norms validate averaged weights with the statistics of the last ones."""
     config = image_config(write_set(tmp_path / "data"), *IMAGE_MODELS["realnvp batchnorm"], "trainer.ema=0.9")
     run = fitted(config, tmp_path / "run")
-    assert run.learner.ema is not None
+    assert run.train_state.ema is not None
     for name, value in run.flow.named_buffers():
         if name.endswith(("running_mean", "variance")):
-            assert not torch.equal(run.learner.ema.shadow[name], value), name
+            assert not torch.equal(run.train_state.ema.shadow[name], value), name
     saved = checkpoint.load(tmp_path / "run/checkpoints/best.pt")
     loaded = load(tmp_path / "run").state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in saved["ema"].items() if k != "updates")
@@ -148,6 +148,6 @@ def test_validation_can_take_a_part_of_its_set(tmp_path: Path, image_config: Com
         write_set(tmp_path / "data"), *IMAGE_MODELS["affine"], "trainer.val_size=3", "trainer.steps=2"
     )
     run = fitted(config, tmp_path / "run")
-    with run.learner.ema.applied() if run.learner.ema is not None else nullcontext():
+    with run.train_state.ema.applied() if run.train_state.ema is not None else nullcontext():
         expected = -log_probs(run.flow, run.data.val[:3]).mean().item()
     assert run.progress.val_nll == pytest.approx(expected)

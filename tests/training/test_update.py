@@ -56,8 +56,8 @@ def test_failed_step_leaves_running_statistics_unchanged(
     run.fit()
     assert seen == [step == 5 for step in range(9)]
     assert all(v.isfinite().all() for v in statistics(run.flow).values())
-    assert run.learner.ema is not None
-    assert all(v.isfinite().all() for v in run.learner.ema.shadow.values())
+    assert run.train_state.ema is not None
+    assert all(v.isfinite().all() for v in run.train_state.ema.shadow.values())
     # the validations after it are not lost
     assert [r["step"] for r in rows(tmp_path) if r["split"] == "val"] == [4, 8, 9]
 
@@ -65,7 +65,7 @@ def test_failed_step_leaves_running_statistics_unchanged(
 def test_rewind_restores_running_statistics(tmp_path: Path, trainer: MakeTrainer, poisoned_once: type[Dataset]) -> None:
     run = trainer(tmp_path, *NORMS, "trainer.on_nonfinite=rewind", "trainer.steps=8", data=poisoned_once(5))
     run.fit()
-    assert run.trouble.rewinds == 1
+    assert run.failure_policy.rewinds == 1
     assert all(v.isfinite().all() for v in statistics(run.flow).values())
 
 
@@ -92,7 +92,7 @@ def test_guard_does_not_change_running_statistics(tmp_path: Path, guarded_config
     before, calls = statistics(flow), []
     log_prob = flow.log_prob
     flow.log_prob = lambda x, label=None: calls.append(flow.training) or log_prob(x, label)  # type: ignore[assignment,func-returns-value,method-assign]
-    run.learner.check_solver(0, batch)
+    run.train_state.check_solver(0, batch)
     assert calls[:2] == [True, True]
     assert same(before, statistics(flow))
 
@@ -104,7 +104,7 @@ def test_resumed_run_has_the_same_running_statistics(
     whole = trainer(tmp_path / "whole", *keys, data=poisoned_once(5))
     whole.fit()
     first = trainer(tmp_path / "parts", *keys[:-1], "trainer.steps=6", data=poisoned_once(5))
-    first.learner.lr.settings = whole.settings
+    first.train_state.lr.settings = whole.settings
     first.fit()
     saved = checkpoint.load(tmp_path / "parts/checkpoints/last.pt")
     second = trainer(tmp_path / "parts", *keys, data=poisoned_once(5, times=0), saved=saved)

@@ -169,7 +169,7 @@ def test_a_run_killed_at_its_start_validates_once(
         raise Killed
 
     run = trainer_of(tmp_path, [*table, "trainer.steps=10"])
-    run.saves.best = kill  # type: ignore[method-assign,assignment]
+    run.checkpoints.best = kill  # type: ignore[method-assign,assignment]
     with pytest.raises(Killed):
         run.fit()
     assert validated(rows, tmp_path) == [0]
@@ -198,7 +198,7 @@ def test_failing_early_validation_does_not_end_the_run(
     monkeypatch.setattr(Validation, "nll", nll)
     run = trainer_of(tmp_path, [*table, "trainer.steps=20", f"trainer.on_nonfinite={policy}"])
     run.fit()
-    assert (run.step, run.trouble.rewinds) == (20, 0)
+    assert (run.step, run.failure_policy.rewinds) == (20, 0)
     assert validated(rows, tmp_path) == [10, 15, 20]
     assert len([r for r in caplog.records if r.levelno == logging.WARNING and "validation" in r.getMessage()]) == 2
 
@@ -231,15 +231,15 @@ def test_no_rise_ends_a_plateau_that_may_still_come_down_nor_steps_that_match(
     table: list[str], tmp_path: Path, trainer_of: MakeTrainer
 ) -> None:
     run = trainer_of(tmp_path / "a", [*table, "trainer.lr_decay=plateau"])
-    assert not run.learner.may_overfit(150)
-    run.learner.lr.scale = 1 / 16
-    assert run.learner.may_overfit(150)
+    assert not run.train_state.may_overfit(150)
+    run.train_state.lr.scale = 1 / 16
+    assert run.train_state.may_overfit(150)
     layers = [key for key in table if not key.startswith("model")]
     hybrid = trainer_of(tmp_path / "b", [*layers, "model=ffjord", "objective=hybrid", "objective.matching=100"])
     matching = trainer_of(tmp_path / "c", [*layers, "model=ffjord", "objective=flow_matching"])
     warmup = hybrid.settings.lr_warmup
-    assert [hybrid.learner.may_overfit(s) for s in (99, 99 + warmup, 100 + warmup)] == [False, False, True]
-    assert not matching.learner.may_overfit(5000)
+    assert [hybrid.train_state.may_overfit(s) for s in (99, 99 + warmup, 100 + warmup)] == [False, False, True]
+    assert not matching.train_state.may_overfit(5000)
 
 
 def test_validation_rise_must_affect_most_rows() -> None:
