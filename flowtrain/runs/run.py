@@ -129,9 +129,18 @@ def prepare(
     objective = build.build_objective(config, flow, teacher)
     config = {**config, "objective": {**config["objective"], **objective.pinned}}
     picture = partial(draw_training, data=data, run_dir=run_dir, title=title_of(config), board=board)
-    deadline = None if seconds is None else TimeBudget(seconds, begun, flow, data)
+    time_budget = None if seconds is None else TimeBudget(seconds, begun, flow, data)
     trainer = Trainer(
-        objective, flow, data, settings, run_dir, config, saved, picture, initialize=teacher is None, deadline=deadline
+        objective,
+        flow,
+        data,
+        settings,
+        run_dir,
+        config,
+        saved,
+        picture,
+        initialize=teacher is None,
+        time_budget=time_budget,
     )
     log.info("%s", banner(config, flow, data, settings, run_dir, trainer.step, trainer.train_state.warmup, recipes))
     if saved is None and taught is not None and build.takes_teacher(config) and ranks.is_first():
@@ -221,12 +230,12 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
 
     # the trainer's config, whose step size may have become smaller
     config, data, device = trainer.config, trainer.data, trainer.flow.like.device
-    deadline = trainer.deadline
+    time_budget = trainer.time_budget
     saved = checkpoint.load(checkpoint.find(run_dir))
     with phase("loading the checkpoint to evaluate"):
         flow = load.restore({**saved, "config": config}, device, trust=_own_packages(config))
     with phase("evaluating"):
-        tested, thorough = (data, True) if deadline is None else deadline.tested()
+        tested, thorough = (data, True) if time_budget is None else time_budget.tested()
         result = evaluate(flow, tested, "test", saved["step"], trained_on=data, thorough=thorough)
     best = None if trainer.best is None else trainer.best["nll"]
     rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
@@ -238,19 +247,19 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
     with pictures.warn_if_plotting_fails("curves"):
         draw_curves(place("curves"), rows=trainer.metrics.rows, title=reached, entropy=data.entropy)
         drawn.append(place("curves"))
-    if deadline is None or deadline.has_time_for("samples"):
+    if time_budget is None or time_budget.has_time_for("samples"):
         with pictures.warn_if_plotting_fails("samples"):
             pictures.draw(flow, data, place("samples"), reached)
             drawn.append(place("samples"))
     drawn += pictures.draw_evaluation(result, title, data_name(config), place)
-    if deadline is None or deadline.has_time_for("the flow in more detail", more=True):
+    if time_budget is None or time_budget.has_time_for("the flow in more detail", more=True):
         drawn += pictures.draw_more(flow, data, place, reached)
     if board is not None:
         board.end(result.to_dict(), drawn, trainer.step)
     trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.course(saved['step'])}"
-    if deadline is not None:
-        log.info("time_budget=%g: %.1f s so far", deadline.seconds, deadline.seconds - deadline.left)
-        deadline.warn_if_over()
+    if time_budget is not None:
+        log.info("time_budget=%g: %.1f s so far", time_budget.seconds, time_budget.seconds - time_budget.left)
+        time_budget.warn_if_over()
     log.info("%s\n%s\n%s", result.table(), trained, next_commands(run_dir, data.event_shape))
 
 

@@ -35,11 +35,11 @@ def check_trainable(flow: Flow, settings: Settings) -> None:
         )
 
 
-def initialize(flow: Flow, batches: Batches, deadline: TimeBudget | None = None) -> None:
+def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = None) -> None:
     """Sets statistics and data-dependent parameters from training data, all rows of them on every rank.
 
     Args:
-        deadline: limits the number of rows, but not below LEAST_ROWS.
+        time_budget: limits the number of rows, but not below LEAST_ROWS.
 
     Raises:
         NonFiniteError: data that hold NaN or infinite values.
@@ -52,8 +52,8 @@ def initialize(flow: Flow, batches: Batches, deadline: TimeBudget | None = None)
         if isinstance(bijection, Standardize) and moments is not None:
             bijection.fit(*moments, offset)
     rows = max(LEAST_ROWS, min(MOST_ROWS, INITIALIZATION // math.prod(flow.event_shape)))
-    if deadline is not None:
-        rows = max(LEAST_ROWS, deadline.first_rows(rows))
+    if time_budget is not None:
+        rows = max(LEAST_ROWS, time_budget.first_rows(rows))
     if batches.data.n_train is not None:
         # no row twice: the shrinkage of a covariance depends on the number of distinct rows
         rows = min(rows, batches.data.n_train)

@@ -28,7 +28,7 @@ class TrainState:
     """Optimizer, learning rate, average and guard of a flow whose weights are those that training begins with.
 
     Args:
-        pace: the position of the learning rate and tolerance schedules.
+        schedule_clock: the position of the learning rate and tolerance schedules.
 
     Attributes:
         solves_from: the first step that solves the ODE, None where none does.
@@ -37,8 +37,8 @@ class TrainState:
         ema, guard: None where there is none.
     """
 
-    def __init__(self, objective: Objective, flow: Flow, settings: Settings, pace: ScheduleClock) -> None:
-        self.flow, self.settings, self.pace = flow, settings, pace
+    def __init__(self, objective: Objective, flow: Flow, settings: Settings, schedule_clock: ScheduleClock) -> None:
+        self.flow, self.settings, self.schedule_clock = flow, settings, schedule_clock
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(flow.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.solves_from = objective.likelihood_from
@@ -68,7 +68,7 @@ class TrainState:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
-        return self.lr.at(step, self.pace.at(step))
+        return self.lr.at(step, self.schedule_clock.at(step))
 
     def solves(self, step: int) -> bool:
         """Whether that step of training solves the ODE, and maximizes the likelihood."""
@@ -153,7 +153,7 @@ class TrainState:
         solver = self.flow.solver
         if self.tied and solver is not None:
             return self.lr.settled * self.warmup
-        return max(0, self.pace.at(step) - (self.solves_from or 0))
+        return max(0, self.schedule_clock.at(step) - (self.solves_from or 0))
 
     def settled(self, step: int) -> bool:
         """Whether a validation without a new best counts towards early stopping: not while tolerances tighten."""

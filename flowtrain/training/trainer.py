@@ -49,7 +49,7 @@ class Trainer:
         picture: called with (flow, step, validation NLL) every `plot_every` steps.
         initialize: whether a new run sets what depends on its data; not where it begins from another run's weights.
 
-        deadline: the time budget of the whole command; training leaves time for what follows it.
+        time_budget: the time budget of the whole command; training leaves time for what follows it.
 
     Attributes:
         stopped_by: what has ended the run before its last step, or None.
@@ -67,24 +67,24 @@ class Trainer:
         saved: Mapping[str, Any] | None = None,
         picture: Picture | None = None,
         initialize: bool = True,
-        deadline: TimeBudget | None = None,
+        time_budget: TimeBudget | None = None,
     ) -> None:
         self.flow, self.data, self.settings, self.run_dir, self.picture = flow, data, settings, run_dir, picture
-        self.deadline = deadline
+        self.time_budget = time_budget
         initialization.check_trainable(flow, settings)
         batches = Batches(flow, data, settings.batch_size, int(config["seed"]))
         if saved is not None:
             load_weights(flow, saved)
         elif initialize:
             with phase("initializing the model from data"):
-                initialization.initialize(flow, batches, deadline)
+                initialization.initialize(flow, batches, time_budget)
         ranks.broadcast(flow.state_dict().values())
         self.progress, self.failure_policy = Progress(), FailurePolicy(settings.on_nonfinite, settings.max_rewinds)
         self.objective = objective
-        self.pace = ScheduleClock(self.progress, settings.steps, objective.likelihood_from or 0)
+        self.schedule_clock = ScheduleClock(self.progress, settings.steps, objective.likelihood_from or 0)
         # the first optimizer makes torch load its compiler, which takes seconds
         with status("preparing the optimizer"):
-            self.train_state = TrainState(objective, flow, settings, self.pace)
+            self.train_state = TrainState(objective, flow, settings, self.schedule_clock)
         self.checkpoints = CheckpointManager(
             run_dir, config, data.samples, self.train_state, self.failure_policy, self.progress
         )
@@ -96,7 +96,7 @@ class Trainer:
         self.update = Update(objective, self.train_state, batches, settings, run_dir)
         self.validation = Validation(self.train_state, data, settings, self.progress, self.metrics, self.checkpoints)
         early = early_validations(settings, data.n_train, self.train_state.solves_from != 0)
-        self.plan = ValidationSchedule(settings, early if objective.start_counts else frozenset())
+        self.validation_schedule = ValidationSchedule(settings, early if objective.start_counts else frozenset())
         self.recovery = Recovery(self.failure_policy, self.checkpoints, self.metrics, settings)
         self.watch = NfeWatch()
         self.stopped_by: str | None = None
@@ -108,8 +108,8 @@ class Trainer:
     def limit(self) -> float | None:
         """Seconds of training that this command may take; None: no limit."""
         limits = [] if self.settings.time_limit is None else [self.settings.time_limit]
-        if self.deadline is not None:
-            limits.append(time.perf_counter() - self.begun + self.deadline.for_training)
+        if self.time_budget is not None:
+            limits.append(time.perf_counter() - self.begun + self.time_budget.for_training)
         return min(limits, default=None)
 
     # what others ask of a run
@@ -156,13 +156,13 @@ class Trainer:
         begun, before = time.perf_counter(), self.seconds
         s, p = self.settings, self.progress
         self.begun = begun
-        self.pace.begin()
+        self.schedule_clock.begin()
         self.budget()
         with StopSignals() as signals, progress_bar(s.steps, p.step) as bar:
             if p.step == 0:
                 # killed before the first validation, there is still something to go on from
                 self.checkpoints.last()
-                if self.plan.validates_early(0) and p.best is None:
+                if self.validation_schedule.validates_early(0) and p.best is None:
                     # drops a row that an earlier process wrote without saving it in a checkpoint
                     self.metrics.back_to(-1)
                     self.validate_early()
@@ -174,8 +174,8 @@ class Trainer:
                     self.measured(row, bar)
                 bar.advance(p.step - bar.n)
                 limit = self.limit
-                if self.deadline is not None and limit is not None:
-                    self.deadline.probe_again(time.perf_counter() - begun, limit)
+                if self.time_budget is not None and limit is not None:
+                    self.time_budget.probe_again(time.perf_counter() - begun, limit)
                 self.check_for_stop(signals.received, limit is not None and time.perf_counter() - begun >= limit)
                 if row is not Failed.REWOUND:
                     self.after_step()
@@ -187,13 +187,13 @@ class Trainer:
 
     def budget(self) -> None:
         """Measures the time to score rows, and limits the rows of a validation to fit the time budget."""
-        if self.deadline is None:
+        if self.time_budget is None:
             return
-        self.deadline.probe()
+        self.time_budget.probe()
         # an earlier best NLL can only be compared on the same rows
         if self.best is None:
-            self.validation.size = ranks.broadcast_object(self.deadline.val_rows(self.settings.val_size))
-            self.deadline.most_val = self.validation.size
+            self.validation.size = ranks.broadcast_object(self.time_budget.val_rows(self.settings.val_size))
+            self.time_budget.most_val = self.validation.size
 
     def train_step(self) -> Row:
         """One update, and the guard's look at it."""
@@ -226,25 +226,31 @@ class Trainer:
     def check_for_stop(self, received: int | None, out_of_time: bool) -> None:
         """Ends the run after this step where any rank has had a signal, or has no time left."""
         elapsed = time.perf_counter() - self.begun
-        signalled, late, position = ranks.largest([received or 0, out_of_time, self.pace.reached(elapsed, self.limit)])
+        signalled, late, position = ranks.largest(
+            [received or 0, out_of_time, self.schedule_clock.reached(elapsed, self.limit)]
+        )
         if late:
             self.stopped_by = "time limit"
         if signalled:
             self.signal, self.stopped_by = int(signalled), signal.Signals(int(signalled)).name
-        if self.pace.advance(position, elapsed) and not self.stopped_by and self.objective.take_over(self.step):
+        if (
+            self.schedule_clock.advance(position, elapsed)
+            and not self.stopped_by
+            and self.objective.take_over(self.step)
+        ):
             log.info("step %d: half of the time limit has passed; the likelihood takes over", self.step)
-            self.pace.change_now(elapsed)
+            self.schedule_clock.change_now(elapsed)
             self.train_state.solve_from(self.step)
             self.checkpoints.keep_objective(self.objective.pinned)
 
     def after_step(self) -> None:
         """Validates, saves and draws, where its turn has come or the run stops."""
         validate = partial(self.recovery.guarded, self.validate, f"the validation of step {self.step}")
-        if self.plan.validates(self.step):
+        if self.validation_schedule.validates(self.step):
             if validate() is Failed.REWOUND:
                 return
             self.checkpoints.last()
-        elif self.plan.validates_early(self.step):
+        elif self.validation_schedule.validates_early(self.step):
             if not self.validate_early() and self.stopped_by:
                 self.checkpoints.last()
         elif self.stopped_by:
@@ -252,15 +258,15 @@ class Trainer:
             self.checkpoints.last()
             if self.signal is None:
                 validate()
-        if self.plan.draws(self.step):
+        if self.validation_schedule.draws(self.step):
             self.draw()
 
     def validate(self) -> None:
         """Scores the validation set. Ends a run whose NLL has stopped improving or has clearly risen."""
         with status("validating"):
             self.validation.run()
-        if self.deadline is not None:
-            self.deadline.scored(len(self.validation.scored), self.validation.seconds)
+        if self.time_budget is not None:
+            self.time_budget.scored(len(self.validation.scored), self.validation.seconds)
         if self.validation.risen and self.best is not None:
             now, best = self.progress.val_nll, self.best
             self.stopped_by = self.stopped_by or (
