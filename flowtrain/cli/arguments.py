@@ -5,7 +5,6 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 
 from flowtrain.cli import help
 from flowtrain.cli.config_files import split_folder
+from flowtrain.cli.output_files import exists
 from flowtrain.cli.overrides import quoted, with_new_keys
 from flowtrain.utils.arguments import hint
 from flowtrain.utils.errors import ConfigError
@@ -81,14 +81,14 @@ def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
             raise ConfigError(f"{argument}: unknown flag; see --help")
         key = argument.partition("=")[0]
         is_override = "=" in argument and re.fullmatch(r"[+~]{0,2}[\w.@/-]+", key) is not None
-        if (is_override and not (key not in own and "/" in key and _exists(argument))) or argument.startswith("~"):
+        if (is_override and not (key not in own and "/" in key and exists(argument))) or argument.startswith("~"):
             whole.append(argument)
             continue
         if "ckpt" not in own or not argument.strip():
             raise ConfigError(f"{argument!r}: arguments look like KEY=VALUE; see --help")
         if argument in own:
             raise ConfigError(f"{argument}: give it a value, {argument}=...; see --help")
-        if not _exists(argument):
+        if not exists(argument):
             rest = hint(argument, own, "give ckpt=RUN_DIR_OR_FILE and KEY=VALUE")
             raise ConfigError(f"{argument}: no such run; {rest}")
         runs += 1
@@ -96,13 +96,6 @@ def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
     if runs and sum(a.startswith("ckpt=") for a in whole) > 1:
         raise ConfigError(f"{' '.join(arguments)}: give one run; KEY=VALUE sets an option")
     return whole
-
-
-def _exists(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _help(topics: Sequence[str], own: Mapping[str, Any], usage: str) -> str:

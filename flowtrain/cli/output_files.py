@@ -69,3 +69,12 @@ def paths_of(data: Mapping[str, Any]) -> list[Any]:
 def is_path(key: str) -> bool:
     """Whether a key of the data says where files are."""
     return key in ("path", "root") or key.endswith("_path")
+
+
+def exists(text: str) -> bool:
+    """Whether text from a command line is the path of a file or folder that exists."""
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        # for example, the name is too long
+        return False

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from flowtrain.cli.config_files import look_here, options
 from flowtrain.cli.error_messages import compose_defaults, plain, unknown_key
-from flowtrain.cli.output_files import is_path
+from flowtrain.cli.output_files import exists, is_path
 from flowtrain.runs.build import with_whole_numbers
 from flowtrain.training import checkpoint
 from flowtrain.training.old_checkpoints import RENAMED_KEYS
@@ -94,9 +94,9 @@ def _quoted(argument: str) -> str:
     value, sweeps = parsed(argument)
     if key in QUOTED_NAMES:
         return f"{start}={in_quotes(text)}" if value is None and text[0] not in "'\"[{" else argument
-    if isinstance(value, str) and value == text and not ("${" in text and _is_there(text)):
+    if isinstance(value, str) and value == text and not ("${" in text and exists(text)):
         return argument
-    if _is_there(text):
+    if exists(text):
         return f"{start}={in_quotes(text.replace('${', chr(92) + '${'))}"
     if isinstance(value, QuotedString):
         return argument
@@ -128,14 +128,6 @@ def in_quotes(text: str) -> str:
         'it\'s [1]'
     """
     return QuotedString(text, Quote.single).with_quotes()
-
-
-def _is_there(text: str) -> bool:
-    try:
-        return Path(text).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        # for example, the name is too long
-        return False
 
 
 # Hydra's; what follows those of the second line is no override
