@@ -89,7 +89,7 @@ def measure(model: str, kind: str, rows: int, columns: int, seed: int, *override
     # torch and hydra only in the process that trains
     import flowtrain
     from flowtrain.bijections.linear import gaussian_log_prob, shrunk_covariance
-    from flowtrain.cli.error_messages import compose_defaults
+    from flowtrain.cli.config_files import compose_defaults
     from flowtrain.data.tables.array import ArrayData
     from flowtrain.runs.run import train
 

@@ -16,7 +16,7 @@ import torch
 from helpers import COMMANDS, Compose, Evaluate, MakeTrainer, ReadRows, Run, Train
 from helpers.processes import trainer_of
 
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.plotting import style, transport_figures, transport_pictures
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import process, status

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from flowtrain.bijections.linear import Affine
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import evaluate
 from flowtrain.flow import Flow

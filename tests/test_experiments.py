@@ -7,7 +7,7 @@ import pytest
 from helpers import Run
 from helpers.files import write_set
 
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.runs.auto_settings import resolve_auto
 from flowtrain.utils.files import config_dir
 

@@ -18,7 +18,7 @@ import torch
 from helpers import Run
 from torch import Tensor
 
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.ode import Problem, Tableau, ode_solver
 from flowtrain.runs.build import build_data, build_flow, build_objective
 from flowtrain.training import checkpoint

@@ -9,7 +9,7 @@ from helpers.files import write_set
 from torch import nn
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.evaluation import evaluate
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import TraceRule

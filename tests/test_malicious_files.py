@@ -16,7 +16,7 @@ import torch
 from helpers import Run
 
 import flowtrain
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Samples
 from flowtrain.data.tables.table_reader import read_table
 from flowtrain.runs.build import build_flow

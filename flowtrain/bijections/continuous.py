@@ -173,7 +173,7 @@ class Continuous(Bijection):
         trace: exact or estimated divergence, in training and at evaluation.
 
     Example:
-        >>> from flowtrain.ode import AS_CONFIGURED, Problem, Solution, SolveOptions, Solver, StepPlan
+        >>> from flowtrain.ode import ode_solver
         >>> class Decay(nn.Module):
         ...     def forward(self, t, x):
         ...         return -x

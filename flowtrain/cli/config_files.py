@@ -1,12 +1,14 @@
-"""Finds config files, their folders and options, and reads the comments that explain their keys."""
+"""Config files: their folders and options, the config that overrides compose, and the comments that explain keys."""
 
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
 from flowtrain.utils.errors import ConfigError
@@ -99,6 +101,31 @@ def leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, A
 def _text(group: str, name: str) -> str:
     paths = [folder / group / f"{name}.yaml" for folder in config_dirs()]
     return next((path.read_text() for path in paths if path.is_file()), "")
+
+
+def compose_defaults(overrides: Sequence[str], with_hydra: bool = False) -> dict[str, Any]:
+    """The plain config that overrides compose. `with_hydra` adds Hydra's own part, not interpolated."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        if not with_hydra:
+            return plain(compose("config", [*own_searchpath(), *overrides]))
+        whole = compose("config", [*own_searchpath(), *overrides], return_hydra_config=True)
+        return cast(dict[str, Any], OmegaConf.to_container(whole))
+
+
+def own_searchpath() -> list[str]:
+    """The override that has Hydra look for configs in the folder of --config-dir too."""
+    own = own_configs()
+    if own is None:
+        return []
+    quoted = str(own).replace("\\", r"\\").replace("'", r"\'")
+    return [f"hydra.searchpath=['file://{quoted}']"]
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Interpolations resolved, plain containers."""
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(k): v for k, v in container.items()}
 
 
 def look_here() -> None:

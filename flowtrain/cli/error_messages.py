@@ -5,20 +5,19 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowtrain.cli.config_files import Commented, config_dirs, look_here, options, own_configs
+from flowtrain.cli.config_files import Commented, compose_defaults, config_dirs, look_here, options, own_configs
 from flowtrain.utils import ranks
 from flowtrain.utils.arguments import choose, hint
 from flowtrain.utils.errors import FlowtrainError, first_line, out_of_memory
-from flowtrain.utils.files import config_dir, config_groups
+from flowtrain.utils.files import config_groups
 
 
 def run_command(name: str, command: Callable[[], int]) -> None:
@@ -171,28 +170,3 @@ def _every_key(config: Mapping[str, Any], before: str = "") -> list[str]:
         if isinstance(value, Mapping):
             found += _every_key(value, f"{before}{key}.")
     return found
-
-
-def compose_defaults(overrides: Sequence[str], with_hydra: bool = False) -> dict[str, Any]:
-    """The plain config that overrides compose. `with_hydra` adds Hydra's own part, not interpolated."""
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        if not with_hydra:
-            return plain(compose("config", [*own_searchpath(), *overrides]))
-        whole = compose("config", [*own_searchpath(), *overrides], return_hydra_config=True)
-        return cast(dict[str, Any], OmegaConf.to_container(whole))
-
-
-def own_searchpath() -> list[str]:
-    """The override that has Hydra look for configs in the folder of --config-dir too."""
-    own = own_configs()
-    if own is None:
-        return []
-    quoted = str(own).replace("\\", r"\\").replace("'", r"\'")
-    return [f"hydra.searchpath=['file://{quoted}']"]
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """Interpolations resolved, plain containers."""
-    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert isinstance(container, dict)
-    return {str(k): v for k, v in container.items()}

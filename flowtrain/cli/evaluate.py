@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flowtrain.cli.arguments import split_own
-from flowtrain.cli.config_files import options
-from flowtrain.cli.error_messages import compose_defaults, run_command
+from flowtrain.cli.config_files import compose_defaults, options
+from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.overrides import keys_of

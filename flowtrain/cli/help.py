@@ -9,8 +9,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from omegaconf import OmegaConf
 
-from flowtrain.cli.config_files import Commented, applied_recipes, leaves, options, read, split_folder
-from flowtrain.cli.error_messages import own_searchpath, plain
+from flowtrain.cli.config_files import (
+    Commented,
+    applied_recipes,
+    leaves,
+    options,
+    own_searchpath,
+    plain,
+    read,
+    split_folder,
+)
 from flowtrain.cli.overrides import SWEEP, VALUED, quoted, validate_command_line
 from flowtrain.cli.start_run import chosen, known
 from flowtrain.utils.arguments import hint

@@ -13,8 +13,8 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote,
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from flowtrain.cli.config_files import look_here, options
-from flowtrain.cli.error_messages import compose_defaults, plain, unknown_key
+from flowtrain.cli.config_files import compose_defaults, look_here, options, plain
+from flowtrain.cli.error_messages import unknown_key
 from flowtrain.cli.output_files import exists, is_path
 from flowtrain.runs.build import with_whole_numbers
 from flowtrain.training import checkpoint

@@ -12,8 +12,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowtrain.cli.config_files import applied_recipes, options
-from flowtrain.cli.error_messages import plain, unknown_key
+from flowtrain.cli.config_files import applied_recipes, options, plain
+from flowtrain.cli.error_messages import unknown_key
 from flowtrain.cli.output_files import absolute_paths, is_path
 from flowtrain.cli.overrides import keys_of, less_key, overridden, trusted, with_new_names
 from flowtrain.runs.build import with_whole_numbers

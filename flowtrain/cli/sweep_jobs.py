@@ -21,7 +21,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from flowtrain.cli.error_messages import message_of, plain, report
+from flowtrain.cli.config_files import plain
+from flowtrain.cli.error_messages import message_of, report
 from flowtrain.cli.overrides import trusted
 from flowtrain.cli.start_run import begin, go_on, is_new
 from flowtrain.runs.lock import InUseError

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from flowtrain.cli import help, sweep_jobs
 from flowtrain.cli.arguments import split_own, versions
-from flowtrain.cli.error_messages import plain, report, run_command
+from flowtrain.cli.config_files import plain
+from flowtrain.cli.error_messages import report, run_command
 from flowtrain.cli.overrides import SWEEP, in_order, quoted, separated, trusted, validate_command_line, with_new_keys
 from flowtrain.cli.start_run import begin, chosen, go_on, note, removing_empty_directories
 from flowtrain.training import checkpoint

@@ -125,7 +125,7 @@ ACTIVATIONS: dict[str, Activation] = {"tanh": Tanh(), "softplus": Softplus(), "s
 
 
 class Field(nn.Module, ABC):
-    """A velocity v(t, x) that pushes tangents alongside values.
+    """A velocity field v(t, x) with Jacobian-vector products.
 
     Shapes: x is (..., *event), with `event_dims` dimensions in an event; t is a scalar or broadcasts against the
     others; v has the shape of x. Any other module with `forward(t, x)` on x (B, *event) and t scalar or (B,) works
@@ -139,9 +139,9 @@ class Field(nn.Module, ABC):
         ...     def forward(self, t, x):
         ...         return torch.stack([-x[..., 1], x[..., 0]], -1)
         ...
-        ...     def push(self, t, x, tangents):
+        ...     def jvp(self, t, x, tangents):
         ...         return self(t, x), self(t, tangents)  # linear in x
-        >>> v, je = push_tangents(Rotation(), torch.tensor(0.0), torch.tensor([[1.0, 0.0]]), torch.eye(2).unsqueeze(1))
+        >>> v, je = field_jvp(Rotation(), torch.tensor(0.0), torch.tensor([[1.0, 0.0]]), torch.eye(2).unsqueeze(1))
         >>> v.tolist(), je.squeeze(1).tolist()
         ([[-0.0, 1.0]], [[-0.0, 1.0], [-1.0, 0.0]])
     """

@@ -3,7 +3,7 @@
 Two rules. The stage points with the weights of the method: the augmented solve, on the same steps. Or Gauss-Legendre
 nodes on the dense output: a few steps make a panel, smooth enough for one high-order rule. They are fewer and more
 exact, because the stages of a Runge-Kutta step lie off the solution by far more than its end does
-(tests/test_gradients.py compares the two on the same steps).
+(tests/ode/test_discrete_adjoint.py compares the two on the same steps).
 """
 
 import math

@@ -63,7 +63,7 @@ class StepPlan:
         j n(t1) / ceil(n(t1)).
 
         Example:
-            >>> History([(1.0, 0.6)]).plan(0.0, 1.0)  # one step, longer than its error allowed
+            >>> StepPlan([(1.0, 0.6)]).plan(0.0, 1.0)  # one step, longer than its error allowed
             [0.5, 1.0]
         """
         if not self.steps:

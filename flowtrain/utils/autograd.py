@@ -31,7 +31,7 @@ def plain_values(x: Tensor) -> Tensor:
 
     Example:
         >>> found = []
-        >>> _ = torch.func.vmap(lambda row: (found.append(values(row.sum())), row)[1])(torch.eye(3))
+        >>> _ = torch.func.vmap(lambda row: (found.append(plain_values(row.sum())), row)[1])(torch.eye(3))
         >>> found[0]
         tensor([1., 1., 1.])
     """

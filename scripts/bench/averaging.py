@@ -23,7 +23,7 @@ import torch.distributed as dist
 from common import machine, median_and_spread, table
 from torch.nn.parallel import DistributedDataParallel
 
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.runs.build import build_data, build_flow, build_objective
 from flowtrain.training.update import averaged
 

@@ -20,7 +20,7 @@ from flowtrain.bijections.continuous import (
     spectral,
 )
 from flowtrain.bijections.linear import Affine
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.flow import Flow
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import Probes, TraceRule

@@ -3,7 +3,8 @@
 import pytest
 from helpers import Run
 
-from flowtrain.cli.error_messages import compose_defaults, unknown_key
+from flowtrain.cli.config_files import compose_defaults
+from flowtrain.cli.error_messages import unknown_key
 from flowtrain.utils.arguments import nearest, one_of
 from flowtrain.utils.errors import ConfigError
 

@@ -14,8 +14,7 @@ import torch
 from helpers import Run
 from omegaconf import OmegaConf
 
-from flowtrain.cli.config_files import Commented
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import Commented, compose_defaults
 from flowtrain.cli.help import GROUPS, WIDTH, leaves, meanings, shown
 from flowtrain.utils.files import config_dir, config_groups
 

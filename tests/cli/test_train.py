@@ -17,7 +17,7 @@ import torch
 from helpers import COMMANDS, SMALL, TINY, Run
 
 import flowtrain
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.training import checkpoint
 from flowtrain.utils.files import config_dir
 

@@ -4,7 +4,7 @@ import torch
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Samples
 from flowtrain.flow import Flow
 from flowtrain.nn.divergence import TraceRule

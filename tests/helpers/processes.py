@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Dataset
+from flowtrain.ode import SolveOptions
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
 from flowtrain.runs.lock import holding
 from flowtrain.training.trainer import Trainer
@@ -158,8 +159,8 @@ def _unsolved(run_dir: Path, rank: int) -> Trainer:
     run = trainer(run_dir, *FFJORD, "solver=rk4", "solver.steps=2")
     take = run.update.backward
 
-    def backward(x: Tensor, label: Tensor | None) -> dict[str, Tensor]:
-        terms = take(x, label)
+    def backward(x: Tensor, label: Tensor | None, options: SolveOptions) -> dict[str, Tensor]:
+        terms = take(x, label, options)
         if rank == 1 and run.step == 6:
             raise SolverError("the field is too stiff.")
         return terms

@@ -9,7 +9,7 @@ import torch
 from helpers import Run
 
 from flowtrain.bijections.continuous import Regularizer
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.flow import Flow
 from flowtrain.nn.mlp_field import MLPField
 from flowtrain.objectives.flow_matching import Hybrid

@@ -13,7 +13,7 @@ from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous, Regularizer, spectral
 from flowtrain.bijections.linear import Affine
 from flowtrain.bijections.scale import Standardize
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Samples
 from flowtrain.flow import Flow
 from flowtrain.nn.divergence import TraceRule

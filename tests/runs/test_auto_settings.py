@@ -14,7 +14,7 @@ from flowtrain.bijections.base import Chain
 from flowtrain.bijections.coupling import IndexCoupling
 from flowtrain.bijections.linear import FromGaussian, Preconditioned, gaussian_log_prob, shrunk_covariance
 from flowtrain.bijections.scale import Standardize
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.flow import Flow
 from flowtrain.models.affine import affine
 from flowtrain.models.ffjord import ffjord

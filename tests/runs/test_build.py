@@ -7,7 +7,7 @@ import pytest
 from helpers import Run
 from omegaconf import OmegaConf
 
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.runs.build import with_whole_numbers
 from flowtrain.training import checkpoint
 from flowtrain.utils.arguments import whole

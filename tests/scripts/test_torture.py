@@ -23,7 +23,7 @@ from helpers import MakeTrainer, Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.tables.array import ArrayData
 from flowtrain.runs.auto_settings import resolve_auto
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings, takes_teacher

@@ -11,7 +11,7 @@ import torch
 from helpers import Compose, MakeTrainer, processes
 from torch import Tensor
 
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
 from flowtrain.training import tensorboard

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import Compose, MakeTrainer
 
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.cli.overrides import overridden
 from flowtrain.runs import run as runs
 from flowtrain.training import checkpoint, guard

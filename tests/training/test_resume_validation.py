@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import Run
 
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Samples
 from flowtrain.runs.build import build_flow
 from flowtrain.runs.load import restore

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import MakeTrainer, ReadRows
+from helpers import MakeTrainer, ReadRows, trainer_defaults
 
-from flowtrain.cli.error_messages import compose_defaults
 from flowtrain.training.schedules import LearningRate
 from flowtrain.training.settings import Settings
 
@@ -31,7 +30,7 @@ def test_tolerance_warms_up_in_training_and_is_final_in_validation(
 
 
 def settings(**changes: Any) -> Settings:
-    return Settings(**{**compose_defaults([])["trainer"], **changes})
+    return Settings(**{**trainer_defaults(), **changes})
 
 
 def test_learning_rate_schedules() -> None:

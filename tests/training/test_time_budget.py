@@ -12,7 +12,7 @@ import torch
 from helpers import SMALL, MakeTrainer, ReadRows, Run
 
 from flowtrain.bijections.linear import Affine
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.cli.overrides import overridden
 from flowtrain.data.base import Dataset
 from flowtrain.flow import Flow

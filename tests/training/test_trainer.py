@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import MakeTrainer, ReadRows
 
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import STEP_STREAM, step_generator
 from flowtrain.runs.build import build_data
 from flowtrain.training import checkpoint

@@ -14,6 +14,7 @@ from helpers.files import write_set
 from helpers.flows import IMAGE_MODELS
 
 from flowtrain.evaluation.log_likelihood import log_probs
+from flowtrain.ode import SolveOptions
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
 from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
@@ -104,7 +105,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, imag
                    "best": None, "val_nll": 0.0, "config": config},
         )  # fmt: skip
         flow.zero_grad()
-        loss = run.update.backward(x, None)
+        loss = run.update.backward(x, None, SolveOptions())
         found.append([loss, *(p.grad.clone() for p in flow.parameters() if p.grad is not None)])
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import MakeTrainer, ReadRows
+from helpers import MakeTrainer, ReadRows, trainer_defaults
 from helpers.files import normal, npy
 
-from flowtrain.cli.error_messages import compose_defaults
+from flowtrain.cli.config_files import compose_defaults
 from flowtrain.training import checkpoint
 from flowtrain.training.schedules import ValidationSchedule, early_validations
 from flowtrain.training.settings import Settings
@@ -38,7 +38,7 @@ def validated(rows: ReadRows, run_dir: Path) -> list[int]:
 
 
 def settings(**changes: Any) -> Settings:
-    return Settings(**{**compose_defaults([])["trainer"], **changes})
+    return Settings(**{**trainer_defaults(), **changes})
 
 
 def test_early_validations_come_once_an_epoch_and_then_less_and_less_often() -> None:
