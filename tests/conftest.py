@@ -1,6 +1,7 @@
 """Fixtures of several folders: a seed, float64 as the default so that closed forms are compared tightly, commands."""
 
 import gc
+import io
 import json
 import logging
 import math
@@ -15,14 +16,27 @@ import pytest
 import torch
 from helpers import COMMANDS, Compose, Evaluate, MakeTrainer, ReadRows, Run, Train
 from helpers.processes import trainer_of
+from matplotlib.figure import Figure
+from PIL import Image
 
 from flowtrain.cli.config_files import compose_defaults
 from flowtrain.plotting import style, transport_figures, transport_pictures
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import process, status
+from flowtrain.utils.files import replacing
 
 matplotlib.use("Agg")
-DPI = style.DPI
+SAVE = style.save
+
+
+def blank() -> bytes:
+    """A PNG of one white dot."""
+    content = io.BytesIO()
+    Image.new("RGBA", (1, 1), "white").save(content, "PNG")
+    return content.getvalue()
+
+
+BLANK = blank()
 
 
 def pytest_collection_finish() -> None:
@@ -45,13 +59,14 @@ def seeded_float64() -> Iterator[None]:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
     """Runs a command in a fresh working directory: (exit code, standard output, standard error).
 
-    One of the cores does, as above, and pictures of few dots and points: those of users take most of a short run.
+    It uses one core. Figures are drawn with few points and saved as blank pictures: rendering them would take most of a
+    short run. `full_size` renders them as users get them.
     """
     torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(process, "cores", lambda: 1)
     # on a busy machine a command may take long enough for a line
     monkeypatch.setattr(status, "EVERY", math.inf)
-    set_dots(monkeypatch, 40)
+    monkeypatch.setattr(style, "save", save_blank)
     monkeypatch.setattr(transport_figures, "RESOLUTION", 12)
     for name, few in (("COLUMNS", 2), ("ALONG", 4), ("PARTICLES", 9)):
         monkeypatch.setattr(transport_pictures, name, few)
@@ -77,13 +92,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.fixture
 def full_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pictures of `run` as users get them."""
-    set_dots(monkeypatch, DPI)
+    """Renders the pictures of `run` as users get them."""
+    monkeypatch.setattr(style, "save", SAVE)
 
 
-def set_dots(monkeypatch: pytest.MonkeyPatch, per_inch: int) -> None:
-    monkeypatch.setattr(style, "DPI", per_inch)
-    monkeypatch.setitem(style._RC, "figure.dpi", per_inch)
+def save_blank(figure: Figure, path: Path) -> None:
+    """Writes a picture of one dot in place of the figure."""
+    with replacing(path) as f:
+        f.write(BLANK)
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ def test_animation_and_log_scale_of_other_dimensions_are_refused(run: Run, tmp_p
 
 
 @pytest.mark.parametrize("d", [1, 2])
+@pytest.mark.usefixtures("full_size")
 def test_logarithmic_scale_changes_the_picture(run: Run, tmp_path: Path, d: int) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(400, d)))
     trained(run, "model=affine", "data=array", "data.path=x.npy")
