@@ -33,7 +33,7 @@ class MLPTape:
     Args:
         times: of the nodes, (M,).
         weights, biases: of each layer, (M, n_out, n_in) and (M, n_out), without a graph.
-        keep: whether nodes will be pulled.
+        keep: whether `vjp` will be called.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class MLPTape:
         self.weights = [w.unbind() for w in weights]
         self.transposed = [w.mT.unbind() for w in weights]
         self.biases = [b.unbind() for b in biases]
-        # for each node the input of every layer, what the slopes need, and once pulled the cotangents of every a_l
+        # for each node the input of every layer, what the slopes need, and after its vjp the cotangents of every a_l
         self.inputs: dict[int, list[Tensor]] = {}
         self.kept: dict[int, list[Tensor]] = {}
-        self.pulled: dict[int, list[Tensor]] = {}
+        self.cotangents: dict[int, list[Tensor]] = {}
 
     def velocity(self, i: int, x: Tensor) -> Tensor:
         """v (B, d) of node i at x (B, d)."""
@@ -68,16 +68,16 @@ class MLPTape:
         for layer in reversed(range(1, len(self.weights))):
             slope = self.activation.slope(self.kept[i][layer - 1])
             at_a.append(torch.mm(at_a[-1], self.weights[layer][i]).mul_(slope))
-        self.pulled[i] = at_a[::-1]
+        self.cotangents[i] = at_a[::-1]
         return torch.mm(at_a[-1], self.weights[0][i])
 
     def weight_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Of every layer, (M, n_out, n_in) and (M, n_out), zero for nodes that were not pulled."""
+        """Of every layer, (M, n_out, n_in) and (M, n_out), zero for nodes without a vjp."""
         n_nodes = len(self.times)
         at_weights, at_biases = [], []
         for layer, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
             at_w, at_b = w[0].new_zeros(n_nodes, *w[0].shape), b[0].new_zeros(n_nodes, *b[0].shape)
-            for i, at_a in self.pulled.items():
+            for i, at_a in self.cotangents.items():
                 torch.mm(at_a[layer].t(), self.inputs[i][layer], out=at_w[i])
                 torch.sum(at_a[layer], 0, out=at_b[i])
             at_weights.append(at_w)

@@ -8,9 +8,9 @@ adjoint equations):
     c_i = h (b_i l + sum_n r_ni g_n + sum_(j>i) a_ji p_j),    p_i = c_i^T dv/dx(t_i, x_i),
     dL/dx = l + sum_n g_n + sum_i p_i,                        dL/dtheta = sum_i c_i^T dv/dtheta(t_i, x_i).
 
-Each stage is pulled back once, and nothing is solved again. With gradient=replay only the last step's stages are kept:
-the others are taken again from their stored beginnings, one at a time. That needs the activations of one step, and of
-every step what has the size of x: where it begins, its first slope, its nodes.
+Each stage takes part in one vector-Jacobian product, and nothing is solved again. With gradient=replay only the stages
+of the last step are kept; those of the others are computed again, one step at a time. That needs the activations of one
+step, and of every other step its size, its first slope and its nodes.
 """
 
 from dataclasses import dataclass
@@ -97,7 +97,7 @@ class AcceptedSteps:
     def vjp_step(
         self, k: int, stages: list[Stage], at_end: Tensor, at_nodes: Tensor, at_last: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Step k in reverse: the cotangents of x where it begins, and of its first slope if the step before pulls that.
+        """Step k in reverse: the cotangents of x where it begins, and of its first slope if the step before shares it.
 
         Args:
             at_end: the cotangent of x where it ends.
@@ -114,13 +114,13 @@ class AcceptedSteps:
             c += outer(h * self.weights.b, at_end)
             start += at_end
         for i in reversed(range(1, last + 1)):
-            # a method whose last stage is where the step ends is pulled there with the end itself
+            # a last stage at the end of the step shares its vjp with the end itself
             idle = same and i == last and at_last is None and not self.last_used[k]
-            pulled = torch.zeros_like(at_end) if idle else stages[i].vjp(c[i])
+            at_stage = torch.zeros_like(at_end) if idle else stages[i].vjp(c[i])
             if same and i == last:
-                pulled = pulled + at_end
-            start += pulled
-            c[:i] += outer(a[i, :i], pulled)
+                at_stage = at_stage + at_end
+            start += at_stage
+            c[:i] += outer(a[i, :i], at_stage)
         if self.begins(k):
             return start + stages[0].vjp(c[0]), None
         return start, c[0]

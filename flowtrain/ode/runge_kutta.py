@@ -147,7 +147,7 @@ class _Run:
             self.add(*self.integrals_of(tried))
         if self.graph or (self.integrand is not None and not self.as_it_goes):
             self.steps.append(AcceptedStep(self.t, tried.h, self.x, tried.slopes, tried.stages))
-        # replayed steps pull their first slope with the step before
+        # replayed steps share the vjp of their first slope with the step before
         self.first = (tried.slopes[-1], None if self.replay else tried.stages[-1]) if same else None
         self.t, self.x = t1, tried.x1
 

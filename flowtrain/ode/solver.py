@@ -80,7 +80,7 @@ class Problem:
         parameters: what the gradient of the velocity must reach.
         n_integrals: Q.
         noisy: whether the integrand is a random estimate.
-        recorder: how the velocity is evaluated and pulled back; None leaves it to autograd.
+        recorder: how the velocity and its vector-Jacobian products are evaluated; None leaves it to autograd.
         history: of the last solve of this kind, to plan the steps by and to be told of this one's; or None.
     """
 

@@ -35,11 +35,11 @@ class Recorder(Protocol):
     parameters: list[Tensor]
 
     def record(self, times: Tensor, keep: bool) -> Tape:
-        """A tape for stages at `times` (s,); with keep=False its stages cannot be pulled."""
+        """A tape for stages at `times` (s,); with keep=False its stages have no vjp."""
         ...
 
     def gradients(self, tapes: Sequence[Tape]) -> list[Tensor | None]:
-        """What the pulls so far sum to, for each of the parameters."""
+        """The sum of the vjps so far, for each of the parameters."""
         ...
 
 
@@ -60,7 +60,7 @@ class AutogradTape:
         self.sums: list[Tensor | None] = []
 
     def velocity(self, i: int, x: Tensor) -> Tensor:
-        """v(t_i, x) for x (B, *event), whose graph is kept where it may be pulled."""
+        """v(t_i, x) for x (B, *event), whose graph is kept where a vjp may follow."""
         field = self.recorder.field
         if not self.keep:
             return field(self.times[i], x)
@@ -114,7 +114,7 @@ class AutogradRecorder:
         return AutogradTape(self, times, keep)
 
     def gradients(self, tapes: Sequence[Tape]) -> list[Tensor | None]:
-        """What the pulls so far sum to, for each of the parameters, None where it has none; the sums begin anew."""
+        """The sum of the vjps so far, for each of the parameters, None where it has none; the sums begin anew."""
         total: list[Tensor | None] = [None] * len(self.trained)
         for tape in tapes:
             assert isinstance(tape, AutogradTape)

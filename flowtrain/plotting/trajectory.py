@@ -164,8 +164,8 @@ class Trajectory:
         if not list(self.frame):
             # torch takes a second to load what its first jvp needs
             return v
-        pushed: Tensor = torch.func.jvp(self.frame.map_forward, (y,), (v,))[1]
-        return pushed
+        velocity: Tensor = torch.func.jvp(self.frame.map_forward, (y,), (v,))[1]
+        return velocity
 
 
 def _adaptive(stage: Bijection) -> bool:

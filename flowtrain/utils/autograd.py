@@ -50,7 +50,7 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the backward of an autograd.Function that has no second derivative, to say so where one is begun.
 
     torch's own once_differentiable speaks only when the second derivative is taken, and a Hessian comes back as zeros.
-    Cotangents batched by `torch.func.vmap` are pulled back lane by lane.
+    Cotangents batched by `torch.func.vmap` are handled lane by lane.
 
     Raises:
         FlowtrainError: the gradient is taken with create_graph=True, or with is_grads_batched=True.
@@ -78,7 +78,7 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _lane_by_lane(vjp: Callable[..., tuple[Any, ...]], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
-    """pull(*cotangents), if vmap has batched at least one of the cotangents."""
+    """vjp(*cotangents), if vmap has batched at least one of the cotangents."""
     places: list[int] = []
     n = 0
 
