@@ -17,7 +17,7 @@ from flowtrain.utils.files import config_dir
 CONFIG_DIR = ("--config-dir", "-cd")
 
 
-def split_folder(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+def split_config_dir(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """What --config-dir names, of several the last, and the other arguments.
 
     Raises:
@@ -35,13 +35,13 @@ def split_folder(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return folder, rest
 
 
-def own_configs() -> Path | None:
+def user_config_dir() -> Path | None:
     """The folder of --config-dir on this process's command line, None without one.
 
     Raises:
         ConfigError: there is no such folder.
     """
-    given = split_folder(sys.argv[1:])[0]
+    given = split_config_dir(sys.argv[1:])[0]
     if given is None:
         return None
     folder = Path(given).absolute()
@@ -52,7 +52,7 @@ def own_configs() -> Path | None:
 
 def config_dirs() -> list[Path]:
     """The folders that configs come from, in the order in which Hydra looks through them."""
-    own = own_configs()
+    own = user_config_dir()
     return [config_dir()] if own is None else [config_dir(), own]
 
 
@@ -114,7 +114,7 @@ def compose_defaults(overrides: Sequence[str], with_hydra: bool = False) -> dict
 
 def own_searchpath() -> list[str]:
     """The override that has Hydra look for configs in the folder of --config-dir too."""
-    own = own_configs()
+    own = user_config_dir()
     if own is None:
         return []
     quoted = str(own).replace("\\", r"\\").replace("'", r"\'")
@@ -128,7 +128,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(k): v for k, v in container.items()}
 
 
-def look_here() -> None:
+def add_working_directory_to_path() -> None:
     """Python looks for modules in the working directory too, as `python -m` has it, after all that is installed.
 
     Only where the user names code: no file that happens to lie beside a checkpoint is ever imported.

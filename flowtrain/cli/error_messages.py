@@ -13,7 +13,14 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowtrain.cli.config_files import Commented, compose_defaults, config_dirs, look_here, options, own_configs
+from flowtrain.cli.config_files import (
+    Commented,
+    add_working_directory_to_path,
+    compose_defaults,
+    config_dirs,
+    options,
+    user_config_dir,
+)
 from flowtrain.utils import ranks
 from flowtrain.utils.arguments import choose, hint
 from flowtrain.utils.errors import FlowtrainError, first_line, out_of_memory
@@ -26,8 +33,8 @@ def run_command(name: str, command: Callable[[], int]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     code: int | None
     try:
-        if own_configs() is not None:
-            look_here()
+        if user_config_dir() is not None:
+            add_working_directory_to_path()
         code = command()
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

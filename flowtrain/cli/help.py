@@ -17,10 +17,10 @@ from flowtrain.cli.config_files import (
     own_searchpath,
     plain,
     read,
-    split_folder,
+    split_config_dir,
 )
 from flowtrain.cli.overrides import SWEEP, VALUED, quoted, validate_command_line
-from flowtrain.cli.start_run import chosen, known
+from flowtrain.cli.start_run import check_known_keys, with_choices_of_from
 from flowtrain.utils.arguments import hint
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_dir
@@ -94,8 +94,8 @@ def help_text(arguments: Sequence[str]) -> str:
     arguments = quoted([argument for argument in arguments if argument not in about])
     validate_command_line(arguments)
     if about:
-        return topic_text(about, overrides=overrides_of(chosen(arguments)))
-    run, hydra = composed(overrides_of(chosen(arguments)))
+        return topic_text(about, overrides=overrides_of(with_choices_of_from(arguments)))
+    run, hydra = composed(overrides_of(with_choices_of_from(arguments)))
     choices = hydra["runtime"]["choices"]
     blocks = [
         ["flowtrain: train, evaluate and look at normalizing flows"],
@@ -119,7 +119,7 @@ def help_text(arguments: Sequence[str]) -> str:
 
 def topics(arguments: Sequence[str]) -> list[str]:
     """The words beside --help that are neither flags nor overrides, as `trainer` in `flowtrain --help trainer`."""
-    rest = split_folder(arguments)[1]
+    rest = split_config_dir(arguments)[1]
     found = zip(["", *rest], rest, strict=False)
     return [a for before, a in found if a.strip() and "=" not in a and a[0] not in "-~" and before not in TAKING]
 
@@ -167,7 +167,7 @@ def _keys_of(group: str, name: str, run: Mapping[str, Any]) -> list[str]:
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
     """The overrides among the arguments of a command line, of a sweep those of its first run."""
-    rest = split_folder(arguments)[1]
+    rest = split_config_dir(arguments)[1]
     words = [a for before, a in zip(["", *rest], rest, strict=False) if not a.startswith("-") and before not in TAKING]
     if not {*SWEEP} & {*rest}:
         return words
@@ -192,7 +192,7 @@ def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         whole = compose("config", [*own_searchpath(), *overrides], return_hydra_config=True)
     hydra = OmegaConf.to_container(whole.hydra)
     run = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-    return known(plain(run)), cast(dict[str, Any], hydra)
+    return check_known_keys(plain(run)), cast(dict[str, Any], hydra)
 
 
 def recipe_lines(run: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:

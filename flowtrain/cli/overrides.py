@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote,
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from flowtrain.cli.config_files import compose_defaults, look_here, options, plain
+from flowtrain.cli.config_files import add_working_directory_to_path, compose_defaults, options, plain
 from flowtrain.cli.error_messages import unknown_key
 from flowtrain.cli.output_files import exists, is_path
 from flowtrain.runs.build import with_whole_numbers
@@ -258,7 +258,7 @@ def trusted(value: Any) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"trust={value}: give names of packages, as in trust=[mypkg]")
     if names:
-        look_here()
+        add_working_directory_to_path()
     for name in names:
         if not _is_package(name):
             raise ConfigError(f"trust={name}: no package or module of that name was found")

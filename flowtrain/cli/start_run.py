@@ -39,20 +39,20 @@ class DirectoryRecorder(Callback):
     """Hydra's callback that records the directory of a run or a sweep before Hydra creates it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        note(Path(str(config.hydra.run.dir)))
+        record_directory(Path(str(config.hydra.run.dir)))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        note(Path(str(config.hydra.sweep.dir)))
+        record_directory(Path(str(config.hydra.sweep.dir)))
 
 
-def note(folder: Path) -> None:
+def record_directory(folder: Path) -> None:
     """Records which of a directory and its parents do not exist yet."""
     folder = folder.absolute()
     _MADE[:] = [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def is_new(folder: Path) -> bool:
-    """Whether this command creates `folder`, one of the directories recorded by `note`."""
+def is_created_here(folder: Path) -> bool:
+    """Whether this command creates `folder`, one of the directories recorded by `record_directory`."""
     return folder.absolute() in _MADE
 
 
@@ -94,7 +94,7 @@ def cleaned_up_unless_begun(run_dir: Path, refused: tuple[type[BaseException], .
         yield
     except refused:
         if not holds_run(run_dir):
-            boards = [*run_dir.glob("tensorboard/events.out.tfevents.*")] if is_new(run_dir) else []
+            boards = [*run_dir.glob("tensorboard/events.out.tfevents.*")] if is_created_here(run_dir) else []
             for path in (*paths, *boards):
                 content = before.get(path)
                 if content is not None:
@@ -105,16 +105,18 @@ def cleaned_up_unless_begun(run_dir: Path, refused: tuple[type[BaseException], .
         raise
 
 
-def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
+def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
     """A new run, as Hydra composed it: the best validation NLL and the exit code, see `train`."""
     when = command_begun()
-    with owned(run_dir):
+    with locked_directory(run_dir):
         if ranks.is_first():
-            claim(run_dir)
+            claim_directory(run_dir)
             # only now: a directory that was another run's is not this one's to go on with
             ranks.remember(run_dir)
         with cleaned_up_unless_begun(run_dir, REFUSALS) if ranks.is_first() else nullcontext():
-            whole = begun(with_new_names(known(plain(config))), HydraConfig.get().overrides.task)
+            whole = with_config_of_from(
+                with_new_names(check_known_keys(plain(config))), HydraConfig.get().overrides.task
+            )
             if whole["resume"] is not None:
                 raise ConfigError(f"resume={whole['resume']}: give it without + and without -m")
             trust = trusted(whole["trust"])
@@ -128,17 +130,17 @@ def begin(config: DictConfig, run_dir: Path) -> tuple[float, int]:
 
 
 @contextmanager
-def owned(run_dir: Path) -> Iterator[None]:
+def locked_directory(run_dir: Path) -> Iterator[None]:
     """The run directory is this run's inside: rank 0 holds it, and the others begin once it does."""
     with holding(run_dir) if ranks.is_first() else nullcontext():
         ranks.broadcast_object(True)
         yield
 
 
-def go_on(
+def resume_run(
     run_dir: Path, trust: Sequence[str] = (), rest: Sequence[str] = (), own: Sequence[str] = ()
 ) -> tuple[float, int]:
-    """The run from its last checkpoint to its end, as `begin`.
+    """The run from its last checkpoint to its end, as `start_run`.
 
     Args:
         rest: overrides of its config.
@@ -152,7 +154,7 @@ def go_on(
         FlowtrainError: what training and evaluation raise, see `train`.
     """
     when = command_begun()
-    with owned(run_dir), messages(run_dir / "flowtrain.log"):
+    with locked_directory(run_dir), messages(run_dir / "flowtrain.log"):
         with status("reading the checkpoint"):
             saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))
         if "optimizer" not in saved:
@@ -163,7 +165,7 @@ def go_on(
         return train(absolute_paths(overridden(saved["config"], rest, own)), run_dir, saved, trust, when)
 
 
-def known(config: dict[str, Any]) -> dict[str, Any]:
+def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The config, if nothing was added to its top that no one reads."""
     names = [*config_groups(), "seed", "device", "threads", "time_budget", "logger", "resume", "from", "trust"]
     missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
@@ -175,7 +177,7 @@ def known(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def chosen(arguments: Sequence[str]) -> list[str]:
+def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
     """The arguments, with the model and data of the run that `from` names, so that what suits those is composed.
 
     Raises:
@@ -199,7 +201,7 @@ def chosen(arguments: Sequence[str]) -> list[str]:
     return [*arguments[: places[-1]], *ours, *arguments[places[-1] :]]
 
 
-def begun(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
+def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
     """The config, of a run that begins `from` another with the model and data of that one.
 
     Args:
@@ -232,7 +234,7 @@ def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = (
             raise ConfigError(f"{key}: {why}")
 
 
-def claim(run_dir: Path) -> None:
+def claim_directory(run_dir: Path) -> None:
     """Refuses a directory that already holds a run: one killed before its first checkpoint has left none."""
     if holds_run(run_dir):
         raise ConfigError(

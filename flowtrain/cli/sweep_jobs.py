@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from flowtrain.cli.config_files import plain
 from flowtrain.cli.error_messages import message_of, report
 from flowtrain.cli.overrides import trusted
-from flowtrain.cli.start_run import begin, go_on, is_new
+from flowtrain.cli.start_run import is_created_here, resume_run, start_run
 from flowtrain.runs.lock import InUseError
 from flowtrain.runs.sweep_summary import ERROR, OVERRIDES, RESULT, begun_in, overrides_of, result_of, write_summary
 from flowtrain.training import checkpoint
@@ -53,11 +53,11 @@ def job(config: DictConfig, run_dir: Path) -> float:
             print(run_dir)
             return _least(result_of(run_dir).get("val_nll"))
         if checkpoint.any_in(run_dir):
-            best, code = go_on(run_dir, trusted(plain(config)["trust"]))
+            best, code = resume_run(run_dir, trusted(plain(config)["trust"]))
         else:
             (run_dir / OVERRIDES).parent.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.create(given), run_dir / OVERRIDES)
-            best, code = begin(config, run_dir)
+            best, code = start_run(config, run_dir)
     except Exception as e:
         message, _ = message_of(e) or (traceback.format_exc(), 1)
         print(f"flowtrain: {run_dir.name} ({' '.join(given)}): {message}", file=sys.stderr)
@@ -186,7 +186,7 @@ def summarized() -> Iterator[Sweep]:
         _WAITING.close()
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-        if _ROOT and is_new(_ROOT[0]) and _remove_if_unused(_ROOT[0]):
+        if _ROOT and is_created_here(_ROOT[0]) and _remove_if_unused(_ROOT[0]):
             sweep.refused = True
         elif _ROOT and _ROOT[0].is_dir():
             table, sweep.undone = write_summary(_ROOT[0])

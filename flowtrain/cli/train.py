@@ -15,7 +15,13 @@ from flowtrain.cli.arguments import split_own, versions
 from flowtrain.cli.config_files import plain
 from flowtrain.cli.error_messages import report, run_command
 from flowtrain.cli.overrides import SWEEP, in_order, quoted, separated, trusted, validate_command_line, with_new_keys
-from flowtrain.cli.start_run import begin, chosen, go_on, note, removing_empty_directories
+from flowtrain.cli.start_run import (
+    record_directory,
+    removing_empty_directories,
+    resume_run,
+    start_run,
+    with_choices_of_from,
+)
 from flowtrain.training import checkpoint
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import CheckpointError, ConfigError
@@ -47,7 +53,7 @@ def _command() -> int:
         return resume(arguments)
     arguments = of_first_job(arguments)
     validate_command_line(arguments)
-    sys.argv[1:] = in_order(chosen(arguments))
+    sys.argv[1:] = in_order(with_choices_of_from(arguments))
     with tempfile.TemporaryDirectory() as aside, removing_empty_directories(), sweep_jobs.summarized() as summary:
         if not ranks.is_first():
             # for Hydra, which makes a directory on every rank
@@ -75,7 +81,7 @@ def _start(config: DictConfig) -> float:
         if multirun:
             raise ConfigError("the jobs of a sweep are of one process each: leave out torchrun, or -m")
         run_dir, again = attempt(run_dir)
-        best, code = go_on(run_dir, trusted(plain(config)["trust"])) if again else begin(config, run_dir)
+        best, code = resume_run(run_dir, trusted(plain(config)["trust"])) if again else start_run(config, run_dir)
     except Exception as e:
         failed = report("flowtrain", e)
         if failed is None:
@@ -96,7 +102,7 @@ def attempt(run_dir: Path) -> tuple[Path, bool]:
         if before != run_dir and not any(run_dir.iterdir()):
             run_dir.rmdir()
         run_dir = before
-        note(run_dir)
+        record_directory(run_dir)
     return ranks.broadcast_object((run_dir, before is not None and checkpoint.any_in(run_dir)))
 
 
@@ -110,7 +116,7 @@ def resume(arguments: Sequence[str]) -> int:
         raise CheckpointError(f"resume={run_dir} is a file; give the run directory")
     if not run_dir.is_dir():
         raise CheckpointError(f"resume={run_dir}: there is no such run directory")
-    code = go_on(run_dir, trusted(own["trust"]), rest, tuple(own))[1]
+    code = resume_run(run_dir, trusted(own["trust"]), rest, tuple(own))[1]
     if ranks.is_first():
         print(run_dir)
     return code

@@ -10,7 +10,7 @@ adjoint equations):
 
 Each stage takes part in one vector-Jacobian product, and nothing is solved again. With gradient=replay only the stages
 of the last step are kept; those of the others are computed again, one step at a time. That needs the activations of one
-step, and of every other step its size, its first slope and its nodes.
+step, and of every step the point where it begins, its first slope and its nodes, each of the size of x.
 """
 
 from dataclasses import dataclass
