@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.bijections.scale import dequantize
+from flowtrain.bijections.logit import dequantize
 from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan
 from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError

@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.continuous import Continuous, Regularizer
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.data.base import Samples
 from flowtrain.flow import Flow
 from flowtrain.nn.divergence import TraceRule

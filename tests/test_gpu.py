@@ -13,8 +13,8 @@ from flowtrain.cli.config_files import compose_defaults
 from flowtrain.evaluation import evaluate
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import TraceRule
-from flowtrain.nn.fields import Field
 from flowtrain.nn.mlp_field import MLPField
+from flowtrain.nn.velocity_field import Field
 from flowtrain.ode import ode_solver
 from flowtrain.plotting.transport_pictures import animate
 from flowtrain.runs.build import build_data

@@ -16,7 +16,7 @@ from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.overrides import keys_of
 from flowtrain.data.base import Dataset, Samples, changes
-from flowtrain.data.tables.new_rows import NewRows
+from flowtrain.data.tables.rows_to_score import NewRows
 from flowtrain.evaluation import NAMES, check_fits, evaluate
 from flowtrain.evaluation.report import write_report
 from flowtrain.plotting import pictures

@@ -21,7 +21,7 @@ from flowtrain.evaluation.log_likelihood import (
     nfe_of_pass,
     trace_rule,
 )
-from flowtrain.evaluation.ood import ood_detection
+from flowtrain.evaluation.ood_detection import ood_detection
 from flowtrain.evaluation.outliers import check_some_finite, concentration
 from flowtrain.evaluation.result import Evaluation, OODDetection
 from flowtrain.flow import Flow, Label

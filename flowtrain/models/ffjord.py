@@ -19,8 +19,8 @@ from flowtrain.flow import Flow
 from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import TraceRule
-from flowtrain.nn.fields import Field
 from flowtrain.nn.mlp_field import MLPField
+from flowtrain.nn.velocity_field import Field
 from flowtrain.ode import Solver
 from flowtrain.utils.arguments import flag, whole
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowtrain.nn.fields import Field, field_jvp
+from flowtrain.nn.velocity_field import Field, field_jvp
 from flowtrain.utils.arguments import one_of, whole
 from flowtrain.utils.errors import ConfigError
 

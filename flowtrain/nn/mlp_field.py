@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtrain.nn.fields import (
+from flowtrain.nn.velocity_field import (
     Activation,
     Hidden,
     LayeredField,

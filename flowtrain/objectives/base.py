@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.continuous import Regularizer
+from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.flow import Flow
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 

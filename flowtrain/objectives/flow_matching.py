@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.continuous import Regularizer
-from flowtrain.bijections.stages import stages
+from flowtrain.bijections.decomposition import stages
+from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.flow import Flow, rows_at_a_time
 from flowtrain.objectives.base import Objective
 from flowtrain.objectives.likelihood import Likelihood

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.continuous import Regularizer
+from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
 from flowtrain.ode import AS_CONFIGURED, SolveOptions

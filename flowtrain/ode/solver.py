@@ -120,7 +120,7 @@ class SolveOptions:
 
     Attributes:
         rtol, atol, step_size, max_nfe, control: in place of the solver's own settings; None keeps the solver's.
-        integrals: path integrals to return besides the log-determinant, by name; see `bijections.continuous.Integral`.
+        integrals: path integrals to return besides the log-determinant, by name; see `regularizers.Integral`.
         end_time: b in [0, 1). In training, a solve from 0 to 1 or back ends or begins at T ~ U(1 - b, 1 + b) instead
             of 1 (Ghosh et al. 2020, STEER, eq. 6).
     """

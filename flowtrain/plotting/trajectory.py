@@ -9,9 +9,10 @@ from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.decomposition import between, innermost, stages, through
 from flowtrain.bijections.linear import GaussianStart, InvertibleLinear, Permutation
-from flowtrain.bijections.scale import ActNorm, BatchNorm, Logit, Standardize
-from flowtrain.bijections.stages import between, innermost, stages, through
+from flowtrain.bijections.logit import Logit
+from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
 from flowtrain.flow import Flow
 from flowtrain.utils.errors import FlowtrainError
 

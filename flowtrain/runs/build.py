@@ -10,9 +10,10 @@ from typing import Any, cast, get_args, get_type_hints
 import torch
 
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.continuous import Regularizer
 from flowtrain.bijections.linear import FromGaussian, Preconditioned
-from flowtrain.bijections.scale import Logit, Standardize
+from flowtrain.bijections.logit import Logit
+from flowtrain.bijections.regularizers import Regularizer
+from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective

@@ -24,7 +24,7 @@ GROUP_PACKAGES = {
     "data": "data",
     "solver": "ode",
     "objective": "objectives",
-    "regularizer": "bijections.continuous",
+    "regularizer": "bijections.regularizers",
 }
 
 

@@ -16,7 +16,7 @@ RENAMED = {
     "flowtrain.data.two_spirals.TwoSpirals": "flowtrain.data.toys.shapes.TwoSpirals",
     "flowtrain.objectives.hybrid.Hybrid": "flowtrain.objectives.flow_matching.Hybrid",
     "flowtrain.objectives.rectified.Rectified": "flowtrain.objectives.flow_matching.Rectified",
-    "flowtrain.regularizers.Regularizer": "flowtrain.bijections.continuous.Regularizer",
+    "flowtrain.regularizers.Regularizer": "flowtrain.bijections.regularizers.Regularizer",
     "flowtrain.solvers.ode_solver": "flowtrain.ode.ode_solver",
 }
 

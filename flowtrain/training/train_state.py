@@ -14,10 +14,10 @@ from flowtrain.objectives.base import Objective
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.training.batches import Batch
 from flowtrain.training.ema import Ema
-from flowtrain.training.guard import Guard
 from flowtrain.training.resume_validation import moments
 from flowtrain.training.schedules import LearningRate, ScheduleClock
 from flowtrain.training.settings import Settings
+from flowtrain.training.solver_guard import Guard
 from flowtrain.utils import ranks
 
 # of the steps, the share over which the tolerance warms up where the solver leaves it to the trainer

@@ -11,15 +11,9 @@ from helpers import Run
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.continuous import (
-    PATHS,
-    Continuous,
-    Regularizer,
-    acceleration,
-    integrands,
-    spectral,
-)
+from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.regularizers import PATHS, Regularizer, acceleration, integrands, spectral
 from flowtrain.cli.config_files import compose_defaults
 from flowtrain.flow import Flow
 from flowtrain.nn.conv_field import ConvField

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.coupling import CheckerboardCoupling, HalfCoupling
 from flowtrain.bijections.linear import Affine, InvertibleLinear, Permutation
-from flowtrain.bijections.scale import ActNorm, BatchNorm, Logit, Standardize
+from flowtrain.bijections.logit import Logit
+from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.glow import glow

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.linear import Affine, InvertibleLinear
-from flowtrain.bijections.scale import Logit
+from flowtrain.bijections.logit import Logit
 from flowtrain.evaluation import checks as checks_module
 from flowtrain.evaluation.checks import checks as all_checks
 from flowtrain.evaluation.checks import (

@@ -10,7 +10,7 @@ from torch import nn
 
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.linear import Affine
-from flowtrain.bijections.scale import Logit
+from flowtrain.bijections.logit import Logit
 from flowtrain.evaluation.error_budget import budget, dequantization_gap, of_mean, subset_of, trace_error
 from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.flow import Flow

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.bijections.scale import Logit
+from flowtrain.bijections.logit import Logit
 from flowtrain.evaluation.log_likelihood import bound_of_estimates, log_probs, log_probs_and_latents
 from flowtrain.flow import Flow
 from flowtrain.nn.divergence import TraceRule

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.linear import Affine
-from flowtrain.bijections.scale import Logit, dequantize
+from flowtrain.bijections.logit import Logit, dequantize
 from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import evaluate

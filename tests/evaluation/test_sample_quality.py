@@ -16,8 +16,8 @@ from flowtrain.data.toys.shapes import Moons
 from flowtrain.evaluation.sample_quality import quality, sliced_wasserstein
 from flowtrain.flow import Flow
 from flowtrain.nn.divergence import TraceRule
-from flowtrain.nn.fields import Given
 from flowtrain.nn.mlp_field import MLPField
+from flowtrain.nn.velocity_field import Given
 from flowtrain.ode import ode_solver
 from flowtrain.utils.errors import ConfigError
 

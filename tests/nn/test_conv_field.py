@@ -12,8 +12,8 @@ from flowtrain.bijections.continuous import Continuous
 from flowtrain.nn.conditioners import ConvNet, ResidualNet
 from flowtrain.nn.conv_field import LAYERS, ConcatConv2d, ConcatSquashConv2d, ConvField
 from flowtrain.nn.divergence import Probes, TraceRule, divergence
-from flowtrain.nn.fields import ACTIVATIONS, field_jvp
 from flowtrain.nn.mlp_field import MLPField
+from flowtrain.nn.velocity_field import ACTIVATIONS, field_jvp
 from flowtrain.ode import ode_solver
 from flowtrain.utils.errors import ConfigError
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.nn.divergence import Probes, divergence
-from flowtrain.nn.fields import ACTIVATIONS, field_jvp
 from flowtrain.nn.mlp_field import LAYERS, MLPField
+from flowtrain.nn.velocity_field import ACTIVATIONS, field_jvp
 from flowtrain.utils.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import Run
 
-from flowtrain.bijections.continuous import Regularizer
+from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.cli.config_files import compose_defaults
 from flowtrain.flow import Flow
 from flowtrain.nn.mlp_field import MLPField

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.continuous import Continuous, Regularizer, spectral
+from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.regularizers import Regularizer, spectral
 from flowtrain.bijections.scale import Standardize
 from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Samples

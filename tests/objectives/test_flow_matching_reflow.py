@@ -12,7 +12,8 @@ import torch
 from helpers import Run
 from torch import nn
 
-from flowtrain.bijections.continuous import Continuous, Regularizer
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.flow import Flow
 from flowtrain.nn.mlp_field import MLPField
 from flowtrain.objectives.flow_matching import Rectified, drawn

@@ -13,8 +13,8 @@ from flowtrain.bijections.continuous import Continuous
 from flowtrain.nn import mlp_field
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import TraceRule
-from flowtrain.nn.fields import ACTIVATIONS
 from flowtrain.nn.mlp_field import LAYERS
+from flowtrain.nn.velocity_field import ACTIVATIONS
 from flowtrain.ode import ode_solver, record_solves, runge_kutta
 from flowtrain.ode.tableaus import TABLEAUS
 

@@ -7,7 +7,8 @@ import torch
 from helpers.equations import random_field
 from torch import nn
 
-from flowtrain.bijections.continuous import Continuous, Regularizer
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.ode import Problem, SolveOptions, ode_solver

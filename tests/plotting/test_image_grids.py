@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.linear import Affine
-from flowtrain.bijections.scale import Logit
+from flowtrain.bijections.logit import Logit
 from flowtrain.flow import Flow
 from flowtrain.plotting import image_grids
 from flowtrain.plotting import image_pictures as pictures

@@ -7,7 +7,7 @@ import torch
 from helpers.flows import IMAGES, VECTORS, images, vectors
 from torch import Tensor
 
-from flowtrain.bijections.stages import between, innermost, stages
+from flowtrain.bijections.decomposition import between, innermost, stages
 from flowtrain.plotting.trajectory import Moment, Trajectory, eased
 from flowtrain.utils.errors import FlowtrainError
 

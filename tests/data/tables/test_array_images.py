@@ -11,7 +11,8 @@ import torch
 from helpers import Refused
 from helpers.files import normal, npy, save
 
-from flowtrain.bijections.scale import Standardize, dequantize
+from flowtrain.bijections.logit import dequantize
+from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Samples
 from flowtrain.data.tables.array import ArrayData
 from flowtrain.flow import Flow

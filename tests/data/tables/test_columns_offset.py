@@ -14,7 +14,7 @@ from helpers.files import normal, npy, save
 import flowtrain
 from flowtrain.data.base import Samples
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.data.tables.new_rows import NewRows
+from flowtrain.data.tables.rows_to_score import NewRows
 from flowtrain.flow import Flow
 from flowtrain.runs.build import build_flow
 from flowtrain.training.batches import Batches

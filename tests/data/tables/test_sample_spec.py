@@ -15,7 +15,7 @@ from flowtrain.bijections.linear import Affine
 from flowtrain.data.base import Samples, changes
 from flowtrain.data.images import IDXImages
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.data.tables.new_rows import NewRows
+from flowtrain.data.tables.rows_to_score import NewRows
 from flowtrain.evaluation.log_likelihood import marginal
 from flowtrain.flow import Flow
 from flowtrain.models.realnvp import realnvp

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from flowtrain.evaluation.ood import auroc, ood_detection
+from flowtrain.evaluation.ood_detection import auroc, ood_detection
 
 
 def test_auroc_matches_scikit_learn_with_ties_and_infinities() -> None:

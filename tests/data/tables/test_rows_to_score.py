@@ -13,7 +13,7 @@ from helpers.files import npy, written
 
 import flowtrain
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.data.tables.new_rows import NewRows
+from flowtrain.data.tables.rows_to_score import NewRows
 from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 

@@ -15,8 +15,8 @@ from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.flow import DensityPass
 from flowtrain.ode import Problem, SolveOptions, Solver, ode_solver, record_solves
 from flowtrain.runs.load import load
-from flowtrain.training import guard
-from flowtrain.training.guard import Guard, exploited
+from flowtrain.training import solver_guard
+from flowtrain.training.solver_guard import Guard, exploited
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import ConfigError, SolverError
 
@@ -37,9 +37,9 @@ class Lines(logging.Handler):
 @pytest.fixture
 def lines() -> Iterator[list[str]]:
     handler = Lines()
-    guard.log.addHandler(handler)
+    solver_guard.log.addHandler(handler)
     yield handler.lines
-    guard.log.removeHandler(handler)
+    solver_guard.log.removeHandler(handler)
 
 
 # one step of rk4 and a learning rate at which the field finds out what it does not see

@@ -5,7 +5,7 @@ import torch
 from helpers.flows import IMAGES, VECTORS, images, vectors
 
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.stages import stages
+from flowtrain.bijections.decomposition import stages
 
 
 @pytest.mark.parametrize("name", VECTORS)

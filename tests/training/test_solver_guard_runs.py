@@ -12,7 +12,7 @@ from helpers import Compose, MakeTrainer
 from flowtrain.cli.config_files import compose_defaults
 from flowtrain.cli.overrides import overridden
 from flowtrain.runs import run as runs
-from flowtrain.training import checkpoint, guard
+from flowtrain.training import checkpoint, solver_guard
 from flowtrain.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -48,7 +48,7 @@ def tightens_first(monkeypatch: pytest.MonkeyPatch, run: Trainer, until: int) ->
         judged.add(run.step)
         return run.step < until and not again
 
-    monkeypatch.setattr(guard, "exploited", judge)
+    monkeypatch.setattr(solver_guard, "exploited", judge)
 
 
 ADAPTIVE = ["solver.rtol=1e-4", "solver.train_rtol=1e-1", "solver.warmup=8", "solver.warmup_rtol=3e-1"]
@@ -117,7 +117,7 @@ def test_the_result_is_scored_with_the_smaller_step_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded_config: Compose
 ) -> None:
     answers = iter([True, False])
-    monkeypatch.setattr(guard, "exploited", lambda *log_ps: next(answers))
+    monkeypatch.setattr(solver_guard, "exploited", lambda *log_ps: next(answers))
     monkeypatch.setattr(runs.pictures, "draw", lambda *arguments: None)
     runs.train(guarded_config(*FIXED, "trainer.steps=2", "trainer.guard_every=2"), tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["solver"]["step_size"] == 0.25

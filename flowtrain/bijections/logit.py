@@ -1,0 +1,70 @@
+"""The logit of bounded values, and dequantization (Dinh et al. 2017, Real NVP, section 4.1)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.base import Bijection
+from flowtrain.utils.autograd import plain_values
+from flowtrain.utils.errors import FlowtrainError
+
+
+class Logit(Bijection):
+    """z = logit p, p = alpha + (1 - 2 alpha) x / levels, for x in [0, levels]; each element by itself.
+
+    log|det dz/dx| = sum log((1 - 2 alpha) / levels) - log p - log(1 - p). x is in the units of the data, so that a
+    unit cube is one integer value and -log p(x) / (D log 2) of the dequantized x is in bits per dimension.
+
+    Args:
+        levels: how many values, 0 .. levels - 1, the integer-valued data take.
+        alpha: keeps p off 0 and 1.
+
+    Raises:
+        FlowtrainError: outside of training, x that p takes out of [0, 1].
+
+    Example:
+        >>> z, log_det = Logit(levels=256, alpha=0.05).inverse(torch.tensor([[128.0]]))
+        >>> z, round(float(log_det), 4)  # p = 1/2: log(0.9 / 256) + 2 log 2
+        (tensor([[0.]]), -4.2642)
+    """
+
+    def __init__(self, levels: int, alpha: float) -> None:
+        super().__init__()
+        self.levels, self.alpha = levels, alpha
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        p, q = torch.sigmoid(z), torch.sigmoid(-z)
+        # from the nearer end, whose sigmoid is small: near the other it has no digits left
+        x = self.levels * torch.where(z < 0, p - self.alpha, 1 - self.alpha - q) / (1 - 2 * self.alpha)
+        return x, -self._log_det(p, q)
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        slope = (1 - 2 * self.alpha) / self.levels
+        # 1 - p from the distance to the upper end, which is exact there
+        p, q = self.alpha + slope * x, self.alpha + slope * (self.levels - x)
+        # the data of training were checked when they were read, and to look at them would wait for the device
+        if not self.training and x.numel():
+            rounding = torch.finfo(x.dtype)
+            if bool((plain_values(torch.minimum(p, q)) < -2 * rounding.eps).any()):
+                low, high = plain_values(x).min(), plain_values(x).max()
+                raise FlowtrainError(
+                    f"x goes from {low:g} to {high:g}, but this flow is over values from 0 to {self.levels}"
+                )
+            # a sample far out in the tails lies on the very edge once it is rounded
+            p, q = p.clamp_min(rounding.tiny), q.clamp_min(rounding.tiny)
+        return p.log() - q.log(), self._log_det(p, q)
+
+    def _log_det(self, p: Tensor, q: Tensor) -> Tensor:
+        d = math.prod(p.shape[1:])
+        return d * math.log((1 - 2 * self.alpha) / self.levels) - (p.log() + q.log()).flatten(1).sum(1)
+
+
+def dequantize(x: Tensor, like: Tensor) -> Tensor:
+    """x + u with u ~ U[0, 1), for whole numbers x of any shape, in the dtype of `like`.
+
+    From the global generator of x's device.
+    """
+    x = x.to(like.dtype)
+    # rounding can carry 16 + u up to 17, which belongs to the next number
+    return torch.minimum(x + torch.rand_like(x), torch.nextafter(x + 1, x))
