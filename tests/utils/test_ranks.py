@@ -29,7 +29,7 @@ def found(folder: Path) -> Found:
     """What each of two ranks has found."""
     # what both import, a third process imports once
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers.processes", "torch._dynamo"])
+    context.set_forkserver_preload(["flowtrain.cli.train", "flowtrain.cli.evaluate", "torch._dynamo"])
     processes = [context.Process(target=everything, args=(rank, 2, folder)) for rank in range(2)]
     for process in processes:
         process.start()
