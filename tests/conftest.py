@@ -1,5 +1,7 @@
 """Fixtures of several folders: a seed, float64 as the default so that closed forms are compared tightly, commands."""
 
+import copy
+import functools
 import gc
 import io
 import json
@@ -16,10 +18,12 @@ import pytest
 import torch
 from helpers import COMMANDS, Compose, Evaluate, MakeTrainer, ReadRows, Run, Train
 from helpers.processes import trainer_of
+from hydra._internal.hydra import Hydra
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from PIL import Image
 
-from flowtrain.cli.config_files import compose_defaults
+from flowtrain.cli.config_files import compose_defaults, split_folder
 from flowtrain.plotting import style, transport_figures, transport_pictures
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import process, status
@@ -43,6 +47,39 @@ def pytest_collection_finish() -> None:
     """What was imported stays: looking it through for garbage again and again takes a tenth of the time."""
     gc.collect()
     gc.freeze()
+
+
+@functools.cache
+def parsed(load: Callable[[Any], Any], text: str) -> Any:
+    """What OmegaConf reads from a text."""
+    return load(io.StringIO(text))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def work_done_once() -> Iterator[None]:
+    """Leaves out work that many tests repeat and that changes no result."""
+    load, get_mode = OmegaConf.load, Hydra.get_mode
+
+    def load_once(file: Any) -> Any:
+        return copy.deepcopy(parsed(load, file.read())) if hasattr(file, "read") else load(file)
+
+    def mode_where_set(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        # Hydra composes the config a second time to read hydra.mode, which these can set
+        for argument in overrides:
+            if "experiment" in argument or ("hydra" in argument and ".dir=" not in argument):
+                return get_mode(self, config_name, overrides)
+        return get_mode(self, config_name, overrides) if split_folder(sys.argv[1:])[0] else None
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(OmegaConf, "load", staticmethod(load_once))
+        patched.setattr(Hydra, "get_mode", mode_where_set)
+        # the tests do not survive a power failure anyway
+        patched.setattr(os, "fsync", lambda fd: None)
+        # PyTorch keeps each seed for an absent device, with a traceback
+        for device in (torch.cuda, torch.xpu, torch.mtia):
+            if not device.is_available():
+                patched.setattr(device, "manual_seed_all", lambda seed: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Functions that tests run in other processes, which import them by name.
 
-Two ranks of data-parallel training record what they find (`everything`), and a process holds a run directory (`hold`).
+Two ranks of data-parallel training record what they find (`everything`).
 """
 
 import logging
@@ -16,14 +16,13 @@ from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.ode import SolveOptions
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
-from flowtrain.runs.lock import holding
 from flowtrain.training.trainer import Trainer
 from flowtrain.training.update import averaged
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import FlowtrainError, SolverError
 
-SMALL = ["trainer.batch_size=17", "trainer.val_every=10", "trainer.log_every=1", "data.n_val=21", "data.n_test=20"]
-SMALL += ["trainer.steps=20"]
+SMALL = ["trainer.batch_size=17", "trainer.val_every=6", "trainer.log_every=1", "data.n_val=21", "data.n_test=20"]
+SMALL += ["trainer.steps=12"]
 REALNVP = ["model=realnvp", "model.layers=2", "model.hidden=[8]"]
 FFJORD = ["model=ffjord", "model.hidden=[8]"]
 TIGHT = ["solver.rtol=1e-10", "solver.warmup=0", "solver.control=all"]
@@ -177,10 +176,3 @@ def _signalled(run_dir: Path, rank: int) -> Trainer:
         15 if rank == 1 and run.step == 7 else received, out_of_time
     )  # type: ignore[method-assign]
     return run
-
-
-def hold(run_dir: Path, ready: Any, leave: Any) -> None:
-    """Holds a run directory until `leave` is set."""
-    with holding(run_dir):
-        ready.set()
-        leave.wait(60)

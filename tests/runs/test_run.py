@@ -2,11 +2,12 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import MakeTrainer, ReadRows, Run
-from helpers.processes import hold
 
 from flowtrain.runs.load import load
 from flowtrain.runs.lock import holding
@@ -69,15 +69,24 @@ def test_a_directory_that_cannot_be_written_ends_a_run_before_it_begins(
         run.fit()
 
 
+# it ends by itself should the test fail before it kills it
+HOLD = """
+import sys, time
+from pathlib import Path
+from flowtrain.runs.lock import holding
+with holding(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
 def test_run_directory_is_locked_until_its_process_ends(
     tmp_path: Path, run: Run, saved_run: Callable[..., Path]
 ) -> None:
     saved_run(tmp_path / "r")
-    context = multiprocessing.get_context("spawn")
-    ready, leave = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(tmp_path / "r", ready, leave))
-    process.start()
-    assert ready.wait(60)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "r")], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
     with pytest.raises(ConfigError, match=f"in use by process {process.pid} on"), holding(tmp_path / "r"):
         pass
     code, out, err = run("flowtrain", f"resume={tmp_path}/r")
@@ -86,9 +95,8 @@ def test_run_directory_is_locked_until_its_process_ends(
     assert len(err.strip().splitlines()) == 1
     code, _, err = run("flowtrain", "model=affine", f"hydra.run.dir={tmp_path}/r")
     assert (code, "in use by process" in err) == (2, True)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    process.kill()
+    process.communicate()
     # its lock file is still there
     assert (tmp_path / "r/.lock").exists()
     with holding(tmp_path / "r"):
