@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
-from flowtrain.cli.config_files import compose_defaults, split_folder
-from flowtrain.plotting import style, transport_figures, transport_pictures
+from flowtrain.cli.config_files import compose_defaults, split_config_dir
+from flowtrain.plotting import pictures, style, transport_figures, transport_pictures
+from flowtrain.runs import run as run_module
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import process, status
 from flowtrain.utils.files import replacing
@@ -68,7 +70,7 @@ def work_done_once() -> Iterator[None]:
         for argument in overrides:
             if "experiment" in argument or ("hydra" in argument and ".dir=" not in argument):
                 return get_mode(self, config_name, overrides)
-        return get_mode(self, config_name, overrides) if split_folder(sys.argv[1:])[0] else None
+        return get_mode(self, config_name, overrides) if split_config_dir(sys.argv[1:])[0] else None
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(OmegaConf, "load", staticmethod(load_once))
@@ -90,6 +92,37 @@ def seeded_float64() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_hydra() -> Iterator[None]:
+    """Each text of YAML is parsed once per process, and a command composes its config once.
+
+    Hydra composes the config of a command once more, to find `hydra.mode` in it, which only experiments and the command
+    line set.
+    """
+    load, get_mode = OmegaConf.load, Hydra.get_mode
+    parsed = cache(lambda text: load(io.StringIO(text)))
+
+    def load_once(file: Any) -> Any:
+        if not isinstance(file, io.TextIOBase):
+            return load(file)
+        start = file.tell()
+        try:
+            return copy.deepcopy(parsed(file.read()))
+        except Exception:
+            # the message names the file
+            file.seek(start)
+            return load(file)
+
+    def mode_if_set(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        set_here = any("experiment" in override or "hydra.mode" in override for override in overrides)
+        return get_mode(self, config_name, overrides) if set_here else None
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(OmegaConf, "load", staticmethod(load_once))
+        patched.setattr(Hydra, "get_mode", mode_if_set)
+        yield
 
 
 @pytest.fixture
@@ -131,6 +164,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def full_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Renders the pictures of `run` as users get them."""
     monkeypatch.setattr(style, "save", SAVE)
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figure of a flow is drawn, where a test looks at none: drawing takes most of the time of a short run."""
+    monkeypatch.setattr(pictures, "draw", lambda *arguments, **named: None)
+    monkeypatch.setattr(pictures, "draw_more", lambda *arguments, **named: [])
+    monkeypatch.setattr(pictures, "draw_evaluation", lambda *arguments, **named: [])
+    monkeypatch.setattr(run_module, "draw_curves", lambda *arguments, **named: None)
 
 
 def save_blank(figure: Figure, path: Path) -> None:

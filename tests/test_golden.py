@@ -14,8 +14,6 @@ from helpers import Run
 
 import flowtrain
 from flowtrain.flow import Flow
-from flowtrain.plotting import pictures
-from flowtrain.runs import run as run_module
 from flowtrain.training import checkpoint
 
 HERE = Path(__file__).parent / "golden"
@@ -123,12 +121,3 @@ def test_golden_checkpoints_resume_to_the_same_numbers(golden: Golden, run: Run)
 def same(result: dict[str, Any], expected: dict[str, Any]) -> None:
     for key, value in expected.items():
         assert result[key] == (close(value, TRAINED) if isinstance(value, float) else value), key
-
-
-@pytest.fixture
-def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is drawn takes most of the time, and other tests look at it."""
-    monkeypatch.setattr(pictures, "draw", lambda *arguments, **named: None)
-    monkeypatch.setattr(pictures, "draw_more", lambda *arguments, **named: [])
-    monkeypatch.setattr(pictures, "draw_evaluation", lambda *arguments, **named: [])
-    monkeypatch.setattr(run_module, "draw_curves", lambda *arguments, **named: None)

@@ -67,9 +67,15 @@ def test_every_key_is_explained(name: str) -> None:
         assert said.keys[key] or elsewhere.get(path) or (recipes and said.parents), f"{name}: {key} has no comment"
 
 
+SHOWN: dict[tuple[str, ...], str] = {}
+
+
 def help_of(run: Run, *arguments: str) -> str:
-    code, out, err = run("flowtrain", *arguments, "--help")
-    assert code == 0, err
+    """The help on a command line, which the command prints once for all tests."""
+    if arguments not in SHOWN:
+        code, SHOWN[arguments], err = run("flowtrain", *arguments, "--help")
+        assert code == 0, err
+    out = SHOWN[arguments]
     assert max(map(len, out.splitlines())) <= WIDTH
     assert "\x1b" not in out
     return out
@@ -164,7 +170,11 @@ def test_hydra_flags_show_configs_without_running(run: Run, flags: list[str], wo
         assert code == 0, err
         assert words in out
     assert not Path("outputs").exists()
+
+
+def test_hydra_help_lists_the_flags_of_hydra(run: Run) -> None:
     assert "--shell-completion" in run("flowtrain", "--hydra-help")[1]
+    assert not Path("outputs").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,17 @@ import csv
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import Run
+from helpers.files import normal
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 from flowtrain.cli.sweep_jobs import place, stopped
 from flowtrain.runs import sweep_summary
@@ -20,6 +25,12 @@ SMALL = ["model=affine", "trainer.steps=4", "trainer.batch_size=16", "data.n_val
 MATPLOTLIB_AND_OTHERS = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
+
+
+@pytest.fixture
+def composed_once(monkeypatch: pytest.MonkeyPatch, without_figures: None) -> None:
+    """Jobs compose their configs as they start. Hydra composes all of them before too, to find mistakes."""
+    monkeypatch.setattr(BasicSweeper, "validate_batch_is_legal", lambda self, batch: None)
 
 
 def table(root: Path) -> list[dict[str, str]]:
@@ -46,6 +57,7 @@ def test_a_job_that_fails_leaves_the_others_alone(run: Run, tmp_path: Path) -> N
     assert (tmp_path / "s/sweep.png").exists()
 
 
+@pytest.mark.usefixtures("composed_once")
 def test_rerun_sweep_skips_finished_jobs_and_runs_missing_ones(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[..., None]
 ) -> None:
@@ -77,6 +89,7 @@ def test_rerun_sweep_skips_finished_jobs_and_runs_missing_ones(
     assert sorted(p.name for p in (tmp_path / "s").iterdir() if p.is_dir()) == ["0", "0_1", "1"]
 
 
+@pytest.mark.usefixtures("composed_once")
 def test_unexpected_error_of_a_job_is_recorded(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Trainer) -> None:
         raise ZeroDivisionError("a mistake of ours")
@@ -91,6 +104,7 @@ def test_unexpected_error_of_a_job_is_recorded(run: Run, tmp_path: Path, monkeyp
     assert [row["state"] for row in table(tmp_path / "s")] == ["done", "done"]
 
 
+@pytest.mark.usefixtures("composed_once")
 def test_signal_stops_the_sweep_and_writes_the_summary(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,16 +151,23 @@ def test_every_job_has_its_own_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 @MATPLOTLIB_AND_OTHERS
-def test_other_launchers_run_the_jobs(launcher: str, run: Run, tmp_path: Path) -> None:
+def test_other_launchers_run_the_jobs(launcher: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In other processes, which render their figures: those of one column are the fewest."""
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
-    keys = [f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path}/s"]
-    code, out, _ = run("flowtrain", "-m", *SMALL, "trainer.lr=-1,1e-3", *keys)
+    if launcher == "submitit_local":
+        # which would look once a second whether a job has ended
+        sleep = time.sleep
+        monkeypatch.setattr("submitit.core.core._time", SimpleNamespace(sleep=lambda s: sleep(0.05), time=time.time))
+    np.save(tmp_path / "x.npy", normal(60, 1))
+    keys = ["data=array", f"data.path={tmp_path}/x.npy", f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path}/s"]
+    code, out, _ = run("flowtrain", "-m", *SMALL[:3], "trainer.lr=-1,1e-3", *keys)
     assert code == 1
     assert [row["state"] for row in table(tmp_path / "s")] == ["done", "failed"]
     assert out.splitlines()[-1] == f"{tmp_path}/s"
 
 
 @MATPLOTLIB_AND_OTHERS
+@pytest.mark.usefixtures("without_figures")
 def test_a_sweeper_looks_for_the_least_validation_nll(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     keys = ["hydra.sweeper.n_trials=3", "++hydra.sweeper.params={trainer.lr: 'choice(0.1,-1,0.01)'}"]
@@ -168,6 +189,7 @@ def test_without_the_plugin_the_extra_is_named(run: Run, tmp_path: Path, monkeyp
     assert err == "flowtrain: hydra/*=joblib is an extra: pip install 'flowtrain[joblib]'\n"
 
 
+@pytest.mark.usefixtures("composed_once")
 def test_foreign_files_and_damaged_results_are_ignored(run: Run, tmp_path: Path) -> None:
     """In the directory of a sweep: neither stops a job, nor the summary."""
     for name, content in (("foreign", b"\0\xff["), ("list", b"{a: 1}")):
@@ -189,6 +211,7 @@ def test_foreign_files_and_damaged_results_are_ignored(run: Run, tmp_path: Path)
     assert [row["state"] for row in table(tmp_path / "s")] == ["done", "done"]
 
 
+@pytest.mark.usefixtures("composed_once")
 def test_jobs_of_another_process_are_skipped(run: Run, tmp_path: Path) -> None:
     with holding(tmp_path / "s/0"):
         code, _, err = run("flowtrain", "-m", *SMALL, "seed=1,2", f"hydra.sweep.dir={tmp_path}/s")
@@ -198,6 +221,7 @@ def test_jobs_of_another_process_are_skipped(run: Run, tmp_path: Path) -> None:
     assert [row["state"] for row in table(tmp_path / "s")] == ["done", "stopped"]
 
 
+@pytest.mark.usefixtures("composed_once")
 def test_custom_job_directories(run: Run, tmp_path: Path) -> None:
     keys = ["-m", *SMALL, "seed=1,2", f"hydra.sweep.dir={tmp_path}/s"]
     assert run("flowtrain", *keys, "hydra.sweep.subdir=a/${hydra.job.num}")[0] == 0
