@@ -1,7 +1,6 @@
 """Fixtures of several folders: a seed, float64 as the default so that closed forms are compared tightly, commands."""
 
 import copy
-import functools
 import gc
 import io
 import json
@@ -51,22 +50,28 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@functools.cache
-def parsed(load: Callable[[Any], Any], text: str) -> Any:
-    """What OmegaConf reads from a text."""
-    return load(io.StringIO(text))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def work_done_once() -> Iterator[None]:
-    """Leaves out work that many tests repeat and that changes no result."""
+    """Leaves out work that many tests repeat and that changes no result.
+
+    Each text of YAML is parsed once per process. A command composes its config once: Hydra composes it once more, to
+    find `hydra.mode` in it, which only experiments, own configs and the command line set.
+    """
     load, get_mode = OmegaConf.load, Hydra.get_mode
+    parsed = cache(lambda text: load(io.StringIO(text)))
 
     def load_once(file: Any) -> Any:
-        return copy.deepcopy(parsed(load, file.read())) if hasattr(file, "read") else load(file)
+        if not isinstance(file, io.TextIOBase):
+            return load(file)
+        start = file.tell()
+        try:
+            return copy.deepcopy(parsed(file.read()))
+        except Exception:
+            # the message names the file
+            file.seek(start)
+            return load(file)
 
     def mode_where_set(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-        # Hydra composes the config a second time to read hydra.mode, which these can set
         for argument in overrides:
             if "experiment" in argument or ("hydra" in argument and ".dir=" not in argument):
                 return get_mode(self, config_name, overrides)
@@ -92,37 +97,6 @@ def seeded_float64() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_hydra() -> Iterator[None]:
-    """Each text of YAML is parsed once per process, and a command composes its config once.
-
-    Hydra composes the config of a command once more, to find `hydra.mode` in it, which only experiments and the command
-    line set.
-    """
-    load, get_mode = OmegaConf.load, Hydra.get_mode
-    parsed = cache(lambda text: load(io.StringIO(text)))
-
-    def load_once(file: Any) -> Any:
-        if not isinstance(file, io.TextIOBase):
-            return load(file)
-        start = file.tell()
-        try:
-            return copy.deepcopy(parsed(file.read()))
-        except Exception:
-            # the message names the file
-            file.seek(start)
-            return load(file)
-
-    def mode_if_set(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-        set_here = any("experiment" in override or "hydra.mode" in override for override in overrides)
-        return get_mode(self, config_name, overrides) if set_here else None
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(OmegaConf, "load", staticmethod(load_once))
-        patched.setattr(Hydra, "get_mode", mode_if_set)
-        yield
 
 
 @pytest.fixture
