@@ -1,7 +1,7 @@
 """A flow: a base density and a bijection. log p(x) = log p0(z) + log|det dz/dx|, z = inverse(x)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from itertools import chain, repeat
@@ -129,10 +129,17 @@ class Flow(nn.Module):
         return self.like.new_zeros((), dtype=torch.float64) if self.centered else self.like
 
     @property
-    def histories(self) -> list[StepPlan]:
-        """What past solves left for the next ones: part of the state of a training run, not of the model."""
-        found: list[dict[bool, StepPlan]] = [getattr(m, "histories", {}) for m in self.bijection.modules()]
-        return [h for one in found for h in one.values()]
+    def step_plans(self) -> list[StepPlan]:
+        """The steps of past training solves, from which the next ones are planned; not a part of the model.
+
+        For each ODE block that of solves from base to data, and that of solves from data to base.
+        """
+        return [plan for block in self.ode_blocks for plan in block.step_plans.values()]
+
+    def set_step_plans(self, plans: Sequence[StepPlan]) -> None:
+        """Sets `step_plans`, in the same order. Blocks without plans begin anew."""
+        for block, pair in zip(self.ode_blocks, zip(plans[::2], plans[1::2], strict=False), strict=False):
+            block.step_plans = dict(zip(block.step_plans, pair, strict=True))
 
     @property
     def bits_per_nat(self) -> float | None:

@@ -5,7 +5,7 @@
     python scripts/small_tables.py --seeds 3 --jobs 2
 
 Each row is a run of `flowtrain model=MODEL data=array` with no other argument. Its flow scores 10,000 fresh rows of the
-same distribution, as does the Gaussian with the shrunk covariance of the run's training rows (flowtrain/covariance.py).
+same distribution, as does the Gaussian with the shrunk covariance of the run's training rows (`shrunk_covariance`).
 `excess` is the mean difference of their NLL in nats, with its standard error over the fresh rows. The script fails
 where it is above 0.5 nats plus three standard errors. Tables have at least four rows for each column.
 """

@@ -47,7 +47,7 @@ class Continuous(Bijection):
         # at the base and at the data
         self.times = (0.0, 1.0)
         # by whether time runs forward, from base to data
-        self.histories = {True: StepPlan(), False: StepPlan()}
+        self.step_plans = {True: StepPlan(), False: StepPlan()}
         self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def compile_field(self) -> None:
@@ -110,7 +110,10 @@ class Continuous(Bijection):
         """Solves from x (B, *event) at t0. The integrals (B, 1 + Q) are the log-determinant and those of `options`."""
         problem = self._problem(x, label, t0, t1, self.trace.draw(x, self.training), options.integrals)
         # an evaluated likelihood must be as exact as the tolerance says: its error takes part in the step control
-        return self.solver.solve(problem, options if self.training else replace(options, control="all"))
+        solution = self.solver.solve(problem, options if self.training else replace(options, control="all"))
+        if self.training and solution.steps is not None:
+            self.step_plans = {**self.step_plans, t0 < t1: solution.steps}
+        return solution
 
     def velocity(self, label: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
         """v(t, x), of labels (B,) where the flow is conditional; compiled in training where that was asked for."""
@@ -152,7 +155,7 @@ class Continuous(Bijection):
             noisy=probes is not None and probes.noisy,
             recorder=velocity.recorder() if isinstance(velocity, Field) else None,
             # an evaluation is the same whatever was solved before it
-            history=self.histories[t0 < t1] if self.training else None,
+            step_plan=self.step_plans[t0 < t1] if self.training else None,
         )
 
 

@@ -13,7 +13,7 @@ from flowtrain.bijections.squeeze import Wrapped
 def stages(bijection: Bijection) -> list[Bijection]:
     """The bijections that one is made of, from the base to the data, each from (B, *event) to (B, *event).
 
-    Chains are taken apart, also within squeezes and halves: Squeezed(b . a) = Squeezed(b) . Squeezed(a).
+    Chains are taken apart, also within squeezes and halves: Squeeze(b . a) = Squeeze(b) . Squeeze(a).
 
     Example:
         >>> from flowtrain.bijections.linear import Affine

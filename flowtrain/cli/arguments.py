@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from flowtrain.cli import help
 from flowtrain.cli.config_files import split_config_dir
 from flowtrain.cli.output_files import exists
-from flowtrain.cli.overrides import quoted, with_new_keys
+from flowtrain.cli.overrides import quoted, rename_old_keys
 from flowtrain.utils.arguments import hint
 from flowtrain.utils.errors import ConfigError
 
@@ -48,7 +48,7 @@ def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> t
     if "--version" in arguments:
         print(versions())
         raise SystemExit(0)
-    arguments = split_config_dir(with_new_keys(arguments))[1]
+    arguments = split_config_dir(rename_old_keys(arguments))[1]
     if help.asked(arguments):
         print(_help(help.topics(arguments), own, usage))
         raise SystemExit(0)

@@ -13,6 +13,7 @@ from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_dir
+from flowtrain.utils.formatting import flattened
 
 CONFIG_DIR = ("--config-dir", "-cd")
 
@@ -61,9 +62,9 @@ def options(group: str) -> list[str]:
     return sorted({path.stem for folder in config_dirs() for path in (folder / group).glob("*.yaml")})
 
 
-def read(group: str, name: str) -> "Commented":
+def read(group: str, name: str) -> "CommentedConfig":
     """The file of a choice, where there is one."""
-    return Commented(_text(group, name))
+    return CommentedConfig(_text(group, name))
 
 
 def recipe_values(name: str) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def recipe_values(name: str) -> dict[str, Any]:
     for parent in read("recipe", name).parents:
         found |= recipe_values(parent)
     content = yaml.safe_load(_text("recipe", name)) or {}
-    return {**found, **dict(leaves({key: value for key, value in content.items() if key != "defaults"}))}
+    return {**found, **flattened({key: value for key, value in content.items() if key != "defaults"})}
 
 
 def applied_recipes(choices: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -83,19 +84,10 @@ def applied_recipes(choices: Mapping[str, Any], config: Mapping[str, Any]) -> di
     Args:
         choices: Hydra's choices of the config groups.
     """
-    values = dict(leaves(config))
+    values = flattened(config)
     names = [choices.get("recipe@_global_"), choices.get("recipe")]
     there = [name for name in names if name != "none" and name in options("recipe")]
     return {name: [k for k, v in recipe_values(name).items() if k in values and values[k] == v] for name in there}
-
-
-def leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key by its dotted path, with its value."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
 
 
 def _text(group: str, name: str) -> str:
@@ -137,7 +129,7 @@ def add_working_directory_to_path() -> None:
         sys.path.append(str(Path.cwd()))
 
 
-class Commented:
+class CommentedConfig:
     """The text of a config file, read for its comments.
 
     Attributes:

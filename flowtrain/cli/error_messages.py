@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain.cli.config_files import (
-    Commented,
+    CommentedConfig,
     add_working_directory_to_path,
     compose_defaults,
     config_dirs,
@@ -163,7 +163,7 @@ def keys_of_choice(group: str, name: str) -> set[str]:
     found: set[str] = set()
     for folder in config_dirs():
         path = folder / group / f"{name}.yaml"
-        said = Commented(path.read_text()) if path.is_file() else Commented("")
+        said = CommentedConfig(path.read_text()) if path.is_file() else CommentedConfig("")
         found |= {key if said.whole else f"{group}.{key}" for key in said.keys}
         found |= {key for parent in said.parents for key in keys_of_choice(group, parent)}
     return found

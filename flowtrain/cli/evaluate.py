@@ -16,7 +16,7 @@ from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.overrides import keys_of
 from flowtrain.data.base import Dataset, Samples, changes
-from flowtrain.data.tables.rows_to_score import NewRows
+from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.evaluation import NAMES, check_fits, evaluate
 from flowtrain.evaluation.report import write_report
 from flowtrain.plotting import pictures
@@ -86,17 +86,21 @@ def _command() -> int:
     dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])
     scores = written_as("scores", own["scores"], ".npy")
     out = Path(str(own["out"])).expanduser() if own["out"] else None
-    opened = load_run(own, overrides)
+    loaded_run = load_run(own, overrides)
     split = str(own["split"] or default_split(overrides))
-    place = Place(run_dir_of(opened.path), out, scores, set_name(opened, split, overrides))
-    place.check(own["ood"] is not None, wants_report, [opened.path, own["ood"], *paths_of(opened.config["data"])])
+    place = OutputPaths(run_dir_of(loaded_run.path), out, scores, set_name(loaded_run, split, overrides))
+    place.check(
+        own["ood"] is not None, wants_report, [loaded_run.path, own["ood"], *paths_of(loaded_run.config["data"])]
+    )
     with status("reading the data"):
-        data = data_of(opened, split, overrides)
-        other = None if own["ood"] is None else other_set(str(own["ood"]), opened)
-        trained_on = data if opened.config["data"] == opened.own_data and split != "all" else None
+        data = data_of(loaded_run, split, overrides)
+        other = None if own["ood"] is None else other_set(str(own["ood"]), loaded_run)
+        trained_on = data if loaded_run.config["data"] == loaded_run.own_data and split != "all" else None
         if trained_on is None and other is not None:
-            trained_on = own_data_of(opened)
-    result = evaluate(opened.flow.to(dtype), data, split, opened.step, batch_size, draws, other, seed, trained_on)
+            trained_on = own_data_of(loaded_run)
+    result = evaluate(
+        loaded_run.flow.to(dtype), data, split, loaded_run.step, batch_size, draws, other, seed, trained_on
+    )
 
     write_json(place.json, result.to_dict())
     written = [place.json]
@@ -106,18 +110,18 @@ def _command() -> int:
         if result.sets is not None:
             write_npy(place.other_scores, result.sets[1].numpy())
             written.append(place.other_scores)
-    title = title_of(opened.config)
-    figures = pictures.draw_evaluation(result, title, data_name(opened.config), place.figure)
+    title = title_of(loaded_run.config)
+    figures = pictures.draw_evaluation(result, title, data_name(loaded_run.config), place.figure)
     written += figures
     if wants_report:
         with status("writing the report"):
-            written += write_report(result, title, str(opened.path), place.report, place.others(figures))
+            written += write_report(result, title, str(loaded_run.path), place.report, place.others(figures))
     print(result.table())
     print("\n".join(f"{'written to' if i == 0 else '':>{NAMES}}  {path}" for i, path in enumerate(written)))
     return 0
 
 
-class Place:
+class OutputPaths:
     """The paths of the files to write: in the run directory, or beside `out` and under its name.
 
     Args:
@@ -156,12 +160,12 @@ class Place:
         return [*drawn, *(path for path in kept if path.is_file())]
 
 
-def own_data_of(opened: LoadedRun) -> Dataset | None:
+def own_data_of(loaded_run: LoadedRun) -> Dataset | None:
     """The data that the flow was trained on. If it is missing or does not fit, warns and returns None."""
     try:
-        data = opened.build(opened.own_data)
-        check_fits(opened.flow, data)
-        if change := changes(opened.samples.record, data.record, ["val"]):
+        data = loaded_run.build(loaded_run.own_data)
+        check_fits(loaded_run.flow, data)
+        if change := changes(loaded_run.samples.record, data.record, ["val"]):
             raise DataError(f"since the run was trained, {change}")
         return data
     except (FlowtrainError, OSError) as e:
@@ -175,7 +179,7 @@ def default_split(overrides: Sequence[str]) -> str:
     return "all" if "data.path" in keys and not keys & {"data.val_path", "data.test_path"} else "test"
 
 
-def data_of(opened: LoadedRun, split: str, overrides: Sequence[str]) -> Dataset:
+def data_of(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> Dataset:
     """The data set of the config, or all the rows of its file.
 
     Raises:
@@ -183,22 +187,22 @@ def data_of(opened: LoadedRun, split: str, overrides: Sequence[str]) -> Dataset:
         DataError: columns of other names than those that the flow was trained on.
     """
     keys = keys_of(overrides)
-    data = opened.config["data"]
+    data = loaded_run.config["data"]
     if split == "all":
         if keys & {"data.val_path", "data.test_path"}:
             raise ConfigError("split=all takes the rows of data.path alone: leave data.val_path and data.test_path out")
         if not data.get("path"):
             raise ConfigError("split=all: this data is no file of rows; choose test or val, or give data.path")
         asked = {key for key in READ if f"data.{key}" in keys}
-        return rows_of(data["path"], opened, data, asked)
-    built = opened.build()
+        return rows_of(data["path"], loaded_run, data, asked)
+    built = loaded_run.build()
     names = built.samples.columns
-    if names and opened.samples.columns and names != opened.samples.columns:
+    if names and loaded_run.samples.columns and names != loaded_run.samples.columns:
         raise DataError(
             f"{data.get('path')} has the columns {', '.join(names)}, and the flow was trained on "
-            f"{', '.join(opened.samples.columns)}: give split=all, which reads them by name, or data.columns"
+            f"{', '.join(loaded_run.samples.columns)}: give split=all, which reads them by name, or data.columns"
         )
-    check_unchanged(opened.samples, built.samples, split, data.get("path"), keys)
+    check_unchanged(loaded_run.samples, built.samples, split, data.get("path"), keys)
     return built
 
 
@@ -225,16 +229,18 @@ def check_unchanged(before: Samples, now: Samples, split: str, path: str | None,
     raise DataError(f"{leaks}. Restore the data, or score every row of a file with data.path=FILE{new}")
 
 
-def rows_of(path: str, opened: LoadedRun, data: Mapping[str, Any], asked: Collection[str] = ()) -> NewRows:
-    """Every row of a file, read as the config of the data says; see `NewRows`."""
-    return NewRows(path, opened.samples, **{key: data.get(key) for key in READ}, asked=asked, seed=data.get("seed", 0))
+def rows_of(path: str, loaded_run: LoadedRun, data: Mapping[str, Any], asked: Collection[str] = ()) -> RowsToScore:
+    """Every row of a file, read as the config of the data says; see `RowsToScore`."""
+    return RowsToScore(
+        path, loaded_run.samples, **{key: data.get(key) for key in READ}, asked=asked, seed=data.get("seed", 0)
+    )
 
 
-def other_set(value: str, opened: LoadedRun) -> tuple[str, Tensor]:
+def other_set(value: str, loaded_run: LoadedRun) -> tuple[str, Tensor]:
     """Name and samples of the set that `ood` means: the test set of data by that name, or the rows of a file."""
     if value != "array" and value in options("data"):
-        data = opened.build(compose_defaults([f"data={value}"])["data"])
-        check_fits(opened.flow, data)
+        data = loaded_run.build(compose_defaults([f"data={value}"])["data"])
+        check_fits(loaded_run.flow, data)
         return value, data.test
-    trained = opened.config["data"]
-    return Path(value).name, rows_of(value, opened, trained).test
+    trained = loaded_run.config["data"]
+    return Path(value).name, rows_of(value, loaded_run, trained).test

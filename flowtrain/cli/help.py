@@ -10,9 +10,8 @@ from hydra.core.override_parser.types import Glob, Override
 from omegaconf import OmegaConf
 
 from flowtrain.cli.config_files import (
-    Commented,
+    CommentedConfig,
     applied_recipes,
-    leaves,
     options,
     own_searchpath,
     plain,
@@ -24,7 +23,7 @@ from flowtrain.cli.start_run import check_known_keys, with_choices_of_from
 from flowtrain.utils.arguments import hint
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_dir
-from flowtrain.utils.formatting import shown
+from flowtrain.utils.formatting import flattened, shown
 
 WIDTH, COLUMN = 110, 36
 # the groups as one thinks of a run
@@ -144,7 +143,7 @@ def _on(topic: str, run: Mapping[str, Any], choices: Mapping[str, Any], others: 
     if topic in GROUPS:
         lines = group_lines(topic, [choices.get(topic), choices.get(f"{topic}@_global_")])
         return [*lines, *(_keys_of(topic, str(choices[topic]), run) if topic in run else [])]
-    values, said = dict(leaves(run)), dict(main_file().keys)
+    values, said = flattened(run), dict(main_file().keys)
     for group in GROUPS:
         said |= meanings(group, str(choices[group])) if group in run else {}
     keys = {key: value for key, value in values.items() if key == topic or key.startswith(f"{topic}.")}
@@ -197,10 +196,10 @@ def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def recipe_lines(run: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:
     """What a recipe is, and what the recipes of this command line set."""
-    values = dict(leaves(run))
+    values = flattened(run)
     said = (
-        "A recipe sets keys to values that were measured for a model with an objective or on a data set. It applies by "
-        "itself; recipe=none leaves it out, and KEY=VALUE overrides it. "
+        "A recipe is a set of key values that suit a model with a data set or with an objective. It applies "
+        "automatically. recipe=none turns off the recipe of the data set, and KEY=VALUE overrides one key. "
     )
     found = applied_recipes(choices, run)
     if not found:
@@ -223,13 +222,13 @@ def key_lines(run: Mapping[str, Any], hydra: Mapping[str, Any], choices: Mapping
     for group in GROUPS:
         if group in run:
             yield _keys_of(group, str(choices.get(group)), run)
-    values = dict(leaves({"hydra": hydra}))
+    values = flattened({"hydra": hydra})
     yield ["  hydra", *key_table({key: values[key] for key in ours if key in values}, ours)]
 
 
 def key_table(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str]:
     """Lines of key=value with what the key means."""
-    return key_table_of(dict(leaves(values)), meaning)
+    return key_table_of(flattened(values), meaning)
 
 
 def key_table_of(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str]:
@@ -247,9 +246,9 @@ def meanings(group: str, name: str) -> dict[str, str]:
     return {**found, **{key: text for key, text in own.items() if text}}
 
 
-def main_file() -> Commented:
+def main_file() -> CommentedConfig:
     """configs/config.yaml."""
-    return Commented((config_dir() / "config.yaml").read_text())
+    return CommentedConfig((config_dir() / "config.yaml").read_text())
 
 
 def table(rows: Sequence[Row], column: int = COLUMN, indent: int = 2) -> list[str]:

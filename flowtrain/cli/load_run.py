@@ -1,4 +1,4 @@
-"""A checkpoint as the commands that score and sample open it."""
+"""Loads a checkpoint for `floweval` and `flowsample`."""
 
 import json
 import re
@@ -99,16 +99,16 @@ def load_run(own: Mapping[str, Any], overrides: Sequence[str]) -> LoadedRun:
     return LoadedRun(path, flow, saved["step"], samples_of(saved), config, bool(overrides), own_data)
 
 
-def set_name(opened: LoadedRun, split: str, overrides: Sequence[str]) -> str:
+def set_name(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> str:
     """A name for the evaluated set, used in file names; empty for the run's own test set.
 
     With split=all, it is the stem of the data.path in the overrides, or "all". Otherwise, it joins what differs from
     the run's data and the split: "val", "circles" or "new-test".
     """
-    data = opened.config["data"]
+    data = loaded_run.config["data"]
     if split == "all":
         return stem_of(data["path"]) if "data.path" in keys_of(overrides) and data.get("path") else "all"
-    before = opened.own_data
+    before = loaded_run.own_data
     changed = {key: value for key, value in data.items() if key not in before or before[key] != value}
     if not changed:
         words = []

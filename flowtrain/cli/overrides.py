@@ -34,11 +34,11 @@ WRITTEN_PATHS = ("out", "scores", "hydra.run.dir", "hydra.sweep.dir")
 QUOTED_NAMES = ("data.label", "data.key")
 
 
-def with_new_keys(arguments: Sequence[str]) -> list[str]:
+def rename_old_keys(arguments: Sequence[str]) -> list[str]:
     """Replaces keys of earlier versions by their present names, with a warning.
 
     Example:
-        >>> with_new_keys(["trainer.lr=0.1"])
+        >>> rename_old_keys(["trainer.lr=0.1"])
         ['trainer.lr=0.1']
     """
     renamed = {f"{g}.{old}": f"{g}.{new}" for g, names in RENAMED_KEYS.items() for old, new in names.items()}
@@ -53,7 +53,7 @@ def with_new_keys(arguments: Sequence[str]) -> list[str]:
     return replaced
 
 
-def with_new_names(config: Mapping[str, Any]) -> dict[str, Any]:
+def rename_old_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """A composed config in which keys of earlier versions have their present names, with a warning."""
     groups = dict(config)
     for group, names in RENAMED_KEYS.items():
@@ -129,6 +129,9 @@ def in_quotes(text: str) -> str:
     """
     return QuotedString(text, Quote.single).with_quotes()
 
+
+# two keys for one setting: setting one resets the other
+SAME_SETTING = {"solver.steps": "solver.step_size", "solver.step_size": "solver.steps"}
 
 # Hydra's; what follows those of the second line is no override
 FLAGS = ("-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun", "-sc",
@@ -330,10 +333,6 @@ def less_key(data: Mapping[str, Any]) -> dict[str, Any]:
     """Sets data.key to null if data.path no longer names an .npz file."""
     is_archive = str(data.get("path")).lower().endswith(".npz")
     return {**data, "key": None} if data.get("key") is not None and not is_archive else dict(data)
-
-
-# two keys for one thing: to set one takes the other back
-SAME_SETTING = {"solver.steps": "solver.step_size", "solver.step_size": "solver.steps"}
 
 
 # what may be changed of a saved model, and what may not of its data

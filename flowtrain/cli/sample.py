@@ -44,15 +44,15 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     if not isinstance(steps, list) or not steps:
         raise ConfigError(f"quality={steps}: give a list of numbers of steps, as in [1,2,4,8]")
     steps = [whole(f"quality[{i}]", k) for i, k in enumerate(steps)]
-    opened = load_run(own, overrides)
-    flow, config = opened.flow, opened.config
-    name = set_name(opened, "test", overrides)
-    out = given or run_dir_of(opened.path) / f"quality{name and f'-{name}'}.json"
+    loaded_run = load_run(own, overrides)
+    flow, config = loaded_run.flow, loaded_run.config
+    name = set_name(loaded_run, "test", overrides)
+    out = given or run_dir_of(loaded_run.path) / f"quality{name and f'-{name}'}.json"
     picture = out.with_suffix(".png") if given else out.parent / f"plots/quality{name and f'-{name}'}.png"
-    check_outputs([out, picture], [opened.path, *paths_of(config["data"])])
+    check_outputs([out, picture], [loaded_run.path, *paths_of(config["data"])])
     with status("reading the data"):
-        data = opened.build()
-    if change := changes(opened.samples.record, data.record, ["val", "test"]):
+        data = loaded_run.build()
+    if change := changes(loaded_run.samples.record, data.record, ["val", "test"]):
         log.warning("since the run was trained, %s: the samples are compared with rows it was trained on", change)
     with status("comparing samples with the data"):
         found = quality(flow, data, steps, seed)
@@ -63,7 +63,7 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
         nfe.append(row.nfe)
         distance.append(row.sliced_wasserstein)
     exact = (found.exact.nfe, found.exact.sliced_wasserstein)
-    title = opened.titled("samples by few steps")
+    title = loaded_run.titled("samples by few steps")
     with status("drawing quality"):
         draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title)
     print(f"{found.table()}\nwritten to {out}, picture in {picture}")
@@ -89,19 +89,19 @@ def write_animation(
     given = written_as("out", own["out"], *KINDS)
     if given is not None:
         check_writable(given)
-    opened = load_run(own, overrides)
-    flow = opened.flow
+    loaded_run = load_run(own, overrides)
+    flow = loaded_run.flow
     check_animated(flow, n)
     # refused before anything is read
     if label is not None:
         flow.check_label(label)
-    out = run_dir_of(opened.path) / "animation.gif"
+    out = run_dir_of(loaded_run.path) / "animation.gif"
     paths = [given] if given else [out, *([out.with_suffix(".mp4")] if can_write_mp4() else [])]
-    check_outputs(paths, [opened.path, *paths_of(opened.config["data"])])
+    check_outputs(paths, [loaded_run.path, *paths_of(loaded_run.config["data"])])
     with status("reading the data"):
-        data = opened.build()
+        data = loaded_run.build()
     check_fits(flow, data)
-    title = opened.titled("" if label is None else f"class {label}")
+    title = loaded_run.titled("" if label is None else f"class {label}")
     animate(flow, data, paths, title, n=n, seed=seed, temperature=temperature, label=label)
     print("\n".join(f"written to {path}" for path in paths))
     return 0
@@ -171,7 +171,7 @@ def _command() -> int:
 
 
 def write_samples(
-    opened: LoadedRun,
+    loaded_run: LoadedRun,
     given: Path | None,
     n: int | None,
     seed: int,
@@ -186,14 +186,14 @@ def write_samples(
         FlowtrainError: labels that the flow does not have.
         NonFiniteError: samples that are no numbers, of which nothing is written.
     """
-    flow, images = opened.flow, len(opened.flow.event_shape) == 3
+    flow, images = loaded_run.flow, len(loaded_run.flow.event_shape) == 3
     n = n or (100 if images else 10_000)
-    out = given or run_dir_of(opened.path) / "samples.npy"
-    check_outputs([out, out.with_suffix(".png")], [opened.path, *paths_of(opened.config["data"])])
+    out = given or run_dir_of(loaded_run.path) / "samples.npy"
+    check_outputs([out, out.with_suffix(".png")], [loaded_run.path, *paths_of(loaded_run.config["data"])])
     # refused before anything is read or drawn
     if label is not None:
         flow.check_label(label)
-    data = beside(opened) if images or flow.event_shape in ((1,), (2,)) else None
+    data = beside(loaded_run) if images or flow.event_shape in ((1,), (2,)) else None
     if data is not None:
         check_fits(flow, data)
     elif log_scale:
@@ -210,18 +210,18 @@ def write_samples(
     print(f"{n} samples, round trip error {error:.1e}, written to {out}")
     if data is not None:
         words = f"{n} samples" + ("" if label is None else f" of class {label}")
-        title = opened.titled(words if temperature == 1 else f"{words} at temperature {temperature:g}")
+        title = loaded_run.titled(words if temperature == 1 else f"{words} at temperature {temperature:g}")
         with status("drawing samples"):
             draw(flow, data, out.with_suffix(".png"), title, samples, label, log_scale)
         print(f"picture in {out.with_suffix('.png')}")
     return 0
 
 
-def beside(opened: LoadedRun) -> Dataset | None:
+def beside(loaded_run: LoadedRun) -> Dataset | None:
     """The data that a picture is drawn beside; None, and a word of it, where it is not to be had."""
     try:
         with status("reading the data"):
-            return opened.build()
+            return loaded_run.build()
     except DataError as e:
         print(f"no picture beside the data, which is not to be had: {e}", file=sys.stderr)
         return None

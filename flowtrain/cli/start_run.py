@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flowtrain.cli.config_files import applied_recipes, options, plain
 from flowtrain.cli.error_messages import unknown_key
 from flowtrain.cli.output_files import absolute_paths, is_path
-from flowtrain.cli.overrides import keys_of, less_key, overridden, trusted, with_new_names
+from flowtrain.cli.overrides import keys_of, less_key, overridden, rename_old_config_keys, trusted
 from flowtrain.runs.build import with_whole_numbers
 from flowtrain.runs.console import messages
 from flowtrain.runs.load import check_targets
@@ -29,8 +29,17 @@ from flowtrain.utils.formatting import resume_command
 from flowtrain.utils.status import command_begun, status
 
 # what a run writes before its training begins
-REFUSED_FILES = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "flowtrain.log", "metrics.jsonl",
-         "checkpoints/teacher.pt")  # fmt: skip
+FILES_BEFORE_TRAINING = (
+    ".hydra/config.yaml",
+    ".hydra/hydra.yaml",
+    ".hydra/overrides.yaml",
+    "flowtrain.log",
+    "metrics.jsonl",
+    "checkpoints/teacher.pt",
+)
+# errors after which the files of a run that never began are removed. After any other error they are kept for a report
+REFUSAL_ERRORS = (FlowtrainError, HydraException, OmegaConfBaseException, OSError, KeyboardInterrupt, MemoryError)
+FROM_MESSAGE = "a run begins with the model and data of from=RUN_DIR; leave it out"
 # the directories that Hydra creates for this command, innermost first
 _MADE: list[Path] = []
 
@@ -88,7 +97,7 @@ def cleaned_up_unless_begun(run_dir: Path, refused: tuple[type[BaseException], .
     Files that existed before are kept, and configs among them get their old content back. Only the process that holds
     the lock of the directory may call this.
     """
-    paths = [run_dir / name for name in REFUSED_FILES]
+    paths = [run_dir / name for name in FILES_BEFORE_TRAINING]
     before = {path: path.read_bytes() if path.suffix == ".yaml" else None for path in paths if path.exists()}
     try:
         yield
@@ -113,9 +122,9 @@ def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
             claim_directory(run_dir)
             # only now: a directory that was another run's is not this one's to go on with
             ranks.remember(run_dir)
-        with cleaned_up_unless_begun(run_dir, REFUSALS) if ranks.is_first() else nullcontext():
+        with cleaned_up_unless_begun(run_dir, REFUSAL_ERRORS) if ranks.is_first() else nullcontext():
             whole = with_config_of_from(
-                with_new_names(check_known_keys(plain(config))), HydraConfig.get().overrides.task
+                rename_old_config_keys(check_known_keys(plain(config))), HydraConfig.get().overrides.task
             )
             if whole["resume"] is not None:
                 raise ConfigError(f"resume={whole['resume']}: give it without + and without -m")
@@ -162,7 +171,18 @@ def resume_run(
         check_targets(saved["config"], trust)
         refuse_changes(rest, "a run goes on with the model and data it has; start a new one to change them")
         refuse_changes(rest, "a run goes on from its own checkpoint; leave it out", ("from",))
-        return train(absolute_paths(overridden(saved["config"], rest, own)), run_dir, saved, trust, when)
+        config = absolute_paths(overridden(saved["config"], rest, own))
+        return train(config, run_dir, saved, trust, when, recipes_of(run_dir))
+
+
+def recipes_of(run_dir: Path) -> dict[str, list[str]] | None:
+    """The recipes that applied when a run began, and the keys that each has set; None if its .hydra is missing."""
+    try:
+        composed = plain(cast(DictConfig, OmegaConf.load(run_dir / ".hydra/config.yaml")))
+        choices = plain(cast(DictConfig, OmegaConf.load(run_dir / ".hydra/hydra.yaml")).hydra.runtime.choices)
+    except Exception:  # a user may have changed or removed the files
+        return None
+    return applied_recipes(choices, composed)
 
 
 def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +213,7 @@ def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     if not isinstance(run, str) or not run or override.is_sweep_override():
         raise ConfigError(f"{arguments[places[-1]]}: give one run directory")
-    refuse_changes(arguments, FROM, ("model", "data", "experiment", "recipe"))
+    refuse_changes(arguments, FROM_MESSAGE, ("model", "data", "experiment", "recipe"))
     saved = checkpoint.load(checkpoint.find(Path(run.replace("\\${", "${")).expanduser()))["config"]
     names = {group: saved[group].get("name") for group in ("model", "data")}
     ours = [f"{group}={name}" for group, name in names.items() if name in options(group)]
@@ -219,11 +239,6 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
     moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
     data = less_key({**saved["data"], **moved}) if "path" in moved else saved["data"] | moved
     return {**config, "from": str(path), "model": saved["model"], "data": data}
-
-
-# errors after which the files of a run that never began are removed. After any other error they are kept for a report
-REFUSALS = (FlowtrainError, HydraException, OmegaConfBaseException, OSError, KeyboardInterrupt, MemoryError)
-FROM = "a run begins with the model and data of from=RUN_DIR; leave it out"
 
 
 def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = ("model", "data")) -> None:

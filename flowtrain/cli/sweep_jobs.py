@@ -1,7 +1,7 @@
-"""The jobs of `flowtrain -m`: each has its own directory, one that fails leaves the others alone, none is done twice.
+"""Runs the jobs of `flowtrain -m`, each in a directory of its own.
 
-A sweep run again in the directory of an earlier one finds the runs of its jobs by their overrides: those that have
-ended are left as they are, those that were stopped go on, and only the missing begin.
+Finished jobs are skipped, interrupted jobs are resumed, failed and new jobs are run. A job that fails does not stop the
+others.
 """
 
 import math
@@ -138,7 +138,7 @@ _ROOT: list[Path] = []
 _WAITING = ExitStack()
 
 
-class Root(Callback):
+class SweepDirectoryRecorder(Callback):
     """Hydra's callback that says where a sweep is, which no one else knows before it has begun."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from flowtrain.cli import help, sweep_jobs
 from flowtrain.cli.arguments import split_own, versions
 from flowtrain.cli.config_files import plain
 from flowtrain.cli.error_messages import report, run_command
-from flowtrain.cli.overrides import SWEEP, in_order, quoted, separated, trusted, validate_command_line, with_new_keys
+from flowtrain.cli.overrides import SWEEP, in_order, quoted, rename_old_keys, separated, trusted, validate_command_line
 from flowtrain.cli.start_run import (
     record_directory,
     removing_empty_directories,
@@ -39,7 +39,7 @@ def _joined() -> int:
 
 
 def _command() -> int:
-    arguments = with_new_keys(sys.argv[1:])
+    arguments = rename_old_keys(sys.argv[1:])
     if "--version" in arguments:
         if ranks.is_first():
             print(versions())

@@ -138,7 +138,7 @@ class OODDetection:
         name: the other set, `n` samples.
         infinite: how many of them have no finite log p; they count as the least likely.
         nll: the mean over the samples with finite log p.
-        auroc: P(log p of the other set < log p of this one), ties counted half: -log p as a score of novelty.
+        auroc: P(log p of the other set < log p of this one), ties counted half: -log p as the OOD score.
         typicality_auroc: the same of |log p + entropy| (Nalisnick et al. 2019, Detecting out-of-distribution inputs to
             deep generative models using typicality).
         auroc_stderr, typicality_stderr: DeLong et al. 1988.

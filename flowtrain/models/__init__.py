@@ -1,1 +1,1 @@
-"""Recipes: from the shape of a sample to a flow."""
+"""Model families: functions from the shape of a sample to a flow."""

@@ -19,6 +19,9 @@ from flowtrain.utils.arguments import number, one_of, whole
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.process import seeded
 
+log = logging.getLogger("flowtrain")
+
+
 Coupling = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -170,9 +173,6 @@ class FlowMatching(Matching):
             rows = label == y
             x0[rows] = self.coupling(x0[rows], x1[rows])
         return x0, x1, label
-
-
-log = logging.getLogger("flowtrain")
 
 
 class Rectified(Matching):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from flowtrain.ode.discrete_adjoint import AcceptedStep, AcceptedSteps, differentiable
 from flowtrain.ode.quadrature import Nodes, gauss_nodes, has_dense_output, stage_nodes
 from flowtrain.ode.solver import Problem, Solution, Solver, Statistics
-from flowtrain.ode.step_control import step_end, step_factor
+from flowtrain.ode.step_control import StepPlan, step_end, step_factor
 from flowtrain.ode.tableaus import TABLEAUS, Tableau
 from flowtrain.ode.tape import AutogradRecorder, Stage, Weights, combined, on_device, record, take, take_ordinary
 from flowtrain.utils.arguments import one_of
@@ -60,7 +60,7 @@ class RungeKutta(Solver):
         run = _Run(self, problem, statistics, torch.is_grad_enabled())
         with torch.no_grad():
             run.advance()
-        return run.solution()
+        return replace(run.solution(), steps=run.taken)
 
 
 @dataclass
@@ -98,6 +98,7 @@ class _Run:
         self.total: Tensor | None = None
         self.error: Tensor | None = None
         self.weights = Weights(self.tableau, self.x)
+        self.taken: StepPlan | None = None
 
     def velocity(self, stage: Stage, t: float, h: float, x: Tensor) -> Tensor:
         if self.statistics.nfe_forward >= self.solver.max_nfe:
@@ -169,7 +170,7 @@ class _Run:
     def adaptive(self) -> None:
         t1 = self.problem.t1
         smallest = 2 * torch.finfo(self.x.dtype).eps * max(1.0, abs(self.problem.t0), abs(t1))
-        plan = self.problem.history.plan(self.t, t1) if self.problem.history is not None else []
+        plan = self.problem.step_plan.plan(self.t, t1) if self.problem.step_plan is not None else []
         h = 0.0 if plan else self.begin(10 * smallest)
         taken: list[tuple[float, float]] = []
         broken = 0
@@ -193,9 +194,9 @@ class _Run:
                 # what was planned did not hold
                 plan = []
             h = suited
-        if self.problem.history is not None and self.graph:
-            # a solve for its value alone, as the tolerance guard's tight ones, plans no step of training
-            self.problem.history.steps = taken
+        if self.graph:
+            # a solve for its value alone, such as a tight one of the solver guard, plans no step of training
+            self.taken = StepPlan(tuple(taken))
 
     def begin(self, smallest: float) -> float:
         """The first step size, with its sign, from two slopes."""
@@ -288,8 +289,7 @@ class _OrdinaryRun(_Run):
 
     Step sizes are Python numbers, and every derivative treats them as constants, as in discrete_adjoint.py. The lanes
     of a vmap share the steps: the step control uses the largest error of all lanes. No step is recomputed, so the
-        memory
-    of a gradient grows with the number of steps.
+    memory of a gradient grows with the number of steps.
     """
 
     take = staticmethod(take_ordinary)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +17,6 @@ from flowtrain.ode.tape import Recorder, Velocity
 from flowtrain.utils.arguments import number, one_of, whole
 from flowtrain.utils.errors import ConfigError, SolverError
 from flowtrain.utils.precision import full_precision
-
-T = TypeVar("T")
-
-
-class Collector(Generic[T]):
-    """Inside `with collector() as found:` code below appends to `collector.open`, which is `found`.
-
-    Outside it is None, and nothing is collected.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._found: ContextVar[list[T] | None] = ContextVar(name, default=None)
-
-    @property
-    def open(self) -> list[T] | None:
-        """What the innermost `with` has found so far, to be added to; None outside of any."""
-        return self._found.get()
-
-    @contextmanager
-    def __call__(self) -> Iterator[list[T]]:
-        found: list[T] = []
-        token = self._found.set(found)
-        try:
-            yield found
-        finally:
-            self._found.reset(token)
-
 
 Integrand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -81,7 +54,7 @@ class Problem:
         n_integrals: Q.
         noisy: whether the integrand is a random estimate.
         recorder: how the velocity and its vector-Jacobian products are evaluated; None leaves it to autograd.
-        history: of the last solve of this kind, to plan the steps by and to be told of this one's; or None.
+        step_plan: the steps of the last solve of this kind, by which those of this one are planned; or None.
     """
 
     velocity: Velocity
@@ -93,7 +66,7 @@ class Problem:
     n_integrals: int = 1
     noisy: bool = False
     recorder: Recorder | None = None
-    history: StepPlan | None = None
+    step_plan: StepPlan | None = None
 
     def lasts(self) -> bool:
         """Whether t0 and t1 differ in the dtype of the state, in which torchdiffeq keeps the time."""
@@ -105,13 +78,15 @@ class Problem:
 class Solution:
     """The state at t1 (B, *event), the integrals from t0 to t1 (B, Q) or None, the cost.
 
-    `integral_error` (B, Q) estimates the error of the quadrature from its own nodes, not that of the state.
+    `integral_error` (B, Q) estimates the error of the quadrature from its own nodes, not that of the state. `steps` are
+    the accepted steps of an adaptive solve with a gradient, for the next solve of its kind.
     """
 
     x: Tensor
     integrals: Tensor | None
     integral_error: Tensor | None = None
     statistics: Statistics = field(default_factory=Statistics)
+    steps: StepPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -143,8 +118,21 @@ class SolveOptions:
 AS_CONFIGURED = SolveOptions()
 
 
-# counts work, for reports: the statistics of every solve begun inside; a backward solve adds to its forward one's
-record_solves: Collector[Statistics] = Collector("solves")
+_RECORDED: ContextVar[list[Statistics] | None] = ContextVar("recorded solves", default=None)
+
+
+@contextmanager
+def record_solves() -> Iterator[list[Statistics]]:
+    """Counts work for reports: collects the statistics of every solve begun inside.
+
+    A backward solve adds to the statistics of its forward solve.
+    """
+    found: list[Statistics] = []
+    token = _RECORDED.set(found)
+    try:
+        yield found
+    finally:
+        _RECORDED.reset(token)
 
 
 def unmoved(problem: Problem, statistics: Statistics) -> Solution:
@@ -297,8 +285,9 @@ class Solver(ABC):
             ConfigError: a tolerance far below the rounding of the dtype.
         """
         statistics = Statistics()
-        if record_solves.open is not None:
-            record_solves.open.append(statistics)
+        recorded = _RECORDED.get()
+        if recorded is not None:
+            recorded.append(statistics)
         if not len(problem.x) or not problem.lasts():
             return unmoved(problem, statistics)
         solver = self.replace(**options.settings)

@@ -1,7 +1,7 @@
 """The step controller of adaptive solvers: the next step size, and step sizes planned from an earlier solve."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,7 +45,7 @@ def step_end(t: float, t1: float, h: float) -> float:
     return t + (left / 2 if 2 * abs(h) > abs(left) else h)
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepPlan:
     """The accepted steps of the last solve, each (length, the length that would have suited it), in the order taken.
 
@@ -54,7 +54,7 @@ class StepPlan:
     neither a first step that is guessed, nor steps that grow until one is rejected.
     """
 
-    steps: list[tuple[float, float]] = field(default_factory=list)
+    steps: tuple[tuple[float, float], ...] = ()
 
     def plan(self, t0: float, t1: float) -> list[float]:
         """The ends of the steps to attempt from t0 to t1, the last of them t1; empty where nothing is known.
@@ -63,7 +63,7 @@ class StepPlan:
         j n(t1) / ceil(n(t1)).
 
         Example:
-            >>> StepPlan([(1.0, 0.6)]).plan(0.0, 1.0)  # one step, longer than its error allowed
+            >>> StepPlan(((1.0, 0.6),)).plan(0.0, 1.0)  # one step, longer than its error allowed
             [0.5, 1.0]
         """
         if not self.steps:

@@ -78,7 +78,7 @@ class AutogradTape:
             return torch.zeros_like(x)
         trained = self.recorder.trained
         self.sums += [None] * (len(trained) - len(self.sums))
-        # retained, because a Jacobian is computed by pulling back through one solve many times
+        # retained, because a Jacobian is computed by vjps through one solve many times
         dx, *shares = torch.autograd.grad(v, (x, *trained), cotangent, retain_graph=True, allow_unused=True)
         add(self.sums, shares)
         return torch.zeros_like(x) if dx is None else dx
@@ -107,7 +107,7 @@ class AutogradRecorder:
             return
         self.discovered = True
         known = {id(p) for p in (x, *self.parameters)}
-        self.parameters += [leaf for leaf in leaves(v) if id(leaf) not in known]
+        self.parameters += [leaf for leaf in graph_leaves(v) if id(leaf) not in known]
 
     def record(self, times: Tensor, keep: bool) -> AutogradTape:
         """A tape for stages at `times` (s,)."""
@@ -124,7 +124,7 @@ class AutogradRecorder:
         return [next(sums) if p.requires_grad else None for p in self.parameters]
 
 
-def leaves(v: Tensor) -> list[Tensor]:
+def graph_leaves(v: Tensor) -> list[Tensor]:
     """The tensors that the graph of v accumulates gradients into."""
     found: dict[int, Tensor] = {}
     seen: set[object] = set()

@@ -15,7 +15,7 @@ from flowtrain.plotting import image_pictures
 from flowtrain.plotting.densities import draw_flow
 from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails, where_inside
 from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
-from flowtrain.plotting.transport_pictures import animate, check_animated, draw_transport_pictures
+from flowtrain.plotting.transport_pictures import draw_transport_pictures
 
 POINTS = 10_000
 
@@ -70,9 +70,6 @@ def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[
         )
         drawn.append(place("ood"))
     return drawn
-
-
-__all__ = ["animate", "check_animated", "draw", "draw_evaluation", "draw_more", "warn_if_plotting_fails"]
 
 
 def draw(

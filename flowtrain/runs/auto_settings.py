@@ -11,6 +11,8 @@ from typing import Any
 from flowtrain.utils.errors import ConfigError
 
 AUTO = "auto"
+# keys of which the model itself accepts `auto`
+OWN_AUTO = ("trace", "eval_trace")
 
 Groups = dict[str, dict[str, Any]]
 
@@ -112,10 +114,6 @@ def resolve_auto(config: Mapping[str, Any], rows: int | None, event_shape: tuple
                 )
             keys[key] = values[group][key]
     return {**config, **groups}
-
-
-# keys of which the model itself accepts `auto`
-OWN_AUTO = ("trace", "eval_trace")
 
 
 def _small_steps(lr: float, rows: int, columns: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from flowtrain.flow import Flow
 from flowtrain.ode import Solver
 from flowtrain.training.settings import Settings
 from flowtrain.utils import ranks, status
-from flowtrain.utils.formatting import option, shown
+from flowtrain.utils.formatting import flattened, option, shown
+
+log = logging.getLogger("flowtrain")
 
 
 def title_of(config: Mapping[str, Any]) -> str:
@@ -39,9 +40,6 @@ def data_name(config: Mapping[str, Any]) -> str:
 def name_of(group: Mapping[str, Any]) -> str:
     """The name of a group's choice, or of what it builds."""
     return str(group.get("name") or group["_target_"].rpartition(".")[2])
-
-
-log = logging.getLogger("flowtrain")
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]
@@ -107,14 +105,14 @@ def banner(
     run_dir: Path,
     step: int = 0,
     warmup: int = 0,
-    recipes: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    recipes: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """How a run begins, a line for each of its parts.
 
     Args:
         step: where it goes on from.
         warmup: the steps in which training tightens the tolerance of the solver.
-        recipes: the recipes that applied, and the keys that each has set.
+        recipes: the recipes that applied, and the keys that each has set; None if unknown.
     """
     objective, regularizer = name_of(config["objective"]), name_of(config.get("regularizer") or {"name": "none"})
     size = sum(p.numel() for p in flow.parameters())
@@ -126,7 +124,7 @@ def banner(
         "objective": objective + ("" if regularizer == "none" else f", regularizer {regularizer}"),
         "training": f"{settings.steps:,} steps of {settings.batch_size}{start}, {settings.optimizer}, "
         f"learning rate {settings.lr:g} ({settings.lr_decay}), seed {config['seed']}",
-        "recipe": _recipes(config, recipes),
+        **({} if recipes is None else {"recipe": _recipes(config, recipes)}),
         "device": _device(flow.like.device),
         "run": str(shortest(run_dir)),
     }
@@ -144,10 +142,9 @@ def _samples(data: Dataset) -> str:
 
 def _recipes(config: Mapping[str, Any], recipes: Mapping[str, Sequence[str]]) -> str:
     """The recipes that applied and the keys that they have set, on as many lines as they take."""
-    lines = []
+    lines, values = [], flattened(config)
     for name, keys in recipes.items():
-        values = [f"{key}={shown(config[key.partition('.')[0]][key.partition('.')[2]])}" for key in keys]
-        text = f"{name}, sets {' '.join(values)}"
+        text = f"{name}, sets {' '.join(f'{key}={shown(values[key])}' for key in keys if key in values)}"
         lines += textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
     return ("\n" + " " * (NAMES + 2)).join(lines) or "none"
 

@@ -36,7 +36,7 @@ def check_targets(config: Mapping[str, Any], trust: Sequence[str] = ()) -> None:
     """
     if isinstance(trust, str):
         trust = [trust]
-    for where, value in leaves(config):
+    for where, value in nested_values(config):
         if isinstance(value, str) and "${" in value:
             raise CheckpointError(f"the checkpoint's config has an interpolation at {'.'.join(where)}: refused")
         if where[-1] != "_target_":
@@ -62,14 +62,14 @@ def _under(name: Any, roots: Sequence[str]) -> bool:
     return isinstance(name, str) and any(name == root or name.startswith(root + ".") for root in roots)
 
 
-def leaves(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def nested_values(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The plain values in nested mappings and lists, each with the keys that lead to it."""
     if isinstance(node, Mapping):
         for key, value in node.items():
-            yield from leaves(value, (*where, str(key)))
+            yield from nested_values(value, (*where, str(key)))
     elif isinstance(node, list | tuple):
         for i, value in enumerate(node):
-            yield from leaves(value, (*where, str(i)))
+            yield from nested_values(value, (*where, str(i)))
     else:
         yield where, node
 
@@ -123,7 +123,7 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> None:
     weights = saved["weights"]
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     most = max(SMALL_NUMBER, sum(w.numel() for w in weights.values()))
-    for where, value in leaves({"model": saved["config"]["model"]}):
+    for where, value in nested_values({"model": saved["config"]["model"]}):
         if isinstance(value, int) and abs(value) > most:
             raise CheckpointError(f"the checkpoint's {'.'.join(where)} is {value}, and its weights are {most} numbers")
     if math.prod(samples.event_shape) > max(SMALL_SAMPLE, most):

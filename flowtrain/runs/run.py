@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from flowtrain.evaluation import NAMES, evaluate
 from flowtrain.flow import Flow
 from flowtrain.plotting import pictures
 from flowtrain.plotting.curves import draw_curves
+from flowtrain.plotting.drawing import warn_if_plotting_fails
 from flowtrain.runs import auto_settings, build, load
 from flowtrain.runs.console import banner, data_name, next_commands, title_of
 from flowtrain.training import checkpoint, tensorboard
@@ -42,7 +42,7 @@ def train(
     saved: Mapping[str, Any] | None = None,
     trust: Sequence[str] = (),
     begun: float | None = None,
-    recipes: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    recipes: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[float, int]:
     """Trains, evaluates the best checkpoint on the test set, writes result.json and the pictures.
 
@@ -51,7 +51,7 @@ def train(
         saved: the checkpoint to go on from.
         trust: packages besides flowtrain that the run of `from` may build from.
         begun: when the command began, by time.perf_counter, for `time_budget`; None: now.
-        recipes: the recipes that applied to the config, and the keys that each has set, for the banner.
+        recipes: for the banner, the recipes that applied and the keys that each has set; None if unknown.
 
     Returns:
         (best validation NLL in nats, exit code): 128 + the signal's number after a signal, else 0.
@@ -89,7 +89,7 @@ def prepare(
     trust: Sequence[str],
     board: tensorboard.Board | None,
     begun: float,
-    recipes: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    recipes: Mapping[str, Sequence[str]] | None = None,
 ) -> Trainer:
     """Everything built and checked that a run takes, up to its first step; see `train`."""
     device = ranks.device(build.resolve_device(config["device"]))
@@ -161,7 +161,7 @@ def draw_training(
     # the first picture may come before the first validation
     validated = "" if math.isnan(nll) else f", validation {reached}"
     path = run_dir / f"plots/samples_{step:06d}.png"
-    with pictures.warn_if_plotting_fails(f"step {step}"):
+    with warn_if_plotting_fails(f"step {step}"):
         pictures.draw(flow, data, path, f"{title}, step {step}{validated}")
         if board is not None:
             board.picture(path, step)
@@ -244,11 +244,11 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
     title = title_of(config)
     reached = f"{title}, test {result.words}"
     drawn = []
-    with pictures.warn_if_plotting_fails("curves"):
+    with warn_if_plotting_fails("curves"):
         draw_curves(place("curves"), rows=trainer.metrics.rows, title=reached, entropy=data.entropy)
         drawn.append(place("curves"))
     if time_budget is None or time_budget.has_time_for("samples"):
-        with pictures.warn_if_plotting_fails("samples"):
+        with warn_if_plotting_fails("samples"):
             pictures.draw(flow, data, place("samples"), reached)
             drawn.append(place("samples"))
     drawn += pictures.draw_evaluation(result, title, data_name(config), place)

@@ -16,6 +16,8 @@ from flowtrain.training.old_checkpoints import upgraded
 from flowtrain.utils.errors import CheckpointError, first_line
 from flowtrain.utils.files import replacing
 
+log = logging.getLogger("flowtrain")
+
 
 def checksum(content: Any) -> str:
     """SHA-256 of plain values and tensors, by type, order and value.
@@ -55,8 +57,6 @@ def _add_tensor(digest: Any, value: Tensor) -> None:
     digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
     digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
-
-log = logging.getLogger("flowtrain")
 
 # 2: with a checksum. Format 1 is read too
 FORMAT = 2

@@ -8,6 +8,7 @@ from typing import Any
 
 from flowtrain.data.base import Samples
 from flowtrain.flow import Flow
+from flowtrain.ode import StepPlan
 from flowtrain.training import checkpoint
 from flowtrain.training.failure_policy import FailurePolicy
 from flowtrain.training.progress import Progress
@@ -71,7 +72,7 @@ class CheckpointManager:
     def last(self) -> None:
         """last.pt: that, and all that a resumed run needs."""
         rest = {**self.train_state.state(), **self.progress.state(), "trouble": self.failure_policy.state()}
-        rest["histories"] = [h.steps for h in self.flow.histories]
+        rest["histories"] = [[*plan.steps] for plan in self.flow.step_plans]
         if self.keep("last", {**self.inference_state(), **rest}):
             self.saved_step = self.progress.step
 
@@ -123,8 +124,8 @@ class CheckpointManager:
             self.failure_policy.halvings = 0
         self.progress.load(saved)
         # a run of an older flowtrain begins its solves anew
-        for history, steps in zip(self.flow.histories, saved.get("histories", ()), strict=False):
-            history.steps = [(length, suited) for length, suited in steps]
+        saved_plans = saved.get("histories", ())
+        self.flow.set_step_plans([StepPlan(tuple((h, suited) for h, suited in steps)) for steps in saved_plans])
         self.saved_step = self.progress.step
 
     def back(self) -> None:

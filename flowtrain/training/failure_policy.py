@@ -1,4 +1,4 @@
-"""What becomes of a step that fails: a loss or gradient that is not finite, a solve that does not end."""
+"""Policy for steps whose loss, gradient or solve fails."""
 
 import logging
 import math

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from flowtrain.utils.status import Status, status
 
+log = logging.getLogger("flowtrain")
+
 
 @dataclass
 class Progress:
@@ -27,8 +29,8 @@ class Progress:
         began: whether the likelihood's steps have.
         counted: the best NLL of the regular validations; None before the first. `stale` counts by it, because early
             validations must not change when a run ends.
-        best_rows: log p of some validation rows at the best validation, see `rise.some_rows`; None if `max_rise` is not
-            set.
+        best_rows: log p of some validation rows at the best validation, see `validation.some_rows`; None without
+            `max_rise`.
         position: the position of the schedules, in steps, see `ScheduleClock`.
         worse: NLL of the latest consecutive regular validations that were clearly worse than the best.
     """
@@ -67,8 +69,6 @@ class Progress:
         self.best = self.counted = self.best_rows = None
         self.worse = []
 
-
-log = logging.getLogger("flowtrain")
 
 NFE_WARNING = 1000
 # an NFE so many times the median of the steps before is a spike, and how many those are, at most and at least

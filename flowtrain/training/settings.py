@@ -1,4 +1,4 @@
-"""What a training run may be told."""
+"""Settings of the trainer, with their checks."""
 
 from dataclasses import asdict, dataclass
 

@@ -1,4 +1,4 @@
-"""A watch on fields that learn to exploit the error of a coarse solver, and the cure: a tighter tolerance."""
+"""Detects fields that exploit the error of a coarse solver, and tightens its tolerance."""
 
 import logging
 import math
@@ -39,7 +39,7 @@ def exploited(loose: Tensor, tight: Tensor, d: int) -> bool:
     return gap > SIGMAS * noise and gap > FLOOR * d
 
 
-class Guard:
+class SolverGuard:
     """Compares log p of a training batch as training solves it with log p solved tightly, and tightens where exploited.
 
     An adaptive method's training tolerance is divided by ten, down to the final one; a fixed step size is halved, in

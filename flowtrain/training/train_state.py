@@ -1,4 +1,4 @@
-"""What learns: the flow, and all that goes along with its weights from step to step."""
+"""Training state: optimizer, learning rate, EMA and solver guard of a flow."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from flowtrain.training.ema import Ema
 from flowtrain.training.resume_validation import moments
 from flowtrain.training.schedules import LearningRate, ScheduleClock
 from flowtrain.training.settings import Settings
-from flowtrain.training.solver_guard import Guard
+from flowtrain.training.solver_guard import SolverGuard
 from flowtrain.utils import ranks
 
 # of the steps, the share over which the tolerance warms up where the solver leaves it to the trainer
@@ -47,7 +47,7 @@ class TrainState:
         self.guard = None
         if flow.solver is not None:
             end_time = objective.regularizer.end_time
-            self.guard = Guard(flow, settings.guard_every, lambda: self.warmup, self.warmed, end_time)
+            self.guard = SolverGuard(flow, settings.guard_every, lambda: self.warmup, self.warmed, end_time)
         norms = [m for m in flow.modules() if isinstance(m, BatchNorm | _BatchNorm)]
         self.running = [b for m in norms for b in m.buffers()]
         self.ema = None if settings.ema is None else Ema(flow, settings.ema)

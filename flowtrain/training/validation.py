@@ -38,9 +38,9 @@ def margin(max_rise: float, d: int) -> float:
 def clearly_worse(best: Tensor, now: Tensor, least: float) -> bool:
     """Whether log p of the same rows, (n,) each, is significantly worse, by more than `least` nats.
 
-    The mean difference must exceed `least`. In addition, either a share MANY of the rows must be worse by more than
-    `least`, or the mean of the clipped differences must exceed `least` and SIGMAS of its standard errors. No single row
-    decides.
+    The mean difference must exceed `least`. In addition, either a share MANY_WORSE of the rows must be worse by more
+    than `least`, or the mean of the clipped differences must exceed `least` and SIGMAS of its standard errors. No
+    single row decides.
 
     Example:
         >>> before = torch.arange(10.0)
@@ -63,7 +63,7 @@ def clearly_worse(best: Tensor, now: Tensor, least: float) -> bool:
 
 
 def some_rows(log_p: Tensor, start: int, n: int) -> Tensor:
-    """The entries of log_p that belong to up to MOST evenly spaced rows of a set of n. log_p begins at row `start`."""
+    """The entries of log_p, from row `start` on, of up to MOST_COMPARED evenly spaced rows of a set of n."""
     every = max(1, math.ceil(n / MOST_COMPARED))
     return log_p[-start % every :: every].to(torch.float32)
 

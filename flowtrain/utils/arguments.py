@@ -10,7 +10,7 @@ from flowtrain.utils.errors import ConfigError
 
 # names below this similarity, as difflib measures it, are not suggested
 LEAST_SIMILARITY = 0.68
-# names within TIE of the best similarity are suggested too, at most MOST in all
+# names within TIED_SIMILARITY of the best are suggested too, at most MOST_SUGGESTED in all
 TIED_SIMILARITY, MOST_SUGGESTED = 0.02, 3
 
 

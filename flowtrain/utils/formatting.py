@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +121,19 @@ def consecutive(numbers: Sequence[int]) -> list[tuple[int, int]]:
         else:
             runs.append((number, number))
     return runs
+
+
+def flattened(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their dotted keys.
+
+    Example:
+        >>> flattened({"solver": {"rtol": 1e-05}, "seed": 0})
+        {'solver.rtol': 1e-05, 'seed': 0}
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flattened(value, f"{before}{key}.")
+        else:
+            found[f"{before}{key}"] = value
+    return found

@@ -1,4 +1,4 @@
-"""How exactly a piece of work is computed: in full precision, or with narrower products where a network may."""
+"""Context managers for TF32 and autocast."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

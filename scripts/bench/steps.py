@@ -111,14 +111,14 @@ def flowtrain_step(problem: Problem, **settings: Any) -> Contestant:
     except FlowtrainError as e:
         raise Skip(str(e).splitlines()[0]) from e
     flow = Continuous(problem.field, solver, FixedTrace(noise_given=problem.noise)).train()
-    plan: list[tuple[float, float]] = []
+    plans = flow.step_plans
     for _ in range(3 if solver.adaptive else 0):
         flow.inverse(problem.before)
-        plan = list(flow.histories[False].steps)
+        plans = flow.step_plans
 
     def step() -> Step:
         # planned by another batch, as in training
-        flow.histories[False].steps = list(plan)
+        flow.step_plans = plans
         with record_solves() as solves:
             loss = nll(*flow.inverse(problem.x))
             found = gradient(loss, problem)

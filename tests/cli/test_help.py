@@ -14,9 +14,10 @@ import torch
 from helpers import Run
 from omegaconf import OmegaConf
 
-from flowtrain.cli.config_files import Commented, compose_defaults
-from flowtrain.cli.help import GROUPS, WIDTH, leaves, meanings, shown
+from flowtrain.cli.config_files import CommentedConfig, compose_defaults
+from flowtrain.cli.help import GROUPS, WIDTH, meanings
 from flowtrain.utils.files import config_dir, config_groups
+from flowtrain.utils.formatting import flattened, shown
 
 FILES = sorted(path.relative_to(config_dir()).with_suffix("").as_posix() for path in config_dir().rglob("*.yaml"))
 CHOICES = [name for name in FILES if "/" in name]
@@ -30,18 +31,18 @@ def values_of(name: str) -> dict[str, Any]:
     """What a file sets, by dotted paths, but for its defaults list."""
     found = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{name}.yaml"))
     assert isinstance(found, dict)
-    return dict(leaves({str(key): value for key, value in found.items() if key != "defaults"}))
+    return flattened({str(key): value for key, value in found.items() if key != "defaults"})
 
 
 def whole_path(name: str, key: str) -> str:
     """The key of a file as one of the whole config."""
     group = name.partition("/")[0]
-    return key if Commented(text_of(name)).whole or "/" not in name else f"{group}.{key}"
+    return key if CommentedConfig(text_of(name)).whole or "/" not in name else f"{group}.{key}"
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_config_file_starts_with_a_description(name: str) -> None:
-    said = Commented(text_of(name)).sentence
+    said = CommentedConfig(text_of(name)).sentence
     assert len(said) > 10
     assert said[0].isalnum()
 
@@ -55,7 +56,7 @@ def named(text: str) -> Iterator[str]:
 def test_every_key_is_explained(name: str) -> None:
     """By a comment of its own, or in a file of which this one says that the keys are explained there."""
     text = text_of(name)
-    said = Commented(text)
+    said = CommentedConfig(text)
     elsewhere = {key: words for other in named(text) for key, words in meanings(*other.split("/", 1)).items()}
     for parent in said.parents:
         assert f"{name.partition('/')[0]}/{parent}" in named(text), f"{name} does not say whose keys it has"
@@ -89,16 +90,16 @@ def test_help_lists_every_group_and_choice(run: Run) -> None:
     out = squeezed(help_of(run))
     assert set(GROUPS) == set(config_groups())
     for group in GROUPS:
-        assert f" {group} {squeezed(Commented(text_of('config')).groups[group])} " in out
+        assert f" {group} {squeezed(CommentedConfig(text_of('config')).groups[group])} " in out
     for choice in CHOICES:
-        assert f" {choice.partition('/')[2]} {squeezed(Commented(text_of(choice)).sentence)}" in out, choice
+        assert f" {choice.partition('/')[2]} {squeezed(CommentedConfig(text_of(choice)).sentence)}" in out, choice
 
 
 @pytest.mark.parametrize("arguments", [[], ["model=glow", "data=mnist"], ["experiment=gas_ffjord"], ["solver=rk4"]])
 def test_help_lists_every_key_with_value_and_description(run: Run, arguments: list[str]) -> None:
     config = compose_defaults(arguments)
     out = help_of(run, *arguments)
-    for key, value in leaves(config):
+    for key, value in flattened(config).items():
         if key == "experiment":
             continue
         found = re.search(rf"^  {re.escape(f'{key}={shown(value)}')}\n? {{2,}}(\S.*)", out, re.M)
@@ -108,7 +109,7 @@ def test_help_lists_every_key_with_value_and_description(run: Run, arguments: li
         said = meanings(group, name) if name else {}
         for key, meaning in ((key, text) for key, text in said.items() if key.startswith(f"{group}.")):
             assert squeezed(meaning) in squeezed(out), key
-    for key, meaning in Commented(text_of("config")).keys.items():
+    for key, meaning in CommentedConfig(text_of("config")).keys.items():
         assert squeezed(meaning) in squeezed(out), key
 
 
@@ -273,10 +274,19 @@ def test_help_of_floweval_and_flowsample(run: Run, command: str) -> None:
 
 
 def test_comments_of_a_config_file_are_parsed() -> None:
-    said = Commented(
+    said = CommentedConfig(
         "# @package _global_\n# Of et al. 2020, a file. And more.\n#   command\na: 1  # one\n# two\n# lines\n"
         "b:\n  c: [x,\n    y] # list\n  # above\n  d: 'a # b'\n  e: null\n# not of f\n\nf: 3\n"
     )
     assert said.sentence == "Of et al. 2020, a file."
     assert said.keys == {"a": "one", "b": "two lines", "b.c": "list", "b.d": "above", "b.e": "", "f": ""}
-    assert Commented("").keys == {}
+    assert CommentedConfig("").keys == {}
+
+
+def test_first_screen_explains_the_recipe_that_applies(run: Run) -> None:
+    for arguments, named in ((["data=rings"], "ffjord_rings"), (["data=rings", "recipe=none"], "recipe=none")):
+        code, out, _ = run("flowtrain", *arguments, "--help")
+        assert code == 0
+        first_screen = " ".join(" ".join(out.splitlines()[:24]).split())
+        assert named in first_screen
+        assert ("model.field=time_embedding" in first_screen) == (named == "ffjord_rings")

@@ -1,11 +1,13 @@
 """Command lines that Hydra would answer with a traceback, with pages or with nothing: one message each."""
 
 import re
+from pathlib import Path
 
 import pytest
-from helpers import Run
+from helpers import SMALL, Run
 
-from flowtrain.cli.overrides import FLAGS, validate_command_line
+from flowtrain.cli.overrides import FLAGS, validate_command_line, warn_of_old_key
+from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError, FlowtrainError, out_of_memory
 
 
@@ -84,3 +86,24 @@ def test_other_errors_are_not_taken_for_memory() -> None:
     assert out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not out_of_memory(FlowtrainError("out of memory"))
+
+
+@pytest.mark.parametrize("place", ["command line", "experiment"])
+def test_old_name_of_a_key_works_with_a_warning(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    warn_of_old_key.cache_clear()
+    small = ["model=glow", *SMALL, "hydra.run.dir=r"]
+    if place == "experiment":
+        (tmp_path / "conf/experiment").mkdir(parents=True)
+        text = "# @package _global_\nmodel:\n  positions: true\n"
+        (tmp_path / "conf/experiment/old.yaml").write_text(text)
+        small += ["experiment=old", "--config-dir", "conf"]
+    else:
+        small.append("model.positions=true")
+    code, _, err = run("flowtrain", *small)
+    assert code == 0, err
+    assert "model.positional_bias" in err + caplog.text
+    saved = checkpoint.load(tmp_path / "r/checkpoints/last.pt")["config"]["model"]
+    assert saved["positional_bias"] is True
+    assert "positions" not in saved

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.nn.mlp_field import MLPField
-from flowtrain.ode import Problem, ode_solver
+from flowtrain.ode import Problem, StepPlan, ode_solver
 from flowtrain.utils.errors import ConfigError, FlowtrainError
 
 
@@ -52,7 +52,7 @@ def test_compiled_field_is_used_only_in_training(monkeypatch: pytest.MonkeyPatch
     flow = Continuous(field, ode_solver("dopri5", rtol=1e-4), TraceRule("exact"))
     names = list(flow.state_dict())
     expected = torch.autograd.grad(flow.inverse(x)[1].sum(), list(field.parameters()))
-    flow.histories[False].steps = []
+    flow.step_plans = dict.fromkeys(flow.step_plans, StepPlan())
     flow.compile_field()
     found = torch.autograd.grad(flow.inverse(x)[1].sum(), list(field.parameters()))
     for a, b in zip(found, expected, strict=True):
@@ -125,7 +125,7 @@ def test_gradient_reaches_replaced_weights() -> None:
     with torch.no_grad():
         for p in flow.parameters():
             p += 0.1
-    flow.histories[True].steps = []
+    flow.step_plans = dict.fromkeys(flow.step_plans, StepPlan())
     expected = torch.autograd.grad(flow.forward(x)[1].sum(), list(flow.parameters()))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)

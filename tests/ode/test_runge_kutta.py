@@ -26,7 +26,7 @@ def test_solve_reuses_the_steps_of_the_previous_solve() -> None:
             flow.inverse(x)
         nfe.append(solves[0].nfe_forward)
     assert nfe[2] <= nfe[1] < nfe[0]
-    assert not flow.histories[True].steps
+    assert not flow.step_plans[True].steps
 
 
 def test_evaluation_does_not_depend_on_previous_solves() -> None:
@@ -34,13 +34,13 @@ def test_evaluation_does_not_depend_on_previous_solves() -> None:
     flow = Continuous(field, ode_solver("dopri5"), TraceRule("exact")).eval()
     before = flow.inverse(x)[1]
     flow.train().inverse(10 * x)
-    assert flow.histories[False].steps
+    assert flow.step_plans[False].steps
     assert torch.equal(flow.eval().inverse(x)[1], before)
 
 
 def test_planned_step_is_rejected_when_its_error_exceeds_the_tolerance() -> None:
     field, x = random_field(std=1.5), torch.randn(50, 2)
-    problem = Problem(field, None, x, 0.0, 1.0, history=StepPlan([(1.0, 1.0)]))
+    problem = Problem(field, None, x, 0.0, 1.0, step_plan=StepPlan(((1.0, 1.0),)))
     with record_solves() as solves, torch.no_grad():
         far = ode_solver("dopri5").solve(problem).x
     assert solves[0].rejected

@@ -4,7 +4,9 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from helpers import SMALL, TINY, Run
 from helpers.files import Terminal
 
@@ -80,3 +82,47 @@ def test_paths_are_as_short_as_they_can_be(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.chdir(tmp_path)
     assert shortest(tmp_path / "a/b") == Path("a/b")
     assert shortest(Path("/elsewhere")) == Path("/elsewhere")
+
+
+def recipe_of(log: str) -> str:
+    """The last row of a banner that names a recipe, with its further lines."""
+    return re.findall(r"^ +recipe  (.+(?:\n {15}\S.*)*)", log, re.MULTILINE)[-1]
+
+
+def test_banner_names_the_recipe_and_the_keys_that_it_has_set(run: Run, tmp_path: Path) -> None:
+    rings = ["data=rings", *SMALL, *TINY, "trainer.lr=0.002", "hydra.run.dir=r"]
+    assert run("flowtrain", *rings)[0] == 0
+    log = (tmp_path / "r/flowtrain.log").read_text()
+    assert "ffjord_rings" in recipe_of(log)
+    assert "model.field=time_embedding" in recipe_of(log)
+    # set by the command line
+    assert "trainer.lr" not in recipe_of(log)
+    before = recipe_of(log)
+    assert run("flowtrain", "resume=r", "trainer.steps=5")[0] == 0
+    log = (tmp_path / "r/flowtrain.log").read_text()
+    assert len(re.findall(r"^ +recipe  ", log, re.MULTILINE)) == 2
+    assert recipe_of(log) == before
+
+
+def test_banner_says_that_no_recipe_applies(run: Run, tmp_path: Path) -> None:
+    assert run("flowtrain", *SMALL, *TINY, "data=rings", "recipe=none", "hydra.run.dir=r")[0] == 0
+    assert recipe_of((tmp_path / "r/flowtrain.log").read_text()) == "none"
+
+
+def test_banner_shows_the_values_that_auto_stands_for(run: Run, tmp_path: Path) -> None:
+    np.save("x.npy", torch.randn(60, 3).numpy())
+    assert (
+        run("flowtrain", "model=realnvp", "data=array", "data.path=x.npy", "trainer.steps=2", "hydra.run.dir=r")[0] == 0
+    )
+    recipe = recipe_of((tmp_path / "r/flowtrain.log").read_text())
+    assert "realnvp_array" in recipe
+    assert "auto" not in recipe.replace("realnvp_array", "")
+    assert re.search(r"model\.layers=\d+", recipe)
+
+
+def test_recipe_of_a_user_may_set_any_key(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "conf/recipe").mkdir(parents=True)
+    (tmp_path / "conf/recipe/mine.yaml").write_text("# @package _global_\nseed: 3\nmodel:\n  layers: 1\n")
+    small = ["model=realnvp", *SMALL, "recipe=mine", "--config-dir", "conf", "hydra.run.dir=r"]
+    assert run("flowtrain", *small)[0] == 0
+    assert {"seed=3", "model.layers=1"} <= set(recipe_of((tmp_path / "r/flowtrain.log").read_text()).split())

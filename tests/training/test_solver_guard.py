@@ -16,7 +16,7 @@ from flowtrain.flow import DensityPass
 from flowtrain.ode import Problem, SolveOptions, Solver, ode_solver, record_solves
 from flowtrain.runs.load import load
 from flowtrain.training import solver_guard
-from flowtrain.training.solver_guard import Guard, exploited
+from flowtrain.training.solver_guard import SolverGuard, exploited
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import ConfigError, SolverError
 
@@ -116,9 +116,9 @@ class Fake(nn.Module):
         return DensityPass(torch.full((len(x),), self.lie(self.solver.replace(**options.settings))), x)
 
 
-def guarded(solver: Solver, lie: Callable[[Solver], float], every: int | None = 10) -> tuple[Guard, Fake]:
+def guarded(solver: Solver, lie: Callable[[Solver], float], every: int | None = 10) -> tuple[SolverGuard, Fake]:
     flow = Fake(solver, lie)
-    return Guard(flow, every), flow  # type: ignore[arg-type]
+    return SolverGuard(flow, every), flow  # type: ignore[arg-type]
 
 
 X = torch.zeros(8, 2)

@@ -42,6 +42,8 @@ from flowtrain.utils.arguments import below_half, flag, one_of, whole
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.formatting import counted
 
+_log = logging.getLogger("flowtrain")
+
 
 class InMemoryTable:
     """The table of a file, and its labels where there are any; see `read_labelled` for the arguments.
@@ -102,8 +104,6 @@ class InMemoryTable:
         labels = None if self.label_column is None else as_labels(self.label_column.values[rows])
         return Part(spec.samples(self.table.values[rows]), labels, rows)
 
-
-_log = logging.getLogger("flowtrain")
 
 # Keys of the random streams. None is 0: a generator keyed by (seed, 5) is the one keyed by (seed, 5, 0)
 _STREAM = 0x6172_7279

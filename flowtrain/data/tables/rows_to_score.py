@@ -22,7 +22,7 @@ from flowtrain.utils.formatting import counted
 _log = logging.getLogger("flowtrain")
 
 
-class NewRows(Dataset):
+class RowsToScore(Dataset):
     """The rows of a file as samples to score; there is nothing to train on.
 
     The columns are those that the flow was trained on. If the file names them, they are found by name, in any order,
@@ -91,7 +91,7 @@ class NewRows(Dataset):
 
 
 class _Selection:
-    """Chooses the columns of the samples and of the labels as in training; see `NewRows`."""
+    """Chooses the columns of the samples and of the labels as in training; see `RowsToScore`."""
 
     def __init__(
         self,

@@ -30,6 +30,8 @@ from flowtrain.data.tables.table_reader import (
 from flowtrain.utils.arguments import flag
 from flowtrain.utils.errors import ConfigError, DataError
 
+_log = logging.getLogger("flowtrain")
+
 
 class NpyRows:
     """The n rows of an array (n, width), or of (n,), which is one column.
@@ -254,8 +256,6 @@ class StreamedStore:
         """Where a training row is in the file: behind the ith row that is held out once i are before it."""
         return row + int(np.searchsorted(self._before, row, side="right"))
 
-
-_log = logging.getLogger("flowtrain")
 
 # bytes from which on a file is read so unless it is asked not to be
 LARGE = 2**28

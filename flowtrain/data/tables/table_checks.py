@@ -270,7 +270,7 @@ def warn_of_repeats(
     if counts:
         option = _dequantize(table, {*counts, *noisy})
         _log.warning(
-            f"{table.path} looks discrete in {listed([table.columns[i] for i in counts])}: the density of whole "
+            f"{table.path} looks integer-valued in {listed([table.columns[i] for i in counts])}: the density of whole "
             f"numbers is unbounded, and the likelihood is not meaningful. Give {option}, which adds uniform noise to "
             "these columns"
         )

@@ -157,7 +157,7 @@ def test_only_repeated_integers_are_reported_as_discrete(
     values[:, 2] = np.arange(400)
     path = npy(tmp_path / "t.npy", values)
     ArrayData(path)
-    assert "looks discrete in 'c1':" in caplog.text
+    assert "looks integer-valued in 'c1':" in caplog.text
     # which is taken, where one for all columns is refused
     assert "'data.dequantize=[1]'" in caplog.text
     assert ArrayData(path, dequantize=[1]).noisy == (1,)

@@ -14,7 +14,7 @@ from helpers.files import normal, npy, save
 import flowtrain
 from flowtrain.data.base import Samples
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.data.tables.rows_to_score import NewRows
+from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.flow import Flow
 from flowtrain.runs.build import build_flow
 from flowtrain.training.batches import Batches
@@ -177,6 +177,6 @@ def test_affine_flow_fits_a_real_table_with_offsets(float32: None, real: Callabl
     """5,412,000 +- 5 metres and 448,000 +- 5: a Gaussian has 6.07 nats."""
     (path,) = real("cases/utm.npy")
     data = ArrayData(path)
-    flow, rows = begun(data, MODELS["affine"]), NewRows(path, data.samples)
+    flow, rows = begun(data, MODELS["affine"]), RowsToScore(path, data.samples)
     assert rows.test.dtype == torch.float64
     assert float(-flow.log_prob(rows.test).detach().mean()) == pytest.approx(6.07, abs=0.02)

@@ -13,7 +13,7 @@ from helpers.files import npy, written
 
 import flowtrain
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.data.tables.rows_to_score import NewRows
+from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 
@@ -29,9 +29,9 @@ def table(path: Path, columns: list[int], names: str | None = None) -> str:
     return str(written(path, names or ",".join("abcdy"[i] for i in columns), DATA[:, columns]))
 
 
-def scored(data: ArrayData, path: str, label: Any = None, columns: Any = None, **given: Any) -> NewRows:
+def scored(data: ArrayData, path: str, label: Any = None, columns: Any = None, **given: Any) -> RowsToScore:
     """A file as `floweval` reads it with the checkpoint of a run on `data`."""
-    return NewRows(path, data.samples, label=label, columns=columns, **given)
+    return RowsToScore(path, data.samples, label=label, columns=columns, **given)
 
 
 POSITIONS: list[tuple[str, Any, Any]] = [

@@ -15,7 +15,7 @@ from flowtrain.bijections.linear import Affine
 from flowtrain.data.base import Samples, changes
 from flowtrain.data.images import IDXImages
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.data.tables.rows_to_score import NewRows
+from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.evaluation.log_likelihood import marginal
 from flowtrain.flow import Flow
 from flowtrain.models.realnvp import realnvp
@@ -190,7 +190,7 @@ def test_held_out_class_without_training_rows_is_reported(tmp_path: Path, caplog
     assert data.class_counts[2] == 0
     assert "3 rows of the test set" in caplog.text
     caplog.clear()
-    NewRows(test, Samples((2,), classes=3, class_counts=(18, 18, 0)), label=2)
+    RowsToScore(test, Samples((2,), classes=3, class_counts=(18, 18, 0)), label=2)
     assert "3 rows of the scored set" in caplog.text
 
 

@@ -142,7 +142,7 @@ def test_discrete_columns_are_warned_of(
     path, values = table(tmp_path)
     np.save(tmp_path / "own.npy", values[:50])
     big(path, **{name: str(tmp_path / "own.npy") for name in given})
-    assert "looks discrete in 'c2'" in caplog.text
+    assert "looks integer-valued in 'c2'" in caplog.text
 
 
 def test_key_is_refused_unless_the_file_is_an_archive(
