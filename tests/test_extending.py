@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from helpers import Run
+from helpers.files import normal
 from torch import Tensor
 
 from flowtrain.cli.config_files import compose_defaults
@@ -31,12 +33,12 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", SECTION, re.S)
 FILES = {text.split()[1]: text for _, text in BLOCKS if re.match(r"# (mypkg|conf)/\S+\.(py|yaml)\n", text)}
 COMMANDS = [text for language, text in BLOCKS if language == "bash"]
 SHORT = [
-    "trainer.steps=20",
-    "trainer.batch_size=64",
-    "trainer.log_every=5",
+    "trainer.steps=4",
+    "trainer.batch_size=16",
+    "trainer.log_every=1",
     "trainer.plot_every=null",
-    "data.n_val=100",
-    "data.n_test=200",
+    "data.n_val=20",
+    "data.n_test=40",
 ]
 
 
@@ -79,18 +81,18 @@ def test_example_commands_run(run: Run, mine: Path, commands: str) -> None:
     for line in commands.splitlines():
         command, *arguments = [word.replace("RUN_DIR", run_dir) for word in shlex.split(line, comments=True)]
         resumed = any(a.startswith("resume=") for a in arguments)
-        short = ["trainer.steps=25"] if resumed else [*SHORT, *small(line)] if command == "flowtrain" else []
+        short = ["trainer.steps=6"] if resumed else [*SHORT, *small(line)] if command == "flowtrain" else []
         code, out, err = run(command, *arguments, *short)
         assert code == 0, err
         if command == "flowtrain":
             run_dir = out.splitlines()[-1]
-    assert json.loads((Path(run_dir) / "result.json").read_text())["n"] == 200
+    assert json.loads((Path(run_dir) / "result.json").read_text())["n"] == 40
     for command in ("floweval", "flowsample"):
         code, _, err = run(command, f"ckpt={run_dir}", "trust=[mypkg]")
         assert code == 0, err
-    code, out, err = run("flowtrain", f"resume={run_dir}", "trust=[mypkg]", "trainer.steps=30")
+    code, out, err = run("flowtrain", f"resume={run_dir}", "trust=[mypkg]", "trainer.steps=8")
     assert code == 0, err
-    assert json.loads((Path(run_dir) / "result.json").read_text())["steps"] == 30
+    assert json.loads((Path(run_dir) / "result.json").read_text())["steps"] == 8
 
 
 @pytest.mark.parametrize("d", [1, 2, 5])
@@ -148,7 +150,7 @@ def test_invalid_tableau_is_refused(change: dict[str, tuple[float, ...]], words:
 
 
 def test_value_of_the_example_regularizer(run: Run, mine: Path) -> None:
-    arguments = ["regularizer=speed_limit", "regularizer.limit=0.1", *small("")]
+    arguments = ["regularizer=speed_limit", "regularizer.limit=1e-3", *small("")]
     code, out, err = run("flowtrain", "--config-dir", "conf", *arguments, *SHORT)
     assert code == 0, err
     rows = [json.loads(line) for line in (Path(out.splitlines()[-1]) / "metrics.jsonl").read_text().splitlines()]
@@ -189,7 +191,7 @@ def test_untrusted_package_is_not_imported(run: Run, mine: Path) -> None:
         code, _, err = run(command, f"ckpt={run_dir}")
         assert (code, len(err.strip().splitlines())) == (2, 1)
         assert "name it: trust=[mypkg]" in err
-    code, _, err = run("flowtrain", f"resume={run_dir}", "trainer.steps=30")
+    code, _, err = run("flowtrain", f"resume={run_dir}", "trainer.steps=8")
     assert code == 2
     assert "mypkg" not in sys.modules
     assert str(mine) not in sys.path
@@ -240,7 +242,9 @@ def test_installed_commands_find_the_package(mine: Path) -> None:
     script = Path(sys.executable).with_name("flowtrain")
     if not script.exists():
         pytest.skip("not installed")
-    given = [*SHORT, "trainer.steps=2", "hydra.run.dir=here"]
+    # one column has the fewest figures
+    np.save(mine / "x.npy", normal(60, 1))
+    given = [*SHORT[:-2], "trainer.steps=2", "data=array", "data.path=x.npy", "hydra.run.dir=here"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     arguments = [script, "--config-dir", "conf", "model=sinh_arcsinh", *given]
     done = subprocess.run(arguments, cwd=mine, env=environment, capture_output=True, text=True)
@@ -258,6 +262,9 @@ def test_in_a_checkout_neither_a_flag_nor_trust_is_needed(tmp_path: Path) -> Non
     commands = f"""
 import sys
 from flowtrain.cli import evaluate, train
+from flowtrain.plotting import style
+# other tests render figures
+style.save = lambda figure, path: None
 for main, arguments in (train.main, ["model=sinh_arcsinh", *{[*SHORT, "trainer.steps=2"]}]), (evaluate.main, []):
     sys.argv[1:] = [*arguments, "hydra.run.dir=here"] if arguments else ["ckpt=here"]
     try:

@@ -4,6 +4,7 @@ tests/golden/README.md says how they were made. A failure here is a fault of the
 """
 
 import json
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from helpers import Run
 
 import flowtrain
+from flowtrain import ode
 from flowtrain.flow import Flow
 from flowtrain.training import checkpoint
 
@@ -22,6 +24,7 @@ NAMES = [f"{path.parent.name}-{path.name}" for path in GOLDENS]
 
 # relative: rounding differs between machines, and where the steps of an ODE solver depend on it, so do they
 FLOAT64, FLOAT32, ADAPTIVE, TRAINED = 1e-9, 1e-5, 1e-4, 1e-4
+TORCHDIFFEQ_ENGINE = "flowtrain.ode.torchdiffeq_engine"
 # of a train row of metrics.jsonl
 TRAIN_KEYS = ("nll", "lr", "grad_norm", "rtol", "atol")
 
@@ -78,6 +81,15 @@ def test_density_of_golden_checkpoints_is_unchanged(golden: Golden, which: str) 
     assert golden.log_p(flow) == close(golden.expected["log_p"][which], ADAPTIVE if adaptive(flow) else FLOAT32)
     flow = flow.double()
     assert golden.log_p(flow) == close(golden.expected["log_p_float64"][which], FLOAT32 if adaptive(flow) else FLOAT64)
+
+
+def test_torchdiffeq_may_be_imported_by_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load` builds the flow on the meta device first."""
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torchdiffeq" or n == TORCHDIFFEQ_ENGINE]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(ode, "torchdiffeq_engine", None, raising=False)
+    golden = Golden(HERE / "1/ffjord_adjoint", tmp_path)
+    assert golden.log_p(golden.flow("best")) == close(golden.expected["log_p"]["best"], ADAPTIVE)
 
 
 def test_golden_checkpoints_sample(golden: Golden) -> None:

@@ -3,6 +3,8 @@
 import inspect
 from typing import Any
 
+import torch
+
 from flowtrain.ode.runge_kutta import RungeKutta
 from flowtrain.ode.solver import AS_CONFIGURED, Problem, Solution, SolveOptions, Solver, Statistics, record_solves
 from flowtrain.ode.step_control import StepPlan
@@ -67,6 +69,8 @@ def ode_solver(method: str, gradient: str = "auto", tableau: Tableau | None = No
         return RungeKutta(method, tableau, gradient=gradient, **settings)
     if method in TABLEAUS and gradient != "adjoint":
         return RungeKutta(method, gradient=gradient, **settings)
-    from flowtrain.ode.torchdiffeq_engine import Torchdiffeq
+    # torchdiffeq creates its tableaus when it is imported, and `load` builds flows on the meta device
+    with torch.device("cpu"):
+        from flowtrain.ode.torchdiffeq_engine import Torchdiffeq
 
     return Torchdiffeq(method, gradient=gradient, **settings)
