@@ -17,13 +17,13 @@ import matplotlib
 import pytest
 import torch
 from helpers import COMMANDS, Compose, Evaluate, MakeTrainer, ReadRows, Run, Train
-from helpers.processes import trainer_of
+from helpers.processes import composed, trainer_of
 from hydra._internal.hydra import Hydra
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
-from flowtrain.cli.config_files import compose_defaults, split_folder
+from flowtrain.cli.config_files import split_folder
 from flowtrain.plotting import style, transport_figures, transport_pictures
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import process, status
@@ -254,6 +254,6 @@ def image_config() -> Compose:
     def compose(root: Path, *overrides: str) -> dict[str, Any]:
         small = ["data=mnist", f"data.root={root}", "data.n_val=10", "trainer.batch_size=8", "trainer.steps=4"]
         small += ["trainer.val_every=2", "trainer.log_every=1", "trainer.plot_every=null", "recipe=none"]
-        return compose_defaults([*small, *overrides])
+        return composed([*small, *overrides])
 
     return compose
