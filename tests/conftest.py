@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -237,14 +238,20 @@ def rows() -> ReadRows:
 
 
 @pytest.fixture(scope="session")
-def saved_run(trainer: MakeTrainer) -> Callable[..., Path]:
-    """Trains a small RealNVP to the end and returns its last checkpoint."""
+def saved_run(trainer: MakeTrainer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Copies the run directory of a small RealNVP, trained once to the end, and returns its last checkpoint."""
+    done: dict[tuple[Any, ...], Path] = {}
 
-    def train(run_dir: Path, *overrides: str) -> Path:
-        trainer(run_dir, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=8", *overrides).fit()
+    def copied(run_dir: Path, *overrides: str) -> Path:
+        key = (torch.get_default_dtype(), *overrides)
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("saved")
+            keys = ["model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=8", *overrides]
+            trainer(done[key], *keys).fit()
+        shutil.copytree(done[key], run_dir, dirs_exist_ok=True)
         return run_dir / "checkpoints/last.pt"
 
-    return train
+    return copied
 
 
 @pytest.fixture(scope="session")

@@ -138,12 +138,14 @@ def test_given_values_are_kept_and_unresolvable_auto_is_refused() -> None:
 
 def test_checkpoints_hold_the_chosen_values(run: Run, tmp_path: Path) -> None:
     np.save("t.npy", np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32))
-    code, _, err = run("flowtrain", "model=realnvp", "data=array", "data.path=t.npy", "hydra.run.dir=r")
+    code, _, err = run(
+        "flowtrain", "model=realnvp", "data=array", "data.path=t.npy", "trainer.steps=20", "hydra.run.dir=r"
+    )
     assert code == 0, err
     config = checkpoint.load(Path("r/checkpoints/best.pt"))["config"]
     assert config["trainer"]["batch_size"] == 48
     assert isinstance(config["model"]["layers"], int)
-    code, _, err = run("flowtrain", "resume=r", "trainer.steps=310")
+    code, _, err = run("flowtrain", "resume=r", "trainer.steps=30")
     assert code == 0, err
 
 
