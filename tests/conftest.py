@@ -25,7 +25,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from flowtrain.cli.config_files import split_folder
-from flowtrain.plotting import style, transport_figures, transport_pictures
+from flowtrain.plotting import pictures, style, transport_figures, transport_pictures
+from flowtrain.runs import run as runs
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import process, status
 from flowtrain.utils.files import replacing
@@ -126,6 +127,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     yield call
     # Hydra's --info leaves one that writes to where standard output was
     logging.root.handlers[:] = handlers
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw nothing at their end: for tests of something else, that would take half of a short run."""
+    monkeypatch.setattr(runs, "draw_curves", lambda *arguments, **named: None)
+    monkeypatch.setattr(pictures, "draw", lambda *arguments, **named: None)
+    for name in ("draw_evaluation", "draw_more"):
+        monkeypatch.setattr(pictures, name, lambda *arguments, **named: [])
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from flowtrain.ode import ode_solver
 from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def test_reflow_pairs_are_the_ends_of_the_teachers_paths(
     around: Callable[..., Flow], linear_field: type[nn.Module]

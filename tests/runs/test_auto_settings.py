@@ -28,6 +28,8 @@ from flowtrain.runs.run import train
 from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 D = 4
 MODELS = {
     "affine": lambda: affine((D,)),

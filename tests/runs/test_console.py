@@ -10,7 +10,7 @@ from helpers.files import Terminal
 
 from flowtrain.runs.console import shortest
 
-pytestmark = pytest.mark.usefixtures("float32")
+pytestmark = pytest.mark.usefixtures("float32", "no_pictures")
 
 
 def on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:

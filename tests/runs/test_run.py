@@ -104,6 +104,7 @@ def test_run_directory_is_locked_until_its_process_ends(
     assert not (tmp_path / "r/.lock").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
@@ -132,6 +133,7 @@ def test_signals_save_and_print_the_resume_command(
     assert load(tmp_path / "r").log_prob(torch.zeros(1, 2)).isfinite().all()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_run_killed_before_its_first_checkpoint_restarts(run: Run, tmp_path: Path) -> None:
     """It has left a metrics file without rows, and what it was writing."""
     (tmp_path / "r/checkpoints").mkdir(parents=True)
