@@ -30,7 +30,7 @@ def test_a_full_disk_does_not_end_a_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, trainer: MakeTrainer, rows: ReadRows
 ) -> None:
     """A limit on the size of files stands for it: what the system refuses to write, it refuses as it would there."""
-    run = trainer(tmp_path, "model=realnvp", "trainer.steps=16")
+    run = trainer(tmp_path, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=16")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     step = run.train_step
 
@@ -49,7 +49,7 @@ def test_a_full_disk_does_not_end_a_run(
     assert re.search(r"step 8: .*checkpoints/last\.pt", caplog.text)
     assert "metrics.jsonl" in caplog.text
     # nothing is missing: neither rows nor checkpoints, and the best is the one on the disk
-    undisturbed = trainer(tmp_path / "calm", "model=realnvp", "trainer.steps=16")
+    undisturbed = trainer(tmp_path / "calm", "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=16")
     undisturbed.fit()
     assert rows(tmp_path) == rows(tmp_path / "calm")
     assert checkpoint.load(tmp_path / "checkpoints/last.pt")["step"] == 16
