@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -17,13 +18,13 @@ import matplotlib
 import pytest
 import torch
 from helpers import COMMANDS, Compose, Evaluate, MakeTrainer, ReadRows, Run, Train
-from helpers.processes import trainer_of
+from helpers.processes import composed, trainer_of
 from hydra._internal.hydra import Hydra
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
-from flowtrain.cli.config_files import compose_defaults, split_config_dir
+from flowtrain.cli.config_files import split_config_dir
 from flowtrain.plotting import pictures, style, transport_figures, transport_pictures
 from flowtrain.runs import run as run_module
 from flowtrain.training.trainer import Trainer
@@ -253,14 +254,20 @@ def rows() -> ReadRows:
 
 
 @pytest.fixture(scope="session")
-def saved_run(trainer: MakeTrainer) -> Callable[..., Path]:
-    """Trains a small RealNVP to the end and returns its last checkpoint."""
+def saved_run(trainer: MakeTrainer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Copies the run directory of a small RealNVP, trained once to the end, and returns its last checkpoint."""
+    done: dict[tuple[Any, ...], Path] = {}
 
-    def train(run_dir: Path, *overrides: str) -> Path:
-        trainer(run_dir, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=8", *overrides).fit()
+    def copied(run_dir: Path, *overrides: str) -> Path:
+        key = (torch.get_default_dtype(), *overrides)
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("saved")
+            keys = ["model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=8", *overrides]
+            trainer(done[key], *keys).fit()
+        shutil.copytree(done[key], run_dir, dirs_exist_ok=True)
         return run_dir / "checkpoints/last.pt"
 
-    return train
+    return copied
 
 
 @pytest.fixture(scope="session")
@@ -270,6 +277,6 @@ def image_config() -> Compose:
     def compose(root: Path, *overrides: str) -> dict[str, Any]:
         small = ["data=mnist", f"data.root={root}", "data.n_val=10", "trainer.batch_size=8", "trainer.steps=4"]
         small += ["trainer.val_every=2", "trainer.log_every=1", "trainer.plot_every=null", "recipe=none"]
-        return compose_defaults([*small, *overrides])
+        return composed([*small, *overrides])
 
     return compose

@@ -17,6 +17,8 @@ from flowtrain.evaluation.baseline import gaussian_baseline, of_baseline
 from flowtrain.evaluation.result import Baseline
 from flowtrain.flow import Flow
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 def table(path: Path, n: int = 400) -> Path:
     rng = np.random.default_rng(0)

@@ -3,8 +3,10 @@
 Two ranks of data-parallel training record what they find (`everything`).
 """
 
+import copy
 import logging
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +74,22 @@ class Poisoned(Dataset):
         return x
 
 
+def composed(overrides: list[str]) -> dict[str, Any]:
+    """The config that overrides compose. Hydra composes each once per process."""
+    return copy.deepcopy(_composed(tuple(overrides)))
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
+    config: dict[str, Any] = compose_defaults(overrides)
+    return config
+
+
 def trainer_of(
     run_dir: Path, overrides: list[str], saved: dict[str, Any] | None = None, data: Dataset | None = None
 ) -> Trainer:
     """The trainer that `flowtrain` would build, with `data` in place of the configured data if given."""
-    config = compose_defaults(overrides)
+    config = composed(overrides)
     torch.manual_seed(config["seed"])
     data = data or build_data(config)
     flow = build_flow(config, data.samples)

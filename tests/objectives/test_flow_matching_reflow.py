@@ -21,6 +21,8 @@ from flowtrain.ode import ode_solver
 from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 def test_reflow_pairs_are_the_ends_of_the_teachers_paths(
     around: Callable[..., Flow], linear_field: type[nn.Module]

@@ -28,6 +28,8 @@ from flowtrain.runs.run import train
 from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 D = 4
 MODELS = {
     "affine": lambda: affine((D,)),
@@ -138,12 +140,14 @@ def test_given_values_are_kept_and_unresolvable_auto_is_refused() -> None:
 
 def test_checkpoints_hold_the_chosen_values(run: Run, tmp_path: Path) -> None:
     np.save("t.npy", np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32))
-    code, _, err = run("flowtrain", "model=realnvp", "data=array", "data.path=t.npy", "hydra.run.dir=r")
+    code, _, err = run(
+        "flowtrain", "model=realnvp", "data=array", "data.path=t.npy", "trainer.steps=20", "hydra.run.dir=r"
+    )
     assert code == 0, err
     config = checkpoint.load(Path("r/checkpoints/best.pt"))["config"]
     assert config["trainer"]["batch_size"] == 48
     assert isinstance(config["model"]["layers"], int)
-    code, _, err = run("flowtrain", "resume=r", "trainer.steps=310")
+    code, _, err = run("flowtrain", "resume=r", "trainer.steps=30")
     assert code == 0, err
 
 
@@ -168,7 +172,7 @@ def test_outlying_row_does_not_destroy_the_likelihood(float32: None, tmp_path: P
     np.save(tmp_path / "t.npy", x[:1000].numpy())
     (tmp_path / "r").mkdir()
     config = compose_defaults(
-        ["model=realnvp", "data=array", f"data.path={tmp_path}/t.npy", "trainer.steps=400", "trainer.plot_every=null"]
+        ["model=realnvp", "data=array", f"data.path={tmp_path}/t.npy", "trainer.steps=150", "trainer.plot_every=null"]
     )
     config.pop("trust")
     train(config, tmp_path / "r")

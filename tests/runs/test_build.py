@@ -51,6 +51,7 @@ def test_other_numbers_are_unchanged() -> None:
     assert with_whole_numbers(unknown, ["model", "data"]) == unknown
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_commands_accept_integers_written_as_floats(run: Run, tmp_path: Path) -> None:
     keys = ["trainer.steps=2e0", "trainer.batch_size=1.6e1", "seed=3e0", "data.n_val=2e1", "data.n_test=2e1"]
     assert run("flowtrain", "model=realnvp", "model.layers=2e0", "model.hidden=[4e0]", *keys, "hydra.run.dir=r")[0] == 0

@@ -12,7 +12,7 @@ from helpers.files import Terminal
 
 from flowtrain.runs.console import shortest
 
-pytestmark = pytest.mark.usefixtures("float32")
+pytestmark = pytest.mark.usefixtures("float32", "without_figures")
 
 
 def on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:

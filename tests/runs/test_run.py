@@ -30,7 +30,7 @@ def test_a_full_disk_does_not_end_a_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, trainer: MakeTrainer, rows: ReadRows
 ) -> None:
     """A limit on the size of files stands for it: what the system refuses to write, it refuses as it would there."""
-    run = trainer(tmp_path, "model=realnvp", "trainer.steps=16")
+    run = trainer(tmp_path, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=16")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     step = run.train_step
 
@@ -49,7 +49,7 @@ def test_a_full_disk_does_not_end_a_run(
     assert re.search(r"step 8: .*checkpoints/last\.pt", caplog.text)
     assert "metrics.jsonl" in caplog.text
     # nothing is missing: neither rows nor checkpoints, and the best is the one on the disk
-    undisturbed = trainer(tmp_path / "calm", "model=realnvp", "trainer.steps=16")
+    undisturbed = trainer(tmp_path / "calm", "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=16")
     undisturbed.fit()
     assert rows(tmp_path) == rows(tmp_path / "calm")
     assert checkpoint.load(tmp_path / "checkpoints/last.pt")["step"] == 16
@@ -104,6 +104,7 @@ def test_run_directory_is_locked_until_its_process_ends(
     assert not (tmp_path / "r/.lock").exists()
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
@@ -132,6 +133,7 @@ def test_signals_save_and_print_the_resume_command(
     assert load(tmp_path / "r").log_prob(torch.zeros(1, 2)).isfinite().all()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_run_killed_before_its_first_checkpoint_restarts(run: Run, tmp_path: Path) -> None:
     """It has left a metrics file without rows, and what it was writing."""
     (tmp_path / "r/checkpoints").mkdir(parents=True)

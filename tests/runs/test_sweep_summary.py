@@ -10,6 +10,8 @@ from helpers import Run
 
 from flowtrain.runs import sweep_summary
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 SMALL = ["model=affine", "trainer.steps=4", "trainer.batch_size=16", "data.n_val=32", "data.n_test=32"]
 
 

@@ -11,7 +11,6 @@ import torch
 from helpers import Compose, MakeTrainer, processes
 from torch import Tensor
 
-from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
 from flowtrain.training import tensorboard
@@ -72,7 +71,7 @@ def trainer_of() -> MakeTrainer:
 def guarded_config() -> Compose:
     """Composes the config of a small run."""
     small = ["data.n_val=100", "data.n_test=20", "trainer.batch_size=64", "model.hidden=[16,16]", "trainer.ema=null"]
-    return lambda *overrides: compose_defaults([*small, *overrides])
+    return lambda *overrides: processes.composed([*small, *overrides])
 
 
 @pytest.fixture(scope="session")

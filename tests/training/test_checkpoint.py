@@ -19,9 +19,22 @@ from flowtrain.utils.errors import CheckpointError
 pytestmark = pytest.mark.usefixtures("heard", "float32")
 
 
-def saved_flow(trainer: MakeTrainer, tmp_path: Path, *overrides: str) -> Path:
-    trainer(tmp_path, "model=affine", "trainer.steps=1", *overrides).fit()
-    return tmp_path / "checkpoints/best.pt"
+@pytest.fixture(scope="module")
+def trained_affine(trainer: MakeTrainer, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The content of best.pt."""
+    torch.set_default_dtype(torch.float32)
+    run_dir = tmp_path_factory.mktemp("affine")
+    trainer(run_dir, "model=affine", "trainer.steps=1").fit()
+    return (run_dir / "checkpoints/best.pt").read_bytes()
+
+
+@pytest.fixture
+def best(trained_affine: bytes, tmp_path: Path) -> Path:
+    """A best.pt in a run directory, and nothing else."""
+    path = tmp_path / "checkpoints/best.pt"
+    path.parent.mkdir()
+    path.write_bytes(trained_affine)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -35,18 +48,16 @@ def saved_flow(trainer: MakeTrainer, tmp_path: Path, *overrides: str) -> Path:
         (("model", "note"), "${oc.env:HOME}"),
     ],
 )
-def test_a_checkpoint_runs_no_code(where: tuple[str, str], target: Any, tmp_path: Path, trainer: MakeTrainer) -> None:
-    path = saved_flow(trainer, tmp_path)
-    content = checkpoint.load(path)
+def test_a_checkpoint_runs_no_code(where: tuple[str, str], target: Any, best: Path) -> None:
+    content = checkpoint.load(best)
     content["config"][where[0]][where[1]] = target
-    checkpoint.save(path, content)
+    checkpoint.save(best, content)
     with pytest.raises(CheckpointError, match=r"would run|interpolation|not to be had"):
-        load(path)
+        load(best)
 
 
-def test_torn_and_foreign_files_are_refused(tmp_path: Path, trainer: MakeTrainer) -> None:
-    path = saved_flow(trainer, tmp_path)
-    whole = path.read_bytes()
+def test_torn_and_foreign_files_are_refused(tmp_path: Path, best: Path) -> None:
+    whole = best.read_bytes()
     torn, foreign, pickled = (tmp_path / name for name in ("torn.pt", "foreign.pt", "pickled.pt"))
     torn.write_bytes(whole[: len(whole) // 2])
     torch.save({"weights": torch.zeros(2)}, foreign)
@@ -57,29 +68,25 @@ def test_torn_and_foreign_files_are_refused(tmp_path: Path, trainer: MakeTrainer
         assert "\n" not in str(caught.value)
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: MakeTrainer
-) -> None:
-    path = saved_flow(trainer, tmp_path)
-    before = path.read_bytes()
-    content = checkpoint.load(path)
+def test_a_failed_save_leaves_the_old_checkpoint(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = best.read_bytes()
+    content = checkpoint.load(best)
 
     def full(*arguments: Any, **named: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(path, content)
-    assert path.read_bytes() == before
-    assert [p.name for p in path.parent.iterdir() if p.name.endswith(".tmp")] == []
+        checkpoint.save(best, content)
+    assert best.read_bytes() == before
+    assert [p.name for p in best.parent.iterdir() if p.name.endswith(".tmp")] == []
 
 
-def test_load_leaves_the_random_state_alone(tmp_path: Path, trainer: MakeTrainer) -> None:
-    path = saved_flow(trainer, tmp_path)
+def test_load_leaves_the_random_state_alone(best: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    assert isinstance(load(path), Flow)
+    assert isinstance(load(best), Flow)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -114,20 +121,18 @@ def test_checksum_refuses_what_claims_more_than_it_holds() -> None:
         checksum({"w": object()})
 
 
-def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, saved_run: Callable[..., Path]) -> None:
+def test_a_flipped_bit_is_found_wherever_it_is(best: Path) -> None:
     """500 offsets, drawn at random over the whole file: refused, or without effect on what is read."""
-    path = saved_run(tmp_path)
-    checkpoint.previous(path).unlink()
-    whole = path.read_bytes()
-    right = checksum(checkpoint.load(path))
+    whole = best.read_bytes()
+    right = checksum(checkpoint.load(best))
     generator = torch.Generator().manual_seed(0)
     refused = 0
     for _ in range(500):
         at = int(torch.randint(len(whole), (), generator=generator))
         bit = int(torch.randint(8, (), generator=generator))
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+        best.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
         try:
-            content = checkpoint.load(path)
+            content = checkpoint.load(best)
         except CheckpointError:
             refused += 1
         else:

@@ -28,7 +28,7 @@ def test_nan_in_the_first_data_is_named(tmp_path: Path, trainer: MakeTrainer, po
 def test_nan_stops_before_the_update(
     model: str, error: type[Exception], tmp_path: Path, trainer: MakeTrainer, poisoned: type[Dataset]
 ) -> None:
-    run = trainer(tmp_path, f"model={model}", "trainer.steps=9", data=poisoned(5))
+    run = trainer(tmp_path, f"model={model}", "model.hidden=[8]", "trainer.steps=9", data=poisoned(5))
     with pytest.raises(error, match=r"step 6: .*resume=") as caught:
         run.fit()
     assert "NaN" in str(caught.value)
@@ -51,7 +51,9 @@ def test_a_failed_step_is_skipped(
     poisoned: type[Dataset],
     rows: ReadRows,
 ) -> None:
-    run = trainer(tmp_path, f"model={model}", "trainer.steps=9", "trainer.on_nonfinite=skip", data=poisoned(5))
+    run = trainer(
+        tmp_path, f"model={model}", "model.hidden=[8]", "trainer.steps=9", "trainer.on_nonfinite=skip", data=poisoned(5)
+    )
     run.fit()
     assert run.step == 9
     assert [r["step"] for r in rows(tmp_path) if r["split"] == "train"] == [1, 2, 3, 4, 5, 7, 8, 9]
@@ -66,7 +68,15 @@ def test_no_more_than_ten_steps_in_a_row_are_skipped(
         def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
             return super().train_batch(step, batch_size, seed) * (torch.nan if step >= 4 else 1)
 
-    run = trainer(tmp_path, "model=realnvp", "trainer.steps=90", "trainer.on_nonfinite=skip", data=Bad(-1))
+    run = trainer(
+        tmp_path,
+        "model=realnvp",
+        "model.layers=2",
+        "model.hidden=[8]",
+        "trainer.steps=90",
+        "trainer.on_nonfinite=skip",
+        data=Bad(-1),
+    )
     with pytest.raises(NonFiniteError, match="step 15: "):
         run.fit()
     assert len(list((tmp_path / "failed").iterdir())) == 5
@@ -82,7 +92,13 @@ def test_rewind_halves_the_learning_rate(
     rows: ReadRows,
     stop_at: Callable[..., None],
 ) -> None:
-    keys = [f"model={model}", "trainer.steps=12", "trainer.on_nonfinite=rewind", "trainer.lr_decay=constant"]
+    keys = [
+        f"model={model}",
+        "model.hidden=[8]",
+        "trainer.steps=12",
+        "trainer.on_nonfinite=rewind",
+        "trainer.lr_decay=constant",
+    ]
     keys += ["trainer.lr_warmup=0", "trainer.lr=0.004"]
     run = trainer(tmp_path / "a", *keys, data=poisoned_once(5))
     run.fit()
@@ -104,7 +120,13 @@ def test_rewind_halves_the_learning_rate(
 def test_number_of_rewinds_is_limited(
     model: str, error: type[Exception], tmp_path: Path, trainer: MakeTrainer, poisoned: type[Dataset]
 ) -> None:
-    keys = [f"model={model}", "trainer.steps=9", "trainer.on_nonfinite=rewind", "trainer.max_rewinds=2"]
+    keys = [
+        f"model={model}",
+        "model.hidden=[8]",
+        "trainer.steps=9",
+        "trainer.on_nonfinite=rewind",
+        "trainer.max_rewinds=2",
+    ]
     run = trainer(tmp_path, *keys, "trainer.lr=0.004", data=poisoned(5))
     with pytest.raises(error, match=r"step 6: .*trainer.lr=0.0005"):
         run.fit()
@@ -112,7 +134,7 @@ def test_number_of_rewinds_is_limited(
 
 
 def test_the_cause_of_a_failed_step_is_named(tmp_path: Path, trainer: MakeTrainer) -> None:
-    run = trainer(tmp_path, "model=realnvp", "trainer.steps=9")
+    run = trainer(tmp_path, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=9")
 
     def broken(name: str, change: Callable[[Tensor], None]) -> str:
         parameter = dict(run.flow.named_parameters())[name]

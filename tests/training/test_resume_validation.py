@@ -17,6 +17,8 @@ from flowtrain.runs.load import restore
 from flowtrain.training import checkpoint
 from flowtrain.training.checkpoint import checksum
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 Change = Callable[[dict[str, Any]], object]
 MODELS = {"realnvp": ["model=realnvp", "model.layers=2", "model.hidden=[4]"], "ffjord": ["model.hidden=[4]"]}
 KEYS = ["trainer.steps=4", "trainer.batch_size=8", "trainer.plot_every=null", "data.n_val=8", "data.n_test=8"]

@@ -23,10 +23,10 @@ pytestmark = pytest.mark.usefixtures("float32")
 PLATEAU = ["trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1", "trainer.lr=1.0", "trainer.val_every=2"]
 
 RUNS = [
-    ["model=realnvp", "model.mixing=permutation", "trainer.ema=0.9"],
+    ["model=realnvp", "model.layers=2", "model.hidden=[8]", "model.mixing=permutation", "trainer.ema=0.9"],
     ["model=ffjord", "model.hidden=[8]", "model.trace=hutchinson", "solver.warmup=6", "solver.rtol=1e-3"],
     ["model=affine", "trainer.optimizer=adamw", "trainer.ema=null", *PLATEAU],
-    ["model=glow", "trainer.lr_decay=constant", "trainer.lr_warmup=3"],
+    ["model=glow", "model.steps=2", "model.hidden=[8]", "trainer.lr_decay=constant", "trainer.lr_warmup=3"],
     ["model=ffjord", "model.hidden=[8]", "objective=flow_matching"],
     ["model=ffjord", "model.hidden=[8]", "objective=hybrid", "objective.matching=5", "solver.rtol=1e-3"],
     ["model=ffjord", "model.hidden=[8]", "regularizer=rnode", "regularizer.end_time=0.1", "solver.rtol=1e-3"],
@@ -74,14 +74,24 @@ def test_resume_is_exact_to_the_bit(
 
 
 def test_resume_takes_new_settings_and_refuses_another_model(tmp_path: Path, trainer: MakeTrainer) -> None:
-    trainer(tmp_path, "model=realnvp", "trainer.steps=4", "trainer.ema=null").fit()
+    trainer(
+        tmp_path, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=4", "trainer.ema=null"
+    ).fit()
     saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
-    changed = trainer(tmp_path, "model=realnvp", "trainer.weight_decay=0.5", "trainer.ema=0.9", saved=saved)
+    changed = trainer(
+        tmp_path,
+        "model=realnvp",
+        "model.layers=2",
+        "model.hidden=[8]",
+        "trainer.weight_decay=0.5",
+        "trainer.ema=0.9",
+        saved=saved,
+    )
     assert changed.train_state.optimizer.param_groups[0]["weight_decay"] == 0.5
     assert changed.train_state.ema is not None
     assert all(torch.equal(changed.train_state.ema.shadow[k], v) for k, v in changed.flow.named_parameters())
     with pytest.raises(CheckpointError, match=r"leave model\."):
-        trainer(tmp_path, "model=realnvp", "model.hidden=[32]", saved=saved)
+        trainer(tmp_path, "model=realnvp", "model.layers=2", "model.hidden=[32]", saved=saved)
 
 
 def test_a_run_killed_before_its_first_validation_can_go_on(tmp_path: Path, trainer: MakeTrainer) -> None:
@@ -108,14 +118,16 @@ def test_trace_noise_and_toy_data_are_independent() -> None:
 
 def test_equal_seeds_give_equal_runs(tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        trainer(tmp_path / name, "model=realnvp", "trainer.steps=3", f"seed={seed}").fit()
+        trainer(
+            tmp_path / name, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=3", f"seed={seed}"
+        ).fit()
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     assert rows(tmp_path / "a") != rows(tmp_path / "c")
 
 
 def test_metrics_have_the_keys_of_the_contract(tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
     trainer(tmp_path / "c", "model.hidden=[8]", "trainer.steps=4", "solver.rtol=1e-3").fit()
-    trainer(tmp_path / "d", "model=realnvp", "trainer.steps=4").fit()
+    trainer(tmp_path / "d", "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=4").fit()
     train = {"step", "split", "nll", "nfe_forward", "nfe_backward", "grad_norm", "lr", "rtol", "atol"}
     for name, continuous in (("c", True), ("d", False)):
         by_split = {s: [r for r in rows(tmp_path / name) if r["split"] == s] for s in ("train", "val")}

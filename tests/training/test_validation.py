@@ -16,6 +16,7 @@ from flowtrain.cli.config_files import compose_defaults
 from flowtrain.training import checkpoint
 from flowtrain.training.schedules import ValidationSchedule, early_validations
 from flowtrain.training.settings import Settings
+from flowtrain.training.trainer import Trainer
 from flowtrain.training.validation import Validation, advice, clearly_worse, some_rows
 from flowtrain.utils.errors import NonFiniteError
 
@@ -109,27 +110,45 @@ def test_early_validations_do_not_change_training(
     assert early.best["nll"] <= late.best["nll"]
 
 
+def risen(self: Validation) -> tuple[float, float]:
+    """The validation NLL falls to step 20 and rises from there on, by a nat in ten steps."""
+    self.scored = torch.linspace(-4, -2, 30) - abs(self.progress.step - 20) / 10
+    self.n = 30
+    return -self.scored.mean().item(), 0.1
+
+
 @pytest.fixture
 def rising(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The validation NLL falls to step 20 and rises from there on, by a nat in ten steps."""
+    monkeypatch.setattr(Validation, "nll", risen)
 
-    def nll(self: Validation) -> tuple[float, float]:
-        self.scored = torch.linspace(-4, -2, 30) - abs(self.progress.step - 20) / 10
-        self.n = 30
-        return -self.scored.mean().item(), 0.1
 
-    monkeypatch.setattr(Validation, "nll", nll)
+ENDS_EARLY = ["trainer.steps=100", "trainer.max_rise=0.9"]
+
+
+@pytest.fixture(scope="module")
+def whole(table: list[str], tmp_path_factory: pytest.TempPathFactory, trainer_of: MakeTrainer) -> Trainer:
+    """A run that a rise has ended."""
+    torch.set_default_dtype(torch.float32)
+    run = trainer_of(tmp_path_factory.mktemp("whole"), [*table, *ENDS_EARLY])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Validation, "nll", risen)
+        run.fit()
+    return run
 
 
 @pytest.mark.usefixtures("rising")
 @pytest.mark.parametrize("stop", [3, 5, 7, 33])
 def test_resume_is_exact(
-    stop: int, table: list[str], tmp_path: Path, trainer_of: MakeTrainer, stop_at: Callable[..., None], rows: ReadRows
+    stop: int,
+    whole: Trainer,
+    table: list[str],
+    tmp_path: Path,
+    trainer_of: MakeTrainer,
+    stop_at: Callable[..., None],
+    rows: ReadRows,
 ) -> None:
     """Stopped before, at and after an early validation, and while the NLL rises."""
-    keys = [*table, "trainer.steps=100", "trainer.max_rise=0.9"]
-    whole = trainer_of(tmp_path / "whole", keys)
-    whole.fit()
+    keys = [*table, *ENDS_EARLY]
     assert whole.best is not None
     assert (whole.step, whole.best["step"]) == (40, 20)
     first = trainer_of(tmp_path / "parts", keys)
@@ -140,9 +159,9 @@ def test_resume_is_exact(
     assert saved["step"] == stop
     second = trainer_of(tmp_path / "parts", keys, saved)
     second.fit()
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "parts") == rows(whole.run_dir)
     assert (second.best, second.step, second.stopped_by) == (whole.best, whole.step, whole.stopped_by)
-    ends = [checkpoint.load(tmp_path / name / "checkpoints/best.pt") for name in ("whole", "parts")]
+    ends = [checkpoint.load(run.run_dir / "checkpoints/best.pt") for run in (whole, second)]
     assert ends[0]["step"] == ends[1]["step"] == whole.best["step"]
     assert all(torch.equal(v, ends[1]["weights"][k]) for k, v in ends[0]["weights"].items())
 
@@ -207,13 +226,13 @@ def test_failing_early_validation_does_not_end_the_run(
 
 
 @pytest.mark.usefixtures("rising")
-def test_a_run_ends_once_its_validation_has_risen(table: list[str], tmp_path: Path, trainer_of: MakeTrainer) -> None:
-    run = trainer_of(tmp_path / "a", [*table, "trainer.steps=100", "trainer.max_rise=0.9"])
-    run.fit()
-    assert run.best is not None
-    assert (run.step, run.best["step"]) == (40, 20)
-    assert "step 20" in str(run.stopped_by)
-    said = run.course(20)
+def test_a_run_ends_once_its_validation_has_risen(
+    whole: Trainer, table: list[str], tmp_path: Path, trainer_of: MakeTrainer
+) -> None:
+    assert whole.best is not None
+    assert (whole.step, whole.best["step"]) == (40, 20)
+    assert "step 20" in str(whole.stopped_by)
+    said = whole.course(20)
     assert "step 20 of 40" in said
     assert "model.hidden" in said
     # the first validation that counts comes later: the margin is wider, the rate warms up, or it is not asked for
