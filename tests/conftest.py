@@ -17,6 +17,7 @@ import matplotlib
 import pytest
 import torch
 from helpers import COMMANDS, Compose, Evaluate, MakeTrainer, ReadRows, Run, Train
+from helpers.figures import skip_figures
 from helpers.processes import trainer_of
 from hydra._internal.hydra import Hydra
 from matplotlib.figure import Figure
@@ -24,8 +25,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from flowtrain.cli.config_files import compose_defaults
-from flowtrain.plotting import pictures, style, transport_figures, transport_pictures
-from flowtrain.runs import run as run_module
+from flowtrain.plotting import style, transport_figures, transport_pictures
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import process, status
 from flowtrain.utils.files import replacing
@@ -134,11 +134,8 @@ def full_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No figure of a flow is drawn, where a test looks at none: drawing takes most of the time of a short run."""
-    monkeypatch.setattr(pictures, "draw", lambda *arguments, **named: None)
-    monkeypatch.setattr(pictures, "draw_more", lambda *arguments, **named: [])
-    monkeypatch.setattr(pictures, "draw_evaluation", lambda *arguments, **named: [])
-    monkeypatch.setattr(run_module, "draw_curves", lambda *arguments, **named: None)
+    """Commands draw no figures."""
+    skip_figures(monkeypatch)
 
 
 def save_blank(figure: Figure, path: Path) -> None:
