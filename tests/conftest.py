@@ -18,6 +18,7 @@ import matplotlib
 import pytest
 import torch
 from helpers import COMMANDS, Compose, Evaluate, MakeTrainer, ReadRows, Run, Train
+from helpers.figures import skip_figures
 from helpers.processes import composed, trainer_of
 from hydra._internal.hydra import Hydra
 from matplotlib.figure import Figure
@@ -25,8 +26,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from flowtrain.cli.config_files import split_config_dir
-from flowtrain.plotting import pictures, style, transport_figures, transport_pictures
-from flowtrain.runs import run as run_module
+from flowtrain.plotting import style, transport_figures, transport_pictures
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import process, status
 from flowtrain.utils.files import replacing
@@ -143,11 +143,8 @@ def full_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No figure of a flow is drawn, where a test looks at none: drawing takes most of the time of a short run."""
-    monkeypatch.setattr(pictures, "draw", lambda *arguments, **named: None)
-    monkeypatch.setattr(pictures, "draw_more", lambda *arguments, **named: [])
-    monkeypatch.setattr(pictures, "draw_evaluation", lambda *arguments, **named: [])
-    monkeypatch.setattr(run_module, "draw_curves", lambda *arguments, **named: None)
+    """Commands draw no figures."""
+    skip_figures(monkeypatch)
 
 
 def save_blank(figure: Figure, path: Path) -> None:
@@ -190,11 +187,13 @@ def real(real_data: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def trained(run: Run) -> Train:
-    """Runs `flowtrain` for a few steps and returns the run directory."""
+    """Runs `flowtrain` for a few steps and returns the run directory, whose figures are blank."""
 
     def train(*arguments: str) -> str:
         few = ["model=affine", "trainer.steps=4", "trainer.batch_size=64", "trainer.plot_every=null"]
-        code, out, err = run("flowtrain", *few, *arguments)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(style, "save", save_blank)
+            code, out, err = run("flowtrain", *few, *arguments)
         assert code == 0, err
         return str(Path(out.splitlines()[-1]).absolute())
 

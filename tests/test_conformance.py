@@ -6,6 +6,7 @@
 import copy
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,15 @@ def shaken(flow: Flow, scale: float = 0.4) -> Flow:
     return flow.eval()
 
 
+@cache
+def composed_config() -> dict[str, Any]:
+    return compose_defaults(["model=affine", "data=array", "data.path=x", "data.standardize=false"])
+
+
 def saved(flow: Flow, recipe: str, path: Path, data: str, **solver: Any) -> Path:
     """A checkpoint of it as a run writes them; `recipe` is its function by full name."""
-    config = compose_defaults(["model=affine", "data=array", f"data.path={data}", "data.standardize=false"])
+    config = copy.deepcopy(composed_config())
+    config["data"]["path"] = data
     config["model"] = {"name": recipe.rpartition(".")[2], "_target_": recipe}
     config["solver"] |= solver
     content = {"config": config, "event_shape": list(flow.event_shape), "step": 5, "weights": flow.state_dict()}

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import zipfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,16 @@ class Bomb:
         return self.call, (f"touch {self.path}",)
 
 
+@pytest.fixture(scope="module")
+def composed() -> dict[str, Any]:
+    return compose_defaults(["model=affine", "data.n_test=20", "data.n_val=20"])
+
+
 @pytest.fixture
-def trained(tmp_path: Path) -> Path:
+def trained(tmp_path: Path, composed: dict[str, Any]) -> Path:
     """A checkpoint as a run leaves it."""
     torch.set_default_dtype(torch.float32)
-    config = compose_defaults(["model=affine", "data.n_test=20", "data.n_val=20"])
+    config = deepcopy(composed)
     samples = Samples((2,))
     flow = build_flow(config, samples)
     path = tmp_path / "run/checkpoints/best.pt"

@@ -11,6 +11,8 @@ from flowtrain.runs import build
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import SolverError
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 BAD_TRAIN = [
     (["model=realnvp", "model.layerz=3"], r"no key model.layerz; did you mean model.layers\?.* layers, hidden"),
     (["model=realnvp", "model.actnorm=no"], r"model.actnorm=no: give true or false"),

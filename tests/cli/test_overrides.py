@@ -57,7 +57,7 @@ def test_valid_overrides_pass(argument: str) -> None:
         (["model._target_=nowhere.at.all"], "nowhere.at.all"),
         (["model._target_=flowtrain.flow.nothing"], "'nothing'"),
         (["model._target_=math.pi"], "math.pi"),
-        (["model.hidden=[100000000,100000000]"], "more memory than there is"),
+        (["model.hidden=[1000000,100000000]"], "more memory than there is"),
     ],
 )
 def test_invalid_command_line_gets_one_line(run: Run, arguments: list[str], says: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import SMALL, TINY, Run
+from helpers.figures import skip_figures
 from helpers.files import gif_of, write_set
 from helpers.flows import IMAGE_MODELS
 from PIL import Image
@@ -34,9 +35,12 @@ def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def trained(run: Run, *arguments: str) -> None:
+    """A run in the directory r, without figures."""
     # the user's own data are split by shares
     small = [a for a in SMALL if "data=array" not in arguments or not a.startswith("data.")]
-    code, _, err = run("flowtrain", *small, "hydra.run.dir=r", *arguments)
+    with pytest.MonkeyPatch.context() as patched:
+        skip_figures(patched)
+        code, _, err = run("flowtrain", *small, "hydra.run.dir=r", *arguments)
     assert code == 0, err
 
 
@@ -57,7 +61,8 @@ def test_two_columns_are_animated(run: Run, titles: list[str], tmp_path: Path) -
 
 
 def test_couplings_are_animated_in_steps(run: Run, tmp_path: Path) -> None:
-    trained(run, "model=realnvp", "model.layers=2", "model.hidden=[8]")
+    keys = ["model=realnvp", "model.layers=2", "model.hidden=[8]"]
+    assert run("flowtrain", *SMALL, "hydra.run.dir=r", *keys)[0] == 0
     code, _, err = run("flowsample", "ckpt=r", "animate=true")
     assert (code, err) == (0, "")
     assert {p.name for p in (tmp_path / "r/plots").iterdir()} >= {"passage.png", "paths.png", "curves.png"}
@@ -134,10 +139,9 @@ def test_titles_tell_the_nll_of_the_checkpoint_and_of_no_other(run: Run, titles:
 @pytest.mark.parametrize("conditional", [False, True])
 def test_images_are_animated(run: Run, tmp_path: Path, name: str, conditional: bool) -> None:
     write_set(tmp_path / "data" / "mnist")
-    keys = ["data=mnist", "data.root=data", "data.n_val=10", "trainer.batch_size=8", "trainer.steps=2", "recipe=none"]
+    keys = ["data=mnist", "data.root=data", "data.n_val=4", "data.n_test=4", "trainer.batch_size=8", "recipe=none"]
     labels = ["model.conditional=true"] if conditional else []
-    code, _, err = run("flowtrain", *keys, *IMAGE_MODELS[name], *labels, "hydra.run.dir=r")
-    assert code == 0, err
+    trained(run, *keys, "trainer.steps=2", *IMAGE_MODELS[name], *labels)
     label = ["label=7"] if conditional else []
     code, out, err = run("flowsample", "ckpt=r", "animate=true", "n=6", *label)
     assert (code, out, err) == (0, "written to r/animation.gif\n", "")

@@ -61,6 +61,7 @@ def test_train_evaluate_and_sample_by_the_commands(run: Run, tmp_path: Path, nam
     assert root.exists()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_images_of_a_table_train_as_images(run: Run, tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 17, (60, 25))
     values[:, 24] = np.arange(60) % 4
@@ -77,6 +78,7 @@ def test_images_of_a_table_train_as_images(run: Run, tmp_path: Path) -> None:
     assert "no labels to condition on" in err
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_an_old_checkpoint_of_dequantized_counts_still_loads(run: Run, tmp_path: Path) -> None:
     """Of the time before checkpoints described their samples."""
     np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(0, 9, (60, 3)))
@@ -101,6 +103,7 @@ def test_an_old_checkpoint_of_dequantized_counts_still_loads(run: Run, tmp_path:
     assert torch.equal(flow.log_prob(x), expected.log_prob(x))
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_checkpoint_keeps_the_data_settings_of_its_weights(run: Run, tmp_path: Path) -> None:
     """A density that is not that of the training would be scored, or a run go on, without a word."""
     write_set(tmp_path / "data" / "mnist")

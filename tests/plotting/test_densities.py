@@ -108,6 +108,7 @@ def test_density_is_evaluated_once_in_float32_and_laid_out_along_x_and_y(tmp_pat
     assert grid[0, 1] < grid[1, 1]
 
 
+@pytest.mark.usefixtures("coarse")
 def test_wide_data_do_not_need_the_density(tmp_path: Path) -> None:
     def log_density(x: Tensor) -> Tensor:
         raise AssertionError("called")
@@ -154,6 +155,7 @@ def test_refuses_what_cannot_be_drawn(tmp_path: Path, changed: dict[str, Any], w
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("coarse")
 def test_a_failing_density_leaves_the_old_picture(tmp_path: Path) -> None:
     def log_density(x: Tensor) -> Tensor:
         raise RuntimeError("no density")
@@ -166,6 +168,7 @@ def test_a_failing_density_leaves_the_old_picture(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["flow.png"]
 
 
+@pytest.mark.usefixtures("coarse")
 def test_a_failing_write_leaves_no_part_behind(tmp_path: Path) -> None:
     (tmp_path / "flow.png").mkdir()
     with pytest.raises(IsADirectoryError):
@@ -181,6 +184,7 @@ def test_pairs_take_any_names_and_count(tmp_path: Path, coarse: int, png_size: C
         assert png_size(path) == (1800 // coarse, 1840 // coarse)
 
 
+@pytest.mark.usefixtures("coarse")
 def test_threads_draw_alike_and_the_global_style_stays(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     data, samples = torch.randn(200, 2), torch.randn(200, 2)
@@ -194,6 +198,7 @@ def test_threads_draw_alike_and_the_global_style_stays(tmp_path: Path) -> None:
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.usefixtures("coarse")
 def test_a_users_matplotlib_settings_change_nothing(tmp_path: Path) -> None:
     data, samples = torch.randn(200, 2), torch.randn(200, 2)
     plain = draw(tmp_path / "plain.png", data=data, samples=samples)

@@ -1,0 +1,13 @@
+"""Leaves the figures of a run out, where a test looks at none: drawing takes most of the time of a short run."""
+
+import pytest
+
+from flowtrain.plotting import pictures
+from flowtrain.runs import run as run_module
+
+
+def skip_figures(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pictures, "draw", lambda *arguments, **named: None)
+    patch.setattr(pictures, "draw_more", lambda *arguments, **named: [])
+    patch.setattr(pictures, "draw_evaluation", lambda *arguments, **named: [])
+    patch.setattr(run_module, "draw_curves", lambda *arguments, **named: None)
