@@ -448,9 +448,8 @@ class FlowDistribution(Distribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
         """The same distribution with another batch shape."""
-        shape = _broadcast(self.batch_shape, torch.Size(batch_shape))
-        if shape != torch.Size(batch_shape):
-            raise ValueError(f"batch shape {tuple(self.batch_shape)} cannot be expanded to {tuple(batch_shape)}")
+        # raises as the tensors in other distributions do
+        shape = torch.empty(self.batch_shape, device="meta").expand(tuple(batch_shape)).shape
         return type(self)(self.flow, self.label, shape, self._validate_args)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -468,16 +467,13 @@ class FlowDistribution(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(x) in nats, (*batch,), for x (*batch, *event_shape), where batch broadcasts with `batch_shape`."""
-        if self._validate_args:
+        # the constraints of torch do not take empty tensors
+        if self._validate_args and value.numel():
             self._validate_sample(value)
         dims = value.dim() - len(self.event_shape)
         log_p = self.flow.log_prob(value.reshape(-1, *value.shape[dims:]), self.label)
-        return log_p.view(value.shape[:dims]).expand(_broadcast(value.shape[:dims], self.batch_shape))
-
-
-def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
-    shape: torch.Size = torch.broadcast_shapes(a, b)  # type: ignore[no-untyped-call]
-    return shape
+        shape: torch.Size = torch.broadcast_shapes(value.shape[:dims], self.batch_shape)  # type: ignore[no-untyped-call]
+        return log_p.view(value.shape[:dims]).expand(shape)
 
 
 def rows_at_a_time(event_shape: tuple[int, ...]) -> int:
