@@ -1,9 +1,12 @@
 """A flow: a base density and a bijection. log p(x) = log p0(z) + log|det dz/dx|, z = inverse(x)."""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import cache
+from importlib import import_module
 from itertools import chain, repeat
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
@@ -278,7 +281,8 @@ class Flow(nn.Module):
     def distribution(self, label: int | None = None) -> "FlowDistribution":
         """The flow as a `torch.distributions.Distribution`; of a conditional flow p(x | label).
 
-        It shares the parameters of the flow, in the flow's mode.
+        It shares the parameters of the flow, in the flow's mode. Once Pyro is imported, it is one of Pyro's
+        distributions too, as `pyro.sample` requires.
 
         Raises:
             FlowtrainError: a label that is missing, superfluous or out of range.
@@ -289,7 +293,7 @@ class Flow(nn.Module):
             >>> p.event_shape, p.log_prob(p.sample((3, 4))).shape
             (torch.Size([2]), torch.Size([3, 4]))
         """
-        return FlowDistribution(self, label)
+        return _distribution_class(pyro="pyro" in sys.modules)(self, label)
 
     def dequantized(self, x: Tensor) -> Tensor:
         """x + u for the integers x (B, *event_shape) of an integer-valued flow, else x; with the dtype of `data_like`.
@@ -474,6 +478,15 @@ class FlowDistribution(Distribution):
         log_p = self.flow.log_prob(value.reshape(-1, *value.shape[dims:]), self.label)
         shape: torch.Size = torch.broadcast_shapes(value.shape[:dims], self.batch_shape)  # type: ignore[no-untyped-call]
         return log_p.view(value.shape[:dims]).expand(shape)
+
+
+@cache
+def _distribution_class(pyro: bool) -> type[FlowDistribution]:
+    """`FlowDistribution`, with the methods that Pyro adds to distributions of torch if `pyro`."""
+    if not pyro:
+        return FlowDistribution
+    mixin = import_module("pyro.distributions.torch_distribution").TorchDistributionMixin
+    return type("PyroFlowDistribution", (FlowDistribution, mixin), {"__doc__": FlowDistribution.__doc__})
 
 
 def rows_at_a_time(event_shape: tuple[int, ...]) -> int:

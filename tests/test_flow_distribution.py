@@ -86,6 +86,25 @@ def test_distribution_works_within_those_of_torch() -> None:
     assert moved.sample((4,)).shape == (4, 2)
 
 
+def test_distribution_works_in_pyro() -> None:
+    pyro = pytest.importorskip("pyro")
+    flow = affine()
+    p, truth = flow.distribution(), gaussian(flow)
+
+    def model() -> Tensor:
+        with pyro.plate("rows", 5):
+            x: Tensor = pyro.sample("x", p)
+        return x
+
+    trace = pyro.poutine.trace(model).get_trace()
+    x = trace.nodes["x"]["value"]
+    assert x.shape == (5, 2)
+    torch.testing.assert_close(trace.log_prob_sum(), truth.log_prob(x).sum())
+    # the evidence of a model whose guide is its posterior has no noise
+    loss = pyro.infer.Trace_ELBO().differentiable_loss(model, model)
+    torch.testing.assert_close(loss.detach(), torch.zeros(()))
+
+
 def test_distribution_checks_its_support() -> None:
     p = affine().distribution()
     assert p.support.check(torch.randn(4, 2)).tolist() == [True] * 4
