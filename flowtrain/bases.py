@@ -365,8 +365,12 @@ class GaussianMixture(Base):
         return -0.5 * e.square() - HALF_LOG_2PI - self.log_scale
 
     def log_prob(self, z: Tensor) -> Tensor:
-        terms = self._log_terms(self._noise(z.flatten(1)))
-        return (self.logits.log_softmax(0) + terms.sum(-1)).logsumexp(1)
+        return self._log_joint(z.flatten(1)).logsumexp(1)
+
+    def _log_joint(self, z: Tensor) -> Tensor:
+        """log w_k N(z; m_k, L_k L_k^T), (B, K), for z (B, d)."""
+        constant = self.logits.log_softmax(0) - self.log_scale.sum(1) - self.means.shape[1] * HALF_LOG_2PI
+        return constant - 0.5 * self._noise(z).square().sum(-1)
 
     def rsample(
         self,
@@ -463,7 +467,7 @@ class GaussianMixture(Base):
         before = -math.inf
         for _ in range(steps):
             exact._maximize(x, q, floor)
-            terms = exact.logits.log_softmax(0) + exact._log_terms(exact._noise(x)).sum(-1)
+            terms = exact._log_joint(x)
             now = float(terms.logsumexp(1).mean())
             if now - before < tolerance:
                 break
