@@ -168,7 +168,7 @@ class StudentT(Base):
         given = torch.as_tensor(df, dtype=torch.get_default_dtype())
         if given.dim() and given.shape != self.event_shape:
             raise FlowtrainError(f"df has shape {tuple(given.shape)}: give one number, or shape {self.event_shape}")
-        if not bool(((given > 0) & given.isfinite()).all()):
+        if not _holds((given > 0) & given.isfinite()):
             raise FlowtrainError(f"df={df}: give degrees of freedom greater than 0")
         log_df = given.log().expand(self.event_shape).clone()
         if trainable:
@@ -243,6 +243,11 @@ def _off_zero(x: Tensor, tiny: float) -> Tensor:
     return torch.where(x.abs() < tiny, tiny, x)
 
 
+def _holds(condition: Tensor) -> bool:
+    """Whether all of it is true; a base on torch's meta device, which has no values, is not checked."""
+    return condition.is_meta or bool(condition.all())
+
+
 class UniformBox(Base):
     """The uniform distribution on a box: p0(z) = prod_j 1 / (high_j - low_j) for low <= z <= high, and 0 outside.
 
@@ -269,7 +274,7 @@ class UniformBox(Base):
         if given[0].shape != given[1].shape or not given[0].dim():
             shapes = " and ".join(str(tuple(corner.shape)) for corner in given)
             raise FlowtrainError(f"the corners have shapes {shapes}: give two of the shape of one sample")
-        if not bool((given[0] < given[1]).all() and torch.stack(given).isfinite().all()):
+        if not _holds((given[0] < given[1]) & torch.stack(given).isfinite().all(0)):
             raise FlowtrainError("low must be less than high in every element, and both must be finite")
         super().__init__(given[0].shape)
         self.register_buffer("low", given[0])

@@ -151,6 +151,19 @@ def test_standard_normal_adds_nothing_to_a_checkpoint_and_draws_as_randn() -> No
         assert torch.equal(found, expected)
 
 
+def test_bases_are_sketched_without_memory() -> None:
+    """As a checkpoint's model is, to compare the shapes of its weights."""
+
+    def shapes() -> list[dict[str, torch.Size]]:
+        bases = [StudentT((2,), 3.0), UniformBox([0.0, 0.0], [1.0, 1.0]), GaussianMixture(2, 3)]
+        return [{name: value.shape for name, value in base.state_dict().items()} for base in bases]
+
+    expected = shapes()
+    with torch.device("meta"):
+        assert shapes() == expected
+        assert StudentT((2,), 3.0).log_df.is_meta
+
+
 @pytest.mark.parametrize("df", [0.3, 1.0, 4.5, 60.0, 3e4])
 def test_distribution_function_of_student_t_is_that_of_scipy(df: float) -> None:
     z = torch.cat([torch.linspace(-6, 6, 25), torch.tensor([-1e6, -300.0, 300.0, 1e6, torch.inf])]).unsqueeze(1)
