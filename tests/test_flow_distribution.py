@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributions as D
-from helpers.flows import IMAGES, VECTORS, continuous, flow_of, vectors
+from helpers.flows import IMAGES, TIGHT, continuous, flow_of, vectors
 from torch import Tensor, nn
 
 from flowtrain.bases import GaussianMixture, StudentT
@@ -132,7 +132,7 @@ def test_distribution_of_a_conditional_flow_takes_its_label() -> None:
         affine().distribution(1)
 
 
-@pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.parametrize("name", ["ffjord", "realnvp", "glow"])
 def test_rsample_has_the_gradient_of_finite_differences(name: str) -> None:
     flow, f = vectors(name), lambda x: (x.sin() * torch.tensor([1.0, 2.0])).sum()
     assert torch.equal(flow.rsample(3, generator=generator()).detach(), flow.sample(3, generator=generator()))
@@ -188,8 +188,8 @@ def test_samples_repeat_with_a_generator_and_leave_the_global_one_alone() -> Non
 def every_flow() -> dict[str, Callable[[], Flow]]:
     images = Samples((1, 4, 4), integer_valued=True, levels=16)
     return {
-        **{name: partial(vectors, name) for name in VECTORS},
-        **{f"{name} of images": partial(flow_of, IMAGES[name], images, ["solver.rtol=1e-4"]) for name in IMAGES},
+        **{name: partial(vectors, name) for name in ("ffjord", "realnvp", "glow")},
+        "images": partial(flow_of, IMAGES["glow"], images, TIGHT),
         "student": lambda: Flow(StudentT((2,), 3.0), Affine(2)),
         "mixture": lambda: Flow(GaussianMixture(2, 3), Affine(2)),
     }
