@@ -1,15 +1,20 @@
 """A flow: a base density and a bijection. log p(x) = log p0(z) + log|det dz/dx|, z = inverse(x)."""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import cache
+from importlib import import_module
 from itertools import chain, repeat
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
 
+from flowtrain.bases import Base, StandardNormal
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.logit import dequantize
@@ -18,9 +23,12 @@ from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError
 from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.precision import full_precision
+from flowtrain.utils.process import seeded, seeding_active
 from flowtrain.utils.status import status
 
 Label = Tensor | int | None
+# of the probes of estimated traces, see `Flow`
+PROBE_SEED = 0
 
 
 class DensityPass(NamedTuple):
@@ -32,14 +40,20 @@ class DensityPass(NamedTuple):
 
 
 class Flow(nn.Module):
-    """A density over samples of `event_shape` with a standard normal base.
+    """A density over samples of `event_shape`: that of x = forward(z), for z from the base.
 
     An integer-valued flow is the density of x + u for whole numbers x, with u uniform on the unit cube. Each call adds
     such noise to an integer tensor; a real tensor is taken as it is. A conditional flow, p(x | label), takes labels in
     every call.
 
+    If the trace of a continuous flow is estimated (by default beyond 128 elements of a sample), log p(x) depends on
+    random probes. In evaluation mode a call outside of `flowtrain.utils.process.seeded` draws them from a fixed seed,
+    so that equal calls return equal values, and torch's random state stays as it is. Inside `seeded`, as in an
+    evaluation, and in training mode they are drawn from the global generator. The noise that is added to integers is
+    always drawn from the global generator: to score integers repeatably, add the noise once, by `dequantized`.
+
     Args:
-        event_shape: shape of one sample.
+        base: the distribution of z, see `flowtrain.bases`. An event shape stands for a standard normal base.
         bijection: from base to data.
         classes: of a conditional flow, how many labels there are, 0 .. classes - 1; None for p(x).
         integer_valued: whether the data are whole numbers.
@@ -60,7 +74,7 @@ class Flow(nn.Module):
 
     def __init__(
         self,
-        event_shape: tuple[int, ...],
+        base: Base | Sequence[int],
         bijection: Bijection,
         classes: int | None = None,
         integer_valued: bool = False,
@@ -70,8 +84,9 @@ class Flow(nn.Module):
         class_counts: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self.event_shape = event_shape
         self.bijection = bijection
+        self.base = base if isinstance(base, Base) else StandardNormal(base)
+        self.event_shape = self.base.event_shape
         self.classes = classes
         self.integer_valued, self.levels, self.centered = integer_valued, levels, centered
         self.noisy, self.class_counts = noisy, class_counts
@@ -167,15 +182,14 @@ class Flow(nn.Module):
     def density_pass(self, x: Tensor, label: Label = None, options: SolveOptions = AS_CONFIGURED) -> DensityPass:
         """log p(x), see `log_prob`, with options for the ODE solves and the path integrals that they ask for."""
         x = self.dequantized(self._checked(x, "x"))
-        with self._precision(x):
+        with self._precision(x), self._repeatable(x):
             z, log_det, integrals = self.bijection.pass_inverse(x, self.labels(label, x), options)
             # for float64 samples, log_det is float64 too
             return DensityPass(self.base_log_prob(z) + log_det.to(z.dtype), z, integrals)
 
     def base_log_prob(self, z: Tensor) -> Tensor:
-        """log N(z; 0, I), (B,)."""
-        z = z.flatten(1)
-        return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+        """log p0(z), (B,), in nats."""
+        return self.base.log_prob(z)
 
     def forward(self, z: Tensor, label: Label = None) -> Tensor:
         """Base to data: x (B, *event_shape), for z (B, *event_shape).
@@ -198,8 +212,15 @@ class Flow(nn.Module):
             return self.bijection.map_inverse(x, self.labels(label, x))
 
     @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0, chunk: int | None = None, label: Label = None) -> Tensor:
-        """n samples (n, *event_shape) in data units, from the global generator of the flow's device.
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        chunk: int | None = None,
+        label: Label = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """n samples (n, *event_shape) in data units.
 
         Of an integer-valued flow, samples of x + u; `quantized` takes them to whole numbers.
 
@@ -208,10 +229,12 @@ class Flow(nn.Module):
             chunk: rows at a time; None: chosen by the size of a sample. The base points do not depend on it.
                 Samples by an adaptive solver do, within its tolerance, because the rows of a chunk share steps.
             label: one for all, or (n,). None: `drawn_labels`, if the flow is conditional.
+            generator: on the flow's device; None for the global generator of that device.
 
         Raises:
-            FlowtrainError: n or chunk < 1; a temperature below 0 or not finite; labels for an unconditional flow, out
-                of range, of a class without training rows, or neither one nor n of them.
+            FlowtrainError: n or chunk < 1; a temperature below 0, not finite, or other than 1 for a base that has none;
+                labels for an unconditional flow, out of range, of a class without training rows, or neither one nor n
+                of them.
 
         Example:
             >>> from flowtrain.bijections.linear import Affine
@@ -221,19 +244,37 @@ class Flow(nn.Module):
             >>> flow.sample(1, temperature=0.0)  # the image of z = 0
             tensor([[0., 0.]])
         """
+        if not 0 <= temperature < math.inf:
+            raise FlowtrainError(f"temperature={temperature}: give a number that is not negative")
+        return self._sample(n, temperature, chunk, label, generator)
+
+    def rsample(self, n: int, label: Label = None, generator: torch.Generator | None = None) -> Tensor:
+        """n samples (n, *event_shape), as `sample`, with gradients to the parameters of the flow and of its base.
+
+        The graph of all samples is kept.
+
+        Example:
+            >>> from flowtrain.bijections.linear import Affine
+            >>> flow = Flow((2,), Affine(2))
+            >>> flow.rsample(5).sum().backward()
+            >>> flow.bijection.mean.grad  # x = L z + mean
+            tensor([5., 5.])
+        """
+        return self._sample(n, 1.0, None, label, generator)
+
+    def _sample(
+        self, n: int, temperature: float, chunk: int | None, label: Label, generator: torch.Generator | None
+    ) -> Tensor:
         if n < 1:
             raise FlowtrainError(f"n={n}: ask for at least one sample")
         if chunk is not None and chunk < 1:
             raise FlowtrainError(f"chunk={chunk}: take at least one row at a time")
-        if not 0 <= temperature < math.inf:
-            raise FlowtrainError(f"temperature={temperature}: give a number that is not negative")
-        like = self.like
         if label is not None:
             self.check_label(label)
         elif self.classes is not None:
-            label = self.drawn_labels(n)
+            label = self.drawn_labels(n, generator)
         # all at once, so that the base points do not depend on the chunks
-        z = temperature * torch.randn(n, *self.event_shape, dtype=like.dtype, device=like.device)
+        z = self.base.rsample(n, generator, temperature, self.like)
         labels = self.labels(label, z)
         size = chunk or rows_at_a_time(self.event_shape)
         parts = repeat(None) if labels is None else torch.split(labels, size)
@@ -243,6 +284,23 @@ class Flow(nn.Module):
                 x.append(self.forward(part, y))
                 progress.advance(len(part))
         return torch.cat(x)
+
+    def distribution(self, label: int | None = None) -> "FlowDistribution":
+        """The flow as a `torch.distributions.Distribution`; of a conditional flow p(x | label).
+
+        It shares the parameters of the flow, in the flow's mode. Once Pyro is imported, it is one of Pyro's
+        distributions too, as `pyro.sample` requires.
+
+        Raises:
+            FlowtrainError: a label that is missing, superfluous or out of range.
+
+        Example:
+            >>> from flowtrain.bijections.linear import Affine
+            >>> p = Flow((2,), Affine(2)).distribution()
+            >>> p.event_shape, p.log_prob(p.sample((3, 4))).shape
+            (torch.Size([2]), torch.Size([3, 4]))
+        """
+        return _distribution_class(pyro="pyro" in sys.modules)(self, label)
 
     def dequantized(self, x: Tensor) -> Tensor:
         """x + u for the integers x (B, *event_shape) of an integer-valued flow, else x; with the dtype of `data_like`.
@@ -291,15 +349,15 @@ class Flow(nn.Module):
         seen = torch.tensor(self.seen, device=self.like.device)
         return seen[torch.arange(n, device=seen.device) % len(seen)]
 
-    def drawn_labels(self, n: int) -> Tensor:
-        """Draws labels (n,) by the class frequencies in training, from the global generator of the flow's device.
+    def drawn_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws labels (n,) by the class frequencies in training.
 
         If the frequencies are unknown, as in checkpoints of earlier versions, the labels cycle through all classes.
         """
         if not self.class_counts:
             return self.in_turn(n)
         weights = torch.tensor(self.class_counts, dtype=torch.float64, device=self.like.device)
-        return torch.multinomial(weights, n, replacement=True)
+        return torch.multinomial(weights, n, replacement=True, generator=generator)
 
     def labels(self, label: Label, x: Tensor) -> Tensor | None:
         """`label` as (B,) whole numbers on the device of x (B, ...); None for a flow that is not conditional.
@@ -348,6 +406,16 @@ class Flow(nn.Module):
         with full_precision(x.device):
             yield
 
+    @contextmanager
+    def _repeatable(self, x: Tensor) -> Iterator[None]:
+        """Draws the probes of estimated traces from a fixed seed, in evaluation mode and outside of `seeded`."""
+        d = math.prod(self.event_shape)
+        if self.training or seeding_active() or all(m.trace.is_exact(d, training=False) for m in self.ode_blocks):
+            yield
+            return
+        with seeded(PROBE_SEED, x.device):
+            yield
+
     def _checked(self, x: Tensor, name: str) -> Tensor:
         if not isinstance(x, Tensor) or x.is_complex():
             raise FlowtrainError(f"{name} is {getattr(x, 'dtype', type(x).__name__)}; give a tensor of real numbers")
@@ -355,6 +423,77 @@ class Flow(nn.Module):
             wanted = ", ".join(map(str, ("B", *self.event_shape)))
             raise FlowtrainError(f"{name} has shape {tuple(x.shape)}; this flow takes ({wanted})")
         return x
+
+
+class FlowDistribution(Distribution):
+    """A flow as a `torch.distributions.Distribution`; see `Flow.distribution`.
+
+    Args:
+        flow: its parameters are shared.
+        label: of a conditional flow, which this is p(x | label) of.
+        batch_shape: the distribution is repeated in this shape; its samples are independent.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = True
+
+    def __init__(
+        self,
+        flow: Flow,
+        label: int | None = None,
+        batch_shape: Sequence[int] = (),
+        validate_args: bool | None = None,
+    ) -> None:
+        flow.labels(label, flow.like.new_empty(1, 0))
+        self.flow, self.label = flow, label
+        super().__init__(torch.Size(batch_shape), torch.Size(flow.event_shape), validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All samples of real numbers; of a flow over levels, those from 0 to `levels`."""
+        levels = self.flow.levels
+        c: Any = constraints
+        support: constraints.Constraint
+        support = c.independent(c.real if levels is None else c.interval(0, levels), len(self.event_shape))
+        return support
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
+        """The same distribution with another batch shape."""
+        # raises as the tensors in other distributions do
+        shape = torch.empty(self.batch_shape, device="meta").expand(tuple(batch_shape)).shape
+        return type(self)(self.flow, self.label, shape, self._validate_args)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Samples (*sample_shape, *batch_shape, *event_shape)."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Samples, with gradients to the parameters of the flow."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        n = math.prod(shape[: len(shape) - len(self.event_shape)])
+        if n == 0:
+            return self.flow.data_like.new_empty(shape)
+        return self.flow.rsample(n, self.label).view(shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(x) in nats, (*batch,), for x (*batch, *event_shape), where batch broadcasts with `batch_shape`."""
+        # the constraints of torch do not take empty tensors
+        if self._validate_args and value.numel():
+            self._validate_sample(value)
+        dims = value.dim() - len(self.event_shape)
+        log_p = self.flow.log_prob(value.reshape(-1, *value.shape[dims:]), self.label)
+        shape: torch.Size = torch.broadcast_shapes(value.shape[:dims], self.batch_shape)  # type: ignore[no-untyped-call]
+        return log_p.view(value.shape[:dims]).expand(shape)
+
+
+@cache
+def _distribution_class(pyro: bool) -> type[FlowDistribution]:
+    """`FlowDistribution`, with the methods that Pyro adds to distributions of torch if `pyro`."""
+    if not pyro:
+        return FlowDistribution
+    mixin = import_module("pyro.distributions.torch_distribution").TorchDistributionMixin
+    return type("PyroFlowDistribution", (FlowDistribution, mixin), {"__doc__": FlowDistribution.__doc__})
 
 
 def rows_at_a_time(event_shape: tuple[int, ...]) -> int:

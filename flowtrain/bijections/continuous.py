@@ -50,6 +50,10 @@ class Continuous(Bijection):
         self.step_plans = {True: StepPlan(), False: StepPlan()}
         self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: compiled functions are bound to this field, and cannot be pickled."""
+        return {**self.__dict__, "compiled": None}
+
     def compile_field(self) -> None:
         """Compiles the field's evaluations in training: with CUDA graphs on a GPU, to C++ on a CPU.
 

@@ -1,10 +1,12 @@
 """Are latents of the data draws from the base? Probability integral transforms and Kolmogorov-Smirnov's test."""
 
+import copy
 import math
 
 import torch
 from torch import Tensor
 
+from flowtrain.bases import Base
 from flowtrain.evaluation.result import Calibration
 
 # dimensions whose transforms are kept for the figure, those that deviate most
@@ -12,20 +14,23 @@ SHOWN = 8
 RADIUS = "radius"
 
 
-def calibration(z: Tensor) -> tuple[Calibration, dict[str, Tensor]]:
+@torch.no_grad()
+def calibration(z: Tensor, base: Base) -> tuple[Calibration, dict[str, Tensor]]:
     """The test of latents z (n, *event), and the transforms that a figure shows, name -> (n,).
 
-    u_j = Phi(z_j) and u = F(|z|^2), F the chi-square distribution of d degrees, are uniform where the model is the
-    truth (Rosenblatt 1952, Diebold et al. 1998). Tested one by one: dependence between dimensions shows in the radius.
+    The transforms u_j of the base (Phi(z_j) of a standard normal one) and u = F(|y|^2), with y = Phi^-1(u) (y = z of a
+    standard normal base) and F the chi-square distribution of d degrees, are uniform where the model is the truth
+    (Rosenblatt 1952, Diebold et al. 1998). Tested one by one: dependence between dimensions shows in the radius.
     Latents that are NaN are left out. If all are NaN, the statistic is NaN.
     """
-    z = z.flatten(1).double()
-    z = z[~z.isnan().any(1)]
-    n, d = z.shape
+    z = z.double()
+    z = z[~z.isnan().flatten(1).any(1)]
+    n, d = z.flatten(1).shape
     if n == 0:
         return Calibration(0, math.nan, RADIUS, math.nan, math.nan), {RADIUS: z.new_empty(0)}
-    u = torch.special.ndtr(z)
-    radius = torch.special.gammainc(torch.tensor(d / 2, dtype=z.dtype), z.square().sum(1) / 2)
+    base = copy.deepcopy(base).to(z)
+    u = base.to_uniform(z)
+    radius = torch.special.gammainc(torch.tensor(d / 2, dtype=z.dtype), base.to_normal(z).square().sum(1) / 2)
     distances = torch.cat([ks_distance(u), ks_distance(radius.unsqueeze(1))])
     worst = int(distances.argmax())
     largest = float(distances[worst])

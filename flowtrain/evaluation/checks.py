@@ -5,11 +5,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
+import torch.distributions as D
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowtrain.bases import Base, GaussianMixture, StandardNormal, StudentT, UniformBox
 from flowtrain.evaluation.error_budget import SMALL, Subset, rows_of_checks, solver_bias, stderr
 from flowtrain.evaluation.log_likelihood import estimates_trace, marginal
 from flowtrain.evaluation.result import Budget, Check
@@ -24,6 +27,10 @@ MISS, ENOUGH = 1e-3, 7e-4
 # points that are evaluated at most, but for the last doubling, and nodes to a side, by the number of columns
 MOST_POINTS, SIDE = 70_000, {1: 2**17 + 1, 2: 2**11 + 1}
 FIRST_SIDE = {1: 257, 2: 33}
+# how much farther than its samples the grid reaches
+REACH = 1.5
+# of the mass beyond the farthest of the samples, the share that heavy tails may leave beyond the grid
+LEFT_OUT = 1 / 20
 # mass at a node below which its neighbours are left out of the next grid: all of them together are nothing
 NO_MASS = 1e-9
 
@@ -37,7 +44,7 @@ class Mass:
     points: int
 
 
-def mass(log_prob: Callable[[Tensor], Tensor], samples: Tensor) -> Mass:
+def mass(log_prob: Callable[[Tensor], Tensor], samples: Tensor, reach: float = REACH) -> Mass:
     """int exp(log_prob(x)) dx for x (B, d), d 1 or 2, by the trapezoidal rule over x_j = c_j + s_j sinh(t_j).
 
     On smooth densities the rule converges geometrically (Trefethen and Weideman 2014, The exponentially convergent
@@ -49,8 +56,9 @@ def mass(log_prob: Callable[[Tensor], Tensor], samples: Tensor) -> Mass:
     Args:
         log_prob: (B, d) -> (B,) in nats.
         samples: (n, d) from the density, which say where it lies.
+        reach: see `Grid.over`.
     """
-    grid = Grid.over(samples)
+    grid = Grid.over(samples, reach)
     n = FIRST_SIDE[samples.shape[1]]
     everywhere = torch.ones((n,) * samples.shape[1], dtype=torch.bool)
     known = torch.zeros(everywhere.shape, dtype=torch.float64)
@@ -83,13 +91,13 @@ class Grid:
     end: Tensor
 
     @staticmethod
-    def over(samples: Tensor) -> "Grid":
-        """One that reaches half as far again as the samples (n, d)."""
+    def over(samples: Tensor, reach: float = REACH) -> "Grid":
+        """One that reaches `reach` times as far from the median as the samples (n, d)."""
         x = samples.double()
         low, centre, high = torch.quantile(x, torch.tensor([0.16, 0.5, 0.84], dtype=x.dtype, device=x.device), dim=0)
         # twice the spread: the middle, where the mass is, has points at least as dense as an even grid's
         scale = (high - low).clamp_min(torch.finfo(torch.float32).tiny)
-        return Grid(centre, scale, torch.asinh(1.5 * ((x - centre).abs().amax(0) / scale).clamp_min(1.0)))
+        return Grid(centre, scale, torch.asinh(reach * ((x - centre).abs().amax(0) / scale).clamp_min(1.0)))
 
     def values(self, log_prob: Callable[[Tensor], Tensor], where: Tensor) -> Tensor:
         """p(x) dx/dt at the nodes that are marked, (n,), on the CPU."""
@@ -278,7 +286,15 @@ def measured_mass(flow: Flow) -> Mass:
         return torch.cat([marginal(flow, part) for part in torch.split(x, rows_at_a_time(flow.event_shape))])
 
     with seeded(0, flow.like.device):
-        return mass(log_prob, flow.sample(SAMPLES))
+        return mass(log_prob, flow.sample(SAMPLES), reach_of(flow.base))
+
+
+def reach_of(base: Base) -> float:
+    """How much farther than the samples of a flow the grid reaches.
+
+    Of a Student t base P(|z| > r) falls as r^-nu, and a Lipschitz map keeps nu.
+    """
+    return max(REACH, LEFT_OUT ** (-1 / float(base.df.min()))) if isinstance(base, StudentT) else REACH
 
 
 def of_log_det(exact: Flow, subset: Subset) -> Check:
@@ -348,7 +364,7 @@ def drawn_from(exact: Flow) -> Drawn:
     rows, like = min(ROWS, rows_of_checks(exact.event_shape)), exact.like
     label = None if exact.classes is None else exact.in_turn(rows)
     with seeded(0, like.device):
-        z = torch.randn(rows, *exact.event_shape, dtype=like.dtype, device=like.device)
+        z = exact.base.sample(rows, like=like)
     with seeded(1, like.device):
         x, log_det = exact.bijection.forward(z, label)
     with seeded(1, like.device):
@@ -377,10 +393,13 @@ def of_round_trip(exact: Flow, subset: Subset, drawn: Drawn) -> Check:
 
 
 def of_samples(exact: Flow, drawn: Drawn) -> Check:
-    """Does log p of the flow's own samples agree with the entropy that they imply, E[log|det dx/dz| - log N(z)]?"""
+    """Does log p of the flow's own samples agree with the entropy that they imply, E[log|det dx/dz| - log p0(z)]?"""
     # not by the flow's own base, which is looked at too
-    normal = -0.5 * (drawn.z.square() + math.log(2 * math.pi))
-    implied = normal.flatten(1).sum(1) - drawn.log_det
+    of_base = log_prob_by_formula(exact.base, drawn.z)
+    if of_base is None:
+        why = f"there is no second formula for the density of the base, {type(exact.base).__name__}, to compare with"
+        return Check("own samples", None, None, None, why)
+    implied = of_base - drawn.log_det
     gap = drawn.log_p - implied
     limit = LOG_DET[bool(exact.ode_blocks)] * (1 + float(drawn.log_det.abs().mean()))
     if estimates_trace(exact):
@@ -396,6 +415,26 @@ def of_samples(exact: Flow, drawn: Drawn) -> Check:
         f"{-float(implied.mean()):.4f} by how forward spreads the base: one of the two log-determinants, or the base "
         "density, is wrong",
     )
+
+
+@torch.no_grad()
+def log_prob_by_formula(base: Base, z: Tensor) -> Tensor | None:
+    """log p0(z), (B,), of z (B, *event_shape) without `base.log_prob`; None of a base of another module."""
+    if isinstance(base, StandardNormal):
+        return (-0.5 * (z.square() + math.log(2 * math.pi))).flatten(1).sum(1)
+    formula: Any
+    if isinstance(base, GaussianMixture):
+        parts = D.MultivariateNormal(base.means, scale_tril=base.scale_tril)
+        formula = D.MixtureSameFamily(D.Categorical(logits=base.logits), parts)
+    elif isinstance(base, StudentT):
+        formula = D.Independent(D.StudentT(base.df.flatten()), 1)
+    elif isinstance(base, UniformBox):
+        # the corners belong to the box
+        formula = D.Independent(D.Uniform(base.low.flatten(), base.high.flatten(), validate_args=False), 1)
+    else:
+        return None
+    log_p: Tensor = formula.log_prob(z.flatten(1))
+    return log_p
 
 
 def most_rows(error: Tensor) -> float:

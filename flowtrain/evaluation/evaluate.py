@@ -97,7 +97,7 @@ def evaluate(
         with phase("checking the density"):
             judged += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]))
     with phase("calibration"):
-        calibrated, pit = calibration(z)
+        calibrated, pit = calibration(z, flow.base)
     told = None
     if other is not None:
         with phase(f"scoring {other[0]}"):

@@ -113,7 +113,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Whether latents of the data look like draws from the base: each N(0, 1), and |z|^2 chi-square.
+    """Whether latents of the data look like draws from the base, see `evaluation.calibration.calibration`.
 
     Attributes:
         n: rows.

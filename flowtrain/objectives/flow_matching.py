@@ -70,8 +70,8 @@ class Matching(Objective):
 
     Its minimizer v(t, x) = E[x1 - x0 | x_t = x] carries the distribution of x0 to that of x1 (Lipman et al. 2023, Flow
     matching for generative modeling, theorem 1; Liu et al. 2023, Flow straight and fast, theorem 3.3). The field alone
-    is trained; the likelihood is then that of any continuous flow. Times are stratified over the batch, t_i = (i + u) /
-    B in a random order, which leaves the mean as it is and takes most of their variance.
+    is trained, not the base; the likelihood is then that of any continuous flow. Times are stratified over the batch,
+    t_i = (i + u) / B in a random order, which leaves the mean as it is and takes most of their variance.
 
     Raises:
         ConfigError: a flow of no or several continuous parts, or a regularizer of paths, of which none is solved here.
@@ -166,7 +166,7 @@ class FlowMatching(Matching):
     def pairs(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         label = self.flow.labels(label, x)
         x1 = self.ends.from_data(x, label)
-        x0 = self.ends.from_base(torch.randn_like(x1), label)
+        x0 = self.ends.from_base(self.flow.base.sample(len(x1), like=x1), label)
         if label is None or self.coupling is COUPLINGS["independent"]:
             return self.coupling(x0, x1), x1, label
         for y in self.flow.seen:
@@ -183,13 +183,13 @@ class Rectified(Matching):
     teacher has wrong, its student has too.
 
     Args:
-        teacher: the trained flow, with the same bijections around its continuous part as `flow`.
+        teacher: the trained flow, with the same base and the same bijections around its continuous part as `flow`.
         pairs: how many pairs are drawn from it, once, before training.
         rtol: tolerance of the solves that draw them.
         seed: of the pairs.
 
     Raises:
-        ConfigError: what `Matching` refuses, of either flow, or a setting out of range.
+        ConfigError: what `Matching` refuses, of either flow, bases of two types, or a setting out of range.
     """
 
     # it is the teacher, whose likelihood may well be better, but whose paths are not straight
@@ -200,6 +200,11 @@ class Rectified(Matching):
     ) -> None:
         super().__init__(flow, regularizer)
         whole("objective.pairs", pairs)
+        if type(flow.base) is not type(teacher.base):
+            raise ConfigError(
+                f"the paths of the teacher begin at its base, {type(teacher.base).__name__}, and the flow has another, "
+                f"{type(flow.base).__name__}: give both the same"
+            )
         begun = time.perf_counter()
         with seeded(seed, teacher.like.device):
             self.pool = drawn(teacher, pairs, number("objective.rtol", rtol))
@@ -218,7 +223,7 @@ def drawn(teacher: Flow, n: int, rtol: float) -> tuple[Tensor, Tensor, Tensor | 
     assert solver is not None
     # a fixed-step method keeps its steps
     ends = Ends(teacher.with_solver(solver.replace(rtol=rtol, atol=rtol)) if solver.adaptive else teacher)
-    z = torch.randn(n, *teacher.event_shape, dtype=like.dtype, device=like.device)
+    z = teacher.base.sample(n, like=like)
     labels = None if teacher.classes is None else teacher.drawn_labels(n)
     x0 = ends.from_base(z, labels)
     x1 = []

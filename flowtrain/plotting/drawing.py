@@ -60,10 +60,9 @@ def first(flow: Flow, data: Dataset, n: int, label: int | None = None) -> tuple[
     return x[:n].to(device), None if flow.classes is None or labels is None else labels[:n].to(device)
 
 
-def latents(flow: Flow, n: int) -> Tensor:
+def latents(flow: Flow, n: int, temperature: float = 1.0) -> Tensor:
     """Draws from the base, (n, *event)."""
-    like = flow.like
-    return torch.randn(n, *flow.event_shape, dtype=like.dtype, device=like.device)
+    return flow.base.sample(n, temperature=temperature, like=flow.like)
 
 
 def where_inside(

@@ -6,10 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowtrain.bases import StandardNormal
 from flowtrain.data.base import Dataset
 from flowtrain.flow import Flow
 from flowtrain.plotting.drawing import drawing, first, latents, warn_if_plotting_fails
 from flowtrain.plotting.image_grids import draw_panels, draw_rows
+from flowtrain.utils.errors import FlowtrainError
+from flowtrain.utils.process import seeded
 
 IMAGES = 100
 TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0)
@@ -96,7 +99,16 @@ def reconstructed(flow: Flow, data: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def interpolations(flow: Flow, data: Dataset) -> Rows:
-    """From one test image to another along the great circle between their latents, of one class where there are any."""
+    """From one test image to another along the great circle between their latents, of one class where there are any.
+
+    Raises:
+        FlowtrainError: a base other than a standard normal one, whose latents do not lie near a sphere.
+    """
+    if not isinstance(flow.base, StandardNormal):
+        raise FlowtrainError(
+            f"images are interpolated on the sphere that standard normal latents lie near, and this flow has another "
+            f"base, {type(flow.base).__name__}"
+        )
     x, label = first(flow, data, 20 * PAIRS)
     ones, others = pairs(label, len(x))
     z = flow.inverse(x, label)
@@ -134,9 +146,13 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def temperatures(flow: Flow, data: Dataset) -> Rows:
-    """The same latents at several temperatures."""
-    z, label = latents(flow, SAMPLED), None if flow.classes is None else flow.in_turn(SAMPLED)
-    return [(f"T = {t}", flow(t * z, label)) for t in TEMPERATURES]
+    """The same base noise at several temperatures."""
+    label, rows = None if flow.classes is None else flow.in_turn(SAMPLED), []
+    for t in TEMPERATURES:
+        with seeded(0, flow.like.device):
+            z = latents(flow, SAMPLED, t)
+        rows.append((f"T = {t}", flow(z, label)))
+    return rows
 
 
 def classes(flow: Flow, data: Dataset) -> Rows:

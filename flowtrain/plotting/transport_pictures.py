@@ -67,12 +67,12 @@ def animate(
     check_animated(flow, n)
     with drawing(flow, TOLERANCE, seed) as flow:
         if len(flow.event_shape) == 3:
-            _animate_images(flow, data, paths, title, temperature * latents(flow, n or IMAGES), label)
+            _animate_images(flow, data, paths, title, latents(flow, n or IMAGES, temperature), label)
             return
         label = flow.seen[0] if label is None and flow.classes is not None else label
         way = _Way(flow, data, FRAMES, label)
         with status("moving samples"):
-            states = way.states(temperature * latents(flow, n or DOTS))
+            states = way.states(latents(flow, n or DOTS, temperature))
         check_samples(states[-1])
         animate_flow_2d(paths, data=way.data, names=way.names, log_density=way.log_density, states=states, title=title)
 

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -16,13 +17,24 @@ from flowtrain.utils import ranks
 from flowtrain.utils.arguments import whole
 from flowtrain.utils.errors import ConfigError
 
+_SEEDED: ContextVar[bool] = ContextVar("seeded", default=False)
+
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, the global generators of the CPU and of `device` start from `seed`; after, they are as before."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        yield
+        token = _SEEDED.set(True)
+        try:
+            yield
+        finally:
+            _SEEDED.reset(token)
+
+
+def seeding_active() -> bool:
+    """Whether the code runs inside of `seeded`."""
+    return _SEEDED.get()
 
 
 MOST_THREADS = 1024

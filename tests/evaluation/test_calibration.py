@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
+from flowtrain.bases import Base, GaussianMixture, StandardNormal, StudentT, UniformBox
 from flowtrain.evaluation.calibration import calibration, ks_distance, ks_p_value
 
 
@@ -20,8 +21,8 @@ def test_kolmogorov_smirnov_matches_scipy(n: int) -> None:
 
 
 def test_calibration_sees_the_latent_and_the_dependence_that_are_off() -> None:
-    z = torch.randn(4000, 12)
-    good, pit = calibration(z)
+    z, normal = torch.randn(4000, 12), StandardNormal((12,))
+    good, pit = calibration(z, normal)
     assert good.p_value > 0.01
     assert len(pit) == 9
     # by scipy: normal and chi-square distribution functions
@@ -30,12 +31,33 @@ def test_calibration_sees_the_latent_and_the_dependence_that_are_off() -> None:
     np.testing.assert_allclose(pit["radius"].numpy(), stats.chi2.cdf(z.square().sum(1).numpy(), 12), atol=1e-10)
     shifted = z.clone()
     shifted[:, 7] += 0.3
-    found, _ = calibration(shifted)
+    found, _ = calibration(shifted, normal)
     assert (found.worst, found.p_value < 1e-6) == ("z8", True)
     # rows that have no latents are left out
-    lost, _ = calibration(torch.cat([shifted, torch.full((500, 12), torch.nan)]))
+    lost, _ = calibration(torch.cat([shifted, torch.full((500, 12), torch.nan)]), normal)
     assert lost == found
-    assert calibration(torch.full((5, 12), torch.nan))[0].n == 0
+    assert calibration(torch.full((5, 12), torch.nan), normal)[0].n == 0
     # each column normal, all of them equal: nothing but the radius can tell
-    same, _ = calibration(z[:, :1].expand(4000, 12))
+    same, _ = calibration(z[:, :1].expand(4000, 12), normal)
     assert (same.worst, same.p_value < 1e-6, same.radius) == ("radius", True, same.statistic)
+
+
+@pytest.mark.parametrize(
+    "base", [StudentT((3,), 1.5), UniformBox([0.0, -1.0, 5.0], [1.0, 1.0, 5.5]), GaussianMixture(3, 4)]
+)
+def test_draws_of_every_base_are_calibrated_and_a_shift_is_seen(base: Base) -> None:
+    z = base.double().sample(4000)
+    good, pit = calibration(z.float(), base)
+    assert good.p_value > 1e-3
+    assert set(pit) == {"z1", "z2", "z3", "radius"}
+    assert all(((u >= 0) & (u <= 1)).all() for u in pit.values())
+    z[:, 1] += 0.3
+    found, _ = calibration(z, base)
+    assert (found.worst, found.p_value < 1e-6) == ("z2", True)
+
+
+def test_latents_outside_of_a_box_count_as_its_edges() -> None:
+    z = torch.tensor([[2.0], [-3.0], [0.5]])
+    _, pit = calibration(z, UniformBox([0.0], [1.0]))
+    assert pit["z1"].tolist() == [1.0, 0.0, 0.5]
+    assert pit["radius"].tolist() == [1.0, 1.0, 0.0]

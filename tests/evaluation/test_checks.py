@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flowtrain.bases import Base, GaussianMixture, StandardNormal, StudentT, UniformBox
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.linear import Affine, InvertibleLinear
@@ -153,6 +154,57 @@ def test_unsolvable_check_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["solver"].passed is False
     # fixed steps have no estimate of their own
     assert parts.embedded is None
+
+
+def with_base(base: Base) -> Flow:
+    flow = Flow(base, Chain([Affine(2), Affine(2)]))
+    for p in flow.bijection.parameters():
+        nn.init.normal_(p, std=0.3)
+    return flow.eval()
+
+
+# of a box, whose density jumps, the grid finds too little or says that it is too coarse
+@pytest.mark.parametrize(
+    "base", [StudentT((2,), 1.0), StudentT((2,), 3.0), UniformBox([0.0, -1.0], [1.0, 1.0]), GaussianMixture(2, 3)]
+)
+def test_checks_pass_for_every_base_and_see_a_wrong_density_of_it(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = with_base(base.double())
+    x = flow.sample(100)
+    assert failing(flow, x) - ({"mass"} if isinstance(base, UniformBox) else set()) == set()
+    exact, right = reference(flow), type(base).log_prob
+    assert of_samples(exact, drawn_from(exact)).passed
+    monkeypatch.setattr(type(base), "log_prob", lambda self, z: right(self, z) + 0.1)
+    assert "own samples" in failing(flow, x)
+
+
+def test_mass_check_of_a_box_is_not_counted_against_the_flow() -> None:
+    flow = with_base(UniformBox([0.0, -1.0], [1.0, 1.0]))
+    x = flow.sample(300)
+    subset, log_p = subset_of(flow, x, None), log_probs(flow, x)
+    found = {c.name: c for c in all_checks(flow, subset, budget(flow, subset, log_p, 1), log_p, (None, None))}
+    assert found["mass"].passed is not False
+    assert all(found[name].passed for name in ("log-det", "round trip", "own samples"))
+
+
+def test_a_wrong_log_det_is_seen_under_every_base() -> None:
+    for base in (StudentT((2,), 2.0), UniformBox([0.0, 0.0], [1.0, 1.0]), GaussianMixture(2, 2)):
+        flow = Flow(base, Chain([Broken(down=1.1)])).eval()
+        assert failing(flow, flow.sample(50)) >= {"log-det", "own samples"}
+
+
+def test_own_samples_are_not_checked_against_a_base_without_a_second_formula() -> None:
+    class Mine(Base):
+        log_prob = StandardNormal.log_prob
+        rsample = StandardNormal.rsample
+        to_uniform = StandardNormal.to_uniform
+
+    exact = reference(with_base(Mine((2,))))
+    check = of_samples(exact, drawn_from(exact))
+    assert check.passed is None
+    assert "Mine" in str(check.message)
+    # a subclass is held to the density that it is one of
+    exact = reference(with_base(type("Sub", (StandardNormal,), {})((2,))))
+    assert of_samples(exact, drawn_from(exact)).passed
 
 
 def test_kl_may_be_negative_within_its_error_only() -> None:

@@ -1,0 +1,556 @@
+"""Base distributions of flows: the density of the latents z before a bijection maps them to data."""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.utils.arguments import one_of, whole
+from flowtrain.utils.errors import FlowtrainError
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+COVARIANCES = ("full", "diagonal")
+# numbers that the Jacobians of one part of `GaussianMixture.rsample` hold
+PART = 2**22
+# terms of the continued fraction of the incomplete beta function
+MOST_TERMS = 10_000
+
+
+class Base(nn.Module, ABC):
+    """A distribution over latents z of `event_shape`, with a density in closed form.
+
+    A subclass defines `log_prob`, `rsample` and `to_uniform`. d is the number of elements of z, and functions that
+    return (B, d) take the elements in the order of `z.flatten(1)`.
+
+    Args:
+        event_shape: shape of one z.
+
+    Example:
+        >>> class Laplace(Base):
+        ...     def log_prob(self, z):
+        ...         return -z.abs().flatten(1).sum(1) - z[0].numel() * math.log(2)
+        ...
+        ...     def rsample(self, n, generator=None, temperature=1.0, like=None):
+        ...         u = torch.rand(n, *self.event_shape, generator=generator) - 0.5
+        ...         return -temperature * u.sign() * (1 - 2 * u.abs()).log()
+        ...
+        ...     def to_uniform(self, z):
+        ...         z = z.flatten(1)
+        ...         return 0.5 - 0.5 * z.sign() * torch.expm1(-z.abs())
+        >>> Laplace((2,)).log_prob(torch.zeros(1, 2))  # -2 log 2
+        tensor([-1.3863])
+    """
+
+    def __init__(self, event_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+
+    @abstractmethod
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p0(z) in nats, (B,), for z (B, *event_shape)."""
+
+    @abstractmethod
+    def rsample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        """n draws z (n, *event_shape) with gradients to the parameters of the base.
+
+        Args:
+            generator: None for the global generator of the device.
+            temperature: multiplies the noise around the mode, or around the mean of a mixture component. 1 draws from
+                the distribution.
+            like: the draws have its dtype and device. None: those of the parameters, or torch's defaults if there are
+                no parameters.
+
+        Raises:
+            FlowtrainError: a temperature other than 1 for a base that has none.
+        """
+
+    @abstractmethod
+    def to_uniform(self, z: Tensor) -> Tensor:
+        """Probability integral transforms u (B, d) of z (B, *event_shape), independent and uniform if z ~ p0.
+
+        u_j = F(z_j | z_1, ..., z_(j-1)) with F the conditional distribution function (Rosenblatt 1952, Remarks on a
+        multivariate transformation).
+        """
+
+    def to_normal(self, z: Tensor) -> Tensor:
+        """Normal scores Phi^-1(u) (B, d), u = `to_uniform(z)`: if z ~ p0, independent and standard normal."""
+        y: Tensor = torch.special.ndtri(self.to_uniform(z))
+        return y
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        """n draws z (n, *event_shape), as `rsample` without gradients."""
+        return self.rsample(n, generator, temperature, like)
+
+    def extra_repr(self) -> str:
+        return f"event_shape={self.event_shape}"
+
+
+class StandardNormal(Base):
+    """p0(z) = N(z; 0, I). It has no parameters.
+
+    log p0(z) = -(|z|^2 + d log 2 pi) / 2.
+
+    Example:
+        >>> round(StandardNormal((2,)).log_prob(torch.zeros(1, 2)).item(), 4)  # -log(2 pi)
+        -1.8379
+    """
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        z = z.flatten(1)
+        return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+    def rsample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        shape = (n, *self.event_shape)
+        if like is None:
+            z = torch.randn(shape, generator=generator)
+        elif generator is None and like.shape == shape:
+            # fills memory in the order of `like`, which need not be contiguous
+            z = torch.randn_like(like)
+        else:
+            z = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+        return temperature * z
+
+    def to_uniform(self, z: Tensor) -> Tensor:
+        u: Tensor = torch.special.ndtr(z.flatten(1))
+        return u
+
+    def to_normal(self, z: Tensor) -> Tensor:
+        return z.flatten(1)
+
+
+class StudentT(Base):
+    """Independent Student t distributions, whose tails are heavier than those of a normal distribution.
+
+    p0(z) = prod_j c(nu_j) (1 + z_j^2 / nu_j)^(-(nu_j + 1) / 2), with c(nu) = Gamma((nu + 1) / 2) / (sqrt(nu pi)
+    Gamma(nu / 2)). A Lipschitz bijection cannot make the tails of its base heavier; so a standard normal base cannot
+    model a distribution with polynomial tails (Jaini et al. 2020, Tails of Lipschitz triangular flows, theorem 4).
+
+    Args:
+        event_shape: shape of one z.
+        df: degrees of freedom nu > 0: one number, or a tensor of `event_shape`.
+        trainable: whether `log_df` is a parameter; otherwise it is a buffer.
+
+    Raises:
+        FlowtrainError: df <= 0, not finite, or of another shape.
+
+    Example:
+        >>> round(StudentT((1,), df=1.0).log_prob(torch.zeros(1, 1)).item(), 4)  # Cauchy: -log(pi)
+        -1.1447
+    """
+
+    log_df: Tensor
+
+    def __init__(self, event_shape: Sequence[int], df: float | Tensor = 4.0, trainable: bool = False) -> None:
+        super().__init__(event_shape)
+        given = torch.as_tensor(df, dtype=torch.get_default_dtype())
+        if given.dim() and given.shape != self.event_shape:
+            raise FlowtrainError(f"df has shape {tuple(given.shape)}: give one number, or shape {self.event_shape}")
+        if not _holds((given > 0) & given.isfinite()):
+            raise FlowtrainError(f"df={df}: give degrees of freedom greater than 0")
+        log_df = given.log().expand(self.event_shape).clone()
+        if trainable:
+            self.log_df = nn.Parameter(log_df)
+        else:
+            self.register_buffer("log_df", log_df)
+
+    @property
+    def df(self) -> Tensor:
+        """Degrees of freedom, of `event_shape`."""
+        return self.log_df.exp()
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        df = self.df
+        constant = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * (df * math.pi).log()
+        return (constant - (df + 1) / 2 * torch.log1p(z.square() / df)).flatten(1).sum(1)
+
+    def rsample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        """z = e sqrt(nu / chi), e ~ N(0, 1) and chi ~ chi-square of nu degrees, drawn as 2 Gamma(nu / 2)."""
+        df = (self.df if like is None else self.df.to(like)).expand(n, *self.event_shape)
+        normal = torch.randn(df.shape, generator=generator, dtype=df.dtype, device=df.device)
+        gamma = torch._standard_gamma(df / 2, generator).clamp_min(torch.finfo(df.dtype).tiny)
+        return temperature * normal * (df / (2 * gamma)).sqrt()
+
+    @torch.no_grad()
+    def to_uniform(self, z: Tensor) -> Tensor:
+        """F(z_j) = I(nu / (nu + z_j^2); nu / 2, 1 / 2) / 2 for z_j < 0; computed in float64, without gradients."""
+        df, z64 = self.df.double().flatten(), z.flatten(1).double()
+        tail = 0.5 * incomplete_beta(df / 2, torch.full_like(df, 0.5), df / (df + z64.square()))
+        return torch.where(z64 < 0, tail, 1 - tail).to(z.dtype)
+
+
+def incomplete_beta(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    """The regularized incomplete beta function I(x; a, b) for a, b > 0 and x in [0, 1]; shapes broadcast; float64.
+
+    The continued fraction 8.17.22 of the NIST Digital Library of Mathematical Functions, by the modified Lentz
+    algorithm. It converges fast for x < (a + 1) / (a + b + 2); beyond, I(x; a, b) = 1 - I(1 - x; b, a).
+
+    Example:
+        >>> half = torch.tensor(0.5, dtype=torch.float64)
+        >>> round(incomplete_beta(half, half, half).item(), 12)  # 2 / pi asin(sqrt(x))
+        0.5
+    """
+    a, b, x = torch.broadcast_tensors(a, b, x)  # type: ignore[no-untyped-call]
+    swapped = x > (a + 1) / (a + b + 2)
+    a, b, x = torch.where(swapped, b, a), torch.where(swapped, a, b), torch.where(swapped, 1 - x, x)
+    log_front = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b) + torch.xlogy(a, x) + torch.xlogy(b, 1 - x)
+    tiny, eps = torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).eps
+    d = 1 / (1 - (a + b) * x / (a + 1))
+    c, fraction = torch.ones_like(x), d
+    for m in range(1, MOST_TERMS):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            d = 1 / _off_zero(1 + term * d, tiny)
+            c = _off_zero(1 + term / c, tiny)
+            fraction = fraction * c * d
+        # NaN is not worth a wait
+        if not bool(((c * d - 1).abs() > 4 * eps).any()):
+            break
+    found = (log_front.exp() * fraction / a).clamp(0, 1)
+    return torch.where(swapped, 1 - found, found)
+
+
+def _off_zero(x: Tensor, tiny: float) -> Tensor:
+    return torch.where(x.abs() < tiny, tiny, x)
+
+
+def _holds(condition: Tensor) -> bool:
+    """Whether all of it is true; a base on torch's meta device, which has no values, is not checked."""
+    return condition.is_meta or bool(condition.all())
+
+
+class UniformBox(Base):
+    """The uniform distribution on a box: p0(z) = prod_j 1 / (high_j - low_j) for low <= z <= high, and 0 outside.
+
+    log_prob is -inf outside. The inverse of the bijection must therefore map every data point into the box. A sample
+    near the edge of the box may lie outside of it after a round trip, because of rounding.
+
+    Args:
+        low, high: the corners, of one shape, which is the event shape.
+
+    Raises:
+        FlowtrainError: corners of different shapes or without dimensions, not finite, or low >= high.
+
+    Example:
+        >>> UniformBox([0.0, 0.0], [2.0, 1.0]).log_prob(torch.tensor([[1.0, 0.5], [3.0, 0.5]]))  # -log 2
+        tensor([-0.6931,    -inf])
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: Tensor | Sequence[float], high: Tensor | Sequence[float]) -> None:
+        dtype = torch.get_default_dtype()
+        given = [torch.as_tensor(corner, dtype=dtype).clone() for corner in (low, high)]
+        if given[0].shape != given[1].shape or not given[0].dim():
+            shapes = " and ".join(str(tuple(corner.shape)) for corner in given)
+            raise FlowtrainError(f"the corners have shapes {shapes}: give two of the shape of one sample")
+        if not _holds((given[0] < given[1]) & torch.stack(given).isfinite().all(0)):
+            raise FlowtrainError("low must be less than high in every element, and both must be finite")
+        super().__init__(given[0].shape)
+        self.register_buffer("low", given[0])
+        self.register_buffer("high", given[1])
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        volume = (self.high - self.low).log().sum().to(z.dtype)
+        inside = ((z >= self.low) & (z <= self.high)).flatten(1).all(1)
+        found = torch.where(inside, -volume, -torch.inf)
+        return torch.where(z.isnan().flatten(1).any(1), torch.nan, found)
+
+    def rsample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        if temperature != 1:
+            raise FlowtrainError(
+                f"temperature={temperature}: a uniform base has no mode that lower temperatures approach; leave it out"
+            )
+        low, high = (self.low, self.high) if like is None else (self.low.to(like), self.high.to(like))
+        u = torch.rand(n, *self.event_shape, generator=generator, dtype=low.dtype, device=low.device)
+        # rounding may lead past the corner
+        return torch.minimum(low + (high - low) * u, high)
+
+    def to_uniform(self, z: Tensor) -> Tensor:
+        return ((z - self.low) / (self.high - self.low)).clamp(0, 1).flatten(1)
+
+
+class GaussianMixture(Base):
+    """p0(z) = sum_k w_k N(z; m_k, L_k L_k^T), k = 1 .. K. All of w, m and L are trainable.
+
+    w = softmax(logits). L_k is lower triangular: its diagonal is exp(log_scale_k), the elements below are `lower`, row
+    by row; a diagonal mixture has none. A new mixture has equal weights, L_k = I and means drawn from N(0, I).
+
+    Args:
+        event_shape: shape of one z, or d.
+        components: K.
+        covariance: full | diagonal.
+
+    Attributes:
+        logits: (K,).
+        means, log_scale: (K, d).
+        lower: (K, d (d - 1) / 2), or None.
+
+    Raises:
+        ConfigError: a setting out of range.
+
+    Example:
+        >>> mixture = GaussianMixture(1, 2)
+        >>> _ = mixture.fit(torch.tensor([[-1.0], [-2.0], [4.0], [6.0]]))
+        >>> mixture.means.flatten().sort().values, mixture.weights  # of two points each
+        (tensor([-1.5000,  5.0000], grad_fn=<SortBackward0>), tensor([0.5000, 0.5000], grad_fn=<SoftmaxBackward0>))
+    """
+
+    def __init__(self, event_shape: int | Sequence[int], components: int, covariance: str = "full") -> None:
+        super().__init__((event_shape,) if isinstance(event_shape, int) else event_shape)
+        k, d = whole("components", components), math.prod(self.event_shape)
+        full = one_of("covariance", covariance, COVARIANCES) == "full"
+        self.logits = nn.Parameter(torch.zeros(k))
+        self.means = nn.Parameter(torch.randn(k, d))
+        self.log_scale = nn.Parameter(torch.zeros(k, d))
+        self.lower = nn.Parameter(torch.zeros(k, d * (d - 1) // 2)) if full else None
+
+    @property
+    def weights(self) -> Tensor:
+        """w, (K,)."""
+        return self.logits.softmax(0)
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """L, (K, d, d)."""
+        found = torch.diag_embed(self.log_scale.exp())
+        if self.lower is None:
+            return found
+        d = found.shape[1]
+        rows, columns = torch.tril_indices(d, d, -1, device=found.device)
+        return found.index_put((torch.arange(len(found), device=found.device)[:, None], rows, columns), self.lower)
+
+    def _noise(self, z: Tensor) -> Tensor:
+        """e_k = L_k^-1 (z - m_k), (B, K, d), for z (B, d)."""
+        off = z.unsqueeze(1) - self.means
+        if self.lower is None:
+            return off * (-self.log_scale).exp()
+        # a solve for each k, of B right sides, is ten times as fast as one for each row too
+        e: Tensor = torch.linalg.solve_triangular(self.scale_tril.to(off.dtype), off.permute(1, 2, 0), upper=False)
+        return e.permute(2, 0, 1)
+
+    def _log_terms(self, e: Tensor) -> Tensor:
+        """log N(e_j; 0, 1) - log L_jj, (B, K, d): the log density of z_j in component k given z_1 .. z_(j-1)."""
+        return -0.5 * e.square() - HALF_LOG_2PI - self.log_scale
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self._log_joint(z.flatten(1)).logsumexp(1)
+
+    def _log_joint(self, z: Tensor) -> Tensor:
+        """log w_k N(z; m_k, L_k L_k^T), (B, K), for z (B, d)."""
+        constant = self.logits.log_softmax(0) - self.log_scale.sum(1) - self.means.shape[1] * HALF_LOG_2PI
+        return constant - 0.5 * self._noise(z).square().sum(-1)
+
+    def rsample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        """z = m_k + T L_k e, k ~ w, e ~ N(0, I), T the temperature.
+
+        The draw of k has no derivative. The gradients are therefore implicit ones (Figurnov et al. 2018, Implicit
+        reparameterization gradients, eq. 7): u = `to_uniform(z)` stays fixed when the parameters change, so that
+        dz = -(du/dz)^-1 du/dparameters. They reach the weights too. They take d backward passes, and have no second
+        derivatives.
+
+        Raises:
+            FlowtrainError: gradients are required at a temperature other than 1.
+        """
+        like = self.means if like is None else like
+        k = torch.multinomial(self.weights.detach(), n, replacement=True, generator=generator)
+        e = torch.randn(n, self.means.shape[1], generator=generator, dtype=like.dtype, device=like.device)
+        with torch.no_grad():
+            if self.lower is None:
+                off = self.log_scale.exp().to(e)[k] * e
+            else:
+                off = (self.scale_tril.to(e)[k] @ e.unsqueeze(-1)).squeeze(-1)
+            z = self.means.to(e)[k] + temperature * off
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            if temperature != 1:
+                raise FlowtrainError(f"temperature={temperature}: draws of a mixture have gradients at temperature 1")
+            z = self._implicit(z)
+        return z.view(n, *self.event_shape)
+
+    def _implicit(self, z: Tensor) -> Tensor:
+        """z (n, d) with the gradients that `rsample` describes."""
+        k, d = self.means.shape
+
+        def of_row(row: Tensor) -> Tensor:
+            return self._conditional_cdf(row.unsqueeze(0))[0]
+
+        rows = max(1, PART // (k * d * d))
+        with torch.no_grad():
+            jacobian = torch.func.vmap(torch.func.jacrev(of_row), chunk_size=rows)(z)
+        u = self._conditional_cdf(z)
+        change: Tensor = torch.linalg.solve_triangular(jacobian.tril(), (u - u.detach()).unsqueeze(-1), upper=False)
+        return z - change.squeeze(-1).to(z.dtype)
+
+    def _conditional_cdf(self, z: Tensor) -> Tensor:
+        """F(z_j | z_1 .. z_(j-1)) = sum_k q_jk Phi(e_kj), q_jk ~ w_k N(z_1 .. z_(j-1); component k); (B, d)."""
+        e = self._noise(z)
+        terms = self._log_terms(e)
+        before = torch.nn.functional.pad(terms.cumsum(-1)[..., :-1], (1, 0))
+        q = (self.logits.log_softmax(0).unsqueeze(-1) + before).softmax(1)
+        u: Tensor = (q * torch.special.ndtr(e)).sum(1)
+        return u
+
+    def to_uniform(self, z: Tensor) -> Tensor:
+        return self._conditional_cdf(z.flatten(1)).clamp(0, 1)
+
+    @torch.no_grad()
+    def fit(
+        self,
+        x: Tensor,
+        steps: int = 200,
+        tolerance: float = 1e-6,
+        floor: float = 1e-6,
+        generator: torch.Generator | None = None,
+    ) -> Self:
+        """Sets the parameters by maximum likelihood on x (n, *event_shape), with EM in float64; returns the mixture.
+
+        EM (Dempster et al. 1977) runs on columns of mean 0 and standard deviation 1. It starts from the clusters of
+        k-means, whose centres start from k-means++ (Arthur and Vassilvitskii 2007).
+
+        Args:
+            steps: of EM, at most.
+            tolerance: EM ends when a step raises the mean log-likelihood by less, in nats.
+            floor: the least eigenvalue of a covariance, as a share of the variance of the columns. Without it the
+                likelihood is unbounded: a component on a single row has variance 0.
+            generator: of k-means++, on the CPU; None for the global generator.
+
+        Raises:
+            FlowtrainError: x of another shape, without rows, or not finite.
+        """
+        if x.shape[1:] != self.event_shape or x.dim() != 1 + len(self.event_shape) or not len(x):
+            raise FlowtrainError(f"x has shape {tuple(x.shape)}; this base is fitted to (n, *{self.event_shape})")
+        x = x.flatten(1).double()
+        if not bool(x.isfinite().all()):
+            raise FlowtrainError("x has values that are NaN or infinite: remove those rows")
+        mean, std = x.mean(0), x.std(0, correction=0)
+        std = torch.where(std > torch.finfo(x.dtype).eps * mean.abs(), std, 1.0)
+        x = (x - mean) / std
+        exact, k = copy.deepcopy(self).to(x), len(self.logits)
+        q = nn.functional.one_hot(clusters(x, k, generator), k).to(x)
+        before = -math.inf
+        for _ in range(steps):
+            exact._maximize(x, q, floor)
+            terms = exact._log_joint(x)
+            now = float(terms.logsumexp(1).mean())
+            if now - before < tolerance:
+                break
+            before, q = now, terms.softmax(1)
+        exact._set(exact.logits, mean + std * exact.means, std.unsqueeze(1) * exact.scale_tril)
+        self.load_state_dict(exact.state_dict())
+        return self
+
+    def _maximize(self, x: Tensor, q: Tensor, floor: float) -> None:
+        """The M step: weights, means and covariances of rows x (n, d) of shares q (n, K)."""
+        # a component without rows keeps a weight that has a logarithm
+        total = q.sum(0) + 10 * torch.finfo(q.dtype).eps
+        means = q.T @ x / total.unsqueeze(1)
+        off = x.unsqueeze(1) - means
+        if self.lower is None:
+            variance = torch.einsum("nk,nkd->kd", q, off.square()) / total.unsqueeze(1)
+            factor = torch.diag_embed(variance.clamp_min(floor).sqrt())
+        else:
+            covariance = torch.einsum("nk,nki,nkj->kij", q, off, off) / total.view(-1, 1, 1)
+            factor = _cholesky_above(covariance, floor)
+        self._set((total / total.sum()).log(), means, factor)
+
+    def _set(self, logits: Tensor, means: Tensor, scale_tril: Tensor) -> None:
+        self.logits.copy_(logits)
+        self.means.copy_(means)
+        self.log_scale.copy_(scale_tril.diagonal(dim1=1, dim2=2).log())
+        if self.lower is not None:
+            d = means.shape[1]
+            rows, columns = torch.tril_indices(d, d, -1, device=means.device)
+            self.lower.copy_(scale_tril[:, rows, columns])
+
+    def extra_repr(self) -> str:
+        covariance = "diagonal" if self.lower is None else "full"
+        return f"event_shape={self.event_shape}, components={len(self.logits)}, covariance={covariance}"
+
+
+def _cholesky_above(covariance: Tensor, floor: float) -> Tensor:
+    """Cholesky factors of covariances (K, d, d), whose eigenvalues below `floor` are set to it.
+
+    These are the most likely covariances among those with no eigenvalue below `floor`.
+    """
+    margin = floor * torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    # positive definite, if no eigenvalue is as small
+    low = torch.linalg.cholesky_ex(covariance - margin).info != 0
+    if bool(low.any()):
+        values, vectors = torch.linalg.eigh(covariance[low])
+        covariance = covariance.clone()
+        covariance[low] = vectors * values.clamp_min(floor).unsqueeze(1) @ vectors.mT
+    factor: Tensor = torch.linalg.cholesky(covariance)
+    return factor
+
+
+def clusters(x: Tensor, k: int, generator: torch.Generator | None = None, steps: int = 20) -> Tensor:
+    """k-means with a k-means++ start: the cluster (n,), 0 .. k - 1, of each row of x (n, d).
+
+    Args:
+        generator: on the CPU; None for the global generator.
+        steps: of Lloyd's algorithm, at most.
+    """
+
+    def draw(weights: Tensor) -> int:
+        return int(torch.multinomial(weights.cpu(), 1, generator=generator))
+
+    nearest = torch.ones(len(x), dtype=x.dtype, device=x.device)
+    centres = []
+    for i in range(k):
+        # where fewer than k rows differ, any row
+        centres.append(x[draw(nearest if bool((nearest > 0).any()) else torch.ones_like(nearest))])
+        distance = (x - centres[-1]).square().sum(1)
+        nearest = distance if i == 0 else torch.minimum(nearest, distance)
+    means = torch.stack(centres)
+    found = torch.cdist(x, means).argmin(1)
+    for _ in range(steps):
+        share = nn.functional.one_hot(found, k).to(x)
+        count = share.sum(0).unsqueeze(1)
+        means = torch.where(count > 0, share.T @ x / count.clamp_min(1), means)
+        again = torch.cdist(x, means).argmin(1)
+        if torch.equal(again, found):
+            break
+        found = again
+    return found

@@ -1,0 +1,330 @@
+"""Bases against torch.distributions, scipy and finite differences."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.distributions as D
+from scipy import integrate, stats
+from sklearn.mixture import GaussianMixture as SklearnMixture
+from torch import Tensor, nn
+
+from flowtrain.bases import Base, GaussianMixture, StandardNormal, StudentT, UniformBox, clusters, incomplete_beta
+from flowtrain.utils.errors import ConfigError, FlowtrainError
+
+
+def mixture(shape: tuple[int, ...] = (3,), covariance: str = "full") -> GaussianMixture:
+    base = GaussianMixture(shape, 4, covariance)
+    for p in base.parameters():
+        nn.init.normal_(p, std=0.7)
+    return base
+
+
+def student(shape: tuple[int, ...] = (3,)) -> StudentT:
+    return StudentT(shape, 2 + 3 * torch.rand(shape), trainable=True)
+
+
+def box(shape: tuple[int, ...] = (3,)) -> UniformBox:
+    return UniformBox(-1 - torch.rand(shape), 1 + torch.rand(shape))
+
+
+BASES: dict[str, Callable[..., Base]] = {
+    "normal": lambda shape=(3,): StandardNormal(shape),
+    "student": student,
+    "box": box,
+    "full": mixture,
+    "diagonal": lambda shape=(3,): mixture(shape, "diagonal"),
+}
+
+
+def closed_form(base: Base) -> D.Distribution:
+    """The same distribution of flattened z."""
+    d = math.prod(base.event_shape)
+    if isinstance(base, StudentT):
+        return D.Independent(D.StudentT(base.df.flatten()), 1)
+    if isinstance(base, UniformBox):
+        return D.Independent(D.Uniform(base.low.flatten(), base.high.flatten()), 1)
+    if isinstance(base, GaussianMixture):
+        parts = D.MultivariateNormal(base.means, scale_tril=base.scale_tril)
+        return D.MixtureSameFamily(D.Categorical(logits=base.logits), parts)
+    return D.Independent(D.Normal(torch.zeros(d), torch.ones(d)), 1)
+
+
+@pytest.fixture(params=BASES)
+def make(request: pytest.FixtureRequest) -> Callable[..., Base]:
+    return BASES[request.param]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 1, 2)])
+def test_log_prob_is_that_of_the_closed_form(make: Callable[..., Base], shape: tuple[int, ...]) -> None:
+    base = make(shape)
+    z = base.sample(50)
+    assert z.shape == (50, *shape)
+    assert not z.requires_grad
+    torch.testing.assert_close(base.log_prob(z), closed_form(base).log_prob(z.flatten(1)))
+    assert base.log_prob(z[:0]).shape == (0,)
+
+
+def test_draws_have_the_marginals_of_the_density(make: Callable[..., Base]) -> None:
+    """Against draws of torch.distributions: Kolmogorov-Smirnov's test of random projections."""
+    base, n = make(), 4000
+    ours, theirs = base.sample(n), closed_form(base).sample((n,))
+    for direction in torch.cat([torch.eye(3), torch.randn(2, 3)]):
+        assert stats.ks_2samp((ours @ direction).numpy(), (theirs @ direction).numpy()).pvalue > 1e-4
+
+
+def test_transforms_of_draws_are_uniform_and_independent(make: Callable[..., Base]) -> None:
+    base = make()
+    u, y = base.to_uniform(base.sample(4000)), base.to_normal(base.sample(4000))
+    assert u.shape == y.shape == (4000, 3)
+    for j in range(3):
+        assert stats.kstest(u[:, j].detach().numpy(), "uniform").pvalue > 1e-4
+        assert stats.kstest(y[:, j].detach().numpy(), "norm").pvalue > 1e-4
+    correlation = torch.corrcoef(y.detach().T) - torch.eye(3)
+    assert correlation.abs().max() < 5 / 4000**0.5
+
+
+def test_transforms_are_integrals_of_the_density(make: Callable[..., Base]) -> None:
+    """log|det du/dz| of a Rosenblatt transformation is log p0(z)."""
+    base = make()
+    z = base.sample(5)
+    if isinstance(base, StudentT):
+        # which is computed without gradients
+        h = 1e-5
+        columns = [(base.to_uniform(z + h * e) - base.to_uniform(z - h * e)) / (2 * h) for e in torch.eye(3)]
+        jacobian = torch.stack(columns, 2)
+    else:
+        jacobian = torch.stack(
+            [torch.autograd.functional.jacobian(lambda one: base.to_uniform(one[None])[0], row) for row in z]
+        )
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], base.log_prob(z).detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_first_transform_of_a_mixture_is_its_marginal() -> None:
+    base = mixture()
+    z = base.sample(3)
+    with torch.no_grad():
+        std = base.scale_tril[:, 0, 0]
+        expected = [
+            float((base.weights * torch.tensor(stats.norm.cdf(float(row[0]), base.means[:, 0], std))).sum())
+            for row in z
+        ]
+        np.testing.assert_allclose(base.to_uniform(z)[:, 0].numpy(), expected, atol=1e-12)
+
+
+def test_draws_repeat_with_a_generator_and_leave_the_global_one_alone(make: Callable[..., Base]) -> None:
+    base = make()
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    first, second = (base.sample(6, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.rand(2), expected)
+    assert not torch.equal(first, base.sample(6, torch.Generator().manual_seed(6)))
+
+
+def test_draws_have_the_dtype_asked_for(make: Callable[..., Base]) -> None:
+    base = make()
+    assert base.sample(2).dtype == torch.float64
+    assert base.sample(2, like=torch.zeros(1, dtype=torch.float32)).dtype == torch.float32
+    assert base.float().sample(2, like=torch.zeros(1, dtype=torch.float32)).dtype == torch.float32
+    z = base.sample(2, like=torch.zeros(1, dtype=torch.float32)).double()
+    assert base.log_prob(z).dtype == torch.float64
+    assert base.to_uniform(z).dtype == torch.float64
+
+
+def test_standard_normal_adds_nothing_to_a_checkpoint_and_draws_as_randn() -> None:
+    base = StandardNormal((2, 3))
+    assert not base.state_dict()
+    assert not [*base.parameters(), *base.buffers()]
+    for like in (None, torch.zeros((), dtype=torch.float32), torch.zeros(7, 3, 2).transpose(1, 2)):
+        torch.manual_seed(0)
+        found = base.sample(7, like=like)
+        torch.manual_seed(0)
+        expected = torch.randn(7, 2, 3) if like is None or not like.dim() else torch.randn_like(like)
+        if like is not None and like.dtype == torch.float32:
+            torch.manual_seed(0)
+            expected = torch.randn(7, 2, 3, dtype=torch.float32)
+        assert torch.equal(found, expected)
+
+
+def test_bases_are_sketched_without_memory() -> None:
+    """As a checkpoint's model is, to compare the shapes of its weights."""
+
+    def shapes() -> list[dict[str, torch.Size]]:
+        bases = [StudentT((2,), 3.0), UniformBox([0.0, 0.0], [1.0, 1.0]), GaussianMixture(2, 3)]
+        return [{name: value.shape for name, value in base.state_dict().items()} for base in bases]
+
+    expected = shapes()
+    with torch.device("meta"):
+        assert shapes() == expected
+        assert StudentT((2,), 3.0).log_df.is_meta
+
+
+@pytest.mark.parametrize("df", [0.3, 1.0, 4.5, 60.0, 3e4])
+def test_distribution_function_of_student_t_is_that_of_scipy(df: float) -> None:
+    z = torch.cat([torch.linspace(-6, 6, 25), torch.tensor([-1e6, -300.0, 300.0, 1e6, torch.inf])]).unsqueeze(1)
+    np.testing.assert_allclose(
+        StudentT((1,), df).to_uniform(z)[:, 0].numpy(), stats.t.cdf(z[:, 0].numpy(), df), rtol=1e-9, atol=1e-300
+    )
+
+
+def test_incomplete_beta_is_the_integral() -> None:
+    for a, b, x in ((0.5, 2.0, 0.9), (3.0, 0.5, 0.2), (7.0, 8.0, 0.5), (2.0, 2.0, 0.0), (2.0, 2.0, 1.0)):
+        whole, part = (integrate.quad(lambda t, a=a, b=b: t ** (a - 1) * (1 - t) ** (b - 1), 0, s)[0] for s in (1, x))
+        found = incomplete_beta(*(torch.tensor(v) for v in (a, b, x)))
+        assert found.item() == pytest.approx(part / whole, abs=1e-9)
+
+
+def test_outside_of_a_box_the_density_is_zero_and_nan_stays_nan() -> None:
+    base = UniformBox([0.0, -1.0], [2.0, 1.0])
+    z = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.1, 0.0], [1.0, -1.1], [torch.nan, 0.0]])
+    log_p = base.log_prob(z)
+    assert log_p[:2].tolist() == pytest.approx([-math.log(4)] * 2)
+    assert log_p[2:4].tolist() == [-math.inf] * 2
+    assert log_p[4].isnan()
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_gradients_of_mixture_draws_are_those_of_expectations(covariance: str) -> None:
+    """By draws, and by the closed form E[a^T z + |z|^2] = sum_k w_k (a^T m_k + |m_k|^2 + |L_k|^2)."""
+    base, a = mixture((2,), covariance), torch.tensor([0.3, -1.0])
+    parameters = list(base.parameters())
+    z = base.rsample(60_000)
+    found = torch.autograd.grad((z @ a + z.square().sum(1)).mean(), parameters)
+    m, factor = base.means, base.scale_tril
+    expected = base.weights @ (m @ a + m.square().sum(1) + factor.square().sum((1, 2)))
+    for ours, exact in zip(found, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0.05, atol=0.03)
+
+
+def test_gradients_of_draws_keep_their_transforms_fixed() -> None:
+    """The definition of the implicit derivative: u(z(parameters), parameters) does not change."""
+    base = mixture((2,))
+    direction = [torch.randn_like(p) for p in base.parameters()]
+    z = base.rsample(4)
+    parameters = list(base.parameters())
+    dz = torch.zeros(4, 2)
+    for i, j in itertools.product(range(4), range(2)):
+        gradients = torch.autograd.grad(z[i, j], parameters, retain_graph=True)
+        dz[i, j] = torch.stack([(g * v).sum() for g, v in zip(gradients, direction, strict=True)]).sum()
+    moved, h = [], 1e-5
+    with torch.no_grad():
+        for step in (h, -h):
+            for p, v in zip(parameters, direction, strict=True):
+                p.add_(step * v)
+            moved.append(base.to_uniform(z.detach() + step * dz))
+            for p, v in zip(parameters, direction, strict=True):
+                p.sub_(step * v)
+    torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-9)
+
+
+def test_gradients_of_student_t_draws_are_those_of_expectations() -> None:
+    base = StudentT((1,), 6.0, trainable=True)
+    (found,) = torch.autograd.grad(base.rsample(200_000).square().mean(), base.log_df)
+    # E z^2 = nu / (nu - 2), so that its derivative by log nu is -2 nu / (nu - 2)^2
+    assert found.item() == pytest.approx(-2 * 6 / 16, rel=0.1)
+
+
+def test_temperature_scales_the_noise() -> None:
+    for base in (StandardNormal((2,)), StudentT((2,), 3.0)):
+        hot, cold = (base.sample(5, torch.Generator().manual_seed(1), t) for t in (1.0, 0.5))
+        torch.testing.assert_close(cold, 0.5 * hot)
+    parts = mixture((2,))
+    frozen = parts.sample(100, temperature=0.0)
+    assert set(map(tuple, frozen.tolist())) <= set(map(tuple, parts.means.tolist()))
+    with pytest.raises(FlowtrainError, match=r"temperature=0\.5"):
+        box().sample(3, temperature=0.5)
+    with pytest.raises(FlowtrainError, match="gradients at temperature 1"):
+        parts.rsample(3, temperature=0.5)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_fit_finds_the_mixture_and_scores_as_scikit_learn(covariance: str) -> None:
+    truth = mixture((2,), covariance)
+    with torch.no_grad():
+        truth.means.copy_(torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 500.0], [9.0, 510.0]]))
+    x = truth.sample(3000)
+    base = GaussianMixture(2, 4, covariance).fit(x, generator=torch.Generator().manual_seed(0))
+    order = [int((base.means - m).norm(dim=1).argmin()) for m in truth.means]
+    assert sorted(order) == [0, 1, 2, 3]
+    torch.testing.assert_close(base.weights[order], truth.weights, rtol=0, atol=0.05)
+    torch.testing.assert_close(base.scale_tril[order], truth.scale_tril, rtol=0.2, atol=0.2)
+    kind = {"full": "full", "diagonal": "diag"}[covariance]
+    other = SklearnMixture(4, covariance_type=kind, random_state=0, tol=1e-8, max_iter=500).fit(x.numpy())
+    assert base.log_prob(x).mean().item() == pytest.approx(other.score(x.numpy()), abs=1e-3)
+
+
+def test_em_of_one_component_is_the_gaussian_of_the_rows() -> None:
+    x = torch.randn(500, 3) @ torch.randn(3, 3) + 5
+    base = GaussianMixture((3,), 1).fit(x, floor=0.0)
+    torch.testing.assert_close(base.means[0], x.mean(0))
+    torch.testing.assert_close((base.scale_tril @ base.scale_tril.mT)[0], torch.cov(x.T, correction=0))
+
+
+def test_fit_of_float32_is_done_in_float64_and_draws_nothing_else() -> None:
+    """Rows far from 0, whose covariance float32 does not resolve."""
+    x = (1e4 + torch.randn(400, 2)).float()
+    base = GaussianMixture(2, 1).float()
+    torch.manual_seed(2)
+    expected = torch.rand(1)
+    torch.manual_seed(2)
+    base.fit(x, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.rand(1), expected)
+    assert base.means.dtype == torch.float32
+    torch.testing.assert_close(
+        (base.scale_tril @ base.scale_tril.mT)[0].double(), torch.cov(x.double().T, correction=0), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_fit_of_few_and_equal_and_constant_rows_is_finite(covariance: str) -> None:
+    for x in (torch.zeros(5, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 2.0]])):
+        base = GaussianMixture(2, 3, covariance).fit(x)
+        assert base.log_prob(x).isfinite().all()
+        assert base.sample(5).isfinite().all()
+    with pytest.raises(FlowtrainError, match="NaN or infinite"):
+        base.fit(torch.tensor([[torch.nan, 0.0]]))
+    with pytest.raises(FlowtrainError, match="shape"):
+        base.fit(torch.zeros(5, 3))
+
+
+def test_clusters_separate_what_is_apart_and_start_far_apart() -> None:
+    centres = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0], [50.0, 50.0], [25.0, 100.0]])
+    truth = torch.arange(5).repeat_interleave(20)
+    x = centres[truth] + torch.randn(100, 2)
+    for seed in range(5):
+        found = clusters(x, 5, torch.Generator().manual_seed(seed))
+        assert len({(int(a), int(b)) for a, b in zip(found, truth, strict=True)}) == 5
+
+
+def test_gradients_of_log_prob_against_finite_differences() -> None:
+    for base in (mixture((2,)), mixture((2,), "diagonal"), student((2,))):
+        z = base.sample(4)
+
+        def of_parameters(*values: Tensor, base: Base = base, z: Tensor = z) -> Tensor:
+            names = [name for name, _ in base.named_parameters()]
+            found: Tensor = torch.func.functional_call(base, dict(zip(names, values, strict=True)), (z,))
+            return found
+
+        base.forward = base.log_prob  # type: ignore[assignment]
+        assert torch.autograd.gradcheck(of_parameters, tuple(base.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StudentT((2,), 0.0), "greater than 0"),
+        (lambda: StudentT((2,), torch.ones(3)), "shape"),
+        (lambda: UniformBox([0.0, 1.0], [1.0, 1.0]), "less than high"),
+        (lambda: UniformBox([0.0], [1.0, 1.0]), "shapes"),
+        (lambda: GaussianMixture(2, 0), "components=0"),
+        (lambda: GaussianMixture(2, 2, "spherical"), "covariance=spherical"),
+    ],
+)
+def test_bad_arguments_are_refused(make: Callable[[], Base], message: str) -> None:
+    with pytest.raises((FlowtrainError, ConfigError), match=message):
+        make()

@@ -1,0 +1,305 @@
+"""Flows behave like other objects of torch: distributions, generators, copies, pickles, dtypes."""
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.distributions as D
+from helpers.flows import IMAGES, TIGHT, continuous, flow_of, vectors
+from torch import Tensor, nn
+
+from flowtrain.bases import GaussianMixture, StudentT
+from flowtrain.bijections.base import Chain
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.scale import Logit
+from flowtrain.data.base import Samples
+from flowtrain.evaluation.log_likelihood import log_probs
+from flowtrain.flow import Flow, FlowDistribution
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.nn.mlp_field import MLPField
+from flowtrain.ode import ode_solver
+from flowtrain.utils.errors import FlowtrainError
+from flowtrain.utils.process import seeded, seeding_active
+
+
+def affine(d: int = 2) -> Flow:
+    flow = Flow((d,), Affine(d))
+    for p in flow.parameters():
+        nn.init.normal_(p, std=0.5)
+    return flow.eval()
+
+
+def gaussian(flow: Flow) -> D.MultivariateNormal:
+    """The distribution of an affine flow."""
+    assert isinstance(flow.bijection, Affine)
+    # torch cannot check the values of empty tensors
+    return D.MultivariateNormal(flow.bijection.mean, scale_tril=flow.bijection.factor(), validate_args=False)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,), (2, 0)])
+def test_distribution_agrees_with_the_gaussian_of_torch(batch: tuple[int, ...]) -> None:
+    flow = affine()
+    ours, theirs = flow.distribution(), gaussian(flow)
+    x = torch.randn(*batch, 2)
+    torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(x))
+    for name in ("sample", "rsample"):
+        found, expected = getattr(ours, name)(torch.Size(batch)), getattr(theirs, name)(torch.Size(batch))
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert (ours.event_shape, ours.batch_shape, ours.has_rsample) == (theirs.event_shape, theirs.batch_shape, True)
+    assert ours.arg_constraints == {}
+
+
+@pytest.mark.parametrize("batch", [(4,), (3, 4), (1,)])
+def test_expanded_distributions_broadcast_as_those_of_torch(batch: tuple[int, ...]) -> None:
+    flow = affine()
+    ours, theirs = (p.expand(batch) for p in (flow.distribution(), gaussian(flow)))
+    assert isinstance(ours, FlowDistribution)
+    assert ours.batch_shape == theirs.batch_shape
+    assert ours.sample((7,)).shape == theirs.sample((7,)).shape
+    for shape in ((2,), (*batch, 2), (5, *batch, 2)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(x))
+    wider = ours.expand((6, *batch))
+    assert wider.sample().shape == (6, *batch, 2)
+    # samples of a batch are independent
+    assert len(wider.sample().flatten(0, -2).unique(dim=0)) == 6 * math.prod(batch)
+    for p in (wider, theirs.expand((6, *batch))):
+        with pytest.raises(RuntimeError, match="expand"):
+            p.expand((2,))
+
+
+def test_distribution_works_within_those_of_torch() -> None:
+    flow = affine()
+    p, truth, x = flow.distribution(), gaussian(flow), torch.randn(5, 3, 2)
+    torch.testing.assert_close(D.Independent(p.expand((3,)), 1).log_prob(x), truth.log_prob(x).sum(1))
+    moved = D.TransformedDistribution(p, [D.AffineTransform(1.0, 3.0, event_dim=1)])
+    torch.testing.assert_close(moved.log_prob(x), truth.log_prob((x - 1) / 3) - 2 * math.log(3))
+    assert moved.sample((4,)).shape == (4, 2)
+
+
+def test_distribution_works_in_pyro() -> None:
+    pyro = pytest.importorskip("pyro")
+    flow = affine()
+    p, truth = flow.distribution(), gaussian(flow)
+
+    def model() -> Tensor:
+        with pyro.plate("rows", 5):
+            x: Tensor = pyro.sample("x", p)
+        return x
+
+    trace = pyro.poutine.trace(model).get_trace()
+    x = trace.nodes["x"]["value"]
+    assert x.shape == (5, 2)
+    torch.testing.assert_close(trace.log_prob_sum(), truth.log_prob(x).sum())
+    # the evidence of a model whose guide is its posterior has no noise
+    loss = pyro.infer.Trace_ELBO().differentiable_loss(model, model)
+    torch.testing.assert_close(loss.detach(), torch.zeros(()))
+
+
+def test_distribution_checks_its_support() -> None:
+    p = affine().distribution()
+    assert p.support.check(torch.randn(4, 2)).tolist() == [True] * 4
+    assert p.support.event_dim == 1
+    with pytest.raises(ValueError, match="within the support"):
+        p.log_prob(torch.tensor([[0.0, torch.nan]]))
+    flow = Flow((2,), Chain([Affine(2), Logit(4, 0.05)]), integer_valued=True, levels=4).eval()
+    p = flow.distribution()
+    assert p.support.check(torch.tensor([[0.0, 4.0], [1.0, 4.1]])).tolist() == [True, False]
+    assert p.log_prob(torch.randint(0, 4, (3, 2))).shape == (3,)
+
+
+def test_distribution_of_a_conditional_flow_takes_its_label() -> None:
+    flow = vectors("realnvp", classes=3)
+    p, x = flow.distribution(1), torch.randn(2, 4, 2)
+    torch.testing.assert_close(p.log_prob(x), flow.log_prob(x.view(8, 2), 1).view(2, 4))
+    torch.manual_seed(0)
+    expected = flow.sample(4, label=1)
+    torch.manual_seed(0)
+    assert torch.equal(p.sample((4,)), expected)
+    for label in (None, 3):
+        with pytest.raises(FlowtrainError, match="label"):
+            flow.distribution(label)
+    with pytest.raises(FlowtrainError, match="not conditional"):
+        affine().distribution(1)
+
+
+@pytest.mark.parametrize("name", ["ffjord", "realnvp", "glow"])
+def test_rsample_has_the_gradient_of_finite_differences(name: str) -> None:
+    flow, f = vectors(name), lambda x: (x.sin() * torch.tensor([1.0, 2.0])).sum()
+    assert torch.equal(flow.rsample(3, generator=generator()).detach(), flow.sample(3, generator=generator()))
+    p = max(flow.parameters(), key=lambda p: p.numel())
+    index = tuple(torch.tensor(p.shape) // 2)
+    (gradient,) = torch.autograd.grad(f(flow.rsample(3, generator=generator())), p, allow_unused=True)
+    values = []
+    with torch.no_grad():
+        for step in (1e-5, -1e-5):
+            p[index] += step
+            values.append(float(f(flow.sample(3, generator=generator()))))
+            p[index] -= step
+    assert float(gradient[index]) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4, abs=1e-6)
+
+
+def test_rsample_reaches_the_parameters_of_the_base() -> None:
+    for base in (StudentT((2,), 4.0, trainable=True), GaussianMixture(2, 3)):
+        flow = Flow(base, Affine(2))
+        flow.rsample(5).square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in flow.base.parameters())
+    assert not flow.sample(2).requires_grad
+
+
+def test_gradient_of_the_entropy_is_that_of_the_gaussian() -> None:
+    """Reverse KL by reparametrization, which variational inference needs."""
+    flow = affine()
+    p = flow.distribution()
+    x = p.rsample((2000,))
+    ours = torch.autograd.grad(-p.log_prob(x).mean(), list(flow.parameters()), allow_unused=True)
+    theirs = torch.autograd.grad(gaussian(flow).entropy(), list(flow.parameters()), allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        expected = torch.zeros_like(a) if b is None else b
+        torch.testing.assert_close(a, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_samples_repeat_with_a_generator_and_leave_the_global_one_alone() -> None:
+    flows = [affine(), vectors("realnvp", classes=3), Flow(GaussianMixture(2, 2), Affine(2))]
+    for flow in flows:
+        flow.class_counts = (1, 2, 3) if flow.classes else ()
+        torch.manual_seed(1)
+        expected = torch.rand(2)
+        torch.manual_seed(1)
+        first = flow.sample(9, generator=generator(4))
+        assert torch.equal(first, flow.sample(9, generator=generator(4)))
+        assert torch.equal(first, flow.sample(9, generator=generator(4), chunk=2))
+        assert torch.equal(torch.rand(2), expected)
+        assert not torch.equal(first, flow.sample(9, generator=generator(5)))
+    # a generator of the state that the global one has gives what that gives
+    torch.manual_seed(7)
+    assert torch.equal(flows[0].sample(9), flows[0].sample(9, generator=generator(7)))
+
+
+def every_flow() -> dict[str, Callable[[], Flow]]:
+    images = Samples((1, 4, 4), integer_valued=True, levels=16)
+    return {
+        **{name: partial(vectors, name) for name in ("ffjord", "realnvp", "glow")},
+        "images": partial(flow_of, IMAGES["glow"], images, TIGHT),
+        "student": lambda: Flow(StudentT((2,), 3.0), Affine(2)),
+        "mixture": lambda: Flow(GaussianMixture(2, 3), Affine(2)),
+    }
+
+
+@pytest.fixture(params=every_flow())
+def flow(request: pytest.FixtureRequest) -> Flow:
+    return every_flow()[request.param]().eval()
+
+
+def points(flow: Flow) -> Tensor:
+    """Where the flow has a density."""
+    x = flow.sample(3, generator=generator())
+    return x if flow.levels is None else x.clamp(0.1, flow.levels - 0.1)
+
+
+def test_copies_and_pickles_score_alike_and_share_nothing(flow: Flow) -> None:
+    x = points(flow)
+    expected = flow.log_prob(x).detach()
+    file = io.BytesIO()
+    torch.save(flow, file)
+    file.seek(0)
+    for other in (copy.deepcopy(flow), torch.load(file, weights_only=False)):
+        assert torch.equal(other.log_prob(x), expected)
+        assert torch.equal(other.sample(3, generator=generator(1)), flow.sample(3, generator=generator(1)))
+        with torch.no_grad():
+            for p in other.parameters():
+                p.add_(0.1)
+        assert not torch.equal(other.log_prob(x), expected)
+        assert torch.equal(flow.log_prob(x), expected)
+
+
+def test_a_deepcopy_has_step_plans_of_its_own() -> None:
+    flow = vectors("ffjord").train()
+    flow.log_prob(torch.randn(5, 2))
+    before = [list(plan.steps) for plan in flow.histories]
+    assert any(before)
+    other = copy.deepcopy(flow)
+    assert [plan.steps for plan in other.histories] == before
+    other.log_prob(30 * torch.randn(50, 2))
+    assert [plan.steps for plan in other.histories] != before
+    assert [plan.steps for plan in flow.histories] == before
+    assert other.solver is not flow.solver
+
+
+def test_copies_of_a_compiled_flow_evaluate_their_own_field() -> None:
+    """A compiled function is bound to the field that it was made of, and cannot be pickled."""
+    flow = vectors("ffjord").train()
+    (block,) = flow.ode_blocks
+    field = block.field
+    block.compiled = (lambda t, x: field(t, x), lambda *arguments: None)
+    torch.save(flow, io.BytesIO())
+    (copied,) = copy.deepcopy(flow).ode_blocks
+    with torch.no_grad():
+        for p in copied.field.parameters():
+            p.zero_()
+    assert not copied.velocity()(torch.tensor(0.5), torch.randn(3, 2)).any()
+
+
+def test_dtypes_change_and_change_back(flow: Flow) -> None:
+    x = points(flow)
+    expected, drawn = flow.log_prob(x).detach(), flow.sample(3, generator=generator())
+    single = flow.float()
+    log_p = single.log_prob(x)
+    assert log_p.dtype == single.sample(2).dtype == single.rsample(2).dtype == torch.float32
+    torch.testing.assert_close(log_p.double(), expected, rtol=2e-3, atol=2e-3)
+    double = single.double().to("cpu")
+    assert double.log_prob(x).dtype == double.distribution().sample().dtype == torch.float64
+    torch.testing.assert_close(double.log_prob(x), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(double.sample(3, generator=generator()), drawn, rtol=2e-3, atol=2e-3)
+
+
+def wide(d: int = 130) -> Flow:
+    """A flow whose trace is estimated at evaluation."""
+    field = MLPField(d, [4], "concatsquash", "tanh")
+    for p in field.parameters():
+        nn.init.normal_(p, std=0.5)
+    return Flow((d,), Chain([Continuous(field, ode_solver("rk4", steps=2), TraceRule())]))
+
+
+def test_estimated_log_prob_repeats_in_evaluation_mode_and_draws_nothing() -> None:
+    flow, x = wide().eval(), torch.randn(4, 130)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first = flow.log_prob(x)
+    assert torch.equal(flow.log_prob(x), first)
+    assert torch.equal(torch.rand(3), expected)
+    # in training, where the noise must average out, it is drawn anew
+    flow.train()
+    assert not torch.equal(flow.log_prob(x), flow.log_prob(x))
+
+
+def test_seeds_of_an_evaluation_reach_the_probes() -> None:
+    flow, x = wide().eval(), torch.randn(4, 130)
+    one, same, other = (log_probs(flow, x, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    with seeded(1, x.device):
+        assert seeding_active()
+        inside = flow.log_prob(x)
+        # the next call has other probes
+        assert not torch.equal(flow.log_prob(x), inside)
+    assert torch.equal(inside.detach(), one)
+    assert not seeding_active()
+
+
+def test_exact_log_prob_is_the_same_whatever_is_seeded() -> None:
+    flow = Flow((2,), Chain([continuous(2)])).eval()
+    x = torch.randn(3, 2)
+    with seeded(5, x.device):
+        inside = flow.log_prob(x)
+    assert torch.equal(flow.log_prob(x), inside)
