@@ -390,7 +390,7 @@ def test_a_sweep_of_jobs_in_other_processes_says_how_many_are_done(
     launcher = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "launcher": launcher}})
     with sweep_jobs.summarized():
-        sweep_jobs.Root().on_multirun_start(config)
+        sweep_jobs.SweepDirectoryRecorder().on_multirun_start(config)
         assert "0 jobs" in terminal.after(2 * DELAY)
         for name in ("0", "1"):
             (tmp_path / name).mkdir()
