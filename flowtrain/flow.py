@@ -105,16 +105,22 @@ class Flow(nn.Module):
     def use_solver(self, solver: Solver) -> None:
         """Solves all ODEs of this flow with another solver from now on."""
         for module in self.bijection.modules():
-            if isinstance(getattr(module, "solver", None), Solver):
+            if isinstance(vars(module).get("solver"), Solver):
                 setattr(module, "solver", solver)  # noqa: B010 - mypy takes a plain assignment for that of a submodule
 
     def with_solver(self, solver: Solver) -> Self:
-        """A flow with the same parameters, not copies of them, whose ODEs are solved by another solver."""
+        """A flow with the same parameters, not copies of them, whose ODEs are solved by another solver.
+
+        Modules below an ODE block, such as its field, are shared, and so is their training or evaluation mode.
+        """
+        views: dict[nn.Module, nn.Module] = {}
 
         def view(module: nn.Module) -> nn.Module:
-            if not any(isinstance(getattr(m, "solver", None), Solver) for m in module.modules()):
+            if module in views:
+                return views[module]
+            if not any(isinstance(vars(m).get("solver"), Solver) for m in module.modules()):
                 return module
-            found = copy(module)
+            views[module] = found = copy(module)
             found._modules = {k: m if m is None else view(m) for k, m in module._modules.items()}
             return found
 

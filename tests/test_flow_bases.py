@@ -9,8 +9,9 @@ from torch import nn
 
 from flowtrain.bases import Base, GaussianMixture, StandardNormal, StudentT, UniformBox
 from flowtrain.bijections.base import Chain
-from flowtrain.bijections.continuous import Continuous, Regularizer
+from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.toys.shapes import Moons
 from flowtrain.evaluation import evaluate

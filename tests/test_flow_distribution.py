@@ -16,7 +16,7 @@ from flowtrain.bases import GaussianMixture, StudentT
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.linear import Affine
-from flowtrain.bijections.scale import Logit
+from flowtrain.bijections.logit import Logit
 from flowtrain.data.base import Samples
 from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.flow import Flow, FlowDistribution
@@ -225,13 +225,13 @@ def test_copies_and_pickles_score_alike_and_share_nothing(flow: Flow) -> None:
 def test_a_deepcopy_has_step_plans_of_its_own() -> None:
     flow = vectors("ffjord").train()
     flow.log_prob(torch.randn(5, 2))
-    before = [list(plan.steps) for plan in flow.histories]
+    before = [plan.steps for plan in flow.step_plans]
     assert any(before)
     other = copy.deepcopy(flow)
-    assert [plan.steps for plan in other.histories] == before
+    assert [plan.steps for plan in other.step_plans] == before
     other.log_prob(30 * torch.randn(50, 2))
-    assert [plan.steps for plan in other.histories] != before
-    assert [plan.steps for plan in flow.histories] == before
+    assert [plan.steps for plan in other.step_plans] != before
+    assert [plan.steps for plan in flow.step_plans] == before
     assert other.solver is not flow.solver
 
 

@@ -2,8 +2,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,13 @@ class Bijection(nn.Module, ABC):
         (tensor([[2., 2., 2.]]), 2.0794)
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes passes use `forward` and `inverse` of a class that overrides them and not the pass itself."""
+        super().__init_subclass__(**kwargs)
+        for name, default in (("forward", Bijection.pass_forward), ("inverse", Bijection.pass_inverse)):
+            if name in cls.__dict__ and f"pass_{name}" not in cls.__dict__:
+                setattr(cls, f"pass_{name}", default)
+
     @abstractmethod
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Base to data."""
@@ -59,13 +68,15 @@ class Bijection(nn.Module, ABC):
     def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         """`forward` with options for its ODE solves, and with the path integrals that the options ask for.
 
-        A bijection that contains others overrides this method and `pass_inverse`, to hand the options down.
+        A bijection that contains others overrides this method and `pass_inverse`, to hand the options down. This
+        default is for bijections that only have `forward` and `inverse`. ODEs inside them are solved with the options
+        too.
         """
-        return Pass(*self.forward(z, label))
+        return _handed_down(self.forward, z, label, options)
 
     def pass_inverse(self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         """`inverse` with options, see `pass_forward`."""
-        return Pass(*self.inverse(x, label))
+        return _handed_down(self.inverse, x, label, options)
 
     def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         """`forward` without its log-determinant, for maps that can save the work."""
@@ -95,6 +106,39 @@ class Bijection(nn.Module, ABC):
         return torch.cat([first, *(self.map_inverse(p, y) for p, y in zip(parts[1:], labels[1:], strict=True))])
 
 
+class _Outer(NamedTuple):
+    """The options of a pass through a bijection that only has `forward` and `inverse`, and the integrals inside."""
+
+    options: SolveOptions
+    integrals: list[Tensor]
+
+
+_OUTER: ContextVar[_Outer | None] = ContextVar("outer pass", default=None)
+
+
+def _handed_down(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, label: Any, options: SolveOptions) -> Pass:
+    """A pass by `forward` or `inverse`, inside which `as_pass` finds the options."""
+    if options is AS_CONFIGURED:
+        return Pass(*function(x, label))
+    outer = _Outer(options, [])
+    token = _OUTER.set(outer)
+    try:
+        y, log_det = function(x, label)
+    finally:
+        _OUTER.reset(token)
+    return Pass(y, log_det, tuple(outer.integrals))
+
+
+def as_pass(function: Callable[..., Pass], x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`forward` or `inverse` of a bijection that hands options down, by its `pass_forward` or `pass_inverse`."""
+    outer = _OUTER.get()
+    if outer is None:
+        return function(x, label)[:2]
+    y, log_det, integrals = function(x, label, outer.options)
+    outer.integrals.extend(integrals)
+    return y, log_det
+
+
 class Chain(Bijection):
     """The composition b_n . ... . b_1 in the direction base to data: b_1 stands next to the base.
 
@@ -115,10 +159,10 @@ class Chain(Bijection):
             yield bijection
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.pass_forward(z, label)[:2]
+        return as_pass(partial(Chain.pass_forward, self), z, label)
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.pass_inverse(x, label)[:2]
+        return as_pass(partial(Chain.pass_inverse, self), x, label)
 
     def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         log_det = z.new_zeros(len(z))

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, Pass
+from flowtrain.bijections.base import Bijection, Pass, as_pass
 from flowtrain.bijections.regularizers import Integral, integrands
 from flowtrain.nn.divergence import Probes, TraceRule
 from flowtrain.nn.velocity_field import Field, LayeredField
@@ -72,10 +73,10 @@ class Continuous(Bijection):
         return part
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.pass_forward(z, label)[:2]
+        return as_pass(partial(Continuous.pass_forward, self), z, label)
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.pass_inverse(x, label)[:2]
+        return as_pass(partial(Continuous.pass_inverse, self), x, label)
 
     def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         return self._transport(z, label, self.times[0], self._end(options), options)

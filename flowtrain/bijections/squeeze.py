@@ -4,11 +4,12 @@ Both keep the shape of an image from end to end, so that latents have the shape 
 """
 
 from abc import abstractmethod
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.base import Bijection, Pass
+from flowtrain.bijections.base import Bijection, Pass, as_pass
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 
 
@@ -31,10 +32,10 @@ class Wrapped(Bijection):
         """The inverse of `enter`."""
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.pass_forward(z, label)[:2]
+        return as_pass(partial(Wrapped.pass_forward, self), z, label)
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.pass_inverse(x, label)[:2]
+        return as_pass(partial(Wrapped.pass_inverse, self), x, label)
 
     def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         inside, outside = self.enter(z)

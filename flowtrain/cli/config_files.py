@@ -71,9 +71,10 @@ def recipe_values(name: str) -> dict[str, Any]:
     """The values that a recipe sets, by dotted keys, with those of the recipes that it extends."""
     found: dict[str, Any] = {}
     for parent in read("recipe", name).parents:
-        found |= recipe_values(parent)
-    content = yaml.safe_load(_text("recipe", name)) or {}
-    return {**found, **flattened({key: value for key, value in content.items() if key != "defaults"})}
+        found |= recipe_values(parent.removeprefix("/recipe/").partition("@")[0])
+    content = OmegaConf.to_container(OmegaConf.create(_text("recipe", name) or "{}"))
+    assert isinstance(content, dict)
+    return {**found, **flattened({str(key): value for key, value in content.items() if key != "defaults"})}
 
 
 def applied_recipes(choices: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -87,7 +88,12 @@ def applied_recipes(choices: Mapping[str, Any], config: Mapping[str, Any]) -> di
     values = flattened(config)
     names = [choices.get("recipe@_global_"), choices.get("recipe")]
     there = [name for name in names if name != "none" and name in options("recipe")]
-    return {name: [k for k, v in recipe_values(name).items() if k in values and values[k] == v] for name in there}
+
+    def is_set(key: str, value: Any) -> bool:
+        # an interpolation is resolved in the config
+        return key in values and (values[key] == value or (isinstance(value, str) and "${" in value))
+
+    return {name: [key for key, value in recipe_values(name).items() if is_set(key, value)] for name in there}
 
 
 def _text(group: str, name: str) -> str:

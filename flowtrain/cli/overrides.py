@@ -14,11 +14,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from flowtrain.cli.config_files import add_working_directory_to_path, compose_defaults, options, plain
-from flowtrain.cli.error_messages import unknown_key
+from flowtrain.cli.error_messages import keys_of_choice, unknown_key
 from flowtrain.cli.output_files import exists, is_path
 from flowtrain.runs.build import with_whole_numbers
 from flowtrain.training import checkpoint
-from flowtrain.training.old_checkpoints import RENAMED_KEYS
+from flowtrain.training.old_checkpoints import RENAMED_KEYS, RENAMED_OVERRIDES
 from flowtrain.training.tensorboard import DEFAULT
 from flowtrain.utils.arguments import choose, hint
 from flowtrain.utils.errors import ConfigError
@@ -41,7 +41,7 @@ def rename_old_keys(arguments: Sequence[str]) -> list[str]:
         >>> rename_old_keys(["trainer.lr=0.1"])
         ['trainer.lr=0.1']
     """
-    renamed = {f"{g}.{old}": f"{g}.{new}" for g, names in RENAMED_KEYS.items() for old, new in names.items()}
+    renamed = {old: new for old, new in RENAMED_OVERRIDES.items() if has_key(new, arguments)}
     replaced = []
     for argument in arguments:
         start, equals, value = argument.partition("=")
@@ -53,15 +53,33 @@ def rename_old_keys(arguments: Sequence[str]) -> list[str]:
     return replaced
 
 
-def rename_old_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A composed config in which keys of earlier versions have their present names, with a warning."""
+def has_key(key: str, arguments: Sequence[str]) -> bool:
+    """Whether the choices that a command line makes have a key in their config files."""
+    group = key.partition(".")[0]
+    given = [a.partition("=")[2] for a in arguments if a.lstrip("+").partition("=")[0] == group]
+    # only ffjord is chosen by default among the groups with renamed keys
+    names = given[-1].split(",") if given else ["ffjord"]
+    return all(key in keys_of_choice(group, name.strip()) for name in names)
+
+
+def rename_old_config_keys(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A composed config in which keys of earlier versions have their present names, with a warning.
+
+    Only groups that have both names are changed: a config file of a user adds the old name to our new one.
+
+    Args:
+        overrides: those of the command line. They win over the config files.
+    """
+    given = keys_of(overrides)
     groups = dict(config)
     for group, names in RENAMED_KEYS.items():
         keys = dict(groups[group])
         for old, new in names.items():
             if old in keys and new in keys:
                 warn_of_old_key(f"{group}.{old}", f"{group}.{new}")
-                keys[new] = keys.pop(old)
+                value = keys.pop(old)
+                if f"{group}.{new}" not in given:
+                    keys[new] = value
         groups[group] = keys
     return groups
 

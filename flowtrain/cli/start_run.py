@@ -123,9 +123,9 @@ def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
             # only now: a directory that was another run's is not this one's to go on with
             ranks.remember(run_dir)
         with cleaned_up_unless_begun(run_dir, REFUSAL_ERRORS) if ranks.is_first() else nullcontext():
-            whole = with_config_of_from(
-                rename_old_config_keys(check_known_keys(plain(config))), HydraConfig.get().overrides.task
-            )
+            overrides = HydraConfig.get().overrides.task
+            whole = rename_old_config_keys(check_known_keys(plain(config)), overrides)
+            whole = with_config_of_from(whole, overrides)
             if whole["resume"] is not None:
                 raise ConfigError(f"resume={whole['resume']}: give it without + and without -m")
             trust = trusted(whole["trust"])

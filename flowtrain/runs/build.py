@@ -58,7 +58,14 @@ def build_objective(config: Config, flow: Flow, teacher: Flow | None = None) -> 
         )
     offered = {"steps": config["trainer"]["steps"], "seed": config["seed"], "teacher": teacher}
     given = {"flow": flow, "regularizer": regularizer}
-    return cast(Objective, _call(config, "objective", **given, **_wanted(config, "objective", offered)))
+    objective = cast(Objective, _call(config, "objective", **given, **_wanted(config, "objective", offered)))
+    known = inspect.signature(objective.forward).parameters.values()
+    if not any(p.name == "options" or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in known):
+        raise ConfigError(
+            f"objective: {type(objective).__name__}.forward takes no options, the SolveOptions of a step; give it the "
+            "argument options=AS_CONFIGURED, and pass it to flow.density_pass(x, label, options)"
+        )
+    return objective
 
 
 def takes_teacher(config: Config) -> bool:

@@ -22,6 +22,8 @@ RENAMED = {
 
 # config keys of earlier versions, by group, and their present names
 RENAMED_KEYS = {"model": {"positions": "positional_bias"}}
+# the same as keys of the command line
+RENAMED_OVERRIDES = {f"{g}.{old}": f"{g}.{new}" for g, names in RENAMED_KEYS.items() for old, new in names.items()}
 # what checkpoints say of their samples
 RENAMED_SAMPLES = {"discrete": "integer_valued"}
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from helpers import SMALL, Run
 
-from flowtrain.cli.overrides import FLAGS, validate_command_line, warn_of_old_key
+from flowtrain.cli.config_files import applied_recipes
+from flowtrain.cli.overrides import FLAGS, rename_old_keys, validate_command_line, warn_of_old_key
 from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError, FlowtrainError, out_of_memory
 
@@ -107,3 +108,33 @@ def test_old_name_of_a_key_works_with_a_warning(
     saved = checkpoint.load(tmp_path / "r/checkpoints/last.pt")["config"]["model"]
     assert saved["positional_bias"] is True
     assert "positions" not in saved
+
+
+def test_command_line_wins_over_the_old_name_of_a_key_in_an_experiment(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/old.yaml").write_text("# @package _global_\nmodel:\n  positions: true\n")
+    small = ["model=glow", "experiment=old", *SMALL, "--config-dir", "conf", "hydra.run.dir=r"]
+    assert run("flowtrain", *small, "model.positions=false")[0] == 0
+    assert checkpoint.load(tmp_path / "r/checkpoints/last.pt")["config"]["model"]["positional_bias"] is False
+
+
+def test_own_key_of_a_user_model_is_not_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/mine.yaml").write_text("name: mine\n_target_: mine.model\npositions: 3\n")
+    command = ["model=mine", "model.positions=6", "--config-dir", str(tmp_path / "conf")]
+    monkeypatch.setattr("sys.argv", ["flowtrain", *command])
+    assert rename_old_keys(command) == command
+    assert rename_old_keys(["model=glow,realnvp", "model.positions=true"])[1] == "model.positional_bias=true"
+
+
+def test_recipe_values_are_read_as_hydra_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf/recipe").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - ffjord_rings\ntrainer:\n  lr: 1e-3\n  weight_decay: ${trainer.lr}\n"
+    (tmp_path / "conf/recipe/mine.yaml").write_text(text)
+    monkeypatch.setattr("sys.argv", ["flowtrain", "--config-dir", str(tmp_path / "conf")])
+    config = {"trainer": {"lr": 0.001, "weight_decay": 0.001}, "model": {"field": "time_embedding"}}
+    assert set(applied_recipes({"recipe": "mine"}, config)["mine"]) == {
+        "trainer.lr",
+        "trainer.weight_decay",
+        "model.field",
+    }

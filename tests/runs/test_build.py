@@ -7,8 +7,11 @@ import pytest
 from helpers import Run
 from omegaconf import OmegaConf
 
+from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.cli.config_files import compose_defaults
-from flowtrain.runs.build import with_whole_numbers
+from flowtrain.objectives.likelihood import Likelihood
+from flowtrain.runs import build
+from flowtrain.runs.build import build_data, build_flow, build_objective, with_whole_numbers
 from flowtrain.training import checkpoint
 from flowtrain.utils.arguments import whole
 from flowtrain.utils.errors import ConfigError
@@ -66,3 +69,17 @@ def test_commands_accept_integers_written_as_floats(run: Run, tmp_path: Path) ->
     assert run("flowsample", "r", "n=3e1", "seed=1e0", "out=s.npy")[0] == 0
     assert np.load(tmp_path / "s.npy").shape == (30, 2)
     assert run("floweval", "r", "batch_size=1e1", "data.n_test=3e1")[0] == 0
+
+
+class WithoutOptions(Likelihood):
+    def forward(self, x, label=None):  # type: ignore[no-untyped-def, override]
+        return super().forward(x, label)
+
+
+def test_objective_without_options_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_defaults(["data.n_test=20", "data.n_val=20", "model.hidden=[4]"])
+    flow = build_flow(config, build_data(config).samples)
+    monkeypatch.setattr(build, "_object", lambda target, group: WithoutOptions if group == "objective" else Regularizer)
+    config["objective"] = {"_target_": "mine.WithoutOptions"}
+    with pytest.raises(ConfigError, match="options"):
+        build_objective(config, flow)

@@ -9,6 +9,7 @@ import pytest
 from helpers import Run
 
 from flowtrain.runs import sweep_summary
+from flowtrain.runs.sweep_summary import OVERRIDES, overrides_of
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -78,3 +79,9 @@ def test_summary_of_failed_jobs_only(tmp_path: Path) -> None:
     ]
     assert sweep_summary.as_markdown(odd, ["seed", "x"]).splitlines()[2].startswith(r"| 0 | 123456781 | a\|b c |")
     assert math.isinf(failed.val_nll)
+
+
+def test_overrides_of_earlier_versions_have_the_present_names_of_keys(tmp_path: Path) -> None:
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / OVERRIDES).write_text("- model.positions=true\n- trainer.lr=0.1\n")
+    assert overrides_of(tmp_path) == ["model.positional_bias=true", "trainer.lr=0.1"]
