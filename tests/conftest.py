@@ -45,28 +45,6 @@ def blank() -> bytes:
 BLANK = blank()
 
 
-# the files that take longest: begun first, so that no worker is left with one of them at the end
-SLOW_FILES = (
-    "utils/test_ranks.py",
-    "cli/test_sweep_jobs.py",
-    "cli/test_train.py",
-    "test_extending.py",
-    "test_golden.py",
-    "runs/test_auto_settings.py",
-    "test_experiments.py",
-    "scripts/test_torture.py",
-    "test_portability.py",
-    "cli/test_train_images.py",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders the slowest files first. The order within a file is kept."""
-    folder = Path(__file__).parent
-    order = {folder / name: i for i, name in enumerate(SLOW_FILES)}
-    items.sort(key=lambda item: order.get(item.path, len(order)))
-
-
 def pytest_collection_finish() -> None:
     """What was imported stays: looking it through for garbage again and again takes a tenth of the time."""
     gc.collect()
@@ -140,8 +118,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.chdir(tmp_path)
     # Hydra answers a broken config with the whole trace when told so; the commands set this themselves
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    # which a sweep sets
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    # which a sweep sets, and which is set back only if it was there before
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    monkeypatch.delenv("TQDM_DISABLE")
     handlers = list(logging.root.handlers)
 
     def call(command: str, *arguments: str) -> tuple[int, str, str]:
