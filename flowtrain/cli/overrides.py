@@ -18,7 +18,7 @@ from flowtrain.cli.error_messages import keys_of_choice, unknown_key
 from flowtrain.cli.output_files import exists, is_path
 from flowtrain.runs.build import with_whole_numbers
 from flowtrain.training import checkpoint
-from flowtrain.training.old_checkpoints import RENAMED_KEYS, RENAMED_OVERRIDES
+from flowtrain.training.old_checkpoints import RENAMED_KEYS, RENAMED_OVERRIDES, key_of, renamed_override
 from flowtrain.training.tensorboard import DEFAULT
 from flowtrain.utils.arguments import choose, hint
 from flowtrain.utils.errors import ConfigError
@@ -41,14 +41,13 @@ def rename_old_keys(arguments: Sequence[str]) -> list[str]:
         >>> rename_old_keys(["trainer.lr=0.1"])
         ['trainer.lr=0.1']
     """
-    renamed = {old: new for old, new in RENAMED_OVERRIDES.items() if has_key(new, arguments)}
     replaced = []
     for argument in arguments:
-        start, equals, value = argument.partition("=")
-        key = start.lstrip("+~")
-        if key in renamed:
-            warn_of_old_key(key, renamed[key])
-            argument = start.removesuffix(key) + renamed[key] + equals + value
+        new = RENAMED_OVERRIDES.get(key_of(argument))
+        # config files are read only for arguments that may have to change
+        if new is not None and has_key(new, arguments):
+            warn_of_old_key(key_of(argument), new)
+            argument = renamed_override(argument)
         replaced.append(argument)
     return replaced
 

@@ -15,6 +15,7 @@ from flowtrain.flow import Flow
 from flowtrain.runs.build import build_flow, resolve_device
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import averages
+from flowtrain.training.resume_validation import is_count
 from flowtrain.utils.arguments import below_half
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError, first_line
 
@@ -181,11 +182,11 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
         good = all(type(v) is int and v > 0 for v in counts) and all(isinstance(c, str) for c in samples.columns)
         flags = (samples.integer_valued, samples.standardized, samples.centered, samples.gaussian_start)
         good &= all(isinstance(v, bool) for v in flags) and isinstance(samples.label, str | None)
-        good &= all(map(_is_count, samples.noisy)) and max(samples.noisy, default=-1) < math.prod(event_shape)
-        good &= all(map(_is_count, samples.class_counts)) and len(samples.class_counts) in (0, samples.classes)
+        good &= all(map(is_count, samples.noisy)) and max(samples.noisy, default=-1) < math.prod(event_shape)
+        good &= all(map(is_count, samples.class_counts)) and len(samples.class_counts) in (0, samples.classes)
         good &= not samples.class_counts or sum(samples.class_counts) > 0
         good &= all(
-            len(part) == 3 and isinstance(part[0], str) and _is_count(part[1]) and isinstance(part[2], str)
+            len(part) == 3 and isinstance(part[0], str) and is_count(part[1]) and isinstance(part[2], str)
             for part in samples.record
         )
     except (TypeError, ConfigError):
@@ -195,7 +196,3 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
     record = tuple((name, n, checksum) for name, n, checksum in samples.record)
     class_counts, noisy = tuple(samples.class_counts), tuple(samples.noisy)
     return replace(samples, alpha=alpha, noisy=noisy, class_counts=class_counts, record=record)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63

@@ -14,7 +14,7 @@ import yaml
 
 from flowtrain.plotting.drawing import warn_if_plotting_fails
 from flowtrain.plotting.sweep_figure import MOST_SWEPT, Swept, draw_sweep
-from flowtrain.training.old_checkpoints import RENAMED_OVERRIDES
+from flowtrain.training.old_checkpoints import renamed_override
 from flowtrain.utils.errors import ConfigError, first_line
 from flowtrain.utils.files import write_text
 from flowtrain.utils.formatting import as_table, brief, with_error
@@ -108,14 +108,8 @@ def overrides_of(folder: Path) -> list[str] | None:
         given = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8"))
     except Exception:  # whatever else is in a file by that name
         return None
-    return [_with_new_key(str(item)) for item in given] if isinstance(given, list) else None
-
-
-def _with_new_key(override: str) -> str:
-    """The override with the present name of its key, so that a sweep of an earlier version can go on."""
-    start, equals, value = override.partition("=")
-    key = start.lstrip("+~")
-    return start.removesuffix(key) + RENAMED_OVERRIDES.get(key, key) + equals + value
+    # with present names of keys, so that a sweep of an earlier version can go on
+    return [renamed_override(str(item)) for item in given] if isinstance(given, list) else None
 
 
 def result_of(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,18 @@ RENAMED_OVERRIDES = {f"{g}.{old}": f"{g}.{new}" for g, names in RENAMED_KEYS.ite
 RENAMED_SAMPLES = {"discrete": "integer_valued"}
 
 
+def key_of(override: str) -> str:
+    """The key of an override such as +model.positions=true."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def renamed_override(override: str) -> str:
+    """The override with the present name of its key."""
+    start, equals, value = override.partition("=")
+    key = key_of(override)
+    return start.removesuffix(key) + RENAMED_OVERRIDES.get(key, key) + equals + value
+
+
 def upgraded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of a checkpoint as the current version writes them."""
     config = {group: _renamed(group, keys) for group, keys in checkpoint["config"].items()}

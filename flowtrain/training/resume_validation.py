@@ -19,12 +19,13 @@ Check = Callable[[Any], bool]
 MANY = 1000
 
 
-def _count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value is a count: an int that is not negative and fits into 64 bits."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def _few(value: Any) -> bool:
-    return _count(value) and value <= MANY
+    return is_count(value) and value <= MANY
 
 
 def _number(value: Any) -> bool:
@@ -54,10 +55,10 @@ def _steps(value: Any) -> bool:
 # what must be there, and what may be, because an older flowtrain did not have it
 PROGRESS: dict[str, Check] = {
     "seconds": lambda v: _number(v) and math.isfinite(v) and v >= 0,
-    "stale": _count,
-    "best": _none_or(_fields(nll=lambda v: _number(v) and math.isfinite(v), step=_count)),
+    "stale": is_count,
+    "best": _none_or(_fields(nll=lambda v: _number(v) and math.isfinite(v), step=is_count)),
     "val_nll": _number,
-    "lr": _fields(scale=lambda v: _number(v) and 0 < v <= 1, stale=_count),
+    "lr": _fields(scale=lambda v: _number(v) and 0 < v <= 1, stale=is_count),
 }
 LATER: dict[str, Check] = {
     "began": lambda v: isinstance(v, bool),
@@ -91,7 +92,7 @@ def _is_ema(ema: Any, flow: Flow) -> bool:
     shapes = {name: value.shape for name, value in flow.state_dict().items()}
     return (
         isinstance(ema, dict)
-        and _count(ema.get("updates"))
+        and is_count(ema.get("updates"))
         and all(isinstance(v, Tensor) and v.shape == shapes.get(k) for k, v in averages(ema).items())
     )
 

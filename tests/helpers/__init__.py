@@ -4,12 +4,10 @@ Everything else that tests share is a fixture in a conftest.py.
 """
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from flowtrain.cli import evaluate, sample, train
-from flowtrain.cli.config_files import compose_defaults
 from flowtrain.training.trainer import Trainer
 
 COMMANDS = {"flowtrain": train.main, "floweval": evaluate.main, "flowsample": sample.main}
@@ -26,14 +24,3 @@ ReadRows = Callable[[Path], list[dict[str, Any]]]
 # overrides for a run of a few steps, and for a small FFJORD
 SMALL = ["trainer.steps=4", "trainer.batch_size=16", "trainer.plot_every=null", "data.n_val=20", "data.n_test=50"]
 TINY = ["model.hidden=[8]", "solver.rtol=1e-3"]
-
-
-@cache
-def _trainer_defaults() -> dict[str, Any]:
-    config: dict[str, Any] = compose_defaults([])["trainer"]
-    return config
-
-
-def trainer_defaults() -> dict[str, Any]:
-    """The default keys of the trainer. Hydra composes them once per process."""
-    return dict(_trainer_defaults())

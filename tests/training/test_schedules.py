@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import MakeTrainer, ReadRows, trainer_defaults
+from helpers import MakeTrainer, ReadRows
+from helpers.processes import composed
 
 from flowtrain.training.schedules import LearningRate
 from flowtrain.training.settings import Settings
@@ -30,7 +31,7 @@ def test_tolerance_warms_up_in_training_and_is_final_in_validation(
 
 
 def settings(**changes: Any) -> Settings:
-    return Settings(**{**trainer_defaults(), **changes})
+    return Settings(**{**composed([])["trainer"], **changes})
 
 
 def test_learning_rate_schedules() -> None:

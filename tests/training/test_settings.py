@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from helpers import trainer_defaults
+from helpers.processes import composed
 
 from flowtrain.training.settings import Settings
 from flowtrain.utils.errors import ConfigError
@@ -29,4 +29,4 @@ pytestmark = pytest.mark.usefixtures("float32")
 )
 def test_invalid_settings_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        Settings(**{**trainer_defaults(), **changes})
+        Settings(**{**composed([])["trainer"], **changes})

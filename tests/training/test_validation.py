@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import MakeTrainer, ReadRows, trainer_defaults
+from helpers import MakeTrainer, ReadRows
 from helpers.files import normal, npy
+from helpers.processes import composed
 
 from flowtrain.cli.config_files import compose_defaults
 from flowtrain.training import checkpoint
@@ -39,7 +40,7 @@ def validated(rows: ReadRows, run_dir: Path) -> list[int]:
 
 
 def settings(**changes: Any) -> Settings:
-    return Settings(**{**trainer_defaults(), **changes})
+    return Settings(**{**composed([])["trainer"], **changes})
 
 
 def test_early_validations_come_once_an_epoch_and_then_less_and_less_often() -> None:
