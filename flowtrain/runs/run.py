@@ -27,7 +27,7 @@ from flowtrain.utils.arguments import number, whole, within_memory
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, UnfinishedError
 from flowtrain.utils.files import write_json
 from flowtrain.utils.formatting import resume_command
-from flowtrain.utils.process import SignalReceived, ended_by_signals, prepare_process
+from flowtrain.utils.process import SignalReceived, choose_threads, ended_by_signals
 from flowtrain.utils.status import phase, status
 
 log = logging.getLogger("flowtrain")
@@ -106,7 +106,7 @@ def prepare(
         check_same("resume", load.samples_of(saved), data.samples)
         check_unchanged(load.samples_of(saved), data.samples)
     within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
-    prepare_process(config, data.event_shape)
+    choose_threads(config.get("threads"), data.event_shape)
     taught = teaching(config, run_dir, saved is not None)
     teacher = None
     if taught is not None:
