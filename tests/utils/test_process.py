@@ -87,7 +87,7 @@ def test_settings_of_the_caller_are_restored(end: Callable[[], None], grad: Call
         assert settings() == before
 
 
-@pytest.mark.skipif(not hasattr(torch.cudnn, "conv"), reason="the names of torch 2.9 and later")
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="the names of torch 2.9 and later")
 @pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize("legacy", ["highest", "high", "medium"])
 @pytest.mark.parametrize("backend", ["cuda.matmul", "mkldnn.matmul", "cudnn.conv"])
