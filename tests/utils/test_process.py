@@ -1,18 +1,21 @@
 """Settings of the process: a fit has its own, and the caller's are restored."""
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from helpers.flows import vectors
+from torch import Tensor, nn
 
 from flowtrain.cli.config_files import compose_defaults
+from flowtrain.flow import Flow
 from flowtrain.runs import run as runs
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.precision import default_precision
-from flowtrain.utils.process import choose_threads, own_settings
+from flowtrain.utils.process import choose_threads, one_thread_if_small, own_settings
 
 CPU = torch.device("cpu")
 
@@ -151,3 +154,114 @@ def test_a_fit_does_not_depend_on_the_settings_around_it(tmp_path: Path, monkeyp
         assert settings() == before
     with torch.no_grad():
         assert same(alone, fit(tmp_path / "no grad"))
+
+
+def counts_inside(flow: Flow) -> list[int]:
+    """Thread counts in the forward passes of the flow's modules, appended as the flow is called."""
+    counts: list[int] = []
+
+    def note(*_: object) -> None:
+        counts.append(torch.get_num_threads())
+
+    for module in flow.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_pre_hook(note)
+    return counts
+
+
+@pytest.mark.parametrize("name", ["ffjord", "realnvp", "glow"])
+def test_flows_over_small_vectors_use_one_thread_and_restore_the_count(name: str) -> None:
+    flow, x = vectors(name), torch.randn(5, 2)
+    flow.log_prob(x)
+    counts = counts_inside(flow)
+    torch.set_num_threads(2)
+    calls = (lambda: flow.log_prob(x), lambda: flow.inverse(x), lambda: flow(x), lambda: flow.sample(3))
+    for call in calls:
+        counts.clear()
+        call()
+        assert set(counts) == {1}
+        assert torch.get_num_threads() == 2
+    loss = flow.train().log_prob(x.requires_grad_()).sum() + flow.rsample(2).sum()
+    loss.backward()
+    assert torch.get_num_threads() == 2
+    with pytest.raises(ValueError, match="shape"):
+        flow.log_prob(torch.randn(3, 3))
+    assert torch.get_num_threads() == 2
+    with own_settings(CPU):
+        choose_threads(3, (2,))
+        counts.clear()
+        flow.log_prob(x)
+        assert set(counts) == {3}
+    assert torch.get_num_threads() == 2
+
+
+def test_larger_samples_and_gpus_keep_the_thread_count() -> None:
+    torch.set_num_threads(2)
+    for shape, device, expected in (((16,), "cpu", 1), ((17,), "cpu", 2), ((1, 5, 5), "cpu", 2), ((2,), "cuda", 2)):
+        with one_thread_if_small(shape, torch.device(device)):
+            assert torch.get_num_threads() == expected
+
+
+def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    return thread, found
+
+
+@pytest.mark.parametrize("order", ["first in, first out", "first in, last out"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_overlapping_calls_leave_no_thread_with_one_thread(order: str, fresh: bool) -> None:
+    """A Python thread that first uses torch while another is inside sees the count of that one."""
+    torch.set_num_threads(2)
+    started, entered, leave, left = (threading.Event() for _ in range(4))
+
+    def work() -> tuple[int, int]:
+        if not fresh:
+            assert torch.get_num_threads() == 2
+        started.set()
+        go.wait(10)
+        with one_thread_if_small((2,), CPU):
+            inside = torch.get_num_threads()
+            entered.set()
+            leave.wait(10)
+        after = torch.get_num_threads()
+        left.set()
+        return inside, after
+
+    go = threading.Event()
+    thread, found = in_thread(work)
+    started.wait(10)
+    with one_thread_if_small((2,), CPU):
+        assert torch.get_num_threads() == 1
+        go.set()
+        entered.wait(10)
+        if order == "first in, last out":
+            leave.set()
+            left.wait(10)
+        with one_thread_if_small((2,), CPU):
+            assert torch.get_num_threads() == 1
+        # what is nested ends nothing
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    leave.set()
+    thread.join(10)
+    assert found == [(1, 2)]
+    # threads that start now
+    thread, found = in_thread(torch.get_num_threads)
+    thread.join(10)
+    assert found == [2]
+
+
+def test_calls_of_many_threads_restore_the_count() -> None:
+    flow, x = vectors("realnvp"), torch.randn(5, 2)
+    expected = flow.log_prob(x)
+    torch.set_num_threads(2)
+    results = [in_thread(lambda: [flow.log_prob(x) for _ in range(20)]) for _ in range(6)]
+    for thread, found in results:
+        thread.join(60)
+        assert all(torch.equal(log_p, expected) for log_p in found[0])
+    assert torch.get_num_threads() == 2
+    thread, found = in_thread(torch.get_num_threads)
+    thread.join(10)
+    assert found == [2]
