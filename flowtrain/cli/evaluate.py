@@ -24,6 +24,7 @@ from flowtrain.runs.console import data_name, messages, title_of
 from flowtrain.utils.arguments import flag, one_of, whole
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 from flowtrain.utils.files import write_json, write_npy
+from flowtrain.utils.process import own_settings
 from flowtrain.utils.status import status
 
 log = logging.getLogger("flowtrain")
@@ -61,7 +62,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def main() -> None:
     """The command `floweval`."""
-    with messages():
+    with messages(), own_settings(torch.device("cpu")):
         run_command("floweval", _command)
 
 

@@ -16,7 +16,7 @@ from flowtrain.runs.console import name_of, title_of, without_warnings
 from flowtrain.runs.load import check_targets, restore, samples_of
 from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError
-from flowtrain.utils.process import prepare_process
+from flowtrain.utils.process import choose_threads, keep_freed_memory
 from flowtrain.utils.status import status
 
 # the parts of a saved config that scoring and sampling read
@@ -94,7 +94,8 @@ def load_run(own: Mapping[str, Any], overrides: Sequence[str]) -> LoadedRun:
     trained_on = {**config, "data": saved["config"]["data"]}
     with status("building the model"):
         flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), trust)
-    prepare_process(config, flow.event_shape)
+    choose_threads(config.get("threads"), flow.event_shape)
+    keep_freed_memory()
     own_data = absolute_paths({"data": saved["config"]["data"]})["data"]
     return LoadedRun(path, flow, saved["step"], samples_of(saved), config, bool(overrides), own_data)
 

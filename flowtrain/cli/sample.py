@@ -25,6 +25,7 @@ from flowtrain.runs.console import messages
 from flowtrain.utils.arguments import flag, number, whole
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import write_json, write_npy
+from flowtrain.utils.process import own_settings
 from flowtrain.utils.status import status
 
 log = logging.getLogger("flowtrain")
@@ -147,7 +148,7 @@ OWN: dict[str, Any] = {
 
 def main() -> None:
     """The console script: see USAGE."""
-    with messages():
+    with messages(), own_settings(torch.device("cpu")):
         run_command("flowsample", _command)
 
 

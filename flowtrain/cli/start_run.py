@@ -31,6 +31,7 @@ from flowtrain.training import checkpoint
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.utils.files import config_groups
+from flowtrain.utils.process import keep_freed_memory
 from flowtrain.utils.status import command_begun, status
 
 # errors after which the files of a run that never began are removed. After any other error they are kept for a report
@@ -92,6 +93,7 @@ def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
                 write_hydra(run_dir, OmegaConf.create(whole))
             del whole["trust"]
             recipes = applied_recipes(HydraConfig.get().runtime.choices, whole, config_dirs())
+            keep_freed_memory()
             with messages(run_dir / "flowtrain.log"):
                 ended = train(absolute_paths(whole), run_dir, trust=trust, begun=when, recipes=recipes)
                 return ended.best, ended.code
@@ -123,6 +125,7 @@ def resume_run(
         refuse_changes(rest, "a run goes on with the model and data it has; start a new one to change them")
         refuse_changes(rest, "a run goes on from its own checkpoint; leave it out", ("from",))
         config = absolute_paths(overridden(saved["config"], rest, own))
+        keep_freed_memory()
         ended = train(config, run_dir, saved, trust, when, recipes_of(run_dir))
         return ended.best, ended.code
 

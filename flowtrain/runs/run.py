@@ -28,7 +28,7 @@ from flowtrain.utils.arguments import number, whole, within_memory
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, UnfinishedError
 from flowtrain.utils.files import write_json
 from flowtrain.utils.formatting import resume_command
-from flowtrain.utils.process import SignalReceived, ended_by_signals, prepare_process
+from flowtrain.utils.process import SignalReceived, choose_threads, ended_by_signals, own_settings
 from flowtrain.utils.status import phase, status
 
 log = logging.getLogger("flowtrain")
@@ -85,8 +85,22 @@ def train(
         recipes: for the banner, the recipes that applied and the keys that each has set; None if unknown.
         given: the flow and the data, where they are not to be built from the config.
     """
-    board = None if run_dir is None else tensorboard.board(config["logger"], run_dir / "tensorboard")
     begun = time.perf_counter() if begun is None else begun
+    with own_settings(ranks.device(build.resolve_device(config["device"]))):
+        return _train(config, run_dir, saved, trust, begun, recipes, given)
+
+
+def _train(
+    config: Mapping[str, Any],
+    run_dir: Path | None,
+    saved: Mapping[str, Any] | None,
+    trust: Sequence[str],
+    begun: float,
+    recipes: Mapping[str, Sequence[str]] | None,
+    given: Parts,
+) -> Ended:
+    """`train`, in a process whose settings may be changed."""
+    board = None if run_dir is None else tensorboard.board(config["logger"], run_dir / "tensorboard")
     trainer = prepare(config, run_dir, saved, trust, board, begun, recipes, given)
     trainer.fit()
     resume = "" if run_dir is None else f"; resume with: {resume_command(run_dir)}"
@@ -137,7 +151,7 @@ def prepare(
         check_same("resume", load.samples_of(saved), data.samples)
         check_unchanged(load.samples_of(saved), data.samples)
     within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
-    prepare_process(config, data.event_shape)
+    choose_threads(config.get("threads"), data.event_shape)
     taught = teaching(config, run_dir, saved is not None)
     teacher = None
     if taught is not None:

@@ -41,6 +41,40 @@ def narrowed(name: str, device: torch.device) -> torch.autocast:
 
 
 @contextmanager
+def default_precision() -> Iterator[None]:
+    """Inside, float32 products have torch's default precision: full for matrices, TF32 for convolutions on a GPU.
+
+    The settings of the caller are restored: `torch.set_float32_matmul_precision`, and those of single backends.
+    """
+    places, name, default = _precision_settings()
+    before = [getattr(place, name) for place in places]
+    for place, value in zip(places, default, strict=True):
+        setattr(place, name, value)
+    # read after that: it raises an error if a backend contradicts it
+    legacy = torch.get_float32_matmul_precision()
+    try:
+        if legacy != "highest":
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        if legacy != "highest":
+            torch.set_float32_matmul_precision(legacy)
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)
+
+
+def _precision_settings() -> tuple[list[Any], str, list[Any]]:
+    """The backends of CUDA and of the CPU, the attribute that holds their precision, and torch's default for each."""
+    cuda: Any = torch.backends.cuda
+    cudnn: Any = torch.backends.cudnn
+    # torch before 2.9 knows these by other names
+    if not hasattr(cudnn, "conv"):
+        return [cuda.matmul, cudnn], "allow_tf32", [False, True]
+    cpu: Any = torch.backends.mkldnn
+    return [cuda.matmul, cudnn.conv, cpu.matmul, cpu.conv], "fp32_precision", ["ieee", "tf32", "ieee", "ieee"]
+
+
+@contextmanager
 def _products(device: torch.device, tf32: bool) -> Iterator[None]:
     if device.type != "cuda":
         yield

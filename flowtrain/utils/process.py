@@ -1,12 +1,12 @@
-"""Settings of the process: threads, memory, random seeds, signals."""
+"""Settings of the process: threads, memory, random seeds, torch's defaults, signals."""
 
 import ctypes
 import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from flowtrain.utils import ranks
 from flowtrain.utils.arguments import whole
 from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.precision import default_precision
 
 _SEEDED: ContextVar[bool] = ContextVar("seeded", default=False)
 
@@ -23,7 +24,7 @@ _SEEDED: ContextVar[bool] = ContextVar("seeded", default=False)
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, the global generators of the CPU and of `device` start from `seed`; after, they are as before."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with restored_random_state(device):
         torch.manual_seed(seed)
         token = _SEEDED.set(True)
         try:
@@ -32,27 +33,82 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             _SEEDED.reset(token)
 
 
+@contextmanager
+def restored_random_state(device: torch.device) -> Iterator[None]:
+    """Restores the state of torch's global generators on exit: those of the CPU and, if `device` is a GPU, of all GPUs.
+
+    All GPUs, because `torch.manual_seed` seeds all of them.
+    """
+    gpus = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+    with torch.random.fork_rng(devices=gpus):
+        yield
+
+
 def seeding_active() -> bool:
     """Whether the code runs inside of `seeded`."""
     return _SEEDED.get()
 
 
+@contextmanager
+def own_settings(device: torch.device) -> Iterator[None]:
+    """Runs a fit or an evaluation with torch's default settings, and restores the caller's on exit, after errors too.
+
+    Inside, the default dtype is float32, the default device is the CPU, gradients are recorded, autocast is off, and
+    products have the precision that torch has by default, see `default_precision`. So the result does not depend on
+    what the caller has set. The random state and the thread count are those of the caller until the code inside
+    changes them, with `torch.manual_seed` and `choose_threads`; both are restored. Deterministic algorithms and the
+    benchmark mode of cuDNN stay as the caller has set them.
+
+    Tensors that were made in inference mode stay inference tensors: clone them before a gradient goes through them.
+
+    Args:
+        device: the device that the code inside uses.
+    """
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    chosen = _THREADS_CHOSEN.set(_THREADS_CHOSEN.get())
+    try:
+        with ExitStack() as stack:
+            # outside of inference mode the version counters of tensors work; it also turns gradients on
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(restored_random_state(device))
+            stack.enter_context(default_precision())
+            for kind in {"cpu", device.type}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            # only if needed: it slows every operation down
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            torch.set_default_dtype(torch.float32)
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        _THREADS_CHOSEN.reset(chosen)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
 MOST_THREADS = 1024
+# samples of at most so many elements are computed on one thread: their matrices are too small to share
+SMALL = 16
+# whether `choose_threads` was called in the surrounding `own_settings`
+_THREADS_CHOSEN: ContextVar[bool] = ContextVar("threads chosen", default=False)
 
 
-def prepare_process(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> None:
-    """Threads and allocator. `threads`: null takes one where matrices are too small to share, else all cores.
+def choose_threads(threads: int | None, event_shape: tuple[int, ...]) -> None:
+    """Sets the thread count of torch, up to the end of the surrounding `own_settings`.
+
+    Args:
+        threads: None takes one thread for samples of at most 16 elements (SMALL), else all cores of this process.
 
     Raises:
-        ConfigError: no number of threads.
+        ConfigError: `threads` is not a number of threads.
     """
-    threads = config.get("threads")
     if threads is None:
-        threads = 1 if math.prod(event_shape) <= 16 else max(1, cores() // ranks.on_this_machine())
+        threads = 1 if math.prod(event_shape) <= SMALL else max(1, cores() // ranks.on_this_machine())
     if whole("threads", threads) > MOST_THREADS:
         raise ConfigError(f"threads={threads}: give at most {MOST_THREADS}")
     torch.set_num_threads(threads)
-    keep_freed_memory()
+    _THREADS_CHOSEN.set(True)
 
 
 def cores() -> int:
@@ -66,7 +122,8 @@ def keep_freed_memory() -> None:
     """Lets glibc reuse what torch frees on the CPU.
 
     By default it gives large blocks back at once, and the next tensor of that size waits for fresh zeroed pages, which
-    convolutional training steps feel most. Elsewhere than on glibc this does nothing.
+    convolutional training steps feel most. Elsewhere than on glibc this does nothing. It cannot be undone, so only the
+    commands call it, whose process is their own.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
