@@ -2,9 +2,10 @@
 
 Example:
     >>> import flowtrain
-    >>> flow = flowtrain.load("outputs/2026-01-01/12-00-00")  # doctest: +SKIP
-    >>> flow.log_prob(flow.sample(5)).shape  # doctest: +SKIP
+    >>> flow = flowtrain.models.realnvp(2)
+    >>> flow.log_prob(flow.sample(5)).shape
     torch.Size([5])
+    >>> flow = flowtrain.load("outputs/2026-01-01/12-00-00")  # doctest: +SKIP
 """
 
 from importlib import import_module
@@ -14,16 +15,24 @@ from typing import TYPE_CHECKING, Any
 import flowtrain.utils.status  # noqa: F401
 
 if TYPE_CHECKING:
+    from flowtrain import bases, bijections, data, models, nn, objectives, ode
     from flowtrain.flow import Flow
     from flowtrain.runs.load import load
 
-__all__ = ["Flow", "load"]
+__all__ = ["Flow", "bases", "bijections", "data", "load", "models", "nn", "objectives", "ode"]
 
+# the others are modules
 _HOMES = {"Flow": "flowtrain.flow", "load": "flowtrain.runs.load"}
 
 
 def __getattr__(name: str) -> Any:
     """The public names, imported when first used: a command says that it is loading before it imports torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in __all__:
+        return import_module(f"flowtrain.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

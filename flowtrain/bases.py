@@ -9,8 +9,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from flowtrain.utils.arguments import one_of, whole
+from flowtrain.utils.arguments import one_of, shape_of, whole
 from flowtrain.utils.errors import FlowtrainError
+
+__all__ = ["Base", "GaussianMixture", "StandardNormal", "StudentT", "UniformBox"]
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 COVARIANCES = ("full", "diagonal")
@@ -27,7 +29,7 @@ class Base(nn.Module, ABC):
     return (B, d) take the elements in the order of `z.flatten(1)`.
 
     Args:
-        event_shape: shape of one z.
+        event_shape: shape of one z; a number d for vectors of length d.
 
     Example:
         >>> class Laplace(Base):
@@ -45,9 +47,9 @@ class Base(nn.Module, ABC):
         tensor([-1.3863])
     """
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
+    def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__()
-        self.event_shape = tuple(event_shape)
+        self.event_shape = shape_of(event_shape)
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ class StudentT(Base):
 
     log_df: Tensor
 
-    def __init__(self, event_shape: Sequence[int], df: float | Tensor = 4.0, trainable: bool = False) -> None:
+    def __init__(self, event_shape: int | Sequence[int], df: float | Tensor = 4.0, trainable: bool = False) -> None:
         super().__init__(event_shape)
         given = torch.as_tensor(df, dtype=torch.get_default_dtype())
         if given.dim() and given.shape != self.event_shape:
@@ -313,7 +315,7 @@ class GaussianMixture(Base):
     by row; a diagonal mixture has none. A new mixture has equal weights, L_k = I and means drawn from N(0, I).
 
     Args:
-        event_shape: shape of one z, or d.
+        event_shape: shape of one z.
         components: K.
         covariance: full | diagonal.
 
@@ -333,7 +335,7 @@ class GaussianMixture(Base):
     """
 
     def __init__(self, event_shape: int | Sequence[int], components: int, covariance: str = "full") -> None:
-        super().__init__((event_shape,) if isinstance(event_shape, int) else event_shape)
+        super().__init__(event_shape)
         k, d = whole("components", components), math.prod(self.event_shape)
         full = one_of("covariance", covariance, COVARIANCES) == "full"
         self.logits = nn.Parameter(torch.zeros(k))

@@ -56,7 +56,8 @@ class Flow(nn.Module):
     has set the number of threads. The thread count of torch is restored after each call.
 
     Args:
-        base: the distribution of z, see `flowtrain.bases`. An event shape stands for a standard normal base.
+        base: the distribution of z, see `flowtrain.bases`. An event shape stands for a standard normal base; a number
+            d stands for (d,).
         bijection: from base to data.
         classes: of a conditional flow, how many labels there are, 0 .. classes - 1; None for p(x).
         integer_valued: whether the data are whole numbers.
@@ -66,6 +67,10 @@ class Flow(nn.Module):
         noisy: indices of the elements of a sample that are whole numbers plus noise, in real data. The data set adds
             the noise to `x`; `quantized` removes it.
         class_counts: the number of training rows of each class; () if unknown.
+        event_shape: in place of `base`, for a standard normal base.
+
+    Raises:
+        FlowtrainError: not exactly one of base and event_shape, or no bijection.
 
     Example:
         >>> import torch
@@ -77,17 +82,27 @@ class Flow(nn.Module):
 
     def __init__(
         self,
-        base: Base | Sequence[int],
-        bijection: Bijection,
+        base: Base | int | Sequence[int] | None = None,
+        bijection: Bijection | None = None,
         classes: int | None = None,
         integer_valued: bool = False,
         levels: int | None = None,
         centered: bool = False,
         noisy: tuple[int, ...] = (),
         class_counts: tuple[int, ...] = (),
+        *,
+        event_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.bijection = bijection
+        if (base is None) == (event_shape is None):
+            raise FlowtrainError("a flow needs either a base or an event_shape, as in Flow((2,), bijection)")
+        if not isinstance(bijection, Bijection):
+            raise FlowtrainError(
+                f"bijection is of type {type(bijection).__name__}; give one of flowtrain.bijections, or a Chain of them"
+            )
+        base = event_shape if base is None else base
+        assert base is not None
+        self.bijection: Bijection = bijection
         self.base = base if isinstance(base, Base) else StandardNormal(base)
         self.event_shape = self.base.event_shape
         self.classes = classes

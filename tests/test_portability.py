@@ -47,7 +47,7 @@ from flowtrain.utils import ranks
 # a torch that was built without it has nothing else there
 ranks.dist = types.SimpleNamespace(is_available=lambda: False)
 from flowtrain.cli import evaluate, sample, train
-from flowtrain.runs.lock import InUseError, holding
+from flowtrain.runs.run_directory import InUseError, holding
 from flowtrain.utils.process import STOPPING
 
 assert STOPPING == (signal.SIGINT, signal.SIGTERM), STOPPING

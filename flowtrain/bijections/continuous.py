@@ -14,7 +14,7 @@ from flowtrain.bijections.base import Bijection, Pass, as_pass
 from flowtrain.bijections.regularizers import Integral, integrands
 from flowtrain.nn.divergence import Probes, TraceRule
 from flowtrain.nn.velocity_field import Field, LayeredField
-from flowtrain.ode import AS_CONFIGURED, Problem, Solution, SolveOptions, Solver, StepPlan
+from flowtrain.ode import AS_CONFIGURED, Problem, Solution, SolveOptions, Solver, StepPlan, ode_solver
 from flowtrain.utils.autograd import transforms_active
 from flowtrain.utils.errors import ConfigError
 
@@ -27,24 +27,23 @@ class Continuous(Bijection):
 
     Args:
         field: `forward(t, x)`; see `flowtrain.nn.velocity_field`.
-        solver: how the ODE is solved.
-        trace: exact or estimated divergence, in training and at evaluation.
+        solver: how the ODE is solved; None for the defaults of `ode_solver`.
+        trace: exact or estimated divergence, in training and at evaluation; None for the defaults of `TraceRule`.
 
     Example:
-        >>> from flowtrain.ode import ode_solver
         >>> class Decay(nn.Module):
         ...     def forward(self, t, x):
         ...         return -x
-        >>> x, log_det = Continuous(Decay(), ode_solver("dopri5"), TraceRule())(torch.ones(1, 2))
+        >>> x, log_det = Continuous(Decay())(torch.ones(1, 2))
         >>> round(float(x[0, 0]), 3), round(float(log_det), 3)  # 1 / e, and tr dv/dx = -2
         (0.368, -2.0)
     """
 
-    def __init__(self, field: nn.Module, solver: Solver, trace: TraceRule) -> None:
+    def __init__(self, field: nn.Module, solver: Solver | None = None, trace: TraceRule | None = None) -> None:
         super().__init__()
         self.field = field
-        self.solver = solver
-        self.trace = trace
+        self.solver = ode_solver() if solver is None else solver
+        self.trace = TraceRule() if trace is None else trace
         # at the base and at the data
         self.times = (0.0, 1.0)
         # by whether time runs forward, from base to data

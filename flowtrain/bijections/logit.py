@@ -29,7 +29,7 @@ class Logit(Bijection):
         (tensor([[0.]]), -4.2642)
     """
 
-    def __init__(self, levels: int, alpha: float) -> None:
+    def __init__(self, levels: int, alpha: float = 1e-5) -> None:
         super().__init__()
         self.levels, self.alpha = levels, alpha
 

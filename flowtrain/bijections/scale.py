@@ -1,11 +1,13 @@
 """Elementwise affine maps: ActNorm, BatchNorm and standardisation."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, check_sample, per_channel, places, varies
+from flowtrain.utils.arguments import shape_of
 from flowtrain.utils.errors import DataError
 
 # the least spread that a channel is scaled up from
@@ -125,8 +127,9 @@ class Standardize(Bijection):
         (tensor([[1., 0.]]), -2.0794)
     """
 
-    def __init__(self, event_shape: tuple[int, ...], offset: bool = False) -> None:
+    def __init__(self, event_shape: int | Sequence[int], offset: bool = False) -> None:
         super().__init__()
+        event_shape = shape_of(event_shape)
         self.register_buffer("mean", torch.zeros(event_shape))
         self.register_buffer("std", torch.ones(event_shape))
         self.register_buffer("offset", torch.zeros(event_shape) if offset else None)

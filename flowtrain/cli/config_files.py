@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
+from flowtrain.runs import compose as compose_files
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_dir
-from flowtrain.utils.formatting import flattened
 
 CONFIG_DIR = ("--config-dir", "-cd")
 
@@ -58,42 +58,13 @@ def config_dirs() -> list[Path]:
 
 
 def options(group: str) -> list[str]:
-    """What there is to choose from in a config group."""
-    return sorted({path.stem for folder in config_dirs() for path in (folder / group).glob("*.yaml")})
+    """The choices of a config group."""
+    return compose_files.options(group, config_dirs())
 
 
 def read(group: str, name: str) -> "CommentedConfig":
     """The file of a choice, where there is one."""
     return CommentedConfig(_text(group, name))
-
-
-def recipe_values(name: str) -> dict[str, Any]:
-    """The values that a recipe sets, by dotted keys, with those of the recipes that it extends."""
-    found: dict[str, Any] = {}
-    for parent in read("recipe", name).parents:
-        found |= recipe_values(parent.removeprefix("/recipe/").partition("@")[0])
-    content = OmegaConf.to_container(OmegaConf.create(_text("recipe", name) or "{}"))
-    assert isinstance(content, dict)
-    return {**found, **flattened({str(key): value for key, value in content.items() if key != "defaults"})}
-
-
-def applied_recipes(choices: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The recipes that apply to a run, and the keys that each has set in its config.
-
-    A key that the command line or an experiment sets to another value is left out.
-
-    Args:
-        choices: Hydra's choices of the config groups.
-    """
-    values = flattened(config)
-    names = [choices.get("recipe@_global_"), choices.get("recipe")]
-    there = [name for name in names if name != "none" and name in options("recipe")]
-
-    def is_set(key: str, value: Any) -> bool:
-        # an interpolation is resolved in the config
-        return key in values and (values[key] == value or (isinstance(value, str) and "${" in value))
-
-    return {name: [key for key, value in recipe_values(name).items() if is_set(key, value)] for name in there}
 
 
 def _text(group: str, name: str) -> str:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from flowtrain.cli.config_files import (
     CommentedConfig,
-    applied_recipes,
+    config_dirs,
     options,
     own_searchpath,
     plain,
@@ -20,6 +20,7 @@ from flowtrain.cli.config_files import (
 )
 from flowtrain.cli.overrides import SWEEP, VALUED, quoted, validate_command_line
 from flowtrain.cli.start_run import check_known_keys, with_choices_of_from
+from flowtrain.runs.compose import applied_recipes
 from flowtrain.utils.arguments import hint
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_dir
@@ -201,7 +202,7 @@ def recipe_lines(run: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str
         "A recipe is a set of key values that suit a model with a data set or with an objective. It applies "
         "automatically. recipe=none turns off the recipe of the data set, and KEY=VALUE overrides one key. "
     )
-    found = applied_recipes(choices, run)
+    found = applied_recipes(choices, run, config_dirs())
     if not found:
         said += f"None applies to model={run['model'].get('name')} data={run['data'].get('name')}."
     for name, keys in found.items():

@@ -1,7 +1,7 @@
 """Starts or resumes a run in its directory, and removes what a refused command wrote."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,32 +12,28 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowtrain.cli.config_files import applied_recipes, options, plain
+from flowtrain.cli.config_files import config_dirs, options, plain
 from flowtrain.cli.error_messages import unknown_key
 from flowtrain.cli.output_files import absolute_paths, is_path
 from flowtrain.cli.overrides import keys_of, less_key, overridden, rename_old_config_keys, trusted
 from flowtrain.runs.build import with_whole_numbers
+from flowtrain.runs.compose import applied_recipes
 from flowtrain.runs.console import messages
 from flowtrain.runs.load import check_targets
-from flowtrain.runs.lock import holding
 from flowtrain.runs.run import train
+from flowtrain.runs.run_directory import (
+    claim_directory,
+    cleaned_up_unless_begun,
+    locked_directory,
+    remove_empty,
+)
 from flowtrain.training import checkpoint
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.utils.files import config_groups
-from flowtrain.utils.formatting import resume_command
 from flowtrain.utils.process import keep_freed_memory
 from flowtrain.utils.status import command_begun, status
 
-# what a run writes before its training begins
-FILES_BEFORE_TRAINING = (
-    ".hydra/config.yaml",
-    ".hydra/hydra.yaml",
-    ".hydra/overrides.yaml",
-    "flowtrain.log",
-    "metrics.jsonl",
-    "checkpoints/teacher.pt",
-)
 # errors after which the files of a run that never began are removed. After any other error they are kept for a report
 REFUSAL_ERRORS = (FlowtrainError, HydraException, OmegaConfBaseException, OSError, KeyboardInterrupt, MemoryError)
 FROM_MESSAGE = "a run begins with the model and data of from=RUN_DIR; leave it out"
@@ -76,45 +72,6 @@ def removing_empty_directories() -> Iterator[None]:
         remove_empty(_MADE)
 
 
-def remove_empty(folders: list[Path]) -> None:
-    """Removes empty directories, innermost first. Stops at the first that is not empty."""
-    with suppress(OSError):
-        for folder in folders:
-            if folder.exists():
-                folder.rmdir()
-
-
-def holds_run(run_dir: Path) -> bool:
-    """Whether training has begun in a directory."""
-    metrics = run_dir / "metrics.jsonl"
-    measured = metrics.exists() and metrics.stat().st_size > 0
-    return measured or (run_dir / "result.json").exists() or checkpoint.any_in(run_dir)
-
-
-@contextmanager
-def cleaned_up_unless_begun(run_dir: Path, refused: tuple[type[BaseException], ...]) -> Iterator[None]:
-    """If one of the `refused` errors is raised inside before training has begun, removes the files written so far.
-
-    Files that existed before are kept, and configs among them get their old content back. Only the process that holds
-    the lock of the directory may call this.
-    """
-    paths = [run_dir / name for name in FILES_BEFORE_TRAINING]
-    before = {path: path.read_bytes() if path.suffix == ".yaml" else None for path in paths if path.exists()}
-    try:
-        yield
-    except refused:
-        if not holds_run(run_dir):
-            boards = [*run_dir.glob("tensorboard/events.out.tfevents.*")] if is_created_here(run_dir) else []
-            for path in (*paths, *boards):
-                content = before.get(path)
-                if content is not None:
-                    path.write_bytes(content)
-                elif path not in before:
-                    path.unlink(missing_ok=True)
-                    remove_empty([path.parent] if path.parent != run_dir else [])
-        raise
-
-
 def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
     """A new run, as Hydra composed it: the best validation NLL and the exit code, see `train`."""
     when = command_begun()
@@ -123,7 +80,8 @@ def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
             claim_directory(run_dir)
             # only now: a directory that was another run's is not this one's to go on with
             ranks.remember(run_dir)
-        with cleaned_up_unless_begun(run_dir, REFUSAL_ERRORS) if ranks.is_first() else nullcontext():
+        refused = cleaned_up_unless_begun(run_dir, REFUSAL_ERRORS, is_created_here(run_dir))
+        with refused if ranks.is_first() else nullcontext():
             overrides = HydraConfig.get().overrides.task
             whole = rename_old_config_keys(check_known_keys(plain(config)), overrides)
             whole = with_config_of_from(whole, overrides)
@@ -134,18 +92,11 @@ def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
             if ranks.is_first():
                 write_hydra(run_dir, OmegaConf.create(whole))
             del whole["trust"]
-            recipes = applied_recipes(HydraConfig.get().runtime.choices, whole)
+            recipes = applied_recipes(HydraConfig.get().runtime.choices, whole, config_dirs())
             keep_freed_memory()
             with messages(run_dir / "flowtrain.log"):
-                return train(absolute_paths(whole), run_dir, trust=trust, begun=when, recipes=recipes)
-
-
-@contextmanager
-def locked_directory(run_dir: Path) -> Iterator[None]:
-    """The run directory is this run's inside: rank 0 holds it, and the others begin once it does."""
-    with holding(run_dir) if ranks.is_first() else nullcontext():
-        ranks.broadcast_object(True)
-        yield
+                ended = train(absolute_paths(whole), run_dir, trust=trust, begun=when, recipes=recipes)
+                return ended.best, ended.code
 
 
 def resume_run(
@@ -175,7 +126,8 @@ def resume_run(
         refuse_changes(rest, "a run goes on from its own checkpoint; leave it out", ("from",))
         config = absolute_paths(overridden(saved["config"], rest, own))
         keep_freed_memory()
-        return train(config, run_dir, saved, trust, when, recipes_of(run_dir))
+        ended = train(config, run_dir, saved, trust, when, recipes_of(run_dir))
+        return ended.best, ended.code
 
 
 def recipes_of(run_dir: Path) -> dict[str, list[str]] | None:
@@ -185,7 +137,7 @@ def recipes_of(run_dir: Path) -> dict[str, list[str]] | None:
         choices = plain(cast(DictConfig, OmegaConf.load(run_dir / ".hydra/hydra.yaml")).hydra.runtime.choices)
     except Exception:  # a user may have changed or removed the files
         return None
-    return applied_recipes(choices, composed)
+    return applied_recipes(choices, composed, config_dirs())
 
 
 def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
@@ -250,15 +202,6 @@ def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = (
         group, _, name = key.partition("@")[0].partition(".")
         if group in groups and not is_path(name):
             raise ConfigError(f"{key}: {why}")
-
-
-def claim_directory(run_dir: Path) -> None:
-    """Refuses a directory that already holds a run: one killed before its first checkpoint has left none."""
-    if holds_run(run_dir):
-        raise ConfigError(
-            f"{run_dir} already holds a run and is not overwritten: resume it with {resume_command(run_dir)}, "
-            "or choose another hydra.run.dir"
-        )
 
 
 def write_hydra(run_dir: Path, config: DictConfig) -> None:

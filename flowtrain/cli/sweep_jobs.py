@@ -25,7 +25,7 @@ from flowtrain.cli.config_files import plain
 from flowtrain.cli.error_messages import message_of, report
 from flowtrain.cli.overrides import trusted
 from flowtrain.cli.start_run import is_created_here, resume_run, start_run
-from flowtrain.runs.lock import InUseError
+from flowtrain.runs.run_directory import InUseError
 from flowtrain.runs.sweep_summary import ERROR, OVERRIDES, RESULT, begun_in, overrides_of, result_of, write_summary
 from flowtrain.training import checkpoint
 from flowtrain.utils import ranks

@@ -1,1 +1,16 @@
-"""Model families: functions from the shape of a sample to a flow."""
+"""Model families: functions from the shape of a sample to a flow.
+
+The functions have the names of their modules. `flowtrain.models.realnvp` is the function; the module is found by
+`from flowtrain.models.realnvp import Couplings`.
+
+Example:
+    >>> realnvp(2).sample(3).shape, glow((1, 8, 8)).sample(3).shape
+    (torch.Size([3, 2]), torch.Size([3, 1, 8, 8]))
+"""
+
+from flowtrain.models.affine import affine as affine
+from flowtrain.models.ffjord import ffjord as ffjord
+from flowtrain.models.glow import glow as glow
+from flowtrain.models.realnvp import realnvp as realnvp
+
+__all__ = ["affine", "ffjord", "glow", "realnvp"]

@@ -1,12 +1,15 @@
 """A Gaussian with full covariance: the baseline that any flow must beat."""
 
 import math
+from collections.abc import Sequence
 
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.linear import Affine
 from flowtrain.flow import Flow
+from flowtrain.utils.arguments import shape_of
 
 
-def affine(event_shape: tuple[int, ...]) -> Flow:
+def affine(event_shape: int | Sequence[int]) -> Flow:
     """N(m, L L^T) over the d >= 1 elements of a sample, started at the maximum-likelihood fit of the first data."""
+    event_shape = shape_of(event_shape)
     return Flow(event_shape, Chain([Affine(math.prod(event_shape))]))

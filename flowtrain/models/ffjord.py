@@ -2,8 +2,7 @@
 
 Example:
     >>> import torch
-    >>> from flowtrain.ode import ode_solver
-    >>> flow = ffjord((2,), solver=ode_solver("dopri5"), hidden=[16])
+    >>> flow = ffjord(2, hidden=[16])
     >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # a standard normal, until it is trained
     -1.8379
 """
@@ -21,18 +20,18 @@ from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.nn.mlp_field import MLPField
 from flowtrain.nn.velocity_field import Field
-from flowtrain.ode import Solver
-from flowtrain.utils.arguments import flag, whole
+from flowtrain.ode import Solver, ode_solver
+from flowtrain.utils.arguments import flag, shape_of, whole
 
 
 def ffjord(
-    event_shape: tuple[int, ...],
+    event_shape: int | Sequence[int],
     *,
-    solver: Solver,
+    solver: Solver | None = None,
     field: str = "concatsquash",
     hidden: Sequence[int] = (64, 64, 64),
     activation: str = "tanh",
-    init_scale: float | None = None,
+    init_scale: float | None = 1.0,
     flows: int = 1,
     scales: int | None = None,
     full_size: bool = True,
@@ -48,8 +47,8 @@ def ffjord(
     """Continuous bijections over vectors, each with an MLP field of its own, or over images, with convolutional ones.
 
     Args:
-        event_shape: (d,) or (C, H, W).
-        solver: shared by all the bijections.
+        event_shape: d, (d,) or (C, H, W).
+        solver: shared by all the bijections; None for the defaults of `ode_solver`, an adaptive Dormand-Prince 5(4).
         field: concatsquash | concat | time_embedding.
         hidden, activation: of the fields: widths of an MLP, channels of 3x3 convolutions.
         init_scale: of the first weights of fields of vectors, see `MLPField`; None leaves them to torch.
@@ -65,8 +64,9 @@ def ffjord(
     Raises:
         ConfigError: data without labels, or a setting out of range.
     """
+    event_shape = shape_of(event_shape)
     made = Flows(
-        solver=solver,
+        solver=ode_solver() if solver is None else solver,
         rule=TraceRule(trace, eval_trace, noise, noise_samples),
         field=field,
         hidden=hidden,

@@ -13,12 +13,12 @@ from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
 from flowtrain.nn.conditioners import ACTIVATIONS, MLP, ConvNet, InformedConv, zero
-from flowtrain.utils.arguments import flag, number, one_of, share, whole, widths
+from flowtrain.utils.arguments import flag, number, one_of, shape_of, share, whole, widths
 from flowtrain.utils.errors import ConfigError
 
 
 def glow(
-    event_shape: tuple[int, ...],
+    event_shape: int | Sequence[int],
     *,
     steps: int = 8,
     hidden: Sequence[int] = (64, 64),
@@ -36,6 +36,7 @@ def glow(
     At the data end of images stands an ActNorm of each pixel, which is not in the paper.
 
     Args:
+        event_shape: d, (d,) or (C, H, W).
         steps: how many, over images at each scale.
         hidden: of the conditioners: channels of a 3x3 convolution and of 1x1 ones after it, widths of an MLP.
         activation: of the conditioners; relu | tanh | swish.
@@ -50,6 +51,7 @@ def glow(
     Raises:
         ConfigError: one channel that is not squeezed, data without labels, or a setting out of range.
     """
+    event_shape = shape_of(event_shape)
     made = Steps(
         steps=whole("model.steps", steps),
         hidden=widths("model.hidden", hidden),

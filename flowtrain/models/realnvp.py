@@ -1,7 +1,7 @@
 """RealNVP: a stack of affine couplings over vectors, a multi-scale one over images (Dinh et al. 2017).
 
 Example:
-    >>> flow = realnvp((2,), layers=4, hidden=[16])
+    >>> flow = realnvp(2, layers=4, hidden=[16])
     >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # a standard normal, until it is trained
     -1.8379
 """
@@ -20,13 +20,13 @@ from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
 from flowtrain.nn.conditioners import ACTIVATIONS, MLP, ResidualNet
-from flowtrain.utils.arguments import flag, number, one_of, share, whole, widths
+from flowtrain.utils.arguments import flag, number, one_of, shape_of, share, whole, widths
 
 MIXINGS = ("alternate", "permutation")
 
 
 def realnvp(
-    event_shape: tuple[int, ...],
+    event_shape: int | Sequence[int],
     *,
     layers: int | None = None,
     hidden: Sequence[int] = (64, 64),
@@ -45,6 +45,7 @@ def realnvp(
     """Affine couplings over vectors of length d >= 2, or over images (C, H, W).
 
     Args:
+        event_shape: d, (d,) or (C, H, W).
         layers: how many couplings; over images, of each kind at each scale. None for 8, over images 4.
         hidden: of the conditioners: widths of an MLP, or over images the channels of each residual block.
         activation: of the conditioners; relu | tanh | swish.
@@ -63,6 +64,7 @@ def realnvp(
     Raises:
         ConfigError: d < 2, data without labels, or a setting out of range.
     """
+    event_shape = shape_of(event_shape)
     images = of_images("realnvp", event_shape, least=2)
     couplings = Couplings(
         layers=whole("model.layers", layers) if layers is not None else 4 if images else 8,

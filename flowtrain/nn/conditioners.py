@@ -36,7 +36,7 @@ class MLP(nn.Sequential):
         n_in: int,
         hidden: Sequence[int],
         n_out: int,
-        activation: str,
+        activation: str = "relu",
         classes: int | None = None,
         dropout: float = 0.0,
     ) -> None:
@@ -76,7 +76,7 @@ class ConvNet(nn.Module):
         n_in: int,
         hidden: Sequence[int],
         n_out: int,
-        activation: str,
+        activation: str = "relu",
         classes: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> None:
@@ -115,7 +115,7 @@ class ResidualNet(nn.Module):
         n_in: int,
         hidden: Sequence[int],
         n_out: int,
-        activation: str,
+        activation: str = "relu",
         classes: int | None = None,
         size: tuple[int, int] | None = None,
         batch_norm: bool = False,

@@ -227,9 +227,9 @@ class ConvField(LayeredField[TimedConv2d]):
     def __init__(
         self,
         channels: int,
-        hidden: Sequence[int],
-        layer: str,
-        activation: str,
+        hidden: Sequence[int] = (64, 64, 64),
+        layer: str = "concatsquash",
+        activation: str = "tanh",
         kernel_size: int = 3,
         classes: int | None = None,
         size: tuple[int, int] | None = None,

@@ -293,11 +293,11 @@ class MLPField(LayeredField[TimedLinear]):
     def __init__(
         self,
         d: int,
-        hidden: Sequence[int],
-        layer: str,
-        activation: str,
+        hidden: Sequence[int] = (64, 64, 64),
+        layer: str = "concatsquash",
+        activation: str = "tanh",
         classes: int | None = None,
-        init_scale: float | None = None,
+        init_scale: float | None = 1.0,
     ) -> None:
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
         sizes = [d, *widths("model.hidden", hidden), d]

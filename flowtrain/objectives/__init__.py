@@ -1,1 +1,7 @@
 """What training minimizes."""
+
+from flowtrain.objectives.base import Objective
+from flowtrain.objectives.flow_matching import FlowMatching, Hybrid, Rectified
+from flowtrain.objectives.likelihood import Likelihood
+
+__all__ = ["FlowMatching", "Hybrid", "Likelihood", "Objective", "Rectified"]

@@ -249,7 +249,7 @@ class Hybrid(Objective):
     """
 
     def __init__(
-        self, flow: Flow, regularizer: Regularizer, steps: int, matching: float, coupling: str = "independent"
+        self, flow: Flow, regularizer: Regularizer, steps: int, matching: float = 0.9, coupling: str = "independent"
     ) -> None:
         super().__init__(flow, regularizer)
         share = number("objective.matching", matching)

@@ -47,10 +47,15 @@ TORCHDIFFEQ_METHODS = (
 )
 
 
-def ode_solver(method: str, gradient: str = "auto", tableau: Tableau | None = None, **settings: Any) -> Solver:
+def ode_solver(
+    method: str = "dopri5", gradient: str = "auto", tableau: Tableau | None = None, **settings: Any
+) -> Solver:
     """The solver of that name: torchdiffeq for the adjoint and for methods without a tableau here, else our own engine.
 
     Args:
+        method: one of `configs/solver`, such as dopri5, tsit5, rk4 or euler.
+        gradient: direct | replay | adjoint | auto, see `Solver`.
+        settings: the others of `Solver`, such as rtol, or steps for methods with fixed steps.
         tableau: of a method that is not one of ours, by whatever name; solved by our own engine.
 
     Raises:

@@ -198,7 +198,7 @@ class Solver(ABC):
         control: str = "state",
         gradient: str = "auto",
         train_rtol: float | None = None,
-        warmup: int | None = 0,
+        warmup: int | None = None,
         warmup_rtol: float = 1e-3,
     ) -> None:
         self.method = method

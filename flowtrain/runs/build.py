@@ -31,9 +31,13 @@ GIVEN = ("event_shape", "solver", "classes")
 RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
 
-def build_data(config: Config) -> Dataset:
-    """The data set that `config.data` names."""
-    return cast(Dataset, _call(config, "data"))
+def build_data(config: Config, **tables: Any) -> Dataset:
+    """The data set that `config.data` names.
+
+    Args:
+        tables: tables in memory, in the place of the paths in the config.
+    """
+    return cast(Dataset, _call(config, "data", **tables))
 
 
 def build_solver(config: Config) -> Solver:

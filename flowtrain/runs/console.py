@@ -102,7 +102,7 @@ def banner(
     flow: Flow,
     data: Dataset,
     settings: Settings,
-    run_dir: Path,
+    run_dir: Path | None,
     step: int = 0,
     warmup: int = 0,
     recipes: Mapping[str, Sequence[str]] | None = None,
@@ -126,7 +126,7 @@ def banner(
         f"learning rate {settings.lr:g} ({settings.lr_decay}), seed {config['seed']}",
         **({} if recipes is None else {"recipe": _recipes(config, recipes)}),
         "device": _device(flow.like.device),
-        "run": str(shortest(run_dir)),
+        **({} if run_dir is None else {"run": str(shortest(run_dir))}),
     }
     lines = "\n".join(f"{name:>{NAMES}}  {words}" for name, words in rows.items())
     return f"flowtrain: {title_of(config)}\n{lines}"

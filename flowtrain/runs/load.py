@@ -102,6 +102,16 @@ def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str]
     with torch.random.fork_rng(devices=[]):
         check_sizes(saved, samples)
         flow = build_flow(saved["config"], samples)
+    load_averaged_weights(flow, saved)
+    return flow.to(device).eval()
+
+
+def load_averaged_weights(flow: Flow, saved: Mapping[str, Any]) -> None:
+    """Loads the weights of a checkpoint into a flow, with the averages where EMA was on.
+
+    Raises:
+        CheckpointError: they are of another model.
+    """
     try:
         flow.load_state_dict(saved["weights"])
         if saved.get("ema"):
@@ -109,7 +119,6 @@ def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str]
     except RuntimeError as e:
         first = " ".join(str(e).split())[:160]
         raise CheckpointError(f"the checkpoint's weights do not fit the model of its config ({first} ...)") from e
-    return flow.to(device).eval()
 
 
 def check_sizes(saved: Mapping[str, Any], samples: Samples) -> None:

@@ -5,9 +5,10 @@ import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,7 +28,7 @@ from flowtrain.utils.arguments import number, whole, within_memory
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, UnfinishedError
 from flowtrain.utils.files import write_json
 from flowtrain.utils.formatting import resume_command
-from flowtrain.utils.process import SignalReceived, choose_threads, ended_by_signals
+from flowtrain.utils.process import SignalReceived, choose_threads, ended_by_signals, own_settings
 from flowtrain.utils.status import phase, status
 
 log = logging.getLogger("flowtrain")
@@ -36,60 +37,104 @@ log = logging.getLogger("flowtrain")
 TEACHER = "checkpoints/teacher.pt"
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Objects that the caller of a run has built: each takes the place of one that the config names.
+
+    Attributes:
+        flow: a flow, which is trained in place.
+        data: a data set.
+    """
+
+    flow: Flow | None = None
+    data: Dataset | None = None
+
+
+NOTHING_GIVEN = Parts()
+
+
+class Ended(NamedTuple):
+    """The trainer of a run that has ended, and its exit code: 128 + the signal's number after a signal, else 0."""
+
+    trainer: Trainer
+    code: int
+
+    @property
+    def best(self) -> float:
+        """The best validation NLL in nats; NaN before the first validation."""
+        return math.nan if self.trainer.best is None else self.trainer.best["nll"]
+
+
 def train(
     config: Mapping[str, Any],
-    run_dir: Path,
+    run_dir: Path | None,
     saved: Mapping[str, Any] | None = None,
     trust: Sequence[str] = (),
     begun: float | None = None,
     recipes: Mapping[str, Sequence[str]] | None = None,
-) -> tuple[float, int]:
-    """Trains, evaluates the best checkpoint on the test set, writes result.json and the pictures.
+    given: Parts = NOTHING_GIVEN,
+) -> Ended:
+    """Trains; in a run directory, also evaluates the best checkpoint and writes result.json and the pictures.
 
     Args:
         config: plain values, resolved.
+        run_dir: None: nothing is written.
         saved: the checkpoint to go on from.
         trust: packages besides flowtrain that the run of `from` may build from.
         begun: when the command began, by time.perf_counter, for `time_budget`; None: now.
         recipes: for the banner, the recipes that applied and the keys that each has set; None if unknown.
-
-    Returns:
-        (best validation NLL in nats, exit code): 128 + the signal's number after a signal, else 0.
+        given: the flow and the data, where they are not to be built from the config.
     """
-    board = tensorboard.board(config["logger"], run_dir / "tensorboard")
-    trainer = prepare(config, run_dir, saved, trust, board, time.perf_counter() if begun is None else begun, recipes)
+    begun = time.perf_counter() if begun is None else begun
+    with own_settings(ranks.device(build.resolve_device(config["device"]))):
+        return _train(config, run_dir, saved, trust, begun, recipes, given)
+
+
+def _train(
+    config: Mapping[str, Any],
+    run_dir: Path | None,
+    saved: Mapping[str, Any] | None,
+    trust: Sequence[str],
+    begun: float,
+    recipes: Mapping[str, Sequence[str]] | None,
+    given: Parts,
+) -> Ended:
+    """`train`, in a process whose settings may be changed."""
+    board = None if run_dir is None else tensorboard.board(config["logger"], run_dir / "tensorboard")
+    trainer = prepare(config, run_dir, saved, trust, board, begun, recipes, given)
     trainer.fit()
-    best = float("nan") if trainer.best is None else trainer.best["nll"]
+    resume = "" if run_dir is None else f"; resume with: {resume_command(run_dir)}"
     if trainer.signal is not None:
-        log.warning("%s at step %d; resume with: %s", trainer.stopped_by, trainer.saved_step, resume_command(run_dir))
-        return best, 128 + trainer.signal
+        log.warning("%s at step %d%s", trainer.stopped_by, trainer.saved_step, resume)
+        return Ended(trainer, 128 + trainer.signal)
     if trainer.stopped_by:
         log.info("stopped at step %d: %s", trainer.step, trainer.stopped_by)
-    if not ranks.is_first():
-        return best, 0
+    if run_dir is None or not ranks.is_first():
+        return Ended(trainer, 0)
     try:
         with ended_by_signals():
-            finish(trainer, run_dir, board)
+            finish(trainer, run_dir, board, given.flow)
     except SignalReceived as e:
         name = signal.Signals(e.number).name
-        log.warning("%s during the evaluation; resume with: %s", name, resume_command(run_dir))
-        return best, 128 + e.number
+        log.warning("%s during the evaluation%s", name, resume)
+        return Ended(trainer, 128 + e.number)
     except OSError as e:
         raise UnfinishedError(
             f"the run has ended at step {trainer.saved_step} and is saved, but its result could not be written ({e}): "
             f"once it can be, {resume_command(run_dir)} evaluates it"
         ) from e
-    return best, 0
+    return Ended(trainer, 0)
 
 
 def prepare(
     config: Mapping[str, Any],
-    run_dir: Path,
+    run_dir: Path | None,
     saved: Mapping[str, Any] | None,
     trust: Sequence[str],
     board: tensorboard.Board | None,
     begun: float,
     recipes: Mapping[str, Sequence[str]] | None = None,
+    given: Parts = NOTHING_GIVEN,
 ) -> Trainer:
     """Everything built and checked that a run takes, up to its first step; see `train`."""
     device = ranks.device(build.resolve_device(config["device"]))
@@ -99,7 +144,7 @@ def prepare(
     seconds = config.get("time_budget")
     seconds = None if seconds is None else number("time_budget", seconds)
     with phase("reading the data"):
-        data = build.build_data(config)
+        data = build.build_data(config) if given.data is None else given.data
     config = auto_settings.resolve_auto(config, data.n_train, data.event_shape)
     settings = build.build_settings(config)
     if saved is not None:
@@ -123,12 +168,14 @@ def prepare(
         load.check_sizes(saved, data.samples)
     torch.manual_seed(whole("seed", config["seed"], least=0))
     with phase("building the model"):
-        flow = build.build_flow(config, data.samples).to(device)
+        flow = (build.build_flow(config, data.samples) if given.flow is None else given.flow).to(device)
     if teacher is not None and saved is None:
         flow.load_state_dict(teacher.state_dict())
     objective = build.build_objective(config, flow, teacher)
     config = {**config, "objective": {**config["objective"], **objective.pinned}}
-    picture = partial(draw_training, data=data, run_dir=run_dir, title=title_of(config), board=board)
+    picture = None
+    if run_dir is not None:
+        picture = partial(draw_training, data=data, run_dir=run_dir, title=title_of(config), board=board)
     time_budget = None if seconds is None else TimeBudget(seconds, begun, flow, data)
     trainer = Trainer(
         objective,
@@ -143,6 +190,8 @@ def prepare(
         time_budget=time_budget,
     )
     log.info("%s", banner(config, flow, data, settings, run_dir, trainer.step, trainer.train_state.warmup, recipes))
+    if run_dir is None:
+        return trainer
     if saved is None and taught is not None and build.takes_teacher(config) and ranks.is_first():
         # now that nothing is left to be refused: with it, the directory holds a run. As it was read: by now, the other
         # run may have gone on
@@ -167,7 +216,7 @@ def draw_training(
             board.picture(path, step)
 
 
-def teaching(config: Mapping[str, Any], run_dir: Path, resumed: bool) -> dict[str, Any] | None:
+def teaching(config: Mapping[str, Any], run_dir: Path | None, resumed: bool) -> dict[str, Any] | None:
     """The checkpoint of the run that `from` names: what a new run begins with, and what some objectives learn from.
 
     Those are resumed with the copy that they kept, whatever becomes of the other run; others no longer need it.
@@ -177,7 +226,7 @@ def teaching(config: Mapping[str, Any], run_dir: Path, resumed: bool) -> dict[st
     """
     if config.get("from") is None or (resumed and not build.takes_teacher(config)):
         return None
-    path = run_dir / TEACHER if resumed else checkpoint.find(Path(config["from"]))
+    path = run_dir / TEACHER if resumed and run_dir is not None else checkpoint.find(Path(config["from"]))
     if not path.is_file():
         raise CheckpointError(f"{path} is not there: the run cannot go on without; start a new one, with from=RUN_DIR")
     return checkpoint.load(path)
@@ -222,8 +271,12 @@ def check_unchanged(before: Samples, now: Samples) -> None:
         )
 
 
-def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> None:
-    """result.json and the final pictures, from the best checkpoint as it stands on the disk."""
+def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None, flow: Flow | None = None) -> None:
+    """Writes result.json and the final pictures, from the best checkpoint as it stands on the disk.
+
+    Args:
+        flow: a flow to load its weights into; None: built from the config.
+    """
 
     def place(name: str) -> Path:
         return run_dir / f"plots/{name}.png"
@@ -231,9 +284,12 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None) -> 
     # the trainer's config, whose step size may have become smaller
     config, data, device = trainer.config, trainer.data, trainer.flow.like.device
     time_budget = trainer.time_budget
-    saved = checkpoint.load(checkpoint.find(run_dir))
+    saved = trainer.checkpoints.read()
     with phase("loading the checkpoint to evaluate"):
-        flow = load.restore({**saved, "config": config}, device, trust=_own_packages(config))
+        if flow is None:
+            flow = load.restore({**saved, "config": config}, device, trust=own_packages(config))
+        else:
+            load.load_averaged_weights(flow, saved)
     with phase("evaluating"):
         tested, thorough = (data, True) if time_budget is None else time_budget.tested()
         result = evaluate(flow, tested, "test", saved["step"], trained_on=data, thorough=thorough)
@@ -269,7 +325,7 @@ def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
     return found[-1] if found else None
 
 
-def _own_packages(config: Mapping[str, Any]) -> list[str]:
+def own_packages(config: Mapping[str, Any]) -> list[str]:
     """The packages this run was itself composed from: what it trained with, it may be evaluated with."""
     return [
         str(group["_target_"]).split(".")[0]

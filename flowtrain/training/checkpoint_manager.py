@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ def load_weights(flow: Flow, saved: Mapping[str, Any]) -> None:
 
 
 class CheckpointManager:
-    """Writes what a run must not lose into its directory, and takes it from there.
+    """Writes the checkpoints of a run into its directory, and reads them from there.
 
     Args:
+        run_dir: the run directory; None: checkpoints are kept in memory.
         config: the run's plain config, kept in every checkpoint.
         samples: what the flow was trained on.
 
@@ -49,7 +51,7 @@ class CheckpointManager:
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: Path | None,
         config: Mapping[str, Any],
         samples: Samples,
         train_state: TrainState,
@@ -64,6 +66,7 @@ class CheckpointManager:
             progress,
         )
         self.saved_step = progress.step
+        self._in_memory: dict[str, dict[str, Any]] = {}
 
     def best(self) -> bool:
         """Whether best.pt, what a flow is loaded from, has been written."""
@@ -92,6 +95,9 @@ class CheckpointManager:
 
         A disk that is full does not end a run, which has the one before.
         """
+        if self.run_dir is None:
+            self._in_memory[name] = checkpoint.on_cpu(deepcopy(state))
+            return True
         written = True
         try:
             if ranks.is_first():
@@ -107,6 +113,16 @@ class CheckpointManager:
             )
             written = False
         return ranks.broadcast_object(written)
+
+    def read(self, prefer: str = "best") -> dict[str, Any]:
+        """A checkpoint of this run: the best one, or the last one if there is no best one or it is preferred.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        if self.run_dir is not None:
+            return checkpoint.load(checkpoint.find(self.run_dir, prefer))
+        return deepcopy(self._in_memory[prefer if prefer in self._in_memory else "last"])
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """All of last.pt but its weights.
@@ -130,7 +146,7 @@ class CheckpointManager:
 
     def back(self) -> None:
         """Everything as last.pt has it."""
-        saved = checkpoint.load(self.run_dir / "checkpoints/last.pt")
+        saved = self.read("last")
         load_weights(self.flow, saved)
         self.load(saved)
         if self.config["solver"] != saved["config"]["solver"]:

@@ -23,11 +23,13 @@ SKIPS = 10
 DUMPS = 5
 
 
-def dump(run_dir: Path, step: int, x: Tensor, label: Tensor | None) -> Path | None:
+def dump(run_dir: Path | None, step: int, x: Tensor, label: Tensor | None) -> Path | None:
     """Keeps the batch of a step that failed, x (B, *event_shape) and label (B,) or None, as .npz.
 
-    Returns the file; None where it could not be written, or there are enough of them.
+    Returns the file; None where it could not be written, there are enough of them, or there is no run directory.
     """
+    if run_dir is None:
+        return None
     of_rank = f"_rank{ranks.rank()}" if ranks.size() > 1 else ""
     path = run_dir / f"failed/step_{step:06d}{of_rank}.npz"
     if len(list(path.parent.glob("step_*.npz"))) >= DUMPS and not path.exists():

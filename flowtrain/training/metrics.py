@@ -27,15 +27,15 @@ class Metrics:
     """Appends rows to a file; `rows` holds them all. Begun at step s, it keeps the rows up to s, no later ones.
 
     Args:
-        writes: whether to touch the file: of several processes, one does.
+        path: the file; None: rows are kept in memory only, as on all ranks but one.
     """
 
-    def __init__(self, path: Path, step: int, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
-        self.rows = [row for row in read(path) if row["step"] <= step] if writes and path.exists() else []
+    def __init__(self, path: Path | None, step: int) -> None:
+        self.path = path
+        self.rows = [row for row in read(path) if row["step"] <= step] if path is not None and path.exists() else []
         self.waiting, self.failing = "", False
         self.listeners: list[Listener] = []
-        if writes:
+        if path is not None:
             write_text(path, _lines(self.rows))
 
     def back_to(self, step: int) -> None:
@@ -43,7 +43,7 @@ class Metrics:
         self.rows = [row for row in self.rows if row["step"] <= step]
         for listener in self.listeners:
             listener.back_to(step)
-        if not self.writes:
+        if self.path is None:
             return
         # what was written is how the rows begin, and a disk that is full has room for less
         text = _lines(self.rows).encode()
@@ -56,7 +56,7 @@ class Metrics:
         self.rows.append(row)
         for listener in self.listeners:
             listener.write(**row)
-        if not self.writes:
+        if self.path is None:
             return
         self.waiting += to_json(row) + "\n"
         size = self.path.stat().st_size if self.path.exists() else 0

@@ -43,7 +43,7 @@ def renamed_override(override: str) -> str:
 def upgraded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of a checkpoint as the current version writes them."""
     config = {group: _renamed(group, keys) for group, keys in checkpoint["config"].items()}
-    content = {**checkpoint, "config": {**config, "data": _data(config["data"])}}
+    content = {**checkpoint, "config": {**config, "data": _data(config["data"]), "solver": _solver(config["solver"])}}
     if isinstance(checkpoint.get("samples"), dict):
         content["samples"] = renamed(checkpoint["samples"], RENAMED_SAMPLES)
     return content
@@ -62,6 +62,11 @@ def _renamed(group: str, keys: Any) -> Any:
         keys = renamed(keys, RENAMED_KEYS[group])
     target = keys.get("_target_")
     return {**keys, "_target_": RENAMED[target]} if isinstance(target, str) and target in RENAMED else keys
+
+
+def _solver(solver: dict[str, Any]) -> dict[str, Any]:
+    """Adds the warm-up of the tolerance, which configs without the key did not have."""
+    return {"warmup": 0, **solver} if solver.get("_target_") == "flowtrain.ode.ode_solver" else solver
 
 
 def _data(data: dict[str, Any]) -> dict[str, Any]:

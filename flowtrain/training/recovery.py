@@ -69,14 +69,18 @@ class Recovery:
             self.rewind(f"{what}: {error}")
             return Failed.REWOUND
         run_dir = self.checkpoints.run_dir
-        if not isinstance(error, STEP_ERRORS):
-            raise type(error)(f"{what}: {error} Resume with: {resume_command(run_dir)}") from error
         # last.pt stays as it is: a step fails for its weights, and would fail again from those before it
         lr = self.settings.lr * self.failure_policy.lr_scale
-        raise type(error)(
-            f"{what}: {error} Go on from the last checkpoint, with a smaller learning rate: "
-            f"{resume_command(run_dir)} trainer.lr={lr / 2:g}"
-        ) from error
+        if not isinstance(error, STEP_ERRORS):
+            cure = "" if run_dir is None else f" Resume with: {resume_command(run_dir)}"
+        elif run_dir is None:
+            cure = f" Fit again with a smaller learning rate, trainer.lr={lr / 2:g}."
+        else:
+            cure = (
+                " Go on from the last checkpoint, with a smaller learning rate: "
+                f"{resume_command(run_dir)} trainer.lr={lr / 2:g}"
+            )
+        raise type(error)(f"{what}: {error}{cure}") from error
 
     def rewind(self, why: str) -> None:
         """Back to the last checkpoint, with half of the learning rate from there on."""

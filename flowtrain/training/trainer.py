@@ -35,7 +35,7 @@ Picture = Callable[[Flow, int, float], None]
 
 
 class Trainer:
-    """Trains `objective`, which wraps `flow`, on `data`; writes metrics and checkpoints into `run_dir`.
+    """Trains `objective`, which wraps `flow`, on `data`; writes metrics and checkpoints into `run_dir` if there is one.
 
     All randomness of step s is keyed by (seed, s): a run resumed at s goes on exactly as if it had not stopped,
     and nothing random needs saving.
@@ -62,7 +62,7 @@ class Trainer:
         flow: Flow,
         data: Dataset,
         settings: Settings,
-        run_dir: Path,
+        run_dir: Path | None,
         config: Mapping[str, Any],
         saved: Mapping[str, Any] | None = None,
         picture: Picture | None = None,
@@ -92,7 +92,8 @@ class Trainer:
             self.checkpoints.load(saved)
         if settings.compile:
             initialization.compile_parts(objective, flow)
-        self.metrics = Metrics(run_dir / "metrics.jsonl", self.step, writes=ranks.is_first())
+        path = run_dir / "metrics.jsonl" if run_dir is not None and ranks.is_first() else None
+        self.metrics = Metrics(path, self.step)
         self.update = Update(objective, self.train_state, batches, settings, run_dir)
         self.validation = Validation(self.train_state, data, settings, self.progress, self.metrics, self.checkpoints)
         early = early_validations(settings, data.n_train, self.train_state.solves_from != 0)

@@ -98,11 +98,11 @@ class Update:
     """Makes the updates of `train_state` that lower `objective` on `batches`, the same ones on all ranks.
 
     Args:
-        run_dir: where the batch of a step that failed is kept.
+        run_dir: where the batch of a step that failed is kept; None: nowhere.
     """
 
     def __init__(
-        self, objective: Objective, train_state: TrainState, batches: Batches, settings: Settings, run_dir: Path
+        self, objective: Objective, train_state: TrainState, batches: Batches, settings: Settings, run_dir: Path | None
     ) -> None:
         self.objective, self.train_state, self.batches = objective, train_state, batches
         self.settings, self.run_dir = settings, run_dir

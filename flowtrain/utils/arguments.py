@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
+from operator import index
 from typing import Any
 
 from flowtrain.utils.errors import ConfigError
@@ -133,6 +134,21 @@ def one_of(key: str, value: Any, choices: Iterable[str], why: str = "") -> str:
     if value not in names:
         raise ConfigError(f"{key}={value}: {choose(value, names)}{why and f' ({why})'}")
     return str(value)
+
+
+def shape_of(value: int | Sequence[int], key: str = "event_shape") -> tuple[int, ...]:
+    """`value` as the shape of a sample; one number d stands for vectors, (d,).
+
+    Example:
+        >>> shape_of(2), shape_of([1, 28, 28])
+        ((2,), (1, 28, 28))
+    """
+    try:
+        # NumPy's whole numbers too
+        sizes = [index(n) for n in (value if isinstance(value, Iterable) else (value,))]
+    except TypeError:
+        raise ConfigError(f"{key}={value}: give whole numbers, as in 2 or (1, 28, 28)") from None
+    return tuple(whole(key, n) for n in sizes)
 
 
 def flag(key: str, value: Any) -> bool:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from helpers import SMALL, Run
 
-from flowtrain.cli.config_files import applied_recipes
+from flowtrain.cli.config_files import config_dirs
 from flowtrain.cli.overrides import FLAGS, rename_old_keys, validate_command_line, warn_of_old_key
+from flowtrain.runs.compose import applied_recipes
 from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError, FlowtrainError, out_of_memory
 
@@ -133,7 +134,7 @@ def test_recipe_values_are_read_as_hydra_reads_them(tmp_path: Path, monkeypatch:
     (tmp_path / "conf/recipe/mine.yaml").write_text(text)
     monkeypatch.setattr("sys.argv", ["flowtrain", "--config-dir", str(tmp_path / "conf")])
     config = {"trainer": {"lr": 0.001, "weight_decay": 0.001}, "model": {"field": "time_embedding"}}
-    assert set(applied_recipes({"recipe": "mine"}, config)["mine"]) == {
+    assert set(applied_recipes({"recipe": "mine"}, config, config_dirs())["mine"]) == {
         "trainer.lr",
         "trainer.weight_decay",
         "model.field",

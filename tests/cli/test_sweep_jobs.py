@@ -18,7 +18,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 from flowtrain.cli.sweep_jobs import place, stopped
 from flowtrain.runs import sweep_summary
-from flowtrain.runs.lock import holding
+from flowtrain.runs.run_directory import holding
 from flowtrain.training.trainer import Trainer
 
 SMALL = ["model=affine", "trainer.steps=4", "trainer.batch_size=16", "data.n_val=32", "data.n_test=32"]

@@ -18,7 +18,7 @@ import torch
 from helpers import MakeTrainer, ReadRows, Run
 
 from flowtrain.runs.load import load
-from flowtrain.runs.lock import holding
+from flowtrain.runs.run_directory import holding
 from flowtrain.training import checkpoint
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import ConfigError
@@ -73,7 +73,7 @@ def test_a_directory_that_cannot_be_written_ends_a_run_before_it_begins(
 HOLD = """
 import sys, time
 from pathlib import Path
-from flowtrain.runs.lock import holding
+from flowtrain.runs.run_directory import holding
 with holding(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -33,6 +33,8 @@ def test_a_wheel_from_an_sdist_runs(tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     assert (site / "flowtrain/configs/config.yaml").exists()
+    # type checkers read the annotations of a package that has it
+    assert (site / "flowtrain/py.typed").exists()
     code = f"import sys; sys.path.insert(0, {str(site)!r}); import flowtrain.utils.files as p; print(p.config_dir())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert Path(done.stdout.strip()) == site / "flowtrain/configs"

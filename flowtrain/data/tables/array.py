@@ -46,7 +46,7 @@ _log = logging.getLogger("flowtrain")
 
 
 class InMemoryTable:
-    """The table of a file, and its labels where there are any; see `read_labelled` for the arguments.
+    """The table of a file or in memory, and its labels where there are any; see `read_labelled` for the arguments.
 
     Attributes:
         table: of the samples.
@@ -55,7 +55,7 @@ class InMemoryTable:
 
     def __init__(
         self,
-        path: str,
+        path: str | Table,
         key: str | None,
         columns: Columns | None,
         label: str | int | None,
@@ -124,8 +124,8 @@ class ArrayData(Finite):
     anew in each training batch, and once to held-out rows.
 
     Args:
-        path: the training file, .npy, .npz or text; see `read_table`.
-        val_path, test_path: held-out files with the same columns.
+        path: the training file, .npy, .npz or text; see `read_table`. A table in memory is taken as it is.
+        val_path, test_path: held-out files or tables with the same columns.
         key: the array of an .npz file that holds several. It is ignored for held-out files of other formats.
         columns: names, positions or slices such as "0:64" of the columns to keep.
         header: whether the first line of a text file names the columns; None: detected.
@@ -154,9 +154,9 @@ class ArrayData(Finite):
 
     def __init__(
         self,
-        path: str | None,
-        val_path: str | None = None,
-        test_path: str | None = None,
+        path: str | Table | None,
+        val_path: str | Table | None = None,
+        test_path: str | Table | None = None,
         key: str | None = None,
         columns: Columns | None = None,
         label: str | int | None = None,
@@ -179,7 +179,7 @@ class ArrayData(Finite):
                 "data.path is not set: data=array reads your own file, so give data.path=FILE (.npy, .npz or .csv)"
             )
         for name, given in (("path", path), ("val_path", val_path), ("test_path", test_path)):
-            if given is not None and not isinstance(given, str):
+            if given is not None and not isinstance(given, str | Table):
                 raise ConfigError(f"data.{name}={given}: give the path of a file")
         self.levels = None if levels is None else whole("data.levels", levels, least=2)
         self.alpha = below_half("data.alpha", alpha)
@@ -224,7 +224,8 @@ class ArrayData(Finite):
         self.n_train = divided.n
         if cap in sizes:
             _log.info(
-                f"{path}: the file is large, so at most {most:,} rows are held out for each of validation and test"
+                f"{first.table.path}: the file is large, so at most {most:,} rows are held out for each of validation "
+                "and test"
             )
 
     def _divide(
@@ -313,15 +314,15 @@ def _noise(
 
 
 def _source(
-    path: str,
+    path: str | Table,
     memory_map: bool | None,
     key: str | None,
     columns: Columns | None,
     label: str | int | None,
     text_format: TextFormat,
 ) -> InMemoryTable | StreamedTable:
-    """A file's table, in memory or not."""
-    if is_streamed(path, key, memory_map):
+    """The table in memory, or that of a file, in memory or not."""
+    if not isinstance(path, Table) and is_streamed(path, key, memory_map):
         return StreamedTable(path, columns, label)
     return InMemoryTable(path, key, columns, label, text_format)
 
@@ -338,8 +339,8 @@ def format_of(header: bool | None, decimal: str | None) -> TextFormat:
     )
 
 
-def _is_npz(path: str) -> bool:
-    return ending_of(Path(path)) == ".npz"
+def _is_npz(path: str | Table) -> bool:
+    return not isinstance(path, Table) and ending_of(Path(path)) == ".npz"
 
 
 def _standardizes(asked: bool | None, levels: int | None) -> bool:

@@ -75,6 +75,8 @@ def _too_large(file: Path, promised: int, room: int) -> str:
 
 
 ARRAYS = (".npy", ".npz")
+# arrays of an .npz file that keeps a table with the names of its columns
+VALUES, COLUMNS = "x", "columns"
 TEXTS = (".csv", ".tsv", ".txt", ".data", ".tra", ".tes")
 
 
@@ -122,7 +124,7 @@ class Table:
 
 
 def read_labelled(
-    path: str,
+    path: str | Table,
     key: str | None,
     columns: Columns | None,
     label: str | int | None,
@@ -130,16 +132,19 @@ def read_labelled(
 ) -> tuple[Table, Table | None]:
     """The table in a file less its column of labels, and that column, where there is one; see `read_table`.
 
+    A table in memory in place of the path is divided in the same way.
+
     Raises:
         ConfigError: a label that is not one column, or that leaves none.
     """
     if label is None:
         return read_table(path, key, columns, text_format=text_format), None
     label_column: list[int] = []
+    source = path.path if isinstance(path, Table) else path
 
     def choose(names: Sequence[str], left_out: Sequence[int]) -> list[int]:
-        label_column[:] = pick([label], names, path, "data.label")
-        indices = pick(columns, names, path, left_out=left_out)
+        label_column[:] = pick([label], names, source, "data.label")
+        indices = pick(columns, names, source, left_out=left_out)
         return [*indices, *(i for i in label_column if i not in indices)]
 
     table = read_table(path, key, choose, text_format=text_format)
@@ -163,7 +168,7 @@ def less_labels(table: Table, labels: Table | None, label: str | int | None) -> 
 
 
 def read_table(
-    path: str | Path,
+    path: str | Path | Table,
     key: str | None = None,
     columns: Columns | Choose | None = None,
     option: str = "data.columns",
@@ -173,7 +178,7 @@ def read_table(
     """The table in a file; a 1-D array is one column.
 
     Args:
-        path: a file that ends in one of ARRAYS or TEXTS, or in one of TEXTS and .gz.
+        path: a file that ends in one of ARRAYS or TEXTS, or in one of TEXTS and .gz; or a table in memory.
         key: which array of an .npz file with several.
         columns: names, positions or slices such as "0:64" to keep, in this order. None keeps all columns except those
             without a name that number or name the rows. A function chooses positions from the names of all columns and
@@ -186,13 +191,17 @@ def read_table(
         DataError: a file that is missing or damaged, or values that are not finite real numbers in a table.
         ConfigError: `key` or `columns` that the file does not have.
     """
-    file = Path(path).expanduser()
+    file = Path(path.path if isinstance(path, Table) else path).expanduser()
+    choose = columns if callable(columns) else lambda names, out: pick(columns, names, file, option, out)
+    if isinstance(path, Table):
+        table = path.only(choose(path.columns, ()))
+        check_finite(table)
+        return table
     ending = ending_of(file)
     check_file(file)
     if key is not None and ending != ".npz":
         raise ConfigError(f"data.key={key} names an array of an .npz file, and {path} is not one")
     try:
-        choose = columns if callable(columns) else lambda names, out: pick(columns, names, file, option, out)
         if ending in ARRAYS:
             table = _from_array(file, key, choose, event_shape)
         else:
@@ -240,14 +249,19 @@ def _from_text(file: Path, choose: Choose, text_format: TextFormat) -> Table:
 
 
 def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[int, ...]) -> Table:
-    array = _load(file, key)
+    array, names = _load(file, key)
     if is_images(array.shape, event_shape):
         array = array.reshape(len(array), -1)
     check_array(array.shape, array.dtype, file, event_shape)
     table = array.reshape(len(array), -1) if array.ndim == 1 else array
-    indices = choose(default_names(range(table.shape[1])), ())
-    kept = table if indices == list(range(table.shape[1])) else table[:, indices]
-    return Table(np.ascontiguousarray(kept, dtype=np.float64), default_names(indices), tuple(indices), str(file))
+    everything = range(table.shape[1])
+    if names and len(names) != len(everything):
+        raise DataError(f"{file} names {counted(len(names), 'column')} in {COLUMNS!r}, and has {len(everything)}")
+    names = names or default_names(everything)
+    indices = choose(names, ())
+    kept = table if indices == list(everything) else table[:, indices]
+    chosen = tuple(names[i] for i in indices)
+    return Table(np.ascontiguousarray(kept, dtype=np.float64), chosen, tuple(indices), str(file))
 
 
 def is_images(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool:
@@ -255,13 +269,18 @@ def is_images(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool:
     return len(shape) > 2 and shape[1:] in (event_shape, event_shape[1:] if event_shape[:1] == (1,) else event_shape)
 
 
-def _load(file: Path, key: str | None) -> NDArray[Any]:
-    """The array in the file, never unpickled."""
+def _load(file: Path, key: str | None) -> tuple[NDArray[Any], tuple[str, ...]]:
+    """The array in the file, never unpickled, and the names of its columns; none but in an .npz file that has them."""
     # NumPy forgets to close what it opens itself when an archive turns out damaged
     with damage_refused(file), file.open("rb") as stream:
         check_array_headers(stream, file)
         loaded = np.load(stream, allow_pickle=False)
-        return np.asarray(loaded[_member(loaded.files, key, file)] if isinstance(loaded, NpzFile) else loaded)
+        if not isinstance(loaded, NpzFile):
+            return np.asarray(loaded), ()
+        members, names = loaded.files, tuple[str, ...]()
+        if COLUMNS in members and key != COLUMNS and (named := loaded[COLUMNS]).dtype.kind == "U" and named.ndim == 1:
+            members, names = [name for name in members if name != COLUMNS], tuple(map(str, named))
+        return np.asarray(loaded[_member(members, key, file)]), names
 
 
 @contextmanager

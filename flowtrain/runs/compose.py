@@ -1,0 +1,219 @@
+"""Composes the config of a run from the YAML files in configs/, as Hydra does for the commands.
+
+Defaults are defined in these files alone. The commands read them through Hydra, Python reads them through `compose`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flowtrain.utils.arguments import choose
+from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.files import config_dir
+from flowtrain.utils.formatting import flattened
+
+# keys of the whole config that only the commands use
+COMMAND_KEYS = ("resume", "from", "trust", "hydra")
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads 1e-3 as a number, as Hydra does. PyYAML reads it as text because it has no point."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A file of a config group.
+
+    Attributes:
+        whole: whether its keys are those of the whole config; otherwise, they are those of its group.
+        parents: files of the same group that it extends.
+        choices: choices of other groups that it makes.
+        content: its own keys.
+    """
+
+    whole: bool
+    parents: list[str] = field(default_factory=list)
+    choices: dict[str, str] = field(default_factory=dict)
+    content: dict[str, Any] = field(default_factory=dict)
+
+
+def read_file(group: str, name: str, folders: Sequence[Path]) -> ConfigFile | None:
+    """Reads a file of a config group from the first folder that has it; None if no folder has it."""
+    paths = (folder / group / f"{name}.yaml" for folder in folders)
+    text = next((path.read_text(encoding="utf-8") for path in paths if path.is_file()), None)
+    if text is None:
+        return None
+    content = yaml.load(text, _Loader) or {}
+    entries = content.pop("defaults", [])
+    chosen = {str(k).removeprefix("override /"): v for e in entries if isinstance(e, dict) for k, v in e.items()}
+    parents = [e.removeprefix(f"/{group}/").partition("@")[0] for e in entries if isinstance(e, str) and e != "_self_"]
+    return ConfigFile("# @package _global_" in text.splitlines()[:3], parents, chosen, content)
+
+
+def values_of(group: str, name: str, folders: Sequence[Path]) -> dict[str, Any]:
+    """The keys of the whole config that a file sets, with those of the files that it extends."""
+    found: dict[str, Any] = {}
+    file = read_file(group, name, folders)
+    if file is None:
+        return found
+    for parent in file.parents:
+        found = _merged(found, values_of(group, parent, folders))
+    return _merged(found, file.content if file.whole else {group: file.content})
+
+
+def options(group: str, folders: Sequence[Path]) -> list[str]:
+    """The names of the files of a config group."""
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A plain config, and the recipes that applied, each with the keys that it has set."""
+
+    config: dict[str, Any]
+    recipes: dict[str, list[str]]
+
+
+def compose(settings: Mapping[str, Any], folders: Sequence[Path] = ()) -> Composed:
+    """The config that a command line with the same settings would have.
+
+    Args:
+        settings: choices of config groups and values of dotted keys, such as
+            {"model": "realnvp", "data": "moons", "trainer.lr": 1e-3}.
+        folders: folders of configs; none for those of flowtrain.
+
+    Raises:
+        ConfigError: a choice or a key that does not exist, or an invalid value of one.
+
+    Example:
+        >>> compose({"model": "affine", "trainer.steps": 7}).config["trainer"]["steps"]
+        7
+    """
+    folders = folders or [config_dir()]
+    groups = [path.name for path in folders[0].iterdir() if path.is_dir()]
+    asked = {key: value for key, value in settings.items() if key in groups and not isinstance(value, Mapping)}
+    values = flattened({key: value for key, value in settings.items() if key not in asked})
+    main = yaml.load((folders[0] / "config.yaml").read_text(encoding="utf-8"), _Loader)
+    entries = [(k, v) for e in main.pop("defaults") if isinstance(e, dict) for k, v in e.items()]
+    choices = _choices(entries, asked, folders)
+    config = {key: value for key, value in main.items() if key not in COMMAND_KEYS}
+    for entry, chosen in choices.items():
+        if chosen is not None:
+            config = _merged(config, values_of(entry.partition("@")[0], chosen, folders))
+    _set_values(config, values)
+    return Composed(config, applied_recipes(choices, config, folders))
+
+
+def _choices(
+    entries: Sequence[tuple[str, str | None]], asked: Mapping[str, Any], folders: Sequence[Path]
+) -> dict[str, str | None]:
+    """The chosen file of each entry of the main defaults list, in its order."""
+    defaults = {key: value for key, value in entries if not key.startswith("override ")}
+    given = dict(asked)
+    if given.get("experiment") is not None:
+        experiment = read_file("experiment", _checked("experiment", given["experiment"], folders), folders)
+        assert experiment is not None
+        if "hydra" in experiment.content:
+            raise ConfigError(f"experiment={given['experiment']} is a sweep; run it with flowtrain -m")
+        given = {**experiment.choices, **given}
+    found: dict[str, str | None] = {}
+    for key, default in defaults.items():
+        name = key.removeprefix("optional ")
+        value = given.get(name, default)
+        if value is None:
+            found[name] = None
+        elif name in given or "${" not in str(value):
+            found[name] = _checked(name, value, folders)
+        else:
+            for group, chosen in {**defaults, **given}.items():
+                value = str(value).replace(f"${{{group}}}", str(chosen))
+            found[name] = value if read_file(name.partition("@")[0], value, folders) is not None else None
+    return found
+
+
+def _checked(group: str, name: Any, folders: Sequence[Path]) -> str:
+    there = options(group.partition("@")[0], folders)
+    if name not in there:
+        raise ConfigError(f"{group}={name}: {choose(name, there)}")
+    return str(name)
+
+
+def _set_values(config: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Sets values by their dotted keys, in place."""
+    for key, value in values.items():
+        *path, last = key.split(".")
+        node: Any = config
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            raise ConfigError(f"unknown key {key}; {choose(key, _keys(config, key), 'the keys are')}")
+        node[last] = plain_value(key, value)
+
+
+def _keys(config: Mapping[str, Any], key: str) -> Iterator[str]:
+    """The dotted keys to choose from: those of the key's group if it exists, else all."""
+    names = [name for name in flattened(config) if "_target_" not in name]
+    group = key.partition(".")[0]
+    within = [name for name in names if name.startswith(f"{group}.")]
+    yield from within or names
+
+
+def plain_value(key: str, value: Any) -> Any:
+    """The value as a config and a checkpoint can hold it: numbers of NumPy, tuples and paths are converted.
+
+    Raises:
+        ConfigError: another kind of value.
+    """
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, list | tuple):
+        return [plain_value(key, item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(k): plain_value(f"{key}.{k}", v) for k, v in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(f"{key}: a {type(value).__name__} is not a config value; give numbers, text, None or lists")
+
+
+def applied_recipes(
+    choices: Mapping[str, Any], config: Mapping[str, Any], folders: Sequence[Path]
+) -> dict[str, list[str]]:
+    """The recipes that apply to a run, and the keys that each has set in its config.
+
+    A key that the command line or an experiment sets to another value is left out.
+
+    Args:
+        choices: the choices of the config groups.
+    """
+    values = flattened(config)
+    names = [choices.get("recipe@_global_"), choices.get("recipe")]
+    there = [str(name) for name in names if name not in (None, "none") and name in options("recipe", folders)]
+
+    def is_set(key: str, value: Any) -> bool:
+        # an interpolation is resolved in the config
+        return key in values and (values[key] == value or (isinstance(value, str) and "${" in value))
+
+    return {
+        name: [key for key, value in flattened(values_of("recipe", name, folders)).items() if is_set(key, value)]
+        for name in there
+    }
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, with the values of `new` in the place of those of `old`."""
+    found = dict(old)
+    for key, value in new.items():
+        before = found.get(key)
+        found[key] = _merged(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+    return found
