@@ -2,15 +2,18 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from itertools import chain, repeat
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
@@ -18,6 +21,7 @@ from flowtrain.bases import Base, StandardNormal
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.logit import dequantize
+from flowtrain.data.base import Samples
 from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan
 from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError
@@ -29,6 +33,29 @@ from flowtrain.utils.status import status
 Label = Tensor | int | None
 # of the probes of estimated traces, see `Flow`
 PROBE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a trained flow keeps of its training.
+
+    Attributes:
+        config: the config of the run.
+        samples: the samples that it was trained on.
+        step: the step of its weights.
+        rows: the rows of metrics.jsonl; () for a loaded flow.
+        seconds: the time of training.
+        stopped_by: the reason if training has ended before its last step, else None.
+        held_out: the numbers of the rows of the training data that were held out, (n,), for "val" and "test".
+    """
+
+    config: Mapping[str, Any] = field(repr=False)
+    samples: Samples = field(repr=False)
+    step: int = 0
+    rows: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    seconds: float = 0.0
+    stopped_by: str | None = None
+    held_out: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, repr=False)
 
 
 class DensityPass(NamedTuple):
@@ -69,6 +96,9 @@ class Flow(nn.Module):
         class_counts: the number of training rows of each class; () if unknown.
         event_shape: in place of `base`, for a standard normal base.
 
+    Attributes:
+        record: of a flow that was fitted or loaded, its config and its training; None for one built by hand.
+
     Raises:
         FlowtrainError: not exactly one of base and event_shape, or no bijection.
 
@@ -79,6 +109,8 @@ class Flow(nn.Module):
         >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # -log(2 pi)
         -1.8379
     """
+
+    record: Record | None = None
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Tables from arrays, tensors and data frames in memory, and the .npz file that keeps one in a run directory."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,10 +115,10 @@ def write_table(path: Path, table: Table) -> None:
             and values.max() < bound.max
             and (values == values.astype(narrow)).all()
         ):
-            values = values.astype(narrow)  # type: ignore[assignment]
+            values = values.astype(narrow)
             break
     arrays: dict[str, NDArray[Any]] = {VALUES: values}
     if table.named:
         arrays[COLUMNS] = np.array(table.columns)
     with replacing(path, durable=True) as f:
-        np.savez(f, **arrays)
+        np.savez(f, **cast(Any, arrays))
