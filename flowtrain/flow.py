@@ -2,14 +2,14 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from itertools import chain, repeat
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast, overload
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.logit import dequantize
 from flowtrain.data.base import Samples
+from flowtrain.data.tables.from_memory import Frame, as_tensor, check_all_finite, rows_and_labels, whole_labels
 from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan
 from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError
@@ -30,7 +31,9 @@ from flowtrain.utils.precision import full_precision
 from flowtrain.utils.process import one_thread_if_small, seeded, seeding_active
 from flowtrain.utils.status import status
 
-Label = Tensor | int | None
+Label = Tensor | int | Sequence[int] | NDArray[Any] | None
+# an array, a data frame (anything with `columns` and `to_numpy`), or lists of numbers
+Rows = NDArray[Any] | Frame | Sequence[Any]
 # of the probes of estimated traces, see `Flow`
 PROBE_SEED = 0
 
@@ -219,16 +222,31 @@ class Flow(nn.Module):
             return None
         return 1 / (math.prod(self.event_shape) * math.log(2))
 
-    def log_prob(self, x: Tensor, label: Label = None) -> Tensor:
+    @overload
+    def log_prob(self, x: Tensor, label: Label = None) -> Tensor: ...
+    @overload
+    def log_prob(self, x: Rows, label: Label | str = None) -> NDArray[Any]: ...
+    def log_prob(self, x: Tensor | Rows, label: Label | str = None) -> Tensor | NDArray[Any]:
         """log p(x) in nats, (B,), for x (B, *event_shape) in data units.
+
+        A tensor gives a tensor, with gradients. An array or a data frame gives an array in the dtype of the flow,
+        computed without gradients and in chunks of `rows_at_a_time`; see `read_rows`.
 
         Of integers and an integer-valued flow, log p(x + u) for one draw of u: its mean over u is at most log P(x)
         (Theis et al. 2016, A note on the evaluation of generative models, eq. 4).
 
         Raises:
             FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
+            DataError: an array or a frame that `read_rows` refuses.
+
+        Example:
+            >>> from flowtrain.bijections.linear import Affine
+            >>> Flow((2,), Affine(2)).log_prob(np.zeros((1, 2), np.float32))
+            array([-1.837877], dtype=float32)
         """
-        return self.log_prob_and_latents(x, label)[0]
+        if isinstance(x, Tensor):
+            return self.log_prob_and_latents(x, cast(Label, label))[0]
+        return self._in_chunks(self.log_prob, x, label, "x")
 
     def log_prob_and_latents(self, x: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
         """log p(x), (B,), see `log_prob`, and the latents it was found by, (B, *event_shape)."""
@@ -247,25 +265,72 @@ class Flow(nn.Module):
         """log p0(z), (B,), in nats."""
         return self.base.log_prob(z)
 
-    def forward(self, z: Tensor, label: Label = None) -> Tensor:
-        """Base to data: x (B, *event_shape), for z (B, *event_shape).
+    @overload
+    def forward(self, z: Tensor, label: Label = None) -> Tensor: ...
+    @overload
+    def forward(self, z: Rows, label: Label = None) -> NDArray[Any]: ...
+    def forward(self, z: Tensor | Rows, label: Label = None) -> Tensor | NDArray[Any]:
+        """Base to data: x (B, *event_shape), for z (B, *event_shape). An array gives an array, as in `log_prob`.
 
         Raises:
             FlowtrainError: z of another shape, or labels missing, superfluous or out of range.
         """
+        if not isinstance(z, Tensor):
+            return self._in_chunks(self.forward, z, label, "z")
         z = self._checked(z, "z").to(self.like)
         with self._settings(z):
             return self.bijection.map_forward(z, self.labels(label, z))
 
-    def inverse(self, x: Tensor, label: Label = None) -> Tensor:
+    @overload
+    def inverse(self, x: Tensor, label: Label = None) -> Tensor: ...
+    @overload
+    def inverse(self, x: Rows, label: Label | str = None) -> NDArray[Any]: ...
+    def inverse(self, x: Tensor | Rows, label: Label | str = None) -> Tensor | NDArray[Any]:
         """Data to base: z (B, *event_shape); of integers and an integer-valued flow, with noise added anew.
+
+        An array or a data frame gives an array, as in `log_prob`.
 
         Raises:
             FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
         """
+        if not isinstance(x, Tensor):
+            return self._in_chunks(self.inverse, x, label, "x")
         x = self.dequantized(self._checked(x, "x"))
         with self._settings(x):
-            return self.bijection.map_inverse(x, self.labels(label, x))
+            return self.bijection.map_inverse(x, self.labels(cast(Label, label), x))
+
+    def read_rows(self, x: Rows, label: Label | str = None, name: str = "x") -> tuple[NDArray[Any], Tensor | None]:
+        """Rows (n, *event_shape) and labels (n,) from an array, a tensor, lists or a data frame.
+
+        If the flow was trained on named columns, those of a data frame are found by name, in any order. Other columns
+        are ignored. Otherwise the columns are taken by position.
+
+        Args:
+            label: labels, or the name of their column in a data frame. If a conditional flow was trained on a named
+                column of labels, None takes it from the frame.
+            name: the name of x in messages; z for latents, whose columns have no names.
+
+        Raises:
+            DataError: columns are missing, or values are missing, infinite or not numbers.
+            FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
+        """
+        samples = None if self.record is None or name == "z" else self.record.samples
+        columns = () if samples is None else samples.columns
+        label_name = None if samples is None or self.classes is None else samples.label
+        rows, given = rows_and_labels(x, label, columns, label_name, name)
+        self._check_shape(rows.shape, name)
+        check_all_finite(rows, name)
+        return rows, self.labels(given, self.like.new_empty(len(rows), 0))
+
+    @torch.no_grad()
+    def _in_chunks(self, compute: Callable[..., Tensor], x: Rows, label: Label | str, name: str) -> NDArray[Any]:
+        rows, labels = self.read_rows(x, label, name)
+        size, found = rows_at_a_time(self.event_shape), []
+        for start in range(0, max(1, len(rows)), size):
+            part = slice(start, start + size)
+            y = None if labels is None else labels[part]
+            found.append(compute(as_tensor(rows[part]).to(self.like.device), y).cpu().numpy())
+        return np.concatenate(found)
 
     @torch.no_grad()
     def sample(
@@ -427,12 +492,13 @@ class Flow(nn.Module):
             return None
         if label is None:
             raise FlowtrainError(f"this flow is conditional: give a label for each sample, 0 to {self.classes - 1}")
-        y = torch.as_tensor(label if isinstance(label, Tensor | int) else math.nan, device=x.device)
+        given = label if isinstance(label, Tensor | int) else whole_labels(label)
+        y = torch.as_tensor(math.nan if given is None else given, device=x.device)
         if y.is_floating_point() or y.dtype == torch.bool or y.dim() > 1 or (y.dim() == 1 and len(y) != len(x)):
             raise FlowtrainError(f"label: give one whole number, or one for each of the {len(x)} samples")
         # in training they are the data set's own, and to look at them would wait for the device
-        given = plain_values(y)
-        bad = [] if self.training else given[(given < 0) | (given >= self.classes)].tolist()
+        values = plain_values(y)
+        bad = [] if self.training else values[(values < 0) | (values >= self.classes)].tolist()
         if bad:
             raise FlowtrainError(f"label={bad[0]}: the labels of this flow are 0 to {self.classes - 1}")
         return y.long().expand(len(x))
@@ -443,7 +509,7 @@ class Flow(nn.Module):
         Raises:
             FlowtrainError: labels that the flow does not accept, see `labels`, or of a class without training rows.
         """
-        n = len(label) if isinstance(label, Tensor) and label.dim() else 1
+        n = len(label) if not isinstance(label, int | None) and np.ndim(label) else 1
         labels = self.labels(label, self.like.new_empty(n, 0))
         if labels is None or not self.class_counts:
             return
@@ -479,10 +545,19 @@ class Flow(nn.Module):
     def _checked(self, x: Tensor, name: str) -> Tensor:
         if not isinstance(x, Tensor) or x.is_complex():
             raise FlowtrainError(f"{name} is {getattr(x, 'dtype', type(x).__name__)}; give a tensor of real numbers")
-        if x.shape[1:] != self.event_shape or x.dim() != 1 + len(self.event_shape):
-            wanted = ", ".join(map(str, ("B", *self.event_shape)))
-            raise FlowtrainError(f"{name} has shape {tuple(x.shape)}; this flow takes ({wanted})")
+        self._check_shape(x.shape, name)
         return x
+
+    def _check_shape(self, shape: Sequence[int], name: str) -> None:
+        if tuple(shape[1:]) == self.event_shape and len(shape) == 1 + len(self.event_shape):
+            return
+        wanted = ", ".join(map(str, ("B", *self.event_shape)))
+        hint = ""
+        if tuple(shape) == self.event_shape:
+            hint = f"; for one row, give {name}[None]"
+        elif len(shape) == len(self.event_shape) == self.event_shape[0] == 1:
+            hint = f"; for one column, give {name}[:, None]"
+        raise FlowtrainError(f"{name} has shape {tuple(shape)}; this flow takes ({wanted}){hint}")
 
 
 class FlowDistribution(Distribution):

@@ -161,6 +161,6 @@ def test_invalid_pixel_values_are_refused(model: str, tmp_path: Path, image_conf
         with pytest.raises(FlowtrainError, match="x goes from"):
             flow.log_prob(bad)
     assert flow.log_prob(x[:0]).shape == (0,)
-    for wrong in (x.numpy(), x.to(torch.complex64)):
-        with pytest.raises(FlowtrainError, match="tensor of real numbers"):
+    for wrong in (x.to(torch.complex64), x.to(torch.complex64).numpy()):
+        with pytest.raises(FlowtrainError, match="real numbers"):
             flow.log_prob(wrong)

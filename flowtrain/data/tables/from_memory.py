@@ -1,19 +1,32 @@
 """Tables from arrays, tensors and data frames in memory, and the .npz file that keeps one in a run directory."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowtrain.data.tables.columns import default_names
+from flowtrain.data.tables.columns import default_names, listed
 from flowtrain.data.tables.table_reader import COLUMNS, VALUES, Table
 from flowtrain.utils.errors import DataError
 from flowtrain.utils.files import replacing
 
 # arrays (n, d) or (n, *event_shape), tensors, and data frames: anything with `columns` and `to_numpy`
 Rows = Any
+
+
+class Frame(Protocol):
+    """A data frame, such as one of pandas or polars."""
+
+    @property
+    def columns(self) -> Any:
+        """The names of the columns."""
+
+    def to_numpy(self) -> Any:
+        """The values, (n, d)."""
 
 
 def is_frame(x: Any) -> bool:
@@ -24,6 +37,99 @@ def is_frame(x: Any) -> bool:
 def column_names(frame: Any) -> tuple[str, ...]:
     """The names of the columns of a data frame."""
     return tuple(map(str, frame.columns))
+
+
+def columns_of(frame: Any, columns: Sequence[str], name: str = "x") -> NDArray[Any]:
+    """The values of these columns of a data frame, (n, d), in this order. The other columns are not read.
+
+    Args:
+        name: the name of the frame in messages.
+
+    Raises:
+        DataError: a column is missing, occurs twice, or has values that are not real numbers.
+    """
+    names = column_names(frame)
+    for words, bad in (
+        ("lacks", [column for column in columns if column not in names]),
+        ("has more than one of", [column for column in columns if names.count(column) > 1]),
+    ):
+        if bad:
+            raise DataError(f"{name} {words} the columns {listed(bad)}; it has {listed(names, most=50)}")
+    keys, positions = list(frame.columns), [names.index(column) for column in columns]
+    if hasattr(frame, "__getitem__"):
+        return as_array(frame[[keys[i] for i in positions]], name)
+    return as_array(np.asarray(frame.to_numpy())[:, positions], name)
+
+
+def rows_and_labels(
+    x: Rows, label: Any, columns: Sequence[str], label_name: str | None, name: str = "x"
+) -> tuple[NDArray[Any], Any]:
+    """The rows of x as an array, and their labels.
+
+    Args:
+        x: an array, a tensor, lists of numbers, or a data frame.
+        label: the labels, or the name of their column in a data frame. None takes the column `label_name` if the frame
+            has it.
+        columns: the columns of a data frame that a flow was trained on; empty if it was not trained on named columns.
+            Then the columns are taken as they are. The same holds if several of them have one name.
+        label_name: the column of labels that the flow was trained on; None if there is none.
+        name: the name of x in messages.
+
+    Raises:
+        DataError: columns are missing, or values are not real numbers.
+    """
+    if not is_frame(x):
+        if isinstance(label, str):
+            raise DataError(f"label={label!r}: {name} is not a data frame, so it has no column of that name")
+        return as_array(x, name), label
+    if label is None and label_name in column_names(x):
+        label = label_name
+    if isinstance(label, str):
+        label = columns_of(x, [label], name).reshape(-1)
+    by_name = columns and len(set(columns)) == len(columns)
+    return columns_of(x, columns, name) if by_name else as_array(x, name), label
+
+
+def check_all_finite(rows: NDArray[Any], name: str = "x") -> None:
+    """Refuses rows (n, ...) with values that are missing, NaN or infinite.
+
+    Raises:
+        DataError: the number of such rows, and the first.
+    """
+    if not rows.size:
+        return
+    bad = np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1))
+    if len(bad):
+        raise DataError(
+            f"{name} has missing or infinite values in {len(bad)} of {len(rows)} rows, first in row {bad[0]} (from 0); "
+            "remove these rows, or fill in values"
+        )
+
+
+def as_tensor(rows: NDArray[Any]) -> Tensor:
+    """A copy of rows as a tensor: whole numbers as uint8 or int64, others as float32 or float64."""
+    kind, size = rows.dtype.kind, rows.dtype.itemsize
+    if kind == "f":
+        return torch.from_numpy(np.array(rows, dtype=np.float32 if size <= 4 else np.float64, order="C"))
+    if rows.dtype == np.uint64 and rows.size and rows.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{rows.max()} is too large a whole number; give it as a float")
+    return torch.from_numpy(np.array(rows, dtype=np.uint8 if kind in "bu" and size == 1 else np.int64, order="C"))
+
+
+def whole_labels(label: Any) -> Tensor | None:
+    """Labels as int64, () or (n,), from a number, a list, an array or a column of a frame; None if they are not whole.
+
+    Example:
+        >>> whole_labels([2, 0.0]), whole_labels([0.5])
+        (tensor([2, 0]), None)
+    """
+    try:
+        values = as_array(label.to_numpy() if hasattr(label, "to_numpy") else label)
+    except DataError:
+        return None
+    if values.dtype.kind == "b" or not (np.isfinite(values) & (values == np.floor(values))).all():
+        return None
+    return torch.from_numpy(values.astype(np.int64))
 
 
 def as_array(x: Rows, name: str = "x") -> NDArray[Any]:
@@ -43,6 +149,8 @@ def as_array(x: Rows, name: str = "x") -> NDArray[Any]:
         )
     elif is_frame(x):
         x = x.to_numpy()
+    if np.ma.is_masked(x):
+        raise DataError(f"{name} has masked values; remove these rows, or fill in values")
     try:
         array = np.asarray(x)
     except ValueError as e:
@@ -63,7 +171,8 @@ def _first_text(array: NDArray[Any]) -> str:
         try:
             float(array[place])
         except (TypeError, ValueError):
-            return f"{array[place]!r} in row {', column '.join(map(str, place[:2]))}"
+            where = f" in row {', column '.join(map(str, place[:2]))}" if place else ""
+            return f"{array[place]!r}{where}"
     return "a value"
 
 
