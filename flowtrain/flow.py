@@ -2,12 +2,14 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
@@ -18,12 +20,14 @@ from flowtrain.bases import Base, StandardNormal
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.logit import dequantize
+from flowtrain.data.base import Samples
 from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan
 from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError
 from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.precision import full_precision
 from flowtrain.utils.process import seeded, seeding_active
+from flowtrain.utils.recorded import Recorded
 from flowtrain.utils.status import status
 
 Label = Tensor | int | None
@@ -39,7 +43,22 @@ class DensityPass(NamedTuple):
     integrals: tuple[Tensor, ...] = ()
 
 
-class Flow(nn.Module):
+@dataclass(frozen=True)
+class Record:
+    """Where the flow of a run comes from. A flow that was built by hand has none.
+
+    Attributes:
+        config: of the run.
+        samples: what the run knew of its samples.
+        step: of the checkpoint.
+    """
+
+    config: Mapping[str, Any]
+    samples: Samples
+    step: int = 0
+
+
+class Flow(Recorded, nn.Module):
     """A density over samples of `event_shape`: that of x = forward(z), for z from the base.
 
     An integer-valued flow is the density of x + u for whole numbers x, with u uniform on the unit cube. Each call adds
@@ -66,6 +85,9 @@ class Flow(nn.Module):
         class_counts: the number of training rows of each class; () if unknown.
         event_shape: in place of `base`, for a standard normal base.
 
+    Attributes:
+        record: of the flow of a run, where it comes from; None of a flow that was built by hand. `save` writes it.
+
     Raises:
         FlowtrainError: not exactly one of base and event_shape, or no bijection.
 
@@ -76,6 +98,8 @@ class Flow(nn.Module):
         >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # -log(2 pi)
         -1.8379
     """
+
+    record: Record | None = None
 
     def __init__(
         self,
@@ -152,7 +176,25 @@ class Flow(nn.Module):
         found = copy(self)
         found._modules = {**self._modules, "bijection": bijection}
         found.__dict__.update(data)
+        # it is of the bijection before
+        found.record = None
         return found
+
+    def save(self, path: str | Path) -> None:
+        """Writes the flow to a .pt file, which `flowtrain.load`, `floweval` and `flowsample` read.
+
+        The file replaces an old one of that name once it is complete. It holds no code, but the weights, and how the
+        flow is built: the config of its run, or the arguments of the constructors of its parts. Parts of your own
+        classes are found by the import paths of their classes, and `flowtrain.load` needs `trust=("mypkg",)`. Parts
+        that a flow uses twice become two equal ones. Hooks are not saved.
+
+        Raises:
+            ConfigError: a name that does not end in .pt, or a directory.
+            CheckpointError: a place that cannot be written, or a part of the flow that no file can describe.
+        """
+        from flowtrain.runs.save import save
+
+        save(self, path)
 
     @property
     def like(self) -> Tensor:
