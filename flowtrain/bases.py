@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowtrain.utils.arguments import one_of, shape_of, whole
 from flowtrain.utils.errors import FlowtrainError
+from flowtrain.utils.recorded import Recorded
 
 __all__ = ["Base", "GaussianMixture", "StandardNormal", "StudentT", "UniformBox"]
 
@@ -22,7 +23,7 @@ PART = 2**22
 MOST_TERMS = 10_000
 
 
-class Base(nn.Module, ABC):
+class Base(Recorded, nn.Module, ABC):
     """A distribution over latents z of `event_shape`, with a density in closed form.
 
     A subclass defines `log_prob`, `rsample` and `to_uniform`. d is the number of elements of z, and functions that

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast, overload
 
 import numpy as np
@@ -29,6 +30,7 @@ from flowtrain.utils.errors import FlowtrainError
 from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.precision import full_precision
 from flowtrain.utils.process import one_thread_if_small, seeded, seeding_active
+from flowtrain.utils.recorded import Recorded
 from flowtrain.utils.status import status
 
 Label = Tensor | int | Sequence[int] | NDArray[Any] | None
@@ -69,7 +71,7 @@ class DensityPass(NamedTuple):
     integrals: tuple[Tensor, ...] = ()
 
 
-class Flow(nn.Module):
+class Flow(Recorded, nn.Module):
     """A density over samples of `event_shape`: that of x = forward(z), for z from the base.
 
     An integer-valued flow is the density of x + u for whole numbers x, with u uniform on the unit cube. Each call adds
@@ -190,7 +192,25 @@ class Flow(nn.Module):
         found = copy(self)
         found._modules = {**self._modules, "bijection": bijection}
         found.__dict__.update(data)
+        # it is of the bijection before
+        found.record = None
         return found
+
+    def save(self, path: str | Path) -> None:
+        """Writes the flow to a .pt file, which `flowtrain.load`, `floweval` and `flowsample` read.
+
+        The file replaces an old one of that name once it is complete. It holds no code, but the weights, and how the
+        flow is built: the config of its run, or the arguments of the constructors of its parts. Parts of your own
+        classes are found by the import paths of their classes, and `flowtrain.load` needs `trust=("mypkg",)`. Parts
+        that a flow uses twice become two equal ones. Hooks are not saved.
+
+        Raises:
+            ConfigError: a name that does not end in .pt, or a directory.
+            CheckpointError: a place that cannot be written, or a part of the flow that no file can describe.
+        """
+        from flowtrain.runs.save import save
+
+        save(self, path)
 
     @property
     def like(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
+from flowtrain.utils.recorded import Recorded
 
 # numbers of x that initialization takes through a map at once: a network holds many times as many
 PART = 2**18
@@ -31,7 +32,7 @@ class Pass(NamedTuple):
     integrals: tuple[Tensor, ...] = ()
 
 
-class Bijection(nn.Module, ABC):
+class Bijection(Recorded, nn.Module, ABC):
     """An invertible map between base and data, of a given class where the model is conditional.
 
     `forward(z) -> (x, log|det dx/dz|)` leads from base to data, `inverse(x) -> (z, log|det dz/dx|)` back;

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flowtrain.utils.autograd import transforms_active
 from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.recorded import Recorded
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "swish": nn.SiLU}
 
@@ -21,7 +22,7 @@ def zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
     return layer
 
 
-class MLP(nn.Sequential):
+class MLP(Recorded, nn.Sequential):
     """(B, n_in) -> (B, n_out), zero at its start, so that a coupling begins as the identity.
 
     Args:
@@ -59,7 +60,7 @@ class MLP(nn.Sequential):
         return y
 
 
-class ConvNet(nn.Module):
+class ConvNet(Recorded, nn.Module):
     """(B, n_in, H, W) -> (B, n_out, H, W): 3x3, then 1x1 for each further width, then 3x3; zero at its start.
 
     The network of Glow's couplings (Kingma and Dhariwal 2018, section 3.3).
@@ -96,7 +97,7 @@ class ConvNet(nn.Module):
         return y
 
 
-class ResidualNet(nn.Module):
+class ResidualNet(Recorded, nn.Module):
     """(B, n_in, H, W) -> (B, n_out, H, W): 3x3, a residual block h + W2 * f(W1 * f(h)) for each width, 3x3.
 
     The network of Real NVP's couplings (Dinh et al. 2017, section 4.1; pre-activation blocks of He et al. 2016), zero
@@ -157,7 +158,7 @@ class Block(nn.Sequential):
         return h + change
 
 
-class InformedConv(nn.Conv2d):
+class InformedConv(Recorded, nn.Conv2d):
     """W * x + b + E[label] + P, E one vector of channels for each class, P one for each place of an image."""
 
     def __init__(self, n_in: int, n_out: int, classes: int | None, size: tuple[int, int] | None) -> None:

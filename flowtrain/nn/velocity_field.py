@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flowtrain.utils.arguments import one_of
 from flowtrain.utils.autograd import transforms_active
 from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.recorded import Recorded
 
 
 class Activation(ABC):
@@ -124,7 +125,7 @@ class Swish(Activation):
 ACTIVATIONS: dict[str, Activation] = {"tanh": Tanh(), "softplus": Softplus(), "swish": Swish()}
 
 
-class Field(nn.Module, ABC):
+class Field(Recorded, nn.Module, ABC):
     """A velocity field v(t, x) with Jacobian-vector products.
 
     Shapes: x is (..., *event), with `event_dims` dimensions in an event; t is a scalar or broadcasts against the
@@ -182,7 +183,7 @@ def field_jvp(field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor, event_di
     return v.reshape(x.shape), je.reshape(-1, *x.shape)
 
 
-class TimedLayer(nn.Module, ABC):
+class TimedLayer(Recorded, nn.Module, ABC):
     """A map of x (..., *event) that is affine at any one time t, which broadcasts against the other dimensions of x."""
 
     def zero(self) -> None:

@@ -21,6 +21,19 @@ from flowtrain.utils.precision import full_precision
 Integrand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 CONTROLS = ("state", "all")
+# of a solver, besides `steps`, which sets the step size
+SETTINGS = (
+    "method",
+    "rtol",
+    "atol",
+    "step_size",
+    "max_nfe",
+    "control",
+    "gradient",
+    "train_rtol",
+    "warmup",
+    "warmup_rtol",
+)
 GRADIENTS = ("auto", "direct", "replay", "adjoint")
 
 
@@ -267,6 +280,22 @@ class Solver(ABC):
         other = copy(self)
         other.__dict__.update(settings)
         return other
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings, as arguments of `ode_solver` that make this solver again.
+
+        Example:
+            >>> from flowtrain.ode import ode_solver
+            >>> settings = ode_solver("rk4", steps=10).settings
+            >>> settings["method"], settings["step_size"], settings["rtol"], settings["atol"]
+            ('rk4', 0.1, 1e-05, None)
+        """
+        found = {key: getattr(self, key) for key in SETTINGS}
+        # those that follow rtol go on doing so
+        found["atol"] = None if self.atol == self.rtol else self.atol
+        found["train_rtol"] = None if self.train_rtol == self.rtol else self.train_rtol
+        return found
 
     def describe(self) -> dict[str, Any]:
         """method, rtol, atol for reports; a fixed-step method has a step size in place of tolerances."""

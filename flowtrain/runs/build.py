@@ -9,13 +9,14 @@ from typing import Any, cast, get_args, get_type_hints
 
 import torch
 
-from flowtrain.bijections.base import Chain
+from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.flow import Flow
+from flowtrain.models.described import TARGET
 from flowtrain.objectives.base import Objective
 from flowtrain.ode import Solver
 from flowtrain.training.old_checkpoints import RENAMED
@@ -86,12 +87,31 @@ def build_flow(config: Config, samples: Samples) -> Flow:
     """The model, with the solver and the classes where its recipe asks for them, and what prepares the samples for it.
 
     From the data to the base, the flow consists of a Logit for integers in a known range, or a Standardize if the
-    samples ask for it; the model; and a start at the Gaussian of the training rows if the samples ask for it.
+    samples ask for it; the model; and a start at the Gaussian of the training rows if the samples ask for it. A flow
+    that was built by hand and saved has all its parts in its description.
     """
     # built in any case, so that a mistake in it is not passed over
     offered = {"solver": build_solver(config), "classes": samples.classes}
     wanted = _wanted(config, "model", offered)
     flow = cast(Flow, _call(config, "model", event_shape=samples.event_shape, **wanted))
+    whole = is_description(config["model"])
+    return flow.with_data(
+        flow.bijection if whole else _prepared(flow, samples),
+        integer_valued=samples.integer_valued,
+        levels=samples.levels,
+        centered=samples.centered,
+        noisy=samples.noisy,
+        class_counts=samples.class_counts,
+    )
+
+
+def is_description(model: Config) -> bool:
+    """Whether a model config describes a flow that was built by hand; see `flowtrain.runs.save`."""
+    return bool(model.get("_target_") == TARGET)
+
+
+def _prepared(flow: Flow, samples: Samples) -> Bijection:
+    """The bijection of a model with what prepares the samples for it; see `build_flow`."""
     bijection = flow.bijection
     if samples.gaussian_start:
         start = Preconditioned if flow.ode_blocks else FromGaussian
@@ -100,14 +120,7 @@ def build_flow(config: Config, samples: Samples) -> Flow:
         bijection = Chain([bijection, Standardize(samples.event_shape, samples.centered)])
     if samples.levels is not None:
         bijection = Chain([bijection, Logit(samples.levels, samples.alpha)])
-    return flow.with_data(
-        bijection,
-        integer_valued=samples.integer_valued,
-        levels=samples.levels,
-        centered=samples.centered,
-        noisy=samples.noisy,
-        class_counts=samples.class_counts,
-    )
+    return bijection
 
 
 def with_whole_numbers(config: Config, groups: Iterable[str]) -> dict[str, Any]:

@@ -27,10 +27,12 @@ from flowtrain.data.base import Dataset
 from flowtrain.data.tables.from_memory import Rows, column_names, event_shape_of, is_frame, table_of, write_table
 from flowtrain.data.tables.table_reader import Table
 from flowtrain.flow import Flow, Record
+from flowtrain.models.described import TARGET
 from flowtrain.runs import load
 from flowtrain.runs.build import with_whole_numbers
 from flowtrain.runs.compose import Composed, compose, options, read_yaml, values_of
 from flowtrain.runs.console import writing_log
+from flowtrain.runs.descriptions import describe, describe_solver
 from flowtrain.runs.run import Ended, Parts
 from flowtrain.runs.run import train as run_training
 from flowtrain.runs.run_directory import claim_directory, cleaned_up_unless_begun, locked_directory, remove_empty
@@ -176,10 +178,11 @@ def train(
     settings = {**source.settings, "model": kind, "seed": seed, "device": str(where)}
     if source.tables:
         settings |= _data_settings(flow)
-    composed = _composed(settings, steps, minutes, overrides, fixed=("model",))
+    composed = _composed(settings, steps, minutes, overrides, fixed=("model", "solver"))
     composed.config["model"] = {"name": kind}
     if run_dir is not None:
-        raise NotImplementedError
+        composed.config["model"] |= {"_target_": TARGET, "flow": describe(flow)}
+        composed.config["solver"] = composed.config["solver"] if flow.solver is None else describe_solver(flow.solver)
     if initialize is None:
         initialize = flow.record is None
     before = deepcopy(flow.state_dict())

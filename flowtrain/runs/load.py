@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from flowtrain.data.base import Samples
 from flowtrain.flow import Flow, Record
-from flowtrain.runs.build import build_flow, resolve_device
+from flowtrain.runs.build import build_flow, is_description, resolve_device
+from flowtrain.runs.descriptions import check_description, home_of, under
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import averages
 from flowtrain.training.resume_validation import is_count
@@ -37,30 +38,23 @@ def check_targets(config: Mapping[str, Any], trust: Sequence[str] = ()) -> None:
     """
     if isinstance(trust, str):
         trust = [trust]
+    described = is_description(config["model"])
+    if described:
+        for key, value in config["model"].items():
+            if key != "_target_":
+                check_description(value, trust, f"model.{key}")
     for where, value in nested_values(config):
         if isinstance(value, str) and "${" in value:
             raise CheckpointError(f"the checkpoint's config has an interpolation at {'.'.join(where)}: refused")
-        if where[-1] != "_target_":
+        if where[-1] != "_target_" or (described and where[0] == "model"):
             continue
         roots = [f"flowtrain.{GROUP_PACKAGES[where[0]]}"] if where[0] in GROUP_PACKAGES else []
         roots += list(trust)
-        if not _under(value, roots) or not _under(_home(value), roots):
+        if not under(value, roots) or not under(home_of(value), roots):
             raise CheckpointError(
                 f"the checkpoint's config would run {value} ({'.'.join(where)}); only {', '.join(roots) or 'nothing'} "
                 "is trusted there. If it is your own package, name it: trust=[mypkg]"
             )
-
-
-def _home(target: str) -> str | None:
-    """The module in which the object of that name was defined: `flowtrain.models.x.torch.load` is torch's."""
-    try:
-        return getattr(resolve_name(target), "__module__", None)
-    except Exception as e:  # importing by name can fail in any way
-        raise CheckpointError(f"the checkpoint's config names {target}, which is not to be had here: {e}") from e
-
-
-def _under(name: Any, roots: Sequence[str]) -> bool:
-    return isinstance(name, str) and any(name == root or name.startswith(root + ".") for root in roots)
 
 
 def nested_values(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -78,6 +72,8 @@ def nested_values(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 # no smaller limits: a whole number in a checkpoint's model config may be up to 1024, and a sample have up to 2**24
 # elements, however few the weights
 SMALL_NUMBER, SMALL_SAMPLE = 1024, 2**24
+# keys of numbers that take no memory
+UNBOUNDED = ("levels", "max_nfe", "warmup")
 
 
 def load(path: str | Path, device: str = "cpu", trust: Sequence[str] = ()) -> Flow:
@@ -102,8 +98,11 @@ def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str]
     with torch.random.fork_rng(devices=[]):
         check_sizes(saved, samples)
         flow = build_flow(saved["config"], samples)
+    cast_as(flow, saved["weights"])
     load_averaged_weights(flow, saved)
-    flow.record = Record(saved["config"], samples, saved["step"])
+    # the file of a flow that was built by hand has no run
+    if "trainer" in saved["config"]:
+        flow.record = Record(saved["config"], samples, saved["step"])
     return flow.to(device).eval()
 
 
@@ -131,11 +130,23 @@ def load_averaged_weights(flow: Flow, saved: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint's weights do not fit the model of its config ({first} ...)") from e
 
 
-def check_sizes(saved: Mapping[str, Any], samples: Samples) -> None:
+def cast_as(flow: Flow, weights: Mapping[str, Tensor]) -> None:
+    """Casts the parameters and buffers of a flow to the dtypes of these weights, which may be of `flow.double()`."""
+    dtypes = list({w.dtype for w in weights.values() if w.is_floating_point()})
+    if len(dtypes) == 1:
+        flow.to(dtypes[0])
+        return
+    for name, tensor in chain(flow.named_parameters(), flow.named_buffers()):
+        if name in weights and tensor.is_floating_point():
+            tensor.data = tensor.data.to(weights[name].dtype)
+
+
+def check_sizes(saved: Mapping[str, Any], samples: Samples) -> Flow | None:
     """Refuses a config that would build more than the checkpoint's weights fill, before any memory is asked for.
 
     No whole number in the model's config may exceed all the weights there are; and the model, sketched without memory
-    (on torch's meta device), must have weights of their shapes.
+    (on torch's meta device), must have weights of their shapes. Returns the sketch; None for a model that needs values
+    to be built.
 
     Raises:
         CheckpointError: the config is not that of the weights, or builds no flow at all.
@@ -144,7 +155,9 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> None:
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     most = max(SMALL_NUMBER, sum(w.numel() for w in weights.values()))
     for where, value in nested_values({"model": saved["config"]["model"]}):
-        if isinstance(value, int) and abs(value) > most:
+        # a float such as 1e9 is a whole number too
+        number = value if isinstance(value, int | float) and where[-1] not in UNBOUNDED else 0
+        if abs(number) > most and number not in samples.event_shape:
             raise CheckpointError(f"the checkpoint's {'.'.join(where)} is {value}, and its weights are {most} numbers")
     if math.prod(samples.event_shape) > max(SMALL_SAMPLE, most):
         raise CheckpointError(f"the checkpoint's samples would be of shape {samples.event_shape}")
@@ -155,10 +168,10 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> None:
         raise CheckpointError(f"the checkpoint's config builds no flow: {e}") from e
     except NotImplementedError:
         # a user's own model that needs values to be built
-        return
+        return None
     except RuntimeError as e:
         if "meta tensors" in str(e):
-            return
+            return None
         raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError) as e:
         raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
@@ -168,6 +181,7 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> None:
     wrong += [f"ema {k}" for k, v in averaged if not _fits(v, sketch.state_dict().get(k), samples)]
     if wrong:
         raise CheckpointError(f"the checkpoint's weights do not fit the model of its config: {', '.join(wrong[:3])}")
+    return sketch
 
 
 def _fits(value: Any, sketch: Tensor | None, samples: Samples) -> bool:

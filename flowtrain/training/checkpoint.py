@@ -72,8 +72,11 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 GROUPS = ("model", "data", "solver")
 
 
-def save(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Writes the whole of it, to the disk, or nothing; the file before it stays as `previous(path)`.
+def save(path: Path, checkpoint: dict[str, Any], keep_previous: bool = True) -> None:
+    """Writes the whole of it, to the disk, or nothing.
+
+    Args:
+        keep_previous: whether the file before it stays as `previous(path)`.
 
     Raises:
         OSError: it could not be written, or does not read back as it was.
@@ -90,7 +93,7 @@ def save(path: Path, checkpoint: dict[str, Any]) -> None:
     # in memory first: torch answers a disk that is full with an error of its own archive's
     archive = io.BytesIO()
     torch.save(content, archive)
-    with replacing(path, durable=True, check=reads_back, keep=previous(path)) as f:
+    with replacing(path, durable=True, check=reads_back, keep=previous(path) if keep_previous else None) as f:
         f.write(archive.getbuffer())
 
 

@@ -1,5 +1,6 @@
 """`fit` and `train` are the command `flowtrain`, and leave the caller's process as it was."""
 
+import copy
 import json
 import os
 import pickle
@@ -407,3 +408,39 @@ def test_float64_flows_and_glow_over_images(x: np.ndarray) -> None:
     picture = glow((1, 4, 4), steps=1, hidden=[4], scales=1)
     train(picture, images, steps=3, progress=False)
     assert picture.log_prob(torch.from_numpy(images).float()).isfinite().all()
+
+
+def test_hand_built_flow_in_a_run_directory_resumes(
+    x: np.ndarray, run: Run, tmp_path: Path, without_figures: None
+) -> None:
+    constant = {"trainer.lr_decay": "constant", "trainer.val_every": 10}
+    torch.manual_seed(0)
+    flow = by_hand()
+    whole, part = copy.deepcopy(flow), copy.deepcopy(flow)
+    frame = Frame(x, ["a", "b", "c"])
+    train(whole, frame, steps=20, progress=False, run_dir=tmp_path / "whole", overrides=constant)
+    train(part, frame, steps=10, progress=False, run_dir=tmp_path / "part", overrides=constant)
+    assert run("flowtrain", f"resume={tmp_path}/part", "trainer.steps=20")[0] == 0
+    assert same(tmp_path / "part", whole)
+    in_memory = copy.deepcopy(flow)
+    train(in_memory, frame, steps=20, progress=False, overrides=constant)
+    assert same(in_memory, whole)
+    loaded = flowtrain.load(tmp_path / "part")
+    assert loaded.record is not None
+    assert loaded.record.samples.columns == ("a", "b", "c")
+    assert run("floweval", f"ckpt={tmp_path}/part")[0] == 0
+    for saved in (whole, loaded, in_memory):
+        saved.save(tmp_path / "flow.pt")
+        assert same(tmp_path / "flow.pt", whole)
+
+
+def test_saved_fit_is_evaluated_by_the_command(x: np.ndarray, run: Run, tmp_path: Path, without_figures: None) -> None:
+    flow = small(Frame(x, ["a", "b", "c"]))
+    flow.save(tmp_path / "flow.pt")
+    assert same(tmp_path / "flow.pt", flow)
+    (tmp_path / "new.csv").write_text("c,a,b\n" + "\n".join(",".join(map(str, row[[2, 0, 1]])) for row in x))
+    scores = tmp_path / "scores.npy"
+    code, _, err = run("floweval", f"ckpt={tmp_path}/flow.pt", f"data.path={tmp_path}/new.csv", f"scores={scores}")
+    assert code == 0, err
+    assert np.load(scores) == pytest.approx(flow.log_prob(Frame(x, ["a", "b", "c"])), abs=1e-4)
+    assert flow.log_prob(x) == pytest.approx(np.load(scores), abs=1e-4)

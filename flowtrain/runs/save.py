@@ -1,0 +1,105 @@
+"""Saves a flow outside of a run, in the format of checkpoints."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowtrain.data.base import Samples
+from flowtrain.flow import Flow
+from flowtrain.models.described import TARGET
+from flowtrain.ode import Solver, ode_solver
+from flowtrain.runs.build import build_flow, build_solver
+from flowtrain.runs.descriptions import describe, describe_solver
+from flowtrain.runs.load import check_sizes
+from flowtrain.training import checkpoint
+from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError, first_line
+
+# of a flow that was built by hand, which no run has given data
+NO_DATA = {"name": "no data"}
+
+
+def save(flow: Flow, path: str | Path) -> None:
+    """Writes a flow to a file; see `Flow.save`.
+
+    The file of a run's flow has the config and the samples of the run, and the flow's own solver. The flow of a run
+    that no longer has the structure of the run's model is described, as one that was built by hand.
+
+    Raises:
+        ConfigError: a name that does not end in .pt, or a directory.
+        CheckpointError: a place that cannot be written, or a part of the flow that no file can describe.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory: give the name of a file, such as {path / 'flow.pt'}")
+    if path.suffix != ".pt":
+        raise ConfigError(f"{path}: give a name that ends in .pt, such as {path.name or 'flow'}.pt")
+    content = content_of(flow)
+    try:
+        # a user's file should leave no other file beside it
+        checkpoint.save(path, content, keep_previous=False)
+    except OSError as e:
+        raise CheckpointError(f"{path}: the flow could not be written ({e})") from e
+
+
+def content_of(flow: Flow) -> dict[str, Any]:
+    """What a checkpoint of the flow holds; see `flowtrain.training.checkpoint`."""
+    record = flow.record
+    if record is not None:
+        content = {**_content(flow, record.samples), "config": {**record.config}, "step": record.step}
+        if flow.solver is not None:
+            content["config"]["solver"] = _solver_group(record.config, flow.solver)
+        if _differs(content, flow, record.samples) is None:
+            return content
+    samples = Samples(
+        flow.event_shape,
+        integer_valued=flow.integer_valued,
+        levels=flow.levels,
+        classes=flow.classes,
+        centered=flow.centered,
+        noisy=tuple(flow.noisy),
+        class_counts=tuple(flow.class_counts),
+    )
+    model = {"name": "flow", "_target_": TARGET, "flow": describe(flow)}
+    solver = describe_solver(flow.solver or ode_solver())
+    content = {**_content(flow, samples), "config": {"model": model, "data": NO_DATA, "solver": solver}}
+    if (why := _differs(content, flow, samples)) is not None:
+        raise CheckpointError(
+            f"the flow cannot be saved: the arguments of its constructors do not build it again ({why}). Give what "
+            "changes its structure to the constructors, instead of changing its parts later"
+        )
+    return content
+
+
+def _content(flow: Flow, samples: Samples) -> dict[str, Any]:
+    described = {key: value for key, value in asdict(samples).items() if key != "event_shape"}
+    weights = {name: w.detach() for name, w in flow.state_dict().items()}
+    return {"event_shape": list(flow.event_shape), "samples": described, "step": 0, "weights": weights, "ema": None}
+
+
+def _solver_group(config: Mapping[str, Any], solver: Solver) -> dict[str, Any]:
+    """The solver group of a run's config; described anew if the flow has another solver by now."""
+    own = build_solver(config)
+    if type(own) is type(solver) and own.settings == solver.settings:
+        return dict(config["solver"])
+    return describe_solver(solver)
+
+
+def _differs(content: Mapping[str, Any], flow: Flow, samples: Samples) -> str | None:
+    """How the flow that a checkpoint builds differs from this one in structure; None if it does not."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            # a model that needs values to be built has no sketch
+            again = check_sizes(content, samples) or build_flow(content["config"], samples)
+    except FlowtrainError as e:
+        return first_line(e)
+    before, after = ([(name, type(m)) for name, m in f.named_modules()] for f in (flow, again))
+    for (name, kind), (other_name, other) in zip(before, after, strict=False):
+        if (name, kind) != (other_name, other):
+            return f"{name or 'flow'} is a {kind.__name__}, and {other_name or 'flow'} of the file a {other.__name__}"
+    shapes = [{k: tuple(w.shape) for k, w in f.state_dict().items()} for f in (flow, again)]
+    if len(before) != len(after) or shapes[0] != shapes[1]:
+        return "the file has other weights"
+    return None

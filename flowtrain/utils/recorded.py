@@ -1,0 +1,113 @@
+"""A base class whose objects remember the arguments of their constructor, from which a saved flow is built again."""
+
+import inspect
+from abc import ABCMeta
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+ARGUMENTS = "_constructor_arguments"
+
+
+@dataclass(frozen=True)
+class Part:
+    """An argument that the object keeps, by the name of its attribute: such a part may be replaced later.
+
+    Attributes:
+        listed: whether the argument was a list, which a `ModuleList` keeps.
+    """
+
+    path: str
+    listed: bool = False
+
+    def of(self, owner: Any) -> Any:
+        """What is there now."""
+        for name in self.path.split("."):
+            owner = getattr(owner, name)
+        return list(owner) if self.listed else owner
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """An argument that cannot be written to a file, and what it was."""
+
+    kind: str
+
+
+class _RecordingMeta(ABCMeta):
+    # hidden from type checkers, which read the signature of `__init__`
+    if not TYPE_CHECKING:
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            made = super().__call__(*args, **kwargs)
+            if isinstance(made, cls):
+                vars(made)[ARGUMENTS] = _bound(made, args, kwargs)
+            return made
+
+        @property
+        def __signature__(cls) -> inspect.Signature:
+            """That of `__init__`, for `help` and `inspect.signature`."""
+            of_init = inspect.signature(cls.__init__)
+            return of_init.replace(parameters=list(of_init.parameters.values())[1:])
+
+
+class Recorded(metaclass=_RecordingMeta):
+    """An object that remembers its constructor's arguments. Copies and pickles remember them too.
+
+    `Flow.save` describes the parts of a flow by them. All bijections, fields, conditioners and bases derive from this
+    class. A network of your own derives from it as well, so that flows with it can be saved. An argument that is a
+    module must be kept as a submodule.
+
+    Example:
+        >>> class Net(Recorded, nn.Module):
+        ...     def __init__(self, width, depth=2):
+        ...         super().__init__()
+        >>> arguments_of(Net(3))
+        ((), {'width': 3})
+    """
+
+
+def arguments_of(made: Recorded) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments of the constructor.
+
+    A module or solver among them is given as a `Part`, and a value that no file can hold as an `Unknown`.
+    """
+    found: tuple[tuple[Any, ...], dict[str, Any]] = vars(made).get(ARGUMENTS, ((), {}))
+    return found
+
+
+def _bound(made: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not args and not kwargs:
+        return (), {}
+    parameters = list(inspect.signature(type(made).__init__).parameters.values())[1:]
+    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    # without *args, all arguments have names
+    positional = args if len(args) > len(named) or any(p.kind is p.POSITIONAL_ONLY for p in parameters) else ()
+    keywords = {**({} if positional else dict(zip(named, args, strict=False))), **kwargs}
+    return tuple(_kept(made, "", v) for v in positional), {k: _kept(made, k, v) for k, v in keywords.items()}
+
+
+def _kept(made: Any, name: str, value: Any) -> Any:
+    """The argument of that name, by its place in the object if it is a part of it."""
+    if value is None or isinstance(value, str | Tensor):
+        return value
+    if isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating):
+        return value.item() if isinstance(value, np.generic) else value
+    own = getattr(made, name, None) if name else None
+    if isinstance(own, nn.ModuleList) and isinstance(value, list | tuple | Iterator):
+        return Part(name, listed=True)
+    if isinstance(value, nn.Module):
+        paths = [name] if own is value else [path for path, m in made.named_modules() if m is value and path]
+        return Part(paths[0]) if paths else Unknown(f"a {type(value).__name__} that is not kept as a submodule")
+    if isinstance(value, list | tuple):
+        items = [_kept(made, "", item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {k: _kept(made, "", v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return Unknown("a NumPy array")
+    attributes = [k for k, v in vars(made).items() if v is value]
+    return Part(attributes[0]) if attributes else Unknown(f"a {type(value).__name__}")
