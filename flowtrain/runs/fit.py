@@ -40,7 +40,7 @@ from flowtrain.utils.arguments import number
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import config_dir, config_groups, write_text
 from flowtrain.utils.formatting import flattened, shown
-from flowtrain.utils.status import TqdmReporter, reporting
+from flowtrain.utils.status import library_reporter, reporting
 
 log = logging.getLogger("flowtrain")
 
@@ -362,7 +362,7 @@ def _run(
         config["data"] = {"name": type(source.data).__name__}
         if run_dir is not None:
             raise ConfigError("run_dir: a run cannot be resumed with a Dataset; give rows, or a data set by its name")
-    with reporting(TqdmReporter()) if progress else nullcontext():
+    with reporting(library_reporter()) if progress else nullcontext():
         if run_dir is None:
             return _checked(run_training(config, None, begun=begun, recipes=composed.recipes, given=parts))
         path = Path(run_dir).expanduser().absolute()

@@ -301,11 +301,14 @@ class Reporter:
             self._closed = True
 
 
-class TqdmReporter(Reporter):
-    """Shows the progress bar of a fit by `tqdm.auto`: a widget in a notebook, a line on a terminal or elsewhere.
+def library_reporter() -> Reporter:
+    """The reporter of a fit from Python: a bar of `tqdm.auto` in a notebook and on a terminal, else lines."""
+    bars = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return TqdmReporter() if bars else Reporter(sys.stderr)
 
-    Other statuses are not shown.
-    """
+
+class TqdmReporter(Reporter):
+    """Shows progress bars by `tqdm.auto`, as a widget in a notebook. Other statuses are not shown."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr, threaded=False)
