@@ -16,13 +16,33 @@ import flowtrain.utils.status  # noqa: F401
 
 if TYPE_CHECKING:
     from flowtrain import bases, bijections, data, models, nn, objectives, ode
-    from flowtrain.flow import Flow
+    from flowtrain.flow import Flow, Record
+    from flowtrain.runs.fit import fit, train
     from flowtrain.runs.load import load
 
-__all__ = ["Flow", "bases", "bijections", "data", "load", "models", "nn", "objectives", "ode"]
+__all__ = [
+    "Flow",
+    "Record",
+    "bases",
+    "bijections",
+    "data",
+    "fit",
+    "load",
+    "models",
+    "nn",
+    "objectives",
+    "ode",
+    "train",
+]
 
 # the others are modules
-_HOMES = {"Flow": "flowtrain.flow", "load": "flowtrain.runs.load"}
+_HOMES = {
+    "Flow": "flowtrain.flow",
+    "Record": "flowtrain.flow",
+    "fit": "flowtrain.runs.fit",
+    "load": "flowtrain.runs.load",
+    "train": "flowtrain.runs.fit",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,10 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from itertools import chain, repeat
@@ -20,6 +21,7 @@ from flowtrain.bases import Base, StandardNormal
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.logit import dequantize
+from flowtrain.data.base import Samples
 from flowtrain.data.tables.from_memory import Frame, as_tensor, check_all_finite, rows_and_labels, whole_labels
 from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan
 from flowtrain.utils.autograd import plain_values
@@ -34,6 +36,29 @@ Label = Tensor | int | Sequence[int] | NDArray[Any] | None
 Rows = NDArray[Any] | Frame | Sequence[Any]
 # of the probes of estimated traces, see `Flow`
 PROBE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a trained flow keeps of its training.
+
+    Attributes:
+        config: the config of the run.
+        samples: the samples that it was trained on.
+        step: the step of its weights.
+        rows: the rows of metrics.jsonl; () for a loaded flow.
+        seconds: the time of training.
+        stopped_by: the reason if training has ended before its last step, else None.
+        held_out: the numbers of the rows of the training data that were held out, (n,), for "val" and "test".
+    """
+
+    config: Mapping[str, Any] = field(repr=False)
+    samples: Samples = field(repr=False)
+    step: int = 0
+    rows: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    seconds: float = 0.0
+    stopped_by: str | None = None
+    held_out: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, repr=False)
 
 
 class DensityPass(NamedTuple):
@@ -74,6 +99,9 @@ class Flow(nn.Module):
         class_counts: the number of training rows of each class; () if unknown.
         event_shape: in place of `base`, for a standard normal base.
 
+    Attributes:
+        record: of a flow that was fitted or loaded, its config and its training; None for one built by hand.
+
     Raises:
         FlowtrainError: not exactly one of base and event_shape, or no bijection.
 
@@ -84,6 +112,8 @@ class Flow(nn.Module):
         >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # -log(2 pi)
         -1.8379
     """
+
+    record: Record | None = None
 
     def __init__(
         self,
@@ -284,8 +314,7 @@ class Flow(nn.Module):
             DataError: columns are missing, or values are missing, infinite or not numbers.
             FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
         """
-        record = getattr(self, "record", None)
-        samples = None if record is None or name == "z" else record.samples
+        samples = None if self.record is None or name == "z" else self.record.samples
         columns = () if samples is None else samples.columns
         label_name = None if samples is None or self.classes is None else samples.label
         rows, given = rows_and_labels(x, label, columns, label_name, name)

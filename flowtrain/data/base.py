@@ -2,8 +2,9 @@
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,8 @@ class Dataset(ABC):
         gaussian_start: whether the flow starts at the Gaussian of the training rows.
         noisy, class_counts, record: see `Samples`.
         entropy: differential entropy of the true density in nats, where it is known.
+        held_rows: the numbers of the rows that each held-out set has of the training data, (n,), by its name; a set of
+            its own is left out.
 
     Example:
         >>> class Line(Dataset):
@@ -187,6 +190,7 @@ class Dataset(ABC):
     class_counts: tuple[int, ...] = ()
     record: Record = ()
     entropy: float | None = None
+    held_rows: Mapping[str, NDArray[np.int64]] = MappingProxyType({})
 
     @abstractmethod
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:

@@ -52,7 +52,7 @@ def read_file(group: str, name: str, folders: Sequence[Path]) -> ConfigFile | No
     text = next((path.read_text(encoding="utf-8") for path in paths if path.is_file()), None)
     if text is None:
         return None
-    content = yaml.load(text, _Loader) or {}
+    content = read_yaml(text) or {}
     entries = content.pop("defaults", [])
     chosen = {str(k).removeprefix("override /"): v for e in entries if isinstance(e, dict) for k, v in e.items()}
     parents = [e.removeprefix(f"/{group}/").partition("@")[0] for e in entries if isinstance(e, str) and e != "_self_"]
@@ -75,11 +75,30 @@ def options(group: str, folders: Sequence[Path]) -> list[str]:
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text, with numbers as Hydra reads them.
+
+    Example:
+        >>> read_yaml("[1e-3, null, a]")
+        [0.001, None, 'a']
+    """
+    return yaml.load(text, _Loader)
+
+
 @dataclass(frozen=True)
 class Composed:
-    """A plain config, and the recipes that applied, each with the keys that it has set."""
+    """A composed config.
+
+    Attributes:
+        config: plain values.
+        settings: the settings that it was composed from.
+        choices: the choices of the config groups.
+        recipes: the recipes that applied, and the keys that each has set.
+    """
 
     config: dict[str, Any]
+    settings: dict[str, Any]
+    choices: dict[str, str | None]
     recipes: dict[str, list[str]]
 
 
@@ -102,7 +121,7 @@ def compose(settings: Mapping[str, Any], folders: Sequence[Path] = ()) -> Compos
     groups = [path.name for path in folders[0].iterdir() if path.is_dir()]
     asked = {key: value for key, value in settings.items() if key in groups and not isinstance(value, Mapping)}
     values = flattened({key: value for key, value in settings.items() if key not in asked})
-    main = yaml.load((folders[0] / "config.yaml").read_text(encoding="utf-8"), _Loader)
+    main = read_yaml((folders[0] / "config.yaml").read_text(encoding="utf-8"))
     entries = [(k, v) for e in main.pop("defaults") if isinstance(e, dict) for k, v in e.items()]
     choices = _choices(entries, asked, folders)
     config = {key: value for key, value in main.items() if key not in COMMAND_KEYS}
@@ -110,7 +129,7 @@ def compose(settings: Mapping[str, Any], folders: Sequence[Path] = ()) -> Compos
         if chosen is not None:
             config = _merged(config, values_of(entry.partition("@")[0], chosen, folders))
     _set_values(config, values)
-    return Composed(config, applied_recipes(choices, config, folders))
+    return Composed(config, dict(settings), choices, applied_recipes(choices, config, folders))
 
 
 def _choices(

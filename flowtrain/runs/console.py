@@ -64,12 +64,7 @@ def messages(path: Path | None = None) -> Iterator[None]:
     console.setFormatter(logging.Formatter("%(message)s"))
     handlers: list[logging.Handler] = [console]
     if path is not None:
-        # created with the first message, so that a refused command leaves no file
-        file = logging.FileHandler(path, encoding="utf-8", delay=True)
-        # a message that the disk has no room for was on the terminal
-        file.handleError = lambda record: None  # type: ignore[method-assign]
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers.append(file)
+        handlers.append(_log_file(path))
     # the log file has the traces of what went wrong too
     log.setLevel(logging.DEBUG if ranks.is_first() else logging.CRITICAL)
     log.propagate = False
@@ -81,6 +76,46 @@ def messages(path: Path | None = None) -> Iterator[None]:
         log.handlers.clear()
         for handler in handlers:
             handler.close()
+
+
+def _log_file(path: Path) -> logging.FileHandler:
+    """The log file of a run, created with the first message, so that a refused command leaves no file."""
+    file = logging.FileHandler(path, encoding="utf-8", delay=True)
+    # a message that the disk has no room for was on the terminal
+    file.handleError = lambda record: None  # type: ignore[method-assign]
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return file
+
+
+class _ToParent(logging.Handler):
+    """Passes messages on to the handlers of the root logger, as propagation does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logging.getLogger().callHandlers(record)
+
+
+@contextmanager
+def writing_log(path: Path) -> Iterator[None]:
+    """Inside, messages of all levels also go to the log file of a run; those that the caller sees stay the same."""
+    file, parent, shown = _log_file(path), _ToParent(), log.getEffectiveLevel()
+    before = log.level, log.propagate, {handler: handler.level for handler in log.handlers}
+    # a logger drops messages below its own level before any handler sees them
+    for handler in (*log.handlers, parent):
+        handler.setLevel(max(handler.level, shown))
+    for handler in (file, parent) if log.propagate else (file,):
+        log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        level, log.propagate, levels = before
+        log.setLevel(level)
+        for added in (file, parent):
+            log.removeHandler(added)
+        for handler, level in levels.items():
+            handler.setLevel(level)
+        file.close()
 
 
 @contextmanager

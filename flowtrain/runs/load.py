@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import Samples
-from flowtrain.flow import Flow
+from flowtrain.flow import Flow, Record
 from flowtrain.runs.build import build_flow, resolve_device
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import averages
@@ -103,7 +103,17 @@ def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str]
         check_sizes(saved, samples)
         flow = build_flow(saved["config"], samples)
     load_averaged_weights(flow, saved)
+    flow.record = Record(saved["config"], samples, saved["step"])
     return flow.to(device).eval()
+
+
+def own_packages(config: Mapping[str, Any]) -> list[str]:
+    """The packages this run was itself composed from: what it trained with, it may be evaluated with."""
+    return [
+        str(group["_target_"]).split(".")[0]
+        for group in config.values()
+        if isinstance(group, dict) and "_target_" in group
+    ]
 
 
 def load_averaged_weights(flow: Flow, saved: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,20 +13,17 @@ from typing import Any, NamedTuple
 import torch
 
 from flowtrain.data.base import Dataset, Samples, changes
-from flowtrain.evaluation import NAMES, evaluate
+from flowtrain.data.tables.table_reader import Table
+from flowtrain.evaluation import check_fits
 from flowtrain.flow import Flow
-from flowtrain.plotting import pictures
-from flowtrain.plotting.curves import draw_curves
-from flowtrain.plotting.drawing import warn_if_plotting_fails
 from flowtrain.runs import auto_settings, build, load
-from flowtrain.runs.console import banner, data_name, next_commands, title_of
+from flowtrain.runs.console import banner, title_of
 from flowtrain.training import checkpoint, tensorboard
 from flowtrain.training.time_budget import TimeBudget
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import ranks
 from flowtrain.utils.arguments import number, whole, within_memory
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, UnfinishedError
-from flowtrain.utils.files import write_json
 from flowtrain.utils.formatting import resume_command
 from flowtrain.utils.process import SignalReceived, choose_threads, ended_by_signals, own_settings
 from flowtrain.utils.status import phase, status
@@ -44,10 +41,14 @@ class Parts:
     Attributes:
         flow: a flow, which is trained in place.
         data: a data set.
+        tables: tables in memory, by the keys of the data that they take the place of.
+        initialize: whether a new run sets what depends on its data.
     """
 
     flow: Flow | None = None
     data: Dataset | None = None
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    initialize: bool = True
 
 
 NOTHING_GIVEN = Parts()
@@ -111,6 +112,9 @@ def _train(
         log.info("stopped at step %d: %s", trainer.step, trainer.stopped_by)
     if run_dir is None or not ranks.is_first():
         return Ended(trainer, 0)
+    # imported here because it takes matplotlib
+    from flowtrain.runs.finish import finish
+
     try:
         with ended_by_signals():
             finish(trainer, run_dir, board, given.flow)
@@ -144,7 +148,7 @@ def prepare(
     seconds = config.get("time_budget")
     seconds = None if seconds is None else number("time_budget", seconds)
     with phase("reading the data"):
-        data = build.build_data(config) if given.data is None else given.data
+        data = build.build_data(config, **given.tables) if given.data is None else given.data
     config = auto_settings.resolve_auto(config, data.n_train, data.event_shape)
     settings = build.build_settings(config)
     if saved is not None:
@@ -168,15 +172,17 @@ def prepare(
         load.check_sizes(saved, data.samples)
     torch.manual_seed(whole("seed", config["seed"], least=0))
     with phase("building the model"):
-        flow = (build.build_flow(config, data.samples) if given.flow is None else given.flow).to(device)
+        flow = (build.build_flow(config, data.samples) if given.flow is None else _fitting(given.flow, data)).to(device)
     if teacher is not None and saved is None:
         flow.load_state_dict(teacher.state_dict())
     objective = build.build_objective(config, flow, teacher)
     config = {**config, "objective": {**config["objective"], **objective.pinned}}
     picture = None
     if run_dir is not None:
+        from flowtrain.runs.finish import draw_training
+
         picture = partial(draw_training, data=data, run_dir=run_dir, title=title_of(config), board=board)
-    time_budget = None if seconds is None else TimeBudget(seconds, begun, flow, data)
+    time_budget = None if seconds is None else TimeBudget(seconds, begun, flow, data, run_dir is not None)
     trainer = Trainer(
         objective,
         flow,
@@ -186,7 +192,7 @@ def prepare(
         config,
         saved,
         picture,
-        initialize=teacher is None,
+        initialize=teacher is None and given.initialize,
         time_budget=time_budget,
     )
     log.info("%s", banner(config, flow, data, settings, run_dir, trainer.step, trainer.train_state.warmup, recipes))
@@ -201,19 +207,18 @@ def prepare(
     return trainer
 
 
-def draw_training(
-    flow: Flow, step: int, nll: float, *, data: Dataset, run_dir: Path, title: str, board: tensorboard.Board | None
-) -> None:
-    """A picture of a run on its way, after a step and with the last validation's NLL in nats."""
-    bits = flow.bits_per_nat
-    reached = f"NLL {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
-    # the first picture may come before the first validation
-    validated = "" if math.isnan(nll) else f", validation {reached}"
-    path = run_dir / f"plots/samples_{step:06d}.png"
-    with warn_if_plotting_fails(f"step {step}"):
-        pictures.draw(flow, data, path, f"{title}, step {step}{validated}")
-        if board is not None:
-            board.picture(path, step)
+def _fitting(flow: Flow, data: Dataset) -> Flow:
+    """The flow, if the data are of its kind.
+
+    Raises:
+        DataError: samples of another shape or kind, or no labels for a conditional flow.
+    """
+    check_fits(flow, data)
+    if flow.classes is not None and (data.classes or 0) > flow.classes:
+        raise DataError(f"the flow has {flow.classes} classes, and the labels of the data go up to {data.classes}")
+    if flow.classes is not None and data.classes is None:
+        raise DataError("the flow is conditional, and the data have no labels: give label")
+    return flow
 
 
 def teaching(config: Mapping[str, Any], run_dir: Path | None, resumed: bool) -> dict[str, Any] | None:
@@ -269,66 +274,3 @@ def check_unchanged(before: Samples, now: Samples) -> None:
             "it was trained on could be held out. Restore the data, or start a new run with the changed data "
             "(from=RUN_DIR starts it with the weights of this one)"
         )
-
-
-def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None, flow: Flow | None = None) -> None:
-    """Writes result.json and the final pictures, from the best checkpoint as it stands on the disk.
-
-    Args:
-        flow: a flow to load its weights into; None: built from the config.
-    """
-
-    def place(name: str) -> Path:
-        return run_dir / f"plots/{name}.png"
-
-    # the trainer's config, whose step size may have become smaller
-    config, data, device = trainer.config, trainer.data, trainer.flow.like.device
-    time_budget = trainer.time_budget
-    saved = trainer.checkpoints.read()
-    with phase("loading the checkpoint to evaluate"):
-        if flow is None:
-            flow = load.restore({**saved, "config": config}, device, trust=own_packages(config))
-        else:
-            load.load_averaged_weights(flow, saved)
-    with phase("evaluating"):
-        tested, thorough = (data, True) if time_budget is None else time_budget.tested()
-        result = evaluate(flow, tested, "test", saved["step"], trained_on=data, thorough=thorough)
-    best = None if trainer.best is None else trainer.best["nll"]
-    rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
-    rest["val_nll_stderr"] = None if trainer.best is None else stderr_at(trainer.metrics.rows, trainer.best["step"])
-    write_json(run_dir / "result.json", {**result.to_dict(), **rest})
-    title = title_of(config)
-    reached = f"{title}, test {result.words}"
-    drawn = []
-    with warn_if_plotting_fails("curves"):
-        draw_curves(place("curves"), rows=trainer.metrics.rows, title=reached, entropy=data.entropy)
-        drawn.append(place("curves"))
-    if time_budget is None or time_budget.has_time_for("samples"):
-        with warn_if_plotting_fails("samples"):
-            pictures.draw(flow, data, place("samples"), reached)
-            drawn.append(place("samples"))
-    drawn += pictures.draw_evaluation(result, title, data_name(config), place)
-    if time_budget is None or time_budget.has_time_for("the flow in more detail", more=True):
-        drawn += pictures.draw_more(flow, data, place, reached)
-    if board is not None:
-        board.end(result.to_dict(), drawn, trainer.step)
-    trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.course(saved['step'])}"
-    if time_budget is not None:
-        log.info("time_budget=%g: %.1f s so far", time_budget.seconds, time_budget.seconds - time_budget.left)
-        time_budget.warn_if_over()
-    log.info("%s\n%s\n%s", result.table(), trained, next_commands(run_dir, data.event_shape))
-
-
-def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
-    """The standard error of the validation NLL at a step; None in rows written by an older flowtrain."""
-    found = [row.get("nll_stderr") for row in rows if row.get("split") == "val" and row["step"] == step]
-    return found[-1] if found else None
-
-
-def own_packages(config: Mapping[str, Any]) -> list[str]:
-    """The packages this run was itself composed from: what it trained with, it may be evaluated with."""
-    return [
-        str(group["_target_"]).split(".")[0]
-        for group in config.values()
-        if isinstance(group, dict) and "_target_" in group
-    ]

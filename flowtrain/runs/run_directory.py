@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def holds_run(run_dir: Path) -> bool:
 
 @contextmanager
 def cleaned_up_unless_begun(
-    run_dir: Path, refused: tuple[type[BaseException], ...], created: bool = True
+    run_dir: Path, refused: tuple[type[BaseException], ...], created: bool = True, files: Sequence[str] = ()
 ) -> Iterator[None]:
     """If one of the `refused` errors is raised inside before training has begun, removes the files written so far.
 
@@ -104,8 +104,9 @@ def cleaned_up_unless_begun(
 
     Args:
         created: whether this process has created the directory; then TensorBoard's files are removed too.
+        files: further files that the run writes before training begins.
     """
-    paths = [run_dir / name for name in FILES_BEFORE_TRAINING]
+    paths = [run_dir / name for name in (*FILES_BEFORE_TRAINING, *files)]
     before = {path: path.read_bytes() if path.suffix == ".yaml" else None for path in paths if path.exists()}
     try:
         yield
@@ -135,5 +136,5 @@ def claim_directory(run_dir: Path) -> None:
     if holds_run(run_dir):
         raise ConfigError(
             f"{run_dir} already holds a run and is not overwritten: resume it with {resume_command(run_dir)}, "
-            "or choose another hydra.run.dir"
+            "or choose another directory (hydra.run.dir)"
         )

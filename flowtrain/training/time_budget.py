@@ -39,13 +39,14 @@ class TimeBudget:
     Args:
         seconds: the time budget of the whole command.
         begun: when the command began, by time.perf_counter.
+        evaluates: whether an evaluation and pictures follow the training.
 
     Attributes:
         row_seconds: seconds to score one row. Repeated probes are combined by a geometric mean.
     """
 
-    def __init__(self, seconds: float, begun: float, flow: Flow, data: Dataset) -> None:
-        self.seconds, self.begun, self.flow, self.data = seconds, begun, flow, data
+    def __init__(self, seconds: float, begun: float, flow: Flow, data: Dataset, evaluates: bool = True) -> None:
+        self.seconds, self.begun, self.flow, self.data, self.evaluates = seconds, begun, flow, data, evaluates
         shape = flow.event_shape
         self.kind = "images" if len(shape) == 3 else "plane" if shape[0] <= 2 else "vectors"
         self.row_seconds = 0.0
@@ -118,6 +119,8 @@ class TimeBudget:
     def end(self) -> float:
         """Estimated seconds for the end of the run: a last validation, the evaluation and the pictures."""
         n_val = len(self.data.val) if self.most_val is None else min(self.most_val, len(self.data.val))
+        if not self.evaluates:
+            return self.slowness * self.row_seconds * n_val
         tested, thorough = self.evaluated(self.room)
         rows = n_val + tested + (CHECKED if thorough else BRIEF) + DRAWN[self.kind]
         return self.slowness * (OVERHEAD + PICTURES) + self.row_seconds * rows

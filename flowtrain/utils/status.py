@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 # perf_counter at the start of the process, assuming that it has computed since then without waiting
 _BEGUN = [time.perf_counter() - time.process_time()]
@@ -299,6 +299,42 @@ class Reporter:
         except (OSError, ValueError):
             # the stream is closed or broken, which must not end the work
             self._closed = True
+
+
+class TqdmReporter(Reporter):
+    """Shows the progress bar of a fit by `tqdm.auto`: a widget in a notebook, a line on a terminal or elsewhere.
+
+    Other statuses are not shown.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr, threaded=False)
+        self._shown: dict[Status, Any] = {}
+
+    def push(self, status: Status) -> None:
+        from tqdm.auto import tqdm
+
+        status.begin(self, self.clock())
+        if status.bar:
+            self._shown[status] = tqdm(total=status.total, initial=status.n, desc=status.name, unit=status.unit)
+
+    def pop(self, status: Status) -> None:
+        if status in self._shown:
+            self.refresh()
+            self._shown.pop(status).close()
+
+    def refresh(self) -> None:
+        for status, bar in self._shown.items():
+            bar.n = status.n
+            bar.set_postfix_str(status.notes)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        yield
+
+    def close(self) -> None:
+        for status in [*self._shown]:
+            self.pop(status)
 
 
 # the reporter of this process; None outside `reporting`

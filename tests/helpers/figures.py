@@ -3,11 +3,11 @@
 import pytest
 
 from flowtrain.plotting import pictures
-from flowtrain.runs import run as run_module
+from flowtrain.runs import finish
 
 
 def skip_figures(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pictures, "draw", lambda *arguments, **named: None)
     patch.setattr(pictures, "draw_more", lambda *arguments, **named: [])
     patch.setattr(pictures, "draw_evaluation", lambda *arguments, **named: [])
-    patch.setattr(run_module, "draw_curves", lambda *arguments, **named: None)
+    patch.setattr(finish, "draw_curves", lambda *arguments, **named: None)

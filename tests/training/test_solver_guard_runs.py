@@ -118,7 +118,7 @@ def test_the_result_is_scored_with_the_smaller_step_size(
 ) -> None:
     answers = iter([True, False])
     monkeypatch.setattr(solver_guard, "exploited", lambda *log_ps: next(answers))
-    monkeypatch.setattr(runs.pictures, "draw", lambda *arguments: None)
+    monkeypatch.setattr("flowtrain.plotting.pictures.draw", lambda *arguments: None)
     runs.train(guarded_config(*FIXED, "trainer.steps=2", "trainer.guard_every=2"), tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["solver"]["step_size"] == 0.25
 

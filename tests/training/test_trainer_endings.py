@@ -61,7 +61,7 @@ def test_a_signal_during_the_evaluation(
         os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patched:
-        patched.setattr("flowtrain.runs.run.evaluate", signalled)
+        patched.setattr("flowtrain.runs.finish.evaluate", signalled)
         found, out, err = run("flowtrain", *KEYS, f"hydra.run.dir={tmp_path}/r")
     assert (found, out) == (code, f"{tmp_path}/r\n")
     assert err.endswith(f"during the evaluation; resume with: flowtrain resume={tmp_path}/r\n")
@@ -93,7 +93,7 @@ def test_unwritable_result_is_an_error(run: Run, tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("flowtrain.runs.run.write_json", full)
+        patched.setattr("flowtrain.runs.finish.write_json", full)
         code, _, err = run("flowtrain", *KEYS, f"hydra.run.dir={tmp_path}/r")
     assert code == 1
     last = err.splitlines()[-1]

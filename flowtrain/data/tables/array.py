@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import ALPHA, Checksum, Samples, record_of
-from flowtrain.data.in_memory import SETS, Finite, InMemoryStore, held_out, split
+from flowtrain.data.in_memory import Finite, InMemoryStore, held_out, split
 from flowtrain.data.tables.columns import Columns, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
 from flowtrain.data.tables.sample_spec import (
@@ -218,9 +218,10 @@ class ArrayData(Finite):
         val, test = (held if part is None else part for held, part in zip(divided.held, own, strict=True))
         self.val, self.test = (noised_set(part.x, self.noisy, seed, i) for i, part in enumerate((val, test)))
         self.val_labels, self.test_labels = val.labels, test.labels
-        held_rows = zip(SETS, (val, test), strict=True)
-        self.record = record_of((first.n, divided.checksum), ((name, part.rows) for name, part in held_rows))
-        self._check_held_out(first.table, divided, spec, {"val": val, "test": test})
+        sets = {"val": val, "test": test}
+        self.record = record_of((first.n, divided.checksum), ((name, part.rows) for name, part in sets.items()))
+        self.held_rows = {name: part.rows for name, part in sets.items() if not isinstance(part.rows, tuple)}
+        self._check_held_out(first.table, divided, spec, sets)
         self.n_train = divided.n
         if cap in sizes:
             _log.info(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -224,10 +224,10 @@ def write_table(path: Path, table: Table) -> None:
             and values.max() < bound.max
             and (values == values.astype(narrow)).all()
         ):
-            values = values.astype(narrow)  # type: ignore[assignment]
+            values = values.astype(narrow)
             break
     arrays: dict[str, NDArray[Any]] = {VALUES: values}
     if table.named:
         arrays[COLUMNS] = np.array(table.columns)
     with replacing(path, durable=True) as f:
-        np.savez(f, **arrays)
+        np.savez(f, **cast(Any, arrays))

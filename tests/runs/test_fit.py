@@ -1,0 +1,409 @@
+"""`fit` and `train` are the command `flowtrain`, and leave the caller's process as it was."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Run
+
+import flowtrain
+from flowtrain.bases import GaussianMixture
+from flowtrain.bijections.base import Chain
+from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.scale import Standardize
+from flowtrain.data.toys.shapes import Moons
+from flowtrain.evaluation import evaluate
+from flowtrain.flow import Flow
+from flowtrain.models.glow import glow
+from flowtrain.models.realnvp import realnvp
+from flowtrain.runs.fit import fit, train
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError, NonFiniteError
+
+SMALL = {"trainer.val_every": 10, "trainer.log_every": 5, "model.hidden": [8]}
+KEYS = [f"{key}={value}".replace(" ", "") for key, value in SMALL.items()]
+
+
+class Frame:
+    """A data frame as far as flowtrain needs it."""
+
+    def __init__(self, values: Any, columns: list[str]) -> None:
+        self.values, self.columns = values, columns
+
+    def to_numpy(self) -> Any:
+        return np.asarray(self.values)
+
+
+@pytest.fixture
+def x() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(300, 3)) * [1, 10, 100] + [0, 5, -50]
+
+
+def small(x: Any, **named: Any) -> Flow:
+    overrides = {**SMALL, **named.pop("overrides", {})}
+    return fit(x, **{"model": "realnvp", "steps": 20, "progress": False, "overrides": overrides, **named})
+
+
+def weights(flow: Flow) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in flow.state_dict().items()}
+
+
+def same(a: Flow | Path | str, b: Flow | Path | str) -> bool:
+    first, second = (weights(f if isinstance(f, Flow) else flowtrain.load(f)) for f in (a, b))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# one code path
+
+
+@pytest.mark.parametrize("model", ["realnvp", "ffjord"])
+def test_fit_on_moons_is_the_command_to_the_last_digit(
+    model: str, run: Run, tmp_path: Path, without_figures: None
+) -> None:
+    arguments = [f"model={model}", "data=moons", "seed=3", "trainer.steps=20", "data.n_test=200", *KEYS]
+    assert run("flowtrain", *arguments, f"hydra.run.dir={tmp_path}/command")[0] == 0
+    overrides = {"data.n_test": 200}
+    flow = small("moons", model=model, seed=3, run_dir=tmp_path / "fit", overrides=overrides)
+    there, here = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("command", "fit"))
+    assert there["kl"] == here["kl"]
+    assert there["nll"] == here["nll"]
+    assert same(tmp_path / "command", flow)
+    in_memory = small("moons", model=model, seed=3, overrides=overrides)
+    assert same(in_memory, flow)
+    assert evaluate(in_memory, Moons(n_test=200)).kl == there["kl"]
+    rows = [json.loads(line) for line in (tmp_path / "command/metrics.jsonl").read_text().splitlines()]
+    assert in_memory.record is not None
+    assert [row["nll"] for row in in_memory.record.rows] == [row["nll"] for row in rows]
+
+
+@pytest.mark.parametrize("model", ["realnvp", "affine"])
+def test_rows_in_memory_are_those_of_a_file(
+    model: str, x: np.ndarray, run: Run, tmp_path: Path, without_figures: None
+) -> None:
+    np.save(tmp_path / "x.npy", x)
+    keys = [key for key in KEYS if model == "realnvp" or "hidden" not in key]
+    arguments = [f"model={model}", "data=array", f"data.path={tmp_path}/x.npy", "trainer.steps=20", *keys]
+    assert run("flowtrain", *arguments, f"hydra.run.dir={tmp_path}/r")[0] == 0
+    overrides = {key: value for key, value in SMALL.items() if model == "realnvp" or "hidden" not in key}
+    flow = fit(x, model=model, steps=20, progress=False, overrides=overrides)
+    assert same(tmp_path / "r", flow)
+    assert flow.record is not None
+    assert flow.record.samples.record == flowtrain.load(tmp_path / "r").record.samples.record
+    by_path = fit(tmp_path / "x.npy", model=model, steps=20, progress=False, overrides=overrides)
+    assert same(by_path, flow)
+
+
+def test_kinds_of_rows_give_the_same_flow(x: np.ndarray) -> None:
+    first = small(x)
+    names = ["a", "b", "c"]
+    framed = small(Frame(x, names))
+    assert same(first, framed)
+    assert framed.record is not None
+    assert framed.record.samples.columns == ("a", "b", "c")
+    assert same(first, small(torch.from_numpy(x)))
+    assert same(first, small(x.tolist()))
+    assert same(first, small(np.asfortranarray(x)))
+    assert same(small(x.astype(np.float32)), small(torch.from_numpy(x.astype(np.float32)).requires_grad_()))
+
+
+# the caller's process
+
+
+def test_nothing_is_written_without_a_run_directory(
+    x: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    small(x)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torch_is_as_before_and_results_do_not_depend_on_it(x: np.ndarray) -> None:
+    expected = small(x)
+    threads = torch.get_num_threads()
+    torch.manual_seed(77)
+    state = torch.random.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.no_grad():
+            assert same(small(x), expected)
+            assert not torch.is_grad_enabled()
+        with torch.inference_mode():
+            assert same(small(x), expected)
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.get_num_threads() == 2
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.equal(torch.random.get_rng_state(), state)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.set_num_threads(threads)
+
+
+def test_import_and_fit_need_neither_hydra_nor_matplotlib() -> None:
+    code = (
+        "import sys, flowtrain, numpy as np\n"
+        "flowtrain.fit(np.random.default_rng(0).normal(size=(50, 2)), model='affine', steps=2, progress=False)\n"
+        "print([m for m in ('hydra', 'omegaconf', 'matplotlib', 'torchdiffeq') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_fitted_flows_are_in_evaluation_mode_and_pickle(x: np.ndarray) -> None:
+    flow = small(x)
+    assert not flow.training
+    assert same(pickle.loads(pickle.dumps(flow)), flow)
+    assert flow.record is not None
+    held = flow.record.held_out
+    assert len(held["val"]) == len(held["test"]) == 30
+    assert not {*held["val"]} & {*held["test"]}
+
+
+# run directories
+
+
+def test_run_directory_resumes(x: np.ndarray, run: Run, tmp_path: Path, without_figures: None) -> None:
+    whole = small(Frame(x, ["a", "b", "c"]), run_dir=tmp_path / "whole", overrides={"trainer.lr_decay": "constant"})
+    small(Frame(x, ["a", "b", "c"]), run_dir=tmp_path / "part", steps=10, overrides={"trainer.lr_decay": "constant"})
+    assert run("flowtrain", f"resume={tmp_path}/part", "trainer.steps=20")[0] == 0
+    assert same(tmp_path / "part", whole)
+    assert same(tmp_path / "whole", whole)
+    there = {str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    assert {"flowtrain.log", "metrics.jsonl", "result.json", "checkpoints/best.pt", "checkpoints/last.pt"} < there
+    assert {".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/hydra.yaml", "data/train.npz"} < there
+    assert "step 20" in (tmp_path / "part/flowtrain.log").read_text()
+    assert run("floweval", f"ckpt={tmp_path}/whole")[0] == 0
+    assert run("flowsample", f"ckpt={tmp_path}/whole", "n=5", f"out={tmp_path}/s.npy")[0] == 0
+
+
+def test_run_directory_that_holds_a_run_is_refused(x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
+    small(x, run_dir=tmp_path / "r")
+    before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError):
+        small(x, run_dir=tmp_path / "r")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+
+
+def test_refused_fit_leaves_no_files_and_keeps_those_of_others(x: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        small(x, run_dir=tmp_path / "a/b", overrides={"trainer.lr": -1.0})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.npz").write_text("mine")
+    with pytest.raises(ConfigError):
+        small(x, run_dir=tmp_path)
+    assert (tmp_path / "data/train.npz").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+# data
+
+
+def test_validation_set_and_fractions(x: np.ndarray) -> None:
+    flow = small(x, val=0.2, test=0.3)
+    assert flow.record is not None
+    assert {name: len(rows) for name, rows in flow.record.held_out.items()} == {"val": 60, "test": 90}
+    flow = small(Frame(x, ["a", "b", "c"]), val=Frame(x[:40, ::-1], ["c", "b", "a"]), test=x[:20])
+    assert flow.record is not None
+    assert flow.record.held_out == {}
+    same_order = small(Frame(x, ["a", "b", "c"]), val=x[:40], test=x[:20])
+    assert same(flow, same_order)
+
+
+def test_labels_give_a_conditional_flow() -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], 200)
+    x = rng.normal(size=(400, 2)) + 6 * y[:, None]
+    flow = small(x, label=y, steps=200, overrides={"trainer.lr": 0.01})
+    assert flow.classes == 2
+    ours, other = (flow.log_prob(torch.from_numpy(x).float(), torch.from_numpy(label)) for label in (y, 1 - y))
+    assert (ours - other).mean().item() > 1
+    frame = Frame(np.column_stack([y, x]), ["kind", "a", "b"])
+    by_name = small(frame, label="kind", steps=20)
+    assert by_name.record is not None
+    assert (by_name.classes, by_name.record.samples.columns) == (2, ("a", "b"))
+    assert small(x, label=y, val=(x[:50], y[:50]), steps=20).classes == 2
+    with pytest.raises(ConfigError):
+        fit(x, model="affine", label=y, progress=False)
+    with pytest.raises(DataError):
+        small(x, label=y[:-1])
+    with pytest.raises(DataError):
+        small(x, label=y, val=x)
+
+
+def test_images_of_bytes() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 16, size=(120, 1, 4, 4)).astype(np.uint8)
+    y = rng.integers(0, 3, size=120)
+    flow = small(images, levels=16, label=y, overrides={"model.scales": 1, "model.layers": 1})
+    assert (flow.event_shape, flow.levels, flow.classes) == ((1, 4, 4), 16, 3)
+    assert flow.quantized(flow.sample(4)).dtype == torch.uint8
+    assert flow.log_prob(torch.from_numpy(images), torch.from_numpy(y)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        (np.zeros((0, 2)), "(0, 2)"),
+        (np.full((50, 2), np.nan), "x"),
+        (np.ones((50, 2)), "constant"),
+        (np.array([["a", "b"]] * 50), "'a'"),
+        (np.zeros((5, 2, 2)), "(5, 2, 2)"),
+        (np.zeros(()), "()"),
+        (np.zeros((50, 2), complex), "complex"),
+        ([[1, 2], [3]], "x"),
+        ("nothing", "nothing"),
+        (object(), "x"),
+    ],
+)
+def test_bad_rows_are_refused_by_name(bad: Any, named: str) -> None:
+    with pytest.raises(FlowtrainError) as e:
+        small(bad)
+    assert named in str(e.value)
+
+
+def test_overrides_are_checked(x: np.ndarray) -> None:
+    flow = fit(x, model="affine", progress=False, overrides=["trainer.steps=3", "trainer.lr=1e-3"])
+    assert flow.record is not None
+    assert (flow.record.config["trainer"]["steps"], flow.record.config["trainer"]["lr"]) == (3, 1e-3)
+    for bad in ({"trainer.learnin_rate": 1}, ["nothing"], {"model": "none"}, {"seed": -1}):
+        with pytest.raises(ConfigError):
+            fit(x, progress=False, overrides=bad)
+    for named in ({"steps": 0}, {"minutes": 0}, {"device": "tpu"}, {"model": "nvp"}):
+        with pytest.raises(ConfigError):
+            fit(x, progress=False, **named)
+
+
+# failures
+
+
+def test_failed_fit_says_what_to_do(x: np.ndarray) -> None:
+    with pytest.raises(NonFiniteError) as e:
+        small(x, overrides={"trainer.lr": 1e30, "trainer.clip_norm": None, "trainer.val_early": False})
+    assert "resume" not in str(e.value)
+    assert "trainer.lr" in str(e.value)
+
+
+def test_rewinds_work_in_memory(x: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, failed = Trainer.train_step, []
+
+    def fails_once(self: Trainer) -> Any:
+        if self.step == 15 and not failed:
+            failed.append(True)
+            with torch.no_grad():
+                next(self.flow.parameters()).fill_(torch.nan)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", fails_once)
+    flow = small(x, overrides={"trainer.on_nonfinite": "rewind"})
+    assert failed
+    assert all(bool(value.isfinite().all()) for value in flow.state_dict().values())
+
+
+def interrupted_at(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    step = Trainer.train_step
+
+    def signalled(self: Trainer) -> Any:
+        if self.step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", signalled)
+
+
+def test_interrupted_fit_returns_the_best_flow_so_far(
+    x: np.ndarray, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, without_figures: None
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 15)
+        flow = small(x, run_dir=tmp_path / "r")
+        assert flow.record is not None
+        assert flow.record.stopped_by == "SIGINT"
+        assert same(small(x), flow)
+    assert run("flowtrain", f"resume={tmp_path}/r")[0] == 0
+    assert same(tmp_path / "r", small(x))
+    interrupted_at(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        small("moons")
+
+
+# flows built by hand
+
+
+def by_hand() -> Flow:
+    return Flow((3,), Chain([*realnvp((3,), layers=2, hidden=[8]).bijection.bijections, Standardize((3,))]))
+
+
+def test_train_trains_in_place(x: np.ndarray) -> None:
+    torch.manual_seed(0)
+    flow = by_hand()
+    record = train(flow, x, steps=30, progress=False, overrides={"trainer.val_every": 10})
+    assert flow.record is record
+    assert not flow.training
+    val = [row["nll"] for row in record.rows if row["split"] == "val"]
+    assert -flow.log_prob(torch.from_numpy(x[record.held_out["val"]]).float()).double().mean().item() == pytest.approx(
+        min(val), rel=1e-5
+    )
+    assert min(val) < val[0] or record.step == 0
+    before = weights(flow)
+    again = train(flow, x, steps=1, progress=False, overrides={"trainer.lr": 1e-12, "trainer.ema": None})
+    assert again.step <= 1
+    assert all(torch.allclose(before[name], value, atol=1e-6) for name, value in flow.state_dict().items())
+
+
+def test_failed_training_leaves_the_weights(x: np.ndarray) -> None:
+    flow = by_hand()
+    before = weights(flow)
+    with pytest.raises(NonFiniteError):
+        train(flow, x, steps=30, progress=False, overrides={"trainer.lr": 1e30, "trainer.clip_norm": None})
+    assert all(torch.equal(before[name], value) for name, value in flow.state_dict().items())
+
+
+def test_train_refuses_data_of_another_kind(x: np.ndarray) -> None:
+    with pytest.raises(DataError):
+        train(by_hand(), x[:, :2], progress=False)
+    with pytest.raises(DataError):
+        train(by_hand(), x, label=np.zeros(300, int), progress=False)
+    with pytest.raises(DataError):
+        train(realnvp((3,), conditional=True, classes=2), x, progress=False)
+    with pytest.raises(DataError):
+        train(realnvp((3,), conditional=True, classes=2), x, label=np.arange(300) % 3, progress=False)
+    with pytest.raises(ConfigError):
+        train(by_hand(), x, progress=False, overrides={"model.hidden": [3]})
+
+
+def test_train_reaches_the_closed_form(x: np.ndarray) -> None:
+    flow = Flow((3,), Affine(3))
+    train(flow, x, steps=50, progress=False, overrides={"trainer.lr": 1e-4})
+    inside = np.delete(x, np.concatenate([*flow.record.held_out.values()]), axis=0)
+    mean = torch.from_numpy(inside.mean(0))
+    covariance = torch.from_numpy(np.cov(inside.T, bias=True))
+    truth = torch.distributions.MultivariateNormal(mean, covariance).log_prob(torch.from_numpy(x)).mean()
+    assert flow.log_prob(torch.from_numpy(x).float()).mean().item() == pytest.approx(float(truth), abs=0.02)
+
+
+def test_bases_are_trained_too() -> None:
+    flow = Flow(GaussianMixture(2, components=2), Chain([Standardize((2,))]))
+    before = weights(flow)
+    train(flow, "moons", steps=20, progress=False, overrides={"trainer.val_every": 10})
+    assert any(not torch.equal(before[name], value) for name, value in flow.state_dict().items() if "base" in name)
+
+
+def test_float64_flows_and_glow_over_images(x: np.ndarray) -> None:
+    flow = by_hand().double()
+    train(flow, x, steps=5, progress=False)
+    assert flow.like.dtype == torch.float64
+    images = np.random.default_rng(0).normal(size=(60, 1, 4, 4))
+    picture = glow((1, 4, 4), steps=1, hidden=[4], scales=1)
+    train(picture, images, steps=3, progress=False)
+    assert picture.log_prob(torch.from_numpy(images).float()).isfinite().all()
