@@ -261,8 +261,8 @@ class Flow(Recorded, nn.Module):
 
         Example:
             >>> from flowtrain.bijections.linear import Affine
-            >>> Flow((2,), Affine(2)).log_prob(np.zeros((1, 2), np.float32))
-            array([-1.837877], dtype=float32)
+            >>> Flow((2,), Affine(2)).log_prob(np.zeros((3, 2))).shape
+            (3,)
         """
         if isinstance(x, Tensor):
             return self.log_prob_and_latents(x, cast(Label, label))[0]
