@@ -23,9 +23,9 @@ def sensors(n: int, broken: bool, rng: np.random.Generator) -> np.ndarray:
     return np.column_stack([temperature, pressure, rate])
 
 
-def main(steps: int | None = None) -> float:
+def main(minutes: float = 0.5) -> float:
     rng = np.random.default_rng(0)
-    flow = flowtrain.fit(sensors(5000, broken=False, rng=rng), model="realnvp", steps=steps)
+    flow = flowtrain.fit(sensors(5000, broken=False, rng=rng), model="realnvp", minutes=minutes)
 
     # 1% of ordinary rows score above this
     threshold = np.quantile(-flow.log_prob(sensors(2000, broken=False, rng=rng)), 0.99)
@@ -41,5 +41,5 @@ def main(steps: int | None = None) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="updates; default: those of the model")
-    main(parser.parse_args().steps)
+    parser.add_argument("--minutes", type=float, default=0.5, help="time limit of the fit")
+    main(parser.parse_args().minutes)

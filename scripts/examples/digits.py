@@ -15,11 +15,11 @@ from sklearn.datasets import load_digits
 import flowtrain
 
 
-def main(steps: int | None = None, out: str = "digits.png") -> None:
+def main(minutes: float = 2.0, out: str = "digits.png") -> None:
     digits = load_digits()
     # whole numbers from 0 to 16, as images (n, 1, 8, 8)
     images = digits.images.astype("uint8")[:, None]
-    flow = flowtrain.fit(images, model="glow", label=digits.target, levels=17, steps=steps)
+    flow = flowtrain.fit(images, model="glow", label=digits.target, levels=17, minutes=minutes)
 
     test = flow.record.held_out["test"]
     print(flowtrain.evaluate(flow, images[test], label=digits.target[test]))
@@ -33,7 +33,7 @@ def main(steps: int | None = None, out: str = "digits.png") -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="updates; default: those of the model")
+    parser.add_argument("--minutes", type=float, default=2.0, help="time limit of the fit")
     parser.add_argument("--out", default="digits.png")
     arguments = parser.parse_args()
-    main(arguments.steps, arguments.out)
+    main(arguments.minutes, arguments.out)

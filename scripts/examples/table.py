@@ -21,12 +21,12 @@ def generated(n: int = 4000) -> np.ndarray:
     return np.column_stack([radius * np.cos(angle), radius * np.sin(angle), which + rng.normal(0, 0.2, n)])
 
 
-def main(path: str | None = None, steps: int | None = None, out: str = "table.pt") -> float:
+def main(path: str | None = None, minutes: float = 1.0, out: str = "table.pt") -> float:
     x = generated() if path is None else np.genfromtxt(path, delimiter=",", skip_header=1)
     rows = np.random.default_rng(1).permutation(len(x))
     train, test = x[rows[len(x) // 5 :]], x[rows[: len(x) // 5]]
 
-    flow = flowtrain.fit(train, model="ffjord", steps=steps)
+    flow = flowtrain.fit(train, model="ffjord", minutes=minutes)
     result = flowtrain.evaluate(flow, test, trained_on=train)
     print(result)
 
@@ -40,7 +40,7 @@ def main(path: str | None = None, steps: int | None = None, out: str = "table.pt
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", nargs="?", help="a CSV file")
-    parser.add_argument("--steps", type=int, help="updates; default: those of the model")
+    parser.add_argument("--minutes", type=float, default=1.0, help="time limit of the fit")
     parser.add_argument("--out", type=Path, default="table.pt", help="the file of the flow")
     arguments = parser.parse_args()
-    main(arguments.path, arguments.steps, arguments.out)
+    main(arguments.path, arguments.minutes, arguments.out)
