@@ -16,16 +16,19 @@ import flowtrain.utils.status  # noqa: F401
 
 if TYPE_CHECKING:
     from flowtrain import bases, bijections, data, models, nn, objectives, ode
+    from flowtrain.evaluation import Evaluation, evaluate
     from flowtrain.flow import Flow, Record
     from flowtrain.runs.fit import fit, train
     from flowtrain.runs.load import load
 
 __all__ = [
+    "Evaluation",
     "Flow",
     "Record",
     "bases",
     "bijections",
     "data",
+    "evaluate",
     "fit",
     "load",
     "models",
@@ -37,8 +40,10 @@ __all__ = [
 
 # the others are modules
 _HOMES = {
+    "Evaluation": "flowtrain.evaluation",
     "Flow": "flowtrain.flow",
     "Record": "flowtrain.flow",
+    "evaluate": "flowtrain.evaluation",
     "fit": "flowtrain.runs.fit",
     "load": "flowtrain.runs.load",
     "train": "flowtrain.runs.fit",

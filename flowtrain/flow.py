@@ -319,7 +319,9 @@ class Flow(Recorded, nn.Module):
         with self._settings(x):
             return self.bijection.map_inverse(x, self.labels(cast(Label, label), x))
 
-    def read_rows(self, x: Rows, label: Label | str = None, name: str = "x") -> tuple[NDArray[Any], Tensor | None]:
+    def read_rows(
+        self, x: Tensor | Rows, label: Label | str = None, name: str = "x"
+    ) -> tuple[NDArray[Any], Tensor | None]:
         """Rows (n, *event_shape) and labels (n,) from an array, a tensor, lists or a data frame.
 
         If the flow was trained on named columns, those of a data frame are found by name, in any order. Other columns

@@ -1,15 +1,20 @@
 """Likelihoods on held-out data, with what is known of their error."""
 
+import copy
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowtrain.data.base import Dataset
+from flowtrain.data.base import Dataset, Samples
+from flowtrain.data.tables.from_memory import table_of
+from flowtrain.data.tables.rows_to_score import RowsInMemory
 from flowtrain.evaluation.baseline import GAUSSIAN, gaussian_baseline, of_baseline
 from flowtrain.evaluation.calibration import calibration
 from flowtrain.evaluation.checks import checks
@@ -24,11 +29,11 @@ from flowtrain.evaluation.log_likelihood import (
 from flowtrain.evaluation.ood_detection import ood_detection
 from flowtrain.evaluation.outliers import check_some_finite, concentration
 from flowtrain.evaluation.result import Evaluation, OODDetection
-from flowtrain.flow import Flow, Label
+from flowtrain.flow import Flow, Label, Rows
 from flowtrain.ode import record_solves
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import as_ranges
-from flowtrain.utils.process import seeded
+from flowtrain.utils.process import one_thread_if_small, own_settings, seeded
 from flowtrain.utils.status import phase
 
 log = logging.getLogger("flowtrain")
@@ -43,40 +48,140 @@ FEW = 10
 
 def evaluate(
     flow: Flow,
-    data: Dataset,
+    data: Dataset | Tensor | Rows,
     split: str = "test",
-    step: int = 0,
+    step: int | None = None,
     batch_size: int | None = None,
     dequantization_samples: int = 1,
     other: tuple[str, Tensor] | None = None,
     seed: int = 0,
-    trained_on: Dataset | None = None,
+    trained_on: Dataset | Tensor | Rows | None = None,
     thorough: bool = True,
+    *,
+    label: Label | str = None,
+    dtype: torch.dtype | None = None,
 ) -> Evaluation:
-    """Scores a flow in evaluation mode on a held-out set of `data`.
+    """The negative log-likelihood (NLL) of a flow on held-out rows, in nats per sample, with its error and checks.
 
-    The check `concentration` fails if log p of a row is not finite, or if the ODE of a row cannot be solved.
+    The rows are scored in evaluation mode. Afterwards, the flow and the settings and random state of torch are as
+    before. The check `concentration` fails if log p of a row is not finite, or if the ODE of a row cannot be solved.
+    Failed checks are logged as warnings by the logger `flowtrain`.
 
     Args:
+        data: rows (n, *event_shape) in data units that the flow was not trained on: an array, a tensor or a data frame,
+            see `Flow.read_rows`. Or a data set.
+        split: the held-out set of a data set.
+        step: the step of the checkpoint. None takes it from the record of the flow, else 0.
+        batch_size: rows at a time; None: chosen by the size of a sample.
+        dequantization_samples: for an integer-valued flow, how many draws of the noise are averaged inside the log.
         other: the name and the samples of a set to tell that one from by log p; by that of all classes together where
             the flow is conditional.
         seed: of the noise of dequantization and of estimated traces.
-        trained_on: the data that the flow was trained on, for the baseline and for the typicality score of `other`.
-            Without it there is no baseline, and the score uses the NLL of the scored rows.
+        trained_on: the rows or the data set that the flow was trained on, for the baseline. A data set also gives the
+            entropy of the typicality score of `other`. Without it there is no baseline, and the score uses the NLL of
+            the scored rows.
         thorough: if false, only `concentration` and `baseline` are checked, and the error budget is measured on only
             10 rows (FEW).
+        label: for a conditional flow, the labels of the rows, or the name of their column in a data frame.
+        dtype: evaluates a copy of the flow in this dtype, such as `torch.float64`. None: in the dtype of the flow.
 
     Raises:
-        ConfigError: several dequantization samples of data that are not whole numbers.
-        DataError: data of another shape or kind than the flow's.
+        ConfigError: several dequantization samples of data that are not whole numbers, or a dtype that is not real.
+        DataError: data of another kind than the flow's, missing values, or no rows.
+        FlowtrainError: rows of another shape, or labels missing, superfluous or out of range.
         NonFiniteError: no log-likelihood is finite.
         SolverError: more than 100 rows cannot be solved.
+
+    Example:
+        >>> from flowtrain.bijections.linear import Affine
+        >>> found = evaluate(Flow((2,), Affine(2)), torch.zeros(10, 2))
+        >>> round(found.nll, 4), found.n, found.failed  # log(2 pi)
+        (1.8379, 10, [])
+    """
+    if step is None:
+        step = 0 if flow.record is None else flow.record.step
+    if dtype is not None and dtype != flow.like.dtype:
+        if not dtype.is_floating_point:
+            raise ConfigError(f"dtype={dtype}: give torch.float32 or torch.float64")
+        flow = copy.deepcopy(flow).to(dtype)
+    # of the run's own sets: where a command scores all rows of a file, `trained_on` is there for H alone
+    fitted = trained_on if split != "all" else None
+    if isinstance(data, Dataset):
+        if label is not None:
+            raise ConfigError("label: a data set has labels of its own; leave it out")
+    else:
+        data, split, fitted = dataset_of(flow, data, label, seed), "all", trained_on
+    if not isinstance(fitted, Dataset | None):
+        # the baseline does not use labels
+        fitted = dataset_of(flow, fitted, None if flow.classes is None else flow.seen[0], seed, "trained_on")
+    typical = trained_on if isinstance(trained_on, Dataset) else None
+    device = flow.like.device
+    how: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
+    with own_settings(device), one_thread_if_small(flow.event_shape, device), _in_evaluation_mode(flow):
+        return _evaluate(flow, data, split, step, how, other, fitted, typical, thorough)
+
+
+def dataset_of(flow: Flow, x: Tensor | Rows, label: Label | str = None, seed: int = 0, name: str = "x") -> RowsInMemory:
+    """A data set of rows for a flow, see `Flow.read_rows`, with the noise on columns that a run adds.
+
+    Args:
+        name: the name of the rows in messages.
+
+    Raises:
+        DataError: no rows, or values that are missing or not of the flow's kind.
+    """
+    rows, labels = flow.read_rows(x, label, name)
+    if len(rows) == 0:
+        raise DataError(f"{name} has no rows; give at least one")
+    samples = Samples(
+        flow.event_shape,
+        flow.integer_valued,
+        flow.levels,
+        classes=flow.classes,
+        noisy=flow.noisy,
+        class_counts=flow.class_counts,
+        columns=() if flow.record is None else flow.record.samples.columns,
+    )
+    width = math.prod(flow.event_shape)
+    table = table_of(rows.reshape(len(rows), width), name)
+    if len(samples.columns) == width:
+        table = replace(table, columns=samples.columns)
+    return RowsInMemory(table, None if labels is None else labels.cpu(), samples, seed)
+
+
+@contextmanager
+def _in_evaluation_mode(flow: Flow) -> Iterator[None]:
+    """Evaluation mode for all modules; after, each has the mode that it had."""
+    training = [module for module in flow.modules() if module.training]
+    flow.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _evaluate(
+    flow: Flow,
+    data: Dataset,
+    split: str,
+    step: int,
+    how: dict[str, Any],
+    other: tuple[str, Tensor] | None,
+    fitted: Dataset | None,
+    typical: Dataset | None,
+    thorough: bool,
+) -> Evaluation:
+    """`evaluate` on a data set, by a flow in evaluation mode.
+
+    Args:
+        how: batch size, draws and seed, as `log_probs` takes them.
+        fitted: the data whose training rows the baseline is fitted to.
+        typical: the data whose validation rows give the entropy for `other`.
     """
     x, label = held_out(flow, data, split)
-    check_fits(flow, data, dequantization_samples)
-    flow.eval()
+    check_fits(flow, data, how["draws"])
     begun = time.perf_counter()
-    how: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
     with phase(f"scoring the {split} set"):
         log_p, z, way = scored(flow, x, label, split, how)
     nll, nll_stderr, bits = -float(log_p.mean()), stderr(log_p), flow.bits_per_nat
@@ -88,10 +193,9 @@ def evaluate(
     ordinary &= log_p.isfinite()
     subset = subset_of(flow, x, label, (~ordinary).nonzero().flatten(), None if thorough else FEW)
     with phase("estimating the error of the NLL"):
-        parts = budget(flow, subset, log_p, dequantization_samples)
+        parts = budget(flow, subset, log_p, how["draws"])
     with phase("fitting the Gaussian baseline"):
-        # of the run's own sets: where all rows of a file are scored, `trained_on` is there for H alone
-        simple = None if trained_on is None or split == "all" else gaussian_baseline(trained_on, x, log_p)
+        simple = None if fitted is None else gaussian_baseline(fitted, x, log_p)
     judged = [concentrated, of_baseline(nll, nll_stderr, simple, math.prod(flow.event_shape))]
     if thorough:
         with phase("checking the density"):
@@ -101,7 +205,7 @@ def evaluate(
     told = None
     if other is not None:
         with phase(f"scoring {other[0]}"):
-            told = detect_ood(flow, x, log_p, split, other, trained_on, how)
+            told = detect_ood(flow, x, log_p, split, other, typical, how)
     with phase("round trip"):
         round_trip = roundtrip_error(flow, subset.x, subset.label)
     result = Evaluation(

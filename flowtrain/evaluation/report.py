@@ -121,12 +121,7 @@ def as_html(title: str, headline: str, about: str, tables: list[Table], figures:
         f'<p class="about">{escape(about)}</p>',
     ]
     for table in tables:
-        parts.append(f"<h2>{escape(table.heading)}</h2>")
-        if table.words:
-            parts.append(f"<p>{escape(table.words)}</p>")
-        head = "".join(f"<th>{escape(word)}</th>" for word in table.head) if any(table.head) else ""
-        body = "".join("<tr>" + "".join(map(_td, row)) + "</tr>" for row in table.rows)
-        parts.append(f"<table>{f'<tr>{head}</tr>' if head else ''}{body}</table>")
+        parts += _html_table(table)
     for figure in figures:
         data = base64.b64encode(figure.read_bytes()).decode()
         parts.append(f'<img alt="{escape(figure.stem)}" src="data:image/png;base64,{data}">')
@@ -134,5 +129,33 @@ def as_html(title: str, headline: str, about: str, tables: list[Table], figures:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
+# of a notebook, whose own colours stay: it may be dark
+FRAGMENT_STYLE = """
+.flowtrain-evaluation h2 { font-size: 1em; margin: 1em 0 0; } .flowtrain-evaluation p { margin: .2em 0; opacity: .7; }
+.flowtrain-evaluation .headline { font-weight: 600; opacity: 1; }
+.flowtrain-evaluation td, .flowtrain-evaluation th { text-align: left; vertical-align: top; }
+.flowtrain-evaluation .passed::before { content: "\\2713\\00a0"; }
+.flowtrain-evaluation .FAILED::before { content: "\\2717\\00a0"; }
+.flowtrain-evaluation .FAILED { color: #d55e00; font-weight: 600; }
+"""
+
+
+def as_fragment(result: Evaluation) -> str:
+    """The headline and the tables of the report in HTML, to stand in another page: what a notebook shows."""
+    parts = [f"<style>{FRAGMENT_STYLE}</style>", f'<p class="headline">{escape(result.headline)}</p>']
+    for table in tables_of(result):
+        parts += _html_table(table)
+    return '<div class="flowtrain-evaluation">\n' + "\n".join(parts) + "\n</div>"
+
+
+def _html_table(table: Table) -> list[str]:
+    parts = [f"<h2>{escape(table.heading)}</h2>"]
+    if table.words:
+        parts.append(f"<p>{escape(table.words)}</p>")
+    head = "".join(f"<th>{escape(word)}</th>" for word in table.head) if any(table.head) else ""
+    body = "".join("<tr>" + "".join(map(_td, row)) + "</tr>" for row in table.rows)
+    return [*parts, f"<table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"]
+
+
 def _td(words: str) -> str:
-    return f'<td class="FAILED">{words}</td>' if words == "FAILED" else f"<td>{escape(words)}</td>"
+    return f'<td class="{words}">{words}</td>' if words in ("passed", "FAILED") else f"<td>{escape(words)}</td>"

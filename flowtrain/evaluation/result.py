@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -169,7 +169,9 @@ NAMES = 13
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `floweval` reports, in the order of eval.json. NLL, entropy and KL in nats per sample.
+    """What `evaluate` and `floweval` report, in the order of eval.json. NLL, entropy and KL in nats per sample.
+
+    `print` shows the table of `floweval`, a notebook an HTML table, and `repr` one line.
 
     Attributes:
         nll_stderr: over the rows, each with noise of its own where the trace is estimated or the data dequantized, so
@@ -213,10 +215,10 @@ class Evaluation:
     calibration: Calibration
     ood: OODDetection | None
     baselines: dict[str, Baseline] | None
-    bits_per_nat: float | None = field(repr=False)
-    scores: Tensor = field(repr=False)
-    sets: tuple[Tensor, Tensor] | None = field(repr=False)
-    pit: dict[str, Tensor] = field(repr=False)
+    bits_per_nat: float | None
+    scores: Tensor
+    sets: tuple[Tensor, Tensor] | None
+    pit: dict[str, Tensor]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the numbers above and the headline, checks by their name, and no arrays."""
@@ -351,6 +353,21 @@ class Evaluation:
                 found = f"{named_rows(check.rows, check.count)} {carry} {check.value:.3g} of the variance of the NLL"
             return f"{found}; NLL of the other {counted(self.n - check.count, 'row')} {rest}"
         return f"{check.value:.2g}, at most {check.limit:.2g}"
+
+    def __repr__(self) -> str:
+        passed = sum(check.passed is True for check in self.checks)
+        failed = ", ".join(check.label for check in self.failed)
+        checks = f"{counted(passed, 'check')} passed" + (f", FAILED: {failed}" if failed else "")
+        return f"<Evaluation: {self.headline}; {self.rows_words}, {counted(self.n, 'row')}; {checks}>"
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        """The tables of the report, for a notebook."""
+        from flowtrain.evaluation.report import as_fragment
+
+        return as_fragment(self)
 
     def table(self) -> str:
         """A few lines for a terminal."""

@@ -22,7 +22,52 @@ from flowtrain.utils.formatting import counted
 _log = logging.getLogger("flowtrain")
 
 
-class RowsToScore(Dataset):
+class ScoredRows(Dataset):
+    """Rows of a table as samples to score, as float64 if they are real numbers; there is nothing to train on.
+
+    Args:
+        table: the samples, one in a row.
+        labels: (n,), int64, or None.
+        samples: what the flow was trained on.
+        seed: the seed of the noise on the columns that `samples.noisy` names.
+
+    Raises:
+        DataError: values that are not the flow's kind of sample.
+    """
+
+    def __init__(self, table: Table, labels: Tensor | None, samples: Samples, seed: int = 0) -> None:
+        self.event_shape = samples.event_shape
+        self.integer_valued, self.levels, self.alpha = samples.integer_valued, samples.levels, samples.alpha
+        self.classes, self.columns, self.noisy = samples.classes, samples.columns, samples.noisy
+        self.class_counts = samples.class_counts
+        spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy)
+        spec.check(table)
+        # in float64, which a flow may be evaluated in
+        x = spec.samples(table.values, real=np.float64)
+        self.val = self.test = noised_set(x, self.noisy, seed)
+        self.val_labels = self.test_labels = labels
+        if labels is not None:
+            counts = np.array(self.class_counts, np.int64)
+            if np.isin(labels.numpy(), np.flatnonzero(counts == 0)).any():
+                warn_of_unseen(table.path, counts, {"scored": labels.numpy()})
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        raise ConfigError("these rows are for scoring alone")
+
+    def split(self, name: str) -> Tensor:
+        if name != "all":
+            raise ConfigError(f"split={name}: rows of a file given to be scored are one set, split=all")
+        return self.test
+
+
+class RowsInMemory(ScoredRows):
+    """Rows given as an array. The training rows of a flow, given so, are what the Gaussian baseline is fitted to."""
+
+    def train_rows(self, most: int) -> Tensor:
+        return self.test[:most]
+
+
+class RowsToScore(ScoredRows):
     """The rows of a file as samples to score; there is nothing to train on.
 
     The columns are those that the flow was trained on. If the file names them, they are found by name, in any order,
@@ -57,10 +102,6 @@ class RowsToScore(Dataset):
         if not isinstance(path, str | Path):
             raise ConfigError(f"data.path={path}: give the path of a file")
         file = Path(path).expanduser()
-        self.event_shape = samples.event_shape
-        self.integer_valued, self.levels, self.alpha = samples.integer_valued, samples.levels, samples.alpha
-        self.classes, self.columns, self.noisy = samples.classes, samples.columns, samples.noisy
-        self.class_counts = samples.class_counts
         if _is_idx(file):
             table, label_column = _of_images(file, samples.event_shape), None
         else:
@@ -69,25 +110,9 @@ class RowsToScore(Dataset):
             selection = _Selection(file, samples, columns, label, asked)
             table = read_table(file, key, selection.choose, event_shape=samples.event_shape, text_format=text_format)
             table, label_column = selection.divided(table)
-        spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy)
-        spec.check(table)
-        # in float64, which a flow may be evaluated in
-        x = spec.samples(table.values, real=np.float64)
-        self.val = self.test = noised_set(x, self.noisy, seed)
         if label_column is not None:
             check_labels(label_column)
-            self.val_labels = self.test_labels = as_labels(label_column.values)
-            counts, labels = np.array(self.class_counts, np.int64), self.test_labels.numpy()
-            if np.isin(labels, np.flatnonzero(counts == 0)).any():
-                warn_of_unseen(table.path, counts, {"scored": labels})
-
-    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
-        raise ConfigError("these rows are for scoring alone")
-
-    def split(self, name: str) -> Tensor:
-        if name != "all":
-            raise ConfigError(f"split={name}: rows of a file given to be scored are one set, split=all")
-        return self.test
+        super().__init__(table, None if label_column is None else as_labels(label_column.values), samples, seed)
 
 
 class _Selection:

@@ -1,0 +1,239 @@
+"""`flowtrain.evaluate` on rows in memory: what it takes, what it gives, and what it leaves as it was."""
+
+import copy
+import logging
+import math
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.flows import images, vectors
+from numpy.typing import NDArray
+from torch import Tensor
+
+import flowtrain
+from flowtrain.bijections.base import Chain
+from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.logit import Logit
+from flowtrain.data.base import Dataset, Samples
+from flowtrain.evaluation import evaluate
+from flowtrain.evaluation.result import Check
+from flowtrain.flow import Flow, Record
+from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
+
+pytestmark = pytest.mark.usefixtures("heard")
+
+
+class Frame:
+    def __init__(self, **columns: NDArray[Any]) -> None:
+        self.columns, self.values = list(columns), np.column_stack(list(columns.values()))
+
+    def to_numpy(self) -> NDArray[Any]:
+        return self.values
+
+
+class Rows(Dataset):
+    """A data set of these rows."""
+
+    event_shape = (2,)
+
+    def __init__(self, x: Tensor) -> None:
+        self.val = self.test = x
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        raise NotImplementedError
+
+    def train_rows(self, most: int) -> Tensor:
+        return self.test[:most]
+
+
+def array(n: int = 40, d: int = 2, seed: int = 0) -> NDArray[Any]:
+    return np.random.default_rng(seed).normal(size=(n, d))
+
+
+def gaussian(d: int = 2) -> Flow:
+    return Flow((d,), Affine(d)).eval()
+
+
+def test_the_nll_of_a_gaussian_is_the_closed_form() -> None:
+    x = array()
+    log_p = -0.5 * (x**2).sum(1) - math.log(2 * math.pi)
+    found = flowtrain.evaluate(gaussian(), x)
+    assert isinstance(found, flowtrain.Evaluation)
+    assert found.nll == pytest.approx(-log_p.mean(), abs=1e-12)
+    assert found.nll_stderr == pytest.approx(log_p.std(ddof=1) / math.sqrt(len(x)))
+    np.testing.assert_allclose(found.scores.numpy(), log_p)
+    assert (found.n, found.split, found.step, found.baselines) == (40, "all", 0, None)
+    assert not found.failed
+
+
+def test_rows_and_data_sets_give_the_same_numbers() -> None:
+    flow, x, rows = vectors("ffjord"), array(), array(60, seed=1)
+    of_set = evaluate(flow, Rows(torch.from_numpy(x)), trained_on=Rows(torch.from_numpy(rows)), step=7).to_dict()
+    of_rows = evaluate(flow, x, trained_on=rows, step=7).to_dict()
+    assert of_set.keys() == of_rows.keys()
+    for key in set(of_set) - {"split", "seconds", "total_seconds", "baselines"}:
+        # repr: some are NaN
+        assert repr(of_set[key]) == repr(of_rows[key]), key
+    assert of_set["baselines"]["gaussian"]["nll"] == of_rows["baselines"]["gaussian"]["nll"]
+
+
+def test_frames_are_read_by_name_and_give_the_step_of_the_record() -> None:
+    flow, x, y = vectors("realnvp", classes=3), array(), np.arange(40) % 3
+    expected = evaluate(flow, x, label=y)
+    flow.record = Record({}, Samples((2,), columns=("a", "b"), label="kind", classes=3), step=5)
+    frame = Frame(b=x[:, 1], kind=y, other=y * math.nan, a=x[:, 0])
+    for found in (evaluate(flow, frame), evaluate(flow, frame, label="kind", trained_on=frame)):
+        assert torch.equal(found.scores, expected.scores)
+        assert found.step == 5
+    assert evaluate(flow, frame, step=9, trained_on=x).step == 9
+    with pytest.raises(DataError, match="'b'"):
+        evaluate(flow, Frame(a=x[:, 0], kind=y))
+    with pytest.raises(FlowtrainError, match="label"):
+        evaluate(flow, x)
+
+
+def test_tensors_of_any_kind_are_taken() -> None:
+    flow, x = gaussian(), torch.from_numpy(array())
+    expected = evaluate(flow, x).nll
+    with torch.inference_mode():
+        inference = x.clone()
+    for other in (x.clone().requires_grad_(), inference, x.numpy(), x.tolist(), x.T.contiguous().T):
+        assert evaluate(flow, other).nll == pytest.approx(expected, abs=1e-12)
+    assert evaluate(flow, x.bfloat16()).n == 40
+
+
+def test_nothing_of_the_caller_is_changed() -> None:
+    """Not the flow, and not the settings of torch; and the result does not depend on them."""
+    flow, x = vectors("ffjord", classes=2), array()
+    label = [0, 1] * 20
+    flow.train()
+    flow.bijection.eval()
+    before = copy.deepcopy(flow.state_dict()), [m.training for m in flow.modules()], flow.like.dtype
+    expected = evaluate(flow, x, label=label)
+    torch.rand(3)
+    torch.set_num_threads(2)
+    torch.set_default_dtype(torch.float16)
+    state = torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found = evaluate(flow, x, label=label)
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(found.scores, expected.scores)
+    assert (found.budget, found.checks) == (expected.budget, expected.checks)
+    assert (torch.get_num_threads(), torch.get_default_dtype()) == (2, torch.float16)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in flow.modules()] == before[1]
+    assert flow.like.dtype == before[2]
+    assert all(torch.equal(before[0][key], value) for key, value in flow.state_dict().items())
+    assert all(p.grad is None for p in flow.parameters())
+    single = evaluate(flow, x, label=label, dtype=torch.float32)
+    assert (single.dtype, flow.like.dtype) == ("float32", torch.float64)
+    assert single.nll == pytest.approx(found.nll, abs=1e-4)
+    with pytest.raises(ConfigError, match="dtype"):
+        evaluate(flow, x, label=label, dtype=torch.int64)
+    assert flow.training
+
+
+def test_the_seed_draws_the_noise() -> None:
+    flow = images("glow")
+    x = np.random.default_rng(0).integers(0, 16, (5, 1, 4, 4), dtype=np.uint8)
+    one, same, other = (evaluate(flow, x, seed=seed, thorough=False).scores for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    found = evaluate(flow, x.astype(float), seed=1, dequantization_samples=3, batch_size=2, thorough=False)
+    assert (found.dequantization_samples, found.bits_per_dim is None) == (3, False)
+
+
+def test_one_row_has_no_standard_error() -> None:
+    found = evaluate(gaussian(), array(1))
+    assert found.n == 1
+    assert math.isnan(found.nll_stderr)
+    assert found.nll == pytest.approx(-float(gaussian().log_prob(array(1))[0]))
+    assert "1 row" in found.table()
+    assert found._repr_html_()
+
+
+def counts() -> Flow:
+    return Flow((2,), Chain([Affine(2), Logit(4, 0.05)]), integer_valued=True, levels=4).eval()
+
+
+@pytest.mark.parametrize(
+    ("flow", "x", "said"),
+    [
+        (gaussian, array(0), "no rows"),
+        (gaussian, array()[0], r"x\[None\]"),
+        (gaussian, array(4, 3), r"\(4, 3\)"),
+        (gaussian, np.array([[0.0, math.nan]]), "row 0"),
+        (gaussian, np.array([["a", "b"]]), "'a'"),
+        (gaussian, np.array([[1e39, 0.0]]), "float32"),
+        (gaussian, torch.zeros(2, 2, dtype=torch.complex64), "complex"),
+        (gaussian, None, "x"),
+        (counts, array(), "whole number"),
+        (counts, np.array([[0, 4]]), "0 to 3"),
+        (lambda: images("glow"), np.zeros((2, 3, 4, 4), np.uint8), "shape"),
+    ],
+)
+def test_rows_of_another_kind_are_refused_in_one_line(flow: Any, x: Any, said: str) -> None:
+    with pytest.raises(FlowtrainError, match=said) as caught:
+        evaluate(flow(), x)
+    assert "\n" not in str(caught.value)
+
+
+def test_training_rows_of_another_kind_are_refused() -> None:
+    for rows, said in ((array(4, 3), "trained_on"), (array(0), "trained_on has no rows")):
+        with pytest.raises(FlowtrainError, match=said):
+            evaluate(gaussian(), array(), trained_on=rows)
+    with pytest.raises(ConfigError, match="label"):
+        evaluate(gaussian(), Rows(torch.zeros(3, 2)), label=[0, 1, 2])
+
+
+def test_whole_numbers_suit_flows_over_real_ones_and_counts() -> None:
+    whole = np.array([[0, 1], [2, 3], [1, 1]])
+    assert evaluate(gaussian(), whole).nll == pytest.approx(evaluate(gaussian(), whole.astype(float)).nll)
+    assert evaluate(counts(), whole).nll == evaluate(counts(), whole.astype(float)).nll
+
+
+def test_failed_checks_are_logged_and_marked(caplog: pytest.LogCaptureFixture) -> None:
+    flow = gaussian()
+    with torch.no_grad():
+        flow.bijection.mean.fill_(5.0)  # type: ignore[operator, union-attr]
+    with caplog.at_level(logging.WARNING, "flowtrain"):
+        found = evaluate(flow, array(), trained_on=array(seed=1))
+    assert [check.name for check in found.failed] == ["baseline"]
+    assert [record.name for record in caplog.records] == ["flowtrain"]
+    assert "FAILED" in repr(found)
+    assert found._repr_html_().count('class="FAILED"') == 1
+
+
+class Cells(HTMLParser):
+    """The tags that are open at the end, and the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_an_evaluation_shows_itself(caplog: pytest.LogCaptureFixture) -> None:
+    found = evaluate(gaussian(), array(), trained_on=array(seed=1))
+    assert str(found) == found.table()
+    assert "\n" not in repr(found)
+    assert found.headline in repr(found)
+    # text of users and of libraries may get into messages
+    object.__setattr__(found, "checks", (*found.checks, Check("<b>", 1.0, 0.5, False, "a < b & <script>")))
+    html = Cells()
+    html.feed(found._repr_html_())
+    assert html.open == []
+    assert {found.headline, "a < b & <script>", "<b>", "FAILED", "passed"} <= {*html.text}
+    assert any("gaussian" in text for text in html.text)
