@@ -16,7 +16,8 @@ import flowtrain.utils.status  # noqa: F401
 
 if TYPE_CHECKING:
     from flowtrain import bases, bijections, data, models, nn, objectives, ode
-    from flowtrain.evaluation import Evaluation, evaluate
+    from flowtrain.evaluation.evaluate import evaluate
+    from flowtrain.evaluation.result import Evaluation
     from flowtrain.flow import Flow, Record
     from flowtrain.runs.fit import fit, train
     from flowtrain.runs.load import load
@@ -40,10 +41,10 @@ __all__ = [
 
 # the others are modules
 _HOMES = {
-    "Evaluation": "flowtrain.evaluation",
+    "Evaluation": "flowtrain.evaluation.result",
     "Flow": "flowtrain.flow",
     "Record": "flowtrain.flow",
-    "evaluate": "flowtrain.evaluation",
+    "evaluate": "flowtrain.evaluation.evaluate",
     "fit": "flowtrain.runs.fit",
     "load": "flowtrain.runs.load",
     "train": "flowtrain.runs.fit",

@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from flowtrain.data.tables.table_reader import Table
 from flowtrain.evaluation import check_fits
 from flowtrain.flow import Flow
 from flowtrain.runs import auto_settings, build, load
-from flowtrain.runs.console import banner, title_of
+from flowtrain.runs.console import banner, name_of, title_of
 from flowtrain.training import checkpoint, tensorboard
 from flowtrain.training.time_budget import TimeBudget
 from flowtrain.training.trainer import Trainer
@@ -175,6 +176,14 @@ def prepare(
         flow = (build.build_flow(config, data.samples) if given.flow is None else _fitting(given.flow, data)).to(device)
     if teacher is not None and saved is None:
         flow.load_state_dict(teacher.state_dict())
+    if given.flow is not None and build.takes_teacher(config):
+        if run_dir is not None:
+            raise ConfigError(
+                f"objective={name_of(config['objective'])}: a run directory cannot keep the flow to learn from; leave "
+                "run_dir out"
+            )
+        # a flow that is given learns from its own present state
+        teacher = deepcopy(flow).eval()
     objective = build.build_objective(config, flow, teacher)
     config = {**config, "objective": {**config["objective"], **objective.pinned}}
     picture = None

@@ -2,8 +2,8 @@
 
     python scripts/examples/anomalies.py
 
-Ordinary rows have two correlated sensors and a third one that depends on both. In the anomalies, the third sensor fails:
-each of its values is common, but not together with the others.
+Ordinary rows have two correlated sensors and a third one that depends on both. In the anomalies, the third sensor is
+broken: each of its values is common, but not together with the others.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Fits the density of a table, evaluates it on held-out rows, saves the flow and draws samples.
 
-    python scripts/examples/table.py              # a generated table
-    python scripts/examples/table.py mine.csv     # your own: a header, then rows of numbers
+python scripts/examples/table.py              # a generated table
+python scripts/examples/table.py mine.csv     # your own: a header, then rows of numbers
 
 """
 

@@ -23,6 +23,7 @@ from flowtrain.bijections.scale import Standardize
 from flowtrain.data.toys.shapes import Moons
 from flowtrain.evaluation import evaluate
 from flowtrain.flow import Flow
+from flowtrain.models.ffjord import ffjord
 from flowtrain.models.glow import glow
 from flowtrain.models.realnvp import realnvp
 from flowtrain.runs.fit import fit, train
@@ -398,6 +399,17 @@ def test_bases_are_trained_too() -> None:
     before = weights(flow)
     train(flow, "moons", steps=20, progress=False, overrides={"trainer.val_every": 10})
     assert any(not torch.equal(before[name], value) for name, value in flow.state_dict().items() if "base" in name)
+
+
+def test_rectified_flow_learns_from_itself(tmp_path: Path) -> None:
+    overrides = {"objective": "rectified", "objective.pairs": 100, "trainer.val_every": 10}
+    flow = ffjord((2,), hidden=[8])
+    train(flow, "moons", steps=10, progress=False, overrides=overrides)
+    assert flow.record is not None
+    assert flow.record.config["objective"]["name"] == "rectified"
+    with pytest.raises(ConfigError):
+        train(flow, "moons", steps=10, progress=False, overrides=overrides, run_dir=tmp_path / "r")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_float64_flows_and_glow_over_images(x: np.ndarray) -> None:

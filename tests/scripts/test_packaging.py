@@ -1,5 +1,6 @@
 """The package finds its configs wherever it is installed from."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,7 @@ def test_config_groups_are_found() -> None:
     assert {"model", "data", "solver", "trainer", "objective", "experiment"} <= set(config_groups())
 
 
-def test_a_wheel_from_an_sdist_runs(tmp_path: Path) -> None:
+def test_a_wheel_from_an_sdist_runs_the_tour(tmp_path: Path) -> None:
     if not (ROOT / "pyproject.toml").exists():
         pytest.skip("not in a checkout")
     build = "import sys; from hatchling.build import build_sdist, build_wheel; print(eval(sys.argv[1])(sys.argv[2]))"
@@ -35,9 +36,17 @@ def test_a_wheel_from_an_sdist_runs(tmp_path: Path) -> None:
     assert (site / "flowtrain/configs/config.yaml").exists()
     # type checkers read the annotations of a package that has it
     assert (site / "flowtrain/py.typed").exists()
-    code = f"import sys; sys.path.insert(0, {str(site)!r}); import flowtrain.utils.files as p; print(p.config_dir())"
+    begin = f"import sys; sys.path.insert(0, {str(site)!r})"
+    code = f"{begin}; import flowtrain.utils.files as p; print(p.config_dir())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert Path(done.stdout.strip()) == site / "flowtrain/configs"
     assert {p.name for p in config_dir().rglob("*.yaml")} == {
         p.name for p in (site / "flowtrain/configs").rglob("*.yaml")
     }
+    (tmp_path / "work").mkdir()
+    tour = "\n".join(re.findall(r"^```python\n(.*?)^```$", (site / "flowtrain/README.md").read_text(), re.S | re.M))
+    done = subprocess.run(
+        [sys.executable, "-c", f"{begin}\n{tour}"], cwd=tmp_path / "work", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "NLL" in done.stdout

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -411,3 +412,26 @@ def test_interrupt_while_loading_prints_no_traceback(
         entry_points.floweval()
     assert stopped.value.code == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_fits_from_python_show_bars_of_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[int, str]] = []
+
+    class Bar:
+        def __init__(self, **named: Any) -> None:
+            assert named["total"] == 3
+            self.n, self.closed = named["initial"], False
+
+        def set_postfix_str(self, text: str) -> None:
+            shown.append((self.n, text))
+
+        def close(self) -> None:
+            shown.append((self.n, "closed"))
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with status.reporting(status.TqdmReporter()), status.status("training", total=3, bar=True) as bar:
+        with status.status("validating"):
+            bar.note(nll=2)
+        bar.advance(3)
+    assert shown[-2:] == [(3, "nll=2"), (3, "closed")]
