@@ -26,8 +26,9 @@ def main(minutes: float = 2.0, out: str = "digits.png") -> None:
 
     label = torch.arange(10).repeat_interleave(10)
     samples = flow.quantized(flow.sample(100, label=label, temperature=0.8))
+    # a row for each class, a square of 5x5 points for each pixel
     grid = samples.view(10, 10, 8, 8).permute(0, 2, 1, 3).reshape(80, 80)
-    plt.imsave(out, grid, cmap="gray")
+    plt.imsave(out, grid.repeat_interleave(5, 0).repeat_interleave(5, 1), cmap="gray")
     print(f"written to {out}")
 
 

@@ -28,4 +28,4 @@ def test_anomalies() -> None:
 
 def test_digits(tmp_path: Path) -> None:
     digits.main(minutes=0.05, out=str(tmp_path / "digits.png"))
-    assert image.imread(tmp_path / "digits.png").shape[:2] == (80, 80)
+    assert image.imread(tmp_path / "digits.png").shape[:2] == (400, 400)
