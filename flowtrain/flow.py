@@ -443,7 +443,7 @@ class Flow(Recorded, nn.Module):
             >>> p.event_shape, p.log_prob(p.sample((3, 4))).shape
             (torch.Size([2]), torch.Size([3, 4]))
         """
-        return _distribution_class(pyro="pyro" in sys.modules)(self, label)
+        return _distribution(self, label)
 
     def dequantized(self, x: Tensor) -> Tensor:
         """x + u for the integers x (B, *event_shape) of an integer-valued flow, else x; with the dtype of `data_like`.
@@ -614,6 +614,10 @@ class FlowDistribution(Distribution):
         support = c.independent(c.real if levels is None else c.interval(0, levels), len(self.event_shape))
         return support
 
+    def __repr__(self) -> str:
+        label = "" if self.label is None else f"label: {self.label}, "
+        return f"{type(self).__name__}({label}batch_shape: {self.batch_shape}, event_shape: {self.event_shape})"
+
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
         """The same distribution with another batch shape."""
         # raises as the tensors in other distributions do
@@ -636,7 +640,7 @@ class FlowDistribution(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(x) in nats, (*batch,), for x (*batch, *event_shape), where batch broadcasts with `batch_shape`."""
         # the constraints of torch do not take empty tensors
-        if self._validate_args and value.numel():
+        if self._validate_args and not (isinstance(value, Tensor) and value.numel() == 0):
             self._validate_sample(value)
         dims = value.dim() - len(self.event_shape)
         log_p = self.flow.log_prob(value.reshape(-1, *value.shape[dims:]), self.label)
@@ -650,7 +654,18 @@ def _distribution_class(pyro: bool) -> type[FlowDistribution]:
     if not pyro:
         return FlowDistribution
     mixin = import_module("pyro.distributions.torch_distribution").TorchDistributionMixin
-    return type("PyroFlowDistribution", (FlowDistribution, mixin), {"__doc__": FlowDistribution.__doc__})
+
+    def reduce(self: FlowDistribution) -> tuple[Any, ...]:
+        """For pickle and copy, which do not find a class that is made here."""
+        return _distribution, (self.flow, self.label, self.batch_shape, self._validate_args)
+
+    names = {"__doc__": FlowDistribution.__doc__, "__module__": __name__, "__reduce__": reduce}
+    return type("PyroFlowDistribution", (FlowDistribution, mixin), names)
+
+
+def _distribution(*arguments: Any) -> FlowDistribution:
+    """A `FlowDistribution`, which is one of Pyro's if Pyro is imported."""
+    return _distribution_class("pyro" in sys.modules)(*arguments)
 
 
 def rows_at_a_time(event_shape: tuple[int, ...]) -> int:

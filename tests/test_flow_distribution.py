@@ -3,8 +3,10 @@
 import copy
 import io
 import math
+import pickle
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -86,8 +88,71 @@ def test_distribution_works_within_those_of_torch() -> None:
     assert moved.sample((4,)).shape == (4, 2)
 
 
-def test_distribution_works_in_pyro() -> None:
-    pyro = pytest.importorskip("pyro")
+def test_what_has_no_closed_form_is_not_implemented() -> None:
+    p = affine().distribution()
+    asked: list[Callable[[], object]] = [
+        lambda: p.mean,
+        lambda: p.variance,
+        p.entropy,
+        p.enumerate_support,
+        lambda: p.cdf(torch.zeros(2)),
+        lambda: D.kl_divergence(p, p),
+    ]
+    for ask in asked:
+        with pytest.raises(NotImplementedError):
+            ask()
+    assert not p.has_enumerate_support
+
+
+def test_kl_by_monte_carlo_is_the_closed_form() -> None:
+    flow, other = affine(), affine()
+    p, q = flow.distribution(), other.distribution()
+    x = p.sample((20_000,))
+    gap = (p.log_prob(x) - q.log_prob(x)).detach()
+    expected = float(D.kl_divergence(gaussian(flow), gaussian(other)).detach())
+    assert float(gap.mean()) == pytest.approx(expected, abs=4 * float(gap.std()) / len(gap) ** 0.5)
+
+
+def test_samples_are_detached_and_rsamples_are_not() -> None:
+    p = vectors("realnvp").distribution().expand((3,))
+    assert not p.sample((2,)).requires_grad
+    assert p.rsample((2,)).requires_grad
+    assert p.log_prob(p.sample()).requires_grad
+    mixture = D.MixtureSameFamily(D.Categorical(torch.ones(3)), p)
+    x = mixture.sample((4,))
+    assert x.shape == (4, 2)
+    # all parts are the same
+    torch.testing.assert_close(mixture.log_prob(x), p.log_prob(x[:, None])[:, 0])
+
+
+def test_values_of_another_shape_are_refused_as_those_of_torch() -> None:
+    flow = affine()
+    for p in (flow.distribution(), D.MultivariateNormal(torch.zeros(2), torch.eye(2))):
+        for bad in (torch.zeros(3), torch.tensor(1.0), 1.0, [0.0, 0.0]):
+            with pytest.raises(ValueError, match="value"):
+                p.log_prob(bad)
+    unchecked = FlowDistribution(flow, validate_args=False)
+    with pytest.raises(FlowtrainError, match="shape"):
+        unchecked.log_prob(torch.zeros(4, 3))
+    assert unchecked.log_prob(torch.tensor([0.0, torch.nan])).isnan()
+    for p in (unchecked, FlowDistribution(flow, validate_args=True)):
+        assert p.expand((2,))._validate_args == p._validate_args
+
+
+def test_a_distribution_shows_its_shapes() -> None:
+    p = vectors("realnvp", classes=3).distribution(2).expand((4,))
+    for words in ("label: 2", "[4]", "[2]"):
+        assert words in repr(p)
+
+
+@pytest.fixture
+def pyro() -> Any:
+    found = pytest.importorskip("pyro")
+    found.clear_param_store()
+    return found
+
+
+def test_distribution_works_in_pyro(pyro: Any) -> None:
     flow = affine()
     p, truth = flow.distribution(), gaussian(flow)
 
@@ -103,6 +168,42 @@ def test_distribution_works_in_pyro() -> None:
     # the evidence of a model whose guide is its posterior has no noise
     loss = pyro.infer.Trace_ELBO().differentiable_loss(model, model)
     torch.testing.assert_close(loss.detach(), torch.zeros(()))
+
+
+def test_pyro_reshapes_and_copies_a_distribution(pyro: Any) -> None:
+    flow = affine()
+    p, x = flow.distribution(), torch.randn(4, 3, 2)
+    expected = gaussian(flow).log_prob(x)
+    events = p.expand_by([3]).to_event(1)
+    assert (events.batch_shape, events.event_shape) == ((), (3, 2))
+    torch.testing.assert_close(events.log_prob(x), expected.sum(1))
+    torch.testing.assert_close(p.mask(torch.tensor([True, False, True])).log_prob(x)[:, 1], torch.zeros(4))
+    for other in (pickle.loads(pickle.dumps(p.expand((3,)))), copy.deepcopy(p).expand((3,))):
+        assert type(other) is type(p)
+        assert other.flow is not flow
+        torch.testing.assert_close(other.log_prob(x), expected)
+
+
+def test_a_flow_is_a_guide_of_pyro(pyro: Any) -> None:
+    """x ~ N(0, I), y | x ~ N(x0 + x1, 1/2): the posterior is a Gaussian, which an affine flow can be."""
+    flow, y = affine().train(), torch.tensor(1.5)
+    normal = pyro.distributions.Normal
+
+    def model() -> None:
+        x = pyro.sample("x", normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", normal(x.sum(-1), 0.5), obs=y)
+
+    def guide() -> None:
+        pyro.module("flow", flow)
+        pyro.sample("x", flow.distribution())
+
+    # y ~ N(0, 2 + 1/4)
+    evidence = float(D.Normal(0.0, 1.5).log_prob(y))
+    elbo = pyro.infer.Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=0)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), elbo)
+    first, *_, last = (svi.step() for _ in range(200))
+    assert last == pytest.approx(-evidence, abs=0.05)
+    assert first > last + 0.1
 
 
 def test_distribution_checks_its_support() -> None:
@@ -220,6 +321,17 @@ def test_copies_and_pickles_score_alike_and_share_nothing(flow: Flow) -> None:
                 p.add_(0.1)
         assert not torch.equal(other.log_prob(x), expected)
         assert torch.equal(flow.log_prob(x), expected)
+
+
+def test_a_state_dict_carries_all_of_a_flow(flow: Flow) -> None:
+    x, other = points(flow), copy.deepcopy(flow)
+    expected = flow.log_prob(x).detach()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.normal_()
+    assert not torch.equal(other.log_prob(x), expected)
+    other.load_state_dict(flow.state_dict())
+    assert torch.equal(other.log_prob(x), expected)
 
 
 def test_a_deepcopy_has_step_plans_of_its_own() -> None:
