@@ -20,7 +20,8 @@ class AffineCoupling(Bijection):
     `cap`. Without a bound the conditioner extrapolates, and s reaches its cap in every coupling.
 
     Args:
-        conditioner: (a, label) -> raw log-scales and shifts of b, joined along dimension 1.
+        conditioner: (a, label) -> raw log-scales and shifts of b, joined along dimension 1. A module of torch, such as
+            `nn.Sequential`, is called without the label.
         cap: bound on the log-scale.
         input_bound: B. None passes z_a to the conditioner unchanged and omits W.
         sizes: the numbers of elements of a and b, for W; needed with an `input_bound`.
@@ -51,7 +52,9 @@ class AffineCoupling(Bijection):
     def scale_and_shift(self, a: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         """(s, m) of b. Under autocast the conditioner may answer in a narrower dtype; what follows does not."""
         c = a if self.input_bound is None else self.input_bound * torch.tanh(a / self.input_bound)
-        raw, shift = self.conditioner(c, label).to(a.dtype).chunk(2, 1)
+        of_torch = type(self.conditioner).__module__.startswith("torch.nn.")
+        answer = self.conditioner(c) if of_torch else self.conditioner(c, label)
+        raw, shift = answer.to(a.dtype).chunk(2, 1)
         if self.input_bound is not None:
             shift = shift + self.linear(a).to(a.dtype)
         return self.cap * torch.tanh(raw / self.cap), shift

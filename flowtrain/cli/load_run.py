@@ -15,7 +15,7 @@ from flowtrain.runs.build import build_data, build_solver, resolve_device
 from flowtrain.runs.console import name_of, title_of, without_warnings
 from flowtrain.runs.load import check_targets, restore, samples_of
 from flowtrain.training import checkpoint
-from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.process import choose_threads, keep_freed_memory
 from flowtrain.utils.status import status
 
@@ -48,8 +48,16 @@ class LoadedRun(NamedTuple):
         """Builds the data set of this config, or of another config of data.
 
         Warnings about the data that the flow was trained on are suppressed, because training has already given them.
+
+        Raises:
+            DataError: a flow that was saved from Python knows no data, and the command line names none.
         """
         data = self.config["data"] if data is None else data
+        if "_target_" not in data:
+            raise DataError(
+                f"{self.path} was saved from Python and does not say what data it was trained on: give data.path=FILE, "
+                "or data by name such as data=moons"
+            )
         with without_warnings() if data == self.own_data else nullcontext():
             return build_data({**self.config, "data": data})
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from flowtrain.cli.config_files import add_working_directory_to_path, compose_defaults, options, plain
 from flowtrain.cli.error_messages import keys_of_choice, unknown_key
 from flowtrain.cli.output_files import exists, is_path
-from flowtrain.runs.build import with_whole_numbers
+from flowtrain.runs.build import is_description, with_whole_numbers
 from flowtrain.training import checkpoint
 from flowtrain.training.old_checkpoints import RENAMED_KEYS, RENAMED_OVERRIDES, key_of, renamed_override
 from flowtrain.training.tensorboard import DEFAULT
@@ -307,8 +307,16 @@ def overridden(
     """
     # an older flowtrain did not have these keys
     solver, logger = saved["solver"], saved.get("logger", list(DEFAULT))
+    # a description has tensors, which OmegaConf does not take, and nothing to override
+    described = {"model": {"name": saved["model"].get("name")}} if is_description(saved["model"]) else {}
     config = OmegaConf.create(
-        {"time_budget": None, **saved, "solver": {**solver, "steps": solver.get("steps")}, "logger": logger}
+        {
+            "time_budget": None,
+            **saved,
+            **described,
+            "solver": {**solver, "steps": solver.get("steps")},
+            "logger": logger,
+        }
     )
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for override in parsed:
@@ -338,7 +346,7 @@ def overridden(
         OmegaConf.update(config, key, override.value(), force_add=override.is_add())
         if key in SAME_SETTING and SAME_SETTING[key] not in [other.key_or_group for other in parsed]:
             OmegaConf.update(config, SAME_SETTING[key], None)
-    found = plain(config)
+    found = plain(config) | ({"model": saved["model"]} if described else {})
     keys = [override.key_or_group for override in parsed]
     if "data.path" in keys and "data.key" not in keys:
         found["data"] = less_key(found["data"])

@@ -16,7 +16,7 @@ from flowtrain.cli.config_files import config_dirs, options, plain
 from flowtrain.cli.error_messages import unknown_key
 from flowtrain.cli.output_files import absolute_paths, is_path
 from flowtrain.cli.overrides import keys_of, less_key, overridden, rename_old_config_keys, trusted
-from flowtrain.runs.build import with_whole_numbers
+from flowtrain.runs.build import is_description, with_whole_numbers
 from flowtrain.runs.compose import applied_recipes
 from flowtrain.runs.console import messages
 from flowtrain.runs.load import check_targets
@@ -190,6 +190,11 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
     path = checkpoint.find(Path(str(config["from"])).expanduser().absolute())
     saved = checkpoint.load(path)["config"]
     check_targets(saved, trusted(config["trust"]))
+    if is_description(saved["model"]):
+        raise ConfigError(
+            f"from={path}: this flow was saved from Python and does not say what data it was trained on; train it "
+            "further from Python"
+        )
     keys = keys_of(given)
     moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
     data = less_key({**saved["data"], **moved}) if "path" in moved else saved["data"] | moved

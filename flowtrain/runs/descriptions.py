@@ -113,14 +113,17 @@ def describe(part: Any, where: str = "flow") -> Any:
 
 def _recorded(part: Recorded, where: str) -> dict[str, Any]:
     positional, keywords = arguments_of(part)
-    found: dict[str, Any] = {"_target_": path_of(part, where)}
-    if positional:
-        found["_args_"] = [describe(_present(part, v), f"{where}({i})") for i, v in enumerate(positional)]
+    if type(part) is Flow:
+        # both may have been replaced, and the base may have been given as an event shape
+        positional, keywords = (), {"base": part.base, "bijection": part.bijection, "classes": part.classes}
+    elif isinstance(part, Flow):
+        keywords = {key: value for key, value in keywords.items() if key not in OF_SAMPLES}
     # a solver may have been replaced, also where it was not given
     names = inspect.signature(type(part).__init__).parameters
     keywords = keywords | {k: Part(k) for k in names if isinstance(vars(part).get(k), Solver)}
-    if isinstance(part, Flow):
-        keywords = {key: value for key, value in keywords.items() if key not in OF_SAMPLES}
+    found: dict[str, Any] = {"_target_": path_of(part, where)}
+    if positional:
+        found["_args_"] = [describe(_present(part, v), f"{where}({i})") for i, v in enumerate(positional)]
     return found | {key: describe(_present(part, v), f"{where}.{key}") for key, v in keywords.items()}
 
 

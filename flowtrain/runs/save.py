@@ -18,7 +18,7 @@ from flowtrain.training import checkpoint
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError, first_line
 
 # of a flow that was built by hand, which no run has given data
-NO_DATA = {"name": "no data"}
+NO_DATA = {"name": "unknown data"}
 
 
 def save(flow: Flow, path: str | Path) -> None:

@@ -108,6 +108,6 @@ def _kept(made: Any, name: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _kept(made, "", v) for k, v in value.items()}
     if isinstance(value, np.ndarray):
-        return Unknown("a NumPy array")
+        return Unknown("a NumPy array, in place of a tensor or a list")
     attributes = [k for k, v in vars(made).items() if v is value]
     return Part(attributes[0]) if attributes else Unknown(f"a {type(value).__name__}")

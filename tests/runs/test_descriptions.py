@@ -1,0 +1,238 @@
+"""A description in a file builds parts of flows and nothing else."""
+
+import builtins
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import flowtrain
+from flowtrain import Flow, bijections
+from flowtrain import nn as parts
+from flowtrain.bijections import ActNorm, Chain, Continuous, HalfCoupling
+from flowtrain.runs.descriptions import TORCH_MODULES, describe
+from flowtrain.training import checkpoint
+from flowtrain.utils.errors import CheckpointError
+
+Node = dict[str, Any]
+LINEAR = {"_target_": "torch.nn.Linear", "in_features": 1024, "out_features": 1024}
+HIDDEN = [LINEAR] * 3
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.set_default_dtype(torch.float32)
+    network = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 2))
+    mask = torch.tensor([True, False])
+    chain = Chain([ActNorm(2), Continuous(parts.MLPField(2, [4])), bijections.IndexCoupling(mask, network)])
+    Flow((2,), chain).save(tmp_path / "flow.pt")
+    return tmp_path / "flow.pt"
+
+
+def first(flow: Node) -> Node:
+    """The ActNorm."""
+    found: Node = flow["bijection"]["bijections"][0]
+    return found
+
+
+def coupling(flow: Node) -> Node:
+    found: Node = flow["bijection"]["bijections"][2]
+    return found
+
+
+def put(place: Callable[[Node], Node], **values: Any) -> Callable[[Node], object]:
+    return lambda flow: place(flow).update(values)
+
+
+def whole(flow: Node) -> Node:
+    return flow
+
+
+SYSTEM = {"_target_": "os.system", "_args_": ["touch boom"]}
+TARGETS = {
+    "function": put(first, _target_="os.system"),
+    "builtin": put(first, _target_="builtins.eval"),
+    "function of ours": put(first, _target_="flowtrain.runs.load.load", path="x"),
+    "module of ours": put(first, _target_="flowtrain.bijections"),
+    "import of ours": put(first, _target_="flowtrain.bijections.base.partial"),
+    "class of ours that is no part": put(first, _target_="flowtrain.runs.run_directory.RunDirectory"),
+    "data": put(first, _target_="flowtrain.data.ArrayData", path="/etc/passwd"),
+    "model": put(first, _target_="flowtrain.models.realnvp.realnvp"),
+    "another path of a part": put(first, _target_="flowtrain.bijections.scale.ActNorm"),
+    "torch function": put(first, _target_="torch.load"),
+    "torch class": put(first, _target_="torch.nn.Bilinear"),
+    "torch by another path": put(first, _target_="torch.nn.modules.linear.Linear"),
+    "torch hub": put(first, _target_="torch.hub.load"),
+    "nested": put(first, shape=SYSTEM),
+    "in a list": put(first, shape=[[SYSTEM]]),
+    "in a tuple": put(first, shape=(SYSTEM,)),
+    "in a mapping": put(first, shape={"a": SYSTEM}),
+    "positional": put(first, _args_=[SYSTEM]),
+    "positional of ours": put(first, _args_=[2]),
+    "partial": put(first, _partial_=True),
+    "partial mapping": put(first, _partial_={"a": 1}),
+    "target that is a list": put(first, _target_=["os.system"]),
+    "target that is a mapping": put(first, _target_={"a": "os.system"}),
+    "no target": lambda flow: first(flow).pop("_target_"),
+    "beside the flow": lambda flow: flow.update(classes=SYSTEM),
+    "no flow": put(whole, _target_="flowtrain.bijections.ActNorm"),
+    "interpolation": put(first, shape="${oc.env:HOME}"),
+    "network that is a bijection's place": put(whole, bijection=LINEAR),
+    "object for a flag": put(coupling, swap=HIDDEN),
+    "object for a number": put(coupling, cap=LINEAR),
+    "object for a torch flag": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(bias=LINEAR),
+    "objects for a flag": lambda flow: flow["bijection"]["bijections"].append(
+        {"_target_": "flowtrain.bijections.Standardize", "event_shape": 2, "offset": HIDDEN}
+    ),
+    "device": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(device="cpu"),
+    "dtype": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(dtype="torch.float64"),
+    "torch positional": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(_args_=[1, 4]),
+    "unknown argument": put(first, anything=1),
+    "solver of a file": lambda flow: flow["bijection"]["bijections"][1].update(
+        solver={"_target_": "flowtrain.ode.torchdiffeq_engine.odeint"}
+    ),
+}
+SIZES = {
+    "width": put(first, shape=10**9),
+    "whole float": put(first, shape=1e9),
+    "small width": put(first, shape=1000),
+    "shape": put(first, shape=(10**5, 10**5)),
+    "hidden": lambda flow: flow["bijection"]["bijections"][1]["field"].update(hidden=[1000, 1000]),
+    "base": put(whole, base=(10**9,)),
+    "base of another shape": put(whole, base=(3,)),
+    "tensor as a number": put(first, shape=torch.tensor(10**9)),
+    "tensor as numbers": put(first, shape=torch.tensor([10**6, 10**6])),
+    "mask of another length": put(coupling, mask=torch.ones(4, dtype=torch.bool)),
+    "mask that is none": put(coupling, mask=3),
+    "more parts": lambda flow: flow["bijection"]["bijections"].append(
+        {"_target_": "flowtrain.bijections.ActNorm", "shape": 2}
+    ),
+    "fewer parts": lambda flow: flow["bijection"]["bijections"].pop(),
+    "deep": lambda flow: flow.update(bijection=deep(150)),
+    "very deep": lambda flow: flow.update(bijection=deep(900)),
+}
+
+
+def deep(levels: int) -> Node:
+    node: Node = {"_target_": "flowtrain.bijections.ActNorm", "shape": 2}
+    for _ in range(levels):
+        node = {"_target_": "flowtrain.bijections.Chain", "bijections": [node]}
+    return node
+
+
+def changed(path: Path, change: Callable[[Node], object]) -> None:
+    content = checkpoint.load(path)
+    change(content["config"]["model"]["flow"])
+    torch.save({**content, "checksum": checkpoint.checksum(content)}, path)
+
+
+def assert_refused(path: Path) -> None:
+    before = set(path.parent.iterdir())
+    with pytest.raises(CheckpointError) as caught:
+        flowtrain.load(path)
+    assert "\n" not in str(caught.value)
+    assert set(path.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_description_runs_no_code(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+
+    def called(*arguments: Any, **keywords: Any) -> None:
+        pytest.fail("ran code of the file")
+
+    monkeypatch.setattr(os, "system", called)
+    monkeypatch.setattr(builtins, "eval", called)
+    monkeypatch.setattr(torch, "load", lambda *a, load=torch.load, **k: load(*a, **k) if a else called())
+    changed(saved, TARGETS[name])
+    assert_refused(saved)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_description_takes_no_memory_that_its_weights_do_not_fill(saved: Path, name: str) -> None:
+    changed(saved, SIZES[name])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert_refused(saved)
+    # in KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+def test_a_tensor_of_a_description_that_claims_memory_is_refused(saved: Path) -> None:
+    content = checkpoint.load(saved)
+    content["config"]["model"]["flow"]["bijection"]["bijections"][2]["mask"] = torch.zeros(1).bool().expand(10**12)
+    torch.save({**content, "format": 1}, saved)
+    assert_refused(saved)
+
+
+def test_an_unchanged_description_is_accepted(saved: Path) -> None:
+    """Also guards against tests that pass because the file could not be read anyway."""
+    changed(saved, lambda flow: first(flow).update(shape=(2,)))
+    assert flowtrain.load(saved).event_shape == (2,)
+
+
+EXAMPLES = [
+    nn.AvgPool2d(2, stride=1, ceil_mode=True),
+    nn.BatchNorm1d(3, eps=0.1, momentum=None, affine=False),
+    nn.BatchNorm2d(3, track_running_stats=False),
+    nn.Conv1d(2, 4, 3, stride=2, padding="valid", dilation=2, groups=2, bias=False),
+    nn.Conv2d(2, 4, (3, 1), padding=(1, 0), padding_mode="circular"),
+    nn.Dropout(0.3),
+    nn.Dropout2d(0.3),
+    nn.ELU(0.5),
+    nn.Flatten(2, 3),
+    nn.GELU("tanh"),
+    nn.GroupNorm(2, 4, affine=False),
+    nn.Hardswish(),
+    nn.Identity(),
+    nn.LayerNorm((2, 3), eps=0.1, bias=False),
+    nn.LeakyReLU(0.3),
+    nn.Linear(2, 3, bias=False),
+    nn.MaxPool2d(2, dilation=2),
+    nn.Mish(),
+    nn.ModuleList([nn.Linear(1, 1), nn.Tanh()]),
+    nn.PReLU(3),
+    nn.ReLU(inplace=True),
+    nn.SELU(),
+    nn.Sequential(nn.Sequential(nn.Linear(1, 2)), nn.Sigmoid()),
+    nn.SiLU(),
+    nn.Sigmoid(),
+    nn.Softplus(2.0, 10.0),
+    nn.Tanh(),
+    nn.Unflatten(1, (2, 3)),
+]
+
+
+def test_there_is_an_example_of_each_module_of_torch() -> None:
+    assert {type(module) for module in EXAMPLES} == {*TORCH_MODULES.values()}
+
+
+@pytest.mark.parametrize("module", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_modules_of_torch_are_described_by_their_attributes(module: nn.Module) -> None:
+    from flowtrain.runs.build import _built
+    from flowtrain.runs.descriptions import check_description
+
+    described = describe(module)
+    check_description(described, (), "module")
+    again = _built(described, "model")
+    assert repr(again) == repr(module)
+    assert {k: w.shape for k, w in again.state_dict().items()} == {k: w.shape for k, w in module.state_dict().items()}
+    plain = (bool, int, float, str, tuple, type(None))
+    for one, other in zip(again.modules(), module.modules(), strict=True):
+        assert {k: v for k, v in vars(one).items() if isinstance(v, plain)} == {
+            k: v for k, v in vars(other).items() if isinstance(v, plain)
+        }
+
+
+def test_conditioners_of_torch_are_called_without_the_label() -> None:
+    network = nn.Sequential(nn.Linear(1, 2))
+    x = torch.randn(4, 2)
+    flow = Flow(2, HalfCoupling(2, False, network))
+    a, b = x.split(1, 1)
+    raw, shift = network(a).chunk(2, 1)
+    scale = 2 * torch.tanh(raw / 2)
+    torch.testing.assert_close(flow.inverse(x), torch.cat([a, (b - shift) * (-scale).exp()], 1))
