@@ -83,6 +83,17 @@ def test_density_of_golden_checkpoints_is_unchanged(golden: Golden, which: str) 
     assert golden.log_p(flow) == close(golden.expected["log_p_float64"][which], FLOAT32 if adaptive(flow) else FLOAT64)
 
 
+def test_golden_flows_saved_again_keep_their_density_to_the_last_bit(golden: Golden, tmp_path: Path) -> None:
+    flow = golden.flow("best")
+    flow.save(tmp_path / "again.pt")
+    again = flowtrain.load(tmp_path / "again.pt")
+    assert flow.record is not None
+    assert again.record is not None
+    assert again.record.config["model"] == flow.record.config["model"]
+    assert again.record.samples == flow.record.samples
+    assert golden.log_p(again) == golden.log_p(flow)
+
+
 def test_torchdiffeq_may_be_imported_by_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`load` builds the flow on the meta device first."""
     for name in [n for n in sys.modules if n.partition(".")[0] == "torchdiffeq" or n == TORCHDIFFEQ_ENGINE]:

@@ -146,6 +146,9 @@ SIZES = {
         model={"_target_": "flowtrain.models.realnvp.realnvp", "hidden": [1000, 1000]}
     ),
     "layers": lambda c: c["config"].update(model={"_target_": "flowtrain.models.realnvp.realnvp", "layers": 10**9}),
+    "layers as a float": lambda c: c["config"].update(
+        model={"_target_": "flowtrain.models.realnvp.realnvp", "layers": 1e9}
+    ),
     "weights of another shape": put("weights", {"bijection.bijections.0.mean": torch.zeros(3)}),
     "weights that are none": put("weights", {"bijection.bijections.0.mean": [1.0]}),
     "weights in a list": put("weights", [torch.zeros(2)]),

@@ -235,8 +235,9 @@ def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
     original = getattr(function, "func", function)
     given = {**getattr(function, "keywords", {}), **arguments}
     known = inspect.signature(original).parameters
-    named = {k: p for k, p in known.items() if p.kind is not p.VAR_KEYWORD}
-    unknown = [key for key in given if key not in known and len(named) == len(known)]
+    named = {k: p for k, p in known.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    unknown = [key for key in given if key not in known and not takes_any]
     missing = [k for k, p in named.items() if k not in given and p.default is p.empty]
     if unknown or missing:
         names = [k for k in named if k not in (*arguments, *GIVEN)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowtrain.data.base import Samples
 from flowtrain.flow import Flow, Record
-from flowtrain.runs.build import build_flow, is_description, resolve_device
+from flowtrain.runs.build import build_flow, is_description, resolve_device, with_whole_numbers
 from flowtrain.runs.descriptions import check_description, home_of, under
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import averages
@@ -154,10 +154,12 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> Flow | None:
     weights = saved["weights"]
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     most = max(SMALL_NUMBER, sum(w.numel() for w in weights.values()))
-    for where, value in nested_values({"model": saved["config"]["model"]}):
-        # a float such as 1e9 is a whole number too
-        number = value if isinstance(value, int | float) and where[-1] not in UNBOUNDED else 0
-        if abs(number) > most and number not in samples.event_shape:
+    # a float such as 1e9 is a whole number too, where one is asked for
+    model = with_whole_numbers({"model": saved["config"]["model"]}, ["model"])
+    for where, value in nested_values(without_own_arguments(model)):
+        if not isinstance(value, int) or where[-1] in UNBOUNDED or value in samples.event_shape:
+            continue
+        if abs(value) > most:
             raise CheckpointError(f"the checkpoint's {'.'.join(where)} is {value}, and its weights are {most} numbers")
     if math.prod(samples.event_shape) > max(SMALL_SAMPLE, most):
         raise CheckpointError(f"the checkpoint's samples would be of shape {samples.event_shape}")
@@ -182,6 +184,17 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> Flow | None:
     if wrong:
         raise CheckpointError(f"the checkpoint's weights do not fit the model of its config: {', '.join(wrong[:3])}")
     return sketch
+
+
+def without_own_arguments(node: Any) -> Any:
+    """A config without plain arguments of nested classes of other packages, which say themselves what is too much."""
+    if isinstance(node, list | tuple):
+        return [without_own_arguments(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    own = "_target_" in node and not under(node["_target_"], ("flowtrain", "torch"))
+    kept = {k: v for k, v in node.items() if not own or isinstance(v, Mapping | list | tuple)}
+    return {k: without_own_arguments(v) for k, v in kept.items()}
 
 
 def _fits(value: Any, sketch: Tensor | None, samples: Samples) -> bool:

@@ -114,7 +114,7 @@ SIZES = {
     ),
     "fewer parts": lambda flow: flow["bijection"]["bijections"].pop(),
     "deep": lambda flow: flow.update(bijection=deep(150)),
-    "very deep": lambda flow: flow.update(bijection=deep(900)),
+    "very deep": lambda flow: flow.update(bijection=deep(210)),
 }
 
 

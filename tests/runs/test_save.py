@@ -309,7 +309,7 @@ class Net(Recorded, nn.Module):
         return self.scale * self.network(x)
 
 class Pair(Bijection):
-    def __init__(self, inside, order):
+    def __init__(self, inside, order, period=0):
         super().__init__()
         self.parts, self.order = nn.ModuleDict(inside), order
 
@@ -341,7 +341,7 @@ def mypkg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_own_classes_need_trust(mypkg: Any, tmp_path: Path) -> None:
     pair = mypkg.Pair(
-        {"a": ActNorm(2), "b": HalfCoupling(2, False, mypkg.Net([nn.Linear(1, 2)], scale=0.5))}, order=[1]
+        {"a": ActNorm(2), "b": HalfCoupling(2, False, mypkg.Net([nn.Linear(1, 2)], scale=0.5))}, order=[1], period=10**6
     )
     spin = Continuous(mypkg.Spin(0.3, 1, 2, back=True), ode_solver("rk4", steps=4))
     flow = perturbed(mypkg.Own(2, Chain([spin, pair])))
