@@ -3,11 +3,13 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.files import write_set
 from torch import nn
 
+import flowtrain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.cli.config_files import compose_defaults
 from flowtrain.evaluation import evaluate
@@ -150,6 +152,24 @@ def test_evaluation_agrees_with_the_cpu(model: str, tmp_path: Path) -> None:
     assert expected.ood is not None
     assert found.ood.auroc == pytest.approx(expected.ood.auroc, abs=1e-3)
     assert [(check.name, check.passed) for check in found.checks] == [(c.name, c.passed) for c in expected.checks]
+
+
+def test_a_fit_and_an_evaluation_leave_the_generators_and_settings_of_the_gpu() -> None:
+    torch.cuda.manual_seed_all(3)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        x = torch.randn(200, 2, device="cuda")
+        state = torch.cuda.get_rng_state_all()
+        flow = flowtrain.fit(x, model="realnvp", steps=5, device="cuda", progress=False)
+        found = flowtrain.evaluate(flow, x, trained_on=x)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert all(torch.equal(a, b) for a, b in zip(state, torch.cuda.get_rng_state_all(), strict=True))
+    assert found.device.startswith("cuda")
+    log_p = flow.log_prob(x.cpu().numpy())
+    assert log_p.dtype == np.float32
+    np.testing.assert_allclose(log_p, flow.log_prob(x).detach().cpu().numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_pictures_and_animations_of_a_flow_on_a_gpu(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from flowtrain.training.ema import averages
 from flowtrain.training.resume_validation import is_count
 from flowtrain.utils.arguments import below_half
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError, first_line
+from flowtrain.utils.process import own_settings
 
 # the package that each config group draws from, when the config comes out of a file
 GROUP_PACKAGES = {
@@ -94,12 +95,12 @@ def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str]
     """The flow of a checkpoint that has been read; see `load`."""
     check_targets(saved["config"], trust)
     samples = samples_of(saved)
-    # building draws initial weights; reading a checkpoint must not shift the caller's random numbers
-    with torch.random.fork_rng(devices=[]):
+    # building draws initial weights, and the caller may be in inference mode, whose tensors take no gradients
+    with own_settings(torch.device("cpu")):
         check_sizes(saved, samples)
         flow = build_flow(saved["config"], samples)
-    cast_as(flow, saved["weights"])
-    load_averaged_weights(flow, saved)
+        cast_as(flow, saved["weights"])
+        load_averaged_weights(flow, saved)
     # the file of a flow that was built by hand has no run
     if "trainer" in saved["config"]:
         flow.record = Record(saved["config"], samples, saved["step"])

@@ -127,9 +127,12 @@ def one_thread_if_small(event_shape: tuple[int, ...], device: torch.device) -> I
     takes the count that was set last, by any thread, when it first uses torch. If that is the 1 of another thread that
     is inside, the new thread leaves with the count of the other.
     """
+    # a compiler traces this, and the thread count is not a part of its program
+    if torch.compiler.is_compiling():
+        yield
+        return
     me = threading.get_ident()
-    unaffected = device.type != "cpu" or math.prod(event_shape) > SMALL or _THREADS_CHOSEN.get() or me in _COUNTS
-    if torch.compiler.is_compiling() or unaffected:
+    if device.type != "cpu" or math.prod(event_shape) > SMALL or _THREADS_CHOSEN.get() or me in _COUNTS:
         yield
         return
     with _LOCK:

@@ -10,6 +10,7 @@ import torch
 from helpers.flows import vectors
 from torch import Tensor, nn
 
+import flowtrain
 from flowtrain.cli.config_files import compose_defaults
 from flowtrain.flow import Flow
 from flowtrain.runs import run as runs
@@ -265,3 +266,20 @@ def test_calls_of_many_threads_restore_the_count() -> None:
     thread, found = in_thread(torch.get_num_threads)
     thread.join(10)
     assert found == [2]
+
+
+@pytest.mark.usefixtures("restored", "float32")
+def test_a_fitted_flow_is_trained_further_whatever_it_was_fitted_in() -> None:
+    """Parameters that are made in inference mode take no gradients."""
+    x = torch.randn(50, 2)
+    flows = []
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with context(), torch.device("meta" if context is torch.no_grad else "cpu"):
+            before = settings()
+            flows.append(flowtrain.fit(x, model="realnvp", steps=3, progress=False))
+            assert settings() == before
+        torch.rand(3)
+    for flow in flows:
+        flow.log_prob(x).sum().backward()
+        assert flow.like.device == CPU
+        assert same(flow.state_dict(), flows[0].state_dict())
