@@ -40,7 +40,7 @@ Rows = NDArray[Any] | Frame | Sequence[Any]
 PROBE_SEED = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Record:
     """What a trained flow keeps of its training.
 

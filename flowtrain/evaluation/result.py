@@ -167,7 +167,7 @@ NAMED = 5
 NAMES = 13
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """What `evaluate` and `floweval` report, in the order of eval.json. NLL, entropy and KL in nats per sample.
 
