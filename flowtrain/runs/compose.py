@@ -34,7 +34,7 @@ class ConfigFile:
     """A file of a config group.
 
     Attributes:
-        whole: whether its keys are those of the whole config; otherwise, they are those of its group.
+        whole: whether its keys belong to the whole config; otherwise, they belong to its group.
         parents: files of the same group that it extends.
         choices: choices of other groups that it makes.
         content: its own keys.
@@ -60,7 +60,7 @@ def read_file(group: str, name: str, folders: Sequence[Path]) -> ConfigFile | No
 
 
 def values_of(group: str, name: str, folders: Sequence[Path]) -> dict[str, Any]:
-    """The keys of the whole config that a file sets, with those of the files that it extends."""
+    """The keys of the whole config that a file and the files that it extends set."""
     found: dict[str, Any] = {}
     file = read_file(group, name, folders)
     if file is None:
@@ -108,7 +108,7 @@ def compose(settings: Mapping[str, Any], folders: Sequence[Path] = ()) -> Compos
     Args:
         settings: choices of config groups and values of dotted keys, such as
             {"model": "realnvp", "data": "moons", "trainer.lr": 1e-3}.
-        folders: folders of configs; none for those of flowtrain.
+        folders: folders of configs; empty: the configs of flowtrain.
 
     Raises:
         ConfigError: a choice or a key that does not exist, or an invalid value of one.
@@ -179,7 +179,7 @@ def _set_values(config: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def _keys(config: Mapping[str, Any], key: str) -> Iterator[str]:
-    """The dotted keys to choose from: those of the key's group if it exists, else all."""
+    """The dotted keys to choose from: all keys in the group of the key, or all keys if there is no such group."""
     names = [name for name in flattened(config) if "_target_" not in name]
     group = key.partition(".")[0]
     within = [name for name in names if name.startswith(f"{group}.")]
@@ -230,7 +230,7 @@ def applied_recipes(
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings, with the values of `new` in the place of those of `old`."""
+    """Merges nested mappings; values of `new` replace values of `old`."""
     found = dict(old)
     for key, value in new.items():
         before = found.get(key)

@@ -74,16 +74,16 @@ def fit(
     precision settings are as before when it returns.
 
     Args:
-        x: (n, d) rows as a NumPy array, a tensor or a data frame, whose column names are kept; images (n, C, H, W); the
-            name of a data set (`"moons"`); the path of a file (`"mine.csv"`); or a `Dataset`.
+        x: rows (n, d) as a NumPy array, a tensor or a data frame; images (n, C, H, W); the name of a data set
+            (`"moons"`); the path of a file (`"mine.csv"`); or a `Dataset`. The flow keeps the column names of a frame.
         model: the name of a model, such as "realnvp", "glow" or "ffjord".
         label: for p(x | label), a class 0, 1, ... for each row, (n,), or the name or position of a column of x. True
             takes the labels of a data set.
         val: the validation set, which chooses the best weights: rows like x, or (rows, labels). A number is the share
             of x to hold out. None: 0.1.
         test: the test set, scored only if there is a run directory; as `val`.
-        levels: of whole numbers 0 .. levels - 1, such as 256 for images of bytes. They are dequantized: log p is that
-            of x + u, u ~ U[0, 1).
+        levels: the number of values if x is whole numbers 0 .. levels - 1, such as 256 for images of bytes. The flow
+            then models the density of x + u with u ~ U[0, 1) (dequantization).
         steps: the number of updates. None: the default of the model.
         minutes: the time limit of the whole call. Learning rate and tolerance reach their final values by then.
         seed: of the initial weights and the batches. The split depends on `data.seed` only.
@@ -145,14 +145,14 @@ def train(
 ) -> Record:
     """Trains a flow that was built by hand, in place. For the arguments see `fit`.
 
-    The flow is trained as it is: x must be of its event shape and kind, and is not standardised unless the flow
-    contains a `Standardize`. Afterwards, the flow has the weights of the best validation NLL and is in evaluation mode.
-    If training fails, it has its former weights. With {"objective": "rectified"} among the overrides, the flow learns
-    straight paths from its own present state (reflow).
+    x must have the event shape and the kind of the flow. It is standardised only if the flow contains a `Standardize`.
+    Afterwards, the flow has the weights of the best validation NLL and is in evaluation mode. If training fails, it has
+    its former weights. With {"objective": "rectified"} among the overrides, the flow learns straight paths from its own
+    present state (reflow).
 
     Args:
         device: None: the device of the flow.
-        initialize: whether to set data-dependent parameters, such as those of ActNorm, from x before the first step.
+        initialize: whether to set data-dependent parameters, such as scale and shift of ActNorm, from x first.
             None: unless the flow was trained by `fit` or `train` before.
 
     Returns:
@@ -301,7 +301,7 @@ def _in_memory(x: Any, label: Any, val: Any, test: Any) -> Source:
 
 
 def _data_settings(flow: Flow) -> dict[str, Any]:
-    """The keys of data=array that make its samples those of a flow."""
+    """The keys of data=array with which its samples are of the kind that a flow takes."""
     parts = list(flow.modules())
     return {
         "data.standardize": any(isinstance(part, Standardize) for part in parts),
@@ -376,7 +376,7 @@ def _run(
 
 
 def _checked(ended: Ended) -> Ended:
-    """What has ended, unless a signal has ended it that the caller must hear of.
+    """The run that has ended. A signal that has ended it is raised again, except an interrupt after a validation.
 
     Raises:
         KeyboardInterrupt: an interrupt before the first validation.
@@ -393,7 +393,7 @@ def _checked(ended: Ended) -> Ended:
 
 @contextmanager
 def _new_run_directory(run_dir: Path) -> Iterator[None]:
-    """Locks a directory for a new run. If training does not begin, what was written into it is removed."""
+    """Locks a directory for a new run. If training does not begin, the files written so far are removed."""
     made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     written = tuple(TABLES.values())
     try:

@@ -233,10 +233,11 @@ def _fitting(flow: Flow, data: Dataset) -> Flow:
 def teaching(config: Mapping[str, Any], run_dir: Path | None, resumed: bool) -> dict[str, Any] | None:
     """The checkpoint of the run that `from` names: what a new run begins with, and what some objectives learn from.
 
-    Those are resumed with the copy that they kept, whatever becomes of the other run; others no longer need it.
+    Such objectives are resumed with the copy in the run directory, because the other run may change. Other objectives
+    need it only at the start.
 
     Raises:
-        CheckpointError: it is not to be had.
+        CheckpointError: it is missing.
     """
     if config.get("from") is None or (resumed and not build.takes_teacher(config)):
         return None

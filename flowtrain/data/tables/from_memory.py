@@ -177,7 +177,7 @@ def _first_text(array: NDArray[Any]) -> str:
 
 
 def table_of(x: Rows, name: str = "x", label: Any = None, label_name: str = "label") -> Table:
-    """The table of rows in memory, with the columns of the samples first and that of the labels, if any, last.
+    """The table of rows in memory. If there are labels, they are its last column.
 
     Args:
         x: (n, d), (n,) for one column, or (n, C, H, W) for images, whose elements become columns.
