@@ -235,7 +235,8 @@ def _check_object(node: Mapping[str, Any], trust: Sequence[str], where: str) -> 
     else:
         found = _part_of_ours(target)
         taken = {} if found is None else _taken(found)
-        good = found is not None and "_args_" not in arguments and all(taken.get(key, False) for key in objects)
+        good = found is not None and all(taken.get(key, False) for key in objects)
+        # neither _args_ nor _partial_
         good &= not any(key.startswith("_") for key in map(str, arguments))
     if not good:
         raise CheckpointError(

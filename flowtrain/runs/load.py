@@ -78,10 +78,10 @@ UNBOUNDED = ("levels", "max_nfe", "warmup")
 
 
 def load(path: str | Path, device: str = "cpu", trust: Sequence[str] = ()) -> Flow:
-    """The flow of a checkpoint, in evaluation mode, with the averaged weights where EMA was on.
+    """The flow of a checkpoint, in evaluation mode and in its dtype, with the averaged weights where EMA was on.
 
     Args:
-        path: a run directory (its best checkpoint) or a .pt file.
+        path: a run directory (its best checkpoint), or a .pt file of a run or of `Flow.save`.
         trust: packages besides flowtrain that the checkpoint's config may build from, such as ("mypkg",).
 
     Raises:

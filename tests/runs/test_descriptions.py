@@ -29,8 +29,10 @@ def saved(tmp_path: Path) -> Path:
     torch.set_default_dtype(torch.float32)
     network = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 2))
     mask = torch.tensor([True, False])
-    chain = Chain([ActNorm(2), Continuous(parts.MLPField(2, [4])), bijections.IndexCoupling(mask, network)])
-    Flow((2,), chain).save(tmp_path / "flow.pt")
+    coupling = bijections.IndexCoupling(mask, network)
+    standardize = bijections.Standardize(2, offset=True)
+    chain = Chain([ActNorm(2), Continuous(parts.MLPField(2, [4])), coupling, standardize])
+    Flow((2,), chain, centered=True).save(tmp_path / "flow.pt")
     return tmp_path / "flow.pt"
 
 
@@ -86,8 +88,10 @@ TARGETS = {
     "object for a flag": put(coupling, swap=HIDDEN),
     "object for a number": put(coupling, cap=LINEAR),
     "object for a torch flag": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(bias=LINEAR),
-    "objects for a flag": lambda flow: flow["bijection"]["bijections"].append(
-        {"_target_": "flowtrain.bijections.Standardize", "event_shape": 2, "offset": HIDDEN}
+    # true, and kept nowhere: the flow would have the weights of the file
+    "objects for a flag": lambda flow: flow["bijection"]["bijections"][3].update(offset=HIDDEN),
+    "positional objects for a flag": lambda flow: flow["bijection"]["bijections"].__setitem__(
+        3, {"_target_": "flowtrain.bijections.Standardize", "_args_": [2, HIDDEN]}
     ),
     "device": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(device="cpu"),
     "dtype": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(dtype="torch.float64"),

@@ -215,6 +215,15 @@ def test_the_present_solver_is_saved(name: str, tmp_path: Path) -> None:
     assert (again.solver.rtol, again.solver.atol) == (1e-3, 1e-2)
 
 
+def test_each_part_keeps_its_own_solver(tmp_path: Path) -> None:
+    flow = perturbed(of(ode_block(), ode_block()))
+    # neither was given to a constructor
+    flow.ode_blocks[1].solver = ode_solver("rk4", steps=3)
+    again = saved_and_loaded(flow, tmp_path)
+    assert [block.solver.method for block in again.ode_blocks] == ["dopri5", "rk4"]
+    assert_same(flow, again)
+
+
 def test_parts_that_were_replaced_are_saved(tmp_path: Path) -> None:
     flow = built("HalfCoupling")
     flow.bijection.bijections[0].conditioner = net(2, 2)
@@ -391,7 +400,7 @@ def test_flow_of_a_run_is_saved_with_its_present_solver(run_file: Path, tmp_path
     assert_same(view, again)
 
 
-@pytest.mark.parametrize("change", ["layer", "base", "data", "width"])
+@pytest.mark.parametrize("change", ["layer", "base", "data", "attribute", "width"])
 def test_a_changed_flow_of_a_run_is_described(change: str, run_file: Path, tmp_path: Path) -> None:
     flow = flowtrain.load(run_file)
     if change == "layer":
@@ -400,10 +409,13 @@ def test_a_changed_flow_of_a_run_is_described(change: str, run_file: Path, tmp_p
         flow.base = bases.UniformBox([-99.0, -99.0], [99.0, 99.0])
     elif change == "data":
         flow = flow.with_data(Chain([flow.bijection, bijections.Logit(9)]), levels=9, integer_valued=True).eval()
+    elif change == "attribute":
+        flow = flow.with_data(flow.bijection, noisy=(1,)).eval()
     else:
         flow.ode_blocks[0].field = parts.MLPField(2, [3]).eval()
     again = saved_and_loaded(flow, tmp_path)
     assert again.record is None
+    assert again.noisy == flow.noisy
     assert_same(flow, again)
 
 
