@@ -22,7 +22,9 @@ def take_steps(tableau: Tableau, problem: Problem, n: int, statistics: Statistic
     # the tensors that a loop uses must not share memory
     weights.a, weights.b = weights.a.clone(), weights.b.clone()
     c = on_device(tableau.c, x)
+    # of the stages whose slopes the integrals use
     used = tableau.used
+    c_used, b_used = (on_device([row[i] for i in used], x) for row in (tableau.c, tableau.b))
 
     def step(state: tuple[Tensor, ...], t: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         x = state[0]
@@ -31,8 +33,8 @@ def take_steps(tableau: Tableau, problem: Problem, n: int, statistics: Statistic
         x1 = x + combined(h * weights.b, slopes)
         if integrand is None:
             return (x1,), ()
-        _, q = integrand(times[used].unsqueeze(1), torch.stack([points[i] for i in used]))
-        return (x1, state[1] + combined(h * weights.b[used], q)), ()
+        _, q = integrand((t + h * c_used).unsqueeze(1), torch.stack([points[i] for i in used]))
+        return (x1, state[1] + combined(h * b_used, q)), ()
 
     statistics.nfe_forward += n * len(tableau.b)
     statistics.accepted += n
