@@ -14,7 +14,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from flowtrain.evaluation.error_budget import rows_of_checks, stderr
 from flowtrain.flow import Flow, Label, rows_at_a_time
 from flowtrain.nn.divergence import Probes, TraceRule
+from flowtrain.nn.velocity_field import Field
 from flowtrain.ode import ode_solver
 from flowtrain.ode.tableaus import TABLEAUS
 from flowtrain.utils.arguments import number, one_of, whole
@@ -35,6 +36,7 @@ from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
 
 PROGRAMS = ("log_prob", "inverse", "sample")
+ENDINGS = (".pt2", ".onnx")
 FIXED_STEP_METHODS = tuple(name for name, tableau in TABLEAUS.items() if tableau.e is None)
 # on which programs are compared with the flow: at most so many rows, and so many numbers of x
 MOST_ROWS, MOST_NUMBERS = 1000, 200_000
@@ -117,7 +119,7 @@ def export(
         with status("choosing the steps of the solver"):
             flow, steps_taken = with_fixed_steps(flow, rows.x, rows.label, solver, steps)
         about = {**_about(flow, columns), "rows": len(rows.x), "rows_from": rows.source, **steps_taken}
-        paths = {name: path if name == "log_prob" else path.with_suffix(f".{name}{path.suffix}") for name in PROGRAMS}
+        paths = paths_beside(path)
         contents: dict[str, bytes] = {}
         metadata: dict[str, dict[str, Any]] = {}
         for task in _tasks(flow, rows):
@@ -143,9 +145,19 @@ def checked_path(path: str | Path) -> tuple[Path, "Format"]:
         ConfigError: another ending, or packages of the format that are missing.
     """
     path = Path(path).expanduser()
-    if path.suffix not in FORMATS or not path.stem:
-        raise ConfigError(f"{path}: an export is written as {' or '.join(FORMATS)}; give a name that ends so")
-    return path, FORMATS[path.suffix]()
+    if path.suffix not in ENDINGS:
+        raise ConfigError(f"{path}: an export is written as {' or '.join(ENDINGS)}; give a name that ends so")
+    return path, _Pt2() if path.suffix == ".pt2" else _Onnx()
+
+
+def paths_beside(path: Path) -> dict[str, Path]:
+    """The file of each program: log_prob in `path`, the others beside it.
+
+    Example:
+        >>> [p.name for p in paths_beside(Path("flow.pt2")).values()]
+        ['flow.pt2', 'flow.inverse.pt2', 'flow.sample.pt2']
+    """
+    return {name: path if name == "log_prob" else path.with_suffix(f".{name}{path.suffix}") for name in PROGRAMS}
 
 
 # --- rows
@@ -180,20 +192,31 @@ def _rows_of(flow: Flow, x: Any, label: Label, source: str) -> _Rows:
 # --- fixed steps
 
 
-@dataclass(frozen=True)
-class FixedProbes(TraceRule):
-    """A trace rule whose estimates use the same tangents for every row and every solve.
+class FixedProbes(nn.Module):
+    """A `TraceRule` whose estimates use the same tangents for every row and every solve.
 
     They are the tangents of the first draw. If that is a solve of `Flow.log_prob` for a single row, every row gets the
     tangents that `Flow.log_prob` gives to a batch of one row.
     """
 
-    drawn: list[Tensor] = field(default_factory=list)
+    tangents: Tensor | None
+
+    def __init__(self, rule: TraceRule) -> None:
+        super().__init__()
+        self.rule, self.weight, self.estimates = rule, 1.0, False
+        self.register_buffer("tangents", None)
+
+    def is_exact(self, d: int, training: bool) -> bool:
+        """As of the rule."""
+        return self.rule.is_exact(d, training)
 
     def draw(self, x: Tensor, training: bool) -> Probes:
-        if not self.drawn:
-            self.drawn.append(super().draw(x[:1], training).tangents)
-        return Probes(self.drawn[0].to(x), 1 / self.noise_samples)
+        """The probes of one solve that starts at x (B, *event)."""
+        if self.tangents is None:
+            # exact where few elements are left of a sample, as after half of the channels was factored out
+            drawn = self.rule.draw(x[:1], training)
+            self.tangents, self.weight, self.estimates = drawn.tangents, drawn.weight, drawn.noisy
+        return Probes(self.tangents, self.weight)
 
 
 def with_fixed_steps(
@@ -222,12 +245,18 @@ def with_fixed_steps(
         steps = own.steps_between(0.0, 1.0) if steps is None else steps
     method = solver or (own.method if own.method in FIXED_STEP_METHODS else "rk4")
     choices = STEPS if steps is None else (whole("steps", steps),)
-
+    for block in flow.ode_blocks:
+        if not isinstance(block.field, Field):
+            raise ExportError(
+                f"{type(block.field).__name__} has no Jacobian-vector product that torch.export can trace: make it a "
+                "flowtrain.nn.velocity_field.Field with a method jvp"
+            )
     flow = flow.with_solver(ode_solver(method, steps=choices[0]))
     d = math.prod(flow.event_shape)
     estimated = [block for block in flow.ode_blocks if not block.trace.is_exact(d, training=False)]
     for block in estimated:
-        block.trace = FixedProbes(**asdict(block.trace))
+        # a module, so that the tangents are a part of what is traced
+        block.trace = FixedProbes(block.trace)  # type: ignore[assignment]
     checked = slice(rows_of_checks(flow.event_shape))
     x, label = x[checked], None if label is None else label[checked]
     # draws the tangents
@@ -245,7 +274,9 @@ def with_fixed_steps(
         if bias["mean"] is not None and bias["rms"] <= LEAST_BIAS:
             break
     bias["against"] = "{method} at rtol={rtol:g} in float64".format(**TIGHT)
-    probes = max((block.trace.noise_samples for block in estimated), default=None)
+    probes = max(
+        (m.rule.noise_samples for m in flow.modules() if isinstance(m, FixedProbes) and m.estimates), default=None
+    )
     return flow, {"solver": {"method": method, "steps": n}, "bias": bias, "trace_probes": probes}
 
 
@@ -352,7 +383,9 @@ class _Task:
         shapes: Any = tuple({0: batch} for _ in examples)
         try:
             exported = torch.export.export(self.module, examples, dynamic_shapes=shapes, strict=False)
-            return torch.export.export(with_constants(exported), examples, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(with_constants(exported), examples, dynamic_shapes=shapes, strict=False)
+            forget_origins(exported.graph_module)
+            return exported
         except FlowtrainError:
             raise
         except Exception as e:  # torch raises errors of many kinds
@@ -446,6 +479,14 @@ def with_constants(exported: torch.export.ExportedProgram) -> fx.GraphModule:
             module.graph.erase_node(node)
     # only what the graph still uses
     return fx.GraphModule(module, module.graph)
+
+
+def forget_origins(module: nn.Module) -> None:
+    """Removes where each operation comes from: paths of this machine, many times as long as the program."""
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+            node.meta.pop("from_node", None)
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
@@ -572,6 +613,8 @@ class _Onnx(Format):
     def loaded(self, content: bytes) -> Program:
         options = self.runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # errors only
+        options.log_severity_level = 3
         try:
             session = self.runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # onnxruntime raises errors of its own
@@ -584,19 +627,16 @@ class _Onnx(Format):
         return run
 
 
-FORMATS: dict[str, type[Format]] = {".pt2": _Pt2, ".onnx": _Onnx}
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hides what torch's exporters say of their own use of torch, and of packages that are not installed."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    # some of it is logged as errors
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             for module in ("torch", "copyreg", "onnxscript", "onnx_ir"):
                 warnings.filterwarnings("ignore", module=rf"{module}\b")
             yield
     finally:
-        log.setLevel(level)
+        logging.disable(disabled)

@@ -16,7 +16,8 @@ def take_steps(tableau: Tableau, problem: Problem, n: int, statistics: Statistic
     # a prototype of torch, which its exporters to .pt2 and to ONNX take
     from torch._higher_order_ops.scan import scan
 
-    x, h = problem.x, (problem.t1 - problem.t0) / n
+    # every step returns a contiguous state, and all states of a loop must have the same strides
+    x, h = problem.x.contiguous(), (problem.t1 - problem.t0) / n
     velocity, integrand = problem.velocity, problem.integrand
     weights = Weights(tableau, x)
     # the tensors that a loop uses must not share memory

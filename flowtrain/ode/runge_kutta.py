@@ -57,8 +57,8 @@ class RungeKutta(Solver):
         if torch.compiler.is_exporting():
             if self.adaptive:
                 raise ConfigError(
-                    f"solver={self.method} adapts its steps to the data, which torch.export cannot trace: call flow.export, "
-                    "or use a solver of fixed steps"
+                    f"solver={self.method} adapts its steps to the data, which torch.export cannot trace: call "
+                    "flow.export, or use a solver of fixed steps"
                 )
             return take_steps(self.tableau, problem, self.steps_between(problem.t0, problem.t1), statistics)
         if transforms_active():
