@@ -178,7 +178,8 @@ def _rows_of(flow: Flow, x: Any, label: Label, source: str) -> _Rows:
     with seeded(0, torch.device("cpu")):
         if x is None:
             label = flow.drawn_labels(most) if flow.classes is not None and label is None else label
-            x, source = flow.sample(most, label=label), "samples of the flow"
+            # of whole numbers, which get their noise below: x + u as it is in data
+            x, source = flow.quantized(flow.sample(most, label=label)), "samples of the flow"
         x = torch.as_tensor(x, device="cpu")
         labels = flow.labels(label, x)
         kept = x.flatten(1).isfinite().all(1).nonzero().flatten() if x.dim() > 1 else torch.arange(len(x))
@@ -219,6 +220,7 @@ class FixedProbes(nn.Module):
         return Probes(self.tangents, self.weight)
 
 
+@torch.no_grad()
 def with_fixed_steps(
     flow: Flow, x: Tensor, label: Tensor | None = None, solver: str | None = None, steps: int | None = None
 ) -> tuple[Flow, dict[str, Any]]:
@@ -545,7 +547,7 @@ def _notes(flow: Flow) -> list[str]:
             f"returns x + u: round down{top}."
         )
     if flow.levels is not None:
-        notes.append(f"log_prob and inverse return NaN for values below 0 or above {flow.levels}.")
+        notes.append(f"log_prob and inverse return NaN for values so far outside of 0 .. {flow.levels} that p(x) = 0.")
     return notes
 
 
