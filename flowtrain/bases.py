@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowtrain.utils.arguments import one_of, shape_of, whole
 from flowtrain.utils.errors import FlowtrainError
+from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.recorded import Recorded
 
 __all__ = ["Base", "GaussianMixture", "StandardNormal", "StudentT", "UniformBox"]
@@ -365,8 +366,7 @@ class GaussianMixture(Base):
         if self.lower is None:
             return off * (-self.log_scale).exp()
         # a solve for each k, of B right sides, is ten times as fast as one for each row too
-        e: Tensor = torch.linalg.solve_triangular(self.scale_tril.to(off.dtype), off.permute(1, 2, 0), upper=False)
-        return e.permute(2, 0, 1)
+        return solve_lower(self.scale_tril.to(off.dtype), off.permute(1, 2, 0)).permute(2, 0, 1)
 
     def _log_terms(self, e: Tensor) -> Tensor:
         """log N(e_j; 0, 1) - log L_jj, (B, K, d): the log density of z_j in component k given z_1 .. z_(j-1)."""

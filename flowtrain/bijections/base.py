@@ -42,10 +42,10 @@ class Bijection(Recorded, nn.Module, ABC):
     Example:
         >>> class Double(Bijection):
         ...     def forward(self, z, label=None):
-        ...         return 2 * z, z.new_full((len(z),), z[0].numel() * math.log(2))
+        ...         return 2 * z, z.new_full(z.shape[:1], z[0].numel() * math.log(2))
         ...
         ...     def inverse(self, x, label=None):
-        ...         return x / 2, x.new_full((len(x),), -x[0].numel() * math.log(2))
+        ...         return x / 2, x.new_full(x.shape[:1], -x[0].numel() * math.log(2))
         >>> x, log_det = Double()(torch.ones(1, 3))
         >>> x, round(float(log_det), 4)  # 3 log 2
         (tensor([[2., 2., 2.]]), 2.0794)
@@ -166,7 +166,7 @@ class Chain(Bijection):
         return as_pass(partial(Chain.pass_inverse, self), x, label)
 
     def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
-        log_det = z.new_zeros(len(z))
+        log_det = z.new_zeros(z.shape[0])
         integrals: tuple[Tensor, ...] = ()
         for bijection in self:
             z, term, more = bijection.pass_forward(z, label, options)
@@ -174,7 +174,7 @@ class Chain(Bijection):
         return Pass(z, log_det, integrals)
 
     def pass_inverse(self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
-        log_det = x.new_zeros(len(x))
+        log_det = x.new_zeros(x.shape[0])
         integrals: tuple[Tensor, ...] = ()
         for bijection in reversed(list(self)):
             x, term, more = bijection.pass_inverse(x, label, options)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Chain, check_sample, places, varies
 from flowtrain.utils.errors import DataError
+from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.precision import full_precision
 
 # number of values converted to float64 at a time: 32 MiB
@@ -115,11 +116,11 @@ class Affine(Bijection):
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = z.flatten(1) @ self.factor().T + self.mean
-        return x.view_as(z), self.log_diagonal.sum().expand(len(z))
+        return x.view_as(z), self.log_diagonal.sum().expand(z.shape[0])
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z = torch.linalg.solve_triangular(self.factor(), (x.flatten(1) - self.mean).T, upper=False).T
-        return z.view_as(x), -self.log_diagonal.sum().expand(len(x))
+        z = solve_lower(self.factor(), (x.flatten(1) - self.mean).T).T
+        return z.view_as(x), -self.log_diagonal.sum().expand(x.shape[0])
 
     @torch.no_grad()
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
@@ -189,7 +190,7 @@ class InvertibleLinear(Bijection):
 
     def log_det(self, x: Tensor) -> Tensor:
         """log|det dz/dx| of each row of x (B, C, ...), (B,)."""
-        return (places(x) * self.log_scale.sum()).expand(len(x))
+        return (places(x) * self.log_scale.sum()).expand(x.shape[0])
 
 
 def channel_map(weight: Tensor, x: Tensor) -> Tensor:
@@ -237,11 +238,11 @@ class GaussianStart(Bijection):
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with full_precision(z.device):
-            return z @ self.factor.T + self.mean, self.log_volume.expand(len(z))
+            return z @ self.factor.T + self.mean, self.log_volume.expand(z.shape[0])
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with full_precision(x.device):
-            return (x - self.mean) @ self.inverse_factor.T, -self.log_volume.expand(len(x))
+            return (x - self.mean) @ self.inverse_factor.T, -self.log_volume.expand(x.shape[0])
 
 
 class Preconditioned(Chain):
@@ -312,7 +313,7 @@ class Permutation(Bijection):
     back: Tensor
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return z[:, self.order], z.new_zeros(len(z))
+        return z[:, self.order], z.new_zeros(z.shape[0])
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x[:, self.back], x.new_zeros(len(x))
+        return x[:, self.back], x.new_zeros(x.shape[0])

@@ -44,8 +44,12 @@ class Logit(Bijection):
         # 1 - p from the distance to the upper end, which is exact there
         p, q = self.alpha + slope * x, self.alpha + slope * (self.levels - x)
         # the data of training were checked when they were read, and to look at them would wait for the device
-        if not self.training and x.numel():
-            rounding = torch.finfo(x.dtype)
+        rounding = torch.finfo(x.dtype)
+        if torch.compiler.is_exporting():
+            # an exported program has no errors: z and the density of such x are NaN
+            outside = torch.minimum(p, q) < -2 * rounding.eps
+            p, q = (torch.where(outside, torch.nan, y.clamp_min(rounding.tiny)) for y in (p, q))
+        elif not self.training and x.numel():
             if bool((plain_values(torch.minimum(p, q)) < -2 * rounding.eps).any()):
                 low, high = plain_values(x).min(), plain_values(x).max()
                 raise FlowtrainError(

@@ -44,7 +44,7 @@ class ActNorm(Bijection):
     def log_det(self, x: Tensor) -> Tensor:
         """log|det dx/dz| of each row of x, (B,)."""
         shared = math.prod(x.shape[1:]) // self.log_scale.numel()
-        return (shared * self.log_scale.sum()).expand(len(x))
+        return (shared * self.log_scale.sum()).expand(x.shape[0])
 
     def over(self, v: Tensor, x: Tensor) -> Tensor:
         """A parameter, (C,) or (C, H, W), in the shape that broadcasts over x (B, C, ...)."""
@@ -97,7 +97,7 @@ class BatchNorm(Bijection):
 
     def log_det(self, variance: Tensor, x: Tensor) -> Tensor:
         """log|det dx/dz| of each row of x (B, C, ...) for a variance (C,), (B,)."""
-        return (places(x) * (variance + self.eps).log().sum() / 2).expand(len(x))
+        return (places(x) * (variance + self.eps).log().sum() / 2).expand(x.shape[0])
 
     @torch.no_grad()
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
@@ -159,9 +159,9 @@ class Standardize(Bijection):
         x = z * self.std + self.mean
         if self.offset is not None:
             x = x.double() + self.offset.double()
-        return x, self.std.log().sum().expand(len(z))
+        return x, self.std.log().sum().expand(z.shape[0])
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.offset is not None:
             x = (x.double() - self.offset.double()).to(self.mean.dtype)
-        return (x - self.mean) / self.std, -self.std.log().sum().expand(len(x))
+        return (x - self.mean) / self.std, -self.std.log().sum().expand(x.shape[0])

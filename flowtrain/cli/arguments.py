@@ -1,4 +1,4 @@
-"""Parses the command line of `floweval`, `flowsample` and `flowtrain resume=`: own keys, overrides, help."""
+"""Parses the command line of all commands but `flowtrain` without `resume=`: own keys, overrides, help."""
 
 import platform
 import re

@@ -27,6 +27,11 @@ def flowsample() -> None:
     _run("flowsample", "flowtrain.cli.sample")
 
 
+def flowexport() -> None:
+    """The console script `flowexport`."""
+    _run("flowexport", "flowtrain.cli.export")
+
+
 def _run(name: str, module: str) -> None:
     with reporting():
         try:

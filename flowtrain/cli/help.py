@@ -44,6 +44,7 @@ USES: list[Row] = [
     ("flowtrain from=RUN_DIR", "a new run with the model, data and weights of another"),
     ("floweval RUN_DIR", "the test NLL of a run, see floweval --help"),
     ("flowsample RUN_DIR n=10000", "samples of a run, see flowsample --help"),
+    ("flowexport RUN_DIR out=flow.onnx", "programs that run without flowtrain, see flowexport --help"),
 ]
 FLAGS: list[Row] = [
     ("-h, --help", "this, for what the command line chooses: flowtrain model=glow data=mnist --help"),

@@ -1,4 +1,4 @@
-"""Loads a checkpoint for `floweval` and `flowsample`."""
+"""Loads a checkpoint for `floweval`, `flowsample` and `flowexport`."""
 
 import json
 import re

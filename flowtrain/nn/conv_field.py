@@ -151,7 +151,7 @@ def convolve(weight: Tensor, *parts: Tensor, bias: Tensor | None = None) -> list
     flat = [p.reshape(-1, *p.shape[-3:]) for p in parts]
     y = F.conv2d(torch.cat(flat) if len(flat) > 1 else flat[0], channels_last(weight), bias, padding="same")
     # split and not slices: the gradient of a slice is a zero-filled tensor of the whole size
-    rows = torch.split(y, [len(p) for p in flat])
+    rows = torch.split(y, [p.shape[0] for p in flat])
     return [r.reshape(*p.shape[:-3], *r.shape[1:]) for r, p in zip(rows, parts, strict=True)]
 
 

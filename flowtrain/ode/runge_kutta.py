@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flowtrain.ode.discrete_adjoint import AcceptedStep, AcceptedSteps, differentiable
+from flowtrain.ode.exported_steps import take_steps
 from flowtrain.ode.quadrature import Nodes, gauss_nodes, has_dense_output, stage_nodes
 from flowtrain.ode.solver import Problem, Solution, Solver, Statistics
 from flowtrain.ode.step_control import StepPlan, step_end, step_factor
@@ -53,6 +54,13 @@ class RungeKutta(Solver):
         return self.gradient == "replay" or (self.gradient == "auto" and x.dim() > 2)
 
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
+        if torch.compiler.is_exporting():
+            if self.adaptive:
+                raise ConfigError(
+                    f"solver={self.method} adapts its steps to the data, which torch.export cannot trace: call "
+                    "flow.export, or use a solver of fixed steps"
+                )
+            return take_steps(self.tableau, problem, self.steps_between(problem.t0, problem.t1), statistics)
         if transforms_active():
             ordinary = _OrdinaryRun(self, problem, statistics)
             ordinary.advance()

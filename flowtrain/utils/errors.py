@@ -31,6 +31,12 @@ class NonFiniteError(FlowtrainError):
     exit_code = 1
 
 
+class ExportError(FlowtrainError):
+    """A flow that cannot be exported, or an exported program that differs from its flow."""
+
+    exit_code = 1
+
+
 class UnfinishedError(FlowtrainError):
     """A run that has trained and is saved, and whose result is still to be written."""
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flowtrain.cli import evaluate, sample, train
+from flowtrain.cli import evaluate, export, sample, train
 from flowtrain.training.trainer import Trainer
 
-COMMANDS = {"flowtrain": train.main, "floweval": evaluate.main, "flowsample": sample.main}
+COMMANDS = {"flowtrain": train.main, "floweval": evaluate.main, "flowsample": sample.main, "flowexport": export.main}
 
 # types of the fixtures that are factories: see tests/conftest.py
 Run = Callable[..., tuple[int, str, str]]

@@ -44,7 +44,8 @@ def test_a_wheel_from_an_sdist_runs_the_tour(tmp_path: Path) -> None:
         p.name for p in (site / "flowtrain/configs").rglob("*.yaml")
     }
     (tmp_path / "work").mkdir()
-    tour = "\n".join(re.findall(r"^```python\n(.*?)^```$", (site / "flowtrain/README.md").read_text(), re.S | re.M))
+    readme = (site / "flowtrain/README.md").read_text()
+    tour = "\n".join(re.findall(r"^```python\n(.*?)^```$", readme.partition("## Layout")[0], re.S | re.M))
     done = subprocess.run(
         [sys.executable, "-c", f"{begin}\n{tour}"], cwd=tmp_path / "work", capture_output=True, text=True
     )

@@ -1,0 +1,644 @@
+"""Export of a flow to programs that run without flowtrain: `torch.export` (.pt2) and ONNX (.onnx).
+
+Three programs are written, one file each: log_prob, inverse and sample. All of them take batches of any size, and none
+draws random numbers: the noise of samples and of dequantization is an input. Continuous flows are exported with fixed
+steps.
+"""
+
+import copy
+import inspect
+import io
+import logging
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from flowtrain.evaluation.error_budget import rows_of_checks, stderr
+from flowtrain.flow import Flow, Label, rows_at_a_time
+from flowtrain.nn.divergence import Probes, TraceRule
+from flowtrain.nn.velocity_field import Field
+from flowtrain.ode import ode_solver
+from flowtrain.ode.tableaus import TABLEAUS
+from flowtrain.utils.arguments import number, one_of, whole
+from flowtrain.utils.errors import ConfigError, ExportError, FlowtrainError, SolverError, first_line
+from flowtrain.utils.files import replacing, to_json
+from flowtrain.utils.process import seeded
+from flowtrain.utils.status import status
+
+PROGRAMS = ("log_prob", "inverse", "sample")
+ENDINGS = (".pt2", ".onnx")
+FIXED_STEP_METHODS = tuple(name for name, tableau in TABLEAUS.items() if tableau.e is None)
+# on which programs are compared with the flow: at most so many rows, and so many numbers of x
+MOST_ROWS, MOST_NUMBERS = 1000, 200_000
+# largest difference between a program and the flow, in nats, or in standard deviations of an element
+TOLERANCE = 1e-4
+# the numbers of steps to choose from, and the root mean square of the bias, in nats, that is small enough
+STEPS, LEAST_BIAS = (8, 16, 32, 64, 128), 1e-3
+# the solve that the bias is measured against, in float64
+TIGHT: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7, "max_nfe": 100_000}
+METADATA = "metadata.json"
+
+Program = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The result of an export.
+
+    Attributes:
+        paths: the file of each program, by its name.
+        metadata: of each program, what its file stores as JSON.
+    """
+
+    paths: dict[str, Path]
+    metadata: dict[str, dict[str, Any]]
+
+    def table(self) -> str:
+        """What was written, how far each program is from the flow, and the bias of the fixed steps."""
+        about = self.metadata["log_prob"]
+        lines = [f"{'program':10}{'largest difference on ' + format(about['rows'], ',') + ' rows':36}file"]
+        for name, path in self.paths.items():
+            there = self.metadata[name]
+            lines.append(f"{name:10}{there['max_difference']:.1e} {there['max_difference_unit']:28}{path}")
+        lines.append(f"rows: {about['rows_from']}")
+        if about["solver"] is not None:
+            lines.append(_said_of(about["solver"], about["bias"]))
+        if about["trace_probes"]:
+            lines.append(f"trace: estimated with {about['trace_probes']} fixed probes, the same for every row")
+        return "\n".join(lines)
+
+
+def _said_of(solver: dict[str, Any], bias: dict[str, Any]) -> str:
+    steps = f"{solver['method']}, {solver['steps']} steps: bias of log p"
+    if bias["mean"] is None:
+        return f"{steps} unknown ({bias['failure']})"
+    mean = f"mean {bias['mean']:.1e} +- {bias['mean_stderr']:.0e}"
+    return f"{steps} {mean}, RMS {bias['rms']:.1e}, largest {bias['max']:.1e} nats, against {bias['against']}"
+
+
+def export(
+    flow: Flow,
+    path: str | Path,
+    x: Any = None,
+    label: Label = None,
+    *,
+    solver: str | None = None,
+    steps: int | None = None,
+    tolerance: float = TOLERANCE,
+    columns: Sequence[str] = (),
+    rows_from: str = "given",
+) -> Exported:
+    """Writes programs of log_prob, inverse and sample that run without flowtrain; see `Flow.export`.
+
+    Args:
+        columns: names of the columns, for the metadata.
+        rows_from: what x is, for the metadata.
+
+    Raises:
+        ConfigError: another ending, missing packages, or settings of the solver that are out of range or of no use.
+        ExportError: a flow that cannot be traced or converted, or a program that differs from the flow by more than
+            `tolerance`. No file is written or replaced.
+        FlowtrainError: x or labels that the flow does not take, or fixed steps that cannot be solved.
+    """
+    path, form = checked_path(path)
+    number("tolerance", tolerance)
+    flow = copy.deepcopy(flow).to("cpu").eval().requires_grad_(False)
+    with torch.no_grad(), _quiet():
+        with status("rows to compare on"):
+            rows = _rows_of(flow, x, label, rows_from)
+        with status("choosing the steps of the solver"):
+            flow, steps_taken = with_fixed_steps(flow, rows.x, rows.label, solver, steps)
+        about = {**_about(flow, columns), "rows": len(rows.x), "rows_from": rows.source, **steps_taken}
+        paths = paths_beside(path)
+        contents: dict[str, bytes] = {}
+        metadata: dict[str, dict[str, Any]] = {}
+        for task in _tasks(flow, rows):
+            with status(f"exporting {task.name}"):
+                program = form.converted(task.traced(), task)
+                described = {**about, **task.about()}
+                difference = task.difference(form.loaded(form.content(program, described)))
+                if not difference <= tolerance:
+                    raise ExportError(task.refusal(paths[task.name], difference, tolerance))
+                metadata[task.name] = {**described, "max_difference": difference}
+                contents[task.name] = form.content(program, metadata[task.name])
+        with ExitStack() as files:
+            # all are written before one of them takes the place of an older file
+            for name, content in contents.items():
+                files.enter_context(replacing(paths[name])).write(content)
+    return Exported(paths, metadata)
+
+
+def checked_path(path: str | Path) -> tuple[Path, "Format"]:
+    """The path and the format that its ending names.
+
+    Raises:
+        ConfigError: another ending, or packages of the format that are missing.
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in ENDINGS:
+        raise ConfigError(f"{path}: an export is written as {' or '.join(ENDINGS)}; give a name that ends so")
+    return path, _Pt2() if path.suffix == ".pt2" else _Onnx()
+
+
+def paths_beside(path: Path) -> dict[str, Path]:
+    """The file of each program: log_prob in `path`, the others beside it.
+
+    Example:
+        >>> [p.name for p in paths_beside(Path("flow.pt2")).values()]
+        ['flow.pt2', 'flow.inverse.pt2', 'flow.sample.pt2']
+    """
+    return {name: path if name == "log_prob" else path.with_suffix(f".{name}{path.suffix}") for name in PROGRAMS}
+
+
+# --- rows
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """x (n, *event_shape) in the dtype of samples, labels (n,) or None, base draws z (n, *event_shape)."""
+
+    x: Tensor
+    label: Tensor | None
+    z: Tensor
+    source: str
+
+
+def _rows_of(flow: Flow, x: Any, label: Label, source: str) -> _Rows:
+    most = max(1, min(MOST_ROWS, MOST_NUMBERS // math.prod(flow.event_shape)))
+    with seeded(0, torch.device("cpu")):
+        if x is None:
+            label = flow.drawn_labels(most) if flow.classes is not None and label is None else label
+            # of whole numbers, which get their noise below: x + u as it is in data
+            x, source = flow.quantized(flow.sample(most, label=label)), "samples of the flow"
+        x = torch.as_tensor(x, device="cpu")
+        labels = flow.labels(label, x)
+        kept = x.flatten(1).isfinite().all(1).nonzero().flatten() if x.dim() > 1 else torch.arange(len(x))
+        kept = kept[torch.randperm(len(kept))[:most]]
+        if not len(kept):
+            raise FlowtrainError("x has no rows of finite numbers, on which programs could be compared with the flow")
+        x, labels = flow.dequantized(x[kept]), None if labels is None else labels[kept]
+        return _Rows(x, labels, flow.base.sample(len(kept), like=flow.like), source)
+
+
+# --- fixed steps
+
+
+class FixedProbes(nn.Module):
+    """A `TraceRule` whose estimates use the same tangents for every row and every solve.
+
+    They are the tangents of the first draw. If that is a solve of `Flow.log_prob` for a single row, every row gets the
+    tangents that `Flow.log_prob` gives to a batch of one row.
+    """
+
+    tangents: Tensor | None
+
+    def __init__(self, rule: TraceRule) -> None:
+        super().__init__()
+        self.rule, self.weight, self.estimates = rule, 1.0, False
+        self.register_buffer("tangents", None)
+
+    def is_exact(self, d: int, training: bool) -> bool:
+        """As of the rule."""
+        return self.rule.is_exact(d, training)
+
+    def draw(self, x: Tensor, training: bool) -> Probes:
+        """The probes of one solve that starts at x (B, *event)."""
+        if self.tangents is None:
+            # exact where few elements are left of a sample, as after half of the channels was factored out
+            drawn = self.rule.draw(x[:1], training)
+            self.tangents, self.weight, self.estimates = drawn.tangents, drawn.weight, drawn.noisy
+        return Probes(self.tangents, self.weight)
+
+
+@torch.no_grad()
+def with_fixed_steps(
+    flow: Flow, x: Tensor, label: Tensor | None = None, solver: str | None = None, steps: int | None = None
+) -> tuple[Flow, dict[str, Any]]:
+    """A flow that can be exported, and the parts of the metadata that describe how it solves its ODEs.
+
+    Args:
+        x, label: rows on which the bias of log p is measured.
+        solver: a method of fixed steps. None: the flow's own, if it takes fixed steps, else rk4.
+        steps: from t = 0 to 1. None: the flow's own, if it takes fixed steps and `solver` is None. Else the first of
+            `STEPS` with a bias of at most `LEAST_BIAS`, or the last of them.
+
+    Raises:
+        ConfigError: a setting out of range, or of a flow that solves no ODE.
+        SolverError: the steps lead to a state that is not finite.
+    """
+    own = flow.solver
+    if own is None:
+        if solver is not None or steps is not None:
+            raise ConfigError("solver and steps: this flow solves no ODE; leave them out")
+        return flow, {"solver": None, "bias": None, "trace_probes": None}
+    if solver is not None:
+        one_of("solver", solver, FIXED_STEP_METHODS, "an exported program takes fixed steps")
+    if solver is None and not own.adaptive and own.method in FIXED_STEP_METHODS:
+        steps = own.steps_between(0.0, 1.0) if steps is None else steps
+    method = solver or (own.method if own.method in FIXED_STEP_METHODS else "rk4")
+    choices = STEPS if steps is None else (whole("steps", steps),)
+    for block in flow.ode_blocks:
+        if not isinstance(block.field, Field):
+            raise ExportError(
+                f"{type(block.field).__name__} has no Jacobian-vector product that torch.export can trace: make it a "
+                "flowtrain.nn.velocity_field.Field with a method jvp"
+            )
+    flow = flow.with_solver(ode_solver(method, steps=choices[0]))
+    d = math.prod(flow.event_shape)
+    estimated = [block for block in flow.ode_blocks if not block.trace.is_exact(d, training=False)]
+    for block in estimated:
+        # a module, so that the tangents are a part of what is traced
+        block.trace = FixedProbes(block.trace)  # type: ignore[assignment]
+    checked = slice(rows_of_checks(flow.event_shape))
+    x, label = x[checked], None if label is None else label[checked]
+    # draws the tangents
+    flow.log_prob(x[:1], None if label is None else label[:1])
+    tight, failure = _tight_log_prob(flow, x, label)
+    for n in choices:
+        flow = flow.with_solver(ode_solver(method, steps=n, max_nfe=2**31 - 1))
+        bias: dict[str, Any] = {"mean": None, "failure": failure}
+        try:
+            bias = _bias(_in_parts(flow.log_prob, x, label).double() - tight) if tight is not None else bias
+        except SolverError:
+            # more steps may do
+            if n == choices[-1]:
+                raise
+        if bias["mean"] is not None and bias["rms"] <= LEAST_BIAS:
+            break
+    bias["against"] = "{method} at rtol={rtol:g} in float64".format(**TIGHT)
+    probes = max(
+        (m.rule.noise_samples for m in flow.modules() if isinstance(m, FixedProbes) and m.estimates), default=None
+    )
+    return flow, {"solver": {"method": method, "steps": n}, "bias": bias, "trace_probes": probes}
+
+
+def _tight_log_prob(flow: Flow, x: Tensor, label: Tensor | None) -> tuple[Tensor | None, str | None]:
+    """log p by an adaptive solver in float64, or None and the reason why there is none."""
+    tight = copy.deepcopy(flow).double().with_solver(ode_solver(**TIGHT))
+    try:
+        return _in_parts(tight.log_prob, x.double(), label), None
+    except SolverError as e:
+        return None, first_line(e)
+
+
+def _bias(difference: Tensor) -> dict[str, Any]:
+    """Of log p (n,) by fixed steps less that by a tight solve, in nats."""
+    difference = difference[difference.isfinite()]
+    if not len(difference):
+        return {"mean": None, "failure": "log p is not finite"}
+    return {
+        "mean": float(difference.mean()),
+        "mean_stderr": stderr(difference),
+        "rms": float(difference.square().mean().sqrt()),
+        "max": float(difference.abs().max()),
+        "rows": len(difference),
+    }
+
+
+def _in_parts(function: Program, x: Tensor, label: Tensor | None, first: Sequence[int] = ()) -> Tensor:
+    """function(x, label) in batches: of the sizes `first` while there are rows, then of `rows_at_a_time`."""
+    size = rows_at_a_time(tuple(x.shape[1:]))
+    found, at = [], 0
+    sizes = iter(first)
+    while at < len(x):
+        part = slice(at, at + next(sizes, size))
+        found.append(function(x[part]) if label is None else function(x[part], label[part]))
+        at = part.stop
+    return torch.cat(found)
+
+
+# --- programs
+
+
+class _LogProb(nn.Module):
+    """log p(x) in nats, (B,)."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        z, log_det, _ = self.flow.bijection.pass_inverse(x, label)
+        return self.flow.base_log_prob(z) + log_det.to(z.dtype)
+
+
+class _Inverse(nn.Module):
+    """Data to base, z (B, *event_shape)."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.bijection = flow.bijection
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.bijection.map_inverse(x, label)
+
+
+class _Sample(nn.Module):
+    """Base to data, x (B, *event_shape)."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.bijection = flow.bijection
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.bijection.map_forward(z, label)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One program to export, and the rows on which it is compared with the flow.
+
+    Attributes:
+        inputs: names and values, (n, ...) each.
+        output: its name.
+        wanted: what the flow gives for the inputs.
+        scale: differences are divided by it; broadcasts against `wanted`.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    output: str
+    wanted: Tensor
+    scale: Tensor
+    unit: str
+
+    def traced(self) -> torch.export.ExportedProgram:
+        """The program, in which whatever depends on no input is a constant.
+
+        Raises:
+            ExportError: torch cannot trace the flow.
+        """
+        rows = torch.arange(2) % len(self.wanted)
+        examples = tuple(values[rows] for values in self.inputs.values())
+        batch = torch.export.Dim("batch")
+        shapes: Any = tuple({0: batch} for _ in examples)
+        try:
+            exported = torch.export.export(self.module, examples, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(with_constants(exported), examples, dynamic_shapes=shapes, strict=False)
+            forget_origins(exported.graph_module)
+            return exported
+        except FlowtrainError:
+            raise
+        except Exception as e:  # torch raises errors of many kinds
+            advice = "write it with operations of torch that do not look at values; use x.shape[0] and not len(x)"
+            said = first_line(e)[:300]
+            raise ExportError(
+                f"{self.name}: torch.export cannot trace this flow: {said}. If it is your own code, {advice}"
+            ) from e
+
+    def difference(self, program: Program) -> float:
+        """The largest difference to the flow, in units of `scale`; infinite if only one of the two is finite."""
+        x, *label = self.inputs.values()
+        # a batch of one row, one of two, and larger ones
+        found = _in_parts(program, x, label[0] if label else None, first=(1, 2))
+        if found.shape != self.wanted.shape:
+            return math.inf
+        found, wanted = found.double(), self.wanted.double()
+        finite = wanted.isfinite()
+        same = torch.equal(finite, found.isfinite()) and torch.equal(found[~finite].isnan(), wanted[~finite].isnan())
+        if not same or not bool(finite.any()):
+            return math.inf
+        return float(((found - wanted).abs() / self.scale).where(finite, 0).max())
+
+    def refusal(self, path: Path, difference: float, tolerance: float) -> str:
+        """The message about a program that differs too much."""
+        if not math.isfinite(difference):
+            return f"{path}: on some rows {self.name} is not finite where it should be, so nothing was written"
+        finite = self.wanted[self.wanted.isfinite()]
+        rounding = float(finite.abs().max()) * torch.finfo(self.wanted.dtype).eps
+        dtype = str(self.wanted.dtype).removeprefix("torch.")
+        return (
+            f"{path}: {self.name} differs from the flow by {difference:.1e} {self.unit}, more than {tolerance:.0e}, so "
+            f"nothing was written. {dtype} rounds these values by {rounding:.0e}; if that is the reason, allow more "
+            f"with tolerance={10 ** math.ceil(math.log10(difference)):.0e}"
+        )
+
+    def about(self) -> dict[str, Any]:
+        """The parts of the metadata that differ between programs."""
+        return {
+            "program": self.name,
+            "inputs": [_tensor_spec(name, values) for name, values in self.inputs.items()],
+            "output": _tensor_spec(self.output, self.wanted),
+            "max_difference_unit": self.unit,
+        }
+
+
+def _tasks(flow: Flow, rows: _Rows) -> Iterator[_Task]:
+    labels = {} if rows.label is None else {"label": rows.label}
+    log_p = _in_parts(flow.log_prob, rows.x, rows.label)
+    if not bool(log_p.isfinite().any()):
+        raise ExportError("log p is finite on none of the rows, so that no program can be compared with the flow")
+    yield _Task("log_prob", _LogProb(flow), {"x": rows.x, **labels}, "log_p", log_p, torch.ones(()), "nats")
+    z, x = _in_parts(flow.inverse, rows.x, rows.label), _in_parts(flow.forward, rows.z, rows.label)
+    unit = "standard deviations"
+    yield _Task("inverse", _Inverse(flow), {"x": rows.x, **labels}, "z", z, _spread(z), unit)
+    yield _Task("sample", _Sample(flow), {"z": rows.z, **labels}, "x", x, _spread(x), unit)
+
+
+def _spread(y: Tensor) -> Tensor:
+    """The standard deviation of each element of y (n, *event_shape) over the finite rows; 1 where there is none."""
+    finite = y[y.flatten(1).isfinite().all(1)].double()
+    std = finite.std(0, correction=0) if len(finite) > 1 else torch.ones_like(y[0], dtype=torch.float64)
+    return std.where(std > 0, 1.0)
+
+
+def with_constants(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program of an export, with the value of each operation that depends on no input in place of the operation.
+
+    ONNX has no operator for some operations on parameters, such as the inverse of a matrix or the log-gamma function.
+    """
+    module: Any = exported.module()
+    known: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = _attribute(module, node.target)
+            if isinstance(value, Tensor):
+                known[node] = value.detach()
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes) and not _random(node.target):
+            args, kwargs = (fx.map_arg(part, known.__getitem__) for part in (node.args, node.kwargs))
+            known[node] = node.target(*args, **kwargs)
+    for i, (node, value) in enumerate(known.items()):
+        if node.op == "get_attr" or not isinstance(value, Tensor) or all(user in known for user in node.users):
+            continue
+        # a copy, because what a loop uses must not share memory
+        module.register_buffer(f"constant_{i}", value.clone())
+        with module.graph.inserting_before(node):
+            constant = module.graph.get_attr(f"constant_{i}")
+        node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in known)
+    for node in reversed(list(known)):
+        if not node.users:
+            module.graph.erase_node(node)
+    # only what the graph still uses
+    return fx.GraphModule(module, module.graph)
+
+
+def forget_origins(module: nn.Module) -> None:
+    """Removes where each operation comes from: paths of this machine, many times as long as the program."""
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+            node.meta.pop("from_node", None)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _random(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+# --- metadata
+
+
+def _tensor_spec(name: str, values: Tensor) -> dict[str, Any]:
+    dtype = str(values.dtype).removeprefix("torch.")
+    return {"name": name, "shape": ["batch", *values.shape[1:]], "dtype": dtype}
+
+
+def _about(flow: Flow, columns: Sequence[str]) -> dict[str, Any]:
+    try:
+        ours = version("flowtrain")
+    except PackageNotFoundError:
+        ours = "unknown"
+    return {
+        "flowtrain": ours,
+        "torch": torch.__version__,
+        "event_shape": list(flow.event_shape),
+        "columns": list(columns),
+        "classes": flow.classes,
+        "integer_valued": flow.integer_valued,
+        "levels": flow.levels,
+        "noisy_columns": list(flow.noisy),
+        "base": {
+            "class": type(flow.base).__name__,
+            "density": (inspect.getdoc(type(flow.base)) or "").partition("\nArgs:")[0].strip(),
+            "parameters": {name: values.tolist() for name, values in flow.base.state_dict().items()},
+        },
+        "notes": _notes(flow),
+    }
+
+
+def _notes(flow: Flow) -> list[str]:
+    """What a user of the programs must know."""
+    notes = [
+        "log_prob: x -> log p(x) in nats. inverse: x -> z. sample: z -> x; draw z from the density of base.",
+        "The first dimension of every input and output is the batch, of any size of at least 1.",
+    ]
+    if flow.integer_valued or flow.noisy:
+        which = "x" if flow.integer_valued else "the columns of x in noisy_columns"
+        top = "" if flow.levels is None else f" and limit to 0 .. {flow.levels - 1}"
+        notes.append(
+            f"The data are whole numbers in {which}: log_prob and inverse take x + u, with u uniform in [0, 1). sample "
+            f"returns x + u: round down{top}."
+        )
+    if flow.levels is not None:
+        notes.append(f"log_prob and inverse return NaN for values so far outside of 0 .. {flow.levels} that p(x) = 0.")
+    return notes
+
+
+# --- formats
+
+
+class Format(ABC):
+    """A file format of programs."""
+
+    @abstractmethod
+    def converted(self, exported: torch.export.ExportedProgram, task: _Task) -> Any:
+        """The program in this format."""
+
+    @abstractmethod
+    def content(self, program: Any, metadata: dict[str, Any]) -> bytes:
+        """The content of a file."""
+
+    @abstractmethod
+    def loaded(self, content: bytes) -> Program:
+        """Runs the program of a file."""
+
+
+class _Pt2(Format):
+    def converted(self, exported: torch.export.ExportedProgram, task: _Task) -> torch.export.ExportedProgram:
+        return exported
+
+    def content(self, program: Any, metadata: dict[str, Any]) -> bytes:
+        file = io.BytesIO()
+        torch.export.save(program, file, extra_files={METADATA: to_json(metadata)})
+        return file.getvalue()
+
+    def loaded(self, content: bytes) -> Program:
+        return torch.export.load(io.BytesIO(content)).module()
+
+
+class _Onnx(Format):
+    """ONNX, run by onnxruntime on the CPU.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
+
+    def __init__(self) -> None:
+        try:
+            _, _, self.runtime = (import_module(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+        except ImportError as e:
+            raise ConfigError(f"ONNX needs the package {e.name}, an extra: pip install 'flowtrain[onnx]'") from e
+
+    def converted(self, exported: torch.export.ExportedProgram, task: _Task) -> Any:
+        names: dict[str, Any] = {"input_names": [*task.inputs], "output_names": [task.output]}
+        try:
+            found = torch.onnx.export(exported, dynamo=True, verbose=False, **names)
+        except Exception as e:  # the converter raises errors of many kinds
+            said = first_line(e.__cause__ if isinstance(e.__cause__, Exception) else e)[:300]
+            raise ExportError(f"{task.name}: torch.onnx cannot convert this flow: {said}. Export it as .pt2") from e
+        assert found is not None
+        return found.model_proto
+
+    def content(self, program: Any, metadata: dict[str, Any]) -> bytes:
+        del program.metadata_props[:]
+        program.metadata_props.add(key=METADATA, value=to_json(metadata))
+        content: bytes = program.SerializeToString()
+        return content
+
+    def loaded(self, content: bytes) -> Program:
+        options = self.runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        # errors only
+        options.log_severity_level = 3
+        try:
+            session = self.runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as e:  # onnxruntime raises errors of its own
+            raise ExportError(f"onnxruntime cannot run this flow: {first_line(e)[:300]}. Export it as .pt2") from e
+        names = [given.name for given in session.get_inputs()]
+
+        def run(*inputs: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))[0])
+
+        return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what torch's exporters say of their own use of torch, and of packages that are not installed."""
+    disabled = logging.root.manager.disable
+    # some of it is logged as errors
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for module in ("torch", "copyreg", "onnxscript", "onnx_ir"):
+                warnings.filterwarnings("ignore", module=rf"{module}\b")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,45 @@
+"""Fixed Runge-Kutta steps in a program that `torch.export` traces: one loop, so that its size has no steps in it."""
+
+import torch
+from torch import Tensor
+
+from flowtrain.ode.solver import Problem, Solution, Statistics
+from flowtrain.ode.tableaus import Tableau
+from flowtrain.ode.tape import Weights, combined, on_device, take_ordinary
+
+
+def take_steps(tableau: Tableau, problem: Problem, n: int, statistics: Statistics) -> Solution:
+    """The solution after n equal steps, with the integrals by the stage rule, see quadrature.py.
+
+    No value is looked at: a state that is not finite is returned.
+    """
+    # a prototype of torch, which its exporters to .pt2 and to ONNX take
+    from torch._higher_order_ops.scan import scan
+
+    # every step returns a contiguous state, and all states of a loop must have the same strides
+    x, h = problem.x.contiguous(), (problem.t1 - problem.t0) / n
+    velocity, integrand = problem.velocity, problem.integrand
+    weights = Weights(tableau, x)
+    # the tensors that a loop uses must not share memory
+    weights.a, weights.b = weights.a.clone(), weights.b.clone()
+    c = on_device(tableau.c, x)
+    # of the stages whose slopes the integrals use
+    used = tableau.used
+    c_used, b_used = (on_device([row[i] for i in used], x) for row in (tableau.c, tableau.b))
+
+    def step(state: tuple[Tensor, ...], t: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        x = state[0]
+        times = t + h * c
+        points, slopes = take_ordinary(x, h, weights, velocity(times[0], x), lambda i, y: velocity(times[i], y))
+        x1 = x + combined(h * weights.b, slopes)
+        if integrand is None:
+            return (x1,), ()
+        _, q = integrand((t + h * c_used).unsqueeze(1), torch.stack([points[i] for i in used]))
+        return (x1, state[1] + combined(h * b_used, q)), ()
+
+    statistics.nfe_forward += n * len(tableau.b)
+    statistics.accepted += n
+    starts = on_device([problem.t0 + i * h for i in range(n)], x)
+    begin = (x,) if integrand is None else (x, x.new_zeros(x.shape[0], problem.n_integrals))
+    end, _ = scan(step, begin, starts)
+    return Solution(end[0], None if integrand is None else end[1], statistics=statistics)

@@ -1,0 +1,380 @@
+"""`Flow.export`: the programs agree with the flow in a process without flowtrain, or nothing is written."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.flows import perturbed
+from torch import Tensor, nn
+
+from flowtrain import export
+from flowtrain.bases import Base, GaussianMixture, StudentT, UniformBox
+from flowtrain.bijections.base import Bijection, Chain
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.logit import Logit
+from flowtrain.bijections.scale import Standardize
+from flowtrain.flow import Flow
+from flowtrain.models.ffjord import ffjord
+from flowtrain.models.glow import glow
+from flowtrain.models.realnvp import realnvp
+from flowtrain.nn.divergence import TraceRule
+from flowtrain.ode import ode_solver
+from flowtrain.utils.errors import ConfigError, ExportError, FlowtrainError
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+needs_onnx = pytest.mark.skipif(
+    any(find_spec(name) is None for name in PACKAGES), reason="needs the extra onnx: pip install 'flowtrain[onnx]'"
+)
+FORMATS = ["pt2", pytest.param("onnx", marks=needs_onnx)]
+ROWS = 1000
+
+RUN = """
+import sys
+
+import numpy as np
+
+folder, name = sys.argv[1:]
+inputs = np.load(f"{folder}/inputs.npz")
+for program, first in (("", "x"), (".inverse", "x"), (".sample", "z")):
+    path = f"{folder}/{name}".replace(".", f"{program}.")
+    arrays = [inputs[key] for key in (first, "label") if key in inputs]
+    if name.endswith(".pt2"):
+        import torch
+
+        run = torch.export.load(path).module()
+        found = {n: run(*(torch.tensor(a[:n]) for a in arrays)).detach().numpy() for n in (1, 2, 7, len(arrays[0]))}
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path)
+        names = [given.name for given in session.get_inputs()]
+        found = {
+            n: session.run(None, dict(zip(names, (a[:n] for a in arrays))))[0] for n in (1, 2, 7, len(arrays[0]))
+        }
+    np.savez(f"{folder}/found{program}.npz", **{str(n): y for n, y in found.items()})
+assert "flowtrain" not in sys.modules
+"""
+
+
+def random(flow: Flow, std: float = 0.2) -> Flow:
+    perturbed(flow.bijection, std)
+    return flow.eval()
+
+
+def with_data(flow: Flow, *bijections: Bijection, **data: Any) -> Flow:
+    return flow.with_data(Chain([flow.bijection, *bijections]), **data).eval()
+
+
+def fixed(event_shape: tuple[int, ...] = (2,), method: str = "rk4", steps: int = 4, **keys: Any) -> Flow:
+    return random(ffjord(event_shape, solver=ode_solver(method, steps=steps), hidden=[6], **keys))
+
+
+FLOWS: dict[str, Callable[[], Flow]] = {
+    "realnvp": lambda: random(realnvp((2,), layers=2, hidden=[8])),
+    "glow": lambda: with_data(
+        random(glow((1, 8, 8), steps=1, hidden=[4], scales=1)), Logit(16, 0.05), integer_valued=True, levels=16
+    ),
+    "ffjord": fixed,
+}
+
+
+def run_alone(flow: Flow, folder: Path, name: str, label: Tensor | None = None) -> None:
+    """The programs give what the flow gives on 1,000 rows, in a process that does not import flowtrain."""
+    with torch.no_grad():
+        x, z = flow.sample(ROWS, label=label), flow.base.sample(ROWS, like=flow.like)
+        wanted = {"": flow.log_prob(x, label), ".inverse": flow.inverse(x, label), ".sample": flow(z, label)}
+    labels = {} if label is None else {"label": label.numpy()}
+    np.savez(folder / "inputs.npz", x=x.numpy(), z=z.numpy(), **labels)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", RUN, str(folder), name], capture_output=True, text=True, check=False, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    for program, y in wanted.items():
+        found = np.load(folder / f"found{program}.npz")
+        for n in found:
+            assert found[n].dtype == y.numpy().dtype
+            np.testing.assert_allclose(found[n], y[: int(n)].numpy(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize("name", FLOWS)
+def test_programs_agree_where_flowtrain_is_not_imported(name: str, ending: str, tmp_path: Path) -> None:
+    flow = FLOWS[name]()
+    exported = flow.export(tmp_path / f"flow.{ending}")
+    assert all(m["max_difference"] <= 1e-4 for m in exported.metadata.values())
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in exported.paths.values())
+    run_alone(flow, tmp_path, f"flow.{ending}")
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_labels_are_a_second_input(ending: str, tmp_path: Path) -> None:
+    flow = random(realnvp((2,), layers=2, hidden=[8], conditional=True, classes=3))
+    flow.export(tmp_path / f"flow.{ending}")
+    run_alone(flow, tmp_path, f"flow.{ending}", label=torch.arange(ROWS) % 3)
+
+
+def programs(flow: Flow, folder: Path, *given: Any, ending: str = "pt2", **keys: Any) -> dict[str, Any]:
+    """The programs of an export, and the metadata of log_prob."""
+    exported = flow.export(folder / f"flow.{ending}", *given, **keys)
+    found: dict[str, Any] = {
+        name: export.checked_path(path)[1].loaded(path.read_bytes()) for name, path in exported.paths.items()
+    }
+    return {**found, "metadata": exported.metadata["log_prob"]}
+
+
+def test_labels_reach_the_field_of_a_continuous_flow(tmp_path: Path) -> None:
+    flow = fixed(conditional=True, classes=3)
+    for block in flow.ode_blocks:
+        nn.init.normal_(block.field.embedding)  # type: ignore[arg-type, union-attr]
+    found = programs(flow, tmp_path)
+    x, label = torch.randn(5, 2), torch.tensor([0, 1, 2, 1, 0])
+    torch.testing.assert_close(found["log_prob"](x, label), flow.log_prob(x, label).detach(), rtol=1e-5, atol=1e-5)
+
+
+class Laplace(Base):
+    def log_prob(self, z: Tensor) -> Tensor:
+        return -z.abs().flatten(1).sum(1) - z[0].numel() * np.log(2.0)
+
+    def rsample(self, n: int, generator: Any = None, temperature: float = 1.0, like: Any = None) -> Tensor:
+        u = torch.rand(n, *self.event_shape, generator=generator) - 0.5
+        return -temperature * u.sign() * (1 - 2 * u.abs()).log()
+
+    def to_uniform(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize(
+    "base",
+    [
+        GaussianMixture(2, 3),
+        GaussianMixture(2, 3, covariance="diagonal"),
+        StudentT((2,), df=3.0),
+        UniformBox([-1.0, -2.0], [1.0, 2.0]),
+        Laplace((2,)),
+    ],
+    ids=lambda base: type(base).__name__,
+)
+def test_every_base_is_exported(base: Base, ending: str, tmp_path: Path) -> None:
+    if isinstance(base, GaussianMixture):
+        with torch.no_grad():
+            for p in base.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+    flow = random(Flow(base, Affine(2)))
+    found = programs(flow, tmp_path, ending=ending)
+    # inside and outside of the box
+    x = torch.cat([flow.sample(20), 100 * torch.randn(5, 2)])
+    torch.testing.assert_close(found["log_prob"](x), flow.log_prob(x).detach(), rtol=1e-5, atol=1e-5)
+    described = found["metadata"]["base"]
+    assert described["class"] == type(base).__name__
+    assert {k: torch.tensor(v) for k, v in described["parameters"].items()}.keys() == base.state_dict().keys()
+    for key, value in base.state_dict().items():
+        torch.testing.assert_close(torch.tensor(described["parameters"][key]), value)
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_offsets_that_float32_does_not_resolve_stay_in_float64(ending: str, tmp_path: Path) -> None:
+    standardize = Standardize((2,), offset=True)
+    standardize.fit(torch.tensor([1e9, 1.0]), torch.tensor([3600.0, 1.0]), torch.tensor([1e9, 0.0]))
+    flow = with_data(random(realnvp((2,), layers=2, hidden=[8])), standardize, centered=True)
+    found = programs(flow, tmp_path, ending=ending)
+    x = flow.sample(10)
+    assert x.dtype == torch.float64
+    torch.testing.assert_close(found["log_prob"](x), flow.log_prob(x).detach(), rtol=0, atol=1e-4, check_dtype=False)
+    torch.testing.assert_close(found["sample"](torch.zeros(1, 2)), flow(torch.zeros(1, 2)).detach(), rtol=0, atol=1e-2)
+
+
+def test_values_outside_of_the_levels_are_nan(tmp_path: Path) -> None:
+    flow = FLOWS["glow"]()
+    found = programs(flow, tmp_path)
+    x = flow.sample(3)
+    x[0, 0, 0, 0], x[1, 0, 0, 0] = -3.0, 20.0
+    assert found["log_prob"](x).isnan().tolist() == [True, True, False]
+    assert found["metadata"]["levels"] == 16
+    assert any("x + u" in note for note in found["metadata"]["notes"])
+
+
+def test_whole_numbers_and_a_few_rows_may_be_given(tmp_path: Path) -> None:
+    x = torch.randint(0, 16, (1, 1, 8, 8))
+    found = programs(FLOWS["glow"](), tmp_path, x)
+    assert (found["metadata"]["rows"], found["metadata"]["rows_from"]) == (1, "given")
+
+
+def test_an_export_leaves_the_flow_and_the_random_state_as_they_were(tmp_path: Path) -> None:
+    flow = random(ffjord((2,), solver=ode_solver("dopri5", rtol=1e-4), hidden=[6])).train()
+    solver, before = flow.solver, {k: v.clone() for k, v in flow.state_dict().items()}
+    state = torch.random.get_rng_state()
+    flow.export(tmp_path / "flow.pt2", steps=2)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert flow.training
+    assert flow.solver is solver
+    assert all(p.requires_grad for p in flow.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())
+
+
+def test_bias_is_that_of_the_fixed_steps(tmp_path: Path) -> None:
+    # with coarse steps the bias is far above rounding, and the program has it
+    flow = random(ffjord((2,), solver=ode_solver("dopri5"), hidden=[6]), 0.8)
+    x = flow.sample(200)
+    found = programs(flow, tmp_path, x, solver="euler", steps=3)
+    bias = found["metadata"]["bias"]
+    exact = flow.double().with_solver(ode_solver("dopri5", rtol=1e-9))
+    difference = found["log_prob"](x).double() - exact.log_prob(x.double()).detach()
+    assert bias["rms"] > 1e-3
+    assert bias["mean"] == pytest.approx(float(difference.mean()), rel=1e-2, abs=1e-5)
+    assert bias["max"] == pytest.approx(float(difference.abs().max()), rel=1e-2)
+    assert bias["rows"] == 200
+    assert found["metadata"]["solver"] == {"method": "euler", "steps": 3}
+
+
+def test_fewest_steps_with_a_small_bias_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = random(ffjord((2,), solver=ode_solver("dopri5"), hidden=[6]), 0.8)
+    x = flow.sample(50)
+    rms = {n: export.with_fixed_steps(flow, x, steps=n)[1]["bias"]["rms"] for n in (1, 2, 4)}
+    assert rms[1] > rms[2] > rms[4]
+    monkeypatch.setattr(export, "STEPS", (1, 2, 4))
+    monkeypatch.setattr(export, "LEAST_BIAS", rms[2] * 1.01)
+    assert export.with_fixed_steps(flow, x)[1]["solver"]["steps"] == 2
+    monkeypatch.setattr(export, "LEAST_BIAS", rms[4] / 10)
+    assert export.with_fixed_steps(flow, x)[1]["solver"]["steps"] == 4
+
+
+def test_own_fixed_steps_are_kept() -> None:
+    flow = fixed(method="midpoint", steps=5)
+    x = flow.sample(5)
+    for given, wanted in (
+        ({}, ("midpoint", 5)),
+        ({"steps": 2}, ("midpoint", 2)),
+        ({"solver": "euler", "steps": 2}, ("euler", 2)),
+    ):
+        found = export.with_fixed_steps(flow, x, **given)[1]["solver"]  # type: ignore[arg-type]
+        assert (found["method"], found["steps"]) == wanted
+
+
+def test_estimated_traces_have_the_probes_of_a_single_row(tmp_path: Path) -> None:
+    flow = fixed((3,), eval_trace="hutchinson", noise_samples=2)
+    found = programs(flow, tmp_path)
+    x = flow.sample(5)
+    one_by_one = torch.cat([flow.log_prob(row[None]) for row in x]).detach()
+    torch.testing.assert_close(found["log_prob"](x), one_by_one, rtol=1e-5, atol=1e-5)
+    assert found["metadata"]["trace_probes"] == 2
+
+
+def test_traces_are_estimated_where_a_block_sees_many_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 144 elements, and half of them at the second scale, where the trace is exact
+    flow = fixed((1, 12, 12), steps=1, scales=1)
+    x = flow.sample(3)
+    monkeypatch.setitem(export.TIGHT, "rtol", 1e-2)
+    steps, about = export.with_fixed_steps(flow, x)
+    torch.testing.assert_close(steps.log_prob(x), torch.cat([flow.log_prob(row[None]) for row in x]))
+    assert about["trace_probes"] == 1
+
+
+def test_metadata_is_in_every_file(tmp_path: Path) -> None:
+    exported = FLOWS["realnvp"]().export(tmp_path / "flow.pt2")
+    for name, path in exported.paths.items():
+        extra = {"metadata.json": ""}
+        torch.export.load(path, extra_files=extra)
+        found = json.loads(extra["metadata.json"])
+        assert found == exported.metadata[name]
+        assert found["program"] == name
+        assert found["event_shape"] == [2]
+    # no paths of this machine
+    assert str(Path(export.__file__).parent).encode() not in exported.paths["log_prob"].read_bytes()
+
+
+@needs_onnx
+def test_metadata_is_in_every_onnx_file(tmp_path: Path) -> None:
+    import onnx
+
+    exported = FLOWS["realnvp"]().export(tmp_path / "flow.onnx")
+    for name, path in exported.paths.items():
+        model = onnx.load(str(path))
+        (entry,) = model.metadata_props
+        assert json.loads(entry.value) == exported.metadata[name]
+        assert b"export.py" not in path.read_bytes()
+
+
+def test_a_program_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = FLOWS["realnvp"]()
+    (tmp_path / "flow.pt2").write_text("old")
+    forward = export._Sample.forward
+    monkeypatch.setattr(export._Sample, "forward", lambda self, z, label=None: forward(self, z, label) + 3e-4)
+    with pytest.raises(ExportError, match="sample"):
+        flow.export(tmp_path / "flow.pt2")
+    assert [p.name for p in tmp_path.iterdir()] == ["flow.pt2"]
+    assert (tmp_path / "flow.pt2").read_text() == "old"
+    flow.export(tmp_path / "flow.pt2", tolerance=1e-2)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_program_that_is_not_finite_is_not_written(
+    wrong: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = export._LogProb.forward
+    monkeypatch.setattr(export._LogProb, "forward", lambda self, x: torch.where(x[:, 0] > 1, wrong, forward(self, x)))
+    with pytest.raises(ExportError, match="not finite"):
+        FLOWS["realnvp"]().export(tmp_path / "flow.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+class UsesLen(Bijection):
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z, z.new_zeros(len(z))
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x, x.new_zeros(len(x))
+
+
+class LooksAtValues(UsesLen):
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (x if x.sum() > 0 else -x), x.new_zeros(x.shape[0])
+
+
+@pytest.mark.parametrize("bijection", [UsesLen(), LooksAtValues()])
+def test_code_that_cannot_be_traced_is_refused(bijection: Bijection, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="len"):
+        Flow((2,), bijection).export(tmp_path / "flow.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+class Unknown(nn.Module):
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return -x
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    flow, continuous = FLOWS["realnvp"](), fixed()
+    with pytest.raises(ConfigError, match=r"\.pt2"):
+        flow.export(tmp_path / "flow.txt")
+    with pytest.raises(ConfigError, match="no ODE"):
+        flow.export(tmp_path / "flow.pt2", steps=3)
+    with pytest.raises(ConfigError, match="fixed steps"):
+        continuous.export(tmp_path / "flow.pt2", solver="dopri5")
+    with pytest.raises(ConfigError, match="steps=0"):
+        continuous.export(tmp_path / "flow.pt2", steps=0)
+    with pytest.raises(FlowtrainError, match="shape"):
+        flow.export(tmp_path / "flow.pt2", torch.zeros(3, 5))
+    with pytest.raises(FlowtrainError, match="no rows"):
+        flow.export(tmp_path / "flow.pt2", torch.full((3, 2), torch.nan))
+    with pytest.raises(FlowtrainError, match="not conditional"):
+        flow.export(tmp_path / "flow.pt2", torch.zeros(3, 2), 1)
+    with pytest.raises(ExportError, match="Unknown"):
+        Flow((2,), Continuous(Unknown(), ode_solver("dopri5"), TraceRule())).export(tmp_path / "flow.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"flowtrain\[onnx\]"):
+        FLOWS["realnvp"]().export(tmp_path / "flow.onnx")
