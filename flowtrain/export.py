@@ -111,6 +111,9 @@ def export(
         FlowtrainError: x or labels that the flow does not take, or fixed steps that cannot be solved.
     """
     path, form = checked_path(path)
+    paths = paths_beside(path)
+    if folders := [there for there in paths.values() if there.is_dir()]:
+        raise ConfigError(f"{folders[0]} is a directory; give the name of a file")
     number("tolerance", tolerance)
     flow = copy.deepcopy(flow).to("cpu").eval().requires_grad_(False)
     with torch.no_grad(), _quiet():
@@ -119,7 +122,6 @@ def export(
         with status("choosing the steps of the solver"):
             flow, steps_taken = with_fixed_steps(flow, rows.x, rows.label, solver, steps)
         about = {**_about(flow, columns), "rows": len(rows.x), "rows_from": rows.source, **steps_taken}
-        paths = paths_beside(path)
         contents: dict[str, bytes] = {}
         metadata: dict[str, dict[str, Any]] = {}
         for task in _tasks(flow, rows):

@@ -357,6 +357,10 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     flow, continuous = FLOWS["realnvp"](), fixed()
     with pytest.raises(ConfigError, match=r"\.pt2"):
         flow.export(tmp_path / "flow.txt")
+    (tmp_path / "there.sample.pt2").mkdir()
+    with pytest.raises(ConfigError, match="directory"):
+        flow.export(tmp_path / "there.pt2")
+    (tmp_path / "there.sample.pt2").rmdir()
     with pytest.raises(ConfigError, match="no ODE"):
         flow.export(tmp_path / "flow.pt2", steps=3)
     with pytest.raises(ConfigError, match="fixed steps"):
