@@ -488,7 +488,8 @@ class Flow(Recorded, nn.Module):
         # a model is no importer of its tools: only this call needs them
         from flowtrain.export import export
 
-        return export(self, path, x, label, solver=solver, steps=steps, tolerance=tolerance)
+        columns = () if self.record is None else self.record.samples.columns
+        return export(self, path, x, label, solver=solver, steps=steps, tolerance=tolerance, columns=columns)
 
     def dequantized(self, x: Tensor) -> Tensor:
         """x + u for the integers x (B, *event_shape) of an integer-valued flow, else x; with the dtype of `data_like`.
