@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from flowtrain.evaluation.outliers import check_some_finite, concentration
 from flowtrain.evaluation.result import Evaluation, OODDetection
 from flowtrain.flow import Flow, Label, Rows
 from flowtrain.ode import record_solves
+from flowtrain.utils.arguments import shortened, whole
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.process import one_thread_if_small, own_settings, seeded
@@ -98,10 +100,11 @@ def evaluate(
         >>> round(found.nll, 4), found.n, found.failed  # log(2 pi)
         (1.8379, 10, [])
     """
+    _check_arguments(flow, batch_size, dequantization_samples, seed, other)
     if step is None:
         step = 0 if flow.record is None else flow.record.step
     if dtype is not None and dtype != flow.like.dtype:
-        if not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ConfigError(f"dtype={dtype}: give torch.float32 or torch.float64")
         flow = copy.deepcopy(flow).to(dtype)
     # of the run's own sets: where a command scores all rows of a file, `trained_on` is there for H alone
@@ -119,6 +122,23 @@ def evaluate(
     how: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
     with own_settings(device), one_thread_if_small(flow.event_shape, device), _in_evaluation_mode(flow):
         return _evaluate(flow, data, split, step, how, other, fitted, typical, thorough)
+
+
+def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: Any) -> None:
+    """Refuses arguments of `evaluate` that are not of their kind.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    if not isinstance(flow, Flow):
+        raise ConfigError(f"flow={shortened(flow)}: give a Flow, then its data")
+    if batch_size is not None:
+        whole("batch_size", batch_size)
+    whole("dequantization_samples", draws)
+    whole("seed", int(seed) if isinstance(seed, Integral) else seed, least=0)
+    named = isinstance(other, tuple) and len(other) == 2 and isinstance(other[0], str) and isinstance(other[1], Tensor)
+    if other is not None and not named:
+        raise ConfigError(f"other={shortened(other)}: give (name, samples as a tensor)")
 
 
 def dataset_of(flow: Flow, x: Tensor | Rows, label: Label | str = None, seed: int = 0, name: str = "x") -> RowsInMemory:

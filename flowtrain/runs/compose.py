@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from flowtrain.utils.arguments import choose
+from flowtrain.utils.arguments import choose, shortened
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_dir
 from flowtrain.utils.formatting import flattened
@@ -78,11 +78,17 @@ def options(group: str, folders: Sequence[Path]) -> list[str]:
 def read_yaml(text: str) -> Any:
     """The value of a YAML text, with numbers as Hydra reads them.
 
+    Raises:
+        ConfigError: not YAML.
+
     Example:
         >>> read_yaml("[1e-3, null, a]")
         [0.001, None, 'a']
     """
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{text!r} is not a value in YAML ({' '.join(str(e).split())})") from e
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,8 @@ def _choices(
 def _checked(group: str, name: Any, folders: Sequence[Path]) -> str:
     there = options(group.partition("@")[0], folders)
     if name not in there:
-        raise ConfigError(f"{group}={name}: {choose(name, there)}")
+        shown = name if isinstance(name, str) else shortened(name)
+        raise ConfigError(f"{group}={shown}: {choose(name, there)}")
     return str(name)
 
 

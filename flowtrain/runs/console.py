@@ -60,7 +60,7 @@ def messages(path: Path | None = None) -> Iterator[None]:
     if not ranks.is_first():
         path = None
     console = _Console(sys.stderr)
-    console.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    console.setLevel(logging.INFO if status.is_terminal(sys.stderr) else logging.WARNING)
     console.setFormatter(logging.Formatter("%(message)s"))
     handlers: list[logging.Handler] = [console]
     if path is not None:

@@ -17,7 +17,7 @@ from flowtrain.runs.descriptions import check_description, home_of, under
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import averages
 from flowtrain.training.resume_validation import is_count
-from flowtrain.utils.arguments import below_half
+from flowtrain.utils.arguments import below_half, path_of
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError, first_line
 from flowtrain.utils.process import own_settings
 
@@ -88,7 +88,7 @@ def load(path: str | Path, device: str = "cpu", trust: Sequence[str] = ()) -> Fl
         CheckpointError: missing, damaged, or asking for code that is not trusted.
         ConfigError: a device that is not there.
     """
-    return restore(checkpoint.load(checkpoint.find(Path(path))), resolve_device(device), trust)
+    return restore(checkpoint.load(checkpoint.find(path_of("path", path))), resolve_device(device), trust)
 
 
 def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str] = ()) -> Flow:

@@ -15,6 +15,7 @@ from flowtrain.runs.build import build_flow, build_solver
 from flowtrain.runs.descriptions import describe, describe_solver
 from flowtrain.runs.load import check_sizes
 from flowtrain.training import checkpoint
+from flowtrain.utils.arguments import path_of
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError, first_line
 
 # of a flow that was built by hand, which no run has given data
@@ -31,7 +32,7 @@ def save(flow: Flow, path: str | Path) -> None:
         ConfigError: a name that does not end in .pt, or a directory.
         CheckpointError: a place that cannot be written, or a part of the flow that no file can describe.
     """
-    path = Path(path).expanduser()
+    path = path_of("path", path)
     if path.is_dir():
         raise ConfigError(f"{path} is a directory: give the name of a file, such as {path / 'flow.pt'}")
     if path.suffix != ".pt":

@@ -64,7 +64,7 @@ def own_settings(device: torch.device) -> Iterator[None]:
     Args:
         device: the device that the code inside uses.
     """
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    threads = torch.get_num_threads()
     chosen = _THREADS_CHOSEN.set(_THREADS_CHOSEN.get())
     try:
         with ExitStack() as stack:
@@ -78,13 +78,35 @@ def own_settings(device: torch.device) -> Iterator[None]:
             # only if needed: it slows every operation down
             if torch.get_default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))
-            torch.set_default_dtype(torch.float32)
+            stack.enter_context(_default_float32())
             yield
     finally:
-        torch.set_default_dtype(dtype)
         _THREADS_CHOSEN.reset(chosen)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+_LOCK = threading.Lock()
+# how many `_default_float32` are entered, in all threads, and the default dtype before the first
+_ENTERED: list[int] = [0]
+_DTYPE_BEFORE: list[torch.dtype] = [torch.float32]
+
+
+@contextmanager
+def _default_float32() -> Iterator[None]:
+    """Inside, the default dtype is float32. It belongs to all threads: the last one that leaves restores it."""
+    with _LOCK:
+        if not _ENTERED[0]:
+            _DTYPE_BEFORE[0] = torch.get_default_dtype()
+        _ENTERED[0] += 1
+        torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _ENTERED[0] -= 1
+            if not _ENTERED[0]:
+                torch.set_default_dtype(_DTYPE_BEFORE[0])
 
 
 MOST_THREADS = 1024
@@ -111,7 +133,6 @@ def choose_threads(threads: int | None, event_shape: tuple[int, ...]) -> None:
     _THREADS_CHOSEN.set(True)
 
 
-_LOCK = threading.Lock()
 # the Python threads inside of `one_thread_if_small`, by identifier, and the thread count that each returns to
 _COUNTS: dict[int, int] = {}
 
