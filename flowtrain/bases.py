@@ -102,6 +102,9 @@ class Base(Recorded, nn.Module, ABC):
         """n draws z (n, *event_shape), as `rsample` without gradients."""
         return self.rsample(n, generator, temperature, like)
 
+    def initialize(self, z: Tensor) -> None:
+        """Sets parameters that depend on data from z (n, *event_shape), the first data mapped to the base."""
+
     def extra_repr(self) -> str:
         return f"event_shape={self.event_shape}"
 
@@ -438,6 +441,9 @@ class GaussianMixture(Base):
     def to_uniform(self, z: Tensor) -> Tensor:
         return self._conditional_cdf(z.flatten(1)).clamp(0, 1)
 
+    def initialize(self, z: Tensor) -> None:
+        self.fit(z)
+
     @torch.no_grad()
     def fit(
         self,
@@ -494,7 +500,9 @@ class GaussianMixture(Base):
             variance = torch.einsum("nk,nkd->kd", q, off.square()) / total.unsqueeze(1)
             factor = torch.diag_embed(variance.clamp_min(floor).sqrt())
         else:
-            covariance = torch.einsum("nk,nki,nkj->kij", q, off, off) / total.view(-1, 1, 1)
+            # one component at a time: products of matrices are much faster than a sum over three indices
+            parts = [(share.unsqueeze(1) * part).T @ part for share, part in zip(q.T, off.unbind(1), strict=True)]
+            covariance = torch.stack(parts) / total.view(-1, 1, 1)
             factor = _cholesky_above(covariance, floor)
         self._set((total / total.sum()).log(), means, factor)
 

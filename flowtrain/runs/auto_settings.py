@@ -13,6 +13,8 @@ from flowtrain.utils.errors import ConfigError
 AUTO = "auto"
 # keys of which the model itself accepts `auto`
 OWN_AUTO = ("trace", "eval_trace")
+# keys that are chosen from the data and not only from their number of rows, see `flowtrain.runs.components`
+FROM_DATA = ("components",)
 
 Groups = dict[str, dict[str, Any]]
 
@@ -58,6 +60,8 @@ _VECTORS: dict[str, Groups] = {
     "realnvp": {"model": {"mixing": "permutation", **_BOUNDED}, "trainer": _COUPLING_TRAINER},
     "glow": {"model": _BOUNDED, "trainer": _COUPLING_TRAINER},
     "affine": {"trainer": {"steps": 500, "lr": 0.001, "val_every": 100, "patience": 5}},
+    # EM has found the best parameters for the training rows already
+    "mixture": {"trainer": {"steps": 200, "lr": 1e-4, "val_every": 50, "patience": 2}},
     "ffjord": {
         "model": {"field": "time_embedding", "positional_bias": False},
         "trainer": {"steps": 600, "lr_decay": "cosine", "ema": 0.99, "clip_norm": 5.0, "patience": 3},
@@ -78,6 +82,7 @@ _IMAGE_TRAINER: dict[str, Any] = {
 _UNBOUNDED: dict[str, Any] = {"positional_bias": True, "cap": 2.0, "dropout": 0.0, "input_bound": None}
 _IMAGES: dict[str, Groups] = {
     "affine": {"trainer": {"steps": 500, "batch_size": 512, "lr": 0.001, "val_every": 100, "patience": 5}},
+    "mixture": {"trainer": {"steps": 200, "batch_size": 512, "lr": 1e-4, "val_every": 50, "patience": 2}},
     "realnvp": {
         "model": {"layers": 2, "hidden": [32], "mixing": "alternate", **_UNBOUNDED},
         "trainer": _IMAGE_TRAINER,
@@ -105,7 +110,7 @@ def resolve_auto(config: Mapping[str, Any], rows: int | None, event_shape: tuple
     groups = {group: dict(config[group]) for group in ("model", "trainer")}
     for group, keys in groups.items():
         for key, value in keys.items():
-            if value != AUTO or (group == "model" and key in OWN_AUTO):
+            if value != AUTO or (group == "model" and key in OWN_AUTO + FROM_DATA):
                 continue
             if key not in values.get(group, {}):
                 raise ConfigError(
