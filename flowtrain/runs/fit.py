@@ -92,45 +92,50 @@ def fit(
     progress: bool = True,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> Flow:
-    """Fits a flow to data: max over theta of mean log p(x; theta), in the units of x.
+    """Fits a flow to data by maximum likelihood: max over theta of the mean of log p(x; theta), in nats.
 
-    This is the command `flowtrain model=MODEL data=array`: rows are split into training, validation and test sets,
-    standardised inside the flow, and trained on with early stopping, averaged weights and the guard of the solver. The
-    same seed and settings give the same flow as the command. torch's random state, thread count, default dtype and
-    precision settings are as before when it returns. Fits in several threads of one process run one after another,
-    because these settings belong to the process. The flow is the same only if no other thread draws random numbers from
-    torch meanwhile.
+    This does what the command `flowtrain model=MODEL data=array` does. Rows are split into training, validation and
+    test sets. The flow standardises them; its log p and samples are in the units of x. Training has early stopping,
+    averaged weights and a guard against solver error. With the same seed and settings, `fit` and the command give the
+    same flow, unless another thread draws random numbers from torch meanwhile.
+
+    torch's random state, thread count, default dtype and precision settings are restored on return. They belong to the
+    process, so fits in several threads run one after another.
 
     Args:
         x: rows (n, d) as a NumPy array, a tensor or a data frame; images (n, C, H, W); the name of a data set
             (`"moons"`); the path of a file (`"mine.csv"`); or a `Dataset`. The flow keeps the column names of a frame.
-        model: the name of a model, such as "realnvp", "glow" or "ffjord".
+        model: the name of a model: "realnvp", "glow", "ffjord" or "affine". `train` takes a flow built by hand.
         label: for p(x | label), a class 0, 1, ... for each row, (n,), or the name or position of a column of x. True
             takes the labels of a data set.
         val: the validation set, which chooses the best weights: rows like x, or (rows, labels). A number is the share
             of x to hold out. None: 0.1.
-        test: the test set, scored only if there is a run directory; as `val`.
+        test: the test set: as `val`. It is scored only if there is a run directory. `Flow.record.held_out` has the
+            positions of the rows that were held out from x.
         levels: the number of values if x is whole numbers 0 .. levels - 1, such as 256 for images of bytes. The flow
-            then models the density of x + u with u ~ U[0, 1) (dequantization).
-        steps: the number of updates. None: the default of the model.
-        minutes: the time limit of the whole call. Learning rate and tolerance reach their final values by then.
-        seed: of the initial weights and the batches. The split depends on `data.seed` only.
+            then models the density of x + u with u ~ U[0, 1) (dequantization). For counts without a largest value, give
+            overrides={"data.dequantize": True} instead.
+        steps: the number of optimizer steps. None: the default for the model and the data.
+        minutes: the time limit of the whole call. Learning rate and tolerance reach their final values by then. None:
+            no limit.
+        seed: the seed of the initial weights and the batches. The split into sets depends on the key `data.seed` only.
         device: auto (a GPU if there is one), cpu, cuda or cuda:0.
         run_dir: a directory for the files of a run, which must not hold one: log, metrics, checkpoints, a copy of the
             data, pictures and result.json. `flowtrain resume=RUN_DIR` continues the run. None: nothing is written.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
         overrides: further settings by their keys on the command line, {"trainer.lr": 1e-3, "solver": "tsit5"} or
-            ["trainer.lr=1e-3", "solver=tsit5"]; `flowtrain --help` lists them.
+            ["trainer.lr=1e-3", "solver=tsit5"]. They win over the arguments above. `flowtrain --help` lists the keys.
 
     Returns:
         The flow with the best validation NLL, in evaluation mode, on the device of the fit. `Flow.record` holds its
-        config and the rows of metrics. If Ctrl-C interrupts the fit after the first validation, it is the best flow so
-        far; a second Ctrl-C raises KeyboardInterrupt.
+        config and the rows of metrics. If Ctrl-C interrupts the fit after the first validation, the best flow so far is
+        returned. A second Ctrl-C raises KeyboardInterrupt.
 
     Raises:
         ConfigError: a setting that does not exist or is out of range.
-        DataError: data that no density can be fitted to, naming row and column.
-        FlowtrainError: a loss, gradient or solve that failed; see `trainer.on_nonfinite`.
+        DataError: missing values, text, or other data that no density can be fitted to. The message names row and
+            column.
+        FlowtrainError: a loss, a gradient or an ODE solve failed; see the key `trainer.on_nonfinite`.
 
     Example:
         >>> flow = fit("moons", model="realnvp", steps=10, progress=False)
@@ -138,6 +143,11 @@ def fit(
         torch.Size([3, 2])
     """
     begun = time.perf_counter()
+    if not isinstance(model, str):
+        raise ConfigError(
+            f"model is of type {type(model).__name__}: give a name such as model='realnvp'; flowtrain.train(flow, x) "
+            "trains a flow that was built by hand"
+        )
     source = source_of(x, label, val, test)
     settings = {**source.settings, "model": model, "seed": seed, "device": str(device)}
     if levels is not None:
@@ -172,25 +182,27 @@ def train(
     initialize: bool | None = None,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> Record:
-    """Trains a flow that was built by hand, in place. For the arguments see `fit`.
+    """Trains a flow that was built by hand, in place. Arguments that are not listed here are as in `fit`.
 
-    x must have the event shape and the kind of the flow. It is standardised only if the flow contains a `Standardize`.
-    Afterwards, the flow has the weights of the best validation NLL and is in evaluation mode. If training fails, it has
-    its former weights. With {"objective": "rectified"} among the overrides, the flow learns straight paths from its own
-    present state (reflow).
+    The rows of x must have the event shape of the flow, and be whole numbers if the flow is integer-valued. They are
+    standardised only if the flow contains a `flowtrain.bijections.Standardize`.
+    Afterwards, the flow has the weights with the best validation NLL and is in evaluation mode. If training fails, the
+    flow gets its former weights back. With overrides={"objective": "rectified"}, the present flow is the teacher for
+    straight paths (reflow).
 
     Args:
-        device: None: the device of the flow.
+        device: the device to train on. None: the device of the flow.
         initialize: whether to set data-dependent parameters, such as scale and shift of ActNorm, from x first.
-            None: unless the flow was trained by `fit` or `train` before.
+            None: only if the flow was never trained by `fit` or `train`.
+        overrides: as in `fit`. The groups `model` and `solver` cannot be changed.
 
     Returns:
         The record of the training, also in `flow.record`.
 
     Raises:
         ConfigError: a setting that does not exist or is out of range.
-        DataError: data of another shape or kind than the flow's.
-        FlowtrainError: as `fit`.
+        DataError: data of another shape or kind than the flow takes.
+        FlowtrainError: as in `fit`.
 
     Example:
         >>> import flowtrain, torch

@@ -78,15 +78,25 @@ UNBOUNDED = ("levels", "max_nfe", "warmup")
 
 
 def load(path: str | Path, device: str = "cpu", trust: Sequence[str] = ()) -> Flow:
-    """The flow of a checkpoint, in evaluation mode and in its dtype, with the averaged weights where EMA was on.
+    """Loads the flow of a run directory or a file. Loading runs no code from the file.
+
+    The flow is in evaluation mode and has the dtype that it was saved in. If training averaged the weights (EMA), the
+    flow has the averages.
 
     Args:
         path: a run directory (its best checkpoint), or a .pt file of a run or of `Flow.save`.
-        trust: packages besides flowtrain that the checkpoint's config may build from, such as ("mypkg",).
+        device: cpu, cuda, cuda:0 or auto (a GPU if there is one).
+        trust: packages besides flowtrain whose classes the file may name, such as ("mypkg",).
+
+    Returns:
+        The flow. `Flow.record` has the config of its run; it is None for a flow that was built by hand.
 
     Raises:
-        CheckpointError: missing, damaged, or asking for code that is not trusted.
-        ConfigError: a device that is not there.
+        CheckpointError: the file is missing, damaged, or names code that is not trusted.
+        ConfigError: this machine does not have the device.
+
+    Example:
+        >>> flow = load("outputs/2026-01-01/12-00-00")  # doctest: +SKIP
     """
     return restore(checkpoint.load(checkpoint.find(path_of("path", path))), resolve_device(device), trust)
 
@@ -212,7 +222,7 @@ def _fits(value: Any, sketch: Tensor | None, samples: Samples) -> bool:
 
 
 def samples_of(saved: Mapping[str, Any]) -> Samples:
-    """What a checkpoint says of the samples it was trained on.
+    """The description of the training samples in a checkpoint.
 
     Raises:
         CheckpointError: a description that is not one.

@@ -30,7 +30,7 @@ PATIENCE = 0.1
 
 
 class InUseError(ConfigError):
-    """Another process works there."""
+    """Another process is using the run directory."""
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def holding(run_dir: Path) -> Iterator[None]:
         ) from e
     try:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        # of a process that was killed while it wrote them: no other writes them now
+        # left behind by a process that was killed while writing: this process holds the lock
         for torn in [*run_dir.glob("checkpoints/.*.pt.*.*.tmp"), *run_dir.glob(".metrics.jsonl.*.*.tmp")]:
             torn.unlink(missing_ok=True)
         yield
@@ -92,7 +92,7 @@ def _refuse_foreign_lock(file: Path, beginning: str) -> None:
 
 
 def _named(holder: Path) -> str:
-    """The holder of the lock, as it wrote itself."""
+    """The process that holds the lock, in words from its holder file."""
     try:
         return holder.read_text(encoding="utf-8", errors="replace")[:200].strip() or "another process"
     except OSError:
@@ -146,14 +146,14 @@ def cleaned_up_unless_begun(
 
 @contextmanager
 def locked_directory(run_dir: Path) -> Iterator[None]:
-    """The run directory is this run's inside: rank 0 holds it, and the others begin once it does."""
+    """Locks the run directory inside the context. Rank 0 takes the lock, and the other ranks wait for it."""
     with holding(run_dir) if ranks.is_first() else nullcontext():
         ranks.broadcast_object(True)
         yield
 
 
 def claim_directory(run_dir: Path) -> None:
-    """Refuses a directory that already holds a run: one killed before its first checkpoint has left none."""
+    """Refuses a directory that already holds a run. A run killed before its first checkpoint does not count."""
     if holds_run(run_dir):
         raise ConfigError(
             f"{run_dir} already holds a run and is not overwritten: resume it with {resume_command(run_dir)}, "

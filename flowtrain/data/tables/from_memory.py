@@ -134,7 +134,7 @@ def whole_labels(label: Any) -> Tensor | None:
 
 
 def as_array(x: Rows, name: str = "x") -> NDArray[Any]:
-    """x as an array of real numbers, not a copy where it is one; a table of text or objects is converted.
+    """Converts x to an array of real numbers. An array of numbers is not copied; text and objects are converted.
 
     Args:
         name: the name of x in messages.
@@ -218,7 +218,7 @@ def table_of(x: Rows, name: str = "x", label: Any = None, label_name: str = "lab
     """
     names = column_names(x) if is_frame(x) else ()
     array = as_array(x, name)
-    if array.ndim == 0 or array.ndim in (3,) or array.ndim > 4 or not array.size:
+    if array.ndim not in (1, 2, 4) or not array.size:
         raise DataError(f"{name} has shape {array.shape}; give rows (n, d), or images (n, C, H, W), with n > 0")
     values = np.ascontiguousarray(array.reshape(len(array), -1), dtype=np.float64)
     if label is not None:
@@ -241,7 +241,7 @@ def event_shape_of(x: Rows) -> list[int] | None:
 def write_table(path: Path, table: Table) -> None:
     """Writes a table with its column names as an .npz file that `read_table` reads; all of it or nothing.
 
-    Whole numbers are written as integers, which take less room.
+    Whole numbers are written as integers, because they take less space.
     """
     values = table.values
     for narrow in (np.uint8, np.int64):
