@@ -87,25 +87,28 @@ def own_settings(device: torch.device) -> Iterator[None]:
 
 
 _LOCK = threading.Lock()
-# how many `_default_float32` are entered, in all threads, and the default dtype before the first
-_ENTERED: list[int] = [0]
+# how many `_default_float32` each Python thread is inside of, and the default dtype before the first of them
+_ENTERED: dict[int, int] = {}
 _DTYPE_BEFORE: list[torch.dtype] = [torch.float32]
 
 
 @contextmanager
 def _default_float32() -> Iterator[None]:
     """Inside, the default dtype is float32. It belongs to all threads: the last one that leaves restores it."""
+    me = threading.get_ident()
     with _LOCK:
-        if not _ENTERED[0]:
+        if not _ENTERED:
             _DTYPE_BEFORE[0] = torch.get_default_dtype()
-        _ENTERED[0] += 1
+        _ENTERED[me] = _ENTERED.get(me, 0) + 1
         torch.set_default_dtype(torch.float32)
     try:
         yield
     finally:
         with _LOCK:
-            _ENTERED[0] -= 1
-            if not _ENTERED[0]:
+            _ENTERED[me] -= 1
+            if not _ENTERED[me]:
+                del _ENTERED[me]
+            if not _ENTERED:
                 torch.set_default_dtype(_DTYPE_BEFORE[0])
 
 
@@ -169,6 +172,22 @@ def one_thread_if_small(event_shape: tuple[int, ...], device: torch.device) -> I
         if count > 1:
             with _LOCK:
                 torch.set_num_threads(_COUNTS.pop(me))
+
+
+def _forget_other_threads() -> None:
+    """In a forked process, which has only the thread that has forked: the others never leave, nor free the lock."""
+    global _LOCK
+    _LOCK = threading.Lock()
+    me, left = threading.get_ident(), bool(_ENTERED)
+    for counts in (_ENTERED, _COUNTS):
+        for other in [thread for thread in counts if thread != me]:
+            del counts[other]
+    if left and not _ENTERED:
+        torch.set_default_dtype(_DTYPE_BEFORE[0])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def cores() -> int:
