@@ -51,7 +51,7 @@ class Record:
         config: the config of the run.
         samples: the event shape, the kind and the column names of the training samples.
         step: the step of the weights. It is the step of the best validation.
-        rows: the metrics, one mapping for each row of metrics.jsonl; () for a loaded flow.
+        metrics: one mapping for each row of metrics.jsonl; () for a loaded flow.
         seconds: the time of training; 0 for a loaded flow.
         stopped_by: the reason if training ended before its last step, else None.
         held_out: "val" and "test" -> positions (n,) of the held-out rows in x, counted from 0. A set that was given as
@@ -61,7 +61,7 @@ class Record:
     config: Mapping[str, Any] = field(repr=False)
     samples: Samples = field(repr=False)
     step: int = 0
-    rows: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    metrics: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     seconds: float = 0.0
     stopped_by: str | None = None
     held_out: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, repr=False)
@@ -495,7 +495,7 @@ class Flow(Recorded, nn.Module):
                 written or replaced.
             FlowtrainError: x or labels that the flow does not take, or steps that cannot be solved.
         """
-        # a model is no importer of its tools: only this call needs them
+        # imported here because the export depends on this module
         from flowtrain.export import export
 
         columns = () if self.record is None else self.record.samples.columns

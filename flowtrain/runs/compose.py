@@ -4,14 +4,14 @@ Defaults are defined in these files alone. The commands read them through Hydra,
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from flowtrain.utils.arguments import choose, shortened
+from flowtrain.utils.arguments import choose, hint, shortened
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_dir
 from flowtrain.utils.formatting import flattened
@@ -181,16 +181,15 @@ def _set_values(config: dict[str, Any], values: Mapping[str, Any]) -> None:
         for part in path:
             node = node.get(part) if isinstance(node, dict) else None
         if not isinstance(node, dict) or last not in node:
-            raise ConfigError(f"unknown key {key}; {choose(key, _keys(config, key), 'the keys are')}")
+            raise ConfigError(f"unknown key {key}; {_suggested(config, key)}")
         node[last] = plain_value(key, value)
 
 
-def _keys(config: Mapping[str, Any], key: str) -> Iterator[str]:
-    """The dotted keys to choose from: all keys in the group of the key, or all keys if there is no such group."""
+def _suggested(config: Mapping[str, Any], key: str) -> str:
+    """The keys nearest to an unknown key, and all keys of its group if there is such a group."""
     names = [name for name in flattened(config) if "_target_" not in name]
-    group = key.partition(".")[0]
-    within = [name for name in names if name.startswith(f"{group}.")]
-    yield from within or names
+    within = [name for name in names if name.startswith(key.partition(".")[0] + ".")]
+    return choose(key, within, "the keys are") if within else hint(key, names, "`flowtrain --help` lists the keys")
 
 
 def plain_value(key: str, value: Any) -> Any:

@@ -125,6 +125,7 @@ def fit(
         progress: whether to show a progress bar.
         overrides: further settings by their keys on the command line, {"trainer.lr": 1e-3, "solver": "tsit5"} or
             ["trainer.lr=1e-3", "solver=tsit5"]. They win over the arguments above. `flowtrain --help` lists the keys.
+            Messages name settings by these keys.
 
     Returns:
         The flow with the best validation NLL, in evaluation mode, on the device of the fit. `Flow.record` holds its
@@ -208,7 +209,7 @@ def train(
         >>> import flowtrain, torch
         >>> flow = flowtrain.models.realnvp(2, layers=2, hidden=[8])
         >>> record = train(flow, torch.randn(100, 2), steps=5, progress=False)
-        >>> record.rows[-1]["split"]
+        >>> record.metrics[-1]["split"]
         'val'
     """
     begun = time.perf_counter()
@@ -350,6 +351,11 @@ def _in_memory(x: Any, label: Any, val: Any, test: Any) -> Source:
     event_shape = event_shape_of(x)
     if event_shape is not None:
         settings["data.event_shape"] = event_shape
+        if event_shape[-1] in (1, 3, 4) and event_shape[0] > event_shape[-1]:
+            log.warning(
+                f"x has images of shape {tuple(event_shape)}, read as {event_shape[0]} channels. If the channels are "
+                "last, give x.transpose(0, 3, 1, 2)"
+            )
     tables = {"path": table}
     for key, given in (("val", _plain(val)), ("test", _plain(test))):
         if isinstance(given, int | float):
@@ -563,7 +569,7 @@ def _record(saved: Mapping[str, Any], ended: Ended) -> Record:
         config=saved["config"],
         samples=load.samples_of(saved),
         step=saved["step"],
-        rows=tuple(trainer.metrics.rows),
+        metrics=tuple(trainer.metrics.rows),
         seconds=trainer.seconds,
         stopped_by=trainer.stopped_by,
         held_out=dict(trainer.data.held_rows),

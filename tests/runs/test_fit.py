@@ -86,7 +86,7 @@ def test_fit_on_moons_is_the_command_to_the_last_digit(
     assert evaluate(in_memory, Moons(n_test=200)).kl == there["kl"]
     rows = [json.loads(line) for line in (tmp_path / "command/metrics.jsonl").read_text().splitlines()]
     assert in_memory.record is not None
-    assert [row["nll"] for row in in_memory.record.rows] == [row["nll"] for row in rows]
+    assert [row["nll"] for row in in_memory.record.metrics] == [row["nll"] for row in rows]
 
 
 @pytest.mark.parametrize("model", ["realnvp", "affine"])
@@ -599,7 +599,7 @@ def test_train_trains_in_place(x: np.ndarray) -> None:
     record = train(flow, x, steps=30, progress=False, overrides={"trainer.val_every": 10})
     assert flow.record is record
     assert not flow.training
-    val = [row["nll"] for row in record.rows if row["split"] == "val"]
+    val = [row["nll"] for row in record.metrics if row["split"] == "val"]
     assert -flow.log_prob(torch.from_numpy(x[record.held_out["val"]]).float()).double().mean().item() == pytest.approx(
         min(val), rel=1e-5
     )
