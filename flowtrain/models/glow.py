@@ -41,7 +41,7 @@ def glow(
         hidden: of the conditioners: channels of a 3x3 convolution and of 1x1 ones after it, widths of an MLP.
         activation: of the conditioners; relu | tanh | swish.
         cap: bound on each coupling's log-scale.
-        input_bound: over vectors, bound on what the conditioners see, see `AffineCoupling`; None for no bound.
+        input_bound: over vectors, bound on what the conditioners see, see `Coupling`; None for no bound.
         dropout: over vectors, the share of the conditioners' hidden units that training drops.
         scales: how often images are halved; None for as often as leaves no side below 4.
         positional_bias: over images, the conditioners have a bias for each place, so that they know where they are.

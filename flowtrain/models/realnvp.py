@@ -54,7 +54,7 @@ def realnvp(
         actnorm: an ActNorm after each coupling, and one of each pixel at the data end of images.
         batch_norm: a BatchNorm after each coupling in place of its ActNorm, and over images in the conditioners too.
         cap: bound on each coupling's log-scale.
-        input_bound: over vectors, bound on what the conditioners see, see `AffineCoupling`; None for no bound.
+        input_bound: over vectors, bound on what the conditioners see, see `Coupling`; None for no bound.
         dropout: over vectors, the share of the conditioners' hidden units that training drops.
         scales: how often images are halved; None for as often as leaves no side below 4.
         positional_bias: over images, the conditioners have a bias for each place, so that they know where they are.

@@ -1,6 +1,13 @@
 """Networks: conditioners of couplings, velocity fields of continuous flows, and their divergence."""
 
-from flowtrain.nn.conditioners import MLP, ConvNet, InformedConv, ResidualNet
+from flowtrain.nn.conditioners import (
+    MLP,
+    ConvNet,
+    InformedConv,
+    MaskedMLP,
+    ResidualMLP,
+    ResidualNet,
+)
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.nn.mlp_field import MLPField
@@ -15,7 +22,9 @@ __all__ = [
     "InformedConv",
     "LayeredField",
     "MLPField",
+    "MaskedMLP",
     "Recorded",
+    "ResidualMLP",
     "ResidualNet",
     "TraceRule",
 ]
