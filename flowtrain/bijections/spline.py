@@ -222,9 +222,9 @@ class _ToBase(torch.autograd.Function):
         g_width = (g_chord * chord).addcmul_(g_t, t).div_(width).neg_()
         g_height = (gz * ratio).addcdiv_(g_chord, width)
         # each share before the bin moves its corner, and its own share is its size
-        before, own = torch.stack([-g_x, gz, g_width, g_height]).mul_(2 * spline.bound).split(2)
+        moved = torch.stack([-g_x, gz, g_width, g_height]).mul_(2 * spline.bound)
         slope = torch.stack([g_left, g_right]).mul_(end_slopes).mul_(kept_slope.square())
-        return grad_x, _gradient_of_theta(theta, ends, sums, before, own, slope, *whole), None
+        return grad_x, _gradient_of_theta(theta, ends, sums, moved[:2], moved[2:], slope, *whole), None
 
     @staticmethod
     def by_autograd(ctx: Any, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

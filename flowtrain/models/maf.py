@@ -22,6 +22,8 @@ from flowtrain.models.nsf import MIXINGS, columns, mixed, spline
 from flowtrain.nn.conditioners import ACTIVATIONS, MaskedMLP
 from flowtrain.utils.arguments import flag, number, one_of, share, whole, widths
 
+TRANSFORMS = ("affine", "spline")
+
 
 def maf(
     event_shape: int | Sequence[int],
@@ -71,15 +73,15 @@ def maf(
     given = labelled("maf", flag("model.conditional", conditional), classes)
     residual, drop = widths("model.hidden", hidden), share("model.dropout", dropout)
     limit = None if input_bound is None else number("model.input_bound", input_bound)
-    # both are checked, whichever is used
-    transforms = {"affine": ScaleShift(number("model.cap", cap)), "spline": spline(bins, bound)}
-    chosen = transforms[one_of("model.transform", transform, transforms)]
+    largest, _ = number("model.cap", cap), spline(bins, bound)
+    one_of("model.transform", transform, TRANSFORMS)
     one_of("model.mixing", mixing, MIXINGS)
     in_group = ceil(d / min(d, whole("model.passes", d if passes is None else passes)))
     groups = torch.arange(d, device="cpu") // in_group
     parts: list[Bijection] = []
     for i in range(whole("model.layers", layers)):
         order = groups.flip(0) if mixing == "alternate" and i % 2 == 1 else groups
+        chosen = ScaleShift(largest) if transform == "affine" else spline(bins, bound)
         net = MaskedMLP(order, residual, order.repeat(chosen.size), activation, given, drop)
         parts += [ActNorm(d), *mixed(mixing, d), Autoregressive(order, net, input_bound=limit, transform=chosen)]
     return Flow((d,), from_data(parts), given)

@@ -68,9 +68,10 @@ def nsf(
     residual, drop = widths("model.hidden", hidden), share("model.dropout", dropout)
     limit = None if input_bound is None else number("model.input_bound", input_bound)
     one_of("model.mixing", mixing, MIXINGS)
-    transform, half = spline(bins, bound), (d + 1) // 2
+    half = (d + 1) // 2
     parts: list[Bijection] = []
     for i in range(whole("model.layers", layers)):
+        transform = spline(bins, bound)
         parts += [ActNorm(d), *mixed(mixing, d)]
         if d == 1:
             groups = torch.zeros(1, dtype=torch.int64, device="cpu")
