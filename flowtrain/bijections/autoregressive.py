@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.coupling import bounded, conditioned
 from flowtrain.bijections.elementwise import Elementwise, ScaleShift
-from flowtrain.nn.conditioners import MaskedLinear, zero
+from flowtrain.nn.conditioners import zero
+from flowtrain.nn.residual_mlp import MaskedLinear
 
 
 class Autoregressive(Bijection):
@@ -27,7 +28,7 @@ class Autoregressive(Bijection):
         transform: f; None for `ScaleShift(cap)`.
 
     Example:
-        >>> from flowtrain.nn.conditioners import MaskedMLP
+        >>> from flowtrain.nn.residual_mlp import MaskedMLP
         >>> groups = torch.arange(3)
         >>> flow = Autoregressive(groups, MaskedMLP(groups, [8], groups.repeat(2)))
         >>> x, log_det = flow(torch.tensor([[1.0, 2.0, 3.0]]))  # the identity, until it is trained

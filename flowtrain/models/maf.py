@@ -19,7 +19,8 @@ from flowtrain.bijections.scale import ActNorm
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import from_data, labelled
 from flowtrain.models.nsf import MIXINGS, columns, mixed, spline
-from flowtrain.nn.conditioners import ACTIVATIONS, MaskedMLP
+from flowtrain.nn.conditioners import ACTIVATIONS
+from flowtrain.nn.residual_mlp import MaskedMLP
 from flowtrain.utils.arguments import flag, number, one_of, share, whole, widths
 
 TRANSFORMS = ("affine", "spline")
@@ -83,5 +84,5 @@ def maf(
         order = groups.flip(0) if mixing == "alternate" and i % 2 == 1 else groups
         chosen = ScaleShift(largest) if transform == "affine" else spline(bins, bound)
         net = MaskedMLP(order, residual, order.repeat(chosen.size), activation, given, drop)
-        parts += [ActNorm(d), *mixed(mixing, d), Autoregressive(order, net, input_bound=limit, transform=chosen)]
-    return Flow((d,), from_data(parts), given)
+        parts += [*mixed(mixing, d), Autoregressive(order, net, input_bound=limit, transform=chosen)]
+    return Flow((d,), from_data([ActNorm(d), *parts]), given)

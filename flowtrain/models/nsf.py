@@ -19,7 +19,8 @@ from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.spline import Spline
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import from_data, labelled
-from flowtrain.nn.conditioners import ACTIVATIONS, MaskedMLP, ResidualMLP
+from flowtrain.nn.conditioners import ACTIVATIONS
+from flowtrain.nn.residual_mlp import MaskedMLP, ResidualMLP
 from flowtrain.utils.arguments import flag, number, one_of, shape_of, share, whole, widths
 from flowtrain.utils.errors import ConfigError
 
@@ -72,7 +73,7 @@ def nsf(
     parts: list[Bijection] = []
     for i in range(whole("model.layers", layers)):
         transform = spline(bins, bound)
-        parts += [ActNorm(d), *mixed(mixing, d)]
+        parts += mixed(mixing, d)
         if d == 1:
             groups = torch.zeros(1, dtype=torch.int64, device="cpu")
             alone = MaskedMLP(groups, residual, groups.repeat(transform.size), activation, given, drop)
@@ -82,7 +83,7 @@ def nsf(
         kept = d - half if swap else half
         net = ResidualMLP(kept, residual, transform.size * (d - kept), activation, given, drop)
         parts.append(HalfCoupling(d, swap, net, input_bound=limit, transform=transform))
-    return Flow((d,), from_data(parts), given)
+    return Flow((d,), from_data([ActNorm(d), *parts]), given)
 
 
 def mixed(mixing: str, d: int) -> list[Bijection]:

@@ -1,6 +1,6 @@
 """Conditioners: the networks that compute the parameters of a coupling or of an autoregressive map."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -57,134 +57,6 @@ class MLP(Recorded, nn.Sequential):
         return y
 
 
-class ResidualMLP(Recorded, nn.Module):
-    """(B, n_in) -> (B, n_out): linear, a residual block for each width, linear; zero at its start.
-
-    A block is h + W2 D f(W1 f(h)) with dropout D, as in Neural Spline Flows (Durkan et al. 2019, appendix B.1).
-
-    Args:
-        hidden: the widths, the same for every block.
-        activation, classes, dropout: as in `MLP`.
-
-    Raises:
-        ConfigError: blocks of different widths.
-    """
-
-    def __init__(
-        self,
-        n_in: int,
-        hidden: Sequence[int],
-        n_out: int,
-        activation: str = "relu",
-        classes: int | None = None,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        width = one_width(hidden)
-        self.classes = classes
-        self.first = nn.Linear(n_in + (classes or 0), width)
-        self.blocks = residual_blocks(lambda: nn.Linear(width, width), hidden, activation, dropout)
-        self.activation = ACTIVATIONS[activation]()
-        self.last = zero(ColumnLinear(width, n_out))
-
-    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """(B, n_out) of x (B, n_in); labels (B,) where there are classes."""
-        h = self.first(with_label(x, label, self.classes))
-        for block in self.blocks:
-            h = h + block(h)
-        y: Tensor = self.last(self.activation(h))
-        return y
-
-
-class MaskedMLP(Recorded, nn.Module):
-    """(B, n_in) -> (B, n_out) where each output depends only on inputs of smaller groups; zero at its start.
-
-    A `ResidualMLP` whose weights are masked (Germain et al. 2015, MADE; with residual blocks Nash and Durkan 2019,
-    Autoregressive energy machines). The hidden units of group m depend on inputs of groups up to m, and outputs of
-    group g on hidden units of groups below g. Labels count as inputs of a group below all others.
-
-    Args:
-        inputs: the group of each input, whole numbers from 0, (n_in,).
-        hidden: the widths, the same for every block.
-        outputs: the group of each output, (n_out,).
-        activation, classes, dropout: as in `MLP`.
-
-    Raises:
-        ConfigError: blocks of different widths.
-
-    Example:
-        >>> net = MaskedMLP(torch.tensor([0, 1]), [8], torch.tensor([0, 1]))
-        >>> _ = torch.nn.init.ones_(net.last.weight)
-        >>> jacobian = torch.autograd.functional.jacobian(net, torch.randn(1, 2))[0, :, 0]
-        >>> [bool(v) for v in jacobian.flatten() != 0]  # output 1 depends on input 0
-        [False, False, True, False]
-    """
-
-    def __init__(
-        self,
-        inputs: Tensor,
-        hidden: Sequence[int],
-        outputs: Tensor,
-        activation: str = "relu",
-        classes: int | None = None,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        width = one_width(hidden)
-        self.classes = classes
-        # units that depend on labels alone, or on nothing
-        lowest = -1 if classes or int(outputs.max()) == 0 else 0
-        highest = max(int(outputs.max()) - 1, lowest)
-        units = lowest + torch.arange(width, device="cpu") % (highest - lowest + 1)
-        if classes:
-            inputs = torch.cat([inputs, inputs.new_full((classes,), -1)])
-        self.first = MaskedLinear(inputs, units)
-        self.blocks = residual_blocks(lambda: MaskedLinear(units, units), hidden, activation, dropout)
-        self.activation = ACTIVATIONS[activation]()
-        self.last = zero(MaskedLinear(units, outputs - 1, columns=True))
-
-    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """(B, n_out) of x (B, n_in); labels (B,) where there are classes."""
-        h = self.first(with_label(x, label, self.classes))
-        for block in self.blocks:
-            h = h + block(h)
-        y: Tensor = self.last(self.activation(h))
-        return y
-
-
-class ColumnLinear(nn.Linear):
-    """A linear layer for inputs (B, n_in) whose answer (B, n_out) is stored column by column.
-
-    `Spline` works along the columns of its parameters, which spares it a copy.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias.unsqueeze(1), self.weight, x.T).T
-
-
-class MaskedLinear(ColumnLinear):
-    """A linear layer whose unit i sees input j if inputs[j] <= outputs[i].
-
-    Args:
-        inputs: the group of each input.
-        outputs: the highest group that each unit sees.
-        columns: whether the answer is stored column by column.
-    """
-
-    def __init__(self, inputs: Tensor, outputs: Tensor, bias: bool = True, columns: bool = False) -> None:
-        super().__init__(len(inputs), len(outputs), bias)
-        self.columns = columns
-        self.register_buffer("mask", inputs <= outputs.unsqueeze(1))
-
-    mask: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight * self.mask
-        if self.columns:
-            return torch.addmm(self.bias.unsqueeze(1), weight, x.T).T
-        return F.linear(x, weight, self.bias)
-
-
 def one_width(hidden: Sequence[int]) -> int:
     """The width of residual blocks.
 
@@ -196,21 +68,6 @@ def one_width(hidden: Sequence[int]) -> int:
             f"model.hidden={list(hidden)}: the blocks of a residual network are all of one width, as in [32,32]"
         )
     return hidden[0]
-
-
-def residual_blocks(
-    linear: Callable[[], nn.Linear], hidden: Sequence[int], activation: str, dropout: float
-) -> nn.ModuleList:
-    """The changes W2 D f(W1 f(h)) that residual blocks add to h, one for each width."""
-
-    def block() -> nn.Sequential:
-        drop = [nn.Dropout(dropout)] if dropout else []
-        # the names of the weights are the same with and without dropout
-        return nn.Sequential(
-            ACTIVATIONS[activation](), linear(), nn.Sequential(ACTIVATIONS[activation](), *drop), linear()
-        )
-
-    return nn.ModuleList(block() for _ in hidden)
 
 
 def with_label(x: Tensor, label: Tensor | None, classes: int | None) -> Tensor:
