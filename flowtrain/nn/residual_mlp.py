@@ -191,12 +191,15 @@ class _Relu(torch.autograd.Function):
         def back(g: Tensor, a: Tensor, layer: Sequence[Any]) -> Tensor:
             """The gradient of the inputs a of a linear layer, from that of its answer; keeps that of its parameters."""
             weight, mask, _ = layer
-            g_weight = g.T @ a
+            # libraries are slow at results that are narrow in the other direction
+            g_weight = g.T @ a if weight.shape[0] <= weight.shape[1] else (a.T @ g).T
             found[:0] = [g_weight if mask is None else g_weight.mul_(mask), None, g.sum(0)]
-            return g @ _masked(weight, mask)
+            weight = _masked(weight, mask)
+            return g @ weight if weight.shape[0] <= weight.shape[1] else (weight.T @ g.T).T
 
         def through_relu(g: Tensor, a: Tensor) -> Tensor:
-            return torch.ops.aten.threshold_backward(g, a, 0)
+            found: Tensor = torch.ops.aten.threshold_backward(g, a, 0)
+            return found
 
         g_h = through_relu(back(grad, hidden[-1], layers[-1]), hidden[-1])
         for i in reversed(range(len(ctx.drops))):
@@ -205,10 +208,7 @@ class _Relu(torch.autograd.Function):
             if ctx.drops[i] is not None:
                 g_u.mul_(ctx.drops[i])
             g_h = g_h + through_relu(back(g_u, a, layers[2 * i + 1]), a)
-        weight, mask, _ = layers[0]
-        g_weight = g_h.T @ x
-        found[:0] = [g_weight if mask is None else g_weight.mul_(mask), None, g_h.sum(0)]
-        return g_h @ _masked(weight, mask) if ctx.needs_input_grad[0] else None, None, *found
+        return back(g_h, x, layers[0]), None, *found
 
     @staticmethod
     def by_autograd(ctx: Any, x: Tensor, parts: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -3,7 +3,7 @@
     python scripts/bench/splines.py               # on one thread; half a minute
     python scripts/bench/splines.py --repeats 50 --cases "8 columns"
 
-pip install zuko nflows (nflows needs UMNN). A step is a batch of 512 rows: log p, its gradient and a step of a fused Adam.
+pip install zuko nflows (nflows needs UMNN). A step is a batch of 512 rows: log p, its gradient and a fused Adam.
 All networks have matrices of the same shapes: input, two hidden square ones, output. The ratios are medians over
 the rounds of a peer's time divided by ours.
 
