@@ -30,9 +30,9 @@ MIXINGS = ("linear", "permutation", "alternate")
 def nsf(
     event_shape: int | Sequence[int],
     *,
-    layers: int = 6,
+    layers: int = 10,
     hidden: Sequence[int] = (64,),
-    bins: int = 8,
+    bins: int = 16,
     bound: float = 5.0,
     activation: str = "relu",
     mixing: str = "linear",

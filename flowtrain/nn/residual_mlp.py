@@ -1,7 +1,7 @@
 """Residual networks over vectors, dense and masked, with a hand-written gradient for speed."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -119,10 +119,13 @@ class MaskedLinear(nn.Linear):
     def __init__(self, inputs: Tensor, outputs: Tensor, bias: bool = True) -> None:
         super().__init__(len(inputs), len(outputs), bias)
         mask = inputs <= outputs.unsqueeze(1)
-        # the groups determine it, so checkpoints do without; None where every unit sees all
-        self.register_buffer("mask", None if bool(mask.all()) else mask.to(self.weight.dtype), persistent=False)
+        # None where every unit sees all. Not a buffer: the groups determine it, so files and averages do without
+        self.mask = None if bool(mask.all()) else mask.to(self.weight.dtype)
 
-    mask: Tensor | None
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.mask = None if self.mask is None else fn(self.mask)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, _masked(self.weight, self.mask), self.bias)
