@@ -61,10 +61,8 @@ class Spline(Elementwise):
 
     def to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         y, theta = self.first_axis(x, theta)
-        if not torch.is_grad_enabled() or not (x.requires_grad or theta.requires_grad) or _transformed():
-            found = self.evaluated(y, theta)
-        else:
-            found = _ToBase.apply(y, theta, self)  # type: ignore[no-untyped-call]
+        # without gradients too, so that values are the same to the last bit
+        found = self.evaluated(y, theta) if _transformed() else _ToBase.apply(y, theta, self)  # type: ignore[no-untyped-call]
         return (found[0].T, found[1].T) if x.dim() == 2 else found
 
     def to_data(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class ResidualMLP(Recorded, nn.Module):
             ones = x.new_ones(len(x), len(layers[0][0]))
             drops = [F.dropout(ones, self.dropout) for _ in drops]
         ordinary = transforms_active() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        if ordinary or not torch.is_grad_enabled() or not isinstance(self.activation, nn.ReLU):
+        if ordinary or not isinstance(self.activation, nn.ReLU):
             return _evaluated(x, layers, drops, self.activation)
         return _Relu.apply(x, drops, *(part for layer in layers for part in layer))  # type: ignore[no-untyped-call,no-any-return]
 

@@ -76,7 +76,7 @@ def fit(
     Args:
         x: (n, d) rows as a NumPy array, a tensor or a data frame, whose column names are kept; images (n, C, H, W); the
             name of a data set (`"moons"`); the path of a file (`"mine.csv"`); or a `Dataset`.
-        model: the name of a model, such as "realnvp", "glow" or "ffjord".
+        model: the name of a model, such as "nsf", "realnvp" or "ffjord".
         label: for p(x | label), a class 0, 1, ... for each row, (n,), or the name or position of a column of x. True
             takes the labels of a data set.
         val: the validation set, which chooses the best weights: rows like x, or (rows, labels). A number is the share
@@ -117,7 +117,7 @@ def fit(
     composed = _composed(settings, steps, minutes, overrides)
     if source.labelled:
         if "conditional" not in composed.config["model"]:
-            raise ConfigError(f"label: model={model} is not conditional; choose realnvp, glow or ffjord")
+            raise ConfigError(f"label: model={model} is not conditional; choose realnvp, nsf, maf, glow or ffjord")
         composed.config["model"]["conditional"] = True
     ended = _run(composed, source, run_dir, progress, begun, Parts(data=source.data))
     trainer = ended.trainer
