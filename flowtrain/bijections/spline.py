@@ -111,7 +111,7 @@ class Spline(Elementwise):
         kept = 1 / (1 + self.clip_size * theta[: 2 * k].abs())
         share = (theta[: 2 * k] * kept).reshape(2, k, *y.shape).softmax(1)
         sums = share.cumsum(1)
-        index = (sums[axis, :-1] * (2 * self.bound) - self.bound <= y).sum(0, keepdim=True)
+        index = (sums[axis, :-1] <= (y + self.bound) / (2 * self.bound)).sum(0, keepdim=True)
         ends = torch.cat([index, index + 1])
         padding = (0, 0) * y.dim()
         # (2 axes, 2 ends, ...)

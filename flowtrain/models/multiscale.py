@@ -25,7 +25,8 @@ def of_images(name: str, event_shape: tuple[int, ...], least: int) -> bool:
     if len(event_shape) != 1 or event_shape[0] < least:
         raise ConfigError(
             f"model={name} needs images (C, H, W) or vectors of at least {least} column{'s' * (least > 1)}; the data "
-            f"has samples of shape {event_shape}" + (": use model=nsf, model=maf, model=ffjord or model=affine" if least > 1 else "")
+            f"has samples of shape {event_shape}"
+            + (": use model=nsf, model=maf, model=ffjord or model=affine" if least > 1 else "")
         )
     return False
 

@@ -10,6 +10,7 @@ from torch._C import _functorch
 
 from flowtrain.nn.conditioners import ACTIVATIONS, one_width, with_label, zero
 from flowtrain.utils.autograd import transforms_active
+from flowtrain.utils.products import product
 from flowtrain.utils.recorded import Recorded
 
 # a weight, its mask or None, and its bias
@@ -167,20 +168,20 @@ class _Relu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, drops: Sequence[Tensor | None], *parts: Tensor | None) -> Tensor:
         layers: Any = _in_parts(parts, 3)
         (weight, bias), *inner, last = [(_masked(weight, mask), bias) for weight, mask, bias in layers]
-        h = torch.addmm(bias, x, weight.T)
+        h = product(x, weight, bias)
         hidden = []
         for ((one, bias_one), (two, bias_two)), drop in zip(_in_parts(inner, 2), drops, strict=True):
             a = h.relu()
-            u = torch.addmm(bias_one, a, one.T).relu_()
+            u = product(a, one, bias_one).relu_()
             if drop is not None:
                 u.mul_(drop)
-            h.add_(bias_two).addmm_(u, two.T)
+            h.add_(product(u, two, bias_two))
             hidden += [a, u]
         hidden.append(h.relu_())
         ctx.drops, ctx.n = drops, len(hidden)
         ctx.save_for_backward(x, *hidden, *parts)
         weight, bias = last
-        return torch.addmm(bias.unsqueeze(1), weight, h.T).T
+        return product(weight, h).add_(bias.unsqueeze(1)).T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -195,10 +196,11 @@ class _Relu(torch.autograd.Function):
             """The gradient of the inputs a of a linear layer, from that of its answer; keeps that of its parameters."""
             weight, mask, _ = layer
             # libraries are slow at results that are narrow in the other direction
-            g_weight = g.T @ a if weight.shape[0] <= weight.shape[1] else (a.T @ g).T
+            wide = weight.shape[0] <= weight.shape[1]
+            g_weight = product(g.T, a.T) if wide else product(a.T, g.T).T
             found[:0] = [g_weight if mask is None else g_weight.mul_(mask), None, g.sum(0)]
             weight = _masked(weight, mask)
-            return g @ weight if weight.shape[0] <= weight.shape[1] else (weight.T @ g.T).T
+            return product(g, weight.T) if wide else product(weight.T, g).T
 
         def through_relu(g: Tensor, a: Tensor) -> Tensor:
             found: Tensor = torch.ops.aten.threshold_backward(g, a, 0)
