@@ -43,7 +43,7 @@ def glow(
             after it, over vectors the widths of an MLP.
         activation: relu | tanh | swish, in the conditioners.
         cap: a bound on the log-scale of each coupling.
-        input_bound: over vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.AffineCoupling`.
+        input_bound: over vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.Coupling`.
             None: no bound.
         dropout: over vectors, the dropout probability of the conditioners' hidden units.
         scales: the number of times that images are halved. None: as often as no side becomes shorter than 4.

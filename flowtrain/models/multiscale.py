@@ -24,7 +24,8 @@ def of_images(name: str, event_shape: tuple[int, ...], least: int) -> bool:
         return True
     if len(event_shape) != 1 or event_shape[0] < least:
         images = ", ".join(map(str, (1, *event_shape)))
-        advice = f"give images as ({images})" if len(event_shape) == 2 else "use model=ffjord or model=affine"
+        others = "use model=nsf, model=maf, model=ffjord or model=affine"
+        advice = f"give images as ({images})" if len(event_shape) == 2 else others
         raise ConfigError(
             f"model={name} needs images (C, H, W) or vectors of at least {least} column{'s' * (least > 1)}; the "
             f"samples have shape {event_shape}: {advice}"

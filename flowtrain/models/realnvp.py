@@ -55,7 +55,7 @@ def realnvp(
         batch_norm: whether a BatchNorm replaces the ActNorm after each coupling. Over images, the conditioners then
             have batch normalization too.
         cap: a bound on the log-scale of each coupling.
-        input_bound: over vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.AffineCoupling`.
+        input_bound: over vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.Coupling`.
             None: no bound.
         dropout: over vectors, the dropout probability of the conditioners' hidden units.
         scales: the number of times that images are halved. None: as often as no side becomes shorter than 4.

@@ -46,6 +46,25 @@ _DEPTHS: dict[str, dict[int, Groups]] = {
     "realnvp": {n: {"model": {"layers": layers}} for n, layers in ((_MANY, 16), (_SOME, 8), (_FEW, 4), (_TINY, 2))},
     "glow": {n: {"model": {"steps": steps}} for n, steps in ((_MANY, 8), (_SOME, 4), (_FEW, 2), (_TINY, 1))},
 }
+# for nsf and maf; `hidden` has the width of each residual block of two layers
+_RESIDUAL: dict[int, Groups] = {
+    _MANY: {
+        "model": {"layers": 6, "hidden": [64], "dropout": 0.0},
+        "trainer": {"steps": 8000, "lr": 0.002, "weight_decay": 0.0, "ema": 0.999, "val_every": 100},
+    },
+    _SOME: {
+        "model": {"layers": 4, "hidden": [64], "dropout": 0.2},
+        "trainer": {"steps": 8000, "lr": 0.001, "weight_decay": 1e-4, "ema": 0.999, "val_every": 50},
+    },
+    _FEW: {
+        "model": {"layers": 3, "hidden": [16], "dropout": 0.2},
+        "trainer": {"steps": 4000, "lr": 0.001, "weight_decay": 1e-3, "ema": 0.99, "val_every": 20},
+    },
+    _TINY: {
+        "model": {"layers": 1, "hidden": [8], "dropout": 0.5, "cap": 0.2},
+        "trainer": {"steps": 300, "lr": 2e-4, "weight_decay": 1e-2, "ema": 0.99, "val_every": 20},
+    },
+}
 _FIELDS: dict[int, Groups] = {
     _MANY: {"model": {"hidden": [64, 64, 64]}, "trainer": {"lr": 0.01, "weight_decay": 0.0, "val_every": 50}},
     _SOME: {"model": {"hidden": [64, 64, 64]}, "trainer": {"lr": 0.01, "weight_decay": 1e-4, "val_every": 50}},
@@ -59,6 +78,8 @@ _COUPLING_TRAINER: dict[str, Any] = {"lr_decay": "constant", "clip_norm": 5.0, "
 _VECTORS: dict[str, Groups] = {
     "realnvp": {"model": {"mixing": "permutation", **_BOUNDED}, "trainer": _COUPLING_TRAINER},
     "glow": {"model": _BOUNDED, "trainer": _COUPLING_TRAINER},
+    "nsf": {"model": {"bins": 8, "input_bound": 5.0}, "trainer": _COUPLING_TRAINER},
+    "maf": {"model": {"cap": 0.5, "input_bound": 5.0}, "trainer": _COUPLING_TRAINER},
     "affine": {"trainer": {"steps": 500, "lr": 0.001, "val_every": 100, "patience": 5}},
     # EM has found the best parameters for the training rows already
     "mixture": {"trainer": {"steps": 200, "lr": 1e-4, "val_every": 50, "patience": 2}},
@@ -140,6 +161,7 @@ def _values(name: str, rows: int | None, event_shape: tuple[int, ...]) -> Groups
         _VECTORS.get(name, {}),
         _COUPLINGS[tier] if name in _DEPTHS else {},
         _DEPTHS.get(name, {}).get(tier, {}),
+        _RESIDUAL[tier] if name in ("nsf", "maf") else {},
         _FIELDS[tier] if name == "ffjord" else {},
         {"trainer": {"batch_size": _BATCH if rows is None else min(_BATCH, rows)}},
     ]

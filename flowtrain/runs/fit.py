@@ -105,7 +105,8 @@ def fit(
     Args:
         x: rows (n, d) as a NumPy array, a tensor or a data frame; images (n, C, H, W); the name of a data set
             (`"moons"`); the path of a file (`"mine.csv"`); or a `Dataset`. The flow keeps the column names of a frame.
-        model: the name of a model: "realnvp", "glow", "ffjord" or "affine". `train` takes a flow built by hand.
+        model: the name of a model: "ffjord", "nsf", "maf", "realnvp", "glow", "mixture" or "affine". `train` takes a
+            flow built by hand.
         label: for p(x | label), a class 0, 1, ... for each row, (n,), or the name or position of a column of x. True
             takes the labels of a data set.
         val: the validation set, which chooses the best weights: rows like x, or (rows, labels). A number is the share
@@ -156,7 +157,7 @@ def fit(
     composed = _composed(settings, steps, minutes, overrides, held=source.held_keys)
     if source.labelled:
         if "conditional" not in composed.config["model"]:
-            raise ConfigError(f"label: model={model} is not conditional; choose realnvp, glow or ffjord")
+            raise ConfigError(f"label: model={model} is not conditional; choose realnvp, nsf, maf, glow or ffjord")
         composed.config["model"]["conditional"] = True
     ended = _run(composed, source, run_dir, progress, begun, Parts(data=source.data))
     trainer = ended.trainer
