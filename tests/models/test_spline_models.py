@@ -33,8 +33,8 @@ def perturbed(flow: Flow, std: float = 0.2) -> Flow:
     [
         (lambda: nsf((1, 8, 8)), r"model=nsf needs vectors.*\(1, 8, 8\).*model=glow"),
         (lambda: maf((1, 8, 8)), r"model=maf needs vectors.*\(1, 8, 8\).*model=glow"),
-        (lambda: nsf(2, conditional=True), "no labels to condition on"),
-        (lambda: maf(2, conditional=True), "no labels to condition on"),
+        (lambda: nsf(2, conditional=True), "model.conditional|conditional=true"),
+        (lambda: maf(2, conditional=True), "model.conditional|conditional=true"),
         (lambda: nsf(2, bins=1), "model.bins=1"),
         (lambda: nsf(2, bound=0), "model.bound=0"),
         (lambda: nsf(2, hidden=[4, 5]), r"model.hidden=\[4, 5\]"),
