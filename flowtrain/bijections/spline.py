@@ -73,7 +73,9 @@ class Spline(Elementwise):
         bend = found.above * found.bend
         a, b = found.height * (found.chord - found.left) + bend, found.height * found.left - bend
         c = -found.chord * found.above
-        t = (-2 * c / (b + (b.square() - 4 * a * c).clamp_min(0).sqrt())).clamp(0, 1)
+        # the derivative of a root of 0 is infinite
+        root = (b.square() - 4 * a * c).clamp_min(torch.finfo(y.dtype).tiny).sqrt()
+        t = (-2 * c / (b + root)).clamp(0, 1)
         # a step of Newton's method: rounding in a, b and c has cost digits
         u = t * (1 - t)
         denominator = found.chord + found.bend * u
