@@ -73,7 +73,9 @@ class Spline(Elementwise):
         bend = found.above * found.bend
         a, b = found.height * (found.chord - found.left) + bend, found.height * found.left - bend
         c = -found.chord * found.above
-        t = (-2 * c / (b + (b.square() - 4 * a * c).clamp_min(0).sqrt())).clamp(0, 1)
+        # the derivative of a root of 0 is infinite
+        root = (b.square() - 4 * a * c).clamp_min(torch.finfo(y.dtype).tiny).sqrt()
+        t = (-2 * c / (b + root)).clamp(0, 1)
         # a step of Newton's method: rounding in a, b and c has cost digits
         u = t * (1 - t)
         denominator = found.chord + found.bend * u
@@ -98,7 +100,7 @@ class Spline(Elementwise):
         """(z, log dz/dx) by differentiable operations; theta is (3 K - 1, *x.shape)."""
         inside = x.abs() <= self.bound
         found = self.bin_of(x.clamp(-self.bound, self.bound), theta, axis=0)
-        t = found.above / found.width
+        t = (found.above / found.width).clamp(0, 1)
         u = t * (1 - t)
         ratio = (found.chord * t.square() + found.left * u) / (found.chord + found.bend * u)
         z = torch.addcmul(found.z, found.height, ratio)
@@ -178,7 +180,8 @@ class _ToBase(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, theta: Tensor, spline: Spline) -> tuple[Tensor, Tensor]:
         inside = (x.abs() <= spline.bound).to(x.dtype)
         found = spline.bin_of(x.clamp(-spline.bound, spline.bound), theta, axis=0)
-        t = found.above / found.width
+        # rounding may put y next to its bin
+        t = (found.above / found.width).clamp_(0, 1)
         v = 1 - t
         u = t * v
         denominator = torch.addcmul(found.chord, found.bend, u)
