@@ -153,7 +153,7 @@ def _small_steps(lr: float, rows: int, columns: int) -> dict[str, Any]:
 def _mixing(rows: int, columns: int) -> dict[str, Any]:
     """Model settings of nsf for few rows for each entry of the d x d matrices that mix the columns.
 
-    Validation NLL in a minute or less, with matrices and with permutations: gas (10,000 rows of 8 columns) -7.2 and -4.1,
+    Validation NLL in a minute, with matrices and with permutations: gas (10,000 rows of 8 columns) -7.2 and -4.1,
     pendigits (5,496 of 16) -21 and -28, optdigits (3,058 of 62) 119 with 8 bins and 97 with 4.
     """
     per_entry = rows / columns**2
