@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 
 KINDS = ("gaussian", "correlated", "bimodal", "heavy")
-MODELS = ("affine", "realnvp", "glow", "ffjord")
+MODELS = ("affine", "realnvp", "glow", "nsf", "maf", "ffjord")
 ROWS = (20, 50, 150, 500, 2000)
 COLUMNS = (1, 2, 5, 12, 35, 50)
 FRESH = 10_000

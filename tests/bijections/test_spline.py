@@ -94,6 +94,15 @@ def test_the_inverse_is_exact_in_float32(bins: int, bound: float) -> None:
     assert not log_slope[outside].any()
 
 
+@pytest.mark.parametrize("bins", [8, 16])
+def test_the_inverse_of_steep_splines_is_exact_up_to_the_slope(bins: int) -> None:
+    spline = Spline(bins, 5.0)
+    x = 3 * torch.randn(200_000, 1, dtype=torch.float32)
+    theta = theta_of(spline, len(x), 1, 3.0, dtype=torch.float32)
+    z, log_slope = spline.to_base(x, theta)
+    assert ((spline.to_data(z, theta)[0] - x).abs() * log_slope.exp().clamp_max(1)).max() < 2e-5
+
+
 def test_extreme_theta_stays_invertible_and_finite() -> None:
     spline = Spline(8, B)
     theta, x = theta_of(spline, 500, 1, 1e4), B * torch.randn(500, 1)

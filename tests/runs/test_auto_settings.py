@@ -165,7 +165,13 @@ def test_checkpoints_hold_the_chosen_values(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "kind", "rows", "columns"), [("realnvp", "heavy", 20, 5), ("glow", "correlated", 60, 12)]
+    ("model", "kind", "rows", "columns"),
+    [
+        ("realnvp", "heavy", 20, 5),
+        ("glow", "correlated", 60, 12),
+        ("nsf", "heavy", 20, 5),
+        ("maf", "correlated", 60, 12),
+    ],
 )
 def test_a_default_is_not_worse_than_the_gaussian(
     float32: None, model: str, kind: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
