@@ -112,22 +112,39 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class Member:
+    """A member of an ensemble, evaluated on the rows of the ensemble; in nats.
+
+    Attributes:
+        path: the file of the member, or its name.
+        weight: its weight in the ensemble.
+        nll: its own negative log-likelihood; NaN if it could not be computed.
+        nll_stderr: the standard error over the rows.
+    """
+
+    path: str
+    weight: float
+    nll: float
+    nll_stderr: float
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Whether latents of the data look like draws from the base, see `evaluation.calibration.calibration`.
 
     Attributes:
         n: rows.
         statistic: the largest Kolmogorov-Smirnov distance sup_u |F_n(u) - u| of the probability integral transforms.
-        worst: of which line, "z1" to "zd" or "radius".
+        worst: of which line, "z1" to "zd" or "radius"; "density" of an ensemble, which has no latents.
         p_value: of a distance as large or larger somewhere, were the model the truth; Bonferroni over the lines.
-        radius: the distance of "radius".
+        radius: the distance of "radius"; None of an ensemble.
     """
 
     n: int
     statistic: float
     worst: str
     p_value: float
-    radius: float
+    radius: float | None
 
 
 @dataclass(frozen=True)
@@ -160,7 +177,7 @@ class OODDetection:
 
 
 # what the figures take, and no table or JSON
-PRIVATE = ("bits_per_nat", "scores", "sets", "pit")
+PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores")
 # largest number of rows listed in a message
 NAMED = 5
 # how wide the names before the lines of a table are
@@ -185,9 +202,14 @@ class Evaluation:
         roundtrip_error: max |x - forward(inverse(x))| on it.
         seconds: of scoring; total_seconds: with the budget and the checks.
         baselines: likelihoods of simple densities on the same rows, by name; None for images and toys.
+        members: of an ensemble, its members; None of a flow.
+        spread: of an ensemble, the mean over the rows of the standard deviation of log p between its members, in nats,
+            with the weights of the members; rows where log p of a member is not finite are left out.
         scores: log p(x) of every row in the order of the set, (n,), float64.
         sets: log p of this set and of the one it is told from, (n,) and (m,), or None.
         pit: name -> probability integral transforms of latents, (rows,).
+        member_scores: of an ensemble, log p of each member at every row, (n, M), float64, in the order of `members`;
+            NaN where it could not be computed.
     """
 
     nll: float
@@ -215,16 +237,21 @@ class Evaluation:
     calibration: Calibration
     ood: OODDetection | None
     baselines: dict[str, Baseline] | None
+    members: tuple[Member, ...] | None
+    spread: float | None
     bits_per_nat: float | None
     scores: Tensor
     sets: tuple[Tensor, Tensor] | None
     pit: dict[str, Tensor]
+    member_scores: Tensor | None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the numbers above and the headline, checks by their name, and no arrays."""
         content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         if self.baselines is not None:
             content["baselines"] = {name: found.to_dict() for name, found in self.baselines.items()}
+        if self.members is not None:
+            content["members"] = [asdict(member) for member in self.members]
         content["checks"] = {c.name: {k: v for k, v in asdict(c).items() if k != "name"} for c in self.checks}
         return {**content, "headline": self.headline}
 
@@ -298,6 +325,7 @@ class Evaluation:
             rows.append(("KL", f"{with_error(self.kl, self.kl_error)} nats  (entropy {self.entropy:.4f})"))
         for name, simple in (self.baselines or {}).items():
             rows.append(("baseline", f"{name} {with_error(simple.nll, simple.nll_stderr)} nats, {_beside(simple)}"))
+        rows += self._member_rows()
         rows.append(("error", self._error_words()))
         if self.dequantization_samples is not None:
             gap = self.budget.dequantization_gap
@@ -313,7 +341,9 @@ class Evaluation:
         rows.append(("round trip", f"{self.roundtrip_error:.1e}"))
         rows += [("checks" if i == 0 else "", words) for i, words in enumerate(self._check_words())]
         c = self.calibration
-        rows.append(("latents", f"KS {c.statistic:.3f} ({c.worst}), p {p_words(c.p_value)}; radius {c.radius:.3f}"))
+        radius = "" if c.radius is None else f"; radius {c.radius:.3f}"
+        words = f"KS {c.statistic:.3f} ({c.worst}), p {p_words(c.p_value)}{radius}"
+        rows.append(("latents" if self.members is None else "density rank", words))
         if self.ood is not None:
             o = self.ood
             finite = f" over the {o.n - o.infinite:,} with a finite log p" if o.infinite else ""
@@ -323,6 +353,18 @@ class Evaluation:
             rows.append(("", f"AUROC of |log p + H| {typical}, H the NLL of the {o.entropy_of}"))
         took = f"{self.seconds:.1f} s of scoring, {self.total_seconds:.1f} s in all"
         rows.append(("time", f"{took}, on {self.device} in {self.dtype}, checkpoint of step {self.step}"))
+        return rows
+
+    def _member_rows(self) -> list[tuple[str, str]]:
+        if self.members is None:
+            return []
+        rows: list[tuple[str, str]] = []
+        for member in self.members:
+            nll = f"NLL {self.in_unit(member.nll, member.nll_stderr)}" if math.isfinite(member.nll) else "no NLL"
+            rows.append(("" if rows else "members", f"weight {member.weight:.3f}, {nll}, {member.path}"))
+        if self.spread is not None:
+            name, scale = self.unit
+            rows.append(("", f"log p differs between them by {brief(scale * self.spread)} {name} (standard deviation)"))
         return rows
 
     def _error_words(self) -> str:
