@@ -33,8 +33,7 @@ class LoadedRun(NamedTuple):
     Attributes:
         changed: whether there are overrides.
         own_data: the config of the data that the flow was trained on.
-        run_dir: where the files that a command writes go by default.
-        files: what was read.
+        members: the files of an ensemble.
         tag: part of the names of these files, for runs that are given as a list; else empty.
         built: the data of `own_data`, if they have been built already.
     """
@@ -46,8 +45,7 @@ class LoadedRun(NamedTuple):
     config: dict[str, Any]
     changed: bool
     own_data: dict[str, Any]
-    run_dir: Path
-    files: tuple[Path, ...]
+    members: tuple[Path, ...] = ()
     tag: str = ""
     built: Dataset | None = None
 
@@ -55,6 +53,16 @@ class LoadedRun(NamedTuple):
         """The title of a picture: the run, its NLL on the test set where result.json has that, and words."""
         nll = "" if self.changed else reached(self.path, self.step)
         return ", ".join(filter(None, (title_of(self.config), nll, words)))
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the files that a command writes go by default."""
+        return self.path if self.path.is_dir() else run_dir_of(self.path)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What was read."""
+        return self.members or (self.path,)
 
     def single_flow(self, what: str) -> Flow:
         """The flow.
@@ -131,8 +139,7 @@ def load_run(own: Mapping[str, Any], overrides: Sequence[str]) -> LoadedRun:
     path = Path(os.path.commonpath([run.absolute() for run in runs])) if is_list else Path(str(given)).expanduser()
     found = one._replace(
         path=path,
-        run_dir=path if path.is_dir() else path.parent,
-        files=tuple(file for member in members for file in member.files),
+        members=tuple(member.path for member in members),
         step=max(member.step for member in members),
         tag="+".join(run.name for run in runs)[:60] if is_list else "",
         config={**one.config, "model": {"name": f"ensemble of {len(members)}"}},
@@ -170,7 +177,7 @@ def _load_one(path: Path, own: Mapping[str, Any], overrides: Sequence[str], trus
     keep_freed_memory()
     own_data = absolute_paths({"data": saved["config"]["data"]})["data"]
     samples, changed = samples_of(saved), bool(overrides)
-    return LoadedRun(path, flow, saved["step"], samples, config, changed, own_data, run_dir_of(path), (path,))
+    return LoadedRun(path, flow, saved["step"], samples, config, changed, own_data)
 
 
 def set_name(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> str:

@@ -306,7 +306,7 @@ def of_members(flow: Density, log_p: Tensor, x: Tensor, label: Tensor | None, ho
 def spread(ensemble: Ensemble, log_p: Tensor) -> float | None:
     """Mean over the rows of the weighted standard deviation of log p, (n, M), between the members; see `Evaluation`."""
     log_p = log_p[log_p.isfinite().all(1)]
-    if not len(log_p):
+    if not len(log_p) or log_p.shape[1] < 2:
         return None
     w = log_p.new_tensor(ensemble.log_weights).exp()
     mean = (log_p * w).sum(1, keepdim=True)

@@ -204,7 +204,8 @@ class Evaluation:
         baselines: likelihoods of simple densities on the same rows, by name; None for images and toys.
         members: of an ensemble, its members; None of a flow.
         spread: of an ensemble, the mean over the rows of the standard deviation of log p between its members, in nats,
-            with the weights of the members; rows where log p of a member is not finite are left out.
+            with the weights of the members; rows where log p of a member is not finite are left out. None if only one
+            member has a weight.
         scores: log p(x) of every row in the order of the set, (n,), float64.
         sets: log p of this set and of the one it is told from, (n,) and (m,), or None.
         pit: name -> probability integral transforms of latents, (rows,).
@@ -352,7 +353,8 @@ class Evaluation:
             typical = with_error(o.typicality_auroc, o.typicality_stderr)
             rows.append(("", f"AUROC of |log p + H| {typical}, H the NLL of the {o.entropy_of}"))
         took = f"{self.seconds:.1f} s of scoring, {self.total_seconds:.1f} s in all"
-        rows.append(("time", f"{took}, on {self.device} in {self.dtype}, checkpoint of step {self.step}"))
+        step = f", checkpoint of step {self.step}" if self.members is None else ""
+        rows.append(("time", f"{took}, on {self.device} in {self.dtype}{step}"))
         return rows
 
     def _member_rows(self) -> list[tuple[str, str]]:

@@ -171,6 +171,8 @@ def train(
         'val'
     """
     begun = time.perf_counter()
+    if not isinstance(flow, Flow):
+        raise ConfigError(f"flow is of type {type(flow).__name__}: give a single Flow, such as a member of an ensemble")
     source = source_of(x, label, val, test)
     if source.labelled and flow.classes is None:
         raise DataError("the flow is not conditional: leave label out")

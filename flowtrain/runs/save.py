@@ -64,12 +64,12 @@ def content_of(flow: Density) -> dict[str, Any]:
         noisy=tuple(flow.noisy),
         class_counts=tuple(flow.class_counts),
     )
-    data = NO_DATA
+    data, step = NO_DATA, 0
     if record is not None and isinstance(flow, Ensemble):
-        samples, data = record.samples, record.config["data"]
+        samples, data, step = record.samples, record.config["data"], record.step
     model = {"name": "ensemble" if isinstance(flow, Ensemble) else "flow", "_target_": TARGET, "flow": describe(flow)}
     solver = describe_solver(flow.solver or ode_solver())
-    content = {**_content(flow, samples), "config": {"model": model, "data": data, "solver": solver}}
+    content = {**_content(flow, samples), "step": step, "config": {"model": model, "data": data, "solver": solver}}
     if (why := _differs(content, flow, samples)) is not None:
         raise CheckpointError(
             f"the flow cannot be saved: the arguments of its constructors do not build it again ({why}). Give what "
