@@ -64,9 +64,10 @@ class Ensemble(Density):
     ) -> None:
         members = list(members)
         _check_members(members)
-        weights = [1.0] * len(members) if weights is None else [float(w) for w in weights]
+        weights = [1.0] * len(members) if weights is None else list(weights)
         names = list(map(str, range(len(members)) if names is None else names))
-        if len(weights) != len(members) or not all(0 <= w < math.inf for w in weights) or sum(weights) <= 0:
+        numbers = all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights)
+        if not numbers or len(weights) != len(members) or sum(weights) <= 0:
             raise FlowtrainError(
                 f"weights={weights}: give one number for each of the {len(members)} members, not negative and not all 0"
             )
@@ -168,8 +169,8 @@ def difference_in_kind(one: Flow, other: Flow) -> str | None:
     """How the samples of two flows differ in kind, such as "classes (None and 3)"; None if they do not."""
     names = ("event_shape", "classes", "integer_valued", "levels", "noisy", "centered")
     for name in names:
-        a, b = getattr(one, name), getattr(other, name)
-        if (tuple(a), tuple(b)) != (a, b) if name == "noisy" else a != b:
+        a, b = (tuple(v) if isinstance(v := getattr(flow, name), list) else v for flow in (one, other))
+        if a != b:
             return f"{name} ({a} and {b})"
     return None
 

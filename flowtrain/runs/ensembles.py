@@ -104,7 +104,7 @@ def ensemble_of(runs: Sequence[Run], weights: Weights, data: Callable[[], Datase
         weights = _weights_by_validation(flows, runs, data)
     try:
         found = Ensemble(flows, None if isinstance(weights, str) else weights, names)
-    except (TypeError, ValueError) as e:
+    except FlowtrainError as e:
         raise ConfigError(str(e)) from e
     one = runs[0]
     config = {**one.config, "model": {"name": f"ensemble of {len(flows)}"}}
