@@ -75,7 +75,6 @@ def main() -> None:
 def _command() -> int:
     own: dict[str, Any] = {
         "ckpt": None,
-        "weights": None,
         "split": None,
         "out": None,
         "scores": None,
@@ -87,6 +86,7 @@ def _command() -> int:
         "dequantization_samples": 1,
         "seed": 0,
         "trust": [],
+        "weights": None,
     }
     own, overrides = split_own(sys.argv[1:], own, USAGE)
     batch_size = None if own["batch_size"] is None else whole("batch_size", own["batch_size"])

@@ -136,7 +136,6 @@ The solver can be changed, as in solver.rtol=1e-3 or solver=euler solver.steps=4
 
 OWN: dict[str, Any] = {
     "ckpt": None,
-    "weights": None,
     "n": None,
     "seed": 0,
     "temperature": 1.0,
@@ -147,6 +146,7 @@ OWN: dict[str, Any] = {
     "quality": None,
     "device": "auto",
     "trust": [],
+    "weights": None,
 }
 
 

@@ -247,11 +247,16 @@ class Evaluation:
     member_scores: Tensor | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the numbers above and the headline, checks by their name, and no arrays."""
+        """For JSON: the numbers above and the headline, checks by their name, and no arrays.
+
+        Only ensembles have the keys `members` and `spread`.
+        """
         content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         if self.baselines is not None:
             content["baselines"] = {name: found.to_dict() for name, found in self.baselines.items()}
-        if self.members is not None:
+        if self.members is None:
+            del content["members"], content["spread"]
+        else:
             content["members"] = [asdict(member) for member in self.members]
         content["checks"] = {c.name: {k: v for k, v in asdict(c).items() if k != "name"} for c in self.checks}
         return {**content, "headline": self.headline}
