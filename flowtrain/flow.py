@@ -716,7 +716,7 @@ class Flow(Density):
 
 
 class FlowDistribution(Distribution):
-    """A flow as a `torch.distributions.Distribution`; see `Flow.distribution`.
+    """A flow, or an ensemble, as a `torch.distributions.Distribution`; see `Density.distribution`.
 
     Args:
         flow: its parameters are shared.
@@ -729,7 +729,7 @@ class FlowDistribution(Distribution):
 
     def __init__(
         self,
-        flow: Flow,
+        flow: Density,
         label: int | None = None,
         batch_shape: Sequence[int] = (),
         validate_args: bool | None = None,

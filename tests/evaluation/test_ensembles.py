@@ -167,6 +167,14 @@ def test_calibration_ranks_the_density_of_the_rows() -> None:
     assert wide.calibration.p_value < 1e-6
 
 
+def test_calibration_of_whole_numbers_takes_whole_samples() -> None:
+    ensemble = Ensemble([images("realnvp"), images("glow")], [0.5, 0.5]).eval()
+    found = evaluate(ensemble, ensemble.quantized(ensemble.sample(800)), dequantization_samples=3, thorough=False)
+    assert found.calibration.p_value > 1e-3
+    # averaged over draws of the noise, log p is larger than at one point
+    assert abs(found.pit["density"].mean() - 0.5) < 0.1
+
+
 def test_a_conditional_ensemble_is_evaluated_with_labels() -> None:
     flows = [vectors(name, classes=3) for name in ("realnvp", "glow")]
     ensemble, x, y = Ensemble(flows, [0.6, 0.4]).eval(), array(50), np.arange(50) % 3
