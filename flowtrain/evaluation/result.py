@@ -407,7 +407,9 @@ class Evaluation:
         passed = sum(check.passed is True for check in self.checks)
         failed = ", ".join(check.label for check in self.failed)
         checks = f"{counted(passed, 'check')} passed" + (f", FAILED: {failed}" if failed else "")
-        return f"<Evaluation: {self.headline}; {self.rows_words}, {counted(self.n, 'row')}; {checks}>"
+        members = [f"{m.weight:.3g} {m.path} (NLL {m.nll:.4g})" for m in self.members or ()]
+        of = f"; members {', '.join(members)}" if members else ""
+        return f"<Evaluation: {self.headline}; {self.rows_words}, {counted(self.n, 'row')}; {checks}{of}>"
 
     def __str__(self) -> str:
         return self.table()

@@ -78,6 +78,7 @@ def test_nll_members_and_spread_are_their_definitions() -> None:
     made = {check.name for check in found.checks if check.passed}
     assert made == {"concentration", "mass", "log-det", "round trip", "own samples"}
     assert all(name in found.table() for name in ("weight 0.500", "density rank"))
+    assert "0.3 b (NLL" in repr(found)
     assert evaluate(gaussian(0.0), x).members is None
 
 
