@@ -162,7 +162,7 @@ def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str]
         cast_as(flow, saved["weights"])
         load_averaged_weights(flow, saved)
     # the file of a flow that was built by hand has no run, and that of an ensemble knows the data of its members
-    if "trainer" in saved["config"] or "_target_" in saved["config"]["data"]:
+    if "trainer" in saved["config"] or "_target_" in saved["config"].get("data", {}):
         flow.record = Record(saved["config"], samples, saved["step"])
     return flow.to(device).eval()
 
