@@ -71,23 +71,23 @@ class Base(Recorded, nn.Module, ABC):
             generator: None for the global generator of the device.
             temperature: multiplies the noise around the mode, or around the mean of a mixture component. 1 draws from
                 the distribution.
-            like: the draws have its dtype and device. None: those of the parameters, or torch's defaults if there are
-                no parameters.
+            like: a tensor whose dtype and device the draws have. None: dtype and device of the parameters, or the
+                defaults of torch if there are no parameters.
 
         Raises:
-            FlowtrainError: a temperature other than 1 for a base that has none.
+            FlowtrainError: a temperature other than 1, for a base that has no temperature.
         """
 
     @abstractmethod
     def to_uniform(self, z: Tensor) -> Tensor:
-        """Probability integral transforms u (B, d) of z (B, *event_shape), independent and uniform if z ~ p0.
+        """Probability integral transforms u (B, d) of z (B, *event_shape). If z ~ p0, they are independent and uniform.
 
         u_j = F(z_j | z_1, ..., z_(j-1)) with F the conditional distribution function (Rosenblatt 1952, Remarks on a
         multivariate transformation).
         """
 
     def to_normal(self, z: Tensor) -> Tensor:
-        """Normal scores Phi^-1(u) (B, d), u = `to_uniform(z)`: if z ~ p0, independent and standard normal."""
+        """Normal scores Phi^-1(u) (B, d) of u = `to_uniform(z)`: independent and standard normal if z ~ p0."""
         y: Tensor = torch.special.ndtri(self.to_uniform(z))
         return y
 
@@ -101,6 +101,9 @@ class Base(Recorded, nn.Module, ABC):
     ) -> Tensor:
         """n draws z (n, *event_shape), as `rsample` without gradients."""
         return self.rsample(n, generator, temperature, like)
+
+    def initialize(self, z: Tensor) -> None:
+        """Sets parameters that depend on data from z (n, *event_shape), the first data mapped to the base."""
 
     def extra_repr(self) -> str:
         return f"event_shape={self.event_shape}"
@@ -146,7 +149,7 @@ class StandardNormal(Base):
 
 
 class StudentT(Base):
-    """Independent Student t distributions, whose tails are heavier than those of a normal distribution.
+    """Independent Student t distributions. Their tails are heavier than the tails of a normal distribution.
 
     p0(z) = prod_j c(nu_j) (1 + z_j^2 / nu_j)^(-(nu_j + 1) / 2), with c(nu) = Gamma((nu + 1) / 2) / (sqrt(nu pi)
     Gamma(nu / 2)). A Lipschitz bijection cannot make the tails of its base heavier; so a standard normal base cannot
@@ -259,7 +262,7 @@ class UniformBox(Base):
     near the edge of the box may lie outside of it after a round trip, because of rounding.
 
     Args:
-        low, high: the corners, of one shape, which is the event shape.
+        low, high: the lower and upper corners. Both have the event shape.
 
     Raises:
         FlowtrainError: corners of different shapes or without dimensions, not finite, or low >= high.
@@ -311,14 +314,15 @@ class UniformBox(Base):
 
 
 class GaussianMixture(Base):
-    """p0(z) = sum_k w_k N(z; m_k, L_k L_k^T), k = 1 .. K. All of w, m and L are trainable.
+    """A Gaussian mixture p0(z) = sum_k w_k N(z; m_k, L_k L_k^T), k = 1 .. K, with trainable w, m and L.
 
     w = softmax(logits). L_k is lower triangular: its diagonal is exp(log_scale_k), the elements below are `lower`, row
     by row; a diagonal mixture has none. A new mixture has equal weights, L_k = I and means drawn from N(0, I).
+    `fit` sets the parameters from data by EM.
 
     Args:
         event_shape: shape of one z.
-        components: K.
+        components: the number K of components.
         covariance: full | diagonal.
 
     Attributes:
@@ -438,6 +442,9 @@ class GaussianMixture(Base):
     def to_uniform(self, z: Tensor) -> Tensor:
         return self._conditional_cdf(z.flatten(1)).clamp(0, 1)
 
+    def initialize(self, z: Tensor) -> None:
+        self.fit(z)
+
     @torch.no_grad()
     def fit(
         self,
@@ -453,11 +460,11 @@ class GaussianMixture(Base):
         k-means, whose centres start from k-means++ (Arthur and Vassilvitskii 2007).
 
         Args:
-            steps: of EM, at most.
+            steps: the largest number of EM steps.
             tolerance: EM ends when a step raises the mean log-likelihood by less, in nats.
-            floor: the least eigenvalue of a covariance, as a share of the variance of the columns. Without it the
-                likelihood is unbounded: a component on a single row has variance 0.
-            generator: of k-means++, on the CPU; None for the global generator.
+            floor: the smallest eigenvalue of a covariance, as a share of the variance of the columns. Without it the
+                likelihood is unbounded, because a component on a single row has variance 0.
+            generator: the random generator of k-means++, on the CPU. None: the global generator.
 
         Raises:
             FlowtrainError: x of another shape, without rows, or not finite.
@@ -466,7 +473,7 @@ class GaussianMixture(Base):
             raise FlowtrainError(f"x has shape {tuple(x.shape)}; this base is fitted to (n, *{self.event_shape})")
         x = x.flatten(1).double()
         if not bool(x.isfinite().all()):
-            raise FlowtrainError("x has values that are NaN or infinite: remove those rows")
+            raise FlowtrainError("x has values that are NaN or infinite: remove these rows")
         mean, std = x.mean(0), x.std(0, correction=0)
         std = torch.where(std > torch.finfo(x.dtype).eps * mean.abs(), std, 1.0)
         x = (x - mean) / std
@@ -494,7 +501,9 @@ class GaussianMixture(Base):
             variance = torch.einsum("nk,nkd->kd", q, off.square()) / total.unsqueeze(1)
             factor = torch.diag_embed(variance.clamp_min(floor).sqrt())
         else:
-            covariance = torch.einsum("nk,nki,nkj->kij", q, off, off) / total.view(-1, 1, 1)
+            # one component at a time: products of matrices are much faster than a sum over three indices
+            parts = [(share.unsqueeze(1) * part).T @ part for share, part in zip(q.T, off.unbind(1), strict=True)]
+            covariance = torch.stack(parts) / total.view(-1, 1, 1)
             factor = _cholesky_above(covariance, floor)
         self._set((total / total.sum()).log(), means, factor)
 

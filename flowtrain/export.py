@@ -38,7 +38,7 @@ from flowtrain.utils.status import status
 PROGRAMS = ("log_prob", "inverse", "sample")
 ENDINGS = (".pt2", ".onnx")
 FIXED_STEP_METHODS = tuple(name for name, tableau in TABLEAUS.items() if tableau.e is None)
-# on which programs are compared with the flow: at most so many rows, and so many numbers of x
+# programs are compared with the flow on at most so many rows, and so many elements of x
 MOST_ROWS, MOST_NUMBERS = 1000, 200_000
 # largest difference between a program and the flow, in nats, or in standard deviations of an element
 TOLERANCE = 1e-4
@@ -64,7 +64,7 @@ class Exported:
     metadata: dict[str, dict[str, Any]]
 
     def table(self) -> str:
-        """What was written, how far each program is from the flow, and the bias of the fixed steps."""
+        """A table for a terminal: the files, the difference of each program to the flow, and the bias of the steps."""
         about = self.metadata["log_prob"]
         lines = [f"{'program':10}{'largest difference on ' + format(about['rows'], ',') + ' rows':36}file"]
         for name, path in self.paths.items():
@@ -102,15 +102,18 @@ def export(
 
     Args:
         columns: names of the columns, for the metadata.
-        rows_from: what x is, for the metadata.
+        rows_from: the source of x in words, for the metadata.
 
     Raises:
-        ConfigError: another ending, missing packages, or settings of the solver that are out of range or of no use.
+        ConfigError: another ending, missing packages, or solver settings that are out of range or have no effect.
         ExportError: a flow that cannot be traced or converted, or a program that differs from the flow by more than
             `tolerance`. No file is written or replaced.
         FlowtrainError: x or labels that the flow does not take, or fixed steps that cannot be solved.
     """
     path, form = checked_path(path)
+    paths = paths_beside(path)
+    if folders := [there for there in paths.values() if there.is_dir()]:
+        raise ConfigError(f"{folders[0]} is a directory; give the name of a file")
     number("tolerance", tolerance)
     flow = copy.deepcopy(flow).to("cpu").eval().requires_grad_(False)
     with torch.no_grad(), _quiet():
@@ -119,7 +122,6 @@ def export(
         with status("choosing the steps of the solver"):
             flow, steps_taken = with_fixed_steps(flow, rows.x, rows.label, solver, steps)
         about = {**_about(flow, columns), "rows": len(rows.x), "rows_from": rows.source, **steps_taken}
-        paths = paths_beside(path)
         contents: dict[str, bytes] = {}
         metadata: dict[str, dict[str, Any]] = {}
         for task in _tasks(flow, rows):
@@ -146,7 +148,7 @@ def checked_path(path: str | Path) -> tuple[Path, "Format"]:
     """
     path = Path(path).expanduser()
     if path.suffix not in ENDINGS:
-        raise ConfigError(f"{path}: an export is written as {' or '.join(ENDINGS)}; give a name that ends so")
+        raise ConfigError(f"{path}: give a name that ends in {' or '.join(ENDINGS)}")
     return path, _Pt2() if path.suffix == ".pt2" else _Onnx()
 
 
@@ -257,7 +259,7 @@ def with_fixed_steps(
     d = math.prod(flow.event_shape)
     estimated = [block for block in flow.ode_blocks if not block.trace.is_exact(d, training=False)]
     for block in estimated:
-        # a module, so that the tangents are a part of what is traced
+        # a module, so that the trace includes the tangents
         block.trace = FixedProbes(block.trace)  # type: ignore[assignment]
     checked = slice(rows_of_checks(flow.event_shape))
     x, label = x[checked], None if label is None else label[checked]
@@ -283,7 +285,7 @@ def with_fixed_steps(
 
 
 def _tight_log_prob(flow: Flow, x: Tensor, label: Tensor | None) -> tuple[Tensor | None, str | None]:
-    """log p by an adaptive solver in float64, or None and the reason why there is none."""
+    """(log p by an adaptive solver in float64, None), or (None, reason) if the solve failed."""
     tight = copy.deepcopy(flow).double().with_solver(ode_solver(**TIGHT))
     try:
         return _in_parts(tight.log_prob, x.double(), label), None
@@ -292,7 +294,7 @@ def _tight_log_prob(flow: Flow, x: Tensor, label: Tensor | None) -> tuple[Tensor
 
 
 def _bias(difference: Tensor) -> dict[str, Any]:
-    """Of log p (n,) by fixed steps less that by a tight solve, in nats."""
+    """Statistics of the bias: log p by fixed steps minus log p by a tight solve, (n,), in nats."""
     difference = difference[difference.isfinite()]
     if not len(difference):
         return {"mean": None, "failure": "log p is not finite"}
@@ -374,7 +376,7 @@ class _Task:
     unit: str
 
     def traced(self) -> torch.export.ExportedProgram:
-        """The program, in which whatever depends on no input is a constant.
+        """The traced program. Operations that depend on no input are constants in it.
 
         Raises:
             ExportError: torch cannot trace the flow.
@@ -414,7 +416,9 @@ class _Task:
     def refusal(self, path: Path, difference: float, tolerance: float) -> str:
         """The message about a program that differs too much."""
         if not math.isfinite(difference):
-            return f"{path}: on some rows {self.name} is not finite where it should be, so nothing was written"
+            return (
+                f"{path}: the program {self.name} and the flow are not finite on the same rows, so nothing was written"
+            )
         finite = self.wanted[self.wanted.isfinite()]
         rounding = float(finite.abs().max()) * torch.finfo(self.wanted.dtype).eps
         dtype = str(self.wanted.dtype).removeprefix("torch.")
@@ -447,14 +451,14 @@ def _tasks(flow: Flow, rows: _Rows) -> Iterator[_Task]:
 
 
 def _spread(y: Tensor) -> Tensor:
-    """The standard deviation of each element of y (n, *event_shape) over the finite rows; 1 where there is none."""
+    """The standard deviation of each element of y (n, *event_shape) over the finite rows; 1 for a constant element."""
     finite = y[y.flatten(1).isfinite().all(1)].double()
     std = finite.std(0, correction=0) if len(finite) > 1 else torch.ones_like(y[0], dtype=torch.float64)
     return std.where(std > 0, 1.0)
 
 
 def with_constants(exported: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The program of an export, with the value of each operation that depends on no input in place of the operation.
+    """Constant folding: replaces each operation that depends on no input by its value.
 
     ONNX has no operator for some operations on parameters, such as the inverse of a matrix or the log-gamma function.
     """
@@ -484,7 +488,7 @@ def with_constants(exported: torch.export.ExportedProgram) -> fx.GraphModule:
 
 
 def forget_origins(module: nn.Module) -> None:
-    """Removes where each operation comes from: paths of this machine, many times as long as the program."""
+    """Removes stack traces from a program. They hold paths of this machine and are much longer than the program."""
     for part in module.modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
@@ -534,7 +538,7 @@ def _about(flow: Flow, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _notes(flow: Flow) -> list[str]:
-    """What a user of the programs must know."""
+    """Notes in the metadata for users of the programs."""
     notes = [
         "log_prob: x -> log p(x) in nats. inverse: x -> z. sample: z -> x; draw z from the density of base.",
         "The first dimension of every input and output is the batch, of any size of at least 1.",
@@ -631,7 +635,7 @@ class _Onnx(Format):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what torch's exporters say of their own use of torch, and of packages that are not installed."""
+    """Hides warnings and log messages of the exporters of torch."""
     disabled = logging.root.manager.disable
     # some of it is logged as errors
     logging.disable(logging.ERROR)

@@ -46,22 +46,23 @@ PROBE_SEED = 0
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What a trained flow keeps of its training.
+    """The training of a flow: its config, samples, metrics and held-out rows.
 
     Attributes:
         config: the config of the run.
-        samples: the samples that it was trained on.
-        step: the step of its weights.
-        rows: the rows of metrics.jsonl; () for a loaded flow.
-        seconds: the time of training.
-        stopped_by: the reason if training has ended before its last step, else None.
-        held_out: the numbers of the rows of the training data that were held out, (n,), for "val" and "test".
+        samples: the event shape, the kind and the column names of the training samples.
+        step: the step of the weights. It is the step of the best validation.
+        metrics: one mapping for each row of metrics.jsonl; () for a loaded flow.
+        seconds: the time of training; 0 for a loaded flow.
+        stopped_by: the reason if training ended before its last step, else None.
+        held_out: "val" and "test" -> positions (n,) of the held-out rows in x, counted from 0. A set that was given as
+            an argument is missing; a loaded flow has none.
     """
 
     config: Mapping[str, Any] = field(repr=False)
     samples: Samples = field(repr=False)
     step: int = 0
-    rows: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    metrics: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     seconds: float = 0.0
     stopped_by: str | None = None
     held_out: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, repr=False)
@@ -192,7 +193,7 @@ class Density(Recorded, nn.Module):
         A tensor gives a tensor, with gradients. An array or a data frame gives an array in the dtype of the flow,
         computed without gradients and in chunks of `rows_at_a_time`; see `read_rows`.
 
-        Of integers and an integer-valued flow, log p(x + u) for one draw of u: its mean over u is at most log P(x)
+        For integers, an integer-valued flow returns log p(x + u) for one draw of u. The mean over u is at most log P(x)
         (Theis et al. 2016, A note on the evaluation of generative models, eq. 4).
 
         Raises:
@@ -217,8 +218,8 @@ class Density(Recorded, nn.Module):
     ) -> tuple[NDArray[Any], Tensor | None]:
         """Rows (n, *event_shape) and labels (n,) from an array, a tensor, lists or a data frame.
 
-        If the flow was trained on named columns, those of a data frame are found by name, in any order. Other columns
-        are ignored. Otherwise the columns are taken by position.
+        If the flow was trained on named columns, it finds the columns of a data frame by name, in any order. Other
+        columns are ignored. Otherwise the columns are taken by position.
 
         Args:
             label: labels, or the name of their column in a data frame. If a conditional flow was trained on a named
@@ -256,21 +257,22 @@ class Density(Recorded, nn.Module):
         label: Label = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n samples (n, *event_shape) in data units.
+        """n samples (n, *event_shape) in data units, as a tensor without gradients.
 
-        Of an integer-valued flow, samples of x + u; `quantized` takes them to whole numbers.
+        An integer-valued flow gives samples of x + u. `quantized` rounds them to whole numbers.
 
         Args:
             temperature: multiplies the base noise: 1 samples the density, below 1 stays nearer its modes.
-            chunk: rows at a time; None: chosen by the size of a sample. The base points do not depend on it.
-                Samples by an adaptive solver do, within its tolerance, because the rows of a chunk share steps.
-            label: one for all, or (n,). None: `drawn_labels`, if the flow is conditional.
+            chunk: the number of rows that are mapped at once; None: chosen by the size of a sample. The base points do
+                not depend on it. With an adaptive solver the samples depend on it, within the tolerance, because the
+                rows of a chunk share steps.
+            label: one for all, or (n,). None: a conditional flow draws labels by their frequencies in training.
             generator: on the flow's device; None for the global generator of that device.
 
         Raises:
-            FlowtrainError: n or chunk < 1; a temperature below 0, not finite, or other than 1 for a base that has none;
-                labels for an unconditional flow, out of range, of a class without training rows, or neither one nor n
-                of them.
+            FlowtrainError: n is not a whole number of at least 1, or chunk < 1; a temperature below 0, not finite, or
+                other than 1 for a base that has none; labels for an unconditional flow, out of range, of a class
+                without training rows, or neither one nor n of them.
 
         Example:
             >>> from flowtrain.bijections.linear import Affine
@@ -301,6 +303,8 @@ class Density(Recorded, nn.Module):
     def _sample(
         self, n: int, temperature: float, chunk: int | None, label: Label, generator: torch.Generator | None
     ) -> Tensor:
+        if not hasattr(n, "__index__"):
+            raise FlowtrainError(f"n={n!r}: give a whole number. flow.distribution().sample(shape) takes a shape")
         if n < 1:
             raise FlowtrainError(f"n={n}: ask for at least one sample")
         if chunk is not None and chunk < 1:
@@ -319,7 +323,7 @@ class Density(Recorded, nn.Module):
         """n samples, (n, *event_shape), with labels (n,) if the density is conditional."""
 
     def distribution(self, label: int | None = None) -> "FlowDistribution":
-        """The flow as a `torch.distributions.Distribution`; of a conditional flow p(x | label).
+        """The flow as a `torch.distributions.Distribution`; for a conditional flow, p(x | label) of one label.
 
         It shares the parameters of the flow, in the flow's mode. Once Pyro is imported, it is one of Pyro's
         distributions too, as `pyro.sample` requires.
@@ -339,7 +343,7 @@ class Density(Recorded, nn.Module):
         """x + u for the integers x (B, *event_shape) of an integer-valued flow, else x; with the dtype of `data_like`.
 
         Raises:
-            FlowtrainError: outside of training, integers that are none of the flow's levels.
+            FlowtrainError: outside of training, integers that are not in 0 .. levels - 1.
         """
         like = self.data_like
         if self.integer_valued and not x.is_floating_point():
@@ -400,7 +404,9 @@ class Density(Recorded, nn.Module):
         """
         if self.classes is None:
             if label is not None:
-                raise FlowtrainError("this flow is not conditional: give no label (train with model.conditional=true)")
+                raise FlowtrainError(
+                    "this flow is not conditional: leave label out. A flow that was fitted with labels is conditional"
+                )
             return None
         if label is None:
             raise FlowtrainError(f"this flow is conditional: give a label for each sample, 0 to {self.classes - 1}")
@@ -463,7 +469,7 @@ class Density(Recorded, nn.Module):
 
 
 class Flow(Density):
-    """A density over samples of `event_shape`: that of x = forward(z), for z from the base.
+    """The density of x = forward(z) with z from a base distribution; samples have the shape `event_shape`.
 
     An integer-valued flow is the density of x + u for whole numbers x, with u uniform on the unit cube. Each call adds
     such noise to an integer tensor; a real tensor is taken as it is. A conditional flow, p(x | label), takes labels in
@@ -482,9 +488,9 @@ class Flow(Density):
         base: the distribution of z, see `flowtrain.bases`. An event shape stands for a standard normal base; a number
             d stands for (d,).
         bijection: from base to data.
-        classes: of a conditional flow, how many labels there are, 0 .. classes - 1; None for p(x).
+        classes: the number of labels 0 .. classes - 1 of a conditional flow; None for p(x).
         integer_valued: whether the data are whole numbers.
-        levels: of integer-valued data with values 0 .. levels - 1, else None.
+        levels: the number of values of integer-valued data with values 0 .. levels - 1, else None.
         centered: whether samples are float64. Then the bijection subtracts an offset from the data that float32 would
             not resolve.
         noisy: indices of the elements of a sample that are whole numbers plus noise, in real data. The data set adds
@@ -493,7 +499,8 @@ class Flow(Density):
         event_shape: in place of `base`, for a standard normal base.
 
     Attributes:
-        record: of a flow that was fitted or loaded, its config and its training; None for one built by hand.
+        record: the config and the training of the flow, see `Record`. None if the flow was built by hand and never
+            trained.
 
     Raises:
         FlowtrainError: not exactly one of base and event_shape, or no bijection.
@@ -598,12 +605,12 @@ class Flow(Density):
         return self.log_prob_and_latents(x, label)[0]
 
     def log_prob_and_latents(self, x: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
-        """log p(x), (B,), see `log_prob`, and the latents it was found by, (B, *event_shape)."""
+        """(log p(x), z): log-likelihoods (B,) as from `log_prob`, and latents z = inverse(x), (B, *event_shape)."""
         log_p, z, _ = self.density_pass(x, label)
         return log_p, z
 
     def density_pass(self, x: Tensor, label: Label = None, options: SolveOptions = AS_CONFIGURED) -> DensityPass:
-        """log p(x), see `log_prob`, with options for the ODE solves and the path integrals that they ask for."""
+        """log p(x) as from `log_prob`, the latents and path integrals, with options for the ODE solves."""
         x = self.dequantized(self._checked(x, "x"))
         with self._settings(x), self._repeatable(x):
             z, log_det, integrals = self.bijection.pass_inverse(x, self.labels(label, x), options)
@@ -635,7 +642,7 @@ class Flow(Density):
     @overload
     def inverse(self, x: Rows, label: Label | str = None) -> NDArray[Any]: ...
     def inverse(self, x: Tensor | Rows, label: Label | str = None) -> Tensor | NDArray[Any]:
-        """Data to base: z (B, *event_shape); of integers and an integer-valued flow, with noise added anew.
+        """Data to base: z (B, *event_shape), for x (B, *event_shape). Integers get noise, as in `log_prob`.
 
         An array or a data frame gives an array, as in `log_prob`.
 
@@ -676,22 +683,27 @@ class Flow(Density):
 
         `flow.pt2` is log_prob: x (B, *event_shape) -> log p(x) in nats, (B,). Beside it, `flow.inverse.pt2` is x -> z,
         and `flow.sample.pt2` is z -> x. With the ending .onnx they are written in ONNX, which needs the extra `onnx`.
-        The programs run on a CPU and take batches of any size; those of a conditional flow take labels (B,), int64,
-        as a second input. They draw nothing: z is an input of `sample`, and x of an integer-valued flow is x + u.
+        The programs run on a CPU and take batches of any size. For a conditional flow, they take labels (B,), int64, as
+        a second input. They draw no random numbers: the caller draws z for `sample`, and adds the noise u to whole
+        numbers.
 
-        ODEs are solved with fixed steps. Their bias in log p is measured against a tight solve. It is part of the
-        metadata, as is the description of the base, see `flowtrain.export.Exported`.
-
-        Before the files are written, the programs are compared with this flow, with the same fixed steps.
+        ODEs are solved with fixed steps. The bias of log p is measured against a tight adaptive solve and is stored in
+        the metadata of each file. Before the files are written, the programs are compared with this flow, with the same
+        fixed steps.
 
         Args:
-            x: held-out rows to compare on, with their labels; at most 1000 are used. None: samples of the flow.
-            solver: a method of fixed steps: euler | midpoint | heun | rk4. None: the flow's own, if it is one of
+            path: the file of log_prob, with the ending .pt2 or .onnx.
+            x: held-out rows to compare on; at most 1000 are used. None: samples of the flow.
+            label: the labels of x, (n,) or one for all, for a conditional flow.
+            solver: a method with fixed steps: euler | midpoint | heun | rk4. None: the flow's own, if it is one of
                 these, else rk4.
-            steps: how many. None: the flow's own, if it takes fixed steps, else the fewest of 8, 16, 32, 64 and 128
-                with a bias of at most 1e-3 nats (root mean square), or 128.
-            tolerance: the largest difference between a program and this flow: of log_prob in nats, of the others in
-                standard deviations of each element.
+            steps: the number of steps. None: the flow's own number if its solver takes fixed steps. Otherwise the
+                smallest of 8, 16, 32, 64 and 128 with a bias of at most 1e-3 nats (root mean square), or 128.
+            tolerance: the largest allowed difference between a program and this flow, in nats for log_prob and in
+                standard deviations of each element for the others.
+
+        Returns:
+            The paths and the metadata of the programs; `print(exported.table())` shows them.
 
         Raises:
             ConfigError: another ending, missing packages, or a setting out of range.
@@ -699,10 +711,11 @@ class Flow(Density):
                 written or replaced.
             FlowtrainError: x or labels that the flow does not take, or steps that cannot be solved.
         """
-        # a model is no importer of its tools: only this call needs them
+        # imported here because the export depends on this module
         from flowtrain.export import export
 
-        return export(self, path, x, label, solver=solver, steps=steps, tolerance=tolerance)
+        columns = () if self.record is None else self.record.samples.columns
+        return export(self, path, x, label, solver=solver, steps=steps, tolerance=tolerance, columns=columns)
 
     @contextmanager
     def _repeatable(self, x: Tensor) -> Iterator[None]:
@@ -720,7 +733,7 @@ class FlowDistribution(Distribution):
 
     Args:
         flow: its parameters are shared.
-        label: of a conditional flow, which this is p(x | label) of.
+        label: for a conditional flow, the label in p(x | label).
         batch_shape: the distribution is repeated in this shape; its samples are independent.
     """
 
@@ -740,7 +753,7 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """All samples of real numbers; of a flow over levels, those from 0 to `levels`."""
+        """All real numbers; [0, levels] for a flow over whole numbers with `levels`."""
         levels = self.flow.levels
         c: Any = constraints
         support: constraints.Constraint

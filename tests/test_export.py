@@ -35,7 +35,8 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 needs_onnx = pytest.mark.skipif(
     any(find_spec(name) is None for name in PACKAGES), reason="needs the extra onnx: pip install 'flowtrain[onnx]'"
 )
-FORMATS = ["pt2", pytest.param("onnx", marks=needs_onnx)]
+# the conversion to ONNX takes seconds
+SLOW_ONNX = ["pt2", pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow])]
 ROWS = 1000
 
 RUN = """
@@ -106,8 +107,16 @@ def run_alone(flow: Flow, folder: Path, name: str, label: Tensor | None = None) 
             np.testing.assert_allclose(found[n], y[: int(n)].numpy(), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("ffjord", "pt2"),
+        pytest.param("realnvp", "onnx", marks=needs_onnx),
+        pytest.param("glow", "onnx", marks=needs_onnx),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("realnvp", "pt2"), ("glow", "pt2"))),
+        pytest.param("ffjord", "onnx", marks=[needs_onnx, pytest.mark.slow]),
+    ],
+)
 def test_programs_agree_where_flowtrain_is_not_imported(name: str, ending: str, tmp_path: Path) -> None:
     flow = FLOWS[name]()
     exported = flow.export(tmp_path / f"flow.{ending}")
@@ -116,7 +125,7 @@ def test_programs_agree_where_flowtrain_is_not_imported(name: str, ending: str, 
     run_alone(flow, tmp_path, f"flow.{ending}")
 
 
-@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize("ending", SLOW_ONNX)
 def test_labels_are_a_second_input(ending: str, tmp_path: Path) -> None:
     flow = random(realnvp((2,), layers=2, hidden=[8], conditional=True, classes=3))
     flow.export(tmp_path / f"flow.{ending}")
@@ -153,7 +162,7 @@ class Laplace(Base):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize("ending", SLOW_ONNX)
 @pytest.mark.parametrize(
     "base",
     [
@@ -182,7 +191,7 @@ def test_every_base_is_exported(base: Base, ending: str, tmp_path: Path) -> None
         torch.testing.assert_close(torch.tensor(described["parameters"][key]), value)
 
 
-@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize("ending", SLOW_ONNX)
 def test_offsets_that_float32_does_not_resolve_stay_in_float64(ending: str, tmp_path: Path) -> None:
     standardize = Standardize((2,), offset=True)
     standardize.fit(torch.tensor([1e9, 1.0]), torch.tensor([3600.0, 1.0]), torch.tensor([1e9, 0.0]))
@@ -357,6 +366,10 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     flow, continuous = FLOWS["realnvp"](), fixed()
     with pytest.raises(ConfigError, match=r"\.pt2"):
         flow.export(tmp_path / "flow.txt")
+    (tmp_path / "there.sample.pt2").mkdir()
+    with pytest.raises(ConfigError, match="directory"):
+        flow.export(tmp_path / "there.pt2")
+    (tmp_path / "there.sample.pt2").rmdir()
     with pytest.raises(ConfigError, match="no ODE"):
         flow.export(tmp_path / "flow.pt2", steps=3)
     with pytest.raises(ConfigError, match="fixed steps"):

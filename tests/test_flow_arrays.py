@@ -49,7 +49,7 @@ def array(n: int = 7, d: int = 2) -> Array:
     return np.random.default_rng(0).normal(size=(n, d))
 
 
-@pytest.mark.parametrize("name", ["ffjord", "realnvp", "glow"])
+@pytest.mark.parametrize("name", ["ffjord", "realnvp", "glow", "nsf", "maf"])
 def test_arrays_give_the_values_of_tensors_as_arrays(name: str) -> None:
     flow, x = vectors(name), array()
     calls: tuple[Callable[[Any], Any], ...] = (flow.log_prob, flow.inverse, flow.forward, flow)

@@ -119,7 +119,8 @@ def test_gradients_of_weights_row_by_row_and_flows_side_by_side(settings: dict[s
 
 
 @pytest.mark.parametrize(
-    ("name", "classes"), [*((name, None) for name in VECTORS), ("ffjord", 3), ("realnvp", 3), ("glow", 3)]
+    ("name", "classes"),
+    [*((name, None) for name in VECTORS), *((name, 3) for name in ("ffjord", "realnvp", "glow", "nsf", "maf"))],
 )
 def test_every_flow_of_vectors(name: str, classes: int | None) -> None:
     flow, x = vectors(name, classes=classes), torch.randn(3, 2, requires_grad=True)

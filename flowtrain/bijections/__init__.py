@@ -1,8 +1,10 @@
 """Invertible maps between base and data, each with its log-determinant."""
 
+from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Bijection, Chain, Pass
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.bijections.coupling import AffineCoupling, CheckerboardCoupling, HalfCoupling, IndexCoupling
+from flowtrain.bijections.coupling import AffineCoupling, CheckerboardCoupling, Coupling, HalfCoupling, IndexCoupling
+from flowtrain.bijections.elementwise import Elementwise, ScaleShift
 from flowtrain.bijections.linear import (
     Affine,
     FromGaussian,
@@ -14,17 +16,21 @@ from flowtrain.bijections.linear import (
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
+from flowtrain.bijections.spline import Spline
 from flowtrain.bijections.squeeze import FactorOut, Squeeze, Wrapped
 
 __all__ = [
     "ActNorm",
     "Affine",
     "AffineCoupling",
+    "Autoregressive",
     "BatchNorm",
     "Bijection",
     "Chain",
     "CheckerboardCoupling",
     "Continuous",
+    "Coupling",
+    "Elementwise",
     "FactorOut",
     "FromGaussian",
     "GaussianStart",
@@ -36,6 +42,8 @@ __all__ = [
     "Permutation",
     "Preconditioned",
     "Regularizer",
+    "ScaleShift",
+    "Spline",
     "Squeeze",
     "Standardize",
     "Wrapped",

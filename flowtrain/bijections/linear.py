@@ -174,9 +174,8 @@ class InvertibleLinear(Bijection):
 
     def weight(self) -> Tensor:
         """W, (C, C)."""
-        lower = self.lower.tril(-1) + torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
-        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_scale.exp())
-        return self.permutation @ lower @ upper
+        upper = torch.diagonal_scatter(self.upper.triu(1), self.sign * self.log_scale.exp())
+        return torch.addmm(self.permutation, self.permutation, self.lower.tril(-1)) @ upper
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with full_precision(z.device):

@@ -26,16 +26,17 @@ USAGE = """flowexport ckpt=RUN_DIR_OR_FILE [out=FILE.pt2|FILE.onnx] [solver=rk4]
   out          the file of log_prob: x -> log p(x) in nats. Beside it are written FILE.inverse.pt2, x -> z, and
                FILE.sample.pt2, z -> x. Default: flow.pt2 in the run directory. .pt2 is read by torch.export.load, .onnx
                by onnxruntime; .onnx needs the extra: pip install 'flowtrain[onnx]'
-  solver       of a continuous flow: the method of its fixed steps, euler, midpoint, heun or rk4. Default: that of the
+  solver       for continuous flows, a method with fixed steps: euler, midpoint, heun or rk4. Default: the solver of the
                run if it has fixed steps, otherwise rk4
-  steps        of a continuous flow: how many. Default: that of the run if it has fixed steps, otherwise the fewest of
-               8, 16, 32, 64 and 128 with a bias in log p of at most 1e-3 nats (root mean square), or 128
-  tolerance    the largest difference between a program and the flow with the same steps, in nats; default 1e-4. If a
-               program differs by more, nothing is written
+  steps        for continuous flows, the number of steps. Default: as in the run if it has fixed steps, otherwise the
+               smallest of 8, 16, 32, 64 and 128 with a bias of log p of at most 1e-3 nats (root mean square), or 128
+  tolerance    the largest allowed difference between a program and the flow with the same steps, in nats for log_prob
+               and in standard deviations for the others. Default: 1e-4. A program that differs by more is not written
   trust        packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
 
 The programs are compared with the flow on rows of the run's test set. Keys of data can be changed, as in
-data.path=FILE. If the trace of a flow is estimated, model.eval_trace=exact exports the exact trace, which is slower."""
+data.path=FILE. If the trace of the flow is estimated, model.eval_trace=exact exports the exact trace. That program is
+slower."""
 
 OWN: dict[str, Any] = {
     "ckpt": None,

@@ -1,4 +1,4 @@
-"""What the error of an NLL is made of, measured on a subset of the rows."""
+"""The error budget of an NLL: sampling, trace, solver and precision, measured on a subset of the rows."""
 
 import copy
 import math
@@ -59,7 +59,7 @@ def subset_of(
 
 
 def rows_of_checks(event_shape: tuple[int, ...]) -> int:
-    """How many samples the costly checks take."""
+    """The number of samples for the costly checks."""
     return max(50, min(500, 20_000 // math.prod(event_shape)))
 
 

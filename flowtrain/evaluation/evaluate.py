@@ -1,4 +1,4 @@
-"""Likelihoods on held-out data, with what is known of their error."""
+"""Evaluates a flow on held-out data: NLL, error budget, checks, calibration and OOD detection."""
 
 import copy
 import logging
@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,7 @@ from flowtrain.evaluation.result import Calibration, Evaluation, Member, OODDete
 from flowtrain.flow import Density, Flow, Label, Rows
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.ode import record_solves
+from flowtrain.utils.arguments import shortened, whole
 from flowtrain.utils.errors import ConfigError, DataError, SolverError
 from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.process import one_thread_if_small, own_settings, seeded
@@ -77,25 +79,29 @@ def evaluate(
 
     Args:
         data: rows (n, *event_shape) in data units that the flow was not trained on: an array, a tensor or a data frame,
-            see `Flow.read_rows`. Or a data set.
-        split: the held-out set of a data set.
-        step: the step of the checkpoint. None takes it from the record of the flow, else 0.
-        batch_size: rows at a time; None: chosen by the size of a sample.
-        dequantization_samples: for an integer-valued flow, how many draws of the noise are averaged inside the log.
-        other: the name and the samples of a set to tell that one from by log p; by that of all classes together where
-            the flow is conditional.
-        seed: of the noise of dequantization and of estimated traces.
-        trained_on: the rows or the data set that the flow was trained on, for the baseline. A data set also gives the
-            entropy of the typicality score of `other`. Without it there is no baseline, and the score uses the NLL of
-            the scored rows.
+            see `Flow.read_rows`. Or a `flowtrain.data.Dataset`.
+        split: the held-out set of a `Dataset`: "val" or "test". It has no effect on rows.
+        step: the step in the report. None: the step of `flow.record`, or 0 without a record.
+        batch_size: the number of rows that are scored at once. None: chosen by the size of a sample.
+        dequantization_samples: the number of noise draws for each row of an integer-valued flow. exp(log p) is averaged
+            over them.
+        other: (name, samples) of another set. The report says how well log p separates it from `data`. A conditional
+            flow uses log p without labels, averaged over all classes.
+        seed: the seed of the noise of dequantization and of estimated traces.
+        trained_on: the rows or the data set that the flow was trained on. The Gaussian baseline is fitted to them.
+            None: no baseline. The validation set of a `Dataset` also gives the entropy for the typicality score of
+            `other`. Otherwise the scored rows give it.
         thorough: if false, only `concentration` and `baseline` are checked, and the error budget is measured on only
             10 rows (FEW).
         label: for a conditional flow, the labels of the rows, or the name of their column in a data frame.
-        dtype: evaluates a copy of the flow in this dtype, such as `torch.float64`. None: in the dtype of the flow.
+        dtype: evaluates a copy of the flow in this dtype, such as `torch.float64`. None: the dtype of the flow.
+
+    Returns:
+        An `Evaluation`. `print` shows it as a table, and a notebook as HTML.
 
     Raises:
         ConfigError: several dequantization samples of data that are not whole numbers, or a dtype that is not real.
-        DataError: data of another kind than the flow's, missing values, or no rows.
+        DataError: data of another kind than the flow takes, missing values, or no rows.
         FlowtrainError: rows of another shape, or labels missing, superfluous or out of range.
         NonFiniteError: no log-likelihood is finite.
         SolverError: more than 100 rows cannot be solved.
@@ -106,14 +112,17 @@ def evaluate(
         >>> round(found.nll, 4), found.n, found.failed  # log(2 pi)
         (1.8379, 10, [])
     """
+    _check_arguments(flow, batch_size, dequantization_samples, seed, other)
     if step is None:
         step = 0 if flow.record is None else flow.record.step
     if dtype is not None and dtype != flow.like.dtype:
-        if not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ConfigError(f"dtype={dtype}: give torch.float32 or torch.float64")
         flow = copy.deepcopy(flow).to(dtype)
     # of the run's own sets: where a command scores all rows of a file, `trained_on` is there for H alone
     fitted = trained_on if split != "all" else None
+    if isinstance(data, str):
+        raise DataError(f"data={data!r}: give rows, or a data set such as flowtrain.data.Moons()")
     if isinstance(data, Dataset):
         if label is not None:
             raise ConfigError("label: a data set has labels of its own; leave it out")
@@ -127,6 +136,23 @@ def evaluate(
     how: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
     with own_settings(device), one_thread_if_small(flow.event_shape, device), _in_evaluation_mode(flow):
         return _evaluate(flow, data, split, step, how, other, fitted, typical, thorough)
+
+
+def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: Any) -> None:
+    """Refuses arguments of `evaluate` that are not of their kind.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    if not isinstance(flow, Density):
+        raise ConfigError(f"flow={shortened(flow)}: give a Flow, then its data")
+    if batch_size is not None:
+        whole("batch_size", batch_size)
+    whole("dequantization_samples", draws)
+    whole("seed", int(seed) if isinstance(seed, Integral) else seed, least=0)
+    named = isinstance(other, tuple) and len(other) == 2 and isinstance(other[0], str) and isinstance(other[1], Tensor)
+    if other is not None and not named:
+        raise ConfigError(f"other={shortened(other)}: give (name, samples as a tensor)")
 
 
 def dataset_of(
@@ -255,7 +281,7 @@ def _evaluate(
 def scored(
     flow: Density, x: Tensor, label: Tensor | None, split: str, how: Mapping[str, Any]
 ) -> tuple[Scores, dict[str, Any]]:
-    """log p of a set x (n, *event_shape), and what eval.json says of how it was computed.
+    """Scores a set x (n, *event_shape): log p (n,), latents of some rows, and how they were computed, for eval.json.
 
     Args:
         how: batch size, draws and seed, as `log_probs` takes them.
@@ -351,10 +377,10 @@ def detect_ood(
     trained_on: Dataset | None,
     how: Mapping[str, Any],
 ) -> tuple[OODDetection, tuple[Tensor, Tensor]]:
-    """How well log p separates the set x (n, *event_shape) from the `other` (m, *event_shape). Labels are not used.
+    """OOD detection: separates x (n, *event_shape) from `other` (m, *event_shape) by log p. Labels are not used.
 
     Args:
-        log_p: that of x as it has been scored, (n,): by its labels where the flow is conditional.
+        log_p: log p of x, (n,); of a conditional flow with the labels of x.
         split: the name of the set x.
         trained_on: the data whose validation set gives H in |log p + H|. None: x itself gives H.
         how: batch size, draws and seed, as `log_probs` takes them.
@@ -381,11 +407,11 @@ def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) ->
     """Refuses data that are not of the flow's kind; see `evaluate`."""
     if tuple(data.event_shape) != flow.event_shape:
         raise DataError(
-            f"the flow was trained on samples of shape {flow.event_shape}; this data has {tuple(data.event_shape)}"
+            f"the flow takes samples of shape {flow.event_shape}; these samples have shape {tuple(data.event_shape)}"
         )
     if (flow.integer_valued, flow.levels, flow.noisy) != (data.integer_valued, data.levels, data.noisy):
         raise DataError(
-            f"the flow was trained on {_kind(flow.integer_valued, flow.levels, flow.noisy)}; this data has "
+            f"the flow takes {_kind(flow.integer_valued, flow.levels, flow.noisy)}; these data have "
             f"{_kind(data.integer_valued, data.levels, data.noisy)} (data.dequantize, data.levels)"
         )
     if dequantization_samples > 1 and not flow.integer_valued:
@@ -407,7 +433,7 @@ def roundtrip_error(flow: Density, x: Tensor, label: Label = None) -> float:
 
 
 def _kind(integer_valued: bool, levels: int | None, noisy: tuple[int, ...]) -> str:
-    """What samples are, in words."""
+    """The kind of samples, for messages."""
     if not integer_valued:
         return f"real numbers, and whole ones in columns {as_ranges(noisy)}" if noisy else "real numbers"
     return "whole numbers" if levels is None else f"whole numbers from 0 to {levels - 1}"

@@ -1,4 +1,4 @@
-"""What is known of a flow's likelihoods: the numbers that the table, the JSON, the report and the figures show."""
+"""The results of an evaluation: the numbers in the table, the JSON, the report and the figures."""
 
 import math
 from collections.abc import Sequence
@@ -12,24 +12,26 @@ from flowtrain.utils.formatting import brief, counted, with_error
 
 @dataclass(frozen=True)
 class Budget:
-    """What the error of an NLL is made of, each in nats per sample.
+    """The error budget: the parts of the error of an NLL, each in nats per sample.
 
     Attributes:
-        sampling: standard error over the rows, less what the trace's noise adds to it.
-        trace: standard error from the noise of an estimated trace, by draws of it on a subset; 0 where it is exact.
-        solver: change of the NLL when the tolerance is tightened tenfold, in float64 on a subset, whose own error is
-            in it; 0 of a flow that solves no ODE, NaN where the field could not be solved so tightly.
-        solver_per_row: RMS of that change of a row, the error of a single score.
-        embedded: mean over the subset of what the solver itself estimates the error of the log-determinant's integral
-            to be, whichever way; None where it gives no estimate.
-        precision: the NLL in the flow's dtype beside float64, on the subset likewise; None of a flow in float64.
-        dequantization_gap: how much lower the NLL is on the subset with ten times the draws of the noise inside the
-            log: by at least so much does the bound lie above the NLL of the whole numbers. None of real numbers. One
-            sided and no error of the bound itself, hence no part of `total`.
-        rows: of that subset.
-        total: sqrt(nll_stderr^2 + s^2 + precision^2), s the larger of `solver` and `embedded`: the error that is
-            printed.
-        interval: NLL -+ 1.96 total, which covers the flow's true NLL in 95 of 100 test sets.
+        sampling: standard error over the rows, without the part that the noise of the trace adds.
+        trace: standard error from the noise of an estimated trace, measured by several draws on a subset of the rows;
+            0 if the trace is exact.
+        solver: change of the NLL when the tolerance is tightened tenfold, in float64 on the subset. With mean change
+            m and its standard error s over the subset, this is sqrt(m^2 + s^2). 0 for a flow that solves no ODE, NaN if
+            the tight solve failed.
+        solver_per_row: RMS over the rows of the change of log p: the solver error of a single score.
+        embedded: mean over the subset of the solver's own estimate of the absolute error of the log-determinant; None
+            if the solver gives no estimate.
+        precision: the difference between the NLL in the dtype of the flow and in float64, measured like `solver`; None
+            for a flow in float64.
+        dequantization_gap: the decrease of the NLL on the subset with ten times as many noise draws inside the log. The
+            reported bound is higher than the NLL of the whole numbers by at least this gap. None for real numbers. It
+            is not a part of `total`, because it is no error of the bound.
+        rows: the number of rows of the subset.
+        total: sqrt(nll_stderr^2 + s^2 + precision^2) with s = max(solver, embedded). This error is printed.
+        interval: NLL -+ 1.96 total, a 95% confidence interval of the true NLL of the flow.
     """
 
     sampling: float
@@ -53,10 +55,10 @@ class Check:
     """A measured property of a density or of its likelihoods, and the limit it must not exceed.
 
     Attributes:
-        value: what was measured; None where it was not.
-        limit: what its error may be.
-        passed: None where nothing was measured.
-        message: the cause, of a check that failed; why, of one that was not made.
+        value: the measured value; None if the check was not made.
+        limit: the largest value that passes.
+        passed: None if the check was not made.
+        message: the cause if the check failed, or the reason why it was not made.
     """
 
     name: str
@@ -135,9 +137,11 @@ class Calibration:
     Attributes:
         n: rows.
         statistic: the largest Kolmogorov-Smirnov distance sup_u |F_n(u) - u| of the probability integral transforms.
-        worst: of which line, "z1" to "zd" or "radius"; "density" of an ensemble, which has no latents.
-        p_value: of a distance as large or larger somewhere, were the model the truth; Bonferroni over the lines.
-        radius: the distance of "radius"; None of an ensemble.
+        worst: the name of the transform with this distance: "z1" to "zd" or "radius". An ensemble has no latents, and
+            the only transform "density".
+        p_value: the probability of a distance at least as large if the model is true, with Bonferroni's correction for
+            the number of transforms.
+        radius: the distance of the transform "radius"; None of an ensemble.
     """
 
     n: int
@@ -149,11 +153,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class OODDetection:
-    """How well likelihoods tell another set from this one; NLL in nats per sample.
+    """OOD detection: how well log p separates another set from the evaluated one; NLL in nats per sample.
 
     Attributes:
-        name: the other set, `n` samples.
-        infinite: how many of them have no finite log p; they count as the least likely.
+        name: the name of the other set.
+        n: the number of its samples.
+        infinite: the number of its samples without a finite log p. They count as the least likely.
         nll: the mean over the samples with finite log p.
         auroc: P(log p of the other set < log p of this one), ties counted half: -log p as the OOD score.
         typicality_auroc: the same of |log p + entropy| (Nalisnick et al. 2019, Detecting out-of-distribution inputs to
@@ -186,28 +191,40 @@ NAMES = 13
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What `evaluate` and `floweval` report, in the order of eval.json. NLL, entropy and KL in nats per sample.
+    """The result of `evaluate` and `floweval`, in the order of eval.json. NLL, entropy and KL are in nats per sample.
 
-    `print` shows the table of `floweval`, a notebook an HTML table, and `repr` one line.
+    `print` shows the table of `floweval`, a notebook shows an HTML table, and `repr` is one line.
 
     Attributes:
-        nll_stderr: over the rows, each with noise of its own where the trace is estimated or the data dequantized, so
-            that it covers both.
-        bits_per_dim: of images, nll / (D log 2).
-        kl: the mean of log p_true - log p_model on the same points.
-        dequantization_samples: of whole numbers, how many draws of the noise are averaged inside the log; with 1 the
-            NLL is the plain bound.
-        solver_error: the change of the NLL when the tolerance is tightened tenfold, in float64 on a subset; None of a
+        nll: the mean of -log p(x) over the rows.
+        nll_stderr: the standard error over the rows. It covers the noise of estimated traces and of dequantization,
+            because each row has independent noise. `error` adds the error of the solver and of the dtype.
+        n: the number of rows.
+        split: "val" or "test"; "all" for rows that were given.
+        step: the step of the weights.
+        bits_per_dim: nll / (D log 2) for integer-valued images, else None.
+        entropy: the entropy of the true density; None if it is unknown.
+        kl: the mean of log p_true - log p_model on the same rows; None if the true density is unknown.
+        trace: "exact" or "hutchinson".
+        noise_samples: the number of probes of an estimated trace, else None.
+        dequantization_samples: for whole numbers, the number of noise draws for each row, over which p is averaged.
+            With 1, the NLL is the plain bound.
+        nfe: evaluations of the velocity field in a pass; None for a flow that solves no ODE.
+        solver_error: the change of the NLL when the tolerance is tightened tenfold, in float64 on a subset; None for a
             flow that solves no ODE.
-        roundtrip_error: max |x - forward(inverse(x))| on it.
-        seconds: of scoring; total_seconds: with the budget and the checks.
-        baselines: likelihoods of simple densities on the same rows, by name; None for images and toys.
+        roundtrip_error: max |x - forward(inverse(x))| on the subset, in data units.
+        seconds: the time of scoring.
+        total_seconds: the time with the error budget and the checks.
+        budget: the parts of the error.
+        checks: the checks of the density. `failed` lists the checks that did not pass.
+        baselines: likelihoods of simple densities on the same rows, by name; None without `trained_on`, and for images
+            and toys.
         members: of an ensemble, its members; None of a flow.
         spread: of an ensemble, the mean over the rows of the standard deviation of log p between its members, in nats,
             with the weights of the members; rows where log p of a member is not finite are left out. None if only one
             member has a weight.
         scores: log p(x) of every row in the order of the set, (n,), float64.
-        sets: log p of this set and of the one it is told from, (n,) and (m,), or None.
+        sets: log p of this set and of the other set of the OOD detection, (n,) and (m,), or None.
         pit: name -> probability integral transforms of latents, (rows,).
         member_scores: of an ensemble, log p of each member at every row, (n, M), float64, in the order of `members`;
             NaN where it could not be computed.
@@ -263,18 +280,18 @@ class Evaluation:
 
     @property
     def error(self) -> float:
-        """The standard error of the NLL, in nats."""
+        """The error of the NLL in nats, `budget.total`: sampling, solver and dtype."""
         return self.budget.total
 
     @property
     def kl_error(self) -> float:
-        """That of the KL: what is not sampling error is in it as in the NLL."""
+        """The error of the KL in nats. Errors other than sampling are the same as for the NLL."""
         assert self.kl_stderr is not None
         return math.sqrt(max(0.0, self.budget.total**2 - self.nll_stderr**2) + self.kl_stderr**2)
 
     @property
     def headline(self) -> str:
-        """The NLL to the digits that its error leaves it: "NLL 2.402 +- 0.006 nats (solver 3e-6, trace exact)"."""
+        """The NLL with as many digits as its error allows: "NLL 2.402 +- 0.006 nats (solver 3e-6, trace exact)"."""
         return f"NLL {self.amount} ({', '.join(self._remarks())})"
 
     def in_unit(self, nats: float, error: float) -> str:
@@ -289,17 +306,17 @@ class Evaluation:
 
     @property
     def unit(self) -> tuple[str, float]:
-        """What the NLL is told in, and how many of it a nat is: bits/dim of images, else nats."""
+        """(name, factor from nats) of the unit of the NLL: bits/dim for images, else nats."""
         return ("nats", 1.0) if self.bits_per_nat is None else ("bits/dim", self.bits_per_nat)
 
     @property
     def rows_words(self) -> str:
-        """What was evaluated: the test set, or all rows of a file."""
+        """The evaluated rows in words: "test set", or "all rows" of a file or an array."""
         return "all rows" if self.split == "all" else f"{self.split} set"
 
     @property
     def words(self) -> str:
-        """As a title has it: the amount, and the KL where it is known."""
+        """For titles: the NLL, and the KL if it is known."""
         if self.kl is None or self.kl_stderr is None:
             return f"NLL {self.amount}"
         return f"NLL {self.amount}, KL {with_error(self.kl, self.kl_error)}"
@@ -322,7 +339,7 @@ class Evaluation:
         return [check for check in self.checks if check.passed is False]
 
     def rows(self) -> list[tuple[str, str]]:
-        """(name, words) of everything, the headline first."""
+        """The lines of the table as (name, words), the headline first."""
         rows = [("NLL", self.headline.removeprefix("NLL "))]
         if self.bits_per_nat is not None:
             rows.append(("", f"{with_error(self.nll, self.error)} nats"))
@@ -421,7 +438,7 @@ class Evaluation:
         return as_fragment(self)
 
     def table(self) -> str:
-        """A few lines for a terminal."""
+        """The result as text, one line for each quantity."""
         return "\n".join(f"{name:>{NAMES}}  {value}" for name, value in self.rows())
 
 
@@ -446,7 +463,7 @@ def _beside(simple: Baseline) -> str:
 
 
 def p_words(p: float) -> str:
-    """What a p-value is equal to, to two digits, or less than."""
+    """A p-value in words: "= 0.12" or "< 1e-6"."""
     return "< 1e-6" if p < 1e-6 else f"= {p:.2g}"
 
 

@@ -11,6 +11,9 @@ Example:
 from flowtrain.models.affine import affine as affine
 from flowtrain.models.ffjord import ffjord as ffjord
 from flowtrain.models.glow import glow as glow
+from flowtrain.models.maf import maf as maf
+from flowtrain.models.mixture import mixture as mixture
+from flowtrain.models.nsf import nsf as nsf
 from flowtrain.models.realnvp import realnvp as realnvp
 
-__all__ = ["affine", "ffjord", "glow", "realnvp"]
+__all__ = ["affine", "ffjord", "glow", "maf", "mixture", "nsf", "realnvp"]

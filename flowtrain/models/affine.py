@@ -10,6 +10,12 @@ from flowtrain.utils.arguments import shape_of
 
 
 def affine(event_shape: int | Sequence[int]) -> Flow:
-    """N(m, L L^T) over the d >= 1 elements of a sample, started at the maximum-likelihood fit of the first data."""
+    """A Gaussian N(m, L L^T) over the d >= 1 elements of a sample.
+
+    `flowtrain.train` and `fit` start it at the maximum-likelihood fit to the first training rows.
+
+    Args:
+        event_shape: d, (d,) or (C, H, W).
+    """
     event_shape = shape_of(event_shape)
     return Flow(event_shape, Chain([Affine(math.prod(event_shape))]))

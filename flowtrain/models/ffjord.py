@@ -22,6 +22,7 @@ from flowtrain.nn.mlp_field import MLPField
 from flowtrain.nn.velocity_field import Field
 from flowtrain.ode import Solver, ode_solver
 from flowtrain.utils.arguments import flag, shape_of, whole
+from flowtrain.utils.errors import ConfigError
 
 
 def ffjord(
@@ -44,27 +45,36 @@ def ffjord(
     noise: str = "rademacher",
     noise_samples: int = 1,
 ) -> Flow:
-    """Continuous bijections over vectors, each with an MLP field of its own, or over images, with convolutional ones.
+    """FFJORD (Grathwohl et al. 2019): continuous flows with MLP fields over vectors, or convolutional ones over images.
 
     Args:
         event_shape: d, (d,) or (C, H, W).
-        solver: shared by all the bijections; None for the defaults of `ode_solver`, an adaptive Dormand-Prince 5(4).
-        field: concatsquash | concat | time_embedding.
-        hidden, activation: of the fields: widths of an MLP, channels of 3x3 convolutions.
-        init_scale: of the first weights of fields of vectors, see `MLPField`; None leaves them to torch.
-        flows: how many continuous bijections; over images, at each size and number of channels.
-        scales: how often images are halved; None for as often as leaves no side below 4.
-        full_size: whether flows stand at the images' own size too, before the first squeeze.
-        positional_bias: over images, the fields have a bias for each place, so that they know where they are.
-        actnorm: over images, an ActNorm of each pixel at the data end, and one of each channel after each flow.
-        conditional: p(x | label), the fields told of the label.
-        classes: how many labels the data have; None for none.
-        trace, eval_trace, noise, noise_samples: see `TraceRule`.
+        solver: the ODE solver of all continuous bijections, from `flowtrain.ode.ode_solver`. None: an adaptive
+            Dormand-Prince 5(4) with the defaults of `ode_solver`.
+        field: concatsquash | concat | time_embedding: how the velocity field depends on t.
+        hidden: the sizes of the fields: widths of an MLP, or over images the channels of 3x3 convolutions.
+        activation: the activation of the fields, see `MLPField`.
+        init_scale: over vectors, the scale of the first layer's initial weights, see `MLPField`. None: the default of
+            torch.
+        flows: the number of continuous bijections; over images, at each size and number of channels.
+        scales: the number of times that images are halved. None: as often as no side becomes shorter than 4.
+        full_size: over images, whether there are flows before the first squeeze too, at the full size.
+        positional_bias: over images, whether the fields have a bias for each position.
+        actnorm: over images, whether there is an ActNorm for each pixel at the data end, and one for each channel after
+            each flow.
+        conditional: whether the flow is p(x | label); the fields then take the label as an input.
+        classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
+        trace, eval_trace, noise, noise_samples: exact or estimated divergence, see `flowtrain.nn.TraceRule`.
+
+    Returns:
+        An untrained flow in training mode. `flowtrain.train` trains it.
 
     Raises:
-        ConfigError: data without labels, or a setting out of range.
+        ConfigError: a solver that is none, `conditional` without `classes`, or a setting out of range.
     """
     event_shape = shape_of(event_shape)
+    if not isinstance(solver, Solver | None):
+        raise ConfigError(f"solver={solver!r}: give a solver, such as flowtrain.ode.ode_solver('tsit5')")
     made = Flows(
         solver=ode_solver() if solver is None else solver,
         rule=TraceRule(trace, eval_trace, noise, noise_samples),

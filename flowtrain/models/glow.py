@@ -31,25 +31,31 @@ def glow(
     conditional: bool = False,
     classes: int | None = None,
 ) -> Flow:
-    """Steps of flow over images (C, H, W), or over vectors of length d >= 2, which are images of one pixel.
+    """Glow (Kingma and Dhariwal 2018) over images (C, H, W), or over vectors of length d >= 2 as images of one pixel.
 
-    At the data end of images stands an ActNorm of each pixel, which is not in the paper.
+    Each step is an ActNorm, an invertible 1x1 convolution and an affine coupling. Over images, there is also an ActNorm
+    for each pixel at the data end, which is not in the paper.
 
     Args:
         event_shape: d, (d,) or (C, H, W).
-        steps: how many, over images at each scale.
-        hidden: of the conditioners: channels of a 3x3 convolution and of 1x1 ones after it, widths of an MLP.
-        activation: of the conditioners; relu | tanh | swish.
-        cap: bound on each coupling's log-scale.
-        input_bound: over vectors, bound on what the conditioners see, see `AffineCoupling`; None for no bound.
-        dropout: over vectors, the share of the conditioners' hidden units that training drops.
-        scales: how often images are halved; None for as often as leaves no side below 4.
-        positional_bias: over images, the conditioners have a bias for each place, so that they know where they are.
-        conditional: p(x | label), the conditioners told of the label.
-        classes: how many labels the data have; None for none.
+        steps: the number of steps of flow, over images at each scale.
+        hidden: the sizes of the conditioners: over images the channels of a 3x3 convolution and of the 1x1 convolutions
+            after it, over vectors the widths of an MLP.
+        activation: relu | tanh | swish, in the conditioners.
+        cap: a bound on the log-scale of each coupling.
+        input_bound: over vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.Coupling`.
+            None: no bound.
+        dropout: over vectors, the dropout probability of the conditioners' hidden units.
+        scales: the number of times that images are halved. None: as often as no side becomes shorter than 4.
+        positional_bias: over images, whether the conditioners have a bias for each position.
+        conditional: whether the flow is p(x | label); the conditioners then take the label as an input.
+        classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
+
+    Returns:
+        An untrained flow in training mode. `flowtrain.train` trains it.
 
     Raises:
-        ConfigError: one channel that is not squeezed, data without labels, or a setting out of range.
+        ConfigError: d < 2, one channel at the last scale, `conditional` without `classes`, or a setting out of range.
     """
     event_shape = shape_of(event_shape)
     made = Steps(

@@ -1,4 +1,4 @@
-"""What the models share that also work on images, at several scales."""
+"""Parts that models over images at several scales share."""
 
 from collections.abc import Callable, Iterable
 
@@ -23,9 +23,12 @@ def of_images(name: str, event_shape: tuple[int, ...], least: int) -> bool:
     if len(event_shape) == 3:
         return True
     if len(event_shape) != 1 or event_shape[0] < least:
+        images = ", ".join(map(str, (1, *event_shape)))
+        others = "use model=nsf, model=maf, model=ffjord or model=affine"
+        advice = f"give images as ({images})" if len(event_shape) == 2 else others
         raise ConfigError(
-            f"model={name} needs images (C, H, W) or vectors of at least {least} column{'s' * (least > 1)}; the data "
-            f"has samples of shape {event_shape}" + (": use model=ffjord or model=affine" if least > 1 else "")
+            f"model={name} needs images (C, H, W) or vectors of at least {least} column{'s' * (least > 1)}; the "
+            f"samples have shape {event_shape}: {advice}"
         )
     return False
 
@@ -54,7 +57,7 @@ def halved(size: Size) -> Size:
 
 
 def halvings(size: Size, asked: int | None) -> int:
-    """How often both sides are halved: as asked, else as long as both are even and none is shorter than SMALLEST.
+    """The number of times that both sides are halved: as asked, else while both are even and at least SMALLEST.
 
     Raises:
         ConfigError: more than the sides allow.
@@ -78,14 +81,14 @@ def from_data(bijections: Iterable[Bijection]) -> Chain:
 
 
 def labelled(name: str, conditional: bool, classes: int | None) -> int | None:
-    """How many classes a model is conditioned on, or None.
+    """The number of classes of a conditional model; None for a model that is not conditional.
 
     Raises:
-        ConfigError: a conditional model of data without labels.
+        ConfigError: a conditional model without a number of classes.
     """
     if conditional and classes is None:
         raise ConfigError(
-            f"model={name} model.conditional=true: this data has no labels to condition on; data=array takes them by "
-            "data.label"
+            f"model={name} with conditional=true needs the labels of the data: give data.label with data=array, label "
+            f"in flowtrain.fit, or classes in flowtrain.models.{name}"
         )
     return classes if conditional else None

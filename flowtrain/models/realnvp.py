@@ -42,27 +42,32 @@ def realnvp(
     conditional: bool = False,
     classes: int | None = None,
 ) -> Flow:
-    """Affine couplings over vectors of length d >= 2, or over images (C, H, W).
+    """RealNVP (Dinh et al. 2017): affine couplings over vectors of length d >= 2, or over images (C, H, W).
 
     Args:
         event_shape: d, (d,) or (C, H, W).
-        layers: how many couplings; over images, of each kind at each scale. None for 8, over images 4.
-        hidden: of the conditioners: widths of an MLP, or over images the channels of each residual block.
-        activation: of the conditioners; relu | tanh | swish.
+        layers: the number of couplings; over images, of each kind at each scale. None: 8, over images 4.
+        hidden: the sizes of the conditioners: widths of an MLP, or over images the channels of each residual block.
+        activation: relu | tanh | swish, in the conditioners.
         mixing: of vectors: `alternate` swaps the halves (even and odd dimensions) from layer to layer; `permutation`
             puts a fixed random permutation before each layer, drawn at construction and saved with the weights.
-        actnorm: an ActNorm after each coupling, and one of each pixel at the data end of images.
-        batch_norm: a BatchNorm after each coupling in place of its ActNorm, and over images in the conditioners too.
-        cap: bound on each coupling's log-scale.
-        input_bound: over vectors, bound on what the conditioners see, see `AffineCoupling`; None for no bound.
-        dropout: over vectors, the share of the conditioners' hidden units that training drops.
-        scales: how often images are halved; None for as often as leaves no side below 4.
-        positional_bias: over images, the conditioners have a bias for each place, so that they know where they are.
-        conditional: p(x | label), the conditioners told of the label.
-        classes: how many labels the data have; None for none.
+        actnorm: whether an ActNorm follows each coupling. Over images there is also one for each pixel at the data end.
+        batch_norm: whether a BatchNorm replaces the ActNorm after each coupling. Over images, the conditioners then
+            have batch normalization too.
+        cap: a bound on the log-scale of each coupling.
+        input_bound: over vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.Coupling`.
+            None: no bound.
+        dropout: over vectors, the dropout probability of the conditioners' hidden units.
+        scales: the number of times that images are halved. None: as often as no side becomes shorter than 4.
+        positional_bias: over images, whether the conditioners have a bias for each position.
+        conditional: whether the flow is p(x | label); the conditioners then take the label as an input.
+        classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
+
+    Returns:
+        An untrained flow in training mode. `flowtrain.train` trains it.
 
     Raises:
-        ConfigError: d < 2, data without labels, or a setting out of range.
+        ConfigError: d < 2, `conditional` without `classes`, or a setting out of range.
     """
     event_shape = shape_of(event_shape)
     images = of_images("realnvp", event_shape, least=2)

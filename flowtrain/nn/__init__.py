@@ -4,6 +4,7 @@ from flowtrain.nn.conditioners import MLP, ConvNet, InformedConv, ResidualNet
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.nn.mlp_field import MLPField
+from flowtrain.nn.residual_mlp import MaskedMLP, ResidualMLP
 from flowtrain.nn.velocity_field import Field, LayeredField
 from flowtrain.utils.recorded import Recorded
 
@@ -15,7 +16,9 @@ __all__ = [
     "InformedConv",
     "LayeredField",
     "MLPField",
+    "MaskedMLP",
     "Recorded",
+    "ResidualMLP",
     "ResidualNet",
     "TraceRule",
 ]

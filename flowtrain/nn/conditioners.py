@@ -1,4 +1,4 @@
-"""Conditioners: the networks that give the scale and shift of a coupling."""
+"""Conditioners: the networks that compute the parameters of a coupling or of an autoregressive map."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -52,12 +52,31 @@ class MLP(Recorded, nn.Sequential):
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         """(B, n_out) of x (B, n_in); labels (B,) where there are classes."""
-        if self.classes is not None:
-            assert label is not None
-            # not F.one_hot, which vmap refuses
-            x = torch.cat([x, F.embedding(label, torch.eye(self.classes, dtype=x.dtype, device=x.device))], 1)
+        x = with_label(x, label, self.classes)
         y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return y
+
+
+def one_width(hidden: Sequence[int]) -> int:
+    """The width of residual blocks.
+
+    Raises:
+        ConfigError: there is not exactly one width.
+    """
+    if len(set(hidden)) != 1:
+        raise ConfigError(
+            f"model.hidden={list(hidden)}: the blocks of a residual network are all of one width, as in [32,32]"
+        )
+    return hidden[0]
+
+
+def with_label(x: Tensor, label: Tensor | None, classes: int | None) -> Tensor:
+    """x (B, n) and the labels (B,) one-hot, (B, n + classes); x where there are no classes."""
+    if classes is None:
+        return x
+    assert label is not None
+    # not F.one_hot, which vmap refuses
+    return torch.cat([x, F.embedding(label, torch.eye(classes, dtype=x.dtype, device=x.device))], 1)
 
 
 class ConvNet(Recorded, nn.Module):
@@ -122,11 +141,7 @@ class ResidualNet(Recorded, nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        if len(set(hidden)) != 1:
-            raise ConfigError(
-                f"model.hidden={list(hidden)}: the blocks of a residual network are all of one width, as in [32,32]"
-            )
-        width = hidden[0]
+        width = one_width(hidden)
         self.first = InformedConv(n_in, width, classes, size)
         self.blocks = nn.ModuleList(Block(width, activation, batch_norm) for _ in hidden)
         self.activation = ACTIVATIONS[activation]()

@@ -13,6 +13,8 @@ from flowtrain.utils.errors import ConfigError
 AUTO = "auto"
 # keys of which the model itself accepts `auto`
 OWN_AUTO = ("trace", "eval_trace")
+# keys that are chosen from the data and not only from their number of rows, see `flowtrain.runs.components`
+FROM_DATA = ("components",)
 
 Groups = dict[str, dict[str, Any]]
 
@@ -44,6 +46,25 @@ _DEPTHS: dict[str, dict[int, Groups]] = {
     "realnvp": {n: {"model": {"layers": layers}} for n, layers in ((_MANY, 16), (_SOME, 8), (_FEW, 4), (_TINY, 2))},
     "glow": {n: {"model": {"steps": steps}} for n, steps in ((_MANY, 8), (_SOME, 4), (_FEW, 2), (_TINY, 1))},
 }
+# for nsf and maf; `hidden` has the width of each residual block of two layers
+_RESIDUAL: dict[int, Groups] = {
+    _MANY: {
+        "model": {"layers": 6, "hidden": [64], "dropout": 0.0},
+        "trainer": {"steps": 8000, "lr": 0.002, "weight_decay": 0.0, "ema": 0.999, "val_every": 100},
+    },
+    _SOME: {
+        "model": {"layers": 4, "hidden": [64], "dropout": 0.2},
+        "trainer": {"steps": 8000, "lr": 0.001, "weight_decay": 1e-4, "ema": 0.999, "val_every": 50},
+    },
+    _FEW: {
+        "model": {"layers": 3, "hidden": [16], "dropout": 0.2},
+        "trainer": {"steps": 4000, "lr": 0.001, "weight_decay": 1e-3, "ema": 0.99, "val_every": 20},
+    },
+    _TINY: {
+        "model": {"layers": 1, "hidden": [8], "dropout": 0.5, "cap": 0.2},
+        "trainer": {"steps": 300, "lr": 2e-4, "weight_decay": 1e-2, "ema": 0.99, "val_every": 20},
+    },
+}
 _FIELDS: dict[int, Groups] = {
     _MANY: {"model": {"hidden": [64, 64, 64]}, "trainer": {"lr": 0.01, "weight_decay": 0.0, "val_every": 50}},
     _SOME: {"model": {"hidden": [64, 64, 64]}, "trainer": {"lr": 0.01, "weight_decay": 1e-4, "val_every": 50}},
@@ -57,7 +78,11 @@ _COUPLING_TRAINER: dict[str, Any] = {"lr_decay": "constant", "clip_norm": 5.0, "
 _VECTORS: dict[str, Groups] = {
     "realnvp": {"model": {"mixing": "permutation", **_BOUNDED}, "trainer": _COUPLING_TRAINER},
     "glow": {"model": _BOUNDED, "trainer": _COUPLING_TRAINER},
+    "nsf": {"model": {"bins": 8, "input_bound": 5.0}, "trainer": _COUPLING_TRAINER},
+    "maf": {"model": {"cap": 0.5, "input_bound": 5.0}, "trainer": _COUPLING_TRAINER},
     "affine": {"trainer": {"steps": 500, "lr": 0.001, "val_every": 100, "patience": 5}},
+    # EM has found the best parameters for the training rows already
+    "mixture": {"trainer": {"steps": 200, "lr": 1e-4, "val_every": 50, "patience": 2}},
     "ffjord": {
         "model": {"field": "time_embedding", "positional_bias": False},
         "trainer": {"steps": 600, "lr_decay": "cosine", "ema": 0.99, "clip_norm": 5.0, "patience": 3},
@@ -78,6 +103,7 @@ _IMAGE_TRAINER: dict[str, Any] = {
 _UNBOUNDED: dict[str, Any] = {"positional_bias": True, "cap": 2.0, "dropout": 0.0, "input_bound": None}
 _IMAGES: dict[str, Groups] = {
     "affine": {"trainer": {"steps": 500, "batch_size": 512, "lr": 0.001, "val_every": 100, "patience": 5}},
+    "mixture": {"trainer": {"steps": 200, "batch_size": 512, "lr": 1e-4, "val_every": 50, "patience": 2}},
     "realnvp": {
         "model": {"layers": 2, "hidden": [32], "mixing": "alternate", **_UNBOUNDED},
         "trainer": _IMAGE_TRAINER,
@@ -105,7 +131,7 @@ def resolve_auto(config: Mapping[str, Any], rows: int | None, event_shape: tuple
     groups = {group: dict(config[group]) for group in ("model", "trainer")}
     for group, keys in groups.items():
         for key, value in keys.items():
-            if value != AUTO or (group == "model" and key in OWN_AUTO):
+            if value != AUTO or (group == "model" and key in OWN_AUTO + FROM_DATA):
                 continue
             if key not in values.get(group, {}):
                 raise ConfigError(
@@ -135,6 +161,7 @@ def _values(name: str, rows: int | None, event_shape: tuple[int, ...]) -> Groups
         _VECTORS.get(name, {}),
         _COUPLINGS[tier] if name in _DEPTHS else {},
         _DEPTHS.get(name, {}).get(tier, {}),
+        _RESIDUAL[tier] if name in ("nsf", "maf") else {},
         _FIELDS[tier] if name == "ffjord" else {},
         {"trainer": {"batch_size": _BATCH if rows is None else min(_BATCH, rows)}},
     ]

@@ -4,14 +4,14 @@ Defaults are defined in these files alone. The commands read them through Hydra,
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from flowtrain.utils.arguments import choose
+from flowtrain.utils.arguments import choose, hint, shortened
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_dir
 from flowtrain.utils.formatting import flattened
@@ -78,11 +78,17 @@ def options(group: str, folders: Sequence[Path]) -> list[str]:
 def read_yaml(text: str) -> Any:
     """The value of a YAML text, with numbers as Hydra reads them.
 
+    Raises:
+        ConfigError: not YAML.
+
     Example:
         >>> read_yaml("[1e-3, null, a]")
         [0.001, None, 'a']
     """
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{text!r} is not a value in YAML ({' '.join(str(e).split())})") from e
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,8 @@ def _choices(
 def _checked(group: str, name: Any, folders: Sequence[Path]) -> str:
     there = options(group.partition("@")[0], folders)
     if name not in there:
-        raise ConfigError(f"{group}={name}: {choose(name, there)}")
+        shown = name if isinstance(name, str) else shortened(name)
+        raise ConfigError(f"{group}={shown}: {choose(name, there)}")
     return str(name)
 
 
@@ -174,16 +181,15 @@ def _set_values(config: dict[str, Any], values: Mapping[str, Any]) -> None:
         for part in path:
             node = node.get(part) if isinstance(node, dict) else None
         if not isinstance(node, dict) or last not in node:
-            raise ConfigError(f"unknown key {key}; {choose(key, _keys(config, key), 'the keys are')}")
+            raise ConfigError(f"unknown key {key}; {_suggested(config, key)}")
         node[last] = plain_value(key, value)
 
 
-def _keys(config: Mapping[str, Any], key: str) -> Iterator[str]:
-    """The dotted keys to choose from: all keys in the group of the key, or all keys if there is no such group."""
+def _suggested(config: Mapping[str, Any], key: str) -> str:
+    """The keys nearest to an unknown key, and all keys of its group if there is such a group."""
     names = [name for name in flattened(config) if "_target_" not in name]
-    group = key.partition(".")[0]
-    within = [name for name in names if name.startswith(f"{group}.")]
-    yield from within or names
+    within = [name for name in names if name.startswith(key.partition(".")[0] + ".")]
+    return choose(key, within, "the keys are") if within else hint(key, names, "`flowtrain --help` lists the keys")
 
 
 def plain_value(key: str, value: Any) -> Any:

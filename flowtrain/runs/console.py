@@ -60,7 +60,7 @@ def messages(path: Path | None = None) -> Iterator[None]:
     if not ranks.is_first():
         path = None
     console = _Console(sys.stderr)
-    console.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    console.setLevel(logging.INFO if status.is_terminal(sys.stderr) else logging.WARNING)
     console.setFormatter(logging.Formatter("%(message)s"))
     handlers: list[logging.Handler] = [console]
     if path is not None:
@@ -88,16 +88,28 @@ def _log_file(path: Path) -> logging.FileHandler:
 
 
 class _ToParent(logging.Handler):
-    """Passes messages on to the handlers of the root logger, as propagation does."""
+    """Passes messages on to the handlers of the root logger, as propagation does.
+
+    Args:
+        last_resort: whether logging prints warnings to standard error if the root logger has no handler.
+    """
+
+    def __init__(self, last_resort: bool) -> None:
+        super().__init__()
+        self.last_resort = last_resort
 
     def emit(self, record: logging.LogRecord) -> None:
-        logging.getLogger().callHandlers(record)
+        root = logging.getLogger()
+        if root.handlers or self.last_resort:
+            root.callHandlers(record)
 
 
 @contextmanager
 def writing_log(path: Path) -> Iterator[None]:
     """Inside, messages of all levels also go to the log file of a run; those that the caller sees stay the same."""
-    file, parent, shown = _log_file(path), _ToParent(), log.getEffectiveLevel()
+    file, parent, disabled = _log_file(path), _ToParent(last_resort=not log.handlers), log.disabled
+    # no message has a level above CRITICAL
+    shown = logging.CRITICAL + 1 if disabled else log.getEffectiveLevel()
     before = log.level, log.propagate, {handler: handler.level for handler in log.handlers}
     # a logger drops messages below its own level before any handler sees them
     for handler in (*log.handlers, parent):
@@ -105,10 +117,12 @@ def writing_log(path: Path) -> Iterator[None]:
     for handler in (file, parent) if log.propagate else (file,):
         log.addHandler(handler)
     log.setLevel(logging.DEBUG)
-    log.propagate = False
+    # dictConfig disables the loggers that exist
+    log.propagate = log.disabled = False
     try:
         yield
     finally:
+        log.disabled = disabled
         level, log.propagate, levels = before
         log.setLevel(level)
         for added in (file, parent):

@@ -28,7 +28,7 @@ ODE_SOLVER = "flowtrain.ode.ode_solver"
 TORCHDIFFEQ = "flowtrain.ode.torchdiffeq_engine.Torchdiffeq"
 # the base classes of all parts; flows, bases and bijections are modules
 KINDS = (nn.Module, Solver, TraceRule, Tableau)
-# the classes of flowtrain that a description may contain, by their public names, which files go on using
+# the classes of flowtrain that a description may contain, by their public names. Files contain these names: keep them
 PARTS: dict[str, type] = {
     "flowtrain.Flow": Flow,
     "flowtrain.Ensemble": Ensemble,
@@ -75,7 +75,7 @@ TORCH_MODULES: dict[str, type[nn.Module]] = {
     )
 }
 TORCH_CONTAINERS = {"torch.nn.ModuleList": "modules", "torch.nn.Sequential": "_args_"}
-# arguments of `Flow` that the samples of a checkpoint say
+# arguments of `Flow` that a checkpoint stores with its samples
 OF_SAMPLES = ("integer_valued", "levels", "centered", "noisy", "class_counts")
 
 
@@ -130,7 +130,7 @@ def _recorded(part: Recorded, where: str) -> dict[str, Any]:
 
 
 def _present(owner: Recorded, value: Any) -> Any:
-    """An argument with the parts that the owner has now."""
+    """The present value of an argument: each `Part` in it is replaced by the attribute of the owner."""
     if isinstance(value, Part):
         try:
             return value.of(owner)
@@ -208,8 +208,8 @@ def path_of(part: Any, where: str) -> str:
 def check_description(node: Any, trust: Sequence[str], where: str) -> None:
     """Refuses a description read from a file that builds anything but parts of flows.
 
-    It may build classes of flowtrain that are such parts, some modules of torch, and what is under `trust`. An object
-    may only be given where a constructor takes one: elsewhere it would take memory that no weights fill.
+    It may build parts of flowtrain, some modules of torch, and classes of the packages in `trust`. An object may only
+    be an argument that takes an object. Elsewhere it could allocate memory without limit.
 
     Raises:
         CheckpointError: saying what it would run.

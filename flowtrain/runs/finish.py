@@ -23,7 +23,7 @@ log = logging.getLogger("flowtrain")
 
 
 def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None, flow: Flow | None = None) -> None:
-    """Writes result.json and the final pictures, from the best checkpoint as it stands on the disk.
+    """Writes result.json and the final pictures, from the best checkpoint on the disk.
 
     Args:
         flow: a flow to load its weights into; None: built from the config.
@@ -79,7 +79,7 @@ def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
 def draw_training(
     flow: Flow, step: int, nll: float, *, data: Dataset, run_dir: Path, title: str, board: tensorboard.Board | None
 ) -> None:
-    """A picture of a run on its way, after a step and with the last validation's NLL in nats."""
+    """Draws a picture during training, titled with the step and the NLL of the last validation, in nats."""
     bits = flow.bits_per_nat
     reached = f"NLL {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
     # the first picture may come before the first validation

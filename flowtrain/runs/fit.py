@@ -9,9 +9,12 @@ Example:
 """
 
 import logging
+import numbers
+import os
 import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -36,7 +39,7 @@ from flowtrain.runs.descriptions import describe, describe_solver
 from flowtrain.runs.run import Ended, Parts
 from flowtrain.runs.run import train as run_training
 from flowtrain.runs.run_directory import claim_directory, cleaned_up_unless_begun, locked_directory, remove_empty
-from flowtrain.utils.arguments import number
+from flowtrain.utils.arguments import choose, number, path_of, shortened
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import config_dir, config_groups, write_text
 from flowtrain.utils.formatting import flattened, shown
@@ -46,10 +49,33 @@ log = logging.getLogger("flowtrain")
 
 # tables of a fit in its run directory, by the key of the data that names them
 TABLES = {"path": "data/train.npz", "val_path": "data/val.npz", "test_path": "data/test.npz"}
+# further files that a fit writes in its run directory
+FILES = (".hydra/*.yaml", "flowtrain.log", "checkpoints/*.pt", "plots/*.png")
 # the model whose trainer settings a flow built by hand is trained with, if it solves ODEs and if not
 CONTINUOUS, DISCRETE = "ffjord", "realnvp"
 
 
+_FITTING = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _FITTING
+    _FITTING = threading.RLock()
+
+
+# the thread that holds the lock is not in a forked process
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """One fit at a time in this process: random state, default dtype and log level belong to all of its threads."""
+    with _FITTING:
+        yield
+
+
+@_one_at_a_time()
 def fit(
     x: Rows | Dataset | str | Path,
     *,
@@ -66,43 +92,52 @@ def fit(
     progress: bool = True,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> Flow:
-    """Fits a flow to data: max over theta of mean log p(x; theta), in the units of x.
+    """Fits a flow to data by maximum likelihood: max over theta of the mean of log p(x; theta), in nats.
 
-    This is the command `flowtrain model=MODEL data=array`: rows are split into training, validation and test sets,
-    standardised inside the flow, and trained on with early stopping, averaged weights and the guard of the solver. The
-    same seed and settings give the same flow as the command. torch's random state, thread count, default dtype and
-    precision settings are as before when it returns.
+    This does what the command `flowtrain model=MODEL data=array` does. Rows are split into training, validation and
+    test sets. The flow standardises them; its log p and samples are in the units of x. Training has early stopping,
+    averaged weights and a guard against solver error. With the same seed and settings, `fit` and the command give the
+    same flow, unless another thread draws random numbers from torch meanwhile.
+
+    torch's random state, thread count, default dtype and precision settings are restored on return. They belong to the
+    process, so fits in several threads run one after another.
 
     Args:
         x: rows (n, d) as a NumPy array, a tensor or a data frame; images (n, C, H, W); the name of a data set
             (`"moons"`); the path of a file (`"mine.csv"`); or a `Dataset`. The flow keeps the column names of a frame.
-        model: the name of a model, such as "realnvp", "glow" or "ffjord".
+        model: the name of a model: "ffjord", "nsf", "maf", "realnvp", "glow", "mixture" or "affine". `train` takes a
+            flow built by hand.
         label: for p(x | label), a class 0, 1, ... for each row, (n,), or the name or position of a column of x. True
             takes the labels of a data set.
         val: the validation set, which chooses the best weights: rows like x, or (rows, labels). A number is the share
             of x to hold out. None: 0.1.
-        test: the test set, scored only if there is a run directory; as `val`.
+        test: the test set: as `val`. It is scored only if there is a run directory. `Flow.record.held_out` has the
+            positions of the rows that were held out from x.
         levels: the number of values if x is whole numbers 0 .. levels - 1, such as 256 for images of bytes. The flow
-            then models the density of x + u with u ~ U[0, 1) (dequantization).
-        steps: the number of updates. None: the default of the model.
-        minutes: the time limit of the whole call. Learning rate and tolerance reach their final values by then.
-        seed: of the initial weights and the batches. The split depends on `data.seed` only.
+            then models the density of x + u with u ~ U[0, 1) (dequantization). For counts without a largest value, give
+            overrides={"data.dequantize": True} instead.
+        steps: the number of optimizer steps. None: the default for the model and the data.
+        minutes: the time limit of the whole call. Learning rate and tolerance reach their final values by then. None:
+            no limit.
+        seed: the seed of the initial weights and the batches. The split into sets depends on the key `data.seed` only.
         device: auto (a GPU if there is one), cpu, cuda or cuda:0.
         run_dir: a directory for the files of a run, which must not hold one: log, metrics, checkpoints, a copy of the
             data, pictures and result.json. `flowtrain resume=RUN_DIR` continues the run. None: nothing is written.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
         overrides: further settings by their keys on the command line, {"trainer.lr": 1e-3, "solver": "tsit5"} or
-            ["trainer.lr=1e-3", "solver=tsit5"]; `flowtrain --help` lists them.
+            ["trainer.lr=1e-3", "solver=tsit5"]. They win over the arguments above. `flowtrain --help` lists the keys.
+            Messages name settings by these keys.
 
     Returns:
         The flow with the best validation NLL, in evaluation mode, on the device of the fit. `Flow.record` holds its
-        config and the rows of metrics. If Ctrl-C interrupts the fit after the first validation, it is the best flow so
-        far; a second Ctrl-C raises KeyboardInterrupt.
+        config and the rows of metrics. If Ctrl-C interrupts the fit after the first validation, the best flow so far is
+        returned. A second Ctrl-C raises KeyboardInterrupt.
 
     Raises:
         ConfigError: a setting that does not exist or is out of range.
-        DataError: data that no density can be fitted to, naming row and column.
-        FlowtrainError: a loss, gradient or solve that failed; see `trainer.on_nonfinite`.
+        DataError: missing values, text, or other data that no density can be fitted to. The message names row and
+            column.
+        FlowtrainError: a loss, a gradient or an ODE solve failed; see the key `trainer.on_nonfinite`.
 
     Example:
         >>> flow = fit("moons", model="realnvp", steps=10, progress=False)
@@ -110,14 +145,19 @@ def fit(
         torch.Size([3, 2])
     """
     begun = time.perf_counter()
+    if not isinstance(model, str):
+        raise ConfigError(
+            f"model is of type {type(model).__name__}: give a name such as model='realnvp'; flowtrain.train(flow, x) "
+            "trains a flow that was built by hand"
+        )
     source = source_of(x, label, val, test)
     settings = {**source.settings, "model": model, "seed": seed, "device": str(device)}
     if levels is not None:
         settings["data.levels"] = levels
-    composed = _composed(settings, steps, minutes, overrides)
+    composed = _composed(settings, steps, minutes, overrides, held=source.held_keys)
     if source.labelled:
         if "conditional" not in composed.config["model"]:
-            raise ConfigError(f"label: model={model} is not conditional; choose realnvp, glow or ffjord")
+            raise ConfigError(f"label: model={model} is not conditional; choose realnvp, nsf, maf, glow or ffjord")
         composed.config["model"]["conditional"] = True
     ended = _run(composed, source, run_dir, progress, begun, Parts(data=source.data))
     trainer = ended.trainer
@@ -127,6 +167,7 @@ def fit(
     return flow
 
 
+@_one_at_a_time()
 def train(
     flow: Flow,
     x: Rows | Dataset | str | Path,
@@ -143,36 +184,37 @@ def train(
     initialize: bool | None = None,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> Record:
-    """Trains a flow that was built by hand, in place. For the arguments see `fit`.
+    """Trains a flow that was built by hand, in place. Arguments that are not listed here are as in `fit`.
 
-    x must have the event shape and the kind of the flow. It is standardised only if the flow contains a `Standardize`.
-    Afterwards, the flow has the weights of the best validation NLL and is in evaluation mode. If training fails, it has
-    its former weights. With {"objective": "rectified"} among the overrides, the flow learns straight paths from its own
-    present state (reflow).
+    The rows of x must have the event shape of the flow, and be whole numbers if the flow is integer-valued. They are
+    standardised only if the flow contains a `flowtrain.bijections.Standardize`.
+    Afterwards, the flow has the weights with the best validation NLL and is in evaluation mode. If training fails, the
+    flow gets its former weights back. With overrides={"objective": "rectified"}, the present flow is the teacher for
+    straight paths (reflow).
 
     Args:
-        device: None: the device of the flow.
+        device: the device to train on. None: the device of the flow.
         initialize: whether to set data-dependent parameters, such as scale and shift of ActNorm, from x first.
-            None: unless the flow was trained by `fit` or `train` before.
+            None: only if the flow was never trained by `fit` or `train`.
+        overrides: as in `fit`. The groups `model` and `solver` cannot be changed.
 
     Returns:
         The record of the training, also in `flow.record`.
 
     Raises:
         ConfigError: a setting that does not exist or is out of range.
-        DataError: data of another shape or kind than the flow's.
-        FlowtrainError: as `fit`.
+        DataError: data of another shape or kind than the flow takes.
+        FlowtrainError: as in `fit`.
 
     Example:
         >>> import flowtrain, torch
         >>> flow = flowtrain.models.realnvp(2, layers=2, hidden=[8])
         >>> record = train(flow, torch.randn(100, 2), steps=5, progress=False)
-        >>> record.rows[-1]["split"]
+        >>> record.metrics[-1]["split"]
         'val'
     """
     begun = time.perf_counter()
-    if not isinstance(flow, Flow):
-        raise ConfigError(f"flow is of type {type(flow).__name__}: give a single Flow, such as a member of an ensemble")
+    _check_trainable(flow)
     source = source_of(x, label, val, test)
     if source.labelled and flow.classes is None:
         raise DataError("the flow is not conditional: leave label out")
@@ -181,7 +223,7 @@ def train(
     settings = {**source.settings, "model": kind, "seed": seed, "device": str(where)}
     if source.tables:
         settings |= _data_settings(flow)
-    composed = _composed(settings, steps, minutes, overrides, fixed=("model", "solver"))
+    composed = _composed(settings, steps, minutes, overrides, ("model", "solver"), source.held_keys)
     composed.config["model"] = {"name": kind}
     if run_dir is not None:
         composed.config["model"] |= {"_target_": TARGET, "flow": describe(flow)}
@@ -202,6 +244,24 @@ def train(
     return flow.record
 
 
+def _check_trainable(flow: Any) -> None:
+    """Refuses what `train` cannot train.
+
+    Raises:
+        ConfigError: not a flow, no parameter to train, or parameters that no update can change.
+    """
+    if not isinstance(flow, Flow):
+        raise ConfigError(f"flow={shortened(flow)}: give a Flow; fit builds one from the name of a model")
+    parameters = list(flow.parameters())
+    if not any(p.requires_grad for p in parameters):
+        raise ConfigError("the flow has no parameter to train: set requires_grad for at least one")
+    if any(tensor.is_inference() for tensor in (*parameters, *flow.buffers())):
+        raise ConfigError(
+            "the flow was built in torch.inference_mode, so that it cannot be trained: build it outside, or train a "
+            "copy.deepcopy of it"
+        )
+
+
 @dataclass(frozen=True)
 class Source:
     """The data of a fit.
@@ -218,6 +278,11 @@ class Source:
     data: Dataset | None = None
     labelled: bool = False
 
+    @property
+    def held_keys(self) -> list[str]:
+        """The keys of the data that have tables in memory, in the place of files."""
+        return [f"data.{key}" for key in self.tables]
+
 
 def source_of(x: Any, label: Any = None, val: Any = None, test: Any = None) -> Source:
     """Reads the arguments of `fit` that are data.
@@ -226,6 +291,7 @@ def source_of(x: Any, label: Any = None, val: Any = None, test: Any = None) -> S
         ConfigError: a name that is neither a data set nor a file, or arguments that do not go together.
         DataError: rows that are not a table of numbers.
     """
+    label = _plain(label)
     if not isinstance(x, str | Path | Dataset):
         return _in_memory(x, label, val, test)
     for name, given in (("val", val), ("test", test)):
@@ -233,15 +299,17 @@ def source_of(x: Any, label: Any = None, val: Any = None, test: Any = None) -> S
             raise ConfigError(f"{name}: only for rows in memory; {_by_overrides(x, name)}")
     named = not isinstance(x, Dataset) and str(x) in options("data", [config_dir()])
     if isinstance(x, Dataset) or named:
-        if label not in (None, True):
+        if label is not None and label is not True:
             raise ConfigError("label: this data set has its own labels; give label=True to use them")
         chosen = _settings_of(x) if isinstance(x, Dataset) else {"data": str(x)}
         return Source(chosen, data=x if isinstance(x, Dataset) else None, labelled=label is True)
-    if not Path(x).expanduser().is_file():
-        raise ConfigError(f"x={str(x)!r}: no data set and no file has this name")
-    settings: dict[str, Any] = {"data": "array", "data.path": str(Path(x).expanduser().absolute())}
+    path = path_of("x", x)
+    if not path.is_file():
+        names = choose(str(x), options("data", [config_dir()]), "the data sets are")
+        raise ConfigError(f"x={str(x)!r}: no data set and no file has this name; {names}")
+    settings: dict[str, Any] = {"data": "array", "data.path": str(path.absolute())}
     if label is not None:
-        if not isinstance(label, str | int):
+        if not isinstance(label, str | int) or isinstance(label, bool):
             raise ConfigError("label: for a file, give the name or the position of its column of labels")
         settings["data.label"] = label
     return Source(settings, labelled=label is not None)
@@ -267,39 +335,74 @@ def _settings_of(data: Dataset) -> dict[str, Any]:
 def _in_memory(x: Any, label: Any, val: Any, test: Any) -> Source:
     """Rows in memory, as tables in the place of the files of data=array."""
     settings: dict[str, Any] = {"data": "array"}
+    if isinstance(label, bool):
+        raise ConfigError(f"label={label}: for rows in memory, give the labels, or the name or position of a column")
+    names = column_names(x) if is_frame(x) else ()
     labels = None
     if isinstance(label, str | int):
-        settings["data.label"] = label
+        # a column of a frame can have a number for its name
+        own = list(x.columns) if names and not isinstance(label, str) else []
+        settings["data.label"] = own.index(label) if label in own else label
     elif label is not None:
         labels = label
-    names = column_names(x) if is_frame(x) else ()
     free = next(name for name in ("label", "class_label", "_label") if name not in names)
     table = table_of(x, "x", labels, free)
     if labels is not None:
         settings["data.label"] = free if names else len(table.columns) - 1
-    if (event_shape := event_shape_of(x)) is not None:
+    event_shape = event_shape_of(x)
+    if event_shape is not None:
         settings["data.event_shape"] = event_shape
+        if event_shape[-1] in (1, 3, 4) and event_shape[0] > event_shape[-1]:
+            log.warning(
+                f"x has images of shape {tuple(event_shape)}, read as {event_shape[0]} channels. If the channels are "
+                "last, give x.transpose(0, 3, 1, 2)"
+            )
     tables = {"path": table}
-    for key, given in (("val", val), ("test", test)):
-        if given is None:
-            continue
+    for key, given in (("val", _plain(val)), ("test", _plain(test))):
         if isinstance(given, int | float):
             settings[f"data.{key}_fraction"] = given
-            continue
-        rows, own = given if isinstance(given, tuple) else (given, None)
-        if (own is None) != (labels is None):
-            raise DataError(f"{key}: give (rows, labels) if label is an array, else rows alone")
-        held = table_of(rows, key, own, free)
-        if is_frame(rows) and names:
-            missing = [name for name in table.columns if name not in held.columns]
-            if missing:
-                raise DataError(f"{key} has no column {missing[0]!r}; it needs the columns of x")
-            held = held.only([held.columns.index(name) for name in table.columns])
-            held = replace(held, indices=table.indices)
-        elif not is_frame(rows) and names and len(held.columns) == len(table.columns):
-            held = replace(held, columns=table.columns)
-        tables[f"{key}_path"] = held
+        elif given is not None:
+            tables[f"{key}_path"] = _held_out(key, given, table, event_shape, bool(names), free, labels is not None)
     return Source(settings, tables, labelled=label is not None)
+
+
+def _held_out(
+    key: str, given: Any, table: Table, event_shape: list[int] | None, is_named: bool, free: str, has_labels: bool
+) -> Table:
+    """The table of a held-out set, with the columns of the table of x.
+
+    Args:
+        key: val or test.
+        event_shape: the shape of the images of x; None for vectors.
+        is_named: whether x is a data frame.
+        free: the name of the column of labels.
+        has_labels: whether the labels of x are an array.
+    """
+    if isinstance(given, str | Path | Dataset):
+        raise ConfigError(f"{key}={shortened(given)}: give rows like x, (rows, labels), or the share to hold out")
+    rows, own = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+    if (own is None) == has_labels:
+        raise DataError(f"{key}: give (rows, labels) if label is an array, else rows alone")
+    held = table_of(rows, key, own, free)
+    shape = event_shape_of(rows)
+    if shape not in (None, event_shape):
+        raise DataError(f"{key} has images of shape {shape}, and x has {event_shape or 'vectors'}")
+    if is_frame(rows) and is_named:
+        missing = [name for name in table.columns if name not in held.columns]
+        if missing:
+            raise DataError(f"{key} has no column {missing[0]!r}; it needs the columns of x")
+        held = held.only([held.columns.index(name) for name in table.columns])
+        return replace(held, indices=table.indices)
+    if is_named and len(held.columns) == len(table.columns):
+        return replace(held, columns=table.columns)
+    return held
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or torch, or an array of rank 0, as a number of Python; anything else unchanged."""
+    scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    plain = value.item() if scalar else value
+    return plain if isinstance(plain, numbers.Real) else value
 
 
 def _data_settings(flow: Flow) -> dict[str, Any]:
@@ -320,22 +423,30 @@ def _composed(
     minutes: float | None,
     overrides: Mapping[str, Any] | Sequence[str] | None,
     fixed: Sequence[str] = (),
+    held: Sequence[str] = (),
 ) -> Composed:
     """The config of a fit; overrides win.
 
     Args:
         fixed: groups that overrides cannot change.
+        held: keys of data in memory, which overrides cannot change.
     """
     settings = dict(settings)
     if steps is not None:
         settings["trainer.steps"] = steps
     if minutes is not None:
-        settings["time_budget"] = 60 * number("minutes", minutes)
+        settings["time_budget"] = 60 * number("minutes", _plain(minutes))
     given = _as_mapping(overrides)
     refused = [key for key in flattened(given) if key.partition(".")[0] in fixed]
     if refused:
         raise ConfigError(f"overrides: {refused[0]} cannot be changed, because the flow is built already")
+    taken = [key for key in flattened(given) if key in ("data", "data._target_", *held)]
+    if held and taken:
+        raise ConfigError(f"overrides: {taken[0]} cannot be changed, because the rows are in memory")
     composed = compose({**settings, **given})
+    for group in ("model", "data"):
+        if composed.choices[group] is None:
+            raise ConfigError(f"{group}={None}: {choose(None, options(group, [config_dir()]))}")
     return replace(composed, config=with_whole_numbers(composed.config, config_groups()))
 
 
@@ -347,6 +458,8 @@ def _as_mapping(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str
     """
     if overrides is None or isinstance(overrides, Mapping):
         return dict(overrides or {})
+    if not isinstance(overrides, Iterable):
+        raise ConfigError(f"overrides={shortened(overrides)}: give a mapping, or a list of KEY=VALUE")
     found = {}
     for override in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, value = str(override).partition("=")
@@ -368,10 +481,14 @@ def _run(
     with reporting(library_reporter()) if progress else nullcontext():
         if run_dir is None:
             return _checked(run_training(config, None, begun=begun, recipes=composed.recipes, given=parts))
-        path = Path(run_dir).expanduser().absolute()
+        path = path_of("run_dir", run_dir).absolute()
         with _new_run_directory(path):
-            config = {**config, "data": {**config["data"], **_write_tables(path, source.tables)}}
+            paths = {key: str(path / TABLES[key]) for key in source.tables}
+            config = {**config, "data": {**config["data"], **paths}}
+            # a killed fit is recognised by its config
             _write_hydra(path, config, composed)
+            for key, table in source.tables.items():
+                write_table(Path(paths[key]), table)
             with writing_log(path / "flowtrain.log"):
                 given = replace(parts, tables={})
                 return _checked(run_training(config, path, begun=begun, recipes=composed.recipes, given=given))
@@ -401,21 +518,38 @@ def _new_run_directory(run_dir: Path) -> Iterator[None]:
     try:
         with locked_directory(run_dir):
             claim_directory(run_dir)
-            there = [name for name in written if (run_dir / name).exists() and not (run_dir / ".hydra").exists()]
+            there = _files_of_others(run_dir)
             if there:
-                raise ConfigError(f"{run_dir / there[0]} exists and is not overwritten: choose another run_dir")
+                raise ConfigError(f"{there[0]} exists and is not overwritten: choose another run_dir")
             with cleaned_up_unless_begun(run_dir, (BaseException,), bool(made), written):
                 yield
     finally:
         remove_empty(made)
 
 
-def _write_tables(run_dir: Path, tables: Mapping[str, Table]) -> dict[str, str]:
-    """Keeps tables in the run directory, for its resumption. Returns their paths."""
-    paths = {key: run_dir / TABLES[key] for key in tables}
-    for key, table in tables.items():
-        write_table(paths[key], table)
-    return {key: str(path) for key, path in paths.items()}
+def _files_of_others(run_dir: Path) -> list[Path]:
+    """The files that a fit would overwrite, except those of a fit that was killed before it had a checkpoint."""
+    config, overrides = (_yaml_of(run_dir / f".hydra/{name}.yaml") for name in ("config", "overrides"))
+    if isinstance(config, Mapping) and {"model", "data", "solver", "objective", "trainer"} <= config.keys():
+        data = config["data"] if isinstance(config["data"], Mapping) else {}
+        # the command names the file of its data, and a fit with rows in memory names a copy that it has made itself
+        own = data.get("path") == str(run_dir / TABLES["path"]) and isinstance(overrides, list)
+        own = own and not any(str(entry).startswith("data.path=") for entry in overrides)
+        patterns: tuple[str, ...] = () if own else tuple(TABLES.values())
+    else:
+        patterns = (*TABLES.values(), *FILES)
+    found = [path for pattern in patterns for path in sorted(run_dir.glob(pattern))]
+    links = [path for pattern in (*TABLES.values(), *FILES) for path in run_dir.glob(pattern) if path.is_symlink()]
+    # an empty log is that of a refused fit
+    return [*links, *(path for path in found if path.stat().st_size)]
+
+
+def _yaml_of(path: Path) -> Any:
+    """The content of a YAML file; None if there is none."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError):
+        return None
 
 
 def _write_hydra(run_dir: Path, config: Mapping[str, Any], composed: Composed) -> None:
@@ -436,7 +570,7 @@ def _record(saved: Mapping[str, Any], ended: Ended) -> Record:
         config=saved["config"],
         samples=load.samples_of(saved),
         step=saved["step"],
-        rows=tuple(trainer.metrics.rows),
+        metrics=tuple(trainer.metrics.rows),
         seconds=trainer.seconds,
         stopped_by=trainer.stopped_by,
         held_out=dict(trainer.data.held_rows),

@@ -20,7 +20,7 @@ from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import averages
 from flowtrain.training.resume_validation import is_count
-from flowtrain.utils.arguments import below_half
+from flowtrain.utils.arguments import below_half, path_of
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError, first_line
 from flowtrain.utils.process import own_settings
 
@@ -97,7 +97,10 @@ def load(
     trust: Sequence[str] = (),
     weights: Sequence[float] | str | None = None,
 ) -> Flow | Ensemble:
-    """The flow of a checkpoint, in evaluation mode and in its dtype, with the averaged weights where EMA was on.
+    """Loads the flow of a run directory or a file. Loading runs no code from the file.
+
+    The flow is in evaluation mode and has the dtype that it was saved in. If training averaged the weights (EMA), the
+    flow has the averages.
 
     A sweep directory, or a list of runs with the same data, gives an `Ensemble`: log p(x) = log sum_m w_m p_m(x). Its
     weights are computed by EM on the validation rows, which are read again, see
@@ -106,22 +109,30 @@ def load(
     Args:
         path: a run directory (its best checkpoint), a .pt file of a run or of `Flow.save`, a sweep directory, or a list
             of these. Runs of a sweep without a checkpoint are left out with a warning.
-        device: cpu, cuda or cuda:0, or auto, a GPU if there is one.
-        trust: packages besides flowtrain that the checkpoint's config may build from, such as ("mypkg",).
+        device: cpu, cuda, cuda:0 or auto (a GPU if there is one).
+        trust: packages besides flowtrain whose classes the file may name, such as ("mypkg",).
         weights: of the members of an ensemble, in their order, or "equal"; the data are then not needed.
 
+    Returns:
+        The flow, or the ensemble. `Flow.record` has the config of its run; it is None for a flow that was built by
+        hand.
+
     Raises:
-        CheckpointError: missing, damaged, or asking for code that is not trusted; runs with different data.
-        ConfigError: a device that is not there, or weights that are not weights.
+        CheckpointError: the file is missing, damaged, or names code that is not trusted; runs with different data.
+        ConfigError: this machine does not have the device; weights that are not weights.
         DataError: the validation rows of an ensemble are missing or have changed.
+
+    Example:
+        >>> flow = load("outputs/2026-01-01/12-00-00")  # doctest: +SKIP
     """
-    where, runs = resolve_device(device), runs_of(path)
+    paths = [path_of("path", each) for each in path] if isinstance(path, list | tuple) else path_of("path", path)
+    where, runs = resolve_device(device), runs_of(paths)
     if runs is None:
-        assert isinstance(path, str | Path)
+        assert isinstance(paths, Path)
         if weights is not None:
             raise ConfigError(f"weights: {path} is a single run; give a sweep directory or a list of runs")
         # type checkers take a file or a directory for that of a flow
-        return cast(Flow, restore(checkpoint.load(checkpoint.find(Path(path).expanduser())), where, trust))
+        return cast(Flow, restore(checkpoint.load(checkpoint.find(paths)), where, trust))
     members = []
     for run in runs:
         saved = checkpoint.load(checkpoint.find(run))
@@ -272,7 +283,7 @@ def _fits(value: Any, sketch: Tensor | None, samples: Samples) -> bool:
 
 
 def samples_of(saved: Mapping[str, Any]) -> Samples:
-    """What a checkpoint says of the samples it was trained on.
+    """The description of the training samples in a checkpoint.
 
     Raises:
         CheckpointError: a description that is not one.

@@ -18,6 +18,7 @@ from flowtrain.data.tables.table_reader import Table
 from flowtrain.evaluation import check_fits
 from flowtrain.flow import Flow
 from flowtrain.runs import auto_settings, build, load
+from flowtrain.runs.components import resolve_components
 from flowtrain.runs.console import banner, name_of, title_of
 from flowtrain.training import checkpoint, tensorboard
 from flowtrain.training.time_budget import TimeBudget
@@ -150,7 +151,7 @@ def prepare(
     seconds = None if seconds is None else number("time_budget", seconds)
     with phase("reading the data"):
         data = build.build_data(config, **given.tables) if given.data is None else given.data
-    config = auto_settings.resolve_auto(config, data.n_train, data.event_shape)
+    config = resolve_components(auto_settings.resolve_auto(config, data.n_train, data.event_shape), data)
     settings = build.build_settings(config)
     if saved is not None:
         check_same("resume", load.samples_of(saved), data.samples)

@@ -30,7 +30,7 @@ PATIENCE = 0.1
 
 
 class InUseError(ConfigError):
-    """Another process works there."""
+    """Another process is using the run directory."""
 
 
 @contextmanager
@@ -43,13 +43,21 @@ def holding(run_dir: Path) -> Iterator[None]:
 
     Raises:
         InUseError: another process holds the lock; the message says which.
-        ConfigError: a file of the run is a link, so that writing it would overwrite something else.
+        ConfigError: the directory cannot be created; or a file of the run is a link, so that writing it would overwrite
+            something else; or a file of someone else has the name of the lock.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"the run directory {run_dir} cannot be created ({e}); choose another") from e
     links = [name for name in (NAME, HOLDER, *WRITTEN) if (run_dir / name).is_symlink()]
     if links:
         raise ConfigError(f"{run_dir / links[0]} is a link: a run writes its own files alone; remove it")
     lock, holder = filelock.FileLock(run_dir / NAME), run_dir / HOLDER
+    # the lock file is empty where the system has file locks, and a holder begins with its process
+    _refuse_foreign_lock(holder, "process ")
+    if not isinstance(lock, filelock.SoftFileLock):
+        _refuse_foreign_lock(run_dir / NAME, "")
     try:
         lock.acquire(timeout=PATIENCE, poll_interval=PATIENCE / 5)
     except filelock.Timeout as e:
@@ -58,8 +66,8 @@ def holding(run_dir: Path) -> Iterator[None]:
         ) from e
     try:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        # of a process that was killed while it wrote them: no other writes them now
-        for torn in [*run_dir.glob("checkpoints/.*.tmp"), *run_dir.glob(".metrics.jsonl.*.tmp")]:
+        # left behind by a process that was killed while writing: this process holds the lock
+        for torn in [*run_dir.glob("checkpoints/.*.pt.*.*.tmp"), *run_dir.glob(".metrics.jsonl.*.*.tmp")]:
             torn.unlink(missing_ok=True)
         yield
     finally:
@@ -70,8 +78,21 @@ def holding(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
+def _refuse_foreign_lock(file: Path, beginning: str) -> None:
+    """Refuses a file that is not a lock file of a run: one would be deleted. Lock files are empty or begin so."""
+    if not file.exists():
+        return
+    try:
+        foreign = not file.is_file() or (file.stat().st_size and not (beginning and file.read_text()[:8] == beginning))
+    except (OSError, UnicodeError):
+        # on Windows, a locked file cannot be read
+        foreign = not file.is_file()
+    if foreign:
+        raise ConfigError(f"{file} is not a lock of a run, and a run would delete it: choose another directory")
+
+
 def _named(holder: Path) -> str:
-    """The holder of the lock, as it wrote itself."""
+    """The process that holds the lock, in words from its holder file."""
     try:
         return holder.read_text(encoding="utf-8", errors="replace")[:200].strip() or "another process"
     except OSError:
@@ -125,16 +146,16 @@ def cleaned_up_unless_begun(
 
 @contextmanager
 def locked_directory(run_dir: Path) -> Iterator[None]:
-    """The run directory is this run's inside: rank 0 holds it, and the others begin once it does."""
+    """Locks the run directory inside the context. Rank 0 takes the lock, and the other ranks wait for it."""
     with holding(run_dir) if ranks.is_first() else nullcontext():
         ranks.broadcast_object(True)
         yield
 
 
 def claim_directory(run_dir: Path) -> None:
-    """Refuses a directory that already holds a run: one killed before its first checkpoint has left none."""
+    """Refuses a directory that already holds a run. A run killed before its first checkpoint does not count."""
     if holds_run(run_dir):
         raise ConfigError(
             f"{run_dir} already holds a run and is not overwritten: resume it with {resume_command(run_dir)}, "
-            "or choose another directory (hydra.run.dir)"
+            "or choose another directory (hydra.run.dir, or run_dir in Python)"
         )

@@ -16,24 +16,25 @@ from flowtrain.runs.build import build_density, build_solver
 from flowtrain.runs.descriptions import describe, describe_solver
 from flowtrain.runs.load import check_sizes
 from flowtrain.training import checkpoint
+from flowtrain.utils.arguments import path_of
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError, first_line
 
-# of a flow that was built by hand, which no run has given data
+# the data of a flow that was built by hand
 NO_DATA = {"name": "unknown data"}
 
 
 def save(flow: Density, path: str | Path) -> None:
     """Writes a flow to a file; see `Flow.save`.
 
-    The file of a run's flow has the config and the samples of the run, and the flow's own solver. The flow of a run
-    that no longer has the structure of the run's model is described, as one that was built by hand. So is an ensemble,
-    with its members and weights; its file names the data that the members were trained on.
+    If a run has trained the flow, the file has the config and the samples of the run, and the present solver of the
+    flow. If the flow was built by hand, or its structure has changed since the run, the file has a description of its
+    parts. So has the file of an ensemble, which also names the data that the members were trained on.
 
     Raises:
         ConfigError: a name that does not end in .pt, or a directory.
         CheckpointError: a place that cannot be written, or a part of the flow that no file can describe.
     """
-    path = Path(path).expanduser()
+    path = path_of("path", path)
     if path.is_dir():
         raise ConfigError(f"{path} is a directory: give the name of a file, such as {path / 'flow.pt'}")
     if path.suffix != ".pt":
@@ -47,7 +48,7 @@ def save(flow: Density, path: str | Path) -> None:
 
 
 def content_of(flow: Density) -> dict[str, Any]:
-    """What a checkpoint of the flow holds; see `flowtrain.training.checkpoint`."""
+    """The content of a checkpoint of the flow; see `flowtrain.training.checkpoint`."""
     record = flow.record
     if record is not None and isinstance(flow, Flow):
         content = {**_content(flow, record.samples), "config": {**record.config}, "step": record.step}
@@ -85,7 +86,7 @@ def _content(flow: Density, samples: Samples) -> dict[str, Any]:
 
 
 def _solver_group(config: Mapping[str, Any], solver: Solver) -> dict[str, Any]:
-    """The solver group of a run's config; described anew if the flow has another solver by now."""
+    """The solver group of the run's config, or a description of the solver if the flow now has another one."""
     own = build_solver(config)
     if type(own) is type(solver) and own.settings == solver.settings:
         return dict(config["solver"])
@@ -93,7 +94,7 @@ def _solver_group(config: Mapping[str, Any], solver: Solver) -> dict[str, Any]:
 
 
 def _differs(content: Mapping[str, Any], flow: Density, samples: Samples) -> str | None:
-    """How the flow that a checkpoint builds differs from this one in structure; None if it does not."""
+    """The first difference in structure between this flow and the one that a checkpoint builds; None if they agree."""
     try:
         with torch.random.fork_rng(devices=[]):
             # a model that needs values to be built has no sketch

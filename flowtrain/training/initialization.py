@@ -60,7 +60,7 @@ def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = No
     x, label = batches.draw(0, rows, slice(None))
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError("the training data hold NaN or infinite values: remove those rows")
-    flow.bijection.initialize(flow.dequantized(x), label)
+    flow.base.initialize(flow.bijection.initialize(flow.dequantized(x), label))
 
 
 def compile_parts(objective: Objective, flow: Flow) -> None:

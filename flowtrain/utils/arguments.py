@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from operator import index
+from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 from flowtrain.utils.errors import ConfigError
@@ -156,6 +158,41 @@ def flag(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"{key}={value}: give true or false")
     return value
+
+
+_BRIEFLY = Repr()
+_BRIEFLY.maxstring = _BRIEFLY.maxother = 60
+
+
+def shortened(value: Any) -> str:
+    """The representation of a value on one line of limited length; numbers and texts of NumPy as those of Python.
+
+    Example:
+        >>> shortened(list(range(100)))
+        '[0, 1, 2, 3, 4, 5, ...]'
+    """
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return " ".join(_BRIEFLY.repr(value).split())
+
+
+def path_of(key: str, value: Any) -> Path:
+    """`value` as a path, with ~ expanded.
+
+    Raises:
+        ConfigError: not a path, or one that no file can have.
+    """
+    if not isinstance(value, str | os.PathLike) or not (text := os.fspath(value)) or not isinstance(text, str):
+        raise ConfigError(f"{key}={shortened(value)}: give the path as text or as a Path")
+    if "\0" in text:
+        raise ConfigError(f"{key}={text!r}: a path cannot contain a null character")
+    try:
+        path = Path(text).expanduser()
+        # asks the system: a name can be too long, and the working directory can be gone
+        path.absolute().exists()
+        return path
+    except (OSError, RuntimeError) as e:
+        raise ConfigError(f"{key}={shortened(text)}: {e}; give another path") from e
 
 
 def widths(key: str, value: Any, least_layers: int = 1) -> list[int]:

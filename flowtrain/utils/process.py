@@ -23,7 +23,7 @@ _SEEDED: ContextVar[bool] = ContextVar("seeded", default=False)
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, the global generators of the CPU and of `device` start from `seed`; after, they are as before."""
+    """Seeds the global generators of the CPU and of `device` inside the context, and restores their states on exit."""
     with restored_random_state(device):
         torch.manual_seed(seed)
         token = _SEEDED.set(True)
@@ -35,9 +35,9 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def restored_random_state(device: torch.device) -> Iterator[None]:
-    """Restores the state of torch's global generators on exit: those of the CPU and, if `device` is a GPU, of all GPUs.
+    """Restores the states of torch's global generators on exit.
 
-    All GPUs, because `torch.manual_seed` seeds all of them.
+    This covers the CPU and, if `device` is a GPU, all GPUs, because `torch.manual_seed` seeds all of them.
     """
     gpus = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     with torch.random.fork_rng(devices=gpus):
@@ -55,16 +55,16 @@ def own_settings(device: torch.device) -> Iterator[None]:
 
     Inside, the default dtype is float32, the default device is the CPU, gradients are recorded, autocast is off, and
     products have the precision that torch has by default, see `default_precision`. So the result does not depend on
-    what the caller has set. The random state and the thread count are those of the caller until the code inside
-    changes them, with `torch.manual_seed` and `choose_threads`; both are restored. Deterministic algorithms and the
-    benchmark mode of cuDNN stay as the caller has set them.
+    the settings of the caller. The random state and the thread count stay as the caller has set them until the code
+    inside changes them, with `torch.manual_seed` and `choose_threads`. Both are restored. Deterministic algorithms and
+    the benchmark mode of cuDNN stay as the caller has set them.
 
     Tensors that were made in inference mode stay inference tensors: clone them before a gradient goes through them.
 
     Args:
         device: the device that the code inside uses.
     """
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    threads = torch.get_num_threads()
     chosen = _THREADS_CHOSEN.set(_THREADS_CHOSEN.get())
     try:
         with ExitStack() as stack:
@@ -78,13 +78,38 @@ def own_settings(device: torch.device) -> Iterator[None]:
             # only if needed: it slows every operation down
             if torch.get_default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))
-            torch.set_default_dtype(torch.float32)
+            stack.enter_context(_default_float32())
             yield
     finally:
-        torch.set_default_dtype(dtype)
         _THREADS_CHOSEN.reset(chosen)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+_LOCK = threading.Lock()
+# how many `_default_float32` each Python thread is inside of, and the default dtype before the first of them
+_ENTERED: dict[int, int] = {}
+_DTYPE_BEFORE: list[torch.dtype] = [torch.float32]
+
+
+@contextmanager
+def _default_float32() -> Iterator[None]:
+    """Inside, the default dtype is float32. It belongs to all threads: the last one that leaves restores it."""
+    me = threading.get_ident()
+    with _LOCK:
+        if not _ENTERED:
+            _DTYPE_BEFORE[0] = torch.get_default_dtype()
+        _ENTERED[me] = _ENTERED.get(me, 0) + 1
+        torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _ENTERED[me] -= 1
+            if not _ENTERED[me]:
+                del _ENTERED[me]
+            if not _ENTERED:
+                torch.set_default_dtype(_DTYPE_BEFORE[0])
 
 
 MOST_THREADS = 1024
@@ -111,14 +136,13 @@ def choose_threads(threads: int | None, event_shape: tuple[int, ...]) -> None:
     _THREADS_CHOSEN.set(True)
 
 
-_LOCK = threading.Lock()
 # the Python threads inside of `one_thread_if_small`, by identifier, and the thread count that each returns to
 _COUNTS: dict[int, int] = {}
 
 
 @contextmanager
 def one_thread_if_small(event_shape: tuple[int, ...], device: torch.device) -> Iterator[None]:
-    """Inside, torch computes samples of at most 16 elements (SMALL) on one CPU thread; after, as before.
+    """Sets one CPU thread inside the context if samples have at most 16 elements (SMALL), and restores the count.
 
     Their matrices are too small to share: on two threads, log p of a 200 x 200 grid takes three times as long. Nothing
     changes on a GPU, if the thread count is 1 already, or if `choose_threads` has set it.
@@ -150,6 +174,22 @@ def one_thread_if_small(event_shape: tuple[int, ...], device: torch.device) -> I
                 torch.set_num_threads(_COUNTS.pop(me))
 
 
+def _forget_other_threads() -> None:
+    """In a forked process, which has only the thread that has forked: the others never leave, nor free the lock."""
+    global _LOCK
+    _LOCK = threading.Lock()
+    me, left = threading.get_ident(), bool(_ENTERED)
+    for counts in (_ENTERED, _COUNTS):
+        for other in [thread for thread in counts if thread != me]:
+            del counts[other]
+    if left and not _ENTERED:
+        torch.set_default_dtype(_DTYPE_BEFORE[0])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
+
+
 def cores() -> int:
     """The number of CPU cores for this process: its affinity on Linux, which batch systems set, else all cores."""
     if hasattr(os, "sched_getaffinity"):
@@ -160,9 +200,9 @@ def cores() -> int:
 def keep_freed_memory() -> None:
     """Lets glibc reuse what torch frees on the CPU.
 
-    By default it gives large blocks back at once, and the next tensor of that size waits for fresh zeroed pages, which
-    convolutional training steps feel most. Elsewhere than on glibc this does nothing. It cannot be undone, so only the
-    commands call it, whose process is their own.
+    By default, glibc gives large blocks back at once, and the next tensor of that size waits for fresh zeroed pages.
+    This slows convolutional training steps most. Without glibc, this function does nothing. It cannot be undone, so
+    only the commands call it.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -180,12 +220,12 @@ STOPPING: tuple[signal.Signals, ...] = tuple(getattr(signal, name) for name in S
 
 
 def may_set_handlers() -> bool:
-    """Only in the main thread; elsewhere (a notebook's worker, a launcher) nothing changes."""
+    """Whether this is the main thread. Python allows signal handlers only there."""
     return threading.current_thread() is threading.main_thread()
 
 
 class StopSignals:
-    """Inside the context, `received` is the first signal that came, or None; a SIGINT after it interrupts at once."""
+    """Records the first signal inside the context in `received`. A SIGINT after it raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -194,7 +234,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if may_set_handlers():
             for number in STOPPING:
-                # ignored, as nohup has it with SIGHUP, or handled by what is not Python's
+                # ignored, as SIGHUP is under nohup, or handled outside of Python
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self.before[number] = signal.signal(number, self._handle)
         return self
@@ -210,7 +250,7 @@ class StopSignals:
 
 
 class SignalReceived(BaseException):
-    """A signal, where nothing has to be finished first; no one else's handler of errors is to stop it."""
+    """A signal to stop at once. It derives from BaseException, so that `except Exception` does not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

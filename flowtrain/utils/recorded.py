@@ -14,7 +14,9 @@ ARGUMENTS = "_constructor_arguments"
 
 @dataclass(frozen=True)
 class Part:
-    """An argument that the object keeps, by the name of its attribute: such a part may be replaced later.
+    """An argument that the object keeps in an attribute, recorded by the name of the attribute.
+
+    The attribute is read when the flow is saved, because it may be replaced after construction.
 
     Attributes:
         listed: whether the argument was a list, which a `ModuleList` keeps.
@@ -24,7 +26,7 @@ class Part:
     listed: bool = False
 
     def of(self, owner: Any) -> Any:
-        """What is there now."""
+        """The present value of the attribute."""
         for name in self.path.split("."):
             owner = getattr(owner, name)
         return list(owner) if self.listed else owner
@@ -32,7 +34,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Unknown:
-    """An argument that cannot be written to a file, and what it was."""
+    """An argument that cannot be written to a file, with its kind in words."""
 
     kind: str
 
@@ -49,7 +51,7 @@ class _RecordingMeta(ABCMeta):
 
         @property
         def __signature__(cls) -> inspect.Signature:
-            """That of `__init__`, for `help` and `inspect.signature`."""
+            """The signature of `__init__`, for `help` and `inspect.signature`."""
             of_init = inspect.signature(cls.__init__)
             return of_init.replace(parameters=list(of_init.parameters.values())[1:])
 
@@ -57,9 +59,9 @@ class _RecordingMeta(ABCMeta):
 class Recorded(metaclass=_RecordingMeta):
     """An object that remembers its constructor's arguments. Copies and pickles remember them too.
 
-    `Flow.save` describes the parts of a flow by them. All bijections, fields, conditioners and bases derive from this
-    class. A network of your own derives from it as well, so that flows with it can be saved. An argument that is a
-    module must be kept as a submodule.
+    `Flow.save` writes these arguments. All bijections, fields, conditioners and bases derive from this class. Derive
+    your own networks from it too, so that flows with them can be saved. If an argument is a module, keep it as a
+    submodule.
 
     Example:
         >>> class Net(Recorded, nn.Module):
@@ -91,7 +93,7 @@ def _bound(made: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
 
 
 def _kept(made: Any, name: str, value: Any) -> Any:
-    """The argument of that name, by its place in the object if it is a part of it."""
+    """The record of an argument: a plain value, a `Part` if the object keeps it, or `Unknown`."""
     if value is None or isinstance(value, str | Tensor):
         return value
     if isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating):

@@ -114,7 +114,7 @@ class Reporter:
         self.stream, self.clock, self.threaded = stream, clock, threaded
         self.delay = DELAY if delay is None else delay
         self.every = EVERY if every is None else every
-        self.terminal = stream.isatty()
+        self.terminal = is_terminal(stream)
         self._stack: list[Status] = []
         self._said = clock()
         self._line = ""
@@ -296,15 +296,22 @@ class Reporter:
             self.stream.flush()
         except UnicodeError:
             self._write(text.encode("ascii", "replace").decode())
-        except (OSError, ValueError):
+        except (AttributeError, OSError, ValueError):
             # the stream is closed or broken, which must not end the work
             self._closed = True
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal. It may be None, closed, or an object with `write` alone."""
+    try:
+        return stream is not None and stream.isatty()
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
 def library_reporter() -> Reporter:
     """The reporter of a fit from Python: a bar of `tqdm.auto` in a notebook and on a terminal, else lines."""
-    bars = sys.stderr.isatty() or "ipykernel" in sys.modules
-    return TqdmReporter() if bars else Reporter(sys.stderr)
+    return TqdmReporter() if is_terminal(sys.stderr) or "ipykernel" in sys.modules else Reporter(sys.stderr)
 
 
 class TqdmReporter(Reporter):
@@ -319,17 +326,32 @@ class TqdmReporter(Reporter):
 
         status.begin(self, self.clock())
         if status.bar:
-            self._shown[status] = tqdm(total=status.total, initial=status.n, desc=status.name, unit=status.unit)
+            with self._until_broken():
+                self._shown[status] = tqdm(total=status.total, initial=status.n, desc=status.name, unit=status.unit)
 
     def pop(self, status: Status) -> None:
         if status in self._shown:
             self.refresh()
-            self._shown.pop(status).close()
+            bar = self._shown.pop(status, None)
+            with self._until_broken():
+                if bar is not None:
+                    bar.close()
 
     def refresh(self) -> None:
-        for status, bar in self._shown.items():
-            bar.n = status.n
-            bar.set_postfix_str(status.notes)
+        with self._until_broken():
+            for status, bar in self._shown.items():
+                bar.n = status.n
+                bar.set_postfix_str(status.notes)
+
+    @contextmanager
+    def _until_broken(self) -> Iterator[None]:
+        """Gives the bars up if they cannot be drawn: a stream that is closed or broken must not end the work."""
+        try:
+            yield
+        except (AttributeError, OSError, ValueError):
+            for bar in self._shown.values():
+                bar.disable = True
+            self._shown.clear()
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 python scripts/examples/table.py              # a generated table
 python scripts/examples/table.py mine.csv     # your own: a header, then rows of numbers
-
 """
 
 import argparse

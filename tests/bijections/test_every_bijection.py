@@ -15,6 +15,8 @@ from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.glow import glow
+from flowtrain.models.maf import maf
+from flowtrain.models.nsf import nsf
 from flowtrain.models.realnvp import realnvp
 from flowtrain.nn.conditioners import ConvNet
 from flowtrain.ode import ode_solver
@@ -42,6 +44,15 @@ BIJECTIONS: dict[str, Callable[[int], Bijection]] = {
     "realnvp permutation": lambda d: stack(d, mixing="permutation", actnorm=False),
     "realnvp batchnorm": lambda d: settled(stack(d, batch_norm=True), (d,)),
     "glow": lambda d: perturbed(glow((d,), steps=2, hidden=(8,)).bijection, 0.1),
+    "nsf": lambda d: perturbed(nsf((d,), layers=2, hidden=(8,), bins=4, bound=2.0).bijection, 0.2),
+    "nsf alternate": lambda d: perturbed(nsf((d,), layers=3, hidden=(8,), mixing="alternate").bijection, 0.2),
+    "nsf permutation": lambda d: perturbed(nsf((d,), layers=3, hidden=(8,), mixing="permutation").bijection, 0.2),
+    "maf": lambda d: perturbed(maf((d,), layers=2, hidden=(8,)).bijection),
+    "maf linear": lambda d: perturbed(
+        maf((d,), layers=2, hidden=(8,), mixing="linear", input_bound=3.0).bijection, 0.2
+    ),
+    "maf of splines": lambda d: perturbed(maf((d,), layers=2, hidden=(8,), transform="spline").bijection, 0.2),
+    "maf in two passes": lambda d: perturbed(maf((d,), layers=2, hidden=(8,), passes=min(d, 2)).bijection),
     "continuous dopri5": lambda d: continuous(d, ode_solver("dopri5", rtol=1e-8)),
     "continuous rk4": lambda d: continuous(d, ode_solver("rk4", step_size=0.02)),
     "continuous dopri8": lambda d: continuous(d, ode_solver("dopri8", rtol=1e-10)),
@@ -130,6 +141,8 @@ def test_image_bijection_round_trip_and_log_det(name: str, shape: tuple[int, int
 
 
 LABELLED = {
+    "nsf": lambda shape, **rest: nsf(shape, layers=2, hidden=(6,), bins=4, **rest),
+    "maf": lambda shape, **rest: maf(shape, layers=2, hidden=(6,), **rest),
     "realnvp": lambda shape, **rest: realnvp(shape, layers=2, hidden=(6,), **rest),
     "glow": lambda shape, **rest: glow(shape, steps=2, hidden=(6,), **rest),
     "ffjord": lambda shape, **rest: ffjord(
@@ -138,12 +151,20 @@ LABELLED = {
 }
 
 
-@pytest.mark.parametrize("model", list(LABELLED))
-@pytest.mark.parametrize("shape", [(3,), (1, 2, 2), (2, 3, 1)], ids=str)
+OF_VECTORS = ("nsf", "maf")
+LABELLED_CASES = [
+    (model, shape)
+    for model in LABELLED
+    for shape in ([(1,), (3,)] if model in OF_VECTORS else [(3,), (1, 2, 2), (2, 3, 1)])
+]
+
+
+@pytest.mark.parametrize(("model", "shape"), LABELLED_CASES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_conditional_bijection_depends_on_the_label(model: str, shape: tuple[int, ...], training: bool) -> None:
     scales = {"scales": 1} if shape == (1, 2, 2) else {}
-    flow = LABELLED[model](shape, conditional=True, classes=3, positional_bias=True, **scales)
+    places = {} if model in OF_VECTORS else {"positional_bias": True}
+    flow = LABELLED[model](shape, conditional=True, classes=3, **places, **scales)
     bijection = perturbed(flow.bijection, 0.2).train(training)
     z, label = torch.randn(3, *shape), torch.tensor([2, 0, 2])
     check(bijection, z, label)

@@ -21,7 +21,13 @@ from flowtrain.cli.config_files import compose_defaults
 from flowtrain.training import checkpoint
 from flowtrain.utils.files import config_dir
 
-FAST = {"affine": [], "realnvp": ["model.hidden=[8]", "model.layers=2"], "ffjord": TINY}
+FAST = {
+    "nsf": ["model.hidden=[8]", "model.layers=2"],
+    "maf": ["model.hidden=[8]", "model.layers=2"],
+    "affine": [],
+    "realnvp": ["model.hidden=[8]", "model.layers=2"],
+    "ffjord": TINY,
+}
 
 
 def result(run_dir: str | Path, name: str = "result.json") -> dict[str, Any]:
@@ -86,7 +92,7 @@ def test_floweval_changes_solver_split_and_data(run: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("without_figures")
-@pytest.mark.parametrize("model", ["affine", "realnvp", "ffjord"])
+@pytest.mark.parametrize("model", ["affine", "realnvp", "nsf", "maf", "ffjord"])
 @pytest.mark.parametrize("d", [1, 3, 20])
 def test_user_arrays_are_trained_on(run: Run, tmp_path: Path, model: str, d: int) -> None:
     if model == "realnvp" and d == 1:

@@ -237,3 +237,30 @@ def test_an_evaluation_shows_itself(caplog: pytest.LogCaptureFixture) -> None:
     assert html.open == []
     assert {found.headline, "a < b & <script>", "<b>", "FAILED", "passed"} <= {*html.text}
     assert any("gaussian" in text for text in html.text)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"batch_size": -1},
+        {"batch_size": "all"},
+        {"dequantization_samples": 0},
+        {"seed": -1},
+        {"seed": "a"},
+        {"dtype": "float64"},
+        {"dtype": np.float64},
+        {"other": 5},
+        {"other": ("name", None)},
+    ],
+)
+def test_arguments_of_another_kind_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=name):
+        evaluate(Flow((2,), Affine(2)), torch.zeros(5, 2), **wrong)
+
+
+@pytest.mark.parametrize("flow", [None, torch.nn.Linear(2, 2), np.zeros((5, 2))])
+def test_what_is_no_flow_is_not_evaluated(flow: Any) -> None:
+    with pytest.raises(ConfigError, match="flow"):
+        evaluate(flow, torch.zeros(5, 2))

@@ -15,7 +15,7 @@ ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.e is not None]
 
 
 def random_field(d: int = 2, layer: str = "concatsquash", activation: str = "tanh", std: float = 0.7) -> MLPField:
-    field = MLPField(d, [6, 5, 4], layer, activation)
+    field = MLPField(d, [6, 5, 4], layer, activation, init_scale=None)
     for p in field.parameters():
         nn.init.normal_(p, std=std)
     return field

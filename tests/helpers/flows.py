@@ -18,6 +18,9 @@ VECTORS = {
     "realnvp": ["model=realnvp", "model.layers=3", "model.hidden=[8]"],
     "permuted": ["model=realnvp", "model.layers=2", "model.hidden=[8]", "model.mixing=permutation"],
     "glow": ["model=glow", "model.steps=2", "model.hidden=[8]"],
+    "nsf": ["model=nsf", "model.layers=2", "model.hidden=[8]", "model.bins=4"],
+    "maf": ["model=maf", "model.layers=2", "model.hidden=[8]"],
+    "spline maf": ["model=maf", "model.layers=2", "model.hidden=[8]", "model.transform=spline", "model.bins=4"],
     "affine": ["model=affine"],
 }
 IMAGES = {

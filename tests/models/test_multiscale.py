@@ -41,7 +41,7 @@ def test_squeeze_puts_the_colours_of_a_checkerboard_apart() -> None:
     [
         (lambda: realnvp((1, 28, 28), scales=3), r"model.scales=3: images of 28x28 can be halved 2 times"),
         (lambda: realnvp((1, 8, 8), hidden=[8, 4]), r"model.hidden=\[8, 4\]: the blocks"),
-        (lambda: realnvp((1, 8, 8), conditional=True), "no labels to condition on"),
+        (lambda: realnvp((1, 8, 8), conditional=True), "conditional=true"),
         (lambda: glow((1, 7, 7)), "these images of 7x7 have one"),
         (lambda: glow((1,)), "at least 2 columns"),
         (lambda: glow((1, 8, 8), hidden=[]), "model.hidden"),

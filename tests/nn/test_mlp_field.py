@@ -14,7 +14,7 @@ from flowtrain.utils.errors import ConfigError
 
 
 def random_field(d: int = 3, layer: str = "concatsquash", activation: str = "tanh") -> MLPField:
-    field = MLPField(d, [5, 4], layer, activation)
+    field = MLPField(d, [5, 4], layer, activation, init_scale=None)
     for p in field.parameters():
         nn.init.normal_(p, std=0.7)
     return field

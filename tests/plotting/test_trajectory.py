@@ -63,7 +63,7 @@ def _by_rows(way: Trajectory):  # type: ignore[no-untyped-def]
     return rows
 
 
-@pytest.mark.parametrize("name", ["realnvp", "glow"])
+@pytest.mark.parametrize("name", ["realnvp", "glow", "nsf", "maf"])
 def test_between_steps_densities_fade_and_stay_densities(name: str) -> None:
     flow = vectors(name, standardized=False)
     way = Trajectory(flow, 12)

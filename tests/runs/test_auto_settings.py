@@ -19,6 +19,8 @@ from flowtrain.flow import Flow
 from flowtrain.models.affine import affine
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.glow import glow
+from flowtrain.models.maf import maf
+from flowtrain.models.nsf import nsf
 from flowtrain.models.realnvp import realnvp
 from flowtrain.nn.conditioners import MLP
 from flowtrain.ode import ode_solver
@@ -36,6 +38,9 @@ MODELS = {
     "realnvp": lambda: realnvp((D,), mixing="permutation", dropout=0.2, input_bound=3.0),
     "batch_norm": lambda: realnvp((D,), batch_norm=True),
     "glow": lambda: glow((D,), steps=3),
+    "nsf": lambda: nsf((D,), dropout=0.2, input_bound=3.0),
+    "maf": lambda: maf((D,), mixing="linear"),
+    "maf of splines": lambda: maf((D,), transform="spline", passes=2),
     "ffjord": lambda: ffjord((D,), solver=ode_solver("dopri5"), hidden=[16]),
 }
 
@@ -107,8 +112,16 @@ def composed(*overrides: str) -> dict[str, Any]:
     return compose_defaults(["data=array", "data.path=x.npy", *overrides])
 
 
-@pytest.mark.parametrize("model", ["affine", "realnvp", "glow", "ffjord"])
-@pytest.mark.parametrize(("rows", "shape"), [(12, (3,)), (700, (3,)), (3000, (3,)), (9000, (3,)), (3000, (1, 8, 8))])
+SHAPES = [(12, (3,)), (700, (3,)), (3000, (3,)), (9000, (3,)), (3000, (1, 8, 8))]
+CASES = [
+    (model, rows, shape)
+    for model in ("affine", "realnvp", "glow", "nsf", "maf", "ffjord")
+    for rows, shape in SHAPES
+    if len(shape) == 1 or model not in ("nsf", "maf")
+]
+
+
+@pytest.mark.parametrize(("model", "rows", "shape"), CASES)
 def test_every_auto_value_is_resolved(model: str, rows: int, shape: tuple[int, ...]) -> None:
     config = auto_settings.resolve_auto(composed(f"model={model}"), rows, shape)
     automatic = {k for g in ("model", "trainer") for k, v in config[g].items() if v == "auto"}

@@ -1,5 +1,7 @@
 """What a run says on a terminal, and what elsewhere."""
 
+import io
+import logging
 import re
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from helpers import SMALL, TINY, Run
 from helpers.files import Terminal
 
-from flowtrain.runs.console import shortest
+from flowtrain.runs.console import shortest, writing_log
 
 pytestmark = pytest.mark.usefixtures("float32", "without_figures")
 
@@ -126,3 +128,36 @@ def test_recipe_of_a_user_may_set_any_key(run: Run, tmp_path: Path) -> None:
     small = ["model=realnvp", *SMALL, "recipe=mine", "--config-dir", "conf", "hydra.run.dir=r"]
     assert run("flowtrain", *small)[0] == 0
     assert {"seed=3", "model.layers=1"} <= set(recipe_of((tmp_path / "r/flowtrain.log").read_text()).split())
+
+
+@pytest.mark.parametrize("handlers", ["none", "own", "root"])
+@pytest.mark.parametrize("disabled", [False, True])
+def test_log_file_does_not_change_what_the_caller_sees(
+    handlers: str, disabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, root, seen = logging.getLogger("flowtrain"), logging.getLogger(), io.StringIO()
+    for name, value in (("handlers", []), ("propagate", True), ("level", logging.INFO), ("disabled", disabled)):
+        monkeypatch.setattr(logger, name, value)
+    # forgets which levels were enabled
+    logger.setLevel(logging.INFO)
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(sys, "stderr", seen)
+    if handlers != "none":
+        (logger if handlers == "own" else root).addHandler(logging.StreamHandler(seen))
+
+    def said() -> str:
+        seen.seek(0)
+        seen.truncate()
+        for level in (logging.DEBUG, logging.INFO, logging.CRITICAL):
+            logger.log(level, "%s", logging.getLevelName(level))
+        return seen.getvalue()
+
+    outside = said()
+    with writing_log(tmp_path / "flowtrain.log"):
+        assert said() == outside
+    assert said() == outside
+    assert [line.split()[-1] for line in (tmp_path / "flowtrain.log").read_text().splitlines()] == [
+        "DEBUG",
+        "INFO",
+        "CRITICAL",
+    ]

@@ -1,12 +1,15 @@
 """`fit` and `train` are the command `flowtrain`, and leave the caller's process as it was."""
 
 import copy
+import io
 import json
+import logging
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +86,7 @@ def test_fit_on_moons_is_the_command_to_the_last_digit(
     assert evaluate(in_memory, Moons(n_test=200)).kl == there["kl"]
     rows = [json.loads(line) for line in (tmp_path / "command/metrics.jsonl").read_text().splitlines()]
     assert in_memory.record is not None
-    assert [row["nll"] for row in in_memory.record.rows] == [row["nll"] for row in rows]
+    assert [row["nll"] for row in in_memory.record.metrics] == [row["nll"] for row in rows]
 
 
 @pytest.mark.parametrize("model", ["realnvp", "affine"])
@@ -151,6 +154,86 @@ def test_torch_is_as_before_and_results_do_not_depend_on_it(x: np.ndarray) -> No
         torch.set_num_threads(threads)
 
 
+def test_threads_fit_one_after_another(x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
+    logger = logging.getLogger("flowtrain")
+
+    def settings() -> tuple[Any, ...]:
+        return (
+            torch.get_default_dtype(),
+            torch.get_rng_state().sum(),
+            logger.level,
+            logger.propagate,
+            [*logger.handlers],
+        )
+
+    def fitted(i: int) -> None:
+        found[i] = small(x, run_dir=tmp_path / str(i) if i % 2 else None)
+
+    alone, found = small(x), {}
+    torch.set_default_dtype(torch.float64)
+    try:
+        before = settings()
+        threads = [threading.Thread(target=fitted, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert settings() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [same(found[i], alone) for i in range(6)] == [True] * 6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_during_the_fit_of_another_thread_can_fit() -> None:
+    # the other thread waits: torch itself can hang if it computes while another thread forks
+    code = """
+import os, threading, numpy as np, torch, flowtrain
+from flowtrain.runs.fit import _one_at_a_time
+from flowtrain.utils.process import own_settings
+torch.set_default_dtype(torch.float64)
+x = np.random.default_rng(0).normal(size=(100, 2))
+def fit():
+    flowtrain.fit(x, model="affine", steps=1, progress=False)
+fit()
+begun = threading.Event()
+def other():
+    with _one_at_a_time(), own_settings(torch.device("cpu")):
+        begun.set()
+        threading.Event().wait()
+threading.Thread(target=other, daemon=True).start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    fit()
+    os._exit(7 if torch.get_default_dtype() == torch.float64 else 8)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "7", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["none", "closed", "write only", "broken", "broken terminal"])
+def test_progress_needs_no_standard_error(x: np.ndarray, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class WriteOnly:
+        def write(self, text: str) -> None:
+            pass
+
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def isatty(self) -> bool:
+            return kind == "broken terminal"
+
+    closed = io.StringIO()
+    closed.close()
+    streams: dict[str, Any] = {"none": None, "closed": closed, "write only": WriteOnly()}
+    monkeypatch.setattr(sys, "stderr", streams.get(kind, Broken()))
+    small(x, progress=True)
+
+
 def test_import_and_fit_need_neither_hydra_nor_matplotlib() -> None:
     code = (
         "import sys, flowtrain, numpy as np\n"
@@ -208,6 +291,97 @@ def test_refused_fit_leaves_no_files_and_keeps_those_of_others(x: np.ndarray, tm
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flowtrain.log",
+        ".hydra/config.yaml",
+        ".hydra/hydra.yaml",
+        "plots/samples.png",
+        "checkpoints/teacher.pt",
+        "data/val.npz",
+        ".lock",
+        ".holder",
+    ],
+)
+def test_files_of_others_are_never_overwritten(name: str, x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match=name):
+        small(x, run_dir=tmp_path)
+    assert mine.read_text() == "mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+
+
+def test_files_beside_those_of_another_program_are_not_overwritten(x: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/config.yaml").write_text("lr: 1\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.npz").write_text("mine")
+    with pytest.raises(ConfigError):
+        small(x, run_dir=tmp_path)
+    assert (tmp_path / "data/train.npz").read_text() == "mine"
+
+
+def test_data_of_a_command_that_was_killed_are_not_overwritten(
+    x: np.ndarray, tmp_path: Path, without_figures: None
+) -> None:
+    small(x, run_dir=tmp_path)
+    forget_training(tmp_path)
+    overrides = tmp_path / ".hydra/overrides.yaml"
+    overrides.write_text(f"- data=array\n- data.path={tmp_path}/data/train.npz\n")
+    before = (tmp_path / "data/train.npz").read_bytes()
+    with pytest.raises(ConfigError):
+        small(x + 1, run_dir=tmp_path)
+    assert (tmp_path / "data/train.npz").read_bytes() == before
+
+
+def test_fit_takes_the_directory_of_one_that_was_killed_early(
+    x: np.ndarray, tmp_path: Path, without_figures: None
+) -> None:
+    small(x, run_dir=tmp_path)
+    forget_training(tmp_path)
+    again = small(x + 1, run_dir=tmp_path)
+    assert same(again, tmp_path)
+    assert same(again, small(x + 1))
+
+
+def forget_training(run_dir: Path) -> None:
+    """Leaves what a fit writes before its first checkpoint."""
+    for path in [*run_dir.glob("checkpoints/*"), run_dir / "metrics.jsonl", run_dir / "result.json"]:
+        path.unlink()
+
+
+def test_links_in_a_run_directory_are_not_written_through(x: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("a: 1\n")
+    (tmp_path / "r/.hydra").mkdir(parents=True)
+    (tmp_path / "r/.hydra/config.yaml").symlink_to(tmp_path / "mine.yaml")
+    with pytest.raises(ConfigError):
+        small(x, run_dir=tmp_path / "r")
+    assert (tmp_path / "mine.yaml").read_text() == "a: 1\n"
+
+
+@pytest.mark.parametrize("run_dir", ["", 5, False, b"r", "a\0b", "a" * 300, "file", "file/r"])
+def test_places_that_no_run_can_have_are_refused(
+    run_dir: Any, x: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError):
+        small(x, run_dir=run_dir)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_working_directory_that_is_gone(x: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError):
+        small(x, run_dir="r")
+    small(x)
+
+
 # data
 
 
@@ -220,6 +394,47 @@ def test_validation_set_and_fractions(x: np.ndarray) -> None:
     assert flow.record.held_out == {}
     same_order = small(Frame(x, ["a", "b", "c"]), val=x[:40], test=x[:20])
     assert same(flow, same_order)
+
+
+@pytest.mark.parametrize("share", [np.float32(0.25), np.array(0.25), torch.tensor(0.25)])
+def test_shares_may_be_numbers_of_numpy_and_torch(x: np.ndarray, share: Any) -> None:
+    flow = small(x, val=share)
+    assert flow.record is not None
+    assert len(flow.record.held_out["val"]) == 75
+
+
+@pytest.mark.parametrize(
+    "val", ["0.2", Path("val.csv"), np.zeros((3, 1, 1, 3)), (np.zeros((3, 3)), [0, 1, 0]), (1, 2, 3), np.float64(1)]
+)
+def test_bad_validation_sets_are_refused(x: np.ndarray, val: Any) -> None:
+    for name in ("val", "test"):
+        with pytest.raises(FlowtrainError, match=name):
+            small(x, **{name: val})
+
+
+def test_images_of_other_sides_are_not_held_out() -> None:
+    images = np.random.default_rng(0).integers(0, 16, size=(60, 1, 4, 4))
+    with pytest.raises(DataError, match="val"):
+        small(images, levels=16, val=images[:5].reshape(5, 1, 2, 8), overrides={"model.scales": 0})
+
+
+def test_label_names_a_column_before_it_counts_columns(x: np.ndarray) -> None:
+    y = np.arange(300) % 2
+    flow = small(Frame(np.column_stack([y, x]), [3, 0, 1, 2]), label=3)  # type: ignore[list-item]
+    assert flow.record is not None
+    assert (flow.classes, flow.record.samples.label, flow.record.samples.columns) == (2, "3", ("0", "1", "2"))
+    assert small(np.column_stack([x, y]), label=np.int64(3)).classes == 2
+
+
+@pytest.mark.parametrize("label", [True, False, np.True_, 1.5])
+def test_labels_that_are_none_are_refused(x: np.ndarray, label: Any) -> None:
+    with pytest.raises(FlowtrainError, match="label"):
+        small(x, label=label)
+
+
+def test_labels_for_a_data_set_with_its_own_are_refused() -> None:
+    with pytest.raises(ConfigError, match="label"):
+        small("moons", label=np.zeros(5))
 
 
 def test_labels_give_a_conditional_flow() -> None:
@@ -265,7 +480,13 @@ def test_images_of_bytes() -> None:
         (np.zeros((50, 2), complex), "complex"),
         ([[1, 2], [3]], "x"),
         ("nothing", "nothing"),
+        ("moon", "moons"),
         (object(), "x"),
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.empty(50, 2, device="meta"), "meta"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "nested"),
+        ([torch.ones(2, device="meta")], "x"),
+        (np.array([[1, 10**400]] * 50, dtype=object), "row 0, column 1"),
     ],
 )
 def test_bad_rows_are_refused_by_name(bad: Any, named: str) -> None:
@@ -274,11 +495,37 @@ def test_bad_rows_are_refused_by_name(bad: Any, named: str) -> None:
     assert named in str(e.value)
 
 
+def test_negative_views_are_rows(x: np.ndarray) -> None:
+    flipped = torch.complex(torch.zeros(300, 3).double(), torch.from_numpy(x)).conj().imag
+    assert flipped.is_neg()
+    assert same(small(flipped), small(-x))
+
+
+def test_dates_are_no_numbers(x: np.ndarray) -> None:
+    class Dated(Frame):
+        dtypes = ("Float64", "Datetime(time_unit='us')", "Float64")
+
+    with pytest.raises(DataError, match="'when'"):
+        small(Dated(x, ["a", "when", "b"]))
+
+
+def test_messages_show_no_whole_objects(x: np.ndarray) -> None:
+    flow = realnvp(3)
+    bad: list[dict[str, Any]] = [{"x": flow}, {"x": {"a": x}}, {"x": x, "model": flow}, {"x": x, "val": flow}]
+    for named in bad:
+        with pytest.raises(FlowtrainError) as e:
+            fit(**{"progress": False, **named})
+        assert len(str(e.value)) < 300
+
+
 def test_overrides_are_checked(x: np.ndarray) -> None:
     flow = fit(x, model="affine", progress=False, overrides=["trainer.steps=3", "trainer.lr=1e-3"])
     assert flow.record is not None
     assert (flow.record.config["trainer"]["steps"], flow.record.config["trainer"]["lr"]) == (3, 1e-3)
-    for bad in ({"trainer.learnin_rate": 1}, ["nothing"], {"model": "none"}, {"seed": -1}):
+    wrong: list[Any] = [{"trainer.learnin_rate": 1}, ["nothing"], {"model": "none"}, {"seed": -1}]
+    # not YAML, no mapping, no model, and rows that are in memory
+    wrong += [["trainer.lr=[1"], 5, {"model": None}, {"data.path": "x.npy"}, {"data": "moons"}]
+    for bad in wrong:
         with pytest.raises(ConfigError):
             fit(x, progress=False, overrides=bad)
     for named in ({"steps": 0}, {"minutes": 0}, {"device": "tpu"}, {"model": "nvp"}):
@@ -352,7 +599,7 @@ def test_train_trains_in_place(x: np.ndarray) -> None:
     record = train(flow, x, steps=30, progress=False, overrides={"trainer.val_every": 10})
     assert flow.record is record
     assert not flow.training
-    val = [row["nll"] for row in record.rows if row["split"] == "val"]
+    val = [row["nll"] for row in record.metrics if row["split"] == "val"]
     assert -flow.log_prob(torch.from_numpy(x[record.held_out["val"]]).float()).double().mean().item() == pytest.approx(
         min(val), rel=1e-5
     )
@@ -361,6 +608,15 @@ def test_train_trains_in_place(x: np.ndarray) -> None:
     again = train(flow, x, steps=1, progress=False, overrides={"trainer.lr": 1e-12, "trainer.ema": None})
     assert again.step <= 1
     assert all(torch.allclose(before[name], value, atol=1e-6) for name, value in flow.state_dict().items())
+
+
+def test_what_cannot_be_trained_is_refused(x: np.ndarray) -> None:
+    frozen = Flow((3,), Affine(3)).requires_grad_(False)
+    with torch.inference_mode():
+        made = Flow((3,), Affine(3))
+    for flow in (frozen, made, torch.nn.Linear(3, 3), "realnvp", None):
+        with pytest.raises(ConfigError, match="flow"):
+            train(flow, x, steps=2, progress=False)  # type: ignore[arg-type]
 
 
 def test_failed_training_leaves_the_weights(x: np.ndarray) -> None:

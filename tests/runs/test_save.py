@@ -453,10 +453,22 @@ def test_places_that_take_no_file_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "a.pt", tmp_path / "flow", tmp_path / "flow.onnx"):
         with pytest.raises(ConfigError):
             flow.save(path)
-    with pytest.raises(FlowtrainError):
-        flow.save(tmp_path / "file/flow.pt")
+    wrong: list[Any] = [tmp_path / "file/flow.pt", f"{tmp_path}/{'a' * 300}.pt", "a\0.pt", "", None, 5, b"a.pt"]
+    for path in wrong:
+        with pytest.raises(FlowtrainError):
+            flow.save(path)
+        with pytest.raises(FlowtrainError):
+            flowtrain.load(path)
     flow.save(tmp_path / "new/folder/flow.pt")
     assert_same(flow, flowtrain.load(tmp_path / "new/folder/flow.pt"))
+
+
+def test_a_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    flow = built("ActNorm")
+    flow.save("~/flow.pt")
+    assert_same(flow, flowtrain.load("~/flow.pt"))
 
 
 def test_saving_and_loading_leave_the_random_state(tmp_path: Path) -> None:

@@ -224,5 +224,6 @@ def test_large_batch_count_is_not_an_index() -> None:
     weights = build_flow(config, samples).state_dict()
     counts = [name for name in weights if name.endswith("num_batches_tracked")]
     assert counts
-    saved = {"config": config, "event_shape": [1, 4, 4], "samples": asdict(samples), "ema": None, "weights": weights}
+    described = {"config": config, "event_shape": [1, 4, 4], "samples": asdict(samples)}
+    saved = {**described, "step": 0, "ema": None, "weights": weights}
     restore({**saved, "weights": {**weights, **{name: torch.tensor(10**6) for name in counts}}}, torch.device("cpu"))

@@ -27,13 +27,17 @@ RUNS = [
     ["model=ffjord", "model.hidden=[8]", "model.trace=hutchinson", "solver.warmup=6", "solver.rtol=1e-3"],
     ["model=affine", "trainer.optimizer=adamw", "trainer.ema=null", *PLATEAU],
     ["model=glow", "model.steps=2", "model.hidden=[8]", "trainer.lr_decay=constant", "trainer.lr_warmup=3"],
+    ["model=nsf", "model.layers=2", "model.hidden=[8]", "model.dropout=0.2"],
     ["model=ffjord", "model.hidden=[8]", "objective=flow_matching"],
     ["model=ffjord", "model.hidden=[8]", "objective=hybrid", "objective.matching=5", "solver.rtol=1e-3"],
     ["model=ffjord", "model.hidden=[8]", "regularizer=rnode", "regularizer.end_time=0.1", "solver.rtol=1e-3"],
 ]
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=["realnvp", "ffjord", "affine", "glow", "matching", "hybrid", "rnode"])
+NAMES = ["realnvp", "ffjord", "affine", "glow", "nsf", "matching", "hybrid", "rnode"]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=NAMES)
 def whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer
 ) -> tuple[list[str], Trainer]:

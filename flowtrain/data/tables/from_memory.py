@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flowtrain.data.tables.columns import default_names, listed
 from flowtrain.data.tables.table_reader import COLUMNS, VALUES, Table
-from flowtrain.utils.errors import DataError
+from flowtrain.utils.arguments import shortened
+from flowtrain.utils.errors import DataError, first_line
 from flowtrain.utils.files import replacing
 
 # arrays (n, d) or (n, *event_shape), tensors, and data frames: anything with `columns` and `to_numpy`
@@ -133,7 +134,7 @@ def whole_labels(label: Any) -> Tensor | None:
 
 
 def as_array(x: Rows, name: str = "x") -> NDArray[Any]:
-    """x as an array of real numbers, not a copy where it is one; a table of text or objects is converted.
+    """Converts x to an array of real numbers. An array of numbers is not copied; text and objects are converted.
 
     Args:
         name: the name of x in messages.
@@ -142,12 +143,9 @@ def as_array(x: Rows, name: str = "x") -> NDArray[Any]:
         DataError: values that are not real numbers.
     """
     if isinstance(x, Tensor):
-        x = (
-            x.detach().cpu().resolve_conj().numpy()
-            if x.dtype.itemsize > 2 or not x.is_floating_point()
-            else (x.detach().cpu().float().numpy())
-        )
+        x = _array_of_tensor(x, name)
     elif is_frame(x):
+        _refuse_dates(x, name)
         x = x.to_numpy()
     if np.ma.is_masked(x):
         raise DataError(f"{name} has masked values; remove these rows, or fill in values")
@@ -155,6 +153,9 @@ def as_array(x: Rows, name: str = "x") -> NDArray[Any]:
         array = np.asarray(x)
     except ValueError as e:
         raise DataError(f"{name}: not an array ({e}); give rows of equal length") from e
+    except (TypeError, RuntimeError, NotImplementedError) as e:
+        # of a list of tensors, for example
+        raise DataError(f"{name}: not an array ({first_line(e)}); give a NumPy array, a tensor or a data frame") from e
     if array.dtype.kind in "biuf":
         return array
     if array.dtype.kind in "OUS" and array.size:
@@ -162,7 +163,34 @@ def as_array(x: Rows, name: str = "x") -> NDArray[Any]:
             return array.astype(np.float64)
         except (TypeError, ValueError):
             raise DataError(f"{name}: {_first_text(array)} is not a number; encode or remove such values") from None
+        except OverflowError:
+            raise DataError(f"{name}: {_first_text(array)} is too large for a float; scale the column down") from None
     raise DataError(f"{name} has dtype {array.dtype}; give real numbers")
+
+
+def _array_of_tensor(x: Tensor, name: str) -> NDArray[Any]:
+    """The values of a tensor, in float32 if they are narrower floats, which NumPy does not have."""
+    kinds = {
+        "nested": x.is_nested,
+        "sparse": not x.is_nested and x.layout != torch.strided,
+        "quantized": x.is_quantized,
+        "meta": x.device.type == "meta",
+    }
+    wrong = [kind for kind, is_so in kinds.items() if is_so]
+    if wrong:
+        raise DataError(f"{name} is a {wrong[0]} tensor; give a dense tensor of real numbers that holds its values")
+    x = x.detach().cpu()
+    x = x.float() if x.is_floating_point() and x.dtype.itemsize <= 2 else x
+    found: NDArray[Any] = x.resolve_conj().resolve_neg().numpy()
+    return found
+
+
+def _refuse_dates(frame: Any, name: str) -> None:
+    """Refuses dates and durations, which some data frames turn into numbers of a unit that nobody has chosen."""
+    dtypes = [str(dtype).lower() for dtype in getattr(frame, "dtypes", ())]
+    for column, dtype in zip(column_names(frame), dtypes, strict=False):
+        if dtype.startswith(("date", "time", "duration")):
+            raise DataError(f"{name}: column {column!r} has dtype {dtype}; convert it to numbers, or leave it out")
 
 
 def _first_text(array: NDArray[Any]) -> str:
@@ -170,9 +198,9 @@ def _first_text(array: NDArray[Any]) -> str:
     for place in np.ndindex(array.shape):
         try:
             float(array[place])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             where = f" in row {', column '.join(map(str, place[:2]))}" if place else ""
-            return f"{array[place]!r}{where}"
+            return f"{shortened(array[place])}{where}"
     return "a value"
 
 
@@ -190,7 +218,7 @@ def table_of(x: Rows, name: str = "x", label: Any = None, label_name: str = "lab
     """
     names = column_names(x) if is_frame(x) else ()
     array = as_array(x, name)
-    if array.ndim == 0 or array.ndim in (3,) or array.ndim > 4 or not array.size:
+    if array.ndim not in (1, 2, 4) or not array.size:
         raise DataError(f"{name} has shape {array.shape}; give rows (n, d), or images (n, C, H, W), with n > 0")
     values = np.ascontiguousarray(array.reshape(len(array), -1), dtype=np.float64)
     if label is not None:
@@ -213,7 +241,7 @@ def event_shape_of(x: Rows) -> list[int] | None:
 def write_table(path: Path, table: Table) -> None:
     """Writes a table with its column names as an .npz file that `read_table` reads; all of it or nothing.
 
-    Whole numbers are written as integers, which take less room.
+    Whole numbers are written as integers, because they take less space.
     """
     values = table.values
     for narrow in (np.uint8, np.int64):

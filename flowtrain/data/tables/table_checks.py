@@ -68,7 +68,7 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
     each = ", ".join(f"{table.columns[i]!r} is {code:g} in {count:,} rows" for i, (code, count) in found.items())
     _log.warning(
         f"{table.path}: of {counted(len(values), 'training row')}, column {each}, far from its other values. If the "
-        "number is a code for a missing value, the flow learns a density of the code. Remove these rows from the file"
+        "number is a code for a missing value, the flow learns a density of the code. Remove these rows"
         + (f", or keep the other columns: {as_option(keep)}" if keep else "")
     )
     return {i: code for i, (code, _) in found.items()}
@@ -163,8 +163,8 @@ def check_labels(table: Table) -> None:
     if bad.any():
         row = int(np.argwhere(bad)[0][0])
         raise DataError(
-            f"{table.place(row, 0)}: {values[row, 0]:g} is no label; data.label names a column of whole numbers from 0 "
-            f"to the number of classes less one, at most {_MOST_CLASSES - 1}"
+            f"{table.place(row, 0)}: {values[row, 0]:g} is no label; labels are whole numbers from 0 to the number of "
+            f"classes less one, at most {_MOST_CLASSES - 1}"
         )
 
 

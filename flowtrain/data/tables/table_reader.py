@@ -361,6 +361,6 @@ def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
         f"{table.path}: {total:,} of {counted(of_rows * len(table.columns), 'value')} "
         f"{'is' if total == 1 else 'are'} missing or not finite, in {rows:,} of {counted(of_rows, 'row')} (by column, "
         f"{each_column}). The first: "
-        f"{table.place(row, column).removeprefix(f'{table.path}, ')}: {found}. Remove these rows from the file"
+        f"{table.place(row, column).removeprefix(f'{table.path}, ')}: {found}. Remove these rows"
         + (f", or keep only the complete columns: {as_option(keep)}" if keep else "")
     )

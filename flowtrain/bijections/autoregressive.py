@@ -1,0 +1,76 @@
+"""Masked autoregressive maps: the map of each element depends on the elements before it (Papamakarios et al. 2017)."""
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.coupling import bounded, conditioned
+from flowtrain.bijections.elementwise import Elementwise, ScaleShift
+from flowtrain.nn.conditioners import zero
+from flowtrain.nn.residual_mlp import MaskedLinear
+
+
+class Autoregressive(Bijection):
+    """x_i = f(z_i; theta_i(x_j of smaller groups)) over vectors; log-determinant sum_i log f'(z_i).
+
+    The direction from data to base, of log p(x), takes one pass through the conditioner. From base to data, it takes
+    one for each group: d where each element is a group of its own, and 2 for a coupling.
+
+    f and `input_bound` are those of `Coupling`: with a bound B, x_i = f(z_i; theta_i(c)) + W x with c = B tanh(x / B)
+    and W masked as the conditioner is.
+
+    Args:
+        groups: the group of each element, whole numbers from 0, (d,).
+        conditioner: (x, label) -> theta (B, size * d), see `Elementwise`. Numbers of theta of element i may depend only
+            on elements of smaller groups, as those of a `MaskedMLP(groups, hidden, groups.repeat(size))` do.
+        cap: bound on the log-scale of the default f.
+        input_bound: B; None for no bound and no W.
+        transform: f; None for `ScaleShift(cap)`.
+
+    Example:
+        >>> from flowtrain.nn.residual_mlp import MaskedMLP
+        >>> groups = torch.arange(3)
+        >>> flow = Autoregressive(groups, MaskedMLP(groups, [8], groups.repeat(2)))
+        >>> x, log_det = flow(torch.tensor([[1.0, 2.0, 3.0]]))  # the identity, until it is trained
+        >>> x.tolist(), log_det.tolist()
+        ([[1.0, 2.0, 3.0]], [0.0])
+    """
+
+    def __init__(
+        self,
+        groups: Tensor,
+        conditioner: nn.Module,
+        cap: float = 2.0,
+        input_bound: float | None = None,
+        transform: Elementwise | None = None,
+    ) -> None:
+        super().__init__()
+        self.conditioner = conditioner
+        self.input_bound = input_bound
+        self.transform = ScaleShift(cap) if transform is None else transform
+        self.passes = int(groups.max()) + 1
+        self.register_buffer("groups", groups)
+        if input_bound is not None:
+            self.linear = zero(MaskedLinear(groups, groups - 1, bias=False))
+
+    groups: Tensor
+
+    def theta(self, x: Tensor, label: Tensor | None) -> Tensor:
+        """Parameters of f. Under autocast the conditioner may answer in a narrower dtype; what follows does not."""
+        return conditioned(self.conditioner, bounded(x, self.input_bound), label).to(x.dtype)
+
+    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y = x if self.input_bound is None else x - self.linear(x).to(x.dtype)
+        z, log_slope = self.transform.to_base(y, self.theta(x, label))
+        return z, log_slope.sum(1)
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_slope = torch.zeros_like(z), torch.zeros_like(z)
+        for group in range(self.passes):
+            y, log_slopes = self.transform.to_data(z, self.theta(x, label))
+            if self.input_bound is not None:
+                y = y + self.linear(x).to(x.dtype)
+            # elements of later groups are not determined yet
+            now = self.groups == group
+            x, log_slope = torch.where(now, y, x), torch.where(now, log_slopes, log_slope)
+        return x, log_slope.sum(1)

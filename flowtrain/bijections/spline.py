@@ -1,0 +1,259 @@
+"""Monotone rational-quadratic splines (Durkan et al. 2019, Neural Spline Flows)."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _functorch
+
+from flowtrain.bijections.elementwise import Elementwise
+from flowtrain.utils.autograd import transforms_active
+from flowtrain.utils.errors import FlowtrainError
+
+
+class Spline(Elementwise):
+    """z = g(x), a rational-quadratic spline with K bins on [-B, B], and z = x outside.
+
+    In the bin with corners (x_k, z_k) and (x_{k+1}, z_{k+1}), slopes d_k and d_{k+1} at them, s = dz/dx of the chord
+    and t = (x - x_k) / (x_{k+1} - x_k),
+
+        g(x) = z_k + (z_{k+1} - z_k) (s t^2 + d_k t (1 - t)) / (s + (d_k + d_{k+1} - 2 s) t (1 - t))
+
+    (Gregory and Delbourgo 1982). The slopes at -B and B are 1, so g has a continuous derivative everywhere.
+    g leads from data to base, the direction of training. Its inverse is the root of a quadratic.
+
+    theta has 3 K - 1 numbers for each element: K widths and K heights, which pass through a softmax, and the logarithms
+    of K - 1 inner slopes. Before that, each value v is bounded to v / (1 + |v| / c), as in zuko. This bounds the
+    slopes at the knots and, up to a factor K, those of the chords, which keeps the spline invertible in float32: a
+    rounding error of z is divided by the slope in x.
+
+    Args:
+        bins: K, at least 2.
+        bound: B.
+        least_slope: the smallest slope at a knot, between 0 and 1; 1 / least_slope is the largest.
+
+    Raises:
+        FlowtrainError: a setting out of range.
+
+    Example:
+        >>> spline = Spline(bins=4, bound=3.0)
+        >>> theta = torch.randn(1, 11, generator=torch.Generator().manual_seed(0))
+        >>> z, log_slope = spline.to_base(torch.tensor([[0.5]]), theta)
+        >>> x, back = spline.to_data(z, theta)
+        >>> round(x.item(), 4), abs(float(log_slope + back)) < 1e-4
+        (0.5, True)
+    """
+
+    def __init__(self, bins: int = 8, bound: float = 5.0, least_slope: float = 1e-3) -> None:
+        super().__init__()
+        if bins < 2 or not bound > 0 or not 0 < least_slope < 1:
+            raise FlowtrainError(
+                f"a spline with bins={bins}, bound={bound:g} and least_slope={least_slope:g}: give at least 2 bins, a "
+                "positive bound, and a least_slope between 0 and 1"
+            )
+        self.bins, self.bound, self.least_slope = bins, bound, least_slope
+        self.size = 3 * bins - 1
+        # 1 / c of the bounds: the ratio of a height and a width is within that of two softmaxes
+        self.clip_slope = -1 / math.log(least_slope)
+        self.clip_size = 2 * self.clip_slope
+
+    def to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        y, theta = self.first_axis(x, theta)
+        # without gradients too, so that values are the same to the last bit
+        found = self.evaluated(y, theta) if _transformed() else _ToBase.apply(y, theta, self)  # type: ignore[no-untyped-call]
+        return (found[0].T, found[1].T) if x.dim() == 2 else found
+
+    def to_data(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        y, theta = self.first_axis(z, theta)
+        inside = y.abs() <= self.bound
+        found = self.bin_of(y.clamp(-self.bound, self.bound), theta, axis=1)
+        # the root in [0, 1] of a t^2 + b t + c, in the form without cancellation
+        bend = found.above * found.bend
+        a, b = found.height * (found.chord - found.left) + bend, found.height * found.left - bend
+        c = -found.chord * found.above
+        # the derivative of a root of 0 is infinite
+        root = (b.square() - 4 * a * c).clamp_min(torch.finfo(y.dtype).tiny).sqrt()
+        t = (-2 * c / (b + root)).clamp(0, 1)
+        # a step of Newton's method: rounding in a, b and c has cost digits
+        u = t * (1 - t)
+        denominator = found.chord + found.bend * u
+        excess = found.height * (found.chord * t.square() + found.left * u) / denominator - found.above
+        t = (t - excess / (found.width * _log_slope(found, t).exp())).clamp(0, 1)
+        log_slope = -_log_slope(found, t)
+        x = torch.where(inside, torch.addcmul(found.x, t, found.width), y)
+        log_slope = torch.where(inside, log_slope, torch.zeros_like(log_slope))
+        return (x.T, log_slope.T) if z.dim() == 2 else (x, log_slope)
+
+    def first_axis(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, theta) with theta (3 K - 1, *y.shape): torch is several times faster along the first axis of theta.
+
+        For vectors x (B, n), y is (n, B). A network whose answer is stored column by column, as those of
+        `flowtrain.nn` do, then costs no copy.
+        """
+        if x.dim() == 2:
+            return x.T, theta.T.reshape(self.size, *x.T.shape).contiguous()
+        return x, theta.reshape(len(x), self.size, *x.shape[1:]).movedim(1, 0).contiguous()
+
+    def evaluated(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """(z, log dz/dx) by differentiable operations; theta is (3 K - 1, *x.shape)."""
+        inside = x.abs() <= self.bound
+        found = self.bin_of(x.clamp(-self.bound, self.bound), theta, axis=0)
+        t = (found.above / found.width).clamp(0, 1)
+        u = t * (1 - t)
+        ratio = (found.chord * t.square() + found.left * u) / (found.chord + found.bend * u)
+        z = torch.addcmul(found.z, found.height, ratio)
+        log_slope = _log_slope(found, t)
+        return torch.where(inside, z, x), torch.where(inside, log_slope, torch.zeros_like(log_slope))
+
+    def bin_of(self, y: Tensor, theta: Tensor, axis: int) -> "_Bin":
+        """The bin that holds y, which is an x for axis 0 and a z for axis 1; -B <= y <= B."""
+        k = self.bins
+        kept = 1 / (1 + self.clip_size * theta[: 2 * k].abs())
+        share = (theta[: 2 * k] * kept).reshape(2, k, *y.shape).softmax(1)
+        sums = share.cumsum(1)
+        index = (sums[axis, :-1] <= (y + self.bound) / (2 * self.bound)).sum(0, keepdim=True)
+        ends = torch.cat([index, index + 1])
+        padding = (0, 0) * y.dim()
+        # (2 axes, 2 ends, ...)
+        sums = F.pad(sums, (*padding, 1, 0)).gather(1, ends.expand(2, *ends.shape))
+        corners = sums * (2 * self.bound) - self.bound
+        raw = F.pad(theta[2 * k :], (*padding, 1, 1)).gather(0, ends)
+        kept_slope = 1 / (1 + self.clip_slope * raw.abs())
+        left, right = slopes = (raw * kept_slope).exp()
+        x, z = corners[:, 0]
+        width, height = corners[:, 1] - corners[:, 0]
+        chord = height / width
+        bend = left + right - 2 * chord
+        above = y - (z if axis else x)
+        return _Bin(x, z, width, height, left, right, chord, bend, above, ends, sums, slopes, kept_slope, share, kept)
+
+
+class _Bin(NamedTuple):
+    """For each element a bin: its lower left corner, its size and the slopes at its ends.
+
+    Attributes:
+        bend: left + right - 2 chord.
+        above: the distance of the given value from the lower end of the bin.
+        ends: the numbers of the two knots, (2, ...).
+        sums: of the shares before each of the two knots, (2 axes, 2 ends, ...).
+        slopes: left and right, (2, ...).
+        kept_slope: 1 / (1 + |v| / c) of their logarithms v, (2, ...).
+        share: the softmax of widths and heights, (2, K, ...).
+        kept: 1 / (1 + |v| / c) of widths and heights v, (2 K, ...).
+    """
+
+    x: Tensor
+    z: Tensor
+    width: Tensor
+    height: Tensor
+    left: Tensor
+    right: Tensor
+    chord: Tensor
+    bend: Tensor
+    above: Tensor
+    ends: Tensor
+    sums: Tensor
+    slopes: Tensor
+    kept_slope: Tensor
+    share: Tensor
+    kept: Tensor
+
+
+def _transformed() -> bool:
+    """Whether torch.func or a compiler needs ordinary operations."""
+    return transforms_active() or torch.compiler.is_compiling()
+
+
+def _log_slope(found: _Bin, t: Tensor) -> Tensor:
+    """log dz/dx at t."""
+    u = t * (1 - t)
+    slopes = found.right * t.square() + 2 * found.chord * u + found.left * (1 - t).square()
+    return slopes.log() + 2 * (found.chord / (found.chord + found.bend * u)).log()
+
+
+class _ToBase(torch.autograd.Function):
+    """`Spline.evaluated` with a hand-written gradient, for speed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, theta: Tensor, spline: Spline) -> tuple[Tensor, Tensor]:
+        inside = (x.abs() <= spline.bound).to(x.dtype)
+        found = spline.bin_of(x.clamp(-spline.bound, spline.bound), theta, axis=0)
+        # rounding may put y next to its bin
+        t = (found.above / found.width).clamp_(0, 1)
+        v = 1 - t
+        u = t * v
+        denominator = torch.addcmul(found.chord, found.bend, u)
+        ratio = (found.left * u).addcmul_(found.chord, t.square()).div_(denominator)
+        slopes = (found.chord * u).mul_(2).addcmul_(found.right, t.square()).addcmul_(found.left, v.square())
+        z = torch.addcmul(found.z, found.height, ratio)
+        log_slope = (slopes * (found.chord / denominator).square_()).log_().mul_(inside)
+        ctx.spline = spline
+        ctx.save_for_backward(
+            x, theta, inside, t, u, v, denominator, ratio, slopes, found.width, found.height, found.left, found.right,
+            found.chord, found.bend, found.ends, found.sums, found.slopes, found.kept_slope, found.share, found.kept,
+        )  # fmt: skip
+        return torch.where(inside.bool(), z, x), log_slope
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        batched = any(_functorch.is_legacy_batchedtensor(g) for g in (grad_z, grad_log))
+        if torch.is_grad_enabled() or batched or _transformed():
+            return _ToBase.by_autograd(ctx, grad_z, grad_log)
+        spline: Spline = ctx.spline
+        _, theta, inside, t, u, v, denominator, ratio, slopes, width, height, left, right, *rest = ctx.saved_tensors
+        chord, bend, ends, sums, end_slopes, kept_slope, *whole = rest
+        gz, gl = grad_z * inside, grad_log * inside
+        # the numerator of the ratio, its denominator, and the sum of slopes in the log-derivative
+        g_top = gz * height / denominator
+        g_bottom = (gl / denominator).mul_(-2).addcmul_(g_top, ratio, value=-1)
+        g_slopes = gl / slopes
+        t2 = t.square()
+        g_left = ((g_top + g_bottom) * u).addcmul_(g_slopes, v.square())
+        g_right = (g_bottom * u).addcmul_(g_slopes, t2)
+        g_chord = (gl / chord).mul_(2).add_(g_bottom).addcmul_(g_top, t2).addcmul_(u, g_slopes - g_bottom, value=2)
+        g_u = (g_bottom * bend).addcmul_(g_top, left).addcmul_(chord, g_slopes, value=2)
+        g_t = (g_u * (v - t)).addcmul_(t, (g_top * chord).addcmul_(right, g_slopes), value=2)
+        g_t.addcmul_(v * left, g_slopes, value=-2)
+        g_x = g_t / width
+        grad_x = torch.addcmul(g_x, grad_z, 1 - inside) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
+        g_width = (g_chord * chord).addcmul_(g_t, t).div_(width).neg_()
+        g_height = (gz * ratio).addcdiv_(g_chord, width)
+        # each share before the bin moves its corner, and its own share is its size
+        moved = torch.stack([-g_x, gz, g_width, g_height]).mul_(2 * spline.bound)
+        slope = torch.stack([g_left, g_right]).mul_(end_slopes).mul_(kept_slope.square())
+        return grad_x, _gradient_of_theta(theta, ends, sums, moved[:2], moved[2:], slope, *whole), None
+
+    @staticmethod
+    def by_autograd(ctx: Any, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """The gradient by ordinary operations, which can be differentiated and batched."""
+        wanted = ctx.needs_input_grad[:2]
+        with torch.enable_grad():
+            inputs = ctx.saved_tensors[:2]
+            given = [v for v, needed in zip(inputs, wanted, strict=True) if needed]
+            answer = ctx.spline.evaluated(*inputs)
+            found = iter(torch.autograd.grad(answer, given, [grad_z, grad_log], create_graph=True))
+        x, theta = (next(found) if needed else None for needed in wanted)
+        return x, theta, None
+
+
+def _gradient_of_theta(
+    theta: Tensor, ends: Tensor, sums: Tensor, before: Tensor, own: Tensor, slope: Tensor, share: Tensor, kept: Tensor
+) -> Tensor:
+    """(3 K - 1, ...), from the gradients (2, ...) of the shares before the bin, of its own, and of its raw slopes."""
+    k = share.shape[1]
+    low, high = sums.unbind(1)
+    # through the softmax: share_j (g_j - sum_i share_i g_i)
+    mean = (before * low).addcmul_(own, high - low)
+    index = ends[:1]
+    number = torch.arange(k, device=theta.device).view(-1, *(1,) * (theta.dim() - 1))
+    parts = torch.addcmul(-mean.unsqueeze(1), (number < index).to(theta.dtype), before.unsqueeze(1))
+    parts.scatter_add_(1, index.expand(2, *index.shape), own.unsqueeze(1))
+    found = torch.empty_like(theta)
+    torch.mul(parts.mul_(share).flatten(0, 1), kept.square(), out=found[: 2 * k])
+    inner = theta.new_zeros(k + 1, *theta.shape[1:]).scatter_(0, ends, slope)
+    found[2 * k :] = inner[1:-1]
+    return found

@@ -1,0 +1,109 @@
+"""Training steps of `nsf` and `maf` beside those of zuko and nflows of the same size, in turn in one process.
+
+    python scripts/bench/splines.py               # on one thread; half a minute
+    python scripts/bench/splines.py --repeats 50 --cases "8 columns"
+
+pip install zuko nflows (nflows needs UMNN). A step is a batch of 512 rows: log p, its gradient and a fused Adam.
+All networks have matrices of the same shapes: input, two hidden square ones, output. The ratios are medians over
+the rounds of a peer's time divided by ours.
+
+- nsf is spline couplings with LU layers, as nflows' NSF is. zuko's NSF is
+  autoregressive: each layer maps all columns, where couplings map half of them.
+- maf and zuko's MAF are autoregressive and affine.
+- maf with splines maps all columns, as zuko's NSF does.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+from common import interleave, keep_freed_memory, machine, table, use_threads
+
+LAYERS, BATCH = 5, 512
+CASES = {"2 columns": (2, 16), "8 columns": (8, 8), "43 columns": (43, 8)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    args = parser.parse_args()
+    use_threads(args.threads)
+    keep_freed_memory()
+    print(f"{machine()}\n")
+    rows = []
+    for case in args.cases:
+        steps = contestants(*CASES[case], args.width)
+        for step in steps.values():
+            step()
+        times = interleave(steps, args.repeats)
+        for ours, peers in PEERS.items():
+            for peer in peers:
+                ratios = [b / a for a, b in zip(times[ours], times[peer], strict=True)]
+                medians = [statistics.median(times[name]) for name in (ours, peer)]
+                rows.append([case, ours, peer, *(f"{m:.1f}" for m in medians), f"{statistics.median(ratios):.2f}"])
+    print(table(["case", "ours", "peer", "ours, ms", "peer, ms", "peer / ours"], rows))
+
+
+PEERS = {
+    "nsf": ["zuko NSF", "nflows NSF"],
+    "spline maf": ["zuko NSF"],
+    "maf": ["zuko MAF"],
+}
+
+
+def contestants(d: int, bins: int, width: int) -> dict[str, Callable[[], None]]:
+    """A training step of each."""
+    import torch
+    import zuko
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow
+    from nflows.nn.nets import ResidualNet
+    from nflows.transforms import CompositeTransform, LULinear, PiecewiseRationalQuadraticCouplingTransform
+    from nflows.utils import create_alternating_binary_mask
+
+    import flowtrain
+
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, d)
+    layers = []
+    for i in range(LAYERS):
+        coupling = PiecewiseRationalQuadraticCouplingTransform(
+            create_alternating_binary_mask(d, i % 2 == 0),
+            lambda n_in, n_out: ResidualNet(n_in, n_out, width, num_blocks=1),
+            num_bins=bins,
+            tails="linear",
+            tail_bound=5.0,
+        )
+        layers += [LULinear(d), coupling]
+    ours = {"layers": LAYERS, "hidden": [width], "bins": bins}
+    models = {
+        "nsf": flowtrain.models.nsf(d, **ours),
+        "spline maf": flowtrain.models.maf(d, **ours, transform="spline"),
+        "maf": flowtrain.models.maf(d, **ours),
+        "nflows NSF": Flow(CompositeTransform(layers), StandardNormal([d])),
+        "zuko NSF": zuko.flows.NSF(d, bins=bins, transforms=LAYERS, hidden_features=[width] * 3),
+        "zuko MAF": zuko.flows.MAF(d, transforms=LAYERS, hidden_features=[width] * 3),
+    }
+
+    def step_of(model: torch.nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+        of_zuko = isinstance(model, zuko.flows.Flow)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss = -(model().log_prob(x) if of_zuko else model.log_prob(x)).mean()
+            loss.backward()
+            optimizer.step()
+
+        for _ in range(3):
+            step()
+        return step
+
+    return {name: step_of(model) for name, model in models.items()}
+
+
+if __name__ == "__main__":
+    main()
