@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from flowtrain.evaluation.evaluate import evaluate
     from flowtrain.evaluation.result import Evaluation
     from flowtrain.flow import Flow, Record
+    from flowtrain.models.ensemble import Ensemble
     from flowtrain.runs.fit import fit, train
     from flowtrain.runs.load import load
 
 __all__ = [
+    "Ensemble",
     "Evaluation",
     "Flow",
     "Record",
@@ -41,6 +43,7 @@ __all__ = [
 
 # the others are modules
 _HOMES = {
+    "Ensemble": "flowtrain.models.ensemble",
     "Evaluation": "flowtrain.evaluation.result",
     "Flow": "flowtrain.flow",
     "Record": "flowtrain.flow",

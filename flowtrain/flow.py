@@ -2,6 +2,7 @@
 
 import math
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -75,131 +76,79 @@ class DensityPass(NamedTuple):
     integrals: tuple[Tensor, ...] = ()
 
 
-class Flow(Recorded, nn.Module):
-    """The density of x = forward(z) with z from a base distribution; samples have the shape `event_shape`.
-
-    An integer-valued flow is the density of x + u for whole numbers x, with u uniform on the unit cube. Each call adds
-    such noise to an integer tensor; a real tensor is taken as it is. A conditional flow, p(x | label), takes labels in
-    every call.
-
-    If the trace of a continuous flow is estimated (by default beyond 128 elements of a sample), log p(x) depends on
-    random probes. In evaluation mode a call outside of `flowtrain.utils.process.seeded` draws them from a fixed seed,
-    so that equal calls return equal values, and torch's random state stays as it is. Inside `seeded`, as in an
-    evaluation, and in training mode they are drawn from the global generator. The noise that is added to integers is
-    always drawn from the global generator: to score integers repeatably, add the noise once, by `dequantized`.
-
-    On the CPU, samples of at most 16 elements are computed on one thread, which is faster than several, unless a run
-    has set the number of threads. The thread count of torch is restored after each call.
+class Density(Recorded, nn.Module):
+    """A density over samples of `event_shape`: what a `Flow` and an ensemble of flows have in common.
 
     Args:
-        base: the distribution of z, see `flowtrain.bases`. An event shape stands for a standard normal base; a number
-            d stands for (d,).
-        bijection: from base to data.
-        classes: the number of labels 0 .. classes - 1 of a conditional flow; None for p(x).
-        integer_valued: whether the data are whole numbers.
-        levels: the number of values of integer-valued data with values 0 .. levels - 1, else None.
-        centered: whether samples are float64. Then the bijection subtracts an offset from the data that float32 would
-            not resolve.
-        noisy: indices of the elements of a sample that are whole numbers plus noise, in real data. The data set adds
-            the noise to `x`; `quantized` removes it.
-        class_counts: the number of training rows of each class; () if unknown.
-        event_shape: in place of `base`, for a standard normal base.
+        event_shape: the shape of a sample.
 
-    Attributes:
-        record: the config and the training of the flow, see `Record`. None if the flow was built by hand and never
-            trained.
-
-    Raises:
-        FlowtrainError: not exactly one of base and event_shape, or no bijection.
-
-    Example:
-        >>> import torch
-        >>> from flowtrain.bijections.linear import Affine
-        >>> flow = Flow((2,), Affine(2))
-        >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # -log(2 pi)
-        -1.8379
+    The other arguments and `record` are those of `Flow`.
     """
 
     record: Record | None = None
 
     def __init__(
         self,
-        base: Base | int | Sequence[int] | None = None,
-        bijection: Bijection | None = None,
+        event_shape: tuple[int, ...],
         classes: int | None = None,
         integer_valued: bool = False,
         levels: int | None = None,
         centered: bool = False,
         noisy: tuple[int, ...] = (),
         class_counts: tuple[int, ...] = (),
-        *,
-        event_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if (base is None) == (event_shape is None):
-            raise FlowtrainError("a flow needs either a base or an event_shape, as in Flow((2,), bijection)")
-        if not isinstance(bijection, Bijection):
-            raise FlowtrainError(
-                f"bijection is of type {type(bijection).__name__}; give one of flowtrain.bijections, or a Chain of them"
-            )
-        base = event_shape if base is None else base
-        assert base is not None
-        self.bijection: Bijection = bijection
-        self.base = base if isinstance(base, Base) else StandardNormal(base)
-        self.event_shape = self.base.event_shape
+        self.event_shape = event_shape
         self.classes = classes
         self.integer_valued, self.levels, self.centered = integer_valued, levels, centered
         self.noisy, self.class_counts = noisy, class_counts
 
     @property
+    @abstractmethod
+    def flows(self) -> "tuple[Flow, ...]":
+        """The flows that log p(x) is computed from; of a flow, itself."""
+
+    @property
+    @abstractmethod
+    def log_weights(self) -> tuple[float, ...]:
+        """log w_m of each of `flows`; of a flow, 0."""
+
+    @abstractmethod
+    def with_solvers(self, change: Callable[[Solver], Solver]) -> Self:
+        """The same density, sharing parameters, with each ODE solver replaced by what `change` makes of it."""
+
+    @abstractmethod
+    def with_kind(self, **data: Any) -> Self:
+        """The same density, sharing parameters, with attributes such as `levels`; see `Flow.with_data`."""
+
+    def combined(self, log_p: Tensor) -> Tensor:
+        """log sum_m w_m p_m, (B,), in nats, from log p_m of `flows`, (M, B); NaN of some of them counts as -inf."""
+        log_w = log_p.new_tensor(self.log_weights).unsqueeze(1)
+        total = (torch.where(log_p.isnan(), -torch.inf, log_p) + log_w).logsumexp(0)
+        return torch.where(log_p.isnan().all(0), torch.nan, total)
+
+    def responsibilities(self, log_p: Tensor) -> Tensor:
+        """w_m p_m / p, (M, B), for log p_m of `flows`, (M, B); 0 where p is 0 or unknown."""
+        log_w = log_p.new_tensor(self.log_weights).unsqueeze(1)
+        return (log_p + log_w - self.combined(log_p)).exp().nan_to_num(0.0)
+
+    @property
     def ode_blocks(self) -> list[Continuous]:
-        """The parts that solve an ODE, each once in a pass; none of a flow that solves nothing."""
-        return [m for m in self.modules() if isinstance(m, Continuous)]
+        """The parts that solve an ODE, each once in a pass; none of a density that solves nothing."""
+        return [m for flow in self.flows for m in flow.modules() if isinstance(m, Continuous)]
 
     @property
     def solver(self) -> Solver | None:
-        """The ODE solver of a continuous flow; None of a flow that solves nothing."""
-        parts = (getattr(m, "solver", None) for m in self.bijection.modules())
+        """The first ODE solver of a continuous flow; None if nothing is solved."""
+        parts = (getattr(m, "solver", None) for flow in self.flows for m in flow.bijection.modules())
         return next((s for s in parts if isinstance(s, Solver)), None)
 
     def use_solver(self, solver: Solver) -> None:
-        """Solves all ODEs of this flow with another solver from now on."""
-        for module in self.bijection.modules():
-            if isinstance(vars(module).get("solver"), Solver):
-                setattr(module, "solver", solver)  # noqa: B010 - mypy takes a plain assignment for that of a submodule
-
-    def with_solver(self, solver: Solver) -> Self:
-        """A flow with the same parameters, not copies of them, whose ODEs are solved by another solver.
-
-        Modules below an ODE block, such as its field, are shared, and so is their training or evaluation mode.
-        """
-        views: dict[nn.Module, nn.Module] = {}
-
-        def view(module: nn.Module) -> nn.Module:
-            if module in views:
-                return views[module]
-            if not any(isinstance(vars(m).get("solver"), Solver) for m in module.modules()):
-                return module
-            views[module] = found = copy(module)
-            found._modules = {k: m if m is None else view(m) for k, m in module._modules.items()}
-            return found
-
-        found = cast(Self, view(self))
-        found.use_solver(solver)
-        return found
-
-    def with_data(self, bijection: Bijection, **data: Any) -> Self:
-        """The same flow over other data units: another bijection, and attributes such as `levels`.
-
-        Args:
-            data: integer_valued, levels, centered, noisy, class_counts.
-        """
-        found = copy(self)
-        found._modules = {**self._modules, "bijection": bijection}
-        found.__dict__.update(data)
-        # it is of the bijection before
-        found.record = None
-        return found
+        """Solves all ODEs with another solver from now on."""
+        for flow in self.flows:
+            for module in flow.bijection.modules():
+                if isinstance(vars(module).get("solver"), Solver):
+                    setattr(module, "solver", solver)  # noqa: B010 - mypy takes a plain assignment for a submodule's
 
     def save(self, path: str | Path) -> None:
         """Writes the flow to a .pt file, which `flowtrain.load`, `floweval` and `flowsample` read.
@@ -226,19 +175,6 @@ class Flow(Recorded, nn.Module):
     def data_like(self) -> Tensor:
         """A tensor of the dtype of samples, on the device of the flow; see `centered`."""
         return self.like.new_zeros((), dtype=torch.float64) if self.centered else self.like
-
-    @property
-    def step_plans(self) -> list[StepPlan]:
-        """The steps of past training solves, from which the next ones are planned; not a part of the model.
-
-        For each ODE block that of solves from base to data, and that of solves from data to base.
-        """
-        return [plan for block in self.ode_blocks for plan in block.step_plans.values()]
-
-    def set_step_plans(self, plans: Sequence[StepPlan]) -> None:
-        """Sets `step_plans`, in the same order. Blocks without plans begin anew."""
-        for block, pair in zip(self.ode_blocks, zip(plans[::2], plans[1::2], strict=False), strict=False):
-            block.step_plans = dict(zip(block.step_plans, pair, strict=True))
 
     @property
     def bits_per_nat(self) -> float | None:
@@ -270,59 +206,12 @@ class Flow(Recorded, nn.Module):
             (3,)
         """
         if isinstance(x, Tensor):
-            return self.log_prob_and_latents(x, cast(Label, label))[0]
+            return self._log_prob(x, cast(Label, label))
         return self._in_chunks(self.log_prob, x, label, "x")
 
-    def log_prob_and_latents(self, x: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
-        """(log p(x), z): log-likelihoods (B,) as from `log_prob`, and latents z = inverse(x), (B, *event_shape)."""
-        log_p, z, _ = self.density_pass(x, label)
-        return log_p, z
-
-    def density_pass(self, x: Tensor, label: Label = None, options: SolveOptions = AS_CONFIGURED) -> DensityPass:
-        """log p(x) as from `log_prob`, the latents and path integrals, with options for the ODE solves."""
-        x = self.dequantized(self._checked(x, "x"))
-        with self._settings(x), self._repeatable(x):
-            z, log_det, integrals = self.bijection.pass_inverse(x, self.labels(label, x), options)
-            # for float64 samples, log_det is float64 too
-            return DensityPass(self.base_log_prob(z) + log_det.to(z.dtype), z, integrals)
-
-    def base_log_prob(self, z: Tensor) -> Tensor:
-        """log p0(z), (B,), in nats."""
-        return self.base.log_prob(z)
-
-    @overload
-    def forward(self, z: Tensor, label: Label = None) -> Tensor: ...
-    @overload
-    def forward(self, z: Rows, label: Label = None) -> NDArray[Any]: ...
-    def forward(self, z: Tensor | Rows, label: Label = None) -> Tensor | NDArray[Any]:
-        """Base to data: x (B, *event_shape), for z (B, *event_shape). An array gives an array, as in `log_prob`.
-
-        Raises:
-            FlowtrainError: z of another shape, or labels missing, superfluous or out of range.
-        """
-        if not isinstance(z, Tensor):
-            return self._in_chunks(self.forward, z, label, "z")
-        z = self._checked(z, "z").to(self.like)
-        with self._settings(z):
-            return self.bijection.map_forward(z, self.labels(label, z))
-
-    @overload
-    def inverse(self, x: Tensor, label: Label = None) -> Tensor: ...
-    @overload
-    def inverse(self, x: Rows, label: Label | str = None) -> NDArray[Any]: ...
-    def inverse(self, x: Tensor | Rows, label: Label | str = None) -> Tensor | NDArray[Any]:
-        """Data to base: z (B, *event_shape), for x (B, *event_shape). Integers get noise, as in `log_prob`.
-
-        An array or a data frame gives an array, as in `log_prob`.
-
-        Raises:
-            FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
-        """
-        if not isinstance(x, Tensor):
-            return self._in_chunks(self.inverse, x, label, "x")
-        x = self.dequantized(self._checked(x, "x"))
-        with self._settings(x):
-            return self.bijection.map_inverse(x, self.labels(cast(Label, label), x))
+    @abstractmethod
+    def _log_prob(self, x: Tensor, label: Label) -> Tensor:
+        """`log_prob` of a tensor."""
 
     def read_rows(
         self, x: Tensor | Rows, label: Label | str = None, name: str = "x"
@@ -424,17 +313,14 @@ class Flow(Recorded, nn.Module):
             self.check_label(label)
         elif self.classes is not None:
             label = self.drawn_labels(n, generator)
-        # all at once, so that the base points do not depend on the chunks
-        z = self.base.rsample(n, generator, temperature, self.like)
-        labels = self.labels(label, z)
-        size = chunk or rows_at_a_time(self.event_shape)
-        parts = repeat(None) if labels is None else torch.split(labels, size)
-        x = []
-        with status("sampling", total=n, unit="sample") as progress:
-            for part, y in zip(torch.split(z, size), parts, strict=False):
-                x.append(self.forward(part, y))
-                progress.advance(len(part))
-        return torch.cat(x)
+        labels = self.labels(label, self.like.new_empty(n, 0))
+        return self._drawn(n, temperature, chunk, labels, generator)
+
+    @abstractmethod
+    def _drawn(
+        self, n: int, temperature: float, chunk: int | None, labels: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """n samples, (n, *event_shape), with labels (n,) if the density is conditional."""
 
     def distribution(self, label: int | None = None) -> "FlowDistribution":
         """The flow as a `torch.distributions.Distribution`; for a conditional flow, p(x | label) of one label.
@@ -452,54 +338,6 @@ class Flow(Recorded, nn.Module):
             (torch.Size([2]), torch.Size([3, 4]))
         """
         return _distribution(self, label)
-
-    def export(
-        self,
-        path: str | Path,
-        x: Any = None,
-        label: Label = None,
-        *,
-        solver: str | None = None,
-        steps: int | None = None,
-        tolerance: float = 1e-4,
-    ) -> "Exported":
-        """Writes programs of log_prob, inverse and sample, which run without flowtrain.
-
-        `flow.pt2` is log_prob: x (B, *event_shape) -> log p(x) in nats, (B,). Beside it, `flow.inverse.pt2` is x -> z,
-        and `flow.sample.pt2` is z -> x. With the ending .onnx they are written in ONNX, which needs the extra `onnx`.
-        The programs run on a CPU and take batches of any size. For a conditional flow, they take labels (B,), int64, as
-        a second input. They draw no random numbers: the caller draws z for `sample`, and adds the noise u to whole
-        numbers.
-
-        ODEs are solved with fixed steps. The bias of log p is measured against a tight adaptive solve and is stored in
-        the metadata of each file. Before the files are written, the programs are compared with this flow, with the same
-        fixed steps.
-
-        Args:
-            path: the file of log_prob, with the ending .pt2 or .onnx.
-            x: held-out rows to compare on; at most 1000 are used. None: samples of the flow.
-            label: the labels of x, (n,) or one for all, for a conditional flow.
-            solver: a method with fixed steps: euler | midpoint | heun | rk4. None: the flow's own, if it is one of
-                these, else rk4.
-            steps: the number of steps. None: the flow's own number if its solver takes fixed steps. Otherwise the
-                smallest of 8, 16, 32, 64 and 128 with a bias of at most 1e-3 nats (root mean square), or 128.
-            tolerance: the largest allowed difference between a program and this flow, in nats for log_prob and in
-                standard deviations of each element for the others.
-
-        Returns:
-            The paths and the metadata of the programs; `print(exported.table())` shows them.
-
-        Raises:
-            ConfigError: another ending, missing packages, or a setting out of range.
-            ExportError: a program that differs by more than `tolerance`, or a flow that cannot be traced. No file is
-                written or replaced.
-            FlowtrainError: x or labels that the flow does not take, or steps that cannot be solved.
-        """
-        # imported here because the export depends on this module
-        from flowtrain.export import export
-
-        columns = () if self.record is None else self.record.samples.columns
-        return export(self, path, x, label, solver=solver, steps=steps, tolerance=tolerance, columns=columns)
 
     def dequantized(self, x: Tensor) -> Tensor:
         """x + u for the integers x (B, *event_shape) of an integer-valued flow, else x; with the dtype of `data_like`.
@@ -612,16 +450,6 @@ class Flow(Recorded, nn.Module):
             with full_precision(x.device):
                 yield
 
-    @contextmanager
-    def _repeatable(self, x: Tensor) -> Iterator[None]:
-        """Draws the probes of estimated traces from a fixed seed, in evaluation mode and outside of `seeded`."""
-        d = math.prod(self.event_shape)
-        if self.training or seeding_active() or all(m.trace.is_exact(d, training=False) for m in self.ode_blocks):
-            yield
-            return
-        with seeded(PROBE_SEED, x.device):
-            yield
-
     def _checked(self, x: Tensor, name: str) -> Tensor:
         if not isinstance(x, Tensor) or x.is_complex():
             raise FlowtrainError(f"{name} is {getattr(x, 'dtype', type(x).__name__)}; give a tensor of real numbers")
@@ -640,8 +468,268 @@ class Flow(Recorded, nn.Module):
         raise FlowtrainError(f"{name} has shape {tuple(shape)}; this flow takes ({wanted}){hint}")
 
 
+class Flow(Density):
+    """The density of x = forward(z) with z from a base distribution; samples have the shape `event_shape`.
+
+    An integer-valued flow is the density of x + u for whole numbers x, with u uniform on the unit cube. Each call adds
+    such noise to an integer tensor; a real tensor is taken as it is. A conditional flow, p(x | label), takes labels in
+    every call.
+
+    If the trace of a continuous flow is estimated (by default beyond 128 elements of a sample), log p(x) depends on
+    random probes. In evaluation mode a call outside of `flowtrain.utils.process.seeded` draws them from a fixed seed,
+    so that equal calls return equal values, and torch's random state stays as it is. Inside `seeded`, as in an
+    evaluation, and in training mode they are drawn from the global generator. The noise that is added to integers is
+    always drawn from the global generator: to score integers repeatably, add the noise once, by `dequantized`.
+
+    On the CPU, samples of at most 16 elements are computed on one thread, which is faster than several, unless a run
+    has set the number of threads. The thread count of torch is restored after each call.
+
+    Args:
+        base: the distribution of z, see `flowtrain.bases`. An event shape stands for a standard normal base; a number
+            d stands for (d,).
+        bijection: from base to data.
+        classes: the number of labels 0 .. classes - 1 of a conditional flow; None for p(x).
+        integer_valued: whether the data are whole numbers.
+        levels: the number of values of integer-valued data with values 0 .. levels - 1, else None.
+        centered: whether samples are float64. Then the bijection subtracts an offset from the data that float32 would
+            not resolve.
+        noisy: indices of the elements of a sample that are whole numbers plus noise, in real data. The data set adds
+            the noise to `x`; `quantized` removes it.
+        class_counts: the number of training rows of each class; () if unknown.
+        event_shape: in place of `base`, for a standard normal base.
+
+    Attributes:
+        record: the config and the training of the flow, see `Record`. None if the flow was built by hand and never
+            trained.
+
+    Raises:
+        FlowtrainError: not exactly one of base and event_shape, or no bijection.
+
+    Example:
+        >>> import torch
+        >>> from flowtrain.bijections.linear import Affine
+        >>> flow = Flow((2,), Affine(2))
+        >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # -log(2 pi)
+        -1.8379
+    """
+
+    def __init__(
+        self,
+        base: Base | int | Sequence[int] | None = None,
+        bijection: Bijection | None = None,
+        classes: int | None = None,
+        integer_valued: bool = False,
+        levels: int | None = None,
+        centered: bool = False,
+        noisy: tuple[int, ...] = (),
+        class_counts: tuple[int, ...] = (),
+        *,
+        event_shape: int | Sequence[int] | None = None,
+    ) -> None:
+        if (base is None) == (event_shape is None):
+            raise FlowtrainError("a flow needs either a base or an event_shape, as in Flow((2,), bijection)")
+        if not isinstance(bijection, Bijection):
+            raise FlowtrainError(
+                f"bijection is of type {type(bijection).__name__}; give one of flowtrain.bijections, or a Chain of them"
+            )
+        base = event_shape if base is None else base
+        assert base is not None
+        base = base if isinstance(base, Base) else StandardNormal(base)
+        super().__init__(base.event_shape, classes, integer_valued, levels, centered, noisy, class_counts)
+        self.bijection: Bijection = bijection
+        self.base = base
+
+    @property
+    def flows(self) -> "tuple[Flow, ...]":
+        return (self,)
+
+    @property
+    def log_weights(self) -> tuple[float, ...]:
+        return (0.0,)
+
+    def with_solver(self, solver: Solver) -> Self:
+        """A flow with the same parameters, not copies of them, whose ODEs are solved by another solver.
+
+        Modules below an ODE block, such as its field, are shared, and so is their training or evaluation mode.
+        """
+        views: dict[nn.Module, nn.Module] = {}
+
+        def view(module: nn.Module) -> nn.Module:
+            if module in views:
+                return views[module]
+            if not any(isinstance(vars(m).get("solver"), Solver) for m in module.modules()):
+                return module
+            views[module] = found = copy(module)
+            found._modules = {k: m if m is None else view(m) for k, m in module._modules.items()}
+            return found
+
+        found = cast(Self, view(self))
+        found.use_solver(solver)
+        return found
+
+    def with_solvers(self, change: Callable[[Solver], Solver]) -> Self:
+        return self if self.solver is None else self.with_solver(change(self.solver))
+
+    def with_data(self, bijection: Bijection, **data: Any) -> Self:
+        """The same flow over other data units: another bijection, and attributes such as `levels`.
+
+        Args:
+            data: integer_valued, levels, centered, noisy, class_counts.
+        """
+        found = self.with_kind(**data)
+        found._modules = {**self._modules, "bijection": bijection}
+        return found
+
+    def with_kind(self, **data: Any) -> Self:
+        found = copy(self)
+        found._modules = {**self._modules}
+        found.__dict__.update(data)
+        # it is of the samples before
+        found.record = None
+        return found
+
+    @property
+    def step_plans(self) -> list[StepPlan]:
+        """The steps of past training solves, from which the next ones are planned; not a part of the model.
+
+        For each ODE block that of solves from base to data, and that of solves from data to base.
+        """
+        return [plan for block in self.ode_blocks for plan in block.step_plans.values()]
+
+    def set_step_plans(self, plans: Sequence[StepPlan]) -> None:
+        """Sets `step_plans`, in the same order. Blocks without plans begin anew."""
+        for block, pair in zip(self.ode_blocks, zip(plans[::2], plans[1::2], strict=False), strict=False):
+            block.step_plans = dict(zip(block.step_plans, pair, strict=True))
+
+    def _log_prob(self, x: Tensor, label: Label) -> Tensor:
+        return self.log_prob_and_latents(x, label)[0]
+
+    def log_prob_and_latents(self, x: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
+        """(log p(x), z): log-likelihoods (B,) as from `log_prob`, and latents z = inverse(x), (B, *event_shape)."""
+        log_p, z, _ = self.density_pass(x, label)
+        return log_p, z
+
+    def density_pass(self, x: Tensor, label: Label = None, options: SolveOptions = AS_CONFIGURED) -> DensityPass:
+        """log p(x) as from `log_prob`, the latents and path integrals, with options for the ODE solves."""
+        x = self.dequantized(self._checked(x, "x"))
+        with self._settings(x), self._repeatable(x):
+            z, log_det, integrals = self.bijection.pass_inverse(x, self.labels(label, x), options)
+            # for float64 samples, log_det is float64 too
+            return DensityPass(self.base_log_prob(z) + log_det.to(z.dtype), z, integrals)
+
+    def base_log_prob(self, z: Tensor) -> Tensor:
+        """log p0(z), (B,), in nats."""
+        return self.base.log_prob(z)
+
+    @overload
+    def forward(self, z: Tensor, label: Label = None) -> Tensor: ...
+    @overload
+    def forward(self, z: Rows, label: Label = None) -> NDArray[Any]: ...
+    def forward(self, z: Tensor | Rows, label: Label = None) -> Tensor | NDArray[Any]:
+        """Base to data: x (B, *event_shape), for z (B, *event_shape). An array gives an array, as in `log_prob`.
+
+        Raises:
+            FlowtrainError: z of another shape, or labels missing, superfluous or out of range.
+        """
+        if not isinstance(z, Tensor):
+            return self._in_chunks(self.forward, z, label, "z")
+        z = self._checked(z, "z").to(self.like)
+        with self._settings(z):
+            return self.bijection.map_forward(z, self.labels(label, z))
+
+    @overload
+    def inverse(self, x: Tensor, label: Label = None) -> Tensor: ...
+    @overload
+    def inverse(self, x: Rows, label: Label | str = None) -> NDArray[Any]: ...
+    def inverse(self, x: Tensor | Rows, label: Label | str = None) -> Tensor | NDArray[Any]:
+        """Data to base: z (B, *event_shape), for x (B, *event_shape). Integers get noise, as in `log_prob`.
+
+        An array or a data frame gives an array, as in `log_prob`.
+
+        Raises:
+            FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
+        """
+        if not isinstance(x, Tensor):
+            return self._in_chunks(self.inverse, x, label, "x")
+        x = self.dequantized(self._checked(x, "x"))
+        with self._settings(x):
+            return self.bijection.map_inverse(x, self.labels(cast(Label, label), x))
+
+    def _drawn(
+        self, n: int, temperature: float, chunk: int | None, labels: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        # all at once, so that the base points do not depend on the chunks
+        z = self.base.rsample(n, generator, temperature, self.like)
+        size = chunk or rows_at_a_time(self.event_shape)
+        parts = repeat(None) if labels is None else torch.split(labels, size)
+        x = []
+        with status("sampling", total=n, unit="sample") as progress:
+            for part, y in zip(torch.split(z, size), parts, strict=False):
+                x.append(self.forward(part, y))
+                progress.advance(len(part))
+        return torch.cat(x)
+
+    def export(
+        self,
+        path: str | Path,
+        x: Any = None,
+        label: Label = None,
+        *,
+        solver: str | None = None,
+        steps: int | None = None,
+        tolerance: float = 1e-4,
+    ) -> "Exported":
+        """Writes programs of log_prob, inverse and sample, which run without flowtrain.
+
+        `flow.pt2` is log_prob: x (B, *event_shape) -> log p(x) in nats, (B,). Beside it, `flow.inverse.pt2` is x -> z,
+        and `flow.sample.pt2` is z -> x. With the ending .onnx they are written in ONNX, which needs the extra `onnx`.
+        The programs run on a CPU and take batches of any size. For a conditional flow, they take labels (B,), int64, as
+        a second input. They draw no random numbers: the caller draws z for `sample`, and adds the noise u to whole
+        numbers.
+
+        ODEs are solved with fixed steps. The bias of log p is measured against a tight adaptive solve and is stored in
+        the metadata of each file. Before the files are written, the programs are compared with this flow, with the same
+        fixed steps.
+
+        Args:
+            path: the file of log_prob, with the ending .pt2 or .onnx.
+            x: held-out rows to compare on; at most 1000 are used. None: samples of the flow.
+            label: the labels of x, (n,) or one for all, for a conditional flow.
+            solver: a method with fixed steps: euler | midpoint | heun | rk4. None: the flow's own, if it is one of
+                these, else rk4.
+            steps: the number of steps. None: the flow's own number if its solver takes fixed steps. Otherwise the
+                smallest of 8, 16, 32, 64 and 128 with a bias of at most 1e-3 nats (root mean square), or 128.
+            tolerance: the largest allowed difference between a program and this flow, in nats for log_prob and in
+                standard deviations of each element for the others.
+
+        Returns:
+            The paths and the metadata of the programs; `print(exported.table())` shows them.
+
+        Raises:
+            ConfigError: another ending, missing packages, or a setting out of range.
+            ExportError: a program that differs by more than `tolerance`, or a flow that cannot be traced. No file is
+                written or replaced.
+            FlowtrainError: x or labels that the flow does not take, or steps that cannot be solved.
+        """
+        # imported here because the export depends on this module
+        from flowtrain.export import export
+
+        columns = () if self.record is None else self.record.samples.columns
+        return export(self, path, x, label, solver=solver, steps=steps, tolerance=tolerance, columns=columns)
+
+    @contextmanager
+    def _repeatable(self, x: Tensor) -> Iterator[None]:
+        """Draws the probes of estimated traces from a fixed seed, in evaluation mode and outside of `seeded`."""
+        d = math.prod(self.event_shape)
+        if self.training or seeding_active() or all(m.trace.is_exact(d, training=False) for m in self.ode_blocks):
+            yield
+            return
+        with seeded(PROBE_SEED, x.device):
+            yield
+
+
 class FlowDistribution(Distribution):
-    """A flow as a `torch.distributions.Distribution`; see `Flow.distribution`.
+    """A flow, or an ensemble, as a `torch.distributions.Distribution`; see `Density.distribution`.
 
     Args:
         flow: its parameters are shared.
@@ -654,7 +742,7 @@ class FlowDistribution(Distribution):
 
     def __init__(
         self,
-        flow: Flow,
+        flow: Density,
         label: int | None = None,
         batch_shape: Sequence[int] = (),
         validate_args: bool | None = None,

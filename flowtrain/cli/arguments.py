@@ -94,7 +94,9 @@ def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
         runs += 1
         whole.append(f"ckpt={argument}")
     if runs and sum(a.startswith("ckpt=") for a in whole) > 1:
-        raise ConfigError(f"{' '.join(arguments)}: give one run; KEY=VALUE sets an option")
+        raise ConfigError(
+            f"{' '.join(arguments)}: give one run, or an ensemble as ckpt=[RUN1,RUN2]; KEY=VALUE sets an option"
+        )
     return whole
 
 

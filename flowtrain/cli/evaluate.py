@@ -13,12 +13,13 @@ from flowtrain.cli.arguments import split_own
 from flowtrain.cli.config_files import compose_defaults, options
 from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
-from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
+from flowtrain.cli.output_files import check_outputs, paths_of, written_as
 from flowtrain.cli.overrides import keys_of
 from flowtrain.data.base import Dataset, Samples, changes
 from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.evaluation import NAMES, check_fits, evaluate
 from flowtrain.evaluation.report import write_report
+from flowtrain.models.ensemble import Ensemble
 from flowtrain.plotting import pictures
 from flowtrain.runs.console import data_name, messages, title_of
 from flowtrain.utils.arguments import flag, one_of, whole
@@ -31,10 +32,15 @@ log = logging.getLogger("flowtrain")
 
 USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FILE] [report=true] [KEY=VALUE ...]
 
-  ckpt         a run directory (its best checkpoint) or a .pt file; the name may be left out, as in floweval RUN_DIR
+  ckpt         a run directory (its best checkpoint) or a .pt file; the name may be left out, as in floweval RUN_DIR. A
+               sweep directory, or a list of runs with the same data as in ckpt=[RUN1,RUN2], is an ensemble: p(x) is
+               the weighted mean of the densities of the runs
+  weights      of the members of an ensemble, as in weights=[0.3,0.7], or weights=equal; default: those with the highest
+               likelihood of the validation rows
   split        test (default), val, or all: every row of data.path, in its order, which is the default with data.path
   scores       a .npy file for log p(x) of every row, in nats, in the order of the rows: -inf where the density is zero,
-               NaN where it cannot be computed
+               NaN where it cannot be computed. Of an ensemble, FILE_members.npy also has log p of each member,
+               (rows, members)
   ood          another set to tell from this one by log p: a file of samples, or data by name as in ood=fashion_mnist
                (its test set). Adds the AUROC to the table and plots/ood.png; with scores, also FILE_ood.npy. The
                entropy H of the typicality score is the NLL of the run's validation set. If that set is missing, it
@@ -80,6 +86,7 @@ def _command() -> int:
         "dequantization_samples": 1,
         "seed": 0,
         "trust": [],
+        "weights": None,
     }
     own, overrides = split_own(sys.argv[1:], own, USAGE)
     batch_size = None if own["batch_size"] is None else whole("batch_size", own["batch_size"])
@@ -89,10 +96,9 @@ def _command() -> int:
     out = Path(str(own["out"])).expanduser() if own["out"] else None
     loaded_run = load_run(own, overrides)
     split = str(own["split"] or default_split(overrides))
-    place = OutputPaths(run_dir_of(loaded_run.path), out, scores, set_name(loaded_run, split, overrides))
-    place.check(
-        own["ood"] is not None, wants_report, [loaded_run.path, own["ood"], *paths_of(loaded_run.config["data"])]
-    )
+    place = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides))
+    inputs = [*loaded_run.files, own["ood"], *paths_of(loaded_run.config["data"])]
+    place.check(own["ood"] is not None, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
     with status("reading the data"):
         data = data_of(loaded_run, split, overrides)
         other = None if own["ood"] is None else other_set(str(own["ood"]), loaded_run)
@@ -108,6 +114,9 @@ def _command() -> int:
     if scores is not None:
         write_npy(scores, result.scores.numpy())
         written.append(scores)
+        if result.member_scores is not None:
+            write_npy(place.member_scores, result.member_scores.numpy())
+            written.append(place.member_scores)
         if result.sets is not None:
             write_npy(place.other_scores, result.sets[1].numpy())
             written.append(place.other_scores)
@@ -141,11 +150,18 @@ class OutputPaths:
         assert self.scores is not None
         return self.scores.with_name(f"{self.scores.stem}_ood.npy")
 
-    def check(self, ood: bool, report: bool, inputs: list[Any]) -> None:
+    @property
+    def member_scores(self) -> Path:
+        """Those of the members of an ensemble, beside the scores."""
+        assert self.scores is not None
+        return self.scores.with_name(f"{self.scores.stem}_members.npy")
+
+    def check(self, ood: bool, report: bool, ensemble: bool, inputs: list[Any]) -> None:
         """Everything that will be written, before any work is done; see `check_outputs`."""
         paths = [self.json, self.figure("calibration")]
         paths += [self.figure("ood")] if ood else []
         paths += [] if self.scores is None else [self.scores, *([self.other_scores] if ood else [])]
+        paths += [self.member_scores] if ensemble and self.scores is not None else []
         paths += [self.report.with_suffix(ending) for ending in (".md", ".html")] if report else []
         check_outputs(paths, inputs)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from flowtrain.cli.arguments import split_own
 from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run
-from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
+from flowtrain.cli.output_files import check_outputs, paths_of, written_as
 from flowtrain.data.base import changes
 from flowtrain.evaluation import check_fits
 from flowtrain.export import ENDINGS, FIXED_STEP_METHODS, TOLERANCE, checked_path, export, paths_beside
@@ -64,12 +64,13 @@ def _command() -> int:
     steps = None if own["steps"] is None else whole("steps", own["steps"])
     tolerance = number("tolerance", own["tolerance"])
     loaded_run = load_run({**own, "device": "cpu"}, overrides)
-    out = given or run_dir_of(loaded_run.path) / "flow.pt2"
-    check_outputs(list(paths_beside(out).values()), [loaded_run.path, *paths_of(loaded_run.config["data"])])
+    flow = loaded_run.single_flow("flowexport")
+    out = given or loaded_run.run_dir / "flow.pt2"
+    check_outputs(list(paths_beside(out).values()), [*loaded_run.files, *paths_of(loaded_run.config["data"])])
     with status("reading the data"):
         x, label = test_rows(loaded_run)
     exported = export(
-        loaded_run.flow,
+        flow,
         out,
         x,
         label,

@@ -1,6 +1,7 @@
-"""Loads a checkpoint for `floweval`, `flowsample` and `flowexport`."""
+"""Loads a checkpoint, or the checkpoints of an ensemble, for `floweval`, `flowsample` and `flowexport`."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 from flowtrain.cli.output_files import absolute_paths, run_dir_of
 from flowtrain.cli.overrides import check_kept, keys_of, overridden, trusted, with_array
 from flowtrain.data.base import Dataset, Samples
-from flowtrain.flow import Flow
+from flowtrain.flow import Density, Flow
 from flowtrain.runs.build import build_data, build_solver, resolve_device
 from flowtrain.runs.console import name_of, title_of, without_warnings
+from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
 from flowtrain.runs.load import check_targets, restore, samples_of
 from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError, DataError
@@ -26,23 +28,54 @@ USED = ("model", "data", "solver", "threads")
 class LoadedRun(NamedTuple):
     """A checkpoint file, its flow and step, its samples, and its config with the overrides of the command line.
 
+    Or an ensemble of several: the config and samples of its first member, and in place of a file its directory.
+
     Attributes:
         changed: whether there are overrides.
         own_data: the config of the data that the flow was trained on.
+        members: the files of an ensemble.
+        tag: part of the names of these files, for runs that are given as a list; else empty.
+        built: the data of `own_data`, if they have been built already.
     """
 
     path: Path
-    flow: Flow
+    flow: Density
     step: int
     samples: Samples
     config: dict[str, Any]
     changed: bool
     own_data: dict[str, Any]
+    members: tuple[Path, ...] = ()
+    tag: str = ""
+    built: Dataset | None = None
 
     def titled(self, words: str) -> str:
         """The title of a picture: the run, its NLL on the test set where result.json has that, and words."""
         nll = "" if self.changed else reached(self.path, self.step)
         return ", ".join(filter(None, (title_of(self.config), nll, words)))
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the files that a command writes go by default."""
+        return self.path if self.path.is_dir() else run_dir_of(self.path)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What was read."""
+        return self.members or (self.path,)
+
+    def single_flow(self, what: str) -> Flow:
+        """The flow.
+
+        Args:
+            what: the task that needs a single flow, for the message.
+
+        Raises:
+            ConfigError: it is an ensemble.
+        """
+        if not isinstance(self.flow, Flow):
+            raise ConfigError(f"{what}: needs a single flow, and {self.path} is an ensemble; give one of its members")
+        return self.flow
 
     def build(self, data: Mapping[str, Any] | None = None) -> Dataset:
         """Builds the data set of this config, or of another config of data.
@@ -53,6 +86,8 @@ class LoadedRun(NamedTuple):
             DataError: a flow that was saved from Python knows no data, and the command line names none.
         """
         data = self.config["data"] if data is None else data
+        if self.built is not None and data == self.own_data:
+            return self.built
         if "_target_" not in data:
             raise DataError(
                 f"{self.path} was saved from Python and does not say what data it was trained on: give data.path=FILE, "
@@ -79,20 +114,56 @@ def reached(path: Path, step: int) -> str:
 
 
 def load_run(own: Mapping[str, Any], overrides: Sequence[str]) -> LoadedRun:
-    """What the keys `ckpt`, `device` and `trust` and the overrides mean, checked before anything is built.
+    """What the keys `ckpt`, `weights`, `device` and `trust` and the overrides mean, checked before anything is built.
+
+    Overrides apply to every member of an ensemble.
 
     Raises:
         ConfigError: no `ckpt`, or an unknown key.
-        CheckpointError: missing, damaged, or asking for code that is not trusted.
+        CheckpointError: missing, damaged, or asking for code that is not trusted; members with different data.
+        DataError: the validation rows, which give the weights of an ensemble, are missing or have changed.
     """
-    if not own["ckpt"]:
+    given, weights = own["ckpt"], own.get("weights")
+    if not given:
         raise ConfigError("ckpt=RUN_DIR_OR_FILE is needed; see --help")
-    path = checkpoint.find(Path(str(own["ckpt"])))
+    trust = trusted(own["trust"])
+    check_kept(overrides)
+    runs = runs_of([str(each) for each in given] if isinstance(given, list) else str(given))
+    if runs is None:
+        if weights is not None:
+            raise ConfigError(f"weights: {given} is a single run; give a sweep directory or a list of runs")
+        return _load_one(Path(str(given)), own, overrides, trust)
+    members = [_load_one(run, own, overrides, trust) for run in runs]
+    one = members[0]
+    is_list = isinstance(given, list)
+    path = Path(os.path.commonpath([run.absolute() for run in runs])) if is_list else Path(str(given)).expanduser()
+    found = one._replace(
+        path=path,
+        members=tuple(member.path for member in members),
+        step=max(member.step for member in members),
+        tag="+".join(run.name for run in runs)[:60] if is_list else "",
+        config={**one.config, "model": {"name": f"ensemble of {len(members)}"}},
+    )
+    parts = [
+        Run(str(run), member.flow, {"data": member.own_data}, member.samples, member.step)
+        for run, member in zip(runs, members, strict=True)
+    ]
+    data: list[Dataset] = []
+
+    def build() -> Dataset:
+        data.append(found.build(found.own_data))
+        return data[0]
+
+    flow = ensemble_of(parts, weights, build)
+    choose_threads(found.config.get("threads"), flow.event_shape)
+    return found._replace(flow=flow, built=data[0] if data else None)
+
+
+def _load_one(path: Path, own: Mapping[str, Any], overrides: Sequence[str], trust: Sequence[str]) -> LoadedRun:
+    path = checkpoint.find(path)
     with status("reading the checkpoint"):
         saved = checkpoint.load(path)
-    trust = trusted(own["trust"])
     check_targets(saved["config"], trust)
-    check_kept(overrides)
     overrides = with_array(saved["config"], overrides)
     config = absolute_paths(overridden(saved["config"], overrides, tuple(own), USED))
     if overrides:
@@ -105,15 +176,21 @@ def load_run(own: Mapping[str, Any], overrides: Sequence[str]) -> LoadedRun:
     choose_threads(config.get("threads"), flow.event_shape)
     keep_freed_memory()
     own_data = absolute_paths({"data": saved["config"]["data"]})["data"]
-    return LoadedRun(path, flow, saved["step"], samples_of(saved), config, bool(overrides), own_data)
+    samples, changed = samples_of(saved), bool(overrides)
+    return LoadedRun(path, flow, saved["step"], samples, config, changed, own_data)
 
 
 def set_name(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> str:
-    """A name for the evaluated set, used in file names; empty for the run's own test set.
+    """A name for the evaluated set, used in file names; empty for the own test set of a run or a sweep directory.
 
-    With split=all, it is the stem of the data.path in the overrides, or "all". Otherwise, it joins what differs from
-    the run's data and the split: "val", "circles" or "new-test".
+    It begins with the `tag` of runs that were given as a list. With split=all, it is the stem of the data.path in the
+    overrides, or "all". Otherwise, it joins what differs from the run's data and the split: "val", "circles" or
+    "new-test".
     """
+    return "-".join(filter(None, (loaded_run.tag, _set_name(loaded_run, split, overrides))))
+
+
+def _set_name(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> str:
     data = loaded_run.config["data"]
     if split == "all":
         return stem_of(data["path"]) if "data.path" in keys_of(overrides) and data.get("path") else "all"

@@ -97,6 +97,8 @@ def quoted(arguments: Sequence[str]) -> list[str]:
     Example:
         >>> quoted(["data.path=my data (1).npy", "ckpt=runs/1", "trainer.lr=0.1"])
         ["data.path='my data (1).npy'", 'ckpt=runs/1', 'trainer.lr=0.1']
+        >>> quoted(["ckpt=[runs/1, my runs/1e-3]"])
+        ["ckpt=['runs/1','my runs/1e-3']"]
     """
     return [_quoted(argument) for argument in arguments]
 
@@ -108,6 +110,9 @@ def _quoted(argument: str) -> str:
     read = key in READ_PATHS or (group == "data" and is_path(name))
     if not equals or not text or text.lower() == "null" or not (read or key in (*WRITTEN_PATHS, *QUOTED_NAMES)):
         return argument
+    if key == "ckpt" and text[0] == "[" and text[-1] == "]" and not re.search(r"['\"$]", text) and not exists(text):
+        # the runs of an ensemble
+        return f"{start}=[{','.join(in_quotes(part.strip()) for part in text[1:-1].split(',') if part.strip())}]"
     value, sweeps = parsed(argument)
     if key in QUOTED_NAMES:
         return f"{start}={in_quotes(text)}" if value is None and text[0] not in "'\"[{" else argument

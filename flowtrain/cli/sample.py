@@ -12,7 +12,7 @@ from torch import Tensor
 from flowtrain.cli.arguments import split_own
 from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
-from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
+from flowtrain.cli.output_files import check_outputs, paths_of, written_as
 from flowtrain.data.base import Dataset, changes
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.evaluation.log_likelihood import check_samples
@@ -46,11 +46,11 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
         raise ConfigError(f"quality={steps}: give a list of numbers of steps, as in [1,2,4,8]")
     steps = [whole(f"quality[{i}]", k) for i, k in enumerate(steps)]
     loaded_run = load_run(own, overrides)
-    flow, config = loaded_run.flow, loaded_run.config
+    flow, config = loaded_run.single_flow("quality"), loaded_run.config
     name = set_name(loaded_run, "test", overrides)
-    out = given or run_dir_of(loaded_run.path) / f"quality{name and f'-{name}'}.json"
+    out = given or loaded_run.run_dir / f"quality{name and f'-{name}'}.json"
     picture = out.with_suffix(".png") if given else out.parent / f"plots/quality{name and f'-{name}'}.png"
-    check_outputs([out, picture], [loaded_run.path, *paths_of(config["data"])])
+    check_outputs([out, picture], [*loaded_run.files, *paths_of(config["data"])])
     with status("reading the data"):
         data = loaded_run.build()
     if change := changes(loaded_run.samples.record, data.record, ["val", "test"]):
@@ -91,14 +91,14 @@ def write_animation(
     if given is not None:
         check_writable(given)
     loaded_run = load_run(own, overrides)
-    flow = loaded_run.flow
+    flow = loaded_run.single_flow("animate=true")
     check_animated(flow, n)
     # refused before anything is read
     if label is not None:
         flow.check_label(label)
-    out = run_dir_of(loaded_run.path) / "animation.gif"
+    out = loaded_run.run_dir / "animation.gif"
     paths = [given] if given else [out, *([out.with_suffix(".mp4")] if can_write_mp4() else [])]
-    check_outputs(paths, [loaded_run.path, *paths_of(loaded_run.config["data"])])
+    check_outputs(paths, [*loaded_run.files, *paths_of(loaded_run.config["data"])])
     with status("reading the data"):
         data = loaded_run.build()
     check_fits(flow, data)
@@ -112,7 +112,10 @@ USAGE = """flowsample ckpt=RUN_DIR_OR_FILE [n=10000] [seed=0] [temperature=1.0] 
 flowsample ckpt=RUN_DIR_OR_FILE animate=true [n=2000] [seed=0] [temperature=1.0] [label=7] [out=FILE.gif]
 flowsample ckpt=RUN_DIR_OR_FILE quality=[1,2,4,8,16] [seed=0] [out=FILE.json]
 
-  ckpt          a run directory (its best checkpoint) or a .pt file; the name may be left out: flowsample RUN_DIR
+  ckpt          a run directory (its best checkpoint) or a .pt file; the name may be left out: flowsample RUN_DIR. A
+                sweep directory, or a list of runs with the same data as in ckpt=[RUN1,RUN2], is an ensemble
+  weights       of the members of an ensemble, as in weights=[0.3,0.7], or weights=equal; default: those with the
+                highest likelihood of the validation rows
   n             how many samples; default: 10000, of images 100. Animated: 2000
                 (at most 100000), of images 60 (200)
   seed          of the base noise
@@ -143,6 +146,7 @@ OWN: dict[str, Any] = {
     "quality": None,
     "device": "auto",
     "trust": [],
+    "weights": None,
 }
 
 
@@ -189,8 +193,9 @@ def write_samples(
     """
     flow, images = loaded_run.flow, len(loaded_run.flow.event_shape) == 3
     n = n or (100 if images else 10_000)
-    out = given or run_dir_of(loaded_run.path) / "samples.npy"
-    check_outputs([out, out.with_suffix(".png")], [loaded_run.path, *paths_of(loaded_run.config["data"])])
+    tag = loaded_run.tag and f"-{loaded_run.tag}"
+    out = given or loaded_run.run_dir / f"samples{tag}.npy"
+    check_outputs([out, out.with_suffix(".png")], [*loaded_run.files, *paths_of(loaded_run.config["data"])])
     # refused before anything is read or drawn
     if label is not None:
         flow.check_label(label)

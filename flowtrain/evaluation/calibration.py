@@ -1,4 +1,4 @@
-"""Are latents of the data draws from the base? Probability integral transforms and Kolmogorov-Smirnov's test."""
+"""Are the data draws from the model? Probability integral transforms and Kolmogorov-Smirnov's test."""
 
 import copy
 import math
@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from flowtrain.bases import Base
+from flowtrain.evaluation.ood_detection import share_below
 from flowtrain.evaluation.result import Calibration
 
 # dimensions whose transforms are kept for the figure, those that deviate most
 SHOWN = 8
-RADIUS = "radius"
+RADIUS, DENSITY = "radius", "density"
 
 
 @torch.no_grad()
@@ -43,6 +44,28 @@ def calibration(z: Tensor, base: Base) -> tuple[Calibration, dict[str, Tensor]]:
     )
     shown = sorted(distances[:-1].argsort(descending=True)[:SHOWN].tolist())
     return found, {**{f"z{j + 1}": u[:, j] for j in shown}, RADIUS: radius}
+
+
+def density_calibration(log_p: Tensor, of_samples: Tensor) -> tuple[Calibration, dict[str, Tensor]]:
+    """The test of an ensemble, which has no latents: the rank of log p of the data among log p of its own samples.
+
+    u_i is the share of samples with a log p below that of row i, ties counted half: 1 minus the probability of the
+    smallest highest-density region that holds the row (Hyndman 1996, Computing and graphing highest density regions).
+    It is uniform if the model is the truth. Like "radius", it does not see where the rows lie inside of a level set.
+    The p-value is that of two samples.
+
+    Args:
+        log_p: of data, (n,). Rows with NaN are left out.
+        of_samples: of as many samples or more, with the labels of the data, (m,).
+    """
+    log_p, of_samples = log_p[~log_p.isnan()], of_samples[~of_samples.isnan()]
+    n, m = len(log_p), len(of_samples)
+    if not n or not m:
+        return Calibration(0, math.nan, DENSITY, math.nan, None), {DENSITY: log_p.new_empty(0)}
+    u = share_below(of_samples, log_p)
+    distance = float(ks_distance(u.unsqueeze(1)))
+    p_value = ks_p_value(distance, max(1, round(n * m / (n + m))))
+    return Calibration(n, distance, DENSITY, p_value, None), {DENSITY: u}
 
 
 def ks_distance(u: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributions as D
@@ -16,7 +16,8 @@ from flowtrain.bases import Base, GaussianMixture, StandardNormal, StudentT, Uni
 from flowtrain.evaluation.error_budget import SMALL, Subset, rows_of_checks, solver_bias, stderr
 from flowtrain.evaluation.log_likelihood import estimates_trace, marginal
 from flowtrain.evaluation.result import Budget, Check
-from flowtrain.flow import Flow, rows_at_a_time
+from flowtrain.flow import Density, Flow, rows_at_a_time
+from flowtrain.models.ensemble import Ensemble
 from flowtrain.ode import ode_solver
 from flowtrain.utils.errors import SolverError, first_line
 from flowtrain.utils.process import seeded
@@ -148,7 +149,7 @@ def _near(coarse: Tensor) -> Tensor:
 
 
 # of the RMS of x - forward(inverse(x)) over the spread of x, in the column where it is largest
-ROUND_TRIP = 1e-2
+ROUNAnyDensityTRIP = 1e-2
 # of differences between log-determinants, in nats, as a share of 1 + |log det|, by whether ODEs are solved
 LOG_DET = {False: 1e-6, True: 2e-4}
 # tolerance of the solves that checks compare, so that what differs is not the solver's; and of samples too large for a
@@ -172,25 +173,27 @@ PAIRED, PAIRED_PER_COLUMN = 0.01, 1e-4
 
 
 def checks(
-    flow: Flow, subset: Subset, budget: Budget, log_p: Tensor, kl: tuple[float | None, float | None]
+    flow: Density, subset: Subset, budget: Budget, log_p: Tensor, kl: tuple[float | None, float | None]
 ) -> list[Check]:
     """All the checks of a flow in evaluation mode; one that could not be made says why.
+
+    Of an ensemble, those of a map are made of each member, and the worst is returned with the name of the member.
 
     Args:
         log_p: log densities of the rows that the subset is drawn from, (n,).
         kl: and its standard error, where the true density is known.
     """
     exact, nll, nll_stderr = reference(flow), -float(log_p.mean()), stderr(log_p)
-    drawn = cache(lambda: drawn_from(exact))
+    drawn = cache(drawn_from)
     # float32 is twice as fast, and does for three digits where rounding is not what is wrong
     rounded = torch.float64 if (budget.precision or 0.0) > SMALL else flow.like.dtype
     made: dict[str, Callable[[], Check | None]] = {
         "solver": lambda: of_solver(flow, budget, nll_stderr),
         "precision": lambda: of_precision(flow, budget, nll, nll_stderr),
         "mass": lambda: of_mass(reference(flow, LOOSE).to(rounded)),
-        "log-det": lambda: of_log_det(exact, subset),
-        "round trip": lambda: of_round_trip(exact, subset, drawn()),
-        "own samples": lambda: of_samples(exact, drawn()),
+        "log-det": lambda: of_maps(exact, "log-det", lambda one: of_log_det(one, subset)),
+        "round trip": lambda: of_maps(exact, "round trip", lambda one: of_round_trip(one, subset, drawn(one))),
+        "own samples": lambda: of_maps(exact, "own samples", lambda one: of_samples(one, drawn(one))),
         "KL": lambda: of_kl(kl),
     }
     found = {name: check for name, make in made.items() if (check := _made(name, make)) is not None}
@@ -207,7 +210,29 @@ def _made(name: str, make: Callable[[], Check | None]) -> Check | None:
         return Check(name, None, None, None, f"the field could not be solved for it: {e}")
 
 
-def reference(flow: Flow, rtol: float | None = None) -> Flow:
+def of_maps(density: Density, name: str, make: Callable[[Flow], Check]) -> Check | None:
+    """A check of a flow; of an ensemble, the worst of the checks of its members, with the name of the member."""
+    if not isinstance(density, Ensemble):
+        return make(density.flows[0])
+    worst: Check | None = None
+    for member, flow in zip(density.active_names, density.flows, strict=True):
+        check = _made(name, partial(make, flow))
+        if check is not None and (worst is None or _badness(check) > _badness(worst)):
+            words = "the worst of the members" if check.passed else check.message
+            worst = replace(check, message=f"{member}: {words}")
+    return worst
+
+
+def _badness(check: Check) -> tuple[bool, bool, float]:
+    """Orders checks: failed ones are the worst, then those that were not made, then by the share of the limit."""
+    share = check.value / check.limit if check.value is not None and check.limit else 0.0
+    return check.passed is False, check.passed is None, share if math.isfinite(share) else math.inf
+
+
+AnyDensity = TypeVar("AnyDensity", bound=Density)
+
+
+def reference(flow: AnyDensity, rtol: float | None = None) -> AnyDensity:
     """The flow in float64, solved tightly by dopri5 and with an exact trace where that can be had.
 
     A coarse solver, the rounding and the trace's noise thus stay out of what is checked by it.
@@ -221,7 +246,7 @@ def reference(flow: Flow, rtol: float | None = None) -> Flow:
     return exact
 
 
-def of_solver(flow: Flow, budget: Budget, nll_stderr: float) -> Check | None:
+def of_solver(flow: Density, budget: Budget, nll_stderr: float) -> Check | None:
     """Is the likelihood the solver's doing? A field can learn to please a coarse one."""
     if flow.solver is None:
         return None
@@ -238,7 +263,7 @@ def of_solver(flow: Flow, budget: Budget, nll_stderr: float) -> Check | None:
     )
 
 
-def of_precision(flow: Flow, budget: Budget, nll: float, nll_stderr: float) -> Check | None:
+def of_precision(flow: Density, budget: Budget, nll: float, nll_stderr: float) -> Check | None:
     """Does rounding change the digits shown? `nll` is the NLL of the rows that the budget is measured on."""
     if budget.precision is None:
         return None
@@ -254,7 +279,7 @@ def of_precision(flow: Flow, budget: Budget, nll: float, nll_stderr: float) -> C
     )
 
 
-def largest_bias(flow: Flow, nll_stderr: float) -> float:
+def largest_bias(flow: Density, nll_stderr: float) -> float:
     """A tenth of the sampling error, which hides it; but no more than PAIRED, because in the difference of two flows
     on the same points (as in a KL) that error cancels.
     """
@@ -262,7 +287,7 @@ def largest_bias(flow: Flow, nll_stderr: float) -> float:
     return max(SMALL, min(nll_stderr / 10, most)) if math.isfinite(nll_stderr) else SMALL
 
 
-def of_mass(exact: Flow) -> Check | None:
+def of_mass(exact: Density) -> Check | None:
     """Does p integrate to 1? Of one or two columns; a logit lets some mass out of the range of its levels."""
     if len(exact.event_shape) != 1 or exact.event_shape[0] > 2 or exact.levels is not None:
         return None
@@ -278,7 +303,7 @@ def of_mass(exact: Flow) -> Check | None:
     return judged("mass", miss, MISS, wrong)
 
 
-def measured_mass(flow: Flow) -> Mass:
+def measured_mass(flow: Density) -> Mass:
     """int p(x) dx of a flow over one or two columns, of a conditional one its `marginal`."""
 
     @torch.no_grad()
@@ -286,7 +311,7 @@ def measured_mass(flow: Flow) -> Mass:
         return torch.cat([marginal(flow, part) for part in torch.split(x, rows_at_a_time(flow.event_shape))])
 
     with seeded(0, flow.like.device):
-        return mass(log_prob, flow.sample(SAMPLES), reach_of(flow.base))
+        return mass(log_prob, flow.sample(SAMPLES), max(reach_of(one.base) for one in flow.flows))
 
 
 def reach_of(base: Base) -> float:
@@ -386,7 +411,7 @@ def of_round_trip(exact: Flow, subset: Subset, drawn: Drawn) -> Check:
     return judged(
         "round trip",
         miss,
-        ROUND_TRIP,
+        ROUNAnyDensityTRIP,
         f"there and back misses a point by {miss:.2g} of a column's spread: the map is not invertible, or forward and "
         "inverse are not those of one map",
     )

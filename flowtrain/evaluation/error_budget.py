@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flowtrain.evaluation.log_likelihood import estimates_trace, log_probs
 from flowtrain.evaluation.result import Budget
-from flowtrain.flow import Flow
-from flowtrain.ode import record_solves
+from flowtrain.flow import Density
+from flowtrain.ode import Solver, record_solves
 from flowtrain.utils.errors import SolverError
 from flowtrain.utils.process import seeded
 
@@ -38,7 +38,7 @@ class Subset:
 
 
 def subset_of(
-    flow: Flow, x: Tensor, label: Tensor | None, left_out: Tensor | None = None, most: int | None = None
+    flow: Density, x: Tensor, label: Tensor | None, left_out: Tensor | None = None, most: int | None = None
 ) -> Subset:
     """Rows of x (n, *event_shape) and of labels (n,) or None, drawn at random: files may be sorted.
 
@@ -63,8 +63,11 @@ def rows_of_checks(event_shape: tuple[int, ...]) -> int:
     return max(50, min(500, 20_000 // math.prod(event_shape)))
 
 
-def budget(flow: Flow, subset: Subset, log_p: Tensor, draws: int) -> Budget:
+def budget(flow: Density, subset: Subset, log_p: Tensor, draws: int) -> Budget:
     """The budget of -mean log_p, log_p (n,) of the whole set, each row with noise of its own.
+
+    Solver and precision errors of an ensemble are those of its own log p. To first order d log p(x) is the mean of its
+    members' d log p_m(x), weighted by their responsibilities r_m(x) = w_m p_m(x) / p(x), and so at most the largest.
 
     Args:
         draws: of the dequantization noise, that log_p averages.
@@ -73,16 +76,11 @@ def budget(flow: Flow, subset: Subset, log_p: Tensor, draws: int) -> Budget:
     over_rows = stderr(log_p)
     trace = trace_error(flow, subset, n, draws)
     exact = copy.deepcopy(flow).double()
-    with record_solves() as solves:
-        in_float64 = log_probs(exact, subset.x, subset.label)
+    in_float64, embedded = with_embedded_error(exact, subset)
     solver, per_row = solver_error(exact, subset, in_float64)
-    errors = [s.integral_error for s in solves if s.integral_error is not None]
-    # of fixed steps there is none
-    estimated = bool(errors) and flow.solver is not None and flow.solver.adaptive
-    embedded = float(torch.cat(errors).sum()) / len(subset.x) if estimated else None
     precision = None
     if flow.like.dtype != torch.float64:
-        precision = of_mean(log_probs(flow, subset.x, subset.label) - in_float64)
+        precision = of_mean(log_p_of(flow, subset) - in_float64)
     biases = (solver_bias(solver, embedded), precision)
     known = [part for part in biases if part is not None and math.isfinite(part)]
     total = math.sqrt(over_rows**2 + sum(part**2 for part in known))
@@ -100,22 +98,46 @@ def budget(flow: Flow, subset: Subset, log_p: Tensor, draws: int) -> Budget:
     )
 
 
+def log_p_of(flow: Density, subset: Subset) -> Tensor:
+    """log p of the rows of a subset, (rows,). The members of an ensemble have the same noise."""
+    return flow.combined(torch.stack([log_probs(one, subset.x, subset.label) for one in flow.flows]))
+
+
+def with_embedded_error(flow: Density, subset: Subset) -> tuple[Tensor, float | None]:
+    """`log_p_of`, and the mean error of the log-determinants by the solver's own estimate; None if it gives none.
+
+    Of an ensemble, the sum over its members of the mean error times the mean responsibility.
+    """
+    log_p, errors = [], list[float | None]()
+    for one in flow.flows:
+        with record_solves() as solves:
+            log_p.append(log_probs(one, subset.x, subset.label))
+        found = [s.integral_error for s in solves if s.integral_error is not None]
+        # of fixed steps there is none
+        estimated = bool(found) and one.solver is not None and one.solver.adaptive
+        errors.append(float(torch.cat(found).sum()) / len(subset.x) if estimated else None)
+    of_each = torch.stack(log_p)
+    shares = flow.responsibilities(of_each).mean(1)
+    known = [share * error for share, error in zip(shares.tolist(), errors, strict=True) if error is not None]
+    return flow.combined(of_each), sum(known) if known else None
+
+
 def stderr(values: Tensor) -> float:
     """Standard error of the mean of values (n,); NaN of one."""
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
-def trace_error(flow: Flow, subset: Subset, n: int, draws: int) -> float:
+def trace_error(flow: Density, subset: Subset, n: int, draws: int) -> float:
     """The standard error that the noise of an estimated trace leaves in the mean of n rows; 0 of an exact one.
 
     From the variance over DRAWS draws of each row. Several dequantization draws share their probes, and are the mean of
-    two such passes.
+    two such passes. So are those of an ensemble, also of one draw.
     """
     if not estimates_trace(flow):
         return 0.0
     drawn = [log_probs(flow, subset.x, subset.label, seed=1 + k) for k in range(DRAWS)]
     variance = float(torch.stack(drawn).var(0).mean())
-    return math.sqrt(variance / (n if draws == 1 else 2 * n))
+    return math.sqrt(variance / (n if draws == 1 or len(flow.flows) > 1 else 2 * n))
 
 
 def of_mean(difference: Tensor) -> float:
@@ -125,7 +147,7 @@ def of_mean(difference: Tensor) -> float:
     return math.hypot(float(difference.mean()), stderr(difference))
 
 
-def solver_error(flow: Flow, subset: Subset, log_p: Tensor) -> tuple[float, float]:
+def solver_error(flow: Density, subset: Subset, log_p: Tensor) -> tuple[float, float]:
     """The change of the NLL, and in RMS that of a row, when the tolerance is tightened tenfold, in nats.
 
     Of a flow in float64, so that rounding stays out of it; NaN of a field that cannot be solved so tightly.
@@ -133,18 +155,21 @@ def solver_error(flow: Flow, subset: Subset, log_p: Tensor) -> tuple[float, floa
     Args:
         log_p: at the tolerance as it is, (rows,).
     """
-    solver = flow.solver
-    if solver is None:
+    if flow.solver is None:
         return 0.0, 0.0
-    tighter: dict[str, Any] = {"rtol": solver.rtol / 10, "atol": solver.atol / 10, "max_nfe": 10 * solver.max_nfe}
-    if solver.step_size is not None:
-        tighter["step_size"] = solver.step_size / 10
     try:
-        tight = flow.with_solver(solver.replace(**tighter))
-        change = log_probs(tight, subset.x, subset.label) - log_p
+        change = log_p_of(flow.with_solvers(tightened), subset) - log_p
     except SolverError:
         return math.nan, math.nan
     return of_mean(change), float(change.square().mean().sqrt())
+
+
+def tightened(solver: Solver) -> Solver:
+    """The solver with a tenth of its tolerance, or of its step size."""
+    tighter: dict[str, Any] = {"rtol": solver.rtol / 10, "atol": solver.atol / 10, "max_nfe": 10 * solver.max_nfe}
+    if solver.step_size is not None:
+        tighter["step_size"] = solver.step_size / 10
+    return solver.replace(**tighter)
 
 
 def solver_bias(solver: float, embedded: float | None) -> float:
@@ -152,7 +177,7 @@ def solver_bias(solver: float, embedded: float | None) -> float:
     return max(solver, embedded or 0.0)
 
 
-def dequantization_gap(flow: Flow, subset: Subset, draws: int) -> float:
+def dequantization_gap(flow: Density, subset: Subset, draws: int) -> float:
     """NLL with `draws` draws of the noise inside the log less that with ten times as many, in nats."""
     few, many = (log_probs(flow, subset.raw, subset.label, draws=k).mean() for k in (draws, 10 * draws))
     return float(many - few)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,23 +17,26 @@ from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.tables.from_memory import table_of
 from flowtrain.data.tables.rows_to_score import RowsInMemory
 from flowtrain.evaluation.baseline import GAUSSIAN, gaussian_baseline, of_baseline
-from flowtrain.evaluation.calibration import calibration
+from flowtrain.evaluation.calibration import calibration, density_calibration
 from flowtrain.evaluation.checks import checks
 from flowtrain.evaluation.error_budget import budget, stderr, subset_of
 from flowtrain.evaluation.log_likelihood import (
+    Scores,
     estimates_trace,
     held_out,
-    log_probs_and_latents,
+    log_probs,
     nfe_of_pass,
+    score_rows,
     trace_rule,
 )
 from flowtrain.evaluation.ood_detection import ood_detection
 from flowtrain.evaluation.outliers import check_some_finite, concentration
-from flowtrain.evaluation.result import Evaluation, OODDetection
-from flowtrain.flow import Flow, Label, Rows
+from flowtrain.evaluation.result import Calibration, Evaluation, Member, OODDetection
+from flowtrain.flow import Density, Flow, Label, Rows
+from flowtrain.models.ensemble import Ensemble
 from flowtrain.ode import record_solves
 from flowtrain.utils.arguments import shortened, whole
-from flowtrain.utils.errors import ConfigError, DataError
+from flowtrain.utils.errors import ConfigError, DataError, SolverError
 from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.process import one_thread_if_small, own_settings, seeded
 from flowtrain.utils.status import phase
@@ -46,10 +49,12 @@ UNSOLVED = 100
 MOST_TYPICAL = 10_000
 # number of rows of the error budget if time is short
 FEW = 10
+# largest number of rows whose density is ranked, and how many samples each is ranked among
+RANKED, RANKED_SAMPLES = 1000, 4
 
 
 def evaluate(
-    flow: Flow,
+    flow: Density,
     data: Dataset | Tensor | Rows,
     split: str = "test",
     step: int | None = None,
@@ -64,6 +69,9 @@ def evaluate(
     dtype: torch.dtype | None = None,
 ) -> Evaluation:
     """The negative log-likelihood (NLL) of a flow on held-out rows, in nats per sample, with its error and checks.
+
+    Of an ensemble, the NLL is that of its own density, and the NLL and weight of each member are listed. Checks that
+    need a map from base to data are made of each member.
 
     The rows are scored in evaluation mode. Afterwards, the flow and the settings and random state of torch are as
     before. The check `concentration` fails if log p of a row is not finite, or if the ODE of a row cannot be solved.
@@ -136,7 +144,7 @@ def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: A
     Raises:
         ConfigError: naming the argument.
     """
-    if not isinstance(flow, Flow):
+    if not isinstance(flow, Density):
         raise ConfigError(f"flow={shortened(flow)}: give a Flow, then its data")
     if batch_size is not None:
         whole("batch_size", batch_size)
@@ -147,7 +155,9 @@ def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: A
         raise ConfigError(f"other={shortened(other)}: give (name, samples as a tensor)")
 
 
-def dataset_of(flow: Flow, x: Tensor | Rows, label: Label | str = None, seed: int = 0, name: str = "x") -> RowsInMemory:
+def dataset_of(
+    flow: Density, x: Tensor | Rows, label: Label | str = None, seed: int = 0, name: str = "x"
+) -> RowsInMemory:
     """A data set of rows for a flow, see `Flow.read_rows`, with the noise on columns that a run adds.
 
     Args:
@@ -176,7 +186,7 @@ def dataset_of(flow: Flow, x: Tensor | Rows, label: Label | str = None, seed: in
 
 
 @contextmanager
-def _in_evaluation_mode(flow: Flow) -> Iterator[None]:
+def _in_evaluation_mode(flow: Density) -> Iterator[None]:
     """Evaluation mode for all modules; after, each has the mode that it had."""
     training = [module for module in flow.modules() if module.training]
     flow.eval()
@@ -188,7 +198,7 @@ def _in_evaluation_mode(flow: Flow) -> Iterator[None]:
 
 
 def _evaluate(
-    flow: Flow,
+    flow: Density,
     data: Dataset,
     split: str,
     step: int,
@@ -209,7 +219,8 @@ def _evaluate(
     check_fits(flow, data, how["draws"])
     begun = time.perf_counter()
     with phase(f"scoring the {split} set"):
-        log_p, z, way = scored(flow, x, label, split, how)
+        scores, way = scored(flow, x, label, split, how)
+    log_p = scores.log_p
     nll, nll_stderr, bits = -float(log_p.mean()), stderr(log_p), flow.bits_per_nat
     truth = beside_truth(data, x, log_p)
     where = "file" if split == "all" else f"{split} set"
@@ -227,13 +238,18 @@ def _evaluate(
         with phase("checking the density"):
             judged += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]))
     with phase("calibration"):
-        calibrated, pit = calibration(z, flow.base)
+        if isinstance(flow, Flow):
+            calibrated, pit = calibration(scores.z, flow.base)
+        else:
+            calibrated, pit = calibration_by_density(flow, log_p, label, how, thorough)
     told = None
     if other is not None:
         with phase(f"scoring {other[0]}"):
             told = detect_ood(flow, x, log_p, split, other, typical, how)
     with phase("round trip"):
         round_trip = roundtrip_error(flow, subset.x, subset.label)
+    with phase("scoring the members of weight 0"):
+        members = of_members(flow, scores.members, x, label, how)
     result = Evaluation(
         nll=nll,
         nll_stderr=nll_stderr,
@@ -251,6 +267,7 @@ def _evaluate(
         calibration=calibrated,
         ood=None if told is None else told[0],
         baselines=None if simple is None else {GAUSSIAN: simple},
+        **members,
         bits_per_nat=bits,
         scores=log_p,
         sets=None if told is None else told[1],
@@ -262,8 +279,8 @@ def _evaluate(
 
 
 def scored(
-    flow: Flow, x: Tensor, label: Tensor | None, split: str, how: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    flow: Density, x: Tensor, label: Tensor | None, split: str, how: Mapping[str, Any]
+) -> tuple[Scores, dict[str, Any]]:
     """Scores a set x (n, *event_shape): log p (n,), latents of some rows, and how they were computed, for eval.json.
 
     Args:
@@ -271,8 +288,8 @@ def scored(
     """
     begun = time.perf_counter()
     with record_solves() as solves:
-        log_p, z = log_probs_and_latents(flow, x, label, unsolved=UNSOLVED, **how)
-    check_some_finite(log_p, split)
+        found = score_rows(flow, x, label, unsolved=UNSOLVED, **how)
+    check_some_finite(found.log_p, split)
     seconds = time.perf_counter() - begun
     rule, estimated = trace_rule(flow), estimates_trace(flow)
     way = {
@@ -285,7 +302,59 @@ def scored(
         "device": str(flow.like.device),
         "dtype": str(flow.like.dtype).removeprefix("torch."),
     }
-    return log_p, z, way
+    return found, way
+
+
+def of_members(flow: Density, log_p: Tensor, x: Tensor, label: Tensor | None, how: Mapping[str, Any]) -> dict[str, Any]:
+    """What an `Evaluation` says of the members of an ensemble, from log p of `flows`, (n, M).
+
+    Members of weight 0 are scored now. If the ODE of one cannot be solved, it gets NaN at all rows.
+    """
+    if not isinstance(flow, Ensemble):
+        return {"members": None, "spread": None, "member_scores": None}
+    columns, active = [], iter(log_p.T)
+    for member, weight in zip(flow.members, flow.weights, strict=True):
+        if weight > 0:
+            columns.append(next(active))
+            continue
+        try:
+            columns.append(log_probs(cast(Flow, member), x, label, **how))
+        except SolverError:
+            columns.append(torch.full((len(x),), torch.nan, dtype=torch.float64))
+    named = zip(flow.names, flow.weights, columns, strict=True)
+    return {
+        "members": tuple(Member(name, weight, -float(one.mean()), stderr(one)) for name, weight, one in named),
+        "spread": spread(flow, log_p),
+        "member_scores": torch.stack(columns, 1),
+    }
+
+
+def spread(ensemble: Ensemble, log_p: Tensor) -> float | None:
+    """Mean over the rows of the weighted standard deviation of log p, (n, M), between the members; see `Evaluation`."""
+    log_p = log_p[log_p.isfinite().all(1)]
+    if not len(log_p) or log_p.shape[1] < 2:
+        return None
+    w = log_p.new_tensor(ensemble.log_weights).exp()
+    mean = (log_p * w).sum(1, keepdim=True)
+    return float(((log_p - mean).square() * w).sum(1).sqrt().mean())
+
+
+def calibration_by_density(
+    flow: Density, log_p: Tensor, label: Tensor | None, how: Mapping[str, Any], thorough: bool
+) -> tuple[Calibration, dict[str, Tensor]]:
+    """`density_calibration` of some rows, evenly spread, with RANKED_SAMPLES times as many samples of the flow.
+
+    Args:
+        log_p: that of the scored rows, (n,), and their labels.
+    """
+    every = math.ceil(len(log_p) / (RANKED if thorough else RANKED // 4))
+    log_p, label = log_p[::every], None if label is None else label[::every].repeat(RANKED_SAMPLES)
+    with seeded(how["seed"], flow.like.device), torch.no_grad():
+        samples = flow.sample(RANKED_SAMPLES * len(log_p), label=label)
+    if flow.integer_valued:
+        samples = flow.quantized(samples)
+    scores = score_rows(flow, samples, label, latents=0, unsolved=UNSOLVED, **how)
+    return density_calibration(log_p, scores.log_p)
 
 
 def beside_truth(data: Dataset, x: Tensor, log_p: Tensor) -> dict[str, Any]:
@@ -300,7 +369,7 @@ def beside_truth(data: Dataset, x: Tensor, log_p: Tensor) -> dict[str, Any]:
 
 
 def detect_ood(
-    flow: Flow,
+    flow: Density,
     x: Tensor,
     log_p: Tensor,
     split: str,
@@ -321,7 +390,7 @@ def detect_ood(
     """
 
     def scores(rows: Tensor) -> Tensor:
-        return log_probs_and_latents(flow, rows, latents=0, unsolved=UNSOLVED, **how)[0]
+        return score_rows(flow, rows, latents=0, unsolved=UNSOLVED, **how).log_p
 
     inside = log_p if flow.classes is None else scores(x)
     typical, of = inside, "scored rows"
@@ -334,7 +403,7 @@ def detect_ood(
     return ood_detection(other[0], inside, outside, entropy, of), (inside, outside)
 
 
-def check_fits(flow: Flow, data: Dataset, dequantization_samples: int = 1) -> None:
+def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) -> None:
     """Refuses data that are not of the flow's kind; see `evaluate`."""
     if tuple(data.event_shape) != flow.event_shape:
         raise DataError(
@@ -353,11 +422,14 @@ def check_fits(flow: Flow, data: Dataset, dequantization_samples: int = 1) -> No
 
 
 @torch.no_grad()
-def roundtrip_error(flow: Flow, x: Tensor, label: Label = None) -> float:
-    """max |x - forward(inverse(x))| in data units, whole numbers dequantized first by seeded noise."""
+def roundtrip_error(flow: Density, x: Tensor, label: Label = None) -> float:
+    """max |x - forward(inverse(x))| in data units, whole numbers dequantized first by seeded noise.
+
+    Of an ensemble, the largest of its members.
+    """
     with seeded(0, flow.like.device):
         x = flow.dequantized(x)
-        return float((x - flow(flow.inverse(x, label), label)).abs().max())
+        return max(float((x - one(one.inverse(x, label), label)).abs().max()) for one in flow.flows)
 
 
 def _kind(integer_valued: bool, levels: int | None, noisy: tuple[int, ...]) -> str:

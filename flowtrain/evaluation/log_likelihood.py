@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
-from flowtrain.flow import Flow, Label, rows_at_a_time
+from flowtrain.flow import Density, Flow, Label, rows_at_a_time
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.ode import Statistics
 from flowtrain.utils.errors import DataError, NonFiniteError, SolverError
@@ -16,7 +17,21 @@ from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
 
 
-def held_out(flow: Flow, data: Dataset, split: str) -> tuple[Tensor, Tensor | None]:
+class Scores(NamedTuple):
+    """What `score_rows` finds: log p in nats in float64, on the CPU.
+
+    Attributes:
+        log_p: of all rows, (n,).
+        z: latents of some rows, (k, *event_shape); none of an ensemble.
+        members: log p of each of `Density.flows`, (n, M); (n, 0) of a marginal.
+    """
+
+    log_p: Tensor
+    z: Tensor
+    members: Tensor
+
+
+def held_out(flow: Density, data: Dataset, split: str) -> tuple[Tensor, Tensor | None]:
     """A held-out set of `data`, (n, *event_shape), with its labels (n,) for a conditional flow.
 
     Raises:
@@ -31,26 +46,26 @@ def held_out(flow: Flow, data: Dataset, split: str) -> tuple[Tensor, Tensor | No
 
 
 def log_probs(
-    flow: Flow,
+    flow: Density,
     x: Tensor,
     label: Tensor | None = None,
     batch_size: int | None = None,
     draws: int = 1,
     seed: int = 0,
 ) -> Tensor:
-    """log p(x) in nats for all rows of x, (n,); see `log_probs_and_latents`.
+    """log p(x) in nats for all rows of x, (n,); see `score_rows`.
 
     Example:
         >>> from flowtrain.bijections.linear import Affine
         >>> [round(p, 4) for p in log_probs(Flow((1,), Affine(1)), torch.tensor([[0.0], [1.0]])).tolist()]
         [-0.9189, -1.4189]
     """
-    return log_probs_and_latents(flow, x, label, batch_size, draws, seed, latents=0)[0]
+    return score_rows(flow, x, label, batch_size, draws, seed, latents=0).log_p
 
 
 @torch.no_grad()
-def log_probs_and_latents(
-    flow: Flow,
+def score_rows(
+    flow: Density,
     x: Tensor,
     label: Tensor | None = None,
     batch_size: int | None = None,
@@ -58,42 +73,40 @@ def log_probs_and_latents(
     seed: int = 0,
     latents: int = 10_000,
     unsolved: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """log p(x) in nats for all rows of x, (n,), float64, and latents of some of them, both on the CPU.
+) -> Scores:
+    """log p(x) in nats for all rows of x, and latents of some of them.
 
     Of whole numbers log 1/K sum_k p(x + u_k), u_k uniform, K = `draws`: in expectation it rises with K to
-    log P(x) (Burda et al. 2016, Importance weighted autoencoders, theorem 1, for a uniform proposal). Where the trace
-    is estimated, twice the solves and `bound_of_estimates` in its place.
+    log P(x) (Burda et al. 2016, Importance weighted autoencoders, theorem 1, for a uniform proposal). The members of an
+    ensemble score the same points x + u_k. Where the trace is estimated, the log of a sum is replaced by
+    `bound_of_estimates`, which takes twice the solves.
 
     Args:
         label: (n,), for a conditional flow; None for its `marginal`.
         batch_size: rows at a time; None: chosen by the size of a sample. With noise or an adaptive solver, log p
             depends on it: noise is drawn batch by batch, and the rows of a batch share the solver's steps.
         seed: of the noise.
-        latents: of about how many rows, evenly spread, those of the first draw; none of a marginal.
+        latents: of about how many rows, evenly spread, those of the first draw; none of a marginal or an ensemble.
         unsolved: the number of rows whose solve may fail. They get NaN. If more fail, the SolverError is raised.
     """
     device = flow.like.device
     size = batch_size or rows_at_a_time(flow.event_shape)
     labels = repeat(None) if label is None else torch.split(label, size)
-    log_p, z = [], []
+    found: list[Scores] = []
     every, at = math.ceil(len(x) / max(1, latents)), 0
     failed: list[SolverError] = []
     with seeded(seed, device), status("scoring", total=len(x), unit="row") as progress:
         for part, y in zip(torch.split(x, size), labels, strict=False):
             x_k = [flow.dequantized(part.to(device)) for _ in range(draws)]
-            averaged, first = _averaged(flow, x_k, y) if unsolved == 0 else _solvable(flow, x_k, y, failed, unsolved)
-            log_p.append(averaged.cpu())
-            if latents:
-                z.append(first[-at % every :: every].cpu())
+            one = _averaged(flow, x_k, y) if unsolved == 0 else _solvable(flow, x_k, y, failed, unsolved)
+            z = one.z[-at % every :: every] if latents else one.z[:0]
+            found.append(Scores(one.log_p.cpu(), z.cpu(), one.members.cpu()))
             at += len(part)
             progress.advance(len(part))
-    return torch.cat(log_p), torch.cat(z) if z else torch.empty(0, *flow.event_shape)
+    return Scores(*map(torch.cat, zip(*found, strict=True)))
 
 
-def _solvable(
-    flow: Flow, x_k: list[Tensor], label: Tensor | None, failed: list[SolverError], most: int
-) -> tuple[Tensor, Tensor]:
+def _solvable(flow: Density, x_k: list[Tensor], label: Tensor | None, failed: list[SolverError], most: int) -> Scores:
     """`_averaged`, with NaN for rows whose ODE cannot be solved. Finds these rows by halving the batch.
 
     Args:
@@ -108,25 +121,51 @@ def _solvable(
             failed.append(e)
             if len(failed) > most:
                 raise
-            return torch.full((1,), torch.nan, dtype=torch.float64), torch.full_like(x_k[0], torch.nan)
+            return _unsolved(flow, x_k, label)
     halves = zip(*(x.tensor_split(2) for x in x_k), strict=True)
     labels = (None, None) if label is None else label.tensor_split(2)
     found = [_solvable(flow, list(half), y, failed, most) for half, y in zip(halves, labels, strict=True)]
-    log_p, z = zip(*found, strict=True)
-    return torch.cat([each.cpu() for each in log_p]), torch.cat(z)
+    return Scores(*map(torch.cat, zip(*found, strict=True)))
 
 
-def _averaged(flow: Flow, x_k: list[Tensor], label: Tensor | None) -> tuple[Tensor, Tensor]:
+def _unsolved(flow: Density, x_k: list[Tensor], label: Tensor | None) -> Scores:
+    """`_averaged` of one row whose ODE cannot be solved: NaN; of an ensemble, without members that cannot be solved."""
+    if isinstance(flow, Flow):
+        lost = x_k[0].new_full((1, 1), torch.nan, dtype=torch.float64)
+        return Scores(lost[0], torch.full_like(x_k[0], torch.nan), lost)
+    log_p = []
+    for member in flow.flows:
+        try:
+            log_p.append(_averaged(member, x_k, label).log_p)
+        except SolverError:
+            log_p.append(x_k[0].new_full((1,), torch.nan, dtype=torch.float64))
+    members = torch.stack(log_p)
+    return Scores(flow.combined(members), x_k[0][:0], members.T)
+
+
+def _averaged(flow: Density, x_k: list[Tensor], label: Tensor | None) -> Scores:
     """log of the mean over the x_k (B, *event) of p(x_k), (B,), float64, and the latents of the first of them."""
+    draws, flows = len(x_k), flow.flows
     if flow.classes is not None and label is None:
         log_p = torch.stack([marginal(flow, x).double() for x in x_k])
-        return log_p.logsumexp(0) - math.log(len(x_k)), x_k[0][:0]
-    if estimates_trace(flow) and len(x_k) > 1:
-        points = [(x, label) for x in x_k]
-        (a, z), (b, _) = (_same_probes(flow, points) for _ in range(2))
-        return bound_of_estimates(a, b), z
-    log_p, z = _stacked(flow.log_prob_and_latents(x, label) for x in x_k)
-    return log_p.logsumexp(0) - math.log(len(x_k)), z
+        return Scores(log_p.logsumexp(0) - math.log(draws), x_k[0][:0], log_p.new_empty(log_p.shape[1], 0))
+    points = [(member, x, label) for member in flows for x in x_k]
+
+    def of_each(log_p: Tensor) -> Tensor:
+        """(M, K, B)."""
+        return log_p.view(len(flows), draws, -1)
+
+    if estimates_trace(flow) and len(points) > 1:
+        (a, z), (b, _) = (_same_probes(points) for _ in range(2))
+        a, b = of_each(a) - math.log(draws), of_each(b) - math.log(draws)
+        members = torch.stack([bound_of_estimates(*pair) for pair in zip(a, b, strict=True)])
+        log_w = a.new_tensor(flow.log_weights).view(-1, 1, 1)
+        log_p = bound_of_estimates((a + log_w).flatten(0, 1), (b + log_w).flatten(0, 1))
+    else:
+        log_p, z = _stacked(_log_prob_and_latents(*point) for point in points)
+        members = of_each(log_p).logsumexp(1) - math.log(draws)
+        log_p = flow.combined(members)
+    return Scores(log_p, z if isinstance(flow, Flow) else z[:0], members.T)
 
 
 def _stacked(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -140,23 +179,23 @@ def _stacked(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(log_p), first
 
 
-def marginal(flow: Flow, x: Tensor) -> Tensor:
+def marginal(flow: Density, x: Tensor) -> Tensor:
     """log p(x), (B,). For a conditional flow, log sum_y P(y) p(x | y), with P the class frequencies in training.
 
     If the frequencies are unknown, as in checkpoints of earlier versions, all classes are equally likely.
     """
     if flow.classes is None:
         return flow.log_prob(x)
-    log_p, _ = _same_probes(flow, [(x, y) for y in flow.seen])
+    log_p, _ = _same_probes([(flow, x, y) for y in flow.seen])
     counts = torch.tensor([n for n in flow.class_counts if n] or [1] * flow.classes, dtype=log_p.dtype)
     weights = (counts / counts.sum()).log().to(log_p.device)
     return (log_p + weights[:, None]).logsumexp(0)
 
 
 def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:
-    """A lower bound in expectation on log 1/K sum_k p_k, (B,), from two unbiased estimates (K, B) of each log p_k.
+    """A lower bound in expectation on log sum_k p_k, (B,), from two unbiased estimates (K, B) of each log p_k.
 
-    The log of a mean of estimates is biased upwards by their noise. But log sum_k p_k is the largest value of
+    The log of a sum of estimates is biased upwards by their noise. But log sum_k p_k is the largest value of
     sum_k q_k (log p_k - log q_k) over weights q (Gibbs' inequality), linear in log p: with q = softmax(a) and b for
     log p it is in expectation at most that, whatever a is. The mean of both orders; of exact values it is the log.
     """
@@ -164,23 +203,30 @@ def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:
     for weigh, value in ((a, b), (b, a)):
         log_q = weigh.log_softmax(0)
         total += (log_q.exp() * (value - log_q)).sum(0)
-    return total / 2 - math.log(len(a))
+    return total / 2
 
 
-def _same_probes(flow: Flow, points: Sequence[tuple[Tensor, Label]]) -> tuple[Tensor, Tensor]:
-    """`_stacked` of each (x, label), with fresh trace probes that they share: their noise is much the same."""
+def _log_prob_and_latents(flow: Density, x: Tensor, label: Label) -> tuple[Tensor, Tensor]:
+    """log p(x), (B,), and latents, of which an ensemble has none."""
+    return flow.log_prob_and_latents(x, label) if isinstance(flow, Flow) else (flow.log_prob(x, label), x[:0])
+
+
+def _same_probes(points: Sequence[tuple[Density, Tensor, Label]]) -> tuple[Tensor, Tensor]:
+    """`_stacked` of each (flow, x, label), with fresh trace probes that they share: their noise is much the same."""
     seed = int(torch.randint(2**62, ()))
 
     def found() -> Iterator[tuple[Tensor, Tensor]]:
-        for x, label in points:
+        for point in points:
             torch.manual_seed(seed)
-            yield flow.log_prob_and_latents(x, label)
+            yield _log_prob_and_latents(*point)
 
     return _stacked(found())
 
 
-def nfe_of_pass(flow: Flow, solves: Sequence[Statistics]) -> float | None:
+def nfe_of_pass(flow: Density, solves: Sequence[Statistics]) -> float | None:
     """NFE of taking samples through the flow once, which solves each continuous part once; None where nothing solved.
+
+    Of an ensemble, the sum over its members.
 
     Args:
         solves: those of any number of whole passes.
@@ -188,12 +234,14 @@ def nfe_of_pass(flow: Flow, solves: Sequence[Statistics]) -> float | None:
     return len(flow.ode_blocks) * sum(s.nfe_forward for s in solves) / len(solves) if solves else None
 
 
-def trace_rule(flow: Flow) -> TraceRule | None:
-    """How a continuous flow takes its traces; None of a flow that solves no ODE."""
-    return next((m.trace for m in flow.ode_blocks), None)
+def trace_rule(flow: Density) -> TraceRule | None:
+    """How a continuous flow takes its traces, of an ensemble one that is estimated; None if no ODE is solved."""
+    d = math.prod(flow.event_shape)
+    rules = [m.trace for m in flow.ode_blocks]
+    return min(rules, key=lambda rule: rule.is_exact(d, training=False), default=None)
 
 
-def estimates_trace(flow: Flow) -> bool:
+def estimates_trace(flow: Density) -> bool:
     """Whether the flow's log-likelihood is evaluated with an estimated trace."""
     rule = trace_rule(flow)
     return rule is not None and not rule.is_exact(math.prod(flow.event_shape), training=False)

@@ -50,15 +50,15 @@ def auroc(inside: Tensor, outside: Tensor) -> tuple[float, float]:
         >>> round(area, 4)  # 5 of 6 pairs
         0.8333
     """
-    below = _share_below(inside, outside)
-    above = 1 - _share_below(outside, inside)
+    below = share_below(inside, outside)
+    above = 1 - share_below(outside, inside)
     error = (
         (below.var() / len(outside) + above.var() / len(inside)).sqrt() if min(len(inside), len(outside)) > 1 else None
     )
     return float(below.mean()), float("nan") if error is None else float(error)
 
 
-def _share_below(reference: Tensor, scores: Tensor) -> Tensor:
+def share_below(reference: Tensor, scores: Tensor) -> Tensor:
     """For each of `scores`, the share of `reference` below it, those equal to it counted half."""
     ordered = reference.sort().values
     left = torch.searchsorted(ordered, scores, right=False)

@@ -114,23 +114,41 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class Member:
+    """A member of an ensemble, evaluated on the rows of the ensemble; in nats.
+
+    Attributes:
+        path: the file of the member, or its name.
+        weight: its weight in the ensemble.
+        nll: its own negative log-likelihood; NaN if it could not be computed.
+        nll_stderr: the standard error over the rows.
+    """
+
+    path: str
+    weight: float
+    nll: float
+    nll_stderr: float
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Whether latents of the data look like draws from the base, see `evaluation.calibration.calibration`.
 
     Attributes:
         n: rows.
         statistic: the largest Kolmogorov-Smirnov distance sup_u |F_n(u) - u| of the probability integral transforms.
-        worst: the name of the transform with this distance: "z1" to "zd" or "radius".
+        worst: the name of the transform with this distance: "z1" to "zd" or "radius". An ensemble has no latents, and
+            the only transform "density".
         p_value: the probability of a distance at least as large if the model is true, with Bonferroni's correction for
             the number of transforms.
-        radius: the distance of the transform "radius".
+        radius: the distance of the transform "radius"; None of an ensemble.
     """
 
     n: int
     statistic: float
     worst: str
     p_value: float
-    radius: float
+    radius: float | None
 
 
 @dataclass(frozen=True)
@@ -164,7 +182,7 @@ class OODDetection:
 
 
 # what the figures take, and no table or JSON
-PRIVATE = ("bits_per_nat", "scores", "sets", "pit")
+PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores")
 # largest number of rows listed in a message
 NAMED = 5
 # how wide the names before the lines of a table are
@@ -201,9 +219,15 @@ class Evaluation:
         checks: the checks of the density. `failed` lists the checks that did not pass.
         baselines: likelihoods of simple densities on the same rows, by name; None without `trained_on`, and for images
             and toys.
+        members: of an ensemble, its members; None of a flow.
+        spread: of an ensemble, the mean over the rows of the standard deviation of log p between its members, in nats,
+            with the weights of the members; rows where log p of a member is not finite are left out. None if only one
+            member has a weight.
         scores: log p(x) of every row in the order of the set, (n,), float64.
         sets: log p of this set and of the other set of the OOD detection, (n,) and (m,), or None.
         pit: name -> probability integral transforms of latents, (rows,).
+        member_scores: of an ensemble, log p of each member at every row, (n, M), float64, in the order of `members`;
+            NaN where it could not be computed.
     """
 
     nll: float
@@ -231,16 +255,26 @@ class Evaluation:
     calibration: Calibration
     ood: OODDetection | None
     baselines: dict[str, Baseline] | None
+    members: tuple[Member, ...] | None
+    spread: float | None
     bits_per_nat: float | None
     scores: Tensor
     sets: tuple[Tensor, Tensor] | None
     pit: dict[str, Tensor]
+    member_scores: Tensor | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the numbers above and the headline, checks by their name, and no arrays."""
+        """For JSON: the numbers above and the headline, checks by their name, and no arrays.
+
+        Only ensembles have the keys `members` and `spread`.
+        """
         content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         if self.baselines is not None:
             content["baselines"] = {name: found.to_dict() for name, found in self.baselines.items()}
+        if self.members is None:
+            del content["members"], content["spread"]
+        else:
+            content["members"] = [asdict(member) for member in self.members]
         content["checks"] = {c.name: {k: v for k, v in asdict(c).items() if k != "name"} for c in self.checks}
         return {**content, "headline": self.headline}
 
@@ -314,6 +348,7 @@ class Evaluation:
             rows.append(("KL", f"{with_error(self.kl, self.kl_error)} nats  (entropy {self.entropy:.4f})"))
         for name, simple in (self.baselines or {}).items():
             rows.append(("baseline", f"{name} {with_error(simple.nll, simple.nll_stderr)} nats, {_beside(simple)}"))
+        rows += self._member_rows()
         rows.append(("error", self._error_words()))
         if self.dequantization_samples is not None:
             gap = self.budget.dequantization_gap
@@ -329,7 +364,9 @@ class Evaluation:
         rows.append(("round trip", f"{self.roundtrip_error:.1e}"))
         rows += [("checks" if i == 0 else "", words) for i, words in enumerate(self._check_words())]
         c = self.calibration
-        rows.append(("latents", f"KS {c.statistic:.3f} ({c.worst}), p {p_words(c.p_value)}; radius {c.radius:.3f}"))
+        radius = "" if c.radius is None else f"; radius {c.radius:.3f}"
+        words = f"KS {c.statistic:.3f} ({c.worst}), p {p_words(c.p_value)}{radius}"
+        rows.append(("latents" if self.members is None else "density rank", words))
         if self.ood is not None:
             o = self.ood
             finite = f" over the {o.n - o.infinite:,} with a finite log p" if o.infinite else ""
@@ -338,7 +375,20 @@ class Evaluation:
             typical = with_error(o.typicality_auroc, o.typicality_stderr)
             rows.append(("", f"AUROC of |log p + H| {typical}, H the NLL of the {o.entropy_of}"))
         took = f"{self.seconds:.1f} s of scoring, {self.total_seconds:.1f} s in all"
-        rows.append(("time", f"{took}, on {self.device} in {self.dtype}, checkpoint of step {self.step}"))
+        step = f", checkpoint of step {self.step}" if self.members is None else ""
+        rows.append(("time", f"{took}, on {self.device} in {self.dtype}{step}"))
+        return rows
+
+    def _member_rows(self) -> list[tuple[str, str]]:
+        if self.members is None:
+            return []
+        rows: list[tuple[str, str]] = []
+        for member in self.members:
+            nll = f"NLL {self.in_unit(member.nll, member.nll_stderr)}" if math.isfinite(member.nll) else "no NLL"
+            rows.append(("" if rows else "members", f"weight {member.weight:.3f}, {nll}, {member.path}"))
+        if self.spread is not None:
+            name, scale = self.unit
+            rows.append(("", f"log p differs between them by {brief(scale * self.spread)} {name} (standard deviation)"))
         return rows
 
     def _error_words(self) -> str:
@@ -374,7 +424,9 @@ class Evaluation:
         passed = sum(check.passed is True for check in self.checks)
         failed = ", ".join(check.label for check in self.failed)
         checks = f"{counted(passed, 'check')} passed" + (f", FAILED: {failed}" if failed else "")
-        return f"<Evaluation: {self.headline}; {self.rows_words}, {counted(self.n, 'row')}; {checks}>"
+        members = [f"{m.weight:.3g} {m.path} (NLL {m.nll:.4g})" for m in self.members or ()]
+        of = f"; members {', '.join(members)}" if members else ""
+        return f"<Evaluation: {self.headline}; {self.rows_words}, {counted(self.n, 'row')}; {checks}{of}>"
 
     def __str__(self) -> str:
         return self.table()

@@ -1,8 +1,8 @@
-"""A flow that was built by hand, as the config of its file describes it."""
+"""A flow that was built by hand, or an ensemble, as the config of its file describes it."""
 
 from collections.abc import Sequence
 
-from flowtrain.flow import Flow
+from flowtrain.flow import Density
 from flowtrain.ode import Solver
 from flowtrain.utils.errors import ConfigError
 
@@ -10,7 +10,7 @@ from flowtrain.utils.errors import ConfigError
 TARGET = "flowtrain.models.described.described"
 
 
-def described(event_shape: Sequence[int], *, flow: Flow, solver: Solver) -> Flow:
+def described(event_shape: Sequence[int], *, flow: Density, solver: Solver) -> Density:
     """The flow that a description has built; see `flowtrain.runs.save`.
 
     Args:
@@ -19,7 +19,7 @@ def described(event_shape: Sequence[int], *, flow: Flow, solver: Solver) -> Flow
     Raises:
         ConfigError: a description of something else, or of samples of another shape.
     """
-    if not isinstance(flow, Flow) or flow.event_shape != tuple(event_shape):
+    if not isinstance(flow, Density) or flow.event_shape != tuple(event_shape):
         raise ConfigError(f"the description is not that of a flow over samples of shape {tuple(event_shape)}")
     own = flow.solver
     if own is not None and (type(own), own.settings) != (type(solver), solver.settings):

@@ -3,15 +3,19 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
-from flowtrain.flow import Flow
+from flowtrain.flow import Density, Flow
+from flowtrain.ode import Solver
 from flowtrain.utils.errors import FlowtrainError
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import phase
+
+AnyDensity = TypeVar("AnyDensity", bound=Density)
 
 log = logging.getLogger("flowtrain")
 
@@ -37,21 +41,22 @@ def warn_if_plotting_fails(what: str, also: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def drawing(flow: Flow, tolerance: float = TOLERANCE, seed: int = 0) -> Iterator[Flow]:
+def drawing(flow: AnyDensity, tolerance: float = TOLERANCE, seed: int = 0) -> Iterator[AnyDensity]:
     """Gives the flow with a tolerance for a picture. Inside, there are no gradients, and random numbers are seeded.
 
     The flow is put into evaluation mode and stays in it.
     """
+
+    def loosened(solver: Solver) -> Solver:
+        rtol = max(solver.rtol, tolerance)
+        return solver.replace(rtol=rtol, atol=rtol)
+
     flow.eval()
     with torch.no_grad(), seeded(seed, flow.like.device):
-        if flow.solver is None:
-            yield flow
-        else:
-            rtol = max(flow.solver.rtol, tolerance)
-            yield flow.with_solver(flow.solver.replace(rtol=rtol, atol=rtol))
+        yield flow.with_solvers(loosened)
 
 
-def first(flow: Flow, data: Dataset, n: int, label: int | None = None) -> tuple[Tensor, Tensor | None]:
+def first(flow: Density, data: Dataset, n: int, label: int | None = None) -> tuple[Tensor, Tensor | None]:
     """The first test samples, of that class where one is given, and for a conditional flow their labels."""
     x, labels = data.test, data.test_labels
     if label is not None and labels is not None:
@@ -66,7 +71,7 @@ def latents(flow: Flow, n: int, temperature: float = 1.0) -> Tensor:
 
 
 def where_inside(
-    flow: Flow, x: Tensor, function: Callable[[Tensor], Tensor], elsewhere: float, *columns: int
+    flow: Density, x: Tensor, function: Callable[[Tensor], Tensor], elsewhere: float, *columns: int
 ) -> Tensor:
     """A function of rows of x (B, d), (B, *columns), on the flow's device, and `elsewhere` off the flow's range.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowtrain.bases import StandardNormal
 from flowtrain.data.base import Dataset
-from flowtrain.flow import Flow
+from flowtrain.flow import Density, Flow
 from flowtrain.plotting.drawing import drawing, first, latents, warn_if_plotting_fails
 from flowtrain.plotting.image_grids import draw_panels, draw_rows
 from flowtrain.utils.errors import FlowtrainError
@@ -20,7 +20,7 @@ TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0)
 ROW, SAMPLED, PAIRS = 10, 16, 6
 
 
-def draw(flow: Flow, data: Dataset, path: Path, title: str, samples: Tensor | None, label: int | None) -> None:
+def draw(flow: Density, data: Dataset, path: Path, title: str, samples: Tensor | None, label: int | None) -> None:
     """See `flowtrain.plotting.pictures.draw`."""
     show = Shown(flow, data)
     real, labels = first(flow, data, IMAGES, label)
@@ -70,7 +70,7 @@ def _draw_reconstructions(flow: Flow, data: Dataset, show: "Shown", path: Path, 
 class Shown:
     """Images as they are drawn, from 0 (black) to 1: levels by their number, others by the range of the test data."""
 
-    def __init__(self, flow: Flow, data: Dataset) -> None:
+    def __init__(self, flow: Density, data: Dataset) -> None:
         self.flow = flow
         self.low, self.high = value_range(flow, data)
 
@@ -81,7 +81,7 @@ class Shown:
         return (x - self.low) / (self.high - self.low or 1.0)
 
 
-def value_range(flow: Flow, data: Dataset) -> tuple[float, float]:
+def value_range(flow: Density, data: Dataset) -> tuple[float, float]:
     """The values that are drawn black and white."""
     if flow.levels is not None:
         return 0.0, flow.levels - 1.0

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import Evaluation
 from flowtrain.evaluation.log_likelihood import marginal
-from flowtrain.flow import Flow
+from flowtrain.flow import Density, Flow
 from flowtrain.plotting import image_pictures
 from flowtrain.plotting.densities import draw_flow
 from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails, where_inside
@@ -20,7 +20,7 @@ from flowtrain.plotting.transport_pictures import draw_transport_pictures
 POINTS = 10_000
 
 
-def draw_vectors(flow: Flow, data: Dataset, path: Path, title: str, samples: Tensor | None, log_scale: bool) -> None:
+def draw_vectors(flow: Density, data: Dataset, path: Path, title: str, samples: Tensor | None, log_scale: bool) -> None:
     """See `flowtrain.plotting.pictures.draw`."""
     if samples is None:
         samples = flow.sample(POINTS if flow.event_shape[0] <= 2 else 2000)
@@ -50,7 +50,8 @@ def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[
         The files.
     """
     drawn = []
-    words = f"{title}, latents of {result.calibration.n:,} samples ({result.rows_words})"
+    of = "latents" if result.members is None else "density ranks"
+    words = f"{title}, {of} of {result.calibration.n:,} samples ({result.rows_words})"
     with warn_if_plotting_fails("calibration"):
         draw_calibration(place("calibration"), pit=result.pit, title=words)
         drawn.append(place("calibration"))
@@ -73,7 +74,7 @@ def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[
 
 
 def draw(
-    flow: Flow,
+    flow: Density,
     data: Dataset,
     path: Path,
     title: str,

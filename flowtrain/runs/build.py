@@ -15,7 +15,7 @@ from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset, Samples
-from flowtrain.flow import Flow
+from flowtrain.flow import Density, Flow
 from flowtrain.models.described import TARGET
 from flowtrain.objectives.base import Objective
 from flowtrain.ode import Solver
@@ -89,20 +89,28 @@ def build_flow(config: Config, samples: Samples) -> Flow:
     From the data to the base, the flow consists of a Logit for integers in a known range, or a Standardize if the
     samples ask for it; the model; and a start at the Gaussian of the training rows if the samples ask for it. A flow
     that was built by hand and saved has all its parts in its description.
+
+    Raises:
+        ConfigError: a description of an ensemble, where a single flow is needed.
     """
+    flow = build_density(config, samples)
+    if not isinstance(flow, Flow):
+        raise ConfigError(
+            "model: this is an ensemble of flows, and a single flow is needed here; give one of its members"
+        )
+    return flow
+
+
+def build_density(config: Config, samples: Samples) -> Density:
+    """`build_flow`, or the ensemble that a description is of."""
     # built in any case, so that a mistake in it is not passed over
     offered = {"solver": build_solver(config), "classes": samples.classes}
     wanted = _wanted(config, "model", offered)
-    flow = cast(Flow, _call(config, "model", event_shape=samples.event_shape, **wanted))
-    whole = is_description(config["model"])
-    return flow.with_data(
-        flow.bijection if whole else _prepared(flow, samples),
-        integer_valued=samples.integer_valued,
-        levels=samples.levels,
-        centered=samples.centered,
-        noisy=samples.noisy,
-        class_counts=samples.class_counts,
-    )
+    found = cast(Density, _call(config, "model", event_shape=samples.event_shape, **wanted))
+    kind = {key: getattr(samples, key) for key in ("integer_valued", "levels", "centered", "noisy", "class_counts")}
+    if is_description(config["model"]) or not isinstance(found, Flow):
+        return found.with_kind(**kind)
+    return found.with_data(_prepared(found, samples), **kind)
 
 
 def is_description(model: Config) -> bool:

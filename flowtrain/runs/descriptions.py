@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flowtrain import bases, bijections, ode
 from flowtrain import nn as nn_parts
 from flowtrain.flow import Flow
+from flowtrain.models.ensemble import Ensemble
 from flowtrain.nn import TraceRule
 from flowtrain.ode import Solver, Tableau, ode_solver
 from flowtrain.ode.runge_kutta import RungeKutta
@@ -30,6 +31,7 @@ KINDS = (nn.Module, Solver, TraceRule, Tableau)
 # the classes of flowtrain that a description may contain, by their public names. Files contain these names: keep them
 PARTS: dict[str, type] = {
     "flowtrain.Flow": Flow,
+    "flowtrain.Ensemble": Ensemble,
     **{
         f"{module.__name__}.{name}": getattr(module, name)
         for module in (bases, bijections, nn_parts, ode)

@@ -38,7 +38,7 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None, flo
     saved = trainer.checkpoints.read()
     with phase("loading the checkpoint to evaluate"):
         if flow is None:
-            flow = load.restore({**saved, "config": config}, device, trust=load.own_packages(config))
+            flow = load.restore_flow({**saved, "config": config}, device, trust=load.own_packages(config))
         else:
             load.load_averaged_weights(flow, saved)
     with phase("evaluating"):

@@ -162,7 +162,7 @@ def fit(
     ended = _run(composed, source, run_dir, progress, begun, Parts(data=source.data))
     trainer = ended.trainer
     saved = {**trainer.checkpoints.read(), "config": trainer.config}
-    flow = load.restore(saved, trainer.flow.like.device, load.own_packages(trainer.config))
+    flow = load.restore_flow(saved, trainer.flow.like.device, load.own_packages(trainer.config))
     flow.record = _record(saved, ended)
     return flow
 

@@ -5,20 +5,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 
-from flowtrain.data.base import Samples
-from flowtrain.flow import Flow, Record
-from flowtrain.runs.build import build_flow, is_description, resolve_device, with_whole_numbers
+from flowtrain.data.base import Dataset, Samples
+from flowtrain.flow import Density, Flow, Record
+from flowtrain.models.ensemble import Ensemble
+from flowtrain.runs.build import build_data, build_density, is_description, resolve_device, with_whole_numbers
+from flowtrain.runs.console import without_warnings
 from flowtrain.runs.descriptions import check_description, home_of, under
+from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import averages
 from flowtrain.training.resume_validation import is_count
 from flowtrain.utils.arguments import below_half, path_of
-from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError, first_line
+from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError, first_line
 from flowtrain.utils.process import own_settings
 
 # the package that each config group draws from, when the config comes out of a file
@@ -77,42 +80,100 @@ SMALL_NUMBER, SMALL_SAMPLE = 1024, 2**24
 UNBOUNDED = ("levels", "max_nfe", "warmup")
 
 
-def load(path: str | Path, device: str = "cpu", trust: Sequence[str] = ()) -> Flow:
+@overload
+def load(
+    path: str | Path, device: str = "cpu", trust: Sequence[str] = (), weights: Sequence[float] | str | None = None
+) -> Flow: ...
+@overload
+def load(
+    path: list[Any] | tuple[Any, ...],
+    device: str = "cpu",
+    trust: Sequence[str] = (),
+    weights: Sequence[float] | str | None = None,
+) -> Ensemble: ...
+def load(
+    path: str | Path | Sequence[str | Path],
+    device: str = "cpu",
+    trust: Sequence[str] = (),
+    weights: Sequence[float] | str | None = None,
+) -> Flow | Ensemble:
     """Loads the flow of a run directory or a file. Loading runs no code from the file.
 
     The flow is in evaluation mode and has the dtype that it was saved in. If training averaged the weights (EMA), the
     flow has the averages.
 
+    A sweep directory, or a list of runs with the same data, gives an `Ensemble`: log p(x) = log sum_m w_m p_m(x). Its
+    weights are computed by EM on the validation rows, which are read again, see
+    `flowtrain.models.ensemble.stacking_weights`. The file of an ensemble has its weights.
+
     Args:
-        path: a run directory (its best checkpoint), or a .pt file of a run or of `Flow.save`.
+        path: a run directory (its best checkpoint), a .pt file of a run or of `Flow.save`, a sweep directory, or a list
+            of these. Runs of a sweep without a checkpoint are left out with a warning.
         device: cpu, cuda, cuda:0 or auto (a GPU if there is one).
         trust: packages besides flowtrain whose classes the file may name, such as ("mypkg",).
+        weights: of the members of an ensemble, in their order, or "equal"; the data are then not needed.
 
     Returns:
-        The flow. `Flow.record` has the config of its run; it is None for a flow that was built by hand.
+        The flow, or the ensemble. `Flow.record` has the config of its run; it is None for a flow that was built by
+        hand.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or names code that is not trusted.
-        ConfigError: this machine does not have the device.
+        CheckpointError: the file is missing, damaged, or names code that is not trusted; runs with different data.
+        ConfigError: this machine does not have the device; weights that are not weights.
+        DataError: the validation rows of an ensemble are missing or have changed.
 
     Example:
         >>> flow = load("outputs/2026-01-01/12-00-00")  # doctest: +SKIP
     """
-    return restore(checkpoint.load(checkpoint.find(path_of("path", path))), resolve_device(device), trust)
+    paths = [path_of("path", each) for each in path] if isinstance(path, list | tuple) else path_of("path", path)
+    where, runs = resolve_device(device), runs_of(paths)
+    if runs is None:
+        assert isinstance(paths, Path)
+        if weights is not None:
+            raise ConfigError(f"weights: {path} is a single run; give a sweep directory or a list of runs")
+        # type checkers take a file or a directory for that of a flow
+        return cast(Flow, restore(checkpoint.load(checkpoint.find(paths)), where, trust))
+    members = []
+    for run in runs:
+        saved = checkpoint.load(checkpoint.find(run))
+        members.append(Run(str(run), restore(saved, where, trust), saved["config"], samples_of(saved), saved["step"]))
+
+    def data() -> Dataset:
+        config = members[0].config
+        if "_target_" not in config["data"]:
+            raise DataError(f"{members[0].name} does not say what data it was trained on")
+        with without_warnings():
+            return build_data(config)
+
+    return ensemble_of(members, weights, data)
 
 
-def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str] = ()) -> Flow:
-    """The flow of a checkpoint that has been read; see `load`."""
+def restore_flow(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str] = ()) -> Flow:
+    """The flow of a checkpoint that has been read; see `load`.
+
+    Raises:
+        CheckpointError: as `load`, and of an ensemble.
+    """
+    flow = restore(saved, device, trust)
+    if not isinstance(flow, Flow):
+        raise CheckpointError(
+            "the checkpoint is an ensemble of flows, and a single flow is needed here: give its members"
+        )
+    return flow
+
+
+def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str] = ()) -> Density:
+    """The flow or the ensemble of a checkpoint that has been read; see `load`."""
     check_targets(saved["config"], trust)
     samples = samples_of(saved)
     # building draws initial weights, and the caller may be in inference mode, whose tensors take no gradients
     with own_settings(torch.device("cpu")):
         check_sizes(saved, samples)
-        flow = build_flow(saved["config"], samples)
+        flow = build_density(saved["config"], samples)
         cast_as(flow, saved["weights"])
         load_averaged_weights(flow, saved)
-    # the file of a flow that was built by hand has no run
-    if "trainer" in saved["config"]:
+    # the file of a flow that was built by hand has no run, and that of an ensemble knows the data of its members
+    if "trainer" in saved["config"] or "_target_" in saved["config"].get("data", {}):
         flow.record = Record(saved["config"], samples, saved["step"])
     return flow.to(device).eval()
 
@@ -126,7 +187,7 @@ def own_packages(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def load_averaged_weights(flow: Flow, saved: Mapping[str, Any]) -> None:
+def load_averaged_weights(flow: Density, saved: Mapping[str, Any]) -> None:
     """Loads the weights of a checkpoint into a flow, with the averages where EMA was on.
 
     Raises:
@@ -141,7 +202,7 @@ def load_averaged_weights(flow: Flow, saved: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint's weights do not fit the model of its config ({first} ...)") from e
 
 
-def cast_as(flow: Flow, weights: Mapping[str, Tensor]) -> None:
+def cast_as(flow: Density, weights: Mapping[str, Tensor]) -> None:
     """Casts the parameters and buffers of a flow to the dtypes of these weights, which may be of `flow.double()`."""
     dtypes = list({w.dtype for w in weights.values() if w.is_floating_point()})
     if len(dtypes) == 1:
@@ -152,7 +213,7 @@ def cast_as(flow: Flow, weights: Mapping[str, Tensor]) -> None:
             tensor.data = tensor.data.to(weights[name].dtype)
 
 
-def check_sizes(saved: Mapping[str, Any], samples: Samples) -> Flow | None:
+def check_sizes(saved: Mapping[str, Any], samples: Samples) -> Density | None:
     """Refuses a config that would build more than the checkpoint's weights fill, before any memory is asked for.
 
     No whole number in the model's config may exceed all the weights there are; and the model, sketched without memory
@@ -176,7 +237,7 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> Flow | None:
         raise CheckpointError(f"the checkpoint's samples would be of shape {samples.event_shape}")
     try:
         with torch.device("meta"):
-            sketch = build_flow(saved["config"], samples)
+            sketch = build_density(saved["config"], samples)
     except FlowtrainError as e:
         raise CheckpointError(f"the checkpoint's config builds no flow: {e}") from e
     except NotImplementedError:

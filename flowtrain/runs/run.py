@@ -169,7 +169,7 @@ def prepare(
                 change,
             )
         with status("loading the run to begin from"):
-            teacher = load.restore(taught, device, trust)
+            teacher = load.restore_flow(taught, device, trust)
     if saved is not None:
         load.check_sizes(saved, data.samples)
     torch.manual_seed(whole("seed", config["seed"], least=0))

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from flowtrain.data.base import Samples
-from flowtrain.flow import Flow
+from flowtrain.flow import Density, Flow
 from flowtrain.models.described import TARGET
+from flowtrain.models.ensemble import Ensemble
 from flowtrain.ode import Solver, ode_solver
-from flowtrain.runs.build import build_flow, build_solver
+from flowtrain.runs.build import build_density, build_solver
 from flowtrain.runs.descriptions import describe, describe_solver
 from flowtrain.runs.load import check_sizes
 from flowtrain.training import checkpoint
@@ -22,12 +23,12 @@ from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError,
 NO_DATA = {"name": "unknown data"}
 
 
-def save(flow: Flow, path: str | Path) -> None:
+def save(flow: Density, path: str | Path) -> None:
     """Writes a flow to a file; see `Flow.save`.
 
     If a run has trained the flow, the file has the config and the samples of the run, and the present solver of the
     flow. If the flow was built by hand, or its structure has changed since the run, the file has a description of its
-    parts.
+    parts. So has the file of an ensemble, which also names the data that the members were trained on.
 
     Raises:
         ConfigError: a name that does not end in .pt, or a directory.
@@ -46,10 +47,10 @@ def save(flow: Flow, path: str | Path) -> None:
         raise CheckpointError(f"{path}: the flow could not be written ({e})") from e
 
 
-def content_of(flow: Flow) -> dict[str, Any]:
+def content_of(flow: Density) -> dict[str, Any]:
     """The content of a checkpoint of the flow; see `flowtrain.training.checkpoint`."""
     record = flow.record
-    if record is not None:
+    if record is not None and isinstance(flow, Flow):
         content = {**_content(flow, record.samples), "config": {**record.config}, "step": record.step}
         if flow.solver is not None:
             content["config"]["solver"] = _solver_group(record.config, flow.solver)
@@ -64,9 +65,12 @@ def content_of(flow: Flow) -> dict[str, Any]:
         noisy=tuple(flow.noisy),
         class_counts=tuple(flow.class_counts),
     )
-    model = {"name": "flow", "_target_": TARGET, "flow": describe(flow)}
+    data, step = NO_DATA, 0
+    if record is not None and isinstance(flow, Ensemble):
+        samples, data, step = record.samples, record.config["data"], record.step
+    model = {"name": "ensemble" if isinstance(flow, Ensemble) else "flow", "_target_": TARGET, "flow": describe(flow)}
     solver = describe_solver(flow.solver or ode_solver())
-    content = {**_content(flow, samples), "config": {"model": model, "data": NO_DATA, "solver": solver}}
+    content = {**_content(flow, samples), "step": step, "config": {"model": model, "data": data, "solver": solver}}
     if (why := _differs(content, flow, samples)) is not None:
         raise CheckpointError(
             f"the flow cannot be saved: the arguments of its constructors do not build it again ({why}). Give what "
@@ -75,7 +79,7 @@ def content_of(flow: Flow) -> dict[str, Any]:
     return content
 
 
-def _content(flow: Flow, samples: Samples) -> dict[str, Any]:
+def _content(flow: Density, samples: Samples) -> dict[str, Any]:
     described = {key: value for key, value in asdict(samples).items() if key != "event_shape"}
     weights = {name: w.detach() for name, w in flow.state_dict().items()}
     return {"event_shape": list(flow.event_shape), "samples": described, "step": 0, "weights": weights, "ema": None}
@@ -89,12 +93,12 @@ def _solver_group(config: Mapping[str, Any], solver: Solver) -> dict[str, Any]:
     return describe_solver(solver)
 
 
-def _differs(content: Mapping[str, Any], flow: Flow, samples: Samples) -> str | None:
+def _differs(content: Mapping[str, Any], flow: Density, samples: Samples) -> str | None:
     """The first difference in structure between this flow and the one that a checkpoint builds; None if they agree."""
     try:
         with torch.random.fork_rng(devices=[]):
             # a model that needs values to be built has no sketch
-            again = check_sizes(content, samples) or build_flow(content["config"], samples)
+            again = check_sizes(content, samples) or build_density(content["config"], samples)
     except FlowtrainError as e:
         return first_line(e)
     before, after = ([(name, type(m)) for name, m in f.named_modules()] for f in (flow, again))

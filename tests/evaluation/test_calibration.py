@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from flowtrain.bases import Base, GaussianMixture, StandardNormal, StudentT, UniformBox
-from flowtrain.evaluation.calibration import calibration, ks_distance, ks_p_value
+from flowtrain.evaluation.calibration import calibration, density_calibration, ks_distance, ks_p_value
 
 
 @pytest.mark.parametrize("n", [5, 40, 2000])
@@ -61,3 +61,15 @@ def test_latents_outside_of_a_box_count_as_its_edges() -> None:
     _, pit = calibration(z, UniformBox([0.0], [1.0]))
     assert pit["z1"].tolist() == [1.0, 0.0, 0.5]
     assert pit["radius"].tolist() == [1.0, 1.0, 0.0]
+
+
+def test_density_ranks_are_a_test_of_two_samples() -> None:
+    _, pit = density_calibration(torch.tensor([-10.0, 0.5, 10.0, torch.nan]), torch.linspace(0, 1, 101))
+    assert pit["density"].tolist() == pytest.approx([0.0, 0.5, 1.0])
+    rows, samples = torch.randn(200) + 0.2, torch.randn(4000)
+    found, _ = density_calibration(rows, samples)
+    expected = stats.ks_2samp(rows.numpy(), samples.numpy(), method="asymp")
+    assert found.statistic == pytest.approx(expected.statistic, abs=1e-3)
+    assert found.p_value == pytest.approx(expected.pvalue, abs=0.02)
+    lost, _ = density_calibration(torch.full((4,), torch.nan), samples)
+    assert (lost.n, lost.worst) == (0, "density")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import flowtrain
-from flowtrain import Flow, bases, bijections, models, ode
+from flowtrain import Ensemble, Flow, bases, bijections, models, ode
 from flowtrain import nn as parts
 from flowtrain.bijections import ActNorm, Bijection, Chain, Continuous, HalfCoupling, Permutation
 from flowtrain.cli.config_files import compose_defaults
@@ -104,6 +104,16 @@ BUILDERS: dict[str, Callable[[], Flow]] = {
     **{name: partial(getattr(models, name), 3) for name in models.__all__},
     **{f"{name} of images": partial(getattr(models, name), (1, 8, 8)) for name in ("affine", "glow", "realnvp")},
     "ffjord of images": partial(models.ffjord, (1, 8, 8), hidden=[3], solver=ode_solver("rk4", steps=2)),
+    "Ensemble": lambda: Ensemble(
+        [of(ActNorm(3)), of(ode_block(ode_solver("rk4", steps=3))), of(ode_block()), of(bijections.Affine(3))],
+        [0.3, 0.1, 0.2, 0.0],
+    ),
+    "conditional ensemble": lambda: Ensemble(
+        [models.realnvp(2, layers=n, hidden=[4], conditional=True, classes=3) for n in (1, 2)], names=["one", "two"]
+    ),
+    "ensemble of levels": lambda: Ensemble(
+        [of(bijections.Logit(16), integer_valued=True, levels=16, class_counts=()) for _ in range(2)]
+    ),
 }
 
 

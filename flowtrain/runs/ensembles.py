@@ -1,0 +1,177 @@
+"""Makes an ensemble of runs: finds them, checks that they have the same data, and weights them on validation rows."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowtrain.data.base import Dataset, Samples, changes
+from flowtrain.evaluation import check_fits
+from flowtrain.evaluation.log_likelihood import held_out, log_probs
+from flowtrain.flow import Density, Flow, Record
+from flowtrain.models.ensemble import Ensemble, difference_in_kind, stacking_weights
+from flowtrain.training import checkpoint
+from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError, SolverError
+from flowtrain.utils.process import seeded
+from flowtrain.utils.status import status
+
+log = logging.getLogger("flowtrain")
+
+Weights = Sequence[float] | str | None
+EQUAL = "equal"
+# largest number of validation rows that the weights are computed from, evenly spread
+ROWS = 20_000
+# of `Samples`, what all members have in common
+SAME = ("event_shape", "integer_valued", "levels", "noisy", "columns", "label")
+
+
+class Run(NamedTuple):
+    """A run, or a file, that becomes a member: its name in tables, its flow, its config, and what it was trained on."""
+
+    name: str
+    flow: Density
+    config: Mapping[str, Any]
+    samples: Samples
+    step: int
+
+
+def runs_of(path: str | Path | Sequence[str | Path]) -> list[Path] | None:
+    """The runs of an ensemble: those of a list, or inside of a sweep directory; None of a single run or file.
+
+    Runs of a sweep that have no checkpoint are left out with a warning. A list may contain sweep directories.
+
+    Raises:
+        CheckpointError: an empty list, or a sweep in which no run has a checkpoint.
+    """
+    if isinstance(path, str | Path):
+        return _runs_inside(Path(path).expanduser())
+    found = []
+    for each in path:
+        inside = _runs_inside(Path(each).expanduser())
+        found += [Path(each).expanduser()] if inside is None else inside
+    if not found:
+        raise CheckpointError("ckpt is an empty list: give the runs of an ensemble, as in [RUN1,RUN2]")
+    return found
+
+
+def _runs_inside(root: Path) -> list[Path] | None:
+    if not root.is_dir() or checkpoint.any_in(root):
+        return None
+    begun = {path.parent for path in root.glob("**/checkpoints")}
+    begun |= {path.parent.parent for path in root.glob("**/.hydra/overrides.yaml")}
+    runs = sorted(begun - {root}, key=lambda run: [(len(part), part) for part in run.parts])
+    if not runs:
+        return None
+    found = [run for run in runs if checkpoint.any_in(run)]
+    if not found:
+        raise CheckpointError(f"{root}: none of the {len(runs)} runs in this directory has a checkpoint")
+    for run in runs:
+        if run not in found:
+            log.warning("%s has no checkpoint and is left out of the ensemble", run)
+    return found
+
+
+def ensemble_of(runs: Sequence[Run], weights: Weights, data: Callable[[], Dataset]) -> Ensemble:
+    """The ensemble of runs with the same data, in evaluation mode.
+
+    Args:
+        weights: of the members; "equal"; or None, by EM on the validation rows of `data`, see `stacking_weights`.
+        data: builds the data set that the runs were trained on.
+
+    Raises:
+        CheckpointError: runs with different data, naming two of them and the difference.
+        ConfigError: weights that are not weights.
+        DataError: the data are missing or have changed.
+        NonFiniteError: validation rows at which no member has a finite log p.
+    """
+    flows = []
+    for run in runs:
+        if not isinstance(run.flow, Flow):
+            raise CheckpointError(f"{run.name} is an ensemble: give its members instead")
+        flows.append(run.flow)
+        if difference := difference_between(runs[0], run):
+            raise CheckpointError(
+                f"{runs[0].name} and {run.name} cannot form an ensemble, whose members need the same data: {difference}"
+            )
+    names = [run.name for run in runs]
+    if isinstance(weights, str) and weights != EQUAL:
+        raise ConfigError(f"weights={weights}: give a list of numbers, one for each member, or {EQUAL}")
+    if weights is None:
+        weights = _weights_by_validation(flows, runs, data)
+    try:
+        found = Ensemble(flows, None if isinstance(weights, str) else weights, names)
+    except FlowtrainError as e:
+        raise ConfigError(str(e)) from e
+    one = runs[0]
+    config = {**one.config, "model": {"name": f"ensemble of {len(flows)}"}}
+    found.record = Record(config, replace(one.samples), max(run.step for run in runs))
+    return found.eval()
+
+
+def difference_between(one: Run, other: Run) -> str | None:
+    """How the data of two runs differ, in words; None if they do not.
+
+    Data without a record of their rows, such as toys, are compared by their configs.
+    """
+    for name in SAME:
+        a, b = getattr(one.samples, name), getattr(other.samples, name)
+        if a != b:
+            return f"the samples differ in {name} ({a} and {b})"
+    if (
+        isinstance(one.flow, Flow)
+        and isinstance(other.flow, Flow)
+        and (kind := difference_in_kind(one.flow, other.flow))
+    ):
+        return f"the samples differ in {kind}"
+    if one.samples.record and other.samples.record:
+        before = {name: rest for name, *rest in one.samples.record}
+        now = {name: rest for name, *rest in other.samples.record}
+        if before.keys() != now.keys():
+            return f"one has the sets {', '.join(before)}, the other {', '.join(now)}"
+        change = changes(one.samples.record, other.samples.record)
+        return None if change is None else f"from the first to the second, {change}"
+    a, b = one.config["data"], other.config["data"]
+    differing = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return f"data.{differing[0]} is {a.get(differing[0])} and {b.get(differing[0])}" if differing else None
+
+
+def _weights_by_validation(flows: Sequence[Flow], runs: Sequence[Run], data: Callable[[], Dataset]) -> list[float]:
+    if len(flows) == 1:
+        return [1.0]
+    with status("reading the validation rows"):
+        try:
+            built = data()
+            check_fits(flows[0], built)
+            if change := changes(runs[0].samples.record, built.record, ["val"]):
+                raise DataError(f"since {runs[0].name} was trained, {change}")
+        except (FlowtrainError, OSError) as e:
+            raise DataError(
+                "the weights of an ensemble are computed on the validation rows of its data, which cannot be read: "
+                f"{e}. Restore the data, or give the weights: weights=[0.5,0.5], or weights={EQUAL}"
+            ) from e
+    x, label = held_out(flows[0], built, "val")
+    every = -(-len(x) // ROWS)
+    return stacking_weights(validation_log_probs(flows, x[::every], None if label is None else label[::every]))
+
+
+def validation_log_probs(flows: Sequence[Flow], x: Tensor, label: Tensor | None = None) -> Tensor:
+    """log p of each flow at rows x (n, *event_shape), (n, M), in nats: all flows have the same dequantization noise.
+
+    A flow whose ODE cannot be solved gets NaN, and a warning.
+    """
+    device = flows[0].like.device
+    with seeded(0, device):
+        x = flows[0].dequantized(x.to(device))
+    columns = []
+    for i, flow in enumerate(flows):
+        try:
+            with status(f"scoring the validation rows by member {i + 1} of {len(flows)}"):
+                columns.append(log_probs(flow, x, label))
+        except SolverError as e:
+            log.warning("member %d of the ensemble gets the weight 0: %s", i, e)
+            columns.append(torch.full((len(x),), torch.nan, dtype=torch.float64))
+    return torch.stack(columns, 1)

@@ -1,0 +1,196 @@
+"""Ensembles of runs: `flowtrain.load` of lists and sweep directories, and their weights from the validation rows."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.figures import skip_figures
+from helpers.files import normal
+
+import flowtrain
+from flowtrain import Ensemble
+from flowtrain.models.ensemble import stacking_weights
+from flowtrain.runs.ensembles import runs_of
+from flowtrain.utils.errors import CheckpointError, ConfigError, DataError
+
+pytestmark = pytest.mark.usefixtures("heard", "float32")
+SMALL: dict[str, Any] = {"trainer.batch_size": 32, "data.n_val": 60, "data.n_test": 50}
+
+
+def fit(run_dir: Path, data: Any = "moons", model: str = "affine", steps: int = 4, **more: Any) -> Path:
+    overrides = {**SMALL, **more.pop("overrides", {})}
+    if model == "realnvp":
+        overrides |= {"model.layers": 1, "model.hidden": [8]}
+    if not isinstance(data, str):
+        overrides = {key: value for key, value in overrides.items() if not key.startswith("data.n_")}
+    flowtrain.fit(data, model=model, steps=steps, run_dir=run_dir, progress=False, overrides=overrides, **more)
+    return run_dir
+
+
+def table(n: int = 200) -> Any:
+    return np.concatenate([normal(n // 2, 2), normal(n - n // 2, 2, seed=1) + 4])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep over moons, and runs of other kinds beside it."""
+    root = tmp_path_factory.mktemp("runs")
+    torch.set_default_dtype(torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        skip_figures(patch)
+        fit(root / "sweep/0")
+        fit(root / "sweep/1", model="realnvp", steps=60)
+        fit(root / "sweep/10", model="realnvp", steps=60, seed=1)
+        (root / "sweep/2/.hydra").mkdir(parents=True)
+        (root / "sweep/2/.hydra/overrides.yaml").write_text("[model=ffjord]\n")
+        fit(root / "other", overrides={"data.n_val": 70})
+        fit(root / "table", table())
+        fit(root / "same", table(), model="realnvp")
+        fit(root / "reseeded", table(), overrides={"data.seed": 1})
+        fit(root / "shifted", table() + 1)
+        fit(root / "wide", normal(100, 3))
+        fit(root / "labels", table(), model="realnvp", label=np.arange(200) % 2)
+        fit(root / "labels ignored", np.c_[table(), np.arange(200) % 2], overrides={"data.label": 2})
+        fit(root / "whole", np.floor(table()).astype(int), overrides={"data.dequantize": True})
+    return root
+
+
+def test_a_sweep_is_an_ensemble_with_the_best_weights(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sweep = trained / "sweep"
+    found = flowtrain.load(sweep)
+    assert isinstance(found, Ensemble)
+    assert not found.training
+    names = [str(sweep / name) for name in ("0", "1", "10")]
+    assert list(found.names) == names
+    assert "sweep/2" in caplog.text
+    flows = [flowtrain.load(name) for name in names]
+    val = flowtrain.data.Moons(n_val=60, n_test=50).val.numpy()
+    log_p = np.stack([flow.log_prob(val) for flow in flows], 1)
+    assert list(found.weights) == pytest.approx(stacking_weights(torch.from_numpy(log_p)), abs=1e-4)
+    assert sum(w > 0.05 for w in found.weights) >= 2
+    x = normal(5, 2)
+    p = np.exp(np.stack([flow.log_prob(x) for flow in flows], 1).astype(float)) @ np.array(found.weights)
+    np.testing.assert_allclose(found.log_prob(x), np.log(p), rtol=1e-4)
+    assert found.record is not None
+    assert found.record.samples.event_shape == (2,)
+
+
+def test_lists_may_name_runs_files_and_sweeps(trained: Path, tmp_path: Path) -> None:
+    sweep = trained / "sweep"
+    flowtrain.load(sweep / "1").save(tmp_path / "one.pt")
+    found = flowtrain.load([sweep / "0", str(tmp_path / "one.pt")], weights=[1, 3])
+    assert found.weights == (0.25, 0.75)
+    assert found.names == (str(sweep / "0"), str(tmp_path / "one.pt"))
+    assert len(flowtrain.load((sweep, tmp_path / "one.pt"), weights="equal").weights) == 4
+    assert flowtrain.load([sweep / "0"]).weights == (1.0,)
+    assert runs_of(sweep / "0") is None
+    assert runs_of(tmp_path / "one.pt") is None
+
+
+def test_an_ensemble_is_one_file(trained: Path, tmp_path: Path) -> None:
+    ensemble = flowtrain.load([trained / "table", trained / "same"])
+    ensemble.save(tmp_path / "e.pt")
+    shutil.copy(tmp_path / "e.pt", tmp_path / "copy.pt")
+    again = flowtrain.load(tmp_path / "copy.pt")
+    assert isinstance(again, Ensemble)
+    assert (again.weights, again.names) == (ensemble.weights, ensemble.names)
+    x = normal(6, 2)
+    np.testing.assert_array_equal(again.log_prob(x), ensemble.log_prob(x))
+    assert again.record is not None
+    assert ensemble.record is not None
+    assert again.record.samples == ensemble.record.samples
+    assert again.record.samples.record == ensemble.record.samples.record
+    assert again.record.config["data"] == ensemble.record.config["data"]
+    with pytest.raises(CheckpointError, match="members"):
+        flowtrain.load([tmp_path / "e.pt", trained / "table"], weights="equal")
+    with pytest.raises(ConfigError):
+        flowtrain.load(tmp_path / "e.pt", weights="equal")
+    with pytest.raises(ConfigError):
+        flowtrain.train(again, x, steps=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        ("sweep/0", "other", r"data\.n_val is 60 and 70"),
+        ("sweep/0", "table", "record|data"),
+        ("table", "reseeded", "other rows are held out"),
+        ("table", "shifted", "values"),
+        ("table", "wide", "event_shape"),
+        ("labels", "labels ignored", "label|classes"),
+        ("table", "labels", "label|classes"),
+        ("table", "whole", "integer_valued"),
+    ],
+)
+def test_runs_with_other_data_are_refused(trained: Path, one: str, other: str, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words) as raised:
+        flowtrain.load([trained / one, trained / other], weights="equal")
+    assert all(str(trained / name) in str(raised.value) for name in (one, other))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], "best", [0, 0], ["a", "b"]])
+def test_weights_that_are_none_are_refused(trained: Path, weights: Any) -> None:
+    with pytest.raises(ConfigError, match="weights"):
+        flowtrain.load([trained / "table", trained / "same"], weights=weights)
+    with pytest.raises(ConfigError, match="single run"):
+        flowtrain.load(trained / "table", weights=weights)
+
+
+def test_missing_or_changed_data_are_reported_once(trained: Path, tmp_path: Path) -> None:
+    for name in ("table", "same"):
+        shutil.copytree(trained / name, tmp_path / name)
+    runs = [tmp_path / name for name in ("table", "same")]
+    # both copies name the data of the first run
+    path = trained / "table/data/train.npz"
+    kept = path.read_bytes()
+    try:
+        path.unlink()
+        with pytest.raises(DataError, match=r"train\.npz.*weights="):
+            flowtrain.load(runs)
+        assert flowtrain.load(runs, weights=[0.5, 0.5]).weights == (0.5, 0.5)
+        np.savez(path, table()[::-1])
+        with pytest.raises(DataError, match="weights="):
+            flowtrain.load(runs)
+    finally:
+        path.write_bytes(kept)
+    assert sum(flowtrain.load(runs).weights) == pytest.approx(1)
+
+
+def test_directories_without_runs_are_refused(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "nowhere", [], [tmp_path / "nowhere"]):
+        with pytest.raises(CheckpointError):
+            flowtrain.load(path)
+    shutil.copytree(trained / "sweep/2", tmp_path / "failed/0")
+    with pytest.raises(CheckpointError, match="none of the 1 runs"):
+        flowtrain.load(tmp_path / "failed")
+
+
+def test_conditional_runs_are_weighted_with_their_labels(trained: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        skip_figures(patch)
+        fit(tmp_path / "b", table(), model="realnvp", label=np.arange(200) % 2, seed=3, steps=80)
+    found = flowtrain.load([trained / "labels", tmp_path / "b"])
+    assert found.classes == 2
+    assert found.weights[1] > found.weights[0]
+    x, y = normal(4, 2), np.array([0, 1, 1, 0])
+    assert np.isfinite(found.log_prob(x, y)).all()
+
+
+def test_a_path_with_a_tilde_is_read(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(trained))
+    assert isinstance(flowtrain.load("~/sweep", weights="equal"), Ensemble)
+    assert flowtrain.load("~/sweep/0").event_shape == (2,)
+
+
+def test_whole_numbers_are_weighted(trained: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        skip_figures(patch)
+        whole = np.floor(table()).astype(int)
+        fit(tmp_path / "b", whole, model="realnvp", steps=30, overrides={"data.dequantize": True})
+    found = flowtrain.load([trained / "whole", tmp_path / "b"])
+    assert found.integer_valued
+    assert np.isfinite(found.log_prob(np.floor(table(20)).astype(int))).all()
