@@ -1,0 +1,39 @@
+"""Matrix products by either library, against float64, and the gradient of a network that is large enough for both."""
+
+import pytest
+import torch
+
+from flowtrain.nn.residual_mlp import ResidualMLP
+from flowtrain.utils.products import LARGE, product
+
+
+@pytest.mark.parametrize("rows", [0, 7, 600])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_are_those_of_float64(rows: int, transposed: bool, biased: bool) -> None:
+    m, k, n = rows, 64, 80
+    a = torch.randn(k, m).T if transposed else torch.randn(m, k)
+    b = torch.randn(k, n).T if transposed else torch.randn(n, k)
+    bias = torch.randn(n) if biased else None
+    exact = a @ b.T + (0 if bias is None else bias)
+    narrow = product(a.float(), b.float(), None if bias is None else bias.float())
+    assert (m * k * n >= LARGE) == (rows == 600)
+    torch.testing.assert_close(narrow.double(), exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(product(a, b, bias), exact)
+
+
+def test_the_gradient_of_a_large_network_in_float32_is_that_of_float64() -> None:
+    exact = ResidualMLP(40, [64], 90)
+    for p in exact.parameters():
+        p.data = torch.randn_like(p) / 8
+    x, cotangent = torch.randn(600, 40), torch.randn(600, 90)
+    narrow = ResidualMLP(40, [64], 90).float()
+    narrow.load_state_dict(exact.state_dict())
+    found = []
+    for net, dtype in ((exact, torch.float64), (narrow, torch.float32)):
+        y = x.to(dtype).requires_grad_()
+        answer = net(y)
+        found.append([answer, *torch.autograd.grad(answer, [y, *net.parameters()], cotangent.to(dtype))])
+    for a, b in zip(*found, strict=True):
+        # a unit at the kink of its relu may fall on either side
+        assert (a - b.double()).norm() < 1e-4 * a.norm()
