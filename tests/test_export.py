@@ -141,6 +141,7 @@ def programs(flow: Flow, folder: Path, *given: Any, ending: str = "pt2", **keys:
     return {**found, "metadata": exported.metadata["log_prob"]}
 
 
+@pytest.mark.slow
 def test_labels_reach_the_field_of_a_continuous_flow(tmp_path: Path) -> None:
     flow = fixed(conditional=True, classes=3)
     for block in flow.ode_blocks:
@@ -203,6 +204,7 @@ def test_offsets_that_float32_does_not_resolve_stay_in_float64(ending: str, tmp_
     torch.testing.assert_close(found["sample"](torch.zeros(1, 2)), flow(torch.zeros(1, 2)).detach(), rtol=0, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_values_outside_of_the_levels_are_nan(tmp_path: Path) -> None:
     flow = FLOWS["glow"]()
     found = programs(flow, tmp_path)
@@ -213,6 +215,7 @@ def test_values_outside_of_the_levels_are_nan(tmp_path: Path) -> None:
     assert any("x + u" in note for note in found["metadata"]["notes"])
 
 
+@pytest.mark.slow
 def test_whole_numbers_and_a_few_rows_may_be_given(tmp_path: Path) -> None:
     x = torch.randint(0, 16, (1, 1, 8, 8))
     found = programs(FLOWS["glow"](), tmp_path, x)
@@ -270,6 +273,7 @@ def test_own_fixed_steps_are_kept() -> None:
         assert (found["method"], found["steps"]) == wanted
 
 
+@pytest.mark.slow
 def test_estimated_traces_have_the_probes_of_a_single_row(tmp_path: Path) -> None:
     flow = fixed((3,), eval_trace="hutchinson", noise_samples=2)
     found = programs(flow, tmp_path)
@@ -303,6 +307,7 @@ def test_metadata_is_in_every_file(tmp_path: Path) -> None:
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_metadata_is_in_every_onnx_file(tmp_path: Path) -> None:
     import onnx
 

@@ -10,7 +10,7 @@ from matplotlib import image
 
 
 def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nll = table.main(minutes=0.1, out=str(tmp_path / "table.pt"))
+    nll = table.main(minutes=0.05, out=str(tmp_path / "table.pt"))
     # that of a Gaussian with the covariance of the table
     x = table.generated()
     covariance = torch.from_numpy(np.cov(x.T))
@@ -18,14 +18,14 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert nll < float(gaussian)
     csv = tmp_path / "mine.csv"
     csv.write_text("a,b\n" + "\n".join(f"{a},{b}" for a, b in x[:200, :2]))
-    table.main(str(csv), minutes=0.02, out=str(tmp_path / "mine.pt"))
+    table.main(str(csv), minutes=0.01, out=str(tmp_path / "mine.pt"))
     assert (tmp_path / "mine.pt").is_file()
 
 
 def test_anomalies() -> None:
-    assert anomalies.main(minutes=0.1) > 0.7
+    assert anomalies.main(minutes=0.05) > 0.7
 
 
 def test_digits(tmp_path: Path) -> None:
-    digits.main(minutes=0.05, out=str(tmp_path / "digits.png"))
+    digits.main(minutes=0.02, out=str(tmp_path / "digits.png"))
     assert image.imread(tmp_path / "digits.png").shape[:2] == (400, 400)

@@ -27,6 +27,7 @@ from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.tables.array import ArrayData
 from flowtrain.runs.auto_settings import resolve_auto
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings, takes_teacher
+from flowtrain.runs.components import resolve_components
 from flowtrain.utils.errors import FlowtrainError
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -117,7 +118,7 @@ def test_every_option_composes_and_builds(files: Path) -> None:
     for group, name in options():
         config = compose_defaults(small_run({**companions({group: name}), group: name}))
         data = build_data(config)
-        config = resolve_auto(config, data.n_train, data.event_shape)
+        config = resolve_components(resolve_auto(config, data.n_train, data.event_shape), data)
         build_settings(config)
         flow = build_flow(config, data.samples)
         build_objective(config, flow, flow if takes_teacher(config) else None)
