@@ -24,6 +24,8 @@ class Ema:
         self.module = module
         self.decay = decay
         self.updates = 0
+        # buffers that no checkpoint holds, such as masks, do not change
+        self._saved = set(module.state_dict())
         self.shadow = {name: p.detach().clone() for name, p in self._averaged()}
 
     @torch.no_grad()
@@ -42,7 +44,8 @@ class Ema:
         torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - decay)
 
     def _averaged(self) -> Iterator[tuple[str, Tensor]]:
-        buffers = (pair for pair in self.module.named_buffers() if pair[1].is_floating_point())
+        pairs = self.module.named_buffers()
+        buffers = ((name, b) for name, b in pairs if b.is_floating_point() and name in self._saved)
         return chain(self.module.named_parameters(), buffers)
 
     @contextmanager

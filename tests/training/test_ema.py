@@ -36,3 +36,9 @@ def test_checkpoint_with_ema_loads_the_averaged_weights(tmp_path: Path, trainer:
     for name, value in run.train_state.ema.shadow.items():
         assert torch.equal(loaded[name], value)
     assert not torch.equal(loaded["bijection.bijections.0.mean"], run.flow.state_dict()["bijection.bijections.0.mean"])
+
+
+def test_buffers_that_no_checkpoint_holds_are_not_averaged() -> None:
+    module = nn.Linear(2, 2)
+    module.register_buffer("mask", torch.ones(2), persistent=False)
+    assert "mask" not in Ema(module, 0.9).state()
