@@ -580,7 +580,11 @@ class _Pt2(Format):
 
     def content(self, program: Any, metadata: dict[str, Any]) -> bytes:
         file = io.BytesIO()
-        torch.export.save(program, file, extra_files={METADATA: to_json(metadata)})
+        try:
+            torch.export.save(program, file, extra_files={METADATA: to_json(metadata)})
+        except ValueError as e:
+            # torch 2.8 writes constants that are infinite or NaN to JSON, which has none
+            raise ExportError(f"torch {torch.__version__} cannot write this program ({e}); use a later torch") from e
         return file.getvalue()
 
     def loaded(self, content: bytes) -> Program:

@@ -60,12 +60,16 @@ class Spline(Elementwise):
         self.clip_size = 2 * self.clip_slope
 
     def to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        if _is_empty(x):
+            return _of_nothing(x, theta)
         y, theta = self.first_axis(x, theta)
         # without gradients too, so that values are the same to the last bit
         found = self.evaluated(y, theta) if _transformed() else _ToBase.apply(y, theta, self)  # type: ignore[no-untyped-call]
         return (found[0].T, found[1].T) if x.dim() == 2 else found
 
     def to_data(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        if _is_empty(z):
+            return _of_nothing(z, theta)
         y, theta = self.first_axis(z, theta)
         inside = y.abs() <= self.bound
         found = self.bin_of(y.clamp(-self.bound, self.bound), theta, axis=1)
@@ -159,6 +163,17 @@ class _Bin(NamedTuple):
     kept_slope: Tensor
     share: Tensor
     kept: Tensor
+
+
+def _is_empty(x: Tensor) -> bool:
+    """Whether x has no elements. A program that is traced takes any number of rows, and must not ask."""
+    return not _transformed() and x.numel() == 0
+
+
+def _of_nothing(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """The answer for an empty x, with the graph of x and theta; torch before 2.9 does not pad empty tensors."""
+    y = x + 0 * theta.sum()
+    return y, torch.zeros_like(y)
 
 
 def _transformed() -> bool:

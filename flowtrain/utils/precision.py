@@ -52,6 +52,8 @@ def default_precision() -> Iterator[None]:
     """
     places, name, default = _precision_settings()
     before = [getattr(place, name) for place in places]
+    # torch before 2.9: allow_tf32 sets it too
+    first = torch.get_float32_matmul_precision() if name == "allow_tf32" else None
     for place, value in zip(places, default, strict=True):
         setattr(place, name, value)
     # read after that: it raises an error if a backend contradicts it
@@ -65,6 +67,8 @@ def default_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(legacy)
         for place, value in zip(places, before, strict=True):
             setattr(place, name, value)
+        if first is not None:
+            torch.set_float32_matmul_precision(first)
 
 
 def _precision_settings() -> tuple[list[Any], str, list[Any]]:
