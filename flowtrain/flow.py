@@ -77,12 +77,14 @@ class DensityPass(NamedTuple):
 
 
 class Density(Recorded, nn.Module):
-    """A density over samples of `event_shape`: what a `Flow` and an ensemble of flows have in common.
+    """The base class of `Flow` and `Ensemble`: scoring, sampling and labels, without a bijection.
 
     Args:
         event_shape: the shape of a sample.
+        classes, integer_valued, levels, centered, noisy, class_counts: see `Flow`.
 
-    The other arguments and `record` are those of `Flow`.
+    Attributes:
+        record: see `Flow`.
     """
 
     record: Record | None = None
@@ -592,12 +594,12 @@ class Flow(Density):
     def step_plans(self) -> list[StepPlan]:
         """The steps of past training solves, from which the next ones are planned; not a part of the model.
 
-        For each ODE block that of solves from base to data, and that of solves from data to base.
+        Each ODE block has two: one for solves from base to data, and one for solves from data to base.
         """
         return [plan for block in self.ode_blocks for plan in block.step_plans.values()]
 
     def set_step_plans(self, plans: Sequence[StepPlan]) -> None:
-        """Sets `step_plans`, in the same order. Blocks without plans begin anew."""
+        """Sets `step_plans`, in the same order. Blocks that get no plan plan their next solve without one."""
         for block, pair in zip(self.ode_blocks, zip(plans[::2], plans[1::2], strict=False), strict=False):
             block.step_plans = dict(zip(block.step_plans, pair, strict=True))
 

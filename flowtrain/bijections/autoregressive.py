@@ -16,13 +16,13 @@ class Autoregressive(Bijection):
     The direction from data to base, of log p(x), takes one pass through the conditioner. From base to data, it takes
     one for each group: d where each element is a group of its own, and 2 for a coupling.
 
-    f and `input_bound` are those of `Coupling`: with a bound B, x_i = f(z_i; theta_i(c)) + W x with c = B tanh(x / B)
-    and W masked as the conditioner is.
+    f and `input_bound` have the same meaning as in `Coupling`. With a bound B, x_i = f(z_i; theta_i(c)) + (W x)_i with
+    c = B tanh(x / B), and W has the mask of the conditioner.
 
     Args:
         groups: the group of each element, whole numbers from 0, (d,).
-        conditioner: (x, label) -> theta (B, size * d), see `Elementwise`. Numbers of theta of element i may depend only
-            on elements of smaller groups, as those of a `MaskedMLP(groups, hidden, groups.repeat(size))` do.
+        conditioner: (x, label) -> theta (B, size * d), see `Elementwise`. The numbers of theta of element i may
+            depend on elements of smaller groups only. `MaskedMLP(groups, hidden, groups.repeat(size))` has this mask.
         cap: bound on the log-scale of the default f.
         input_bound: B; None for no bound and no W.
         transform: f; None for `ScaleShift(cap)`.

@@ -11,7 +11,7 @@ from flowtrain.utils.recorded import Recorded
 class Elementwise(Recorded, nn.Module, ABC):
     """x_i = f(z_i; theta_i), increasing in z_i, with theta_i of `size` numbers.
 
-    Couplings and autoregressive bijections compute theta by a network; the map has no parameters of its own. f is the
+    Couplings and autoregressive bijections compute theta by a network. The map itself has no parameters. f is the
     identity where theta is zero, so a network that starts at zero gives a bijection that starts as the identity.
 
     theta is (B, size * n, ...) for n elements: number j of element i is at j * n + i along dimension 1.

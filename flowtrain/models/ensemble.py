@@ -39,9 +39,9 @@ class Ensemble(Density):
         names: names of the members in tables, such as the paths of their files. None: their positions.
 
     Attributes:
-        members: all flows, also those of weight 0.
-        weights: sum to 1.
-        names: of the members.
+        members: all flows, including flows with weight 0.
+        weights: the weight of each member; they sum to 1.
+        names: the name of each member.
         flows: the members whose weight is not 0.
 
     Raises:
@@ -166,7 +166,7 @@ def _check_members(members: Sequence[Any]) -> None:
 
 
 def difference_in_kind(one: Flow, other: Flow) -> str | None:
-    """How the samples of two flows differ in kind, such as "classes (None and 3)"; None if they do not."""
+    """The difference between the kinds of samples of two flows, such as "classes (None and 3)"; None if they agree."""
     names = ("event_shape", "classes", "integer_valued", "levels", "noisy", "centered")
     for name in names:
         a, b = (tuple(v) if isinstance(v := getattr(flow, name), list) else v for flow in (one, other))

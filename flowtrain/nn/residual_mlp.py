@@ -162,7 +162,7 @@ def _evaluated(x: Tensor, layers: Sequence[Layer], drops: Sequence[Tensor | None
 
 
 class _Relu(torch.autograd.Function):
-    """`_evaluated` with relu, whose gradient costs fewer operations and less memory than that of autograd."""
+    """`_evaluated` with relu, and a gradient that takes fewer operations and less memory than autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, drops: Sequence[Tensor | None], *parts: Tensor | None) -> Tensor:
@@ -193,7 +193,10 @@ class _Relu(torch.autograd.Function):
         found: list[Tensor | None] = []
 
         def back(g: Tensor, a: Tensor, layer: Sequence[Any]) -> Tensor:
-            """The gradient of the inputs a of a linear layer, from that of its answer; keeps that of its parameters."""
+            """The gradient of the inputs a of a linear layer, from the gradient g of its outputs.
+
+            Stores the gradient of the parameters.
+            """
             weight, mask, _ = layer
             # libraries are slow at results that are narrow in the other direction
             wide = weight.shape[0] <= weight.shape[1]

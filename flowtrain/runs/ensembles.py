@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
 
 def runs_of(path: str | Path | Sequence[str | Path]) -> list[Path] | None:
-    """The runs of an ensemble: those of a list, or inside of a sweep directory; None of a single run or file.
+    """The runs of an ensemble, from a list or a sweep directory; None for a single run or file.
 
     Runs of a sweep that have no checkpoint are left out with a warning. A list may contain sweep directories.
 
@@ -113,7 +113,7 @@ def ensemble_of(runs: Sequence[Run], weights: Weights, data: Callable[[], Datase
 
 
 def difference_between(one: Run, other: Run) -> str | None:
-    """How the data of two runs differ, in words; None if they do not.
+    """The difference between the data of two runs, in words; None if they agree.
 
     Data without a record of their rows, such as toys, are compared by their configs.
     """

@@ -528,7 +528,7 @@ def _new_run_directory(run_dir: Path) -> Iterator[None]:
 
 
 def _files_of_others(run_dir: Path) -> list[Path]:
-    """The files that a fit would overwrite, except those of a fit that was killed before it had a checkpoint."""
+    """The files that a fit would overwrite. Leftovers of a fit that was killed before its first checkpoint are omitted."""
     config, overrides = (_yaml_of(run_dir / f".hydra/{name}.yaml") for name in ("config", "overrides"))
     if isinstance(config, Mapping) and {"model", "data", "solver", "objective", "trainer"} <= config.keys():
         data = config["data"] if isinstance(config["data"], Mapping) else {}
@@ -540,12 +540,12 @@ def _files_of_others(run_dir: Path) -> list[Path]:
         patterns = (*TABLES.values(), *FILES)
     found = [path for pattern in patterns for path in sorted(run_dir.glob(pattern))]
     links = [path for pattern in (*TABLES.values(), *FILES) for path in run_dir.glob(pattern) if path.is_symlink()]
-    # an empty log is that of a refused fit
+    # a refused fit leaves an empty log
     return [*links, *(path for path in found if path.stat().st_size)]
 
 
 def _yaml_of(path: Path) -> Any:
-    """The content of a YAML file; None if there is none."""
+    """The content of a YAML file; None if it cannot be read."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError):
