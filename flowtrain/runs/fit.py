@@ -528,7 +528,7 @@ def _new_run_directory(run_dir: Path) -> Iterator[None]:
 
 
 def _files_of_others(run_dir: Path) -> list[Path]:
-    """The files that a fit would overwrite. Leftovers of a fit that was killed before its first checkpoint are omitted."""
+    """The files that a fit would overwrite, without leftovers of a fit that was killed before its first checkpoint."""
     config, overrides = (_yaml_of(run_dir / f".hydra/{name}.yaml") for name in ("config", "overrides"))
     if isinstance(config, Mapping) and {"model", "data", "solver", "objective", "trainer"} <= config.keys():
         data = config["data"] if isinstance(config["data"], Mapping) else {}
