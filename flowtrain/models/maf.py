@@ -50,21 +50,21 @@ def maf(
 
     Args:
         event_shape: d or (d,).
-        layers: how many autoregressive maps.
-        hidden: of the conditioners, masked residual networks: the width of each residual block of two layers.
-        transform: of each element: affine | spline.
-        bins, bound: of splines, see `flowtrain.models.nsf`.
-        passes: into how many groups the columns are split, each of which depends on the groups before it; at most d.
-            None for d, fully autoregressive; 2 for couplings, in which the first half has parameters that do not depend
-            on other columns.
-        activation: of the conditioners; relu | tanh | swish.
+        layers: the number of autoregressive maps.
+        hidden: the width of each residual block of two layers in the conditioners, which are masked residual networks.
+        transform: the map of each element: affine | spline.
+        bins, bound: settings of the splines, see `flowtrain.models.nsf`.
+        passes: the number of groups of columns, at most d. Each group depends on the groups before it. None: d groups,
+            which is fully autoregressive. With 2 groups each map is a coupling that also maps its first half, by
+            parameters that depend on no other column.
+        activation: relu | tanh | swish, in the conditioners.
         mixing: `alternate` reverses the order of the columns from layer to layer; `permutation` and `linear` as in
             `flowtrain.models.nsf`.
-        cap: bound on the log-scale of each affine transform.
-        input_bound: bound on what the conditioners see, see `Coupling`; None for no bound.
-        dropout: the share of the conditioners' hidden units that training drops.
-        conditional: p(x | label), the conditioners told of the label.
-        classes: how many labels the data have; None for none.
+        cap: a bound on the log-scale of each affine transform.
+        input_bound: a bound on the inputs of the conditioners, see `Coupling`. None: no bound.
+        dropout: the dropout probability of the conditioners' hidden units.
+        conditional: whether the flow is p(x | label); the conditioners then take the label as an input.
+        classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
 
     Raises:
         ConfigError: samples that are not vectors, data without labels, or a setting out of range.

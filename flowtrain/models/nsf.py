@@ -48,17 +48,17 @@ def nsf(
 
     Args:
         event_shape: d or (d,).
-        layers: how many couplings.
-        hidden: of the conditioners: the width of each residual block of two layers.
-        bins: of each spline.
+        layers: the number of couplings.
+        hidden: the width of each residual block of two layers in the conditioners.
+        bins: the number of bins of each spline.
         bound: B; outside of [-B, B] a spline is the identity. ActNorm brings the data to zero mean and unit variance.
-        activation: of the conditioners; relu | tanh | swish.
+        activation: relu | tanh | swish, in the conditioners.
         mixing: `linear`, an invertible matrix before each coupling (LU layers); `permutation`, a fixed random one,
             drawn at construction and saved with the weights; `alternate`, the halves swap from layer to layer.
-        input_bound: bound on what the conditioners see, see `Coupling`; None for no bound.
-        dropout: the share of the conditioners' hidden units that training drops.
-        conditional: p(x | label), the conditioners told of the label.
-        classes: how many labels the data have; None for none.
+        input_bound: a bound on the inputs of the conditioners, see `Coupling`. None: no bound.
+        dropout: the dropout probability of the conditioners' hidden units.
+        conditional: whether the flow is p(x | label); the conditioners then take the label as an input.
+        classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
 
     Raises:
         ConfigError: samples that are not vectors, data without labels, or a setting out of range.

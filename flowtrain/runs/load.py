@@ -111,7 +111,8 @@ def load(
             of these. Runs of a sweep without a checkpoint are left out with a warning.
         device: cpu, cuda, cuda:0 or auto (a GPU if there is one).
         trust: packages besides flowtrain whose classes the file may name, such as ("mypkg",).
-        weights: of the members of an ensemble, in their order, or "equal"; the data are then not needed.
+        weights: the weights of the members of an ensemble, in their order, or "equal". None: by EM, which needs the
+            validation rows.
 
     Returns:
         The flow, or the ensemble. `Flow.record` has the config of its run; it is None for a flow that was built by
@@ -131,7 +132,7 @@ def load(
         assert isinstance(paths, Path)
         if weights is not None:
             raise ConfigError(f"weights: {path} is a single run; give a sweep directory or a list of runs")
-        # type checkers take a file or a directory for that of a flow
+        # the declared type of a single path is Flow, although a file may hold an ensemble
         return cast(Flow, restore(checkpoint.load(checkpoint.find(paths)), where, trust))
     members = []
     for run in runs:

@@ -86,7 +86,7 @@ def train(
         trust: packages besides flowtrain that the run of `from` may build from.
         begun: when the command began, by time.perf_counter, for `time_budget`; None: now.
         recipes: for the banner, the recipes that applied and the keys that each has set; None if unknown.
-        given: the flow and the data, where they are not to be built from the config.
+        given: objects that replace those of the config.
     """
     begun = time.perf_counter() if begun is None else begun
     with own_settings(ranks.device(build.resolve_device(config["device"]))):
@@ -142,7 +142,7 @@ def prepare(
     recipes: Mapping[str, Sequence[str]] | None = None,
     given: Parts = NOTHING_GIVEN,
 ) -> Trainer:
-    """Everything built and checked that a run takes, up to its first step; see `train`."""
+    """Builds and checks the trainer of a run with its flow, data and settings; see `train`."""
     device = ranks.device(build.resolve_device(config["device"]))
     # finds mistakes before the data are read, which can take long. Built again once the data are known
     build.build_settings(auto_settings.resolve_auto(config, None, (1,)))
@@ -209,8 +209,8 @@ def prepare(
     if run_dir is None:
         return trainer
     if saved is None and taught is not None and build.takes_teacher(config) and ranks.is_first():
-        # now that nothing is left to be refused: with it, the directory holds a run. As it was read: by now, the other
-        # run may have gone on
+        # written last, because the directory holds a run from then on; as read before, because the other run may have
+        # changed since
         checkpoint.save(run_dir / TEACHER, taught)
     if board is not None:
         board.follow(trainer.metrics, trainer.step, run_dir / "plots")
