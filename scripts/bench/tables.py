@@ -20,8 +20,9 @@ Preparation, the same for all methods:
    its own.
 3. Uniform noise U[0, r) is added to rounded columns. A column is rounded if at most 95% of its values are distinct. Its
    resolution r is the largest of the gaps between neighbouring distinct values of which at least 95% of the values,
-   counted from the most frequent one and without it, are multiples. If there is none, r is the median of the gaps. The smallest gap is
-   no measure: it is a tenth of the step of a column of thyroid, and in pendigits it is 7e-16, from rounding errors.
+   counted from the most frequent one and without it, are multiples. If there is none, r is the median of the gaps. The
+   smallest gap is no measure: it is a tenth of the step of a column of thyroid, and in pendigits it is 7e-16, from
+   rounding errors.
 
 The `±` of the report is the standard error of the mean NLL over rows and seeds. Differences are paired. Their standard
 error treats the values of one row in several seeds as dependent (clustered by row).
