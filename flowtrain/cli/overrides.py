@@ -17,6 +17,7 @@ from flowtrain.cli.config_files import add_working_directory_to_path, compose_de
 from flowtrain.cli.error_messages import keys_of_choice, unknown_key
 from flowtrain.cli.output_files import exists, is_path
 from flowtrain.runs.build import is_description, with_whole_numbers
+from flowtrain.runs.compose import default_choices
 from flowtrain.training import checkpoint
 from flowtrain.training.old_checkpoints import RENAMED_KEYS, RENAMED_OVERRIDES, key_of, renamed_override
 from flowtrain.training.tensorboard import DEFAULT
@@ -30,8 +31,6 @@ log = logging.getLogger("flowtrain")
 # keys whose values are files to read, and files or directories to write. For keys of the data see `is_path`
 READ_PATHS = ("resume", "from", "ckpt", "ood")
 WRITTEN_PATHS = ("out", "scores", "hydra.run.dir", "hydra.sweep.dir")
-# keys of model=auto
-AUTO_KEYS = {"model.candidates", "model.conditional"}
 # keys whose values are names in a file
 QUOTED_NAMES = ("data.label", "data.key")
 
@@ -91,23 +90,21 @@ def warn_of_old_key(old: str, new: str) -> None:
     log.warning("%s is now named %s. The old name still works.", old, new)
 
 
-def with_default_model(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with model=auto if they choose data=array and leave open what is fitted to it.
+def with_default_choices(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the choices of `default_choices`, if they choose data=array.
 
     Example:
-        >>> with_default_model(["data=array", "data.path=a.csv"])
+        >>> with_default_choices(["data=array", "data.path=a.csv"])
         ['model=auto', 'data=array', 'data.path=a.csv']
-        >>> with_default_model(["data=array", "model=nsf"])
+        >>> with_default_choices(["data=array", "model=nsf"])
         ['data=array', 'model=nsf']
     """
     given = [a.lstrip("+~").partition("=") for a in separated(arguments)[0]]
-    keys = {key.partition("@")[0] for key, _, _ in given}
-    chosen = {value.strip("'\"") for key, _, value in given if key == "data"}
-    # keys of a model are those of ffjord if no model is named
-    own = {key for key in keys if key.startswith("model.")} - AUTO_KEYS
-    if chosen != {"array"} or own or keys & {"model", "experiment", "from", "objective", "regularizer"}:
+    chosen = {key.partition("@")[0]: value.strip("'\"") for key, _, value in given}
+    if chosen.get("data") != "array" or {"experiment", "from"} & chosen.keys():
         return list(arguments)
-    return ["model=auto", *arguments]
+    found = default_choices(set(chosen), chosen.get("model"))
+    return [*(f"{group}={name}" for group, name in found.items()), *arguments]
 
 
 def quoted(arguments: Sequence[str]) -> list[str]:

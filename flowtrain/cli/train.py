@@ -22,7 +22,7 @@ from flowtrain.cli.overrides import (
     separated,
     trusted,
     validate_command_line,
-    with_default_model,
+    with_default_choices,
 )
 from flowtrain.cli.start_run import (
     record_directory,
@@ -60,7 +60,7 @@ def _command() -> int:
     arguments = quoted(arguments)
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)
-    arguments = of_first_job(with_default_model(arguments))
+    arguments = of_first_job(with_default_choices(arguments))
     validate_command_line(arguments)
     sys.argv[1:] = in_order(with_choices_of_from(arguments))
     with tempfile.TemporaryDirectory() as aside, removing_empty_directories(), sweep_jobs.summarized() as summary:

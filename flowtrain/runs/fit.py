@@ -33,14 +33,13 @@ from flowtrain.flow import Flow, Record
 from flowtrain.models.described import TARGET
 from flowtrain.runs import load
 from flowtrain.runs.build import with_whole_numbers
-from flowtrain.runs.compose import Composed, compose, options, read_yaml, values_of
+from flowtrain.runs.compose import Composed, compose, default_choices, options, read_yaml, values_of
 from flowtrain.runs.console import writing_log
 from flowtrain.runs.descriptions import describe, describe_solver
 from flowtrain.runs.prepare import Parts
 from flowtrain.runs.run import Ended
 from flowtrain.runs.run import train as run_training
 from flowtrain.runs.run_directory import claim_directory, cleaned_up_unless_begun, locked_directory, remove_empty
-from flowtrain.runs.search import AUTO
 from flowtrain.utils.arguments import choose, number, path_of, shortened
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import config_dir, config_groups, write_text
@@ -157,14 +156,16 @@ def fit(
             "trains a flow that was built by hand"
         )
     source = source_of(x, label, val, test)
-    model = _default_model(source, _as_mapping(overrides)) if model is None else model
-    settings = {**source.settings, "model": model, "seed": seed, "device": str(device)}
+    chosen = _open_choices(source, model, _as_mapping(overrides))
+    settings = {**source.settings, **chosen, "seed": seed, "device": str(device)}
     if levels is not None:
         settings["data.levels"] = levels
     composed = _composed(settings, steps, minutes, overrides, held=source.held_keys)
     if source.labelled:
         if "conditional" not in composed.config["model"]:
-            raise ConfigError(f"label: model={model} is not conditional; choose realnvp, nsf, maf, glow or ffjord")
+            raise ConfigError(
+                f"label: model={chosen['model']} is not conditional; choose realnvp, nsf, maf, glow or ffjord"
+            )
         composed.config["model"]["conditional"] = True
     ended = _run(composed, source, run_dir, progress, begun, Parts(data=source.data))
     trainer = ended.trainer
@@ -270,12 +271,11 @@ def _check_trainable(flow: Any) -> None:
         )
 
 
-def _default_model(source: "Source", overrides: Mapping[str, Any]) -> str:
-    """The model if none is named; see `flowtrain.cli.overrides.with_default_model`."""
-    keys = set(flattened(overrides))
-    own = {key for key in keys if key.startswith("model.")} - {"model.candidates", "model.conditional"}
-    is_open = not own and not keys & {"model", "experiment", "objective", "regularizer"}
-    return AUTO if source.settings["data"] == "array" and is_open else "ffjord"
+def _open_choices(source: "Source", model: str | None, overrides: Mapping[str, Any]) -> dict[str, str]:
+    """The choices of model and objective that are left open; see `flowtrain.cli.overrides.with_default_choices`."""
+    if source.settings["data"] != "array" or set(overrides) & {"data", "experiment"}:
+        return {"model": model or "ffjord"}
+    return {**({} if model is None else {"model": model}), **default_choices(set(flattened(overrides)), model)}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from flowtrain.evaluation import check_fits
 from flowtrain.flow import Flow
 from flowtrain.runs import auto_settings, build, load
 from flowtrain.runs.components import resolve_components
+from flowtrain.runs.compose import options, with_choices
 from flowtrain.runs.console import name_of, title_of
 from flowtrain.training import checkpoint, tensorboard
 from flowtrain.training.time_budget import TimeBudget
@@ -24,6 +25,7 @@ from flowtrain.training.trainer import Trainer
 from flowtrain.utils import ranks
 from flowtrain.utils.arguments import number, whole, within_memory
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError
+from flowtrain.utils.files import config_dir
 from flowtrain.utils.process import choose_threads
 from flowtrain.utils.status import phase, status
 
@@ -31,6 +33,8 @@ log = logging.getLogger("flowtrain")
 
 # the flow that a run's objective learns from, in its directory
 TEACHER = "checkpoints/teacher.pt"
+# the least steps with which the hybrid objective begins with flow matching
+LEAST_HYBRID = 10
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def prepare(
     seconds = None if seconds is None else number("time_budget", seconds)
     with phase("reading the data"):
         data = build.build_data(config, **given.tables) if given.data is None else given.data
+    config = resolve_objective(config, data)
     config = resolve_components(auto_settings.resolve_auto(config, data.n_train, data.event_shape), data)
     settings = build.build_settings(config)
     if saved is not None:
@@ -135,6 +140,37 @@ def prepare(
     if board is not None:
         board.follow(trainer.metrics, trainer.step, run_dir / "plots")
     return trainer
+
+
+def resolve_objective(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
+    """The config with objective=auto replaced by the objective that suits the data, and the settings that suit it."""
+    if config["objective"].get("name") != auto_settings.AUTO or "_target_" in config["objective"]:
+        return dict(config)
+    chosen = {"model": name_of(config["model"]), **data_like(config, data)}
+    objective = objective_of(data.event_shape, config["trainer"]["steps"])
+    groups = ["model", "trainer", "solver", "regularizer"]
+    found = with_choices(
+        config, {**chosen, "objective": auto_settings.AUTO}, {**chosen, "objective": objective}, groups
+    )
+    return {**config, **{group: found[group] for group in (*groups, "objective")}}
+
+
+def data_like(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
+    """The choices with which data of this kind have their recipes and trainer settings."""
+    name = str(config["data"].get("name"))
+    if data.n_train is None and name not in options("data", [config_dir()]):
+        return {"data": "moons", "recipe": "none"}
+    return {"data": "array" if data.n_train is not None else name}
+
+
+def objective_of(event_shape: tuple[int, ...], steps: Any) -> str:
+    """The objective that was better for model=ffjord on tables of so many columns.
+
+    Args:
+        steps: the number of steps; so few that one of the two objectives has no step get the likelihood.
+    """
+    few = isinstance(steps, int) and steps < LEAST_HYBRID
+    return "likelihood" if len(event_shape) > 1 or event_shape[0] <= 2 or few else "hybrid"
 
 
 def _fitting(flow: Flow, data: Dataset) -> Flow:

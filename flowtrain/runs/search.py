@@ -28,11 +28,12 @@ from flowtrain.evaluation.log_likelihood import held_out
 from flowtrain.flow import Density, Flow, Record
 from flowtrain.models.ensemble import Ensemble, stacking_weights
 from flowtrain.runs import auto_settings, build, load
+from flowtrain.runs.auto_settings import AUTO
 from flowtrain.runs.components import SECONDS, resolve_components
-from flowtrain.runs.compose import compose, options, values_of
+from flowtrain.runs.compose import options, values_of, with_choices
 from flowtrain.runs.console import as_banner, data_name, device_words, prefixed, samples_words, shortest
 from flowtrain.runs.ensembles import validation_log_probs
-from flowtrain.runs.prepare import NOTHING_GIVEN, Parts, prepare
+from flowtrain.runs.prepare import NOTHING_GIVEN, Parts, data_like, objective_of, prepare
 from flowtrain.runs.run_directory import SEARCH_FOLDER, SEARCH_STATE
 from flowtrain.runs.save import content_of
 from flowtrain.training import checkpoint, tensorboard
@@ -49,8 +50,6 @@ from flowtrain.utils.status import phase, status
 
 log = logging.getLogger("flowtrain")
 
-# the name of the model that stands for a search
-AUTO = "auto"
 # the key of a checkpoint that holds the config of its search
 SEARCH = "search"
 # models that are fitted first, with the share of the time limit that each may take
@@ -67,8 +66,9 @@ ROWS = 10_000
 LEAST_SHARE = 0.03
 # the share of a time budget that the search may take as long as no candidate tells how long the evaluation will take
 SEARCH_SHARE = 0.6
-# the share of the time that is left which the choice of the number of components of a mixture may take
-COMPONENTS_SHARE = 0.1
+# the share of the time that is left which the choice of the number of components of a mixture may take, and the least
+# seconds
+COMPONENTS_SHARE, COMPONENTS_LEAST = 0.1, 1.0
 
 
 def is_search(config: Mapping[str, Any]) -> bool:
@@ -395,16 +395,13 @@ class Search:
     def _config_of(self, candidate: Candidate) -> dict[str, Any]:
         """The config that a candidate begins with: its recipe, with what the user has set for all candidates."""
         own = self.given_config
-        like = _data_like(own, self.data)
+        like = data_like(own, self.data)
         chosen = {"model": candidate.model, **like}
         if candidate.model == "ffjord":
-            chosen["objective"] = objective_of(self.data.event_shape)
-        config, base = compose(chosen).config, compose({"model": AUTO, **like}).config
-        for group in ("trainer", "solver", "regularizer") if candidate.model == "ffjord" else ("trainer",):
-            if own[group].get("_target_") != base[group].get("_target_"):
-                config[group] = own[group]
-            else:
-                config[group] |= {k: v for k, v in own[group].items() if base[group].get(k, AUTO) != v}
+            chosen["objective"] = objective_of(self.data.event_shape, self.steps)
+        groups = ["trainer", "solver", "regularizer"] if candidate.model == "ffjord" else ["trainer"]
+        composed = {**own, "trainer": {**own["trainer"], "steps": AUTO}}
+        config = with_choices(composed, {"model": AUTO, **like}, chosen, groups)
         config["trainer"] |= {"plot_every": None, "time_limit": None}
         config |= {key: own[key] for key in ("data", "device", "threads")}
         config |= {"seed": candidate.seed, "logger": ["jsonl"], "time_budget": None}
@@ -413,7 +410,9 @@ class Search:
         config = auto_settings.resolve_auto(config, self.data.n_train, self.data.event_shape)
         if self.steps is not None:
             config["trainer"]["steps"] = self.steps
-        return resolve_components(config, self.data, min(SECONDS, COMPONENTS_SHARE * self._left()))
+        return resolve_components(
+            config, self.data, min(SECONDS, max(COMPONENTS_LEAST, COMPONENTS_SHARE * self._left()))
+        )
 
     def _score(self, candidate: Candidate) -> None:
         """Computes log p of the validation rows by the best checkpoint of a candidate."""
@@ -652,16 +651,3 @@ def _models(config: Mapping[str, Any], data: Dataset) -> list[str]:
         if conditional and name in unconditional:
             raise ConfigError(f"model.candidates: {name} is not conditional")
     return sorted(dict.fromkeys(listed), key=lambda name: name not in CHEAP)
-
-
-def _data_like(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
-    """The choices with which a candidate gets the recipe and the trainer settings for data of this kind."""
-    name = str(config["data"].get("name"))
-    if data.n_train is None and name not in options("data", [config_dir()]):
-        return {"data": "moons", "recipe": "none"}
-    return {"data": "array" if data.n_train is not None else name}
-
-
-def objective_of(event_shape: tuple[int, ...]) -> str:
-    """The objective of model=ffjord that was better on tables of so many columns."""
-    return "likelihood" if event_shape[0] <= 2 else "hybrid"
