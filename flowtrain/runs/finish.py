@@ -55,7 +55,8 @@ def finish(
     reached = f"{title}, test {result.words}"
     drawn = []
     with warn_if_plotting_fails("curves"):
-        draw_curves(place("curves"), rows=trainer.metrics.rows, title=reached, entropy=data.entropy)
+        rows = trainer.validations() if isinstance(trainer, Search) else trainer.metrics.rows
+        draw_curves(place("curves"), rows=rows, title=reached, entropy=data.entropy)
         drawn.append(place("curves"))
     if time_budget is None or time_budget.has_time_for("samples"):
         with warn_if_plotting_fails("samples"):

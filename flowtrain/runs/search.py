@@ -38,6 +38,7 @@ from flowtrain.runs.run_directory import SEARCH_FOLDER, SEARCH_STATE
 from flowtrain.runs.save import content_of
 from flowtrain.training import checkpoint, tensorboard
 from flowtrain.training.metrics import Metrics, in_bits
+from flowtrain.training.metrics import read as read_metrics
 from flowtrain.training.time_budget import TimeBudget
 from flowtrain.training.trainer import Pause
 from flowtrain.utils import ranks
@@ -237,6 +238,13 @@ class Search:
         """A summary of the search."""
         members = sum(candidate.weight > 0 for candidate in self.candidates.values())
         return f"{members} of {counted(len(self.candidates), 'candidate')} in the stack, {self.step:,} steps in all"
+
+    def validations(self) -> list[dict[str, Any]]:
+        """The validations of all candidates in the run directory, with the name of the candidate as their split."""
+        assert self.run_dir is not None
+        paths = {name: self.run_dir / SEARCH_FOLDER / name / "metrics.jsonl" for name in self.candidates}
+        found = {name: read_metrics(path) for name, path in paths.items() if path.exists()}
+        return [{**row, "split": name} for name, rows in found.items() for row in rows if row.get("split") == "val"]
 
     # the search
 
