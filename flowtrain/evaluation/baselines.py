@@ -60,10 +60,10 @@ GRID = tuple(2.0**k for k in range(-6, 3))
 FINER = tuple(2.0**k for k in (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75))
 # validation rows that the bandwidth is chosen on, and the smallest number of kernels
 BANDWIDTH_ROWS, LEAST_KERNELS = 1_000, 500
-# pairs of a row and a kernel at a time
-PAIRS = 2**19
-# seconds of a pair: of its distance, also per column, and of its kernel; measured on one thread
-DISTANCE_SECONDS, COLUMN_SECONDS, KERNEL_SECONDS = 3e-9, 1e-10, 3e-9
+# pairs of a row and a kernel at a time, so that they stay in the cache, and the smallest number of rows at a time
+PAIRS, LEAST_ROWS = 2**18, 32
+# validation rows on which the time of a pair is measured
+TIMED_ROWS = 256
 # standardised values are clamped to this, so that their squares are finite
 HUGE = 1e100
 
@@ -237,7 +237,7 @@ def _mixture(table: StandardisedRows, seconds: float, scoring: int) -> Fitted | 
     try:
         from sklearn.mixture import GaussianMixture
     except ImportError:
-        log.info("baselines: the Gaussian mixture needs scikit-learn: pip install 'flowtrain[baselines]'")
+        log.warning("baselines: the Gaussian mixture needs scikit-learn: pip install 'flowtrain[baselines]'")
         return None
     train, val = table.train.numpy(), table.val.numpy()
     if len(train) < 2 or train.shape[1] == 0:
@@ -306,9 +306,9 @@ def _kernels(table: StandardisedRows, seconds: float, scoring: int) -> Fitted | 
         log.info("baselines: the kernel density needs two different training rows")
         return None
     val = table.val[:BANDWIDTH_ROWS]
-    per_kernel = len(val) * (2 * (DISTANCE_SECONDS + d * COLUMN_SECONDS) + (len(GRID) + len(FINER)) * KERNEL_SECONDS)
-    per_kernel += scoring * (DISTANCE_SECONDS + d * COLUMN_SECONDS + KERNEL_SECONDS)
-    m = min(len(table.train), max(LEAST_KERNELS, int(seconds / per_kernel)))
+    per_row = _seconds_per_row(val[:TIMED_ROWS], table.train)
+    share = seconds / (per_row * (scoring + len(val) * (len(GRID) + len(FINER))))
+    m = min(len(table.train), max(LEAST_KERNELS, int(share * len(table.train))))
     train = table.train[:m]
     scott = m ** (-1 / (d + 4))
     found: dict[float, float] = {}
@@ -322,16 +322,24 @@ def _kernels(table: StandardisedRows, seconds: float, scoring: int) -> Fitted | 
     return Fitted(log_prob, f"bandwidth {width:.2g} sd", cut)
 
 
+def _seconds_per_row(x: Tensor, centers: Tensor) -> float:
+    """Seconds to score one of the rows x, after a first pass, which also allocates memory."""
+    for _ in range(2):
+        begun = time.perf_counter()
+        kernel_log_probs(x, centers, [1.0])
+    return (time.perf_counter() - begun) / len(x)
+
+
 def kernel_log_probs(x: Tensor, centers: Tensor, widths: Sequence[float]) -> Tensor:
     """log 1/m sum_i N(x; c_i, h^2 I) in nats at x (n, d) for centers (m, d) and several widths h: (len(widths), n).
 
     Example:
-        >>> kernel_log_probs(torch.zeros(1, 2), torch.zeros(5, 2), [1.0]).tolist()
-        [[-1.8378770351409912]]
+        >>> round(float(kernel_log_probs(torch.zeros(1, 2), torch.zeros(5, 2), [1.0])), 4)  # -log(2 pi)
+        -1.8379
     """
     (m, d), squares = centers.shape, centers.square().sum(1)
     found = []
-    for part in torch.split(x, max(128, PAIRS // m)):
+    for part in torch.split(x, max(LEAST_ROWS, PAIRS // m)):
         distances = torch.addmm(part.square().sum(1, keepdim=True) + squares, part, centers.T, alpha=-2).clamp_(min=0)
         found.append(torch.stack([torch.logsumexp(distances * (-0.5 / h**2), 1) for h in widths]))
     constant = [math.log(m) + 0.5 * d * math.log(2 * math.pi * h**2) for h in widths]

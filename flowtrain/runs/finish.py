@@ -46,7 +46,7 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None, flo
         tested, thorough = (data, True) if time_budget is None else time_budget.tested()
         seconds = affordable_seconds(trainer.seconds) if has_baselines(flow, data) else 0.0
         if time_budget is not None:
-            seconds = min(seconds, time_budget.for_baselines) if thorough else 0.0
+            seconds = min(seconds, time_budget.for_baselines)
         result = evaluate(
             flow, tested, "test", saved["step"], trained_on=data, thorough=thorough, baseline_seconds=seconds
         )

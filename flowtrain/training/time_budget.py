@@ -165,10 +165,19 @@ class TimeBudget:
     def tested(self) -> tuple[Dataset, bool]:
         """The data with as many test rows as there is time for, and whether there is time for the checks too.
 
-        Warns if not all rows are scored.
+        Warns if not all rows are scored. Sets `for_baselines` to 0 if the rows and the checks need that time.
         """
         n = len(self.data.test)
-        rows, thorough = self.evaluated(self.left - self.slowness * PICTURES - self.for_baselines)
+        seconds = self.left - self.slowness * PICTURES
+        rows, thorough = self.evaluated(seconds - self.for_baselines)
+        if not thorough and self.for_baselines:
+            # the rows and the checks come first
+            self.for_baselines = 0.0
+            rows, thorough = self.evaluated(seconds)
+            log.info(
+                "time_budget=%g leaves no time for baselines other than a Gaussian; floweval baselines=true fits them",
+                self.seconds,
+            )
         if not thorough:
             log.info(
                 "time_budget=%g leaves no time for the checks of the density; run floweval on the run's directory to "
