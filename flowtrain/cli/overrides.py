@@ -30,6 +30,8 @@ log = logging.getLogger("flowtrain")
 # keys whose values are files to read, and files or directories to write. For keys of the data see `is_path`
 READ_PATHS = ("resume", "from", "ckpt", "ood")
 WRITTEN_PATHS = ("out", "scores", "hydra.run.dir", "hydra.sweep.dir")
+# keys of model=auto
+AUTO_KEYS = {"model.candidates", "model.conditional"}
 # keys whose values are names in a file
 QUOTED_NAMES = ("data.label", "data.key")
 
@@ -87,6 +89,25 @@ def rename_old_config_keys(config: Mapping[str, Any], overrides: Sequence[str] =
 def warn_of_old_key(old: str, new: str) -> None:
     """Warns once per process that a key has a new name."""
     log.warning("%s is now named %s. The old name still works.", old, new)
+
+
+def with_default_model(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with model=auto if they choose data=array and leave open what is fitted to it.
+
+    Example:
+        >>> with_default_model(["data=array", "data.path=a.csv"])
+        ['model=auto', 'data=array', 'data.path=a.csv']
+        >>> with_default_model(["data=array", "model=nsf"])
+        ['data=array', 'model=nsf']
+    """
+    given = [a.lstrip("+~").partition("=") for a in separated(arguments)[0]]
+    keys = {key.partition("@")[0] for key, _, _ in given}
+    chosen = {value.strip("'\"") for key, _, value in given if key == "data"}
+    # keys of a model are those of ffjord if no model is named
+    own = {key for key in keys if key.startswith("model.")} - AUTO_KEYS
+    if chosen != {"array"} or own or keys & {"model", "experiment", "from", "objective", "regularizer"}:
+        return list(arguments)
+    return ["model=auto", *arguments]
 
 
 def quoted(arguments: Sequence[str]) -> list[str]:

@@ -9,12 +9,13 @@ from typing import Any
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import NAMES, evaluate
 from flowtrain.evaluation.baselines import affordable_seconds, has_baselines
-from flowtrain.flow import Flow
+from flowtrain.flow import Density, Flow
 from flowtrain.plotting import pictures
 from flowtrain.plotting.curves import draw_curves
 from flowtrain.plotting.drawing import warn_if_plotting_fails
 from flowtrain.runs import load
 from flowtrain.runs.console import data_name, next_commands, title_of
+from flowtrain.runs.search import Search
 from flowtrain.training import tensorboard
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.files import write_json
@@ -23,7 +24,9 @@ from flowtrain.utils.status import phase
 log = logging.getLogger("flowtrain")
 
 
-def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None, flow: Flow | None = None) -> None:
+def finish(
+    trainer: Trainer | Search, run_dir: Path, board: tensorboard.Board | None, flow: Density | None = None
+) -> None:
     """Writes result.json and the final pictures, from the best checkpoint on the disk.
 
     Args:
@@ -34,12 +37,12 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None, flo
         return run_dir / f"plots/{name}.png"
 
     # the trainer's config, whose step size may have become smaller
-    config, data, device = trainer.config, trainer.data, trainer.flow.like.device
+    config, data, device = trainer.config, trainer.data, trainer.device
     time_budget = trainer.time_budget
-    saved = trainer.checkpoints.read()
+    saved = trainer.read()
     with phase("loading the checkpoint to evaluate"):
         if flow is None:
-            flow = load.restore_flow({**saved, "config": config}, device, trust=load.own_packages(config))
+            flow = load.restore({**saved, "config": config}, device, trust=load.own_packages(config))
         else:
             load.load_averaged_weights(flow, saved)
     with phase("evaluating"):
@@ -65,7 +68,9 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None, flo
             pictures.draw(flow, data, place("samples"), reached)
             drawn.append(place("samples"))
     drawn += pictures.draw_evaluation(result, title, data_name(config), place)
-    if time_budget is None or time_budget.has_time_for("the flow in more detail", more=True):
+    if isinstance(flow, Flow) and (
+        time_budget is None or time_budget.has_time_for("the flow in more detail", more=True)
+    ):
         drawn += pictures.draw_more(flow, data, place, reached)
     if board is not None:
         board.end(result.to_dict(), drawn, trainer.step)

@@ -10,7 +10,7 @@ import torch
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation.baselines import LEAST_SECONDS, MOST_SECONDS, has_baselines
 from flowtrain.evaluation.log_likelihood import held_out, log_probs
-from flowtrain.flow import Flow, rows_at_a_time
+from flowtrain.flow import Density, rows_at_a_time
 from flowtrain.training.failure_policy import STEP_ERRORS
 
 log = logging.getLogger("flowtrain")
@@ -50,7 +50,7 @@ class TimeBudget:
             the budget is less than 40 s.
     """
 
-    def __init__(self, seconds: float, begun: float, flow: Flow, data: Dataset, evaluates: bool = True) -> None:
+    def __init__(self, seconds: float, begun: float, flow: Density, data: Dataset, evaluates: bool = True) -> None:
         self.seconds, self.begun, self.flow, self.data, self.evaluates = seconds, begun, flow, data, evaluates
         shape = flow.event_shape
         self.kind = "images" if len(shape) == 3 else "plane" if shape[0] <= 2 else "vectors"
