@@ -129,7 +129,7 @@ def baselines(
     if rows is None:
         return None
     rows = _real(rows.cpu(), _TRAIN)
-    points = [x.cpu().double() for x in points]
+    points = [x.cpu() for x in points]
     found = {GAUSSIAN: scored(_gaussian(rows), points, log_p, begun)}
     if seconds <= 0:
         return found
@@ -144,11 +144,11 @@ def baselines(
         begun = time.perf_counter()
         try:
             fitted = fit()
-            one = None if fitted is None else scored(fitted, points, log_p, begun)
+            if fitted is None:
+                continue
+            one = scored(fitted, points, log_p, begun)
         except (ValueError, ArithmeticError, RuntimeError) as e:
             log.info("baselines: the %s could not be fitted: %s", words_of(name), e)
-            continue
-        if fitted is None or one is None:
             continue
         if math.isnan(one.nll):
             log.info("baselines: the %s has no NLL on these rows", words_of(name))
