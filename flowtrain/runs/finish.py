@@ -8,6 +8,7 @@ from typing import Any
 
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import NAMES, evaluate
+from flowtrain.evaluation.baselines import affordable_seconds, has_baselines
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting import pictures
 from flowtrain.plotting.curves import draw_curves
@@ -46,7 +47,12 @@ def finish(
             load.load_averaged_weights(flow, saved)
     with phase("evaluating"):
         tested, thorough = (data, True) if time_budget is None else time_budget.tested()
-        result = evaluate(flow, tested, "test", saved["step"], trained_on=data, thorough=thorough)
+        seconds = affordable_seconds(trainer.seconds) if has_baselines(flow, data) else 0.0
+        if time_budget is not None:
+            seconds = min(seconds, time_budget.for_baselines)
+        result = evaluate(
+            flow, tested, "test", saved["step"], trained_on=data, thorough=thorough, baseline_seconds=seconds
+        )
     best = None if trainer.best is None else trainer.best["nll"]
     rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
     rest["val_nll_stderr"] = None if trainer.best is None else stderr_at(trainer.metrics.rows, trainer.best["step"])
