@@ -30,10 +30,13 @@ LEAST_ROWS = 10
 SECONDS = 60.0
 
 
-def resolve_components(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
+def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float = SECONDS) -> dict[str, Any]:
     """The config with `model.components=auto` replaced by the number with the lowest validation NLL.
 
     Only the training rows are fitted. The rows are standardised, which changes every NLL by the same amount.
+
+    Args:
+        seconds: the time after which no further number is tried.
 
     Raises:
         ConfigError: `auto` for data without a finite training set.
@@ -49,13 +52,13 @@ def resolve_components(config: Mapping[str, Any], data: Dataset) -> dict[str, An
         rows, held = (part.double().cpu() for part in parts)
         mean, std = rows.mean(0), rows.std(0, correction=0)
         std = torch.where(std > 0, std, 1.0)
-        k, tried = chosen((rows - mean) / std, (held - mean) / std, str(model.get("covariance", "full")))
+        k, tried = chosen((rows - mean) / std, (held - mean) / std, str(model.get("covariance", "full")), seconds)
     words = ", ".join(f"{n}: {nll + float(std.log().sum()):.3f}" for n, nll in tried.items())
     log.info("mixture: %s by validation NLL (%s nats)", counted(k, "component"), words)
     return {**config, "model": {**model, "components": k}}
 
 
-def chosen(train: Tensor, val: Tensor, covariance: str) -> tuple[int, dict[int, float]]:
+def chosen(train: Tensor, val: Tensor, covariance: str, seconds: float = SECONDS) -> tuple[int, dict[int, float]]:
     """The number of components with the lowest validation NLL, and the NLL in nats of each number that was tried.
 
     Args:
@@ -64,7 +67,7 @@ def chosen(train: Tensor, val: Tensor, covariance: str) -> tuple[int, dict[int, 
     begun, found = time.perf_counter(), dict[int, float]()
     best = CANDIDATES[0]
     for k in CANDIDATES:
-        if k > 1 and (len(train) < LEAST_ROWS * k or time.perf_counter() - begun > SECONDS):
+        if k > 1 and (len(train) < LEAST_ROWS * k or time.perf_counter() - begun > seconds):
             break
         base = GaussianMixture(train.shape[1], k, covariance).double().fit(train)
         with torch.no_grad():
