@@ -1,11 +1,11 @@
 """model=auto: searches for the best density of a table, by successive halving and stacking.
 
 The search fits a Gaussian and a mixture first. Then it trains the models that `recommended` lists for the size of the
-table, each for a third of its time. The two with the lowest validation NLL are trained to the end (successive halving:
-Jamieson and Talwalkar 2016, Non-stochastic best arm identification and hyperparameter optimization). Time that is left
-goes to further seeds of the best model. The result is the stack of all candidates,
-log p(x) = log sum_m w_m p_m(x), with weights by EM on the validation rows (Smyth and Wolpert 1999, Linearly combining
-density estimators via stacking). Its validation NLL is at most that of the best candidate.
+table, each for a third of its time. The two whose stacks with the first candidates have the lowest validation NLL are
+trained to the end (successive halving: Jamieson and Talwalkar 2016, Non-stochastic best arm identification and
+hyperparameter optimization). Time that is left goes to further seeds of the best model. The result is the stack of all
+candidates, log p(x) = log sum_m w_m p_m(x), with weights by EM on the validation rows (Smyth and Wolpert 1999, Linearly
+combining density estimators via stacking). Its validation NLL is at most that of the best candidate.
 """
 
 import json
@@ -97,6 +97,8 @@ class Candidate:
         seed: the seed of its run.
         stage: 0: not trained yet; 1: trained for the first part; 2: trained to the end.
         nll, nll_stderr: validation NLL of its best checkpoint and the standard error, in nats; None before the first.
+        stacked: validation NLL of the stack of the first candidates and it, by which flows are ranked: a single row far
+            from the others can dominate its own NLL, and has no effect on what it adds to a stack.
         step: the step of its best checkpoint.
         steps: the number of steps it was trained for.
         seconds: the time that its training took, with building and scoring.
@@ -110,6 +112,7 @@ class Candidate:
     stage: int = 0
     nll: float | None = None
     nll_stderr: float | None = None
+    stacked: float | None = None
     step: int = 0
     steps: int = 0
     seconds: float = 0.0
@@ -119,7 +122,8 @@ class Candidate:
     @property
     def rank(self) -> float:
         """The validation NLL for comparisons: infinite if there is none."""
-        return math.inf if self.nll is None or not math.isfinite(self.nll) else self.nll
+        found = self.nll if self.stacked is None else self.stacked
+        return math.inf if found is None or not math.isfinite(found) else found
 
     @property
     def words(self) -> str:
@@ -296,8 +300,8 @@ class Search:
         tried = sorted((c for c in self.candidates.values() if c.name in models), key=lambda c: c.rank)
         kept = [c for c in tried[:FINALISTS] if c.nll is not None]
         if len(tried) > len(kept):
-            words = " and ".join(c.name for c in kept)
-            log.info("%s have the lowest validation NLL of %s", words, ", ".join(c.name for c in tried))
+            words = ", ".join(f"{c.name} {c.rank:.4g}" for c in tried)
+            log.info("%s are trained to the end (NLL in a stack: %s)", " and ".join(c.name for c in kept), words)
         return [c.name for c in kept if c.ended is None]
 
     def _add_seeds(self) -> None:
@@ -436,6 +440,16 @@ class Search:
         self._row_seconds[name] = (time.perf_counter() - begun) / len(x)
         candidate.nll, candidate.step = -float(log_p.mean()), saved["step"]
         candidate.nll_stderr = float(log_p.std() / math.sqrt(len(x))) if len(x) > 1 else math.nan
+        first = [self._scored(model) for model in self.models if model in CHEAP and model in self.candidates]
+        if name not in CHEAP and first:
+            both = torch.stack([*first, log_p], 1)
+            candidate.stacked = -float(stacked(both, stacking_weights(both)).mean())
+
+    def _scored(self, name: str) -> Tensor:
+        """log p of the validation rows by a candidate, (n,), in nats."""
+        if name not in self._log_p:
+            self._score(self.candidates[name])
+        return self._log_p[name]
 
     def _validation_rows(self, flow: Flow) -> tuple[Tensor, Tensor | None]:
         x, label = held_out(flow, self.data, "val")
@@ -455,16 +469,12 @@ class Search:
         names = [c.name for c in self.candidates.values() if c.nll is not None]
         if not names:
             return
-        for name in names:
-            if name not in self._log_p:
-                self._score(self.candidates[name])
-        log_p = torch.stack([self._log_p[name] for name in names], 1)
+        log_p = torch.stack([self._scored(name) for name in names], 1)
         weights = sparse_weights(log_p)
         for name, weight in zip(names, weights, strict=True):
             self.candidates[name].weight = weight
         members = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight > 0]
-        log_w = log_p.new_tensor(weights).log()
-        combined = (log_p.nan_to_num(-math.inf) + log_w).logsumexp(1)
+        combined = stacked(log_p, weights)
         self.stacks[after] = nll = -float(combined.mean())
         self.best = {"nll": nll, "step": self.step}
         density = self._density(members)
@@ -583,22 +593,26 @@ def sparse_weights(log_p: Tensor) -> list[float]:
     log_p = torch.where(log_p.isfinite(), log_p, -math.inf)
 
     def fitted(kept: Sequence[int]) -> tuple[float, list[float]]:
-        found = stacking_weights(log_p[:, kept])
-        mean = (log_p[:, kept] + log_p.new_tensor(found).log()).logsumexp(1).mean()
         weights = [0.0] * log_p.shape[1]
-        for m, weight in zip(kept, found, strict=True):
+        for m, weight in zip(kept, stacking_weights(log_p[:, kept]), strict=True):
             weights[m] = weight
-        return float(mean), weights
+        return -float(stacked(log_p, weights).mean()), weights
 
-    mean, weights = fitted(range(log_p.shape[1]))
+    nll, weights = fitted(range(log_p.shape[1]))
     while True:
         kept = [m for m, weight in enumerate(weights) if weight > 0]
         fewer = [[m for m in kept if m != out] for out in kept if _covers(log_p[:, [m for m in kept if m != out]])]
         tried = [fitted(rest) for rest in fewer if rest]
-        best = max(tried, key=lambda found: found[0], default=(-math.inf, weights))
-        if mean - best[0] > LOSS:
+        best = min(tried, key=lambda found: found[0], default=(math.inf, weights))
+        if best[0] - nll > LOSS:
             return weights
-        mean, weights = best
+        nll, weights = best
+
+
+def stacked(log_p: Tensor, weights: Sequence[float]) -> Tensor:
+    """log sum_m w_m p_m at each row, (n,), in nats, from log p_m (n, M); NaN counts as zero density."""
+    log_w = log_p.new_tensor(weights).log()
+    return (torch.where(log_p.isnan(), -math.inf, log_p) + log_w).logsumexp(1)
 
 
 def _covers(log_p: Tensor) -> bool:
