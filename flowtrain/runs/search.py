@@ -61,6 +61,8 @@ FINALISTS, FIRST_PART = 2, 1 / 3
 SEEDS, GAIN = 3, 0.005
 # a candidate is left out of the stack if the validation NLL rises by at most so many nats without it
 LOSS = 0.002
+# from so many training rows on, flows take as many steps as they have time for, at most LONG
+LARGE, LONG = 5_000, 100_000
 # validation rows that candidates are compared and stacked on, evenly spread
 ROWS = 10_000
 # the share of the time limit below which no other candidate begins
@@ -422,6 +424,8 @@ class Search:
         config = auto_settings.resolve_auto(config, self.data.n_train, self.data.event_shape)
         if self.steps is not None:
             config["trainer"]["steps"] = self.steps
+        elif self.limit is not None and candidate.model not in CHEAP and (self.data.n_train or LARGE) >= LARGE:
+            config["trainer"]["steps"] = max(LONG, config["trainer"]["steps"])
         return resolve_components(
             config, self.data, min(SECONDS, max(COMPONENTS_LEAST, COMPONENTS_SHARE * self._left()))
         )
