@@ -86,8 +86,8 @@ def recommended(rows: int | None, event_shape: tuple[int, ...]) -> list[str]:
         rows: the number of training rows; None for endless data.
     """
     if len(event_shape) > 1:
-        return ["glow", "realnvp"]
-    return ["nsf", "maf", "realnvp", "ffjord"]
+        return ["realnvp", "glow"]
+    return [name for name in ("nsf", "maf", "realnvp", "ffjord") if name != "realnvp" or event_shape[0] > 1]
 
 
 @dataclass
@@ -369,7 +369,9 @@ class Search:
             self._failures.append(e)
             candidate.ended = f"failed: {first_line(e)}"
             self.candidates[name] = candidate
-            log.warning("%s fails and is left out: %s", name, e)
+            # a model that does not take data of this shape is no surprise
+            level = logging.INFO if isinstance(e, ConfigError) else logging.WARNING
+            log.log(level, "%s is left out: %s", name, e)
         candidate.seconds += time.perf_counter() - begun
         log.info("%s: %s", name, candidate.words)
         self._write_state()
