@@ -190,6 +190,8 @@ class Search:
         self._log_p: dict[str, Tensor] = {}
         self._row_seconds: dict[str, float] = {}
         self._content: dict[str, Any] = {}
+        # the candidates of the last stack, with their stages
+        self._stacked: list[tuple[str, int]] = []
         self._failures: list[FlowtrainError] = []
         # seconds of the search so far, and since when this command searches
         self._before, self._since = 0.0, math.inf
@@ -275,7 +277,7 @@ class Search:
     def _fit(self) -> None:
         for model in self.models:
             if model in CHEAP:
-                self._advance(model, model, 2, None if self.limit is None else CHEAP[model] * self.limit)
+                self._advance(model, model, 2, None if self._whole is None else CHEAP[model] * self._whole)
         self._stack("first candidates")
         finalists = self._halved([model for model in self.models if model not in CHEAP])
         for i, model in enumerate(finalists):
@@ -333,7 +335,16 @@ class Search:
         return min(limits, default=math.inf)
 
     def _is_over(self) -> bool:
-        return self._left() <= LEAST_SHARE * (self.limit or 0.0)
+        return self._left() <= LEAST_SHARE * (self._whole or 0.0)
+
+    @property
+    def _whole(self) -> float | None:
+        """The seconds of the whole search; None without a limit."""
+        budget = self.given_config.get("time_budget")
+        limits = [
+            limit for limit in (self.limit, None if budget is None else SEARCH_SHARE * budget) if limit is not None
+        ]
+        return min(limits, default=None)
 
     def _part(self, parts: float) -> float | None:
         """The seconds that are left, divided into so many parts; None without a limit."""
@@ -475,6 +486,11 @@ class Search:
         names = [c.name for c in self.candidates.values() if c.nll is not None]
         if not names:
             return
+        trained = [(name, self.candidates[name].stage) for name in names]
+        if trained == self._stacked and self.best is not None:
+            self.stacks[after] = self.best["nll"]
+            return
+        self._stacked = trained
         log_p = torch.stack([self._scored(name) for name in names], 1)
         weights = sparse_weights(log_p)
         for name, weight in zip(names, weights, strict=True):
