@@ -104,6 +104,7 @@ class Candidate:
         step: the step of its best checkpoint.
         steps: the number of steps it was trained for.
         limit: the number of steps it may take.
+        best: NLL in nats and step of its best validation, for the restart of its training.
         seconds: the time that its training took, with building and scoring.
         ended: why its training has ended; None if it can go on.
         weight: its weight in the stack.
@@ -119,6 +120,7 @@ class Candidate:
     step: int = 0
     steps: int = 0
     limit: int | None = None
+    best: dict[str, float] | None = None
     seconds: float = 0.0
     ended: str | None = None
     weight: float = 0.0
@@ -397,6 +399,11 @@ class Search:
             # the first checkpoint of a first stage does not know it
             self._write_state()
         steps = candidate.limit
+        restarts = stage == 2 and saved is not None and saved["step"] == candidate.steps
+        if saved is not None and restarts:
+            # NLLs rise at first, and best.pt stays until one is lower than that of the first part
+            saved = {**saved, "best": candidate.best, "best_rows": None, "counted": None, "stale": 0, "worse": []}
+            config = {**config, "trainer": {**config["trainer"], "max_rise": None}}
         config = {**config, "trainer": {**config["trainer"], "time_limit": seconds}}
         if seconds is None:
             config["trainer"]["steps"] = math.ceil(FIRST_PART * steps) if stage == 1 else steps
@@ -404,7 +411,7 @@ class Search:
         trainer.fit(candidate.name)
         if folder is None:
             self._memory[candidate.name] = {kind: trainer.checkpoints.read(kind) for kind in ("best", "last")}
-        candidate.steps = trainer.step
+        candidate.steps, candidate.best = trainer.step, trainer.best
         if trainer.signal is not None:
             raise SignalReceived(trainer.signal)
         candidate.stage = stage
