@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Chain, check_sample, places, varies
-from flowtrain.utils.errors import DataError
+from flowtrain.utils.errors import DataError, FlowtrainError
 from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.precision import full_precision
 
@@ -147,9 +147,17 @@ LEAST_EIGENVALUE = 1e-8
 class InvertibleLinear(Bijection):
     """z = W x at every place, W = P L (U + diag(s)): for images (B, C, H, W) a 1x1 convolution, for vectors a matrix.
 
-    P is a fixed permutation, L unit lower and U strictly upper triangular, s = sign exp(log|s|) with a fixed sign, all
-    from a random rotation; log|det dz/dx| = H W sum log|s| (Glow, eq. 10 and 11). W leads from data to base, the
-    direction of training; its inverse is taken in float64, once a call.
+    P is a fixed permutation, L unit lower and U strictly upper triangular, s = sign exp(log|s|) with a fixed sign;
+    log|det dz/dx| = H W sum log|s| (Glow, eq. 10 and 11). W leads from data to base, the direction of training; its
+    inverse is taken in float64, once a call.
+
+    Args:
+        channels: C.
+        start: the first W: `rotation`, a random one | `permutation`, a random one, which keeps the columns of a table
+            apart until training mixes them.
+
+    Raises:
+        FlowtrainError: another start.
 
     Example:
         >>> linear, x = InvertibleLinear(3), torch.randn(2, 3, 4, 4)
@@ -158,10 +166,15 @@ class InvertibleLinear(Bijection):
         (True, True)
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, start: str = "rotation") -> None:
         super().__init__()
-        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
-        p, lower, upper = torch.linalg.lu(rotation)
+        if start not in ("rotation", "permutation"):
+            raise FlowtrainError(f"InvertibleLinear(start={start!r}): give 'rotation' or 'permutation'")
+        if start == "rotation":
+            first = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+        else:
+            first = torch.eye(channels, dtype=torch.float64)[torch.randperm(channels)]
+        p, lower, upper = torch.linalg.lu(first)
         s, dtype = upper.diagonal(), torch.get_default_dtype()
         self.register_buffer("permutation", p.to(dtype))
         self.register_buffer("sign", s.sign().to(dtype))

@@ -1,11 +1,11 @@
 """model=auto: searches for the best density of a table, by successive halving and stacking.
 
 The search fits a Gaussian and a mixture first. Then it trains the models that `recommended` lists for the size of the
-table, each for a third of its time. The two with the lowest validation NLL are trained to the end (successive halving:
-Jamieson and Talwalkar 2016, Non-stochastic best arm identification and hyperparameter optimization). Time that is left
-goes to further seeds of the best model. The result is the stack of all candidates,
-log p(x) = log sum_m w_m p_m(x), with weights by EM on the validation rows (Smyth and Wolpert 1999, Linearly combining
-density estimators via stacking). Its validation NLL is at most that of the best candidate.
+table, each for a third of its time. The two whose stacks with the first candidates have the lowest validation NLL are
+trained to the end (successive halving: Jamieson and Talwalkar 2016, Non-stochastic best arm identification and
+hyperparameter optimization). Time that is left goes to further seeds of the best model. The result is the stack of all
+candidates, log p(x) = log sum_m w_m p_m(x), with weights by EM on the validation rows (Smyth and Wolpert 1999, Linearly
+combining density estimators via stacking). Its validation NLL is at most that of the best candidate.
 """
 
 import json
@@ -40,7 +40,6 @@ from flowtrain.training import checkpoint, tensorboard
 from flowtrain.training.metrics import Metrics, in_bits
 from flowtrain.training.metrics import read as read_metrics
 from flowtrain.training.time_budget import TimeBudget
-from flowtrain.training.trainer import Pause
 from flowtrain.utils import ranks
 from flowtrain.utils.arguments import choose, flag, number, whole
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError, first_line
@@ -55,12 +54,15 @@ log = logging.getLogger("flowtrain")
 SEARCH = "search"
 # models that are fitted first, with the share of the time limit that each may take
 CHEAP = {"affine": 0.05, "mixture": 0.15}
-# candidates that are trained to the end, and the part of their training after which the others stop
+# candidates that are trained to the end, and the part of their training that all candidates have. Schedules come to their
+# end in it, because flows are not comparable while the learning rate is high, and begin anew after it
 FINALISTS, FIRST_PART = 2, 1 / 3
 # further seeds of the best model, at most; the search ends when one lowers the validation NLL by less than GAIN nats
 SEEDS, GAIN = 3, 0.005
 # a candidate is left out of the stack if the validation NLL rises by at most so many nats without it
 LOSS = 0.002
+# from so many training rows on, flows take as many steps as they have time for, at most LONG
+LARGE, LONG = 5_000, 100_000
 # validation rows that candidates are compared and stacked on, evenly spread
 ROWS = 10_000
 # the share of the time limit below which no other candidate begins
@@ -84,8 +86,8 @@ def recommended(rows: int | None, event_shape: tuple[int, ...]) -> list[str]:
         rows: the number of training rows; None for endless data.
     """
     if len(event_shape) > 1:
-        return ["glow", "realnvp"]
-    return ["nsf", "maf", "realnvp", "ffjord"]
+        return ["realnvp", "glow"]
+    return [name for name in ("nsf", "maf", "realnvp", "ffjord") if name != "realnvp" or event_shape[0] > 1]
 
 
 @dataclass
@@ -97,8 +99,12 @@ class Candidate:
         seed: the seed of its run.
         stage: 0: not trained yet; 1: trained for the first part; 2: trained to the end.
         nll, nll_stderr: validation NLL of its best checkpoint and the standard error, in nats; None before the first.
+        stacked: validation NLL of the stack of the first candidates and it, by which flows are ranked: a single row far
+            from the others can dominate its own NLL, and has no effect on what it adds to a stack.
         step: the step of its best checkpoint.
         steps: the number of steps it was trained for.
+        limit: the number of steps it may take.
+        best: NLL in nats and step of its best validation, for the restart of its training.
         seconds: the time that its training took, with building and scoring.
         ended: why its training has ended; None if it can go on.
         weight: its weight in the stack.
@@ -110,8 +116,11 @@ class Candidate:
     stage: int = 0
     nll: float | None = None
     nll_stderr: float | None = None
+    stacked: float | None = None
     step: int = 0
     steps: int = 0
+    limit: int | None = None
+    best: dict[str, float] | None = None
     seconds: float = 0.0
     ended: str | None = None
     weight: float = 0.0
@@ -119,7 +128,8 @@ class Candidate:
     @property
     def rank(self) -> float:
         """The validation NLL for comparisons: infinite if there is none."""
-        return math.inf if self.nll is None or not math.isfinite(self.nll) else self.nll
+        found = self.nll if self.stacked is None else self.stacked
+        return math.inf if found is None or not math.isfinite(found) else found
 
     @property
     def words(self) -> str:
@@ -184,6 +194,8 @@ class Search:
         self._log_p: dict[str, Tensor] = {}
         self._row_seconds: dict[str, float] = {}
         self._content: dict[str, Any] = {}
+        # the candidates of the last stack, with their stages
+        self._stacked: list[tuple[str, int]] = []
         self._failures: list[FlowtrainError] = []
         # seconds of the search so far, and since when this command searches
         self._before, self._since = 0.0, math.inf
@@ -269,7 +281,7 @@ class Search:
     def _fit(self) -> None:
         for model in self.models:
             if model in CHEAP:
-                self._advance(model, model, 2, None if self.limit is None else CHEAP[model] * self.limit)
+                self._advance(model, model, 2, None if self._whole is None else CHEAP[model] * self._whole)
         self._stack("first candidates")
         finalists = self._halved([model for model in self.models if model not in CHEAP])
         for i, model in enumerate(finalists):
@@ -291,13 +303,13 @@ class Search:
         later = FINALISTS * (1 / FIRST_PART - 1)
         for i, model in enumerate(models):
             if not self._is_over():
-                self._advance(model, model, 1, self._part((len(models) - i + later) * FIRST_PART))
+                self._advance(model, model, 1, self._part(len(models) - i + later))
         self._stack("first parts")
         tried = sorted((c for c in self.candidates.values() if c.name in models), key=lambda c: c.rank)
         kept = [c for c in tried[:FINALISTS] if c.nll is not None]
         if len(tried) > len(kept):
-            words = " and ".join(c.name for c in kept)
-            log.info("%s have the lowest validation NLL of %s", words, ", ".join(c.name for c in tried))
+            words = ", ".join(f"{c.name} {c.rank:.4g}" for c in tried)
+            log.info("%s are trained to the end (NLL in a stack: %s)", " and ".join(c.name for c in kept), words)
         return [c.name for c in kept if c.ended is None]
 
     def _add_seeds(self) -> None:
@@ -327,7 +339,16 @@ class Search:
         return min(limits, default=math.inf)
 
     def _is_over(self) -> bool:
-        return self._left() <= LEAST_SHARE * (self.limit or 0.0)
+        return self._left() <= LEAST_SHARE * (self._whole or 0.0)
+
+    @property
+    def _whole(self) -> float | None:
+        """The seconds of the whole search; None without a limit."""
+        budget = self.given_config.get("time_budget")
+        limits = [
+            limit for limit in (self.limit, None if budget is None else SEARCH_SHARE * budget) if limit is not None
+        ]
+        return min(limits, default=None)
 
     def _part(self, parts: float) -> float | None:
         """The seconds that are left, divided into so many parts; None without a limit."""
@@ -340,7 +361,7 @@ class Search:
         """Trains a candidate up to the end of a stage, and scores it, unless that is recorded already.
 
         Args:
-            seconds: its time to the end of stage 2. Stage 1 ends after FIRST_PART of it, or of its steps.
+            seconds: its time for the stage, unless it has no more steps to take.
 
         Raises:
             ConfigError, DataError: settings or data that no candidate takes.
@@ -352,18 +373,19 @@ class Search:
         if candidate.stage >= stage or candidate.ended is not None:
             return
         begun = time.perf_counter()
+        self.candidates[name] = candidate
         try:
             with prefixed(name):
                 self._train(candidate, stage, seconds)
-                self.candidates[name] = candidate
                 self._score(candidate)
         except FlowtrainError as e:
             if isinstance(e, ConfigError | DataError) and not self._content:
                 raise
             self._failures.append(e)
             candidate.ended = f"failed: {first_line(e)}"
-            self.candidates[name] = candidate
-            log.warning("%s fails and is left out: %s", name, e)
+            # a model that does not take data of this shape is no surprise
+            level = logging.INFO if isinstance(e, ConfigError) else logging.WARNING
+            log.log(level, "%s is left out: %s", name, e)
         candidate.seconds += time.perf_counter() - begun
         log.info("%s: %s", name, candidate.words)
         self._write_state()
@@ -372,24 +394,30 @@ class Search:
         folder = None if self.run_dir is None else self.run_dir / SEARCH_FOLDER / candidate.name
         saved = self._saved(candidate.name, "last")
         config = self._config_of(candidate) if saved is None else saved["config"]
-        pause = None
-        if stage == 1:
-            pause = Pause(
-                math.ceil(FIRST_PART * config["trainer"]["steps"]), None if seconds is None else FIRST_PART * seconds
-            )
-            # a limit is of one command
-            seconds = seconds if saved is None or seconds is None else max(1e-3, seconds - saved["seconds"])
+        if candidate.limit is None:
+            candidate.limit = config["trainer"]["steps"]
+            # the first checkpoint of a first stage does not know it
+            self._write_state()
+        steps = candidate.limit
+        restarts = stage == 2 and saved is not None and saved["step"] == candidate.steps
+        if saved is not None and restarts:
+            # NLLs rise at first, and best.pt stays until one is lower than that of the first part
+            saved = {**saved, "best": candidate.best, "best_rows": None, "counted": None, "stale": 0, "worse": []}
+            config = {**config, "trainer": {**config["trainer"], "max_rise": None}}
         config = {**config, "trainer": {**config["trainer"], "time_limit": seconds}}
+        if seconds is None:
+            config["trainer"]["steps"] = math.ceil(FIRST_PART * steps) if stage == 1 else steps
         trainer = prepare(config, folder, saved, (), None, self.begun, Parts(data=self.data))
-        trainer.fit(pause, candidate.name)
+        trainer.fit(candidate.name)
         if folder is None:
             self._memory[candidate.name] = {kind: trainer.checkpoints.read(kind) for kind in ("best", "last")}
-        candidate.steps = trainer.step
+        candidate.steps, candidate.best = trainer.step, trainer.best
         if trainer.signal is not None:
-            self.candidates[candidate.name] = candidate
             raise SignalReceived(trainer.signal)
         candidate.stage = stage
-        candidate.ended = trainer.stopped_by or (None if trainer.paused else "last step")
+        ended = trainer.stopped_by or "last step"
+        # the schedules have come to their end in any case: what follows is a restart of the learning rate
+        candidate.ended = ended if stage == 2 or ended.startswith("early") or trainer.step >= steps else None
 
     def _saved(self, name: str, kind: str) -> dict[str, Any] | None:
         """A checkpoint of a candidate; None if there is none."""
@@ -418,6 +446,8 @@ class Search:
         config = auto_settings.resolve_auto(config, self.data.n_train, self.data.event_shape)
         if self.steps is not None:
             config["trainer"]["steps"] = self.steps
+        elif self.limit is not None and candidate.model not in CHEAP and (self.data.n_train or LARGE) >= LARGE:
+            config["trainer"]["steps"] = max(LONG, config["trainer"]["steps"])
         return resolve_components(
             config, self.data, min(SECONDS, max(COMPONENTS_LEAST, COMPONENTS_SHARE * self._left()))
         )
@@ -436,6 +466,16 @@ class Search:
         self._row_seconds[name] = (time.perf_counter() - begun) / len(x)
         candidate.nll, candidate.step = -float(log_p.mean()), saved["step"]
         candidate.nll_stderr = float(log_p.std() / math.sqrt(len(x))) if len(x) > 1 else math.nan
+        first = [self._scored(model) for model in self.models if model in CHEAP and model in self.candidates]
+        if name not in CHEAP and first:
+            both = torch.stack([*first, log_p], 1)
+            candidate.stacked = -float(stacked(both, stacking_weights(both)).mean())
+
+    def _scored(self, name: str) -> Tensor:
+        """log p of the validation rows by a candidate, (n,), in nats."""
+        if name not in self._log_p:
+            self._score(self.candidates[name])
+        return self._log_p[name]
 
     def _validation_rows(self, flow: Flow) -> tuple[Tensor, Tensor | None]:
         x, label = held_out(flow, self.data, "val")
@@ -455,16 +495,17 @@ class Search:
         names = [c.name for c in self.candidates.values() if c.nll is not None]
         if not names:
             return
-        for name in names:
-            if name not in self._log_p:
-                self._score(self.candidates[name])
-        log_p = torch.stack([self._log_p[name] for name in names], 1)
+        trained = [(name, self.candidates[name].stage) for name in names]
+        if trained == self._stacked and self.best is not None:
+            self.stacks[after] = self.best["nll"]
+            return
+        self._stacked = trained
+        log_p = torch.stack([self._scored(name) for name in names], 1)
         weights = sparse_weights(log_p)
         for name, weight in zip(names, weights, strict=True):
             self.candidates[name].weight = weight
         members = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight > 0]
-        log_w = log_p.new_tensor(weights).log()
-        combined = (log_p.nan_to_num(-math.inf) + log_w).logsumexp(1)
+        combined = stacked(log_p, weights)
         self.stacks[after] = nll = -float(combined.mean())
         self.best = {"nll": nll, "step": self.step}
         density = self._density(members)
@@ -583,22 +624,26 @@ def sparse_weights(log_p: Tensor) -> list[float]:
     log_p = torch.where(log_p.isfinite(), log_p, -math.inf)
 
     def fitted(kept: Sequence[int]) -> tuple[float, list[float]]:
-        found = stacking_weights(log_p[:, kept])
-        mean = (log_p[:, kept] + log_p.new_tensor(found).log()).logsumexp(1).mean()
         weights = [0.0] * log_p.shape[1]
-        for m, weight in zip(kept, found, strict=True):
+        for m, weight in zip(kept, stacking_weights(log_p[:, kept]), strict=True):
             weights[m] = weight
-        return float(mean), weights
+        return -float(stacked(log_p, weights).mean()), weights
 
-    mean, weights = fitted(range(log_p.shape[1]))
+    nll, weights = fitted(range(log_p.shape[1]))
     while True:
         kept = [m for m, weight in enumerate(weights) if weight > 0]
         fewer = [[m for m in kept if m != out] for out in kept if _covers(log_p[:, [m for m in kept if m != out]])]
         tried = [fitted(rest) for rest in fewer if rest]
-        best = max(tried, key=lambda found: found[0], default=(-math.inf, weights))
-        if mean - best[0] > LOSS:
+        best = min(tried, key=lambda found: found[0], default=(math.inf, weights))
+        if best[0] - nll > LOSS:
             return weights
-        mean, weights = best
+        nll, weights = best
+
+
+def stacked(log_p: Tensor, weights: Sequence[float]) -> Tensor:
+    """log sum_m w_m p_m at each row, (n,), in nats, from log p_m (n, M); NaN counts as zero density."""
+    log_w = log_p.new_tensor(weights).log()
+    return (torch.where(log_p.isnan(), -math.inf, log_p) + log_w).logsumexp(1)
 
 
 def _covers(log_p: Tensor) -> bool:
