@@ -451,7 +451,7 @@ class GaussianMixture(Base):
         return self._conditional_cdf(z.flatten(1)).clamp(0, 1)
 
     def initialize(self, z: Tensor) -> None:
-        """Fits the mixture to z. The result depends on the rows and the seed of torch, and not on the order of the rows.
+        """Fits the mixture to z. It depends on the rows and the seed of torch, but not on the order of the rows.
 
         So the mixture that `flowtrain.runs.components` has validated is the one that training begins with.
         """

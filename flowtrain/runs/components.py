@@ -13,6 +13,7 @@ from torch import Tensor
 from flowtrain.bases import COVARIANCES, GaussianMixture
 from flowtrain.data.base import Dataset
 from flowtrain.runs.auto_settings import AUTO, FROM_DATA
+from flowtrain.utils.arguments import whole
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.formatting import counted
 from flowtrain.utils.process import seeded
@@ -78,7 +79,7 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
         best, tried = chosen(
             (rows - mean) / std,
             (held - mean) / std,
-            components=CANDIDATES if "components" in asked else [model["components"]],
+            components=CANDIDATES if "components" in asked else [whole("model.components", model["components"])],
             covariances=COVARIANCES if "covariance" in asked else [model.get("covariance", "full")],
             priors=None if "prior" in asked else [model.get("prior", 0.0)],
             seconds=seconds,
@@ -118,7 +119,8 @@ def chosen(
         best, waited, took = min(own.values(), default=math.inf), 0, 0.0
         for before, k in zip([0, *numbers], numbers, strict=False):
             expected = took * k / before if before else 0.0
-            if tried and (len(train) < LEAST_ROWS * k or time.perf_counter() + expected > end):
+            too_few = k > components[0] and len(train) < LEAST_ROWS * k
+            if too_few or (tried and time.perf_counter() + expected > end):
                 return
             begun = time.perf_counter()
             base = GaussianMixture(train.shape[1], k, covariance, prior).double()
@@ -137,7 +139,7 @@ def chosen(
     first = [0.0] if priors is None else priors[:1]
     for covariance in covariances:
         scan(covariance, first[0])
-    lowest = {c: min(nll for each, nll in tried.items() if each.covariance == c) for c in covariances}
+    lowest = {c: min((n for each, n in tried.items() if each.covariance == c), default=math.inf) for c in covariances}
     for covariance in covariances:
         if lowest[covariance] > min(lowest.values()) + FAR:
             continue

@@ -55,6 +55,26 @@ def test_covariance_is_chosen_by_validation() -> None:
     assert {each.covariance for each in tried} == {"full", "diagonal"}
 
 
+def test_a_choice_without_time_or_rows_is_of_what_was_tried() -> None:
+    x = torch.from_numpy(clustered(600, 3))
+    best, tried = chosen(x[:400], x[400:], seconds=0.0)
+    assert list(tried) == [best]
+    # fewer rows for each component than a search would try
+    best, tried = chosen(x[:50], x[400:], components=[20])
+    assert {each.covariance for each in tried} == {"full", "diagonal"}
+    assert best.components == 20
+
+
+def test_training_starts_at_the_mixture_that_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "flowtrain"):
+        flow = fit(clustered(1000, 3), model="mixture", progress=False, overrides={"trainer.steps": 1})
+    assert flow.record is not None
+    line = next(each for each in caplog.messages if each.startswith("mixture:"))
+    validated = float(line.split("validation NLL ")[1].split()[0])
+    first = next(row for row in flow.record.metrics if row["split"] == "val")
+    assert (first["step"], first["nll"]) == (0, pytest.approx(validated, abs=2e-3))
+
+
 def test_prior_is_chosen_for_components_with_few_rows() -> None:
     """Four clusters of one common covariance, with fewer rows each than entries of the covariance."""
     rng = np.random.default_rng(0)
@@ -106,3 +126,5 @@ def test_mistakes() -> None:
         fit("moons", model="mixture", progress=False, overrides={"model.components": "auto"})
     with pytest.raises(ConfigError):
         fit("moons", model="mixture", progress=False, overrides={"model.covariance": "auto"})
+    with pytest.raises(ConfigError):
+        fit(clustered(100, 2), model="mixture", progress=False, overrides={"model.components": "many"})
