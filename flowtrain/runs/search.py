@@ -54,8 +54,8 @@ log = logging.getLogger("flowtrain")
 SEARCH = "search"
 # models that are fitted first, with the share of the time limit that each may take
 CHEAP = {"affine": 0.05, "mixture": 0.15}
-# candidates that are trained to the end, and the part of their training that all candidates have. Schedules come to their
-# end in it, because flows are not comparable while the learning rate is high, and begin anew after it
+# candidates that are trained to the end, and the part of their training that all candidates have. Schedules come to
+# their end in it, because flows are not comparable while the learning rate is high, and begin anew after it
 FINALISTS, FIRST_PART = 2, 1 / 3
 # further seeds of the best model, at most; the search ends when one lowers the validation NLL by less than GAIN nats
 SEEDS, GAIN = 3, 0.005
@@ -71,7 +71,7 @@ LEAST_SHARE = 0.03
 SEARCH_SHARE = 0.6
 # the share of the time that is left which the choice of the number of components of a mixture may take, and the least
 # seconds
-COMPONENTS_SHARE, COMPONENTS_LEAST = 0.1, 1.0
+COMPONENTS_SHARE, COMPONENTS_LEAST = 0.15, 1.0
 
 
 def is_search(config: Mapping[str, Any]) -> bool:
