@@ -14,7 +14,7 @@ AUTO = "auto"
 # keys of which the model itself accepts `auto`
 OWN_AUTO = ("trace", "eval_trace")
 # keys that are chosen from the data and not only from their number of rows, see `flowtrain.runs.components`
-FROM_DATA = ("components",)
+FROM_DATA = ("components", "covariance", "prior")
 
 Groups = dict[str, dict[str, Any]]
 
@@ -88,9 +88,10 @@ _VECTORS: dict[str, Groups] = {
     "glow": {"model": _BOUNDED, "trainer": _COUPLING_TRAINER},
     "nsf": {"model": _SPLINES, "trainer": _RESIDUAL_TRAINER},
     "maf": {"model": {"transform": "spline", "cap": 0.5, **_SPLINES}, "trainer": _RESIDUAL_TRAINER},
-    "affine": {"trainer": {"steps": 500, "lr": 0.001, "val_every": 100, "patience": 5}},
-    # EM has found the best parameters for the training rows already
-    "mixture": {"trainer": {"steps": 200, "lr": 1e-4, "val_every": 50, "patience": 2}},
+    # their start is a fit already. On seven development tables, 200 steps of affine lower the validation NLL by at
+    # most 0.1 nats (Wilt), and 200 steps of a mixture by less than 0.02
+    "affine": {"trainer": {"steps": 100, "lr": 0.001, "val_every": 50, "patience": 2}},
+    "mixture": {"trainer": {"steps": 20, "lr": 1e-4, "val_every": 20, "patience": 2}},
     "ffjord": {
         "model": {"field": "time_embedding", "positional_bias": False},
         "trainer": {"steps": 600, "lr_decay": "cosine", "ema": 0.99, "clip_norm": 5.0, "patience": 3},

@@ -40,7 +40,6 @@ from flowtrain.training import checkpoint, tensorboard
 from flowtrain.training.metrics import Metrics, in_bits
 from flowtrain.training.metrics import read as read_metrics
 from flowtrain.training.time_budget import TimeBudget
-from flowtrain.training.trainer import Pause
 from flowtrain.utils import ranks
 from flowtrain.utils.arguments import choose, flag, number, whole
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError, first_line
@@ -55,7 +54,8 @@ log = logging.getLogger("flowtrain")
 SEARCH = "search"
 # models that are fitted first, with the share of the time limit that each may take
 CHEAP = {"affine": 0.05, "mixture": 0.15}
-# candidates that are trained to the end, and the part of their training after which the others stop
+# candidates that are trained to the end, and the part of their training that all candidates have. Schedules come to
+# their end in it, because flows are not comparable while the learning rate is high, and begin anew after it
 FINALISTS, FIRST_PART = 2, 1 / 3
 # further seeds of the best model, at most; the search ends when one lowers the validation NLL by less than GAIN nats
 SEEDS, GAIN = 3, 0.005
@@ -71,7 +71,7 @@ LEAST_SHARE = 0.03
 SEARCH_SHARE = 0.6
 # the share of the time that is left which the choice of the number of components of a mixture may take, and the least
 # seconds
-COMPONENTS_SHARE, COMPONENTS_LEAST = 0.1, 1.0
+COMPONENTS_SHARE, COMPONENTS_LEAST = 0.15, 1.0
 
 
 def is_search(config: Mapping[str, Any]) -> bool:
@@ -103,6 +103,8 @@ class Candidate:
             from the others can dominate its own NLL, and has no effect on what it adds to a stack.
         step: the step of its best checkpoint.
         steps: the number of steps it was trained for.
+        limit: the number of steps it may take.
+        best: NLL in nats and step of its best validation, for the restart of its training.
         seconds: the time that its training took, with building and scoring.
         ended: why its training has ended; None if it can go on.
         weight: its weight in the stack.
@@ -117,6 +119,8 @@ class Candidate:
     stacked: float | None = None
     step: int = 0
     steps: int = 0
+    limit: int | None = None
+    best: dict[str, float] | None = None
     seconds: float = 0.0
     ended: str | None = None
     weight: float = 0.0
@@ -299,7 +303,7 @@ class Search:
         later = FINALISTS * (1 / FIRST_PART - 1)
         for i, model in enumerate(models):
             if not self._is_over():
-                self._advance(model, model, 1, self._part((len(models) - i + later) * FIRST_PART))
+                self._advance(model, model, 1, self._part(len(models) - i + later))
         self._stack("first parts")
         tried = sorted((c for c in self.candidates.values() if c.name in models), key=lambda c: c.rank)
         kept = [c for c in tried[:FINALISTS] if c.nll is not None]
@@ -357,7 +361,7 @@ class Search:
         """Trains a candidate up to the end of a stage, and scores it, unless that is recorded already.
 
         Args:
-            seconds: its time to the end of stage 2. Stage 1 ends after FIRST_PART of it, or of its steps.
+            seconds: its time for the stage, unless it has no more steps to take.
 
         Raises:
             ConfigError, DataError: settings or data that no candidate takes.
@@ -369,17 +373,16 @@ class Search:
         if candidate.stage >= stage or candidate.ended is not None:
             return
         begun = time.perf_counter()
+        self.candidates[name] = candidate
         try:
             with prefixed(name):
                 self._train(candidate, stage, seconds)
-                self.candidates[name] = candidate
                 self._score(candidate)
         except FlowtrainError as e:
             if isinstance(e, ConfigError | DataError) and not self._content:
                 raise
             self._failures.append(e)
             candidate.ended = f"failed: {first_line(e)}"
-            self.candidates[name] = candidate
             # a model that does not take data of this shape is no surprise
             level = logging.INFO if isinstance(e, ConfigError) else logging.WARNING
             log.log(level, "%s is left out: %s", name, e)
@@ -391,24 +394,30 @@ class Search:
         folder = None if self.run_dir is None else self.run_dir / SEARCH_FOLDER / candidate.name
         saved = self._saved(candidate.name, "last")
         config = self._config_of(candidate) if saved is None else saved["config"]
-        pause = None
-        if stage == 1:
-            pause = Pause(
-                math.ceil(FIRST_PART * config["trainer"]["steps"]), None if seconds is None else FIRST_PART * seconds
-            )
-            # a limit is of one command
-            seconds = seconds if saved is None or seconds is None else max(1e-3, seconds - saved["seconds"])
+        if candidate.limit is None:
+            candidate.limit = config["trainer"]["steps"]
+            # the first checkpoint of a first stage does not know it
+            self._write_state()
+        steps = candidate.limit
+        restarts = stage == 2 and saved is not None and saved["step"] == candidate.steps
+        if saved is not None and restarts:
+            # NLLs rise at first, and best.pt stays until one is lower than that of the first part
+            saved = {**saved, "best": candidate.best, "best_rows": None, "counted": None, "stale": 0, "worse": []}
+            config = {**config, "trainer": {**config["trainer"], "max_rise": None}}
         config = {**config, "trainer": {**config["trainer"], "time_limit": seconds}}
+        if seconds is None:
+            config["trainer"]["steps"] = math.ceil(FIRST_PART * steps) if stage == 1 else steps
         trainer = prepare(config, folder, saved, (), None, self.begun, Parts(data=self.data))
-        trainer.fit(pause, candidate.name)
+        trainer.fit(candidate.name)
         if folder is None:
             self._memory[candidate.name] = {kind: trainer.checkpoints.read(kind) for kind in ("best", "last")}
-        candidate.steps = trainer.step
+        candidate.steps, candidate.best = trainer.step, trainer.best
         if trainer.signal is not None:
-            self.candidates[candidate.name] = candidate
             raise SignalReceived(trainer.signal)
         candidate.stage = stage
-        candidate.ended = trainer.stopped_by or (None if trainer.paused else "last step")
+        ended = trainer.stopped_by or "last step"
+        # the schedules have come to their end in any case: what follows is a restart of the learning rate
+        candidate.ended = ended if stage == 2 or ended.startswith("early") or trainer.step >= steps else None
 
     def _saved(self, name: str, kind: str) -> dict[str, Any] | None:
         """A checkpoint of a candidate; None if there is none."""

@@ -5,7 +5,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,24 +36,6 @@ log = logging.getLogger("flowtrain")
 Picture = Callable[[Flow, int, float], None]
 
 
-@dataclass(frozen=True)
-class Pause:
-    """Where training pauses, counted over all the times that the run was resumed.
-
-    Attributes:
-        step: the number of updates; None: no limit.
-        seconds: of training; None: no limit.
-    """
-
-    step: int | None = None
-    seconds: float | None = None
-
-    def reached(self, progress: Progress) -> bool:
-        """Whether training has come so far."""
-        late = self.seconds is not None and progress.seconds >= self.seconds
-        return late or (self.step is not None and progress.step >= self.step)
-
-
 class Trainer:
     """Trains `objective`, which wraps `flow`, on `data`; writes metrics and checkpoints into `run_dir` if there is one.
 
@@ -74,7 +55,6 @@ class Trainer:
 
     Attributes:
         stopped_by: what has ended the run before its last step, or None.
-        paused: whether `fit` has returned because of its `pause`.
         signal: the number of the signal that did.
     """
 
@@ -123,7 +103,6 @@ class Trainer:
         self.recovery = Recovery(self.failure_policy, self.checkpoints, self.metrics, settings)
         self.watch = NfeWatch()
         self.stopped_by: str | None = None
-        self.paused = False
         self.signal: int | None = None
         # when this command began to train
         self.begun = time.perf_counter()
@@ -180,11 +159,10 @@ class Trainer:
 
     # the loop
 
-    def fit(self, pause: Pause | None = None, name: str | None = None) -> None:
+    def fit(self, name: str | None = None) -> None:
         """Runs to the last step, the time limit, early stopping or a signal; `stopped_by` says which but the first.
 
         Args:
-            pause: where to stop earlier, with a validation and a checkpoint to go on from.
             name: the name of the flow beside the progress bar, which then counts without an end. None: no name.
 
         Raises:
@@ -203,7 +181,7 @@ class Trainer:
                     # drops a row that an earlier process wrote without saving it in a checkpoint
                     self.metrics.back_to(-1)
                     self.validate_early()
-            while p.step < s.steps and self.stopped_by is None and not self.paused:
+            while p.step < s.steps and self.stopped_by is None:
                 row = self.recovery.guarded(self.train_step, f"step {p.step + 1}")
                 p.step += row is not Failed.REWOUND
                 p.seconds = before + time.perf_counter() - begun
@@ -214,7 +192,6 @@ class Trainer:
                 if self.time_budget is not None and limit is not None:
                     self.time_budget.probe_again(time.perf_counter() - begun, limit)
                 self.check_for_stop(signals.received, limit is not None and time.perf_counter() - begun >= limit)
-                self.paused = pause is not None and pause.reached(p)
                 if row is not Failed.REWOUND:
                     self.after_step()
                 p.seconds = before + time.perf_counter() - begun
@@ -284,7 +261,7 @@ class Trainer:
     def after_step(self) -> None:
         """Validates, saves and draws, where its turn has come or the run stops."""
         validate = partial(self.recovery.guarded, self.validate, f"the validation of step {self.step}")
-        if self.validation_schedule.validates(self.step) or (self.paused and not self.stopped_by):
+        if self.validation_schedule.validates(self.step):
             if validate() is Failed.REWOUND:
                 return
             self.checkpoints.last()

@@ -20,7 +20,7 @@ from flowtrain.runs.compose import compose
 from flowtrain.runs.fit import fit
 from flowtrain.runs.search import Search, sparse_weights
 from flowtrain.training import checkpoint
-from flowtrain.training.trainer import Pause, Trainer
+from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import ConfigError, DataError, NonFiniteError, SolverError
 
 # a search without a time limit; small networks of nsf and maf come from so few rows
@@ -127,10 +127,10 @@ def test_a_candidate_that_fails_is_left_out(
 ) -> None:
     fit_to_the_end = Trainer.fit
 
-    def failing(self: Trainer, pause: Pause | None = None, name: str | None = None) -> None:
+    def failing(self: Trainer, name: str | None = None) -> None:
         if name == "nsf":
             raise SolverError("no solution")
-        fit_to_the_end(self, pause, name)
+        fit_to_the_end(self, name)
 
     monkeypatch.setattr(Trainer, "fit", failing)
     flow = searched(clusters, ["affine", "nsf"])
