@@ -207,8 +207,8 @@ def kde(split: Split, seconds: float, seed: int) -> Scores:
 
 # settings of zuko by the smallest number of training rows, see scripts/bench/README.md
 ZUKO: dict[str, dict[int, dict[str, Any]]] = {
-    "NSF": {5000: {"lr": 2e-3, "hidden": (128, 128)}, 0: {"lr": 1e-3, "hidden": (64, 64)}},
-    "MAF": {5000: {"lr": 2e-3, "hidden": (128, 128)}, 0: {"lr": 1e-3, "hidden": (64, 64)}},
+    "NSF": {5000: {"lr": 4e-3, "hidden": (128, 128)}, 0: {"lr": 4e-3, "hidden": (64, 64)}},
+    "MAF": {5000: {"lr": 4e-3, "hidden": (64, 64)}, 0: {"lr": 4e-3, "hidden": (128, 128)}},
 }
 # validations without a new best after which training stops
 PATIENCE = 15
