@@ -1,6 +1,8 @@
 """Linear maps and permutations, and the Gaussian that a flow starts at."""
 
 import math
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -247,6 +249,15 @@ class GaussianStart(Bijection):
         self.factor.copy_(vectors * roots @ vectors.T)
         self.inverse_factor.copy_(vectors / roots @ vectors.T)
         self.log_volume.copy_(roots.log().sum())
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        before = self.factor.dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.factor.dtype == torch.float64 != before and self.factor.device.type != "meta":
+            # each was rounded by itself: in float64, they would be inverse to each other to the digits of float32 only
+            self.factor.copy_(torch.linalg.inv(self.inverse_factor))
+            self.log_volume.copy_(-torch.linalg.slogdet(self.inverse_factor)[1])
+        return self
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with full_precision(z.device):
