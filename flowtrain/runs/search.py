@@ -63,6 +63,8 @@ SEEDS, GAIN = 3, 0.005
 LOSS = 0.002
 # below so many training rows, realnvp gives way to ffjord
 SMALL = 1_000
+# above so many columns, realnvp is trained before maf, which has the least time left if time is short
+WIDE = 16
 # from so many training rows on, flows take as many steps as they have time for, at most LONG
 LARGE, LONG = 5_000, 100_000
 # validation rows that candidates are compared and stacked on, evenly spread
@@ -84,9 +86,9 @@ def is_search(config: Mapping[str, Any]) -> bool:
 def recommended(rows: int | None, event_shape: tuple[int, ...]) -> list[str]:
     """The models that a search trains on data of this size, besides those in `CHEAP`, the most promising first.
 
-    On the development tables of scripts/bench/tables.py, nsf or maf has the lowest validation NLL after 20 s on nine of
-    ten tables, and realnvp on the tenth. ffjord is never the best there. With fewer than 1,000 rows, realnvp is far
-    behind it. On toys, whose rows are drawn anew, ffjord is the best on moons and 2spirals.
+    On the development tables of scripts/bench/tables.py, nsf or maf has the lowest validation NLL of the flows after
+    20 s on eight of ten tables, and realnvp on two. ffjord is never the best of the four on which it was measured. With
+    213 rows, realnvp is far behind it. On toys, whose rows are drawn anew, ffjord is the best on moons and 2spirals.
 
     Args:
         rows: the number of training rows; None for endless data.
@@ -95,7 +97,7 @@ def recommended(rows: int | None, event_shape: tuple[int, ...]) -> list[str]:
         return ["realnvp", "glow"]
     if rows is None or rows < SMALL or event_shape[0] == 1:
         return ["nsf", "maf", "ffjord"]
-    return ["nsf", "maf", "realnvp"]
+    return ["nsf", "maf", "realnvp"] if event_shape[0] <= WIDE else ["nsf", "realnvp", "maf"]
 
 
 @dataclass
