@@ -21,8 +21,8 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 COVARIANCES = ("full", "diagonal")
 # numbers that the Jacobians of one part of `GaussianMixture.rsample` hold
 PART = 2**22
-# gain of an EM step, in nats per row, below which `initialize` ends. A smaller one does not lower validation NLL
-ENOUGH = 1e-3
+# EM in `initialize` stops below this gain, in nats per row. Smaller gains did not lower validation NLL
+INITIALIZE_TOLERANCE = 1e-3
 # terms of the continued fraction of the incomplete beta function
 MOST_TERMS = 10_000
 
@@ -327,8 +327,8 @@ class GaussianMixture(Base):
         event_shape: shape of one z.
         components: the number K of components.
         covariance: full | diagonal.
-        prior: the strength of a prior on the covariances in `fit`: the effect of so many more rows in each component,
-            whose covariance is the mean of the covariances within the clusters of k-means.
+        prior: the strength of a prior on the covariances in `fit`. It adds the effect of `prior` more rows to each
+            component. Their covariance is the pooled within-cluster covariance of k-means.
 
     Attributes:
         logits: (K,).
@@ -453,11 +453,12 @@ class GaussianMixture(Base):
     def initialize(self, z: Tensor) -> None:
         """Fits the mixture to z. It depends on the rows and the seed of torch, but not on the order of the rows.
 
-        So the mixture that `flowtrain.runs.components` has validated is the one that training begins with.
+        With at most 10,000 training rows, training therefore begins with the mixture that `flowtrain.runs.components`
+        has validated.
         """
         order = np.lexsort(z.flatten(1).double().cpu().numpy().T)
         seed = torch.Generator().manual_seed(torch.initial_seed())
-        self.fit(z[torch.from_numpy(order).to(z.device)], tolerance=ENOUGH, generator=seed)
+        self.fit(z[torch.from_numpy(order).to(z.device)], tolerance=INITIALIZE_TOLERANCE, generator=seed)
 
     @torch.no_grad()
     def fit(
@@ -470,7 +471,7 @@ class GaussianMixture(Base):
     ) -> Self:
         """Sets the parameters from x (n, *event_shape), with EM in float64; returns the mixture.
 
-        They maximize the likelihood, times the prior of the covariances if `prior` is not 0; see
+        EM finds a local maximum of the log-likelihood, or of the log posterior if `prior` is not 0; see
         `flowtrain.utils.em.fit_mixture`. EM runs on columns of mean 0 and standard deviation 1.
 
         Args:

@@ -1,7 +1,7 @@
 """Baseline likelihoods of tables: a Gaussian, a Gaussian mixture and a kernel density estimate.
 
 All are fitted to the training rows. The number of components and the bandwidth are those with the lowest NLL on the
-validation rows. The densities are those of the scored points in data units, in nats per sample.
+validation rows. log p is in data units, in nats per sample.
 """
 
 import logging
@@ -30,7 +30,7 @@ GAUSSIAN, MIXTURE, KERNELS = "gaussian", "gaussian_mixture", "kernel_density"
 FITTED, SCORED = 2**24, 2**22
 # training and validation rows that the mixture and the kernel density estimate take
 MOST_TRAIN, MOST_VAL = 10_000, 5_000
-# rows given without a validation set: one in so many is kept out of the fit for the choice
+# without a validation set, 1 / HELD_OUT of the rows choose the settings
 HELD_OUT = 5
 # keys of the random streams of the noise added to whole numbers, and of the order of rows
 _STREAM = 0x6761_7573
@@ -50,7 +50,7 @@ COMPONENTS, PATIENCE = (1, 2, 4, 8, 16, 32, 64, 128), 2
 ROWS_PER_COMPONENT = 10
 # diagonal covariances are tried too if there are more columns
 MANY_COLUMNS = 16
-# iterations of EM between two looks at the clock, and how many times so many
+# iterations of EM for each check of the time, and the most checks
 EM_STEPS, EM_ROUNDS = 20, 10
 # the next number of components is assumed to take this many times as long as the last
 SLOWER = 2.5
@@ -97,7 +97,7 @@ def affordable_seconds(train_seconds: float) -> float:
     """Seconds that the mixture and the kernel density estimate may take after a training of so many seconds.
 
     A tenth of the training, at least 2 s and at most 20 s. After less than 2 s of training it is 0, because importing
-    scikit-learn alone would take half as long.
+    scikit-learn takes 0.8 s.
 
     Example:
         >>> affordable_seconds(1.0), affordable_seconds(5.0), affordable_seconds(100.0), affordable_seconds(3600.0)
@@ -156,7 +156,7 @@ def baselines(
         found[name] = one
         cut += [f"{words_of(name)}: {fitted.cut}"] if fitted.cut else []
     if cut:
-        log.info("baselines are fitted in at most %.0f s (%s)", seconds, "; ".join(cut))
+        log.info("baselines: time limit %.0f s; %s", seconds, "; ".join(cut))
     return found
 
 
@@ -389,9 +389,9 @@ def warn_if_better(nll: float, nll_stderr: float, simple: Mapping[str, Baseline]
     ]
     if better:
         log.warning(
-            "a baseline has a lower NLL than the flow, which has %s nats: %s. Train longer (trainer.steps), choose "
-            "another model (model=mixture is a Gaussian mixture), or evaluate an ensemble of several models "
-            "(floweval ckpt=[RUN1,RUN2])",
+            "a baseline has a lower NLL than the flow, which has %s nats: %s. Train longer (trainer.steps, or "
+            "trainer.time_limit of model=auto), or choose another model (model=mixture is a Gaussian mixture, "
+            "model=auto makes an ensemble of several models)",
             with_error(nll, nll_stderr),
             "; ".join(better),
         )

@@ -66,9 +66,9 @@ _RESIDUAL: dict[int, Groups] = {
         "trainer": {"steps": 300, "lr": 2e-4, "weight_decay": 1e-2, "ema": 0.99, "val_every": 20},
     },
 }
-# Training rows for each column below which couplings, nsf and maf have dropout. Validation NLL on landsat (143 rows
-# for each of 36 columns) with the settings of the first tier and of the second: realnvp -5.03 and -5.24, nsf -4.81 and
-# -4.93
+# From 1,000 rows on, nsf and maf have dropout only below so many rows for each column; couplings also below 5,000 rows.
+# Validation NLL on landsat (143 rows for each of 36 columns) with the settings of the first tier and of the second:
+# realnvp -5.03 and -5.24, nsf -4.81 and -4.93
 _DENSE = 200
 _FIELDS: dict[int, Groups] = {
     _MANY: {"model": {"hidden": [64, 64, 64]}, "trainer": {"lr": 0.01, "weight_decay": 0.0, "val_every": 50}},
@@ -88,7 +88,7 @@ _VECTORS: dict[str, Groups] = {
     "glow": {"model": _BOUNDED, "trainer": _COUPLING_TRAINER},
     "nsf": {"model": _SPLINES, "trainer": _RESIDUAL_TRAINER},
     "maf": {"model": {"transform": "spline", "cap": 0.5, **_SPLINES}, "trainer": _RESIDUAL_TRAINER},
-    # their start is a fit already. On seven development tables, 200 steps of affine lower the validation NLL by at
+    # initialization already fits them. On seven development tables, 200 steps of affine lower the validation NLL by at
     # most 0.1 nats (Wilt), and 200 steps of a mixture by less than 0.02
     "affine": {"trainer": {"steps": 100, "lr": 0.001, "val_every": 50, "patience": 2}},
     "mixture": {"trainer": {"steps": 20, "lr": 1e-4, "val_every": 20, "patience": 2}},
@@ -162,7 +162,7 @@ def _small_steps(lr: float, rows: int, columns: int) -> dict[str, Any]:
 
 
 def _splines(rows: int, columns: int) -> dict[str, Any]:
-    """Model settings of nsf and maf that follow the number of rows for each entry of a d x d matrix, and d.
+    """Model settings of nsf and maf that depend on rows / d^2 and on d.
 
     Matrices mix the columns only if there are many rows for each entry. Validation NLL with matrices that start at
     permutations, with fixed permutations, and with matrices that start at rotations, in 20 s: gas (10,000 rows of 8
@@ -178,7 +178,7 @@ def _splines(rows: int, columns: int) -> dict[str, Any]:
 
 
 def _tier(name: str, rows: int | None, columns: int) -> int:
-    """The tier of the settings against overfitting. From a thousand rows on, the rows for each column count too."""
+    """The tier for dropout, weight decay and learning rate. From 1,000 rows on, it depends on rows / columns too."""
     tier = _by_rows(rows)
     if rows is None or tier not in (_MANY, _SOME):
         return tier

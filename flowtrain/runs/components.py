@@ -22,11 +22,11 @@ from flowtrain.utils.status import phase
 log = logging.getLogger("flowtrain")
 
 # the numbers of components that are tried: powers of two first, and then those beside the best
-CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-# the most numbers in a row that do not improve on the best of their family
+COMPONENT_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+# a family of mixtures stops after so many numbers of components without improvement
 PATIENCE = 2
-# strengths of the prior, in rows; of full covariances in rows for each column: those with which mixtures grow, and
-# those that are tried beside the best mixture
+# strengths of the prior, in rows; of full covariances in rows for each column. GROWING: used while the number of
+# components is doubled. BESIDE: tried afterwards, beside the best mixture
 GROWING: dict[str, tuple[float, ...]] = {"full": (0.0, 0.25), "diagonal": (0.0,)}
 BESIDE: dict[str, tuple[float, ...]] = {"full": (0.1, 1.0), "diagonal": (0.5, 2.0)}
 # rows that EM and the validation take
@@ -79,7 +79,7 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
         best, tried = chosen(
             (rows - mean) / std,
             (held - mean) / std,
-            components=CANDIDATES if "components" in asked else [whole("model.components", model["components"])],
+            components=COMPONENT_COUNTS if "components" in asked else [whole("model.components", model["components"])],
             covariances=COVARIANCES if "covariance" in asked else [model.get("covariance", "full")],
             priors=None if "prior" in asked else [model.get("prior", 0.0)],
             seconds=seconds,
@@ -94,7 +94,7 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
 def chosen(
     train: Tensor,
     val: Tensor,
-    components: Sequence[int] = CANDIDATES,
+    components: Sequence[int] = COMPONENT_COUNTS,
     covariances: Sequence[str] = COVARIANCES,
     priors: Sequence[float] | None = None,
     seconds: float = SECONDS,
@@ -131,7 +131,7 @@ class _Trials:
     """Mixtures that are fitted to training rows and scored on validation rows, within a time.
 
     Args:
-        least: a number of components that may have any number of rows.
+        least: the number of components to which LEAST_ROWS does not apply.
     """
 
     def __init__(self, train: Tensor, val: Tensor, least: int, seconds: float) -> None:

@@ -141,7 +141,7 @@ def compose(settings: Mapping[str, Any], folders: Sequence[Path] = ()) -> Compos
 
 
 def default_choices(keys: Set[str], model: str | None = None) -> dict[str, str]:
-    """The choices that a run on a table makes if they are left open: a search for the model, or an objective.
+    """The default model and objective of a run on a table, as far as they are not chosen.
 
     Args:
         keys: the choices and the dotted keys that are set.
@@ -155,7 +155,7 @@ def default_choices(keys: Set[str], model: str | None = None) -> dict[str, str]:
     """
     found = {}
     if model is None and "model" not in keys:
-        # keys of a model are those of ffjord if no model is named, and so are objectives and regularizers
+        # without the name of a model, keys of a model, an objective and a regularizer imply ffjord
         other = {key for key in keys if key.startswith("model.")} - SEARCH_KEYS
         model = "ffjord" if other or keys & {"objective", "regularizer"} else "auto"
         found["model"] = model
@@ -171,7 +171,7 @@ def _group(keys: Set[str], group: str) -> bool:
 def with_choices(
     config: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], groups: Sequence[str]
 ) -> dict[str, Any]:
-    """The config of other choices, with the values that were changed in the present config.
+    """Composes a config again with other choices, and keeps the values that were changed.
 
     Args:
         config: a config, composed from `before` and then changed.

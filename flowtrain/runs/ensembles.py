@@ -138,7 +138,7 @@ def difference_between(one: Run, other: Run) -> str | None:
 
 
 def _members_of(run: Run, weight: float) -> list[tuple[Flow, float, str]]:
-    """The flows of a run with their weights and names: of an ensemble, those of its members."""
+    """The flows of a run with their weights and names. A run that is an ensemble gives its members."""
     if isinstance(run.flow, Ensemble):
         found = zip(run.flow.flows, run.flow.log_weights, run.flow.active_names, strict=True)
         return [(flow, weight * math.exp(log_w), f"{run.name}/{name}") for flow, log_w, name in found]
@@ -163,23 +163,30 @@ def _weights_by_validation(runs: Sequence[Run], data: Callable[[], Dataset]) -> 
             ) from e
     x, label = held_out(flows[0], built, "val")
     every = -(-len(x) // ROWS)
-    return stacking_weights(validation_log_probs(flows, x[::every], None if label is None else label[::every]))
+    labels = None if label is None else label[::every]
+    return stacking_weights(validation_log_probs(flows, x[::every], labels, [run.name for run in runs]))
 
 
-def validation_log_probs(flows: Sequence[Density], x: Tensor, label: Tensor | None = None) -> Tensor:
+def validation_log_probs(
+    flows: Sequence[Density], x: Tensor, label: Tensor | None = None, names: Sequence[str] | None = None
+) -> Tensor:
     """log p of each flow at rows x (n, *event_shape), (n, M), in nats: all flows have the same dequantization noise.
 
     A flow whose ODE cannot be solved gets NaN, and a warning.
+
+    Args:
+        names: the names of the flows in messages. None: their positions, counted from 0.
     """
+    names = [f"member {i}" for i in range(len(flows))] if names is None else names
     device = flows[0].like.device
     with seeded(0, device):
         x = flows[0].dequantized(x.to(device))
     columns = []
     for i, flow in enumerate(flows):
         try:
-            with status(f"scoring the validation rows by member {i + 1} of {len(flows)}"):
+            with status(f"scoring the validation rows by {names[i]}"):
                 columns.append(log_probs(flow, x, label))
         except SolverError as e:
-            log.warning("member %d of the ensemble gets the weight 0: %s", i, e)
+            log.warning("%s gets the weight 0 in the ensemble: %s", names[i], e)
             columns.append(torch.full((len(x),), torch.nan, dtype=torch.float64))
     return torch.stack(columns, 1)

@@ -33,7 +33,7 @@ log = logging.getLogger("flowtrain")
 
 # the flow that a run's objective learns from, in its directory
 TEACHER = "checkpoints/teacher.pt"
-# the least steps with which the hybrid objective begins with flow matching
+# the least steps for the hybrid objective
 LEAST_HYBRID = 10
 
 
@@ -156,7 +156,7 @@ def resolve_objective(config: Mapping[str, Any], data: Dataset) -> dict[str, Any
 
 
 def data_like(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
-    """The choices with which data of this kind have their recipes and trainer settings."""
+    """The choices whose recipes and trainer settings suit these data."""
     name = str(config["data"].get("name"))
     if data.n_train is None and name not in options("data", [config_dir()]):
         return {"data": "moons", "recipe": "none"}
@@ -167,7 +167,7 @@ def objective_of(event_shape: tuple[int, ...], steps: Any) -> str:
     """The objective that was better for model=ffjord on tables of so many columns.
 
     Args:
-        steps: the number of steps; so few that one of the two objectives has no step get the likelihood.
+        steps: the number of steps. Below LEAST_HYBRID, the likelihood is used.
     """
     few = isinstance(steps, int) and steps < LEAST_HYBRID
     return "likelihood" if len(event_shape) > 1 or event_shape[0] <= 2 or few else "hybrid"

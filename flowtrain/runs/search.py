@@ -1,12 +1,14 @@
 """model=auto: searches for the best density of a table, by successive halving and stacking.
 
-The search fits a Gaussian and a mixture first. Then it trains the models that `recommended` lists for the size of the
-table, each for the first part of its time, and ranks them by their validation NLL. The best one is trained to the end,
-and then the others if there is time (successive halving: Jamieson and Talwalkar 2016, Non-stochastic best arm
-identification and hyperparameter optimization). Time that is left goes to further seeds of the best model. The result
-is the stack of all candidates, log p(x) = log sum_m w_m p_m(x), with weights by EM on the validation rows (Smyth and
-Wolpert 1999, Linearly combining density estimators via stacking). Its validation NLL is at most that of the best
-candidate.
+The search fits a Gaussian and a mixture first. Then each flow that `recommended` lists trains for an equal first part,
+one sixth of the time of the best flow. The flows are ranked by validation NLL without the worst 1% of the rows. The
+best flow gets the time that is left, and the others continue in the order of their rank if it stops early. This is
+similar to successive halving (Jamieson and Talwalkar 2016, Non-stochastic best arm identification and hyperparameter
+optimization). Time that is then left goes to further seeds of the best model.
+
+The result is the ensemble of all candidates, log p(x) = log sum_m w_m p_m(x), with weights by EM on the validation rows
+(stacking: Smyth and Wolpert 1999, Linearly combining density estimators via stacking). A candidate is left out if the
+validation NLL rises by at most 0.002 nats without it.
 """
 
 import json
@@ -30,7 +32,7 @@ from flowtrain.flow import Density, Flow, Record
 from flowtrain.models.ensemble import Ensemble, stacking_weights
 from flowtrain.runs import auto_settings, build, load
 from flowtrain.runs.auto_settings import AUTO
-from flowtrain.runs.components import SECONDS, resolve_components
+from flowtrain.runs.components import resolve_components
 from flowtrain.runs.compose import options, values_of, with_choices
 from flowtrain.runs.console import as_banner, data_name, device_words, prefixed, samples_words, shortest
 from flowtrain.runs.ensembles import validation_log_probs
@@ -55,10 +57,11 @@ log = logging.getLogger("flowtrain")
 SEARCH = "search"
 # models that are fitted first, with the share of the time limit that each may take
 CHEAP = {"affine": 0.05, "mixture": 0.15}
-# flows that are trained to the end if there is no time limit, and the part of its time that the best flow shares with
-# the others. Schedules come to their end in it, because flows are not comparable while the learning rate is high, and
-# begin anew after it. Validation NLL in 60 s on one thread, with 1 and with 2 flows that share the time after the first
-# part: gas -7.80 and -7.45, pendigits -31.2 and -31.3, annthyroid -20.23 and -20.25
+# without a time limit, the number of flows that are trained to the end. Each flow first trains for FIRST_PART of the
+# time that the best flow gets in all. Its learning rate schedule ends with this part, because flows are not comparable
+# while the learning rate is high, and restarts after it. Validation NLL in 60 s on one thread, where the time after the
+# first part goes to the best flow only, and to the two best: gas -7.80 and -7.45, pendigits -31.2 and -31.3, annthyroid
+# -20.23 and -20.25
 FINALISTS, FIRST_PART = 2, 1 / 6
 # the share of the validation rows that a ranking leaves out
 TRIMMED = 0.01
@@ -68,7 +71,7 @@ SEEDS, GAIN = 3, 0.005
 LOSS = 0.002
 # below so many training rows, realnvp gives way to ffjord
 SMALL = 1_000
-# above so many columns, realnvp is trained before maf, which has the least time left if time is short
+# above so many columns, realnvp trains before maf
 WIDE = 16
 # from so many training rows on, flows take as many steps as they have time for, at most LONG
 LARGE, LONG = 5_000, 100_000
@@ -76,10 +79,9 @@ LARGE, LONG = 5_000, 100_000
 ROWS = 10_000
 # the share of the time limit below which no other candidate begins
 LEAST_SHARE = 0.03
-# the share of a time budget that the search may take as long as no candidate tells how long the evaluation will take
+# the share of `time_budget` for the search, until the times to score rows are known
 SEARCH_SHARE = 0.6
-# the share of the time that is left which the choice of the number of components of a mixture may take, and the least
-# seconds
+# the share of the remaining time for the choice of the mixture, and the least seconds
 COMPONENTS_SHARE, COMPONENTS_LEAST = 0.15, 1.0
 
 
@@ -92,8 +94,8 @@ def recommended(rows: int | None, event_shape: tuple[int, ...]) -> list[str]:
     """The models that a search trains on data of this size, besides those in `CHEAP`, the most promising first.
 
     On the development tables of scripts/bench/tables.py, nsf or maf has the lowest validation NLL of the flows after
-    20 s on eight of ten tables, and realnvp on two. ffjord is never the best of the four on which it was measured. With
-    213 rows, realnvp is far behind it. On toys, whose rows are drawn anew, ffjord is the best on moons and 2spirals.
+    20 s on eight of ten tables, and realnvp on two. ffjord was measured on four tables, and is not the best on any. On
+    213 rows, its NLL is 1 nat below that of realnvp. On the toys moons and 2spirals, ffjord is the best.
 
     Args:
         rows: the number of training rows; None for endless data.
@@ -118,7 +120,7 @@ class Candidate:
             a few rows far from the others can dominate an NLL, and have little effect in a stack with a mixture.
         step: the step of its best checkpoint.
         steps: the number of steps it was trained for.
-        limit: the number of steps it may take.
+        max_steps: the number of steps that it may take.
         best: NLL in nats and step of its best validation, for the restart of its training.
         seconds: the time that its training took, with building and scoring.
         ended: why its training has ended; None if it can go on.
@@ -134,7 +136,7 @@ class Candidate:
     trimmed: float | None = None
     step: int = 0
     steps: int = 0
-    limit: int | None = None
+    max_steps: int | None = None
     best: dict[str, float] | None = None
     seconds: float = 0.0
     ended: str | None = None
@@ -151,18 +153,18 @@ class Candidate:
         error = math.nan if self.nll_stderr is None else self.nll_stderr
         nll = "no NLL" if self.nll is None else f"validation NLL {with_error(self.nll, error)}"
         ended = f"; {self.ended}" if self.ended else ""
-        return f"{nll}, best at step {self.step:,} of {self.steps:,}, {self.seconds:.1f} s{ended}"
+        return f"{nll}, best at step {self.step:,} of {self.max_steps:,}, {self.seconds:.1f} s{ended}"
 
 
 class Search:
-    """A run that fits several models to a table and stacks the best ones.
+    """A run that fits several models to a table and makes an ensemble of them, see `flowtrain.runs.search`.
 
     Every result is stored in RUN/search/search.json when it is known, and the checkpoints of each candidate in
-    RUN/search/NAME. The checkpoint of the run is the stack so far. A search that is continued repeats nothing. With
-    `trainer.steps` and without `trainer.time_limit`, no decision depends on time, and a continued search gives exactly
+    RUN/search/NAME. The checkpoint of the run is the ensemble so far. A search that is resumed repeats nothing. With
+    `trainer.steps` and without `trainer.time_limit`, no decision depends on time, and a resumed search gives exactly
     the result of one that was not interrupted.
 
-    It has what the end of a run needs of a `flowtrain.training.trainer.Trainer`.
+    It has the attributes of `flowtrain.training.trainer.Trainer` that `finish` uses.
 
     Args:
         config: the plain config of the run, with model=auto.
@@ -190,7 +192,7 @@ class Search:
     ) -> None:
         _check(config)
         self.given_config, self.run_dir, self.begun = dict(config), run_dir, begun
-        self.limit, self.steps = _limits(config)
+        self.time_limit, self.max_steps = _limits(config)
         self.best: dict[str, float] | None = None
         self.stopped_by: str | None = None
         self.signal: int | None = None
@@ -277,7 +279,7 @@ class Search:
     # the search
 
     def fit(self) -> None:
-        """Searches to the end, the time limit or a signal; `stopped_by` says which but the first.
+        """Trains all candidates, until the time limit or a signal. Sets `stopped_by` in these two cases.
 
         Raises:
             FlowtrainError: every candidate has failed; the error of the first.
@@ -297,11 +299,13 @@ class Search:
     def _fit(self) -> None:
         for model in self.models:
             if model in CHEAP:
-                self._advance(model, model, 2, None if self._whole is None else CHEAP[model] * self._whole)
+                self._advance(
+                    model, model, 2, None if self._total_seconds is None else CHEAP[model] * self._total_seconds
+                )
         self._stack("first candidates")
         for i, model in enumerate(self._ranked([model for model in self.models if model not in CHEAP])):
-            if not self._is_over() and (i < FINALISTS or self._whole is not None):
-                self._advance(model, model, 2, self._part(1))
+            if not self._is_over() and (i < FINALISTS or self._total_seconds is not None):
+                self._advance(model, model, 2, self._share_of_left(1))
         self._stack("finalists")
         self._add_seeds()
         if self._is_over():
@@ -316,11 +320,11 @@ class Search:
             return list(models)
         if self.ranking:
             return self.ranking
-        # in units of a first part: what the best one takes after it
+        # the best flow takes so many first parts after its own
         later = 1 / FIRST_PART - 1
         for i, model in enumerate(models):
             if not self._is_over():
-                self._advance(model, model, 1, self._part(len(models) - i + later))
+                self._advance(model, model, 1, self._share_of_left(len(models) - i + later))
         self._stack("first parts")
         tried = sorted((c for c in self.candidates.values() if c.name in models), key=lambda c: c.rank)
         words = ", ".join(f"{c.name} {c.rank:.4g}" for c in tried)
@@ -340,7 +344,7 @@ class Search:
             name = f"{best.model}-{i}"
             if name not in self.candidates and self._left() < best.seconds / 2:
                 return
-            self._advance(name, best.model, 2, self._part(1))
+            self._advance(name, best.model, 2, self._share_of_left(1))
             self._stack(name)
             gained, before = before - self.stacks[name], self.stacks[name]
             if not gained >= GAIN:
@@ -348,7 +352,7 @@ class Search:
 
     def _left(self) -> float:
         """Seconds that are left to search; infinite without a limit."""
-        limits = [] if self.limit is None else [self.limit - self.seconds]
+        limits = [] if self.time_limit is None else [self.time_limit - self.seconds]
         if self.time_budget is not None:
             limits.append(self.time_budget.for_training)
         elif self.given_config.get("time_budget") is not None:
@@ -356,18 +360,18 @@ class Search:
         return min(limits, default=math.inf)
 
     def _is_over(self) -> bool:
-        return self._left() <= LEAST_SHARE * (self._whole or 0.0)
+        return self._left() <= LEAST_SHARE * (self._total_seconds or 0.0)
 
     @property
-    def _whole(self) -> float | None:
+    def _total_seconds(self) -> float | None:
         """The seconds of the whole search; None without a limit."""
         budget = self.given_config.get("time_budget")
         limits = [
-            limit for limit in (self.limit, None if budget is None else SEARCH_SHARE * budget) if limit is not None
+            limit for limit in (self.time_limit, None if budget is None else SEARCH_SHARE * budget) if limit is not None
         ]
         return min(limits, default=None)
 
-    def _part(self, parts: float) -> float | None:
+    def _share_of_left(self, parts: float) -> float | None:
         """The seconds that are left, divided into so many parts; None without a limit."""
         left = self._left()
         return None if left == math.inf else max(0.0, left / parts)
@@ -378,10 +382,10 @@ class Search:
         """Trains a candidate up to the end of a stage, and scores it, unless that is recorded already.
 
         Args:
-            seconds: its time for the stage, unless it has no more steps to take.
+            seconds: the time limit of the stage; None: the stage ends with its steps.
 
         Raises:
-            ConfigError, DataError: settings or data that no candidate takes.
+            ConfigError, DataError: the first candidate does not take the settings or the data.
         """
         position = int(name.removeprefix(model).removeprefix("-") or 1)
         candidate = self.candidates.get(name)
@@ -411,14 +415,14 @@ class Search:
         folder = None if self.run_dir is None else self.run_dir / SEARCH_FOLDER / candidate.name
         saved = self._saved(candidate.name, "last")
         config = self._config_of(candidate) if saved is None else saved["config"]
-        if candidate.limit is None:
-            candidate.limit = config["trainer"]["steps"]
-            # the first checkpoint of a first stage does not know it
+        if candidate.max_steps is None:
+            candidate.max_steps = config["trainer"]["steps"]
+            # the first checkpoint of the candidate may not have it
             self._write_state()
-        steps = candidate.limit
+        steps = candidate.max_steps
         restarts = stage == 2 and saved is not None and saved["step"] == candidate.steps
         if saved is not None and restarts:
-            # NLLs rise at first, and best.pt stays until one is lower than that of the first part
+            # the NLL rises after the restart, and best.pt is replaced only by a lower NLL than in the first part
             saved = {**saved, "best": candidate.best, "best_rows": None, "counted": None, "stale": 0, "worse": []}
             patience = None if self._is_bounded_by_time() else config["trainer"]["patience"]
             config = {**config, "trainer": {**config["trainer"], "max_rise": None, "patience": patience}}
@@ -440,7 +444,7 @@ class Search:
     def _is_bounded_by_time(self) -> bool:
         """Whether flows take as many steps as they have time for."""
         is_large = self.data.n_train is None or self.data.n_train >= LARGE
-        return self.steps is None and self._whole is not None and is_large
+        return self.max_steps is None and self._total_seconds is not None and is_large
 
     def _saved(self, name: str, kind: str) -> dict[str, Any] | None:
         """A checkpoint of a candidate; None if there is none."""
@@ -457,7 +461,7 @@ class Search:
         like = data_like(own, self.data)
         chosen = {"model": candidate.model, **like}
         if candidate.model == "ffjord":
-            chosen["objective"] = objective_of(self.data.event_shape, self.steps)
+            chosen["objective"] = objective_of(self.data.event_shape, self.max_steps)
         groups = ["trainer", "solver", "regularizer"] if candidate.model == "ffjord" else ["trainer"]
         composed = {**own, "trainer": {**own["trainer"], "steps": AUTO}}
         config = with_choices(composed, {"model": AUTO, **like}, chosen, groups)
@@ -467,13 +471,11 @@ class Search:
         if own["model"].get("conditional"):
             config["model"]["conditional"] = True
         config = auto_settings.resolve_auto(config, self.data.n_train, self.data.event_shape)
-        if self.steps is not None:
-            config["trainer"]["steps"] = self.steps
+        if self.max_steps is not None:
+            config["trainer"]["steps"] = self.max_steps
         elif candidate.model not in CHEAP and self._is_bounded_by_time():
             config["trainer"]["steps"] = max(LONG, config["trainer"]["steps"])
-        return resolve_components(
-            config, self.data, min(SECONDS, max(COMPONENTS_LEAST, COMPONENTS_SHARE * self._left()))
-        )
+        return resolve_components(config, self.data, max(COMPONENTS_LEAST, COMPONENTS_SHARE * self._left()))
 
     def _score(self, candidate: Candidate) -> None:
         """Computes log p of the validation rows by the best checkpoint of a candidate."""
@@ -484,7 +486,7 @@ class Search:
         x, label = self._validation_rows(flow)
         begun = time.perf_counter()
         with status(f"scoring {name}"):
-            log_p = validation_log_probs([flow], x, label).squeeze(1)
+            log_p = validation_log_probs([flow], x, label, [name]).squeeze(1)
         self._flows[name], self._log_p[name] = flow, log_p
         self._row_seconds[name] = (time.perf_counter() - begun) / len(x)
         candidate.nll, candidate.step = -float(log_p.mean()), saved["step"]
@@ -556,7 +558,7 @@ class Search:
     def _write(self, density: Density) -> None:
         """Makes a density the checkpoint of the run. A disk that is full does not end the search."""
         content = content_of(density)
-        # of a single flow, the config of its candidate; of a stack, that of the search with the model as it is now
+        # of a single flow, the config of its candidate; of an ensemble, that of the search with its own model section
         config = {**self.given_config, **content["config"], "time_budget": self.given_config.get("time_budget")}
         if isinstance(density, Ensemble):
             config["model"]["name"] = AUTO
@@ -604,8 +606,8 @@ class Search:
             self.ranking = [str(name) for name in state["ranking"]]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise CheckpointError(
-                f"{path}: the state of the search cannot be read ({first_line(e)}), so that it cannot be continued; "
-                "start a new one. The flow found so far is in the checkpoint of the run"
+                f"{path}: the state of the search cannot be read ({first_line(e)}). It cannot be resumed; start a new "
+                "search. The flow found so far is in the checkpoint of the run"
             ) from e
         if self.stacks:
             self.best = {"nll": [*self.stacks.values()][-1], "step": self.step}
@@ -614,7 +616,7 @@ class Search:
 
     def _banner(self) -> str:
         cheap, flows = ([m for m in self.models if (m in CHEAP) == is_cheap] for is_cheap in (True, False))
-        steps = "" if self.steps is None else f"up to {self.steps:,} steps of each, "
+        steps = "" if self.max_steps is None else f"up to {self.max_steps:,} steps of each, "
         rows = {
             "model": f"auto: fits {', '.join([*cheap, *flows])} and stacks the best; model=NAME fits one",
             "data": f"{data_name(self.given_config)}, {samples_words(self.data)}",
@@ -626,9 +628,9 @@ class Search:
         return as_banner(f"{AUTO} on {data_name(self.given_config)}", rows)
 
     def _table(self) -> str:
-        """Every candidate with its weight and its validation NLL, the best first."""
+        """Every candidate with its weight and its validation NLL, the lowest first."""
         lines = [f"{counted(len(self.candidates), 'candidate')} in {self.seconds:.0f} s; NLL in nats"]
-        for c in sorted(self.candidates.values(), key=lambda c: c.rank):
+        for c in sorted(self.candidates.values(), key=lambda c: math.inf if c.nll is None else c.nll):
             lines.append(f"{c.name:>{NAMES}}  weight {c.weight:.3f}, {c.words}")
         return "\n".join(lines)
 
@@ -678,6 +680,10 @@ def _limits(config: Mapping[str, Any]) -> tuple[float | None, int | None]:
     """The time limit in seconds and the number of steps of each candidate; None if there is none."""
     trainer = config["trainer"]
     limit, steps = trainer.get("time_limit"), trainer["steps"]
+    default = values_of("model", AUTO, [config_dir()])["trainer"]["time_limit"]
+    if config.get("time_budget") is not None and limit == default:
+        # a budget of the whole command that the user gives takes the place of the default
+        limit = None
     if limit is not None:
         limit = number("trainer.time_limit", limit)
     return limit, None if steps == AUTO else whole("trainer.steps", steps)
@@ -692,7 +698,7 @@ def _check(config: Mapping[str, Any]) -> None:
     keys = ("candidates", "conditional")
     for key in config["model"]:
         if key not in ("name", *keys):
-            raise ConfigError(f"model: unknown key {key}; {choose(key, keys, 'model=auto takes')}; or choose a model")
+            raise ConfigError(f"model: unknown key {key}; {choose(key, keys, 'model=auto takes')}; or give model=NAME")
     flag("model.conditional", config["model"].get("conditional", False))
     if config["objective"].get("name") not in (None, "likelihood"):
         raise ConfigError(

@@ -1,8 +1,8 @@
 """EM (expectation maximization) for Gaussian mixtures, in float64.
 
 The logarithm of w_k N(x; m_k, S_k) is linear in the features 1, x_i and x_i x_j of a row x. An E step is therefore the
-product of the features (n, p) with coefficients (p, K). The sums that an M step needs are the product of the shares
-(K, n) with the same features. No intermediate result has n K d elements.
+product of the features (n, p) with coefficients (p, K). The sufficient statistics of an M step are the product of the
+responsibilities (K, n) with the same features. No intermediate result has n K d elements.
 """
 
 import math
@@ -40,7 +40,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Prior:
-    """An inverse-Wishart prior on every covariance: p(S) ~ exp(-rows / 2 (log|S| + tr(target S^-1))).
+    """An inverse-Wishart prior on every covariance: p(S) ∝ exp(-rows / 2 (log|S| + tr(target S^-1))).
 
     It has the effect of `rows` more rows in each component, whose covariance is the target (Fraley and Raftery 2007,
     Bayesian regularization for normal mixture estimation and model-based clustering).

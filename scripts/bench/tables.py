@@ -13,16 +13,15 @@ Each run appends a line to the file of results: table, method, seed, the mean te
 validation NLL, seconds. The log p of every test row is saved in a folder beside it. Runs that the file contains are not
 repeated, so a stopped measurement continues. A run that fails adds a line with `error`; delete the line to try again.
 
-Preparation, the same for all methods:
+Preparation, the same for all methods. gas is used as it is; the steps are for the other tables:
 
 1. Constant columns are removed, and all but one of repeated rows.
-2. The rows are shuffled and split 80/10/10 into training, validation and test rows by the seed. gas has three files of
-   its own.
+2. The rows are shuffled and split 80/10/10 into training, validation and test rows by the seed.
 3. Uniform noise U[0, r) is added to rounded columns. A column is rounded if at most 95% of its values are distinct. Its
-   resolution r is the largest of the gaps between neighbouring distinct values of which at least 95% of the values,
-   counted from the most frequent one and without it, are multiples. If there is none, r is the median of the gaps. The
-   smallest gap is no measure: it is a tenth of the step of a column of thyroid, and in pendigits it is 7e-16, from
-   rounding errors.
+   resolution r is found as follows. The most frequent value is subtracted from all others. r is the largest gap between
+   neighbouring distinct values of which at least 95% of these differences are multiples. If there is none, r is the
+   median of the gaps. The smallest gap is not used: it is a tenth of the step of a column of thyroid, and in pendigits
+   it is 7e-16, from rounding errors.
 
 The `±` of the report is the standard error of the mean NLL over rows and seeds. Differences are paired. Their standard
 error treats the values of one row in several seeds as dependent (clustered by row).
@@ -492,7 +491,7 @@ def report(path: Path) -> str:
     paired = [cell for name in tables if (cell := _paired(path, name, methods, nlls, of)) is not None]
     if paired:
         counts = ", ".join(f"{sum(cell[-1] == v for cell in paired)} {v}" for v in ("win", "tie", "loss"))
-        head = ["table", "best of the others", "auto - it", "2 standard errors", "auto is a"]
+        head = ["table", "best peer", "NLL of auto - NLL of the peer", "2 standard errors", "result"]
         parts += [f"Paired differences over rows and seeds: {counts}", table(head, paired)]
     worse = [
         f"- {m} on {name}: {nlls[name, m].mean:.3f}, the Gaussian {nlls[name, 'gaussian'].mean:.3f}"

@@ -10,7 +10,7 @@ from helpers import Run
 from sklearn.mixture import GaussianMixture as Reference
 
 from flowtrain.models.mixture import mixture
-from flowtrain.runs.components import CANDIDATES, Choice, chosen
+from flowtrain.runs.components import COMPONENT_COUNTS, Choice, chosen
 from flowtrain.runs.fit import fit
 from flowtrain.utils.errors import ConfigError
 
@@ -40,7 +40,7 @@ def test_number_of_components_is_chosen_by_validation() -> None:
     best, tried = chosen(x[:2000], x[2000:], covariances=["full"], priors=[0.0])
     assert 4 <= best.components <= 8
     assert tried[best] == min(tried.values())
-    assert {each.components for each in tried} <= set(CANDIDATES)
+    assert {each.components for each in tried} <= set(COMPONENT_COUNTS)
     few, _ = chosen(x[:12], x[2000:])
     assert few.components == 1
 
