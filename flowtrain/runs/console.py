@@ -12,6 +12,7 @@ import torch
 
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import NAMES
+from flowtrain.flow import Density, Flow
 from flowtrain.ode import Solver
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import ranks, status
@@ -226,10 +227,11 @@ def device_words(device: torch.device) -> str:
     return f"{device}, {threads} thread{'s' * (threads > 1)}{beside}"
 
 
-def next_commands(run_dir: Path, event_shape: tuple[int, ...]) -> str:
+def next_commands(run_dir: Path, flow: Density) -> str:
     """What to type after a run."""
     shown = shortest(run_dir)
-    moving = len(event_shape) == 3 or event_shape == (2,)
+    # an ensemble has no way from base to data
+    moving = isinstance(flow, Flow) and (len(flow.event_shape) == 3 or flow.event_shape == (2,))
     run = option("ckpt", shown)
     sample = f"flowsample {run} {'animate=true' if moving else 'n=10000'}"
     return f"{'next':>{NAMES}}  floweval {run} report=true\n{'':>{NAMES}}  {sample}"

@@ -79,7 +79,7 @@ def finish(
     if time_budget is not None:
         log.info("time_budget=%g: %.1f s so far", time_budget.seconds, time_budget.seconds - time_budget.left)
         time_budget.warn_if_over()
-    log.info("%s\n%s\n%s", result.table(), trained, next_commands(run_dir, data.event_shape))
+    log.info("%s\n%s\n%s", result.table(), trained, next_commands(run_dir, flow))
 
 
 def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
