@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
-from helpers import COMMANDS, Compose, Evaluate, MakeTrainer, ReadRows, Run, Train
+from helpers import COMMANDS, Compose, Evaluate, MakeTrainer, OnlyPrograms, ReadRows, Run, Train
 from helpers.figures import skip_figures
 from helpers.processes import composed, trainer_of
 from hydra._internal.hydra import Hydra
@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
+from flowtrain import export
 from flowtrain.cli.config_files import split_config_dir
 from flowtrain.plotting import style, transport_figures, transport_pictures
 from flowtrain.training.trainer import Trainer
@@ -280,3 +281,15 @@ def image_config() -> Compose:
         return composed([*small, *overrides])
 
     return compose
+
+
+@pytest.fixture
+def only_programs(monkeypatch: pytest.MonkeyPatch) -> OnlyPrograms:
+    """Restricts exports to the programs of the given names: tracing all three would take most of a test's time."""
+    tasks = export._tasks
+
+    def restrict(*names: str) -> None:
+        monkeypatch.setattr(export, "PROGRAMS", names)
+        monkeypatch.setattr(export, "_tasks", lambda *given: (task for task in tasks(*given) if task.name in names))
+
+    return restrict
