@@ -1,15 +1,16 @@
 """Base distributions of flows: the density of the latents z before a bijection maps them to data."""
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowtrain.utils.arguments import one_of, shape_of, whole
+from flowtrain.utils.arguments import number, one_of, shape_of, whole
+from flowtrain.utils.em import fit_mixture
 from flowtrain.utils.errors import FlowtrainError
 from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.recorded import Recorded
@@ -20,6 +21,8 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 COVARIANCES = ("full", "diagonal")
 # numbers that the Jacobians of one part of `GaussianMixture.rsample` hold
 PART = 2**22
+# gain of an EM step, in nats per row, below which `initialize` ends. A smaller one does not lower validation NLL
+ENOUGH = 1e-3
 # terms of the continued fraction of the incomplete beta function
 MOST_TERMS = 10_000
 
@@ -324,6 +327,8 @@ class GaussianMixture(Base):
         event_shape: shape of one z.
         components: the number K of components.
         covariance: full | diagonal.
+        prior: the strength of a prior on the covariances in `fit`: the effect of so many more rows in each component,
+            whose covariance is the mean of the covariances within the clusters of k-means.
 
     Attributes:
         logits: (K,).
@@ -340,8 +345,11 @@ class GaussianMixture(Base):
         (tensor([-1.5000,  5.0000], grad_fn=<SortBackward0>), tensor([0.5000, 0.5000], grad_fn=<SoftmaxBackward0>))
     """
 
-    def __init__(self, event_shape: int | Sequence[int], components: int, covariance: str = "full") -> None:
+    def __init__(
+        self, event_shape: int | Sequence[int], components: int, covariance: str = "full", prior: float = 0.0
+    ) -> None:
         super().__init__(event_shape)
+        self.prior = number("prior", prior, inclusive=True)
         k, d = whole("components", components), math.prod(self.event_shape)
         full = one_of("covariance", covariance, COVARIANCES) == "full"
         self.logits = nn.Parameter(torch.zeros(k))
@@ -443,7 +451,13 @@ class GaussianMixture(Base):
         return self._conditional_cdf(z.flatten(1)).clamp(0, 1)
 
     def initialize(self, z: Tensor) -> None:
-        self.fit(z)
+        """Fits the mixture to z. It depends on the rows and the seed of torch, but not on the order of the rows.
+
+        So the mixture that `flowtrain.runs.components` has validated is the one that training begins with.
+        """
+        order = np.lexsort(z.flatten(1).double().cpu().numpy().T)
+        seed = torch.Generator().manual_seed(torch.initial_seed())
+        self.fit(z[torch.from_numpy(order).to(z.device)], tolerance=ENOUGH, generator=seed)
 
     @torch.no_grad()
     def fit(
@@ -454,14 +468,14 @@ class GaussianMixture(Base):
         floor: float = 1e-6,
         generator: torch.Generator | None = None,
     ) -> Self:
-        """Sets the parameters by maximum likelihood on x (n, *event_shape), with EM in float64; returns the mixture.
+        """Sets the parameters from x (n, *event_shape), with EM in float64; returns the mixture.
 
-        EM (Dempster et al. 1977) runs on columns of mean 0 and standard deviation 1. It starts from the clusters of
-        k-means, whose centres start from k-means++ (Arthur and Vassilvitskii 2007).
+        They maximize the likelihood, times the prior of the covariances if `prior` is not 0; see
+        `flowtrain.utils.em.fit_mixture`. EM runs on columns of mean 0 and standard deviation 1.
 
         Args:
             steps: the largest number of EM steps.
-            tolerance: EM ends when a step raises the mean log-likelihood by less, in nats.
+            tolerance: EM ends when a step raises the objective by less, in nats per row.
             floor: the smallest eigenvalue of a covariance, as a share of the variance of the columns. Without it the
                 likelihood is unbounded, because a component on a single row has variance 0.
             generator: the random generator of k-means++, on the CPU. None: the global generator.
@@ -476,36 +490,18 @@ class GaussianMixture(Base):
             raise FlowtrainError("x has values that are NaN or infinite: remove these rows")
         mean, std = x.mean(0), x.std(0, correction=0)
         std = torch.where(std > torch.finfo(x.dtype).eps * mean.abs(), std, 1.0)
-        x = (x - mean) / std
-        exact, k = copy.deepcopy(self).to(x), len(self.logits)
-        q = nn.functional.one_hot(clusters(x, k, generator), k).to(x)
-        before = -math.inf
-        for _ in range(steps):
-            exact._maximize(x, q, floor)
-            terms = exact._log_joint(x)
-            now = float(terms.logsumexp(1).mean())
-            if now - before < tolerance:
-                break
-            before, q = now, terms.softmax(1)
-        exact._set(exact.logits, mean + std * exact.means, std.unsqueeze(1) * exact.scale_tril)
-        self.load_state_dict(exact.state_dict())
+        found = fit_mixture(
+            (x - mean) / std,
+            len(self.logits),
+            self.lower is None,
+            prior_rows=self.prior,
+            steps=steps,
+            tolerance=tolerance,
+            floor=floor,
+            generator=generator,
+        )
+        self._set(found.log_weights, mean + std * found.means, std.unsqueeze(1) * found.scale_tril())
         return self
-
-    def _maximize(self, x: Tensor, q: Tensor, floor: float) -> None:
-        """The M step: weights, means and covariances of rows x (n, d) of shares q (n, K)."""
-        # a component without rows keeps a weight that has a logarithm
-        total = q.sum(0) + 10 * torch.finfo(q.dtype).eps
-        means = q.T @ x / total.unsqueeze(1)
-        off = x.unsqueeze(1) - means
-        if self.lower is None:
-            variance = torch.einsum("nk,nkd->kd", q, off.square()) / total.unsqueeze(1)
-            factor = torch.diag_embed(variance.clamp_min(floor).sqrt())
-        else:
-            # one component at a time: products of matrices are much faster than a sum over three indices
-            parts = [(share.unsqueeze(1) * part).T @ part for share, part in zip(q.T, off.unbind(1), strict=True)]
-            covariance = torch.stack(parts) / total.view(-1, 1, 1)
-            factor = _cholesky_above(covariance, floor)
-        self._set((total / total.sum()).log(), means, factor)
 
     def _set(self, logits: Tensor, means: Tensor, scale_tril: Tensor) -> None:
         self.logits.copy_(logits)
@@ -519,50 +515,3 @@ class GaussianMixture(Base):
     def extra_repr(self) -> str:
         covariance = "diagonal" if self.lower is None else "full"
         return f"event_shape={self.event_shape}, components={len(self.logits)}, covariance={covariance}"
-
-
-def _cholesky_above(covariance: Tensor, floor: float) -> Tensor:
-    """Cholesky factors of covariances (K, d, d), whose eigenvalues below `floor` are set to it.
-
-    These are the most likely covariances among those with no eigenvalue below `floor`.
-    """
-    margin = floor * torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    # positive definite, if no eigenvalue is as small
-    low = torch.linalg.cholesky_ex(covariance - margin).info != 0
-    if bool(low.any()):
-        values, vectors = torch.linalg.eigh(covariance[low])
-        covariance = covariance.clone()
-        covariance[low] = vectors * values.clamp_min(floor).unsqueeze(1) @ vectors.mT
-    factor: Tensor = torch.linalg.cholesky(covariance)
-    return factor
-
-
-def clusters(x: Tensor, k: int, generator: torch.Generator | None = None, steps: int = 20) -> Tensor:
-    """k-means with a k-means++ start: the cluster (n,), 0 .. k - 1, of each row of x (n, d).
-
-    Args:
-        generator: on the CPU; None for the global generator.
-        steps: of Lloyd's algorithm, at most.
-    """
-
-    def draw(weights: Tensor) -> int:
-        return int(torch.multinomial(weights.cpu(), 1, generator=generator))
-
-    nearest = torch.ones(len(x), dtype=x.dtype, device=x.device)
-    centres = []
-    for i in range(k):
-        # where fewer than k rows differ, any row
-        centres.append(x[draw(nearest if bool((nearest > 0).any()) else torch.ones_like(nearest))])
-        distance = (x - centres[-1]).square().sum(1)
-        nearest = distance if i == 0 else torch.minimum(nearest, distance)
-    means = torch.stack(centres)
-    found = torch.cdist(x, means).argmin(1)
-    for _ in range(steps):
-        share = nn.functional.one_hot(found, k).to(x)
-        count = share.sum(0).unsqueeze(1)
-        means = torch.where(count > 0, share.T @ x / count.clamp_min(1), means)
-        again = torch.cdist(x, means).argmin(1)
-        if torch.equal(again, found):
-            break
-        found = again
-    return found

@@ -12,7 +12,7 @@ from scipy import integrate, stats
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch import Tensor, nn
 
-from flowtrain.bases import Base, GaussianMixture, StandardNormal, StudentT, UniformBox, clusters, incomplete_beta
+from flowtrain.bases import Base, GaussianMixture, StandardNormal, StudentT, UniformBox, incomplete_beta
 from flowtrain.utils.errors import ConfigError, FlowtrainError
 
 
@@ -265,6 +265,25 @@ def test_em_of_one_component_is_the_gaussian_of_the_rows() -> None:
     torch.testing.assert_close((base.scale_tril @ base.scale_tril.mT)[0], torch.cov(x.T, correction=0))
 
 
+def test_prior_of_one_component_leaves_the_covariance_of_the_rows() -> None:
+    """The target is the covariance within clusters, and there is one cluster."""
+    x = torch.randn(50, 3) @ torch.randn(3, 3) + 5
+    base = GaussianMixture((3,), 1, prior=20).fit(x, floor=0.0)
+    torch.testing.assert_close((base.scale_tril @ base.scale_tril.mT)[0], torch.cov(x.T, correction=0))
+
+
+def test_initialization_depends_on_the_seed_and_not_on_the_order_of_the_rows() -> None:
+    x, found = torch.randn(300, 2), []
+    for seed, rows in ((1, x), (1, x[torch.randperm(300)]), (2, x)):
+        base = GaussianMixture(2, 12)
+        torch.manual_seed(seed)
+        torch.rand(seed)
+        base.initialize(rows)
+        found.append(base.log_prob(x))
+    torch.testing.assert_close(found[1], found[0])
+    assert (found[2] - found[0]).abs().max() > 1e-3
+
+
 def test_fit_of_float32_is_done_in_float64_and_draws_nothing_else() -> None:
     """Rows far from 0, whose covariance float32 does not resolve."""
     x = (1e4 + torch.randn(400, 2)).float()
@@ -290,15 +309,6 @@ def test_fit_of_few_and_equal_and_constant_rows_is_finite(covariance: str) -> No
         base.fit(torch.tensor([[torch.nan, 0.0]]))
     with pytest.raises(FlowtrainError, match="shape"):
         base.fit(torch.zeros(5, 3))
-
-
-def test_clusters_separate_what_is_apart_and_start_far_apart() -> None:
-    centres = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0], [50.0, 50.0], [25.0, 100.0]])
-    truth = torch.arange(5).repeat_interleave(20)
-    x = centres[truth] + torch.randn(100, 2)
-    for seed in range(5):
-        found = clusters(x, 5, torch.Generator().manual_seed(seed))
-        assert len({(int(a), int(b)) for a, b in zip(found, truth, strict=True)}) == 5
 
 
 def test_gradients_of_log_prob_against_finite_differences() -> None:

@@ -1,12 +1,14 @@
 """Linear maps and permutations, and the Gaussian that a flow starts at."""
 
 import math
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Chain, check_sample, places, varies
-from flowtrain.utils.errors import DataError
+from flowtrain.utils.errors import DataError, FlowtrainError
 from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.precision import full_precision
 
@@ -147,9 +149,17 @@ LEAST_EIGENVALUE = 1e-8
 class InvertibleLinear(Bijection):
     """z = W x at every place, W = P L (U + diag(s)): for images (B, C, H, W) a 1x1 convolution, for vectors a matrix.
 
-    P is a fixed permutation, L unit lower and U strictly upper triangular, s = sign exp(log|s|) with a fixed sign, all
-    from a random rotation; log|det dz/dx| = H W sum log|s| (Glow, eq. 10 and 11). W leads from data to base, the
-    direction of training; its inverse is taken in float64, once a call.
+    P is a fixed permutation, L unit lower and U strictly upper triangular, s = sign exp(log|s|) with a fixed sign;
+    log|det dz/dx| = H W sum log|s| (Glow, eq. 10 and 11). W leads from data to base, the direction of training; its
+    inverse is taken in float64, once a call.
+
+    Args:
+        channels: C.
+        start: the first W: `rotation`, a random one | `permutation`, a random one, which keeps the columns of a table
+            apart until training mixes them.
+
+    Raises:
+        FlowtrainError: another start.
 
     Example:
         >>> linear, x = InvertibleLinear(3), torch.randn(2, 3, 4, 4)
@@ -158,10 +168,15 @@ class InvertibleLinear(Bijection):
         (True, True)
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, start: str = "rotation") -> None:
         super().__init__()
-        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
-        p, lower, upper = torch.linalg.lu(rotation)
+        if start not in ("rotation", "permutation"):
+            raise FlowtrainError(f"InvertibleLinear(start={start!r}): give 'rotation' or 'permutation'")
+        if start == "rotation":
+            first = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+        else:
+            first = torch.eye(channels, dtype=torch.float64)[torch.randperm(channels)]
+        p, lower, upper = torch.linalg.lu(first)
         s, dtype = upper.diagonal(), torch.get_default_dtype()
         self.register_buffer("permutation", p.to(dtype))
         self.register_buffer("sign", s.sign().to(dtype))
@@ -235,6 +250,15 @@ class GaussianStart(Bijection):
         self.inverse_factor.copy_(vectors / roots @ vectors.T)
         self.log_volume.copy_(roots.log().sum())
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        before = self.factor.dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.factor.dtype == torch.float64 != before and self.factor.device.type != "meta":
+            # each was rounded by itself: in float64, they would be inverse to each other to the digits of float32 only
+            self.factor.copy_(torch.linalg.inv(self.inverse_factor))
+            self.log_volume.copy_(-torch.linalg.slogdet(self.inverse_factor)[1])
+        return self
+
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with full_precision(z.device):
             return z @ self.factor.T + self.mean, self.log_volume.expand(z.shape[0])
@@ -269,10 +293,15 @@ class FromGaussian(Chain):
     `initialize` sets this base from the data x. The flow then starts at N(m, C), with the mean and the shrunk
     covariance of x (see `shrunk_covariance`). It assumes that the model is affine at first, which holds for all
     models of flowtrain: z = J (x - m) + o maps N(m, C) to N(o, J C J^T).
+
+    Args:
+        diagonal: C has the variances only. The base then sees the columns unmixed, which suits a base that is fitted
+            to the data itself: a mixture of diagonal Gaussians is worse by 12 nats on whitened columns of pendigits.
     """
 
-    def __init__(self, model: Bijection, d: int) -> None:
+    def __init__(self, model: Bijection, d: int, diagonal: bool = False) -> None:
         super().__init__([GaussianStart(d), model])
+        self.diagonal = diagonal
 
     @torch.no_grad()
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
@@ -280,6 +309,8 @@ class FromGaussian(Chain):
         assert isinstance(start, GaussianStart)
         model.initialize(x, label)
         mean, covariance = shrunk_covariance(x)
+        if self.diagonal:
+            covariance = covariance.diagonal().diag()
         std = covariance.diagonal().sqrt()
         steps = torch.cat([torch.zeros_like(std).unsqueeze(0), std.diag()])
         labels = None if label is None else label[:1].expand(len(steps))

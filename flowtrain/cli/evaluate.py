@@ -15,9 +15,10 @@ from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, written_as
 from flowtrain.cli.overrides import keys_of
-from flowtrain.data.base import Dataset, Samples, changes
+from flowtrain.data.base import FILE, Dataset, Samples, changes
 from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.evaluation import NAMES, check_fits, evaluate
+from flowtrain.evaluation.baselines import MOST_SECONDS
 from flowtrain.evaluation.report import write_report
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.plotting import pictures
@@ -30,7 +31,8 @@ from flowtrain.utils.status import status
 
 log = logging.getLogger("flowtrain")
 
-USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FILE] [report=true] [KEY=VALUE ...]
+USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FILE] [baselines=true] [report=true]
+                  [KEY=VALUE ...]
 
   ckpt         a run directory (its best checkpoint) or a .pt file; the name may be left out, as in floweval RUN_DIR. A
                sweep directory, or a list of runs with the same data as in ckpt=[RUN1,RUN2], is an ensemble: p(x) is
@@ -45,6 +47,9 @@ USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FIL
                (its test set). Adds the AUROC to the table and plots/ood.png; with scores, also FILE_ood.npy. The
                entropy H of the typicality score is the NLL of the run's validation set. If that set is missing, it
                is the NLL of the scored rows
+  baselines    true: NLL on the same rows of a Gaussian mixture and of a kernel density estimate beside the Gaussian's,
+               all fitted to the training rows of the run, in up to 20 s. For tables; the mixture needs scikit-learn
+               (pip install 'flowtrain[baselines]')
   report       true: all of it in report.md and in report.html, one file with its figures inside
   out          the JSON file. Figures and report are written beside it, under its name. Default: eval.json in the run
                directory for the run's own test set, otherwise eval-NAME.json, with NAME also in the names of figures
@@ -79,6 +84,7 @@ def _command() -> int:
         "out": None,
         "scores": None,
         "ood": None,
+        "baselines": False,
         "report": False,
         "dtype": "float32",
         "device": "auto",
@@ -92,6 +98,7 @@ def _command() -> int:
     batch_size = None if own["batch_size"] is None else whole("batch_size", own["batch_size"])
     draws, seed = whole("dequantization_samples", own["dequantization_samples"]), whole("seed", own["seed"], least=0)
     dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])
+    wants_baselines = flag("baselines", own["baselines"])
     scores = written_as("scores", own["scores"], ".npy")
     out = Path(str(own["out"])).expanduser() if own["out"] else None
     loaded_run = load_run(own, overrides)
@@ -103,10 +110,21 @@ def _command() -> int:
         data = data_of(loaded_run, split, overrides)
         other = None if own["ood"] is None else other_set(str(own["ood"]), loaded_run)
         trained_on = data if loaded_run.config["data"] == loaded_run.own_data and split != "all" else None
-        if trained_on is None and other is not None:
+        if trained_on is None and wants_baselines:
+            trained_on = training_data(loaded_run, [FILE, "val"])
+        elif trained_on is None and other is not None:
             trained_on = own_data_of(loaded_run)
     result = evaluate(
-        loaded_run.flow.to(dtype), data, split, loaded_run.step, batch_size, draws, other, seed, trained_on
+        loaded_run.flow.to(dtype),
+        data,
+        split,
+        loaded_run.step,
+        batch_size,
+        draws,
+        other,
+        seed,
+        trained_on,
+        baseline_seconds=MOST_SECONDS if wants_baselines else 0.0,
     )
 
     write_json(place.json, result.to_dict())
@@ -180,14 +198,26 @@ class OutputPaths:
 def own_data_of(loaded_run: LoadedRun) -> Dataset | None:
     """The data that the flow was trained on. If it is missing or does not fit, warns and returns None."""
     try:
-        data = loaded_run.build(loaded_run.own_data)
-        check_fits(loaded_run.flow, data)
-        if change := changes(loaded_run.samples.record, data.record, ["val"]):
-            raise DataError(f"since the run was trained, {change}")
-        return data
+        return training_data(loaded_run, ["val"])
     except (FlowtrainError, OSError) as e:
         log.warning("no validation set, so the typicality score uses the NLL of the scored rows: %s", e)
         return None
+
+
+def training_data(loaded_run: LoadedRun, sets: Collection[str]) -> Dataset:
+    """The data that the flow was trained on.
+
+    Args:
+        sets: the sets that must be unchanged: "file", which has the training rows, "val" or "test".
+
+    Raises:
+        DataError: the data are missing, have changed, or do not fit the flow.
+    """
+    data = loaded_run.build(loaded_run.own_data)
+    check_fits(loaded_run.flow, data)
+    if change := changes(loaded_run.samples.record, data.record, sets):
+        raise DataError(f"since the run was trained, {change}")
+    return data
 
 
 def default_split(overrides: Sequence[str]) -> str:

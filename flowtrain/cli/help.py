@@ -18,7 +18,7 @@ from flowtrain.cli.config_files import (
     read,
     split_config_dir,
 )
-from flowtrain.cli.overrides import SWEEP, VALUED, quoted, validate_command_line
+from flowtrain.cli.overrides import SWEEP, VALUED, quoted, validate_command_line, with_default_choices
 from flowtrain.cli.start_run import check_known_keys, with_choices_of_from
 from flowtrain.runs.compose import applied_recipes
 from flowtrain.utils.arguments import hint
@@ -92,7 +92,7 @@ def help_text(arguments: Sequence[str]) -> str:
         ConfigError, HydraException: a mistake in it.
     """
     about = topics(arguments)
-    arguments = quoted([argument for argument in arguments if argument not in about])
+    arguments = with_default_choices(quoted([argument for argument in arguments if argument not in about]))
     validate_command_line(arguments)
     if about:
         return topic_text(about, overrides=overrides_of(with_choices_of_from(arguments)))

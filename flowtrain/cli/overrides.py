@@ -17,6 +17,7 @@ from flowtrain.cli.config_files import add_working_directory_to_path, compose_de
 from flowtrain.cli.error_messages import keys_of_choice, unknown_key
 from flowtrain.cli.output_files import exists, is_path
 from flowtrain.runs.build import is_description, with_whole_numbers
+from flowtrain.runs.compose import default_choices
 from flowtrain.training import checkpoint
 from flowtrain.training.old_checkpoints import RENAMED_KEYS, RENAMED_OVERRIDES, key_of, renamed_override
 from flowtrain.training.tensorboard import DEFAULT
@@ -87,6 +88,23 @@ def rename_old_config_keys(config: Mapping[str, Any], overrides: Sequence[str] =
 def warn_of_old_key(old: str, new: str) -> None:
     """Warns once per process that a key has a new name."""
     log.warning("%s is now named %s. The old name still works.", old, new)
+
+
+def with_default_choices(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the choices of `default_choices`, if they choose data=array.
+
+    Example:
+        >>> with_default_choices(["data=array", "data.path=a.csv"])
+        ['model=auto', 'data=array', 'data.path=a.csv']
+        >>> with_default_choices(["data=array", "model=nsf"])
+        ['data=array', 'model=nsf']
+    """
+    given = [a.lstrip("+~").partition("=") for a in separated(arguments)[0]]
+    chosen = {key.partition("@")[0]: value.strip("'\"") for key, _, value in given}
+    if chosen.get("data") != "array" or {"experiment", "from"} & chosen.keys():
+        return list(arguments)
+    found = default_choices(set(chosen), chosen.get("model"))
+    return [*(f"{group}={name}" for group, name in found.items()), *arguments]
 
 
 def quoted(arguments: Sequence[str]) -> list[str]:

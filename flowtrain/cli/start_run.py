@@ -27,6 +27,7 @@ from flowtrain.runs.run_directory import (
     locked_directory,
     remove_empty,
 )
+from flowtrain.runs.search import SEARCH
 from flowtrain.training import checkpoint
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError
@@ -119,7 +120,9 @@ def resume_run(
     with locked_directory(run_dir), messages(run_dir / "flowtrain.log"):
         with status("reading the checkpoint"):
             saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))
-        if "optimizer" not in saved:
+        if SEARCH in saved:
+            saved["config"] = saved[SEARCH]
+        elif "optimizer" not in saved:
             raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
         check_targets(saved["config"], trust)
         refuse_changes(rest, "a run goes on with the model and data it has; start a new one to change them")

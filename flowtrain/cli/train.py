@@ -14,7 +14,16 @@ from flowtrain.cli import help, sweep_jobs
 from flowtrain.cli.arguments import split_own, versions
 from flowtrain.cli.config_files import plain
 from flowtrain.cli.error_messages import report, run_command
-from flowtrain.cli.overrides import SWEEP, in_order, quoted, rename_old_keys, separated, trusted, validate_command_line
+from flowtrain.cli.overrides import (
+    SWEEP,
+    in_order,
+    quoted,
+    rename_old_keys,
+    separated,
+    trusted,
+    validate_command_line,
+    with_default_choices,
+)
 from flowtrain.cli.start_run import (
     record_directory,
     removing_empty_directories,
@@ -51,7 +60,7 @@ def _command() -> int:
     arguments = quoted(arguments)
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)
-    arguments = of_first_job(arguments)
+    arguments = of_first_job(with_default_choices(arguments))
     validate_command_line(arguments)
     sys.argv[1:] = in_order(with_choices_of_from(arguments))
     with tempfile.TemporaryDirectory() as aside, removing_empty_directories(), sweep_jobs.summarized() as summary:

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.tables.from_memory import table_of
 from flowtrain.data.tables.rows_to_score import RowsInMemory
-from flowtrain.evaluation.baseline import GAUSSIAN, gaussian_baseline, of_baseline
+from flowtrain.evaluation.baselines import GAUSSIAN, baselines, of_baseline, warn_if_better
 from flowtrain.evaluation.calibration import calibration, density_calibration
 from flowtrain.evaluation.checks import checks
 from flowtrain.evaluation.error_budget import budget, stderr, subset_of
@@ -32,10 +32,10 @@ from flowtrain.evaluation.log_likelihood import (
 from flowtrain.evaluation.ood_detection import ood_detection
 from flowtrain.evaluation.outliers import check_some_finite, concentration
 from flowtrain.evaluation.result import Calibration, Evaluation, Member, OODDetection
-from flowtrain.flow import Density, Flow, Label, Rows
+from flowtrain.flow import Density, Flow, Label, Rows, rows_at_a_time
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.ode import record_solves
-from flowtrain.utils.arguments import shortened, whole
+from flowtrain.utils.arguments import number, shortened, whole
 from flowtrain.utils.errors import ConfigError, DataError, SolverError
 from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.process import one_thread_if_small, own_settings, seeded
@@ -67,6 +67,7 @@ def evaluate(
     *,
     label: Label | str = None,
     dtype: torch.dtype | None = None,
+    baseline_seconds: float = 0.0,
 ) -> Evaluation:
     """The negative log-likelihood (NLL) of a flow on held-out rows, in nats per sample, with its error and checks.
 
@@ -88,19 +89,22 @@ def evaluate(
         other: (name, samples) of another set. The report says how well log p separates it from `data`. A conditional
             flow uses log p without labels, averaged over all classes.
         seed: the seed of the noise of dequantization and of estimated traces.
-        trained_on: the rows or the data set that the flow was trained on. The Gaussian baseline is fitted to them.
-            None: no baseline. The validation set of a `Dataset` also gives the entropy for the typicality score of
-            `other`. Otherwise the scored rows give it.
+        trained_on: the rows or the data set that the flow was trained on. The baselines are fitted to them, see
+            `flowtrain.evaluation.baselines`. None: no baselines. The validation set of a `Dataset` also gives the
+            entropy for the typicality score of `other`. Otherwise the scored rows give it.
         thorough: if false, only `concentration` and `baseline` are checked, and the error budget is measured on only
             10 rows (FEW).
         label: for a conditional flow, the labels of the rows, or the name of their column in a data frame.
         dtype: evaluates a copy of the flow in this dtype, such as `torch.float64`. None: the dtype of the flow.
+        baseline_seconds: the time that a Gaussian mixture (needs scikit-learn) and a kernel density estimate, fitted to
+            `trained_on`, may take; only for vectors without labels. 0: the baseline is a Gaussian alone.
 
     Returns:
         An `Evaluation`. `print` shows it as a table, and a notebook as HTML.
 
     Raises:
-        ConfigError: several dequantization samples of data that are not whole numbers, or a dtype that is not real.
+        ConfigError: several dequantization samples of data that are not whole numbers, a dtype that is not real, or
+            `baseline_seconds` without `trained_on`, or for images or conditional flows.
         DataError: data of another kind than the flow takes, missing values, or no rows.
         FlowtrainError: rows of another shape, or labels missing, superfluous or out of range.
         NonFiniteError: no log-likelihood is finite.
@@ -119,8 +123,10 @@ def evaluate(
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ConfigError(f"dtype={dtype}: give torch.float32 or torch.float64")
         flow = copy.deepcopy(flow).to(dtype)
+    if number("baseline_seconds", baseline_seconds, inclusive=True):
+        _check_baselines(flow, trained_on)
     # of the run's own sets: where a command scores all rows of a file, `trained_on` is there for H alone
-    fitted = trained_on if split != "all" else None
+    fitted = trained_on if split != "all" or baseline_seconds else None
     if isinstance(data, str):
         raise DataError(f"data={data!r}: give rows, or a data set such as flowtrain.data.Moons()")
     if isinstance(data, Dataset):
@@ -135,7 +141,7 @@ def evaluate(
     device = flow.like.device
     how: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
     with own_settings(device), one_thread_if_small(flow.event_shape, device), _in_evaluation_mode(flow):
-        return _evaluate(flow, data, split, step, how, other, fitted, typical, thorough)
+        return _evaluate(flow, data, split, step, how, other, fitted, typical, thorough, baseline_seconds)
 
 
 def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: Any) -> None:
@@ -153,6 +159,24 @@ def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: A
     named = isinstance(other, tuple) and len(other) == 2 and isinstance(other[0], str) and isinstance(other[1], Tensor)
     if other is not None and not named:
         raise ConfigError(f"other={shortened(other)}: give (name, samples as a tensor)")
+
+
+def _check_baselines(flow: Density, trained_on: Any) -> None:
+    """Refuses baselines other than the Gaussian where they are no density of the same rows.
+
+    Raises:
+        ConfigError: images, a conditional flow, or no finite training set.
+    """
+    if len(flow.event_shape) != 1:
+        raise ConfigError(f"baselines: only for vectors, and the flow takes samples of shape {flow.event_shape}")
+    if flow.classes is not None:
+        raise ConfigError(
+            "baselines: the flow is conditional. The baselines ignore labels, so they are other densities; leave it out"
+        )
+    if trained_on is None:
+        raise ConfigError("baselines: give trained_on, the rows that the flow was trained on")
+    if isinstance(trained_on, Dataset) and trained_on.train_rows(1) is None:
+        raise ConfigError("baselines: the data have no finite training set, to which they are fitted; leave it out")
 
 
 def dataset_of(
@@ -207,12 +231,13 @@ def _evaluate(
     fitted: Dataset | None,
     typical: Dataset | None,
     thorough: bool,
+    baseline_seconds: float,
 ) -> Evaluation:
     """`evaluate` on a data set, by a flow in evaluation mode.
 
     Args:
         how: batch size, draws and seed, as `log_probs` takes them.
-        fitted: the data whose training rows the baseline is fitted to.
+        fitted: the data whose training rows the baselines are fitted to.
         typical: the data whose validation rows give the entropy for `other`.
     """
     x, label = held_out(flow, data, split)
@@ -231,9 +256,12 @@ def _evaluate(
     subset = subset_of(flow, x, label, (~ordinary).nonzero().flatten(), None if thorough else FEW)
     with phase("estimating the error of the NLL"):
         parts = budget(flow, subset, log_p, how["draws"])
-    with phase("fitting the Gaussian baseline"):
-        simple = None if fitted is None else gaussian_baseline(fitted, x, log_p)
-    judged = [concentrated, of_baseline(nll, nll_stderr, simple, math.prod(flow.event_shape))]
+    simple = None
+    if fitted is not None and len(flow.event_shape) == 1:
+        with phase("fitting the baselines"):
+            simple = baselines(fitted, dequantized_draws(flow, x, how), log_p, baseline_seconds)
+    d = math.prod(flow.event_shape)
+    judged = [concentrated, of_baseline(nll, nll_stderr, (simple or {}).get(GAUSSIAN), d)]
     if thorough:
         with phase("checking the density"):
             judged += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]))
@@ -266,7 +294,7 @@ def _evaluate(
         checks=tuple(check for check in judged if check is not None),
         calibration=calibrated,
         ood=None if told is None else told[0],
-        baselines=None if simple is None else {GAUSSIAN: simple},
+        baselines=simple,
         **members,
         bits_per_nat=bits,
         scores=log_p,
@@ -275,7 +303,27 @@ def _evaluate(
     )
     for check in result.failed:
         log.warning("%s: %s", check.label, check.message)
+    warn_if_better(nll, nll_stderr, simple or {}, d)
     return result
+
+
+def dequantized_draws(flow: Density, x: Tensor, how: Mapping[str, Any]) -> list[Tensor]:
+    """Points at which densities are compared with log p of the flow: x (n, d), or x + u_k for each draw of the noise.
+
+    The noise on whole numbers is that of `score_rows`, unless an estimated trace draws from the same stream.
+
+    Args:
+        how: batch size, draws and seed, as `log_probs` takes them.
+    """
+    if not flow.integer_valued:
+        return [x]
+    device = flow.like.device
+    with seeded(how["seed"], device):
+        draws = [
+            [flow.dequantized(part.to(device)) for _ in range(how["draws"])]
+            for part in torch.split(x, how["batch_size"] or rows_at_a_time(flow.event_shape))
+        ]
+    return [torch.cat(parts) for parts in zip(*draws, strict=True)]
 
 
 def scored(

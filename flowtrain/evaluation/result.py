@@ -100,6 +100,7 @@ class Baseline:
         seconds: the time to fit and score it.
         worse: the NLL of the flow minus the NLL of the baseline.
         worse_stderr: the standard error of the paired difference over the rows.
+        settings: what was chosen on validation rows, such as "16 components".
     """
 
     nll: float
@@ -107,6 +108,7 @@ class Baseline:
     seconds: float
     worse: float
     worse_stderr: float
+    settings: str = ""
 
     def to_dict(self) -> dict[str, float]:
         """For JSON."""
@@ -346,8 +348,7 @@ class Evaluation:
         rows.append(("data", f"{self.rows_words}, {counted(self.n, 'row')}"))
         if self.kl is not None and self.kl_stderr is not None:
             rows.append(("KL", f"{with_error(self.kl, self.kl_error)} nats  (entropy {self.entropy:.4f})"))
-        for name, simple in (self.baselines or {}).items():
-            rows.append(("baseline", f"{name} {with_error(simple.nll, simple.nll_stderr)} nats, {_beside(simple)}"))
+        rows += self._baseline_rows()
         rows += self._member_rows()
         rows.append(("error", self._error_words()))
         if self.dequantization_samples is not None:
@@ -377,6 +378,14 @@ class Evaluation:
         took = f"{self.seconds:.1f} s of scoring, {self.total_seconds:.1f} s in all"
         step = f", checkpoint of step {self.step}" if self.members is None else ""
         rows.append(("time", f"{took}, on {self.device} in {self.dtype}{step}"))
+        return rows
+
+    def _baseline_rows(self) -> list[tuple[str, str]]:
+        rows: list[tuple[str, str]] = []
+        for name, simple in (self.baselines or {}).items():
+            words = name.replace("_", " ") + (f" ({simple.settings})" if simple.settings else "")
+            nll = f"{with_error(simple.nll, simple.nll_stderr)} nats"
+            rows.append(("" if rows else "baseline", f"{words} {nll}, {_beside(simple)}"))
         return rows
 
     def _member_rows(self) -> list[tuple[str, str]]:

@@ -165,8 +165,8 @@ def _check_members(members: Sequence[Any]) -> None:
             )
 
 
-def difference_in_kind(one: Flow, other: Flow) -> str | None:
-    """The difference between the kinds of samples of two flows, such as "classes (None and 3)"; None if they agree."""
+def difference_in_kind(one: Density, other: Density) -> str | None:
+    """The difference between the kinds of samples, such as "classes (None and 3)"; None if they agree."""
     names = ("event_shape", "classes", "integer_valued", "levels", "noisy", "centered")
     for name in names:
         a, b = (tuple(v) if isinstance(v := getattr(flow, name), list) else v for flow in (one, other))

@@ -16,7 +16,9 @@ from flowtrain.flow import Flow
 from flowtrain.utils.arguments import shape_of, whole
 
 
-def mixture(event_shape: int | Sequence[int], *, components: int = 16, covariance: str = "full") -> Flow:
+def mixture(
+    event_shape: int | Sequence[int], *, components: int = 16, covariance: str = "full", prior: float = 0.0
+) -> Flow:
     """p(x) = sum_k w_k N(x; m_k, L_k L_k^T), k = 1 .. K, with weights, means and factors from EM on the first data.
 
     Training then changes all of them by gradient steps. Over images (C, H, W), x is the vector of the pixels.
@@ -24,10 +26,11 @@ def mixture(event_shape: int | Sequence[int], *, components: int = 16, covarianc
     Args:
         event_shape: the shape of a sample; a number d for vectors of length d.
         components: K. On a table the command chooses it by validation NLL, see `flowtrain.runs.components`.
-        covariance: full | diagonal.
+        covariance: full | diagonal. On a table the command chooses it too.
+        prior: the strength of the prior on the covariances, see `flowtrain.bases.GaussianMixture`.
 
     Raises:
         ConfigError: a setting out of range.
     """
     shape = shape_of(event_shape)
-    return Flow(GaussianMixture(shape, whole("model.components", components), covariance), Chain([]))
+    return Flow(GaussianMixture(shape, whole("model.components", components), covariance, prior), Chain([]))

@@ -90,7 +90,8 @@ def mixed(mixing: str, d: int) -> list[Bijection]:
     """The map before a layer that mixes or permutes d columns."""
     if mixing == "alternate" or d == 1:
         return []
-    return [InvertibleLinear(d) if mixing == "linear" else Permutation(torch.randperm(d))]
+    # a rotation hides what is aligned with the columns, such as rounded values and atoms
+    return [InvertibleLinear(d, "permutation") if mixing == "linear" else Permutation(torch.randperm(d))]
 
 
 def columns(name: str, event_shape: int | Sequence[int]) -> int:

@@ -24,7 +24,9 @@ LEFT, BOTTOM, FULL, GAP, BETWEEN, SCALE = 0.72, 0.5, 8.14, 0.75, 0.85, 0.42
 TALL, SHORT = 2.75, 1.35
 
 NAMES = {"val": "validation"}
-COLOURS = (style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE)
+COLOURS = (style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE, style.BLUE, style.INK, style.MUTED)
+# the most curves whose best values fit in the legend
+WITH_BEST = 4
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def _likelihood(axes: Axes, rows: Rows, entropy: float | None) -> None:
     if train:
         _noisy(axes, train, style.BLUE, "training")
     for colour, (name, curve) in zip(cycle(COLOURS), others.items(), strict=False):
-        best = style.literal(f"{NAMES.get(name, name)} (best {_number(curve.values.min())})", most=40)
+        words = f" (best {_number(curve.values.min())})" if len(others) <= WITH_BEST else ""
+        best = style.literal(f"{NAMES.get(name, name)}{words}", most=40)
         every = max(1, len(curve.values) // 40)
         axes.plot(curve.steps, curve.values, "-o", color=colour, markersize=3.5, markevery=every, label=best)
     low, high = _frame(train, list(others.values()))

@@ -9,6 +9,7 @@ from typing import Any, cast, get_args, get_type_hints
 
 import torch
 
+from flowtrain.bases import GaussianMixture
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.logit import Logit
@@ -122,8 +123,11 @@ def _prepared(flow: Flow, samples: Samples) -> Bijection:
     """The bijection of a model with what prepares the samples for it; see `build_flow`."""
     bijection = flow.bijection
     if samples.gaussian_start:
-        start = Preconditioned if flow.ode_blocks else FromGaussian
-        bijection = start(bijection, math.prod(samples.event_shape))
+        d = math.prod(samples.event_shape)
+        if flow.ode_blocks:
+            bijection = Preconditioned(bijection, d)
+        else:
+            bijection = FromGaussian(bijection, d, diagonal=isinstance(flow.base, GaussianMixture))
     if samples.standardized or samples.centered:
         bijection = Chain([bijection, Standardize(samples.event_shape, samples.centered)])
     if samples.levels is not None:

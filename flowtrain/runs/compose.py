@@ -4,7 +4,7 @@ Defaults are defined in these files alone. The commands read them through Hydra,
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_dir
 from flowtrain.utils.formatting import flattened
 
+# keys of model=auto
+SEARCH_KEYS = {"model.candidates", "model.conditional"}
 # keys of the whole config that only the commands use
 COMMAND_KEYS = ("resume", "from", "trust", "hydra")
 
@@ -136,6 +138,59 @@ def compose(settings: Mapping[str, Any], folders: Sequence[Path] = ()) -> Compos
             config = _merged(config, values_of(entry.partition("@")[0], chosen, folders))
     _set_values(config, values)
     return Composed(config, dict(settings), choices, applied_recipes(choices, config, folders))
+
+
+def default_choices(keys: Set[str], model: str | None = None) -> dict[str, str]:
+    """The choices that a run on a table makes if they are left open: a search for the model, or an objective.
+
+    Args:
+        keys: the choices and the dotted keys that are set.
+        model: the model that is chosen; None if it is left open.
+
+    Example:
+        >>> default_choices({"trainer.lr"}), default_choices({"model.hidden"}), default_choices(set(), "ffjord")
+        ({'model': 'auto'}, {'model': 'ffjord', 'objective': 'auto'}, {'objective': 'auto'})
+        >>> default_choices(set(), "nsf")
+        {}
+    """
+    found = {}
+    if model is None and "model" not in keys:
+        # keys of a model are those of ffjord if no model is named, and so are objectives and regularizers
+        other = {key for key in keys if key.startswith("model.")} - SEARCH_KEYS
+        model = "ffjord" if other or keys & {"objective", "regularizer"} else "auto"
+        found["model"] = model
+    if model == "ffjord" and not keys & {"objective", "regularizer", "recipe"} and not _group(keys, "objective"):
+        found["objective"] = "auto"
+    return found
+
+
+def _group(keys: Set[str], group: str) -> bool:
+    return any(key.startswith(f"{group}.") for key in keys)
+
+
+def with_choices(
+    config: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], groups: Sequence[str]
+) -> dict[str, Any]:
+    """The config of other choices, with the values that were changed in the present config.
+
+    Args:
+        config: a config, composed from `before` and then changed.
+        before, after: choices of config groups.
+        groups: the groups whose changed values are kept. A group whose choice was changed is kept as a whole.
+
+    Example:
+        >>> config = compose({"model": "affine", "trainer.lr": 7.0}).config
+        >>> found = with_choices(config, {"model": "affine"}, {"model": "realnvp"}, ["trainer"])
+        >>> found["model"]["name"], found["trainer"]["lr"]
+        ('realnvp', 7.0)
+    """
+    base, found = compose(before).config, compose(after).config
+    for group in groups:
+        if config[group].get("_target_") != base[group].get("_target_"):
+            found[group] = config[group]
+        else:
+            found[group] |= {k: v for k, v in config[group].items() if k not in base[group] or base[group][k] != v}
+    return found
 
 
 def _choices(

@@ -12,9 +12,8 @@ import torch
 
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import NAMES
-from flowtrain.flow import Flow
 from flowtrain.ode import Solver
-from flowtrain.training.settings import Settings
+from flowtrain.training.trainer import Trainer
 from flowtrain.utils import ranks, status
 from flowtrain.utils.formatting import flattened, option, shown
 
@@ -146,42 +145,54 @@ def without_warnings() -> Iterator[None]:
         log.removeFilter(is_other)
 
 
-def banner(
-    config: Mapping[str, Any],
-    flow: Flow,
-    data: Dataset,
-    settings: Settings,
-    run_dir: Path | None,
-    step: int = 0,
-    warmup: int = 0,
-    recipes: Mapping[str, Sequence[str]] | None = None,
-) -> str:
+@contextmanager
+def prefixed(name: str) -> Iterator[None]:
+    """Messages of the log begin with a name inside."""
+
+    def add(record: logging.LogRecord) -> bool:
+        record.msg = f"{name}: {record.msg}"
+        return True
+
+    log.addFilter(add)
+    try:
+        yield
+    finally:
+        log.removeFilter(add)
+
+
+def banner(trainer: Trainer, run_dir: Path | None, recipes: Mapping[str, Sequence[str]] | None = None) -> str:
     """How a run begins, a line for each of its parts.
 
     Args:
-        step: where it goes on from.
-        warmup: the steps in which training tightens the tolerance of the solver.
         recipes: the recipes that applied, and the keys that each has set; None if unknown.
     """
+    config, flow, data, settings = trainer.config, trainer.flow, trainer.data, trainer.settings
+    step, warmup = trainer.step, trainer.train_state.warmup
     objective, regularizer = name_of(config["objective"]), name_of(config.get("regularizer") or {"name": "none"})
     size = sum(p.numel() for p in flow.parameters())
     start = f", from step {step}" if step else ""
     rows = {
         "model": f"{name_of(config['model'])}, {size:,} parameters",
-        "data": f"{data_name(config)}, {_samples(data)}",
+        "data": f"{data_name(config)}, {samples_words(data)}",
         "solver": "none: closed form" if flow.solver is None else _solver(flow.solver, warmup),
         "objective": objective + ("" if regularizer == "none" else f", regularizer {regularizer}"),
         "training": f"{settings.steps:,} steps of {settings.batch_size}{start}, {settings.optimizer}, "
         f"learning rate {settings.lr:g} ({settings.lr_decay}), seed {config['seed']}",
         **({} if recipes is None else {"recipe": _recipes(config, recipes)}),
-        "device": _device(flow.like.device),
+        "device": device_words(flow.like.device),
         **({} if run_dir is None else {"run": str(shortest(run_dir))}),
     }
+    return as_banner(title_of(config), rows)
+
+
+def as_banner(title: str, rows: Mapping[str, str]) -> str:
+    """A banner from the lines of its parts, by their names."""
     lines = "\n".join(f"{name:>{NAMES}}  {words}" for name, words in rows.items())
-    return f"flowtrain: {title_of(config)}\n{lines}"
+    return f"flowtrain: {title}\n{lines}"
 
 
-def _samples(data: Dataset) -> str:
+def samples_words(data: Dataset) -> str:
+    """The columns or the image shape of a data set, and the sizes of its sets, in words."""
     shape = data.event_shape
     kind = f"{shape[0]} column{'s' * (shape[0] > 1)}" if len(shape) == 1 else f"images {'x'.join(map(str, shape))}"
     known = "" if data.entropy is None else f", entropy {data.entropy:.4f} nats"
@@ -206,7 +217,8 @@ def _solver(solver: Solver, warmup: int) -> str:
     return f"{solver.method}, rtol {solver.rtol:g}, atol {solver.atol:g}{tightening}"
 
 
-def _device(device: torch.device) -> str:
+def device_words(device: torch.device) -> str:
+    """A device in words: the name of the GPU, or the number of threads."""
     beside = f", {ranks.size()} ranks" if ranks.size() > 1 else ""
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}{beside}"

@@ -1,6 +1,7 @@
 """Makes an ensemble of runs: finds them, checks that they have the same data, and weights them on validation rows."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from flowtrain.evaluation import check_fits
 from flowtrain.evaluation.log_likelihood import held_out, log_probs
 from flowtrain.flow import Density, Flow, Record
 from flowtrain.models.ensemble import Ensemble, difference_in_kind, stacking_weights
+from flowtrain.runs.run_directory import SEARCH_STATE
 from flowtrain.training import checkpoint
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError, SolverError
 from flowtrain.utils.process import seeded
@@ -61,7 +63,8 @@ def runs_of(path: str | Path | Sequence[str | Path]) -> list[Path] | None:
 def _runs_inside(root: Path) -> list[Path] | None:
     if not root.is_dir() or checkpoint.any_in(root):
         return None
-    begun = {path.parent for path in root.glob("**/checkpoints")}
+    # the candidates of a search lie inside its run
+    begun = {path.parent for path in root.glob("**/checkpoints") if not (path.parents[1] / SEARCH_STATE).is_file()}
     begun |= {path.parent.parent for path in root.glob("**/.hydra/overrides.yaml")}
     runs = sorted(begun - {root}, key=lambda run: [(len(part), part) for part in run.parts])
     if not runs:
@@ -88,26 +91,25 @@ def ensemble_of(runs: Sequence[Run], weights: Weights, data: Callable[[], Datase
         DataError: the data are missing or have changed.
         NonFiniteError: validation rows at which no member has a finite log p.
     """
-    flows = []
     for run in runs:
-        if not isinstance(run.flow, Flow):
-            raise CheckpointError(f"{run.name} is an ensemble: give its members instead")
-        flows.append(run.flow)
         if difference := difference_between(runs[0], run):
             raise CheckpointError(
                 f"{runs[0].name} and {run.name} cannot form an ensemble, whose members need the same data: {difference}"
             )
-    names = [run.name for run in runs]
     if isinstance(weights, str) and weights != EQUAL:
         raise ConfigError(f"weights={weights}: give a list of numbers, one for each member, or {EQUAL}")
     if weights is None:
-        weights = _weights_by_validation(flows, runs, data)
+        weights = _weights_by_validation(runs, data)
+    weights = [1.0] * len(runs) if isinstance(weights, str) else list(weights)
+    if len(weights) != len(runs):
+        raise ConfigError(f"weights={weights}: give one number for each of the {len(runs)} runs")
+    members = [member for run, weight in zip(runs, weights, strict=True) for member in _members_of(run, weight)]
     try:
-        found = Ensemble(flows, None if isinstance(weights, str) else weights, names)
+        found = Ensemble(*map(list, zip(*members, strict=True)))
     except FlowtrainError as e:
         raise ConfigError(str(e)) from e
     one = runs[0]
-    config = {**one.config, "model": {"name": f"ensemble of {len(flows)}"}}
+    config = {**one.config, "model": {"name": f"ensemble of {len(runs)}"}}
     found.record = Record(config, replace(one.samples), max(run.step for run in runs))
     return found.eval()
 
@@ -121,11 +123,7 @@ def difference_between(one: Run, other: Run) -> str | None:
         a, b = getattr(one.samples, name), getattr(other.samples, name)
         if a != b:
             return f"the samples differ in {name} ({a} and {b})"
-    if (
-        isinstance(one.flow, Flow)
-        and isinstance(other.flow, Flow)
-        and (kind := difference_in_kind(one.flow, other.flow))
-    ):
+    if kind := difference_in_kind(one.flow, other.flow):
         return f"the samples differ in {kind}"
     if one.samples.record and other.samples.record:
         before = {name: rest for name, *rest in one.samples.record}
@@ -139,7 +137,17 @@ def difference_between(one: Run, other: Run) -> str | None:
     return f"data.{differing[0]} is {a.get(differing[0])} and {b.get(differing[0])}" if differing else None
 
 
-def _weights_by_validation(flows: Sequence[Flow], runs: Sequence[Run], data: Callable[[], Dataset]) -> list[float]:
+def _members_of(run: Run, weight: float) -> list[tuple[Flow, float, str]]:
+    """The flows of a run with their weights and names: of an ensemble, those of its members."""
+    if isinstance(run.flow, Ensemble):
+        found = zip(run.flow.flows, run.flow.log_weights, run.flow.active_names, strict=True)
+        return [(flow, weight * math.exp(log_w), f"{run.name}/{name}") for flow, log_w, name in found]
+    assert isinstance(run.flow, Flow)
+    return [(run.flow, weight, run.name)]
+
+
+def _weights_by_validation(runs: Sequence[Run], data: Callable[[], Dataset]) -> list[float]:
+    flows = [run.flow for run in runs]
     if len(flows) == 1:
         return [1.0]
     with status("reading the validation rows"):
@@ -158,7 +166,7 @@ def _weights_by_validation(flows: Sequence[Flow], runs: Sequence[Run], data: Cal
     return stacking_weights(validation_log_probs(flows, x[::every], None if label is None else label[::every]))
 
 
-def validation_log_probs(flows: Sequence[Flow], x: Tensor, label: Tensor | None = None) -> Tensor:
+def validation_log_probs(flows: Sequence[Density], x: Tensor, label: Tensor | None = None) -> Tensor:
     """log p of each flow at rows x (n, *event_shape), (n, M), in nats: all flows have the same dequantization noise.
 
     A flow whose ODE cannot be solved gets NaN, and a warning.

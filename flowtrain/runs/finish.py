@@ -8,12 +8,14 @@ from typing import Any
 
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import NAMES, evaluate
-from flowtrain.flow import Flow
+from flowtrain.evaluation.baselines import affordable_seconds, has_baselines
+from flowtrain.flow import Density, Flow
 from flowtrain.plotting import pictures
 from flowtrain.plotting.curves import draw_curves
 from flowtrain.plotting.drawing import warn_if_plotting_fails
 from flowtrain.runs import load
 from flowtrain.runs.console import data_name, next_commands, title_of
+from flowtrain.runs.search import Search
 from flowtrain.training import tensorboard
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.files import write_json
@@ -22,7 +24,9 @@ from flowtrain.utils.status import phase
 log = logging.getLogger("flowtrain")
 
 
-def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None, flow: Flow | None = None) -> None:
+def finish(
+    trainer: Trainer | Search, run_dir: Path, board: tensorboard.Board | None, flow: Density | None = None
+) -> None:
     """Writes result.json and the final pictures, from the best checkpoint on the disk.
 
     Args:
@@ -33,17 +37,22 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None, flo
         return run_dir / f"plots/{name}.png"
 
     # the trainer's config, whose step size may have become smaller
-    config, data, device = trainer.config, trainer.data, trainer.flow.like.device
+    config, data, device = trainer.config, trainer.data, trainer.device
     time_budget = trainer.time_budget
-    saved = trainer.checkpoints.read()
+    saved = trainer.read()
     with phase("loading the checkpoint to evaluate"):
         if flow is None:
-            flow = load.restore_flow({**saved, "config": config}, device, trust=load.own_packages(config))
+            flow = load.restore({**saved, "config": config}, device, trust=load.own_packages(config))
         else:
             load.load_averaged_weights(flow, saved)
     with phase("evaluating"):
         tested, thorough = (data, True) if time_budget is None else time_budget.tested()
-        result = evaluate(flow, tested, "test", saved["step"], trained_on=data, thorough=thorough)
+        seconds = affordable_seconds(trainer.seconds) if has_baselines(flow, data) else 0.0
+        if time_budget is not None:
+            seconds = min(seconds, time_budget.for_baselines)
+        result = evaluate(
+            flow, tested, "test", saved["step"], trained_on=data, thorough=thorough, baseline_seconds=seconds
+        )
     best = None if trainer.best is None else trainer.best["nll"]
     rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
     rest["val_nll_stderr"] = None if trainer.best is None else stderr_at(trainer.metrics.rows, trainer.best["step"])
@@ -52,14 +61,17 @@ def finish(trainer: Trainer, run_dir: Path, board: tensorboard.Board | None, flo
     reached = f"{title}, test {result.words}"
     drawn = []
     with warn_if_plotting_fails("curves"):
-        draw_curves(place("curves"), rows=trainer.metrics.rows, title=reached, entropy=data.entropy)
+        rows = trainer.validations() if isinstance(trainer, Search) else trainer.metrics.rows
+        draw_curves(place("curves"), rows=rows, title=reached, entropy=data.entropy)
         drawn.append(place("curves"))
     if time_budget is None or time_budget.has_time_for("samples"):
         with warn_if_plotting_fails("samples"):
             pictures.draw(flow, data, place("samples"), reached)
             drawn.append(place("samples"))
     drawn += pictures.draw_evaluation(result, title, data_name(config), place)
-    if time_budget is None or time_budget.has_time_for("the flow in more detail", more=True):
+    if isinstance(flow, Flow) and (
+        time_budget is None or time_budget.has_time_for("the flow in more detail", more=True)
+    ):
         drawn += pictures.draw_more(flow, data, place, reached)
     if board is not None:
         board.end(result.to_dict(), drawn, trainer.step)

@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -33,10 +33,11 @@ from flowtrain.flow import Flow, Record
 from flowtrain.models.described import TARGET
 from flowtrain.runs import load
 from flowtrain.runs.build import with_whole_numbers
-from flowtrain.runs.compose import Composed, compose, options, read_yaml, values_of
+from flowtrain.runs.compose import Composed, compose, default_choices, options, read_yaml, values_of
 from flowtrain.runs.console import writing_log
 from flowtrain.runs.descriptions import describe, describe_solver
-from flowtrain.runs.run import Ended, Parts
+from flowtrain.runs.prepare import Parts
+from flowtrain.runs.run import Ended
 from flowtrain.runs.run import train as run_training
 from flowtrain.runs.run_directory import claim_directory, cleaned_up_unless_begun, locked_directory, remove_empty
 from flowtrain.utils.arguments import choose, number, path_of, shortened
@@ -79,7 +80,7 @@ def _one_at_a_time() -> Iterator[None]:
 def fit(
     x: Rows | Dataset | str | Path,
     *,
-    model: str = "ffjord",
+    model: str | None = None,
     label: Any = None,
     val: Any = None,
     test: Any = None,
@@ -94,10 +95,12 @@ def fit(
 ) -> Flow:
     """Fits a flow to data by maximum likelihood: max over theta of the mean of log p(x; theta), in nats.
 
-    This does what the command `flowtrain model=MODEL data=array` does. Rows are split into training, validation and
-    test sets. The flow standardises them; its log p and samples are in the units of x. Training has early stopping,
-    averaged weights and a guard against solver error. With the same seed and settings, `fit` and the command give the
-    same flow, unless another thread draws random numbers from torch meanwhile.
+    This does what the command `flowtrain model=MODEL data=array` does. Without `model`, several models are fitted to
+    rows or a file within three minutes, and the best are stacked, see `flowtrain.runs.search`. Rows are split into
+    training, validation and test sets. The flow standardises them; its log p and samples are in the units of x.
+    Training has early stopping, averaged weights and a guard against solver error. With the same seed and settings,
+    `fit` and the command give the same flow, unless another thread draws random numbers from torch meanwhile, or a
+    time limit decides.
 
     torch's random state, thread count, default dtype and precision settings are restored on return. They belong to the
     process, so fits in several threads run one after another.
@@ -105,8 +108,9 @@ def fit(
     Args:
         x: rows (n, d) as a NumPy array, a tensor or a data frame; images (n, C, H, W); the name of a data set
             (`"moons"`); the path of a file (`"mine.csv"`); or a `Dataset`. The flow keeps the column names of a frame.
-        model: the name of a model: "ffjord", "nsf", "maf", "realnvp", "glow", "mixture" or "affine". `train` takes a
-            flow built by hand.
+        model: the name of a model: "nsf", "maf", "ffjord", "realnvp", "glow", "mixture" or "affine"; or "auto", which
+            searches for the best. None: "auto" for rows and files, "ffjord" for data sets by name. `train` takes a flow
+            built by hand.
         label: for p(x | label), a class 0, 1, ... for each row, (n,), or the name or position of a column of x. True
             takes the labels of a data set.
         val: the validation set, which chooses the best weights: rows like x, or (rows, labels). A number is the share
@@ -118,7 +122,7 @@ def fit(
             overrides={"data.dequantize": True} instead.
         steps: the number of optimizer steps. None: the default for the model and the data.
         minutes: the time limit of the whole call. Learning rate and tolerance reach their final values by then. None:
-            no limit.
+            three minutes of a search, and no limit for a single model.
         seed: the seed of the initial weights and the batches. The split into sets depends on the key `data.seed` only.
         device: auto (a GPU if there is one), cpu, cuda or cuda:0.
         run_dir: a directory for the files of a run, which must not hold one: log, metrics, checkpoints, a copy of the
@@ -129,7 +133,8 @@ def fit(
             Messages name settings by these keys.
 
     Returns:
-        The flow with the best validation NLL, in evaluation mode, on the device of the fit. `Flow.record` holds its
+        The flow with the best validation NLL, in evaluation mode, on the device of the fit. A search returns an
+        `Ensemble` if more than one model has a weight; it has no `forward` and `inverse`. `Flow.record` holds its
         config and the rows of metrics. If Ctrl-C interrupts the fit after the first validation, the best flow so far is
         returned. A second Ctrl-C raises KeyboardInterrupt.
 
@@ -145,26 +150,30 @@ def fit(
         torch.Size([3, 2])
     """
     begun = time.perf_counter()
-    if not isinstance(model, str):
+    if model is not None and not isinstance(model, str):
         raise ConfigError(
             f"model is of type {type(model).__name__}: give a name such as model='realnvp'; flowtrain.train(flow, x) "
             "trains a flow that was built by hand"
         )
     source = source_of(x, label, val, test)
-    settings = {**source.settings, "model": model, "seed": seed, "device": str(device)}
+    chosen = _open_choices(source, model, _as_mapping(overrides))
+    settings = {**source.settings, **chosen, "seed": seed, "device": str(device)}
     if levels is not None:
         settings["data.levels"] = levels
     composed = _composed(settings, steps, minutes, overrides, held=source.held_keys)
     if source.labelled:
         if "conditional" not in composed.config["model"]:
-            raise ConfigError(f"label: model={model} is not conditional; choose realnvp, nsf, maf, glow or ffjord")
+            raise ConfigError(
+                f"label: model={chosen['model']} is not conditional; choose realnvp, nsf, maf, glow or ffjord"
+            )
         composed.config["model"]["conditional"] = True
     ended = _run(composed, source, run_dir, progress, begun, Parts(data=source.data))
     trainer = ended.trainer
-    saved = {**trainer.checkpoints.read(), "config": trainer.config}
-    flow = load.restore_flow(saved, trainer.flow.like.device, load.own_packages(trainer.config))
+    saved = {**trainer.read(), "config": trainer.config}
+    flow = load.restore(saved, trainer.device, load.own_packages(trainer.config))
     flow.record = _record(saved, ended)
-    return flow
+    # the declared type is Flow, although a search may give an ensemble
+    return cast(Flow, flow)
 
 
 @_one_at_a_time()
@@ -233,7 +242,7 @@ def train(
     before = deepcopy(flow.state_dict())
     try:
         ended = _run(composed, source, run_dir, progress, begun, Parts(flow, source.data, initialize=initialize))
-        saved = ended.trainer.checkpoints.read()
+        saved = ended.trainer.read()
         load.load_averaged_weights(flow, saved)
     except BaseException:
         flow.load_state_dict(before)
@@ -260,6 +269,13 @@ def _check_trainable(flow: Any) -> None:
             "the flow was built in torch.inference_mode, so that it cannot be trained: build it outside, or train a "
             "copy.deepcopy of it"
         )
+
+
+def _open_choices(source: "Source", model: str | None, overrides: Mapping[str, Any]) -> dict[str, str]:
+    """The choices of model and objective that are left open; see `flowtrain.cli.overrides.with_default_choices`."""
+    if source.settings["data"] != "array" or set(overrides) & {"data", "experiment"}:
+        return {"model": model or "ffjord"}
+    return {**({} if model is None else {"model": model}), **default_choices(set(flattened(overrides)), model)}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Locks a run directory, refuses one that holds a run, and removes what a refused run has written."""
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -15,7 +16,9 @@ from flowtrain.utils.formatting import resume_command
 
 # the lock file, and a file that names its holder, because other processes cannot read a locked file on Windows
 NAME, HOLDER = ".lock", ".holder"
-WRITTEN = ("metrics.jsonl", "flowtrain.log", "result.json", "checkpoints/last.pt", "checkpoints/best.pt")
+# of a search, the directory of its candidates, and its state inside of that
+SEARCH_FOLDER, SEARCH_STATE = "search", "search.json"
+WRITTEN = (SEARCH_FOLDER, "metrics.jsonl", "flowtrain.log", "result.json", "checkpoints/last.pt", "checkpoints/best.pt")
 # what a run writes before its training begins
 FILES_BEFORE_TRAINING = (
     ".hydra/config.yaml",
@@ -67,8 +70,9 @@ def holding(run_dir: Path) -> Iterator[None]:
     try:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         # left behind by a process that was killed while writing: this process holds the lock
-        for torn in [*run_dir.glob("checkpoints/.*.pt.*.*.tmp"), *run_dir.glob(".metrics.jsonl.*.*.tmp")]:
-            torn.unlink(missing_ok=True)
+        for pattern in ("checkpoints/.*.pt.*.*.tmp", ".metrics.jsonl.*.*.tmp"):
+            for torn in (*run_dir.glob(pattern), *run_dir.glob(f"{SEARCH_FOLDER}/*/{pattern}")):
+                torn.unlink(missing_ok=True)
         yield
     finally:
         holder.unlink(missing_ok=True)
@@ -128,11 +132,14 @@ def cleaned_up_unless_begun(
         files: further files that the run writes before training begins.
     """
     paths = [run_dir / name for name in (*FILES_BEFORE_TRAINING, *files)]
+    searched = (run_dir / SEARCH_FOLDER).exists()
     before = {path: path.read_bytes() if path.suffix == ".yaml" else None for path in paths if path.exists()}
     try:
         yield
     except refused:
         if not holds_run(run_dir):
+            if not searched:
+                shutil.rmtree(run_dir / SEARCH_FOLDER, ignore_errors=True)
             boards = [*run_dir.glob("tensorboard/events.out.tfevents.*")] if created else []
             for path in (*paths, *boards):
                 content = before.get(path)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from flowtrain.bases import Base
 from flowtrain.bijections.scale import Standardize
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
@@ -39,7 +40,7 @@ def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = No
     """Sets statistics and data-dependent parameters from training data, all rows of them on every rank.
 
     Args:
-        time_budget: limits the number of rows, but not below LEAST_ROWS.
+        time_budget: limits the number of rows, but not below LEAST_ROWS, and not for a base that is fitted to them.
 
     Raises:
         NonFiniteError: data that hold NaN or infinite values.
@@ -52,7 +53,8 @@ def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = No
         if isinstance(bijection, Standardize) and moments is not None:
             bijection.fit(*moments, offset)
     rows = max(LEAST_ROWS, min(MOST_ROWS, INITIALIZATION // math.prod(flow.event_shape)))
-    if time_budget is not None:
+    # a base that is fitted, such as a mixture, needs the rows that its number of components was chosen by
+    if time_budget is not None and type(flow.base).initialize is Base.initialize:
         rows = max(LEAST_ROWS, time_budget.first_rows(rows))
     if batches.data.n_train is not None:
         # no row twice: the shrinkage of a covariance depends on the number of distinct rows

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from flowtrain.flow import Flow
+from flowtrain.flow import Density
 from flowtrain.utils.files import to_json, write_text
 
 log = logging.getLogger("flowtrain")
@@ -74,7 +74,7 @@ class Metrics:
         self.waiting, self.failing = "", False
 
 
-def in_bits(flow: Flow, nll: float) -> dict[str, float]:
+def in_bits(flow: Density, nll: float) -> dict[str, float]:
     """What a row says of an NLL in bits per dimension: nothing but for images."""
     factor = flow.bits_per_nat
     return {} if factor is None else {"bits_per_dim": factor * nll}

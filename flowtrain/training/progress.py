@@ -103,9 +103,11 @@ class NfeWatch:
             )
 
 
-def progress_bar(steps: int, done: int) -> AbstractContextManager[Status]:
-    """The progress bar of training, from step `done` to `steps`."""
-    return status("training", total=steps, unit="step", done=done, bar=True)
+def progress_bar(steps: int, done: int, name: str | None = None) -> AbstractContextManager[Status]:
+    """The progress bar of training, from step `done` to `steps`. With a name, the count of steps without an end."""
+    if name is None:
+        return status("training", total=steps, unit="step", done=done, bar=True)
+    return status(f"training {name}", unit="step", done=done)
 
 
 def show(bar: Status, row: Mapping[str, Any], val_nll: float, bits_per_nat: float | None) -> None:

@@ -8,8 +8,9 @@ import time
 import torch
 
 from flowtrain.data.base import Dataset
+from flowtrain.evaluation.baselines import LEAST_SECONDS, MOST_SECONDS, has_baselines
 from flowtrain.evaluation.log_likelihood import held_out, log_probs
-from flowtrain.flow import Flow, rows_at_a_time
+from flowtrain.flow import Density, rows_at_a_time
 from flowtrain.training.failure_policy import STEP_ERRORS
 
 log = logging.getLogger("flowtrain")
@@ -18,6 +19,8 @@ log = logging.getLogger("flowtrain")
 OVERHEAD, PICTURES = 1.5, 2.0
 # shares of the time left: for initialization, for a validation, and for the evaluation at the end
 FIRST, VALIDATION, END = 0.03, 0.05, 0.6
+# share of the whole budget for baselines other than the Gaussian
+BASELINES = 0.05
 # rows that the error budget and the checks of an evaluation pass through the flow (9,000 to 10,000 measured on moons, a
 # table of 36 columns and MNIST), and the same for an evaluation that is not thorough
 CHECKED, BRIEF = 10_000, 500
@@ -43,9 +46,11 @@ class TimeBudget:
 
     Attributes:
         row_seconds: seconds to score one row. Repeated probes are combined by a geometric mean.
+        for_baselines: seconds reserved for a Gaussian mixture and a kernel density estimate; 0 if they do not apply or
+            the budget is less than 40 s.
     """
 
-    def __init__(self, seconds: float, begun: float, flow: Flow, data: Dataset, evaluates: bool = True) -> None:
+    def __init__(self, seconds: float, begun: float, flow: Density, data: Dataset, evaluates: bool = True) -> None:
         self.seconds, self.begun, self.flow, self.data, self.evaluates = seconds, begun, flow, data, evaluates
         shape = flow.event_shape
         self.kind = "images" if len(shape) == 3 else "plane" if shape[0] <= 2 else "vectors"
@@ -54,6 +59,8 @@ class TimeBudget:
         self.probed = 0
         # seconds of the command before training was prepared
         self.before = seconds - self.left
+        reserved = min(MOST_SECONDS, BASELINES * seconds) if evaluates and has_baselines(flow, data) else 0.0
+        self.for_baselines = reserved if reserved >= LEAST_SECONDS else 0.0
         # seconds that the evaluation may take
         self.room = END * self.left
 
@@ -123,7 +130,7 @@ class TimeBudget:
             return self.slowness * self.row_seconds * n_val
         tested, thorough = self.evaluated(self.room)
         rows = n_val + tested + (CHECKED if thorough else BRIEF) + DRAWN[self.kind]
-        return self.slowness * (OVERHEAD + PICTURES) + self.row_seconds * rows
+        return self.slowness * (OVERHEAD + PICTURES) + self.for_baselines + self.row_seconds * rows
 
     @property
     def for_training(self) -> float:
@@ -158,10 +165,19 @@ class TimeBudget:
     def tested(self) -> tuple[Dataset, bool]:
         """The data with as many test rows as there is time for, and whether there is time for the checks too.
 
-        Warns if not all rows are scored.
+        Warns if not all rows are scored. Sets `for_baselines` to 0 if the rows and the checks need that time.
         """
         n = len(self.data.test)
-        rows, thorough = self.evaluated(self.left - self.slowness * PICTURES)
+        seconds = self.left - self.slowness * PICTURES
+        rows, thorough = self.evaluated(seconds - self.for_baselines)
+        if not thorough and self.for_baselines:
+            # the rows and the checks come first
+            self.for_baselines = 0.0
+            rows, thorough = self.evaluated(seconds)
+            log.info(
+                "time_budget=%g leaves no time for baselines other than a Gaussian; floweval baselines=true fits them",
+                self.seconds,
+            )
         if not thorough:
             log.info(
                 "time_budget=%g leaves no time for the checks of the density; run floweval on the run's directory to "

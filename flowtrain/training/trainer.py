@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowtrain.data.base import Dataset
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
@@ -131,9 +133,18 @@ class Trainer:
         return self.progress.best
 
     @property
+    def device(self) -> torch.device:
+        """The device of the flow."""
+        return self.flow.like.device
+
+    @property
     def saved_step(self) -> int:
         """That of last.pt."""
         return self.checkpoints.saved_step
+
+    def read(self) -> dict[str, Any]:
+        """The best checkpoint; the last one before the first validation."""
+        return self.checkpoints.read()
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -148,8 +159,11 @@ class Trainer:
 
     # the loop
 
-    def fit(self) -> None:
+    def fit(self, name: str | None = None) -> None:
         """Runs to the last step, the time limit, early stopping or a signal; `stopped_by` says which but the first.
+
+        Args:
+            name: the name of the flow beside the progress bar, which then counts without an end. None: no name.
 
         Raises:
             FlowtrainError: a loss, gradient or solve that failed, before it touched the weights.
@@ -159,7 +173,7 @@ class Trainer:
         self.begun = begun
         self.schedule_clock.begin()
         self.budget()
-        with StopSignals() as signals, progress_bar(s.steps, p.step) as bar:
+        with StopSignals() as signals, progress_bar(s.steps, p.step, name) as bar:
             if p.step == 0:
                 # killed before the first validation, there is still something to go on from
                 self.checkpoints.last()

@@ -40,6 +40,7 @@ BIJECTIONS: dict[str, Callable[[int], Bijection]] = {
     "permutation": lambda d: Permutation(torch.randperm(d)),
     "batchnorm": lambda d: settled(BatchNorm(d), (d,)),
     "linear": lambda d: perturbed(InvertibleLinear(d), 0.1),
+    "linear from a permutation": lambda d: perturbed(InvertibleLinear(d, "permutation"), 0.1),
     "logit": lambda d: Logit(17, 0.05),
     "realnvp alternate": lambda d: stack(d),
     "realnvp permutation": lambda d: stack(d, mixing="permutation", actnorm=False),

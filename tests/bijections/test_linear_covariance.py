@@ -1,5 +1,7 @@
 """The shrunk covariance beside scikit-learn's, and where that one is not positive definite."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 
 from flowtrain.bijections import linear
-from flowtrain.bijections.linear import gaussian_log_prob, shrunk_covariance
+from flowtrain.bijections.linear import GaussianStart, gaussian_log_prob, shrunk_covariance
 from flowtrain.utils.errors import DataError
 
 
@@ -72,3 +74,20 @@ def test_log_prob_matches_scipy() -> None:
     mean, shrunk = shrunk_covariance(x)
     expected = multivariate_normal(mean.numpy(), shrunk.numpy()).logpdf(x.numpy())
     assert np.allclose(gaussian_log_prob(x, mean, shrunk).numpy(), expected)
+
+
+def test_in_float64_a_gaussian_start_is_inverted_to_the_digits_of_float64() -> None:
+    torch.manual_seed(0)
+    start = GaussianStart(4).float()
+    root = torch.randn(4, 4, dtype=torch.float64)
+    start.fit(torch.zeros(4), root @ root.T + 1e-4 * torch.eye(4, dtype=torch.float64))
+    single, exact = copy.deepcopy(start), copy.deepcopy(start).double()
+    z = torch.randn(50, 4, dtype=torch.float64)
+    x, log_det = exact(z)
+    again, log_det_back = exact.inverse(x)
+    torch.testing.assert_close(again, z, rtol=1e-11, atol=1e-11)
+    jacobian = torch.autograd.functional.jacobian(lambda row: exact(row.unsqueeze(0))[0][0], z[0])
+    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian)[1], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(log_det_back, -log_det)
+    # the density stays that of float32
+    torch.testing.assert_close(exact.inverse(x)[0].float(), single.inverse(x.float())[0], rtol=1e-3, atol=1e-3)

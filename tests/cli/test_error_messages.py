@@ -33,7 +33,7 @@ BAD_TRAIN = [
     (["data.n_val=many"], r"data.n_val=many"),
     (["trainer.stepz=3"], r"no key trainer.stepz; did you mean trainer.steps\?.* steps, batch_size"),
     (["modell=ffjord"], r"no key modell; did you mean model\?.* model"),
-    (["model=ffjrd"], r"model=ffjrd: did you mean ffjord\?.* affine, ffjord, glow, .*realnvp"),
+    (["model=ffjrd"], r"model=ffjrd: did you mean ffjord\?.* affine, auto, ffjord, glow, .*realnvp"),
     (["+model.depth=3"], r"model: unknown key depth; ffjord takes field, hidden"),
     (["solver=rk4"], r"solver.step_size"),
     (["solver.rtol=-1"], r"solver.rtol=-1"),

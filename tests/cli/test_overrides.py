@@ -17,7 +17,7 @@ from flowtrain.utils.errors import ConfigError, FlowtrainError, out_of_memory
     ("argument", "says"),
     [
         ("trainer=3", "trainer=3: choose one of default"),
-        ("model=null", "model=null: choose one of affine, ffjord, glow, "),
+        ("model=null", "model=null: choose one of affine, auto, ffjord, glow, "),
         ("+model=3", "model=3: choose one of affine"),
         ("solver={a: 1}", "choose one of adaptive_heun"),
         ("model=realnvp,3", "choose one of affine"),

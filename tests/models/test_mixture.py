@@ -1,4 +1,4 @@
-"""model=mixture: EM on the first data, and the number of components by validation."""
+"""model=mixture: EM on the first data, and its settings by validation."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from helpers import Run
 from sklearn.mixture import GaussianMixture as Reference
 
 from flowtrain.models.mixture import mixture
-from flowtrain.runs.components import CANDIDATES, chosen
+from flowtrain.runs.components import CANDIDATES, Choice, chosen
 from flowtrain.runs.fit import fit
 from flowtrain.utils.errors import ConfigError
 
@@ -37,13 +37,72 @@ def test_fit_is_as_good_as_that_of_scikit_learn(covariance: str) -> None:
 
 def test_number_of_components_is_chosen_by_validation() -> None:
     x = torch.from_numpy(clustered(3000, 4))
-    torch.manual_seed(0)
-    k, tried = chosen(x[:2000], x[2000:], "full")
-    assert 4 <= k <= 8
-    assert tried[k] == min(tried.values())
-    assert set(tried) <= set(CANDIDATES)
-    few, _ = chosen(x[:12], x[2000:], "full")
-    assert few == 1
+    best, tried = chosen(x[:2000], x[2000:], covariances=["full"], priors=[0.0])
+    assert 4 <= best.components <= 8
+    assert tried[best] == min(tried.values())
+    assert {each.components for each in tried} <= set(CANDIDATES)
+    few, _ = chosen(x[:12], x[2000:])
+    assert few.components == 1
+
+
+def test_covariance_is_chosen_by_validation() -> None:
+    correlated = torch.from_numpy(clustered(1500, 3))
+    # independent columns, so few rows that the other entries of a covariance only add noise
+    independent = torch.from_numpy(np.random.default_rng(0).normal(size=(60 + 1000, 12)))
+    assert chosen(correlated[:1000], correlated[1000:])[0].covariance == "full"
+    best, tried = chosen(independent[:60], independent[60:])
+    assert best.covariance == "diagonal"
+    assert {each.covariance for each in tried} == {"full", "diagonal"}
+
+
+def test_a_choice_without_time_or_rows_is_of_what_was_tried() -> None:
+    x = torch.from_numpy(clustered(600, 3))
+    best, tried = chosen(x[:400], x[400:], seconds=0.0)
+    assert list(tried) == [best]
+    # fewer rows for each component than a search would try
+    best, tried = chosen(x[:50], x[400:], components=[20])
+    assert {each.covariance for each in tried} == {"full", "diagonal"}
+    assert best.components == 20
+
+
+def test_training_starts_at_the_mixture_that_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "flowtrain"):
+        flow = fit(clustered(1000, 3), model="mixture", progress=False, overrides={"trainer.steps": 1})
+    assert flow.record is not None
+    line = next(each for each in caplog.messages if each.startswith("mixture:"))
+    validated = float(line.split("validation NLL ")[1].split()[0])
+    first = next(row for row in flow.record.metrics if row["split"] == "val")
+    assert (first["step"], first["nll"]) == (0, pytest.approx(validated, abs=2e-3))
+
+
+def test_prior_is_chosen_for_components_with_few_rows() -> None:
+    """Four clusters of one common covariance, with fewer rows each than entries of the covariance."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(20 * rng.normal(size=(4, 12))[rng.integers(0, 4, 1160)] + rng.normal(size=(1160, 12)))
+    x = x @ torch.from_numpy(rng.normal(size=(12, 12)))
+    best, tried = chosen(x[:160], x[160:], components=[4], covariances=["full"])
+    assert best.prior > 0
+    assert tried[best] < tried[Choice(4, "full", 0.0)] - 0.5
+
+
+def test_only_what_is_auto_is_chosen() -> None:
+    x = clustered(600, 3)
+    overrides = {"model.components": 2, "model.prior": 1.5, "trainer.steps": 1}
+    flow = fit(x, model="mixture", progress=False, overrides=overrides)
+    assert flow.record is not None
+    model = flow.record.config["model"]
+    assert (model["components"], model["prior"]) == (2, 1.5)
+    assert model["covariance"] in ("full", "diagonal")
+
+
+def test_diagonal_mixture_sees_the_columns_of_the_table() -> None:
+    """Two clusters along the diagonal, each with independent columns. Whitened columns would mix them."""
+    rng = np.random.default_rng(0)
+    x = np.array([[0.0, 0.0], [10.0, 10.0]])[rng.integers(0, 2, 2000)] + rng.normal(size=(2000, 2)) * [0.1, 2.0]
+    overrides = {"model.components": 2, "model.covariance": "diagonal", "model.prior": 0.0, "trainer.steps": 1}
+    flow = fit(x, model="mixture", progress=False, overrides=overrides)
+    reference = Reference(2, covariance_type="diag", random_state=0).fit(x)
+    assert flow.log_prob(x).mean() > reference.score(x) - 0.02
 
 
 def test_command_chooses_and_keeps_the_number(run: Run, tmp_path: Path, without_figures: None) -> None:
@@ -52,7 +111,7 @@ def test_command_chooses_and_keeps_the_number(run: Run, tmp_path: Path, without_
     assert run("flowtrain", *arguments)[0] == 0
     result = json.loads((tmp_path / "r/result.json").read_text())
     assert result["nll"] < result["baselines"]["gaussian"]["nll"]
-    assert run("flowtrain", f"resume={tmp_path}/r", "trainer.steps=210")[0] == 0
+    assert run("flowtrain", f"resume={tmp_path}/r", "trainer.steps=30")[0] == 0
     assert run("flowsample", f"ckpt={tmp_path}/r", "n=5", f"out={tmp_path}/s.npy")[0] == 0
 
 
@@ -62,4 +121,10 @@ def test_mistakes() -> None:
     with pytest.raises(ConfigError):
         mixture(2, covariance="round")
     with pytest.raises(ConfigError):
+        mixture(2, prior=-1.0)
+    with pytest.raises(ConfigError):
         fit("moons", model="mixture", progress=False, overrides={"model.components": "auto"})
+    with pytest.raises(ConfigError):
+        fit("moons", model="mixture", progress=False, overrides={"model.covariance": "auto"})
+    with pytest.raises(ConfigError):
+        fit(clustered(100, 2), model="mixture", progress=False, overrides={"model.components": "many"})

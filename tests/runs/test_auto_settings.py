@@ -199,3 +199,17 @@ def test_outlying_row_does_not_destroy_the_likelihood(float32: None, tmp_path: P
     moved[:, 0] += 5 * x[:1000, 0].std()
     with torch.no_grad():
         assert load(tmp_path / "r").log_prob(moved).min() > -1500
+
+
+def test_rows_for_each_column_decide_on_dropout() -> None:
+    def dropout(model: str, rows: int, columns: int) -> float:
+        found = auto_settings.resolve_auto(composed(f"model={model}"), rows, (columns,))["model"]["dropout"]
+        return float(found)
+
+    for model in ("nsf", "maf", "realnvp"):
+        assert dropout(model, 8000, 60) > dropout(model, 8000, 6) == 0
+
+
+def test_one_or_two_columns_have_more_bins() -> None:
+    bins = {d: auto_settings.resolve_auto(composed("model=nsf"), 3000, (d,))["model"]["bins"] for d in (1, 2, 6, 60)}
+    assert bins[1] == bins[2] > bins[6] > bins[60]

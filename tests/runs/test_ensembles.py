@@ -104,8 +104,12 @@ def test_an_ensemble_is_one_file(trained: Path, tmp_path: Path) -> None:
     assert again.record.samples == ensemble.record.samples
     assert again.record.samples.record == ensemble.record.samples.record
     assert again.record.config["data"] == ensemble.record.config["data"]
-    with pytest.raises(CheckpointError, match="members"):
-        flowtrain.load([tmp_path / "e.pt", trained / "table"], weights="equal")
+    # an ensemble becomes a member as a whole: its members share its weight
+    nested = flowtrain.load([tmp_path / "e.pt", trained / "table"], weights=[3, 1])
+    assert nested.weights == pytest.approx([0.75 * w for w in ensemble.weights if w > 0] + [0.25])
+    one = flowtrain.load(trained / "table")
+    p = 0.75 * np.exp(ensemble.log_prob(x)) + 0.25 * np.exp(one.log_prob(x))
+    np.testing.assert_allclose(np.exp(nested.log_prob(x)), p, rtol=1e-4)
     with pytest.raises(ConfigError):
         flowtrain.load(tmp_path / "e.pt", weights="equal")
     with pytest.raises(ConfigError):

@@ -66,7 +66,7 @@ BUILDERS: dict[str, Callable[[], Flow]] = {
     "BatchNorm": lambda: of(bijections.BatchNorm(3, momentum=0.5, eps=0.1)),
     "Affine": lambda: of(bijections.Affine(3)),
     "one bijection": lambda: Flow(3, bijections.Affine(3)),
-    "InvertibleLinear": lambda: of(bijections.InvertibleLinear(3)),
+    "InvertibleLinear": lambda: of(bijections.InvertibleLinear(3, "permutation")),
     "Permutation": lambda: of(Permutation(torch.tensor([2, 0, 1])), ActNorm(3)),
     "Standardize": lambda: of(bijections.Standardize(3)),
     "offset": lambda: of(bijections.Standardize((3,), offset=True), centered=True),

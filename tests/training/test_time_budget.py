@@ -225,6 +225,27 @@ def test_training_leaves_time_for_the_evaluation(pretended: Clock) -> None:
     assert dear.left == 55
 
 
+def test_baselines_of_tables_have_a_share_unless_the_checks_need_it(pretended: Clock) -> None:
+    flow, table = Flow((2,), Affine(2)), Many(1000)
+    table.n_train = 5000
+
+    def budget(seconds: float, flow: Flow = flow) -> TimeBudget:
+        return TimeBudget(seconds, pretended.now, flow, table)
+
+    assert limited(pretended, 100, 1e-6).for_baselines == 0
+    assert budget(100).for_baselines == pytest.approx(5)
+    assert budget(10_000).for_baselines == 20
+    # less than a mixture takes
+    assert budget(30).for_baselines == 0
+    assert budget(100, Flow((2,), Affine(2), classes=3)).for_baselines == 0
+    assert budget(100).end == pytest.approx(limited(pretended, 100, 0).end + 5)
+    late = budget(100)
+    late.row_seconds = 1e-5
+    pretended.now += 95
+    assert late.tested() == (table, True)
+    assert late.for_baselines == 0
+
+
 def test_test_rows_are_never_reduced_silently(pretended: Clock, caplog: pytest.LogCaptureFixture) -> None:
     enough = limited(pretended, 100, 1e-4)
     data, thorough = enough.tested()

@@ -1,0 +1,716 @@
+"""model=auto: searches for the best density of a table, by successive halving and stacking.
+
+The search fits a Gaussian and a mixture first. Then it trains the models that `recommended` lists for the size of the
+table, each for a third of its time. The two whose stacks with the first candidates have the lowest validation NLL are
+trained to the end (successive halving: Jamieson and Talwalkar 2016, Non-stochastic best arm identification and
+hyperparameter optimization). Time that is left goes to further seeds of the best model. The result is the stack of all
+candidates, log p(x) = log sum_m w_m p_m(x), with weights by EM on the validation rows (Smyth and Wolpert 1999, Linearly
+combining density estimators via stacking). Its validation NLL is at most that of the best candidate.
+"""
+
+import json
+import logging
+import math
+import shutil
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowtrain.data.base import Dataset
+from flowtrain.evaluation import NAMES
+from flowtrain.evaluation.log_likelihood import held_out
+from flowtrain.flow import Density, Flow, Record
+from flowtrain.models.ensemble import Ensemble, stacking_weights
+from flowtrain.runs import auto_settings, build, load
+from flowtrain.runs.auto_settings import AUTO
+from flowtrain.runs.components import SECONDS, resolve_components
+from flowtrain.runs.compose import options, values_of, with_choices
+from flowtrain.runs.console import as_banner, data_name, device_words, prefixed, samples_words, shortest
+from flowtrain.runs.ensembles import validation_log_probs
+from flowtrain.runs.prepare import NOTHING_GIVEN, Parts, data_like, objective_of, prepare
+from flowtrain.runs.run_directory import SEARCH_FOLDER, SEARCH_STATE
+from flowtrain.runs.save import content_of
+from flowtrain.training import checkpoint, tensorboard
+from flowtrain.training.metrics import Metrics, in_bits
+from flowtrain.training.metrics import read as read_metrics
+from flowtrain.training.time_budget import TimeBudget
+from flowtrain.utils import ranks
+from flowtrain.utils.arguments import choose, flag, number, whole
+from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError, first_line
+from flowtrain.utils.files import config_dir, write_json
+from flowtrain.utils.formatting import counted, with_error
+from flowtrain.utils.process import SignalReceived, choose_threads, ended_by_signals
+from flowtrain.utils.status import phase, status
+
+log = logging.getLogger("flowtrain")
+
+# the key of a checkpoint that holds the config of its search
+SEARCH = "search"
+# models that are fitted first, with the share of the time limit that each may take
+CHEAP = {"affine": 0.05, "mixture": 0.15}
+# candidates that are trained to the end, and the part of their training that all candidates have. Schedules come to
+# their end in it, because flows are not comparable while the learning rate is high, and begin anew after it
+FINALISTS, FIRST_PART = 2, 1 / 3
+# further seeds of the best model, at most; the search ends when one lowers the validation NLL by less than GAIN nats
+SEEDS, GAIN = 3, 0.005
+# a candidate is left out of the stack if the validation NLL rises by at most so many nats without it
+LOSS = 0.002
+# below so many training rows, realnvp gives way to ffjord
+SMALL = 1_000
+# above so many columns, realnvp is trained before maf, which has the least time left if time is short
+WIDE = 16
+# from so many training rows on, flows take as many steps as they have time for, at most LONG
+LARGE, LONG = 5_000, 100_000
+# validation rows that candidates are compared and stacked on, evenly spread
+ROWS = 10_000
+# the share of the time limit below which no other candidate begins
+LEAST_SHARE = 0.03
+# the share of a time budget that the search may take as long as no candidate tells how long the evaluation will take
+SEARCH_SHARE = 0.6
+# the share of the time that is left which the choice of the number of components of a mixture may take, and the least
+# seconds
+COMPONENTS_SHARE, COMPONENTS_LEAST = 0.15, 1.0
+
+
+def is_search(config: Mapping[str, Any]) -> bool:
+    """Whether the config of a run asks for a search."""
+    return config["model"].get("name") == AUTO and "_target_" not in config["model"]
+
+
+def recommended(rows: int | None, event_shape: tuple[int, ...]) -> list[str]:
+    """The models that a search trains on data of this size, besides those in `CHEAP`, the most promising first.
+
+    On the development tables of scripts/bench/tables.py, nsf or maf has the lowest validation NLL of the flows after
+    20 s on eight of ten tables, and realnvp on two. ffjord is never the best of the four on which it was measured. With
+    213 rows, realnvp is far behind it. On toys, whose rows are drawn anew, ffjord is the best on moons and 2spirals.
+
+    Args:
+        rows: the number of training rows; None for endless data.
+    """
+    if len(event_shape) > 1:
+        return ["realnvp", "glow"]
+    if rows is None or rows < SMALL or event_shape[0] == 1:
+        return ["nsf", "maf", "ffjord"]
+    return ["nsf", "maf", "realnvp"] if event_shape[0] <= WIDE else ["nsf", "realnvp", "maf"]
+
+
+@dataclass
+class Candidate:
+    """A model of a search with its results.
+
+    Attributes:
+        name: the name of the model, with the number of the seed if it is not the first.
+        seed: the seed of its run.
+        stage: 0: not trained yet; 1: trained for the first part; 2: trained to the end.
+        nll, nll_stderr: validation NLL of its best checkpoint and the standard error, in nats; None before the first.
+        stacked: validation NLL of the stack of the first candidates and it, by which flows are ranked: a single row far
+            from the others can dominate its own NLL, and has no effect on what it adds to a stack.
+        step: the step of its best checkpoint.
+        steps: the number of steps it was trained for.
+        limit: the number of steps it may take.
+        best: NLL in nats and step of its best validation, for the restart of its training.
+        seconds: the time that its training took, with building and scoring.
+        ended: why its training has ended; None if it can go on.
+        weight: its weight in the stack.
+    """
+
+    name: str
+    model: str
+    seed: int
+    stage: int = 0
+    nll: float | None = None
+    nll_stderr: float | None = None
+    stacked: float | None = None
+    step: int = 0
+    steps: int = 0
+    limit: int | None = None
+    best: dict[str, float] | None = None
+    seconds: float = 0.0
+    ended: str | None = None
+    weight: float = 0.0
+
+    @property
+    def rank(self) -> float:
+        """The validation NLL for comparisons: infinite if there is none."""
+        found = self.nll if self.stacked is None else self.stacked
+        return math.inf if found is None or not math.isfinite(found) else found
+
+    @property
+    def words(self) -> str:
+        """Its results in words."""
+        error = math.nan if self.nll_stderr is None else self.nll_stderr
+        nll = "no NLL" if self.nll is None else f"validation NLL {with_error(self.nll, error)}"
+        ended = f"; {self.ended}" if self.ended else ""
+        return f"{nll}, best at step {self.step:,} of {self.steps:,}, {self.seconds:.1f} s{ended}"
+
+
+class Search:
+    """A run that fits several models to a table and stacks the best ones.
+
+    Every result is stored in RUN/search/search.json when it is known, and the checkpoints of each candidate in
+    RUN/search/NAME. The checkpoint of the run is the stack so far. A search that is continued repeats nothing. With
+    `trainer.steps` and without `trainer.time_limit`, no decision depends on time, and a continued search gives exactly
+    the result of one that was not interrupted.
+
+    It has what the end of a run needs of a `flowtrain.training.trainer.Trainer`.
+
+    Args:
+        config: the plain config of the run, with model=auto.
+        run_dir: None: nothing is written.
+        begun: when the command began, by time.perf_counter, for `time_budget`.
+        given: data of the caller in place of those that the config names.
+        board: shows the metrics in TensorBoard; None: no board.
+
+    Attributes:
+        flow: the stack of the best candidates; of a single one, its flow.
+        stopped_by: what has ended the search early, or None.
+        signal: the number of the signal that did.
+
+    Raises:
+        ConfigError: a setting that a search does not take.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        run_dir: Path | None,
+        begun: float,
+        given: Parts = NOTHING_GIVEN,
+        board: tensorboard.Board | None = None,
+    ) -> None:
+        _check(config)
+        self.given_config, self.run_dir, self.begun = dict(config), run_dir, begun
+        self.limit, self.steps = _limits(config)
+        self.best: dict[str, float] | None = None
+        self.stopped_by: str | None = None
+        self.signal: int | None = None
+        self.time_budget: TimeBudget | None = None
+        self.device = build.resolve_device(config["device"])
+        with phase("reading the data"):
+            self.data = build.build_data(config, **given.tables) if given.data is None else given.data
+        choose_threads(config.get("threads"), self.data.event_shape)
+        self.models = _models(config, self.data)
+        self.candidates: dict[str, Candidate] = {}
+        # validation NLL of each stack, in nats
+        self.stacks: dict[str, float] = {}
+        self._memory: dict[str, dict[str, Any]] = {}
+        self._flows: dict[str, Flow] = {}
+        self._log_p: dict[str, Tensor] = {}
+        self._row_seconds: dict[str, float] = {}
+        self._content: dict[str, Any] = {}
+        # the candidates of the last stack, with their stages
+        self._stacked: list[tuple[str, int]] = []
+        self._failures: list[FlowtrainError] = []
+        # seconds of the search so far, and since when this command searches
+        self._before, self._since = 0.0, math.inf
+        self._begin()
+        self.metrics = Metrics(None if run_dir is None else run_dir / "metrics.jsonl", self.step)
+        if board is not None and run_dir is not None:
+            board.follow(self.metrics, self.step, run_dir / "plots")
+        log.info("%s", self._banner())
+
+    def _begin(self) -> None:
+        """Reads the state of a search that is continued; a new search clears what a killed one has left."""
+        if self.run_dir is None:
+            return
+        folder = self.run_dir / SEARCH_FOLDER
+        if checkpoint.any_in(self.run_dir):
+            self._read_state(folder / SEARCH_STATE)
+            return
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / SEARCH_STATE).is_file():
+            raise ConfigError(f"{folder} exists, and a search would write into it: choose another run directory")
+        if folder.exists():
+            shutil.rmtree(folder)
+        self._write_state()
+
+    # what the end of a run needs
+
+    @property
+    def step(self) -> int:
+        """The number of updates of all candidates."""
+        return sum(candidate.steps for candidate in self.candidates.values())
+
+    @property
+    def saved_step(self) -> int:
+        """The same: every checkpoint of a candidate is one of the search."""
+        return self.step
+
+    @property
+    def seconds(self) -> float:
+        """The time of the search, over all the times that it was continued."""
+        return self._before + max(0.0, time.perf_counter() - self._since)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The config of the stack."""
+        found: dict[str, Any] = self._content["config"]
+        return found
+
+    def read(self) -> dict[str, Any]:
+        """The checkpoint of the stack."""
+        return self._content
+
+    def course(self, step: int) -> str:
+        """A summary of the search."""
+        members = sum(candidate.weight > 0 for candidate in self.candidates.values())
+        return f"{members} of {counted(len(self.candidates), 'candidate')} in the stack, {self.step:,} steps in all"
+
+    def validations(self) -> list[dict[str, Any]]:
+        """The validations of all candidates in the run directory, with the name of the candidate as their split."""
+        assert self.run_dir is not None
+        paths = {name: self.run_dir / SEARCH_FOLDER / name / "metrics.jsonl" for name in self.candidates}
+        found = {name: read_metrics(path) for name, path in paths.items() if path.exists()}
+        return [{**row, "split": name} for name, rows in found.items() for row in rows if row.get("split") == "val"]
+
+    # the search
+
+    def fit(self) -> None:
+        """Searches to the end, the time limit or a signal; `stopped_by` says which but the first.
+
+        Raises:
+            FlowtrainError: every candidate has failed; the error of the first.
+        """
+        self._since = time.perf_counter()
+        try:
+            with ended_by_signals():
+                self._fit()
+        except SignalReceived as e:
+            self.signal, self.stopped_by = e.number, signal.Signals(e.number).name
+        self._before, self._since = self.seconds, math.inf
+        if self._content:
+            log.info("%s", self._table())
+        elif self.signal is None:
+            raise self._failures[0]
+
+    def _fit(self) -> None:
+        for model in self.models:
+            if model in CHEAP:
+                self._advance(model, model, 2, None if self._whole is None else CHEAP[model] * self._whole)
+        self._stack("first candidates")
+        finalists = self._halved([model for model in self.models if model not in CHEAP])
+        for i, model in enumerate(finalists):
+            if not self._is_over():
+                self._advance(model, model, 2, self._part(len(finalists) - i))
+        self._stack("finalists")
+        self._add_seeds()
+        if self._is_over():
+            self.stopped_by = "time limit"
+        if not self._content and self.run_dir is not None and checkpoint.any_in(self.run_dir):
+            # everything was done by earlier commands
+            self._content = checkpoint.load(checkpoint.find(self.run_dir))
+
+    def _halved(self, models: Sequence[str]) -> list[str]:
+        """Trains the models for the first part of their time. Returns the names of those to train to the end."""
+        if len(models) <= FINALISTS:
+            return list(models)
+        # in units of a first part: what the finalists take after it
+        later = FINALISTS * (1 / FIRST_PART - 1)
+        for i, model in enumerate(models):
+            if not self._is_over():
+                self._advance(model, model, 1, self._part(len(models) - i + later))
+        self._stack("first parts")
+        tried = sorted((c for c in self.candidates.values() if c.name in models), key=lambda c: c.rank)
+        kept = [c for c in tried[:FINALISTS] if c.nll is not None]
+        if len(tried) > len(kept):
+            words = ", ".join(f"{c.name} {c.rank:.4g}" for c in tried)
+            log.info("%s are trained to the end (NLL in a stack: %s)", " and ".join(c.name for c in kept), words)
+        return [c.name for c in kept if c.ended is None]
+
+    def _add_seeds(self) -> None:
+        """Trains further seeds of the best model while there is time and they improve the stack."""
+        found = [self.candidates[m] for m in self.models if m in self.candidates and m not in CHEAP]
+        best = min(found, key=lambda c: c.rank, default=None)
+        if best is None or best.nll is None:
+            return
+        before = self.stacks["finalists"]
+        for i in range(2, SEEDS + 2):
+            name = f"{best.model}-{i}"
+            if name not in self.candidates and self._left() < best.seconds / 2:
+                return
+            self._advance(name, best.model, 2, self._part(1))
+            self._stack(name)
+            gained, before = before - self.stacks[name], self.stacks[name]
+            if not gained >= GAIN:
+                return
+
+    def _left(self) -> float:
+        """Seconds that are left to search; infinite without a limit."""
+        limits = [] if self.limit is None else [self.limit - self.seconds]
+        if self.time_budget is not None:
+            limits.append(self.time_budget.for_training)
+        elif self.given_config.get("time_budget") is not None:
+            limits.append(SEARCH_SHARE * self.given_config["time_budget"] - (time.perf_counter() - self.begun))
+        return min(limits, default=math.inf)
+
+    def _is_over(self) -> bool:
+        return self._left() <= LEAST_SHARE * (self._whole or 0.0)
+
+    @property
+    def _whole(self) -> float | None:
+        """The seconds of the whole search; None without a limit."""
+        budget = self.given_config.get("time_budget")
+        limits = [
+            limit for limit in (self.limit, None if budget is None else SEARCH_SHARE * budget) if limit is not None
+        ]
+        return min(limits, default=None)
+
+    def _part(self, parts: float) -> float | None:
+        """The seconds that are left, divided into so many parts; None without a limit."""
+        left = self._left()
+        return None if left == math.inf else max(0.0, left / parts)
+
+    # candidates
+
+    def _advance(self, name: str, model: str, stage: int, seconds: float | None) -> None:
+        """Trains a candidate up to the end of a stage, and scores it, unless that is recorded already.
+
+        Args:
+            seconds: its time for the stage, unless it has no more steps to take.
+
+        Raises:
+            ConfigError, DataError: settings or data that no candidate takes.
+        """
+        position = int(name.removeprefix(model).removeprefix("-") or 1)
+        candidate = self.candidates.get(name)
+        if candidate is None:
+            candidate = Candidate(name, model, int(self.given_config["seed"]) + position - 1)
+        if candidate.stage >= stage or candidate.ended is not None:
+            return
+        begun = time.perf_counter()
+        self.candidates[name] = candidate
+        try:
+            with prefixed(name):
+                self._train(candidate, stage, seconds)
+                self._score(candidate)
+        except FlowtrainError as e:
+            if isinstance(e, ConfigError | DataError) and not self._content:
+                raise
+            self._failures.append(e)
+            candidate.ended = f"failed: {first_line(e)}"
+            # a model that does not take data of this shape is no surprise
+            level = logging.INFO if isinstance(e, ConfigError) else logging.WARNING
+            log.log(level, "%s is left out: %s", name, e)
+        candidate.seconds += time.perf_counter() - begun
+        log.info("%s: %s", name, candidate.words)
+        self._write_state()
+
+    def _train(self, candidate: Candidate, stage: int, seconds: float | None) -> None:
+        folder = None if self.run_dir is None else self.run_dir / SEARCH_FOLDER / candidate.name
+        saved = self._saved(candidate.name, "last")
+        config = self._config_of(candidate) if saved is None else saved["config"]
+        if candidate.limit is None:
+            candidate.limit = config["trainer"]["steps"]
+            # the first checkpoint of a first stage does not know it
+            self._write_state()
+        steps = candidate.limit
+        restarts = stage == 2 and saved is not None and saved["step"] == candidate.steps
+        if saved is not None and restarts:
+            # NLLs rise at first, and best.pt stays until one is lower than that of the first part
+            saved = {**saved, "best": candidate.best, "best_rows": None, "counted": None, "stale": 0, "worse": []}
+            config = {**config, "trainer": {**config["trainer"], "max_rise": None}}
+        config = {**config, "trainer": {**config["trainer"], "time_limit": seconds}}
+        if seconds is None:
+            config["trainer"]["steps"] = math.ceil(FIRST_PART * steps) if stage == 1 else steps
+        trainer = prepare(config, folder, saved, (), None, self.begun, Parts(data=self.data))
+        trainer.fit(candidate.name)
+        if folder is None:
+            self._memory[candidate.name] = {kind: trainer.checkpoints.read(kind) for kind in ("best", "last")}
+        candidate.steps, candidate.best = trainer.step, trainer.best
+        if trainer.signal is not None:
+            raise SignalReceived(trainer.signal)
+        candidate.stage = stage
+        ended = trainer.stopped_by or "last step"
+        # the schedules have come to their end in any case: what follows is a restart of the learning rate
+        candidate.ended = ended if stage == 2 or ended.startswith("early") or trainer.step >= steps else None
+
+    def _saved(self, name: str, kind: str) -> dict[str, Any] | None:
+        """A checkpoint of a candidate; None if there is none."""
+        if self.run_dir is None:
+            return self._memory.get(name, {}).get(kind)
+        folder = self.run_dir / SEARCH_FOLDER / name
+        if kind == "last" and not (folder / "checkpoints/last.pt").exists():
+            return None
+        return checkpoint.load(checkpoint.find(folder, kind))
+
+    def _config_of(self, candidate: Candidate) -> dict[str, Any]:
+        """The config that a candidate begins with: its recipe, with what the user has set for all candidates."""
+        own = self.given_config
+        like = data_like(own, self.data)
+        chosen = {"model": candidate.model, **like}
+        if candidate.model == "ffjord":
+            chosen["objective"] = objective_of(self.data.event_shape, self.steps)
+        groups = ["trainer", "solver", "regularizer"] if candidate.model == "ffjord" else ["trainer"]
+        composed = {**own, "trainer": {**own["trainer"], "steps": AUTO}}
+        config = with_choices(composed, {"model": AUTO, **like}, chosen, groups)
+        config["trainer"] |= {"plot_every": None, "time_limit": None}
+        config |= {key: own[key] for key in ("data", "device", "threads")}
+        config |= {"seed": candidate.seed, "logger": ["jsonl"], "time_budget": None}
+        if own["model"].get("conditional"):
+            config["model"]["conditional"] = True
+        config = auto_settings.resolve_auto(config, self.data.n_train, self.data.event_shape)
+        if self.steps is not None:
+            config["trainer"]["steps"] = self.steps
+        elif self.limit is not None and candidate.model not in CHEAP and (self.data.n_train or LARGE) >= LARGE:
+            config["trainer"]["steps"] = max(LONG, config["trainer"]["steps"])
+        return resolve_components(
+            config, self.data, min(SECONDS, max(COMPONENTS_LEAST, COMPONENTS_SHARE * self._left()))
+        )
+
+    def _score(self, candidate: Candidate) -> None:
+        """Computes log p of the validation rows by the best checkpoint of a candidate."""
+        name = candidate.name
+        saved = self._saved(name, "best")
+        assert saved is not None
+        flow = load.restore_flow(saved, self.device)
+        x, label = self._validation_rows(flow)
+        begun = time.perf_counter()
+        with status(f"scoring {name}"):
+            log_p = validation_log_probs([flow], x, label).squeeze(1)
+        self._flows[name], self._log_p[name] = flow, log_p
+        self._row_seconds[name] = (time.perf_counter() - begun) / len(x)
+        candidate.nll, candidate.step = -float(log_p.mean()), saved["step"]
+        candidate.nll_stderr = float(log_p.std() / math.sqrt(len(x))) if len(x) > 1 else math.nan
+        first = [self._scored(model) for model in self.models if model in CHEAP and model in self.candidates]
+        if name not in CHEAP and first:
+            both = torch.stack([*first, log_p], 1)
+            candidate.stacked = -float(stacked(both, stacking_weights(both)).mean())
+
+    def _scored(self, name: str) -> Tensor:
+        """log p of the validation rows by a candidate, (n,), in nats."""
+        if name not in self._log_p:
+            self._score(self.candidates[name])
+        return self._log_p[name]
+
+    def _validation_rows(self, flow: Flow) -> tuple[Tensor, Tensor | None]:
+        x, label = held_out(flow, self.data, "val")
+        every = -(-len(x) // ROWS)
+        return x[::every], None if label is None else label[::every]
+
+    # the stack
+
+    def _stack(self, after: str) -> None:
+        """Stacks the candidates so far, and writes the checkpoint of the stack.
+
+        Args:
+            after: what has been trained; a stack that is recorded is not made again.
+        """
+        if after in self.stacks:
+            return
+        names = [c.name for c in self.candidates.values() if c.nll is not None]
+        if not names:
+            return
+        trained = [(name, self.candidates[name].stage) for name in names]
+        if trained == self._stacked and self.best is not None:
+            self.stacks[after] = self.best["nll"]
+            return
+        self._stacked = trained
+        log_p = torch.stack([self._scored(name) for name in names], 1)
+        weights = sparse_weights(log_p)
+        for name, weight in zip(names, weights, strict=True):
+            self.candidates[name].weight = weight
+        members = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight > 0]
+        combined = stacked(log_p, weights)
+        self.stacks[after] = nll = -float(combined.mean())
+        self.best = {"nll": nll, "step": self.step}
+        density = self._density(members)
+        self._write(density)
+        stderr = float(combined.std() / math.sqrt(len(combined))) if len(combined) > 1 else math.nan
+        bits = in_bits(density, nll)
+        self.metrics.write(step=self.step, split="val", nll=nll, nll_stderr=stderr, seconds=self.seconds, **bits)
+        words = ", ".join(f"{weight:.2f} {name}" for name, weight in members)
+        log.info("stack: validation NLL %s (%s)", with_error(nll, stderr), words)
+        self._write_state()
+        seconds = self.given_config.get("time_budget")
+        if seconds is not None:
+            if self.time_budget is None:
+                self.time_budget = TimeBudget(seconds, self.begun, density, self.data, self.run_dir is not None)
+            self.time_budget.flow = density
+            self.time_budget.scored(1, sum(self._row_seconds[name] for name, _ in members))
+
+    def _density(self, members: Sequence[tuple[str, float]]) -> Density:
+        """The stack; a single member stays a flow."""
+        flows = [self._flows[name] for name, _ in members]
+        if len(flows) == 1:
+            return flows[0]
+        found = Ensemble(flows, [weight for _, weight in members], [name for name, _ in members])
+        found.record = Record(self.given_config, self.data.samples, self.step)
+        return found.eval()
+
+    def _write(self, density: Density) -> None:
+        """Makes a density the checkpoint of the run. A disk that is full does not end the search."""
+        content = content_of(density)
+        # of a single flow, the config of its candidate; of a stack, that of the search with the model as it is now
+        config = {**self.given_config, **content["config"], "time_budget": self.given_config.get("time_budget")}
+        if isinstance(density, Ensemble):
+            config["model"]["name"] = AUTO
+        self._content = {**content, "config": config, SEARCH: dict(self.given_config)}
+        if self.run_dir is None:
+            return
+        try:
+            for kind in ("best", "last"):
+                checkpoint.save(self.run_dir / f"checkpoints/{kind}.pt", self._content)
+        except OSError as e:
+            log.warning("the checkpoint of the stack could not be written (%s); the search goes on", e)
+
+    # the state in the run directory
+
+    def _write_state(self) -> None:
+        if self.run_dir is None:
+            return
+        state = {
+            "seconds": self.seconds,
+            "stacks": self.stacks,
+            "candidates": [asdict(candidate) for candidate in self.candidates.values()],
+        }
+        try:
+            (self.run_dir / SEARCH_FOLDER).mkdir(parents=True, exist_ok=True)
+            write_json(self.run_dir / SEARCH_FOLDER / SEARCH_STATE, state)
+        except OSError as e:
+            log.warning(
+                "%s could not be written (%s); the search goes on", self.run_dir / SEARCH_FOLDER / SEARCH_STATE, e
+            )
+
+    def _read_state(self, path: Path) -> None:
+        """The state of a search that is continued.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            known = {field.name for field in fields(Candidate)}
+            found = [Candidate(**{k: v for k, v in c.items() if k in known}) for c in state["candidates"]]
+            self.candidates = {candidate.name: candidate for candidate in found}
+            self.stacks = {str(k): math.nan if v is None else float(v) for k, v in state["stacks"].items()}
+            self._before = float(state["seconds"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise CheckpointError(
+                f"{path}: the state of the search cannot be read ({first_line(e)}), so that it cannot be continued; "
+                "start a new one. The flow found so far is in the checkpoint of the run"
+            ) from e
+        if self.stacks:
+            self.best = {"nll": [*self.stacks.values()][-1], "step": self.step}
+
+    # words
+
+    def _banner(self) -> str:
+        cheap, flows = ([m for m in self.models if (m in CHEAP) == is_cheap] for is_cheap in (True, False))
+        steps = "" if self.steps is None else f"up to {self.steps:,} steps of each, "
+        rows = {
+            "model": f"auto: fits {', '.join([*cheap, *flows])} and stacks the best; model=NAME fits one",
+            "data": f"{data_name(self.given_config)}, {samples_words(self.data)}",
+            "training": f"{steps}{'no time limit' if self._left() == math.inf else f'{self._left():.0f} s in all'}, "
+            f"seed {self.given_config['seed']}",
+            "device": device_words(self.device),
+            **({} if self.run_dir is None else {"run": str(shortest(self.run_dir))}),
+        }
+        return as_banner(f"{AUTO} on {data_name(self.given_config)}", rows)
+
+    def _table(self) -> str:
+        """Every candidate with its weight and its validation NLL, the best first."""
+        lines = [f"{counted(len(self.candidates), 'candidate')} in {self.seconds:.0f} s; NLL in nats"]
+        for c in sorted(self.candidates.values(), key=lambda c: c.rank):
+            lines.append(f"{c.name:>{NAMES}}  weight {c.weight:.3f}, {c.words}")
+        return "\n".join(lines)
+
+
+def sparse_weights(log_p: Tensor) -> list[float]:
+    """Stacking weights of as few candidates as possible; see `flowtrain.models.ensemble.stacking_weights`.
+
+    Members are left out one by one, while the mean of log p falls by at most LOSS nats for each.
+
+    Args:
+        log_p: log p of the validation rows by each candidate, (n, M), in nats.
+
+    Raises:
+        NonFiniteError: as `stacking_weights`.
+    """
+    log_p = torch.where(log_p.isfinite(), log_p, -math.inf)
+
+    def fitted(kept: Sequence[int]) -> tuple[float, list[float]]:
+        weights = [0.0] * log_p.shape[1]
+        for m, weight in zip(kept, stacking_weights(log_p[:, kept]), strict=True):
+            weights[m] = weight
+        return -float(stacked(log_p, weights).mean()), weights
+
+    nll, weights = fitted(range(log_p.shape[1]))
+    while True:
+        kept = [m for m, weight in enumerate(weights) if weight > 0]
+        fewer = [[m for m in kept if m != out] for out in kept if _covers(log_p[:, [m for m in kept if m != out]])]
+        tried = [fitted(rest) for rest in fewer if rest]
+        best = min(tried, key=lambda found: found[0], default=(math.inf, weights))
+        if best[0] - nll > LOSS:
+            return weights
+        nll, weights = best
+
+
+def stacked(log_p: Tensor, weights: Sequence[float]) -> Tensor:
+    """log sum_m w_m p_m at each row, (n,), in nats, from log p_m (n, M); NaN counts as zero density."""
+    log_w = log_p.new_tensor(weights).log()
+    return (torch.where(log_p.isnan(), -math.inf, log_p) + log_w).logsumexp(1)
+
+
+def _covers(log_p: Tensor) -> bool:
+    """Whether at each row some candidate has a positive density."""
+    return log_p.shape[1] > 0 and bool(log_p.isfinite().any(1).all())
+
+
+def _limits(config: Mapping[str, Any]) -> tuple[float | None, int | None]:
+    """The time limit in seconds and the number of steps of each candidate; None if there is none."""
+    trainer = config["trainer"]
+    limit, steps = trainer.get("time_limit"), trainer["steps"]
+    if limit is not None:
+        limit = number("trainer.time_limit", limit)
+    return limit, None if steps == AUTO else whole("trainer.steps", steps)
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Refuses what a search does not take.
+
+    Raises:
+        ConfigError: an unknown key, another objective than the likelihood, or several processes.
+    """
+    keys = ("candidates", "conditional")
+    for key in config["model"]:
+        if key not in ("name", *keys):
+            raise ConfigError(f"model: unknown key {key}; {choose(key, keys, 'model=auto takes')}; or choose a model")
+    flag("model.conditional", config["model"].get("conditional", False))
+    if config["objective"].get("name") not in (None, "likelihood"):
+        raise ConfigError(
+            f"objective={config['objective']['name']}: model=auto chooses the objective of each model; name a model, "
+            "such as model=ffjord"
+        )
+    if ranks.size() > 1:
+        raise ConfigError("model=auto runs in one process: name a model to train it with torchrun")
+
+
+def _models(config: Mapping[str, Any], data: Dataset) -> list[str]:
+    """The models of a search, the cheap ones first.
+
+    Raises:
+        ConfigError: a name that is no model, or one that is not conditional where a conditional flow is asked for.
+    """
+    given = config["model"].get("candidates")
+    conditional = bool(config["model"].get("conditional"))
+    names = [name for name in options("model", [config_dir()]) if name != AUTO]
+    if conditional and data.classes is None:
+        raise DataError("model.conditional=true needs labels: give data.label")
+    unconditional = [name for name in names if "conditional" not in values_of("model", name, [config_dir()])["model"]]
+    if given is None:
+        found = [*CHEAP, *recommended(data.n_train, data.event_shape)]
+        return [name for name in found if not (conditional and name in unconditional)]
+    listed = [given] if isinstance(given, str) else given
+    if not isinstance(listed, list) or not listed:
+        raise ConfigError(f"model.candidates={given}: give a list of models, as in [nsf,maf]")
+    for name in listed:
+        if name not in names:
+            raise ConfigError(f"model.candidates: {choose(name, names, f'{name} is none of the models')}")
+        if conditional and name in unconditional:
+            raise ConfigError(f"model.candidates: {name} is not conditional")
+    return sorted(dict.fromkeys(listed), key=lambda name: name not in CHEAP)

@@ -1,0 +1,274 @@
+"""model=auto: halving, stacking, resuming, and what it refuses."""
+
+import json
+import math
+import os
+import signal
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Run
+
+import flowtrain
+from flowtrain.models.ensemble import Ensemble
+from flowtrain.runs import search
+from flowtrain.runs.compose import compose
+from flowtrain.runs.fit import fit
+from flowtrain.runs.search import Search, sparse_weights
+from flowtrain.training import checkpoint
+from flowtrain.training.trainer import Trainer
+from flowtrain.utils.errors import ConfigError, DataError, NonFiniteError, SolverError
+
+# a search without a time limit; small networks of nsf and maf come from so few rows
+STEPS = {"trainer.steps": 6, "trainer.time_limit": None, "trainer.val_every": 6, "trainer.log_every": 6}
+FLOWS = ["nsf", "maf", "realnvp"]
+
+
+@pytest.fixture
+def clusters() -> np.ndarray:
+    """Two clusters, (240, 3): no single Gaussian fits them. In 2 columns, an evaluation would integrate the density."""
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(240, 3)) * 0.3 + np.where(rng.random((240, 1)) < 0.5, -2.0, 2.0)
+
+
+def searched(x: Any, candidates: list[str] | None = None, **named: Any) -> Any:
+    keys = {**STEPS, **({} if candidates is None else {"model.candidates": candidates}), **named.pop("overrides", {})}
+    return fit(x, progress=False, overrides=keys, **named)
+
+
+def state_of(run_dir: Path) -> dict[str, Any]:
+    state = json.loads((run_dir / "search/search.json").read_text())
+    for candidate in state["candidates"]:
+        del candidate["seconds"]
+    return {"stacks": state["stacks"], "candidates": state["candidates"]}
+
+
+def test_the_stack_is_at_least_as_good_on_the_validation_rows_as_every_candidate(
+    clusters: np.ndarray, tmp_path: Path
+) -> None:
+    flow = searched(clusters, ["affine", "mixture", *FLOWS], run_dir=tmp_path / "r", seed=3)
+    state = state_of(tmp_path / "r")
+    nll = {c["name"]: c["nll"] for c in state["candidates"]}
+    weight = {c["name"]: c["weight"] for c in state["candidates"]}
+    assert {"affine", "mixture", *FLOWS} <= nll.keys()
+    assert sum(weight.values()) == pytest.approx(1)
+    stacks = [*state["stacks"].values()]
+    # a member is left out if it gains less than LOSS
+    assert stacks[-1] <= min(nll.values()) + len(nll) * search.LOSS
+    assert all(after <= before + len(nll) * search.LOSS for before, after in pairwise(stacks))
+    # two of the three flows are trained to the end
+    assert sorted(c["stage"] for c in state["candidates"] if c["name"] in FLOWS) == [1, 2, 2]
+    assert [c["steps"] for c in state["candidates"] if c["name"] in FLOWS and c["stage"] == 1] == [2]
+    # what is returned is the checkpoint, and its validation NLL is the one that is stated
+    val = torch.tensor(clusters[flow.record.held_out["val"]], dtype=torch.float32)
+    assert -flow.log_prob(val).double().mean().item() == pytest.approx(stacks[-1], abs=1e-4)
+    again = flowtrain.load(tmp_path / "r")
+    assert torch.equal(again.log_prob(val), flow.log_prob(val))
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    assert result["val_nll"] == stacks[-1]
+    if isinstance(flow, Ensemble):
+        assert {m["path"]: m["weight"] for m in result["members"]} == {k: w for k, w in weight.items() if w > 0}
+
+
+def test_a_search_that_is_continued_repeats_nothing_and_gives_the_same_flow(
+    clusters: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    trained: list[tuple[str, int]] = []
+    train, stop_at = Search._train, [("maf", 1)]
+
+    def recording(self: Search, candidate: Any, stage: int, seconds: float | None) -> None:
+        if [(candidate.name, stage)] == stop_at:
+            stop_at.clear()
+            # in the middle of a candidate
+            step = Trainer.train_step
+
+            def interrupted(trainer: Trainer) -> Any:
+                if trainer.step == 1:
+                    monkeypatch.setattr(Trainer, "train_step", step)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return step(trainer)
+
+            monkeypatch.setattr(Trainer, "train_step", interrupted)
+        else:
+            trained.append((candidate.name, stage))
+        train(self, candidate, stage, seconds)
+
+    monkeypatch.setattr(Search, "_train", recording)
+    np.savetxt(tmp_path / "x.csv", clusters, delimiter=",")
+    keys = [f"{key}={'null' if value is None else value}" for key, value in STEPS.items()]
+    keys += ["data=array", f"data.path={tmp_path}/x.csv", "model.candidates=[affine,nsf,maf,realnvp]"]
+    code, _, err = run("flowtrain", *keys, f"hydra.run.dir={tmp_path}/stopped")
+    assert code == 128 + signal.SIGTERM, err
+    assert (tmp_path / "stopped/checkpoints/best.pt").exists()
+    code, _, err = run("flowtrain", f"resume={tmp_path}/stopped")
+    assert code == 0, err
+    once = list(trained)
+    assert len(once) == len({*once}), "a stage was trained twice"
+    trained.clear()
+    code, _, err = run("flowtrain", *keys, f"hydra.run.dir={tmp_path}/whole")
+    assert code == 0, err
+    assert sorted(trained) == sorted(once)
+    assert state_of(tmp_path / "stopped") == state_of(tmp_path / "whole")
+    one, other = (checkpoint.load(tmp_path / name / "checkpoints/best.pt")["weights"] for name in ("stopped", "whole"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    # a search that has ended is only evaluated
+    trained.clear()
+    code, _, _ = run("flowtrain", f"resume={tmp_path}/whole")
+    assert (code, trained) == (0, [])
+
+
+def test_a_candidate_that_fails_is_left_out(
+    clusters: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit_to_the_end = Trainer.fit
+
+    def failing(self: Trainer, name: str | None = None) -> None:
+        if name == "nsf":
+            raise SolverError("no solution")
+        fit_to_the_end(self, name)
+
+    monkeypatch.setattr(Trainer, "fit", failing)
+    flow = searched(clusters, ["affine", "nsf"])
+    assert torch.isfinite(flow.log_prob(torch.zeros(1, 3)))
+    assert any(record.levelname == "WARNING" and "nsf" in record.getMessage() for record in caplog.records)
+    with pytest.raises(SolverError):
+        searched(clusters, ["nsf"])
+
+
+def test_a_time_limit_bounds_the_search_and_the_first_candidates_are_always_fitted(clusters: np.ndarray) -> None:
+    flow = fit(clusters, progress=False, overrides={"trainer.time_limit": 1e-3})
+    gaussian = fit(clusters, model="affine", progress=False, steps=1)
+    x = torch.tensor(clusters[flow.record.held_out["test"]], dtype=torch.float32)
+    assert flow.record.stopped_by == "time limit"
+    assert flow.log_prob(x).mean() > gaussian.log_prob(x).mean()
+
+
+def test_without_a_run_directory_nothing_is_written(
+    clusters: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flow = searched(clusters, ["affine", "mixture"])
+    assert not [*tmp_path.iterdir()]
+    flow.save("flow.pt")
+    x = torch.randn(5, 3)
+    assert torch.allclose(flowtrain.load("flow.pt").log_prob(x), flow.log_prob(x))
+
+
+def test_conditional_flows_are_searched_among_conditional_models(clusters: np.ndarray, tmp_path: Path) -> None:
+    label = (clusters[:, 0] > 0).astype(int)
+    flow = searched(clusters, label=label, run_dir=tmp_path / "r", overrides={"trainer.steps": 3})
+    assert flow.classes == 2
+    names = {c["model"] for c in state_of(tmp_path / "r")["candidates"]}
+    assert names
+    assert not names & {"affine", "mixture"}
+    with pytest.raises(ConfigError):
+        searched(clusters, ["mixture"], label=label)
+    with pytest.raises(DataError):
+        searched(clusters, overrides={"model.conditional": True})
+
+
+def test_a_search_takes_the_keys_of_the_user_for_every_candidate(clusters: np.ndarray, tmp_path: Path) -> None:
+    keys = {"trainer.clip_norm": 0.123, "solver": "tsit5", "solver.rtol": 1e-3}
+    searched(clusters, ["realnvp", "ffjord"], run_dir=tmp_path / "r", overrides={**keys, "trainer.steps": 2})
+    for name in ("realnvp", "ffjord"):
+        config = checkpoint.load(tmp_path / f"r/search/{name}/checkpoints/last.pt")["config"]
+        assert config["trainer"]["clip_norm"] == 0.123
+        assert config["trainer"]["steps"] == 2
+    assert (config["solver"]["name"], config["solver"]["rtol"]) == ("tsit5", 1e-3)
+    # the other keys are those of the recipe
+    assert config["model"] == {**compose({"model": "ffjord", "data": "array"}).config["model"], **config["model"]}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.hidden": [8]},
+        {"model.candidates": ["nope"]},
+        {"model.candidates": []},
+        {"model.candidates": ["auto"]},
+        {"objective": "flow_matching"},
+        {"trainer.steps": 0},
+        {"trainer.time_limit": -1},
+        {"trainer.lr": -1},
+        {"model.conditional": "perhaps"},
+    ],
+)
+def test_a_mistake_is_refused_before_anything_is_trained(
+    clusters: np.ndarray, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError):
+        fit(clusters, model="auto", progress=False, run_dir=tmp_path / "r", overrides=overrides)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_directory_of_someone_else_is_not_searched_into(clusters: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search/mine.txt").write_text("mine")
+    with pytest.raises(ConfigError):
+        searched(clusters, ["affine"], run_dir=tmp_path)
+    assert (tmp_path / "search/mine.txt").read_text() == "mine"
+    # what a killed search has left before its first checkpoint is no hindrance
+    (tmp_path / "r/search/nsf/checkpoints").mkdir(parents=True)
+    (tmp_path / "r/search/search.json").write_text("{}")
+    searched(clusters, ["affine"], run_dir=tmp_path / "r")
+    assert not (tmp_path / "r/search/nsf").exists()
+
+
+def test_sparse_weights_drop_members_that_do_not_help() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2000, dtype=torch.float64)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    near = torch.distributions.Normal(0.02, 1.0)
+    log_p = torch.stack([normal.log_prob(x), near.log_prob(x), torch.full_like(x, -math.inf)], 1)
+    weights = sparse_weights(log_p)
+    assert sorted(weights) == [0.0, 0.0, 1.0]
+    assert weights[2] == 0.0
+    # both are kept where each covers rows that the other does not
+    half = torch.where(x < 0, normal.log_prob(x), -math.inf)
+    other = torch.where(x < 0, -math.inf, normal.log_prob(x))
+    share = (x < 0).double().mean().item()
+    assert sparse_weights(torch.stack([half, other], 1)) == pytest.approx([share, 1 - share], abs=1e-6)
+    with pytest.raises(NonFiniteError):
+        sparse_weights(torch.full((3, 2), -math.inf))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_search"),
+    [
+        (["data=array"], True),
+        (["data=array", "model.candidates=[affine]"], True),
+        (["data=array", "model=affine"], False),
+        (["data=array", "objective=flow_matching"], False),
+        (["data=moons"], False),
+    ],
+)
+def test_the_command_searches_tables_if_no_model_is_named(arguments: list[str], is_search: bool, run: Run) -> None:
+    code, out, err = (
+        run("flowtrain", *arguments, "data.path=x.csv", "--cfg", "job")
+        if "data=array" in arguments
+        else run("flowtrain", *arguments, "--cfg", "job")
+    )
+    assert code == 0, err
+    assert ("name: auto" in out) == is_search
+
+
+def test_runs_of_searches_form_an_ensemble(clusters: np.ndarray, tmp_path: Path, run: Run) -> None:
+    np.save(tmp_path / "x.npy", clusters)
+    keys = [f"{key}={'null' if value is None else value}" for key, value in STEPS.items()]
+    keys += ["data=array", f"data.path={tmp_path}/x.npy", "model.candidates=[affine,mixture]", "seed=0,1"]
+    code, _, err = run("flowtrain", "-m", *keys, f"hydra.sweep.dir={tmp_path}/sweep")
+    assert code == 0, err
+    code, _, err = run("floweval", f"ckpt={tmp_path}/sweep")
+    assert code == 0, err
+    members = json.loads((tmp_path / "sweep/eval.json").read_text())["members"]
+    runs = [flowtrain.load(tmp_path / f"sweep/{i}") for i in range(2)]
+    whole = flowtrain.load(tmp_path / "sweep")
+    assert sum(m["weight"] for m in members) == pytest.approx(1)
+    x = torch.randn(6, 3)
+    log_p = torch.stack([one.log_prob(x) for one in runs])
+    assert ((whole.log_prob(x) >= log_p.amin(0) - 1e-4) & (whole.log_prob(x) <= log_p.amax(0) + 1e-4)).all()
