@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,14 +21,14 @@ from flowtrain.utils.status import phase
 
 log = logging.getLogger("flowtrain")
 
-# the numbers of components that are tried, in this order, until so many in a row do not improve on the best
-CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# the numbers of components that are tried: powers of two first, and then those beside the best
+CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+# the most numbers in a row that do not improve on the best of their family
 PATIENCE = 2
-# strengths of the prior that are tried besides none, in rows; of full covariances in rows for each column
-PRIORS = {"full": (0.25, 1.0), "diagonal": (0.5, 2.0)}
-# the same with a prior. It is given up at once if its first NLL is higher by HOPELESS nats, and is not tried for a
-# covariance whose NLL is higher by FAR nats than that of the other
-PRIOR_PATIENCE, HOPELESS, FAR = 3, 0.3, 3.0
+# strengths of the prior, in rows; of full covariances in rows for each column: those with which mixtures grow, and
+# those that are tried beside the best mixture
+GROWING: dict[str, tuple[float, ...]] = {"full": (0.0, 0.25), "diagonal": (0.0,)}
+BESIDE: dict[str, tuple[float, ...]] = {"full": (0.1, 1.0), "diagonal": (0.5, 2.0)}
 # rows that EM and the validation take
 MOST_ROWS, MOST_VAL = 10_000, 5_000
 # training rows for each component, at the least
@@ -101,50 +101,75 @@ def chosen(
 ) -> tuple[Choice, dict[Choice, float]]:
     """The mixture with the lowest validation NLL, and the NLL in nats of each one that was tried.
 
-    Each covariance is tried without a prior and with increasing numbers of components, and then with the priors, from
-    the best number of components so far: a prior allows for more of them.
+    Families of mixtures, each with a covariance and a prior, grow in turn: all of them with 1 component, then all with
+    2, with 4 and so on. A family stops when it has not improved PATIENCE times in a row. Then other priors and the
+    numbers of components between are tried beside the best mixture.
 
     Args:
         train, val: rows (n, d) and (m, d), float64.
         components: in increasing order.
-        priors: in increasing order; None: those in `PRIORS`.
+        priors: None: those in `GROWING` and `BESIDE`.
         seconds: the time after which no further mixture is tried.
     """
-    end, tried = time.perf_counter() + seconds, dict[Choice, float]()
+    trials = _Trials(train, val, components[0], seconds)
 
-    def scan(covariance: str, prior: float) -> None:
-        own = {each: nll for each, nll in tried.items() if each.covariance == covariance}
-        least = min(own, key=lambda each: own[each]).components if own else 0
-        numbers = [k for k in components if k >= least]
-        best, waited, took = min(own.values(), default=math.inf), 0, 0.0
-        for before, k in zip([0, *numbers], numbers, strict=False):
-            expected = took * k / before if before else 0.0
-            too_few = k > components[0] and len(train) < LEAST_ROWS * k
-            if too_few or (tried and time.perf_counter() + expected > end):
-                return
-            begun = time.perf_counter()
-            base = GaussianMixture(train.shape[1], k, covariance, prior).double()
-            base.initialize(train)
-            with torch.no_grad():
-                nll = -float(base.log_prob(val).mean())
-            nll = nll if math.isfinite(nll) else math.inf
-            took = time.perf_counter() - begun
-            tried[Choice(k, covariance, prior)] = nll
-            if nll > best + HOPELESS and own and not before:
-                return
-            best, waited = (nll, 0) if nll < best else (best, waited + 1)
-            if waited == (PRIOR_PATIENCE if own else PATIENCE):
-                return
+    def strengths(covariance: str, shares: Mapping[str, Sequence[float]]) -> list[float]:
+        each = train.shape[1] if covariance == "full" else 1
+        return [share * each for share in shares[covariance]] if priors is None else list(priors)
 
-    first = [0.0] if priors is None else priors[:1]
-    for covariance in covariances:
-        scan(covariance, first[0])
-    lowest = {c: min((n for each, n in tried.items() if each.covariance == c), default=math.inf) for c in covariances}
-    for covariance in covariances:
-        if lowest[covariance] > min(lowest.values()) + FAR:
-            continue
-        shares = PRIORS[covariance]
-        d = train.shape[1] if covariance == "full" else 1
-        for prior in [share * d for share in shares] if priors is None else priors[1:]:
-            scan(covariance, prior)
-    return min(tried, key=lambda each: tried[each]), tried
+    doubled = [k for k in components if k & (k - 1) == 0]
+    trials.grow([(c, prior) for c in covariances for prior in strengths(c, GROWING)], doubled or components)
+    for prior in strengths(trials.best.covariance, BESIDE):
+        trials.fit(replace(trials.best, prior=prior))
+    place = components.index(trials.best.components)
+    for k in components[max(0, place - 1) : place + 2]:
+        trials.fit(replace(trials.best, components=k))
+    return trials.best, trials.nll
+
+
+class _Trials:
+    """Mixtures that are fitted to training rows and scored on validation rows, within a time.
+
+    Args:
+        least: a number of components that may have any number of rows.
+    """
+
+    def __init__(self, train: Tensor, val: Tensor, least: int, seconds: float) -> None:
+        self.train, self.val, self.least, self.end = train, val, least, time.perf_counter() + seconds
+        self.nll: dict[Choice, float] = {}
+        # seconds for each component of the last mixture of a family
+        self.took: dict[tuple[str, float], float] = {}
+
+    @property
+    def best(self) -> Choice:
+        return min(self.nll, key=lambda each: self.nll[each])
+
+    def fit(self, choice: Choice) -> float | None:
+        """The validation NLL of a mixture; None if there are not enough rows or not enough time for it."""
+        if choice in self.nll:
+            return self.nll[choice]
+        family = choice.covariance, choice.prior
+        expected = choice.components * self.took.get(family, max(self.took.values(), default=0.0))
+        too_few = choice.components > self.least and len(self.train) < LEAST_ROWS * choice.components
+        if self.nll and (too_few or time.perf_counter() + expected > self.end):
+            return None
+        begun = time.perf_counter()
+        base = GaussianMixture(self.train.shape[1], choice.components, choice.covariance, choice.prior).double()
+        base.initialize(self.train)
+        with torch.no_grad():
+            nll = -float(base.log_prob(self.val).mean())
+        self.nll[choice] = nll if math.isfinite(nll) else math.inf
+        self.took[family] = (time.perf_counter() - begun) / choice.components
+        return self.nll[choice]
+
+    def grow(self, families: Sequence[tuple[str, float]], components: Sequence[int]) -> None:
+        """Fits mixtures of the families with increasing numbers of components, as `chosen` says."""
+        growing = dict.fromkeys(families, (math.inf, 0))
+        for k in components:
+            for family, (lowest, waited) in list(growing.items()):
+                nll = self.fit(Choice(k, *family))
+                if nll is not None:
+                    lowest, waited = (nll, 0) if nll < lowest else (lowest, waited + 1)
+                growing[family] = lowest, waited
+                if nll is None or waited == PATIENCE:
+                    del growing[family]

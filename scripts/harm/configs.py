@@ -145,7 +145,8 @@ def small_keys(model: str, data: str, solver: str = "dopri5", objective: str = "
     """What keeps it to that."""
     keys = ["device=cpu", "threads=1", "trainer.steps=2", "trainer.batch_size=8", "trainer.plot_every=null"]
     keys += {"realnvp": ["model.layers=2"], "glow": ["model.steps=2"]}.get(model, [])
-    keys += [] if model in ("affine", "mixture") else ["model.hidden=[4]"]
+    keys += ["model.candidates=[affine,realnvp]", "trainer.time_limit=null"] if model == "auto" else []
+    keys += [] if model in ("affine", "auto", "mixture") else ["model.hidden=[4]"]
     keys += [f"data.path={TABLE}"] if data == "array" else ["data.n_val=16", "data.n_test=16"]
     keys += ["objective.matching=0.5"] if objective == "hybrid" else []
     return [*keys, "solver.rtol=1e-2" if solver in ADAPTIVE else "solver.steps=4"]

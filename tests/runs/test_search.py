@@ -24,7 +24,7 @@ from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import ConfigError, DataError, NonFiniteError, SolverError
 
 # a search without a time limit; small networks of nsf and maf come from so few rows
-STEPS = {"trainer.steps": 6, "trainer.time_limit": None, "trainer.val_every": 6, "trainer.log_every": 6}
+STEPS = {"trainer.steps": 12, "trainer.time_limit": None, "trainer.val_every": 6, "trainer.log_every": 6}
 FLOWS = ["nsf", "maf", "realnvp"]
 
 

@@ -115,7 +115,8 @@ def test_wrong_load_is_detected(known: tuple[Path, Right]) -> None:
 
 
 def test_every_option_composes_and_builds(files: Path) -> None:
-    for group, name in options():
+    # what `auto` stands for is known when there are data
+    for group, name in (option for option in options() if option[1] != "auto"):
         config = compose_defaults(small_run({**companions({group: name}), group: name}))
         data = build_data(config)
         config = resolve_components(resolve_auto(config, data.n_train, data.event_shape), data)
