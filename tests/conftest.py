@@ -1,12 +1,12 @@
 """Fixtures of several folders: a seed, float64 as the default so that closed forms are compared tightly, commands."""
 
-import copy
 import gc
 import io
 import json
 import logging
 import math
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -17,14 +17,16 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
-from helpers import COMMANDS, Compose, Evaluate, MakeTrainer, ReadRows, Run, Train
+from helpers import COMMANDS, Compose, Evaluate, MakeTrainer, OnlyPrograms, ReadRows, Run, Train
 from helpers.figures import skip_figures
 from helpers.processes import composed, trainer_of
+from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
 from hydra._internal.hydra import Hydra
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
+from flowtrain import export
 from flowtrain.cli.config_files import split_config_dir
 from flowtrain.plotting import style, transport_figures, transport_pictures
 from flowtrain.training.trainer import Trainer
@@ -56,21 +58,26 @@ def work_done_once() -> Iterator[None]:
     """Leaves out work that many tests repeat and that changes no result.
 
     Each text of YAML is parsed once per process. A command composes its config once: Hydra composes it once more, to
-    find `hydra.mode` in it, which only experiments, own configs and the command line set.
+    find `hydra.mode` in it, which only experiments, own configs and the command line set. Hydra also copies its list of
+    config sources for each config that it composes, although it only reads them.
     """
     load, get_mode = OmegaConf.load, Hydra.get_mode
-    parsed = cache(lambda text: load(io.StringIO(text)))
+    # reading a pickle is several times faster than a copy
+    parsed = cache(lambda text: pickle.dumps(load(io.StringIO(text))))
 
     def load_once(file: Any) -> Any:
         if not isinstance(file, io.TextIOBase):
             return load(file)
         start = file.tell()
         try:
-            return copy.deepcopy(parsed(file.read()))
+            return pickle.loads(parsed(file.read()))
         except Exception:
             # the message names the file
             file.seek(start)
             return load(file)
+
+    def without_copy(self: CachingConfigRepository, delegate: IConfigRepository) -> None:
+        self.delegate, self.cache = delegate, {}
 
     def mode_where_set(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
         for argument in overrides:
@@ -81,6 +88,7 @@ def work_done_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(OmegaConf, "load", staticmethod(load_once))
         patched.setattr(Hydra, "get_mode", mode_where_set)
+        patched.setattr(CachingConfigRepository, "__init__", without_copy)
         # the tests do not survive a power failure anyway
         patched.setattr(os, "fsync", lambda fd: None)
         # PyTorch keeps each seed for an absent device, with a traceback
@@ -280,3 +288,15 @@ def image_config() -> Compose:
         return composed([*small, *overrides])
 
     return compose
+
+
+@pytest.fixture
+def only_programs(monkeypatch: pytest.MonkeyPatch) -> OnlyPrograms:
+    """Restricts exports to the programs of the given names: tracing all three would take most of a test's time."""
+    tasks = export._tasks
+
+    def restrict(*names: str) -> None:
+        monkeypatch.setattr(export, "PROGRAMS", names)
+        monkeypatch.setattr(export, "_tasks", lambda *given: (task for task in tasks(*given) if task.name in names))
+
+    return restrict

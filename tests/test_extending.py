@@ -261,10 +261,10 @@ def test_in_a_checkout_neither_a_flag_nor_trust_is_needed(tmp_path: Path) -> Non
     (tmp_path / "configs/model/sinh_arcsinh.yaml").write_text(config)
     commands = f"""
 import sys
+import pytest
 from flowtrain.cli import evaluate, train
-from flowtrain.plotting import style
-# other tests render figures
-style.save = lambda figure, path: None
+from helpers.figures import skip_figures
+skip_figures(pytest.MonkeyPatch())
 for main, arguments in (train.main, ["model=sinh_arcsinh", *{[*SHORT, "trainer.steps=2"]}]), (evaluate.main, []):
     sys.argv[1:] = [*arguments, "hydra.run.dir=here"] if arguments else ["ckpt=here"]
     try:
@@ -272,7 +272,7 @@ for main, arguments in (train.main, ["model=sinh_arcsinh", *{[*SHORT, "trainer.s
     except SystemExit as e:
         assert not e.code, e.code
 """
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, "-c", commands], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

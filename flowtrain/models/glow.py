@@ -1,4 +1,7 @@
-"""Glow: steps of ActNorm, an invertible 1x1 convolution and an affine coupling (Kingma and Dhariwal 2018)."""
+"""Glow: steps of ActNorm, an invertible 1x1 convolution and a coupling (Kingma and Dhariwal 2018).
+
+The couplings are affine, as in the paper, or rational-quadratic splines (Durkan et al. 2019, section 5.3).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +10,18 @@ from torch import nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.coupling import HalfCoupling
+from flowtrain.bijections.elementwise import ScaleShift
 from flowtrain.bijections.linear import InvertibleLinear
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
+from flowtrain.models.nsf import spline
 from flowtrain.nn.conditioners import ACTIVATIONS, MLP, ConvNet, InformedConv, zero
 from flowtrain.utils.arguments import flag, number, one_of, shape_of, share, whole, widths
 from flowtrain.utils.errors import ConfigError
+
+COUPLINGS = ("affine", "spline")
 
 
 def glow(
@@ -25,6 +32,9 @@ def glow(
     activation: str = "relu",
     cap: float = 2.0,
     input_bound: float | None = None,
+    coupling: str = "affine",
+    bins: int = 8,
+    bound: float = 5.0,
     dropout: float = 0.0,
     scales: int | None = None,
     positional_bias: bool = False,
@@ -33,7 +43,7 @@ def glow(
 ) -> Flow:
     """Glow (Kingma and Dhariwal 2018) over images (C, H, W), or over vectors of length d >= 2 as images of one pixel.
 
-    Each step is an ActNorm, an invertible 1x1 convolution and an affine coupling. Over images, there is also an ActNorm
+    Each step is an ActNorm, an invertible 1x1 convolution and a coupling. Over images, there is also an ActNorm
     for each pixel at the data end, which is not in the paper.
 
     Args:
@@ -42,9 +52,12 @@ def glow(
         hidden: the sizes of the conditioners: over images the channels of a 3x3 convolution and of the 1x1 convolutions
             after it, over vectors the widths of an MLP.
         activation: relu | tanh | swish, in the conditioners.
-        cap: a bound on the log-scale of each coupling.
+        cap: a bound on the log-scale of each affine coupling.
         input_bound: over vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.Coupling`.
             None: no bound.
+        coupling: the map of each element in the couplings: affine | spline. Scales of images are factored out by an
+            affine coupling in either case.
+        bins, bound: settings of the splines, see `flowtrain.models.nsf`.
         dropout: over vectors, the dropout probability of the conditioners' hidden units.
         scales: the number of times that images are halved. None: as often as no side becomes shorter than 4.
         positional_bias: over images, whether the conditioners have a bias for each position.
@@ -58,12 +71,16 @@ def glow(
         ConfigError: d < 2, one channel at the last scale, `conditional` without `classes`, or a setting out of range.
     """
     event_shape = shape_of(event_shape)
+    spline(bins, bound)  # refuses settings out of range, which an affine flow would not meet
     made = Steps(
         steps=whole("model.steps", steps),
         hidden=widths("model.hidden", hidden),
         activation=one_of("model.activation", activation, ACTIVATIONS),
         cap=number("model.cap", cap),
         input_bound=None if input_bound is None else number("model.input_bound", input_bound),
+        coupling=one_of("model.coupling", coupling, COUPLINGS),
+        bins=bins,
+        bound=bound,
         dropout=share("model.dropout", dropout),
         positional_bias=flag("model.positional_bias", positional_bias),
         classes=labelled("glow", flag("model.conditional", conditional), classes),
@@ -83,6 +100,9 @@ class Steps:
     activation: str
     cap: float
     input_bound: float | None
+    coupling: str
+    bins: int
+    bound: float
     dropout: float
     positional_bias: bool
     classes: int | None
@@ -92,8 +112,10 @@ class Steps:
         first = (channels + 1) // 2
         parts: list[Bijection] = []
         for _ in range(self.steps):
-            net = self.net(first, 2 * (channels - first), size)
-            coupling = HalfCoupling(channels, False, net, self.cap, self.input_bound if size is None else None)
+            transform = ScaleShift(self.cap) if self.coupling == "affine" else spline(self.bins, self.bound)
+            net = self.net(first, transform.size * (channels - first), size)
+            input_bound = self.input_bound if size is None else None
+            coupling = HalfCoupling(channels, False, net, input_bound=input_bound, transform=transform)
             parts += [ActNorm(channels), InvertibleLinear(channels), coupling]
         return parts
 

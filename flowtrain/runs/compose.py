@@ -22,7 +22,8 @@ SEARCH_KEYS = {"model.candidates", "model.conditional"}
 COMMAND_KEYS = ("resume", "from", "trust", "hydra")
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+# the parser in C is ten times faster; a PyYAML that was built from source may lack it
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Reads 1e-3 as a number, as Hydra does. PyYAML reads it as text because it has no point."""
 
 

@@ -12,6 +12,7 @@ from flowtrain.bijections.coupling import CheckerboardCoupling, HalfCoupling
 from flowtrain.bijections.linear import Affine, InvertibleLinear, Permutation
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
+from flowtrain.bijections.spline import Spline
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.glow import glow
@@ -45,6 +46,9 @@ BIJECTIONS: dict[str, Callable[[int], Bijection]] = {
     "realnvp permutation": lambda d: stack(d, mixing="permutation", actnorm=False),
     "realnvp batchnorm": lambda d: settled(stack(d, batch_norm=True), (d,)),
     "glow": lambda d: perturbed(glow((d,), steps=2, hidden=(8,)).bijection, 0.1),
+    "glow of splines": lambda d: perturbed(
+        glow((d,), steps=2, hidden=(8,), coupling="spline", bins=3, input_bound=3.0).bijection, 0.1
+    ),
     "nsf": lambda d: perturbed(nsf((d,), layers=2, hidden=(8,), bins=4, bound=2.0).bijection, 0.2),
     "nsf alternate": lambda d: perturbed(nsf((d,), layers=3, hidden=(8,), mixing="alternate").bijection, 0.2),
     "nsf permutation": lambda d: perturbed(nsf((d,), layers=3, hidden=(8,), mixing="permutation").bijection, 0.2),
@@ -70,6 +74,9 @@ def settled(bijection: Bijection, event_shape: tuple[int, ...]) -> Bijection:
     return bijection
 
 
+SPLINE = Spline(bins=4, bound=2.0)
+
+
 def net(n_in: int, n_out: int) -> nn.Module:
     return ConvNet(n_in, [6], n_out, "tanh")
 
@@ -88,6 +95,16 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
     "half, swapped": (
         lambda c, h, w: perturbed(HalfCoupling(c, True, net(c // 2, (c + 1) // 2 * 2))),
         [(2, 3, 4), (3, 3, 2)],
+    ),
+    "half of splines": (
+        lambda c, h, w: perturbed(
+            HalfCoupling(c, False, net((c + 1) // 2, c // 2 * SPLINE.size), transform=SPLINE), 0.5
+        ),
+        [(2, 3, 4), (3, 1, 2)],
+    ),
+    "checkerboard of splines": (
+        lambda c, h, w: perturbed(CheckerboardCoupling((h, w), True, net(c, c * SPLINE.size), transform=SPLINE), 0.5),
+        [(1, 3, 3), (2, 1, 2)],
     ),
     "checkerboard": (
         lambda c, h, w: perturbed(CheckerboardCoupling((h, w), False, net(c, 2 * c))),
@@ -113,6 +130,12 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
             glow((c, h, w), steps=2, hidden=(6, 6), scales=2 if h > 2 else 0, positional_bias=True).bijection, 0.1
         ),
         [(1, 4, 8), (2, 2, 3)],
+    ),
+    "glow of splines": (
+        lambda c, h, w: perturbed(
+            glow((c, h, w), steps=2, hidden=(6, 6), coupling="spline", bins=4, bound=2.0, scales=h // 2).bijection, 0.2
+        ),
+        [(1, 4, 4), (2, 1, 3)],
     ),
     "ffjord": (
         lambda c, h, w: perturbed(

@@ -143,6 +143,23 @@ def test_the_gradient_is_that_of_finite_differences_and_of_autograd(shape: tuple
     assert torch.autograd.gradcheck(spline.to_data, (x, theta))
 
 
+@pytest.mark.parametrize("shape", [(5, 1, 1, 1), (3, 2, 4, 5), (2, 3, 1, 4), (1, 6, 2, 1), (4, 5), (0, 2, 3, 3)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_elements_of_images_are_mapped_by_their_own_theta(shape: tuple[int, ...], channels_last: bool) -> None:
+    spline = Spline(5, B)
+    rows, n, *sides = shape
+    x, theta = B * torch.randn(shape), torch.randn(rows, spline.size * n, *sides)
+    if channels_last and sides:
+        x, theta = (y.to(memory_format=torch.channels_last) for y in (x, theta))
+    for function in (spline.to_base, spline.to_data):
+        y, log_slope = function(x, theta)
+        assert y.shape == log_slope.shape == x.shape
+        own = theta.unflatten(1, (spline.size, n)).movedim(1, -1).reshape(-1, spline.size)
+        one_by_one = function(x.reshape(-1, 1), own)
+        torch.testing.assert_close(y.reshape(-1, 1), one_by_one[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(log_slope.reshape(-1, 1), one_by_one[1], rtol=1e-12, atol=1e-12)
+
+
 def test_transforms_of_torch_func() -> None:
     spline = Spline(4, B)
     x, theta = torch.randn(5, 2), theta_of(spline, 5, 2)

@@ -1,6 +1,7 @@
 """`floweval` and `flowsample` of ensembles: sweep directories, lists of runs, and files."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,24 @@ from flowtrain.ode import ode_solver
 REALNVP = ["model=realnvp", "model.layers=1", "model.hidden=[8]", "trainer.steps=40"]
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    """Two runs in the directory `my sweep`, on a table with names."""
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table with names."""
+    path = tmp_path_factory.mktemp("table") / "train.csv"
     rows = np.concatenate([normal(150, 2), normal(150, 2, seed=1) + 4])
-    np.savetxt(tmp_path / "train.csv", rows, delimiter=",", header="height,weight", comments="")
-    return tmp_path / "train.csv"
+    np.savetxt(path, rows, delimiter=",", header="height,weight", comments="")
+    return path
 
 
 @pytest.fixture
 def sweep(trained: Train, table: Path, tmp_path: Path) -> Path:
-    data = ["data=array", f"data.path={table}"]
-    trained(*data, "hydra.run.dir='my sweep/1e-3'")
-    trained(*data, *REALNVP, "hydra.run.dir='my sweep/lr=0'")
+    """Two runs on the table in the directory `my sweep`, trained once and copied."""
+    done = table.parent / "my sweep"
+    if not done.exists():
+        data = ["data=array", f"data.path={table}"]
+        trained(*data, f"hydra.run.dir='{done}/1e-3'")
+        trained(*data, *REALNVP, f"hydra.run.dir='{done}/lr=0'")
+    shutil.copytree(done, tmp_path / "my sweep")
     return tmp_path / "my sweep"
 
 
@@ -152,9 +158,16 @@ def test_a_sweep_over_data_is_refused(run: Run, trained: Train, sweep: Path, tab
     assert (code, out) == (2, "")
     assert "my sweep/other" in err
     assert len(err.strip().splitlines()) == 1
-    table.unlink()
-    code, out, err = run("floweval", f"ckpt=[{sweep}/1e-3,{sweep}/lr=0]")
-    assert (code, out) == (2, "")
-    assert "weights=" in err
-    code, _, err = run("flowsample", f"ckpt=[{sweep}/1e-3,{sweep}/lr=0]", "weights=equal", "out=x.npy")
-    assert code == 0, err
+
+
+def test_weights_need_the_data_of_the_runs(run: Run, sweep: Path, table: Path) -> None:
+    # the other tests read it too
+    away = table.rename(table.with_name("away.csv"))
+    try:
+        code, out, err = run("floweval", f"ckpt=[{sweep}/1e-3,{sweep}/lr=0]")
+        assert (code, out) == (2, "")
+        assert "weights=" in err
+        code, _, err = run("flowsample", f"ckpt=[{sweep}/1e-3,{sweep}/lr=0]", "weights=equal", "out=x.npy")
+        assert code == 0, err
+    finally:
+        away.rename(table)

@@ -19,6 +19,7 @@ Evaluate = Callable[..., dict[str, Any]]
 Refused = Callable[..., str]
 Compose = Callable[..., dict[str, Any]]
 MakeTrainer = Callable[..., Trainer]
+OnlyPrograms = Callable[..., None]
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 
 # overrides for a run of a few steps, and for a small FFJORD

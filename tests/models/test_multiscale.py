@@ -46,6 +46,9 @@ def test_squeeze_puts_the_colours_of_a_checkerboard_apart() -> None:
         (lambda: glow((1,)), "at least 2 columns"),
         (lambda: glow((1, 8, 8), hidden=[]), "model.hidden"),
         (lambda: glow((2,), steps=0), "model.steps=0"),
+        (lambda: glow((1, 8, 8), coupling="cubic"), "model.coupling=cubic"),
+        (lambda: glow((1, 8, 8), coupling="spline", bins=1), "model.bins=1"),
+        (lambda: glow((1, 8, 8), coupling="spline", bound=0), "model.bound=0"),
     ],
 )
 def test_invalid_model_options_are_refused(make: Callable[[], Flow], words: str) -> None:

@@ -234,16 +234,6 @@ def test_progress_needs_no_standard_error(x: np.ndarray, kind: str, monkeypatch:
     small(x, progress=True)
 
 
-def test_import_and_fit_need_neither_hydra_nor_matplotlib() -> None:
-    code = (
-        "import sys, flowtrain, numpy as np\n"
-        "flowtrain.fit(np.random.default_rng(0).normal(size=(50, 2)), model='affine', steps=2, progress=False)\n"
-        "print([m for m in ('hydra', 'omegaconf', 'matplotlib', 'torchdiffeq') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
 def test_fitted_flows_are_in_evaluation_mode_and_pickle(x: np.ndarray) -> None:
     flow = small(x)
     assert not flow.training

@@ -53,6 +53,13 @@ def ode_block(solver: ode.Solver | None = None, d: int = 3, **keys: Any) -> Cont
 
 
 IMAGE = (2, 4, 4)
+# than the models are by default, whose parts are the same
+SMALLER: dict[str, dict[str, Any]] = {
+    "glow": {"steps": 2, "hidden": [8]},
+    "maf": {"layers": 2},
+    "nsf": {"layers": 2},
+    "realnvp": {"layers": 2, "hidden": [8]},
+}
 BUILDERS: dict[str, Callable[[], Flow]] = {
     "ActNorm": lambda: of(ActNorm(3)),
     "ActNorm of pixels": lambda: of(ActNorm(IMAGE), shape=IMAGE),
@@ -101,8 +108,11 @@ BUILDERS: dict[str, Callable[[], Flow]] = {
     "by event_shape": lambda: Flow(event_shape=(2,), bijection=ActNorm(2)),
     "conditional": lambda: models.ffjord(2, hidden=[4], conditional=True, classes=3),
     "couplings": lambda: models.realnvp(2, layers=2, hidden=[4], conditional=True, classes=3, mixing="permutation"),
-    **{name: partial(getattr(models, name), 3) for name in models.__all__},
-    **{f"{name} of images": partial(getattr(models, name), (1, 8, 8)) for name in ("affine", "glow", "realnvp")},
+    **{name: partial(getattr(models, name), 3, **SMALLER.get(name, {})) for name in models.__all__},
+    **{
+        f"{name} of images": partial(getattr(models, name), (1, 8, 8), **SMALLER.get(name, {}))
+        for name in ("affine", "glow", "realnvp")
+    },
     "ffjord of images": partial(models.ffjord, (1, 8, 8), hidden=[3], solver=ode_solver("rk4", steps=2)),
     "Ensemble": lambda: Ensemble(
         [of(ActNorm(3)), of(ode_block(ode_solver("rk4", steps=3))), of(ode_block()), of(bijections.Affine(3))],
