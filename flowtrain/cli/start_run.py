@@ -27,7 +27,7 @@ from flowtrain.runs.run_directory import (
     locked_directory,
     remove_empty,
 )
-from flowtrain.runs.search import SEARCH
+from flowtrain.runs.search import SEARCH, config_of_search
 from flowtrain.training import checkpoint
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError
@@ -118,10 +118,13 @@ def resume_run(
     """
     when = command_begun()
     with locked_directory(run_dir), messages(run_dir / "flowtrain.log"):
+        config_before = config_of_search(run_dir)
         with status("reading the checkpoint"):
-            saved = checkpoint.load(checkpoint.find(run_dir, prefer="last"))
-        if SEARCH in saved:
-            saved["config"] = saved[SEARCH]
+            # a search begins with checkpoints of its candidates only
+            has_own = config_before is None or checkpoint.any_in(run_dir)
+            saved = checkpoint.load(checkpoint.find(run_dir, prefer="last")) if has_own else {}
+        if config_before is not None or SEARCH in saved:
+            saved["config"] = config_before or saved[SEARCH]
         elif "optimizer" not in saved:
             raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
         check_targets(saved["config"], trust)
@@ -191,8 +194,14 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
     if config["from"] is None:
         return config
     path = checkpoint.find(Path(str(config["from"])).expanduser().absolute())
-    saved = checkpoint.load(path)["config"]
+    content = checkpoint.load(path)
+    saved = content["config"]
     check_targets(saved, trusted(config["trust"]))
+    if SEARCH in content and is_description(saved["model"]):
+        raise ConfigError(
+            f"from={path} is an ensemble that a search has found; give one of its candidates, such as "
+            f"{path.parent.parent / 'search' / 'nsf'}"
+        )
     if is_description(saved["model"]):
         raise ConfigError(
             f"from={path}: this flow was saved from Python and does not say what data it was trained on; train it "

@@ -142,6 +142,11 @@ def resolve_auto(config: Mapping[str, Any], rows: int | None, event_shape: tuple
         for key, value in keys.items():
             if value != AUTO or (group == "model" and key in OWN_AUTO + FROM_DATA):
                 continue
+            if len(event_shape) > 1 and not values:
+                raise ConfigError(
+                    f"model={config['model'].get('name')} is for vectors, and the samples are images of shape "
+                    f"{event_shape}; choose realnvp, glow or ffjord"
+                )
             if key not in values.get(group, {}):
                 raise ConfigError(
                     f"{group}.{key}=auto: this key has no automatic value for model={config['model'].get('name')}; "

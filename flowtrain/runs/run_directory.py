@@ -115,7 +115,10 @@ def holds_run(run_dir: Path) -> bool:
     """Whether training has begun in a directory."""
     metrics = run_dir / "metrics.jsonl"
     measured = metrics.exists() and metrics.stat().st_size > 0
-    return measured or (run_dir / "result.json").exists() or checkpoint.any_in(run_dir)
+    searched = (
+        any(run_dir.glob(f"{SEARCH_FOLDER}/*/checkpoints/*.pt")) and (run_dir / SEARCH_FOLDER / SEARCH_STATE).exists()
+    )
+    return measured or searched or (run_dir / "result.json").exists() or checkpoint.any_in(run_dir)
 
 
 @contextmanager

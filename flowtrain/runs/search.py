@@ -36,8 +36,16 @@ from flowtrain.runs.components import resolve_components
 from flowtrain.runs.compose import options, values_of, with_choices
 from flowtrain.runs.console import as_banner, data_name, device_words, prefixed, samples_words, shortest
 from flowtrain.runs.ensembles import validation_log_probs
-from flowtrain.runs.prepare import NOTHING_GIVEN, Parts, data_like, objective_of, prepare
-from flowtrain.runs.run_directory import SEARCH_FOLDER, SEARCH_STATE
+from flowtrain.runs.prepare import (
+    NOTHING_GIVEN,
+    Parts,
+    check_same,
+    check_unchanged,
+    data_like,
+    objective_of,
+    prepare,
+)
+from flowtrain.runs.run_directory import SEARCH_FOLDER, SEARCH_STATE, holds_run
 from flowtrain.runs.save import content_of
 from flowtrain.training import checkpoint, tensorboard
 from flowtrain.training.metrics import Metrics, in_bits
@@ -45,14 +53,23 @@ from flowtrain.training.metrics import read as read_metrics
 from flowtrain.training.time_budget import TimeBudget
 from flowtrain.utils import ranks
 from flowtrain.utils.arguments import choose, flag, number, whole
-from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError, first_line
+from flowtrain.utils.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FlowtrainError,
+    UnfinishedError,
+    first_line,
+)
 from flowtrain.utils.files import config_dir, write_json
-from flowtrain.utils.formatting import counted, with_error
+from flowtrain.utils.formatting import counted, resume_command, with_error
 from flowtrain.utils.process import SignalReceived, choose_threads, ended_by_signals
 from flowtrain.utils.status import phase, status
 
 log = logging.getLogger("flowtrain")
 
+# the reason that a trainer gives for an end by its time limit
+OUT_OF_TIME = "time limit"
 # the key of a checkpoint that holds the config of its search
 SEARCH = "search"
 # models that are fitted first, with the share of the time limit that each may take
@@ -142,6 +159,21 @@ class Candidate:
     ended: str | None = None
     weight: float = 0.0
 
+    def check(self) -> None:
+        """Refuses values that no search can have written.
+
+        Raises:
+            TypeError: naming the attribute.
+        """
+        numbers: dict[str, tuple[type, ...]] = {"nll": (int, float), "trimmed": (int, float), "seconds": (int, float)}
+        kinds = {**numbers, "seed": (int,), "stage": (int,), "step": (int,), "steps": (int,), "max_steps": (int,)}
+        kinds |= {"name": (str,), "model": (str,), "ended": (str,), "best": (dict,), "weight": (int, float)}
+        optional = ("nll", "trimmed", "max_steps", "ended", "best")
+        for key, kind in kinds.items():
+            value = getattr(self, key)
+            if not isinstance(value, kind) and not (value is None and key in optional):
+                raise TypeError(f"{key} of a candidate is {value!r}")
+
     @property
     def rank(self) -> float:
         """The trimmed validation NLL: infinite if there is none."""
@@ -153,7 +185,7 @@ class Candidate:
         error = math.nan if self.nll_stderr is None else self.nll_stderr
         nll = "no NLL" if self.nll is None else f"validation NLL {with_error(self.nll, error)}"
         ended = f"; {self.ended}" if self.ended else ""
-        return f"{nll}, best at step {self.step:,} of {self.max_steps:,}, {self.seconds:.1f} s{ended}"
+        return f"{nll}, best at step {self.step:,} of {self.steps:,}, {self.seconds:.1f} s{ended}"
 
 
 class Search:
@@ -214,6 +246,8 @@ class Search:
         self._content: dict[str, Any] = {}
         # the candidates of the last stack, with their stages
         self._stacked: list[tuple[str, int]] = []
+        # whether this command has trained a candidate
+        self._is_new = False
         self._failures: list[FlowtrainError] = []
         # seconds of the search so far, and since when this command searches
         self._before, self._since = 0.0, math.inf
@@ -228,14 +262,31 @@ class Search:
         if self.run_dir is None:
             return
         folder = self.run_dir / SEARCH_FOLDER
-        if checkpoint.any_in(self.run_dir):
+        if holds_run(self.run_dir):
             self._read_state(folder / SEARCH_STATE)
+            self._check_data()
             return
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / SEARCH_STATE).is_file():
+        # a search that was killed before its first checkpoint leaves its state and empty directories
+        if folder.exists() and not (folder.is_dir() and _is_leftover(folder)):
             raise ConfigError(f"{folder} exists, and a search would write into it: choose another run directory")
         if folder.exists():
             shutil.rmtree(folder)
         self._write_state()
+
+    def _check_data(self) -> None:
+        """Refuses to resume a search whose data have changed, and reads the checkpoint of the ensemble if there is one.
+
+        Raises:
+            CheckpointError, ConfigError, DataError: see `flowtrain.runs.prepare.check_unchanged`.
+        """
+        assert self.run_dir is not None
+        if checkpoint.any_in(self.run_dir):
+            self._content = saved = checkpoint.load(checkpoint.find(self.run_dir))
+        else:
+            saved = next((s for name in self.candidates if (s := self._saved(name, "last")) is not None), {})
+        if saved:
+            check_same("resume", load.samples_of(saved), self.data.samples)
+            check_unchanged(load.samples_of(saved), self.data.samples)
 
     # what the end of a run needs
 
@@ -290,6 +341,14 @@ class Search:
                 self._fit()
         except SignalReceived as e:
             self.signal, self.stopped_by = e.number, signal.Signals(e.number).name
+            if not self._content:
+                self._stack_interrupted()
+        except OSError as e:
+            if self.run_dir is None:
+                raise
+            raise UnfinishedError(
+                f"the search has stopped ({e}); what it has found is saved: {resume_command(self.run_dir)} continues it"
+            ) from e
         self._before, self._since = self.seconds, math.inf
         if self._content:
             log.info("%s", self._table())
@@ -309,10 +368,7 @@ class Search:
         self._stack("finalists")
         self._add_seeds()
         if self._is_over():
-            self.stopped_by = "time limit"
-        if not self._content and self.run_dir is not None and checkpoint.any_in(self.run_dir):
-            # everything was done by earlier commands
-            self._content = checkpoint.load(checkpoint.find(self.run_dir))
+            self.stopped_by = OUT_OF_TIME
 
     def _ranked(self, models: Sequence[str]) -> list[str]:
         """Trains the models for the first part of their time. Returns those with a result, the best first."""
@@ -327,7 +383,7 @@ class Search:
                 self._advance(model, model, 1, self._share_of_left(len(models) - i + later))
         self._stack("first parts")
         tried = sorted((c for c in self.candidates.values() if c.name in models), key=lambda c: c.rank)
-        words = ", ".join(f"{c.name} {c.rank:.4g}" for c in tried)
+        words = ", ".join(f"{c.name} {c.rank:.4g}" for c in tried) or "no flow had time"
         log.info("validation NLL without the worst %g%% of the rows: %s", 100 * TRIMMED, words)
         self.ranking = [c.name for c in tried if c.nll is not None]
         self._write_state()
@@ -393,6 +449,7 @@ class Search:
             candidate = Candidate(name, model, int(self.given_config["seed"]) + position - 1)
         if candidate.stage >= stage or candidate.ended is not None:
             return
+        self._is_new = True
         begun = time.perf_counter()
         self.candidates[name] = candidate
         try:
@@ -513,14 +570,22 @@ class Search:
         Args:
             after: what has been trained; a stack that is recorded is not made again.
         """
-        if after in self.stacks:
+        if after in self.stacks and not self._is_new:
             return
+        for candidate in [c for c in self.candidates.values() if c.nll is not None]:
+            try:
+                self._scored(candidate.name)
+            except FlowtrainError as e:
+                candidate.nll, candidate.weight, candidate.ended = None, 0.0, f"failed: {first_line(e)}"
+                self._failures.append(e)
+                log.warning("%s is left out: %s", candidate.name, e)
         names = [c.name for c in self.candidates.values() if c.nll is not None]
         if not names:
             return
         trained = [(name, self.candidates[name].stage) for name in names]
         if trained == self._stacked and self.best is not None:
             self.stacks[after] = self.best["nll"]
+            self._write_state()
             return
         self._stacked = trained
         log_p = torch.stack([self._scored(name) for name in names], 1)
@@ -545,6 +610,21 @@ class Search:
                 self.time_budget = TimeBudget(seconds, self.begun, density, self.data, self.run_dir is not None)
             self.time_budget.flow = density
             self.time_budget.scored(1, sum(self._row_seconds[name] for name, _ in members))
+
+    def _stack_interrupted(self) -> None:
+        """Makes an ensemble of the candidates that have a checkpoint, if a signal comes before the first one."""
+        state = self.stacks, [asdict(candidate) for candidate in self.candidates.values()]
+        for candidate in self.candidates.values():
+            try:
+                if self._saved(candidate.name, "best") is not None:
+                    self._score(candidate)
+            except FlowtrainError as e:
+                log.debug("%s has no result yet: %s", candidate.name, e)
+        self._stack("interrupted")
+        # the resumed search makes its decisions without it
+        self.stacks = {label: nll for label, nll in state[0].items() if label != "interrupted"}
+        self.candidates = {each["name"]: Candidate(**each) for each in state[1]}
+        self._write_state()
 
     def _density(self, members: Sequence[tuple[str, float]]) -> Density:
         """The stack; a single member stays a flow."""
@@ -577,6 +657,8 @@ class Search:
         if self.run_dir is None:
             return
         state = {
+            "config": {key: value for key, value in self.given_config.items() if key != "trust"},
+            "time_limit": self.time_limit,
             "seconds": self.seconds,
             "stacks": self.stacks,
             "ranking": self.ranking,
@@ -600,6 +682,9 @@ class Search:
             state = json.loads(path.read_text(encoding="utf-8"))
             known = {field.name for field in fields(Candidate)}
             found = [Candidate(**{k: v for k, v in c.items() if k in known}) for c in state["candidates"]]
+            for candidate in found:
+                candidate.check()
+            before = state["time_limit"]
             self.candidates = {candidate.name: candidate for candidate in found}
             self.stacks = {str(k): math.nan if v is None else float(v) for k, v in state["stacks"].items()}
             self._before = float(state["seconds"])
@@ -611,6 +696,11 @@ class Search:
             ) from e
         if self.stacks:
             self.best = {"nll": [*self.stacks.values()][-1], "step": self.step}
+        if before is not None and (self.time_limit is None or self.time_limit > before):
+            # with more time than before, flows go on that ended for lack of it
+            for candidate in self.candidates.values():
+                if candidate.ended == OUT_OF_TIME and candidate.model not in CHEAP:
+                    candidate.ended, candidate.stage = None, min(candidate.stage, 1)
 
     # words
 
@@ -676,6 +766,28 @@ def _covers(log_p: Tensor) -> bool:
     return log_p.shape[1] > 0 and bool(log_p.isfinite().any(1).all())
 
 
+def _is_leftover(folder: Path) -> bool:
+    """Whether a search has written all that is in a directory, and no checkpoint."""
+    try:
+        state = json.loads((folder / SEARCH_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(state, dict) or "candidates" not in state or "stacks" not in state:
+        return False
+    names = ("metrics.jsonl", "checkpoints", SEARCH_STATE)
+    return all(path.name in names or path.is_dir() for path in folder.rglob("*"))
+
+
+def config_of_search(run_dir: Path) -> dict[str, Any] | None:
+    """The config of the search in a run directory, from its state; None if there is no search or no readable state."""
+    try:
+        state = json.loads((run_dir / SEARCH_FOLDER / SEARCH_STATE).read_text(encoding="utf-8"))
+        config = state["config"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
 def _limits(config: Mapping[str, Any]) -> tuple[float | None, int | None]:
     """The time limit in seconds and the number of steps of each candidate; None if there is none."""
     trainer = config["trainer"]
@@ -705,6 +817,8 @@ def _check(config: Mapping[str, Any]) -> None:
             f"objective={config['objective']['name']}: model=auto chooses the objective of each model; name a model, "
             "such as model=ffjord"
         )
+    if config.get("time_budget") is not None:
+        number("time_budget", config["time_budget"])
     if ranks.size() > 1:
         raise ConfigError("model=auto runs in one process: name a model to train it with torchrun")
 

@@ -194,6 +194,8 @@ def test_a_search_takes_the_keys_of_the_user_for_every_candidate(clusters: np.nd
         {"objective": "flow_matching"},
         {"trainer.steps": 0},
         {"trainer.time_limit": -1},
+        {"time_budget": "abc"},
+        {"time_budget": -1},
         {"trainer.lr": -1},
         {"model.conditional": "perhaps"},
     ],
@@ -209,12 +211,16 @@ def test_a_mistake_is_refused_before_anything_is_trained(
 def test_a_directory_of_someone_else_is_not_searched_into(clusters: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "search").mkdir()
     (tmp_path / "search/mine.txt").write_text("mine")
+    for text in ("{}", '{"candidates": [], "stacks": {}}'):
+        with pytest.raises(ConfigError):
+            searched(clusters, ["affine"], run_dir=tmp_path)
+        (tmp_path / "search/search.json").write_text(text)
     with pytest.raises(ConfigError):
         searched(clusters, ["affine"], run_dir=tmp_path)
     assert (tmp_path / "search/mine.txt").read_text() == "mine"
     # what a killed search has left before its first checkpoint is no hindrance
     (tmp_path / "r/search/nsf/checkpoints").mkdir(parents=True)
-    (tmp_path / "r/search/search.json").write_text("{}")
+    (tmp_path / "r/search/search.json").write_text('{"candidates": [], "stacks": {}}')
     searched(clusters, ["affine"], run_dir=tmp_path / "r")
     assert not (tmp_path / "r/search/nsf").exists()
 
@@ -272,3 +278,97 @@ def test_runs_of_searches_form_an_ensemble(clusters: np.ndarray, tmp_path: Path,
     x = torch.randn(6, 3)
     log_p = torch.stack([one.log_prob(x) for one in runs])
     assert ((whole.log_prob(x) >= log_p.amin(0) - 1e-4) & (whole.log_prob(x) <= log_p.amax(0) + 1e-4)).all()
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, step: int, number: int) -> None:
+    """Sends a signal at a step of the candidate of that name, once."""
+    train, take = Search._train, Trainer.train_step
+    training = [""]
+
+    def recording(self: Search, candidate: Any, stage: int, seconds: float | None) -> None:
+        training[0] = candidate.name
+        train(self, candidate, stage, seconds)
+
+    def interrupted(trainer: Trainer) -> Any:
+        if training[0] == name and trainer.step == step:
+            training[0] = ""
+            monkeypatch.setattr(Trainer, "train_step", take)
+            os.kill(os.getpid(), number)
+        return take(trainer)
+
+    monkeypatch.setattr(Search, "_train", recording)
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+
+
+def command_line(x: np.ndarray, folder: Path, candidates: str, **keys: Any) -> list[str]:
+    np.savetxt(folder / "x.csv", x, delimiter=",")
+    chosen = {**STEPS, **{key.replace("__", "."): value for key, value in keys.items()}}
+    given = [f"{key}={'null' if value is None else value}" for key, value in chosen.items()]
+    return ["flowtrain", *given, "data=array", f"data.path={folder}/x.csv", f"model.candidates={candidates}"]
+
+
+def test_a_search_that_is_stopped_in_its_first_candidate_is_kept_and_goes_on(
+    clusters: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    command = command_line(clusters, tmp_path, "[nsf]")
+    interrupt(monkeypatch, "nsf", 7, signal.SIGTERM)
+    code, _, err = run(*command, f"hydra.run.dir={tmp_path}/r")
+    assert code == 128 + signal.SIGTERM, err
+    code, _, err = run(*command, f"hydra.run.dir={tmp_path}/r")
+    assert code == 2, err
+    code, _, err = run("flowtrain", f"resume={tmp_path}/r")
+    assert code == 0, err
+    code, _, err = run(*command, f"hydra.run.dir={tmp_path}/whole")
+    assert code == 0, err
+    assert state_of(tmp_path / "r") == state_of(tmp_path / "whole")
+
+
+def test_an_interrupt_of_a_fit_returns_the_best_flow_so_far(
+    clusters: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, "nsf", 7, signal.SIGINT)
+    flow = searched(clusters, ["nsf"])
+    assert torch.isfinite(flow.log_prob(torch.zeros(1, 3)))
+    assert flow.record.stopped_by == "SIGINT"
+
+
+def test_a_search_is_not_resumed_with_changed_data(clusters: np.ndarray, tmp_path: Path, run: Run) -> None:
+    code, _, err = run(*command_line(clusters, tmp_path, "[affine]"), f"hydra.run.dir={tmp_path}/r")
+    assert code == 0, err
+    before = (tmp_path / "r/result.json").read_text()
+    np.savetxt(tmp_path / "x.csv", clusters[:200], delimiter=",")
+    code, _, err = run("flowtrain", f"resume={tmp_path}/r")
+    assert code == 2, err
+    assert (tmp_path / "r/result.json").read_text() == before
+
+
+def test_with_more_time_flows_go_on_and_a_damaged_candidate_is_left_out(
+    clusters: np.ndarray, tmp_path: Path, run: Run
+) -> None:
+    keys = {"trainer__steps": "auto", "trainer__time_limit": 0.3}
+    code, _, err = run(*command_line(clusters, tmp_path, "[affine,nsf,maf]", **keys), f"hydra.run.dir={tmp_path}/r")
+    assert code == 0, err
+    first = state_of(tmp_path / "r")
+    for path in (tmp_path / "r/search").glob("maf/checkpoints/*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    code, _, err = run("flowtrain", f"resume={tmp_path}/r", "trainer.time_limit=4")
+    assert code == 0, err
+    steps = [{c["name"]: c["steps"] for c in state["candidates"]} for state in (first, state_of(tmp_path / "r"))]
+    assert steps[1]["nsf"] > steps[0].get("nsf", 0)
+    # and the ensemble is made anew of all of them
+    last = json.loads((tmp_path / "r/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == sum(steps[1].values())
+
+
+def test_a_damaged_state_is_refused(clusters: np.ndarray, tmp_path: Path, run: Run) -> None:
+    code, _, err = run(*command_line(clusters, tmp_path, "[affine]"), f"hydra.run.dir={tmp_path}/r")
+    assert code == 0, err
+    path = tmp_path / "r/search/search.json"
+    state = json.loads(path.read_text())
+    state["candidates"][0]["stage"] = "x"
+    for text in (json.dumps(state), "[]", ""):
+        path.write_text(text)
+        code, _, err = run("flowtrain", f"resume={tmp_path}/r")
+        assert (code, "Traceback" in err) == (2, False), err
+    code, _, err = run("floweval", f"ckpt={tmp_path}/r")
+    assert code == 0, err
