@@ -17,6 +17,8 @@ from flowtrain.utils.formatting import as_ranges
 GAP, ITERATIONS = 1e-6, 10_000
 # a member is left out if the mean log-likelihood of the held-out rows loses at most so many nats without it
 LOSS = 1e-6
+# the same, for each member that `sparse_weights` leaves out
+SPARSE_LOSS = 0.002
 
 
 class Ensemble(Density):
@@ -221,3 +223,44 @@ def stacking_weights(log_p: Tensor) -> list[float]:
             loss = ((p @ w).log() - (p @ rest).log()).mean()
             w = rest if float(loss) <= LOSS else w
     return [float(each) for each in w]
+
+
+def sparse_weights(log_p: Tensor) -> list[float]:
+    """Stacking weights of as few members as possible; see `stacking_weights`.
+
+    Members are left out one by one, while the mean of log p falls by at most SPARSE_LOSS nats for each.
+
+    Args:
+        log_p: log p of the validation rows by each member, (n, M), in nats.
+
+    Raises:
+        NonFiniteError: as `stacking_weights`.
+    """
+    log_p = torch.where(log_p.isfinite(), log_p, -math.inf)
+
+    def fitted(kept: Sequence[int]) -> tuple[float, list[float]]:
+        weights = [0.0] * log_p.shape[1]
+        for m, weight in zip(kept, stacking_weights(log_p[:, kept]), strict=True):
+            weights[m] = weight
+        return -float(stacked(log_p, weights).mean()), weights
+
+    nll, weights = fitted(range(log_p.shape[1]))
+    while True:
+        kept = [m for m, weight in enumerate(weights) if weight > 0]
+        fewer = [[m for m in kept if m != out] for out in kept if _covers(log_p[:, [m for m in kept if m != out]])]
+        tried = [fitted(rest) for rest in fewer if rest]
+        best = min(tried, key=lambda found: found[0], default=(math.inf, weights))
+        if best[0] - nll > SPARSE_LOSS:
+            return weights
+        nll, weights = best
+
+
+def stacked(log_p: Tensor, weights: Sequence[float]) -> Tensor:
+    """log sum_m w_m p_m at each row, (n,), in nats, from log p_m (n, M); NaN counts as zero density."""
+    log_w = log_p.new_tensor(weights).log()
+    return (torch.where(log_p.isnan(), -math.inf, log_p) + log_w).logsumexp(1)
+
+
+def _covers(log_p: Tensor) -> bool:
+    """Whether at each row some member has a positive density."""
+    return log_p.shape[1] > 0 and bool(log_p.isfinite().any(1).all())

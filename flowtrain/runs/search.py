@@ -1,10 +1,10 @@
 """model=auto: searches for the best density of a table, by successive halving and stacking.
 
-The search fits a Gaussian and a mixture first. Then each flow that `recommended` lists trains for an equal first part,
-one sixth of the time of the best flow. The flows are ranked by validation NLL without the worst 1% of the rows. The
-best flow gets the time that is left, and the others continue in the order of their rank if it stops early. This is
-similar to successive halving (Jamieson and Talwalkar 2016, Non-stochastic best arm identification and hyperparameter
-optimization). Time that is then left goes to further seeds of the best model.
+The search fits a Gaussian and a mixture first. Then each flow that `flowtrain.runs.candidates.recommended` lists trains
+for an equal first part, one sixth of the time of the best flow. The flows are ranked by validation NLL without the
+worst 1% of the rows. The best flow gets the time that is left, and the others continue in the order of their rank if it
+stops early. This is similar to successive halving (Jamieson and Talwalkar 2016, Non-stochastic best arm identification
+and hyperparameter optimization). Time that is then left goes to further seeds of the best model.
 
 The result is the ensemble of all candidates, log p(x) = log sum_m w_m p_m(x), with weights by EM on the validation rows
 (stacking: Smyth and Wolpert 1999, Linearly combining density estimators via stacking). A candidate is left out if the
@@ -18,7 +18,7 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from flowtrain.data.base import Dataset
 from flowtrain.evaluation import NAMES
 from flowtrain.evaluation.log_likelihood import held_out
 from flowtrain.flow import Density, Flow, Record
-from flowtrain.models.ensemble import Ensemble, stacking_weights
+from flowtrain.models.ensemble import Ensemble, sparse_weights, stacked
 from flowtrain.runs import auto_settings, build, load
 from flowtrain.runs.auto_settings import AUTO
+from flowtrain.runs.candidates import Candidate, recommended
 from flowtrain.runs.components import resolve_components
 from flowtrain.runs.compose import options, values_of, with_choices
 from flowtrain.runs.console import as_banner, data_name, device_words, prefixed, samples_words, shortest
@@ -84,12 +85,6 @@ FINALISTS, FIRST_PART = 2, 1 / 6
 TRIMMED = 0.01
 # further seeds of the best model, at most; the search ends when one lowers the validation NLL by less than GAIN nats
 SEEDS, GAIN = 3, 0.005
-# a candidate is left out of the stack if the validation NLL rises by at most so many nats without it
-LOSS = 0.002
-# below so many training rows, realnvp gives way to ffjord
-SMALL = 1_000
-# above so many columns, realnvp trains before maf
-WIDE = 16
 # from so many training rows on, flows take as many steps as they have time for, at most LONG
 LARGE, LONG = 5_000, 100_000
 # validation rows that candidates are compared and stacked on, evenly spread
@@ -105,87 +100,6 @@ COMPONENTS_SHARE, COMPONENTS_LEAST = 0.15, 1.0
 def is_search(config: Mapping[str, Any]) -> bool:
     """Whether the config of a run asks for a search."""
     return config["model"].get("name") == AUTO and "_target_" not in config["model"]
-
-
-def recommended(rows: int | None, event_shape: tuple[int, ...]) -> list[str]:
-    """The models that a search trains on data of this size, besides those in `CHEAP`, the most promising first.
-
-    On the development tables of scripts/bench/tables.py, nsf or maf has the lowest validation NLL of the flows after
-    20 s on eight of ten tables, and realnvp on two. ffjord was measured on four tables, and is not the best on any. On
-    213 rows, its NLL is 1 nat below that of realnvp. On the toys moons and 2spirals, ffjord is the best.
-
-    Args:
-        rows: the number of training rows; None for endless data.
-    """
-    if len(event_shape) > 1:
-        return ["realnvp", "glow"]
-    if rows is None or rows < SMALL or event_shape[0] == 1:
-        return ["nsf", "maf", "ffjord"]
-    return ["nsf", "maf", "realnvp"] if event_shape[0] <= WIDE else ["nsf", "realnvp", "maf"]
-
-
-@dataclass
-class Candidate:
-    """A model of a search with its results.
-
-    Attributes:
-        name: the name of the model, with the number of the seed if it is not the first.
-        seed: the seed of its run.
-        stage: 0: not trained yet; 1: trained for the first part; 2: trained to the end.
-        nll, nll_stderr: validation NLL of its best checkpoint and the standard error, in nats; None before the first.
-        trimmed: the same NLL without the TRIMMED share of the rows that have the lowest log p. Flows are ranked by it:
-            a few rows far from the others can dominate an NLL, and have little effect in a stack with a mixture.
-        step: the step of its best checkpoint.
-        steps: the number of steps it was trained for.
-        max_steps: the number of steps that it may take.
-        best: NLL in nats and step of its best validation, for the restart of its training.
-        seconds: the time that its training took, with building and scoring.
-        ended: why its training has ended; None if it can go on.
-        weight: its weight in the stack.
-    """
-
-    name: str
-    model: str
-    seed: int
-    stage: int = 0
-    nll: float | None = None
-    nll_stderr: float | None = None
-    trimmed: float | None = None
-    step: int = 0
-    steps: int = 0
-    max_steps: int | None = None
-    best: dict[str, float] | None = None
-    seconds: float = 0.0
-    ended: str | None = None
-    weight: float = 0.0
-
-    def check(self) -> None:
-        """Refuses values that no search can have written.
-
-        Raises:
-            TypeError: naming the attribute.
-        """
-        numbers: dict[str, tuple[type, ...]] = {"nll": (int, float), "trimmed": (int, float), "seconds": (int, float)}
-        kinds = {**numbers, "seed": (int,), "stage": (int,), "step": (int,), "steps": (int,), "max_steps": (int,)}
-        kinds |= {"name": (str,), "model": (str,), "ended": (str,), "best": (dict,), "weight": (int, float)}
-        optional = ("nll", "trimmed", "max_steps", "ended", "best")
-        for key, kind in kinds.items():
-            value = getattr(self, key)
-            if not isinstance(value, kind) and not (value is None and key in optional):
-                raise TypeError(f"{key} of a candidate is {value!r}")
-
-    @property
-    def rank(self) -> float:
-        """The trimmed validation NLL: infinite if there is none."""
-        return math.inf if self.trimmed is None or not math.isfinite(self.trimmed) else self.trimmed
-
-    @property
-    def words(self) -> str:
-        """Its results in words."""
-        error = math.nan if self.nll_stderr is None else self.nll_stderr
-        nll = "no NLL" if self.nll is None else f"validation NLL {with_error(self.nll, error)}"
-        ended = f"; {self.ended}" if self.ended else ""
-        return f"{nll}, best at step {self.step:,} of {self.steps:,}, {self.seconds:.1f} s{ended}"
 
 
 class Search:
@@ -723,47 +637,6 @@ class Search:
         for c in sorted(self.candidates.values(), key=lambda c: math.inf if c.nll is None else c.nll):
             lines.append(f"{c.name:>{NAMES}}  weight {c.weight:.3f}, {c.words}")
         return "\n".join(lines)
-
-
-def sparse_weights(log_p: Tensor) -> list[float]:
-    """Stacking weights of as few candidates as possible; see `flowtrain.models.ensemble.stacking_weights`.
-
-    Members are left out one by one, while the mean of log p falls by at most LOSS nats for each.
-
-    Args:
-        log_p: log p of the validation rows by each candidate, (n, M), in nats.
-
-    Raises:
-        NonFiniteError: as `stacking_weights`.
-    """
-    log_p = torch.where(log_p.isfinite(), log_p, -math.inf)
-
-    def fitted(kept: Sequence[int]) -> tuple[float, list[float]]:
-        weights = [0.0] * log_p.shape[1]
-        for m, weight in zip(kept, stacking_weights(log_p[:, kept]), strict=True):
-            weights[m] = weight
-        return -float(stacked(log_p, weights).mean()), weights
-
-    nll, weights = fitted(range(log_p.shape[1]))
-    while True:
-        kept = [m for m, weight in enumerate(weights) if weight > 0]
-        fewer = [[m for m in kept if m != out] for out in kept if _covers(log_p[:, [m for m in kept if m != out]])]
-        tried = [fitted(rest) for rest in fewer if rest]
-        best = min(tried, key=lambda found: found[0], default=(math.inf, weights))
-        if best[0] - nll > LOSS:
-            return weights
-        nll, weights = best
-
-
-def stacked(log_p: Tensor, weights: Sequence[float]) -> Tensor:
-    """log sum_m w_m p_m at each row, (n,), in nats, from log p_m (n, M); NaN counts as zero density."""
-    log_w = log_p.new_tensor(weights).log()
-    return (torch.where(log_p.isnan(), -math.inf, log_p) + log_w).logsumexp(1)
-
-
-def _covers(log_p: Tensor) -> bool:
-    """Whether at each row some candidate has a positive density."""
-    return log_p.shape[1] > 0 and bool(log_p.isfinite().any(1).all())
 
 
 def _is_leftover(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from flowtrain import Ensemble, Flow
 from flowtrain.bijections import Affine, Bijection, Chain
 from flowtrain.data.base import Samples
-from flowtrain.models.ensemble import stacking_weights
+from flowtrain.models.ensemble import sparse_weights, stacking_weights
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 
 NAMES = ["ffjord", "realnvp", "glow"]
@@ -257,3 +257,21 @@ def test_an_ensemble_is_a_module(change: Callable[[Ensemble], Ensemble]) -> None
     x = torch.randn(3, 2)
     torch.testing.assert_close(change(ensemble).log_prob(x), ensemble.log_prob(x))
     assert not any(m.training for m in change(ensemble).modules())
+
+
+def test_sparse_weights_drop_members_that_do_not_help() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2000, dtype=torch.float64)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    near = torch.distributions.Normal(0.02, 1.0)
+    log_p = torch.stack([normal.log_prob(x), near.log_prob(x), torch.full_like(x, -math.inf)], 1)
+    weights = sparse_weights(log_p)
+    assert sorted(weights) == [0.0, 0.0, 1.0]
+    assert weights[2] == 0.0
+    # both are kept where each covers rows that the other does not
+    half = torch.where(x < 0, normal.log_prob(x), -math.inf)
+    other = torch.where(x < 0, -math.inf, normal.log_prob(x))
+    share = (x < 0).double().mean().item()
+    assert sparse_weights(torch.stack([half, other], 1)) == pytest.approx([share, 1 - share], abs=1e-6)
+    with pytest.raises(NonFiniteError):
+        sparse_weights(torch.full((3, 2), -math.inf))

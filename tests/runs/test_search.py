@@ -1,7 +1,6 @@
 """model=auto: halving, stacking, resuming, and what it refuses."""
 
 import json
-import math
 import os
 import signal
 from itertools import pairwise
@@ -14,14 +13,13 @@ import torch
 from helpers import Run
 
 import flowtrain
-from flowtrain.models.ensemble import Ensemble
-from flowtrain.runs import search
+from flowtrain.models.ensemble import SPARSE_LOSS, Ensemble
 from flowtrain.runs.compose import compose
 from flowtrain.runs.fit import fit
-from flowtrain.runs.search import Search, sparse_weights
+from flowtrain.runs.search import Search
 from flowtrain.training import checkpoint
 from flowtrain.training.trainer import Trainer
-from flowtrain.utils.errors import ConfigError, DataError, NonFiniteError, SolverError
+from flowtrain.utils.errors import ConfigError, DataError, SolverError
 
 # a search without a time limit; small networks of nsf and maf come from so few rows
 STEPS = {"trainer.steps": 12, "trainer.time_limit": None, "trainer.val_every": 6, "trainer.log_every": 6}
@@ -58,8 +56,8 @@ def test_the_stack_is_at_least_as_good_on_the_validation_rows_as_every_candidate
     assert sum(weight.values()) == pytest.approx(1)
     stacks = [*state["stacks"].values()]
     # a member is left out if it gains less than LOSS
-    assert stacks[-1] <= min(nll.values()) + len(nll) * search.LOSS
-    assert all(after <= before + len(nll) * search.LOSS for before, after in pairwise(stacks))
+    assert stacks[-1] <= min(nll.values()) + len(nll) * SPARSE_LOSS
+    assert all(after <= before + len(nll) * SPARSE_LOSS for before, after in pairwise(stacks))
     # two of the three flows are trained to the end
     assert sorted(c["stage"] for c in state["candidates"] if c["name"] in FLOWS) == [1, 2, 2]
     assert [c["steps"] for c in state["candidates"] if c["name"] in FLOWS and c["stage"] == 1] == [2]
@@ -223,24 +221,6 @@ def test_a_directory_of_someone_else_is_not_searched_into(clusters: np.ndarray, 
     (tmp_path / "r/search/search.json").write_text('{"candidates": [], "stacks": {}}')
     searched(clusters, ["affine"], run_dir=tmp_path / "r")
     assert not (tmp_path / "r/search/nsf").exists()
-
-
-def test_sparse_weights_drop_members_that_do_not_help() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2000, dtype=torch.float64)
-    normal = torch.distributions.Normal(0.0, 1.0)
-    near = torch.distributions.Normal(0.02, 1.0)
-    log_p = torch.stack([normal.log_prob(x), near.log_prob(x), torch.full_like(x, -math.inf)], 1)
-    weights = sparse_weights(log_p)
-    assert sorted(weights) == [0.0, 0.0, 1.0]
-    assert weights[2] == 0.0
-    # both are kept where each covers rows that the other does not
-    half = torch.where(x < 0, normal.log_prob(x), -math.inf)
-    other = torch.where(x < 0, -math.inf, normal.log_prob(x))
-    share = (x < 0).double().mean().item()
-    assert sparse_weights(torch.stack([half, other], 1)) == pytest.approx([share, 1 - share], abs=1e-6)
-    with pytest.raises(NonFiniteError):
-        sparse_weights(torch.full((3, 2), -math.inf))
 
 
 @pytest.mark.parametrize(

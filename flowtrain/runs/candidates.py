@@ -1,0 +1,92 @@
+"""The models that a search fits, and their results; see `flowtrain.runs.search`."""
+
+import math
+from dataclasses import dataclass
+
+from flowtrain.utils.formatting import with_error
+
+# below so many training rows, realnvp gives way to ffjord
+SMALL = 1_000
+# above so many columns, realnvp trains before maf
+WIDE = 16
+
+
+def recommended(rows: int | None, event_shape: tuple[int, ...]) -> list[str]:
+    """The models that a search trains on data of this size, besides a Gaussian and a mixture, the most promising first.
+
+    On the development tables of scripts/bench/tables.py, nsf or maf has the lowest validation NLL of the flows after
+    20 s on eight of ten tables, and realnvp on two. ffjord was measured on four tables, and is not the best on any. On
+    213 rows, its NLL is 1 nat below that of realnvp. On the toys moons and 2spirals, ffjord is the best.
+
+    Args:
+        rows: the number of training rows; None for endless data.
+    """
+    if len(event_shape) > 1:
+        return ["realnvp", "glow"]
+    if rows is None or rows < SMALL or event_shape[0] == 1:
+        return ["nsf", "maf", "ffjord"]
+    return ["nsf", "maf", "realnvp"] if event_shape[0] <= WIDE else ["nsf", "realnvp", "maf"]
+
+
+@dataclass
+class Candidate:
+    """A model of a search with its results.
+
+    Attributes:
+        name: the name of the model, with the number of the seed if it is not the first.
+        seed: the seed of its run.
+        stage: 0: not trained yet; 1: trained for the first part; 2: trained to the end.
+        nll, nll_stderr: validation NLL of its best checkpoint and the standard error, in nats; None before the first.
+        trimmed: the same NLL without the 1% of the rows that have the lowest log p. Flows are ranked by it:
+            a few rows far from the others can dominate an NLL, and have little effect in a stack with a mixture.
+        step: the step of its best checkpoint.
+        steps: the number of steps it was trained for.
+        max_steps: the number of steps that it may take.
+        best: NLL in nats and step of its best validation, for the restart of its training.
+        seconds: the time that its training took, with building and scoring.
+        ended: why its training has ended; None if it can go on.
+        weight: its weight in the stack.
+    """
+
+    name: str
+    model: str
+    seed: int
+    stage: int = 0
+    nll: float | None = None
+    nll_stderr: float | None = None
+    trimmed: float | None = None
+    step: int = 0
+    steps: int = 0
+    max_steps: int | None = None
+    best: dict[str, float] | None = None
+    seconds: float = 0.0
+    ended: str | None = None
+    weight: float = 0.0
+
+    def check(self) -> None:
+        """Refuses values that no search can have written.
+
+        Raises:
+            TypeError: naming the attribute.
+        """
+        numbers: dict[str, tuple[type, ...]] = {"nll": (int, float), "trimmed": (int, float), "seconds": (int, float)}
+        kinds = {**numbers, "seed": (int,), "stage": (int,), "step": (int,), "steps": (int,), "max_steps": (int,)}
+        kinds |= {"name": (str,), "model": (str,), "ended": (str,), "best": (dict,), "weight": (int, float)}
+        optional = ("nll", "trimmed", "max_steps", "ended", "best")
+        for key, kind in kinds.items():
+            value = getattr(self, key)
+            if not isinstance(value, kind) and not (value is None and key in optional):
+                raise TypeError(f"{key} of a candidate is {value!r}")
+
+    @property
+    def rank(self) -> float:
+        """The trimmed validation NLL: infinite if there is none."""
+        return math.inf if self.trimmed is None or not math.isfinite(self.trimmed) else self.trimmed
+
+    @property
+    def words(self) -> str:
+        """Its results in words."""
+        error = math.nan if self.nll_stderr is None else self.nll_stderr
+        nll = "no NLL" if self.nll is None else f"validation NLL {with_error(self.nll, error)}"
+        ended = f"; {self.ended}" if self.ended else ""
+        return f"{nll}, best at step {self.step:,} of {self.steps:,}, {self.seconds:.1f} s{ended}"
