@@ -254,9 +254,9 @@ class GaussianStart(Bijection):
         before = self.factor.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.factor.dtype == torch.float64 != before and self.factor.device.type != "meta":
-            # each was rounded by itself: in float64, they would be inverse to each other to the digits of float32 only
+            # each was rounded by itself: in float64, they would be inverse to each other to the digits of float32 only.
+            # log p, which takes inverse_factor and log_volume, stays as it is
             self.factor.copy_(torch.linalg.inv(self.inverse_factor))
-            self.log_volume.copy_(-torch.linalg.slogdet(self.inverse_factor)[1])
         return self
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,8 @@ def prepare(
 
 def resolve_objective(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
     """The config with objective=auto replaced by the objective that suits the data, and the settings that suit it."""
-    if config["objective"].get("name") != auto_settings.AUTO or "_target_" in config["objective"]:
+    objective = config["objective"]
+    if not isinstance(objective, Mapping) or objective.get("name") != auto_settings.AUTO or "_target_" in objective:
         return dict(config)
     chosen = {"model": name_of(config["model"]), **data_like(config, data)}
     objective = objective_of(data.event_shape, config["trainer"]["steps"])
