@@ -300,7 +300,7 @@ def ours(method: str) -> Callable[..., Scores]:
             "steps": max((row["step"] for row in flow.record.metrics), default=0),
             "best_step": best["step"],
             "stopped_by": flow.record.stopped_by,
-            "failed": found.failed,
+            "failed": [check.name for check in found.failed],
             "members": [[m.path, round(m.weight, 4)] for m in found.members or ()],
         }
         return Scores(found.scores.double().numpy(), best["nll"], taken, more)
@@ -321,8 +321,14 @@ def toy(name: str, method: str, seconds: float, seed: int) -> dict[str, Any]:
     taken = time.perf_counter() - begun
     data = build_data(compose_defaults([f"data={name}", "data.n_test=10000"]))
     found = flowtrain.evaluate(flow, data, thorough=False)
-    names = ("nll", "nll_stderr", "kl", "kl_stderr", "failed")
-    return {**{name: getattr(found, name) for name in names}, "seconds": taken, "steps": flow.record.step}
+    names = ("nll", "nll_stderr", "kl", "kl_stderr")
+    failed = [check.name for check in found.failed]
+    return {
+        **{name: getattr(found, name) for name in names},
+        "failed": failed,
+        "seconds": taken,
+        "steps": flow.record.step,
+    }
 
 
 METHODS: dict[str, Callable[..., Scores]] = {
