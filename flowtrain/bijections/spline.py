@@ -98,7 +98,7 @@ class Spline(Elementwise):
         """
         if x.dim() == 2:
             return x.T, theta.T.reshape(self.size, *x.T.shape).contiguous()
-        return x, theta.reshape(len(x), self.size, *x.shape[1:]).movedim(1, 0).contiguous()
+        return x, theta.reshape(x.shape[0], self.size, *x.shape[1:]).movedim(1, 0).contiguous()
 
     def evaluated(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """(z, log dz/dx) by differentiable operations; theta is (3 K - 1, *x.shape)."""
