@@ -100,6 +100,18 @@ CASES: dict[str, list[str]] = {
         "objective=hybrid", "model=ffjord", *MOONS, *NET, "objective.matching=0.25", "solver=heun2",
         "solver.step_size=0.2",
     ],
+    "nsf_table": ["model=nsf", *TABLE, "model.layers=2", *NET],
+    "nsf_labels": [
+        "model=nsf", *LABELLED, "recipe=none", "model.layers=2", *NET, "model.mixing=permutation", "model.bins=3",
+    ],
+    "maf_table": ["model=maf", *TABLE, "model.layers=2", *NET],
+    "maf_affine": [
+        "model=maf", *TABLE, "recipe=none", "model.layers=2", *NET, "model.transform=affine", "model.passes=2",
+    ],
+    "mixture_table": ["model=mixture", *TABLE, "model.components=3", "model.covariance=full", "model.prior=1"],
+    "glow_images_splines": [
+        "model=glow", *SQUARES, "model.steps=1", *NET, "model.scales=1", "model.coupling=spline", "model.bins=3",
+    ],
     "flow_matching": ["objective=flow_matching", "model=ffjord", *MOONS, *NET],
     "rectified": ["objective=rectified", "objective.pairs=64", "objective.rtol=1e-3", "from=../flow_matching/whole"],
 }  # fmt: skip
