@@ -254,8 +254,8 @@ class GaussianStart(Bijection):
         before = self.factor.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.factor.dtype == torch.float64 != before and self.factor.device.type != "meta":
-            # each was rounded by itself: in float64, they would be inverse to each other to the digits of float32 only.
-            # log p, which takes inverse_factor and log_volume, stays as it is
+            # The stored matrices were rounded to float32 separately, so F F^-1 is not I in float64. log p does not
+            # change, because it uses inverse_factor and log_volume
             self.factor.copy_(torch.linalg.inv(self.inverse_factor))
         return self
 

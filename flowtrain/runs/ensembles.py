@@ -161,10 +161,15 @@ def _weights_by_validation(runs: Sequence[Run], data: Callable[[], Dataset]) -> 
                 "the weights of an ensemble are computed on the validation rows of its data, which cannot be read: "
                 f"{e}. Restore the data, or give the weights: weights=[0.5,0.5], or weights={EQUAL}"
             ) from e
-    x, label = held_out(flows[0], built, "val")
-    every = -(-len(x) // ROWS)
-    labels = None if label is None else label[::every]
-    return stacking_weights(validation_log_probs(flows, x[::every], labels, [run.name for run in runs]))
+    x, label = validation_rows(flows[0], built, ROWS)
+    return stacking_weights(validation_log_probs(flows, x, label, [run.name for run in runs]))
+
+
+def validation_rows(flow: Density, data: Dataset, most: int) -> tuple[Tensor, Tensor | None]:
+    """At most `most` validation rows, evenly spread, and their labels if the flow is conditional."""
+    x, label = held_out(flow, data, "val")
+    every = -(-len(x) // most)
+    return x[::every], None if label is None else label[::every]
 
 
 def validation_log_probs(

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import NAMES
-from flowtrain.evaluation.log_likelihood import held_out
 from flowtrain.flow import Density, Flow, Record
 from flowtrain.models.ensemble import Ensemble, sparse_weights, stacked
 from flowtrain.runs import auto_settings, build, load
@@ -36,7 +35,7 @@ from flowtrain.runs.candidates import Candidate, recommended
 from flowtrain.runs.components import resolve_components
 from flowtrain.runs.compose import options, values_of, with_choices
 from flowtrain.runs.console import as_banner, data_name, device_words, prefixed, samples_words, shortest
-from flowtrain.runs.ensembles import validation_log_probs
+from flowtrain.runs.ensembles import validation_log_probs, validation_rows
 from flowtrain.runs.prepare import (
     NOTHING_GIVEN,
     Parts,
@@ -87,7 +86,7 @@ TRIMMED = 0.01
 SEEDS, GAIN = 3, 0.005
 # from so many training rows on, flows take as many steps as they have time for, at most LONG
 LARGE, LONG = 5_000, 100_000
-# validation rows that candidates are compared and stacked on, evenly spread
+# largest number of validation rows for the scores of the candidates
 ROWS = 10_000
 # the share of the time limit below which no other candidate begins
 LEAST_SHARE = 0.03
@@ -120,9 +119,9 @@ class Search:
         board: shows the metrics in TensorBoard; None: no board.
 
     Attributes:
-        flow: the stack of the best candidates; of a single one, its flow.
-        stopped_by: what has ended the search early, or None.
-        signal: the number of the signal that did.
+        candidates: the results of each candidate, by name.
+        stopped_by: the reason if the search has ended early, else None.
+        signal: the number of the signal that has ended it, else None.
 
     Raises:
         ConfigError: a setting that a search does not take.
@@ -202,7 +201,7 @@ class Search:
             check_same("resume", load.samples_of(saved), self.data.samples)
             check_unchanged(load.samples_of(saved), self.data.samples)
 
-    # what the end of a run needs
+    # the attributes that `finish` uses
 
     @property
     def step(self) -> int:
@@ -375,7 +374,7 @@ class Search:
                 raise
             self._failures.append(e)
             candidate.ended = f"failed: {first_line(e)}"
-            # a model that does not take data of this shape is no surprise
+            # some models do not take data of this shape
             level = logging.INFO if isinstance(e, ConfigError) else logging.WARNING
             log.log(level, "%s is left out: %s", name, e)
         candidate.seconds += time.perf_counter() - begun
@@ -409,7 +408,7 @@ class Search:
             raise SignalReceived(trainer.signal)
         candidate.stage = stage
         ended = trainer.stopped_by or "last step"
-        # the schedules have come to their end in any case: what follows is a restart of the learning rate
+        # the schedules have ended in each case, and restart in stage 2
         candidate.ended = ended if stage == 2 or ended.startswith("early") or trainer.step >= steps else None
 
     def _is_bounded_by_time(self) -> bool:
@@ -454,7 +453,7 @@ class Search:
         saved = self._saved(name, "best")
         assert saved is not None
         flow = load.restore_flow(saved, self.device)
-        x, label = self._validation_rows(flow)
+        x, label = validation_rows(flow, self.data, ROWS)
         begun = time.perf_counter()
         with status(f"scoring {name}"):
             log_p = validation_log_probs([flow], x, label, [name]).squeeze(1)
@@ -471,18 +470,15 @@ class Search:
             self._score(self.candidates[name])
         return self._log_p[name]
 
-    def _validation_rows(self, flow: Flow) -> tuple[Tensor, Tensor | None]:
-        x, label = held_out(flow, self.data, "val")
-        every = -(-len(x) // ROWS)
-        return x[::every], None if label is None else label[::every]
-
     # the stack
 
     def _stack(self, after: str) -> None:
-        """Stacks the candidates so far, and writes the checkpoint of the stack.
+        """Computes the weights of the candidates so far, and writes the checkpoint of their ensemble.
+
+        If the NLL is recorded and no candidate has been trained since the search was resumed, nothing is done.
 
         Args:
-            after: what has been trained; a stack that is recorded is not made again.
+            after: the name of the stage, under which the NLL is recorded.
         """
         if after in self.stacks and not self._is_new:
             return
@@ -641,11 +637,8 @@ class Search:
 
 def _is_leftover(folder: Path) -> bool:
     """Whether a search has written all that is in a directory, and no checkpoint."""
-    try:
-        state = json.loads((folder / SEARCH_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    if not isinstance(state, dict) or "candidates" not in state or "stacks" not in state:
+    state = _content_of_state(folder)
+    if "candidates" not in state or "stacks" not in state:
         return False
     names = ("metrics.jsonl", "checkpoints", SEARCH_STATE)
     return all(path.name in names or path.is_dir() for path in folder.rglob("*"))
@@ -653,12 +646,17 @@ def _is_leftover(folder: Path) -> bool:
 
 def config_of_search(run_dir: Path) -> dict[str, Any] | None:
     """The config of the search in a run directory, from its state; None if there is no search or no readable state."""
-    try:
-        state = json.loads((run_dir / SEARCH_FOLDER / SEARCH_STATE).read_text(encoding="utf-8"))
-        config = state["config"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    config = _content_of_state(run_dir / SEARCH_FOLDER).get("config")
     return config if isinstance(config, dict) else None
+
+
+def _content_of_state(folder: Path) -> dict[str, Any]:
+    """The content of the state file in the directory of a search; empty if it cannot be read."""
+    try:
+        content = json.loads((folder / SEARCH_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _limits(config: Mapping[str, Any]) -> tuple[float | None, int | None]:
