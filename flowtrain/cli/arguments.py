@@ -2,7 +2,6 @@
 
 import platform
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,6 +14,7 @@ from flowtrain.cli import help
 from flowtrain.cli.config_files import split_config_dir
 from flowtrain.cli.output_files import exists
 from flowtrain.cli.overrides import quoted, rename_old_keys
+from flowtrain.cli.usage import Usage
 from flowtrain.utils.arguments import hint
 from flowtrain.utils.errors import ConfigError
 
@@ -29,27 +29,29 @@ def versions() -> str:
     return f"flowtrain {ours}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def split_own(arguments: Sequence[str], own: Mapping[str, Any], usage: str) -> tuple[dict[str, Any], list[str]]:
+def split_own(
+    arguments: Sequence[str], own: Mapping[str, Any], usage: Usage | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """Splits arguments into the command's own keys with their values, and overrides of the saved config.
 
     If the command has the key `ckpt`, `ckpt=` may be left out: `floweval RUN` is short for `floweval ckpt=RUN`.
 
     Args:
         own: the command's own keys with their defaults.
-        usage: the text of --help.
+        usage: the help of the command; None if the caller has handled --help already.
 
     Raises:
-        ConfigError: an argument that is not an override.
+        ConfigError: an argument that is not KEY=VALUE.
         SystemExit: after printing the help or the versions.
     """
-    if not arguments:
-        print(usage)
+    if not arguments and usage is not None:
+        print(usage.short())
         raise SystemExit(2)
     if "--version" in arguments:
         print(versions())
         raise SystemExit(0)
     arguments = split_config_dir(rename_old_keys(arguments))[1]
-    if help.asked(arguments):
+    if help.asked(arguments) and usage is not None:
         print(_help(help.topics(arguments), own, usage))
         raise SystemExit(0)
     arguments = quoted(_with_run(arguments, own))
@@ -100,15 +102,12 @@ def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
     return whole
 
 
-def _help(topics: Sequence[str], own: Mapping[str, Any], usage: str) -> str:
-    """The usage, or the help on the given topics: the command's own keys, or topics of `flowtrain --help`."""
+def _help(topics: Sequence[str], own: Mapping[str, Any], usage: Usage) -> str:
+    """The short help, or the help on topics: `all`, the command's own keys, or topics of `flowtrain --help`."""
     if not topics:
-        return usage
-    found = [_paragraph(topic, usage) if topic in own else help.topic_text([topic], own) for topic in topics]
-    return "\n\n".join(found)
-
-
-def _paragraph(key: str, usage: str) -> str:
-    """The lines of a usage that explain a key."""
-    match = re.search(rf"^  {re.escape(key)} *\n?(?: {{3,}}.*\n)*.*(?:\n {{5,}}.*)*", usage, re.M)
-    return textwrap.dedent(match[0]) if match else usage
+        return usage.short()
+    known = (help.ALL, *own)
+    return "\n\n".join(
+        usage.full() if topic == help.ALL else usage.option(topic) if topic in own else help.topic_text([topic], known)
+        for topic in topics
+    )

@@ -15,6 +15,7 @@ from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, written_as
 from flowtrain.cli.overrides import keys_of
+from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
 from flowtrain.data.base import FILE, Dataset, Samples, changes
 from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.evaluation import NAMES, check_fits, evaluate
@@ -31,40 +32,70 @@ from flowtrain.utils.status import status
 
 log = logging.getLogger("flowtrain")
 
-USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FILE] [baselines=true] [report=true]
-                  [KEY=VALUE ...]
+USAGE = Usage(
+    name="floweval",
+    summary="computes the NLL of a run on held-out or new data, with its error, and checks the density",
+    arguments=["RUN [KEY=VALUE ...]"],
+    examples=[
+        ("floweval outputs/first", "the test set of the run"),
+        ("floweval outputs/first report=true", "the same, with report.md and report.html"),
+        ("floweval outputs/first data.path=new.csv scores=new.npy", "log p(x) of every row of a new file"),
+        ("floweval outputs/first ood=fashion_mnist", "how well log p(x) separates other data"),
+        ("floweval outputs/first solver.rtol=1e-7", "a tighter ODE solve"),
+        ("floweval outputs/multirun/2024-05-01/10-00-00", "a sweep, as an ensemble"),
+    ],
+    options={
+        "ckpt": RUN_TEXT,
+        "weights": WEIGHTS_TEXT,
+        "split": "test (default), val, or all (every row of data.path). The rows keep their order. The default is all "
+        "if data.path is given",
+        "scores": "A .npy file for log p(x) of every row, in nats, in the order of the rows. It is -inf if the "
+        "density is zero, and NaN if it cannot be computed. For an ensemble, FILE_members.npy contains log p(x) of "
+        "each member, (rows, members)",
+        "ood": "A second data set to be told apart by log p(x): a file, or data by name. For a name, it is the "
+        "test set of that data. The AUROC is added to the table, and plots/ood.png is drawn; with scores, "
+        "FILE_ood.npy is written. The entropy H of the typicality score is the NLL of the validation set of the run. "
+        "If that set is missing, it is the NLL of the scored rows",
+        "baselines": "true: also fits a Gaussian mixture and a kernel density estimate, for tables. They are fitted "
+        "to the training rows of the run, in up to 20 s, and scored on the same rows. The mixture needs scikit-learn "
+        "(pip install 'flowtrain[baselines]')",
+        "report": "true: also writes report.md and report.html. report.html is one file with its figures inside",
+        "out": "The JSON file of the evaluation (default: eval.json in the run directory). Figures and the report are "
+        "written beside it, under its name. For other rows than the test set of the run, the default is "
+        "eval-NAME.json, with NAME also in the names of figures and report: eval-new.json for data.path=new.csv, "
+        "eval-val.json for split=val",
+        "dtype": "float32 (default) or float64",
+        "device": DEVICE_TEXT,
+        "batch_size": "Number of rows scored at a time (default: depends on the size of a sample)",
+        "dequantization_samples": "For whole numbers: noise draws averaged inside the log (default: 1). More draws "
+        "give a tighter bound",
+        "seed": "Seed of the noise of dequantization and of estimated traces (default: 0)",
+        "trust": TRUST_TEXT,
+    },
+    notes=[
+        "Keys of data and solver can be changed, as in solver.rtol=1e-7, solver=tsit5 or data=circles. The estimate "
+        "of the trace can be changed by model.eval_trace=hutchinson, model.noise and model.noise_samples. "
+        "--config-dir DIR adds a folder of your own configs of data and solvers."
+    ],
+    more=[("floweval --help solver", "keys of the solver and of the data can be changed: --help data")],
+)
 
-  ckpt         a run directory (its best checkpoint) or a .pt file; the name may be left out, as in floweval RUN_DIR. A
-               sweep directory, or a list of runs with the same data as in ckpt=[RUN1,RUN2], is an ensemble: p(x) is
-               the weighted mean of the densities of the runs
-  weights      of the members of an ensemble, as in weights=[0.3,0.7], or weights=equal; default: those with the highest
-               likelihood of the validation rows
-  split        test (default), val, or all: every row of data.path, in its order, which is the default with data.path
-  scores       a .npy file for log p(x) of every row, in nats, in the order of the rows: -inf where the density is zero,
-               NaN where it cannot be computed. Of an ensemble, FILE_members.npy also has log p of each member,
-               (rows, members)
-  ood          another set to tell from this one by log p: a file of samples, or data by name as in ood=fashion_mnist
-               (its test set). Adds the AUROC to the table and plots/ood.png; with scores, also FILE_ood.npy. The
-               entropy H of the typicality score is the NLL of the run's validation set. If that set is missing, it
-               is the NLL of the scored rows
-  baselines    true: NLL on the same rows of a Gaussian mixture and of a kernel density estimate beside the Gaussian's,
-               all fitted to the training rows of the run, in up to 20 s. For tables; the mixture needs scikit-learn
-               (pip install 'flowtrain[baselines]')
-  report       true: all of it in report.md and in report.html, one file with its figures inside
-  out          the JSON file. Figures and report are written beside it, under its name. Default: eval.json in the run
-               directory for the run's own test set, otherwise eval-NAME.json, with NAME also in the names of figures
-               and report: eval-new.json for data.path=new.csv, eval-val.json for split=val
-  dtype        float32 (default) or float64
-  device       auto (default), cpu, cuda or cuda:0
-  batch_size   rows scored at a time; default: by the size of a sample
-  dequantization_samples
-               of whole numbers: noise draws averaged inside the log; default 1, and the more the tighter the bound
-  seed         of the noise of dequantization and of estimated traces; default 0
-  trust        packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
-
-Keys of data and solver can be changed, as in solver.rtol=1e-7, solver=tsit5 or data=circles, and how a trace is taken:
-model.eval_trace=hutchinson, model.noise, model.noise_samples. data.path=NEW.csv scores new data. --config-dir DIR finds
-your own configs of data and solvers."""
+OWN: dict[str, Any] = {
+    "ckpt": None,
+    "split": None,
+    "out": None,
+    "scores": None,
+    "ood": None,
+    "baselines": False,
+    "report": False,
+    "dtype": "float32",
+    "device": "auto",
+    "batch_size": None,
+    "dequantization_samples": 1,
+    "seed": 0,
+    "trust": [],
+    "weights": None,
+}
 
 # the keys of data=array that say how a file is read
 READ = ("key", "columns", "label", "header", "decimal")
@@ -78,23 +109,7 @@ def main() -> None:
 
 
 def _command() -> int:
-    own: dict[str, Any] = {
-        "ckpt": None,
-        "split": None,
-        "out": None,
-        "scores": None,
-        "ood": None,
-        "baselines": False,
-        "report": False,
-        "dtype": "float32",
-        "device": "auto",
-        "batch_size": None,
-        "dequantization_samples": 1,
-        "seed": 0,
-        "trust": [],
-        "weights": None,
-    }
-    own, overrides = split_own(sys.argv[1:], own, USAGE)
+    own, overrides = split_own(sys.argv[1:], OWN, USAGE)
     batch_size = None if own["batch_size"] is None else whole("batch_size", own["batch_size"])
     draws, seed = whole("dequantization_samples", own["dequantization_samples"]), whole("seed", own["seed"], least=0)
     dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])

@@ -10,6 +10,7 @@ from flowtrain.cli.arguments import split_own
 from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run
 from flowtrain.cli.output_files import check_outputs, paths_of, written_as
+from flowtrain.cli.usage import TRUST_TEXT, Usage
 from flowtrain.data.base import changes
 from flowtrain.evaluation import check_fits
 from flowtrain.export import ENDINGS, FIXED_STEP_METHODS, TOLERANCE, checked_path, export, paths_beside
@@ -20,23 +21,36 @@ from flowtrain.utils.status import status
 
 log = logging.getLogger("flowtrain")
 
-USAGE = """flowexport ckpt=RUN_DIR_OR_FILE [out=FILE.pt2|FILE.onnx] [solver=rk4] [steps=N] [tolerance=1e-4] [KEY=VALUE]
-
-  ckpt         a run directory (its best checkpoint) or a .pt file; the name may be left out: flowexport RUN_DIR
-  out          the file of log_prob: x -> log p(x) in nats. Beside it are written FILE.inverse.pt2, x -> z, and
-               FILE.sample.pt2, z -> x. Default: flow.pt2 in the run directory. .pt2 is read by torch.export.load, .onnx
-               by onnxruntime; .onnx needs the extra: pip install 'flowtrain[onnx]'
-  solver       for continuous flows, a method with fixed steps: euler, midpoint, heun or rk4. Default: the solver of the
-               run if it has fixed steps, otherwise rk4
-  steps        for continuous flows, the number of steps. Default: as in the run if it has fixed steps, otherwise the
-               smallest of 8, 16, 32, 64 and 128 with a bias of log p of at most 1e-3 nats (root mean square), or 128
-  tolerance    the largest allowed difference between a program and the flow with the same steps, in nats for log_prob
-               and in standard deviations for the others. Default: 1e-4. A program that differs by more is not written
-  trust        packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
-
-The programs are compared with the flow on rows of the run's test set. Keys of data can be changed, as in
-data.path=FILE. If the trace of the flow is estimated, model.eval_trace=exact exports the exact trace. That program is
-slower."""
+USAGE = Usage(
+    name="flowexport",
+    summary="writes a run as programs that need only PyTorch or onnxruntime",
+    arguments=["RUN [KEY=VALUE ...]"],
+    examples=[
+        ("flowexport outputs/first", "flow.pt2, for torch.export.load"),
+        ("flowexport outputs/first out=flow.onnx", "the same for onnxruntime"),
+        ("flowexport outputs/first solver=rk4 steps=16", "a continuous flow with 16 steps"),
+    ],
+    options={
+        "ckpt": "A run directory (its best checkpoint) or a .pt file. ckpt= may be left out",
+        "out": "The file of log_prob, FILE.pt2 or FILE.onnx (default: flow.pt2 in the run directory). The program "
+        "maps x to log p(x) in nats. FILE.inverse.pt2 (x to z) and FILE.sample.pt2 (z to x) are written beside it. "
+        "torch.export.load reads .pt2, and onnxruntime reads .onnx; .onnx "
+        "needs the extra: pip install 'flowtrain[onnx]'",
+        "solver": "For continuous flows: euler, midpoint, heun or rk4. These methods have fixed steps. Default: the "
+        "solver of the run if it has fixed steps, otherwise rk4",
+        "steps": "For continuous flows: number of steps. Default: as in the run if it has fixed steps. Otherwise the "
+        "smallest of 8, 16, 32, 64 and 128 with a bias of log p of at most 1e-3 nats (root mean square), or 128",
+        "tolerance": "Largest allowed difference between a program and the flow (default: 1e-4). The flow is solved "
+        "with the same steps. The unit is nats for log_prob, and standard deviations for the others. A program that "
+        "differs by more is not written",
+        "trust": TRUST_TEXT,
+    },
+    notes=[
+        "The programs are compared with the flow on rows of the test set of the run. Keys of data can be changed, as "
+        "in data.path=FILE. If the trace of the flow is estimated, model.eval_trace=exact exports the exact trace. "
+        "That program is slower."
+    ],
+)
 
 OWN: dict[str, Any] = {
     "ckpt": None,
@@ -64,7 +78,7 @@ def _command() -> int:
     steps = None if own["steps"] is None else whole("steps", own["steps"])
     tolerance = number("tolerance", own["tolerance"])
     loaded_run = load_run({**own, "device": "cpu"}, overrides)
-    flow = loaded_run.single_flow("flowexport")
+    flow = loaded_run.single_flow("flowexport", "flowexport {}")
     out = given or loaded_run.run_dir / "flow.pt2"
     check_outputs(list(paths_beside(out).values()), [*loaded_run.files, *paths_of(loaded_run.config["data"])])
     with status("reading the data"):

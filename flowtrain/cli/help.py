@@ -1,7 +1,7 @@
-"""`flowtrain --help`: what the config files and their comments say, for what a command line chooses."""
+"""`flowtrain --help`: an overview, help on a topic, and the full listing, from the config files and their comments."""
 
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from omegaconf import OmegaConf
 
+from flowtrain.cli import list_runs
 from flowtrain.cli.config_files import (
     CommentedConfig,
     config_dirs,
@@ -18,65 +19,94 @@ from flowtrain.cli.config_files import (
     read,
     split_config_dir,
 )
+from flowtrain.cli.error_messages import keys_of_choice
 from flowtrain.cli.overrides import SWEEP, VALUED, quoted, validate_command_line, with_default_choices
 from flowtrain.cli.start_run import check_known_keys, with_choices_of_from
-from flowtrain.runs.compose import applied_recipes
-from flowtrain.utils.arguments import hint
+from flowtrain.cli.usage import Row, joined, paragraph, table
+from flowtrain.runs.compose import applied_recipes, read_file, values_of
+from flowtrain.utils.arguments import nearest
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_dir
 from flowtrain.utils.formatting import flattened, shown
 
-WIDTH, COLUMN = 110, 36
-# the groups as one thinks of a run
+# the columns at which descriptions of keys and of choices begin
+KEY_COLUMN, CHOICE_COLUMN = 36, 30
+# the groups, the most used first
 GROUPS = ("model", "data", "objective", "regularizer", "solver", "trainer", "recipe", "experiment")
+# topics of --help that are neither groups, choices nor keys
+ALL, RUNS = "all", "runs"
 
-# flags that take the next argument
+# flags whose value is the next argument
 TAKING = (*VALUED, "-i", "--info")
 
-Row = tuple[str, str]
-
-USES: list[Row] = [
-    ("flowtrain", "FFJORD on two moons, the defaults"),
-    ("flowtrain model=realnvp data=mnist", "other choices; scripts/download_mnist.py fetches MNIST"),
-    ("flowtrain data=array data.path=FILE", "your own .npy, .npz or .csv, one row a sample"),
-    ("flowtrain -m solver.rtol=1e-3,1e-5", "a sweep"),
-    ("flowtrain resume=RUN_DIR", "goes on exactly where a run stopped"),
-    ("flowtrain from=RUN_DIR", "a new run with the model, data and weights of another"),
-    ("floweval RUN_DIR", "the test NLL of a run, see floweval --help"),
-    ("flowsample RUN_DIR n=10000", "samples of a run, see flowsample --help"),
-    ("flowexport RUN_DIR out=flow.onnx", "programs that run without flowtrain, see flowexport --help"),
+EXAMPLES: list[Row] = [
+    ("flowtrain", "FFJORD on two moons: the defaults"),
+    ("flowtrain data=array data.path=a.csv", "your table: the best of several models"),
+    ("flowtrain data=array data.path=a.csv model=nsf", "your table, one model"),
+    ("flowtrain model=nsf name=first", "the run directory is outputs/first"),
+    ("flowtrain -m model=nsf,maf seed=0,1", "a sweep of four runs"),
+    ("flowtrain resume=outputs/first", "continues a run that was stopped"),
+    ("floweval outputs/first", "test NLL with its error; see floweval --help"),
+    ("flowsample outputs/first n=10000", "draws samples; see flowsample --help"),
+]
+# the keys of the overview, with their values if the composed config lacks them
+KEYS: dict[str, Row] = {
+    "data.path": ("FILE", "the table: .csv, .npy or .npz, one row per sample"),
+    "data.columns": ("[NAME,NAME]", "the columns to keep, by name or position; null: all"),
+    "name": ("NAME", "the run directory is outputs/NAME; null: date and time"),
+    "seed": ("0", "seed of weights, batches and trace noise"),
+    "device": ("auto", "auto, cpu, cuda or cuda:1"),
+    "time_budget": ("SECONDS", "seconds for the whole command; null: no limit"),
+    "model.hidden": ("[64,64]", "widths of the hidden layers"),
+    "trainer.steps": ("1000", "number of updates of the weights"),
+    "trainer.lr": ("0.001", "the highest learning rate"),
+    "solver.rtol": ("1e-5", "tolerance of the ODE solver, for continuous flows"),
+}
+OVERVIEW_FLAGS: list[Row] = [
+    ("-m", "a sweep: KEY=A,B or GROUP=A,B makes one run of each value"),
+    ("--cfg job", "prints the composed config and runs nothing"),
+    ("--config-dir DIR", "your own configs: DIR/model/mine.yaml is model=mine"),
+]
+MORE: list[Row] = [
+    ("flowtrain --help model", "a group: its choices and the keys of the chosen one"),
+    ("flowtrain --help nsf", "a choice; --help trainer.lr: a key; --help runs: the list of runs"),
+    ("flowtrain --help all", "all choices, keys, flags, shell completion, exit codes"),
 ]
 FLAGS: list[Row] = [
-    ("-h, --help", "this, for what the command line chooses: flowtrain model=glow data=mnist --help"),
-    ("-h TOPIC", "the help on one group, choice or key: flowtrain --help trainer"),
+    ("-h, --help", "an overview for this command line, as in flowtrain model=glow data=mnist --help"),
+    ("--help TOPIC", "help on a group, a choice or a key, as in flowtrain --help trainer"),
+    ("--help all", "this text"),
     ("--version", "the versions of flowtrain, torch and Python"),
     (
         "-m, --multirun",
-        "a sweep: KEY=A,B or GROUP=A,B makes a run of each, where hydra/launcher says",
+        "a sweep: KEY=A,B or GROUP=A,B makes one run of each value. hydra/launcher chooses how they run",
     ),
-    ("--cfg job", "the config that the command line composes, and no run; -p trainer with it: a part"),
-    ("--cfg hydra", "Hydra's own part of it"),
-    ("--info defaults-tree", "which file chooses which, and no run"),
-    ("--info defaults", "the files in the order in which they are merged: the last has the last word"),
-    ("--info searchpath", "the folders that they are looked for in"),
-    ("--info", "all of that, the plugins and the config"),
-    ("--config-dir DIR", "your own configs too, DIR/model/mine.yaml for model=mine; see README, Extending"),
-    ("--hydra-help", "the flags and the groups of Hydra itself"),
+    ("--cfg job", "prints the composed config and runs nothing; with -p trainer, that part only"),
+    ("--cfg hydra", "prints Hydra's own config"),
+    ("--info defaults-tree", "prints which config file chooses which, and runs nothing"),
+    (
+        "--info defaults",
+        "prints the config files in the order of merging; later files override earlier ones",
+    ),
+    ("--info searchpath", "prints the folders in which config files are searched"),
+    ("--info", "prints all of these, the plugins and the config"),
+    ("--config-dir DIR", "adds a folder of your own configs: DIR/model/mine.yaml is model=mine"),
+    ("--hydra-help", "prints the flags and the groups of Hydra itself"),
 ]
 COMPLETION: list[Row] = [
-    ('eval "$(flowtrain -sc install=bash)"', "bash; for good, in ~/.bashrc"),
+    ('eval "$(flowtrain -sc install=bash)"', "bash. Add this line to ~/.bashrc to keep it"),
     ('eval "$(flowtrain -sc install=bash)"', "zsh, after autoload -Uz bashcompinit && bashcompinit"),
     ("flowtrain -sc install=fish | source", "fish"),
 ]
 CODES: list[Row] = [
-    ("0", "the run has ended, also by early stopping or trainer.time_limit"),
-    ("1", "something went wrong on the way: a solve, a full disk, a job of a sweep"),
-    ("2", "a mistake: one message on standard error says which, and nothing was run"),
-    ("128 + n", "stopped by signal n, 130 by Ctrl-C; the run is saved, and resume=RUN_DIR goes on"),
+    ("0", "the run has ended, possibly by early stopping or trainer.time_limit"),
+    ("1", "an error during the run: a failed solve, a full disk, a failed job of a sweep"),
+    ("2", "a mistake in the command line: one message on standard error names it, and nothing was run"),
+    ("128 + n", "stopped by signal n (130: Ctrl-C). The run is saved, and resume=RUN_DIR continues it"),
 ]
 OUTPUT = (
-    "The last line of standard output is the run directory, of a sweep the directory of all its runs. Messages and "
-    "progress go to standard error, and to RUN_DIR/flowtrain.log."
+    "The last line of standard output is the run directory. For a sweep, it is the directory of all its runs. Messages "
+    "and progress go to standard error and to RUN_DIR/flowtrain.log."
 )
 
 
@@ -86,36 +116,71 @@ def asked(arguments: Sequence[str]) -> bool:
 
 
 def help_text(arguments: Sequence[str]) -> str:
-    """The help for a command line.
+    """The help for a command line: the overview, the full listing, or the help on its topics.
 
     Raises:
-        ConfigError, HydraException: a mistake in it.
+        ConfigError, HydraException: a mistake in the command line.
     """
     about = topics(arguments)
     arguments = with_default_choices(quoted([argument for argument in arguments if argument not in about]))
     validate_command_line(arguments)
+    overrides = overrides_of(with_choices_of_from(arguments))
     if about:
-        return topic_text(about, overrides=overrides_of(with_choices_of_from(arguments)))
-    run, hydra = composed(overrides_of(with_choices_of_from(arguments)))
+        return topic_text(about, (ALL, RUNS), overrides)
+    run, hydra = composed(overrides)
+    return overview(run, hydra["runtime"]["choices"])
+
+
+def overview(run: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
+    """The help that fits on two screens: examples, groups, the most used keys and flags."""
+    groups = []
+    for group in GROUPS:
+        names = [f"*{name}" if name in _chosen(group, choices) else name for name in options(group)]
+        if group == "recipe":
+            names = [
+                *(name for name in names if name[0] == "*"),
+                "(applies automatically; see flowtrain --help recipe)",
+            ]
+        groups.append((group, " ".join(names)))
+    values = flattened(run)
+    keys = []
+    for key, (value, text) in KEYS.items():
+        if key in values:
+            keys.append((f"{key}={shown(values[key])}", text))
+        else:
+            having = choices_with(key)
+            only = having[0] if len(having) == 1 else f"not {key.partition('.')[0]}={choices[key.partition('.')[0]]}"
+            keys.append((f"{key}={value}", f"{text} ({only})"))
+    blocks = [
+        ["flowtrain: fits densities with normalizing flows, evaluates them and draws samples"],
+        ["Usage: flowtrain [GROUP=CHOICE ...] [KEY=VALUE ...] [FLAG ...]"],
+        ["Examples", *table(EXAMPLES, column=50)],
+        ["Groups (GROUP=CHOICE; * marks the choices of this command line)", *table(groups, column=15)],
+        ["Keys used most (KEY=VALUE; with the values of this command line)", *table(keys, column=30)],
+        ["Flags", *table(OVERVIEW_FLAGS, column=30)],
+        ["More", *table(MORE, column=30)],
+    ]
+    return joined(blocks)
+
+
+def full_text(run: Mapping[str, Any], hydra: Mapping[str, Any]) -> str:
+    """The help on every choice of the groups, every key of the composed config, and every flag."""
     choices = hydra["runtime"]["choices"]
     blocks = [
-        ["flowtrain: train, evaluate and look at normalizing flows"],
-        ["  flowtrain [GROUP=NAME ...] [KEY=VALUE ...] [FLAG ...]"],
-        table(USES, column=42),
+        ["flowtrain: fits densities with normalizing flows, evaluates them and draws samples"],
+        ["Usage: flowtrain [GROUP=CHOICE ...] [KEY=VALUE ...] [FLAG ...]"],
+        ["Examples", *table(EXAMPLES, column=50)],
         ["Recipe", *recipe_lines(run, choices)],
-        ["Groups (GROUP=NAME chooses; * marks what this command line chooses)"],
-        *(group_lines(group, [choices.get(group), choices.get(f"{group}@_global_")]) for group in GROUPS),
-        ["Keys (KEY=VALUE sets one; the values are those that this command line composes)"],
+        ["Groups (GROUP=CHOICE; * marks the choices of this command line)"],
+        *(group_lines(group, choices) for group in GROUPS),
+        ["Keys (KEY=VALUE; with the values of this command line)"],
         *key_lines(run, hydra, choices),
-        ["Flags"],
-        table(FLAGS, column=26),
-        ["Tab completion, of groups, choices and keys"],
-        table(COMPLETION, column=42),
-        ["Output and exit codes"],
-        textwrap.wrap(OUTPUT, WIDTH, initial_indent="  ", subsequent_indent="  "),
+        ["Flags", *table(FLAGS, column=26)],
+        ["Tab completion of groups, choices and keys", *table(COMPLETION, column=42)],
+        ["Output and exit codes", *paragraph(OUTPUT)],
         table(CODES, column=12),
     ]
-    return "\n\n".join("\n".join(block) for block in blocks)
+    return joined(blocks)
 
 
 def topics(arguments: Sequence[str]) -> list[str]:
@@ -136,38 +201,83 @@ def topic_text(about: Sequence[str], others: Iterable[str] = (), overrides: Sequ
         ConfigError: an unknown topic.
     """
     run, hydra = composed(overrides)
+    return "\n\n".join(_on(topic, run, hydra, others, overrides) for topic in about)
+
+
+def _on(
+    topic: str, run: Mapping[str, Any], hydra: Mapping[str, Any], others: Iterable[str], overrides: Sequence[str]
+) -> str:
+    """The help on one topic."""
     choices = hydra["runtime"]["choices"]
-    return "\n\n".join("\n".join(_on(topic, run, choices, others)) for topic in about)
-
-
-def _on(topic: str, run: Mapping[str, Any], choices: Mapping[str, Any], others: Iterable[str]) -> list[str]:
-    """The lines of the help on one topic."""
+    if topic in others and topic == ALL:
+        return full_text(run, hydra)
+    if topic in others and topic == RUNS:
+        return list_runs.USAGE.full()
     if topic in GROUPS:
-        lines = group_lines(topic, [choices.get(topic), choices.get(f"{topic}@_global_")])
-        return [*lines, *(_keys_of(topic, str(choices[topic]), run) if topic in run else [])]
-    values, said = flattened(run), dict(main_file().keys)
-    for group in GROUPS:
-        said |= meanings(group, str(choices[group])) if group in run else {}
-    keys = {key: value for key, value in values.items() if key == topic or key.startswith(f"{topic}.")}
-    if keys:
-        return key_table_of(keys, said)
+        return joined([group_lines(topic, choices), keys_of_group(topic, str(choices[topic]), run)])
+    values, said = _within(topic, {**flattened(run), **_hydra_values(hydra)}), dict(main_file().keys)
+    if values:
+        for group in GROUPS:
+            said |= meanings(group, str(choices[group])) if group in run else {}
+        return "\n".join(key_table_of(values, said))
     chosen_by = [group for group in GROUPS if topic in options(group)]
     if chosen_by:
-        rows = [(f"{group}={topic}", read(group, topic).sentence) for group in chosen_by]
-        group = chosen_by[0]
-        shown_keys = [] if group not in run else _keys_of(group, topic, composed([f"{group}={topic}"])[0])
-        return [*table(rows, column=30), *shown_keys]
-    names = [*GROUPS, *others, *values, *(name for group in GROUPS for name in options(group))]
+        return joined([block for group in chosen_by for block in _on_choice(group, topic, overrides)])
+    if having := choices_with(topic):
+        return joined(_on_key_elsewhere(topic, having))
+    keys = {key for group in GROUPS for name in options(group) for key in keys_of_choice(group, name)}
+    names = [*GROUPS, *others, *flattened(run), *(name for group in GROUPS for name in options(group)), *sorted(keys)]
     rest = f"topics are the groups {', '.join(GROUPS)}, their choices, and keys such as trainer.lr"
-    raise ConfigError(f"{topic}: unknown help topic; {hint(topic, names, rest)}")
+    near = nearest(topic, names) or get_close_matches(topic, names, n=3, cutoff=0.5)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(f"{topic}: unknown help topic; {meant}{rest}")
 
 
-def _keys_of(group: str, name: str, run: Mapping[str, Any]) -> list[str]:
-    return [f"  {group}={name}", *key_table({group: run[group]}, meanings(group, name))]
+def _within(topic: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of a key, or the values of the keys below it."""
+    return {key: value for key, value in values.items() if key == topic or key.startswith(f"{topic}.")}
+
+
+def _on_choice(group: str, name: str, overrides: Sequence[str]) -> list[list[str]]:
+    """The help on a choice of a group: its description, its keys, and the keys of other groups that it sets."""
+    kept = [a for a in overrides if (key := a.lstrip("+").partition("=")[0]) in GROUPS and key != group]
+    about = table([(f"{group}={name}", read(group, name).sentence)], CHOICE_COLUMN)
+    run = composed([*kept, f"{group}={name}"])[0]
+    own = keys_of_group(group, name, run)
+    file = read_file(group, name, config_dirs())
+    sets = {} if file is None else {key.lstrip("/"): value for key, value in file.choices.items()}
+    sets |= {k: v for k, v in flattened(values_of(group, name, config_dirs())).items() if not k.startswith(f"{group}.")}
+    also = " ".join(f"{key}={shown(value)}" for key, value in sets.items() if not key.startswith("hydra"))
+    return [about, own, paragraph(f"It also sets {also}") if also else []]
+
+
+def choices_with(key: str) -> list[str]:
+    """The choices, such as data=array, whose files have a key of their own group, or keys below it."""
+    group = key.partition(".")[0]
+    if group not in GROUPS or key == group:
+        return []
+    return [f"{group}={name}" for name in options(group) if _within(key, dict.fromkeys(keys_of_choice(group, name)))]
+
+
+def _on_key_elsewhere(key: str, having: Sequence[str]) -> list[list[str]]:
+    """The help on a key that only other choices of its group have: the choices, and what the key is in each of them."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for choice in having:
+        group, _, name = choice.partition("=")
+        values = _within(key, flattened(values_of(group, name, config_dirs())))
+        found.setdefault(tuple(key_table_of(values, meanings(group, name))), []).append(choice)
+    return [[f"  Applies with {' or '.join(names)}", *lines] for lines, names in found.items()]
+
+
+def keys_of_group(group: str, name: str, run: Mapping[str, Any]) -> list[str]:
+    """The keys of a group with the values of the composed config, without the name and the class of the choice."""
+    values = {k: v for k, v in flattened({group: run.get(group) or {}}).items() if k.partition(".")[2]}
+    shown_keys = {key: value for key, value in values.items() if key not in (f"{group}.name", f"{group}._target_")}
+    return [f"  Keys with {group}={name}", *key_table_of(shown_keys, meanings(group, name))] if shown_keys else []
 
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
-    """The overrides among the arguments of a command line, of a sweep those of its first run."""
+    """The overrides among the arguments of a command line. For a sweep, those of its first run."""
     rest = split_config_dir(arguments)[1]
     words = [a for before, a in zip(["", *rest], rest, strict=False) if not a.startswith("-") and before not in TAKING]
     if not {*SWEEP} & {*rest}:
@@ -176,7 +286,7 @@ def overrides_of(arguments: Sequence[str]) -> list[str]:
 
 
 def first_of(override: Override) -> list[str]:
-    """An override with the first of its values; nothing where there is no first, as in an interval."""
+    """An override with the first of its values; empty if it has no first value, as an interval."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     value, key = override.value(), override.get_key_element()
@@ -188,7 +298,7 @@ def first_of(override: Override) -> list[str]:
 
 
 def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config of a run, and Hydra's own part as it is written."""
+    """The config of a run, and Hydra's own part without interpolation."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         whole = compose("config", [*own_searchpath(), *overrides], return_hydra_config=True)
     hydra = OmegaConf.to_container(whole.hydra)
@@ -197,7 +307,7 @@ def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def recipe_lines(run: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:
-    """What a recipe is, and what the recipes of this command line set."""
+    """The explanation of recipes, and the keys that the recipes of this command line set."""
     values = flattened(run)
     said = (
         "A recipe is a set of key values that suit a model with a data set or with an objective. It applies "
@@ -208,38 +318,46 @@ def recipe_lines(run: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str
         said += f"None applies to model={run['model'].get('name')} data={run['data'].get('name')}."
     for name, keys in found.items():
         said += f"Here {name} applies and sets " + " ".join(f"{key}={shown(values[key])}" for key in keys) + ". "
-    return textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return paragraph(said)
 
 
-def group_lines(group: str, names: Sequence[str | None]) -> list[str]:
-    """A group, what it is for, and its choices, those in `names` marked."""
+def _chosen(group: str, choices: Mapping[str, Any]) -> list[str | None]:
+    """The choices of a group on this command line: recipes are chosen twice, for the objective and for the data."""
+    return [choices.get(group), choices.get(f"{group}@_global_")]
+
+
+def group_lines(group: str, choices: Mapping[str, Any]) -> list[str]:
+    """A group with its description and its choices. A * marks the choices of this command line."""
+    names = _chosen(group, choices)
     rows = [(f"{'*' if name in names else ' '} {name}", read(group, name).sentence) for name in options(group)]
-    return [*table([(group, main_file().groups[group])], column=30), *table(rows, column=30, indent=4)]
+    about = table([(group, main_file().groups[group])], column=CHOICE_COLUMN)
+    return [*about, *table(rows, column=CHOICE_COLUMN, indent=4)]
 
 
 def key_lines(run: Mapping[str, Any], hydra: Mapping[str, Any], choices: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The keys of the run, of each group, and those of Hydra that flowtrain sets; with values and meanings."""
+    """The keys of the run, of each group, and those of Hydra that flowtrain sets, with values and meanings."""
     ours = main_file().keys
-    yield key_table({key: value for key, value in run.items() if key not in GROUPS}, ours)
+    yield key_table_of(flattened({key: value for key, value in run.items() if key not in GROUPS}), ours)
     for group in GROUPS:
         if group in run:
-            yield _keys_of(group, str(choices.get(group)), run)
+            name = str(choices.get(group))
+            yield [f"  {group}={name}", *key_table_of(flattened({group: run[group]}), meanings(group, name))]
+    yield ["  hydra", *key_table_of(_hydra_values(hydra), ours)]
+
+
+def _hydra_values(hydra: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of Hydra's keys that configs/config.yaml sets."""
     values = flattened({"hydra": hydra})
-    yield ["  hydra", *key_table({key: values[key] for key in ours if key in values}, ours)]
-
-
-def key_table(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str]:
-    """Lines of key=value with what the key means."""
-    return key_table_of(flattened(values), meaning)
+    return {key: values[key] for key in main_file().keys if key in values}
 
 
 def key_table_of(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str]:
-    """The same as `key_table`, for values by dotted keys."""
-    return table([(f"{key}={shown(value)}", meaning.get(key, "")) for key, value in values.items()])
+    """Lines of KEY=VALUE with the meaning of the key, for values by dotted keys."""
+    return table([(f"{key}={shown(value)}", meaning.get(key, "")) for key, value in values.items()], KEY_COLUMN)
 
 
 def meanings(group: str, name: str) -> dict[str, str]:
-    """What the keys of a choice mean, by its file and those that it has its other keys from."""
+    """The meanings of the keys of a choice, from the comments in its file and in the files that it extends."""
     said = read(group, name)
     found: dict[str, str] = {}
     for parent in said.parents:
@@ -249,19 +367,5 @@ def meanings(group: str, name: str) -> dict[str, str]:
 
 
 def main_file() -> CommentedConfig:
-    """configs/config.yaml."""
+    """Returns configs/config.yaml with its comments."""
     return CommentedConfig((config_dir() / "config.yaml").read_text())
-
-
-def table(rows: Sequence[Row], column: int = COLUMN, indent: int = 2) -> list[str]:
-    """Two columns, the second wrapped; on the next line where the first is too long for its own."""
-    lines: list[str] = []
-    for left, right in rows:
-        head = " " * indent + left
-        wrapped = textwrap.wrap(right, WIDTH - column, break_on_hyphens=False) or [""]
-        if len(head) > column - 2:
-            lines.append(head)
-            head = ""
-        first, *others = wrapped
-        lines += [f"{head:{column}}{first}".rstrip(), *(" " * column + line for line in others)]
-    return [line for line in lines if line]

@@ -13,11 +13,13 @@ from flowtrain.cli.overrides import check_kept, keys_of, overridden, trusted, wi
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.flow import Density, Flow
 from flowtrain.runs.build import build_data, build_solver, resolve_device
-from flowtrain.runs.console import name_of, title_of, without_warnings
+from flowtrain.runs.console import name_of, shortest, title_of, without_warnings
 from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
 from flowtrain.runs.load import check_targets, restore, samples_of
+from flowtrain.runs.search import best_candidate
 from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError, DataError
+from flowtrain.utils.formatting import option
 from flowtrain.utils.process import choose_threads, keep_freed_memory
 from flowtrain.utils.status import status
 
@@ -64,18 +66,23 @@ class LoadedRun(NamedTuple):
         """What was read."""
         return self.members or (self.path,)
 
-    def single_flow(self, what: str) -> Flow:
+    def single_flow(self, what: str, command: str) -> Flow:
         """The flow.
 
         Args:
             what: the task that needs a single flow, for the message.
+            command: the command of that task, with {} in place of ckpt=RUN.
 
         Raises:
-            ConfigError: it is an ensemble.
+            ConfigError: it is an ensemble. For the run of a search, the message has the command for its best candidate.
         """
-        if not isinstance(self.flow, Flow):
-            raise ConfigError(f"{what}: needs a single flow, and {self.path} is an ensemble; give one of its members")
-        return self.flow
+        if isinstance(self.flow, Flow):
+            return self.flow
+        best = best_candidate(self.run_dir)
+        which = "give one of its members"
+        if best is not None:
+            which = f"for its best candidate: {command.format(option('ckpt', shortest(best)))}"
+        raise ConfigError(f"{what}: needs a single flow, and {self.path} is an ensemble; {which}")
 
     def build(self, data: Mapping[str, Any] | None = None) -> Dataset:
         """Builds the data set of this config, or of another config of data.

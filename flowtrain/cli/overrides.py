@@ -31,6 +31,8 @@ log = logging.getLogger("flowtrain")
 # keys whose values are files to read, and files or directories to write. For keys of the data see `is_path`
 READ_PATHS = ("resume", "from", "ckpt", "ood")
 WRITTEN_PATHS = ("out", "scores", "hydra.run.dir", "hydra.sweep.dir")
+# the directory of runs, in the working directory
+OUTPUTS = "outputs"
 # keys whose values are names in a file
 QUOTED_NAMES = ("data.label", "data.key")
 
@@ -191,6 +193,39 @@ MODES = {"-r": "--run", "--run": "--run", "-m": "-m", "--multirun": "-m", "-c": 
 DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
 # flags that may be followed by a topic, which is not an override
 TOPICAL = ("--info", "--shell-completion")
+
+
+def with_name(arguments: Sequence[str]) -> list[str]:
+    """Replaces name=NAME by the directories of the run and of a sweep of this name.
+
+    Directories on the command line win, because Hydra takes the last value of a key.
+
+    Raises:
+        ConfigError: a name that is not one component of a path.
+
+    Example:
+        >>> with_name(["name=first", "seed=1"])[1:]
+        ["hydra.run.dir='outputs/first'", "hydra.sweep.dir='outputs/multirun/first'", 'seed=1']
+    """
+    places = [i for i, a in enumerate(separated(arguments)[0]) if a.lstrip("+").startswith("name=")]
+    given = [a for a in separated(arguments)[0] if a.lstrip("+").startswith("name=")]
+    if not places or given[-1].partition("=")[2] == "null":
+        return list(arguments)
+    text = given[-1].partition("=")[2]
+    value, _ = parsed(given[-1])
+    name = value.text if isinstance(value, QuotedString) else text
+    if re.search(r"[/\\\x00-\x1f\x7f]", name) or name != name.strip() or name[:1] in ("", ".") or name == "multirun":
+        raise ConfigError(
+            f"name={name!r}: give the name of a directory in outputs/, as in name=first. It has no slash, no control "
+            "character, no blank and no dot at its beginning, and is not multirun"
+        )
+    literal = name.replace("${", "\\${")
+    ours = [
+        f"name={in_quotes(literal)}",
+        f"hydra.run.dir={in_quotes(f'{OUTPUTS}/{literal}')}",
+        f"hydra.sweep.dir={in_quotes(f'{OUTPUTS}/multirun/{literal}')}",
+    ]
+    return [*ours, *(a for a in arguments if a not in given)]
 
 
 def validate_command_line(arguments: Sequence[str]) -> None:

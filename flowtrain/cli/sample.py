@@ -13,6 +13,7 @@ from flowtrain.cli.arguments import split_own
 from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, written_as
+from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
 from flowtrain.data.base import Dataset, changes
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.evaluation.log_likelihood import check_samples
@@ -46,7 +47,7 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
         raise ConfigError(f"quality={steps}: give a list of numbers of steps, as in [1,2,4,8]")
     steps = [whole(f"quality[{i}]", k) for i, k in enumerate(steps)]
     loaded_run = load_run(own, overrides)
-    flow, config = loaded_run.single_flow("quality"), loaded_run.config
+    flow, config = loaded_run.single_flow("quality", "flowsample {} quality=[1,2,4,8]"), loaded_run.config
     name = set_name(loaded_run, "test", overrides)
     out = given or loaded_run.run_dir / f"quality{name and f'-{name}'}.json"
     picture = out.with_suffix(".png") if given else out.parent / f"plots/quality{name and f'-{name}'}.png"
@@ -91,7 +92,7 @@ def write_animation(
     if given is not None:
         check_writable(given)
     loaded_run = load_run(own, overrides)
-    flow = loaded_run.single_flow("animate=true")
+    flow = loaded_run.single_flow("animate=true", "flowsample {} animate=true")
     check_animated(flow, n)
     # refused before anything is read
     if label is not None:
@@ -108,31 +109,40 @@ def write_animation(
     return 0
 
 
-USAGE = """flowsample ckpt=RUN_DIR_OR_FILE [n=10000] [seed=0] [temperature=1.0] [label=7] [out=FILE.npy] [KEY=VALUE ...]
-flowsample ckpt=RUN_DIR_OR_FILE animate=true [n=2000] [seed=0] [temperature=1.0] [label=7] [out=FILE.gif]
-flowsample ckpt=RUN_DIR_OR_FILE quality=[1,2,4,8,16] [seed=0] [out=FILE.json]
-
-  ckpt          a run directory (its best checkpoint) or a .pt file; the name may be left out: flowsample RUN_DIR. A
-                sweep directory, or a list of runs with the same data as in ckpt=[RUN1,RUN2], is an ensemble
-  weights       of the members of an ensemble, as in weights=[0.3,0.7], or weights=equal; default: those with the
-                highest likelihood of the validation rows
-  n             how many samples; default: 10000, of images 100. Animated: 2000
-                (at most 100000), of images 60 (200)
-  seed          of the base noise
-  temperature   factor on the base noise; 1 samples the density
-  label         of a conditional model; default: classes by their frequency in training
-  out           .npy file in data units, with pixels and counts as whole numbers; default: samples.npy in the run
-                directory.
-                Vectors of one or two columns and images come with a picture beside the data.
-  log_scale     true: that picture shows densities by their logarithm, and so the tails
-  animate       true: in place of samples, how they come about from the base, of two columns or images:
-                animation.gif in the run directory, and animation.mp4 where there is an ffmpeg; or out=FILE.gif, .mp4
-  quality       in place of samples, how near they come to test data by the number of steps, as in [1,2,4,8,16]:
-                a table, quality.json and plots/quality.png
-  device        auto (default), cpu, cuda or cuda:0
-  trust         packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
-
-The solver can be changed, as in solver.rtol=1e-3 or solver=euler solver.steps=4."""
+USAGE = Usage(
+    name="flowsample",
+    summary="draws samples from a run, animates them, or measures their quality",
+    arguments=["RUN [KEY=VALUE ...]"],
+    examples=[
+        ("flowsample outputs/first n=10000", "samples.npy in the run directory"),
+        ("flowsample outputs/first n=10000 seed=1 out=x.npy", "other samples, in x.npy"),
+        ("flowsample outputs/digits label=7", "samples of one class of a conditional model"),
+        ("flowsample outputs/first animate=true", "animation.gif: from the base to the data"),
+        ("flowsample outputs/first quality=[1,2,4,8]", "distance to test data by solver steps"),
+        ("flowsample outputs/first solver=euler solver.steps=4", "samples by another solver"),
+    ],
+    options={
+        "ckpt": RUN_TEXT,
+        "weights": WEIGHTS_TEXT,
+        "n": "Number of samples (default: 10000, or 100 for images). With animate: 2000 (at most 100000), or 60 for "
+        "images (at most 200)",
+        "seed": "Seed of the base noise (default: 0)",
+        "temperature": "Factor of the base noise (default: 1). 1 samples the density",
+        "label": "The class, for a conditional model. Default: classes are drawn by their frequency in training",
+        "out": "The .npy file, in the units of the data (default: samples.npy in the run directory). Pixels and "
+        "counts are whole numbers. For one or two columns and for images, a picture beside the data is drawn as well",
+        "log_scale": "true: the picture shows the logarithm of the densities, and so their tails",
+        "animate": "true: draws an animation from the base to the data, for two columns or images. It takes the place "
+        "of the samples, and is written to animation.gif in the run directory, and to animation.mp4 if ffmpeg is "
+        "installed. out=FILE.gif or out=FILE.mp4 names the file",
+        "quality": "Numbers of solver steps, as in [1,2,4,8,16]: compares samples with test data. Writes a table, "
+        "quality.json and plots/quality.png in place of samples",
+        "device": DEVICE_TEXT,
+        "trust": TRUST_TEXT,
+    },
+    notes=["The solver can be changed, as in solver.rtol=1e-3 or solver=euler solver.steps=4."],
+    more=[("flowsample --help solver", "keys of the solver can be changed")],
+)
 
 OWN: dict[str, Any] = {
     "ckpt": None,

@@ -92,7 +92,7 @@ def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
             whole = with_whole_numbers(whole, config_groups())
             if ranks.is_first():
                 write_hydra(run_dir, OmegaConf.create(whole))
-            del whole["trust"]
+            del whole["trust"], whole["name"]
             recipes = applied_recipes(HydraConfig.get().runtime.choices, whole, config_dirs())
             keep_freed_memory()
             with messages(run_dir / "flowtrain.log"):
@@ -129,7 +129,8 @@ def resume_run(
             raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
         check_targets(saved["config"], trust)
         refuse_changes(rest, "a run goes on with the model and data it has; start a new one to change them")
-        refuse_changes(rest, "a run goes on from its own checkpoint; leave it out", ("from",))
+        refuse_changes(rest, "a run continues from its own checkpoint; leave it out", ("from",))
+        refuse_changes(rest, "a run keeps its directory; leave it out", ("name",))
         config = absolute_paths(overridden(saved["config"], rest, own))
         keep_freed_memory()
         ended = train(config, run_dir, saved, trust, when, recipes_of(run_dir))
@@ -148,7 +149,7 @@ def recipes_of(run_dir: Path) -> dict[str, list[str]] | None:
 
 def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The config, if nothing was added to its top that no one reads."""
-    names = [*config_groups(), "seed", "device", "threads", "time_budget", "logger", "resume", "from", "trust"]
+    names = [*config_groups(), "seed", "device", "threads", "time_budget", "logger", "name", "resume", "from", "trust"]
     missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
     if missing:
         raise ConfigError(f"{missing[0]} was taken out of the config, but a run needs it")

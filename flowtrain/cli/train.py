@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from flowtrain.cli import help, sweep_jobs
+from flowtrain.cli import help, list_runs, sweep_jobs
 from flowtrain.cli.arguments import split_own, versions
 from flowtrain.cli.config_files import plain
 from flowtrain.cli.error_messages import report, run_command
@@ -23,6 +23,7 @@ from flowtrain.cli.overrides import (
     trusted,
     validate_command_line,
     with_default_choices,
+    with_name,
 )
 from flowtrain.cli.start_run import (
     record_directory,
@@ -48,11 +49,13 @@ def _joined() -> int:
 
 
 def _command() -> int:
-    arguments = rename_old_keys(sys.argv[1:])
-    if "--version" in arguments:
+    if "--version" in sys.argv[1:]:
         if ranks.is_first():
             print(versions())
         return 0
+    if sys.argv[1:2] == [help.RUNS]:
+        return _list_runs(sys.argv[2:])
+    arguments = rename_old_keys(sys.argv[1:])
     if help.asked(arguments):
         if ranks.is_first():
             print(help.help_text(arguments))
@@ -60,7 +63,7 @@ def _command() -> int:
     arguments = quoted(arguments)
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)
-    arguments = of_first_job(with_default_choices(arguments))
+    arguments = of_first_job(with_default_choices(with_name(arguments)))
     validate_command_line(arguments)
     sys.argv[1:] = in_order(with_choices_of_from(arguments))
     with tempfile.TemporaryDirectory() as aside, removing_empty_directories(), sweep_jobs.summarized() as summary:
@@ -70,6 +73,15 @@ def _command() -> int:
             sys.argv[1:] = [f"hydra.run.dir={aside}", *mine]
         _start()
     return summary.code
+
+
+def _list_runs(arguments: Sequence[str]) -> int:
+    if not ranks.is_first():
+        return 0
+    if help.asked(arguments):
+        print(list_runs.USAGE.full())
+        return 0
+    return list_runs.command(arguments)
 
 
 def of_first_job(arguments: Sequence[str]) -> list[str]:
@@ -117,7 +129,7 @@ def attempt(run_dir: Path) -> tuple[Path, bool]:
 
 def resume(arguments: Sequence[str]) -> int:
     """Goes on in the run directory, from its last checkpoint; other arguments change its config."""
-    own, rest = split_own(arguments, {"resume": None, "trust": []}, "flowtrain resume=RUN_DIR [KEY=VALUE ...]")
+    own, rest = split_own(arguments, {"resume": None, "trust": []})
     if not own["resume"]:
         raise ConfigError("resume needs a run directory: flowtrain resume=RUN_DIR")
     run_dir = Path(str(own["resume"])).absolute()

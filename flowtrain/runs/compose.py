@@ -19,7 +19,7 @@ from flowtrain.utils.formatting import flattened
 # keys of model=auto
 SEARCH_KEYS = {"model.candidates", "model.conditional"}
 # keys of the whole config that only the commands use
-COMMAND_KEYS = ("resume", "from", "trust", "hydra")
+COMMAND_KEYS = ("name", "resume", "from", "trust", "hydra")
 
 
 # the parser in C is ten times faster; a PyYAML that was built from source may lack it

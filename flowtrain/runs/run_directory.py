@@ -167,5 +167,5 @@ def claim_directory(run_dir: Path) -> None:
     if holds_run(run_dir):
         raise ConfigError(
             f"{run_dir} already holds a run and is not overwritten: resume it with {resume_command(run_dir)}, "
-            "or choose another directory (hydra.run.dir, or run_dir in Python)"
+            "or choose another directory (name or hydra.run.dir, or run_dir in Python)"
         )

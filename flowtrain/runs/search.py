@@ -650,6 +650,17 @@ def config_of_search(run_dir: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
+def best_candidate(run_dir: Path) -> Path | None:
+    """The directory of the candidate of a search with the lowest validation NLL; None if there is no such candidate."""
+    candidates = _content_of_state(run_dir / SEARCH_FOLDER).get("candidates")
+    found: dict[Path, float] = {}
+    for candidate in candidates if isinstance(candidates, list) else []:
+        name, nll = (candidate.get(key) for key in ("name", "nll")) if isinstance(candidate, dict) else (None, None)
+        if isinstance(name, str) and isinstance(nll, int | float) and checkpoint.any_in(run_dir / SEARCH_FOLDER / name):
+            found[run_dir / SEARCH_FOLDER / name] = nll
+    return min(found, key=lambda path: found[path], default=None)
+
+
 def _content_of_state(folder: Path) -> dict[str, Any]:
     """The content of the state file in the directory of a search; empty if it cannot be read."""
     try:

@@ -14,8 +14,10 @@ import torch
 from helpers import Run
 from omegaconf import OmegaConf
 
+from flowtrain.cli import evaluate, export, sample, usage
 from flowtrain.cli.config_files import CommentedConfig, compose_defaults
-from flowtrain.cli.help import GROUPS, WIDTH, meanings
+from flowtrain.cli.help import GROUPS, KEYS, meanings
+from flowtrain.cli.usage import WITHOUT_TERMINAL, first_sentence
 from flowtrain.utils.files import config_dir, config_groups
 from flowtrain.utils.formatting import flattened, shown
 
@@ -71,13 +73,14 @@ def test_every_key_is_explained(name: str) -> None:
 SHOWN: dict[tuple[str, ...], str] = {}
 
 
-def help_of(run: Run, *arguments: str) -> str:
+def help_of(run: Run, *arguments: str, command: str = "flowtrain") -> str:
     """The help on a command line, which the command prints once for all tests."""
-    if arguments not in SHOWN:
-        code, SHOWN[arguments], err = run("flowtrain", *arguments, "--help")
+    key = (command, *arguments)
+    if key not in SHOWN:
+        code, SHOWN[key], err = run(command, *arguments, "--help")
         assert code == 0, err
-    out = SHOWN[arguments]
-    assert max(map(len, out.splitlines())) <= WIDTH
+    out = SHOWN[key]
+    assert max(map(len, out.splitlines())) <= max(WITHOUT_TERMINAL, *map(len, re.findall(r"\S+", out)))
     assert "\x1b" not in out
     return out
 
@@ -87,7 +90,7 @@ def squeezed(text: str) -> str:
 
 
 def test_help_lists_every_group_and_choice(run: Run) -> None:
-    out = squeezed(help_of(run))
+    out = squeezed(help_of(run, "all"))
     assert set(GROUPS) == set(config_groups())
     for group in GROUPS:
         assert f" {group} {squeezed(CommentedConfig(text_of('config')).groups[group])} " in out
@@ -98,7 +101,7 @@ def test_help_lists_every_group_and_choice(run: Run) -> None:
 @pytest.mark.parametrize("arguments", [[], ["model=glow", "data=mnist"], ["experiment=gas_ffjord"], ["solver=rk4"]])
 def test_help_lists_every_key_with_value_and_description(run: Run, arguments: list[str]) -> None:
     config = compose_defaults(arguments)
-    out = help_of(run, *arguments)
+    out = help_of(run, *arguments, "all")
     for key, value in flattened(config).items():
         if key == "experiment":
             continue
@@ -114,7 +117,7 @@ def test_help_lists_every_key_with_value_and_description(run: Run, arguments: li
 
 
 def test_help_marks_the_chosen_configs(run: Run) -> None:
-    out = help_of(run, "model=glow", "data=mnist", "trainer.lr=0.25")
+    out = help_of(run, "model=glow", "data=mnist", "trainer.lr=0.25", "all")
     chosen = re.findall(r"^ +\* (\S+)", out, re.M)
     assert chosen == ["glow", "mnist", "likelihood", "none", "dopri5", "default", "glow_mnist"]
     # glow_mnist has 4 for Glow's own 8
@@ -124,16 +127,16 @@ def test_help_marks_the_chosen_configs(run: Run) -> None:
 
 
 def test_help_of_a_sweep_shows_its_first_run(run: Run) -> None:
-    out = help_of(run, "-m", "model=glow,ffjord", "solver.rtol=1e-3,1e-4", "trainer.lr=interval(0.1,1)")
+    out = help_of(run, "-m", "model=glow,ffjord", "solver.rtol=1e-3,1e-4", "trainer.lr=interval(0.1,1)", "all")
     assert "\n  model=glow\n" in out
     assert "  solver.rtol=0.001 " in out
 
 
 def test_help_names_the_flags(run: Run) -> None:
-    out = help_of(run)
+    out = help_of(run, "all")
     flags = ["--cfg", "--info", "--config-dir", "--hydra-help", "-m, --multirun", "install=bash", "install=fish"]
     assert [flag for flag in flags if flag not in out] == []
-    assert run("flowtrain", "-h")[1] == out
+    assert run("flowtrain", "-h", "all")[1] == out
 
 
 @pytest.mark.parametrize(
@@ -218,12 +221,19 @@ def test_completion_in_a_shell() -> None:
 @pytest.mark.parametrize(
     ("arguments", "has", "lacks"),
     [
-        (["model"], ["glow", "realnvp", "  model.hidden="], ["trainer.lr"]),
+        (["model"], ["glow", "realnvp", "  model.hidden="], ["trainer.lr", "_target_"]),
         (["trainer"], ["trainer.lr=", "trainer.steps="], ["model.hidden"]),
         (["model=glow", "model"], ["* glow", "model.steps=8"], ["trainer.lr"]),
         (["trainer.lr"], ["trainer.lr="], ["trainer.lr_warmup"]),
         (["solver.rtol=1e-3", "solver.rtol"], ["solver.rtol=0.001"], ["solver.atol"]),
-        (["glow"], ["model=glow", "model.steps=8"], ["trainer.lr"]),
+        (["glow"], ["model=glow", "model.steps=8", "trainer.lr=0.005"], ["trainer.lr_warmup"]),
+        (["data=mnist", "glow"], ["model=glow", "model.steps=4"], ["model.field"]),
+        (["gas_ffjord"], ["experiment=gas_ffjord", "data=array", "model.init_scale=2.0"], []),
+        (["hydra.run.dir"], ["hydra.run.dir=outputs/"], ["hydra.sweep"]),
+        (["model.candidates"], ["model=auto", "model.candidates=null"], ["model.hidden"]),
+        (["model=nsf", "model.candidates"], ["model=auto", "model.candidates=null"], ["model.hidden"]),
+        (["model.coupling"], ["model=glow", "model.coupling=affine"], ["model=nsf"]),
+        (["runs"], ["flowtrain runs", "plot"], ["model.hidden"]),
         (["seed", "device"], ["seed=0", "device=auto"], ["threads"]),
     ],
 )
@@ -264,13 +274,56 @@ def test_cfg_of_a_sweep_shows_its_first_config(run: Run, flags: list[str], tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["floweval", "flowsample"])
-def test_help_of_floweval_and_flowsample(run: Run, command: str) -> None:
-    code, out, _ = run(command, "--help")
-    assert code == 0
-    assert run(command, "-h")[1] == out
-    assert out.startswith(f"{command} ckpt=RUN_DIR_OR_FILE")
-    assert max(map(len, out.splitlines())) <= 120
+@pytest.mark.parametrize("module", [evaluate, sample, export])
+def test_help_of_the_other_commands_has_a_line_for_each_option(run: Run, module: Any) -> None:
+    command = module.USAGE.name
+    assert list(module.USAGE.options.keys() ^ module.OWN.keys()) == []
+    short, full = help_of(run, command=command), help_of(run, "all", command=command)
+    assert run(command, "-h")[1] == short
+    assert len(short.splitlines()) <= 48
+    for key, text in module.USAGE.options.items():
+        assert re.search(rf"^  {key}\n? +{re.escape(first_sentence(text))}$", short, re.M), key
+        assert squeezed(text) in squeezed(full), key
+    for line, _ in module.USAGE.examples:
+        assert line in short
+
+
+def test_overview_fits_on_two_screens(run: Run) -> None:
+    for arguments in ([], ["data=array", "data.path=a.csv"], ["model=glow", "data=mnist"]):
+        lines = help_of(run, *arguments).splitlines()
+        assert (len(lines) <= 48, max(map(len, lines)) <= 100) == (True, True), len(lines)
+
+
+def test_overview_has_groups_choices_and_the_keys_used_most(run: Run) -> None:
+    out = help_of(run, "data=mnist", "trainer.lr=0.25")
+    for group in set(GROUPS) - {"recipe"}:
+        names = re.search(rf"^  {group} +(.*(?:\n   .*)*)", out, re.M)
+        assert names is not None
+        found = names[1].replace("*", "").split()
+        assert found == sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    assert re.findall(r"\*(\w+)", out) == ["ffjord", "mnist", "likelihood", "none", "dopri5", "default", "ffjord_mnist"]
+    assert len(KEYS) == 10
+    for key in KEYS:
+        assert re.search(rf"^  {re.escape(key)}=\S+ +\S", out, re.M), key
+    assert "trainer.lr=0.25 " in out
+    known = {key for choice in CHOICES for key in flattened(meanings(*choice.split("/", 1)))}
+    assert set(KEYS) <= known | set(CommentedConfig(text_of("config")).keys) | {f"trainer.{k}" for k in ("steps", "lr")}
+
+
+def test_unknown_topics_name_the_nearest(run: Run) -> None:
+    for topic, near in (("modle", "model"), ("candidats", "model.candidates"), ("nfs", "nsf"), ("al", "all")):
+        code, out, err = run("flowtrain", "--help", topic)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert re.search(rf"\b{re.escape(near)}\b", err.replace(topic, "", 1)), err
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(40, 80), (97, 97), (300, 120)])
+def test_width_follows_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, expected: int) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert usage.width() == expected
+    text = "\n".join(usage.table([("key", "word " * 60)], column=20))
+    assert expected - 5 <= max(map(len, text.splitlines())) <= expected
 
 
 def test_comments_of_a_config_file_are_parsed() -> None:
@@ -283,10 +336,9 @@ def test_comments_of_a_config_file_are_parsed() -> None:
     assert CommentedConfig("").keys == {}
 
 
-def test_first_screen_explains_the_recipe_that_applies(run: Run) -> None:
+def test_full_help_explains_the_recipe_that_applies(run: Run) -> None:
     for arguments, named in ((["data=rings"], "ffjord_rings"), (["data=rings", "recipe=none"], "recipe=none")):
-        code, out, _ = run("flowtrain", *arguments, "--help")
-        assert code == 0
+        out = help_of(run, *arguments, "all")
         first_screen = " ".join(" ".join(out.splitlines()[:24]).split())
         assert named in first_screen
         assert ("model.field=time_embedding" in first_screen) == (named == "ffjord_rings")
