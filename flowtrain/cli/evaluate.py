@@ -59,7 +59,7 @@ USAGE = Usage(
         "baselines": "true: also fits a Gaussian mixture and a kernel density estimate, for tables. They are fitted "
         "to the training rows of the run, in up to 20 s, and scored on the same rows. The mixture needs scikit-learn "
         "(pip install 'flowtrain[baselines]')",
-        "report": "true: also writes report.md and report.html. report.html is one file with its figures inside",
+        "report": "true: also writes report.md and report.html. The HTML file contains its figures",
         "out": "The JSON file of the evaluation (default: eval.json in the run directory). Figures and the report are "
         "written beside it, under its name. For other rows than the test set of the run, the default is "
         "eval-NAME.json, with NAME also in the names of figures and report: eval-new.json for data.path=new.csv, "

@@ -130,7 +130,7 @@ def _lines(runs: Sequence[tuple[Path, ListedRun]]) -> list[str]:
         seconds = "" if run.train_seconds is None else f"{run.train_seconds:,.0f}"
         state = f"{run.state}; {run.problem}" if run.problem else run.state
         rows.append([name, run.model or "?", run.data or "?", nll_of(run), seconds, state, str(shortest(run.path))])
-    rows = [[*map(_printable, row[:-1]), row[-1]] for row in rows]
+    rows = [[*(_shortened(cell) for cell in row[:-1]), _printable(row[-1])] for row in rows]
     # the cell that says how many runs a sweep has reaches over the next columns
     widths = [max(len(row[i]) for row in rows if i != 1 or row[2] or row[5]) for i in range(len(head))]
     return [_line(row, widths) for row in rows]
@@ -149,8 +149,12 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text on one line of limited length, without control characters."""
-    text = "".join(c if c.isprintable() else " " for c in text)
+    """Text without control characters, which could change the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _shortened(text: str) -> str:
+    text = _printable(text)
     return text if len(text) <= WIDEST_CELL else f"{text[: WIDEST_CELL - 1]}…"
 
 
@@ -189,7 +193,7 @@ def draw(path: Path, runs: Sequence[ListedRun]) -> None:
     Raises:
         ConfigError: no run has a validation, or more runs than a figure can tell apart.
     """
-    rows = {str(shortest(run.path)): read_rows(run.path) for run in runs}
+    rows = {_label(run): read_rows(run.path) for run in runs}
     curves = {name: its for name, its in rows.items() if any(_is_validation(row) for row in its)}
     if left := [name for name in rows if name not in curves]:
         log.warning("%s: no validation in metrics.jsonl, so no curve is drawn", ", ".join(left))
@@ -197,9 +201,13 @@ def draw(path: Path, runs: Sequence[ListedRun]) -> None:
         raise ConfigError("no curves: none of the runs has a validation yet")
     if len(curves) > MOST_RUNS:
         raise ConfigError(f"{len(curves)} curves cannot be told apart: give at most {MOST_RUNS} runs")
-    if len(data := {run.data or "?" for run in runs if str(shortest(run.path)) in curves}) > 1:
+    if len(data := {run.data or "?" for run in runs if _label(run) in curves}) > 1:
         log.warning("the runs have different data (%s): their NLL cannot be compared", ", ".join(sorted(data)))
     draw_runs(path, runs=curves, title=f"validation NLL of {counted(len(curves), 'run')}")
+
+
+def _label(run: ListedRun) -> str:
+    return " ".join([str(shortest(run.path)), *(f"{key}={value}" for key, value in run.overrides.items())])
 
 
 def _is_validation(row: dict[str, object]) -> bool:

@@ -214,16 +214,17 @@ def with_name(arguments: Sequence[str]) -> list[str]:
     text = given[-1].partition("=")[2]
     value, _ = parsed(given[-1])
     name = value.text if isinstance(value, QuotedString) else text
-    if re.search(r"[/\\\x00-\x1f\x7f]", name) or name != name.strip() or name[:1] in ("", ".") or name == "multirun":
+    if name == "multirun":
+        raise ConfigError("name=multirun: this is the directory of the sweeps; give another name")
+    if re.search(r"[/\\\x00-\x1f\x7f]|\$\{", name) or name != name.strip() or name[:1] in ("", "."):
         raise ConfigError(
-            f"name={name!r}: give the name of a directory in outputs/, as in name=first. It has no slash, no control "
-            "character, no blank and no dot at its beginning, and is not multirun"
+            f"name={name!r}: give one component of a path, as in name=first. It cannot contain slashes, ${{ or "
+            "control characters, and cannot begin with a dot or a blank"
         )
-    literal = name.replace("${", "\\${")
     ours = [
-        f"name={in_quotes(literal)}",
-        f"hydra.run.dir={in_quotes(f'{OUTPUTS}/{literal}')}",
-        f"hydra.sweep.dir={in_quotes(f'{OUTPUTS}/multirun/{literal}')}",
+        f"name={in_quotes(name)}",
+        f"hydra.run.dir={in_quotes(f'{OUTPUTS}/{name}')}",
+        f"hydra.sweep.dir={in_quotes(f'{OUTPUTS}/multirun/{name}')}",
     ]
     return [*ours, *(a for a in arguments if a not in given)]
 

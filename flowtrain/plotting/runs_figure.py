@@ -14,7 +14,7 @@ from flowtrain.plotting import style
 Rows = Sequence[Mapping[str, Any]]
 
 # inches
-LEFT, BOTTOM, TALL, GAP, ABOVE, LEGEND_LINE = 0.72, 0.5, 2.9, 0.35, 0.62, 0.2
+LEFT, BOTTOM, TALL, GAP, ABOVE, LEGEND_LINE = 0.72, 0.5, 2.9, 0.35, 0.5, 0.2
 COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, style.ORANGE, style.PURPLE, style.INK, style.MUTED)
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 # the most runs whose lines differ in colour or style
@@ -55,8 +55,8 @@ def draw_runs(path: Path, *, runs: Mapping[str, Rows], title: str) -> None:
             axes.set_xlabel(label)
             axes.set_ylim(*limits)
             axes.set_xlim(left=0)
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.yaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
+            axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
             axes.ticklabel_format(axis="x", style="plain", useOffset=False)
             axes.xaxis.set_major_formatter("{x:,g}")
         by_step.set_ylabel(f"validation NLL ({unit})")

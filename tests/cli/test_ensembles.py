@@ -96,6 +96,19 @@ def test_the_file_of_an_ensemble_is_evaluated_as_its_sweep(run: Run, sweep: Path
     assert same(evaluation(run, "e.pt", "out=e.json", name="e.json"), expected)
 
 
+def test_an_export_of_a_search_names_its_best_candidate(run: Run, sweep: Path) -> None:
+    flowtrain.load(sweep).save("r/checkpoints/best.pt")
+    results = {"maf": 3.0, "nsf_1": 1.5, "nsf": 2.0, "lost": 1.0, "new": None}
+    for name in ("maf", "nsf_1", "nsf", "new"):
+        shutil.copytree(sweep / "lr=0", f"r/search/{name}")
+    candidates = [{"name": name, "nll": nll} for name, nll in results.items()]
+    Path("r/search/search.json").write_text(json.dumps({"candidates": [*candidates, 3]}))
+    code, out, err = run("flowexport", "r")
+    assert (code, out) == (2, "")
+    assert "flowexport ckpt=r/search/nsf_1" in err
+    assert "flowsample ckpt=r/search/nsf_1 animate=true" in run("flowsample", "r", "animate=true")[2]
+
+
 def test_an_ensemble_is_sampled(run: Run, sweep: Path) -> None:
     code, out, err = run("flowsample", str(sweep), "n=40", "seed=3")
     assert code == 0, err
