@@ -1,4 +1,4 @@
-"""Parses the command line of all commands but `flowtrain` without `resume=`: own keys, overrides, help."""
+"""Parses the command lines of floweval, flowsample, flowexport and `flowtrain resume=`: options, overrides and help."""
 
 import platform
 import re
@@ -24,20 +24,20 @@ def versions() -> str:
     try:
         ours = version("flowtrain")
     except PackageNotFoundError:
-        # flowtrain runs from a checkout and is not installed
-        ours = "of a checkout"
+        # flowtrain is not installed
+        ours = "(checkout)"
     return f"flowtrain {ours}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def split_own(
     arguments: Sequence[str], own: Mapping[str, Any], usage: Usage | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Splits arguments into the command's own keys with their values, and overrides of the saved config.
+    """Splits arguments into the options of the command, and overrides of the saved config.
 
-    If the command has the key `ckpt`, `ckpt=` may be left out: `floweval RUN` is short for `floweval ckpt=RUN`.
+    If the command has the option `ckpt`, `ckpt=` may be left out: `floweval RUN` is short for `floweval ckpt=RUN`.
 
     Args:
-        own: the command's own keys with their defaults.
+        own: the options of the command with their defaults.
         usage: the help of the command; None if the caller has handled --help already.
 
     Raises:
@@ -62,7 +62,7 @@ def split_own(
             rest.append(argument)
             continue
         if override.is_sweep_override():
-            raise ConfigError(f"{key}: several values make a sweep, which only flowtrain -m can run")
+            raise ConfigError(f"{key}: several values make a sweep, and only flowtrain -m runs sweeps; give one value")
         if override.is_delete():
             raise ConfigError(f"{argument}: leave {key} out instead")
         # resolves interpolations such as ${oc.env:HOME}
@@ -72,10 +72,10 @@ def split_own(
 
 
 def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
-    """Prefixes the argument that names a run with ckpt=.
+    """Puts ckpt= before the argument that names a run.
 
     Raises:
-        ConfigError: an argument that is neither a run nor an override.
+        ConfigError: an argument that is neither a run nor KEY=VALUE.
     """
     whole, runs = [], 0
     for argument in arguments:
@@ -87,7 +87,7 @@ def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
             whole.append(argument)
             continue
         if "ckpt" not in own or not argument.strip():
-            raise ConfigError(f"{argument!r}: arguments look like KEY=VALUE; see --help")
+            raise ConfigError(f"{argument!r}: not an argument; give KEY=VALUE, see --help")
         if argument in own:
             raise ConfigError(f"{argument}: give it a value, {argument}=...; see --help")
         if not exists(argument):
@@ -103,7 +103,7 @@ def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
 
 
 def _help(topics: Sequence[str], own: Mapping[str, Any], usage: Usage) -> str:
-    """The short help, or the help on topics: `all`, the command's own keys, or topics of `flowtrain --help`."""
+    """The short help, or the help on topics: `all`, options of the command, or topics of `flowtrain --help`."""
     if not topics:
         return usage.short()
     known = (help.ALL, *own)

@@ -1,4 +1,4 @@
-"""Config files: their folders and options, the config that overrides compose, and the comments that explain keys."""
+"""Finds config files, composes configs from overrides, and reads the comments that explain keys."""
 
 import re
 import sys
@@ -19,10 +19,10 @@ CONFIG_DIR = ("--config-dir", "-cd")
 
 
 def split_config_dir(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What --config-dir names, of several the last, and the other arguments.
+    """The folder that --config-dir names (the last one, if there are several), and the other arguments.
 
     Raises:
-        ConfigError: the flag, and nothing after it.
+        ConfigError: the flag without a value.
     """
     folder, rest, left = None, [], iter(arguments)
     for argument in left:
@@ -37,7 +37,7 @@ def split_config_dir(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def user_config_dir() -> Path | None:
-    """The folder of --config-dir on this process's command line, None without one.
+    """The folder of --config-dir on the command line of this process; None without the flag.
 
     Raises:
         ConfigError: there is no such folder.
@@ -52,7 +52,7 @@ def user_config_dir() -> Path | None:
 
 
 def config_dirs() -> list[Path]:
-    """The folders that configs come from, in the order in which Hydra looks through them."""
+    """The folders of config files, in the order in which Hydra searches them."""
     own = user_config_dir()
     return [config_dir()] if own is None else [config_dir(), own]
 
@@ -63,7 +63,7 @@ def options(group: str) -> list[str]:
 
 
 def read(group: str, name: str) -> "CommentedConfig":
-    """The file of a choice, where there is one."""
+    """The config file of a choice; empty if there is no such file."""
     return CommentedConfig(_text(group, name))
 
 
@@ -73,7 +73,7 @@ def _text(group: str, name: str) -> str:
 
 
 def compose_defaults(overrides: Sequence[str], with_hydra: bool = False) -> dict[str, Any]:
-    """The plain config that overrides compose. `with_hydra` adds Hydra's own part, not interpolated."""
+    """The plain config composed from overrides. `with_hydra` adds Hydra's own config without interpolation."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         if not with_hydra:
             return plain(compose("config", [*own_searchpath(), *overrides]))
@@ -82,7 +82,7 @@ def compose_defaults(overrides: Sequence[str], with_hydra: bool = False) -> dict
 
 
 def own_searchpath() -> list[str]:
-    """The override that has Hydra look for configs in the folder of --config-dir too."""
+    """The override that adds the folder of --config-dir to Hydra's search path."""
     own = user_config_dir()
     if own is None:
         return []
@@ -91,30 +91,30 @@ def own_searchpath() -> list[str]:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """Interpolations resolved, plain containers."""
+    """Converts a config to plain containers with resolved interpolations."""
     container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
     return {str(k): v for k, v in container.items()}
 
 
 def add_working_directory_to_path() -> None:
-    """Python looks for modules in the working directory too, as `python -m` has it, after all that is installed.
+    """Appends the working directory to Python's search path for modules, after all installed packages.
 
-    Only where the user names code: no file that happens to lie beside a checkpoint is ever imported.
+    This is called only if the user names code to import. Otherwise a file beside a checkpoint could be imported.
     """
     if not sys.flags.safe_path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
 
 
 class CommentedConfig:
-    """The text of a config file, read for its comments.
+    """The text of a config file with the meanings of its keys, from its comments.
 
     Attributes:
-        whole: whether its keys are those of the whole config, and not of its group alone.
-        sentence: the first one of the comment at the head.
-        keys: what each key means, by its dotted path, nothing where nothing is said; those of a block too.
-        groups: of the `defaults` list, what each group means.
-        parents: of the same list, the files of the same group that this one has its other keys from.
+        whole: whether its keys belong to the whole config; otherwise they belong to its group.
+        sentence: the first sentence of the comment at the head of the file.
+        keys: the comment of each key and of each block, by dotted path; empty if there is no comment.
+        groups: the comment of each group in the `defaults` list.
+        parents: the files of the same group in the `defaults` list, whose keys this file inherits.
     """
 
     def __init__(self, text: str) -> None:
@@ -137,10 +137,10 @@ class CommentedConfig:
     def _first_sentence(self) -> str:
         said: list[str] = []
         for line in self.lines[: self.head]:
-            # where the file lies, and in which part of the config
+            # the path of the file, and its place in the config
             if re.fullmatch(r"# (@package .*|\S+\.yaml)", line):
                 continue
-            # a blank or indented line ends the prose, for what follows are commands
+            # an empty or indented line ends the sentences; commands follow
             if not re.match(r"# \S", line):
                 break
             said.append(line.removeprefix("# ").strip())
@@ -163,7 +163,7 @@ class CommentedConfig:
         return " ".join(reversed([*self._above(key.start_mark.line)]))
 
     def _above(self, line: int) -> Iterator[str]:
-        """The lines of the comment right above a line, from below; what is at the head of the file is of the file."""
+        """The lines of the comment right above a line, last line first. The head of the file is not part of it."""
         while line > self.head and self.lines[line - 1].lstrip().startswith("#"):
             line -= 1
             yield self.lines[line].lstrip("# ").rstrip()

@@ -1,4 +1,4 @@
-"""The console scripts. They show a status line during the imports, which take seconds, and then run a command.
+"""The console scripts. They show a status line during the imports, which take seconds, and then run the command.
 
 This module must not import anything slow at its top.
 """
@@ -43,13 +43,13 @@ def _run(name: str, module: str) -> None:
         try:
             command.main()
         finally:
-            # at exit, the interpreter would search all modules for cycles, which takes a second
+            # without this, the interpreter searches all modules for cycles at exit, which takes a second
             gc.freeze()
 
 
 @contextmanager
 def _kept() -> Iterator[None]:
-    """Turns the garbage collector off during imports, which saves a fifth of their time: modules are never freed."""
+    """Turns off the garbage collector during imports. This saves a fifth of their time, because modules are never freed."""
     gc.disable()
     try:
         yield

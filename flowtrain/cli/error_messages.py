@@ -1,4 +1,4 @@
-"""One message for every error: what a command prints of it, and how it exits."""
+"""Converts errors into one message on standard error and an exit code."""
 
 import itertools
 import os
@@ -28,8 +28,8 @@ from flowtrain.utils.files import config_groups
 
 
 def run_command(name: str, command: Callable[[], int]) -> None:
-    """Runs a command and exits; an error the user can mend becomes one message on standard error."""
-    # Hydra would print its own errors in its own way and exit; raised instead, they pass through here
+    """Runs a command and exits. Errors that a user can correct become one message on standard error."""
+    # without this, Hydra prints its own errors in its own format and exits
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     code: int | None
     try:
@@ -47,9 +47,9 @@ def run_command(name: str, command: Callable[[], int]) -> None:
 
 
 def report(name: str, error: Exception) -> int | None:
-    """Prints the one message of an error and gives its exit code; None, and nothing is printed, where it has none."""
+    """Prints the message of an error and returns its exit code. Returns None and prints nothing for a bug."""
     if isinstance(error, BrokenPipeError):
-        # the reader of our output has gone (as in `floweval ... | head -1`): nothing is wrong here
+        # the reader of the output has ended, as in `floweval ... | head -1`. This is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     said = message_of(error)
@@ -61,21 +61,21 @@ def report(name: str, error: Exception) -> int | None:
 
 
 def message_of(error: Exception) -> tuple[str, int] | None:
-    """An error in one message, and the exit code: 2 for a mistake, 1 for what went wrong.
+    """The message and the exit code of an error: 2 for a mistake of the user, 1 for a failure during the work.
 
-    None for what no user can have caused.
+    Returns None for a bug.
     """
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error), 2
     if isinstance(error, FlowtrainError | OSError):
         return str(error), error.exit_code if isinstance(error, FlowtrainError) else 1
     if out_of_memory(error):
-        return f"{first_line(error)}: this takes more memory than there is; make it smaller", 1
+        return f"{first_line(error)}: there is not enough memory; use a smaller model, batch or file", 1
     return None
 
 
 def explain(error: Exception) -> str:
-    """Hydra's message, and for an unknown key the list of what there is."""
+    """The message for an error of Hydra, on one line. For an unknown key, it lists the known keys."""
     parts = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
     message = " ".join(" ".join(part.split()) for part in parts)
     plugin = re.search(r"Could not (?:find|load) 'hydra/(?:launcher|sweeper)/(joblib|submitit|optuna)", message)
@@ -96,9 +96,9 @@ def explain(error: Exception) -> str:
     several = re.match(r"Ambiguous value for argument '(.*?)' 1\.|Sweep parameters '(.*?)' requires", message)
     if several:
         given = several[1] or several[2]
-        return f"{given}: several values make a sweep: add -m, or give one value, or a list in brackets"
+        return f"{given}: several values make a sweep; add -m, or give one value or a list in brackets"
     if written and not re.fullmatch(r"[+~]{0,2}[A-Za-z_][\w/@-]*(\.[\w-]+)*", written.partition("=")[0], re.ASCII):
-        return f"{written}: this is not a key; keys look like trainer.lr"
+        return f"{written}: not a key; keys look like trainer.lr"
     if written:
         return f"{written}: {_unparsed(message)}; values with special characters need quotes: {_in_quotes(written)}"
     return message
@@ -117,9 +117,12 @@ def _in_quotes(override: str) -> str:
 
 
 def _without(key: str) -> tuple[dict[str, Any], str]:
-    """The config of the groups that the command line chooses, of a sweep the first that has no such key; and which."""
+    """The config with the choices of the command line, and words about these choices.
+
+    For a sweep, it is the first of the configs that lacks the key.
+    """
     chosen = [a.partition("=") for a in sys.argv[1:] if a.partition("=")[0] in config_groups()]
-    # of what is written otherwise, as in choice(a,b), the defaults
+    # a choice in another form, such as choice(a,b), is replaced by the default
     plain_words = [(group, names.split(",")) for group, _, names in chosen if re.fullmatch(r"[\w,]+", names)]
     every = [[f"{group}={name}" for name in names] for group, names in plain_words]
     for overrides in itertools.product(*every):

@@ -1,4 +1,4 @@
-"""`floweval`: the NLL of a checkpoint on held-out or new data, with its error and checks on the density."""
+"""`floweval`: computes the NLL of a checkpoint on held-out or new data, with its error and checks of the density."""
 
 import logging
 import sys
@@ -97,7 +97,7 @@ OWN: dict[str, Any] = {
     "weights": None,
 }
 
-# the keys of data=array that say how a file is read
+# the keys of data=array that control how a file is read
 READ = ("key", "columns", "label", "header", "decimal")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -165,7 +165,7 @@ def _command() -> int:
 
 
 class OutputPaths:
-    """The paths of the files to write: in the run directory, or beside `out` and under its name.
+    """The paths of the files to write: in the run directory, or beside `out` with its name.
 
     Args:
         name: the name of the evaluated set, see `set_name`.
@@ -174,23 +174,23 @@ class OutputPaths:
     def __init__(self, run_dir: Path, out: Path | None, scores: Path | None, name: str) -> None:
         self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, name and f"-{name}"
         self.json = out or run_dir / f"eval{self.suffix}.json"
-        # callers replace .json by .md or .html; without it, a dot in the name would be taken for a suffix
+        # callers replace .json by .md or .html. Without a suffix, a dot in the name would begin one
         self.report = out or run_dir / f"report{self.suffix}.json"
 
     @property
     def other_scores(self) -> Path:
-        """Those of the other set, beside the first."""
+        """The file of log p of the second set, beside that of the first."""
         assert self.scores is not None
         return self.scores.with_name(f"{self.scores.stem}_ood.npy")
 
     @property
     def member_scores(self) -> Path:
-        """Those of the members of an ensemble, beside the scores."""
+        """The file of log p of the members of an ensemble, beside the scores."""
         assert self.scores is not None
         return self.scores.with_name(f"{self.scores.stem}_members.npy")
 
     def check(self, ood: bool, report: bool, ensemble: bool, inputs: list[Any]) -> None:
-        """Everything that will be written, before any work is done; see `check_outputs`."""
+        """Checks all paths before any work is done; see `check_outputs`."""
         paths = [self.json, self.figure("calibration")]
         paths += [self.figure("ood")] if ood else []
         paths += [] if self.scores is None else [self.scores, *([self.other_scores] if ood else [])]
@@ -199,13 +199,13 @@ class OutputPaths:
         check_outputs(paths, inputs)
 
     def figure(self, name: str) -> Path:
-        """Where the figure of that name goes."""
+        """The path of a figure."""
         if self.out is None:
             return self.run_dir / f"plots/{name}{self.suffix}.png"
         return self.out.with_name(f"{self.out.stem}_{name}.png")
 
     def others(self, drawn: list[Path]) -> list[Path]:
-        """The figures of a report: what was drawn, and what the run's last pictures show."""
+        """The figures of a report: the ones just drawn, and the last figures of the run."""
         kept = [self.run_dir / f"plots/{name}.png" for name in ("samples", "curves")]
         return [*drawn, *(path for path in kept if path.is_file())]
 
@@ -236,33 +236,35 @@ def training_data(loaded_run: LoadedRun, sets: Collection[str]) -> Dataset:
 
 
 def default_split(overrides: Sequence[str]) -> str:
-    """All the rows of a file that is given to be scored; the test set otherwise, and where it has a file of its own."""
+    """all if data.path is given without data.val_path and data.test_path, else test."""
     keys = keys_of(overrides)
     return "all" if "data.path" in keys and not keys & {"data.val_path", "data.test_path"} else "test"
 
 
 def data_of(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> Dataset:
-    """The data set of the config, or all the rows of its file.
+    """The data set of the config, or all rows of its file.
 
     Raises:
-        ConfigError: a split that there is not.
-        DataError: columns of other names than those that the flow was trained on.
+        ConfigError: split=all for data without a file of rows.
+        DataError: other names of columns than in training.
     """
     keys = keys_of(overrides)
     data = loaded_run.config["data"]
     if split == "all":
         if keys & {"data.val_path", "data.test_path"}:
-            raise ConfigError("split=all takes the rows of data.path alone: leave data.val_path and data.test_path out")
+            raise ConfigError("split=all scores the rows of data.path only; leave out data.val_path and data.test_path")
         if not data.get("path"):
-            raise ConfigError("split=all: this data is no file of rows; choose test or val, or give data.path")
+            raise ConfigError(
+                "split=all: this data has no file of rows; choose split=test or split=val, or give data.path"
+            )
         asked = {key for key in READ if f"data.{key}" in keys}
         return rows_of(data["path"], loaded_run, data, asked)
     built = loaded_run.build()
     names = built.samples.columns
     if names and loaded_run.samples.columns and names != loaded_run.samples.columns:
         raise DataError(
-            f"{data.get('path')} has the columns {', '.join(names)}, and the flow was trained on "
-            f"{', '.join(loaded_run.samples.columns)}: give split=all, which reads them by name, or data.columns"
+            f"{data.get('path')} has the columns {', '.join(names)}, but the flow was trained on "
+            f"{', '.join(loaded_run.samples.columns)}. Give split=all, which finds columns by name, or give data.columns"
         )
     check_unchanged(loaded_run.samples, built.samples, split, data.get("path"), keys)
     return built
@@ -278,7 +280,7 @@ def check_unchanged(before: Samples, now: Samples, split: str, path: str | None,
         keys: the keys that the command sets.
 
     Raises:
-        DataError: saying what has changed.
+        DataError: the file or its split has changed.
     """
     change = changes(before.record, now.record, [split])
     if change is None or f"data.{split}_path" in keys:
@@ -292,14 +294,14 @@ def check_unchanged(before: Samples, now: Samples, split: str, path: str | None,
 
 
 def rows_of(path: str, loaded_run: LoadedRun, data: Mapping[str, Any], asked: Collection[str] = ()) -> RowsToScore:
-    """Every row of a file, read as the config of the data says; see `RowsToScore`."""
+    """All rows of a file, read with the settings of the data config; see `RowsToScore`."""
     return RowsToScore(
         path, loaded_run.samples, **{key: data.get(key) for key in READ}, asked=asked, seed=data.get("seed", 0)
     )
 
 
 def other_set(value: str, loaded_run: LoadedRun) -> tuple[str, Tensor]:
-    """Name and samples of the set that `ood` means: the test set of data by that name, or the rows of a file."""
+    """The name and the samples of the second set: the test set of a data config, or the rows of a file."""
     if value != "array" and value in options("data"):
         data = loaded_run.build(compose_defaults([f"data={value}"])["data"])
         check_fits(loaded_run.flow, data)
