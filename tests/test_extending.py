@@ -1,4 +1,4 @@
-"""The section Extending of README.md: its files as they stand there, its commands with few steps."""
+"""The README's section Extending: its files as printed there, and its commands with fewer steps."""
 
 import importlib
 import json
@@ -43,13 +43,13 @@ SHORT = [
 
 
 def small(line: str) -> list[str]:
-    """What makes the default model of a command quick."""
+    """Returns overrides that make a command fast if it uses the default model."""
     return [] if "model=" in line else ["model.hidden=[8]", "trainer.ema=null"]
 
 
 @pytest.fixture
 def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A working directory with the section's files, whose package no other test sees."""
+    """Creates a working directory with the files of the section. No other test sees their package."""
     for name, text in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def module(name: str) -> ModuleType:
-    """A module of the package, where nothing has looked for it yet."""
+    """Imports a module of the package before any other test has looked for it."""
     sys.path.append(str(Path.cwd()))
     return importlib.import_module(f"mypkg.{name}")
 
@@ -157,14 +157,14 @@ def test_value_of_the_example_regularizer(run: Run, mine: Path) -> None:
     terms = [row["speeding"] for row in rows if row["split"] == "train"]
     assert all(math.isfinite(term) and term >= 0 for term in terms)
     assert terms[-1] > 0
-    # flow matching has no paths to integrate
+    # flow matching integrates no paths
     code, _, err = run("flowtrain", "--config-dir", "conf", "regularizer=speed_limit", "objective=flow_matching")
     assert code == 2
     assert [name for name in ("acceleration", "speeding", "end_time") if name not in err] == []
 
 
 def test_loss_includes_the_example_regularizer(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a field of constant velocity u, whose paths all have max(0, |u|^2 - c^2)."""
+    """Every path of a field with constant velocity u has the penalty max(0, |u|^2 - c^2)."""
     sys.path.append(str(mine))
     config = compose_defaults(["regularizer=speed_limit", "regularizer.limit=2.0", "data.n_val=10", "data.n_test=10"])
     flow = build_flow(config, build_data(config).samples)
@@ -197,14 +197,14 @@ def test_untrusted_package_is_not_imported(run: Run, mine: Path) -> None:
     assert str(mine) not in sys.path
     with pytest.raises(CheckpointError, match="trust"):
         importlib.import_module("flowtrain").load(run_dir)
-    # a package beside the checkpoint, but not the one that is trusted
+    # trusting another package does not allow the import of the package beside the checkpoint
     code, _, err = run("floweval", f"ckpt={run_dir}", "trust=[torch]")
     assert code == 2
     assert "mypkg" not in sys.modules
 
 
 def test_user_configs_are_found_by_every_command(run: Run, mine: Path) -> None:
-    """Beside runs of our own too; help, mistakes and sweeps know of them."""
+    """User configs are found beside flowtrain's runs too, and help, error messages and sweeps include them."""
     own = ("--config-dir", "conf")
     code, out, err = run("flowtrain", *own, "data=banana", "model=affine", *SHORT)
     assert code == 0, err
@@ -230,7 +230,7 @@ def test_user_configs_are_found_by_every_command(run: Run, mine: Path) -> None:
     for flags in (["--config-dir", "nowhere"], ["--config-dir"]):
         code, _, err = run("flowtrain", *flags)
         assert (code, len(err.strip().splitlines())) == (2, 1)
-    # a folder may have the name of a group
+    # the config folder may have the name of a group
     (mine / "conf").rename(mine / "model")
     code, out, err = run("flowtrain", "--config-dir", "model", "model=sinh_arcsinh", "--cfg", "job")
     assert code == 0, err
@@ -238,11 +238,11 @@ def test_user_configs_are_found_by_every_command(run: Run, mine: Path) -> None:
 
 
 def test_installed_commands_find_the_package(mine: Path) -> None:
-    """In processes of their own, whose path has no working directory."""
+    """Installed commands run in new processes, whose import path does not contain the working directory."""
     script = Path(sys.executable).with_name("flowtrain")
     if not script.exists():
         pytest.skip("not installed")
-    # one column has the fewest figures
+    # data with one column have the fewest figures
     np.save(mine / "x.npy", normal(60, 1))
     given = [*SHORT[:-2], "trainer.steps=2", "data=array", "data.path=x.npy", "hydra.run.dir=here"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
