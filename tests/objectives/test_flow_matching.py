@@ -1,4 +1,4 @@
-"""Flow matching: its minimizer, its loss by hand, its times and its couplings."""
+"""Flow matching: its minimizer, its loss against a hand computation, its times and its couplings."""
 
 import itertools
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from flowtrain.utils.errors import ConfigError
 
 
 class GaussianField(nn.Module):
-    """The minimizer E[x1 - x0 | x_t] in closed form for independent x0 ~ N(0, 1), x1 ~ N(m, s^2), per coordinate."""
+    """The minimizer E[x1 - x0 | x_t] in closed form, for independent x0 ~ N(0, 1) and x1 ~ N(m, s^2) per coordinate."""
 
     def __init__(self, m: float, s: float) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class GaussianField(nn.Module):
 
 
 def test_the_minimizer_of_flow_matching_has_the_density_of_the_data(around: Callable[..., Flow]) -> None:
-    """Theorem 1 of Lipman et al., with the exact field of a Gaussian: the likelihood is then that of the Gaussian."""
+    """Theorem 1 of Lipman et al.: with the exact field of a Gaussian, the flow has the density of the Gaussian."""
     flow = around(GaussianField(1.5, 0.4)).eval()
     x = 1.5 + 0.4 * torch.randn(200, 2)
     expected = torch.distributions.Normal(1.5, 0.4).log_prob(x).sum(1)
@@ -48,7 +48,7 @@ def test_the_minimizer_of_flow_matching_has_the_density_of_the_data(around: Call
 
 
 def test_no_field_beats_the_minimizer(around: Callable[..., Flow]) -> None:
-    """Its loss is what E Var[x1 - x0 | x_t] leaves, 2 int_0^1 s^2 / ((1 - t)^2 + t^2 s^2) dt."""
+    """The minimal loss is E Var[x1 - x0 | x_t] = 2 int_0^1 s^2 / ((1 - t)^2 + t^2 s^2) dt."""
     s, n = 0.4, 200_000
     x = 1.5 + s * torch.randn(n, 2)
 
@@ -92,7 +92,7 @@ def test_only_the_field_is_trained_and_no_ode_is_solved(around: Callable[..., Fl
 def test_times_are_stratified_and_uniform() -> None:
     t = torch.stack([stratified(20, torch.zeros(())) for _ in range(500)])
     assert bool((t.sort(1).values * 20).floor().eq(torch.arange(20)).all())
-    # each row of the batch meets all times
+    # the times of each row cover the whole interval over many batches
     assert float(t[:, 0].mean()) == pytest.approx(0.5, abs=0.05)
     assert float(t[:, 0].var()) == pytest.approx(1 / 12, rel=0.15)
 
@@ -121,18 +121,18 @@ def test_coupling_without_scipy_names_the_extra(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_optimal_coupling_stays_within_classes() -> None:
-    """Base points that depended on the label would not be those that samples are drawn from."""
+    """The base points of a class must have the base distribution, from which its samples are drawn."""
     field = MLPField(2, [8], "concat", "tanh", classes=2)
     flow = Flow((2,), Chain([Continuous(field, ode_solver("dopri5"), TraceRule("exact"))]), classes=2)
     label = torch.arange(200) % 2
-    # the classes lie apart: paired over both, base points left of 0 would all go to class 0
+    # the classes are far apart: pairing across classes would send all base points left of 0 to class 0
     x = torch.randn(200, 2) * 0.1 + (2.0 * label - 1).unsqueeze(1)
     x0, x1, labels = FlowMatching(flow, Regularizer(), "optimal").pairs(x, label)
     assert labels is not None
     assert torch.equal(x1, x)
     for y in (0, 1):
         assert float(x0[labels == y].mean()) == pytest.approx(0, abs=0.3)
-    # and within a class the order is that of the samples
+    # within a class, base points are paired with near samples
     assert float((x0 - x1)[labels == 0].square().sum()) < float((torch.randn(100, 2) - x1[labels == 0]).square().sum())
 
 
@@ -167,7 +167,7 @@ def continuous() -> Continuous:
 
 
 class Nested(Affine):
-    """A continuous part inside another bijection than a chain."""
+    """A bijection other than a chain that contains a continuous part."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__(2)
@@ -189,7 +189,7 @@ def test_spectral_norm_is_added_to_matching(around: Callable[..., Flow]) -> None
 
 
 def test_initial_field_spreads_over_the_data() -> None:
-    """Ridges w x + b = 0 at distances -b / |w| from 0 that are spread like points along w, not all near it."""
+    """The ridges w x + b = 0 lie at distances -b / |w| that spread like the data along w, not all near 0."""
     torch.manual_seed(0)
     layer = MLPField(3, [4000, 2], "concatsquash", "tanh", init_scale=1.5).requires_grad_(False).body[0].linear
     norms = layer.weight.norm(dim=1)
