@@ -1,4 +1,4 @@
-"""A flow that is saved and loaded has the same density and samples, wherever it comes from."""
+"""A saved and loaded flow has the same density and samples, for every way to build it."""
 
 import copy
 import inspect
@@ -53,7 +53,7 @@ def ode_block(solver: ode.Solver | None = None, d: int = 3, **keys: Any) -> Cont
 
 
 IMAGE = (2, 4, 4)
-# than the models are by default, whose parts are the same
+# smaller models, built from the same parts as the defaults
 SMALLER: dict[str, dict[str, Any]] = {
     "glow": {"steps": 2, "hidden": [8]},
     "maf": {"layers": 2},
@@ -148,7 +148,7 @@ def label_of(flow: Flow, n: int) -> Tensor | None:
 
 
 def assert_same(flow: Flow, again: Flow) -> None:
-    """To the last bit."""
+    """Checks that both flows give bitwise equal results."""
     assert not again.training
     assert again.event_shape == flow.event_shape
     label = label_of(flow, 5)
@@ -198,7 +198,7 @@ def test_a_saved_flow_is_the_same_to_the_last_bit(name: str, dtype: torch.dtype,
     solvers = [[block.solver.settings for block in f.ode_blocks] for f in (flow, again)]
     assert solvers[0] == solvers[1]
     assert_same(flow, again)
-    # and once more
+    # saving the loaded flow again changes nothing
     assert_same(flow, saved_and_loaded(again, tmp_path))
 
 
@@ -229,7 +229,7 @@ def test_the_present_solver_is_saved(name: str, tmp_path: Path) -> None:
     assert_same(flow, saved_and_loaded(flow, tmp_path))
     flow.use_solver(solver)
     assert_same(flow, saved_and_loaded(flow, tmp_path))
-    # of a solver that was changed after it was made
+    # the solver is modified after its construction
     flow.use_solver(solver.replace(rtol=1e-3, atol=1e-2))
     again = saved_and_loaded(flow, tmp_path)
     assert (again.solver.rtol, again.solver.atol) == (1e-3, 1e-2)
@@ -237,7 +237,7 @@ def test_the_present_solver_is_saved(name: str, tmp_path: Path) -> None:
 
 def test_each_part_keeps_its_own_solver(tmp_path: Path) -> None:
     flow = perturbed(of(ode_block(), ode_block()))
-    # neither was given to a constructor
+    # neither solver was given to a constructor
     flow.ode_blocks[1].solver = ode_solver("rk4", steps=3)
     again = saved_and_loaded(flow, tmp_path)
     assert [block.solver.method for block in again.ode_blocks] == ["dopri5", "rk4"]
@@ -289,7 +289,7 @@ def test_what_no_description_builds_again_is_refused(change: Callable[[Flow], No
 
 
 class Local(Bijection):
-    """In a test module, which is imported by no name."""
+    """A class in a test module, which cannot be imported by name."""
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z, z.new_zeros(len(z))
@@ -382,7 +382,7 @@ def test_own_classes_need_trust(mypkg: Any, tmp_path: Path) -> None:
     for trust in ((), ("other",), ("my",), "mypkg.other"):
         with pytest.raises(CheckpointError, match="would run mypkg"):
             flowtrain.load(tmp_path / "own.pt", trust=trust)
-    # an argument that is not kept as a submodule
+    # an argument that the object does not keep as a submodule
     hidden = of(ActNorm(2), shape=2)
     hidden.bijection.bijections[0] = mypkg.Pair({"a": ActNorm(2), "b": ActNorm(2)}, order=[nn.Linear(1, 1)])
     with pytest.raises(CheckpointError, match="cannot be saved"):
@@ -391,7 +391,7 @@ def test_own_classes_need_trust(mypkg: Any, tmp_path: Path) -> None:
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
-    """As a run leaves it."""
+    """Saves a checkpoint as a run does."""
     config = compose_defaults(["model=ffjord", "model.hidden=[5]", "data.n_val=20", "data.n_test=20", "seed=7"])
     samples = Samples((2,), standardized=True, columns=("a", "b"))
     flow = perturbed(build_flow(config, samples))

@@ -1,4 +1,4 @@
-"""scripts/download_mnist.py: resuming, broken and lying mirrors, atomic files, and the command as a user runs it."""
+"""scripts/download_mnist.py: resumed downloads, broken or wrong mirrors, atomic files, and the command line."""
 
 import hashlib
 import importlib.util
@@ -37,16 +37,16 @@ EXPECTED = download.Sum(len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
 
 @dataclass
 class Mirror:
-    """A server of one content under every path.
+    """A server that serves the same content under every path.
 
     Attributes:
-        ranges: whether it answers Range requests with a part, instead of with all.
-        cuts: after how many bytes each of the first answers breaks off.
-        stalls: whether it then keeps the connection open in silence.
-        code: an error to answer with instead.
-        length: whether it says how much it sends.
-        shift: how far the part it sends is off the one it was asked for.
-        asked: the (path, Range header) of every request.
+        ranges: whether Range requests are answered with the requested part, or else with the whole content.
+        cuts: the number of bytes after which each of the first answers is cut off.
+        stalls: whether the connection then stays open without data.
+        code: an HTTP error code to answer with instead.
+        length: whether the answers have a Content-Length header.
+        shift: offset of the sent part from the requested one, in bytes.
+        asked: (path, Range header) of every request.
     """
 
     content: bytes = CONTENT
@@ -89,7 +89,7 @@ Serve = Callable[..., Mirror]
 
 
 def dead() -> str:
-    """The url of a port that no one listens on."""
+    """Returns the URL of a port without a listener."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{taken.getsockname()[1]}/"
@@ -97,7 +97,7 @@ def dead() -> str:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """Starts mirrors, and stops them after the test."""
+    """Returns a function that starts mirrors, and stops them after the test."""
     monkeypatch.setenv("no_proxy", "*")
     running: list[tuple[Mirror, ThreadingHTTPServer, threading.Thread]] = []
 
@@ -135,7 +135,7 @@ def target(tmp_path: Path) -> Path:
 
 
 def part_of(target: Path, content: bytes) -> Path:
-    """What an earlier run left."""
+    """Writes the partial download of an earlier run."""
     part = target.with_name("f.gz.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Fuzzing and killing on a small budget, with the parts of scripts/torture.py, which does it at length."""
+"""Short fuzzing and kill tests with the parts of scripts/torture.py, which runs them for longer."""
 
 import itertools
 import os
@@ -45,7 +45,7 @@ NUMBERS = itertools.count()
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the files that random configs name."""
+    """Creates a working directory with the files that random configs refer to."""
     monkeypatch.setenv("FLOWTRAIN_DATA", str(write_files(tmp_path)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -82,7 +82,7 @@ def test_runs_that_differ_in_a_bit_are_told_apart(tmp_path: Path, trainer: MakeT
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer) -> tuple[Path, Right]:
-    """A checkpoint without one before it, and what it holds."""
+    """Trains a run and returns a checkpoint without a previous one beside it, and its content."""
     torch.set_default_dtype(torch.float32)
     folder = tmp_path_factory.mktemp("run")
     trainer(folder, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=4").fit()
@@ -115,7 +115,7 @@ def test_wrong_load_is_detected(known: tuple[Path, Right]) -> None:
 
 
 def test_every_option_composes_and_builds(files: Path) -> None:
-    # what `auto` stands for is known when there are data
+    # `auto` can only be resolved with data
     for group, name in (option for option in options() if option[1] != "auto"):
         config = compose_defaults(small_run({**companions({group: name}), group: name}))
         data = build_data(config)
