@@ -202,7 +202,7 @@ def test_gradients_of_mixture_draws_are_those_of_expectations(covariance: str) -
 
 
 def test_gradients_of_draws_keep_their_transforms_fixed() -> None:
-    """By the definition of the implicit derivative, u(z(parameters), parameters) does not change."""
+    """The implicit derivative is defined by a constant u(z(parameters), parameters)."""
     base = mixture((2,))
     direction = [torch.randn_like(p) for p in base.parameters()]
     z = base.rsample(4)

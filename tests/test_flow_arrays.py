@@ -32,7 +32,7 @@ class Frame:
 
 
 class Indexed(Frame):
-    """A frame that selects columns, like those of pandas and polars."""
+    """A frame that selects columns by name, like pandas and polars."""
 
     def __getitem__(self, names: list[Any]) -> "Indexed":
         return Indexed(names, self.values[:, [self.columns.index(name) for name in names]].astype(float))

@@ -13,7 +13,7 @@ from helpers.files import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, 
 from flowtrain.data.images import IDXImages, default_root
 from flowtrain.utils.errors import ConfigError, DataError
 
-# Where the files are
+# The search for the files
 
 
 @pytest.mark.parametrize("gz", [True, False])

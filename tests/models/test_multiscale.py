@@ -127,7 +127,7 @@ def nets_seen(flow: Flow, x: Tensor, name: str) -> tuple[Tensor, set[torch.dtype
 
 @pytest.mark.parametrize("model", ["realnvp", "glow"])
 def test_bfloat16_networks_keep_the_likelihood(model: str) -> None:
-    """Only networks use bfloat16, so the log-determinant stays that of the map. Evaluation never uses bfloat16."""
+    """Only networks use bfloat16, so the log-determinant still belongs to the map. Evaluation never uses bfloat16."""
     torch.set_default_dtype(torch.float32)
     flow = (realnvp if model == "realnvp" else glow)((1, 8, 8), hidden=[16, 16])
     x = torch.randn(64, 1, 8, 8)

@@ -1,4 +1,4 @@
-"""Planning the steps of a solve from those of the previous one."""
+"""The steps of a solve are planned from the steps of the previous solve."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Time: schedules that end within a limit, and a budget for the whole command. The clock is a pretended one."""
+"""Schedules end within a time limit, and a command keeps its time budget. The tests use a fake clock."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("heard", "float32")
 
 
 class Clock:
-    """A clock that goes on when it is told to."""
+    """A clock that advances only when told to."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -76,7 +76,7 @@ def test_schedule_position_without_time_limit_is_the_step() -> None:
 
 @pytest.mark.parametrize("change", [0, 40])
 def test_a_run_that_ends_within_its_limit_is_left_alone(change: int) -> None:
-    """Whatever the first tenth of the time went into."""
+    """A slow first tenth of the run does not change its schedule."""
     p = Progress()
     clock = ScheduleClock(p, 100, change)
     clock.begin()
@@ -99,10 +99,10 @@ def test_schedules_end_within_the_time_limit(
     assert lr == sorted(lr, reverse=True)
     assert lr[3] > 0.0099
     assert 0.004 < lr[22] < 0.006
-    # smoothly to 0
+    # the learning rate falls smoothly to 0
     assert lr[-1] < 0.0001
     assert max(a - b for a, b in itertools.pairwise(lr)) < 0.0006
-    # batches and noise are those of the steps
+    # batches and noise depend on the step, not on the schedule position
     whole = trainer(tmp_path / "whole", *keys[:-1], "trainer.steps=40")
     assert torch.equal(whole.update.batches.of(7).x, run.update.batches.of(7).x)
 
@@ -123,7 +123,7 @@ def test_the_tolerance_gets_tight_within_the_time_limit(
 def test_ranks_agree_on_the_schedule_position(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trainer: MakeTrainer
 ) -> None:
-    """The largest of all ranks': here, another rank is 50 steps ahead."""
+    """Ranks use the largest position of all ranks. Here another rank is 50 steps ahead."""
     run = trainer(tmp_path, *AFFINE, "trainer.steps=100", "trainer.time_limit=1000")
     monkeypatch.setattr(loop.ranks, "largest", lambda values: [*values[:2], values[2] + 50])
     run.progress.step = 1
@@ -158,7 +158,7 @@ def test_an_interrupted_run_goes_on_from_its_position(
     assert lr == sorted(lr, reverse=True)
     assert lr[22] == pytest.approx(lr[21], rel=0.1)
     assert lr[-1] < 0.0001
-    # what a limit has ended begins again at its step, as the rest of its steps would have it
+    # a run ended by the time limit resumes at the schedule position of its step
     ended = checkpoint.load(tmp_path / "checkpoints/last.pt")
     assert ended["position"] == 1000
     third = trainer(tmp_path, *keys, saved=ended)
@@ -187,11 +187,11 @@ def test_the_likelihood_has_half_of_the_time(
     assert again.train_state.warmup == run.train_state.warmup == round(990 * 2 / 3)
 
 
-# the budget of a command
+# The budget of a command
 
 
 class Many(Dataset):
-    """A test set in the order of its values."""
+    """A dataset whose test rows are sorted."""
 
     event_shape = (2,)
 
@@ -213,12 +213,12 @@ def test_training_leaves_time_for_the_evaluation(pretended: Clock) -> None:
     cheap, dear = limited(pretended, 100, 1e-6), limited(pretended, 100, 1e-3)
     assert 90 < cheap.for_training < cheap.left == 95
     assert dear.end == pytest.approx(dear.left - dear.for_training)
-    # all test rows, a validation, what is checked, and a picture
+    # the reserve covers all test rows, a validation, the checks and a picture
     assert dear.end > 10
     assert dear.evaluated(dear.room) == (10_000, True)
-    # the checks go first
+    # checks are dropped before test rows
     assert limited(pretended, 100, 3.3e-3).evaluated(50.0) == (10_000, False)
-    # what it reserves does not shrink as time goes by
+    # the reserve does not shrink with time
     before = dear.end
     pretended.now += 40
     assert dear.end == before
@@ -235,7 +235,7 @@ def test_baselines_of_tables_have_a_share_unless_the_checks_need_it(pretended: C
     assert limited(pretended, 100, 1e-6).for_baselines == 0
     assert budget(100).for_baselines == pytest.approx(5)
     assert budget(10_000).for_baselines == 20
-    # less than a mixture takes
+    # a share too small to fit a mixture
     assert budget(30).for_baselines == 0
     assert budget(100, Flow((2,), Affine(2), classes=3)).for_baselines == 0
     assert budget(100).end == pytest.approx(limited(pretended, 100, 0).end + 5)
@@ -258,7 +258,7 @@ def test_test_rows_are_never_reduced_silently(pretended: Clock, caplog: pytest.L
     n = len(fewer.test)
     assert 200 <= n < 10_000
     assert 0.01 * n < short.left
-    # evenly spread
+    # the remaining rows are evenly spaced
     assert torch.equal(fewer.test[[0, -1]], short.data.test[[0, -1]])
     assert len(short.data.test) == 10_000
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
@@ -296,7 +296,7 @@ def test_a_budget_ends_training_in_time(pretended: Clock, tmp_path: Path, traine
 def test_rows_are_timed_as_training_goes_on(
     pretended: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: MakeTrainer
 ) -> None:
-    """Solves become longer: each row takes a second more with every step."""
+    """Solves become longer: scoring a row takes 1e-4 s longer with every step."""
     run = trainer(tmp_path, *AFFINE, "trainer.steps=100000")
     monkeypatch.setattr(
         time_budget,
@@ -331,7 +331,7 @@ def test_a_budget_that_is_spent_still_gives_a_result(run: Run, monkeypatch: pyte
     assert code == 0, err
     found = result(Path(out.splitlines()[-1]))
     assert (found["n"], found["steps"]) == (200, 1)
-    # what needs no further scoring
+    # only checks without further scoring
     assert found["checks"].keys() <= {"concentration", "baseline"}
     assert found["budget"]["rows"] == 10
     assert "200 of the 500" in err
@@ -354,6 +354,6 @@ def test_runs_of_older_versions_accept_a_budget() -> None:
 def test_time_is_counted_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "_BEGUN", [1.5])
     assert status.command_begun() == 1.5
-    # the next job of a sweep
+    # the next job of a sweep starts later
     before = time.perf_counter()
     assert status.command_begun() >= before
