@@ -1,4 +1,4 @@
-"""Damaged checkpoints: refused with one line, or loaded as the flow that they were."""
+"""Damaged checkpoints must be refused in one line, or load as the original flow."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +16,7 @@ from harm.part import Part, Verdict
 
 
 class Right(NamedTuple):
-    """What is in a checkpoint file, and its flow: weights, and log p at a few points."""
+    """The content of a checkpoint file, and its flow: weights, and log p at a few points."""
 
     content: bytes
     state: dict[str, torch.Tensor]
@@ -33,18 +33,18 @@ def _points() -> torch.Tensor:
 
 
 def loading(path: Path, known: Right) -> Verdict:
-    """What comes of loading a file that was damaged."""
+    """Returns the result of loading a damaged file."""
     try:
         flow = flowtrain.load(path)
     except CheckpointError as e:
         several = len(str(e).splitlines()) > 1
         return Verdict(f"a message of several lines: {e!r}" if several else "refused", wrong=several)
-    except Exception as e:  # any other is one too many
+    except Exception as e:  # only CheckpointError is allowed
         return Verdict(f"{type(e).__name__}: {e}", wrong=True)
     if unlike(dict(flow.state_dict()), known.state, ""):
-        return Verdict("loaded, with other weights", wrong=True)
+        return Verdict("loaded with other weights", wrong=True)
     if unlike(flow.log_prob(_points()), known.log_p, ""):
-        return Verdict("loaded, as another flow", wrong=True)
+        return Verdict("loaded as another flow", wrong=True)
     return Verdict("unharmed")
 
 
@@ -55,7 +55,7 @@ def corruptions(files: Sequence[Path], part: Part) -> None:
     for i in part.tries():
         known = rights[i % len(rights)]
         kind, content = damaged(part.rng, known.content)
-        # alone in its folder: no checkpoint from before it can take its place
+        # in a separate folder, so that no previous checkpoint can replace it
         path = folder / f"case{i}.pt"
         path.write_bytes(content)
         outcome = forked(partial(_print_loading, path, known), folder)

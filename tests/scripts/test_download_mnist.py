@@ -209,7 +209,7 @@ def test_a_server_without_ranges_sends_all_again(serve: Serve, target: Path) -> 
 
 def test_a_part_that_is_whole_needs_no_server(target: Path) -> None:
     part_of(target, CONTENT)
-    assert obtain(target, dead()) == "had been downloaded whole"
+    assert obtain(target, dead()) == "completed from its .part file"
     assert is_whole(target)
 
 
@@ -233,9 +233,9 @@ def test_a_part_that_is_wrong_is_thrown_away(serve: Serve, target: Path, part: b
 
 WRONG = {
     "as long": (b"y" * len(CONTENT), True, "SHA-256"),
-    "shorter": (CONTENT[:-1], True, "has 299999 bytes where 300000 are expected"),
-    "longer": (CONTENT + b"y", True, "has 300001 bytes where 300000 are expected"),
-    "longer, unannounced": (CONTENT + b"y", False, "more bytes than the file has"),
+    "shorter": (CONTENT[:-1], True, "has 299999 bytes, but 300000 are expected"),
+    "longer": (CONTENT + b"y", True, "has 300001 bytes, but 300000 are expected"),
+    "longer, unannounced": (CONTENT + b"y", False, "more bytes than expected"),
 }
 
 
@@ -254,7 +254,7 @@ def test_a_mirror_with_another_file_is_passed_over(serve: Serve, target: Path, c
 
 def test_a_part_of_another_range_is_not_appended(serve: Serve, target: Path) -> None:
     part = part_of(target, CONTENT[:HALF])
-    with pytest.raises(OSError, match=f"from {HALF} on, it sends bytes {HALF + 5}-"):
+    with pytest.raises(OSError, match=f"from {HALF} on were requested, but it sends bytes {HALF + 5}-"):
         obtain(target, serve(shift=5))
     assert part.read_bytes() == CONTENT[:HALF]
 
@@ -298,7 +298,7 @@ def test_the_command_prints_a_line_a_file(serve: Serve, tmp_path: Path, capsys: 
     assert err == ""
     assert out.splitlines() == [f"{file}: 300000 bytes from {mirror.url}{file.name}" for file in files]
     assert download.main(arguments) == 0
-    assert capsys.readouterr().out.splitlines() == [f"{file}: is there already" for file in files]
+    assert capsys.readouterr().out.splitlines() == [f"{file}: already downloaded" for file in files]
     assert len(mirror.asked) == 4
 
 
@@ -342,7 +342,7 @@ def test_a_root_that_cannot_be_written_is_one_message(tmp_path: Path, capsys: py
 def test_an_unknown_data_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         download.main(["cifar"])
-    assert "no data set cifar; choose mnist or fashion_mnist" in capsys.readouterr().err
+    assert "unknown data set: cifar. Choose mnist or fashion_mnist" in capsys.readouterr().err
 
 
 def test_default_root_is_the_one_flowtrain_reads(monkeypatch: pytest.MonkeyPatch) -> None:
