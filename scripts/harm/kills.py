@@ -164,7 +164,7 @@ class Watch:
         if moment.after == "start" or self.size is None:
             return moment.after == "start"
         if moment.after == "last row":
-            return self.evaluates
+            return self.is_evaluating
         if self.metrics.stat().st_size <= self.size + ROW * (moment.rows - 1):
             return False
         # any change counts, independently of how a checkpoint is written
@@ -175,14 +175,14 @@ class Watch:
     def phase(self) -> str:
         if self.size is None:
             return "starting"
-        return "saving" if self.checkpoints else "evaluating" if self.evaluates else "training"
+        return "saving" if self.is_saving else "evaluating" if self.is_evaluating else "training"
 
     @property
-    def checkpoints(self) -> bool:
+    def is_saving(self) -> bool:
         return bool(self._temporary() - self.left)
 
     @property
-    def evaluates(self) -> bool:
+    def is_evaluating(self) -> bool:
         with self.metrics.open("rb") as f:
             f.seek(max(0, f.seek(0, 2) - 2 * ROW))
             return self.last in f.read()
