@@ -9,10 +9,16 @@ the flow matching run on the same data. The script writes compare.md, compare.js
 (outputs/compare) and prints the Markdown. `--jobs` is the number of simultaneous runs, each with one thread. The data
 are found as by flowtrain (FLOWTRAIN_DATA, or ../shared/data beside the checkout).
 
-Columns: the computation of log p(x); test NLL in nats and its standard error; KL to the true density if it is known;
-seconds of training with validations and pictures (for rectified flow without the training of its teacher); seconds to
-draw 10,000 samples with one thread; NFE of a likelihood and of a sample; parameters; sliced Wasserstein distance of
-10,000 samples, or of as many as there are test rows, drawn with the flow's own solver and with four Euler steps.
+The table has these columns:
+
+- log p(x): closed form or ODE
+- test NLL in nats and its standard error, and KL to the true density if it is known
+- seconds of training, with validations and pictures; for rectified flow without the training of its teacher
+- seconds to draw 10,000 samples with one thread
+- NFE of a likelihood and of a sample
+- parameters
+- sliced Wasserstein distance of 10,000 samples (or of as many as there are test rows) to the test rows, drawn with the
+  flow's own solver and with four Euler steps
 """
 
 import argparse

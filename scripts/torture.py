@@ -1,4 +1,4 @@
-"""Kills and damages runs, gives flowtrain invalid input, and counts failures. There should be none.
+"""Kills and damages runs, gives flowtrain invalid input, and counts failures, of which zero are expected.
 
     python scripts/torture.py                                        # at most half an hour
     python scripts/torture.py --kills 500 --corruptions 20000 --configs 5000 --arrays 20000 --minutes 600

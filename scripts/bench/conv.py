@@ -6,11 +6,12 @@
 
 The field is concatsquash. Its last layer is random and scaled (--head) so that a solve has about the NFE of a trained
 field; the table shows the NFE. x is a batch of standard normal images. All engines use Hutchinson's trace with the same
-Rademacher draw. The script prints a Markdown table with medians over rounds in which each engine has one turn: times
-and their ratio to the first engine in the same round, NFE, and the difference of the gradient on the whole batch from
-the first engine's. On the first --rows rows it also gives errors of the gradient (relative) and of the NLL (nats)
-against float64 at rtol 1e-8. flowtrain trains with its default control=state, so it excludes the log-determinant from
-the step control; the others include it.
+Rademacher draw.
+
+All engines take turns in rounds. The script prints a Markdown table of median times and of their ratios to the first
+engine in the same round. The gradient on the whole batch is compared with the first engine's. On the first --rows rows,
+errors of the gradient (relative) and of the NLL (nats) are measured against float64 at rtol 1e-8. flowtrain has its
+default control=state, so it excludes the log-determinant from the step control. The others include it.
 """
 
 import argparse

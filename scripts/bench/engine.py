@@ -6,18 +6,24 @@
     python scripts/bench/engine.py --device cuda --threads 4 --only flowtrain torchdiffeq
 
 A step is the solve from x to z, the NLL and its gradient with respect to all parameters, without the optimizer. The
-script prints a Markdown table for the initial weights (the last layer is zero), for the same weights with a random last
-layer, and for trained weights (of --ckpt, or of a short run kept in outputs/bench). It gives medians over rounds in
-which each engine has one turn, of the time and of its ratio to flowtrain's default in the same round. It also gives the
-number of velocity evaluations, and errors of the gradient (relative, all parameters as one vector) and of the NLL
-(nats) against float64 at rtol 1e-10.
+script prints a Markdown table for each of three sets of weights: initial weights (the last layer is zero), initial
+weights with a random last layer, and trained weights (of --ckpt, or of a short run kept in outputs/bench).
 
-Compare ratios only together with the errors. In training, flowtrain excludes the log-determinant from the step control
-unless control=all; all other engines include it, so compare them with control=all. flowtrain's NFE does not count the
-batched evaluation of the trace at its nodes. All engines have the same field, although zuko's own CNF has another
-network. zuko controls the largest error, where others control the RMS, and weights the error of the log-determinant by
-1/100. diffrax is jitted, without counting compile time, and its weights are copied. zuko and diffrax are measured if
-they are installed (pip install zuko diffrax). All engines, including jax, are restricted to --threads cores.
+All engines take turns in rounds. Times are medians over rounds, and ratios are to flowtrain's default in the same round.
+NFE counts evaluations of the velocity. Errors of the gradient (relative, all parameters as one vector) and of the NLL
+(nats) are measured against float64 at rtol 1e-10.
+
+Compare ratios only together with the errors:
+
+- In training, flowtrain excludes the log-determinant from the step control unless control=all. All other engines
+  include it, so compare them with control=all.
+- flowtrain's NFE does not count the batched evaluation of the trace at its nodes.
+- All engines have the same field, although zuko's own CNF has another network.
+- zuko controls the largest error, and others control the RMS. zuko weights the error of the log-determinant by 1/100.
+- diffrax is jitted, and compile time is not counted.
+
+zuko and diffrax are measured if they are installed (pip install zuko diffrax). All engines, including jax, are
+restricted to --threads cores.
 """
 
 import argparse

@@ -5,9 +5,14 @@
     python scripts/bench/images.py realnvp trainer.steps=500  # with overrides for flowtrain
 
 Each run is `flowtrain experiment=mnist_MODEL_small data=DATA`, which finds the files like any run (FLOWTRAIN_DATA,
-data.root). The script prints a Markdown table: bits per dimension with uniform dequantization (one draw) and the
-standard error over the test set; parameters; seconds of training with validations and pictures; steps and their median
-time in milliseconds; NFE of the last training step; seconds of scoring the test set.
+data.root). The script prints a Markdown table with these columns:
+
+- bits per dimension with uniform dequantization (one draw), and the standard error over the test set
+- parameters
+- seconds of training, with validations and pictures
+- steps, and their median time in milliseconds
+- NFE of the last training step
+- seconds of scoring the test set
 """
 
 import argparse

@@ -5,8 +5,8 @@
 
 Each cell is measured in a new process. It first takes a training step with two solver steps on two rows, to load
 everything that torch loads lazily, and then the measured step. The script prints a Markdown table of the increase of
-the peak resident memory (ru_maxrss) in MiB: the median of --repeats processes, with the spread if they differ by more
-than 5 %. glibc returns large blocks at once (MALLOC_MMAP_THRESHOLD_), so that only live memory counts.
+the peak resident memory (ru_maxrss) in MiB. A value is the median of --repeats processes, with the spread if they
+differ by more than 5 %. glibc returns large blocks at once (MALLOC_MMAP_THRESHOLD_), so that only live memory counts.
 """
 
 import argparse

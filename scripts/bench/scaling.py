@@ -3,8 +3,9 @@
     python scripts/bench/scaling.py                    # moons by FFJORD, MNIST by RealNVP; a few minutes
     python scripts/bench/scaling.py --only moons --steps 60 --repeats 5
 
-Three setups run in turn on the same global batch: one process with one thread, two processes with one thread (torchrun,
-Gloo), and one process with two threads. The ratio is that of median step times. The losses are of the same steps.
+Three setups are measured alternately with the same global batch: one process with one thread, two processes with one
+thread (torchrun, Gloo), and one process with two threads. Speed is the ratio of median step times. The losses of the
+same steps are compared.
 
 The model gives the seconds per step for N ranks and a gradient of G bytes, where c is the measured step:
 

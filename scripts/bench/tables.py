@@ -7,8 +7,7 @@
 
 The peers are zuko's NSF and MAF, and scikit-learn's GaussianMixture and KernelDensity. `--python` names the interpreter
 of an environment that has them (pip install zuko scikit-learn); the default is the current one. Each method runs in a
-new process with `--threads` threads. Its seconds are those of the whole fit with validation, without imports and
-scoring.
+new process with `--threads` threads. Its seconds include the whole fit with validation, but not imports and scoring.
 
 Each run appends a line to the results file: table, method, seed, the mean test NLL in nats, its standard error, the
 validation NLL, and seconds. The log p of every test row is saved in a folder beside it. Runs that are in the file are
@@ -18,11 +17,11 @@ Preparation, the same for all methods. gas is used without changes; the steps ar
 
 1. Constant columns are removed, and all but one of repeated rows.
 2. The rows are shuffled and split 80/10/10 into training, validation and test rows by the seed.
-3. Uniform noise U[0, r) is added to rounded columns. A column is rounded if at most 95% of its values are distinct. Its
-   resolution r is found as follows. The most frequent value is subtracted from all others. r is the largest gap between
-   neighbouring distinct values of which at least 95% of these differences are multiples. If there is none, r is the
-   median of the gaps. The smallest gap is not used: it is a tenth of the step of a column of thyroid, and in pendigits
-   it is 7e-16, from rounding errors.
+3. Uniform noise U[0, r) is added to rounded columns. A column is rounded if at most 95% of its values are distinct. To
+   find its resolution r, the most frequent value is subtracted from all others. A gap between neighbouring distinct
+   values qualifies if at least 95% of these differences are multiples of it. r is the largest qualifying gap, or the
+   median of the gaps if no gap qualifies. The smallest gap is not used: it is a tenth of the step of a column of
+   thyroid, and in pendigits it is 7e-16, from rounding errors.
 
 The `±` of the report is the standard error of the mean NLL over rows and seeds. Differences are paired. Their standard
 error treats the values of one row in several seeds as dependent (clustered by row).

@@ -3,7 +3,7 @@
     python scripts/examples/anomalies.py
 
 Ordinary rows have two correlated sensors and a third one that depends on both. In the anomalies the third sensor is
-broken: each value is common by itself, but not in combination with the other two.
+broken: each of its values is common, but not in combination with the other two sensors.
 """
 
 import argparse

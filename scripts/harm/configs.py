@@ -75,7 +75,7 @@ SLIPS = [
 
 
 def configs(part: Part) -> None:
-    """Tries every option in turn, combined with random options."""
+    """Tries all options one after another, each combined with random options."""
     turns = list(options())
     part.rng.shuffle(turns)
     for i in part.tries():

@@ -22,7 +22,7 @@ class Part:
     Args:
         wanted: the number of cases.
         until: the time limit, as time.monotonic.
-        out: the folder for files; those of failing cases are kept.
+        out: the folder for files. The files of failing cases are kept.
         rng: the source of all random choices.
     """
 

@@ -163,7 +163,7 @@ def test_what_is_there_and_right_is_left_alone(target: Path) -> None:
     target.parent.mkdir()
     target.write_bytes(CONTENT)
     before = target.stat()
-    assert obtain(target, dead()) == "is there already"
+    assert obtain(target, dead()) == "already downloaded"
     assert (target.stat().st_ino, target.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
