@@ -64,8 +64,12 @@ class Result(NamedTuple):
 def generated(kind: str, rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
     """Generates a table (rows, columns), and FRESH more rows of the same distribution, float32.
 
-    gaussian: N(0, I). correlated: N(0, A A^T) with a random matrix A. bimodal: two unit Gaussians whose means are 6
-    apart. heavy: Student-t with four degrees of freedom and the correlations of `correlated`.
+    The kinds are
+
+    - gaussian: N(0, I)
+    - correlated: N(0, A A^T) with a random matrix A
+    - bimodal: two unit Gaussians whose means are 6 apart
+    - heavy: Student-t with four degrees of freedom and the correlations of `correlated`
     """
     g = torch.Generator().manual_seed(1000 * seed + columns)
     mixing = torch.eye(columns) + torch.randn(columns, columns, generator=g) / math.sqrt(columns)

@@ -5,7 +5,7 @@
 
 Both use the same loss and batch. For each setup the script prints the median time of forward, backward and averaging,
 with alternating steps in the same processes, and the difference of the two gradients. DDP overlaps its all-reduce with
-the backward pass. flowtrain sums everything at the end (flowtrain.training.update explains why).
+the backward pass. flowtrain sums everything at the end (flowtrain.training.update.averaged explains why).
 """
 
 import argparse

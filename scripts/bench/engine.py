@@ -9,7 +9,7 @@ A step is the solve from x to z, the NLL and its gradient with respect to all pa
 script prints a Markdown table for each of three sets of weights: initial weights (the last layer is zero), initial
 weights with a random last layer, and trained weights (of --ckpt, or of a short run kept in outputs/bench).
 
-All engines take turns in rounds. Times are medians over rounds, and ratios are to flowtrain's default in the same round.
+All engines take turns in rounds. Times are medians over rounds. Ratios are to flowtrain's default in the same round.
 NFE counts evaluations of the velocity. Errors of the gradient (relative, all parameters as one vector) and of the NLL
 (nats) are measured against float64 at rtol 1e-10.
 

@@ -215,8 +215,8 @@ def zuko_step(problem: Problem) -> Contestant:
 def reference(problem: Problem, rows: int = 128, rtol: float = 1e-10) -> Step:
     """A reference in float64 with torchdiffeq, autograd trace, direct gradient and a tight tolerance.
 
-    It shares no code with the engine. dopri8 ends its last step at t = 0, and solves a few rows at a time to limit the
-    graph.
+    It shares no code with the engine. A few rows at a time are solved, to limit the memory of the graph, by dopri8 with
+    its last step ending at t = 0.
     """
     exact = problem.to(torch.float64)
     parts = []
@@ -255,13 +255,11 @@ def compare(
 
     Ratios are to the first engine in the same round.
 
-    All engines run without TF32, which torch uses for convolutions on a GPU by default and flowtrain turns off in a
-    solve.
+    TF32 is off for all engines, as in flowtrain's solves. torch uses it by default for convolutions on a GPU.
 
     Args:
         true: the reference on `checked`, a smaller problem if `problem` is too large. Gradients on the whole problem
-        are
-            then compared with those of the first engine.
+            are then compared with the first engine's.
     """
     steps, first, small, skipped = {}, {}, {}, {}
     with full_precision(problem.x.device):
