@@ -215,7 +215,7 @@ def reason(error: Exception) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Downloads the named data sets and prints one line per file. Returns 1 after a message if a download fails."""
     parser = argparse.ArgumentParser(description="Downloads MNIST or Fashion-MNIST.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{' or '.join(FILES)}; default: mnist")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"data sets, {' or '.join(FILES)}; default: mnist")
     parser.add_argument("--root", type=Path, help="the folder for the data sets")
     parser.add_argument(
         "--mirror", action="append", metavar="URL", help="a folder to download from instead; may be repeated"

@@ -35,7 +35,6 @@ RUNS = [
     "model=glow data=8gaussians trainer.optimizer=adamw trainer.clip_norm=0.5",
     "model=affine data=moons trainer.lr_decay=plateau trainer.lr_plateau_patience=1 trainer.patience=9",
 ]
-# the held-out sets of MNIST have a fixed size
 IMAGES = ["model=realnvp data=mnist model.hidden=[4] model.scales=1 trainer.steps=3 trainer.val_every=3"]
 
 

@@ -5,7 +5,7 @@
     python scripts/small_tables.py --seeds 3 --jobs 2
 
 Each row is a run of `flowtrain model=MODEL data=array` with no other argument. The flow is scored on 10,000 new rows of
-the same distribution. So is the Gaussian with the shrunk covariance of the training rows (`shrunk_covariance`).
+the same distribution, and so is a Gaussian with the shrunk covariance of the training rows (`shrunk_covariance`).
 `excess` is the mean difference of their NLL in nats, with its standard error over the new rows. The script fails if an
 excess is above 0.5 nats plus three standard errors. Tables have at least four rows for each column.
 """

@@ -1,12 +1,12 @@
-"""Kills and damages runs, gives flowtrain invalid input, and counts failures, of which zero are expected.
+"""Kills and damages runs, gives flowtrain invalid input, and counts failures. The expected number of failures is zero.
 
     python scripts/torture.py                                        # at most half an hour
     python scripts/torture.py --kills 500 --corruptions 20000 --configs 5000 --arrays 20000 --minutes 600
     python scripts/torture.py --kills 0 --configs 0                  # 0 skips a part
 
-- kills: training runs of realnvp and ffjord are killed with SIGKILL at random moments and resumed each time: during
-  startup, training, validation, writing of a checkpoint, or the final evaluation. The files of every completed run are
-  compared bit by bit with an uninterrupted run: metrics.jsonl, last.pt, best.pt and result.json, except for seconds.
+- kills: training runs of realnvp and ffjord are killed with SIGKILL and resumed. The random moments are during startup,
+  training, validation, the writing of a checkpoint, and the final evaluation. metrics.jsonl, last.pt, best.pt and
+  result.json of every completed run must equal those of an uninterrupted run bit by bit, except for seconds.
 - corruptions: checkpoints are loaded with flipped bits, truncated, zeroed, with inserted or swapped bytes, and so on.
   They must be refused in one line or give the original flow bit by bit.
 - configs: random options of every config group, and random keys with valid and invalid values. Two steps must be

@@ -164,7 +164,7 @@ def test_floweval_gives_the_known_answer(run: Run, tmp_path: Path, name: str, d:
 
 @pytest.mark.slow
 def test_the_error_bars_cover_the_truth() -> None:
-    """The 95% interval of a linear flow contains its true NLL, over 200 test sets and draws of the trace probes."""
+    """For 200 test sets and draws of trace probes, about 95% of the intervals contain the true NLL of a linear flow."""
     torch.set_default_dtype(torch.float32)
     d, n = 6, 200
     flow = shaken(linear((d,), solver=ode_solver("bosh3", rtol=1e-3), eval_trace="hutchinson"), 0.3)

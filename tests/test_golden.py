@@ -22,7 +22,7 @@ HERE = Path(__file__).parent / "golden"
 GOLDENS = sorted(path.parent for path in HERE.glob("*/*/expected.json"))
 NAMES = [f"{path.parent.name}-{path.name}" for path in GOLDENS]
 
-# relative tolerances: rounding differs between machines, and so do the steps of adaptive ODE solvers
+# relative tolerances: rounding differs between machines, and with it the steps of adaptive ODE solvers
 FLOAT64, FLOAT32, ADAPTIVE, TRAINED = 1e-9, 1e-5, 1e-4, 1e-4
 TORCHDIFFEQ_ENGINE = "flowtrain.ode.torchdiffeq_engine"
 # compared keys of a train row in metrics.jsonl

@@ -1,4 +1,4 @@
-"""The public names of the package: what importing them imports, their defaults, and their types."""
+"""The public names of the package: the modules that they import, their defaults, and their types."""
 
 import inspect
 import re

@@ -98,7 +98,7 @@ def main() -> None:
         for process in ranks:
             process.join()
         if any(process.exitcode for process in ranks):
-            raise SystemExit("stopped: a rank failed, see above")
+            raise SystemExit("stopped: a rank failed with the message above")
         found = torch.load(Path(folder, "found.pt"), weights_only=True)
     print(f"{machine()}\n")
     rows = []

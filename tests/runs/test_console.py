@@ -1,4 +1,4 @@
-"""Output of a run on a terminal and elsewhere."""
+"""Output of a run on a terminal and without a terminal."""
 
 import io
 import logging

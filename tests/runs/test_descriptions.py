@@ -88,7 +88,7 @@ TARGETS = {
     "object for a flag": put(coupling, swap=HIDDEN),
     "object for a number": put(coupling, cap=LINEAR),
     "object for a torch flag": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(bias=LINEAR),
-    # a flag given as objects is true but stores no object, so the flow would have the weights of the file
+    # as a flag the list counts as true, and no object is kept, so the flow would still match the weights of the file
     "objects for a flag": lambda flow: flow["bijection"]["bijections"][3].update(offset=HIDDEN),
     "positional objects for a flag": lambda flow: flow["bijection"]["bijections"].__setitem__(
         3, {"_target_": "flowtrain.bijections.Standardize", "_args_": [2, HIDDEN]}

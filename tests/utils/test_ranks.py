@@ -149,7 +149,7 @@ LAUNCHED += ["data.n_val=20", "data.n_test=50", "trainer.plot_every=null"]
 
 
 def test_torchrun_goes_on_after_a_rank_was_killed(tmp_path: Path) -> None:
-    """After SIGKILL of a rank, the second attempt continues in the same run directory, although its name is a date."""
+    """After SIGKILL of a rank, the second attempt finds the run directory, whose default name contains the time."""
     here = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}

@@ -1,4 +1,4 @@
-"""Displays of long work: on a terminal, without one, and in library calls."""
+"""Progress displays on a terminal, without a terminal, and in library calls."""
 
 import io
 import logging
