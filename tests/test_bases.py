@@ -202,7 +202,7 @@ def test_gradients_of_mixture_draws_are_those_of_expectations(covariance: str) -
 
 
 def test_gradients_of_draws_keep_their_transforms_fixed() -> None:
-    """The implicit derivative is defined by a constant u(z(parameters), parameters)."""
+    """The implicit derivative keeps u(z(parameters), parameters) constant."""
     base = mixture((2,))
     direction = [torch.randn_like(p) for p in base.parameters()]
     z = base.rsample(4)

@@ -38,7 +38,7 @@ def log_density_on_grid(toy: Callable[[str], Toy], name: str) -> tuple[Tensor, f
 
 
 def reference_samples(name: str, n: int) -> np.ndarray:
-    """Samples from the definitions, implemented again in NumPy as in the reference code: shape (n, 2)."""
+    """Returns samples (n, 2) of the toys, implemented again in NumPy like the reference code."""
     rng = np.random.default_rng(1)
     u, noise, k = rng.random((3, n)), rng.standard_normal((2, n)), rng.integers(0, 1000, n)
     match name:
