@@ -169,7 +169,7 @@ def float32() -> None:
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> None:
+def propagate_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets caplog receive log records even after a command has turned off propagation."""
     monkeypatch.setattr(logging.getLogger("flowtrain"), "propagate", True)
 

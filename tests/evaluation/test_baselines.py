@@ -59,7 +59,7 @@ def data() -> Rows:
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collects the logged warnings and information messages."""
     said: list[str] = []
     for level in ("warning", "info"):
@@ -202,40 +202,40 @@ NORMAL = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=to
         pytest.param(torch.randn(12, 40, dtype=torch.float64), id="more columns than rows"),
     ],
 )
-def test_any_table_has_finite_baselines(train: Tensor, heard: list[str]) -> None:
+def test_any_table_has_finite_baselines(train: Tensor, logged: list[str]) -> None:
     # some training rows are also validation rows, so narrow densities fit best
     data = Rows(train, train[: max(1, len(train) // 2)], train)
     found = baselines(data, [train], torch.zeros(len(train)), SECONDS)
     assert found is not None
     varies = len(torch.unique(train, dim=0)) > 1
     assert set(found) == ({"gaussian", "gaussian_mixture", "kernel_density"} if varies else {"gaussian"})
-    assert varies or any("info" in words for words in heard)
+    assert varies or any("info" in words for words in logged)
     for one in found.values():
         assert math.isfinite(one.nll)
         assert math.isfinite(one.worse)
 
 
 def test_without_scikit_learn_a_line_names_the_extra(
-    data: Rows, heard: list[str], monkeypatch: pytest.MonkeyPatch
+    data: Rows, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
     found = baselines(data, [data.test], torch.zeros(150), SECONDS)
     assert found is not None
     assert list(found) == ["gaussian", "kernel_density"]
-    assert len(heard) == 1
-    assert "flowtrain[baselines]" in heard[0]
+    assert len(logged) == 1
+    assert "flowtrain[baselines]" in logged[0]
 
 
-def test_less_time_fits_less_and_says_so(data: Rows, heard: list[str]) -> None:
+def test_less_time_fits_less_and_says_so(data: Rows, logged: list[str]) -> None:
     found = baselines(data, [data.test], torch.zeros(150), 1e-3)
     assert found is not None
     # the first number of components is always fitted
     assert found["gaussian_mixture"].settings == "1 component"
-    assert len(heard) == 1
+    assert len(logged) == 1
     assert of.affordable_seconds(1.9) == 0
 
 
-def test_a_warning_says_when_a_baseline_beats_the_flow(data: Rows, heard: list[str]) -> None:
+def test_a_warning_says_when_a_baseline_beats_the_flow(data: Rows, logged: list[str]) -> None:
     flow = Flow((2,), Affine(2))
     flow.bijection.initialize(data.train)
     found = evaluate(flow, data, trained_on=data, baseline_seconds=SECONDS)
@@ -244,7 +244,7 @@ def test_a_warning_says_when_a_baseline_beats_the_flow(data: Rows, heard: list[s
     # the Gaussian baseline is as good as this flow
     assert "baseline" not in [check.name for check in found.failed]
     assert found.baselines["gaussian_mixture"].worse > 0.5
-    (warning,) = [words for words in heard if words.startswith("warning") and "gaussian mixture" in words]
+    (warning,) = [words for words in logged if words.startswith("warning") and "gaussian mixture" in words]
     simple = found.baselines["kernel_density"]
     assert with_error(found.nll, found.nll_stderr) in warning
     assert with_error(simple.nll, simple.nll_stderr) in warning
@@ -254,11 +254,11 @@ def test_a_warning_says_when_a_baseline_beats_the_flow(data: Rows, heard: list[s
     assert of_rows.baselines is not None
     assert of_rows.baselines["gaussian_mixture"].nll == pytest.approx(found.baselines["gaussian_mixture"].nll, abs=0.2)
     # on normal data, no baseline beats the Gaussian
-    heard.clear()
+    logged.clear()
     train, val, test = torch.randn(900, 2).split(300)
     flow.bijection.initialize(train)
     evaluate(flow, Rows(train, val, test), trained_on=Rows(train, val, test), baseline_seconds=SECONDS)
-    assert not [words for words in heard if words.startswith("warning")]
+    assert not [words for words in logged if words.startswith("warning")]
 
 
 def test_noise_is_that_of_the_flow(tmp_path: Path) -> None:

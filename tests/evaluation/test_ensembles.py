@@ -20,7 +20,7 @@ from flowtrain.nn.divergence import TraceRule
 from flowtrain.ode import ode_solver
 from flowtrain.utils.errors import SolverError
 
-pytestmark = pytest.mark.usefixtures("heard")
+pytestmark = pytest.mark.usefixtures("propagate_logs")
 
 
 def gaussian(mean: float, d: int = 2) -> Flow:

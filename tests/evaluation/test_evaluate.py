@@ -23,7 +23,7 @@ from flowtrain.evaluation.result import Check
 from flowtrain.flow import Flow, Record
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 
-pytestmark = pytest.mark.usefixtures("heard")
+pytestmark = pytest.mark.usefixtures("propagate_logs")
 
 
 class Frame:

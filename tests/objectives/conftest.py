@@ -31,7 +31,7 @@ def linear_field() -> type[nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def around() -> Callable[..., Flow]:
+def flow_with_field() -> Callable[..., Flow]:
     """Returns a function that builds a continuous flow from a field, between other bijections."""
 
     def build(field: nn.Module, *, before: tuple[Any, ...] = (), after: tuple[Any, ...] = ()) -> Flow:

@@ -23,8 +23,8 @@ from flowtrain.utils.errors import ConfigError
 SMALL = ["trainer.batch_size=16", "trainer.log_every=1", "data.n_val=20", "data.n_test=20", "model.hidden=[8]"]
 
 
-def test_hybrid_switches_its_loss_once(around: Callable[..., Flow]) -> None:
-    flow = around(MLPField(2, [4], "concat", "tanh"))
+def test_hybrid_switches_its_loss_once(flow_with_field: Callable[..., Flow]) -> None:
+    flow = flow_with_field(MLPField(2, [4], "concat", "tanh"))
     objective = Hybrid(flow, Regularizer(kinetic=0.1, spectral=0.1), steps=10, matching=0.7)
     x = torch.randn(5, 2)
     names = []
@@ -39,9 +39,9 @@ def test_hybrid_switches_its_loss_once(around: Callable[..., Flow]) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 2.5, 10, "half"])
-def test_invalid_shares_are_refused(share: Any, around: Callable[..., Flow]) -> None:
+def test_invalid_shares_are_refused(share: Any, flow_with_field: Callable[..., Flow]) -> None:
     with pytest.raises(ConfigError, match=r"objective.matching"):
-        Hybrid(around(MLPField(2, [4], "concat", "tanh")), Regularizer(), steps=10, matching=share)
+        Hybrid(flow_with_field(MLPField(2, [4], "concat", "tanh")), Regularizer(), steps=10, matching=share)
 
 
 def trained(stop_at: Callable[..., None], run_dir: Path, *overrides: str, stop: int | None = None) -> Trainer:

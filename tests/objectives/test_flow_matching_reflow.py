@@ -25,10 +25,10 @@ pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 def test_reflow_pairs_are_the_ends_of_the_teachers_paths(
-    around: Callable[..., Flow], linear_field: type[nn.Module]
+    flow_with_field: Callable[..., Flow], linear_field: type[nn.Module]
 ) -> None:
     a, b = torch.tensor([0.5, -1.0]), torch.tensor([[0.2, -0.7], [0.6, 0.1]])
-    x0, x1, labels = drawn(around(linear_field(a, b)).eval(), 30, rtol=1e-9)
+    x0, x1, labels = drawn(flow_with_field(linear_field(a, b)).eval(), 30, rtol=1e-9)
     # for x' = a + B x, [x; 1] is mapped by the exponential of [[B, a], [0, 0]]
     generator = torch.zeros(3, 3)
     generator[:2, :2], generator[:2, 2] = b, a
@@ -37,12 +37,12 @@ def test_reflow_pairs_are_the_ends_of_the_teachers_paths(
     assert labels is None
 
 
-def test_reflow_straightens_paths(around: Callable[..., Flow], linear_field: type[nn.Module]) -> None:
+def test_reflow_straightens_paths(flow_with_field: Callable[..., Flow], linear_field: type[nn.Module]) -> None:
     """After a quarter-turn rotation is reflowed, one Euler step reaches the end point of the teacher's exact solve."""
     torch.manual_seed(0)
     turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]]) * math.pi / 2
-    teacher = around(linear_field(torch.zeros(2), turn)).eval()
-    student = around(MLPField(2, [32, 32], "concat", "swish"))
+    teacher = flow_with_field(linear_field(torch.zeros(2), turn)).eval()
+    student = flow_with_field(MLPField(2, [32, 32], "concat", "swish"))
     objective = Rectified(student, Regularizer(), teacher, seed=0, pairs=2000, rtol=1e-6)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
     for _ in range(400):
@@ -62,8 +62,8 @@ def test_reflow_straightens_paths(around: Callable[..., Flow], linear_field: typ
     assert float(one) < 0.2 * float(before)
 
 
-def test_pairs_depend_only_on_the_seed(around: Callable[..., Flow]) -> None:
-    flow = around(MLPField(2, [4], "concat", "tanh"))
+def test_pairs_depend_only_on_the_seed(flow_with_field: Callable[..., Flow]) -> None:
+    flow = flow_with_field(MLPField(2, [4], "concat", "tanh"))
     state = torch.get_rng_state()
     pools = [Rectified(flow, Regularizer(), flow, seed=seed, pairs=10).pool[0] for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)

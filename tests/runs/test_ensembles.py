@@ -16,7 +16,7 @@ from flowtrain.models.ensemble import stacking_weights
 from flowtrain.runs.ensembles import runs_of
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 SMALL: dict[str, Any] = {"trainer.batch_size": 32, "data.n_val": 60, "data.n_test": 50}
 
 

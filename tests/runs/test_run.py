@@ -23,7 +23,7 @@ from flowtrain.training import checkpoint
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 
 def test_a_full_disk_does_not_end_a_run(

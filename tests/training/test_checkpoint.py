@@ -16,7 +16,7 @@ from flowtrain.training import checkpoint
 from flowtrain.training.checkpoint import checksum
 from flowtrain.utils.errors import CheckpointError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from flowtrain.training import checkpoint
 from flowtrain.training.progress import NfeWatch
 from flowtrain.utils.errors import NonFiniteError, SolverError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 
 def test_nan_in_the_first_data_is_named(tmp_path: Path, trainer: MakeTrainer, poisoned: type[Dataset]) -> None:

@@ -18,7 +18,7 @@ from flowtrain.training.trainer import Trainer
 from flowtrain.training.validation import Validation
 from flowtrain.utils.errors import NonFiniteError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 KEYS = [
     "model=affine",

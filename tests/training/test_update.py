@@ -15,7 +15,7 @@ from flowtrain.training import checkpoint
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import NonFiniteError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 NORMS = ["model=realnvp", "model.batch_norm=true", "model.layers=2", "model.hidden=[4]"]
 SHAPES = {"vectors": (2,), "images": (1, 4, 4)}

@@ -21,7 +21,7 @@ from flowtrain.training.trainer import Trainer
 from flowtrain.training.validation import Validation, advice, clearly_worse, some_rows
 from flowtrain.utils.errors import NonFiniteError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 # 60 training rows give 5 steps of 12 rows per epoch
 SMALL = ["data=array", "recipe=none", "trainer.batch_size=12", "trainer.val_every=10", "trainer.log_every=1"]

@@ -139,7 +139,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.usefixtures("heard", "restored")
+@pytest.mark.usefixtures("propagate_logs", "restored")
 def test_a_fit_does_not_depend_on_the_settings_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowtrain.plotting.style.save", lambda figure, path: None)
     torch.set_default_dtype(torch.float32)

@@ -314,7 +314,7 @@ def test_calls_of_the_library_are_silent(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "scoring" in stream.getvalue()
 
 
-def test_a_phase_leaves_its_seconds_in_the_log(caplog: pytest.LogCaptureFixture, heard: None) -> None:
+def test_a_phase_leaves_its_seconds_in_the_log(caplog: pytest.LogCaptureFixture, propagate_logs: None) -> None:
     with caplog.at_level(logging.DEBUG, "flowtrain"), phase("reading"):
         pass
     assert [record.getMessage() for record in caplog.records] == ["reading: 0.0 s"]
