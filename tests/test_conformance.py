@@ -33,7 +33,7 @@ DTYPES = ["float32", "float64"]
 N = 2000
 
 
-def shaken(flow: Flow, scale: float = 0.4) -> Flow:
+def randomized(flow: Flow, scale: float = 0.4) -> Flow:
     """Returns the flow with random parameters."""
     generator = torch.Generator().manual_seed(7)
     for p in flow.parameters():
@@ -95,15 +95,15 @@ def case(name: str, d: int) -> Case:
     """Returns a flow, the full name of its recipe, and its log density in float64."""
     torch.set_default_dtype(torch.float32)
     if name == "affine":
-        flow = shaken(affine((d,)))
+        flow = randomized(affine((d,)))
         return flow, "flowtrain.models.affine.affine", gaussian_of(maps_of(flow)).log_prob
     if name == "composed":
-        flow = shaken(composed((d,)))
+        flow = randomized(composed((d,)))
         return flow, "analytic.models.composed", gaussian_of(maps_of(flow)).log_prob
     if name == "linear":
-        flow = shaken(linear((d,), solver=ode_solver("dopri5")))
+        flow = randomized(linear((d,), solver=ode_solver("dopri5")))
         return flow, "analytic.models.linear", gaussian_of_field(flow).log_prob
-    flow = shaken(mixture((d,)))
+    flow = randomized(mixture((d,)))
     (part,) = (m for m in flow.modules() if isinstance(m, MixtureMap))
     return flow, "analytic.models.mixture", lambda x: mixture_log_prob(part, x)
 
@@ -167,7 +167,7 @@ def test_the_error_bars_cover_the_truth() -> None:
     """For 200 test sets and draws of trace probes, about 95% of the intervals contain the true NLL of a linear flow."""
     torch.set_default_dtype(torch.float32)
     d, n = 6, 200
-    flow = shaken(linear((d,), solver=ode_solver("bosh3", rtol=1e-3), eval_trace="hutchinson"), 0.3)
+    flow = randomized(linear((d,), solver=ode_solver("bosh3", rtol=1e-3), eval_trace="hutchinson"), 0.3)
     model = gaussian_of_field(flow)
     truth = MultivariateNormal(model.mean + 0.1, 1.2 * model.covariance_matrix)
     # E_truth[-log p] = H(truth) + KL(truth | model), both in closed form for Gaussians
@@ -198,7 +198,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_flow_fails_the_check_for_its_error(run: Run, tmp_path: Path, name: str) -> None:
     recipe, d, trips, words = WRONG[name]
-    flow = shaken(recipe((d,)), 0.6)
+    flow = randomized(recipe((d,)), 0.6)
     data = points(tmp_path, torch.randn(500, d))
     ckpt = saved(flow, f"analytic.models.{recipe.__name__}", tmp_path / "flow.pt", data)
     found, err = floweval(run, ckpt, f"data.path={data}")
@@ -208,7 +208,7 @@ def test_wrong_flow_fails_the_check_for_its_error(run: Run, tmp_path: Path, name
 
 @pytest.mark.parametrize("loose", [{"rtol": 0.3, "atol": 0.3}, {"method": "euler", "rtol": 1e-5, "step_size": 0.5}])
 def test_loose_tolerance_is_reported_as_solver_error(run: Run, tmp_path: Path, loose: dict[str, Any]) -> None:
-    flow = shaken(linear((4,), solver=ode_solver("dopri5")), 1.0)
+    flow = randomized(linear((4,), solver=ode_solver("dopri5")), 1.0)
     data = points(tmp_path, 2 * torch.randn(500, 4))
     ckpt = saved(flow, "analytic.models.linear", tmp_path / "flow.pt", data, **loose)
     found, err = floweval(run, ckpt, f"data.path={data}")

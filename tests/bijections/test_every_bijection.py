@@ -38,13 +38,13 @@ BIJECTIONS: dict[str, Callable[[int], Bijection]] = {
     "actnorm": lambda d: perturbed(ActNorm(d)),
     "standardize": standardize,
     "permutation": lambda d: Permutation(torch.randperm(d)),
-    "batchnorm": lambda d: settled(BatchNorm(d), (d,)),
+    "batchnorm": lambda d: initialized(BatchNorm(d), (d,)),
     "linear": lambda d: perturbed(InvertibleLinear(d), 0.1),
     "linear from a permutation": lambda d: perturbed(InvertibleLinear(d, "permutation"), 0.1),
     "logit": lambda d: Logit(17, 0.05),
     "realnvp alternate": lambda d: stack(d),
     "realnvp permutation": lambda d: stack(d, mixing="permutation", actnorm=False),
-    "realnvp batchnorm": lambda d: settled(stack(d, batch_norm=True), (d,)),
+    "realnvp batchnorm": lambda d: initialized(stack(d, batch_norm=True), (d,)),
     "glow": lambda d: perturbed(glow((d,), steps=2, hidden=(8,)).bijection, 0.1),
     "glow of splines": lambda d: perturbed(
         glow((d,), steps=2, hidden=(8,), coupling="spline", bins=3, input_bound=3.0).bijection, 0.1
@@ -66,7 +66,7 @@ BIJECTIONS: dict[str, Callable[[int], Bijection]] = {
 }
 
 
-def settled(bijection: Bijection, event_shape: tuple[int, ...]) -> Bijection:
+def initialized(bijection: Bijection, event_shape: tuple[int, ...]) -> Bijection:
     """Initializes the bijection and fixes evaluation mode, because batch norm maps whole batches in training."""
     bijection.initialize(3 * torch.randn(64, *event_shape) + 1)
     bijection.eval()
@@ -85,7 +85,7 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
     "affine": (lambda c, h, w: perturbed(Affine(c * h * w)), [(2, 2, 3)]),
     "actnorm of channels": (lambda c, h, w: perturbed(ActNorm(c)), [(3, 2, 3)]),
     "actnorm of pixels": (lambda c, h, w: perturbed(ActNorm((c, h, w))), [(3, 2, 3)]),
-    "batchnorm": (lambda c, h, w: settled(BatchNorm(c), (c, h, w)), [(3, 2, 3)]),
+    "batchnorm": (lambda c, h, w: initialized(BatchNorm(c), (c, h, w)), [(3, 2, 3)]),
     "permutation": (lambda c, h, w: Permutation(torch.randperm(c)), [(4, 2, 3)]),
     "linear": (lambda c, h, w: perturbed(InvertibleLinear(c), 0.1), [(1, 3, 2), (4, 2, 3)]),
     "logit": (lambda c, h, w: Logit(256, 1e-2), [(1, 3, 2)]),
@@ -119,7 +119,7 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
         [(1, 4, 4), (1, 3, 5), (2, 2, 4), (1, 8, 8)],
     ),
     "realnvp batchnorm": (
-        lambda c, h, w: settled(
+        lambda c, h, w: initialized(
             perturbed(realnvp((c, h, w), layers=2, hidden=(6,), batch_norm=True, scales=(h + 1) % 2).bijection, 0.2),
             (c, h, w),
         ),

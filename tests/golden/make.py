@@ -167,8 +167,8 @@ def make(name: str, arguments: list[str], folder: Path) -> None:
     command = list({a.partition("=")[0]: a for a in [*COMMON, *command[: len(command) - len(COMMON)]]}.values())
     interrupted(["flowtrain", *command, "hydra.run.dir=run"], stop)
     shutil.copytree("run", "whole")
-    called(evaluate.main, ["floweval", "ckpt=run", "out=eval.json", "split=test", "device=cpu"])
-    called(train.main, ["flowtrain", "resume=whole"])
+    run_command(evaluate.main, ["floweval", "ckpt=run", "out=eval.json", "split=test", "device=cpu"])
+    run_command(train.main, ["flowtrain", "resume=whole"])
     rows, labels = rows_of(command)
     saved = torch.load("run/checkpoints/last.pt", weights_only=True)["config"]
     expected = {
@@ -184,17 +184,17 @@ def make(name: str, arguments: list[str], folder: Path) -> None:
         "log_p_float64": {
             w: log_p(Path(f"run/checkpoints/{w}.pt"), rows, labels, torch.float64) for w in ("best", "last")
         },
-        "test": picked(json.loads(Path("eval.json").read_text())),
+        "test": select_keys(json.loads(Path("eval.json").read_text())),
         "resumed": {
             "metrics": metrics(Path("whole"))[len(metrics(Path("run"))) :],
-            "test": picked(json.loads(Path("whole/result.json").read_text())),
+            "test": select_keys(json.loads(Path("whole/result.json").read_text())),
             "log_p": log_p(Path("whole/checkpoints/last.pt"), rows, labels, torch.float32),
         },
     }
-    Path("expected.json").write_text(written(expected) + "\n")
+    Path("expected.json").write_text(to_json(expected) + "\n")
 
 
-def written(content: dict[str, Any]) -> str:
+def to_json(content: dict[str, Any]) -> str:
     """Returns JSON with one line for each key."""
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) + "\n}"
 
@@ -211,12 +211,12 @@ def interrupted(arguments: list[str], stop: int) -> None:
 
     Trainer.train_step = signalled  # type: ignore[method-assign]
     try:
-        called(train.main, arguments, code=143)
+        run_command(train.main, arguments, code=143)
     finally:
         Trainer.train_step = step  # type: ignore[method-assign]
 
 
-def called(command: Any, arguments: list[str], code: int = 0) -> None:
+def run_command(command: Any, arguments: list[str], code: int = 0) -> None:
     """Runs a command in this process and checks its exit code."""
     sys.argv = arguments
     try:
@@ -259,7 +259,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def picked(result: dict[str, Any]) -> dict[str, Any]:
+def select_keys(result: dict[str, Any]) -> dict[str, Any]:
     """Selects the compared keys of eval.json or result.json."""
     return {key: result[key] for key in ("nll", "nll_stderr", "n", "split", "step", "bits_per_dim")}
 

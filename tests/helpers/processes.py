@@ -1,6 +1,6 @@
 """Functions that tests run in other processes, which import them by name.
 
-`everything` runs on two ranks of data-parallel training and saves the results of each.
+`run_all` runs on two ranks of data-parallel training and saves the results of each.
 """
 
 import copy
@@ -105,7 +105,7 @@ def trainer(
     return trainer_of(run_dir, [*SMALL, *overrides], saved, data)
 
 
-def ended(run: Trainer) -> dict[str, Any]:
+def fit_outcome(run: Trainer) -> dict[str, Any]:
     """Trains, and returns how the run ended: error, step, signal, metrics and weights."""
     error = None
     try:
@@ -120,7 +120,7 @@ def ended(run: Trainer) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def everything(rank: int, size: int, folder: Path) -> None:
+def run_all(rank: int, size: int, folder: Path) -> None:
     """Runs all checks of two ranks in one pair of processes, because starting them is slow."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
@@ -129,15 +129,15 @@ def everything(rank: int, size: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     found: dict[str, Any] = {}
     for name, overrides in EQUAL.items():
-        found[name] = ended(trainer(folder / name, *overrides, data=DATA.get(name)))
+        found[name] = fit_outcome(trainer(folder / name, *overrides, data=DATA.get(name)))
     for policy in POLICIES:
         data = Poisoned(5, times=1 if rank == 1 and policy == "rewind" else 9)
         keys = [*REALNVP, "trainer.val_every=4", f"trainer.on_nonfinite={policy}"]
-        found[policy] = ended(trainer(folder / policy, *keys, data=data))
-    found["unsolved"] = ended(_unsolved(folder / "unsolved", rank))
-    found["signal"] = ended(_signalled(folder / "signal", rank))
+        found[policy] = fit_outcome(trainer(folder / policy, *keys, data=data))
+    found["unsolved"] = fit_outcome(_unsolved(folder / "unsolved", rank))
+    found["signal"] = fit_outcome(_signalled(folder / "signal", rank))
     keys = [*REALNVP, "model.batch_norm=true", "trainer.on_nonfinite=skip"]
-    found["norm"] = ended(trainer(folder / "norm", *keys, data=Poisoned(5)))
+    found["norm"] = fit_outcome(trainer(folder / "norm", *keys, data=Poisoned(5)))
     found["unused"] = unused(folder / "unused")
     found["partly"] = _partly(rank)
     found["agreed"] = [
@@ -153,7 +153,7 @@ def unused(run_dir: Path) -> dict[str, Any]:
     """Trains a run in which some parameters get no gradient, and also returns the names of these parameters."""
     run = trainer(run_dir, *UNUSED, data=Images())
     begun = {name: p.detach().clone() for name, p in run.flow.named_parameters()}
-    found = ended(run)
+    found = fit_outcome(run)
     return {**found, "begun": begun, "without": [n for n, p in run.flow.named_parameters() if p.grad is None]}
 
 

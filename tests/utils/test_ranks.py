@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.processes import DATA, EQUAL, ended, everything, trainer, unused
+from helpers.processes import DATA, EQUAL, fit_outcome, run_all, trainer, unused
 
 from flowtrain.training import checkpoint
 from flowtrain.utils import ranks
@@ -30,7 +30,7 @@ def found(folder: Path) -> Found:
     # the server process imports modules once for both ranks
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["flowtrain.cli.train", "flowtrain.cli.evaluate", "torch._dynamo"])
-    processes = [context.Process(target=everything, args=(rank, 2, folder)) for rank in range(2)]
+    processes = [context.Process(target=run_all, args=(rank, 2, folder)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -50,7 +50,7 @@ def alike(a: dict[str, Any], b: dict[str, Any], atol: float = 0.0) -> None:
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_ranks_train_like_one_process(name: str, found: Found, tmp_path: Path) -> None:
     """A batch of 17 rows, 8 on one rank and 9 on the other, gives the same 12 steps in float64."""
-    alone = ended(trainer(tmp_path, *EQUAL[name], data=DATA.get(name)))
+    alone = fit_outcome(trainer(tmp_path, *EQUAL[name], data=DATA.get(name)))
     first, second = found[0][name], found[1][name]
     assert (first["error"], first["step"]) == (None, 12)
     alike(first, second)
@@ -128,8 +128,8 @@ def test_collective_operations(found: Found) -> None:
 
 def test_one_process_resumes_a_run_of_two_ranks(found: Found, folder: Path, tmp_path: Path) -> None:
     saved = checkpoint.load(folder / "signal/checkpoints/last.pt")
-    rest = ended(trainer(tmp_path / "rest", "model=affine", saved=saved))
-    whole = ended(trainer(tmp_path / "whole", "model=affine"))
+    rest = fit_outcome(trainer(tmp_path / "rest", "model=affine", saved=saved))
+    whole = fit_outcome(trainer(tmp_path / "whole", "model=affine"))
     assert rest["step"] == 12
     alike(rest, whole, atol=1e-8)
 
