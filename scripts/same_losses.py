@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from harm.compare import rows, unlike
+from harm.compare import rows, value_differences
 
 from flowtrain.training.old_checkpoints import upgraded
 
@@ -73,7 +73,7 @@ def differences(keys: str, base: Path, out: Path) -> list[str]:
     wrong = [] if written[0] == written[1] and len(written[0]) > 3 else ["metrics.jsonl differs"]
     # renamed keys are compared under their present names
     last = [upgraded(torch.load(folder / "checkpoints/last.pt", weights_only=True)) for folder in folders]
-    return wrong + unlike(*({k: v for k, v in saved.items() if k != "config"} for saved in last), "last.pt")
+    return wrong + value_differences(*({k: v for k, v in saved.items() if k != "config"} for saved in last), "last.pt")
 
 
 def main() -> int:

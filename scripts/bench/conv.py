@@ -47,13 +47,13 @@ def conv_problem(
 ) -> "Problem":
     """Returns a field with a random last layer, images and noise, all from fixed seeds."""
     import torch
-    from steps import Problem, fixed_noise, wake_head
+    from steps import Problem, fixed_noise, randomize_last_layer
 
     from flowtrain.nn import conv_field
 
     torch.manual_seed(0)
     field = conv_field.ConvField(channels, [int(h) for h in hidden.split(",")], "concatsquash", activation)
-    wake_head(field, head)
+    randomize_last_layer(field, head)
     x = torch.randn(batch, channels, side, side)
     return Problem(field, x, fixed_noise(x), torch.randn_like(x), dict(solver))
 

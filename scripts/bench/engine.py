@@ -101,7 +101,7 @@ def parts_of(bijection: "Bijection") -> list["Bijection"]:
 def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
     """Returns the field with initial, random and trained weights, and one batch in the units of the field."""
     import torch
-    from steps import Problem, fixed_noise, wake_head
+    from steps import Problem, fixed_noise, randomize_last_layer
 
     from flowtrain import load
     from flowtrain.bijections.continuous import Continuous
@@ -126,7 +126,7 @@ def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
     fresh = build.build_flow(saved["config"], data.samples)
     initial = next(m for m in fresh.modules() if isinstance(m, Continuous)).field
     random = copy.deepcopy(initial)
-    wake_head(random, 1.0)
+    randomize_last_layer(random, 1.0)
     solver = {"method": args.method, "rtol": args.rtol}
     stages = {"initial": initial, "random": random, "trained": bijection.field}
     words = {

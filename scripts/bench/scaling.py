@@ -89,7 +89,7 @@ def measure(setup: str, steps: int, repeats: int) -> Measured:
     return alone[0]
 
 
-def on_paper(setup: str, one: Measured) -> None:
+def print_prediction(setup: str, one: Measured) -> None:
     compute, size = statistics.median(one.seconds), 4 * one.parameters
     rows = []
     for link, (bandwidth, latency) in LINKS.items():
@@ -120,7 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     print(machine())
     for setup in [args.only] if args.only else SETUPS:
-        on_paper(setup, measure(setup, args.steps, args.repeats))
+        print_prediction(setup, measure(setup, args.steps, args.repeats))
 
 
 if __name__ == "__main__":

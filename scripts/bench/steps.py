@@ -69,7 +69,7 @@ def fixed_noise(x: Tensor, seed: int = 0) -> Tensor:
         return rademacher(tuple(x.shape), x)
 
 
-def wake_head(velocity: nn.Module, scale: float, seed: int = 0) -> None:
+def randomize_last_layer(velocity: nn.Module, scale: float, seed: int = 0) -> None:
     """Draws the last layer, which starts at zero, from torch's default distribution, multiplied by `scale`."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -228,7 +228,7 @@ def reference(problem: Problem, rows: int = 128, rtol: float = 1e-10) -> Step:
     return Step(sum(w * s.nll for w, s in parts), torch.stack([w * s.gradient for w, s in parts]).sum(0))
 
 
-def to_the_end(contestant: Contestant) -> Contestant:
+def synchronized(contestant: Contestant) -> Contestant:
     """Returns a step that waits until the GPU is idle."""
 
     def step() -> Step:
@@ -266,7 +266,7 @@ def compare(
         for name, make in makers.items():
             progress(f"warming up {name}")
             try:
-                step = to_the_end(make(problem)) if problem.x.is_cuda else make(problem)
+                step = synchronized(make(problem)) if problem.x.is_cuda else make(problem)
                 first[name] = step()
                 small[name] = first[name] if checked is None else make(checked)()
                 steps[name] = step

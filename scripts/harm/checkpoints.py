@@ -9,13 +9,13 @@ import torch
 
 import flowtrain
 from flowtrain.utils.errors import CheckpointError
-from harm.compare import unlike
+from harm.compare import value_differences
 from harm.damage import damaged
 from harm.forks import forked
 from harm.part import Part, Verdict
 
 
-class Right(NamedTuple):
+class Original(NamedTuple):
     """The content of a checkpoint file, and its flow: weights, and log p at a few points."""
 
     content: bytes
@@ -23,16 +23,16 @@ class Right(NamedTuple):
     log_p: torch.Tensor
 
 
-def right(path: Path) -> Right:
+def read_original(path: Path) -> Original:
     flow = flowtrain.load(path)
-    return Right(path.read_bytes(), dict(flow.state_dict()), flow.log_prob(_points()))
+    return Original(path.read_bytes(), dict(flow.state_dict()), flow.log_prob(_points()))
 
 
 def _points() -> torch.Tensor:
     return torch.linspace(-2, 2, 10, dtype=torch.float32).view(5, 2)
 
 
-def loading(path: Path, known: Right) -> Verdict:
+def load_verdict(path: Path, known: Original) -> Verdict:
     """Returns the result of loading a damaged file."""
     try:
         flow = flowtrain.load(path)
@@ -41,9 +41,9 @@ def loading(path: Path, known: Right) -> Verdict:
         return Verdict(f"a message of several lines: {e!r}" if several else "refused", wrong=several)
     except Exception as e:  # only CheckpointError is allowed
         return Verdict(f"{type(e).__name__}: {e}", wrong=True)
-    if unlike(dict(flow.state_dict()), known.state, ""):
+    if value_differences(dict(flow.state_dict()), known.state, ""):
         return Verdict("loaded with other weights", wrong=True)
-    if unlike(flow.log_prob(_points()), known.log_p, ""):
+    if value_differences(flow.log_prob(_points()), known.log_p, ""):
         return Verdict("loaded as another flow", wrong=True)
     return Verdict("unharmed")
 
@@ -51,9 +51,9 @@ def loading(path: Path, known: Right) -> Verdict:
 def corruptions(files: Sequence[Path], part: Part) -> None:
     folder = part.out / "corruptions"
     folder.mkdir()
-    rights = [right(path) for path in files]
+    originals = [read_original(path) for path in files]
     for i in part.tries():
-        known = rights[i % len(rights)]
+        known = originals[i % len(originals)]
         kind, content = damaged(part.rng, known.content)
         # in a separate folder, so that no previous checkpoint can replace it
         path = folder / f"case{i}.pt"
@@ -66,6 +66,6 @@ def corruptions(files: Sequence[Path], part: Part) -> None:
         part.count(verdict, f"{path} ({kind})")
 
 
-def _print_loading(path: Path, known: Right) -> None:
-    verdict = loading(path, known)
+def _print_loading(path: Path, known: Original) -> None:
+    verdict = load_verdict(path, known)
     print(" ".join(verdict.words.split()), end="\nwrong" if verdict.wrong else "")

@@ -12,8 +12,10 @@ def differences(run: Path, whole: Path) -> list[str]:
     found = [] if rows(run) == rows(whole) else ["metrics.jsonl differs"]
     for name in ("last.pt", "best.pt"):
         read = [torch.load(folder / "checkpoints" / name, weights_only=True) for folder in (run, whole)]
-        found += unlike(*read, name)
-    return found + unlike(*(json.loads((folder / "result.json").read_text()) for folder in (run, whole)), "result.json")
+        found += value_differences(*read, name)
+    return found + value_differences(
+        *(json.loads((folder / "result.json").read_text()) for folder in (run, whole)), "result.json"
+    )
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -22,15 +24,17 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if "seconds" not in key} for line in lines]
 
 
-def unlike(a: Any, b: Any, where: str) -> list[str]:
+def value_differences(a: Any, b: Any, where: str) -> list[str]:
     """Returns where two values differ, ignoring seconds and the checksum, which covers the seconds."""
     if type(a) is not type(b):
         return [f"{where} is a {type(a).__name__}, not a {type(b).__name__}"]
     if isinstance(a, dict):
         keys = [key for key in {**a, **b} if "seconds" not in str(key) and key != "checksum"]
-        return [found for key in keys for found in unlike(a.get(key), b.get(key), f"{where}:{key}")]
+        return [found for key in keys for found in value_differences(a.get(key), b.get(key), f"{where}:{key}")]
     if isinstance(a, list | tuple) and len(a) == len(b):
-        return [found for i, pair in enumerate(zip(a, b, strict=True)) for found in unlike(*pair, f"{where}:{i}")]
+        return [
+            found for i, pair in enumerate(zip(a, b, strict=True)) for found in value_differences(*pair, f"{where}:{i}")
+        ]
     if isinstance(a, torch.Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape and _bytes(a) == _bytes(b)
     else:

@@ -103,36 +103,36 @@ def random_config(rng: random.Random, must: tuple[str, str] | None = None) -> li
         must: an option that the command line contains.
     """
     picked = {**dict(rng.choice(options()) for _ in range(rng.randint(0, 3))), **dict([must] if must else [])}
-    taught = picked.get("objective") == "rectified" and rng.random() < 0.8
-    if taught:
+    from_teacher = picked.get("objective") == "rectified" and rng.random() < 0.8
+    if from_teacher:
         # the model and data come from the other run
         picked = {g: name for g, name in picked.items() if g not in ("model", "data", "experiment", "recipe")}
     if "experiment" in picked:
         picked = {group: name for group, name in picked.items() if group not in ("model", "data")}
     elif rng.random() < 0.8:
         picked = {**companions(picked), **picked}
-    chosen = {**DEFAULTS, **_brought(picked), **picked}
+    chosen = {**DEFAULTS, **_experiment_choices(picked), **picked}
     insane = rng.choice([0, 0.1, 0.4])
     keys = [random_key(rng, chosen, insane) for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 5]))]
     slips = [rng.choice(SLIPS)] if rng.random() < 0.1 else []
-    return [*small_run(picked, taught), *keys, *slips]
+    return [*small_run(picked, from_teacher), *keys, *slips]
 
 
-def small_run(picked: dict[str, str], taught: bool = False) -> list[str]:
+def small_run(picked: dict[str, str], from_teacher: bool = False) -> list[str]:
     """Returns the command line of a run with the options, given by group, that takes about a second.
 
     Args:
-        taught: whether the run starts from another run.
+        from_teacher: whether the run starts from another run.
     """
-    chosen = {**DEFAULTS, **_brought(picked), **picked}
+    chosen = {**DEFAULTS, **_experiment_choices(picked), **picked}
     small = small_keys(chosen["model"], chosen["data"], chosen["solver"], chosen["objective"])
-    if taught:
+    if from_teacher:
         small = [key for key in small if not key.startswith(("model.", "data."))]
         small += [f"from={TEACHER}", "objective.pairs=32"]
     return [*(f"{group}={name}" for group, name in picked.items()), *small]
 
 
-def _brought(picked: dict[str, str]) -> dict[str, str]:
+def _experiment_choices(picked: dict[str, str]) -> dict[str, str]:
     """Returns the options, by group, that the picked experiment chooses."""
     if "experiment" not in picked:
         return {}

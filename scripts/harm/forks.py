@@ -103,7 +103,7 @@ def _flowtrain(arguments: Sequence[str]) -> None:
 def try_flowtrain(arguments: Sequence[str], folder: Path, part: Part) -> Verdict:
     """Runs a command and counts its result. The run directory is kept if the result is wrong."""
     run_dir = folder / f"run{part.tried}"
-    verdict = judged(forked(partial(_flowtrain, [*arguments, f"hydra.run.dir={run_dir}"]), folder), run_dir)
+    verdict = judge(forked(partial(_flowtrain, [*arguments, f"hydra.run.dir={run_dir}"]), folder), run_dir)
     if not verdict.wrong:
         shutil.rmtree(run_dir, ignore_errors=True)
     part.count(verdict, f"(cd {folder} && flowtrain {shlex.join(arguments)})")
@@ -114,7 +114,7 @@ def try_flowtrain(arguments: Sequence[str], folder: Path, part: Part) -> Verdict
 DATA_FILE = re.compile(r"\.(npy|npz|csv|tra|tes|txt)\b")
 
 
-def judged(outcome: Outcome, run_dir: Path) -> Verdict:
+def judge(outcome: Outcome, run_dir: Path) -> Verdict:
     """Returns whether a `flowtrain` command has trained, or was refused or failed with one message."""
     code, out, err = outcome
     if code not in (0, 1, 2) or "Traceback" in err:

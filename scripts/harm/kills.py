@@ -60,7 +60,7 @@ def whole_run(keys: list[str], folder: Path) -> Whole:
         SystemExit: the run failed.
     """
     begun, first = time.monotonic(), 0.0
-    process = started(keys, folder)
+    process = start_run(keys, folder)
     while process.poll() is None:
         if not first and (folder / "metrics.jsonl").exists():
             first = time.monotonic() - begun
@@ -81,7 +81,7 @@ def kills(whole: Whole, part: Part, moments: Iterator[Moment] | None = None) -> 
     runs, early, same = 0, 0, 0
     run = part.out / f"{part.name}_0".replace(" ", "_")
     while part.going or run.exists():
-        process = started(whole.keys, run)
+        process = start_run(whole.keys, run)
         phase = kill_at(next(moments), process, run, whole) if part.going else None
         process.wait()
         if phase is not None and resumable(run):
@@ -103,7 +103,7 @@ def kills(whole: Whole, part: Part, moments: Iterator[Moment] | None = None) -> 
     part.notes += [f"{early} more killed before their first checkpoint"] if early else []
 
 
-def started(keys: Sequence[str], run: Path) -> "subprocess.Popen[bytes]":
+def start_run(keys: Sequence[str], run: Path) -> "subprocess.Popen[bytes]":
     """Starts the run in a new process, or resumes it if it has a checkpoint."""
     arguments = [f"resume={run}"] if resumable(run) else [*keys, f"hydra.run.dir={run}"]
     with run.with_suffix(".said").open("wb") as f:
@@ -114,7 +114,7 @@ def resumable(run: Path) -> bool:
     return any((run / "checkpoints" / name).exists() for name in ("last.pt", "last.previous.pt"))
 
 
-def said(run: Path) -> str:
+def last_output(run: Path) -> str:
     """Returns the last lines that the run's last process printed."""
     return " / ".join(run.with_suffix(".said").read_text().splitlines()[-3:])
 
