@@ -66,7 +66,7 @@ def whole_run(keys: list[str], folder: Path) -> Whole:
             first = time.monotonic() - begun
         time.sleep(0.01)
     if process.returncode:
-        raise SystemExit(f"stopped: flowtrain {' '.join(keys)} failed: {said(folder)}")
+        raise SystemExit(f"stopped: flowtrain {' '.join(keys)} failed: {last_output(folder)}")
     steps = json.loads((folder / "result.json").read_text())["steps"]
     return Whole(keys, folder, steps, first, time.monotonic() - begun)
 
@@ -90,7 +90,7 @@ def kills(whole: Whole, part: Part, moments: Iterator[Moment] | None = None) -> 
         if phase is not None:
             early += 1
         elif process.returncode:
-            part.fail(f"{run}: exit code {process.returncode}: {said(run)}")
+            part.fail(f"{run}: exit code {process.returncode}: {last_output(run)}")
         elif found := differences(run, whole.folder):
             part.fail(f"{run}, compared with {whole.folder}: {'; '.join(found[:5])}")
         else:
