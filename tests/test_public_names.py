@@ -96,7 +96,7 @@ for first in ("flowtrain.models.realnvp", "flowtrain.models", "flowtrain.models.
 
 
 def parameters(target: str) -> Mapping[str, inspect.Parameter]:
-    """Returns the parameters of a config's target. A solver's include the parameters of its base class."""
+    """Returns the parameters of a config's target, and for solvers also the parameters of the base class."""
     found: Callable[..., Any] = resolve_name(target)
     more = inspect.signature(Solver.__init__).parameters if found is ode.ode_solver else {}
     return {**more, **inspect.signature(found).parameters}

@@ -5,7 +5,7 @@
     python scripts/bench/big_data.py --model affine --batch 32768 --steps 3000   # two epochs, of all the rows
 
 For the whole file and for a tenth of it, the script prints the largest resident memory of `flowtrain` in a new process,
-the seconds until its first step, and the median time of a step. It compares these with the tenth read into memory.
+the seconds until its first step, and the median time of a step. It also measures the tenth when it is read into memory.
 """
 
 import argparse

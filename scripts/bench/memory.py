@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
 
 
 def peak() -> float:
-    """MiB."""
+    """Returns the peak resident memory of this process in MiB."""
     return peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) / 2**20
 
 

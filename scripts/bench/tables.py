@@ -373,7 +373,7 @@ def scores_file(out: Path, row: dict[str, Any]) -> Path:
 
 
 def run_apart(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
-    """Runs in a new process and returns the line of results."""
+    """Makes one run in a new process and returns its line of results."""
     python = args.python if key["method"] in PEERS else sys.executable
     threads = {f"{name}_NUM_THREADS": str(args.threads) for name in ("OMP", "MKL", "OPENBLAS")}
     job = {**key, "seconds": args.seconds, "threads": args.threads, "data": str(args.data)}

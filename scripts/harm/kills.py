@@ -151,7 +151,7 @@ class Watch:
         self.last = f'"step": {steps}, "split": "val"'.encode()
         # files of earlier, killed processes
         self.before, self.left = self._inode(), self._temporary()
-        # the size of metrics.jsonl after the trainer has written it again, or None before
+        # the size of metrics.jsonl when this process first wrote it, or None before
         self.size: int | None = None
         # modification times of the checkpoints when the row was reached
         self.files: dict[str, int] = {}

@@ -23,7 +23,7 @@ def test_mass_of_a_gaussian(d: int, factor: float) -> None:
 
 
 def test_mass_of_thin_rings_and_of_far_outliers() -> None:
-    """A thin ring at radius 2 has the mass int_0^oo r exp(-(r - 2)^2 / 2 s^2) dr = 2 s sqrt(2 pi), s << 2."""
+    """The ring's radial integral is int_0^oo r exp(-(r - 2)^2 / 2 s^2) dr = 2 s sqrt(2 pi) for s << 2."""
     s = 0.03
     constant = math.log(2 * math.pi * 2 * s * math.sqrt(2 * math.pi))
     angle, radius = 2 * math.pi * torch.rand(2000), 2 + s * torch.randn(2000)

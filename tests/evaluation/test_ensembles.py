@@ -209,7 +209,7 @@ def test_estimated_traces_do_not_raise_the_density() -> None:
         [torch.stack([log_probs(f, x, seed=s + 999 * i) for i, f in enumerate(flows)]) for s in range(60)]
     )
     naive = (naive.logsumexp(1) - math.log(3)).mean(0)
-    # the bias of taking the logarithm of the mean
+    # a plain logarithm of the mean is biased
     assert (naive - truth).mean() > 0.02
     assert evaluate(Ensemble(flows), x, thorough=False).budget.trace > 0
 

@@ -70,7 +70,7 @@ def test_order_of_convergence(name: str) -> None:
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_order_of_convergence_of_the_adaptive_methods(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their tableaus reach their order with fixed steps, on an equation that is nonlinear in x."""
+    """The adaptive tableaus reach their order with fixed steps, on an equation that is nonlinear in x."""
     monkeypatch.setitem(TABLEAUS, "fixed", dataclasses.replace(TABLEAUS[name], e=None))
 
     def field(t: Tensor, x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def test_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> N
 @pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
 @pytest.mark.parametrize("final", [False, True])
 def test_tolerance_below_rounding_error_is_refused(engine: Any, final: bool) -> None:
-    """In training the final tolerance is checked, because a warm-up would end in a solve that cannot succeed."""
+    """In training the final tolerance is checked too, because solves would fail once the warm-up has reached it."""
     solver = engine("dopri5", rtol=1e-14, warmup=100)
     problem = Problem(cubic, None, torch.ones(1, 1, dtype=torch.float32), 0.0, 1.0)
     rtol, atol = solver.tolerance_at(100 if final else 0)

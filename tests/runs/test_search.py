@@ -21,7 +21,7 @@ from flowtrain.training import checkpoint
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import ConfigError, DataError, SolverError
 
-# no time limit, so results are reproducible; with so few rows, nsf and maf have small networks
+# no time limit; with so few rows, nsf and maf have small networks
 STEPS = {"trainer.steps": 12, "trainer.time_limit": None, "trainer.val_every": 6, "trainer.log_every": 6}
 FLOWS = ["nsf", "maf", "realnvp"]
 

@@ -104,7 +104,10 @@ def test_running_statistics_are_those_of_the_first_rank(found: Found) -> None:
 
 
 def test_parameters_without_gradient_are_unchanged(found: Found, tmp_path: Path) -> None:
-    """Weight decay would change them. Ranks draw different noise, so the other weights differ from one process's."""
+    """Weight decay would change parameters without a gradient.
+
+    Ranks draw different noise, so the other weights differ from the weights of one process.
+    """
     alone = unused(tmp_path)
     assert alone["without"]
     alike(found[0]["unused"], found[1]["unused"])

@@ -35,7 +35,7 @@ def scored(data: ArrayData, path: str, label: Any = None, columns: Any = None, *
 
 
 POSITIONS: list[tuple[str, Any, Any]] = [
-    # columns of the training file
+    # positions as in the training file
     ("same.npy", [1, 0], [1, 0]),
     ("same.npy", ["0:2"], [0, 1]),
     ("same.npy", [-2, 0], [3, 0]),
