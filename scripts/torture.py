@@ -6,7 +6,7 @@
 
 - kills: training runs of realnvp and ffjord are killed with SIGKILL and resumed. The random moments are during startup,
   training, validation, the writing of a checkpoint, and the final evaluation. metrics.jsonl, last.pt, best.pt and
-  result.json of every completed run must equal those of an uninterrupted run bit by bit, except for seconds.
+  result.json of every completed run must equal the files of an uninterrupted run bit by bit, except for seconds.
 - corruptions: checkpoints are loaded after bits were flipped, or bytes were removed, zeroed, inserted or swapped. They
   must be refused in one line or give the original flow bit by bit.
 - configs: random options of every config group, and random keys with valid and invalid values. Two steps must be
