@@ -179,7 +179,7 @@ class OutputPaths:
 
     @property
     def other_scores(self) -> Path:
-        """The file of log p of the second set, beside that of the first."""
+        """The file of log p of the second set, beside the scores."""
         assert self.scores is not None
         return self.scores.with_name(f"{self.scores.stem}_ood.npy")
 
@@ -264,7 +264,7 @@ def data_of(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> Data
     if names and loaded_run.samples.columns and names != loaded_run.samples.columns:
         raise DataError(
             f"{data.get('path')} has the columns {', '.join(names)}, but the flow was trained on "
-            f"{', '.join(loaded_run.samples.columns)}. Give split=all, which finds columns by name, or give data.columns"
+            f"{', '.join(loaded_run.samples.columns)}. Give split=all, which finds columns by name, or data.columns"
         )
     check_unchanged(loaded_run.samples, built.samples, split, data.get("path"), keys)
     return built

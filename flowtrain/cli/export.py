@@ -63,7 +63,7 @@ OWN: dict[str, Any] = {
 
 
 def main() -> None:
-    """The console script: see USAGE."""
+    """The console script `flowexport`."""
     with messages():
         run_command("flowexport", _command)
 
@@ -72,7 +72,7 @@ def _command() -> int:
     own, overrides = split_own(sys.argv[1:], OWN, USAGE)
     given = written_as("out", own["out"], *ENDINGS)
     if given is not None:
-        # a package that is missing is reported before anything is read
+        # a missing package is reported before anything is read
         checked_path(given)
     solver = None if own["solver"] is None else one_of("solver", own["solver"], FIXED_STEP_METHODS)
     steps = None if own["steps"] is None else whole("steps", own["steps"])

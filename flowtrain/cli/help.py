@@ -252,7 +252,7 @@ def _on_choice(group: str, name: str, overrides: Sequence[str]) -> list[list[str
 
 
 def choices_with(key: str) -> list[str]:
-    """The choices, such as data=array, whose files have a key of their own group, or keys below it."""
+    """The choices, such as data=array, whose files set a key of the same group, or keys below it."""
     group = key.partition(".")[0]
     if group not in GROUPS or key == group:
         return []
@@ -277,7 +277,7 @@ def keys_of_group(group: str, name: str, run: Mapping[str, Any]) -> list[str]:
 
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
-    """The overrides among the arguments of a command line. For a sweep, those of its first run."""
+    """The overrides among the arguments of a command line. For a sweep, the overrides of its first run."""
     rest = split_config_dir(arguments)[1]
     words = [a for before, a in zip(["", *rest], rest, strict=False) if not a.startswith("-") and before not in TAKING]
     if not {*SWEEP} & {*rest}:
@@ -335,7 +335,7 @@ def group_lines(group: str, choices: Mapping[str, Any]) -> list[str]:
 
 
 def key_lines(run: Mapping[str, Any], hydra: Mapping[str, Any], choices: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The keys of the run, of each group, and those of Hydra that flowtrain sets, with values and meanings."""
+    """The keys of the run, of each group, and of Hydra if flowtrain sets them, with values and meanings."""
     ours = main_file().keys
     yield key_table_of(flattened({key: value for key, value in run.items() if key not in GROUPS}), ours)
     for group in GROUPS:

@@ -159,7 +159,7 @@ def _shortened(text: str) -> str:
 
 
 def nll_of(run: ListedRun) -> str:
-    """The NLL of a run with its standard error; (val) marks that of the validation set.
+    """The NLL of a run with its standard error. (val) marks an NLL of the validation set.
 
     Example:
         >>> nll_of(ListedRun(Path("r"), "r", split="val", nll=2.40213, nll_stderr=0.00581))

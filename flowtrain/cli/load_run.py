@@ -30,13 +30,13 @@ USED = ("model", "data", "solver", "threads")
 class LoadedRun(NamedTuple):
     """A checkpoint file, its flow and step, its samples, and its config with the overrides of the command line.
 
-    Or an ensemble of several: the config and samples of its first member, and in place of a file its directory.
+    For an ensemble, `path` is a directory, and the config and the samples are taken from the first member.
 
     Attributes:
-        changed: whether there are overrides.
+        changed: whether the command line has overrides.
         own_data: the config of the data that the flow was trained on.
         members: the files of an ensemble.
-        tag: part of the names of these files, for runs that are given as a list; else empty.
+        tag: for runs that are given as a list, the part of file names that stands for them; else empty.
         built: the data of `own_data`, if they have been built already.
     """
 
@@ -52,18 +52,18 @@ class LoadedRun(NamedTuple):
     built: Dataset | None = None
 
     def titled(self, words: str) -> str:
-        """The title of a picture: the run, its NLL on the test set where result.json has that, and words."""
+        """The title of a figure: the run, its test NLL if result.json has it, and further words."""
         nll = "" if self.changed else reached(self.path, self.step)
         return ", ".join(filter(None, (title_of(self.config), nll, words)))
 
     @property
     def run_dir(self) -> Path:
-        """Where the files that a command writes go by default."""
+        """The default directory of the files that a command writes."""
         return self.path if self.path.is_dir() else run_dir_of(self.path)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What was read."""
+        """The checkpoint files."""
         return self.members or (self.path,)
 
     def single_flow(self, what: str, command: str) -> Flow:
@@ -90,7 +90,7 @@ class LoadedRun(NamedTuple):
         Warnings about the data that the flow was trained on are suppressed, because training has already given them.
 
         Raises:
-            DataError: a flow that was saved from Python knows no data, and the command line names none.
+            DataError: the file names no data, because it was saved from Python, and the command line names none.
         """
         data = self.config["data"] if data is None else data
         if self.built is not None and data == self.own_data:
@@ -105,7 +105,7 @@ class LoadedRun(NamedTuple):
 
 
 def reached(path: Path, step: int) -> str:
-    """What result.json says of a checkpoint file of that step, as "test NLL 2.396 +- 0.007 nats"; else nothing.
+    """The test NLL in result.json, as "test NLL 2.396 +- 0.007 nats". Empty if it belongs to another file or step.
 
     Example:
         >>> reached(Path("nowhere/checkpoints/best.pt"), 600)
@@ -116,19 +116,20 @@ def reached(path: Path, step: int) -> str:
         same = path.name == "best.pt" and result["step"] == step
         return f"test {result['headline'].partition(' (')[0]}" if same else ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        # no more than a word is lost with it
+        # the title of a figure does without it
         return ""
 
 
 def load_run(own: Mapping[str, Any], overrides: Sequence[str]) -> LoadedRun:
-    """What the keys `ckpt`, `weights`, `device` and `trust` and the overrides mean, checked before anything is built.
+    """Loads the checkpoints that `ckpt` names, with the overrides. Everything is checked before anything is built.
 
     Overrides apply to every member of an ensemble.
 
     Raises:
-        ConfigError: no `ckpt`, or an unknown key.
-        CheckpointError: missing, damaged, or asking for code that is not trusted; members with different data.
-        DataError: the validation rows, which give the weights of an ensemble, are missing or have changed.
+        ConfigError: `ckpt` is missing, or a key is unknown.
+        CheckpointError: a checkpoint is missing or damaged, or needs code that is not trusted, or the data of
+            members differ.
+        DataError: the validation rows, which determine the weights of an ensemble, are missing or have changed.
     """
     given, weights = own["ckpt"], own.get("weights")
     if not given:
@@ -176,7 +177,7 @@ def _load_one(path: Path, own: Mapping[str, Any], overrides: Sequence[str], trus
     if overrides:
         # a mistake in the overrides must not be reported as a damaged checkpoint
         build_solver(config)
-    # how the flow is preprocessed belongs to the data it was trained on, whatever it now meets
+    # the flow keeps the preprocessing of the data that it was trained on, also for other data
     trained_on = {**config, "data": saved["config"]["data"]}
     with status("building the model"):
         flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), trust)

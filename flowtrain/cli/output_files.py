@@ -1,4 +1,4 @@
-"""Which files a command reads and writes, looked at before any work is done."""
+"""Checks the files that a command reads and writes before any work is done."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,11 @@ from flowtrain.utils.errors import ConfigError
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
-    """Refuses, before any work is done, to write two things to one place, or over what is read.
+    """Refuses outputs that are written twice or that are also inputs.
 
     Raises:
-        ConfigError: such a place, or a directory.
-        OSError: a folder that cannot be written.
+        ConfigError: such a path, or a path that is a directory.
+        OSError: a folder that cannot be written to.
     """
     taken = {
         Path(os.path.realpath(Path(given).expanduser())) for given in inputs if isinstance(given, str | Path) and given
@@ -21,7 +21,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
     for path in outputs:
         real = Path(os.path.realpath(path))
         if real in taken:
-            raise ConfigError(f"{path}: this is read here, or written to already; give another name")
+            raise ConfigError(f"{path}: this command already reads or writes this file; give another name")
         if path.is_dir():
             raise ConfigError(f"{path} is a directory; give the name of a file")
         # a device or a pipe can take more than one
@@ -29,31 +29,31 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
             taken.add(real)
         folder = next(parent for parent in real.parents if parent.exists())
         if not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is not a directory: nothing can be written into it")
+            raise NotADirectoryError(f"{folder} is not a directory, so no file can be written into it")
         if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} cannot be written")
+            raise PermissionError(f"{folder}: no permission to write into this directory")
 
 
 def written_as(key: str, value: Any, *endings: str) -> Path | None:
-    """The file that an option names, None where it is not given.
+    """The file that an option names; None if the option is not given.
 
     Raises:
-        ConfigError: a name that ends in none of `endings`.
+        ConfigError: the name ends in none of `endings`.
     """
     if value is None or value == "":
         return None
     if not isinstance(value, str) or Path(value).suffix not in endings:
-        raise ConfigError(f"{key}={value}: this is written as {' or '.join(endings)}; give a name that ends so")
+        raise ConfigError(f"{key}={value}: give a file name that ends in {' or '.join(endings)}")
     return Path(value).expanduser()
 
 
 def run_dir_of(path: Path) -> Path:
-    """The run directory of a checkpoint file; for one kept elsewhere, the folder it lies in."""
+    """The run directory of a checkpoint file. If the file is not in `checkpoints`, the folder of the file."""
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
 def absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """Data files by absolute path, so that a checkpoint finds them from any working directory."""
+    """Makes the paths of data files absolute, so that a checkpoint finds them from any working directory."""
     data = {
         k: str(Path(v).expanduser().absolute()) if isinstance(v, str) and is_path(k) else v
         for k, v in config["data"].items()
@@ -67,7 +67,7 @@ def paths_of(data: Mapping[str, Any]) -> list[Any]:
 
 
 def is_path(key: str) -> bool:
-    """Whether a key of the data says where files are."""
+    """Whether a key of the data is a path of files."""
     return key in ("path", "root") or key.endswith("_path")
 
 

@@ -70,7 +70,7 @@ def rename_old_config_keys(config: Mapping[str, Any], overrides: Sequence[str] =
     Only groups that have both names are changed: a config file of a user adds the old name to our new one.
 
     Args:
-        overrides: those of the command line. They win over the config files.
+        overrides: the overrides of the command line. They win over the config files.
     """
     given = keys_of(overrides)
     groups = dict(config)
@@ -175,7 +175,7 @@ def in_quotes(text: str) -> str:
 # two keys for one setting: setting one resets the other
 SAME_SETTING = {"solver.steps": "solver.step_size", "solver.step_size": "solver.steps"}
 
-# Hydra's; what follows those of the second line is no override
+# flags of Hydra. The argument after a flag in VALUED is its value, not an override
 FLAGS = ("-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun", "-sc",
          "--shell-completion", "-i", "--info")  # fmt: skip
 VALUED = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
@@ -230,7 +230,7 @@ def with_name(arguments: Sequence[str]) -> list[str]:
 
 
 def validate_command_line(arguments: Sequence[str]) -> None:
-    """Rejects mistakes that Hydra would answer with a traceback, with pages of text or with nothing.
+    """Rejects mistakes for which Hydra gives a traceback, pages of text, or no message.
 
     Rejects unknown or contradictory flags, arguments that are not overrides, and choices that a group does not have.
 
@@ -250,8 +250,8 @@ def validate_command_line(arguments: Sequence[str]) -> None:
         if key.lstrip("+") in DIRECTORIES and argument.endswith("="):
             raise ConfigError(f"{argument}: give the name of a directory")
         if key in ("~model", "~data", "~objective"):
-            # Hydra would speak of an interpolation
-            raise ConfigError(f"{argument[1:]} was taken out of the config, but a run needs it")
+            # the message of Hydra would be about an interpolation
+            raise ConfigError(f"{argument}: a run needs this group; leave {argument} out")
         if key.lstrip("+").partition("@")[0] in config_groups():
             check_option(OverridesParser.create().parse_overrides([argument])[0])
 
@@ -273,17 +273,17 @@ def check_flags(arguments: Sequence[str]) -> None:
             raise ConfigError(f"{argument}: unknown flag; {rest}")
         value = value if equals else after
         if flag in VALUED and (not value or value.startswith("-")):
-            raise ConfigError(f"{flag}: give it a value; see --help")
+            raise ConfigError(f"{flag}: this flag needs a value; see --help")
         if flag in ("-c", "--cfg") and value not in SHOWN:
             raise ConfigError(f"{flag} {value}: {choose(value, SHOWN)}")
         if flag in ("-i", "--info") and value and "=" not in value and value[0] not in "-~" and value not in INFO:
             raise ConfigError(f"{flag} {value}: {choose(value, INFO)}")
         modes += [MODES[flag]] if flag in MODES else []
     if len({*modes}) > 1:
-        raise ConfigError(f"{' and '.join(dict.fromkeys(modes))} ask for different things: give one of them")
+        raise ConfigError(f"{' and '.join(dict.fromkeys(modes))} exclude each other; give one of them")
     alone = [a for a in arguments if a.partition("=")[0] in ("--resolve", "-p", "--package")]
     if alone and "--cfg" not in modes:
-        raise ConfigError(f"{alone[0]}: belongs to --cfg; see --help")
+        raise ConfigError(f"{alone[0]}: only valid with --cfg; see --help")
 
 
 def _no_override(word: str) -> str:
@@ -296,7 +296,7 @@ def _no_override(word: str) -> str:
 
 
 def in_order(arguments: Sequence[str]) -> list[str]:
-    """The overrides and after them the flags with their values: Hydra takes no overrides on both sides of a flag."""
+    """The overrides, then the flags with their values. Hydra does not accept overrides on both sides of a flag."""
     overrides, flags = separated(arguments)
     return [*overrides, *flags]
 
@@ -312,7 +312,7 @@ def separated(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check_option(override: Override) -> None:
-    """Refuses a value of a config group that names no option of it."""
+    """Refuses a value of a config group that is not one of its choices."""
     group = override.key_or_group
     value = override.value()
     if isinstance(value, Glob):
@@ -321,14 +321,14 @@ def check_option(override: Override) -> None:
     bad = [v for v in values if not isinstance(v, str) and type(v).__name__ != "QuotedString"]
     there = options(group)
     if group == "recipe":
-        # Hydra passes over it where there is none, because most models and data have none
+        # recipes are optional in the defaults list, so Hydra ignores an unknown name
         bad += [v for v in values if isinstance(v, str) and v not in there]
     if bad and not override.is_delete():
         raise ConfigError(f"{(override.input_line or group).lstrip('+')}: {choose(bad[0], there)}")
 
 
 def trusted(value: Any) -> list[str]:
-    """The packages that `trust` names, which are then looked for in the working directory too.
+    """The packages that `trust` names. The working directory is then searched for modules too.
 
     Raises:
         ConfigError: a value that is not a name or a list of names, or a name without a package.
@@ -355,18 +355,18 @@ def _is_package(name: str) -> bool:
 def overridden(
     saved: Mapping[str, Any], overrides: Sequence[str], own: Sequence[str] = (), used: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """A saved config with overrides: GROUP=NAME takes the group anew from the configs, KEY=VALUE sets a key.
+    """Applies overrides to a saved config: GROUP=NAME replaces the group by a config file, KEY=VALUE sets a key.
 
     Args:
-        own: the command's own keys, for the message.
-        used: the keys of the config that the command reads; empty for all. Others are refused, not passed over.
+        own: the options of the command, for the message.
+        used: the parts of the config that the command reads; empty: all. Keys of other parts are refused.
 
     Raises:
-        ConfigError: an unknown or unused key, or another model, which would not fit the weights.
+        ConfigError: an unknown or unused key, or another model.
     """
-    # an older flowtrain did not have these keys
+    # configs of earlier versions lack these keys
     solver, logger = saved["solver"], saved.get("logger", list(DEFAULT))
-    # a description has tensors, which OmegaConf does not take, and nothing to override
+    # a description contains tensors, which OmegaConf does not accept, and no keys to override
     described = {"model": {"name": saved["model"].get("name")}} if is_description(saved["model"]) else {}
     config = OmegaConf.create(
         {
@@ -388,10 +388,12 @@ def overridden(
         if override.is_sweep_override():
             raise ConfigError(f"{group}: several values make a sweep, which only flowtrain -m can run; give one")
         if used and top in config and top not in used:
-            raise ConfigError(f"{group}: has no use here; give {', '.join(own)}, or keys of {', '.join(used)}")
+            raise ConfigError(f"{group}: not used by this command; give {', '.join(own)}, or keys of {', '.join(used)}")
         if group in config_groups():
             if group in ("model", "experiment", "recipe"):
-                raise ConfigError(f"{group}={override.value()}: the checkpoint has its own model; leave it out")
+                raise ConfigError(
+                    f"{group}={override.value()}: the checkpoint already contains the model; leave it out"
+                )
             check_option(override)
             config[group] = compose_defaults([f"{group}={override.value()}"])[group]
     for override in parsed:
@@ -419,29 +421,29 @@ def less_key(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, "key": None} if data.get("key") is not None and not is_archive else dict(data)
 
 
-# what may be changed of a saved model, and what may not of its data
+# keys of a saved model that may be changed, and keys of its data that may not
 MODEL_KEYS = ("eval_trace", "noise", "noise_samples")
 TRAINED_KEYS = ("data.alpha", "data.standardize", "data.gaussian_start")
 
 
 def check_kept(overrides: Sequence[str]) -> None:
-    """Refuses to change what the weights were trained with: they would be scored as those of another density."""
+    """Refuses to change keys that the weights depend on. With other values they would define another density."""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group
         if key.startswith("model.") and key.removeprefix("model.") not in MODEL_KEYS:
             free = ", ".join(f"model.{name}" for name in MODEL_KEYS)
-            raise ConfigError(f"{key}: the checkpoint has its own model, of which {free} can be changed; leave it out")
+            raise ConfigError(f"{key}: the model of a checkpoint is fixed; only {free} can be changed")
         if key in TRAINED_KEYS:
-            raise ConfigError(f"{key}: the checkpoint keeps what it was trained with; leave it out")
+            raise ConfigError(f"{key}: a checkpoint keeps the value that it was trained with; leave it out")
 
 
 def keys_of(overrides: Sequence[str]) -> set[str]:
-    """What KEY=VALUE overrides set."""
+    """The keys that KEY=VALUE overrides set."""
     return {a.lstrip("+").partition("=")[0] for a in overrides}
 
 
 def with_array(saved: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
-    """With data=array where only its path was given, and the flow was trained on data that have none."""
+    """Adds data=array if only data.path is given and the flow was trained on data without a path."""
     keys = keys_of(overrides)
     if "data.path" in keys and "data" not in keys and "path" not in saved["data"]:
         return ["data=array", *overrides]

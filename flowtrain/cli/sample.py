@@ -33,14 +33,16 @@ log = logging.getLogger("flowtrain")
 
 
 def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) -> int:
-    """A table, JSON and a figure; the exit code.
+    """Compares samples by several numbers of steps with test data: a table, JSON and a figure. Returns the exit code.
 
     Raises:
-        ConfigError: keys that have no use here, or no numbers of steps.
+        ConfigError: options that are not used with quality, or numbers of steps that are not whole numbers.
     """
     unused = [key for key in ("n", "label") if own[key] is not None] + ["temperature"] * (own["temperature"] != 1.0)
     if unused:
-        raise ConfigError(f"{unused[0]}: has no use beside quality, which takes as many samples as there are data")
+        raise ConfigError(
+            f"{unused[0]}: not used with quality, which draws as many samples as there are rows; leave it out"
+        )
     given = written_as("out", own["out"], ".json")
     steps = own["quality"]
     if not isinstance(steps, list) or not steps:
@@ -55,7 +57,7 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     with status("reading the data"):
         data = loaded_run.build()
     if change := changes(loaded_run.samples.record, data.record, ["val", "test"]):
-        log.warning("since the run was trained, %s: the samples are compared with rows it was trained on", change)
+        log.warning("since the run was trained, %s: the samples may be compared with training rows", change)
     with status("comparing samples with the data"):
         found = quality(flow, data, steps, seed)
     write_json(out, found.to_dict())
@@ -80,13 +82,13 @@ def write_animation(
     temperature: float,
     label: int | None,
 ) -> int:
-    """The way of n samples from the base to the data, beside the density of two columns; the exit code.
+    """Animates n samples from the base to the data, for two columns beside the density. Returns the exit code.
 
     Raises:
-        ConfigError: a flow that no animation shows, or a file that cannot be written here.
-        DataError: the data, which give the limits, are not to be had.
+        ConfigError: a flow that cannot be animated, or a file format that cannot be written here.
+        DataError: the data, which determine the limits of the axes, cannot be read.
         FlowtrainError: a label that the flow does not have.
-        NonFiniteError: samples that are no numbers, of which nothing is written.
+        NonFiniteError: samples that are not finite. No file is written.
     """
     given = written_as("out", own["out"], *KINDS)
     if given is not None:
@@ -161,7 +163,7 @@ OWN: dict[str, Any] = {
 
 
 def main() -> None:
-    """The console script: see USAGE."""
+    """The console script `flowsample`."""
     with messages(), own_settings(torch.device("cpu")):
         run_command("flowsample", _command)
 
@@ -172,9 +174,9 @@ def _command() -> int:
     temperature = number("temperature", own["temperature"], inclusive=True)
     log_scale, animate = flag("log_scale", own["log_scale"]), flag("animate", own["animate"])
     if animate and own["quality"] is not None:
-        raise ConfigError("animate=true quality=...: these are two things; ask for one at a time")
+        raise ConfigError("animate=true and quality exclude each other; give one of them")
     if log_scale and (animate or own["quality"] is not None):
-        raise ConfigError("log_scale=true: is for the picture of samples; leave it out")
+        raise ConfigError("log_scale=true: only for the picture of samples; leave it out")
     if own["quality"] is not None:
         return report_quality(own, overrides, seed)
     n = None if own["n"] is None else whole("n", own["n"])
@@ -194,26 +196,28 @@ def write_samples(
     label: int | None,
     log_scale: bool,
 ) -> int:
-    """Samples into a .npy file, and a picture of them; the exit code.
+    """Writes samples to a .npy file and draws a picture of them. Returns the exit code.
 
     Raises:
-        ConfigError: a place that cannot be written to.
-        FlowtrainError: labels that the flow does not have.
-        NonFiniteError: samples that are no numbers, of which nothing is written.
+        ConfigError: a path that cannot be written to.
+        FlowtrainError: a label that the flow does not have.
+        NonFiniteError: samples that are not finite. No file is written.
     """
     flow, images = loaded_run.flow, len(loaded_run.flow.event_shape) == 3
     n = n or (100 if images else 10_000)
     tag = loaded_run.tag and f"-{loaded_run.tag}"
     out = given or loaded_run.run_dir / f"samples{tag}.npy"
     check_outputs([out, out.with_suffix(".png")], [*loaded_run.files, *paths_of(loaded_run.config["data"])])
-    # refused before anything is read or drawn
+    # a wrong label is refused before data are read
     if label is not None:
         flow.check_label(label)
     data = beside(loaded_run) if images or flow.event_shape in ((1,), (2,)) else None
     if data is not None:
         check_fits(flow, data)
     elif log_scale:
-        raise ConfigError("log_scale=true: is for the picture of one or two columns, and there is none; leave it out")
+        raise ConfigError(
+            "log_scale=true: only for the picture of one or two columns, which is not drawn; leave it out"
+        )
     torch.manual_seed(seed)
     labels = label if flow.classes is None or label is not None else flow.drawn_labels(n)
     samples = flow.sample(n, temperature, label=labels).cpu()
@@ -234,10 +238,10 @@ def write_samples(
 
 
 def beside(loaded_run: LoadedRun) -> Dataset | None:
-    """The data that a picture is drawn beside; None, and a word of it, where it is not to be had."""
+    """The data beside which samples are drawn. If they cannot be read, prints a message and returns None."""
     try:
         with status("reading the data"):
             return loaded_run.build()
     except DataError as e:
-        print(f"no picture beside the data, which is not to be had: {e}", file=sys.stderr)
+        print(f"no picture is drawn, because the data cannot be read: {e}", file=sys.stderr)
         return None

@@ -1,4 +1,4 @@
-"""Starts or resumes a run in its directory, and removes what a refused command wrote."""
+"""Starts or resumes a run in its directory, and removes the files of a refused command."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -37,7 +37,7 @@ from flowtrain.utils.status import command_begun, status
 
 # errors after which the files of a run that never began are removed. After any other error they are kept for a report
 REFUSAL_ERRORS = (FlowtrainError, HydraException, OmegaConfBaseException, OSError, KeyboardInterrupt, MemoryError)
-FROM_MESSAGE = "a run begins with the model and data of from=RUN_DIR; leave it out"
+FROM_MESSAGE = "the new run has the model and data of from=RUN_DIR; leave it out"
 # the directories that Hydra creates for this command, innermost first
 _MADE: list[Path] = []
 
@@ -74,12 +74,12 @@ def removing_empty_directories() -> Iterator[None]:
 
 
 def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
-    """A new run, as Hydra composed it: the best validation NLL and the exit code, see `train`."""
+    """Starts a run with a config of Hydra. Returns the best validation NLL and the exit code, see `train`."""
     when = command_begun()
     with locked_directory(run_dir):
         if ranks.is_first():
             claim_directory(run_dir)
-            # only now: a directory that was another run's is not this one's to go on with
+            # not earlier: a restarted process would continue the run of another command
             ranks.remember(run_dir)
         refused = cleaned_up_unless_begun(run_dir, REFUSAL_ERRORS, is_created_here(run_dir))
         with refused if ranks.is_first() else nullcontext():
@@ -87,7 +87,7 @@ def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
             whole = rename_old_config_keys(check_known_keys(plain(config)), overrides)
             whole = with_config_of_from(whole, overrides)
             if whole["resume"] is not None:
-                raise ConfigError(f"resume={whole['resume']}: give it without + and without -m")
+                raise ConfigError(f"resume={whole['resume']}: give resume= without + and without -m")
             trust = trusted(whole["trust"])
             whole = with_whole_numbers(whole, config_groups())
             if ranks.is_first():
@@ -103,34 +103,33 @@ def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
 def resume_run(
     run_dir: Path, trust: Sequence[str] = (), rest: Sequence[str] = (), own: Sequence[str] = ()
 ) -> tuple[float, int]:
-    """The run from its last checkpoint to its end, as `start_run`.
+    """Continues a run from its last checkpoint. Returns the same as `start_run`.
 
     Args:
         rest: overrides of its config.
-        own: the command's own keys, for messages.
+        own: the options of the command, for messages.
 
     Raises:
-        CheckpointError: no last checkpoint, one that is damaged or no run's, or one that asks for code that is not
-            trusted.
-        ConfigError: overrides of the model, the data or `from`, unknown ones, or a device that is not there.
-        InUseError: another process has the run.
-        FlowtrainError: what training and evaluation raise, see `train`.
+        CheckpointError: the last checkpoint is missing or damaged, is not from a run, or needs untrusted code.
+        ConfigError: overrides of the model, the data, `name` or `from`, unknown overrides, or a missing device.
+        InUseError: another process is using the run directory.
+        FlowtrainError: an error of training or evaluation, see `train`.
     """
     when = command_begun()
     with locked_directory(run_dir), messages(run_dir / "flowtrain.log"):
         config_before = config_of_search(run_dir)
         with status("reading the checkpoint"):
-            # a search begins with checkpoints of its candidates only
+            # at first, a search has only the checkpoints of its candidates
             has_own = config_before is None or checkpoint.any_in(run_dir)
             saved = checkpoint.load(checkpoint.find(run_dir, prefer="last")) if has_own else {}
         if config_before is not None or SEARCH in saved:
             saved["config"] = config_before or saved[SEARCH]
         elif "optimizer" not in saved:
-            raise CheckpointError(f"{run_dir}/checkpoints/last.pt holds no training state to go on from")
+            raise CheckpointError(f"{run_dir}/checkpoints/last.pt contains no training state, so it cannot be resumed")
         check_targets(saved["config"], trust)
-        refuse_changes(rest, "a run goes on with the model and data it has; start a new one to change them")
-        refuse_changes(rest, "a run continues from its own checkpoint; leave it out", ("from",))
-        refuse_changes(rest, "a run keeps its directory; leave it out", ("name",))
+        refuse_changes(rest, "a resumed run keeps its model and data; start a new run to change them")
+        refuse_changes(rest, "a resumed run continues from its own checkpoint; leave it out", ("from",))
+        refuse_changes(rest, "a resumed run keeps its directory; leave it out", ("name",))
         config = absolute_paths(overridden(saved["config"], rest, own))
         keep_freed_memory()
         ended = train(config, run_dir, saved, trust, when, recipes_of(run_dir))
@@ -138,7 +137,7 @@ def resume_run(
 
 
 def recipes_of(run_dir: Path) -> dict[str, list[str]] | None:
-    """The recipes that applied when a run began, and the keys that each has set; None if its .hydra is missing."""
+    """The recipes that applied when a run began, and the keys that each one set; None if .hydra cannot be read."""
     try:
         composed = plain(cast(DictConfig, OmegaConf.load(run_dir / ".hydra/config.yaml")))
         choices = plain(cast(DictConfig, OmegaConf.load(run_dir / ".hydra/hydra.yaml")).hydra.runtime.choices)
@@ -148,11 +147,11 @@ def recipes_of(run_dir: Path) -> dict[str, list[str]] | None:
 
 
 def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """The config, if nothing was added to its top that no one reads."""
+    """Returns the config. Refuses unknown and missing keys at its top level."""
     names = [*config_groups(), "seed", "device", "threads", "time_budget", "logger", "name", "resume", "from", "trust"]
     missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
     if missing:
-        raise ConfigError(f"{missing[0]} was taken out of the config, but a run needs it")
+        raise ConfigError(f"{missing[0]}: the config lacks this key, which a run needs; do not remove it")
     extra = [key for key in config if key not in names]
     if extra:
         raise ConfigError(unknown_key(extra[0], {key: value for key, value in config.items() if key in names}))
@@ -160,11 +159,11 @@ def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with the model and data of the run that `from` names, so that what suits those is composed.
+    """Adds the choices of model and data of the run that `from` names, so that their defaults and recipes apply.
 
     Raises:
-        ConfigError: other arguments ask for another model or other data.
-        CheckpointError: the run is not to be had.
+        ConfigError: other arguments choose another model or other data.
+        CheckpointError: the run cannot be loaded.
     """
     places = [i for i, a in enumerate(arguments) if a.lstrip("+").startswith("from=")]
     if not places:
@@ -179,18 +178,18 @@ def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
     saved = checkpoint.load(checkpoint.find(Path(run.replace("\\${", "${")).expanduser()))["config"]
     names = {group: saved[group].get("name") for group in ("model", "data")}
     ours = [f"{group}={name}" for group, name in names.items() if name in options(group)]
-    # among the overrides: what follows a flag is no override
+    # placed among the overrides, because the argument after a flag may be its value
     return [*arguments[: places[-1]], *ours, *arguments[places[-1] :]]
 
 
 def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
-    """The config, of a run that begins `from` another with the model and data of that one.
+    """The config of a run; if it begins `from` another run, with the model and data of that run.
 
     Args:
-        given: the overrides of the command line; data files are where they say.
+        given: the overrides of the command line. They may name other places of data files.
 
     Raises:
-        CheckpointError: the run is not to be had, or asks for code that is not trusted.
+        CheckpointError: the other run cannot be loaded, or needs code that is not trusted.
     """
     if config["from"] is None:
         return config
@@ -200,7 +199,7 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
     check_targets(saved, trusted(config["trust"]))
     if SEARCH in content and is_description(saved["model"]):
         raise ConfigError(
-            f"from={path} is an ensemble that a search has found; give one of its candidates, such as "
+            f"from={path} is the ensemble of a search; give one of its candidates, such as "
             f"{path.parent.parent / 'search' / 'nsf'}"
         )
     if is_description(saved["model"]):
@@ -215,7 +214,7 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
 
 
 def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = ("model", "data")) -> None:
-    """Refuses to change what a run has from another, but for where its data files are."""
+    """Refuses overrides of groups that a run takes from another run. Paths of data files may change."""
     for key in (a.lstrip("+~").partition("=")[0] for a in overrides):
         group, _, name = key.partition("@")[0].partition(".")
         if group in groups and not is_path(name):
@@ -223,7 +222,7 @@ def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = (
 
 
 def write_hydra(run_dir: Path, config: DictConfig) -> None:
-    """The .hydra folder as Hydra itself would write it."""
+    """Writes the .hydra folder in the format of Hydra."""
     folder = run_dir / ".hydra"
     folder.mkdir(parents=True, exist_ok=True)
     full = HydraConfig.instance().cfg

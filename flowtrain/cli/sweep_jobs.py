@@ -1,4 +1,4 @@
-"""Runs the jobs of `flowtrain -m`, each in a directory of its own.
+"""Runs the jobs of `flowtrain -m`, each one in a separate directory.
 
 Finished jobs are skipped, interrupted jobs are resumed, failed and new jobs are run. A job that fails does not stop the
 others.
@@ -37,15 +37,15 @@ from flowtrain.utils.status import status
 
 
 def job(config: DictConfig, run_dir: Path) -> float:
-    """The best validation NLL of a job, for a sweeper that looks for the least: infinity where it failed.
+    """Runs a job, and returns its best validation NLL for a sweeper that minimizes it; infinity if the job failed.
 
     Args:
-        run_dir: where Hydra would have it.
+        run_dir: the directory that Hydra has chosen.
     """
     given, root = list(HydraConfig.get().overrides.task), Path(HydraConfig.get().sweep.dir).absolute()
     if run_dir == root:
-        # raised, it would be one job's error to Hydra
-        error = ConfigError("hydra.sweep.subdir: every job needs a directory of its own, as with ${hydra.job.num}")
+        # Hydra would treat an exception as the error of a single job
+        error = ConfigError("hydra.sweep.subdir: every job needs another directory; use ${hydra.job.num}")
         raise SystemExit(report("flowtrain", error))
     try:
         run_dir = place(root, run_dir, given)
@@ -61,7 +61,7 @@ def job(config: DictConfig, run_dir: Path) -> float:
     except Exception as e:
         message, _ = message_of(e) or (traceback.format_exc(), 1)
         print(f"flowtrain: {run_dir.name} ({' '.join(given)}): {message}", file=sys.stderr)
-        # what another process holds is its own to speak of
+        # a directory in use belongs to another process, which writes its own error
         if not isinstance(e, InUseError):
             with suppress(OSError):
                 write_text(run_dir / ERROR, message.rstrip() + "\n")
@@ -70,27 +70,27 @@ def job(config: DictConfig, run_dir: Path) -> float:
     print(run_dir)
     if code:
         stopped(code - 128)
-        # a signal to stop is one to the whole sweep
+        # a signal stops the whole sweep
         raise SystemExit(code)
     return _least(best)
 
 
 def _least(nll: float | None) -> float:
-    # sweepers refuse what is not a number
+    # sweepers do not accept NaN
     return math.inf if nll is None or math.isnan(nll) else nll
 
 
 def stopped(number: int) -> None:
-    """Tells a launcher that waits for a signal, now that the run is saved: submitit puts the job back in the queue."""
+    """Calls the launcher's handler of a signal after the run is saved. submitit then requeues the job."""
     handler = signal.getsignal(number)
     if callable(handler) and handler not in (signal.default_int_handler, _terminated):
         handler(number, None)
 
 
 def place(root: Path, run_dir: Path, given: list[str]) -> Path:
-    """The directory of the job with these overrides: the one in the sweep that has them already, else a free one."""
+    """The directory of the job with these overrides: an existing directory with the same overrides, else a new one."""
     if sorted(overrides_of(run_dir) or []) == sorted(given):
-        # as a rule, and the others need not be looked at
+        # the usual case; the other directories need not be read
         return run_dir
     there = next((folder for folder, its in begun_in(root).items() if sorted(its) == sorted(given)), None)
     if there is None:
@@ -101,7 +101,7 @@ def place(root: Path, run_dir: Path, given: list[str]) -> Path:
 
 
 def free(run_dir: Path) -> Path:
-    """A directory that no job has, by that name or one like it."""
+    """The directory, or if a job has it, the first of NAME_1, NAME_2 ... that no job has."""
     found, n = run_dir, 0
     while (found / OVERRIDES).exists():
         n += 1
@@ -110,7 +110,7 @@ def free(run_dir: Path) -> Path:
 
 
 class JobError(FlowtrainError):
-    """A job that took the others with it."""
+    """A job whose process was killed, which ended the other jobs."""
 
     exit_code = 1
 
@@ -139,13 +139,13 @@ _WAITING = ExitStack()
 
 
 class SweepDirectoryRecorder(Callback):
-    """Hydra's callback that says where a sweep is, which no one else knows before it has begun."""
+    """Hydra's callback that records the directory of a sweep when it begins."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not ranks.launched():
             _ROOT[:] = [Path(str(config.hydra.sweep.dir)).absolute()]
         if not str(config.hydra.launcher._target_).endswith(".BasicLauncher"):
-            # bars of jobs side by side would write over one another
+            # progress bars of parallel jobs would overwrite each other
             os.environ.setdefault("TQDM_DISABLE", "1")
             if _ROOT:
                 _WAITING.enter_context(status(JobCounter(_ROOT[0])))
@@ -168,7 +168,7 @@ class JobCounter:
 
 @contextmanager
 def summarized() -> Iterator[Sweep]:
-    """Whatever ends a sweep inside, what there is of it is summed up, and its directory printed last."""
+    """On exit, also after an error, summarizes the sweep that ran inside, and prints its directory last."""
     _ROOT.clear()
     sweep, ended = Sweep(), False
     before = signal.signal(signal.SIGTERM, _terminated) if may_set_handlers() else None
@@ -179,8 +179,8 @@ def summarized() -> Iterator[Sweep]:
         if type(e).__name__ != "TerminatedWorkerError":
             raise
         raise JobError(
-            "the process of a job was killed, for its memory as a rule, and joblib ends all jobs with it. Those that "
-            f"ran go on where they were with the same command and {option('hydra.sweep.dir', _ROOT[0])}"
+            "the process of a job was killed, usually for lack of memory, and joblib has ended all jobs. The same "
+            f"command with {option('hydra.sweep.dir', _ROOT[0])} continues them"
         ) from e
     finally:
         _WAITING.close()
@@ -190,12 +190,12 @@ def summarized() -> Iterator[Sweep]:
             sweep.refused = True
         elif _ROOT and _ROOT[0].is_dir():
             table, sweep.undone = write_summary(_ROOT[0])
-            rest = "" if ended else "\n\nstopped; the same command in the same hydra.sweep.dir does what is missing"
+            rest = "" if ended else "\n\nstopped; the same command with the same hydra.sweep.dir runs the missing jobs"
             sys.stdout.flush()
             print(f"\n{table}{rest}\n\n{_ROOT[0]}")
 
 
-# what launchers and sweepers write into the directory of a sweep
+# files that launchers and sweepers write into the directory of a sweep
 OF_LAUNCHERS = ("multirun.yaml", "optimization_results.yaml", ".submitit")
 
 
@@ -213,9 +213,9 @@ def _remove_if_unused(root: Path) -> bool:
 
 
 def _terminated(number: int, frame: object) -> None:
-    """Ends a sweep between its jobs, or while it waits for those of other processes, which end with it."""
+    """Ends a sweep between two jobs, or while it waits for jobs in other processes. These jobs end as well."""
     if _ROOT:
         raise SystemExit(128 + number)
-    # no sweep: as it would have been
+    # no sweep has begun: the default handling
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)

@@ -1,4 +1,4 @@
-"""`flowtrain`: trains a flow; the last line on standard output is the run directory."""
+"""`flowtrain`: trains a flow. The last line on standard output is the run directory."""
 
 import sys
 import tempfile
@@ -68,7 +68,7 @@ def _command() -> int:
     sys.argv[1:] = in_order(with_choices_of_from(arguments))
     with tempfile.TemporaryDirectory() as aside, removing_empty_directories(), sweep_jobs.summarized() as summary:
         if not ranks.is_first():
-            # for Hydra, which makes a directory on every rank
+            # Hydra creates a directory on every rank
             mine = [a for a in sys.argv[1:] if not a.lstrip("+").startswith("hydra.run.dir=")]
             sys.argv[1:] = [f"hydra.run.dir={aside}", *mine]
         _start()
@@ -85,7 +85,7 @@ def _list_runs(arguments: Sequence[str]) -> int:
 
 
 def of_first_job(arguments: Sequence[str]) -> list[str]:
-    """The arguments. With -m and a flag that only prints, such as --cfg, those of the sweep's first job."""
+    """The arguments. With -m and a flag that only prints, such as --cfg, the arguments of its first job."""
     flags = separated(arguments)[1]
     if not {"-c", "--cfg", "-i", "--info"} & {flag.partition("=")[0] for flag in flags} or not {*SWEEP} & {*flags}:
         return list(arguments)
@@ -100,14 +100,14 @@ def _start(config: DictConfig) -> float:
         return sweep_jobs.job(config, run_dir)
     try:
         if multirun:
-            raise ConfigError("the jobs of a sweep are of one process each: leave out torchrun, or -m")
+            raise ConfigError("each job of a sweep runs in one process; leave out torchrun or -m")
         run_dir, again = attempt(run_dir)
         best, code = resume_run(run_dir, trusted(plain(config)["trust"])) if again else start_run(config, run_dir)
     except Exception as e:
         failed = report("flowtrain", e)
         if failed is None:
             raise
-        # raised, it would reach the terminal under a heading of Hydra's; one message is what we promise
+        # Hydra would print its own heading above the message of an exception
         raise SystemExit(failed) from e
     if ranks.is_first():
         print(run_dir)
@@ -117,7 +117,7 @@ def _start(config: DictConfig) -> float:
 
 
 def attempt(run_dir: Path) -> tuple[Path, bool]:
-    """Where the run is, the same on all ranks, and whether to go on with what an earlier attempt of torchrun left."""
+    """The run directory, the same on all ranks, and whether an earlier attempt of torchrun left a checkpoint."""
     before = ranks.remembered()
     if before is not None and ranks.is_first():
         if before != run_dir and not any(run_dir.iterdir()):
@@ -128,13 +128,13 @@ def attempt(run_dir: Path) -> tuple[Path, bool]:
 
 
 def resume(arguments: Sequence[str]) -> int:
-    """Goes on in the run directory, from its last checkpoint; other arguments change its config."""
+    """Continues the run in a directory from its last checkpoint. Other arguments change its config."""
     own, rest = split_own(arguments, {"resume": None, "trust": []})
     if not own["resume"]:
         raise ConfigError("resume needs a run directory: flowtrain resume=RUN_DIR")
     run_dir = Path(str(own["resume"])).absolute()
     if run_dir.is_file():
-        raise CheckpointError(f"resume={run_dir} is a file; give the run directory")
+        raise CheckpointError(f"resume={run_dir} is a file; give its run directory")
     if not run_dir.is_dir():
         raise CheckpointError(f"resume={run_dir}: there is no such run directory")
     code = resume_run(run_dir, trusted(own["trust"]), rest, tuple(own))[1]

@@ -29,7 +29,7 @@ TRUST_TEXT = "Packages besides flowtrain that the checkpoint may use. Their code
 
 
 def width() -> int:
-    """The number of columns of a help text: those of the terminal, from 80 to 120."""
+    """The width of a help text in characters: the width of the terminal, from 80 to 120."""
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else WITHOUT_TERMINAL
     return min(max(columns, NARROWEST), WIDEST)
 
