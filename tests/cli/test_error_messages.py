@@ -1,4 +1,4 @@
-"""One message for every mistake at the command line, and nothing written over."""
+"""Every mistake on the command line gives one message and leaves the files as they were."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("without_figures")
 BAD_TRAIN = [
     (["model=realnvp", "model.layerz=3"], r"no key model.layerz; did you mean model.layers\?.* layers, hidden"),
     (["model=realnvp", "model.actnorm=no"], r"model.actnorm=no: give true or false"),
-    (["~objective"], r"objective was taken out"),
+    (["~objective"], r"~objective"),
     (["seed=99999999999999999999"], r"seed=9+: give a whole number"),
     (["+stepz=3"], r"no key stepz"),
     (["+solver.depth=3"], r"solver: unknown key depth; it takes method, rtol"),
@@ -102,7 +102,7 @@ def test_refused_commands_leave_what_was_there(run: Run, tmp_path: Path, argumen
     assert code == (1 if arguments[-1] == "hydra.sweep.dir=folder" else 2)
     assert "Traceback" not in err
     kept = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
-    # a sweep in a directory that was there keeps its table, to be completed
+    # a sweep in an existing directory keeps its table
     assert all(path.is_relative_to(tmp_path / "folder") for path in kept)
     assert kept == [] or arguments[-1] == "hydra.sweep.dir=folder"
     assert [path.read_text() for path in there] == ["kept"] * 3
@@ -121,7 +121,7 @@ def test_interrupt_before_the_first_step_leaves_no_files(
 
 
 def test_started_run_is_kept_after_an_error(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that fails leaves the checkpoint before it, and a bug leaves what is needed to report it."""
+    """After a failed step the last checkpoint is kept. After a bug the files for a report are kept."""
 
     def failing(*_: object) -> None:
         raise SolverError("no step is small enough")
@@ -163,13 +163,13 @@ BAD_OTHERS = [
     ("floweval", ["ckpt={run}", "split=train"], "val, test"),
     ("floweval", ["ckpt={run}", "solver.tol=1"], "no key solver.tol; did you mean solver.[ar]tol.* method, rtol"),
     ("floweval", ["ckpt={run}", "frobnicate=1"], "no key frobnicate.*ckpt, split, out"),
-    ("floweval", ["ckpt={run}", "model=realnvp"], "its own model"),
-    ("floweval", ["ckpt={run}", "trainer.lr=77"], "no use here; give ckpt.* keys of model, data, solver"),
-    ("floweval", ["ckpt={run}", "objective=hybrid"], "no use here"),
-    ("floweval", ["ckpt={run}", "solver.rtol=1e-3,1e-4"], "which only flowtrain -m can run"),
+    ("floweval", ["ckpt={run}", "model=realnvp"], "model=realnvp"),
+    ("floweval", ["ckpt={run}", "trainer.lr=77"], "trainer.lr: .*ckpt.* keys of model, data, solver"),
+    ("floweval", ["ckpt={run}", "objective=hybrid"], "objective: "),
+    ("floweval", ["ckpt={run}", "solver.rtol=1e-3,1e-4"], "flowtrain -m"),
     ("floweval", ["ckpt={run}", "batch_size=true"], "batch_size=True"),
-    ("flowtrain", ["resume={run}", "data=rings"], "start a new one"),
-    ("flowtrain", ["resume={run}", "model.activation=swish"], "start a new one"),
+    ("flowtrain", ["resume={run}", "data=rings"], "start a new run"),
+    ("flowtrain", ["resume={run}", "model.activation=swish"], "start a new run"),
     ("floweval", ["ckpt={run}", "batch_size=0"], "batch_size=0"),
     ("floweval", ["{run}", "ckpt={run}"], "one run"),
     ("floweval", ["{run}", "{run}"], "one run"),

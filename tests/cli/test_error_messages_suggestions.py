@@ -1,4 +1,4 @@
-"""Did you mean: the nearest valid name comes first in a message."""
+"""Messages about unknown names begin with the nearest valid name."""
 
 import pytest
 from helpers import Run

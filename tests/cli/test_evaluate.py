@@ -1,4 +1,4 @@
-"""`floweval` as a user runs it: scores, new data, and one message for every mistake."""
+"""`floweval`: scores, new data, and one message for every mistake."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def test_scores_are_log_p_of_every_row_in_order(
     assert scores.dtype == np.float64
     assert (found["split"], found["n"]) == ("all", 2500)
     assert found["nll"] == pytest.approx(-scores.mean())
-    # the training file's own test split, and all of its rows
+    # the test split of the training file, and all of its rows
     assert not Path(run_dir, "eval.json").exists()
     assert evaluated(run_dir)["n"] == 30
     assert evaluated(run_dir, "split=all", name="eval-all.json")["n"] == 300
@@ -63,7 +63,7 @@ def test_a_flow_of_a_toy_scores_points_of_a_file(trained: Train, evaluated: Eval
     written(tmp_path / "points.csv", "x,y", np.zeros((1, 2)))
     found = evaluated(run_dir, "data.path=points.csv", name="eval-points.json")
     assert (found["n"], found["kl"], found["nll_stderr"], found["budget"]["total"]) == (1, None, None, None)
-    # its own test set has not become another
+    # the test set of the run is still the same
     assert evaluated(run_dir)["n"] == 60
 
 
@@ -94,7 +94,7 @@ def test_output_never_overwrites_inputs_or_other_outputs(run: Run, tmp_path: Pat
     code, _, err = run("flowsample", f"ckpt={other}", "n=5", "out=train.npy")
     assert (code, np.load(tmp_path / "train.npy").shape) == (2, (100, 2)), err
     assert before.items() <= {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}.items()
-    # a device is written to, and a link leads to its file
+    # output may go to a device; a link stands for its target
     assert run("floweval", f"ckpt={ckpt}", "out=/dev/null", "scores=/dev/null/x.npy")[0] != 0
     (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
     assert run("floweval", f"ckpt={ckpt}", "out=link.json")[0] == 0

@@ -1,4 +1,4 @@
-"""`floweval` as a user runs it: two sets told apart, and reports."""
+"""`floweval`: out-of-distribution detection and reports."""
 
 import gzip
 import html.parser
@@ -53,7 +53,7 @@ def test_images_are_told_apart_from_arrays_idx_files_and_tables(
     ):
         code, out, err = run("floweval", f"ckpt={run_dir}", f"ood={name}")
         assert (code, out) == (2, ""), name
-        # above it, what the training file held
+        # the lines before it warn about the training file
         assert re.search(words, err.splitlines()[-1]), err
         assert "Traceback" not in err
 
@@ -71,7 +71,7 @@ def test_conditional_flows_tell_sets_apart_by_all_classes(trained: Train, evalua
     assert found["ood"]["auroc"] == 1.0
     far = torch.from_numpy(np.loadtxt(tmp_path / "far.csv", delimiter=",", skiprows=1)).float()
     flow = flowtrain.load(run_dir)
-    # by their frequencies in training
+    # classes are weighted by their frequencies in training
     weights = torch.tensor(flow.class_counts) / sum(flow.class_counts)
     both = torch.stack([flow.log_prob(far, y) + weights[y].log() for y in (0, 1)]).logsumexp(0).detach()
     np.testing.assert_allclose(np.load(tmp_path / "s_ood.npy"), both.numpy(), rtol=1e-5)
@@ -135,7 +135,7 @@ def test_report_has_the_numbers_of_the_json_and_its_figures_inside(
     links = re.findall(r"!\[\w+\]\(<(.*?)>\)", text)
     assert links == ["plots/calibration.png", "plots/ood.png", "plots/samples.png", "plots/curves.png"]
     assert all(Path(run_dir, link).is_file() for link in links)
-    # with a name of its own, everything has it
+    # with out=, all files have its name
     evaluated(run_dir, f"out={tmp_path}/r/a.json", "report=true")
     assert {p.name for p in (tmp_path / "r").iterdir()} == {"a.json", "a_calibration.png", "a.md", "a.html"}
 

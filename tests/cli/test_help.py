@@ -1,4 +1,4 @@
-"""`flowtrain --help` against the config files; what it says of flags and of completion, tried."""
+"""--help: compared with the config files; the flags and the completion that it describes are run."""
 
 import os
 import re
@@ -30,14 +30,14 @@ def text_of(name: str) -> str:
 
 
 def values_of(name: str) -> dict[str, Any]:
-    """What a file sets, by dotted paths, but for its defaults list."""
+    """The values that a file sets, by dotted keys, without its defaults list."""
     found = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{name}.yaml"))
     assert isinstance(found, dict)
     return flattened({str(key): value for key, value in found.items() if key != "defaults"})
 
 
 def whole_path(name: str, key: str) -> str:
-    """The key of a file as one of the whole config."""
+    """The key of a file as a key of the whole config."""
     group = name.partition("/")[0]
     return key if CommentedConfig(text_of(name)).whole or "/" not in name else f"{group}.{key}"
 
@@ -50,13 +50,13 @@ def test_every_config_file_starts_with_a_description(name: str) -> None:
 
 
 def named(text: str) -> Iterator[str]:
-    """The files of which a comment says that keys are theirs."""
+    """The files that comments name as the origin of keys."""
     yield from re.findall(r"#.*?\bkeys of ([\w/]+)\.yaml", text)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_key_is_explained(name: str) -> None:
-    """By a comment of its own, or in a file of which this one says that the keys are explained there."""
+    """Each key has a comment, or the file names another file that explains its keys."""
     text = text_of(name)
     said = CommentedConfig(text)
     elsewhere = {key: words for other in named(text) for key, words in meanings(*other.split("/", 1)).items()}
@@ -64,7 +64,7 @@ def test_every_key_is_explained(name: str) -> None:
         assert f"{name.partition('/')[0]}/{parent}" in named(text), f"{name} does not say whose keys it has"
     for key in values_of(name):
         path = whole_path(name, key)
-        # what a search goes through has the key of the trainer in its name
+        # the parameters of a search are named after keys of the config
         path = path.removeprefix("hydra.sweeper.params.")
         recipes = name.startswith("recipe/")
         assert said.keys[key] or elsewhere.get(path) or (recipes and said.parents), f"{name}: {key} has no comment"
@@ -120,7 +120,7 @@ def test_help_marks_the_chosen_configs(run: Run) -> None:
     out = help_of(run, "model=glow", "data=mnist", "trainer.lr=0.25", "all")
     chosen = re.findall(r"^ +\* (\S+)", out, re.M)
     assert chosen == ["glow", "mnist", "likelihood", "none", "dopri5", "default", "glow_mnist"]
-    # glow_mnist has 4 for Glow's own 8
+    # the recipe glow_mnist sets 4; the default of Glow is 8
     assert "  model.steps=4 " in out
     assert "  trainer.lr=0.25 " in out
     assert "model.field" not in out
@@ -168,7 +168,7 @@ def test_help_works_without_a_runnable_config(run: Run) -> None:
     ],
 )
 def test_hydra_flags_show_configs_without_running(run: Run, flags: list[str], words: str) -> None:
-    """Wherever they stand."""
+    """The flags may stand at any place."""
     for arguments in (["model=glow", "trainer.steps=123", *flags], ["model=glow", *flags, "trainer.steps=123"]):
         code, out, err = run("flowtrain", *arguments)
         assert code == 0, err

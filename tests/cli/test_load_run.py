@@ -1,4 +1,4 @@
-"""What files of an evaluation are called: eval.json is that of the run's own test set."""
+"""The names of the files of an evaluation: eval.json is reserved for the test set of the run."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ TOY = {"_target_": "flowtrain.data.toys.shapes.Circles", "name": "circles", "n_t
         ("all", {"path": "/a/train.csv"}, "train"),
         ("all", {"path": "/b/new.csv.gz"}, "new"),
         ("all", {"path": "/b/my data (1).npy"}, "my data (1)"),
-        # which would be that of split=val
+        # not val, the name for split=val
         ("all", {"path": "/b/val.csv"}, "val.csv"),
         ("test", {"path": "/a/train.csv"}, ""),
         ("test", {"path": "/b/new.csv"}, "new-test"),
@@ -78,7 +78,7 @@ def test_the_typicality_of_new_rows_is_by_the_validation_set_of_the_run(
     val, new = -np.load("val.npy").mean(), -np.load("new_scores.npy").mean()
     assert found["entropy"] == pytest.approx(val, abs=1e-5)
     assert new > val + 1
-    # the run's own data are gone
+    # the data of the run are missing
     (tmp_path / "train.npy").unlink()
     code, _, err = run("floweval", f"ckpt={run_dir}", "data.path=new.npy", "ood=new.npy")
     assert code == 0

@@ -1,4 +1,4 @@
-"""`floweval` and `flowsample` on files that `Flow.save` has written."""
+"""`floweval` and `flowsample` on files of `Flow.save`."""
 
 import json
 from pathlib import Path

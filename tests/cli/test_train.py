@@ -1,4 +1,4 @@
-"""The commands as a user runs them: files, last line, repeatability."""
+"""The commands from training to samples: files, last line, repeatability."""
 
 import itertools
 import json
@@ -103,7 +103,7 @@ def test_user_arrays_are_trained_on(run: Run, tmp_path: Path, model: str, d: int
     code, out, err = run("flowtrain", "data=array", "data.path=mine.npy", f"model={model}", *keys, *FAST[model])
     assert code == 0, err
     trained = result(out.splitlines()[-1])
-    # log p is in data units: about that of N(7, 30^2 I)
+    # log p is in the units of the data, which are N(7, 30^2 I)
     normal = torch.distributions.Normal(7.0, 30.0).entropy().item()
     assert trained["nll"] / d == pytest.approx(normal, abs=0.5)
     assert trained["n"] == 20
@@ -146,7 +146,7 @@ TOYS = sorted(
 @pytest.mark.parametrize("toy", TOYS)
 @pytest.mark.parametrize("model", ["realnvp", "ffjord"])
 def test_every_toy_trains(run: Run, toy: str, model: str, request: pytest.FixtureRequest) -> None:
-    # the figures depend on the toy, and those of one model show it
+    # the figures depend on the toy only, so one model draws them
     if model == "ffjord":
         request.getfixturevalue("without_figures")
     code, out, err = run("flowtrain", f"data={toy}", f"model={model}", *SMALL, *FAST[model], "trainer.steps=2")
@@ -157,7 +157,7 @@ def test_every_toy_trains(run: Run, toy: str, model: str, request: pytest.Fixtur
 
 
 def test_every_config_composes() -> None:
-    """An option of each group at a time; experiments alone, for what they choose gives way to what is chosen here."""
+    """Each choice of each group is composed. Experiments are composed alone, because choices would override theirs."""
     options = {
         group.name: [f"{group.name}={p.stem}" for p in group.glob("*.yaml")]
         for group in config_dir().iterdir()
@@ -177,7 +177,7 @@ def test_help_lists_keys(run: Run, command: str) -> None:
 
 
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
-    """Two processes side by side: most of their time is that of importing torch."""
+    """Two processes run at the same time, because most of their time is the import of torch."""
     keys = [*SMALL, "model=affine", "trainer.steps=1000000", "trainer.log_every=1"]
     codes = {signal.SIGINT: 130, signal.SIGTERM: 143}
     processes = {

@@ -1,4 +1,4 @@
-"""The commands on images: train, evaluate, sample, and what a run must keep."""
+"""The commands on images: training, evaluation, samples, and settings that a checkpoint keeps."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def test_train_evaluate_and_sample_by_the_commands(run: Run, tmp_path: Path, nam
     assert result["bits_per_dim"] == pytest.approx(result["nll"] / (24 * math.log(2)))
     assert (result["n"], result["dequantization_samples"], result["entropy"]) == (20, 1, None)
 
-    # from another working directory: the data are found by the absolute path
+    # from another working directory, the data are found by their absolute path
     os.chdir("/")
     ckpt = f"ckpt={run_dir}"
     code, out, err = run("floweval", ckpt, "dequantization_samples=3")
@@ -80,7 +80,7 @@ def test_images_of_a_table_train_as_images(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("without_figures")
 def test_an_old_checkpoint_of_dequantized_counts_still_loads(run: Run, tmp_path: Path) -> None:
-    """Of the time before checkpoints described their samples."""
+    """The checkpoint has no description of its samples, as in early versions."""
     np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(0, 9, (60, 3)))
     keys = [
         "data=array",
@@ -105,7 +105,7 @@ def test_an_old_checkpoint_of_dequantized_counts_still_loads(run: Run, tmp_path:
 
 @pytest.mark.usefixtures("without_figures")
 def test_checkpoint_keeps_the_data_settings_of_its_weights(run: Run, tmp_path: Path) -> None:
-    """A density that is not that of the training would be scored, or a run go on, without a word."""
+    """With other settings, another density than the trained one would be scored."""
     write_set(tmp_path / "data" / "mnist")
     keys = ["data=mnist", "data.root=data", "data.n_val=10", "trainer.steps=1", "trainer.batch_size=4", "recipe=none"]
     code, out, err = run("flowtrain", *keys, *IMAGE_MODELS["realnvp"])
