@@ -87,7 +87,7 @@ def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
             whole.append(argument)
             continue
         if "ckpt" not in own or not argument.strip():
-            raise ConfigError(f"{argument!r}: not an argument; give KEY=VALUE, see --help")
+            raise ConfigError(f"{argument!r}: arguments look like KEY=VALUE; see --help")
         if argument in own:
             raise ConfigError(f"{argument}: give it a value, {argument}=...; see --help")
         if not exists(argument):

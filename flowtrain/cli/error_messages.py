@@ -90,7 +90,7 @@ def explain(error: Exception) -> str:
         return f"{group}={name}: {choose(name, options(group))}"
     unknown = re.search(r"Could not override '([^']+)'", message)
     if unknown is not None:
-        return unknown_key(unknown[1], *_without(unknown[1]))
+        return unknown_key(unknown[1], *_config_without(unknown[1]))
     written = getattr(error, "override", None)
     message = re.sub(r"^In '[^']*': | Config search path:.*$", "", message)
     several = re.match(r"Ambiguous value for argument '(.*?)' 1\.|Sweep parameters '(.*?)' requires", message)
@@ -116,7 +116,7 @@ def _in_quotes(override: str) -> str:
     return shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
 
 
-def _without(key: str) -> tuple[dict[str, Any], str]:
+def _config_without(key: str) -> tuple[dict[str, Any], str]:
     """The config with the choices of the command line, and words about these choices.
 
     For a sweep, it is the first of the configs that lacks the key.
@@ -127,7 +127,7 @@ def _without(key: str) -> tuple[dict[str, Any], str]:
     every = [[f"{group}={name}" for name in names] for group, names in plain_words]
     for overrides in itertools.product(*every):
         config = compose_defaults(overrides, with_hydra=key.startswith("hydra"))
-        if OmegaConf.select(OmegaConf.create(config), key, default=_without) is _without:
+        if OmegaConf.select(OmegaConf.create(config), key, default=_config_without) is _config_without:
             break
     swept = [option for option, names in zip(overrides, every, strict=True) if len(names) > 1]
     return config, f"with {', '.join(swept)} " if swept else ""

@@ -39,21 +39,25 @@ ALL, RUNS = "all", "runs"
 # flags whose value is the next argument
 TAKING = (*VALUED, "-i", "--info")
 
+HEAD = [
+    "flowtrain: fits densities with normalizing flows, scores and samples them",
+    "Usage: flowtrain [GROUP=CHOICE ...] [KEY=VALUE ...] [FLAG ...]",
+]
 EXAMPLES: list[Row] = [
-    ("flowtrain", "FFJORD on two moons: the defaults"),
-    ("flowtrain data=array data.path=a.csv", "your table: the best of several models"),
+    ("flowtrain", "FFJORD on two moons (defaults)"),
+    ("flowtrain data=array data.path=a.csv", "your table, several models"),
     ("flowtrain data=array data.path=a.csv model=nsf", "your table, one model"),
-    ("flowtrain model=nsf name=first", "the run directory is outputs/first"),
+    ("flowtrain model=nsf name=first", "run directory: outputs/first"),
     ("flowtrain -m model=nsf,maf seed=0,1", "a sweep of four runs"),
-    ("flowtrain resume=outputs/first", "continues a run that was stopped"),
-    ("floweval outputs/first", "test NLL with its error; see floweval --help"),
-    ("flowsample outputs/first n=10000", "draws samples; see flowsample --help"),
+    ("flowtrain resume=outputs/first", "continues a stopped run"),
+    ("floweval outputs/first", "test NLL with its error"),
+    ("flowsample outputs/first n=10000", "draws samples"),
 ]
 # the keys of the overview, with their values if the composed config lacks them
 KEYS: dict[str, Row] = {
-    "data.path": ("FILE", "the table: .csv, .npy or .npz, one row per sample"),
-    "data.columns": ("[NAME,NAME]", "the columns to keep, by name or position; null: all"),
-    "name": ("NAME", "the run directory is outputs/NAME; null: date and time"),
+    "data.path": ("FILE", "your table: .csv, .npy or .npz"),
+    "data.columns": ("[NAME,NAME]", "columns to keep; null: all"),
+    "name": ("NAME", "the run is outputs/NAME; null: date and time"),
     "seed": ("0", "seed of weights, batches and trace noise"),
     "device": ("auto", "auto, cpu, cuda or cuda:1"),
     "time_budget": ("SECONDS", "seconds for the whole command; null: no limit"),
@@ -63,14 +67,15 @@ KEYS: dict[str, Row] = {
     "solver.rtol": ("1e-5", "tolerance of the ODE solver, for continuous flows"),
 }
 OVERVIEW_FLAGS: list[Row] = [
-    ("-m", "a sweep: KEY=A,B or GROUP=A,B makes one run of each value"),
+    ("-m", "a sweep: KEY=A,B makes one run for each value"),
     ("--cfg job", "prints the composed config and runs nothing"),
-    ("--config-dir DIR", "your own configs: DIR/model/mine.yaml is model=mine"),
+    ("--config-dir DIR", "your configs: DIR/model/mine.yaml is model=mine"),
 ]
 MORE: list[Row] = [
-    ("flowtrain --help model", "a group: its choices and the keys of the chosen one"),
-    ("flowtrain --help nsf", "a choice; --help trainer.lr: a key; --help runs: the list of runs"),
-    ("flowtrain --help all", "all choices, keys, flags, shell completion, exit codes"),
+    ("flowtrain --help model", "a group: its choices, and keys of the chosen one"),
+    ("flowtrain --help nsf", "a choice, or a key: flowtrain --help trainer.lr"),
+    ("flowtrain runs", "lists runs; flowtrain runs --help"),
+    ("flowtrain --help all", "all choices, keys, flags, exit codes, completion"),
 ]
 FLAGS: list[Row] = [
     ("-h, --help", "an overview for this command line, as in flowtrain model=glow data=mnist --help"),
@@ -152,13 +157,11 @@ def overview(run: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
             only = having[0] if len(having) == 1 else f"not {key.partition('.')[0]}={choices[key.partition('.')[0]]}"
             keys.append((f"{key}={value}", f"{text} ({only})"))
     blocks = [
-        ["flowtrain: fits densities with normalizing flows, evaluates them and draws samples"],
-        ["Usage: flowtrain [GROUP=CHOICE ...] [KEY=VALUE ...] [FLAG ...]"],
+        HEAD,
         ["Examples", *table(EXAMPLES, column=50)],
         ["Groups (GROUP=CHOICE; * marks the choices of this command line)", *table(groups, column=15)],
-        ["Keys used most (KEY=VALUE; with the values of this command line)", *table(keys, column=30)],
-        ["Flags", *table(OVERVIEW_FLAGS, column=30)],
-        ["More", *table(MORE, column=30)],
+        ["Keys used most (KEY=VALUE; with the values of this command line)", *table(keys, column=28)],
+        ["Flags, and more help", *table([*OVERVIEW_FLAGS, *MORE], column=28)],
     ]
     return joined(blocks)
 
@@ -167,8 +170,7 @@ def full_text(run: Mapping[str, Any], hydra: Mapping[str, Any]) -> str:
     """The help on every choice of the groups, every key of the composed config, and every flag."""
     choices = hydra["runtime"]["choices"]
     blocks = [
-        ["flowtrain: fits densities with normalizing flows, evaluates them and draws samples"],
-        ["Usage: flowtrain [GROUP=CHOICE ...] [KEY=VALUE ...] [FLAG ...]"],
+        HEAD,
         ["Examples", *table(EXAMPLES, column=50)],
         ["Recipe", *recipe_lines(run, choices)],
         ["Groups (GROUP=CHOICE; * marks the choices of this command line)"],

@@ -53,7 +53,7 @@ class LoadedRun(NamedTuple):
 
     def titled(self, words: str) -> str:
         """The title of a figure: the run, its test NLL if result.json has it, and further words."""
-        nll = "" if self.changed else reached(self.path, self.step)
+        nll = "" if self.changed else known_test_nll(self.path, self.step)
         return ", ".join(filter(None, (title_of(self.config), nll, words)))
 
     @property
@@ -104,11 +104,11 @@ class LoadedRun(NamedTuple):
             return build_data({**self.config, "data": data})
 
 
-def reached(path: Path, step: int) -> str:
+def known_test_nll(path: Path, step: int) -> str:
     """The test NLL in result.json, as "test NLL 2.396 +- 0.007 nats". Empty if it belongs to another file or step.
 
     Example:
-        >>> reached(Path("nowhere/checkpoints/best.pt"), 600)
+        >>> known_test_nll(Path("nowhere/checkpoints/best.pt"), 600)
         ''
     """
     try:

@@ -211,7 +211,7 @@ def write_samples(
     # a wrong label is refused before data are read
     if label is not None:
         flow.check_label(label)
-    data = beside(loaded_run) if images or flow.event_shape in ((1,), (2,)) else None
+    data = data_for_picture(loaded_run) if images or flow.event_shape in ((1,), (2,)) else None
     if data is not None:
         check_fits(flow, data)
     elif log_scale:
@@ -237,7 +237,7 @@ def write_samples(
     return 0
 
 
-def beside(loaded_run: LoadedRun) -> Dataset | None:
+def data_for_picture(loaded_run: LoadedRun) -> Dataset | None:
     """The data beside which samples are drawn. If they cannot be read, prints a message and returns None."""
     try:
         with status("reading the data"):

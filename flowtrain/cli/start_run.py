@@ -27,11 +27,12 @@ from flowtrain.runs.run_directory import (
     locked_directory,
     remove_empty,
 )
-from flowtrain.runs.search import SEARCH, config_of_search
+from flowtrain.runs.search import SEARCH, best_candidate, config_of_search
 from flowtrain.training import checkpoint
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.utils.files import config_groups
+from flowtrain.utils.formatting import option
 from flowtrain.utils.process import keep_freed_memory
 from flowtrain.utils.status import command_begun, status
 
@@ -198,10 +199,9 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
     saved = content["config"]
     check_targets(saved, trusted(config["trust"]))
     if SEARCH in content and is_description(saved["model"]):
-        raise ConfigError(
-            f"from={path} is the ensemble of a search; give one of its candidates, such as "
-            f"{path.parent.parent / 'search' / 'nsf'}"
-        )
+        best = best_candidate(path.parent.parent)
+        known = "" if best is None else f", such as {option('from', best)}"
+        raise ConfigError(f"from={path} is the ensemble of a search; give one of its candidates{known}")
     if is_description(saved["model"]):
         raise ConfigError(
             f"from={path}: this flow was saved from Python and does not say what data it was trained on; train it "

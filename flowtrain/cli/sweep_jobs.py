@@ -48,7 +48,7 @@ def job(config: DictConfig, run_dir: Path) -> float:
         error = ConfigError("hydra.sweep.subdir: every job needs another directory; use ${hydra.job.num}")
         raise SystemExit(report("flowtrain", error))
     try:
-        run_dir = place(root, run_dir, given)
+        run_dir = job_directory(root, run_dir, given)
         if (run_dir / RESULT).is_file():
             print(run_dir)
             return _least(result_of(run_dir).get("val_nll"))
@@ -69,7 +69,7 @@ def job(config: DictConfig, run_dir: Path) -> float:
     (run_dir / ERROR).unlink(missing_ok=True)
     print(run_dir)
     if code:
-        stopped(code - 128)
+        forward_signal(code - 128)
         # a signal stops the whole sweep
         raise SystemExit(code)
     return _least(best)
@@ -80,27 +80,27 @@ def _least(nll: float | None) -> float:
     return math.inf if nll is None or math.isnan(nll) else nll
 
 
-def stopped(number: int) -> None:
+def forward_signal(number: int) -> None:
     """Calls the launcher's handler of a signal after the run is saved. submitit then requeues the job."""
     handler = signal.getsignal(number)
     if callable(handler) and handler not in (signal.default_int_handler, _terminated):
         handler(number, None)
 
 
-def place(root: Path, run_dir: Path, given: list[str]) -> Path:
+def job_directory(root: Path, run_dir: Path, given: list[str]) -> Path:
     """The directory of the job with these overrides: an existing directory with the same overrides, else a new one."""
     if sorted(overrides_of(run_dir) or []) == sorted(given):
         # the usual case; the other directories need not be read
         return run_dir
     there = next((folder for folder, its in begun_in(root).items() if sorted(its) == sorted(given)), None)
     if there is None:
-        return free(run_dir)
+        return unused_directory(run_dir)
     if not any(run_dir.iterdir()):
         run_dir.rmdir()
     return there
 
 
-def free(run_dir: Path) -> Path:
+def unused_directory(run_dir: Path) -> Path:
     """The directory, or if a job has it, the first of NAME_1, NAME_2 ... that no job has."""
     found, n = run_dir, 0
     while (found / OVERRIDES).exists():

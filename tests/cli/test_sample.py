@@ -10,7 +10,7 @@ from helpers.files import gif_of, write_set
 from helpers.flows import IMAGE_MODELS
 from PIL import Image
 
-from flowtrain.cli.load_run import reached
+from flowtrain.cli.load_run import known_test_nll
 from flowtrain.plotting import animation, style, transport_pictures
 
 FRAMES = 7
@@ -132,7 +132,7 @@ def test_titles_tell_the_nll_of_the_checkpoint_and_of_no_other(run: Run, titles:
         "affine on circles, 500 samples",
         "affine on moons, 500 samples",
     ]
-    assert reached(tmp_path / "nowhere/checkpoints/best.pt", 4) == ""
+    assert known_test_nll(tmp_path / "nowhere/checkpoints/best.pt", 4) == ""
 
 
 @pytest.mark.parametrize("name", ["glow", "ffjord"])

@@ -16,7 +16,7 @@ from helpers import Run
 from helpers.files import normal
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-from flowtrain.cli.sweep_jobs import place, stopped
+from flowtrain.cli.sweep_jobs import forward_signal, job_directory
 from flowtrain.runs import sweep_summary
 from flowtrain.runs.run_directory import holding
 from flowtrain.training.trainer import Trainer
@@ -125,9 +125,9 @@ def test_signal_handler_of_a_launcher_is_called() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
     try:
-        stopped(signal.SIGUSR2)
+        forward_signal(signal.SIGUSR2)
         # this signal has no handler
-        stopped(signal.SIGUSR1)
+        forward_signal(signal.SIGUSR1)
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert heard == [signal.SIGUSR2]
@@ -141,12 +141,12 @@ def test_every_job_has_its_own_directory(tmp_path: Path) -> None:
 
     zero, one = there("0", "seed=0", "trainer.lr=0.1"), there("1", "seed=1", "trainer.lr=0.1")
     (tmp_path / "2").mkdir()
-    assert place(tmp_path, tmp_path / "0", ["seed=0", "trainer.lr=0.1"]) == zero
-    assert place(tmp_path, tmp_path / "2", ["seed=1", "trainer.lr=0.1"]) == one
+    assert job_directory(tmp_path, tmp_path / "0", ["seed=0", "trainer.lr=0.1"]) == zero
+    assert job_directory(tmp_path, tmp_path / "2", ["seed=1", "trainer.lr=0.1"]) == one
     assert not (tmp_path / "2").exists()
-    assert place(tmp_path, tmp_path / "1", ["seed=7"]) == tmp_path / "1_1"
+    assert job_directory(tmp_path, tmp_path / "1", ["seed=7"]) == tmp_path / "1_1"
     (tmp_path / "3").mkdir()
-    assert place(tmp_path, tmp_path / "3", ["seed=7"]) == tmp_path / "3"
+    assert job_directory(tmp_path, tmp_path / "3", ["seed=7"]) == tmp_path / "3"
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
