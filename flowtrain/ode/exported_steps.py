@@ -1,4 +1,4 @@
-"""Fixed Runge-Kutta steps in a program that `torch.export` traces: one loop, so that its size has no steps in it."""
+"""Fixed Runge-Kutta steps for `torch.export`, as one loop: the size of the program does not depend on their number."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ from flowtrain.ode.tape import Weights, combined, on_device, take_ordinary
 
 
 def take_steps(tableau: Tableau, problem: Problem, n: int, statistics: Statistics) -> Solution:
-    """The solution after n equal steps, with the integrals by the stage rule, see quadrature.py.
+    """Returns the solution after n equal steps. The integrals use `stage_nodes` of quadrature.py.
 
-    No value is looked at: a state that is not finite is returned.
+    Values are not checked: a state that is not finite is returned too.
     """
-    # a prototype of torch, which its exporters to .pt2 and to ONNX take
+    # scan is a prototype in torch; the exporters to .pt2 and to ONNX support it
     from torch._higher_order_ops.scan import scan
 
     # every step returns a contiguous state, and all states of a loop must have the same strides
@@ -23,7 +23,7 @@ def take_steps(tableau: Tableau, problem: Problem, n: int, statistics: Statistic
     # the tensors that a loop uses must not share memory
     weights.a, weights.b = weights.a.clone(), weights.b.clone()
     c = on_device(tableau.c, x)
-    # of the stages whose slopes the integrals use
+    # the integrals use only stages with a nonzero weight
     used = tableau.used
     c_used, b_used = (on_device([row[i] for i in used], x) for row in (tableau.c, tableau.b))
 
