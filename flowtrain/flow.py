@@ -354,7 +354,7 @@ class Density(Recorded, nn.Module):
                 low, high = int(plain_values(x).min()), int(plain_values(x).max())
                 if low < 0 or high >= self.levels:
                     raise FlowtrainError(
-                        f"x goes from {low} to {high}, and this flow is one over whole numbers from 0 to "
+                        f"x has values from {low} to {high}, but this flow is for whole numbers from 0 to "
                         f"{self.levels - 1}"
                     )
             return dequantize(x.to(like.device), like)
