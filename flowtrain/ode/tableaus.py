@@ -36,8 +36,8 @@ class Tableau:
         n = len(self.b)
         if len(self.c) != n or [len(row) for row in self.a] != list(range(1, n)) or len(self.e or self.b) != n:
             raise ConfigError(
-                f"tableau: b has {n} numbers, so c and e must have {n} numbers too, and a must have {n - 1} rows of "
-                f"1 to {n - 1} numbers"
+                f"tableau: b has {n} numbers, so c and e need {n} numbers, and a needs {n - 1} rows, with i numbers in "
+                "row i"
             )
         sums = [sum(row) for row in ((), *self.a, self.b, self.e or ())]
         if any(abs(found - wanted) > 1e-9 for found, wanted in zip(sums, (*self.c, 1, 0), strict=True)):
