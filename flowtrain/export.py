@@ -1,7 +1,7 @@
 """Export of a flow to programs that run without flowtrain: `torch.export` (.pt2) and ONNX (.onnx).
 
-There are three programs, each in its file: log_prob, inverse and sample. The programs accept batches of any size. They
-draw no random numbers: the noise of samples and of dequantization is an input. Continuous flows are exported with fixed
+An export writes three programs to three files: log_prob, inverse and sample. They accept batches of any size. They draw
+no random numbers: the noise of samples and of dequantization is an input. Continuous flows are exported with fixed
 steps.
 """
 

@@ -114,7 +114,7 @@ class Density(Recorded, nn.Module):
     @property
     @abstractmethod
     def flows(self) -> "tuple[Flow, ...]":
-        """The flows of a mixture with nonzero weights. For a single flow, the flow itself."""
+        """The members of an ensemble with nonzero weights. For a single flow, the flow itself."""
 
     @property
     @abstractmethod
@@ -357,7 +357,9 @@ class Density(Recorded, nn.Module):
         return _distribution(self, label)
 
     def dequantized(self, x: Tensor) -> Tensor:
-        """Returns x + u for integers x (B, *event_shape) of an integer-valued flow, else x. The dtype is `data_like`'s.
+        """Returns x + u for integers x (B, *event_shape) of an integer-valued flow, else x.
+
+        The result has the dtype of `data_like`.
 
         Raises:
             FlowtrainError: in evaluation mode, integers that are not in 0 .. levels - 1.

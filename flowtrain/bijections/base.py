@@ -116,7 +116,7 @@ _OUTER: ContextVar[_Outer | None] = ContextVar("outer pass", default=None)
 
 
 def _handed_down(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, label: Any, options: SolveOptions) -> Pass:
-    """Calls `forward` or `inverse` as a pass. `as_pass` finds the options inside this call."""
+    """Calls `forward` or `inverse` and returns a `Pass`. During the call, `as_pass` uses the options."""
     if options is AS_CONFIGURED:
         return Pass(*function(x, label))
     outer = _Outer(options, [])

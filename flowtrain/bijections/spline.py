@@ -181,7 +181,7 @@ def _of_nothing(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _transformed() -> bool:
-    """Whether torch.func or a compiler is active, which need ordinary operations."""
+    """Whether torch.func or a compiler is active. They need ordinary operations."""
     return transforms_active() or torch.compiler.is_compiling()
 
 

@@ -15,7 +15,7 @@ from flowtrain.utils.formatting import as_ranges
 
 # EM stops if the mean log-likelihood is at most GAP nats below its maximum, or after this number of iterations
 GAP, ITERATIONS = 1e-6, 10_000
-# a member is removed if this lowers the mean log-likelihood of the held-out rows by at most this number of nats
+# a member is removed if the mean log-likelihood of the held-out rows then falls by at most LOSS nats
 LOSS = 1e-6
 # the same limit for `sparse_weights`
 SPARSE_LOSS = 0.002

@@ -57,7 +57,8 @@ def ffjord(
         init_scale: for vectors, the scale of the initial weights of the first layer, see `MLPField`. None: the default
             of torch.
         flows: the number of continuous bijections. For images, this number at each size and number of channels.
-        scales: the number of times that images are halved. None: while both sides are even and at least 8.
+        scales: the number of times that images are halved. None: images are halved while both sides are
+            even and at least 8.
         full_size: for images, whether there are also flows at the full size, before the first squeeze.
         positional_bias: for images, whether the fields have a bias for each pixel.
         actnorm: for images, whether there is an ActNorm of each pixel at the data end, and an ActNorm of each channel

@@ -59,7 +59,8 @@ def glow(
             scale of images always have an affine coupling.
         bins, bound: settings of the splines, see `flowtrain.models.nsf`.
         dropout: for vectors, the dropout probability in the conditioners.
-        scales: the number of times that images are halved. None: while both sides are even and at least 8.
+        scales: the number of times that images are halved. None: images are halved while both sides are
+            even and at least 8.
         positional_bias: for images, whether the conditioners have a bias for each pixel.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.

@@ -64,7 +64,9 @@ def halved(size: Size) -> Size:
 
 
 def halvings(size: Size, asked: int | None) -> int:
-    """Returns the number of halvings: `asked`, or if it is None, while both sides are even and at least SMALLEST.
+    """Returns `asked`, the number of halvings.
+
+    If it is None, images are halved while both sides are even and at least SMALLEST.
 
     Raises:
         ConfigError: `asked` is larger than the sides allow.

@@ -60,7 +60,8 @@ def realnvp(
         input_bound: for vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.Coupling`.
             None: no bound.
         dropout: for vectors, the dropout probability in the conditioners.
-        scales: the number of times that images are halved. None: while both sides are even and at least 8.
+        scales: the number of times that images are halved. None: images are halved while both sides are
+            even and at least 8.
         positional_bias: for images, whether the conditioners have a bias for each pixel.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.

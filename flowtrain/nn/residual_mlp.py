@@ -101,7 +101,7 @@ class MaskedMLP(ResidualMLP):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(len(inputs), hidden, len(outputs), activation, classes, dropout)
-        # the group -1: hidden units that depend only on labels, or on no input
+        # hidden units of group -1 depend only on labels, or on no input
         lowest = -1 if classes or int(outputs.max()) == 0 else 0
         highest = max(int(outputs.max()) - 1, lowest)
         units = lowest + torch.arange(hidden[0], device="cpu") % (highest - lowest + 1)

@@ -341,7 +341,7 @@ class Hidden:
         kept: the tensor for the derivatives, see `Activation.replace`.
         slope: f'(a).
         u, t: the tangents of a and of h.
-        tangents: the dimension of u and t that counts the tangents. The other tensors do not have it.
+        tangents: the dimension of u and t that counts the tangents. The other tensors do not have this dimension.
     """
 
     h: Tensor

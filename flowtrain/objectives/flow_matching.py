@@ -87,7 +87,7 @@ class Matching(Objective):
         if regularizer.paths or regularizer.end_time:
             raise ConfigError(
                 f"regularizer: {', '.join(regularizer.integrals())} and end_time need an ODE solve, and this objective "
-                f"solves no ODE: use regularizer=none, keep only {', '.join(regularizer.penalties())}, or use "
+                f"solves no ODE: use regularizer=none ({', '.join(regularizer.penalties())} is allowed), "
                 "objective=likelihood or objective=hybrid"
             )
         self.ends = Ends(flow)

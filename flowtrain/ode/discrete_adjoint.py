@@ -79,7 +79,7 @@ class AcceptedSteps:
     def points(self) -> Tensor:
         """Returns x at the nodes, (nodes, B, *event). It needs all slopes, so call it before `forget_slopes`."""
         counts = [len(rows) for rows in self.rows]
-        # filled in place: torch.cat would need the memory of all nodes twice, beside all slopes
+        # filled in place, because torch.cat would need memory for all nodes twice
         found = self.x1.new_empty(sum(counts), *self.x1.shape)
         for s, rows, part in zip(self.steps, self.rows, torch.split(found, counts), strict=True):
             part.copy_(s.x + combined(s.h * rows, s.slopes))

@@ -107,8 +107,8 @@ def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]], noisy: b
     Args:
         tableau: the method.
         steps: (t, h) of each step.
-        noisy: whether the integrand is a random estimate. Its noise is far above the error of k ceil(p / 2) nodes, so
-            this number is used.
+        noisy: whether the integrand is a random estimate. Then k ceil(p / 2) nodes are used, because the noise is far
+            above their error.
     """
     per_step = math.ceil((tableau.order + (0 if noisy else 2)) / 2)
     times: list[float] = []

@@ -244,7 +244,8 @@ class _Run:
     def guess(self) -> float:
         """Estimates the first step size from two slopes (Hairer, Norsett and Wanner, II.4, 'starting step size').
 
-        Their smallest step of 1e-6 is 1e-3 here. It applies to a field that is zero, and an untrained field is zero.
+        If the state or the slope is nearly zero, the estimate begins with a step of 1e-3. The book uses 1e-6, but the
+        field of an untrained flow is zero.
         """
         x, span = self.x, self.problem.t1 - self.problem.t0
         stage = self.record([self.t], keep=self.graph)[0]

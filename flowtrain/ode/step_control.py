@@ -67,7 +67,7 @@ class StepPlan:
         with n(t) = j n(t1) / ceil(n(t1)).
 
         Example:
-            >>> StepPlan(((1.0, 0.6),)).plan(0.0, 1.0)  # one step, longer than its error allowed
+            >>> StepPlan(((1.0, 0.6),)).plan(0.0, 1.0)  # one step that was too long
             [0.5, 1.0]
         """
         if not self.steps:

@@ -267,7 +267,7 @@ class _Dynamics:
             statistics.nfe_forward += 1
 
     def check_step(self, t: Tensor, state: Any, h: Tensor) -> None:
-        # detach: the first step size of torchdiffeq has a graph. A step size of NaN arrives here as zero
+        # detached, because the first step size has a graph. torchdiffeq replaces a step size of NaN by zero
         now, self.h = float(t.detach()), float(h.detach())
         if not self.solver.adaptive:
             self.statistics.accepted += 1
