@@ -216,8 +216,8 @@ def channel_map(weight: Tensor, x: Tensor) -> Tensor:
 class GaussianStart(Bijection):
     """The map x = F z + m with fixed F and m, F F^T = C. It maps a standard normal base to the Gaussian N(m, C).
 
-    If the other bijections of a flow are initially affine, the flow can so start at the Gaussian of the training rows,
-    see `FromGaussian`. F is the symmetric square root of C, which keeps z_i close to the standardised x_i.
+    If the other bijections of a flow are initially affine, `FromGaussian` can start the flow at the Gaussian of the
+    training rows. F is the symmetric square root of C, which keeps z_i close to the standardised x_i.
     log|det dx/dz| = log det C / 2.
 
     Args:

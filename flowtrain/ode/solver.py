@@ -323,7 +323,7 @@ class Solver(ABC):
 
         Raises:
             SolverError: step size underflow, more than max_nfe evaluations, or a state that is not finite.
-            ConfigError: a tolerance far below the rounding of the dtype.
+            ConfigError: a tolerance far below the machine epsilon of the dtype.
         """
         statistics = Statistics()
         recorded = _RECORDED.get()

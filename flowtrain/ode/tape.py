@@ -87,8 +87,8 @@ class AutogradTape:
 class AutogradRecorder:
     """Tapes of any velocity (t scalar, x) -> v, differentiated by autograd.
 
-    The velocity may use other tensors than `parameters`, such as the encoding of a condition. They are found in the
-    autograd graph of the first stage.
+    The velocity may use tensors that are not in `parameters`, such as the encoding of a condition. They are found in
+    the autograd graph of the first stage.
     """
 
     def __init__(self, field: Velocity, parameters: Sequence[Tensor]) -> None:
