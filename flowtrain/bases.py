@@ -183,7 +183,7 @@ class StudentT(Base):
         given = torch.as_tensor(df, dtype=torch.get_default_dtype())
         if given.dim() and given.shape != self.event_shape:
             raise FlowtrainError(f"df has shape {tuple(given.shape)}: give one number, or shape {self.event_shape}")
-        if not _holds((given > 0) & given.isfinite()):
+        if not _all_true((given > 0) & given.isfinite()):
             raise FlowtrainError(f"df={df}: give degrees of freedom greater than 0")
         log_df = given.log().expand(self.event_shape).clone()
         if trainable:
@@ -248,8 +248,8 @@ def incomplete_beta(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
         for term in (even, odd):
-            d = 1 / _off_zero(1 + term * d, tiny)
-            c = _off_zero(1 + term / c, tiny)
+            d = 1 / _avoid_zero(1 + term * d, tiny)
+            c = _avoid_zero(1 + term / c, tiny)
             fraction = fraction * c * d
         # elements that are NaN do not prevent the end of the loop
         if not bool(((c * d - 1).abs() > 4 * eps).any()):
@@ -258,11 +258,11 @@ def incomplete_beta(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     return torch.where(swapped, 1 - found, found)
 
 
-def _off_zero(x: Tensor, tiny: float) -> Tensor:
+def _avoid_zero(x: Tensor, tiny: float) -> Tensor:
     return torch.where(x.abs() < tiny, tiny, x)
 
 
-def _holds(condition: Tensor) -> bool:
+def _all_true(condition: Tensor) -> bool:
     """Whether all elements are true. Tensors on the meta device have no values and are not checked."""
     return condition.is_meta or bool(condition.all())
 
@@ -293,7 +293,7 @@ class UniformBox(Base):
         if given[0].shape != given[1].shape or not given[0].dim():
             shapes = " and ".join(str(tuple(corner.shape)) for corner in given)
             raise FlowtrainError(f"low and high have the shapes {shapes}: give both the shape of one sample")
-        if not _holds((given[0] < given[1]) & torch.stack(given).isfinite().all(0)):
+        if not _all_true((given[0] < given[1]) & torch.stack(given).isfinite().all(0)):
             raise FlowtrainError("low must be less than high in every element, and both must be finite")
         super().__init__(given[0].shape)
         self.register_buffer("low", given[0])

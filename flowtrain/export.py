@@ -72,13 +72,13 @@ class Exported:
             lines.append(f"{name:10}{there['max_difference']:.1e} {there['max_difference_unit']:28}{path}")
         lines.append(f"rows: {about['rows_from']}")
         if about["solver"] is not None:
-            lines.append(_said_of(about["solver"], about["bias"]))
+            lines.append(_solver_line(about["solver"], about["bias"]))
         if about["trace_probes"]:
             lines.append(f"trace: estimated with {about['trace_probes']} fixed probes, the same for every row")
         return "\n".join(lines)
 
 
-def _said_of(solver: dict[str, Any], bias: dict[str, Any]) -> str:
+def _solver_line(solver: dict[str, Any], bias: dict[str, Any]) -> str:
     steps = f"{solver['method']}, {solver['steps']} steps: bias of log p"
     if bias["mean"] is None:
         return f"{steps} unknown ({bias['failure']})"
@@ -131,7 +131,7 @@ def export(
                 described = {**about, **task.about()}
                 difference = task.difference(form.loaded(form.content(program, described)))
                 if not difference <= tolerance:
-                    raise ExportError(task.refusal(paths[task.name], difference, tolerance))
+                    raise ExportError(task.difference_message(paths[task.name], difference, tolerance))
                 metadata[task.name] = {**described, "max_difference": difference}
                 contents[task.name] = form.content(program, metadata[task.name])
         with ExitStack() as files:
@@ -402,7 +402,7 @@ class _Task:
         try:
             exported = torch.export.export(self.module, examples, dynamic_shapes=shapes, strict=False)
             exported = torch.export.export(with_constants(exported), examples, dynamic_shapes=shapes, strict=False)
-            forget_origins(exported.graph_module)
+            remove_stack_traces(exported.graph_module)
             return exported
         except FlowtrainError:
             raise
@@ -430,7 +430,7 @@ class _Task:
             return math.inf
         return float(((found - wanted).abs() / self.scale).where(finite, 0).max())
 
-    def refusal(self, path: Path, difference: float, tolerance: float) -> str:
+    def difference_message(self, path: Path, difference: float, tolerance: float) -> str:
         """Returns the error message for a program that differs too much from the flow."""
         if not math.isfinite(difference):
             return (
@@ -463,11 +463,11 @@ def _tasks(flow: Flow, rows: _Rows) -> Iterator[_Task]:
     yield _Task("log_prob", _LogProb(flow), {"x": rows.x, **labels}, "log_p", log_p, torch.ones(()), "nats")
     z, x = _in_parts(flow.inverse, rows.x, rows.label), _in_parts(flow.forward, rows.z, rows.label)
     unit = "standard deviations"
-    yield _Task("inverse", _Inverse(flow), {"x": rows.x, **labels}, "z", z, _spread(z), unit)
-    yield _Task("sample", _Sample(flow), {"z": rows.z, **labels}, "x", x, _spread(x), unit)
+    yield _Task("inverse", _Inverse(flow), {"x": rows.x, **labels}, "z", z, _element_std(z), unit)
+    yield _Task("sample", _Sample(flow), {"z": rows.z, **labels}, "x", x, _element_std(x), unit)
 
 
-def _spread(y: Tensor) -> Tensor:
+def _element_std(y: Tensor) -> Tensor:
     """Returns the standard deviation of each element of y (n, *event_shape) over finite rows, or 1 if it is 0."""
     finite = y[y.flatten(1).isfinite().all(1)].double()
     std = finite.std(0, correction=0) if len(finite) > 1 else torch.ones_like(y[0], dtype=torch.float64)
@@ -504,7 +504,7 @@ def with_constants(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     return fx.GraphModule(module, module.graph)
 
 
-def forget_origins(module: nn.Module) -> None:
+def remove_stack_traces(module: nn.Module) -> None:
     """Removes stack traces from a program. They contain paths of this machine, and are much longer than the program."""
     for part in module.modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():

@@ -634,7 +634,7 @@ class Flow(Density):
     def density_pass(self, x: Tensor, label: Label = None, options: SolveOptions = AS_CONFIGURED) -> DensityPass:
         """Returns log p(x), see `log_prob`, the latents and the path integrals, with options for the ODE solves."""
         x = self.dequantized(self._checked(x, "x"))
-        with self._settings(x), self._repeatable(x):
+        with self._settings(x), self._fixed_probes(x):
             z, log_det, integrals = self.bijection.pass_inverse(x, self.labels(label, x), options)
             # for float64 samples, log_det is float64 too
             return DensityPass(self.base_log_prob(z) + log_det.to(z.dtype), z, integrals)
@@ -742,7 +742,7 @@ class Flow(Density):
         return export(self, path, x, label, solver=solver, steps=steps, tolerance=tolerance, columns=columns)
 
     @contextmanager
-    def _repeatable(self, x: Tensor) -> Iterator[None]:
+    def _fixed_probes(self, x: Tensor) -> Iterator[None]:
         """Draws the probes of estimated traces from a fixed seed, in evaluation mode and outside of `seeded`."""
         d = math.prod(self.event_shape)
         if self.training or seeding_active() or all(m.trace.is_exact(d, training=False) for m in self.ode_blocks):

@@ -72,11 +72,11 @@ class Bijection(Recorded, nn.Module, ABC):
         A bijection that contains others overrides this method and `pass_inverse`, and passes the options on. The
         default calls `forward`. It applies the options to ODEs inside too.
         """
-        return _handed_down(self.forward, z, label, options)
+        return _with_options(self.forward, z, label, options)
 
     def pass_inverse(self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         """Maps data to base with options, see `pass_forward`."""
-        return _handed_down(self.inverse, x, label, options)
+        return _with_options(self.inverse, x, label, options)
 
     def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         """Maps base to data without the log-determinant. Subclasses override it if this saves work."""
@@ -115,7 +115,7 @@ class _Outer(NamedTuple):
 _OUTER: ContextVar[_Outer | None] = ContextVar("outer pass", default=None)
 
 
-def _handed_down(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, label: Any, options: SolveOptions) -> Pass:
+def _with_options(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, label: Any, options: SolveOptions) -> Pass:
     """Calls `forward` or `inverse` and returns a `Pass`. During the call, `as_pass` uses the options."""
     if options is AS_CONFIGURED:
         return Pass(*function(x, label))
@@ -218,7 +218,7 @@ def varies(std: Tensor, mean: Tensor) -> Tensor:
     return std > torch.finfo(mean.dtype).eps * mean.abs()
 
 
-def places(x: Tensor) -> int:
+def elements_per_channel(x: Tensor) -> int:
     """Returns the number of elements of x (B, C, ...) per channel: H W for images, 1 for vectors."""
     return math.prod(x.shape[2:])
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, Chain, check_sample, places, varies
+from flowtrain.bijections.base import Bijection, Chain, check_sample, elements_per_channel, varies
 from flowtrain.utils.errors import DataError, FlowtrainError
 from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.precision import full_precision
@@ -205,7 +205,7 @@ class InvertibleLinear(Bijection):
 
     def log_det(self, x: Tensor) -> Tensor:
         """Returns log|det dz/dx| for each row of x (B, C, ...), (B,)."""
-        return (places(x) * self.log_scale.sum()).expand(x.shape[0])
+        return (elements_per_channel(x) * self.log_scale.sum()).expand(x.shape[0])
 
 
 def channel_map(weight: Tensor, x: Tensor) -> Tensor:

@@ -52,13 +52,13 @@ def jacobian(at: PathPoint) -> Tensor:
     return at.probes.contract(at.je.square())
 
 
-def bending(at: PathPoint) -> Tensor:
+def squared_acceleration(at: PathPoint) -> Tensor:
     """Returns q = |dv/dt + dv/dx v|^2, (*nodes, B)."""
     return at.squared(acceleration(at.field, at.t, at.x, at.v, at.probes.event_dims))
 
 
 # the path integrals, by the names of their weights
-PATHS: Mapping[str, Integral] = {"kinetic": kinetic, "jacobian": jacobian, "acceleration": bending}
+PATHS: Mapping[str, Integral] = {"kinetic": kinetic, "jacobian": jacobian, "acceleration": squared_acceleration}
 
 
 @dataclass(frozen=True)

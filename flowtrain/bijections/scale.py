@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, check_sample, per_channel, places, varies
+from flowtrain.bijections.base import Bijection, check_sample, elements_per_channel, per_channel, varies
 from flowtrain.utils.arguments import shape_of
 from flowtrain.utils.errors import DataError
 
@@ -97,7 +97,7 @@ class BatchNorm(Bijection):
 
     def log_det(self, variance: Tensor, x: Tensor) -> Tensor:
         """Returns log|det dx/dz| for each row of x (B, C, ...) and a variance (C,). The result is (B,)."""
-        return (places(x) * (variance + self.eps).log().sum() / 2).expand(x.shape[0])
+        return (elements_per_channel(x) * (variance + self.eps).log().sum() / 2).expand(x.shape[0])
 
     @torch.no_grad()
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:

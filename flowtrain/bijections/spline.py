@@ -61,7 +61,7 @@ class Spline(Elementwise):
 
     def to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         if _is_empty(x):
-            return _of_nothing(x, theta)
+            return _empty_result(x, theta)
         y, theta = self.first_axis(x, theta)
         # also without gradients, so that values are the same to the last bit
         found = self.evaluated(y, theta) if _transformed() else _ToBase.apply(y, theta, self)  # type: ignore[no-untyped-call]
@@ -69,21 +69,21 @@ class Spline(Elementwise):
 
     def to_data(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         if _is_empty(z):
-            return _of_nothing(z, theta)
+            return _empty_result(z, theta)
         y, theta = self.first_axis(z, theta)
         inside = y.abs() <= self.bound
         found = self.bin_of(y.clamp(-self.bound, self.bound), theta, axis=1)
         # the root in [0, 1] of a t^2 + b t + c, in the formula without cancellation
-        bend = found.above * found.bend
+        bend = found.offset * found.bend
         a, b = found.height * (found.chord - found.left) + bend, found.height * found.left - bend
-        c = -found.chord * found.above
+        c = -found.chord * found.offset
         # the derivative of sqrt is infinite at 0
         root = (b.square() - 4 * a * c).clamp_min(torch.finfo(y.dtype).tiny).sqrt()
         t = (-2 * c / (b + root)).clamp(0, 1)
         # one step of Newton's method corrects the rounding errors of a, b and c
         u = t * (1 - t)
         denominator = found.chord + found.bend * u
-        excess = found.height * (found.chord * t.square() + found.left * u) / denominator - found.above
+        excess = found.height * (found.chord * t.square() + found.left * u) / denominator - found.offset
         t = (t - excess / (found.width * _log_slope(found, t).exp())).clamp(0, 1)
         log_slope = -_log_slope(found, t)
         x = torch.where(inside, torch.addcmul(found.x, t, found.width), y)
@@ -104,7 +104,7 @@ class Spline(Elementwise):
         """Computes (z, log dz/dx) by differentiable operations of torch. theta is (3 K - 1, *x.shape)."""
         inside = x.abs() <= self.bound
         found = self.bin_of(x.clamp(-self.bound, self.bound), theta, axis=0)
-        t = (found.above / found.width).clamp(0, 1)
+        t = (found.offset / found.width).clamp(0, 1)
         u = t * (1 - t)
         ratio = (found.chord * t.square() + found.left * u) / (found.chord + found.bend * u)
         z = torch.addcmul(found.z, found.height, ratio)
@@ -130,8 +130,8 @@ class Spline(Elementwise):
         width, height = corners[:, 1] - corners[:, 0]
         chord = height / width
         bend = left + right - 2 * chord
-        above = y - (z if axis else x)
-        return _Bin(x, z, width, height, left, right, chord, bend, above, ends, sums, slopes, kept_slope, share, kept)
+        offset = y - (z if axis else x)
+        return _Bin(x, z, width, height, left, right, chord, bend, offset, ends, sums, slopes, kept_slope, share, kept)
 
 
 class _Bin(NamedTuple):
@@ -143,7 +143,7 @@ class _Bin(NamedTuple):
         left, right: the slopes at the two knots.
         chord: height / width.
         bend: left + right - 2 chord.
-        above: the distance of the given value from the lower end of the bin.
+        offset: the distance of the given value from the lower end of the bin.
         ends: the indices of the two knots, (2, ...).
         sums: the sum of `share` up to each of the two knots, (2 axes, 2 ends, ...).
         slopes: left and right, (2, ...).
@@ -160,7 +160,7 @@ class _Bin(NamedTuple):
     right: Tensor
     chord: Tensor
     bend: Tensor
-    above: Tensor
+    offset: Tensor
     ends: Tensor
     sums: Tensor
     slopes: Tensor
@@ -174,7 +174,7 @@ def _is_empty(x: Tensor) -> bool:
     return not _transformed() and x.numel() == 0
 
 
-def _of_nothing(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_result(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the result for an empty x, connected to x and theta. Torch before 2.9 cannot pad empty tensors."""
     y = x + 0 * theta.sum()
     return y, torch.zeros_like(y)
@@ -200,7 +200,7 @@ class _ToBase(torch.autograd.Function):
         inside = (x.abs() <= spline.bound).to(x.dtype)
         found = spline.bin_of(x.clamp(-spline.bound, spline.bound), theta, axis=0)
         # rounding may put x outside of its bin
-        t = (found.above / found.width).clamp_(0, 1)
+        t = (found.offset / found.width).clamp_(0, 1)
         v = 1 - t
         u = t * v
         denominator = torch.addcmul(found.chord, found.bend, u)

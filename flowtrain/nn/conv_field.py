@@ -15,9 +15,9 @@ from flowtrain.nn.velocity_field import (
     LayeredField,
     TimedLayer,
     TimeEmbedded,
-    back_through,
-    image_of,
-    through,
+    activate,
+    activate_vjp,
+    as_event,
     unpack,
 )
 from flowtrain.utils.arguments import one_of, whole, widths
@@ -55,7 +55,7 @@ class _JVP(torch.autograd.Function):
         for weight, shift in zip(weights[:-1], shifts[:-1], strict=True):
             # the gain multiplies the weights, which are smaller than the images
             a = _convolved(h, gain * weight, gain * shift)
-            hidden.append(through(activation, a, _jvp_of(t, weight), tangents=0))
+            hidden.append(activate(activation, a, _jvp_of(t, weight), tangents=0))
             h, t = hidden[-1].h, hidden[-1].t
         ctx.activation, ctx.n_layers = activation, n_layers
         # every tensor is kept by save_for_backward, because torch.utils.checkpoint frees only these
@@ -83,7 +83,7 @@ class _JVP(torch.autograd.Function):
                 return None, None, at_h, None, *at_weights[::-1], *at_shifts[::-1]
             assert at_h is not None
             assert at_t is not None
-            at_a, at_u = back_through(ctx.activation, hidden[layer - 1], at_h, at_t.view_as(t))
+            at_a, at_u = activate_vjp(ctx.activation, hidden[layer - 1], at_h, at_t.view_as(t))
         raise AssertionError("a field has layers")
 
 
@@ -176,7 +176,7 @@ class ConcatConv2d(TimedConv2d):
         assert self.conv.bias is not None
         # the response to the channel t is t times the response to a channel of ones, also at the border
         (response,) = convolve(self.shift.weight, t.new_ones(1, *size))
-        return None, torch.addcmul(image_of(self.conv.bias, 3), image_of(t.unsqueeze(-1), 3), response)
+        return None, torch.addcmul(as_event(self.conv.bias, 3), as_event(t.unsqueeze(-1), 3), response)
 
 
 class ConcatSquashConv2d(TimedConv2d):
@@ -191,7 +191,7 @@ class ConcatSquashConv2d(TimedConv2d):
         assert self.conv.bias is not None
         column = t.unsqueeze(-1)
         gate = torch.sigmoid(self.gate(column))
-        return image_of(gate, 3), image_of(torch.addcmul(self.shift(column), self.conv.bias, gate), 3)
+        return as_event(gate, 3), as_event(torch.addcmul(self.shift(column), self.conv.bias, gate), 3)
 
 
 class TimeEmbeddingConv2d(TimedConv2d, TimeEmbedded):
@@ -204,7 +204,7 @@ class TimeEmbeddingConv2d(TimedConv2d, TimeEmbedded):
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
         assert self.conv.bias is not None
         gate, offset = self.gate_and_offset(t)
-        return image_of(gate, 3), image_of(torch.addcmul(offset, self.conv.bias, gate), 3)
+        return as_event(gate, 3), as_event(torch.addcmul(offset, self.conv.bias, gate), 3)
 
 
 LAYERS: dict[str, type[TimedConv2d]] = {
@@ -253,11 +253,11 @@ class ConvField(LayeredField[TimedConv2d]):
         self.places = None if size is None else nn.Parameter(torch.zeros(sizes[1], *size))
 
     def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        return super().forward(t, self.checked(x), self.placed(shift)).contiguous()
+        return super().forward(t, self.checked(x), self.with_pixel_bias(shift)).contiguous()
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, shift = self.checked(x), self.placed(shift)
-        if not self.by_hand(t, x, tangents):
+        x, shift = self.checked(x), self.with_pixel_bias(shift)
+        if not self.can_use_kernels(t, x, tangents):
             v, je = self.jvp_rows(t, x, tangents, shift)
             return v.contiguous(), je.contiguous()
         nodes, batch = x.shape[:-4], x.shape[-4:]
@@ -278,7 +278,7 @@ class ConvField(LayeredField[TimedConv2d]):
         v, je = jvp(self.activation, x, tangents, weights, shifts)
         return v.contiguous(), je.contiguous()
 
-    def placed(self, shift: Tensor | None) -> Tensor | None:
+    def with_pixel_bias(self, shift: Tensor | None) -> Tensor | None:
         """Adds the bias of each pixel to the shift of the labels."""
         if shift is None or self.places is None:
             return self.places if shift is None else shift

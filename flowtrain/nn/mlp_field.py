@@ -15,8 +15,8 @@ from flowtrain.nn.velocity_field import (
     LayeredField,
     TimedLayer,
     TimeEmbedded,
-    back_through,
-    through,
+    activate,
+    activate_vjp,
     unpack,
 )
 from flowtrain.utils.arguments import number, one_of, widths
@@ -173,7 +173,7 @@ def _jvp_block(
     h, t = x, e
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         a = torch.baddbmm(bias.unsqueeze(1), h, weight.mT, beta=gain, alpha=gain)
-        hidden.append(through(activation, a, _product(t, weight.mT), tangents=1))
+        hidden.append(activate(activation, a, _product(t, weight.mT), tangents=1))
         h, t = hidden[-1].h, hidden[-1].t
     return hidden, torch.baddbmm(biases[-1].unsqueeze(1), h, weights[-1].mT), _product(t, weights[-1].mT)
 
@@ -203,7 +203,7 @@ def _vjp_block(
         below = hidden[layer - 1]
         _weight_gradient(at_a, at_u, below.h, below.t, at_weights[layer], at_biases[layer])
         at_h, at_t = torch.bmm(at_a, weights[layer]), _product(at_u, weights[layer])
-        at_a, at_u = back_through(activation, below, at_h, at_t)
+        at_a, at_u = activate_vjp(activation, below, at_h, at_t)
     if e.shape[2] == 1:
         at_u = at_u.sum(2, keepdim=True)
     _weight_gradient(at_a, at_u, x, e, at_weights[0], at_biases[0])
@@ -308,7 +308,8 @@ class MLPField(LayeredField[TimedLinear]):
         layer: concatsquash | concat | time_embedding.
         activation: tanh | softplus | swish.
         classes: number of classes for `given`. None: no labels.
-        init_scale: scale of the initial weights of the first layer, see `spread`. None: torch's U(-1, 1) / sqrt(d).
+        init_scale: scale of the initial weights of the first layer, see `spread_units`. None: torch's default,
+            U(-1, 1) / sqrt(d).
 
     Raises:
         ConfigError: an unknown layer or activation, no hidden layer, or a scale that is not positive.
@@ -328,11 +329,11 @@ class MLPField(LayeredField[TimedLinear]):
         layers = [kind(a, b) for a, b in pairwise(sizes)]
         super().__init__(layers, activation, sizes[1], classes)
         if init_scale is not None:
-            spread(layers[0].linear, number("model.init_scale", init_scale))
+            spread_units(layers[0].linear, number("model.init_scale", init_scale))
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # the hand-written kernels support one bias per node, but not one per row
-        if shift is not None or not self.by_hand(t, x, tangents):
+        if shift is not None or not self.can_use_kernels(t, x, tangents):
             return self.jvp_rows(t, x, tangents, shift)
         nodes, (rows, d) = x.shape[:-2], x.shape[-2:]
         weights, biases = self.at(t.expand(*nodes, 1).reshape(-1))
@@ -353,7 +354,7 @@ class MLPField(LayeredField[TimedLinear]):
 
 
 @torch.no_grad()
-def spread(layer: nn.Linear, scale: float) -> None:
+def spread_units(layer: nn.Linear, scale: float) -> None:
     """Initializes units w x + b with w ~ N(0, 2 scale^2 / d I) and b = -w c, c ~ N(0, 4 I).
 
     A unit is zero on a hyperplane through c, so these hyperplanes are spread over standardized data. Torch's biases are

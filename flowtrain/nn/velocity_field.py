@@ -289,9 +289,9 @@ class LayeredField(Field, Generic[Layer]):
         """
         if self.embedding is None:
             raise ConfigError(f"{type(self).__name__} was built without classes: build it with classes=K for labels")
-        return Given(self, image_of(F.embedding(label, self.embedding), self.event_dims))
+        return Given(self, as_event(F.embedding(label, self.embedding), self.event_dims))
 
-    def by_hand(self, t: Tensor, x: Tensor, tangents: Tensor) -> bool:
+    def can_use_kernels(self, t: Tensor, x: Tensor, tangents: Tensor) -> bool:
         """Whether the hand-written kernels can be used. They need one time for all rows of a node."""
         one_time = x.dim() > self.event_dims and x.numel() > 0 and (t.dim() == 0 or t.shape[-1] == 1)
         transformed = torch.compiler.is_compiling() or transforms_active()
@@ -327,7 +327,7 @@ class Given(Field):
         return self.field.jvp(t, x, tangents, self.shift)
 
 
-def image_of(v: Tensor, event_dims: int) -> Tensor:
+def as_event(v: Tensor, event_dims: int) -> Tensor:
     """Reshapes v (..., C) so that it broadcasts against events, to (..., C, 1, 1) for images."""
     return v.view(*v.shape, *(1,) * (event_dims - 1))
 
@@ -362,14 +362,14 @@ def unpack(tensors: Sequence[Tensor], tangents: int) -> list[Hidden]:
     return [Hidden(h, kept, slope, u, t, tangents) for h, kept, slope, u, t in each]
 
 
-def through(activation: Activation, a: Tensor, u: Tensor, tangents: int) -> Hidden:
+def activate(activation: Activation, a: Tensor, u: Tensor, tangents: int) -> Hidden:
     """Applies the activation. `a` must be multiplied by the gain of the activation, and may be overwritten."""
     h, kept = activation.replace(a)
     slope = activation.slope(kept)
     return Hidden(h, kept, slope, u, u * slope.unsqueeze(tangents), tangents)
 
 
-def back_through(activation: Activation, layer: Hidden, at_h: Tensor, at_t: Tensor) -> tuple[Tensor, Tensor]:
+def activate_vjp(activation: Activation, layer: Hidden, at_h: Tensor, at_t: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the cotangents of a and u for the cotangents of h and t, which are overwritten."""
     first, *rest = zip(at_t.unbind(layer.tangents), layer.u.unbind(layer.tangents), strict=True)
     # summed one by one, because all products together would need as much memory as the tangents

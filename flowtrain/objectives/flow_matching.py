@@ -218,7 +218,7 @@ class Rectified(Matching):
             )
         begun = time.perf_counter()
         with seeded(seed, teacher.like.device):
-            self.pool = drawn(teacher, pairs, number("objective.rtol", rtol))
+            self.pool = draw_pairs(teacher, pairs, number("objective.rtol", rtol))
         log.info("%d pairs drawn from the teacher in %.1f s", pairs, time.perf_counter() - begun)
 
     def pairs(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -228,7 +228,7 @@ class Rectified(Matching):
 
 
 @torch.no_grad()
-def drawn(teacher: Flow, n: int, rtol: float) -> tuple[Tensor, Tensor, Tensor | None]:
+def draw_pairs(teacher: Flow, n: int, rtol: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """Draws n pairs (x0, x1), the ends of paths of the teacher, (n, *event) each, and labels (n,) or None."""
     like, solver = teacher.like, teacher.solver
     assert solver is not None

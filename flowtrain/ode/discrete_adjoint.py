@@ -27,7 +27,7 @@ from torch import Tensor
 from flowtrain.ode.quadrature import Nodes
 from flowtrain.ode.solver import Statistics
 from flowtrain.ode.tableaus import Tableau
-from flowtrain.ode.tape import Recorder, Stage, Tape, Weights, add, combined, on_device, record, take
+from flowtrain.ode.tape import Recorder, Stage, Tape, Weights, add, compute_stages, on_device, record, weighted_sum
 from flowtrain.utils.autograd import first_derivative
 from flowtrain.utils.precision import full_precision
 
@@ -82,7 +82,7 @@ class AcceptedSteps:
         # filled in place, because torch.cat would need memory for all nodes twice
         found = self.x1.new_empty(sum(counts), *self.x1.shape)
         for s, rows, part in zip(self.steps, self.rows, torch.split(found, counts), strict=True):
-            part.copy_(s.x + combined(s.h * rows, s.slopes))
+            part.copy_(s.x + weighted_sum(s.h * rows, s.slopes))
         return found
 
     def forget_slopes(self) -> None:
@@ -104,7 +104,7 @@ class AcceptedSteps:
         at_first: Tensor | None = None
         tapes: dict[int, Tape] = {}
         for k in reversed(range(len(self.steps))):
-            stages = self.steps[k].stages or self.replayed(k)
+            stages = self.steps[k].stages or self.recompute(k)
             at_end, at_first = self.vjp_step(k, stages, at_end, by_step[k], at_first)
             tapes |= {id(s.tape): s.tape for s in stages}
             if self.replay or k == 0:
@@ -130,7 +130,7 @@ class AcceptedSteps:
         """
         h, same, last = self.steps[k].h, self.tableau.first_same_as_last, len(stages) - 1
         a = h * self.weights.a
-        c = combined((h * self.rows[k]).T, at_nodes)
+        c = weighted_sum((h * self.rows[k]).T, at_nodes)
         start = at_nodes.sum(0)
         if at_last is not None:
             c[last] += at_last
@@ -145,22 +145,22 @@ class AcceptedSteps:
                 at_stage = at_stage + at_end
             start += at_stage
             c[:i] += outer(a[i, :i], at_stage)
-        if self.begins(k):
+        if self.owns_first(k):
             return start + stages[0].vjp(c[0]), None
         return start, c[0]
 
-    def begins(self, k: int) -> bool:
+    def owns_first(self, k: int) -> bool:
         """Whether the first slope of step k is its own, and not the last slope of the previous step."""
         return k == 0 or not self.tableau.first_same_as_last
 
-    def replayed(self, k: int) -> list[Stage]:
+    def recompute(self, k: int) -> list[Stage]:
         """Recomputes the stages of step k, except a first slope that is the last slope of the previous step."""
-        step, begins = self.steps[k], self.begins(k)
+        step, owns_first = self.steps[k], self.owns_first(k)
         times = [step.t + c * step.h for c in self.tableau.c]
         stages = record(self.recorder, times, step.x, keep=True)
-        first = stages[0].velocity(step.x) if begins else step.slopes[0]
-        take(step.x, step.h, self.weights, first, lambda i, x: stages[i].velocity(x))
-        self.statistics.nfe_backward += len(times) - (not begins)
+        first = stages[0].velocity(step.x) if owns_first else step.slopes[0]
+        compute_stages(step.x, step.h, self.weights, first, lambda i, x: stages[i].velocity(x))
+        self.statistics.nfe_backward += len(times) - (not owns_first)
         return stages
 
 

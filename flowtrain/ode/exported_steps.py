@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flowtrain.ode.solver import Problem, Solution, Statistics
 from flowtrain.ode.tableaus import Tableau
-from flowtrain.ode.tape import Weights, combined, on_device, take_ordinary
+from flowtrain.ode.tape import Weights, compute_stages_functional, on_device, weighted_sum
 
 
 def take_steps(tableau: Tableau, problem: Problem, n: int, statistics: Statistics) -> Solution:
@@ -30,12 +30,14 @@ def take_steps(tableau: Tableau, problem: Problem, n: int, statistics: Statistic
     def step(state: tuple[Tensor, ...], t: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         x = state[0]
         times = t + h * c
-        points, slopes = take_ordinary(x, h, weights, velocity(times[0], x), lambda i, y: velocity(times[i], y))
-        x1 = x + combined(h * weights.b, slopes)
+        points, slopes = compute_stages_functional(
+            x, h, weights, velocity(times[0], x), lambda i, y: velocity(times[i], y)
+        )
+        x1 = x + weighted_sum(h * weights.b, slopes)
         if integrand is None:
             return (x1,), ()
         _, q = integrand((t + h * c_used).unsqueeze(1), torch.stack([points[i] for i in used]))
-        return (x1, state[1] + combined(h * b_used, q)), ()
+        return (x1, state[1] + weighted_sum(h * b_used, q)), ()
 
     statistics.nfe_forward += n * len(tableau.b)
     statistics.accepted += n

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.ode.tableaus import Tableau
-from flowtrain.ode.tape import combined, on_device
+from flowtrain.ode.tape import on_device, weighted_sum
 
 # the largest number of steps in a panel, and the largest ratio of the lengths of neighbouring steps in a panel. A rule
 # over a long and a short step would have no nodes in the short step, where the field is rough
@@ -50,7 +50,7 @@ class Nodes:
 
     def integrate(self, q: Tensor) -> Tensor:
         """Returns the integrals (B, Q) of q (nodes, B, Q)."""
-        return combined(on_device(self.weights, q), q)
+        return weighted_sum(on_device(self.weights, q), q)
 
     def error(self, q: Tensor) -> Tensor:
         """Estimates the error of the quadrature, (B, Q), at least 0. The error of the points x(t_i) is not included.
@@ -65,7 +65,7 @@ class Nodes:
         for tail in self.tails:
             part = q[first : first + tail.shape[1]]
             first += tail.shape[1]
-            size = combined(on_device(tail, q), part).square().sum(0)
+            size = weighted_sum(on_device(tail, q), part).square().sum(0)
             if self.spectral:
                 total += size / part.square().mean(0).sqrt().clamp_min(torch.finfo(q.dtype).tiny)
             else:

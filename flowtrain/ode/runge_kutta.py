@@ -19,7 +19,16 @@ from flowtrain.ode.quadrature import Nodes, gauss_nodes, has_dense_output, stage
 from flowtrain.ode.solver import Problem, Solution, Solver, Statistics
 from flowtrain.ode.step_control import StepPlan, step_end, step_factor
 from flowtrain.ode.tableaus import TABLEAUS, Tableau
-from flowtrain.ode.tape import AutogradRecorder, Stage, Weights, combined, on_device, record, take, take_ordinary
+from flowtrain.ode.tape import (
+    AutogradRecorder,
+    Stage,
+    Weights,
+    compute_stages,
+    compute_stages_functional,
+    on_device,
+    record,
+    weighted_sum,
+)
 from flowtrain.utils.arguments import one_of
 from flowtrain.utils.autograd import plain_max, plain_values, transforms_active
 from flowtrain.utils.errors import ConfigError
@@ -114,7 +123,7 @@ class _Run:
         taken: the accepted steps of an adaptive solve with gradients, to plan the next solve.
     """
 
-    take = staticmethod(take)
+    compute_stages = staticmethod(compute_stages)
 
     def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics, graph: bool) -> None:
         self.solver, self.problem, self.statistics, self.graph = solver, problem, statistics, graph
@@ -129,7 +138,7 @@ class _Run:
         self.controls_all = self.integrand is not None and solver.control == "all" and solver.adaptive
         self.on_stages = solver.control == "all" or not solver.adaptive or not has_dense_output(self.tableau)
         # without a gradient the integrals are summed step by step, and no nodes are kept
-        self.as_it_goes = self.integrand is not None and self.on_stages and not graph
+        self.sums_integrals = self.integrand is not None and self.on_stages and not graph
         self.total: Tensor | None = None
         self.error: Tensor | None = None
         self.weights = Weights(self.tableau, self.x)
@@ -173,8 +182,8 @@ class _Run:
         def velocity(i: int, x: Tensor) -> Tensor:
             return self.velocity(stages[i], t + tableau.c[i] * h, h, x)
 
-        points, slopes = self.take(x, h, self.weights, self.first[0], velocity)
-        x1 = points[-1] if tableau.first_same_as_last else x + combined(h * self.weights.b, slopes)
+        points, slopes = self.compute_stages(x, h, self.weights, self.first[0], velocity)
+        x1 = points[-1] if tableau.first_same_as_last else x + weighted_sum(h * self.weights.b, slopes)
         return TriedStep(h, slopes, stages, points, x1)
 
     def accept(self, tried: TriedStep, t1: float) -> None:
@@ -182,9 +191,9 @@ class _Run:
         same = self.tableau.first_same_as_last
         if self.controls_all:
             self.add(tried.integral, tried.error)
-        elif self.as_it_goes:
+        elif self.sums_integrals:
             self.add(*self.integrals_of(tried))
-        if self.graph or (self.integrand is not None and not self.as_it_goes):
+        if self.graph or (self.integrand is not None and not self.sums_integrals):
             self.steps.append(AcceptedStep(self.t, tried.h, self.x, tried.slopes, tried.stages))
         # in a replay, the vjp of a shared slope belongs to the previous step
         self.first = (tried.slopes[-1], None if self.replay else tried.stages[-1]) if same else None
@@ -209,13 +218,13 @@ class _Run:
         t1 = self.problem.t1
         smallest = 2 * torch.finfo(self.x.dtype).eps * max(1.0, abs(self.problem.t0), abs(t1))
         plan = self.problem.step_plan.plan(self.t, t1) if self.problem.step_plan is not None else []
-        h = 0.0 if plan else self.begin(10 * smallest)
+        h = 0.0 if plan else self.first_step_size(10 * smallest)
         taken: list[tuple[float, float]] = []
-        broken = 0
+        non_finite_tries = 0
         while self.t != t1:
             end = plan[len(taken)] if plan else step_end(self.t, t1, h)
             if not plan and abs(h) < smallest and end != t1:
-                raise self.solver.non_finite(self.t, h) if broken else self.solver.underflow(self.t, h)
+                raise self.solver.non_finite(self.t, h) if non_finite_tries else self.solver.underflow(self.t, h)
             h = end - self.t
             tried = self.attempt(h)
             ratio = self.error_ratio(tried)
@@ -223,11 +232,11 @@ class _Run:
             if ratio <= 1:
                 taken.append((abs(h), abs(suited)))
                 self.accept(tried, end)
-                broken = 0
+                non_finite_tries = 0
             else:
                 self.statistics.rejected += 1
-                broken = 0 if math.isfinite(ratio) else broken + 1
-                if broken > NON_FINITE_RETRIES:
+                non_finite_tries = 0 if math.isfinite(ratio) else non_finite_tries + 1
+                if non_finite_tries > NON_FINITE_RETRIES:
                     raise self.solver.non_finite(self.t, h)
                 # the steps of the last solve do not suit this one
                 plan = []
@@ -236,12 +245,12 @@ class _Run:
             # solves without gradients, such as the accurate solves of the solver guard, must not change the plan
             self.taken = StepPlan(tuple(taken))
 
-    def begin(self, smallest: float) -> float:
+    def first_step_size(self, smallest: float) -> float:
         """Returns the first step size, with its sign."""
         # near the origin the guess can be below the rounding error of t, which must not count as an underflow
-        return math.copysign(max(abs(self.guess()), smallest), self.problem.t1 - self.problem.t0)
+        return math.copysign(max(abs(self.estimate_first_step()), smallest), self.problem.t1 - self.problem.t0)
 
-    def guess(self) -> float:
+    def estimate_first_step(self) -> float:
         """Estimates the first step size from two slopes (Hairer, Norsett and Wanner, II.4, 'starting step size').
 
         If the state or the slope is nearly zero, the estimate begins with a step of 1e-3. The book uses 1e-6, but the
@@ -258,17 +267,17 @@ class _Run:
             raise self.solver.non_finite(self.t, h0)
         h0 = math.copysign(min(h0, abs(span)), span)
         ahead = self.velocity(self.record([self.t + h0], keep=False)[0], self.t + h0, h0, x + h0 * slope)
-        bend = rms((ahead - slope) / scale) / abs(h0)
-        steepest = plain_max(torch.maximum(speed, bend))
-        if not math.isfinite(steepest):
+        curvature = rms((ahead - slope) / scale) / abs(h0)
+        largest = plain_max(torch.maximum(speed, curvature))
+        if not math.isfinite(largest):
             return h0
-        h1 = (0.01 / steepest) ** (1 / self.tableau.order) if steepest > 1e-15 else abs(span)
+        h1 = (0.01 / largest) ** (1 / self.tableau.order) if largest > 1e-15 else abs(span)
         return min(100 * abs(h0), h1, abs(span))
 
     def error_ratio(self, tried: TriedStep) -> float:
         """Returns the ratio of error and tolerance. It waits for the device only once."""
         solver = self.solver
-        error = combined(tried.h * self.weights.e, tried.slopes)
+        error = weighted_sum(tried.h * self.weights.e, tried.slopes)
         scale = solver.atol + solver.rtol * torch.maximum(self.x.abs(), tried.x1.abs())
         ratio = rms(error / scale)
         if self.controls_all:
@@ -311,7 +320,7 @@ class _Run:
         )
 
     def solution(self) -> Solution:
-        if not self.graph and (self.integrand is None or self.as_it_goes):
+        if not self.graph and (self.integrand is None or self.sums_integrals):
             return Solution(self.x, self.total, self.error, self.statistics)
         nodes = self.nodes() if self.integrand is not None else None
         tableau, counts = self.tableau, self.statistics
@@ -332,7 +341,7 @@ class _OrdinaryRun(_Run):
     of a gradient grows with the number of steps.
     """
 
-    take = staticmethod(take_ordinary)
+    compute_stages = staticmethod(compute_stages_functional)
 
     def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics) -> None:
         # a field's own recorder uses hand-written kernels, which torch.func cannot transform
@@ -341,11 +350,11 @@ class _OrdinaryRun(_Run):
         self.replay = False
 
     def solution(self) -> Solution:
-        if self.integrand is None or self.as_it_goes:
+        if self.integrand is None or self.sums_integrals:
             return super().solution()
         nodes = self.nodes()
         points = [
-            s.x + combined(s.h * on_device(r, s.x), s.slopes) for s, r in zip(self.steps, nodes.rows, strict=True)
+            s.x + weighted_sum(s.h * on_device(r, s.x), s.slopes) for s, r in zip(self.steps, nodes.rows, strict=True)
         ]
         q = self.integrand_at(nodes.times, torch.cat(points))
         return Solution(self.x, nodes.integrate(q), nodes.error(q.detach()), self.statistics)

@@ -83,7 +83,7 @@ class Problem:
     recorder: Recorder | None = None
     step_plan: StepPlan | None = None
 
-    def lasts(self) -> bool:
+    def has_duration(self) -> bool:
         """Whether t0 and t1 differ in the dtype of the state. torchdiffeq keeps the time in this dtype."""
         t0, t1 = torch.tensor([self.t0, self.t1], dtype=self.x.dtype).tolist()
         return bool(t0 != t1)
@@ -154,7 +154,7 @@ def record_solves() -> Iterator[list[Statistics]]:
         _RECORDED.reset(token)
 
 
-def unmoved(problem: Problem, statistics: Statistics) -> Solution:
+def unchanged_solution(problem: Problem, statistics: Statistics) -> Solution:
     """Returns the solution for an empty batch or an interval of length 0: the state is unchanged, the integrals are 0.
 
     The autograd graph of the result reaches x and the parameters. So a backward pass sets gradients of 0, as with
@@ -316,7 +316,7 @@ class Solver(ABC):
         return {"method": self.method, "rtol": None, "atol": None, "step_size": self.step_size}
 
     def solve(self, problem: Problem, options: SolveOptions = AS_CONFIGURED) -> Solution:
-        """Solves `problem`. For an empty batch, or if t0 = t1, the state is returned unchanged, see `unmoved`.
+        """Solves `problem`. For an empty batch, or if t0 = t1, returns `unchanged_solution`.
 
         Args:
             options: replaces settings of the solver for this solve.
@@ -330,8 +330,8 @@ class Solver(ABC):
         if recorded is not None:
             recorded.append(statistics)
         # a program traced by torch.export accepts any number of rows, so it must not branch on this number
-        if not torch.compiler.is_exporting() and (not len(problem.x) or not problem.lasts()):
-            return unmoved(problem, statistics)
+        if not torch.compiler.is_exporting() and (not len(problem.x) or not problem.has_duration()):
+            return unchanged_solution(problem, statistics)
         solver = self.replace(**options.settings)
         solver.check_tolerance(problem.x.dtype)
         with full_precision(problem.x.device):

@@ -178,7 +178,7 @@ def record(recorder: Recorder, times: Sequence[float], like: Tensor, keep: bool)
     return [Stage(tape, i) for i in range(len(times))]
 
 
-def take(
+def compute_stages(
     x: Tensor, h: float, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
 ) -> tuple[list[Tensor], Tensor]:
     """Computes the points x_i = x + h sum_(j<i) a_ij k_j and the slopes k_i = velocity(i, x_i), (stages, B, *event).
@@ -197,17 +197,17 @@ def take(
     return points, slopes
 
 
-def take_ordinary(
+def compute_stages_functional(
     x: Tensor, h: float, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """`take` without in-place writes, which autograd and vmap do not allow."""
+    """`compute_stages` without in-place writes, which autograd and vmap do not allow."""
     points, slopes = [x], [first]
     for i in range(1, len(weights.b)):
-        points.append(x + combined(h * weights.a[i, :i], torch.stack(slopes)))
+        points.append(x + weighted_sum(h * weights.a[i, :i], torch.stack(slopes)))
         slopes.append(velocity(i, points[i]))
     return points, torch.stack(slopes)
 
 
-def combined(weights: Tensor, slopes: Tensor) -> Tensor:
+def weighted_sum(weights: Tensor, slopes: Tensor) -> Tensor:
     """Returns sum_i w_i k_i: (B, *event) for w (stages,), and (n, B, *event) for w (n, stages)."""
     return (weights @ slopes.flatten(1)).view(*weights.shape[:-1], *slopes.shape[1:])
