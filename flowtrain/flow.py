@@ -159,7 +159,7 @@ class Density(Recorded, nn.Module):
         for flow in self.flows:
             for module in flow.bijection.modules():
                 if isinstance(vars(module).get("solver"), Solver):
-                    setattr(module, "solver", solver)  # noqa: B010 - mypy takes a plain assignment for a submodule's
+                    setattr(module, "solver", solver)  # noqa: B010 - mypy reads an assignment as one of a submodule
 
     def save(self, path: str | Path) -> None:
         """Writes the flow to a .pt file for `flowtrain.load`, `floweval` and `flowsample`.

@@ -52,7 +52,7 @@ class Bijection(Recorded, nn.Module, ABC):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Resets `pass_forward` for a subclass that overrides only `forward`, and likewise for `inverse`."""
+        """Resets `pass_forward` if a subclass overrides only `forward`, and `pass_inverse` if only `inverse`."""
         super().__init_subclass__(**kwargs)
         for name, default in (("forward", Bijection.pass_forward), ("inverse", Bijection.pass_inverse)):
             if name in cls.__dict__ and f"pass_{name}" not in cls.__dict__:

@@ -1,4 +1,4 @@
-"""Velocity fields over images: convolutions modulated by time, and their hand-written derivatives."""
+"""Velocity fields for images: convolutions that depend on time, with hand-written derivatives."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -293,7 +293,7 @@ class ConvField(LayeredField[TimedConv2d]):
         if x.dim() < 3 or x.shape[-3] != self.channels:
             raise ConfigError(
                 f"a convolutional field of {self.channels} channels needs images (..., {self.channels}, H, W), not the "
-                f"shape {tuple(x.shape)}: use MLPField for vectors, or set channels to the number of channels"
+                f"shape {tuple(x.shape)}: use MLPField for vectors, or set channels to the channels of the images"
             )
         return x
 

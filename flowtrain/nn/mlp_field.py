@@ -1,4 +1,4 @@
-"""Velocity fields over vectors: multilayer perceptrons modulated by time, and their hand-written derivatives."""
+"""Velocity fields for vectors: multilayer perceptrons that depend on time, with hand-written derivatives."""
 
 from abc import abstractmethod
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Residual networks over vectors, dense and masked, with a hand-written gradient for speed."""
+"""Residual networks for vectors, dense and masked, with a hand-written gradient for speed."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self

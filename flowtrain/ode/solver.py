@@ -129,7 +129,7 @@ class SolveOptions:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that are set and replace a setting of the solver."""
+        """The options that are not None. They replace settings of the solver."""
         found = {key: getattr(self, key) for key in ("rtol", "atol", "step_size", "max_nfe", "control")}
         return {key: value for key, value in found.items() if value is not None}
 
