@@ -42,7 +42,7 @@ USAGE = Usage(
         ("floweval outputs/first data.path=new.csv scores=new.npy", "log p(x) of every row of a new file"),
         ("floweval outputs/first ood=fashion_mnist", "how well log p(x) separates other data"),
         ("floweval outputs/first solver.rtol=1e-7", "a tighter ODE solve"),
-        ("floweval outputs/multirun/2024-05-01/10-00-00", "a sweep, as an ensemble"),
+        ("floweval outputs/multirun/grid", "a sweep (name=grid), as an ensemble"),
     ],
     options={
         "ckpt": RUN_TEXT,
