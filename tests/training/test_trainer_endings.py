@@ -154,7 +154,9 @@ def test_a_validation_that_fails_follows_the_policy(
     assert [r["step"] for r in found if r["split"] == "train"] == list(range(1, 13))
     assert [r["step"] for r in found if r["split"] == "val"] == ([4, 12] if policy == "skip" else [4, 8, 12])
     said = (
-        f"{what} is skipped" if policy == "skip" else f"{what}: log p(x) is nan for row 0 of the val set Back to step 4"
+        f"{what} is skipped"
+        if policy == "skip"
+        else f"{what}: log p(x) is nan for row 0 of the val set. Rewound to step 4"
     )
     assert said in caplog.text
 
