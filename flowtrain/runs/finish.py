@@ -1,4 +1,4 @@
-"""The end of a run: the evaluation of its best checkpoint, result.json and pictures."""
+"""Ends a run: evaluates its best checkpoint, writes result.json and draws pictures."""
 
 import logging
 import math
@@ -27,16 +27,16 @@ log = logging.getLogger("flowtrain")
 def finish(
     trainer: Trainer | Search, run_dir: Path, board: tensorboard.Board | None, flow: Density | None = None
 ) -> None:
-    """Writes result.json and the final pictures, from the best checkpoint on the disk.
+    """Evaluates the best checkpoint of a run, and writes result.json and the final pictures.
 
     Args:
-        flow: a flow to load its weights into; None: built from the config.
+        flow: a flow into which the weights are loaded. None: a flow is built from the config.
     """
 
     def place(name: str) -> Path:
         return run_dir / f"plots/{name}.png"
 
-    # the trainer's config, whose step size may have become smaller
+    # the trainer's config, because the solver guard may have reduced the step size
     config, data, device = trainer.config, trainer.data, trainer.device
     time_budget = trainer.time_budget
     saved = trainer.read()
@@ -83,7 +83,7 @@ def finish(
 
 
 def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
-    """The standard error of the validation NLL at a step; None in rows written by an older flowtrain."""
+    """Returns the standard error of the validation NLL at a step; None if it is missing, as in older versions."""
     found = [row.get("nll_stderr") for row in rows if row.get("split") == "val" and row["step"] == step]
     return found[-1] if found else None
 
@@ -91,7 +91,7 @@ def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
 def draw_training(
     flow: Flow, step: int, nll: float, *, data: Dataset, run_dir: Path, title: str, board: tensorboard.Board | None
 ) -> None:
-    """Draws a picture during training, titled with the step and the NLL of the last validation, in nats."""
+    """Draws a picture during training. Its title has the step and the NLL of the last validation."""
     bits = flow.bits_per_nat
     reached = f"NLL {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
     # the first picture may come before the first validation

@@ -52,7 +52,7 @@ class Batches:
         return Batch(*self.draw(step, self.size, self.share), self.seed_of(step))
 
     def draw(self, step: int, size: int, share: slice) -> tuple[Tensor, Tensor | None]:
-        """Returns the rows `share` of a batch of any size, and their labels for a conditional flow."""
+        """Returns the rows in the slice `share` of a batch of `size` rows, and their labels for a conditional flow."""
         x = self.data.train_share(step, size, self.seed, share).to(self.device, non_blocking=True)
         label = self.data.labels_share(step, size, self.seed, share) if self.flow.classes is not None else None
         return x, None if label is None else label.to(self.device, non_blocking=True)

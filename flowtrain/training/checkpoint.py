@@ -126,7 +126,7 @@ def find(path: Path, prefer: str = "best") -> Path:
     """Returns the checkpoint file for `path`: the file itself, or a run directory's best checkpoint, else its last.
 
     Args:
-        prefer: "best", or the name of the only checkpoint to look for in a run directory, such as "last".
+        prefer: "best": the best checkpoint, else the last one. "last": only the last one.
 
     Raises:
         CheckpointError: there is no such file, or no checkpoint in the directory.

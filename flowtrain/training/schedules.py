@@ -109,7 +109,7 @@ class ScheduleClock:
         self.start = (0.0, p.position)
 
     def reached(self, elapsed: float, limit: float | None) -> float:
-        """Returns the position after `elapsed` of `limit` seconds of training of this command; None: no limit."""
+        """Returns the position after `elapsed` seconds of training of this command with the time `limit`, or None."""
         p = self.progress
         if limit is None:
             return self.at(p.step)
@@ -121,9 +121,9 @@ class ScheduleClock:
         return max(self.at(p.step), begin + (end - begin) * min(1.0, max(0.0, part)))
 
     def advance(self, position: float, elapsed: float) -> bool:
-        """Stores the position that all ranks agreed on. Returns whether the likelihood must begin before its step.
+        """Stores the position that all ranks agreed on. Returns whether the likelihood must begin earlier than planned.
 
-        When the likelihood begins at its step, the rest of the time limit is measured from there.
+        When the likelihood begins at its planned step, the rest of the time limit is measured from there.
         """
         p = self.progress
         before, p.position = self.start[1], position

@@ -53,9 +53,9 @@ class Board:
     def follow(self, metrics: Metrics, step: int, plots: Path) -> None:
         """Starts to follow the rows of `metrics` at a step of the run.
 
-        Records of that step and later ones in earlier files are dropped, because the run may have ended at that step,
-        and will do so again. The rows and pictures of that step are then written again. Without earlier files, the rows
-        and pictures of all earlier steps are written.
+        Records of that step and later ones in earlier files are dropped, because an earlier command may have written
+        final results at that step. The rows and pictures of that step are then written again. Without earlier files,
+        the rows and pictures of all earlier steps are written.
         """
         since = step if self.earlier else 0
         self._add(step=since, file_version="brain.Event:2")

@@ -98,7 +98,7 @@ class TimeBudget:
             self.measured(measured)
         except STEP_ERRORS as e:
             # the next validation reports the error
-            log.debug("a probe of the time that rows take failed: %s", e)
+            log.debug("the time to score a row could not be measured: %s", e)
         finally:
             self.flow.train(training)
             self.probed += 1
@@ -163,7 +163,7 @@ class TimeBudget:
         return self.most_val
 
     def tested(self) -> tuple[Dataset, bool]:
-        """Returns the data with the test rows that there is time for, and whether there is time for the checks.
+        """Returns the data with the test rows that can be scored in time, and whether there is time for the checks.
 
         Warns if not all test rows are scored. Sets `for_baselines` to 0 if the rows and the checks need that time.
         """
@@ -171,7 +171,7 @@ class TimeBudget:
         seconds = self.left - self.slowness * PICTURES
         rows, thorough = self.evaluated(seconds - self.for_baselines)
         if not thorough and self.for_baselines:
-            # the rows and the checks come first
+            # rows and checks have priority over the baselines
             self.for_baselines = 0.0
             rows, thorough = self.evaluated(seconds)
             log.info(

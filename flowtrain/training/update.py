@@ -191,7 +191,7 @@ class Update:
         return averaged(list(self.flow.parameters()), terms, self.batches.weight)
 
     def diagnose_failure(self, step: int, batch: Batch, tried: Attempt) -> FlowtrainError:
-        """Returns an error that says on which rank a step failed and why, the same on all ranks. Keeps the batch."""
+        """Returns an error that says on which rank a step failed and why, the same on all ranks. Saves the batch."""
         failure = tried.failure or bad_update(self.flow, float(tried.terms["loss"]), batch.x)
         if failure is not None:
             path = dump(self.run_dir, step + 1, batch.x, batch.label)

@@ -24,7 +24,7 @@ MOST_COMPARED, LEAST_ROWS_RISEN = 2000, 5
 SIGMAS = 4.0
 # differences are clipped at this multiple of their median size, so that one row does not decide
 CLIP = 3.0
-# if this share of rows is worse, the spread of the differences does not matter
+# if this share of the rows is worse, the standard error is not checked
 MANY_WORSE = 0.75
 # for samples with more elements than this, the margin grows in proportion
 MARGIN_COLUMNS = 10
@@ -160,12 +160,12 @@ class Validation:
         if regular:
             self.count()
             self.check_overfitting(rows)
-        # a new best counts only once its checkpoint is written, on all ranks
+        # a new best counts only if its checkpoint could be written; all ranks agree on this
         if improved and self.checkpoints.best():
             p.best, p.best_rows = {"nll": p.val_nll, "step": p.step}, rows
 
     def count(self) -> None:
-        """Updates patience and plateau after a regular validation: whether it was the best regular one."""
+        """Updates the counters for patience and plateau after a regular validation."""
         p = self.progress
         improved = p.val_nll < (math.inf if p.counted is None else p.counted)
         if improved:
