@@ -52,7 +52,7 @@ def job(config: DictConfig, run_dir: Path) -> float:
         if (run_dir / RESULT).is_file():
             print(run_dir)
             return _least(result_of(run_dir).get("val_nll"))
-        if checkpoint.any_in(run_dir):
+        if checkpoint.has_checkpoint(run_dir):
             best, code = resume_run(run_dir, trusted(plain(config)["trust"]))
         else:
             (run_dir / OVERRIDES).parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ def runs_of(path: str | Path | Sequence[str | Path]) -> list[Path] | None:
 
 
 def _runs_inside(root: Path) -> list[Path] | None:
-    if not root.is_dir() or checkpoint.any_in(root):
+    if not root.is_dir() or checkpoint.has_checkpoint(root):
         return None
     # skips the candidates of a search, which are in a directory inside its run
     begun = {path.parent for path in root.glob("**/checkpoints") if not (path.parents[1] / SEARCH_STATE).is_file()}
@@ -69,7 +69,7 @@ def _runs_inside(root: Path) -> list[Path] | None:
     runs = sorted(begun - {root}, key=lambda run: [(len(part), part) for part in run.parts])
     if not runs:
         return None
-    found = [run for run in runs if checkpoint.any_in(run)]
+    found = [run for run in runs if checkpoint.has_checkpoint(run)]
     if not found:
         raise CheckpointError(f"{root}: none of the {len(runs)} runs in this directory has a checkpoint")
     for run in runs:

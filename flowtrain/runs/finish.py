@@ -46,7 +46,7 @@ def finish(
         else:
             load.load_averaged_weights(flow, saved)
     with phase("evaluating"):
-        tested, thorough = (data, True) if time_budget is None else time_budget.tested()
+        tested, thorough = (data, True) if time_budget is None else time_budget.affordable_data()
         seconds = affordable_seconds(trainer.seconds) if has_baselines(flow, data) else 0.0
         if time_budget is not None:
             seconds = min(seconds, time_budget.for_baselines)
@@ -75,7 +75,7 @@ def finish(
         drawn += pictures.draw_more(flow, data, place, reached)
     if board is not None:
         board.end(result.to_dict(), drawn, trainer.step)
-    trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.course(saved['step'])}"
+    trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.summary(saved['step'])}"
     if time_budget is not None:
         log.info("time_budget=%g: %.1f s so far", time_budget.seconds, time_budget.seconds - time_budget.left)
         time_budget.warn_if_over()

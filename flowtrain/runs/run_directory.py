@@ -118,7 +118,7 @@ def holds_run(run_dir: Path) -> bool:
     searched = (
         any(run_dir.glob(f"{SEARCH_FOLDER}/*/checkpoints/*.pt")) and (run_dir / SEARCH_FOLDER / SEARCH_STATE).exists()
     )
-    return measured or searched or (run_dir / "result.json").exists() or checkpoint.any_in(run_dir)
+    return measured or searched or (run_dir / "result.json").exists() or checkpoint.has_checkpoint(run_dir)
 
 
 @contextmanager

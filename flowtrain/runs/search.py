@@ -195,7 +195,7 @@ class Search:
             ConfigError, DataError: the data have changed, see `flowtrain.runs.prepare.check_unchanged`.
         """
         assert self.run_dir is not None
-        if checkpoint.any_in(self.run_dir):
+        if checkpoint.has_checkpoint(self.run_dir):
             self._content = saved = checkpoint.load(checkpoint.find(self.run_dir))
         else:
             saved = next((s for name in self.candidates if (s := self._saved(name, "last")) is not None), {})
@@ -230,7 +230,7 @@ class Search:
         """Returns the checkpoint of the stack."""
         return self._content
 
-    def course(self, step: int) -> str:
+    def summary(self, step: int) -> str:
         """Returns a summary of the search."""
         members = sum(candidate.weight > 0 for candidate in self.candidates.values())
         return f"{members} of {counted(len(self.candidates), 'candidate')} in the stack, {self.step:,} steps in all"

@@ -62,7 +62,7 @@ def _add_tensor(digest: Any, value: Tensor) -> None:
 FORMAT = 2
 KEYS = ("format", "config", "event_shape", "step", "weights")
 # checks of values by key
-KINDS: dict[str, Callable[[Any], bool]] = {
+VALUE_CHECKS: dict[str, Callable[[Any], bool]] = {
     "event_shape": lambda v: isinstance(v, list | tuple) and bool(v) and all(type(n) is int and n > 0 for n in v),
     "step": lambda v: type(v) is int and v >= 0,
     "weights": lambda v: isinstance(v, dict) and all(isinstance(w, torch.Tensor) for w in v.values()),
@@ -116,7 +116,7 @@ def previous(path: Path) -> Path:
     return path.with_suffix(f".previous{path.suffix}")
 
 
-def any_in(run_dir: Path) -> bool:
+def has_checkpoint(run_dir: Path) -> bool:
     """Returns whether a run directory contains a checkpoint, best or last."""
     paths = [run_dir / "checkpoints" / f"{name}.pt" for name in ("best", "last")]
     return any(path.exists() or previous(path).exists() for path in paths)
@@ -194,7 +194,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the checkpoint is damaged: {e}.") from e
     if found != expected and (expected is not None or checkpoint["format"] != 1):
         raise CheckpointError(f"{path}: the checkpoint is damaged: its contents do not match its checksum.")
-    for key, good in KINDS.items():
+    for key, good in VALUE_CHECKS.items():
         if not good(checkpoint.get(key)):
             raise CheckpointError(f"{path}: the checkpoint is damaged: its {key} is not valid.")
     missing = [group for group in GROUPS if not isinstance(checkpoint["config"].get(group), dict)]

@@ -68,15 +68,15 @@ class CheckpointManager:
         self.saved_step = progress.step
         self._in_memory: dict[str, dict[str, Any]] = {}
 
-    def best(self) -> bool:
+    def write_best(self) -> bool:
         """Writes best.pt, from which a flow is loaded. Returns whether it was written."""
-        return self.keep("best", self.inference_state())
+        return self._write("best", self.inference_state())
 
-    def last(self) -> None:
+    def write_last(self) -> None:
         """Writes last.pt: the contents of best.pt and the state that a resumed run needs."""
         rest = {**self.train_state.state(), **self.progress.state(), "trouble": self.failure_policy.state()}
         rest["histories"] = [[*plan.steps] for plan in self.flow.step_plans]
-        if self.keep("last", {**self.inference_state(), **rest}):
+        if self._write("last", {**self.inference_state(), **rest}):
             self.saved_step = self.progress.step
 
     def inference_state(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class CheckpointManager:
             "ema": None if self.train_state.ema is None else self.train_state.ema.state(),
         }
 
-    def keep(self, name: str, state: dict[str, Any]) -> bool:
+    def _write(self, name: str, state: dict[str, Any]) -> bool:
         """Writes a checkpoint on rank 0. Returns whether it was written, the same on all ranks.
 
         If the disk is full, the previous checkpoint stays and the run continues. At step 0 there is none, and the error
@@ -145,7 +145,7 @@ class CheckpointManager:
         self.flow.set_step_plans([StepPlan(tuple((h, suited) for h, suited in steps)) for steps in saved_plans])
         self.saved_step = self.progress.step
 
-    def back(self) -> None:
+    def rewind(self) -> None:
         """Restores weights and training state from last.pt."""
         saved = self.read("last")
         load_weights(self.flow, saved)

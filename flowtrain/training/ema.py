@@ -30,7 +30,7 @@ class Ema:
         self.shadow = {name: p.detach().clone() for name, p in self._averaged()}
 
     @torch.no_grad()
-    def begin_anew(self) -> None:
+    def restart(self) -> None:
         """Sets the module's weights to the average, and resets the count of updates."""
         self.updates = 0
         for name, p in self._averaged():

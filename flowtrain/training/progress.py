@@ -83,7 +83,7 @@ class NfeWatch:
         self.before: deque[int] = deque(maxlen=MEDIAN_OF)
         self.warned, self.spiking = False, False
 
-    def see(self, step: int, row: Mapping[str, Any]) -> None:
+    def check(self, step: int, row: Mapping[str, Any]) -> None:
         """Checks the NFE in the row of a step. Must be called after every successful step."""
         nfe = (row.get("nfe_forward") or 0) + (row.get("nfe_backward") or 0)
         if not nfe:

@@ -75,26 +75,26 @@ class Recovery:
         # last.pt is not updated: the step failed because of its weights, and would fail again when resumed from them
         lr = self.settings.lr * self.failure_policy.lr_scale
         if not isinstance(error, STEP_ERRORS):
-            cure = "" if run_dir is None else f"Resume with: {resume_command(run_dir)}"
+            hint = "" if run_dir is None else f"Resume with: {resume_command(run_dir)}"
         elif run_dir is None:
-            cure = f"Fit again with a smaller learning rate, trainer.lr={lr / 2:g}."
+            hint = f"Fit again with a smaller learning rate, trainer.lr={lr / 2:g}."
         else:
-            cure = (
+            hint = (
                 "Resume from the last checkpoint with a smaller learning rate: "
                 f"{resume_command(run_dir)} trainer.lr={lr / 2:g}"
             )
         message = f"{what}: {error}"
-        raise type(error)(f"{message.rstrip('.')}. {cure}" if cure else message) from error
+        raise type(error)(f"{message.rstrip('.')}. {hint}" if hint else message) from error
 
     def rewind(self, why: str) -> None:
         """Rewinds the run to the last checkpoint and halves the learning rate from there on."""
         rewinds, halvings = self.failure_policy.rewinds + 1, self.failure_policy.halvings + 1
-        self.checkpoints.back()
+        self.checkpoints.rewind()
         self.failure_policy.rewinds, self.failure_policy.halvings, self.failure_policy.skipped = rewinds, halvings, 0
         step = self.checkpoints.saved_step
         self.metrics.back_to(step)
         # saved now, so that a run that is killed before its next checkpoint does not resume with the old rate
-        self.checkpoints.last()
+        self.checkpoints.write_last()
         log.warning(
             "%s. Rewound to step %d; the learning rate is now %g times trainer.lr (rewind %d of at most %d).",
             why,

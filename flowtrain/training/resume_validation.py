@@ -16,7 +16,7 @@ from flowtrain.utils.errors import CheckpointError
 
 Check = Callable[[Any], bool]
 # upper limit of the counts of rewinds, skipped steps and tightenings
-MANY = 1000
+MAX_COUNT = 1000
 
 
 def is_count(value: Any) -> bool:
@@ -24,8 +24,8 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _few(value: Any) -> bool:
-    return is_count(value) and value <= MANY
+def _is_small_count(value: Any) -> bool:
+    return is_count(value) and value <= MAX_COUNT
 
 
 def _number(value: Any) -> bool:
@@ -52,18 +52,20 @@ def _steps(value: Any) -> bool:
     return pairs and all(_positive(n) for p in value for n in p) and sum(a / b for a, b in value) < 1e6
 
 
-# checks of the keys that must be present (PROGRESS), and of keys that older versions do not write (LATER)
-PROGRESS: dict[str, Check] = {
+# checks of the keys that must be present (REQUIRED), and of keys that older versions do not write (OPTIONAL)
+REQUIRED: dict[str, Check] = {
     "seconds": lambda v: _number(v) and math.isfinite(v) and v >= 0,
     "stale": is_count,
     "best": _none_or(_fields(nll=lambda v: _number(v) and math.isfinite(v), step=is_count)),
     "val_nll": _number,
     "lr": _fields(scale=lambda v: _number(v) and 0 < v <= 1, stale=is_count),
 }
-LATER: dict[str, Check] = {
+OPTIONAL: dict[str, Check] = {
     "began": lambda v: isinstance(v, bool),
-    "guard": _none_or(_fields(tightenings=_few, warned=_none_or(lambda v: isinstance(v, dict)))),
-    "trouble": lambda v: _fields(skipped=_few, rewinds=_few)(v) and _few(v.get("halvings", 0)),
+    "guard": _none_or(_fields(tightenings=_is_small_count, warned=_none_or(lambda v: isinstance(v, dict)))),
+    "trouble": lambda v: (
+        _fields(skipped=_is_small_count, rewinds=_is_small_count)(v) and _is_small_count(v.get("halvings", 0))
+    ),
     "position": lambda v: _number(v) and math.isfinite(v) and v >= 0,
     "counted": _none_or(_number),
     "worse": lambda v: isinstance(v, list) and all(map(_number, v)),
@@ -78,8 +80,8 @@ def check_progress(saved: Mapping[str, Any], flow: Flow) -> None:
     Raises:
         CheckpointError: a part is missing or has values that no run writes.
     """
-    wrong = [key for key, good in PROGRESS.items() if key not in saved or not good(saved[key])]
-    wrong += [key for key, good in LATER.items() if key in saved and not good(saved[key])]
+    wrong = [key for key, good in REQUIRED.items() if key not in saved or not good(saved[key])]
+    wrong += [key for key, good in OPTIONAL.items() if key in saved and not good(saved[key])]
     if not _is_ema(saved.get("ema"), flow):
         wrong.append("ema")
     if wrong:
@@ -109,17 +111,17 @@ def moments(saved: Any, parameters: Sequence[nn.Parameter]) -> dict[int, dict[st
     state = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError("the checkpoint is damaged: it has no valid optimizer state")
-    for i, of_one in state.items():
-        known = type(i) is int and 0 <= i < len(parameters) and isinstance(of_one, dict)
-        if not known or not all(_fits(of_one.get(name), parameters[i]) for name in ("exp_avg", "exp_avg_sq")):
+    for i, entry in state.items():
+        known = type(i) is int and 0 <= i < len(parameters) and isinstance(entry, dict)
+        if not known or not all(_fits(entry.get(name), parameters[i]) for name in ("exp_avg", "exp_avg_sq")):
             raise CheckpointError(
                 f"the checkpoint's optimizer state does not fit parameter {i}: the checkpoint is damaged, or the run "
                 "had another trainer.optimizer"
             )
-        step = of_one.get("step")
+        step = entry.get("step")
         if not isinstance(step, Tensor) or step.shape != () or not bool(torch.isfinite(step)):
             raise CheckpointError(f"the checkpoint is damaged: the optimizer state of parameter {i} has no valid step")
-    return {i: {name: of_one[name] for name in ("step", "exp_avg", "exp_avg_sq")} for i, of_one in state.items()}
+    return {i: {name: entry[name] for name in ("step", "exp_avg", "exp_avg_sq")} for i, entry in state.items()}
 
 
 def _fits(value: Any, parameter: Tensor) -> bool:

@@ -28,9 +28,9 @@ class LearningRate:
 
     def __init__(self, settings: Settings, again: int = 0) -> None:
         self.settings, self.again = settings, again
-        self.begin_anew()
+        self.restart()
 
-    def begin_anew(self) -> None:
+    def restart(self) -> None:
         """Resets the state of the plateau schedule."""
         self.scale, self.stale = 1.0, 0
 

@@ -108,18 +108,18 @@ class SolverGuard:
         if coarse == fine:
             return False
         loose, nfe, failure = self._log_prob(x, label, seed, coarse)
-        wrong, failed, read = False, False, "the check failed on another rank"
+        wrong, failed, finding = False, False, "the check failed on another rank"
         # if the coarse solve fails, nothing can be compared; the next training step reports its own failure
         if not failure:
             tight, _, failure = self._log_prob(x, label, seed, fine)
             failed = bool(failure)
             wrong = failed or exploited(loose, tight, math.prod(self.flow.event_shape))
-            read = f"the batch has an NLL of {-loose.mean():.4f} with the solver settings of training, "
-            read += f"but a tight solve failed ({failure})" if failed else f"{-tight.mean():.4f} with a tight solve"
+            finding = f"the batch has an NLL of {-loose.mean():.4f} with the solver settings of training, "
+            finding += f"but a tight solve failed ({failure})" if failed else f"{-tight.mean():.4f} with a tight solve"
         # all ranks tighten if one must, because they train the same field with the same tolerance
         any_wrong, any_failed, most = ranks.largest([wrong, failed, nfe])
         # after a failed tight solve, tighten only once, because there is no comparison to repeat
-        return bool(any_wrong) and self._tighten(step, int(most), f"step {step}: {read}") and not any_failed
+        return bool(any_wrong) and self._tighten(step, int(most), f"step {step}: {finding}") and not any_failed
 
     def _options(self, step: int) -> tuple[SolveOptions, SolveOptions]:
         """Returns the options of a solve as in training and of a tight solve."""
@@ -151,32 +151,32 @@ class SolverGuard:
         failure = "" if bool(torch.isfinite(log_p).all()) else "the log-likelihood is NaN or infinite"
         return log_p, max((s.nfe_forward for s in solves), default=0), failure
 
-    def _tighten(self, step: int, nfe: int, read: str) -> bool:
+    def _tighten(self, step: int, nfe: int, finding: str) -> bool:
         """Tightens, or warns that a limit is reached. Returns whether it tightened.
 
         Args:
             nfe: the NFE of the coarse solve.
-            read: the result of the comparison, for messages.
+            finding: the result of the comparison, for messages.
         """
         solver = self.solver
         rtol, _ = before = self.tolerance_at(step)
         if solver.adaptive and before == (solver.rtol, solver.atol):
             return self._warn(
-                f"{read}. Training already uses the final tolerance, solver.rtol={solver.rtol:g}, which is too large: "
-                "resume with a smaller one, with solver.control=all, or with a smaller trainer.lr."
+                f"{finding}. Training already uses the final tolerance, solver.rtol={solver.rtol:g}, which is too "
+                "large: resume with a smaller one, with solver.control=all, or with a smaller trainer.lr."
             )
         if not solver.adaptive and 2 * nfe > solver.max_nfe:
             return self._warn(
-                f"{read}. Half of solver.step_size={solver.step_size:g} would exceed solver.max_nfe={solver.max_nfe}: "
-                "resume with a larger solver.max_nfe, or with a smaller trainer.lr."
+                f"{finding}. Half of solver.step_size={solver.step_size:g} would exceed "
+                f"solver.max_nfe={solver.max_nfe}: resume with a larger solver.max_nfe, or with a smaller trainer.lr."
             )
         self.tightenings += 1
         if solver.adaptive:
-            log.warning("%s; rtol of training is reduced from %.3g to %.3g", read, rtol, self.tolerance_at(step)[0])
+            log.warning("%s; rtol of training is reduced from %.3g to %.3g", finding, rtol, self.tolerance_at(step)[0])
         else:
             half = self._step_size() / 2
             message = "%s; solver.step_size is reduced from %.3g to %.3g, also for evaluation"
-            log.warning(message, read, solver.step_size, half)
+            log.warning(message, finding, solver.step_size, half)
             self.flow.use_solver(solver.replace(step_size=half))
         return True
 

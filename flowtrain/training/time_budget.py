@@ -128,7 +128,7 @@ class TimeBudget:
         n_val = len(self.data.val) if self.most_val is None else min(self.most_val, len(self.data.val))
         if not self.evaluates:
             return self.slowness * self.row_seconds * n_val
-        tested, thorough = self.evaluated(self.room)
+        tested, thorough = self.affordable_rows(self.room)
         rows = n_val + tested + (CHECKED if thorough else BRIEF) + DRAWN[self.kind]
         return self.slowness * (OVERHEAD + PICTURES) + self.for_baselines + self.row_seconds * rows
 
@@ -137,7 +137,7 @@ class TimeBudget:
         """Seconds left for training."""
         return self.left - self.end
 
-    def evaluated(self, seconds: float) -> tuple[int, bool]:
+    def affordable_rows(self, seconds: float) -> tuple[int, bool]:
         """Returns the number of test rows that can be scored in `seconds`, and whether there is time for the checks."""
         n = len(self.data.test)
         if not self.row_seconds:
@@ -162,18 +162,18 @@ class TimeBudget:
         )
         return self.most_val
 
-    def tested(self) -> tuple[Dataset, bool]:
+    def affordable_data(self) -> tuple[Dataset, bool]:
         """Returns the data with the test rows that can be scored in time, and whether there is time for the checks.
 
         Warns if not all test rows are scored. Sets `for_baselines` to 0 if the rows and the checks need that time.
         """
         n = len(self.data.test)
         seconds = self.left - self.slowness * PICTURES
-        rows, thorough = self.evaluated(seconds - self.for_baselines)
+        rows, thorough = self.affordable_rows(seconds - self.for_baselines)
         if not thorough and self.for_baselines:
             # rows and checks have priority over the baselines
             self.for_baselines = 0.0
-            rows, thorough = self.evaluated(seconds)
+            rows, thorough = self.affordable_rows(seconds)
             log.info(
                 "time_budget=%g leaves no time for baselines other than a Gaussian; floweval baselines=true fits them",
                 self.seconds,

@@ -104,12 +104,12 @@ class TrainState:
 
         return restore
 
-    def begin_anew(self) -> None:
+    def restart(self) -> None:
         """Prepares for another objective: sets the weights to their average and resets optimizer and learning rate."""
         self.optimizer.state.clear()
-        self.lr.begin_anew()
+        self.lr.restart()
         if self.ema is not None:
-            self.ema.begin_anew()
+            self.ema.restart()
 
     def with_average(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Calls a function while the flow has its averaged weights, if there are any."""

@@ -151,7 +151,7 @@ class Trainer:
         """The run's config, with changes made during training: a reduced step size, and keys of the objective."""
         return self.checkpoints.config
 
-    def course(self, best: int) -> str:
+    def summary(self, best: int) -> str:
         """Summarizes training: the best step and advice. `best` is the step of best.pt."""
         d = math.prod(self.flow.event_shape)
         hint = advice(self.metrics.rows, best, self.step, d, self.data.n_train is not None, self.config)
@@ -176,7 +176,7 @@ class Trainer:
         with StopSignals() as signals, progress_bar(s.steps, p.step, name) as bar:
             if p.step == 0:
                 # so that a run that is killed before its first validation can be resumed
-                self.checkpoints.last()
+                self.checkpoints.write_last()
                 if self.validation_schedule.validates_early(0) and p.best is None:
                     # drops a validation row of an earlier process that was killed before it saved a checkpoint
                     self.metrics.back_to(-1)
@@ -214,7 +214,7 @@ class Trainer:
         """Makes one update and runs the solver guard. Returns the measurements of the step."""
         step = self.step
         if self.train_state.solves(step) and not self.progress.began:
-            self.begin_anew()
+            self.start_likelihood()
         row, batch = self.update.take(step, self.train_state.rate(step) * self.failure_policy.lr_scale)
         with status("checking the solver's error"):
             too_coarse = self.train_state.check_solver(step, batch)
@@ -222,17 +222,17 @@ class Trainer:
             self.checkpoints.keep_step_size()
         return row
 
-    def begin_anew(self) -> None:
+    def start_likelihood(self) -> None:
         """Prepares the first step that maximizes the likelihood. After another objective, it starts at the average."""
         self.progress.began = True
         if self.step:
-            self.train_state.begin_anew()
+            self.train_state.restart()
             self.progress.stale, self.progress.worse = 0, []
 
     def measured(self, row: Row, bar: Status) -> None:
         """Processes the measurements of a step: warns about the NFE, and logs every `log_every` steps."""
         self.failure_policy.skipped = 0
-        self.watch.see(self.step, row)
+        self.watch.check(self.step, row)
         if self.step % self.settings.log_every == 0 or self.step == 1:
             nll = row.pop("nll")
             self.metrics.write(step=self.step, split="train", nll=nll, seconds=self.seconds, **row)
@@ -264,13 +264,13 @@ class Trainer:
         if self.validation_schedule.validates(self.step):
             if validate() is Failed.REWOUND:
                 return
-            self.checkpoints.last()
+            self.checkpoints.write_last()
         elif self.validation_schedule.validates_early(self.step):
             if not self.validate_early() and self.stopped_by:
-                self.checkpoints.last()
+                self.checkpoints.write_last()
         elif self.stopped_by:
             # saved before the validation, because an uninterrupted run would not validate at this step
-            self.checkpoints.last()
+            self.checkpoints.write_last()
             if self.signal is None:
                 validate()
         if self.validation_schedule.draws(self.step):
@@ -302,7 +302,7 @@ class Trainer:
         except STEP_ERRORS as e:
             log.warning("the early validation of step %d failed and is skipped: %s", self.step, e)
             return False
-        self.checkpoints.last()
+        self.checkpoints.write_last()
         return True
 
     def draw(self) -> None:

@@ -25,7 +25,7 @@ from flowtrain.utils.precision import narrowed, training_step
 AVERAGING_SLOTS = 16
 
 
-def averaged(
+def average_gradients(
     parameters: Sequence[nn.Parameter], terms: Mapping[str, Tensor], weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Replaces this rank's gradients by the weighted mean sum_r w_r g_r over all ranks r, if that is finite.
@@ -125,17 +125,17 @@ class Update:
         batch = self.batches.of(step)
         self.train_state.set_rate(lr)
         restore = self.train_state.keep_running()
-        tried = self.attempt(step, batch)
-        norm, means = self.averaged(tried)
+        attempt = self.attempt(step, batch)
+        norm, means = self.average(attempt)
         grad_norm, *values = torch.stack([norm, *means.values()]).tolist()
         found = dict(zip(means, values, strict=True))
-        if tried.failure is not None or not math.isfinite(grad_norm) or not math.isfinite(found["loss"]):
+        if attempt.failure is not None or not math.isfinite(grad_norm) or not math.isfinite(found["loss"]):
             restore()
-            raise self.diagnose_failure(step, batch, tried)
+            raise self.diagnose_failure(step, batch, attempt)
         if self.settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.flow.parameters(), self.settings.clip_norm, norm)
         self.train_state.apply()
-        nfe = {name: found.pop(name, n) for name, n in tried.nfe.items()}
+        nfe = {name: found.pop(name, n) for name, n in attempt.nfe.items()}
         del found["loss"]
         row = {
             "nll": None,
@@ -151,7 +151,7 @@ class Update:
 
     def attempt(self, step: int, batch: Batch) -> Attempt:
         """Computes loss and gradients of this rank's rows. An error is returned, because all ranks must exchange it."""
-        tried, s = Attempt(), self.settings
+        attempt, s = Attempt(), self.settings
         self.objective.train()
         if s.compile:
             # allows CUDA graphs to overwrite the tensors of the previous step
@@ -160,11 +160,11 @@ class Update:
             self.train_state.optimizer.zero_grad()
             try:
                 self.objective.begin(step)
-                tried.terms = self.backward(batch.x, batch.label, self.train_state.options(step))
+                attempt.terms = self.backward(batch.x, batch.label, self.train_state.options(step))
             except STEP_ERRORS as e:
-                tried.failure = e
-        tried.nfe = {name: sum(getattr(c, name) for c in solves) / s.accumulate for name in NFE if solves}
-        return tried
+                attempt.failure = e
+        attempt.nfe = {name: sum(getattr(c, name) for c in solves) / s.accumulate for name in NFE if solves}
+        return attempt
 
     def backward(self, x: Tensor, label: Tensor | None, options: SolveOptions) -> dict[str, Tensor]:
         """Returns the loss of a batch and its terms by name, and adds to the gradients of the parameters.
@@ -183,16 +183,16 @@ class Update:
                 total[name] = total.get(name, 0.0) + share * term.detach()
         return total
 
-    def averaged(self, tried: Attempt) -> tuple[Tensor, dict[str, Tensor]]:
+    def average(self, attempt: Attempt) -> tuple[Tensor, dict[str, Tensor]]:
         """Replaces the gradients by their mean over all ranks. Returns its norm and the mean terms, including NFE."""
-        terms = dict(tried.terms)
+        terms = dict(attempt.terms)
         if terms and ranks.size() > 1:
-            terms |= {name: terms["loss"].new_tensor(n, dtype=torch.float32) for name, n in tried.nfe.items()}
-        return averaged(list(self.flow.parameters()), terms, self.batches.weight)
+            terms |= {name: terms["loss"].new_tensor(n, dtype=torch.float32) for name, n in attempt.nfe.items()}
+        return average_gradients(list(self.flow.parameters()), terms, self.batches.weight)
 
-    def diagnose_failure(self, step: int, batch: Batch, tried: Attempt) -> FlowtrainError:
+    def diagnose_failure(self, step: int, batch: Batch, attempt: Attempt) -> FlowtrainError:
         """Returns an error that says on which rank a step failed and why, the same on all ranks. Saves the batch."""
-        failure = tried.failure or bad_update(self.flow, float(tried.terms["loss"]), batch.x)
+        failure = attempt.failure or bad_update(self.flow, float(attempt.terms["loss"]), batch.x)
         if failure is not None:
             path = dump(self.run_dir, step + 1, batch.x, batch.label)
             failure = failure if path is None else type(failure)(f"{failure} Its batch is in {path}.")

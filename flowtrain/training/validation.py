@@ -161,7 +161,7 @@ class Validation:
             self.count()
             self.check_overfitting(rows)
         # a new best counts only if its checkpoint could be written; all ranks agree on this
-        if improved and self.checkpoints.best():
+        if improved and self.checkpoints.write_best():
             p.best, p.best_rows = {"nll": p.val_nll, "step": p.step}, rows
 
     def count(self) -> None:

@@ -215,9 +215,9 @@ def test_training_leaves_time_for_the_evaluation(pretended: Clock) -> None:
     assert dear.end == pytest.approx(dear.left - dear.for_training)
     # all test rows, a validation, what is checked, and a picture
     assert dear.end > 10
-    assert dear.evaluated(dear.room) == (10_000, True)
+    assert dear.affordable_rows(dear.room) == (10_000, True)
     # the checks go first
-    assert limited(pretended, 100, 3.3e-3).evaluated(50.0) == (10_000, False)
+    assert limited(pretended, 100, 3.3e-3).affordable_rows(50.0) == (10_000, False)
     # what it reserves does not shrink as time goes by
     before = dear.end
     pretended.now += 40
@@ -242,18 +242,18 @@ def test_baselines_of_tables_have_a_share_unless_the_checks_need_it(pretended: C
     late = budget(100)
     late.row_seconds = 1e-5
     pretended.now += 95
-    assert late.tested() == (table, True)
+    assert late.affordable_data() == (table, True)
     assert late.for_baselines == 0
 
 
 def test_test_rows_are_never_reduced_silently(pretended: Clock, caplog: pytest.LogCaptureFixture) -> None:
     enough = limited(pretended, 100, 1e-4)
-    data, thorough = enough.tested()
+    data, thorough = enough.affordable_data()
     assert data is enough.data
     assert thorough
     assert not caplog.records
     short = limited(pretended, 100, 0.01)
-    fewer, thorough = short.tested()
+    fewer, thorough = short.affordable_data()
     assert not thorough
     n = len(fewer.test)
     assert 200 <= n < 10_000

@@ -31,7 +31,7 @@ KEYS = [
 
 
 @pytest.mark.parametrize(
-    ("owner", "method"), [(Validation, "run"), (CheckpointManager, "last")], ids=["validated", "saved"]
+    ("owner", "method"), [(Validation, "run"), (CheckpointManager, "write_last")], ids=["validated", "saved"]
 )
 def test_a_signal_while_the_last_step_is_validated_or_saved(
     owner: type, method: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
