@@ -87,7 +87,7 @@ class Candidate:
         return math.inf if self.trimmed is None or not math.isfinite(self.trimmed) else self.trimmed
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """The results as a phrase for messages."""
         error = math.nan if self.nll_stderr is None else self.nll_stderr
         nll = "no NLL" if self.nll is None else f"validation NLL {with_error(self.nll, error)}"

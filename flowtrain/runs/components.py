@@ -46,7 +46,7 @@ class Choice:
     prior: float
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """The settings as a phrase for messages."""
         prior = f", prior of {self.prior:g} rows" if self.prior else ""
         return f"{counted(self.components, 'component')}, {self.covariance}{prior}"
@@ -55,8 +55,8 @@ class Choice:
 def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float = SECONDS) -> dict[str, Any]:
     """Returns the config with each `auto` of a mixture's `components`, `covariance` and `prior` replaced by its value.
 
-    The values have the lowest validation NLL among the mixtures that `chosen` tries. The mixtures are fitted to the
-    training rows alone. The rows are standardised, which changes every NLL by the same amount.
+    The values have the lowest validation NLL among the mixtures that `choose_mixture` fits to the training rows. The rows
+    are standardised, which changes every NLL by the same amount.
 
     Args:
         seconds: the time after which no further mixture is tried.
@@ -76,7 +76,7 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
         rows, held = (part.double().cpu() for part in parts)
         mean, std = rows.mean(0), rows.std(0, correction=0)
         std = torch.where(std > 0, std, 1.0)
-        best, tried = chosen(
+        best, tried = choose_mixture(
             (rows - mean) / std,
             (held - mean) / std,
             components=COMPONENT_COUNTS if "components" in asked else [whole("model.components", model["components"])],
@@ -85,13 +85,15 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
             seconds=seconds,
         )
     volume = float(std.log().sum())
-    log.info("mixture: %s: validation NLL %.3f nats, the lowest of %d", best.words, tried[best] + volume, len(tried))
+    log.info(
+        "mixture: %s: validation NLL %.3f nats, the lowest of %d", best.description, tried[best] + volume, len(tried)
+    )
     for each, nll in tried.items():
-        log.debug("mixture: %s: validation NLL %.3f nats", each.words, nll + volume)
+        log.debug("mixture: %s: validation NLL %.3f nats", each.description, nll + volume)
     return {**config, "model": {**model, **{key: asdict(best)[key] for key in asked}}}
 
 
-def chosen(
+def choose_mixture(
     train: Tensor,
     val: Tensor,
     components: Sequence[int] = COMPONENT_COUNTS,
@@ -165,7 +167,7 @@ class _Trials:
         return self.nll[choice]
 
     def grow(self, families: Sequence[tuple[str, float]], components: Sequence[int]) -> None:
-        """Fits mixtures of the families with increasing numbers of components, as described in `chosen`."""
+        """Fits mixtures of the families with increasing numbers of components, as described in `choose_mixture`."""
         growing = dict.fromkeys(families, (math.inf, 0))
         for k in components:
             for family, (lowest, waited) in list(growing.items()):

@@ -174,13 +174,13 @@ def banner(trainer: Trainer, run_dir: Path | None, recipes: Mapping[str, Sequenc
     start = f", from step {step}" if step else ""
     rows = {
         "model": f"{name_of(config['model'])}, {size:,} parameters",
-        "data": f"{data_name(config)}, {samples_words(data)}",
+        "data": f"{data_name(config)}, {describe_samples(data)}",
         "solver": "none: closed form" if flow.solver is None else _solver(flow.solver, warmup),
         "objective": objective + ("" if regularizer == "none" else f", regularizer {regularizer}"),
         "training": f"{settings.steps:,} steps of {settings.batch_size}{start}, {settings.optimizer}, "
         f"learning rate {settings.lr:g} ({settings.lr_decay}), seed {config['seed']}",
         **({} if recipes is None else {"recipe": _recipes(config, recipes)}),
-        "device": device_words(flow.like.device),
+        "device": describe_device(flow.like.device),
         **({} if run_dir is None else {"run": str(shortest(run_dir))}),
     }
     return as_banner(title_of(config), rows)
@@ -192,7 +192,7 @@ def as_banner(title: str, rows: Mapping[str, str]) -> str:
     return f"flowtrain: {title}\n{lines}"
 
 
-def samples_words(data: Dataset) -> str:
+def describe_samples(data: Dataset) -> str:
     """Describes a data set: the columns or the image shape, and the sizes of its sets."""
     shape = data.event_shape
     kind = f"{shape[0]} column{'s' * (shape[0] > 1)}" if len(shape) == 1 else f"images {'x'.join(map(str, shape))}"
@@ -218,7 +218,7 @@ def _solver(solver: Solver, warmup: int) -> str:
     return f"{solver.method}, rtol {solver.rtol:g}, atol {solver.atol:g}{tightening}"
 
 
-def device_words(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """Describes a device: the name of the GPU, or the number of threads."""
     beside = f", {ranks.size()} ranks" if ranks.size() > 1 else ""
     if device.type == "cuda":

@@ -83,18 +83,18 @@ def prepare(
         check_unchanged(load.samples_of(saved), data.samples)
     within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
     choose_threads(config.get("threads"), data.event_shape)
-    taught = teaching(config, run_dir, saved is not None)
+    teacher_checkpoint = read_teacher(config, run_dir, saved is not None)
     teacher = None
-    if taught is not None:
-        check_same("from", load.samples_of(taught), data.samples)
-        if saved is None and (change := changes(load.samples_of(taught).record, data.samples.record)):
+    if teacher_checkpoint is not None:
+        check_same("from", load.samples_of(teacher_checkpoint), data.samples)
+        if saved is None and (change := changes(load.samples_of(teacher_checkpoint).record, data.samples.record)):
             log.warning(
                 "from: since that run, %s. It may have been trained on rows that are held out now, whose NLL is then "
                 "too low",
                 change,
             )
         with status("loading the run to begin from"):
-            teacher = load.restore_flow(taught, device, trust)
+            teacher = load.restore_flow(teacher_checkpoint, device, trust)
     if saved is not None:
         load.check_sizes(saved, data.samples)
     torch.manual_seed(whole("seed", config["seed"], least=0))
@@ -133,10 +133,10 @@ def prepare(
     )
     if run_dir is None:
         return trainer
-    if saved is None and taught is not None and build.takes_teacher(config) and ranks.is_first():
+    if saved is None and teacher_checkpoint is not None and build.takes_teacher(config) and ranks.is_first():
         # Written last, because the directory then counts as a run. The content was read before, because the other run
         # may change
-        checkpoint.save(run_dir / TEACHER, taught)
+        checkpoint.save(run_dir / TEACHER, teacher_checkpoint)
     if board is not None:
         board.follow(trainer.metrics, trainer.step, run_dir / "plots")
     return trainer
@@ -188,7 +188,7 @@ def _fitting(flow: Flow, data: Dataset) -> Flow:
     return flow
 
 
-def teaching(config: Mapping[str, Any], run_dir: Path | None, resumed: bool) -> dict[str, Any] | None:
+def read_teacher(config: Mapping[str, Any], run_dir: Path | None, resumed: bool) -> dict[str, Any] | None:
     """Reads the checkpoint of the run `from`; None if it is not needed.
 
     A new run starts with its weights. Some objectives also learn from its flow. When their runs are resumed, the copy

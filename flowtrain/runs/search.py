@@ -34,7 +34,7 @@ from flowtrain.runs.auto_settings import AUTO
 from flowtrain.runs.candidates import Candidate, recommended
 from flowtrain.runs.components import resolve_components
 from flowtrain.runs.compose import options, values_of, with_choices
-from flowtrain.runs.console import as_banner, data_name, device_words, prefixed, samples_words, shortest
+from flowtrain.runs.console import as_banner, data_name, describe_device, describe_samples, prefixed, shortest
 from flowtrain.runs.ensembles import validation_log_probs, validation_rows
 from flowtrain.runs.prepare import (
     NOTHING_GIVEN,
@@ -383,7 +383,7 @@ class Search:
             level = logging.INFO if isinstance(e, ConfigError) else logging.WARNING
             log.log(level, "%s is left out: %s", name, e)
         candidate.seconds += time.perf_counter() - begun
-        log.info("%s: %s", name, candidate.words)
+        log.info("%s: %s", name, candidate.description)
         self._write_state()
 
     def _train(self, candidate: Candidate, stage: int, seconds: float | None) -> None:
@@ -625,10 +625,10 @@ class Search:
         steps = "" if self.max_steps is None else f"up to {self.max_steps:,} steps of each, "
         rows = {
             "model": f"auto: fits {', '.join([*cheap, *flows])} and stacks the best; model=NAME fits one",
-            "data": f"{data_name(self.given_config)}, {samples_words(self.data)}",
+            "data": f"{data_name(self.given_config)}, {describe_samples(self.data)}",
             "training": f"{steps}{'no time limit' if self._left() == math.inf else f'{self._left():.0f} s in all'}, "
             f"seed {self.given_config['seed']}",
-            "device": device_words(self.device),
+            "device": describe_device(self.device),
             **({} if self.run_dir is None else {"run": str(shortest(self.run_dir))}),
         }
         return as_banner(f"{AUTO} on {data_name(self.given_config)}", rows)
@@ -637,7 +637,7 @@ class Search:
         """Returns a table of all candidates with weight and validation NLL, the lowest NLL first."""
         lines = [f"{counted(len(self.candidates), 'candidate')} in {self.seconds:.0f} s; NLL in nats"]
         for c in sorted(self.candidates.values(), key=lambda c: math.inf if c.nll is None else c.nll):
-            lines.append(f"{c.name:>{NAMES}}  weight {c.weight:.3f}, {c.words}")
+            lines.append(f"{c.name:>{NAMES}}  weight {c.weight:.3f}, {c.description}")
         return "\n".join(lines)
 
 

@@ -76,12 +76,12 @@ def write_summary(root: Path) -> tuple[str, int]:
     jobs = read(root)
     if not jobs:
         return "no job was begun", 0
-    keys = swept(jobs)
+    keys = varied_keys(jobs)
     table = as_markdown(jobs, keys)
     done = [job for job in jobs if job.result]
     axes = [key for key in keys if key != "seed"] or keys
     written = {"sweep.csv": as_csv(jobs, keys), "sweep.md": table + "\n"}
-    lines = {key: against(done, key) for key in axes[:MOST_SWEPT]}
+    lines = {key: group_by_key(done, key) for key in axes[:MOST_SWEPT]}
     with warn_if_plotting_fails("the sweep", ", nor its files"):
         for name, text in written.items():
             write_text(root / name, text)
@@ -95,7 +95,7 @@ def write_summary(root: Path) -> tuple[str, int]:
 def read(root: Path) -> list[Job]:
     """Reads the jobs of a sweep, sorted by validation NLL. Jobs without a result are last."""
     jobs = []
-    for folder, given in begun_in(root).items():
+    for folder, given in jobs_in(root).items():
         error = folder / ERROR
         try:
             result, said = result_of(folder), error.read_text(errors="replace").strip() if error.is_file() else None
@@ -106,7 +106,7 @@ def read(root: Path) -> list[Job]:
     return sorted(jobs, key=lambda job: (job.val_nll, job.state, len(job.name), job.name))
 
 
-def begun_in(root: Path) -> dict[Path, list[str]]:
+def jobs_in(root: Path) -> dict[Path, list[str]]:
     """Returns the directories of a sweep's jobs, each with the overrides of its run."""
     found = sorted(path.parent.parent for path in root.glob(f"**/{OVERRIDES}"))
     return {folder: given for folder in found if folder != root and (given := overrides_of(folder)) is not None}
@@ -144,7 +144,7 @@ def _pair(override: str) -> tuple[str, str]:
     return key, re.sub(r"\\(['\"])", r"\1", quoted[2]) if quoted else value
 
 
-def as_good(jobs: Sequence[Job]) -> set[str]:
+def tied_with_best(jobs: Sequence[Job]) -> set[str]:
     """Returns the names of the runs whose validation NLL is not significantly worse than the best.
 
     The difference to the best must be at most 2 standard errors of the difference. The errors of two runs are assumed
@@ -157,7 +157,7 @@ def as_good(jobs: Sequence[Job]) -> set[str]:
     return {best.name, *near}
 
 
-def swept(jobs: Sequence[Job]) -> list[str]:
+def varied_keys(jobs: Sequence[Job]) -> list[str]:
     """Returns the keys that do not have the same value in all jobs, in the order of the command line."""
     keys = dict.fromkeys(key for job in jobs for key in job.keys)
     return [key for key in keys if len({job.keys.get(key) for job in jobs}) > 1]
@@ -168,7 +168,7 @@ def as_csv(jobs: Sequence[Job], keys: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["job", *keys, *MEASURED, "as_good_as_best", "state", "error"])
-    near = as_good(jobs)
+    near = tied_with_best(jobs)
     for job in jobs:
         found = (job.result.get(name) for name in MEASURED)
         given = (job.keys.get(key, "") for key in keys)
@@ -182,7 +182,7 @@ def as_markdown(jobs: Sequence[Job], keys: Sequence[str]) -> str:
     """Formats the jobs as a Markdown table, with significant digits only and without empty columns."""
     columns: dict[str, list[str]] = {"job": [job.name for job in jobs]}
     columns |= {key: [_short(job.keys.get(key, "")) for job in jobs] for key in keys}
-    near = as_good(jobs)
+    near = tied_with_best(jobs)
     marks = {job.name: " *" if job.name in near and len(near) > 1 else "" for job in jobs}
     columns["validation NLL"] = [_validation(job) + marks[job.name] for job in jobs]
     columns["test NLL"] = [_nll(job.result) for job in jobs]
@@ -190,7 +190,7 @@ def as_markdown(jobs: Sequence[Job], keys: Sequence[str]) -> str:
         columns[words] = [_number(job.result.get(name)) for job in jobs]
     columns["steps"] = [str(job.result.get("steps", "")) for job in jobs]
     columns["seconds"] = [_number(job.result.get("train_seconds"), 3) for job in jobs]
-    columns[""] = [_words(job) for job in jobs]
+    columns[""] = [_state_text(job) for job in jobs]
     columns = {head: cells for head, cells in columns.items() if any(cells)}
     table = as_table(list(columns), zip(*columns.values(), strict=True))
     return f"{table}\n\n{TIED}" if len(near) > 1 else table
@@ -214,14 +214,14 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "" if value is None else brief(value) if abs(value) < 1e-2 else f"{value:.{digits}g}"
 
 
-def _words(job: Job) -> str:
+def _state_text(job: Job) -> str:
     if job.state == "done":
         return ""
     last = (job.error or "run the same sweep again to continue it").splitlines()[-1]
     return f"{job.state}: {last if len(last) <= 120 else last[:119] + '…'}"
 
 
-def against(jobs: Iterable[Job], key: str) -> Swept:
+def group_by_key(jobs: Iterable[Job], key: str) -> Swept:
     """Groups the results of the jobs by their values of one key, regardless of the other keys."""
     values: dict[str, list[Job]] = {}
     for job in jobs:
