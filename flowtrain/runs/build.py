@@ -1,4 +1,4 @@
-"""Builds the objects of a run from its config. No other module calls the classes that a config names."""
+"""Builds the objects of a run from its config. Only this module calls the classes that a config names."""
 
 import inspect
 import math

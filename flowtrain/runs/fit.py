@@ -227,7 +227,7 @@ def train(
     _check_trainable(flow)
     source = source_of(x, label, val, test)
     if source.labelled and flow.classes is None:
-        raise DataError("the flow is not conditional: leave label out")
+        raise DataError("the flow is not conditional: remove the argument label")
     kind = CONTINUOUS if flow.ode_blocks else DISCRETE
     where = flow.like.device if device is None else device
     settings = {**source.settings, "model": kind, "seed": seed, "device": str(where)}

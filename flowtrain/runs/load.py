@@ -180,7 +180,7 @@ def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str]
 
 
 def own_packages(config: Mapping[str, Any]) -> list[str]:
-    """Returns the packages of a config that the user has composed, which are trusted when its run is evaluated."""
+    """Returns the packages of a config's classes, which are trusted because the user has composed the config."""
     return [
         str(group["_target_"]).split(".")[0]
         for group in config.values()
@@ -264,7 +264,7 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> Density | None:
 
 
 def without_own_arguments(node: Any) -> Any:
-    """Returns a config without the plain arguments of nested classes of other packages, whose sizes are not checked."""
+    """Removes the plain arguments of other packages' classes from a config. Those classes check sizes themselves."""
     if isinstance(node, list | tuple):
         return [without_own_arguments(item) for item in node]
     if not isinstance(node, Mapping):

@@ -134,8 +134,8 @@ def prepare(
     if run_dir is None:
         return trainer
     if saved is None and teacher_checkpoint is not None and build.takes_teacher(config) and ranks.is_first():
-        # Written last, because the directory then counts as a run. The content was read before, because the other run
-        # may change
+        # Written last, because the directory then counts as a run. The content was read at the start, because the other
+        # run may have changed since
         checkpoint.save(run_dir / TEACHER, teacher_checkpoint)
     if board is not None:
         board.follow(trainer.metrics, trainer.step, run_dir / "plots")

@@ -52,7 +52,7 @@ def train(
         trust: packages besides flowtrain whose classes the checkpoint of `from` may name.
         begun: the time.perf_counter at which the command began, for `time_budget`; None: now.
         recipes: for the banner, the recipes that were applied, with the keys that each of them set; None if unknown.
-        given: objects that replace those of the config.
+        given: objects that replace objects of the config.
     """
     begun = time.perf_counter() if begun is None else begun
     with own_settings(ranks.device(build.resolve_device(config["device"]))):

@@ -16,7 +16,7 @@ from flowtrain.utils.formatting import resume_command
 
 # the lock file, and a file that names its holder, because other processes cannot read a locked file on Windows
 NAME, HOLDER = ".lock", ".holder"
-# the directory for the candidates of a search inside the run directory, and the file inside it with the search's state
+# the directory of a search's candidates inside the run directory, and the state file inside that directory
 SEARCH_FOLDER, SEARCH_STATE = "search", "search.json"
 WRITTEN = (SEARCH_FOLDER, "metrics.jsonl", "flowtrain.log", "result.json", "checkpoints/last.pt", "checkpoints/best.pt")
 # files that a run writes before its training begins

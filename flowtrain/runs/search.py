@@ -4,7 +4,7 @@ The search fits a Gaussian and a mixture first. Then each flow in `flowtrain.run
 equal first part, which is one sixth of the time of the best flow. The flows are ranked by validation NLL without the
 worst 1% of the rows. The best flow gets the time that is left. If it stops early, the others continue in the order of
 their rank. This is similar to successive halving (Jamieson and Talwalkar 2016, Non-stochastic best arm identification
-and hyperparameter optimization). Time that is then left is used for further seeds of the best model.
+and hyperparameter optimization). Any remaining time is used for further seeds of the best model.
 
 The result is the ensemble of all candidates, log p(x) = log sum_m w_m p_m(x), with weights by EM on the validation rows
 (stacking: Smyth and Wolpert 1999, Linearly combining density estimators via stacking). A candidate is left out if the

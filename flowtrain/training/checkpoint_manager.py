@@ -93,8 +93,8 @@ class CheckpointManager:
     def _write(self, name: str, state: dict[str, Any]) -> bool:
         """Writes a checkpoint on rank 0. Returns whether it was written, the same on all ranks.
 
-        If the disk is full, the previous checkpoint stays and the run continues. At step 0 there is none, and the error
-        is raised.
+        If the disk is full, the previous checkpoint is kept and the run continues. At step 0, the error is raised,
+        because there is no previous checkpoint.
         """
         if self.run_dir is None:
             self._in_memory[name] = checkpoint.on_cpu(deepcopy(state))

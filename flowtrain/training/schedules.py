@@ -22,8 +22,8 @@ class LearningRate:
     - constant: 1.
 
     Args:
-        again: the step at which the likelihood replaces another objective; 0: none. The schedule runs once over the
-            steps before it and once over the steps from there on.
+        again: the step at which the likelihood replaces another objective; 0: none. The schedule runs over the steps
+            before it, and again over the other steps.
     """
 
     def __init__(self, settings: Settings, again: int = 0) -> None:
@@ -91,7 +91,7 @@ class ScheduleClock:
     Args:
         progress: the progress of the run, which stores the position.
         steps: the number of steps of the run.
-        change: the step at which the likelihood takes over from another objective; 0 if the run begins with it.
+        change: the step at which the likelihood replaces another objective; 0 if the run begins with the likelihood.
     """
 
     def __init__(self, progress: Progress, steps: int, change: int) -> None:
@@ -135,7 +135,7 @@ class ScheduleClock:
         return False
 
     def change_now(self, elapsed: float) -> None:
-        """Makes the likelihood take over at this step."""
+        """Makes the likelihood replace the other objective at this step."""
         p = self.progress
         self.change, self.start, p.position = p.step, (elapsed, float(p.step)), float(p.step)
 
