@@ -14,7 +14,7 @@ import filelock
 from flowtrain.runs.compose import read_yaml
 from flowtrain.runs.console import data_name, name_of
 from flowtrain.runs.run_directory import NAME as LOCK
-from flowtrain.runs.sweep_summary import ERROR, RESULT, read, result_of, swept
+from flowtrain.runs.sweep_summary import ERROR, RESULT, read, result_of, varied_keys
 from flowtrain.utils.errors import ConfigError, first_line
 
 CONFIG, METRICS = ".hydra/config.yaml", "metrics.jsonl"
@@ -104,7 +104,7 @@ def _run_dirs(root: Path) -> Iterator[Path]:
     for folder, below, files in os.walk(root):
         path = Path(folder)
         is_sweep = any(name in files for name in OF_SWEEP)
-        if not is_sweep and (METRICS in files or RESULT in files or (path / CONFIG).is_file()):
+        if not is_sweep and (METRICS in files or RESULT in files or _is_file(path / CONFIG)):
             below.clear()
             yield path
         below[:] = sorted(name for name in below if not name.startswith("."))
@@ -113,7 +113,7 @@ def _run_dirs(root: Path) -> Iterator[Path]:
 def _sweep_of(path: Path, root: Path) -> Path | None:
     """The sweep directory that a run lies in, not above the directory that was searched."""
     for folder in path.parents:
-        if any((folder / name).is_file() for name in OF_SWEEP):
+        if any(_is_file(folder / name) for name in OF_SWEEP):
             return folder
         if folder == root:
             break
@@ -122,8 +122,12 @@ def _sweep_of(path: Path, root: Path) -> Path | None:
 
 def _swept_overrides(sweep: Path) -> dict[Path, dict[str, str]]:
     """The overrides that differ between the runs of a sweep, by run directory."""
-    jobs = read(sweep)
-    keys = swept(jobs)
+    try:
+        jobs = read(sweep)
+    except OSError:
+        # the sweep of another user
+        return {}
+    keys = varied_keys(jobs)
     return {sweep / job.name: {key: job.keys[key] for key in keys if key in job.keys} for job in jobs}
 
 
@@ -226,7 +230,7 @@ def _state(path: Path, result: Mapping[str, Any], last_step: int) -> str:
         return "running"
     if result and last_step <= _whole(result.get("steps"), last_step):
         return "finished"
-    if (path / ERROR).is_file():
+    if _is_file(path / ERROR):
         return "failed"
     # training with on_nonfinite=stop keeps the batch of the step at which it failed
     kept = [int(found[1]) for file in path.glob("failed/*.npz") if (found := re.match(r"step_(\d+)", file.name))]
@@ -236,7 +240,8 @@ def _state(path: Path, result: Mapping[str, Any], last_step: int) -> str:
 def is_in_use(path: Path) -> bool:
     """Whether a live process holds the lock of a run directory."""
     file = path / LOCK
-    if not file.is_file() or file.stat().st_size:
+    # where the system has file locks, the lock file is empty
+    if not _is_file(file) or (file.stat().st_size and filelock.FileLock is not filelock.SoftFileLock):
         return False
     lock = filelock.FileLock(file)
     try:
@@ -248,6 +253,14 @@ def is_in_use(path: Path) -> bool:
         return False
     lock.release()
     return False
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is a file that can be seen; False without permission."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _changed(file: Path) -> float:
