@@ -20,7 +20,7 @@ from flowtrain.cli.config_files import (
     split_config_dir,
 )
 from flowtrain.cli.error_messages import keys_of_choice
-from flowtrain.cli.overrides import SWEEP, VALUED, quoted, validate_command_line, with_default_choices
+from flowtrain.cli.overrides import SWEEP, VALUED, quoted, validate_command_line, with_default_choices, with_name
 from flowtrain.cli.start_run import check_known_keys, with_choices_of_from
 from flowtrain.cli.usage import Row, joined, paragraph, table
 from flowtrain.runs.compose import applied_recipes, read_file, values_of
@@ -127,7 +127,8 @@ def help_text(arguments: Sequence[str]) -> str:
         ConfigError, HydraException: a mistake in the command line.
     """
     about = topics(arguments)
-    arguments = with_default_choices(quoted([argument for argument in arguments if argument not in about]))
+    arguments = with_name(quoted([argument for argument in arguments if argument not in about]))
+    arguments = with_default_choices(arguments)
     validate_command_line(arguments)
     overrides = overrides_of(with_choices_of_from(arguments))
     if about:

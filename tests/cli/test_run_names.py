@@ -82,3 +82,10 @@ def test_without_a_name_the_directory_is_the_time(run: Run) -> None:
     code, out, err = run("flowtrain", *FAST, "name=null")
     assert code == 0, err
     assert len(Path(out.splitlines()[-1]).relative_to(Path("outputs").absolute()).parts) == 2
+
+
+def test_help_and_cfg_take_a_name(run: Run) -> None:
+    code, out, err = run("flowtrain", "name=my run (1)", "--help", "hydra.run.dir")
+    assert (code, "outputs/my run (1)" in out) == (0, True), err
+    code, out, err = run("flowtrain", "name=my run (1)", "--cfg", "job")
+    assert (code, "name: my run (1)" in out, files()) == (0, True, []), err
