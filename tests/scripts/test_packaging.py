@@ -43,6 +43,10 @@ def test_a_wheel_from_an_sdist_runs_the_tour(tmp_path: Path) -> None:
     assert {p.name for p in config_dir().rglob("*.yaml")} == {
         p.name for p in (site / "flowtrain/configs").rglob("*.yaml")
     }
+    # the long description of a package index, which has no relative paths
+    description = next(site.glob("flowtrain-*.dist-info/METADATA")).read_text()
+    assert "# flowtrain" in description
+    assert not re.findall(r"\]\((?!https?:|#)", description)
     (tmp_path / "work").mkdir()
     readme = (site / "flowtrain/README.md").read_text()
     section = readme.partition("\n## From Python\n")[2].partition("\n## ")[0]
