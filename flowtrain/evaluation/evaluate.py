@@ -43,13 +43,13 @@ from flowtrain.utils.status import phase
 
 log = logging.getLogger("flowtrain")
 
-# largest number of rows of a set whose ODE solve may fail
+# Largest number of rows of a set whose ODE solve may fail
 UNSOLVED = 100
-# largest number of validation samples that H is computed from
+# Largest number of validation samples from which H of the typicality score is computed
 MOST_TYPICAL = 10_000
-# number of rows of the error budget if time is short
+# Number of rows of the error budget with `thorough=False`
 FEW = 10
-# largest number of rows whose density is ranked, and how many samples each is ranked among
+# Calibration of ensembles: largest number of rows, and number of samples for each row
 RANKED, RANKED_SAMPLES = 1000, 4
 
 
@@ -69,44 +69,46 @@ def evaluate(
     dtype: torch.dtype | None = None,
     baseline_seconds: float = 0.0,
 ) -> Evaluation:
-    """The negative log-likelihood (NLL) of a flow on held-out rows, in nats per sample, with its error and checks.
+    """Computes the negative log-likelihood (NLL) of held-out rows in nats per sample, its error and checks of the flow.
 
-    Of an ensemble, the NLL is that of its own density, and the NLL and weight of each member are listed. Checks that
-    need a map from base to data are made of each member.
+    For an ensemble, the NLL is computed from the density of the ensemble. The NLL and the weight of each member are
+    listed. Checks that need a map from base to data are made for each member.
 
-    The rows are scored in evaluation mode. Afterwards, the flow and the settings and random state of torch are as
-    before. The check `concentration` fails if log p of a row is not finite, or if the ODE of a row cannot be solved.
-    Failed checks are logged as warnings by the logger `flowtrain`.
+    The rows are scored in evaluation mode. The state of the flow, the settings of torch and its random state do not
+    change. The check `concentration` fails if log p of a row is not finite, or if the ODE of a row cannot be solved.
+    The logger `flowtrain` logs failed checks as warnings.
 
     Args:
+        flow: a flow or an ensemble.
         data: rows (n, *event_shape) in data units that the flow was not trained on: an array, a tensor or a data frame,
             see `Flow.read_rows`. Or a `flowtrain.data.Dataset`.
         split: the held-out set of a `Dataset`: "val" or "test". It has no effect on rows.
-        step: the step in the report. None: the step of `flow.record`, or 0 without a record.
-        batch_size: the number of rows that are scored at once. None: chosen by the size of a sample.
+        step: the training step in the report. None means the step of `flow.record`, or 0 without a record.
+        batch_size: the number of rows that are scored at once. None means a number that depends on the size of a
+            sample.
         dequantization_samples: the number of noise draws for each row of an integer-valued flow. exp(log p) is averaged
             over them.
-        other: (name, samples) of another set. The report says how well log p separates it from `data`. A conditional
+        other: (name, samples) of another set for OOD detection: how well log p separates it from `data`. A conditional
             flow uses log p without labels, averaged over all classes.
         seed: the seed of the noise of dequantization and of estimated traces.
         trained_on: the rows or the data set that the flow was trained on. The baselines are fitted to them, see
-            `flowtrain.evaluation.baselines`. None: no baselines. The validation set of a `Dataset` also gives the
-            entropy for the typicality score of `other`. Otherwise the scored rows give it.
+            `flowtrain.evaluation.baselines`. None means no baselines. The entropy for the typicality score of `other`
+            is computed on the validation set of a `Dataset`, otherwise on the scored rows.
         thorough: if false, only `concentration` and `baseline` are checked, and the error budget is measured on only
             10 rows (FEW).
         label: for a conditional flow, the labels of the rows, or the name of their column in a data frame.
-        dtype: evaluates a copy of the flow in this dtype, such as `torch.float64`. None: the dtype of the flow.
-        baseline_seconds: the time that a Gaussian mixture (needs scikit-learn) and a kernel density estimate, fitted to
-            `trained_on`, may take; only for vectors without labels. 0: the baseline is a Gaussian alone.
+        dtype: evaluates a copy of the flow in this dtype, such as `torch.float64`. None means the dtype of the flow.
+        baseline_seconds: the time limit for fitting a Gaussian mixture (needs scikit-learn) and a kernel density
+            estimate to `trained_on`; only for vectors without labels. 0 means that the only baseline is a Gaussian.
 
     Returns:
-        An `Evaluation`. `print` shows it as a table, and a notebook as HTML.
+        An `Evaluation`. `print` shows it as a table, a notebook shows HTML tables.
 
     Raises:
-        ConfigError: several dequantization samples of data that are not whole numbers, a dtype that is not real, or
-            `baseline_seconds` without `trained_on`, or for images or conditional flows.
-        DataError: data of another kind than the flow takes, missing values, or no rows.
-        FlowtrainError: rows of another shape, or labels missing, superfluous or out of range.
+        ConfigError: several dequantization samples for data that are not whole numbers, a dtype that is not real, or
+            `baseline_seconds` without `trained_on`, for images or for conditional flows.
+        DataError: data that do not fit the flow, missing values, or no rows.
+        FlowtrainError: rows of another shape, or labels that are missing, not allowed or out of range.
         NonFiniteError: no log-likelihood is finite.
         SolverError: more than 100 rows cannot be solved.
 
@@ -125,13 +127,13 @@ def evaluate(
         flow = copy.deepcopy(flow).to(dtype)
     if number("baseline_seconds", baseline_seconds, inclusive=True):
         _check_baselines(flow, trained_on)
-    # of the run's own sets: where a command scores all rows of a file, `trained_on` is there for H alone
+    # if a command scores all rows of a file, `trained_on` is only used for H, unless baselines are requested
     fitted = trained_on if split != "all" or baseline_seconds else None
     if isinstance(data, str):
         raise DataError(f"data={data!r}: give rows, or a data set such as flowtrain.data.Moons()")
     if isinstance(data, Dataset):
         if label is not None:
-            raise ConfigError("label: a data set has labels of its own; leave it out")
+            raise ConfigError("label: a data set contains its labels; omit label")
     else:
         data, split, fitted = dataset_of(flow, data, label, seed), "all", trained_on
     if not isinstance(fitted, Dataset | None):
@@ -145,13 +147,13 @@ def evaluate(
 
 
 def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: Any) -> None:
-    """Refuses arguments of `evaluate` that are not of their kind.
+    """Checks the arguments of `evaluate`.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: an invalid argument.
     """
     if not isinstance(flow, Density):
-        raise ConfigError(f"flow={shortened(flow)}: give a Flow, then its data")
+        raise ConfigError(f"flow={shortened(flow)}: give a Flow as the first argument, then the data")
     if batch_size is not None:
         whole("batch_size", batch_size)
     whole("dequantization_samples", draws)
@@ -162,33 +164,38 @@ def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: A
 
 
 def _check_baselines(flow: Density, trained_on: Any) -> None:
-    """Refuses baselines other than the Gaussian where they are no density of the same rows.
+    """Checks that baselines other than the Gaussian are comparable with the flow.
 
     Raises:
         ConfigError: images, a conditional flow, or no finite training set.
     """
     if len(flow.event_shape) != 1:
-        raise ConfigError(f"baselines: only for vectors, and the flow takes samples of shape {flow.event_shape}")
+        raise ConfigError(
+            f"baselines: only for vectors, but the flow has samples of shape {flow.event_shape}; omit baselines"
+        )
     if flow.classes is not None:
         raise ConfigError(
-            "baselines: the flow is conditional. The baselines ignore labels, so they are other densities; leave it out"
+            "baselines: the flow is conditional, but baselines ignore labels, so their NLL is not comparable; omit "
+            "baselines"
         )
     if trained_on is None:
         raise ConfigError("baselines: give trained_on, the rows that the flow was trained on")
     if isinstance(trained_on, Dataset) and trained_on.train_rows(1) is None:
-        raise ConfigError("baselines: the data have no finite training set, to which they are fitted; leave it out")
+        raise ConfigError("baselines: the data set has no finite training set to fit baselines to; omit baselines")
 
 
 def dataset_of(
     flow: Density, x: Tensor | Rows, label: Label | str = None, seed: int = 0, name: str = "x"
 ) -> RowsInMemory:
-    """A data set of rows for a flow, see `Flow.read_rows`, with the noise on columns that a run adds.
+    """Converts rows to a data set for a flow. Noise is added to the same columns as in training.
 
     Args:
+        x, label: the rows and their labels, see `Flow.read_rows`.
+        seed: the seed of the noise.
         name: the name of the rows in messages.
 
     Raises:
-        DataError: no rows, or values that are missing or not of the flow's kind.
+        DataError: no rows, or values that are missing or do not fit the flow.
     """
     rows, labels = flow.read_rows(x, label, name)
     if len(rows) == 0:
@@ -211,7 +218,7 @@ def dataset_of(
 
 @contextmanager
 def _in_evaluation_mode(flow: Density) -> Iterator[None]:
-    """Evaluation mode for all modules; after, each has the mode that it had."""
+    """Sets all modules to evaluation mode, and restores their modes afterwards."""
     training = [module for module in flow.modules() if module.training]
     flow.eval()
     try:
@@ -233,12 +240,12 @@ def _evaluate(
     thorough: bool,
     baseline_seconds: float,
 ) -> Evaluation:
-    """`evaluate` on a data set, by a flow in evaluation mode.
+    """Evaluates a flow in evaluation mode on a data set; see `evaluate`.
 
     Args:
-        how: batch size, draws and seed, as `log_probs` takes them.
+        how: batch size, draws and seed: arguments of `log_probs`.
         fitted: the data whose training rows the baselines are fitted to.
-        typical: the data whose validation rows give the entropy for `other`.
+        typical: the data on whose validation rows the entropy for `other` is computed.
     """
     x, label = held_out(flow, data, split)
     check_fits(flow, data, how["draws"])
@@ -308,12 +315,12 @@ def _evaluate(
 
 
 def dequantized_draws(flow: Density, x: Tensor, how: Mapping[str, Any]) -> list[Tensor]:
-    """Points at which densities are compared with log p of the flow: x (n, d), or x + u_k for each draw of the noise.
+    """Returns the points at which baselines are scored: x (n, d), or x + u_k for each noise draw on whole numbers.
 
-    The noise on whole numbers is that of `score_rows`, unless an estimated trace draws from the same stream.
+    The noise is the same as in `score_rows`, unless an estimated trace draws from the same stream.
 
     Args:
-        how: batch size, draws and seed, as `log_probs` takes them.
+        how: batch size, draws and seed: arguments of `log_probs`.
     """
     if not flow.integer_valued:
         return [x]
@@ -329,10 +336,10 @@ def dequantized_draws(flow: Density, x: Tensor, how: Mapping[str, Any]) -> list[
 def scored(
     flow: Density, x: Tensor, label: Tensor | None, split: str, how: Mapping[str, Any]
 ) -> tuple[Scores, dict[str, Any]]:
-    """Scores a set x (n, *event_shape): log p (n,), latents of some rows, and how they were computed, for eval.json.
+    """Scores a set x (n, *event_shape). Also returns the settings of the computation, for eval.json.
 
     Args:
-        how: batch size, draws and seed, as `log_probs` takes them.
+        how: batch size, draws and seed: arguments of `log_probs`.
     """
     begun = time.perf_counter()
     with record_solves() as solves:
@@ -354,9 +361,13 @@ def scored(
 
 
 def of_members(flow: Density, log_p: Tensor, x: Tensor, label: Tensor | None, how: Mapping[str, Any]) -> dict[str, Any]:
-    """What an `Evaluation` says of the members of an ensemble, from log p of `flows`, (n, M).
+    """Returns the attributes of an `Evaluation` that describe the members of an ensemble.
 
-    Members of weight 0 are scored now. If the ODE of one cannot be solved, it gets NaN at all rows.
+    Members of weight 0 are scored here. A member whose ODE cannot be solved gets NaN for all rows.
+
+    Args:
+        log_p: log p of the members with a positive weight, (n, M).
+        how: batch size, draws and seed: arguments of `log_probs`.
     """
     if not isinstance(flow, Ensemble):
         return {"members": None, "spread": None, "member_scores": None}
@@ -378,7 +389,7 @@ def of_members(flow: Density, log_p: Tensor, x: Tensor, label: Tensor | None, ho
 
 
 def spread(ensemble: Ensemble, log_p: Tensor) -> float | None:
-    """Mean over the rows of the weighted standard deviation of log p, (n, M), between the members; see `Evaluation`."""
+    """Returns the weighted standard deviation of log p (n, M) between members, averaged over rows; see `Evaluation`."""
     log_p = log_p[log_p.isfinite().all(1)]
     if not len(log_p) or log_p.shape[1] < 2:
         return None
@@ -390,10 +401,13 @@ def spread(ensemble: Ensemble, log_p: Tensor) -> float | None:
 def calibration_by_density(
     flow: Density, log_p: Tensor, label: Tensor | None, how: Mapping[str, Any], thorough: bool
 ) -> tuple[Calibration, dict[str, Tensor]]:
-    """`density_calibration` of some rows, evenly spread, with RANKED_SAMPLES times as many samples of the flow.
+    """Computes `density_calibration` for evenly spaced rows, with RANKED_SAMPLES times as many samples of the flow.
 
     Args:
-        log_p: that of the scored rows, (n,), and their labels.
+        log_p: log p of the scored rows, (n,).
+        label: labels of the scored rows, (n,), or None.
+        how: batch size, draws and seed: arguments of `log_probs`.
+        thorough: if false, a quarter of the rows is used.
     """
     every = math.ceil(len(log_p) / (RANKED if thorough else RANKED // 4))
     log_p, label = log_p[::every], None if label is None else label[::every].repeat(RANKED_SAMPLES)
@@ -406,9 +420,9 @@ def calibration_by_density(
 
 
 def beside_truth(data: Dataset, x: Tensor, log_p: Tensor) -> dict[str, Any]:
-    """Entropy, KL and its standard error in nats, from the rows x (n, *event_shape) that log_p (n,) is of.
+    """Returns entropy, KL and the standard error of the KL in nats; None if the true density is unknown.
 
-    KL(true || flow) = mean(log p_true - log p); None where the true density is not known.
+    KL(true || flow) = mean(log p_true(x) - log p(x)) over the rows x (n, *event_shape), where log_p (n,) is log p(x).
     """
     true = data.log_prob(x)
     gap = None if true is None else true.cpu() - log_p
@@ -425,13 +439,13 @@ def detect_ood(
     trained_on: Dataset | None,
     how: Mapping[str, Any],
 ) -> tuple[OODDetection, tuple[Tensor, Tensor]]:
-    """OOD detection: separates x (n, *event_shape) from `other` (m, *event_shape) by log p. Labels are not used.
+    """Separates x (n, *event_shape) from `other` (m, *event_shape) by log p. Labels are not used.
 
     Args:
-        log_p: log p of x, (n,); of a conditional flow with the labels of x.
+        log_p: log p of x, (n,). A conditional flow has used the labels of x, so log p is computed again without labels.
         split: the name of the set x.
-        trained_on: the data whose validation set gives H in |log p + H|. None: x itself gives H.
-        how: batch size, draws and seed, as `log_probs` takes them.
+        trained_on: the data on whose validation set H of |log p + H| is computed. None means that H is computed on x.
+        how: batch size, draws and seed: arguments of `log_probs`.
 
     Returns:
         (areas under the ROC curves, log p of both sets, (n,) and (m,)).
@@ -452,28 +466,34 @@ def detect_ood(
 
 
 def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) -> None:
-    """Refuses data that are not of the flow's kind; see `evaluate`."""
+    """Checks that data fit a flow.
+
+    Raises:
+        DataError: samples of another shape, or integers instead of real numbers or the reverse.
+        ConfigError: several dequantization samples for a flow that is not integer-valued.
+    """
     if tuple(data.event_shape) != flow.event_shape:
         raise DataError(
-            f"the flow takes samples of shape {flow.event_shape}; these samples have shape {tuple(data.event_shape)}"
+            f"the flow was made for samples of shape {flow.event_shape}, but these samples have shape "
+            f"{tuple(data.event_shape)}"
         )
     if (flow.integer_valued, flow.levels, flow.noisy) != (data.integer_valued, data.levels, data.noisy):
         raise DataError(
-            f"the flow takes {_kind(flow.integer_valued, flow.levels, flow.noisy)}; these data have "
-            f"{_kind(data.integer_valued, data.levels, data.noisy)} (data.dequantize, data.levels)"
+            f"the flow was made for {_kind(flow.integer_valued, flow.levels, flow.noisy)}, but these data have "
+            f"{_kind(data.integer_valued, data.levels, data.noisy)}; change data.dequantize or data.levels"
         )
     if dequantization_samples > 1 and not flow.integer_valued:
-        why = "has noise on some columns, which is drawn once with the data" if flow.noisy else "has no noise"
+        why = "the noise on its columns is drawn once" if flow.noisy else "no noise is added to its data"
         raise ConfigError(
-            f"dequantization_samples={dequantization_samples}: this flow is over real numbers and {why}; omit it"
+            f"dequantization_samples={dequantization_samples}: this flow is not integer-valued, and {why}; omit it"
         )
 
 
 @torch.no_grad()
 def roundtrip_error(flow: Density, x: Tensor, label: Label = None) -> float:
-    """max |x - forward(inverse(x))| in data units, whole numbers dequantized first by seeded noise.
+    """Returns max |x - forward(inverse(x))| in data units. Whole numbers are first dequantized with seeded noise.
 
-    Of an ensemble, the largest of its members.
+    For an ensemble, the largest error of a member is returned.
     """
     with seeded(0, flow.like.device):
         x = flow.dequantized(x)
@@ -481,7 +501,7 @@ def roundtrip_error(flow: Density, x: Tensor, label: Label = None) -> float:
 
 
 def _kind(integer_valued: bool, levels: int | None, noisy: tuple[int, ...]) -> str:
-    """The kind of samples, for messages."""
+    """Describes the type of samples for messages."""
     if not integer_valued:
-        return f"real numbers, and whole ones in columns {as_ranges(noisy)}" if noisy else "real numbers"
+        return f"real numbers, with whole numbers in columns {as_ranges(noisy)}" if noisy else "real numbers"
     return "whole numbers" if levels is None else f"whole numbers from 0 to {levels - 1}"
