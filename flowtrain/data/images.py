@@ -273,7 +273,7 @@ def _sides(images: Tensor) -> str:
 
 def _at_most(key: str, value: int, most: int, path: Path) -> int:
     if whole(key, value) > most:
-        raise ConfigError(f"{key}={value}: give at most {most}, which the number of images in {path} allows")
+        raise ConfigError(f"{key}={value}: give at most {most}, because {path} has no more images to use")
     return value
 
 

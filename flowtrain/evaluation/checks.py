@@ -173,7 +173,6 @@ TIGHT, TIGHT_MANY = 1e-7, 1e-5
 ROUNDED = 1e-5
 # If a map passes these checks, its density integrates to 1
 IMPLY_MASS = ("log-det", "round trip", "own samples")
-GRID = "the grid has not found all of the mass"
 # Tolerance of the solves for the mass, which needs only three digits
 LOOSE = 1e-4
 # Largest number of field evaluations in a solve of a check. A check that needs more is not made
@@ -214,9 +213,8 @@ def checks(
     }
     found = {name: check for name, make in made.items() if (check := _made(name, make)) is not None}
     if "mass" in found and found["mass"].passed is False and all(found[name].passed for name in IMPLY_MASS):
-        found["mass"] = replace(
-            found["mass"], passed=None, message=f"{GRID}, because the checks {', '.join(IMPLY_MASS)} passed"
-        )
+        why = f"the grid missed mass: the checks {', '.join(IMPLY_MASS)} passed, so the density integrates to 1"
+        found["mass"] = replace(found["mass"], passed=None, message=why)
     return list(found.values())
 
 

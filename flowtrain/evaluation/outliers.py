@@ -67,7 +67,7 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
         worst = scale * -float(log_p[outliers[0]])
         carry = "carries" if len(outliers) == 1 else "carry"
         what = f"{_named(outliers)} of the {where} {carry} {share:.2%} of the variance of the NLL"
-        effect = f"{'its' if len(outliers) == 1 else 'the first'} -log p is {worst:.3g} {name}"
+        effect = f"{'its -log p' if len(outliers) == 1 else '-log p of the farthest'} is {worst:.3g} {name}"
         cause = "outliers in the data, or a flow that extrapolates badly"
     left = f"without {'it' if len(rows) == 1 else 'these rows'} the NLL is {words} {name}"
     return OutlierCheck(

@@ -116,9 +116,9 @@ class InMemoryTable:
 # keys of the random streams
 _STREAM = 0x6172_7279
 _SPLIT, _ORDER, _OWN = 1, 2, 3
-# largest number of rows, and of their bytes, in each held-out set of a file that is not read into memory
+# Largest number of rows, and of their bytes, in each held-out set of a file that is not read into memory
 MOST_HELD_OUT, HELD_OUT_BYTES = 100_000, 2**28
-# largest rounding error of float32, as a share of the column's standard deviation, without centring the column
+# A column is centred if the rounding error of float32 exceeds this fraction of its standard deviation
 COARSE = 1e-4
 
 

@@ -68,7 +68,7 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
     keep = [index for i, index in enumerate(table.indices) if i not in found]
     each = ", ".join(f"{table.columns[i]!r} is {code:g} in {count:,} rows" for i, (code, count) in found.items())
     _log.warning(
-        f"{table.path}: of {counted(len(values), 'training row')}, column {each}, far from the other values of the "
+        f"{table.path}: column {each} (of {counted(len(values), 'training row')}), far from the other values of the "
         "column. If this is a code for a missing value, the flow learns the density of the code. Remove these rows"
         + (f", or keep the other columns: {as_option(keep)}" if keep else "")
     )
@@ -200,7 +200,7 @@ def check_spread(
         cure = f"keep the other columns with {as_option(keep)}" if keep else "there are no other columns"
         if whole[flat].all() and not set(np.flatnonzero(flat)) & set(noisy):
             columns = range(len(whole)) if whole.all() else (*np.flatnonzero(flat), *noisy)
-            cure += f", or, for counts and pixels, keep all columns and add noise with {_dequantize(table, columns)}"
+            cure += f". For counts and pixels, keep all columns and add noise with {_dequantize(table, columns)}"
         raise DataError(
             f"{table.path}: in the training rows, column{'s' * (len(names) > 1)} {listed(names, most=50)} "
             f"{'is' if len(names) == 1 else 'are'} constant to the precision of {precision.dtype}; {cure}"
@@ -515,7 +515,7 @@ def warn_of_unseen(path: str, class_counts: NDArray[np.int64], held: Mapping[str
     scored = [f"{n} rows of the {name} set" for name, n in rows.items() if n]
     also = f". The likelihood of {' and '.join(scored)} with such a label is not meaningful" if scored else ""
     gaps = f"{as_ranges(unseen.tolist())} of 0 to {len(class_counts) - 1}"
-    _log.warning(f"{path}: no training row has label {gaps}, so samples are drawn from the other classes only{also}")
+    _log.warning(f"{path}: no training row has label {gaps}, so samples are drawn only from the other classes{also}")
 
 
 def _dequantize(table: Table, columns: Iterable[int]) -> str:
