@@ -32,7 +32,7 @@ class _DamageError(Exception):
     """A damaged IDX file. The message is a phrase that continues a sentence after the name of the file."""
 
 
-def read_idx(path: Path, cure: str = "get the file again") -> NDArray[np.uint8]:
+def read_idx(path: Path, advice: str = "get the file again") -> NDArray[np.uint8]:
     """Reads the array in an IDX file. Its header gives the shape.
 
     The first bytes show whether the file is gzipped. The name does not, because browsers may unpack a .gz file and keep
@@ -40,7 +40,7 @@ def read_idx(path: Path, cure: str = "get the file again") -> NDArray[np.uint8]:
 
     Args:
         path: the file.
-        cure: advice on how to get the file, which ends every error message.
+        advice: how to get the file; the last part of every error message.
 
     Raises:
         DataError: the file is missing, truncated or damaged, or its values are not unsigned bytes.
@@ -49,11 +49,11 @@ def read_idx(path: Path, cure: str = "get the file again") -> NDArray[np.uint8]:
         with path.open("rb") as file:
             return _read(file)
     except FileNotFoundError as error:
-        raise DataError(f"there is no file {path.absolute()}; {cure}") from error
+        raise DataError(f"there is no file {path.absolute()}; {advice}") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}; {cure}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; {advice}") from error
     except _DamageError as damage:
-        raise DataError(f"{path} {damage}; {cure}") from damage
+        raise DataError(f"{path} {damage}; {advice}") from damage
 
 
 def _read(file: BufferedReader) -> NDArray[np.uint8]:
@@ -167,15 +167,15 @@ class IDXImages(Finite):
         self._crop = whole("data.crop", crop, least=0)
         base = _root(root)
         script = f"python scripts/download_mnist.py {dataset} --root {shlex.quote(str(base))}"
-        cure = f"put the published files into {base / dataset} (in a checkout of flowtrain: `{script}`)"
-        files = _find(dataset, base, cure)
-        images, labels = _pair(files[0], files[1], cure)
-        test, test_labels = _pair(files[2], files[3], cure)
-        _check_set(dataset, labels, files[1], cure)
+        advice = f"put the published files into {base / dataset} (in a checkout of flowtrain: `{script}`)"
+        files = _find(dataset, base, advice)
+        images, labels = _pair(files[0], files[1], advice)
+        test, test_labels = _pair(files[2], files[3], advice)
+        _check_set(dataset, labels, files[1], advice)
         if test.shape[1:] != images.shape[1:]:
             raise DataError(
                 f"{files[0]} contains images of {_sides(images)} pixels and {files[2]} of {_sides(test)}; the sizes "
-                f"must be equal: {cure}"
+                f"must be equal: {advice}"
             )
         if self._crop >= images.shape[-1]:
             raise ConfigError(f"data.crop={crop}: give less than the width of the images, {images.shape[-1]} pixels")
@@ -219,7 +219,7 @@ def _root(root: str | None) -> Path:
     return Path(root).expanduser().absolute()
 
 
-def _find(dataset: str, root: Path, cure: str) -> list[Path]:
+def _find(dataset: str, root: Path, advice: str) -> list[Path]:
     """Finds the four files. All come from one folder, so two data sets are never mixed."""
     places = []
     for folder in (root / dataset, root):
@@ -230,7 +230,7 @@ def _find(dataset: str, root: Path, cure: str) -> list[Path]:
         places.append(str(folder) + (f" (which lacks {', '.join(lacking)})" if len(lacking) < len(_FILES) else ""))
     raise DataError(
         f"data={dataset}: the four files ({_FILES[0]}.gz and so on) are neither in {' nor in '.join(places)}; "
-        f"{cure}, or set data.root to the folder that contains them"
+        f"{advice}, or set data.root to the folder that contains them"
     )
 
 
@@ -239,32 +239,32 @@ def _plain_or_gzipped(path: Path) -> Path | None:
     return next((p for p in (path.with_name(f"{path.name}.gz"), path) if p.is_file()), None)
 
 
-def _pair(image_file: Path, label_file: Path, cure: str) -> tuple[Tensor, Tensor]:
+def _pair(image_file: Path, label_file: Path, advice: str) -> tuple[Tensor, Tensor]:
     """Reads images (n, 1, H, W), uint8, and their labels (n,), int64."""
-    images, labels = (torch.from_numpy(read_idx(path, cure)) for path in (image_file, label_file))
+    images, labels = (torch.from_numpy(read_idx(path, advice)) for path in (image_file, label_file))
     for path, values, rank, expected in ((image_file, images, 3, "(n, H, W)"), (label_file, labels, 1, "(n,)")):
         if values.ndim != rank:
-            raise DataError(f"{path} has shape {tuple(values.shape)}, but {expected} is expected; {cure}")
+            raise DataError(f"{path} has shape {tuple(values.shape)}, but {expected} is expected; {advice}")
     if len(images) != len(labels):
         raise DataError(
             f"{image_file} contains {len(images)} images, but {label_file} contains {len(labels)} labels; the numbers "
-            f"must be equal: {cure}"
+            f"must be equal: {advice}"
         )
     bad = (labels >= IDXImages.classes).nonzero()
     if len(bad):
         i = int(bad[0])
         raise DataError(
             f"{label_file}, row {i} (from 0): the label is {int(labels[i])}, but labels must be between 0 and "
-            f"{IDXImages.classes - 1}; {cure}"
+            f"{IDXImages.classes - 1}; {advice}"
         )
     return images.unsqueeze(1), labels.long()
 
 
-def _check_set(dataset: str, labels: Tensor, path: Path, cure: str) -> None:
+def _check_set(dataset: str, labels: Tensor, path: Path, advice: str) -> None:
     """Raises DataError if the labels are those of another data set."""
     for name, first in _FIRST_LABELS.items():
         if name != dataset and tuple(labels[: len(first)].tolist()) == first:
-            raise DataError(f"{path} belongs to {name}, not to {dataset}: choose data={name}, or {cure}")
+            raise DataError(f"{path} belongs to {name}, not to {dataset}: choose data={name}, or {advice}")
 
 
 def _sides(images: Tensor) -> str:

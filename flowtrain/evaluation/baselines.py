@@ -152,13 +152,13 @@ def baselines(
                 continue
             one = scored(fitted, points, log_p, begun)
         except (ValueError, ArithmeticError, RuntimeError) as e:
-            log.info("baselines: the %s could not be fitted: %s", words_of(name), e)
+            log.info("baselines: the %s could not be fitted: %s", display_name(name), e)
             continue
         if math.isnan(one.nll):
-            log.info("baselines: the %s is left out because its NLL on these rows is NaN", words_of(name))
+            log.info("baselines: the %s is left out because its NLL on these rows is NaN", display_name(name))
             continue
         found[name] = one
-        cut += [f"{words_of(name)}: {fitted.cut}"] if fitted.cut else []
+        cut += [f"{display_name(name)}: {fitted.cut}"] if fitted.cut else []
     if cut:
         log.info("baselines: time limit %.0f s; %s", seconds, "; ".join(cut))
     return found
@@ -185,7 +185,7 @@ def scored(fitted: Fitted, points: Sequence[Tensor], log_p: Tensor, begun: float
     )
 
 
-def words_of(name: str) -> str:
+def display_name(name: str) -> str:
     """Returns the name of a baseline for messages, such as "kernel density"."""
     return name.replace("_", " ")
 
@@ -362,7 +362,7 @@ def kernel_log_probs(x: Tensor, centers: Tensor, widths: Sequence[float]) -> Ten
     return torch.cat(found, 1) - x.new_tensor(constant)[:, None]
 
 
-def of_baseline(nll: float, nll_stderr: float, simple: Baseline | None, d: int) -> Check | None:
+def check_baseline(nll: float, nll_stderr: float, simple: Baseline | None, d: int) -> Check | None:
     """Checks that the NLL of the flow is not higher than the NLL of a Gaussian.
 
     The flow is worse if the paired difference exceeds 2 of its standard errors and also 0.01 nats plus 1e-4 nats per
@@ -395,13 +395,13 @@ def of_baseline(nll: float, nll_stderr: float, simple: Baseline | None, d: int) 
 
 
 def warn_if_better(nll: float, nll_stderr: float, simple: Mapping[str, Baseline], d: int) -> None:
-    """Warns if the flow is worse than a baseline other than the Gaussian, by the rule of `of_baseline`.
+    """Warns if the flow is worse than a baseline other than the Gaussian, by the rule of `check_baseline`.
 
     Args:
         d: the number of columns.
     """
     better = [
-        f"{words_of(name)} ({one.settings}) {with_error(one.nll, one.nll_stderr)} nats, the flow is worse by "
+        f"{display_name(name)} ({one.settings}) {with_error(one.nll, one.nll_stderr)} nats, the flow is worse by "
         f"{with_error(one.worse, one.worse_stderr)}"
         for name, one in simple.items()
         if name != GAUSSIAN and math.isfinite(one.nll_stderr) and one.worse > _limit(one, d)
@@ -417,7 +417,7 @@ def warn_if_better(nll: float, nll_stderr: float, simple: Mapping[str, Baseline]
 
 
 def _limit(simple: Baseline, d: int) -> float:
-    """Returns the largest paired difference in nats at which the flow is not worse; see `of_baseline`."""
+    """Returns the largest paired difference in nats at which the flow is not worse; see `check_baseline`."""
     limit = CLEARLY + CLEARLY_ERRORS * simple.nll_stderr
     if math.isfinite(simple.worse_stderr):
         limit = min(limit, max(PAIRED + PAIRED_PER_COLUMN * d, PAIRED_ERRORS * simple.worse_stderr))

@@ -85,7 +85,7 @@ def mass(log_prob: Callable[[Tensor], Tensor], samples: Tensor, reach: float = R
         before, total, known = total, grid.integral(finer), finer
         points += int(here.sum())
         changes.append(abs(total - before))
-        error = left_after(changes)
+        error = remaining_error(changes)
         # the next doubling evaluates about 2^d times as many points
         spent = points + 2 ** here.dim() * int(here.sum()) > MOST_POINTS or 2 * n - 1 > SIDE[here.dim()]
         if (error < ENOUGH and abs(1 - total) < MISS) or spent or not math.isfinite(total):
@@ -140,7 +140,7 @@ class Grid:
         return float((2 * self.end / (n - 1)).prod())
 
 
-def left_after(changes: list[float]) -> float:
+def remaining_error(changes: list[float]) -> float:
     """Estimates the error of an integral after doublings of the grid that changed it by c_1, ..., c_k (`changes`).
 
     The estimate is c_k q / (1 - q) with q = c_k / c_(k-1): the remainder of a geometric series with the ratio of the
@@ -199,17 +199,19 @@ def checks(
         kl: the KL and its standard error in nats, or (None, None).
     """
     exact, nll, nll_stderr = reference(flow), -float(log_p.mean()), stderr(log_p)
-    drawn = cache(drawn_from)
+    drawn = cache(base_round_trip)
     # The mass needs three digits: float32 is enough, and twice as fast, unless the flow has large rounding errors
     rounded = torch.float64 if (budget.precision or 0.0) > SMALL else flow.like.dtype
     made: dict[str, Callable[[], Check | None]] = {
-        "solver": lambda: of_solver(flow, budget, nll_stderr),
-        "precision": lambda: of_precision(flow, budget, nll, nll_stderr),
-        "mass": lambda: of_mass(reference(flow, LOOSE).to(rounded)),
-        "log-det": lambda: of_maps(exact, "log-det", lambda one: of_log_det(one, subset)),
-        "round trip": lambda: of_maps(exact, "round trip", lambda one: of_round_trip(one, subset, drawn(one))),
-        "own samples": lambda: of_maps(exact, "own samples", lambda one: of_samples(one, drawn(one))),
-        "KL": lambda: of_kl(kl),
+        "solver": lambda: check_solver(flow, budget, nll_stderr),
+        "precision": lambda: check_precision(flow, budget, nll, nll_stderr),
+        "mass": lambda: check_mass(reference(flow, LOOSE).to(rounded)),
+        "log-det": lambda: check_each_map(exact, "log-det", lambda one: check_log_det(one, subset)),
+        "round trip": lambda: check_each_map(
+            exact, "round trip", lambda one: check_round_trip(one, subset, drawn(one))
+        ),
+        "own samples": lambda: check_each_map(exact, "own samples", lambda one: check_own_samples(one, drawn(one))),
+        "KL": lambda: check_kl(kl),
     }
     found = {name: check for name, make in made.items() if (check := _made(name, make)) is not None}
     if "mass" in found and found["mass"].passed is False and all(found[name].passed for name in IMPLY_MASS):
@@ -226,7 +228,7 @@ def _made(name: str, make: Callable[[], Check | None]) -> Check | None:
         return Check(name, None, None, None, f"an ODE could not be solved for this check: {e}")
 
 
-def of_maps(density: Density, name: str, make: Callable[[Flow], Check]) -> Check | None:
+def check_each_map(density: Density, name: str, make: Callable[[Flow], Check]) -> Check | None:
     """Makes a check of a flow. For an ensemble, returns the worst check of a member, with the name of the member."""
     if not isinstance(density, Ensemble):
         return make(density.flows[0])
@@ -262,7 +264,7 @@ def reference(flow: AnyDensity, rtol: float | None = None) -> AnyDensity:
     return exact
 
 
-def of_solver(flow: Density, budget: Budget, nll_stderr: float) -> Check | None:
+def check_solver(flow: Density, budget: Budget, nll_stderr: float) -> Check | None:
     """Checks the solver error of the NLL: training can exploit errors of a coarse solver."""
     if flow.solver is None:
         return None
@@ -270,7 +272,7 @@ def of_solver(flow: Density, budget: Budget, nll_stderr: float) -> Check | None:
     words = f"the NLL changes by about {value:.2g} nats if the tolerance of the solver is tightened tenfold"
     if math.isnan(budget.solver):
         words = "the ODE cannot be solved with a tolerance ten times as tight"
-    return judged(
+    return check_limit(
         "solver",
         value,
         largest_bias(flow, nll_stderr),
@@ -278,7 +280,7 @@ def of_solver(flow: Density, budget: Budget, nll_stderr: float) -> Check | None:
     )
 
 
-def of_precision(flow: Density, budget: Budget, nll: float, nll_stderr: float) -> Check | None:
+def check_precision(flow: Density, budget: Budget, nll: float, nll_stderr: float) -> Check | None:
     """Checks that rounding does not change the displayed digits of the NLL.
 
     Args:
@@ -290,7 +292,7 @@ def of_precision(flow: Density, budget: Budget, nll: float, nll_stderr: float) -
     limit = max(largest_bias(flow, nll_stderr), ROUNDED * abs(nll))
     words = f"the NLL of {nll:.6g} nats changes by {budget.precision:.2g} nats in float64"
     cause = "" if budget.precision > abs(nll) else ". Rounding does not explain the size of the NLL"
-    return judged(
+    return check_limit(
         "precision",
         budget.precision,
         limit,
@@ -308,7 +310,7 @@ def largest_bias(flow: Density, nll_stderr: float) -> float:
     return max(SMALL, min(nll_stderr / 10, most)) if math.isfinite(nll_stderr) else SMALL
 
 
-def of_mass(exact: Density) -> Check | None:
+def check_mass(exact: Density) -> Check | None:
     """Checks that p integrates to 1, for one or two columns. A logit is excluded: some mass is outside its levels."""
     if len(exact.event_shape) != 1 or exact.event_shape[0] > 2 or exact.levels is not None:
         return None
@@ -321,7 +323,7 @@ def of_mass(exact: Density) -> Check | None:
         words = f"{where} +- {found.error:.1g} on {found.points:,} points, which are too few for this density"
         return Check("mass", miss, MISS, None, words)
     wrong = f"{where} instead of 1: the log-determinant is wrong, or the map is not one-to-one"
-    return judged("mass", miss, MISS, wrong)
+    return check_limit("mass", miss, MISS, wrong)
 
 
 def measured_mass(flow: Density) -> Mass:
@@ -343,7 +345,7 @@ def reach_of(base: Base) -> float:
     return max(REACH, LEFT_OUT ** (-1 / float(base.df.min()))) if isinstance(base, StudentT) else REACH
 
 
-def of_log_det(exact: Flow, subset: Subset) -> Check:
+def check_log_det(exact: Flow, subset: Subset) -> Check:
     """Checks log|det dz/dx| against the Jacobian of `inverse` by autograd."""
     d, most = math.prod(exact.event_shape), MOST_COLUMNS[bool(exact.ode_blocks)]
     if d > most:
@@ -359,9 +361,9 @@ def of_log_det(exact: Flow, subset: Subset) -> Check:
     except RuntimeError as e:
         why = f"the derivative of the inverse could not be computed: {first_line(e)}"
         return Check("log-det", None, None, None, why)
-    return judged(
+    return check_limit(
         "log-det",
-        most_rows((log_det - expected).abs() / (1 + expected.abs())),
+        upper_quartile((log_det - expected).abs() / (1 + expected.abs())),
         share,
         f"the mean of log|det dz/dx| over {rows} rows is {float(log_det.mean()):.4f} nats, but the Jacobian of the "
         f"inverse gives {float(expected.mean()):.4f}: the log-determinant is wrong",
@@ -389,7 +391,7 @@ def jacobians(flow: Flow, x: Tensor, label: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class BaseRoundTrip:
     """Draws z from the base, mapped to samples x by `forward` and back by `inverse`.
 
     Attributes:
@@ -406,7 +408,7 @@ class Drawn:
 
 
 @torch.no_grad()
-def drawn_from(exact: Flow) -> Drawn:
+def base_round_trip(exact: Flow) -> BaseRoundTrip:
     """Maps draws of the base to samples and back, with the same trace probes. Labels cycle through all classes."""
     rows, like = min(ROWS, rows_of_checks(exact.event_shape)), exact.like
     label = None if exact.classes is None else exact.in_turn(rows)
@@ -416,11 +418,11 @@ def drawn_from(exact: Flow) -> Drawn:
         x, log_det = exact.bijection.forward(z, label)
     with seeded(1, like.device):
         log_p, again = exact.log_prob_and_latents(x, label)
-    return Drawn(z, again, log_det, log_p)
+    return BaseRoundTrip(z, again, log_det, log_p)
 
 
 @torch.no_grad()
-def of_round_trip(exact: Flow, subset: Subset, drawn: Drawn) -> Check:
+def check_round_trip(exact: Flow, subset: Subset, drawn: BaseRoundTrip) -> Check:
     """Checks forward(inverse(x)) = x on the data, and inverse(forward(z)) = z on most draws from the base."""
     x, label = subset.x[:ROWS].double(), None if subset.label is None else subset.label[:ROWS]
     with seeded(0, x.device):
@@ -429,8 +431,8 @@ def of_round_trip(exact: Flow, subset: Subset, drawn: Drawn) -> Check:
     spread = flat.std(0, correction=0)
     # the error of a column that is constant in these rows is not divided by its standard deviation
     miss = float((off.square().mean(0).sqrt() / torch.where(spread > 0, spread, 1.0)).max())
-    miss = max(miss, most_rows((drawn.again - drawn.z).flatten(1).abs().amax(1)))
-    return judged(
+    miss = max(miss, upper_quartile((drawn.again - drawn.z).flatten(1).abs().amax(1)))
+    return check_limit(
         "round trip",
         miss,
         ROUND_TRIP,
@@ -439,7 +441,7 @@ def of_round_trip(exact: Flow, subset: Subset, drawn: Drawn) -> Check:
     )
 
 
-def of_samples(exact: Flow, drawn: Drawn) -> Check:
+def check_own_samples(exact: Flow, drawn: BaseRoundTrip) -> Check:
     """Checks log p(x) of the flow's own samples x = forward(z) against log p0(z) - log|det dx/dz|."""
     # computed by a second formula, because the log density of the base is checked too
     of_base = log_prob_by_formula(exact.base, drawn.z)
@@ -453,8 +455,8 @@ def of_samples(exact: Flow, drawn: Drawn) -> Check:
         value, limit = float(gap.mean().abs()), limit + 4 * stderr(gap)
     else:
         # a quantile, because a few samples that float64 rounds to the edge of the range of the data have no valid log p
-        value = most_rows(gap.abs())
-    return judged(
+        value = upper_quartile(gap.abs())
+    return check_limit(
         "own samples",
         value,
         limit,
@@ -484,17 +486,17 @@ def log_prob_by_formula(base: Base, z: Tensor) -> Tensor | None:
     return log_p
 
 
-def most_rows(error: Tensor) -> float:
+def upper_quartile(error: Tensor) -> float:
     """Returns the 75% quantile of errors (B,): rounding may affect a few rows, but a wrong map affects most rows."""
     return float(torch.quantile(error, 0.75))
 
 
-def of_kl(kl: tuple[float | None, float | None]) -> Check | None:
+def check_kl(kl: tuple[float | None, float | None]) -> Check | None:
     """Checks that the KL is not negative beyond its error."""
     value, error = kl
     if value is None or error is None or not math.isfinite(error):
         return None
-    return judged(
+    return check_limit(
         "KL",
         max(0.0, -value),
         max(3 * error, SMALL),
@@ -503,7 +505,7 @@ def of_kl(kl: tuple[float | None, float | None]) -> Check | None:
     )
 
 
-def judged(name: str, value: float, limit: float, cause: str) -> Check:
+def check_limit(name: str, value: float, limit: float, cause: str) -> Check:
     """Compares a value with its limit. A value that is not finite fails."""
     passed = math.isfinite(value) and value <= limit
     return Check(name, value, limit, passed, None if passed else cause)

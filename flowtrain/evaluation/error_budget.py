@@ -85,7 +85,7 @@ def budget(flow: Density, subset: Subset, log_p: Tensor, draws: int) -> Budget:
     solver, per_row = solver_error(exact, subset, in_float64)
     precision = None
     if flow.like.dtype != torch.float64:
-        precision = of_mean(log_p_of(flow, subset) - in_float64)
+        precision = mean_error(log_p_of(flow, subset) - in_float64)
     biases = (solver_bias(solver, embedded), precision)
     known = [part for part in biases if part is not None and math.isfinite(part)]
     total = math.sqrt(over_rows**2 + sum(part**2 for part in known))
@@ -145,7 +145,7 @@ def trace_error(flow: Density, subset: Subset, n: int, draws: int) -> float:
     return math.sqrt(variance / (n if draws == 1 or len(flow.flows) > 1 else 2 * n))
 
 
-def of_mean(difference: Tensor) -> float:
+def mean_error(difference: Tensor) -> float:
     """Estimates the error of the mean over all rows from differences of some rows, (rows,): sqrt(mean^2 + stderr^2)."""
     if len(difference) < 2:
         return float(difference.abs().mean())
@@ -167,7 +167,7 @@ def solver_error(flow: Density, subset: Subset, log_p: Tensor) -> tuple[float, f
         change = log_p_of(flow.with_solvers(tightened), subset) - log_p
     except SolverError:
         return math.nan, math.nan
-    return of_mean(change), float(change.square().mean().sqrt())
+    return mean_error(change), float(change.square().mean().sqrt())
 
 
 def tightened(solver: Solver) -> Solver:

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.tables.from_memory import table_of
 from flowtrain.data.tables.rows_to_score import RowsInMemory
-from flowtrain.evaluation.baselines import GAUSSIAN, baselines, of_baseline, warn_if_better
+from flowtrain.evaluation.baselines import GAUSSIAN, baselines, check_baseline, warn_if_better
 from flowtrain.evaluation.calibration import calibration, density_calibration
 from flowtrain.evaluation.checks import checks
 from flowtrain.evaluation.error_budget import budget, stderr, subset_of
@@ -141,9 +141,9 @@ def evaluate(
         fitted = dataset_of(flow, fitted, None if flow.classes is None else flow.seen[0], seed, "trained_on")
     typical = trained_on if isinstance(trained_on, Dataset) else None
     device = flow.like.device
-    how: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
+    options: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
     with own_settings(device), one_thread_if_small(flow.event_shape, device), _in_evaluation_mode(flow):
-        return _evaluate(flow, data, split, step, how, other, fitted, typical, thorough, baseline_seconds)
+        return _evaluate(flow, data, split, step, options, other, fitted, typical, thorough, baseline_seconds)
 
 
 def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: Any) -> None:
@@ -233,7 +233,7 @@ def _evaluate(
     data: Dataset,
     split: str,
     step: int,
-    how: dict[str, Any],
+    options: dict[str, Any],
     other: tuple[str, Tensor] | None,
     fitted: Dataset | None,
     typical: Dataset | None,
@@ -243,18 +243,18 @@ def _evaluate(
     """Evaluates a flow in evaluation mode on a data set; see `evaluate`.
 
     Args:
-        how: batch size, draws and seed: arguments of `log_probs`.
+        options: batch size, draws and seed: arguments of `log_probs`.
         fitted: the data whose training rows the baselines are fitted to.
         typical: the data on whose validation rows the entropy for `other` is computed.
     """
     x, label = held_out(flow, data, split)
-    check_fits(flow, data, how["draws"])
+    check_fits(flow, data, options["draws"])
     begun = time.perf_counter()
     with phase(f"scoring the {split} set"):
-        scores, way = scored(flow, x, label, split, how)
+        scores, settings = scored(flow, x, label, split, options)
     log_p = scores.log_p
     nll, nll_stderr, bits = -float(log_p.mean()), stderr(log_p), flow.bits_per_nat
-    truth = beside_truth(data, x, log_p)
+    truth = kl_to_truth(data, x, log_p)
     where = "file" if split == "all" else f"{split} set"
     concentrated = concentration(log_p, where, ("nats", 1.0) if bits is None else ("bits/dim", bits))
     ordinary = torch.ones(len(x), dtype=torch.bool)
@@ -262,29 +262,29 @@ def _evaluate(
     ordinary &= log_p.isfinite()
     subset = subset_of(flow, x, label, (~ordinary).nonzero().flatten(), None if thorough else FEW)
     with phase("estimating the error of the NLL"):
-        parts = budget(flow, subset, log_p, how["draws"])
+        parts = budget(flow, subset, log_p, options["draws"])
     simple = None
     if fitted is not None and len(flow.event_shape) == 1:
         with phase("fitting the baselines"):
-            simple = baselines(fitted, dequantized_draws(flow, x, how), log_p, baseline_seconds)
+            simple = baselines(fitted, dequantized_draws(flow, x, options), log_p, baseline_seconds)
     d = math.prod(flow.event_shape)
-    judged = [concentrated, of_baseline(nll, nll_stderr, (simple or {}).get(GAUSSIAN), d)]
+    all_checks = [concentrated, check_baseline(nll, nll_stderr, (simple or {}).get(GAUSSIAN), d)]
     if thorough:
         with phase("checking the density"):
-            judged += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]))
+            all_checks += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]))
     with phase("calibration"):
         if isinstance(flow, Flow):
             calibrated, pit = calibration(scores.z, flow.base)
         else:
-            calibrated, pit = calibration_by_density(flow, log_p, label, how, thorough)
-    told = None
+            calibrated, pit = calibration_by_density(flow, log_p, label, options, thorough)
+    detected = None
     if other is not None:
         with phase(f"scoring {other[0]}"):
-            told = detect_ood(flow, x, log_p, split, other, typical, how)
+            detected = detect_ood(flow, x, log_p, split, other, typical, options)
     with phase("round trip"):
         round_trip = roundtrip_error(flow, subset.x, subset.label)
     with phase("scoring the members of weight 0"):
-        members = of_members(flow, scores.members, x, label, how)
+        members = score_members(flow, scores.members, x, label, options)
     result = Evaluation(
         nll=nll,
         nll_stderr=nll_stderr,
@@ -293,19 +293,19 @@ def _evaluate(
         step=step,
         bits_per_dim=None if bits is None else bits * nll,
         **truth,
-        **way,
+        **settings,
         solver_error=None if flow.solver is None else parts.solver,
         roundtrip_error=round_trip,
         total_seconds=time.perf_counter() - begun,
         budget=parts,
-        checks=tuple(check for check in judged if check is not None),
+        checks=tuple(check for check in all_checks if check is not None),
         calibration=calibrated,
-        ood=None if told is None else told[0],
+        ood=None if detected is None else detected[0],
         baselines=simple,
         **members,
         bits_per_nat=bits,
         scores=log_p,
-        sets=None if told is None else told[1],
+        sets=None if detected is None else detected[1],
         pit=pit,
     )
     for check in result.failed:
@@ -314,60 +314,62 @@ def _evaluate(
     return result
 
 
-def dequantized_draws(flow: Density, x: Tensor, how: Mapping[str, Any]) -> list[Tensor]:
+def dequantized_draws(flow: Density, x: Tensor, options: Mapping[str, Any]) -> list[Tensor]:
     """Returns the points at which baselines are scored: x (n, d), or x + u_k for each noise draw on whole numbers.
 
     The noise is the same as in `score_rows`, unless an estimated trace draws from the same stream.
 
     Args:
-        how: batch size, draws and seed: arguments of `log_probs`.
+        options: batch size, draws and seed: arguments of `log_probs`.
     """
     if not flow.integer_valued:
         return [x]
     device = flow.like.device
-    with seeded(how["seed"], device):
+    with seeded(options["seed"], device):
         draws = [
-            [flow.dequantized(part.to(device)) for _ in range(how["draws"])]
-            for part in torch.split(x, how["batch_size"] or rows_at_a_time(flow.event_shape))
+            [flow.dequantized(part.to(device)) for _ in range(options["draws"])]
+            for part in torch.split(x, options["batch_size"] or rows_at_a_time(flow.event_shape))
         ]
     return [torch.cat(parts) for parts in zip(*draws, strict=True)]
 
 
 def scored(
-    flow: Density, x: Tensor, label: Tensor | None, split: str, how: Mapping[str, Any]
+    flow: Density, x: Tensor, label: Tensor | None, split: str, options: Mapping[str, Any]
 ) -> tuple[Scores, dict[str, Any]]:
     """Scores a set x (n, *event_shape). Also returns the settings of the computation, for eval.json.
 
     Args:
-        how: batch size, draws and seed: arguments of `log_probs`.
+        options: batch size, draws and seed: arguments of `log_probs`.
     """
     begun = time.perf_counter()
     with record_solves() as solves:
-        found = score_rows(flow, x, label, unsolved=UNSOLVED, **how)
+        found = score_rows(flow, x, label, unsolved=UNSOLVED, **options)
     check_some_finite(found.log_p, split)
     seconds = time.perf_counter() - begun
     rule, estimated = trace_rule(flow), estimates_trace(flow)
-    way = {
+    settings = {
         "trace": "hutchinson" if estimated else "exact",
         "noise_samples": rule.noise_samples if rule is not None and estimated else None,
-        "dequantization_samples": how["draws"] if flow.integer_valued else None,
+        "dequantization_samples": options["draws"] if flow.integer_valued else None,
         "solver": None if flow.solver is None else flow.solver.describe(),
         "nfe": nfe_of_pass(flow, solves),
         "seconds": seconds,
         "device": str(flow.like.device),
         "dtype": str(flow.like.dtype).removeprefix("torch."),
     }
-    return found, way
+    return found, settings
 
 
-def of_members(flow: Density, log_p: Tensor, x: Tensor, label: Tensor | None, how: Mapping[str, Any]) -> dict[str, Any]:
+def score_members(
+    flow: Density, log_p: Tensor, x: Tensor, label: Tensor | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns the attributes of an `Evaluation` that describe the members of an ensemble.
 
     Members of weight 0 are scored here. A member whose ODE cannot be solved gets NaN for all rows.
 
     Args:
         log_p: log p of the members with a positive weight, (n, M).
-        how: batch size, draws and seed: arguments of `log_probs`.
+        options: batch size, draws and seed: arguments of `log_probs`.
     """
     if not isinstance(flow, Ensemble):
         return {"members": None, "spread": None, "member_scores": None}
@@ -377,7 +379,7 @@ def of_members(flow: Density, log_p: Tensor, x: Tensor, label: Tensor | None, ho
             columns.append(next(active))
             continue
         try:
-            columns.append(log_probs(cast(Flow, member), x, label, **how))
+            columns.append(log_probs(cast(Flow, member), x, label, **options))
         except SolverError:
             columns.append(torch.full((len(x),), torch.nan, dtype=torch.float64))
     named = zip(flow.names, flow.weights, columns, strict=True)
@@ -399,27 +401,27 @@ def spread(ensemble: Ensemble, log_p: Tensor) -> float | None:
 
 
 def calibration_by_density(
-    flow: Density, log_p: Tensor, label: Tensor | None, how: Mapping[str, Any], thorough: bool
+    flow: Density, log_p: Tensor, label: Tensor | None, options: Mapping[str, Any], thorough: bool
 ) -> tuple[Calibration, dict[str, Tensor]]:
     """Computes `density_calibration` for evenly spaced rows, with RANKED_SAMPLES times as many samples of the flow.
 
     Args:
         log_p: log p of the scored rows, (n,).
         label: labels of the scored rows, (n,), or None.
-        how: batch size, draws and seed: arguments of `log_probs`.
+        options: batch size, draws and seed: arguments of `log_probs`.
         thorough: if false, a quarter of the rows is used.
     """
     every = math.ceil(len(log_p) / (RANKED if thorough else RANKED // 4))
     log_p, label = log_p[::every], None if label is None else label[::every].repeat(RANKED_SAMPLES)
-    with seeded(how["seed"], flow.like.device), torch.no_grad():
+    with seeded(options["seed"], flow.like.device), torch.no_grad():
         samples = flow.sample(RANKED_SAMPLES * len(log_p), label=label)
     if flow.integer_valued:
         samples = flow.quantized(samples)
-    scores = score_rows(flow, samples, label, latents=0, unsolved=UNSOLVED, **how)
+    scores = score_rows(flow, samples, label, latents=0, unsolved=UNSOLVED, **options)
     return density_calibration(log_p, scores.log_p)
 
 
-def beside_truth(data: Dataset, x: Tensor, log_p: Tensor) -> dict[str, Any]:
+def kl_to_truth(data: Dataset, x: Tensor, log_p: Tensor) -> dict[str, Any]:
     """Returns entropy, KL and the standard error of the KL in nats; None if the true density is unknown.
 
     KL(true || flow) = mean(log p_true(x) - log p(x)) over the rows x (n, *event_shape), where log_p (n,) is log p(x).
@@ -437,7 +439,7 @@ def detect_ood(
     split: str,
     other: tuple[str, Tensor],
     trained_on: Dataset | None,
-    how: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> tuple[OODDetection, tuple[Tensor, Tensor]]:
     """Separates x (n, *event_shape) from `other` (m, *event_shape) by log p. Labels are not used.
 
@@ -445,14 +447,14 @@ def detect_ood(
         log_p: log p of x, (n,). A conditional flow has used the labels of x, so log p is computed again without labels.
         split: the name of the set x.
         trained_on: the data on whose validation set H of |log p + H| is computed. None means that H is computed on x.
-        how: batch size, draws and seed: arguments of `log_probs`.
+        options: batch size, draws and seed: arguments of `log_probs`.
 
     Returns:
         (areas under the ROC curves, log p of both sets, (n,) and (m,)).
     """
 
     def scores(rows: Tensor) -> Tensor:
-        return score_rows(flow, rows, latents=0, unsolved=UNSOLVED, **how).log_p
+        return score_rows(flow, rows, latents=0, unsolved=UNSOLVED, **options).log_p
 
     inside = log_p if flow.classes is None else scores(x)
     typical, of = inside, "scored rows"

@@ -393,7 +393,7 @@ class Evaluation:
         for name, simple in (self.baselines or {}).items():
             words = name.replace("_", " ") + (f" ({simple.settings})" if simple.settings else "")
             nll = f"{with_error(simple.nll, simple.nll_stderr)} nats"
-            rows.append(("" if rows else "baseline", f"{words} {nll}, {_beside(simple)}"))
+            rows.append(("" if rows else "baseline", f"{words} {nll}, {_comparison(simple)}"))
         return rows
 
     def _member_rows(self) -> list[tuple[str, str]]:
@@ -473,7 +473,7 @@ def named_rows(rows: Sequence[int], count: int) -> str:
     return f"row{'' if count == 1 else 's'} {words}"
 
 
-def _beside(simple: Baseline) -> str:
+def _comparison(simple: Baseline) -> str:
     """Compares the NLL of the flow with a baseline: "the flow is 0.18 +- 0.05 nats lower"."""
     words = with_error(abs(simple.worse), simple.worse_stderr)
     return f"the flow is {words} nats {'higher (worse)' if simple.worse > 0 else 'lower'}"

@@ -15,19 +15,19 @@ from flowtrain.data.in_memory import Finite, InMemoryStore, held_out, split
 from flowtrain.data.tables.columns import Columns, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
 from flowtrain.data.tables.sample_spec import (
-    Divided,
     Part,
     SampleSpec,
+    TrainingSplit,
+    add_batch_noise,
+    add_set_noise,
     as_labels,
-    noised_batch,
-    noised_set,
     noisy_columns,
 )
 from flowtrain.data.tables.streaming import StreamedTable, is_streamed
 from flowtrain.data.tables.table_checks import (
-    check_alike,
     check_enough_rows,
     check_labels,
+    check_same_columns,
     check_spread,
     row_hashes,
     warn_of_copies,
@@ -70,9 +70,9 @@ class InMemoryTable:
         rows = np.arange(self._checked(spec))
         return replace(self._part(spec, rows), rows=(self.n, self._checksum()))
 
-    def divided(
+    def split_rows(
         self, spec: SampleSpec, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
-    ) -> Divided:
+    ) -> TrainingSplit:
         """Checks all rows and splits them into training rows and held-out sets of these sizes.
 
         Args:
@@ -85,7 +85,7 @@ class InMemoryTable:
         values = self.table.values[rows[0]]
         train = self._part(spec, rows[0])
         labels = np.empty(0, np.int64) if train.labels is None else train.labels.numpy()
-        return Divided(
+        return TrainingSplit(
             store=InMemoryStore(train.x, train.labels, *order_key),
             n=len(values),
             held=[self._part(spec, mine) for mine in rows[1:]],
@@ -208,9 +208,9 @@ class ArrayData(Finite):
         ]
         for other in others:
             if other is not None:
-                check_alike(first.table, other.table)
+                check_same_columns(first.table, other.table)
                 if first.label_column is not None and other.label_column is not None:
-                    check_alike(first.label_column, other.label_column)
+                    check_same_columns(first.label_column, other.label_column)
         width = len(first.table.columns)
         self.event_shape = _event_shape(event_shape, width)
         self.columns = first.table.columns if event_shape is None else ()
@@ -225,17 +225,17 @@ class ArrayData(Finite):
         have = [other is not None for other in others]
         cap = most if isinstance(first, StreamedTable) else None
         sizes = held_out(first.n, first.table.path, have, (val_fraction, test_fraction), cap)
-        divided, spec = self._divide(first, spec, sizes, seed)
+        training, spec = self._divide(first, spec, sizes, seed)
         own = [None if o is None else o.all(spec, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
         self.gaussian_start = _starts(gaussian_start, self.event_shape)
-        val, test = (held if part is None else part for held, part in zip(divided.held, own, strict=True))
-        self.val, self.test = (noised_set(part.x, self.noisy, seed, i) for i, part in enumerate((val, test)))
+        val, test = (held if part is None else part for held, part in zip(training.held, own, strict=True))
+        self.val, self.test = (add_set_noise(part.x, self.noisy, seed, i) for i, part in enumerate((val, test)))
         self.val_labels, self.test_labels = val.labels, test.labels
         sets = {"val": val, "test": test}
-        self.record = record_of((first.n, divided.checksum), ((name, part.rows) for name, part in sets.items()))
+        self.record = record_of((first.n, training.checksum), ((name, part.rows) for name, part in sets.items()))
         self.held_rows = {name: part.rows for name, part in sets.items() if not isinstance(part.rows, tuple)}
-        self._check_held_out(first.table, divided, spec, sets)
-        self.n_train = divided.n
+        self._check_held_out(first.table, training, spec, sets)
+        self.n_train = training.n
         if cap in sizes:
             _log.info(
                 f"{first.table.path}: the file is large, so at most {most:,} rows are held out for each of validation "
@@ -244,7 +244,7 @@ class ArrayData(Finite):
 
     def _divide(
         self, first: InMemoryTable | StreamedTable, spec: SampleSpec, sizes: list[int], seed: int
-    ) -> tuple[Divided, SampleSpec]:
+    ) -> tuple[TrainingSplit, SampleSpec]:
         """Splits the training file, stores its training rows, and refuses columns that no density can be fitted to."""
         keys = (_STREAM, _SPLIT), (_STREAM, _ORDER)
         if isinstance(first, StreamedTable):
@@ -252,12 +252,12 @@ class ArrayData(Finite):
                 f"{first.table.path}: all {first.n:,} rows are checked now; training reads them in blocks "
                 "(data.memory_map)"
             )
-        divided = first.divided(spec, sizes, seed, *keys)
-        self._mean, self._std = spec.moments(divided.mean, divided.variance)
+        training = first.split_rows(spec, sizes, seed, *keys)
+        self._mean, self._std = spec.moments(training.mean, training.variance)
         if len(self.event_shape) == 1:
-            check_enough_rows(first.table.path, divided.n, len(self._mean))
+            check_enough_rows(first.table.path, training.n, len(self._mean))
         noisy = range(len(self._mean)) if self.integer_valued else self.noisy
-        check_spread(first.table, self._mean, self._std, divided.whole, noisy, self._centers)
+        check_spread(first.table, self._mean, self._std, training.whole, noisy, self._centers)
         coarse = COARSE * self._std < np.finfo(np.float32).eps * np.abs(self._mean)
         if self._centers and coarse.any():
             names = [name for name, is_coarse in zip(first.table.columns, coarse, strict=True) if is_coarse]
@@ -266,32 +266,34 @@ class ArrayData(Finite):
             offset = np.where(coarse, self._mean, 0.0).astype(np.float32).astype(np.float64)
             self.offset = torch.from_numpy(offset).view(self.event_shape)
             spec = replace(spec, wide=True)
-            divided = first.divided(spec, sizes, seed, *keys)
-        self.keep(divided.store)
-        return divided, spec
+            training = first.split_rows(spec, sizes, seed, *keys)
+        self.keep(training.store)
+        return training, spec
 
-    def _check_held_out(self, table: Table, divided: Divided, spec: SampleSpec, held: Mapping[str, Part]) -> None:
+    def _check_held_out(
+        self, table: Table, training: TrainingSplit, spec: SampleSpec, held: Mapping[str, Part]
+    ) -> None:
         """Counts the classes and warns of data whose likelihood is not meaningful."""
         labels = {name: part.labels.numpy() for name, part in held.items() if part.labels is not None}
         if len(labels) == len(held):
-            self.classes = max(len(divided.class_counts), *(1 + int(own.max()) for own in labels.values()))
+            self.classes = max(len(training.class_counts), *(1 + int(own.max()) for own in labels.values()))
             counts = np.zeros(self.classes, np.int64)
-            counts[: len(divided.class_counts)] = divided.class_counts
+            counts[: len(training.class_counts)] = training.class_counts
             self.class_counts = tuple(counts.tolist())
             warn_of_unseen(table.path, counts, labels)
-        codes = warn_of_sentinels(table, divided.look) if self.levels is None else {}
+        codes = warn_of_sentinels(table, training.look) if self.levels is None else {}
         if self.integer_valued:
             return
-        few = warn_of_repeats(table, divided.look, divided.whole, set(self.noisy), codes)
+        few = warn_of_repeats(table, training.look, training.whole, set(self.noisy), codes)
         if len(self.event_shape) == 1:
-            warn_of_dependence(table, divided.look, spec.noise(len(table.columns)))
+            warn_of_dependence(table, training.look, spec.noise(len(table.columns)))
         if len(few | set(self.noisy)) < len(table.columns):
-            hashes = {name: row_hashes(part.x.numpy(), divided.hash_step) for name, part in held.items()}
-            warn_of_copies(table.path, divided.hashes, hashes)
+            hashes = {name: row_hashes(part.x.numpy(), training.hash_step) for name, part in held.items()}
+            warn_of_copies(table.path, training.hashes, hashes)
 
     def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
         x = super().train_share(step, batch_size, seed, share)
-        return noised_batch(x, self.noisy, seed, step, batch_size, share) if self.noisy else x
+        return add_batch_noise(x, self.noisy, seed, step, batch_size, share) if self.noisy else x
 
     @property
     def samples(self) -> Samples:

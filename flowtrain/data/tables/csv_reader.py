@@ -128,11 +128,11 @@ def read_delimited(path: Path, choose: Choose, text_format: TextFormat) -> Text:
         indices = choose(layout.names, counting)
         _warn_of_unnamed(path, layout, indices, counting)
         rows = _plain_rows(file, layout)
-        values = None if rows is None else _fast(file, layout, indices, rows, text_format)
+        values = None if rows is None else _read_with_numpy(file, layout, indices, rows, text_format)
         lines: Sequence[int] = range(layout.first_line, layout.first_line + (rows or 0))
         cells: dict[tuple[int, int], str] = {}
         if values is None:
-            values, lines, cells = _exact(file, layout, indices, text_format)
+            values, lines, cells = _read_by_cell(file, layout, indices, text_format)
     if not lines:
         raise DataError(f"{path} has no rows" + (" below its header" if layout.named else ""))
     return Text(values, tuple(layout.names[i] for i in indices), tuple(indices), lines, cells)
@@ -261,7 +261,12 @@ def _blanks_between_decimals(line: str, decimal: str | None) -> bool:
 
 def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     text = [i for i, cell in enumerate(first) if _is_text(cell)]
-    if first and not first[0].strip() and all(cell.strip() for cell in first[1:]) and _counts(row[0] for row in rows):
+    if (
+        first
+        and not first[0].strip()
+        and all(cell.strip() for cell in first[1:])
+        and _are_row_numbers(row[0] for row in rows)
+    ):
         # pandas writes an empty name for its index, and 0, 1, ... for columns without names
         return len(first) > 1 and bool(rows)
     if not text or not rows or not any(_is_number(cell) for cell in first):
@@ -270,7 +275,7 @@ def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     return any(i >= len(rows[0]) or not _is_text(rows[0][i]) for i in text)
 
 
-def _counts(cells: Iterator[str]) -> bool:
+def _are_row_numbers(cells: Iterator[str]) -> bool:
     """Whether the cells are row numbers, counted from 0 or from 1."""
     return all(cell.strip() in (str(i), str(i + 1)) for i, cell in enumerate(cells))
 
@@ -429,7 +434,7 @@ def _width(line: str, delimiter: str | None) -> int:
     return line.count(delimiter) + 1 if delimiter else len(line.split())
 
 
-def _fast(
+def _read_with_numpy(
     file: _File, layout: Layout, indices: list[int], rows: int, text_format: TextFormat
 ) -> NDArray[np.float64] | None:
     """Reads the table with NumPy's C parser; None if the parser fails."""
@@ -454,7 +459,7 @@ def _fast(
             return None
 
 
-def _exact(
+def _read_by_cell(
     file: _File, layout: Layout, indices: Sequence[int], text_format: TextFormat
 ) -> tuple[NDArray[np.float64], Sequence[int], dict[tuple[int, int], str]]:
     """Reads the table cell by cell. Returns the values, the line of each row, and the first missing cell."""

@@ -13,7 +13,7 @@ from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.images import read_idx
 from flowtrain.data.tables.columns import Columns, as_option, default_names, listed, pick
 from flowtrain.data.tables.csv_reader import TextFormat
-from flowtrain.data.tables.sample_spec import SampleSpec, as_labels, noised_set
+from flowtrain.data.tables.sample_spec import SampleSpec, add_set_noise, as_labels
 from flowtrain.data.tables.table_checks import check_labels, warn_of_unseen
 from flowtrain.data.tables.table_reader import ARRAYS, TEXTS, Table, ending_of, is_images, read_table
 from flowtrain.utils.errors import ConfigError, DataError
@@ -44,7 +44,7 @@ class ScoredRows(Dataset):
         spec.check(table)
         # float64, because a flow may be evaluated in float64
         x = spec.samples(table.values, real=np.float64)
-        self.val = self.test = noised_set(x, self.noisy, seed)
+        self.val = self.test = add_set_noise(x, self.noisy, seed)
         self.val_labels = self.test_labels = labels
         if labels is not None:
             counts = np.array(self.class_counts, np.int64)
@@ -129,7 +129,7 @@ class _Selection:
     ) -> None:
         self.file, self.samples, self.columns, self.label, self.asked = file, samples, columns, label, asked
         self.width = math.prod(samples.event_shape)
-        self.mark: int | None = None
+        self.label_position: int | None = None
 
     def choose(self, names: Sequence[str], left_out: Sequence[int]) -> list[int]:
         """Returns the positions of the samples' columns, followed by the column of labels if there is one."""
@@ -145,12 +145,12 @@ class _Selection:
                     f"{self.file} has {listed([names[i] for i in indices])}, but the flow was trained on "
                     f"{listed(trained)}. Some names occur twice, so choose the columns by position with data.columns"
                 )
-        self.mark = self._mark(names, indices, named)
-        return indices if self.mark is None else [*indices, self.mark]
+        self.label_position = self._label_position(names, indices, named)
+        return indices if self.label_position is None else [*indices, self.label_position]
 
     def divided(self, table: Table) -> tuple[Table, Table | None]:
         """Splits the table into samples and labels (None if there are none)."""
-        if self.mark is None:
+        if self.label_position is None:
             return table, None
         return table.only(range(self.width)), table.only([self.width])
 
@@ -189,7 +189,7 @@ class _Selection:
             label_column = []
         return [i for i in indices if i not in label_column]
 
-    def _mark(self, names: Sequence[str], indices: Sequence[int], named: bool) -> int | None:
+    def _label_position(self, names: Sequence[str], indices: Sequence[int], named: bool) -> int | None:
         """Returns the position of the column of labels; None if the file has none or the flow does not use labels."""
         if self.label is None or self.samples.classes is None:
             return None
@@ -200,13 +200,13 @@ class _Selection:
             here = names.count(label) == 1 if isinstance(label, str) else len(names) > self.width
             if not here:
                 return None
-        (mark,) = pick([label], names, self.file, "data.label")
-        if mark in indices:
+        (label_position,) = pick([label], names, self.file, "data.label")
+        if label_position in indices:
             raise DataError(
-                f"{self.file}: data.label={label} is column {names[mark]!r}, which is part of the samples; give "
-                "another column with data.label"
+                f"{self.file}: data.label={label} is column {names[label_position]!r}, which is part of the samples; "
+                "give another column with data.label"
             )
-        return mark
+        return label_position
 
 
 def _key_of(file: Path, key: str | None) -> str | None:

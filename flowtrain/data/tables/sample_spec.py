@@ -85,7 +85,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Divided:
+class TrainingSplit:
     """A training file, split into training rows and held-out sets, with statistics of the rows.
 
     Attributes:
@@ -152,23 +152,23 @@ def noisy_columns(entries: Sequence[str | int], table: Table) -> tuple[int, ...]
     return tuple(sorted(chosen))
 
 
-def noised_batch(x: Tensor, noisy: Sequence[int], seed: int, step: int, batch_size: int, share: slice) -> Tensor:
+def add_batch_noise(x: Tensor, noisy: Sequence[int], seed: int, step: int, batch_size: int, share: slice) -> Tensor:
     """Adds noise to rows of a training batch, (k, *event_shape). Each step has new noise.
 
     Args:
         noisy: positions in the flattened sample of the elements that get noise.
         share: the rows of the batch that x consists of. The noise of a row does not depend on the rank.
     """
-    return _added(x, _uniform((batch_size, *x.shape[1:]), noisy, seed, _BATCH_NOISE, step)[share])
+    return _add_noise(x, _uniform((batch_size, *x.shape[1:]), noisy, seed, _BATCH_NOISE, step)[share])
 
 
-def noised_set(x: Tensor, noisy: Sequence[int], seed: int, which: int = 2) -> Tensor:
+def add_set_noise(x: Tensor, noisy: Sequence[int], seed: int, which: int = 2) -> Tensor:
     """Adds noise to all rows of a set, (n, *event_shape); the noise depends on the seed only.
 
     Args:
         which: 0 for the validation set, 1 for the test set, 2 for rows to score.
     """
-    return _added(x, _uniform(tuple(x.shape), noisy, seed, _SET_NOISE, which)) if noisy else x
+    return _add_noise(x, _uniform(tuple(x.shape), noisy, seed, _SET_NOISE, which)) if noisy else x
 
 
 def _uniform(shape: tuple[int, ...], noisy: Sequence[int], seed: int, *place: int) -> Tensor:
@@ -179,7 +179,7 @@ def _uniform(shape: tuple[int, ...], noisy: Sequence[int], seed: int, *place: in
     return u
 
 
-def _added(x: Tensor, u: Tensor) -> Tensor:
+def _add_noise(x: Tensor, u: Tensor) -> Tensor:
     noise = u.to(x.dtype).to(x.device, non_blocking=True)
     # x + u may round up to the next whole number, which is a different value
     return torch.minimum(x + noise, torch.nextafter(x + 1, x))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowtrain.data.base import Checksum, step_generator
 from flowtrain.data.tables.columns import Columns, default_names, pick
-from flowtrain.data.tables.sample_spec import Divided, Part, SampleSpec, Values, as_labels
+from flowtrain.data.tables.sample_spec import Part, SampleSpec, TrainingSplit, Values, as_labels
 from flowtrain.data.tables.table_checks import check_labels, row_hashes, whole_columns
 from flowtrain.data.tables.table_reader import (
     Table,
@@ -24,8 +24,8 @@ from flowtrain.data.tables.table_reader import (
     check_file,
     check_finite,
     damage_refused,
-    less_labels,
     npy_header,
+    split_off_labels,
 )
 from flowtrain.utils.arguments import flag
 from flowtrain.utils.errors import ConfigError, DataError
@@ -295,7 +295,7 @@ class StreamedTable:
             return Table(np.empty((0, len(indices))), default_names(indices), indices, str(self.rows.path))
 
         label_column = None if label is None else table([label], "data.label")
-        self.table, self.label_column = less_labels(table(columns, "data.columns"), label_column, label)
+        self.table, self.label_column = split_off_labels(table(columns, "data.columns"), label_column, label)
 
     def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
         """Checks all rows and returns them as a held-out set. If there are more than `most`, returns a random subset.
@@ -307,13 +307,13 @@ class StreamedTable:
             wanted = np.arange(self.n)
         else:
             _log.info(f"{self.rows.path}: {most:,} of {self.n:,} rows are drawn at random and used")
-            wanted = drawn(self.n, most, step_generator(seed, *stream))
-        part, seen = self._look_through(spec, wanted, training=False)
-        return replace(part, rows=(self.n, str(seen.checksum)))
+            wanted = draw_rows(self.n, most, step_generator(seed, *stream))
+        part, statistics = self._look_through(spec, wanted, training=False)
+        return replace(part, rows=(self.n, str(statistics.checksum)))
 
-    def divided(
+    def split_rows(
         self, spec: SampleSpec, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
-    ) -> Divided:
+    ) -> TrainingSplit:
         """Checks all rows and splits them into training rows and held-out sets of these sizes.
 
         Args:
@@ -322,8 +322,8 @@ class StreamedTable:
             split_key: the key of the random stream of the split.
             order_key: the key of the random stream of the order of training rows.
         """
-        held = drawn(self.n, sum(sizes), step_generator(seed, *split_key))
-        part, seen = self._look_through(spec, held)
+        held = draw_rows(self.n, sum(sizes), step_generator(seed, *split_key))
+        part, statistics = self._look_through(spec, held)
         label = None if self.label_column is None else self.label_column.indices[0]
         store = StreamedStore(self.rows, np.sort(held), self.table.indices, label, spec.samples, *order_key)
         labels = [None] * len(sizes) if part.labels is None else list(torch.split(part.labels, sizes))
@@ -331,21 +331,23 @@ class StreamedTable:
         parts = [Part(*each) for each in zip(torch.split(part.x, sizes), labels, rows, strict=True)]
         # random rows, because the first rows of a file may not represent the others
         look = store.values(min(store.n, LOOK, store.in_window)).astype(np.float64)
-        return Divided(
+        return TrainingSplit(
             store=store,
             n=store.n,
             held=parts,
-            mean=seen.moments.mean,
-            variance=seen.moments.variance,
+            mean=statistics.moments.mean,
+            variance=statistics.moments.variance,
             look=look,
-            whole=seen.whole,
-            hashes=np.concatenate([np.empty(0, np.uint64), *seen.hashes]),
-            hash_step=seen.hash_step,
-            class_counts=seen.class_counts,
-            checksum=str(seen.checksum),
+            whole=statistics.whole,
+            hashes=np.concatenate([np.empty(0, np.uint64), *statistics.hashes]),
+            hash_step=statistics.hash_step,
+            class_counts=statistics.class_counts,
+            checksum=str(statistics.checksum),
         )
 
-    def _look_through(self, spec: SampleSpec, wanted: NDArray[np.int64], training: bool = True) -> tuple[Part, "Seen"]:
+    def _look_through(
+        self, spec: SampleSpec, wanted: NDArray[np.int64], training: bool = True
+    ) -> tuple[Part, "StreamStatistics"]:
         """Collects the wanted rows and the statistics of the other rows in one pass.
 
         Args:
@@ -355,8 +357,8 @@ class StreamedTable:
             DataError: values that are not finite or do not fit `spec`, or invalid labels; names the row of the file.
         """
         order = np.argsort(wanted, kind="stable")
-        found = _Collected(spec, len(wanted), self.label_column is not None)
-        seen = Seen(len(self.table.columns), max(1, self.n // HASHES))
+        found = _HeldOutRows(spec, len(wanted), self.label_column is not None)
+        statistics = StreamStatistics(len(self.table.columns), max(1, self.n // HASHES))
         for start, (table, label_column) in self._chunks():
             ends = np.searchsorted(wanted, (start, start + len(table.values)), sorter=order)
             places = order[slice(*ends)]
@@ -368,8 +370,8 @@ class StreamedTable:
             out = wanted[places] - start
             labels = None if label_column is None else label_column.values
             found.add(places, table.values[out], None if labels is None else labels[out])
-            seen.add(spec, table.values, labels, out if training else None)
-        return found.part, seen
+            statistics.add(spec, table.values, labels, out if training else None)
+        return found.part, statistics
 
     def _chunks(self) -> Iterator[tuple[int, tuple[Table, Table | None]]]:
         """Yields chunks of the table and of its labels, each with the number of its first row."""
@@ -380,12 +382,12 @@ class StreamedTable:
             yield start, (_part_of(chunk, self.table, start), label_column)
 
 
-class Seen:
+class StreamStatistics:
     """Statistics of a file that is read in chunks, over its training rows and over all rows.
 
     Attributes:
-        moments, hashes, class_counts: statistics of the training rows, see `Divided`.
-        whole, checksum: statistics of all rows, see `Divided`.
+        moments, hashes, class_counts: statistics of the training rows, see `TrainingSplit`.
+        whole, checksum: statistics of all rows, see `TrainingSplit`.
     """
 
     def __init__(self, d: int, hash_step: int) -> None:
@@ -410,7 +412,7 @@ class Seen:
             self.class_counts = counts
 
 
-class _Collected:
+class _HeldOutRows:
     """A held-out set of k samples that is filled in chunks."""
 
     def __init__(self, spec: SampleSpec, k: int, labelled: bool) -> None:
@@ -452,7 +454,7 @@ class Moments:
         return self._squares / max(1, self.n)
 
 
-def drawn(n: int, k: int, generator: torch.Generator) -> NDArray[np.int64]:
+def draw_rows(n: int, k: int, generator: torch.Generator) -> NDArray[np.int64]:
     """Draws k distinct rows of n, in random order, with O(k) memory (Floyd's algorithm)."""
     chosen: dict[int, None] = {}
     uniform = torch.rand(k, generator=generator, dtype=torch.float64).tolist()

@@ -91,7 +91,7 @@ _RESIDUAL = 1e-8
 _MOST_NAMED = 5
 
 
-def check_alike(first: Table, other: Table) -> None:
+def check_same_columns(first: Table, other: Table) -> None:
     """Raises DataError if two tables differ in the number of columns, or in the column names if both have names."""
     if len(first.columns) != len(other.columns):
         raise DataError(
@@ -197,13 +197,13 @@ def check_spread(
     if flat.any():
         names = [name for name, is_flat in zip(table.columns, flat, strict=True) if is_flat]
         keep = [index for index, is_flat in zip(table.indices, flat, strict=True) if not is_flat]
-        cure = f"keep the other columns with {as_option(keep)}" if keep else "there are no other columns"
+        advice = f"keep the other columns with {as_option(keep)}" if keep else "there are no other columns"
         if whole[flat].all() and not set(np.flatnonzero(flat)) & set(noisy):
             columns = range(len(whole)) if whole.all() else (*np.flatnonzero(flat), *noisy)
-            cure += f". For counts and pixels, keep all columns and add noise with {_dequantize(table, columns)}"
+            advice += f". For counts and pixels, keep all columns and add noise with {_dequantize(table, columns)}"
         raise DataError(
             f"{table.path}: in the training rows, column{'s' * (len(names) > 1)} {listed(names, most=50)} "
-            f"{'is' if len(names) == 1 else 'are'} constant to the precision of {precision.dtype}; {cure}"
+            f"{'is' if len(names) == 1 else 'are'} constant to the precision of {precision.dtype}; {advice}"
         )
     # The offset is exact in float32, so subtracting it leaves a mean of up to 2^-24 |mean|. Its rounding error in
     # float32, 2^-48 |mean|, must stay below 1e-4 std

@@ -151,10 +151,10 @@ def read_labelled(
         return [*indices, *(i for i in label_column if i not in indices)]
 
     table = read_table(path, key, choose, text_format=text_format)
-    return less_labels(table, table.only([table.indices.index(i) for i in label_column]), label)
+    return split_off_labels(table, table.only([table.indices.index(i) for i in label_column]), label)
 
 
-def less_labels(table: Table, labels: Table | None, label: str | int | None) -> tuple[Table, Table | None]:
+def split_off_labels(table: Table, labels: Table | None, label: str | int | None) -> tuple[Table, Table | None]:
     """Returns a table without its column of labels, and this column.
 
     Raises:

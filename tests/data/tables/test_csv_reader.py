@@ -207,7 +207,7 @@ def test_bad_cell_in_an_unselected_column_is_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", " "])
 def test_plain_file_uses_the_fast_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delimiter: str) -> None:
-    monkeypatch.delattr(csv_reader, "_exact")
+    monkeypatch.delattr(csv_reader, "_read_by_cell")
     values = normal(100, 3)
     for header in (None, ["a", "b", "c"]):
         path = save(tmp_path / "t.csv", values, header, delimiter)
