@@ -82,13 +82,13 @@ def fit_mixture(
     rows = _Rows(x, diagonal)
     shares = nn.functional.one_hot(clusters(x, components, generator), components).to(x)
     sums = sum_features(rows, shares)
-    within = maximize(sums, diagonal, 0.0)
+    within = m_step(sums, diagonal, 0.0)
     weights = within.log_weights.exp().view(-1, *[1] * (within.covariances.dim() - 1))
     prior = Prior(prior_rows, (weights * within.covariances).sum(0))
     before = -math.inf
     for _ in range(max(1, steps)):
-        mixture = maximize(sums, diagonal, floor, prior)
-        now, sums = expect(rows, mixture)
+        mixture = m_step(sums, diagonal, floor, prior)
+        now, sums = e_step(rows, mixture)
         now += log_prior(mixture, prior) / len(x)
         if not now - before >= tolerance:
             break
@@ -139,7 +139,7 @@ def coefficients(mixture: Mixture) -> Tensor:
     return torch.cat([constant.unsqueeze(1), linear, products], 1)
 
 
-def expect(rows: _Rows, mixture: Mixture) -> tuple[float, Tensor]:
+def e_step(rows: _Rows, mixture: Mixture) -> tuple[float, Tensor]:
     """The E step. Returns the mean log-likelihood in nats, and sums (K, p) of features weighted by responsibilities."""
     theta = coefficients(mixture).T
     total, sums = 0.0, torch.zeros_like(theta.T)
@@ -163,7 +163,7 @@ def sum_features(rows: _Rows, shares: Tensor) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def maximize(sums: Tensor, diagonal: bool, floor: float, prior: Prior | None = None) -> Mixture:
+def m_step(sums: Tensor, diagonal: bool, floor: float, prior: Prior | None = None) -> Mixture:
     """The M step. Returns the mixture that maximizes the objective for sums (K, p) of the features.
 
     With N_k rows of covariance C_k in component k, S_k = (N_k C_k + rows target) / (N_k + rows).
@@ -185,7 +185,7 @@ def maximize(sums: Tensor, diagonal: bool, floor: float, prior: Prior | None = N
     if prior is not None and prior.rows > 0:
         share = (prior.rows / (total + prior.rows)).view(-1, *[1] * (covariances.dim() - 1))
         covariances = (1 - share) * covariances + share * prior.target
-    return Mixture((total / total.sum()).log(), means, above(covariances, floor))
+    return Mixture((total / total.sum()).log(), means, floor_eigenvalues(covariances, floor))
 
 
 def log_prior(mixture: Mixture, prior: Prior) -> float:
@@ -202,7 +202,7 @@ def log_prior(mixture: Mixture, prior: Prior) -> float:
     return -0.5 * prior.rows * float(value)
 
 
-def above(covariances: Tensor, floor: float) -> Tensor:
+def floor_eigenvalues(covariances: Tensor, floor: float) -> Tensor:
     """Raises the eigenvalues of covariances (K, d, d), or variances (K, d), to at least `floor`.
 
     The result maximizes the likelihood under the constraint that no eigenvalue is below `floor`.

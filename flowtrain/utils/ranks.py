@@ -128,7 +128,7 @@ def joined() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def first_to_say(message: str) -> bool:
+def first_to_report(message: str) -> bool:
     """Whether this rank is the first to report a message, so that an error of all ranks is reported once."""
     try:
         return not _STORE or int(_STORE[0].add(f"flowtrain/said/{message}", 1)) == 1
@@ -140,13 +140,13 @@ def first_to_say(message: str) -> bool:
 # Restarts by an elastic launcher
 
 
-def remember(run_dir: Path) -> None:
+def save_run_dir(run_dir: Path) -> None:
     """Saves the run directory for restarts by the same launcher."""
     if launched():
         _note().write_text(str(run_dir), encoding="utf-8")
 
 
-def remembered() -> Path | None:
+def saved_run_dir() -> Path | None:
     """Returns the run directory that was saved before a restart by the same launcher on this machine, or None."""
     return Path(_note().read_text(encoding="utf-8")) if launched() and _note().is_file() else None
 
@@ -162,7 +162,7 @@ def _note() -> Path:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _rank_loss_reported() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
@@ -185,7 +185,7 @@ def _reduced(values: Sequence[float], operation: str) -> list[float]:
     if size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64)
-    with _together():
+    with _rank_loss_reported():
         dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
     return [float(value) for value in tensor.tolist()]
 
@@ -193,7 +193,7 @@ def _reduced(values: Sequence[float], operation: str) -> list[float]:
 def sum_in_place(tensor: Tensor) -> None:
     """Replaces a tensor by the sum of the tensors of all ranks, which have the same shape."""
     if size() > 1:
-        with _together():
+        with _rank_loss_reported():
             dist.all_reduce(tensor)
 
 
@@ -202,7 +202,7 @@ def broadcast_object(value: T) -> T:
     if size() == 1:
         return value
     box = [value]
-    with _together():
+    with _rank_loss_reported():
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -212,7 +212,7 @@ def all_gather(value: T) -> list[T]:
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()
-    with _together():
+    with _rank_loss_reported():
         dist.all_gather_object(values, value)
     return values
 
@@ -221,7 +221,7 @@ def all_gather(value: T) -> list[T]:
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Copies the tensors of rank 0 to all ranks, in place."""
     if size() > 1:
-        with _together():
+        with _rank_loss_reported():
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
