@@ -149,17 +149,17 @@ class Dataset(ABC):
         event_shape: the shape of one sample.
         val, test: fixed held-out samples, the same for every seed of a run.
         integer_valued: whether samples are integers, which the flow dequantizes.
-        levels: the number of values of integer-valued samples 0 .. levels - 1; None if the values are not bounded.
+        levels: the number of values of integer-valued samples 0 .. levels - 1. None if the values are not bounded.
         alpha: the parameter of the logit that maps [0, levels] to the real line.
-        classes: the number of classes, with labels 0 .. classes - 1; None without labels.
+        classes: the number of classes, with labels 0 .. classes - 1. None without labels.
         val_labels, test_labels: (n,), int64, or None.
-        columns: names of the columns of vector data, for plots and messages; may be empty.
+        columns: names of the columns of vector data, for plots and messages. They may be empty.
         offset: the offset that the flow subtracts from samples, (*event_shape), float64. Its values are exact in
             float32. None if float32 resolves the samples.
-        n_train: the number of training samples; None if every batch has new samples.
+        n_train: the number of training samples. None if every batch has new samples.
         gaussian_start: whether the flow starts at the Gaussian of the training rows.
         noisy, class_counts, record: see `Samples`.
-        entropy: differential entropy of the true density in nats; None if unknown.
+        entropy: differential entropy of the true density in nats. None if unknown.
         held_rows: for each held-out set, by name, its row numbers in the training data, (n,). Sets that have a separate
             file are not included.
 

@@ -135,7 +135,7 @@ class IDXImages(Finite):
         root: the folder that contains the four files (plain or .gz), directly or in a subfolder named after `dataset`.
             None means $FLOWTRAIN_DATA if it is set, else the folder flowtrain in the user's cache.
         n_val: the number of images for validation.
-        n_test: the number of images for test, from the start of the test file; None means all.
+        n_test: the number of images for test, from the start of the test file. None means all.
         crop: shifts training images horizontally at random by up to this many pixels; uncovered pixels are 0.
         alpha: the parameter of the logit that maps pixels to the real line.
 

@@ -67,7 +67,7 @@ def held_out(
     Args:
         given: whether the validation set and the test set have separate files.
         fractions: the fraction of the rows for each set.
-        most: the largest number of rows for each set; None if it is not limited.
+        most: the largest number of rows for each set. None if it is not limited.
 
     Raises:
         ConfigError: fractions that leave nothing for training.

@@ -1,7 +1,7 @@
 """Baseline likelihoods of tables: a Gaussian, a Gaussian mixture and a kernel density estimate.
 
-All are fitted to the training rows. The number of components and the bandwidth have the lowest NLL on the validation
-rows. Densities are in data units, log p is in nats per sample.
+All are fitted to the training rows. The number of components and the bandwidth minimize the NLL on the validation rows.
+Densities are in data units, log p is in nats per sample.
 """
 
 import logging
@@ -124,7 +124,7 @@ def baselines(
         seconds: the time limit for the mixture and the kernel density estimate. 0 means the Gaussian only.
 
     Returns:
-        Baselines by name; None for images and data sets without a finite training set.
+        Baselines by name. None for images and data sets without a finite training set.
     """
     if len(data.event_shape) != 1:
         return None
@@ -231,7 +231,7 @@ def _gaussian(rows: Tensor) -> Fitted:
 
 
 def _mixture(table: StandardisedRows, seconds: float, scoring: int) -> Fitted | None:
-    """Fits a Gaussian mixture of scikit-learn by EM. The number of components has the lowest validation NLL.
+    """Fits a Gaussian mixture of scikit-learn by EM. The number of components minimizes the validation NLL.
 
     Covariances are full. With more than 16 columns, diagonal covariances are also tried.
 
@@ -301,7 +301,7 @@ def _fit_em(model: Any, train: Any, val: Any, end: float) -> float:
 
 
 def _kernels(table: StandardisedRows, seconds: float, scoring: int) -> Fitted | None:
-    """Fits a kernel density estimate. The bandwidth h has the lowest validation NLL.
+    """Fits a kernel density estimate. The bandwidth h minimizes the validation NLL.
 
     p(z) = 1/m sum_i N(z; z_i, h^2 I) over m standardized training rows z_i. h is searched on a grid around Scott's
     m^(-1/(d+4)), which is then refined around its best value.

@@ -20,9 +20,12 @@ def calibration(z: Tensor, base: Base) -> tuple[Calibration, dict[str, Tensor]]:
     """Tests whether latents z (n, *event) of the data are draws from the base.
 
     If the data are draws from the model, d + 1 probability integral transforms are uniform on [0, 1] (Rosenblatt 1952,
-    Diebold et al. 1998): the transform u_j of each dimension of the base, which is Phi(z_j) for a standard normal base,
-    and F(|y|^2), where y_j = Phi^-1(u_j) and F is the chi-square distribution function with d degrees of freedom. Each
-    transform is tested separately. The radius |y| also shows dependence between dimensions. Latents with NaN are
+    Diebold et al. 1998):
+
+    - u_j of each dimension j of the base, which is Phi(z_j) for a standard normal base;
+    - F(|y|^2), where y_j = Phi^-1(u_j) and F is the chi-square distribution function with d degrees of freedom.
+
+    Each transform is tested separately. The radius |y| also shows dependence between dimensions. Latents with NaN are
     left out. If all have NaN, the statistic is NaN.
 
     Returns:

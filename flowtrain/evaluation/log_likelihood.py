@@ -83,7 +83,7 @@ def score_rows(
 
     Args:
         x: rows (n, *event_shape) in data units.
-        label: labels (n,) for a conditional flow; None for its `marginal`.
+        label: labels (n,) for a conditional flow. None for its `marginal`.
         batch_size: the number of rows in a batch. None means a number that depends on the size of a sample. With noise
             or an adaptive solver, log p depends on it: noise is drawn batch by batch, and the rows of a batch share the
             solver's steps.

@@ -16,11 +16,11 @@ class Budget:
 
     Attributes:
         sampling: standard error over the rows, excluding the noise of the trace.
-        trace: standard error from the noise of an estimated trace, measured by several draws on a subset of the rows;
-            0 if the trace is exact.
+        trace: standard error from the noise of an estimated trace, measured by several draws on a subset of the rows.
+            It is 0 if the trace is exact.
         solver: change of the NLL when the tolerance is tightened tenfold, in float64 on the subset. With mean change
-            m and its standard error s over the subset, this is sqrt(m^2 + s^2). 0 for a flow that solves no ODE, NaN if
-            the tight solve failed.
+            m and its standard error s over the subset, this is sqrt(m^2 + s^2). It is 0 for a flow that solves no ODE.
+            It is NaN if the tight solve failed.
         solver_per_row: RMS over the rows of the change of log p: the solver error of a single score.
         embedded: mean over the subset of the solver's own estimate of the absolute error of the log-determinant; None
             if the solver gives no estimate.
@@ -55,9 +55,9 @@ class Check:
     """A measured property of a density or of its likelihoods, and the limit it must not exceed.
 
     Attributes:
-        value: the measured value; None if the check was not made.
+        value: the measured value. None if the check was not made.
         limit: the largest value that passes.
-        passed: whether the check passed; None if the check was not made.
+        passed: whether the check passed. None if the check was not made.
         message: the cause if the check failed, or the reason why it was not made.
     """
 
@@ -144,7 +144,7 @@ class Calibration:
             only transform is "density".
         p_value: the probability of a distance at least as large if the data are draws from the model, with Bonferroni's
             correction for the number of transforms.
-        radius: the distance of the transform "radius"; None for an ensemble.
+        radius: the distance of the transform "radius". None for an ensemble.
     """
 
     n: int
@@ -207,16 +207,16 @@ class Evaluation:
         split: "val" or "test" for a held-out set of a `Dataset`; "all" for rows of a file or an array.
         step: the training step of the weights.
         bits_per_dim: nll / (D log 2) for integer-valued images, else None.
-        entropy: the entropy of the true density; None if it is unknown.
-        kl, kl_stderr: the mean of log p_true - log p_model on the same rows, and its standard error; None if the true
+        entropy: the entropy of the true density. None if it is unknown.
+        kl, kl_stderr: the mean of log p_true - log p_model on the same rows, and its standard error. None if the true
             density is unknown.
         trace: "exact" or "hutchinson".
         noise_samples: the number of probes of an estimated trace, else None.
         dequantization_samples: for whole numbers, the number of noise draws for each row, over which p is averaged.
             With 1, the NLL is the usual variational bound. Else None.
-        solver: the settings of the solver; None for a flow that solves no ODE.
-        nfe: the number of evaluations of the velocity field in a pass; None for a flow that solves no ODE.
-        solver_error: the change of the NLL when the tolerance is tightened tenfold, in float64 on a subset; None for a
+        solver: the settings of the solver. None for a flow that solves no ODE.
+        nfe: the number of evaluations of the velocity field in a pass. None for a flow that solves no ODE.
+        solver_error: the change of the NLL when the tolerance is tightened tenfold, in float64 on a subset. None for a
             flow that solves no ODE.
         roundtrip_error: max |x - forward(inverse(x))| on the subset, in data units.
         seconds: the time of scoring.
@@ -225,10 +225,10 @@ class Evaluation:
         budget: the parts of the error.
         checks: the checks of the density. `failed` lists the checks that did not pass.
         calibration: the test whether latents of the data are draws from the base.
-        ood: the OOD detection; None without another set.
-        baselines: likelihoods of simple densities on the same rows, by name; None without `trained_on`, and for images
+        ood: the OOD detection. None without another set.
+        baselines: likelihoods of simple densities on the same rows, by name. None without `trained_on`, and for images
             and toys.
-        members: the members of an ensemble; None for a flow.
+        members: the members of an ensemble. None for a flow.
         spread: the mean over the rows of the weighted standard deviation of log p between the members of an ensemble,
             in nats. Rows are left out if log p of a member is not finite. None if only one member has a weight, and for
             a flow.

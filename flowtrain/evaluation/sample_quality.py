@@ -31,7 +31,7 @@ class Row:
 
     Attributes:
         method: the method of the solver.
-        steps: the number of fixed steps; None for the solver of the checkpoint.
+        steps: the number of fixed steps. None for the solver of the checkpoint.
         nfe: the number of function evaluations for a sample.
         sliced_wasserstein: the sliced Wasserstein distance to the data, in the units of the data.
         seconds: the time for all samples.

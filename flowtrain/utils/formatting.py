@@ -71,7 +71,7 @@ def option(key: str, path: Path | str) -> str:
         'ckpt=runs/a b [1]' ckpt=runs/1
     """
     text = str(path)
-    # the prefix prevents that a file named null is read as no file, or a leading ~ as a home directory
+    # without the prefix, a file named null is read as no file, and a leading ~ as a home directory
     here = "./" if text.lower() == "null" or text.startswith("~") else ""
     return shlex.quote(f"{key}={here}{text}")
 

@@ -36,7 +36,7 @@ class Status:
 
     Args:
         words: the name of the task, such as "scoring the test set", or a function that returns it at every refresh.
-        total: the number of units; None if unknown.
+        total: the number of units. None if unknown.
         unit: the name of a unit, in the singular.
         done: the number of units already done, for example by an earlier run.
         bar: whether a terminal shows a progress bar at once, which stays at the end.

@@ -154,8 +154,8 @@ class ArrayData(Finite):
             true for files of 256 MiB or more. A held-out file of 256 MiB or more is read in the same way unless this is
             False, and at most 100,000 of its rows are drawn at random.
         seed: the seed of the split. Batches use the seed of the run.
-        center: whether samples are kept in float64, and the flow subtracts an offset, if the mean of a column is so
-            large compared with its standard deviation that float32 would lose significant digits.
+        center: whether samples may be kept in float64. This happens if the mean of a column is so large compared with
+            its standard deviation that float32 would lose significant digits. The flow then subtracts an offset.
         gaussian_start: whether the flow starts at the Gaussian of the training rows, with a shrunk covariance. A fixed
             linear layer next to the base maps to this Gaussian. None means true for vectors.
 

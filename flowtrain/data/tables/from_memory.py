@@ -73,7 +73,7 @@ def rows_and_labels(
             has it.
         columns: the names of the columns that the flow was trained on, which are read from a data frame in this order.
             If it is empty or contains a name twice, all columns are read in their order.
-        label_name: the column of labels that the flow was trained on; None if there is none.
+        label_name: the column of labels that the flow was trained on. None if there is none.
         name: the name of x in messages.
 
     Raises:
@@ -171,7 +171,7 @@ def as_array(x: Rows, name: str = "x") -> NDArray[Any]:
 
 
 def _array_of_tensor(x: Tensor, name: str) -> NDArray[Any]:
-    """Converts a tensor to an array. Floats narrower than float32 become float32, because NumPy lacks most of them."""
+    """Converts a tensor to an array. Floats narrower than float32 become float32, because NumPy lacks bfloat16."""
     kinds = {
         "nested": x.is_nested,
         "sparse": not x.is_nested and x.layout != torch.strided,

@@ -125,7 +125,7 @@ def check_whole(table: Table, columns: Sequence[int], blocks: Iterable[Table] | 
     Args:
         table: a file or a block of a file.
         columns: the columns that must be whole numbers.
-        blocks: all blocks of the file; None if `table` is the whole file.
+        blocks: all blocks of the file. None if `table` is the whole file.
     """
     values = table.values[:, list(columns)]
     bad = (values != np.rint(values)) | (np.abs(values) > _MOST_WHOLE)
@@ -147,7 +147,7 @@ def check_levels(table: Table, levels: int, whole: Iterable[Table] | None = None
     Args:
         table: a file or a block of a file.
         levels: the number of allowed values.
-        whole: all blocks of the file; None if `table` is the whole file.
+        whole: all blocks of the file. None if `table` is the whole file.
     """
     bad = (table.values < 0) | (table.values >= levels)
     if bad.any():
@@ -394,7 +394,7 @@ def row_hashes(values: NDArray[Any], step: int = 1) -> NDArray[np.uint64]:
         for column in bits.T[1:]:
             chosen += column
         bits = bits[_mixed(chosen) % step == 0]
-    # most bits of whole numbers are zero, so they are multiplied by random odd numbers
+    # multiplication by random odd numbers spreads the bits, because most bits of whole numbers are zero
     odd = np.random.default_rng(0).integers(0, 2**63, flat.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     found = np.empty(len(bits), np.uint64)
     # chunks small enough for the CPU cache

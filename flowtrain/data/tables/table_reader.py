@@ -91,7 +91,7 @@ class Table:
         columns: the d column names. If the file has no names, they are c0, c1, ... by position in the file.
         indices: the d positions of the columns in the file.
         path: the file, as the user named it.
-        lines: the line number of each row in a text file, from 1; None for an array file.
+        lines: the line number of each row in a text file, from 1. None for an array file.
         first: the number of the first row in the file, if the table is a block of a file.
         cells: the text of the first missing value of a text file, by its row and column.
     """
@@ -339,7 +339,7 @@ def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
 
     Args:
         table: a file or a block of a file.
-        whole: all blocks of the file, for the numbers in the message; None if `table` is the whole file.
+        whole: all blocks of the file, for the numbers in the message. None if `table` is the whole file.
     """
     bad = ~np.isfinite(table.values)
     if not bad.any():

@@ -179,14 +179,14 @@ _SMALLEST_JACOBIAN = 1e-9
 class Pinwheel(Toy):
     """pinwheel: x = 2 R(theta) f with f = (r, t), r ~ N(1, 0.3^2), t ~ N(0, 0.1^2).
 
-    R turns clockwise by theta = 2 pi k / 5 + 0.25 exp(r), k = 0 .. 4 equally likely.
+    R rotates clockwise by theta = 2 pi k / 5 + 0.25 exp(r), k = 0 .. 4 equally likely.
 
-    Density: a change of variables with a scalar root. R keeps the length, so x / 2 = rho (cos phi, sin phi) can
-    come only from f = (r, t) = rho (cos alpha, sin alpha), alpha in [-pi, pi) being a root of
+    Density: a change of variables with a scalar root. Rotations preserve lengths, so x / 2 = rho (cos phi, sin phi) can
+    come only from f = (r, t) = rho (cos alpha, sin alpha), where alpha in [-pi, pi) is a root of
 
-        h(alpha) = alpha - 0.25 exp(rho cos alpha) - phi = 0  mod 2 pi / 5,
+        h(alpha) = alpha - 0.25 exp(rho cos alpha) - phi = 0  mod 2 pi / 5.
 
-    where the modulus stands for the five arms. det df/dx = 1 / (4 h'(alpha)), h' = 1 + 0.25 exp(r) t, so
+    The modulus represents the five arms. With det df/dx = 1 / (4 h'(alpha)) and h' = 1 + 0.25 exp(r) t,
 
         p(x) = 1/4 * 1/5 sum over the roots of N(r; 1, 0.3^2) N(t; 0, 0.1^2) / |h'(alpha)|.
 
@@ -359,8 +359,8 @@ class TwoSpirals(Toy):
     Gaussian noise, and its mirror image through the origin. n has density 2 n / (3 pi)^2 on [0, 3 pi].
 
     Density: p(x) = [q(x) + q(-x)] / 2, q(x) = integral of 2 n / (3 pi)^2 g(x1 - m1(n)) g(x2 - m2(n)) dn by quadrature
-    over n. m(n) is the middle of the box. g is a uniform density convolved with a Gaussian: a difference of two normal
-    distribution functions.
+    over n. Here m(n) is the middle of the box, and g is a uniform density convolved with a Gaussian, which is a
+    difference of two normal distribution functions.
 
     Source: FFJORD (Grathwohl et al. 2019), lib/toy_data.py.
     Entropy: 2.6455 nats.
