@@ -87,8 +87,8 @@ class Fitted(NamedTuple):
 def has_baselines(flow: Density, data: Dataset) -> bool:
     """Whether the mixture and the kernel density estimate can be compared with the flow.
 
-    They can for tables of vectors. They cannot for images, for data sets without a finite training set, and for
-    conditional flows, because they ignore labels.
+    True for vectors from a finite training set. False for images, and for conditional flows, because the baselines
+    ignore labels.
     """
     return len(data.event_shape) == 1 and data.n_train is not None and flow.classes is None
 

@@ -356,7 +356,7 @@ def check_log_det(exact: Flow, subset: Subset) -> Check:
         log_p, z = exact.log_prob_and_latents(x, label)
         log_det = log_p - exact.base_log_prob(z)
     try:
-        # one by one: on several threads torch 2.13 with oneMKL factorizes batches of large matrices wrongly
+        # not as a batch, because torch 2.13 with oneMKL on several threads factorizes batches of large matrices wrongly
         expected = torch.stack([torch.linalg.slogdet(one).logabsdet for one in jacobians(exact, x, label)])
     except RuntimeError as e:
         why = f"the derivative of the inverse could not be computed: {first_line(e)}"

@@ -43,8 +43,8 @@ def subset_of(
 ) -> Subset:
     """Draws a random subset of the rows x (n, *event_shape) with their labels (n,) or None.
 
-    The first rows would not do, because files may be sorted. The number of rows is `rows_of_checks`, or `most` if that
-    is smaller.
+    The subset is random because files may be sorted. The number of rows is `rows_of_checks`, or `most` if that is
+    smaller.
 
     Args:
         left_out: rows to exclude, (k,), because a single outlier would dominate the results.

@@ -185,7 +185,7 @@ def path_of(key: str, value: Any) -> Path:
     """Converts a value to a path, with ~ expanded.
 
     Raises:
-        ConfigError: not a path, or not the path of a possible file.
+        ConfigError: not a path, or a path that the system does not allow.
     """
     if not isinstance(value, str | os.PathLike) or not (text := os.fspath(value)) or not isinstance(text, str):
         raise ConfigError(f"{key}={shortened(value)}: give the path as text or as a Path")
