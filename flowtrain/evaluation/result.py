@@ -213,7 +213,7 @@ class Evaluation:
         trace: "exact" or "hutchinson".
         noise_samples: the number of probes of an estimated trace, else None.
         dequantization_samples: for whole numbers, the number of noise draws for each row, over which p is averaged.
-            With 1, the NLL is the usual variational bound. Else None.
+            With 1, the NLL is the bound of uniform dequantization. Else None.
         solver: the settings of the solver. None for a flow that solves no ODE.
         nfe: the number of evaluations of the velocity field in a pass. None for a flow that solves no ODE.
         solver_error: the change of the NLL when the tolerance is tightened tenfold, in float64 on a subset. None for a
