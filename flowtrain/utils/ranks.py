@@ -1,7 +1,7 @@
 """The ranks of a run (processes started by torchrun or a similar launcher) and their communication.
 
-Without a launcher, there is one rank, and the functions of this module cost nothing. Functions that exchange values must
-be called by all ranks, in the same order. They raise RankLostError if another rank has ended.
+Without a launcher, there is one rank, and the functions of this module cost nothing. All ranks must call the functions
+that exchange values, in the same order. These functions raise RankLostError if another rank has ended.
 """
 
 import os
