@@ -118,7 +118,7 @@ def _start(config: DictConfig) -> float:
 
 def attempt(run_dir: Path) -> tuple[Path, bool]:
     """The run directory, the same on all ranks, and whether an earlier attempt of torchrun left a checkpoint."""
-    before = ranks.remembered()
+    before = ranks.saved_run_dir()
     if before is not None and ranks.is_first():
         if before != run_dir and not any(run_dir.iterdir()):
             run_dir.rmdir()
