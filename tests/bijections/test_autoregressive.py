@@ -31,7 +31,7 @@ def made(
 @pytest.mark.parametrize("splines", [False, True])
 @pytest.mark.parametrize("name", list(GROUPS))
 @pytest.mark.parametrize("bound", [None, 2.0])
-def test_elements_depend_on_smaller_groups_alone(name: str, splines: bool, bound: float | None) -> None:
+def test_jacobian_is_triangular_in_the_group_order(name: str, splines: bool, bound: float | None) -> None:
     groups = GROUPS[name]
     bijection = made(groups, splines=splines, bound=bound)
     x = torch.randn(6, 4)
@@ -50,7 +50,7 @@ def test_elements_depend_on_smaller_groups_alone(name: str, splines: bool, bound
 
 
 @pytest.mark.parametrize("name", list(GROUPS))
-def test_there_are_as_many_passes_as_groups(name: str) -> None:
+def test_forward_uses_one_network_pass_per_group(name: str) -> None:
     bijection, calls = made(GROUPS[name]), []
     bijection.conditioner.register_forward_hook(lambda *_: calls.append(1))
     x = torch.randn(3, 4)
@@ -60,7 +60,7 @@ def test_there_are_as_many_passes_as_groups(name: str) -> None:
     assert len(calls) == 1 + len(set(GROUPS[name]))
 
 
-def test_garbage_in_later_groups_does_not_reach_earlier_ones() -> None:
+def test_infinite_values_do_not_reach_earlier_groups() -> None:
     """In a masked product, infinite values of a later element would become NaN as 0 * inf."""
     bijection = made([0, 1, 2, 3])
     z = torch.tensor([[0.1, 0.2, 0.3, torch.inf]])

@@ -40,7 +40,7 @@ def naive(spline: Spline, x: float, theta: Tensor) -> float:
     return x
 
 
-def test_values_are_those_of_the_formula() -> None:
+def test_spline_equals_the_scalar_reference_formula() -> None:
     spline = Spline(5, B)
     theta, x = theta_of(spline, 40, 2, 2.0), B * torch.randn(40, 2)
     z, log_slope = spline.to_base(x, theta)
@@ -52,7 +52,7 @@ def test_values_are_those_of_the_formula() -> None:
     torch.testing.assert_close(slope.diagonal(dim1=0, dim2=2).log(), log_slope, rtol=1e-8, atol=1e-8)
 
 
-def test_the_spline_meets_its_knots_with_their_slopes() -> None:
+def test_spline_interpolates_the_knots_and_slopes() -> None:
     spline = Spline(6, B)
     theta = theta_of(spline, 1, 1)
     xs, zs, slopes = knots(spline, theta[0])
@@ -65,7 +65,7 @@ def test_the_spline_meets_its_knots_with_their_slopes() -> None:
     torch.testing.assert_close(back, -log_slope, rtol=0, atol=1e-6)
 
 
-def test_theta_of_zero_is_the_identity() -> None:
+def test_zero_parameters_give_the_identity() -> None:
     spline, x = Spline(7, B), 2 * torch.randn(50, 3)
     for function in (spline.to_base, spline.to_data):
         y, log_slope = function(x, torch.zeros(50, spline.size * 3))
@@ -75,7 +75,7 @@ def test_theta_of_zero_is_the_identity() -> None:
 
 @pytest.mark.parametrize("bins", [2, 8, 16])
 @pytest.mark.parametrize("bound", [1.0, 5.0])
-def test_the_inverse_is_exact_in_float32(bins: int, bound: float) -> None:
+def test_inverse_is_accurate_in_float32(bins: int, bound: float) -> None:
     spline = Spline(bins, bound)
     inside = torch.linspace(-bound, bound, 1001)
     edges = torch.tensor([-bound, bound]).float()
@@ -95,7 +95,7 @@ def test_the_inverse_is_exact_in_float32(bins: int, bound: float) -> None:
 
 
 @pytest.mark.parametrize("bins", [8, 16])
-def test_the_inverse_of_steep_splines_is_exact_up_to_the_slope(bins: int) -> None:
+def test_inverse_error_of_steep_splines_is_bounded_by_the_slope(bins: int) -> None:
     spline = Spline(bins, 5.0)
     x = 3 * torch.randn(200_000, 1, dtype=torch.float32)
     theta = theta_of(spline, len(x), 1, 3.0, dtype=torch.float32)
@@ -103,7 +103,7 @@ def test_the_inverse_of_steep_splines_is_exact_up_to_the_slope(bins: int) -> Non
     assert ((spline.to_data(z, theta)[0] - x).abs() * log_slope.exp().clamp_max(1)).max() < 2e-5
 
 
-def test_extreme_theta_stays_invertible_and_finite() -> None:
+def test_extreme_parameters_stay_invertible_and_finite() -> None:
     spline = Spline(8, B)
     theta, x = theta_of(spline, 500, 1, 1e4), B * torch.randn(500, 1)
     theta[0] = 1e30
@@ -120,7 +120,7 @@ def test_extreme_theta_stays_invertible_and_finite() -> None:
     assert (back - x).abs().max() < 1e-4
 
 
-def test_not_a_number_stays_one() -> None:
+def test_nan_and_inf_pass_through_unchanged() -> None:
     spline, x = Spline(4, B), torch.tensor([[torch.nan, torch.inf, -torch.inf]])
     theta = theta_of(spline, 1, 3)
     for function in (spline.to_base, spline.to_data):
@@ -128,7 +128,7 @@ def test_not_a_number_stays_one() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (2, 2, 3, 1), (0, 3), (1, 1)])
-def test_the_gradient_is_that_of_finite_differences_and_of_autograd(shape: tuple[int, ...]) -> None:
+def test_gradient_matches_finite_differences_and_autograd(shape: tuple[int, ...]) -> None:
     spline = Spline(4, B)
     x = (1.5 * B * torch.rand(shape) - 0.5 * B).requires_grad_()
     theta = torch.randn(shape[0], spline.size * shape[1], *shape[2:], requires_grad=True)
@@ -145,7 +145,7 @@ def test_the_gradient_is_that_of_finite_differences_and_of_autograd(shape: tuple
 
 @pytest.mark.parametrize("shape", [(5, 1, 1, 1), (3, 2, 4, 5), (2, 3, 1, 4), (1, 6, 2, 1), (4, 5), (0, 2, 3, 3)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_elements_of_images_are_mapped_by_their_own_theta(shape: tuple[int, ...], channels_last: bool) -> None:
+def test_each_image_element_has_separate_parameters(shape: tuple[int, ...], channels_last: bool) -> None:
     spline = Spline(5, B)
     rows, n, *sides = shape
     x, theta = B * torch.randn(shape), torch.randn(rows, spline.size * n, *sides)
@@ -160,7 +160,7 @@ def test_elements_of_images_are_mapped_by_their_own_theta(shape: tuple[int, ...]
         torch.testing.assert_close(log_slope.reshape(-1, 1), one_by_one[1], rtol=1e-12, atol=1e-12)
 
 
-def test_transforms_of_torch_func() -> None:
+def test_torch_func_transforms_match_autograd() -> None:
     spline = Spline(4, B)
     x, theta = torch.randn(5, 2), theta_of(spline, 5, 2)
 
@@ -188,7 +188,7 @@ def test_settings_out_of_range_are_refused(keys: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["index", "half", "swapped", "checkerboard"])
-def test_every_coupling_takes_splines(kind: str) -> None:
+def test_every_coupling_accepts_splines(kind: str) -> None:
     spline = Spline(5, B)
     if kind == "checkerboard":
         coupling = CheckerboardCoupling((3, 3), False, ConvNet(2, [4], 2 * spline.size), transform=spline)
