@@ -18,14 +18,14 @@ from flowtrain.utils.errors import ConfigError, DataError
 
 @pytest.mark.parametrize("gz", [True, False])
 @pytest.mark.parametrize("below", ["mnist", "."])
-def test_files_are_in_the_folder_of_their_name_or_in_the_root(
+def test_files_are_found_in_the_dataset_folder_or_the_root(
     tmp_path: Path, below: str, gz: bool, make: Callable[..., IDXImages]
 ) -> None:
     write_set(tmp_path / below, gz=gz)
     assert make(tmp_path).event_shape == (1, H, W)
 
 
-def test_the_folder_of_the_name_comes_first_and_folders_are_not_mixed(
+def test_dataset_folder_takes_precedence_over_the_root(
     tmp_path: Path, make: Callable[..., IDXImages], refused: Refused
 ) -> None:
     write_set(tmp_path, n=30)
@@ -35,15 +35,13 @@ def test_the_folder_of_the_name_comes_first_and_folders_are_not_mixed(
     refused(lambda: make(tmp_path, n_val=35), ConfigError, [str(tmp_path / f"{TRAIN_IMAGES}.gz")])
 
 
-def test_a_downloaded_file_comes_before_a_plain_one(tmp_path: Path, make: Callable[..., IDXImages]) -> None:
+def test_gzip_file_takes_precedence_over_a_plain_file(tmp_path: Path, make: Callable[..., IDXImages]) -> None:
     write_set(tmp_path)
     (tmp_path / TRAIN_IMAGES).write_bytes(b"damaged")
     assert make(tmp_path).event_shape == (1, H, W)
 
 
-def test_the_root_is_that_of_the_key_or_the_environment_or_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_root_defaults_to_the_environment_then_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("FLOWTRAIN_DATA", str(tmp_path / "env"))
@@ -68,7 +66,7 @@ def test_the_root_is_that_of_the_key_or_the_environment_or_the_cache(
     assert rows("key") == 30
 
 
-def test_absent_files_say_where_and_what_to_run(
+def test_missing_files_error_names_folder_and_download_command(
     tmp_path: Path, refused: Refused, make: Callable[..., IDXImages]
 ) -> None:
     root = tmp_path / "my data"
@@ -103,7 +101,7 @@ BAD_SETS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", BAD_SETS)
-def test_files_that_do_not_fit_are_refused(
+def test_inconsistent_files_are_refused(
     tmp_path: Path, case: str, refused: Refused, make: Callable[..., IDXImages]
 ) -> None:
     changed, name, fragments = BAD_SETS[case]

@@ -20,7 +20,7 @@ from flowtrain.utils.errors import DataError
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=arrays(np.uint8, array_shapes(min_dims=1, max_dims=4, max_side=5)), gz=st.booleans())
-def test_round_trip(tmp_path: Path, values: np.ndarray, gz: bool) -> None:
+def test_idx_round_trip(tmp_path: Path, values: np.ndarray, gz: bool) -> None:
     path = tmp_path / "f"
     path.write_bytes(gzip.compress(idx(values)) if gz else idx(values))
     found = read_idx(path)
@@ -30,7 +30,7 @@ def test_round_trip(tmp_path: Path, values: np.ndarray, gz: bool) -> None:
     torch.from_numpy(found)
 
 
-def test_the_content_tells_whether_it_is_gzipped(tmp_path: Path) -> None:
+def test_gzip_is_detected_from_the_content(tmp_path: Path) -> None:
     (tmp_path / "f.gz").write_bytes(idx(bytes_of(3, 2)))
     (tmp_path / "f").write_bytes(gzip.compress(idx(bytes_of(3, 2))))
     np.testing.assert_array_equal(read_idx(tmp_path / "f.gz"), bytes_of(3, 2))
@@ -89,7 +89,7 @@ def test_header_with_a_huge_shape_allocates_no_memory(tmp_path: Path, refused: R
         tracemalloc.stop()
 
 
-def test_missing_files_and_directories_are_named(
+def test_missing_file_and_directory_errors_name_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     monkeypatch.chdir(tmp_path)

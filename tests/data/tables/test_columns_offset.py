@@ -35,7 +35,7 @@ def nll(values: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("ending", ["csv", "npy"])
-def test_samples_keep_the_digits_that_float32_would_lose(tmp_path: Path, ending: str) -> None:
+def test_centered_samples_keep_float64_precision(tmp_path: Path, ending: str) -> None:
     values = large(100)
     path = save(tmp_path / "t.csv", values) if ending == "csv" else npy(tmp_path / "t.npy", values)
     data = ArrayData(path, test_path=path)
@@ -53,7 +53,7 @@ def test_samples_keep_the_digits_that_float32_would_lose(tmp_path: Path, ending:
     ("mean", "std", "centered"),
     [(0.0, 1.0, False), (2000.0, 50.0, False), (2000.0, 1.0, True), (-1e7, 1.0, True), (1e-3, 1e-9, True)],
 )
-def test_only_columns_that_float32_rounds_coarsely_are_centred(
+def test_only_columns_with_coarse_float32_rounding_are_centered(
     tmp_path: Path, mean: float, std: float, centered: bool
 ) -> None:
     path = npy(tmp_path / "t.npy", mean + std * normal(50, 1))
@@ -70,7 +70,7 @@ def test_constant_columns_are_still_refused(tmp_path: Path, refused: Refused) ->
     refused(lambda: ArrayData(path), DataError, [path, "'c1'", "constant"])
 
 
-def test_memory_mapped_file_is_centred(tmp_path: Path, small_windows: None, big: Callable[..., ArrayData]) -> None:
+def test_memory_mapped_file_is_centered(tmp_path: Path, small_windows: None, big: Callable[..., ArrayData]) -> None:
     values = large(300)
     data = big(npy(tmp_path / "t.npy", values))
     assert data.train_batch(0, 7, 0).dtype == data.val.dtype == torch.float64
@@ -78,7 +78,7 @@ def test_memory_mapped_file_is_centred(tmp_path: Path, small_windows: None, big:
     assert {tuple(row) for row in torch.cat([data.train_batch(0, 50, 0), data.val]).tolist()} <= known
 
 
-def test_whole_numbers_are_centred_with_their_noise(tmp_path: Path) -> None:
+def test_large_integers_are_dequantized_in_float64(tmp_path: Path) -> None:
     values = np.round(1e6 + 50 * normal(100, 1))
     data = ArrayData(npy(tmp_path / "t.npy", values), dequantize=True)
     flow = build_flow(CONFIG, data.samples).eval()
@@ -96,7 +96,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def test_an_old_checkpoint_has_no_offset() -> None:
+def test_flow_built_without_centering_has_no_offset() -> None:
     flow = build_flow(CONFIG, Samples((2,), standardized=True))
     assert not any("offset" in key for key in flow.state_dict())
     assert flow.sample(2).dtype == flow.log_prob(torch.zeros(1, 2)).dtype == flow.like.dtype
@@ -118,7 +118,7 @@ def begun(data: ArrayData, model: dict[str, Any]) -> Flow:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("standardize", [True, False])
-def test_likelihoods_and_samples_are_in_the_units_of_the_file(
+def test_likelihoods_and_samples_use_the_units_of_the_file(
     tmp_path: Path, float32: None, model: str, standardize: bool
 ) -> None:
     values = large(400)
@@ -145,7 +145,9 @@ def test_likelihoods_and_samples_are_in_the_units_of_the_file(
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in flow.parameters())
 
 
-def test_the_commands_keep_the_offset(run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate) -> None:
+def test_commands_score_and_sample_with_the_offset(
+    run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate
+) -> None:
     path = npy(tmp_path / "t.npy", large(200))
     new = large(300, seed=1)
     run_dir = trained("data=array", f"data.path={path}")
@@ -165,7 +167,7 @@ def test_the_commands_keep_the_offset(run: Run, tmp_path: Path, trained: Train, 
     assert float(-log_p.mean()) == pytest.approx(nll(new), abs=0.1)
 
 
-def test_the_pictures_of_a_run_are_drawn(trained: Train, tmp_path: Path) -> None:
+def test_figures_of_a_centered_run_are_drawn(trained: Train, tmp_path: Path) -> None:
     path = npy(tmp_path / "t.npy", large(100)[:, :2])
     small = ["model=ffjord", "model.hidden=[8]", "solver=rk4", "solver.steps=2", "objective=flow_matching"]
     run_dir = Path(trained("data=array", f"data.path={path}", *small))

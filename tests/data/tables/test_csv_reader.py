@@ -27,7 +27,7 @@ from flowtrain.utils.errors import DataError
     header=st.booleans(),
     ending=st.sampled_from(["\n", "\r\n"]),
 )
-def test_text_round_trip(tmp_path: Path, values: np.ndarray, delimiter: str, header: bool, ending: str) -> None:
+def test_csv_round_trip(tmp_path: Path, values: np.ndarray, delimiter: str, header: bool, ending: str) -> None:
     names = [f"x{i}" for i in range(values.shape[1])]
     lines = [delimiter.join(map(repr, row)) for row in values.tolist()]
     path = tmp_path / "t.csv"
@@ -40,7 +40,7 @@ def test_text_round_trip(tmp_path: Path, values: np.ndarray, delimiter: str, hea
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=TABLES)
-def test_the_fast_and_the_exact_pass_read_the_same(tmp_path: Path, values: np.ndarray) -> None:
+def test_fast_and_exact_readers_agree(tmp_path: Path, values: np.ndarray) -> None:
     lines = [",".join(map(repr, row)) for row in values.tolist()]
     fast, exact = tmp_path / "fast.csv", tmp_path / "exact.csv"
     fast.write_text("\n".join(lines))
@@ -104,7 +104,7 @@ GOOD_TEXT = {
 
 
 @pytest.mark.parametrize("case", GOOD_TEXT)
-def test_text_variants_are_read(tmp_path: Path, case: str) -> None:
+def test_csv_variants_are_read(tmp_path: Path, case: str) -> None:
     text, names, values = GOOD_TEXT[case]
     path = tmp_path / "t.csv"
     path.write_bytes(text.encode())
@@ -175,7 +175,7 @@ def test_requested_index_column_is_kept(tmp_path: Path, caplog: pytest.LogCaptur
     assert read_table(path).indices == (0, 1)
 
 
-def test_missing_values_are_counted_once_for_the_whole_file(tmp_path: Path, refused: Refused) -> None:
+def test_one_error_counts_all_missing_values_of_the_file(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "t.csv"
     path.write_text("a,b,c,d\n1,2,3,4\n1,NA,3,\n1,,3,4\n1,2,3,4\n")
     message = refused(lambda: read_table(path), DataError, [str(path), "line 3", "column 'b'", "'NA'"])
@@ -188,7 +188,7 @@ def test_missing_values_are_counted_once_for_the_whole_file(tmp_path: Path, refu
     assert "3 of 12 values" in message
 
 
-def test_labels_in_a_file_without_header_are_not_a_header(tmp_path: Path) -> None:
+def test_text_labels_are_not_mistaken_for_a_header(tmp_path: Path) -> None:
     path = tmp_path / "iris.data"
     path.write_text("5.1,3.5,setosa\n4.9,3.0,setosa\n6.3,3.3,virginica\n\n")
     assert read_table(path, columns=["0:2"]).values.tolist() == [[5.1, 3.5], [4.9, 3.0], [6.3, 3.3]]
@@ -248,14 +248,14 @@ BAD_TEXT = {
 
 
 @pytest.mark.parametrize("case", BAD_TEXT)
-def test_bad_text_is_refused_with_the_place(tmp_path: Path, case: str, refused: Refused) -> None:
+def test_malformed_csv_error_names_the_location(tmp_path: Path, case: str, refused: Refused) -> None:
     text, fragments = BAD_TEXT[case]
     path = tmp_path / "t.csv"
     path.write_bytes(text.encode())
     refused(lambda: read_table(path), DataError, [str(path), *fragments])
 
 
-def test_other_encodings_are_refused_with_the_line(tmp_path: Path, refused: Refused) -> None:
+def test_non_utf8_error_names_the_line(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(b"a,b\n" + b"1,2\n" * 5000 + "3,\N{POUND SIGN}\n".encode("latin-1"))
     refused(lambda: read_table(path), DataError, [str(path), "line 5002", "UTF-8"])
@@ -282,7 +282,7 @@ ODD_HEADERS = {
 
 
 @pytest.mark.parametrize("case", ODD_HEADERS)
-def test_odd_headers_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str) -> None:
+def test_ambiguous_headers_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str) -> None:
     text, columns, expected = ODD_HEADERS[case]
     (tmp_path / "t.csv").write_text(text)
     read_table(tmp_path / "t.csv", columns=columns)

@@ -56,7 +56,7 @@ def test_positions_select_the_training_columns(
         np.testing.assert_array_equal(scored(data, path, columns=columns).test, DATA[:, expected])
 
 
-def test_a_file_of_the_chosen_columns_alone_is_taken_in_its_order(tmp_path: Path) -> None:
+def test_file_with_only_the_selected_columns_keeps_its_order(tmp_path: Path) -> None:
     data = ArrayData(table(tmp_path / "t.npy", list(range(5))), columns=[3, 1])
     chosen = table(tmp_path / "chosen.npy", [3, 1])
     # the positions 3 and 1 of the training file do not exist in the new one
@@ -67,7 +67,7 @@ def test_a_file_of_the_chosen_columns_alone_is_taken_in_its_order(tmp_path: Path
     np.testing.assert_array_equal(scored(data, chosen, columns=["0:2"], asked={"columns"}).test, DATA[:, [3, 1]])
 
 
-def test_more_or_fewer_columns_are_refused_unless_they_have_names(tmp_path: Path, refused: Refused) -> None:
+def test_different_column_count_is_refused_without_names(tmp_path: Path, refused: Refused) -> None:
     data = ArrayData(table(tmp_path / "t.csv", [0, 1]))
     np.testing.assert_array_equal(scored(data, table(tmp_path / "m.csv", [2, 1, 4, 0])).test, DATA[:, [0, 1]])
     for columns, count in (([0, 1, 2], "3 columns"), ([0], "1 column,")):
@@ -77,7 +77,7 @@ def test_more_or_fewer_columns_are_refused_unless_they_have_names(tmp_path: Path
     refused(lambda: scored(data, path), ConfigError, [path, "'b'"])
 
 
-def test_names_that_come_twice_select_by_position(tmp_path: Path, refused: Refused) -> None:
+def test_duplicate_names_are_matched_by_position(tmp_path: Path, refused: Refused) -> None:
     path = table(tmp_path / "t.csv", [0, 1, 2], "a,a,b")
     for columns, expected in ((None, [0, 1, 2]), ([2, 1], [2, 1])):
         data = ArrayData(path, columns=columns)
@@ -119,7 +119,7 @@ def test_labels_are_found_by_their_training_name(
         np.testing.assert_array_equal(rows.test_labels, DATA[:, 4])
 
 
-def test_label_column_before_the_data_columns(tmp_path: Path) -> None:
+def test_label_column_may_precede_the_data_columns(tmp_path: Path) -> None:
     data = ArrayData(table(tmp_path / "t.npy", [4, 0, 1]), label=0)
     same = scored(data, table(tmp_path / "same.npy", [4, 0, 1]), label=0)
     np.testing.assert_array_equal(same.test, DATA[:, [0, 1]])
@@ -129,7 +129,7 @@ def test_label_column_before_the_data_columns(tmp_path: Path) -> None:
     assert bare.test_labels is None
 
 
-def test_held_out_files_with_other_labels_are_refused(tmp_path: Path, refused: Refused) -> None:
+def test_held_out_file_with_another_label_name_is_refused(tmp_path: Path, refused: Refused) -> None:
     path, other = table(tmp_path / "t.csv", [0, 1, 4]), table(tmp_path / "o.csv", [0, 1, 4], "a,b,kind")
     refused(lambda: ArrayData(path, label=2, test_path=other), DataError, [other, "'kind'", "'y'"])
     assert ArrayData(path, label=2, test_path=table(tmp_path / "same.csv", [0, 1, 4])).classes == 2
@@ -183,12 +183,12 @@ def test_pandas_index_is_not_a_data_column(tmp_path: Path) -> None:
             np.testing.assert_array_equal(scored(trained_on, path).test, DATA[:, :2])
 
 
-def test_idx_in_a_file_name_does_not_make_an_idx_file(tmp_path: Path) -> None:
+def test_idx_in_a_file_name_does_not_select_the_idx_reader(tmp_path: Path) -> None:
     data = ArrayData(table(tmp_path / "t.npy", [0, 1]))
     np.testing.assert_array_equal(scored(data, table(tmp_path / "my-idx.csv", [0, 1])).test, DATA[:, :2])
 
 
-def test_images_are_read_whatever_columns_were_chosen(tmp_path: Path) -> None:
+def test_images_are_read_for_any_training_columns(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 9, (50, 13)).astype(float)
     values[:, 12] = np.arange(50) % 3
     path = npy(tmp_path / "t.npy", values)
@@ -205,7 +205,7 @@ def test_images_are_read_whatever_columns_were_chosen(tmp_path: Path) -> None:
 # The commands
 
 
-def test_the_commands_score_the_columns_of_training(trained: Train, evaluated: Evaluate, tmp_path: Path) -> None:
+def test_commands_score_the_training_columns(trained: Train, evaluated: Evaluate, tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal([0.0, 100.0], [1.0, 10.0], (400, 2))
     path = npy(tmp_path / "perm.npy", rows)
     run_dir = trained("data=array", f"data.path={path}", "data.columns=[1,0]")
@@ -215,7 +215,7 @@ def test_the_commands_score_the_columns_of_training(trained: Train, evaluated: E
     assert found["ood"]["auroc"] == pytest.approx(0.5)
 
 
-def test_the_commands_take_a_file_without_the_key_of_the_archive(
+def test_commands_score_a_plain_file_after_training_on_an_archive(
     run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate
 ) -> None:
     np.savez(tmp_path / "many.npz", train=DATA[:, :2], labels=DATA[:, 4])
@@ -227,7 +227,7 @@ def test_the_commands_take_a_file_without_the_key_of_the_archive(
     assert (code, "data.key=train" in err) == (2, True)
 
 
-def test_runs_of_older_versions_read_their_files_unchanged(
+def test_runs_of_older_versions_read_files_as_before(
     run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate
 ) -> None:
     """Runs of older versions kept the index of pandas, and read columns with a large mean as float32."""
@@ -270,7 +270,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_reported_files_are_scored(name: str, real: Callable[..., list[str]]) -> None:
+def test_files_from_bug_reports_are_scored(name: str, real: Callable[..., list[str]]) -> None:
     (path,) = real(f"cases/{name}")
     data = ArrayData(path)
     rows = scored(data, path)

@@ -67,7 +67,7 @@ WARNED: dict[str, tuple[np.ndarray, list[list[str]]]] = {
 
 
 @pytest.mark.parametrize("case", WARNED)
-def test_warnings(case: str, warned: object) -> None:
+def test_suspicious_columns_give_the_expected_warnings(case: str, warned: object) -> None:
     values, expected = WARNED[case]
     found = warned(values)  # type: ignore[operator]
     assert len(found) == len(expected), found
@@ -76,7 +76,7 @@ def test_warnings(case: str, warned: object) -> None:
 
 
 @pytest.mark.parametrize("case", ["counts", "all counts", "a sum of others", "a copy in other units"])
-def test_following_the_advice_removes_the_warning(case: str, warned: object) -> None:
+def test_suggested_option_removes_the_warning(case: str, warned: object) -> None:
     """Setting the option that a warning suggests leaves no warning."""
     values = WARNED[case][0]
     option = re.search(r"data\.(\w+)=(\[[^]]*\]|true)", warned(values)[0])  # type: ignore[operator]
@@ -85,7 +85,7 @@ def test_following_the_advice_removes_the_warning(case: str, warned: object) -> 
     assert warned(values, **{option[1]: entries}) == []  # type: ignore[operator]
 
 
-def test_noise_removes_the_warning_of_a_dependence(warned: object) -> None:
+def test_noise_removes_the_linear_dependence_warning(warned: object) -> None:
     """One-hot columns with noise no longer have a constant sum."""
     ones = np.eye(3)[COUNTS.astype(int) % 3]
     assert any("dependent" in message for message in warned(table(REAL, ones)))  # type: ignore[operator]
@@ -101,7 +101,7 @@ def test_duplicates_in_a_test_file_are_reported(tmp_path: Path, caplog: pytest.L
     assert "val set" not in caplog.text
 
 
-def test_a_constant_column_of_counts_is_kept_by_noise_on_it(tmp_path: Path, refused: Refused) -> None:
+def test_noise_allows_a_constant_integer_column(tmp_path: Path, refused: Refused) -> None:
     path = npy(tmp_path / "t.npy", table(REAL, np.full(N, 3.0)))
     refused(lambda: ArrayData(path), DataError, ["'c3' is constant", "'data.dequantize=[3]'"])
     assert ArrayData(path, dequantize=[3]).noisy == (3,)
@@ -138,7 +138,7 @@ def test_equal_rows_have_equal_hashes(dtype: type) -> None:
     assert row_hashes(values)[4321] == row_hashes(values[4321:4322])[0]
 
 
-def test_copies_are_found_in_large_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_duplicate_rows_are_estimated_from_sampled_hashes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Only some hashes are kept. Copies of a row share its hash, so their fraction can be estimated."""
     values = np.repeat(normal(2000, 2), 2, 0)
     with pytest.MonkeyPatch.context() as patch:
@@ -180,7 +180,7 @@ def mixed(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
-def test_noise_on_the_named_columns(tmp_path: Path, memory_map: bool) -> None:
+def test_noise_is_added_only_to_the_named_columns(tmp_path: Path, memory_map: bool) -> None:
     path = mixed(tmp_path)
     data = ArrayData(path, dequantize=[1, 3], memory_map=memory_map)
     plain = ArrayData(path, memory_map=memory_map)
@@ -217,7 +217,7 @@ def test_noise_is_fresh_in_training_and_fixed_when_held_out(tmp_path: Path) -> N
     assert torch.equal(torch.cat(parts), step)
 
 
-def test_columns_with_noise_by_name_and_position(tmp_path: Path) -> None:
+def test_noise_columns_are_selected_by_name_or_position(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     rows = table(REAL[:, 0], COUNTS, REAL[:, 1], COUNTS[::-1])
     np.savetxt(path, rows, delimiter=",", header="x,n,y,m", comments="")

@@ -42,7 +42,7 @@ def test_real_dtypes_are_read(tmp_path: Path, dtype: str) -> None:
     np.testing.assert_array_equal(table.values, values.astype(np.float64))
 
 
-def test_one_dimension_is_one_column(tmp_path: Path) -> None:
+def test_one_dimensional_array_is_one_column(tmp_path: Path) -> None:
     assert read_table(npy(tmp_path / "t.npy", np.arange(5.0))).values.shape == (5, 1)
     (tmp_path / "t.csv").write_text("1.5\n2.5\n")
     assert read_table(tmp_path / "t.csv").values.tolist() == [[1.5], [2.5]]
@@ -117,7 +117,7 @@ def test_damaged_compression_is_refused(tmp_path: Path, refused: Refused) -> Non
     refused(lambda: read_table(path), DataError, [str(path), "damaged"])
 
 
-def test_pickles_are_never_loaded(tmp_path: Path, refused: Refused) -> None:
+def test_pickled_arrays_are_never_loaded(tmp_path: Path, refused: Refused) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
@@ -127,7 +127,7 @@ def test_pickles_are_never_loaded(tmp_path: Path, refused: Refused) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_missing_file_and_a_directory_are_named(
+def test_missing_file_and_directory_errors_name_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     monkeypatch.chdir(tmp_path)
