@@ -33,7 +33,7 @@ from flowtrain.ode import ode_solver
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 4)])
-def test_jacobians_are_those_of_the_inverse(shape: tuple[int, ...]) -> None:
+def test_jacobians_match_autograd(shape: tuple[int, ...]) -> None:
     flow = realnvp(shape) if len(shape) == 1 else glow(shape)
     for p in flow.parameters():
         nn.init.normal_(p, std=0.2)
@@ -70,7 +70,7 @@ class Broken(Bijection):
         (Broken(up=1.01, down=1.01), {"mass", "log-det"}),
     ],
 )
-def test_each_check_finds_its_own_cause(broken: Broken, trips: set[str]) -> None:
+def test_each_defect_fails_only_the_expected_checks(broken: Broken, trips: set[str]) -> None:
     assert failing(Flow((2,), Chain([broken, Affine(2)])), torch.randn(100, 2)) == trips
 
 
@@ -108,7 +108,7 @@ def failing(flow: Flow, x: Tensor) -> set[str]:
     return {check.name for check in found if check is not None and check.passed is False}
 
 
-def test_mass_check_fails_for_a_flow_that_is_right_only_on_the_data() -> None:
+def test_checks_fail_for_flows_that_are_wrong_off_the_data() -> None:
     x = torch.randn(200, 3)
     assert failing(Flow((3,), Chain([Affine(3)])), x) == set()
     assert "log-det" in failing(Flow((2,), Chain([Collapsed()])), x[:, :2])
@@ -117,7 +117,7 @@ def test_mass_check_fails_for_a_flow_that_is_right_only_on_the_data() -> None:
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1000.0, 0.0), (1.0, 500.0), (1e-6, 0.0)])
-def test_round_trip_sees_one_bad_column_beside_others_of_any_scale(scale: float, offset: float) -> None:
+def test_round_trip_detects_one_bad_column_at_any_scale(scale: float, offset: float) -> None:
     class SecondFolded(Bijection):
         def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
             return torch.stack([z[:, 0], z[:, 1].abs()], 1), z.new_zeros(len(z))
@@ -128,7 +128,7 @@ def test_round_trip_sees_one_bad_column_beside_others_of_any_scale(scale: float,
     assert "round trip" in failing(Flow((2,), Chain([SecondFolded()])), x)
 
 
-def test_whole_numbers_in_a_range_are_not_integrated() -> None:
+def test_mass_check_skips_integer_data_with_bounded_range() -> None:
     """Some of the mass of x + u lies outside the range, where log p cannot be computed."""
     flow = Flow((2,), Chain([Affine(2), Logit(4, 0.05)]), integer_valued=True, levels=4).eval()
     assert of_mass(reference(flow)) is None
@@ -167,7 +167,7 @@ def with_base(base: Base) -> Flow:
 @pytest.mark.parametrize(
     "base", [StudentT((2,), 1.0), StudentT((2,), 3.0), UniformBox([0.0, -1.0], [1.0, 1.0]), GaussianMixture(2, 3)]
 )
-def test_checks_pass_for_every_base_and_see_a_wrong_density_of_it(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_detect_a_wrong_base_density(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = with_base(base.double())
     x = flow.sample(100)
     assert failing(flow, x) - ({"mass"} if isinstance(base, UniformBox) else set()) == set()
@@ -177,7 +177,7 @@ def test_checks_pass_for_every_base_and_see_a_wrong_density_of_it(base: Base, mo
     assert "own samples" in failing(flow, x)
 
 
-def test_mass_check_of_a_box_is_not_counted_against_the_flow() -> None:
+def test_mass_check_does_not_fail_for_a_uniform_box_base() -> None:
     flow = with_base(UniformBox([0.0, -1.0], [1.0, 1.0]))
     x = flow.sample(300)
     subset, log_p = subset_of(flow, x, None), log_probs(flow, x)
@@ -186,13 +186,13 @@ def test_mass_check_of_a_box_is_not_counted_against_the_flow() -> None:
     assert all(found[name].passed for name in ("log-det", "round trip", "own samples"))
 
 
-def test_a_wrong_log_det_is_seen_under_every_base() -> None:
+def test_checks_detect_a_wrong_log_det_for_every_base() -> None:
     for base in (StudentT((2,), 2.0), UniformBox([0.0, 0.0], [1.0, 1.0]), GaussianMixture(2, 2)):
         flow = Flow(base, Chain([Broken(down=1.1)])).eval()
         assert failing(flow, flow.sample(50)) >= {"log-det", "own samples"}
 
 
-def test_own_samples_are_not_checked_against_a_base_without_a_second_formula() -> None:
+def test_sample_check_is_skipped_for_a_user_defined_base() -> None:
     class Mine(Base):
         log_prob = StandardNormal.log_prob
         rsample = StandardNormal.rsample
@@ -207,13 +207,13 @@ def test_own_samples_are_not_checked_against_a_base_without_a_second_formula() -
     assert of_samples(exact, drawn_from(exact)).passed
 
 
-def test_kl_may_be_negative_within_its_error_only() -> None:
+def test_kl_check_allows_negative_values_within_the_error() -> None:
     assert of_kl((None, None)) is None
     passed = [of_kl(kl).passed for kl in ((-0.02, 0.01), (-0.04, 0.01), (0.5, 0.01))]  # type: ignore[union-attr]
     assert passed == [True, False, True]
 
 
-def test_determinants_are_right_on_several_threads() -> None:
+def test_log_det_check_is_correct_with_several_threads() -> None:
     """torch's batched determinants of such matrices are wrong on several threads."""
     flow = Flow((180,), InvertibleLinear(180)).eval()
     torch.set_num_threads(2)
