@@ -144,7 +144,7 @@ def assert_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_description_runs_no_code(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_a_description_runs_no_code(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved.parent)
 
     def called(*arguments: Any, **keywords: Any) -> None:
@@ -158,7 +158,7 @@ def test_a_description_runs_no_code(saved: Path, name: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_description_takes_no_memory_that_its_weights_do_not_fill(saved: Path, name: str) -> None:
+def test_sizes_beyond_the_weights_are_refused_without_allocation(saved: Path, name: str) -> None:
     changed(saved, SIZES[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert_refused(saved)
@@ -166,14 +166,14 @@ def test_a_description_takes_no_memory_that_its_weights_do_not_fill(saved: Path,
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
-def test_a_tensor_of_a_description_that_claims_memory_is_refused(saved: Path) -> None:
+def test_expanded_tensor_in_a_description_is_refused(saved: Path) -> None:
     content = checkpoint.load(saved)
     content["config"]["model"]["flow"]["bijection"]["bijections"][2]["mask"] = torch.zeros(1).bool().expand(10**12)
     torch.save({**content, "format": 1}, saved)
     assert_refused(saved)
 
 
-def test_an_unchanged_description_is_accepted(saved: Path) -> None:
+def test_unchanged_description_is_accepted(saved: Path) -> None:
     """Also guards against tests that pass because the file cannot be read anyway."""
     changed(saved, lambda flow: first(flow).update(shape=(2,)))
     assert flowtrain.load(saved).event_shape == (2,)
@@ -211,12 +211,12 @@ EXAMPLES = [
 ]
 
 
-def test_there_is_an_example_of_each_module_of_torch() -> None:
+def test_examples_cover_every_supported_torch_module() -> None:
     assert {type(module) for module in EXAMPLES} == {*TORCH_MODULES.values()}
 
 
 @pytest.mark.parametrize("module", EXAMPLES, ids=lambda m: type(m).__name__)
-def test_modules_of_torch_are_described_by_their_attributes(module: nn.Module) -> None:
+def test_torch_modules_are_described_by_their_attributes(module: nn.Module) -> None:
     from flowtrain.runs.build import _built
     from flowtrain.runs.descriptions import check_description
 
@@ -232,7 +232,7 @@ def test_modules_of_torch_are_described_by_their_attributes(module: nn.Module) -
         }
 
 
-def test_conditioners_of_torch_are_called_without_the_label() -> None:
+def test_torch_conditioners_are_called_without_the_label() -> None:
     network = nn.Sequential(nn.Linear(1, 2))
     x = torch.randn(4, 2)
     flow = Flow(2, HalfCoupling(2, False, network))

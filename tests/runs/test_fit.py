@@ -70,9 +70,7 @@ def same(a: Flow | Path | str, b: Flow | Path | str) -> bool:
 
 
 @pytest.mark.parametrize("model", ["realnvp", "ffjord"])
-def test_fit_on_moons_is_the_command_to_the_last_digit(
-    model: str, run: Run, tmp_path: Path, without_figures: None
-) -> None:
+def test_fit_equals_the_command_bitwise(model: str, run: Run, tmp_path: Path, without_figures: None) -> None:
     arguments = [f"model={model}", "data=moons", "seed=3", "trainer.steps=20", "data.n_test=200", *KEYS]
     assert run("flowtrain", *arguments, f"hydra.run.dir={tmp_path}/command")[0] == 0
     overrides = {"data.n_test": 200}
@@ -90,7 +88,7 @@ def test_fit_on_moons_is_the_command_to_the_last_digit(
 
 
 @pytest.mark.parametrize("model", ["realnvp", "affine"])
-def test_rows_in_memory_are_those_of_a_file(
+def test_fit_on_an_array_equals_the_command_on_a_file(
     model: str, x: np.ndarray, run: Run, tmp_path: Path, without_figures: None
 ) -> None:
     np.save(tmp_path / "x.npy", x)
@@ -106,7 +104,7 @@ def test_rows_in_memory_are_those_of_a_file(
     assert same(by_path, flow)
 
 
-def test_kinds_of_rows_give_the_same_flow(x: np.ndarray) -> None:
+def test_every_input_type_gives_the_same_flow(x: np.ndarray) -> None:
     first = small(x)
     names = ["a", "b", "c"]
     framed = small(Frame(x, names))
@@ -131,7 +129,7 @@ def test_nothing_is_written_without_a_run_directory(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_torch_is_as_before_and_results_do_not_depend_on_it(x: np.ndarray) -> None:
+def test_fit_neither_uses_nor_changes_torch_settings(x: np.ndarray) -> None:
     expected = small(x)
     threads = torch.get_num_threads()
     torch.manual_seed(77)
@@ -154,7 +152,7 @@ def test_torch_is_as_before_and_results_do_not_depend_on_it(x: np.ndarray) -> No
         torch.set_num_threads(threads)
 
 
-def test_threads_fit_one_after_another(x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
+def test_concurrent_fits_run_one_after_another(x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
     logger = logging.getLogger("flowtrain")
 
     def settings() -> tuple[Any, ...]:
@@ -185,7 +183,7 @@ def test_threads_fit_one_after_another(x: np.ndarray, tmp_path: Path, without_fi
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_process_forked_during_the_fit_of_another_thread_can_fit() -> None:
+def test_process_forked_during_a_fit_can_fit() -> None:
     # the other thread only waits, because torch can hang if it computes while another thread forks
     code = """
 import os, threading, numpy as np, torch, flowtrain
@@ -215,7 +213,7 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("kind", ["none", "closed", "write only", "broken", "broken terminal"])
-def test_progress_needs_no_standard_error(x: np.ndarray, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_works_without_a_usable_stderr(x: np.ndarray, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class WriteOnly:
         def write(self, text: str) -> None:
             pass
@@ -234,7 +232,7 @@ def test_progress_needs_no_standard_error(x: np.ndarray, kind: str, monkeypatch:
     small(x, progress=True)
 
 
-def test_fitted_flows_are_in_evaluation_mode_and_pickle(x: np.ndarray) -> None:
+def test_fitted_flow_is_in_eval_mode_and_pickles(x: np.ndarray) -> None:
     flow = small(x)
     assert not flow.training
     assert same(pickle.loads(pickle.dumps(flow)), flow)
@@ -247,7 +245,9 @@ def test_fitted_flows_are_in_evaluation_mode_and_pickle(x: np.ndarray) -> None:
 # run directories
 
 
-def test_run_directory_resumes(x: np.ndarray, run: Run, tmp_path: Path, without_figures: None) -> None:
+def test_resumed_fit_equals_an_uninterrupted_fit(
+    x: np.ndarray, run: Run, tmp_path: Path, without_figures: None
+) -> None:
     whole = small(Frame(x, ["a", "b", "c"]), run_dir=tmp_path / "whole", overrides={"trainer.lr_decay": "constant"})
     small(Frame(x, ["a", "b", "c"]), run_dir=tmp_path / "part", steps=10, overrides={"trainer.lr_decay": "constant"})
     assert run("flowtrain", f"resume={tmp_path}/part", "trainer.steps=20")[0] == 0
@@ -261,7 +261,7 @@ def test_run_directory_resumes(x: np.ndarray, run: Run, tmp_path: Path, without_
     assert run("flowsample", f"ckpt={tmp_path}/whole", "n=5", f"out={tmp_path}/s.npy")[0] == 0
 
 
-def test_run_directory_that_holds_a_run_is_refused(x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
+def test_run_directory_that_contains_a_run_is_refused(x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
     small(x, run_dir=tmp_path / "r")
     before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
     with pytest.raises(ConfigError):
@@ -269,7 +269,7 @@ def test_run_directory_that_holds_a_run_is_refused(x: np.ndarray, tmp_path: Path
     assert before == {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
 
 
-def test_refused_fit_leaves_no_files_and_keeps_those_of_others(x: np.ndarray, tmp_path: Path) -> None:
+def test_refused_fit_creates_and_changes_no_files(x: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         small(x, run_dir=tmp_path / "a/b", overrides={"trainer.lr": -1.0})
     assert list(tmp_path.iterdir()) == []
@@ -294,7 +294,7 @@ def test_refused_fit_leaves_no_files_and_keeps_those_of_others(x: np.ndarray, tm
         ".holder",
     ],
 )
-def test_files_of_others_are_never_overwritten(name: str, x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
+def test_unrelated_files_are_never_overwritten(name: str, x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
     mine = tmp_path / name
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("mine")
@@ -304,7 +304,7 @@ def test_files_of_others_are_never_overwritten(name: str, x: np.ndarray, tmp_pat
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
 
 
-def test_files_beside_those_of_another_program_are_not_overwritten(x: np.ndarray, tmp_path: Path) -> None:
+def test_data_beside_a_foreign_hydra_config_are_not_overwritten(x: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra/config.yaml").write_text("lr: 1\n")
     (tmp_path / "data").mkdir()
@@ -314,9 +314,7 @@ def test_files_beside_those_of_another_program_are_not_overwritten(x: np.ndarray
     assert (tmp_path / "data/train.npz").read_text() == "mine"
 
 
-def test_data_of_a_command_that_was_killed_are_not_overwritten(
-    x: np.ndarray, tmp_path: Path, without_figures: None
-) -> None:
+def test_data_of_a_killed_command_are_not_overwritten(x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
     small(x, run_dir=tmp_path)
     forget_training(tmp_path)
     overrides = tmp_path / ".hydra/overrides.yaml"
@@ -327,9 +325,7 @@ def test_data_of_a_command_that_was_killed_are_not_overwritten(
     assert (tmp_path / "data/train.npz").read_bytes() == before
 
 
-def test_fit_takes_the_directory_of_one_that_was_killed_early(
-    x: np.ndarray, tmp_path: Path, without_figures: None
-) -> None:
+def test_fit_reuses_the_directory_of_an_early_killed_fit(x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
     small(x, run_dir=tmp_path)
     forget_training(tmp_path)
     again = small(x + 1, run_dir=tmp_path)
@@ -343,7 +339,7 @@ def forget_training(run_dir: Path) -> None:
         path.unlink()
 
 
-def test_links_in_a_run_directory_are_not_written_through(x: np.ndarray, tmp_path: Path) -> None:
+def test_symbolic_links_are_not_written_through(x: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("a: 1\n")
     (tmp_path / "r/.hydra").mkdir(parents=True)
     (tmp_path / "r/.hydra/config.yaml").symlink_to(tmp_path / "mine.yaml")
@@ -353,7 +349,7 @@ def test_links_in_a_run_directory_are_not_written_through(x: np.ndarray, tmp_pat
 
 
 @pytest.mark.parametrize("run_dir", ["", 5, False, b"r", "a\0b", "a" * 300, "file", "file/r"])
-def test_places_that_no_run_can_have_are_refused(
+def test_invalid_run_directories_are_refused(
     run_dir: Any, x: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -363,7 +359,9 @@ def test_places_that_no_run_can_have_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_working_directory_that_is_gone(x: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleted_working_directory_is_refused_only_for_run_dir(
+    x: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -375,7 +373,7 @@ def test_working_directory_that_is_gone(x: np.ndarray, tmp_path: Path, monkeypat
 # data
 
 
-def test_validation_set_and_fractions(x: np.ndarray) -> None:
+def test_val_may_be_a_set_or_a_fraction(x: np.ndarray) -> None:
     flow = small(x, val=0.2, test=0.3)
     assert flow.record is not None
     assert {name: len(rows) for name, rows in flow.record.held_out.items()} == {"val": 60, "test": 90}
@@ -387,7 +385,7 @@ def test_validation_set_and_fractions(x: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("share", [np.float32(0.25), np.array(0.25), torch.tensor(0.25)])
-def test_shares_may_be_numbers_of_numpy_and_torch(x: np.ndarray, share: Any) -> None:
+def test_val_fraction_may_be_a_numpy_or_torch_scalar(x: np.ndarray, share: Any) -> None:
     flow = small(x, val=share)
     assert flow.record is not None
     assert len(flow.record.held_out["val"]) == 75
@@ -402,13 +400,13 @@ def test_bad_validation_sets_are_refused(x: np.ndarray, val: Any) -> None:
             small(x, **{name: val})
 
 
-def test_images_of_other_sides_are_not_held_out() -> None:
+def test_validation_images_of_another_shape_are_refused() -> None:
     images = np.random.default_rng(0).integers(0, 16, size=(60, 1, 4, 4))
     with pytest.raises(DataError, match="val"):
         small(images, levels=16, val=images[:5].reshape(5, 1, 2, 8), overrides={"model.scales": 0})
 
 
-def test_label_names_a_column_before_it_counts_columns(x: np.ndarray) -> None:
+def test_label_matches_a_column_name_before_a_position(x: np.ndarray) -> None:
     y = np.arange(300) % 2
     flow = small(Frame(np.column_stack([y, x]), [3, 0, 1, 2]), label=3)  # type: ignore[list-item]
     assert flow.record is not None
@@ -417,12 +415,12 @@ def test_label_names_a_column_before_it_counts_columns(x: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("label", [True, False, np.True_, 1.5])
-def test_labels_that_are_none_are_refused(x: np.ndarray, label: Any) -> None:
+def test_invalid_label_types_are_refused(x: np.ndarray, label: Any) -> None:
     with pytest.raises(FlowtrainError, match="label"):
         small(x, label=label)
 
 
-def test_labels_for_a_data_set_with_its_own_are_refused() -> None:
+def test_labels_for_a_named_dataset_are_refused() -> None:
     with pytest.raises(ConfigError, match="label"):
         small("moons", label=np.zeros(5))
 
@@ -448,7 +446,7 @@ def test_labels_give_a_conditional_flow() -> None:
         small(x, label=y, val=x)
 
 
-def test_images_of_bytes() -> None:
+def test_byte_images_with_labels_are_fitted() -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 16, size=(120, 1, 4, 4)).astype(np.uint8)
     y = rng.integers(0, 3, size=120)
@@ -485,13 +483,13 @@ def test_bad_rows_are_refused_by_name(bad: Any, named: str) -> None:
     assert named in str(e.value)
 
 
-def test_negative_views_are_rows(x: np.ndarray) -> None:
+def test_tensors_with_the_negative_bit_are_accepted(x: np.ndarray) -> None:
     flipped = torch.complex(torch.zeros(300, 3).double(), torch.from_numpy(x)).conj().imag
     assert flipped.is_neg()
     assert same(small(flipped), small(-x))
 
 
-def test_dates_are_no_numbers(x: np.ndarray) -> None:
+def test_date_columns_are_refused(x: np.ndarray) -> None:
     class Dated(Frame):
         dtypes = ("Float64", "Datetime(time_unit='us')", "Float64")
 
@@ -499,7 +497,7 @@ def test_dates_are_no_numbers(x: np.ndarray) -> None:
         small(Dated(x, ["a", "when", "b"]))
 
 
-def test_messages_show_no_whole_objects(x: np.ndarray) -> None:
+def test_error_messages_do_not_print_whole_objects(x: np.ndarray) -> None:
     flow = realnvp(3)
     bad: list[dict[str, Any]] = [{"x": flow}, {"x": {"a": x}}, {"x": x, "model": flow}, {"x": x, "val": flow}]
     for named in bad:
@@ -508,7 +506,7 @@ def test_messages_show_no_whole_objects(x: np.ndarray) -> None:
         assert len(str(e.value)) < 300
 
 
-def test_overrides_are_checked(x: np.ndarray) -> None:
+def test_overrides_are_applied_and_validated(x: np.ndarray) -> None:
     flow = fit(x, model="affine", progress=False, overrides=["trainer.steps=3", "trainer.lr=1e-3"])
     assert flow.record is not None
     assert (flow.record.config["trainer"]["steps"], flow.record.config["trainer"]["lr"]) == (3, 1e-3)
@@ -526,14 +524,14 @@ def test_overrides_are_checked(x: np.ndarray) -> None:
 # failures
 
 
-def test_failed_fit_says_what_to_do(x: np.ndarray) -> None:
+def test_failed_fit_message_suggests_a_setting(x: np.ndarray) -> None:
     with pytest.raises(NonFiniteError) as e:
         small(x, overrides={"trainer.lr": 1e30, "trainer.clip_norm": None, "trainer.val_early": False})
     assert "resume" not in str(e.value)
     assert "trainer.lr" in str(e.value)
 
 
-def test_rewinds_work_in_memory(x: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewind_works_without_a_run_directory(x: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     step, failed = Trainer.train_step, []
 
     def fails_once(self: Trainer) -> Any:
@@ -583,7 +581,7 @@ def by_hand() -> Flow:
     return Flow((3,), Chain([*realnvp((3,), layers=2, hidden=[8]).bijection.bijections, Standardize((3,))]))
 
 
-def test_train_trains_in_place(x: np.ndarray) -> None:
+def test_train_updates_the_flow_in_place(x: np.ndarray) -> None:
     torch.manual_seed(0)
     flow = by_hand()
     record = train(flow, x, steps=30, progress=False, overrides={"trainer.val_every": 10})
@@ -600,7 +598,7 @@ def test_train_trains_in_place(x: np.ndarray) -> None:
     assert all(torch.allclose(before[name], value, atol=1e-6) for name, value in flow.state_dict().items())
 
 
-def test_what_cannot_be_trained_is_refused(x: np.ndarray) -> None:
+def test_untrainable_flows_are_refused(x: np.ndarray) -> None:
     frozen = Flow((3,), Affine(3)).requires_grad_(False)
     with torch.inference_mode():
         made = Flow((3,), Affine(3))
@@ -609,7 +607,7 @@ def test_what_cannot_be_trained_is_refused(x: np.ndarray) -> None:
             train(flow, x, steps=2, progress=False)  # type: ignore[arg-type]
 
 
-def test_failed_training_leaves_the_weights(x: np.ndarray) -> None:
+def test_failed_training_leaves_the_weights_unchanged(x: np.ndarray) -> None:
     flow = by_hand()
     before = weights(flow)
     with pytest.raises(NonFiniteError):
@@ -617,7 +615,7 @@ def test_failed_training_leaves_the_weights(x: np.ndarray) -> None:
     assert all(torch.equal(before[name], value) for name, value in flow.state_dict().items())
 
 
-def test_train_refuses_data_of_another_kind(x: np.ndarray) -> None:
+def test_train_refuses_data_that_do_not_match_the_flow(x: np.ndarray) -> None:
     with pytest.raises(DataError):
         train(by_hand(), x[:, :2], progress=False)
     with pytest.raises(DataError):
@@ -640,14 +638,14 @@ def test_train_reaches_the_closed_form(x: np.ndarray) -> None:
     assert flow.log_prob(torch.from_numpy(x).float()).mean().item() == pytest.approx(float(truth), abs=0.02)
 
 
-def test_bases_are_trained_too() -> None:
+def test_base_parameters_are_trained() -> None:
     flow = Flow(GaussianMixture(2, components=2), Chain([Standardize((2,))]))
     before = weights(flow)
     train(flow, "moons", steps=20, progress=False, overrides={"trainer.val_every": 10})
     assert any(not torch.equal(before[name], value) for name, value in flow.state_dict().items() if "base" in name)
 
 
-def test_rectified_flow_learns_from_itself(tmp_path: Path) -> None:
+def test_rectified_training_without_from_uses_the_flow_as_teacher(tmp_path: Path) -> None:
     overrides = {"objective": "rectified", "objective.pairs": 100, "trainer.val_every": 10}
     flow = ffjord((2,), hidden=[8])
     train(flow, "moons", steps=10, progress=False, overrides=overrides)
@@ -658,7 +656,7 @@ def test_rectified_flow_learns_from_itself(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_float64_flows_and_glow_over_images(x: np.ndarray) -> None:
+def test_float64_flows_and_image_glow_are_trained(x: np.ndarray) -> None:
     flow = by_hand().double()
     train(flow, x, steps=5, progress=False)
     assert flow.like.dtype == torch.float64
@@ -692,7 +690,7 @@ def test_hand_built_flow_in_a_run_directory_resumes(
         assert same(tmp_path / "flow.pt", whole)
 
 
-def test_saved_fit_is_evaluated_by_the_command(x: np.ndarray, run: Run, tmp_path: Path, without_figures: None) -> None:
+def test_floweval_evaluates_a_saved_fit(x: np.ndarray, run: Run, tmp_path: Path, without_figures: None) -> None:
     flow = small(Frame(x, ["a", "b", "c"]))
     flow.save(tmp_path / "flow.pt")
     assert same(tmp_path / "flow.pt", flow)

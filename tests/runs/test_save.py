@@ -180,7 +180,7 @@ def saved_and_loaded(flow: Flow, tmp_path: Path, **keys: Any) -> Flow:
     return flowtrain.load(path, **keys)
 
 
-def test_every_public_part_is_in_the_sweep() -> None:
+def test_test_cases_cover_every_public_part() -> None:
     used = {type(m) for make in BUILDERS.values() for m in make().modules()} | {Tableau, parts.TraceRule}
     assert not {name for name, kind in PARTS.items() if not inspect.isabstract(kind)} - {
         name for name, kind in PARTS.items() if kind in used
@@ -189,7 +189,7 @@ def test_every_public_part_is_in_the_sweep() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_saved_flow_is_the_same_to_the_last_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_saved_flow_is_bitwise_equal(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     flow = built(name).to(dtype)
     again = saved_and_loaded(flow, tmp_path)
     kinds = [[(n, type(m)) for n, m in f.named_modules()] for f in (flow, again)]
@@ -209,12 +209,12 @@ def test_a_saved_flow_is_the_same_to_the_last_bit(name: str, dtype: torch.dtype,
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f)), copy.copy])
 @pytest.mark.parametrize("name", ["couplings", "MLPField", "Preconditioned", "GaussianMixture", "Squeeze"])
-def test_copies_are_saved(name: str, copied: Callable[[Flow], Flow], tmp_path: Path) -> None:
+def test_copies_can_be_saved(name: str, copied: Callable[[Flow], Flow], tmp_path: Path) -> None:
     flow = built(name)
     assert_same(flow, saved_and_loaded(copied(flow), tmp_path))
 
 
-def test_a_copy_is_described_by_its_own_parts(tmp_path: Path) -> None:
+def test_modified_copy_is_saved_with_its_changes(tmp_path: Path) -> None:
     flow = built("MLPField")
     other = copy.deepcopy(flow)
     other.bijection.bijections.append(ActNorm(3))
@@ -224,7 +224,7 @@ def test_a_copy_is_described_by_its_own_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["MLPField", "Preconditioned", "ffjord of images", "two fields, two solvers"])
-def test_the_present_solver_is_saved(name: str, tmp_path: Path) -> None:
+def test_current_solver_is_saved(name: str, tmp_path: Path) -> None:
     flow, solver = built(name), ode_solver("tsit5", rtol=1e-2, control="all", max_nfe=900)
     view = flow.with_solver(solver)
     again = saved_and_loaded(view, tmp_path)
@@ -240,7 +240,7 @@ def test_the_present_solver_is_saved(name: str, tmp_path: Path) -> None:
     assert (again.solver.rtol, again.solver.atol) == (1e-3, 1e-2)
 
 
-def test_each_part_keeps_its_own_solver(tmp_path: Path) -> None:
+def test_each_ode_block_keeps_its_solver(tmp_path: Path) -> None:
     flow = perturbed(flow_of(ode_block(), ode_block()))
     # neither solver was given to a constructor
     flow.ode_blocks[1].solver = ode_solver("rk4", steps=3)
@@ -249,7 +249,7 @@ def test_each_part_keeps_its_own_solver(tmp_path: Path) -> None:
     assert_same(flow, again)
 
 
-def test_parts_that_were_replaced_are_saved(tmp_path: Path) -> None:
+def test_replaced_parts_are_saved(tmp_path: Path) -> None:
     flow = built("HalfCoupling")
     flow.bijection.bijections[0].conditioner = net(2, 2)
     flow.base = bases.StudentT(3)
@@ -284,7 +284,7 @@ def removed(flow: Flow) -> None:
 
 
 @pytest.mark.parametrize("change", [change_shape, add_module, weight_norm, plain_module, named_modules, removed])
-def test_what_no_description_builds_again_is_refused(change: Callable[[Flow], None], tmp_path: Path) -> None:
+def test_flows_that_cannot_be_rebuilt_are_refused(change: Callable[[Flow], None], tmp_path: Path) -> None:
     flow = flow_of(ActNorm(3), HalfCoupling(3, False, net(2, 2)))
     change(flow)
     path = tmp_path / "flow.pt"
@@ -373,7 +373,7 @@ def mypkg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         del sys.modules[name]
 
 
-def test_own_classes_need_trust(mypkg: Any, tmp_path: Path) -> None:
+def test_loading_user_classes_requires_trust(mypkg: Any, tmp_path: Path) -> None:
     pair = mypkg.Pair(
         {"a": ActNorm(2), "b": HalfCoupling(2, False, mypkg.Net([nn.Linear(1, 2)], scale=0.5))}, order=[1], period=10**6
     )
@@ -407,7 +407,7 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_flow_of_a_run_keeps_its_config_and_samples(run_file: Path, tmp_path: Path) -> None:
+def test_saved_run_flow_keeps_config_and_sample_spec(run_file: Path, tmp_path: Path) -> None:
     flow, before = flowtrain.load(run_file), checkpoint.load(run_file)
     assert flow.record is not None
     again = saved_and_loaded(copy.deepcopy(flow), tmp_path)
@@ -416,7 +416,7 @@ def test_flow_of_a_run_keeps_its_config_and_samples(run_file: Path, tmp_path: Pa
     assert (list(again.record.samples.columns), again.record.step) == (["a", "b"], 12)
 
 
-def test_flow_of_a_run_is_saved_with_its_present_solver(run_file: Path, tmp_path: Path) -> None:
+def test_saved_run_flow_has_the_current_solver(run_file: Path, tmp_path: Path) -> None:
     flow = flowtrain.load(run_file)
     view = flow.with_solver(flow.solver.replace(rtol=1e-2))
     again = saved_and_loaded(view, tmp_path)
@@ -426,7 +426,7 @@ def test_flow_of_a_run_is_saved_with_its_present_solver(run_file: Path, tmp_path
 
 
 @pytest.mark.parametrize("change", ["layer", "base", "data", "attribute", "width"])
-def test_a_changed_flow_of_a_run_is_described(change: str, run_file: Path, tmp_path: Path) -> None:
+def test_changed_run_flow_is_saved_as_a_description(change: str, run_file: Path, tmp_path: Path) -> None:
     flow = flowtrain.load(run_file)
     if change == "layer":
         flow.bijection.bijections.append(ActNorm(2).eval())
@@ -444,7 +444,7 @@ def test_a_changed_flow_of_a_run_is_described(change: str, run_file: Path, tmp_p
     assert_same(flow, again)
 
 
-def test_saving_replaces_a_file_or_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, first, second = tmp_path / "flow.pt", built("ActNorm"), built("Affine")
     first.save(path)
     second.save(str(path))
@@ -461,7 +461,7 @@ def test_saving_replaces_a_file_or_leaves_it(tmp_path: Path, monkeypatch: pytest
     assert_same(second, flowtrain.load(path))
 
 
-def test_places_that_take_no_file_are_refused(tmp_path: Path) -> None:
+def test_invalid_save_paths_are_refused(tmp_path: Path) -> None:
     flow = built("ActNorm")
     (tmp_path / "a.pt").mkdir()
     (tmp_path / "file").write_text("")
@@ -478,7 +478,7 @@ def test_places_that_take_no_file_are_refused(tmp_path: Path) -> None:
     assert_same(flow, flowtrain.load(tmp_path / "new/folder/flow.pt"))
 
 
-def test_a_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_in_a_save_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
     flow = built("ActNorm")
@@ -486,7 +486,7 @@ def test_a_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert_same(flow, flowtrain.load("~/flow.pt"))
 
 
-def test_saving_and_loading_leave_the_random_state(tmp_path: Path) -> None:
+def test_saving_and_loading_leave_the_random_state_unchanged(tmp_path: Path) -> None:
     flow = built("realnvp")
     before = torch.get_rng_state()
     saved_and_loaded(flow, tmp_path)
