@@ -152,14 +152,14 @@ def is_whole(target: Path) -> bool:
 
 
 @pytest.mark.parametrize("length", [True, False])
-def test_a_whole_download(serve: Serve, target: Path, length: bool) -> None:
+def test_file_is_downloaded_in_one_request(serve: Serve, target: Path, length: bool) -> None:
     mirror = serve(length=length)
     assert obtain(target, mirror) == f"300000 bytes from {mirror.url}f.gz"
     assert is_whole(target)
     assert mirror.asked == [("/data/f.gz", None)]
 
 
-def test_what_is_there_and_right_is_left_alone(target: Path) -> None:
+def test_existing_valid_file_is_not_downloaded(target: Path) -> None:
     target.parent.mkdir()
     target.write_bytes(CONTENT)
     before = target.stat()
@@ -167,21 +167,21 @@ def test_what_is_there_and_right_is_left_alone(target: Path) -> None:
     assert (target.stat().st_ino, target.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_cut_connection_is_resumed(serve: Serve, target: Path) -> None:
+def test_interrupted_connection_is_resumed(serve: Serve, target: Path) -> None:
     mirror = serve(cuts=[100_000, 50_000])
     obtain(target, mirror)
     assert is_whole(target)
     assert mirror.asked_ranges == [None, "bytes=100000-", "bytes=150000-"]
 
 
-def test_the_next_mirror_goes_on_where_one_stopped(serve: Serve, target: Path) -> None:
+def test_next_mirror_resumes_a_partial_download(serve: Serve, target: Path) -> None:
     broken, good = serve(cuts=[100_000, 0]), serve()
     assert good.url in obtain(target, broken, good)
     assert is_whole(target)
     assert good.asked_ranges == ["bytes=100000-"]
 
 
-def test_the_next_run_goes_on_where_one_stopped(serve: Serve, target: Path) -> None:
+def test_next_run_resumes_a_partial_download(serve: Serve, target: Path) -> None:
     with pytest.raises(OSError, match="connection ended 200000 bytes before the end"):
         obtain(target, serve(cuts=[100_000, 0]))
     assert target.with_name("f.gz.part").read_bytes() == CONTENT[:100_000]
@@ -192,14 +192,14 @@ def test_the_next_run_goes_on_where_one_stopped(serve: Serve, target: Path) -> N
     assert mirror.asked_ranges == ["bytes=100000-"]
 
 
-def test_a_mirror_that_never_gets_on_is_given_up(serve: Serve, target: Path) -> None:
+def test_mirror_without_progress_is_abandoned(serve: Serve, target: Path) -> None:
     mirror = serve(cuts=[10] * 100)
     with pytest.raises(OSError, match="connection ended"):
         obtain(target, mirror)
     assert len(mirror.asked) == download.TRIES
 
 
-def test_a_server_without_ranges_sends_all_again(serve: Serve, target: Path) -> None:
+def test_server_without_range_support_restarts_the_download(serve: Serve, target: Path) -> None:
     part_of(target, CONTENT[:HALF])
     mirror = serve(ranges=False)
     obtain(target, mirror)
@@ -207,7 +207,7 @@ def test_a_server_without_ranges_sends_all_again(serve: Serve, target: Path) -> 
     assert mirror.asked_ranges == [f"bytes={HALF}-"]
 
 
-def test_a_part_that_is_whole_needs_no_server(target: Path) -> None:
+def test_complete_partial_file_needs_no_request(target: Path) -> None:
     part_of(target, CONTENT)
     assert obtain(target, dead()) == "completed from its .part file"
     assert is_whole(target)
@@ -223,7 +223,7 @@ def test_a_part_that_is_whole_needs_no_server(target: Path) -> None:
     ],
     ids=["too long", "as long and wrong", "a wrong beginning", "empty"],
 )
-def test_a_part_that_is_wrong_is_thrown_away(serve: Serve, target: Path, part: bytes, asked: list[str | None]) -> None:
+def test_invalid_partial_file_is_discarded(serve: Serve, target: Path, part: bytes, asked: list[str | None]) -> None:
     part_of(target, part)
     mirror = serve()
     obtain(target, mirror)
@@ -240,7 +240,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_mirror_with_another_file_is_passed_over(serve: Serve, target: Path, case: str) -> None:
+def test_mirror_with_a_wrong_file_is_skipped(serve: Serve, target: Path, case: str) -> None:
     content, length, message = WRONG[case]
     target.parent.mkdir()
     target.write_bytes(b"damaged")
@@ -252,14 +252,14 @@ def test_a_mirror_with_another_file_is_passed_over(serve: Serve, target: Path, c
     assert is_whole(target)
 
 
-def test_a_part_of_another_range_is_not_appended(serve: Serve, target: Path) -> None:
+def test_wrong_content_range_is_not_appended(serve: Serve, target: Path) -> None:
     part = part_of(target, CONTENT[:HALF])
     with pytest.raises(OSError, match=f"from {HALF} on were requested, but it sends bytes {HALF + 5}-"):
         obtain(target, serve(shift=5))
     assert part.read_bytes() == CONTENT[:HALF]
 
 
-def test_an_error_page_does_not_replace_what_has_come(serve: Serve, target: Path) -> None:
+def test_error_page_does_not_replace_the_partial_file(serve: Serve, target: Path) -> None:
     part = part_of(target, CONTENT[:HALF])
     with pytest.raises(OSError, match="HTTP 503"):
         obtain(target, serve(code=503))
@@ -268,7 +268,7 @@ def test_an_error_page_does_not_replace_what_has_come(serve: Serve, target: Path
     assert part.read_bytes() == CONTENT[:HALF]
 
 
-def test_a_silent_server_is_given_up_and_what_came_is_kept(serve: Serve, target: Path) -> None:
+def test_stalled_server_times_out_and_keeps_the_partial_file(serve: Serve, target: Path) -> None:
     silent, good = serve(cuts=[1000, 0], stalls=True), serve()
     with pytest.raises(OSError, match="timed out"):
         download.obtain(target, EXPECTED, [f"{silent.url}f.gz"], timeout=0.2)
@@ -288,7 +288,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_command_prints_a_line_a_file(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_one_line_per_file(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mirror = serve()
     arguments = ["mnist", "fashion_mnist", "--root", str(tmp_path), "--mirror", mirror.url.rstrip("/")]
     assert download.main(arguments) == 0
@@ -303,7 +303,7 @@ def test_the_command_prints_a_line_a_file(serve: Serve, tmp_path: Path, capsys: 
 
 
 @pytest.mark.usefixtures("small")
-def test_dead_mirrors_give_one_message_and_leave_what_was_there(
+def test_unreachable_mirrors_give_one_message_and_keep_files(
     serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mnist").mkdir()
@@ -322,7 +322,7 @@ def test_dead_mirrors_give_one_message_and_leave_what_was_there(
 
 
 @pytest.mark.usefixtures("small")
-def test_the_usual_mirrors_are_tried_in_turn(
+def test_default_mirrors_are_tried_in_order(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = serve()
@@ -333,25 +333,25 @@ def test_the_usual_mirrors_are_tried_in_turn(
     assert capsys.readouterr().err == ""
 
 
-def test_a_root_that_cannot_be_written_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_root_gives_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert download.main(["--root", str(tmp_path / "file"), "--mirror", dead()]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_an_unknown_data_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_dataset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         download.main(["cifar"])
     assert "unknown data set: cifar. Choose mnist or fashion_mnist" in capsys.readouterr().err
 
 
-def test_default_root_is_the_one_flowtrain_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_root_equals_the_flowtrain_default(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("FLOWTRAIN_DATA", "~/here"), ("FLOWTRAIN_DATA", ""), ("XDG_CACHE_HOME", "/cache")):
         monkeypatch.setenv(name, value)
         assert download.default_root() == default_root()
 
 
-def test_the_sums_are_those_of_the_real_files(capsys: pytest.CaptureFixture[str]) -> None:
+def test_checksums_match_the_published_files(capsys: pytest.CaptureFixture[str]) -> None:
     if not SUMS.exists():
         pytest.skip(f"{SUMS} not found")
     published = {name: digest for digest, name in (line.split() for line in SUMS.read_text().splitlines())}

@@ -55,7 +55,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_runs_end_as_if_they_had_not_been(run: Run, tmp_path: Path) -> None:
+def test_killed_runs_resume_to_the_uninterrupted_result(run: Run, tmp_path: Path) -> None:
     keys = [*RUN, *MODELS["realnvp"], "trainer.steps=60"]
     code, _, err = run("flowtrain", *keys, f"hydra.run.dir={tmp_path}/whole")
     assert code == 0, err
@@ -65,7 +65,7 @@ def test_killed_and_resumed_runs_end_as_if_they_had_not_been(run: Run, tmp_path:
     assert (part.tried, part.wrong) == (3, [])
 
 
-def test_runs_that_differ_in_a_bit_are_told_apart(tmp_path: Path, trainer: MakeTrainer) -> None:
+def test_run_comparison_detects_any_difference(tmp_path: Path, trainer: MakeTrainer) -> None:
     a, b = torch.tensor([0.0, torch.nan]), torch.tensor([0.0, torch.nan])
     assert value_differences({"x": [a, 1.0]}, {"x": [b, 1.0], "seconds": 3}, "at") == []
     assert value_differences({"x": [-a, 1.0]}, {"x": [b, 2.0]}, "at") == ["at:x:0 differs", "at:x:1 differs"]
@@ -101,7 +101,7 @@ def test_damaged_checkpoints_are_refused_or_harmless(known: tuple[Path, Original
     assert not verdict.wrong, (kind, verdict)
 
 
-def test_wrong_load_is_detected(known: tuple[Path, Original]) -> None:
+def test_wrongly_loaded_checkpoint_is_detected(known: tuple[Path, Original]) -> None:
     path, whole = known
     path.write_bytes(whole.content)
     assert load_verdict(path, whole) == ("unharmed", False)
@@ -134,7 +134,7 @@ def test_random_configs_train_or_are_refused(run: Run, files: Path, rng: random.
     assert not verdict.wrong, (arguments, verdict.words)
 
 
-def test_bad_exit_is_detected(tmp_path: Path) -> None:
+def test_wrong_exit_code_or_output_is_detected(tmp_path: Path) -> None:
     message = "flowtrain: seed=x: give a whole number\n"
     (tmp_path / "flowtrain.log").write_text("2026-01-01 INFO reading\nsecond line\n")
     assert judge(Outcome(2, "", message), tmp_path) == ("refused", False)
@@ -178,7 +178,7 @@ def reading(path: Path) -> Verdict:
 
 
 @pytest.mark.slow
-def test_the_script_prints_a_table(tmp_path: Path) -> None:
+def test_script_prints_a_table(tmp_path: Path) -> None:
     few = ["--kills", "1", "--corruptions", "5", "--configs", "3", "--arrays", "5", "--minutes", "5"]
     environment: dict[str, Any] = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, str(TORTURE), *few]
