@@ -170,7 +170,7 @@ def test_every_command_refuses_invalid_weights(
         assert len(err.splitlines()) == 1, (command, err)
 
 
-def test_a_tensor_without_memory_is_refused(run: Run, trained: Callable[[str], Path]) -> None:
+def test_meta_tensors_are_refused(run: Run, trained: Callable[[str], Path]) -> None:
     folder = trained("realnvp")
     path = folder / "checkpoints/last.pt"
     content = torch.load(path, weights_only=True)
@@ -199,7 +199,9 @@ def test_damaged_metrics_line_does_not_affect_others(line: bytes, run: Run, trai
 @pytest.mark.parametrize(
     "name", [".lock", ".holder", "metrics.jsonl", "flowtrain.log", "result.json", "checkpoints/best.pt"]
 )
-def test_nothing_is_written_through_a_link(name: str, run: Run, trained: Callable[[str], Path], tmp_path: Path) -> None:
+def test_symbolic_links_are_not_written_through(
+    name: str, run: Run, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = trained("realnvp")
     victim, link = tmp_path / "victim", folder / name
     victim.write_text("kept")
@@ -217,7 +219,7 @@ def test_nothing_is_written_through_a_link(name: str, run: Run, trained: Callabl
             link.write_bytes(saved)
 
 
-def test_large_batch_count_is_not_an_index() -> None:
+def test_large_batch_norm_counter_is_valid() -> None:
     """Batch norms over images count batches without a limit, so a large count is valid."""
     samples = Samples((1, 4, 4), integer_valued=True, levels=256)
     config = compose_defaults(["model=realnvp", "data=mnist", "model.hidden=[4]", "model.batch_norm=true"])

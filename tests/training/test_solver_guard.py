@@ -56,7 +56,7 @@ def reported_and_true(run: Trainer) -> tuple[float, float]:
     return reported, -log_probs(fine, x).mean().item()
 
 
-def test_a_field_that_exploits_a_coarse_solver_is_caught(
+def test_guard_detects_a_field_that_exploits_solver_error(
     tmp_path: Path, lines: list[str], guarded_trainer: MakeTrainer, guarded_config: Compose
 ) -> None:
     run = guarded_trainer(tmp_path / "off", guarded_config(*EXPLOIT, "trainer.guard_every=null"))
@@ -91,7 +91,7 @@ GAP = torch.randn(400, generator=torch.Generator().manual_seed(0))
     ],
     ids=["clear", "worse", "noise", "floor", "above the floor", "floor in 3-D", "one row"],
 )
-def test_criterion_for_an_exploited_solver(gap: Tensor, d: int, expected: bool) -> None:
+def test_exploited_solver_criterion(gap: Tensor, d: int, expected: bool) -> None:
     tight = torch.linspace(-100, 0, len(gap))
     assert exploited(tight + gap, tight, d) is expected
 
@@ -190,7 +190,7 @@ def test_failing_tight_solve_tightens_the_tolerance(kind: str, method: str, line
     assert len(lines) == 2
 
 
-def test_a_failing_coarse_solve_is_left_to_training(lines: list[str]) -> None:
+def test_failing_coarse_solve_does_not_tighten_the_tolerance(lines: list[str]) -> None:
     def lie(s: Solver) -> float:
         raise SolverError("broken")
 
@@ -200,7 +200,7 @@ def test_a_failing_coarse_solve_is_left_to_training(lines: list[str]) -> None:
     assert not lines
 
 
-def test_checks_share_probes_and_leave_random_state_alone() -> None:
+def test_checks_share_probes_and_leave_random_state_unchanged() -> None:
     watch, flow = guarded(ode_solver("rk4", step_size=0.5), lambda s: 0.0)
     before = torch.get_rng_state()
     with record_solves() as solves:
@@ -248,5 +248,5 @@ def test_invalid_settings_are_refused(
         guarded_trainer(tmp_path, guarded_config(override))
 
 
-def test_fixed_steps_pass_over_the_training_tolerance_of_a_recipe() -> None:
+def test_fixed_step_solver_ignores_the_training_tolerance() -> None:
     assert ode_solver("rk4", step_size=0.5, train_rtol=1e-2).step_size == 0.5

@@ -26,7 +26,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_tensorboard_shows_every_number_and_picture(
+def test_tensorboard_contains_every_metric_and_figure(
     run: Run, tmp_path: Path, shown: Callable[..., Any], written: Callable[..., Any], drawn: Callable[..., Any]
 ) -> None:
     code, _, err = run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
@@ -44,7 +44,7 @@ def test_tensorboard_shows_every_number_and_picture(
         assert matplotlib.image.imread(BytesIO(png)).ndim == 3
 
 
-def test_tensorboard_shows_pictures_of_image_runs(
+def test_tensorboard_contains_figures_of_image_runs(
     run: Run, tmp_path: Path, shown: Callable[..., Any], drawn: Callable[..., Any]
 ) -> None:
     root = write_set(tmp_path / "data/mnist").parent
@@ -65,7 +65,7 @@ def test_tensorboard_shows_pictures_of_image_runs(
     assert images == drawn(tmp_path / "r", 1)
 
 
-def test_picture_sizes_are_recorded(run: Run, tmp_path: Path) -> None:
+def test_figure_sizes_are_recorded(run: Run, tmp_path: Path) -> None:
     board = made(tmp_path / "tensorboard")
     picture = np.random.default_rng(0).random((5, 7, 4))
     matplotlib.image.imsave(tmp_path / "odd_name_1234567.png", picture)
@@ -80,7 +80,7 @@ def test_picture_sizes_are_recorded(run: Run, tmp_path: Path) -> None:
     assert (image.step, image.width, image.height) == (1234567, 7, 5)
 
 
-def test_without_it_nothing_is_written_or_imported(
+def test_default_logger_writes_no_tensorboard_files(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, not_there: None
 ) -> None:
     assert run("flowtrain", *SMALL, f"hydra.run.dir={tmp_path}/r")[0] == 0
@@ -113,7 +113,7 @@ def not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
 
 
-def test_without_the_package_the_extra_is_named(run: Run, tmp_path: Path, not_there: None) -> None:
+def test_missing_tensorboard_message_names_the_extra(run: Run, tmp_path: Path, not_there: None) -> None:
     code, out, err = run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
     assert (code, out) == (2, "")
     assert err.startswith("flowtrain: logger=[jsonl,tensorboard] needs tensorboard (pip install ")
@@ -122,7 +122,7 @@ def test_without_the_package_the_extra_is_named(run: Run, tmp_path: Path, not_th
     assert not (tmp_path / "r/checkpoints").exists()
 
 
-def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_zero_writes_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowtrain.utils.ranks.rank", lambda: 1)
     assert tensorboard.board(["jsonl", "tensorboard"], tmp_path) is None
     with pytest.raises(ConfigError):
@@ -172,7 +172,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(tmp_path / "r/tensorboard", monkeypatch)
 
 
-def test_a_full_disk_gives_one_warning(
+def test_full_disk_gives_one_warning(
     run: Run, tmp_path: Path, disk: Disk, shown: Callable[..., Any], written: Callable[..., Any]
 ) -> None:
     disk.room = 1000
@@ -188,7 +188,7 @@ def test_a_full_disk_gives_one_warning(
     assert (tmp_path / "r/result.json").exists()
 
 
-def test_entries_that_did_not_fit_are_written_later(
+def test_entries_are_written_once_the_disk_has_space(
     tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture, shown: Callable[..., Any]
 ) -> None:
     (tmp_path / "r").mkdir()
@@ -208,7 +208,7 @@ def test_entries_that_did_not_fit_are_written_later(
     assert len([r for r in caplog.records if r.name == "flowtrain"]) == 1
 
 
-def test_uncreatable_directory_does_not_end_the_run(run: Run, tmp_path: Path) -> None:
+def test_uncreatable_directory_does_not_fail_the_run(run: Run, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r/tensorboard").write_text("a file")
     code, _, err = run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")

@@ -42,7 +42,7 @@ def begin_and_stop(
         assert code == 0, err
 
 
-def test_resumed_run_shows_no_entry_twice(
+def test_resumed_run_has_no_duplicate_entries(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -68,7 +68,7 @@ def test_resumed_run_shows_no_entry_twice(
     assert shown(tmp_path / "r")[1] == drawn(tmp_path / "r", 6)
 
 
-def test_entries_after_the_checkpoint_of_a_killed_run_are_dropped(
+def test_entries_after_the_last_checkpoint_are_dropped_on_resume(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -124,7 +124,7 @@ def test_entries_of_rewound_steps_are_dropped(
     assert images == drawn(tmp_path / "r", 6)
 
 
-def test_older_run_is_shown_from_its_first_step(
+def test_tensorboard_added_on_resume_includes_earlier_steps(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

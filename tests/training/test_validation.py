@@ -43,7 +43,7 @@ def settings(**changes: Any) -> Settings:
     return Settings(**{**composed([])["trainer"], **changes})
 
 
-def test_early_validations_come_once_an_epoch_and_then_less_and_less_often() -> None:
+def test_early_validations_start_each_epoch_and_become_rarer() -> None:
     early = settings(val_early=True, val_every=100, batch_size=512)
     small = sorted(early_validations(early, 120))
     assert small[:14] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22]
@@ -59,7 +59,7 @@ def test_early_validations_come_once_an_epoch_and_then_less_and_less_often() -> 
     assert [plan.validates_early(s) for s in (0, 5, 100)] == [True, True, False]
 
 
-def test_tables_are_validated_early_and_other_data_are_not() -> None:
+def test_only_tables_are_validated_early_by_default() -> None:
     assert compose_defaults(["data=array", "data.path=x"])["trainer"]["val_early"]
     assert not compose_defaults(["data=moons"])["trainer"]["val_early"]
 
@@ -139,7 +139,7 @@ def whole(table: list[str], tmp_path_factory: pytest.TempPathFactory, trainer_of
 
 @pytest.mark.usefixtures("rising")
 @pytest.mark.parametrize("stop", [3, 5, 7, 33])
-def test_resume_is_exact(
+def test_resume_is_bitwise_exact(
     stop: int,
     whole: Trainer,
     table: list[str],
@@ -167,7 +167,7 @@ def test_resume_is_exact(
     assert all(torch.equal(v, ends[1]["weights"][k]) for k, v in ends[0]["weights"].items())
 
 
-def test_initial_weights_are_kept_if_no_step_is_better(
+def test_initial_weights_are_kept_if_no_step_improves(
     table: list[str], tmp_path: Path, trainer_of: MakeTrainer
 ) -> None:
     run = trainer_of(tmp_path, [*table, "trainer.lr=3", "trainer.lr_decay=constant", "trainer.steps=30"])
@@ -179,7 +179,7 @@ def test_initial_weights_are_kept_if_no_step_is_better(
     assert "step 0 of 30" in run.course(best["step"])
 
 
-def test_a_run_killed_at_its_start_validates_once(
+def test_run_killed_at_step_0_validates_once(
     table: list[str], tmp_path: Path, trainer_of: MakeTrainer, rows: ReadRows
 ) -> None:
     class Killed(BaseException):
@@ -227,7 +227,7 @@ def test_failing_early_validation_does_not_end_the_run(
 
 
 @pytest.mark.usefixtures("rising")
-def test_a_run_ends_once_its_validation_has_risen(
+def test_run_ends_if_the_validation_nll_rises(
     whole: Trainer, table: list[str], tmp_path: Path, trainer_of: MakeTrainer
 ) -> None:
     assert whole.best is not None
@@ -247,7 +247,7 @@ def test_a_run_ends_once_its_validation_has_risen(
         assert other.step == step
 
 
-def test_no_rise_ends_a_plateau_that_may_still_come_down_nor_steps_that_match(
+def test_overfitting_check_waits_for_plateau_and_likelihood_phase(
     table: list[str], tmp_path: Path, trainer_of: MakeTrainer
 ) -> None:
     run = trainer_of(tmp_path / "a", [*table, "trainer.lr_decay=plateau"])
@@ -318,7 +318,9 @@ def val(*nlls: float) -> list[dict[str, Any]]:
         ((6.0,), 0, True, None),
     ],
 )
-def test_one_fitting_advice_is_given(nlls: tuple[float, ...], best: int, finite: bool, word: str | None) -> None:
+def test_advice_matches_the_validation_curve(
+    nlls: tuple[float, ...], best: int, finite: bool, word: str | None
+) -> None:
     config = {"model": {"hidden": [8], "dropout": 0.0}}
     found = advice(val(*nlls), best, 100 * (len(nlls) - 1), 4, finite, config)
     assert found is None if word is None else word in str(found)
@@ -330,7 +332,7 @@ def test_one_fitting_advice_is_given(nlls: tuple[float, ...], best: int, finite:
 # Pictures
 
 
-def test_the_first_picture_comes_after_50_steps() -> None:
+def test_first_figure_is_drawn_after_50_steps() -> None:
     steps = np.arange(0, 1201)
     assert [s for s in steps if s and ValidationSchedule(settings(plot_every=500)).draws(s)] == [50, 500, 1000]
     assert [s for s in steps if s and ValidationSchedule(settings(plot_every=40)).draws(s)][:2] == [40, 80]
