@@ -48,7 +48,7 @@ def alike(a: dict[str, Any], b: dict[str, Any], atol: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_two_ranks_train_like_one_process(name: str, found: Found, tmp_path: Path) -> None:
+def test_two_ranks_give_the_result_of_one_process(name: str, found: Found, tmp_path: Path) -> None:
     """A batch of 17 rows, 8 on one rank and 9 on the other, gives the same 12 steps in float64."""
     alone = fit_outcome(trainer(tmp_path, *EQUAL[name], data=DATA.get(name)))
     first, second = found[0][name], found[1][name]
@@ -83,7 +83,7 @@ def test_failure_on_one_rank_fails_on_all(policy: str, found: Found, folder: Pat
         assert steps == [s for s in range(1, 13) if policy == "rewind" or s != 6]
 
 
-def test_a_solve_that_fails_on_one_rank_ends_both(found: Found) -> None:
+def test_failed_solve_on_one_rank_stops_all_ranks(found: Found) -> None:
     assert [each["unsolved"]["step"] for each in found] == [6, 6]
     kind, message = found[0]["unsolved"]["error"]
     assert kind == "SolverError"
@@ -91,12 +91,12 @@ def test_a_solve_that_fails_on_one_rank_ends_both(found: Found) -> None:
     assert found[1]["unsolved"]["error"] == (kind, message)
 
 
-def test_a_signal_to_one_rank_stops_both_after_the_same_step(found: Found, folder: Path) -> None:
+def test_signal_to_one_rank_stops_all_ranks_at_the_same_step(found: Found, folder: Path) -> None:
     assert [(each["signal"]["step"], each["signal"]["signal"]) for each in found] == [(7, 15), (7, 15)]
     assert checkpoint.load(folder / "signal/checkpoints/last.pt")["step"] == 7
 
 
-def test_running_statistics_are_those_of_the_first_rank(found: Found) -> None:
+def test_running_statistics_are_equal_on_all_ranks(found: Found) -> None:
     alike(found[0]["norm"], found[1]["norm"])
     assert any("running" in key or "mean" in key for key in found[0]["norm"]["state"])
     # the step failed on the second rank only
@@ -129,7 +129,7 @@ def test_collective_operations(found: Found) -> None:
         assert shares == [slice(end[rank], end[rank + 1]) for end in ends]
 
 
-def test_one_process_resumes_a_run_of_two_ranks(found: Found, folder: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_a_two_rank_run(found: Found, folder: Path, tmp_path: Path) -> None:
     saved = checkpoint.load(folder / "signal/checkpoints/last.pt")
     rest = fit_outcome(trainer(tmp_path / "rest", "model=affine", saved=saved))
     whole = fit_outcome(trainer(tmp_path / "whole", "model=affine"))
@@ -151,7 +151,7 @@ LAUNCHED = ["model=affine", "trainer.steps=60", "trainer.val_every=20", "trainer
 LAUNCHED += ["data.n_val=20", "data.n_test=50", "trainer.plot_every=null"]
 
 
-def test_torchrun_goes_on_after_a_rank_was_killed(tmp_path: Path) -> None:
+def test_torchrun_restarts_after_a_killed_rank(tmp_path: Path) -> None:
     """After SIGKILL of a rank, the second attempt finds the run directory, whose default name contains the time."""
     here = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
