@@ -129,7 +129,7 @@ def metadata_in(path: Path) -> Any:
         *(pytest.param(name, "onnx", marks=[needs_onnx, pytest.mark.slow]) for name in ("realnvp", "ffjord")),
     ],
 )
-def test_programs_agree_where_flowtrain_is_not_imported(name: str, ending: str, tmp_path: Path) -> None:
+def test_programs_agree_without_importing_flowtrain(name: str, ending: str, tmp_path: Path) -> None:
     flow = FLOWS[name]()
     state, weights = torch.random.get_rng_state(), {k: v.clone() for k, v in flow.state_dict().items()}
     exported = flow.export(tmp_path / f"flow.{ending}")
@@ -148,7 +148,7 @@ def test_programs_agree_where_flowtrain_is_not_imported(name: str, ending: str, 
 
 
 @pytest.mark.parametrize("ending", SLOW_ONNX)
-def test_labels_are_a_second_input(ending: str, tmp_path: Path) -> None:
+def test_label_is_a_second_program_input(ending: str, tmp_path: Path) -> None:
     flow = random(realnvp((2,), layers=1, hidden=[8], conditional=True, classes=3))
     found, label = programs(flow, tmp_path, ending=ending), torch.arange(ROWS) % 3
     with torch.no_grad():
@@ -201,7 +201,7 @@ class Laplace(Base):
     ],
     ids=lambda base: type(base).__name__,
 )
-def test_every_base_is_exported(base: Base, ending: str, tmp_path: Path, only_programs: OnlyPrograms) -> None:
+def test_every_base_can_be_exported(base: Base, ending: str, tmp_path: Path, only_programs: OnlyPrograms) -> None:
     only_programs("log_prob")
     if isinstance(base, GaussianMixture):
         with torch.no_grad():
@@ -220,9 +220,7 @@ def test_every_base_is_exported(base: Base, ending: str, tmp_path: Path, only_pr
 
 
 @pytest.mark.parametrize("ending", SLOW_ONNX)
-def test_offsets_that_float32_does_not_resolve_stay_in_float64(
-    ending: str, tmp_path: Path, only_programs: OnlyPrograms
-) -> None:
+def test_large_offsets_stay_in_float64(ending: str, tmp_path: Path, only_programs: OnlyPrograms) -> None:
     only_programs("log_prob", "sample")
     standardize = Standardize((2,), offset=True)
     standardize.fit(torch.tensor([1e9, 1.0]), torch.tensor([3600.0, 1.0]), torch.tensor([1e9, 0.0]))
@@ -235,7 +233,7 @@ def test_offsets_that_float32_does_not_resolve_stay_in_float64(
 
 
 @pytest.mark.slow
-def test_values_outside_of_the_levels_are_nan(tmp_path: Path) -> None:
+def test_log_prob_outside_the_levels_is_nan(tmp_path: Path) -> None:
     flow = FLOWS["glow"]()
     found = programs(flow, tmp_path)
     x = flow.sample(3)
@@ -246,15 +244,13 @@ def test_values_outside_of_the_levels_are_nan(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_whole_numbers_and_a_few_rows_may_be_given(tmp_path: Path) -> None:
+def test_integer_example_rows_are_accepted(tmp_path: Path) -> None:
     x = torch.randint(0, 16, (1, 1, 4, 4))
     found = programs(FLOWS["glow"](), tmp_path, x)
     assert (found["metadata"]["rows"], found["metadata"]["rows_from"]) == (1, "given")
 
 
-def test_bias_is_that_of_the_fixed_steps_and_the_flow_stays_as_it_was(
-    tmp_path: Path, only_programs: OnlyPrograms
-) -> None:
+def test_bias_equals_the_fixed_step_error_of_the_program(tmp_path: Path, only_programs: OnlyPrograms) -> None:
     only_programs("log_prob")
     # with coarse steps the bias is far above rounding, and the program must reproduce it
     flow = random(ffjord((2,), solver=ode_solver("dopri5"), hidden=[6]), 0.8)
@@ -275,7 +271,7 @@ def test_bias_is_that_of_the_fixed_steps_and_the_flow_stays_as_it_was(
     assert found["metadata"]["solver"] == {"method": "euler", "steps": 3}
 
 
-def test_fewest_steps_with_a_small_bias_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewest_steps_with_a_small_bias_are_selected(monkeypatch: pytest.MonkeyPatch) -> None:
     flow = random(ffjord((2,), solver=ode_solver("dopri5"), hidden=[6]), 0.8)
     x = flow.sample(50)
     rms = {n: export.with_fixed_steps(flow, x, steps=n)[1]["bias"]["rms"] for n in (1, 2, 4)}
@@ -287,7 +283,7 @@ def test_fewest_steps_with_a_small_bias_are_chosen(monkeypatch: pytest.MonkeyPat
     assert export.with_fixed_steps(flow, x)[1]["solver"]["steps"] == 4
 
 
-def test_own_fixed_steps_are_kept() -> None:
+def test_fixed_step_solver_of_the_flow_is_kept() -> None:
     flow = fixed(method="midpoint", steps=5)
     x = flow.sample(5)
     for given, wanted in (
@@ -300,7 +296,7 @@ def test_own_fixed_steps_are_kept() -> None:
 
 
 @pytest.mark.slow
-def test_estimated_traces_have_the_probes_of_a_single_row(tmp_path: Path) -> None:
+def test_hutchinson_program_uses_the_probes_of_a_single_row(tmp_path: Path) -> None:
     flow = fixed((3,), eval_trace="hutchinson", noise_samples=2)
     found = programs(flow, tmp_path)
     x = flow.sample(5)
@@ -309,7 +305,7 @@ def test_estimated_traces_have_the_probes_of_a_single_row(tmp_path: Path) -> Non
     assert found["metadata"]["trace_probes"] == 2
 
 
-def test_traces_are_estimated_where_a_block_sees_many_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_samples_use_estimated_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     # the first scale has 144 elements; the second has half of them, so its trace is exact
     flow = fixed((1, 12, 12), steps=1, scales=1)
     x = flow.sample(3)
@@ -319,7 +315,7 @@ def test_traces_are_estimated_where_a_block_sees_many_elements(monkeypatch: pyte
     assert about["trace_probes"] == 1
 
 
-def test_a_program_that_differs_is_not_written(
+def test_program_that_differs_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only_programs: OnlyPrograms
 ) -> None:
     only_programs("log_prob", "sample")
@@ -335,9 +331,7 @@ def test_a_program_that_differs_is_not_written(
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_a_program_that_is_not_finite_is_not_written(
-    wrong: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_program_is_not_written(wrong: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = export._LogProb.forward
     monkeypatch.setattr(export._LogProb, "forward", lambda self, x: torch.where(x[:, 0] > 1, wrong, forward(self, x)))
     with pytest.raises(ExportError, match="not finite"):
@@ -359,7 +353,7 @@ class LooksAtValues(UsesLen):
 
 
 @pytest.mark.parametrize("bijection", [UsesLen(), LooksAtValues()])
-def test_code_that_cannot_be_traced_is_refused(bijection: Bijection, tmp_path: Path) -> None:
+def test_untraceable_code_is_refused(bijection: Bijection, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="len"):
         Flow((2,), bijection).export(tmp_path / "flow.pt2")
     assert not list(tmp_path.iterdir())
@@ -370,7 +364,7 @@ class Unknown(nn.Module):
         return -x
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
+def test_invalid_export_arguments_are_refused(tmp_path: Path) -> None:
     flow, continuous = FLOWS["realnvp"](), fixed()
     with pytest.raises(ConfigError, match=r"\.pt2"):
         flow.export(tmp_path / "flow.txt")
@@ -395,7 +389,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"flowtrain\[onnx\]"):
         FLOWS["realnvp"]().export(tmp_path / "flow.onnx")

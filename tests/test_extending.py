@@ -68,7 +68,7 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"mypkg.{name}")
 
 
-def test_section_has_an_example_of_each_group() -> None:
+def test_readme_section_has_an_example_of_each_group() -> None:
     names = {group: [Path(f).stem for f in FILES if f"conf/{group}/" in f] for group in ("model", "data", "solver")}
     names["regularizer"] = [Path(f).stem for f in FILES if "conf/regularizer/" in f]
     assert all(f"mypkg/{name}.py" in FILES for [name] in names.values())
@@ -203,7 +203,7 @@ def test_untrusted_package_is_not_imported(run: Run, project: Path) -> None:
     assert "mypkg" not in sys.modules
 
 
-def test_user_configs_are_found_by_every_command(run: Run, project: Path) -> None:
+def test_every_command_finds_user_configs(run: Run, project: Path) -> None:
     """User configs are found beside flowtrain's runs too, and help, error messages and sweeps include them."""
     own = ("--config-dir", "conf")
     code, out, err = run("flowtrain", *own, "data=banana", "model=affine", *SHORT)
@@ -252,7 +252,7 @@ def test_installed_commands_find_the_package(project: Path) -> None:
     assert done.stdout.splitlines()[-1] == str(project / "here")
 
 
-def test_in_a_checkout_neither_a_flag_nor_trust_is_needed(tmp_path: Path) -> None:
+def test_checkout_extension_needs_neither_flag_nor_trust(tmp_path: Path) -> None:
     shutil.copytree(Path(importlib.import_module("flowtrain").__file__ or "").parent, tmp_path / "flowtrain")
     shutil.copytree(config_dir(), tmp_path / "configs", dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "flowtrain/configs", ignore_errors=True)

@@ -41,7 +41,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("settings", SOLVERS, ids=lambda s: "-".join(map(str, s.values())))
-def test_grad_and_vmap_through_every_way_to_solve(settings: dict[str, Any], training: bool) -> None:
+def test_grad_and_vmap_match_autograd_for_every_solver(settings: dict[str, Any], training: bool) -> None:
     flow, x = one_solve(settings, training), torch.randn(3, 2, requires_grad=True)
     log_p = flow.log_prob(x)
     (expected,) = torch.autograd.grad(log_p.sum(), x)
@@ -62,7 +62,7 @@ def test_grad_and_vmap_through_every_way_to_solve(settings: dict[str, Any], trai
 @pytest.mark.parametrize(
     ("settings", "training"), [({"method": "dopri5", "rtol": 1e-8}, True), ({"method": "rk4", "steps": 10}, False)]
 )
-def test_jacobians_and_hessians(settings: dict[str, Any], training: bool) -> None:
+def test_jacobian_and_hessian_match_references(settings: dict[str, Any], training: bool) -> None:
     """Second derivatives match finite differences of first ones, and the Jacobian matches the log-determinant."""
     flow, x = one_solve(settings, training), torch.randn(2)
 
@@ -100,7 +100,7 @@ class LogProb(nn.Module):
 
 
 @pytest.mark.parametrize("settings", [SOLVERS[0], SOLVERS[4], SOLVERS[5]], ids=lambda s: s["method"])
-def test_gradients_of_weights_row_by_row_and_flows_side_by_side(settings: dict[str, Any]) -> None:
+def test_per_sample_gradients_and_vmap_over_weights(settings: dict[str, Any]) -> None:
     model, x = LogProb(one_solve(settings)), torch.randn(3, 2)
     weights = dict(model.named_parameters())
 
@@ -122,7 +122,7 @@ def test_gradients_of_weights_row_by_row_and_flows_side_by_side(settings: dict[s
     ("name", "classes"),
     [*((name, None) for name in VECTORS), *((name, 3) for name in ("ffjord", "realnvp", "glow", "nsf", "maf"))],
 )
-def test_every_flow_of_vectors(name: str, classes: int | None) -> None:
+def test_every_vector_flow_supports_torch_func(name: str, classes: int | None) -> None:
     flow, x = vectors(name, classes=classes), torch.randn(3, 2, requires_grad=True)
     labels = [] if classes is None else [torch.tensor([2, 0, 1])]
     log_p = flow.log_prob(x, *labels)
@@ -139,7 +139,7 @@ def test_every_flow_of_vectors(name: str, classes: int | None) -> None:
 
 
 @pytest.mark.parametrize("name", list(IMAGES))
-def test_every_flow_of_images(name: str) -> None:
+def test_every_image_flow_supports_torch_func(name: str) -> None:
     samples = Samples((1, 4, 4), integer_valued=True, levels=16)
     flow = flow_of(IMAGES[name], samples, ["solver=rk4", "solver.steps=3"])
     x = (14 * torch.rand(2, 1, 4, 4) + 1).requires_grad_()
@@ -156,7 +156,7 @@ def test_every_flow_of_images(name: str) -> None:
             vmap(of_row, randomness="different")(bad)
 
 
-def test_forward_mode_of_torch_autograd() -> None:
+def test_forward_mode_matches_reverse_mode() -> None:
     flow, x, e = one_solve({"method": "rk4", "steps": 5}), torch.randn(3, 2, requires_grad=True), torch.randn(3, 2)
     expected = (torch.autograd.grad(flow.log_prob(x).sum(), x)[0] * e).sum(1)
     x = x.detach()
@@ -167,7 +167,7 @@ def test_forward_mode_of_torch_autograd() -> None:
     close(tangent, expected, 1e-10)
 
 
-def test_cotangents_side_by_side() -> None:
+def test_vmap_over_vjps_matches_a_loop() -> None:
     """vmap over torch.autograd.grad works: the hand-written gradients compute a VJP for each lane."""
     for plain in (False, True):
         field = random_field(std=0.4)
@@ -185,7 +185,7 @@ def test_cotangents_side_by_side() -> None:
             torch.autograd.grad(total, x, cotangents, is_grads_batched=True)
 
 
-def test_noise_of_the_trace_follows_the_randomness_of_vmap() -> None:
+def test_trace_noise_follows_the_vmap_randomness() -> None:
     flow = Flow((2,), Chain([continuous(2, ode_solver("rk4", steps=3), evaluate="hutchinson")])).eval()
     x = torch.randn(1, 2).expand(20, 2)
 
@@ -196,7 +196,7 @@ def test_noise_of_the_trace_follows_the_randomness_of_vmap() -> None:
     assert vmap(of_row, randomness="different")(x).std() > 1e-4
 
 
-def test_path_integrals_under_torch_func() -> None:
+def test_path_integral_gradients_match_autograd() -> None:
     flow = continuous(2, ode_solver("rk4", steps=4)).train()
     options = Regularizer(kinetic=0.1, jacobian=0.1, acceleration=0.1).options(SolveOptions())
 
@@ -216,13 +216,13 @@ def test_every_vmap_lane_meets_the_tolerance() -> None:
     torch.testing.assert_close(found, x * wave.growth(0, 1), rtol=0, atol=2e-5)
 
 
-def test_scipy_is_refused() -> None:
+def test_scipy_solver_is_refused() -> None:
     flow = one_solve({"method": "scipy_solver", "rtol": 1e-6, "gradient": "adjoint"})
     with pytest.raises(ConfigError, match="scipy_solver"):
         grad(lambda row: flow.log_prob(row.unsqueeze(0))[0])(torch.randn(2))
 
 
-def test_failures_inside_vmap_are_those_of_the_solver() -> None:
+def test_solver_errors_are_raised_inside_vmap() -> None:
     flow = one_solve({"method": "rk4", "steps": 2})
     with pytest.raises(FlowtrainError, match="NaN or infinite"):
         vmap(lambda row: flow.inverse(row.unsqueeze(0))[0])(torch.tensor([[0.0, 1.0], [torch.nan, 0.0]]))

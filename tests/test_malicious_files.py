@@ -68,7 +68,7 @@ def assert_refused(run: Run, path: Path, words: str | None = None) -> None:
 
 @pytest.mark.parametrize("where", ["whole", "config", "weights", "extra"])
 @pytest.mark.parametrize("call", [os.system, subprocess.check_output, eval, exec, pickle.loads])
-def test_a_pickle_bomb_does_not_go_off(
+def test_malicious_pickle_is_not_executed(
     run: Run, trained: Path, tmp_path: Path, where: str, call: Callable[..., Any]
 ) -> None:
     content: Any = torch.load(trained, weights_only=True)
@@ -162,12 +162,12 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_absurd_sizes_and_kinds_are_refused(run: Run, trained: Path, name: str) -> None:
+def test_invalid_sizes_and_types_are_refused(run: Run, trained: Path, name: str) -> None:
     changed(trained, SIZES[name])
     assert_refused(run, trained)
 
 
-def test_a_tensor_larger_than_its_memory_is_refused(run: Run, trained: Path) -> None:
+def test_expanded_tensor_is_refused(run: Run, trained: Path) -> None:
     content = checkpoint.load(trained)
     content["weights"]["bijection.bijections.0.mean"] = torch.zeros(1).expand(10**12)
     torch.save({**content, "format": 1}, trained)
@@ -175,7 +175,7 @@ def test_a_tensor_larger_than_its_memory_is_refused(run: Run, trained: Path) -> 
     assert_refused(run, trained, "less memory")
 
 
-def test_a_loaded_checkpoint_opens_no_path_that_it_names(run: Run, trained: Path, tmp_path: Path) -> None:
+def test_loading_does_not_open_paths_in_the_config(run: Run, trained: Path, tmp_path: Path) -> None:
     """Only commands that need the data read the file that the config names, and they read it as a table."""
     (tmp_path / "secret.txt").write_text("root:x:0:0\n")
 
