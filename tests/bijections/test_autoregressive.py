@@ -9,11 +9,11 @@ from flowtrain.bijections.spline import Spline
 from flowtrain.nn.residual_mlp import MaskedMLP
 
 GROUPS = {
-    "in turn": [0, 1, 2, 3],
+    "sequential": [0, 1, 2, 3],
     "reversed": [3, 2, 1, 0],
     "coupling": [0, 0, 1, 1],
-    "three": [1, 0, 2, 1],
-    "one": [0, 0, 0, 0],
+    "three groups": [1, 0, 2, 1],
+    "one group": [0, 0, 0, 0],
 }
 
 

@@ -88,15 +88,19 @@ BAD_SETS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "damaged": ({"t10k_images": b"no"}, TEST_IMAGES, ["is no IDX file"]),
     "too few labels": ({"train_labels": bytes_of(49) % 10}, TRAIN_LABELS, ["50 images", "49 labels"]),
     "too many test labels": ({"t10k_labels": bytes_of(21) % 10}, TEST_LABELS, ["20 images", "21 labels"]),
-    "labels for images": ({"train_images": bytes_of(50)}, TRAIN_IMAGES, ["(50,)", "(n, H, W)"]),
-    "images for labels": ({"t10k_labels": bytes_of(20, H, W)}, TEST_LABELS, [f"(20, {H}, {W})", "(n,)"]),
-    "a label of 10": (
+    "labels as images": ({"train_images": bytes_of(50)}, TRAIN_IMAGES, ["(50,)", "(n, H, W)"]),
+    "images as labels": ({"t10k_labels": bytes_of(20, H, W)}, TEST_LABELS, [f"(20, {H}, {W})", "(n,)"]),
+    "label out of range": (
         {"train_labels": np.arange(50, dtype=np.uint8) % 11},
         TRAIN_LABELS,
         ["row 10", "is 10", "0 to 9"],
     ),
-    "sizes that differ": ({"t10k_images": bytes_of(20, H, W + 1)}, TEST_IMAGES, ["4 x 6", "4 x 7"]),
-    "another set": ({"train_labels": FIRST_FASHION}, TRAIN_LABELS, ["that of fashion_mnist", "data=fashion_mnist"]),
+    "different image sizes": ({"t10k_images": bytes_of(20, H, W + 1)}, TEST_IMAGES, ["4 x 6", "4 x 7"]),
+    "files of another dataset": (
+        {"train_labels": FIRST_FASHION},
+        TRAIN_LABELS,
+        ["that of fashion_mnist", "data=fashion_mnist"],
+    ),
 }
 
 

@@ -275,14 +275,14 @@ def test_baseline_and_flow_score_the_same_dequantized_rows(tmp_path: Path) -> No
     assert found.baselines["gaussian"].worse_stderr < 0.01
 
 
-@pytest.mark.parametrize("kind", ["image", "conditional", "nothing given"])
+@pytest.mark.parametrize("kind", ["image", "conditional", "no training rows"])
 def test_baselines_of_images_and_conditional_flows_are_refused(kind: str) -> None:
     shape = (1, 4, 4) if kind == "image" else 2
     classes = 3 if kind == "conditional" else None
     flow = realnvp(shape, layers=1, conditional=classes is not None, classes=classes)
     x = torch.randn(20, *flow.event_shape)
     label = None if flow.classes is None else torch.arange(20) % 3
-    given = None if kind == "nothing given" else x
+    given = None if kind == "no training rows" else x
     with pytest.raises(ConfigError, match="baselines"):
         evaluate(flow, x, label=label, trained_on=given, baseline_seconds=SECONDS)
 

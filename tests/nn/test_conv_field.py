@@ -59,12 +59,12 @@ def jacobian(field: nn.Module, t: Tensor, x: Tensor) -> Tensor:
     return j.reshape(x.numel(), x.numel())
 
 
-@pytest.mark.parametrize("network", ["field", "pushed", "conv", "residual"])
+@pytest.mark.parametrize("network", ["field", "field jvp", "conv", "residual"])
 @pytest.mark.parametrize("size", [None, (20, 20)])
 def test_positional_bias_breaks_translation_equivariance(network: str, size: tuple[int, int] | None) -> None:
     """Without a positional bias, shifting a dot far from the border shifts the output."""
     made: nn.Module
-    if network in ("field", "pushed"):
+    if network in ("field", "field jvp"):
         made = ConvField(1, [4], "concat", "tanh", size=size)
     else:
         kind = ConvNet if network == "conv" else ResidualNet
@@ -74,7 +74,7 @@ def test_positional_bias_breaks_translation_equivariance(network: str, size: tup
     dots = torch.zeros(2, 1, 20, 20)
     dots[0, 0, 8, 8] = dots[1, 0, 9, 10] = 1
     t = torch.tensor(0.3)
-    if network == "pushed":
+    if network == "field jvp":
         y = made.jvp(t, dots, torch.ones_like(dots).unsqueeze(0))[1][0]
     else:
         y = made(t, dots) if network == "field" else made(dots)
@@ -135,7 +135,7 @@ def test_single_image_without_batch_dimension_is_accepted() -> None:
     torch.testing.assert_close(field(t, x), field(t, x.unsqueeze(0)).squeeze(0))
 
 
-@pytest.mark.parametrize("make", [random_field, Plain, OneConvolution], ids=["own push", "fallback", "torch alone"])
+@pytest.mark.parametrize("make", [random_field, Plain, OneConvolution], ids=["own jvp", "fallback", "torch module"])
 def test_divergence_equals_the_jacobian_trace_at_every_node(make: Callable[[], nn.Module]) -> None:
     field = make()
     x, t = torch.randn(2, 3, *EVENT), torch.rand(2, 1)
@@ -147,7 +147,7 @@ def test_divergence_equals_the_jacobian_trace_at_every_node(make: Callable[[], n
         torch.testing.assert_close(div[n, i], jacobian(field, t[n, 0], x[n, i]).trace())
 
 
-@pytest.mark.parametrize("make", [random_field, OneConvolution], ids=["own push", "fallback"])
+@pytest.mark.parametrize("make", [random_field, OneConvolution], ids=["own jvp", "fallback"])
 def test_hutchinson_equals_the_mean_of_quadratic_forms(make: Callable[[], nn.Module]) -> None:
     field, x, t = make(), torch.randn(3, *EVENT), torch.tensor(0.4)
     probes = Probes.hutchinson(x, "gaussian", 4)
@@ -182,7 +182,7 @@ def test_divergence_gradient_matches_the_autograd_fallback(layer: str, per_node:
         assert own.any()
 
 
-@pytest.mark.parametrize("make", [random_field, OneConvolution], ids=["own push", "fallback"])
+@pytest.mark.parametrize("make", [random_field, OneConvolution], ids=["own jvp", "fallback"])
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_image_flow_log_det_equals_the_jacobian_log_det(make: Callable[[], nn.Module], direction: str) -> None:
     solver = ode_solver("dopri5", rtol=1e-8)

@@ -49,7 +49,7 @@ def test_jvp_matches_the_jacobian(layer: str, activation: str, per_row: bool) ->
         torch.testing.assert_close(je[:, i], tangents[:, i] @ j.T)
 
 
-@pytest.mark.parametrize("make", [random_field, Plain], ids=["own push", "fallback"])
+@pytest.mark.parametrize("make", [random_field, Plain], ids=["own jvp", "fallback"])
 def test_divergence_equals_the_jacobian_trace_at_every_node(make: Callable[[], nn.Module]) -> None:
     field = make()
     x, t = torch.randn(2, 4, 3), torch.rand(2, 1)

@@ -40,7 +40,7 @@ MODELS = {
     "glow": lambda: glow((D,), steps=3),
     "nsf": lambda: nsf((D,), dropout=0.2, input_bound=3.0),
     "maf": lambda: maf((D,), mixing="linear"),
-    "maf of splines": lambda: maf((D,), transform="spline", passes=2),
+    "maf spline": lambda: maf((D,), transform="spline", passes=2),
     "ffjord": lambda: ffjord((D,), solver=ode_solver("dopri5"), hidden=[16]),
 }
 

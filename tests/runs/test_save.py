@@ -62,7 +62,7 @@ SMALLER: dict[str, dict[str, Any]] = {
 }
 BUILDERS: dict[str, Callable[[], Flow]] = {
     "ActNorm": lambda: flow_of(ActNorm(3)),
-    "ActNorm of pixels": lambda: flow_of(ActNorm(IMAGE), shape=IMAGE),
+    "ActNorm per pixel": lambda: flow_of(ActNorm(IMAGE), shape=IMAGE),
     "BatchNorm": lambda: flow_of(bijections.BatchNorm(3, momentum=0.5, eps=0.1)),
     "Affine": lambda: flow_of(bijections.Affine(3)),
     "one bijection": lambda: Flow(3, bijections.Affine(3)),
@@ -98,22 +98,22 @@ BUILDERS: dict[str, Callable[[], Flow]] = {
     ),
     "adjoint": lambda: flow_of(ode_block(ode_solver("dopri5", gradient="adjoint", rtol=1e-4))),
     "torchdiffeq": lambda: flow_of(ode_block(ode_solver("heun3", step_size=0.25))),
-    "own tableau": lambda: flow_of(ode_block(ode_solver("ralston", tableau=RALSTON, steps=7))),
+    "custom tableau": lambda: flow_of(ode_block(ode_solver("ralston", tableau=RALSTON, steps=7))),
     "StudentT": lambda: Flow(bases.StudentT(3, df=torch.tensor([2.0, 3.0, 4.0])), ActNorm(3)),
     "trainable StudentT": lambda: Flow(bases.StudentT((3,), trainable=True), ActNorm(3)),
     "UniformBox": lambda: Flow(bases.UniformBox([-90.0, -90.0], torch.tensor([90.0, 95.0])), ActNorm(2)),
     "GaussianMixture": lambda: Flow(bases.GaussianMixture(2, 3), ActNorm(2)),
     "diagonal": lambda: Flow(bases.GaussianMixture((2,), components=3, covariance="diagonal"), ActNorm(2)),
     "StandardNormal": lambda: Flow(base=bases.StandardNormal([2]), bijection=ActNorm(2), noisy=(1,)),
-    "by event_shape": lambda: Flow(event_shape=(2,), bijection=ActNorm(2)),
+    "event_shape keyword": lambda: Flow(event_shape=(2,), bijection=ActNorm(2)),
     "conditional": lambda: models.ffjord(2, hidden=[4], conditional=True, classes=3),
     "couplings": lambda: models.realnvp(2, layers=2, hidden=[4], conditional=True, classes=3, mixing="permutation"),
     **{name: partial(getattr(models, name), 3, **SMALLER.get(name, {})) for name in models.__all__},
     **{
-        f"{name} of images": partial(getattr(models, name), (1, 8, 8), **SMALLER.get(name, {}))
+        f"image {name}": partial(getattr(models, name), (1, 8, 8), **SMALLER.get(name, {}))
         for name in ("affine", "glow", "realnvp")
     },
-    "ffjord of images": partial(models.ffjord, (1, 8, 8), hidden=[3], solver=ode_solver("rk4", steps=2)),
+    "image ffjord": partial(models.ffjord, (1, 8, 8), hidden=[3], solver=ode_solver("rk4", steps=2)),
     "Ensemble": lambda: Ensemble(
         [
             flow_of(ActNorm(3)),
@@ -126,7 +126,7 @@ BUILDERS: dict[str, Callable[[], Flow]] = {
     "conditional ensemble": lambda: Ensemble(
         [models.realnvp(2, layers=n, hidden=[4], conditional=True, classes=3) for n in (1, 2)], names=["one", "two"]
     ),
-    "ensemble of levels": lambda: Ensemble(
+    "integer-valued ensemble": lambda: Ensemble(
         [flow_of(bijections.Logit(16), integer_valued=True, levels=16, class_counts=()) for _ in range(2)]
     ),
 }
@@ -223,7 +223,7 @@ def test_modified_copy_is_saved_with_its_changes(tmp_path: Path) -> None:
     assert_same(flow, saved_and_loaded(flow, tmp_path))
 
 
-@pytest.mark.parametrize("name", ["MLPField", "Preconditioned", "ffjord of images", "two fields, two solvers"])
+@pytest.mark.parametrize("name", ["MLPField", "Preconditioned", "image ffjord", "two fields, two solvers"])
 def test_current_solver_is_saved(name: str, tmp_path: Path) -> None:
     flow, solver = built(name), ode_solver("tsit5", rtol=1e-2, control="all", max_nfe=900)
     view = flow.with_solver(solver)

@@ -221,7 +221,7 @@ def test_complete_partial_file_needs_no_request(target: Path) -> None:
         (b"x" * HALF, [f"bytes={HALF}-", None]),
         (b"", [None]),
     ],
-    ids=["too long", "as long and wrong", "a wrong beginning", "empty"],
+    ids=["too long", "wrong content", "wrong prefix", "empty"],
 )
 def test_invalid_partial_file_is_discarded(serve: Serve, target: Path, part: bytes, asked: list[str | None]) -> None:
     part_of(target, part)
@@ -232,10 +232,10 @@ def test_invalid_partial_file_is_discarded(serve: Serve, target: Path, part: byt
 
 
 WRONG = {
-    "as long": (b"y" * len(CONTENT), True, "SHA-256"),
+    "same length": (b"y" * len(CONTENT), True, "SHA-256"),
     "shorter": (CONTENT[:-1], True, "has 299999 bytes, but 300000 are expected"),
     "longer": (CONTENT + b"y", True, "has 300001 bytes, but 300000 are expected"),
-    "longer, unannounced": (CONTENT + b"y", False, "more bytes than expected"),
+    "longer than announced": (CONTENT + b"y", False, "more bytes than expected"),
 }
 
 

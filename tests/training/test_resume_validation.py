@@ -67,46 +67,47 @@ def gone(key: str) -> Change:
 
 
 STATES: dict[str, Change] = {
-    **{f"no {key}": gone(key) for key in ("lr", "seconds", "stale", "best", "val_nll")},
-    **{f"{key} x": put(key, "x") for key in ("optimizer", "lr", "seconds", "best", "trouble", "ema", "histories")},
+    **{f"missing {key}": gone(key) for key in ("lr", "seconds", "stale", "best", "val_nll")},
+    **{
+        f"string as {key}": put(key, "x")
+        for key in ("optimizer", "lr", "seconds", "best", "trouble", "ema", "histories")
+    },
     "short moments": put("optimizer.state.0.exp_avg", torch.zeros(3)),
     "long moments": put("optimizer.state.0.exp_avg_sq", torch.zeros(1000)),
-    "whole moments": put("optimizer.state.0.exp_avg", torch.zeros(4, 1, dtype=torch.int64)),
-    "moments of none": put("optimizer.state", {99: {}}),
-    "no moments": put("optimizer.state.0", {}),
-    "state x": put("optimizer.state", "x"),
-    "a step of nan": put("optimizer.state.0.step", torch.tensor(math.nan)),
-    "a step of many": put("optimizer.state.0.step", torch.zeros(5)),
-    "best of a word": put("best", {"nll": "x", "step": 3}),
-    "best of minus infinity": put("best", {"nll": -math.inf, "step": 3}),
+    "integer moments": put("optimizer.state.0.exp_avg", torch.zeros(4, 1, dtype=torch.int64)),
+    "moments of an unknown parameter": put("optimizer.state", {99: {}}),
+    "empty moments": put("optimizer.state.0", {}),
+    "string as optimizer state": put("optimizer.state", "x"),
+    "nan step": put("optimizer.state.0.step", torch.tensor(math.nan)),
+    "vector as step": put("optimizer.state.0.step", torch.zeros(5)),
+    "string as best nll": put("best", {"nll": "x", "step": 3}),
+    "infinite best nll": put("best", {"nll": -math.inf, "step": 3}),
     "negative scale": put("lr.scale", -1.0),
-    "no scale": put("lr.scale", 0.0),
-    "scale x": put("lr.scale", "x"),
+    "zero scale": put("lr.scale", 0.0),
+    "string as scale": put("lr.scale", "x"),
     "negative rewinds": put("trouble.rewinds", -3000),
     "negative halvings": put("trouble.halvings", -5),
-    "rewinds x": put("trouble.rewinds", "x"),
-    "updates x": put("ema.updates", "x"),
-    "updates of nan": put("ema.updates", math.nan),
-    "an average of another shape": lambda c: c["ema"].update(
-        {next(k for k in c["ema"] if k != "updates"): torch.ones(7)}
-    ),
+    "string as rewinds": put("trouble.rewinds", "x"),
+    "string as updates": put("ema.updates", "x"),
+    "nan updates": put("ema.updates", math.nan),
+    "wrong ema shape": lambda c: c["ema"].update({next(k for k in c["ema"] if k != "updates"): torch.ones(7)}),
     "negative seconds": put("seconds", -1.0),
-    "seconds of nan": put("seconds", math.nan),
-    "stale x": put("stale", "x"),
-    "step -1": put("step", -1),
-    "threads": put("config.threads", 10**6),
-    "points": put("config.data.n_test", 2**28),
-    "objective x": put("config.objective", "x"),
-    "regularizer null": put("config.regularizer", None),
+    "nan seconds": put("seconds", math.nan),
+    "string as stale": put("stale", "x"),
+    "negative step": put("step", -1),
+    "too many threads": put("config.threads", 10**6),
+    "too many test points": put("config.data.n_test", 2**28),
+    "string as objective": put("config.objective", "x"),
+    "null regularizer": put("config.regularizer", None),
 }
 CONTINUOUS: dict[str, Change] = {
-    "guard x": put("guard", "x"),
-    "guard of nothing": put("guard", {}),
-    "tightenings x": put("guard.tightenings", "x"),
-    "many tightenings": put("guard.tightenings", 10**6),
-    "steps of nan": put("histories", [[[math.nan, math.nan]]]),
-    "steps x": put("histories", [[["x", 1.0]]]),
-    "more steps than memory": put("histories", [[[1.0, 1e-300]]]),
+    "string as guard": put("guard", "x"),
+    "empty guard": put("guard", {}),
+    "string as tightenings": put("guard.tightenings", "x"),
+    "too many tightenings": put("guard.tightenings", 10**6),
+    "nan steps": put("histories", [[[math.nan, math.nan]]]),
+    "string as steps": put("histories", [[["x", 1.0]]]),
+    "more planned steps than memory": put("histories", [[[1.0, 1e-300]]]),
 }
 
 
@@ -142,19 +143,17 @@ def first(kind: Callable[[torch.Tensor], bool], make: Callable[[torch.Tensor], A
 
 
 WHOLE = {
-    "an index out of range": first(
-        lambda v: v.dtype == torch.int64 and v.numel() > 0, lambda v: torch.full_like(v, 9999)
-    ),
-    "a negative index": first(lambda v: v.dtype == torch.int64 and v.numel() > 0, lambda v: torch.full_like(v, -7)),
-    "whole weights": first(torch.is_floating_point, lambda v: v.long()),
+    "index out of range": first(lambda v: v.dtype == torch.int64 and v.numel() > 0, lambda v: torch.full_like(v, 9999)),
+    "negative index": first(lambda v: v.dtype == torch.int64 and v.numel() > 0, lambda v: torch.full_like(v, -7)),
+    "integer weights": first(torch.is_floating_point, lambda v: v.long()),
     "complex weights": first(torch.is_floating_point, lambda v: v + 0j),
-    "an average that is none": put("ema", "x"),
-    "averages in a list": put("ema", [1]),
-    "an average of another model": put("ema.elsewhere", torch.zeros(3)),
-    "no classes": put("samples.classes", -1),
-    "alpha of nan": put("samples.alpha", math.nan),
-    "columns of a number": put("samples.columns", 5),
-    "discrete x": put("samples.integer_valued", "x"),
+    "string as ema": put("ema", "x"),
+    "list as ema": put("ema", [1]),
+    "unknown ema key": put("ema.elsewhere", torch.zeros(3)),
+    "negative classes": put("samples.classes", -1),
+    "nan alpha": put("samples.alpha", math.nan),
+    "number as columns": put("samples.columns", 5),
+    "string as integer_valued": put("samples.integer_valued", "x"),
 }
 
 

@@ -99,9 +99,9 @@ def message(call: Callable[[], object]) -> str:
 
 
 BAD: dict[str, tuple[list[tuple[int, int, float]], dict[str, Any]]] = {
-    "counted over the file": ([(5, 1, np.nan), (700, 1, np.nan), (700, 2, np.inf)], {}),
-    "in the first row": ([(0, 1, np.nan)], {"dequantize": True}),
-    "levels from and to": ([(700, 2, 20), (900, 2, -4)], {"columns": [2], "levels": 4}),
+    "several bad values": ([(5, 1, np.nan), (700, 1, np.nan), (700, 2, np.inf)], {}),
+    "bad value in the first row": ([(0, 1, np.nan)], {"dequantize": True}),
+    "values outside the levels": ([(700, 2, 20), (900, 2, -4)], {"columns": [2], "levels": 4}),
     "label": ([(800, 2, 0.5)], {"label": 2}),
 }
 

@@ -25,7 +25,7 @@ def table(*columns: np.ndarray) -> np.ndarray:
     return np.column_stack(columns)
 
 
-@pytest.fixture(params=[False, True], ids=["in memory", "by windows"])
+@pytest.fixture(params=[False, True], ids=["in memory", "streamed"])
 def warned(request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> object:
     """Returns a function that returns the warnings about a table, which is read into memory or streamed."""
 
@@ -39,30 +39,39 @@ def warned(request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCap
 
 # a table, and for each expected warning the fragments that it contains
 WARNED: dict[str, tuple[np.ndarray, list[list[str]]]] = {
-    "nothing": (REAL, []),
-    "an offset": (REAL + np.array([1e3, 0, -5]), []),
-    "a sum of others": (
+    "regular columns": (REAL, []),
+    "offset": (REAL + np.array([1e3, 0, -5]), []),
+    "sum of other columns": (
         table(REAL, REAL[:, 0] - 2 * REAL[:, 2]),
         [["dependent", "'c0', 'c2'", "'data.columns="]],
     ),
-    "a rounded sum": (table(REAL, np.round(REAL.sum(1), 4)), [["dependent", "'data.columns="]]),
-    "a copy in other units": (table(REAL, 1e6 * REAL[:, 0] + 5), [["dependent", "'c3' on 'c0'", "columns=[0:3]"]]),
-    "nearly a copy": (table(REAL, REAL[:, 0] + 0.001 * normal(N, 1, seed=3)[:, 0]), []),
-    "copies": (np.repeat(REAL[:50], 10, 0), [["50 of 50 rows of the val", "50 of 50 rows of the test", "val_path"]]),
-    "one column of copies": (np.repeat(REAL[:50, :1], 10, 0), [["50 of 50 rows of the test"]]),
-    "zeros": (table(REAL, np.where(COUNTS < 3, 0.0, REAL[:, 0] ** 2)), [["'c3'", "value 0:", "data.columns"]]),
+    "rounded sum of other columns": (table(REAL, np.round(REAL.sum(1), 4)), [["dependent", "'data.columns="]]),
+    "rescaled copy": (table(REAL, 1e6 * REAL[:, 0] + 5), [["dependent", "'c3' on 'c0'", "columns=[0:3]"]]),
+    "noisy copy": (table(REAL, REAL[:, 0] + 0.001 * normal(N, 1, seed=3)[:, 0]), []),
+    "duplicate rows": (
+        np.repeat(REAL[:50], 10, 0),
+        [["50 of 50 rows of the val", "50 of 50 rows of the test", "val_path"]],
+    ),
+    "duplicate rows of one column": (np.repeat(REAL[:50, :1], 10, 0), [["50 of 50 rows of the test"]]),
+    "many zeros": (table(REAL, np.where(COUNTS < 3, 0.0, REAL[:, 0] ** 2)), [["'c3'", "value 0:", "data.columns"]]),
     "clipped": (table(REAL, REAL[:, 0].clip(-1, 1)), [["'c3'", "value -1", "value 1:"]]),
     "counts": (table(REAL, COUNTS), [["'c3'", "'data.dequantize=[3]'"]]),
     "all counts": (table(COUNTS, COUNTS[::-1]), [["'c0', 'c1'", "data.dequantize=true"]]),
     "multiples of 0.1": (table(REAL, np.round(REAL[:, 0], 1)), [["'c3'", "multiples of 0.1.", "round(x / 0.1)"]]),
     "multiples of 0.25": (table(REAL, COUNTS / 4 - 0.5), [["'c3'", "multiples of 0.25."]]),
-    "counts but for one": (table(REAL, np.where(np.arange(N) == 499, 48.7, COUNTS)), [["'c3'", "multiples of 0.1."]]),
+    "counts with one exception": (
+        table(REAL, np.where(np.arange(N) == 499, 48.7, COUNTS)),
+        [["'c3'", "multiples of 0.1."]],
+    ),
     "minutes since 1970": (
         table(REAL, 1.6e9 + 60 * COUNTS),
         [["'c3'", "multiples of 60.", "round((x - 1600000000) / 60)"]],
     ),
-    "a code for missing values": (table(REAL, np.where(COUNTS < 1, -999, REAL[:, 0])), [["'c3' is -999"]]),
-    "few values on no grid": (table(REAL, np.sqrt(COUNTS + 2)), [["'c3'", "few distinct values", "data.columns"]]),
+    "missing value code": (table(REAL, np.where(COUNTS < 1, -999, REAL[:, 0])), [["'c3' is -999"]]),
+    "few distinct values off a grid": (
+        table(REAL, np.sqrt(COUNTS + 2)),
+        [["'c3'", "few distinct values", "data.columns"]],
+    ),
 }
 
 
@@ -75,7 +84,7 @@ def test_suspicious_columns_give_the_expected_warnings(case: str, warned: object
         assert [part for part in fragments if part not in message] == [], message
 
 
-@pytest.mark.parametrize("case", ["counts", "all counts", "a sum of others", "a copy in other units"])
+@pytest.mark.parametrize("case", ["counts", "all counts", "sum of other columns", "rescaled copy"])
 def test_suggested_option_removes_the_warning(case: str, warned: object) -> None:
     """Setting the option that a warning suggests leaves no warning."""
     values = WARNED[case][0]

@@ -81,7 +81,7 @@ BAD_ARRAYS: dict[str, tuple[str, bytes, list[str]]] = {
     "objects": (".npy", array_file(np.array([[1, None]], dtype=object)), ["Python objects", "astype(float)"]),
     "objects in npz": (".npz", archive(a=np.array([[1, None]], dtype=object)), ["Python objects"]),
     "three dimensions": (".npy", array_file(np.zeros((4, 2, 3))), ["(4, 2, 3)", "(rows, columns)"]),
-    "no dimension": (".npy", array_file(np.array(3.0)), ["shape ()"]),
+    "zero dimensions": (".npy", array_file(np.array(3.0)), ["shape ()"]),
     "no rows": (".npy", array_file(np.zeros((0, 3))), ["(0, 3)"]),
     "no columns": (".npy", array_file(np.zeros((3, 0))), ["(3, 0)"]),
     "no values": (".npy", array_file(np.zeros(0)), ["(0,)"]),
@@ -91,12 +91,12 @@ BAD_ARRAYS: dict[str, tuple[str, bytes, list[str]]] = {
         ["row 4 (from 0)", "column 'c1'", "nan", "3 of 18", "2 of 6 rows"],
     ),
     "text": (".npy", b"a,b\n1,2\n", ["no NumPy file"]),
-    "nothing": (".npy", b"", ["no NumPy file"]),
-    "cut short": (".npy", array_file(normal(9, 9))[:300], ["damaged"]),
-    "cut short npz": (".npz", archive(a=normal(9, 9))[:300], ["no NumPy file"]),
-    "nothing in npz": (".npz", archive(), ["holds no array"]),
-    "unknown ending": (".parquet", b"", [".npy", ".csv", ".parquet"]),
-    "no ending": ("", b"", [".npy", ".csv"]),
+    "empty file": (".npy", b"", ["no NumPy file"]),
+    "truncated": (".npy", array_file(normal(9, 9))[:300], ["damaged"]),
+    "truncated npz": (".npz", archive(a=normal(9, 9))[:300], ["no NumPy file"]),
+    "empty npz": (".npz", archive(), ["holds no array"]),
+    "unknown suffix": (".parquet", b"", [".npy", ".csv", ".parquet"]),
+    "no suffix": ("", b"", [".npy", ".csv"]),
 }
 
 
