@@ -43,7 +43,7 @@ def test_chunked_initialization_equals_initialization_at_once(monkeypatch: pytes
     torch.testing.assert_close(flow.initialize(x, label), whole)
 
 
-class Seen(Bijection):
+class CountedShift(Bijection):
     """A shift that counts the rows passed to its inverse."""
 
     def __init__(self, shift: float) -> None:
@@ -61,7 +61,7 @@ class Seen(Bijection):
 @pytest.mark.parametrize(("shift", "rows"), [(0.0, 7), (1.0, 30)])
 def test_identity_check_uses_only_the_first_rows(monkeypatch: pytest.MonkeyPatch, shift: float, rows: int) -> None:
     monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 2)
-    x, seen = torch.randn(30, 2), Seen(shift)
+    x, seen = torch.randn(30, 2), CountedShift(shift)
     torch.testing.assert_close(seen.initialize(x), x - shift, rtol=0, atol=0)
     assert seen.rows == rows
 
@@ -112,7 +112,7 @@ def test_coupling_scale_is_bounded() -> None:
     assert coupling.forward(torch.randn(10, 2))[1].abs().max() <= 1.5
 
 
-def statistics_of(d: int) -> dict[str, Bijection]:
+def bijections_with_statistics(d: int) -> dict[str, Bijection]:
     return {
         "actnorm": ActNorm(d),
         "batchnorm": BatchNorm(d),
@@ -121,9 +121,9 @@ def statistics_of(d: int) -> dict[str, Bijection]:
     }
 
 
-@pytest.mark.parametrize("name", list(statistics_of(2)))
+@pytest.mark.parametrize("name", list(bijections_with_statistics(2)))
 def test_failed_initialization_leaves_the_bijection_unchanged(name: str) -> None:
-    bijection = perturbed(statistics_of(2)[name])
+    bijection = perturbed(bijections_with_statistics(2)[name])
     before = {k: v.clone() for k, v in bijection.state_dict().items()}
     hostile = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [4.0, torch.inf]])
     for x, words in ((torch.zeros(0, 2), "no rows"), (hostile, "NaN or infinite")):
@@ -133,11 +133,11 @@ def test_failed_initialization_leaves_the_bijection_unchanged(name: str) -> None
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", list(statistics_of(2)))
+@pytest.mark.parametrize("name", list(bijections_with_statistics(2)))
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_initialization_from_equal_rows_uses_unit_scale(name: str, rows: int, dtype: torch.dtype) -> None:
-    bijection = statistics_of(2)[name].to(dtype)
+    bijection = bijections_with_statistics(2)[name].to(dtype)
     x = torch.tensor([[0.1, -3e6]], dtype=dtype).expand(rows, 2)
     z = bijection.initialize(x)
     torch.testing.assert_close(z, torch.zeros_like(z), rtol=0, atol=0.5)
@@ -158,7 +158,7 @@ def test_empty_batch_does_not_change_running_statistics() -> None:
 
 def test_constant_column_does_not_affect_other_columns() -> None:
     x = torch.stack([torch.full((500,), 2.0), 3 * torch.randn(500) + 1], 1)
-    for name, bijection in statistics_of(2).items():
+    for name, bijection in bijections_with_statistics(2).items():
         bijection.initialize(x)
         z = bijection.eval().inverse(x)[0]
         torch.testing.assert_close(z[:, 0], torch.zeros(500), rtol=0, atol=1e-6, msg=name)

@@ -29,7 +29,7 @@ def standardize(d: int) -> Bijection:
     return bijection
 
 
-def stack(d: int, **arguments: object) -> Bijection:
+def small_realnvp(d: int, **arguments: object) -> Bijection:
     return perturbed(realnvp((d,), layers=3, hidden=(8,), **arguments).bijection)  # type: ignore[arg-type]
 
 
@@ -42,9 +42,9 @@ BIJECTIONS: dict[str, Callable[[int], Bijection]] = {
     "linear": lambda d: perturbed(InvertibleLinear(d), 0.1),
     "linear permutation init": lambda d: perturbed(InvertibleLinear(d, "permutation"), 0.1),
     "logit": lambda d: Logit(17, 0.05),
-    "realnvp alternate": lambda d: stack(d),
-    "realnvp permutation": lambda d: stack(d, mixing="permutation", actnorm=False),
-    "realnvp batchnorm": lambda d: initialized(stack(d, batch_norm=True), (d,)),
+    "realnvp alternate": lambda d: small_realnvp(d),
+    "realnvp permutation": lambda d: small_realnvp(d, mixing="permutation", actnorm=False),
+    "realnvp batchnorm": lambda d: initialized(small_realnvp(d, batch_norm=True), (d,)),
     "glow": lambda d: perturbed(glow((d,), steps=2, hidden=(8,)).bijection, 0.1),
     "glow spline": lambda d: perturbed(
         glow((d,), steps=2, hidden=(8,), coupling="spline", bins=3, input_bound=3.0).bijection, 0.1
@@ -77,7 +77,7 @@ def initialized(bijection: Bijection, event_shape: tuple[int, ...]) -> Bijection
 SPLINE = Spline(bins=4, bound=2.0)
 
 
-def net(n_in: int, n_out: int) -> nn.Module:
+def conv_net(n_in: int, n_out: int) -> nn.Module:
     return ConvNet(n_in, [6], n_out, "tanh")
 
 
@@ -92,29 +92,31 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
     "squeeze": (lambda c, h, w: Squeeze(perturbed(ActNorm(4 * c))), [(1, 2, 4), (2, 4, 2)]),
     "factor out": (lambda c, h, w: FactorOut(perturbed(Affine(c // 2 * h * w))), [(2, 2, 3), (4, 3, 1)]),
     "half coupling": (
-        lambda c, h, w: perturbed(HalfCoupling(c, False, net((c + 1) // 2, c // 2 * 2))),
+        lambda c, h, w: perturbed(HalfCoupling(c, False, conv_net((c + 1) // 2, c // 2 * 2))),
         [(2, 3, 4), (3, 3, 2)],
     ),
     "half coupling, swapped": (
-        lambda c, h, w: perturbed(HalfCoupling(c, True, net(c // 2, (c + 1) // 2 * 2))),
+        lambda c, h, w: perturbed(HalfCoupling(c, True, conv_net(c // 2, (c + 1) // 2 * 2))),
         [(2, 3, 4), (3, 3, 2)],
     ),
     "half coupling, spline": (
         lambda c, h, w: perturbed(
-            HalfCoupling(c, False, net((c + 1) // 2, c // 2 * SPLINE.size), transform=SPLINE), 0.5
+            HalfCoupling(c, False, conv_net((c + 1) // 2, c // 2 * SPLINE.size), transform=SPLINE), 0.5
         ),
         [(2, 3, 4), (3, 1, 2)],
     ),
     "checkerboard, spline": (
-        lambda c, h, w: perturbed(CheckerboardCoupling((h, w), True, net(c, c * SPLINE.size), transform=SPLINE), 0.5),
+        lambda c, h, w: perturbed(
+            CheckerboardCoupling((h, w), True, conv_net(c, c * SPLINE.size), transform=SPLINE), 0.5
+        ),
         [(1, 3, 3), (2, 1, 2)],
     ),
     "checkerboard": (
-        lambda c, h, w: perturbed(CheckerboardCoupling((h, w), False, net(c, 2 * c))),
+        lambda c, h, w: perturbed(CheckerboardCoupling((h, w), False, conv_net(c, 2 * c))),
         [(1, 3, 3), (2, 3, 2), (1, 1, 5)],
     ),
     "checkerboard, swapped": (
-        lambda c, h, w: perturbed(CheckerboardCoupling((h, w), True, net(c, 2 * c))),
+        lambda c, h, w: perturbed(CheckerboardCoupling((h, w), True, conv_net(c, 2 * c))),
         [(1, 3, 3), (2, 1, 2)],
     ),
     "realnvp": (

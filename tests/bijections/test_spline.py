@@ -14,7 +14,7 @@ from flowtrain.utils.errors import FlowtrainError
 B = 3.0
 
 
-def theta_of(spline: Spline, rows: int, n: int, std: float = 1.0, **keys: object) -> Tensor:
+def random_theta(spline: Spline, rows: int, n: int, std: float = 1.0, **keys: object) -> Tensor:
     return std * torch.randn(rows, spline.size * n, **keys)  # type: ignore[call-overload]
 
 
@@ -28,7 +28,7 @@ def knots(spline: Spline, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ends[0], ends[1], torch.cat([torch.ones(1), inner, torch.ones(1)])
 
 
-def naive(spline: Spline, x: float, theta: Tensor) -> float:
+def scalar_reference(spline: Spline, x: float, theta: Tensor) -> float:
     """Computes z for one number with the formula of Durkan et al. 2019, eq. 4, with a loop over the bins."""
     xs, zs, slopes = knots(spline, theta)
     for i in range(spline.bins):
@@ -42,10 +42,10 @@ def naive(spline: Spline, x: float, theta: Tensor) -> float:
 
 def test_spline_equals_the_scalar_reference_formula() -> None:
     spline = Spline(5, B)
-    theta, x = theta_of(spline, 40, 2, 2.0), B * torch.randn(40, 2)
+    theta, x = random_theta(spline, 40, 2, 2.0), B * torch.randn(40, 2)
     z, log_slope = spline.to_base(x, theta)
     by_element = theta.view(40, spline.size, 2)
-    expected = [[naive(spline, float(x[i, j]), by_element[i, :, j]) for j in range(2)] for i in range(40)]
+    expected = [[scalar_reference(spline, float(x[i, j]), by_element[i, :, j]) for j in range(2)] for i in range(40)]
     torch.testing.assert_close(z, torch.tensor(expected), rtol=1e-9, atol=1e-9)
     slope = torch.autograd.functional.jacobian(lambda y: spline.to_base(y, theta)[0].sum(0), x)
     assert isinstance(slope, Tensor)
@@ -54,7 +54,7 @@ def test_spline_equals_the_scalar_reference_formula() -> None:
 
 def test_spline_interpolates_the_knots_and_slopes() -> None:
     spline = Spline(6, B)
-    theta = theta_of(spline, 1, 1)
+    theta = random_theta(spline, 1, 1)
     xs, zs, slopes = knots(spline, theta[0])
     theta = theta.expand(7, -1)
     z, log_slope = spline.to_base(xs.unsqueeze(1), theta)
@@ -81,7 +81,7 @@ def test_inverse_is_accurate_in_float32(bins: int, bound: float) -> None:
     edges = torch.tensor([-bound, bound]).float()
     edges = torch.cat([edges, torch.nextafter(edges, 2 * edges), torch.nextafter(edges, 0 * edges)])
     x = torch.cat([inside.float(), edges, 1e6 * edges, torch.zeros(1)]).unsqueeze(1)
-    theta = theta_of(spline, len(x), 1, 0.5, dtype=torch.float32)
+    theta = random_theta(spline, len(x), 1, 0.5, dtype=torch.float32)
     z, log_slope = spline.to_base(x, theta)
     back, back_log_slope = spline.to_data(z, theta)
     # the inverse divides a rounding error of z by the slope
@@ -98,14 +98,14 @@ def test_inverse_is_accurate_in_float32(bins: int, bound: float) -> None:
 def test_inverse_error_of_steep_splines_is_bounded_by_the_slope(bins: int) -> None:
     spline = Spline(bins, 5.0)
     x = 3 * torch.randn(200_000, 1, dtype=torch.float32)
-    theta = theta_of(spline, len(x), 1, 3.0, dtype=torch.float32)
+    theta = random_theta(spline, len(x), 1, 3.0, dtype=torch.float32)
     z, log_slope = spline.to_base(x, theta)
     assert ((spline.to_data(z, theta)[0] - x).abs() * log_slope.exp().clamp_max(1)).max() < 2e-5
 
 
 def test_extreme_parameters_stay_invertible_and_finite() -> None:
     spline = Spline(8, B)
-    theta, x = theta_of(spline, 500, 1, 1e4), B * torch.randn(500, 1)
+    theta, x = random_theta(spline, 500, 1, 1e4), B * torch.randn(500, 1)
     theta[0] = 1e30
     for dtype in (torch.float32, torch.float64):
         y, t = x.to(dtype).requires_grad_(), theta.to(dtype).requires_grad_()
@@ -122,7 +122,7 @@ def test_extreme_parameters_stay_invertible_and_finite() -> None:
 
 def test_nan_and_inf_pass_through_unchanged() -> None:
     spline, x = Spline(4, B), torch.tensor([[torch.nan, torch.inf, -torch.inf]])
-    theta = theta_of(spline, 1, 3)
+    theta = random_theta(spline, 1, 3)
     for function in (spline.to_base, spline.to_data):
         assert torch.equal(function(x, theta)[0].nan_to_num(7.0), x.nan_to_num(7.0))
 
@@ -162,7 +162,7 @@ def test_each_image_element_has_separate_parameters(shape: tuple[int, ...], chan
 
 def test_torch_func_transforms_match_autograd() -> None:
     spline = Spline(4, B)
-    x, theta = torch.randn(5, 2), theta_of(spline, 5, 2)
+    x, theta = torch.randn(5, 2), random_theta(spline, 5, 2)
 
     def of_row(row: Tensor, t: Tensor) -> Tensor:
         return spline.to_base(row.unsqueeze(0), t.unsqueeze(0))[1].sum()
