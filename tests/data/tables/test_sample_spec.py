@@ -28,7 +28,7 @@ from flowtrain.utils.errors import FlowtrainError
 FAST = ["model=affine", "trainer.steps=4", "trainer.batch_size=64", "trainer.plot_every=null"]
 
 
-def changed(before: ArrayData, now: ArrayData, *sets: str) -> str | None:
+def record_changes(before: ArrayData, now: ArrayData, *sets: str) -> str | None:
     return changes(before.record, now.record, sets or ("file", "val", "test"))
 
 
@@ -38,20 +38,20 @@ def test_data_record_depends_only_on_the_values(tmp_path: Path) -> None:
     text = tmp_path / "b.csv"
     np.savetxt(text, values, delimiter=";", header="x;y;z", comments="", fmt="%.6g")
     # the record depends on neither the location nor the format of the file
-    assert changed(ArrayData(array), ArrayData(str(text))) is None
+    assert record_changes(ArrayData(array), ArrayData(str(text))) is None
     big, small = ArrayData(array, memory_map=True), ArrayData(array)
-    assert changed(big, small, "file") is None
-    assert "data.memory_map" in str(changed(big, small, "test"))
+    assert record_changes(big, small, "file") is None
+    assert "data.memory_map" in str(record_changes(big, small, "test"))
     for name, other in {
         "a value": values + np.eye(60, 3) * 1e-3,
         "an order": values[::-1].copy(),
         "a row more": np.concatenate([values, values[:1]]),
     }.items():
         now = ArrayData(npy(tmp_path / "c.npy", other))
-        assert all(changed(ArrayData(array), now, part) for part in ("file", "val", "test")), name
+        assert all(record_changes(ArrayData(array), now, part) for part in ("file", "val", "test")), name
     for options in ({"seed": 1}, {"test_fraction": 0.2}):
-        assert changed(ArrayData(array), ArrayData(array, **options), "test"), options
-    assert changed(ArrayData(array), ArrayData(array, columns=[0, 1]), "file")
+        assert record_changes(ArrayData(array), ArrayData(array, **options), "test"), options
+    assert record_changes(ArrayData(array), ArrayData(array, columns=[0, 1]), "file")
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
@@ -74,8 +74,8 @@ def test_data_record_includes_the_labels(tmp_path: Path) -> None:
     before = ArrayData(npy(tmp_path / "a.npy", values), label=2)
     values[5, 2] = 1 - values[5, 2]
     path = npy(tmp_path / "b.npy", values)
-    assert changed(before, ArrayData(path, label=2), "file")
-    assert changed(ArrayData(path, label=2, memory_map=True), ArrayData(path, label=2), "file") is None
+    assert record_changes(before, ArrayData(path, label=2), "file")
+    assert record_changes(ArrayData(path, label=2, memory_map=True), ArrayData(path, label=2), "file") is None
 
 
 def test_each_held_out_file_has_a_separate_record(tmp_path: Path) -> None:
@@ -83,10 +83,10 @@ def test_each_held_out_file_has_a_separate_record(tmp_path: Path) -> None:
     before = ArrayData(path, test_path=test)
     npy(tmp_path / "a.npy", normal(41, 2))
     grown = ArrayData(path, test_path=test)
-    assert changed(before, grown, "test") is None
-    assert "40 rows and has 41" in str(changed(before, grown, "val"))
+    assert record_changes(before, grown, "test") is None
+    assert "40 rows and has 41" in str(record_changes(before, grown, "val"))
     npy(tmp_path / "test.npy", normal(11, 2, seed=1))
-    assert "10 rows and has 11" in str(changed(grown, ArrayData(path, test_path=test)))
+    assert "10 rows and has 11" in str(record_changes(grown, ArrayData(path, test_path=test)))
 
 
 def test_image_record_detects_a_changed_split(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def table(*columns: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(params=[False, True], ids=["in memory", "streamed"])
-def warned(request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> object:
+def table_warnings(request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> object:
     """Returns a function that returns the warnings about a table, which is read into memory or streamed."""
 
     def call(values: np.ndarray, **options: object) -> list[str]:
@@ -76,29 +76,29 @@ WARNED: dict[str, tuple[np.ndarray, list[list[str]]]] = {
 
 
 @pytest.mark.parametrize("case", WARNED)
-def test_suspicious_columns_give_the_expected_warnings(case: str, warned: object) -> None:
+def test_suspicious_columns_give_the_expected_warnings(case: str, table_warnings: object) -> None:
     values, expected = WARNED[case]
-    found = warned(values)  # type: ignore[operator]
+    found = table_warnings(values)  # type: ignore[operator]
     assert len(found) == len(expected), found
     for message, fragments in zip(found, expected, strict=True):
         assert [part for part in fragments if part not in message] == [], message
 
 
 @pytest.mark.parametrize("case", ["counts", "all counts", "sum of other columns", "rescaled copy"])
-def test_suggested_option_removes_the_warning(case: str, warned: object) -> None:
+def test_suggested_option_removes_the_warning(case: str, table_warnings: object) -> None:
     """Setting the option that a warning suggests leaves no warning."""
     values = WARNED[case][0]
-    option = re.search(r"data\.(\w+)=(\[[^]]*\]|true)", warned(values)[0])  # type: ignore[operator]
+    option = re.search(r"data\.(\w+)=(\[[^]]*\]|true)", table_warnings(values)[0])  # type: ignore[operator]
     assert option is not None
     entries = option[2] == "true" or [int(e) if e.isdigit() else e for e in option[2].strip("[]").split(",")]
-    assert warned(values, **{option[1]: entries}) == []  # type: ignore[operator]
+    assert table_warnings(values, **{option[1]: entries}) == []  # type: ignore[operator]
 
 
-def test_noise_removes_the_linear_dependence_warning(warned: object) -> None:
+def test_noise_removes_the_linear_dependence_warning(table_warnings: object) -> None:
     """One-hot columns with noise no longer have a constant sum."""
     ones = np.eye(3)[COUNTS.astype(int) % 3]
-    assert any("dependent" in message for message in warned(table(REAL, ones)))  # type: ignore[operator]
-    assert warned(table(REAL, ones), dequantize=[3, 4, 5]) == []  # type: ignore[operator]
+    assert any("dependent" in message for message in table_warnings(table(REAL, ones)))  # type: ignore[operator]
+    assert table_warnings(table(REAL, ones), dequantize=[3, 4, 5]) == []  # type: ignore[operator]
 
 
 def test_duplicates_in_a_test_file_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -183,14 +183,14 @@ def test_wide_real_table_is_refused(real: Callable[..., list[str]], refused: Ref
 # Noise on selected columns
 
 
-def mixed(tmp_path: Path) -> str:
+def mixed_table(tmp_path: Path) -> str:
     values = table(REAL[:, 0], COUNTS, REAL[:, 1], 7 + COUNTS[::-1])
     return npy(tmp_path / "t.npy", values.astype(np.float32))
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
 def test_noise_is_added_only_to_the_named_columns(tmp_path: Path, memory_map: bool) -> None:
-    path = mixed(tmp_path)
+    path = mixed_table(tmp_path)
     data = ArrayData(path, dequantize=[1, 3], memory_map=memory_map)
     plain = ArrayData(path, memory_map=memory_map)
     assert (data.integer_valued, data.noisy, data.samples.noisy) == (False, (1, 3), (1, 3))
@@ -212,7 +212,7 @@ def test_noise_is_added_only_to_the_named_columns(tmp_path: Path, memory_map: bo
 
 
 def test_noise_is_fresh_in_training_and_fixed_when_held_out(tmp_path: Path) -> None:
-    path = mixed(tmp_path)
+    path = mixed_table(tmp_path)
     data, again = (ArrayData(path, dequantize=[1, 3]) for _ in range(2))
     assert torch.equal(data.test, again.test)
     assert not torch.equal(data.test[:, 1] % 1, data.val[:, 1] % 1)
@@ -254,5 +254,5 @@ def test_noise_columns_are_selected_by_name_or_position(tmp_path: Path) -> None:
 def test_noise_on_non_integer_columns_is_refused(
     tmp_path: Path, options: dict[str, object], fragments: list[str], refused: Refused
 ) -> None:
-    path = mixed(tmp_path)
+    path = mixed_table(tmp_path)
     refused(lambda: ArrayData(path, **options), FlowtrainError, fragments)  # type: ignore[arg-type]
