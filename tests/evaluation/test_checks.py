@@ -71,7 +71,7 @@ class Broken(Bijection):
     ],
 )
 def test_each_defect_fails_only_the_expected_checks(broken: Broken, trips: set[str]) -> None:
-    assert failing(Flow((2,), Chain([broken, Affine(2)])), torch.randn(100, 2)) == trips
+    assert failed_checks(Flow((2,), Chain([broken, Affine(2)])), torch.randn(100, 2)) == trips
 
 
 class Collapsed(Bijection):
@@ -100,7 +100,7 @@ class WrongBase(Flow):
         return -0.5 * z.flatten(1).square().sum(1)
 
 
-def failing(flow: Flow, x: Tensor) -> set[str]:
+def failed_checks(flow: Flow, x: Tensor) -> set[str]:
     flow.eval()
     exact, subset = reference(flow), subset_of(flow, x, None)
     drawn = drawn_from(exact)
@@ -110,10 +110,10 @@ def failing(flow: Flow, x: Tensor) -> set[str]:
 
 def test_checks_fail_for_flows_that_are_wrong_off_the_data() -> None:
     x = torch.randn(200, 3)
-    assert failing(Flow((3,), Chain([Affine(3)])), x) == set()
-    assert "log-det" in failing(Flow((2,), Chain([Collapsed()])), x[:, :2])
-    assert "round trip" in failing(Flow((3,), Chain([HalfFolded()])), x.abs())
-    assert failing(WrongBase((3,), Chain([Affine(3)])), x) == {"own samples"}
+    assert failed_checks(Flow((3,), Chain([Affine(3)])), x) == set()
+    assert "log-det" in failed_checks(Flow((2,), Chain([Collapsed()])), x[:, :2])
+    assert "round trip" in failed_checks(Flow((3,), Chain([HalfFolded()])), x.abs())
+    assert failed_checks(WrongBase((3,), Chain([Affine(3)])), x) == {"own samples"}
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1000.0, 0.0), (1.0, 500.0), (1e-6, 0.0)])
@@ -125,14 +125,14 @@ def test_round_trip_detects_one_bad_column_at_any_scale(scale: float, offset: fl
         inverse = forward
 
     x = torch.randn(200, 2) * torch.tensor([scale, 1.0]) + torch.tensor([offset, 0.0])
-    assert "round trip" in failing(Flow((2,), Chain([SecondFolded()])), x)
+    assert "round trip" in failed_checks(Flow((2,), Chain([SecondFolded()])), x)
 
 
 def test_mass_check_skips_integer_data_with_bounded_range() -> None:
     """Some of the mass of x + u lies outside the range, where log p cannot be computed."""
     flow = Flow((2,), Chain([Affine(2), Logit(4, 0.05)]), integer_valued=True, levels=4).eval()
     assert of_mass(reference(flow)) is None
-    assert failing(flow, torch.randint(0, 4, (100, 2))) == set()
+    assert failed_checks(flow, torch.randint(0, 4, (100, 2))) == set()
 
 
 class Stiff(nn.Module):
@@ -156,7 +156,7 @@ def test_unsolvable_check_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts.embedded is None
 
 
-def with_base(base: Base) -> Flow:
+def flow_with_base(base: Base) -> Flow:
     flow = Flow(base, Chain([Affine(2), Affine(2)]))
     for p in flow.bijection.parameters():
         nn.init.normal_(p, std=0.3)
@@ -168,17 +168,17 @@ def with_base(base: Base) -> Flow:
     "base", [StudentT((2,), 1.0), StudentT((2,), 3.0), UniformBox([0.0, -1.0], [1.0, 1.0]), GaussianMixture(2, 3)]
 )
 def test_checks_detect_a_wrong_base_density(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    flow = with_base(base.double())
+    flow = flow_with_base(base.double())
     x = flow.sample(100)
-    assert failing(flow, x) - ({"mass"} if isinstance(base, UniformBox) else set()) == set()
+    assert failed_checks(flow, x) - ({"mass"} if isinstance(base, UniformBox) else set()) == set()
     exact, right = reference(flow), type(base).log_prob
     assert of_samples(exact, drawn_from(exact)).passed
     monkeypatch.setattr(type(base), "log_prob", lambda self, z: right(self, z) + 0.1)
-    assert "own samples" in failing(flow, x)
+    assert "own samples" in failed_checks(flow, x)
 
 
 def test_mass_check_does_not_fail_for_a_uniform_box_base() -> None:
-    flow = with_base(UniformBox([0.0, -1.0], [1.0, 1.0]))
+    flow = flow_with_base(UniformBox([0.0, -1.0], [1.0, 1.0]))
     x = flow.sample(300)
     subset, log_p = subset_of(flow, x, None), log_probs(flow, x)
     found = {c.name: c for c in all_checks(flow, subset, budget(flow, subset, log_p, 1), log_p, (None, None))}
@@ -189,21 +189,21 @@ def test_mass_check_does_not_fail_for_a_uniform_box_base() -> None:
 def test_checks_detect_a_wrong_log_det_for_every_base() -> None:
     for base in (StudentT((2,), 2.0), UniformBox([0.0, 0.0], [1.0, 1.0]), GaussianMixture(2, 2)):
         flow = Flow(base, Chain([Broken(down=1.1)])).eval()
-        assert failing(flow, flow.sample(50)) >= {"log-det", "own samples"}
+        assert failed_checks(flow, flow.sample(50)) >= {"log-det", "own samples"}
 
 
 def test_sample_check_is_skipped_for_a_user_defined_base() -> None:
-    class Mine(Base):
+    class UserBase(Base):
         log_prob = StandardNormal.log_prob
         rsample = StandardNormal.rsample
         to_uniform = StandardNormal.to_uniform
 
-    exact = reference(with_base(Mine((2,))))
+    exact = reference(flow_with_base(UserBase((2,))))
     check = of_samples(exact, drawn_from(exact))
     assert check.passed is None
-    assert "Mine" in str(check.message)
+    assert "UserBase" in str(check.message)
     # a subclass is compared with the exact density of its base class
-    exact = reference(with_base(type("Sub", (StandardNormal,), {})((2,))))
+    exact = reference(flow_with_base(type("Sub", (StandardNormal,), {})((2,))))
     assert of_samples(exact, drawn_from(exact)).passed
 
 

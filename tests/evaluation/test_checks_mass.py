@@ -41,7 +41,7 @@ def test_mass_of_thin_rings_and_far_outliers_is_one() -> None:
     assert mass(log_prob, samples).value == pytest.approx(1, abs=1e-3)
 
 
-def of_modes(means: Tensor, std: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+def gaussian_modes(means: Tensor, std: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """Returns log p of an equally weighted mixture of isotropic Gaussians in the plane, and samples."""
 
     def log_prob(x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def test_mass_includes_modes_between_the_first_nodes(seed: int) -> None:
         (3 * torch.randn(3, 2), torch.full((3,), 0.01)),
     ]
     for means, std in cases:
-        found = mass(*of_modes(means, std))
+        found = mass(*gaussian_modes(means, std))
         # if the modes cannot be resolved, the reported error must be large
         assert found.value == pytest.approx(1, abs=max(1e-3, 10 * found.error))
         assert found.points < 120_000

@@ -54,7 +54,7 @@ class Hole(nn.Module):
         return torch.where(x.abs() > 50, torch.nan, 0.0 * x)
 
 
-def with_hole() -> Flow:
+def flow_with_hole() -> Flow:
     return Flow((2,), Continuous(Hole(), ode_solver("dopri5", rtol=1e-4))).eval()
 
 
@@ -140,7 +140,7 @@ def test_failed_check_names_the_wrong_member(bad: Stretch, failed: set[str]) -> 
 def test_rows_with_a_failed_member_are_scored_by_the_others() -> None:
     x = array(40)
     x[7] = 60.0
-    hole, good = with_hole(), gaussian(0.0)
+    hole, good = flow_with_hole(), gaussian(0.0)
     found = evaluate(Ensemble([hole, good], [0.75, 0.25]), x, thorough=False)
     expected = torch.from_numpy(good.log_prob(x))
     expected[7] += math.log(0.25)
