@@ -69,7 +69,7 @@ STEPS = ["trainer.steps=10", "trainer.val_every=5"]
 
 
 @pytest.fixture(scope="module", params=["flow_matching", "hybrid", "rectified"])
-def whole(
+def uninterrupted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, stop_at: Callable[..., None]
 ) -> tuple[list[str], Trainer]:
     """Returns the overrides of an uninterrupted run, and its trainer."""
@@ -82,10 +82,10 @@ def whole(
 
 @pytest.mark.parametrize("stop", [3, 6, 8])
 def test_resume_is_bitwise_exact(
-    whole: tuple[list[str], Trainer], stop: int, tmp_path: Path, stop_at: Callable[..., None]
+    uninterrupted: tuple[list[str], Trainer], stop: int, tmp_path: Path, stop_at: Callable[..., None]
 ) -> None:
     """Runs are stopped before, at and after the hybrid's switch of loss."""
-    keys, run = whole
+    keys, run = uninterrupted
     assert any(bool(p.abs().max() > 0) for p in run.train_state.ema.shadow.values() if p.shape == (2, 8))  # type: ignore[union-attr]
     trained(stop_at, tmp_path, *keys, stop=stop)
     again = trained(stop_at, tmp_path, *keys)

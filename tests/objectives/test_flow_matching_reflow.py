@@ -124,11 +124,11 @@ def test_saved_teacher_equals_the_teacher_used_in_training(run: Run, monkeypatch
     best = Path(out.strip().splitlines()[-1]) / "checkpoints/best.pt"
     before = checkpoint.load(best)
 
-    def meanwhile(*arguments: Any) -> Any:
+    def save_another_checkpoint(*arguments: Any) -> Any:
         checkpoint.save(best, {**before, "step": 77})
         return drawn(*arguments)
 
-    monkeypatch.setattr("flowtrain.objectives.flow_matching.drawn", meanwhile)
+    monkeypatch.setattr("flowtrain.objectives.flow_matching.drawn", save_another_checkpoint)
     code, out, err = run("flowtrain", "objective=rectified", f"from={best}", "objective.pairs=50", "trainer.steps=2")
     assert code == 0, err
     assert checkpoint.load(best)["step"] == 77
