@@ -172,7 +172,7 @@ def test_replay_keeps_no_activations_of_the_integrand() -> None:
     x = torch.randn(2, 1, 6, 6)
     hidden = 3 * x.numel()
 
-    def kept(gradient: str) -> int:
+    def retained_tensors(gradient: str) -> int:
         count = 0
 
         def pack(tensor: Tensor) -> Tensor:
@@ -188,4 +188,4 @@ def test_replay_keeps_no_activations_of_the_integrand() -> None:
         del solution
         return count + alive
 
-    assert kept("replay") < kept("direct") / 3
+    assert retained_tensors("replay") < retained_tensors("direct") / 3
