@@ -65,7 +65,7 @@ def test_initialized_flow_equals_the_training_gaussian(name: str) -> None:
         torch.testing.assert_close(flow.forward(flow.inverse(fresh)), fresh)
 
 
-def wild(**settings: Any) -> Flow:
+def flow_with_large_weights(**settings: Any) -> Flow:
     """Returns a flow of 16 couplings whose networks have large random weights, as can happen in training."""
     flow = realnvp((6,), layers=16, hidden=[32], mixing="permutation", **settings)
     generator = torch.Generator().manual_seed(1)
@@ -85,7 +85,7 @@ def curvature(flow: Flow, r: float) -> float:
 
 
 def test_bounded_couplings_limit_nll_growth_along_rays() -> None:
-    bounded, unbounded = wild(input_bound=3.0, cap=0.5), wild()
+    bounded, unbounded = flow_with_large_weights(input_bound=3.0, cap=0.5), flow_with_large_weights()
     assert curvature(bounded, 1e6) < 1.5 * curvature(bounded, 1e3)
     # at most a factor exp(2 x 0.5) per coupling, and half of the 16 couplings change an element
     assert curvature(bounded, 1e6) < math.exp(2 * 0.5 * 8)

@@ -17,7 +17,7 @@ from flowtrain.runs.console import shortest, writing_log
 pytestmark = pytest.mark.usefixtures("float32", "without_figures")
 
 
-def on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+def terminal_output(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     terminal = Terminal()
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", terminal)
@@ -35,10 +35,10 @@ def test_run_prints_nothing_without_a_terminal(run: Run, tmp_path: Path) -> None
 
 
 def test_terminal_shows_a_banner_and_a_summary(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = on_a_terminal(run, monkeypatch)
-    begins = said.index("flowtrain: ffjord on moons")
+    output = terminal_output(run, monkeypatch)
+    begins = output.index("flowtrain: ffjord on moons")
     # for names in both the banner and the final table, take the banner's value
-    named = dict(reversed(re.findall(r"^ +(\w[\w ]*?)  (.+)$", said, re.MULTILINE)))
+    named = dict(reversed(re.findall(r"^ +(\w[\w ]*?)  (.+)$", output, re.MULTILINE)))
     assert begins == 0
     assert ("ffjord" in named["model"], "72" in named["model"]) == (True, True)
     assert re.findall(r"moons|[\d.]+", named["data"]) == ["moons", "2", "2.3939", "20", "50"]
@@ -47,15 +47,15 @@ def test_terminal_shows_a_banner_and_a_summary(run: Run, monkeypatch: pytest.Mon
     assert re.findall(r"cpu|\d+", named["device"]) == ["cpu", "1"]
     assert named["run"] == "r"
     # the progress bar, the final table, and the suggested commands
-    assert re.search(r"4/4 \[.*nll=\d\.\d+, nfe=\d+", said)
+    assert re.search(r"4/4 \[.*nll=\d\.\d+, nfe=\d+", output)
     assert named["NLL"].endswith("nats (solver " + named["NLL"].partition("(solver ")[2])
     assert re.match(r"in \d+\.\d s, best at step \d of 4", named["trained"])
     assert named["next"] == "floweval ckpt=r report=true"
-    assert "flowsample ckpt=r animate=true" in said
+    assert "flowsample ckpt=r animate=true" in output
 
 
 def test_resumed_run_names_its_starting_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_a_terminal(run, monkeypatch)
+    terminal_output(run, monkeypatch)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     run("flowtrain", "resume=r", "trainer.steps=6")
@@ -145,17 +145,17 @@ def test_log_file_does_not_change_the_logging_of_the_caller(
     if handlers != "none":
         (logger if handlers == "own" else root).addHandler(logging.StreamHandler(seen))
 
-    def said() -> str:
+    def log_messages() -> str:
         seen.seek(0)
         seen.truncate()
         for level in (logging.DEBUG, logging.INFO, logging.CRITICAL):
             logger.log(level, "%s", logging.getLevelName(level))
         return seen.getvalue()
 
-    outside = said()
+    outside = log_messages()
     with writing_log(tmp_path / "flowtrain.log"):
-        assert said() == outside
-    assert said() == outside
+        assert log_messages() == outside
+    assert log_messages() == outside
     assert [line.split()[-1] for line in (tmp_path / "flowtrain.log").read_text().splitlines()] == [
         "DEBUG",
         "INFO",

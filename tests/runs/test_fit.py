@@ -52,7 +52,7 @@ def x() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(300, 3)) * [1, 10, 100] + [0, 5, -50]
 
 
-def small(x: Any, **named: Any) -> Flow:
+def fit_small(x: Any, **named: Any) -> Flow:
     overrides = {**SMALL, **named.pop("overrides", {})}
     return fit(x, **{"model": "realnvp", "steps": 20, "progress": False, "overrides": overrides, **named})
 
@@ -61,7 +61,7 @@ def weights(flow: Flow) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in flow.state_dict().items()}
 
 
-def same(a: Flow | Path | str, b: Flow | Path | str) -> bool:
+def equal_weights(a: Flow | Path | str, b: Flow | Path | str) -> bool:
     first, second = (weights(f if isinstance(f, Flow) else flowtrain.load(f)) for f in (a, b))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -74,13 +74,13 @@ def test_fit_equals_the_command_bitwise(model: str, run: Run, tmp_path: Path, wi
     arguments = [f"model={model}", "data=moons", "seed=3", "trainer.steps=20", "data.n_test=200", *KEYS]
     assert run("flowtrain", *arguments, f"hydra.run.dir={tmp_path}/command")[0] == 0
     overrides = {"data.n_test": 200}
-    flow = small("moons", model=model, seed=3, run_dir=tmp_path / "fit", overrides=overrides)
+    flow = fit_small("moons", model=model, seed=3, run_dir=tmp_path / "fit", overrides=overrides)
     there, here = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("command", "fit"))
     assert there["kl"] == here["kl"]
     assert there["nll"] == here["nll"]
-    assert same(tmp_path / "command", flow)
-    in_memory = small("moons", model=model, seed=3, overrides=overrides)
-    assert same(in_memory, flow)
+    assert equal_weights(tmp_path / "command", flow)
+    in_memory = fit_small("moons", model=model, seed=3, overrides=overrides)
+    assert equal_weights(in_memory, flow)
     assert evaluate(in_memory, Moons(n_test=200)).kl == there["kl"]
     rows = [json.loads(line) for line in (tmp_path / "command/metrics.jsonl").read_text().splitlines()]
     assert in_memory.record is not None
@@ -97,24 +97,26 @@ def test_fit_on_an_array_equals_the_command_on_a_file(
     assert run("flowtrain", *arguments, f"hydra.run.dir={tmp_path}/r")[0] == 0
     overrides = {key: value for key, value in SMALL.items() if model == "realnvp" or "hidden" not in key}
     flow = fit(x, model=model, steps=20, progress=False, overrides=overrides)
-    assert same(tmp_path / "r", flow)
+    assert equal_weights(tmp_path / "r", flow)
     assert flow.record is not None
     assert flow.record.samples.record == flowtrain.load(tmp_path / "r").record.samples.record
     by_path = fit(tmp_path / "x.npy", model=model, steps=20, progress=False, overrides=overrides)
-    assert same(by_path, flow)
+    assert equal_weights(by_path, flow)
 
 
 def test_every_input_type_gives_the_same_flow(x: np.ndarray) -> None:
-    first = small(x)
+    first = fit_small(x)
     names = ["a", "b", "c"]
-    framed = small(Frame(x, names))
-    assert same(first, framed)
+    framed = fit_small(Frame(x, names))
+    assert equal_weights(first, framed)
     assert framed.record is not None
     assert framed.record.samples.columns == ("a", "b", "c")
-    assert same(first, small(torch.from_numpy(x)))
-    assert same(first, small(x.tolist()))
-    assert same(first, small(np.asfortranarray(x)))
-    assert same(small(x.astype(np.float32)), small(torch.from_numpy(x.astype(np.float32)).requires_grad_()))
+    assert equal_weights(first, fit_small(torch.from_numpy(x)))
+    assert equal_weights(first, fit_small(x.tolist()))
+    assert equal_weights(first, fit_small(np.asfortranarray(x)))
+    assert equal_weights(
+        fit_small(x.astype(np.float32)), fit_small(torch.from_numpy(x.astype(np.float32)).requires_grad_())
+    )
 
 
 # the caller's process
@@ -125,12 +127,12 @@ def test_nothing_is_written_without_a_run_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
-    small(x)
+    fit_small(x)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fit_neither_uses_nor_changes_torch_settings(x: np.ndarray) -> None:
-    expected = small(x)
+    expected = fit_small(x)
     threads = torch.get_num_threads()
     torch.manual_seed(77)
     state = torch.random.get_rng_state()
@@ -139,10 +141,10 @@ def test_fit_neither_uses_nor_changes_torch_settings(x: np.ndarray) -> None:
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.no_grad():
-            assert same(small(x), expected)
+            assert equal_weights(fit_small(x), expected)
             assert not torch.is_grad_enabled()
         with torch.inference_mode():
-            assert same(small(x), expected)
+            assert equal_weights(fit_small(x), expected)
         assert torch.get_default_dtype() == torch.float64
         assert torch.get_num_threads() == 2
         assert torch.get_float32_matmul_precision() == "medium"
@@ -165,9 +167,9 @@ def test_concurrent_fits_run_one_after_another(x: np.ndarray, tmp_path: Path, wi
         )
 
     def fitted(i: int) -> None:
-        found[i] = small(x, run_dir=tmp_path / str(i) if i % 2 else None)
+        found[i] = fit_small(x, run_dir=tmp_path / str(i) if i % 2 else None)
 
-    alone, found = small(x), {}
+    alone, found = fit_small(x), {}
     torch.set_default_dtype(torch.float64)
     try:
         before = settings()
@@ -179,7 +181,7 @@ def test_concurrent_fits_run_one_after_another(x: np.ndarray, tmp_path: Path, wi
         assert settings() == before
     finally:
         torch.set_default_dtype(torch.float32)
-    assert [same(found[i], alone) for i in range(6)] == [True] * 6
+    assert [equal_weights(found[i], alone) for i in range(6)] == [True] * 6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -229,13 +231,13 @@ def test_progress_bar_works_without_a_usable_stderr(x: np.ndarray, kind: str, mo
     closed.close()
     streams: dict[str, Any] = {"none": None, "closed": closed, "write only": WriteOnly()}
     monkeypatch.setattr(sys, "stderr", streams.get(kind, Broken()))
-    small(x, progress=True)
+    fit_small(x, progress=True)
 
 
 def test_fitted_flow_is_in_eval_mode_and_pickles(x: np.ndarray) -> None:
-    flow = small(x)
+    flow = fit_small(x)
     assert not flow.training
-    assert same(pickle.loads(pickle.dumps(flow)), flow)
+    assert equal_weights(pickle.loads(pickle.dumps(flow)), flow)
     assert flow.record is not None
     held = flow.record.held_out
     assert len(held["val"]) == len(held["test"]) == 30
@@ -248,11 +250,13 @@ def test_fitted_flow_is_in_eval_mode_and_pickles(x: np.ndarray) -> None:
 def test_resumed_fit_equals_an_uninterrupted_fit(
     x: np.ndarray, run: Run, tmp_path: Path, without_figures: None
 ) -> None:
-    whole = small(Frame(x, ["a", "b", "c"]), run_dir=tmp_path / "whole", overrides={"trainer.lr_decay": "constant"})
-    small(Frame(x, ["a", "b", "c"]), run_dir=tmp_path / "part", steps=10, overrides={"trainer.lr_decay": "constant"})
+    whole = fit_small(Frame(x, ["a", "b", "c"]), run_dir=tmp_path / "whole", overrides={"trainer.lr_decay": "constant"})
+    fit_small(
+        Frame(x, ["a", "b", "c"]), run_dir=tmp_path / "part", steps=10, overrides={"trainer.lr_decay": "constant"}
+    )
     assert run("flowtrain", f"resume={tmp_path}/part", "trainer.steps=20")[0] == 0
-    assert same(tmp_path / "part", whole)
-    assert same(tmp_path / "whole", whole)
+    assert equal_weights(tmp_path / "part", whole)
+    assert equal_weights(tmp_path / "whole", whole)
     there = {str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*") if path.is_file()}
     assert {"flowtrain.log", "metrics.jsonl", "result.json", "checkpoints/best.pt", "checkpoints/last.pt"} < there
     assert {".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/hydra.yaml", "data/train.npz"} < there
@@ -262,21 +266,21 @@ def test_resumed_fit_equals_an_uninterrupted_fit(
 
 
 def test_run_directory_that_contains_a_run_is_refused(x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
-    small(x, run_dir=tmp_path / "r")
+    fit_small(x, run_dir=tmp_path / "r")
     before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
     with pytest.raises(ConfigError):
-        small(x, run_dir=tmp_path / "r")
+        fit_small(x, run_dir=tmp_path / "r")
     assert before == {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
 
 
 def test_refused_fit_creates_and_changes_no_files(x: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        small(x, run_dir=tmp_path / "a/b", overrides={"trainer.lr": -1.0})
+        fit_small(x, run_dir=tmp_path / "a/b", overrides={"trainer.lr": -1.0})
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train.npz").write_text("mine")
     with pytest.raises(ConfigError):
-        small(x, run_dir=tmp_path)
+        fit_small(x, run_dir=tmp_path)
     assert (tmp_path / "data/train.npz").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
@@ -299,7 +303,7 @@ def test_unrelated_files_are_never_overwritten(name: str, x: np.ndarray, tmp_pat
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("mine")
     with pytest.raises(ConfigError, match=name):
-        small(x, run_dir=tmp_path)
+        fit_small(x, run_dir=tmp_path)
     assert mine.read_text() == "mine"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
 
@@ -310,27 +314,27 @@ def test_data_beside_a_foreign_hydra_config_are_not_overwritten(x: np.ndarray, t
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train.npz").write_text("mine")
     with pytest.raises(ConfigError):
-        small(x, run_dir=tmp_path)
+        fit_small(x, run_dir=tmp_path)
     assert (tmp_path / "data/train.npz").read_text() == "mine"
 
 
 def test_data_of_a_killed_command_are_not_overwritten(x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
-    small(x, run_dir=tmp_path)
+    fit_small(x, run_dir=tmp_path)
     forget_training(tmp_path)
     overrides = tmp_path / ".hydra/overrides.yaml"
     overrides.write_text(f"- data=array\n- data.path={tmp_path}/data/train.npz\n")
     before = (tmp_path / "data/train.npz").read_bytes()
     with pytest.raises(ConfigError):
-        small(x + 1, run_dir=tmp_path)
+        fit_small(x + 1, run_dir=tmp_path)
     assert (tmp_path / "data/train.npz").read_bytes() == before
 
 
 def test_fit_reuses_the_directory_of_an_early_killed_fit(x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
-    small(x, run_dir=tmp_path)
+    fit_small(x, run_dir=tmp_path)
     forget_training(tmp_path)
-    again = small(x + 1, run_dir=tmp_path)
-    assert same(again, tmp_path)
-    assert same(again, small(x + 1))
+    again = fit_small(x + 1, run_dir=tmp_path)
+    assert equal_weights(again, tmp_path)
+    assert equal_weights(again, fit_small(x + 1))
 
 
 def forget_training(run_dir: Path) -> None:
@@ -344,7 +348,7 @@ def test_symbolic_links_are_not_written_through(x: np.ndarray, tmp_path: Path) -
     (tmp_path / "r/.hydra").mkdir(parents=True)
     (tmp_path / "r/.hydra/config.yaml").symlink_to(tmp_path / "mine.yaml")
     with pytest.raises(ConfigError):
-        small(x, run_dir=tmp_path / "r")
+        fit_small(x, run_dir=tmp_path / "r")
     assert (tmp_path / "mine.yaml").read_text() == "a: 1\n"
 
 
@@ -355,7 +359,7 @@ def test_invalid_run_directories_are_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError):
-        small(x, run_dir=run_dir)
+        fit_small(x, run_dir=run_dir)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -366,27 +370,27 @@ def test_deleted_working_directory_is_refused_only_for_run_dir(
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     with pytest.raises(ConfigError):
-        small(x, run_dir="r")
-    small(x)
+        fit_small(x, run_dir="r")
+    fit_small(x)
 
 
 # data
 
 
 def test_val_may_be_a_set_or_a_fraction(x: np.ndarray) -> None:
-    flow = small(x, val=0.2, test=0.3)
+    flow = fit_small(x, val=0.2, test=0.3)
     assert flow.record is not None
     assert {name: len(rows) for name, rows in flow.record.held_out.items()} == {"val": 60, "test": 90}
-    flow = small(Frame(x, ["a", "b", "c"]), val=Frame(x[:40, ::-1], ["c", "b", "a"]), test=x[:20])
+    flow = fit_small(Frame(x, ["a", "b", "c"]), val=Frame(x[:40, ::-1], ["c", "b", "a"]), test=x[:20])
     assert flow.record is not None
     assert flow.record.held_out == {}
-    same_order = small(Frame(x, ["a", "b", "c"]), val=x[:40], test=x[:20])
-    assert same(flow, same_order)
+    same_order = fit_small(Frame(x, ["a", "b", "c"]), val=x[:40], test=x[:20])
+    assert equal_weights(flow, same_order)
 
 
 @pytest.mark.parametrize("share", [np.float32(0.25), np.array(0.25), torch.tensor(0.25)])
 def test_val_fraction_may_be_a_numpy_or_torch_scalar(x: np.ndarray, share: Any) -> None:
-    flow = small(x, val=share)
+    flow = fit_small(x, val=share)
     assert flow.record is not None
     assert len(flow.record.held_out["val"]) == 75
 
@@ -397,60 +401,60 @@ def test_val_fraction_may_be_a_numpy_or_torch_scalar(x: np.ndarray, share: Any) 
 def test_bad_validation_sets_are_refused(x: np.ndarray, val: Any) -> None:
     for name in ("val", "test"):
         with pytest.raises(FlowtrainError, match=name):
-            small(x, **{name: val})
+            fit_small(x, **{name: val})
 
 
 def test_validation_images_of_another_shape_are_refused() -> None:
     images = np.random.default_rng(0).integers(0, 16, size=(60, 1, 4, 4))
     with pytest.raises(DataError, match="val"):
-        small(images, levels=16, val=images[:5].reshape(5, 1, 2, 8), overrides={"model.scales": 0})
+        fit_small(images, levels=16, val=images[:5].reshape(5, 1, 2, 8), overrides={"model.scales": 0})
 
 
 def test_label_matches_a_column_name_before_a_position(x: np.ndarray) -> None:
     y = np.arange(300) % 2
-    flow = small(Frame(np.column_stack([y, x]), [3, 0, 1, 2]), label=3)  # type: ignore[list-item]
+    flow = fit_small(Frame(np.column_stack([y, x]), [3, 0, 1, 2]), label=3)  # type: ignore[list-item]
     assert flow.record is not None
     assert (flow.classes, flow.record.samples.label, flow.record.samples.columns) == (2, "3", ("0", "1", "2"))
-    assert small(np.column_stack([x, y]), label=np.int64(3)).classes == 2
+    assert fit_small(np.column_stack([x, y]), label=np.int64(3)).classes == 2
 
 
 @pytest.mark.parametrize("label", [True, False, np.True_, 1.5])
 def test_invalid_label_types_are_refused(x: np.ndarray, label: Any) -> None:
     with pytest.raises(FlowtrainError, match="label"):
-        small(x, label=label)
+        fit_small(x, label=label)
 
 
 def test_labels_for_a_named_dataset_are_refused() -> None:
     with pytest.raises(ConfigError, match="label"):
-        small("moons", label=np.zeros(5))
+        fit_small("moons", label=np.zeros(5))
 
 
 def test_labels_give_a_conditional_flow() -> None:
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], 200)
     x = rng.normal(size=(400, 2)) + 6 * y[:, None]
-    flow = small(x, label=y, steps=200, overrides={"trainer.lr": 0.01})
+    flow = fit_small(x, label=y, steps=200, overrides={"trainer.lr": 0.01})
     assert flow.classes == 2
     ours, other = (flow.log_prob(torch.from_numpy(x).float(), torch.from_numpy(label)) for label in (y, 1 - y))
     assert (ours - other).mean().item() > 1
     frame = Frame(np.column_stack([y, x]), ["kind", "a", "b"])
-    by_name = small(frame, label="kind", steps=20)
+    by_name = fit_small(frame, label="kind", steps=20)
     assert by_name.record is not None
     assert (by_name.classes, by_name.record.samples.columns) == (2, ("a", "b"))
-    assert small(x, label=y, val=(x[:50], y[:50]), steps=20).classes == 2
+    assert fit_small(x, label=y, val=(x[:50], y[:50]), steps=20).classes == 2
     with pytest.raises(ConfigError):
         fit(x, model="affine", label=y, progress=False)
     with pytest.raises(DataError):
-        small(x, label=y[:-1])
+        fit_small(x, label=y[:-1])
     with pytest.raises(DataError):
-        small(x, label=y, val=x)
+        fit_small(x, label=y, val=x)
 
 
 def test_byte_images_with_labels_are_fitted() -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 16, size=(120, 1, 4, 4)).astype(np.uint8)
     y = rng.integers(0, 3, size=120)
-    flow = small(images, levels=16, label=y, overrides={"model.scales": 1, "model.layers": 1})
+    flow = fit_small(images, levels=16, label=y, overrides={"model.scales": 1, "model.layers": 1})
     assert (flow.event_shape, flow.levels, flow.classes) == ((1, 4, 4), 16, 3)
     assert flow.quantized(flow.sample(4)).dtype == torch.uint8
     assert flow.log_prob(torch.from_numpy(images), torch.from_numpy(y)).isfinite().all()
@@ -479,14 +483,14 @@ def test_byte_images_with_labels_are_fitted() -> None:
 )
 def test_bad_rows_are_refused_by_name(bad: Any, named: str) -> None:
     with pytest.raises(FlowtrainError) as e:
-        small(bad)
+        fit_small(bad)
     assert named in str(e.value)
 
 
 def test_tensors_with_the_negative_bit_are_accepted(x: np.ndarray) -> None:
     flipped = torch.complex(torch.zeros(300, 3).double(), torch.from_numpy(x)).conj().imag
     assert flipped.is_neg()
-    assert same(small(flipped), small(-x))
+    assert equal_weights(fit_small(flipped), fit_small(-x))
 
 
 def test_date_columns_are_refused(x: np.ndarray) -> None:
@@ -494,7 +498,7 @@ def test_date_columns_are_refused(x: np.ndarray) -> None:
         dtypes = ("Float64", "Datetime(time_unit='us')", "Float64")
 
     with pytest.raises(DataError, match="'when'"):
-        small(Dated(x, ["a", "when", "b"]))
+        fit_small(Dated(x, ["a", "when", "b"]))
 
 
 def test_error_messages_do_not_print_whole_objects(x: np.ndarray) -> None:
@@ -526,7 +530,7 @@ def test_overrides_are_applied_and_validated(x: np.ndarray) -> None:
 
 def test_failed_fit_message_suggests_a_setting(x: np.ndarray) -> None:
     with pytest.raises(NonFiniteError) as e:
-        small(x, overrides={"trainer.lr": 1e30, "trainer.clip_norm": None, "trainer.val_early": False})
+        fit_small(x, overrides={"trainer.lr": 1e30, "trainer.clip_norm": None, "trainer.val_early": False})
     assert "resume" not in str(e.value)
     assert "trainer.lr" in str(e.value)
 
@@ -542,12 +546,12 @@ def test_rewind_works_without_a_run_directory(x: np.ndarray, monkeypatch: pytest
         return step(self)
 
     monkeypatch.setattr(Trainer, "train_step", fails_once)
-    flow = small(x, overrides={"trainer.on_nonfinite": "rewind"})
+    flow = fit_small(x, overrides={"trainer.on_nonfinite": "rewind"})
     assert failed
     assert all(bool(value.isfinite().all()) for value in flow.state_dict().values())
 
 
-def interrupted_at(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     step = Trainer.train_step
 
     def signalled(self: Trainer) -> Any:
@@ -562,28 +566,28 @@ def test_interrupted_fit_returns_the_best_flow_so_far(
     x: np.ndarray, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, without_figures: None
 ) -> None:
     with monkeypatch.context() as patched:
-        interrupted_at(patched, 15)
-        flow = small(x, run_dir=tmp_path / "r")
+        interrupt_at(patched, 15)
+        flow = fit_small(x, run_dir=tmp_path / "r")
         assert flow.record is not None
         assert flow.record.stopped_by == "SIGINT"
-        assert same(small(x), flow)
+        assert equal_weights(fit_small(x), flow)
     assert run("flowtrain", f"resume={tmp_path}/r")[0] == 0
-    assert same(tmp_path / "r", small(x))
-    interrupted_at(monkeypatch, 0)
+    assert equal_weights(tmp_path / "r", fit_small(x))
+    interrupt_at(monkeypatch, 0)
     with pytest.raises(KeyboardInterrupt):
-        small("moons")
+        fit_small("moons")
 
 
 # flows built by hand
 
 
-def by_hand() -> Flow:
+def hand_built_flow() -> Flow:
     return Flow((3,), Chain([*realnvp((3,), layers=2, hidden=[8]).bijection.bijections, Standardize((3,))]))
 
 
 def test_train_updates_the_flow_in_place(x: np.ndarray) -> None:
     torch.manual_seed(0)
-    flow = by_hand()
+    flow = hand_built_flow()
     record = train(flow, x, steps=30, progress=False, overrides={"trainer.val_every": 10})
     assert flow.record is record
     assert not flow.training
@@ -608,7 +612,7 @@ def test_untrainable_flows_are_refused(x: np.ndarray) -> None:
 
 
 def test_failed_training_leaves_the_weights_unchanged(x: np.ndarray) -> None:
-    flow = by_hand()
+    flow = hand_built_flow()
     before = weights(flow)
     with pytest.raises(NonFiniteError):
         train(flow, x, steps=30, progress=False, overrides={"trainer.lr": 1e30, "trainer.clip_norm": None})
@@ -617,15 +621,15 @@ def test_failed_training_leaves_the_weights_unchanged(x: np.ndarray) -> None:
 
 def test_train_refuses_data_that_do_not_match_the_flow(x: np.ndarray) -> None:
     with pytest.raises(DataError):
-        train(by_hand(), x[:, :2], progress=False)
+        train(hand_built_flow(), x[:, :2], progress=False)
     with pytest.raises(DataError):
-        train(by_hand(), x, label=np.zeros(300, int), progress=False)
+        train(hand_built_flow(), x, label=np.zeros(300, int), progress=False)
     with pytest.raises(DataError):
         train(realnvp((3,), conditional=True, classes=2), x, progress=False)
     with pytest.raises(DataError):
         train(realnvp((3,), conditional=True, classes=2), x, label=np.arange(300) % 3, progress=False)
     with pytest.raises(ConfigError):
-        train(by_hand(), x, progress=False, overrides={"model.hidden": [3]})
+        train(hand_built_flow(), x, progress=False, overrides={"model.hidden": [3]})
 
 
 def test_train_reaches_the_closed_form(x: np.ndarray) -> None:
@@ -657,7 +661,7 @@ def test_rectified_training_without_from_uses_the_flow_as_teacher(tmp_path: Path
 
 
 def test_float64_flows_and_image_glow_are_trained(x: np.ndarray) -> None:
-    flow = by_hand().double()
+    flow = hand_built_flow().double()
     train(flow, x, steps=5, progress=False)
     assert flow.like.dtype == torch.float64
     images = np.random.default_rng(0).normal(size=(60, 1, 4, 4))
@@ -671,29 +675,29 @@ def test_hand_built_flow_in_a_run_directory_resumes(
 ) -> None:
     constant = {"trainer.lr_decay": "constant", "trainer.val_every": 10}
     torch.manual_seed(0)
-    flow = by_hand()
+    flow = hand_built_flow()
     whole, part = copy.deepcopy(flow), copy.deepcopy(flow)
     frame = Frame(x, ["a", "b", "c"])
     train(whole, frame, steps=20, progress=False, run_dir=tmp_path / "whole", overrides=constant)
     train(part, frame, steps=10, progress=False, run_dir=tmp_path / "part", overrides=constant)
     assert run("flowtrain", f"resume={tmp_path}/part", "trainer.steps=20")[0] == 0
-    assert same(tmp_path / "part", whole)
+    assert equal_weights(tmp_path / "part", whole)
     in_memory = copy.deepcopy(flow)
     train(in_memory, frame, steps=20, progress=False, overrides=constant)
-    assert same(in_memory, whole)
+    assert equal_weights(in_memory, whole)
     loaded = flowtrain.load(tmp_path / "part")
     assert loaded.record is not None
     assert loaded.record.samples.columns == ("a", "b", "c")
     assert run("floweval", f"ckpt={tmp_path}/part")[0] == 0
     for saved in (whole, loaded, in_memory):
         saved.save(tmp_path / "flow.pt")
-        assert same(tmp_path / "flow.pt", whole)
+        assert equal_weights(tmp_path / "flow.pt", whole)
 
 
 def test_floweval_evaluates_a_saved_fit(x: np.ndarray, run: Run, tmp_path: Path, without_figures: None) -> None:
-    flow = small(Frame(x, ["a", "b", "c"]))
+    flow = fit_small(Frame(x, ["a", "b", "c"]))
     flow.save(tmp_path / "flow.pt")
-    assert same(tmp_path / "flow.pt", flow)
+    assert equal_weights(tmp_path / "flow.pt", flow)
     (tmp_path / "new.csv").write_text("c,a,b\n" + "\n".join(",".join(map(str, row[[2, 0, 1]])) for row in x))
     scores = tmp_path / "scores.npy"
     code, _, err = run("floweval", f"ckpt={tmp_path}/flow.pt", f"data.path={tmp_path}/new.csv", f"scores={scores}")

@@ -144,7 +144,7 @@ def perturbed(flow: Flow) -> Flow:
     return flow.eval()
 
 
-def built(name: str) -> Flow:
+def example_flow(name: str) -> Flow:
     return perturbed(BUILDERS[name]())
 
 
@@ -190,7 +190,7 @@ def test_test_cases_cover_every_public_part() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_saved_flow_is_bitwise_equal(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    flow = built(name).to(dtype)
+    flow = example_flow(name).to(dtype)
     again = saved_and_loaded(flow, tmp_path)
     kinds = [[(n, type(m)) for n, m in f.named_modules()] for f in (flow, again)]
     assert kinds[0] == kinds[1]
@@ -210,12 +210,12 @@ def test_saved_flow_is_bitwise_equal(name: str, dtype: torch.dtype, tmp_path: Pa
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f)), copy.copy])
 @pytest.mark.parametrize("name", ["couplings", "MLPField", "Preconditioned", "GaussianMixture", "Squeeze"])
 def test_copies_can_be_saved(name: str, copied: Callable[[Flow], Flow], tmp_path: Path) -> None:
-    flow = built(name)
+    flow = example_flow(name)
     assert_same(flow, saved_and_loaded(copied(flow), tmp_path))
 
 
 def test_modified_copy_is_saved_with_its_changes(tmp_path: Path) -> None:
-    flow = built("MLPField")
+    flow = example_flow("MLPField")
     other = copy.deepcopy(flow)
     other.bijection.bijections.append(ActNorm(3))
     torch.nn.init.normal_(other.bijection.bijections[1].shift)
@@ -225,7 +225,7 @@ def test_modified_copy_is_saved_with_its_changes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["MLPField", "Preconditioned", "image ffjord", "two fields, two solvers"])
 def test_current_solver_is_saved(name: str, tmp_path: Path) -> None:
-    flow, solver = built(name), ode_solver("tsit5", rtol=1e-2, control="all", max_nfe=900)
+    flow, solver = example_flow(name), ode_solver("tsit5", rtol=1e-2, control="all", max_nfe=900)
     view = flow.with_solver(solver)
     again = saved_and_loaded(view, tmp_path)
     assert {block.solver.settings["rtol"] for block in again.ode_blocks} == {1e-2}
@@ -250,7 +250,7 @@ def test_each_ode_block_keeps_its_solver(tmp_path: Path) -> None:
 
 
 def test_replaced_parts_are_saved(tmp_path: Path) -> None:
-    flow = built("HalfCoupling")
+    flow = example_flow("HalfCoupling")
     flow.bijection.bijections[0].conditioner = net(2, 2)
     flow.base = bases.StudentT(3)
     assert_same(flow, saved_and_loaded(flow.eval(), tmp_path))
@@ -445,7 +445,7 @@ def test_changed_run_flow_is_saved_as_a_description(change: str, run_file: Path,
 
 
 def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, first, second = tmp_path / "flow.pt", built("ActNorm"), built("Affine")
+    path, first, second = tmp_path / "flow.pt", example_flow("ActNorm"), example_flow("Affine")
     first.save(path)
     second.save(str(path))
     assert_same(second, flowtrain.load(path))
@@ -462,7 +462,7 @@ def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_invalid_save_paths_are_refused(tmp_path: Path) -> None:
-    flow = built("ActNorm")
+    flow = example_flow("ActNorm")
     (tmp_path / "a.pt").mkdir()
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "a.pt", tmp_path / "flow", tmp_path / "flow.onnx"):
@@ -481,13 +481,13 @@ def test_invalid_save_paths_are_refused(tmp_path: Path) -> None:
 def test_tilde_in_a_save_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
-    flow = built("ActNorm")
+    flow = example_flow("ActNorm")
     flow.save("~/flow.pt")
     assert_same(flow, flowtrain.load("~/flow.pt"))
 
 
 def test_saving_and_loading_leave_the_random_state_unchanged(tmp_path: Path) -> None:
-    flow = built("realnvp")
+    flow = example_flow("realnvp")
     before = torch.get_rng_state()
     saved_and_loaded(flow, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)

@@ -36,12 +36,12 @@ def clusters() -> np.ndarray:
     return rng.normal(size=(240, 3)) * 0.3 + np.where(rng.random((240, 1)) < 0.5, -2.0, 2.0)
 
 
-def searched(x: Any, candidates: list[str] | None = None, **named: Any) -> Any:
+def fit_search(x: Any, candidates: list[str] | None = None, **named: Any) -> Any:
     keys = {**STEPS, **({} if candidates is None else {"model.candidates": candidates}), **named.pop("overrides", {})}
     return fit(x, progress=False, overrides=keys, **named)
 
 
-def state_of(run_dir: Path) -> dict[str, Any]:
+def search_state(run_dir: Path) -> dict[str, Any]:
     state = json.loads((run_dir / "search/search.json").read_text())
     for candidate in state["candidates"]:
         del candidate["seconds"]
@@ -49,8 +49,8 @@ def state_of(run_dir: Path) -> dict[str, Any]:
 
 
 def test_stack_has_the_lowest_validation_nll(clusters: np.ndarray, tmp_path: Path) -> None:
-    flow = searched(clusters, ["affine", "mixture", *FLOWS], run_dir=tmp_path / "r", seed=3)
-    state = state_of(tmp_path / "r")
+    flow = fit_search(clusters, ["affine", "mixture", *FLOWS], run_dir=tmp_path / "r", seed=3)
+    state = search_state(tmp_path / "r")
     nll = {c["name"]: c["nll"] for c in state["candidates"]}
     weight = {c["name"]: c["weight"] for c in state["candidates"]}
     assert {"affine", "mixture", *FLOWS} <= nll.keys()
@@ -111,7 +111,7 @@ def test_continued_search_gives_the_same_flow(
     code, _, err = run("flowtrain", *keys, f"hydra.run.dir={tmp_path}/whole")
     assert code == 0, err
     assert sorted(trained) == sorted(once)
-    assert state_of(tmp_path / "stopped") == state_of(tmp_path / "whole")
+    assert search_state(tmp_path / "stopped") == search_state(tmp_path / "whole")
     one, other = (checkpoint.load(tmp_path / name / "checkpoints/best.pt")["weights"] for name in ("stopped", "whole"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -132,11 +132,11 @@ def test_failed_candidate_is_excluded(
         fit_to_the_end(self, name)
 
     monkeypatch.setattr(Trainer, "fit", failing)
-    flow = searched(clusters, ["affine", "nsf"])
+    flow = fit_search(clusters, ["affine", "nsf"])
     assert torch.isfinite(flow.log_prob(torch.zeros(1, 3)))
     assert any(record.levelname == "WARNING" and "nsf" in record.getMessage() for record in caplog.records)
     with pytest.raises(SolverError):
-        searched(clusters, ["nsf"])
+        fit_search(clusters, ["nsf"])
 
 
 def test_time_limit_still_fits_the_first_candidates(clusters: np.ndarray) -> None:
@@ -151,7 +151,7 @@ def test_search_without_run_directory_writes_nothing(
     clusters: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flow = searched(clusters, ["affine", "mixture"])
+    flow = fit_search(clusters, ["affine", "mixture"])
     assert not [*tmp_path.iterdir()]
     flow.save("flow.pt")
     x = torch.randn(5, 3)
@@ -160,20 +160,20 @@ def test_search_without_run_directory_writes_nothing(
 
 def test_search_with_labels_uses_only_conditional_models(clusters: np.ndarray, tmp_path: Path) -> None:
     label = (clusters[:, 0] > 0).astype(int)
-    flow = searched(clusters, label=label, run_dir=tmp_path / "r", overrides={"trainer.steps": 3})
+    flow = fit_search(clusters, label=label, run_dir=tmp_path / "r", overrides={"trainer.steps": 3})
     assert flow.classes == 2
-    names = {c["model"] for c in state_of(tmp_path / "r")["candidates"]}
+    names = {c["model"] for c in search_state(tmp_path / "r")["candidates"]}
     assert names
     assert not names & {"affine", "mixture"}
     with pytest.raises(ConfigError):
-        searched(clusters, ["mixture"], label=label)
+        fit_search(clusters, ["mixture"], label=label)
     with pytest.raises(DataError):
-        searched(clusters, overrides={"model.conditional": True})
+        fit_search(clusters, overrides={"model.conditional": True})
 
 
 def test_user_overrides_apply_to_every_candidate(clusters: np.ndarray, tmp_path: Path) -> None:
     keys = {"trainer.clip_norm": 0.123, "solver": "tsit5", "solver.rtol": 1e-3}
-    searched(clusters, ["realnvp", "ffjord"], run_dir=tmp_path / "r", overrides={**keys, "trainer.steps": 2})
+    fit_search(clusters, ["realnvp", "ffjord"], run_dir=tmp_path / "r", overrides={**keys, "trainer.steps": 2})
     for name in ("realnvp", "ffjord"):
         config = checkpoint.load(tmp_path / f"r/search/{name}/checkpoints/last.pt")["config"]
         assert config["trainer"]["clip_norm"] == 0.123
@@ -212,15 +212,15 @@ def test_foreign_search_directory_is_refused(clusters: np.ndarray, tmp_path: Pat
     (tmp_path / "search/mine.txt").write_text("mine")
     for text in ("{}", '{"candidates": [], "stacks": {}}'):
         with pytest.raises(ConfigError):
-            searched(clusters, ["affine"], run_dir=tmp_path)
+            fit_search(clusters, ["affine"], run_dir=tmp_path)
         (tmp_path / "search/search.json").write_text(text)
     with pytest.raises(ConfigError):
-        searched(clusters, ["affine"], run_dir=tmp_path)
+        fit_search(clusters, ["affine"], run_dir=tmp_path)
     assert (tmp_path / "search/mine.txt").read_text() == "mine"
     # leftovers of a search that was killed before its first checkpoint do not block a new one
     (tmp_path / "r/search/nsf/checkpoints").mkdir(parents=True)
     (tmp_path / "r/search/search.json").write_text('{"candidates": [], "stacks": {}}')
-    searched(clusters, ["affine"], run_dir=tmp_path / "r")
+    fit_search(clusters, ["affine"], run_dir=tmp_path / "r")
     assert not (tmp_path / "r/search/nsf").exists()
 
 
@@ -301,12 +301,12 @@ def test_search_stopped_in_its_first_candidate_resumes(
     assert code == 0, err
     code, _, err = run(*command, f"hydra.run.dir={tmp_path}/whole")
     assert code == 0, err
-    assert state_of(tmp_path / "r") == state_of(tmp_path / "whole")
+    assert search_state(tmp_path / "r") == search_state(tmp_path / "whole")
 
 
 def test_interrupted_fit_returns_the_best_flow_so_far(clusters: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, "nsf", 7, signal.SIGINT)
-    flow = searched(clusters, ["nsf"])
+    flow = fit_search(clusters, ["nsf"])
     assert torch.isfinite(flow.log_prob(torch.zeros(1, 3)))
     assert flow.record.stopped_by == "SIGINT"
 
@@ -325,12 +325,12 @@ def test_resume_with_more_time_skips_damaged_candidates(clusters: np.ndarray, tm
     keys = {"trainer__steps": "auto", "trainer__time_limit": 0.3}
     code, _, err = run(*command_line(clusters, tmp_path, "[affine,nsf,maf]", **keys), f"hydra.run.dir={tmp_path}/r")
     assert code == 0, err
-    first = state_of(tmp_path / "r")
+    first = search_state(tmp_path / "r")
     for path in (tmp_path / "r/search").glob("maf/checkpoints/*.pt"):
         path.write_bytes(path.read_bytes()[:100])
     code, _, err = run("flowtrain", f"resume={tmp_path}/r", "trainer.time_limit=4")
     assert code == 0, err
-    steps = [{c["name"]: c["steps"] for c in state["candidates"]} for state in (first, state_of(tmp_path / "r"))]
+    steps = [{c["name"]: c["steps"] for c in state["candidates"]} for state in (first, search_state(tmp_path / "r"))]
     assert steps[1]["nsf"] > steps[0].get("nsf", 0)
     # the ensemble is computed again from all candidates
     last = json.loads((tmp_path / "r/metrics.jsonl").read_text().splitlines()[-1])
