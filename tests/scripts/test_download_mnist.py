@@ -88,7 +88,7 @@ class Mirror:
 Serve = Callable[..., Mirror]
 
 
-def dead() -> str:
+def unreachable_url() -> str:
     """Returns the URL of a port without a listener."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -134,7 +134,7 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "mnist" / "f.gz"
 
 
-def part_of(target: Path, content: bytes) -> Path:
+def write_part(target: Path, content: bytes) -> Path:
     """Writes the partial download of an earlier run."""
     part = target.with_name("f.gz.part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def test_existing_valid_file_is_not_downloaded(target: Path) -> None:
     target.parent.mkdir()
     target.write_bytes(CONTENT)
     before = target.stat()
-    assert obtain(target, dead()) == "already downloaded"
+    assert obtain(target, unreachable_url()) == "already downloaded"
     assert (target.stat().st_ino, target.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
@@ -200,7 +200,7 @@ def test_mirror_without_progress_is_abandoned(serve: Serve, target: Path) -> Non
 
 
 def test_server_without_range_support_restarts_the_download(serve: Serve, target: Path) -> None:
-    part_of(target, CONTENT[:HALF])
+    write_part(target, CONTENT[:HALF])
     mirror = serve(ranges=False)
     obtain(target, mirror)
     assert is_whole(target)
@@ -208,8 +208,8 @@ def test_server_without_range_support_restarts_the_download(serve: Serve, target
 
 
 def test_complete_partial_file_needs_no_request(target: Path) -> None:
-    part_of(target, CONTENT)
-    assert obtain(target, dead()) == "completed from its .part file"
+    write_part(target, CONTENT)
+    assert obtain(target, unreachable_url()) == "completed from its .part file"
     assert is_whole(target)
 
 
@@ -224,7 +224,7 @@ def test_complete_partial_file_needs_no_request(target: Path) -> None:
     ids=["too long", "wrong content", "wrong prefix", "empty"],
 )
 def test_invalid_partial_file_is_discarded(serve: Serve, target: Path, part: bytes, asked: list[str | None]) -> None:
-    part_of(target, part)
+    write_part(target, part)
     mirror = serve()
     obtain(target, mirror)
     assert is_whole(target)
@@ -253,14 +253,14 @@ def test_mirror_with_a_wrong_file_is_skipped(serve: Serve, target: Path, case: s
 
 
 def test_wrong_content_range_is_not_appended(serve: Serve, target: Path) -> None:
-    part = part_of(target, CONTENT[:HALF])
+    part = write_part(target, CONTENT[:HALF])
     with pytest.raises(OSError, match=f"from {HALF} on were requested, but it sends bytes {HALF + 5}-"):
         obtain(target, serve(shift=5))
     assert part.read_bytes() == CONTENT[:HALF]
 
 
 def test_error_page_does_not_replace_the_partial_file(serve: Serve, target: Path) -> None:
-    part = part_of(target, CONTENT[:HALF])
+    part = write_part(target, CONTENT[:HALF])
     with pytest.raises(OSError, match="HTTP 503"):
         obtain(target, serve(code=503))
     with pytest.raises(OSError, match="has 6 bytes"):
@@ -310,7 +310,7 @@ def test_unreachable_mirrors_give_one_message_and_keep_files(
     kept = {"a.gz": b"damaged", "a.gz.part": CONTENT[:HALF], "b.gz": b"damaged too"}
     for name, content in kept.items():
         (tmp_path / "mnist" / name).write_bytes(content)
-    mirrors = [dead(), serve(code=404).url, "nonsense"]
+    mirrors = [unreachable_url(), serve(code=404).url, "nonsense"]
     asked = [word for mirror in mirrors for word in ("--mirror", mirror)]
     assert download.main([*asked, "mnist", "--root", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
@@ -326,7 +326,7 @@ def test_default_mirrors_are_tried_in_order(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = serve()
-    monkeypatch.setattr(download, "MIRRORS", {"mnist": (dead(), good.url), "fashion_mnist": ()})
+    monkeypatch.setattr(download, "MIRRORS", {"mnist": (unreachable_url(), good.url), "fashion_mnist": ()})
     monkeypatch.setenv("FLOWTRAIN_DATA", str(tmp_path))
     assert download.main([]) == 0
     assert (tmp_path / "mnist" / "b.gz").read_bytes() == CONTENT
@@ -335,7 +335,7 @@ def test_default_mirrors_are_tried_in_order(
 
 def test_unwritable_root_gives_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert download.main(["--root", str(tmp_path / "file"), "--mirror", dead()]) == 1
+    assert download.main(["--root", str(tmp_path / "file"), "--mirror", unreachable_url()]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -357,5 +357,5 @@ def test_checksums_match_the_published_files(capsys: pytest.CaptureFixture[str])
     published = {name: digest for digest, name in (line.split() for line in SUMS.read_text().splitlines())}
     stated = {f"{name}/{file}": s.sha256 for name, files in download.FILES.items() for file, s in files.items()}
     assert stated == {name: digest for name, digest in published.items() if name.endswith("ubyte.gz")}
-    assert download.main([*download.FILES, "--root", str(SUMS.parent), "--mirror", dead()]) == 0
+    assert download.main([*download.FILES, "--root", str(SUMS.parent), "--mirror", unreachable_url()]) == 0
     assert capsys.readouterr().out.count("is there already") == 8

@@ -81,7 +81,7 @@ def test_run_comparison_detects_any_difference(tmp_path: Path, trainer: MakeTrai
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer) -> tuple[Path, Original]:
+def original_checkpoint(tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer) -> tuple[Path, Original]:
     """Trains a run and returns a checkpoint without a previous one beside it, and its content."""
     torch.set_default_dtype(torch.float32)
     folder = tmp_path_factory.mktemp("run")
@@ -93,16 +93,18 @@ def known(tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer) -> tup
 
 @settings(max_examples=100, **BUDGET)
 @given(rng=RANDOM)
-def test_damaged_checkpoints_are_refused_or_harmless(known: tuple[Path, Original], rng: random.Random) -> None:
-    path, whole = known
+def test_damaged_checkpoints_are_refused_or_harmless(
+    original_checkpoint: tuple[Path, Original], rng: random.Random
+) -> None:
+    path, whole = original_checkpoint
     kind, content = damaged(rng, whole.content)
     path.write_bytes(content)
     verdict = load_verdict(path, whole)
     assert not verdict.wrong, (kind, verdict)
 
 
-def test_wrongly_loaded_checkpoint_is_detected(known: tuple[Path, Original]) -> None:
-    path, whole = known
+def test_wrongly_loaded_checkpoint_is_detected(original_checkpoint: tuple[Path, Original]) -> None:
+    path, whole = original_checkpoint
     path.write_bytes(whole.content)
     assert load_verdict(path, whole) == ("unharmed", False)
     name = next(iter(whole.state))
@@ -161,12 +163,12 @@ def test_wrong_exit_code_or_output_is_detected(tmp_path: Path) -> None:
 def test_odd_and_damaged_files_are_read_or_refused(tmp_path: Path, rng: random.Random) -> None:
     name, content = random_file(rng)
     (tmp_path / name).write_bytes(content)
-    verdict = reading(tmp_path / name)
+    verdict = read_verdict(tmp_path / name)
     assert not verdict.wrong, (name, verdict.words)
     (tmp_path / name).unlink()
 
 
-def reading(path: Path) -> Verdict:
+def read_verdict(path: Path) -> Verdict:
     try:
         data = ArrayData(str(path))
     except FlowtrainError as e:
