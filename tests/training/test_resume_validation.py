@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(run: Run, runs: Path) -> Callable[[str], Path]:
     """Returns a function that trains four steps of a model once and restores last.pt in its run directory."""
 
-    def of(model: str) -> Path:
+    def train(model: str) -> Path:
         folder = runs / model
         if not folder.exists():
             assert run("flowtrain", *MODELS[model], *KEYS, f"hydra.run.dir={folder}")[0] == 0
@@ -43,7 +43,7 @@ def trained(run: Run, runs: Path) -> Callable[[str], Path]:
         (folder / "checkpoints/last.pt").write_bytes((folder / "kept.pt").read_bytes())
         return folder
 
-    return of
+    return train
 
 
 def changed(path: Path, change: Change) -> None:
@@ -62,12 +62,12 @@ def put(keys: str, value: Any) -> Change:
     return change
 
 
-def gone(key: str) -> Change:
+def remove(key: str) -> Change:
     return lambda content: content.pop(key)
 
 
 STATES: dict[str, Change] = {
-    **{f"missing {key}": gone(key) for key in ("lr", "seconds", "stale", "best", "val_nll")},
+    **{f"missing {key}": remove(key) for key in ("lr", "seconds", "stale", "best", "val_nll")},
     **{
         f"string as {key}": put(key, "x")
         for key in ("optimizer", "lr", "seconds", "best", "trouble", "ema", "histories")
@@ -132,7 +132,9 @@ def refuse(run: Run, folder: Path, change: Change) -> None:
     assert (folder / "metrics.jsonl").read_bytes() == rows
 
 
-def first(kind: Callable[[torch.Tensor], bool], make: Callable[[torch.Tensor], Any], part: str = "weights") -> Change:
+def change_first(
+    kind: Callable[[torch.Tensor], bool], make: Callable[[torch.Tensor], Any], part: str = "weights"
+) -> Change:
     """Changes the first tensor for which `kind` is true."""
 
     def change(content: dict[str, Any]) -> None:
@@ -142,11 +144,15 @@ def first(kind: Callable[[torch.Tensor], bool], make: Callable[[torch.Tensor], A
     return change
 
 
-WHOLE = {
-    "index out of range": first(lambda v: v.dtype == torch.int64 and v.numel() > 0, lambda v: torch.full_like(v, 9999)),
-    "negative index": first(lambda v: v.dtype == torch.int64 and v.numel() > 0, lambda v: torch.full_like(v, -7)),
-    "integer weights": first(torch.is_floating_point, lambda v: v.long()),
-    "complex weights": first(torch.is_floating_point, lambda v: v + 0j),
+INVALID_WEIGHTS = {
+    "index out of range": change_first(
+        lambda v: v.dtype == torch.int64 and v.numel() > 0, lambda v: torch.full_like(v, 9999)
+    ),
+    "negative index": change_first(
+        lambda v: v.dtype == torch.int64 and v.numel() > 0, lambda v: torch.full_like(v, -7)
+    ),
+    "integer weights": change_first(torch.is_floating_point, lambda v: v.long()),
+    "complex weights": change_first(torch.is_floating_point, lambda v: v + 0j),
     "string as ema": put("ema", "x"),
     "list as ema": put("ema", [1]),
     "unknown ema key": put("ema.elsewhere", torch.zeros(3)),
@@ -157,12 +163,12 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", INVALID_WEIGHTS)
 def test_every_command_refuses_invalid_weights(
     name: str, run: Run, trained: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = trained("realnvp")
-    changed(folder / "checkpoints/last.pt", WHOLE[name])
+    changed(folder / "checkpoints/last.pt", INVALID_WEIGHTS[name])
     for command, key in (("floweval", "ckpt"), ("flowsample", "ckpt"), ("flowtrain", "from"), ("flowtrain", "resume")):
         code, out, err = run(command, f"{key}={folder}")
         assert (code, out) == (2, ""), (command, err)

@@ -96,14 +96,14 @@ def test_exploited_solver_criterion(gap: Tensor, d: int, expected: bool) -> None
     assert exploited(tight + gap, tight, d) is expected
 
 
-class Fake(nn.Module):
-    """A flow with log p = lie(solver), which records a random draw per call in place of trace probes."""
+class FakeFlow(nn.Module):
+    """A flow with log p = log_p_error(solver), which records a random draw per call in place of trace probes."""
 
     event_shape = (2,)
 
-    def __init__(self, solver: Solver, lie: Callable[[Solver], float]) -> None:
+    def __init__(self, solver: Solver, log_p_error: Callable[[Solver], float]) -> None:
         super().__init__()
-        self.solver, self.lie = solver, lie
+        self.solver, self.log_p_error = solver, log_p_error
         self.probes: list[Tensor] = []
 
     def use_solver(self, solver: Solver) -> None:
@@ -113,11 +113,13 @@ class Fake(nn.Module):
         self.probes.append(torch.rand(3))
         zero = torch.zeros_like(x)
         self.solver.solve(Problem(lambda t, y: torch.zeros_like(y), None, zero, 0.0, 1.0), options)
-        return DensityPass(torch.full((len(x),), self.lie(self.solver.replace(**options.settings))), x)
+        return DensityPass(torch.full((len(x),), self.log_p_error(self.solver.replace(**options.settings))), x)
 
 
-def guarded(solver: Solver, lie: Callable[[Solver], float], every: int | None = 10) -> tuple[SolverGuard, Fake]:
-    flow = Fake(solver, lie)
+def guarded(
+    solver: Solver, log_p_error: Callable[[Solver], float], every: int | None = 10
+) -> tuple[SolverGuard, FakeFlow]:
+    flow = FakeFlow(solver, log_p_error)
     return SolverGuard(flow, every), flow  # type: ignore[arg-type]
 
 
@@ -171,7 +173,7 @@ def test_steps_are_halved_until_max_nfe(lines: list[str]) -> None:
 @pytest.mark.parametrize("kind", ["raises", "nan"])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_failing_tight_solve_tightens_the_tolerance(kind: str, method: str, lines: list[str]) -> None:
-    def lie(s: Solver) -> float:
+    def log_p_error(s: Solver) -> float:
         if (s.adaptive and s.control == "state") or s.step_size in (0.5, 0.25, 0.125):
             return 0.0
         if kind == "nan":
@@ -180,7 +182,7 @@ def test_failing_tight_solve_tightens_the_tolerance(kind: str, method: str, line
 
     settings: dict[str, Any] = {"rtol": 1e-3, "train_rtol": 1e-2} if method == "dopri5" else {"step_size": 0.5}
     solver = ode_solver(method, max_nfe=20, **settings)
-    watch, _ = guarded(solver, lie)
+    watch, _ = guarded(solver, log_p_error)
     assert watch.check(10, X, 0)
     assert len(lines) == 1
     assert ("broken" if kind == "raises" else "NaN") in lines[0]
@@ -191,10 +193,10 @@ def test_failing_tight_solve_tightens_the_tolerance(kind: str, method: str, line
 
 
 def test_failing_coarse_solve_does_not_tighten_the_tolerance(lines: list[str]) -> None:
-    def lie(s: Solver) -> float:
+    def log_p_error(s: Solver) -> float:
         raise SolverError("broken")
 
-    watch, flow = guarded(ode_solver("rk4", step_size=0.5), lie)
+    watch, flow = guarded(ode_solver("rk4", step_size=0.5), log_p_error)
     assert not watch.check(10, X, 0)
     assert len(flow.probes) == 1
     assert not lines

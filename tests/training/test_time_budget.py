@@ -57,7 +57,7 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def trained(rows: ReadRows, run_dir: Path, key: str) -> list[Any]:
+def train_values(rows: ReadRows, run_dir: Path, key: str) -> list[Any]:
     return [row[key] for row in rows(run_dir) if row["split"] == "train"]
 
 
@@ -95,7 +95,7 @@ def test_schedules_end_within_the_time_limit(
     fake_clock.per_step(run, 1.0)
     run.fit()
     assert (run.step, run.stopped_by) == (40, "time limit")
-    lr = trained(rows, tmp_path / "cut", "lr")
+    lr = train_values(rows, tmp_path / "cut", "lr")
     assert lr == sorted(lr, reverse=True)
     assert lr[3] > 0.0099
     assert 0.004 < lr[22] < 0.006
@@ -114,7 +114,7 @@ def test_tolerance_warmup_ends_within_the_time_limit(
     run = trainer(tmp_path, *keys)
     fake_clock.per_step(run, 1.0)
     run.fit()
-    rtol = trained(rows, tmp_path, "rtol")
+    rtol = train_values(rows, tmp_path, "rtol")
     assert rtol == sorted(rtol, reverse=True)
     assert rtol[0] == pytest.approx(1e-3, rel=0.02)
     assert rtol[-2:] == pytest.approx([1e-5, 1e-5])
@@ -153,7 +153,7 @@ def test_resume_continues_from_the_schedule_position(
     second = trainer(tmp_path, *keys, saved=saved)
     fake_clock.per_step(second, 1.0)
     second.fit()
-    lr = trained(rows, tmp_path, "lr")
+    lr = train_values(rows, tmp_path, "lr")
     assert (second.step, len(lr)) == (62, 62)
     assert lr == sorted(lr, reverse=True)
     assert lr[22] == pytest.approx(lr[21], rel=0.1)
@@ -176,10 +176,10 @@ def test_hybrid_spends_half_of_the_time_on_likelihood(
     fake_clock.per_step(run, 1.0)
     run.fit()
     assert run.step == 20
-    nll = trained(rows, tmp_path, "nll")
+    nll = train_values(rows, tmp_path, "nll")
     assert [n is None for n in nll] == [True] * 10 + [False] * 10
-    assert trained(rows, tmp_path, "lr")[10] == pytest.approx(run.settings.lr)
-    assert trained(rows, tmp_path, "lr")[-1] < 0.1 * run.settings.lr
+    assert train_values(rows, tmp_path, "lr")[10] == pytest.approx(run.settings.lr)
+    assert train_values(rows, tmp_path, "lr")[-1] < 0.1 * run.settings.lr
     saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
     assert saved["config"]["objective"]["matching"] == 10
     again = trainer(tmp_path, *keys[:3], *keys[4:], "objective.matching=10", saved=saved)
@@ -190,7 +190,7 @@ def test_hybrid_spends_half_of_the_time_on_likelihood(
 # The budget of a command
 
 
-class Many(Dataset):
+class SortedRows(Dataset):
     """A dataset whose test rows are sorted."""
 
     event_shape = (2,)
@@ -203,21 +203,21 @@ class Many(Dataset):
         return torch.randn(batch_size, 2)
 
 
-def limited(fake_clock: Clock, seconds: float, row_seconds: float, n: int = 10_000) -> TimeBudget:
-    found = TimeBudget(seconds, fake_clock.now - 5, Flow((2,), Affine(2)), Many(n))
+def budget_with_row_time(fake_clock: Clock, seconds: float, row_seconds: float, n: int = 10_000) -> TimeBudget:
+    found = TimeBudget(seconds, fake_clock.now - 5, Flow((2,), Affine(2)), SortedRows(n))
     found.row_seconds = row_seconds
     return found
 
 
 def test_training_leaves_time_for_the_evaluation(fake_clock: Clock) -> None:
-    cheap, dear = limited(fake_clock, 100, 1e-6), limited(fake_clock, 100, 1e-3)
+    cheap, dear = budget_with_row_time(fake_clock, 100, 1e-6), budget_with_row_time(fake_clock, 100, 1e-3)
     assert 90 < cheap.for_training < cheap.left == 95
     assert dear.end == pytest.approx(dear.left - dear.for_training)
     # the reserve covers all test rows, a validation, the checks and a picture
     assert dear.end > 10
     assert dear.evaluated(dear.room) == (10_000, True)
     # checks are dropped before test rows
-    assert limited(fake_clock, 100, 3.3e-3).evaluated(50.0) == (10_000, False)
+    assert budget_with_row_time(fake_clock, 100, 3.3e-3).evaluated(50.0) == (10_000, False)
     # the reserve does not shrink with time
     before = dear.end
     fake_clock.now += 40
@@ -226,19 +226,19 @@ def test_training_leaves_time_for_the_evaluation(fake_clock: Clock) -> None:
 
 
 def test_checks_take_precedence_over_table_baselines(fake_clock: Clock) -> None:
-    flow, table = Flow((2,), Affine(2)), Many(1000)
+    flow, table = Flow((2,), Affine(2)), SortedRows(1000)
     table.n_train = 5000
 
     def budget(seconds: float, flow: Flow = flow) -> TimeBudget:
         return TimeBudget(seconds, fake_clock.now, flow, table)
 
-    assert limited(fake_clock, 100, 1e-6).for_baselines == 0
+    assert budget_with_row_time(fake_clock, 100, 1e-6).for_baselines == 0
     assert budget(100).for_baselines == pytest.approx(5)
     assert budget(10_000).for_baselines == 20
     # a share too small to fit a mixture
     assert budget(30).for_baselines == 0
     assert budget(100, Flow((2,), Affine(2), classes=3)).for_baselines == 0
-    assert budget(100).end == pytest.approx(limited(fake_clock, 100, 0).end + 5)
+    assert budget(100).end == pytest.approx(budget_with_row_time(fake_clock, 100, 0).end + 5)
     late = budget(100)
     late.row_seconds = 1e-5
     fake_clock.now += 95
@@ -247,12 +247,12 @@ def test_checks_take_precedence_over_table_baselines(fake_clock: Clock) -> None:
 
 
 def test_reducing_test_rows_is_logged(fake_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    enough = limited(fake_clock, 100, 1e-4)
+    enough = budget_with_row_time(fake_clock, 100, 1e-4)
     data, thorough = enough.tested()
     assert data is enough.data
     assert thorough
     assert not caplog.records
-    short = limited(fake_clock, 100, 0.01)
+    short = budget_with_row_time(fake_clock, 100, 0.01)
     fewer, thorough = short.tested()
     assert not thorough
     n = len(fewer.test)
@@ -267,17 +267,17 @@ def test_reducing_test_rows_is_logged(fake_clock: Clock, caplog: pytest.LogCaptu
 
 
 def test_slow_validations_use_fewer_rows(fake_clock: Clock) -> None:
-    found = limited(fake_clock, 100, 1e-3)
+    found = budget_with_row_time(fake_clock, 100, 1e-3)
     found.data.val = torch.randn(100_000, 2)
     n = found.val_rows(None)
     assert n is not None
     assert 1e-3 * n <= 0.05 * found.left
     assert found.val_rows(300) == 300
-    assert limited(fake_clock, 100, 1e-6).val_rows(None) is None
+    assert budget_with_row_time(fake_clock, 100, 1e-6).val_rows(None) is None
 
 
 def test_figures_are_skipped_without_time_left(fake_clock: Clock) -> None:
-    found = limited(fake_clock, 100, 1e-5)
+    found = budget_with_row_time(fake_clock, 100, 1e-5)
     assert found.has_time_for("samples")
     fake_clock.now += 95
     assert not found.has_time_for("samples")
@@ -290,7 +290,7 @@ def test_budget_ends_training_in_time(fake_clock: Clock, tmp_path: Path, trainer
     run.fit()
     assert run.stopped_by == "time limit"
     assert 3 < run.time_budget.left < 4.5
-    assert trained(rows, tmp_path, "lr")[-1] < 0.001
+    assert train_values(rows, tmp_path, "lr")[-1] < 0.001
 
 
 def test_scoring_time_is_updated_during_training(

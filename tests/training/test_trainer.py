@@ -38,7 +38,7 @@ NAMES = ["realnvp", "ffjord", "affine", "glow", "nsf", "matching", "hybrid", "rn
 
 
 @pytest.fixture(scope="module", params=RUNS, ids=NAMES)
-def whole(
+def uninterrupted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer
 ) -> tuple[list[str], Trainer]:
     """Returns the overrides of an uninterrupted run, and its trainer."""
@@ -51,14 +51,14 @@ def whole(
 
 @pytest.mark.parametrize("stop", [4, 7])
 def test_resume_is_bitwise_exact(
-    whole: tuple[list[str], Trainer],
+    uninterrupted: tuple[list[str], Trainer],
     stop: int,
     tmp_path: Path,
     trainer: MakeTrainer,
     stop_at: Callable[..., None],
     rows: ReadRows,
 ) -> None:
-    overrides, run = whole
+    overrides, run = uninterrupted
     first = trainer(tmp_path / "parts", *overrides, "trainer.steps=10")
     stop_at(first, stop)
     first.fit()

@@ -117,7 +117,7 @@ def test_full_disk_is_reported_at_the_end(
     assert re.findall(r"\d+", caplog.messages[-1]) == ["4", "9"]
 
 
-class Unscored(Validation):
+class FailingValidation(Validation):
     """A validation that fails once, at step 8."""
 
     failures = 1
@@ -138,7 +138,7 @@ def test_failed_validation_follows_the_failure_policy(
     trainer: MakeTrainer,
     rows: ReadRows,
 ) -> None:
-    monkeypatch.setattr("flowtrain.training.trainer.Validation", Unscored)
+    monkeypatch.setattr("flowtrain.training.trainer.Validation", FailingValidation)
     run = trainer(tmp_path, "model=affine", "trainer.steps=12", f"trainer.on_nonfinite={policy}")
     what = "the validation of step 8"
     if policy == "stop":
