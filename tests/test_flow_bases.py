@@ -37,7 +37,7 @@ def affine(base: Base | tuple[int, ...]) -> Flow:
     return flow.eval()
 
 
-def matched(base: Base) -> Flow:
+def continuous_flow(base: Base) -> Flow:
     field = MLPField(2, [8], "concatsquash", "tanh")
     return Flow(base, Chain([Continuous(field, ode_solver("dopri5", rtol=1e-4), TraceRule())]))
 
@@ -130,18 +130,18 @@ def test_evaluation_of_flows_with_other_bases() -> None:
 def test_flow_matching_starts_at_base_samples() -> None:
     base = UniformBox([10.0, 20.0], [11.0, 21.0])
     for coupling in ("independent", "optimal"):
-        x0, x1, _ = FlowMatching(matched(base), Regularizer(), coupling).pairs(torch.randn(50, 2), None)
+        x0, x1, _ = FlowMatching(continuous_flow(base), Regularizer(), coupling).pairs(torch.randn(50, 2), None)
         assert base.log_prob(x0).isfinite().all()
         assert x1.shape == x0.shape
 
 
 def test_student_must_share_the_base_of_the_teacher() -> None:
     base = UniformBox([10.0, 20.0], [11.0, 21.0])
-    teacher = matched(base).eval()
+    teacher = continuous_flow(base).eval()
     objective = Rectified(copy.deepcopy(teacher), Regularizer(), teacher, seed=0, pairs=20)
     assert base.log_prob(objective.pool[0]).isfinite().all()
     with pytest.raises(ConfigError, match=r"UniformBox.*StandardNormal"):
-        Rectified(matched(StandardNormal((2,))), Regularizer(), teacher, seed=0, pairs=20)
+        Rectified(continuous_flow(StandardNormal((2,))), Regularizer(), teacher, seed=0, pairs=20)
 
 
 def test_figures_use_base_samples() -> None:

@@ -31,18 +31,18 @@ SOLVERS: list[dict[str, Any]] = [
 ]
 
 
-def one_solve(settings: dict[str, Any], training: bool = False) -> Flow:
+def ode_flow(settings: dict[str, Any], training: bool = False) -> Flow:
     return Flow((2,), Chain([continuous(2, ode_solver(**settings), train="exact")])).train(training)
 
 
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> None:
+def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("settings", SOLVERS, ids=lambda s: "-".join(map(str, s.values())))
 def test_grad_and_vmap_match_autograd_for_every_solver(settings: dict[str, Any], training: bool) -> None:
-    flow, x = one_solve(settings, training), torch.randn(3, 2, requires_grad=True)
+    flow, x = ode_flow(settings, training), torch.randn(3, 2, requires_grad=True)
     log_p = flow.log_prob(x)
     (expected,) = torch.autograd.grad(log_p.sum(), x)
     tolerance = 1e-2 if settings["method"] == "adaptive_heun" else 1e-6
@@ -54,9 +54,9 @@ def test_grad_and_vmap_match_autograd_for_every_solver(settings: dict[str, Any],
         return flow.log_prob(row.unsqueeze(0))[0]
 
     x = x.detach()
-    close(vmap(of_row)(x), log_p, tolerance)
-    close(grad(of_row)(x[0]), expected[0], tolerance)
-    close(vmap(grad(of_row))(x), expected, tolerance)
+    assert_close(vmap(of_row)(x), log_p, tolerance)
+    assert_close(grad(of_row)(x[0]), expected[0], tolerance)
+    assert_close(vmap(grad(of_row))(x), expected, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_grad_and_vmap_match_autograd_for_every_solver(settings: dict[str, Any],
 )
 def test_jacobian_and_hessian_match_references(settings: dict[str, Any], training: bool) -> None:
     """Second derivatives match finite differences of first ones, and the Jacobian matches the log-determinant."""
-    flow, x = one_solve(settings, training), torch.randn(2)
+    flow, x = ode_flow(settings, training), torch.randn(2)
 
     def log_p(row: Tensor) -> Tensor:
         return flow.log_prob(row.unsqueeze(0))[0]
@@ -73,16 +73,16 @@ def test_jacobian_and_hessian_match_references(settings: dict[str, Any], trainin
         return flow.inverse(row.unsqueeze(0))[0]
 
     jacobian = jacrev(latents)(x)
-    close(jacfwd(latents)(x), jacobian, 1e-10)
+    assert_close(jacfwd(latents)(x), jacobian, 1e-10)
     base = flow.base_log_prob(latents(x).unsqueeze(0))[0]
-    close(base + torch.linalg.slogdet(jacobian)[1], log_p(x), 1e-4)
+    assert_close(base + torch.linalg.slogdet(jacobian)[1], log_p(x), 1e-4)
     step = 1e-4 * torch.eye(2)
     differences = [(grad(log_p)(x + e) - grad(log_p)(x - e)) / 2e-4 for e in step]
-    close(hessian(log_p)(x), torch.stack(differences), 1e-5)
-    close(jacrev(jacrev(log_p))(x), hessian(log_p)(x), 1e-8)
+    assert_close(hessian(log_p)(x), torch.stack(differences), 1e-5)
+    assert_close(jacrev(jacrev(log_p))(x), hessian(log_p)(x), 1e-8)
     # jacobians of the forward map for a whole batch
     rows = torch.randn(2, 2)
-    close(
+    assert_close(
         jacrev(flow.forward)(rows).diagonal(dim1=0, dim2=2).permute(2, 0, 1),
         vmap(jacrev(lambda z: flow.forward(z[None])[0]))(rows),
     )
@@ -101,7 +101,7 @@ class LogProb(nn.Module):
 
 @pytest.mark.parametrize("settings", [SOLVERS[0], SOLVERS[4], SOLVERS[5]], ids=lambda s: s["method"])
 def test_per_sample_gradients_and_vmap_over_weights(settings: dict[str, Any]) -> None:
-    model, x = LogProb(one_solve(settings)), torch.randn(3, 2)
+    model, x = LogProb(ode_flow(settings)), torch.randn(3, 2)
     weights = dict(model.named_parameters())
 
     def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
@@ -111,11 +111,11 @@ def test_per_sample_gradients_and_vmap_over_weights(settings: dict[str, Any]) ->
     rows = vmap(grad(loss), (None, 0))(weights, x)
     expected = torch.autograd.grad(model(x[1:2]).sum(), list(weights.values()))
     for name, share in zip(weights, expected, strict=True):
-        close(rows[name][1], share)
+        assert_close(rows[name][1], share)
     halved = {name: w.detach() / 2 for name, w in weights.items()}
     both = {name: torch.stack([w.detach(), halved[name]]) for name, w in weights.items()}
     side_by_side = vmap(lambda weights: functional_call(model, weights, (x,)))(both)
-    close(side_by_side, torch.stack([model(x), functional_call(model, halved, (x,))]))
+    assert_close(side_by_side, torch.stack([model(x), functional_call(model, halved, (x,))]))
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def test_every_vector_flow_supports_torch_func(name: str, classes: int | None) -
     def of_row(row: Tensor, *label: Tensor) -> Tensor:
         return flow.log_prob(row.unsqueeze(0), *(y.unsqueeze(0) for y in label))[0]
 
-    close(vmap(of_row)(x.detach(), *labels), log_p)
-    close(vmap(grad(of_row))(x.detach(), *labels), expected)
+    assert_close(vmap(of_row)(x.detach(), *labels), log_p)
+    assert_close(vmap(grad(of_row))(x.detach(), *labels), expected)
     if labels:
         with pytest.raises(FlowtrainError, match="label=7"):
             vmap(of_row)(x.detach(), labels[0] + 5)
@@ -148,7 +148,7 @@ def test_every_image_flow_supports_torch_func(name: str) -> None:
     def of_row(row: Tensor) -> Tensor:
         return flow.log_prob(row.unsqueeze(0))[0]
 
-    close(vmap(grad(of_row))(x.detach()), expected)
+    assert_close(vmap(grad(of_row))(x.detach()), expected)
     whole = torch.randint(0, 16, (2, 1, 4, 4))
     assert vmap(of_row, randomness="different")(whole).shape == (2,)
     for bad in (whole + 16, whole + 16.5):
@@ -157,14 +157,14 @@ def test_every_image_flow_supports_torch_func(name: str) -> None:
 
 
 def test_forward_mode_matches_reverse_mode() -> None:
-    flow, x, e = one_solve({"method": "rk4", "steps": 5}), torch.randn(3, 2, requires_grad=True), torch.randn(3, 2)
+    flow, x, e = ode_flow({"method": "rk4", "steps": 5}), torch.randn(3, 2, requires_grad=True), torch.randn(3, 2)
     expected = (torch.autograd.grad(flow.log_prob(x).sum(), x)[0] * e).sum(1)
     x = x.detach()
-    close(jvp(flow.log_prob, (x,), (e,))[1], expected, 1e-10)
+    assert_close(jvp(flow.log_prob, (x,), (e,))[1], expected, 1e-10)
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(flow.log_prob(forward_ad.make_dual(x, e))).tangent
     assert tangent is not None
-    close(tangent, expected, 1e-10)
+    assert_close(tangent, expected, 1e-10)
 
 
 def test_vmap_over_vjps_matches_a_loop() -> None:
@@ -180,7 +180,7 @@ def test_vmap_over_vjps_matches_a_loop() -> None:
         def vjp(cotangent: Tensor, total: Tensor = total, x: Tensor = x) -> Tensor:
             return torch.autograd.grad(total, x, cotangent, retain_graph=True)[0]
 
-        close(vmap(vjp)(cotangents), torch.stack([vjp(c) for c in cotangents]), 1e-12)
+        assert_close(vmap(vjp)(cotangents), torch.stack([vjp(c) for c in cotangents]), 1e-12)
         with pytest.raises(FlowtrainError, match=r"torch\.func"):
             torch.autograd.grad(total, x, cotangents, is_grads_batched=True)
 
@@ -205,7 +205,7 @@ def test_path_integral_gradients_match_autograd() -> None:
 
     x = torch.randn(3, 2, requires_grad=True)
     (expected,) = torch.autograd.grad(penalty(x).sum(), x)
-    close(vmap(grad(lambda row: penalty(row.unsqueeze(0))[0]))(x.detach()), expected)
+    assert_close(vmap(grad(lambda row: penalty(row.unsqueeze(0))[0]))(x.detach()), expected)
 
 
 def test_every_vmap_lane_meets_the_tolerance() -> None:
@@ -217,12 +217,12 @@ def test_every_vmap_lane_meets_the_tolerance() -> None:
 
 
 def test_scipy_solver_is_refused() -> None:
-    flow = one_solve({"method": "scipy_solver", "rtol": 1e-6, "gradient": "adjoint"})
+    flow = ode_flow({"method": "scipy_solver", "rtol": 1e-6, "gradient": "adjoint"})
     with pytest.raises(ConfigError, match="scipy_solver"):
         grad(lambda row: flow.log_prob(row.unsqueeze(0))[0])(torch.randn(2))
 
 
 def test_solver_errors_are_raised_inside_vmap() -> None:
-    flow = one_solve({"method": "rk4", "steps": 2})
+    flow = ode_flow({"method": "rk4", "steps": 2})
     with pytest.raises(FlowtrainError, match="NaN or infinite"):
         vmap(lambda row: flow.inverse(row.unsqueeze(0))[0])(torch.tensor([[0.0, 1.0], [torch.nan, 0.0]]))

@@ -157,7 +157,7 @@ def test_fit_does_not_depend_on_torch_settings(tmp_path: Path, monkeypatch: pyte
         assert same(alone, fit(tmp_path / "no grad"))
 
 
-def counts_inside(flow: Flow) -> list[int]:
+def thread_counts_inside(flow: Flow) -> list[int]:
     """Returns a list to which every forward pass of the flow's layers appends the thread count."""
     counts: list[int] = []
 
@@ -174,7 +174,7 @@ def counts_inside(flow: Flow) -> list[int]:
 def test_small_vector_flows_use_one_thread_and_restore_the_count(name: str) -> None:
     flow, x = vectors(name), torch.randn(5, 2)
     flow.log_prob(x)
-    counts = counts_inside(flow)
+    counts = thread_counts_inside(flow)
     torch.set_num_threads(2)
     calls = (lambda: flow.log_prob(x), lambda: flow.inverse(x), lambda: flow(x), lambda: flow.sample(3))
     for call in calls:

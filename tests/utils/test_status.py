@@ -41,7 +41,7 @@ class Clock:
         return self.now
 
 
-class Shown:
+class ClockedReporter:
     """A reporter with its own clock, on a terminal or on another stream."""
 
     def __init__(self, stream: io.StringIO) -> None:
@@ -60,20 +60,20 @@ class Shown:
 
 
 @pytest.fixture
-def terminal() -> Iterator[Shown]:
-    shown = Shown(Terminal())
+def terminal() -> Iterator[ClockedReporter]:
+    shown = ClockedReporter(Terminal())
     with reporting(shown.reporter):
         yield shown
 
 
 @pytest.fixture
-def elsewhere() -> Iterator[Shown]:
-    shown = Shown(io.StringIO())
+def no_terminal() -> Iterator[ClockedReporter]:
+    shown = ClockedReporter(io.StringIO())
     with reporting(shown.reporter):
         yield shown
 
 
-def test_status_line_appears_after_a_delay(terminal: Shown) -> None:
+def test_status_line_appears_after_a_delay(terminal: ClockedReporter) -> None:
     with status.status("solving"):
         assert terminal.after(0.9 * DELAY) == ""
         assert terminal.after(0.2 * DELAY).startswith("solving")
@@ -81,7 +81,7 @@ def test_status_line_appears_after_a_delay(terminal: Shown) -> None:
     assert terminal.seen == ""
 
 
-def test_delay_includes_earlier_short_steps(terminal: Shown) -> None:
+def test_delay_includes_earlier_short_steps(terminal: ClockedReporter) -> None:
     for name in ("first", "second", "third"):
         with status.status(name):
             seen = terminal.after(0.9 * DELAY)
@@ -89,7 +89,7 @@ def test_delay_includes_earlier_short_steps(terminal: Shown) -> None:
     assert terminal.seen == ""
 
 
-def test_innermost_status_is_shown(terminal: Shown) -> None:
+def test_innermost_status_is_shown(terminal: ClockedReporter) -> None:
     with status.status("evaluating"):
         with status.status("checks"), status.status("mass"):
             seen = terminal.after(2 * DELAY)
@@ -98,7 +98,7 @@ def test_innermost_status_is_shown(terminal: Shown) -> None:
         assert "evaluating" in terminal.seen
 
 
-def test_status_with_total_shows_a_progress_bar(terminal: Shown) -> None:
+def test_status_with_total_shows_a_progress_bar(terminal: ClockedReporter) -> None:
     with status.status("scoring", total=200, unit="row") as progress:
         terminal.after(DELAY)
         for _ in range(5):
@@ -110,7 +110,7 @@ def test_status_with_total_shows_a_progress_bar(terminal: Shown) -> None:
     assert terminal.seen == ""
 
 
-def test_training_bar_appears_immediately_and_stays(terminal: Shown) -> None:
+def test_training_bar_appears_immediately_and_stays(terminal: ClockedReporter) -> None:
     with status.status("training", total=10, bar=True, done=4) as progress:
         assert "4/10" in terminal.seen
         progress.note(nll="1.5")
@@ -121,7 +121,7 @@ def test_training_bar_appears_immediately_and_stays(terminal: Shown) -> None:
     assert terminal.stream.getvalue().endswith("\n")
 
 
-def test_long_inner_status_replaces_the_progress_bar(terminal: Shown) -> None:
+def test_long_inner_status_replaces_the_progress_bar(terminal: ClockedReporter) -> None:
     with status.status("training", total=10, bar=True):
         terminal.after(100)
         with status.status("validating"):
@@ -131,7 +131,7 @@ def test_long_inner_status_replaces_the_progress_bar(terminal: Shown) -> None:
 
 
 def test_log_messages_are_on_separate_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = Shown(Terminal())
+    shown = ClockedReporter(Terminal())
     monkeypatch.setattr(sys, "stderr", shown.stream)
     with reporting(shown.reporter), messages(), status.status("solving"):
         shown.after(2 * DELAY)
@@ -143,7 +143,7 @@ def test_log_messages_are_on_separate_lines(monkeypatch: pytest.MonkeyPatch) -> 
     assert shown.seen.split("\n") == ["short", "a message longer than the status of the current work", ""]
 
 
-def test_status_line_is_cleared_on_error(terminal: Shown) -> None:
+def test_status_line_is_cleared_on_error(terminal: ClockedReporter) -> None:
     def fails() -> None:
         with status.status("outer"), status.status("inner", total=3):
             terminal.after(2 * DELAY)
@@ -155,7 +155,7 @@ def test_status_line_is_cleared_on_error(terminal: Shown) -> None:
     assert terminal.seen == ""
 
 
-def test_out_of_order_exit_clears_the_status_line(terminal: Shown) -> None:
+def test_out_of_order_exit_clears_the_status_line(terminal: ClockedReporter) -> None:
     with status.status("outer"):
         inner = status.status("inner")
         inner.__enter__()
@@ -168,37 +168,37 @@ def test_out_of_order_exit_clears_the_status_line(terminal: Shown) -> None:
 def test_no_line_is_longer_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     for total in (None, 7):
-        shown = Shown(Terminal())
+        shown = ClockedReporter(Terminal())
         with reporting(shown.reporter), status.status("word " * 30, total=total):
             assert 10 < len(shown.after(2 * DELAY)) < 40
 
 
-def test_short_work_prints_nothing_without_a_terminal(elsewhere: Shown) -> None:
+def test_short_work_prints_nothing_without_a_terminal(no_terminal: ClockedReporter) -> None:
     with status.status("training", total=10, bar=True) as progress:
         for _ in range(10):
-            elsewhere.clock.now += 0.09 * EVERY
+            no_terminal.clock.now += 0.09 * EVERY
             progress.advance()
-    assert elsewhere.seen == ""
+    assert no_terminal.seen == ""
 
 
-def test_long_work_prints_lines_without_a_terminal(elsewhere: Shown) -> None:
+def test_long_work_prints_lines_without_a_terminal(no_terminal: ClockedReporter) -> None:
     with status.status("evaluating"), status.status("scoring", total=400, unit="row") as progress:
         progress.advance(100)
-        lines = [len(elsewhere.after(EVERY / 3).splitlines()) for _ in range(7)]
+        lines = [len(no_terminal.after(EVERY / 3).splitlines()) for _ in range(7)]
     assert lines == [0, 0, 1, 1, 1, 2, 2]
-    first = elsewhere.seen.splitlines()[0]
+    first = no_terminal.seen.splitlines()[0]
     assert [word in first for word in ("evaluating", "scoring", "100 of 400 rows", "25%", "01:30 left")] == [True] * 5
-    assert "\r" not in elsewhere.seen
+    assert "\r" not in no_terminal.seen
 
 
-def test_closed_stream_does_not_end_the_work(terminal: Shown) -> None:
+def test_closed_stream_does_not_end_the_work(terminal: ClockedReporter) -> None:
     with status.status("solving"):
         terminal.stream.close()
         terminal.clock.now += 2 * DELAY
         terminal.reporter.refresh()
 
 
-class Announced(Terminal):
+class SignalingTerminal(Terminal):
     """A terminal that signals when text is written to it."""
 
     def __init__(self) -> None:
@@ -212,7 +212,7 @@ class Announced(Terminal):
 
 def test_thread_redraws_status_without_total(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "TICK", 0.01)
-    stream = Announced()
+    stream = SignalingTerminal()
     before = threading.active_count()
     with reporting(Reporter(stream, delay=0.02)), status.status("one long solve"):
         assert stream.written.wait(30)
@@ -221,7 +221,7 @@ def test_thread_redraws_status_without_total(monkeypatch: pytest.MonkeyPatch) ->
     assert threading.active_count() == before
 
 
-def in_a_process(code: str, **environment: str) -> str:
+def run_on_pseudo_terminal(code: str, **environment: str) -> str:
     """Runs code with a pseudo-terminal as stderr, and returns what stderr shows and what stdout contains."""
     pty = pytest.importorskip("pty")
     mine, its = pty.openpty()
@@ -245,7 +245,7 @@ def in_a_process(code: str, **environment: str) -> str:
 
 
 def test_command_shows_status_while_loading() -> None:
-    said = in_a_process("""
+    said = run_on_pseudo_terminal("""
         import sys, time, types
         from flowtrain.cli import entry_points
         assert "torch" not in sys.modules
@@ -270,7 +270,7 @@ def test_command_shows_status_while_loading() -> None:
 
 
 def test_forked_process_is_silent_and_does_not_deadlock() -> None:
-    said = in_a_process("""
+    said = run_on_pseudo_terminal("""
         import os, time
         with status.reporting(), status.status("parent"):
             time.sleep(0.05)
@@ -293,7 +293,7 @@ def test_forked_process_is_silent_and_does_not_deadlock() -> None:
 def test_other_ranks_and_parallel_jobs_are_silent(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    shown = Shown(Terminal())
+    shown = ClockedReporter(Terminal())
     with reporting(shown.reporter), status.status("training", total=3, bar=True) as progress:
         progress.advance(3)
     assert shown.after(100) == ""
@@ -337,7 +337,7 @@ def test_training_bar_uses_the_units_of_the_log_table(
 
 
 @contextmanager
-def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+def terminal_without_delay(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     """Makes stderr a terminal that shows the status without delay."""
     stream = Terminal()
     with monkeypatch.context() as patched:
@@ -348,7 +348,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
 
 @pytest.mark.usefixtures("float32")
 def test_commands_show_the_name_of_each_phase(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with eager(monkeypatch) as stream:
+    with terminal_without_delay(monkeypatch) as stream:
         run("flowtrain", *SMALL, *TINY, "hydra.run.dir=r", "trainer.val_every=2")
     steps = ("reading the data", "initializing", "training", "scoring the test set", "checking", "drawing samples")
     assert [name for name in steps if name not in stream.getvalue()] == []
@@ -359,7 +359,7 @@ def test_commands_show_the_name_of_each_phase(run: Run, monkeypatch: pytest.Monk
         (("flowsample", "ckpt=r", "n=20"), ("sampling", "drawing samples")),
         (("flowsample", "ckpt=r", "quality=[1,2]"), ("comparing", "euler")),
     ):
-        with eager(monkeypatch) as stream:
+        with terminal_without_delay(monkeypatch) as stream:
             code, _, _ = run(*command)
         assert code == 0
         assert [name for name in names if name not in stream.getvalue()] == []
@@ -369,7 +369,7 @@ def test_commands_show_the_name_of_each_phase(run: Run, monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("float32")
 def test_failing_command_prints_only_its_message(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "not_a_table.npy")
-    with eager(monkeypatch) as stream:
+    with terminal_without_delay(monkeypatch) as stream:
         code, _, _ = run("flowtrain", "data=array", "data.path=not_a_table.npy", "hydra.run.dir=r")
     assert code == 2
     assert "reading the data" in stream.getvalue()
@@ -380,7 +380,7 @@ def test_failing_command_prints_only_its_message(run: Run, monkeypatch: pytest.M
 
 
 def test_sweep_shows_the_number_of_finished_jobs(
-    terminal: Shown, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    terminal: ClockedReporter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # the callback sets this variable
     monkeypatch.setenv("TQDM_DISABLE", "")
