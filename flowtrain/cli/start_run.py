@@ -121,7 +121,7 @@ def resume_run(
         config_before = config_of_search(run_dir)
         with status("reading the checkpoint"):
             # a search begins with checkpoints of its candidates only
-            has_own = config_before is None or checkpoint.any_in(run_dir)
+            has_own = config_before is None or checkpoint.has_checkpoint(run_dir)
             saved = checkpoint.load(checkpoint.find(run_dir, prefer="last")) if has_own else {}
         if config_before is not None or SEARCH in saved:
             saved["config"] = config_before or saved[SEARCH]

@@ -112,7 +112,7 @@ def attempt(run_dir: Path) -> tuple[Path, bool]:
             run_dir.rmdir()
         run_dir = before
         record_directory(run_dir)
-    return ranks.broadcast_object((run_dir, before is not None and checkpoint.any_in(run_dir)))
+    return ranks.broadcast_object((run_dir, before is not None and checkpoint.has_checkpoint(run_dir)))
 
 
 def resume(arguments: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""The end of a run: the evaluation of its best checkpoint, result.json and pictures."""
+"""Ends a run: evaluates its best checkpoint, writes result.json and draws pictures."""
 
 import logging
 import math
@@ -27,16 +27,16 @@ log = logging.getLogger("flowtrain")
 def finish(
     trainer: Trainer | Search, run_dir: Path, board: tensorboard.Board | None, flow: Density | None = None
 ) -> None:
-    """Writes result.json and the final pictures, from the best checkpoint on the disk.
+    """Evaluates the best checkpoint of a run, and writes result.json and the final pictures.
 
     Args:
-        flow: a flow to load its weights into; None: built from the config.
+        flow: a flow into which the weights are loaded. None: a flow is built from the config.
     """
 
     def place(name: str) -> Path:
         return run_dir / f"plots/{name}.png"
 
-    # the trainer's config, whose step size may have become smaller
+    # the trainer's config, because the solver guard may have reduced the step size
     config, data, device = trainer.config, trainer.data, trainer.device
     time_budget = trainer.time_budget
     saved = trainer.read()
@@ -46,7 +46,7 @@ def finish(
         else:
             load.load_averaged_weights(flow, saved)
     with phase("evaluating"):
-        tested, thorough = (data, True) if time_budget is None else time_budget.tested()
+        tested, thorough = (data, True) if time_budget is None else time_budget.affordable_data()
         seconds = affordable_seconds(trainer.seconds) if has_baselines(flow, data) else 0.0
         if time_budget is not None:
             seconds = min(seconds, time_budget.for_baselines)
@@ -75,7 +75,7 @@ def finish(
         drawn += pictures.draw_more(flow, data, place, reached)
     if board is not None:
         board.end(result.to_dict(), drawn, trainer.step)
-    trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.course(saved['step'])}"
+    trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.summary(saved['step'])}"
     if time_budget is not None:
         log.info("time_budget=%g: %.1f s so far", time_budget.seconds, time_budget.seconds - time_budget.left)
         time_budget.warn_if_over()
@@ -83,7 +83,7 @@ def finish(
 
 
 def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
-    """The standard error of the validation NLL at a step; None in rows written by an older flowtrain."""
+    """Returns the standard error of the validation NLL at a step; None if it is missing, as in older versions."""
     found = [row.get("nll_stderr") for row in rows if row.get("split") == "val" and row["step"] == step]
     return found[-1] if found else None
 
@@ -91,7 +91,7 @@ def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
 def draw_training(
     flow: Flow, step: int, nll: float, *, data: Dataset, run_dir: Path, title: str, board: tensorboard.Board | None
 ) -> None:
-    """Draws a picture during training, titled with the step and the NLL of the last validation, in nats."""
+    """Draws a picture during training. Its title has the step and the NLL of the last validation."""
     bits = flow.bits_per_nat
     reached = f"NLL {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
     # the first picture may come before the first validation

@@ -120,9 +120,9 @@ def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_tensorboard_message_names_the_extra(run: Run, tmp_path: Path, without_tensorboard: None) -> None:
     code, out, err = run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
     assert (code, out) == (2, "")
-    assert err.startswith("flowtrain: logger=[jsonl,tensorboard] needs tensorboard (pip install ")
+    assert err.startswith("flowtrain: logger=[jsonl,tensorboard] needs tensorboard, which ")
     assert "'flowtrain[tensorboard]'" in err
-    assert err.endswith("; or take logger=[jsonl]\n")
+    assert err.endswith(" or give logger=[jsonl]\n")
     assert not (tmp_path / "r/checkpoints").exists()
 
 

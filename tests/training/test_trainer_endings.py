@@ -31,7 +31,7 @@ KEYS = [
 
 
 @pytest.mark.parametrize(
-    ("owner", "method"), [(Validation, "run"), (CheckpointManager, "last")], ids=["validated", "saved"]
+    ("owner", "method"), [(Validation, "run"), (CheckpointManager, "write_last")], ids=["validated", "saved"]
 )
 def test_signal_during_the_last_validation_or_save(
     owner: type, method: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -152,7 +152,9 @@ def test_failed_validation_follows_the_failure_policy(
     assert [r["step"] for r in found if r["split"] == "train"] == list(range(1, 13))
     assert [r["step"] for r in found if r["split"] == "val"] == ([4, 12] if policy == "skip" else [4, 8, 12])
     said = (
-        f"{what} is skipped" if policy == "skip" else f"{what}: log p(x) is nan for row 0 of the val set Back to step 4"
+        f"{what} is skipped"
+        if policy == "skip"
+        else f"{what}: log p(x) is nan for row 0 of the val set. Rewound to step 4"
     )
     assert said in caplog.text
 

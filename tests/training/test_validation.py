@@ -180,7 +180,7 @@ def test_initial_weights_are_kept_if_no_step_improves(
     best = checkpoint.load(tmp_path / "checkpoints/best.pt")
     assert best["step"] == 0
     assert all(torch.equal(v, start[k]) for k, v in best["weights"].items())
-    assert "step 0 of 30" in run.course(best["step"])
+    assert "step 0 of 30" in run.summary(best["step"])
 
 
 def test_run_killed_at_step_0_validates_once(
@@ -193,7 +193,7 @@ def test_run_killed_at_step_0_validates_once(
         raise Killed
 
     run = trainer_of(tmp_path, [*table, "trainer.steps=10"])
-    run.checkpoints.best = kill  # type: ignore[method-assign,assignment]
+    run.checkpoints.write_best = kill  # type: ignore[method-assign,assignment]
     with pytest.raises(Killed):
         run.fit()
     assert validation_steps(rows, tmp_path) == [0]
@@ -237,7 +237,7 @@ def test_run_ends_if_the_validation_nll_rises(
     assert uninterrupted.best is not None
     assert (uninterrupted.step, uninterrupted.best["step"]) == (40, 20)
     assert "step 20" in str(uninterrupted.stopped_by)
-    said = uninterrupted.course(20)
+    said = uninterrupted.summary(20)
     assert "step 20 of 40" in said
     assert "model.hidden" in said
     # the run ends later if the margin is wider, the learning rate warms up, or max_rise is off
