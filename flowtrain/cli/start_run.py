@@ -80,7 +80,7 @@ def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
         if ranks.is_first():
             claim_directory(run_dir)
             # only now: a directory that was another run's is not this one's to go on with
-            ranks.remember(run_dir)
+            ranks.save_run_dir(run_dir)
         refused = cleaned_up_unless_begun(run_dir, REFUSAL_ERRORS, is_created_here(run_dir))
         with refused if ranks.is_first() else nullcontext():
             overrides = HydraConfig.get().overrides.task

@@ -72,7 +72,7 @@ def test_different_column_count_is_refused_without_names(tmp_path: Path, refused
     np.testing.assert_array_equal(rows_to_score(data, table(tmp_path / "m.csv", [2, 1, 4, 0])).test, DATA[:, [0, 1]])
     for columns, count in (([0, 1, 2], "3 columns"), ([0], "1 column,")):
         path = table(tmp_path / "n.npy", columns)
-        refused(lambda path=path: rows_to_score(data, path), DataError, [path, count, "samples of 2", "data.columns"])
+        refused(lambda path=path: rows_to_score(data, path), DataError, [path, count, "trained on 2", "data.columns"])
     path = table(tmp_path / "o.csv", [0, 2])
     refused(lambda: rows_to_score(data, path), ConfigError, [path, "'b'"])
 

@@ -94,7 +94,7 @@ BAD_ARRAYS: dict[str, tuple[str, bytes, list[str]]] = {
     "empty file": (".npy", b"", ["no NumPy file"]),
     "truncated": (".npy", array_file(normal(9, 9))[:300], ["damaged"]),
     "truncated npz": (".npz", archive(a=normal(9, 9))[:300], ["no NumPy file"]),
-    "empty npz": (".npz", archive(), ["holds no array"]),
+    "empty npz": (".npz", archive(), ["contains no array"]),
     "unknown suffix": (".parquet", b"", [".npy", ".csv", ".parquet"]),
     "no suffix": ("", b"", [".npy", ".csv"]),
 }
