@@ -59,7 +59,7 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Base]:
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 1, 2)])
-def test_log_prob_is_that_of_the_closed_form(make: Callable[..., Base], shape: tuple[int, ...]) -> None:
+def test_log_prob_equals_the_closed_form(make: Callable[..., Base], shape: tuple[int, ...]) -> None:
     base = make(shape)
     z = base.sample(50)
     assert z.shape == (50, *shape)
@@ -68,7 +68,7 @@ def test_log_prob_is_that_of_the_closed_form(make: Callable[..., Base], shape: t
     assert base.log_prob(z[:0]).shape == (0,)
 
 
-def test_draws_have_the_marginals_of_the_density(make: Callable[..., Base]) -> None:
+def test_sample_marginals_match_the_density(make: Callable[..., Base]) -> None:
     """Random projections of the draws pass a Kolmogorov-Smirnov test against draws from torch.distributions."""
     base, n = make(), 4000
     ours, theirs = base.sample(n), closed_form(base).sample((n,))
@@ -76,7 +76,7 @@ def test_draws_have_the_marginals_of_the_density(make: Callable[..., Base]) -> N
         assert stats.ks_2samp((ours @ direction).numpy(), (theirs @ direction).numpy()).pvalue > 1e-4
 
 
-def test_transforms_of_draws_are_uniform_and_independent(make: Callable[..., Base]) -> None:
+def test_probability_transforms_are_uniform_and_independent(make: Callable[..., Base]) -> None:
     base = make()
     u, y = base.to_uniform(base.sample(4000)), base.to_normal(base.sample(4000))
     assert u.shape == y.shape == (4000, 3)
@@ -87,7 +87,7 @@ def test_transforms_of_draws_are_uniform_and_independent(make: Callable[..., Bas
     assert correlation.abs().max() < 5 / 4000**0.5
 
 
-def test_transforms_are_integrals_of_the_density(make: Callable[..., Base]) -> None:
+def test_probability_transform_jacobian_equals_the_density(make: Callable[..., Base]) -> None:
     """log|det du/dz| of a Rosenblatt transformation is log p0(z)."""
     base = make()
     z = base.sample(5)
@@ -103,7 +103,7 @@ def test_transforms_are_integrals_of_the_density(make: Callable[..., Base]) -> N
     torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], base.log_prob(z).detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_first_transform_of_a_mixture_is_its_marginal() -> None:
+def test_first_mixture_transform_equals_the_marginal_cdf() -> None:
     base = mixture()
     z = base.sample(3)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_first_transform_of_a_mixture_is_its_marginal() -> None:
         np.testing.assert_allclose(base.to_uniform(z)[:, 0].numpy(), expected, atol=1e-12)
 
 
-def test_draws_repeat_with_a_generator_and_leave_the_global_one_alone(make: Callable[..., Base]) -> None:
+def test_generator_determines_the_samples(make: Callable[..., Base]) -> None:
     base = make()
     torch.manual_seed(1)
     expected = torch.rand(2)
@@ -126,7 +126,7 @@ def test_draws_repeat_with_a_generator_and_leave_the_global_one_alone(make: Call
     assert not torch.equal(first, base.sample(6, torch.Generator().manual_seed(6)))
 
 
-def test_draws_have_the_dtype_asked_for(make: Callable[..., Base]) -> None:
+def test_samples_have_the_requested_dtype(make: Callable[..., Base]) -> None:
     base = make()
     assert base.sample(2).dtype == torch.float64
     assert base.sample(2, like=torch.zeros(1, dtype=torch.float32)).dtype == torch.float32
@@ -136,7 +136,7 @@ def test_draws_have_the_dtype_asked_for(make: Callable[..., Base]) -> None:
     assert base.to_uniform(z).dtype == torch.float64
 
 
-def test_standard_normal_adds_nothing_to_a_checkpoint_and_draws_as_randn() -> None:
+def test_standard_normal_has_no_state_and_samples_like_randn() -> None:
     base = StandardNormal((2, 3))
     assert not base.state_dict()
     assert not [*base.parameters(), *base.buffers()]
@@ -151,7 +151,7 @@ def test_standard_normal_adds_nothing_to_a_checkpoint_and_draws_as_randn() -> No
         assert torch.equal(found, expected)
 
 
-def test_bases_are_sketched_without_memory() -> None:
+def test_bases_can_be_built_on_the_meta_device() -> None:
     """Bases can be built on the meta device, as loading a checkpoint does to compare the shapes of weights."""
 
     def shapes() -> list[dict[str, torch.Size]]:
@@ -165,21 +165,21 @@ def test_bases_are_sketched_without_memory() -> None:
 
 
 @pytest.mark.parametrize("df", [0.3, 1.0, 4.5, 60.0, 3e4])
-def test_distribution_function_of_student_t_is_that_of_scipy(df: float) -> None:
+def test_student_t_cdf_matches_scipy(df: float) -> None:
     z = torch.cat([torch.linspace(-6, 6, 25), torch.tensor([-1e6, -300.0, 300.0, 1e6, torch.inf])]).unsqueeze(1)
     np.testing.assert_allclose(
         StudentT((1,), df).to_uniform(z)[:, 0].numpy(), stats.t.cdf(z[:, 0].numpy(), df), rtol=1e-9, atol=1e-300
     )
 
 
-def test_incomplete_beta_is_the_integral() -> None:
+def test_incomplete_beta_equals_numerical_integration() -> None:
     for a, b, x in ((0.5, 2.0, 0.9), (3.0, 0.5, 0.2), (7.0, 8.0, 0.5), (2.0, 2.0, 0.0), (2.0, 2.0, 1.0)):
         whole, part = (integrate.quad(lambda t, a=a, b=b: t ** (a - 1) * (1 - t) ** (b - 1), 0, s)[0] for s in (1, x))
         found = incomplete_beta(*(torch.tensor(v) for v in (a, b, x)))
         assert found.item() == pytest.approx(part / whole, abs=1e-9)
 
 
-def test_outside_of_a_box_the_density_is_zero_and_nan_stays_nan() -> None:
+def test_uniform_box_density_is_zero_outside() -> None:
     base = UniformBox([0.0, -1.0], [2.0, 1.0])
     z = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.1, 0.0], [1.0, -1.1], [torch.nan, 0.0]])
     log_p = base.log_prob(z)
@@ -189,7 +189,7 @@ def test_outside_of_a_box_the_density_is_zero_and_nan_stays_nan() -> None:
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
-def test_gradients_of_mixture_draws_are_those_of_expectations(covariance: str) -> None:
+def test_mixture_rsample_gradients_match_the_expectation(covariance: str) -> None:
     """The estimate from draws matches E[a^T z + |z|^2] = sum_k w_k (a^T m_k + |m_k|^2 + |L_k|^2)."""
     base, a = mixture((2,), covariance), torch.tensor([0.3, -1.0])
     parameters = list(base.parameters())
@@ -201,7 +201,7 @@ def test_gradients_of_mixture_draws_are_those_of_expectations(covariance: str) -
         torch.testing.assert_close(ours, exact, rtol=0.05, atol=0.03)
 
 
-def test_gradients_of_draws_keep_their_transforms_fixed() -> None:
+def test_rsample_gradients_keep_the_transform_constant() -> None:
     """The implicit derivative keeps u(z(parameters), parameters) constant."""
     base = mixture((2,))
     direction = [torch.randn_like(p) for p in base.parameters()]
@@ -222,14 +222,14 @@ def test_gradients_of_draws_keep_their_transforms_fixed() -> None:
     torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-9)
 
 
-def test_gradients_of_student_t_draws_are_those_of_expectations() -> None:
+def test_student_t_rsample_gradients_match_the_expectation() -> None:
     base = StudentT((1,), 6.0, trainable=True)
     (found,) = torch.autograd.grad(base.rsample(200_000).square().mean(), base.log_df)
     # E z^2 = nu / (nu - 2), so its derivative with respect to log nu is -2 nu / (nu - 2)^2
     assert found.item() == pytest.approx(-2 * 6 / 16, rel=0.1)
 
 
-def test_temperature_scales_the_noise() -> None:
+def test_temperature_scales_the_sample_noise() -> None:
     for base in (StandardNormal((2,)), StudentT((2,), 3.0)):
         hot, cold = (base.sample(5, torch.Generator().manual_seed(1), t) for t in (1.0, 0.5))
         torch.testing.assert_close(cold, 0.5 * hot)
@@ -243,7 +243,7 @@ def test_temperature_scales_the_noise() -> None:
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
-def test_fit_finds_the_mixture_and_scores_as_scikit_learn(covariance: str) -> None:
+def test_fit_recovers_the_mixture_and_matches_scikit_learn(covariance: str) -> None:
     truth = mixture((2,), covariance)
     with torch.no_grad():
         truth.means.copy_(torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 500.0], [9.0, 510.0]]))
@@ -258,21 +258,21 @@ def test_fit_finds_the_mixture_and_scores_as_scikit_learn(covariance: str) -> No
     assert base.log_prob(x).mean().item() == pytest.approx(other.score(x.numpy()), abs=1e-3)
 
 
-def test_em_of_one_component_is_the_gaussian_of_the_rows() -> None:
+def test_em_with_one_component_equals_the_sample_gaussian() -> None:
     x = torch.randn(500, 3) @ torch.randn(3, 3) + 5
     base = GaussianMixture((3,), 1).fit(x, floor=0.0)
     torch.testing.assert_close(base.means[0], x.mean(0))
     torch.testing.assert_close((base.scale_tril @ base.scale_tril.mT)[0], torch.cov(x.T, correction=0))
 
 
-def test_prior_of_one_component_leaves_the_covariance_of_the_rows() -> None:
+def test_prior_does_not_change_one_component() -> None:
     """The prior's target is the covariance within clusters, and there is only one cluster."""
     x = torch.randn(50, 3) @ torch.randn(3, 3) + 5
     base = GaussianMixture((3,), 1, prior=20).fit(x, floor=0.0)
     torch.testing.assert_close((base.scale_tril @ base.scale_tril.mT)[0], torch.cov(x.T, correction=0))
 
 
-def test_initialization_depends_on_the_seed_and_not_on_the_order_of_the_rows() -> None:
+def test_initialization_does_not_depend_on_row_order() -> None:
     x, found = torch.randn(300, 2), []
     for seed, rows in ((1, x), (1, x[torch.randperm(300)]), (2, x)):
         base = GaussianMixture(2, 12)
@@ -284,7 +284,7 @@ def test_initialization_depends_on_the_seed_and_not_on_the_order_of_the_rows() -
     assert (found[2] - found[0]).abs().max() > 1e-3
 
 
-def test_fit_of_float32_is_done_in_float64_and_draws_nothing_else() -> None:
+def test_float32_fit_computes_in_float64() -> None:
     """The rows are far from 0, so float32 does not resolve their covariance."""
     x = (1e4 + torch.randn(400, 2)).float()
     base = GaussianMixture(2, 1).float()
@@ -300,7 +300,7 @@ def test_fit_of_float32_is_done_in_float64_and_draws_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
-def test_fit_of_few_and_equal_and_constant_rows_is_finite(covariance: str) -> None:
+def test_fit_of_degenerate_rows_is_finite(covariance: str) -> None:
     for x in (torch.zeros(5, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 2.0]])):
         base = GaussianMixture(2, 3, covariance).fit(x)
         assert base.log_prob(x).isfinite().all()
@@ -311,7 +311,7 @@ def test_fit_of_few_and_equal_and_constant_rows_is_finite(covariance: str) -> No
         base.fit(torch.zeros(5, 3))
 
 
-def test_gradients_of_log_prob_against_finite_differences() -> None:
+def test_log_prob_gradients_match_finite_differences() -> None:
     for base in (mixture((2,)), mixture((2,), "diagonal"), student((2,))):
         z = base.sample(4)
 
@@ -335,6 +335,6 @@ def test_gradients_of_log_prob_against_finite_differences() -> None:
         (lambda: GaussianMixture(2, 2, "spherical"), "covariance=spherical"),
     ],
 )
-def test_bad_arguments_are_refused(make: Callable[[], Base], message: str) -> None:
+def test_invalid_arguments_are_refused(make: Callable[[], Base], message: str) -> None:
     with pytest.raises((FlowtrainError, ConfigError), match=message):
         make()

@@ -143,7 +143,7 @@ def floweval(run: Run, ckpt: Path, *arguments: str) -> tuple[dict[str, Any], str
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [1, 2, 5])
 @pytest.mark.parametrize("name", ["affine", "composed", "linear", "mixture"])
-def test_floweval_gives_the_known_answer(run: Run, tmp_path: Path, name: str, d: int, dtype: str) -> None:
+def test_floweval_matches_the_closed_form(run: Run, tmp_path: Path, name: str, d: int, dtype: str) -> None:
     flow, recipe, log_prob = case(name, d)
     x = 1.5 * torch.randn(N, d, generator=torch.Generator().manual_seed(d))
     data = points(tmp_path, x)
@@ -163,7 +163,7 @@ def test_floweval_gives_the_known_answer(run: Run, tmp_path: Path, name: str, d:
 
 
 @pytest.mark.slow
-def test_the_error_bars_cover_the_truth() -> None:
+def test_confidence_intervals_cover_the_true_nll() -> None:
     """For 200 test sets and draws of trace probes, about 95% of the intervals contain the true NLL of a linear flow."""
     torch.set_default_dtype(torch.float32)
     d, n = 6, 200
@@ -196,7 +196,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_flow_fails_the_check_for_its_error(run: Run, tmp_path: Path, name: str) -> None:
+def test_wrong_flow_fails_the_matching_check(run: Run, tmp_path: Path, name: str) -> None:
     recipe, d, trips, words = WRONG[name]
     flow = randomized(recipe((d,)), 0.6)
     data = points(tmp_path, torch.randn(500, d))

@@ -12,13 +12,13 @@ MODULES = ["flowtrain", *(found.name for found in pkgutil.walk_packages(flowtrai
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_print_what_their_docstrings_say(name: str) -> None:
+def test_docstring_examples_print_the_shown_output(name: str) -> None:
     """doctest prints the differences."""
     found = doctest.testmod(importlib.import_module(name))
     assert found.failed == 0
 
 
-def test_there_are_examples_to_run() -> None:
+def test_docstrings_contain_examples() -> None:
     """Guards against a change that leaves the tests above without examples to run."""
     finder = doctest.DocTestFinder()
     modules = map(importlib.import_module, MODULES)

@@ -13,7 +13,7 @@ from flowtrain.runs.auto_settings import resolve_auto
 from flowtrain.utils.files import config_dir
 
 
-def test_experiments_take_the_recipe_of_their_model() -> None:
+def test_experiments_use_the_recipe_of_their_model() -> None:
     for name in ("realnvp", "glow", "ffjord"):
         config = compose_defaults([f"experiment=mnist_{name}_small"])
         assert config["model"]["positional_bias"]
@@ -21,7 +21,7 @@ def test_experiments_take_the_recipe_of_their_model() -> None:
 
 
 @pytest.mark.parametrize("experiment", sorted(p.stem for p in (config_dir() / "experiment").glob("mnist_*.yaml")))
-def test_every_experiment_on_images_trains(experiment: str, run: Run, tmp_path: Path) -> None:
+def test_every_image_experiment_trains(experiment: str, run: Run, tmp_path: Path) -> None:
     write_set(tmp_path / "data" / "mnist")
     small = ["data.n_val=4", "data.n_test=4", "data.root=data", "trainer.batch_size=4", "trainer.steps=1"]
     small += ["model.hidden=[4]", "model.scales=1", "solver.rtol=1e-2"] + ["model.steps=2"] * ("glow" in experiment)
@@ -54,7 +54,7 @@ OTHERS = sorted(
 
 @pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("experiment", OTHERS)
-def test_every_other_experiment_trains(experiment: str, run: Run, tmp_path: Path) -> None:
+def test_every_non_image_experiment_trains(experiment: str, run: Run, tmp_path: Path) -> None:
     small = ["trainer.batch_size=4", "trainer.steps=2", "model.hidden=[4]"]
     if experiment == "gas_ffjord":
         (tmp_path / "a.csv").write_text("\n".join(f"{i},{i * i % 7}" for i in range(50)))

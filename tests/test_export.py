@@ -66,7 +66,7 @@ assert "flowtrain" not in sys.modules
 """
 
 
-def random(flow: Flow, std: float = 0.2) -> Flow:
+def randomized(flow: Flow, std: float = 0.2) -> Flow:
     perturbed(flow.bijection, std)
     return flow.eval()
 
@@ -75,23 +75,23 @@ def with_data(flow: Flow, *bijections: Bijection, **data: Any) -> Flow:
     return flow.with_data(Chain([flow.bijection, *bijections]), **data).eval()
 
 
-def fixed(event_shape: tuple[int, ...] = (2,), method: str = "rk4", steps: int = 2, **keys: Any) -> Flow:
-    return random(ffjord(event_shape, solver=ode_solver(method, steps=steps), hidden=[6], **keys))
+def fixed_step_flow(event_shape: tuple[int, ...] = (2,), method: str = "rk4", steps: int = 2, **keys: Any) -> Flow:
+    return randomized(ffjord(event_shape, solver=ode_solver(method, steps=steps), hidden=[6], **keys))
 
 
 FLOWS: dict[str, Callable[[], Flow]] = {
-    "realnvp": lambda: random(realnvp((2,), layers=2, hidden=[8])),
+    "realnvp": lambda: randomized(realnvp((2,), layers=2, hidden=[8])),
     "glow": lambda: with_data(
-        random(glow((1, 4, 4), steps=1, hidden=[4], scales=1, coupling="spline", bins=3)),
+        randomized(glow((1, 4, 4), steps=1, hidden=[4], scales=1, coupling="spline", bins=3)),
         Logit(16, 0.05),
         integer_valued=True,
         levels=16,
     ),
-    "ffjord": fixed,
+    "ffjord": fixed_step_flow,
 }
 
 
-def run_alone(flow: Flow, folder: Path, name: str) -> None:
+def check_without_flowtrain(flow: Flow, folder: Path, name: str) -> None:
     """Checks that the programs agree with the flow on 1,000 rows, in a process that does not import flowtrain."""
     with torch.no_grad():
         x, z = flow.sample(ROWS), flow.base.sample(ROWS, like=flow.like)
@@ -129,7 +129,7 @@ def metadata_in(path: Path) -> Any:
         *(pytest.param(name, "onnx", marks=[needs_onnx, pytest.mark.slow]) for name in ("realnvp", "ffjord")),
     ],
 )
-def test_programs_agree_where_flowtrain_is_not_imported(name: str, ending: str, tmp_path: Path) -> None:
+def test_programs_agree_without_importing_flowtrain(name: str, ending: str, tmp_path: Path) -> None:
     flow = FLOWS[name]()
     state, weights = torch.random.get_rng_state(), {k: v.clone() for k, v in flow.state_dict().items()}
     exported = flow.export(tmp_path / f"flow.{ending}")
@@ -144,13 +144,13 @@ def test_programs_agree_where_flowtrain_is_not_imported(name: str, ending: str, 
         assert found["event_shape"] == list(flow.event_shape)
         # programs contain no paths of this machine
         assert str(Path(export.__file__).parent).encode() not in path.read_bytes()
-    run_alone(flow, tmp_path, f"flow.{ending}")
+    check_without_flowtrain(flow, tmp_path, f"flow.{ending}")
 
 
 @pytest.mark.parametrize("ending", SLOW_ONNX)
-def test_labels_are_a_second_input(ending: str, tmp_path: Path) -> None:
-    flow = random(realnvp((2,), layers=1, hidden=[8], conditional=True, classes=3))
-    found, label = programs(flow, tmp_path, ending=ending), torch.arange(ROWS) % 3
+def test_label_is_a_second_program_input(ending: str, tmp_path: Path) -> None:
+    flow = randomized(realnvp((2,), layers=1, hidden=[8], conditional=True, classes=3))
+    found, label = exported_programs(flow, tmp_path, ending=ending), torch.arange(ROWS) % 3
     with torch.no_grad():
         x, z = flow.sample(ROWS, label=label), flow.base.sample(ROWS, like=flow.like)
         for name, given, wanted in (("log_prob", x, flow.log_prob), ("inverse", x, flow.inverse), ("sample", z, flow)):
@@ -158,7 +158,7 @@ def test_labels_are_a_second_input(ending: str, tmp_path: Path) -> None:
             assert not torch.allclose(found[name](given, 2 - label), wanted(given, label), atol=1e-2)
 
 
-def programs(flow: Flow, folder: Path, *given: Any, ending: str = "pt2", **keys: Any) -> dict[str, Any]:
+def exported_programs(flow: Flow, folder: Path, *given: Any, ending: str = "pt2", **keys: Any) -> dict[str, Any]:
     """Exports the flow and returns its programs and the metadata of log_prob."""
     exported = flow.export(folder / f"flow.{ending}", *given, **keys)
     found: dict[str, Any] = {
@@ -169,10 +169,10 @@ def programs(flow: Flow, folder: Path, *given: Any, ending: str = "pt2", **keys:
 
 @pytest.mark.slow
 def test_labels_reach_the_field_of_a_continuous_flow(tmp_path: Path) -> None:
-    flow = fixed(conditional=True, classes=3)
+    flow = fixed_step_flow(conditional=True, classes=3)
     for block in flow.ode_blocks:
         nn.init.normal_(block.field.embedding)  # type: ignore[arg-type, union-attr]
-    found = programs(flow, tmp_path)
+    found = exported_programs(flow, tmp_path)
     x, label = torch.randn(5, 2), torch.tensor([0, 1, 2, 1, 0])
     torch.testing.assert_close(found["log_prob"](x, label), flow.log_prob(x, label).detach(), rtol=1e-5, atol=1e-5)
 
@@ -201,14 +201,14 @@ class Laplace(Base):
     ],
     ids=lambda base: type(base).__name__,
 )
-def test_every_base_is_exported(base: Base, ending: str, tmp_path: Path, only_programs: OnlyPrograms) -> None:
+def test_every_base_can_be_exported(base: Base, ending: str, tmp_path: Path, only_programs: OnlyPrograms) -> None:
     only_programs("log_prob")
     if isinstance(base, GaussianMixture):
         with torch.no_grad():
             for p in base.parameters():
                 p.add_(0.3 * torch.randn_like(p))
-    flow = random(Flow(base, Affine(2)))
-    found = programs(flow, tmp_path, ending=ending)
+    flow = randomized(Flow(base, Affine(2)))
+    found = exported_programs(flow, tmp_path, ending=ending)
     # rows inside and outside the box
     x = torch.cat([flow.sample(20), 100 * torch.randn(5, 2)])
     torch.testing.assert_close(found["log_prob"](x), flow.log_prob(x).detach(), rtol=1e-5, atol=1e-5)
@@ -220,14 +220,12 @@ def test_every_base_is_exported(base: Base, ending: str, tmp_path: Path, only_pr
 
 
 @pytest.mark.parametrize("ending", SLOW_ONNX)
-def test_offsets_that_float32_does_not_resolve_stay_in_float64(
-    ending: str, tmp_path: Path, only_programs: OnlyPrograms
-) -> None:
+def test_large_offsets_stay_in_float64(ending: str, tmp_path: Path, only_programs: OnlyPrograms) -> None:
     only_programs("log_prob", "sample")
     standardize = Standardize((2,), offset=True)
     standardize.fit(torch.tensor([1e9, 1.0]), torch.tensor([3600.0, 1.0]), torch.tensor([1e9, 0.0]))
-    flow = with_data(random(realnvp((2,), layers=2, hidden=[8])), standardize, centered=True)
-    found = programs(flow, tmp_path, ending=ending)
+    flow = with_data(randomized(realnvp((2,), layers=2, hidden=[8])), standardize, centered=True)
+    found = exported_programs(flow, tmp_path, ending=ending)
     x = flow.sample(10)
     assert x.dtype == torch.float64
     torch.testing.assert_close(found["log_prob"](x), flow.log_prob(x).detach(), rtol=0, atol=1e-4, check_dtype=False)
@@ -235,9 +233,9 @@ def test_offsets_that_float32_does_not_resolve_stay_in_float64(
 
 
 @pytest.mark.slow
-def test_values_outside_of_the_levels_are_nan(tmp_path: Path) -> None:
+def test_log_prob_outside_the_levels_is_nan(tmp_path: Path) -> None:
     flow = FLOWS["glow"]()
-    found = programs(flow, tmp_path)
+    found = exported_programs(flow, tmp_path)
     x = flow.sample(3)
     x[0, 0, 0, 0], x[1, 0, 0, 0] = -3.0, 20.0
     assert found["log_prob"](x).isnan().tolist() == [True, True, False]
@@ -246,21 +244,19 @@ def test_values_outside_of_the_levels_are_nan(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_whole_numbers_and_a_few_rows_may_be_given(tmp_path: Path) -> None:
+def test_integer_example_rows_are_accepted(tmp_path: Path) -> None:
     x = torch.randint(0, 16, (1, 1, 4, 4))
-    found = programs(FLOWS["glow"](), tmp_path, x)
+    found = exported_programs(FLOWS["glow"](), tmp_path, x)
     assert (found["metadata"]["rows"], found["metadata"]["rows_from"]) == (1, "given")
 
 
-def test_bias_is_that_of_the_fixed_steps_and_the_flow_stays_as_it_was(
-    tmp_path: Path, only_programs: OnlyPrograms
-) -> None:
+def test_bias_equals_the_fixed_step_error_of_the_program(tmp_path: Path, only_programs: OnlyPrograms) -> None:
     only_programs("log_prob")
     # with coarse steps the bias is far above rounding, and the program must reproduce it
-    flow = random(ffjord((2,), solver=ode_solver("dopri5"), hidden=[6]), 0.8)
+    flow = randomized(ffjord((2,), solver=ode_solver("dopri5"), hidden=[6]), 0.8)
     x = flow.sample(200)
     solver = flow.train().solver
-    found = programs(flow, tmp_path, x, solver="euler", steps=3)
+    found = exported_programs(flow, tmp_path, x, solver="euler", steps=3)
     assert flow.training
     assert flow.solver is solver
     assert all(p.requires_grad for p in flow.parameters())
@@ -275,8 +271,8 @@ def test_bias_is_that_of_the_fixed_steps_and_the_flow_stays_as_it_was(
     assert found["metadata"]["solver"] == {"method": "euler", "steps": 3}
 
 
-def test_fewest_steps_with_a_small_bias_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    flow = random(ffjord((2,), solver=ode_solver("dopri5"), hidden=[6]), 0.8)
+def test_fewest_steps_with_a_small_bias_are_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = randomized(ffjord((2,), solver=ode_solver("dopri5"), hidden=[6]), 0.8)
     x = flow.sample(50)
     rms = {n: export.with_fixed_steps(flow, x, steps=n)[1]["bias"]["rms"] for n in (1, 2, 4)}
     assert rms[1] > rms[2] > rms[4]
@@ -287,8 +283,8 @@ def test_fewest_steps_with_a_small_bias_are_chosen(monkeypatch: pytest.MonkeyPat
     assert export.with_fixed_steps(flow, x)[1]["solver"]["steps"] == 4
 
 
-def test_own_fixed_steps_are_kept() -> None:
-    flow = fixed(method="midpoint", steps=5)
+def test_fixed_step_solver_of_the_flow_is_kept() -> None:
+    flow = fixed_step_flow(method="midpoint", steps=5)
     x = flow.sample(5)
     for given, wanted in (
         ({}, ("midpoint", 5)),
@@ -300,18 +296,18 @@ def test_own_fixed_steps_are_kept() -> None:
 
 
 @pytest.mark.slow
-def test_estimated_traces_have_the_probes_of_a_single_row(tmp_path: Path) -> None:
-    flow = fixed((3,), eval_trace="hutchinson", noise_samples=2)
-    found = programs(flow, tmp_path)
+def test_hutchinson_program_uses_the_probes_of_a_single_row(tmp_path: Path) -> None:
+    flow = fixed_step_flow((3,), eval_trace="hutchinson", noise_samples=2)
+    found = exported_programs(flow, tmp_path)
     x = flow.sample(5)
     one_by_one = torch.cat([flow.log_prob(row[None]) for row in x]).detach()
     torch.testing.assert_close(found["log_prob"](x), one_by_one, rtol=1e-5, atol=1e-5)
     assert found["metadata"]["trace_probes"] == 2
 
 
-def test_traces_are_estimated_where_a_block_sees_many_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_samples_use_estimated_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     # the first scale has 144 elements; the second has half of them, so its trace is exact
-    flow = fixed((1, 12, 12), steps=1, scales=1)
+    flow = fixed_step_flow((1, 12, 12), steps=1, scales=1)
     x = flow.sample(3)
     monkeypatch.setitem(export.TIGHT, "rtol", 1e-2)
     steps, about = export.with_fixed_steps(flow, x)
@@ -319,11 +315,11 @@ def test_traces_are_estimated_where_a_block_sees_many_elements(monkeypatch: pyte
     assert about["trace_probes"] == 1
 
 
-def test_a_program_that_differs_is_not_written(
+def test_program_that_differs_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only_programs: OnlyPrograms
 ) -> None:
     only_programs("log_prob", "sample")
-    flow = random(Flow((2,), Affine(2)))
+    flow = randomized(Flow((2,), Affine(2)))
     (tmp_path / "flow.pt2").write_text("old")
     forward = export._Sample.forward
     monkeypatch.setattr(export._Sample, "forward", lambda self, z, label=None: forward(self, z, label) + 3e-4)
@@ -335,13 +331,11 @@ def test_a_program_that_differs_is_not_written(
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_a_program_that_is_not_finite_is_not_written(
-    wrong: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_program_is_not_written(wrong: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = export._LogProb.forward
     monkeypatch.setattr(export._LogProb, "forward", lambda self, x: torch.where(x[:, 0] > 1, wrong, forward(self, x)))
     with pytest.raises(ExportError, match="not finite"):
-        random(Flow((2,), Affine(2))).export(tmp_path / "flow.pt2")
+        randomized(Flow((2,), Affine(2))).export(tmp_path / "flow.pt2")
     assert not list(tmp_path.iterdir())
 
 
@@ -359,7 +353,7 @@ class LooksAtValues(UsesLen):
 
 
 @pytest.mark.parametrize("bijection", [UsesLen(), LooksAtValues()])
-def test_code_that_cannot_be_traced_is_refused(bijection: Bijection, tmp_path: Path) -> None:
+def test_untraceable_code_is_refused(bijection: Bijection, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="len"):
         Flow((2,), bijection).export(tmp_path / "flow.pt2")
     assert not list(tmp_path.iterdir())
@@ -370,8 +364,8 @@ class Unknown(nn.Module):
         return -x
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
-    flow, continuous = FLOWS["realnvp"](), fixed()
+def test_invalid_export_arguments_are_refused(tmp_path: Path) -> None:
+    flow, continuous = FLOWS["realnvp"](), fixed_step_flow()
     with pytest.raises(ConfigError, match=r"\.pt2"):
         flow.export(tmp_path / "flow.txt")
     (tmp_path / "there.sample.pt2").mkdir()
@@ -395,7 +389,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"flowtrain\[onnx\]"):
         FLOWS["realnvp"]().export(tmp_path / "flow.onnx")

@@ -42,7 +42,7 @@ SHORT = [
 ]
 
 
-def small(line: str) -> list[str]:
+def fast_overrides(line: str) -> list[str]:
     """Returns overrides that make a command fast if it uses the default model."""
     return [] if "model=" in line else ["model.hidden=[8]", "trainer.ema=null"]
 
@@ -62,13 +62,13 @@ def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def module(name: str) -> ModuleType:
+def package_module(name: str) -> ModuleType:
     """Imports a module of the package before any other test has looked for it."""
     sys.path.append(str(Path.cwd()))
     return importlib.import_module(f"mypkg.{name}")
 
 
-def test_section_has_an_example_of_each_group() -> None:
+def test_readme_section_has_an_example_of_each_group() -> None:
     names = {group: [Path(f).stem for f in FILES if f"conf/{group}/" in f] for group in ("model", "data", "solver")}
     names["regularizer"] = [Path(f).stem for f in FILES if "conf/regularizer/" in f]
     assert all(f"mypkg/{name}.py" in FILES for [name] in names.values())
@@ -81,7 +81,7 @@ def test_example_commands_run(run: Run, project: Path, commands: str) -> None:
     for line in commands.splitlines():
         command, *arguments = [word.replace("RUN_DIR", run_dir) for word in shlex.split(line, comments=True)]
         resumed = any(a.startswith("resume=") for a in arguments)
-        short = ["trainer.steps=6"] if resumed else [*SHORT, *small(line)] if command == "flowtrain" else []
+        short = ["trainer.steps=6"] if resumed else [*SHORT, *fast_overrides(line)] if command == "flowtrain" else []
         code, out, err = run(command, *arguments, *short)
         assert code == 0, err
         if command == "flowtrain":
@@ -97,7 +97,7 @@ def test_example_commands_run(run: Run, project: Path, commands: str) -> None:
 
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_likelihood_of_the_example_model_matches_its_jacobian(project: Path, d: int) -> None:
-    flow = module("sinh_arcsinh").sinh_arcsinh((d,), layers=3)
+    flow = package_module("sinh_arcsinh").sinh_arcsinh((d,), layers=3)
     for p in flow.parameters():
         torch.nn.init.normal_(p, std=0.3)
     x = 2 * torch.randn(7, d)
@@ -112,7 +112,7 @@ def test_likelihood_of_the_example_model_matches_its_jacobian(project: Path, d: 
 
 @pytest.mark.parametrize("bend", [0.0, 1.0, -2.5])
 def test_entropy_of_the_example_data(project: Path, bend: float) -> None:
-    data = module("banana").Banana(bend=bend, n_val=10, n_test=20_000)
+    data = package_module("banana").Banana(bend=bend, n_val=10, n_test=20_000)
     log_p = data.log_prob(data.test)
     assert abs(-log_p.mean() - data.entropy) < 4 * log_p.std() / len(log_p) ** 0.5
     grid = torch.linspace(-16, 16, 801)
@@ -122,7 +122,7 @@ def test_entropy_of_the_example_data(project: Path, bend: float) -> None:
 
 def test_convergence_order_of_the_example_solver(project: Path) -> None:
     """dx/dt = -2 t x^2, x(0) = 1: x(1) = 1/2."""
-    make = module("three_eighths").three_eighths
+    make = package_module("three_eighths").three_eighths
 
     def error(steps: int) -> float:
         solver = make(method="three_eighths", steps=steps)
@@ -150,7 +150,7 @@ def test_invalid_tableau_is_refused(change: dict[str, tuple[float, ...]], words:
 
 
 def test_value_of_the_example_regularizer(run: Run, project: Path) -> None:
-    arguments = ["regularizer=speed_limit", "regularizer.limit=1e-3", *small("")]
+    arguments = ["regularizer=speed_limit", "regularizer.limit=1e-3", *fast_overrides("")]
     code, out, err = run("flowtrain", "--config-dir", "conf", *arguments, *SHORT)
     assert code == 0, err
     rows = [json.loads(line) for line in (Path(out.splitlines()[-1]) / "metrics.jsonl").read_text().splitlines()]
@@ -203,7 +203,7 @@ def test_untrusted_package_is_not_imported(run: Run, project: Path) -> None:
     assert "mypkg" not in sys.modules
 
 
-def test_user_configs_are_found_by_every_command(run: Run, project: Path) -> None:
+def test_every_command_finds_user_configs(run: Run, project: Path) -> None:
     """User configs are found beside flowtrain's runs too, and help, error messages and sweeps include them."""
     own = ("--config-dir", "conf")
     code, out, err = run("flowtrain", *own, "data=banana", "model=affine", *SHORT)
@@ -252,7 +252,7 @@ def test_installed_commands_find_the_package(project: Path) -> None:
     assert done.stdout.splitlines()[-1] == str(project / "here")
 
 
-def test_in_a_checkout_neither_a_flag_nor_trust_is_needed(tmp_path: Path) -> None:
+def test_checkout_extension_needs_neither_flag_nor_trust(tmp_path: Path) -> None:
     shutil.copytree(Path(importlib.import_module("flowtrain").__file__ or "").parent, tmp_path / "flowtrain")
     shutil.copytree(config_dir(), tmp_path / "configs", dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "flowtrain/configs", ignore_errors=True)

@@ -65,7 +65,7 @@ def linear_flow(rtol: float = 1e-6, **trace: str) -> Flow:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_linear_flow_is_its_gaussian(dtype: torch.dtype) -> None:
+def test_linear_flow_equals_the_gaussian(dtype: torch.dtype) -> None:
     torch.set_default_dtype(dtype)
     x = Gaussian(200).test
     log_p = linear_flow(1e-6 if dtype == torch.float32 else 1e-10).log_prob(x)
@@ -74,7 +74,7 @@ def test_linear_flow_is_its_gaussian(dtype: torch.dtype) -> None:
     torch.testing.assert_close(log_p.double(), true_density().log_prob(x.double()), rtol=tolerance, atol=tolerance)
 
 
-def test_evaluation_of_the_truth_has_no_kl() -> None:
+def test_evaluation_of_the_true_density_has_zero_kl() -> None:
     torch.set_default_dtype(torch.float32)
     data = Gaussian()
     result = evaluate(linear_flow(1e-5), data, step=7)
@@ -89,7 +89,7 @@ def test_evaluation_of_the_truth_has_no_kl() -> None:
     assert result.roundtrip_error < 1e-3
 
 
-def test_hutchinson_evaluation_says_so_and_repeats() -> None:
+def test_hutchinson_evaluation_is_reported_and_reproducible() -> None:
     flow = linear_flow(1e-5, evaluate="hutchinson")
     first, second = (evaluate(flow, Gaussian(500)) for _ in range(2))
     assert (first.trace, first.noise_samples) == ("hutchinson", 1)
@@ -97,14 +97,14 @@ def test_hutchinson_evaluation_says_so_and_repeats() -> None:
     assert first.nll == pytest.approx(evaluate(linear_flow(1e-5), Gaussian(500)).nll, abs=0.2)
 
 
-def test_solver_error_sees_a_loose_tolerance() -> None:
+def test_solver_error_grows_with_the_tolerance() -> None:
     loose, tight = (evaluate(linear_flow(rtol), Gaussian(100)).solver_error for rtol in (1e-1, 1e-8))
     assert loose is not None
     assert tight is not None
     assert loose > 100 * tight
 
 
-def test_gradient_in_float32_agrees_with_float64() -> None:
+def test_float32_gradient_matches_float64() -> None:
     torch.manual_seed(0)
     exact = ffjord((2,), solver=ode_solver("dopri5", rtol=1e-10), hidden=[16, 16])
     for p in exact.parameters():
@@ -120,7 +120,7 @@ def test_gradient_in_float32_agrees_with_float64() -> None:
     assert (grads[1] - grads[0]).norm() / grads[0].norm() < 2e-3
 
 
-def test_gradient_of_the_nll_against_finite_differences() -> None:
+def test_nll_gradient_matches_finite_differences() -> None:
     flow = ffjord((3,), solver=ode_solver("rk4", step_size=0.1), hidden=[6])
     for p in flow.parameters():
         nn.init.normal_(p, std=0.5)
@@ -138,7 +138,7 @@ def test_gradient_of_the_nll_against_finite_differences() -> None:
         assert g[index].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5, abs=1e-8)
 
 
-def test_affine_flow_is_its_gaussian_in_data_units() -> None:
+def test_affine_flow_equals_the_gaussian_in_data_units() -> None:
     standardize = Standardize((3,))
     standardize.fit(torch.tensor([5.0, -2.0, 0.0]), torch.tensor([10.0, 0.1, 1.0]))
     flow = Flow((3,), Chain([Affine(3), standardize]))
@@ -170,7 +170,7 @@ def test_points_near_the_origin_do_not_underflow() -> None:
         assert flow.log_prob(torch.full((1, 2), size)).item() == pytest.approx(-math.log(2 * math.pi) - 0.8, abs=1e-4)
 
 
-def test_coarse_solver_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_coarse_solver_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("flowtrain").propagate = True
     flow = linear_flow(1e-5)
     fast = Flow((2,), Chain([Continuous(Linear(), ode_solver("euler", step_size=0.5), TraceRule())]))
@@ -180,7 +180,7 @@ def test_coarse_solver_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     assert "solver.rtol" in caplog.text
 
 
-def test_empty_batches_and_gradients_with_respect_to_x() -> None:
+def test_empty_batches_and_input_gradients_are_supported() -> None:
     flow = linear_flow()
     assert flow.log_prob(torch.zeros(0, 2)).shape == (0,)
     assert flow.inverse(torch.zeros(0, 2)).shape == (0, 2)
@@ -189,7 +189,7 @@ def test_empty_batches_and_gradients_with_respect_to_x() -> None:
     torch.testing.assert_close(score, -x.detach() @ true_density().precision_matrix, rtol=1e-4, atol=1e-4)
 
 
-def test_wrong_shapes_and_numbers_are_refused() -> None:
+def test_invalid_shapes_and_arguments_are_refused() -> None:
     flow = linear_flow()
     for bad in (torch.zeros(5), torch.zeros(5, 3), torch.zeros(5, 2, 1)):
         with pytest.raises(FlowtrainError, match=r"\(B, 2\)"):
@@ -204,7 +204,7 @@ def test_wrong_shapes_and_numbers_are_refused() -> None:
         realnvp((1,))
 
 
-def test_evaluation_refuses_other_shapes_and_names_a_bad_row() -> None:
+def test_evaluation_refuses_wrong_shapes_and_names_a_bad_row() -> None:
     flow, data = linear_flow(), Gaussian(10)
     data.event_shape = (3,)
     with pytest.raises(DataError, match=r"\(2,\).*\(3,\)"):
@@ -219,7 +219,7 @@ def test_evaluation_refuses_other_shapes_and_names_a_bad_row() -> None:
         evaluate(affine, bad)
 
 
-def test_evaluation_leaves_the_random_state_alone() -> None:
+def test_evaluation_leaves_the_random_state_unchanged() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -227,13 +227,13 @@ def test_evaluation_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_generators_are_keyed_by_the_whole_tuple() -> None:
+def test_generator_depends_on_the_whole_key_tuple() -> None:
     draws = [torch.rand(1, generator=step_generator(*key)).item() for key in [(0,), (0, 0), (0, 1), (0, 1, 0), (1, 0)]]
     assert len(set(draws)) == len(draws)
     with pytest.raises(ConfigError, match="seed=-1"):
         step_generator(-1)
 
 
-def test_package_offers_load_and_flow() -> None:
+def test_package_exports_flow() -> None:
     assert flowtrain.Flow is Flow
     assert Path(flowtrain.__file__).name == "__init__.py"

@@ -50,7 +50,7 @@ def array(n: int = 7, d: int = 2) -> Array:
 
 
 @pytest.mark.parametrize("name", ["ffjord", "realnvp", "glow", "nsf", "maf"])
-def test_arrays_give_the_values_of_tensors_as_arrays(name: str) -> None:
+def test_array_results_equal_tensor_results(name: str) -> None:
     flow, x = vectors(name), array()
     calls: tuple[Callable[[Any], Any], ...] = (flow.log_prob, flow.inverse, flow.forward, flow)
     for call in calls:
@@ -77,7 +77,7 @@ def test_arrays_are_scored_in_chunks_without_gradients(monkeypatch: pytest.Monke
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_values_have_the_dtype_of_the_flow() -> None:
+def test_results_have_the_dtype_of_the_flow() -> None:
     flow = Flow((2,), Affine(2)).float()
     for dtype in (
         np.float64,
@@ -97,7 +97,7 @@ def test_values_have_the_dtype_of_the_flow() -> None:
     assert flow.double().log_prob(array().astype(np.float32)).dtype == np.float64
 
 
-def test_any_layout_of_memory_is_taken_without_a_warning() -> None:
+def test_any_memory_layout_is_accepted_without_a_warning() -> None:
     flow, x = vectors("realnvp"), array(8, 2)
     expected = flow.log_prob(x)
     locked = x.copy()
@@ -115,7 +115,7 @@ def test_any_layout_of_memory_is_taken_without_a_warning() -> None:
     np.testing.assert_array_equal(flow.log_prob(x), expected)
 
 
-def test_no_rows_give_no_values() -> None:
+def test_empty_arrays_give_empty_results() -> None:
     for name in ("ffjord", "realnvp"):
         flow, empty = vectors(name), np.zeros((0, 2))
         assert flow.log_prob(empty).shape == (0,)
@@ -147,12 +147,12 @@ TEXT = np.array([["a", "1"], ["2", "3"]])
         (np.full((1, 2), 2**64 - 1, np.uint64), "too large"),
     ],
 )
-def test_what_is_not_rows_of_numbers_is_refused(x: Any, said: str) -> None:
+def test_invalid_arrays_are_refused(x: Any, said: str) -> None:
     with pytest.raises(FlowtrainError, match=said):
         vectors("realnvp").log_prob(x)
 
 
-def test_a_vector_for_a_flow_over_one_column_is_refused() -> None:
+def test_vector_for_a_one_column_flow_is_refused() -> None:
     flow = Flow((1,), Affine(1))
     with pytest.raises(FlowtrainError, match=r"x\[:, None\]"):
         flow.log_prob(np.zeros(5))
@@ -161,7 +161,7 @@ def test_a_vector_for_a_flow_over_one_column_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", [Frame, Indexed])
-def test_frames_are_read_by_the_names_of_the_columns(kind: type[Frame]) -> None:
+def test_data_frame_columns_are_selected_by_name(kind: type[Frame]) -> None:
     flow, x = trained_on(vectors("realnvp"), ("a", "b")), array()
     expected = flow.log_prob(x)
     notes = np.array(["some", "text"] * 4)[: len(x)]
@@ -176,14 +176,14 @@ def test_frames_are_read_by_the_names_of_the_columns(kind: type[Frame]) -> None:
 
 
 @pytest.mark.parametrize("columns", [(), ("a", "a")])
-def test_frames_are_read_by_position_where_there_are_no_unique_names(columns: tuple[str, ...]) -> None:
+def test_data_frame_without_unique_names_is_read_by_position(columns: tuple[str, ...]) -> None:
     flow, x = trained_on(vectors("realnvp"), columns), array()
     np.testing.assert_array_equal(flow.log_prob(Frame([0, 1], x)), flow.log_prob(x))
     with pytest.raises(FlowtrainError, match=r"\(7, 3\)"):
         flow.log_prob(Frame([0, 1, 2], array(7, 3)))
 
 
-def test_labels_may_be_arrays_lists_and_columns() -> None:
+def test_labels_may_be_arrays_lists_or_columns() -> None:
     flow, x, y = trained_on(vectors("realnvp", classes=3), ("a", "b"), "kind"), array(4), [2, 0, 1, 2]
     expected = flow.log_prob(torch.from_numpy(x), torch.tensor(y)).detach()
     frame = Frame(["kind", "b", "a", "other"], np.column_stack([y, x[:, ::-1], np.zeros(4)]))
@@ -205,7 +205,7 @@ def test_labels_may_be_arrays_lists_and_columns() -> None:
         vectors("realnvp").log_prob(x, y)
 
 
-def test_images_of_whole_numbers_get_noise() -> None:
+def test_integer_image_arrays_are_dequantized() -> None:
     flow = images("glow")
     x = np.random.default_rng(0).integers(0, 16, (3, 1, 4, 4), dtype=np.uint8)
     torch.manual_seed(0)
@@ -220,7 +220,7 @@ def test_images_of_whole_numbers_get_noise() -> None:
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])
-def test_frames_of_libraries(library: str) -> None:
+def test_pandas_and_polars_frames_are_accepted(library: str) -> None:
     frames, x = pytest.importorskip(library), array(4)
     flow = trained_on(vectors("realnvp", classes=3), ("a", "b"), "kind")
     frame = frames.DataFrame({"note": list("wxyz"), "kind": [0, 1, 2, 0], "b": x[:, 1], "a": x[:, 0]})

@@ -37,12 +37,12 @@ def affine(base: Base | tuple[int, ...]) -> Flow:
     return flow.eval()
 
 
-def matched(base: Base) -> Flow:
+def continuous_flow(base: Base) -> Flow:
     field = MLPField(2, [8], "concatsquash", "tanh")
     return Flow(base, Chain([Continuous(field, ode_solver("dopri5", rtol=1e-4), TraceRule())]))
 
 
-def test_event_shape_stands_for_a_standard_normal() -> None:
+def test_event_shape_implies_a_standard_normal_base() -> None:
     torch.manual_seed(0)
     short = Flow((2,), Affine(2))
     long = Flow(StandardNormal((2,)), Affine(2))
@@ -54,7 +54,7 @@ def test_event_shape_stands_for_a_standard_normal() -> None:
     assert torch.equal(short.log_prob(x), long.log_prob(x))
 
 
-def test_density_is_the_transformed_one_of_torch() -> None:
+def test_density_equals_torch_transformed_distribution() -> None:
     for base in every_base():
         flow = affine(base)
         assert isinstance(flow.bijection, Affine)
@@ -75,7 +75,7 @@ def test_density_is_the_transformed_one_of_torch() -> None:
     torch.testing.assert_close(flow.log_prob(x), expected.log_prob(x))
 
 
-def test_samples_come_from_the_base_and_have_its_temperature() -> None:
+def test_samples_use_the_base_and_its_temperature() -> None:
     for base in every_base():
         flow = affine(base)
         torch.manual_seed(3)
@@ -88,7 +88,7 @@ def test_samples_come_from_the_base_and_have_its_temperature() -> None:
     assert cold.shape == (1, 2)
 
 
-def test_a_trainable_base_is_trained_with_the_flow() -> None:
+def test_trainable_base_is_trained_with_the_flow() -> None:
     """A trained base fits two distant clusters, which the affine map cannot separate."""
     x = torch.cat([torch.randn(200, 2) - 5, torch.randn(200, 2) + 5])
     base = GaussianMixture(2, 2)
@@ -127,24 +127,24 @@ def test_evaluation_of_flows_with_other_bases() -> None:
         assert result.calibration.worst in ("z1", "z2", "radius")
 
 
-def test_flow_matching_starts_at_draws_from_the_base() -> None:
+def test_flow_matching_starts_at_base_samples() -> None:
     base = UniformBox([10.0, 20.0], [11.0, 21.0])
     for coupling in ("independent", "optimal"):
-        x0, x1, _ = FlowMatching(matched(base), Regularizer(), coupling).pairs(torch.randn(50, 2), None)
+        x0, x1, _ = FlowMatching(continuous_flow(base), Regularizer(), coupling).pairs(torch.randn(50, 2), None)
         assert base.log_prob(x0).isfinite().all()
         assert x1.shape == x0.shape
 
 
-def test_pairs_of_a_teacher_start_at_its_base_and_the_student_must_share_it() -> None:
+def test_student_must_share_the_base_of_the_teacher() -> None:
     base = UniformBox([10.0, 20.0], [11.0, 21.0])
-    teacher = matched(base).eval()
+    teacher = continuous_flow(base).eval()
     objective = Rectified(copy.deepcopy(teacher), Regularizer(), teacher, seed=0, pairs=20)
     assert base.log_prob(objective.pool[0]).isfinite().all()
     with pytest.raises(ConfigError, match=r"UniformBox.*StandardNormal"):
-        Rectified(matched(StandardNormal((2,))), Regularizer(), teacher, seed=0, pairs=20)
+        Rectified(continuous_flow(StandardNormal((2,))), Regularizer(), teacher, seed=0, pairs=20)
 
 
-def test_pictures_start_at_draws_from_the_base() -> None:
+def test_figures_use_base_samples() -> None:
     flow = affine(GaussianMixture(2, 3))
     torch.manual_seed(0)
     z = latents(flow, 5)
@@ -164,14 +164,14 @@ class Images(Moons):
         self.val = self.test = torch.randn(30, 1, 2, 2)
 
 
-def test_images_are_interpolated_on_the_sphere_of_a_standard_normal_only() -> None:
+def test_interpolation_requires_a_standard_normal_base() -> None:
     shape = (1, 2, 2)
     assert interpolations(Flow(shape, Affine(4)).eval(), Images())
     with pytest.raises(FlowtrainError, match="StudentT"):
         interpolations(Flow(StudentT(shape, 3.0), Affine(4)).eval(), Images())
 
 
-def test_images_at_temperatures_share_their_noise_or_are_refused() -> None:
+def test_temperature_figure_shares_noise_across_temperatures() -> None:
     shape = (1, 2, 2)
     for base in (StandardNormal(shape), StudentT(shape, 3.0)):
         rows = temperatures(Flow(base, Affine(4)).eval(), Images())

@@ -48,7 +48,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,), (2, 0)])
-def test_distribution_agrees_with_the_gaussian_of_torch(batch: tuple[int, ...]) -> None:
+def test_distribution_equals_torch_multivariate_normal(batch: tuple[int, ...]) -> None:
     flow = affine()
     ours, theirs = flow.distribution(), gaussian(flow)
     x = torch.randn(*batch, 2)
@@ -61,7 +61,7 @@ def test_distribution_agrees_with_the_gaussian_of_torch(batch: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("batch", [(4,), (3, 4), (1,)])
-def test_expanded_distributions_broadcast_as_those_of_torch(batch: tuple[int, ...]) -> None:
+def test_expanded_distribution_broadcasts_like_torch(batch: tuple[int, ...]) -> None:
     flow = affine()
     ours, theirs = (p.expand(batch) for p in (flow.distribution(), gaussian(flow)))
     assert isinstance(ours, FlowDistribution)
@@ -79,7 +79,7 @@ def test_expanded_distributions_broadcast_as_those_of_torch(batch: tuple[int, ..
             p.expand((2,))
 
 
-def test_distribution_works_within_those_of_torch() -> None:
+def test_distribution_composes_with_torch_distributions() -> None:
     flow = affine()
     p, truth, x = flow.distribution(), gaussian(flow), torch.randn(5, 3, 2)
     torch.testing.assert_close(D.Independent(p.expand((3,)), 1).log_prob(x), truth.log_prob(x).sum(1))
@@ -88,7 +88,7 @@ def test_distribution_works_within_those_of_torch() -> None:
     assert moved.sample((4,)).shape == (4, 2)
 
 
-def test_what_has_no_closed_form_is_not_implemented() -> None:
+def test_methods_without_closed_form_raise_not_implemented() -> None:
     p = affine().distribution()
     asked: list[Callable[[], object]] = [
         lambda: p.mean,
@@ -104,7 +104,7 @@ def test_what_has_no_closed_form_is_not_implemented() -> None:
     assert not p.has_enumerate_support
 
 
-def test_kl_by_monte_carlo_is_the_closed_form() -> None:
+def test_monte_carlo_kl_matches_the_closed_form() -> None:
     flow, other = affine(), affine()
     p, q = flow.distribution(), other.distribution()
     x = p.sample((20_000,))
@@ -113,7 +113,7 @@ def test_kl_by_monte_carlo_is_the_closed_form() -> None:
     assert float(gap.mean()) == pytest.approx(expected, abs=4 * float(gap.std()) / len(gap) ** 0.5)
 
 
-def test_samples_are_detached_and_rsamples_are_not() -> None:
+def test_sample_is_detached_and_rsample_has_gradients() -> None:
     p = vectors("realnvp").distribution().expand((3,))
     assert not p.sample((2,)).requires_grad
     assert p.rsample((2,)).requires_grad
@@ -125,7 +125,7 @@ def test_samples_are_detached_and_rsamples_are_not() -> None:
     torch.testing.assert_close(mixture.log_prob(x), p.log_prob(x[:, None])[:, 0])
 
 
-def test_values_of_another_shape_are_refused_as_those_of_torch() -> None:
+def test_wrong_shapes_are_refused_like_torch() -> None:
     flow = affine()
     for p in (flow.distribution(), D.MultivariateNormal(torch.zeros(2), torch.eye(2))):
         for bad in (torch.zeros(3), torch.tensor(1.0), 1.0, [0.0, 0.0]):
@@ -139,7 +139,7 @@ def test_values_of_another_shape_are_refused_as_those_of_torch() -> None:
         assert p.expand((2,))._validate_args == p._validate_args
 
 
-def test_a_distribution_shows_its_shapes() -> None:
+def test_distribution_repr_contains_its_shapes() -> None:
     p = vectors("realnvp", classes=3).distribution(2).expand((4,))
     for words in ("label: 2", "[4]", "[2]"):
         assert words in repr(p)
@@ -184,7 +184,7 @@ def test_pyro_reshapes_and_copies_a_distribution(pyro: Any) -> None:
         torch.testing.assert_close(other.log_prob(x), expected)
 
 
-def test_a_flow_is_a_guide_of_pyro(pyro: Any) -> None:
+def test_flow_works_as_a_pyro_guide(pyro: Any) -> None:
     """For x ~ N(0, I) and y | x ~ N(x0 + x1, 1/2), the posterior is Gaussian, which an affine flow can represent."""
     flow, y = affine().train(), torch.tensor(1.5)
     normal = pyro.distributions.Normal
@@ -206,7 +206,7 @@ def test_a_flow_is_a_guide_of_pyro(pyro: Any) -> None:
     assert first > last + 0.1
 
 
-def test_distribution_checks_its_support() -> None:
+def test_distribution_validates_its_support() -> None:
     p = affine().distribution()
     assert p.support.check(torch.randn(4, 2)).tolist() == [True] * 4
     assert p.support.event_dim == 1
@@ -218,7 +218,7 @@ def test_distribution_checks_its_support() -> None:
     assert p.log_prob(torch.randint(0, 4, (3, 2))).shape == (3,)
 
 
-def test_distribution_of_a_conditional_flow_takes_its_label() -> None:
+def test_conditional_distribution_requires_a_label() -> None:
     flow = vectors("realnvp", classes=3)
     p, x = flow.distribution(1), torch.randn(2, 4, 2)
     torch.testing.assert_close(p.log_prob(x), flow.log_prob(x.view(8, 2), 1).view(2, 4))
@@ -234,7 +234,7 @@ def test_distribution_of_a_conditional_flow_takes_its_label() -> None:
 
 
 @pytest.mark.parametrize("name", ["ffjord", "realnvp", "glow"])
-def test_rsample_has_the_gradient_of_finite_differences(name: str) -> None:
+def test_rsample_gradient_matches_finite_differences(name: str) -> None:
     flow, f = vectors(name), lambda x: (x.sin() * torch.tensor([1.0, 2.0])).sum()
     assert torch.equal(flow.rsample(3, generator=generator()).detach(), flow.sample(3, generator=generator()))
     p = max(flow.parameters(), key=lambda p: p.numel())
@@ -249,7 +249,7 @@ def test_rsample_has_the_gradient_of_finite_differences(name: str) -> None:
     assert float(gradient[index]) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4, abs=1e-6)
 
 
-def test_rsample_reaches_the_parameters_of_the_base() -> None:
+def test_rsample_gradient_reaches_the_base_parameters() -> None:
     for base in (StudentT((2,), 4.0, trainable=True), GaussianMixture(2, 3)):
         flow = Flow(base, Affine(2))
         flow.rsample(5).square().sum().backward()
@@ -257,7 +257,7 @@ def test_rsample_reaches_the_parameters_of_the_base() -> None:
     assert not flow.sample(2).requires_grad
 
 
-def test_gradient_of_the_entropy_is_that_of_the_gaussian() -> None:
+def test_entropy_gradient_matches_the_gaussian() -> None:
     """Variational inference needs this gradient of the reverse KL divergence by reparametrization."""
     flow = affine()
     p = flow.distribution()
@@ -269,7 +269,7 @@ def test_gradient_of_the_entropy_is_that_of_the_gaussian() -> None:
         torch.testing.assert_close(a, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_samples_repeat_with_a_generator_and_leave_the_global_one_alone() -> None:
+def test_generator_determines_the_samples() -> None:
     flows = [affine(), vectors("realnvp", classes=3), Flow(GaussianMixture(2, 2), Affine(2))]
     for flow in flows:
         flow.class_counts = (1, 2, 3) if flow.classes else ()
@@ -307,7 +307,7 @@ def points(flow: Flow) -> Tensor:
     return x if flow.levels is None else x.clamp(0.1, flow.levels - 0.1)
 
 
-def test_copies_and_pickles_score_alike_and_share_nothing(flow: Flow) -> None:
+def test_copies_and_pickles_are_equal_and_independent(flow: Flow) -> None:
     x = points(flow)
     expected = flow.log_prob(x).detach()
     file = io.BytesIO()
@@ -323,7 +323,7 @@ def test_copies_and_pickles_score_alike_and_share_nothing(flow: Flow) -> None:
         assert torch.equal(flow.log_prob(x), expected)
 
 
-def test_a_state_dict_carries_all_of_a_flow(flow: Flow) -> None:
+def test_state_dict_restores_the_whole_flow(flow: Flow) -> None:
     x, other = points(flow), copy.deepcopy(flow)
     expected = flow.log_prob(x).detach()
     with torch.no_grad():
@@ -334,7 +334,7 @@ def test_a_state_dict_carries_all_of_a_flow(flow: Flow) -> None:
     assert torch.equal(other.log_prob(x), expected)
 
 
-def test_a_deepcopy_has_step_plans_of_its_own() -> None:
+def test_deepcopy_has_independent_step_plans() -> None:
     flow = vectors("ffjord").train()
     flow.log_prob(torch.randn(5, 2))
     before = [plan.steps for plan in flow.step_plans]
@@ -347,7 +347,7 @@ def test_a_deepcopy_has_step_plans_of_its_own() -> None:
     assert other.solver is not flow.solver
 
 
-def test_copies_of_a_compiled_flow_evaluate_their_own_field() -> None:
+def test_copy_of_a_compiled_flow_uses_the_copied_field() -> None:
     """A compiled function is bound to the field it was compiled from and cannot be pickled."""
     flow = vectors("ffjord").train()
     (block,) = flow.ode_blocks
@@ -361,7 +361,7 @@ def test_copies_of_a_compiled_flow_evaluate_their_own_field() -> None:
     assert not copied.velocity()(torch.tensor(0.5), torch.randn(3, 2)).any()
 
 
-def test_dtypes_change_and_change_back(flow: Flow) -> None:
+def test_dtype_conversion_is_reversible(flow: Flow) -> None:
     x = points(flow)
     expected, drawn = flow.log_prob(x).detach(), flow.sample(3, generator=generator())
     single = flow.float()
@@ -382,7 +382,7 @@ def wide(d: int = 130) -> Flow:
     return Flow((d,), Chain([Continuous(field, ode_solver("rk4", steps=2), TraceRule())]))
 
 
-def test_estimated_log_prob_repeats_in_evaluation_mode_and_draws_nothing() -> None:
+def test_hutchinson_log_prob_is_deterministic_in_eval_mode() -> None:
     flow, x = wide().eval(), torch.randn(4, 130)
     torch.manual_seed(1)
     expected = torch.rand(3)
@@ -395,7 +395,7 @@ def test_estimated_log_prob_repeats_in_evaluation_mode_and_draws_nothing() -> No
     assert not torch.equal(flow.log_prob(x), flow.log_prob(x))
 
 
-def test_seeds_of_an_evaluation_reach_the_probes() -> None:
+def test_evaluation_seed_determines_the_probes() -> None:
     flow, x = wide().eval(), torch.randn(4, 130)
     one, same, other = (log_probs(flow, x, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one, same)
@@ -409,7 +409,7 @@ def test_seeds_of_an_evaluation_reach_the_probes() -> None:
     assert not seeding_active()
 
 
-def test_exact_log_prob_is_the_same_whatever_is_seeded() -> None:
+def test_exact_log_prob_does_not_depend_on_the_seed() -> None:
     flow = Flow((2,), Chain([continuous(2)])).eval()
     x = torch.randn(3, 2)
     with seeded(5, x.device):

@@ -31,18 +31,18 @@ SOLVERS: list[dict[str, Any]] = [
 ]
 
 
-def one_solve(settings: dict[str, Any], training: bool = False) -> Flow:
+def ode_flow(settings: dict[str, Any], training: bool = False) -> Flow:
     return Flow((2,), Chain([continuous(2, ode_solver(**settings), train="exact")])).train(training)
 
 
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> None:
+def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("settings", SOLVERS, ids=lambda s: "-".join(map(str, s.values())))
-def test_grad_and_vmap_through_every_way_to_solve(settings: dict[str, Any], training: bool) -> None:
-    flow, x = one_solve(settings, training), torch.randn(3, 2, requires_grad=True)
+def test_grad_and_vmap_match_autograd_for_every_solver(settings: dict[str, Any], training: bool) -> None:
+    flow, x = ode_flow(settings, training), torch.randn(3, 2, requires_grad=True)
     log_p = flow.log_prob(x)
     (expected,) = torch.autograd.grad(log_p.sum(), x)
     tolerance = 1e-2 if settings["method"] == "adaptive_heun" else 1e-6
@@ -54,17 +54,17 @@ def test_grad_and_vmap_through_every_way_to_solve(settings: dict[str, Any], trai
         return flow.log_prob(row.unsqueeze(0))[0]
 
     x = x.detach()
-    close(vmap(of_row)(x), log_p, tolerance)
-    close(grad(of_row)(x[0]), expected[0], tolerance)
-    close(vmap(grad(of_row))(x), expected, tolerance)
+    assert_close(vmap(of_row)(x), log_p, tolerance)
+    assert_close(grad(of_row)(x[0]), expected[0], tolerance)
+    assert_close(vmap(grad(of_row))(x), expected, tolerance)
 
 
 @pytest.mark.parametrize(
     ("settings", "training"), [({"method": "dopri5", "rtol": 1e-8}, True), ({"method": "rk4", "steps": 10}, False)]
 )
-def test_jacobians_and_hessians(settings: dict[str, Any], training: bool) -> None:
+def test_jacobian_and_hessian_match_references(settings: dict[str, Any], training: bool) -> None:
     """Second derivatives match finite differences of first ones, and the Jacobian matches the log-determinant."""
-    flow, x = one_solve(settings, training), torch.randn(2)
+    flow, x = ode_flow(settings, training), torch.randn(2)
 
     def log_p(row: Tensor) -> Tensor:
         return flow.log_prob(row.unsqueeze(0))[0]
@@ -73,16 +73,16 @@ def test_jacobians_and_hessians(settings: dict[str, Any], training: bool) -> Non
         return flow.inverse(row.unsqueeze(0))[0]
 
     jacobian = jacrev(latents)(x)
-    close(jacfwd(latents)(x), jacobian, 1e-10)
+    assert_close(jacfwd(latents)(x), jacobian, 1e-10)
     base = flow.base_log_prob(latents(x).unsqueeze(0))[0]
-    close(base + torch.linalg.slogdet(jacobian)[1], log_p(x), 1e-4)
+    assert_close(base + torch.linalg.slogdet(jacobian)[1], log_p(x), 1e-4)
     step = 1e-4 * torch.eye(2)
     differences = [(grad(log_p)(x + e) - grad(log_p)(x - e)) / 2e-4 for e in step]
-    close(hessian(log_p)(x), torch.stack(differences), 1e-5)
-    close(jacrev(jacrev(log_p))(x), hessian(log_p)(x), 1e-8)
+    assert_close(hessian(log_p)(x), torch.stack(differences), 1e-5)
+    assert_close(jacrev(jacrev(log_p))(x), hessian(log_p)(x), 1e-8)
     # jacobians of the forward map for a whole batch
     rows = torch.randn(2, 2)
-    close(
+    assert_close(
         jacrev(flow.forward)(rows).diagonal(dim1=0, dim2=2).permute(2, 0, 1),
         vmap(jacrev(lambda z: flow.forward(z[None])[0]))(rows),
     )
@@ -100,8 +100,8 @@ class LogProb(nn.Module):
 
 
 @pytest.mark.parametrize("settings", [SOLVERS[0], SOLVERS[4], SOLVERS[5]], ids=lambda s: s["method"])
-def test_gradients_of_weights_row_by_row_and_flows_side_by_side(settings: dict[str, Any]) -> None:
-    model, x = LogProb(one_solve(settings)), torch.randn(3, 2)
+def test_per_sample_gradients_and_vmap_over_weights(settings: dict[str, Any]) -> None:
+    model, x = LogProb(ode_flow(settings)), torch.randn(3, 2)
     weights = dict(model.named_parameters())
 
     def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
@@ -111,18 +111,18 @@ def test_gradients_of_weights_row_by_row_and_flows_side_by_side(settings: dict[s
     rows = vmap(grad(loss), (None, 0))(weights, x)
     expected = torch.autograd.grad(model(x[1:2]).sum(), list(weights.values()))
     for name, share in zip(weights, expected, strict=True):
-        close(rows[name][1], share)
+        assert_close(rows[name][1], share)
     halved = {name: w.detach() / 2 for name, w in weights.items()}
     both = {name: torch.stack([w.detach(), halved[name]]) for name, w in weights.items()}
     side_by_side = vmap(lambda weights: functional_call(model, weights, (x,)))(both)
-    close(side_by_side, torch.stack([model(x), functional_call(model, halved, (x,))]))
+    assert_close(side_by_side, torch.stack([model(x), functional_call(model, halved, (x,))]))
 
 
 @pytest.mark.parametrize(
     ("name", "classes"),
     [*((name, None) for name in VECTORS), *((name, 3) for name in ("ffjord", "realnvp", "glow", "nsf", "maf"))],
 )
-def test_every_flow_of_vectors(name: str, classes: int | None) -> None:
+def test_every_vector_flow_supports_torch_func(name: str, classes: int | None) -> None:
     flow, x = vectors(name, classes=classes), torch.randn(3, 2, requires_grad=True)
     labels = [] if classes is None else [torch.tensor([2, 0, 1])]
     log_p = flow.log_prob(x, *labels)
@@ -131,15 +131,15 @@ def test_every_flow_of_vectors(name: str, classes: int | None) -> None:
     def of_row(row: Tensor, *label: Tensor) -> Tensor:
         return flow.log_prob(row.unsqueeze(0), *(y.unsqueeze(0) for y in label))[0]
 
-    close(vmap(of_row)(x.detach(), *labels), log_p)
-    close(vmap(grad(of_row))(x.detach(), *labels), expected)
+    assert_close(vmap(of_row)(x.detach(), *labels), log_p)
+    assert_close(vmap(grad(of_row))(x.detach(), *labels), expected)
     if labels:
         with pytest.raises(FlowtrainError, match="label=7"):
             vmap(of_row)(x.detach(), labels[0] + 5)
 
 
 @pytest.mark.parametrize("name", list(IMAGES))
-def test_every_flow_of_images(name: str) -> None:
+def test_every_image_flow_supports_torch_func(name: str) -> None:
     samples = Samples((1, 4, 4), integer_valued=True, levels=16)
     flow = flow_of(IMAGES[name], samples, ["solver=rk4", "solver.steps=3"])
     x = (14 * torch.rand(2, 1, 4, 4) + 1).requires_grad_()
@@ -148,7 +148,7 @@ def test_every_flow_of_images(name: str) -> None:
     def of_row(row: Tensor) -> Tensor:
         return flow.log_prob(row.unsqueeze(0))[0]
 
-    close(vmap(grad(of_row))(x.detach()), expected)
+    assert_close(vmap(grad(of_row))(x.detach()), expected)
     whole = torch.randint(0, 16, (2, 1, 4, 4))
     assert vmap(of_row, randomness="different")(whole).shape == (2,)
     for bad in (whole + 16, whole + 16.5):
@@ -156,18 +156,18 @@ def test_every_flow_of_images(name: str) -> None:
             vmap(of_row, randomness="different")(bad)
 
 
-def test_forward_mode_of_torch_autograd() -> None:
-    flow, x, e = one_solve({"method": "rk4", "steps": 5}), torch.randn(3, 2, requires_grad=True), torch.randn(3, 2)
+def test_forward_mode_matches_reverse_mode() -> None:
+    flow, x, e = ode_flow({"method": "rk4", "steps": 5}), torch.randn(3, 2, requires_grad=True), torch.randn(3, 2)
     expected = (torch.autograd.grad(flow.log_prob(x).sum(), x)[0] * e).sum(1)
     x = x.detach()
-    close(jvp(flow.log_prob, (x,), (e,))[1], expected, 1e-10)
+    assert_close(jvp(flow.log_prob, (x,), (e,))[1], expected, 1e-10)
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(flow.log_prob(forward_ad.make_dual(x, e))).tangent
     assert tangent is not None
-    close(tangent, expected, 1e-10)
+    assert_close(tangent, expected, 1e-10)
 
 
-def test_cotangents_side_by_side() -> None:
+def test_vmap_over_vjps_matches_a_loop() -> None:
     """vmap over torch.autograd.grad works: the hand-written gradients compute a VJP for each lane."""
     for plain in (False, True):
         field = random_field(std=0.4)
@@ -180,12 +180,12 @@ def test_cotangents_side_by_side() -> None:
         def vjp(cotangent: Tensor, total: Tensor = total, x: Tensor = x) -> Tensor:
             return torch.autograd.grad(total, x, cotangent, retain_graph=True)[0]
 
-        close(vmap(vjp)(cotangents), torch.stack([vjp(c) for c in cotangents]), 1e-12)
+        assert_close(vmap(vjp)(cotangents), torch.stack([vjp(c) for c in cotangents]), 1e-12)
         with pytest.raises(FlowtrainError, match=r"torch\.func"):
             torch.autograd.grad(total, x, cotangents, is_grads_batched=True)
 
 
-def test_noise_of_the_trace_follows_the_randomness_of_vmap() -> None:
+def test_trace_noise_follows_the_vmap_randomness() -> None:
     flow = Flow((2,), Chain([continuous(2, ode_solver("rk4", steps=3), evaluate="hutchinson")])).eval()
     x = torch.randn(1, 2).expand(20, 2)
 
@@ -196,7 +196,7 @@ def test_noise_of_the_trace_follows_the_randomness_of_vmap() -> None:
     assert vmap(of_row, randomness="different")(x).std() > 1e-4
 
 
-def test_path_integrals_under_torch_func() -> None:
+def test_path_integral_gradients_match_autograd() -> None:
     flow = continuous(2, ode_solver("rk4", steps=4)).train()
     options = Regularizer(kinetic=0.1, jacobian=0.1, acceleration=0.1).options(SolveOptions())
 
@@ -205,7 +205,7 @@ def test_path_integrals_under_torch_func() -> None:
 
     x = torch.randn(3, 2, requires_grad=True)
     (expected,) = torch.autograd.grad(penalty(x).sum(), x)
-    close(vmap(grad(lambda row: penalty(row.unsqueeze(0))[0]))(x.detach()), expected)
+    assert_close(vmap(grad(lambda row: penalty(row.unsqueeze(0))[0]))(x.detach()), expected)
 
 
 def test_every_vmap_lane_meets_the_tolerance() -> None:
@@ -216,13 +216,13 @@ def test_every_vmap_lane_meets_the_tolerance() -> None:
     torch.testing.assert_close(found, x * wave.growth(0, 1), rtol=0, atol=2e-5)
 
 
-def test_scipy_is_refused() -> None:
-    flow = one_solve({"method": "scipy_solver", "rtol": 1e-6, "gradient": "adjoint"})
+def test_scipy_solver_is_refused() -> None:
+    flow = ode_flow({"method": "scipy_solver", "rtol": 1e-6, "gradient": "adjoint"})
     with pytest.raises(ConfigError, match="scipy_solver"):
         grad(lambda row: flow.log_prob(row.unsqueeze(0))[0])(torch.randn(2))
 
 
-def test_failures_inside_vmap_are_those_of_the_solver() -> None:
-    flow = one_solve({"method": "rk4", "steps": 2})
+def test_solver_errors_are_raised_inside_vmap() -> None:
+    flow = ode_flow({"method": "rk4", "steps": 2})
     with pytest.raises(FlowtrainError, match="NaN or infinite"):
         vmap(lambda row: flow.inverse(row.unsqueeze(0))[0])(torch.tensor([[0.0, 1.0], [torch.nan, 0.0]]))

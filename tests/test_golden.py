@@ -68,7 +68,7 @@ def adaptive(flow: Flow) -> bool:
     return flow.solver is not None and flow.solver.adaptive
 
 
-def test_there_are_goldens_of_every_model() -> None:
+def test_goldens_cover_every_model() -> None:
     """Also fails if no golden is found."""
     made = {path.parent.name: [p.name for p in GOLDENS if p.parent == path.parent] for path in GOLDENS}
     assert all(any(name.startswith(m) for name in made["1"]) for m in ("affine", "realnvp", "glow", "ffjord"))
@@ -83,7 +83,7 @@ def test_density_of_golden_checkpoints_is_unchanged(golden: Golden, which: str) 
     assert golden.log_p(flow) == close(golden.expected["log_p_float64"][which], FLOAT32 if adaptive(flow) else FLOAT64)
 
 
-def test_golden_flows_saved_again_keep_their_density_to_the_last_bit(golden: Golden, tmp_path: Path) -> None:
+def test_resaved_golden_flows_are_bitwise_equal(golden: Golden, tmp_path: Path) -> None:
     flow = golden.flow("best")
     flow.save(tmp_path / "again.pt")
     again = flowtrain.load(tmp_path / "again.pt")
@@ -94,7 +94,7 @@ def test_golden_flows_saved_again_keep_their_density_to_the_last_bit(golden: Gol
     assert golden.log_p(again) == golden.log_p(flow)
 
 
-def test_torchdiffeq_may_be_imported_by_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_imports_torchdiffeq_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`load` imports torchdiffeq while it builds the flow on the meta device."""
     for name in [n for n in sys.modules if n.partition(".")[0] == "torchdiffeq" or n == TORCHDIFFEQ_ENGINE]:
         monkeypatch.delitem(sys.modules, name)
@@ -103,7 +103,7 @@ def test_torchdiffeq_may_be_imported_by_load(tmp_path: Path, monkeypatch: pytest
     assert golden.log_p(golden.flow("best")) == close(golden.expected["log_p"]["best"], ADAPTIVE)
 
 
-def test_golden_checkpoints_sample(golden: Golden) -> None:
+def test_golden_checkpoints_can_be_sampled(golden: Golden) -> None:
     flow = golden.flow("best")
     x = flow.sample(7)
     assert x.shape == (7, *flow.event_shape)

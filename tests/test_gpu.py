@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("model", ["affine", "realnvp", "ffjord"])
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
-def test_trains_and_agrees_with_the_cpu(model: str, trace: str, tmp_path: Path) -> None:
+def test_training_works_and_log_prob_matches_the_cpu(model: str, trace: str, tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
     keys = [f"model={model}", "device=cuda", "trainer.steps=5", "trainer.val_every=5", "data.n_test=100"]
     config = compose_defaults([*keys, *([f"model.trace={trace}"] if model == "ffjord" else [])])
@@ -54,7 +54,7 @@ def step_gradients(flow: Continuous, x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("gradient", ["direct", "replay"])
 @pytest.mark.parametrize("images", [False, True])
-def test_gradients_agree_with_the_cpu(gradient: str, images: bool) -> None:
+def test_gradients_match_the_cpu(gradient: str, images: bool) -> None:
     """TF32 is allowed outside the solve and must be off inside it, so float32 gradients agree."""
     torch.set_default_dtype(torch.float32)
     field: Field = MLPField(2, [32, 32], "concat", "tanh")
@@ -73,7 +73,7 @@ def test_gradients_agree_with_the_cpu(gradient: str, images: bool) -> None:
 
 @pytest.mark.parametrize("name", ["realnvp", "glow", "ffjord"])
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
-def test_images_train_and_agree_with_the_cpu(name: str, precision: str, tmp_path: Path) -> None:
+def test_image_training_works_and_log_prob_matches_the_cpu(name: str, precision: str, tmp_path: Path) -> None:
     """After training in reduced precision, the likelihood of the weights is computed in full precision."""
     if name == "ffjord" and precision != "float32":
         pytest.skip("refused: ODEs are solved in float32")
@@ -113,7 +113,7 @@ def test_images_train_and_agree_with_the_cpu(name: str, precision: str, tmp_path
     "ignore:The .grad attribute:UserWarning",
     "ignore:The CUDA Graph is empty:UserWarning",
 )
-def test_compiled_with_cuda_graphs_trains(tmp_path: Path) -> None:
+def test_compiled_flow_trains_with_cuda_graphs(tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
     keys = ["device=cuda", "trainer.steps=5", "trainer.val_every=5", "data.n_test=100", "trainer.compile=true"]
     with messages():
@@ -122,7 +122,7 @@ def test_compiled_with_cuda_graphs_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", ["flow_matching", "hybrid"])
-def test_objectives_train_on_a_gpu_and_are_reflowed(objective: str, tmp_path: Path) -> None:
+def test_flow_matching_objectives_and_reflow_train(objective: str, tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
     keys = ["device=cuda", "trainer.steps=40", "trainer.val_every=20", "data.n_test=100"]
     config = compose_defaults([f"objective={objective}", *keys, "objective.coupling=optimal"])
@@ -139,7 +139,7 @@ def test_objectives_train_on_a_gpu_and_are_reflowed(objective: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("model", ["affine", "realnvp", "ffjord"])
-def test_evaluation_agrees_with_the_cpu(model: str, tmp_path: Path) -> None:
+def test_evaluation_matches_the_cpu(model: str, tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
     config = compose_defaults([f"model={model}", "device=cuda", "trainer.steps=5", "data.n_test=300"])
     with messages():
@@ -154,7 +154,7 @@ def test_evaluation_agrees_with_the_cpu(model: str, tmp_path: Path) -> None:
     assert [(check.name, check.passed) for check in found.checks] == [(c.name, c.passed) for c in expected.checks]
 
 
-def test_a_fit_and_an_evaluation_leave_the_generators_and_settings_of_the_gpu() -> None:
+def test_fit_and_evaluate_leave_gpu_rng_and_settings_unchanged() -> None:
     torch.cuda.manual_seed_all(3)
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -172,7 +172,7 @@ def test_a_fit_and_an_evaluation_leave_the_generators_and_settings_of_the_gpu() 
     np.testing.assert_allclose(log_p, flow.log_prob(x).detach().cpu().numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_pictures_and_animations_of_a_flow_on_a_gpu(tmp_path: Path) -> None:
+def test_figures_and_animations_of_a_gpu_flow_are_drawn(tmp_path: Path) -> None:
     """Pictures evaluate functions on CPU grids for a flow on the GPU."""
     torch.set_default_dtype(torch.float32)
     config = compose_defaults(["device=cuda", "trainer.steps=5", "data.n_test=200", "solver.rtol=1e-3"])

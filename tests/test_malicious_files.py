@@ -68,7 +68,7 @@ def assert_refused(run: Run, path: Path, words: str | None = None) -> None:
 
 @pytest.mark.parametrize("where", ["whole", "config", "weights", "extra"])
 @pytest.mark.parametrize("call", [os.system, subprocess.check_output, eval, exec, pickle.loads])
-def test_a_pickle_bomb_does_not_go_off(
+def test_malicious_pickle_is_not_executed(
     run: Run, trained: Path, tmp_path: Path, where: str, call: Callable[..., Any]
 ) -> None:
     content: Any = torch.load(trained, weights_only=True)
@@ -110,14 +110,14 @@ def put(keys: str, value: Any) -> Callable[[dict[str, Any]], object]:
 SYSTEM = {"_target_": "os.system", "_args_": ["touch boom"]}
 CONFIGS = {
     "target": put("config.model._target_", "os.system"),
-    "method of ours": put("config.model._target_", "flowtrain.models.affine.math.prod"),
-    "import by ours": put("config.model._target_", "flowtrain.runs.build.instantiate"),
-    "another group's": put("config.model._target_", "flowtrain.runs.run.train"),
+    "attribute of a flowtrain module": put("config.model._target_", "flowtrain.models.affine.math.prod"),
+    "name imported by flowtrain": put("config.model._target_", "flowtrain.runs.build.instantiate"),
+    "target of another group": put("config.model._target_", "flowtrain.runs.run.train"),
     "builtin": put("config.data._target_", "builtins.eval"),
     "nested": put("config.model.hidden", SYSTEM),
-    "in a list": put("config.solver.rtol", [{"a": SYSTEM}]),
+    "nested in a list": put("config.solver.rtol", [{"a": SYSTEM}]),
     "in an unused group": put("config.hydra", {"launcher": SYSTEM}),
-    "target that is a list": put("config.model._target_", ["os.system"]),
+    "list as target": put("config.model._target_", ["os.system"]),
     "environment": put("config.data.path", "${oc.env:HOME}"),
     "resolver": put("config.solver.method", "${oc.decode:'[1]'}"),
     "interpolation": put("config.model.name", "${data}"),
@@ -135,8 +135,8 @@ def test_config_in_a_checkpoint_runs_no_code(run: Run, trained: Path, tmp_path: 
 SIZES = {
     "event shape": put("event_shape", [10**12]),
     "negative event shape": put("event_shape", [-2]),
-    "event shape of words": put("event_shape", ["2", "3"]),
-    "no event shape": put("event_shape", []),
+    "event shape of strings": put("event_shape", ["2", "3"]),
+    "empty event shape": put("event_shape", []),
     "large image": put("event_shape", [3, 10**6, 10**6]),
     "step": put("step", -1),
     "width": lambda c: c["config"].update(
@@ -149,25 +149,25 @@ SIZES = {
     "layers as a float": lambda c: c["config"].update(
         model={"_target_": "flowtrain.models.realnvp.realnvp", "layers": 1e9}
     ),
-    "weights of another shape": put("weights", {"bijection.bijections.0.mean": torch.zeros(3)}),
-    "weights that are none": put("weights", {"bijection.bijections.0.mean": [1.0]}),
-    "weights in a list": put("weights", [torch.zeros(2)]),
+    "wrong weight shape": put("weights", {"bijection.bijections.0.mean": torch.zeros(3)}),
+    "list as weight": put("weights", {"bijection.bijections.0.mean": [1.0]}),
+    "list of weights": put("weights", [torch.zeros(2)]),
     "samples": put("samples", {"levels": 3, "code": "x"}),
-    "samples of a string": put("samples", "x"),
+    "string as samples": put("samples", "x"),
     "levels": put("samples.levels", "many"),
     "solver": put("config.solver.rtol", "x"),
-    "a model of another kind": put("config.model", {"_target_": "flowtrain.models.ffjord.Flows"}),
-    "a model of nothing": put("config.model", {}),
+    "nonexistent model class": put("config.model", {"_target_": "flowtrain.models.ffjord.Flows"}),
+    "empty model": put("config.model", {}),
 }
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_absurd_sizes_and_kinds_are_refused(run: Run, trained: Path, name: str) -> None:
+def test_invalid_sizes_and_types_are_refused(run: Run, trained: Path, name: str) -> None:
     changed(trained, SIZES[name])
     assert_refused(run, trained)
 
 
-def test_a_tensor_larger_than_its_memory_is_refused(run: Run, trained: Path) -> None:
+def test_expanded_tensor_is_refused(run: Run, trained: Path) -> None:
     content = checkpoint.load(trained)
     content["weights"]["bijection.bijections.0.mean"] = torch.zeros(1).expand(10**12)
     torch.save({**content, "format": 1}, trained)
@@ -175,7 +175,7 @@ def test_a_tensor_larger_than_its_memory_is_refused(run: Run, trained: Path) -> 
     assert_refused(run, trained, "less memory")
 
 
-def test_a_loaded_checkpoint_opens_no_path_that_it_names(run: Run, trained: Path, tmp_path: Path) -> None:
+def test_loading_does_not_open_paths_in_the_config(run: Run, trained: Path, tmp_path: Path) -> None:
     """Only commands that need the data read the file that the config names, and they read it as a table."""
     (tmp_path / "secret.txt").write_text("root:x:0:0\n")
 

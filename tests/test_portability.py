@@ -97,7 +97,7 @@ command(sample.main, f"ckpt={run}", "n=20", "out=samples.npy")
 """
 
 
-def test_the_commands_run_without_what_only_some_systems_have(tmp_path: Path) -> None:
+def test_commands_run_without_platform_specific_functions(tmp_path: Path) -> None:
     torch.manual_seed(0)
     np.save(tmp_path / "x.npy", torch.randn(80, 3).numpy())
     (tmp_path / "without.py").write_text(WITHOUT)
@@ -117,7 +117,7 @@ def test_the_commands_run_without_what_only_some_systems_have(tmp_path: Path) ->
     assert not [path.name for path in (tmp_path / "r").iterdir() if path.name in (".lock", ".holder")]
 
 
-def test_cores_where_the_system_knows_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_core_count_without_affinity_support(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert process.cores() == 6
@@ -125,7 +125,7 @@ def test_cores_where_the_system_knows_no_affinity(monkeypatch: pytest.MonkeyPatc
     assert process.cores() == 1
 
 
-def test_memory_of_unknown_size_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_memory_size_disables_the_memory_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sysconf")
     assert arguments.within_memory("trainer.batch_size", 2**30, 2**30) == 2**30
 
@@ -152,7 +152,7 @@ def test_unflushable_directory_does_not_fail_a_write(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["win32", "darwin"])
-def test_types_name_nothing_that_a_platform_lacks(platform: str) -> None:
+def test_types_check_on_every_platform(platform: str) -> None:
     """mypy knows which names of os and signal exist on each platform."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "mypy", "--platform", platform, "--config-file", "pyproject.toml"]

@@ -51,7 +51,7 @@ reveal_type(flow.log_prob(log_p))
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_public_names_are_there_and_documented(name: str) -> None:
+def test_public_names_exist_and_are_documented(name: str) -> None:
     module = import_module(f"flowtrain.{name}")
     assert getattr(flowtrain, name) is module
     assert sorted(set(module.__all__)) == sorted(module.__all__)
@@ -60,7 +60,7 @@ def test_public_names_are_there_and_documented(name: str) -> None:
     )
 
 
-def test_the_package_lists_its_names_before_they_are_imported_and_fits_without_hydra() -> None:
+def test_package_imports_lazily_and_fits_without_hydra() -> None:
     code = """
 import sys, flowtrain
 assert {"Flow", "load", "models"} <= set(dir(flowtrain))
@@ -77,7 +77,7 @@ assert not avoided & set(sys.modules), "of a fit"
         _ = flowtrain.nothing  # type: ignore[attr-defined]
 
 
-def test_models_are_functions_and_their_modules_are_found_by_name() -> None:
+def test_model_functions_and_modules_are_importable_by_name() -> None:
     # each module can be imported first; torch is imported once, because it takes most of the time
     code = """
 import sys, torch
@@ -103,7 +103,7 @@ def parameters(target: str) -> Mapping[str, inspect.Parameter]:
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
-def test_defaults_of_python_are_those_of_the_configs(group: str, name: str) -> None:
+def test_python_defaults_equal_config_defaults(group: str, name: str) -> None:
     config = compose_defaults([f"{group}={name}"])[group]
     if name == "auto":
         # `auto` stands for a choice that depends on the data
@@ -122,7 +122,7 @@ def test_defaults_of_python_are_those_of_the_configs(group: str, name: str) -> N
     assert not rest
 
 
-def test_layers_have_the_defaults_of_their_models() -> None:
+def test_layer_defaults_equal_model_defaults() -> None:
     of_model, of_field = inspect.signature(models.ffjord).parameters, inspect.signature(nn.MLPField).parameters
     for model, field in (("hidden", "hidden"), ("field", "layer"), ("activation", "activation")):
         assert of_model[model].default == of_field[field].default
@@ -142,14 +142,14 @@ def test_models_need_only_an_event_shape(name: str, event_shape: Any) -> None:
 
 
 @pytest.mark.parametrize("event_shape", [0, (2, -1), 2.5, "2", None])
-def test_event_shapes_that_are_none_are_refused(event_shape: Any) -> None:
+def test_invalid_event_shapes_are_refused(event_shape: Any) -> None:
     with pytest.raises(FlowtrainError):
         models.realnvp(event_shape)
     with pytest.raises(FlowtrainError):
         bases.StandardNormal(event_shape)
 
 
-def test_a_flow_is_built_by_hand_in_each_spelling() -> None:
+def test_flow_constructor_accepts_every_signature() -> None:
     part = bijections.Continuous(nn.MLPField(2))
     torch.nn.init.normal_(part.field.head.linear.weight)
     chain = bijections.Chain([part, bijections.ActNorm(2)])
@@ -169,12 +169,12 @@ def test_a_flow_is_built_by_hand_in_each_spelling() -> None:
     ("arguments", "keywords"),
     [((), {}), ((2,), {}), ((2, 3), {}), ((2, bijections.ActNorm(2)), {"event_shape": 2}), ((2,), {"event_shape": 2})],
 )
-def test_a_flow_without_its_parts_is_refused(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def test_incomplete_flow_arguments_are_refused(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     with pytest.raises(FlowtrainError):
         flowtrain.Flow(*arguments, **keywords)
 
 
-def test_a_typed_project_passes_mypy(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_typed_project_passes_mypy(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert (Path(flowtrain.__file__).parent / "py.typed").exists()
     project = tmp_path / "project.py"
     project.write_text(TYPED)

@@ -9,15 +9,15 @@ from flowtrain.bijections.spline import Spline
 from flowtrain.nn.residual_mlp import MaskedMLP
 
 GROUPS = {
-    "in turn": [0, 1, 2, 3],
+    "sequential": [0, 1, 2, 3],
     "reversed": [3, 2, 1, 0],
     "coupling": [0, 0, 1, 1],
-    "three": [1, 0, 2, 1],
-    "one": [0, 0, 0, 0],
+    "three groups": [1, 0, 2, 1],
+    "one group": [0, 0, 0, 0],
 }
 
 
-def made(
+def make_bijection(
     groups: list[int], classes: int | None = None, splines: bool = False, bound: float | None = None
 ) -> Autoregressive:
     order, spline = torch.tensor(groups), Spline(4, 3.0)
@@ -31,9 +31,9 @@ def made(
 @pytest.mark.parametrize("splines", [False, True])
 @pytest.mark.parametrize("name", list(GROUPS))
 @pytest.mark.parametrize("bound", [None, 2.0])
-def test_elements_depend_on_smaller_groups_alone(name: str, splines: bool, bound: float | None) -> None:
+def test_jacobian_is_triangular_in_the_group_order(name: str, splines: bool, bound: float | None) -> None:
     groups = GROUPS[name]
-    bijection = made(groups, splines=splines, bound=bound)
+    bijection = make_bijection(groups, splines=splines, bound=bound)
     x = torch.randn(6, 4)
     z, log_det = bijection.inverse(x)
     jacobian = torch.autograd.functional.jacobian(lambda y: bijection.inverse(y)[0].sum(0), x)
@@ -50,8 +50,8 @@ def test_elements_depend_on_smaller_groups_alone(name: str, splines: bool, bound
 
 
 @pytest.mark.parametrize("name", list(GROUPS))
-def test_there_are_as_many_passes_as_groups(name: str) -> None:
-    bijection, calls = made(GROUPS[name]), []
+def test_forward_uses_one_network_pass_per_group(name: str) -> None:
+    bijection, calls = make_bijection(GROUPS[name]), []
     bijection.conditioner.register_forward_hook(lambda *_: calls.append(1))
     x = torch.randn(3, 4)
     bijection.inverse(x)
@@ -60,9 +60,9 @@ def test_there_are_as_many_passes_as_groups(name: str) -> None:
     assert len(calls) == 1 + len(set(GROUPS[name]))
 
 
-def test_garbage_in_later_groups_does_not_reach_earlier_ones() -> None:
+def test_infinite_values_do_not_reach_earlier_groups() -> None:
     """In a masked product, infinite values of a later element would become NaN as 0 * inf."""
-    bijection = made([0, 1, 2, 3])
+    bijection = make_bijection([0, 1, 2, 3])
     z = torch.tensor([[0.1, 0.2, 0.3, torch.inf]])
     x = bijection(z)[0]
     assert x[0, :3].isfinite().all()
@@ -70,7 +70,7 @@ def test_garbage_in_later_groups_does_not_reach_earlier_ones() -> None:
 
 @pytest.mark.parametrize("groups", [[0], [0, 0], [0, 1]])
 def test_every_group_depends_on_the_label(groups: list[int]) -> None:
-    bijection = made(groups, classes=3)
+    bijection = make_bijection(groups, classes=3)
     x, label = torch.randn(3, len(groups)), torch.tensor([0, 1, 2])
     z = bijection.inverse(x, label)[0]
     torch.testing.assert_close(bijection(z, label)[0], x)

@@ -14,7 +14,7 @@ from flowtrain.models.realnvp import realnvp
 from flowtrain.utils.errors import DataError, FlowtrainError
 
 
-def test_permutation_and_masks_are_saved() -> None:
+def test_state_dict_contains_the_permutation() -> None:
     """If the permutation were not a buffer, a loaded flow would draw another one."""
     torch.manual_seed(1)
     trained = perturbed(realnvp((9,), mixing="permutation").bijection)
@@ -26,7 +26,7 @@ def test_permutation_and_masks_are_saved() -> None:
     torch.testing.assert_close(loaded.inverse(x), trained.inverse(x), rtol=0, atol=0)
 
 
-def test_actnorm_initialization_standardizes_the_base_side() -> None:
+def test_actnorm_initialization_standardizes_the_latents() -> None:
     x = 3 * torch.randn(5000, 4) + torch.arange(4)
     bijection = perturbed(Chain([ActNorm(4), Permutation(torch.randperm(4)), Affine(4)]))
     bijection.initialize(x)
@@ -35,7 +35,7 @@ def test_actnorm_initialization_standardizes_the_base_side() -> None:
     torch.testing.assert_close(z.std(0, correction=0), torch.ones(4), atol=1e-9, rtol=0)
 
 
-def test_initialization_in_parts_equals_initialization_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_initialization_equals_initialization_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, label = torch.randn(30, 1, 4, 4), torch.arange(30) % 3
     flow = perturbed(realnvp((1, 4, 4), layers=2, hidden=(4,), conditional=True, classes=3).bijection)
     whole = flow.initialize(x, label)
@@ -43,7 +43,7 @@ def test_initialization_in_parts_equals_initialization_at_once(monkeypatch: pyte
     torch.testing.assert_close(flow.initialize(x, label), whole)
 
 
-class Seen(Bijection):
+class CountedShift(Bijection):
     """A shift that counts the rows passed to its inverse."""
 
     def __init__(self, shift: float) -> None:
@@ -59,17 +59,15 @@ class Seen(Bijection):
 
 
 @pytest.mark.parametrize(("shift", "rows"), [(0.0, 7), (1.0, 30)])
-def test_initialization_checks_for_the_identity_on_few_rows(
-    monkeypatch: pytest.MonkeyPatch, shift: float, rows: int
-) -> None:
+def test_identity_check_uses_only_the_first_rows(monkeypatch: pytest.MonkeyPatch, shift: float, rows: int) -> None:
     monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 2)
-    x, seen = torch.randn(30, 2), Seen(shift)
+    x, seen = torch.randn(30, 2), CountedShift(shift)
     torch.testing.assert_close(seen.initialize(x), x - shift, rtol=0, atol=0)
     assert seen.rows == rows
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_initialization_does_not_depend_on_the_identity_shortcut(
+def test_initialization_is_the_same_without_the_identity_shortcut(
     monkeypatch: pytest.MonkeyPatch, batch_norm: bool
 ) -> None:
     monkeypatch.setattr("flowtrain.bijections.base.PART", 7 * 16)
@@ -82,7 +80,7 @@ def test_initialization_does_not_depend_on_the_identity_shortcut(
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-def test_affine_initialization_is_the_maximum_likelihood_gaussian() -> None:
+def test_affine_initialization_equals_the_maximum_likelihood_gaussian() -> None:
     x = torch.randn(400, 3) @ torch.randn(3, 3) + 5
     bijection = Affine(3)
     bijection.initialize(x)
@@ -94,7 +92,7 @@ def test_affine_initialization_is_the_maximum_likelihood_gaussian() -> None:
     torch.testing.assert_close(standard.log_prob(z) + log_det, gaussian.log_prob(x))
 
 
-def test_affine_initialization_survives_columns_that_depend_on_each_other() -> None:
+def test_affine_initialization_is_finite_for_collinear_columns() -> None:
     x = torch.randn(100, 1).expand(100, 3)
     bijection = Affine(3)
     bijection.initialize(x)
@@ -114,7 +112,7 @@ def test_coupling_scale_is_bounded() -> None:
     assert coupling.forward(torch.randn(10, 2))[1].abs().max() <= 1.5
 
 
-def statistics_of(d: int) -> dict[str, Bijection]:
+def bijections_with_statistics(d: int) -> dict[str, Bijection]:
     return {
         "actnorm": ActNorm(d),
         "batchnorm": BatchNorm(d),
@@ -123,9 +121,9 @@ def statistics_of(d: int) -> dict[str, Bijection]:
     }
 
 
-@pytest.mark.parametrize("name", list(statistics_of(2)))
+@pytest.mark.parametrize("name", list(bijections_with_statistics(2)))
 def test_failed_initialization_leaves_the_bijection_unchanged(name: str) -> None:
-    bijection = perturbed(statistics_of(2)[name])
+    bijection = perturbed(bijections_with_statistics(2)[name])
     before = {k: v.clone() for k, v in bijection.state_dict().items()}
     hostile = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [4.0, torch.inf]])
     for x, words in ((torch.zeros(0, 2), "no rows"), (hostile, "NaN or infinite")):
@@ -135,11 +133,11 @@ def test_failed_initialization_leaves_the_bijection_unchanged(name: str) -> None
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", list(statistics_of(2)))
+@pytest.mark.parametrize("name", list(bijections_with_statistics(2)))
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_initialization_from_equal_rows_keeps_a_scale_of_one(name: str, rows: int, dtype: torch.dtype) -> None:
-    bijection = statistics_of(2)[name].to(dtype)
+def test_initialization_from_equal_rows_uses_unit_scale(name: str, rows: int, dtype: torch.dtype) -> None:
+    bijection = bijections_with_statistics(2)[name].to(dtype)
     x = torch.tensor([[0.1, -3e6]], dtype=dtype).expand(rows, 2)
     z = bijection.initialize(x)
     torch.testing.assert_close(z, torch.zeros_like(z), rtol=0, atol=0.5)
@@ -160,7 +158,7 @@ def test_empty_batch_does_not_change_running_statistics() -> None:
 
 def test_constant_column_does_not_affect_other_columns() -> None:
     x = torch.stack([torch.full((500,), 2.0), 3 * torch.randn(500) + 1], 1)
-    for name, bijection in statistics_of(2).items():
+    for name, bijection in bijections_with_statistics(2).items():
         bijection.initialize(x)
         z = bijection.eval().inverse(x)[0]
         torch.testing.assert_close(z[:, 0], torch.zeros(500), rtol=0, atol=1e-6, msg=name)

@@ -58,7 +58,7 @@ def block(field: nn.Module, kind: type[Continuous] = Continuous) -> Continuous:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_options_reach_an_ode_inside_a_container_with_forward_and_inverse_only(nested: bool) -> None:
+def test_inverse_options_reach_an_ode_block_inside_a_user_container(nested: bool) -> None:
     field, x = random_field(), torch.randn(5, 2)
     options = Regularizer(kinetic=1.0, jacobian=1.0).options(SolveOptions(rtol=1e-2, atol=1e-2))
     # each pass uses new blocks, because solves in training leave a step plan behind
@@ -74,7 +74,7 @@ def test_options_reach_an_ode_inside_a_container_with_forward_and_inverse_only(n
     assert solves[0].nfe_forward < tight[0].nfe_forward
 
 
-def test_forward_passes_hand_options_down_too() -> None:
+def test_forward_options_reach_an_ode_block_inside_a_user_container() -> None:
     field, z = random_field(), torch.randn(5, 2)
     options = Regularizer(kinetic=1.0).options(SolveOptions(rtol=1e-2, atol=1e-2))
     plain, wrapped = (b.train().pass_forward(z, None, options) for b in (block(field), Chain([Doubled(block(field))])))
@@ -84,14 +84,14 @@ def test_forward_passes_hand_options_down_too() -> None:
 
 @pytest.mark.parametrize("options", [SolveOptions(), SolveOptions(rtol=1e-9)])
 @pytest.mark.parametrize("kind", ["chain", "continuous"])
-def test_density_is_that_of_an_overridden_inverse(kind: str, options: SolveOptions) -> None:
+def test_density_uses_the_overridden_inverse(kind: str, options: SolveOptions) -> None:
     field, x = random_field(), torch.randn(5, 2)
     shifted = Shifted([block(field)]) if kind == "chain" else block(field, ShiftedContinuous)
     found = Flow((2,), shifted).eval().density_pass(x + 3, None, options).log_p
     torch.testing.assert_close(found, Flow((2,), block(field)).eval().log_prob(x), rtol=1e-6, atol=1e-6)
 
 
-def test_solver_of_a_view_replaces_that_of_blocks_and_not_a_property() -> None:
+def test_with_solver_changes_only_the_view() -> None:
     field = random_field()
     shared = block(field)
     flow = Flow((2,), Chain([Doubled(shared), shared])).eval()
@@ -101,7 +101,7 @@ def test_solver_of_a_view_replaces_that_of_blocks_and_not_a_property() -> None:
     assert all(p is q for p, q in zip(view.parameters(), flow.parameters(), strict=True))
 
 
-def test_squeeze_hands_options_down() -> None:
+def test_squeeze_passes_options_to_its_inner_bijection() -> None:
     class Mean(nn.Module):
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
             return torch.sin(3 * x)

@@ -24,7 +24,7 @@ class LinearField(nn.Module):
 @pytest.mark.parametrize(
     "solver", [ode_solver("dopri5", rtol=1e-9), ode_solver("dopri5", rtol=1e-9, gradient="adjoint")]
 )
-def test_linear_field_has_the_closed_form_and_its_sign(solver: Solver) -> None:
+def test_linear_field_equals_the_matrix_exponential(solver: Solver) -> None:
     """Detects a wrong sign of the trace and a wrong direction of time."""
     a = torch.tensor([[0.7, -0.4], [1.1, 0.5]])
     flow = Continuous(LinearField(a), solver, TraceRule())
@@ -40,7 +40,7 @@ def test_linear_field_has_the_closed_form_and_its_sign(solver: Solver) -> None:
 
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("engine", ["dopri5", "dopri8"])
-def test_noise_is_drawn_once_for_a_solve(noise: str, engine: str) -> None:
+def test_trace_noise_is_drawn_once_per_solve(noise: str, engine: str) -> None:
     """With new noise for each evaluation, an adaptive solver would reject steps endlessly, which its NFE shows."""
     exact, estimated = (
         continuous(6, ode_solver(engine, rtol=1e-7, max_nfe=2000), train=rule, noise=noise).train()
@@ -85,7 +85,7 @@ def test_more_noise_samples_lower_the_variance() -> None:
     assert 6 < ratio < 11
 
 
-def test_evaluation_controls_the_error_of_the_log_det() -> None:
+def test_error_control_includes_the_log_det_only_in_evaluation() -> None:
     seen: list[str] = []
 
     class Spy(Solver):

@@ -75,7 +75,7 @@ def flow_of(field: nn.Module, solver: Solver, rule: TraceRule | None = None, **w
 
 @pytest.mark.parametrize("gradient", ["direct", "replay"])
 @pytest.mark.parametrize("control", ["state", "all"])
-def test_value_and_gradient_match_quadrature(gradient: str, control: str) -> None:
+def test_path_integrals_and_gradients_match_quadrature(gradient: str, control: str) -> None:
     x = torch.randn(5, 2)
     weights = {"kinetic": 0.7, "jacobian": 1.3, "acceleration": 0.4}
     field = Rotating()
@@ -140,7 +140,7 @@ def test_integrands_match_autograd(make: Callable[[], tuple[nn.Module, Tensor]])
     assert acceleration(field, t, nodes, v, event_dims).shape == nodes.shape
 
 
-def test_the_jacobian_norm_is_estimated_without_bias() -> None:
+def test_hutchinson_jacobian_norm_is_unbiased() -> None:
     field, x = mlp()
     for p in field.parameters():
         nn.init.normal_(p, std=0.4)
@@ -152,7 +152,7 @@ def test_the_jacobian_norm_is_estimated_without_bias() -> None:
     assert abs(found.mean() - exact) < 4 * found.std() / len(rows) ** 0.5
 
 
-def test_spectral_is_the_sum_of_squared_norms() -> None:
+def test_spectral_equals_the_sum_of_squared_singular_values() -> None:
     field, _ = conv()
     found = spectral(field)
     norms = [np.linalg.svd(p.detach().flatten(1).numpy())[1][0] for p in field.parameters() if p.dim() > 1]
@@ -177,7 +177,7 @@ def test_end_time_is_random_only_in_training() -> None:
     assert ends[3] == 1
 
 
-def test_path_integrals_are_evaluated_only_if_the_options_ask_for_them() -> None:
+def test_path_integrals_are_computed_only_on_request() -> None:
     objective = flow_of(Rotating(), ode_solver("dopri5", rtol=1e-5), kinetic=1.0)
     x = torch.randn(3, 2)
     assert objective.flow.ode_blocks[0].solve(x, 1.0, 0.0).integrals.shape == (3, 1)  # type: ignore[union-attr]
@@ -207,7 +207,7 @@ def test_flow_without_ode_has_no_path_integrals(run: Run) -> None:
     assert "no paths to regularize" in err
 
 
-def test_terms_are_logged_and_resume_is_exact(tmp_path: Path, stop_at: Callable[..., None]) -> None:
+def test_regularizer_terms_are_logged_and_resume_is_bitwise_exact(tmp_path: Path, stop_at: Callable[..., None]) -> None:
     torch.set_default_dtype(torch.float32)
     small = ["trainer.steps=4", "trainer.log_every=1", "trainer.batch_size=16", "data.n_val=20", "model.hidden=[4]"]
     weights = ["regularizer=rnode", "regularizer.acceleration=0.1", "regularizer.spectral=0.1"]

@@ -19,7 +19,7 @@ def test_stages_compose_to_the_flow(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_stages_of_images_act_on_whole_images(name: str) -> None:
+def test_image_stages_keep_the_image_shape(name: str) -> None:
     flow = images(name)
     found = stages(flow.bijection)
     assert len(found) > 3

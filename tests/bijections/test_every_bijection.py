@@ -29,7 +29,7 @@ def standardize(d: int) -> Bijection:
     return bijection
 
 
-def stack(d: int, **arguments: object) -> Bijection:
+def small_realnvp(d: int, **arguments: object) -> Bijection:
     return perturbed(realnvp((d,), layers=3, hidden=(8,), **arguments).bijection)  # type: ignore[arg-type]
 
 
@@ -40,13 +40,13 @@ BIJECTIONS: dict[str, Callable[[int], Bijection]] = {
     "permutation": lambda d: Permutation(torch.randperm(d)),
     "batchnorm": lambda d: initialized(BatchNorm(d), (d,)),
     "linear": lambda d: perturbed(InvertibleLinear(d), 0.1),
-    "linear from a permutation": lambda d: perturbed(InvertibleLinear(d, "permutation"), 0.1),
+    "linear permutation init": lambda d: perturbed(InvertibleLinear(d, "permutation"), 0.1),
     "logit": lambda d: Logit(17, 0.05),
-    "realnvp alternate": lambda d: stack(d),
-    "realnvp permutation": lambda d: stack(d, mixing="permutation", actnorm=False),
-    "realnvp batchnorm": lambda d: initialized(stack(d, batch_norm=True), (d,)),
+    "realnvp alternate": lambda d: small_realnvp(d),
+    "realnvp permutation": lambda d: small_realnvp(d, mixing="permutation", actnorm=False),
+    "realnvp batchnorm": lambda d: initialized(small_realnvp(d, batch_norm=True), (d,)),
     "glow": lambda d: perturbed(glow((d,), steps=2, hidden=(8,)).bijection, 0.1),
-    "glow of splines": lambda d: perturbed(
+    "glow spline": lambda d: perturbed(
         glow((d,), steps=2, hidden=(8,), coupling="spline", bins=3, input_bound=3.0).bijection, 0.1
     ),
     "nsf": lambda d: perturbed(nsf((d,), layers=2, hidden=(8,), bins=4, bound=2.0).bijection, 0.2),
@@ -56,8 +56,8 @@ BIJECTIONS: dict[str, Callable[[int], Bijection]] = {
     "maf linear": lambda d: perturbed(
         maf((d,), layers=2, hidden=(8,), mixing="linear", input_bound=3.0).bijection, 0.2
     ),
-    "maf of splines": lambda d: perturbed(maf((d,), layers=2, hidden=(8,), transform="spline").bijection, 0.2),
-    "maf in two passes": lambda d: perturbed(maf((d,), layers=2, hidden=(8,), passes=min(d, 2)).bijection),
+    "maf spline": lambda d: perturbed(maf((d,), layers=2, hidden=(8,), transform="spline").bijection, 0.2),
+    "maf two passes": lambda d: perturbed(maf((d,), layers=2, hidden=(8,), passes=min(d, 2)).bijection),
     "continuous dopri5": lambda d: continuous(d, ode_solver("dopri5", rtol=1e-8)),
     "continuous rk4": lambda d: continuous(d, ode_solver("rk4", step_size=0.02)),
     "continuous dopri8": lambda d: continuous(d, ode_solver("dopri8", rtol=1e-10)),
@@ -77,41 +77,46 @@ def initialized(bijection: Bijection, event_shape: tuple[int, ...]) -> Bijection
 SPLINE = Spline(bins=4, bound=2.0)
 
 
-def net(n_in: int, n_out: int) -> nn.Module:
+def conv_net(n_in: int, n_out: int) -> nn.Module:
     return ConvNet(n_in, [6], n_out, "tanh")
 
 
 IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, int, int]]]] = {
     "affine": (lambda c, h, w: perturbed(Affine(c * h * w)), [(2, 2, 3)]),
-    "actnorm of channels": (lambda c, h, w: perturbed(ActNorm(c)), [(3, 2, 3)]),
-    "actnorm of pixels": (lambda c, h, w: perturbed(ActNorm((c, h, w))), [(3, 2, 3)]),
+    "actnorm per channel": (lambda c, h, w: perturbed(ActNorm(c)), [(3, 2, 3)]),
+    "actnorm per pixel": (lambda c, h, w: perturbed(ActNorm((c, h, w))), [(3, 2, 3)]),
     "batchnorm": (lambda c, h, w: initialized(BatchNorm(c), (c, h, w)), [(3, 2, 3)]),
     "permutation": (lambda c, h, w: Permutation(torch.randperm(c)), [(4, 2, 3)]),
     "linear": (lambda c, h, w: perturbed(InvertibleLinear(c), 0.1), [(1, 3, 2), (4, 2, 3)]),
     "logit": (lambda c, h, w: Logit(256, 1e-2), [(1, 3, 2)]),
-    "squeezed": (lambda c, h, w: Squeeze(perturbed(ActNorm(4 * c))), [(1, 2, 4), (2, 4, 2)]),
-    "on half": (lambda c, h, w: FactorOut(perturbed(Affine(c // 2 * h * w))), [(2, 2, 3), (4, 3, 1)]),
-    "half": (lambda c, h, w: perturbed(HalfCoupling(c, False, net((c + 1) // 2, c // 2 * 2))), [(2, 3, 4), (3, 3, 2)]),
-    "half, swapped": (
-        lambda c, h, w: perturbed(HalfCoupling(c, True, net(c // 2, (c + 1) // 2 * 2))),
+    "squeeze": (lambda c, h, w: Squeeze(perturbed(ActNorm(4 * c))), [(1, 2, 4), (2, 4, 2)]),
+    "factor out": (lambda c, h, w: FactorOut(perturbed(Affine(c // 2 * h * w))), [(2, 2, 3), (4, 3, 1)]),
+    "half coupling": (
+        lambda c, h, w: perturbed(HalfCoupling(c, False, conv_net((c + 1) // 2, c // 2 * 2))),
         [(2, 3, 4), (3, 3, 2)],
     ),
-    "half of splines": (
+    "half coupling, swapped": (
+        lambda c, h, w: perturbed(HalfCoupling(c, True, conv_net(c // 2, (c + 1) // 2 * 2))),
+        [(2, 3, 4), (3, 3, 2)],
+    ),
+    "half coupling, spline": (
         lambda c, h, w: perturbed(
-            HalfCoupling(c, False, net((c + 1) // 2, c // 2 * SPLINE.size), transform=SPLINE), 0.5
+            HalfCoupling(c, False, conv_net((c + 1) // 2, c // 2 * SPLINE.size), transform=SPLINE), 0.5
         ),
         [(2, 3, 4), (3, 1, 2)],
     ),
-    "checkerboard of splines": (
-        lambda c, h, w: perturbed(CheckerboardCoupling((h, w), True, net(c, c * SPLINE.size), transform=SPLINE), 0.5),
+    "checkerboard, spline": (
+        lambda c, h, w: perturbed(
+            CheckerboardCoupling((h, w), True, conv_net(c, c * SPLINE.size), transform=SPLINE), 0.5
+        ),
         [(1, 3, 3), (2, 1, 2)],
     ),
     "checkerboard": (
-        lambda c, h, w: perturbed(CheckerboardCoupling((h, w), False, net(c, 2 * c))),
+        lambda c, h, w: perturbed(CheckerboardCoupling((h, w), False, conv_net(c, 2 * c))),
         [(1, 3, 3), (2, 3, 2), (1, 1, 5)],
     ),
     "checkerboard, swapped": (
-        lambda c, h, w: perturbed(CheckerboardCoupling((h, w), True, net(c, 2 * c))),
+        lambda c, h, w: perturbed(CheckerboardCoupling((h, w), True, conv_net(c, 2 * c))),
         [(1, 3, 3), (2, 1, 2)],
     ),
     "realnvp": (
@@ -131,7 +136,7 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
         ),
         [(1, 4, 8), (2, 2, 3)],
     ),
-    "glow of splines": (
+    "glow spline": (
         lambda c, h, w: perturbed(
             glow((c, h, w), steps=2, hidden=(6, 6), coupling="spline", bins=4, bound=2.0, scales=h // 2).bijection, 0.2
         ),

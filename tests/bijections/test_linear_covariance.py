@@ -20,7 +20,7 @@ def correlated(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("n", "d"), [(5, 3), (20, 10), (30, 50), (1000, 4)])
-def test_shrunk_covariance_is_ledoit_wolf_of_standardised_columns(n: int, d: int) -> None:
+def test_shrunk_covariance_equals_scikit_learn_ledoit_wolf(n: int, d: int) -> None:
     x = correlated(n, d)
     mean, shrunk = shrunk_covariance(x)
     std = x.std(0, correction=0)
@@ -29,7 +29,7 @@ def test_shrunk_covariance_is_ledoit_wolf_of_standardised_columns(n: int, d: int
     assert np.allclose((shrunk / std / std[:, None]).numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_shrunk_covariance_does_not_depend_on_units_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shrunk_covariance_is_independent_of_units_and_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     x = correlated(50, 4)
     unit = torch.tensor([1e-120, 1.0, 1e6, 1e150], dtype=torch.float64)
     shift = torch.tensor([0.0, 1e6, -1e3, 0.0], dtype=torch.float64)
@@ -41,7 +41,7 @@ def test_shrunk_covariance_does_not_depend_on_units_or_chunks(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("n", "d"), [(1, 2), (2, 1), (2, 300), (3, 2), (40, 100)])
-def test_shrunk_covariance_is_positive_definite_for_few_rows_and_dependent_columns(n: int, d: int) -> None:
+def test_shrunk_covariance_of_few_rows_is_positive_definite(n: int, d: int) -> None:
     x = correlated(n, d).float()
     x = torch.cat([x, x[:, :1], torch.full((n, 1), 0.1)], 1)
     mean, shrunk = shrunk_covariance(x)
@@ -64,7 +64,7 @@ def test_constant_column_is_uncorrelated() -> None:
     assert torch.allclose(shrunk[:2, :2], shrunk_covariance(x[:, :2])[1])
 
 
-def test_no_rows_are_refused() -> None:
+def test_empty_input_is_refused() -> None:
     with pytest.raises(DataError):
         shrunk_covariance(torch.empty(0, 2))
 
@@ -76,7 +76,7 @@ def test_log_prob_matches_scipy() -> None:
     assert np.allclose(gaussian_log_prob(x, mean, shrunk).numpy(), expected)
 
 
-def test_in_float64_a_gaussian_start_is_inverted_to_the_digits_of_float64() -> None:
+def test_gaussian_start_inverse_is_accurate_in_float64() -> None:
     torch.manual_seed(0)
     start = GaussianStart(4).float()
     root = torch.randn(4, 4, dtype=torch.float64)

@@ -14,7 +14,7 @@ from flowtrain.utils.errors import FlowtrainError
 B = 3.0
 
 
-def theta_of(spline: Spline, rows: int, n: int, std: float = 1.0, **keys: object) -> Tensor:
+def random_theta(spline: Spline, rows: int, n: int, std: float = 1.0, **keys: object) -> Tensor:
     return std * torch.randn(rows, spline.size * n, **keys)  # type: ignore[call-overload]
 
 
@@ -28,7 +28,7 @@ def knots(spline: Spline, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ends[0], ends[1], torch.cat([torch.ones(1), inner, torch.ones(1)])
 
 
-def naive(spline: Spline, x: float, theta: Tensor) -> float:
+def scalar_reference(spline: Spline, x: float, theta: Tensor) -> float:
     """Computes z for one number with the formula of Durkan et al. 2019, eq. 4, with a loop over the bins."""
     xs, zs, slopes = knots(spline, theta)
     for i in range(spline.bins):
@@ -40,21 +40,21 @@ def naive(spline: Spline, x: float, theta: Tensor) -> float:
     return x
 
 
-def test_values_are_those_of_the_formula() -> None:
+def test_spline_equals_the_scalar_reference_formula() -> None:
     spline = Spline(5, B)
-    theta, x = theta_of(spline, 40, 2, 2.0), B * torch.randn(40, 2)
+    theta, x = random_theta(spline, 40, 2, 2.0), B * torch.randn(40, 2)
     z, log_slope = spline.to_base(x, theta)
     by_element = theta.view(40, spline.size, 2)
-    expected = [[naive(spline, float(x[i, j]), by_element[i, :, j]) for j in range(2)] for i in range(40)]
+    expected = [[scalar_reference(spline, float(x[i, j]), by_element[i, :, j]) for j in range(2)] for i in range(40)]
     torch.testing.assert_close(z, torch.tensor(expected), rtol=1e-9, atol=1e-9)
     slope = torch.autograd.functional.jacobian(lambda y: spline.to_base(y, theta)[0].sum(0), x)
     assert isinstance(slope, Tensor)
     torch.testing.assert_close(slope.diagonal(dim1=0, dim2=2).log(), log_slope, rtol=1e-8, atol=1e-8)
 
 
-def test_the_spline_meets_its_knots_with_their_slopes() -> None:
+def test_spline_interpolates_the_knots_and_slopes() -> None:
     spline = Spline(6, B)
-    theta = theta_of(spline, 1, 1)
+    theta = random_theta(spline, 1, 1)
     xs, zs, slopes = knots(spline, theta[0])
     theta = theta.expand(7, -1)
     z, log_slope = spline.to_base(xs.unsqueeze(1), theta)
@@ -65,7 +65,7 @@ def test_the_spline_meets_its_knots_with_their_slopes() -> None:
     torch.testing.assert_close(back, -log_slope, rtol=0, atol=1e-6)
 
 
-def test_theta_of_zero_is_the_identity() -> None:
+def test_zero_parameters_give_the_identity() -> None:
     spline, x = Spline(7, B), 2 * torch.randn(50, 3)
     for function in (spline.to_base, spline.to_data):
         y, log_slope = function(x, torch.zeros(50, spline.size * 3))
@@ -75,13 +75,13 @@ def test_theta_of_zero_is_the_identity() -> None:
 
 @pytest.mark.parametrize("bins", [2, 8, 16])
 @pytest.mark.parametrize("bound", [1.0, 5.0])
-def test_the_inverse_is_exact_in_float32(bins: int, bound: float) -> None:
+def test_inverse_is_accurate_in_float32(bins: int, bound: float) -> None:
     spline = Spline(bins, bound)
     inside = torch.linspace(-bound, bound, 1001)
     edges = torch.tensor([-bound, bound]).float()
     edges = torch.cat([edges, torch.nextafter(edges, 2 * edges), torch.nextafter(edges, 0 * edges)])
     x = torch.cat([inside.float(), edges, 1e6 * edges, torch.zeros(1)]).unsqueeze(1)
-    theta = theta_of(spline, len(x), 1, 0.5, dtype=torch.float32)
+    theta = random_theta(spline, len(x), 1, 0.5, dtype=torch.float32)
     z, log_slope = spline.to_base(x, theta)
     back, back_log_slope = spline.to_data(z, theta)
     # the inverse divides a rounding error of z by the slope
@@ -95,17 +95,17 @@ def test_the_inverse_is_exact_in_float32(bins: int, bound: float) -> None:
 
 
 @pytest.mark.parametrize("bins", [8, 16])
-def test_the_inverse_of_steep_splines_is_exact_up_to_the_slope(bins: int) -> None:
+def test_inverse_error_of_steep_splines_is_bounded_by_the_slope(bins: int) -> None:
     spline = Spline(bins, 5.0)
     x = 3 * torch.randn(200_000, 1, dtype=torch.float32)
-    theta = theta_of(spline, len(x), 1, 3.0, dtype=torch.float32)
+    theta = random_theta(spline, len(x), 1, 3.0, dtype=torch.float32)
     z, log_slope = spline.to_base(x, theta)
     assert ((spline.to_data(z, theta)[0] - x).abs() * log_slope.exp().clamp_max(1)).max() < 2e-5
 
 
-def test_extreme_theta_stays_invertible_and_finite() -> None:
+def test_extreme_parameters_stay_invertible_and_finite() -> None:
     spline = Spline(8, B)
-    theta, x = theta_of(spline, 500, 1, 1e4), B * torch.randn(500, 1)
+    theta, x = random_theta(spline, 500, 1, 1e4), B * torch.randn(500, 1)
     theta[0] = 1e30
     for dtype in (torch.float32, torch.float64):
         y, t = x.to(dtype).requires_grad_(), theta.to(dtype).requires_grad_()
@@ -120,15 +120,15 @@ def test_extreme_theta_stays_invertible_and_finite() -> None:
     assert (back - x).abs().max() < 1e-4
 
 
-def test_not_a_number_stays_one() -> None:
+def test_nan_and_inf_pass_through_unchanged() -> None:
     spline, x = Spline(4, B), torch.tensor([[torch.nan, torch.inf, -torch.inf]])
-    theta = theta_of(spline, 1, 3)
+    theta = random_theta(spline, 1, 3)
     for function in (spline.to_base, spline.to_data):
         assert torch.equal(function(x, theta)[0].nan_to_num(7.0), x.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (2, 2, 3, 1), (0, 3), (1, 1)])
-def test_the_gradient_is_that_of_finite_differences_and_of_autograd(shape: tuple[int, ...]) -> None:
+def test_gradient_matches_finite_differences_and_autograd(shape: tuple[int, ...]) -> None:
     spline = Spline(4, B)
     x = (1.5 * B * torch.rand(shape) - 0.5 * B).requires_grad_()
     theta = torch.randn(shape[0], spline.size * shape[1], *shape[2:], requires_grad=True)
@@ -145,7 +145,7 @@ def test_the_gradient_is_that_of_finite_differences_and_of_autograd(shape: tuple
 
 @pytest.mark.parametrize("shape", [(5, 1, 1, 1), (3, 2, 4, 5), (2, 3, 1, 4), (1, 6, 2, 1), (4, 5), (0, 2, 3, 3)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_elements_of_images_are_mapped_by_their_own_theta(shape: tuple[int, ...], channels_last: bool) -> None:
+def test_each_image_element_has_separate_parameters(shape: tuple[int, ...], channels_last: bool) -> None:
     spline = Spline(5, B)
     rows, n, *sides = shape
     x, theta = B * torch.randn(shape), torch.randn(rows, spline.size * n, *sides)
@@ -160,9 +160,9 @@ def test_elements_of_images_are_mapped_by_their_own_theta(shape: tuple[int, ...]
         torch.testing.assert_close(log_slope.reshape(-1, 1), one_by_one[1], rtol=1e-12, atol=1e-12)
 
 
-def test_transforms_of_torch_func() -> None:
+def test_torch_func_transforms_match_autograd() -> None:
     spline = Spline(4, B)
-    x, theta = torch.randn(5, 2), theta_of(spline, 5, 2)
+    x, theta = torch.randn(5, 2), random_theta(spline, 5, 2)
 
     def of_row(row: Tensor, t: Tensor) -> Tensor:
         return spline.to_base(row.unsqueeze(0), t.unsqueeze(0))[1].sum()
@@ -188,7 +188,7 @@ def test_settings_out_of_range_are_refused(keys: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["index", "half", "swapped", "checkerboard"])
-def test_every_coupling_takes_splines(kind: str) -> None:
+def test_every_coupling_accepts_splines(kind: str) -> None:
     spline = Spline(5, B)
     if kind == "checkerboard":
         coupling = CheckerboardCoupling((3, 3), False, ConvNet(2, [4], 2 * spline.size), transform=spline)

@@ -33,7 +33,7 @@ def positions(images: torch.Tensor) -> list[int]:
     return images[:, 0, 0, 0].tolist()
 
 
-def test_attributes_of_a_data_set(data: IDXImages, tmp_path: Path, make: Callable[..., IDXImages]) -> None:
+def test_dataset_attributes(data: IDXImages, tmp_path: Path, make: Callable[..., IDXImages]) -> None:
     assert data.event_shape == (1, H, W)
     assert (data.levels, data.classes, data.columns, data.alpha) == (256, 10, (), 1e-5)
     for images, n in ((data.val, 10), (data.test, 20), (data.train_batch(0, 8, 0), 8)):
@@ -46,7 +46,7 @@ def test_attributes_of_a_data_set(data: IDXImages, tmp_path: Path, make: Callabl
     assert make(tmp_path, alpha=0.1).alpha == 0.1
 
 
-def test_splits_follow_the_files(data: IDXImages, tmp_path: Path, make: Callable[..., IDXImages]) -> None:
+def test_splits_preserve_file_order(data: IDXImages, tmp_path: Path, make: Callable[..., IDXImages]) -> None:
     np.testing.assert_array_equal(data.test[:, 0], read_idx(tmp_path / f"{TEST_IMAGES}.gz"))
     np.testing.assert_array_equal(data.val[:, 0], read_idx(tmp_path / f"{TRAIN_IMAGES}.gz")[40:])
     assert data.val_labels.tolist() == list(range(10))
@@ -56,14 +56,12 @@ def test_splits_follow_the_files(data: IDXImages, tmp_path: Path, make: Callable
     assert set(positions(make(tmp_path, n_val=49).train_batch(0, 5, 0))) == {0}
 
 
-def test_counts_of_the_splits(data: IDXImages) -> None:
+def test_split_sizes(data: IDXImages) -> None:
     assert (data.n_train, len(data.val), len(data.test)) == (40, 10, 20)
 
 
 @pytest.mark.parametrize("crop", [0, 2])
-def test_a_batch_is_a_pure_function_of_step_size_and_seed(
-    tmp_path: Path, crop: int, make: Callable[..., IDXImages]
-) -> None:
+def test_batch_depends_only_on_step_size_and_seed(tmp_path: Path, crop: int, make: Callable[..., IDXImages]) -> None:
     data = make(write_set(tmp_path), crop=crop)
     batches = {step: data.train_batch(step, 16, 7) for step in range(9)}
     fresh = make(tmp_path, crop=crop)
@@ -88,7 +86,7 @@ def test_every_epoch_visits_every_image_once_with_its_label(data: IDXImages, bat
     assert labels.tolist() == [i % 10 for i in positions(images)]
 
 
-def test_batches_are_gathered_on_the_device_it_is_moved_to(tmp_path: Path, make: Callable[..., IDXImages]) -> None:
+def test_batches_are_created_on_the_dataset_device(tmp_path: Path, make: Callable[..., IDXImages]) -> None:
     data = make(write_set(tmp_path), crop=1)
     data.to("meta")
     assert data.train_batch(0, 4, 0).device.type == data.train_labels(0, 4, 0).device.type == "meta"
@@ -98,7 +96,7 @@ def test_batches_are_gathered_on_the_device_it_is_moved_to(tmp_path: Path, make:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_batches_on_a_gpu_are_those_of_the_cpu(tmp_path: Path, make: Callable[..., IDXImages]) -> None:
+def test_gpu_batches_equal_cpu_batches(tmp_path: Path, make: Callable[..., IDXImages]) -> None:
     data, moved = make(write_set(tmp_path), crop=2), make(tmp_path, crop=2)
     moved.to(torch.device("cuda"))
     for step in range(5):
@@ -120,7 +118,7 @@ def shift(image: torch.Tensor, by: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("most", [1, 2, W - 1])
-def test_crop_shifts_each_image_sideways_by_up_to_so_many_pixels(
+def test_crop_shifts_each_image_horizontally_up_to_the_limit(
     tmp_path: Path, most: int, make: Callable[..., IDXImages]
 ) -> None:
     data, plain = make(write_set(tmp_path), crop=most), make(tmp_path)
@@ -138,9 +136,7 @@ def test_crop_shifts_each_image_sideways_by_up_to_so_many_pixels(
     assert all(abs(count - share) < 5 * share**0.5 for count in counts.values()), counts
 
 
-def test_crop_is_off_by_default_and_leaves_labels_and_held_out_sets(
-    tmp_path: Path, make: Callable[..., IDXImages]
-) -> None:
+def test_crop_changes_only_training_images(tmp_path: Path, make: Callable[..., IDXImages]) -> None:
     data, plain = make(write_set(tmp_path), crop=3), make(tmp_path)
     assert inspect.signature(IDXImages).parameters["crop"].default == 0
     stored = torch.from_numpy(read_idx(tmp_path / f"{TRAIN_IMAGES}.gz"))
@@ -154,7 +150,7 @@ def test_crop_is_off_by_default_and_leaves_labels_and_held_out_sets(
 # Epochs
 
 
-def test_batches_are_copies() -> None:
+def test_returned_positions_are_copies() -> None:
     epochs = Epochs(10, 1, 2)
     rows = epochs.rows(0, 5, 0)
     before = rows.clone()
@@ -162,7 +158,7 @@ def test_batches_are_copies() -> None:
     assert torch.equal(epochs.rows(0, 5, 0), before)
 
 
-def test_streams_and_seeds_give_orders_of_their_own() -> None:
+def test_streams_and_seeds_give_different_orders() -> None:
     orders = {tuple(Epochs(20, *stream).rows(0, 20, seed).tolist()) for stream in ((1, 2), (1, 3)) for seed in (0, 1)}
     assert len(orders) == 4
 
@@ -192,7 +188,7 @@ def real(real_data: Path, name: str, **options: Any) -> IDXImages:
     return IDXImages(name, str(real_data), **options)
 
 
-def test_mnist_is_read_as_published(real_data: Path) -> None:
+def test_mnist_matches_the_published_files(real_data: Path) -> None:
     data = real(real_data, "mnist")
     assert data.event_shape == (1, 28, 28)
     assert data.val.shape == data.test.shape == (10_000, 1, 28, 28)
@@ -209,7 +205,7 @@ def test_mnist_is_read_as_published(real_data: Path) -> None:
     assert total / (60_000 * 784) == pytest.approx(33.318421, abs=1e-6)
 
 
-def test_fashion_mnist_is_read_as_published(real_data: Path) -> None:
+def test_fashion_mnist_matches_the_published_files(real_data: Path) -> None:
     data = real(real_data, "fashion_mnist", n_val=5000, n_test=1000)
     assert data.train_batch(0, 55_000, 0).shape == (55_000, 1, 28, 28)
     assert (len(data.val), len(data.test)) == (5000, 1000)
@@ -218,7 +214,7 @@ def test_fashion_mnist_is_read_as_published(real_data: Path) -> None:
     assert labels.bincount().tolist() == [6000] * 10
 
 
-def test_the_files_of_one_set_are_not_taken_for_another(refused: Refused, real_data: Path) -> None:
+def test_fashion_mnist_files_are_refused_as_mnist(refused: Refused, real_data: Path) -> None:
     real(real_data, "fashion_mnist")
     refused(
         lambda: IDXImages("mnist", str(real_data / "fashion_mnist")),

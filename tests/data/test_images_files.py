@@ -18,14 +18,14 @@ from flowtrain.utils.errors import ConfigError, DataError
 
 @pytest.mark.parametrize("gz", [True, False])
 @pytest.mark.parametrize("below", ["mnist", "."])
-def test_files_are_in_the_folder_of_their_name_or_in_the_root(
+def test_files_are_found_in_the_dataset_folder_or_the_root(
     tmp_path: Path, below: str, gz: bool, make: Callable[..., IDXImages]
 ) -> None:
     write_set(tmp_path / below, gz=gz)
     assert make(tmp_path).event_shape == (1, H, W)
 
 
-def test_the_folder_of_the_name_comes_first_and_folders_are_not_mixed(
+def test_dataset_folder_takes_precedence_over_the_root(
     tmp_path: Path, make: Callable[..., IDXImages], refused: Refused
 ) -> None:
     write_set(tmp_path, n=30)
@@ -35,15 +35,13 @@ def test_the_folder_of_the_name_comes_first_and_folders_are_not_mixed(
     refused(lambda: make(tmp_path, n_val=35), ConfigError, [str(tmp_path / f"{TRAIN_IMAGES}.gz")])
 
 
-def test_a_downloaded_file_comes_before_a_plain_one(tmp_path: Path, make: Callable[..., IDXImages]) -> None:
+def test_gzip_file_takes_precedence_over_a_plain_file(tmp_path: Path, make: Callable[..., IDXImages]) -> None:
     write_set(tmp_path)
     (tmp_path / TRAIN_IMAGES).write_bytes(b"damaged")
     assert make(tmp_path).event_shape == (1, H, W)
 
 
-def test_the_root_is_that_of_the_key_or_the_environment_or_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_root_defaults_to_the_environment_then_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("FLOWTRAIN_DATA", str(tmp_path / "env"))
@@ -68,7 +66,7 @@ def test_the_root_is_that_of_the_key_or_the_environment_or_the_cache(
     assert rows("key") == 30
 
 
-def test_absent_files_say_where_and_what_to_run(
+def test_missing_files_error_names_folder_and_download_command(
     tmp_path: Path, refused: Refused, make: Callable[..., IDXImages]
 ) -> None:
     root = tmp_path / "my data"
@@ -90,20 +88,24 @@ BAD_SETS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "damaged": ({"t10k_images": b"no"}, TEST_IMAGES, ["is not an IDX file"]),
     "too few labels": ({"train_labels": bytes_of(49) % 10}, TRAIN_LABELS, ["50 images", "49 labels"]),
     "too many test labels": ({"t10k_labels": bytes_of(21) % 10}, TEST_LABELS, ["20 images", "21 labels"]),
-    "labels for images": ({"train_images": bytes_of(50)}, TRAIN_IMAGES, ["(50,)", "(n, H, W)"]),
-    "images for labels": ({"t10k_labels": bytes_of(20, H, W)}, TEST_LABELS, [f"(20, {H}, {W})", "(n,)"]),
-    "a label of 10": (
+    "labels as images": ({"train_images": bytes_of(50)}, TRAIN_IMAGES, ["(50,)", "(n, H, W)"]),
+    "images as labels": ({"t10k_labels": bytes_of(20, H, W)}, TEST_LABELS, [f"(20, {H}, {W})", "(n,)"]),
+    "label out of range": (
         {"train_labels": np.arange(50, dtype=np.uint8) % 11},
         TRAIN_LABELS,
         ["row 10", "is 10", "between 0 and 9"],
     ),
-    "sizes that differ": ({"t10k_images": bytes_of(20, H, W + 1)}, TEST_IMAGES, ["4 x 6", "4 x 7"]),
-    "another set": ({"train_labels": FIRST_FASHION}, TRAIN_LABELS, ["belongs to fashion_mnist", "data=fashion_mnist"]),
+    "different image sizes": ({"t10k_images": bytes_of(20, H, W + 1)}, TEST_IMAGES, ["4 x 6", "4 x 7"]),
+    "files of another dataset": (
+        {"train_labels": FIRST_FASHION},
+        TRAIN_LABELS,
+        ["belongs to fashion_mnist", "data=fashion_mnist"],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_SETS)
-def test_files_that_do_not_fit_are_refused(
+def test_inconsistent_files_are_refused(
     tmp_path: Path, case: str, refused: Refused, make: Callable[..., IDXImages]
 ) -> None:
     changed, name, fragments = BAD_SETS[case]

@@ -82,7 +82,7 @@ def gaussian_baseline(data: Dataset, x: Tensor, log_p: Tensor) -> Baseline:
     return found["gaussian"]
 
 
-def test_baseline_is_the_gaussian_of_the_training_rows_on_the_scored_rows(tmp_path: Path) -> None:
+def test_gaussian_baseline_is_fitted_to_the_training_rows(tmp_path: Path) -> None:
     data = ArrayData(str(table(tmp_path / "x.npy")))
     rows = data.train_rows(10**6)
     assert rows.shape == (320, 3)
@@ -98,7 +98,7 @@ def test_baseline_is_the_gaussian_of_the_training_rows_on_the_scored_rows(tmp_pa
     assert len(torch.unique(data.train_rows(50), dim=0)) == 50
 
 
-def test_memory_mapped_and_integer_tables_have_a_baseline(tmp_path: Path) -> None:
+def test_memory_mapped_and_integer_tables_have_a_gaussian_baseline(tmp_path: Path) -> None:
     path = table(tmp_path / "x.npy")
     mapped = ArrayData(str(path), memory_map=True, val_path=str(path), test_path=str(path))
     found = gaussian_baseline(mapped, mapped.test, torch.zeros(400))
@@ -113,7 +113,7 @@ def test_memory_mapped_and_integer_tables_have_a_baseline(tmp_path: Path) -> Non
     assert found.nll == pytest.approx(0.5 * math.log(2 * math.pi * math.e / 12), abs=0.02)
 
 
-def test_images_and_rows_without_training_set_have_no_baseline(tmp_path: Path) -> None:
+def test_images_and_data_without_training_rows_have_no_baseline(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(50, 4)))
     images = ArrayData(str(tmp_path / "x.npy"), event_shape=[1, 2, 2])
     assert baselines(images, [images.test], torch.zeros(5)) is None
@@ -125,7 +125,7 @@ def kernel_density(h: float) -> KernelDensity:
     return KernelDensity(bandwidth=h, leaf_size=10_000)
 
 
-def test_mixture_and_kernel_density_are_those_of_scikit_learn_in_data_units(data: Rows) -> None:
+def test_mixture_and_kernel_density_nll_match_scikit_learn(data: Rows) -> None:
     found = baselines(data, [data.test], torch.zeros(150), SECONDS)
     assert found is not None
     assert list(found) == ["gaussian", "gaussian_mixture", "kernel_density"]
@@ -148,7 +148,7 @@ def test_mixture_and_kernel_density_are_those_of_scikit_learn_in_data_units(data
     assert found["kernel_density"].nll == pytest.approx(nll(best_kernels, test), abs=0.02)
 
 
-def test_kernel_log_probs_are_those_of_scikit_learn() -> None:
+def test_kernel_log_probs_match_scikit_learn() -> None:
     torch.manual_seed(0)
     x, centers = 3 * torch.randn(300, 5), torch.randn(400, 5)
     found = of.kernel_log_probs(x, centers, [0.1, 0.7])
@@ -157,7 +157,7 @@ def test_kernel_log_probs_are_those_of_scikit_learn() -> None:
         np.testing.assert_allclose(log_p.numpy(), expected, rtol=1e-9)
 
 
-def test_the_density_of_a_table_integrates_to_one(data: Rows) -> None:
+def test_kernel_density_integrates_to_one_in_data_units(data: Rows) -> None:
     """The density is in data units, and a column that is constant in training does not affect it."""
     train = torch.cat([data.train[:, :1], torch.full((600, 1), 7.0)], 1)
     table = of.StandardisedRows(train, train)
@@ -169,7 +169,7 @@ def test_the_density_of_a_table_integrates_to_one(data: Rows) -> None:
     assert mass == pytest.approx(1, abs=1e-3)
 
 
-def test_draws_of_noise_are_averaged_inside_the_log(data: Rows) -> None:
+def test_noise_draws_are_averaged_inside_the_log(data: Rows) -> None:
     a, b = data.test, data.test + torch.tensor([300.0, 0.01])
     log_p = torch.zeros(150)
     one, other, both = (baselines(data, points, log_p) for points in ([a], [b], [a, b]))
@@ -202,7 +202,7 @@ NORMAL = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=to
         pytest.param(torch.randn(12, 40, dtype=torch.float64), id="more columns than rows"),
     ],
 )
-def test_any_table_has_finite_baselines(train: Tensor, logged: list[str]) -> None:
+def test_degenerate_tables_have_finite_baselines(train: Tensor, logged: list[str]) -> None:
     # some training rows are also validation rows, so narrow densities fit best
     data = Rows(train, train[: max(1, len(train) // 2)], train)
     found = baselines(data, [train], torch.zeros(len(train)), SECONDS)
@@ -215,7 +215,7 @@ def test_any_table_has_finite_baselines(train: Tensor, logged: list[str]) -> Non
         assert math.isfinite(one.worse)
 
 
-def test_without_scikit_learn_a_line_names_the_extra(
+def test_missing_scikit_learn_message_names_the_extra(
     data: Rows, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
@@ -226,7 +226,7 @@ def test_without_scikit_learn_a_line_names_the_extra(
     assert "flowtrain[baselines]" in logged[0]
 
 
-def test_less_time_fits_less_and_says_so(data: Rows, logged: list[str]) -> None:
+def test_short_time_limit_fits_fewer_components_and_is_logged(data: Rows, logged: list[str]) -> None:
     found = baselines(data, [data.test], torch.zeros(150), 1e-3)
     assert found is not None
     # the first number of components is always fitted
@@ -235,7 +235,7 @@ def test_less_time_fits_less_and_says_so(data: Rows, logged: list[str]) -> None:
     assert of.affordable_seconds(1.9) == 0
 
 
-def test_a_warning_says_when_a_baseline_beats_the_flow(data: Rows, logged: list[str]) -> None:
+def test_warning_is_logged_if_a_baseline_beats_the_flow(data: Rows, logged: list[str]) -> None:
     flow = Flow((2,), Affine(2))
     flow.bijection.initialize(data.train)
     found = evaluate(flow, data, trained_on=data, baseline_seconds=SECONDS)
@@ -261,7 +261,7 @@ def test_a_warning_says_when_a_baseline_beats_the_flow(data: Rows, logged: list[
     assert not [words for words in logged if words.startswith("warning")]
 
 
-def test_noise_is_that_of_the_flow(tmp_path: Path) -> None:
+def test_baseline_and_flow_score_the_same_dequantized_rows(tmp_path: Path) -> None:
     """The baseline uses the noise of the scored rows, so a flow that equals the baseline gives the same scores."""
     np.save(tmp_path / "counts.npy", np.random.default_rng(0).poisson(3, size=(600, 2)))
     data = ArrayData(str(tmp_path / "counts.npy"), dequantize=True)
@@ -275,14 +275,14 @@ def test_noise_is_that_of_the_flow(tmp_path: Path) -> None:
     assert found.baselines["gaussian"].worse_stderr < 0.01
 
 
-@pytest.mark.parametrize("kind", ["image", "conditional", "nothing given"])
-def test_baselines_of_another_density_are_refused(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["image", "conditional", "no training rows"])
+def test_baselines_of_images_and_conditional_flows_are_refused(kind: str) -> None:
     shape = (1, 4, 4) if kind == "image" else 2
     classes = 3 if kind == "conditional" else None
     flow = realnvp(shape, layers=1, conditional=classes is not None, classes=classes)
     x = torch.randn(20, *flow.event_shape)
     label = None if flow.classes is None else torch.arange(20) % 3
-    given = None if kind == "nothing given" else x
+    given = None if kind == "no training rows" else x
     with pytest.raises(ConfigError, match="baselines"):
         evaluate(flow, x, label=label, trained_on=given, baseline_seconds=SECONDS)
 
@@ -300,14 +300,14 @@ def test_baselines_of_another_density_are_refused(kind: str) -> None:
         (math.inf, math.nan, False),
     ],
 )
-def test_worse_is_by_the_paired_difference(worse: float, stderr: float, passed: bool) -> None:
+def test_baseline_check_uses_the_paired_difference(worse: float, stderr: float, passed: bool) -> None:
     check = check_baseline(5.0 + worse, 1.0, Baseline(5.0, 0.3, 0.0, worse, stderr), 3)
     assert check is not None
     assert check.passed is passed
     assert check_baseline(1.0, math.nan, Baseline(5.0, math.nan, 0.0, worse, math.nan), 3).passed is None  # type: ignore[union-attr]
 
 
-def test_a_flow_that_is_worse_is_reported_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warning_about_a_worse_flow_contains_both_nlls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = ArrayData(str(table(tmp_path / "x.npy")))
     warned: list[str] = []
     monkeypatch.setattr(logging.getLogger("flowtrain"), "warning", lambda words, *of: warned.append(words % of))
@@ -324,7 +324,7 @@ def test_a_flow_that_is_worse_is_reported_with_both_figures(tmp_path: Path, monk
     assert evaluate(Flow((3,), Affine(3)).float(), data).baselines is None
 
 
-def test_result_of_a_run_has_a_baseline(trained: Train, evaluated: Evaluate, tmp_path: Path) -> None:
+def test_result_json_contains_the_gaussian_baseline(trained: Train, evaluated: Evaluate, tmp_path: Path) -> None:
     path = table(tmp_path / "x.npy")
     run_dir = trained("data=array", f"data.path={path}")
     simple = json.loads(Path(run_dir, "result.json").read_text())["baselines"]["gaussian"]
@@ -336,11 +336,13 @@ def test_result_of_a_run_has_a_baseline(trained: Train, evaluated: Evaluate, tmp
     assert evaluated(run_dir, f"data.path={path}", name="eval-x.json")["baselines"] is None
 
 
-def test_toy_has_no_baseline(evaluated: Evaluate, trained: Train) -> None:
+def test_toy_data_have_no_baseline(evaluated: Evaluate, trained: Train) -> None:
     assert evaluated(trained("data=moons", "data.n_test=60", "data.n_val=40"))["baselines"] is None
 
 
-def test_command_adds_the_baselines(trained: Train, evaluated: Evaluate, run: Run, tmp_path: Path) -> None:
+def test_floweval_baselines_option_adds_all_baselines(
+    trained: Train, evaluated: Evaluate, run: Run, tmp_path: Path
+) -> None:
     path = table(tmp_path / "x.npy")
     run_dir = trained("data=array", f"data.path={path}")
     # after a short training, a run fits only the Gaussian
@@ -362,14 +364,14 @@ def test_command_adds_the_baselines(trained: Train, evaluated: Evaluate, run: Ru
     assert str(path) in err
 
 
-def test_command_refuses_baselines_of_toys(trained: Train, run: Run) -> None:
+def test_floweval_refuses_baselines_of_toys(trained: Train, run: Run) -> None:
     run_dir = trained("data=moons", "data.n_test=60", "data.n_val=40")
     code, _, err = run("floweval", f"ckpt={run_dir}", "baselines=true")
     assert code == 2
     assert "baselines" in err
 
 
-def test_a_longer_training_has_all_baselines(trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_training_fits_all_baselines(trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(of, "LEAST_SECONDS", 1e-9)
     run_dir = trained("data=array", f"data.path={table(tmp_path / 'x.npy')}")
     found = json.loads(Path(run_dir, "result.json").read_text())["baselines"]

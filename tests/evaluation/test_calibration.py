@@ -20,7 +20,7 @@ def test_kolmogorov_smirnov_matches_scipy(n: int) -> None:
     assert ks_p_value(0.0, 5) == 1.0
 
 
-def test_calibration_sees_the_latent_and_the_dependence_that_are_off() -> None:
+def test_calibration_detects_shifted_and_dependent_latents() -> None:
     z, normal = torch.randn(4000, 12), StandardNormal((12,))
     good, pit = calibration(z, normal)
     assert good.p_value > 0.01
@@ -45,7 +45,7 @@ def test_calibration_sees_the_latent_and_the_dependence_that_are_off() -> None:
 @pytest.mark.parametrize(
     "base", [StudentT((3,), 1.5), UniformBox([0.0, -1.0, 5.0], [1.0, 1.0, 5.5]), GaussianMixture(3, 4)]
 )
-def test_draws_of_every_base_are_calibrated_and_a_shift_is_seen(base: Base) -> None:
+def test_samples_of_every_base_pass_and_shifted_samples_fail(base: Base) -> None:
     z = base.double().sample(4000)
     good, pit = calibration(z.float(), base)
     assert good.p_value > 1e-3
@@ -56,14 +56,14 @@ def test_draws_of_every_base_are_calibrated_and_a_shift_is_seen(base: Base) -> N
     assert (found.worst, found.p_value < 1e-6) == ("z2", True)
 
 
-def test_latents_outside_of_a_box_count_as_its_edges() -> None:
+def test_latents_outside_a_box_are_clamped_to_its_edges() -> None:
     z = torch.tensor([[2.0], [-3.0], [0.5]])
     _, pit = calibration(z, UniformBox([0.0], [1.0]))
     assert pit["z1"].tolist() == [1.0, 0.0, 0.5]
     assert pit["radius"].tolist() == [1.0, 1.0, 0.0]
 
 
-def test_density_ranks_are_a_test_of_two_samples() -> None:
+def test_density_calibration_matches_the_two_sample_ks_test() -> None:
     _, pit = density_calibration(torch.tensor([-10.0, 0.5, 10.0, torch.nan]), torch.linspace(0, 1, 101))
     assert pit["density"].tolist() == pytest.approx([0.0, 0.5, 1.0])
     rows, samples = torch.randn(200) + 0.2, torch.randn(4000)

@@ -33,7 +33,7 @@ from flowtrain.ode import ode_solver
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 4)])
-def test_jacobians_are_those_of_the_inverse(shape: tuple[int, ...]) -> None:
+def test_jacobians_match_autograd(shape: tuple[int, ...]) -> None:
     flow = realnvp(shape) if len(shape) == 1 else glow(shape)
     for p in flow.parameters():
         nn.init.normal_(p, std=0.2)
@@ -70,8 +70,8 @@ class Broken(Bijection):
         (Broken(up=1.01, down=1.01), {"mass", "log-det"}),
     ],
 )
-def test_each_check_finds_its_own_cause(broken: Broken, trips: set[str]) -> None:
-    assert failing(Flow((2,), Chain([broken, Affine(2)])), torch.randn(100, 2)) == trips
+def test_each_defect_fails_only_the_expected_checks(broken: Broken, trips: set[str]) -> None:
+    assert failed_checks(Flow((2,), Chain([broken, Affine(2)])), torch.randn(100, 2)) == trips
 
 
 class Collapsed(Bijection):
@@ -100,7 +100,7 @@ class WrongBase(Flow):
         return -0.5 * z.flatten(1).square().sum(1)
 
 
-def failing(flow: Flow, x: Tensor) -> set[str]:
+def failed_checks(flow: Flow, x: Tensor) -> set[str]:
     flow.eval()
     exact, subset = reference(flow), subset_of(flow, x, None)
     drawn = base_round_trip(exact)
@@ -113,16 +113,16 @@ def failing(flow: Flow, x: Tensor) -> set[str]:
     return {check.name for check in found if check is not None and check.passed is False}
 
 
-def test_mass_check_fails_for_a_flow_that_is_right_only_on_the_data() -> None:
+def test_checks_fail_for_flows_that_are_wrong_off_the_data() -> None:
     x = torch.randn(200, 3)
-    assert failing(Flow((3,), Chain([Affine(3)])), x) == set()
-    assert "log-det" in failing(Flow((2,), Chain([Collapsed()])), x[:, :2])
-    assert "round trip" in failing(Flow((3,), Chain([HalfFolded()])), x.abs())
-    assert failing(WrongBase((3,), Chain([Affine(3)])), x) == {"own samples"}
+    assert failed_checks(Flow((3,), Chain([Affine(3)])), x) == set()
+    assert "log-det" in failed_checks(Flow((2,), Chain([Collapsed()])), x[:, :2])
+    assert "round trip" in failed_checks(Flow((3,), Chain([HalfFolded()])), x.abs())
+    assert failed_checks(WrongBase((3,), Chain([Affine(3)])), x) == {"own samples"}
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1000.0, 0.0), (1.0, 500.0), (1e-6, 0.0)])
-def test_round_trip_sees_one_bad_column_beside_others_of_any_scale(scale: float, offset: float) -> None:
+def test_round_trip_detects_one_bad_column_at_any_scale(scale: float, offset: float) -> None:
     class SecondFolded(Bijection):
         def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
             return torch.stack([z[:, 0], z[:, 1].abs()], 1), z.new_zeros(len(z))
@@ -130,14 +130,14 @@ def test_round_trip_sees_one_bad_column_beside_others_of_any_scale(scale: float,
         inverse = forward
 
     x = torch.randn(200, 2) * torch.tensor([scale, 1.0]) + torch.tensor([offset, 0.0])
-    assert "round trip" in failing(Flow((2,), Chain([SecondFolded()])), x)
+    assert "round trip" in failed_checks(Flow((2,), Chain([SecondFolded()])), x)
 
 
-def test_whole_numbers_in_a_range_are_not_integrated() -> None:
+def test_mass_check_skips_integer_data_with_bounded_range() -> None:
     """Some of the mass of x + u lies outside the range, where log p cannot be computed."""
     flow = Flow((2,), Chain([Affine(2), Logit(4, 0.05)]), integer_valued=True, levels=4).eval()
     assert check_mass(reference(flow)) is None
-    assert failing(flow, torch.randint(0, 4, (100, 2))) == set()
+    assert failed_checks(flow, torch.randint(0, 4, (100, 2))) == set()
 
 
 class Stiff(nn.Module):
@@ -161,7 +161,7 @@ def test_unsolvable_check_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts.embedded is None
 
 
-def with_base(base: Base) -> Flow:
+def flow_with_base(base: Base) -> Flow:
     flow = Flow(base, Chain([Affine(2), Affine(2)]))
     for p in flow.bijection.parameters():
         nn.init.normal_(p, std=0.3)
@@ -172,18 +172,18 @@ def with_base(base: Base) -> Flow:
 @pytest.mark.parametrize(
     "base", [StudentT((2,), 1.0), StudentT((2,), 3.0), UniformBox([0.0, -1.0], [1.0, 1.0]), GaussianMixture(2, 3)]
 )
-def test_checks_pass_for_every_base_and_see_a_wrong_density_of_it(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    flow = with_base(base.double())
+def test_checks_detect_a_wrong_base_density(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = flow_with_base(base.double())
     x = flow.sample(100)
-    assert failing(flow, x) - ({"mass"} if isinstance(base, UniformBox) else set()) == set()
+    assert failed_checks(flow, x) - ({"mass"} if isinstance(base, UniformBox) else set()) == set()
     exact, right = reference(flow), type(base).log_prob
     assert check_own_samples(exact, base_round_trip(exact)).passed
     monkeypatch.setattr(type(base), "log_prob", lambda self, z: right(self, z) + 0.1)
-    assert "own samples" in failing(flow, x)
+    assert "own samples" in failed_checks(flow, x)
 
 
-def test_mass_check_of_a_box_is_not_counted_against_the_flow() -> None:
-    flow = with_base(UniformBox([0.0, -1.0], [1.0, 1.0]))
+def test_mass_check_does_not_fail_for_a_uniform_box_base() -> None:
+    flow = flow_with_base(UniformBox([0.0, -1.0], [1.0, 1.0]))
     x = flow.sample(300)
     subset, log_p = subset_of(flow, x, None), log_probs(flow, x)
     found = {c.name: c for c in all_checks(flow, subset, budget(flow, subset, log_p, 1), log_p, (None, None))}
@@ -191,34 +191,34 @@ def test_mass_check_of_a_box_is_not_counted_against_the_flow() -> None:
     assert all(found[name].passed for name in ("log-det", "round trip", "own samples"))
 
 
-def test_a_wrong_log_det_is_seen_under_every_base() -> None:
+def test_checks_detect_a_wrong_log_det_for_every_base() -> None:
     for base in (StudentT((2,), 2.0), UniformBox([0.0, 0.0], [1.0, 1.0]), GaussianMixture(2, 2)):
         flow = Flow(base, Chain([Broken(down=1.1)])).eval()
-        assert failing(flow, flow.sample(50)) >= {"log-det", "own samples"}
+        assert failed_checks(flow, flow.sample(50)) >= {"log-det", "own samples"}
 
 
-def test_own_samples_are_not_checked_against_a_base_without_a_second_formula() -> None:
-    class Mine(Base):
+def test_sample_check_is_skipped_for_a_user_defined_base() -> None:
+    class UserBase(Base):
         log_prob = StandardNormal.log_prob
         rsample = StandardNormal.rsample
         to_uniform = StandardNormal.to_uniform
 
-    exact = reference(with_base(Mine((2,))))
+    exact = reference(flow_with_base(UserBase((2,))))
     check = check_own_samples(exact, base_round_trip(exact))
     assert check.passed is None
-    assert "Mine" in str(check.message)
+    assert "UserBase" in str(check.message)
     # a subclass is compared with the exact density of its base class
-    exact = reference(with_base(type("Sub", (StandardNormal,), {})((2,))))
+    exact = reference(flow_with_base(type("Sub", (StandardNormal,), {})((2,))))
     assert check_own_samples(exact, base_round_trip(exact)).passed
 
 
-def test_kl_may_be_negative_within_its_error_only() -> None:
+def test_kl_check_allows_negative_values_within_the_error() -> None:
     assert check_kl((None, None)) is None
     passed = [check_kl(kl).passed for kl in ((-0.02, 0.01), (-0.04, 0.01), (0.5, 0.01))]  # type: ignore[union-attr]
     assert passed == [True, False, True]
 
 
-def test_determinants_are_right_on_several_threads() -> None:
+def test_log_det_check_is_correct_with_several_threads() -> None:
     """torch's batched determinants of such matrices are wrong on several threads."""
     flow = Flow((180,), InvertibleLinear(180)).eval()
     torch.set_num_threads(2)

@@ -16,13 +16,13 @@ def gaussian_log_prob(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("d", [1, 2])
 @pytest.mark.parametrize("factor", [1.0, 0.9])
-def test_mass_of_a_gaussian(d: int, factor: float) -> None:
+def test_mass_of_a_scaled_gaussian_equals_the_factor(d: int, factor: float) -> None:
     found = mass(lambda x: gaussian_log_prob(x) + math.log(factor), torch.randn(2000, d))
     assert found.value == pytest.approx(factor, abs=1e-5)
     assert abs(found.value - factor) < found.error + 1e-5
 
 
-def test_mass_of_thin_rings_and_of_far_outliers() -> None:
+def test_mass_of_thin_rings_and_far_outliers_is_one() -> None:
     """The ring's radial integral is int_0^oo r exp(-(r - 2)^2 / 2 s^2) dr = 2 s sqrt(2 pi) for s << 2."""
     s = 0.03
     constant = math.log(2 * math.pi * 2 * s * math.sqrt(2 * math.pi))
@@ -41,7 +41,7 @@ def test_mass_of_thin_rings_and_of_far_outliers() -> None:
     assert mass(log_prob, samples).value == pytest.approx(1, abs=1e-3)
 
 
-def of_modes(means: Tensor, std: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+def gaussian_modes(means: Tensor, std: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """Returns log p of an equally weighted mixture of isotropic Gaussians in the plane, and samples."""
 
     def log_prob(x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def of_modes(means: Tensor, std: Tensor) -> tuple[Callable[[Tensor], Tensor], Te
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_mass_of_modes_that_fall_between_the_first_nodes(seed: int) -> None:
+def test_mass_includes_modes_between_the_first_nodes(seed: int) -> None:
     """A grid refined only near the mass that it has found would miss these modes and report a small error."""
     torch.manual_seed(seed)
     side = 4 * torch.arange(-2.0, 3.0)
@@ -63,13 +63,13 @@ def test_mass_of_modes_that_fall_between_the_first_nodes(seed: int) -> None:
         (3 * torch.randn(3, 2), torch.full((3,), 0.01)),
     ]
     for means, std in cases:
-        found = mass(*of_modes(means, std))
+        found = mass(*gaussian_modes(means, std))
         # if the modes cannot be resolved, the reported error must be large
         assert found.value == pytest.approx(1, abs=max(1e-3, 10 * found.error))
         assert found.points < 120_000
 
 
-def test_remaining_error_is_extrapolated_from_doublings() -> None:
+def test_remaining_error_is_extrapolated_from_grid_doublings() -> None:
     # the error left after first-order convergence is the last change, and a third of it after second order
     assert remaining_error([0.2, 0.1, 0.05]) == pytest.approx(0.05)
     assert remaining_error([0.4, 0.1]) == pytest.approx(0.1 / 3)

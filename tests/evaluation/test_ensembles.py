@@ -54,11 +54,11 @@ class Hole(nn.Module):
         return torch.where(x.abs() > 50, torch.nan, 0.0 * x)
 
 
-def with_hole() -> Flow:
+def flow_with_hole() -> Flow:
     return Flow((2,), Continuous(Hole(), ode_solver("dopri5", rtol=1e-4))).eval()
 
 
-def test_nll_members_and_spread_are_their_definitions() -> None:
+def test_nll_member_scores_and_spread_match_their_definitions() -> None:
     x, means, w = array(), (0.0, 1.0, 3.0), (0.5, 0.3, 0.2)
     found = evaluate(Ensemble([gaussian(m) for m in means], w, ["a", "b", "c"]), x)
     log_p = np.stack([-0.5 * ((x - m) ** 2).sum(1) - math.log(2 * math.pi) for m in means], 1)
@@ -83,7 +83,7 @@ def test_nll_members_and_spread_are_their_definitions() -> None:
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_whole_numbers_in_an_ensemble_of_one_flow_have_its_evaluation(draws: int) -> None:
+def test_integer_ensemble_of_equal_members_equals_the_single_flow(draws: int) -> None:
     flow = images("realnvp")
     x = np.random.default_rng(0).integers(0, 16, (20, 1, 4, 4))
     one = evaluate(flow, x, dequantization_samples=draws, thorough=False)
@@ -94,7 +94,7 @@ def test_whole_numbers_in_an_ensemble_of_one_flow_have_its_evaluation(draws: int
     assert two.budget.dequantization_gap == pytest.approx(one.budget.dequantization_gap)
 
 
-def test_an_ode_in_an_ensemble_of_one_flow_has_its_error() -> None:
+def test_ode_ensemble_of_equal_members_has_the_same_solver_error() -> None:
     flow, x = vectors("ffjord", solver=["solver.rtol=1e-3"]), array()
     one, two = (evaluate(each, x, thorough=False) for each in (flow, Ensemble([flow, flow], [0.3, 0.7])))
     assert (two.trace, two.noise_samples, two.solver) == (one.trace, one.noise_samples, one.solver)
@@ -103,7 +103,7 @@ def test_an_ode_in_an_ensemble_of_one_flow_has_its_error() -> None:
         assert getattr(two.budget, key) == pytest.approx(getattr(one.budget, key), rel=1e-6), key
 
 
-def test_the_solver_error_is_that_of_the_density() -> None:
+def test_solver_error_matches_the_error_of_the_ensemble_density() -> None:
     flows = [vectors("ffjord", solver=["solver.rtol=1e-2"]), vectors("two ffjords", solver=["solver.rtol=1e-3"])]
     ensemble, x = Ensemble([*flows, gaussian(0.0)], [0.5, 0.2, 0.3]).eval(), array(200)
     found = evaluate(ensemble, x)
@@ -121,7 +121,7 @@ def test_the_solver_error_is_that_of_the_density() -> None:
 @pytest.mark.parametrize(
     ("bad", "failed"), [(Stretch(inverse=1.1), {"log-det", "mass"}), (Stretch(forward=1.1), {"own samples"})]
 )
-def test_a_wrong_member_is_found_by_name(bad: Stretch, failed: set[str]) -> None:
+def test_failed_check_names_the_wrong_member(bad: Stretch, failed: set[str]) -> None:
     flows = [Flow((2,), Stretch()), Flow((2,), bad)]
     found = evaluate(Ensemble(flows, [0.9, 0.1], ["runs/good", "runs/bad"]), 2 * array())
     assert {check.name for check in found.failed} >= failed
@@ -137,10 +137,10 @@ def test_a_wrong_member_is_found_by_name(bad: Stretch, failed: set[str]) -> None
     assert found.spread is None
 
 
-def test_rows_that_a_member_cannot_solve_are_scored_by_the_others() -> None:
+def test_rows_with_a_failed_member_are_scored_by_the_others() -> None:
     x = array(40)
     x[7] = 60.0
-    hole, good = with_hole(), gaussian(0.0)
+    hole, good = flow_with_hole(), gaussian(0.0)
     found = evaluate(Ensemble([hole, good], [0.75, 0.25]), x, thorough=False)
     expected = torch.from_numpy(good.log_prob(x))
     expected[7] += math.log(0.25)
@@ -156,7 +156,7 @@ def test_rows_that_a_member_cannot_solve_are_scored_by_the_others() -> None:
         log_probs(Ensemble([hole, good]), torch.from_numpy(x))
 
 
-def test_calibration_ranks_the_density_of_the_rows() -> None:
+def test_calibration_uses_density_ranks() -> None:
     ensemble = Ensemble([gaussian(-2.0), gaussian(2.0)], [0.3, 0.7])
     torch.manual_seed(3)
     own = evaluate(ensemble, ensemble.sample(3000), thorough=False)
@@ -168,7 +168,7 @@ def test_calibration_ranks_the_density_of_the_rows() -> None:
     assert wide.calibration.p_value < 1e-6
 
 
-def test_calibration_of_whole_numbers_takes_whole_samples() -> None:
+def test_calibration_of_integer_data_uses_quantized_samples() -> None:
     ensemble = Ensemble([images("realnvp"), images("glow")], [0.5, 0.5]).eval()
     found = evaluate(ensemble, ensemble.quantized(ensemble.sample(800)), dequantization_samples=3, thorough=False)
     assert found.calibration.p_value > 1e-3
@@ -176,7 +176,7 @@ def test_calibration_of_whole_numbers_takes_whole_samples() -> None:
     assert abs(found.pit["density"].mean() - 0.5) < 0.1
 
 
-def test_a_conditional_ensemble_is_evaluated_with_labels() -> None:
+def test_conditional_ensemble_is_evaluated_with_labels() -> None:
     flows = [vectors(name, classes=3) for name in ("realnvp", "glow")]
     ensemble, x, y = Ensemble(flows, [0.6, 0.4]).eval(), array(50), np.arange(50) % 3
     found = evaluate(ensemble, x, label=y, other=("far", torch.from_numpy(x + 30)))
@@ -190,7 +190,7 @@ def test_a_conditional_ensemble_is_evaluated_with_labels() -> None:
     torch.testing.assert_close(found.sets[0], marginal.detach())
 
 
-def test_estimated_traces_do_not_raise_the_density() -> None:
+def test_hutchinson_traces_do_not_increase_the_density() -> None:
     def noisy(seed: int) -> Flow:
         torch.manual_seed(seed)
         rule = TraceRule(evaluate="hutchinson", noise="gaussian")
@@ -221,7 +221,7 @@ def evaluate_exactly(flow: Flow) -> Flow:
     return exact
 
 
-def test_columns_with_noise_are_evaluated() -> None:
+def test_ensemble_with_dequantized_columns_is_evaluated() -> None:
     samples = Samples((2,), noisy=(1,))
     flows = [flow_of(VECTORS[name], samples, []) for name in ("realnvp", "glow")]
     x = array(30)

@@ -25,7 +25,7 @@ def hutchinson_flow(d: int = 5) -> Flow:
     return flow.eval()
 
 
-def test_trace_error_is_that_of_the_estimator() -> None:
+def test_trace_error_matches_the_hutchinson_variance() -> None:
     """With Rademacher noise, e^T A e has the variance 2 |S - diag S|_F^2, where S is the symmetric part of A."""
     flow = hutchinson_flow()
     (part,) = flow.ode_blocks
@@ -40,7 +40,7 @@ def test_trace_error_is_that_of_the_estimator() -> None:
     assert trace_error(exact, subset_of(exact, x, None), n=10_000, draws=1) == 0.0
 
 
-def test_budget_sums_its_parts() -> None:
+def test_budget_total_is_the_root_sum_of_squares() -> None:
     flow, x = hutchinson_flow().float(), torch.randn(700, 5).float()
     log_p = log_probs(flow, x)
     found = budget(flow, subset_of(flow, x, None), log_p, draws=1)
@@ -58,14 +58,14 @@ def test_budget_sums_its_parts() -> None:
     assert budget(copy.deepcopy(flow).double(), subset_of(flow, x, None), log_p, draws=1).precision is None
 
 
-def test_seed_fixes_the_noise() -> None:
+def test_seed_determines_the_noise() -> None:
     flow, x = hutchinson_flow(), torch.randn(50, 5)
     first, again, other = (log_probs(flow, x, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_dequantization_gap_is_that_of_two_bounds() -> None:
+def test_dequantization_gap_equals_the_difference_of_two_bounds() -> None:
     flow = Flow((2,), Chain([Affine(2), Logit(4, 0.05)]), integer_valued=True, levels=4).eval()
     for p in flow.parameters():
         nn.init.normal_(p, std=0.5)
@@ -78,7 +78,7 @@ def test_dequantization_gap_is_that_of_two_bounds() -> None:
     assert gap > 0
 
 
-def test_the_budget_does_not_depend_on_the_order_of_the_rows() -> None:
+def test_budget_does_not_depend_on_row_order() -> None:
     flow = Flow((2,), Chain([Affine(2)])).float().eval()
     near, far = torch.randn(500, 2).float(), 1e6 * torch.randn(2000, 2).float()
     found = []
@@ -87,7 +87,7 @@ def test_the_budget_does_not_depend_on_the_order_of_the_rows() -> None:
     assert max(found) < 3 * min(found)
 
 
-def test_errors_that_cancel_on_the_subset_are_still_errors() -> None:
+def test_error_of_a_mean_includes_errors_that_cancel() -> None:
     difference = torch.tensor([1.0, -1.0]).repeat(50)
     assert mean_error(difference) == pytest.approx(0.1, rel=0.01)
     assert mean_error(torch.full((100,), 0.2)) == pytest.approx(0.2)

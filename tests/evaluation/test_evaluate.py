@@ -57,7 +57,7 @@ def gaussian(d: int = 2) -> Flow:
     return Flow((d,), Affine(d)).eval()
 
 
-def test_the_nll_of_a_gaussian_is_the_closed_form() -> None:
+def test_gaussian_nll_equals_the_closed_form() -> None:
     x = array()
     log_p = -0.5 * (x**2).sum(1) - math.log(2 * math.pi)
     found = flowtrain.evaluate(gaussian(), x)
@@ -69,7 +69,7 @@ def test_the_nll_of_a_gaussian_is_the_closed_form() -> None:
     assert not found.failed
 
 
-def test_rows_and_data_sets_give_the_same_numbers() -> None:
+def test_arrays_and_datasets_give_equal_evaluations() -> None:
     flow, x, rows = vectors("ffjord"), array(), array(60, seed=1)
     of_set = evaluate(flow, Rows(torch.from_numpy(x)), trained_on=Rows(torch.from_numpy(rows)), step=7).to_dict()
     of_rows = evaluate(flow, x, trained_on=rows, step=7).to_dict()
@@ -80,7 +80,7 @@ def test_rows_and_data_sets_give_the_same_numbers() -> None:
     assert of_set["baselines"]["gaussian"]["nll"] == of_rows["baselines"]["gaussian"]["nll"]
 
 
-def test_frames_are_read_by_name_and_give_the_step_of_the_record() -> None:
+def test_data_frame_columns_are_selected_by_name() -> None:
     flow, x, y = vectors("realnvp", classes=3), array(), np.arange(40) % 3
     expected = evaluate(flow, x, label=y)
     flow.record = Record({}, Samples((2,), columns=("a", "b"), label="kind", classes=3), step=5)
@@ -95,7 +95,7 @@ def test_frames_are_read_by_name_and_give_the_step_of_the_record() -> None:
         evaluate(flow, x)
 
 
-def test_tensors_of_any_kind_are_taken() -> None:
+def test_tensors_of_any_dtype_and_layout_are_accepted() -> None:
     flow, x = gaussian(), torch.from_numpy(array())
     expected = evaluate(flow, x).nll
     with torch.inference_mode():
@@ -105,7 +105,7 @@ def test_tensors_of_any_kind_are_taken() -> None:
     assert evaluate(flow, x.bfloat16()).n == 40
 
 
-def test_nothing_of_the_caller_is_changed() -> None:
+def test_evaluate_leaves_the_flow_and_torch_settings_unchanged() -> None:
     """The flow and torch's settings are unchanged, and the result does not depend on the settings."""
     # a tolerance that float32 resolves too
     flow, x = vectors("ffjord", classes=2, solver=["solver.rtol=1e-5"]), array()
@@ -137,7 +137,7 @@ def test_nothing_of_the_caller_is_changed() -> None:
     assert flow.training
 
 
-def test_the_seed_draws_the_noise() -> None:
+def test_seed_determines_the_dequantization_noise() -> None:
     flow = images("glow")
     x = np.random.default_rng(0).integers(0, 16, (5, 1, 4, 4), dtype=np.uint8)
     one, same, other = (evaluate(flow, x, seed=seed, thorough=False).scores for seed in (1, 1, 2))
@@ -147,7 +147,7 @@ def test_the_seed_draws_the_noise() -> None:
     assert (found.dequantization_samples, found.bits_per_dim is None) == (3, False)
 
 
-def test_one_row_has_no_standard_error() -> None:
+def test_standard_error_of_one_row_is_nan() -> None:
     found = evaluate(gaussian(), array(1))
     assert found.n == 1
     assert math.isnan(found.nll_stderr)
@@ -176,13 +176,13 @@ def counts() -> Flow:
         (lambda: images("glow"), np.zeros((2, 3, 4, 4), np.uint8), "shape"),
     ],
 )
-def test_rows_of_another_kind_are_refused_in_one_line(flow: Any, x: Any, said: str) -> None:
+def test_invalid_rows_are_refused_with_a_one_line_message(flow: Any, x: Any, said: str) -> None:
     with pytest.raises(FlowtrainError, match=said) as caught:
         evaluate(flow(), x)
     assert "\n" not in str(caught.value)
 
 
-def test_training_rows_of_another_kind_are_refused() -> None:
+def test_invalid_training_rows_are_refused() -> None:
     for rows, said in ((array(4, 3), "trained_on"), (array(0), "trained_on has no rows")):
         with pytest.raises(FlowtrainError, match=said):
             evaluate(gaussian(), array(), trained_on=rows)
@@ -190,13 +190,13 @@ def test_training_rows_of_another_kind_are_refused() -> None:
         evaluate(gaussian(), Rows(torch.zeros(3, 2)), label=[0, 1, 2])
 
 
-def test_whole_numbers_suit_flows_over_real_ones_and_counts() -> None:
+def test_integer_and_float_arrays_of_integers_give_equal_nll() -> None:
     whole = np.array([[0, 1], [2, 3], [1, 1]])
     assert evaluate(gaussian(), whole).nll == pytest.approx(evaluate(gaussian(), whole.astype(float)).nll)
     assert evaluate(counts(), whole).nll == evaluate(counts(), whole.astype(float)).nll
 
 
-def test_failed_checks_are_logged_and_marked(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_checks_are_logged_and_shown_in_repr(caplog: pytest.LogCaptureFixture) -> None:
     flow = gaussian()
     with torch.no_grad():
         flow.bijection.mean.fill_(5.0)  # type: ignore[operator, union-attr]
@@ -226,7 +226,7 @@ class Cells(HTMLParser):
         self.text.append(data)
 
 
-def test_an_evaluation_shows_itself(caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluation_has_text_and_escaped_html_representations(caplog: pytest.LogCaptureFixture) -> None:
     found = evaluate(gaussian(), array(), trained_on=array(seed=1))
     assert str(found) == found.table()
     assert "\n" not in repr(found)
@@ -255,13 +255,13 @@ def test_an_evaluation_shows_itself(caplog: pytest.LogCaptureFixture) -> None:
         {"other": ("name", None)},
     ],
 )
-def test_arguments_of_another_kind_are_refused_by_name(wrong: dict[str, Any]) -> None:
+def test_invalid_argument_error_names_the_argument(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(ConfigError, match=name):
         evaluate(Flow((2,), Affine(2)), torch.zeros(5, 2), **wrong)
 
 
 @pytest.mark.parametrize("flow", [None, torch.nn.Linear(2, 2), np.zeros((5, 2))])
-def test_what_is_no_flow_is_not_evaluated(flow: Any) -> None:
+def test_first_argument_must_be_a_flow(flow: Any) -> None:
     with pytest.raises(ConfigError, match="flow"):
         evaluate(flow, torch.zeros(5, 2))

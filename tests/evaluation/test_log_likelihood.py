@@ -27,7 +27,7 @@ class Linear(nn.Module):
         return x @ self.a.T
 
 
-def test_an_estimated_trace_never_looks_like_a_better_likelihood() -> None:
+def test_hutchinson_trace_does_not_bias_log_prob_upward() -> None:
     """If probes were averaged inside the log, like dequantization noise, log p would be 1.5 nats too large."""
     a = torch.diag(torch.tensor([0.3, -0.2, 0.1, 0.4])) + 0.5 * (torch.ones(4, 4) - torch.eye(4))
     x = torch.tensor([[3, 4, 4, 3]]).expand(3000, 4)
@@ -46,7 +46,7 @@ def test_an_estimated_trace_never_looks_like_a_better_likelihood() -> None:
     assert scores("exact", 8).mean() > scores("exact", 1).mean()
 
 
-def test_bound_of_estimates_is_below_the_exact_log_density() -> None:
+def test_bound_of_noisy_estimates_is_below_the_exact_log_prob() -> None:
     log_p = torch.randn(5, 7)
     exact = log_p.exp().sum(0).log()
     torch.testing.assert_close(bound_of_estimates(log_p, log_p), exact)
@@ -73,7 +73,7 @@ class Hole(nn.Module):
 
 
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
-def test_rows_that_cannot_be_solved_leave_the_others_their_scores(trace: str) -> None:
+def test_failed_rows_do_not_change_the_scores_of_other_rows(trace: str) -> None:
     field = Continuous(Hole(), ode_solver("dopri5", rtol=1e-6), TraceRule("exact", trace))
     flow = Flow((2,), Chain([field])).eval()
     x = torch.randn(40, 2)

@@ -45,7 +45,7 @@ def integer_flow(bijection: Bijection, shape: tuple[int, ...] = SHAPE, **rest: A
 # Bits per dimension
 
 
-def test_bits_per_dim_of_a_case_computed_by_hand() -> None:
+def test_bits_per_dim_of_one_pixel_equals_a_hand_computation() -> None:
     """A pixel of value 0 is dequantized to 0.5 and mapped by a logit with alpha = 0.05 to a standard normal base."""
     flow = integer_flow(Logit(256, 0.05), (1, 1, 1))
     p = 0.05 + 0.9 * 0.5 / 256
@@ -57,7 +57,7 @@ def test_bits_per_dim_of_a_case_computed_by_hand() -> None:
     assert -flow.bits_per_nat * found.item() == pytest.approx(11.229193, abs=1e-6)
 
 
-def test_a_uniform_image_costs_the_bits_of_its_levels() -> None:
+def test_uniform_image_costs_eight_bits_per_dim() -> None:
     """x + u is uniform on [0, 256), so its density is 1/256, or 8 bits per pixel. The base is logistic."""
 
     class ToLogistic(Bijection):
@@ -96,7 +96,7 @@ def test_untrained_bits_per_dim_match_an_independent_calculation(model: str) -> 
     assert result.nll == pytest.approx(-log_p.sum((1, 2, 3)).mean(), rel=1e-6)
 
 
-def test_bits_per_dim_of_an_affine_flow_match_the_gaussian_of_the_logits() -> None:
+def test_affine_flow_on_logits_equals_the_gaussian_density() -> None:
     data = Bytes()
     flow = integer_flow(Chain([Affine(16), Logit(256, 1e-3)]))
     flow.bijection.initialize(dequantize(data.train_batch(0, 2000, 3), torch.zeros(())))
@@ -123,7 +123,7 @@ def test_logit_is_accurate_in_float32(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("alpha", [1e-6, 1e-2])
-def test_far_latents_stay_finite_in_float32(alpha: float) -> None:
+def test_logit_of_far_latents_is_finite_in_float32(alpha: float) -> None:
     """In float32 a distant latent maps to the edge of the range, whose inverse must be finite."""
     torch.set_default_dtype(torch.float32)
     logit = Logit(256, alpha).eval()
@@ -150,14 +150,14 @@ def test_only_integers_are_dequantized() -> None:
     assert torch.equal(plain.log_prob(whole), plain.log_prob(whole.double()))
 
 
-def test_noise_never_reaches_the_next_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dequantization_noise_never_rounds_up_to_the_next_integer(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = float(np.nextafter(np.float32(1), np.float32(0)))
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, largest))
     x = torch.tensor([-300, -1, 0, 1, 16, 255, 60_000])
     assert torch.equal(dequantize(x, torch.zeros((), dtype=torch.float32)).floor().long(), x)
 
 
-def test_samples_are_quantized_into_their_range() -> None:
+def test_quantized_samples_are_clamped_to_the_levels() -> None:
     flow = integer_flow(Logit(256, 0.05))
     x = torch.tensor([-3.0, -0.1, 0.0, 0.99, 255.5, 256.0, 300.0]).view(-1, 1, 1, 1)
     assert flow.quantized(x).flatten().tolist() == [0, 0, 0, 0, 255, 255, 255]
@@ -166,7 +166,7 @@ def test_samples_are_quantized_into_their_range() -> None:
     assert counts.quantized(torch.tensor([-1.5, 300.2])).tolist() == [-2, 300]
 
 
-def test_more_dequantization_samples_tighten_the_bound() -> None:
+def test_more_dequantization_samples_tighten_the_nll_bound() -> None:
     """log 1/K sum p(x + u_k) agrees with its definition, and its mean rises towards log P(x)."""
     data = Bytes((1, 1, 1), n=400)
     flow = integer_flow(Logit(256, 1e-4), (1, 1, 1))
@@ -187,7 +187,7 @@ def test_more_dequantization_samples_tighten_the_bound() -> None:
     torch.testing.assert_close(log_probs(flow, data.test, draws=4), each.exp().mean(0).log())
 
 
-def test_evaluation_refuses_data_of_another_kind() -> None:
+def test_evaluation_refuses_mismatched_integer_data() -> None:
     flow = Flow(SHAPE, Affine(16)).eval()
     with pytest.raises(DataError, match="0 to 255"):
         evaluate(flow, Bytes())

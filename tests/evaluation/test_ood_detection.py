@@ -22,7 +22,7 @@ def test_auroc_matches_scikit_learn_with_ties_and_infinities() -> None:
     assert math.isnan(auroc(torch.zeros(1), torch.zeros(5))[1])
 
 
-def test_error_of_auroc_is_its_spread() -> None:
+def test_auroc_standard_error_matches_the_empirical_spread() -> None:
     found = [auroc(torch.randn(80), 1 + torch.randn(50)) for _ in range(400)]
     values, errors = np.array(found).T
     assert errors.mean() == pytest.approx(values.std(), rel=0.12)

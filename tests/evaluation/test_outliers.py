@@ -25,7 +25,7 @@ def student(n: int, nu: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("n", [10, 15, 150, 999, 5000])
 @pytest.mark.parametrize("value", [-1e7, -1e300, 1e5])
-def test_row_that_dominates_the_variance_is_named(n: int, value: float) -> None:
+def test_dominating_row_is_named(n: int, value: float) -> None:
     log_p = gaussian(n)
     row = n // 3
     log_p[row] = value
@@ -39,7 +39,7 @@ def test_row_that_dominates_the_variance_is_named(n: int, value: float) -> None:
     assert f"row {row} " in str(found.message)
 
 
-def test_a_few_rows_are_named_together_and_many_are_no_outliers() -> None:
+def test_few_dominating_rows_are_named_and_many_pass() -> None:
     log_p = gaussian(5000)
     log_p[[7, 4999, 100]] = torch.tensor([-2e6, -1e6, -1.5e6])
     found = concentration(log_p, "test set")
@@ -52,27 +52,27 @@ def test_a_few_rows_are_named_together_and_many_are_no_outliers() -> None:
     assert concentration(log_p, "test set").passed
 
 
-def test_two_equal_rows_of_a_small_set_do_not_hide_each_other() -> None:
+def test_two_equal_outliers_of_a_small_set_are_both_named() -> None:
     log_p = gaussian(200)
     log_p[[3, 150]] = -1e7
     assert concentration(log_p, "test set").rows == (3, 150)
 
 
 @pytest.mark.parametrize(("n", "trips"), [(20, 3), (50, 2), (300, 1), (10_000, 0)])
-def test_sound_densities_pass(n: int, trips: int) -> None:
+def test_false_positive_rate_is_low_for_regular_densities(n: int, trips: int) -> None:
     sets = 300 if n < 10_000 else 20
     for draw in (gaussian, student, lambda n: gaussian(n, 1), lambda n: torch.rand(n).log(), lambda n: torch.zeros(n)):
         assert sum(not concentration(draw(n), "test set").passed for _ in range(sets)) <= trips
 
 
-def test_equal_scores_but_for_rounding_pass() -> None:
+def test_scores_equal_up_to_rounding_pass() -> None:
     log_p = torch.full((400,), -1.5)
     log_p[5] += 1e-6
     assert concentration(log_p, "test set").passed
     assert outlying(log_p)[0] == 0
 
 
-def test_rows_that_are_not_finite_are_named_before_any_other() -> None:
+def test_non_finite_rows_are_named_first() -> None:
     log_p = gaussian(300)
     log_p[[4, 9]] = torch.tensor([-torch.inf, torch.nan])
     log_p[20] = -1e8
@@ -86,7 +86,7 @@ def test_rows_that_are_not_finite_are_named_before_any_other() -> None:
     assert concentration(torch.tensor([-1.0, -2.0]), "test set").passed is None
 
 
-def test_the_row_is_in_the_table_the_json_and_the_report(run: Run, tmp_path: Path, trained: Train) -> None:
+def test_outlier_is_named_in_table_json_and_report(run: Run, tmp_path: Path, trained: Train) -> None:
     """Checks that use a subset of the rows exclude the dominating row."""
     rng = np.random.default_rng(0)
     np.save(tmp_path / "train.npy", rng.normal(size=(300, 2)))
@@ -109,7 +109,7 @@ def test_the_row_is_in_the_table_the_json_and_the_report(run: Run, tmp_path: Pat
     assert "precision:" not in err
 
 
-def test_a_row_without_density_does_not_cost_the_scores_of_the_others(
+def test_rows_of_zero_density_do_not_change_other_scores(
     run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate
 ) -> None:
     rng = np.random.default_rng(0)

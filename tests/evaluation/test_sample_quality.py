@@ -22,14 +22,14 @@ from flowtrain.ode import ode_solver
 from flowtrain.utils.errors import ConfigError
 
 
-def test_a_shift_moves_every_projection_by_its_cosine() -> None:
+def test_wasserstein_distance_of_a_shift_equals_the_closed_form() -> None:
     """SW_2^2(x, x + c) = E <a, c>^2 = |c|^2 / d."""
     x, c = torch.randn(500, 3), torch.tensor([1.0, -2.0, 0.5])
     found = sliced_wasserstein(x, x + c, projections=5000)
     assert found == pytest.approx(float(c.norm()) / math.sqrt(3), rel=0.02)
 
 
-def test_distance_between_gaussians_of_two_scales() -> None:
+def test_wasserstein_distance_of_scaled_gaussians() -> None:
     """W_2 of N(0, 1) and N(0, s^2) is |s - 1| for every projection, and the order of the rows does not matter."""
     x = torch.randn(5000, 2)
     y = 1.5 * torch.randn(5000, 2)
@@ -37,14 +37,14 @@ def test_distance_between_gaussians_of_two_scales() -> None:
     assert sliced_wasserstein(x, x[torch.randperm(len(x))]) == 0
 
 
-def test_distance_is_symmetric_and_seeded() -> None:
+def test_wasserstein_distance_is_symmetric_and_leaves_rng_unchanged() -> None:
     x, y = torch.randn(50, 1, 2, 2), torch.randn(50, 1, 2, 2)
     state = torch.get_rng_state()
     assert sliced_wasserstein(x, y) == pytest.approx(sliced_wasserstein(y, x), rel=1e-12)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_samples_are_of_the_classes_of_the_data() -> None:
+def test_samples_use_the_labels_of_the_data() -> None:
     """The field moves class 0 to -5 and class 1 to 5, and nearly all data are of class 0."""
     field = MLPField(2, [8], "concat", "tanh", classes=2)
     flow = Flow((2,), Chain([Continuous(ByClass(field), ode_solver("dopri5"), TraceRule("exact"))]), classes=2)
@@ -74,12 +74,12 @@ class ByClass(MLPField):
         return Given(self, (10.0 * label - 5).unsqueeze(1).expand(-1, 2))
 
 
-def test_flow_without_ode_reports_no_steps() -> None:
+def test_flow_without_ode_is_refused() -> None:
     with pytest.raises(ConfigError, match="takes no steps"):
         quality(Flow((2,), Chain([Affine(2)])), Moons(n_val=10, n_test=10), [1])
 
 
-def test_quality_is_reported_for_each_number_of_steps(run: Run, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_sample_quality_is_reported_per_step_count(run: Run, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     small = ["trainer.steps=3", "trainer.batch_size=16", "data.n_val=300", "data.n_test=200", "model.hidden=[8]"]
     small += ["trainer.plot_every=null"]
     code, out, err = run("flowtrain", "objective=flow_matching", *small)

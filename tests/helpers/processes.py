@@ -134,13 +134,13 @@ def run_all(rank: int, size: int, folder: Path) -> None:
         data = Poisoned(5, times=1 if rank == 1 and policy == "rewind" else 9)
         keys = [*REALNVP, "trainer.val_every=4", f"trainer.on_nonfinite={policy}"]
         found[policy] = fit_outcome(trainer(folder / policy, *keys, data=data))
-    found["unsolved"] = fit_outcome(_unsolved(folder / "unsolved", rank))
-    found["signal"] = fit_outcome(_signalled(folder / "signal", rank))
+    found["unsolved"] = fit_outcome(_trainer_with_failing_solve(folder / "unsolved", rank))
+    found["signal"] = fit_outcome(_trainer_with_signal(folder / "signal", rank))
     keys = [*REALNVP, "model.batch_norm=true", "trainer.on_nonfinite=skip"]
     found["norm"] = fit_outcome(trainer(folder / "norm", *keys, data=Poisoned(5)))
-    found["unused"] = unused(folder / "unused")
-    found["partly"] = _partly(rank)
-    found["agreed"] = [
+    found["unused"] = fit_with_unused_parameters(folder / "unused")
+    found["partly"] = _averaged_partial_gradients(rank)
+    found["collectives"] = [
         str(ranks.gather_errors(SolverError("stiff") if rank == 1 else None)),
         ranks.gather_errors(None), ranks.summed([1.0, rank]), ranks.largest([rank, -rank]),
         ranks.broadcast_object(("of", rank)), ranks.all_gather(rank), [ranks.share(n) for n in (1, 2, 5)],
@@ -149,7 +149,7 @@ def run_all(rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def unused(run_dir: Path) -> dict[str, Any]:
+def fit_with_unused_parameters(run_dir: Path) -> dict[str, Any]:
     """Trains a run in which some parameters get no gradient, and also returns the names of these parameters."""
     run = trainer(run_dir, *UNUSED, data=Images())
     begun = {name: p.detach().clone() for name, p in run.flow.named_parameters()}
@@ -157,7 +157,7 @@ def unused(run_dir: Path) -> dict[str, Any]:
     return {**found, "begun": begun, "without": [n for n, p in run.flow.named_parameters() if p.grad is None]}
 
 
-def _partly(rank: int) -> list[list[float] | None]:
+def _averaged_partial_gradients(rank: int) -> list[list[float] | None]:
     """Returns averaged gradients of parameters with a gradient on one rank, on both ranks and on no rank."""
     parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
     for p in parameters[rank:2]:
@@ -166,7 +166,7 @@ def _partly(rank: int) -> list[list[float] | None]:
     return [None if p.grad is None else p.grad.tolist() for p in parameters]
 
 
-def _unsolved(run_dir: Path, rank: int) -> Trainer:
+def _trainer_with_failing_solve(run_dir: Path, rank: int) -> Trainer:
     """Builds a trainer whose solve fails on the second rank only, after its backward pass."""
     run = trainer(run_dir, *FFJORD, "solver=rk4", "solver.steps=2")
     take = run.update.backward
@@ -181,7 +181,7 @@ def _unsolved(run_dir: Path, rank: int) -> Trainer:
     return run
 
 
-def _signalled(run_dir: Path, rank: int) -> Trainer:
+def _trainer_with_signal(run_dir: Path, rank: int) -> Trainer:
     """Builds a trainer that receives a signal on the second rank only."""
     run = trainer(run_dir, "model=affine")
     check_for_stop = run.check_for_stop

@@ -45,7 +45,7 @@ class Nowhere(Bijection):
 
 
 @pytest.mark.parametrize("classes", [None, 3])
-def test_log_p_is_that_of_the_mixture_with_its_gradients(classes: int | None) -> None:
+def test_log_prob_and_gradients_equal_the_mixture_density(classes: int | None) -> None:
     flows = members(classes)
     ensemble = Ensemble(flows, [2 * w for w in WEIGHTS]).eval()
     x = torch.randn(6, 2, requires_grad=True)
@@ -62,7 +62,7 @@ def test_log_p_is_that_of_the_mixture_with_its_gradients(classes: int | None) ->
     assert len(ensemble.state_dict()) == sum(len(flow.state_dict()) for flow in flows)
 
 
-def test_arrays_and_frames_give_arrays() -> None:
+def test_arrays_and_data_frames_give_arrays() -> None:
     ensemble, x = Ensemble(members()).eval(), np.random.default_rng(0).normal(size=(7, 2))
     expected = ensemble.log_prob(torch.from_numpy(x)).detach().numpy()
     found = ensemble.log_prob(x)
@@ -76,7 +76,7 @@ def test_arrays_and_frames_give_arrays() -> None:
     assert Ensemble(members()).float().log_prob(torch.zeros(1, 2)).dtype == torch.float32
 
 
-def test_a_mixture_of_flows_integrates_to_one() -> None:
+def test_ensemble_density_integrates_to_one() -> None:
     ensemble = Ensemble([vectors("realnvp", False), gaussian(1.0), vectors("glow", False)], WEIGHTS).eval()
     t = np.linspace(-40, 40, 1201)
     grid = torch.from_numpy(np.stack(np.meshgrid(t, t, indexing="ij"), -1).reshape(-1, 2))
@@ -85,7 +85,7 @@ def test_a_mixture_of_flows_integrates_to_one() -> None:
     assert integrate.trapezoid(integrate.trapezoid(p, t), t) == pytest.approx(1, abs=2e-3)
 
 
-def test_samples_come_from_the_members_by_their_weights() -> None:
+def test_members_are_sampled_by_weight() -> None:
     ensemble = Ensemble([gaussian(-50), gaussian(0), gaussian(50), gaussian(1e4)], [*WEIGHTS, 0.0]).eval()
     n = 20_000
     x = ensemble.sample(n)
@@ -104,7 +104,7 @@ def test_samples_come_from_the_members_by_their_weights() -> None:
     assert -ensemble.log_prob(x).mean().item() == pytest.approx(entropy, abs=0.05)
 
 
-def test_samples_are_repeatable_and_do_not_depend_on_chunks() -> None:
+def test_samples_are_reproducible_for_any_chunk_size() -> None:
     ensemble = Ensemble([vectors("realnvp"), vectors("glow")]).eval()
 
     def draw(**keys: Any) -> Tensor:
@@ -121,7 +121,7 @@ def test_samples_are_repeatable_and_do_not_depend_on_chunks() -> None:
         ensemble.sample(0)
 
 
-def test_labels_go_with_their_samples() -> None:
+def test_each_sample_uses_its_label() -> None:
     flows = members(classes=3)
     ensemble = Ensemble(flows[1:], [0.4, 0.6]).eval()
     label = torch.tensor([0, 2] * 1000)
@@ -136,7 +136,7 @@ def test_labels_go_with_their_samples() -> None:
         ensemble.log_prob(x)
 
 
-def test_members_score_whole_numbers_with_the_same_noise() -> None:
+def test_members_share_the_dequantization_noise() -> None:
     flows = [images("realnvp"), images("glow")]
     ensemble = Ensemble(flows, [0.5, 0.5]).eval()
     x = torch.randint(0, 16, (4, 1, 4, 4))
@@ -151,7 +151,7 @@ def test_members_score_whole_numbers_with_the_same_noise() -> None:
         ensemble.log_prob(x + 10)
 
 
-def test_a_member_without_a_value_counts_as_zero_density() -> None:
+def test_nan_of_a_member_counts_as_zero_density() -> None:
     broken, good = Flow((2,), Nowhere()).eval(), gaussian(0.0)
     x = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
     both, one = Ensemble([broken, good], [0.75, 0.25]).log_prob(x), good.log_prob(x)
@@ -161,7 +161,7 @@ def test_a_member_without_a_value_counts_as_zero_density() -> None:
     torch.testing.assert_close(Ensemble([broken, good], [0.0, 3.0]).log_prob(x), one)
 
 
-def test_an_ensemble_has_no_latents() -> None:
+def test_forward_and_inverse_are_refused() -> None:
     ensemble = Ensemble([gaussian(0.0), gaussian(1.0)], names=["runs/a", "runs/b"])
     for call in (ensemble.forward, ensemble.inverse, ensemble):
         with pytest.raises(FlowtrainError, match="ensemble"):
@@ -189,12 +189,12 @@ ONE = gaussian(0.0)
         ([ONE, ONE], None, ["a"]),
     ],
 )
-def test_members_or_weights_that_do_not_fit_are_refused(arguments: tuple[Any, ...]) -> None:
+def test_incompatible_members_or_weights_are_refused(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(FlowtrainError):
         Ensemble(*arguments)
 
 
-def test_views_share_parameters_and_leave_the_ensemble() -> None:
+def test_views_share_parameters_with_the_ensemble() -> None:
     ensemble = Ensemble([vectors("ffjord"), gaussian(0.0)]).eval()
     loose = ensemble.with_solvers(lambda solver: solver.replace(rtol=1e-2, atol=1e-2))
     assert (loose.solver.rtol, ensemble.solver.rtol) == (1e-2, 1e-9)
@@ -211,7 +211,7 @@ def likelihood(w: NDArray[Any], p: NDArray[Any]) -> float:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_weights_maximise_the_likelihood(seed: int) -> None:
+def test_stacking_weights_maximize_the_likelihood(seed: int) -> None:
     rng = np.random.default_rng(seed)
     # each of the first members fits some rows well, and the last two fit no row well
     log_p = rng.normal(size=(60, 5)) + np.array([0.0, 0.3, -0.2, -4.0, -9.0]) - 300 * rng.random((60, 1))
@@ -232,7 +232,7 @@ def test_weights_maximise_the_likelihood(seed: int) -> None:
     assert found[4] == 0
 
 
-def test_weights_of_a_small_problem_are_the_closed_form() -> None:
+def test_stacking_weights_equal_the_closed_form() -> None:
     # only the first member covers the first 7 rows, and only the second covers the other 3
     log_p = torch.full((10, 3), -torch.inf)
     log_p[:7, 0], log_p[7:, 1] = -1.0, -1e4
@@ -242,7 +242,7 @@ def test_weights_of_a_small_problem_are_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize("value", [-math.inf, math.nan, math.inf])
-def test_rows_that_no_member_covers_are_refused(value: float) -> None:
+def test_rows_without_a_finite_member_score_are_refused(value: float) -> None:
     log_p = torch.zeros(10, 2)
     log_p[4] = value
     with pytest.raises(NonFiniteError, match="4"):
@@ -252,14 +252,14 @@ def test_rows_that_no_member_covers_are_refused(value: float) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda e: e.double(), copy.copy, lambda e: e.train().eval()])
-def test_an_ensemble_is_a_module(change: Callable[[Ensemble], Ensemble]) -> None:
+def test_ensemble_supports_module_conversions(change: Callable[[Ensemble], Ensemble]) -> None:
     ensemble = Ensemble([vectors("realnvp"), Flow((2,), Chain([Affine(2)]))]).eval()
     x = torch.randn(3, 2)
     torch.testing.assert_close(change(ensemble).log_prob(x), ensemble.log_prob(x))
     assert not any(m.training for m in change(ensemble).modules())
 
 
-def test_sparse_weights_drop_members_that_do_not_help() -> None:
+def test_sparse_weights_drop_useless_members() -> None:
     torch.manual_seed(0)
     x = torch.randn(2000, dtype=torch.float64)
     normal = torch.distributions.Normal(0.0, 1.0)

@@ -24,7 +24,7 @@ def clustered(n: int, k: int, d: int = 3) -> np.ndarray:
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
-def test_fit_is_as_good_as_that_of_scikit_learn(covariance: str) -> None:
+def test_fit_reaches_the_scikit_learn_likelihood(covariance: str) -> None:
     x = clustered(2000, 3)
     overrides = {"model.components": 3, "model.covariance": covariance, "data.gaussian_start": False}
     flow = fit(x, model="mixture", progress=False, overrides=overrides)
@@ -55,7 +55,7 @@ def test_covariance_is_chosen_by_validation() -> None:
     assert {each.covariance for each in tried} == {"full", "diagonal"}
 
 
-def test_a_choice_without_time_or_rows_is_of_what_was_tried() -> None:
+def test_selection_without_time_or_rows_returns_a_tried_candidate() -> None:
     x = torch.from_numpy(clustered(600, 3))
     best, tried = chosen(x[:400], x[400:], seconds=0.0)
     assert list(tried) == [best]
@@ -65,7 +65,7 @@ def test_a_choice_without_time_or_rows_is_of_what_was_tried() -> None:
     assert best.components == 20
 
 
-def test_training_starts_at_the_mixture_that_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
+def test_training_starts_at_the_selected_mixture(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "flowtrain"):
         flow = fit(clustered(1000, 3), model="mixture", progress=False, overrides={"trainer.steps": 1})
     assert flow.record is not None
@@ -75,7 +75,7 @@ def test_training_starts_at_the_mixture_that_was_chosen(caplog: pytest.LogCaptur
     assert (first["step"], first["nll"]) == (0, pytest.approx(validated, abs=2e-3))
 
 
-def test_prior_is_chosen_for_components_with_few_rows() -> None:
+def test_positive_prior_is_selected_for_few_rows_per_component() -> None:
     """Four clusters share one covariance, and each has fewer rows than the covariance has entries."""
     rng = np.random.default_rng(0)
     x = torch.from_numpy(20 * rng.normal(size=(4, 12))[rng.integers(0, 4, 1160)] + rng.normal(size=(1160, 12)))
@@ -85,7 +85,7 @@ def test_prior_is_chosen_for_components_with_few_rows() -> None:
     assert tried[best] < tried[Choice(4, "full", 0.0)] - 0.5
 
 
-def test_only_what_is_auto_is_chosen() -> None:
+def test_only_auto_settings_are_selected() -> None:
     x = clustered(600, 3)
     overrides = {"model.components": 2, "model.prior": 1.5, "trainer.steps": 1}
     flow = fit(x, model="mixture", progress=False, overrides=overrides)
@@ -95,7 +95,7 @@ def test_only_what_is_auto_is_chosen() -> None:
     assert model["covariance"] in ("full", "diagonal")
 
 
-def test_diagonal_mixture_sees_the_columns_of_the_table() -> None:
+def test_diagonal_mixture_is_fitted_without_whitening() -> None:
     """The data are two clusters along the diagonal, each with independent columns. Whitening would mix the columns."""
     rng = np.random.default_rng(0)
     x = np.array([[0.0, 0.0], [10.0, 10.0]])[rng.integers(0, 2, 2000)] + rng.normal(size=(2000, 2)) * [0.1, 2.0]
@@ -105,7 +105,7 @@ def test_diagonal_mixture_sees_the_columns_of_the_table() -> None:
     assert flow.log_prob(x).mean() > reference.score(x) - 0.02
 
 
-def test_command_chooses_and_keeps_the_number(run: Run, tmp_path: Path, without_figures: None) -> None:
+def test_command_selects_components_and_resume_keeps_them(run: Run, tmp_path: Path, without_figures: None) -> None:
     np.save(tmp_path / "x.npy", clustered(1000, 3))
     arguments = ["model=mixture", "data=array", f"data.path={tmp_path}/x.npy", f"hydra.run.dir={tmp_path}/r"]
     assert run("flowtrain", *arguments)[0] == 0
@@ -115,7 +115,7 @@ def test_command_chooses_and_keeps_the_number(run: Run, tmp_path: Path, without_
     assert run("flowsample", f"ckpt={tmp_path}/r", "n=5", f"out={tmp_path}/s.npy")[0] == 0
 
 
-def test_mistakes() -> None:
+def test_invalid_mixture_settings_are_refused() -> None:
     with pytest.raises(ConfigError):
         mixture(2, components=0)
     with pytest.raises(ConfigError):

@@ -24,7 +24,7 @@ from flowtrain.utils.precision import narrowed
 # Shapes and scales
 
 
-def test_squeeze_puts_the_colours_of_a_checkerboard_apart() -> None:
+def test_squeeze_separates_the_checkerboard_colors() -> None:
     x = torch.arange(2 * 4 * 6).view(1, 2, 4, 6)
     y = squeeze(x)
     assert y.shape == (1, 8, 2, 3)
@@ -57,7 +57,7 @@ def test_invalid_model_options_are_refused(make: Callable[[], Flow], words: str)
 
 
 @pytest.mark.parametrize("model", ["realnvp", "glow"])
-def test_initialization_standardises_the_latents_of_the_data(model: str) -> None:
+def test_initialization_standardizes_the_latents(model: str) -> None:
     """Every ActNorm is initialized from its own input, through squeezes and at every scale."""
     flow = (realnvp if model == "realnvp" else glow)((1, 16, 16), hidden=[4])
     x = 5 + 3 * torch.randn(300, 1, 16, 16).cumsum(-1)
@@ -71,7 +71,7 @@ def test_initialization_standardises_the_latents_of_the_data(model: str) -> None
     assert z.std() == pytest.approx(1, abs=1e-3 if model == "realnvp" else 0.1)
 
 
-def test_batch_norm_takes_the_batch_in_training_and_its_running_mean_elsewhere() -> None:
+def test_batch_norm_uses_batch_statistics_only_in_training() -> None:
     norm = BatchNorm(2, momentum=0.25)
     x = 3 + 2 * torch.randn(50, 2, 4, 4)
     z, log_det = norm.train().inverse(x)
@@ -88,7 +88,7 @@ def test_batch_norm_takes_the_batch_in_training_and_its_running_mean_elsewhere()
 # Labels
 
 
-def test_labels_are_checked() -> None:
+def test_invalid_labels_are_refused() -> None:
     flow = realnvp((1, 4, 4), layers=1, hidden=[4], conditional=True, classes=3).eval()
     x = torch.randn(5, 1, 4, 4)
     for label, words in (
@@ -126,7 +126,7 @@ def nets_seen(flow: Flow, x: Tensor, name: str) -> tuple[Tensor, set[torch.dtype
 
 
 @pytest.mark.parametrize("model", ["realnvp", "glow"])
-def test_bfloat16_networks_keep_the_likelihood(model: str) -> None:
+def test_bfloat16_networks_keep_an_exact_log_det(model: str) -> None:
     """Only networks use bfloat16, so the log-determinant still belongs to the map. Evaluation never uses bfloat16."""
     torch.set_default_dtype(torch.float32)
     flow = (realnvp if model == "realnvp" else glow)((1, 8, 8), hidden=[16, 16])

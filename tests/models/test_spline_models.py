@@ -59,7 +59,7 @@ def test_settings_out_of_range_are_refused(make: Callable[[], Flow], words: str)
         (6, 4, [0, 0, 1, 1, 2, 2]),
     ],
 )
-def test_passes_are_between_autoregressive_and_coupling(d: int, passes: int | None, groups: list[int]) -> None:
+def test_passes_set_the_number_of_autoregressive_groups(d: int, passes: int | None, groups: list[int]) -> None:
     layers = [m for m in maf(d, layers=2, passes=passes).modules() if isinstance(m, Autoregressive)]
     # layers in the order from base to data
     assert [layer.groups.tolist() for layer in layers] == [groups[::-1], groups]
@@ -68,7 +68,7 @@ def test_passes_are_between_autoregressive_and_coupling(d: int, passes: int | No
 
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("d", [1, 2, 7])
-def test_a_model_starts_as_an_affine_map_at_any_distance(name: str, d: int) -> None:
+def test_initialized_model_is_affine(name: str, d: int) -> None:
     flow = MODELS[name](d)
     x = torch.cat([torch.randn(30, d), 1e3 * torch.randn(30, d)])
     flow.bijection.initialize(x[:30])
@@ -80,7 +80,7 @@ def test_a_model_starts_as_an_affine_map_at_any_distance(name: str, d: int) -> N
 
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("d", [1, 2, 7])
-def test_far_rows_are_finite_in_float32_and_come_back(name: str, d: int) -> None:
+def test_far_rows_are_finite_and_invertible_in_float32(name: str, d: int) -> None:
     flow = perturbed(MODELS[name](d, input_bound=3.0).float())
     x = torch.randn(50, d, dtype=torch.float32)
     x[:10] *= 1e6
@@ -96,7 +96,7 @@ def test_far_rows_are_finite_in_float32_and_come_back(name: str, d: int) -> None
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_far_from_the_data_the_nll_grows_as_that_of_a_gaussian(name: str) -> None:
+def test_nll_grows_quadratically_far_from_the_data(name: str) -> None:
     flow = perturbed(MODELS[name](4, input_bound=3.0), 0.3)
     ray = torch.nn.functional.normalize(torch.randn(20, 4), dim=1)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_empty_batches_and_single_rows(name: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("name", [*MODELS])
-def test_copies_and_loaded_weights_are_the_same_density(name: str) -> None:
+def test_copies_and_loaded_weights_give_equal_log_prob(name: str) -> None:
     flow, x = perturbed(MODELS[name](3, mixing="permutation", dropout=0.5)), torch.randn(20, 3)
     other = MODELS[name](3, mixing="permutation", dropout=0.5).eval()
     assert not torch.equal(other.log_prob(x), flow.log_prob(x))
@@ -131,7 +131,7 @@ def test_copies_and_loaded_weights_are_the_same_density(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nsf", "maf", "spline maf"])
-def test_the_density_has_a_mass_of_one(name: str) -> None:
+def test_density_integrates_to_one(name: str) -> None:
     flow = vectors(name, standardized=False)
     line = torch.linspace(-12, 12, 800)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_the_density_has_a_mass_of_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nsf", "maf"])
-def test_a_fit_of_a_table_with_labels_is_saved_and_loaded(name: str, tmp_path: str) -> None:
+def test_conditional_fit_survives_save_and_load(name: str, tmp_path: str) -> None:
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, size=300)
     x = (rng.normal(size=(300, 3)) + 5 * y[:, None]).astype(np.float32)

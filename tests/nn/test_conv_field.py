@@ -59,12 +59,12 @@ def jacobian(field: nn.Module, t: Tensor, x: Tensor) -> Tensor:
     return j.reshape(x.numel(), x.numel())
 
 
-@pytest.mark.parametrize("network", ["field", "pushed", "conv", "residual"])
+@pytest.mark.parametrize("network", ["field", "field jvp", "conv", "residual"])
 @pytest.mark.parametrize("size", [None, (20, 20)])
-def test_positions_tell_a_network_where_it_is(network: str, size: tuple[int, int] | None) -> None:
+def test_positional_bias_breaks_translation_equivariance(network: str, size: tuple[int, int] | None) -> None:
     """Without a positional bias, shifting a dot far from the border shifts the output."""
     made: nn.Module
-    if network in ("field", "pushed"):
+    if network in ("field", "field jvp"):
         made = ConvField(1, [4], "concat", "tanh", size=size)
     else:
         kind = ConvNet if network == "conv" else ResidualNet
@@ -74,7 +74,7 @@ def test_positions_tell_a_network_where_it_is(network: str, size: tuple[int, int
     dots = torch.zeros(2, 1, 20, 20)
     dots[0, 0, 8, 8] = dots[1, 0, 9, 10] = 1
     t = torch.tensor(0.3)
-    if network == "pushed":
+    if network == "field jvp":
         y = made.jvp(t, dots, torch.ones_like(dots).unsqueeze(0))[1][0]
     else:
         y = made(t, dots) if network == "field" else made(dots)
@@ -94,7 +94,7 @@ def test_concat_is_the_convolution_of_the_concatenated_input(kernel_size: int, t
 
 
 @pytest.mark.parametrize("times", ["scalar", "per row"])
-def test_concatsquash_is_its_equation(times: str) -> None:
+def test_concatsquash_equals_its_equation(times: str) -> None:
     layer, x = ConcatSquashConv2d(2, 4, 3), torch.randn(3, *EVENT)
     t = torch.tensor(0.7) if times == "scalar" else torch.rand(3)
     for row in range(3):
@@ -119,7 +119,7 @@ def test_jvp_matches_autograd(layer: str, activation: str, per_row: bool) -> Non
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_each_node_has_its_own_time(layer: str) -> None:
+def test_jvp_accepts_a_time_per_node(layer: str) -> None:
     field, x, t = random_field(layer), torch.randn(3, 2, *EVENT), torch.rand(3, 1)
     e = torch.randn(2, 1, 2, *EVENT)
     v, je = field.jvp(t, x, e)
@@ -130,13 +130,13 @@ def test_each_node_has_its_own_time(layer: str) -> None:
         torch.testing.assert_close(je[:, node], one_je)
 
 
-def test_single_image_without_batch_dimension() -> None:
+def test_single_image_without_batch_dimension_is_accepted() -> None:
     field, x, t = random_field(), torch.randn(*EVENT), torch.tensor(0.3)
     torch.testing.assert_close(field(t, x), field(t, x.unsqueeze(0)).squeeze(0))
 
 
-@pytest.mark.parametrize("make", [random_field, Plain, OneConvolution], ids=["own push", "fallback", "torch alone"])
-def test_divergence_is_the_trace_at_every_node(make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("make", [random_field, Plain, OneConvolution], ids=["own jvp", "fallback", "torch module"])
+def test_divergence_equals_the_jacobian_trace_at_every_node(make: Callable[[], nn.Module]) -> None:
     field = make()
     x, t = torch.randn(2, 3, *EVENT), torch.rand(2, 1)
     v, div = divergence(field, t, x, Probes.exact(x[0]))
@@ -147,8 +147,8 @@ def test_divergence_is_the_trace_at_every_node(make: Callable[[], nn.Module]) ->
         torch.testing.assert_close(div[n, i], jacobian(field, t[n, 0], x[n, i]).trace())
 
 
-@pytest.mark.parametrize("make", [random_field, OneConvolution], ids=["own push", "fallback"])
-def test_hutchinson_is_the_mean_of_its_forms(make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("make", [random_field, OneConvolution], ids=["own jvp", "fallback"])
+def test_hutchinson_equals_the_mean_of_quadratic_forms(make: Callable[[], nn.Module]) -> None:
     field, x, t = make(), torch.randn(3, *EVENT), torch.tensor(0.4)
     probes = Probes.hutchinson(x, "gaussian", 4)
     assert probes.tangents.shape == (4, 3, *EVENT)
@@ -159,7 +159,7 @@ def test_hutchinson_is_the_mean_of_its_forms(make: Callable[[], nn.Module]) -> N
         torch.testing.assert_close(div[i], forms.mean())
 
 
-def test_all_signs_of_one_channel_give_the_exact_trace() -> None:
+def test_all_rademacher_probes_together_give_the_exact_trace() -> None:
     field, x, t = ConvField(1, [3], "concat", "tanh"), torch.randn(2, 1, 2, 3), torch.tensor(0.4)
     nn.init.normal_(field.head.conv.weight)
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=6))).view(-1, 1, 1, 2, 3).expand(-1, 2, 1, 2, 3)
@@ -169,7 +169,7 @@ def test_all_signs_of_one_channel_give_the_exact_trace() -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("per_node", [False, True])
-def test_gradient_of_the_divergence_agrees_with_the_fallback(layer: str, per_node: bool) -> None:
+def test_divergence_gradient_matches_the_autograd_fallback(layer: str, per_node: bool) -> None:
     field, x = random_field(layer), torch.randn(2, 3, *EVENT)
     t = torch.rand(2, 1) if per_node else torch.tensor(0.3)
     probes, grads = Probes.hutchinson(x[0], "rademacher", 2), []
@@ -182,9 +182,9 @@ def test_gradient_of_the_divergence_agrees_with_the_fallback(layer: str, per_nod
         assert own.any()
 
 
-@pytest.mark.parametrize("make", [random_field, OneConvolution], ids=["own push", "fallback"])
+@pytest.mark.parametrize("make", [random_field, OneConvolution], ids=["own jvp", "fallback"])
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_flow_over_images_has_the_log_det_of_its_jacobian(make: Callable[[], nn.Module], direction: str) -> None:
+def test_image_flow_log_det_equals_the_jacobian_log_det(make: Callable[[], nn.Module], direction: str) -> None:
     solver = ode_solver("dopri5", rtol=1e-8)
     flow = Continuous(make(), solver, TraceRule("exact", "exact"))
     x = torch.randn(2, 2, 4, 4)
@@ -197,7 +197,7 @@ def test_flow_over_images_has_the_log_det_of_its_jacobian(make: Callable[[], nn.
         torch.testing.assert_close(log_det[i], j.reshape(32, 32).slogdet()[1], rtol=1e-6, atol=1e-6)
 
 
-def test_flow_over_images_comes_back_and_trains_by_hutchinson() -> None:
+def test_image_flow_round_trip_and_hutchinson_gradients() -> None:
     flow = Continuous(random_field(), ode_solver("dopri5", rtol=1e-7), TraceRule())
     x = torch.randn(3, *EVENT)
     z, log_det = flow.inverse(x)
@@ -261,7 +261,7 @@ def test_inputs_of_the_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
         (ConvField(2, [4], "concat", "tanh"), (2, 3), r"ConvField needs samples with 3 dimension.*\(3,\)"),
     ],
 )
-def test_divergence_refuses_samples_of_another_kind(field: nn.Module, shape: tuple[int, ...], message: str) -> None:
+def test_divergence_refuses_samples_of_wrong_dimension(field: nn.Module, shape: tuple[int, ...], message: str) -> None:
     x = torch.randn(shape)
     with pytest.raises(ConfigError, match=message):
         divergence(field, torch.tensor(0.5), x, Probes.exact(x))
@@ -273,7 +273,7 @@ def test_divergence_refuses_inputs_without_batch_dimension() -> None:
 
 
 @pytest.mark.parametrize(("side", "training", "exact"), [(2, True, True), (3, True, False), (8, False, True)])
-def test_auto_trace_counts_the_elements_of_an_image(side: int, training: bool, exact: bool) -> None:
+def test_auto_trace_depends_on_the_image_size(side: int, training: bool, exact: bool) -> None:
     probes = TraceRule().draw(torch.randn(5, 2, side, side), training)
     leading = (2 * side * side, 1) if exact else (1, 5)
     assert probes.tangents.shape == (*leading, 2, side, side)

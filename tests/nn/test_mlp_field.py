@@ -49,8 +49,8 @@ def test_jvp_matches_the_jacobian(layer: str, activation: str, per_row: bool) ->
         torch.testing.assert_close(je[:, i], tangents[:, i] @ j.T)
 
 
-@pytest.mark.parametrize("make", [random_field, Plain], ids=["own push", "fallback"])
-def test_divergence_is_the_trace_at_every_node(make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("make", [random_field, Plain], ids=["own jvp", "fallback"])
+def test_divergence_equals_the_jacobian_trace_at_every_node(make: Callable[[], nn.Module]) -> None:
     field = make()
     x, t = torch.randn(2, 4, 3), torch.rand(2, 1)
     v, div = divergence(field, t, x, Probes.exact(x[0]))
@@ -60,7 +60,7 @@ def test_divergence_is_the_trace_at_every_node(make: Callable[[], nn.Module]) ->
         torch.testing.assert_close(div[n, i], jacobian(field, t[n, 0], x[n, i]).trace())
 
 
-def test_gradient_of_the_fallback_matches_the_jvp() -> None:
+def test_divergence_gradient_matches_the_autograd_fallback() -> None:
     field = random_field()
 
     class Hidden(nn.Module):
@@ -78,7 +78,7 @@ def test_gradient_of_the_fallback_matches_the_jvp() -> None:
 
 
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
-def test_slope_and_curvature_are_derivatives(name: str) -> None:
+def test_activation_slopes_match_autograd(name: str) -> None:
     f = ACTIVATIONS[name]
     x = torch.linspace(-6, 6, 101, requires_grad=True)
     y, slope = f.value_and_slope(x)
@@ -92,7 +92,7 @@ def test_slope_and_curvature_are_derivatives(name: str) -> None:
     torch.testing.assert_close(f.curvature(kept, f.slope(kept)), second)
 
 
-def test_untrained_field_is_zero_up_to_time() -> None:
+def test_untrained_field_does_not_depend_on_x() -> None:
     field = MLPField(2, [8], "concat", "tanh")
     a, b = field(torch.tensor(0.5), torch.randn(2, 2))
     torch.testing.assert_close(a, b)

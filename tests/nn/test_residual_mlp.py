@@ -38,7 +38,7 @@ def inputs_of(net: ResidualMLP, rows: int) -> tuple[Tensor, Tensor | None]:
 
 @pytest.mark.parametrize("name", list(NETS))
 @pytest.mark.parametrize("rows", [0, 1, 7])
-def test_the_gradient_is_that_of_finite_differences(name: str, rows: int) -> None:
+def test_gradient_matches_finite_differences(name: str, rows: int) -> None:
     net = perturbed(name).train()
     x, label = inputs_of(net, rows)
     names = [key for key, _ in net.named_parameters()]
@@ -59,7 +59,7 @@ def test_the_gradient_is_that_of_finite_differences(name: str, rows: int) -> Non
 
 
 @pytest.mark.parametrize("name", ["dense", "masked", "labels"])
-def test_rows_are_independent_under_vmap(name: str) -> None:
+def test_vmap_over_rows_equals_the_batch(name: str) -> None:
     net = perturbed(name)
     x, label = inputs_of(net, 4)
     rows = (x,) if label is None else (x, label)
@@ -67,7 +67,7 @@ def test_rows_are_independent_under_vmap(name: str) -> None:
     torch.testing.assert_close(by_row, net(*rows))
 
 
-def test_the_answer_is_the_formula() -> None:
+def test_output_equals_the_residual_formula() -> None:
     net, x = perturbed("dense"), torch.randn(6, 3)
     h = net.first(x)
     for one, two in (net.blocks[:2], net.blocks[2:]):
@@ -75,7 +75,7 @@ def test_the_answer_is_the_formula() -> None:
     torch.testing.assert_close(net(x), net.last(h.relu()))
 
 
-def test_a_network_starts_at_zero() -> None:
+def test_untrained_network_outputs_zero() -> None:
     for make in NETS.values():
         net = make()
         x, label = inputs_of(net, 5)
@@ -100,13 +100,13 @@ def test_dropout_acts_in_training_only() -> None:
         torch.testing.assert_close(net(x), first)
 
 
-def test_under_autocast_products_are_narrow() -> None:
+def test_autocast_output_is_bfloat16() -> None:
     net, x = perturbed("dense").float(), torch.randn(5, 3, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert net(x).dtype == torch.bfloat16
 
 
-def test_copies_and_loaded_weights_give_the_same_answer() -> None:
+def test_copies_and_loaded_weights_give_equal_outputs() -> None:
     for name in NETS:
         net = perturbed(name).eval()
         x, label = inputs_of(net, 3)

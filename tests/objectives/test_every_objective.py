@@ -39,7 +39,7 @@ def test_hybrid_switches_its_loss_once(flow_with_field: Callable[..., Flow]) -> 
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 2.5, 10, "half"])
-def test_invalid_shares_are_refused(share: Any, flow_with_field: Callable[..., Flow]) -> None:
+def test_invalid_matching_fractions_are_refused(share: Any, flow_with_field: Callable[..., Flow]) -> None:
     with pytest.raises(ConfigError, match=r"objective.matching"):
         Hybrid(flow_with_field(MLPField(2, [4], "concat", "tanh")), Regularizer(), steps=10, matching=share)
 
@@ -69,7 +69,7 @@ STEPS = ["trainer.steps=10", "trainer.val_every=5"]
 
 
 @pytest.fixture(scope="module", params=["flow_matching", "hybrid", "rectified"])
-def whole(
+def uninterrupted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, stop_at: Callable[..., None]
 ) -> tuple[list[str], Trainer]:
     """Returns the overrides of an uninterrupted run, and its trainer."""
@@ -81,11 +81,11 @@ def whole(
 
 
 @pytest.mark.parametrize("stop", [3, 6, 8])
-def test_resume_is_exact_to_the_bit(
-    whole: tuple[list[str], Trainer], stop: int, tmp_path: Path, stop_at: Callable[..., None]
+def test_resume_is_bitwise_exact(
+    uninterrupted: tuple[list[str], Trainer], stop: int, tmp_path: Path, stop_at: Callable[..., None]
 ) -> None:
     """Runs are stopped before, at and after the hybrid's switch of loss."""
-    keys, run = whole
+    keys, run = uninterrupted
     assert any(bool(p.abs().max() > 0) for p in run.train_state.ema.shadow.values() if p.shape == (2, 8))  # type: ignore[union-attr]
     trained(stop_at, tmp_path, *keys, stop=stop)
     again = trained(stop_at, tmp_path, *keys)
@@ -93,7 +93,7 @@ def test_resume_is_exact_to_the_bit(
         assert torch.equal(value, again.flow.state_dict()[key]), key
 
 
-def test_hybrid_continues_from_its_averaged_weights(tmp_path: Path, stop_at: Callable[..., None]) -> None:
+def test_hybrid_likelihood_phase_starts_at_the_averaged_weights(tmp_path: Path, stop_at: Callable[..., None]) -> None:
     keys = ["objective=hybrid", "objective.matching=6", *STEPS, "trainer.ema=0.9"]
     trainer = trained(stop_at, tmp_path, *keys, stop=6)
     assert trainer.train_state.ema is not None
@@ -108,7 +108,7 @@ def train_rows(trainer: Trainer) -> list[dict[str, Any]]:
     return [row for row in trainer.metrics.rows if row["split"] == "train"]
 
 
-def test_rows_of_matching_have_null_where_nothing_was_solved(tmp_path: Path, stop_at: Callable[..., None]) -> None:
+def test_flow_matching_metrics_have_null_for_solver_keys(tmp_path: Path, stop_at: Callable[..., None]) -> None:
     rows = train_rows(trained(stop_at, tmp_path, "objective=flow_matching", *STEPS))
     assert len(rows) == 10
     for row in rows:
@@ -117,9 +117,7 @@ def test_rows_of_matching_have_null_where_nothing_was_solved(tmp_path: Path, sto
         assert {"seconds", "grad_norm", "lr"} <= set(row)
 
 
-def test_likelihood_phase_of_a_hybrid_restarts_schedules_and_early_stopping(
-    tmp_path: Path, stop_at: Callable[..., None]
-) -> None:
+def test_hybrid_restarts_schedules_and_early_stopping(tmp_path: Path, stop_at: Callable[..., None]) -> None:
     keys = ["objective=hybrid", "objective.matching=0.6", "trainer.lr=0.01", "trainer.lr_warmup=2", *STEPS]
     trainer = trained(stop_at, tmp_path, *keys, "solver.warmup=2", "solver.train_rtol=null", "trainer.ema=0.9")
     rows = train_rows(trainer)
@@ -135,9 +133,7 @@ def test_likelihood_phase_of_a_hybrid_restarts_schedules_and_early_stopping(
     assert steps == {4}
 
 
-def test_plateau_tightens_the_tolerance_with_the_learning_rate_and_only_then_stops_early(
-    tmp_path: Path, stop_at: Callable[..., None]
-) -> None:
+def test_plateau_tightens_the_tolerance_before_early_stopping(tmp_path: Path, stop_at: Callable[..., None]) -> None:
     """With a tiny learning rate no validation improves, so each one halves the learning rate until early stopping."""
     plateau = ["trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1", "trainer.patience=3", "trainer.lr_warmup=0"]
     keys = ["trainer.lr=1e-12", "trainer.steps=50", "trainer.val_every=1", "trainer.ema=null"]
@@ -177,7 +173,7 @@ def test_resume_with_an_earlier_loss_switch_restarts_the_optimizer(
         (["model.init_scale=0"], "model.init_scale"),
     ],
 )
-def test_mistakes_are_one_message(arguments: list[str], words: str, run: Run) -> None:
+def test_invalid_objective_arguments_give_one_line_messages(arguments: list[str], words: str, run: Run) -> None:
     code, _, err = run("flowtrain", *arguments, "trainer.steps=2")
     assert (code, len(err.strip().splitlines())) in ((2, 1), (1, 1)), err
     assert words in err

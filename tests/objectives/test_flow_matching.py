@@ -39,7 +39,7 @@ class GaussianField(nn.Module):
         return self.m + (t * self.s**2 - (1 - t)) / variance * (x - t * self.m) + 0 * self.unused
 
 
-def test_the_minimizer_of_flow_matching_has_the_density_of_the_data(flow_with_field: Callable[..., Flow]) -> None:
+def test_exact_field_gives_the_data_density(flow_with_field: Callable[..., Flow]) -> None:
     """Theorem 1 of Lipman et al.: with the exact field of a Gaussian, the flow has the density of the Gaussian."""
     flow = flow_with_field(GaussianField(1.5, 0.4)).eval()
     x = 1.5 + 0.4 * torch.randn(200, 2)
@@ -47,7 +47,7 @@ def test_the_minimizer_of_flow_matching_has_the_density_of_the_data(flow_with_fi
     torch.testing.assert_close(flow.log_prob(x), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_no_field_beats_the_minimizer(flow_with_field: Callable[..., Flow]) -> None:
+def test_exact_field_has_the_minimal_loss(flow_with_field: Callable[..., Flow]) -> None:
     """The minimal loss is E Var[x1 - x0 | x_t] = 2 int_0^1 s^2 / ((1 - t)^2 + t^2 s^2) dt."""
     s, n = 0.4, 200_000
     x = 1.5 + s * torch.randn(n, 2)
@@ -81,7 +81,7 @@ def test_loss_and_gradient_match_hand_computation(
     torch.testing.assert_close(field.b.grad, 2 * error.T @ at / 50)
 
 
-def test_only_the_field_is_trained_and_no_ode_is_solved(flow_with_field: Callable[..., Flow]) -> None:
+def test_only_the_field_receives_gradients_and_no_ode_is_solved(flow_with_field: Callable[..., Flow]) -> None:
     after = Affine(2)
     objective = FlowMatching(flow_with_field(MLPField(2, [8], "concat", "tanh"), after=(after,)), Regularizer()).train()
     with record_solves() as solves:
@@ -99,7 +99,7 @@ def test_times_are_stratified_and_uniform() -> None:
     assert float(t[:, 0].var()) == pytest.approx(1 / 12, rel=0.15)
 
 
-def test_optimal_coupling_is_the_best_of_all_pairings() -> None:
+def test_optimal_coupling_has_the_minimal_cost() -> None:
     z, x = torch.randn(7, 2), 2 * torch.randn(7, 2) + 1
 
     def cost(order: tuple[int, ...]) -> float:
@@ -109,14 +109,14 @@ def test_optimal_coupling_is_the_best_of_all_pairings() -> None:
     assert torch.equal(optimal(z, x), z[list(best)])
 
 
-def test_optimal_coupling_of_images_permutes() -> None:
+def test_optimal_coupling_of_images_is_a_permutation() -> None:
     z, x = torch.randn(6, 1, 2, 2), torch.randn(6, 1, 2, 2)
     found = optimal(z, x)
     assert found.shape == z.shape
     assert {tuple(row.flatten().tolist()) for row in found} == {tuple(row.flatten().tolist()) for row in z}
 
 
-def test_coupling_without_scipy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_scipy_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
     with pytest.raises(ConfigError, match=r"flowtrain\[ot\]"):
         optimal(torch.randn(3, 2), torch.randn(3, 2))
@@ -138,7 +138,9 @@ def test_optimal_coupling_stays_within_classes() -> None:
     assert float((x0 - x1)[labels == 0].square().sum()) < float((torch.randn(100, 2) - x1[labels == 0]).square().sum())
 
 
-def test_endpoints_of_the_ode_block(flow_with_field: Callable[..., Flow], linear_field: type[nn.Module]) -> None:
+def test_endpoints_are_mapped_through_the_ode_block(
+    flow_with_field: Callable[..., Flow], linear_field: type[nn.Module]
+) -> None:
     before, after, scale = Affine(2), Affine(2), Standardize((2,))
     with torch.no_grad():
         for p in (*before.parameters(), *after.parameters()):
@@ -179,12 +181,12 @@ class Nested(Affine):
 
 
 @pytest.mark.parametrize("key", ["kinetic", "jacobian", "acceleration", "end_time"])
-def test_path_regularizers_are_refused_where_nothing_is_solved(key: str, flow_with_field: Callable[..., Flow]) -> None:
+def test_path_regularizers_are_refused(key: str, flow_with_field: Callable[..., Flow]) -> None:
     with pytest.raises(ConfigError, match="solves no ODE"):
         FlowMatching(flow_with_field(MLPField(2, [4], "concat", "tanh")), Regularizer(**{key: 0.1}))
 
 
-def test_spectral_norm_is_added_to_matching(flow_with_field: Callable[..., Flow]) -> None:
+def test_spectral_norm_is_added_to_the_matching_loss(flow_with_field: Callable[..., Flow]) -> None:
     field = MLPField(2, [4], "concat", "tanh")
     objective = FlowMatching(flow_with_field(field), Regularizer(spectral=0.3))
     loss, terms = objective(torch.randn(9, 2))
@@ -192,7 +194,7 @@ def test_spectral_norm_is_added_to_matching(flow_with_field: Callable[..., Flow]
     torch.testing.assert_close(loss, terms["matching"] + 0.3 * terms["spectral"])
 
 
-def test_initial_field_spreads_over_the_data() -> None:
+def test_initial_ridges_of_the_field_cover_the_data() -> None:
     """The ridges w x + b = 0 lie at distances -b / |w| that spread like the data along w, not all near 0."""
     torch.manual_seed(0)
     layer = MLPField(3, [4000, 2], "concatsquash", "tanh", init_scale=1.5).requires_grad_(False).body[0].linear
@@ -201,7 +203,7 @@ def test_initial_field_spreads_over_the_data() -> None:
     assert float((-layer.bias / norms).std()) == pytest.approx(2, rel=0.05)
 
 
-def test_images_with_one_continuous_part_are_matched(tmp_path: Path) -> None:
+def test_conditional_image_flow_has_a_finite_matching_loss(tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
     samples = Samples((1, 4, 4), integer_valued=True, levels=16, classes=3)
     keys = ["model.field=concat", "model.activation=softplus", "model.scales=0", "model.conditional=true"]

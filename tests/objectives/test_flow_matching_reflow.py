@@ -24,7 +24,7 @@ from flowtrain.training import checkpoint
 pytestmark = pytest.mark.usefixtures("without_figures")
 
 
-def test_reflow_pairs_are_the_ends_of_the_teachers_paths(
+def test_reflow_pairs_are_endpoints_of_teacher_paths(
     flow_with_field: Callable[..., Flow], linear_field: type[nn.Module]
 ) -> None:
     a, b = torch.tensor([0.5, -1.0]), torch.tensor([[0.2, -0.7], [0.6, 0.1]])
@@ -71,7 +71,7 @@ def test_pairs_depend_only_on_the_seed(flow_with_field: Callable[..., Flow]) -> 
     assert not torch.equal(pools[0], pools[2])
 
 
-def test_from_starts_with_the_weights_model_and_data_of_a_run(run: Run, tmp_path: Path) -> None:
+def test_from_copies_weights_model_and_data_of_the_run(run: Run, tmp_path: Path) -> None:
     small = ["trainer.steps=3", "trainer.batch_size=16", "data.n_val=50", "data.n_test=50"]
     code, out, err = run("flowtrain", "objective=flow_matching", "data=circles", "model.hidden=[6]", *small)
     assert code == 0, err
@@ -92,7 +92,7 @@ def test_from_starts_with_the_weights_model_and_data_of_a_run(run: Run, tmp_path
     assert code == 0, err
 
 
-def test_rectified_resumes_without_its_teacher_run_and_hybrid_with_more_steps(run: Run, tmp_path: Path) -> None:
+def test_rectified_resumes_without_the_teacher_run(run: Run, tmp_path: Path) -> None:
     small = ["trainer.batch_size=16", "data.n_val=50", "data.n_test=50", "model.hidden=[6]", "trainer.val_every=5"]
     code, out, err = run("flowtrain", "objective=hybrid", "trainer.steps=10", "objective.matching=0.5", *small)
     assert code == 0, err
@@ -116,7 +116,7 @@ def test_rectified_resumes_without_its_teacher_run_and_hybrid_with_more_steps(ru
     assert "its own checkpoint" in err
 
 
-def test_saved_teacher_is_the_one_used_in_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_teacher_equals_the_teacher_used_in_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher's run saves another checkpoint while the pairs are drawn."""
     small = ["trainer.steps=2", "trainer.batch_size=16", "data.n_val=50", "data.n_test=50", "model.hidden=[4]"]
     code, out, err = run("flowtrain", *small)
@@ -124,11 +124,11 @@ def test_saved_teacher_is_the_one_used_in_training(run: Run, monkeypatch: pytest
     best = Path(out.strip().splitlines()[-1]) / "checkpoints/best.pt"
     before = checkpoint.load(best)
 
-    def meanwhile(*arguments: Any) -> Any:
+    def save_another_checkpoint(*arguments: Any) -> Any:
         checkpoint.save(best, {**before, "step": 77})
         return draw_pairs(*arguments)
 
-    monkeypatch.setattr("flowtrain.objectives.flow_matching.draw_pairs", meanwhile)
+    monkeypatch.setattr("flowtrain.objectives.flow_matching.draw_pairs", save_another_checkpoint)
     code, out, err = run("flowtrain", "objective=rectified", f"from={best}", "objective.pairs=50", "trainer.steps=2")
     assert code == 0, err
     assert checkpoint.load(best)["step"] == 77
@@ -136,7 +136,7 @@ def test_saved_teacher_is_the_one_used_in_training(run: Run, monkeypatch: pytest
     assert kept["step"] == before["step"]
 
 
-def test_refused_reflow_leaves_its_run_directory_unused(run: Run) -> None:
+def test_refused_reflow_leaves_the_run_directory_free(run: Run) -> None:
     small = ["trainer.steps=2", "trainer.batch_size=16", "data.n_val=50", "data.n_test=50"]
     code, out, err = run("flowtrain", "model.flows=2", "model.hidden=[4]", *small)
     assert code == 0, err
@@ -156,7 +156,7 @@ def test_refused_reflow_leaves_its_run_directory_unused(run: Run) -> None:
         assert "give one run directory" in err
 
 
-def test_run_from_another_gets_the_recipe_of_its_model(run: Run) -> None:
+def test_from_uses_the_recipe_of_the_model(run: Run) -> None:
     small = ["trainer.batch_size=16", "data.n_val=50", "data.n_test=50"]
     code, out, err = run("flowtrain", "model=realnvp", "data=circles", "trainer.steps=2", *small)
     assert code == 0, err
@@ -212,7 +212,7 @@ def test_from_on_incompatible_data_is_refused(run: Run, tmp_path: Path) -> None:
     assert "event_shape" in err
 
 
-def test_the_teacher_is_no_candidate_for_the_best_checkpoint_of_a_reflow(run: Run, tmp_path: Path) -> None:
+def test_best_checkpoint_of_a_reflow_excludes_the_teacher_weights(run: Run, tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32))
     small = ["model.hidden=[4]", "trainer.steps=2", "trainer.plot_every=null"]
     keys = ["objective=flow_matching", "data=array", "data.path=t.npy", *small]

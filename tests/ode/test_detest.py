@@ -346,7 +346,7 @@ BACKWARD = {
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_reference_solves_the_problem(name: str) -> None:
+def test_reference_solution_matches_scipy_dop853(name: str) -> None:
     """The reference starts at `start` and agrees with another solver, DOP853 of SciPy."""
     problem = PROBLEMS[name]
     if callable(problem.solution):
@@ -360,7 +360,7 @@ def test_reference_solves_the_problem(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_errors_stay_near_the_measured_ones(name: str) -> None:
+def test_errors_stay_near_the_recorded_errors(name: str) -> None:
     found = [forward(name, column)[0] for column in range(len(SOLVES))]
     # errors below the tolerance depend on rounding
     bounds = [2 * max(1.0, error) for error in ERRORS[name]]
@@ -368,13 +368,13 @@ def test_errors_stay_near_the_measured_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_nfe_stays_near_the_measured_one(name: str) -> None:
+def test_nfe_stays_near_the_recorded_nfe(name: str) -> None:
     found = [forward(name, column)[1] for column in range(len(SOLVES))]
     assert exceeding(found, [1.2 * nfe for nfe in NFE[name]], IDS) == {}
 
 
 @pytest.mark.parametrize("column", range(len(SOLVES)), ids=IDS)
-def test_mean_over_the_problems_stays_near_the_measured_one(column: int) -> None:
+def test_geometric_means_stay_near_the_recorded_means(column: int) -> None:
     """Geometric means reveal changes that are too small to notice in one problem."""
     errors, nfe = np.array([forward(name, column) for name in PROBLEMS]).T
     measured = np.array([row[column] for row in ERRORS.values()])
@@ -383,7 +383,7 @@ def test_mean_over_the_problems_stays_near_the_measured_one(column: int) -> None
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_a_tighter_tolerance_lowers_the_error_and_raises_the_nfe(name: str) -> None:
+def test_tighter_tolerance_lowers_error_and_raises_nfe(name: str) -> None:
     for column in range(1, len(SOLVES)):
         if SOLVES[column][0] == SOLVES[column - 1][0]:
             (loose, few), (tight, many) = forward(name, column - 1), forward(name, column)
@@ -393,7 +393,7 @@ def test_a_tighter_tolerance_lowers_the_error_and_raises_the_nfe(name: str) -> N
 
 
 @pytest.mark.parametrize("name", REVERSIBLE)
-def test_solving_backward_returns_to_the_start(name: str) -> None:
+def test_backward_solve_returns_to_the_initial_state(name: str) -> None:
     found = [solve(PROBLEMS[name], method, 1e-6, backward=True)[0] for method in METHODS]
     # D5 starts near a close perihelion, where small phase errors become large velocity errors
     assert exceeding(found, [2 * max(1.0, error) for error in BACKWARD[name]], METHODS) == {}

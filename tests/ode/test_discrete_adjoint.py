@@ -26,7 +26,7 @@ def settings_of(method: str) -> dict[str, Any]:
 @pytest.mark.parametrize("method", list(TABLEAUS))
 @pytest.mark.parametrize("control", ["state", "all"])
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
-def test_direct_and_replay_gradients_match_those_of_a_plain_module(
+def test_direct_and_replay_gradients_match_autograd(
     method: str, control: str, trace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a low limit, so that replay splits the nodes into several batches
@@ -92,7 +92,7 @@ def test_jacobian_uses_one_solve_for_many_backward_passes() -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("frozen", ["linear", "layer", "all"])
-def test_frozen_parameters_take_no_gradient(layer: str, frozen: str) -> None:
+def test_frozen_parameters_receive_no_gradient(layer: str, frozen: str) -> None:
     field, x = random_field(layer=layer, std=0.4), torch.randn(4, 2, requires_grad=True)
     parts = {"linear": field.body[0].linear, "layer": field.body[0], "all": field}
     for p in parts[frozen].parameters():
@@ -110,7 +110,7 @@ def test_frozen_parameters_take_no_gradient(layer: str, frozen: str) -> None:
 
 @pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, ACTIVATIONS)))
 @pytest.mark.parametrize("tangents", ["basis", "rows", "nodes"])
-def test_jvp_by_hand_matches_autograd(
+def test_handwritten_jvp_gradients_match_autograd(
     layer: str, activation: str, tangents: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mlp_field, "BLOCK", 200)
@@ -136,7 +136,7 @@ def test_tangents_receive_gradients() -> None:
 
 
 @pytest.mark.parametrize("method", ["dopri5", "tsit5"])
-def test_gauss_nodes_are_more_exact_than_stages_on_the_same_steps(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gauss_nodes_are_more_accurate_than_stage_nodes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     field, x = random_field(std=1.2), torch.randn(64, 2)
     exact = Continuous(field, ode_solver("dopri8", rtol=1e-10), TraceRule("exact")).eval().inverse(x)[1]
 
@@ -153,7 +153,7 @@ def test_gauss_nodes_are_more_exact_than_stages_on_the_same_steps(method: str, m
     assert gauss < stages / 2
 
 
-def test_replay_counts_its_evaluations() -> None:
+def test_replay_nfe_counts_six_evaluations_per_step() -> None:
     field, x = random_field(), torch.randn(5, 2)
     counts = {}
     for gradient in ("direct", "replay"):
@@ -172,7 +172,7 @@ def test_replay_keeps_no_activations_of_the_integrand() -> None:
     x = torch.randn(2, 1, 6, 6)
     hidden = 3 * x.numel()
 
-    def kept(gradient: str) -> int:
+    def retained_tensors(gradient: str) -> int:
         count = 0
 
         def pack(tensor: Tensor) -> Tensor:
@@ -188,4 +188,4 @@ def test_replay_keeps_no_activations_of_the_integrand() -> None:
         del solution
         return count + alive
 
-    assert kept("replay") < kept("direct") / 3
+    assert retained_tensors("replay") < retained_tensors("direct") / 3

@@ -21,7 +21,7 @@ def cubic(t: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("gradient", ["direct", "replay"])
-def test_integrals_of_a_field_without_weights(gradient: str) -> None:
+def test_field_without_parameters_has_exact_integral_and_gradient(gradient: str) -> None:
     """Only x needs a gradient, and d x1/d x0 = 1 because the field does not depend on x."""
 
     def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def test_compiled_field_is_used_only_in_training(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 # torch's warnings about the code that it traces
 @pytest.mark.filterwarnings("ignore:.*jit.script:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
-def test_a_compiled_field_has_the_same_gradient() -> None:
+def test_compiled_field_has_the_same_gradient() -> None:
     field, x = random_field(), torch.randn(5, 2)
     solver = ode_solver("dopri5", rtol=1e-4)
     expected = gradients(field, solver, x)
@@ -143,7 +143,7 @@ def test_weights_changed_before_backward_are_refused(gradient: str, plain: bool)
         z.sum().backward()
 
 
-def test_second_derivatives_are_refused_not_zero() -> None:
+def test_second_derivatives_are_refused() -> None:
     flow = Continuous(random_field(), ode_solver("dopri5"), TraceRule("exact"))
     x = torch.randn(1, 2)
     with pytest.raises(FlowtrainError, match="only first derivatives"):
@@ -152,7 +152,7 @@ def test_second_derivatives_are_refused_not_zero() -> None:
         torch.autograd.functional.hessian(lambda y: flow.inverse(y)[0].sum(), x)
 
 
-def test_a_subclass_computes_its_own_velocity() -> None:
+def test_subclass_forward_is_used_by_the_solver() -> None:
     class Doubled(MLPField):
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
             return 2 * super().forward(t, x)
@@ -166,7 +166,7 @@ def test_a_subclass_computes_its_own_velocity() -> None:
     torch.testing.assert_close(Continuous(twice, solver, TraceRule("exact")).map_forward(x), expected)
 
 
-def test_a_velocity_of_another_shape_is_refused() -> None:
+def test_velocity_of_wrong_shape_is_refused() -> None:
     problem = Problem(lambda t, x: x[:1], None, torch.randn(4, 2), 0.0, 1.0)
     with pytest.raises(ConfigError, match=r"\(1, 2\) .* \(4, 2\)"):
         ode_solver("dopri5").solve(problem)

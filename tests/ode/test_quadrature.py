@@ -46,7 +46,7 @@ def test_gauss_nodes_cover_every_step(method: str, n_steps: int, sign: int) -> N
     assert nodes.integrate(q).item() == pytest.approx(end**6 / 6, rel=exact)
 
 
-def test_stage_nodes_use_the_weights_of_the_method() -> None:
+def test_stage_nodes_integrate_quartics_exactly() -> None:
     tableau = TABLEAUS["dopri5"]
     nodes = stage_nodes(tableau, [(0.0, 0.5), (0.5, 0.25)])
     assert sum(nodes.weights) == pytest.approx(0.75)
@@ -54,7 +54,7 @@ def test_stage_nodes_use_the_weights_of_the_method() -> None:
     assert nodes.integrate(q).item() == pytest.approx(0.75**5 / 5, rel=1e-12)
 
 
-def test_legendre_coefficients_isolate_one_degree() -> None:
+def test_legendre_tails_vanish_for_low_degree_polynomials() -> None:
     x, w, tails = legendre(6)
     assert w.sum() == pytest.approx(1)
     low = np.polynomial.legendre.legvander(2 * x - 1, 5)
@@ -63,7 +63,7 @@ def test_legendre_coefficients_isolate_one_degree() -> None:
 
 @pytest.mark.parametrize(("method", "control"), [("dopri5", "state"), ("tsit5", "state"), ("dopri5", "all")])
 @pytest.mark.parametrize("rtol", [1e-2, 1e-4, 1e-6])
-def test_estimated_error_of_the_log_det_has_the_right_size(method: str, control: str, rtol: float) -> None:
+def test_log_det_error_estimate_is_close_to_the_true_error(method: str, control: str, rtol: float) -> None:
     field, x = random_field(std=1.2), torch.randn(64, 2)
 
     def log_det(rtol: float, control: str, method: str) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def test_estimated_error_of_the_log_det_has_the_right_size(method: str, control:
     assert estimate < 1e3 * (true + rtol)
 
 
-def test_a_noisy_integrand_takes_fewer_nodes() -> None:
+def test_noisy_integrands_use_fewer_nodes() -> None:
     steps = [(0.0, 0.5), (0.5, 0.5)]
     for name, exact, noisy in (("dopri5", 8, 6), ("bosh3", 6, 4)):
         assert len(gauss_nodes(TABLEAUS[name], steps).times) == exact
@@ -97,7 +97,7 @@ def test_panels_split_where_the_step_size_jumps() -> None:
     assert [len(p) for p in panels([0.1] * 7)] == [4, 3]
 
 
-def test_burst_between_long_steps_is_resolved() -> None:
+def test_narrow_peak_between_long_steps_is_resolved() -> None:
     """v = x g(t) with a narrow bump g has the log-determinant d int g. The short steps at the bump need nodes."""
 
     def bump(t: Tensor) -> Tensor:

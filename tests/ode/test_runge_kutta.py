@@ -54,7 +54,7 @@ def linear(a: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 @pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3", "dopri8"])
 @pytest.mark.parametrize("shape", [(1, 2), (3, 2), (3, 1, 2, 2)])
-def test_states_of_unusual_shapes_are_solved(method: str, shape: tuple[int, ...]) -> None:
+def test_states_of_any_shape_match_the_closed_form(method: str, shape: tuple[int, ...]) -> None:
     a = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     x = torch.randn(shape, requires_grad=True)
     solution = ode_solver(method, rtol=1e-8).solve(Problem(linear(a), None, x, 0.0, 1.0))
@@ -123,7 +123,7 @@ def test_error_control_of_integrals_is_optional(engine: Any, method: str) -> Non
     assert everything.integrals[0, 0].item() == pytest.approx(exact, abs=1e-3)
 
 
-def test_warmup_is_geometric_and_ends() -> None:
+def test_tolerance_warmup_is_geometric() -> None:
     solver = ode_solver("dopri5", rtol=1e-5, atol=1e-7, warmup=100, warmup_rtol=1e-1)
     assert solver.tolerance_at(0) == pytest.approx((1e-1, 1e-3))
     assert solver.tolerance_at(50) == pytest.approx((1e-3, 1e-5))
@@ -134,7 +134,7 @@ def test_warmup_is_geometric_and_ends() -> None:
     assert ode_solver("rk4", step_size=0.1, warmup=None).warmup == 0
 
 
-def test_options_of_a_solve_leave_the_solver_unchanged() -> None:
+def test_solve_options_leave_the_solver_unchanged() -> None:
     solver = ode_solver("dopri5")
     x = torch.ones(1, 1)
     problem = Problem(lambda t, y: torch.cos(20 * t) * y, None, x, 0.0, 1.0)

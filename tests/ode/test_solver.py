@@ -161,7 +161,7 @@ def test_engines_agree_in_value_and_gradient(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"method": "rk4", "step_size": 0.25}, {"method": "euler", "step_size": 0.5}])
-def test_direct_gradient_is_that_of_the_discrete_solution(settings: dict[str, Any]) -> None:
+def test_direct_gradient_matches_finite_differences_of_the_solution(settings: dict[str, Any]) -> None:
     """On such coarse steps the adjoint's gradient would be inaccurate. Finite differences use the discrete solution."""
     field, x, solver = nonlinear(), torch.randn(4, 2), ode_solver(**settings)
     weight = next(field.parameters())
@@ -186,7 +186,7 @@ def test_both_engines_end_exactly_at_the_final_time(method: str) -> None:
         assert (solution.x - x * wave.growth(0, 1)).abs().max() < 5 * rtol
 
 
-def test_path_integral_is_the_augmented_solve_on_the_same_steps() -> None:
+def test_path_integral_equals_the_augmented_solve() -> None:
     """Quadrature on the nodes equals integrating the integrand as part of the state."""
     field, x = nonlinear(), torch.randn(3, 2)
 

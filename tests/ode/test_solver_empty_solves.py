@@ -59,7 +59,7 @@ def test_empty_solve_ignores_non_finite_weights() -> None:
     assert torch.equal(flow.inverse(x)[0], x)
 
 
-def test_path_integrals_of_an_empty_batch() -> None:
+def test_path_integrals_of_an_empty_batch_are_empty() -> None:
     flow = Continuous(random_field(), ode_solver("dopri5"), TraceRule()).train()
     options = Regularizer(kinetic=1.0, jacobian=1.0).options(SolveOptions())
     (found,) = flow.pass_inverse(torch.zeros(0, 2), options=options).integrals
@@ -75,7 +75,7 @@ def test_interval_that_rounds_to_zero_is_empty(engine: type[RungeKutta] | type[T
     assert solved.statistics.nfe_forward == 0
 
 
-def test_part_of_the_interval_is_solved_in_training() -> None:
+def test_partial_interval_ignores_the_random_end_time() -> None:
     flow = Continuous(random_field(), ode_solver("rk4", steps=8), TraceRule("exact")).train()
     x, part = torch.randn(3, 2), flow.between(0.25, 0.75)
     training = part.pass_inverse(x, options=SolveOptions(end_time=0.5))[:2]

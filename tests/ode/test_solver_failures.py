@@ -52,7 +52,7 @@ def test_tolerance_below_rounding_error_is_refused(engine: Any, final: bool) -> 
         torch.testing.assert_close(solved.x, problem.x, rtol=0, atol=1e-3)
 
 
-def test_fehlberg2_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_fehlberg2_accuracy_warning_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """fehlberg2 exceeds its tolerance by a factor that does not depend on the tolerance; the others do not."""
     warn_of_fehlberg2.cache_clear()
     wave, x = Wave(), torch.randn(20, 2)
@@ -104,7 +104,9 @@ def stiff(t: Tensor, x: Tensor) -> Tensor:
         (stiff, {"max_nfe": 50}, "max_nfe=50"),
     ],
 )
-def test_failures_say_where_and_what_to_try(engine: Any, field: Any, settings: dict[str, Any], words: str) -> None:
+def test_solver_error_message_names_time_and_remedy(
+    engine: Any, field: Any, settings: dict[str, Any], words: str
+) -> None:
     with pytest.raises(SolverError, match=words) as caught:
         engine("dopri5", **settings).solve(Problem(field, None, 2 * torch.ones(1, 1), 0.0, 1.0))
     message = str(caught.value)
@@ -113,7 +115,7 @@ def test_failures_say_where_and_what_to_try(engine: Any, field: Any, settings: d
     assert "\n" not in message
 
 
-def test_a_failing_adjoint_solve_is_explained() -> None:
+def test_failed_adjoint_solve_raises_a_solver_error() -> None:
     """v = sqrt|x| has an infinite Jacobian at 0, so the forward solve succeeds and the adjoint solve fails."""
 
     class Root(nn.Module):
@@ -135,6 +137,6 @@ def test_assertion_error_in_a_field_is_not_a_solver_failure() -> None:
 
 
 @pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
-def test_fixed_steps_that_diverge_are_an_error(engine: Any) -> None:
+def test_diverging_fixed_steps_raise_a_solver_error(engine: Any) -> None:
     with pytest.raises(SolverError, match="NaN or infinite"):
         engine("euler", step_size=0.01).solve(Problem(explode, None, 1e30 * torch.ones(1, 1), 0.0, 1.0))

@@ -40,7 +40,7 @@ MODELS = {
     "glow": lambda: glow((D,), steps=3),
     "nsf": lambda: nsf((D,), dropout=0.2, input_bound=3.0),
     "maf": lambda: maf((D,), mixing="linear"),
-    "maf of splines": lambda: maf((D,), transform="spline", passes=2),
+    "maf spline": lambda: maf((D,), transform="spline", passes=2),
     "ffjord": lambda: ffjord((D,), solver=ode_solver("dopri5"), hidden=[16]),
 }
 
@@ -51,7 +51,7 @@ def correlated(rows: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_flow_starts_at_the_gaussian_of_the_training_rows(name: str) -> None:
+def test_initialized_flow_equals_the_training_gaussian(name: str) -> None:
     x, fresh = correlated(12), correlated(50)
     flow = MODELS[name]()
     standardize = Standardize((D,))
@@ -65,7 +65,7 @@ def test_a_flow_starts_at_the_gaussian_of_the_training_rows(name: str) -> None:
         torch.testing.assert_close(flow.forward(flow.inverse(fresh)), fresh)
 
 
-def wild(**settings: Any) -> Flow:
+def flow_with_large_weights(**settings: Any) -> Flow:
     """Returns a flow of 16 couplings whose networks have large random weights, as can happen in training."""
     flow = realnvp((6,), layers=16, hidden=[32], mixing="permutation", **settings)
     generator = torch.Generator().manual_seed(1)
@@ -84,15 +84,15 @@ def curvature(flow: Flow, r: float) -> float:
         return (-flow.log_prob(r * rays / rays.norm(dim=1, keepdim=True)) / r**2).max().item()
 
 
-def test_the_nll_grows_quadratically_and_slowly_along_rays() -> None:
-    bounded, unbounded = wild(input_bound=3.0, cap=0.5), wild()
+def test_bounded_couplings_limit_nll_growth_along_rays() -> None:
+    bounded, unbounded = flow_with_large_weights(input_bound=3.0, cap=0.5), flow_with_large_weights()
     assert curvature(bounded, 1e6) < 1.5 * curvature(bounded, 1e3)
     # at most a factor exp(2 x 0.5) per coupling, and half of the 16 couplings change an element
     assert curvature(bounded, 1e6) < math.exp(2 * 0.5 * 8)
     assert curvature(unbounded, 1e6) > 1e3 * curvature(bounded, 1e6)
 
 
-def test_bounded_couplings_are_inverted_and_have_the_log_det_of_their_jacobian() -> None:
+def test_bounded_couplings_have_exact_inverse_and_log_det() -> None:
     mask = torch.tensor([True, False, True, False, False])
     coupling = IndexCoupling(mask, MLP(2, [16], 6, "tanh"), input_bound=2.0)
     for parameter in coupling.parameters():
@@ -138,7 +138,7 @@ def test_networks_grow_with_the_number_of_rows() -> None:
     assert sizes[-1] > 10 * sizes[0]
 
 
-def test_images_of_an_array_have_a_small_model_of_their_own() -> None:
+def test_array_images_get_a_small_model() -> None:
     model = auto_settings.resolve_auto(composed("model=realnvp"), 3000, (1, 8, 8))["model"]
     keys = {k: v for k, v in model.items() if k not in ("name", "_target_")}
     assert sum(p.numel() for p in realnvp((1, 8, 8), **keys).parameters()) < 300_000
@@ -151,7 +151,7 @@ def test_given_values_are_kept_and_unresolvable_auto_is_refused() -> None:
         auto_settings.resolve_auto(composed("model=realnvp", "trainer.log_every=auto"), 50, (4,))
 
 
-def test_checkpoints_hold_the_chosen_values(run: Run, tmp_path: Path) -> None:
+def test_checkpoints_contain_the_resolved_values(run: Run, tmp_path: Path) -> None:
     np.save("t.npy", np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32))
     code, _, err = run(
         "flowtrain", "model=realnvp", "data=array", "data.path=t.npy", "trainer.steps=20", "hydra.run.dir=r"
@@ -173,7 +173,7 @@ def test_checkpoints_hold_the_chosen_values(run: Run, tmp_path: Path) -> None:
         ("maf", "correlated", 60, 12),
     ],
 )
-def test_a_default_is_not_worse_than_the_gaussian(
+def test_default_models_are_not_worse_than_the_gaussian(
     float32: None, model: str, kind: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = small_tables.measure(model, kind, rows, columns, 0, "trainer.plot_every=null")
@@ -201,7 +201,7 @@ def test_outlying_row_does_not_destroy_the_likelihood(float32: None, tmp_path: P
         assert load(tmp_path / "r").log_prob(moved).min() > -1500
 
 
-def test_rows_for_each_column_decide_on_dropout() -> None:
+def test_dropout_depends_on_the_rows_per_column() -> None:
     def dropout(model: str, rows: int, columns: int) -> float:
         found = auto_settings.resolve_auto(composed(f"model={model}"), rows, (columns,))["model"]["dropout"]
         return float(found)
@@ -210,6 +210,6 @@ def test_rows_for_each_column_decide_on_dropout() -> None:
         assert dropout(model, 8000, 60) > dropout(model, 8000, 6) == 0
 
 
-def test_one_or_two_columns_have_more_bins() -> None:
+def test_tables_of_one_or_two_columns_get_more_bins() -> None:
     bins = {d: auto_settings.resolve_auto(composed("model=nsf"), 3000, (d,))["model"]["bins"] for d in (1, 2, 6, 60)}
     assert bins[1] == bins[2] > bins[6] > bins[60]

@@ -45,7 +45,7 @@ def test_integers_may_be_written_as_floats_in_every_group(overrides: list[str]) 
         assert {type(part) for part in parts} == {int}, override
 
 
-def test_other_numbers_are_unchanged() -> None:
+def test_non_integer_arguments_are_unchanged() -> None:
     config = compose_defaults(["trainer.lr=1e0", "solver.rtol=1.0", "trainer.time_limit=60.0", "trainer.steps=1.5"])
     assert with_whole_numbers(config, GROUPS) == config
     kept = with_whole_numbers(config, GROUPS)

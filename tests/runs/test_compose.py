@@ -24,7 +24,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("settings", CASES, ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()))
-def test_config_is_that_of_hydra(settings: dict[str, object]) -> None:
+def test_config_equals_the_hydra_config(settings: dict[str, object]) -> None:
     expected = compose_defaults([f"{key}={value}".replace(" ", "") for key, value in settings.items()])
     assert compose(settings).config == {key: v for key, v in expected.items() if key not in COMMAND_KEYS}
 
@@ -40,13 +40,13 @@ def test_config_is_that_of_hydra(settings: dict[str, object]) -> None:
         ({"model": {"hiden": [8]}}, "model.hidden"),
     ],
 )
-def test_mistakes_name_what_was_meant(settings: dict[str, object], named: str) -> None:
+def test_invalid_key_error_names_the_nearest_key(settings: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError) as e:
         compose(settings)
     assert named in str(e.value)
 
 
-def test_recipes_name_the_keys_that_they_have_set() -> None:
+def test_recipes_list_the_keys_that_they_set() -> None:
     found = compose({"model": "ffjord", "data": "rings", "trainer.lr": 0.5})
     assert set(found.recipes["ffjord_rings"]) == {
         "model.field",

@@ -17,7 +17,7 @@ from flowtrain.runs.console import shortest, writing_log
 pytestmark = pytest.mark.usefixtures("float32", "without_figures")
 
 
-def on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+def terminal_output(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     terminal = Terminal()
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", terminal)
@@ -35,10 +35,10 @@ def test_run_prints_nothing_without_a_terminal(run: Run, tmp_path: Path) -> None
 
 
 def test_terminal_shows_a_banner_and_a_summary(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = on_a_terminal(run, monkeypatch)
-    begins = said.index("flowtrain: ffjord on moons")
+    output = terminal_output(run, monkeypatch)
+    begins = output.index("flowtrain: ffjord on moons")
     # for names in both the banner and the final table, take the banner's value
-    named = dict(reversed(re.findall(r"^ +(\w[\w ]*?)  (.+)$", said, re.MULTILINE)))
+    named = dict(reversed(re.findall(r"^ +(\w[\w ]*?)  (.+)$", output, re.MULTILINE)))
     assert begins == 0
     assert ("ffjord" in named["model"], "72" in named["model"]) == (True, True)
     assert re.findall(r"moons|[\d.]+", named["data"]) == ["moons", "2", "2.3939", "20", "50"]
@@ -47,15 +47,15 @@ def test_terminal_shows_a_banner_and_a_summary(run: Run, monkeypatch: pytest.Mon
     assert re.findall(r"cpu|\d+", named["device"]) == ["cpu", "1"]
     assert named["run"] == "r"
     # the progress bar, the final table, and the suggested commands
-    assert re.search(r"4/4 \[.*nll=\d\.\d+, nfe=\d+", said)
+    assert re.search(r"4/4 \[.*nll=\d\.\d+, nfe=\d+", output)
     assert named["NLL"].endswith("nats (solver " + named["NLL"].partition("(solver ")[2])
     assert re.match(r"in \d+\.\d s, best at step \d of 4", named["trained"])
     assert named["next"] == "floweval ckpt=r report=true"
-    assert "flowsample ckpt=r animate=true" in said
+    assert "flowsample ckpt=r animate=true" in output
 
 
 def test_resumed_run_names_its_starting_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_a_terminal(run, monkeypatch)
+    terminal_output(run, monkeypatch)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     run("flowtrain", "resume=r", "trainer.steps=6")
@@ -80,7 +80,7 @@ def test_banner_names_each_part(
     assert [w for w in words if w not in terminal.screen()] == []
 
 
-def test_paths_are_as_short_as_they_can_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_paths_are_shown_relative_to_the_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert shortest(tmp_path / "a/b") == Path("a/b")
     assert shortest(Path("/elsewhere")) == Path("/elsewhere")
@@ -91,7 +91,7 @@ def recipe_of(log: str) -> str:
     return re.findall(r"^ +recipe  (.+(?:\n {15}\S.*)*)", log, re.MULTILINE)[-1]
 
 
-def test_banner_names_the_recipe_and_the_keys_that_it_has_set(run: Run, tmp_path: Path) -> None:
+def test_banner_names_the_recipe_and_its_keys(run: Run, tmp_path: Path) -> None:
     rings = ["data=rings", *SMALL, *TINY, "trainer.lr=0.002", "hydra.run.dir=r"]
     assert run("flowtrain", *rings)[0] == 0
     log = (tmp_path / "r/flowtrain.log").read_text()
@@ -106,12 +106,12 @@ def test_banner_names_the_recipe_and_the_keys_that_it_has_set(run: Run, tmp_path
     assert recipe_of(log) == before
 
 
-def test_banner_says_that_no_recipe_applies(run: Run, tmp_path: Path) -> None:
+def test_banner_states_that_no_recipe_applies(run: Run, tmp_path: Path) -> None:
     assert run("flowtrain", *SMALL, *TINY, "data=rings", "recipe=none", "hydra.run.dir=r")[0] == 0
     assert recipe_of((tmp_path / "r/flowtrain.log").read_text()) == "none"
 
 
-def test_banner_shows_the_values_that_auto_stands_for(run: Run, tmp_path: Path) -> None:
+def test_banner_shows_the_resolved_auto_values(run: Run, tmp_path: Path) -> None:
     np.save("x.npy", torch.randn(60, 3).numpy())
     assert (
         run("flowtrain", "model=realnvp", "data=array", "data.path=x.npy", "trainer.steps=2", "hydra.run.dir=r")[0] == 0
@@ -122,7 +122,7 @@ def test_banner_shows_the_values_that_auto_stands_for(run: Run, tmp_path: Path) 
     assert re.search(r"model\.layers=\d+", recipe)
 
 
-def test_recipe_of_a_user_may_set_any_key(run: Run, tmp_path: Path) -> None:
+def test_user_recipe_may_set_any_key(run: Run, tmp_path: Path) -> None:
     (tmp_path / "conf/recipe").mkdir(parents=True)
     (tmp_path / "conf/recipe/mine.yaml").write_text("# @package _global_\nseed: 3\nmodel:\n  layers: 1\n")
     small = ["model=realnvp", *SMALL, "recipe=mine", "--config-dir", "conf", "hydra.run.dir=r"]
@@ -132,7 +132,7 @@ def test_recipe_of_a_user_may_set_any_key(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("handlers", ["none", "own", "root"])
 @pytest.mark.parametrize("disabled", [False, True])
-def test_log_file_does_not_change_what_the_caller_sees(
+def test_log_file_does_not_change_the_logging_of_the_caller(
     handlers: str, disabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logger, root, seen = logging.getLogger("flowtrain"), logging.getLogger(), io.StringIO()
@@ -145,17 +145,17 @@ def test_log_file_does_not_change_what_the_caller_sees(
     if handlers != "none":
         (logger if handlers == "own" else root).addHandler(logging.StreamHandler(seen))
 
-    def said() -> str:
+    def log_messages() -> str:
         seen.seek(0)
         seen.truncate()
         for level in (logging.DEBUG, logging.INFO, logging.CRITICAL):
             logger.log(level, "%s", logging.getLevelName(level))
         return seen.getvalue()
 
-    outside = said()
+    outside = log_messages()
     with writing_log(tmp_path / "flowtrain.log"):
-        assert said() == outside
-    assert said() == outside
+        assert log_messages() == outside
+    assert log_messages() == outside
     assert [line.split()[-1] for line in (tmp_path / "flowtrain.log").read_text().splitlines()] == [
         "DEBUG",
         "INFO",

@@ -36,7 +36,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "flow.pt"
 
 
-def first(flow: Node) -> Node:
+def actnorm_node(flow: Node) -> Node:
     """The ActNorm."""
     found: Node = flow["bijection"]["bijections"][0]
     return found
@@ -51,85 +51,85 @@ def put(place: Callable[[Node], Node], **values: Any) -> Callable[[Node], object
     return lambda flow: place(flow).update(values)
 
 
-def whole(flow: Node) -> Node:
+def flow_node(flow: Node) -> Node:
     return flow
 
 
 SYSTEM = {"_target_": "os.system", "_args_": ["touch boom"]}
 TARGETS = {
-    "function": put(first, _target_="os.system"),
-    "builtin": put(first, _target_="builtins.eval"),
-    "function of ours": put(first, _target_="flowtrain.runs.load.load", path="x"),
-    "module of ours": put(first, _target_="flowtrain.bijections"),
-    "import of ours": put(first, _target_="flowtrain.bijections.base.partial"),
-    "class of ours that is no part": put(first, _target_="flowtrain.runs.run_directory.RunDirectory"),
-    "data": put(first, _target_="flowtrain.data.ArrayData", path="/etc/passwd"),
-    "model": put(first, _target_="flowtrain.models.realnvp.realnvp"),
-    "another path of a part": put(first, _target_="flowtrain.bijections.scale.ActNorm"),
-    "torch function": put(first, _target_="torch.load"),
-    "torch class": put(first, _target_="torch.nn.Bilinear"),
-    "torch by another path": put(first, _target_="torch.nn.modules.linear.Linear"),
-    "torch hub": put(first, _target_="torch.hub.load"),
-    "nested": put(first, shape=SYSTEM),
-    "in a list": put(first, shape=[[SYSTEM]]),
-    "in a tuple": put(first, shape=(SYSTEM,)),
-    "in a mapping": put(first, shape={"a": SYSTEM}),
-    "positional": put(first, _args_=[SYSTEM]),
-    "positional of ours": put(first, _args_=[2]),
-    "partial": put(first, _partial_=True),
-    "partial mapping": put(first, _partial_={"a": 1}),
-    "target that is a list": put(first, _target_=["os.system"]),
-    "target that is a mapping": put(first, _target_={"a": "os.system"}),
-    "no target": lambda flow: first(flow).pop("_target_"),
-    "beside the flow": lambda flow: flow.update(classes=SYSTEM),
-    "no flow": put(whole, _target_="flowtrain.bijections.ActNorm"),
-    "interpolation": put(first, shape="${oc.env:HOME}"),
-    "network that is a bijection's place": put(whole, bijection=LINEAR),
-    "object for a flag": put(coupling, swap=HIDDEN),
-    "object for a number": put(coupling, cap=LINEAR),
-    "object for a torch flag": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(bias=LINEAR),
+    "function": put(actnorm_node, _target_="os.system"),
+    "builtin": put(actnorm_node, _target_="builtins.eval"),
+    "flowtrain function": put(actnorm_node, _target_="flowtrain.runs.load.load", path="x"),
+    "flowtrain module": put(actnorm_node, _target_="flowtrain.bijections"),
+    "name imported by flowtrain": put(actnorm_node, _target_="flowtrain.bijections.base.partial"),
+    "flowtrain class outside the public parts": put(actnorm_node, _target_="flowtrain.runs.run_directory.RunDirectory"),
+    "data": put(actnorm_node, _target_="flowtrain.data.ArrayData", path="/etc/passwd"),
+    "model": put(actnorm_node, _target_="flowtrain.models.realnvp.realnvp"),
+    "private path of a part": put(actnorm_node, _target_="flowtrain.bijections.scale.ActNorm"),
+    "torch function": put(actnorm_node, _target_="torch.load"),
+    "torch class": put(actnorm_node, _target_="torch.nn.Bilinear"),
+    "private torch path": put(actnorm_node, _target_="torch.nn.modules.linear.Linear"),
+    "torch hub": put(actnorm_node, _target_="torch.hub.load"),
+    "nested": put(actnorm_node, shape=SYSTEM),
+    "nested in a list": put(actnorm_node, shape=[[SYSTEM]]),
+    "nested in a tuple": put(actnorm_node, shape=(SYSTEM,)),
+    "nested in a mapping": put(actnorm_node, shape={"a": SYSTEM}),
+    "positional object": put(actnorm_node, _args_=[SYSTEM]),
+    "positional argument": put(actnorm_node, _args_=[2]),
+    "partial": put(actnorm_node, _partial_=True),
+    "partial mapping": put(actnorm_node, _partial_={"a": 1}),
+    "list as target": put(actnorm_node, _target_=["os.system"]),
+    "mapping as target": put(actnorm_node, _target_={"a": "os.system"}),
+    "missing target": lambda flow: actnorm_node(flow).pop("_target_"),
+    "object as flow argument": lambda flow: flow.update(classes=SYSTEM),
+    "part in place of the flow": put(flow_node, _target_="flowtrain.bijections.ActNorm"),
+    "interpolation": put(actnorm_node, shape="${oc.env:HOME}"),
+    "network in place of a bijection": put(flow_node, bijection=LINEAR),
+    "object as flag": put(coupling, swap=HIDDEN),
+    "object as number": put(coupling, cap=LINEAR),
+    "object as torch flag": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(bias=LINEAR),
     # as a flag the list counts as true, and no object is kept, so the flow would still match the weights of the file
-    "objects for a flag": lambda flow: flow["bijection"]["bijections"][3].update(offset=HIDDEN),
-    "positional objects for a flag": lambda flow: flow["bijection"]["bijections"].__setitem__(
+    "list of objects as flag": lambda flow: flow["bijection"]["bijections"][3].update(offset=HIDDEN),
+    "positional list of objects as flag": lambda flow: flow["bijection"]["bijections"].__setitem__(
         3, {"_target_": "flowtrain.bijections.Standardize", "_args_": [2, HIDDEN]}
     ),
     "device": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(device="cpu"),
     "dtype": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(dtype="torch.float64"),
-    "torch positional": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(_args_=[1, 4]),
-    "unknown argument": put(first, anything=1),
-    "solver of a file": lambda flow: flow["bijection"]["bijections"][1].update(
+    "positional torch arguments": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(_args_=[1, 4]),
+    "unknown argument": put(actnorm_node, anything=1),
+    "engine function as solver": lambda flow: flow["bijection"]["bijections"][1].update(
         solver={"_target_": "flowtrain.ode.torchdiffeq_engine.odeint"}
     ),
 }
 SIZES = {
-    "width": put(first, shape=10**9),
-    "whole float": put(first, shape=1e9),
-    "small width": put(first, shape=1000),
-    "shape": put(first, shape=(10**5, 10**5)),
+    "width": put(actnorm_node, shape=10**9),
+    "integer-valued float": put(actnorm_node, shape=1e9),
+    "small width": put(actnorm_node, shape=1000),
+    "shape": put(actnorm_node, shape=(10**5, 10**5)),
     "hidden": lambda flow: flow["bijection"]["bijections"][1]["field"].update(hidden=[1000, 1000]),
-    "base": put(whole, base=(10**9,)),
-    "base of another shape": put(whole, base=(3,)),
-    "tensor as a number": put(first, shape=torch.tensor(10**9)),
-    "tensor as numbers": put(first, shape=torch.tensor([10**6, 10**6])),
-    "mask of another length": put(coupling, mask=torch.ones(4, dtype=torch.bool)),
-    "mask that is none": put(coupling, mask=3),
-    "more parts": lambda flow: flow["bijection"]["bijections"].append(
+    "base": put(flow_node, base=(10**9,)),
+    "wrong base shape": put(flow_node, base=(3,)),
+    "tensor as a number": put(actnorm_node, shape=torch.tensor(10**9)),
+    "tensor as numbers": put(actnorm_node, shape=torch.tensor([10**6, 10**6])),
+    "wrong mask length": put(coupling, mask=torch.ones(4, dtype=torch.bool)),
+    "integer as mask": put(coupling, mask=3),
+    "extra part": lambda flow: flow["bijection"]["bijections"].append(
         {"_target_": "flowtrain.bijections.ActNorm", "shape": 2}
     ),
-    "fewer parts": lambda flow: flow["bijection"]["bijections"].pop(),
-    "deep": lambda flow: flow.update(bijection=deep(150)),
-    "very deep": lambda flow: flow.update(bijection=deep(210)),
+    "missing part": lambda flow: flow["bijection"]["bijections"].pop(),
+    "deep": lambda flow: flow.update(bijection=nested_chain(150)),
+    "very deep": lambda flow: flow.update(bijection=nested_chain(210)),
 }
 
 
-def deep(levels: int) -> Node:
+def nested_chain(levels: int) -> Node:
     node: Node = {"_target_": "flowtrain.bijections.ActNorm", "shape": 2}
     for _ in range(levels):
         node = {"_target_": "flowtrain.bijections.Chain", "bijections": [node]}
     return node
 
 
-def changed(path: Path, change: Callable[[Node], object]) -> None:
+def change_description(path: Path, change: Callable[[Node], object]) -> None:
     content = checkpoint.load(path)
     change(content["config"]["model"]["flow"])
     torch.save({**content, "checksum": checkpoint.checksum(content)}, path)
@@ -144,7 +144,7 @@ def assert_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_description_runs_no_code(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_a_description_runs_no_code(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved.parent)
 
     def called(*arguments: Any, **keywords: Any) -> None:
@@ -153,29 +153,29 @@ def test_a_description_runs_no_code(saved: Path, name: str, monkeypatch: pytest.
     monkeypatch.setattr(os, "system", called)
     monkeypatch.setattr(builtins, "eval", called)
     monkeypatch.setattr(torch, "load", lambda *a, load=torch.load, **k: load(*a, **k) if a else called())
-    changed(saved, TARGETS[name])
+    change_description(saved, TARGETS[name])
     assert_refused(saved)
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_description_takes_no_memory_that_its_weights_do_not_fill(saved: Path, name: str) -> None:
-    changed(saved, SIZES[name])
+def test_sizes_beyond_the_weights_are_refused_without_allocation(saved: Path, name: str) -> None:
+    change_description(saved, SIZES[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert_refused(saved)
     # ru_maxrss is in KiB
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
-def test_a_tensor_of_a_description_that_claims_memory_is_refused(saved: Path) -> None:
+def test_expanded_tensor_in_a_description_is_refused(saved: Path) -> None:
     content = checkpoint.load(saved)
     content["config"]["model"]["flow"]["bijection"]["bijections"][2]["mask"] = torch.zeros(1).bool().expand(10**12)
     torch.save({**content, "format": 1}, saved)
     assert_refused(saved)
 
 
-def test_an_unchanged_description_is_accepted(saved: Path) -> None:
+def test_unchanged_description_is_accepted(saved: Path) -> None:
     """Also guards against tests that pass because the file cannot be read anyway."""
-    changed(saved, lambda flow: first(flow).update(shape=(2,)))
+    change_description(saved, lambda flow: actnorm_node(flow).update(shape=(2,)))
     assert flowtrain.load(saved).event_shape == (2,)
 
 
@@ -211,12 +211,12 @@ EXAMPLES = [
 ]
 
 
-def test_there_is_an_example_of_each_module_of_torch() -> None:
+def test_examples_cover_every_supported_torch_module() -> None:
     assert {type(module) for module in EXAMPLES} == {*TORCH_MODULES.values()}
 
 
 @pytest.mark.parametrize("module", EXAMPLES, ids=lambda m: type(m).__name__)
-def test_modules_of_torch_are_described_by_their_attributes(module: nn.Module) -> None:
+def test_torch_modules_are_described_by_their_attributes(module: nn.Module) -> None:
     from flowtrain.runs.build import _built
     from flowtrain.runs.descriptions import check_description
 
@@ -232,7 +232,7 @@ def test_modules_of_torch_are_described_by_their_attributes(module: nn.Module) -
         }
 
 
-def test_conditioners_of_torch_are_called_without_the_label() -> None:
+def test_torch_conditioners_are_called_without_the_label() -> None:
     network = nn.Sequential(nn.Linear(1, 2))
     x = torch.randn(4, 2)
     flow = Flow(2, HalfCoupling(2, False, network))

@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_sweep_is_an_ensemble_with_the_best_weights(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sweep_loads_as_an_ensemble_with_optimal_weights(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
     sweep = trained / "sweep"
     found = flowtrain.load(sweep)
     assert isinstance(found, Ensemble)
@@ -78,7 +78,7 @@ def test_a_sweep_is_an_ensemble_with_the_best_weights(trained: Path, caplog: pyt
     assert found.record.samples.event_shape == (2,)
 
 
-def test_lists_may_name_runs_files_and_sweeps(trained: Path, tmp_path: Path) -> None:
+def test_path_lists_may_contain_runs_files_and_sweeps(trained: Path, tmp_path: Path) -> None:
     sweep = trained / "sweep"
     flowtrain.load(sweep / "1").save(tmp_path / "one.pt")
     found = flowtrain.load([sweep / "0", str(tmp_path / "one.pt")], weights=[1, 3])
@@ -90,7 +90,7 @@ def test_lists_may_name_runs_files_and_sweeps(trained: Path, tmp_path: Path) -> 
     assert runs_of(tmp_path / "one.pt") is None
 
 
-def test_an_ensemble_is_one_file(trained: Path, tmp_path: Path) -> None:
+def test_saved_ensemble_is_one_self_contained_file(trained: Path, tmp_path: Path) -> None:
     ensemble = flowtrain.load([trained / "table", trained / "same"])
     ensemble.save(tmp_path / "e.pt")
     shutil.copy(tmp_path / "e.pt", tmp_path / "copy.pt")
@@ -129,14 +129,14 @@ def test_an_ensemble_is_one_file(trained: Path, tmp_path: Path) -> None:
         ("table", "whole", "integer_valued"),
     ],
 )
-def test_runs_with_other_data_are_refused(trained: Path, one: str, other: str, words: str) -> None:
+def test_runs_on_different_data_are_refused(trained: Path, one: str, other: str, words: str) -> None:
     with pytest.raises(CheckpointError, match=words) as raised:
         flowtrain.load([trained / one, trained / other], weights="equal")
     assert all(str(trained / name) in str(raised.value) for name in (one, other))
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], "best", [0, 0], ["a", "b"]])
-def test_weights_that_are_none_are_refused(trained: Path, weights: Any) -> None:
+def test_invalid_weights_are_refused(trained: Path, weights: Any) -> None:
     with pytest.raises(ConfigError, match="weights"):
         flowtrain.load([trained / "table", trained / "same"], weights=weights)
     with pytest.raises(ConfigError, match="single run"):
@@ -184,13 +184,13 @@ def test_conditional_runs_are_weighted_with_their_labels(trained: Path, tmp_path
     assert np.isfinite(found.log_prob(x, y)).all()
 
 
-def test_a_path_with_a_tilde_is_read(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_in_a_path_is_expanded(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(trained))
     assert isinstance(flowtrain.load("~/sweep", weights="equal"), Ensemble)
     assert flowtrain.load("~/sweep/0").event_shape == (2,)
 
 
-def test_whole_numbers_are_weighted(trained: Path, tmp_path: Path) -> None:
+def test_runs_on_integer_data_form_an_ensemble(trained: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         skip_figures(patch)
         whole = np.floor(table()).astype(int)

@@ -19,7 +19,7 @@ def config_of(columns: int, overrides: dict[str, Any], **named: Any) -> Any:
 
 
 @pytest.mark.parametrize(("columns", "objective"), [(2, "likelihood"), (3, "hybrid")])
-def test_ffjord_takes_the_objective_that_suits_the_number_of_columns(columns: int, objective: str) -> None:
+def test_auto_objective_of_ffjord_depends_on_the_columns(columns: int, objective: str) -> None:
     config = config_of(columns, {}, model="ffjord")
     assert config["objective"]["name"] == objective
     # values that were set are kept, and the objective sets the others
@@ -29,12 +29,12 @@ def test_ffjord_takes_the_objective_that_suits_the_number_of_columns(columns: in
 @pytest.mark.parametrize(
     "overrides", [{"objective": "likelihood"}, {"objective": "flow_matching"}, {"regularizer": "rnode"}]
 )
-def test_an_objective_that_is_named_or_implied_is_kept(overrides: dict[str, str]) -> None:
+def test_given_or_implied_objective_is_kept(overrides: dict[str, str]) -> None:
     config = config_of(3, overrides, model="ffjord")
     assert config["objective"]["name"] == overrides.get("objective", "likelihood")
 
 
-def test_the_command_does_the_same_and_a_resumed_run_keeps_its_objective(run: Run, tmp_path: Any) -> None:
+def test_resumed_run_keeps_its_auto_objective(run: Run, tmp_path: Any) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(60, 3)))
     keys = [f"{key}={value}".replace(" ", "") for key, value in FEW.items()]
     code, _, err = run("flowtrain", "model=ffjord", "data=array", "data.path=x.npy", "hydra.run.dir=r", *keys)

@@ -26,7 +26,7 @@ from flowtrain.utils.errors import ConfigError
 pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 
-def test_a_full_disk_does_not_end_a_run(
+def test_full_disk_does_not_stop_a_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, trainer: MakeTrainer, rows: ReadRows
 ) -> None:
     """A limit on file sizes makes writes fail as on a full disk."""
@@ -57,7 +57,7 @@ def test_a_full_disk_does_not_end_a_run(
     assert checkpoint.load(tmp_path / "checkpoints/best.pt")["step"] == run.best["step"]
 
 
-def test_a_directory_that_cannot_be_written_ends_a_run_before_it_begins(
+def test_unwritable_directory_fails_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: MakeTrainer
 ) -> None:
     def full(*arguments: Any, **named: Any) -> None:
@@ -159,7 +159,7 @@ def test_files_of_a_previous_run_are_not_overwritten(left: str, run: Run, tmp_pa
     assert (code, "already contains a run" in err, path.read_text()) == (2, True, "kept")
 
 
-def test_a_picture_that_cannot_be_drawn_does_not_fail_a_run(run: Run, tmp_path: Path) -> None:
+def test_failed_figure_does_not_fail_a_run(run: Run, tmp_path: Path) -> None:
     """The squares of the values exceed float32, so there is a density but no figure."""
     generator = torch.Generator().manual_seed(0)
     np.save(tmp_path / "x.npy", 1e37 * torch.randn(60, 2, generator=generator, dtype=torch.float64).numpy())
@@ -170,7 +170,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_a_run(run: Run, tmp_path: 
     assert "no picture of samples: cannot plot" in err
 
 
-def test_picture_of_two_integer_columns_spans_their_levels(run: Run, tmp_path: Path) -> None:
+def test_figure_of_two_integer_columns_is_drawn(run: Run, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (60, 2)))
     keys = ["data=array", f"data.path={tmp_path}/x.npy", "data.levels=256", "model=affine", "trainer.batch_size=8"]
     code, _, err = run("flowtrain", *keys, "trainer.steps=4", f"hydra.run.dir={tmp_path}/r")

@@ -62,7 +62,7 @@ SMALLER: dict[str, dict[str, Any]] = {
 }
 BUILDERS: dict[str, Callable[[], Flow]] = {
     "ActNorm": lambda: flow_of(ActNorm(3)),
-    "ActNorm of pixels": lambda: flow_of(ActNorm(IMAGE), shape=IMAGE),
+    "ActNorm per pixel": lambda: flow_of(ActNorm(IMAGE), shape=IMAGE),
     "BatchNorm": lambda: flow_of(bijections.BatchNorm(3, momentum=0.5, eps=0.1)),
     "Affine": lambda: flow_of(bijections.Affine(3)),
     "one bijection": lambda: Flow(3, bijections.Affine(3)),
@@ -98,22 +98,22 @@ BUILDERS: dict[str, Callable[[], Flow]] = {
     ),
     "adjoint": lambda: flow_of(ode_block(ode_solver("dopri5", gradient="adjoint", rtol=1e-4))),
     "torchdiffeq": lambda: flow_of(ode_block(ode_solver("heun3", step_size=0.25))),
-    "own tableau": lambda: flow_of(ode_block(ode_solver("ralston", tableau=RALSTON, steps=7))),
+    "custom tableau": lambda: flow_of(ode_block(ode_solver("ralston", tableau=RALSTON, steps=7))),
     "StudentT": lambda: Flow(bases.StudentT(3, df=torch.tensor([2.0, 3.0, 4.0])), ActNorm(3)),
     "trainable StudentT": lambda: Flow(bases.StudentT((3,), trainable=True), ActNorm(3)),
     "UniformBox": lambda: Flow(bases.UniformBox([-90.0, -90.0], torch.tensor([90.0, 95.0])), ActNorm(2)),
     "GaussianMixture": lambda: Flow(bases.GaussianMixture(2, 3), ActNorm(2)),
     "diagonal": lambda: Flow(bases.GaussianMixture((2,), components=3, covariance="diagonal"), ActNorm(2)),
     "StandardNormal": lambda: Flow(base=bases.StandardNormal([2]), bijection=ActNorm(2), noisy=(1,)),
-    "by event_shape": lambda: Flow(event_shape=(2,), bijection=ActNorm(2)),
+    "event_shape keyword": lambda: Flow(event_shape=(2,), bijection=ActNorm(2)),
     "conditional": lambda: models.ffjord(2, hidden=[4], conditional=True, classes=3),
     "couplings": lambda: models.realnvp(2, layers=2, hidden=[4], conditional=True, classes=3, mixing="permutation"),
     **{name: partial(getattr(models, name), 3, **SMALLER.get(name, {})) for name in models.__all__},
     **{
-        f"{name} of images": partial(getattr(models, name), (1, 8, 8), **SMALLER.get(name, {}))
+        f"image {name}": partial(getattr(models, name), (1, 8, 8), **SMALLER.get(name, {}))
         for name in ("affine", "glow", "realnvp")
     },
-    "ffjord of images": partial(models.ffjord, (1, 8, 8), hidden=[3], solver=ode_solver("rk4", steps=2)),
+    "image ffjord": partial(models.ffjord, (1, 8, 8), hidden=[3], solver=ode_solver("rk4", steps=2)),
     "Ensemble": lambda: Ensemble(
         [
             flow_of(ActNorm(3)),
@@ -126,7 +126,7 @@ BUILDERS: dict[str, Callable[[], Flow]] = {
     "conditional ensemble": lambda: Ensemble(
         [models.realnvp(2, layers=n, hidden=[4], conditional=True, classes=3) for n in (1, 2)], names=["one", "two"]
     ),
-    "ensemble of levels": lambda: Ensemble(
+    "integer-valued ensemble": lambda: Ensemble(
         [flow_of(bijections.Logit(16), integer_valued=True, levels=16, class_counts=()) for _ in range(2)]
     ),
 }
@@ -144,7 +144,7 @@ def perturbed(flow: Flow) -> Flow:
     return flow.eval()
 
 
-def built(name: str) -> Flow:
+def example_flow(name: str) -> Flow:
     return perturbed(BUILDERS[name]())
 
 
@@ -180,7 +180,7 @@ def saved_and_loaded(flow: Flow, tmp_path: Path, **keys: Any) -> Flow:
     return flowtrain.load(path, **keys)
 
 
-def test_every_public_part_is_in_the_sweep() -> None:
+def test_test_cases_cover_every_public_part() -> None:
     used = {type(m) for make in BUILDERS.values() for m in make().modules()} | {Tableau, parts.TraceRule}
     assert not {name for name, kind in PARTS.items() if not inspect.isabstract(kind)} - {
         name for name, kind in PARTS.items() if kind in used
@@ -189,8 +189,8 @@ def test_every_public_part_is_in_the_sweep() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_saved_flow_is_the_same_to_the_last_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    flow = built(name).to(dtype)
+def test_saved_flow_is_bitwise_equal(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    flow = example_flow(name).to(dtype)
     again = saved_and_loaded(flow, tmp_path)
     kinds = [[(n, type(m)) for n, m in f.named_modules()] for f in (flow, again)]
     assert kinds[0] == kinds[1]
@@ -209,13 +209,13 @@ def test_a_saved_flow_is_the_same_to_the_last_bit(name: str, dtype: torch.dtype,
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f)), copy.copy])
 @pytest.mark.parametrize("name", ["couplings", "MLPField", "Preconditioned", "GaussianMixture", "Squeeze"])
-def test_copies_are_saved(name: str, copied: Callable[[Flow], Flow], tmp_path: Path) -> None:
-    flow = built(name)
+def test_copies_can_be_saved(name: str, copied: Callable[[Flow], Flow], tmp_path: Path) -> None:
+    flow = example_flow(name)
     assert_same(flow, saved_and_loaded(copied(flow), tmp_path))
 
 
-def test_a_copy_is_described_by_its_own_parts(tmp_path: Path) -> None:
-    flow = built("MLPField")
+def test_modified_copy_is_saved_with_its_changes(tmp_path: Path) -> None:
+    flow = example_flow("MLPField")
     other = copy.deepcopy(flow)
     other.bijection.bijections.append(ActNorm(3))
     torch.nn.init.normal_(other.bijection.bijections[1].shift)
@@ -223,9 +223,9 @@ def test_a_copy_is_described_by_its_own_parts(tmp_path: Path) -> None:
     assert_same(flow, saved_and_loaded(flow, tmp_path))
 
 
-@pytest.mark.parametrize("name", ["MLPField", "Preconditioned", "ffjord of images", "two fields, two solvers"])
-def test_the_present_solver_is_saved(name: str, tmp_path: Path) -> None:
-    flow, solver = built(name), ode_solver("tsit5", rtol=1e-2, control="all", max_nfe=900)
+@pytest.mark.parametrize("name", ["MLPField", "Preconditioned", "image ffjord", "two fields, two solvers"])
+def test_current_solver_is_saved(name: str, tmp_path: Path) -> None:
+    flow, solver = example_flow(name), ode_solver("tsit5", rtol=1e-2, control="all", max_nfe=900)
     view = flow.with_solver(solver)
     again = saved_and_loaded(view, tmp_path)
     assert {block.solver.settings["rtol"] for block in again.ode_blocks} == {1e-2}
@@ -240,7 +240,7 @@ def test_the_present_solver_is_saved(name: str, tmp_path: Path) -> None:
     assert (again.solver.rtol, again.solver.atol) == (1e-3, 1e-2)
 
 
-def test_each_part_keeps_its_own_solver(tmp_path: Path) -> None:
+def test_each_ode_block_keeps_its_solver(tmp_path: Path) -> None:
     flow = perturbed(flow_of(ode_block(), ode_block()))
     # neither solver was given to a constructor
     flow.ode_blocks[1].solver = ode_solver("rk4", steps=3)
@@ -249,8 +249,8 @@ def test_each_part_keeps_its_own_solver(tmp_path: Path) -> None:
     assert_same(flow, again)
 
 
-def test_parts_that_were_replaced_are_saved(tmp_path: Path) -> None:
-    flow = built("HalfCoupling")
+def test_replaced_parts_are_saved(tmp_path: Path) -> None:
+    flow = example_flow("HalfCoupling")
     flow.bijection.bijections[0].conditioner = net(2, 2)
     flow.base = bases.StudentT(3)
     assert_same(flow, saved_and_loaded(flow.eval(), tmp_path))
@@ -284,7 +284,7 @@ def removed(flow: Flow) -> None:
 
 
 @pytest.mark.parametrize("change", [change_shape, add_module, weight_norm, plain_module, named_modules, removed])
-def test_what_no_description_builds_again_is_refused(change: Callable[[Flow], None], tmp_path: Path) -> None:
+def test_flows_that_cannot_be_rebuilt_are_refused(change: Callable[[Flow], None], tmp_path: Path) -> None:
     flow = flow_of(ActNorm(3), HalfCoupling(3, False, net(2, 2)))
     change(flow)
     path = tmp_path / "flow.pt"
@@ -373,7 +373,7 @@ def mypkg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         del sys.modules[name]
 
 
-def test_own_classes_need_trust(mypkg: Any, tmp_path: Path) -> None:
+def test_loading_user_classes_requires_trust(mypkg: Any, tmp_path: Path) -> None:
     pair = mypkg.Pair(
         {"a": ActNorm(2), "b": HalfCoupling(2, False, mypkg.Net([nn.Linear(1, 2)], scale=0.5))}, order=[1], period=10**6
     )
@@ -407,7 +407,7 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_flow_of_a_run_keeps_its_config_and_samples(run_file: Path, tmp_path: Path) -> None:
+def test_saved_run_flow_keeps_config_and_sample_spec(run_file: Path, tmp_path: Path) -> None:
     flow, before = flowtrain.load(run_file), checkpoint.load(run_file)
     assert flow.record is not None
     again = saved_and_loaded(copy.deepcopy(flow), tmp_path)
@@ -416,7 +416,7 @@ def test_flow_of_a_run_keeps_its_config_and_samples(run_file: Path, tmp_path: Pa
     assert (list(again.record.samples.columns), again.record.step) == (["a", "b"], 12)
 
 
-def test_flow_of_a_run_is_saved_with_its_present_solver(run_file: Path, tmp_path: Path) -> None:
+def test_saved_run_flow_has_the_current_solver(run_file: Path, tmp_path: Path) -> None:
     flow = flowtrain.load(run_file)
     view = flow.with_solver(flow.solver.replace(rtol=1e-2))
     again = saved_and_loaded(view, tmp_path)
@@ -426,7 +426,7 @@ def test_flow_of_a_run_is_saved_with_its_present_solver(run_file: Path, tmp_path
 
 
 @pytest.mark.parametrize("change", ["layer", "base", "data", "attribute", "width"])
-def test_a_changed_flow_of_a_run_is_described(change: str, run_file: Path, tmp_path: Path) -> None:
+def test_changed_run_flow_is_saved_as_a_description(change: str, run_file: Path, tmp_path: Path) -> None:
     flow = flowtrain.load(run_file)
     if change == "layer":
         flow.bijection.bijections.append(ActNorm(2).eval())
@@ -444,8 +444,8 @@ def test_a_changed_flow_of_a_run_is_described(change: str, run_file: Path, tmp_p
     assert_same(flow, again)
 
 
-def test_saving_replaces_a_file_or_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, first, second = tmp_path / "flow.pt", built("ActNorm"), built("Affine")
+def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, first, second = tmp_path / "flow.pt", example_flow("ActNorm"), example_flow("Affine")
     first.save(path)
     second.save(str(path))
     assert_same(second, flowtrain.load(path))
@@ -461,8 +461,8 @@ def test_saving_replaces_a_file_or_leaves_it(tmp_path: Path, monkeypatch: pytest
     assert_same(second, flowtrain.load(path))
 
 
-def test_places_that_take_no_file_are_refused(tmp_path: Path) -> None:
-    flow = built("ActNorm")
+def test_invalid_save_paths_are_refused(tmp_path: Path) -> None:
+    flow = example_flow("ActNorm")
     (tmp_path / "a.pt").mkdir()
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "a.pt", tmp_path / "flow", tmp_path / "flow.onnx"):
@@ -478,16 +478,16 @@ def test_places_that_take_no_file_are_refused(tmp_path: Path) -> None:
     assert_same(flow, flowtrain.load(tmp_path / "new/folder/flow.pt"))
 
 
-def test_a_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_in_a_save_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
-    flow = built("ActNorm")
+    flow = example_flow("ActNorm")
     flow.save("~/flow.pt")
     assert_same(flow, flowtrain.load("~/flow.pt"))
 
 
-def test_saving_and_loading_leave_the_random_state(tmp_path: Path) -> None:
-    flow = built("realnvp")
+def test_saving_and_loading_leave_the_random_state_unchanged(tmp_path: Path) -> None:
+    flow = example_flow("realnvp")
     before = torch.get_rng_state()
     saved_and_loaded(flow, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)

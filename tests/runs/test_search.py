@@ -36,23 +36,21 @@ def clusters() -> np.ndarray:
     return rng.normal(size=(240, 3)) * 0.3 + np.where(rng.random((240, 1)) < 0.5, -2.0, 2.0)
 
 
-def searched(x: Any, candidates: list[str] | None = None, **named: Any) -> Any:
+def fit_search(x: Any, candidates: list[str] | None = None, **named: Any) -> Any:
     keys = {**STEPS, **({} if candidates is None else {"model.candidates": candidates}), **named.pop("overrides", {})}
     return fit(x, progress=False, overrides=keys, **named)
 
 
-def state_of(run_dir: Path) -> dict[str, Any]:
+def search_state(run_dir: Path) -> dict[str, Any]:
     state = json.loads((run_dir / "search/search.json").read_text())
     for candidate in state["candidates"]:
         del candidate["seconds"]
     return {"stacks": state["stacks"], "candidates": state["candidates"]}
 
 
-def test_the_stack_is_at_least_as_good_on_the_validation_rows_as_every_candidate(
-    clusters: np.ndarray, tmp_path: Path
-) -> None:
-    flow = searched(clusters, ["affine", "mixture", *FLOWS], run_dir=tmp_path / "r", seed=3)
-    state = state_of(tmp_path / "r")
+def test_stack_has_the_lowest_validation_nll(clusters: np.ndarray, tmp_path: Path) -> None:
+    flow = fit_search(clusters, ["affine", "mixture", *FLOWS], run_dir=tmp_path / "r", seed=3)
+    state = search_state(tmp_path / "r")
     nll = {c["name"]: c["nll"] for c in state["candidates"]}
     weight = {c["name"]: c["weight"] for c in state["candidates"]}
     assert {"affine", "mixture", *FLOWS} <= nll.keys()
@@ -75,7 +73,7 @@ def test_the_stack_is_at_least_as_good_on_the_validation_rows_as_every_candidate
         assert {m["path"]: m["weight"] for m in result["members"]} == {k: w for k, w in weight.items() if w > 0}
 
 
-def test_a_search_that_is_continued_repeats_nothing_and_gives_the_same_flow(
+def test_continued_search_gives_the_same_flow(
     clusters: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     trained: list[tuple[str, int]] = []
@@ -113,7 +111,7 @@ def test_a_search_that_is_continued_repeats_nothing_and_gives_the_same_flow(
     code, _, err = run("flowtrain", *keys, f"hydra.run.dir={tmp_path}/whole")
     assert code == 0, err
     assert sorted(trained) == sorted(once)
-    assert state_of(tmp_path / "stopped") == state_of(tmp_path / "whole")
+    assert search_state(tmp_path / "stopped") == search_state(tmp_path / "whole")
     one, other = (checkpoint.load(tmp_path / name / "checkpoints/best.pt")["weights"] for name in ("stopped", "whole"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -123,7 +121,7 @@ def test_a_search_that_is_continued_repeats_nothing_and_gives_the_same_flow(
     assert (code, trained) == (0, [])
 
 
-def test_a_candidate_that_fails_is_left_out(
+def test_failed_candidate_is_excluded(
     clusters: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fit_to_the_end = Trainer.fit
@@ -134,14 +132,14 @@ def test_a_candidate_that_fails_is_left_out(
         fit_to_the_end(self, name)
 
     monkeypatch.setattr(Trainer, "fit", failing)
-    flow = searched(clusters, ["affine", "nsf"])
+    flow = fit_search(clusters, ["affine", "nsf"])
     assert torch.isfinite(flow.log_prob(torch.zeros(1, 3)))
     assert any(record.levelname == "WARNING" and "nsf" in record.getMessage() for record in caplog.records)
     with pytest.raises(SolverError):
-        searched(clusters, ["nsf"])
+        fit_search(clusters, ["nsf"])
 
 
-def test_a_time_limit_bounds_the_search_and_the_first_candidates_are_always_fitted(clusters: np.ndarray) -> None:
+def test_time_limit_still_fits_the_first_candidates(clusters: np.ndarray) -> None:
     flow = fit(clusters, progress=False, overrides={"trainer.time_limit": 1e-3})
     gaussian = fit(clusters, model="affine", progress=False, steps=1)
     x = torch.tensor(clusters[flow.record.held_out["test"]], dtype=torch.float32)
@@ -149,33 +147,33 @@ def test_a_time_limit_bounds_the_search_and_the_first_candidates_are_always_fitt
     assert flow.log_prob(x).mean() > gaussian.log_prob(x).mean()
 
 
-def test_without_a_run_directory_nothing_is_written(
+def test_search_without_run_directory_writes_nothing(
     clusters: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flow = searched(clusters, ["affine", "mixture"])
+    flow = fit_search(clusters, ["affine", "mixture"])
     assert not [*tmp_path.iterdir()]
     flow.save("flow.pt")
     x = torch.randn(5, 3)
     assert torch.allclose(flowtrain.load("flow.pt").log_prob(x), flow.log_prob(x))
 
 
-def test_conditional_flows_are_searched_among_conditional_models(clusters: np.ndarray, tmp_path: Path) -> None:
+def test_search_with_labels_uses_only_conditional_models(clusters: np.ndarray, tmp_path: Path) -> None:
     label = (clusters[:, 0] > 0).astype(int)
-    flow = searched(clusters, label=label, run_dir=tmp_path / "r", overrides={"trainer.steps": 3})
+    flow = fit_search(clusters, label=label, run_dir=tmp_path / "r", overrides={"trainer.steps": 3})
     assert flow.classes == 2
-    names = {c["model"] for c in state_of(tmp_path / "r")["candidates"]}
+    names = {c["model"] for c in search_state(tmp_path / "r")["candidates"]}
     assert names
     assert not names & {"affine", "mixture"}
     with pytest.raises(ConfigError):
-        searched(clusters, ["mixture"], label=label)
+        fit_search(clusters, ["mixture"], label=label)
     with pytest.raises(DataError):
-        searched(clusters, overrides={"model.conditional": True})
+        fit_search(clusters, overrides={"model.conditional": True})
 
 
-def test_a_search_takes_the_keys_of_the_user_for_every_candidate(clusters: np.ndarray, tmp_path: Path) -> None:
+def test_user_overrides_apply_to_every_candidate(clusters: np.ndarray, tmp_path: Path) -> None:
     keys = {"trainer.clip_norm": 0.123, "solver": "tsit5", "solver.rtol": 1e-3}
-    searched(clusters, ["realnvp", "ffjord"], run_dir=tmp_path / "r", overrides={**keys, "trainer.steps": 2})
+    fit_search(clusters, ["realnvp", "ffjord"], run_dir=tmp_path / "r", overrides={**keys, "trainer.steps": 2})
     for name in ("realnvp", "ffjord"):
         config = checkpoint.load(tmp_path / f"r/search/{name}/checkpoints/last.pt")["config"]
         assert config["trainer"]["clip_norm"] == 0.123
@@ -201,7 +199,7 @@ def test_a_search_takes_the_keys_of_the_user_for_every_candidate(clusters: np.nd
         {"model.conditional": "perhaps"},
     ],
 )
-def test_a_mistake_is_refused_before_anything_is_trained(
+def test_invalid_settings_are_refused_before_training(
     clusters: np.ndarray, tmp_path: Path, overrides: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigError):
@@ -209,20 +207,20 @@ def test_a_mistake_is_refused_before_anything_is_trained(
     assert not (tmp_path / "r").exists()
 
 
-def test_a_directory_of_someone_else_is_not_searched_into(clusters: np.ndarray, tmp_path: Path) -> None:
+def test_foreign_search_directory_is_refused(clusters: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "search").mkdir()
     (tmp_path / "search/mine.txt").write_text("mine")
     for text in ("{}", '{"candidates": [], "stacks": {}}'):
         with pytest.raises(ConfigError):
-            searched(clusters, ["affine"], run_dir=tmp_path)
+            fit_search(clusters, ["affine"], run_dir=tmp_path)
         (tmp_path / "search/search.json").write_text(text)
     with pytest.raises(ConfigError):
-        searched(clusters, ["affine"], run_dir=tmp_path)
+        fit_search(clusters, ["affine"], run_dir=tmp_path)
     assert (tmp_path / "search/mine.txt").read_text() == "mine"
     # leftovers of a search that was killed before its first checkpoint do not block a new one
     (tmp_path / "r/search/nsf/checkpoints").mkdir(parents=True)
     (tmp_path / "r/search/search.json").write_text('{"candidates": [], "stacks": {}}')
-    searched(clusters, ["affine"], run_dir=tmp_path / "r")
+    fit_search(clusters, ["affine"], run_dir=tmp_path / "r")
     assert not (tmp_path / "r/search/nsf").exists()
 
 
@@ -236,7 +234,7 @@ def test_a_directory_of_someone_else_is_not_searched_into(clusters: np.ndarray, 
         (["data=moons"], False),
     ],
 )
-def test_the_command_searches_tables_if_no_model_is_named(arguments: list[str], is_search: bool, run: Run) -> None:
+def test_flowtrain_searches_tables_by_default(arguments: list[str], is_search: bool, run: Run) -> None:
     code, out, err = (
         run("flowtrain", *arguments, "data.path=x.csv", "--cfg", "job")
         if "data=array" in arguments
@@ -246,7 +244,7 @@ def test_the_command_searches_tables_if_no_model_is_named(arguments: list[str], 
     assert ("name: auto" in out) == is_search
 
 
-def test_runs_of_searches_form_an_ensemble(clusters: np.ndarray, tmp_path: Path, run: Run) -> None:
+def test_search_runs_form_an_ensemble(clusters: np.ndarray, tmp_path: Path, run: Run) -> None:
     np.save(tmp_path / "x.npy", clusters)
     keys = [f"{key}={'null' if value is None else value}" for key, value in STEPS.items()]
     keys += ["data=array", f"data.path={tmp_path}/x.npy", "model.candidates=[affine,mixture]", "seed=0,1"]
@@ -290,7 +288,7 @@ def command_line(x: np.ndarray, folder: Path, candidates: str, **keys: Any) -> l
     return ["flowtrain", *given, "data=array", f"data.path={folder}/x.csv", f"model.candidates={candidates}"]
 
 
-def test_a_search_that_is_stopped_in_its_first_candidate_is_kept_and_goes_on(
+def test_search_stopped_in_its_first_candidate_resumes(
     clusters: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     command = command_line(clusters, tmp_path, "[nsf]")
@@ -303,19 +301,17 @@ def test_a_search_that_is_stopped_in_its_first_candidate_is_kept_and_goes_on(
     assert code == 0, err
     code, _, err = run(*command, f"hydra.run.dir={tmp_path}/whole")
     assert code == 0, err
-    assert state_of(tmp_path / "r") == state_of(tmp_path / "whole")
+    assert search_state(tmp_path / "r") == search_state(tmp_path / "whole")
 
 
-def test_an_interrupt_of_a_fit_returns_the_best_flow_so_far(
-    clusters: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_fit_returns_the_best_flow_so_far(clusters: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, "nsf", 7, signal.SIGINT)
-    flow = searched(clusters, ["nsf"])
+    flow = fit_search(clusters, ["nsf"])
     assert torch.isfinite(flow.log_prob(torch.zeros(1, 3)))
     assert flow.record.stopped_by == "SIGINT"
 
 
-def test_a_search_is_not_resumed_with_changed_data(clusters: np.ndarray, tmp_path: Path, run: Run) -> None:
+def test_search_refuses_to_resume_with_changed_data(clusters: np.ndarray, tmp_path: Path, run: Run) -> None:
     code, _, err = run(*command_line(clusters, tmp_path, "[affine]"), f"hydra.run.dir={tmp_path}/r")
     assert code == 0, err
     before = (tmp_path / "r/result.json").read_text()
@@ -325,25 +321,23 @@ def test_a_search_is_not_resumed_with_changed_data(clusters: np.ndarray, tmp_pat
     assert (tmp_path / "r/result.json").read_text() == before
 
 
-def test_with_more_time_flows_go_on_and_a_damaged_candidate_is_left_out(
-    clusters: np.ndarray, tmp_path: Path, run: Run
-) -> None:
+def test_resume_with_more_time_skips_damaged_candidates(clusters: np.ndarray, tmp_path: Path, run: Run) -> None:
     keys = {"trainer__steps": "auto", "trainer__time_limit": 0.3}
     code, _, err = run(*command_line(clusters, tmp_path, "[affine,nsf,maf]", **keys), f"hydra.run.dir={tmp_path}/r")
     assert code == 0, err
-    first = state_of(tmp_path / "r")
+    first = search_state(tmp_path / "r")
     for path in (tmp_path / "r/search").glob("maf/checkpoints/*.pt"):
         path.write_bytes(path.read_bytes()[:100])
     code, _, err = run("flowtrain", f"resume={tmp_path}/r", "trainer.time_limit=4")
     assert code == 0, err
-    steps = [{c["name"]: c["steps"] for c in state["candidates"]} for state in (first, state_of(tmp_path / "r"))]
+    steps = [{c["name"]: c["steps"] for c in state["candidates"]} for state in (first, search_state(tmp_path / "r"))]
     assert steps[1]["nsf"] > steps[0].get("nsf", 0)
     # the ensemble is computed again from all candidates
     last = json.loads((tmp_path / "r/metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == sum(steps[1].values())
 
 
-def test_a_damaged_state_is_refused(clusters: np.ndarray, tmp_path: Path, run: Run) -> None:
+def test_damaged_search_state_is_refused(clusters: np.ndarray, tmp_path: Path, run: Run) -> None:
     code, _, err = run(*command_line(clusters, tmp_path, "[affine]"), f"hydra.run.dir={tmp_path}/r")
     assert code == 0, err
     path = tmp_path / "r/search/search.json"

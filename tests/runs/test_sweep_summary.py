@@ -22,7 +22,7 @@ def job(name: str, nll: float | None, **keys: str) -> sweep_summary.Job:
     )
 
 
-def test_runs_within_the_error_of_the_best_are_marked() -> None:
+def test_runs_as_good_as_the_best_are_marked() -> None:
     def measured(name: str, nll: float, error: float | None) -> sweep_summary.Job:
         return sweep_summary.Job(name, {"lr": name}, {"val_nll": nll, "val_nll_stderr": error}, None)
 
@@ -46,7 +46,7 @@ def test_runs_within_the_error_of_the_best_are_marked() -> None:
     )
 
 
-def test_the_validation_error_is_that_of_the_best_step(run: Run, tmp_path: Path) -> None:
+def test_validation_error_belongs_to_the_best_step(run: Run, tmp_path: Path) -> None:
     assert run("flowtrain", *SMALL, "hydra.run.dir=r", "trainer.val_every=1", "trainer.lr=0.1")[0] == 0
     result = json.loads((tmp_path / "r/result.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
@@ -85,7 +85,7 @@ def test_summary_of_failed_jobs_only(tmp_path: Path) -> None:
     assert math.isinf(failed.val_nll)
 
 
-def test_overrides_of_earlier_versions_have_the_present_names_of_keys(tmp_path: Path) -> None:
+def test_old_override_keys_are_renamed(tmp_path: Path) -> None:
     (tmp_path / ".hydra").mkdir()
     (tmp_path / OVERRIDES).write_text("- model.positions=true\n- trainer.lr=0.1\n")
     assert overrides_of(tmp_path) == ["model.positional_bias=true", "trainer.lr=0.1"]

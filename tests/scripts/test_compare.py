@@ -28,7 +28,7 @@ def compare() -> ModuleType:
     return module
 
 
-def test_rows_and_figure_are_written(compare: ModuleType, tmp_path: Path) -> None:
+def test_table_cells_and_figure_are_written(compare: ModuleType, tmp_path: Path) -> None:
     unsolved = {**ROW, "method": "glow", "nfe": None, "sample_nfe": None, "sliced_wasserstein_4": None}
     unknown = {**ROW, "data": "gas", "entropy": None, "kl": None, "kl_stderr": None}
     assert compare.cells(ROW)[3:5] == ["2.400 ± 0.010", "0.010 ± 0.002"]
@@ -39,7 +39,7 @@ def test_rows_and_figure_are_written(compare: ModuleType, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_run_from_the_command_line(tmp_path: Path) -> None:
+def test_script_runs_from_the_command_line(tmp_path: Path) -> None:
     keys = ["trainer.steps=2", "data.n_val=20", "data.n_test=20", "trainer.batch_size=8"]
     command = [sys.executable, str(SCRIPT), "moons", "--methods", "realnvp", "ffjord", "--out", str(tmp_path)]
     done = subprocess.run([*command, "--set", *keys], capture_output=True, text=True, check=True)

@@ -88,7 +88,7 @@ class Mirror:
 Serve = Callable[..., Mirror]
 
 
-def dead() -> str:
+def unreachable_url() -> str:
     """Returns the URL of a port without a listener."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -134,7 +134,7 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "mnist" / "f.gz"
 
 
-def part_of(target: Path, content: bytes) -> Path:
+def write_part(target: Path, content: bytes) -> Path:
     """Writes the partial download of an earlier run."""
     part = target.with_name("f.gz.part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -152,36 +152,36 @@ def is_whole(target: Path) -> bool:
 
 
 @pytest.mark.parametrize("length", [True, False])
-def test_a_whole_download(serve: Serve, target: Path, length: bool) -> None:
+def test_file_is_downloaded_in_one_request(serve: Serve, target: Path, length: bool) -> None:
     mirror = serve(length=length)
     assert obtain(target, mirror) == f"300000 bytes from {mirror.url}f.gz"
     assert is_whole(target)
     assert mirror.asked == [("/data/f.gz", None)]
 
 
-def test_what_is_there_and_right_is_left_alone(target: Path) -> None:
+def test_existing_valid_file_is_not_downloaded(target: Path) -> None:
     target.parent.mkdir()
     target.write_bytes(CONTENT)
     before = target.stat()
-    assert obtain(target, dead()) == "already downloaded"
+    assert obtain(target, unreachable_url()) == "already downloaded"
     assert (target.stat().st_ino, target.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_cut_connection_is_resumed(serve: Serve, target: Path) -> None:
+def test_interrupted_connection_is_resumed(serve: Serve, target: Path) -> None:
     mirror = serve(cuts=[100_000, 50_000])
     obtain(target, mirror)
     assert is_whole(target)
     assert mirror.asked_ranges == [None, "bytes=100000-", "bytes=150000-"]
 
 
-def test_the_next_mirror_goes_on_where_one_stopped(serve: Serve, target: Path) -> None:
+def test_next_mirror_resumes_a_partial_download(serve: Serve, target: Path) -> None:
     broken, good = serve(cuts=[100_000, 0]), serve()
     assert good.url in obtain(target, broken, good)
     assert is_whole(target)
     assert good.asked_ranges == ["bytes=100000-"]
 
 
-def test_the_next_run_goes_on_where_one_stopped(serve: Serve, target: Path) -> None:
+def test_next_run_resumes_a_partial_download(serve: Serve, target: Path) -> None:
     with pytest.raises(OSError, match="connection ended 200000 bytes before the end"):
         obtain(target, serve(cuts=[100_000, 0]))
     assert target.with_name("f.gz.part").read_bytes() == CONTENT[:100_000]
@@ -192,24 +192,24 @@ def test_the_next_run_goes_on_where_one_stopped(serve: Serve, target: Path) -> N
     assert mirror.asked_ranges == ["bytes=100000-"]
 
 
-def test_a_mirror_that_never_gets_on_is_given_up(serve: Serve, target: Path) -> None:
+def test_mirror_without_progress_is_abandoned(serve: Serve, target: Path) -> None:
     mirror = serve(cuts=[10] * 100)
     with pytest.raises(OSError, match="connection ended"):
         obtain(target, mirror)
     assert len(mirror.asked) == download.TRIES
 
 
-def test_a_server_without_ranges_sends_all_again(serve: Serve, target: Path) -> None:
-    part_of(target, CONTENT[:HALF])
+def test_server_without_range_support_restarts_the_download(serve: Serve, target: Path) -> None:
+    write_part(target, CONTENT[:HALF])
     mirror = serve(ranges=False)
     obtain(target, mirror)
     assert is_whole(target)
     assert mirror.asked_ranges == [f"bytes={HALF}-"]
 
 
-def test_a_part_that_is_whole_needs_no_server(target: Path) -> None:
-    part_of(target, CONTENT)
-    assert obtain(target, dead()) == "completed from its .part file"
+def test_complete_partial_file_needs_no_request(target: Path) -> None:
+    write_part(target, CONTENT)
+    assert obtain(target, unreachable_url()) == "completed from its .part file"
     assert is_whole(target)
 
 
@@ -221,10 +221,10 @@ def test_a_part_that_is_whole_needs_no_server(target: Path) -> None:
         (b"x" * HALF, [f"bytes={HALF}-", None]),
         (b"", [None]),
     ],
-    ids=["too long", "as long and wrong", "a wrong beginning", "empty"],
+    ids=["too long", "wrong content", "wrong prefix", "empty"],
 )
-def test_a_part_that_is_wrong_is_thrown_away(serve: Serve, target: Path, part: bytes, asked: list[str | None]) -> None:
-    part_of(target, part)
+def test_invalid_partial_file_is_discarded(serve: Serve, target: Path, part: bytes, asked: list[str | None]) -> None:
+    write_part(target, part)
     mirror = serve()
     obtain(target, mirror)
     assert is_whole(target)
@@ -232,15 +232,15 @@ def test_a_part_that_is_wrong_is_thrown_away(serve: Serve, target: Path, part: b
 
 
 WRONG = {
-    "as long": (b"y" * len(CONTENT), True, "SHA-256"),
+    "same length": (b"y" * len(CONTENT), True, "SHA-256"),
     "shorter": (CONTENT[:-1], True, "has 299999 bytes, but 300000 are expected"),
     "longer": (CONTENT + b"y", True, "has 300001 bytes, but 300000 are expected"),
-    "longer, unannounced": (CONTENT + b"y", False, "more bytes than expected"),
+    "longer than announced": (CONTENT + b"y", False, "more bytes than expected"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_mirror_with_another_file_is_passed_over(serve: Serve, target: Path, case: str) -> None:
+def test_mirror_with_a_wrong_file_is_skipped(serve: Serve, target: Path, case: str) -> None:
     content, length, message = WRONG[case]
     target.parent.mkdir()
     target.write_bytes(b"damaged")
@@ -252,15 +252,15 @@ def test_a_mirror_with_another_file_is_passed_over(serve: Serve, target: Path, c
     assert is_whole(target)
 
 
-def test_a_part_of_another_range_is_not_appended(serve: Serve, target: Path) -> None:
-    part = part_of(target, CONTENT[:HALF])
+def test_wrong_content_range_is_not_appended(serve: Serve, target: Path) -> None:
+    part = write_part(target, CONTENT[:HALF])
     with pytest.raises(OSError, match=f"from {HALF} on were requested, but it sends bytes {HALF + 5}-"):
         obtain(target, serve(shift=5))
     assert part.read_bytes() == CONTENT[:HALF]
 
 
-def test_an_error_page_does_not_replace_what_has_come(serve: Serve, target: Path) -> None:
-    part = part_of(target, CONTENT[:HALF])
+def test_error_page_does_not_replace_the_partial_file(serve: Serve, target: Path) -> None:
+    part = write_part(target, CONTENT[:HALF])
     with pytest.raises(OSError, match="HTTP 503"):
         obtain(target, serve(code=503))
     with pytest.raises(OSError, match="has 6 bytes"):
@@ -268,7 +268,7 @@ def test_an_error_page_does_not_replace_what_has_come(serve: Serve, target: Path
     assert part.read_bytes() == CONTENT[:HALF]
 
 
-def test_a_silent_server_is_given_up_and_what_came_is_kept(serve: Serve, target: Path) -> None:
+def test_stalled_server_times_out_and_keeps_the_partial_file(serve: Serve, target: Path) -> None:
     silent, good = serve(cuts=[1000, 0], stalls=True), serve()
     with pytest.raises(OSError, match="timed out"):
         download.obtain(target, EXPECTED, [f"{silent.url}f.gz"], timeout=0.2)
@@ -288,7 +288,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_command_prints_a_line_a_file(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_one_line_per_file(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mirror = serve()
     arguments = ["mnist", "fashion_mnist", "--root", str(tmp_path), "--mirror", mirror.url.rstrip("/")]
     assert download.main(arguments) == 0
@@ -303,14 +303,14 @@ def test_the_command_prints_a_line_a_file(serve: Serve, tmp_path: Path, capsys: 
 
 
 @pytest.mark.usefixtures("small")
-def test_dead_mirrors_give_one_message_and_leave_what_was_there(
+def test_unreachable_mirrors_give_one_message_and_keep_files(
     serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mnist").mkdir()
     kept = {"a.gz": b"damaged", "a.gz.part": CONTENT[:HALF], "b.gz": b"damaged too"}
     for name, content in kept.items():
         (tmp_path / "mnist" / name).write_bytes(content)
-    mirrors = [dead(), serve(code=404).url, "nonsense"]
+    mirrors = [unreachable_url(), serve(code=404).url, "nonsense"]
     asked = [word for mirror in mirrors for word in ("--mirror", mirror)]
     assert download.main([*asked, "mnist", "--root", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
@@ -322,40 +322,40 @@ def test_dead_mirrors_give_one_message_and_leave_what_was_there(
 
 
 @pytest.mark.usefixtures("small")
-def test_the_usual_mirrors_are_tried_in_turn(
+def test_default_mirrors_are_tried_in_order(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = serve()
-    monkeypatch.setattr(download, "MIRRORS", {"mnist": (dead(), good.url), "fashion_mnist": ()})
+    monkeypatch.setattr(download, "MIRRORS", {"mnist": (unreachable_url(), good.url), "fashion_mnist": ()})
     monkeypatch.setenv("FLOWTRAIN_DATA", str(tmp_path))
     assert download.main([]) == 0
     assert (tmp_path / "mnist" / "b.gz").read_bytes() == CONTENT
     assert capsys.readouterr().err == ""
 
 
-def test_a_root_that_cannot_be_written_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_root_gives_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert download.main(["--root", str(tmp_path / "file"), "--mirror", dead()]) == 1
+    assert download.main(["--root", str(tmp_path / "file"), "--mirror", unreachable_url()]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_an_unknown_data_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_dataset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         download.main(["cifar"])
     assert "unknown data set: cifar. Choose mnist or fashion_mnist" in capsys.readouterr().err
 
 
-def test_default_root_is_the_one_flowtrain_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_root_equals_the_flowtrain_default(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("FLOWTRAIN_DATA", "~/here"), ("FLOWTRAIN_DATA", ""), ("XDG_CACHE_HOME", "/cache")):
         monkeypatch.setenv(name, value)
         assert download.default_root() == default_root()
 
 
-def test_the_sums_are_those_of_the_real_files(capsys: pytest.CaptureFixture[str]) -> None:
+def test_checksums_match_the_published_files(capsys: pytest.CaptureFixture[str]) -> None:
     if not SUMS.exists():
         pytest.skip(f"{SUMS} not found")
     published = {name: digest for digest, name in (line.split() for line in SUMS.read_text().splitlines())}
     stated = {f"{name}/{file}": s.sha256 for name, files in download.FILES.items() for file, s in files.items()}
     assert stated == {name: digest for name, digest in published.items() if name.endswith("ubyte.gz")}
-    assert download.main([*download.FILES, "--root", str(SUMS.parent), "--mirror", dead()]) == 0
+    assert download.main([*download.FILES, "--root", str(SUMS.parent), "--mirror", unreachable_url()]) == 0
     assert capsys.readouterr().out.count("is there already") == 8

@@ -9,7 +9,7 @@ from examples import anomalies, digits, table
 from matplotlib import image
 
 
-def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_example_beats_the_gaussian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nll = table.main(minutes=0.05, out=str(tmp_path / "table.pt"))
     # compare with the NLL of a Gaussian with the covariance of the table
     x = table.generated()
@@ -22,10 +22,10 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "mine.pt").is_file()
 
 
-def test_anomalies() -> None:
+def test_anomalies_example_reaches_auroc() -> None:
     assert anomalies.main(minutes=0.05) > 0.7
 
 
-def test_digits(tmp_path: Path) -> None:
+def test_digits_example_writes_a_figure(tmp_path: Path) -> None:
     digits.main(minutes=0.02, out=str(tmp_path / "digits.png"))
     assert image.imread(tmp_path / "digits.png").shape[:2] == (400, 400)

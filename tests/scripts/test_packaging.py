@@ -13,11 +13,11 @@ from flowtrain.utils.files import config_dir, config_groups
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_config_groups_are_found() -> None:
+def test_config_groups_are_found_in_the_package() -> None:
     assert {"model", "data", "solver", "trainer", "objective", "experiment"} <= set(config_groups())
 
 
-def test_a_wheel_from_an_sdist_runs_the_tour(tmp_path: Path) -> None:
+def test_wheel_built_from_the_sdist_runs_the_readme_examples(tmp_path: Path) -> None:
     if not (ROOT / "pyproject.toml").exists():
         pytest.skip("not in a checkout")
     build = "import sys; from hatchling.build import build_sdist, build_wheel; print(eval(sys.argv[1])(sys.argv[2]))"

@@ -36,7 +36,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_resolutions(tables: ModuleType) -> None:
+def test_column_resolution_is_estimated(tables: ModuleType) -> None:
     rng = np.random.default_rng(0)
     hundredths = rng.normal(size=2000).round(2)
     assert tables.resolution(rng.normal(size=2000)) == 0
@@ -50,7 +50,7 @@ def test_resolutions(tables: ModuleType) -> None:
     assert 1e-4 < r < 1e-2
 
 
-def test_a_split_has_each_row_once_and_changes_with_the_seed(tables: ModuleType, data: Path) -> None:
+def test_split_contains_each_row_once_and_depends_on_the_seed(tables: ModuleType, data: Path) -> None:
     split = tables.prepared("adbench/Wilt", 0, data)
     assert [len(part) for part in split] == [240, 30, 30, 30]
     assert split.train.shape[1] == 2
@@ -60,7 +60,7 @@ def test_a_split_has_each_row_once_and_changes_with_the_seed(tables: ModuleType,
     assert not np.array_equal(split.places, other.places)
 
 
-def test_gaussian_mixture_and_kernels_are_densities(tables: ModuleType) -> None:
+def test_baseline_nlls_approach_the_true_entropy(tables: ModuleType) -> None:
     """Their NLL on many rows of a known density is close to its entropy in data units."""
     rng = np.random.default_rng(0)
     factor = np.array([[20.0, 0.0], [3.0, 0.1]])
@@ -76,7 +76,7 @@ def test_gaussian_mixture_and_kernels_are_densities(tables: ModuleType) -> None:
         assert found.val_nll == pytest.approx(entropy, abs=2 * error)
 
 
-def test_the_standard_error_is_clustered_by_row(tables: ModuleType) -> None:
+def test_standard_error_is_clustered_by_row(tables: ModuleType) -> None:
     rng = np.random.default_rng(0)
     value, places = rng.normal(size=400), np.arange(400)
     plain = value.std() / 20
@@ -95,7 +95,7 @@ def measured(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(arguments[-1]).read_text().splitlines()]
 
 
-def test_a_measurement_continues_and_records_failures(tables: ModuleType, data: Path, tmp_path: Path) -> None:
+def test_benchmark_resumes_and_records_failures(tables: ModuleType, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     keys = ["--data", str(data), "--tables", "adbench/Wilt", "--seconds", "1", "--seeds", "0"]
     first = measured(*keys, "--methods", "gaussian", "--out", str(out))
@@ -118,7 +118,7 @@ def test_a_measurement_continues_and_records_failures(tables: ModuleType, data: 
 
 
 @pytest.mark.slow
-def test_a_flow_beside_a_peer(tables: ModuleType, data: Path, tmp_path: Path) -> None:
+def test_benchmark_runs_a_flow_and_a_baseline(tables: ModuleType, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     keys = ["--data", str(data), "--tables", "earth/flood", "moons", "--seconds", "3", "--seeds", "0"]
     rows = measured(*keys, "--methods", "gmm", "nsf", "--out", str(out))

@@ -55,7 +55,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_runs_end_as_if_they_had_not_been(run: Run, tmp_path: Path) -> None:
+def test_killed_runs_resume_to_the_uninterrupted_result(run: Run, tmp_path: Path) -> None:
     keys = [*RUN, *MODELS["realnvp"], "trainer.steps=60"]
     code, _, err = run("flowtrain", *keys, f"hydra.run.dir={tmp_path}/whole")
     assert code == 0, err
@@ -65,7 +65,7 @@ def test_killed_and_resumed_runs_end_as_if_they_had_not_been(run: Run, tmp_path:
     assert (part.tried, part.wrong) == (3, [])
 
 
-def test_runs_that_differ_in_a_bit_are_told_apart(tmp_path: Path, trainer: MakeTrainer) -> None:
+def test_run_comparison_detects_any_difference(tmp_path: Path, trainer: MakeTrainer) -> None:
     a, b = torch.tensor([0.0, torch.nan]), torch.tensor([0.0, torch.nan])
     assert value_differences({"x": [a, 1.0]}, {"x": [b, 1.0], "seconds": 3}, "at") == []
     assert value_differences({"x": [-a, 1.0]}, {"x": [b, 2.0]}, "at") == ["at:x:0 differs", "at:x:1 differs"]
@@ -81,7 +81,7 @@ def test_runs_that_differ_in_a_bit_are_told_apart(tmp_path: Path, trainer: MakeT
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer) -> tuple[Path, Original]:
+def original_checkpoint(tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer) -> tuple[Path, Original]:
     """Trains a run and returns a checkpoint without a previous one beside it, and its content."""
     torch.set_default_dtype(torch.float32)
     folder = tmp_path_factory.mktemp("run")
@@ -93,16 +93,18 @@ def known(tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer) -> tup
 
 @settings(max_examples=100, **BUDGET)
 @given(rng=RANDOM)
-def test_damaged_checkpoints_are_refused_or_harmless(known: tuple[Path, Original], rng: random.Random) -> None:
-    path, whole = known
+def test_damaged_checkpoints_are_refused_or_harmless(
+    original_checkpoint: tuple[Path, Original], rng: random.Random
+) -> None:
+    path, whole = original_checkpoint
     kind, content = damaged(rng, whole.content)
     path.write_bytes(content)
     verdict = load_verdict(path, whole)
     assert not verdict.wrong, (kind, verdict)
 
 
-def test_wrong_load_is_detected(known: tuple[Path, Original]) -> None:
-    path, whole = known
+def test_wrongly_loaded_checkpoint_is_detected(original_checkpoint: tuple[Path, Original]) -> None:
+    path, whole = original_checkpoint
     path.write_bytes(whole.content)
     assert load_verdict(path, whole) == ("unharmed", False)
     name = next(iter(whole.state))
@@ -134,7 +136,7 @@ def test_random_configs_train_or_are_refused(run: Run, files: Path, rng: random.
     assert not verdict.wrong, (arguments, verdict.words)
 
 
-def test_bad_exit_is_detected(tmp_path: Path) -> None:
+def test_wrong_exit_code_or_output_is_detected(tmp_path: Path) -> None:
     message = "flowtrain: seed=x: give a whole number\n"
     (tmp_path / "flowtrain.log").write_text("2026-01-01 INFO reading\nsecond line\n")
     assert judge(Outcome(2, "", message), tmp_path) == ("refused", False)
@@ -161,12 +163,12 @@ def test_bad_exit_is_detected(tmp_path: Path) -> None:
 def test_odd_and_damaged_files_are_read_or_refused(tmp_path: Path, rng: random.Random) -> None:
     name, content = random_file(rng)
     (tmp_path / name).write_bytes(content)
-    verdict = reading(tmp_path / name)
+    verdict = read_verdict(tmp_path / name)
     assert not verdict.wrong, (name, verdict.words)
     (tmp_path / name).unlink()
 
 
-def reading(path: Path) -> Verdict:
+def read_verdict(path: Path) -> Verdict:
     try:
         data = ArrayData(str(path))
     except FlowtrainError as e:
@@ -178,7 +180,7 @@ def reading(path: Path) -> Verdict:
 
 
 @pytest.mark.slow
-def test_the_script_prints_a_table(tmp_path: Path) -> None:
+def test_script_prints_a_table(tmp_path: Path) -> None:
     few = ["--kills", "1", "--corruptions", "5", "--configs", "3", "--arrays", "5", "--minutes", "5"]
     environment: dict[str, Any] = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, str(TORTURE), *few]

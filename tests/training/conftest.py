@@ -94,7 +94,7 @@ Pictures = dict[tuple[str, int], bytes]
 
 
 @pytest.fixture(scope="session")
-def shown() -> Callable[[Path], tuple[Scalars, Pictures]]:
+def read_tensorboard() -> Callable[[Path], tuple[Scalars, Pictures]]:
     """Returns a function that reads what TensorBoard shows of a run, by tag and step, and checks for duplicates."""
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -114,7 +114,7 @@ def shown() -> Callable[[Path], tuple[Scalars, Pictures]]:
 
 
 @pytest.fixture(scope="session")
-def written() -> Callable[[Path], Scalars]:
+def expected_scalars() -> Callable[[Path], Scalars]:
     """Returns a function that reads the scalars which TensorBoard should show from metrics.jsonl and result.json."""
 
     def read(run_dir: Path) -> Scalars:
@@ -133,7 +133,7 @@ def written() -> Callable[[Path], Scalars]:
 
 
 @pytest.fixture(scope="session")
-def drawn() -> Callable[[Path, int], Pictures]:
+def expected_pictures() -> Callable[[Path, int], Pictures]:
     """Returns a function that reads the pictures which TensorBoard should show from plots/."""
 
     def read(run_dir: Path, steps: int) -> Pictures:

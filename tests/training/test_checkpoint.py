@@ -48,7 +48,7 @@ def best(trained_affine: bytes, tmp_path: Path) -> Path:
         (("model", "note"), "${oc.env:HOME}"),
     ],
 )
-def test_a_checkpoint_runs_no_code(where: tuple[str, str], target: Any, best: Path) -> None:
+def test_loading_a_checkpoint_runs_no_code(where: tuple[str, str], target: Any, best: Path) -> None:
     content = checkpoint.load(best)
     content["config"][where[0]][where[1]] = target
     checkpoint.save(best, content)
@@ -56,7 +56,7 @@ def test_a_checkpoint_runs_no_code(where: tuple[str, str], target: Any, best: Pa
         load(best)
 
 
-def test_torn_and_foreign_files_are_refused(tmp_path: Path, best: Path) -> None:
+def test_truncated_and_foreign_files_are_refused(tmp_path: Path, best: Path) -> None:
     whole = best.read_bytes()
     torn, foreign, pickled = (tmp_path / name for name in ("torn.pt", "foreign.pt", "pickled.pt"))
     torn.write_bytes(whole[: len(whole) // 2])
@@ -68,7 +68,7 @@ def test_torn_and_foreign_files_are_refused(tmp_path: Path, best: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_keeps_the_old_checkpoint(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = best.read_bytes()
     content = checkpoint.load(best)
 
@@ -82,7 +82,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(best: Path, monkeypatch: pytest
     assert [p.name for p in best.parent.iterdir() if p.name.endswith(".tmp")] == []
 
 
-def test_load_leaves_the_random_state_alone(best: Path) -> None:
+def test_load_leaves_the_random_state_unchanged(best: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -109,19 +109,19 @@ CONTENT = {
         {"c": 1},
     ],
 )
-def test_checksum_sees_every_change(change: dict[str, Any]) -> None:
+def test_checksum_detects_every_change(change: dict[str, Any]) -> None:
     assert checksum(CONTENT) == checksum({**CONTENT, "t": CONTENT["t"].clone()})  # type: ignore[attr-defined]
     assert checksum(CONTENT) != checksum({**CONTENT, **change})
 
 
-def test_checksum_refuses_what_claims_more_than_it_holds() -> None:
+def test_checksum_refuses_expanded_tensors_and_objects() -> None:
     with pytest.raises(CheckpointError, match="less memory"):
         checksum({"w": torch.zeros(1).expand(10**12)})
     with pytest.raises(CheckpointError, match="not a plain value"):
         checksum({"w": object()})
 
 
-def test_a_flipped_bit_is_found_wherever_it_is(best: Path) -> None:
+def test_flipped_bits_are_detected_or_harmless(best: Path) -> None:
     """At each of 500 random offsets, a flipped bit is refused or does not change the loaded content."""
     whole = best.read_bytes()
     right = checksum(checkpoint.load(best))
@@ -142,7 +142,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(best: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "gone"])
-def test_the_checkpoint_before_a_damaged_one_is_taken(
+def test_damaged_checkpoint_falls_back_to_the_previous_one(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, saved_run: Callable[..., Path]
 ) -> None:
     path = saved_run(tmp_path)
@@ -160,7 +160,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(
     assert re.search(r"last\.previous\.pt.*step 4", caplog.text)
 
 
-def test_resume_from_the_previous_checkpoint_ends_the_same(
+def test_resume_from_the_previous_checkpoint_is_bitwise_exact(
     tmp_path: Path, saved_run: Callable[..., Path], trainer: MakeTrainer, rows: ReadRows
 ) -> None:
     whole = saved_run(tmp_path / "whole")
@@ -174,7 +174,7 @@ def test_resume_from_the_previous_checkpoint_ends_the_same(
     assert all(torch.equal(ends[0][k], v) for k, v in ends[1].items())
 
 
-def test_checkpoint_that_does_not_read_back_is_not_kept(
+def test_checkpoint_that_fails_verification_is_discarded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_run: Callable[..., Path]
 ) -> None:
     path = saved_run(tmp_path)
@@ -191,7 +191,7 @@ def test_checkpoint_that_does_not_read_back_is_not_kept(
     assert not list(path.parent.glob("*.tmp"))
 
 
-def test_checkpoints_of_an_older_flowtrain_have_no_checksum(tmp_path: Path, saved_run: Callable[..., Path]) -> None:
+def test_checkpoints_without_checksum_load(tmp_path: Path, saved_run: Callable[..., Path]) -> None:
     path = saved_run(tmp_path)
     content = checkpoint.load(path)
     torch.save({**content, "format": 1}, path)

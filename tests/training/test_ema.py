@@ -13,7 +13,7 @@ from flowtrain.training.ema import Ema
 pytestmark = pytest.mark.usefixtures("float32")
 
 
-def test_ema_is_the_average_and_gives_the_weights_back() -> None:
+def test_ema_applies_the_average_and_restores_the_weights() -> None:
     module = nn.Linear(1, 1)
     ema = Ema(module, 0.5)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_checkpoint_with_ema_loads_the_averaged_weights(tmp_path: Path, trainer:
     assert not torch.equal(loaded["bijection.bijections.0.mean"], run.flow.state_dict()["bijection.bijections.0.mean"])
 
 
-def test_buffers_that_no_checkpoint_holds_are_not_averaged() -> None:
+def test_non_persistent_buffers_are_not_averaged() -> None:
     module = nn.Linear(2, 2)
     module.register_buffer("mask", torch.ones(2), persistent=False)
     assert "mask" not in Ema(module, 0.9).state()

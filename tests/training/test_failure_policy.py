@@ -19,7 +19,9 @@ from flowtrain.utils.errors import NonFiniteError, SolverError
 pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 
-def test_nan_in_the_first_data_is_named(tmp_path: Path, trainer: MakeTrainer, poisoned: type[Dataset]) -> None:
+def test_nan_in_the_initial_batch_error_names_the_training_data(
+    tmp_path: Path, trainer: MakeTrainer, poisoned: type[Dataset]
+) -> None:
     with pytest.raises(NonFiniteError, match="training data"):
         trainer(tmp_path, "model=affine", data=poisoned(0))
 
@@ -43,7 +45,7 @@ def test_nan_stops_before_the_update(
 
 
 @pytest.mark.parametrize("model", ["realnvp", "ffjord"])
-def test_a_failed_step_is_skipped(
+def test_skip_policy_skips_a_failed_step(
     model: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -61,7 +63,7 @@ def test_a_failed_step_is_skipped(
     assert all(torch.isfinite(v).all() for v in run.flow.state_dict().values())
 
 
-def test_no_more_than_ten_steps_in_a_row_are_skipped(
+def test_at_most_ten_consecutive_steps_are_skipped(
     tmp_path: Path, poisoned: type[Dataset], trainer: MakeTrainer
 ) -> None:
     class Bad(poisoned):
@@ -133,7 +135,7 @@ def test_number_of_rewinds_is_limited(
     assert checkpoint.load(tmp_path / "checkpoints/last.pt")["trouble"]["rewinds"] == 2
 
 
-def test_the_cause_of_a_failed_step_is_named(tmp_path: Path, trainer: MakeTrainer) -> None:
+def test_failure_message_names_the_cause(tmp_path: Path, trainer: MakeTrainer) -> None:
     run = trainer(tmp_path, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=9")
 
     def broken(name: str, change: Callable[[Tensor], None]) -> str:
@@ -151,7 +153,7 @@ def test_the_cause_of_a_failed_step_is_named(tmp_path: Path, trainer: MakeTraine
     assert f"The weights {name} are not finite" in broken(name, lambda p: p.view(-1)[0].fill_(torch.nan))
 
 
-def test_a_spike_of_nfe_is_logged_with_its_step(caplog: pytest.LogCaptureFixture) -> None:
+def test_nfe_spike_is_logged_with_its_step(caplog: pytest.LogCaptureFixture) -> None:
     watch = NfeWatch()
     for step in range(30):
         # a spike of several steps is logged once

@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(run: Run, runs: Path) -> Callable[[str], Path]:
     """Returns a function that trains four steps of a model once and restores last.pt in its run directory."""
 
-    def of(model: str) -> Path:
+    def train(model: str) -> Path:
         folder = runs / model
         if not folder.exists():
             assert run("flowtrain", *MODELS[model], *KEYS, f"hydra.run.dir={folder}")[0] == 0
@@ -43,7 +43,7 @@ def trained(run: Run, runs: Path) -> Callable[[str], Path]:
         (folder / "checkpoints/last.pt").write_bytes((folder / "kept.pt").read_bytes())
         return folder
 
-    return of
+    return train
 
 
 def changed(path: Path, change: Change) -> None:
@@ -62,51 +62,52 @@ def put(keys: str, value: Any) -> Change:
     return change
 
 
-def gone(key: str) -> Change:
+def remove(key: str) -> Change:
     return lambda content: content.pop(key)
 
 
 STATES: dict[str, Change] = {
-    **{f"no {key}": gone(key) for key in ("lr", "seconds", "stale", "best", "val_nll")},
-    **{f"{key} x": put(key, "x") for key in ("optimizer", "lr", "seconds", "best", "trouble", "ema", "histories")},
+    **{f"missing {key}": remove(key) for key in ("lr", "seconds", "stale", "best", "val_nll")},
+    **{
+        f"string as {key}": put(key, "x")
+        for key in ("optimizer", "lr", "seconds", "best", "trouble", "ema", "histories")
+    },
     "short moments": put("optimizer.state.0.exp_avg", torch.zeros(3)),
     "long moments": put("optimizer.state.0.exp_avg_sq", torch.zeros(1000)),
-    "whole moments": put("optimizer.state.0.exp_avg", torch.zeros(4, 1, dtype=torch.int64)),
-    "moments of none": put("optimizer.state", {99: {}}),
-    "no moments": put("optimizer.state.0", {}),
-    "state x": put("optimizer.state", "x"),
-    "a step of nan": put("optimizer.state.0.step", torch.tensor(math.nan)),
-    "a step of many": put("optimizer.state.0.step", torch.zeros(5)),
-    "best of a word": put("best", {"nll": "x", "step": 3}),
-    "best of minus infinity": put("best", {"nll": -math.inf, "step": 3}),
+    "integer moments": put("optimizer.state.0.exp_avg", torch.zeros(4, 1, dtype=torch.int64)),
+    "moments of an unknown parameter": put("optimizer.state", {99: {}}),
+    "empty moments": put("optimizer.state.0", {}),
+    "string as optimizer state": put("optimizer.state", "x"),
+    "nan step": put("optimizer.state.0.step", torch.tensor(math.nan)),
+    "vector as step": put("optimizer.state.0.step", torch.zeros(5)),
+    "string as best nll": put("best", {"nll": "x", "step": 3}),
+    "infinite best nll": put("best", {"nll": -math.inf, "step": 3}),
     "negative scale": put("lr.scale", -1.0),
-    "no scale": put("lr.scale", 0.0),
-    "scale x": put("lr.scale", "x"),
+    "zero scale": put("lr.scale", 0.0),
+    "string as scale": put("lr.scale", "x"),
     "negative rewinds": put("trouble.rewinds", -3000),
     "negative halvings": put("trouble.halvings", -5),
-    "rewinds x": put("trouble.rewinds", "x"),
-    "updates x": put("ema.updates", "x"),
-    "updates of nan": put("ema.updates", math.nan),
-    "an average of another shape": lambda c: c["ema"].update(
-        {next(k for k in c["ema"] if k != "updates"): torch.ones(7)}
-    ),
+    "string as rewinds": put("trouble.rewinds", "x"),
+    "string as updates": put("ema.updates", "x"),
+    "nan updates": put("ema.updates", math.nan),
+    "wrong ema shape": lambda c: c["ema"].update({next(k for k in c["ema"] if k != "updates"): torch.ones(7)}),
     "negative seconds": put("seconds", -1.0),
-    "seconds of nan": put("seconds", math.nan),
-    "stale x": put("stale", "x"),
-    "step -1": put("step", -1),
-    "threads": put("config.threads", 10**6),
-    "points": put("config.data.n_test", 2**28),
-    "objective x": put("config.objective", "x"),
-    "regularizer null": put("config.regularizer", None),
+    "nan seconds": put("seconds", math.nan),
+    "string as stale": put("stale", "x"),
+    "negative step": put("step", -1),
+    "too many threads": put("config.threads", 10**6),
+    "too many test points": put("config.data.n_test", 2**28),
+    "string as objective": put("config.objective", "x"),
+    "null regularizer": put("config.regularizer", None),
 }
 CONTINUOUS: dict[str, Change] = {
-    "guard x": put("guard", "x"),
-    "guard of nothing": put("guard", {}),
-    "tightenings x": put("guard.tightenings", "x"),
-    "many tightenings": put("guard.tightenings", 10**6),
-    "steps of nan": put("histories", [[[math.nan, math.nan]]]),
-    "steps x": put("histories", [[["x", 1.0]]]),
-    "more steps than memory": put("histories", [[[1.0, 1e-300]]]),
+    "string as guard": put("guard", "x"),
+    "empty guard": put("guard", {}),
+    "string as tightenings": put("guard.tightenings", "x"),
+    "too many tightenings": put("guard.tightenings", 10**6),
+    "nan steps": put("histories", [[[math.nan, math.nan]]]),
+    "string as steps": put("histories", [[["x", 1.0]]]),
+    "more planned steps than memory": put("histories", [[[1.0, 1e-300]]]),
 }
 
 
@@ -131,7 +132,9 @@ def refuse(run: Run, folder: Path, change: Change) -> None:
     assert (folder / "metrics.jsonl").read_bytes() == rows
 
 
-def first(kind: Callable[[torch.Tensor], bool], make: Callable[[torch.Tensor], Any], part: str = "weights") -> Change:
+def change_first(
+    kind: Callable[[torch.Tensor], bool], make: Callable[[torch.Tensor], Any], part: str = "weights"
+) -> Change:
     """Changes the first tensor for which `kind` is true."""
 
     def change(content: dict[str, Any]) -> None:
@@ -141,36 +144,38 @@ def first(kind: Callable[[torch.Tensor], bool], make: Callable[[torch.Tensor], A
     return change
 
 
-WHOLE = {
-    "an index out of range": first(
+INVALID_WEIGHTS = {
+    "index out of range": change_first(
         lambda v: v.dtype == torch.int64 and v.numel() > 0, lambda v: torch.full_like(v, 9999)
     ),
-    "a negative index": first(lambda v: v.dtype == torch.int64 and v.numel() > 0, lambda v: torch.full_like(v, -7)),
-    "whole weights": first(torch.is_floating_point, lambda v: v.long()),
-    "complex weights": first(torch.is_floating_point, lambda v: v + 0j),
-    "an average that is none": put("ema", "x"),
-    "averages in a list": put("ema", [1]),
-    "an average of another model": put("ema.elsewhere", torch.zeros(3)),
-    "no classes": put("samples.classes", -1),
-    "alpha of nan": put("samples.alpha", math.nan),
-    "columns of a number": put("samples.columns", 5),
-    "discrete x": put("samples.integer_valued", "x"),
+    "negative index": change_first(
+        lambda v: v.dtype == torch.int64 and v.numel() > 0, lambda v: torch.full_like(v, -7)
+    ),
+    "integer weights": change_first(torch.is_floating_point, lambda v: v.long()),
+    "complex weights": change_first(torch.is_floating_point, lambda v: v + 0j),
+    "string as ema": put("ema", "x"),
+    "list as ema": put("ema", [1]),
+    "unknown ema key": put("ema.elsewhere", torch.zeros(3)),
+    "negative classes": put("samples.classes", -1),
+    "nan alpha": put("samples.alpha", math.nan),
+    "number as columns": put("samples.columns", 5),
+    "string as integer_valued": put("samples.integer_valued", "x"),
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", INVALID_WEIGHTS)
 def test_every_command_refuses_invalid_weights(
     name: str, run: Run, trained: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = trained("realnvp")
-    changed(folder / "checkpoints/last.pt", WHOLE[name])
+    changed(folder / "checkpoints/last.pt", INVALID_WEIGHTS[name])
     for command, key in (("floweval", "ckpt"), ("flowsample", "ckpt"), ("flowtrain", "from"), ("flowtrain", "resume")):
         code, out, err = run(command, f"{key}={folder}")
         assert (code, out) == (2, ""), (command, err)
         assert len(err.splitlines()) == 1, (command, err)
 
 
-def test_a_tensor_without_memory_is_refused(run: Run, trained: Callable[[str], Path]) -> None:
+def test_meta_tensors_are_refused(run: Run, trained: Callable[[str], Path]) -> None:
     folder = trained("realnvp")
     path = folder / "checkpoints/last.pt"
     content = torch.load(path, weights_only=True)
@@ -199,7 +204,9 @@ def test_damaged_metrics_line_does_not_affect_others(line: bytes, run: Run, trai
 @pytest.mark.parametrize(
     "name", [".lock", ".holder", "metrics.jsonl", "flowtrain.log", "result.json", "checkpoints/best.pt"]
 )
-def test_nothing_is_written_through_a_link(name: str, run: Run, trained: Callable[[str], Path], tmp_path: Path) -> None:
+def test_symbolic_links_are_not_written_through(
+    name: str, run: Run, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = trained("realnvp")
     victim, link = tmp_path / "victim", folder / name
     victim.write_text("kept")
@@ -217,7 +224,7 @@ def test_nothing_is_written_through_a_link(name: str, run: Run, trained: Callabl
             link.write_bytes(saved)
 
 
-def test_large_batch_count_is_not_an_index() -> None:
+def test_large_batch_norm_counter_is_valid() -> None:
     """Batch norms over images count batches without a limit, so a large count is valid."""
     samples = Samples((1, 4, 4), integer_valued=True, levels=256)
     config = compose_defaults(["model=realnvp", "data=mnist", "model.hidden=[4]", "model.batch_norm=true"])

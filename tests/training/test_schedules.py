@@ -46,7 +46,7 @@ def test_learning_rate_schedules() -> None:
     assert LearningRate(settings(lr=1.0, lr_warmup=0, lr_decay="constant")).at(99) == 1
 
 
-def test_the_tolerance_warms_up_over_two_thirds_of_a_run(tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
+def test_tolerance_warmup_takes_two_thirds_of_a_run(tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
     trainer(tmp_path, "model=ffjord", "model.hidden=[8]", "trainer.steps=6", "trainer.log_every=1").fit()
     rtol = [row["rtol"] for row in rows(tmp_path) if row["split"] == "train"]
     assert rtol == pytest.approx([1e-3, 10**-3.5, 1e-4, 10**-4.5, 1e-5, 1e-5])

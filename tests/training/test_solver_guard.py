@@ -56,7 +56,7 @@ def reported_and_true(run: Trainer) -> tuple[float, float]:
     return reported, -log_probs(fine, x).mean().item()
 
 
-def test_a_field_that_exploits_a_coarse_solver_is_caught(
+def test_guard_detects_a_field_that_exploits_solver_error(
     tmp_path: Path, lines: list[str], guarded_trainer: MakeTrainer, guarded_config: Compose
 ) -> None:
     run = guarded_trainer(tmp_path / "off", guarded_config(*EXPLOIT, "trainer.guard_every=null"))
@@ -91,19 +91,19 @@ GAP = torch.randn(400, generator=torch.Generator().manual_seed(0))
     ],
     ids=["clear", "worse", "noise", "floor", "above the floor", "floor in 3-D", "one row"],
 )
-def test_criterion_for_an_exploited_solver(gap: Tensor, d: int, expected: bool) -> None:
+def test_exploited_solver_criterion(gap: Tensor, d: int, expected: bool) -> None:
     tight = torch.linspace(-100, 0, len(gap))
     assert exploited(tight + gap, tight, d) is expected
 
 
-class Fake(nn.Module):
-    """A flow with log p = lie(solver), which records a random draw per call in place of trace probes."""
+class FakeFlow(nn.Module):
+    """A flow with log p = log_p_error(solver), which records a random draw per call in place of trace probes."""
 
     event_shape = (2,)
 
-    def __init__(self, solver: Solver, lie: Callable[[Solver], float]) -> None:
+    def __init__(self, solver: Solver, log_p_error: Callable[[Solver], float]) -> None:
         super().__init__()
-        self.solver, self.lie = solver, lie
+        self.solver, self.log_p_error = solver, log_p_error
         self.probes: list[Tensor] = []
 
     def use_solver(self, solver: Solver) -> None:
@@ -113,11 +113,13 @@ class Fake(nn.Module):
         self.probes.append(torch.rand(3))
         zero = torch.zeros_like(x)
         self.solver.solve(Problem(lambda t, y: torch.zeros_like(y), None, zero, 0.0, 1.0), options)
-        return DensityPass(torch.full((len(x),), self.lie(self.solver.replace(**options.settings))), x)
+        return DensityPass(torch.full((len(x),), self.log_p_error(self.solver.replace(**options.settings))), x)
 
 
-def guarded(solver: Solver, lie: Callable[[Solver], float], every: int | None = 10) -> tuple[SolverGuard, Fake]:
-    flow = Fake(solver, lie)
+def guarded(
+    solver: Solver, log_p_error: Callable[[Solver], float], every: int | None = 10
+) -> tuple[SolverGuard, FakeFlow]:
+    flow = FakeFlow(solver, log_p_error)
     return SolverGuard(flow, every), flow  # type: ignore[arg-type]
 
 
@@ -171,7 +173,7 @@ def test_steps_are_halved_until_max_nfe(lines: list[str]) -> None:
 @pytest.mark.parametrize("kind", ["raises", "nan"])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_failing_tight_solve_tightens_the_tolerance(kind: str, method: str, lines: list[str]) -> None:
-    def lie(s: Solver) -> float:
+    def log_p_error(s: Solver) -> float:
         if (s.adaptive and s.control == "state") or s.step_size in (0.5, 0.25, 0.125):
             return 0.0
         if kind == "nan":
@@ -180,7 +182,7 @@ def test_failing_tight_solve_tightens_the_tolerance(kind: str, method: str, line
 
     settings: dict[str, Any] = {"rtol": 1e-3, "train_rtol": 1e-2} if method == "dopri5" else {"step_size": 0.5}
     solver = ode_solver(method, max_nfe=20, **settings)
-    watch, _ = guarded(solver, lie)
+    watch, _ = guarded(solver, log_p_error)
     assert watch.check(10, X, 0)
     assert len(lines) == 1
     assert ("broken" if kind == "raises" else "NaN") in lines[0]
@@ -190,17 +192,17 @@ def test_failing_tight_solve_tightens_the_tolerance(kind: str, method: str, line
     assert len(lines) == 2
 
 
-def test_a_failing_coarse_solve_is_left_to_training(lines: list[str]) -> None:
-    def lie(s: Solver) -> float:
+def test_failing_coarse_solve_does_not_tighten_the_tolerance(lines: list[str]) -> None:
+    def log_p_error(s: Solver) -> float:
         raise SolverError("broken")
 
-    watch, flow = guarded(ode_solver("rk4", step_size=0.5), lie)
+    watch, flow = guarded(ode_solver("rk4", step_size=0.5), log_p_error)
     assert not watch.check(10, X, 0)
     assert len(flow.probes) == 1
     assert not lines
 
 
-def test_checks_share_probes_and_leave_random_state_alone() -> None:
+def test_checks_share_probes_and_leave_random_state_unchanged() -> None:
     watch, flow = guarded(ode_solver("rk4", step_size=0.5), lambda s: 0.0)
     before = torch.get_rng_state()
     with record_solves() as solves:
@@ -248,5 +250,5 @@ def test_invalid_settings_are_refused(
         guarded_trainer(tmp_path, guarded_config(override))
 
 
-def test_fixed_steps_pass_over_the_training_tolerance_of_a_recipe() -> None:
+def test_fixed_step_solver_ignores_the_training_tolerance() -> None:
     assert ode_solver("rk4", step_size=0.5, train_rtol=1e-2).step_size == 0.5

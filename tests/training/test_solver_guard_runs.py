@@ -57,7 +57,7 @@ FIXED = ["solver=midpoint", "solver.step_size=0.5"]
 
 @pytest.mark.parametrize("solver", [ADAPTIVE, FIXED], ids=["adaptive", "fixed"])
 @pytest.mark.parametrize("stop", [3, 7])
-def test_resume_is_exact_after_a_tightening(
+def test_resume_after_a_tightening_is_bitwise_exact(
     solver: list[str],
     stop: int,
     tmp_path: Path,
@@ -92,7 +92,7 @@ def test_resume_is_exact_after_a_tightening(
         assert rtols[-1] == pytest.approx(1e-2)
 
 
-def test_a_smaller_step_size_reaches_the_checkpoints_and_a_new_best(
+def test_smaller_step_size_is_saved_and_resets_the_best_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded_config: Compose, guarded_trainer: MakeTrainer
 ) -> None:
     config = guarded_config(*SHORT, *FIXED, "trainer.guard_every=5")
@@ -113,7 +113,7 @@ def test_a_smaller_step_size_reaches_the_checkpoints_and_a_new_best(
     assert config["solver"]["step_size"] == 0.5
 
 
-def test_the_result_is_scored_with_the_smaller_step_size(
+def test_result_uses_the_smaller_step_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded_config: Compose
 ) -> None:
     answers = iter([True, False])
@@ -123,7 +123,7 @@ def test_the_result_is_scored_with_the_smaller_step_size(
     assert json.loads((tmp_path / "result.json").read_text())["solver"]["step_size"] == 0.25
 
 
-def test_checkpoints_from_before_the_guard_go_on(
+def test_checkpoints_without_guard_state_resume(
     tmp_path: Path, guarded_trainer: MakeTrainer, guarded_config: Compose
 ) -> None:
     guarded_trainer(tmp_path, guarded_config(*SHORT, "trainer.steps=2")).fit()
@@ -135,7 +135,7 @@ def test_checkpoints_from_before_the_guard_go_on(
     assert run.step == 3
 
 
-def test_flows_without_ode_have_no_guard(tmp_path: Path, guarded_trainer: MakeTrainer) -> None:
+def test_flow_without_ode_has_no_guard(tmp_path: Path, guarded_trainer: MakeTrainer) -> None:
     config = compose_defaults(["model=affine", *SHORT[:3], "trainer.guard_every=1", "data.n_val=20"])
     run = guarded_trainer(tmp_path, config)
     run.fit()

@@ -26,17 +26,21 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_tensorboard_shows_every_number_and_picture(
-    run: Run, tmp_path: Path, shown: Callable[..., Any], written: Callable[..., Any], drawn: Callable[..., Any]
+def test_tensorboard_contains_every_metric_and_figure(
+    run: Run,
+    tmp_path: Path,
+    read_tensorboard: Callable[..., Any],
+    expected_scalars: Callable[..., Any],
+    expected_pictures: Callable[..., Any],
 ) -> None:
     code, _, err = run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
     assert code == 0, err
-    scalars, images = shown(tmp_path / "r")
-    assert scalars == written(tmp_path / "r")
+    scalars, images = read_tensorboard(tmp_path / "r")
+    assert scalars == expected_scalars(tmp_path / "r")
     names = {name for name, _ in scalars}
     assert {"train/nll", "val/nll", "train/grad_norm", "train/lr", "train/seconds", "test/nll", "test/kl"} <= names
     assert not {name for name in names if name.endswith(("step", "split", "nfe_forward", "bits_per_dim"))}
-    assert images == drawn(tmp_path / "r", 6)
+    assert images == expected_pictures(tmp_path / "r", 6)
     assert set(images) == {("samples", 2), ("samples", 4), ("samples", 6)} | {
         (f"final/{name}", 6) for name in ("samples", "curves", "calibration", "passage", "paths")
     }
@@ -44,8 +48,8 @@ def test_tensorboard_shows_every_number_and_picture(
         assert matplotlib.image.imread(BytesIO(png)).ndim == 3
 
 
-def test_tensorboard_shows_pictures_of_image_runs(
-    run: Run, tmp_path: Path, shown: Callable[..., Any], drawn: Callable[..., Any]
+def test_tensorboard_contains_figures_of_image_runs(
+    run: Run, tmp_path: Path, read_tensorboard: Callable[..., Any], expected_pictures: Callable[..., Any]
 ) -> None:
     root = write_set(tmp_path / "data/mnist").parent
     keys = [
@@ -58,15 +62,15 @@ def test_tensorboard_shows_pictures_of_image_runs(
     ]
     code, _, err = run("flowtrain", *keys, "model=affine", LOGGER, f"hydra.run.dir={tmp_path}/r")
     assert code == 0, err
-    scalars, images = shown(tmp_path / "r")
+    scalars, images = read_tensorboard(tmp_path / "r")
     assert {("train/bits_per_dim", 1), ("val/bits_per_dim", 1), ("test/bits_per_dim", 1)} <= set(scalars)
     assert ("test/kl", 1) not in scalars
     assert {("final/reconstructions", 1), ("final/temperature", 1), ("final/interpolation", 1)} <= set(images)
-    assert images == drawn(tmp_path / "r", 1)
+    assert images == expected_pictures(tmp_path / "r", 1)
 
 
-def test_picture_sizes_are_recorded(run: Run, tmp_path: Path) -> None:
-    board = made(tmp_path / "tensorboard")
+def test_figure_sizes_are_recorded(run: Run, tmp_path: Path) -> None:
+    board = new_board(tmp_path / "tensorboard")
     picture = np.random.default_rng(0).random((5, 7, 4))
     matplotlib.image.imsave(tmp_path / "odd_name_1234567.png", picture)
     board.picture(tmp_path / "odd_name_1234567.png", 1234567)
@@ -80,8 +84,8 @@ def test_picture_sizes_are_recorded(run: Run, tmp_path: Path) -> None:
     assert (image.step, image.width, image.height) == (1234567, 7, 5)
 
 
-def test_without_it_nothing_is_written_or_imported(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, not_there: None
+def test_default_logger_writes_no_tensorboard_files(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorboard: None
 ) -> None:
     assert run("flowtrain", *SMALL, f"hydra.run.dir={tmp_path}/r")[0] == 0
     assert not (tmp_path / "r/tensorboard").exists()
@@ -108,12 +112,12 @@ def test_invalid_loggers_are_refused(given: str, shown: str, choices: list[str],
 
 
 @pytest.fixture
-def not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*(m for m in sys.modules if m.split(".")[0] == "tensorboard"), "tensorboard"]:
         monkeypatch.setitem(sys.modules, name, None)
 
 
-def test_without_the_package_the_extra_is_named(run: Run, tmp_path: Path, not_there: None) -> None:
+def test_missing_tensorboard_message_names_the_extra(run: Run, tmp_path: Path, without_tensorboard: None) -> None:
     code, out, err = run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
     assert (code, out) == (2, "")
     assert err.startswith("flowtrain: logger=[jsonl,tensorboard] needs tensorboard, which ")
@@ -122,14 +126,14 @@ def test_without_the_package_the_extra_is_named(run: Run, tmp_path: Path, not_th
     assert not (tmp_path / "r/checkpoints").exists()
 
 
-def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_zero_writes_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowtrain.utils.ranks.rank", lambda: 1)
     assert tensorboard.board(["jsonl", "tensorboard"], tmp_path) is None
     with pytest.raises(ConfigError):
         tensorboard.board(["tensorboard"], tmp_path)
 
 
-def made(folder: Path) -> tensorboard.Board:
+def new_board(folder: Path) -> tensorboard.Board:
     board = tensorboard.board(["jsonl", "tensorboard"], folder)
     assert board is not None
     return board
@@ -172,8 +176,8 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(tmp_path / "r/tensorboard", monkeypatch)
 
 
-def test_a_full_disk_gives_one_warning(
-    run: Run, tmp_path: Path, disk: Disk, shown: Callable[..., Any], written: Callable[..., Any]
+def test_full_disk_gives_one_warning(
+    run: Run, tmp_path: Path, disk: Disk, read_tensorboard: Callable[..., Any], expected_scalars: Callable[..., Any]
 ) -> None:
     disk.room = 1000
     code, _, err = run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
@@ -182,33 +186,33 @@ def test_a_full_disk_gives_one_warning(
     assert "tensorboard/events.out.tfevents.000000" in err
     assert "[Errno 28]" in err
     assert "Traceback" not in err
-    scalars, _ = shown(tmp_path / "r")
-    assert scalars.items() <= written(tmp_path / "r").items()
+    scalars, _ = read_tensorboard(tmp_path / "r")
+    assert scalars.items() <= expected_scalars(tmp_path / "r").items()
     assert scalars
     assert (tmp_path / "r/result.json").exists()
 
 
-def test_entries_that_did_not_fit_are_written_later(
-    tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture, shown: Callable[..., Any]
+def test_entries_are_written_once_the_disk_has_space(
+    tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture, read_tensorboard: Callable[..., Any]
 ) -> None:
     (tmp_path / "r").mkdir()
     matplotlib.image.imsave(tmp_path / "x_000000.png", np.zeros((5, 7, 4)))
     metrics = Metrics(tmp_path / "r/metrics.jsonl", 0)
-    board = made(tmp_path / "r/tensorboard")
+    board = new_board(tmp_path / "r/tensorboard")
     board.follow(metrics, 0, tmp_path / "r/plots")
     for step in range(1, 9):
         disk.room = 10 if step in (2, 3, 5) else math.inf
         board.picture(tmp_path / "x_000000.png", step)
         metrics.write(step=step, split="train", nll=1.5 * step, none=None, bad=math.nan, word="no", large=10**400)
     metrics.back_to(7)
-    scalars, images = shown(tmp_path / "r")
+    scalars, images = read_tensorboard(tmp_path / "r")
     assert scalars == {("train/nll", step): 1.5 * step for step in range(1, 8)}
     # pictures are not queued: TensorBoard has those that fitted and the first one that did not
     assert [step for _, step in images] == [1, 2, 5, 7]
     assert len([r for r in caplog.records if r.name == "flowtrain"]) == 1
 
 
-def test_uncreatable_directory_does_not_end_the_run(run: Run, tmp_path: Path) -> None:
+def test_uncreatable_directory_does_not_fail_the_run(run: Run, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r/tensorboard").write_text("a file")
     code, _, err = run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")

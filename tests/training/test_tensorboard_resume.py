@@ -42,38 +42,38 @@ def begin_and_stop(
         assert code == 0, err
 
 
-def test_resumed_run_shows_no_entry_twice(
+def test_resumed_run_has_no_duplicate_entries(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    written: Callable[..., Any],
-    shown: Callable[..., Any],
-    drawn: Callable[..., Any],
+    expected_scalars: Callable[..., Any],
+    read_tensorboard: Callable[..., Any],
+    expected_pictures: Callable[..., Any],
     stop_at: Callable[..., None],
 ) -> None:
     begin_and_stop(stop_at, run, monkeypatch, 3, *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
-    assert shown(tmp_path / "r")[0] == written(tmp_path / "r")
+    assert read_tensorboard(tmp_path / "r")[0] == expected_scalars(tmp_path / "r")
     begun = wall_time(tmp_path / "r", 1)
     # a smaller learning rate, so that repeated steps would give different values
     assert run("flowtrain", f"resume={tmp_path}/r", "trainer.lr=1e-4")[0] == 0
-    scalars, images = shown(tmp_path / "r")
-    assert scalars == written(tmp_path / "r")
+    scalars, images = read_tensorboard(tmp_path / "r")
+    assert scalars == expected_scalars(tmp_path / "r")
     assert [step for name, step in scalars if name == "train/nll"] == [1, 2, 3, 4, 5, 6]
     assert [step for name, step in scalars if name == "test/nll"] == [6]
-    assert images == drawn(tmp_path / "r", 6)
+    assert images == expected_pictures(tmp_path / "r", 6)
     assert wall_time(tmp_path / "r", 1) == begun
     # the run has ended, so resuming only evaluates it again
     assert run("flowtrain", f"resume={tmp_path}/r")[0] == 0
-    assert shown(tmp_path / "r")[0] == written(tmp_path / "r")
-    assert shown(tmp_path / "r")[1] == drawn(tmp_path / "r", 6)
+    assert read_tensorboard(tmp_path / "r")[0] == expected_scalars(tmp_path / "r")
+    assert read_tensorboard(tmp_path / "r")[1] == expected_pictures(tmp_path / "r", 6)
 
 
-def test_entries_after_the_checkpoint_of_a_killed_run_are_dropped(
+def test_entries_after_the_last_checkpoint_are_dropped_on_resume(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    shown: Callable[..., Any],
-    written: Callable[..., Any],
+    read_tensorboard: Callable[..., Any],
+    expected_scalars: Callable[..., Any],
     stop_at: Callable[..., None],
 ) -> None:
     def killed(*arguments: Any) -> None:
@@ -86,13 +86,13 @@ def test_entries_after_the_checkpoint_of_a_killed_run_are_dropped(
             CheckpointManager, "write_last", lambda self: killed() if self.progress.step == 6 else save(self)
         )
         assert run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")[0] == 130
-    assert ("val/nll", 6) in shown(tmp_path / "r")[0]
+    assert ("val/nll", 6) in read_tensorboard(tmp_path / "r")[0]
     begun = (tmp_path / "r/tensorboard/events.out.tfevents.000000").stat().st_size
     # the kill has truncated the file
     os.truncate(tmp_path / "r/tensorboard/events.out.tfevents.000000", begun - 3)
     begin_and_stop(stop_at, run, monkeypatch, 5, f"resume={tmp_path}/r", "trainer.lr=1e-4")
-    scalars, _ = shown(tmp_path / "r")
-    assert scalars == written(tmp_path / "r")
+    scalars, _ = read_tensorboard(tmp_path / "r")
+    assert scalars == expected_scalars(tmp_path / "r")
     assert max(step for _, step in scalars) == 5
 
 
@@ -100,9 +100,9 @@ def test_entries_of_rewound_steps_are_dropped(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    shown: Callable[..., Any],
-    written: Callable[..., Any],
-    drawn: Callable[..., Any],
+    read_tensorboard: Callable[..., Any],
+    expected_scalars: Callable[..., Any],
+    expected_pictures: Callable[..., Any],
 ) -> None:
     take, failures = Trainer.train_step, [5]
 
@@ -120,19 +120,19 @@ def test_entries_of_rewound_steps_are_dropped(
     code, _, err = run("flowtrain", *keys, f"hydra.run.dir={tmp_path}/r")
     assert code == 0, err
     assert purged == [4]
-    scalars, images = shown(tmp_path / "r")
-    assert scalars == written(tmp_path / "r")
+    scalars, images = read_tensorboard(tmp_path / "r")
+    assert scalars == expected_scalars(tmp_path / "r")
     assert [step for name, step in scalars if name == "train/nll"] == [1, 2, 3, 4, 5, 6]
-    assert images == drawn(tmp_path / "r", 6)
+    assert images == expected_pictures(tmp_path / "r", 6)
 
 
-def test_older_run_is_shown_from_its_first_step(
+def test_tensorboard_added_on_resume_includes_earlier_steps(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    shown: Callable[..., Any],
-    written: Callable[..., Any],
-    drawn: Callable[..., Any],
+    read_tensorboard: Callable[..., Any],
+    expected_scalars: Callable[..., Any],
+    expected_pictures: Callable[..., Any],
     stop_at: Callable[..., None],
 ) -> None:
     begin_and_stop(stop_at, run, monkeypatch, 3, *SMALL, f"hydra.run.dir={tmp_path}/r")
@@ -148,8 +148,8 @@ def test_older_run_is_shown_from_its_first_step(
     assert not (tmp_path / "r/tensorboard").exists()
     code, _, err = run("flowtrain", f"resume={tmp_path}/r", LOGGER)
     assert code == 0, err
-    scalars, images = shown(tmp_path / "r")
-    assert scalars == written(tmp_path / "r")
+    scalars, images = read_tensorboard(tmp_path / "r")
+    assert scalars == expected_scalars(tmp_path / "r")
     assert ("train/nll", 1) in scalars
-    assert images == drawn(tmp_path / "r", 6)
+    assert images == expected_pictures(tmp_path / "r", 6)
     assert checkpoint.load(tmp_path / "r/checkpoints/last.pt")["config"]["logger"] == ["jsonl", "tensorboard"]

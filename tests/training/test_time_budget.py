@@ -57,14 +57,14 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def trained(rows: ReadRows, run_dir: Path, key: str) -> list[Any]:
+def train_values(rows: ReadRows, run_dir: Path, key: str) -> list[Any]:
     return [row[key] for row in rows(run_dir) if row["split"] == "train"]
 
 
 AFFINE = ["model=affine", "trainer.lr=0.01", "trainer.lr_warmup=0", "trainer.val_every=500"]
 
 
-def test_schedule_position_without_time_limit_is_the_step() -> None:
+def test_schedule_position_without_time_limit_equals_the_step() -> None:
     p = Progress()
     clock = ScheduleClock(p, 100, 0)
     clock.begin()
@@ -75,7 +75,7 @@ def test_schedule_position_without_time_limit_is_the_step() -> None:
 
 
 @pytest.mark.parametrize("change", [0, 40])
-def test_a_run_that_ends_within_its_limit_is_left_alone(change: int) -> None:
+def test_schedule_is_unchanged_if_the_run_fits_the_limit(change: int) -> None:
     """A slow first tenth of the run does not change its schedule."""
     p = Progress()
     clock = ScheduleClock(p, 100, change)
@@ -95,7 +95,7 @@ def test_schedules_end_within_the_time_limit(
     fake_clock.per_step(run, 1.0)
     run.fit()
     assert (run.step, run.stopped_by) == (40, "time limit")
-    lr = trained(rows, tmp_path / "cut", "lr")
+    lr = train_values(rows, tmp_path / "cut", "lr")
     assert lr == sorted(lr, reverse=True)
     assert lr[3] > 0.0099
     assert 0.004 < lr[22] < 0.006
@@ -107,14 +107,14 @@ def test_schedules_end_within_the_time_limit(
     assert torch.equal(whole.update.batches.of(7).x, run.update.batches.of(7).x)
 
 
-def test_the_tolerance_gets_tight_within_the_time_limit(
+def test_tolerance_warmup_ends_within_the_time_limit(
     fake_clock: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
 ) -> None:
     keys = ["model=ffjord", "model.hidden=[4]", "trainer.steps=1000", "trainer.time_limit=12", "trainer.val_every=500"]
     run = trainer(tmp_path, *keys)
     fake_clock.per_step(run, 1.0)
     run.fit()
-    rtol = trained(rows, tmp_path, "rtol")
+    rtol = train_values(rows, tmp_path, "rtol")
     assert rtol == sorted(rtol, reverse=True)
     assert rtol[0] == pytest.approx(1e-3, rel=0.02)
     assert rtol[-2:] == pytest.approx([1e-5, 1e-5])
@@ -132,7 +132,7 @@ def test_ranks_agree_on_the_schedule_position(
     assert run.train_state.rate(1) == pytest.approx(run.train_state.lr.at(51))
 
 
-def test_an_interrupted_run_goes_on_from_its_position(
+def test_resume_continues_from_the_schedule_position(
     fake_clock: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
 ) -> None:
     keys = [*AFFINE, "trainer.steps=1000", "trainer.time_limit=40"]
@@ -153,7 +153,7 @@ def test_an_interrupted_run_goes_on_from_its_position(
     second = trainer(tmp_path, *keys, saved=saved)
     fake_clock.per_step(second, 1.0)
     second.fit()
-    lr = trained(rows, tmp_path, "lr")
+    lr = train_values(rows, tmp_path, "lr")
     assert (second.step, len(lr)) == (62, 62)
     assert lr == sorted(lr, reverse=True)
     assert lr[22] == pytest.approx(lr[21], rel=0.1)
@@ -166,7 +166,7 @@ def test_an_interrupted_run_goes_on_from_its_position(
     assert third.train_state.rate(62) == pytest.approx(third.train_state.lr.at(62))
 
 
-def test_the_likelihood_has_half_of_the_time(
+def test_hybrid_spends_half_of_the_time_on_likelihood(
     fake_clock: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
 ) -> None:
     keys = ["model=ffjord", "model.hidden=[4]", "objective=hybrid", "objective.matching=900", "solver.rtol=1e-2"]
@@ -176,10 +176,10 @@ def test_the_likelihood_has_half_of_the_time(
     fake_clock.per_step(run, 1.0)
     run.fit()
     assert run.step == 20
-    nll = trained(rows, tmp_path, "nll")
+    nll = train_values(rows, tmp_path, "nll")
     assert [n is None for n in nll] == [True] * 10 + [False] * 10
-    assert trained(rows, tmp_path, "lr")[10] == pytest.approx(run.settings.lr)
-    assert trained(rows, tmp_path, "lr")[-1] < 0.1 * run.settings.lr
+    assert train_values(rows, tmp_path, "lr")[10] == pytest.approx(run.settings.lr)
+    assert train_values(rows, tmp_path, "lr")[-1] < 0.1 * run.settings.lr
     saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
     assert saved["config"]["objective"]["matching"] == 10
     again = trainer(tmp_path, *keys[:3], *keys[4:], "objective.matching=10", saved=saved)
@@ -190,7 +190,7 @@ def test_the_likelihood_has_half_of_the_time(
 # The budget of a command
 
 
-class Many(Dataset):
+class SortedRows(Dataset):
     """A dataset whose test rows are sorted."""
 
     event_shape = (2,)
@@ -203,21 +203,21 @@ class Many(Dataset):
         return torch.randn(batch_size, 2)
 
 
-def limited(fake_clock: Clock, seconds: float, row_seconds: float, n: int = 10_000) -> TimeBudget:
-    found = TimeBudget(seconds, fake_clock.now - 5, Flow((2,), Affine(2)), Many(n))
+def budget_with_row_time(fake_clock: Clock, seconds: float, row_seconds: float, n: int = 10_000) -> TimeBudget:
+    found = TimeBudget(seconds, fake_clock.now - 5, Flow((2,), Affine(2)), SortedRows(n))
     found.row_seconds = row_seconds
     return found
 
 
 def test_training_leaves_time_for_the_evaluation(fake_clock: Clock) -> None:
-    cheap, dear = limited(fake_clock, 100, 1e-6), limited(fake_clock, 100, 1e-3)
+    cheap, dear = budget_with_row_time(fake_clock, 100, 1e-6), budget_with_row_time(fake_clock, 100, 1e-3)
     assert 90 < cheap.for_training < cheap.left == 95
     assert dear.end == pytest.approx(dear.left - dear.for_training)
     # the reserve covers all test rows, a validation, the checks and a picture
     assert dear.end > 10
     assert dear.affordable_rows(dear.room) == (10_000, True)
     # checks are dropped before test rows
-    assert limited(fake_clock, 100, 3.3e-3).affordable_rows(50.0) == (10_000, False)
+    assert budget_with_row_time(fake_clock, 100, 3.3e-3).affordable_rows(50.0) == (10_000, False)
     # the reserve does not shrink with time
     before = dear.end
     fake_clock.now += 40
@@ -225,20 +225,20 @@ def test_training_leaves_time_for_the_evaluation(fake_clock: Clock) -> None:
     assert dear.left == 55
 
 
-def test_baselines_of_tables_have_a_share_unless_the_checks_need_it(fake_clock: Clock) -> None:
-    flow, table = Flow((2,), Affine(2)), Many(1000)
+def test_checks_take_precedence_over_table_baselines(fake_clock: Clock) -> None:
+    flow, table = Flow((2,), Affine(2)), SortedRows(1000)
     table.n_train = 5000
 
     def budget(seconds: float, flow: Flow = flow) -> TimeBudget:
         return TimeBudget(seconds, fake_clock.now, flow, table)
 
-    assert limited(fake_clock, 100, 1e-6).for_baselines == 0
+    assert budget_with_row_time(fake_clock, 100, 1e-6).for_baselines == 0
     assert budget(100).for_baselines == pytest.approx(5)
     assert budget(10_000).for_baselines == 20
     # a share too small to fit a mixture
     assert budget(30).for_baselines == 0
     assert budget(100, Flow((2,), Affine(2), classes=3)).for_baselines == 0
-    assert budget(100).end == pytest.approx(limited(fake_clock, 100, 0).end + 5)
+    assert budget(100).end == pytest.approx(budget_with_row_time(fake_clock, 100, 0).end + 5)
     late = budget(100)
     late.row_seconds = 1e-5
     fake_clock.now += 95
@@ -246,13 +246,13 @@ def test_baselines_of_tables_have_a_share_unless_the_checks_need_it(fake_clock: 
     assert late.for_baselines == 0
 
 
-def test_test_rows_are_never_reduced_silently(fake_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    enough = limited(fake_clock, 100, 1e-4)
+def test_reducing_test_rows_is_logged(fake_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    enough = budget_with_row_time(fake_clock, 100, 1e-4)
     data, thorough = enough.affordable_data()
     assert data is enough.data
     assert thorough
     assert not caplog.records
-    short = limited(fake_clock, 100, 0.01)
+    short = budget_with_row_time(fake_clock, 100, 0.01)
     fewer, thorough = short.affordable_data()
     assert not thorough
     n = len(fewer.test)
@@ -266,36 +266,34 @@ def test_test_rows_are_never_reduced_silently(fake_clock: Clock, caplog: pytest.
     assert "10000" in record.getMessage()
 
 
-def test_validations_take_fewer_rows_where_they_would_take_too_long(fake_clock: Clock) -> None:
-    found = limited(fake_clock, 100, 1e-3)
+def test_slow_validations_use_fewer_rows(fake_clock: Clock) -> None:
+    found = budget_with_row_time(fake_clock, 100, 1e-3)
     found.data.val = torch.randn(100_000, 2)
     n = found.val_rows(None)
     assert n is not None
     assert 1e-3 * n <= 0.05 * found.left
     assert found.val_rows(300) == 300
-    assert limited(fake_clock, 100, 1e-6).val_rows(None) is None
+    assert budget_with_row_time(fake_clock, 100, 1e-6).val_rows(None) is None
 
 
-def test_pictures_are_left_out_where_no_time_is_left(fake_clock: Clock) -> None:
-    found = limited(fake_clock, 100, 1e-5)
+def test_figures_are_skipped_without_time_left(fake_clock: Clock) -> None:
+    found = budget_with_row_time(fake_clock, 100, 1e-5)
     assert found.has_time_for("samples")
     fake_clock.now += 95
     assert not found.has_time_for("samples")
 
 
-def test_a_budget_ends_training_in_time(
-    fake_clock: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
-) -> None:
+def test_budget_ends_training_in_time(fake_clock: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
     run = trainer(tmp_path, *AFFINE, "trainer.steps=100000")
     run.time_budget = TimeBudget(60, fake_clock.now - 10, run.flow, run.data)
     fake_clock.per_step(run, 0.5)
     run.fit()
     assert run.stopped_by == "time limit"
     assert 3 < run.time_budget.left < 4.5
-    assert trained(rows, tmp_path, "lr")[-1] < 0.001
+    assert train_values(rows, tmp_path, "lr")[-1] < 0.001
 
 
-def test_rows_are_timed_as_training_goes_on(
+def test_scoring_time_is_updated_during_training(
     fake_clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: MakeTrainer
 ) -> None:
     """Solves become longer: scoring a row takes 1e-4 s longer with every step."""
@@ -318,7 +316,7 @@ def result(run_dir: Path) -> dict[str, Any]:
     return {k: v for k, v in content.items() if "seconds" not in k}
 
 
-def test_a_budget_that_suffices_changes_nothing(run: Run, tmp_path: Path) -> None:
+def test_sufficient_budget_does_not_change_the_result(run: Run, tmp_path: Path) -> None:
     found = []
     for budget in ("null", "5000"):
         code, out, err = run("flowtrain", f"time_budget={budget}", "model=affine", *SMALL)
@@ -327,7 +325,7 @@ def test_a_budget_that_suffices_changes_nothing(run: Run, tmp_path: Path) -> Non
     assert found[0] == found[1]
 
 
-def test_a_budget_that_is_spent_still_gives_a_result(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_exhausted_budget_still_gives_a_result(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("flowtrain.cli.start_run.command_begun", lambda: time.perf_counter() - 10_000)
     code, out, err = run("flowtrain", "time_budget=10", "model=affine", *SMALL, "data.n_test=500")
     assert code == 0, err
@@ -353,7 +351,7 @@ def test_runs_of_older_versions_accept_a_budget() -> None:
     assert overridden(saved, [])["time_budget"] is None
 
 
-def test_time_is_counted_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_measured_from_the_process_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "_BEGUN", [1.5])
     assert status.command_begun() == 1.5
     # the next job of a sweep starts later

@@ -38,7 +38,7 @@ NAMES = ["realnvp", "ffjord", "affine", "glow", "nsf", "matching", "hybrid", "rn
 
 
 @pytest.fixture(scope="module", params=RUNS, ids=NAMES)
-def whole(
+def uninterrupted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer
 ) -> tuple[list[str], Trainer]:
     """Returns the overrides of an uninterrupted run, and its trainer."""
@@ -50,15 +50,15 @@ def whole(
 
 
 @pytest.mark.parametrize("stop", [4, 7])
-def test_resume_is_exact_to_the_bit(
-    whole: tuple[list[str], Trainer],
+def test_resume_is_bitwise_exact(
+    uninterrupted: tuple[list[str], Trainer],
     stop: int,
     tmp_path: Path,
     trainer: MakeTrainer,
     stop_at: Callable[..., None],
     rows: ReadRows,
 ) -> None:
-    overrides, run = whole
+    overrides, run = uninterrupted
     first = trainer(tmp_path / "parts", *overrides, "trainer.steps=10")
     stop_at(first, stop)
     first.fit()
@@ -77,7 +77,7 @@ def test_resume_is_exact_to_the_bit(
         assert all(torch.equal(v, second.train_state.ema.shadow[k]) for k, v in run.train_state.ema.shadow.items())
 
 
-def test_resume_takes_new_settings_and_refuses_another_model(tmp_path: Path, trainer: MakeTrainer) -> None:
+def test_resume_accepts_new_settings_but_no_other_model(tmp_path: Path, trainer: MakeTrainer) -> None:
     trainer(
         tmp_path, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=4", "trainer.ema=null"
     ).fit()
@@ -98,7 +98,7 @@ def test_resume_takes_new_settings_and_refuses_another_model(tmp_path: Path, tra
         trainer(tmp_path, "model=realnvp", "model.layers=2", "model.hidden=[32]", saved=saved)
 
 
-def test_a_run_killed_before_its_first_validation_can_go_on(tmp_path: Path, trainer: MakeTrainer) -> None:
+def test_run_killed_before_its_first_validation_resumes(tmp_path: Path, trainer: MakeTrainer) -> None:
     run = trainer(tmp_path, "model=affine", "trainer.steps=9")
 
     def killed() -> dict[str, Any]:
@@ -129,7 +129,7 @@ def test_equal_seeds_give_equal_runs(tmp_path: Path, trainer: MakeTrainer, rows:
     assert rows(tmp_path / "a") != rows(tmp_path / "c")
 
 
-def test_metrics_have_the_keys_of_the_contract(tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
+def test_metrics_contain_the_documented_keys(tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
     trainer(tmp_path / "c", "model.hidden=[8]", "trainer.steps=4", "solver.rtol=1e-3").fit()
     trainer(tmp_path / "d", "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=4").fit()
     train = {"step", "split", "nll", "nfe_forward", "nfe_backward", "grad_norm", "lr", "rtol", "atol"}
@@ -143,7 +143,7 @@ def test_metrics_have_the_keys_of_the_contract(tmp_path: Path, trainer: MakeTrai
         assert (by_split["train"][0]["rtol"] is not None) is continuous
 
 
-def test_adjoint_counts_its_backward_solve(tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
+def test_adjoint_gradient_reports_backward_nfe(tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
     trainer(tmp_path, "model.hidden=[8]", "trainer.steps=2", "solver.rtol=1e-3", "solver.gradient=adjoint").fit()
     assert all(row["nfe_backward"] > 0 for row in rows(tmp_path) if row["split"] == "train")
 
@@ -158,7 +158,7 @@ def test_early_stopping_ends_a_run(tmp_path: Path, trainer: MakeTrainer) -> None
     assert checkpoint.load(tmp_path / "checkpoints/best.pt")["step"] == run.best["step"]
 
 
-def test_time_limit_validates_and_saves(tmp_path: Path, trainer: MakeTrainer) -> None:
+def test_time_limit_triggers_validation_and_checkpoint(tmp_path: Path, trainer: MakeTrainer) -> None:
     run = trainer(
         tmp_path, "model=realnvp", "trainer.steps=100000", "trainer.time_limit=0.2", "trainer.val_every=99999"
     )

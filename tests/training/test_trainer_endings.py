@@ -33,7 +33,7 @@ KEYS = [
 @pytest.mark.parametrize(
     ("owner", "method"), [(Validation, "run"), (CheckpointManager, "write_last")], ids=["validated", "saved"]
 )
-def test_a_signal_while_the_last_step_is_validated_or_saved(
+def test_signal_during_the_last_validation_or_save(
     owner: type, method: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     act = getattr(owner, method)
@@ -54,7 +54,7 @@ def test_a_signal_while_the_last_step_is_validated_or_saved(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_a_signal_during_the_evaluation(
+def test_signal_during_the_evaluation(
     number: int, code: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def signalled(*arguments: Any, **named: Any) -> None:
@@ -69,9 +69,7 @@ def test_a_signal_during_the_evaluation(
     assert run("flowtrain", f"resume={tmp_path}/r")[0] == 0
 
 
-def test_a_closed_terminal_saves_unless_nohup_has_it_ignored(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sighup_saves_unless_it_is_ignored(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Trainer.train_step
 
     def signalled(self: Trainer) -> dict[str, Any]:
@@ -119,7 +117,7 @@ def test_full_disk_is_reported_at_the_end(
     assert re.findall(r"\d+", caplog.messages[-1]) == ["4", "9"]
 
 
-class Unscored(Validation):
+class FailingValidation(Validation):
     """A validation that fails once, at step 8."""
 
     failures = 1
@@ -132,7 +130,7 @@ class Unscored(Validation):
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
-def test_a_validation_that_fails_follows_the_policy(
+def test_failed_validation_follows_the_failure_policy(
     policy: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -140,7 +138,7 @@ def test_a_validation_that_fails_follows_the_policy(
     trainer: MakeTrainer,
     rows: ReadRows,
 ) -> None:
-    monkeypatch.setattr("flowtrain.training.trainer.Validation", Unscored)
+    monkeypatch.setattr("flowtrain.training.trainer.Validation", FailingValidation)
     run = trainer(tmp_path, "model=affine", "trainer.steps=12", f"trainer.on_nonfinite={policy}")
     what = "the validation of step 8"
     if policy == "stop":
@@ -178,7 +176,7 @@ def test_learning_rate_set_after_a_rewind_is_used(
     assert other.failure_policy.rewinds == 1
 
 
-def test_metrics_rows_waiting_for_disk_space_survive_a_rewind(tmp_path: Path, rows: ReadRows) -> None:
+def test_unwritten_metrics_survive_a_rewind(tmp_path: Path, rows: ReadRows) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl", 0)
     metrics.write(step=1, nll=3.0)
     metrics.path.rename(tmp_path / "away")

@@ -40,7 +40,7 @@ def fitted(stop_at: Callable[[Trainer, int], None]) -> Callable[..., Trainer]:
 
 
 @pytest.mark.parametrize("name", ["realnvp", "glow", "ffjord"])
-def test_a_step_in_bfloat16_has_much_the_gradient_of_one_in_float32(
+def test_bfloat16_gradient_is_close_to_float32(
     name: str, tmp_path: Path, image_config: Compose, fitted: MakeTrainer
 ) -> None:
     torch.set_default_dtype(torch.float32)
@@ -63,7 +63,7 @@ def test_a_step_in_bfloat16_has_much_the_gradient_of_one_in_float32(
 
 @pytest.mark.parametrize("name", list(IMAGE_MODELS))
 @pytest.mark.parametrize("conditional", [False, True])
-def test_resume_is_exact_to_the_bit(
+def test_resume_is_bitwise_exact(
     name: str, conditional: bool, tmp_path: Path, image_config: Compose, fitted: MakeTrainer
 ) -> None:
     if conditional and name == "affine":
@@ -88,7 +88,7 @@ def test_resume_is_exact_to_the_bit(
         assert all(row["nfe_forward"] > 0 and row["rtol"] > 0 for row in rows if row["split"] == "train")
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, image_config: Compose) -> None:
+def test_accumulated_gradients_equal_whole_batch_gradients(tmp_path: Path, image_config: Compose) -> None:
     """In float64 with fixed noise, only rounding differs."""
     root = write_set(tmp_path / "data")
     config = image_config(root, *IMAGE_MODELS["realnvp"], "trainer.batch_size=7")
@@ -112,7 +112,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, imag
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_the_nfe_of_an_accumulated_batch_is_that_of_its_parts(
+def test_accumulation_does_not_sum_the_nfe_of_its_parts(
     tmp_path: Path, image_config: Compose, fitted: MakeTrainer
 ) -> None:
     root, seen = write_set(tmp_path / "data"), []
@@ -123,9 +123,7 @@ def test_the_nfe_of_an_accumulated_batch_is_that_of_its_parts(
     assert all(b < 2 * a for a, b in zip(*seen, strict=True))
 
 
-def test_an_average_of_weights_has_an_average_of_running_statistics(
-    tmp_path: Path, image_config: Compose, fitted: MakeTrainer
-) -> None:
+def test_ema_averages_running_statistics(tmp_path: Path, image_config: Compose, fitted: MakeTrainer) -> None:
     """Detects batch norms that validate averaged weights with the statistics of the last weights."""
     config = image_config(write_set(tmp_path / "data"), *IMAGE_MODELS["realnvp batchnorm"], "trainer.ema=0.9")
     run = fitted(config, tmp_path / "run")
@@ -144,7 +142,7 @@ def test_conditional_fields_are_not_compiled(tmp_path: Path, image_config: Compo
         fitted(image_config(write_set(tmp_path / "data"), *keys), tmp_path / "run")
 
 
-def test_validation_can_take_a_part_of_its_set(tmp_path: Path, image_config: Compose, fitted: MakeTrainer) -> None:
+def test_val_size_limits_the_validation_rows(tmp_path: Path, image_config: Compose, fitted: MakeTrainer) -> None:
     config = image_config(
         write_set(tmp_path / "data"), *IMAGE_MODELS["affine"], "trainer.val_size=3", "trainer.steps=2"
     )

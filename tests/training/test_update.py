@@ -69,7 +69,7 @@ def test_rewind_restores_running_statistics(tmp_path: Path, trainer: MakeTrainer
     assert all(v.isfinite().all() for v in statistics(run.flow).values())
 
 
-def test_stopping_step_leaves_running_statistics_unchanged(
+def test_aborted_step_leaves_running_statistics_unchanged(
     tmp_path: Path, trainer: MakeTrainer, poisoned: type[Dataset]
 ) -> None:
     run = trainer(tmp_path, *NORMS, data=poisoned(0x7FFF))
@@ -97,9 +97,7 @@ def test_guard_does_not_change_running_statistics(tmp_path: Path, guarded_config
     assert same(before, statistics(flow))
 
 
-def test_resumed_run_has_the_same_running_statistics(
-    tmp_path: Path, trainer: MakeTrainer, poisoned_once: type[Dataset]
-) -> None:
+def test_resume_restores_running_statistics(tmp_path: Path, trainer: MakeTrainer, poisoned_once: type[Dataset]) -> None:
     keys = [*NORMS, "trainer.on_nonfinite=skip", "trainer.steps=9"]
     whole = trainer(tmp_path / "whole", *keys, data=poisoned_once(5))
     whole.fit()

@@ -35,7 +35,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*SMALL, f"data.path={train}", f"data.val_path={held}", f"data.test_path={held}"]
 
 
-def validated(rows: ReadRows, run_dir: Path) -> list[int]:
+def validation_steps(rows: ReadRows, run_dir: Path) -> list[int]:
     return [row["step"] for row in rows(run_dir) if row["split"] == "val"]
 
 
@@ -43,7 +43,7 @@ def settings(**changes: Any) -> Settings:
     return Settings(**{**composed([])["trainer"], **changes})
 
 
-def test_early_validations_come_once_an_epoch_and_then_less_and_less_often() -> None:
+def test_early_validations_start_each_epoch_and_become_rarer() -> None:
     early = settings(val_early=True, val_every=100, batch_size=512)
     small = sorted(early_validations(early, 120))
     assert small[:14] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22]
@@ -59,7 +59,7 @@ def test_early_validations_come_once_an_epoch_and_then_less_and_less_often() -> 
     assert [plan.validates_early(s) for s in (0, 5, 100)] == [True, True, False]
 
 
-def test_tables_are_validated_early_and_other_data_are_not() -> None:
+def test_only_tables_are_validated_early_by_default() -> None:
     assert compose_defaults(["data=array", "data.path=x"])["trainer"]["val_early"]
     assert not compose_defaults(["data=moons"])["trainer"]["val_early"]
 
@@ -69,7 +69,7 @@ def test_early_validations_include_step_0(
 ) -> None:
     run = trainer_of(tmp_path, [*table, "trainer.steps=20"])
     run.fit()
-    assert validated(rows, tmp_path) == [0, 5, 10, 15, 20]
+    assert validation_steps(rows, tmp_path) == [0, 5, 10, 15, 20]
     assert run.best is not None
     assert checkpoint.load(tmp_path / "checkpoints/best.pt")["step"] == run.best["step"]
 
@@ -100,7 +100,7 @@ def test_early_validations_do_not_change_training(
         run.fit()
         found.append(run)
     early, late = found
-    assert len(validated(rows, early.run_dir)) > len(validated(rows, late.run_dir))
+    assert len(validation_steps(rows, early.run_dir)) > len(validation_steps(rows, late.run_dir))
     assert (early.step, early.stopped_by) == (late.step, late.stopped_by)
     assert ("without a new best" in str(early.stopped_by)) is (how in ("patience", "plateau"))
     of_training = [[r for r in rows(run.run_dir) if r["split"] == "train"] for run in found]
@@ -111,7 +111,7 @@ def test_early_validations_do_not_change_training(
     assert early.best["nll"] <= late.best["nll"]
 
 
-def risen(self: Validation) -> tuple[float, float]:
+def rising_nll(self: Validation) -> tuple[float, float]:
     """Validation NLL that falls until step 20 and then rises by 1 nat in 10 steps."""
     self.scored = torch.linspace(-4, -2, 30) - abs(self.progress.step - 20) / 10
     self.n = 30
@@ -119,29 +119,29 @@ def risen(self: Validation) -> tuple[float, float]:
 
 
 @pytest.fixture
-def rising(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Validation, "nll", risen)
+def rising_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Validation, "nll", rising_nll)
 
 
 ENDS_EARLY = ["trainer.steps=100", "trainer.max_rise=0.9"]
 
 
 @pytest.fixture(scope="module")
-def whole(table: list[str], tmp_path_factory: pytest.TempPathFactory, trainer_of: MakeTrainer) -> Trainer:
+def uninterrupted(table: list[str], tmp_path_factory: pytest.TempPathFactory, trainer_of: MakeTrainer) -> Trainer:
     """Returns a run that ended because its validation NLL rose."""
     torch.set_default_dtype(torch.float32)
     run = trainer_of(tmp_path_factory.mktemp("whole"), [*table, *ENDS_EARLY])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Validation, "nll", risen)
+        patched.setattr(Validation, "nll", rising_nll)
         run.fit()
     return run
 
 
-@pytest.mark.usefixtures("rising")
+@pytest.mark.usefixtures("rising_validation")
 @pytest.mark.parametrize("stop", [3, 5, 7, 33])
-def test_resume_is_exact(
+def test_resume_is_bitwise_exact(
     stop: int,
-    whole: Trainer,
+    uninterrupted: Trainer,
     table: list[str],
     tmp_path: Path,
     trainer_of: MakeTrainer,
@@ -150,8 +150,8 @@ def test_resume_is_exact(
 ) -> None:
     """Runs are stopped before, at and after an early validation, and while the NLL rises."""
     keys = [*table, *ENDS_EARLY]
-    assert whole.best is not None
-    assert (whole.step, whole.best["step"]) == (40, 20)
+    assert uninterrupted.best is not None
+    assert (uninterrupted.step, uninterrupted.best["step"]) == (40, 20)
     first = trainer_of(tmp_path / "parts", keys)
     stop_at(first, stop)
     first.signal = 15
@@ -160,14 +160,18 @@ def test_resume_is_exact(
     assert saved["step"] == stop
     second = trainer_of(tmp_path / "parts", keys, saved)
     second.fit()
-    assert rows(tmp_path / "parts") == rows(whole.run_dir)
-    assert (second.best, second.step, second.stopped_by) == (whole.best, whole.step, whole.stopped_by)
-    ends = [checkpoint.load(run.run_dir / "checkpoints/best.pt") for run in (whole, second)]
-    assert ends[0]["step"] == ends[1]["step"] == whole.best["step"]
+    assert rows(tmp_path / "parts") == rows(uninterrupted.run_dir)
+    assert (second.best, second.step, second.stopped_by) == (
+        uninterrupted.best,
+        uninterrupted.step,
+        uninterrupted.stopped_by,
+    )
+    ends = [checkpoint.load(run.run_dir / "checkpoints/best.pt") for run in (uninterrupted, second)]
+    assert ends[0]["step"] == ends[1]["step"] == uninterrupted.best["step"]
     assert all(torch.equal(v, ends[1]["weights"][k]) for k, v in ends[0]["weights"].items())
 
 
-def test_initial_weights_are_kept_if_no_step_is_better(
+def test_initial_weights_are_kept_if_no_step_improves(
     table: list[str], tmp_path: Path, trainer_of: MakeTrainer
 ) -> None:
     run = trainer_of(tmp_path, [*table, "trainer.lr=3", "trainer.lr_decay=constant", "trainer.steps=30"])
@@ -179,7 +183,7 @@ def test_initial_weights_are_kept_if_no_step_is_better(
     assert "step 0 of 30" in run.summary(best["step"])
 
 
-def test_a_run_killed_at_its_start_validates_once(
+def test_run_killed_at_step_0_validates_once(
     table: list[str], tmp_path: Path, trainer_of: MakeTrainer, rows: ReadRows
 ) -> None:
     class Killed(BaseException):
@@ -192,10 +196,10 @@ def test_a_run_killed_at_its_start_validates_once(
     run.checkpoints.write_best = kill  # type: ignore[method-assign,assignment]
     with pytest.raises(Killed):
         run.fit()
-    assert validated(rows, tmp_path) == [0]
+    assert validation_steps(rows, tmp_path) == [0]
     saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
     trainer_of(tmp_path, [*table, "trainer.steps=10"], saved).fit()
-    assert validated(rows, tmp_path) == [0, 5, 10]
+    assert validation_steps(rows, tmp_path) == [0, 5, 10]
 
 
 @pytest.mark.parametrize("policy", ["stop", "rewind"])
@@ -219,21 +223,21 @@ def test_failing_early_validation_does_not_end_the_run(
     run = trainer_of(tmp_path, [*table, "trainer.steps=20", f"trainer.on_nonfinite={policy}"])
     run.fit()
     assert (run.step, run.failure_policy.rewinds) == (20, 0)
-    assert validated(rows, tmp_path) == [10, 15, 20]
+    assert validation_steps(rows, tmp_path) == [10, 15, 20]
     assert len([r for r in caplog.records if r.levelno == logging.WARNING and "validation" in r.getMessage()]) == 2
 
 
 # A rising validation NLL
 
 
-@pytest.mark.usefixtures("rising")
-def test_a_run_ends_once_its_validation_has_risen(
-    whole: Trainer, table: list[str], tmp_path: Path, trainer_of: MakeTrainer
+@pytest.mark.usefixtures("rising_validation")
+def test_run_ends_if_the_validation_nll_rises(
+    uninterrupted: Trainer, table: list[str], tmp_path: Path, trainer_of: MakeTrainer
 ) -> None:
-    assert whole.best is not None
-    assert (whole.step, whole.best["step"]) == (40, 20)
-    assert "step 20" in str(whole.stopped_by)
-    said = whole.summary(20)
+    assert uninterrupted.best is not None
+    assert (uninterrupted.step, uninterrupted.best["step"]) == (40, 20)
+    assert "step 20" in str(uninterrupted.stopped_by)
+    said = uninterrupted.summary(20)
     assert "step 20 of 40" in said
     assert "model.hidden" in said
     # the run ends later if the margin is wider, the learning rate warms up, or max_rise is off
@@ -247,7 +251,7 @@ def test_a_run_ends_once_its_validation_has_risen(
         assert other.step == step
 
 
-def test_no_rise_ends_a_plateau_that_may_still_come_down_nor_steps_that_match(
+def test_overfitting_check_waits_for_plateau_and_likelihood_phase(
     table: list[str], tmp_path: Path, trainer_of: MakeTrainer
 ) -> None:
     run = trainer_of(tmp_path / "a", [*table, "trainer.lr_decay=plateau"])
@@ -300,7 +304,7 @@ def test_checkpoints_of_older_versions_resume(table: list[str], tmp_path: Path, 
 # Advice
 
 
-def val(*nlls: float) -> list[dict[str, Any]]:
+def validation_rows(*nlls: float) -> list[dict[str, Any]]:
     return [{"step": 100 * i, "split": "val", "nll": nll} for i, nll in enumerate(nlls)]
 
 
@@ -318,19 +322,21 @@ def val(*nlls: float) -> list[dict[str, Any]]:
         ((6.0,), 0, True, None),
     ],
 )
-def test_one_fitting_advice_is_given(nlls: tuple[float, ...], best: int, finite: bool, word: str | None) -> None:
+def test_advice_matches_the_validation_curve(
+    nlls: tuple[float, ...], best: int, finite: bool, word: str | None
+) -> None:
     config = {"model": {"hidden": [8], "dropout": 0.0}}
-    found = advice(val(*nlls), best, 100 * (len(nlls) - 1), 4, finite, config)
+    found = advice(validation_rows(*nlls), best, 100 * (len(nlls) - 1), 4, finite, config)
     assert found is None if word is None else word in str(found)
     if word == "model.hidden":
         assert "model.dropout" in str(found)
-        assert "model.dropout" not in str(advice(val(*nlls), best, 400, 4, finite, {"model": {}}))
+        assert "model.dropout" not in str(advice(validation_rows(*nlls), best, 400, 4, finite, {"model": {}}))
 
 
 # Pictures
 
 
-def test_the_first_picture_comes_after_50_steps() -> None:
+def test_first_figure_is_drawn_after_50_steps() -> None:
     steps = np.arange(0, 1201)
     assert [s for s in steps if s and ValidationSchedule(settings(plot_every=500)).draws(s)] == [50, 500, 1000]
     assert [s for s in steps if s and ValidationSchedule(settings(plot_every=40)).draws(s)][:2] == [40, 80]

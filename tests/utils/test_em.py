@@ -46,7 +46,7 @@ def naive_step(x: Tensor, mixture: Mixture, prior: Prior) -> Mixture:
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("prior_rows", [0.0, 7.0])
 @pytest.mark.parametrize("part", [2**22, 70])
-def test_step_is_the_one_by_sums_over_rows(
+def test_em_step_equals_a_naive_implementation(
     monkeypatch: pytest.MonkeyPatch, diagonal: bool, prior_rows: float, part: int
 ) -> None:
     """The features of the rows are stored in one part, or computed again in small parts."""
@@ -64,7 +64,7 @@ def test_step_is_the_one_by_sums_over_rows(
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_step_is_exact_far_from_the_mean_at_the_smallest_variance(diagonal: bool) -> None:
+def test_em_step_is_accurate_far_from_the_mean(diagonal: bool) -> None:
     """In components of variance 1e-6, rows 100 standard deviations away lose digits in the products of features."""
     x = torch.cat([torch.randn(50, 2), 100 + 1e-3 * torch.randn(50, 2)])
     variances = torch.tensor([[1.0, 1.0], [1e-6, 1e-6]])
@@ -79,7 +79,7 @@ def test_step_is_exact_far_from_the_mean_at_the_smallest_variance(diagonal: bool
 
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("prior_rows", [0.0, 5.0])
-def test_objective_never_falls(diagonal: bool, prior_rows: float) -> None:
+def test_em_never_decreases_the_objective(diagonal: bool, prior_rows: float) -> None:
     x = rows()
     parts = em._Rows(x, diagonal)
     prior = Prior(prior_rows, torch.full((3,), 0.3) if diagonal else 0.3 * torch.eye(3))
@@ -94,7 +94,7 @@ def test_objective_never_falls(diagonal: bool, prior_rows: float) -> None:
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_covariance_with_a_prior_is_the_mode(diagonal: bool) -> None:
+def test_covariance_with_a_prior_maximizes_the_objective(diagonal: bool) -> None:
     """For one component, no change of the covariance raises the objective."""
     x = rows(30)
     prior = Prior(12.0, torch.rand(3) + 0.1 if diagonal else torch.cov(torch.randn(3, 20)))
@@ -112,7 +112,7 @@ def test_covariance_with_a_prior_is_the_mode(diagonal: bool) -> None:
         assert objective(mode.covariances + change) < best
 
 
-def test_log_prior_is_the_inverse_wishart_density_up_to_a_constant() -> None:
+def test_log_prior_equals_inverse_wishart_up_to_a_constant() -> None:
     """S^-1 has a Wishart distribution, and the log-densities of S and S^-1 differ by (d + 1) log|S|."""
     d, a = 3, 9.0
     target = torch.cov(torch.randn(d, 20))
@@ -127,7 +127,7 @@ def test_log_prior_is_the_inverse_wishart_density_up_to_a_constant() -> None:
     torch.testing.assert_close(torch.stack(differences), differences[0].expand(4))
 
 
-def test_eigenvalues_are_kept_above_the_floor() -> None:
+def test_covariance_eigenvalues_stay_above_the_floor() -> None:
     covariances = torch.stack([torch.eye(3), torch.ones(3, 3), torch.zeros(3, 3)])
     found = em.floor_eigenvalues(covariances, 0.01)
     torch.testing.assert_close(found[0], torch.eye(3))
@@ -135,14 +135,14 @@ def test_eigenvalues_are_kept_above_the_floor() -> None:
     torch.testing.assert_close(found[2], 0.01 * torch.eye(3))
 
 
-def test_rows_of_equal_values_and_more_components_than_rows() -> None:
+def test_fit_is_finite_for_equal_rows_or_too_many_components() -> None:
     for x in (torch.zeros(5, 2), torch.randn(3, 2)):
         for diagonal in (False, True):
             mixture = fit_mixture(x, 8, diagonal)
             assert math.isfinite(joint(x, mixture).logsumexp(1).mean().item())
 
 
-def test_clusters_separate_what_is_apart_and_start_far_apart() -> None:
+def test_clusters_recover_well_separated_groups() -> None:
     centres = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0], [50.0, 50.0], [25.0, 100.0]])
     truth = torch.arange(5).repeat_interleave(20)
     x = centres[truth] + torch.randn(100, 2)

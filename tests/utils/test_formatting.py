@@ -23,17 +23,17 @@ from flowtrain.utils.formatting import brief, decimals, with_error
         (float("nan"), 0.1, "nan"),
     ],
 )
-def test_numbers_end_where_their_error_begins(value: float, error: float, words: str) -> None:
+def test_values_are_rounded_to_their_error(value: float, error: float, words: str) -> None:
     assert with_error(value, error) == words
 
 
 @pytest.mark.parametrize("error", np.geomspace(1e-9, 1e9, 181).tolist())
-def test_an_error_keeps_one_digit_or_two(error: float) -> None:
+def test_rounded_error_keeps_one_or_two_digits(error: float) -> None:
     shown = round(error, decimals(error))
     assert abs(shown - error) <= 0.26 * error
     assert 1 <= round(shown * 10.0 ** decimals(error)) <= 20
 
 
-def test_brief_keeps_one_digit() -> None:
+def test_brief_keeps_one_significant_digit() -> None:
     shown = [brief(v) for v in (0.0, 3.1e-6, 0.02, 0.0061, 0.35, 4.2, 9.7, 123.4, 2e7, 1e-12)]
     assert shown == ["0", "3e-6", "0.02", "0.006", "0.3", "4", "10", "123", "2e7", "1e-12"]

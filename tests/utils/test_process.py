@@ -67,7 +67,7 @@ def fails() -> None:
 @pytest.mark.parametrize("end", [lambda: None, fails])
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.usefixtures("restored")
-def test_settings_of_the_caller_are_restored(end: Callable[[], None], grad: Callable[[], Any]) -> None:
+def test_torch_settings_of_the_caller_are_restored(end: Callable[[], None], grad: Callable[[], Any]) -> None:
     torch.set_num_threads(2)
     torch.set_default_dtype(torch.float16)
     torch.set_float32_matmul_precision("medium")
@@ -96,7 +96,7 @@ def test_settings_of_the_caller_are_restored(end: Callable[[], None], grad: Call
 @pytest.mark.parametrize("legacy", ["highest", "high", "medium"])
 @pytest.mark.parametrize("backend", ["cuda.matmul", "mkldnn.matmul", "cudnn.conv"])
 @pytest.mark.parametrize("value", ["ieee", "tf32", "bf16"])
-def test_contradicting_precisions_are_restored(legacy: str, backend: str, value: str) -> None:
+def test_contradictory_precision_settings_are_restored(legacy: str, backend: str, value: str) -> None:
     """torch has old and new names for precision, and refuses to read the old ones if they contradict the new ones."""
     torch.set_float32_matmul_precision(legacy)
     first, second = backend.split(".")
@@ -112,7 +112,7 @@ def test_contradicting_precisions_are_restored(legacy: str, backend: str, value:
     assert precision() == before
 
 
-def test_threads_by_the_size_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thread_count_depends_on_the_sample_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowtrain.utils.process.cores", lambda: 3)
     with own_settings(CPU):
         for threads, shape, expected in ((None, (16,), 1), (None, (17,), 3), (None, (1, 5, 5), 3), (2, (2,), 2)):
@@ -140,7 +140,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.usefixtures("propagate_logs", "restored")
-def test_a_fit_does_not_depend_on_the_settings_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_does_not_depend_on_torch_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowtrain.plotting.style.save", lambda figure, path: None)
     torch.set_default_dtype(torch.float32)
     alone = fit(tmp_path / "alone")
@@ -157,7 +157,7 @@ def test_a_fit_does_not_depend_on_the_settings_around_it(tmp_path: Path, monkeyp
         assert same(alone, fit(tmp_path / "no grad"))
 
 
-def counts_inside(flow: Flow) -> list[int]:
+def thread_counts_inside(flow: Flow) -> list[int]:
     """Returns a list to which every forward pass of the flow's layers appends the thread count."""
     counts: list[int] = []
 
@@ -171,10 +171,10 @@ def counts_inside(flow: Flow) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["ffjord", "realnvp", "glow"])
-def test_flows_over_small_vectors_use_one_thread_and_restore_the_count(name: str) -> None:
+def test_small_vector_flows_use_one_thread_and_restore_the_count(name: str) -> None:
     flow, x = vectors(name), torch.randn(5, 2)
     flow.log_prob(x)
-    counts = counts_inside(flow)
+    counts = thread_counts_inside(flow)
     torch.set_num_threads(2)
     calls = (lambda: flow.log_prob(x), lambda: flow.inverse(x), lambda: flow(x), lambda: flow.sample(3))
     for call in calls:
@@ -212,7 +212,7 @@ def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 
 @pytest.mark.parametrize("order", ["first in, first out", "first in, last out"])
 @pytest.mark.parametrize("fresh", [False, True])
-def test_overlapping_calls_leave_no_thread_with_one_thread(order: str, fresh: bool) -> None:
+def test_overlapping_calls_restore_the_thread_count(order: str, fresh: bool) -> None:
     """A Python thread that first uses torch during another thread's call inherits that call's thread count."""
     torch.set_num_threads(2)
     started, entered, leave, left = (threading.Event() for _ in range(4))
@@ -254,7 +254,7 @@ def test_overlapping_calls_leave_no_thread_with_one_thread(order: str, fresh: bo
     assert found == [2]
 
 
-def test_calls_of_many_threads_restore_the_count() -> None:
+def test_concurrent_calls_restore_the_thread_count() -> None:
     flow, x = vectors("realnvp"), torch.randn(5, 2)
     expected = flow.log_prob(x)
     torch.set_num_threads(2)
@@ -269,7 +269,7 @@ def test_calls_of_many_threads_restore_the_count() -> None:
 
 
 @pytest.mark.usefixtures("restored", "float32")
-def test_a_fitted_flow_is_trained_further_whatever_it_was_fitted_in() -> None:
+def test_flow_fitted_in_inference_mode_can_be_trained() -> None:
     """Parameters created in inference mode receive no gradients."""
     x = torch.randn(50, 2)
     flows = []

@@ -10,7 +10,7 @@ from flowtrain.utils.products import LARGE, product
 @pytest.mark.parametrize("rows", [0, 7, 600])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_products_are_those_of_float64(rows: int, transposed: bool, biased: bool) -> None:
+def test_float32_products_match_float64(rows: int, transposed: bool, biased: bool) -> None:
     m, k, n = rows, 64, 80
     a = torch.randn(k, m).T if transposed else torch.randn(m, k)
     b = torch.randn(k, n).T if transposed else torch.randn(n, k)
@@ -22,7 +22,7 @@ def test_products_are_those_of_float64(rows: int, transposed: bool, biased: bool
     torch.testing.assert_close(product(a, b, bias), exact)
 
 
-def test_the_gradient_of_a_large_network_in_float32_is_that_of_float64() -> None:
+def test_float32_gradients_of_a_large_network_match_float64() -> None:
     exact = ResidualMLP(40, [64], 90)
     for p in exact.parameters():
         p.data = torch.randn_like(p) / 8

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.processes import DATA, EQUAL, fit_outcome, run_all, trainer, unused
+from helpers.processes import DATA, EQUAL, fit_outcome, fit_with_unused_parameters, run_all, trainer
 
 from flowtrain.training import checkpoint
 from flowtrain.utils import ranks
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> Found:
+def rank_results(folder: Path) -> Found:
     """Returns the results of both ranks."""
     # the server process imports modules once for both ranks
     context = multiprocessing.get_context("forkserver")
@@ -41,20 +41,20 @@ def found(folder: Path) -> Found:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def alike(a: dict[str, Any], b: dict[str, Any], atol: float = 0.0) -> None:
+def assert_equal_runs(a: dict[str, Any], b: dict[str, Any], atol: float = 0.0) -> None:
     assert a["state"].keys() == b["state"].keys()
     for key, value in a["state"].items():
         torch.testing.assert_close(value, b["state"][key], rtol=atol, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_two_ranks_train_like_one_process(name: str, found: Found, tmp_path: Path) -> None:
+def test_two_ranks_give_the_result_of_one_process(name: str, rank_results: Found, tmp_path: Path) -> None:
     """A batch of 17 rows, 8 on one rank and 9 on the other, gives the same 12 steps in float64."""
     alone = fit_outcome(trainer(tmp_path, *EQUAL[name], data=DATA.get(name)))
-    first, second = found[0][name], found[1][name]
+    first, second = rank_results[0][name], rank_results[1][name]
     assert (first["error"], first["step"]) == (None, 12)
-    alike(first, second)
-    alike(first, alone, atol=1e-8)
+    assert_equal_runs(first, second)
+    assert_equal_runs(first, alone, atol=1e-8)
     assert len(first["rows"]) == len(alone["rows"]) == 14
     for row, right in zip(first["rows"], alone["rows"], strict=True):
         assert (row["step"], row["split"]) == (right["step"], right["split"])
@@ -65,9 +65,9 @@ def test_two_ranks_train_like_one_process(name: str, found: Found, tmp_path: Pat
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
-def test_failure_on_one_rank_fails_on_all(policy: str, found: Found, folder: Path) -> None:
-    first, second = (each[policy] for each in found)
-    alike(first, second)
+def test_failure_on_one_rank_fails_on_all(policy: str, rank_results: Found, folder: Path) -> None:
+    first, second = (each[policy] for each in rank_results)
+    assert_equal_runs(first, second)
     assert first["error"] == second["error"]
     # the rank with the bad batch saves it
     assert [path.name for path in (folder / policy / "failed").iterdir()] == ["step_000006_rank1.npz"]
@@ -83,58 +83,58 @@ def test_failure_on_one_rank_fails_on_all(policy: str, found: Found, folder: Pat
         assert steps == [s for s in range(1, 13) if policy == "rewind" or s != 6]
 
 
-def test_a_solve_that_fails_on_one_rank_ends_both(found: Found) -> None:
-    assert [each["unsolved"]["step"] for each in found] == [6, 6]
-    kind, message = found[0]["unsolved"]["error"]
+def test_failed_solve_on_one_rank_stops_all_ranks(rank_results: Found) -> None:
+    assert [each["unsolved"]["step"] for each in rank_results] == [6, 6]
+    kind, message = rank_results[0]["unsolved"]["error"]
     assert kind == "SolverError"
     assert message.startswith("step 7: rank 1: the field is too stiff. Its batch is in ")
-    assert found[1]["unsolved"]["error"] == (kind, message)
+    assert rank_results[1]["unsolved"]["error"] == (kind, message)
 
 
-def test_a_signal_to_one_rank_stops_both_after_the_same_step(found: Found, folder: Path) -> None:
-    assert [(each["signal"]["step"], each["signal"]["signal"]) for each in found] == [(7, 15), (7, 15)]
+def test_signal_to_one_rank_stops_all_ranks_at_the_same_step(rank_results: Found, folder: Path) -> None:
+    assert [(each["signal"]["step"], each["signal"]["signal"]) for each in rank_results] == [(7, 15), (7, 15)]
     assert checkpoint.load(folder / "signal/checkpoints/last.pt")["step"] == 7
 
 
-def test_running_statistics_are_those_of_the_first_rank(found: Found) -> None:
-    alike(found[0]["norm"], found[1]["norm"])
-    assert any("running" in key or "mean" in key for key in found[0]["norm"]["state"])
+def test_running_statistics_are_equal_on_all_ranks(rank_results: Found) -> None:
+    assert_equal_runs(rank_results[0]["norm"], rank_results[1]["norm"])
+    assert any("running" in key or "mean" in key for key in rank_results[0]["norm"]["state"])
     # the step failed on the second rank only
-    assert all(value.isfinite().all() for value in found[0]["norm"]["state"].values())
+    assert all(value.isfinite().all() for value in rank_results[0]["norm"]["state"].values())
 
 
-def test_parameters_without_gradient_are_unchanged(found: Found, tmp_path: Path) -> None:
+def test_parameters_without_gradient_are_unchanged(rank_results: Found, tmp_path: Path) -> None:
     """Weight decay would change parameters without a gradient.
 
     Ranks draw different noise, so the other weights differ from the weights of one process.
     """
-    alone = unused(tmp_path)
+    alone = fit_with_unused_parameters(tmp_path)
     assert alone["without"]
-    alike(found[0]["unused"], found[1]["unused"])
-    for run in (alone, found[0]["unused"], found[1]["unused"]):
+    assert_equal_runs(rank_results[0]["unused"], rank_results[1]["unused"])
+    for run in (alone, rank_results[0]["unused"], rank_results[1]["unused"]):
         assert (run["error"], run["step"], run["without"]) == (None, 12, alone["without"])
         for name in alone["without"]:
             assert torch.equal(run["state"][name], run["begun"][name])
             assert run["begun"][name].any()
     # a gradient that only one rank has gives the same update on both
-    assert found[0]["partly"] == found[1]["partly"] == [[2.0, 2.0], [4.0, 4.0], None]
+    assert rank_results[0]["partly"] == rank_results[1]["partly"] == [[2.0, 2.0], [4.0, 4.0], None]
 
 
-def test_collective_operations(found: Found) -> None:
-    for rank, each in enumerate(found):
-        error, none, summed, largest, first, both, shares = each["agreed"]
+def test_collective_operations(rank_results: Found) -> None:
+    for rank, each in enumerate(rank_results):
+        error, none, summed, largest, first, both, shares = each["collectives"]
         assert (error, none) == ("rank 1: stiff", None)
         assert (summed, largest, first, both) == ([2.0, 1.0], [1.0, 0.0], ("of", 0), [0, 1])
         ends = [(0, 0, 1), (0, 1, 2), (0, 2, 5)]
         assert shares == [slice(end[rank], end[rank + 1]) for end in ends]
 
 
-def test_one_process_resumes_a_run_of_two_ranks(found: Found, folder: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_a_two_rank_run(rank_results: Found, folder: Path, tmp_path: Path) -> None:
     saved = checkpoint.load(folder / "signal/checkpoints/last.pt")
     rest = fit_outcome(trainer(tmp_path / "rest", "model=affine", saved=saved))
     whole = fit_outcome(trainer(tmp_path / "whole", "model=affine"))
     assert rest["step"] == 12
-    alike(rest, whole, atol=1e-8)
+    assert_equal_runs(rest, whole, atol=1e-8)
 
 
 def test_without_a_launcher_there_is_one_rank() -> None:
@@ -151,7 +151,7 @@ LAUNCHED = ["model=affine", "trainer.steps=60", "trainer.val_every=20", "trainer
 LAUNCHED += ["data.n_val=20", "data.n_test=50", "trainer.plot_every=null"]
 
 
-def test_torchrun_goes_on_after_a_rank_was_killed(tmp_path: Path) -> None:
+def test_torchrun_restarts_after_a_killed_rank(tmp_path: Path) -> None:
     """After SIGKILL of a rank, the second attempt finds the run directory, whose default name contains the time."""
     here = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -41,7 +41,7 @@ class Clock:
         return self.now
 
 
-class Shown:
+class ClockedReporter:
     """A reporter with its own clock, on a terminal or on another stream."""
 
     def __init__(self, stream: io.StringIO) -> None:
@@ -60,20 +60,20 @@ class Shown:
 
 
 @pytest.fixture
-def terminal() -> Iterator[Shown]:
-    shown = Shown(Terminal())
+def terminal() -> Iterator[ClockedReporter]:
+    shown = ClockedReporter(Terminal())
     with reporting(shown.reporter):
         yield shown
 
 
 @pytest.fixture
-def elsewhere() -> Iterator[Shown]:
-    shown = Shown(io.StringIO())
+def no_terminal() -> Iterator[ClockedReporter]:
+    shown = ClockedReporter(io.StringIO())
     with reporting(shown.reporter):
         yield shown
 
 
-def test_terminal_shows_long_work_until_it_ends(terminal: Shown) -> None:
+def test_status_line_appears_after_a_delay(terminal: ClockedReporter) -> None:
     with status.status("solving"):
         assert terminal.after(0.9 * DELAY) == ""
         assert terminal.after(0.2 * DELAY).startswith("solving")
@@ -81,7 +81,7 @@ def test_terminal_shows_long_work_until_it_ends(terminal: Shown) -> None:
     assert terminal.seen == ""
 
 
-def test_short_steps_add_up(terminal: Shown) -> None:
+def test_delay_includes_earlier_short_steps(terminal: ClockedReporter) -> None:
     for name in ("first", "second", "third"):
         with status.status(name):
             seen = terminal.after(0.9 * DELAY)
@@ -89,7 +89,7 @@ def test_short_steps_add_up(terminal: Shown) -> None:
     assert terminal.seen == ""
 
 
-def test_innermost_work_is_shown(terminal: Shown) -> None:
+def test_innermost_status_is_shown(terminal: ClockedReporter) -> None:
     with status.status("evaluating"):
         with status.status("checks"), status.status("mass"):
             seen = terminal.after(2 * DELAY)
@@ -98,7 +98,7 @@ def test_innermost_work_is_shown(terminal: Shown) -> None:
         assert "evaluating" in terminal.seen
 
 
-def test_counted_work_has_a_progress_bar(terminal: Shown) -> None:
+def test_status_with_total_shows_a_progress_bar(terminal: ClockedReporter) -> None:
     with status.status("scoring", total=200, unit="row") as progress:
         terminal.after(DELAY)
         for _ in range(5):
@@ -110,7 +110,7 @@ def test_counted_work_has_a_progress_bar(terminal: Shown) -> None:
     assert terminal.seen == ""
 
 
-def test_the_bar_of_training_is_there_at_once_and_stays(terminal: Shown) -> None:
+def test_training_bar_appears_immediately_and_stays(terminal: ClockedReporter) -> None:
     with status.status("training", total=10, bar=True, done=4) as progress:
         assert "4/10" in terminal.seen
         progress.note(nll="1.5")
@@ -121,7 +121,7 @@ def test_the_bar_of_training_is_there_at_once_and_stays(terminal: Shown) -> None
     assert terminal.stream.getvalue().endswith("\n")
 
 
-def test_long_work_replaces_the_progress_bar(terminal: Shown) -> None:
+def test_long_inner_status_replaces_the_progress_bar(terminal: ClockedReporter) -> None:
     with status.status("training", total=10, bar=True):
         terminal.after(100)
         with status.status("validating"):
@@ -130,8 +130,8 @@ def test_long_work_replaces_the_progress_bar(terminal: Shown) -> None:
         assert "0/10" in terminal.seen
 
 
-def test_messages_are_on_separate_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = Shown(Terminal())
+def test_log_messages_are_on_separate_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = ClockedReporter(Terminal())
     monkeypatch.setattr(sys, "stderr", shown.stream)
     with reporting(shown.reporter), messages(), status.status("solving"):
         shown.after(2 * DELAY)
@@ -143,7 +143,7 @@ def test_messages_are_on_separate_lines(monkeypatch: pytest.MonkeyPatch) -> None
     assert shown.seen.split("\n") == ["short", "a message longer than the status of the current work", ""]
 
 
-def test_after_an_error_only_the_error_is_visible(terminal: Shown) -> None:
+def test_status_line_is_cleared_on_error(terminal: ClockedReporter) -> None:
     def fails() -> None:
         with status.status("outer"), status.status("inner", total=3):
             terminal.after(2 * DELAY)
@@ -155,7 +155,7 @@ def test_after_an_error_only_the_error_is_visible(terminal: Shown) -> None:
     assert terminal.seen == ""
 
 
-def test_work_ending_out_of_order_leaves_no_line(terminal: Shown) -> None:
+def test_out_of_order_exit_clears_the_status_line(terminal: ClockedReporter) -> None:
     with status.status("outer"):
         inner = status.status("inner")
         inner.__enter__()
@@ -168,37 +168,37 @@ def test_work_ending_out_of_order_leaves_no_line(terminal: Shown) -> None:
 def test_no_line_is_longer_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     for total in (None, 7):
-        shown = Shown(Terminal())
+        shown = ClockedReporter(Terminal())
         with reporting(shown.reporter), status.status("word " * 30, total=total):
             assert 10 < len(shown.after(2 * DELAY)) < 40
 
 
-def test_short_work_prints_nothing_without_a_terminal(elsewhere: Shown) -> None:
+def test_short_work_prints_nothing_without_a_terminal(no_terminal: ClockedReporter) -> None:
     with status.status("training", total=10, bar=True) as progress:
         for _ in range(10):
-            elsewhere.clock.now += 0.09 * EVERY
+            no_terminal.clock.now += 0.09 * EVERY
             progress.advance()
-    assert elsewhere.seen == ""
+    assert no_terminal.seen == ""
 
 
-def test_long_work_prints_lines_without_a_terminal(elsewhere: Shown) -> None:
+def test_long_work_prints_lines_without_a_terminal(no_terminal: ClockedReporter) -> None:
     with status.status("evaluating"), status.status("scoring", total=400, unit="row") as progress:
         progress.advance(100)
-        lines = [len(elsewhere.after(EVERY / 3).splitlines()) for _ in range(7)]
+        lines = [len(no_terminal.after(EVERY / 3).splitlines()) for _ in range(7)]
     assert lines == [0, 0, 1, 1, 1, 2, 2]
-    first = elsewhere.seen.splitlines()[0]
+    first = no_terminal.seen.splitlines()[0]
     assert [word in first for word in ("evaluating", "scoring", "100 of 400 rows", "25%", "01:30 left")] == [True] * 5
-    assert "\r" not in elsewhere.seen
+    assert "\r" not in no_terminal.seen
 
 
-def test_closed_stream_does_not_end_the_work(terminal: Shown) -> None:
+def test_closed_stream_does_not_end_the_work(terminal: ClockedReporter) -> None:
     with status.status("solving"):
         terminal.stream.close()
         terminal.clock.now += 2 * DELAY
         terminal.reporter.refresh()
 
 
-class Announced(Terminal):
+class SignalingTerminal(Terminal):
     """A terminal that signals when text is written to it."""
 
     def __init__(self) -> None:
@@ -210,9 +210,9 @@ class Announced(Terminal):
         return super().write(text)
 
 
-def test_thread_shows_uncounted_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thread_redraws_status_without_total(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "TICK", 0.01)
-    stream = Announced()
+    stream = SignalingTerminal()
     before = threading.active_count()
     with reporting(Reporter(stream, delay=0.02)), status.status("one long solve"):
         assert stream.written.wait(30)
@@ -221,7 +221,7 @@ def test_thread_shows_uncounted_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert threading.active_count() == before
 
 
-def in_a_process(code: str, **environment: str) -> str:
+def run_on_pseudo_terminal(code: str, **environment: str) -> str:
     """Runs code with a pseudo-terminal as stderr, and returns what stderr shows and what stdout contains."""
     pty = pytest.importorskip("pty")
     mine, its = pty.openpty()
@@ -244,8 +244,8 @@ def in_a_process(code: str, **environment: str) -> str:
     return f"{text.getvalue()}|{out}"
 
 
-def test_a_command_says_that_it_is_loading() -> None:
-    said = in_a_process("""
+def test_command_shows_status_while_loading() -> None:
+    said = run_on_pseudo_terminal("""
         import sys, time, types
         from flowtrain.cli import entry_points
         assert "torch" not in sys.modules
@@ -269,8 +269,8 @@ def test_a_command_says_that_it_is_loading() -> None:
     assert shown.screen() == "ran\n"
 
 
-def test_a_forked_process_is_silent_and_does_not_wait() -> None:
-    said = in_a_process("""
+def test_forked_process_is_silent_and_does_not_deadlock() -> None:
+    said = run_on_pseudo_terminal("""
         import os, time
         with status.reporting(), status.status("parent"):
             time.sleep(0.05)
@@ -290,18 +290,16 @@ def test_a_forked_process_is_silent_and_does_not_wait() -> None:
 
 
 @pytest.mark.parametrize("environment", [{"TQDM_DISABLE": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}])
-def test_other_ranks_and_jobs_side_by_side_are_silent(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
-) -> None:
+def test_other_ranks_and_parallel_jobs_are_silent(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    shown = Shown(Terminal())
+    shown = ClockedReporter(Terminal())
     with reporting(shown.reporter), status.status("training", total=3, bar=True) as progress:
         progress.advance(3)
     assert shown.after(100) == ""
 
 
-def test_calls_of_the_library_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_calls_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(status, "DELAY", 0.0)
@@ -314,7 +312,7 @@ def test_calls_of_the_library_are_silent(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "scoring" in stream.getvalue()
 
 
-def test_a_phase_leaves_its_seconds_in_the_log(caplog: pytest.LogCaptureFixture, propagate_logs: None) -> None:
+def test_phase_logs_its_duration(caplog: pytest.LogCaptureFixture, propagate_logs: None) -> None:
     with caplog.at_level(logging.DEBUG, "flowtrain"), phase("reading"):
         pass
     assert [record.getMessage() for record in caplog.records] == ["reading: 0.0 s"]
@@ -328,7 +326,7 @@ def test_a_phase_leaves_its_seconds_in_the_log(caplog: pytest.LogCaptureFixture,
         ({"nll": None, "matching": 0.25, "nfe_forward": None}, 0.5, {"matching": "0.250", "val bits/dim": "1.500"}),
     ],
 )
-def test_the_bar_has_the_unit_of_the_table(
+def test_training_bar_uses_the_units_of_the_log_table(
     row: dict[str, float | None], factor: float | None, values: dict[str, str]
 ) -> None:
     bar = Status("training", total=10)
@@ -339,7 +337,7 @@ def test_the_bar_has_the_unit_of_the_table(
 
 
 @contextmanager
-def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+def terminal_without_delay(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     """Makes stderr a terminal that shows the status without delay."""
     stream = Terminal()
     with monkeypatch.context() as patched:
@@ -349,8 +347,8 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
 
 
 @pytest.mark.usefixtures("float32")
-def test_commands_name_what_they_do(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with eager(monkeypatch) as stream:
+def test_commands_show_the_name_of_each_phase(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with terminal_without_delay(monkeypatch) as stream:
         run("flowtrain", *SMALL, *TINY, "hydra.run.dir=r", "trainer.val_every=2")
     steps = ("reading the data", "initializing", "training", "scoring the test set", "checking", "drawing samples")
     assert [name for name in steps if name not in stream.getvalue()] == []
@@ -361,7 +359,7 @@ def test_commands_name_what_they_do(run: Run, monkeypatch: pytest.MonkeyPatch, t
         (("flowsample", "ckpt=r", "n=20"), ("sampling", "drawing samples")),
         (("flowsample", "ckpt=r", "quality=[1,2]"), ("comparing", "euler")),
     ):
-        with eager(monkeypatch) as stream:
+        with terminal_without_delay(monkeypatch) as stream:
             code, _, _ = run(*command)
         assert code == 0
         assert [name for name in names if name not in stream.getvalue()] == []
@@ -371,7 +369,7 @@ def test_commands_name_what_they_do(run: Run, monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.usefixtures("float32")
 def test_failing_command_prints_only_its_message(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "not_a_table.npy")
-    with eager(monkeypatch) as stream:
+    with terminal_without_delay(monkeypatch) as stream:
         code, _, _ = run("flowtrain", "data=array", "data.path=not_a_table.npy", "hydra.run.dir=r")
     assert code == 2
     assert "reading the data" in stream.getvalue()
@@ -381,8 +379,8 @@ def test_failing_command_prints_only_its_message(run: Run, monkeypatch: pytest.M
     assert "not_a_table.npy" in lines[0]
 
 
-def test_a_sweep_of_jobs_in_other_processes_says_how_many_are_done(
-    terminal: Shown, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_sweep_shows_the_number_of_finished_jobs(
+    terminal: ClockedReporter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # the callback sets this variable
     monkeypatch.setenv("TQDM_DISABLE", "")
@@ -414,7 +412,7 @@ def test_interrupt_while_loading_prints_no_traceback(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_fits_from_python_show_bars_of_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_shows_a_tqdm_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[tuple[int, str]] = []
 
     class Bar:

@@ -36,7 +36,7 @@ def test_splits_are_disjoint_and_cover_the_file(
         np.testing.assert_array_equal(data.split(name), normal(4, 3, seed=9).astype(np.float32))
 
 
-def test_the_split_depends_on_the_data_seed_alone(tmp_path: Path) -> None:
+def test_split_depends_only_on_the_data_seed(tmp_path: Path) -> None:
     path = npy(tmp_path / "t.npy", normal(100, 2))
     same, again, other = ArrayData(path), ArrayData(path), ArrayData(path, seed=1)
     assert torch.equal(same.val, again.val)
@@ -44,7 +44,7 @@ def test_the_split_depends_on_the_data_seed_alone(tmp_path: Path) -> None:
     assert not torch.equal(same.val, other.val)
 
 
-def test_attributes_of_a_data_set(tmp_path: Path) -> None:
+def test_dataset_attributes(tmp_path: Path) -> None:
     data = ArrayData(save(tmp_path / "t.csv", normal(40, 3), ["a", "b", "c"]))
     assert data.event_shape == (3,)
     assert data.columns == ("a", "b", "c")
@@ -54,7 +54,7 @@ def test_attributes_of_a_data_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("d", [1, 300])
-def test_any_number_of_columns_is_read(tmp_path: Path, d: int) -> None:
+def test_tables_with_any_number_of_columns_are_read(tmp_path: Path, d: int) -> None:
     values = normal(400, d)
     for path in (npy(tmp_path / "t.npy", values), save(tmp_path / "t.csv", values)):
         data = ArrayData(path)
@@ -72,7 +72,7 @@ def test_too_few_rows_are_refused(tmp_path: Path, n: int, refused: Refused) -> N
     )
 
 
-def test_few_rows_are_enough(tmp_path: Path, refused: Refused) -> None:
+def test_small_tables_need_two_training_rows(tmp_path: Path, refused: Refused) -> None:
     data = ArrayData(npy(tmp_path / "t.npy", normal(4, 2)))
     assert (len(data.val), len(data.test), data.train_batch(0, 4, 0).unique(dim=0).shape[0]) == (1, 1, 2)
     one = npy(tmp_path / "one.npy", normal(1, 2))
@@ -124,7 +124,7 @@ def test_files_with_different_columns_are_refused(tmp_path: Path, refused: Refus
 # Batches
 
 
-def test_a_batch_is_a_pure_function_of_step_size_and_seed(tmp_path: Path) -> None:
+def test_batch_depends_only_on_step_size_and_seed(tmp_path: Path) -> None:
     path = npy(tmp_path / "t.npy", normal(50, 2))
     data = ArrayData(path)
     batches = {step: data.train_batch(step, 16, 7) for step in range(12)}
@@ -149,7 +149,7 @@ def test_every_epoch_visits_every_row_once(tmp_path: Path, batch: int, epoch: Ca
     assert torch.equal(stream[:n], epoch(data, n, 8, seed=3))
 
 
-def test_an_epoch_is_shuffled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_epoch_is_shuffled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = ArrayData(npy(tmp_path / "t.npy", normal(50, 2)))
     sizes = []
 
@@ -168,7 +168,7 @@ def test_an_epoch_is_shuffled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # Real data
 
 
-def test_gas_is_read_as_published(
+def test_gas_matches_the_published_split(
     real: Callable[..., list[str]], rows_of: Callable[..., list[tuple[float, ...]]], epoch: Callable[..., torch.Tensor]
 ) -> None:
     train, val, test = real("gas/train.csv", "gas/val.csv", "gas/test.csv")

@@ -27,7 +27,7 @@ def counts(n: int = 400, d: int = 3) -> np.ndarray:
     return values
 
 
-def test_whole_numbers_stay_whole(
+def test_integer_values_are_kept_as_integers(
     tmp_path: Path, epoch: Callable[..., torch.Tensor], rows_of: Callable[..., list[tuple[float, ...]]]
 ) -> None:
     path = npy(tmp_path / "t.npy", counts() - 8)
@@ -59,7 +59,7 @@ def pixels(tmp_path: Path, n: int = 60) -> str:
     return npy(tmp_path / "t.npy", values)
 
 
-def test_rows_become_images_of_bytes_with_their_labels(
+def test_rows_are_reshaped_to_byte_images_with_labels(
     tmp_path: Path, epoch: Callable[..., torch.Tensor], rows_of: Callable[..., list[tuple[float, ...]]]
 ) -> None:
     path = pixels(tmp_path)
@@ -83,7 +83,7 @@ def test_labels_are_read_from_separate_files(tmp_path: Path) -> None:
     assert data.columns == tuple(f"c{i}" for i in range(12))
 
 
-def test_images_of_real_numbers_are_standardised_by_pixel(tmp_path: Path) -> None:
+def test_real_valued_images_are_standardized_per_pixel(tmp_path: Path) -> None:
     data = ArrayData(npy(tmp_path / "t.npy", normal(50, 12)), event_shape=[3, 2, 2])
     mean, std = data.statistics()  # type: ignore[misc]
     assert mean.shape == std.shape == (3, 2, 2)
@@ -141,7 +141,7 @@ def test_invalid_labels_are_refused(tmp_path: Path, refused: Refused) -> None:
         )
 
 
-def test_dequantizing_fractions_is_refused_with_the_cell(tmp_path: Path, refused: Refused) -> None:
+def test_dequantizing_non_integers_names_the_cell(tmp_path: Path, refused: Refused) -> None:
     values = counts().astype(float)
     path = save(tmp_path / "t.csv", values, ["a", "b", "c"])
     values[7, 2] += 0.25
@@ -151,7 +151,7 @@ def test_dequantizing_fractions_is_refused_with_the_cell(tmp_path: Path, refused
     refused(lambda: ArrayData(path, test_path=bad, dequantize=True), DataError, fragments)
 
 
-def test_only_repeated_integers_are_reported_as_discrete(
+def test_only_columns_with_repeated_integers_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, refused: Refused
 ) -> None:
     values = normal(400, 3)

@@ -39,7 +39,7 @@ GOOD_COLUMNS: list[tuple[Any, list[int]]] = [
 
 
 @pytest.mark.parametrize(("columns", "expected"), GOOD_COLUMNS, ids=str)
-def test_columns_are_chosen_in_the_order_asked_for(tmp_path: Path, columns: Any, expected: list[int]) -> None:
+def test_columns_are_selected_in_the_requested_order(tmp_path: Path, columns: Any, expected: list[int]) -> None:
     values = normal(5, 4)
     table = read_table(save(tmp_path / "t.csv", values, list("abcd")), columns=columns)
     np.testing.assert_array_equal(table.values, values[:, expected])
@@ -51,7 +51,7 @@ def test_columns_are_chosen_in_the_order_asked_for(tmp_path: Path, columns: Any,
         )
 
 
-def test_a_name_comes_before_a_slice(tmp_path: Path) -> None:
+def test_column_name_takes_precedence_over_a_slice(tmp_path: Path) -> None:
     path = save(tmp_path / "t.csv", normal(3, 3), ["x", "0:2", "y"])
     assert read_table(path, columns=["0:2"]).indices == (1,)
 
@@ -76,7 +76,7 @@ def test_missing_columns_are_refused(tmp_path: Path, columns: Any, fragments: li
     refused(lambda: read_table(path, columns=columns), ConfigError, fragments)
 
 
-def test_unnamed_and_duplicate_columns(tmp_path: Path, refused: Refused) -> None:
+def test_unknown_positions_and_duplicate_names_are_refused(tmp_path: Path, refused: Refused) -> None:
     path = npy(tmp_path / "t.npy", normal(3, 4))
     refused(lambda: read_table(path, columns=[9]), ConfigError, [path, "no column 9", "0 to 3"])
     path = save(tmp_path / "t.csv", normal(3, 2), ["a", "a"])
@@ -86,7 +86,7 @@ def test_unnamed_and_duplicate_columns(tmp_path: Path, refused: Refused) -> None
 # Statistics, and columns that are refused
 
 
-def test_statistics_are_those_of_the_training_rows(tmp_path: Path, epoch: Callable[..., torch.Tensor]) -> None:
+def test_statistics_come_from_the_training_rows(tmp_path: Path, epoch: Callable[..., torch.Tensor]) -> None:
     values = normal(200, 3) * [1, 10, 0.1] + [0, 5, -3]
     path = npy(tmp_path / "t.npy", values)
     data = ArrayData(path)
@@ -106,7 +106,9 @@ def test_statistics_are_those_of_the_training_rows(tmp_path: Path, epoch: Callab
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 7.0, -1e8, 1e30])
 @pytest.mark.parametrize("standardize", [True, False])
-def test_a_constant_column_is_named(tmp_path: Path, value: float, standardize: bool, refused: Refused) -> None:
+def test_constant_column_is_named_in_the_error(
+    tmp_path: Path, value: float, standardize: bool, refused: Refused
+) -> None:
     values = normal(50, 6)
     values[:, [1, 4]] = value
     path = save(tmp_path / "t.csv", values, list("abcdef"))
@@ -126,7 +128,7 @@ def test_column_constant_in_the_training_rows_is_refused(tmp_path: Path, refused
     refused(lambda: ArrayData(paths[0], columns=[1]), DataError, ["no other columns"])
 
 
-def test_columns_that_float32_cannot_represent_are_reported(
+def test_columns_that_lose_precision_in_float32_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, refused: Refused
 ) -> None:
     values = normal(50, 2)
@@ -162,7 +164,7 @@ def test_columns_that_float32_cannot_represent_are_reported(
         (normal(60, 1)[:, 0], 12.0, 4, False),
     ],
 )
-def test_codes_of_missing_values_are_warned_of(
+def test_codes_for_missing_values_give_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, rest: np.ndarray, code: float, count: int, told: bool
 ) -> None:
     column = np.concatenate([rest, np.full(count, code)])
@@ -189,7 +191,7 @@ def test_config_keys_match_the_constructor() -> None:
         assert value == (None if default is inspect.Parameter.empty else default), name
 
 
-def test_a_saved_config_gives_the_same_columns(tmp_path: Path) -> None:
+def test_columns_survive_a_config_round_trip(tmp_path: Path) -> None:
     columns = OmegaConf.create(["1:30", "0:1", 31, "c32"])
     assert OmegaConf.create(OmegaConf.to_yaml(columns)) == columns
     path = npy(tmp_path / "t.npy", normal(5, 40))

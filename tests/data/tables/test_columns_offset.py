@@ -24,19 +24,19 @@ from flowtrain.utils.errors import DataError
 MEAN, STD = np.array([1.7e9, 5.412e6, 3.0]), np.array([100.0, 5.0, 2.0])
 
 
-def large(n: int, seed: int = 0) -> np.ndarray:
+def large_values(n: int, seed: int = 0) -> np.ndarray:
     return MEAN + STD * normal(n, 3, seed)
 
 
 def nll(values: np.ndarray) -> float:
-    """Returns the mean NLL under independent normal columns with the parameters of `large`."""
+    """Returns the mean NLL under independent normal columns with the parameters of `large_values`."""
     z = (values - MEAN) / STD
     return float((z**2 / 2 + np.log(STD * np.sqrt(2 * np.pi))).sum(1).mean())
 
 
 @pytest.mark.parametrize("ending", ["csv", "npy"])
-def test_samples_keep_the_digits_that_float32_would_lose(tmp_path: Path, ending: str) -> None:
-    values = large(100)
+def test_centered_samples_keep_float64_precision(tmp_path: Path, ending: str) -> None:
+    values = large_values(100)
     path = save(tmp_path / "t.csv", values) if ending == "csv" else npy(tmp_path / "t.npy", values)
     data = ArrayData(path, test_path=path)
     assert data.samples.centered
@@ -53,7 +53,7 @@ def test_samples_keep_the_digits_that_float32_would_lose(tmp_path: Path, ending:
     ("mean", "std", "centered"),
     [(0.0, 1.0, False), (2000.0, 50.0, False), (2000.0, 1.0, True), (-1e7, 1.0, True), (1e-3, 1e-9, True)],
 )
-def test_only_columns_that_float32_rounds_coarsely_are_centred(
+def test_only_columns_with_coarse_float32_rounding_are_centered(
     tmp_path: Path, mean: float, std: float, centered: bool
 ) -> None:
     path = npy(tmp_path / "t.npy", mean + std * normal(50, 1))
@@ -64,21 +64,21 @@ def test_only_columns_that_float32_rounds_coarsely_are_centred(
 
 
 def test_constant_columns_are_still_refused(tmp_path: Path, refused: Refused) -> None:
-    values = large(50)
+    values = large_values(50)
     values[:, 1] = 1.7e9 + 0.1
     path = npy(tmp_path / "t.npy", values)
     refused(lambda: ArrayData(path), DataError, [path, "'c1'", "constant"])
 
 
-def test_memory_mapped_file_is_centred(tmp_path: Path, small_windows: None, big: Callable[..., ArrayData]) -> None:
-    values = large(300)
+def test_memory_mapped_file_is_centered(tmp_path: Path, small_windows: None, big: Callable[..., ArrayData]) -> None:
+    values = large_values(300)
     data = big(npy(tmp_path / "t.npy", values))
     assert data.train_batch(0, 7, 0).dtype == data.val.dtype == torch.float64
     known = {tuple(row) for row in values.tolist()}
     assert {tuple(row) for row in torch.cat([data.train_batch(0, 50, 0), data.val]).tolist()} <= known
 
 
-def test_whole_numbers_are_centred_with_their_noise(tmp_path: Path) -> None:
+def test_large_integers_are_dequantized_in_float64(tmp_path: Path) -> None:
     values = np.round(1e6 + 50 * normal(100, 1))
     data = ArrayData(npy(tmp_path / "t.npy", values), dequantize=True)
     flow = build_flow(CONFIG, data.samples).eval()
@@ -96,7 +96,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def test_an_old_checkpoint_has_no_offset() -> None:
+def test_flow_built_without_centering_has_no_offset() -> None:
     flow = build_flow(CONFIG, Samples((2,), standardized=True))
     assert not any("offset" in key for key in flow.state_dict())
     assert flow.sample(2).dtype == flow.log_prob(torch.zeros(1, 2)).dtype == flow.like.dtype
@@ -109,7 +109,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def begun(data: ArrayData, model: dict[str, Any]) -> Flow:
+def initialized_flow(data: ArrayData, model: dict[str, Any]) -> Flow:
     """Returns a flow at the first step of its training on the data."""
     flow = build_flow({**CONFIG, "model": model}, data.samples)
     initialize(flow, Batches(flow, data, 64, 0))
@@ -118,13 +118,13 @@ def begun(data: ArrayData, model: dict[str, Any]) -> Flow:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("standardize", [True, False])
-def test_likelihoods_and_samples_are_in_the_units_of_the_file(
+def test_likelihoods_and_samples_use_the_units_of_the_file(
     tmp_path: Path, float32: None, model: str, standardize: bool
 ) -> None:
-    values = large(400)
+    values = large_values(400)
     data = ArrayData(npy(tmp_path / "t.npy", values), standardize=standardize)
-    flow = begun(data, MODELS[model])
-    x = torch.from_numpy(large(500, seed=1))
+    flow = initialized_flow(data, MODELS[model])
+    x = torch.from_numpy(large_values(500, seed=1))
     log_p = flow.log_prob(x).detach()
     assert log_p.dtype == torch.float32
     # float64 gives the same values: the cast keeps the offset, and float32 had lost no digits
@@ -136,7 +136,7 @@ def test_likelihoods_and_samples_are_in_the_units_of_the_file(
     assert samples.dtype == np.float64
     if model == "affine":
         # an initialized affine flow is the Gaussian of the training rows
-        assert float(-log_p.mean()) == pytest.approx(nll(large(500, seed=1)), abs=0.1)
+        assert float(-log_p.mean()) == pytest.approx(nll(large_values(500, seed=1)), abs=0.1)
         np.testing.assert_allclose((samples - MEAN).mean(0) / STD, 0, atol=0.2)
         np.testing.assert_allclose((samples - MEAN).std(0) / STD, 1, rtol=0.2)
     # gradients are finite in training
@@ -145,9 +145,11 @@ def test_likelihoods_and_samples_are_in_the_units_of_the_file(
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in flow.parameters())
 
 
-def test_the_commands_keep_the_offset(run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate) -> None:
-    path = npy(tmp_path / "t.npy", large(200))
-    new = large(300, seed=1)
+def test_commands_score_and_sample_with_the_offset(
+    run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate
+) -> None:
+    path = npy(tmp_path / "t.npy", large_values(200))
+    new = large_values(300, seed=1)
     run_dir = trained("data=array", f"data.path={path}")
     found = evaluated(run_dir, f"data.path={npy(tmp_path / 'new.npy', new)}", "scores=s.npy", name="eval-new.json")
     assert found["nll"] == pytest.approx(nll(new), abs=0.1)
@@ -165,8 +167,8 @@ def test_the_commands_keep_the_offset(run: Run, tmp_path: Path, trained: Train, 
     assert float(-log_p.mean()) == pytest.approx(nll(new), abs=0.1)
 
 
-def test_the_pictures_of_a_run_are_drawn(trained: Train, tmp_path: Path) -> None:
-    path = npy(tmp_path / "t.npy", large(100)[:, :2])
+def test_figures_of_a_centered_run_are_drawn(trained: Train, tmp_path: Path) -> None:
+    path = npy(tmp_path / "t.npy", large_values(100)[:, :2])
     small = ["model=ffjord", "model.hidden=[8]", "solver=rk4", "solver.steps=2", "objective=flow_matching"]
     run_dir = Path(trained("data=array", f"data.path={path}", *small))
     assert "no picture" not in (run_dir / "flowtrain.log").read_text()
@@ -177,6 +179,6 @@ def test_affine_flow_fits_a_real_table_with_offsets(float32: None, real: Callabl
     """The columns are 5,412,000 +- 5 and 448,000 +- 5 metres, for which a Gaussian has 6.07 nats."""
     (path,) = real("cases/utm.npy")
     data = ArrayData(path)
-    flow, rows = begun(data, MODELS["affine"]), RowsToScore(path, data.samples)
+    flow, rows = initialized_flow(data, MODELS["affine"]), RowsToScore(path, data.samples)
     assert rows.test.dtype == torch.float64
     assert float(-flow.log_prob(rows.test).detach().mean()) == pytest.approx(6.07, abs=0.02)

@@ -27,7 +27,7 @@ from flowtrain.utils.errors import DataError
     header=st.booleans(),
     ending=st.sampled_from(["\n", "\r\n"]),
 )
-def test_text_round_trip(tmp_path: Path, values: np.ndarray, delimiter: str, header: bool, ending: str) -> None:
+def test_csv_round_trip(tmp_path: Path, values: np.ndarray, delimiter: str, header: bool, ending: str) -> None:
     names = [f"x{i}" for i in range(values.shape[1])]
     lines = [delimiter.join(map(repr, row)) for row in values.tolist()]
     path = tmp_path / "t.csv"
@@ -40,7 +40,7 @@ def test_text_round_trip(tmp_path: Path, values: np.ndarray, delimiter: str, hea
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=TABLES)
-def test_the_fast_and_the_exact_pass_read_the_same(tmp_path: Path, values: np.ndarray) -> None:
+def test_fast_and_exact_readers_agree(tmp_path: Path, values: np.ndarray) -> None:
     lines = [",".join(map(repr, row)) for row in values.tolist()]
     fast, exact = tmp_path / "fast.csv", tmp_path / "exact.csv"
     fast.write_text("\n".join(lines))
@@ -59,18 +59,18 @@ GOOD_TEXT = {
     "byte order mark, no header": ("\ufeff1,2\n3,4\n", ("c0", "c1"), [[1, 2], [3, 4]]),
     "blank lines at the end": ("1,2\n3,4\n\n  \n\n", ("c0", "c1"), [[1, 2], [3, 4]]),
     "no line break at the end": ("a,b\n1,2", ("a", "b"), [[1, 2]]),
-    "old line breaks": ("a,b\r1,2\r3,4\r", ("a", "b"), [[1, 2], [3, 4]]),
-    "spaces around": (" a , b \n 1 , 2 \n", ("a", "b"), [[1, 2]]),
-    "columns in line": ("  1.0   2.0\n 10.0 -20.0  \n", ("c0", "c1"), [[1, 2], [10, -20]]),
+    "carriage return line breaks": ("a,b\r1,2\r3,4\r", ("a", "b"), [[1, 2], [3, 4]]),
+    "spaces around cells": (" a , b \n 1 , 2 \n", ("a", "b"), [[1, 2]]),
+    "aligned columns": ("  1.0   2.0\n 10.0 -20.0  \n", ("c0", "c1"), [[1, 2], [10, -20]]),
     "spaces and quoted names": ('"a b"  "c"\n1  2\n', ("a b", "c"), [[1, 2]]),
     "numpy.savetxt": ("# a b\n1e0 2e0\n", ("a", "b"), [[1, 2]]),
     "numpy.savetxt, commas": ("# a,b\n1e0,2e0\n", ("a", "b"), [[1, 2]]),
     "quoted numbers": ('"1","2"\n"3",4\n', ("c0", "c1"), [[1, 2], [3, 4]]),
-    "one column, two words": ("my name\n1\n2\n", ("my name",), [[1], [2]]),
+    "column name with a space": ("my name\n1\n2\n", ("my name",), [[1], [2]]),
     "signs and exponents": ("+1,-2e-3\n.5,5.\n", ("c0", "c1"), [[1, -0.002], [0.5, 5]]),
-    "year for a name": ("id,2019\n7,1\n", ("id", "2019"), [[7, 1]]),
+    "year as column name": ("id,2019\n7,1\n", ("id", "2019"), [[7, 1]]),
     "one row": ("1,2,3\n", ("c0", "c1", "c2"), [[1, 2, 3]]),
-    "bars": ("a|b\n1|2\n3|4\n", ("a", "b"), [[1, 2], [3, 4]]),
+    "vertical bars": ("a|b\n1|2\n3|4\n", ("a", "b"), [[1, 2], [3, 4]]),
     "decimal commas": ("a;b\n1,5;2,25\n-3;4,0\n", ("a", "b"), [[1.5, 2.25], [-3, 4]]),
     "decimal commas, no header": ("1,5;2,5\n3,5;4,5\n", ("c0", "c1"), [[1.5, 2.5], [3.5, 4.5]]),
     "decimal commas and thousands": (
@@ -78,11 +78,11 @@ GOOD_TEXT = {
         ("a", "b"),
         [[1234.5, 25], [1234567, 0.5]],
     ),
-    "decimal commas and blanks": ("10,38   1993,39\n8,4   -18,5\n", ("c0", "c1"), [[10.38, 1993.39], [8.4, -18.5]]),
-    "decimal commas, blanks, header": ("a b\n1,5 2,5\n3 4,5\n", ("a", "b"), [[1.5, 2.5], [3, 4.5]]),
+    "decimal commas and spaces": ("10,38   1993,39\n8,4   -18,5\n", ("c0", "c1"), [[10.38, 1993.39], [8.4, -18.5]]),
+    "decimal commas, spaces, header": ("a b\n1,5 2,5\n3 4,5\n", ("a", "b"), [[1.5, 2.5], [3, 4.5]]),
     "decimal commas in quotes": ('a,b\n"1,5",2\n"3,25",4\n', ("a", "b"), [[1.5, 2], [3.25, 4]]),
     "thousands in quotes": ('a,b\n1.5,"1,993.39"\n2,"2,005"\n3,7\n', ("a", "b"), [[1.5, 1993.39], [2, 2005], [3, 7]]),
-    "thousands that a point decides": ('a,b\n0.5,"1,993"\n', ("a", "b"), [[0.5, 1993]]),
+    "thousands separator beside a decimal point": ('a,b\n0.5,"1,993"\n', ("a", "b"), [[0.5, 1993]]),
     "a comment above a header": (
         "# http://example.org, page 5\nlat,long\n1,2\n3,4\n",
         ("lat", "long"),
@@ -93,18 +93,18 @@ GOOD_TEXT = {
         ("pt", "eta"),
         [[1, 2], [3, 4]],
     ),
-    "comments that name nothing": ("# made by\n# tool 7, of the lab\n\n1,2\n3,4\n", ("c0", "c1"), [[1, 2], [3, 4]]),
+    "comments without column names": ("# made by\n# tool 7, of the lab\n\n1,2\n3,4\n", ("c0", "c1"), [[1, 2], [3, 4]]),
     "pandas index": (",a,b\n0,1.5,2\n1,3,4\n", ("a", "b"), [[1.5, 2], [3, 4]]),
-    "pandas index, columns without names": (",0,1\n0,1.5,2\n1,3,4\n", ("0", "1"), [[1.5, 2], [3, 4]]),
+    "pandas index, unnamed columns": (",0,1\n0,1.5,2\n1,3,4\n", ("0", "1"), [[1.5, 2], [3, 4]]),
     "pandas index, shuffled": (",a\n7,1.5\n3,3\n", ("a",), [[1.5], [3]]),
     "pandas index, saved twice": (",Unnamed: 0,a\n0,7,1\n1,8,3\n", ("a",), [[1], [3]]),
-    "row names of R": ('"","mpg"\n"Mazda RX4",21\n"Datsun",22.8\n', ("mpg",), [[21], [22.8]]),
-    "two columns of one name": ("a,a\n1,2\n3,4\n", ("a", "a"), [[1, 2], [3, 4]]),
+    "R row names": ('"","mpg"\n"Mazda RX4",21\n"Datsun",22.8\n', ("mpg",), [[21], [22.8]]),
+    "duplicate column names": ("a,a\n1,2\n3,4\n", ("a", "a"), [[1, 2], [3, 4]]),
 }
 
 
 @pytest.mark.parametrize("case", GOOD_TEXT)
-def test_text_variants_are_read(tmp_path: Path, case: str) -> None:
+def test_csv_variants_are_read(tmp_path: Path, case: str) -> None:
     text, names, values = GOOD_TEXT[case]
     path = tmp_path / "t.csv"
     path.write_bytes(text.encode())
@@ -175,7 +175,7 @@ def test_requested_index_column_is_kept(tmp_path: Path, caplog: pytest.LogCaptur
     assert read_table(path).indices == (0, 1)
 
 
-def test_missing_values_are_counted_once_for_the_whole_file(tmp_path: Path, refused: Refused) -> None:
+def test_one_error_counts_all_missing_values_of_the_file(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "t.csv"
     path.write_text("a,b,c,d\n1,2,3,4\n1,NA,3,\n1,,3,4\n1,2,3,4\n")
     message = refused(lambda: read_table(path), DataError, [str(path), "line 3", "column 'b'", "'NA'"])
@@ -188,7 +188,7 @@ def test_missing_values_are_counted_once_for_the_whole_file(tmp_path: Path, refu
     assert "3 of 12 values" in message
 
 
-def test_labels_in_a_file_without_header_are_not_a_header(tmp_path: Path) -> None:
+def test_text_labels_are_not_mistaken_for_a_header(tmp_path: Path) -> None:
     path = tmp_path / "iris.data"
     path.write_text("5.1,3.5,setosa\n4.9,3.0,setosa\n6.3,3.3,virginica\n\n")
     assert read_table(path, columns=["0:2"]).values.tolist() == [[5.1, 3.5], [4.9, 3.0], [6.3, 3.3]]
@@ -221,11 +221,11 @@ BAD_TEXT = {
     "ragged, long": ("a,b\n1,2\n4,5,6\n", ["line 3", "3 cells", "line 1 has 2", "'b'"]),
     "ragged, no header": ("1,2\n3,4\n5\n6,7\n", ["line 3", "has 1 cell", "'c1'"]),
     "ragged, header": ("a,b\n1,2,3\n4,5,6\n", ["line 2", "3 cells", "line 1 has 2"]),
-    "word": ("a,b\n1,2\n3,oops\n", ["line 3", "column 'b'", "'oops' is not a number"]),
-    "word, no header": ("1,2\n3,4\nx,6\n", ["line 3", "column 'c0'", "'x' is not a number"]),
+    "text cell": ("a,b\n1,2\n3,oops\n", ["line 3", "column 'b'", "'oops' is not a number"]),
+    "text cell, no header": ("1,2\n3,4\nx,6\n", ["line 3", "column 'c0'", "'x' is not a number"]),
     "underscore": ("1,2\n3,1_000\n", ["line 2", "column 'c1'", "'1_000' is not a number"]),
-    "a comment below": ("a,b\n1,2\n# 3\n", ["line 3", "comments"]),
-    "comments alone": ("# a\n# b\n", ["no rows"]),
+    "comment below the rows": ("a,b\n1,2\n# 3\n", ["line 3", "comments"]),
+    "comments only": ("# a\n# b\n", ["no rows"]),
     "empty cell": ("a,b\n1,2\n,4\n", ["line 3", "column 'a'", "empty"]),
     "empty cell at the end": ("1,2,3\n4,5,\n", ["line 2", "column 'c2'", "empty"]),
     "empty cell in line 1": ("1,,3\n4,5,6\n", ["line 1", "column 'c1'", "empty"]),
@@ -238,24 +238,24 @@ BAD_TEXT = {
     "nan": ("a,b\n1,2\n3,nan\n5,6\nNaN,inf\n", ["line 3", "column 'b'", "nan", "3 of 8", "2 of 4 rows"]),
     "infinity": ("1,2\n-inf,4\n", ["line 2", "column 'c0'", "-inf", "1 of 4"]),
     "overflow": ("1,2\n3,1e999\n", ["line 2", "column 'c1'", "inf"]),
-    "nothing": ("", ["is empty"]),
-    "byte order mark alone": ("\ufeff", ["is empty"]),
-    "blanks alone": ("\n\n \n", ["is empty"]),
-    "header alone": ("a,b\n", ["no rows below its header"]),
+    "empty file": ("", ["is empty"]),
+    "byte order mark only": ("\ufeff", ["is empty"]),
+    "blank lines only": ("\n\n \n", ["is empty"]),
+    "header only": ("a,b\n", ["no rows below its header"]),
     "two headers": ("a,b\nc,d\n1,2\n", ["line 2", "column 'a'", "'c' is not a number"]),
     "open quote": ('a,b\n1,2\n"3,4\n5,6\n', ["line 3"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD_TEXT)
-def test_bad_text_is_refused_with_the_place(tmp_path: Path, case: str, refused: Refused) -> None:
+def test_malformed_csv_error_names_the_location(tmp_path: Path, case: str, refused: Refused) -> None:
     text, fragments = BAD_TEXT[case]
     path = tmp_path / "t.csv"
     path.write_bytes(text.encode())
     refused(lambda: read_table(path), DataError, [str(path), *fragments])
 
 
-def test_other_encodings_are_refused_with_the_line(tmp_path: Path, refused: Refused) -> None:
+def test_non_utf8_error_names_the_line(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(b"a,b\n" + b"1,2\n" * 5000 + "3,\N{POUND SIGN}\n".encode("latin-1"))
     refused(lambda: read_table(path), DataError, [str(path), "line 5002", "UTF-8"])
@@ -267,22 +267,22 @@ def test_other_encodings_are_refused_with_the_line(tmp_path: Path, refused: Refu
 
 ODD_HEADERS = {
     "pandas index": (",a,b\n0,1,2\n1,3,4\n", None, "left out"),
-    "first column without a name": (",a,b\n0.5,1,2\n1,3,4\n", None, "first column has no name"),
-    "pandas columns without names": ("0,1,2\n3,4,5\n", None, "data.header=true"),
-    "pandas columns without names, decimals": ("0,1\n3.5,4.5\n5.5,1.5\n", None, "data.header=true"),
-    "a series of pandas": ("0\n3.5\n4.5\n", None, "data.header=true"),
+    "unnamed first column": (",a,b\n0.5,1,2\n1,3,4\n", None, "first column has no name"),
+    "unnamed pandas columns": ("0,1,2\n3,4,5\n", None, "data.header=true"),
+    "unnamed pandas columns, decimals": ("0,1\n3.5,4.5\n5.5,1.5\n", None, "data.header=true"),
+    "pandas series": ("0\n3.5\n4.5\n", None, "data.header=true"),
     "years": ("2019,2020\n3.5,4.5\n5.5,1.5\n", None, "data.header=true"),
-    "whole numbers": ("0,1\n3,4.5\n5.5,1.5\n", None, None),
+    "integers as names": ("0,1\n3,4.5\n5.5,1.5\n", None, None),
     "counts": ("0\n3\n4\n", None, None),
-    "a bad cell in line 1": ("1.5,2,oops\n3,4,5\n", None, "read as the header"),
-    "index left out": (",a,b\n0,1,2\n1,3,4\n", ["1:"], None),
+    "bad cell in line 1": ("1.5,2,oops\n3,4,5\n", None, "read as the header"),
+    "index excluded": (",a,b\n0,1,2\n1,3,4\n", ["1:"], None),
     "plain": ("a,b,c\n0,1,2\n1,3,4\n", None, None),
-    "our own names": ("c0,c1,c2\n0,1,2\n1,3,4\n", None, None),
+    "default column names": ("c0,c1,c2\n0,1,2\n1,3,4\n", None, None),
 }
 
 
 @pytest.mark.parametrize("case", ODD_HEADERS)
-def test_odd_headers_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str) -> None:
+def test_ambiguous_headers_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str) -> None:
     text, columns, expected = ODD_HEADERS[case]
     (tmp_path / "t.csv").write_text(text)
     read_table(tmp_path / "t.csv", columns=columns)

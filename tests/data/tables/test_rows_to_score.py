@@ -29,7 +29,7 @@ def table(path: Path, columns: list[int], names: str | None = None) -> str:
     return str(written(path, names or ",".join("abcdy"[i] for i in columns), DATA[:, columns]))
 
 
-def scored(data: ArrayData, path: str, label: Any = None, columns: Any = None, **given: Any) -> RowsToScore:
+def rows_to_score(data: ArrayData, path: str, label: Any = None, columns: Any = None, **given: Any) -> RowsToScore:
     """Reads a file as `floweval` does with the checkpoint of a run on `data`."""
     return RowsToScore(path, data.samples, label=label, columns=columns, **given)
 
@@ -53,43 +53,43 @@ def test_positions_select_the_training_columns(
     files = [table(tmp_path / "t.npy", list(range(5))), table(tmp_path / "t.csv", list(range(5)))]
     data = ArrayData(files[header], columns=columns)
     for path in files:
-        np.testing.assert_array_equal(scored(data, path, columns=columns).test, DATA[:, expected])
+        np.testing.assert_array_equal(rows_to_score(data, path, columns=columns).test, DATA[:, expected])
 
 
-def test_a_file_of_the_chosen_columns_alone_is_taken_in_its_order(tmp_path: Path) -> None:
+def test_file_with_only_the_selected_columns_keeps_its_order(tmp_path: Path) -> None:
     data = ArrayData(table(tmp_path / "t.npy", list(range(5))), columns=[3, 1])
     chosen = table(tmp_path / "chosen.npy", [3, 1])
     # the positions 3 and 1 of the training file do not exist in the new one
-    np.testing.assert_array_equal(scored(data, chosen, columns=[3, 1]).test, DATA[:, [3, 1]])
+    np.testing.assert_array_equal(rows_to_score(data, chosen, columns=[3, 1]).test, DATA[:, [3, 1]])
     # positions that exist select columns; data.columns overrides this
     data = ArrayData(table(tmp_path / "two.npy", [0, 1]), columns=[1, 0])
-    np.testing.assert_array_equal(scored(data, chosen, columns=[1, 0]).test, DATA[:, [1, 3]])
-    np.testing.assert_array_equal(scored(data, chosen, columns=["0:2"], asked={"columns"}).test, DATA[:, [3, 1]])
+    np.testing.assert_array_equal(rows_to_score(data, chosen, columns=[1, 0]).test, DATA[:, [1, 3]])
+    np.testing.assert_array_equal(rows_to_score(data, chosen, columns=["0:2"], asked={"columns"}).test, DATA[:, [3, 1]])
 
 
-def test_more_or_fewer_columns_are_refused_unless_they_have_names(tmp_path: Path, refused: Refused) -> None:
+def test_different_column_count_is_refused_without_names(tmp_path: Path, refused: Refused) -> None:
     data = ArrayData(table(tmp_path / "t.csv", [0, 1]))
-    np.testing.assert_array_equal(scored(data, table(tmp_path / "m.csv", [2, 1, 4, 0])).test, DATA[:, [0, 1]])
+    np.testing.assert_array_equal(rows_to_score(data, table(tmp_path / "m.csv", [2, 1, 4, 0])).test, DATA[:, [0, 1]])
     for columns, count in (([0, 1, 2], "3 columns"), ([0], "1 column,")):
         path = table(tmp_path / "n.npy", columns)
-        refused(lambda path=path: scored(data, path), DataError, [path, count, "trained on 2", "data.columns"])
+        refused(lambda path=path: rows_to_score(data, path), DataError, [path, count, "trained on 2", "data.columns"])
     path = table(tmp_path / "o.csv", [0, 2])
-    refused(lambda: scored(data, path), ConfigError, [path, "'b'"])
+    refused(lambda: rows_to_score(data, path), ConfigError, [path, "'b'"])
 
 
-def test_names_that_come_twice_select_by_position(tmp_path: Path, refused: Refused) -> None:
+def test_duplicate_names_are_matched_by_position(tmp_path: Path, refused: Refused) -> None:
     path = table(tmp_path / "t.csv", [0, 1, 2], "a,a,b")
     for columns, expected in ((None, [0, 1, 2]), ([2, 1], [2, 1])):
         data = ArrayData(path, columns=columns)
-        np.testing.assert_array_equal(scored(data, path, columns=columns).test, DATA[:, expected])
+        np.testing.assert_array_equal(rows_to_score(data, path, columns=columns).test, DATA[:, expected])
     data = ArrayData(path)
     # the order differs, and duplicate names cannot resolve it
     other = table(tmp_path / "o.csv", [2, 0, 1], "b,a,a")
-    refused(lambda: scored(data, other), DataError, [other, "'b', 'a', 'a'", "data.columns"])
+    refused(lambda: rows_to_score(data, other), DataError, [other, "'b', 'a', 'a'", "data.columns"])
     # names resolve the order if the needed ones are unique
     data = ArrayData(table(tmp_path / "u.csv", [0, 1]))
     np.testing.assert_array_equal(
-        scored(data, table(tmp_path / "v.csv", [1, 2, 3, 0], "b,c,c,a")).test, DATA[:, [0, 1]]
+        rows_to_score(data, table(tmp_path / "v.csv", [1, 2, 3, 0], "b,c,c,a")).test, DATA[:, [0, 1]]
     )
 
 
@@ -112,24 +112,24 @@ def test_labels_are_found_by_their_training_name(
 ) -> None:
     data = ArrayData(table(tmp_path / "t.csv", list(range(5))), label=label)
     assert data.samples.label == "y"
-    rows = scored(data, table(tmp_path / f"n.{ending}", columns), label=label)
+    rows = rows_to_score(data, table(tmp_path / f"n.{ending}", columns), label=label)
     np.testing.assert_array_equal(rows.test, DATA[:, expected])
     assert (rows.test_labels is not None) == labelled
     if rows.test_labels is not None:
         np.testing.assert_array_equal(rows.test_labels, DATA[:, 4])
 
 
-def test_label_column_before_the_data_columns(tmp_path: Path) -> None:
+def test_label_column_may_precede_the_data_columns(tmp_path: Path) -> None:
     data = ArrayData(table(tmp_path / "t.npy", [4, 0, 1]), label=0)
-    same = scored(data, table(tmp_path / "same.npy", [4, 0, 1]), label=0)
+    same = rows_to_score(data, table(tmp_path / "same.npy", [4, 0, 1]), label=0)
     np.testing.assert_array_equal(same.test, DATA[:, [0, 1]])
     assert same.test_labels is not None
-    bare = scored(data, table(tmp_path / "bare.npy", [0, 1]), label=0)
+    bare = rows_to_score(data, table(tmp_path / "bare.npy", [0, 1]), label=0)
     np.testing.assert_array_equal(bare.test, DATA[:, [0, 1]])
     assert bare.test_labels is None
 
 
-def test_held_out_files_with_other_labels_are_refused(tmp_path: Path, refused: Refused) -> None:
+def test_held_out_file_with_another_label_name_is_refused(tmp_path: Path, refused: Refused) -> None:
     path, other = table(tmp_path / "t.csv", [0, 1, 4]), table(tmp_path / "o.csv", [0, 1, 4], "a,b,kind")
     refused(lambda: ArrayData(path, label=2, test_path=other), DataError, [other, "'kind'", "'y'"])
     assert ArrayData(path, label=2, test_path=table(tmp_path / "same.csv", [0, 1, 4])).classes == 2
@@ -143,7 +143,7 @@ def test_key_is_refused_unless_the_file_is_an_archive(tmp_path: Path, refused: R
     data = ArrayData(str(tmp_path / "many.npz"), key="train", test_path=half)
     assert len(data.test) == len(DATA)
     for name, expected in (("many.npz", DATA[:, :2]), ("one.npz", DATA[:, :2]), ("f16.npy", np.load(half))):
-        np.testing.assert_array_equal(scored(data, str(tmp_path / name), key="train").test, expected)
+        np.testing.assert_array_equal(rows_to_score(data, str(tmp_path / name), key="train").test, expected)
     for name, given, kind in (
         ("two.npz", {}, ConfigError),
         ("one.npz", {"asked": {"key"}}, ConfigError),
@@ -151,7 +151,7 @@ def test_key_is_refused_unless_the_file_is_an_archive(tmp_path: Path, refused: R
     ):
         kinds: type[FlowtrainError] = kind
         refused(
-            lambda name=name, given=given: scored(data, str(tmp_path / name), key="train", **given),
+            lambda name=name, given=given: rows_to_score(data, str(tmp_path / name), key="train", **given),
             kinds,
             ["train", name],
         )
@@ -164,11 +164,11 @@ def test_numeric_headers_are_matched_by_name(tmp_path: Path) -> None:
     # without data.columns, names select the columns; a file without names is read by position
     for name, names in (("same.csv", "2019,2020"), ("turned.csv", "2020,2019")):
         columns = [0, 1] if name == "same.csv" else [1, 0]
-        rows = scored(data, table(tmp_path / name, columns, names), header=True)
+        rows = rows_to_score(data, table(tmp_path / name, columns, names), header=True)
         np.testing.assert_array_equal(rows.test, DATA[:, [0, 1]])
     bare = tmp_path / "bare.csv"
     np.savetxt(bare, DATA[:, :2], delimiter=",", fmt="%.9g")
-    np.testing.assert_array_equal(scored(data, str(bare), header=True).test, DATA[:, [0, 1]])
+    np.testing.assert_array_equal(rows_to_score(data, str(bare), header=True).test, DATA[:, [0, 1]])
 
 
 def test_pandas_index_is_not_a_data_column(tmp_path: Path) -> None:
@@ -180,24 +180,24 @@ def test_pandas_index_is_not_a_data_column(tmp_path: Path) -> None:
     plain = ArrayData(npy(tmp_path / "t.npy", DATA[:, :2]))
     for trained_on in (data, plain):
         for path in (str(names), str(tmp_path / "t.npy")):
-            np.testing.assert_array_equal(scored(trained_on, path).test, DATA[:, :2])
+            np.testing.assert_array_equal(rows_to_score(trained_on, path).test, DATA[:, :2])
 
 
-def test_idx_in_a_file_name_does_not_make_an_idx_file(tmp_path: Path) -> None:
+def test_idx_in_a_file_name_does_not_select_the_idx_reader(tmp_path: Path) -> None:
     data = ArrayData(table(tmp_path / "t.npy", [0, 1]))
-    np.testing.assert_array_equal(scored(data, table(tmp_path / "my-idx.csv", [0, 1])).test, DATA[:, :2])
+    np.testing.assert_array_equal(rows_to_score(data, table(tmp_path / "my-idx.csv", [0, 1])).test, DATA[:, :2])
 
 
-def test_images_are_read_whatever_columns_were_chosen(tmp_path: Path) -> None:
+def test_images_are_read_for_any_training_columns(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 9, (50, 13)).astype(float)
     values[:, 12] = np.arange(50) % 3
     path = npy(tmp_path / "t.npy", values)
     read: dict[str, Any] = {"columns": ["0:12"], "label": 12}
     data = ArrayData(path, event_shape=[1, 3, 4], levels=9, **read)
-    assert scored(data, path, **read).test_labels is not None
+    assert rows_to_score(data, path, **read).test_labels is not None
     for shape in ((50, 12), (50, 3, 4), (50, 1, 3, 4)):
         images = npy(tmp_path / "i.npy", values[:, :12].reshape(shape))
-        rows = scored(data, images, **read)
+        rows = rows_to_score(data, images, **read)
         np.testing.assert_array_equal(rows.test.flatten(1), values[:, :12])
         assert rows.test_labels is None
 
@@ -205,7 +205,7 @@ def test_images_are_read_whatever_columns_were_chosen(tmp_path: Path) -> None:
 # The commands
 
 
-def test_the_commands_score_the_columns_of_training(trained: Train, evaluated: Evaluate, tmp_path: Path) -> None:
+def test_commands_score_the_training_columns(trained: Train, evaluated: Evaluate, tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal([0.0, 100.0], [1.0, 10.0], (400, 2))
     path = npy(tmp_path / "perm.npy", rows)
     run_dir = trained("data=array", f"data.path={path}", "data.columns=[1,0]")
@@ -215,7 +215,7 @@ def test_the_commands_score_the_columns_of_training(trained: Train, evaluated: E
     assert found["ood"]["auroc"] == pytest.approx(0.5)
 
 
-def test_the_commands_take_a_file_without_the_key_of_the_archive(
+def test_commands_score_a_plain_file_after_training_on_an_archive(
     run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate
 ) -> None:
     np.savez(tmp_path / "many.npz", train=DATA[:, :2], labels=DATA[:, 4])
@@ -227,7 +227,7 @@ def test_the_commands_take_a_file_without_the_key_of_the_archive(
     assert (code, "data.key=train" in err) == (2, True)
 
 
-def test_runs_of_older_versions_read_their_files_unchanged(
+def test_runs_of_older_versions_read_files_as_before(
     run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate
 ) -> None:
     """Runs of older versions kept the index of pandas, and read columns with a large mean as float32."""
@@ -270,10 +270,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_reported_files_are_scored(name: str, real: Callable[..., list[str]]) -> None:
+def test_files_from_bug_reports_are_scored(name: str, real: Callable[..., list[str]]) -> None:
     (path,) = real(f"cases/{name}")
     data = ArrayData(path)
-    rows = scored(data, path)
+    rows = rows_to_score(data, path)
     assert rows.test.shape == CASES[name]
     assert data.n_train is not None
     assert data.n_train + len(data.val) + len(data.test) == len(rows.test)

@@ -28,34 +28,34 @@ from flowtrain.utils.errors import FlowtrainError
 FAST = ["model=affine", "trainer.steps=4", "trainer.batch_size=64", "trainer.plot_every=null"]
 
 
-def changed(before: ArrayData, now: ArrayData, *sets: str) -> str | None:
+def record_changes(before: ArrayData, now: ArrayData, *sets: str) -> str | None:
     return changes(before.record, now.record, sets or ("file", "val", "test"))
 
 
-def test_record_depends_on_the_values(tmp_path: Path) -> None:
+def test_data_record_depends_only_on_the_values(tmp_path: Path) -> None:
     values = np.round(normal(60, 3), 4)
     array = npy(tmp_path / "a.npy", values)
     text = tmp_path / "b.csv"
     np.savetxt(text, values, delimiter=";", header="x;y;z", comments="", fmt="%.6g")
     # the record depends on neither the location nor the format of the file
-    assert changed(ArrayData(array), ArrayData(str(text))) is None
+    assert record_changes(ArrayData(array), ArrayData(str(text))) is None
     big, small = ArrayData(array, memory_map=True), ArrayData(array)
-    assert changed(big, small, "file") is None
-    assert "data.memory_map" in str(changed(big, small, "test"))
+    assert record_changes(big, small, "file") is None
+    assert "data.memory_map" in str(record_changes(big, small, "test"))
     for name, other in {
         "a value": values + np.eye(60, 3) * 1e-3,
         "an order": values[::-1].copy(),
         "a row more": np.concatenate([values, values[:1]]),
     }.items():
         now = ArrayData(npy(tmp_path / "c.npy", other))
-        assert all(changed(ArrayData(array), now, part) for part in ("file", "val", "test")), name
+        assert all(record_changes(ArrayData(array), now, part) for part in ("file", "val", "test")), name
     for options in ({"seed": 1}, {"test_fraction": 0.2}):
-        assert changed(ArrayData(array), ArrayData(array, **options), "test"), options
-    assert changed(ArrayData(array), ArrayData(array, columns=[0, 1]), "file")
+        assert record_changes(ArrayData(array), ArrayData(array, **options), "test"), options
+    assert record_changes(ArrayData(array), ArrayData(array, columns=[0, 1]), "file")
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
-def test_record_does_not_depend_on_centering(
+def test_data_record_does_not_depend_on_centering(
     memory_map: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -69,27 +69,27 @@ def test_record_does_not_depend_on_centering(
     assert centered.record == plain.record
 
 
-def test_record_includes_the_labels(tmp_path: Path) -> None:
+def test_data_record_includes_the_labels(tmp_path: Path) -> None:
     values = np.column_stack([normal(40, 2), np.arange(40) % 2])
     before = ArrayData(npy(tmp_path / "a.npy", values), label=2)
     values[5, 2] = 1 - values[5, 2]
     path = npy(tmp_path / "b.npy", values)
-    assert changed(before, ArrayData(path, label=2), "file")
-    assert changed(ArrayData(path, label=2, memory_map=True), ArrayData(path, label=2), "file") is None
+    assert record_changes(before, ArrayData(path, label=2), "file")
+    assert record_changes(ArrayData(path, label=2, memory_map=True), ArrayData(path, label=2), "file") is None
 
 
-def test_a_held_out_file_has_a_record_of_its_own(tmp_path: Path) -> None:
+def test_each_held_out_file_has_a_separate_record(tmp_path: Path) -> None:
     path, test = npy(tmp_path / "a.npy", normal(40, 2)), npy(tmp_path / "test.npy", normal(10, 2, seed=1))
     before = ArrayData(path, test_path=test)
     npy(tmp_path / "a.npy", normal(41, 2))
     grown = ArrayData(path, test_path=test)
-    assert changed(before, grown, "test") is None
-    assert "40 rows and has 41" in str(changed(before, grown, "val"))
+    assert record_changes(before, grown, "test") is None
+    assert "40 rows and has 41" in str(record_changes(before, grown, "val"))
     npy(tmp_path / "test.npy", normal(11, 2, seed=1))
-    assert "10 rows and has 11" in str(changed(grown, ArrayData(path, test_path=test)))
+    assert "10 rows and has 11" in str(record_changes(grown, ArrayData(path, test_path=test)))
 
 
-def test_split_of_images_is_unchanged(tmp_path: Path) -> None:
+def test_image_record_detects_a_changed_split(tmp_path: Path) -> None:
     root = str(write_set(tmp_path / "mnist").parent)
     before, few = (IDXImages("mnist", root, n_val=10, n_test=n) for n in (None, 5))
     assert changes(before.record, few.record) is None
@@ -109,9 +109,7 @@ def grown(trained: Train, tmp_path: Path) -> tuple[str, Path]:
     return run_dir, path
 
 
-def test_a_file_that_has_grown_is_refused(
-    run: Run, tmp_path: Path, grown: tuple[str, Path], evaluated: Evaluate
-) -> None:
+def test_changed_data_file_is_refused(run: Run, tmp_path: Path, grown: tuple[str, Path], evaluated: Evaluate) -> None:
     run_dir, path = grown
     kept = {p: p.read_bytes() for p in Path(run_dir).rglob("*") if p.is_file() and p.suffix != ".log"}
     for command, *arguments in (
@@ -149,7 +147,9 @@ def test_a_file_that_has_grown_is_refused(
         assert (code, "data.seed" in err) == (2, True), err
 
 
-def test_checkpoints_of_earlier_versions_have_no_record(run: Run, grown: tuple[str, Path], evaluated: Evaluate) -> None:
+def test_checkpoints_without_a_data_record_load_and_resume(
+    run: Run, grown: tuple[str, Path], evaluated: Evaluate
+) -> None:
     run_dir, _ = grown
     for name in ("best", "last"):
         file = Path(run_dir) / f"checkpoints/{name}.pt"
@@ -172,7 +172,7 @@ def labelled(tmp_path: Path, n: int = 400) -> str:
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
-def test_classes_are_counted(tmp_path: Path, memory_map: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_class_counts_include_empty_classes(tmp_path: Path, memory_map: bool, caplog: pytest.LogCaptureFixture) -> None:
     data = ArrayData(labelled(tmp_path), label=2, memory_map=memory_map)
     labels = data.train_labels(0, 320, 0)
     assert labels is not None
@@ -194,7 +194,7 @@ def test_held_out_class_without_training_rows_is_reported(tmp_path: Path, caplog
     assert "3 rows of the scored set" in caplog.text
 
 
-def test_samples_are_of_the_classes_in_their_frequencies() -> None:
+def test_labels_are_sampled_by_class_frequency() -> None:
     flow = realnvp((2,), layers=1, hidden=[4], conditional=True, classes=4).eval()
     flow.class_counts = (0, 30, 0, 10)
     assert flow.in_turn(5).tolist() == [1, 3, 1, 3, 1]
@@ -207,7 +207,7 @@ def test_samples_are_of_the_classes_in_their_frequencies() -> None:
     drawn = flow.drawn_labels(50)
     torch.testing.assert_close(samples, flow(torch.randn(50, 2), drawn))
     for label in (0, torch.tensor([1, 2])):
-        with pytest.raises(FlowtrainError, match=r"no row of this class.*1, 3"):
+        with pytest.raises(FlowtrainError, match=r"no rows? of this class.*1, 3"):
             flow.sample(2, label=label)
     # rows of such a class can still be scored
     assert flow.log_prob(torch.zeros(1, 2), 0).isfinite().all()
@@ -216,7 +216,7 @@ def test_samples_are_of_the_classes_in_their_frequencies() -> None:
     assert flow.drawn_labels(5).tolist() == flow.in_turn(5).tolist() == [0, 1, 2, 3, 0]
 
 
-def test_the_marginal_weighs_classes_by_their_frequencies() -> None:
+def test_marginal_weights_classes_by_frequency() -> None:
     flow = realnvp((2,), layers=2, hidden=[4], conditional=True, classes=3).eval()
     for p in flow.parameters():
         p.data.normal_()
@@ -299,7 +299,7 @@ DAMAGED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("key", DAMAGED)
-def test_a_damaged_description_is_refused(key: str, refused: Refused) -> None:
+def test_damaged_sample_spec_is_refused(key: str, refused: Refused) -> None:
     good: dict[str, Any] = {"integer_valued": False, "noisy": (1,), "class_counts": [2, 3], "classes": 2}
     good["record"] = [["file", 5, "ab"]]
     found = samples_of({"event_shape": [2], "samples": good})
@@ -310,7 +310,7 @@ def test_a_damaged_description_is_refused(key: str, refused: Refused) -> None:
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
-def test_noise_and_offset_combine(memory_map: bool, tmp_path: Path) -> None:
+def test_noise_and_offset_apply_to_separate_columns(memory_map: bool, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     counts, large = rng.integers(0, 5, 300), 1e9 + rng.normal(size=300)
     path = npy(tmp_path / "t.npy", np.column_stack([counts, large]))
@@ -330,7 +330,7 @@ def test_noise_and_offset_combine(memory_map: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(rows.var(0, correction=0).sqrt(), moments[1], rtol=0.05, atol=0)
 
 
-def test_scoring_and_sampling_do_not_repeat_the_warnings_of_training(run: Run, tmp_path: Path) -> None:
+def test_scoring_and_sampling_do_not_repeat_training_warnings(run: Run, tmp_path: Path) -> None:
     rows = normal(80, 2)
     path = npy(tmp_path / "t.npy", np.column_stack([rows[:, 0], -rows[:, 0]]))
     code, out, err = run("flowtrain", *FAST, "data=array", f"data.path={path}")

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("small_windows")
 
 
 @pytest.mark.parametrize("batch_size", [7, 64, 900, 2500])
-def test_epoch_has_every_training_row_once_and_no_held_out_row(
+def test_epoch_visits_each_training_row_once(
     batch_size: int, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path)
@@ -44,7 +44,7 @@ def test_epoch_has_every_training_row_once_and_no_held_out_row(
     assert not torch.equal(drawn[:batch_size], data.train_batch(0, batch_size, 1))
 
 
-def test_batches_depend_on_nothing_but_step_size_and_seed(
+def test_batch_depends_only_on_step_size_and_seed(
     tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
 ) -> None:
     path, _ = table(tmp_path)
@@ -56,7 +56,7 @@ def test_batches_depend_on_nothing_but_step_size_and_seed(
 
 
 @pytest.mark.parametrize("memory_map", [True, False])
-def test_ranks_have_the_whole_batch_together(
+def test_shares_of_the_ranks_form_the_whole_batch(
     memory_map: bool, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]]
 ) -> None:
     path, _ = table(tmp_path)
@@ -83,7 +83,7 @@ def test_crop_of_an_image_does_not_depend_on_the_rank(tmp_path: Path) -> None:
     assert torch.equal(data.labels_share(2, 20, 0, slice(7, 20)), data.train_labels(2, 20, 0)[7:])  # type: ignore
 
 
-def test_neighbours_in_the_file_are_spread_over_a_window() -> None:
+def test_windows_are_shuffled() -> None:
     windows = WindowedEpochs(10_000, 100, 20, 1)
     seen = Counter(b[0] // 100 for w in range(5) for b in windows.blocks_of(0, w, 0))
     assert seen == Counter(range(100))
@@ -97,7 +97,7 @@ def test_neighbours_in_the_file_are_spread_over_a_window() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 99, 100, 101, 1999, 2000, 2001])
-def test_windows_of_any_length_have_every_position(n: int) -> None:
+def test_windows_cover_every_row_once(n: int) -> None:
     windows = WindowedEpochs(n, 100, 20, 1)
     found = []
     for piece in windows.pieces(3 * n, n, 0):
@@ -109,7 +109,7 @@ def test_windows_of_any_length_have_every_position(n: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4", np.int32, np.uint8])
-def test_moments_are_those_of_the_training_rows(
+def test_moments_equal_numpy_on_the_training_rows(
     dtype: Any, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path, dtype, n=200)
@@ -122,7 +122,7 @@ def test_moments_are_those_of_the_training_rows(
     np.testing.assert_allclose(moments[1].numpy(), train.std(0), rtol=1e-12)
 
 
-def test_moments_far_from_zero() -> None:
+def test_moments_are_accurate_far_from_zero() -> None:
     """Moments from sums of squares would lose all digits."""
     values = 1e9 + np.random.default_rng(0).standard_normal((1000, 2))
     moments = Moments(2)
@@ -131,7 +131,7 @@ def test_moments_far_from_zero() -> None:
     np.testing.assert_allclose(moments.variance, (values - 1e9).var(0), rtol=1e-6)
 
 
-def test_options_have_the_same_effect_as_in_memory(
+def test_streamed_options_match_in_memory_options(
     tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path, np.int64)
@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_steps(
     assert max(len(rows) for rows in store._kept.values()) == 16 * 8
 
 
-def test_one_column_and_one_dimension(tmp_path: Path, big: Callable[..., ArrayData]) -> None:
+def test_one_dimensional_array_is_one_column(tmp_path: Path, big: Callable[..., ArrayData]) -> None:
     np.save(tmp_path / "x.npy", np.arange(500.0))
     data = big(str(tmp_path / "x.npy"))
     assert data.event_shape == (1,)
@@ -175,7 +175,7 @@ def test_one_column_and_one_dimension(tmp_path: Path, big: Callable[..., ArrayDa
 
 
 @pytest.mark.parametrize(("n", "k"), [(10, 10), (10, 3), (1000, 1)])
-def test_rows_are_drawn_without_replacement(n: int, k: int) -> None:
+def test_rows_are_drawn_uniformly_without_replacement(n: int, k: int) -> None:
     generator = torch.Generator().manual_seed(0)
     counts = np.zeros(n)
     for _ in range(400):
@@ -198,7 +198,7 @@ def test_large_file_is_streamed_by_default(
     assert not isinstance(ArrayData(path, memory_map=False)._store, streaming.StreamedStore)
 
 
-def test_resume_on_a_streamed_file_is_exact(
+def test_resume_on_a_streamed_file_is_bitwise_exact(
     run: Run, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]]
 ) -> None:
     path, _ = table(tmp_path)
@@ -216,7 +216,7 @@ def test_resume_on_a_streamed_file_is_exact(
     assert a == b
 
 
-def test_wide_rows_are_bounded_and_shuffled(
+def test_wide_rows_are_shuffled_within_the_memory_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, big: Callable[..., ArrayData]
 ) -> None:
     monkeypatch.setattr(streaming, "BLOCK", 2**14)
@@ -234,7 +234,7 @@ def test_wide_rows_are_bounded_and_shuffled(
     assert sum(rows.nbytes for rows in store._kept.values()) <= 2**18
 
 
-def test_no_window_is_small() -> None:
+def test_windows_have_nearly_equal_size() -> None:
     windows = WindowedEpochs(17 * 16, 16, 8, 1)
     sizes = [len(windows.blocks_of(0, window, 0)) for window in range(3)]
     assert sorted(sizes) == [5, 6, 6]
@@ -262,7 +262,7 @@ def test_large_held_out_files_are_subsampled(
     assert big(path, val_path=str(tmp_path / "val.npy")).val.equal(data.val)
 
 
-def test_size_of_held_out_rows_is_bounded(
+def test_number_of_held_out_rows_is_bounded(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -278,6 +278,8 @@ def test_size_of_held_out_rows_is_bounded(
 
 
 @pytest.mark.parametrize("memory_map", [True, False])
-def test_a_share_may_be_empty(memory_map: bool, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]]) -> None:
+def test_share_of_a_rank_may_be_empty(
+    memory_map: bool, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]]
+) -> None:
     path, _ = table(tmp_path)
     assert ArrayData(path, memory_map=memory_map).train_share(0, 4, 0, slice(2, 2)).shape == (0, 3)

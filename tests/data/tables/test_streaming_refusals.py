@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("small_windows")
         (999, 2, np.inf, {"label": 2}, "row 999 (from 0), column 'c2': the value is inf"),
     ],
 )
-def test_bad_value_is_named_by_its_row(
+def test_bad_value_error_names_the_row(
     row: int,
     column: int,
     value: float,
@@ -44,7 +44,7 @@ def test_bad_value_is_named_by_its_row(
     assert says in str(caught.value)
 
 
-def test_a_column_that_is_constant_is_refused(
+def test_constant_column_is_refused(
     tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path)
@@ -99,15 +99,15 @@ def message(call: Callable[[], object]) -> str:
 
 
 BAD: dict[str, tuple[list[tuple[int, int, float]], dict[str, Any]]] = {
-    "counted over the file": ([(5, 1, np.nan), (700, 1, np.nan), (700, 2, np.inf)], {}),
-    "in the first row": ([(0, 1, np.nan)], {"dequantize": True}),
-    "levels from and to": ([(700, 2, 20), (900, 2, -4)], {"columns": [2], "levels": 4}),
+    "several bad values": ([(5, 1, np.nan), (700, 1, np.nan), (700, 2, np.inf)], {}),
+    "bad value in the first row": ([(0, 1, np.nan)], {"dequantize": True}),
+    "values outside the levels": ([(700, 2, 20), (900, 2, -4)], {"columns": [2], "levels": 4}),
     "label": ([(800, 2, 0.5)], {"label": 2}),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_messages_equal_those_of_a_file_in_memory(
+def test_streamed_and_in_memory_errors_agree(
     case: str, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path, np.float64)
@@ -132,7 +132,7 @@ def test_modified_file_is_an_error(
 
 
 @pytest.mark.parametrize("given", [(), ("val_path",), ("val_path", "test_path")])
-def test_discrete_columns_are_warned_of(
+def test_integer_columns_give_a_warning(
     table: Callable[..., tuple[str, np.ndarray]],
     big: Callable[..., ArrayData],
     given: tuple[str, ...],

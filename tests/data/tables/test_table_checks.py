@@ -25,8 +25,8 @@ def table(*columns: np.ndarray) -> np.ndarray:
     return np.column_stack(columns)
 
 
-@pytest.fixture(params=[False, True], ids=["in memory", "by windows"])
-def warned(request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> object:
+@pytest.fixture(params=[False, True], ids=["in memory", "streamed"])
+def table_warnings(request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> object:
     """Returns a function that returns the warnings about a table, which is read into memory or streamed."""
 
     def call(values: np.ndarray, **options: object) -> list[str]:
@@ -39,57 +39,66 @@ def warned(request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCap
 
 # a table, and for each expected warning the fragments that it contains
 WARNED: dict[str, tuple[np.ndarray, list[list[str]]]] = {
-    "nothing": (REAL, []),
-    "an offset": (REAL + np.array([1e3, 0, -5]), []),
-    "a sum of others": (
+    "regular columns": (REAL, []),
+    "offset": (REAL + np.array([1e3, 0, -5]), []),
+    "sum of other columns": (
         table(REAL, REAL[:, 0] - 2 * REAL[:, 2]),
         [["dependent", "'c0', 'c2'", "'data.columns="]],
     ),
-    "a rounded sum": (table(REAL, np.round(REAL.sum(1), 4)), [["dependent", "'data.columns="]]),
-    "a copy in other units": (table(REAL, 1e6 * REAL[:, 0] + 5), [["dependent", "'c3' on 'c0'", "columns=[0:3]"]]),
-    "nearly a copy": (table(REAL, REAL[:, 0] + 0.001 * normal(N, 1, seed=3)[:, 0]), []),
-    "copies": (np.repeat(REAL[:50], 10, 0), [["50 of 50 rows of the val", "50 of 50 rows of the test", "val_path"]]),
-    "one column of copies": (np.repeat(REAL[:50, :1], 10, 0), [["50 of 50 rows of the test"]]),
-    "zeros": (table(REAL, np.where(COUNTS < 3, 0.0, REAL[:, 0] ** 2)), [["'c3'", "value 0", "data.columns"]]),
+    "rounded sum of other columns": (table(REAL, np.round(REAL.sum(1), 4)), [["dependent", "'data.columns="]]),
+    "rescaled copy": (table(REAL, 1e6 * REAL[:, 0] + 5), [["dependent", "'c3' on 'c0'", "columns=[0:3]"]]),
+    "noisy copy": (table(REAL, REAL[:, 0] + 0.001 * normal(N, 1, seed=3)[:, 0]), []),
+    "duplicate rows": (
+        np.repeat(REAL[:50], 10, 0),
+        [["50 of 50 rows of the val", "50 of 50 rows of the test", "val_path"]],
+    ),
+    "duplicate rows of one column": (np.repeat(REAL[:50, :1], 10, 0), [["50 of 50 rows of the test"]]),
+    "many zeros": (table(REAL, np.where(COUNTS < 3, 0.0, REAL[:, 0] ** 2)), [["'c3'", "value 0", "data.columns"]]),
     "clipped": (table(REAL, REAL[:, 0].clip(-1, 1)), [["'c3'", "value -1", "value 1"]]),
     "counts": (table(REAL, COUNTS), [["'c3'", "'data.dequantize=[3]'"]]),
     "all counts": (table(COUNTS, COUNTS[::-1]), [["'c0', 'c1'", "data.dequantize=true"]]),
     "multiples of 0.1": (table(REAL, np.round(REAL[:, 0], 1)), [["'c3'", "multiples of 0.1.", "round(x / 0.1)"]]),
     "multiples of 0.25": (table(REAL, COUNTS / 4 - 0.5), [["'c3'", "multiples of 0.25."]]),
-    "counts but for one": (table(REAL, np.where(np.arange(N) == 499, 48.7, COUNTS)), [["'c3'", "multiples of 0.1."]]),
+    "counts with one exception": (
+        table(REAL, np.where(np.arange(N) == 499, 48.7, COUNTS)),
+        [["'c3'", "multiples of 0.1."]],
+    ),
     "minutes since 1970": (
         table(REAL, 1.6e9 + 60 * COUNTS),
         [["'c3'", "multiples of 60.", "round((x - 1600000000) / 60)"]],
     ),
-    "a code for missing values": (table(REAL, np.where(COUNTS < 1, -999, REAL[:, 0])), [["'c3' is -999"]]),
-    "few values on no grid": (table(REAL, np.sqrt(COUNTS + 2)), [["'c3'", "few distinct values", "data.columns"]]),
+    "missing value code": (table(REAL, np.where(COUNTS < 1, -999, REAL[:, 0])), [["'c3' is -999"]]),
+    "few distinct values off a grid": (
+        table(REAL, np.sqrt(COUNTS + 2)),
+        [["'c3'", "few distinct values", "data.columns"]],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", WARNED)
-def test_warnings(case: str, warned: object) -> None:
+def test_suspicious_columns_give_the_expected_warnings(case: str, table_warnings: object) -> None:
     values, expected = WARNED[case]
-    found = warned(values)  # type: ignore[operator]
+    found = table_warnings(values)  # type: ignore[operator]
     assert len(found) == len(expected), found
     for message, fragments in zip(found, expected, strict=True):
         assert [part for part in fragments if part not in message] == [], message
 
 
-@pytest.mark.parametrize("case", ["counts", "all counts", "a sum of others", "a copy in other units"])
-def test_following_the_advice_removes_the_warning(case: str, warned: object) -> None:
+@pytest.mark.parametrize("case", ["counts", "all counts", "sum of other columns", "rescaled copy"])
+def test_suggested_option_removes_the_warning(case: str, table_warnings: object) -> None:
     """Setting the option that a warning suggests leaves no warning."""
     values = WARNED[case][0]
-    option = re.search(r"data\.(\w+)=(\[[^]]*\]|true)", warned(values)[0])  # type: ignore[operator]
+    option = re.search(r"data\.(\w+)=(\[[^]]*\]|true)", table_warnings(values)[0])  # type: ignore[operator]
     assert option is not None
     entries = option[2] == "true" or [int(e) if e.isdigit() else e for e in option[2].strip("[]").split(",")]
-    assert warned(values, **{option[1]: entries}) == []  # type: ignore[operator]
+    assert table_warnings(values, **{option[1]: entries}) == []  # type: ignore[operator]
 
 
-def test_noise_removes_the_warning_of_a_dependence(warned: object) -> None:
+def test_noise_removes_the_linear_dependence_warning(table_warnings: object) -> None:
     """One-hot columns with noise no longer have a constant sum."""
     ones = np.eye(3)[COUNTS.astype(int) % 3]
-    assert any("dependent" in message for message in warned(table(REAL, ones)))  # type: ignore[operator]
-    assert warned(table(REAL, ones), dequantize=[3, 4, 5]) == []  # type: ignore[operator]
+    assert any("dependent" in message for message in table_warnings(table(REAL, ones)))  # type: ignore[operator]
+    assert table_warnings(table(REAL, ones), dequantize=[3, 4, 5]) == []  # type: ignore[operator]
 
 
 def test_duplicates_in_a_test_file_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -101,7 +110,7 @@ def test_duplicates_in_a_test_file_are_reported(tmp_path: Path, caplog: pytest.L
     assert "val set" not in caplog.text
 
 
-def test_a_constant_column_of_counts_is_kept_by_noise_on_it(tmp_path: Path, refused: Refused) -> None:
+def test_noise_allows_a_constant_integer_column(tmp_path: Path, refused: Refused) -> None:
     path = npy(tmp_path / "t.npy", table(REAL, np.full(N, 3.0)))
     refused(lambda: ArrayData(path), DataError, ["'c3' is constant", "'data.dequantize=[3]'"])
     assert ArrayData(path, dequantize=[3]).noisy == (3,)
@@ -138,7 +147,7 @@ def test_equal_rows_have_equal_hashes(dtype: type) -> None:
     assert row_hashes(values)[4321] == row_hashes(values[4321:4322])[0]
 
 
-def test_copies_are_found_in_large_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_duplicate_rows_are_estimated_from_sampled_hashes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Only some hashes are kept. Copies of a row share its hash, so their fraction can be estimated."""
     values = np.repeat(normal(2000, 2), 2, 0)
     with pytest.MonkeyPatch.context() as patch:
@@ -174,14 +183,14 @@ def test_wide_real_table_is_refused(real: Callable[..., list[str]], refused: Ref
 # Noise on selected columns
 
 
-def mixed(tmp_path: Path) -> str:
+def mixed_table(tmp_path: Path) -> str:
     values = table(REAL[:, 0], COUNTS, REAL[:, 1], 7 + COUNTS[::-1])
     return npy(tmp_path / "t.npy", values.astype(np.float32))
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
-def test_noise_on_the_named_columns(tmp_path: Path, memory_map: bool) -> None:
-    path = mixed(tmp_path)
+def test_noise_is_added_only_to_the_named_columns(tmp_path: Path, memory_map: bool) -> None:
+    path = mixed_table(tmp_path)
     data = ArrayData(path, dequantize=[1, 3], memory_map=memory_map)
     plain = ArrayData(path, memory_map=memory_map)
     assert (data.integer_valued, data.noisy, data.samples.noisy) == (False, (1, 3), (1, 3))
@@ -203,7 +212,7 @@ def test_noise_on_the_named_columns(tmp_path: Path, memory_map: bool) -> None:
 
 
 def test_noise_is_fresh_in_training_and_fixed_when_held_out(tmp_path: Path) -> None:
-    path = mixed(tmp_path)
+    path = mixed_table(tmp_path)
     data, again = (ArrayData(path, dequantize=[1, 3]) for _ in range(2))
     assert torch.equal(data.test, again.test)
     assert not torch.equal(data.test[:, 1] % 1, data.val[:, 1] % 1)
@@ -217,7 +226,7 @@ def test_noise_is_fresh_in_training_and_fixed_when_held_out(tmp_path: Path) -> N
     assert torch.equal(torch.cat(parts), step)
 
 
-def test_columns_with_noise_by_name_and_position(tmp_path: Path) -> None:
+def test_noise_columns_are_selected_by_name_or_position(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     rows = table(REAL[:, 0], COUNTS, REAL[:, 1], COUNTS[::-1])
     np.savetxt(path, rows, delimiter=",", header="x,n,y,m", comments="")
@@ -245,5 +254,5 @@ def test_columns_with_noise_by_name_and_position(tmp_path: Path) -> None:
 def test_noise_on_non_integer_columns_is_refused(
     tmp_path: Path, options: dict[str, object], fragments: list[str], refused: Refused
 ) -> None:
-    path = mixed(tmp_path)
+    path = mixed_table(tmp_path)
     refused(lambda: ArrayData(path, **options), FlowtrainError, fragments)  # type: ignore[arg-type]

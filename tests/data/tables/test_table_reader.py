@@ -42,7 +42,7 @@ def test_real_dtypes_are_read(tmp_path: Path, dtype: str) -> None:
     np.testing.assert_array_equal(table.values, values.astype(np.float64))
 
 
-def test_one_dimension_is_one_column(tmp_path: Path) -> None:
+def test_one_dimensional_array_is_one_column(tmp_path: Path) -> None:
     assert read_table(npy(tmp_path / "t.npy", np.arange(5.0))).values.shape == (5, 1)
     (tmp_path / "t.csv").write_text("1.5\n2.5\n")
     assert read_table(tmp_path / "t.csv").values.tolist() == [[1.5], [2.5]]
@@ -81,7 +81,7 @@ BAD_ARRAYS: dict[str, tuple[str, bytes, list[str]]] = {
     "objects": (".npy", array_file(np.array([[1, None]], dtype=object)), ["Python objects", "astype(float)"]),
     "objects in npz": (".npz", archive(a=np.array([[1, None]], dtype=object)), ["Python objects"]),
     "three dimensions": (".npy", array_file(np.zeros((4, 2, 3))), ["(4, 2, 3)", "(rows, columns)"]),
-    "no dimension": (".npy", array_file(np.array(3.0)), ["shape ()"]),
+    "zero dimensions": (".npy", array_file(np.array(3.0)), ["shape ()"]),
     "no rows": (".npy", array_file(np.zeros((0, 3))), ["(0, 3)"]),
     "no columns": (".npy", array_file(np.zeros((3, 0))), ["(3, 0)"]),
     "no values": (".npy", array_file(np.zeros(0)), ["(0,)"]),
@@ -91,12 +91,12 @@ BAD_ARRAYS: dict[str, tuple[str, bytes, list[str]]] = {
         ["row 4 (from 0)", "column 'c1'", "nan", "3 of 18", "2 of 6 rows"],
     ),
     "text": (".npy", b"a,b\n1,2\n", ["no NumPy file"]),
-    "nothing": (".npy", b"", ["no NumPy file"]),
-    "cut short": (".npy", array_file(normal(9, 9))[:300], ["damaged"]),
-    "cut short npz": (".npz", archive(a=normal(9, 9))[:300], ["no NumPy file"]),
-    "nothing in npz": (".npz", archive(), ["contains no array"]),
-    "unknown ending": (".parquet", b"", [".npy", ".csv", ".parquet"]),
-    "no ending": ("", b"", [".npy", ".csv"]),
+    "empty file": (".npy", b"", ["no NumPy file"]),
+    "truncated": (".npy", array_file(normal(9, 9))[:300], ["damaged"]),
+    "truncated npz": (".npz", archive(a=normal(9, 9))[:300], ["no NumPy file"]),
+    "empty npz": (".npz", archive(), ["contains no array"]),
+    "unknown suffix": (".parquet", b"", [".npy", ".csv", ".parquet"]),
+    "no suffix": ("", b"", [".npy", ".csv"]),
 }
 
 
@@ -117,7 +117,7 @@ def test_damaged_compression_is_refused(tmp_path: Path, refused: Refused) -> Non
     refused(lambda: read_table(path), DataError, [str(path), "damaged"])
 
 
-def test_pickles_are_never_loaded(tmp_path: Path, refused: Refused) -> None:
+def test_pickled_arrays_are_never_loaded(tmp_path: Path, refused: Refused) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
@@ -127,7 +127,7 @@ def test_pickles_are_never_loaded(tmp_path: Path, refused: Refused) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_missing_file_and_a_directory_are_named(
+def test_missing_file_and_directory_errors_name_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -10,9 +10,7 @@ from flowtrain.data.toys.base import Toy
 from flowtrain.utils.errors import ConfigError, DataError
 
 
-def test_batches_depend_on_seed_and_step_alone(
-    name: str, toy: Callable[[str], Toy], toys: dict[str, type[Toy]]
-) -> None:
+def test_batch_depends_only_on_seed_and_step(name: str, toy: Callable[[str], Toy], toys: dict[str, type[Toy]]) -> None:
     batch = toy(name).train_batch(step=3, batch_size=64, seed=7)
     assert batch.shape == (64, 2)
     assert batch.dtype == torch.float32
@@ -21,7 +19,9 @@ def test_batches_depend_on_seed_and_step_alone(
         assert not torch.isin(batch, other).any(dim=0).all()
 
 
-def test_held_out_sets_are_fixed_and_apart(name: str, toy: Callable[[str], Toy], toys: dict[str, type[Toy]]) -> None:
+def test_held_out_sets_depend_only_on_the_data_seed(
+    name: str, toy: Callable[[str], Toy], toys: dict[str, type[Toy]]
+) -> None:
     data, again, other = toy(name), toys[name](), toys[name](seed=1)
     assert torch.equal(data.val, again.val)
     assert torch.equal(data.test, again.test)
@@ -31,7 +31,7 @@ def test_held_out_sets_are_fixed_and_apart(name: str, toy: Callable[[str], Toy],
     assert not torch.equal(data.val, other.val)
 
 
-def test_no_sample_is_in_two_sets(name: str, toys: dict[str, type[Toy]]) -> None:
+def test_train_and_held_out_samples_are_disjoint(name: str, toys: dict[str, type[Toy]]) -> None:
     """All sets have the same size, because draws of different sizes differ even from the same generator."""
     data = toys[name](n_val=512, n_test=512)
     batches = [data.train_batch(step, 512, seed) for step in range(4) for seed in range(4)]
@@ -47,7 +47,7 @@ def test_empty_held_out_sets_are_refused(name: str, toys: dict[str, type[Toy]]) 
         toys[name](n_test=-1)
 
 
-def test_float32_input_and_default_dtype_change_nothing(
+def test_log_prob_is_computed_in_float64_for_any_dtype(
     name: str, toy: Callable[[str], Toy], toys: dict[str, type[Toy]]
 ) -> None:
     x = toy(name).test[:300]
@@ -60,7 +60,7 @@ def test_float32_input_and_default_dtype_change_nothing(
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-def test_scores_do_not_depend_on_the_batch(name: str, toy: Callable[[str], Toy]) -> None:
+def test_log_prob_does_not_depend_on_the_batch(name: str, toy: Callable[[str], Toy]) -> None:
     x = toy(name).test[:70].double()
     together = toy(name).log_prob(x)
     alone = torch.cat([toy(name).log_prob(row[None]) for row in x])
@@ -69,7 +69,7 @@ def test_scores_do_not_depend_on_the_batch(name: str, toy: Callable[[str], Toy])
     assert not toy(name).log_prob(x.requires_grad_()).requires_grad
 
 
-def test_far_points_are_finite_and_ever_less_likely(name: str, toy: Callable[[str], Toy]) -> None:
+def test_log_prob_of_far_points_is_finite_and_decreasing(name: str, toy: Callable[[str], Toy]) -> None:
     direction = torch.tensor([[1.0, 0.0], [0.0, -1.0], [0.6, 0.8], [-0.8, 0.6]])
     scores = torch.stack([toy(name).log_prob(r * direction) for r in (7.0, 9.99, 10.2, 20.0, 1e3, 1e6, 1e30)])
     if name == "checkerboard":
@@ -80,7 +80,7 @@ def test_far_points_are_finite_and_ever_less_likely(name: str, toy: Callable[[st
     assert (scores[0] < -20).all()
 
 
-def test_nan_and_infinite_points_are_scored_as_such(name: str, toy: Callable[[str], Toy]) -> None:
+def test_log_prob_of_nan_is_nan_and_of_inf_is_minus_inf(name: str, toy: Callable[[str], Toy]) -> None:
     x = torch.tensor([[math.nan, 0.0], [math.inf, 0.0], [0.0, -math.inf], [math.inf, math.nan]])
     score = toy(name).log_prob(x)
     assert score.isnan().tolist() == [True, False, False, True]
@@ -89,7 +89,7 @@ def test_nan_and_infinite_points_are_scored_as_such(name: str, toy: Callable[[st
         toy(name).log_prob(torch.zeros(4, 3))
 
 
-def test_edge_of_the_checkerboard_has_density(toy: Callable[[str], Toy]) -> None:
+def test_checkerboard_includes_its_edges(toy: Callable[[str], Toy]) -> None:
     x = torch.tensor([[-4.0, -4.0], [0.0, 1.0], [2.0, 2.0], [3.0, 4.0], [4.0, 3.0]])
     assert toy("checkerboard").log_prob(x).tolist() == pytest.approx([-math.log(32)] * 5)
     assert toy("checkerboard").log_prob(torch.tensor([[-3.0, 3.0], [4.0001, 3.0]])).tolist() == [-math.inf] * 2

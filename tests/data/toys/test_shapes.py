@@ -76,7 +76,7 @@ def own_samples(toy: Callable[[str], Toy], name: str, n: int) -> np.ndarray:
     return toy(name).sample(n, step_generator(5, 9)).numpy()
 
 
-def test_the_eight_toys_exist(toys: dict[str, type[Toy]]) -> None:
+def test_all_eight_toys_exist(toys: dict[str, type[Toy]]) -> None:
     assert set(MONTE_CARLO) <= set(toys)
 
 
@@ -85,7 +85,7 @@ def test_density_integrates_to_one(name: str, toy: Callable[[str], Toy]) -> None
     assert float(log_p.exp().sum()) * area == pytest.approx(1, abs=1e-6 if name != "pinwheel" else 1e-5)
 
 
-def test_entropy_is_the_integral_of_the_density(name: str, toy: Callable[[str], Toy]) -> None:
+def test_entropy_equals_the_integral_of_p_log_p(name: str, toy: Callable[[str], Toy]) -> None:
     log_p, area = log_density_on_grid(toy, name)
     assert float(torch.special.entr(log_p.exp()).sum()) * area == pytest.approx(toy(name).entropy, abs=1e-4)
 
@@ -96,7 +96,7 @@ def test_entropy_matches_an_independent_estimate(name: str, toy: Callable[[str],
     assert toy(name).entropy == pytest.approx(MONTE_CARLO[name], abs=0.01)
 
 
-def test_entropy_is_the_mean_score_of_samples(name: str, toy: Callable[[str], Toy]) -> None:
+def test_entropy_matches_the_mean_log_prob_of_samples(name: str, toy: Callable[[str], Toy]) -> None:
     nll = -toy(name).log_prob(torch.from_numpy(own_samples(toy, name, 50_000)))
     stderr = float(nll.std()) / math.sqrt(len(nll))
     assert float(nll.mean()) == pytest.approx(toy(name).entropy, abs=4 * stderr + 1e-9)
@@ -190,7 +190,7 @@ def brute_force_pinwheel(x1: Tensor, x2: Tensor) -> Tensor:
         ("pinwheel", brute_force_pinwheel, 1e-5),
     ],
 )
-def test_density_agrees_with_brute_force(
+def test_density_matches_brute_force_integration(
     name: str, brute_force: Callable[[Tensor, Tensor], Tensor], tolerance: float, toy: Callable[[str], Toy]
 ) -> None:
     x = torch.cat((toy(name).test[:22].double(), torch.tensor([[0.0, 0.0], [0.3, -2.5], [-2.0, 2.2]])))
@@ -198,14 +198,14 @@ def test_density_agrees_with_brute_force(
     torch.testing.assert_close(toy(name).log_prob(x), expected, rtol=0, atol=tolerance)
 
 
-def test_two_spirals_tail_agrees_with_brute_force(toy: Callable[[str], Toy]) -> None:
+def test_two_spirals_tail_matches_brute_force_integration(toy: Callable[[str], Toy]) -> None:
     """The points lie on both sides of the switch to the asymptotic tail of the box."""
     x = torch.tensor([[5.0, 0.0], [6.5, 0.2], [6.9, 0.0], [0.0, 8.0], [7.0, -9.0]])
     expected = brute_force_two_spirals(x[:, :1], x[:, 1:])
     torch.testing.assert_close(toy("2spirals").log_prob(x), expected, rtol=1e-3, atol=0)
 
 
-def test_pinwheel_counts_every_root_where_the_map_folds(toy: Callable[[str], Toy]) -> None:
+def test_pinwheel_sums_all_preimages_past_the_fold(toy: Callable[[str], Toy]) -> None:
     """r = 2.6, t = -0.45 is past the fold (1 + 0.25 exp(r) t < 0), where an arm covers the point three times."""
     theta = torch.tensor(0.25 * math.exp(2.6))
     r, t = 2.6, -0.45
