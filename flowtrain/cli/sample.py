@@ -18,7 +18,7 @@ from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.evaluation.log_likelihood import check_samples
 from flowtrain.evaluation.sample_quality import quality
 from flowtrain.plotting.animation import KINDS, can_write_mp4, check_writable
-from flowtrain.plotting.evaluation_figures import draw_quality
+from flowtrain.plotting.evaluation_figures import Distances, draw_quality
 from flowtrain.plotting.pictures import draw
 from flowtrain.plotting.transport_pictures import animate, check_animated
 from flowtrain.runs.console import messages
@@ -59,15 +59,18 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     with status("comparing samples with the data"):
         found = quality(flow, data, steps, seed)
     write_json(out, found.to_dict())
-    lines: dict[str, tuple[list[float], list[float]]] = {}
+    lines: dict[str, Distances] = {}
     for row in found.rows:
-        nfe, distance = lines.setdefault(row.method, ([], []))
-        nfe.append(row.nfe)
-        distance.append(row.sliced_wasserstein)
-    exact = (found.exact.nfe, found.exact.sliced_wasserstein)
-    title = loaded_run.titled("samples by few steps")
+        line = lines.setdefault(row.method, Distances([], [], []))
+        line.nfe.append(row.nfe)
+        line.values.append(row.sliced_wasserstein)
+        line.errors.append(row.stderr)
+    exact = (found.exact.nfe, found.exact.sliced_wasserstein, found.exact.stderr)
+    title = loaded_run.titled("sample quality by NFE")
     with status("drawing quality"):
-        draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title, options=options)
+        draw_quality(
+            picture, lines=lines, exact=exact, data=(found.data, found.data_stderr), title=title, options=options
+        )
     print(f"{found.table()}\nwritten to {out}, picture in {_listed(options.files(picture))}")
     return 0
 

@@ -4,18 +4,20 @@ Figures are 9 inches wide at 200 dots per inch: 1800 pixels, sharp when a README
 """
 
 import io
+import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.style
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
 
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.utils.files import replacing
@@ -57,7 +59,6 @@ _RC: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": False,
-    "axes.formatter.useoffset": True,
     "grid.color": "#E9E9E9",
     "grid.linewidth": 0.7,
     "xtick.color": HAIRLINE,
@@ -116,7 +117,82 @@ def new_figure(height: float, title: str, options: PlotOptions = DEFAULT) -> Fig
 def add_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes placed by inches from the figure's lower left corner."""
     across, up = figure.get_size_inches()
-    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+    axes = figure.add_axes((left / across, bottom / up, width / across, height / up))
+    mark_numbers(axes)
+    return axes
+
+
+# numbers of at most so many characters are written out
+LONGEST = 6
+
+
+class TickNumbers(Formatter):
+    """Labels the ticks of an axis in one format: 0.25, 0.50, or 1e-5, 1e-3, and no offset or factor beside the axis.
+
+    Example:
+        >>> TickNumbers().format_ticks([0, 0.25, 0.5]), TickNumbers().format_ticks([0, 2e6, 4e6])
+        (['0.00', '0.25', '0.50'], ['0', '2e6', '4e6'])
+    """
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The label of a single tick."""
+        return self.format_ticks([x])[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """The labels of all ticks; those outside the axis do not affect the format."""
+        shown = [float(value) for value in values]
+        if self.axis is not None:
+            low, high = sorted(self.axis.get_view_interval())
+            slack = 1e-9 * (high - low)
+            shown = [value for value in shown if low - slack <= value <= high + slack] or shown
+        logarithmic = self.axis is not None and getattr(self.axis, "get_scale", lambda: "linear")() == "log"
+        label = _number_format(shown, logarithmic)
+        return [label(float(value)) for value in values]
+
+
+def _number_format(values: Sequence[float], logarithmic: bool) -> Callable[[float], str]:
+    """Writes numbers out if they are short, else in scientific notation if that is shorter."""
+    ordered = sorted({*values})
+    apart = min((b - a for a, b in itertools.pairwise(ordered)), default=abs(ordered[0]) or 1.0)
+    # a tick near zero is zero with a rounding error
+    zero = 1e-6 * apart
+
+    def fixed(value: float) -> str:
+        return f"{value + 0.0:,.{decimals}f}"
+
+    def scientific(value: float) -> str:
+        if abs(value) <= zero:
+            return "0"
+        mantissa, exponent = f"{value:.{digits}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+
+    def exact(value: float, text: str) -> bool:
+        return abs(float(text.replace(",", "")) - value) <= 1e-3 * (abs(value) if logarithmic else apart)
+
+    decimals = next((k for k in range(9) if all(exact(v, f"{v:.{k}f}") for v in ordered)), 9)
+    digits = next((k for k in range(9) if all(exact(v, f"{v:.{k}e}") for v in ordered)), 9)
+    if logarithmic and all(1e-3 <= abs(v) < 1e5 for v in ordered):
+        return lambda value: f"{value:g}"
+    longest = [max(len(write(v).lstrip("-")) for v in ordered) for write in (fixed, scientific)]
+    return fixed if longest[0] <= max(LONGEST, longest[1]) else scientific
+
+
+def mark_numbers(axes: Axes) -> None:
+    """Labels the ticks of both axes in one format each, see `TickNumbers`. A change of the scale needs it again."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(TickNumbers())
+
+
+def make_logarithmic(axis: Axis, values: Sequence[float], base: int = 10) -> None:
+    """Makes an axis logarithmic, with a few labels however narrow the range of the values, which are positive."""
+    low, high = min(values), max(values)
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    room = max(1.25, (high / low) ** 0.06)
+    axis.set_view_interval(low / room, high * room, ignore=True)
+    wide = high > 30 * low or base != 10
+    axis.set_major_locator(LogLocator(base=base, subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=8))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(TickNumbers())
 
 
 def round_ticks(axes: Axes, most: int, prune: Literal["both"] | None = None) -> None:
@@ -140,6 +216,20 @@ def literal(text: str, most: int = 120) -> str:
     if len(line) > most:
         line = line[: most - 1].rstrip() + "…"
     return line.replace("+-", "±").replace("$", r"\$")
+
+
+def abbreviated(text: str, most: int) -> str:
+    """`text` as by `literal`, in at most so many characters without its middle, because similar names end differently.
+
+    Example:
+        >>> abbreviated("average delay of department 7", 15)
+        'average…tment 7'
+    """
+    line = " ".join(text.split())
+    if len(line) > most:
+        end = max(1, (most - 1) // 2)
+        line = f"{line[: max(1, most - 1 - end)].rstrip()}…{line[-end:].lstrip()}"
+    return literal(line, most=most)
 
 
 def annotate(axes: Axes, text: str, *, x: float = 0.5, y: float = 0.5, align: str = "center") -> None:
