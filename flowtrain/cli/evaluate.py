@@ -16,6 +16,7 @@ from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.overrides import keys_of
+from flowtrain.cli.provenance import provenance
 from flowtrain.data.base import FILE, Dataset, Samples, changes
 from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.evaluation import NAMES, check_fits, evaluate
@@ -23,7 +24,7 @@ from flowtrain.evaluation.baselines import MOST_SECONDS
 from flowtrain.evaluation.report import write_report
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.plotting import pictures
-from flowtrain.plotting.options import DEFAULT, PlotOptions
+from flowtrain.plotting.options import DEFAULT, FORMATS, PlotOptions
 from flowtrain.runs.console import data_name, messages, title_of
 from flowtrain.runs.finish import draw_figures
 from flowtrain.runs.search import metrics_of, validations_of
@@ -156,7 +157,14 @@ def _command() -> int:
     written += figures
     if wants_report:
         with status("writing the report"):
-            written += write_report(result, title, str(loaded_run.path), place.report, place.others(figures))
+            written += write_report(
+                result,
+                title,
+                str(loaded_run.path),
+                place.report,
+                place.others(figures),
+                provenance(loaded_run, sys.argv[1:], seed),
+            )
     print(result.table())
     print("\n".join(f"{'written to' if i == 0 else '':>{NAMES}}  {path}" for i, path in enumerate(written)))
     return 0
@@ -228,9 +236,13 @@ class OutputPaths:
         return self.out.with_name(f"{self.out.stem}_{name}.png")
 
     def others(self, drawn: list[Path]) -> list[Path]:
-        """The figures of a report: what was drawn, and what the run's last pictures show."""
-        kept = [self.run_dir / f"plots/{name}.png" for name in ("samples", "curves")]
-        return [*drawn, *(path for path in kept if path.is_file())]
+        """The files of the figures of a report: those that were drawn, and the samples and curves of the run."""
+        found = list(drawn)
+        for name in ("samples", "curves"):
+            if not {*self.options.files(self.figure(name))} & {*drawn}:
+                path = self.run_dir / f"plots/{name}.png"
+                found += [file for kind in FORMATS if (file := path.with_suffix(f".{kind}")).is_file()]
+        return found
 
 
 def own_data_of(loaded_run: LoadedRun) -> Dataset | None:

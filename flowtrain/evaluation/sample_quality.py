@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import check_fits
@@ -154,7 +155,7 @@ def _directions(x: Tensor, projections: int) -> Tensor:
     """Unit vectors, (d, projections), the same every time, for x (n, d)."""
     with seeded(0, x.device):
         a = torch.randn(x.shape[1], projections, dtype=x.dtype, device=x.device)
-    return a / a.norm(dim=0)
+    return functional.normalize(a, dim=0)
 
 
 def distance_error(x: Tensor, y: Tensor, projections: int = ERROR_PROJECTIONS) -> float:

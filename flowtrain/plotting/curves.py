@@ -81,8 +81,11 @@ def draw_curves(
     below = [draw for draw, keys in PANELS if any(varied(train, key) for key in keys)]
     base = BOTTOM + len(below) * (SHORT + BETWEEN)
     width = style.WIDTH - LEFT - (RIGHT if below else BARE)
+    others = [name for name in _splits(rows) if name != "val"]
+    # the entries of the NLL panel other than those of a single run
+    more = style.legend_height([*map(_name, others), "entropy of the data"], width) if len(others) > 1 else 0.0
     with style.styled():
-        figure = style.new_figure(base + TALL + HEAD, title, options)
+        figure = style.new_figure(base + TALL + HEAD + more, title, options)
         panels = [style.add_axes(figure, LEFT, base, width, TALL)]
         _likelihood(panels[0], rows, entropy, kept)
         for place, draw in enumerate(reversed(below)):
@@ -117,6 +120,15 @@ def _finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def _splits(rows: Rows) -> list[str]:
+    """The names of the splits other than training."""
+    return list(dict.fromkeys(str(row["split"]) for row in rows if row.get("split") not in (None, "train")))
+
+
+def _name(split: str) -> str:
+    return style.abbreviated(NAMES.get(split, split), most=30)
+
+
 def _split(rows: Rows, name: str) -> Rows:
     return [row for row in rows if row.get("split") == name]
 
@@ -126,7 +138,7 @@ def _likelihood(axes: Axes, rows: Rows, entropy: float | None, kept: int | None 
     axes.grid(axis="y")
     axes.set_ylabel(f"NLL ({unit})")
     train = course(_split(rows, "train"), key)
-    names = dict.fromkeys(str(row["split"]) for row in rows if row.get("split") not in (None, "train"))
+    names = _splits(rows)
     others = {name: curve for name in names if (curve := course(_split(rows, name), key))}
     if not train and not others:
         style.annotate(axes, "no finite NLL")
@@ -136,7 +148,7 @@ def _likelihood(axes: Axes, rows: Rows, entropy: float | None, kept: int | None 
         _noisy(axes, train, style.BLUE, "training")
     for colour, (name, curve) in zip(cycle(COLOURS), others.items(), strict=False):
         words = f" (best {_number(curve.values.min())})" if len(others) <= WITH_BEST else ""
-        best = style.literal(f"{NAMES.get(name, name)}{words}", most=40)
+        best = f"{_name(name)}{words}"
         every = max(1, len(curve.values) // 40)
         axes.plot(curve.steps, curve.values, "-o", color=colour, markersize=3.5, markevery=every, label=best)
     low, high = _frame(train, list(others.values()))
@@ -153,7 +165,7 @@ def _likelihood(axes: Axes, rows: Rows, entropy: float | None, kept: int | None 
 
 def _mark_kept(axes: Axes, kept: int, validation: Course | None) -> None:
     """A ring around the validation of the kept checkpoint; without such a validation, a mark at the lower edge."""
-    at = [] if validation is None else np.flatnonzero(validation.steps == kept)
+    at = np.flatnonzero(np.array([]) if validation is None else validation.steps == kept)
     look: dict[str, Any] = {
         "color": style.INK,
         "linewidth": 0,
@@ -188,7 +200,9 @@ def _name_hidden(axes: Axes, curves: Sequence[Course]) -> None:
     if len(hidden):
         farthest = hidden[np.argmax(np.abs(hidden - (low + high) / 2))]
         words = f"{len(hidden):,} of {len(values):,} values out of the frame, one at {_number(farthest)}"
-        style.annotate(axes, words, x=1.0, y=1.045, align="right")
+        box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
+        look: dict[str, Any] = {"color": style.MUTED, "size": 8, "ha": "right", "va": "top", "bbox": box}
+        axes.text(0.995, 0.975, words, transform=axes.transAxes, **look)
 
 
 def _solver(axes: Axes, train: Rows) -> None:

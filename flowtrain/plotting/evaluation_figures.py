@@ -12,7 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from flowtrain.evaluation.calibration import RADIUS
@@ -340,7 +340,7 @@ def _histograms(
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if compressed:
         axes.set_xticks(points.round_values(axes.get_xlim(), points.Scale(centre, reach)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: points.short(value)))
+        axes.xaxis.set_major_formatter(style.TickNumbers())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
 

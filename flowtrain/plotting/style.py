@@ -5,6 +5,7 @@ Figures are 9 inches wide at 200 dots per inch: 1800 pixels, sharp when a README
 
 import io
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import matplotlib.style
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
+from matplotlib.axis import Axis, XAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -145,12 +146,12 @@ class TickNumbers(Formatter):
             low, high = sorted(self.axis.get_view_interval())
             slack = 1e-9 * (high - low)
             shown = [value for value in shown if low - slack <= value <= high + slack] or shown
-        logarithmic = self.axis is not None and getattr(self.axis, "get_scale", lambda: "linear")() == "log"
-        label = _number_format(shown, logarithmic)
+        scale = "linear" if self.axis is None else self.axis.get_scale()  # type: ignore[union-attr]
+        label = _number_format(shown, linear=scale == "linear")
         return [label(float(value)) for value in values]
 
 
-def _number_format(values: Sequence[float], logarithmic: bool) -> Callable[[float], str]:
+def _number_format(values: Sequence[float], linear: bool) -> Callable[[float], str]:
     """Writes numbers out if they are short, else in scientific notation if that is shorter."""
     ordered = sorted({*values})
     apart = min((b - a for a, b in itertools.pairwise(ordered)), default=abs(ordered[0]) or 1.0)
@@ -167,11 +168,11 @@ def _number_format(values: Sequence[float], logarithmic: bool) -> Callable[[floa
         return f"{mantissa}e{int(exponent)}"
 
     def exact(value: float, text: str) -> bool:
-        return abs(float(text.replace(",", "")) - value) <= 1e-3 * (abs(value) if logarithmic else apart)
+        return abs(float(text.replace(",", "")) - value) <= 1e-3 * (apart if linear else abs(value))
 
     decimals = next((k for k in range(9) if all(exact(v, f"{v:.{k}f}") for v in ordered)), 9)
     digits = next((k for k in range(9) if all(exact(v, f"{v:.{k}e}") for v in ordered)), 9)
-    if logarithmic and all(1e-3 <= abs(v) < 1e5 for v in ordered):
+    if not linear and all(v == 0 or 1e-3 <= abs(v) < 1e5 for v in ordered):
         return lambda value: f"{value:g}"
     longest = [max(len(write(v).lstrip("-")) for v in ordered) for write in (fixed, scientific)]
     return fixed if longest[0] <= max(LONGEST, longest[1]) else scientific
@@ -186,7 +187,10 @@ def mark_numbers(axes: Axes) -> None:
 def make_logarithmic(axis: Axis, values: Sequence[float], base: int = 10) -> None:
     """Makes an axis logarithmic, with a few labels however narrow the range of the values, which are positive."""
     low, high = min(values), max(values)
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    if isinstance(axis, XAxis):
+        axis.axes.set_xscale("log")
+    else:
+        axis.axes.set_yscale("log")
     room = max(1.25, (high / low) ** 0.06)
     axis.set_view_interval(low / room, high * room, ignore=True)
     wide = high > 30 * low or base != 10
@@ -202,12 +206,35 @@ def round_ticks(axes: Axes, most: int, prune: Literal["both"] | None = None) -> 
 
 
 def legend_above(axes: Axes, *others: Axes) -> None:
-    """A one-line legend over the upper left corner of `axes`, naming what `others` hold as well."""
+    """A legend above the upper left corner of `axes`, which names the lines of `others` too, see `legend_columns`."""
     named = [each.get_legend_handles_labels() for each in (axes, *others)]
     handles = [handle for found, _ in named for handle in found]
-    labels = [label for _, found in named for label in found]
+    labels = [str(label) for _, found in named for label in found]
     if labels:
-        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(labels), **LEGEND)
+        columns = legend_columns(labels, axes.get_position().width * WIDTH)
+        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **LEGEND)
+
+
+# inches: a letter of a legend, what an entry takes besides its letters, and a row
+LEGEND_LETTER, LEGEND_ENTRY, LEGEND_ROW = 0.072, 0.5, 0.19
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """The number of columns of a legend that is at most `width` inches wide; one row if there is room.
+
+    Example:
+        >>> legend_columns(["training", "validation"], 8), legend_columns(["a rather long name"] * 9, 8)
+        (2, 4)
+    """
+    if sum(LEGEND_LETTER * len(label) + LEGEND_ENTRY for label in labels) <= width:
+        return len(labels)
+    widest = LEGEND_LETTER * max(map(len, labels)) + LEGEND_ENTRY
+    return max(1, min(len(labels), int(width / widest)))
+
+
+def legend_height(labels: Sequence[str], width: float) -> float:
+    """The height in inches of the rows of a legend after the first one."""
+    return (math.ceil(len(labels) / legend_columns(labels, width)) - 1) * LEGEND_ROW if labels else 0.0
 
 
 def literal(text: str, most: int = 120) -> str:

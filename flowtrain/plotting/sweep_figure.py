@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def _panel(axes: Axes, swept: Swept, names: Sequence[str], logarithmic: bool) ->
         known = [(at, v, e) for (at, v, e) in zip(_repeated(x, runs), every, bars, strict=False) if v + e < math.inf]
         # in points, so that the distance is the same on every axis
         scale = axes.figure.dpi_scale_trans
-        look = {"color": colour, "transform": axes.transData + ScaledTranslation(side / 72, 0, scale)}
+        look: dict[str, Any] = {"color": colour, "transform": axes.transData + ScaledTranslation(side / 72, 0, scale)}
         if known:
             at, middle, error = zip(*known, strict=True)
             axes.errorbar(at, middle, error, fmt="none", alpha=0.6, elinewidth=1, capsize=2, **look)

@@ -67,7 +67,7 @@ def test_density_along_the_axis_integrates_to_one() -> None:
 
 def test_ticks_tell_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Axes] = []
-    monkeypatch.setattr("flowtrain.plotting.style.save", lambda figure, path: seen.extend(figure.axes))
+    monkeypatch.setattr("flowtrain.plotting.style.save", lambda figure, path, options: seen.extend(figure.axes))
     data = torch.from_numpy(LOGNORMAL)[:, None]
     draw_flow_1d(tmp_path / "a.png", data=data, samples=-data, log_density=lambda x: -x[:, 0].square(), title="t")
     (axes,) = seen

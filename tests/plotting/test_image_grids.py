@@ -22,6 +22,7 @@ from flowtrain.flow import Flow
 from flowtrain.plotting import image_grids
 from flowtrain.plotting import image_pictures as pictures
 from flowtrain.plotting.image_grids import draw_panels, draw_rows
+from flowtrain.plotting.options import DEFAULT
 from flowtrain.utils.errors import FlowtrainError
 
 # screen pixels at full resolution: the margin, a digit of ten in a row of two panels, and the gap after it
@@ -177,7 +178,7 @@ def test_reconstructions_show_the_error_itself(tmp_path: Path, monkeypatch: pyte
             Flow((1, 4, 4), Chain([Flat(part), Logit(levels, 0.05)]), integer_valued=True, levels=levels).float().eval()
         )
         show = pictures.Shown(flow, data)  # type: ignore[arg-type]
-        pictures._draw_reconstructions(flow, data, show, tmp_path / "r.png", "t")  # type: ignore[arg-type]
+        pictures._draw_reconstructions(flow, data, show, tmp_path / "r.png", "t", DEFAULT)  # type: ignore[arg-type]
         ((name, difference),) = given["signed"]
         size = difference.abs()
         assert name == "difference"
