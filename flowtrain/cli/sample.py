@@ -126,8 +126,8 @@ flowsample ckpt=RUN_DIR_OR_FILE quality=[1,2,4,8,16] [seed=0] [out=FILE.json]
   temperature   factor on the base noise; 1 samples the density
   label         of a conditional model; default: classes by their frequency in training
   out           .npy file in data units, with pixels and counts as whole numbers; default: samples.npy in the run
-                directory.
-                Vectors of one or two columns and images come with a picture beside the data.
+                directory. Samples of one or two columns and images are also drawn beside the data; samples of more
+                columns with plots.columns=[0,2:5]
   log_scale     true: that picture shows densities by their logarithm, and so the tails
   animate       true: in place of samples, how they come about from the base, of two columns or images:
                 animation.gif in the run directory, and animation.mp4 where there is an ffmpeg; or out=FILE.gif, .mp4
@@ -136,7 +136,8 @@ flowsample ckpt=RUN_DIR_OR_FILE quality=[1,2,4,8,16] [seed=0] [out=FILE.json]
   device        auto (default), cpu, cuda or cuda:0
   trust         packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
 
-The solver can be changed, as in solver.rtol=1e-3 or solver=euler solver.steps=4."""
+The solver can be changed, as in solver.rtol=1e-3 or solver=euler solver.steps=4. Keys of figures:
+plots.format=[png,pdf,svg], plots.title=false, plots.columns=[0,2:5]."""
 
 OWN: dict[str, Any] = {
     "ckpt": None,
@@ -204,7 +205,8 @@ def write_samples(
     # refused before anything is read or drawn
     if label is not None:
         flow.check_label(label)
-    data = beside(loaded_run) if images or flow.event_shape in ((1,), (2,)) else None
+    is_drawn = images or flow.event_shape in ((1,), (2,)) or options.columns is not None
+    data = beside(loaded_run) if is_drawn else None
     if data is not None:
         check_fits(flow, data)
     elif log_scale:

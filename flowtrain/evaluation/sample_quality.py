@@ -168,14 +168,15 @@ def distance_error(x: Tensor, y: Tensor, projections: int = ERROR_PROJECTIONS) -
     n = len(x)
     if n < 2 * GROUPS:
         return math.nan
-    # in random order, because rows may be sorted by class
-    group = torch.randperm(n, generator=torch.Generator().manual_seed(0)) % GROUPS
+    # in random order, because rows may be sorted, and in another order for y, because the sets are independent
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randperm(n, generator=generator) % GROUPS for _ in range(2))
     x, y = x.flatten(1).double(), y.flatten(1).double()
     # sorted once for all groups: (projections, n), in which each projection loses as many values
     (u, i), (v, j) = ((rows @ _directions(rows, projections)).T.contiguous().sort(1) for rows in (x, y))
     squares = []
     for g in range(GROUPS):
-        first, second = u[(group != g)[i]].view(len(u), -1), v[(group != g)[j]].view(len(v), -1)
+        first, second = u[(one != g)[i]].view(len(u), -1), v[(other != g)[j]].view(len(v), -1)
         squares.append(float((first - second).square().mean()))
     distances = torch.tensor(squares, dtype=torch.float64).sqrt()
     return float(((GROUPS - 1) * (distances - distances.mean()).square().mean()).sqrt())

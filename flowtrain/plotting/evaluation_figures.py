@@ -86,14 +86,14 @@ def _calibration_together(
         look: dict[str, Any] = {"color": CALIBRATION_COLOURS[place % TOGETHER], "linewidth": 1.4}
         look = {"color": style.INK, "linewidth": 1.6} if name == RADIUS else look
         heights, edges = points.histogram_1d(u, (0.0, 1.0), bins)
-        left.stairs(heights, edges, baseline=None, label=_named(name, labels, most=22), **look)
+        left.stairs(heights, edges, baseline=None, label=_named(name, labels, most=17), **look)
         right.plot(*deviation(u), **look)
     _band(left, *bin_band(n, bins), label="95% of perfect models")
     _band(right, -KOLMOGOROV / n**0.5, KOLMOGOROV / n**0.5)
     left.axhline(1, color=style.MUTED, linewidth=0.8, zorder=0.5)
     right.axhline(0, color=style.MUTED, linewidth=0.8, zorder=0.5)
     _calibration_frame(left, right)
-    style.legend_above(left)
+    style.legend_above(left, width=style.WIDTH - style.EDGE - left.get_position().x0 * style.WIDTH)
     return figure
 
 
@@ -342,7 +342,7 @@ def _histograms(
         axes.set_xticks(points.round_values(axes.get_xlim(), points.Scale(centre, reach)))
         axes.xaxis.set_major_formatter(style.TickNumbers())
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
 
 
 def _ends(values: Array) -> Array:

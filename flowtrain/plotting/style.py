@@ -205,13 +205,17 @@ def round_ticks(axes: Axes, most: int, prune: Literal["both"] | None = None) -> 
         axis.set_major_locator(MaxNLocator(most, steps=(1, 2, 5, 10), prune=prune))
 
 
-def legend_above(axes: Axes, *others: Axes) -> None:
-    """A legend above the upper left corner of `axes`, which names the lines of `others` too, see `legend_columns`."""
+def legend_above(axes: Axes, *others: Axes, width: float | None = None) -> None:
+    """A legend above the upper left corner of `axes`, which names the lines of `others` too, see `legend_columns`.
+
+    Args:
+        width: the largest width in inches; None: the width of the axes.
+    """
     named = [each.get_legend_handles_labels() for each in (axes, *others)]
     handles = [handle for found, _ in named for handle in found]
     labels = [str(label) for _, found in named for label in found]
     if labels:
-        columns = legend_columns(labels, axes.get_position().width * WIDTH)
+        columns = legend_columns(labels, width or axes.get_position().width * WIDTH)
         axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **LEGEND)
 
 

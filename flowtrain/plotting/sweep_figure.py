@@ -156,8 +156,9 @@ def _mark_values(axes: Axes, swept: Swept, x: Sequence[float]) -> None:
 
 
 def _errors(swept: Swept, name: str) -> list[list[float]]:
-    """The standard errors of a quantity, NaN if unknown."""
-    return swept.errors.get(name, [[math.nan] * len(row) for row in swept.found.get(name, [])])
+    """The standard errors of the results of a quantity, NaN if unknown."""
+    runs = swept.found.get(name, [])
+    return swept.errors[name] if runs and name in swept.errors else [[math.nan] * len(row) for row in runs]
 
 
 def _repeated(x: Sequence[float], runs: Sequence[Sequence[float]]) -> list[float]:
