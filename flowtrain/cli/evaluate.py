@@ -22,6 +22,7 @@ from flowtrain.evaluation.baselines import MOST_SECONDS
 from flowtrain.evaluation.report import write_report
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.plotting import pictures
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.runs.console import data_name, messages, title_of
 from flowtrain.utils.arguments import flag, one_of, whole
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
@@ -103,7 +104,8 @@ def _command() -> int:
     out = Path(str(own["out"])).expanduser() if own["out"] else None
     loaded_run = load_run(own, overrides)
     split = str(own["split"] or default_split(overrides))
-    place = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides))
+    options = loaded_run.plot_options
+    place = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides), options)
     inputs = [*loaded_run.files, own["ood"], *paths_of(loaded_run.config["data"])]
     place.check(own["ood"] is not None, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
     with status("reading the data"):
@@ -139,7 +141,7 @@ def _command() -> int:
             write_npy(place.other_scores, result.sets[1].numpy())
             written.append(place.other_scores)
     title = title_of(loaded_run.config)
-    figures = pictures.draw_evaluation(result, title, data_name(loaded_run.config), place.figure)
+    figures = pictures.draw_evaluation(result, title, data_name(loaded_run.config), place.figure, options)
     written += figures
     if wants_report:
         with status("writing the report"):
@@ -154,10 +156,14 @@ class OutputPaths:
 
     Args:
         name: the name of the evaluated set, see `set_name`.
+        options: the options of figures, which give their formats.
     """
 
-    def __init__(self, run_dir: Path, out: Path | None, scores: Path | None, name: str) -> None:
+    def __init__(
+        self, run_dir: Path, out: Path | None, scores: Path | None, name: str, options: PlotOptions = DEFAULT
+    ) -> None:
         self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, name and f"-{name}"
+        self.options = options
         self.json = out or run_dir / f"eval{self.suffix}.json"
         # callers replace .json by .md or .html; without it, a dot in the name would be taken for a suffix
         self.report = out or run_dir / f"report{self.suffix}.json"
@@ -176,15 +182,15 @@ class OutputPaths:
 
     def check(self, ood: bool, report: bool, ensemble: bool, inputs: list[Any]) -> None:
         """Everything that will be written, before any work is done; see `check_outputs`."""
-        paths = [self.json, self.figure("calibration")]
-        paths += [self.figure("ood")] if ood else []
+        paths = [self.json, *self.options.files(self.figure("calibration"))]
+        paths += self.options.files(self.figure("ood")) if ood else []
         paths += [] if self.scores is None else [self.scores, *([self.other_scores] if ood else [])]
         paths += [self.member_scores] if ensemble and self.scores is not None else []
         paths += [self.report.with_suffix(ending) for ending in (".md", ".html")] if report else []
         check_outputs(paths, inputs)
 
     def figure(self, name: str) -> Path:
-        """Where the figure of that name goes."""
+        """The path of a figure as PNG; other formats lie beside it."""
         if self.out is None:
             return self.run_dir / f"plots/{name}{self.suffix}.png"
         return self.out.with_name(f"{self.out.stem}_{name}.png")

@@ -12,6 +12,7 @@ from flowtrain.cli.output_files import absolute_paths, run_dir_of
 from flowtrain.cli.overrides import check_kept, keys_of, overridden, trusted, with_array
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.flow import Density, Flow
+from flowtrain.plotting.options import PlotOptions
 from flowtrain.runs.build import build_data, build_solver, resolve_device
 from flowtrain.runs.console import name_of, title_of, without_warnings
 from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
@@ -22,7 +23,7 @@ from flowtrain.utils.process import choose_threads, keep_freed_memory
 from flowtrain.utils.status import status
 
 # the parts of a saved config that scoring and sampling read
-USED = ("model", "data", "solver", "threads")
+USED = ("model", "data", "solver", "threads", "plots")
 
 
 class LoadedRun(NamedTuple):
@@ -31,7 +32,7 @@ class LoadedRun(NamedTuple):
     Or an ensemble of several: the config and samples of its first member, and in place of a file its directory.
 
     Attributes:
-        changed: whether there are overrides.
+        changed: whether overrides can change the numbers; those of `plots` cannot.
         own_data: the config of the data that the flow was trained on.
         members: the files of an ensemble.
         tag: part of the names of these files, for runs that are given as a list; else empty.
@@ -53,6 +54,11 @@ class LoadedRun(NamedTuple):
         """The title of a picture: the run, its NLL on the test set where result.json has that, and words."""
         nll = "" if self.changed else reached(self.path, self.step)
         return ", ".join(filter(None, (title_of(self.config), nll, words)))
+
+    @property
+    def plot_options(self) -> PlotOptions:
+        """The options of its figures."""
+        return PlotOptions.of(self.config)
 
     @property
     def run_dir(self) -> Path:
@@ -176,7 +182,7 @@ def _load_one(path: Path, own: Mapping[str, Any], overrides: Sequence[str], trus
     choose_threads(config.get("threads"), flow.event_shape)
     keep_freed_memory()
     own_data = absolute_paths({"data": saved["config"]["data"]})["data"]
-    samples, changed = samples_of(saved), bool(overrides)
+    samples, changed = samples_of(saved), any(not key.startswith("plots.") for key in keys_of(overrides))
     return LoadedRun(path, flow, saved["step"], samples, config, changed, own_data)
 
 

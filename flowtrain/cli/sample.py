@@ -50,7 +50,8 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     name = set_name(loaded_run, "test", overrides)
     out = given or loaded_run.run_dir / f"quality{name and f'-{name}'}.json"
     picture = out.with_suffix(".png") if given else out.parent / f"plots/quality{name and f'-{name}'}.png"
-    check_outputs([out, picture], [*loaded_run.files, *paths_of(config["data"])])
+    options = loaded_run.plot_options
+    check_outputs([out, *options.files(picture)], [*loaded_run.files, *paths_of(config["data"])])
     with status("reading the data"):
         data = loaded_run.build()
     if change := changes(loaded_run.samples.record, data.record, ["val", "test"]):
@@ -66,8 +67,8 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     exact = (found.exact.nfe, found.exact.sliced_wasserstein)
     title = loaded_run.titled("samples by few steps")
     with status("drawing quality"):
-        draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title)
-    print(f"{found.table()}\nwritten to {out}, picture in {picture}")
+        draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title, options=options)
+    print(f"{found.table()}\nwritten to {out}, picture in {_listed(options.files(picture))}")
     return 0
 
 
@@ -195,7 +196,8 @@ def write_samples(
     n = n or (100 if images else 10_000)
     tag = loaded_run.tag and f"-{loaded_run.tag}"
     out = given or loaded_run.run_dir / f"samples{tag}.npy"
-    check_outputs([out, out.with_suffix(".png")], [*loaded_run.files, *paths_of(loaded_run.config["data"])])
+    options, picture = loaded_run.plot_options, out.with_suffix(".png")
+    check_outputs([out, *options.files(picture)], [*loaded_run.files, *paths_of(loaded_run.config["data"])])
     # refused before anything is read or drawn
     if label is not None:
         flow.check_label(label)
@@ -218,9 +220,13 @@ def write_samples(
         words = f"{n} samples" + ("" if label is None else f" of class {label}")
         title = loaded_run.titled(words if temperature == 1 else f"{words} at temperature {temperature:g}")
         with status("drawing samples"):
-            draw(flow, data, out.with_suffix(".png"), title, samples, label, log_scale)
-        print(f"picture in {out.with_suffix('.png')}")
+            draw(flow, data, picture, title, samples, label, log_scale, options)
+        print(f"picture in {_listed(options.files(picture))}")
     return 0
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
 
 
 def beside(loaded_run: LoadedRun) -> Dataset | None:

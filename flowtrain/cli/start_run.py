@@ -148,7 +148,7 @@ def recipes_of(run_dir: Path) -> dict[str, list[str]] | None:
 
 def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The config, if nothing was added to its top that no one reads."""
-    names = [*config_groups(), "seed", "device", "threads", "time_budget", "logger", "resume", "from", "trust"]
+    names = [*config_groups(), "seed", "device", "threads", "time_budget", "logger", "plots", "resume", "from", "trust"]
     missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
     if missing:
         raise ConfigError(f"{missing[0]} was taken out of the config, but a run needs it")

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from flowtrain.plotting import style
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import FARTHEST, Array, Range
 
 Rows = Sequence[Mapping[str, Any]]
@@ -55,7 +56,9 @@ class Course:
         return Course(self.steps[places], np.array(middles))
 
 
-def draw_curves(path: Path, *, rows: Rows, title: str, entropy: float | None = None) -> None:
+def draw_curves(
+    path: Path, *, rows: Rows, title: str, entropy: float | None = None, options: PlotOptions = DEFAULT
+) -> None:
     """Draw the rows of metrics.jsonl to `path`: the NLL of each split, and under it what else the rows hold.
 
     A row needs no key: a quantity that is absent, null or not finite is left out at that step. The NLL is in bits per
@@ -66,7 +69,7 @@ def draw_curves(path: Path, *, rows: Rows, title: str, entropy: float | None = N
     below = [draw for draw, keys in PANELS if any(course(train, key) for key in keys)]
     base = BOTTOM + (SHORT + BETWEEN if below else 0.0)
     with style.styled():
-        figure = style.new_figure(base + TALL + 0.72, title)
+        figure = style.new_figure(base + TALL + 0.72, title, options)
         panels = [style.add_axes(figure, LEFT, base, FULL, TALL)]
         _likelihood(panels[0], rows, entropy)
         width = (FULL - GAP * (len(below) - 1)) / max(len(below), 1)
@@ -74,7 +77,7 @@ def draw_curves(path: Path, *, rows: Rows, title: str, entropy: float | None = N
             panels.append(style.add_axes(figure, LEFT + place * (width + GAP), BOTTOM, width - SCALE, SHORT))
             draw(panels[-1], train)
         _share_steps(panels, rows)
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def course(rows: Rows, key: str) -> Course:

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from flowtrain.plotting import points, style
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, LogDensity, Points, Range
 from flowtrain.utils.errors import FlowtrainError
 
@@ -31,6 +32,7 @@ def draw_flow_1d(
     title: str,
     resolution: int = 1000,
     log_scale: bool = False,
+    options: PlotOptions = DEFAULT,
 ) -> None:
     """Draw data (N, 1), samples (M, 1) and exp(log_density) over one axis to `path`.
 
@@ -49,7 +51,7 @@ def draw_flow_1d(
     observed, edges = points.histogram_1d(real.values, limits, bins)
     sampled, _ = points.histogram_1d(model.values, limits, bins)
     with style.styled():
-        figure = style.new_figure(HEIGHT_1D, title)
+        figure = style.new_figure(HEIGHT_1D, title, options)
         axes = style.add_axes(figure, left=0.62, bottom=0.4, width=8.2, height=2.56)
         name = points.noted("data", real.lost())
         axes.stairs(observed, edges, fill=True, color=style.DATA_SHADES[0], linewidth=0, label=name)
@@ -67,7 +69,7 @@ def draw_flow_1d(
         # the legend has its place on the left
         axes.yaxis.set_offset_position("right")
         style.legend_above(axes)
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def _top(observed: Array, sampled: Array, density: Array) -> float:
@@ -91,6 +93,7 @@ def draw_flow_2d(
     title: str,
     resolution: int = 120,
     log_scale: bool = False,
+    options: PlotOptions = DEFAULT,
 ) -> None:
     """Draw data (N, 2), samples (M, 2) and exp(log_density) on a square grid, in three panels, to `path`.
 
@@ -114,7 +117,7 @@ def draw_flow_2d(
     scale = f"colours by log p, {DEPTH_2D:g} nats deep" if log_scale else ""
     density_name = points.noted("model density", points.missing(density), own_scale)
     with style.styled():
-        figure = style.new_figure(HEIGHT_2D, title)
+        figure = style.new_figure(HEIGHT_2D, title, options)
         panels = _panels_2d(figure, limits)
         for axes in panels:
             scaled[0].mark(axes.xaxis)
@@ -123,7 +126,7 @@ def draw_flow_2d(
         show(panels[0], observed, top=top, name=points.noted("data", real.lost()))
         show(panels[1], sampled, top=top, name=_samples_name(model, limits))
         show(panels[2], density, top=density_top, name=points.noted(density_name, scale))
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def picture_limits(values: Array) -> tuple[Range, Range]:
@@ -211,6 +214,7 @@ def draw_pairs(
     columns: tuple[str, ...],
     title: str,
     most: int = 5,
+    options: PlotOptions = DEFAULT,
 ) -> None:
     """Draw the first `most` columns of data (N, d) and samples (M, d) against each other to `path`.
 
@@ -227,7 +231,7 @@ def draw_pairs(
     names = [style.literal(columns[i] if i < len(columns) else f"x{i + 1}", most=80 // count) for i in range(count)]
     with style.styled():
         side = (style.WIDTH - 0.85) / count
-        figure = style.new_figure(HEIGHT_PAIRS, title)
+        figure = style.new_figure(HEIGHT_PAIRS, title, options)
         for row in range(count):
             for column in range(row + 1):
                 box = (0.7 + column * side, 0.62 + (count - 1 - row) * side, 0.93 * side, 0.93 * side)
@@ -247,7 +251,7 @@ def draw_pairs(
         if not all(each.plain for each in scaled):
             notes.append("axes of heavy-tailed columns are logarithmic far out")
         _pair_legend(figure, (points.noted("data", real.lost()), points.noted("samples", model.lost())), notes)
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def _pair_histograms(axes: Axes, real: Array, model: Array, limits: Range) -> None:
@@ -326,6 +330,7 @@ def draw_flow(
     columns: tuple[str, ...],
     title: str,
     log_scale: bool = False,
+    options: PlotOptions = DEFAULT,
 ) -> None:
     """Draw data (N, d) against samples (M, d) to `path`, in the way that suits d.
 
@@ -336,8 +341,12 @@ def draw_flow(
     if data.ndim != 2:
         raise FlowtrainError(f"cannot plot data of shape {tuple(data.shape)}: give it as (rows, columns)")
     if data.shape[1] == 1:
-        draw_flow_1d(path, data=data, samples=samples, log_density=log_density, title=title, log_scale=log_scale)
+        draw_flow_1d(
+            path, data=data, samples=samples, log_density=log_density, title=title, log_scale=log_scale, options=options
+        )
     elif data.shape[1] == 2:
-        draw_flow_2d(path, data=data, samples=samples, log_density=log_density, title=title, log_scale=log_scale)
+        draw_flow_2d(
+            path, data=data, samples=samples, log_density=log_density, title=title, log_scale=log_scale, options=options
+        )
     else:
-        draw_pairs(path, data=data, samples=samples, columns=columns, title=title)
+        draw_pairs(path, data=data, samples=samples, columns=columns, title=title, options=options)

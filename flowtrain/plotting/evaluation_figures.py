@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from flowtrain.plotting import points, style
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array
 from flowtrain.utils.errors import FlowtrainError
 
@@ -28,7 +29,7 @@ KOLMOGOROV = 1.358
 CORNERS = 400
 
 
-def draw_calibration(path: Path, *, pit: Mapping[str, Tensor], title: str) -> None:
+def draw_calibration(path: Path, *, pit: Mapping[str, Tensor], title: str, options: PlotOptions = DEFAULT) -> None:
     """Draw probability integral transforms u (n,) by name, z1, z2, ... and "radius", to `path`.
 
     Where the model is the truth each u is uniform on [0, 1]. On the left their histograms, on the right F_n(u) - u,
@@ -42,7 +43,7 @@ def draw_calibration(path: Path, *, pit: Mapping[str, Tensor], title: str) -> No
     (n,) = counts
     bins = int(np.clip(n // 10, 5, 20))
     with style.styled():
-        figure = style.new_figure(CALIBRATION_HEIGHT, title)
+        figure = style.new_figure(CALIBRATION_HEIGHT, title, options)
         left, right = (style.add_axes(figure, edge, 0.52, 3.72, 2.38) for edge in (0.62, 5.14))
         # the radius, which sums the others up, on top of them
         for name in sorted(transforms, key=lambda name: name == RADIUS):
@@ -56,7 +57,7 @@ def draw_calibration(path: Path, *, pit: Mapping[str, Tensor], title: str) -> No
         right.axhline(0, color=style.MUTED, linewidth=0.8, zorder=0.5)
         _calibration_frame(left, right)
         style.legend_above(left)
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def _transforms(name: str, u: Tensor) -> Array:
@@ -137,6 +138,7 @@ def draw_ood(
     typicality_auroc: float,
     unit: str,
     title: str,
+    options: PlotOptions = DEFAULT,
 ) -> None:
     """Draw histograms of log p, on the left, and of the typicality |log p + H|, on the right, to `path`.
 
@@ -160,7 +162,7 @@ def draw_ood(
         for name, given, kept in zip(names, log_p, (known, other), strict=True)
     ]
     with style.styled():
-        figure = style.new_figure(OOD_HEIGHT, title)
+        figure = style.new_figure(OOD_HEIGHT, title, options)
         left, right = (style.add_axes(figure, edge, 0.52, 3.68, 2.3) for edge in (OOD_LEFT, 5.18))
         _histograms(left, known, other, centre=float(np.median(known)), shown=(-entropy,))
         _name_line(left, -entropy, unit)
@@ -171,7 +173,7 @@ def draw_ood(
         right.set_xlabel(_axis_name("|log p(x) + H|", right, unit))
         left.set_ylabel("share of each set in a bin")
         _legend(figure, labels)
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def _finite_scores(values: Tensor) -> Array:
@@ -285,7 +287,15 @@ QUALITY_COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE)
 Line = tuple[list[float], list[float]]
 
 
-def draw_quality(path: Path, *, lines: Mapping[str, Line], exact: tuple[float, float], data: float, title: str) -> None:
+def draw_quality(
+    path: Path,
+    *,
+    lines: Mapping[str, Line],
+    exact: tuple[float, float],
+    data: float,
+    title: str,
+    options: PlotOptions = DEFAULT,
+) -> None:
     """Draw distance against NFE to `path`, both axes logarithmic.
 
     Args:
@@ -294,7 +304,7 @@ def draw_quality(path: Path, *, lines: Mapping[str, Line], exact: tuple[float, f
         data: the distance of two sets of data.
     """
     with style.styled():
-        figure = style.new_figure(4.2, title)
+        figure = style.new_figure(4.2, title, options)
         axes = style.add_axes(figure, 0.8, 0.55, 8.0, 2.9)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -310,4 +320,4 @@ def draw_quality(path: Path, *, lines: Mapping[str, Line], exact: tuple[float, f
         axes.set_xlabel("evaluations of the field for a sample")
         axes.set_ylabel("sliced Wasserstein distance to data")
         style.legend_above(axes)
-        style.save(figure, path)
+        style.save(figure, path, options)

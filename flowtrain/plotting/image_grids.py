@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowtrain.plotting import points, style
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.utils.errors import FlowtrainError
 
 Pixels = NDArray[np.uint8]
@@ -68,7 +69,15 @@ class Cell:
         return Cell(height, width, max(1, self.gap // 2))
 
 
-def draw_panels(path: Path, *, panels: Named, levels: float, title: str, columns: int | None = None) -> None:
+def draw_panels(
+    path: Path,
+    *,
+    panels: Named,
+    levels: float,
+    title: str,
+    columns: int | None = None,
+    options: PlotOptions = DEFAULT,
+) -> None:
     """Draw named grids of images (N, C, H, W) side by side to `path`, each filled row by row.
 
     0 is black and levels - 1 is white; values outside are clipped, and pixels that are not finite are magenta. The
@@ -85,18 +94,26 @@ def draw_panels(path: Path, *, panels: Named, levels: float, title: str, columns
     cell = _cell(size, rows, columns, room)
     top = edge + cell.down(rows)
     with style.styled():
-        figure = _figure(top, HEAD, title)
+        figure = _figure(top, HEAD, title, options)
         for place, (name, images) in enumerate(panels):
             middle = edge + place * (room + edge) + room // 2
             sheet = _sheet(images[: rows * columns], cell, rows, columns, partial(_shades, levels=levels))
             figure.figimage(sheet, middle - cell.across(columns) // 2, edge, origin="upper")
             words = _noted(name, images, rows * columns)
             _write(figure, middle, top + _pixels(NAME), words, room, size=10, ha="center")
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def draw_rows(
-    path: Path, *, rows: Named, levels: float, title: str, note: str = "", signed: Named = (), unit: str = ""
+    path: Path,
+    *,
+    rows: Named,
+    levels: float,
+    title: str,
+    note: str = "",
+    signed: Named = (),
+    unit: str = "",
+    options: PlotOptions = DEFAULT,
 ) -> None:
     """Draw rows of images (N, C, H, W), each from left to right behind its name, to `path`.
 
@@ -124,7 +141,7 @@ def draw_rows(
     words = style.literal(", ".join(filter(None, (note, *cut))), most=140)
     top = edge + bar + (count - 1) * step + cell.height
     with style.styled():
-        figure = _figure(top, HEAD if words else HEAD - LINE, title)
+        figure = _figure(top, HEAD if words else HEAD - LINE, title, options)
         if signed:
             _draw_bar(figure, edge + label, edge, largest, unit)
         _write(figure, edge, top + _pixels(NOTE), words, label + room, size=8.5, color=style.MUTED)
@@ -135,7 +152,7 @@ def draw_rows(
                 shades = partial(_shades, levels=levels) if place < plain else partial(_signed_shades, largest=largest)
                 sheet = _sheet(images[:columns], cell, 1, columns, shades)
                 figure.figimage(sheet, edge + label, bottom, origin="upper")
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def moving_panel(images: Tensor, levels: float, title: str) -> tuple[Figure, Callable[[Tensor], Pixels], int]:
@@ -312,10 +329,10 @@ def _first(drawn: int, count: int, things: str = "") -> str:
     return f"first {drawn:,} of {count:,}{things}" if drawn < count else ""
 
 
-def _figure(top: int, head: float, title: str) -> Figure:
+def _figure(top: int, head: float, title: str, options: PlotOptions) -> Figure:
     """A figure with images up to `top` pixels, and `head` inches over them."""
     # the half, because a height that rounds down loses its last row of pixels
-    return style.new_figure((top + _pixels(head) + 0.5) / style.DPI, title)
+    return style.new_figure((top + _pixels(head) + 0.5) / style.DPI, title, options)
 
 
 def _write(figure: Figure, x: float, y: float, words: str, room: float, *, size: float, **look: Any) -> None:

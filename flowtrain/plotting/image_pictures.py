@@ -11,6 +11,7 @@ from flowtrain.data.base import Dataset
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting.drawing import drawing, first, latents, warn_if_plotting_fails
 from flowtrain.plotting.image_grids import draw_panels, draw_rows
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.utils.errors import FlowtrainError
 from flowtrain.utils.process import seeded
 
@@ -20,16 +21,26 @@ TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0)
 ROW, SAMPLED, PAIRS = 10, 16, 6
 
 
-def draw(flow: Density, data: Dataset, path: Path, title: str, samples: Tensor | None, label: int | None) -> None:
+def draw(
+    flow: Density,
+    data: Dataset,
+    path: Path,
+    title: str,
+    samples: Tensor | None,
+    label: int | None,
+    options: PlotOptions = DEFAULT,
+) -> None:
     """See `flowtrain.plotting.pictures.draw`."""
     show = Shown(flow, data)
     real, labels = first(flow, data, IMAGES, label)
     if samples is None:
         samples = flow.sample(len(real), label=labels)
-    draw_panels(path, panels=[("data", show(real)), ("samples", show(samples))], levels=1, title=title)
+    draw_panels(path, panels=[("data", show(real)), ("samples", show(samples))], levels=1, title=title, options=options)
 
 
-def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: str) -> list[Path]:
+def draw_more(
+    flow: Flow, data: Dataset, place: Callable[[str], Path], title: str, options: PlotOptions = DEFAULT
+) -> list[Path]:
     """Reconstructions, interpolations, temperatures and classes; see `flowtrain.plotting.pictures.draw_more`."""
     show = Shown(flow, data)
     figures: dict[str, Callable[[Flow, Dataset], Rows]] = {
@@ -40,18 +51,21 @@ def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: st
         figures["classes"] = classes
     files = []
     with warn_if_plotting_fails("reconstructions"):
-        files.append(_draw_reconstructions(flow, data, show, place("reconstructions"), title))
+        _draw_reconstructions(flow, data, show, place("reconstructions"), title, options)
+        files += options.files(place("reconstructions"))
     for name, rows in figures.items():
         with warn_if_plotting_fails(name), drawing(flow) as flow:
             drawn = [(words, show(images)) for words, images in rows(flow, data)]
             # no two test images of one class, and there is nothing to interpolate
             if drawn:
-                draw_rows(place(name), rows=drawn, levels=1, title=f"{title}: {name}")
-                files.append(place(name))
+                draw_rows(place(name), rows=drawn, levels=1, title=f"{title}: {name}", options=options)
+                files += options.files(place(name))
     return files
 
 
-def _draw_reconstructions(flow: Flow, data: Dataset, show: "Shown", path: Path, title: str) -> Path:
+def _draw_reconstructions(
+    flow: Flow, data: Dataset, show: "Shown", path: Path, title: str, options: PlotOptions
+) -> None:
     """Draws test images, their round trips through the latents, and the differences in a colour scale of their own."""
     # at the tolerance of an evaluation, because the figure states the size of the error
     with drawing(flow, tolerance=0.0) as flow:
@@ -63,8 +77,8 @@ def _draw_reconstructions(flow: Flow, data: Dataset, show: "Shown", path: Path, 
             title=f"{title}: reconstructions",
             signed=[("difference", x - back)],
             unit="in the units of the data" if flow.levels is None else "of a level",
+            options=options,
         )
-    return path
 
 
 class Shown:

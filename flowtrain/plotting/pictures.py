@@ -15,12 +15,21 @@ from flowtrain.plotting import image_pictures
 from flowtrain.plotting.densities import draw_flow
 from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails, where_inside
 from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.transport_pictures import draw_transport_pictures
 
 POINTS = 10_000
 
 
-def draw_vectors(flow: Density, data: Dataset, path: Path, title: str, samples: Tensor | None, log_scale: bool) -> None:
+def draw_vectors(
+    flow: Density,
+    data: Dataset,
+    path: Path,
+    title: str,
+    samples: Tensor | None,
+    log_scale: bool,
+    options: PlotOptions = DEFAULT,
+) -> None:
     """See `flowtrain.plotting.pictures.draw`."""
     if samples is None:
         samples = flow.sample(POINTS if flow.event_shape[0] <= 2 else 2000)
@@ -36,10 +45,13 @@ def draw_vectors(flow: Density, data: Dataset, path: Path, title: str, samples: 
         columns=data.columns,
         title=title,
         log_scale=log_scale,
+        options=options,
     )
 
 
-def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[str], Path]) -> list[Path]:
+def draw_evaluation(
+    result: Evaluation, title: str, data: str, place: Callable[[str], Path], options: PlotOptions = DEFAULT
+) -> list[Path]:
     """Calibration, and of two sets how likelihood tells them apart.
 
     Args:
@@ -53,8 +65,8 @@ def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[
     of = "latents" if result.members is None else "density ranks"
     words = f"{title}, {of} of {result.calibration.n:,} samples ({result.rows_words})"
     with warn_if_plotting_fails("calibration"):
-        draw_calibration(place("calibration"), pit=result.pit, title=words)
-        drawn.append(place("calibration"))
+        draw_calibration(place("calibration"), pit=result.pit, title=words, options=options)
+        drawn += options.files(place("calibration"))
     if result.ood is None or result.sets is None:
         return drawn
     unit, scale = result.unit
@@ -68,8 +80,9 @@ def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[
             typicality_auroc=result.ood.typicality_auroc,
             unit=unit,
             title=f"{title}, beside {result.ood.name}",
+            options=options,
         )
-        drawn.append(place("ood"))
+        drawn += options.files(place("ood"))
     return drawn
 
 
@@ -81,6 +94,7 @@ def draw(
     samples: Tensor | None = None,
     label: int | None = None,
     log_scale: bool = False,
+    options: PlotOptions = DEFAULT,
 ) -> None:
     """Data beside samples: with the density for 2-D, a corner plot of a few columns beyond, grids of images.
 
@@ -92,12 +106,14 @@ def draw(
     """
     with drawing(flow) as flow:
         if len(flow.event_shape) == 3:
-            image_pictures.draw(flow, data, path, title, samples, label)
+            image_pictures.draw(flow, data, path, title, samples, label, options)
         else:
-            draw_vectors(flow, data, path, title, samples, log_scale)
+            draw_vectors(flow, data, path, title, samples, log_scale, options)
 
 
-def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: str) -> list[Path]:
+def draw_more(
+    flow: Flow, data: Dataset, place: Callable[[str], Path], title: str, options: PlotOptions = DEFAULT
+) -> list[Path]:
     """What else there is to show, one figure each.
 
     Of images reconstructions, interpolations, temperatures and classes; of two columns the way from base to data.
@@ -109,5 +125,5 @@ def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: st
         The files.
     """
     if len(flow.event_shape) == 3:
-        return image_pictures.draw_more(flow, data, place, title)
-    return draw_transport_pictures(flow, data, place, title) if flow.event_shape == (2,) else []
+        return image_pictures.draw_more(flow, data, place, title, options)
+    return draw_transport_pictures(flow, data, place, title, options) if flow.event_shape == (2,) else []

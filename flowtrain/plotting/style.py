@@ -17,12 +17,15 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.utils.files import replacing
 
 WIDTH = 9.0
 DPI = 200
 EDGE = 0.14
 TITLE_SIZE = 11.5
+# height in inches that a figure has for its title
+TITLE_HEIGHT = 0.3
 
 # Okabe and Ito (2008): told apart with every common kind of colour blindness, and in grey
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"
@@ -73,7 +76,14 @@ _RC: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     # a run of a million rows is one long path, which Agg refuses to draw in one piece
     "agg.path.chunksize": 10_000,
+    # text stays text: TrueType fonts in a PDF (journals refuse Type 3), text elements in an SVG
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    # the same figure gives the same file
+    "svg.hashsalt": "flowtrain",
 }
+# dates would make two files of the same figure differ
+_METADATA: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 _LOCK = threading.RLock()
 
@@ -89,8 +99,13 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_figure(height: float, title: str) -> Figure:
-    """A figure `WIDTH` by `height` inches with its title at the top left."""
+def new_figure(height: float, title: str, options: PlotOptions = DEFAULT) -> Figure:
+    """A figure `WIDTH` by `height` inches with its title at the top left.
+
+    Without titles, the figure is lower by TITLE_HEIGHT. Distances from the lower left corner stay the same.
+    """
+    if not options.title:
+        return Figure(figsize=(WIDTH, height - TITLE_HEIGHT), dpi=DPI)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)
     words = literal(title, most=100)
     size = TITLE_SIZE * min(1.0, 74 / max(len(words), 1))
@@ -132,10 +147,15 @@ def annotate(axes: Axes, text: str, *, x: float = 0.5, y: float = 0.5, align: st
     axes.text(x, y, text, transform=axes.transAxes, color=MUTED, size=8, ha=align, va="center")
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write `figure` to `path` as a PNG. A reader finds the old picture or the new one, never half of one."""
-    image = io.BytesIO()
+def save(figure: Figure, path: Path, options: PlotOptions = DEFAULT) -> None:
+    """Writes `figure` in each format, to `path` with the ending of the format.
+
+    Each file is replaced as a whole: a reader finds the old figure or the new one, never a part of it.
+    """
     FigureCanvasAgg(figure)
-    figure.savefig(image, format="png")
-    with replacing(path) as f:
-        f.write(image.getvalue())
+    for file in options.files(path):
+        kind = file.suffix.removeprefix(".")
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, metadata=_METADATA.get(kind))
+        with replacing(file) as f:
+            f.write(content.getvalue())

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from flowtrain.plotting import style
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 
 # keys, each of which has a column of panels
 MOST_SWEPT = 4
@@ -45,7 +46,7 @@ class Swept:
     errors: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
-def draw_sweep(path: Path, *, lines: Mapping[str, Swept], title: str) -> None:
+def draw_sweep(path: Path, *, lines: Mapping[str, Swept], title: str, options: PlotOptions = DEFAULT) -> None:
     """Draw what was measured, every run a point and their means a line, to `path`: a column of panels for each key.
 
     Bars are standard errors.
@@ -59,7 +60,7 @@ def draw_sweep(path: Path, *, lines: Mapping[str, Swept], title: str) -> None:
     tilted = any(s.numbers is None and not _fits(_names(s.values), width) for s in lines.values())
     bottom = 1.15 if tilted else 0.65
     with style.styled():
-        figure = style.new_figure(bottom + len(rows) * (PANEL_HEIGHT + between) + 0.55, title)
+        figure = style.new_figure(bottom + len(rows) * (PANEL_HEIGHT + between) + 0.55, title, options)
         for i, (key, swept) in enumerate(lines.items()):
             for j, row in enumerate(reversed(rows)):
                 place = (left + i * (width + gap), bottom + j * (PANEL_HEIGHT + between), width, PANEL_HEIGHT)
@@ -70,7 +71,7 @@ def draw_sweep(path: Path, *, lines: Mapping[str, Swept], title: str) -> None:
                 axes.set_ylabel(row if i == 0 else "")
                 if i == 0 and len(ROWS[row][0]) > 1:
                     style.legend_above(axes)
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def _panel(axes: Axes, swept: Swept, names: Sequence[str], logarithmic: bool) -> None:

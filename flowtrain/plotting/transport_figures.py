@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowtrain.plotting import points, style
 from flowtrain.plotting.densities import paint, picture_limits
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, LogDensity, Range
 from flowtrain.utils.errors import FlowtrainError
 
@@ -39,6 +40,7 @@ def draw_transport(
     velocity: Velocity | None,
     forward: Forward,
     title: str,
+    options: PlotOptions = DEFAULT,
 ) -> None:
     """Draw a row of densities, one of velocities where there are any, and one of the base's grid, to `path`.
 
@@ -56,7 +58,7 @@ def draw_transport(
     tops = np.array([points.peak(height) or 1.0 for height in heights])
     rows = ["density", *([] if velocity is None else ["velocity"]), "grid of the base"]
     with style.styled():
-        figure, panels = _panels(rows, names, limits, title)
+        figure, panels = _panels(rows, names, limits, title, options)
         for axes, height, top in zip(panels[0], heights, tops, strict=True):
             paint(axes, height, limits, top)
         if velocity is not None:
@@ -69,16 +71,16 @@ def draw_transport(
         moved = points.to_numpy(forward(torch.from_numpy(lines.reshape(-1, 2)).to(torch.float32)))
         for axes, placed in zip(panels[-1], moved.reshape(len(names), *lines.shape), strict=True):
             _warped(axes, placed)
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def _panels(
-    rows: Sequence[str], names: Sequence[str], limits: tuple[Range, Range], title: str
+    rows: Sequence[str], names: Sequence[str], limits: tuple[Range, Range], title: str, options: PlotOptions
 ) -> tuple[Figure, list[list[Axes]]]:
     """Square panels, a row for each name of `rows` and a column for each moment, with the same limits."""
     side = (style.WIDTH - LEFT - RIGHT - GAP * (len(names) - 1)) / len(names)
     height = BOTTOM + len(rows) * (side + ROW_GAP) - ROW_GAP + HEAD
-    figure = style.new_figure(height, title)
+    figure = style.new_figure(height, title, options)
     panels = []
     for row, word in enumerate(rows):
         bottom = BOTTOM + (len(rows) - 1 - row) * (side + ROW_GAP)
@@ -144,7 +146,15 @@ PATHS_DEPTH = 6.0
 
 
 def draw_paths(
-    path: Path, *, data: Tensor, states: Tensor, log_densities: Tensor, at: Sequence[float], axis: str, title: str
+    path: Path,
+    *,
+    data: Tensor,
+    states: Tensor,
+    log_densities: Tensor,
+    at: Sequence[float],
+    axis: str,
+    title: str,
+    options: PlotOptions = DEFAULT,
 ) -> None:
     """Draw where particles go, states (K, P, 2), coloured by log_densities (K, P) in nats, to `path`.
 
@@ -168,7 +178,7 @@ def draw_paths(
     limits = picture_limits(np.concatenate([real.values, x[0]]))
     top = float(np.quantile(log_p, 0.98))
     with style.styled():
-        figure = style.new_figure(PATHS_HEIGHT, title)
+        figure = style.new_figure(PATHS_HEIGHT, title, options)
         plane = style.add_axes(figure, 0.54, 0.42, 3.72, 3.72)
         course = style.add_axes(figure, 5.05, 0.42, 3.72, 3.72)
         plane.plot(*real.values[:3000].T, ".", color=style.HAIRLINE, markersize=1.2, zorder=0)
@@ -180,7 +190,7 @@ def draw_paths(
         plane.set_title(points.noted(f"{x.shape[1]} particles, from the base (grey) to the data", lost), size=9.5)
         style.round_ticks(plane, 5)
         _course(course, np.asarray(at, dtype=np.float64), log_p, top, axis)
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def _coloured(axes: Axes, x: Array, log_p: Array, top: float) -> None:

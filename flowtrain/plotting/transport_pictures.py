@@ -13,6 +13,7 @@ from flowtrain.flow import Flow
 from flowtrain.plotting.animation import animate_flow_2d, animate_images
 from flowtrain.plotting.drawing import drawing, first, latents, warn_if_plotting_fails, where_inside
 from flowtrain.plotting.image_pictures import Shown
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.trajectory import Moment, Trajectory
 from flowtrain.plotting.transport_figures import draw_paths, draw_transport
 from flowtrain.utils.errors import ConfigError
@@ -28,18 +29,20 @@ MOST_DOTS, MOST_IMAGES = 100_000, 200
 POINTS = 10_000
 
 
-def draw_transport_pictures(flow: Flow, data: Dataset, place: Callable[[str], Path], title: str) -> list[Path]:
+def draw_transport_pictures(
+    flow: Flow, data: Dataset, place: Callable[[str], Path], title: str, options: PlotOptions = DEFAULT
+) -> list[Path]:
     """passage.png and paths.png of a flow of two columns; for a conditional flow, those of its first class."""
     label = None if flow.classes is None else flow.seen[0]
     words = title if label is None else f"{title}, class {label}"
     files = []
     with warn_if_plotting_fails("passage"), drawing(flow, TOLERANCE) as flow:
-        _draw_transport(_Way(flow, data, COLUMNS, label), place("passage"), words)
-        files.append(place("passage"))
+        _draw_transport(_Way(flow, data, COLUMNS, label), place("passage"), words, options)
+        files += options.files(place("passage"))
     # few particles, whose densities are drawn as lines, on which errors show
     with warn_if_plotting_fails("paths"), drawing(flow) as flow:
-        _draw_paths(_Way(flow, data, ALONG, label), place("paths"), words)
-        files.append(place("paths"))
+        _draw_paths(_Way(flow, data, ALONG, label), place("paths"), words, options)
+        files += options.files(place("paths"))
     return files
 
 
@@ -137,7 +140,7 @@ class _Way:
         return self.flow.labels(self.label, x)
 
 
-def _draw_transport(way: _Way, path: Path, title: str) -> None:
+def _draw_transport(way: _Way, path: Path, title: str, options: PlotOptions) -> None:
     draw_transport(
         path,
         data=way.data,
@@ -146,10 +149,11 @@ def _draw_transport(way: _Way, path: Path, title: str) -> None:
         velocity=way.velocity if way.trajectory.is_continuous else None,
         forward=way.states,
         title=title,
+        options=options,
     )
 
 
-def _draw_paths(way: _Way, path: Path, title: str) -> None:
+def _draw_paths(way: _Way, path: Path, title: str, options: PlotOptions) -> None:
     states = way.states(latents(way.flow, PARTICLES))
     labels = way.flow.labels(way.label, states[0])
     along = [way.trajectory.log_density(x, m, labels) for x, m in zip(states, way.shown, strict=True)]
@@ -163,6 +167,7 @@ def _draw_paths(way: _Way, path: Path, title: str) -> None:
         at=[sum(moment) for moment in way.shown],
         axis="time" if one else "steps of the flow",
         title=title,
+        options=options,
     )
 
 

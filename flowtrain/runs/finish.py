@@ -13,6 +13,7 @@ from flowtrain.flow import Density, Flow
 from flowtrain.plotting import pictures
 from flowtrain.plotting.curves import draw_curves
 from flowtrain.plotting.drawing import warn_if_plotting_fails
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.runs import load
 from flowtrain.runs.console import data_name, next_commands, title_of
 from flowtrain.runs.search import Search
@@ -38,6 +39,7 @@ def finish(
 
     # the trainer's config, whose step size may have become smaller
     config, data, device = trainer.config, trainer.data, trainer.device
+    options = PlotOptions.of(config)
     time_budget = trainer.time_budget
     saved = trainer.read()
     with phase("loading the checkpoint to evaluate"):
@@ -62,19 +64,19 @@ def finish(
     drawn = []
     with warn_if_plotting_fails("curves"):
         rows = trainer.validations() if isinstance(trainer, Search) else trainer.metrics.rows
-        draw_curves(place("curves"), rows=rows, title=reached, entropy=data.entropy)
-        drawn.append(place("curves"))
+        draw_curves(place("curves"), rows=rows, title=reached, entropy=data.entropy, options=options)
+        drawn += options.files(place("curves"))
     if time_budget is None or time_budget.has_time_for("samples"):
         with warn_if_plotting_fails("samples"):
-            pictures.draw(flow, data, place("samples"), reached)
-            drawn.append(place("samples"))
-    drawn += pictures.draw_evaluation(result, title, data_name(config), place)
+            pictures.draw(flow, data, place("samples"), reached, options=options)
+            drawn += options.files(place("samples"))
+    drawn += pictures.draw_evaluation(result, title, data_name(config), place, options)
     if isinstance(flow, Flow) and (
         time_budget is None or time_budget.has_time_for("the flow in more detail", more=True)
     ):
-        drawn += pictures.draw_more(flow, data, place, reached)
+        drawn += pictures.draw_more(flow, data, place, reached, options)
     if board is not None:
-        board.end(result.to_dict(), drawn, trainer.step)
+        board.end(result.to_dict(), [path for path in drawn if path.suffix == ".png"], trainer.step)
     trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.course(saved['step'])}"
     if time_budget is not None:
         log.info("time_budget=%g: %.1f s so far", time_budget.seconds, time_budget.seconds - time_budget.left)
@@ -89,7 +91,15 @@ def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
 
 
 def draw_training(
-    flow: Flow, step: int, nll: float, *, data: Dataset, run_dir: Path, title: str, board: tensorboard.Board | None
+    flow: Flow,
+    step: int,
+    nll: float,
+    *,
+    data: Dataset,
+    run_dir: Path,
+    title: str,
+    board: tensorboard.Board | None,
+    options: PlotOptions = DEFAULT,
 ) -> None:
     """Draws a picture during training, titled with the step and the NLL of the last validation, in nats."""
     bits = flow.bits_per_nat
@@ -98,6 +108,6 @@ def draw_training(
     validated = "" if math.isnan(nll) else f", validation {reached}"
     path = run_dir / f"plots/samples_{step:06d}.png"
     with warn_if_plotting_fails(f"step {step}"):
-        pictures.draw(flow, data, path, f"{title}, step {step}{validated}")
-        if board is not None:
+        pictures.draw(flow, data, path, f"{title}, step {step}{validated}", options=options)
+        if board is not None and "png" in options.formats:
             board.picture(path, step)

@@ -51,7 +51,7 @@ log = logging.getLogger("flowtrain")
 # tables of a fit in its run directory, by the key of the data that names them
 TABLES = {"path": "data/train.npz", "val_path": "data/val.npz", "test_path": "data/test.npz"}
 # further files that a fit writes in its run directory
-FILES = (".hydra/*.yaml", "flowtrain.log", "checkpoints/*.pt", "plots/*.png")
+FILES = (".hydra/*.yaml", "flowtrain.log", "checkpoints/*.pt", "plots/*.png", "plots/*.pdf", "plots/*.svg")
 # the model whose trainer settings a flow built by hand is trained with, if it solves ODEs and if not
 CONTINUOUS, DISCRETE = "ffjord", "realnvp"
 

@@ -29,6 +29,7 @@ from flowtrain.data.base import Dataset
 from flowtrain.evaluation import NAMES
 from flowtrain.flow import Density, Flow, Record
 from flowtrain.models.ensemble import Ensemble, sparse_weights, stacked
+from flowtrain.plotting.options import DEFAULTS, PlotOptions
 from flowtrain.runs import auto_settings, build, load
 from flowtrain.runs.auto_settings import AUTO
 from flowtrain.runs.candidates import Candidate, recommended
@@ -145,6 +146,7 @@ class Search:
         self.device = build.resolve_device(config["device"])
         with phase("reading the data"):
             self.data = build.build_data(config, **given.tables) if given.data is None else given.data
+        PlotOptions.of(config).positions(self.data.event_shape, self.data.columns)
         choose_threads(config.get("threads"), self.data.event_shape)
         self.models = _models(config, self.data)
         self.candidates: dict[str, Candidate] = {}
@@ -437,7 +439,12 @@ class Search:
         config = with_choices(composed, {"model": AUTO, **like}, chosen, groups)
         config["trainer"] |= {"plot_every": None, "time_limit": None}
         config |= {key: own[key] for key in ("data", "device", "threads")}
-        config |= {"seed": candidate.seed, "logger": ["jsonl"], "time_budget": None}
+        config |= {
+            "seed": candidate.seed,
+            "logger": ["jsonl"],
+            "time_budget": None,
+            "plots": own.get("plots", DEFAULTS),
+        }
         if own["model"].get("conditional"):
             config["model"]["conditional"] = True
         config = auto_settings.resolve_auto(config, self.data.n_train, self.data.event_shape)

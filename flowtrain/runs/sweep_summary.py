@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from flowtrain.plotting.drawing import warn_if_plotting_fails
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.sweep_figure import MOST_SWEPT, Swept, draw_sweep
 from flowtrain.training.old_checkpoints import renamed_override
 from flowtrain.utils.errors import ConfigError, first_line
@@ -21,6 +22,7 @@ from flowtrain.utils.formatting import as_table, brief, with_error
 
 # in the directory of a run: what it found, the overrides that it was begun with, and what went wrong
 RESULT, OVERRIDES, ERROR = "result.json", ".hydra/overrides.yaml", "error.txt"
+CONFIG = ".hydra/config.yaml"
 # of result.json, what a table of runs has
 MEASURED = (
     "val_nll", "val_nll_stderr", "nll", "nll_stderr", "bits_per_dim", "kl", "nfe", "solver_error", "roundtrip_error",
@@ -78,7 +80,7 @@ def write_summary(root: Path) -> tuple[str, int]:
         if done and axes:
             title = f"sweep {root.name}, {len(done)} of {len(jobs)} jobs done"
             title += f", {len(lines)} of {len(axes)} keys" if len(axes) > len(lines) else ""
-            draw_sweep(root / "sweep.png", lines=lines, title=title)
+            draw_sweep(root / "sweep.png", lines=lines, title=title, options=plot_options_of(root / done[0].name))
     return table, len(jobs) - len(done)
 
 
@@ -126,6 +128,15 @@ def result_of(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is damaged: remove it, and the run is evaluated again")
     return found
+
+
+def plot_options_of(folder: Path) -> PlotOptions:
+    """The options of the figures of the run in a directory; the defaults if its config cannot be read."""
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        return PlotOptions.of(config if isinstance(config, dict) else {})
+    except (OSError, UnicodeError, yaml.YAMLError, ConfigError):
+        return DEFAULT
 
 
 def _pair(override: str) -> tuple[str, str]:
