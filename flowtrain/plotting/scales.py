@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from flowtrain.plotting.points import Array, LogDensity, Points, Range
 
 # an axis is compressed if the range of the values exceeds this many times half their interquartile range
-LONGEST_TAIL = 30.0
+LONGEST_TAIL = 20.0
 # the data have a single tail if one side is this many times longer than the other
 ONE_SIDED = 10.0
 # width of a character of a tick label and height of a tick label, in inches for each point of the font size
@@ -24,6 +25,7 @@ APART = 0.1
 PLAIN_NUMBERS = (1e-3, 1e5)
 # tick labels are differences from an offset if the largest is this many times the distance of two ticks
 MOST_STEPS = 2e4
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -97,19 +99,19 @@ def density_along(scales: Sequence[Scale], log_density: LogDensity) -> LogDensit
     return log_density_along
 
 
-def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 5, size: float = 8.0, gap: float = APART) -> str:
+def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float = 8.0, gap: float = 0.3) -> str:
     """Sets round ticks on an axis and labels them in one format. The limits and the place of its axes must be set.
 
     The labels do not touch. They end at most half of `gap` beyond the axis, so the labels of two panels that are `gap`
     apart do not touch either.
 
     Args:
-        most: the largest number of intervals between ticks of a linear axis.
+        most: the largest number of ticks of a linear axis.
         size: the font size of the labels.
-        gap: the distance to the next panel, in inches.
+        gap: the distance to the next panel with labels, in inches.
 
     Returns:
-        What the label of the axis must say of the tick labels, such as "×10³" or "− 100,000"; else "".
+        A note for the label of the axis: the power of ten or the offset that the tick labels leave out; else "".
     """
     low, high = sorted(axis.get_view_interval())
     box = axis.axes.get_window_extent()
@@ -122,7 +124,7 @@ def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 5, size: float = 8.0,
         at = (places - low) / (high - low) * length
         inside = (at - sizes / 2 >= -gap / 2) & (at + sizes / 2 <= length + gap / 2)
         kept = [i for i in np.argsort(places) if inside[i]]
-        touching = any(at[j] - at[i] < (sizes[i] + sizes[j]) / 2 + APART for i, j in zip(kept, kept[1:], strict=False))
+        touching = any(at[j] - at[i] < (sizes[i] + sizes[j]) / 2 + APART for i, j in pairwise(kept))
         return [] if touching else kept
 
     if scale.plain:
@@ -148,44 +150,50 @@ def _extent(label: str, size: float, across: bool) -> float:
 
 
 def _plain_ticks(limits: Range, most: int, fitting: Fitting) -> Ticks:
-    """Multiples of 1, 2 or 5 times a power of ten within the limits: as many as fit."""
+    """Multiples of 1, 2 or 5 times a power of ten within the limits: as many as fit, but not more than `most`."""
     found: Ticks = [], [], ""
-    for count in range(most, 0, -1):
+    for count in range(1, 3 * most):
         locator = MaxNLocator(count, steps=(1, 2, 5, 10), min_n_ticks=1)
-        values = np.array([v for v in locator.tick_values(*limits) if limits[0] <= v <= limits[1]])
-        labels, note = numbers(values)
+        every = np.asarray(locator.tick_values(*limits))
+        values = every[(limits[0] <= every) & (every <= limits[1])]
+        labels, note = numbers(values, float(np.diff(every).min()) if len(every) > 1 else None)
         kept = fitting(values, labels)
-        if len(kept) > len(found[0]):
+        if len(found[0]) < len(kept) <= most:
             found = [float(values[i]) for i in kept], [labels[i] for i in kept], note
-        if len(found[0]) >= 2:
-            break
     return found
 
 
-def numbers(values: Array) -> tuple[list[str], str]:
-    """Evenly spaced numbers with the same decimals, and the power of ten or the offset that they leave out.
+def numbers(values: Array, step: float | None = None) -> tuple[list[str], str]:
+    """Formats evenly spaced numbers with the same decimals.
+
+    Args:
+        step: the distance of two numbers; None: the smallest distance that occurs.
+
+    Returns:
+        The labels, and a note with the power of ten or the offset that they leave out.
 
     Example:
-        >>> numbers(np.array([0.0, 0.5, 1.0])), numbers(np.array([0.0, 2e6, 4e6]))
-        ((['0.0', '0.5', '1.0'], ''), (['0', '2', '4'], '×10⁶'))
+        >>> numbers(np.array([0.0, 0.5, 1.0])), numbers(np.array([0.0, 2e6, 4e6]))[0]
+        ((['0.0', '0.5', '1.0'], ''), ['0', '2', '4'])
     """
     if len(values) == 0:
         return [], ""
     largest = float(np.abs(values).max())
-    step = float(np.diff(values).min()) if len(values) > 1 else largest or 1.0
+    if step is None:
+        step = float(np.diff(values).min()) if len(values) > 1 else largest or 1.0
     notes = []
     if largest > MOST_STEPS * step:
         offset, values = float(values[0]), values - values[0]
         largest = float(np.abs(values).max())
-        notes.append(f"{'+' if offset < 0 else '−'} {abs(offset):,.{max(0, _decimals(step))}f}")
+        notes.append(f"{'+' if offset < 0 else MINUS} {abs(offset):,.{max(0, _decimals(step))}f}")
     exponent = 0
     if largest > 0 and not PLAIN_NUMBERS[0] <= largest < PLAIN_NUMBERS[1]:
         exponent = 3 * math.floor(math.log10(largest) / 3 + 1e-9)
-        notes.append(f"×10{str(exponent).translate(SUPERSCRIPTS)}")
+        notes.append(f"{TIMES}10{str(exponent).translate(SUPERSCRIPTS)}")
     decimals = max(0, _decimals(step / 10.0**exponent))
-    labels = [f"{v / 10.0**exponent + 0.0:.{decimals}f}".replace("-", "−") for v in values]
+    labels = [f"{v / 10.0**exponent + 0.0:.{decimals}f}".replace("-", MINUS) for v in values]
     zero = f"{0:.{decimals}f}"
-    return [zero if label == f"−{zero}" else label for label in labels], ", ".join(notes)
+    return [zero if label == f"{MINUS}{zero}" else label for label in labels], ", ".join(notes)
 
 
 def _decimals(step: float) -> int:
@@ -214,12 +222,12 @@ def powers(values: Sequence[float]) -> list[str]:
     """Round numbers of any size in one format: plain ones, or all with powers of ten.
 
     Example:
-        >>> powers([-5, 0, 100]), powers([0, 1e6, 5e7])
-        (['−5', '0', '100'], ['0', '10⁶', '5·10⁷'])
+        >>> powers([0, 5, 100]), powers([0, 1e6, 5e7])
+        (['0', '5', '100'], ['0', '10⁶', '5·10⁷'])
     """
     sizes = [abs(v) for v in values if v != 0]
     if not sizes or (min(sizes) >= PLAIN_NUMBERS[0] and max(sizes) < PLAIN_NUMBERS[1]):
-        return [f"{v:.10g}".replace("-", "−") for v in values]
+        return [f"{v:.10g}".replace("-", MINUS) for v in values]
     return [_power(v) for v in values]
 
 
@@ -228,6 +236,6 @@ def _power(value: float) -> str:
         return "0"
     digits, exponent = f"{abs(value):.3e}".split("e")
     mantissa = f"{float(digits):g}"
-    sign = "−" if value < 0 else ""
+    sign = MINUS if value < 0 else ""
     front = "" if mantissa == "1" else f"{mantissa}·"
     return f"{sign}{front}10{str(int(exponent)).translate(SUPERSCRIPTS)}"
