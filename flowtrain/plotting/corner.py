@@ -18,7 +18,7 @@ from flowtrain.data.tables.columns import default_names
 from flowtrain.plotting import points, scales, style
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, Points, Range
-from flowtrain.plotting.scales import mark, named
+from flowtrain.plotting.scales import mark
 from flowtrain.utils.errors import FlowtrainError
 
 # columns that are shown if none are chosen
@@ -102,8 +102,9 @@ def draw_corner(
     limits = [points.robust_range(column, margin=0.0) for column in real.values.T]
     names = [(columns or default_names(range(width)))[i] for i in chosen]
     count = len(chosen)
-    if count < width:
-        title = f"{title}, {count if options.columns else f'first {count}'} of {width} columns"
+    shown = "" if count == width else f"{count if options.columns else f'first {count}'} of {width} columns"
+    if shown:
+        title = f"{title}, {shown}"
     with style.styled():
         side = (style.WIDTH - LEFT - style.EDGE - GAP * (count - 1)) / count
         height = SINGLE if count == 1 else side
@@ -121,7 +122,16 @@ def draw_corner(
                     around = (limits[column], limits[row])
                     _regions(axes, real.values[:, pair], model.values[:, pair], around, groups)
                 _label(axes, row, column, names, [scaled[column], scaled[row]])
-        _legend(figure, groups, (real, model), classes, count)
+        # without a title, the legend says which columns are shown
+        _legend(
+            figure,
+            groups,
+            (real, model),
+            classes,
+            count,
+            BOTTOM + count * (height + GAP) - GAP,
+            "" if options.title else shown,
+        )
         style.save(figure, path, options)
 
 
@@ -260,14 +270,14 @@ def _label(axes: Axes, row: int, column: int, names: Sequence[str], scaled: Sequ
     room = [length / axes.get_figure(root=True).dpi for length in (box.width, box.height)]
     note = mark(axes.xaxis, scaled[0], most=5, size=TICKS, gap=GAP)
     if row == len(names) - 1:
-        axes.set_xlabel(folded(named(names[column], note), room[0], shared))
+        axes.set_xlabel(folded(points.noted(names[column], note), room[0], shared))
     if row == column:
         axes.spines["left"].set_visible(False)
         axes.set_yticks([])
     else:
         note = mark(axes.yaxis, scaled[1], most=5, size=TICKS, gap=GAP)
         if column == 0:
-            axes.set_ylabel(folded(named(names[row], note), room[1], shared))
+            axes.set_ylabel(folded(points.noted(names[row], note), room[1], shared))
             # the names of all rows are in one line, independent of the tick labels
             axes.yaxis.set_label_coords(-NAME / room[0], 0.5)
     axes.tick_params(labelbottom=row == len(names) - 1, labelleft=column == 0)
@@ -308,43 +318,47 @@ def folded(name: str, room: float, shared: int = 0, lines: int = 3) -> str:
 
 
 def _legend(
-    figure: Figure, groups: Sequence[_Group], both: tuple[Points, Points], classes: Classes | None, count: int
+    figure: Figure,
+    groups: Sequence[_Group],
+    both: tuple[Points, Points],
+    classes: Classes | None,
+    count: int,
+    top: float,
+    note: str,
 ) -> None:
-    """Explains the colours in the empty corner at the upper right."""
+    """Explains the colours in the empty corner at the upper right, or above a single panel.
+
+    Args:
+        top: the upper edge of the panels in inches.
+    """
     real, model = both
     names = points.noted("data", real.lost()), points.noted("samples", model.lost())
     samples = Line2D([], [], color=style.SAMPLES)
-    notes = []
+    shares = ", ".join(f"{mass:.0%}" for mass in sorted(MASSES))
+    known = groups[0].samples is not None
     if classes is None:
         handles: list[Any] = [Patch(color=style.DATA_SHADES[1]), samples]
-        if len(real.values) >= FEWEST:
-            notes.append("regions with " + ", ".join(f"{mass:.0%}" for mass in sorted(MASSES)) + " of the points")
+        words = f"regions with {shares} of the points" if len(real.values) >= FEWEST else ""
     else:
-        known = groups[0].samples is not None
-        ink = style.MUTED
-        handles = [
-            Line2D([], [], color=ink, marker=".", linestyle=""),
-            Line2D([], [], color=ink) if known else samples,
-        ]
-        shares = f"{CLASS_MASS:.0%}" if known else ", ".join(f"{mass:.0%}" for mass in sorted(MASSES))
-        of = "the samples of a class" if known else "the samples"
-        notes.append(f"outlines: regions with {shares} of {of}")
-    if count == 1:
-        notes = []
-    across, up = figure.get_size_inches()
-    right, top = across - style.EDGE, up - (0.5 if count > 1 else 0.4)
+        dots = Line2D([], [], color=style.MUTED, marker=".", linestyle="")
+        handles = [dots, Line2D([], [], color=style.MUTED) if known else samples]
+        of = f"{CLASS_MASS:.0%} of the samples of a class" if known else f"{shares} of the samples"
+        words = f"outlines: regions with {of}"
+    right = style.WIDTH - style.EDGE
     look: dict[str, Any] = {**style.LEGEND, "borderaxespad": 0.0, "labelspacing": 0.4, "fontsize": 10}
     place: dict[str, Any] = {"loc": "upper right", "bbox_transform": figure.dpi_scale_trans}
-    columns = 2 if count == 1 else 1
-    figure.legend(handles, names, bbox_to_anchor=(right, top), ncols=columns, **place, **look)
-    note = {"color": style.MUTED, "size": 8, "ha": "right", "va": "top"}
-    figure.text(right, top - 0.5, "\n".join(notes), transform=figure.dpi_scale_trans, **note)
-    if classes is not None and count > 1:
-        handles = [Patch(color=group.colour) for group in groups]
+    if count == 1:
+        figure.legend(handles, names, bbox_to_anchor=(right, top + 0.22), ncols=2, **place, **look)
+        return
+    figure.legend(handles, names, bbox_to_anchor=(right, top), **place, **look)
+    muted: dict[str, Any] = {"color": style.MUTED, "size": 8, "ha": "right", "va": "top"}
+    lines = [line for line in (words, note) if line]
+    figure.text(right, top - 0.5, "\n".join(lines), transform=figure.dpi_scale_trans, **muted)
+    if classes is not None:
         total = len(np.unique(_numbers(classes.data)))
         name = classes.name if total <= len(groups) else f"{classes.name}, {len(groups)} of {total}"
-        columns = 2 if len(groups) > 5 else 1
-        labels = [style.literal(group.name, most=20) for group in groups]
-        title = style.literal(name, most=30)
-        look |= {"title": title, "title_fontsize": 10, "fontsize": 9}
-        figure.legend(handles, labels, bbox_to_anchor=(right, top - 0.75), ncols=columns, **place, **look)
+        look |= {"title": style.literal(name, most=30), "title_fontsize": 10, "fontsize": 9}
+        look |= {"ncols": 2 if len(groups) > 5 else 1, "bbox_to_anchor": (right, top - 0.6 - 0.16 * len(lines))}
+        figure.legend(
+            [Patch(color=group.colour) for group in groups], [group.name for group in groups], **place, **look
+        )

@@ -17,7 +17,7 @@ from torch import Tensor
 from flowtrain.plotting import points, scales, style
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, LogDensity, Range
-from flowtrain.plotting.scales import Scale, mark, named
+from flowtrain.plotting.scales import Scale, axis_label, mark
 
 HEIGHT_1D = 3.9
 RESOLUTION_1D = 1000
@@ -73,14 +73,18 @@ def draw_flow_1d(
             axes.plot(x, np.minimum(truth, 1e30), color=style.GREEN, dashes=style.DASHES[1], label="true density")
         top = _top(observed, sampled, density)
         axes.set(xlim=limits, ylim=(0, top))
-        axes.set_xlabel(named(style.literal(column, most=90), mark(axes.xaxis, scale, most=10)))
+        axes.set_xlabel(axis_label(column, mark(axes.xaxis, scale, most=10), 8))
         unit = "per unit" if scale.plain else "per unit of the axis"
         if log_scale:
             axes.set_yscale("log")
-            axes.set_ylim(2 * top / 10**DECADES_1D, 2 * top)
-            axes.set_ylabel(named("density", unit))
+            low, high = 2 * top / 10**DECADES_1D, 2 * top
+            decades = [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+            axes.set_yticks(decades, labels=scales.decades(decades))
+            axes.minorticks_off()
+            axes.set_ylim(low, high)
+            axes.set_ylabel(points.noted("density", unit))
         else:
-            axes.set_ylabel(named("density", " ".join(filter(None, (mark(axes.yaxis), unit)))))
+            axes.set_ylabel(points.noted("density", " ".join(filter(None, (mark(axes.yaxis), unit)))))
         style.legend_above(axes)
         style.save(figure, path, options)
 
@@ -182,17 +186,16 @@ def _row_of_panels(
     """A figure with empty square panels in a row and room for a colour bar, and the side of a panel in inches."""
     side = (style.WIDTH - LEFT_2D - count * GAP_2D - BAR - BAR_LABELS) / count
     figure = style.new_figure(BOTTOM_2D + side + HEAD_2D, title, options)
-    words = [style.literal(column, most=int(side / 0.085)) for column in columns]
     row = []
     for i in range(count):
         axes = style.add_axes(figure, LEFT_2D + i * (side + GAP_2D), BOTTOM_2D, side, side)
         axes.set(xlim=limits[0], ylim=limits[1])
-        axes.set_xlabel(named(words[0], mark(axes.xaxis, scaled[0], gap=GAP_2D)))
+        axes.set_xlabel(axis_label(columns[0], mark(axes.xaxis, scaled[0], gap=GAP_2D), side))
         note = mark(axes.yaxis, scaled[1])
         axes.tick_params(length=2.5, labelleft=i == 0, left=i == 0)
         axes.spines[:].set_visible(False)
         if i == 0:
-            axes.set_ylabel(named(words[1], note))
+            axes.set_ylabel(axis_label(columns[1], note, side))
         row.append(axes)
     return figure, row, side
 
@@ -242,7 +245,7 @@ def add_colour_bar(
     bar.outline.set_visible(False)
     note = mark(axes.yaxis)
     axes.tick_params(length=2.5)
-    axes.set_ylabel(named(name, " ".join(filter(None, (note, unit)))))
+    axes.set_ylabel(points.noted(name, " ".join(filter(None, (note, unit)))))
 
 
 def paint(

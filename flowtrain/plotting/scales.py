@@ -11,6 +11,7 @@ from matplotlib.axis import Axis, XAxis
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from flowtrain.plotting import points, style
 from flowtrain.plotting.points import Array, LogDensity, Points, Range
 
 # an axis is compressed if the range of the values exceeds this many times half their interquartile range
@@ -19,10 +20,12 @@ LONGEST_TAIL = 20.0
 ONE_SIDED = 10.0
 # width of a character of a tick label and height of a tick label, in inches for each point of the font size
 CHARACTER, LINE = 0.0092, 0.0165
+# width of a letter of the label of an axis, in inches
+LETTER = 0.085
 # smallest distance between two tick labels in inches
 APART = 0.1
 # tick labels are multiples of a power of ten if the largest is outside these limits
-PLAIN_NUMBERS = (1e-3, 1e5)
+PLAIN_NUMBERS = (1e-2, 1e4)
 # tick labels are differences from an offset if the largest is this many times the distance of two ticks
 MOST_STEPS = 2e4
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
@@ -136,9 +139,14 @@ def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float = 8.0,
     return note
 
 
-def named(name: str, note: str) -> str:
-    """The label of an axis: its name, with what `mark` has returned in brackets."""
-    return f"{name} ({note})" if note else name
+def axis_label(name: str, note: str, room: float) -> str:
+    """The label of an axis on one line: its name, with the note that `mark` returns in brackets.
+
+    Args:
+        room: the length of the label in inches; a longer name is cut.
+    """
+    letters = int(room / LETTER) - (len(note) + 3 if note else 0)
+    return points.noted(style.literal(name, most=max(letters, 4)), note)
 
 
 Fitting = Callable[[Array, Sequence[str]], list[int]]
@@ -183,9 +191,11 @@ def numbers(values: Array, step: float | None = None) -> tuple[list[str], str]:
         step = float(np.diff(values).min()) if len(values) > 1 else largest or 1.0
     notes = []
     if largest > MOST_STEPS * step:
-        offset, values = float(values[0]), values - values[0]
+        unit = 10.0 ** math.ceil(math.log10(max(float(np.ptp(values)), step)))
+        offset = round(float(values[0]) / unit) * unit
+        values = values - offset
         largest = float(np.abs(values).max())
-        notes.append(f"{'+' if offset < 0 else MINUS} {abs(offset):,.{max(0, _decimals(step))}f}")
+        notes.append(f"{'+' if offset < 0 else MINUS} {abs(offset):,.12g}")
     exponent = 0
     if largest > 0 and not PLAIN_NUMBERS[0] <= largest < PLAIN_NUMBERS[1]:
         exponent = 3 * math.floor(math.log10(largest) / 3 + 1e-9)
@@ -218,6 +228,16 @@ def _compressed_ticks(limits: Range, scale: Scale, fitting: Fitting) -> Ticks:
     return scale.places(np.array(taken)).tolist(), powers(taken), ""
 
 
+def decades(values: Sequence[float]) -> list[str]:
+    """Formats numbers of any size with powers of ten.
+
+    Example:
+        >>> decades([0.01, 1, 200])
+        ['10⁻²', '10⁰', '2·10²']
+    """
+    return [_power(v) for v in values]
+
+
 def powers(values: Sequence[float]) -> list[str]:
     """Round numbers of any size in one format: plain ones, or all with powers of ten.
 
@@ -228,7 +248,7 @@ def powers(values: Sequence[float]) -> list[str]:
     sizes = [abs(v) for v in values if v != 0]
     if not sizes or (min(sizes) >= PLAIN_NUMBERS[0] and max(sizes) < PLAIN_NUMBERS[1]):
         return [f"{v:.10g}".replace("-", MINUS) for v in values]
-    return [_power(v) for v in values]
+    return decades(values)
 
 
 def _power(value: float) -> str:

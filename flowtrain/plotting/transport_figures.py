@@ -17,22 +17,22 @@ from flowtrain.plotting import points, style
 from flowtrain.plotting.densities import add_colour_bar, paint, picture_limits
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, LogDensity, Range
-from flowtrain.plotting.scales import mark, named
+from flowtrain.plotting.scales import axis_label, mark
 from flowtrain.utils.errors import FlowtrainError
 
 Velocity = Callable[[Tensor], Tensor]
 Forward = Callable[[Tensor], Tensor]
 
 # inches: margins, gaps, and the heights of a heading, of the names of moments, and of tick labels
-LEFT, RIGHT, BOTTOM, GAP, ROW_GAP, TOP = 0.68, 0.1, 0.46, 0.1, 0.12, 0.46
+LEFT, RIGHT, BOTTOM, GAP, ROW_GAP, TOP = 0.76, 0.1, 0.46, 0.1, 0.12, 0.46
 HEADING, NAMES, TICKS = 0.2, 0.2, 0.22
 RESOLUTION, ARROWS = 90, 15
 # the share of its peak below which a density has no samples
 LEAST = 0.01
 # of the grid in the base: its half width, its lines in each direction, and the points of a line
 REACH, LINES, ALONG = 3.0, 13, 241
-# panels with the warped grid, which are larger than the others
-GRIDS = 3
+# panels with the warped grid, which are larger than the others, and the largest side of a panel in inches
+GRIDS, LARGEST = 3, 2.7
 
 
 def draw_transport(
@@ -104,7 +104,7 @@ def _panels(
     Args:
         rows: for each row its heading, its moments, and whether the panels are named.
     """
-    sides = [(style.WIDTH - LEFT - RIGHT - GAP * (len(row[1]) - 1)) / len(row[1]) for row in rows]
+    sides = [min(LARGEST, (style.WIDTH - LEFT - RIGHT - GAP * (len(row[1]) - 1)) / len(row[1])) for row in rows]
     # the panels of a row below have the same moments, unless the number of panels differs
     ticked = [i + 1 == len(rows) or len(rows[i][1]) != len(rows[i + 1][1]) for i in range(len(rows))]
     heads = [HEADING + NAMES * row[2] for row in rows]
@@ -140,14 +140,11 @@ def _frame(
     notes = [mark(axis, most=5, size=7, gap=GAP) for axis in (axes.xaxis, axes.yaxis)]
     axes.tick_params(length=2.5, left=first, labelleft=first, bottom=ticked, labelbottom=ticked)
     axes.spines[:].set_visible(True)
-    words = [
-        named(style.literal(name, most=int(side / 0.085)), note) for name, note in zip(columns, notes, strict=True)
-    ]
     if last:
-        axes.set_xlabel(words[0], size=8.5)
+        axes.set_xlabel(axis_label(columns[0], notes[0], side), size=8.5)
     if first:
-        axes.set_ylabel(words[1], size=8.5)
-        axes.yaxis.set_label_coords(-0.44 / side, 0.5)
+        axes.set_ylabel(axis_label(columns[1], notes[1], side), size=8.5)
+        axes.yaxis.set_label_coords(-0.5 / side, 0.5)
 
 
 def _inhabited(heights: Array, limits: tuple[Range, Range], at: Array) -> NDArray[np.bool_]:
@@ -235,8 +232,8 @@ def draw_paths(
         plane.plot(*x[0].T, "o", color=BASE, markersize=2.4, zorder=3)
         plane.plot(*x[-1].T, "o", color=SAMPLE, markersize=4.2, markeredgecolor="white", markeredgewidth=0.5, zorder=4)
         plane.set(xlim=limits[0], ylim=limits[1])
-        plane.set_xlabel(named(style.literal(columns[0], most=40), mark(plane.xaxis)))
-        plane.set_ylabel(named(style.literal(columns[1], most=40), mark(plane.yaxis)))
+        plane.set_xlabel(axis_label(columns[0], mark(plane.xaxis), SIDE))
+        plane.set_ylabel(axis_label(columns[1], mark(plane.yaxis), SIDE))
         # empty lines, because the dots of the data are too small for a legend
         for colour, name in (
             (BASE, "base"),
@@ -276,7 +273,7 @@ def _course(axes: Axes, at: Array, log_p: Array, top: float, axis: str) -> None:
     high = float(log_p.max())
     margin = 0.06 * (high - low) or 0.5
     axes.set(xlim=(at[0], at[-1]), ylim=(low - margin, high + margin))
-    axes.set_xlabel(named(axis, mark(axes.xaxis, most=9)))
-    axes.set_ylabel(named("log density at the particle", " ".join(filter(None, (mark(axes.yaxis), "nats")))))
+    axes.set_xlabel(points.noted(axis, mark(axes.xaxis, most=9)))
+    axes.set_ylabel(points.noted("log density at the particle", " ".join(filter(None, (mark(axes.yaxis), "nats")))))
     axes.grid(axis="y")
     style.legend_above(axes)

@@ -63,6 +63,7 @@ def animate(
     seed: int = 0,
     temperature: float = 1.0,
     label: int | None = None,
+    options: PlotOptions = DEFAULT,
 ) -> None:
     """Writes an animation of n particles or images on their way from the base to the data.
 
@@ -80,14 +81,23 @@ def animate(
     check_animated(flow, n)
     with drawing(flow, TOLERANCE, seed) as flow:
         if len(flow.event_shape) == 3:
-            _animate_images(flow, data, paths, title, latents(flow, n or IMAGES, temperature), label)
+            _animate_images(flow, data, paths, title, latents(flow, n or IMAGES, temperature), label, options)
             return
         label = flow.seen[0] if label is None and flow.classes is not None else label
         way = _Way(flow, data, FRAMES, label)
         with status("moving samples"):
             states = way.states(latents(flow, n or DOTS, temperature))
         check_samples(states[-1])
-        animate_flow_2d(paths, data=way.data, names=way.names, log_density=way.log_density, states=states, title=title)
+        animate_flow_2d(
+            paths,
+            data=way.every_class,
+            names=way.names,
+            log_density=way.log_density,
+            states=states,
+            title=title,
+            columns=way.columns,
+            options=options,
+        )
 
 
 def check_animated(flow: Flow, n: int | None = None) -> None:
@@ -114,6 +124,8 @@ class _Way:
         self.trajectory = Trajectory(flow, moments)
         self.shown = self.trajectory.exact(moments)
         self.data = flow.dequantized(first(flow, data, POINTS, label)[0])
+        # of all classes, because the base is as wide as they are together
+        self.every_class = self.data if label is None else flow.dequantized(first(flow, data, POINTS)[0])
         self.columns = tuple(data.columns) or default_names(range(2))
 
     @property
@@ -154,7 +166,7 @@ class _Way:
 def _draw_transport(way: _Way, path: Path, title: str, options: PlotOptions) -> None:
     draw_transport(
         path,
-        data=way.data,
+        data=way.every_class,
         names=way.names,
         log_density=way.log_density,
         velocity=way.velocity if way.trajectory.is_continuous else None,
@@ -183,7 +195,15 @@ def _draw_paths(way: _Way, path: Path, title: str, options: PlotOptions) -> None
     )
 
 
-def _animate_images(flow: Flow, data: Dataset, paths: Sequence[Path], title: str, z: Tensor, label: int | None) -> None:
+def _animate_images(
+    flow: Flow,
+    data: Dataset,
+    paths: Sequence[Path],
+    title: str,
+    z: Tensor,
+    label: int | None,
+    options: PlotOptions,
+) -> None:
     labels = flow.in_turn(len(z)) if flow.classes is not None and label is None else flow.labels(label, z)
     trajectory, show = Trajectory(flow, FRAMES), Shown(flow, data)
     with status("moving samples"):
@@ -191,4 +211,4 @@ def _animate_images(flow: Flow, data: Dataset, paths: Sequence[Path], title: str
     check_samples(states[-1])
     frames = torch.stack([show(x) for x in states])
     names = [trajectory.name(moment) for moment in trajectory.moments]
-    animate_images(paths, names=names, frames=frames, levels=1, title=title)
+    animate_images(paths, names=names, frames=frames, levels=1, title=title, options=options)
