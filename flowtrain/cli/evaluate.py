@@ -1,5 +1,6 @@
 """`floweval`: the NLL of a checkpoint on held-out or new data, with its error and checks on the density."""
 
+import copy
 import logging
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -13,8 +14,9 @@ from flowtrain.cli.arguments import split_own
 from flowtrain.cli.config_files import compose_defaults, options
 from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
-from flowtrain.cli.output_files import check_outputs, paths_of, written_as
+from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.overrides import keys_of
+from flowtrain.cli.provenance import provenance
 from flowtrain.data.base import FILE, Dataset, Samples, changes
 from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.evaluation import NAMES, check_fits, evaluate
@@ -22,8 +24,10 @@ from flowtrain.evaluation.baselines import MOST_SECONDS
 from flowtrain.evaluation.report import write_report
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.plotting import pictures
-from flowtrain.plotting.options import DEFAULT, PlotOptions
+from flowtrain.plotting.options import DEFAULT, FORMATS, PlotOptions
 from flowtrain.runs.console import data_name, messages, title_of
+from flowtrain.runs.finish import draw_figures
+from flowtrain.runs.search import metrics_of, validations_of
 from flowtrain.utils.arguments import flag, one_of, whole
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 from flowtrain.utils.files import write_json, write_npy
@@ -33,7 +37,7 @@ from flowtrain.utils.status import status
 log = logging.getLogger("flowtrain")
 
 USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FILE] [baselines=true] [report=true]
-                  [KEY=VALUE ...]
+                  [plots=true] [KEY=VALUE ...]
 
   ckpt         a run directory (its best checkpoint) or a .pt file; the name may be left out, as in floweval RUN_DIR. A
                sweep directory, or a list of runs with the same data as in ckpt=[RUN1,RUN2], is an ensemble: p(x) is
@@ -51,6 +55,9 @@ USAGE = """floweval ckpt=RUN_DIR_OR_FILE [split=test] [scores=FILE.npy] [ood=FIL
   baselines    true: NLL on the same rows of a Gaussian mixture and of a kernel density estimate beside the Gaussian's,
                all fitted to the training rows of the run, in up to 20 s. For tables; the mixture needs scikit-learn
                (pip install 'flowtrain[baselines]')
+  plots        true: draws all figures of the run again: samples, training curves, calibration and the others that
+               training draws. With new data, samples are drawn beside them. Without it, only calibration and OOD are
+               drawn. Keys of figures: plots.format=[png,pdf,svg], plots.title=false, plots.columns=[0,2:5]
   report       true: all of it in report.md and in report.html, one file with its figures inside
   out          the JSON file. Figures and report are written beside it, under its name. Default: eval.json in the run
                directory for the run's own test set, otherwise eval-NAME.json, with NAME also in the names of figures
@@ -86,6 +93,7 @@ def _command() -> int:
         "scores": None,
         "ood": None,
         "baselines": False,
+        "plots": False,
         "report": False,
         "dtype": "float32",
         "device": "auto",
@@ -99,7 +107,7 @@ def _command() -> int:
     batch_size = None if own["batch_size"] is None else whole("batch_size", own["batch_size"])
     draws, seed = whole("dequantization_samples", own["dequantization_samples"]), whole("seed", own["seed"], least=0)
     dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])
-    wants_baselines = flag("baselines", own["baselines"])
+    wants_baselines, wants_plots = flag("baselines", own["baselines"]), flag("plots", own["plots"])
     scores = written_as("scores", own["scores"], ".npy")
     out = Path(str(own["out"])).expanduser() if own["out"] else None
     loaded_run = load_run(own, overrides)
@@ -140,15 +148,47 @@ def _command() -> int:
         if result.sets is not None:
             write_npy(place.other_scores, result.sets[1].numpy())
             written.append(place.other_scores)
-    title = title_of(loaded_run.config)
-    figures = pictures.draw_evaluation(result, title, data_name(loaded_run.config), place.figure, options)
+    config, title = loaded_run.config, title_of(loaded_run.config)
+    if wants_plots:
+        shown, rows = data_shown(data, split), curves_of(loaded_run)
+        figures = draw_figures(loaded_run.flow, shown, result, rows, config, place.figure, options)
+    else:
+        figures = pictures.draw_evaluation(result, data, title, data_name(config), place.figure, options)
     written += figures
     if wants_report:
         with status("writing the report"):
-            written += write_report(result, title, str(loaded_run.path), place.report, place.others(figures))
+            written += write_report(
+                result,
+                title,
+                str(loaded_run.path),
+                place.report,
+                place.others(figures),
+                provenance(loaded_run, sys.argv[1:], seed),
+            )
     print(result.table())
     print("\n".join(f"{'written to' if i == 0 else '':>{NAMES}}  {path}" for i, path in enumerate(written)))
     return 0
+
+
+def data_shown(data: Dataset, split: str) -> Dataset:
+    """The data with the evaluated set in the place of the test set, which figures show."""
+    if split != "val":
+        return data
+    shown = copy.copy(data)
+    shown.test, shown.test_labels = data.val, data.val_labels
+    return shown
+
+
+def curves_of(loaded_run: LoadedRun) -> list[dict[str, Any]]:
+    """The rows of the training curves; for an ensemble of runs, the validations of its members.
+
+    Empty with other data than those of the run, because the curves do not show them.
+    """
+    if loaded_run.config["data"] != loaded_run.own_data:
+        return []
+    if loaded_run.members:
+        return validations_of({run_dir_of(path).name: run_dir_of(path) for path in loaded_run.members})
+    return metrics_of(loaded_run.run_dir)
 
 
 class OutputPaths:
@@ -196,9 +236,13 @@ class OutputPaths:
         return self.out.with_name(f"{self.out.stem}_{name}.png")
 
     def others(self, drawn: list[Path]) -> list[Path]:
-        """The figures of a report: what was drawn, and what the run's last pictures show."""
-        kept = [self.run_dir / f"plots/{name}.png" for name in ("samples", "curves")]
-        return [*drawn, *(path for path in kept if path.is_file())]
+        """The files of the figures of a report: those that were drawn, and the samples and curves of the run."""
+        found = list(drawn)
+        for name in ("samples", "curves"):
+            if not {*self.options.files(self.figure(name))} & {*drawn}:
+                path = self.run_dir / f"plots/{name}.png"
+                found += [file for kind in FORMATS if (file := path.with_suffix(f".{kind}")).is_file()]
+        return found
 
 
 def own_data_of(loaded_run: LoadedRun) -> Dataset | None:

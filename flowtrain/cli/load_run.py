@@ -57,8 +57,14 @@ class LoadedRun(NamedTuple):
 
     @property
     def plot_options(self) -> PlotOptions:
-        """The options of its figures."""
-        return PlotOptions.of(self.config)
+        """The options of its figures.
+
+        Raises:
+            ConfigError: an option that is not valid, or columns that the flow does not have.
+        """
+        options = PlotOptions.of(self.config)
+        options.positions(self.flow.event_shape, self.samples.columns)
+        return options
 
     @property
     def run_dir(self) -> Path:

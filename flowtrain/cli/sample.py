@@ -18,7 +18,7 @@ from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.evaluation.log_likelihood import check_samples
 from flowtrain.evaluation.sample_quality import quality
 from flowtrain.plotting.animation import KINDS, can_write_mp4, check_writable
-from flowtrain.plotting.evaluation_figures import draw_quality
+from flowtrain.plotting.evaluation_figures import Distances, draw_quality
 from flowtrain.plotting.pictures import draw
 from flowtrain.plotting.transport_pictures import animate, check_animated
 from flowtrain.runs.console import messages
@@ -59,15 +59,18 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     with status("comparing samples with the data"):
         found = quality(flow, data, steps, seed)
     write_json(out, found.to_dict())
-    lines: dict[str, tuple[list[float], list[float]]] = {}
+    lines: dict[str, Distances] = {}
     for row in found.rows:
-        nfe, distance = lines.setdefault(row.method, ([], []))
-        nfe.append(row.nfe)
-        distance.append(row.sliced_wasserstein)
-    exact = (found.exact.nfe, found.exact.sliced_wasserstein)
-    title = loaded_run.titled("samples by few steps")
+        line = lines.setdefault(row.method, Distances([], [], []))
+        line.nfe.append(row.nfe)
+        line.values.append(row.sliced_wasserstein)
+        line.errors.append(row.stderr)
+    exact = (found.exact.nfe, found.exact.sliced_wasserstein, found.exact.stderr)
+    title = loaded_run.titled("sample quality by NFE")
     with status("drawing quality"):
-        draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title, options=options)
+        draw_quality(
+            picture, lines=lines, exact=exact, data=(found.data, found.data_stderr), title=title, options=options
+        )
     print(f"{found.table()}\nwritten to {out}, picture in {_listed(options.files(picture))}")
     return 0
 
@@ -124,8 +127,8 @@ flowsample ckpt=RUN_DIR_OR_FILE quality=[1,2,4,8,16] [seed=0] [out=FILE.json]
   temperature   factor on the base noise; 1 samples the density
   label         of a conditional model; default: classes by their frequency in training
   out           .npy file in data units, with pixels and counts as whole numbers; default: samples.npy in the run
-                directory.
-                Vectors of one or two columns and images come with a picture beside the data.
+                directory. Samples of one or two columns and images are also drawn beside the data; samples of more
+                columns with plots.columns=[0,2:5]
   log_scale     true: that picture shows densities by their logarithm, and so the tails
   animate       true: in place of samples, how they come about from the base, of two columns or images:
                 animation.gif in the run directory, and animation.mp4 where there is an ffmpeg; or out=FILE.gif, .mp4
@@ -134,7 +137,8 @@ flowsample ckpt=RUN_DIR_OR_FILE quality=[1,2,4,8,16] [seed=0] [out=FILE.json]
   device        auto (default), cpu, cuda or cuda:0
   trust         packages besides flowtrain that the checkpoint may build from: trust=[mypkg]
 
-The solver can be changed, as in solver.rtol=1e-3 or solver=euler solver.steps=4."""
+The solver can be changed, as in solver.rtol=1e-3 or solver=euler solver.steps=4. Keys of figures:
+plots.format=[png,pdf,svg], plots.title=false, plots.columns=[0,2:5]."""
 
 OWN: dict[str, Any] = {
     "ckpt": None,
@@ -202,7 +206,8 @@ def write_samples(
     # refused before anything is read or drawn
     if label is not None:
         flow.check_label(label)
-    data = beside(loaded_run) if images or flow.event_shape in ((1,), (2,)) else None
+    is_drawn = images or flow.event_shape in ((1,), (2,)) or options.columns is not None
+    data = beside(loaded_run) if is_drawn else None
     if data is not None:
         check_fits(flow, data)
     elif log_scale:

@@ -197,7 +197,8 @@ def _regions(axes: Axes, real: Array, model: Array, limits: tuple[Range, Range],
             colours[group.data] = group.colour
         shown = real[:DOTS]
         axes.scatter(
-            *shown.T,
+            shown[:, 0],
+            shown[:, 1],
             c=colours[:DOTS].tolist(),
             s=float(np.clip(3000 / len(shown), 3, 9)),
             linewidths=0,
@@ -267,7 +268,7 @@ def _levels(heights: Array, masses: Sequence[float]) -> list[float]:
 def _label(axes: Axes, row: int, column: int, names: Sequence[str], scaled: Sequence[scales.Scale]) -> None:
     """Sets ticks, and names at the left and lower edges of the figure."""
     box, shared = axes.get_window_extent(), _shared(names)
-    room = [length / axes.get_figure(root=True).dpi for length in (box.width, box.height)]
+    room = [length / style.DPI for length in (box.width, box.height)]
     note = mark(axes.xaxis, scaled[0], most=5, size=TICKS, gap=GAP)
     if row == len(names) - 1:
         axes.set_xlabel(folded(points.noted(names[column], note), room[0], shared))

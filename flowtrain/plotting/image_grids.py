@@ -156,8 +156,7 @@ def draw_rows(
         _write(figure, edge, top + _pixels(NOTE + above), words, label + room, size=8.5, color=style.MUTED)
         for column, head in enumerate(heads[:columns]):
             middle = edge + label + cell.across(column) + cell.gap + cell.width / 2
-            look = {"size": 8, "color": style.MUTED, "ha": "center"}
-            _write(figure, middle, top + _pixels(NAME / 2), head, cell.width, **look)
+            _write(figure, middle, top + _pixels(NAME / 2), head, cell.width, size=8, color=style.MUTED, ha="center")
         for place, (name, (_, images)) in enumerate(zip(names[:count], rows, strict=False)):
             bottom = top - cell.height - place * step
             _write(figure, edge, bottom + cell.height / 2, name, label, size=9, va="center")

@@ -1,5 +1,6 @@
 """Chooses the pictures of a flow: which samples and grids go into which figure."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import Evaluation
+from flowtrain.evaluation.calibration import DENSITY, RADIUS
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting import image_pictures, vector_pictures
 from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails
@@ -14,24 +16,38 @@ from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.transport_pictures import draw_transport_pictures
 
+# the name of the only transform of an ensemble in the figure
+RANKS = "rank of log p"
+
 
 def draw_evaluation(
-    result: Evaluation, title: str, data: str, place: Callable[[str], Path], options: PlotOptions = DEFAULT
+    result: Evaluation,
+    data: Dataset,
+    title: str,
+    name: str,
+    place: Callable[[str], Path],
+    options: PlotOptions = DEFAULT,
 ) -> list[Path]:
-    """Calibration, and of two sets how likelihood tells them apart.
+    """Draws the calibration, and the OOD detection if there is one.
 
     Args:
-        data: the name of the data.
-        place: where a figure of some name goes.
+        title: the model and the data.
+        name: the name of the data.
+        place: the path of a figure by its name.
 
     Returns:
         The files.
     """
-    drawn = []
-    of = "latents" if result.members is None else "density ranks"
-    words = f"{title}, {of} of {result.calibration.n:,} samples ({result.rows_words})"
+    drawn: list[Path] = []
+    found = result.calibration
+    words = f"{title}, calibration on {found.n:,} rows ({result.rows_words})"
+    labels = {f"z{i + 1}": column for i, column in enumerate(data.columns)}
+    pit = {RANKS if name == DENSITY else name: u for name, u in result.pit.items()}
     with warn_if_plotting_fails("calibration"):
-        draw_calibration(place("calibration"), pit=result.pit, title=words, options=options)
+        note = calibration_note(
+            len(pit.keys() - {RADIUS}), math.prod(data.event_shape), "column" if data.columns else "latent"
+        )
+        draw_calibration(place("calibration"), pit=pit, title=words, labels=labels, note=note, options=options)
         drawn += options.files(place("calibration"))
     if result.ood is None or result.sets is None:
         return drawn
@@ -39,17 +55,29 @@ def draw_evaluation(
     with warn_if_plotting_fails("ood"):
         draw_ood(
             place("ood"),
-            names=(data, result.ood.name),
+            names=(name, result.ood.name),
             log_p=(scale * result.sets[0], scale * result.sets[1]),
             entropy=scale * result.ood.entropy,
             auroc=result.ood.auroc,
             typicality_auroc=result.ood.typicality_auroc,
             unit=unit,
-            title=f"{title}, beside {result.ood.name}",
+            title=f"{title}, OOD detection of {result.ood.name}",
             options=options,
         )
         drawn += options.files(place("ood"))
     return drawn
+
+
+def calibration_note(shown: int, latents: int, what: str) -> str:
+    """Says which latents the figure of the calibration shows, if not all.
+
+    Example:
+        >>> calibration_note(8, 30, "column"), calibration_note(8, 8, "column")
+        ('8 of 30 columns, those with the largest deviations', '')
+    """
+    if not 0 < shown < latents:
+        return ""
+    return f"{shown} of {latents:,} {what}s, those with the largest deviations"
 
 
 def draw(

@@ -160,6 +160,11 @@ def common_count(real: Array, model: Array) -> int:
     return max(min(len(real), len(model)), len(real) // 20, 1)
 
 
+def bins_1d(count: int) -> int:
+    """Bins for a histogram of `count` points by the Rice rule, between 12 and 100."""
+    return int(np.clip(2 * count ** (1 / 3), 12, 100))
+
+
 # smallest number of bins of a histogram
 FEWEST_BINS = 20
 # ratio of the interquartile range to the length of the shortest interval with a quarter of the mass, of a Gaussian
@@ -227,7 +232,7 @@ def histogram_2d(values: Array, limits: tuple[Range, Range], bins: int, blur: fl
         (low - extra * cell, high + extra * cell)
         for (low, high), extra, cell in zip(limits, beyond, cells, strict=True)
     ]
-    counts, *_ = np.histogram2d(*values.T, bins=[bins + 2 * extra for extra in beyond], range=wide)
+    counts, *_ = np.histogram2d(values[:, 0], values[:, 1], bins=[bins + 2 * extra for extra in beyond], range=wide)
     across, up = (_blurring(bins, extra, each) for extra, each in zip(beyond, blurs, strict=True))
     return np.asarray(across @ (counts / (max(len(values), 1) * cells[0] * cells[1])) @ up.T, dtype=np.float64)
 

@@ -24,6 +24,8 @@ CHARACTER, LINE = 0.0092, 0.0165
 LETTER = 0.085
 # smallest distance between two tick labels in inches
 APART = 0.1
+# smallest distance between two round values of a compressed axis, as a share of the axis
+TICKS_APART = 0.13
 # tick labels are multiples of a power of ten if the largest is outside these limits
 PLAIN_NUMBERS = (1e-2, 1e4)
 # tick labels are differences from an offset if the largest is this many times the distance of two ticks
@@ -119,7 +121,7 @@ def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float = 8.0,
     low, high = sorted(axis.get_view_interval())
     box = axis.axes.get_window_extent()
     across = isinstance(axis, XAxis)
-    length = (box.width if across else box.height) / axis.axes.get_figure(root=True).dpi
+    length = (box.width if across else box.height) / style.DPI
 
     def fitting(places: Array, labels: Sequence[str]) -> list[int]:
         """The positions in the lists of ticks whose labels fit at the ends; none if two others touch."""
@@ -212,20 +214,43 @@ def _decimals(step: float) -> int:
 
 
 def _compressed_ticks(limits: Range, scale: Scale, fitting: Fitting) -> Ticks:
-    """Round values of x on a compressed axis, in order of priority: zero, then powers of ten from the largest."""
+    """Round values of x on a compressed axis whose labels fit."""
     assert scale.reach is not None
     low, high = (scale.centre + scale.reach * math.sinh(y) for y in limits)
+
+    def fit(values: list[float]) -> bool:
+        return len(fitting(scale.places(np.array(values)), powers(values))) == len(values)
+
+    taken = round_values((low, high), scale, fit)
+    return scale.places(np.array(taken)).tolist(), powers(taken), ""
+
+
+def round_values(limits: Range, scale: Scale, fit: Callable[[list[float]], bool] | None = None) -> list[float]:
+    """Round numbers within the limits of x in ascending order, for a compressed axis.
+
+    The roundest numbers have priority: zero, then powers of ten from the largest.
+
+    Args:
+        fit: whether numbers fit on the axis together; None: they are at least TICKS_APART of the axis apart.
+    """
+    assert scale.reach is not None
+    (low, high), (begin, end) = limits, scale.places(np.array(limits))
     decades = range(math.floor(math.log10(max(abs(low), abs(high)))), math.floor(math.log10(scale.reach)) - 1, -1)
     wanted = [0.0, *(sign * digit * 10.0**k for digit in (1, 5, 2) for k in decades for sign in (-1, 1))]
     # values far from zero may contain no such number
     wanted += list(MaxNLocator(3, steps=(1, 2, 5, 10)).tick_values(low, high))
     taken: list[float] = []
     for value in wanted:
-        # zero takes the place of any number as close to it as rounding errors
-        tried = sorted({*taken, value})
-        if low <= value <= high and len(fitting(scale.places(np.array(tried)), powers(tried))) == len(tried):
+        tried = sorted({*taken, float(value)})
+        gaps = np.diff(scale.places(np.array(tried)))
+        if low <= value <= high and (fit(tried) if fit else (gaps > TICKS_APART * (end - begin)).all()):
             taken = tried
-    return scale.places(np.array(taken)).tolist(), powers(taken), ""
+    return taken
+
+
+def short(value: float) -> str:
+    """Formats a number with four digits: -200, 5e4, 1.25e6."""
+    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def decades(values: Sequence[float]) -> list[str]:

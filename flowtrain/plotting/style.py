@@ -4,18 +4,21 @@ Figures are 9 inches wide at 200 dots per inch: 1800 pixels, sharp when a README
 """
 
 import io
+import itertools
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.style
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis, XAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
 
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.utils.files import replacing
@@ -57,7 +60,6 @@ _RC: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": False,
-    "axes.formatter.useoffset": True,
     "grid.color": "#E9E9E9",
     "grid.linewidth": 0.7,
     "xtick.color": HAIRLINE,
@@ -116,7 +118,85 @@ def new_figure(height: float, title: str, options: PlotOptions = DEFAULT) -> Fig
 def add_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes placed by inches from the figure's lower left corner."""
     across, up = figure.get_size_inches()
-    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+    axes = figure.add_axes((left / across, bottom / up, width / across, height / up))
+    mark_numbers(axes)
+    return axes
+
+
+# numbers of at most so many characters are written out
+LONGEST = 6
+
+
+class TickNumbers(Formatter):
+    """Labels the ticks of an axis in one format: 0.25, 0.50, or 1e-5, 1e-3, and no offset or factor beside the axis.
+
+    Example:
+        >>> TickNumbers().format_ticks([0, 0.25, 0.5]), TickNumbers().format_ticks([0, 2e6, 4e6])
+        (['0.00', '0.25', '0.50'], ['0', '2e6', '4e6'])
+    """
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The label of a single tick."""
+        return self.format_ticks([x])[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """The labels of all ticks; those outside the axis do not affect the format."""
+        shown = [float(value) for value in values]
+        if self.axis is not None:
+            low, high = sorted(self.axis.get_view_interval())
+            slack = 1e-9 * (high - low)
+            shown = [value for value in shown if low - slack <= value <= high + slack] or shown
+        scale = "linear" if self.axis is None else self.axis.get_scale()  # type: ignore[union-attr]
+        label = _number_format(shown, linear=scale == "linear")
+        return [label(float(value)) for value in values]
+
+
+def _number_format(values: Sequence[float], linear: bool) -> Callable[[float], str]:
+    """Writes numbers out if they are short, else in scientific notation if that is shorter."""
+    ordered = sorted({*values})
+    apart = min((b - a for a, b in itertools.pairwise(ordered)), default=abs(ordered[0]) or 1.0)
+    # a tick near zero is zero with a rounding error
+    zero = 1e-6 * apart
+
+    def fixed(value: float) -> str:
+        return f"{value + 0.0:,.{decimals}f}"
+
+    def scientific(value: float) -> str:
+        if abs(value) <= zero:
+            return "0"
+        mantissa, exponent = f"{value:.{digits}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+
+    def exact(value: float, text: str) -> bool:
+        return abs(float(text.replace(",", "")) - value) <= 1e-3 * (apart if linear else abs(value))
+
+    decimals = next((k for k in range(9) if all(exact(v, f"{v:.{k}f}") for v in ordered)), 9)
+    digits = next((k for k in range(9) if all(exact(v, f"{v:.{k}e}") for v in ordered)), 9)
+    if not linear and all(v == 0 or 1e-3 <= abs(v) < 1e5 for v in ordered):
+        return lambda value: f"{value:g}"
+    longest = [max(len(write(v).lstrip("-")) for v in ordered) for write in (fixed, scientific)]
+    return fixed if longest[0] <= max(LONGEST, longest[1]) else scientific
+
+
+def mark_numbers(axes: Axes) -> None:
+    """Labels the ticks of both axes in one format each, see `TickNumbers`. A change of the scale needs it again."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(TickNumbers())
+
+
+def make_logarithmic(axis: Axis, values: Sequence[float], base: int = 10) -> None:
+    """Makes an axis logarithmic, with a few labels however narrow the range of the values, which are positive."""
+    low, high = min(values), max(values)
+    if isinstance(axis, XAxis):
+        axis.axes.set_xscale("log")
+    else:
+        axis.axes.set_yscale("log")
+    room = max(1.25, (high / low) ** 0.06)
+    axis.set_view_interval(low / room, high * room, ignore=True)
+    wide = high > 30 * low or base != 10
+    axis.set_major_locator(LogLocator(base=base, subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=8))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(TickNumbers())
 
 
 def round_ticks(axes: Axes, most: int, prune: Literal["both"] | None = None) -> None:
@@ -125,13 +205,40 @@ def round_ticks(axes: Axes, most: int, prune: Literal["both"] | None = None) -> 
         axis.set_major_locator(MaxNLocator(most, steps=(1, 2, 5, 10), prune=prune))
 
 
-def legend_above(axes: Axes, *others: Axes) -> None:
-    """A one-line legend over the upper left corner of `axes`, naming what `others` hold as well."""
+def legend_above(axes: Axes, *others: Axes, width: float | None = None) -> None:
+    """A legend above the upper left corner of `axes`, which names the lines of `others` too, see `legend_columns`.
+
+    Args:
+        width: the largest width in inches; None: the width of the axes.
+    """
     named = [each.get_legend_handles_labels() for each in (axes, *others)]
     handles = [handle for found, _ in named for handle in found]
-    labels = [label for _, found in named for label in found]
+    labels = [str(label) for _, found in named for label in found]
     if labels:
-        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(labels), **LEGEND)
+        columns = legend_columns(labels, width or axes.get_position().width * WIDTH)
+        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **LEGEND)
+
+
+# inches: a letter of a legend, what an entry takes besides its letters, and a row
+LEGEND_LETTER, LEGEND_ENTRY, LEGEND_ROW = 0.072, 0.5, 0.19
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """The number of columns of a legend that is at most `width` inches wide; one row if there is room.
+
+    Example:
+        >>> legend_columns(["training", "validation"], 8), legend_columns(["a rather long name"] * 9, 8)
+        (2, 4)
+    """
+    if sum(LEGEND_LETTER * len(label) + LEGEND_ENTRY for label in labels) <= width:
+        return len(labels)
+    widest = LEGEND_LETTER * max(map(len, labels)) + LEGEND_ENTRY
+    return max(1, min(len(labels), int(width / widest)))
+
+
+def legend_height(labels: Sequence[str], width: float) -> float:
+    """The height in inches of the rows of a legend after the first one."""
+    return (math.ceil(len(labels) / legend_columns(labels, width)) - 1) * LEGEND_ROW if labels else 0.0
 
 
 def literal(text: str, most: int = 120) -> str:
@@ -140,6 +247,20 @@ def literal(text: str, most: int = 120) -> str:
     if len(line) > most:
         line = line[: most - 1].rstrip() + "…"
     return line.replace("+-", "±").replace("$", r"\$")
+
+
+def abbreviated(text: str, most: int) -> str:
+    """`text` as by `literal`, in at most so many characters without its middle, because similar names end differently.
+
+    Example:
+        >>> abbreviated("average delay of department 7", 15)
+        'average…tment 7'
+    """
+    line = " ".join(text.split())
+    if len(line) > most:
+        end = max(1, (most - 1) // 2)
+        line = f"{line[: max(1, most - 1 - end)].rstrip()}…{line[-end:].lstrip()}"
+    return literal(line, most=most)
 
 
 def annotate(axes: Axes, text: str, *, x: float = 0.5, y: float = 0.5, align: str = "center") -> None:

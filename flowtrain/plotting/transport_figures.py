@@ -135,7 +135,7 @@ def _frame(
     axes: Axes, limits: tuple[Range, Range], columns: Sequence[str], first: bool, ticked: bool, last: bool
 ) -> None:
     """Sets limits, ticks and names. Only the first panel of a row has labels on its y axis."""
-    side = axes.get_window_extent().width / axes.get_figure(root=True).dpi
+    side = axes.get_window_extent().width / style.DPI
     axes.set(xlim=limits[0], ylim=limits[1])
     notes = [mark(axis, most=5, size=7, gap=GAP) for axis in (axes.xaxis, axes.yaxis)]
     axes.tick_params(length=2.5, left=first, labelleft=first, bottom=ticked, labelbottom=ticked)

@@ -238,9 +238,7 @@ class Search:
     def validations(self) -> list[dict[str, Any]]:
         """The validations of all candidates in the run directory, with the name of the candidate as their split."""
         assert self.run_dir is not None
-        paths = {name: self.run_dir / SEARCH_FOLDER / name / "metrics.jsonl" for name in self.candidates}
-        found = {name: read_metrics(path) for name, path in paths.items() if path.exists()}
-        return [{**row, "split": name} for name, rows in found.items() for row in rows if row.get("split") == "val"]
+        return validations_of({name: self.run_dir / SEARCH_FOLDER / name for name in self.candidates})
 
     # the search
 
@@ -649,6 +647,30 @@ def _is_leftover(folder: Path) -> bool:
         return False
     names = ("metrics.jsonl", "checkpoints", SEARCH_STATE)
     return all(path.name in names or path.is_dir() for path in folder.rglob("*"))
+
+
+def validations_of(run_dirs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """The validations of several runs, with the name of the run as their split.
+
+    Args:
+        run_dirs: run directories by name; those without metrics.jsonl are left out.
+    """
+    paths = {name: run_dir / "metrics.jsonl" for name, run_dir in run_dirs.items()}
+    found = {name: read_metrics(path) for name, path in paths.items() if path.exists()}
+    return [{**row, "split": name} for name, rows in found.items() for row in rows if row.get("split") == "val"]
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows that the training curves of a run show; for a search, the validations of its candidates.
+
+    Empty if the directory has no metrics.jsonl.
+    """
+    candidates = _content_of_state(run_dir / SEARCH_FOLDER).get("candidates")
+    if isinstance(candidates, list):
+        names = [str(each["name"]) for each in candidates if isinstance(each, dict) and "name" in each]
+        return validations_of({name: run_dir / SEARCH_FOLDER / name for name in names})
+    path = run_dir / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
 
 
 def config_of_search(run_dir: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import yaml
 from flowtrain.plotting.drawing import warn_if_plotting_fails
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.sweep_figure import MOST_SWEPT, Swept, draw_sweep
+from flowtrain.runs.console import data_name, name_of
 from flowtrain.training.old_checkpoints import renamed_override
 from flowtrain.utils.errors import ConfigError, first_line
 from flowtrain.utils.files import write_text
@@ -61,9 +62,12 @@ class Job:
 
 
 def write_summary(root: Path) -> tuple[str, int]:
-    """Writes sweep.csv, sweep.md and sweep.png into a sweep's directory: the table, and how many jobs lack a result.
+    """Writes sweep.csv, sweep.md and the figure sweep.png into the directory of a sweep.
 
-    What cannot be written gives a warning: the table is for the terminal as well.
+    What cannot be written is a warning, because the table is also printed.
+
+    Returns:
+        The table in Markdown, and the number of jobs without a result.
     """
     jobs = read(root)
     if not jobs:
@@ -78,9 +82,10 @@ def write_summary(root: Path) -> tuple[str, int]:
         for name, text in written.items():
             write_text(root / name, text)
         if done and axes:
-            title = f"sweep {root.name}, {len(done)} of {len(jobs)} jobs done"
-            title += f", {len(lines)} of {len(axes)} keys" if len(axes) > len(lines) else ""
-            draw_sweep(root / "sweep.png", lines=lines, title=title, options=plot_options_of(root / done[0].name))
+            config = config_of(root / done[0].name)
+            title = title_of_sweep(config, keys, jobs)
+            title += f", {len(lines)} of {len(axes)} keys shown" if len(axes) > len(lines) else ""
+            draw_sweep(root / "sweep.png", lines=lines, title=title, options=options_of(config))
     return table, len(jobs) - len(done)
 
 
@@ -130,12 +135,37 @@ def result_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def plot_options_of(folder: Path) -> PlotOptions:
-    """The options of the figures of the run in a directory; the defaults if its config cannot be read."""
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config that the run in a directory was begun with; empty if it cannot be read."""
     try:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        return PlotOptions.of(config if isinstance(config, dict) else {})
-    except (OSError, UnicodeError, yaml.YAMLError, ConfigError):
+    except (OSError, UnicodeError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def title_of_sweep(config: Mapping[str, Any], keys: Sequence[str], jobs: Sequence[Job]) -> str:
+    """The title of the figure, such as "realnvp on moons: sweep of trainer.lr, 4 of 4 runs done".
+
+    Args:
+        config: the config of one run.
+        keys: the keys that were swept.
+    """
+    swept_words = " and ".join(filter(None, (", ".join(keys[:-1]), *keys[-1:])))
+    done = f"{sum(bool(job.result) for job in jobs)} of {len(jobs)} runs done"
+    try:
+        model = "several models" if "model" in keys else name_of(config["model"])
+        data = "several data sets" if {"data", "data.path"} & {*keys} else data_name(config)
+    except (KeyError, TypeError, AttributeError):
+        return f"sweep of {swept_words}, {done}"
+    return f"{model} on {data}: sweep of {swept_words}, {done}"
+
+
+def options_of(config: Mapping[str, Any]) -> PlotOptions:
+    """The options of figures in the config of a run; the defaults if they are not valid."""
+    try:
+        return PlotOptions.of(config)
+    except ConfigError:
         return DEFAULT
 
 

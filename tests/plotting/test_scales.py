@@ -92,7 +92,7 @@ LIMITS = [(-3.2, 4.1), (0, 1), (1.1959, 1.2041), (-2e7, 3.1e7), (1e-9, 4e-9), (1
 @pytest.mark.parametrize("inches", [1.5, 8.0])
 def test_ticks_are_few_and_apart_and_their_labels_have_one_format(limits: tuple[float, float], inches: float) -> None:
     with style.styled():
-        figure = Figure(figsize=(9, 9), dpi=100)
+        figure = Figure(figsize=(9, 9), dpi=style.DPI)
         FigureCanvasAgg(figure)
         axes = style.add_axes(figure, 0.5, 0.5, inches, inches)
         axes.set(xlim=limits, ylim=limits)
@@ -105,8 +105,8 @@ def test_ticks_are_few_and_apart_and_their_labels_have_one_format(limits: tuple[
     assert 1 <= len(labels) <= 5
     assert all(a.x1 + 2 < b.x0 for a, b in pairwise(boxes))
     # not into the next panel, which is a tenth of an inch away
-    assert edges.x0 - 5.5 < boxes[0].x0
-    assert boxes[-1].x1 < edges.x1 + 5.5
+    assert edges.x0 - 0.055 * style.DPI < boxes[0].x0
+    assert boxes[-1].x1 < edges.x1 + 0.055 * style.DPI
     assert len({len(each.get_text().partition(".")[2]) for each in labels}) == 1
     values, ticks = [number(each.get_text()) for each in labels], np.asarray(axes.get_xticks())
     if len(values) > 1:

@@ -141,7 +141,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.usefixtures("heard", "restored")
 def test_a_fit_does_not_depend_on_the_settings_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowtrain.plotting.style.save", lambda figure, path: None)
+    monkeypatch.setattr("flowtrain.plotting.style.save", lambda figure, path, options: None)
     torch.set_default_dtype(torch.float32)
     alone = fit(tmp_path / "alone")
     assert not same(alone, fit(tmp_path / "seed", seed=1))
