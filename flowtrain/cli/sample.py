@@ -107,7 +107,8 @@ def write_animation(
         data = loaded_run.build()
     check_fits(flow, data)
     title = loaded_run.titled("" if label is None else f"class {label}")
-    animate(flow, data, paths, title, n=n, seed=seed, temperature=temperature, label=label)
+    options = loaded_run.plot_options
+    animate(flow, data, paths, title, n=n, seed=seed, temperature=temperature, label=label, options=options)
     print("\n".join(f"written to {path}" for path in paths))
     return 0
 

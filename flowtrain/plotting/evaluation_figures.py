@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from flowtrain.evaluation.calibration import RADIUS
-from flowtrain.plotting import points, style
+from flowtrain.plotting import points, scales, style
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array
 from flowtrain.utils.errors import FlowtrainError
@@ -346,7 +346,7 @@ def _histograms(
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if compressed:
-        axes.set_xticks(points.round_values(axes.get_xlim(), points.Scale(centre, reach)))
+        axes.set_xticks(scales.round_values(axes.get_xlim(), scales.Scale(centre, reach)))
         axes.xaxis.set_major_formatter(style.TickNumbers())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
@@ -376,7 +376,7 @@ def _name_line(axes: Axes, place: float, unit: str) -> None:
     axes.axvline(place, color=style.INK, linestyle=style.DASHES, linewidth=1.1)
     across = axes.transAxes.inverted().transform(axes.transData.transform((place, 0)))[0]
     side = -1 if across > 0.5 else 1
-    number = f"{place:,.0f}" if 1000 <= abs(place) < 1e7 else points.short(place)
+    number = f"{place:,.0f}" if 1000 <= abs(place) < 1e7 else scales.short(place)
     axes.annotate(
         style.literal(f"-H = {number} {unit}"),
         (across, 0.97),

@@ -2,55 +2,22 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import Evaluation
 from flowtrain.evaluation.calibration import DENSITY, RADIUS
-from flowtrain.evaluation.log_likelihood import marginal
 from flowtrain.flow import Density, Flow
-from flowtrain.plotting import image_pictures
-from flowtrain.plotting.densities import draw_flow
-from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails, where_inside
+from flowtrain.plotting import image_pictures, vector_pictures
+from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails
 from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.transport_pictures import draw_transport_pictures
 
-POINTS = 10_000
 # the name of the only transform of an ensemble in the figure
 RANKS = "rank of log p"
-
-
-def draw_vectors(
-    flow: Density,
-    data: Dataset,
-    path: Path,
-    title: str,
-    samples: Tensor | None,
-    log_scale: bool,
-    options: PlotOptions = DEFAULT,
-) -> None:
-    """See `flowtrain.plotting.pictures.draw`."""
-    if samples is None:
-        samples = flow.sample(POINTS if flow.event_shape[0] <= 2 else 2000)
-
-    def density(x: Tensor) -> Tensor:
-        return where_inside(flow, x, partial(marginal, flow), -torch.inf)
-
-    draw_flow(
-        path,
-        data=flow.dequantized(data.test[:POINTS]),
-        samples=samples,
-        log_density=lambda x: torch.cat([density(part) for part in torch.split(x, 2000)]),
-        columns=data.columns,
-        title=title,
-        log_scale=log_scale,
-        options=options,
-    )
 
 
 def draw_evaluation(
@@ -135,7 +102,7 @@ def draw(
         if len(flow.event_shape) == 3:
             image_pictures.draw(flow, data, path, title, samples, label, options)
         else:
-            draw_vectors(flow, data, path, title, samples, log_scale, options)
+            vector_pictures.draw(flow, data, path, title, samples, label, log_scale, options)
 
 
 def draw_more(

@@ -65,12 +65,12 @@ def test_couplings_are_animated_in_steps(run: Run, tmp_path: Path) -> None:
     assert run("flowtrain", *SMALL, "hydra.run.dir=r", *keys)[0] == 0
     code, _, err = run("flowsample", "ckpt=r", "animate=true")
     assert (code, err) == (0, "")
-    assert {p.name for p in (tmp_path / "r/plots").iterdir()} >= {"passage.png", "paths.png", "curves.png"}
+    assert {p.name for p in (tmp_path / "r/plots").iterdir()} >= {"transport.png", "paths.png", "curves.png"}
 
 
 MISTAKES = [
     (["animate=true", "out=a.npy"], "this is written as .gif or .mp4"),
-    (["animate=true", "out=a.mp4"], "there is no ffmpeg here"),
+    (["animate=true", "out=a.mp4"], "ffmpeg is not installed"),
     (["animate=yes"], "animate=yes"),
     (["animate=true", "quality=[1,2]"], "ask for one at a time"),
     (["animate=true", "log_scale=true"], "is for the picture of samples"),
@@ -97,7 +97,7 @@ def test_animation_and_log_scale_of_other_dimensions_are_refused(run: Run, tmp_p
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(200, 3)))
     trained(run, "model=affine", "data=array", "data.path=x.npy")
     code, _, err = run("flowsample", "ckpt=r", "animate=true")
-    assert (code, "two columns and of images" in err) == (2, True)
+    assert (code, "two columns and images" in err) == (2, True)
     code, _, err = run("flowsample", "ckpt=r", "log_scale=true")
     assert (code, "one or two columns" in err) == (2, True)
 
