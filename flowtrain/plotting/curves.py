@@ -6,7 +6,6 @@ Shapes: R is the number of rows of one split.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -28,6 +27,8 @@ TALL, SHORT = 2.6, 1.05
 
 NAMES = {"val": "validation"}
 COLOURS = (style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE, style.BLUE, style.INK, style.MUTED)
+# the style of lines, which changes once all colours are used
+LINES = ("-", "--", ":")
 # the largest number of curves whose best values are in the legend
 WITH_BEST = 4
 
@@ -146,11 +147,12 @@ def _likelihood(axes: Axes, rows: Rows, entropy: float | None, kept: int | None 
         return
     if train:
         _noisy(axes, train, style.BLUE, "training")
-    for colour, (name, curve) in zip(cycle(COLOURS), others.items(), strict=False):
+    for place, (name, curve) in enumerate(others.items()):
+        colour, line = COLOURS[place % len(COLOURS)], LINES[place // len(COLOURS) % len(LINES)]
         words = f" (best {_number(curve.values.min())})" if len(others) <= WITH_BEST else ""
         best = f"{_name(name)}{words}"
         every = max(1, len(curve.values) // 40)
-        axes.plot(curve.steps, curve.values, "-o", color=colour, markersize=3.5, markevery=every, label=best)
+        axes.plot(curve.steps, curve.values, f"{line}o", color=colour, markersize=3.5, markevery=every, label=best)
     low, high = _frame(train, list(others.values()))
     if unit == "nats" and _finite(entropy):
         axes.axhline(entropy, color=style.INK, linestyle=style.DASHES, linewidth=1.1, label="entropy of the data")

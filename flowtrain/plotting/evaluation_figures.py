@@ -193,8 +193,11 @@ def _calibration_frame(left: Axes, right: Axes) -> None:
 OOD_HEIGHT, OOD_BOTTOM, OOD_SIDE = 3.45, 0.52, 2.2
 OOD_PANELS = ((0.7, 2.42), (3.62, 2.42), (6.62, OOD_SIDE))
 OOD_COLOURS = (style.DATA, style.SAMPLES)
-# the colours of the ROC curves of -log p and of the typicality
-ROC_COLOURS = (style.INK, style.GREEN)
+# the looks of the ROC curves of -log p and of the typicality, which can be the same curve
+ROC_LOOKS: tuple[dict[str, Any], ...] = (
+    {"color": style.INK, "linewidth": 2.6},
+    {"color": style.ORANGE, "linewidth": 1.2},
+)
 # an axis is compressed if it is longer than this many times the reach of the known set
 OOD_LONGEST = 20.0
 # the axis of heights ends at this multiple of the peak of the lower histogram
@@ -260,9 +263,9 @@ def _roc_curves(axes: Axes, log_p: Sequence[Array], entropy: float, areas: Mappi
     inside, outside = (np.where(np.isfinite(values), values, -np.inf) for values in log_p)
     scores = ((-inside, -outside), (np.abs(inside + entropy), np.abs(outside + entropy)))
     axes.plot([0, 1], [0, 1], color=style.HAIRLINE, linestyle=style.DASHES, linewidth=1.0)
-    for (name, area), pair, colour in zip(areas.items(), scores, ROC_COLOURS, strict=True):
+    for (name, area), pair, look in zip(areas.items(), scores, ROC_LOOKS, strict=True):
         words = f"{name}, area {area:.3f}" if math.isfinite(area) else name
-        axes.plot(*roc_curve(*pair), color=colour, linewidth=1.4, label=words)
+        axes.plot(*roc_curve(*pair), label=words, **look)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="false positive rate", ylabel="true positive rate")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4, steps=(1, 2.5, 5, 10)))
@@ -344,7 +347,9 @@ def _histograms(
         style.annotate(axes, f"highest bin at {max(peaks):.0%}", x=1.0, y=1.045, align="right")
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, top))
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    shares = np.array(axes.get_yticks())
+    decimals = 0 if np.allclose(100 * shares, np.round(100 * shares)) else 1
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=decimals))
     if compressed:
         axes.set_xticks(scales.round_values(axes.get_xlim(), scales.Scale(centre, reach)))
         axes.xaxis.set_major_formatter(style.TickNumbers())
