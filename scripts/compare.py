@@ -1,18 +1,24 @@
-"""One table of what there is to choose from: RealNVP, Glow, FFJORD, flow matching and rectified flow on the same data.
+"""Compares RealNVP, Glow, FFJORD, flow matching and rectified flow on the same data, in one table.
 
     python scripts/compare.py                       # all toys, gas and optdigits: 50 runs
     python scripts/compare.py moons gas --methods ffjord flow_matching
     python scripts/compare.py --out DIR             # again with the same DIR: finished runs are not repeated
 
-Each row is a run of `flowtrain` with the defaults of its model or objective, one seed, and rectified flow begins from
-the flow matching of the same data. Writes compare.md, compare.json and compare.png into --out (outputs/compare) and
-prints the Markdown. `--jobs` runs that many at a time, each with one thread; the data are found as flowtrain finds
-them (FLOWTRAIN_DATA, else ../shared/data beside the checkout).
+Each row is a run of `flowtrain` with the defaults of its model or objective and one seed. Rectified flow starts from
+the flow matching run on the same data. The script writes compare.md, compare.json and compare.png into --out
+(outputs/compare) and prints the Markdown. `--jobs` is the number of simultaneous runs, each with one thread. The data
+are found as by flowtrain (FLOWTRAIN_DATA, or ../shared/data beside the checkout).
 
-Columns: how log p(x) is had; test NLL in nats and its standard error; KL to the true density where that is known;
-seconds of training, validations and pictures included (of rectified flow without those of its teacher); seconds that
-drawing 10,000 samples takes, one thread; NFE, of one likelihood and of one sample; parameters; sliced Wasserstein
-distance of 10,000 samples, or as many as there are test rows, by the flow's own solver and by four Euler steps.
+The table has these columns:
+
+- log p(x): closed form or ODE
+- test NLL in nats and its standard error, and KL to the true density if it is known
+- seconds of training, with validations and pictures; for rectified flow without the training of its teacher
+- seconds to draw 10,000 samples with one thread
+- NFE of a likelihood and of a sample
+- parameters
+- sliced Wasserstein distance of 10,000 samples (or of as many as there are test rows) to the test rows, drawn with the
+  flow's own solver and with four Euler steps
 """
 
 import argparse
@@ -50,35 +56,41 @@ HEAD = (
     "training s",
     "10,000 samples s",
     "NFE of log p",
-    "of a sample",
+    "NFE of a sample",
     "parameters",
     "sliced W2",
-    "by 4 Euler steps",
+    "sliced W2, 4 Euler steps",
 )
 SAMPLES = 10_000
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="*", help=f"of {', '.join((*TOYS, *REAL))}; default: all")
+    parser.add_argument("data", nargs="*", help=f"data sets among {', '.join((*TOYS, *REAL))}; default: all")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "compare")
-    parser.add_argument("--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="runs at a time")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="for every run, as trainer.steps=9; with a new --out"
+        "--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="number of simultaneous runs"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="overrides for every run, such as trainer.steps=9; use a new --out with them",
     )
     args = parser.parse_args()
     unknown = set(args.data) - {*TOYS, *REAL}
     if unknown:
-        parser.error(f"no data called {', '.join(sorted(unknown))}: choose from {', '.join((*TOYS, *REAL))}")
+        parser.error(f"unknown data: {', '.join(sorted(unknown))}. Choose from {', '.join((*TOYS, *REAL))}")
     if "rectified" in args.methods and "flow_matching" not in args.methods:
-        parser.error("rectified begins from flow_matching: name both")
+        parser.error("rectified starts from flow_matching: name both in --methods")
     args.methods = [method for method in METHODS if method in args.methods]
     return args
 
 
 def keys_of(data: str) -> list[str]:
-    """The overrides that choose a data set."""
+    """Returns the overrides that choose a data set."""
     if data in TOYS:
         return [f"data={data}"]
     root = Path(os.environ.get("FLOWTRAIN_DATA", ROOT.parent / "shared" / "data")) / data
@@ -89,28 +101,28 @@ def keys_of(data: str) -> list[str]:
         extra = ["data.columns=[0:64]", "data.dequantize=true"]
     missing = [root / name for name in files.values() if not (root / name).is_file()]
     if missing:
-        raise SystemExit(f"{missing[0]} is not there: set FLOWTRAIN_DATA to the folder that holds {data}/")
+        raise SystemExit(f"file not found: {missing[0]}. Set FLOWTRAIN_DATA to the folder that contains {data}/")
     return ["data=array", *(f"data.{key}={root / name}" for key, name in files.items()), *extra]
 
 
 def train(data: str, methods: Sequence[str], out: Path, extra: Sequence[str]) -> None:
-    """The runs of one data set, those that are not there already, one after another."""
+    """Trains the methods on one data set one after another, skipping finished runs."""
     for method in methods:
         run_dir = out / "runs" / f"{data}-{method}"
         if (run_dir / "result.json").is_file():
             continue
         begins = method == "rectified"
         keys = [f"from={out / 'runs' / f'{data}-flow_matching'}"] if begins else keys_of(data)
-        # the model and the data of the run that it begins from
+        # the run that it starts from determines model and data
         more = [key for key in extra if not (begins and key.startswith(("model.", "data.")))]
-        # what an interruption left of a run is of no use: its seconds would hold the pause
+        # delete interrupted runs: their seconds would include the pause
         shutil.rmtree(run_dir, ignore_errors=True)
         run_flowtrain(run_dir, *METHODS[method], *keys, *more, "threads=1")
         progress(f"{data} {method}: {json.loads((run_dir / 'result.json').read_text())['nll']:.3f} nats")
 
 
 def measure(data: str, method: str, run_dir: Path) -> dict[str, Any]:
-    """What a finished run has to show; sampling is timed here, with one thread and nothing else running."""
+    """Returns the results of a finished run. Sampling is timed here, with one thread and no other work."""
     import torch
 
     import flowtrain
@@ -176,7 +188,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Three dot plots, a line for each data set: how far from the best likelihood, and what it cost."""
+    """Draws three dot plots with a line for each data set: distance to the best likelihood, and costs."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     from flowtrain.plotting import style
@@ -186,13 +198,13 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     best = {name: min(row["nll"] for row in rows if row["data"] == name) for name in names}
     least = 1e-3
     panels = (
-        ("nats above the entropy, else the best", lambda row: max(least, gap_of(row, best[row["data"]]))),
+        ("nats above the entropy, or above the best", lambda row: max(least, gap_of(row, best[row["data"]]))),
         ("training, s", lambda row: row["train_seconds"]),
         ("10,000 samples, s", lambda row: row["sample_seconds"]),
     )
     with style.styled():
         height = 1.35 + 0.34 * len(names)
-        figure = style.new_figure(height, "What each flow costs, and what it gives")
+        figure = style.new_figure(height, "Likelihood and cost of each flow")
         for i, (words, value) in enumerate(panels):
             axes = style.add_axes(figure, 1.15 + 2.63 * i, 0.55, 2.38, height - 1.3)
             for method, colour in colours.items():
@@ -213,7 +225,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def gap_of(row: dict[str, Any], best: float) -> float:
-    """KL to the true density where it is known, else how far the NLL is from the best of the same data."""
+    """Returns the KL to the true density if it is known, or the difference to the best NLL on the same data."""
     return float(row["nll"] - best if row["kl"] is None else row["kl"])
 
 
@@ -222,7 +234,7 @@ def main() -> None:
     out = args.out.absolute()
     names = list(dict.fromkeys(args.data)) or [*TOYS, *REAL]
     for name in names:
-        # a file that is missing is missed now
+        # report missing files before training
         keys_of(name)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda name: train(name, args.methods, out, args.set), names))

@@ -4,9 +4,9 @@
     python scripts/download_mnist.py mnist fashion_mnist --root ~/data
     python scripts/download_mnist.py --mirror http://my.server/mnist/
 
-Needs nothing but Python. Files go into ROOT/NAME/, and ROOT is by default where flowtrain looks for them. A file is
-there under its name only once its SHA-256 is right; what has come of one that is not yet whole is kept beside it as
-NAME.part, and the next mirror, or the next run, goes on from there.
+The script needs only Python. It writes files into ROOT/NAME/; the default ROOT is the folder that flowtrain reads. A
+file gets its name only after its SHA-256 has been verified. An incomplete download is kept as NAME.part, and the next
+mirror or the next run continues it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MIRRORS = {
 
 
 class Sum(NamedTuple):
-    """What a file must be: its length in bytes and its SHA-256 in hexadecimal."""
+    """The expected length of a file in bytes and its SHA-256 in hexadecimal."""
 
     size: int
     sha256: str
@@ -54,40 +54,40 @@ FILES = {
     },
 }
 
-# seconds without a byte after which a mirror is given up
+# seconds without data after which a mirror is abandoned
 TIMEOUT = 30.0
-# tries of one mirror, as long as each brings the file on
+# attempts per mirror, as long as each one receives data
 TRIES = 4
 BLOCK = 1 << 16
 
 
 class MismatchError(OSError):
-    """A file that has come whole and is another one."""
+    """A complete file with wrong content."""
 
 
 def default_root() -> Path:
-    """$FLOWTRAIN_DATA, else flowtrain in the user's cache: as in flowtrain.data.images, which is not imported."""
+    """Returns $FLOWTRAIN_DATA, or flowtrain's folder in the user's cache, like flowtrain.data.images."""
     if given := os.environ.get("FLOWTRAIN_DATA"):
         return Path(given).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "flowtrain"
 
 
 def obtain(target: Path, expected: Sum, urls: Sequence[str], timeout: float = TIMEOUT) -> str:
-    """Makes sure that the expected file is at `target`, from the first of the urls that serves it.
+    """Ensures that the expected file is at `target`, from the first URL that serves it.
 
     Returns:
-        What was done, in words.
+        A description of the result.
 
     Raises:
-        OSError: none serves it, with the reason of each; what was at `target` is still there.
+        OSError: no URL serves the file. The message gives the reason for each, and `target` is unchanged.
     """
     if verifies(target, expected):
-        return "is there already"
+        return "already downloaded"
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
     if verifies(part, expected):
         install(part, target)
-        return "had been downloaded whole"
+        return "completed from its .part file"
     failures = []
     for url in urls:
         try:
@@ -98,16 +98,16 @@ def obtain(target: Path, expected: Sum, urls: Sequence[str], timeout: float = TI
             install(part, target)
             return f"{expected.size} bytes from {url}"
     raise OSError(
-        f"{target} could not be downloaded. {'; '.join(failures)}. Try again later, which goes on where this "
-        "stopped, or name another mirror with --mirror URL"
+        f"{target} could not be downloaded. {'; '.join(failures)}. Try again later, which continues the download, "
+        "or name another mirror with --mirror URL"
     )
 
 
 def fetch(url: str, part: Path, expected: Sum, timeout: float) -> None:
-    """Brings `part` to the expected file, tried again for as long as a try brings it on.
+    """Downloads the expected file to `part`, with further attempts as long as each one receives data.
 
     Raises:
-        OSError, HTTPException, ValueError: this url does not serve it.
+        OSError, HTTPException, ValueError: this URL does not serve the file.
     """
     for left in reversed(range(TRIES)):
         begun = length(part)
@@ -120,7 +120,7 @@ def fetch(url: str, part: Path, expected: Sum, timeout: float) -> None:
             return
         except MismatchError:
             part.unlink()
-            # what was wrong may be the beginning, which another mirror or a damaged disk gave
+            # the beginning may be wrong, if it came from another mirror or a damaged disk
             if not begun or not left:
                 raise
         except (OSError, HTTPException):
@@ -129,7 +129,7 @@ def fetch(url: str, part: Path, expected: Sum, timeout: float) -> None:
 
 
 def transfer(url: str, part: Path, begun: int, size: int, timeout: float) -> None:
-    """Appends what `part` lacks after its first `begun` bytes, or all of it from a server that sends all.
+    """Appends the bytes after the first `begun` to `part`, or writes all bytes if the server sends the whole file.
 
     Raises:
         OSError, HTTPException, ValueError: no answer, another file, or an end before `size` bytes.
@@ -141,23 +141,23 @@ def transfer(url: str, part: Path, begun: int, size: int, timeout: float) -> Non
         resumed = answer.status == 206
         offered = answer.headers.get("Content-Range", "")
         if resumed and not offered.startswith(f"bytes {begun}-"):
-            raise OSError(f"asked for the bytes from {begun} on, it sends {offered or 'others'}")
+            raise OSError(f"bytes from {begun} on were requested, but it sends {offered or 'others'}")
         start = begun if resumed else 0
         rest = answer.headers.get("Content-Length")
-        # before the part is touched: an error page must not replace what has come so far
+        # checked before opening the part, because an error page must not overwrite it
         if rest is not None and start + int(rest) != size:
-            raise OSError(f"its file has {start + int(rest)} bytes where {size} are expected")
+            raise OSError(f"its file has {start + int(rest)} bytes, but {size} are expected")
         with part.open("ab" if resumed else "wb") as file:
             copy(answer, file, size - start)
 
 
 def copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
-    """Copies exactly `count` bytes, each block as soon as it comes."""
+    """Copies exactly `count` bytes, each block as soon as it arrives."""
     left = count
-    # read1, because read would lose what it has collected when the connection breaks
+    # read would lose its buffered bytes when the connection breaks, so use read1
     while block := source.read1(BLOCK):  # type: ignore[attr-defined]
         if len(block) > left:
-            raise MismatchError("it sends more bytes than the file has")
+            raise MismatchError("it sends more bytes than expected")
         target.write(block)
         left -= len(block)
     if left:
@@ -165,36 +165,36 @@ def copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
 
 
 def verifies(path: Path, expected: Sum) -> bool:
-    """Whether the file at `path` is there and is the expected one."""
+    """Returns whether `path` is the expected file."""
     return length(path) == expected.size and digest(path) == expected.sha256
 
 
 def verify(path: Path, expected: Sum) -> None:
     found = digest(path)
     if found != expected.sha256:
-        raise MismatchError(f"its file has the SHA-256 {found} where {expected.sha256} is expected")
+        raise MismatchError(f"its file has the SHA-256 {found}, but {expected.sha256} is expected")
 
 
 def digest(path: Path) -> str:
-    """SHA-256 in hexadecimal."""
+    """Returns the SHA-256 of the file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def length(path: Path) -> int:
-    """Bytes in the file, 0 where there is none."""
+    """Returns the number of bytes in the file, or 0 if it does not exist."""
     return path.stat().st_size if path.is_file() else 0
 
 
 def install(part: Path, target: Path) -> None:
-    """Flushes `part` to the disk and gives it its name."""
+    """Flushes `part` to the disk and renames it to `target`."""
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     part.replace(target)
     try:
         folder = os.open(target.parent, os.O_RDONLY)
     except PermissionError:
-        # Windows opens no folders
+        # Windows cannot open directories
         return
     try:
         os.fsync(folder)
@@ -203,7 +203,7 @@ def install(part: Path, target: Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """An error in words; an HTTPError is an open answer, which is closed."""
+    """Returns the text of an error, and closes the open response of an HTTPError."""
     if isinstance(error, HTTPError):
         error.close()
         return f"HTTP {error.code} {error.reason}"
@@ -213,17 +213,17 @@ def reason(error: Exception) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Downloads what the command line asks for, a line each; 1 with one message at the first that cannot be had."""
+    """Downloads the named data sets and prints one line per file. Returns 1 after a message if a download fails."""
     parser = argparse.ArgumentParser(description="Downloads MNIST or Fashion-MNIST.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{' or '.join(FILES)}; mnist unless given")
-    parser.add_argument("--root", type=Path, help="folder for the folders of the data sets")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"data sets, {' or '.join(FILES)}; default: mnist")
+    parser.add_argument("--root", type=Path, help="the folder for the data sets")
     parser.add_argument(
-        "--mirror", action="append", metavar="URL", help="a folder to download from instead, or several"
+        "--mirror", action="append", metavar="URL", help="a folder to download from instead; may be repeated"
     )
     options = parser.parse_args(arguments)
     names = options.names or ["mnist"]
     if unknown := [name for name in names if name not in FILES]:
-        parser.error(f"there is no data set {unknown[0]}; choose {' or '.join(FILES)}")
+        parser.error(f"unknown data set: {unknown[0]}. Choose {' or '.join(FILES)}")
     root = options.root.expanduser() if options.root else default_root()
     try:
         for name in names:
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"download_mnist: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("download_mnist: stopped; the next run goes on from here", file=sys.stderr)
+        print("download_mnist: stopped; the next run continues the download", file=sys.stderr)
         return 130
     return 0
 

@@ -1,10 +1,10 @@
-"""Recomputes the entropy of every toy by quadrature: the command behind the figures in the classes.
+"""Computes the entropy of every toy again by quadrature. Its output is the source of the values in the toy classes.
 
     python scripts/entropies.py
 
-The midpoint rule on a square that holds all the mass converges faster than any power of the cell size for a
-smooth density, once the cells are smaller than its narrowest width (0.08), so the printed digits are those of
-the integral. The cells line up with the squares of the checkerboard.
+The midpoint rule runs on a square that contains all the mass. For a smooth density, its error falls faster than any
+power of the cell size once the cells are smaller than the narrowest width (0.08), so all printed digits are correct.
+The cells align with the squares of the checkerboard.
 """
 
 from pathlib import Path
@@ -20,14 +20,14 @@ CELLS = 480
 
 
 def grid(cells: int, half_side: float) -> tuple[torch.Tensor, float]:
-    """Cell centres (cells^2, 2) of the square [-half_side, half_side]^2 and the area of a cell."""
+    """Returns the cell centers (cells^2, 2) of the square [-half_side, half_side]^2 and the area of a cell."""
     width = 2 * half_side / cells
     centres = -half_side + width * (torch.arange(cells, dtype=torch.float64) + 0.5)
     return torch.cartesian_prod(centres, centres), width**2
 
 
 def entropy_and_integral(toy: Toy) -> tuple[float, float]:
-    """- integral of p log p in nats, and the integral of p, which should be 1."""
+    """Returns -integral of p log p in nats, and the integral of p, which should be 1."""
     points, area = grid(CELLS, HALF_SIDE)
     log_p = toy.log_prob(points)
     p = log_p.exp()

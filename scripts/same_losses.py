@@ -1,10 +1,10 @@
-"""Whether a change of the code has changed no number: short seeded runs by this checkout and by another one.
+"""Checks that a change of the code changes no number: short seeded runs with this checkout and with another one.
 
     git clone -q . /tmp/base && git -C /tmp/base checkout -q HEAD~1 && python scripts/same_losses.py /tmp/base
 
-Of each run it compares, to the last bit, every row of metrics.jsonl, but for seconds, and what last.pt holds, but for
-the config: weights, averages, optimizer, and what the solver remembers. With FLOWTRAIN_DATA set, a run on its MNIST is
-among them. Four minutes on one core. Prints a line for each run, and exits with 1 where anything differs.
+For each run it compares, bit by bit, every row of metrics.jsonl except for seconds, and the content of last.pt except
+for the config: weights, averages, optimizer and step plans. If FLOWTRAIN_DATA is set, one of the runs uses its MNIST.
+The script takes four minutes on one core, prints a line for each run, and exits with 1 if anything differs.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from harm.compare import rows, unlike
+from harm.compare import rows, value_differences
 
 from flowtrain.training.old_checkpoints import upgraded
 
@@ -35,15 +35,14 @@ RUNS = [
     "model=glow data=8gaussians trainer.optimizer=adamw trainer.clip_norm=0.5",
     "model=affine data=moons trainer.lr_decay=plateau trainer.lr_plateau_patience=1 trainer.patience=9",
 ]
-# of MNIST the held-out sets are what they are
 IMAGES = ["model=realnvp data=mnist model.hidden=[4] model.scales=1 trainer.steps=3 trainer.val_every=3"]
 
 
 def python(checkout: Path, *arguments: str) -> str:
-    """What Python prints, in a process that imports the flowtrain of that checkout and no installed one.
+    """Returns the output of Python in a process that imports the flowtrain of the checkout.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: the process failed.
     """
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     # the working directory comes before PYTHONPATH
@@ -54,33 +53,35 @@ def python(checkout: Path, *arguments: str) -> str:
 
 
 def check_imported(checkout: Path) -> None:
-    """Refuses a folder that has no flowtrain of its own.
+    """Checks that the checkout has its own flowtrain.
 
     Raises:
-        SystemExit: naming the one that would run.
+        SystemExit: another flowtrain would be imported. The message gives its path.
     """
     found = python(checkout, "-c", "import flowtrain; print(flowtrain.__file__)")
     if not Path(found).is_relative_to(checkout):
-        raise SystemExit(f"stopped: {checkout} is no checkout of flowtrain, for what would run is {found}")
+        raise SystemExit(f"stopped: {checkout} is no checkout of flowtrain. Python would import {found}")
 
 
 def differences(keys: str, base: Path, out: Path) -> list[str]:
-    """Where the run of the other checkout came out otherwise, or nothing."""
+    """Returns the differences between the runs of both checkouts."""
     folders = []
     for name, checkout in (("here", HERE), ("base", base)):
         folders.append(out / name)
         python(checkout, "-m", "flowtrain", *SHORT, *keys.split(), f"hydra.run.dir={folders[-1]}")
     written = [rows(folder) for folder in folders]
     wrong = [] if written[0] == written[1] and len(written[0]) > 3 else ["metrics.jsonl differs"]
-    # keys that have been renamed since are compared by their present names
+    # renamed keys are compared under their present names
     last = [upgraded(torch.load(folder / "checkpoints/last.pt", weights_only=True)) for folder in folders]
-    return wrong + unlike(*({k: v for k, v in saved.items() if k != "config"} for saved in last), "last.pt")
+    return wrong + value_differences(*({k: v for k, v in saved.items() if k != "config"} for saved in last), "last.pt")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, help="the other checkout")
-    parser.add_argument("--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="runs at a time")
+    parser.add_argument(
+        "--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="number of simultaneous runs"
+    )
     args = parser.parse_args()
     base = args.base.resolve()
     for checkout in (HERE, base):

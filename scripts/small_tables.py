@@ -4,10 +4,10 @@
     python scripts/small_tables.py --models realnvp --rows 20 150  # some of them
     python scripts/small_tables.py --seeds 3 --jobs 2
 
-Each row is a run of `flowtrain model=MODEL data=array` with no other argument. Its flow scores 10,000 fresh rows of the
-same distribution, as does the Gaussian with the shrunk covariance of the run's training rows (`shrunk_covariance`).
-`excess` is the mean difference of their NLL in nats, with its standard error over the fresh rows. The script fails
-where it is above 0.5 nats plus three standard errors. Tables have at least four rows for each column.
+Each row is a run of `flowtrain model=MODEL data=array` with no other argument. The flow is scored on 10,000 new rows of
+the same distribution, and so is a Gaussian with the shrunk covariance of the training rows (`shrunk_covariance`).
+`excess` is the mean difference of their NLL in nats, with its standard error over the new rows. The script fails if an
+excess is above 0.5 nats plus three standard errors. Tables have at least four rows for each column.
 """
 
 import argparse
@@ -36,12 +36,12 @@ MODELS = ("affine", "realnvp", "glow", "nsf", "maf", "ffjord")
 ROWS = (20, 50, 150, 500, 2000)
 COLUMNS = (1, 2, 5, 12, 35, 50)
 FRESH = 10_000
-# what a default may lose to the Gaussian, in nats, and standard errors beside it
+# the allowed excess over the Gaussian in nats, plus this many standard errors
 LEEWAY, ERRORS = 0.5, 3.0
 
 
 class Result(NamedTuple):
-    """One run: NLL of fresh rows in nats, by the Gaussian and by the flow, and their difference with its error."""
+    """One run: NLL of new rows in nats under the Gaussian and under the flow, and their difference with its error."""
 
     model: str
     kind: str
@@ -57,15 +57,19 @@ class Result(NamedTuple):
 
     @property
     def fails(self) -> bool:
-        """Whether the flow is worse than it may be; a NaN is."""
+        """Whether the flow exceeds the allowed excess, or has a NaN."""
         return not self.excess <= LEEWAY + ERRORS * self.error
 
 
 def generated(kind: str, rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A table (rows, columns) of some kind, and FRESH further rows of the same distribution, float32.
+    """Generates a table (rows, columns), and FRESH more rows of the same distribution, float32.
 
-    gaussian: N(0, I). correlated: N(0, A A^T), A a random matrix. bimodal: two unit Gaussians whose means are 6 apart.
-    heavy: Student-t with four degrees of freedom and the correlations of `correlated`.
+    The kinds are
+
+    - gaussian: N(0, I)
+    - correlated: N(0, A A^T) with a random matrix A
+    - bimodal: two unit Gaussians whose means are 6 apart
+    - heavy: Student-t with four degrees of freedom and the correlations of `correlated`
     """
     g = torch.Generator().manual_seed(1000 * seed + columns)
     mixing = torch.eye(columns) + torch.randn(columns, columns, generator=g) / math.sqrt(columns)
@@ -85,8 +89,8 @@ def generated(kind: str, rows: int, columns: int, seed: int) -> tuple[Tensor, Te
 
 
 def measure(model: str, kind: str, rows: int, columns: int, seed: int, *overrides: str) -> Result:
-    """Trains the default of a model on a generated table, and scores fresh rows by it and by the Gaussian."""
-    # torch and hydra only in the process that trains
+    """Trains the default of a model on a generated table, and scores new rows under the flow and the Gaussian."""
+    # only the process that trains imports torch and hydra
     import flowtrain
     from flowtrain.bijections.linear import gaussian_log_prob, shrunk_covariance
     from flowtrain.cli.config_files import compose_defaults
@@ -129,7 +133,7 @@ def measure(model: str, kind: str, rows: int, columns: int, seed: int, *override
 
 
 def cases(args: argparse.Namespace) -> list[tuple[str, str, int, int, int]]:
-    """(model, kind, rows, columns, seed) of every run, the short ones first."""
+    """Returns (model, kind, rows, columns, seed) of every run, short runs first."""
     every = itertools.product(args.rows, args.columns, args.seeds, args.kinds, args.models)
     couplings = ("realnvp", "glow")
     return [(m, k, n, d, s) for n, d, s, k, m in every if n >= 4 * d and not (d == 1 and m in couplings)]
@@ -142,7 +146,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--columns", nargs="+", type=int, default=COLUMNS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    parser.add_argument("--jobs", type=int, default=1, help="number of simultaneous runs, each with one thread")
     return parser.parse_args()
 
 

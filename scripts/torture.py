@@ -1,23 +1,22 @@
-"""Kills, damages and misleads flowtrain, and counts what is lost: nothing should be.
+"""Kills and damages runs, gives flowtrain invalid input, and counts failures. The expected number of failures is zero.
 
-    python scripts/torture.py                                        # half an hour at the most
+    python scripts/torture.py                                        # at most half an hour
     python scripts/torture.py --kills 500 --corruptions 20000 --configs 5000 --arrays 20000 --minutes 600
-    python scripts/torture.py --kills 0 --configs 0                  # 0 leaves a part out
+    python scripts/torture.py --kills 0 --configs 0                  # 0 skips a part
 
-- kills: a training run of realnvp and one of ffjord are killed (SIGKILL) at random moments and resumed each time: in
-  start-up, training, validation, while a checkpoint is written, in the final evaluation. Whenever a run has ended, what
-  it wrote is compared to the last bit with a run that was never stopped: metrics.jsonl, last.pt, best.pt and
-  result.json, but for seconds.
-- corruptions: checkpoints with flipped bits, cut short, zeroed, with bytes inserted, swapped, ... are loaded: refused
-  with one line, or the flow is the right one to the bit.
-- configs: random options of every config group, random keys with sane and insane values: two steps are trained, or one
-  line says what was wrong.
-- arrays: damaged and odd .npy, .npz and text files, likewise.
+- kills: training runs of realnvp and ffjord are killed with SIGKILL and resumed. The random moments are during startup,
+  training, validation, the writing of a checkpoint, and the final evaluation. metrics.jsonl, last.pt, best.pt and
+  result.json of every completed run must equal the files of an uninterrupted run bit by bit, except for seconds.
+- corruptions: checkpoints are loaded after bits were flipped, or bytes were removed, zeroed, inserted or swapped. They
+  must be refused in one line or give the original flow bit by bit.
+- configs: random options of every config group, and random keys with valid and invalid values. Two steps must be
+  trained, or one line must explain the error.
+- arrays: damaged and unusual .npy, .npz and text files, with the same rule.
 
-All but the kills run in a forked process each, with limits on memory and time, so that a crash is counted and ends
-nothing else. What is drawn depends on --seed alone, but for where exactly a kill falls. --minutes bounds the whole: a
-part whose time is over says how much it has tried. Prints a Markdown table; what went wrong follows it, with the
-command or the file that shows it, and makes the exit code 1.
+All parts except the kills run each case in a forked process with limits on memory and time, so a crash is counted and
+does not stop the script. All random choices depend on --seed only, except for the exact moment of a kill. --minutes
+limits the total time: a part that runs out of time reports how many cases it tried. The script prints a Markdown table.
+Failures follow it, with the command or the file that reproduces them, and make the exit code 1.
 """
 
 import argparse
@@ -33,9 +32,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if not hasattr(os, "fork"):
-    raise SystemExit("this script needs os.fork, which this system does not have: run it on Linux or macOS")
+    raise SystemExit("this script needs os.fork, which this system lacks: run it on Linux or macOS")
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
-# before torch is imported: no pool of threads may be there to be forked, and one is all that such sizes need
+# set before torch is imported: a thread pool must not be forked, and these small problems need one thread
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from common import machine, table  # noqa: E402
@@ -45,26 +44,26 @@ from harm.configs import TEACHER, configs, write_files  # noqa: E402
 from harm.kills import MODELS, RUN, kills, whole_run  # noqa: E402
 from harm.part import Part  # noqa: E402
 
-HEAD = ("harm", "tried", "what came of it", "lost or wrong")
-# by when each part is over, as a share of the whole time
+HEAD = ("part", "tried", "outcomes", "failures")
+# the end of each part, as a share of the total time
 SHARES = {"kills of realnvp": 0.3, "kills of ffjord": 0.6, "corruptions": 0.68, "configs": 0.9, "array files": 1.0}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=count, default=50, metavar="N", help="of each model")
+    parser.add_argument("--kills", type=count, default=50, metavar="N", help="number of kills of each model")
     parser.add_argument("--corruptions", type=count, default=500, metavar="N")
     parser.add_argument("--configs", type=count, default=200, metavar="N")
     parser.add_argument("--arrays", type=count, default=500, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=30.0, help="of the whole, at the most")
+    parser.add_argument("--minutes", type=float, default=30.0, help="limit of the total time")
     return parser.parse_args()
 
 
 def count(text: str) -> int:
     value = int(text)
     if value < 0:
-        raise argparse.ArgumentTypeError("give 0 or more")
+        raise argparse.ArgumentTypeError(f"{text}: give 0 or more")
     return value
 
 
@@ -95,7 +94,7 @@ def main() -> int:
     if not wrong:
         shutil.rmtree(out)
         return 0
-    print("\n".join([f"\nWrong, and kept in {out}:\n", *wrong]))
+    print("\n".join([f"\nFailures, kept in {out}:\n", *wrong]))
     return 1
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of several folders: a seed, float64 as the default so that closed forms are compared tightly, commands."""
+"""Fixtures for several folders: a fixed seed, float64 by default for tight comparisons, and runners of the commands."""
 
 import gc
 import io
@@ -49,21 +49,21 @@ BLANK = blank()
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: looking it through for garbage again and again takes a tenth of the time."""
+    """Excludes imported objects from garbage collection, where scanning them repeatedly took a tenth of the time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def work_done_once() -> Iterator[None]:
-    """Leaves out work that many tests repeat and that changes no result.
+    """Skips work that many tests repeat and that changes no result.
 
-    Each text of YAML is parsed once per process. A command composes its config once: Hydra composes it once more, to
-    find `hydra.mode` in it, which only experiments, own configs and the command line set. Hydra also copies its list of
-    config sources for each config that it composes, although it only reads them.
+    Each YAML text is parsed once per process. Hydra composes a command's config a second time to look up `hydra.mode`.
+    Only experiments, user configs and the command line can set `hydra.mode`, so the second composition is skipped when
+    none of them is used. Hydra also copies its list of config sources for each config, although it only reads the list.
     """
     load, get_mode = OmegaConf.load, Hydra.get_mode
-    # reading a pickle is several times faster than a copy
+    # unpickling is several times faster than a deep copy
     parsed = cache(lambda text: pickle.dumps(load(io.StringIO(text))))
 
     def load_once(file: Any) -> Any:
@@ -73,7 +73,7 @@ def work_done_once() -> Iterator[None]:
         try:
             return pickle.loads(parsed(file.read()))
         except Exception:
-            # the message names the file
+            # an error must name the file, which the cached parser does not know
             file.seek(start)
             return load(file)
 
@@ -90,9 +90,9 @@ def work_done_once() -> Iterator[None]:
         patched.setattr(OmegaConf, "load", staticmethod(load_once))
         patched.setattr(Hydra, "get_mode", mode_where_set)
         patched.setattr(CachingConfigRepository, "__init__", without_copy)
-        # the tests do not survive a power failure anyway
+        # tests need no durability after a power failure
         patched.setattr(os, "fsync", lambda fd: None)
-        # PyTorch keeps each seed for an absent device, with a traceback
+        # for an absent device, PyTorch stores each seed together with a traceback
         for device in (torch.cuda, torch.xpu, torch.mtia):
             if not device.is_available():
                 patched.setattr(device, "manual_seed_all", lambda seed: None, raising=False)
@@ -103,7 +103,7 @@ def work_done_once() -> Iterator[None]:
 def seeded_float64() -> Iterator[None]:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
-    # what tests compute is too small to share, and on a busy machine threads wait for each other
+    # the tensors are too small for several threads, and on a busy machine threads wait for each other
     torch.set_num_threads(1)
     yield
     torch.set_default_dtype(torch.float32)
@@ -111,23 +111,23 @@ def seeded_float64() -> Iterator[None]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
-    """Runs a command in a fresh working directory: (exit code, standard output, standard error).
+    """Returns a function that runs a command in a fresh directory and returns (exit code, stdout, stderr).
 
-    It uses one core. Figures are drawn with few points and saved as blank pictures: rendering them would take most of a
-    short run. `full_size` renders them as users get them.
+    The command uses one core. Figures are drawn with few points and saved as blank pictures, because rendering them
+    would take most of a short run. Use `full_size` for the real figures.
     """
     torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(process, "cores", lambda: 1)
-    # on a busy machine a command may take long enough for a line
+    # on a busy machine a slow command would otherwise print a status line
     monkeypatch.setattr(status, "EVERY", math.inf)
     monkeypatch.setattr(style, "save", save_blank)
     monkeypatch.setattr(transport_figures, "RESOLUTION", 12)
     for name, few in (("COLUMNS", 2), ("ALONG", 4), ("PARTICLES", 9)):
         monkeypatch.setattr(transport_pictures, name, few)
     monkeypatch.chdir(tmp_path)
-    # Hydra answers a broken config with the whole trace when told so; the commands set this themselves
+    # with HYDRA_FULL_ERROR set, Hydra prints a full traceback for a broken config; the commands set it themselves
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    # which a sweep sets, and which is set back only if it was there before
+    # sweeps set this variable, and monkeypatch restores only variables that it has seen
     monkeypatch.setenv("TQDM_DISABLE", "")
     monkeypatch.delenv("TQDM_DISABLE")
     handlers = list(logging.root.handlers)
@@ -141,24 +141,24 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         return int(stopped.value.code or 0), out, err
 
     yield call
-    # Hydra's --info leaves one that writes to where standard output was
+    # Hydra's --info leaves a handler that writes to the replaced stdout
     logging.root.handlers[:] = handlers
 
 
 @pytest.fixture
 def full_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Renders the pictures of `run` as users get them."""
+    """Makes `run` save its figures as users get them."""
     monkeypatch.setattr(style, "save", SAVE)
 
 
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands draw no figures."""
+    """Makes commands draw no figures."""
     skip_figures(monkeypatch)
 
 
 def save_blank(figure: Figure, path: Path, options: PlotOptions = DEFAULT) -> None:
-    """Writes a picture of one dot in place of the figure, in each of its files."""
+    """Saves a picture of one dot in place of the figure, in each of its files."""
     for file in options.files(path):
         with replacing(file) as f:
             f.write(BLANK)
@@ -166,25 +166,25 @@ def save_blank(figure: Figure, path: Path, options: PlotOptions = DEFAULT) -> No
 
 @pytest.fixture
 def float32() -> None:
-    """The default of users."""
+    """Sets the default dtype of users, float32."""
     torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the log says reaches caplog, even once a command has turned propagation off."""
+def propagate_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets caplog receive log records even after a command has turned off propagation."""
     monkeypatch.setattr(logging.getLogger("flowtrain"), "propagate", True)
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of the real data, which no test may need."""
+    """Returns the folder of the real data sets. No test may require it."""
     return Path(os.environ.get("FLOWTRAIN_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(scope="session")
 def real(real_data: Path) -> Callable[..., list[str]]:
-    """Returns the paths of real files, and skips the test where one is missing."""
+    """Returns a function that finds files of the real data, and skips the test if one is missing."""
 
     def paths_of(*names: str) -> list[str]:
         paths = [real_data / name for name in names]
@@ -198,7 +198,7 @@ def real(real_data: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def trained(run: Run) -> Train:
-    """Runs `flowtrain` for a few steps and returns the run directory, whose figures are blank."""
+    """Returns a function that runs `flowtrain` for a few steps and returns the run directory, with blank figures."""
 
     def train(*arguments: str) -> str:
         few = ["model=affine", "trainer.steps=4", "trainer.batch_size=64", "trainer.plot_every=null"]
@@ -213,7 +213,7 @@ def trained(run: Run) -> Train:
 
 @pytest.fixture
 def evaluated(run: Run) -> Evaluate:
-    """Runs `floweval` on a run directory and returns the content of eval.json, or of another file of the evaluation."""
+    """Returns a function that runs `floweval` on a run directory and returns eval.json, or the named JSON file."""
 
     def evaluate(run_dir: str, *arguments: str, name: str = "eval.json") -> dict[str, Any]:
         code, _, err = run("floweval", f"ckpt={run_dir}", *arguments)
@@ -226,7 +226,7 @@ def evaluated(run: Run) -> Evaluate:
 
 @pytest.fixture(scope="session")
 def stop_at() -> Callable[[Trainer, int], None]:
-    """Makes `fit` end after a given step, as a time limit would, wherever validations fall."""
+    """Returns a function that makes `fit` end after a given step, like a time limit, independently of validations."""
 
     def stop(trainer: Trainer, step: int) -> None:
         take = trainer.train_step
@@ -243,7 +243,7 @@ def stop_at() -> Callable[[Trainer, int], None]:
 
 @pytest.fixture(scope="session")
 def trainer() -> MakeTrainer:
-    """Builds the trainer of a small run: data and saved state may be given in place of those of the config."""
+    """Returns a function that builds the trainer of a small run. `data` and `saved` replace what the config gives."""
 
     def build(run_dir: Path, *overrides: str, saved: dict[str, Any] | None = None, data: Any = None) -> Trainer:
         small = ["trainer.batch_size=16", "trainer.val_every=4", "trainer.log_every=1", "data.n_val=20"]
@@ -254,7 +254,7 @@ def trainer() -> MakeTrainer:
 
 @pytest.fixture(scope="session")
 def rows() -> ReadRows:
-    """Reads the rows of metrics.jsonl without the keys that are times."""
+    """Returns a function that reads the rows of metrics.jsonl without the timings."""
 
     def read(run_dir: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -265,7 +265,10 @@ def rows() -> ReadRows:
 
 @pytest.fixture(scope="session")
 def saved_run(trainer: MakeTrainer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Copies the run directory of a small RealNVP, trained once to the end, and returns its last checkpoint."""
+    """Returns a function that copies the run directory of a trained small RealNVP and returns its last checkpoint.
+
+    The model is trained once per session for each combination of overrides.
+    """
     done: dict[tuple[Any, ...], Path] = {}
 
     def copied(run_dir: Path, *overrides: str) -> Path:
@@ -282,7 +285,7 @@ def saved_run(trainer: MakeTrainer, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def image_config() -> Compose:
-    """Composes the config of a small run on the images in a folder."""
+    """Returns a function that composes the config of a small run on the images in a folder."""
 
     def compose(root: Path, *overrides: str) -> dict[str, Any]:
         small = ["data=mnist", f"data.root={root}", "data.n_val=10", "trainer.batch_size=8", "trainer.steps=4"]
@@ -294,7 +297,7 @@ def image_config() -> Compose:
 
 @pytest.fixture
 def only_programs(monkeypatch: pytest.MonkeyPatch) -> OnlyPrograms:
-    """Restricts exports to the programs of the given names: tracing all three would take most of a test's time."""
+    """Returns a function that restricts exports to the named programs, because tracing all three is slow."""
     tasks = export._tasks
 
     def restrict(*names: str) -> None:

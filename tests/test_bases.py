@@ -1,4 +1,4 @@
-"""Bases against torch.distributions, scipy and finite differences."""
+"""Bases agree with torch.distributions, SciPy and finite differences."""
 
 import itertools
 import math
@@ -41,7 +41,7 @@ BASES: dict[str, Callable[..., Base]] = {
 
 
 def closed_form(base: Base) -> D.Distribution:
-    """The same distribution of flattened z."""
+    """Returns the same distribution over flattened z."""
     d = math.prod(base.event_shape)
     if isinstance(base, StudentT):
         return D.Independent(D.StudentT(base.df.flatten()), 1)
@@ -69,7 +69,7 @@ def test_log_prob_is_that_of_the_closed_form(make: Callable[..., Base], shape: t
 
 
 def test_draws_have_the_marginals_of_the_density(make: Callable[..., Base]) -> None:
-    """Against draws of torch.distributions: Kolmogorov-Smirnov's test of random projections."""
+    """Random projections of the draws pass a Kolmogorov-Smirnov test against draws from torch.distributions."""
     base, n = make(), 4000
     ours, theirs = base.sample(n), closed_form(base).sample((n,))
     for direction in torch.cat([torch.eye(3), torch.randn(2, 3)]):
@@ -92,7 +92,7 @@ def test_transforms_are_integrals_of_the_density(make: Callable[..., Base]) -> N
     base = make()
     z = base.sample(5)
     if isinstance(base, StudentT):
-        # which is computed without gradients
+        # central differences, because to_uniform computes no gradients
         h = 1e-5
         columns = [(base.to_uniform(z + h * e) - base.to_uniform(z - h * e)) / (2 * h) for e in torch.eye(3)]
         jacobian = torch.stack(columns, 2)
@@ -152,7 +152,7 @@ def test_standard_normal_adds_nothing_to_a_checkpoint_and_draws_as_randn() -> No
 
 
 def test_bases_are_sketched_without_memory() -> None:
-    """As a checkpoint's model is, to compare the shapes of its weights."""
+    """Bases can be built on the meta device, as loading a checkpoint does to compare the shapes of weights."""
 
     def shapes() -> list[dict[str, torch.Size]]:
         bases = [StudentT((2,), 3.0), UniformBox([0.0, 0.0], [1.0, 1.0]), GaussianMixture(2, 3)]
@@ -190,7 +190,7 @@ def test_outside_of_a_box_the_density_is_zero_and_nan_stays_nan() -> None:
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
 def test_gradients_of_mixture_draws_are_those_of_expectations(covariance: str) -> None:
-    """By draws, and by the closed form E[a^T z + |z|^2] = sum_k w_k (a^T m_k + |m_k|^2 + |L_k|^2)."""
+    """The estimate from draws matches E[a^T z + |z|^2] = sum_k w_k (a^T m_k + |m_k|^2 + |L_k|^2)."""
     base, a = mixture((2,), covariance), torch.tensor([0.3, -1.0])
     parameters = list(base.parameters())
     z = base.rsample(60_000)
@@ -202,7 +202,7 @@ def test_gradients_of_mixture_draws_are_those_of_expectations(covariance: str) -
 
 
 def test_gradients_of_draws_keep_their_transforms_fixed() -> None:
-    """The definition of the implicit derivative: u(z(parameters), parameters) does not change."""
+    """The implicit derivative keeps u(z(parameters), parameters) constant."""
     base = mixture((2,))
     direction = [torch.randn_like(p) for p in base.parameters()]
     z = base.rsample(4)
@@ -225,7 +225,7 @@ def test_gradients_of_draws_keep_their_transforms_fixed() -> None:
 def test_gradients_of_student_t_draws_are_those_of_expectations() -> None:
     base = StudentT((1,), 6.0, trainable=True)
     (found,) = torch.autograd.grad(base.rsample(200_000).square().mean(), base.log_df)
-    # E z^2 = nu / (nu - 2), so that its derivative by log nu is -2 nu / (nu - 2)^2
+    # E z^2 = nu / (nu - 2), so its derivative with respect to log nu is -2 nu / (nu - 2)^2
     assert found.item() == pytest.approx(-2 * 6 / 16, rel=0.1)
 
 
@@ -266,7 +266,7 @@ def test_em_of_one_component_is_the_gaussian_of_the_rows() -> None:
 
 
 def test_prior_of_one_component_leaves_the_covariance_of_the_rows() -> None:
-    """The target is the covariance within clusters, and there is one cluster."""
+    """The prior's target is the covariance within clusters, and there is only one cluster."""
     x = torch.randn(50, 3) @ torch.randn(3, 3) + 5
     base = GaussianMixture((3,), 1, prior=20).fit(x, floor=0.0)
     torch.testing.assert_close((base.scale_tril @ base.scale_tril.mT)[0], torch.cov(x.T, correction=0))
@@ -285,7 +285,7 @@ def test_initialization_depends_on_the_seed_and_not_on_the_order_of_the_rows() -
 
 
 def test_fit_of_float32_is_done_in_float64_and_draws_nothing_else() -> None:
-    """Rows far from 0, whose covariance float32 does not resolve."""
+    """The rows are far from 0, so float32 does not resolve their covariance."""
     x = (1e4 + torch.randn(400, 2)).float()
     base = GaussianMixture(2, 1).float()
     torch.manual_seed(2)

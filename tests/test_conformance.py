@@ -1,6 +1,6 @@
-"""Flows with known answers, through the real command line: the numbers that floweval prints are the right ones.
+"""The commands print the right numbers for flows whose density is known.
 
-`pytest -m conformance` runs these alone, the slow ones with them.
+`pytest -m conformance` runs these tests alone, including the slow ones.
 """
 
 import copy
@@ -33,8 +33,8 @@ DTYPES = ["float32", "float64"]
 N = 2000
 
 
-def shaken(flow: Flow, scale: float = 0.4) -> Flow:
-    """With weights that are nothing special."""
+def randomized(flow: Flow, scale: float = 0.4) -> Flow:
+    """Returns the flow with random parameters."""
     generator = torch.Generator().manual_seed(7)
     for p in flow.parameters():
         p.data = (scale * torch.randn(p.shape, generator=generator)).float()
@@ -47,7 +47,7 @@ def composed_config() -> dict[str, Any]:
 
 
 def saved(flow: Flow, recipe: str, path: Path, data: str, **solver: Any) -> Path:
-    """A checkpoint of it as a run writes them; `recipe` is its function by full name."""
+    """Saves the flow as a run's checkpoint. `recipe` is the full name of the function that builds the model."""
     config = copy.deepcopy(composed_config())
     config["data"]["path"] = data
     config["model"] = {"name": recipe.rpartition(".")[2], "_target_": recipe}
@@ -58,14 +58,14 @@ def saved(flow: Flow, recipe: str, path: Path, data: str, **solver: Any) -> Path
 
 
 def points(tmp_path: Path, x: Tensor) -> str:
-    """A file of these points, which floweval reads as float32."""
+    """Saves the points to a file, which floweval reads as float32."""
     path = tmp_path / "points.npy"
     np.save(path, x.float().numpy())
     return str(path)
 
 
 def gaussian_of(maps: list[Affine]) -> MultivariateNormal:
-    """What a standard normal becomes through affine maps, the first next to the base."""
+    """Returns the image of a standard normal under the affine maps, applied in the given order."""
     d = len(maps[0].mean)
     mean, factor = torch.zeros(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)
     for each in maps:
@@ -75,7 +75,10 @@ def gaussian_of(maps: list[Affine]) -> MultivariateNormal:
 
 
 def gaussian_of_field(flow: Flow) -> MultivariateNormal:
-    """What it becomes along v = A x + b: the mean is int_0^1 e^(sA) b ds, by the exponential of [[A, b], [0, 0]]."""
+    """Returns the image of a standard normal under the flow of v = A x + b.
+
+    The mean is int_0^1 e^(sA) b ds, computed with the matrix exponential of [[A, b], [0, 0]].
+    """
     (part,) = flow.ode_blocks
     a, b = (p.detach().double() for p in (part.field.a, part.field.b))
     d = len(b)
@@ -89,18 +92,18 @@ Case = tuple[Flow, str, Callable[[Tensor], Tensor]]
 
 
 def case(name: str, d: int) -> Case:
-    """A flow, the full name of its recipe, and its log density in float64."""
+    """Returns a flow, the full name of its recipe, and its log density in float64."""
     torch.set_default_dtype(torch.float32)
     if name == "affine":
-        flow = shaken(affine((d,)))
+        flow = randomized(affine((d,)))
         return flow, "flowtrain.models.affine.affine", gaussian_of(maps_of(flow)).log_prob
     if name == "composed":
-        flow = shaken(composed((d,)))
+        flow = randomized(composed((d,)))
         return flow, "analytic.models.composed", gaussian_of(maps_of(flow)).log_prob
     if name == "linear":
-        flow = shaken(linear((d,), solver=ode_solver("dopri5")))
+        flow = randomized(linear((d,), solver=ode_solver("dopri5")))
         return flow, "analytic.models.linear", gaussian_of_field(flow).log_prob
-    flow = shaken(mixture((d,)))
+    flow = randomized(mixture((d,)))
     (part,) = (m for m in flow.modules() if isinstance(m, MixtureMap))
     return flow, "analytic.models.mixture", lambda x: mixture_log_prob(part, x)
 
@@ -110,7 +113,7 @@ def maps_of(flow: Flow) -> list[Affine]:
 
 
 def mixture_log_prob(part: MixtureMap, x: Tensor) -> Tensor:
-    """Of the product of mixtures, by torch's own."""
+    """Returns log p of the product of mixtures, computed by torch.distributions."""
     weight, mean, std = (p.detach().double() for p in (part.log_weight, part.mean, part.log_std))
     total = torch.zeros(len(x), dtype=torch.float64)
     for j in range(x.shape[1]):
@@ -121,7 +124,7 @@ def mixture_log_prob(part: MixtureMap, x: Tensor) -> Tensor:
 
 
 class Points(Dataset):
-    """These points and no more."""
+    """A dataset of the given points."""
 
     def __init__(self, x: Tensor) -> None:
         self.event_shape, self.val, self.test = tuple(x.shape[1:]), x, x
@@ -152,7 +155,7 @@ def test_floweval_gives_the_known_answer(run: Run, tmp_path: Path, name: str, d:
     tolerance = 1e-5 if dtype == "float64" else 5e-5
     np.testing.assert_allclose(np.load(tmp_path / "s.npy"), expected.numpy(), atol=tolerance, rtol=tolerance)
     assert (found["n"], found["split"], found["step"], found["dtype"]) == (N, "all", 5, dtype)
-    # a right flow fails no check, and is told so of each
+    # a correct flow passes every check, and the report lists each
     assert all(check["passed"] for check in found["checks"].values()), found["checks"]
     assert {"log-det", "round trip", "own samples"} <= found["checks"].keys()
     assert ("mass" in found["checks"]) == (d <= 2)
@@ -161,13 +164,13 @@ def test_floweval_gives_the_known_answer(run: Run, tmp_path: Path, name: str, d:
 
 @pytest.mark.slow
 def test_the_error_bars_cover_the_truth() -> None:
-    """Over 200 test sets and draws of the trace's noise, the 95% interval of a linear flow holds its true NLL."""
+    """For 200 test sets and draws of trace probes, about 95% of the intervals contain the true NLL of a linear flow."""
     torch.set_default_dtype(torch.float32)
     d, n = 6, 200
-    flow = shaken(linear((d,), solver=ode_solver("bosh3", rtol=1e-3), eval_trace="hutchinson"), 0.3)
+    flow = randomized(linear((d,), solver=ode_solver("bosh3", rtol=1e-3), eval_trace="hutchinson"), 0.3)
     model = gaussian_of_field(flow)
     truth = MultivariateNormal(model.mean + 0.1, 1.2 * model.covariance_matrix)
-    # E_truth[-log p] = H(truth) + KL(truth | model), both known of Gaussians
+    # E_truth[-log p] = H(truth) + KL(truth | model), both in closed form for Gaussians
     nll = float(truth.entropy() + torch.distributions.kl_divergence(truth, model))
     covered, pulls = 0, []
     for k in range(200):
@@ -178,14 +181,14 @@ def test_the_error_bars_cover_the_truth() -> None:
         pulls.append((found.nll - nll) / found.error)
         assert found.trace == "hutchinson"
         assert found.budget.trace > 0.2 * found.nll_stderr
-    print(f"{covered} of 200 intervals hold the true NLL; pulls {np.mean(pulls):.3f} +- {np.std(pulls):.3f}")
+    print(f"{covered} of 200 intervals contain the true NLL; pulls {np.mean(pulls):.3f} +- {np.std(pulls):.3f}")
     assert 0.90 <= covered / 200 <= 0.99
     assert np.std(pulls) == pytest.approx(1, abs=0.15)
     assert abs(np.mean(pulls)) < 0.25
 
 
 WRONG = {
-    # recipe, d, what trips, what it says
+    # recipe, d, checks that fail, message
     "scaled": (scaled, 2, {"mass", "log-det"}, "the log-determinant is wrong"),
     "scaled in many columns": (scaled, 20, {"log-det"}, "the log-determinant is wrong"),
     "folded": (folded, 3, {"round trip"}, "the map is not invertible"),
@@ -195,7 +198,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_flow_fails_the_check_for_its_error(run: Run, tmp_path: Path, name: str) -> None:
     recipe, d, trips, words = WRONG[name]
-    flow = shaken(recipe((d,)), 0.6)
+    flow = randomized(recipe((d,)), 0.6)
     data = points(tmp_path, torch.randn(500, d))
     ckpt = saved(flow, f"analytic.models.{recipe.__name__}", tmp_path / "flow.pt", data)
     found, err = floweval(run, ckpt, f"data.path={data}")
@@ -205,7 +208,7 @@ def test_wrong_flow_fails_the_check_for_its_error(run: Run, tmp_path: Path, name
 
 @pytest.mark.parametrize("loose", [{"rtol": 0.3, "atol": 0.3}, {"method": "euler", "rtol": 1e-5, "step_size": 0.5}])
 def test_loose_tolerance_is_reported_as_solver_error(run: Run, tmp_path: Path, loose: dict[str, Any]) -> None:
-    flow = shaken(linear((4,), solver=ode_solver("dopri5")), 1.0)
+    flow = randomized(linear((4,), solver=ode_solver("dopri5")), 1.0)
     data = points(tmp_path, 2 * torch.randn(500, 4))
     ckpt = saved(flow, "analytic.models.linear", tmp_path / "flow.pt", data, **loose)
     found, err = floweval(run, ckpt, f"data.path={data}")

@@ -1,4 +1,4 @@
-"""The experiments under configs/experiment train, each with the recipe of its model."""
+"""The experiments in configs/experiment train, and each uses the recipe of its model."""
 
 import json
 from copy import deepcopy
@@ -31,7 +31,7 @@ def test_every_experiment_on_images_trains(experiment: str, run: Run, tmp_path: 
 
 
 def test_runs_have_more_validations_than_patience() -> None:
-    """A run of fewer validations than its patience would never stop early."""
+    """A run with fewer validations than its patience would never stop early."""
     for keys in (
         ["data=array", "data.path=x"],
         ["data=array", "data.path=x", "model=realnvp"],

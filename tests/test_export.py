@@ -1,4 +1,4 @@
-"""`Flow.export`: the programs agree with the flow in a process without flowtrain, or nothing is written."""
+"""`Flow.export`: exported programs agree with the flow in a process without flowtrain, or no file is written."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 needs_onnx = pytest.mark.skipif(
     any(find_spec(name) is None for name in PACKAGES), reason="needs the extra onnx: pip install 'flowtrain[onnx]'"
 )
-# the conversion to ONNX takes seconds
+# conversion to ONNX takes seconds
 SLOW_ONNX = ["pt2", pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow])]
 ROWS = 1000
 
@@ -92,7 +92,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
 
 
 def run_alone(flow: Flow, folder: Path, name: str) -> None:
-    """The programs give what the flow gives on 1,000 rows, in a process that does not import flowtrain."""
+    """Checks that the programs agree with the flow on 1,000 rows, in a process that does not import flowtrain."""
     with torch.no_grad():
         x, z = flow.sample(ROWS), flow.base.sample(ROWS, like=flow.like)
         wanted = {"": flow.log_prob(x), ".inverse": flow.inverse(x), ".sample": flow(z)}
@@ -109,7 +109,7 @@ def run_alone(flow: Flow, folder: Path, name: str) -> None:
 
 
 def metadata_in(path: Path) -> Any:
-    """The metadata that the file of a program stores."""
+    """Returns the metadata that the file of a program stores."""
     if path.suffix == ".pt2":
         extra = {export.METADATA: ""}
         torch.export.load(path, extra_files=extra)
@@ -142,7 +142,7 @@ def test_programs_agree_where_flowtrain_is_not_imported(name: str, ending: str, 
         assert found == exported.metadata[program]
         assert found["program"] == program
         assert found["event_shape"] == list(flow.event_shape)
-        # no paths of this machine
+        # programs contain no paths of this machine
         assert str(Path(export.__file__).parent).encode() not in path.read_bytes()
     run_alone(flow, tmp_path, f"flow.{ending}")
 
@@ -159,7 +159,7 @@ def test_labels_are_a_second_input(ending: str, tmp_path: Path) -> None:
 
 
 def programs(flow: Flow, folder: Path, *given: Any, ending: str = "pt2", **keys: Any) -> dict[str, Any]:
-    """The programs of an export, and the metadata of log_prob."""
+    """Exports the flow and returns its programs and the metadata of log_prob."""
     exported = flow.export(folder / f"flow.{ending}", *given, **keys)
     found: dict[str, Any] = {
         name: export.checked_path(path)[1].loaded(path.read_bytes()) for name, path in exported.paths.items()
@@ -209,7 +209,7 @@ def test_every_base_is_exported(base: Base, ending: str, tmp_path: Path, only_pr
                 p.add_(0.3 * torch.randn_like(p))
     flow = random(Flow(base, Affine(2)))
     found = programs(flow, tmp_path, ending=ending)
-    # inside and outside of the box
+    # rows inside and outside the box
     x = torch.cat([flow.sample(20), 100 * torch.randn(5, 2)])
     torch.testing.assert_close(found["log_prob"](x), flow.log_prob(x).detach(), rtol=1e-5, atol=1e-5)
     described = found["metadata"]["base"]
@@ -256,7 +256,7 @@ def test_bias_is_that_of_the_fixed_steps_and_the_flow_stays_as_it_was(
     tmp_path: Path, only_programs: OnlyPrograms
 ) -> None:
     only_programs("log_prob")
-    # with coarse steps the bias is far above rounding, and the program has it
+    # with coarse steps the bias is far above rounding, and the program must reproduce it
     flow = random(ffjord((2,), solver=ode_solver("dopri5"), hidden=[6]), 0.8)
     x = flow.sample(200)
     solver = flow.train().solver
@@ -310,7 +310,7 @@ def test_estimated_traces_have_the_probes_of_a_single_row(tmp_path: Path) -> Non
 
 
 def test_traces_are_estimated_where_a_block_sees_many_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 144 elements, and half of them at the second scale, where the trace is exact
+    # the first scale has 144 elements; the second has half of them, so its trace is exact
     flow = fixed((1, 12, 12), steps=1, scales=1)
     x = flow.sample(3)
     monkeypatch.setitem(export.TIGHT, "rtol", 1e-2)

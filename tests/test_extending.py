@@ -1,4 +1,4 @@
-"""The section Extending of README.md: its files as they stand there, its commands with few steps."""
+"""The README's section Extending: its files as printed there, and its commands with fewer steps."""
 
 import importlib
 import json
@@ -43,13 +43,13 @@ SHORT = [
 
 
 def small(line: str) -> list[str]:
-    """What makes the default model of a command quick."""
+    """Returns overrides that make a command fast if it uses the default model."""
     return [] if "model=" in line else ["model.hidden=[8]", "trainer.ema=null"]
 
 
 @pytest.fixture
-def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A working directory with the section's files, whose package no other test sees."""
+def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Creates a working directory with the files of the section. No other test sees their package."""
     for name, text in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def module(name: str) -> ModuleType:
-    """A module of the package, where nothing has looked for it yet."""
+    """Imports a module of the package before any other test has looked for it."""
     sys.path.append(str(Path.cwd()))
     return importlib.import_module(f"mypkg.{name}")
 
@@ -76,7 +76,7 @@ def test_section_has_an_example_of_each_group() -> None:
 
 
 @pytest.mark.parametrize("commands", COMMANDS, ids=[c.split("=")[0].split()[-1] for c in COMMANDS])
-def test_example_commands_run(run: Run, mine: Path, commands: str) -> None:
+def test_example_commands_run(run: Run, project: Path, commands: str) -> None:
     run_dir = ""
     for line in commands.splitlines():
         command, *arguments = [word.replace("RUN_DIR", run_dir) for word in shlex.split(line, comments=True)]
@@ -96,7 +96,7 @@ def test_example_commands_run(run: Run, mine: Path, commands: str) -> None:
 
 
 @pytest.mark.parametrize("d", [1, 2, 5])
-def test_likelihood_of_the_example_model_matches_its_jacobian(mine: Path, d: int) -> None:
+def test_likelihood_of_the_example_model_matches_its_jacobian(project: Path, d: int) -> None:
     flow = module("sinh_arcsinh").sinh_arcsinh((d,), layers=3)
     for p in flow.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -111,7 +111,7 @@ def test_likelihood_of_the_example_model_matches_its_jacobian(mine: Path, d: int
 
 
 @pytest.mark.parametrize("bend", [0.0, 1.0, -2.5])
-def test_entropy_of_the_example_data(mine: Path, bend: float) -> None:
+def test_entropy_of_the_example_data(project: Path, bend: float) -> None:
     data = module("banana").Banana(bend=bend, n_val=10, n_test=20_000)
     log_p = data.log_prob(data.test)
     assert abs(-log_p.mean() - data.entropy) < 4 * log_p.std() / len(log_p) ** 0.5
@@ -120,7 +120,7 @@ def test_entropy_of_the_example_data(mine: Path, bend: float) -> None:
     assert data.log_prob(at).exp().sum() * (4 * 0.04**2) == pytest.approx(1, abs=1e-6)
 
 
-def test_convergence_order_of_the_example_solver(mine: Path) -> None:
+def test_convergence_order_of_the_example_solver(project: Path) -> None:
     """dx/dt = -2 t x^2, x(0) = 1: x(1) = 1/2."""
     make = module("three_eighths").three_eighths
 
@@ -141,7 +141,7 @@ def test_convergence_order_of_the_example_solver(mine: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"b": (0.5, 0.4)}, "b to 1"), ({"a": ((0.3,),)}, "rows of a have to sum"), ({"c": (0, 1, 1)}, "of 2 stages")],
+    [({"b": (0.5, 0.4)}, "b must sum"), ({"a": ((0.3,),)}, "must sum"), ({"c": (0, 1, 1)}, "b has 2 numbers")],
 )
 def test_invalid_tableau_is_refused(change: dict[str, tuple[float, ...]], words: str) -> None:
     heun = {"order": 2, "c": (0, 1), "a": ((1,),), "b": (0.5, 0.5)}
@@ -149,7 +149,7 @@ def test_invalid_tableau_is_refused(change: dict[str, tuple[float, ...]], words:
         Tableau(**{**heun, **change})  # type: ignore[arg-type]
 
 
-def test_value_of_the_example_regularizer(run: Run, mine: Path) -> None:
+def test_value_of_the_example_regularizer(run: Run, project: Path) -> None:
     arguments = ["regularizer=speed_limit", "regularizer.limit=1e-3", *small("")]
     code, out, err = run("flowtrain", "--config-dir", "conf", *arguments, *SHORT)
     assert code == 0, err
@@ -157,15 +157,15 @@ def test_value_of_the_example_regularizer(run: Run, mine: Path) -> None:
     terms = [row["speeding"] for row in rows if row["split"] == "train"]
     assert all(math.isfinite(term) and term >= 0 for term in terms)
     assert terms[-1] > 0
-    # flow matching has no paths to integrate
+    # flow matching integrates no paths
     code, _, err = run("flowtrain", "--config-dir", "conf", "regularizer=speed_limit", "objective=flow_matching")
     assert code == 2
     assert [name for name in ("acceleration", "speeding", "end_time") if name not in err] == []
 
 
-def test_loss_includes_the_example_regularizer(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a field of constant velocity u, whose paths all have max(0, |u|^2 - c^2)."""
-    sys.path.append(str(mine))
+def test_loss_includes_the_example_regularizer(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every path of a field with constant velocity u has the penalty max(0, |u|^2 - c^2)."""
+    sys.path.append(str(project))
     config = compose_defaults(["regularizer=speed_limit", "regularizer.limit=2.0", "data.n_val=10", "data.n_test=10"])
     flow = build_flow(config, build_data(config).samples)
     u = torch.tensor([3.0, -1.0])
@@ -180,13 +180,13 @@ def test_loss_includes_the_example_regularizer(mine: Path, monkeypatch: pytest.M
     assert loss.item() == pytest.approx(terms["nll"].item() + config["regularizer"]["speeding"] * 6)
 
 
-def test_untrusted_package_is_not_imported(run: Run, mine: Path) -> None:
+def test_untrusted_package_is_not_imported(run: Run, project: Path) -> None:
     code, out, err = run("flowtrain", "--config-dir", "conf", "model=sinh_arcsinh", *SHORT)
     assert code == 0, err
     run_dir = out.splitlines()[-1]
     for name in [name for name in sys.modules if name.startswith("mypkg")]:
         del sys.modules[name]
-    sys.path.remove(str(mine))
+    sys.path.remove(str(project))
     for command in ("floweval", "flowsample"):
         code, _, err = run(command, f"ckpt={run_dir}")
         assert (code, len(err.strip().splitlines())) == (2, 1)
@@ -194,17 +194,17 @@ def test_untrusted_package_is_not_imported(run: Run, mine: Path) -> None:
     code, _, err = run("flowtrain", f"resume={run_dir}", "trainer.steps=8")
     assert code == 2
     assert "mypkg" not in sys.modules
-    assert str(mine) not in sys.path
+    assert str(project) not in sys.path
     with pytest.raises(CheckpointError, match="trust"):
         importlib.import_module("flowtrain").load(run_dir)
-    # a package beside the checkpoint, but not the one that is trusted
+    # trusting another package does not allow the import of the package beside the checkpoint
     code, _, err = run("floweval", f"ckpt={run_dir}", "trust=[torch]")
     assert code == 2
     assert "mypkg" not in sys.modules
 
 
-def test_user_configs_are_found_by_every_command(run: Run, mine: Path) -> None:
-    """Beside runs of our own too; help, mistakes and sweeps know of them."""
+def test_user_configs_are_found_by_every_command(run: Run, project: Path) -> None:
+    """User configs are found beside flowtrain's runs too, and help, error messages and sweeps include them."""
     own = ("--config-dir", "conf")
     code, out, err = run("flowtrain", *own, "data=banana", "model=affine", *SHORT)
     assert code == 0, err
@@ -214,7 +214,7 @@ def test_user_configs_are_found_by_every_command(run: Run, mine: Path) -> None:
         assert code == 0, err
     code, out, err = run("flowtrain", *own, f"from={run_dir}", "trust=[mypkg]", *SHORT[:4], "hydra.run.dir=again")
     assert code == 0, err
-    assert checkpoint.load(mine / "again/checkpoints/last.pt")["config"]["data"]["name"] == "banana"
+    assert checkpoint.load(project / "again/checkpoints/last.pt")["config"]["data"]["name"] == "banana"
     code, out, _ = run("flowtrain", *own, "model=sinh_arcsinh", "--help")
     assert code == 0
     assert re.search(r"\* sinh_arcsinh +Sinh-arcsinh bends of each column between linear maps\.", out)
@@ -230,26 +230,26 @@ def test_user_configs_are_found_by_every_command(run: Run, mine: Path) -> None:
     for flags in (["--config-dir", "nowhere"], ["--config-dir"]):
         code, _, err = run("flowtrain", *flags)
         assert (code, len(err.strip().splitlines())) == (2, 1)
-    # a folder may have the name of a group
-    (mine / "conf").rename(mine / "model")
+    # the config folder may have the name of a group
+    (project / "conf").rename(project / "model")
     code, out, err = run("flowtrain", "--config-dir", "model", "model=sinh_arcsinh", "--cfg", "job")
     assert code == 0, err
     assert "mypkg.sinh_arcsinh.sinh_arcsinh" in out
 
 
-def test_installed_commands_find_the_package(mine: Path) -> None:
-    """In processes of their own, whose path has no working directory."""
+def test_installed_commands_find_the_package(project: Path) -> None:
+    """Installed commands run in new processes, whose import path does not contain the working directory."""
     script = Path(sys.executable).with_name("flowtrain")
     if not script.exists():
         pytest.skip("not installed")
-    # one column has the fewest figures
-    np.save(mine / "x.npy", normal(60, 1))
+    # data with one column have the fewest figures
+    np.save(project / "x.npy", normal(60, 1))
     given = [*SHORT[:-2], "trainer.steps=2", "data=array", "data.path=x.npy", "hydra.run.dir=here"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     arguments = [script, "--config-dir", "conf", "model=sinh_arcsinh", *given]
-    done = subprocess.run(arguments, cwd=mine, env=environment, capture_output=True, text=True)
+    done = subprocess.run(arguments, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(mine / "here")
+    assert done.stdout.splitlines()[-1] == str(project / "here")
 
 
 def test_in_a_checkout_neither_a_flag_nor_trust_is_needed(tmp_path: Path) -> None:

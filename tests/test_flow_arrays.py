@@ -1,4 +1,4 @@
-"""Flows take NumPy arrays and data frames, and return NumPy arrays."""
+"""Flows accept NumPy arrays and data frames, and return NumPy arrays."""
 
 import warnings
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 @dataclass
 class Frame:
-    """The least that a data frame has."""
+    """A data frame with the fewest attributes that flows accept."""
 
     columns: list[Any]
     values: Array
@@ -32,14 +32,14 @@ class Frame:
 
 
 class Indexed(Frame):
-    """A frame that selects columns, as those of pandas and polars do."""
+    """A frame that selects columns by name, like pandas and polars."""
 
     def __getitem__(self, names: list[Any]) -> "Indexed":
         return Indexed(names, self.values[:, [self.columns.index(name) for name in names]].astype(float))
 
 
 def trained_on(flow: Flow, columns: tuple[str, ...], label: str | None = None) -> Flow:
-    """The flow as a run returns it."""
+    """Returns the flow with a record of its columns, as a run returns it."""
     samples = Samples(flow.event_shape, columns=columns, label=label, classes=flow.classes)
     flow.record = SimpleNamespace(samples=samples)  # type: ignore[assignment]
     return flow
@@ -109,7 +109,7 @@ def test_any_layout_of_memory_is_taken_without_a_warning() -> None:
         for other in others:
             np.testing.assert_array_equal(flow.log_prob(other), expected)
         np.testing.assert_array_equal(flow.log_prob(np.broadcast_to(x[:1], (3, 2))), expected[[0, 0, 0]])
-    # the array of the caller is not written to, and does not share memory with what is returned
+    # the caller's array is not modified and shares no memory with the result
     z = flow.inverse(x)
     z[:] = 0
     np.testing.assert_array_equal(flow.log_prob(x), expected)

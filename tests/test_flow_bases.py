@@ -1,4 +1,4 @@
-"""Flows with bases other than a standard normal: densities, training, checkpoints' names, pictures."""
+"""Flows with bases other than a standard normal: densities, training, names in checkpoints, and pictures."""
 
 import copy
 
@@ -48,7 +48,7 @@ def test_event_shape_stands_for_a_standard_normal() -> None:
     long = Flow(StandardNormal((2,)), Affine(2))
     assert isinstance(short.base, StandardNormal)
     assert short.event_shape == long.event_shape == (2,)
-    # the names inside of checkpoints
+    # names in checkpoints
     assert list(short.state_dict()) == list(long.state_dict()) == [f"bijection.{k}" for k in Affine(2).state_dict()]
     x = torch.randn(4, 2)
     assert torch.equal(short.log_prob(x), long.log_prob(x))
@@ -67,7 +67,7 @@ def test_density_is_the_transformed_one_of_torch() -> None:
     assert isinstance(mixture, GaussianMixture)
     flow = affine(mixture)
     assert isinstance(flow.bijection, Affine)
-    # the image of a mixture of Gaussians under an affine map is one
+    # the image of a mixture of Gaussians under an affine map is a mixture of Gaussians
     factor, mean = flow.bijection.factor(), flow.bijection.mean
     parts = D.MultivariateNormal(mixture.means @ factor.T + mean, scale_tril=factor @ mixture.scale_tril)
     expected = D.MixtureSameFamily(D.Categorical(logits=mixture.logits), parts)
@@ -89,7 +89,7 @@ def test_samples_come_from_the_base_and_have_its_temperature() -> None:
 
 
 def test_a_trainable_base_is_trained_with_the_flow() -> None:
-    """Two far clusters, for a map that cannot separate them."""
+    """A trained base fits two distant clusters, which the affine map cannot separate."""
     x = torch.cat([torch.randn(200, 2) - 5, torch.randn(200, 2) + 5])
     base = GaussianMixture(2, 2)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_a_trainable_base_is_trained_with_the_flow() -> None:
         optimizer.zero_grad()
         (-flow.log_prob(x).mean()).backward()
         optimizer.step()
-    # the entropy of the truth: log 2 + log(2 pi e)
+    # the entropy of the true density is log 2 + log(2 pi e)
     assert -flow.log_prob(x).mean().item() == pytest.approx(3.53, abs=0.15)
     assert -affine((2,)).log_prob(x).mean().item() > 4
 

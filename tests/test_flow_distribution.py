@@ -1,4 +1,4 @@
-"""Flows behave like other objects of torch: distributions, generators, copies, pickles, dtypes."""
+"""Flows behave like other torch objects: as distributions, and with generators, copies, pickles and dtypes."""
 
 import copy
 import io
@@ -37,9 +37,9 @@ def affine(d: int = 2) -> Flow:
 
 
 def gaussian(flow: Flow) -> D.MultivariateNormal:
-    """The distribution of an affine flow."""
+    """Returns the distribution of an affine flow."""
     assert isinstance(flow.bijection, Affine)
-    # torch cannot check the values of empty tensors
+    # torch cannot validate the values of empty tensors
     return D.MultivariateNormal(flow.bijection.mean, scale_tril=flow.bijection.factor(), validate_args=False)
 
 
@@ -72,7 +72,7 @@ def test_expanded_distributions_broadcast_as_those_of_torch(batch: tuple[int, ..
         torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(x))
     wider = ours.expand((6, *batch))
     assert wider.sample().shape == (6, *batch, 2)
-    # samples of a batch are independent
+    # samples of different batch elements are independent
     assert len(wider.sample().flatten(0, -2).unique(dim=0)) == 6 * math.prod(batch)
     for p in (wider, theirs.expand((6, *batch))):
         with pytest.raises(RuntimeError, match="expand"):
@@ -121,7 +121,7 @@ def test_samples_are_detached_and_rsamples_are_not() -> None:
     mixture = D.MixtureSameFamily(D.Categorical(torch.ones(3)), p)
     x = mixture.sample((4,))
     assert x.shape == (4, 2)
-    # all parts are the same
+    # all components are equal
     torch.testing.assert_close(mixture.log_prob(x), p.log_prob(x[:, None])[:, 0])
 
 
@@ -165,7 +165,7 @@ def test_distribution_works_in_pyro(pyro: Any) -> None:
     x = trace.nodes["x"]["value"]
     assert x.shape == (5, 2)
     torch.testing.assert_close(trace.log_prob_sum(), truth.log_prob(x).sum())
-    # the evidence of a model whose guide is its posterior has no noise
+    # if the guide equals the posterior, the ELBO has no noise
     loss = pyro.infer.Trace_ELBO().differentiable_loss(model, model)
     torch.testing.assert_close(loss.detach(), torch.zeros(()))
 
@@ -185,7 +185,7 @@ def test_pyro_reshapes_and_copies_a_distribution(pyro: Any) -> None:
 
 
 def test_a_flow_is_a_guide_of_pyro(pyro: Any) -> None:
-    """x ~ N(0, I), y | x ~ N(x0 + x1, 1/2): the posterior is a Gaussian, which an affine flow can be."""
+    """For x ~ N(0, I) and y | x ~ N(x0 + x1, 1/2), the posterior is Gaussian, which an affine flow can represent."""
     flow, y = affine().train(), torch.tensor(1.5)
     normal = pyro.distributions.Normal
 
@@ -258,7 +258,7 @@ def test_rsample_reaches_the_parameters_of_the_base() -> None:
 
 
 def test_gradient_of_the_entropy_is_that_of_the_gaussian() -> None:
-    """Reverse KL by reparametrization, which variational inference needs."""
+    """Variational inference needs this gradient of the reverse KL divergence by reparametrization."""
     flow = affine()
     p = flow.distribution()
     x = p.rsample((2000,))
@@ -281,7 +281,7 @@ def test_samples_repeat_with_a_generator_and_leave_the_global_one_alone() -> Non
         assert torch.equal(first, flow.sample(9, generator=generator(4), chunk=2))
         assert torch.equal(torch.rand(2), expected)
         assert not torch.equal(first, flow.sample(9, generator=generator(5)))
-    # a generator of the state that the global one has gives what that gives
+    # a generator in the state of the global one gives the same samples
     torch.manual_seed(7)
     assert torch.equal(flows[0].sample(9), flows[0].sample(9, generator=generator(7)))
 
@@ -302,7 +302,7 @@ def flow(request: pytest.FixtureRequest) -> Flow:
 
 
 def points(flow: Flow) -> Tensor:
-    """Where the flow has a density."""
+    """Returns points at which the flow has a density."""
     x = flow.sample(3, generator=generator())
     return x if flow.levels is None else x.clamp(0.1, flow.levels - 0.1)
 
@@ -348,7 +348,7 @@ def test_a_deepcopy_has_step_plans_of_its_own() -> None:
 
 
 def test_copies_of_a_compiled_flow_evaluate_their_own_field() -> None:
-    """A compiled function is bound to the field that it was made of, and cannot be pickled."""
+    """A compiled function is bound to the field it was compiled from and cannot be pickled."""
     flow = vectors("ffjord").train()
     (block,) = flow.ode_blocks
     field = block.field
@@ -375,7 +375,7 @@ def test_dtypes_change_and_change_back(flow: Flow) -> None:
 
 
 def wide(d: int = 130) -> Flow:
-    """A flow whose trace is estimated at evaluation."""
+    """Returns a flow that estimates its trace at evaluation."""
     field = MLPField(d, [4], "concatsquash", "tanh")
     for p in field.parameters():
         nn.init.normal_(p, std=0.5)
@@ -390,7 +390,7 @@ def test_estimated_log_prob_repeats_in_evaluation_mode_and_draws_nothing() -> No
     first = flow.log_prob(x)
     assert torch.equal(flow.log_prob(x), first)
     assert torch.equal(torch.rand(3), expected)
-    # in training, where the noise must average out, it is drawn anew
+    # training draws new probes for each call, because the noise must average out
     flow.train()
     assert not torch.equal(flow.log_prob(x), flow.log_prob(x))
 
@@ -403,7 +403,7 @@ def test_seeds_of_an_evaluation_reach_the_probes() -> None:
     with seeded(1, x.device):
         assert seeding_active()
         inside = flow.log_prob(x)
-        # the next call has other probes
+        # the next call draws other probes
         assert not torch.equal(flow.log_prob(x), inside)
     assert torch.equal(inside.detach(), one)
     assert not seeding_active()

@@ -1,4 +1,4 @@
-"""torch.func over flows: grad, vmap and Jacobians, against torch.autograd and against finite differences."""
+"""torch.func over flows: grad, vmap and Jacobians agree with torch.autograd and finite differences."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from flowtrain.nn.divergence import TraceRule
 from flowtrain.ode import SolveOptions, ode_solver
 from flowtrain.utils.errors import ConfigError, FlowtrainError
 
-# one of each way to solve: both engines, fixed and adaptive steps, quadrature on stages and on dense output
+# one of each kind: both engines, fixed and adaptive steps, quadrature on stages and on dense output
 SOLVERS: list[dict[str, Any]] = [
     {"method": "dopri5", "rtol": 1e-9},
     {"method": "dopri5", "rtol": 1e-9, "gradient": "adjoint"},
@@ -47,7 +47,7 @@ def test_grad_and_vmap_through_every_way_to_solve(settings: dict[str, Any], trai
     (expected,) = torch.autograd.grad(log_p.sum(), x)
     tolerance = 1e-2 if settings["method"] == "adaptive_heun" else 1e-6
     if settings.get("gradient") == "adjoint" or settings["method"] in ("heun3", "implicit_adams"):
-        # on coarse steps too the gradient is that of the solution
+        # the adjoint approximates the gradient of the exact solution; torch.func differentiates the steps
         tolerance = max(tolerance, 1e-5)
 
     def of_row(row: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def test_grad_and_vmap_through_every_way_to_solve(settings: dict[str, Any], trai
     ("settings", "training"), [({"method": "dopri5", "rtol": 1e-8}, True), ({"method": "rk4", "steps": 10}, False)]
 )
 def test_jacobians_and_hessians(settings: dict[str, Any], training: bool) -> None:
-    """Second derivatives against finite differences of first ones; the Jacobian against the log-determinant."""
+    """Second derivatives match finite differences of first ones, and the Jacobian matches the log-determinant."""
     flow, x = one_solve(settings, training), torch.randn(2)
 
     def log_p(row: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def test_jacobians_and_hessians(settings: dict[str, Any], training: bool) -> Non
     differences = [(grad(log_p)(x + e) - grad(log_p)(x - e)) / 2e-4 for e in step]
     close(hessian(log_p)(x), torch.stack(differences), 1e-5)
     close(jacrev(jacrev(log_p))(x), hessian(log_p)(x), 1e-8)
-    # all of a batch at once, of its forward map
+    # jacobians of the forward map for a whole batch
     rows = torch.randn(2, 2)
     close(
         jacrev(flow.forward)(rows).diagonal(dim1=0, dim2=2).permute(2, 0, 1),
@@ -89,7 +89,7 @@ def test_jacobians_and_hessians(settings: dict[str, Any], training: bool) -> Non
 
 
 class LogProb(nn.Module):
-    """log p as the forward of a module, which functional_call takes."""
+    """A module whose forward is log p, as functional_call needs."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def test_forward_mode_of_torch_autograd() -> None:
 
 
 def test_cotangents_side_by_side() -> None:
-    """vmap over torch.autograd.grad: the hand-written gradients pull back lane by lane."""
+    """vmap over torch.autograd.grad works: the hand-written gradients compute a VJP for each lane."""
     for plain in (False, True):
         field = random_field(std=0.4)
         made = Continuous(Plain(field) if plain else field, ode_solver("dopri5"), TraceRule("exact"))
@@ -209,7 +209,7 @@ def test_path_integrals_under_torch_func() -> None:
 
 
 def test_every_vmap_lane_meets_the_tolerance() -> None:
-    """One lane is hard and the others are trivial: steps that suit their mean would miss the tolerance of the one."""
+    """One lane is hard and the others are trivial, so steps chosen for the mean error would be too long for it."""
     wave, solver, x = Wave(), ode_solver("bosh3", rtol=1e-5), torch.zeros(400, 1, 1)
     x[7] = 1
     found = vmap(lambda row: solver.solve(wave.problem(row)).x)(x)

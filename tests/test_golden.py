@@ -1,6 +1,6 @@
-"""Checkpoints of earlier versions keep their density, evaluate, sample and resume with the numbers they had.
+"""Checkpoints of earlier versions keep their density, and evaluate, sample and resume to the same numbers.
 
-tests/golden/README.md says how they were made. A failure here is a fault of the code, never of a golden.
+tests/golden/README.md explains how they were made. If a test here fails, the code is wrong, not the golden.
 """
 
 import json
@@ -22,17 +22,17 @@ HERE = Path(__file__).parent / "golden"
 GOLDENS = sorted(path.parent for path in HERE.glob("*/*/expected.json"))
 NAMES = [f"{path.parent.name}-{path.name}" for path in GOLDENS]
 
-# relative: rounding differs between machines, and where the steps of an ODE solver depend on it, so do they
+# relative tolerances: rounding differs between machines, and with it the steps of adaptive ODE solvers
 FLOAT64, FLOAT32, ADAPTIVE, TRAINED = 1e-9, 1e-5, 1e-4, 1e-4
 TORCHDIFFEQ_ENGINE = "flowtrain.ode.torchdiffeq_engine"
-# of a train row of metrics.jsonl
+# compared keys of a train row in metrics.jsonl
 TRAIN_KEYS = ("nll", "lr", "grad_norm", "rtol", "atol")
 
 pytestmark = pytest.mark.usefixtures("float32")
 
 
 class Golden:
-    """An interrupted run of an earlier version, unpacked, and the numbers that version computed from it."""
+    """An unpacked, interrupted run of an earlier version, and the numbers which that version computed from it."""
 
     def __init__(self, path: Path, folder: Path) -> None:
         self.run_dir = folder / "run"
@@ -43,7 +43,7 @@ class Golden:
         labels = self.expected["labels"]
         self.labels = None if labels is None else torch.tensor(labels)
         name = self.expected["data"]
-        # where the data are now
+        # the present location of the data
         self.data = [] if name is None else [f"data.path={HERE / 'data' / name}"]
 
     def flow(self, which: str) -> Flow:
@@ -69,7 +69,7 @@ def adaptive(flow: Flow) -> bool:
 
 
 def test_there_are_goldens_of_every_model() -> None:
-    """Also guards against a test that passes because it found nothing."""
+    """Also fails if no golden is found."""
     made = {path.parent.name: [p.name for p in GOLDENS if p.parent == path.parent] for path in GOLDENS}
     assert all(any(name.startswith(m) for name in made["1"]) for m in ("affine", "realnvp", "glow", "ffjord"))
     assert len(made["1"]) == 24
@@ -95,7 +95,7 @@ def test_golden_flows_saved_again_keep_their_density_to_the_last_bit(golden: Gol
 
 
 def test_torchdiffeq_may_be_imported_by_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`load` builds the flow on the meta device first."""
+    """`load` imports torchdiffeq while it builds the flow on the meta device."""
     for name in [n for n in sys.modules if n.partition(".")[0] == "torchdiffeq" or n == TORCHDIFFEQ_ENGINE]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(ode, "torchdiffeq_engine", None, raising=False)
@@ -108,7 +108,7 @@ def test_golden_checkpoints_sample(golden: Golden) -> None:
     x = flow.sample(7)
     assert x.shape == (7, *flow.event_shape)
     assert x.isfinite().all()
-    # the rows near the data, there and back
+    # round trip of the rows near the data
     rows, labels = golden.rows[:8], None if golden.labels is None else golden.labels[:8]
     flow = flow.double()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""On a CUDA device: `pytest -m gpu`."""
+"""Tests on a CUDA device, run by `pytest -m gpu`."""
 
 import copy
 from pathlib import Path
@@ -55,7 +55,7 @@ def step_gradients(flow: Continuous, x: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("gradient", ["direct", "replay"])
 @pytest.mark.parametrize("images", [False, True])
 def test_gradients_agree_with_the_cpu(gradient: str, images: bool) -> None:
-    """In float32 with TF32 allowed outside: inside a solve it must be off."""
+    """TF32 is allowed outside the solve and must be off inside it, so float32 gradients agree."""
     torch.set_default_dtype(torch.float32)
     field: Field = MLPField(2, [32, 32], "concat", "tanh")
     if images:
@@ -63,7 +63,7 @@ def test_gradients_agree_with_the_cpu(gradient: str, images: bool) -> None:
     for p in field.parameters():
         nn.init.normal_(p, std=0.3)
     x = torch.randn(16, 1, 8, 8) if images else torch.randn(64, 2)
-    # every pixel a probe: no noise to agree on
+    # one probe per pixel makes the trace exact, so the devices have no noise to differ in
     flow = Continuous(field, ode_solver("dopri5", gradient, rtol=1e-4), TraceRule("exact"))
     expected = step_gradients(flow, x)
     found = step_gradients(flow.to("cuda"), x.to("cuda"))
@@ -74,7 +74,7 @@ def test_gradients_agree_with_the_cpu(gradient: str, images: bool) -> None:
 @pytest.mark.parametrize("name", ["realnvp", "glow", "ffjord"])
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 def test_images_train_and_agree_with_the_cpu(name: str, precision: str, tmp_path: Path) -> None:
-    """With narrow products in training, the likelihood of the weights is that of full precision."""
+    """After training in reduced precision, the likelihood of the weights is computed in full precision."""
     if name == "ffjord" and precision != "float32":
         pytest.skip("refused: ODEs are solved in float32")
     torch.set_default_dtype(torch.float32)
@@ -105,11 +105,11 @@ def test_images_train_and_agree_with_the_cpu(name: str, precision: str, tmp_path
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-2)
 
 
-# torch's own: what it makes use of is deprecated, and it would rather have TF32
+# warnings of torch: its compiler uses a deprecated function and recommends TF32
 @pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script:DeprecationWarning",
     "ignore:TensorFloat32:UserWarning",
-    # torch 2.11's own, of what it traces
+    # warnings of torch 2.11 about the code that it traces
     "ignore:The .grad attribute:UserWarning",
     "ignore:The CUDA Graph is empty:UserWarning",
 )
@@ -127,7 +127,7 @@ def test_objectives_train_on_a_gpu_and_are_reflowed(objective: str, tmp_path: Pa
     keys = ["device=cuda", "trainer.steps=40", "trainer.val_every=20", "data.n_test=100"]
     config = compose_defaults([f"objective={objective}", *keys, "objective.coupling=optimal"])
     again = compose_defaults(["objective=rectified", *keys, f"from={tmp_path / 'first'}", "objective.pairs=1000"])
-    # as the command composes it
+    # the command does this when it composes the config
     again["model"] = config["model"]
     with messages():
         assert train(config, tmp_path / "first")[1] == 0
@@ -173,7 +173,7 @@ def test_a_fit_and_an_evaluation_leave_the_generators_and_settings_of_the_gpu() 
 
 
 def test_pictures_and_animations_of_a_flow_on_a_gpu(tmp_path: Path) -> None:
-    """Functions of grids on the CPU, of a flow that is on the GPU."""
+    """Pictures evaluate functions on CPU grids for a flow on the GPU."""
     torch.set_default_dtype(torch.float32)
     config = compose_defaults(["device=cuda", "trainer.steps=5", "data.n_test=200", "solver.rtol=1e-3"])
     with messages():

@@ -1,4 +1,4 @@
-"""Files that are out to do harm: none runs code, fills memory or reaches outside; each gets one line."""
+"""Malicious files run no code, fill no memory and reach no other file. Each is refused with a one-line message."""
 
 import os
 import pickle
@@ -27,7 +27,7 @@ from flowtrain.utils.errors import CheckpointError, DataError
 
 
 class Bomb:
-    """What a pickle can ask for: to make a file, here."""
+    """An object whose unpickling calls a function, here one that creates a file."""
 
     def __init__(self, path: Path, call: Callable[..., Any] = os.system) -> None:
         self.path, self.call = path, call
@@ -43,7 +43,7 @@ def composed() -> dict[str, Any]:
 
 @pytest.fixture
 def trained(tmp_path: Path, composed: dict[str, Any]) -> Path:
-    """A checkpoint as a run leaves it."""
+    """Saves a checkpoint as a run does."""
     torch.set_default_dtype(torch.float32)
     config = deepcopy(composed)
     samples = Samples((2,))
@@ -55,7 +55,7 @@ def trained(tmp_path: Path, composed: dict[str, Any]) -> Path:
 
 
 def assert_refused(run: Run, path: Path, words: str | None = None) -> None:
-    """By the library and by every command that reads a checkpoint, in one line."""
+    """Checks that the library and every command that reads checkpoints refuse the file with a one-line error."""
     with pytest.raises(CheckpointError, match=words) as caught:
         flowtrain.load(path)
     assert "\n" not in str(caught.value)
@@ -83,14 +83,14 @@ def test_a_pickle_bomb_does_not_go_off(
         content["more"] = [bomb]
     torch.save(content, trained)
     assert_refused(run, trained, "refused")
-    # older files of torch are one pickle
+    # files of older torch versions are a single pickle
     trained.write_bytes(pickle.dumps(content))
     assert_refused(run, trained, "refused|complete")
     assert not (tmp_path / "boom").exists()
 
 
 def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """A checkpoint that is whole, with a checksum that is right, and not as flowtrain would write it."""
+    """Edits a checkpoint so that it stays complete, with a correct checksum, but differs from what flowtrain writes."""
     content = checkpoint.load(path)
     change(content)
     torch.save({**content, "checksum": checksum(content)}, path)
@@ -176,7 +176,7 @@ def test_a_tensor_larger_than_its_memory_is_refused(run: Run, trained: Path) -> 
 
 
 def test_a_loaded_checkpoint_opens_no_path_that_it_names(run: Run, trained: Path, tmp_path: Path) -> None:
-    """Only commands that need the data read the file that the config names, and read it as a table."""
+    """Only commands that need the data read the file that the config names, and they read it as a table."""
     (tmp_path / "secret.txt").write_text("root:x:0:0\n")
 
     def traverse(content: dict[str, Any]) -> None:

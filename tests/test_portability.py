@@ -1,4 +1,4 @@
-"""flowtrain runs wherever torch runs: what only some systems have is taken away, and the commands still work."""
+"""flowtrain runs on every system that runs torch: the commands work without features that only some systems have."""
 
 import errno
 import os
@@ -14,8 +14,8 @@ import torch
 from flowtrain.training import checkpoint
 from flowtrain.utils import arguments, files, process
 
-# in a process of its own, as Windows or an odd system would have it: the modules and names are gone before flowtrain is
-# imported, and filelock, which torch has imported, is imported anew. Then the commands, in one process to save time
+# This script runs in a new process. It removes the modules and names that Windows or other systems lack, then imports
+# flowtrain, and imports filelock again because torch has already imported it. To save time, it runs all commands.
 WITHOUT = """
 import os, pathlib, signal, sys, time, types, warnings
 import matplotlib.pyplot, numpy, torch
@@ -44,7 +44,7 @@ warnings.filterwarnings("ignore", "only soft file lock")
 import filelock
 from flowtrain.utils import ranks
 
-# a torch that was built without it has nothing else there
+# a torch built without torch.distributed has only is_available
 ranks.dist = types.SimpleNamespace(is_available=lambda: False)
 from flowtrain.cli import evaluate, sample, train
 from flowtrain.runs.run_directory import InUseError, holding
@@ -63,7 +63,7 @@ def command(main, *arguments):
 
 
 def hold_and(end):
-    # a process that has the run directory and ends without a word
+        # start a process that locks the run directory and ends without releasing it
     ready, told = os.pipe()
     child = fork()
     if not child:
@@ -84,7 +84,7 @@ except InUseError as e:
     assert f"process {child} on" in str(e), e
 os.kill(child, 9)
 os.waitpid(child, 0)
-# what it has left holds nobody up
+# its leftover lock file does not block the next run
 assert pathlib.Path(run, ".lock").exists()
 
 keys = ["model=realnvp", "recipe=none", "model.layers=2", "model.hidden=[4]", "data=array", "data.path=x.npy",
@@ -134,7 +134,7 @@ def test_memory_of_unknown_size_refuses_nothing(monkeypatch: pytest.MonkeyPatch)
 def test_unflushable_directory_does_not_fail_a_write(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows opens no folder, and some network file systems flush none."""
+    """Windows cannot open directories, and some network file systems cannot flush them."""
     name = "open" if number == errno.EACCES else "fsync"
     real = getattr(os, name)
 
@@ -153,7 +153,7 @@ def test_unflushable_directory_does_not_fail_a_write(
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["win32", "darwin"])
 def test_types_name_nothing_that_a_platform_lacks(platform: str) -> None:
-    """mypy knows which names of os and signal each platform has."""
+    """mypy knows which names of os and signal exist on each platform."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "mypy", "--platform", platform, "--config-file", "pyproject.toml"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)

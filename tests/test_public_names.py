@@ -1,4 +1,4 @@
-"""The names of the package: what they import, their defaults, and their types."""
+"""The public names of the package: the modules that they import, their defaults, and their types."""
 
 import inspect
 import re
@@ -28,7 +28,7 @@ CHOICES = [
     ("regularizer", "none"),
     *(("data", name) for name in TOYS),
 ]
-# of vectors, from few rows
+# a few rows, as the models for vectors expect
 VECTORS = torch.tensor([[0.0, 0.0], [1.0, -2.0], [0.3, 0.4]])
 
 TYPED = """
@@ -78,7 +78,7 @@ assert not avoided & set(sys.modules), "of a fit"
 
 
 def test_models_are_functions_and_their_modules_are_found_by_name() -> None:
-    # whichever module is imported first; torch, which takes most of the time, is imported once
+    # each module can be imported first; torch is imported once, because it takes most of the time
     code = """
 import sys, torch
 from importlib import import_module
@@ -96,7 +96,7 @@ for first in ("flowtrain.models.realnvp", "flowtrain.models", "flowtrain.models.
 
 
 def parameters(target: str) -> Mapping[str, inspect.Parameter]:
-    """Those of what a config names; of a solver those of its base class too."""
+    """Returns the parameters of a config's target, and for solvers also the parameters of the base class."""
     found: Callable[..., Any] = resolve_name(target)
     more = inspect.signature(Solver.__init__).parameters if found is ode.ode_solver else {}
     return {**more, **inspect.signature(found).parameters}
@@ -106,7 +106,7 @@ def parameters(target: str) -> Mapping[str, inspect.Parameter]:
 def test_defaults_of_python_are_those_of_the_configs(group: str, name: str) -> None:
     config = compose_defaults([f"{group}={name}"])[group]
     if name == "auto":
-        # stands for a choice that is made when the data are known
+        # `auto` stands for a choice that depends on the data
         assert "_target_" not in config
         return
     known = parameters(config["_target_"])
@@ -116,7 +116,7 @@ def test_defaults_of_python_are_those_of_the_configs(group: str, name: str) -> N
         default = known[key].default
         assert default is not inspect.Parameter.empty, key
         assert (list(default) if isinstance(default, tuple) else default) == config[key], key
-    # and the configs have every key that can be given
+    # the configs contain every parameter that users can set
     given = ("self", "event_shape", "solver", "classes", "flow", "regularizer", "teacher", "seed", "steps", "tableau")
     rest = [k for k, p in known.items() if p.default is not p.empty and k not in (*keys, *given)]
     assert not rest
@@ -178,9 +178,9 @@ def test_a_typed_project_passes_mypy(tmp_path: Path, request: pytest.FixtureRequ
     assert (Path(flowtrain.__file__).parent / "py.typed").exists()
     project = tmp_path / "project.py"
     project.write_text(TYPED)
-    # the types of torch, which take ten seconds to read, are kept from one run of the tests to the next
+    # caching torch's types, which mypy reads in ten seconds, makes later test runs faster
     cache = tmp_path / "cache" if request.config.cache is None else request.config.cache.mkdir("mypy")
-    # the package as it is installed: its own errors are not looked at, and its own settings are not read
+    # check the package as installed, without reporting its own errors or reading its settings
     arguments = ["--strict", "--config-file=", f"--cache-dir={cache}", str(project)]
     command = [sys.executable, "-m", "mypy", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -1,11 +1,11 @@
-"""One collective a step beside DistributedDataParallel, on two ranks of this machine (Gloo), the same loss and batch.
+"""Compares flowtrain's single collective per step with DistributedDataParallel, on two ranks of this machine (Gloo).
 
     python scripts/bench/averaging.py
     python scripts/bench/averaging.py --steps 40 --threads 1
 
-Prints, of each setup, the median time of forward, backward and averaging, taken in turn in the same processes, and how
-far apart the two gradients are. DDP overlaps its all-reduce with the way back; flowtrain sums everything at the end
-(flowtrain.training.update says what for).
+Both use the same loss and batch. For each setup the script prints the median time of forward, backward and averaging,
+with alternating steps in the same processes, and the difference of the two gradients. DDP overlaps its all-reduce with
+the backward pass. flowtrain sums everything at the end (flowtrain.training.update.averaged explains why).
 """
 
 import argparse
@@ -28,15 +28,15 @@ from flowtrain.runs.build import build_data, build_flow, build_objective
 from flowtrain.training.update import averaged
 
 SETUPS = {
-    "FFJORD, moons, 256 rows a rank": (["model=ffjord", "data=moons", "solver.rtol=1e-4"], 256),
-    "RealNVP, MNIST, 16 images a rank": (["model=realnvp", "data=mnist"], 16),
-    "Glow, MNIST, 16 images a rank": (["model=glow", "data=mnist", "model.steps=4"], 16),
+    "FFJORD, moons, 256 rows per rank": (["model=ffjord", "data=moons", "solver.rtol=1e-4"], 256),
+    "RealNVP, MNIST, 16 images per rank": (["model=realnvp", "data=mnist"], 16),
+    "Glow, MNIST, 16 images per rank": (["model=glow", "data=mnist", "model.steps=4"], 16),
 }
 WARM = 3
 
 
 def work(rank: int, folder: str, steps: int, threads: int) -> None:
-    """Measures every setup on one of two ranks; rank 0 writes what it found."""
+    """Measures every setup on one of two ranks. Rank 0 writes the results."""
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {name: setup(rank, overrides, rows, steps) for name, (overrides, rows) in SETUPS.items()}
@@ -46,7 +46,7 @@ def work(rank: int, folder: str, steps: int, threads: int) -> None:
 
 
 def setup(rank: int, overrides: list[str], rows: int, steps: int) -> tuple[list[float], list[float], int, float]:
-    """Seconds of flowtrain's steps and of DDP's, the number of parameters, and the largest difference of gradients."""
+    """Returns step times of flowtrain and of DDP, the number of parameters, and the largest difference of gradients."""
     config = compose_defaults(overrides)
     torch.manual_seed(0)
     data = build_data(config)
@@ -54,7 +54,7 @@ def setup(rank: int, overrides: list[str], rows: int, steps: int) -> tuple[list[
     objective = build_objective(config, flow)
     flow.bijection.initialize(flow.dequantized(data.train_batch(0, 500, 0)))
     with warnings.catch_warnings():
-        # of a name that newer versions of torch have another for
+        # newer versions of torch warn about a renamed function
         warnings.simplefilter("ignore", FutureWarning)
         wrapped = DistributedDataParallel(objective, broadcast_buffers=False)
     parameters = list(flow.parameters())
@@ -98,7 +98,7 @@ def main() -> None:
         for process in ranks:
             process.join()
         if any(process.exitcode for process in ranks):
-            raise SystemExit("stopped: a rank failed, see above")
+            raise SystemExit("stopped: a rank failed with the message above")
         found = torch.load(Path(folder, "found.pt"), weights_only=True)
     print(f"{machine()}\n")
     rows = []

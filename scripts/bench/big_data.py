@@ -1,11 +1,11 @@
-"""A file of 50 million rows of 8 columns, 1.6 GB, trained on in memory that does not grow with it.
+"""Trains on a file of 50 million rows of 8 columns, 1.6 GB, with memory that does not grow with the file.
 
     python scripts/bench/big_data.py                        # writes the file to a temporary folder; a few minutes
     python scripts/bench/big_data.py --rows 5000000 --steps 200
     python scripts/bench/big_data.py --model affine --batch 32768 --steps 3000   # two epochs, of all the rows
 
-Prints the largest resident memory of `flowtrain` in a process of its own, on the whole file and on a tenth of it, the
-seconds until its first step, and the median time of a step beside that of the tenth read into memory.
+For the whole file and for a tenth of it, the script prints the largest resident memory of `flowtrain` in a new process,
+the seconds until its first step, and the median time of a step. It also measures the tenth when it is read into memory.
 """
 
 import argparse
@@ -25,18 +25,18 @@ from numpy.lib.format import write_array_header_1_0
 try:
     import resource
 except ImportError as e:
-    raise SystemExit("this script measures by Python's module resource, which this system does not have") from e
+    raise SystemExit("this script needs Python's module resource, which this system lacks") from e
 
 COLUMNS = 8
-# rows that are written at once
+# rows written at once
 PART = 2**18
 
 
 def write(path: Path, rows: int) -> None:
-    """Eight columns with a curved dependence between neighbours."""
+    """Writes eight columns with a nonlinear dependence between neighbours."""
     progress(f"writing {rows:,} rows, {4 * COLUMNS * rows / 1e9:.2f} GB")
     rng = np.random.default_rng(0)
-    # not by a map: its pages would be this process's memory, and the largest that a child is said to have had
+    # not memory-mapped: mapped pages would count as memory of this process and of its children
     with path.open("wb") as out:
         write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": (rows, COLUMNS)})
         for start in range(0, rows, PART):
@@ -46,7 +46,7 @@ def write(path: Path, rows: int) -> None:
 
 
 def run(path: Path, folder: Path, model: str, steps: int, batch: int, *keys: str) -> tuple[float, float, float]:
-    """Largest resident memory in GiB, seconds until training began, and median seconds of a step."""
+    """Returns the largest resident memory in GiB, seconds until training began, and median seconds of a step."""
     keys = (*keys, "data=array", f"data.path={path}", f"model={model}", f"trainer.steps={steps}")
     keys += (
         f"trainer.batch_size={batch}",
@@ -64,7 +64,7 @@ def run(path: Path, folder: Path, model: str, steps: int, batch: int, *keys: str
     child = subprocess.Popen([sys.executable, "-m", "flowtrain", *keys], stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(child.pid, 0)
     if status:
-        raise SystemExit("stopped: flowtrain failed, see above")
+        raise SystemExit("stopped: flowtrain failed with the message above")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if row["split"] == "train"]
     log = (folder / "flowtrain.log").read_text().splitlines()
@@ -88,8 +88,8 @@ def main() -> None:
         write(whole, args.rows)
         write(tenth, args.rows // 10)
         for words, path, keys in (
-            (f"{args.rows:,} rows by windows", whole, ["data.memory_map=true"]),
-            (f"{args.rows // 10:,} rows by windows", tenth, ["data.memory_map=true"]),
+            (f"{args.rows:,} rows, streamed", whole, ["data.memory_map=true"]),
+            (f"{args.rows // 10:,} rows, streamed", tenth, ["data.memory_map=true"]),
             (f"{args.rows // 10:,} rows in memory", tenth, ["data.memory_map=false"]),
         ):
             progress(words)

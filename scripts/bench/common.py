@@ -1,6 +1,6 @@
-"""What the measuring scripts share: fair timing, spread, Markdown tables, and the machine's name.
+"""Shared functions of the benchmarks: fair timing, spread, Markdown tables, and the name of the machine.
 
-Imported before torch and jax by every script, because `use_threads` must come first.
+Scripts import this module before torch and jax, because `use_threads` must run first.
 """
 
 import os
@@ -21,20 +21,20 @@ CACHE = Path(__file__).resolve().parents[2] / "outputs" / "bench"
 
 
 def use_threads(n: int, device: str = "cpu") -> None:
-    """Holds this process, torch and jax alike, to n cores and one kind of device; before torch or jax is imported.
+    """Restricts this process to n cores and one kind of device. Call it before importing torch or jax.
 
-    XLA has no setting for the size of its thread pool: it takes as many as the process may run on.
+    XLA has no setting for the size of its thread pool, which has a thread for every core that the process may use.
     """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-n:])
     os.environ["OMP_NUM_THREADS"] = str(n)
     if n == 1:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
-    # callbacks run on the CPU wherever the rest does
+    # callbacks run on the CPU even if the rest runs on a GPU
     os.environ["JAX_PLATFORMS"] = "cpu" if device == "cpu" else f"{device},cpu"
-    # on a GPU it has TF32 by default
+    # on a GPU the default is TF32
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
-    # not three quarters of a GPU's memory at once
+    # otherwise jax reserves three quarters of the GPU's memory
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import torch
 
@@ -42,22 +42,22 @@ def use_threads(n: int, device: str = "cpu") -> None:
 
 
 def run_flowtrain(run_dir: Path, *overrides: str) -> None:
-    """`flowtrain` with these overrides, in a process of its own, into `run_dir`."""
+    """Runs `flowtrain` with the overrides in a new process, with the run directory `run_dir`."""
     command = [sys.executable, "-m", "flowtrain", *overrides, f"hydra.run.dir={run_dir}"]
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-        # its own message is above
+        # flowtrain has printed its own message
         raise SystemExit(f"stopped: {' '.join(command[1:])} failed")
 
 
 def keep_freed_memory() -> None:
-    """As flowtrain's own commands do; every peer on torch gains as much."""
+    """Keeps freed memory like flowtrain's commands. All engines based on torch gain equally."""
     from flowtrain.utils.process import keep_freed_memory
 
     keep_freed_memory()
 
 
 def machine(device: str = "cpu") -> str:
-    """The processor, how much of it we hold, the GPU if that is the device, and the versions that matter."""
+    """Returns the processor, its usable cores and load, the GPU if it is the device, and the versions of packages."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -80,19 +80,19 @@ def machine(device: str = "cpu") -> str:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def peak_bytes(usage: Any) -> int:
-    """The largest resident memory of a resource usage, which Linux counts in KiB and macOS in bytes."""
+    """Returns the largest resident memory of a resource usage, which is in KiB on Linux and in bytes on macOS."""
     return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 def interleave(cases: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each case, `repeats` times round the table, so that a slow moment of the machine hits all."""
+    """Measures the milliseconds of each case in `repeats` rounds, so that slow moments affect all cases equally."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for done in range(repeats):
         for name, case in cases.items():
@@ -104,14 +104,14 @@ def interleave(cases: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, 
 
 
 def median_and_spread(values: Sequence[float], digits: int = 1) -> tuple[str, str]:
-    """("median", "least to most") in words."""
+    """Returns the texts ("median", "least to most")."""
     if not values:
         return "-", "-"
     return f"{statistics.median(values):.{digits}f}", f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned for the terminal."""
+    """Returns a Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
@@ -123,5 +123,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def progress(words: str) -> None:
-    """To standard error, so that standard output is the table alone."""
+    """Prints to stderr, so that stdout contains only the table."""
     print(words, file=sys.stderr, flush=True)

@@ -4,12 +4,14 @@
     python scripts/bench/conv.py --activation tanh --batch 16 --threads 1
     python scripts/bench/conv.py --device cuda
 
-The field is concatsquash, its last layer drawn at random and scaled (--head) until a solve costs about what one
-does in training; the table has the NFE. x is a batch of standard normal images, the trace Hutchinson's with one
-Rademacher draw, the same for all. Prints a Markdown table: medians of rounds in which each engine has one turn and
-of their ratio to the first engine in the same round, NFE, the gradient on the whole batch beside the first engine's,
-and, on the first --rows rows alone, errors of the gradient (relative) and of the NLL (nats) against float64 at rtol
-1e-8. flowtrain is as it trains by default (control=state); the others keep the log-determinant in the step control.
+The field is concatsquash. Its last layer is random and scaled (--head) so that a solve has about the NFE of a trained
+field; the table shows the NFE. x is a batch of standard normal images. All engines use Hutchinson's trace with the same
+Rademacher draw.
+
+All engines take turns in rounds. The script prints a Markdown table of median times and of their ratios to the first
+engine in the same round. The gradient on the whole batch is compared with the first engine's. On the first --rows rows,
+errors of the gradient (relative) and of the NLL (nats) are measured against float64 at rtol 1e-8. flowtrain has its
+default control=state, so it excludes the log-determinant from the step control. The others include it.
 """
 
 import argparse
@@ -30,28 +32,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--hidden", default="64,64,64")
     parser.add_argument("--activation", default="softplus", help="softplus | tanh | swish")
-    parser.add_argument("--head", type=float, default=4.0, help="scale of the last layer; 10 about doubles the NFE")
-    parser.add_argument("--rtol", type=float, default=1e-5, help="atol is the same")
+    parser.add_argument("--head", type=float, default=4.0, help="scale of the last layer; 10 roughly doubles the NFE")
+    parser.add_argument("--rtol", type=float, default=1e-5, help="relative and absolute tolerance")
     parser.add_argument("--method", default="dopri5")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=4, help="of the batch on which errors are measured")
+    parser.add_argument("--rows", type=int, default=4, help="number of rows of the batch for measuring errors")
     return parser.parse_args()
 
 
 def conv_problem(
     batch: int, side: int, channels: int, hidden: str, activation: str, head: float, **solver: object
 ) -> "Problem":
-    """A field as drawn by its own constructor but for the last layer, and images and noise, all from fixed seeds."""
+    """Returns a field with a random last layer, images and noise, all from fixed seeds."""
     import torch
-    from steps import Problem, fixed_noise, wake_head
+    from steps import Problem, fixed_noise, randomize_last_layer
 
     from flowtrain.nn import conv_field
 
     torch.manual_seed(0)
     field = conv_field.ConvField(channels, [int(h) for h in hidden.split(",")], "concatsquash", activation)
-    wake_head(field, head)
+    randomize_last_layer(field, head)
     x = torch.randn(batch, channels, side, side)
     return Problem(field, x, fixed_noise(x), torch.randn_like(x), dict(solver))
 
@@ -79,13 +81,13 @@ def main() -> None:
     assert problem.noise is not None
     n = args.rows
     few = Problem(problem.field, problem.x[:n], problem.noise[:n], problem.before[:n], problem.solver)
-    progress(f"reference on {args.rows} rows")
+    progress(f"computing the reference on {args.rows} rows")
     true = reference(few, rows=args.rows, rtol=1e-8)
     print(f"{machine(args.device)}; {args.threads} threads")
     print(
         f"\n{args.channels}x{args.side}x{args.side}, batch {args.batch}, hidden {args.hidden.replace(',', '-')}, "
         f"{args.activation}, {args.method}, rtol = atol = {args.rtol:g}, Hutchinson, 1 Rademacher draw; "
-        f"last layer at random times {args.head:g}\n"
+        f"last layer random, scaled by {args.head:g}\n"
     )
     print(compare(contestants(), problem, true, args.repeats, few))
 

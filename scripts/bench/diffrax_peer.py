@@ -1,6 +1,7 @@
-"""The contestant diffrax: the same concatsquash field with the same weights, jitted, in its usual settings.
+"""diffrax as an engine: the same concatsquash field with the same weights, jitted, with common settings.
 
-Dopri5, PIDController(rtol=atol), RecursiveCheckpointAdjoint; one step size for the whole batch, as everywhere here.
+Dopri5, PIDController(rtol=atol) and RecursiveCheckpointAdjoint. The whole batch has one step size, as in all engines
+here.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from steps import Contestant, Problem, Skip, Step
 from flowtrain.nn.mlp_field import ConcatSquash, MLPField
 
 ACTIVATIONS = {"tanh": jnp.tanh, "softplus": jax.nn.softplus, "swish": jax.nn.silu}
-# in the order of ConcatSquash's own parameters, so that gradients line up
+# in the order of ConcatSquash's parameters, so that gradients are comparable
 NAMES = ("linear.weight", "linear.bias", "gate.weight", "gate.bias", "shift.weight")
 
 Layers = list[dict[str, jax.Array]]
@@ -24,7 +25,7 @@ Layers = list[dict[str, jax.Array]]
 def weights_of(field: MLPField) -> Layers:
     layers = [*field.body, field.head]
     if not all(isinstance(layer, ConcatSquash) for layer in layers):
-        raise Skip("written for a concatsquash field")
+        raise Skip("needs a concatsquash field")
     return [{n: jnp.asarray(layer.get_parameter(n).numpy(force=True)) for n in NAMES} for layer in layers]
 
 
@@ -38,14 +39,14 @@ def velocity(layers: Layers, activation: str, t: jax.Array, x: jax.Array) -> jax
 
 
 def diffrax_step(problem: Problem) -> Contestant:
-    """Compiled here, so that no step pays for it.
+    """Compiles the step in advance, so that timed steps do not include compilation.
 
     Raises:
         Skip: the field is not a concatsquash MLP.
     """
     field = problem.field
     if not isinstance(field, MLPField):
-        raise Skip("written for a concatsquash MLP")
+        raise Skip("needs a concatsquash MLP")
     activation, rtol, d = type(field.activation).__name__.lower(), problem.solver["rtol"], problem.x.shape[1]
     noise = None if problem.noise is None else jnp.asarray(problem.noise.numpy(force=True))
     x0 = jnp.asarray(problem.x.numpy(force=True))
@@ -58,7 +59,7 @@ def diffrax_step(problem: Problem) -> Contestant:
         if noise is not None:
             v, je = jax.jvp(f, (x,), (noise,))
             return v, (je * noise).sum(1)
-        # one jvp a column shares the primal under XLA: half the time of jax.linearize or jax.vmap, measured
+        # with one jvp per column, XLA shares the primal: measured at half the time of jax.linearize or jax.vmap
         trace = jnp.zeros(len(x), x.dtype)
         for i in range(d):
             v, je = jax.jvp(f, (x,), (jnp.zeros_like(x).at[:, i].set(1.0),))

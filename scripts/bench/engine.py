@@ -1,22 +1,29 @@
-"""One FFJORD training step by flowtrain and by other engines: same field, weights, batch, tolerance, trace.
+"""One FFJORD training step by flowtrain and by other engines, with the same field, weights, batch, tolerance and trace.
 
     python scripts/bench/engine.py                               # two moons: d = 2, batch 512, one thread
     python scripts/bench/engine.py --d 43                        # a mixture of Gaussians, Hutchinson's trace
     python scripts/bench/engine.py --ckpt outputs/my-run --batch 2000 --rtol 1e-6
     python scripts/bench/engine.py --device cuda --threads 4 --only flowtrain torchdiffeq
 
-A step is the solve from x to z, the NLL and its gradient in all parameters; no optimizer. Prints a Markdown table
-for the initial weights (the last layer at zero), for the same with the last layer drawn at random, and for trained
-ones (of --ckpt, else of a short run kept in outputs/bench): medians of rounds in which each engine has one turn and
-of their ratio to flowtrain's default in the same round, evaluations of the velocity, and errors of the gradient
-(relative, all parameters as one vector) and of the NLL (nats) against float64 at rtol 1e-10.
+A step is the solve from x to z, the NLL and its gradient with respect to all parameters, without the optimizer. The
+script prints a Markdown table for each of three sets of weights: initial weights (the last layer is zero), initial
+weights with a random last layer, and trained weights (of --ckpt, or of a short run kept in outputs/bench).
 
-Read a ratio beside its errors. flowtrain leaves the log-determinant out of the step control while training unless
-control=all, as all others keep it in: those rows are alike. Its NFE does not count the batched evaluation of the
-trace at its nodes. Every engine has the same field, zuko's too, whose own CNF has another network; zuko controls the
-largest error where others control the RMS, and weighs the log-determinant's by 1/100. diffrax is jitted, compile
-time not counted, its weights copied. Both take part where installed (pip install zuko diffrax). Everything is held
-to --threads cores, jax too.
+All engines take turns in rounds. Times are medians over rounds. Ratios are to flowtrain's default in the same round.
+NFE counts evaluations of the velocity. Errors of the gradient (relative, all parameters as one vector) and of the NLL
+(nats) are measured against float64 at rtol 1e-10.
+
+Compare ratios only together with the errors:
+
+- In training, flowtrain excludes the log-determinant from the step control unless control=all. All other engines
+  include it, so compare them with control=all.
+- flowtrain's NFE does not count the batched evaluation of the trace at its nodes.
+- All engines have the same field, although zuko's own CNF has another network.
+- zuko controls the largest error, and others control the RMS. zuko weights the error of the log-determinant by 1/100.
+- diffrax is jitted, and compile time is not counted.
+
+zuko and diffrax are measured if they are installed (pip install zuko diffrax). All engines, including jax, are
+restricted to --threads cores.
 """
 
 import argparse
@@ -39,23 +46,23 @@ MODES = 20
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", type=Path, help="a run directory or .pt file of model=ffjord; else trains one")
-    parser.add_argument("--d", type=int, default=2, help="2: moons, exact trace; else a mixture, Hutchinson's trace")
+    parser.add_argument("--ckpt", type=Path, help="a run directory or .pt file of model=ffjord; default: train one")
+    parser.add_argument("--d", type=int, default=2, help="2: moons, exact trace; others: a mixture, Hutchinson's trace")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--rtol", type=float, default=1e-5, help="atol is the same")
-    parser.add_argument("--method", default="dopri5", help="of flowtrain and torchdiffeq")
+    parser.add_argument("--rtol", type=float, default=1e-5, help="relative and absolute tolerance")
+    parser.add_argument("--method", default="dopri5", help="solver of flowtrain and torchdiffeq")
     parser.add_argument("--train", nargs="*", default=[], help="overrides for the run that trains the weights")
     stages = ("initial", "random", "trained")
     parser.add_argument("--weights", nargs="+", choices=stages, default=stages)
-    parser.add_argument("--only", nargs="+", default=[""], help="engines whose name holds one of these, as diffrax")
+    parser.add_argument("--only", nargs="+", default=[""], help="engines whose name contains one of these words")
     return parser.parse_args()
 
 
 def trained_run(d: int, overrides: list[str]) -> Path:
-    """A run of flowtrain with its defaults and the overrides, kept from one call to the next."""
+    """Trains a run with flowtrain's defaults and the overrides, or returns the run of an earlier call."""
     name = re.sub(r"[^\w.-]", "_", "-".join([f"d{d}", *overrides]))
     run_dir = CACHE / name
     if (run_dir / "result.json").exists():
@@ -63,13 +70,13 @@ def trained_run(d: int, overrides: list[str]) -> Path:
     data = ["data=moons"]
     if d != 2:
         data = ["data=array", f"data.path={mixture(d)}", "trainer.steps=300", "trainer.lr=0.002"]
-    progress(f"training once, into {run_dir}: flowtrain {' '.join(data + overrides)}")
+    progress(f"training a run in {run_dir}: flowtrain {' '.join(data + overrides)}")
     run_flowtrain(run_dir, *data, *overrides)
     return run_dir
 
 
 def mixture(d: int, n: int = 20_000) -> Path:
-    """A file of n draws from a mixture of Gaussians with random centres and covariances."""
+    """Writes a file of n draws from a mixture of Gaussians with random centers and covariances."""
     import numpy as np
 
     path = CACHE / f"mixture{d}.npy"
@@ -85,16 +92,16 @@ def mixture(d: int, n: int = 20_000) -> Path:
 
 
 def parts_of(bijection: "Bijection") -> list["Bijection"]:
-    """A chain of chains laid flat."""
+    """Returns the bijections of nested chains as one list."""
     from flowtrain.bijections.base import Chain
 
     return [part for b in bijection for part in parts_of(b)] if isinstance(bijection, Chain) else [bijection]
 
 
 def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
-    """The field at three stages of its life on one batch, which is in the field's own units."""
+    """Returns the field with initial, random and trained weights, and one batch in the units of the field."""
     import torch
-    from steps import Problem, fixed_noise, wake_head
+    from steps import Problem, fixed_noise, randomize_last_layer
 
     from flowtrain import load
     from flowtrain.bijections.continuous import Continuous
@@ -112,19 +119,19 @@ def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
                 break
             both = bijection.map_inverse(both)
         else:
-            raise SystemExit(f"{ckpt} holds no continuous flow: give a run of model=ffjord")
+            raise SystemExit(f"{ckpt} contains no continuous flow: give a run of model=ffjord")
     x, before = both.chunk(2)
     noise = None if data.event_shape[0] <= 8 else fixed_noise(x)
     torch.manual_seed(0)
     fresh = build.build_flow(saved["config"], data.samples)
     initial = next(m for m in fresh.modules() if isinstance(m, Continuous)).field
     random = copy.deepcopy(initial)
-    wake_head(random, 1.0)
+    randomize_last_layer(random, 1.0)
     solver = {"method": args.method, "rtol": args.rtol}
     stages = {"initial": initial, "random": random, "trained": bijection.field}
     words = {
         "initial": "initial weights, last layer zero",
-        "random": "initial weights, last layer drawn as torch's default",
+        "random": "initial weights, last layer random (torch's default)",
         "trained": f"trained weights, step {saved['step']} of {ckpt}",
     }
     return {words[name]: Problem(stages[name], x, noise, before, solver).to(args.device) for name in args.weights}

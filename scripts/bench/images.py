@@ -1,13 +1,18 @@
-"""The README's table of images: test bits/dim and cost of the small experiments, ten minutes of training each at most.
+"""Makes the README's table of images: test bits/dim and cost of the small experiments, at most ten minutes each.
 
     python scripts/bench/images.py                            # all three on MNIST, one after another: 35 minutes
     python scripts/bench/images.py glow --data fashion_mnist
     python scripts/bench/images.py realnvp trainer.steps=500  # with overrides for flowtrain
 
-Each run is `flowtrain experiment=mnist_MODEL_small data=DATA`, which finds the files as any run does (FLOWTRAIN_DATA,
-data.root). Prints a Markdown table: bits per dimension with uniform dequantization, one draw, and its standard error
-over the test set; parameters; training seconds, validations and pictures included; steps, and the median of their
-milliseconds; NFE of the last training step; seconds that scoring the test set took.
+Each run is `flowtrain experiment=mnist_MODEL_small data=DATA`, which finds the files like any run (FLOWTRAIN_DATA,
+data.root). The script prints a Markdown table with these columns:
+
+- bits per dimension with uniform dequantization (one draw), and the standard error over the test set
+- parameters
+- seconds of training, with validations and pictures
+- steps, and their median time in milliseconds
+- NFE of the last training step
+- seconds of scoring the test set
 """
 
 import argparse
@@ -24,14 +29,14 @@ HEAD = ("model", "bits/dim", "parameters", "seconds", "steps", "ms a step", "NFE
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chosen", nargs="*", help=f"of {', '.join(MODELS)}, and overrides for flowtrain")
+    parser.add_argument("chosen", nargs="*", help=f"models among {', '.join(MODELS)}, and overrides for flowtrain")
     parser.add_argument("--data", default="mnist", help="mnist | fashion_mnist")
-    parser.add_argument("--out", type=Path, help="where the runs go; a new folder unless given")
+    parser.add_argument("--out", type=Path, help="folder of the runs; default: a new temporary folder")
     return parser.parse_args()
 
 
 def measure(model: str, data: str, run_dir: Path, overrides: list[str]) -> list[str]:
-    """A row of the table."""
+    """Trains a model and returns its row of the table."""
     import flowtrain
 
     run_flowtrain(run_dir, f"experiment=mnist_{model}_small", f"data={data}", *overrides)

@@ -3,10 +3,10 @@
     python scripts/bench/memory.py                            # rk4, 4 to 64 steps, batch 16
     python scripts/bench/memory.py --batch 8 --steps 4 16 64 --only replay
 
-Each cell is a fresh process that takes one step of two solver steps on two rows to load what torch loads lazily, then
-the measured one; prints in a Markdown table by how many MiB that raised the peak of its resident memory (ru_maxrss).
-glibc is told to return large blocks at once (MALLOC_MMAP_THRESHOLD_), so that what is counted is what was live; the
-median of --repeats processes, with its spread where they differ by more than 5 %.
+Each cell is measured in a new process. It first takes a training step with two solver steps on two rows, to load
+everything that torch loads lazily, and then the measured step. The script prints a Markdown table of the increase of
+the peak resident memory (ru_maxrss) in MiB. A value is the median of --repeats processes, with the spread if they
+differ by more than 5 %. glibc returns large blocks at once (MALLOC_MMAP_THRESHOLD_), so that only live memory counts.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from common import cores, machine, peak_bytes, progress, table, use_threads
 try:
     import resource
 except ImportError as e:
-    raise SystemExit("this script measures by Python's module resource, which this system does not have") from e
+    raise SystemExit("this script needs Python's module resource, which this system lacks") from e
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--only", default="", help="engines whose name holds this word, such as replay")
+    parser.add_argument("--only", default="", help="engines whose name contains this word, such as replay")
     parser.add_argument("--side", type=int, default=28)
     parser.add_argument("--hidden", default="64,64,64")
     parser.add_argument("--activation", default="softplus")
@@ -41,12 +41,12 @@ def arguments() -> argparse.Namespace:
 
 
 def peak() -> float:
-    """MiB."""
+    """Returns the peak resident memory of this process in MiB."""
     return peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) / 2**20
 
 
 def measure(args: argparse.Namespace) -> None:
-    """In the child: prints the MiB by which one step raised the peak, or why there is none."""
+    """Runs in the child process: prints the increase of the peak by one step in MiB, or why it was not measured."""
     use_threads(args.threads)
     from conv import contestants, conv_problem
     from steps import Skip
@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def cell(name: str, steps: int, args: argparse.Namespace) -> str:
-    """The child's answer, or what became of it."""
+    """Returns the measurement of a child process, or its failure."""
     keys = ("batch", "side", "hidden", "activation", "threads")
     options = [word for key in keys for word in (f"--{key}", str(getattr(args, key)))]
     command = [sys.executable, __file__, *options, "--child", name, str(steps)]
@@ -76,7 +76,7 @@ def cell(name: str, steps: int, args: argparse.Namespace) -> str:
     for _ in range(args.repeats):
         done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            # the kernel kills what the memory does not hold
+            # the kernel kills processes that exceed the memory
             return "killed" if done.returncode == -9 else f"failed ({done.returncode})"
         answer = done.stdout.strip().splitlines()[-1]
         if answer.startswith("left out"):
@@ -110,7 +110,7 @@ def main() -> None:
             rows.append(row)
     print(f"{machine()}; {args.threads} threads")
     print(
-        f"\nMiB over the start of a training step: 1x{args.side}x{args.side}, batch {args.batch}, hidden "
+        f"\nMiB above the start of a training step: 1x{args.side}x{args.side}, batch {args.batch}, hidden "
         f"{args.hidden.replace(',', '-')}, {args.activation}, rk4\n"
     )
     print(table(["engine", *(f"{n} steps" for n in args.steps)], rows))

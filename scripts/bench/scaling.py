@@ -1,19 +1,20 @@
-"""Two processes beside one, measured; 8, 64 and 512 by a model of what travels.
+"""Compares two processes with one by measurement, and predicts 8, 64 and 512 ranks from a model of communication.
 
     python scripts/bench/scaling.py                    # moons by FFJORD, MNIST by RealNVP; a few minutes
     python scripts/bench/scaling.py --only moons --steps 60 --repeats 5
 
-Measured, each in turn: one process of one thread, two processes of one thread (torchrun, Gloo), one process of two
-threads, on the same global batch. The ratio is of median times of a step; the losses are those of the same steps.
+Three setups are measured alternately with the same global batch: one process with one thread, two processes with one
+thread (torchrun, Gloo), and one process with two threads. Speed is the ratio of median step times. The losses of the
+same steps are compared.
 
-The model, per step, in seconds, for N ranks with a gradient of G bytes:
+The model gives the seconds per step for N ranks and a gradient of G bytes, where c is the measured step:
 
-    compute         c / N with the global batch held, c with the batch of a rank held; c is the measured step
-    communication   2 (N - 1) / N G / bandwidth + 2 log2(N) latency (a ring's volume, a tree's depth: what NCCL takes)
+    compute         c / N if the global batch is constant, c if the batch per rank is constant
+    communication   2 (N - 1) / N G / bandwidth + 2 log2(N) latency (volume of a ring, depth of a tree, as in NCCL)
     waiting         compute (E[max of N NFE] / E[NFE] - 1), drawn from the NFE of the measured steps: each rank solves
-                    its own share, and the slowest is waited for
+                    its own share, and all wait for the slowest
 
-Nothing overlaps: gradients travel once the last of them is there (flowtrain.training.update says why).
+Nothing overlaps: gradients are sent after the last one is computed (flowtrain.training.update.averaged explains why).
 """
 
 import argparse
@@ -32,18 +33,18 @@ from common import machine, median_and_spread, progress, table
 import flowtrain
 
 RANKS = (8, 64, 512)
-# bytes a second, seconds
+# bytes per second, seconds
 LINKS = {"NVLink and InfiniBand, 25 GB/s, 5 us": (25e9, 5e-6), "Ethernet, 10 Gbit/s, 50 us": (1.25e9, 50e-6)}
 SETUPS = {
     "moons": ["model=ffjord", "data=moons", "trainer.batch_size=512"],
     "mnist": ["model=realnvp", "data=mnist", "trainer.batch_size=32"],
 }
-# of a run's first steps, those that are not timed
+# the first steps of a run, which are not timed
 WARM = 5
 
 
 class Measured(NamedTuple):
-    """Of one run: seconds of each timed step, NLL and NFE of every step, parameters."""
+    """One run: seconds of each timed step, NLL and NFE of every step, and the number of parameters."""
 
     seconds: list[float]
     nll: list[float]
@@ -68,7 +69,7 @@ def run(setup: str, steps: int, processes: int, threads: int) -> Measured:
 
 
 def measure(setup: str, steps: int, repeats: int) -> Measured:
-    """Prints what was measured of a setup: the runs of one process."""
+    """Prints the measurements of a setup and returns one for a single process."""
     kinds = {"1 process, 1 thread": (1, 1), "2 processes, 1 thread": (2, 1), "1 process, 2 threads": (1, 2)}
     found: dict[str, list[Measured]] = {name: [] for name in kinds}
     for i in range(repeats):
@@ -84,11 +85,11 @@ def measure(setup: str, steps: int, repeats: int) -> Measured:
         step, speed = median_and_spread([1e3 * t for t in times]), median_and_spread(ratios, 2)
         rows.append([name, *(f"{middle} ({spread})" for middle, spread in (step, speed)), f"{apart:.1e}"])
     print(f"\n{setup}: {' '.join(SETUPS[setup])}, {steps} steps, {alone[0].parameters:,} parameters\n")
-    print(table(("", "step [ms]", "speed", f"NLL apart in {steps} steps"), rows))
+    print(table(("", "step [ms]", "speed", f"NLL difference in {steps} steps"), rows))
     return alone[0]
 
 
-def on_paper(setup: str, one: Measured) -> None:
+def print_prediction(setup: str, one: Measured) -> None:
     compute, size = statistics.median(one.seconds), 4 * one.parameters
     rows = []
     for link, (bandwidth, latency) in LINKS.items():
@@ -98,13 +99,13 @@ def on_paper(setup: str, one: Measured) -> None:
             held, own = (share * slowest + sent for share in (compute / n, compute))
             cells = [1e3 * compute / n, 1e3 * sent, slowest - 1, compute / held / n, compute / own]
             rows.append([link, str(n), *(f"{c:.3g}" for c in cells[:2]), *(f"{c:.0%}" for c in cells[2:])])
-    print(f"\n{setup}, on paper: gradient {size / 1e6:.2f} MB, step {1e3 * compute:.1f} ms on one rank\n")
-    head = ("link", "ranks", "compute of a share [ms]", "communication [ms]", "waiting", "efficiency, batch held")
-    print(table((*head, "efficiency, batch of a rank held"), rows))
+    print(f"\n{setup}, predicted: gradient {size / 1e6:.2f} MB, step {1e3 * compute:.1f} ms on one rank\n")
+    head = ("link", "ranks", "compute of a share [ms]", "communication [ms]", "waiting", "efficiency, fixed batch")
+    print(table((*head, "efficiency, fixed batch per rank"), rows))
 
 
 def expected_max(nfe: list[int], n: int) -> float:
-    """E[max of n] / E[one], of draws from the NFE that were measured; 1 where nothing is solved."""
+    """Returns E[max of n] / E[one] for draws from the measured NFE, or 1 if nothing is solved."""
     if not nfe:
         return 1.0
     draw = random.Random(0)
@@ -119,7 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     print(machine())
     for setup in [args.only] if args.only else SETUPS:
-        on_paper(setup, measure(setup, args.steps, args.repeats))
+        print_prediction(setup, measure(setup, args.steps, args.repeats))
 
 
 if __name__ == "__main__":

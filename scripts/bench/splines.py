@@ -1,16 +1,16 @@
-"""Training steps of `nsf` and `maf` beside those of zuko and nflows of the same size, in turn in one process.
+"""Training steps of `nsf` and `maf` compared with zuko and nflows models of the same size, alternating in one process.
 
     python scripts/bench/splines.py               # on one thread; half a minute
     python scripts/bench/splines.py --repeats 50 --cases "8 columns"
 
-pip install zuko nflows (nflows needs UMNN). A step is a batch of 512 rows: log p, its gradient and a fused Adam.
-All networks have matrices of the same shapes: input, two hidden square ones, output. The ratios are medians over
-the rounds of a peer's time divided by ours.
+Needs `pip install zuko nflows` (nflows needs UMNN). A step is log p of a batch of 512 rows, its gradient and a fused
+Adam update. All networks have matrices of the same shapes: input, two square hidden layers, output. Ratios are medians
+over rounds of the other library's time divided by ours.
 
-- nsf is spline couplings with LU layers, as nflows' NSF is. zuko's NSF is
-  autoregressive: each layer maps all columns, where couplings map half of them.
+- nsf has spline couplings with LU layers, like nflows' NSF. zuko's NSF is autoregressive: each layer
+  maps all columns, while couplings map half of them.
 - maf and zuko's MAF are autoregressive and affine.
-- maf with splines maps all columns, as zuko's NSF does.
+- maf with splines maps all columns, like zuko's NSF.
 """
 
 import argparse
@@ -55,7 +55,7 @@ PEERS = {
 
 
 def contestants(d: int, bins: int, width: int) -> dict[str, Callable[[], None]]:
-    """A training step of each."""
+    """Returns a training step of each model."""
     import torch
     import zuko
     from nflows.distributions import StandardNormal

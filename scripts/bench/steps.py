@@ -1,6 +1,6 @@
 """One training step by different engines on the same field: solve x to z, NLL, gradient in the parameters.
 
-A step is a function without arguments that returns a `Step`. Nothing here is timed; see `common.interleave`.
+A step is a function without arguments that returns a `Step`. Timing is done by `common.interleave`.
 """
 
 import copy
@@ -25,14 +25,14 @@ from flowtrain.utils.precision import full_precision
 
 
 class Skip(Exception):  # noqa: N818
-    """A contestant that cannot take part here, and why."""
+    """The reason why an engine cannot be measured here."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What every contestant is given: x (B, *event), and noise of its shape, or None for the exact trace.
+    """The input of every engine: x (B, *event), and noise of its shape, or None for the exact trace.
 
-    `before` is another batch, the one of the training step before, whose solve flowtrain plans this one's steps by.
+    `before` is the batch of the previous training step. flowtrain plans the steps of a solve from the previous solve.
     """
 
     field: nn.Module
@@ -52,7 +52,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Step:
-    """The NLL in nats, its gradient in all parameters as one vector, and evaluations of the velocity."""
+    """The NLL in nats, its gradient with respect to all parameters as one vector, and evaluations of the velocity."""
 
     nll: float
     gradient: Tensor
@@ -69,8 +69,8 @@ def fixed_noise(x: Tensor, seed: int = 0) -> Tensor:
         return rademacher(tuple(x.shape), x)
 
 
-def wake_head(velocity: nn.Module, scale: float, seed: int = 0) -> None:
-    """Draws the last layer, which starts at zero, as torch draws any layer, times `scale`."""
+def randomize_last_layer(velocity: nn.Module, scale: float, seed: int = 0) -> None:
+    """Draws the last layer, which starts at zero, from torch's default distribution, multiplied by `scale`."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for module in velocity.head.modules():  # type: ignore[union-attr]
@@ -92,7 +92,7 @@ def gradient(loss: Tensor, problem: Problem) -> Tensor:
 
 @dataclass(frozen=True)
 class FixedTrace(TraceRule):
-    """Draws the noise that it is given."""
+    """A trace rule that uses the given noise."""
 
     noise_given: Tensor | None = None
 
@@ -101,10 +101,10 @@ class FixedTrace(TraceRule):
 
 
 def flowtrain_step(problem: Problem, **settings: Any) -> Contestant:
-    """flowtrain's own way, by the class that its models are made of.
+    """A step of flowtrain, with the class that its models use.
 
     Raises:
-        Skip: this flowtrain has no such setting, or no continuous flow over this shape.
+        Skip: this version of flowtrain lacks the setting, or has no continuous flow over this shape.
     """
     try:
         solver = ode_solver(**{**problem.solver, **settings})
@@ -117,7 +117,7 @@ def flowtrain_step(problem: Problem, **settings: Any) -> Contestant:
         plans = flow.step_plans
 
     def step() -> Step:
-        # planned by another batch, as in training
+        # as in training, plan the steps from another batch
         flow.step_plans = plans
         with record_solves() as solves:
             loss = nll(*flow.inverse(problem.x))
@@ -150,7 +150,7 @@ class Augmented(nn.Module):
 
 
 def torchdiffeq_step(problem: Problem, adjoint: bool, **settings: Any) -> Contestant:
-    """torchdiffeq with the trace by autograd; `adjoint` is the way of FFJORD's code and of most since."""
+    """torchdiffeq with the trace by autograd. `adjoint` is the method of FFJORD's code and of most later codes."""
     dynamics = Augmented(problem.field, problem.noise)
     arguments = {**problem.solver, **settings}
     if "rtol" in arguments:
@@ -172,9 +172,10 @@ def torchdiffeq_step(problem: Problem, adjoint: bool, **settings: Any) -> Contes
 
 
 def zuko_step(problem: Problem) -> Contestant:
-    """zuko's engine, adaptive checkpoint adjoint, on our field: its CNF has another net, its solver takes any.
+    """zuko's engine with its adaptive checkpoint adjoint, on our field instead of the network of zuko's CNF.
 
-    It controls the largest error over the batch where others control the RMS, and divides the trace's by 100.
+    zuko controls the largest error over the batch, where others control the RMS, and divides the error of the trace by
+    100.
 
     Raises:
         Skip: zuko is not installed.
@@ -195,7 +196,7 @@ def zuko_step(problem: Problem) -> Contestant:
     transform = FreeFormJacobianTransform(velocity, 1.0, 0.0, problem.parameters, rtol, rtol, exact)
 
     def same_noise() -> AbstractContextManager[Any]:
-        # it draws Gaussian noise with no say of ours
+        # zuko draws its own Gaussian noise
         return nullcontext() if exact else mock.patch("torch.randn_like", return_value=problem.noise)
 
     def step() -> Step:
@@ -212,9 +213,10 @@ def zuko_step(problem: Problem) -> Contestant:
 
 
 def reference(problem: Problem, rows: int = 128, rtol: float = 1e-10) -> Step:
-    """float64, torchdiffeq, the trace by autograd, direct gradient, a tight tolerance: shares no code with the engine.
+    """A reference in float64 with torchdiffeq, autograd trace, direct gradient and a tight tolerance.
 
-    By dopri8 with its last step ending at t = 0, a few rows at a time, so that the graph fits in memory.
+    It shares no code with the engine. dopri8 solves a few rows at a time to limit the memory of the graph, and ends its
+    last step at t = 0.
     """
     exact = problem.to(torch.float64)
     parts = []
@@ -226,8 +228,8 @@ def reference(problem: Problem, rows: int = 128, rtol: float = 1e-10) -> Step:
     return Step(sum(w * s.nll for w, s in parts), torch.stack([w * s.gradient for w, s in parts]).sum(0))
 
 
-def to_the_end(contestant: Contestant) -> Contestant:
-    """Returns when the GPU has nothing left to do."""
+def synchronized(contestant: Contestant) -> Contestant:
+    """Returns a step that waits until the GPU is idle."""
 
     def step() -> Step:
         found = contestant()
@@ -249,20 +251,22 @@ def compare(
     repeats: int,
     checked: Problem | None = None,
 ) -> str:
-    """The table of one problem: one warm-up each, then rounds; ratios are to the first contestant in the same round.
+    """Returns the table of one problem. After one warm-up per engine, all engines take turns in rounds.
 
-    All without TF32, which on a GPU torch has in convolutions by default and flowtrain turns off in a solve.
+    Ratios are to the first engine in the same round.
+
+    TF32 is off for all engines, as in flowtrain's solves. torch uses it by default for convolutions on a GPU.
 
     Args:
-        true: the reference on `checked`, a smaller problem where `problem` itself is too large for one; gradients
-            on the whole of it are then set beside the first contestant's.
+        true: the reference on `checked`, a smaller problem if `problem` is too large. Gradients on the whole problem
+            are then compared with the first engine's.
     """
     steps, first, small, skipped = {}, {}, {}, {}
     with full_precision(problem.x.device):
         for name, make in makers.items():
             progress(f"warming up {name}")
             try:
-                step = to_the_end(make(problem)) if problem.x.is_cuda else make(problem)
+                step = synchronized(make(problem)) if problem.x.is_cuda else make(problem)
                 first[name] = step()
                 small[name] = first[name] if checked is None else make(checked)()
                 steps[name] = step
@@ -271,7 +275,7 @@ def compare(
         times = interleave(steps, repeats)
     of, base = ("", None) if checked is None else (f" ({len(checked.x)} rows)", first[next(iter(steps))])
     head = ["engine", "ms", "least to most", "ratio", "NFE forward", "backward"]
-    head += [] if base is None else ["gradient beside the first's"]
+    head += [] if base is None else ["gradient difference to the first"]
     head += [f"gradient error{of}", f"NLL error{of}"]
     unit = times[next(iter(steps))]
     rows = []
@@ -282,4 +286,4 @@ def compare(
         row += [] if base is None else [relative(first[name].gradient, base.gradient)]
         row += [relative(small[name].gradient, true.gradient), f"{abs(small[name].nll - true.nll):.1e}"]
         rows.append(row)
-    return table(head, rows) + "".join(f"\nleft out: {name}: {reason}" for name, reason in skipped.items())
+    return table(head, rows) + "".join(f"\nskipped: {name}: {reason}" for name, reason in skipped.items())

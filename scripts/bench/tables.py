@@ -6,22 +6,22 @@
     python scripts/bench/tables.py --report results.jsonl    # prints Markdown
 
 The peers are zuko's NSF and MAF, and scikit-learn's GaussianMixture and KernelDensity. `--python` names the interpreter
-of an environment that has them (pip install zuko scikit-learn); default: this one. Each method runs in a process of its
-own with `--threads` threads. Its seconds are those of the whole fit, with validation, without imports and the test set.
+of an environment that has them (pip install zuko scikit-learn); the default is the current one. Each method runs in a
+new process with `--threads` threads. Its seconds include the whole fit with validation, but not imports and scoring.
 
-Each run appends a line to the file of results: table, method, seed, the mean test NLL in nats, its standard error, the
-validation NLL, seconds. The log p of every test row is saved in a folder beside it. Runs that the file contains are not
-repeated, so a stopped measurement continues. A run that fails adds a line with `error`; delete the line to try again.
+Each run appends a line to the results file: table, method, seed, the mean test NLL in nats, its standard error, the
+validation NLL, and seconds. The log p of every test row is saved in a folder beside it. Runs that are in the file are
+not repeated, so a stopped measurement continues. A failing run adds a line with `error`; delete the line to try again.
 
-Preparation, the same for all methods. gas is used as it is; the steps are for the other tables:
+Preparation, the same for all methods. gas is used without changes; the steps are for the other tables:
 
 1. Constant columns are removed, and all but one of repeated rows.
 2. The rows are shuffled and split 80/10/10 into training, validation and test rows by the seed.
-3. Uniform noise U[0, r) is added to rounded columns. A column is rounded if at most 95% of its values are distinct. Its
-   resolution r is found as follows. The most frequent value is subtracted from all others. r is the largest gap between
-   neighbouring distinct values of which at least 95% of these differences are multiples. If there is none, r is the
-   median of the gaps. The smallest gap is not used: it is a tenth of the step of a column of thyroid, and in pendigits
-   it is 7e-16, from rounding errors.
+3. Uniform noise U[0, r) is added to rounded columns. A column is rounded if at most 95% of its values are distinct. To
+   find its resolution r, the most frequent value is subtracted from all others. A gap between neighbouring distinct
+   values qualifies if at least 95% of these differences are multiples of it. r is the largest qualifying gap, or the
+   median of the gaps if no gap qualifies. The smallest gap is not used: it is a tenth of the step of a column of
+   thyroid, and in pendigits it is 7e-16, from rounding errors.
 
 The `±` of the report is the standard error of the mean NLL over rows and seeds. Differences are paired. Their standard
 error treats the values of one row in several seeds as dependent (clustered by row).
@@ -55,7 +55,7 @@ TOY_METHODS = ("nsf", "maf")
 
 # a column is rounded if at most this share of its values are distinct
 DISTINCT = 0.95
-# a resolution explains at least this share of the values, to within this part of it
+# the resolution explains at least this share of the values, with this relative tolerance
 MULTIPLES, TOLERANCE = 0.95, 0.01
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -71,7 +71,7 @@ class Split(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of a fitted density: log p of each test row and the mean NLL of the validation rows, in nats; further results."""
+    """The scores of a fitted density: log p of each test row and the mean NLL of the validation rows in nats."""
 
     log_p: Array
     val_nll: float
@@ -83,7 +83,7 @@ class Scores(NamedTuple):
 
 
 def read(name: str, data: Path = DATA) -> Array:
-    """The rows of a table that has no split of its own."""
+    """Reads the rows of a table without a predefined split."""
     folder, _, rest = name.rpartition("/")
     if name == "optdigits":
         parts = [np.loadtxt(data / name / f"{name}.{kind}", delimiter=",") for kind in ("tra", "tes")]
@@ -95,7 +95,7 @@ def read(name: str, data: Path = DATA) -> Array:
 
 
 def resolution(column: Array) -> float:
-    """r, the width of the noise of a column; 0 of a column that is not rounded. See the docstring of the script."""
+    """Returns r, the width of the noise for a column, or 0 if the column is not rounded. See the script's docstring."""
     values, counts = np.unique(column, return_counts=True)
     if len(values) > DISTINCT * len(column):
         return 0.0
@@ -111,7 +111,7 @@ def resolution(column: Array) -> float:
 
 
 def prepared(name: str, seed: int, data: Path = DATA) -> Split:
-    """The split of a table by a seed."""
+    """Returns the split of a table for a seed."""
     if name == "gas":
         parts = [
             np.loadtxt(data / name / f"{kind}.csv", delimiter=",", skiprows=1) for kind in ("train", "val", "test")
@@ -130,13 +130,13 @@ def prepared(name: str, seed: int, data: Path = DATA) -> Split:
 
 
 def standardised(split: Split) -> tuple[list[Array], float]:
-    """The parts in standard deviations of the training rows, and the log-determinant, which log p gains."""
+    """Returns the parts in standard deviations of the training rows, and the log-determinant to add to log p."""
     mean, std = split.train.mean(0), split.train.std(0)
     return [(part - mean) / std for part in split[:3]], -float(np.log(std).sum())
 
 
 def gaussian(split: Split, seconds: float, seed: int) -> Scores:
-    """The Gaussian with the mean and the covariance of the training rows."""
+    """Fits the Gaussian with the mean and the covariance of the training rows."""
     begun = time.perf_counter()
     (train, val, test), log_det = standardised(split)
     mean, factor = train.mean(0), np.linalg.cholesky(np.cov(train.T, bias=True).reshape(2 * [train.shape[1]]))
@@ -150,12 +150,12 @@ def gaussian(split: Split, seconds: float, seed: int) -> Scores:
 
 
 COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-# on the diagonals of the covariances of standardised rows. scikit-learn's default is 1e-6
+# added to the diagonals of the covariances of standardized rows; scikit-learn's default is 1e-6
 REG_COVAR = (1e-6, 1e-3)
 
 
 def gmm(split: Split, seconds: float, seed: int) -> Scores:
-    """GaussianMixture with full covariances; components and `reg_covar` by validation, until the time is up."""
+    """Fits GaussianMixture with full covariances. Validation chooses components and `reg_covar` within the time."""
     from sklearn.mixture import GaussianMixture
 
     begun = time.perf_counter()
@@ -164,7 +164,7 @@ def gmm(split: Split, seconds: float, seed: int) -> Scores:
     peaks = dict.fromkeys(REG_COVAR, -math.inf)
     for k in COMPONENTS:
         for reg in REG_COVAR:
-            # the next fit takes about as long as the last ones
+            # the next fit takes about as long as all earlier ones
             if failures[reg] >= 3 or len(train) < 2 * k or time.perf_counter() - begun > 0.8 * seconds:
                 continue
             found = GaussianMixture(k, reg_covar=reg, random_state=seed, max_iter=200).fit(train)
@@ -178,7 +178,7 @@ def gmm(split: Split, seconds: float, seed: int) -> Scores:
 
 
 def kde(split: Split, seconds: float, seed: int) -> Scores:
-    """KernelDensity with a Gaussian kernel on standardised rows; the bandwidth by validation, coarse to fine."""
+    """Fits KernelDensity with a Gaussian kernel on standardized rows. The bandwidth is chosen by validation."""
     from sklearn.neighbors import KernelDensity
 
     begun = time.perf_counter()
@@ -209,12 +209,12 @@ ZUKO: dict[str, dict[int, dict[str, Any]]] = {
     "NSF": {5000: {"lr": 4e-3, "hidden": (128, 128)}, 0: {"lr": 4e-3, "hidden": (64, 64)}},
     "MAF": {5000: {"lr": 4e-3, "hidden": (64, 64)}, 0: {"lr": 4e-3, "hidden": (128, 128)}},
 }
-# validations without a new best after which training stops
+# number of validations without improvement after which training stops
 PATIENCE = 15
 
 
 def zuko(kind: str) -> Callable[..., Scores]:
-    """zuko's flow: standardised rows, Adam, cosine over the time, gradient clipping, early stopping on validation."""
+    """Returns a fit of zuko's flow: standardized rows, Adam, cosine schedule, gradient clipping and early stopping."""
 
     def fit(split: Split, seconds: float, seed: int, **given: Any) -> Scores:
         import torch
@@ -272,7 +272,7 @@ def zuko(kind: str) -> Callable[..., Scores]:
 
 
 def ours(method: str) -> Callable[..., Scores]:
-    """flowtrain's default for a table of this size, within the time, and the checks of an evaluation."""
+    """Returns a fit of flowtrain's default within the time, which also makes the checks of an evaluation."""
 
     def fit(split: Split, seconds: float, seed: int, overrides: Sequence[str] = ()) -> Scores:
         import torch
@@ -309,13 +309,13 @@ def ours(method: str) -> Callable[..., Scores]:
 
 
 def toy(name: str, method: str, seconds: float, seed: int) -> dict[str, Any]:
-    """KL of a model to a toy with a known density, in nats: the mean of log p_true - log p_model over test samples."""
+    """Returns the KL of a model to a toy in nats, the mean of log p_true - log p_model over test samples."""
     import flowtrain
     from flowtrain.cli.config_files import compose_defaults
     from flowtrain.runs.build import build_data
 
     begun = time.perf_counter()
-    # as many steps as there is time for
+    # the time limit, not the number of steps, ends training
     keys = [f"threads={os.environ['OMP_NUM_THREADS']}", "trainer.steps=1000000", "data.n_test=10000"]
     flow = flowtrain.fit(name, model=method, minutes=seconds / 60, seed=seed, progress=False, overrides=keys)
     taken = time.perf_counter() - begun
@@ -345,7 +345,7 @@ METHODS: dict[str, Callable[..., Scores]] = {
 
 
 def measure(name: str, method: str, seed: int, seconds: float, threads: int, log_p: Path, data: Path) -> dict[str, Any]:
-    """The results of one run, in this process; log p of the test rows goes to a file."""
+    """Returns the results of one run in this process, and saves log p of the test rows to a file."""
     import torch
 
     torch.set_num_threads(threads)
@@ -368,12 +368,12 @@ def measure(name: str, method: str, seed: int, seconds: float, threads: int, log
 
 
 def scores_file(out: Path, row: dict[str, Any]) -> Path:
-    """Where log p of the test rows of a run is saved."""
+    """Returns the path for log p of the test rows of a run."""
     return out.with_suffix("") / f"{row['table'].replace('/', '_')}-{row['method']}-{row['seed']}.npz"
 
 
 def run_apart(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
-    """The line of results of one run, in a process of its own."""
+    """Makes one run in a new process and returns its line of results."""
     python = args.python if key["method"] in PEERS else sys.executable
     threads = {f"{name}_NUM_THREADS": str(args.threads) for name in ("OMP", "MKL", "OPENBLAS")}
     job = {**key, "seconds": args.seconds, "threads": args.threads, "data": str(args.data)}
@@ -404,19 +404,19 @@ def work(job: dict[str, Any]) -> None:
         )
     except Exception as e:
         traceback.print_exc()
-        # the last line of standard error says what went wrong
+        # the parent reads the error from the last line of stderr
         raise SystemExit(f"{type(e).__name__}: {' '.join(str(e).split())}") from e
     print(json.dumps(found))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The results so far; a line that a stopped measurement has left incomplete is ignored."""
+    """Returns the results so far. An incomplete line of a stopped measurement is ignored."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:
-            progress(f"{path}: a line is incomplete and is ignored")
+            progress(f"{path}: ignored an incomplete line")
     return found
 
 
@@ -437,7 +437,7 @@ class Difference(NamedTuple):
 
 
 def clustered(values: Sequence[Array], places: Sequence[np.ndarray[Any, Any]]) -> Difference:
-    """The mean of values by seed and its standard error, where values at the same place are dependent.
+    """Returns the mean of values by seed and its standard error, where values at the same place are dependent.
 
     With residuals e = v - mean, the standard error is sqrt(sum over places of (sum of e at the place)^2) / N, see
     Liang and Zeger 1986.
@@ -449,7 +449,7 @@ def clustered(values: Sequence[Array], places: Sequence[np.ndarray[Any, Any]]) -
 
 
 def log_ps(path: Path, rows: Sequence[dict[str, Any]]) -> list[tuple[Array, np.ndarray[Any, Any]]]:
-    """log p of the test rows and their places, for each run."""
+    """Returns log p of the test rows and their places, for each run."""
     found = []
     for row in rows:
         with np.load(scores_file(path, row)) as saved:
@@ -458,7 +458,7 @@ def log_ps(path: Path, rows: Sequence[dict[str, Any]]) -> list[tuple[Array, np.n
 
 
 def report(path: Path) -> str:
-    """Tables in Markdown: NLL, seconds, differences of auto to the best peer, failed checks and errors, toys."""
+    """Returns Markdown tables: NLL, seconds, differences of auto to the best peer, failed checks, errors and toys."""
     rows = lines(path)
     good = [row for row in rows if "error" not in row]
     tables = [name for name in TABLES if any(row["table"] == name for row in good)]
@@ -533,7 +533,7 @@ def _paired(
     nlls: dict[tuple[str, str], Difference],
     of: Callable[[str, str], list[dict[str, Any]]],
 ) -> list[str] | None:
-    """The row of a table about the difference of auto and the peer with the lowest mean NLL; None without both."""
+    """Returns a table row with the difference of auto to the peer with the lowest mean NLL, or None without both."""
     peers = [m for m in methods if m in PEERS and (name, m) in nlls]
     if not peers or (name, "auto") not in nlls:
         return None
@@ -552,9 +552,9 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=(*TABLES, *TOYS), default=TABLES, metavar="TABLE")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=DEFAULT, metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=60, help="of each fit")
+    parser.add_argument("--seconds", type=float, default=60, help="time limit of each fit")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--python", default=sys.executable, help="the interpreter that has zuko and scikit-learn")
+    parser.add_argument("--python", default=sys.executable, help="an interpreter with zuko and scikit-learn")
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of the tables")
     parser.add_argument("--out", type=Path, default=Path("results.jsonl"))
     parser.add_argument("--report", type=Path, metavar="RESULTS", help="prints the tables of these results")

@@ -1,15 +1,15 @@
-"""Seconds of training until the KL to the true density first gets under 0.05, 0.02 and 0.01 nats, over seeds.
+"""Seconds of training until the KL to the true density is first below 0.05, 0.02 and 0.01 nats, over seeds.
 
     python scripts/bench/time_to.py                                       # moons, the defaults, five seeds
     python scripts/bench/time_to.py --data rings solver.method=bosh3 solver.rtol=1e-3
     python scripts/bench/time_to.py model=realnvp --seeds 3 --gaps 0.1 0.05
 
-One run of plain `flowtrain` per seed, one after another, with the overrides given; the seeds begin at 11, which no
-setting was tuned on. KL is the mean of log p_true - log p_model on the validation set, by the true density and so
-without the noise of the set's own entropy; the model is the one validated, with averaged weights where they are on.
-Seconds are the run's own clock (metrics.jsonl), so they hold the validations too, one every --every steps, which
-is also how finely they tell. Prints a Markdown table with one line per gap: median seconds, least to most, median
-steps, and how many seeds got there.
+The script trains one `flowtrain` run per seed with the overrides, one after another. The seeds begin at 11, because no
+setting was tuned on them. KL is the mean of log p_true - log p_model on the validation set, so it does not contain the
+noise of the set's entropy. The model is the validated one, with averaged weights if they are on. Seconds come from the
+run's own clock (metrics.jsonl), so they include validations. A validation every --every steps limits the resolution.
+The script prints a Markdown table with one row per gap: median and range of the seconds, median steps, and the number
+of seeds that reached the gap.
 """
 
 import argparse
@@ -33,30 +33,30 @@ class Run:
     kl: float
 
     def reached(self, gap: float) -> tuple[float, int] | None:
-        """(seconds, step) of the first validation under `gap`."""
+        """Returns (seconds, step) of the first validation below `gap`, or None."""
         return next(((seconds, step) for seconds, step, kl in self.validations if kl < gap), None)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="for flowtrain, such as solver.rtol=1e-4")
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("overrides", nargs="*", help="overrides for flowtrain, such as solver.rtol=1e-4")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
-    parser.add_argument("--data", default="moons", help="a toy, whose density is known")
-    parser.add_argument("--gaps", type=float, nargs="+", default=[0.05, 0.02, 0.01], help="nats")
+    parser.add_argument("--data", default="moons", help="a toy with a known density")
+    parser.add_argument("--gaps", type=float, nargs="+", default=[0.05, 0.02, 0.01], help="KL thresholds in nats")
     parser.add_argument("--every", type=int, default=20, help="steps between validations")
     return parser.parse_args()
 
 
 def entropy_on_validation(run_dir: Path) -> float:
-    """-mean log p_true on the run's own validation set: its NLL less this is the KL there."""
+    """Returns -mean log p_true on the run's validation set. The validation NLL minus this value is the KL."""
     from flowtrain.runs import build
     from flowtrain.training import checkpoint
 
     data = build.build_data(checkpoint.load(checkpoint.find(run_dir))["config"])
     log_p = data.log_prob(data.val)
     if log_p is None:
-        raise SystemExit("the true density of this data is not known: choose a toy")
+        raise SystemExit("the true density of this data is unknown: choose a toy with --data")
     return -log_p.mean().item()
 
 

@@ -1,9 +1,9 @@
-"""Finds unusual rows of a table: a flow fitted to ordinary rows scores new ones by -log p(x).
+"""Finds unusual rows of a table: a flow fitted to ordinary rows scores new rows by -log p(x).
 
     python scripts/examples/anomalies.py
 
-Ordinary rows have two correlated sensors and a third one that depends on both. In the anomalies, the third sensor is
-broken: each of its values is common, but not together with the others.
+Ordinary rows have two correlated sensors and a third one that depends on both. In the anomalies the third sensor is
+broken: each of its values is common, but not in combination with the other two sensors.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import flowtrain
 
 
 def sensors(n: int, broken: bool, rng: np.random.Generator) -> np.ndarray:
-    """Rows (n, 3): temperature in degrees, pressure in hPa, and a flow rate that depends on both."""
+    """Returns rows (n, 3): temperature in degrees, pressure in hPa, and a flow rate that depends on both."""
     temperature = rng.normal(20, 5, n)
     pressure = 1000 + 3 * (temperature - 20) + rng.normal(0, 5, n)
     rate = 0.5 * np.abs(temperature - 20) + 0.02 * (pressure - 1000) + rng.normal(0, 0.1, n)

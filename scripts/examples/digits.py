@@ -1,9 +1,9 @@
-"""Learns digits by class, and draws new ones of each: p(image | label) with Glow.
+"""Trains Glow on digits by class, p(image | label), and draws new ones of each class.
 
     pip install scikit-learn
     python scripts/examples/digits.py
 
-Trains on the 1,797 images of 8x8 pixels of scikit-learn and writes digits.png with ten samples of each class.
+The script trains on scikit-learn's 1,797 images of 8x8 pixels and writes digits.png with ten samples of each class.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import flowtrain
 
 def main(minutes: float = 2.0, out: str = "digits.png") -> None:
     digits = load_digits()
-    # whole numbers from 0 to 16, as images (n, 1, 8, 8)
+    # integers from 0 to 16, as images (n, 1, 8, 8)
     images = digits.images.astype("uint8")[:, None]
     flow = flowtrain.fit(images, model="glow", label=digits.target, levels=17, minutes=minutes)
 
@@ -26,7 +26,7 @@ def main(minutes: float = 2.0, out: str = "digits.png") -> None:
 
     label = torch.arange(10).repeat_interleave(10)
     samples = flow.quantized(flow.sample(100, label=label, temperature=0.8))
-    # a row for each class, a square of 5x5 points for each pixel
+    # a row for each class, and a square of 5x5 points for each pixel
     grid = samples.view(10, 10, 8, 8).permute(0, 2, 1, 3).reshape(80, 80)
     plt.imsave(out, grid.repeat_interleave(5, 0).repeat_interleave(5, 1), cmap="gray")
     print(f"written to {out}")

@@ -13,7 +13,7 @@ import flowtrain
 
 
 def generated(n: int = 4000) -> np.ndarray:
-    """Rows (n, 3) on two rings that differ in height."""
+    """Returns rows (n, 3) on two rings at different heights."""
     rng = np.random.default_rng(0)
     which, angle = rng.integers(0, 2, n), rng.uniform(0, 2 * np.pi, n)
     radius = 1 + which + rng.normal(0, 0.1, n)

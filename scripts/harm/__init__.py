@@ -1,1 +1,1 @@
-"""The parts of scripts/torture.py, which tests/scripts/test_torture.py uses."""
+"""Parts of scripts/torture.py, which tests/scripts/test_torture.py also uses."""

@@ -1,4 +1,4 @@
-"""Training on files that are damaged or odd."""
+"""Trains on damaged or unusual data files."""
 
 import random
 import shutil
@@ -27,7 +27,7 @@ def arrays(part: Part) -> None:
 
 
 def random_file(rng: random.Random) -> tuple[str, bytes]:
-    """Name and content of a file that is, as a rule, not in order."""
+    """Returns the name and content of a file that is usually damaged or unusual."""
     ending = rng.choice([".npy", ".npz", ".csv"])
     if rng.random() < 0.6:
         content = {".npy": odd_npy, ".npz": odd_npz, ".csv": odd_text}[ending](rng)
@@ -41,7 +41,7 @@ def random_file(rng: random.Random) -> tuple[str, bytes]:
 
 
 def random_use(rng: random.Random, name: str) -> list[str]:
-    """A command line of `flowtrain` that trains on the file."""
+    """Returns a `flowtrain` command line that trains on the file."""
     model = rng.choice(["affine", "affine", "realnvp", "ffjord"])
     small = [key for key in small_keys(model, "array") if not key.startswith("data.path")]
     keys = rng.sample(KEYS, rng.choice([0, 0, 0, 1, 2]))

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: refused with one line, or loaded as the flow that they were."""
+"""Damaged checkpoints must be refused in one line, or load as the original flow."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,53 +9,53 @@ import torch
 
 import flowtrain
 from flowtrain.utils.errors import CheckpointError
-from harm.compare import unlike
+from harm.compare import value_differences
 from harm.damage import damaged
 from harm.forks import forked
 from harm.part import Part, Verdict
 
 
-class Right(NamedTuple):
-    """What is in a checkpoint file, and its flow: weights, and log p at a few points."""
+class Original(NamedTuple):
+    """The content of a checkpoint file, and its flow: weights, and log p at a few points."""
 
     content: bytes
     state: dict[str, torch.Tensor]
     log_p: torch.Tensor
 
 
-def right(path: Path) -> Right:
+def read_original(path: Path) -> Original:
     flow = flowtrain.load(path)
-    return Right(path.read_bytes(), dict(flow.state_dict()), flow.log_prob(_points()))
+    return Original(path.read_bytes(), dict(flow.state_dict()), flow.log_prob(_points()))
 
 
 def _points() -> torch.Tensor:
     return torch.linspace(-2, 2, 10, dtype=torch.float32).view(5, 2)
 
 
-def loading(path: Path, known: Right) -> Verdict:
-    """What comes of loading a file that was damaged."""
+def load_verdict(path: Path, known: Original) -> Verdict:
+    """Returns the result of loading a damaged file."""
     try:
         flow = flowtrain.load(path)
     except CheckpointError as e:
         several = len(str(e).splitlines()) > 1
         return Verdict(f"a message of several lines: {e!r}" if several else "refused", wrong=several)
-    except Exception as e:  # any other is one too many
+    except Exception as e:  # only CheckpointError is allowed
         return Verdict(f"{type(e).__name__}: {e}", wrong=True)
-    if unlike(dict(flow.state_dict()), known.state, ""):
-        return Verdict("loaded, with other weights", wrong=True)
-    if unlike(flow.log_prob(_points()), known.log_p, ""):
-        return Verdict("loaded, as another flow", wrong=True)
+    if value_differences(dict(flow.state_dict()), known.state, ""):
+        return Verdict("loaded with other weights", wrong=True)
+    if value_differences(flow.log_prob(_points()), known.log_p, ""):
+        return Verdict("loaded as another flow", wrong=True)
     return Verdict("unharmed")
 
 
 def corruptions(files: Sequence[Path], part: Part) -> None:
     folder = part.out / "corruptions"
     folder.mkdir()
-    rights = [right(path) for path in files]
+    originals = [read_original(path) for path in files]
     for i in part.tries():
-        known = rights[i % len(rights)]
+        known = originals[i % len(originals)]
         kind, content = damaged(part.rng, known.content)
-        # alone in its folder: no checkpoint from before it can take its place
+        # in a separate folder, so that no previous checkpoint can replace it
         path = folder / f"case{i}.pt"
         path.write_bytes(content)
         outcome = forked(partial(_print_loading, path, known), folder)
@@ -66,6 +66,6 @@ def corruptions(files: Sequence[Path], part: Part) -> None:
         part.count(verdict, f"{path} ({kind})")
 
 
-def _print_loading(path: Path, known: Right) -> None:
-    verdict = loading(path, known)
+def _print_loading(path: Path, known: Original) -> None:
+    verdict = load_verdict(path, known)
     print(" ".join(verdict.words.split()), end="\nwrong" if verdict.wrong else "")

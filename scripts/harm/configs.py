@@ -1,4 +1,4 @@
-"""Random command lines of `flowtrain`, sane and insane."""
+"""Random command lines of `flowtrain` with valid and invalid values."""
 
 import random
 import struct
@@ -13,12 +13,12 @@ from flowtrain.utils.files import config_dir
 from harm.forks import try_flowtrain
 from harm.part import Part
 
-# in the folder where the commands run: a table, and a run to begin from
+# files in the folder of the commands: a table, and a run to start from
 TABLE, TEACHER = "table.npy", "teacher"
 GROUPS = ("model", "data", "solver", "trainer", "objective", "regularizer")
-# of groups whose options share their keys, the file that lists them
+# the config file that lists all keys of a group whose options share their keys
 LISTED_IN = {"solver": "dopri5", "trainer": "default", "regularizer": "none"}
-# a minute of compiling says nothing of configs
+# keys that are never set: compiling takes a minute and is not a test of configs
 LEFT_OUT = ("name", "_target_", "defaults", "compile")
 TOP = {"seed": 0, "device": "auto", "threads": 1, "logger": ["jsonl"], "from": None, "resume": None, "trust": []}
 DEFAULTS = {"model": "ffjord", "data": "moons", "solver": "dopri5", "objective": "likelihood"}
@@ -56,7 +56,7 @@ SANE = {
     list: ["[4]", "[3,5]", "[1]", "[4,4,4]"],
     type(None): ["null", "1", "2", "0.5", "0.01", "true"],
 }
-# none of them may be right and large: a run of 2^31 - 1 steps has no end that can be waited for
+# none of these may be valid and large: a run of 2^31 - 1 steps would not end
 INSANE = [
     "-1", "0", "1.5", "many", "true", "null", "[]", "[1,2]", "[-1]", "[a]", "[[1]]", "{a: 1}", "1e400", "nan", "inf",
     "-inf", "1e-300", "1e30", "1e308", "-0.0", "2147483648", "99999999999999999999", "''", "'  '", "", "${seed}",
@@ -75,7 +75,7 @@ SLIPS = [
 
 
 def configs(part: Part) -> None:
-    """Every option comes up in turn, with random ones beside it."""
+    """Tries all options one after another, each combined with random options."""
     turns = list(options())
     part.rng.shuffle(turns)
     for i in part.tries():
@@ -84,56 +84,56 @@ def configs(part: Part) -> None:
 
 @cache
 def options() -> tuple[tuple[str, str], ...]:
-    """Every option of every config group, but for experiments that are searches: those are many runs each."""
+    """Returns every option of every config group, except for experiments that are searches and train many runs."""
     every = ((path.parent.name, path.stem) for path in config_dir().glob("*/*.yaml"))
     return tuple(sorted(option for option in every if not option[1].startswith("search_")))
 
 
 def companions(picked: dict[str, str]) -> dict[str, str]:
-    """What a recipe is for: its name says of which model, and on which data or with which objective."""
+    """Returns the model, and the data or objective, that a recipe belongs to according to its name."""
     model, _, other = picked.get("recipe", "").partition("_")
     group = "data" if ("data", other) in options() else "objective"
     return {"model": model, group: other} if other else {}
 
 
 def random_config(rng: random.Random, must: tuple[str, str] | None = None) -> list[str]:
-    """A command line for a small run in a folder with `write_files`, with random options and keys.
+    """Returns a command line for a small run in a folder prepared by `write_files`, with random options and keys.
 
     Args:
-        must: an option that is in it.
+        must: an option that the command line contains.
     """
     picked = {**dict(rng.choice(options()) for _ in range(rng.randint(0, 3))), **dict([must] if must else [])}
-    taught = picked.get("objective") == "rectified" and rng.random() < 0.8
-    if taught:
-        # what the other run has
+    from_teacher = picked.get("objective") == "rectified" and rng.random() < 0.8
+    if from_teacher:
+        # the model and data come from the other run
         picked = {g: name for g, name in picked.items() if g not in ("model", "data", "experiment", "recipe")}
     if "experiment" in picked:
         picked = {group: name for group, name in picked.items() if group not in ("model", "data")}
     elif rng.random() < 0.8:
         picked = {**companions(picked), **picked}
-    chosen = {**DEFAULTS, **_brought(picked), **picked}
+    chosen = {**DEFAULTS, **_experiment_choices(picked), **picked}
     insane = rng.choice([0, 0.1, 0.4])
     keys = [random_key(rng, chosen, insane) for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 5]))]
     slips = [rng.choice(SLIPS)] if rng.random() < 0.1 else []
-    return [*small_run(picked, taught), *keys, *slips]
+    return [*small_run(picked, from_teacher), *keys, *slips]
 
 
-def small_run(picked: dict[str, str], taught: bool = False) -> list[str]:
-    """The command line of a run with the options, by group, that takes a second.
+def small_run(picked: dict[str, str], from_teacher: bool = False) -> list[str]:
+    """Returns the command line of a run with the options, given by group, that takes about a second.
 
     Args:
-        taught: whether it begins from another run.
+        from_teacher: whether the run starts from another run.
     """
-    chosen = {**DEFAULTS, **_brought(picked), **picked}
+    chosen = {**DEFAULTS, **_experiment_choices(picked), **picked}
     small = small_keys(chosen["model"], chosen["data"], chosen["solver"], chosen["objective"])
-    if taught:
+    if from_teacher:
         small = [key for key in small if not key.startswith(("model.", "data."))]
         small += [f"from={TEACHER}", "objective.pairs=32"]
     return [*(f"{group}={name}" for group, name in picked.items()), *small]
 
 
-def _brought(picked: dict[str, str]) -> dict[str, str]:
-    """The model, data, ... that the experiment among the picked chooses."""
+def _experiment_choices(picked: dict[str, str]) -> dict[str, str]:
+    """Returns the options, by group, that the picked experiment chooses."""
     if "experiment" not in picked:
         return {}
     entries = _content("experiment", picked["experiment"]).get("defaults", [])
@@ -142,7 +142,7 @@ def _brought(picked: dict[str, str]) -> dict[str, str]:
 
 
 def small_keys(model: str, data: str, solver: str = "dopri5", objective: str = "likelihood") -> list[str]:
-    """What keeps it to that."""
+    """Returns overrides that make a run small."""
     keys = ["device=cpu", "threads=1", "trainer.steps=2", "trainer.batch_size=8", "trainer.plot_every=null"]
     keys += {"realnvp": ["model.layers=2"], "glow": ["model.steps=2"]}.get(model, [])
     keys += ["model.candidates=[affine,realnvp]", "trainer.time_limit=null"] if model == "auto" else []
@@ -153,10 +153,10 @@ def small_keys(model: str, data: str, solver: str = "dopri5", objective: str = "
 
 
 def random_key(rng: random.Random, chosen: dict[str, str], insane: float = 0.3) -> str:
-    """An override of a key that there is.
+    """Returns an override of an existing key.
 
     Args:
-        insane: the share of values that are.
+        insane: the probability of an invalid value.
     """
     known = {group: keys_of(group, chosen.get(group, "default")) for group in GROUPS}
     group = rng.choice([None, *(group for group in GROUPS if known[group])])
@@ -170,7 +170,7 @@ def random_key(rng: random.Random, chosen: dict[str, str], insane: float = 0.3) 
 
 @cache
 def keys_of(group: str, option: str) -> dict[str, Any]:
-    """The keys that an option of a group has, with their defaults."""
+    """Returns the keys of an option with their defaults."""
     content = _content(group, LISTED_IN.get(group, option))
     return {key: value for key, value in content.get(group, content).items() if key not in LEFT_OUT}
 
@@ -182,7 +182,7 @@ def _content(group: str, option: str) -> dict[str, Any]:
 
 
 def write_files(folder: Path) -> Path:
-    """A table whose last column are classes, and small images in the format of MNIST; the root of those."""
+    """Writes a table whose last column is a label, and small images in MNIST's format. Returns the images' root."""
     rng = np.random.default_rng(0)
     np.save(folder / TABLE, np.column_stack([rng.normal(size=(80, 3)), np.arange(80) % 3]))
     for name, first in (("mnist", 5), ("fashion_mnist", 9)):

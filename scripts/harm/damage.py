@@ -1,11 +1,11 @@
-"""Damage to the bytes of a file."""
+"""Damages the bytes of a file."""
 
 import random
 from collections.abc import Callable
 
 
 def damaged(rng: random.Random, content: bytes) -> tuple[str, bytes]:
-    """A damage in words, and what it leaves of the content, which is not empty."""
+    """Returns the kind of damage and the damaged content."""
     kind = rng.choice(list(DAMAGE))
     return kind, DAMAGE[kind](rng, content)
 
@@ -42,7 +42,7 @@ def _remove(rng: random.Random, content: bytes) -> bytes:
 
 
 def _swap(rng: random.Random, content: bytes) -> bytes:
-    """Two blocks of one size."""
+    """Swaps two blocks of equal size."""
     size = rng.randint(1, max(1, min(4096, len(content) // 2)))
     a, b = sorted(rng.randrange(max(1, len(content) - size)) for _ in range(2))
     b = max(b, a + size)

@@ -1,4 +1,4 @@
-"""Commands in forked processes, with limits on memory and time, and the judgement on how they ended."""
+"""Commands in forked processes with limits on memory and time, and verdicts on their results."""
 
 import json
 import math
@@ -20,16 +20,16 @@ from typing import NamedTuple
 from flowtrain.cli import train
 from harm.part import Part, Verdict
 
-# what a process may take beside what this one has, in bytes
+# memory that a process may use beyond the memory of this process, in bytes
 MEMORY = 16 * 2**30
-# what works or waits for longer has no end; on a machine that is busy with other things, it may wait for long
+# limits of CPU time and of elapsed time in seconds; on a busy machine, a process may have to wait
 WORK, WAIT = 100, 900
-# the exit code of a process that an exception ended
+# the exit code after an exception
 RAISED = 99
 
 
 class Outcome(NamedTuple):
-    """How a process ended: exit code (negative: a signal's; None: it was not waited for), standard output and error."""
+    """The end of a process: exit code (negative for a signal, None after a timeout), stdout and stderr."""
 
     code: int | None
     out: str
@@ -37,13 +37,13 @@ class Outcome(NamedTuple):
 
     @property
     def words(self) -> str:
-        known = {None: f"no end in {WAIT} s", -signal.SIGXCPU: f"no end in {WORK} s of work", RAISED: "an exception"}
+        known = {None: f"no end in {WAIT} s", -signal.SIGXCPU: f"no end in {WORK} CPU seconds", RAISED: "an exception"}
         ended = known.get(self.code, f"exit code {self.code}")
         return f"{ended}: {' / '.join(line.strip() for line in self.err.strip().splitlines()[-3:])}"
 
 
 def forked(function: Callable[[], object], folder: Path) -> Outcome:
-    """Calls a function in a process of its own, in that folder."""
+    """Calls a function in a forked process, in the folder."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -101,9 +101,9 @@ def _flowtrain(arguments: Sequence[str]) -> None:
 
 
 def try_flowtrain(arguments: Sequence[str], folder: Path, part: Part) -> Verdict:
-    """Counts what comes of a command; its run directory is kept where that is wrong."""
+    """Runs a command and counts its result. The run directory is kept if the result is wrong."""
     run_dir = folder / f"run{part.tried}"
-    verdict = judged(forked(partial(_flowtrain, [*arguments, f"hydra.run.dir={run_dir}"]), folder), run_dir)
+    verdict = judge(forked(partial(_flowtrain, [*arguments, f"hydra.run.dir={run_dir}"]), folder), run_dir)
     if not verdict.wrong:
         shutil.rmtree(run_dir, ignore_errors=True)
     part.count(verdict, f"(cd {folder} && flowtrain {shlex.join(arguments)})")
@@ -114,26 +114,26 @@ def try_flowtrain(arguments: Sequence[str], folder: Path, part: Part) -> Verdict
 DATA_FILE = re.compile(r"\.(npy|npz|csv|tra|tes|txt)\b")
 
 
-def judged(outcome: Outcome, run_dir: Path) -> Verdict:
-    """Whether a `flowtrain` has trained, or was refused or failed with one message."""
+def judge(outcome: Outcome, run_dir: Path) -> Verdict:
+    """Returns whether a `flowtrain` command has trained, or was refused or failed with one message."""
     code, out, err = outcome
     if code not in (0, 1, 2) or "Traceback" in err:
         return Verdict(outcome.words, wrong=True)
     if code:
         log = run_dir / "flowtrain.log"
         logged = log.read_text() if log.exists() else ""
-        # warnings about the data are in the log too; a refused run leaves no log, and its warnings name the file
+        # ignore warnings about the data: they are in the log, or, without a log after a refusal, name the data file
         lines = [line for line in err.splitlines() if line.strip() and line not in logged]
         lines = [line for line in lines if line.startswith("flowtrain: ") or not DATA_FILE.search(line)]
         if len(lines) != 1 or not lines[0].startswith("flowtrain: ") or out:
             return Verdict(f"exit code {code} with {len(lines)} lines: {' / '.join([out, *lines[-3:]])}", wrong=True)
         metrics = run_dir / "metrics.jsonl"
         if code == 2 and metrics.exists() and metrics.stat().st_size:
-            return Verdict(f"refused only once it had trained: {lines[0]}", wrong=True)
+            return Verdict(f"refused after training had started: {lines[0]}", wrong=True)
         return Verdict("refused" if code == 2 else "failed")
     if not (run_dir / "result.json").exists():
-        return Verdict("exit code 0, and no result.json", wrong=True)
+        return Verdict("exit code 0, but no result.json", wrong=True)
     nll = json.loads((run_dir / "result.json").read_text())["nll"]
     if nll is None or not math.isfinite(nll):
-        return Verdict(f"exit code 0, and the NLL is {nll}", wrong=True)
+        return Verdict(f"exit code 0, but the NLL is {nll}", wrong=True)
     return Verdict("trained")

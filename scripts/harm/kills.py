@@ -1,4 +1,4 @@
-"""Training runs that are killed and resumed, over and over, until they end."""
+"""Training runs that are repeatedly killed and resumed until they end."""
 
 import json
 import random
@@ -26,14 +26,14 @@ MODELS = {
         "trainer.lr_decay=plateau", "trainer.lr_plateau_patience=2",
     ],
 }  # fmt: skip
-# seconds between looks at a run while its moment is waited for
+# seconds between checks of a run while waiting for its moment
 PAUSE = 3e-4
-# what a row of metrics.jsonl takes, about
+# approximate size of a row of metrics.jsonl, in bytes
 ROW = 250
 
 
 class Whole(NamedTuple):
-    """A run that was never stopped: its keys, where it is, its steps, the seconds until its first row and its end."""
+    """An uninterrupted run: its keys, folder, steps, and the seconds until its first row and until its end."""
 
     keys: list[str]
     folder: Path
@@ -43,9 +43,9 @@ class Whole(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """When to kill: so many seconds after the start, a row, a checkpoint being written, or the last row.
+    """When to kill: `seconds` after the start, a row, the first write of a checkpoint, or the last row.
 
-    The row is that many rows after the first; the checkpoint the next one after that row.
+    The row is number `rows` after the first one, and the checkpoint is the next one after that row.
     """
 
     after: str
@@ -54,34 +54,34 @@ class Moment(NamedTuple):
 
 
 def whole_run(keys: list[str], folder: Path) -> Whole:
-    """Trains without a stop.
+    """Trains a run without interruption.
 
     Raises:
-        SystemExit: it could not.
+        SystemExit: the run failed.
     """
     begun, first = time.monotonic(), 0.0
-    process = started(keys, folder)
+    process = start_run(keys, folder)
     while process.poll() is None:
         if not first and (folder / "metrics.jsonl").exists():
             first = time.monotonic() - begun
         time.sleep(0.01)
     if process.returncode:
-        raise SystemExit(f"stopped: flowtrain {' '.join(keys)} failed: {said(folder)}")
+        raise SystemExit(f"stopped: flowtrain {' '.join(keys)} failed: {last_output(folder)}")
     steps = json.loads((folder / "result.json").read_text())["steps"]
     return Whole(keys, folder, steps, first, time.monotonic() - begun)
 
 
 def kills(whole: Whole, part: Part, moments: Iterator[Moment] | None = None) -> None:
-    """Kills, counting those that left a run to go on with, and compares every run that has ended with `whole`.
+    """Kills and resumes runs, counts kills of resumable runs, and compares every completed run with `whole`.
 
     Args:
-        moments: when; None draws them.
+        moments: the moments of the kills; None draws random ones.
     """
     moments = moments or random_moments(part.rng, whole)
     runs, early, same = 0, 0, 0
     run = part.out / f"{part.name}_0".replace(" ", "_")
     while part.going or run.exists():
-        process = started(whole.keys, run)
+        process = start_run(whole.keys, run)
         phase = kill_at(next(moments), process, run, whole) if part.going else None
         process.wait()
         if phase is not None and resumable(run):
@@ -90,21 +90,21 @@ def kills(whole: Whole, part: Part, moments: Iterator[Moment] | None = None) -> 
         if phase is not None:
             early += 1
         elif process.returncode:
-            part.fail(f"{run}: exit code {process.returncode}: {said(run)}")
+            part.fail(f"{run}: exit code {process.returncode}: {last_output(run)}")
         elif found := differences(run, whole.folder):
-            part.fail(f"{run}, beside {whole.folder}: {'; '.join(found[:5])}")
+            part.fail(f"{run}, compared with {whole.folder}: {'; '.join(found[:5])}")
         else:
             same += 1
             shutil.rmtree(run)
-        # nothing to go on with: a new run, in a directory of its own
+        # the next run is a new one, in a new directory
         runs += 1
         run = part.out / f"{part.name}_{runs}".replace(" ", "_")
-    part.notes.append(f"{same} of {runs - early} runs the same to the last bit")
-    part.notes += [f"{early} more killed before the first checkpoint"] if early else []
+    part.notes.append(f"{same} of {runs - early} runs bitwise equal")
+    part.notes += [f"{early} more killed before their first checkpoint"] if early else []
 
 
-def started(keys: Sequence[str], run: Path) -> "subprocess.Popen[bytes]":
-    """The run in a process of its own, begun, or resumed where it has a checkpoint."""
+def start_run(keys: Sequence[str], run: Path) -> "subprocess.Popen[bytes]":
+    """Starts the run in a new process, or resumes it if it has a checkpoint."""
     arguments = [f"resume={run}"] if resumable(run) else [*keys, f"hydra.run.dir={run}"]
     with run.with_suffix(".said").open("wb") as f:
         return subprocess.Popen([sys.executable, "-m", "flowtrain", *arguments], stdout=f, stderr=f)
@@ -114,13 +114,13 @@ def resumable(run: Path) -> bool:
     return any((run / "checkpoints" / name).exists() for name in ("last.pt", "last.previous.pt"))
 
 
-def said(run: Path) -> str:
-    """The end of what the run's last process printed."""
+def last_output(run: Path) -> str:
+    """Returns the last lines that the run's last process printed."""
     return " / ".join(run.with_suffix(".said").read_text().splitlines()[-3:])
 
 
 def random_moments(rng: random.Random, whole: Whole) -> Iterator[Moment]:
-    """At any time of the process's life, or where it hurts."""
+    """Yields moments at any time of the process, or at critical points."""
     within = {"start": whole.ends, "row": 2e-3, "save": 8e-3, "last row": whole.ends - whole.trains}
     while True:
         after = rng.choice(["start", "start", "start", "row", "save", "save", "save", "last row"])
@@ -128,7 +128,7 @@ def random_moments(rng: random.Random, whole: Whole) -> Iterator[Moment]:
 
 
 def kill_at(moment: Moment, process: "subprocess.Popen[bytes]", run: Path, whole: Whole) -> str | None:
-    """Kills the process at the moment; the phase it was in, None where it had ended before."""
+    """Kills the process at the moment and returns its phase, or None if it had already ended."""
     watch, begun, due = Watch(run, whole.steps), time.monotonic(), None
     while process.poll() is None:
         watch.look()
@@ -144,16 +144,16 @@ def kill_at(moment: Moment, process: "subprocess.Popen[bytes]", run: Path, whole
 
 
 class Watch:
-    """How far the process of a run has come, from its files."""
+    """The progress of a run's process, read from its files."""
 
     def __init__(self, run: Path, steps: int) -> None:
         self.metrics, self.checkpoints = run / "metrics.jsonl", run / "checkpoints"
         self.last = f'"step": {steps}, "split": "val"'.encode()
-        # what processes that were killed have left
+        # files of earlier, killed processes
         self.before, self.left = self._inode(), self._temporary()
-        # of metrics.jsonl, when the trainer has written it anew
+        # the size of metrics.jsonl when this process first wrote it, or None before
         self.size: int | None = None
-        # the checkpoints, when the row was reached
+        # modification times of the checkpoints when the row was reached
         self.files: dict[str, int] = {}
 
     def look(self) -> None:
@@ -164,10 +164,10 @@ class Watch:
         if moment.after == "start" or self.size is None:
             return moment.after == "start"
         if moment.after == "last row":
-            return self.evaluates
+            return self.is_evaluating
         if self.metrics.stat().st_size <= self.size + ROW * (moment.rows - 1):
             return False
-        # whatever changes first: how a checkpoint is written is not for us to know
+        # any change counts, independently of how a checkpoint is written
         self.files = self.files or self._written()
         return moment.after == "row" or self._written() != self.files
 
@@ -175,23 +175,23 @@ class Watch:
     def phase(self) -> str:
         if self.size is None:
             return "starting"
-        return "saving" if self.checkpoints else "evaluating" if self.evaluates else "training"
+        return "saving" if self.is_saving else "evaluating" if self.is_evaluating else "training"
 
     @property
-    def checkpoints(self) -> bool:
+    def is_saving(self) -> bool:
         return bool(self._temporary() - self.left)
 
     @property
-    def evaluates(self) -> bool:
+    def is_evaluating(self) -> bool:
         with self.metrics.open("rb") as f:
             f.seek(max(0, f.seek(0, 2) - 2 * ROW))
             return self.last in f.read()
 
     def _written(self) -> dict[str, int]:
-        """When each checkpoint was."""
+        """Returns the modification time of each checkpoint."""
         found = {}
         for path in self.checkpoints.glob("*"):
-            # it may be gone by now
+            # the file may have been deleted in the meantime
             with suppress(FileNotFoundError):
                 found[path.name] = path.stat().st_mtime_ns
         return found

@@ -1,4 +1,4 @@
-"""Array and text files that are whole and yet not in order."""
+"""Array and text files that are complete but unusual."""
 
 import io
 import random
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def random_table(rng: random.Random) -> np.ndarray:
-    """One that is in order."""
+    """Returns a valid table."""
     shape = (rng.choice([40, 60]), rng.choice([1, 2, 3]))
     return np.random.default_rng(rng.getrandbits(32)).normal(rng.choice([0, 100]), rng.choice([1, 1e-3, 50]), shape)
 
@@ -33,7 +33,7 @@ def csv_of(values: np.ndarray, delimiter: str = ",", header: bool = False, endin
 
 
 def forged(header: str, version: bytes = b"\x01\x00", length: int | None = None, data: bytes = bytes(640)) -> bytes:
-    """An .npy file with any header, which may claim any length."""
+    """Returns an .npy file with any header, which may claim any length."""
     text = header.encode() + b"\n"
     size = len(text) if length is None else length
     field = struct.pack("<H", size % 2**16) if version == b"\x01\x00" else struct.pack("<I", size % 2**32)
@@ -93,7 +93,7 @@ def odd_npz(rng: random.Random) -> bytes:
         members = [several, {}, {"a": np.array([None], dtype=object)}, {"a": values, "key": np.zeros(3)}, {"a": values}]
         return npz_of(rng.random() < 0.5, **rng.choice(members))
     name = rng.choice(["a.npy", "a", "../../a.npy", "/tmp/a.npy", "a/b.npy", "a" * 300 + ".npy", "a.npy\x00b"])
-    # sixteen megabytes of zeros are sixteen kilobytes of an archive
+    # sixteen megabytes of zeros are sixteen kilobytes in an archive
     zeros = forged(header(shape="(1048576, 2)"), data=bytes(2**24))
     content = rng.choice([odd_npy(rng), b"", b"\x93NUMPY", npz_of(a=values), zeros])
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What a part of the torture has tried, and what came of it."""
+"""Counts of the cases that a part of scripts/torture.py has tried, and their results."""
 
 import random
 import sys
@@ -10,20 +10,20 @@ from typing import NamedTuple
 
 
 class Verdict(NamedTuple):
-    """One word for what is as it should be, else what is wrong."""
+    """The result of a case: a word if it is correct, or a description of the failure."""
 
     words: str
     wrong: bool = False
 
 
 class Part:
-    """Counts, within a time.
+    """Counts cases within a time limit.
 
     Args:
-        wanted: how many tries.
-        until: when it must be over, by time.monotonic.
-        out: where it has a folder; kept are the cases that went wrong.
-        rng: what everything is drawn from.
+        wanted: the number of cases.
+        until: the time limit, as time.monotonic.
+        out: the folder for files. The files of failing cases are kept.
+        rng: the source of all random choices.
     """
 
     def __init__(self, name: str, wanted: int, until: float, out: Path, rng: random.Random) -> None:
@@ -38,15 +38,15 @@ class Part:
         return self.tried < self.wanted and time.monotonic() < self.until
 
     def tries(self) -> Iterator[int]:
-        """Numbers from 0 while there is time."""
+        """Yields the number of tried cases while cases and time are left."""
         while self.going:
             yield self.tried
 
     def count(self, verdict: Verdict, shown_by: str) -> None:
-        """Counts a try.
+        """Counts a case.
 
         Args:
-            shown_by: the command or the file that it was.
+            shown_by: the command or file that reproduces the case.
         """
         self.tried += 1
         if verdict.wrong:
@@ -54,17 +54,17 @@ class Part:
         else:
             self.outcomes[verdict.words] += 1
         if self.tried % 20 == 0 or self.tried == self.wanted:
-            self.say(f"{self.tried} of {self.wanted}, {len(self.wrong)} wrong")
+            self.say(f"{self.tried} of {self.wanted}, {len(self.wrong)} failures")
 
     def fail(self, words: str) -> None:
         self.wrong.append(words)
-        self.say(f"WRONG: {words}")
+        self.say(f"FAILURE: {words}")
 
     def say(self, words: str) -> None:
         print(f"{self.name}: {words}", file=sys.stderr, flush=True)
 
     def row(self) -> list[str]:
-        """Of the table."""
-        short = [f"time was over before {self.wanted}"] if self.tried < self.wanted else []
+        """Returns the row of the table."""
+        short = [f"time limit reached before {self.wanted}"] if self.tried < self.wanted else []
         came = [*self.notes, *(f"{n} {outcome}" for outcome, n in self.outcomes.most_common()), *short]
         return [self.name, str(self.tried), ", ".join(came) or "-", str(len(self.wrong))]

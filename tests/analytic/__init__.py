@@ -1,1 +1,1 @@
-"""Flows with known answers, built from checkpoints by name (trust=[analytic])."""
+"""Flows whose density is known. Checkpoints build them by name (trust=[analytic])."""

@@ -1,4 +1,4 @@
-"""Recipes of flows whose log p is known in closed form, and of flows that are wrong in one way each."""
+"""Recipes of flows whose log p is known in closed form, and of flows with one deliberate error each."""
 
 import math
 
@@ -14,12 +14,12 @@ from flowtrain.ode import Solver
 
 
 def composed(event_shape: tuple[int, ...], maps: int = 3) -> Flow:
-    """Several affine maps, one after another."""
+    """Returns a flow of several affine maps."""
     return Flow(event_shape, Chain([Affine(math.prod(event_shape)) for _ in range(maps)]))
 
 
 class LinearField(nn.Module):
-    """v(x) = A x + b: log|det dx(1)/dx(0)| is tr A at every point."""
+    """v(x) = A x + b, for which log|det dx(1)/dx(0)| is tr A at every point."""
 
     def __init__(self, d: int) -> None:
         super().__init__()
@@ -33,15 +33,15 @@ class LinearField(nn.Module):
 def linear(
     event_shape: tuple[int, ...], *, solver: Solver, eval_trace: str = "auto", noise: str = "rademacher"
 ) -> Flow:
-    """The flow along a linear field."""
+    """Returns the flow along a linear field."""
     rule = TraceRule("auto", eval_trace, noise)
     return Flow(event_shape, Chain([Continuous(LinearField(event_shape[0]), solver, rule)]))
 
 
 class MixtureMap(Bijection):
-    """z_j = Phi^-1(F_j(x_j)), F_j the distribution function of a mixture of Gaussians: x has that density.
+    """z_j = Phi^-1(F_j(x_j)), where F_j is the distribution function of a mixture of Gaussians.
 
-    log dz/dx = log f(x) - log N(z), so that log p(x) is sum_j log f_j(x_j) whatever z is rounded to.
+    Since log dz/dx = log f(x) - log N(z), rounding of z cancels, and log p(x) is sum_j log f_j(x_j).
     """
 
     def __init__(self, d: int, parts: int) -> None:
@@ -51,7 +51,7 @@ class MixtureMap(Bijection):
         self.log_std = nn.Parameter(torch.zeros(d, parts))
 
     def _log_terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log w_k and the standardized distance to component k, (B, d, parts)."""
+        """Returns log w_k and the standardized distance to component k, (B, d, parts)."""
         return self.log_weight.log_softmax(-1), (x.unsqueeze(-1) - self.mean) * (-self.log_std).exp()
 
     def log_density(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class MixtureMap(Bijection):
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weight, u = self._log_terms(x)
-        # the smaller tail, whose logarithm is exact
+        # use the smaller tail, whose logarithm is accurate
         below = (weight + torch.special.log_ndtr(u)).logsumexp(-1).exp()
         above = (weight + torch.special.log_ndtr(-u)).logsumexp(-1).exp()
         tail = torch.minimum(below, above).clamp_min(torch.finfo(x.dtype).tiny)
@@ -80,12 +80,12 @@ class MixtureMap(Bijection):
 
 
 def mixture(event_shape: tuple[int, ...], parts: int = 3) -> Flow:
-    """Independent mixtures of Gaussians, one for each column."""
+    """Returns a flow over independent mixtures of Gaussians, one for each column."""
     return Flow(event_shape, Chain([MixtureMap(event_shape[0], parts)]))
 
 
 class Scaled(Bijection):
-    """Another map whose log-determinants are said to be `factor` times what they are."""
+    """A bijection that reports the log-determinants of another one multiplied by `factor`."""
 
     def __init__(self, inner: Bijection, factor: float) -> None:
         super().__init__()
@@ -101,12 +101,12 @@ class Scaled(Bijection):
 
 
 def scaled(event_shape: tuple[int, ...], factor: float = 1.01) -> Flow:
-    """Wrong: an affine flow with its log-determinant scaled."""
+    """Returns an incorrect flow: affine, with a scaled log-determinant."""
     return Flow(event_shape, Chain([Scaled(Affine(math.prod(event_shape)), factor)]))
 
 
 class Folded(Bijection):
-    """z = |x| element by element, and x = z back: two points have one latent."""
+    """z = |x| in one direction and x = z in the other, so that two points share one latent."""
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z.abs(), z.new_zeros(len(z))
@@ -116,5 +116,5 @@ class Folded(Bijection):
 
 
 def folded(event_shape: tuple[int, ...]) -> Flow:
-    """Wrong: a map that is not invertible."""
+    """Returns an incorrect flow, whose map is not invertible."""
     return Flow(event_shape, Chain([Folded()]))

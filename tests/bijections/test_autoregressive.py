@@ -1,4 +1,4 @@
-"""Masked autoregressive maps: what depends on what, how many passes, and the order of the groups."""
+"""Masked autoregressive maps: the dependencies of elements, the number of passes, and the order of the groups."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_there_are_as_many_passes_as_groups(name: str) -> None:
 
 
 def test_garbage_in_later_groups_does_not_reach_earlier_ones() -> None:
-    """Infinite values of a later element would turn 0 * inf in a masked product into NaN."""
+    """In a masked product, infinite values of a later element would become NaN as 0 * inf."""
     bijection = made([0, 1, 2, 3])
     z = torch.tensor([[0.1, 0.2, 0.3, torch.inf]])
     x = bijection(z)[0]

@@ -1,4 +1,4 @@
-"""What bijections begin with: buffers, bounds, and parameters that fit the first data."""
+"""Initialization of bijections: buffers, bounds, and parameters fitted to the first data."""
 
 import copy
 
@@ -15,7 +15,7 @@ from flowtrain.utils.errors import DataError, FlowtrainError
 
 
 def test_permutation_and_masks_are_saved() -> None:
-    """Fails when a permutation is not a buffer: the flow then loads with another one drawn afresh."""
+    """If the permutation were not a buffer, a loaded flow would draw another one."""
     torch.manual_seed(1)
     trained = perturbed(realnvp((9,), mixing="permutation").bijection)
     torch.manual_seed(2)
@@ -44,7 +44,7 @@ def test_initialization_in_parts_equals_initialization_at_once(monkeypatch: pyte
 
 
 class Seen(Bijection):
-    """A shift that counts the rows which pass through its inverse."""
+    """A shift that counts the rows passed to its inverse."""
 
     def __init__(self, shift: float) -> None:
         super().__init__()

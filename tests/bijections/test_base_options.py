@@ -1,4 +1,4 @@
-"""Options of ODE solves reach the solver through containers, also those of users that only have forward and inverse."""
+"""Solve options reach the solver through containers, including user containers with only forward and inverse."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from flowtrain.ode import SolveOptions, Solver, ode_solver, record_solves
 
 
 class Doubled(Bijection):
-    """A container as users write them: it doubles what another bijection returns."""
+    """A user's container, which doubles the output of another bijection."""
 
     def __init__(self, inner: Bijection) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def block(field: nn.Module, kind: type[Continuous] = Continuous) -> Continuous:
 def test_options_reach_an_ode_inside_a_container_with_forward_and_inverse_only(nested: bool) -> None:
     field, x = random_field(), torch.randn(5, 2)
     options = Regularizer(kinetic=1.0, jacobian=1.0).options(SolveOptions(rtol=1e-2, atol=1e-2))
-    # each pass with blocks of its own, because training solves leave a step plan behind
+    # each pass uses new blocks, because solves in training leave a step plan behind
     plain = block(field).train().pass_inverse(x, None, options)
     inner = Chain([Doubled(block(field)), Chain([])]) if nested else Doubled(block(field))
     with record_solves() as solves:

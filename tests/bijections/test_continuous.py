@@ -11,7 +11,7 @@ from flowtrain.ode import Problem, Solution, Solver, Statistics, ode_solver, rec
 
 
 class LinearField(nn.Module):
-    """v = A x: the flow is expm(A) and its log-determinant is tr A, whatever x."""
+    """v = A x, whose flow is expm(A) and whose log-determinant is tr A for any x."""
 
     def __init__(self, a: Tensor) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class LinearField(nn.Module):
     "solver", [ode_solver("dopri5", rtol=1e-9), ode_solver("dopri5", rtol=1e-9, gradient="adjoint")]
 )
 def test_linear_field_has_the_closed_form_and_its_sign(solver: Solver) -> None:
-    """Fails when the sign of the trace, or the direction of time, is wrong."""
+    """Detects a wrong sign of the trace and a wrong direction of time."""
     a = torch.tensor([[0.7, -0.4], [1.1, 0.5]])
     flow = Continuous(LinearField(a), solver, TraceRule())
     z = torch.randn(3, 2)
@@ -41,7 +41,7 @@ def test_linear_field_has_the_closed_form_and_its_sign(solver: Solver) -> None:
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("engine", ["dopri5", "dopri8"])
 def test_noise_is_drawn_once_for_a_solve(noise: str, engine: str) -> None:
-    """Noise per evaluation, the classic mistake, makes an adaptive solver reject for ever: its NFE gives it away."""
+    """With new noise for each evaluation, an adaptive solver would reject steps endlessly, which its NFE shows."""
     exact, estimated = (
         continuous(6, ode_solver(engine, rtol=1e-7, max_nfe=2000), train=rule, noise=noise).train()
         for rule in ("exact", "hutchinson")

@@ -1,4 +1,4 @@
-"""Path integrals against quadrature in float64, value and gradient; what they may and may not touch in training."""
+"""Path integrals: values and gradients against quadrature in float64, and what they may change in training."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ NORM = {"jacobian": PATHS["jacobian"]}
 
 
 class Rotating(nn.Module):
-    """v = (A + t B) x: every integrand in closed form, and an acceleration of which dv/dt is a part."""
+    """v = (A + t B) x, whose integrands have closed forms and whose acceleration has a dv/dt term."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Rotating(nn.Module):
 
 
 def by_quadrature(field: Rotating, x1: Tensor) -> Tensor:
-    """(3,): mean over rows of each path integral, by 200 midpoints of fine RK4 steps from t = 1 to 0."""
+    """Returns the mean over rows of each path integral (3,), from 200 midpoints of fine RK4 steps from t = 1 to 0."""
     n, x, totals = 200, x1, torch.zeros(3)
     h = torch.tensor(1 / n)
 

@@ -1,4 +1,4 @@
-"""The stages of a flow: one after the other they are the flow."""
+"""The composition of a flow's stages is the flow."""
 
 import pytest
 import torch

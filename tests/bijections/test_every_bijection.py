@@ -1,4 +1,4 @@
-"""Every bijection through one test: shapes, round trip, log-determinant against the autograd Jacobian in float64."""
+"""One test for every bijection: shapes, round trip, and log-determinant against the autograd Jacobian in float64."""
 
 from collections.abc import Callable
 
@@ -38,13 +38,13 @@ BIJECTIONS: dict[str, Callable[[int], Bijection]] = {
     "actnorm": lambda d: perturbed(ActNorm(d)),
     "standardize": standardize,
     "permutation": lambda d: Permutation(torch.randperm(d)),
-    "batchnorm": lambda d: settled(BatchNorm(d), (d,)),
+    "batchnorm": lambda d: initialized(BatchNorm(d), (d,)),
     "linear": lambda d: perturbed(InvertibleLinear(d), 0.1),
     "linear from a permutation": lambda d: perturbed(InvertibleLinear(d, "permutation"), 0.1),
     "logit": lambda d: Logit(17, 0.05),
     "realnvp alternate": lambda d: stack(d),
     "realnvp permutation": lambda d: stack(d, mixing="permutation", actnorm=False),
-    "realnvp batchnorm": lambda d: settled(stack(d, batch_norm=True), (d,)),
+    "realnvp batchnorm": lambda d: initialized(stack(d, batch_norm=True), (d,)),
     "glow": lambda d: perturbed(glow((d,), steps=2, hidden=(8,)).bijection, 0.1),
     "glow of splines": lambda d: perturbed(
         glow((d,), steps=2, hidden=(8,), coupling="spline", bins=3, input_bound=3.0).bijection, 0.1
@@ -66,8 +66,8 @@ BIJECTIONS: dict[str, Callable[[int], Bijection]] = {
 }
 
 
-def settled(bijection: Bijection, event_shape: tuple[int, ...]) -> Bijection:
-    """Initialised, and in evaluation mode for good: a batch norm in training is a map of batches, not of rows."""
+def initialized(bijection: Bijection, event_shape: tuple[int, ...]) -> Bijection:
+    """Initializes the bijection and fixes evaluation mode, because batch norm maps whole batches in training."""
     bijection.initialize(3 * torch.randn(64, *event_shape) + 1)
     bijection.eval()
     bijection.train = lambda mode=True: bijection  # type: ignore[method-assign]
@@ -85,7 +85,7 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
     "affine": (lambda c, h, w: perturbed(Affine(c * h * w)), [(2, 2, 3)]),
     "actnorm of channels": (lambda c, h, w: perturbed(ActNorm(c)), [(3, 2, 3)]),
     "actnorm of pixels": (lambda c, h, w: perturbed(ActNorm((c, h, w))), [(3, 2, 3)]),
-    "batchnorm": (lambda c, h, w: settled(BatchNorm(c), (c, h, w)), [(3, 2, 3)]),
+    "batchnorm": (lambda c, h, w: initialized(BatchNorm(c), (c, h, w)), [(3, 2, 3)]),
     "permutation": (lambda c, h, w: Permutation(torch.randperm(c)), [(4, 2, 3)]),
     "linear": (lambda c, h, w: perturbed(InvertibleLinear(c), 0.1), [(1, 3, 2), (4, 2, 3)]),
     "logit": (lambda c, h, w: Logit(256, 1e-2), [(1, 3, 2)]),
@@ -119,7 +119,7 @@ IMAGES: dict[str, tuple[Callable[[int, int, int], Bijection], list[tuple[int, in
         [(1, 4, 4), (1, 3, 5), (2, 2, 4), (1, 8, 8)],
     ),
     "realnvp batchnorm": (
-        lambda c, h, w: settled(
+        lambda c, h, w: initialized(
             perturbed(realnvp((c, h, w), layers=2, hidden=(6,), batch_norm=True, scales=(h + 1) % 2).bijection, 0.2),
             (c, h, w),
         ),
@@ -193,7 +193,7 @@ def test_conditional_bijection_depends_on_the_label(model: str, shape: tuple[int
     z, label = torch.randn(3, *shape), torch.tensor([2, 0, 2])
     check(bijection, z, label)
     x = bijection.map_forward(z, label)
-    # the rows do not see each other's labels
+    # rows do not depend on each other's labels
     for i in range(3):
         torch.testing.assert_close(bijection.map_forward(z[i : i + 1], label[i : i + 1])[0], x[i])
     assert (bijection.map_forward(z, torch.tensor([1, 1, 1])) - x).abs().amin(0).amax() > 1e-3
@@ -209,7 +209,7 @@ def test_vector_bijection_round_trip_and_log_det(name: str, d: int, training: bo
 
 
 def check(bijection: Bijection, z: Tensor, label: Tensor | None = None, moves: bool = True) -> None:
-    """Shapes, the round trip, and the log-determinant beside that of the autograd Jacobian, for z (B, *event)."""
+    """Checks shapes, the round trip, and the log-determinant against the autograd Jacobian, for z (B, *event)."""
     x, log_det = bijection.forward(z, label)
     back, back_log_det = bijection.inverse(x, label)
     assert x.shape == z.shape
@@ -219,7 +219,7 @@ def check(bijection: Bijection, z: Tensor, label: Tensor | None = None, moves: b
     torch.testing.assert_close(bijection.map_forward(z, label), x, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(bijection.map_inverse(x, label), back, rtol=1e-6, atol=1e-6)
     assert x.sub(z).abs().max() > 1e-3 or not moves
-    # no row depends on another: the Jacobian of the sum over rows holds that of each row
+    # rows are independent, so the Jacobian of the sum over rows contains each row's Jacobian
     jacobian = torch.autograd.functional.jacobian(lambda y: bijection.forward(y, label)[0].sum(0), z)
     assert isinstance(jacobian, Tensor)
     rows = jacobian.reshape(z[0].numel(), len(z), -1).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""The shrunk covariance beside scikit-learn's, and where that one is not positive definite."""
+"""The shrunk covariance: agreement with scikit-learn, and cases where scikit-learn's is not positive definite."""
 
 import copy
 
@@ -89,5 +89,5 @@ def test_in_float64_a_gaussian_start_is_inverted_to_the_digits_of_float64() -> N
     jacobian = torch.autograd.functional.jacobian(lambda row: exact(row.unsqueeze(0))[0][0], z[0])
     torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian)[1], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(log_det_back, -log_det)
-    # the density stays that of float32
+    # in float64 the density stays close to the float32 one
     torch.testing.assert_close(exact.inverse(x)[0].float(), single.inverse(x.float())[0], rtol=1e-3, atol=1e-3)

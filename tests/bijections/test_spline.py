@@ -1,4 +1,4 @@
-"""Rational-quadratic splines: formula, knots, tails, the inverse in float32 and the hand-written gradient."""
+"""Rational-quadratic splines: formula, knots, tails, the float32 inverse and the hand-written gradient."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def theta_of(spline: Spline, rows: int, n: int, std: float = 1.0, **keys: object
 
 
 def knots(spline: Spline, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions (K + 1,) of the knots in x and z, and slopes (K + 1,), of one element, theta (size,)."""
+    """Returns the knots in x and z and their slopes, each (K + 1,), for the parameters theta (size,) of one element."""
     k, c = spline.bins, -torch.tensor(spline.least_slope).log()
     sizes, slopes = theta[: 2 * k], theta[2 * k :]
     sizes = (sizes / (1 + 2 * sizes.abs() / c)).view(2, k)
@@ -29,7 +29,7 @@ def knots(spline: Spline, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def naive(spline: Spline, x: float, theta: Tensor) -> float:
-    """z of one number by the formula of Durkan et al. 2019, eq. 4, with a loop over the bins."""
+    """Computes z for one number with the formula of Durkan et al. 2019, eq. 4, with a loop over the bins."""
     xs, zs, slopes = knots(spline, theta)
     for i in range(spline.bins):
         if xs[i] <= x <= xs[i + 1]:
@@ -84,7 +84,7 @@ def test_the_inverse_is_exact_in_float32(bins: int, bound: float) -> None:
     theta = theta_of(spline, len(x), 1, 0.5, dtype=torch.float32)
     z, log_slope = spline.to_base(x, theta)
     back, back_log_slope = spline.to_data(z, theta)
-    # a rounding error of z is divided by the slope
+    # the inverse divides a rounding error of z by the slope
     steep = log_slope.exp().clamp_max(1)
     assert ((back - x).abs() * steep).max() < 2e-6 * max(1, bound)
     assert (back - x).abs().max() < 1e-5 * max(1, bound)
@@ -133,7 +133,7 @@ def test_the_gradient_is_that_of_finite_differences_and_of_autograd(shape: tuple
     x = (1.5 * B * torch.rand(shape) - 0.5 * B).requires_grad_()
     theta = torch.randn(shape[0], spline.size * shape[1], *shape[2:], requires_grad=True)
     assert torch.autograd.gradcheck(spline.to_base, (x, theta))
-    # create_graph takes another way, and so do the transforms of torch.func
+    # create_graph and torch.func use ordinary operations instead of the hand-written gradient
     assert torch.autograd.gradgradcheck(spline.to_base, (x, theta))
     given = (x.detach(), theta.detach())
     hand = torch.autograd.grad(sum(y.sum() for y in spline.to_base(x, theta)), [x, theta])

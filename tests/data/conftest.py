@@ -1,4 +1,4 @@
-"""Fixtures of the tests of data sets."""
+"""Fixtures for the tests of data sets."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from flowtrain.utils.errors import FlowtrainError
 
 @pytest.fixture(scope="session")
 def refused() -> Refused:
-    """Asserts that a call raises an error whose message holds all the fragments, and returns the message."""
+    """Returns a function that checks the type and the fragments of a call's error message, and returns the message."""
 
     def check(call: Callable[[], object], kind: type[FlowtrainError], fragments: list[str]) -> str:
         with pytest.raises(kind) as caught:
@@ -27,7 +27,7 @@ def refused() -> Refused:
 
 @pytest.fixture(scope="session")
 def make() -> Callable[..., IDXImages]:
-    """Opens a folder of images that `write_set` wrote."""
+    """Returns a function that opens a folder of images written by `write_set`."""
 
     def open_images(root: Path, **options: Any) -> IDXImages:
         return IDXImages("mnist", str(root), **{"n_val": 10, **options})

@@ -1,4 +1,4 @@
-"""data=mnist and data=fashion_mnist: splitting, batching and shifting images, and the real files."""
+"""data=mnist and data=fashion_mnist: splits, batches, shifted images, and the real files."""
 
 import inspect
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def data(tmp_path: Path, make: Callable[..., IDXImages]) -> IDXImages:
 
 
 def positions(images: torch.Tensor) -> list[int]:
-    """The first pixel, which `write_set` made the position in the file."""
+    """Returns the first pixel of each image, which `write_set` sets to the image's position in the file."""
     return images[:, 0, 0, 0].tolist()
 
 
@@ -110,7 +110,7 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(tmp_path: Path, make: Callable[..
 
 
 def shift(image: torch.Tensor, by: int) -> torch.Tensor:
-    """(1, H, W) moved right by `by` pixels, zeros moving in."""
+    """Shifts the image (1, H, W) right by `by` pixels, filling with zeros."""
     moved = torch.zeros_like(image)
     if by >= 0:
         moved[..., by:] = image[..., : W - by]
@@ -133,7 +133,7 @@ def test_crop_shifts_each_image_sideways_by_up_to_so_many_pixels(
     assert len({tuple(seen[i : i + 40]) for i in range(0, 320, 40)}) == 8
     counts = {by: seen.count(by) for by in range(-most, most + 1)}
     assert sum(counts.values()) == len(seen) == 320
-    # 320 draws, equally likely: five deviations
+    # 320 draws with equal probabilities, within five standard deviations
     share = 320 / (2 * most + 1)
     assert all(abs(count - share) < 5 * share**0.5 for count in counts.values()), counts
 

@@ -1,4 +1,4 @@
-"""data=mnist and data=fashion_mnist: where the four files are, and those that make no data set."""
+"""data=mnist and data=fashion_mnist: the search for the four files, and files that are refused."""
 
 import shlex
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from helpers.files import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, 
 from flowtrain.data.images import IDXImages, default_root
 from flowtrain.utils.errors import ConfigError, DataError
 
-# Where the files are
+# The search for the files
 
 
 @pytest.mark.parametrize("gz", [True, False])
@@ -82,7 +82,7 @@ def test_absent_files_say_where_and_what_to_run(
     refused(lambda: make(root), DataError, [f"{root} (which lacks {TEST_LABELS})", run])
 
 
-# Files that do not make a data set
+# Files that are refused
 
 FIRST_FASHION = np.array([9, 0, 0, 3, 0, 2, 7, 2, 5, 5] * 5, dtype=np.uint8)
 

@@ -1,4 +1,4 @@
-"""Reading IDX files, gzipped or not, and refusing damaged ones by name."""
+"""IDX files are read with and without gzip, and damaged ones are refused by name."""
 
 import gzip
 import struct
@@ -26,7 +26,7 @@ def test_round_trip(tmp_path: Path, values: np.ndarray, gz: bool) -> None:
     found = read_idx(path)
     np.testing.assert_array_equal(found, values)
     assert found.dtype == np.uint8
-    # torch warns of arrays that may not be written to
+    # torch warns about read-only arrays
     torch.from_numpy(found)
 
 
@@ -77,7 +77,7 @@ def test_damaged_files_are_refused(tmp_path: Path, case: str, refused: Refused) 
 
 
 def test_header_with_a_huge_shape_allocates_no_memory(tmp_path: Path, refused: Refused) -> None:
-    # within what gzip could hold, yet far from what is there
+    # the declared size is possible for gzip, but far larger than the content
     path = tmp_path / "f.gz"
     noise = np.random.default_rng(0).bytes(600_000)
     path.write_bytes(gzip.compress(struct.pack(">I2I", 0x802, 60_000, 10_000) + noise, compresslevel=1))

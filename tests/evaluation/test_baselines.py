@@ -1,4 +1,4 @@
-"""Evaluations of tables beside simple densities of their training rows."""
+"""Evaluations of tables compare the flow with simple densities of the training rows."""
 
 import json
 import logging
@@ -27,12 +27,12 @@ from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.formatting import with_error
 
 pytestmark = pytest.mark.usefixtures("without_figures")
-# more than enough for small tables
+# a time limit that never binds for small tables
 SECONDS = 60.0
 
 
 class Rows(Dataset):
-    """Training, validation and test rows in memory, of any values."""
+    """A dataset with given training, validation and test rows."""
 
     def __init__(self, train: Tensor, val: Tensor, test: Tensor) -> None:
         self.train, self.val, self.test = train, val, test
@@ -46,7 +46,7 @@ class Rows(Dataset):
 
 
 def clusters(n: int, seed: int) -> Tensor:
-    """Two clusters far apart, one narrow, in columns of different units, (n, 2)."""
+    """Returns two distant clusters, one of them narrow, in columns of different scales, (n, 2)."""
     rng = np.random.default_rng(seed)
     first = rng.random(n) < 0.5
     z = np.where(first[:, None], rng.normal(0, 1, (n, 2)), rng.normal([8, 3], [0.1, 2], (n, 2)))
@@ -59,8 +59,8 @@ def data() -> Rows:
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The warnings, and the messages that are none."""
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collects the logged warnings and information messages."""
     said: list[str] = []
     for level in ("warning", "info"):
         monkeypatch.setattr(
@@ -88,13 +88,13 @@ def test_baseline_is_the_gaussian_of_the_training_rows_on_the_scored_rows(tmp_pa
     assert rows.shape == (320, 3)
     assert len(torch.unique(rows, dim=0)) == 320
     expected = gaussian_log_prob(data.test, *shrunk_covariance(rows))
-    # a flow that is worse by 1 in every other row
+    # log p of a flow that is worse by 1 nat in every other row
     log_p = expected - (torch.arange(40) % 2).double()
     found = gaussian_baseline(data, data.test, log_p)
     assert found.nll == pytest.approx(-expected.mean().item())
     assert found.nll_stderr == pytest.approx(expected.std().item() / 40**0.5)
     assert (found.worse, found.worse_stderr) == (pytest.approx(0.5), pytest.approx((10 / 39 / 40) ** 0.5))
-    # some rows do for a large table, and each comes once
+    # a large table needs only some of its rows, without repetitions
     assert len(torch.unique(data.train_rows(50), dim=0)) == 50
 
 
@@ -105,7 +105,7 @@ def test_memory_mapped_and_integer_tables_have_a_baseline(tmp_path: Path) -> Non
     values = torch.from_numpy(np.load(path))
     expected = gaussian_log_prob(values, *shrunk_covariance(values))
     assert found.nll == pytest.approx(-expected.mean().item(), abs=1e-4)
-    # x + u, u uniform: the density of the noise alone has an NLL of 0, and a Gaussian's is 1/2 log(2 pi e / 12)
+    # with x constant, x + u has an NLL of 0 under its own density and of 1/2 log(2 pi e / 12) under a Gaussian
     np.save(tmp_path / "counts.npy", np.zeros((20_000, 1)) + 4)
     counts = ArrayData(str(tmp_path / "counts.npy"), dequantize=True)
     noisy = counts.test + torch.rand(2000, 1)
@@ -121,7 +121,7 @@ def test_images_and_rows_without_training_set_have_no_baseline(tmp_path: Path) -
 
 
 def kernel_density(h: float) -> KernelDensity:
-    """scikit-learn's, in one leaf: pruning its tree loses digits in the tails, up to hundreds of nats (1.9.1)."""
+    """Returns scikit-learn's estimator with one leaf: pruning loses up to hundreds of nats in the tails (1.9.1)."""
     return KernelDensity(bandwidth=h, leaf_size=10_000)
 
 
@@ -158,7 +158,7 @@ def test_kernel_log_probs_are_those_of_scikit_learn() -> None:
 
 
 def test_the_density_of_a_table_integrates_to_one(data: Rows) -> None:
-    """In data units, also beside a column that is constant in training."""
+    """The density is in data units, and a column that is constant in training does not affect it."""
     train = torch.cat([data.train[:, :1], torch.full((600, 1), 7.0)], 1)
     table = of.StandardisedRows(train, train)
     fitted = of._kernels(table, 10.0, 100)
@@ -202,67 +202,67 @@ NORMAL = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=to
         pytest.param(torch.randn(12, 40, dtype=torch.float64), id="more columns than rows"),
     ],
 )
-def test_any_table_has_finite_baselines(train: Tensor, heard: list[str]) -> None:
-    # the validation rows are among the training rows: the densities that fit best are the narrowest
+def test_any_table_has_finite_baselines(train: Tensor, logged: list[str]) -> None:
+    # some training rows are also validation rows, so narrow densities fit best
     data = Rows(train, train[: max(1, len(train) // 2)], train)
     found = baselines(data, [train], torch.zeros(len(train)), SECONDS)
     assert found is not None
     varies = len(torch.unique(train, dim=0)) > 1
     assert set(found) == ({"gaussian", "gaussian_mixture", "kernel_density"} if varies else {"gaussian"})
-    assert varies or any("info" in words for words in heard)
+    assert varies or any("info" in words for words in logged)
     for one in found.values():
         assert math.isfinite(one.nll)
         assert math.isfinite(one.worse)
 
 
 def test_without_scikit_learn_a_line_names_the_extra(
-    data: Rows, heard: list[str], monkeypatch: pytest.MonkeyPatch
+    data: Rows, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
     found = baselines(data, [data.test], torch.zeros(150), SECONDS)
     assert found is not None
     assert list(found) == ["gaussian", "kernel_density"]
-    assert len(heard) == 1
-    assert "flowtrain[baselines]" in heard[0]
+    assert len(logged) == 1
+    assert "flowtrain[baselines]" in logged[0]
 
 
-def test_less_time_fits_less_and_says_so(data: Rows, heard: list[str]) -> None:
+def test_less_time_fits_less_and_says_so(data: Rows, logged: list[str]) -> None:
     found = baselines(data, [data.test], torch.zeros(150), 1e-3)
     assert found is not None
     # the first number of components is always fitted
     assert found["gaussian_mixture"].settings == "1 component"
-    assert len(heard) == 1
+    assert len(logged) == 1
     assert of.affordable_seconds(1.9) == 0
 
 
-def test_a_warning_says_when_a_baseline_beats_the_flow(data: Rows, heard: list[str]) -> None:
+def test_a_warning_says_when_a_baseline_beats_the_flow(data: Rows, logged: list[str]) -> None:
     flow = Flow((2,), Affine(2))
     flow.bijection.initialize(data.train)
     found = evaluate(flow, data, trained_on=data, baseline_seconds=SECONDS)
     assert found.baselines is not None
     assert list(found.to_dict()["baselines"]) == ["gaussian", "gaussian_mixture", "kernel_density"]
-    # not the Gaussian, which is as good as this flow
+    # the Gaussian baseline is as good as this flow
     assert "baseline" not in [check.name for check in found.failed]
     assert found.baselines["gaussian_mixture"].worse > 0.5
-    (warning,) = [words for words in heard if words.startswith("warning") and "gaussian mixture" in words]
+    (warning,) = [words for words in logged if words.startswith("warning") and "gaussian mixture" in words]
     simple = found.baselines["kernel_density"]
     assert with_error(found.nll, found.nll_stderr) in warning
     assert with_error(simple.nll, simple.nll_stderr) in warning
     assert with_error(simple.nll, simple.nll_stderr) in found.table()
-    # rows of Python, whose validation rows are taken from those that are given
+    # for rows in memory, the validation rows are split off trained_on
     of_rows = evaluate(flow, data.test, trained_on=data.train, baseline_seconds=SECONDS)
     assert of_rows.baselines is not None
     assert of_rows.baselines["gaussian_mixture"].nll == pytest.approx(found.baselines["gaussian_mixture"].nll, abs=0.2)
-    # of normal data, nothing is better than a Gaussian
-    heard.clear()
+    # on normal data, no baseline beats the Gaussian
+    logged.clear()
     train, val, test = torch.randn(900, 2).split(300)
     flow.bijection.initialize(train)
     evaluate(flow, Rows(train, val, test), trained_on=Rows(train, val, test), baseline_seconds=SECONDS)
-    assert not [words for words in heard if words.startswith("warning")]
+    assert not [words for words in logged if words.startswith("warning")]
 
 
 def test_noise_is_that_of_the_flow(tmp_path: Path) -> None:
-    """A flow that is the Gaussian of its training rows differs from it by no noise of the scored rows."""
+    """The baseline uses the noise of the scored rows, so a flow that equals the baseline gives the same scores."""
     np.save(tmp_path / "counts.npy", np.random.default_rng(0).poisson(3, size=(600, 2)))
     data = ArrayData(str(tmp_path / "counts.npy"), dequantize=True)
     flow = Flow((2,), Affine(2), integer_valued=True)
@@ -271,7 +271,7 @@ def test_noise_is_that_of_the_flow(tmp_path: Path) -> None:
         flow.bijection.initialize(rows + torch.rand(rows.shape))
     found = evaluate(flow, data, trained_on=data)
     assert found.baselines is not None
-    # the noise of the training rows is another
+    # the small difference comes from the noise of the training rows
     assert found.baselines["gaussian"].worse_stderr < 0.01
 
 
@@ -293,7 +293,7 @@ def test_baselines_of_another_density_are_refused(kind: str) -> None:
         (-5.0, 0.1, True),
         (0.05, 0.1, True),
         (0.3, 0.1, False),
-        # too little to matter, however certain
+        # certain but too small to matter
         (0.005, 1e-6, True),
         # one row with a huge -log p makes the difference uncertain, not small
         (1e7, 1e7, False),
@@ -320,7 +320,7 @@ def test_a_flow_that_is_worse_is_reported_with_both_figures(tmp_path: Path, monk
     assert f"{found.nll:.0f}" in named[0]
     assert f"{simple:.1f}" in named[0]
     assert f"{simple:.1f}" in found.table()
-    # without the data that the flow was trained on, there is nothing to compare with
+    # without trained_on there is no baseline
     assert evaluate(Flow((3,), Affine(3)).float(), data).baselines is None
 
 
@@ -330,9 +330,9 @@ def test_result_of_a_run_has_a_baseline(trained: Train, evaluated: Evaluate, tmp
     simple = json.loads(Path(run_dir, "result.json").read_text())["baselines"]["gaussian"]
     assert set(simple) == {"nll", "nll_stderr", "seconds"}
     assert evaluated(run_dir)["baselines"]["gaussian"]["nll"] == pytest.approx(simple["nll"])
-    # on other rows of the run
+    # another split of the run has baselines too
     assert evaluated(run_dir, "split=val", name="eval-val.json")["baselines"]["gaussian"]["nll"] != simple["nll"]
-    # not of other data
+    # other data have no baselines
     assert evaluated(run_dir, f"data.path={path}", name="eval-x.json")["baselines"] is None
 
 
@@ -350,11 +350,11 @@ def test_command_adds_the_baselines(trained: Train, evaluated: Evaluate, run: Ru
     for one in found.values():
         assert set(one) == {"nll", "nll_stderr", "seconds"}
         assert math.isfinite(one["nll"])
-    # of new rows, here those of the whole table
+    # baselines of new rows, here the whole table
     of_new = evaluated(run_dir, f"data.path={path}", "baselines=true", name="eval-x.json")["baselines"]
     assert of_new.keys() == found.keys()
     assert of_new["gaussian"]["nll"] != found["gaussian"]["nll"]
-    # without the training rows there is nothing to fit
+    # without the training rows no baseline can be fitted
     new = table(tmp_path / "new.npy", 50)
     path.unlink()
     code, _, err = run("floweval", f"ckpt={run_dir}", f"data.path={new}", "baselines=true")

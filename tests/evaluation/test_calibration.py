@@ -1,4 +1,4 @@
-"""Calibration of latents against scipy."""
+"""Calibration of latents agrees with SciPy."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_calibration_sees_the_latent_and_the_dependence_that_are_off() -> None:
     good, pit = calibration(z, normal)
     assert good.p_value > 0.01
     assert len(pit) == 9
-    # by scipy: normal and chi-square distribution functions
+    # against SciPy's normal and chi-square distribution functions
     name = next(iter(pit))
     np.testing.assert_allclose(pit[name].numpy(), stats.norm.cdf(z[:, int(name[1:]) - 1].numpy()), atol=1e-12)
     np.testing.assert_allclose(pit["radius"].numpy(), stats.chi2.cdf(z.square().sum(1).numpy(), 12), atol=1e-10)
@@ -33,11 +33,11 @@ def test_calibration_sees_the_latent_and_the_dependence_that_are_off() -> None:
     shifted[:, 7] += 0.3
     found, _ = calibration(shifted, normal)
     assert (found.worst, found.p_value < 1e-6) == ("z8", True)
-    # rows that have no latents are left out
+    # rows without latents are excluded
     lost, _ = calibration(torch.cat([shifted, torch.full((500, 12), torch.nan)]), normal)
     assert lost == found
     assert calibration(torch.full((5, 12), torch.nan), normal)[0].n == 0
-    # each column normal, all of them equal: nothing but the radius can tell
+    # each column is normal but all are equal, so only the radius reveals the dependence
     same, _ = calibration(z[:, :1].expand(4000, 12), normal)
     assert (same.worst, same.p_value < 1e-6, same.radius) == ("radius", True, same.statistic)
 

@@ -1,4 +1,4 @@
-"""The checks of an evaluation: each finds its own cause, and none passes what it has not seen."""
+"""The checks of an evaluation: each detects its own error, and a check that was not computed does not pass."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_jacobians_are_those_of_the_inverse(shape: tuple[int, ...]) -> None:
 
 
 class Broken(Bijection):
-    """x = 2 z, with what is wrong left to the caller: factors of forward, of the two log-determinants."""
+    """x = 2 z, with optional errors in forward and factors on both log-determinants."""
 
     def __init__(self, forward: float = 2.0, up: float = 1.0, down: float = 1.0) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_each_check_finds_its_own_cause(broken: Broken, trips: set[str]) -> None
 
 
 class Collapsed(Bijection):
-    """Forgets the second column."""
+    """A map whose inverse sets the second column to 0."""
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z, z.new_zeros(len(z))
@@ -85,7 +85,7 @@ class Collapsed(Bijection):
 
 
 class HalfFolded(Bijection):
-    """z = |x|: on data that are all positive, forward undoes it."""
+    """z = |x|, which forward inverts only on positive data."""
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z.abs(), z.new_zeros(len(z))
@@ -94,7 +94,7 @@ class HalfFolded(Bijection):
 
 
 class WrongBase(Flow):
-    """Leaves the constant of the normal density out."""
+    """A flow that omits the constant of the normal density."""
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         return -0.5 * z.flatten(1).square().sum(1)
@@ -129,14 +129,14 @@ def test_round_trip_sees_one_bad_column_beside_others_of_any_scale(scale: float,
 
 
 def test_whole_numbers_in_a_range_are_not_integrated() -> None:
-    """Some of the mass of x + u lies beyond the range, and log p is not to be had there."""
+    """Some of the mass of x + u lies outside the range, where log p cannot be computed."""
     flow = Flow((2,), Chain([Affine(2), Logit(4, 0.05)]), integer_valued=True, levels=4).eval()
     assert of_mass(reference(flow)) is None
     assert failing(flow, torch.randint(0, 4, (100, 2))) == set()
 
 
 class Stiff(nn.Module):
-    """A field with a jump, which no tolerance can be held on."""
+    """A field with jumps, for which a solver cannot meet any tolerance."""
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return 3 * torch.sign((40 * x).sin())
@@ -152,7 +152,7 @@ def test_unsolvable_check_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["log-det"].passed is None
     assert "could not be solved" in str(found["log-det"].message)
     assert found["solver"].passed is False
-    # fixed steps have no estimate of their own
+    # fixed steps have no embedded error estimate
     assert parts.embedded is None
 
 
@@ -163,7 +163,7 @@ def with_base(base: Base) -> Flow:
     return flow.eval()
 
 
-# of a box, whose density jumps, the grid finds too little or says that it is too coarse
+# the density of a box jumps, so the grid finds too little mass or reports that it is too coarse
 @pytest.mark.parametrize(
     "base", [StudentT((2,), 1.0), StudentT((2,), 3.0), UniformBox([0.0, -1.0], [1.0, 1.0]), GaussianMixture(2, 3)]
 )
@@ -202,7 +202,7 @@ def test_own_samples_are_not_checked_against_a_base_without_a_second_formula() -
     check = of_samples(exact, drawn_from(exact))
     assert check.passed is None
     assert "Mine" in str(check.message)
-    # a subclass is held to the density that it is one of
+    # a subclass is compared with the exact density of its base class
     exact = reference(with_base(type("Sub", (StandardNormal,), {})((2,))))
     assert of_samples(exact, drawn_from(exact)).passed
 
@@ -214,7 +214,7 @@ def test_kl_may_be_negative_within_its_error_only() -> None:
 
 
 def test_determinants_are_right_on_several_threads() -> None:
-    """Where torch's own of a batch of such matrices are not."""
+    """torch's batched determinants of such matrices are wrong on several threads."""
     flow = Flow((180,), InvertibleLinear(180)).eval()
     torch.set_num_threads(2)
     check = of_log_det(reference(flow), subset_of(flow, torch.randn(60, 180), None))

@@ -1,4 +1,4 @@
-"""The mass of a density by quadrature, thin, far and scattered ones among them."""
+"""The mass of a density by quadrature, including thin, distant and scattered densities."""
 
 import math
 from collections.abc import Callable
@@ -23,14 +23,14 @@ def test_mass_of_a_gaussian(d: int, factor: float) -> None:
 
 
 def test_mass_of_thin_rings_and_of_far_outliers() -> None:
-    """p of a ring with sigma 0.03 at radius 2, int_0^oo r exp(-(r - 2)^2 / 2 s^2) dr = 2 s sqrt(2 pi) for s << 2."""
+    """The ring's radial integral is int_0^oo r exp(-(r - 2)^2 / 2 s^2) dr = 2 s sqrt(2 pi) for s << 2."""
     s = 0.03
     constant = math.log(2 * math.pi * 2 * s * math.sqrt(2 * math.pi))
     angle, radius = 2 * math.pi * torch.rand(2000), 2 + s * torch.randn(2000)
     samples = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
     found = mass(lambda x: -((x.norm(dim=1) - 2) ** 2) / (2 * s * s) - constant, samples)
     assert found.value == pytest.approx(1, abs=1e-3)
-    # one sample in a thousand comes from a Gaussian a hundred times as wide
+    # one sample in a thousand comes from a Gaussian that is a hundred times wider
     samples = torch.randn(2000, 2)
     samples[::1000] *= 100
 
@@ -42,7 +42,7 @@ def test_mass_of_thin_rings_and_of_far_outliers() -> None:
 
 
 def of_modes(means: Tensor, std: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """An even mixture of round Gaussians on the plane, and samples of it."""
+    """Returns log p of an equally weighted mixture of isotropic Gaussians in the plane, and samples."""
 
     def log_prob(x: Tensor) -> Tensor:
         u = (x.unsqueeze(1) - means) / std.unsqueeze(-1)
@@ -54,7 +54,7 @@ def of_modes(means: Tensor, std: Tensor) -> tuple[Callable[[Tensor], Tensor], Te
 
 @pytest.mark.parametrize("seed", range(6))
 def test_mass_of_modes_that_fall_between_the_first_nodes(seed: int) -> None:
-    """A grid that is refined only where it has found mass would never see them, and believe itself."""
+    """A grid refined only near the mass that it has found would miss these modes and report a small error."""
     torch.manual_seed(seed)
     side = 4 * torch.arange(-2.0, 3.0)
     cases = [
@@ -64,13 +64,13 @@ def test_mass_of_modes_that_fall_between_the_first_nodes(seed: int) -> None:
     ]
     for means, std in cases:
         found = mass(*of_modes(means, std))
-        # what cannot be resolved is not claimed to be
+        # if the modes cannot be resolved, the reported error must be large
         assert found.value == pytest.approx(1, abs=max(1e-3, 10 * found.error))
         assert found.points < 120_000
 
 
 def test_remaining_error_is_extrapolated_from_doublings() -> None:
-    # of first and second order what is left is the last change, and a third of it
+    # the error left after first-order convergence is the last change, and a third of it after second order
     assert left_after([0.2, 0.1, 0.05]) == pytest.approx(0.05)
     assert left_after([0.4, 0.1]) == pytest.approx(0.1 / 3)
     assert left_after([0.01, 0.0001]) == pytest.approx(1e-6, rel=0.02)

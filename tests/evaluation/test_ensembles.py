@@ -1,4 +1,4 @@
-"""Evaluations of ensembles: their NLL and members, what its error is made of, and checks of each member."""
+"""Evaluations of ensembles: NLL, members, the parts of the error, and checks of each member."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from flowtrain.nn.divergence import TraceRule
 from flowtrain.ode import ode_solver
 from flowtrain.utils.errors import SolverError
 
-pytestmark = pytest.mark.usefixtures("heard")
+pytestmark = pytest.mark.usefixtures("propagate_logs")
 
 
 def gaussian(mean: float, d: int = 2) -> Flow:
@@ -48,7 +48,7 @@ class Stretch(Bijection):
 
 
 class Hole(nn.Module):
-    """A field without values for points beyond 50."""
+    """A field that is NaN for points beyond 50."""
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return torch.where(x.abs() > 50, torch.nan, 0.0 * x)
@@ -114,7 +114,7 @@ def test_the_solver_error_is_that_of_the_density() -> None:
     assert truth / 5 < found.budget.solver < 5 * truth + 1e-4
     assert 0 < found.budget.embedded < 10
     single = [evaluate(flow, x, thorough=False).budget.embedded for flow in flows]
-    # each is weighted by its share
+    # the errors of the members are weighted by their shares
     assert found.budget.embedded < max(single)
 
 
@@ -128,7 +128,7 @@ def test_a_wrong_member_is_found_by_name(bad: Stretch, failed: set[str]) -> None
     (check,) = [check for check in found.checks if check.name == next(iter(failed - {"mass"}))]
     assert check.message is not None
     assert "runs/bad" in check.message
-    # of weight 0, it has no part in the density
+    # a member of weight 0 does not affect the density
     found = evaluate(Ensemble(flows, [1.0, 0.0]), 2 * array())
     assert not found.failed
     assert found.members is not None
@@ -147,7 +147,7 @@ def test_rows_that_a_member_cannot_solve_are_scored_by_the_others() -> None:
     torch.testing.assert_close(found.scores, expected)
     assert found.member_scores is not None
     assert found.member_scores[7].isnan().tolist() == [True, False]
-    # of weight 0, it is listed without an NLL
+    # a member of weight 0 is listed without an NLL
     found = evaluate(Ensemble([hole, good], [0.0, 1.0]), x, thorough=False)
     assert found.members is not None
     assert math.isnan(found.members[0].nll)
@@ -172,7 +172,7 @@ def test_calibration_of_whole_numbers_takes_whole_samples() -> None:
     ensemble = Ensemble([images("realnvp"), images("glow")], [0.5, 0.5]).eval()
     found = evaluate(ensemble, ensemble.quantized(ensemble.sample(800)), dequantization_samples=3, thorough=False)
     assert found.calibration.p_value > 1e-3
-    # averaged over draws of the noise, log p is larger than at one point
+    # the average over noise draws is larger than log p at one draw
     assert abs(found.pit["density"].mean() - 0.5) < 0.1
 
 
@@ -183,7 +183,7 @@ def test_a_conditional_ensemble_is_evaluated_with_labels() -> None:
     assert found.nll == pytest.approx(-ensemble.log_prob(x, y).mean())
     assert found.ood is not None
     assert found.ood.auroc > 0.9
-    # of all classes together, that is of p(x) = sum_y P(y) p(x | y)
+    # the marginal over the classes, p(x) = sum_y P(y) p(x | y)
     rows = torch.from_numpy(x)
     marginal = torch.stack([ensemble.log_prob(rows, label).exp() for label in range(3)]).mean(0).log()
     assert found.sets is not None
@@ -209,7 +209,7 @@ def test_estimated_traces_do_not_raise_the_density() -> None:
         [torch.stack([log_probs(f, x, seed=s + 999 * i) for i, f in enumerate(flows)]) for s in range(60)]
     )
     naive = (naive.logsumexp(1) - math.log(3)).mean(0)
-    # what a plain logarithm of the mean would be biased by
+    # a plain logarithm of the mean is biased
     assert (naive - truth).mean() > 0.02
     assert evaluate(Ensemble(flows), x, thorough=False).budget.trace > 0
 

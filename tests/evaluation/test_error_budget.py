@@ -1,4 +1,4 @@
-"""The error budget of an evaluation: trace, rounding, sampling, dequantization."""
+"""The error budget of an evaluation: trace, rounding, sampling and dequantization."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ def hutchinson_flow(d: int = 5) -> Flow:
 
 
 def test_trace_error_is_that_of_the_estimator() -> None:
-    """Rademacher noise leaves e^T A e a variance of 2 |S - diag S|_F^2, S the symmetric part of A."""
+    """With Rademacher noise, e^T A e has the variance 2 |S - diag S|_F^2, where S is the symmetric part of A."""
     flow = hutchinson_flow()
     (part,) = flow.ode_blocks
     a = part.field.a.detach()

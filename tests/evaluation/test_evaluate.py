@@ -1,4 +1,4 @@
-"""`flowtrain.evaluate` on rows in memory: what it takes, what it gives, and what it leaves as it was."""
+"""`flowtrain.evaluate` on rows in memory: accepted inputs, results, and no side effects."""
 
 import copy
 import logging
@@ -23,7 +23,7 @@ from flowtrain.evaluation.result import Check
 from flowtrain.flow import Flow, Record
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 
-pytestmark = pytest.mark.usefixtures("heard")
+pytestmark = pytest.mark.usefixtures("propagate_logs")
 
 
 class Frame:
@@ -35,7 +35,7 @@ class Frame:
 
 
 class Rows(Dataset):
-    """A data set of these rows."""
+    """A data set with the given test rows."""
 
     event_shape = (2,)
 
@@ -75,7 +75,7 @@ def test_rows_and_data_sets_give_the_same_numbers() -> None:
     of_rows = evaluate(flow, x, trained_on=rows, step=7).to_dict()
     assert of_set.keys() == of_rows.keys()
     for key in set(of_set) - {"split", "seconds", "total_seconds", "baselines"}:
-        # repr: some are NaN
+        # repr also compares NaN
         assert repr(of_set[key]) == repr(of_rows[key]), key
     assert of_set["baselines"]["gaussian"]["nll"] == of_rows["baselines"]["gaussian"]["nll"]
 
@@ -106,8 +106,8 @@ def test_tensors_of_any_kind_are_taken() -> None:
 
 
 def test_nothing_of_the_caller_is_changed() -> None:
-    """Not the flow, and not the settings of torch; and the result does not depend on them."""
-    # in float32 too, which resolves no tighter tolerance
+    """The flow and torch's settings are unchanged, and the result does not depend on the settings."""
+    # a tolerance that float32 resolves too
     flow, x = vectors("ffjord", classes=2, solver=["solver.rtol=1e-5"]), array()
     label = [0, 1] * 20
     flow.train()
@@ -209,7 +209,7 @@ def test_failed_checks_are_logged_and_marked(caplog: pytest.LogCaptureFixture) -
 
 
 class Cells(HTMLParser):
-    """The tags that are open at the end, and the text."""
+    """Collects the text and the open tags of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ def test_an_evaluation_shows_itself(caplog: pytest.LogCaptureFixture) -> None:
     assert str(found) == found.table()
     assert "\n" not in repr(found)
     assert found.headline in repr(found)
-    # text of users and of libraries may get into messages
+    # messages may contain text from users or libraries, which must be escaped
     object.__setattr__(found, "checks", (*found.checks, Check("<b>", 1.0, 0.5, False, "a < b & <script>")))
     html = Cells()
     html.feed(found._repr_html_())

@@ -1,4 +1,4 @@
-"""log p of whole numbers, averaged over draws of the noise; rows that cannot be solved."""
+"""log p of integers, averaged over draws of noise, and rows whose ODE cannot be solved."""
 
 import math
 
@@ -17,7 +17,7 @@ from flowtrain.utils.errors import SolverError
 
 
 class Linear(nn.Module):
-    """v = A x, whose estimated trace e^T A e has the variance of the sum over i < j of (a_ij + a_ji)^2."""
+    """v = A x, whose trace estimate e^T A e has the variance of the sum over i < j of (a_ij + a_ji)^2."""
 
     def __init__(self, a: Tensor) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Linear(nn.Module):
 
 
 def test_an_estimated_trace_never_looks_like_a_better_likelihood() -> None:
-    """Averaged inside the log like the other noise, that of the trace would read as 1.5 nats more."""
+    """If probes were averaged inside the log, like dequantization noise, log p would be 1.5 nats too large."""
     a = torch.diag(torch.tensor([0.3, -0.2, 0.1, 0.4])) + 0.5 * (torch.ones(4, 4) - torch.eye(4))
     x = torch.tensor([[3, 4, 4, 3]]).expand(3000, 4)
 
@@ -41,7 +41,7 @@ def test_an_estimated_trace_never_looks_like_a_better_likelihood() -> None:
         exact, estimated = scores("exact", draws), scores("hutchinson", draws)
         assert estimated.std() > 1.5 > 2 * exact.std()
         gap, error = (estimated.mean() - exact.mean()).item(), estimated.std().item() / 3000**0.5
-        # one linear map has the same trace at every x, and the bound is tight
+        # a linear map has the same trace at every x, so the bound is tight
         assert abs(gap) < 4 * error
     assert scores("exact", 8).mean() > scores("exact", 1).mean()
 
@@ -50,19 +50,19 @@ def test_bound_of_estimates_is_below_the_exact_log_density() -> None:
     log_p = torch.randn(5, 7)
     exact = log_p.exp().sum(0).log()
     torch.testing.assert_close(bound_of_estimates(log_p, log_p), exact)
-    # shifts in common, as probes in common make them, come out in the mean
+    # an offset that all samples share, as common probes give, cancels in the mean
     torch.testing.assert_close(bound_of_estimates(log_p + 3, log_p - 3), exact)
     noisy = [log_p.unsqueeze(1) + torch.randn(5, 20_000, 7) for _ in range(2)]
     found = bound_of_estimates(*(one.flatten(1) for one in noisy)).view(20_000, 7).mean(0)
     naive = noisy[0].exp().sum(0).log().mean(0)
     assert (naive > exact + 0.1).all()
     assert (found < exact).all()
-    # no worse than one draw, whose mean is that of log p
+    # the bound is at least the expectation of a single draw, which is the mean of log p
     assert (found > log_p.mean(0) + math.log(5) - 0.5).all()
 
 
 class Hole(nn.Module):
-    """A field without values for points beyond 50."""
+    """A field that is NaN for points beyond 50."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Bits per dimension of whole numbers by hand, their dequantization and their range."""
+"""Bits per dimension of integers against hand computations, dequantization, and the range of the values."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ SHAPE = (1, 4, 4)
 
 
 class Bytes(Dataset):
-    """Images whose pixels are 0 half of the time, labelled by their first pixel."""
+    """Images in which half of the pixels are 0, labelled by their first pixel."""
 
     integer_valued, levels, classes = True, 256, 2
 
@@ -46,7 +46,7 @@ def integer_flow(bijection: Bijection, shape: tuple[int, ...] = SHAPE, **rest: A
 
 
 def test_bits_per_dim_of_a_case_computed_by_hand() -> None:
-    """One pixel of 0 dequantized to 0.5, logit with alpha = 0.05, standard normal: every step in plain arithmetic."""
+    """A pixel of value 0 is dequantized to 0.5 and mapped by a logit with alpha = 0.05 to a standard normal base."""
     flow = integer_flow(Logit(256, 0.05), (1, 1, 1))
     p = 0.05 + 0.9 * 0.5 / 256
     z = math.log(p / (1 - p))
@@ -58,10 +58,10 @@ def test_bits_per_dim_of_a_case_computed_by_hand() -> None:
 
 
 def test_a_uniform_image_costs_the_bits_of_its_levels() -> None:
-    """x + u uniform on [0, 256): its density is 1/256 and so 8 bits a pixel; here through the logistic base."""
+    """x + u is uniform on [0, 256), so its density is 1/256, or 8 bits per pixel. The base is logistic."""
 
     class ToLogistic(Bijection):
-        """From a standard normal to a standard logistic, by their distribution functions."""
+        """Maps a standard normal to a standard logistic through their distribution functions."""
 
         def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
             raise NotImplementedError
@@ -79,7 +79,7 @@ def test_a_uniform_image_costs_the_bits_of_its_levels() -> None:
 
 @pytest.mark.parametrize("model", ["realnvp", "glow", "ffjord"])
 def test_untrained_bits_per_dim_match_an_independent_calculation(model: str) -> None:
-    """Untrained flows without data-dependent scales carry the logit of the data to a standard normal base."""
+    """Untrained flows without data-dependent scales map the logits of the data to a standard normal base."""
     data = Bytes()
     own = {"realnvp": ["model.actnorm=false"], "glow": ["model.scales=1"], "ffjord": []}
     keys = [f"model={model}", "model.hidden=[4]", *own[model]]
@@ -91,7 +91,7 @@ def test_untrained_bits_per_dim_match_an_independent_calculation(model: str) -> 
     p = data.alpha + (1 - 2 * data.alpha) * noisy / 256
     z, slope = np.log(p) - np.log1p(-p), (1 - 2 * data.alpha) / 256 / (p * (1 - p))
     log_p = -0.5 * z**2 - 0.5 * np.log(2 * np.pi) + np.log(slope)
-    # a rotation of the channels, which Glow begins with, leaves a standard normal as it is
+    # Glow's initial rotation of the channels leaves a standard normal unchanged
     assert result.bits_per_dim == pytest.approx(-log_p.mean() / np.log(2), rel=1e-6)
     assert result.nll == pytest.approx(-log_p.sum((1, 2, 3)).mean(), rel=1e-6)
 
@@ -119,12 +119,12 @@ def test_logit_is_accurate_in_float32(alpha: float) -> None:
     torch.testing.assert_close(log_det.double(), -wide[1], rtol=3e-6, atol=3e-6)
 
 
-# Whole numbers
+# Integers
 
 
 @pytest.mark.parametrize("alpha", [1e-6, 1e-2])
 def test_far_latents_stay_finite_in_float32(alpha: float) -> None:
-    """Rounded to float32, a far latent is the edge itself, and nothing beyond it may be made of that."""
+    """In float32 a distant latent maps to the edge of the range, whose inverse must be finite."""
     torch.set_default_dtype(torch.float32)
     logit = Logit(256, alpha).eval()
     far = torch.tensor([[-200.0, -60.0, -30.0, 30.0, 60.0, 200.0]])
@@ -144,7 +144,7 @@ def test_only_integers_are_dequantized() -> None:
     assert torch.equal(flow.quantized(noisy), x)
     u = noisy - x
     assert abs(u.mean() - 0.5) < 5 * (12 * u.numel()) ** -0.5
-    # integers that no flow was told of are numbers like any other
+    # a flow without integer_valued treats integers as real numbers
     plain = Flow((2,), Affine(2))
     whole = torch.tensor([[1, 2]])
     assert torch.equal(plain.log_prob(whole), plain.log_prob(whole.double()))
@@ -167,7 +167,7 @@ def test_samples_are_quantized_into_their_range() -> None:
 
 
 def test_more_dequantization_samples_tighten_the_bound() -> None:
-    """log 1/K sum p(x + u_k) against its definition, and its mean rising towards log P(x)."""
+    """log 1/K sum p(x + u_k) agrees with its definition, and its mean rises towards log P(x)."""
     data = Bytes((1, 1, 1), n=400)
     flow = integer_flow(Logit(256, 1e-4), (1, 1, 1))
     means = []
@@ -176,7 +176,7 @@ def test_more_dequantization_samples_tighten_the_bound() -> None:
         assert result.dequantization_samples == draws
         means.append(result.nll)
     assert means[0] > means[1] > means[2]
-    # P(x) is the integral of the density over the pixel's unit interval
+    # P(x) is the integral of the density over the unit interval of the pixel
     edges = 1e-4 + (1 - 2e-4) * torch.arange(257, dtype=torch.float64) / 256
     cdf = torch.special.ndtr(torch.logit(edges))
     exact = -(cdf[1:] - cdf[:-1])[data.test.long()].log().mean().item()

@@ -1,4 +1,4 @@
-"""AUROC and typicality against scikit-learn."""
+"""AUROC and typicality agree with scikit-learn."""
 
 import math
 
@@ -35,10 +35,10 @@ def test_ood_detection_counts_non_finite_rows_as_least_likely() -> None:
     assert (found.n, found.infinite, found.auroc, found.typicality_auroc) == (3, 2, 1.0, 1.0)
     assert found.nll == 50.0
     assert (found.entropy, found.entropy_of) == (1.5, "validation set")
-    # more likely than the set itself, as Fashion-MNIST's flows find MNIST: log p fails, typicality does not
+    # other rows may be more likely than the set itself, like MNIST under Fashion-MNIST's flows; typicality detects them
     likely = ood_detection("likely", inside, 40 + torch.randn(100), 2.0, "validation set")
     assert (likely.auroc, likely.typicality_auroc) == (0.0, 1.0)
-    # rows of the set itself count alike
+    # non-finite rows of the set itself are treated in the same way
     lost = torch.cat([inside, torch.tensor([torch.nan, -torch.inf])])
     found = ood_detection("noise", lost, outside, 2.0, "validation set")
     labels, ranks = [0] * 102 + [1] * 3, np.concatenate([lost.nan_to_num(-1e9, neginf=-1e9), [-50, -1e9, -1e9]])

@@ -1,4 +1,4 @@
-"""Rows that decide an NLL are named, and sound densities have none."""
+"""Rows that dominate the NLL are named, and correct densities have none."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ from flowtrain.evaluation.outliers import concentration, outlying
 
 
 def gaussian(n: int, d: int = 4) -> Tensor:
-    """log p of draws from N(0, I), up to a constant."""
+    """Returns log p of draws from N(0, I), up to a constant."""
     return -torch.randn(n, d).square().sum(1) / 2
 
 
 def student(n: int, nu: float = 1.0) -> Tensor:
-    """log p of draws from Student's t distribution, up to a constant."""
+    """Returns log p of draws from Student's t distribution, up to a constant."""
     x = torch.distributions.StudentT(torch.tensor(nu)).sample((n,))
     return -(nu + 1) / 2 * torch.log1p(x.square() / nu)
 
@@ -43,11 +43,11 @@ def test_a_few_rows_are_named_together_and_many_are_no_outliers() -> None:
     log_p = gaussian(5000)
     log_p[[7, 4999, 100]] = torch.tensor([-2e6, -1e6, -1.5e6])
     found = concentration(log_p, "test set")
-    # the fewest that carry more than half
+    # the smallest set of rows with more than half of the variance
     assert (found.passed, found.rows) == (False, (7,))
     log_p[7] = -1.2e6
     assert concentration(log_p, "test set").rows == (7, 100)
-    # more than 0.1% of the rows, which share the variance
+    # more than 0.1% of the rows share the variance
     log_p[::100] = -1e6 - torch.arange(50.0)
     assert concentration(log_p, "test set").passed
 
@@ -79,7 +79,7 @@ def test_rows_that_are_not_finite_are_named_before_any_other() -> None:
     found = concentration(log_p, "test set")
     assert (found.passed, found.value, found.rows, found.count) == (False, 1.0, (4, 9, 20), 3)
     assert found.nll_without == pytest.approx(-log_p[(log_p > -1e7)].mean().item())
-    # whatever their number
+    # non-finite rows are named, however many they are
     log_p[:100] = -torch.inf
     assert concentration(log_p, "test set").count == 100
     assert concentration(torch.tensor([-1.0, -torch.inf]), "test set").rows == (1,)
@@ -87,7 +87,7 @@ def test_rows_that_are_not_finite_are_named_before_any_other() -> None:
 
 
 def test_the_row_is_in_the_table_the_json_and_the_report(run: Run, tmp_path: Path, trained: Train) -> None:
-    """And what is measured on some of the rows is not measured on that one."""
+    """Checks that use a subset of the rows exclude the dominating row."""
     rng = np.random.default_rng(0)
     np.save(tmp_path / "train.npy", rng.normal(size=(300, 2)))
     run_dir = trained("data=array", "data.path=train.npy")
@@ -103,7 +103,7 @@ def test_the_row_is_in_the_table_the_json_and_the_report(run: Run, tmp_path: Pat
     report = Path(run_dir, "report-new.md").read_text()
     for text in (out, err, report):
         assert "row 17 " in text
-    # rounding is not what made the NLL so large
+    # rounding is not the cause of the large NLL
     assert found["checks"]["precision"]["passed"]
     assert found["budget"]["precision"] < 1e-3
     assert "precision:" not in err
@@ -117,7 +117,7 @@ def test_a_row_without_density_does_not_cost_the_scores_of_the_others(
     run_dir = trained("data=array", "data.path=train.npy")
     rows = rng.normal(size=(40, 2)).astype(np.float32)
     np.save(tmp_path / "good.npy", rows)
-    # squares of it are beyond float32
+    # their squares exceed float32
     rows[[3, 30]] = 3e38
     np.save(tmp_path / "far.npy", rows)
     evaluated(run_dir, "data.path=good.npy", "scores=good_scores.npy", name="eval-good.json")
@@ -129,7 +129,7 @@ def test_a_row_without_density_does_not_cost_the_scores_of_the_others(
     assert np.flatnonzero(~np.isfinite(scores)).tolist() == [3, 30]
     np.testing.assert_allclose(np.delete(scores, [3, 30]), np.delete(good, [3, 30]), rtol=1e-6)
     assert (found["nll"], found["n"]) == (None, 40)
-    # a share of the variance is no number here
+    # with an infinite NLL, a share of the variance is undefined
     (line,) = [line for line in out.splitlines() if "FAILED: concentration" in line]
     assert "rows 3 and 30" in line
     assert "variance" not in line

@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distances against closed forms, and the quality of samples against the steps they took."""
+"""Sliced Wasserstein distances against closed forms, and sample quality for each number of steps."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def test_a_shift_moves_every_projection_by_its_cosine() -> None:
 
 
 def test_distance_between_gaussians_of_two_scales() -> None:
-    """W_2 of N(0, 1) and N(0, s^2) is |s - 1|, and so is every projection's, whatever the order of the rows."""
+    """W_2 of N(0, 1) and N(0, s^2) is |s - 1| for every projection, and the order of the rows does not matter."""
     x = torch.randn(5000, 2)
     y = 1.5 * torch.randn(5000, 2)
     assert sliced_wasserstein(x, y) == pytest.approx(0.5, rel=0.05)
@@ -45,7 +45,7 @@ def test_distance_is_symmetric_and_seeded() -> None:
 
 
 def test_samples_are_of_the_classes_of_the_data() -> None:
-    """A field that moves class 0 to -5 and class 1 to 5, and data that are nearly all of class 0."""
+    """The field moves class 0 to -5 and class 1 to 5, and nearly all data are of class 0."""
     field = MLPField(2, [8], "concat", "tanh", classes=2)
     flow = Flow((2,), Chain([Continuous(ByClass(field), ode_solver("dopri5"), TraceRule("exact"))]), classes=2)
     data = Moons(n_val=400, n_test=400)
@@ -57,7 +57,7 @@ def test_samples_are_of_the_classes_of_the_data() -> None:
     found = quality(flow, data, [1])
     assert found.exact.sliced_wasserstein < 0.4
     assert found.data < 0.4
-    # and afterwards the flow has its own solver again
+    # the flow has its own solver again
     assert flow.solver is not None
     assert flow.solver.method == "dopri5"
 
@@ -85,13 +85,13 @@ def test_quality_is_reported_for_each_number_of_steps(run: Run, tmp_path: Path, 
     code, out, err = run("flowtrain", "objective=flow_matching", *small)
     assert code == 0, err
     run_dir = Path(out.strip().splitlines()[-1])
-    # of a run with a step size, steps take its place
+    # solver.steps replaces the step size of the run
     code, out, err = run("flowtrain", "solver=rk4", "solver.step_size=0.5", *small)
     assert code == 0, err
     code, out, err = run("floweval", f"ckpt={out.strip().splitlines()[-1]}", "solver.steps=4", "out=e.json")
     assert code == 0, err
     assert json.loads(Path("e.json").read_text())["solver"]["step_size"] == 0.25
-    # the pictures of training were blank, that of the quality is not
+    # figures of the training were blank, but the quality figure is checked
     request.getfixturevalue("full_size")
     code, out, err = run("flowsample", f"ckpt={run_dir}", "quality=[1,4]")
     assert code == 0, err

@@ -2,8 +2,8 @@
 
     python tests/golden/make.py LABEL [NAME ...]
 
-writes tests/golden/LABEL/NAME for every case in CASES, or for those named. A golden that exists is never overwritten:
-the command refuses. See README.md in this folder.
+The command writes tests/golden/LABEL/NAME for every case in CASES, or for the named cases. It never overwrites an
+existing golden. See README.md in this folder.
 """
 
 import json
@@ -27,8 +27,8 @@ from flowtrain.training.trainer import Trainer
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
 
-# every run: short, on one thread of the CPU, every step in metrics.jsonl. The learning rate is large, so that the flows
-# are far from the identity after a few steps
+# Settings of every run: one CPU thread, and every step in metrics.jsonl. The large learning rate moves the flows far
+# from the identity within a few steps.
 COMMON = [
     "device=cpu", "threads=1", "trainer.steps=12", "trainer.batch_size=16", "trainer.lr=0.05", "trainer.lr_warmup=1",
     "trainer.val_every=2", "trainer.log_every=1", "trainer.plot_every=null", "trainer.guard_every=3",
@@ -42,7 +42,7 @@ CLASSES = ["data.label=64", "model.conditional=true"]
 MOONS = ["data=moons", "data.n_test=64", "data.n_val=48"]
 NET = ["model.hidden=[4]"]
 
-# arguments of `flowtrain`; runs stop after step 7 of 12, but where "stop=STEP" says otherwise
+# arguments of `flowtrain`; a run stops after step 7 of 12, or after STEP if "stop=STEP" is given
 CASES: dict[str, list[str]] = {
     "affine_table": ["model=affine", *TABLE],
     "affine_unstandardized": ["model=affine", *TABLE, "data.standardize=false", "trainer.ema=null"],
@@ -118,18 +118,18 @@ CASES: dict[str, list[str]] = {
 
 
 def main() -> None:
-    """Makes the goldens that the command line names."""
+    """Makes the goldens named on the command line."""
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
     label, names = sys.argv[1], sys.argv[2:] or list(CASES)
     if not Path(flowtrain.__file__).is_relative_to(HERE.parents[1]):
-        raise SystemExit(f"{flowtrain.__file__} is imported, not the flowtrain of this checkout: set PYTHONPATH")
+        raise SystemExit(f"flowtrain was imported from {flowtrain.__file__}: set PYTHONPATH to this checkout")
     taken = [str(HERE / label / name) for name in names if (HERE / label / name).exists()]
     if taken:
-        raise SystemExit(f"goldens are never overwritten, and there is {', '.join(taken)}: give another label")
+        raise SystemExit(f"these goldens exist and are never overwritten: {', '.join(taken)}. Give another label")
     if not DATA.exists():
         make_data()
-    # one name on every machine, so that checkpoints do not tell whose it was
+    # the same path on every machine, so that checkpoints contain no user name
     scratch = Path(tempfile.gettempdir()) / "flowtrain-golden"
     shutil.rmtree(scratch, ignore_errors=True)
     os.environ.pop("TQDM_DISABLE", None)
@@ -144,7 +144,7 @@ def main() -> None:
 
 
 def make_data() -> None:
-    """Data files, from a fixed seed; like goldens, they are made once."""
+    """Writes the data files from a fixed seed. Like goldens, they are made once."""
     rng = np.random.default_rng(18)
     DATA.mkdir()
     label = rng.integers(0, 3, 120)
@@ -158,17 +158,17 @@ def make_data() -> None:
 
 
 def make(name: str, arguments: list[str], folder: Path) -> None:
-    """Runs a case in a folder of its own: the interrupted run in `run`, its end in `whole`, and expected.json."""
+    """Runs a case in `folder`: the interrupted run in `run`, the completed run in `whole`, and expected.json."""
     shutil.copytree(DATA, folder)
     os.chdir(folder)
     stop = next((int(a.removeprefix("stop=")) for a in arguments if a.startswith("stop=")), 7)
     command = [*(a for a in arguments if not a.startswith("stop=")), *COMMON]
-    # the last one given counts
+    # the last value of a key counts
     command = list({a.partition("=")[0]: a for a in [*COMMON, *command[: len(command) - len(COMMON)]]}.values())
     interrupted(["flowtrain", *command, "hydra.run.dir=run"], stop)
     shutil.copytree("run", "whole")
-    called(evaluate.main, ["floweval", "ckpt=run", "out=eval.json", "split=test", "device=cpu"])
-    called(train.main, ["flowtrain", "resume=whole"])
+    run_command(evaluate.main, ["floweval", "ckpt=run", "out=eval.json", "split=test", "device=cpu"])
+    run_command(train.main, ["flowtrain", "resume=whole"])
     rows, labels = rows_of(command)
     saved = torch.load("run/checkpoints/last.pt", weights_only=True)["config"]
     expected = {
@@ -184,23 +184,23 @@ def make(name: str, arguments: list[str], folder: Path) -> None:
         "log_p_float64": {
             w: log_p(Path(f"run/checkpoints/{w}.pt"), rows, labels, torch.float64) for w in ("best", "last")
         },
-        "test": picked(json.loads(Path("eval.json").read_text())),
+        "test": select_keys(json.loads(Path("eval.json").read_text())),
         "resumed": {
             "metrics": metrics(Path("whole"))[len(metrics(Path("run"))) :],
-            "test": picked(json.loads(Path("whole/result.json").read_text())),
+            "test": select_keys(json.loads(Path("whole/result.json").read_text())),
             "log_p": log_p(Path("whole/checkpoints/last.pt"), rows, labels, torch.float32),
         },
     }
-    Path("expected.json").write_text(written(expected) + "\n")
+    Path("expected.json").write_text(to_json(expected) + "\n")
 
 
-def written(content: dict[str, Any]) -> str:
-    """JSON with one line for each key."""
+def to_json(content: dict[str, Any]) -> str:
+    """Returns JSON with one line for each key."""
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) + "\n}"
 
 
 def interrupted(arguments: list[str], stop: int) -> None:
-    """`flowtrain` with a SIGTERM in the step before `stop` is reached."""
+    """Runs `flowtrain` and sends it SIGTERM one step before `stop`, so that it ends after step `stop`."""
     step = Trainer.train_step
 
     def signalled(self: Trainer) -> Any:
@@ -211,13 +211,13 @@ def interrupted(arguments: list[str], stop: int) -> None:
 
     Trainer.train_step = signalled  # type: ignore[method-assign]
     try:
-        called(train.main, arguments, code=143)
+        run_command(train.main, arguments, code=143)
     finally:
         Trainer.train_step = step  # type: ignore[method-assign]
 
 
-def called(command: Any, arguments: list[str], code: int = 0) -> None:
-    """One of the commands, in this process."""
+def run_command(command: Any, arguments: list[str], code: int = 0) -> None:
+    """Runs a command in this process and checks its exit code."""
     sys.argv = arguments
     try:
         command()
@@ -227,7 +227,7 @@ def called(command: Any, arguments: list[str], code: int = 0) -> None:
 
 
 def rows_of(command: list[str]) -> tuple[np.ndarray, list[int] | None]:
-    """16 rows in data units, not all of them from the data, with labels for a conditional flow."""
+    """Returns 16 rows in data units, some of them outside the data, and labels if the flow is conditional."""
     flow = flowtrain.load("run/checkpoints/last.pt")
     rng = np.random.default_rng(7)
     keys = dict(a.split("=", 1) for a in command)
@@ -240,32 +240,32 @@ def rows_of(command: list[str]) -> tuple[np.ndarray, list[int] | None]:
     if flow.integer_valued:
         x = x + rng.uniform(0.001, 0.999, x.shape)
     else:
-        # the last rows far out, where flows extrapolate
+        # move the last rows far from the data, where flows extrapolate
         x = x + rng.normal(size=x.shape) * x.std(0) * np.where(np.arange(16) < 10, 0.3, 10.0)[:, None]
     return x.round(3).reshape(16, *flow.event_shape), labels
 
 
 @torch.no_grad()
 def log_p(path: Path, rows: Any, labels: list[int] | None, dtype: torch.dtype) -> list[float]:
-    """log p of the rows by a checkpoint."""
+    """Returns log p of the rows under a checkpoint."""
     flow = flowtrain.load(path).to(dtype)
     label = None if labels is None else torch.tensor(labels)
     return flow.log_prob(torch.as_tensor(rows, dtype=dtype), label).tolist()
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without times."""
+    """Returns the rows of metrics.jsonl without timings."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def picked(result: dict[str, Any]) -> dict[str, Any]:
-    """What is compared of eval.json or result.json."""
+def select_keys(result: dict[str, Any]) -> dict[str, Any]:
+    """Selects the compared keys of eval.json or result.json."""
     return {key: result[key] for key in ("nll", "nll_stderr", "n", "split", "step", "bits_per_dim")}
 
 
 def keep(made: Path, place: Path) -> None:
-    """Copies what a golden consists of: expected.json, and the interrupted run in run.tar.xz."""
+    """Copies the files of a golden: expected.json, and the interrupted run as run.tar.xz."""
     place.mkdir(parents=True)
     with tarfile.open(place / "run.tar.xz", "w:xz") as archive:
         for name in ("checkpoints/best.pt", "checkpoints/last.pt", "checkpoints/teacher.pt", "metrics.jsonl"):

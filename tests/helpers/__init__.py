@@ -1,4 +1,4 @@
-"""What tests import by name: types, classes and parameters, which fixtures cannot provide at import time.
+"""Types, classes and parameters that tests import by name, because fixtures cannot provide them at import time.
 
 Everything else that tests share is a fixture in a conftest.py.
 """
@@ -12,7 +12,7 @@ from flowtrain.training.trainer import Trainer
 
 COMMANDS = {"flowtrain": train.main, "floweval": evaluate.main, "flowsample": sample.main, "flowexport": export.main}
 
-# types of the fixtures that are factories: see tests/conftest.py
+# types of the fixtures in tests/conftest.py that return functions
 Run = Callable[..., tuple[int, str, str]]
 Train = Callable[..., str]
 Evaluate = Callable[..., dict[str, Any]]

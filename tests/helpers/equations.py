@@ -1,4 +1,4 @@
-"""Fields and equations that the tests of the solvers share."""
+"""Fields and equations shared by the solver tests."""
 
 import math
 
@@ -22,7 +22,7 @@ def random_field(d: int = 2, layer: str = "concatsquash", activation: str = "tan
 
 
 class Plain(nn.Module):
-    """The same field with nothing to speed it up."""
+    """The same field without its optimizations."""
 
     def __init__(self, field: MLPField) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def gradients(field: nn.Module, solver: Solver, x: Tensor, trace: TraceRule | No
 
 
 class Wave(nn.Module):
-    """dx/dt = a cos(3 t) x: x(t) = x0 exp(a sin(3 t) / 3); its divergence is d a cos(3 t)."""
+    """dx/dt = a cos(3 t) x, with the solution x(t) = x0 exp(a sin(3 t) / 3) and the divergence d a cos(3 t)."""
 
     def __init__(self, a: float = 1.3) -> None:
         super().__init__()

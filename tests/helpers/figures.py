@@ -1,4 +1,4 @@
-"""Leaves the figures of a run out, where a test looks at none: drawing takes most of the time of a short run."""
+"""Skips the figures of a run in tests that do not need them: drawing takes most of the time of a short run."""
 
 import pytest
 

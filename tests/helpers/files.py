@@ -1,4 +1,4 @@
-"""Builders of input files, which parametrized tests need at import time, and readers of what commands write."""
+"""Builders of input files, which parametrized tests need at import time, and readers of output files."""
 
 import csv
 import gzip
@@ -15,7 +15,7 @@ from PIL import Image
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 TABLES = arrays(np.float64, array_shapes(min_dims=2, max_dims=2, max_side=6), elements=FINITE)
 
-# the files of MNIST, and the height and width of images in small copies of them
+# the file names of MNIST, and the height and width of the small images in test copies
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = NAMES
 H, W = 4, 6
@@ -53,7 +53,7 @@ def bytes_of(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def write_set(folder: Path, n: int = 50, n_test: int = 20, gz: bool = True, **changed: np.ndarray | bytes) -> Path:
-    """Four files of n + n_test images, whose first pixel is the position and whose label is the position mod 10."""
+    """Writes MNIST's four files with n + n_test images. Image i has first pixel i and label i mod 10."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, count in (("train", n), ("t10k", n_test)):
         pixels = bytes_of(count, H, W, seed=count)
@@ -87,13 +87,13 @@ def gif_of(path: Path) -> Gif:
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream whose isatty() is true."""
 
     def isatty(self) -> bool:
         return True
 
     def screen(self) -> str:
-        """The visible lines: text after a carriage return overwrites the line."""
+        """Returns the visible lines, where text after a carriage return overwrites the line."""
         lines = []
         for line in self.getvalue().split("\n"):
             seen = ""

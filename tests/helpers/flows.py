@@ -28,7 +28,7 @@ IMAGES = {
     "realnvp": ["model=realnvp", "model.hidden=[4]", "model.layers=1", "model.scales=1"],
     "glow": ["model=glow", "model.hidden=[4]", "model.steps=2", "model.scales=1"],
 }
-# the smallest models of images, for runs of a few steps
+# the smallest image models, for runs of a few steps
 IMAGE_MODELS = {
     "realnvp": ["model=realnvp", "model.hidden=[4]", "model.layers=1"],
     "realnvp batchnorm": ["model=realnvp", "model.hidden=[4]", "model.layers=1", "model.batch_norm=true"],
@@ -39,7 +39,7 @@ IMAGE_MODELS = {
 
 
 def perturbed(module: Bijection, std: float = 0.4) -> Bijection:
-    """With random parameters: at its start a bijection may be the identity, which hides mistakes."""
+    """Sets random parameters. A new bijection may be the identity, which hides mistakes."""
     for p in module.parameters():
         with torch.no_grad():
             p.add_(std * torch.randn_like(p))

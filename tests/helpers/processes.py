@@ -1,6 +1,6 @@
 """Functions that tests run in other processes, which import them by name.
 
-Two ranks of data-parallel training record what they find (`everything`).
+`run_all` runs on two ranks of data-parallel training and saves the results of each.
 """
 
 import copy
@@ -28,7 +28,7 @@ SMALL += ["trainer.steps=12"]
 REALNVP = ["model=realnvp", "model.layers=2", "model.hidden=[8]"]
 FFJORD = ["model=ffjord", "model.hidden=[8]"]
 TIGHT = ["solver.rtol=1e-10", "solver.warmup=0", "solver.control=all"]
-# equal to one process in float64: every kind of gradient, parts, averages, labels, clipping
+# runs that must equal one process in float64, with every gradient method, mixed gradients, EMA, labels and clipping
 EQUAL = {
     "realnvp": [*REALNVP, "trainer.clip_norm=0.5", "trainer.ema=0.9"],
     "parts": [*REALNVP, "trainer.accumulate=3"],
@@ -39,13 +39,13 @@ EQUAL = {
 }
 IMAGES = ["model.hidden=[4]", "model.scales=1", "trainer.lr=0.01"]
 EQUAL |= {"images": ["model=realnvp", *IMAGES], "glow": ["model=glow", "model.steps=2", *IMAGES]}
-# flow matching never uses the ActNorm of the pixels, which decay would shrink if it had a gradient
+# flow matching never uses the ActNorm of the pixels, and weight decay would shrink it if it had a gradient
 UNUSED = ["model=ffjord", "model.hidden=[4]", "model.scales=0", "objective=flow_matching", "trainer.weight_decay=0.1"]
 POLICIES = ("stop", "skip", "rewind")
 
 
 class Images(Dataset):
-    """Grey images of real numbers, so that no noise is drawn; their convolutions keep channels last."""
+    """Grey images of real values, which get no dequantization noise. Their convolutions use channels-last memory."""
 
     event_shape = (1, 4, 4)
 
@@ -58,7 +58,7 @@ class Images(Dataset):
 
 
 class Poisoned(Dataset):
-    """A row of the second rank's share is not finite at one step."""
+    """Data in which one row of the second rank's share is not finite at one step."""
 
     event_shape = (2,)
 
@@ -75,7 +75,7 @@ class Poisoned(Dataset):
 
 
 def composed(overrides: list[str]) -> dict[str, Any]:
-    """The config that overrides compose. Hydra composes each once per process."""
+    """Returns the composed config of the overrides. Hydra composes each config once per process."""
     return copy.deepcopy(_composed(tuple(overrides)))
 
 
@@ -88,7 +88,7 @@ def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
 def trainer_of(
     run_dir: Path, overrides: list[str], saved: dict[str, Any] | None = None, data: Dataset | None = None
 ) -> Trainer:
-    """The trainer that `flowtrain` would build, with `data` in place of the configured data if given."""
+    """Builds the trainer that `flowtrain` would build, with `data` in place of the configured data if given."""
     config = composed(overrides)
     torch.manual_seed(config["seed"])
     data = data or build_data(config)
@@ -105,8 +105,8 @@ def trainer(
     return trainer_of(run_dir, [*SMALL, *overrides], saved, data)
 
 
-def ended(run: Trainer) -> dict[str, Any]:
-    """How a run ended: the error, and what it holds."""
+def fit_outcome(run: Trainer) -> dict[str, Any]:
+    """Trains, and returns how the run ended: error, step, signal, metrics and weights."""
     error = None
     try:
         run.fit()
@@ -120,8 +120,8 @@ def ended(run: Trainer) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def everything(rank: int, size: int, folder: Path) -> None:
-    """All that is asked of two ranks, in one start of them."""
+def run_all(rank: int, size: int, folder: Path) -> None:
+    """Runs all checks of two ranks in one pair of processes, because starting them is slow."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -129,15 +129,15 @@ def everything(rank: int, size: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     found: dict[str, Any] = {}
     for name, overrides in EQUAL.items():
-        found[name] = ended(trainer(folder / name, *overrides, data=DATA.get(name)))
+        found[name] = fit_outcome(trainer(folder / name, *overrides, data=DATA.get(name)))
     for policy in POLICIES:
         data = Poisoned(5, times=1 if rank == 1 and policy == "rewind" else 9)
         keys = [*REALNVP, "trainer.val_every=4", f"trainer.on_nonfinite={policy}"]
-        found[policy] = ended(trainer(folder / policy, *keys, data=data))
-    found["unsolved"] = ended(_unsolved(folder / "unsolved", rank))
-    found["signal"] = ended(_signalled(folder / "signal", rank))
+        found[policy] = fit_outcome(trainer(folder / policy, *keys, data=data))
+    found["unsolved"] = fit_outcome(_unsolved(folder / "unsolved", rank))
+    found["signal"] = fit_outcome(_signalled(folder / "signal", rank))
     keys = [*REALNVP, "model.batch_norm=true", "trainer.on_nonfinite=skip"]
-    found["norm"] = ended(trainer(folder / "norm", *keys, data=Poisoned(5)))
+    found["norm"] = fit_outcome(trainer(folder / "norm", *keys, data=Poisoned(5)))
     found["unused"] = unused(folder / "unused")
     found["partly"] = _partly(rank)
     found["agreed"] = [
@@ -150,15 +150,15 @@ def everything(rank: int, size: int, folder: Path) -> None:
 
 
 def unused(run_dir: Path) -> dict[str, Any]:
-    """How a run ends in which some parameters get no gradient, and which those are."""
+    """Trains a run in which some parameters get no gradient, and also returns the names of these parameters."""
     run = trainer(run_dir, *UNUSED, data=Images())
     begun = {name: p.detach().clone() for name, p in run.flow.named_parameters()}
-    found = ended(run)
+    found = fit_outcome(run)
     return {**found, "begun": begun, "without": [n for n, p in run.flow.named_parameters() if p.grad is None]}
 
 
 def _partly(rank: int) -> list[list[float] | None]:
-    """Gradients once averaged, of parameters that one rank, both and none have a gradient of."""
+    """Returns averaged gradients of parameters with a gradient on one rank, on both ranks and on no rank."""
     parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
     for p in parameters[rank:2]:
         p.grad = torch.full((2,), 4.0)
@@ -167,7 +167,7 @@ def _partly(rank: int) -> list[list[float] | None]:
 
 
 def _unsolved(run_dir: Path, rank: int) -> Trainer:
-    """A solve that fails on the second rank alone, in the way back."""
+    """Builds a trainer whose solve fails on the second rank only, after its backward pass."""
     run = trainer(run_dir, *FFJORD, "solver=rk4", "solver.steps=2")
     take = run.update.backward
 
@@ -182,7 +182,7 @@ def _unsolved(run_dir: Path, rank: int) -> Trainer:
 
 
 def _signalled(run_dir: Path, rank: int) -> Trainer:
-    """A signal that reaches the second rank alone."""
+    """Builds a trainer that receives a signal on the second rank only."""
     run = trainer(run_dir, "model=affine")
     check_for_stop = run.check_for_stop
     run.check_for_stop = lambda received, out_of_time: check_for_stop(

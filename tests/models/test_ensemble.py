@@ -1,4 +1,4 @@
-"""Ensembles: the density and the samples of a mixture of flows, and its weights by EM."""
+"""Ensembles: density and samples of a mixture of flows, and its weights from EM."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ def gaussian(mean: float, d: int = 2) -> Flow:
 
 
 class Nowhere(Bijection):
-    """A map whose log-determinant is NaN right of 0."""
+    """A map whose log-determinant is NaN for positive values."""
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z, z.new_zeros(len(z))
@@ -96,10 +96,10 @@ def test_samples_come_from_the_members_by_their_weights() -> None:
         assert len(of_one) / n == pytest.approx(w, abs=4 * math.sqrt(w * (1 - w) / n))
         torch.testing.assert_close(of_one.mean(0), torch.full((2,), 50.0 * (i - 1)), atol=0.08, rtol=0)
         torch.testing.assert_close(of_one.std(0), torch.ones(2), atol=0.06, rtol=0)
-    # in no order
+    # the samples of the members are shuffled
     halves = [part.double().mean() for part in which.chunk(2)]
     assert abs(halves[0] - halves[1]) < 0.05
-    # its own log p is that of a mixture: E[-log p] of far-apart members is the sum of both entropies
+    # members are far apart, so E[-log p] is the entropy of a member plus the entropy of the weights
     entropy = math.log(2 * math.pi * math.e) - sum(w * math.log(w) for w in WEIGHTS)
     assert -ensemble.log_prob(x).mean().item() == pytest.approx(entropy, abs=0.05)
 
@@ -157,7 +157,7 @@ def test_a_member_without_a_value_counts_as_zero_density() -> None:
     both, one = Ensemble([broken, good], [0.75, 0.25]).log_prob(x), good.log_prob(x)
     torch.testing.assert_close(both, one + torch.tensor([0.0, math.log(0.25)]))
     assert Ensemble([broken, broken]).log_prob(x).isnan().tolist() == [False, True]
-    # of weight 0, it is not computed
+    # a member of weight 0 is not evaluated
     torch.testing.assert_close(Ensemble([broken, good], [0.0, 3.0]).log_prob(x), one)
 
 
@@ -213,7 +213,7 @@ def likelihood(w: NDArray[Any], p: NDArray[Any]) -> float:
 @pytest.mark.parametrize("seed", range(4))
 def test_weights_maximise_the_likelihood(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    # members that are good at some rows each; the last two are good nowhere
+    # each of the first members fits some rows well, and the last two fit no row well
     log_p = rng.normal(size=(60, 5)) + np.array([0.0, 0.3, -0.2, -4.0, -9.0]) - 300 * rng.random((60, 1))
     found = np.array(stacking_weights(torch.from_numpy(log_p)))
     p = np.exp(log_p - log_p.max(1, keepdims=True))
@@ -233,7 +233,7 @@ def test_weights_maximise_the_likelihood(seed: int) -> None:
 
 
 def test_weights_of_a_small_problem_are_the_closed_form() -> None:
-    # k rows that only the first member covers, n - k that only the second does
+    # only the first member covers the first 7 rows, and only the second covers the other 3
     log_p = torch.full((10, 3), -torch.inf)
     log_p[:7, 0], log_p[7:, 1] = -1.0, -1e4
     log_p[3, 1] = torch.nan
@@ -268,7 +268,7 @@ def test_sparse_weights_drop_members_that_do_not_help() -> None:
     weights = sparse_weights(log_p)
     assert sorted(weights) == [0.0, 0.0, 1.0]
     assert weights[2] == 0.0
-    # both are kept where each covers rows that the other does not
+    # two members that cover different rows are both kept
     half = torch.where(x < 0, normal.log_prob(x), -math.inf)
     other = torch.where(x < 0, -math.inf, normal.log_prob(x))
     share = (x < 0).double().mean().item()

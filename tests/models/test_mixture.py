@@ -1,4 +1,4 @@
-"""model=mixture: EM on the first data, and its settings by validation."""
+"""model=mixture: EM on the initial data, and settings chosen by validation."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_number_of_components_is_chosen_by_validation() -> None:
 
 def test_covariance_is_chosen_by_validation() -> None:
     correlated = torch.from_numpy(clustered(1500, 3))
-    # independent columns, so few rows that the other entries of a covariance only add noise
+    # independent columns with so few rows that off-diagonal covariances only add noise
     independent = torch.from_numpy(np.random.default_rng(0).normal(size=(60 + 1000, 12)))
     assert chosen(correlated[:1000], correlated[1000:])[0].covariance == "full"
     best, tried = chosen(independent[:60], independent[60:])
@@ -59,7 +59,7 @@ def test_a_choice_without_time_or_rows_is_of_what_was_tried() -> None:
     x = torch.from_numpy(clustered(600, 3))
     best, tried = chosen(x[:400], x[400:], seconds=0.0)
     assert list(tried) == [best]
-    # fewer rows for each component than a search would try
+    # fewer rows per component than the search would try
     best, tried = chosen(x[:50], x[400:], components=[20])
     assert {each.covariance for each in tried} == {"full", "diagonal"}
     assert best.components == 20
@@ -76,7 +76,7 @@ def test_training_starts_at_the_mixture_that_was_chosen(caplog: pytest.LogCaptur
 
 
 def test_prior_is_chosen_for_components_with_few_rows() -> None:
-    """Four clusters of one common covariance, with fewer rows each than entries of the covariance."""
+    """Four clusters share one covariance, and each has fewer rows than the covariance has entries."""
     rng = np.random.default_rng(0)
     x = torch.from_numpy(20 * rng.normal(size=(4, 12))[rng.integers(0, 4, 1160)] + rng.normal(size=(1160, 12)))
     x = x @ torch.from_numpy(rng.normal(size=(12, 12)))
@@ -96,7 +96,7 @@ def test_only_what_is_auto_is_chosen() -> None:
 
 
 def test_diagonal_mixture_sees_the_columns_of_the_table() -> None:
-    """Two clusters along the diagonal, each with independent columns. Whitened columns would mix them."""
+    """The data are two clusters along the diagonal, each with independent columns. Whitening would mix the columns."""
     rng = np.random.default_rng(0)
     x = np.array([[0.0, 0.0], [10.0, 10.0]])[rng.integers(0, 2, 2000)] + rng.normal(size=(2000, 2)) * [0.1, 2.0]
     overrides = {"model.components": 2, "model.covariance": "diagonal", "model.prior": 0.0, "trainer.steps": 1}

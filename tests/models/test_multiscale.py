@@ -1,4 +1,4 @@
-"""Models of images: squeezes, scales, labels, narrow networks and what is refused."""
+"""Image models: squeezes, scales, labels, reduced precision and refused settings."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def test_squeeze_puts_the_colours_of_a_checkerboard_apart() -> None:
     row, column = torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij")
     even = (row + column) % 2 == 0
     assert set(y[:, :4].flatten().tolist()) == set(x[:, :, even].flatten().tolist())
-    # pixel (1, 0) of channel 1 is the lower left of its square
+    # pixel (1, 0) of channel 1 is the lower left pixel of its square
     assert y[0, 7, 0, 0] == x[0, 1, 1, 0]
 
 
@@ -40,7 +40,7 @@ def test_squeeze_puts_the_colours_of_a_checkerboard_apart() -> None:
     ("make", "words"),
     [
         (lambda: realnvp((1, 28, 28), scales=3), r"model.scales=3: images of 28x28 can be halved 2 times"),
-        (lambda: realnvp((1, 8, 8), hidden=[8, 4]), r"model.hidden=\[8, 4\]: the blocks"),
+        (lambda: realnvp((1, 8, 8), hidden=[8, 4]), r"model.hidden=\[8, 4\]: all blocks"),
         (lambda: realnvp((1, 8, 8), conditional=True), "conditional=true"),
         (lambda: glow((1, 7, 7)), "these images of 7x7 have one"),
         (lambda: glow((1,)), "at least 2 columns"),
@@ -58,7 +58,7 @@ def test_invalid_model_options_are_refused(make: Callable[[], Flow], words: str)
 
 @pytest.mark.parametrize("model", ["realnvp", "glow"])
 def test_initialization_standardises_the_latents_of_the_data(model: str) -> None:
-    """Every ActNorm on the way starts from what reaches it, through squeezes and at every scale."""
+    """Every ActNorm is initialized from its own input, through squeezes and at every scale."""
     flow = (realnvp if model == "realnvp" else glow)((1, 16, 16), hidden=[4])
     x = 5 + 3 * torch.randn(300, 1, 16, 16).cumsum(-1)
     z = flow.bijection.initialize(x)
@@ -67,7 +67,7 @@ def test_initialization_standardises_the_latents_of_the_data(model: str) -> None
     assert all(norm.shift.any() or norm.log_scale.any() for norm in norms)
     torch.testing.assert_close(z, flow.bijection.map_inverse(x))
     assert z.mean().abs() < 1e-6
-    # what Glow factors out was standardised and then rotated
+    # Glow standardizes and then rotates the factored-out latents
     assert z.std() == pytest.approx(1, abs=1e-3 if model == "realnvp" else 0.1)
 
 
@@ -113,7 +113,7 @@ def test_labels_are_checked() -> None:
 
 
 def nets_seen(flow: Flow, x: Tensor, name: str) -> tuple[Tensor, set[torch.dtype]]:
-    """log p(x) in training with that precision, and the dtypes that the couplings' networks answered in."""
+    """Returns log p(x) in training mode at that precision, and the output dtypes of the couplings' networks."""
     seen: set[torch.dtype] = set()
     nets = [m.conditioner for m in flow.modules() if isinstance(m, AffineCoupling)]
     hooks = [net.register_forward_hook(lambda m, args, y: seen.add(y.dtype)) for net in nets]
@@ -127,7 +127,7 @@ def nets_seen(flow: Flow, x: Tensor, name: str) -> tuple[Tensor, set[torch.dtype
 
 @pytest.mark.parametrize("model", ["realnvp", "glow"])
 def test_bfloat16_networks_keep_the_likelihood(model: str) -> None:
-    """Only networks are narrow, so that the log-determinant is still that of the map; evaluation is never narrow."""
+    """Only networks use bfloat16, so the log-determinant still belongs to the map. Evaluation never uses bfloat16."""
     torch.set_default_dtype(torch.float32)
     flow = (realnvp if model == "realnvp" else glow)((1, 8, 8), hidden=[16, 16])
     x = torch.randn(64, 1, 8, 8)
@@ -141,7 +141,7 @@ def test_bfloat16_networks_keep_the_likelihood(model: str) -> None:
     assert narrow.dtype == torch.float32
     gap = (narrow - plain).abs().max() / (64 * math.log(2))
     assert 0 < gap < 0.02, "bits per dimension"
-    # in training too the map is inverted to the digits of float32: the log-determinant belongs to the map there is
+    # in training too, the inverse is accurate to float32, so the log-determinants of both directions agree
     with narrowed("bfloat16", x.device), torch.no_grad():
         z, log_det = flow.bijection.inverse(x)
         back, back_log_det = flow.bijection.forward(z)
@@ -161,7 +161,7 @@ def test_invalid_pixel_values_are_refused(model: str, tmp_path: Path, image_conf
     flow = build_flow(config, build_data(config).samples).eval()
     x = torch.randint(0, 256, (3, 1, 4, 6))
     for bad in (x + 200, x - 200, x + 256.5, -x - 0.5):
-        with pytest.raises(FlowtrainError, match="x goes from"):
+        with pytest.raises(FlowtrainError, match="x has values from"):
             flow.log_prob(bad)
     assert flow.log_prob(x[:0]).shape == (0,)
     for wrong in (x.to(torch.complex64), x.to(torch.complex64).numpy()):

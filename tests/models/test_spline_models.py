@@ -1,4 +1,4 @@
-"""The models nsf and maf: what they accept, what they start at, far rows, copies and saved weights."""
+"""The models nsf and maf: accepted settings, the initial map, distant rows, copies and saved weights."""
 
 import copy
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def test_settings_out_of_range_are_refused(make: Callable[[], Flow], words: str)
 )
 def test_passes_are_between_autoregressive_and_coupling(d: int, passes: int | None, groups: list[int]) -> None:
     layers = [m for m in maf(d, layers=2, passes=passes).modules() if isinstance(m, Autoregressive)]
-    # from base to data
+    # layers in the order from base to data
     assert [layer.groups.tolist() for layer in layers] == [groups[::-1], groups]
     assert layers[0].passes == max(groups) + 1
 

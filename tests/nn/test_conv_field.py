@@ -1,4 +1,4 @@
-"""Convolutional fields: time as a channel, tangents as autograd's Jacobian says, and flows over images."""
+"""Convolutional fields: time as a channel, JVPs that agree with autograd's Jacobian, and flows over images."""
 
 import itertools
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def random_field(layer: str = "concatsquash", activation: str = "tanh", kernel_s
 
 
 class Plain(nn.Module):
-    """A field of images (B, C, H, W) that knows nothing of tangents, from another one or of its own."""
+    """A field of images (B, C, H, W) without `jvp`, around another field if one is given."""
 
     def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Plain(nn.Module):
 
 
 class OneConvolution(nn.Module):
-    """v = tanh(W * [x, t]) by torch alone."""
+    """v = tanh(W * [x, t]), built from torch modules only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class OneConvolution(nn.Module):
 
 
 def jacobian(field: nn.Module, t: Tensor, x: Tensor) -> Tensor:
-    """(D, D) at one image x (C, H, W)."""
+    """Returns the Jacobian (D, D) at one image x (C, H, W)."""
     j = torch.autograd.functional.jacobian(lambda y: field(t, y.unsqueeze(0)).squeeze(0), x)
     return j.reshape(x.numel(), x.numel())
 
@@ -62,7 +62,7 @@ def jacobian(field: nn.Module, t: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("network", ["field", "pushed", "conv", "residual"])
 @pytest.mark.parametrize("size", [None, (20, 20)])
 def test_positions_tell_a_network_where_it_is(network: str, size: tuple[int, int] | None) -> None:
-    """Without them what it makes of a dot moves with the dot, as long as that is far from the border."""
+    """Without a positional bias, shifting a dot far from the border shifts the output."""
     made: nn.Module
     if network in ("field", "pushed"):
         made = ConvField(1, [4], "concat", "tanh", size=size)
@@ -250,15 +250,15 @@ def test_invalid_conv_field_options_are_refused(arguments: tuple[int, list[int],
 
 @pytest.mark.parametrize("shape", [(4, 2), (4, 3, 5, 5), (2,)])
 def test_inputs_of_the_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="field of 2 channels takes images"):
+    with pytest.raises(ConfigError, match="field of 2 channels"):
         random_field()(torch.tensor(0.5), torch.randn(shape))
 
 
 @pytest.mark.parametrize(
     ("field", "shape", "message"),
     [
-        (MLPField(3, [4], "concat", "tanh"), (2, 2, 4, 3), r"MLPField takes samples of 1 dimension.*\(2, 4, 3\)"),
-        (ConvField(2, [4], "concat", "tanh"), (2, 3), r"ConvField takes samples of 3 dimension.*\(3,\)"),
+        (MLPField(3, [4], "concat", "tanh"), (2, 2, 4, 3), r"MLPField needs samples with 1 dimension.*\(2, 4, 3\)"),
+        (ConvField(2, [4], "concat", "tanh"), (2, 3), r"ConvField needs samples with 3 dimension.*\(3,\)"),
     ],
 )
 def test_divergence_refuses_samples_of_another_kind(field: nn.Module, shape: tuple[int, ...], message: str) -> None:
@@ -268,7 +268,7 @@ def test_divergence_refuses_samples_of_another_kind(field: nn.Module, shape: tup
 
 
 def test_divergence_refuses_inputs_without_batch_dimension() -> None:
-    with pytest.raises(ConfigError, match="one row a sample"):
+    with pytest.raises(ConfigError, match="batch of vectors"):
         TraceRule().draw(torch.randn(3), training=True)
 
 

@@ -1,4 +1,4 @@
-"""Probes of the divergence, and when its trace is exact."""
+"""Probes of the divergence, and the choice between an exact and an estimated trace."""
 
 import pytest
 import torch

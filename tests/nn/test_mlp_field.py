@@ -1,4 +1,4 @@
-"""Fields push tangents as autograd's Jacobian says, for every layer and activation, and for a plain module."""
+"""JVPs of fields agree with autograd's Jacobian, for every layer and activation and for a plain module."""
 
 import itertools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def random_field(d: int = 3, layer: str = "concatsquash", activation: str = "tan
 
 
 class Plain(nn.Module):
-    """A field that knows nothing of tangents."""
+    """A field without `jvp`."""
 
     def __init__(self, d: int = 3) -> None:
         super().__init__()

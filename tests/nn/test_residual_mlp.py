@@ -1,4 +1,4 @@
-"""Residual networks over vectors: the hand-written gradient, masks, labels and dropout."""
+"""Residual MLPs: the hand-written gradient, masks, labels and dropout."""
 
 import copy
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def test_the_gradient_is_that_of_finite_differences(name: str, rows: int) -> Non
     assert answer(*given).shape == (rows, net.last.out_features)
     assert torch.autograd.gradcheck(answer, given)
     if rows == 7:
-        # create_graph and torch.func take another way
+        # create_graph and torch.func use ordinary operations instead of the hand-written gradient
         assert torch.autograd.gradgradcheck(answer, given)
         whole = torch.autograd.grad(answer(*given).square().sum(), x)[0]
         plain = tuple(v.detach() for v in given)
@@ -94,7 +94,7 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(first, net(x))
     torch.manual_seed(0)
     assert torch.equal(net(x), first)
-    # in no_grad, and by ordinary operations, with the same noise
+    # no_grad uses ordinary operations, which draw the same noise
     torch.manual_seed(0)
     with torch.no_grad():
         torch.testing.assert_close(net(x), first)

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of objectives: flows of two columns around a field."""
+"""Fixtures for tests of objectives: flows over two columns with a given field."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from flowtrain.ode import ode_solver
 
 
 class Linear(nn.Module):
-    """v = a + B x, whatever the time: the regression on it is solved by hand."""
+    """v = a + B x at all times, for which the regression has a closed form."""
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         super().__init__()
@@ -26,13 +26,13 @@ class Linear(nn.Module):
 
 @pytest.fixture(scope="session")
 def linear_field() -> type[nn.Module]:
-    """The class of linear fields, of an offset and a matrix."""
+    """Returns the class of linear fields, which are built from an offset and a matrix."""
     return Linear
 
 
 @pytest.fixture(scope="session")
-def around() -> Callable[..., Flow]:
-    """Builds a continuous flow around a field, between other bijections."""
+def flow_with_field() -> Callable[..., Flow]:
+    """Returns a function that builds a continuous flow from a field, between other bijections."""
 
     def build(field: nn.Module, *, before: tuple[Any, ...] = (), after: tuple[Any, ...] = ()) -> Flow:
         continuous = Continuous(field, ode_solver("dopri5", rtol=1e-9), TraceRule("exact"))

@@ -1,4 +1,4 @@
-"""Runs of every objective: resume to the bit, the hybrid's change of loss, refusals."""
+"""Runs with every objective: bitwise resume, the hybrid's switch of loss, refused settings."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +23,8 @@ from flowtrain.utils.errors import ConfigError
 SMALL = ["trainer.batch_size=16", "trainer.log_every=1", "data.n_val=20", "data.n_test=20", "model.hidden=[8]"]
 
 
-def test_hybrid_switches_its_loss_once(around: Callable[..., Flow]) -> None:
-    flow = around(MLPField(2, [4], "concat", "tanh"))
+def test_hybrid_switches_its_loss_once(flow_with_field: Callable[..., Flow]) -> None:
+    flow = flow_with_field(MLPField(2, [4], "concat", "tanh"))
     objective = Hybrid(flow, Regularizer(kinetic=0.1, spectral=0.1), steps=10, matching=0.7)
     x = torch.randn(5, 2)
     names = []
@@ -39,9 +39,9 @@ def test_hybrid_switches_its_loss_once(around: Callable[..., Flow]) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 2.5, 10, "half"])
-def test_invalid_shares_are_refused(share: Any, around: Callable[..., Flow]) -> None:
+def test_invalid_shares_are_refused(share: Any, flow_with_field: Callable[..., Flow]) -> None:
     with pytest.raises(ConfigError, match=r"objective.matching"):
-        Hybrid(around(MLPField(2, [4], "concat", "tanh")), Regularizer(), steps=10, matching=share)
+        Hybrid(flow_with_field(MLPField(2, [4], "concat", "tanh")), Regularizer(), steps=10, matching=share)
 
 
 def trained(stop_at: Callable[..., None], run_dir: Path, *overrides: str, stop: int | None = None) -> Trainer:
@@ -50,7 +50,7 @@ def trained(stop_at: Callable[..., None], run_dir: Path, *overrides: str, stop: 
     torch.manual_seed(0)
     data = build_data(config)
     flow = build_flow(config, data.samples)
-    # untrained, it would be the identity, and its student would have nothing to learn
+    # an untrained teacher would be the identity, and the student would learn nothing
     teacher = build_flow(config, data.samples)
     with torch.no_grad():
         for p in teacher.parameters():
@@ -72,7 +72,7 @@ STEPS = ["trainer.steps=10", "trainer.val_every=5"]
 def whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, stop_at: Callable[..., None]
 ) -> tuple[list[str], Trainer]:
-    """A run that was never stopped, and its overrides."""
+    """Returns the overrides of an uninterrupted run, and its trainer."""
     torch.set_num_threads(1)
     name = request.param
     keys = [f"objective={name}", *STEPS]
@@ -84,7 +84,7 @@ def whole(
 def test_resume_is_exact_to_the_bit(
     whole: tuple[list[str], Trainer], stop: int, tmp_path: Path, stop_at: Callable[..., None]
 ) -> None:
-    """A stop before, at and after the hybrid's change of loss."""
+    """Runs are stopped before, at and after the hybrid's switch of loss."""
     keys, run = whole
     assert any(bool(p.abs().max() > 0) for p in run.train_state.ema.shadow.values() if p.shape == (2, 8))  # type: ignore[union-attr]
     trained(stop_at, tmp_path, *keys, stop=stop)
@@ -124,11 +124,11 @@ def test_likelihood_phase_of_a_hybrid_restarts_schedules_and_early_stopping(
     trainer = trained(stop_at, tmp_path, *keys, "solver.warmup=2", "solver.train_rtol=null", "trainer.ema=0.9")
     rows = train_rows(trainer)
     assert [row["nll"] is None for row in rows] == [True] * 6 + [False] * 4
-    # the cosine comes down before the change and starts again there, after its warm-up; so does the tolerance
+    # the cosine schedule ends before the switch and restarts after it with a warm-up; the tolerance does the same
     assert [row["lr"] for row in rows[:2]] == pytest.approx([row["lr"] for row in rows[6:8]], rel=0.2)
     assert rows[5]["lr"] < 0.3 * rows[1]["lr"]
     assert [row["rtol"] for row in rows[6:]] == pytest.approx([1e-3, 1e-4, 1e-5, 1e-5])
-    # averaging too: four updates since
+    # averaging restarts too: four updates since the switch
     assert trainer.train_state.ema is not None
     assert trainer.train_state.ema.updates == 4
     steps = {int(state["step"]) for state in trainer.train_state.optimizer.state.values()}
@@ -138,12 +138,12 @@ def test_likelihood_phase_of_a_hybrid_restarts_schedules_and_early_stopping(
 def test_plateau_tightens_the_tolerance_with_the_learning_rate_and_only_then_stops_early(
     tmp_path: Path, stop_at: Callable[..., None]
 ) -> None:
-    """A learning rate of next to nothing finds no new best: every validation halves it, until patience runs out."""
+    """With a tiny learning rate no validation improves, so each one halves the learning rate until early stopping."""
     plateau = ["trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1", "trainer.patience=3", "trainer.lr_warmup=0"]
     keys = ["trainer.lr=1e-12", "trainer.steps=50", "trainer.val_every=1", "trainer.ema=null"]
     trainer = trained(stop_at, tmp_path, *plateau, *keys)
     rows = train_rows(trainer)
-    # the first validation is a best; from the second on each halves
+    # the first validation is the best one, and each later validation tightens the tolerance
     assert [row["rtol"] for row in rows[:6]] == pytest.approx([1e-3, 1e-3, 10**-3.5, 1e-4, 10**-4.5, 1e-5])
     assert "early stopping" in str(trainer.stopped_by)
     assert trainer.step == 7
@@ -171,7 +171,7 @@ def test_resume_with_an_earlier_loss_switch_restarts_the_optimizer(
         (["objective=flow_matching", "objective.coupling=best"], "independent, optimal"),
         (["objective=flow_matching", "model.flows=2"], "has 2"),
         (["objective=hybrid", "objective.matching=1.5"], "objective.matching"),
-        (["objective=flow_matching", "regularizer=rnode"], "solves none"),
+        (["objective=flow_matching", "regularizer=rnode"], "solves no ODE"),
         (["solver=euler", "solver.steps=4", "solver.step_size=0.1"], "give one of them"),
         (["solver.steps=4"], "chooses its own"),
         (["model.init_scale=0"], "model.init_scale"),

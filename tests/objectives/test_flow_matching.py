@@ -1,4 +1,4 @@
-"""Flow matching: its minimizer, its loss by hand, its times and its couplings."""
+"""Flow matching: its minimizer, its loss against a hand computation, its times and its couplings."""
 
 import itertools
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from flowtrain.utils.errors import ConfigError
 
 
 class GaussianField(nn.Module):
-    """The minimizer E[x1 - x0 | x_t] in closed form for independent x0 ~ N(0, 1), x1 ~ N(m, s^2), per coordinate."""
+    """The minimizer E[x1 - x0 | x_t] in closed form, for independent x0 ~ N(0, 1) and x1 ~ N(m, s^2) per coordinate."""
 
     def __init__(self, m: float, s: float) -> None:
         super().__init__()
@@ -39,22 +39,22 @@ class GaussianField(nn.Module):
         return self.m + (t * self.s**2 - (1 - t)) / variance * (x - t * self.m) + 0 * self.unused
 
 
-def test_the_minimizer_of_flow_matching_has_the_density_of_the_data(around: Callable[..., Flow]) -> None:
-    """Theorem 1 of Lipman et al., with the exact field of a Gaussian: the likelihood is then that of the Gaussian."""
-    flow = around(GaussianField(1.5, 0.4)).eval()
+def test_the_minimizer_of_flow_matching_has_the_density_of_the_data(flow_with_field: Callable[..., Flow]) -> None:
+    """Theorem 1 of Lipman et al.: with the exact field of a Gaussian, the flow has the density of the Gaussian."""
+    flow = flow_with_field(GaussianField(1.5, 0.4)).eval()
     x = 1.5 + 0.4 * torch.randn(200, 2)
     expected = torch.distributions.Normal(1.5, 0.4).log_prob(x).sum(1)
     torch.testing.assert_close(flow.log_prob(x), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_no_field_beats_the_minimizer(around: Callable[..., Flow]) -> None:
-    """Its loss is what E Var[x1 - x0 | x_t] leaves, 2 int_0^1 s^2 / ((1 - t)^2 + t^2 s^2) dt."""
+def test_no_field_beats_the_minimizer(flow_with_field: Callable[..., Flow]) -> None:
+    """The minimal loss is E Var[x1 - x0 | x_t] = 2 int_0^1 s^2 / ((1 - t)^2 + t^2 s^2) dt."""
     s, n = 0.4, 200_000
     x = 1.5 + s * torch.randn(n, 2)
 
     def loss(m: float, spread: float) -> float:
         torch.manual_seed(1)
-        return FlowMatching(around(GaussianField(m, spread)), Regularizer())(x)[0].item()
+        return FlowMatching(flow_with_field(GaussianField(m, spread)), Regularizer())(x)[0].item()
 
     t = (torch.arange(10_000) + 0.5) / 10_000
     least = float((2 * s**2 / ((1 - t) ** 2 + (t * s) ** 2)).mean())
@@ -62,9 +62,11 @@ def test_no_field_beats_the_minimizer(around: Callable[..., Flow]) -> None:
     assert min(loss(1.7, s), loss(1.3, s), loss(1.5, 0.5), loss(1.5, 0.3)) > loss(1.5, s)
 
 
-def test_loss_and_gradient_match_hand_computation(linear_field: type[nn.Module], around: Callable[..., Flow]) -> None:
+def test_loss_and_gradient_match_hand_computation(
+    linear_field: type[nn.Module], flow_with_field: Callable[..., Flow]
+) -> None:
     field = linear_field(torch.tensor([0.3, -0.2]), torch.tensor([[0.5, 0.1], [-0.4, 0.2]]))
-    objective = FlowMatching(around(field), Regularizer())
+    objective = FlowMatching(flow_with_field(field), Regularizer())
     x = torch.randn(50, 2)
     torch.manual_seed(3)
     loss, terms = objective(x)
@@ -79,9 +81,9 @@ def test_loss_and_gradient_match_hand_computation(linear_field: type[nn.Module],
     torch.testing.assert_close(field.b.grad, 2 * error.T @ at / 50)
 
 
-def test_only_the_field_is_trained_and_no_ode_is_solved(around: Callable[..., Flow]) -> None:
+def test_only_the_field_is_trained_and_no_ode_is_solved(flow_with_field: Callable[..., Flow]) -> None:
     after = Affine(2)
-    objective = FlowMatching(around(MLPField(2, [8], "concat", "tanh"), after=(after,)), Regularizer()).train()
+    objective = FlowMatching(flow_with_field(MLPField(2, [8], "concat", "tanh"), after=(after,)), Regularizer()).train()
     with record_solves() as solves:
         objective(torch.randn(10, 2))[0].backward()
     assert solves == []
@@ -92,7 +94,7 @@ def test_only_the_field_is_trained_and_no_ode_is_solved(around: Callable[..., Fl
 def test_times_are_stratified_and_uniform() -> None:
     t = torch.stack([stratified(20, torch.zeros(())) for _ in range(500)])
     assert bool((t.sort(1).values * 20).floor().eq(torch.arange(20)).all())
-    # each row of the batch meets all times
+    # the times of each row cover the whole interval over many batches
     assert float(t[:, 0].mean()) == pytest.approx(0.5, abs=0.05)
     assert float(t[:, 0].var()) == pytest.approx(1 / 12, rel=0.15)
 
@@ -121,28 +123,30 @@ def test_coupling_without_scipy_names_the_extra(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_optimal_coupling_stays_within_classes() -> None:
-    """Base points that depended on the label would not be those that samples are drawn from."""
+    """The base points of a class must have the base distribution, from which its samples are drawn."""
     field = MLPField(2, [8], "concat", "tanh", classes=2)
     flow = Flow((2,), Chain([Continuous(field, ode_solver("dopri5"), TraceRule("exact"))]), classes=2)
     label = torch.arange(200) % 2
-    # the classes lie apart: paired over both, base points left of 0 would all go to class 0
+    # the classes are far apart: pairing across classes would send all base points left of 0 to class 0
     x = torch.randn(200, 2) * 0.1 + (2.0 * label - 1).unsqueeze(1)
     x0, x1, labels = FlowMatching(flow, Regularizer(), "optimal").pairs(x, label)
     assert labels is not None
     assert torch.equal(x1, x)
     for y in (0, 1):
         assert float(x0[labels == y].mean()) == pytest.approx(0, abs=0.3)
-    # and within a class the order is that of the samples
+    # within a class, base points are paired with near samples
     assert float((x0 - x1)[labels == 0].square().sum()) < float((torch.randn(100, 2) - x1[labels == 0]).square().sum())
 
 
-def test_endpoints_of_the_ode_block(around: Callable[..., Flow], linear_field: type[nn.Module]) -> None:
+def test_endpoints_of_the_ode_block(flow_with_field: Callable[..., Flow], linear_field: type[nn.Module]) -> None:
     before, after, scale = Affine(2), Affine(2), Standardize((2,))
     with torch.no_grad():
         for p in (*before.parameters(), *after.parameters()):
             p.add_(0.3 * torch.randn_like(p))
     scale.fit(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.5]))
-    flow = around(linear_field(torch.ones(2), -torch.eye(2)), before=(before,), after=(Chain([after]), scale)).eval()
+    flow = flow_with_field(
+        linear_field(torch.ones(2), -torch.eye(2)), before=(before,), after=(Chain([after]), scale)
+    ).eval()
     ends, z = Ends(flow), torch.randn(5, 2)
     x = flow(z)
     x0, x1 = ends.from_base(z, None), ends.from_data(x, None)
@@ -167,7 +171,7 @@ def continuous() -> Continuous:
 
 
 class Nested(Affine):
-    """A continuous part inside another bijection than a chain."""
+    """A bijection other than a chain that contains a continuous part."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__(2)
@@ -175,21 +179,21 @@ class Nested(Affine):
 
 
 @pytest.mark.parametrize("key", ["kinetic", "jacobian", "acceleration", "end_time"])
-def test_path_regularizers_are_refused_where_nothing_is_solved(key: str, around: Callable[..., Flow]) -> None:
-    with pytest.raises(ConfigError, match="solves none"):
-        FlowMatching(around(MLPField(2, [4], "concat", "tanh")), Regularizer(**{key: 0.1}))
+def test_path_regularizers_are_refused_where_nothing_is_solved(key: str, flow_with_field: Callable[..., Flow]) -> None:
+    with pytest.raises(ConfigError, match="solves no ODE"):
+        FlowMatching(flow_with_field(MLPField(2, [4], "concat", "tanh")), Regularizer(**{key: 0.1}))
 
 
-def test_spectral_norm_is_added_to_matching(around: Callable[..., Flow]) -> None:
+def test_spectral_norm_is_added_to_matching(flow_with_field: Callable[..., Flow]) -> None:
     field = MLPField(2, [4], "concat", "tanh")
-    objective = FlowMatching(around(field), Regularizer(spectral=0.3))
+    objective = FlowMatching(flow_with_field(field), Regularizer(spectral=0.3))
     loss, terms = objective(torch.randn(9, 2))
     torch.testing.assert_close(terms["spectral"], spectral(field))
     torch.testing.assert_close(loss, terms["matching"] + 0.3 * terms["spectral"])
 
 
 def test_initial_field_spreads_over_the_data() -> None:
-    """Ridges w x + b = 0 at distances -b / |w| from 0 that are spread like points along w, not all near it."""
+    """The ridges w x + b = 0 lie at distances -b / |w| that spread like the data along w, not all near 0."""
     torch.manual_seed(0)
     layer = MLPField(3, [4000, 2], "concatsquash", "tanh", init_scale=1.5).requires_grad_(False).body[0].linear
     norms = layer.weight.norm(dim=1)

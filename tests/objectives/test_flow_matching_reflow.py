@@ -1,4 +1,4 @@
-"""Reflow: the pairs of a teacher, paths that become straight, and runs that begin from another."""
+"""Reflow: pairs from a teacher, straightened paths, and runs that start from another run."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.flow import Flow
 from flowtrain.nn.mlp_field import MLPField
-from flowtrain.objectives.flow_matching import Rectified, drawn
+from flowtrain.objectives.flow_matching import Rectified, draw_pairs
 from flowtrain.ode import ode_solver
 from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
@@ -25,11 +25,11 @@ pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 def test_reflow_pairs_are_the_ends_of_the_teachers_paths(
-    around: Callable[..., Flow], linear_field: type[nn.Module]
+    flow_with_field: Callable[..., Flow], linear_field: type[nn.Module]
 ) -> None:
     a, b = torch.tensor([0.5, -1.0]), torch.tensor([[0.2, -0.7], [0.6, 0.1]])
-    x0, x1, labels = drawn(around(linear_field(a, b)).eval(), 30, rtol=1e-9)
-    # x' = a + B x: [x; 1] moves by the exponential of [[B, a], [0, 0]]
+    x0, x1, labels = draw_pairs(flow_with_field(linear_field(a, b)).eval(), 30, rtol=1e-9)
+    # for x' = a + B x, [x; 1] is mapped by the exponential of [[B, a], [0, 0]]
     generator = torch.zeros(3, 3)
     generator[:2, :2], generator[:2, 2] = b, a
     move = torch.linalg.matrix_exp(generator)
@@ -37,12 +37,12 @@ def test_reflow_pairs_are_the_ends_of_the_teachers_paths(
     assert labels is None
 
 
-def test_reflow_straightens_paths(around: Callable[..., Flow], linear_field: type[nn.Module]) -> None:
-    """A rotation by a quarter turn, reflowed: one Euler step then lands where the teacher's exact solve does."""
+def test_reflow_straightens_paths(flow_with_field: Callable[..., Flow], linear_field: type[nn.Module]) -> None:
+    """After a quarter-turn rotation is reflowed, one Euler step reaches the end point of the teacher's exact solve."""
     torch.manual_seed(0)
     turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]]) * math.pi / 2
-    teacher = around(linear_field(torch.zeros(2), turn)).eval()
-    student = around(MLPField(2, [32, 32], "concat", "swish"))
+    teacher = flow_with_field(linear_field(torch.zeros(2), turn)).eval()
+    student = flow_with_field(MLPField(2, [32, 32], "concat", "swish"))
     objective = Rectified(student, Regularizer(), teacher, seed=0, pairs=2000, rtol=1e-6)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
     for _ in range(400):
@@ -62,8 +62,8 @@ def test_reflow_straightens_paths(around: Callable[..., Flow], linear_field: typ
     assert float(one) < 0.2 * float(before)
 
 
-def test_pairs_depend_only_on_the_seed(around: Callable[..., Flow]) -> None:
-    flow = around(MLPField(2, [4], "concat", "tanh"))
+def test_pairs_depend_only_on_the_seed(flow_with_field: Callable[..., Flow]) -> None:
+    flow = flow_with_field(MLPField(2, [4], "concat", "tanh"))
     state = torch.get_rng_state()
     pools = [Rectified(flow, Regularizer(), flow, seed=seed, pairs=10).pool[0] for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)
@@ -76,7 +76,7 @@ def test_from_starts_with_the_weights_model_and_data_of_a_run(run: Run, tmp_path
     code, out, err = run("flowtrain", "objective=flow_matching", "data=circles", "model.hidden=[6]", *small)
     assert code == 0, err
     first = out.strip().splitlines()[-1]
-    # a learning rate of next to nothing: what it began with is what it ends with
+    # with a tiny learning rate the final weights are the initial ones
     code, out, err = run("flowtrain", f"from={first}", "trainer.steps=1", "trainer.lr=1e-12", "trainer.ema=null")
     assert code == 0, err
     second = out.strip().splitlines()[-1]
@@ -100,7 +100,7 @@ def test_rectified_resumes_without_its_teacher_run_and_hybrid_with_more_steps(ru
     code, _, err = run("flowtrain", f"resume={first}", "trainer.steps=14")
     assert code == 0, err
     saved = checkpoint.load(first / "checkpoints/last.pt")
-    # the change stays where it was
+    # the step at which the loss switches is unchanged
     assert saved["config"]["objective"]["matching"] == 5
     rows = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     assert all(row["nll"] is not None for row in rows if row["step"] > 5)
@@ -117,7 +117,7 @@ def test_rectified_resumes_without_its_teacher_run_and_hybrid_with_more_steps(ru
 
 
 def test_saved_teacher_is_the_one_used_in_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other run goes on while the pairs are drawn."""
+    """The teacher's run saves another checkpoint while the pairs are drawn."""
     small = ["trainer.steps=2", "trainer.batch_size=16", "data.n_val=50", "data.n_test=50", "model.hidden=[4]"]
     code, out, err = run("flowtrain", *small)
     assert code == 0, err
@@ -126,9 +126,9 @@ def test_saved_teacher_is_the_one_used_in_training(run: Run, monkeypatch: pytest
 
     def meanwhile(*arguments: Any) -> Any:
         checkpoint.save(best, {**before, "step": 77})
-        return drawn(*arguments)
+        return draw_pairs(*arguments)
 
-    monkeypatch.setattr("flowtrain.objectives.flow_matching.drawn", meanwhile)
+    monkeypatch.setattr("flowtrain.objectives.flow_matching.draw_pairs", meanwhile)
     code, out, err = run("flowtrain", "objective=rectified", f"from={best}", "objective.pairs=50", "trainer.steps=2")
     assert code == 0, err
     assert checkpoint.load(best)["step"] == 77
@@ -145,7 +145,7 @@ def test_refused_reflow_leaves_its_run_directory_unused(run: Run) -> None:
     code, _, err = run("flowtrain", f"from={first}", *reflow, "trainer.steps=2")
     assert code == 2
     assert "has 2" in err
-    # what follows a flag is no override, and what the run brings stands before it
+    # the value after a flag is no override, and the settings of the first run come before the overrides
     code, out, err = run("flowtrain", f"from={first}", "objective=likelihood", "hydra.run.dir=here", "--cfg", "job")
     assert code == 0, err
     code, _, err = run("flowtrain", f"from={first}", "hydra.run.dir=here", "trainer.steps=2")
@@ -171,7 +171,7 @@ def test_run_from_another_gets_the_recipe_of_its_model(run: Run) -> None:
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_from_runs_no_code_of_the_checkpoint(resumed: bool, run: Run, tmp_path: Path) -> None:
-    """Neither its own config nor that of the run on it can grant it trust."""
+    """Neither the run's own config nor the config of the resumed run can grant trust."""
     small = ["trainer.batch_size=16", "data.n_val=50", "data.n_test=50", "model.hidden=[6]", "trainer.steps=2"]
     code, out, err = run("flowtrain", *small)
     assert code == 0, err
@@ -217,7 +217,7 @@ def test_the_teacher_is_no_candidate_for_the_best_checkpoint_of_a_reflow(run: Ru
     small = ["model.hidden=[4]", "trainer.steps=2", "trainer.plot_every=null"]
     keys = ["objective=flow_matching", "data=array", "data.path=t.npy", *small]
     assert run("flowtrain", *keys, "hydra.run.dir=teacher")[0] == 0
-    # steps so large that the start has the better likelihood
+    # the learning rate is so large that the initial likelihood is better than the final one
     reflow = ["objective=rectified", "from=teacher", "objective.pairs=50", "trainer.lr=0.5", "trainer.lr_warmup=0"]
     assert run("flowtrain", *reflow, *small[1:], "hydra.run.dir=student")[0] == 0
     assert json.loads((tmp_path / "student/result.json").read_text())["step"] == 2

@@ -1,19 +1,18 @@
-"""The adaptive solvers on the 25 problems of DETEST: the error at the end against a reference, and the NFE.
+"""The adaptive solvers on the 25 problems of DETEST: their error at the final time against a reference, and their NFE.
 
 Hull, Enright, Fellen and Sedgwick 1972 (Comparing numerical methods for ordinary differential equations) define the
 problems, each on t from 0 to 20: single equations (A), small systems (B), moderate systems (C), Kepler orbits (D) and
 equations of second order (E).
 
-References: 21 problems have a closed form. The other four (B1, C5, E2, E3) have stored end points. They were computed
+References: 21 problems have a closed form. The other four (B1, C5, E2, E3) have stored end points. These were computed
 with 34 digits in mpmath by the extrapolated midpoint rule (Gragg, Bulirsch and Stoer): order 20 on 20 to 160 steps and
-order 22 on 30 to 240 steps agree to 1e-20. Scipy's DOP853 at rtol=1e-13 agrees to 2e-12. The end points that Enright
-and Pryce 1987 (Two FORTRAN packages for assessing initial value methods) published agree to 1e-13 for all problems but
-A1, for which none was looked up. Six of the 51 components of C4 were compared. The first test solves all 25 problems
-with DOP853 again.
+order 22 on 30 to 240 steps agree to 1e-20. SciPy's DOP853 at rtol=1e-13 agrees to 2e-12. The end points published by
+Enright and Pryce 1987 (Two FORTRAN packages for assessing initial value methods) agree to 1e-13 for 24 problems. A1 was
+not compared, and of the 51 components of C4 only six were. The first test solves all 25 problems again with DOP853.
 
-Bounds: `ERRORS`, `NFE` and `BACKWARD` are measured values. A solver may exceed them by the factors below, because
-another CPU rounds differently. After a deliberate change of the solvers, `python tests/ode/test_detest.py` prints the
-tables to be stored.
+Bounds: `ERRORS`, `NFE` and `BACKWARD` are measured values. A solver may exceed them by the factors in the tests,
+because other CPUs round differently. After a deliberate change to the solvers, `python tests/ode/test_detest.py` prints
+new tables.
 """
 
 import math
@@ -34,7 +33,7 @@ from flowtrain.ode import Problem, ode_solver
 
 END = 20.0
 METHODS = ("bosh3", "dopri5", "tsit5", "dopri8")
-# bosh3 has order 3: at 1e-9 it would take ten times as many evaluations as at 1e-6, about 280,000 in all
+# bosh3 has order 3: a tolerance of 1e-9 would need ten times as many evaluations as 1e-6, about 280,000 in total
 SOLVES = [(method, tol) for method in METHODS for tol in (1e-3, 1e-6, 1e-9) if (method, tol) != ("bosh3", 1e-9)]
 IDS = [f"{method}-{tol:.0e}" for method, tol in SOLVES]
 
@@ -47,7 +46,7 @@ class Detest:
     """dx/dt = field(t, x) for x (B, d), from x(0) = start (d,) to t = 20.
 
     Attributes:
-        solution: x(t), or x(20) where there is no closed form, (d,).
+            solution: x(t), or x(20) if there is no closed form, (d,).
     """
 
     field: Callable[[Tensor, Tensor], Tensor]
@@ -61,18 +60,18 @@ class Detest:
 
 
 def system(slopes: Callable[..., list[Tensor]]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The field whose components are slopes(t, x_1, ..., x_d)."""
+    """Returns the field whose components are slopes(t, x_1, ..., x_d)."""
     return lambda t, x: torch.stack(slopes(t, *x.unbind(1)), 1)
 
 
 def linear(matrix: ArrayLike) -> Callable[[Tensor, Tensor], Tensor]:
-    """The field x -> matrix x."""
+    """Returns the field x -> matrix x."""
     transposed = torch.tensor(matrix, dtype=torch.float64).T
     return lambda t, x: x @ transposed
 
 
 def a5(t: float) -> list[float]:
-    """A logarithmic spiral: (t, x) = r (cos s, sin s) with r = 4 exp(pi/2 - s)."""
+    """Returns a logarithmic spiral: (t, x) = r (cos s, sin s) with r = 4 exp(pi/2 - s)."""
 
     def r(s: float) -> float:
         return 4 * math.exp(math.pi / 2 - s)
@@ -82,13 +81,13 @@ def a5(t: float) -> list[float]:
 
 
 def b2(t: float) -> Values:
-    """By the eigenvectors of eigenvalues 0, -1 and -3."""
+    """Returns the solution from the eigenvectors, whose eigenvalues are 0, -1 and -3."""
     modes = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]])
     return modes.T @ [1, math.exp(-t) / 2, math.exp(-3 * t) / 2]
 
 
 def b3(t: float) -> list[float]:
-    """x_2 = u'/u solves the Riccati equation where u'' = exp(-t) u, a Bessel equation in s = 2 exp(-t/2)."""
+    """Solves a Riccati equation by x_2 = u'/u, where u'' = exp(-t) u is a Bessel equation in s = 2 exp(-t/2)."""
     s = 2 * math.exp(-t / 2)
     a, b = special.k1(2), special.i1(2)
     second = s / 2 * (b * special.k1(s) - a * special.i1(s)) / (a * special.i0(s) + b * special.k0(s))
@@ -101,29 +100,29 @@ def torus(t: Tensor, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
 
 
 def b4(t: float) -> list[float]:
-    """A path on a torus: the polar angle of (x_1, x_2) is t, and their radius 2 + cos t."""
+    """Returns a path on a torus: the polar angle of (x_1, x_2) is t, and their radius is 2 + cos t."""
     r = 2 + math.cos(t)
     return [r * math.cos(t), r * math.sin(t), math.sin(t)]
 
 
 def b5(t: float) -> Values:
-    """Euler's equations of a rigid body: the Jacobi elliptic functions sn, cn and dn."""
+    """Solves Euler's equations of a rigid body with the Jacobi elliptic functions sn, cn and dn."""
     return np.array(special.ellipj(t, 0.51)[:3])
 
 
 def chain(rates: Sequence[float]) -> np.ndarray:
-    """A decay chain: each component decays into the next one, and the last one is stable."""
+    """Returns the matrix of a decay chain: each component decays into the next one, and the last one is stable."""
     return np.diag([*rates], -1) - np.diag([*rates, 0])
 
 
 def c1(t: float) -> list[float]:
-    """Equal rates: Poisson probabilities, and their tail in the last."""
+    """Returns C1 with equal rates: Poisson probabilities, and their tail in the last component."""
     p = [math.exp(-t) * t**k / math.factorial(k) for k in range(9)]
     return [*p, special.gammainc(9, t)]
 
 
 def c2(t: float) -> list[float]:
-    """Rates 1 to 9: geometric probabilities, and their tail in the last."""
+    """Returns C2 with rates 1 to 9: geometric probabilities, and their tail in the last component."""
     q = -math.expm1(-t)
     return [*(math.exp(-t) * q**k for k in range(9)), q**9]
 
@@ -133,7 +132,7 @@ def second_difference(n: int) -> np.ndarray:
 
 
 def heat(n: int) -> Callable[[float], Values]:
-    """The heat equation on n points, from a unit pulse in the first: a sum over the sine modes."""
+    """Solves the heat equation on n points from a unit pulse at the first point, as a sum over sine modes."""
     i = np.arange(1, n + 1)
     modes = math.sqrt(2 / (n + 1)) * np.sin(np.outer(i, i) * math.pi / (n + 1))
     rates = 4 * np.sin(i * math.pi / (2 * n + 2)) ** 2
@@ -145,11 +144,11 @@ PLANETS = [0.000954786104043, 0.000285583733151, 0.0000437273164546, 0.000051775
 
 
 def c5(t: Tensor, x: Tensor) -> Tensor:
-    """Jupiter, Saturn, Uranus, Neptune and Pluto, relative to the sun: five positions, then five velocities."""
+    """The outer planets and Pluto relative to the sun: five positions, then five velocities."""
     r, v = x.view(-1, 2, 5, 3).unbind(1)
     m = x.new_tensor(PLANETS).unsqueeze(1)
     gaps = r.unsqueeze(1) - r.unsqueeze(2)
-    # a planet does not attract itself: its gap of 0 is divided by 1
+    # a planet does not attract itself: its distance of 0 to itself is divided by 1
     between = gaps / (gaps.square().sum(3, keepdim=True) + torch.eye(5).to(x).unsqueeze(2)) ** 1.5
     sun = r / r.square().sum(2, keepdim=True) ** 1.5
     pulls = (m * between).sum(2) - SUN * sun - (m * sun).sum(1, keepdim=True)
@@ -162,7 +161,7 @@ def gravity(t: Tensor, x: Tensor) -> Tensor:
 
 
 def orbit(eccentricity: float) -> Detest:
-    """The Kepler problem from perihelion, with period 2 pi: by Kepler's equation u - e sin u = t."""
+    """Returns the Kepler problem from perihelion with period 2 pi, solved with Kepler's equation u - e sin u = t."""
     e = eccentricity
     b = math.sqrt(1 - e * e)
 
@@ -175,14 +174,14 @@ def orbit(eccentricity: float) -> Detest:
 
 
 def bessel(t: float) -> list[float]:
-    """J_1/2(t + 1) and its derivative."""
+    """Returns J_1/2(t + 1) and its derivative."""
     s = t + 1
     j = math.sqrt(2 / (math.pi * s)) * math.sin(s)
     return [j, math.sqrt(2 / (math.pi * s)) * math.cos(s) - j / (2 * s)]
 
 
 def falling(t: float) -> list[float]:
-    """x'' = 0.032 - 0.4 x'^2 from rest."""
+    """Solves x'' = 0.032 - 0.4 x'^2 from rest."""
     w = math.sqrt(0.08)
     return [30 + math.log(math.cosh(0.4 * w * t)) / 0.4, w * math.tanh(0.4 * w * t)]
 
@@ -242,12 +241,12 @@ PROBLEMS = {
     "E5": Detest(system(lambda t, x, v: [v, torch.sqrt(1 + v * v) / (25 - t)]), [0.0, 0.0], pursuit),
 }
 
-# The other problems contract some direction by a factor of exp(20) or more, and errors grow by as much backwards.
+# The other problems contract some direction by a factor of exp(20) or more, and backward solves amplify errors as much.
 REVERSIBLE = [name for name in PROBLEMS if name not in ("A1", "B2", "B3", "C1", "C2", "C3", "C4", "E2")]
 
 
 def solve(problem: Detest, method: str, tolerance: float, backward: bool = False) -> tuple[float, int]:
-    """The largest error of a component, relative to tolerance * (1 + |x|), and the NFE."""
+    """Returns the largest error of a component, relative to tolerance * (1 + |x|), and the NFE."""
     begin, end = (problem.end, np.array(problem.start)) if backward else (np.array(problem.start), problem.end)
     t0, t1 = (END, 0.0) if backward else (0.0, END)
     with torch.no_grad():
@@ -259,7 +258,7 @@ def solve(problem: Detest, method: str, tolerance: float, backward: bool = False
 
 
 def exceeding(found: Sequence[float], bounds: Sequence[float], ids: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """The values above their bounds, with the bounds."""
+    """Returns the values above their bounds, with the bounds."""
     return {name: (value, bound) for name, value, bound in zip(ids, found, bounds, strict=True) if not value < bound}
 
 
@@ -324,7 +323,7 @@ NFE = {
     "E4": (20, 110, 38, 74, 200, 26, 68, 182, 53, 78, 130),
     "E5": (38, 263, 38, 98, 248, 38, 92, 242, 53, 79, 229),
 }
-# As ERRORS, at t = 0 of the solve from the reference at t = 20 at tolerance 1e-6; columns as in METHODS.
+# The same errors at t = 0 after a backward solve from the reference at t = 20, at tolerance 1e-6; columns as in METHODS
 BACKWARD = {
     "A2": (59.7, 9.68, 30.1, 1.06),
     "A3": (15, 1.53, 2, 0.792),
@@ -348,7 +347,7 @@ BACKWARD = {
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_reference_solves_the_problem(name: str) -> None:
-    """From `start`, and by another solver: DOP853 of scipy."""
+    """The reference starts at `start` and agrees with another solver, DOP853 of SciPy."""
     problem = PROBLEMS[name]
     if callable(problem.solution):
         np.testing.assert_allclose(problem.solution(0.0), problem.start, rtol=0, atol=1e-14)
@@ -376,7 +375,7 @@ def test_nfe_stays_near_the_measured_one(name: str) -> None:
 
 @pytest.mark.parametrize("column", range(len(SOLVES)), ids=IDS)
 def test_mean_over_the_problems_stays_near_the_measured_one(column: int) -> None:
-    """Geometric means, which show a change that is too small to show in one problem."""
+    """Geometric means reveal changes that are too small to notice in one problem."""
     errors, nfe = np.array([forward(name, column) for name in PROBLEMS]).T
     measured = np.array([row[column] for row in ERRORS.values()])
     assert np.log(errors.clip(0.3) / measured.clip(0.3)).mean() < math.log(1.2)
@@ -389,14 +388,14 @@ def test_a_tighter_tolerance_lowers_the_error_and_raises_the_nfe(name: str) -> N
         if SOLVES[column][0] == SOLVES[column - 1][0]:
             (loose, few), (tight, many) = forward(name, column - 1), forward(name, column)
             assert many > few, IDS[column]
-            # a tenth, where the tolerance falls to a thousandth; the looser error may be small by chance
+            # the tolerance falls to a thousandth and the error to a tenth, unless the looser error is small by chance
             assert tight * 1e-3 < loose / 10 or tight < 0.2, IDS[column]
 
 
 @pytest.mark.parametrize("name", REVERSIBLE)
 def test_solving_backward_returns_to_the_start(name: str) -> None:
     found = [solve(PROBLEMS[name], method, 1e-6, backward=True)[0] for method in METHODS]
-    # D5 starts at a close perihelion, where errors of the phase become large ones of the velocity
+    # D5 starts near a close perihelion, where small phase errors become large velocity errors
     assert exceeding(found, [2 * max(1.0, error) for error in BACKWARD[name]], METHODS) == {}
 
 

@@ -1,4 +1,4 @@
-"""The engine's gradient modes and the MLP's hand-written derivatives against independent routes."""
+"""The engine's gradient modes and the hand-written derivatives of the MLP agree with independent computations."""
 
 import gc
 import itertools
@@ -29,7 +29,7 @@ def settings_of(method: str) -> dict[str, Any]:
 def test_direct_and_replay_gradients_match_those_of_a_plain_module(
     method: str, control: str, trace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # few nodes together, so that replay splits them
+    # a low limit, so that replay splits the nodes into several batches
     monkeypatch.setattr(runge_kutta, "REPLAYED_NUMBERS", 40)
     field, x = random_field(), torch.randn(7, 2)
     known = {"control": control, **settings_of(method)}
@@ -55,9 +55,9 @@ def test_gradient_matches_the_continuous_adjoint_at_tight_tolerance(control: str
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "heun", "rk4"])
 @pytest.mark.parametrize("gradient", ["direct", "replay"])
 def test_gradient_matches_finite_differences_of_the_discrete_solution(method: str, gradient: str) -> None:
-    """On coarse steps only the discrete gradient agrees; the adaptive methods are made to take one step."""
+    """On coarse steps only the discrete gradient agrees. The adaptive methods are made to take a single step."""
     field, x = random_field(), torch.randn(5, 2)
-    # so loose that the whole interval is one accepted step, on either side of the difference
+    # a loose tolerance accepts the whole interval as one step, for both values of the difference
     known = {"rtol": 1e3} if method in ADAPTIVE else {"step_size": 0.5}
     solver = ode_solver(method, gradient, **known)
     flow = Continuous(field, solver, TraceRule("exact"))
@@ -161,12 +161,12 @@ def test_replay_counts_its_evaluations() -> None:
             gradients(field, ode_solver("dopri5", gradient, rtol=1e-4), x)
         counts[gradient] = solves[0].nfe_forward, solves[0].nfe_backward, solves[0].accepted
     assert counts["direct"][1] == 0
-    # the last step is not taken again; six evaluations a step, and the very first
+    # replay does not repeat the last step; it needs six evaluations per step, and one at the start
     assert counts["replay"] == (counts["direct"][0], 6 * (counts["direct"][2] - 1) + 1, counts["direct"][2])
 
 
 def test_replay_keeps_no_activations_of_the_integrand() -> None:
-    """Neither where torch counts them (saved tensors) nor where it does not (attributes of a Function's context)."""
+    """Counts saved tensors and also tensors in attributes of a Function's context, which torch's hooks do not see."""
     field = ConvField(1, [3], "concatsquash", "tanh")
     nn.init.normal_(field.head.conv.weight)
     x = torch.randn(2, 1, 6, 6)

@@ -1,4 +1,4 @@
-"""The nodes of path integrals: where they are, what they integrate exactly, and how large their error is."""
+"""The nodes of path integrals: their times, what they integrate exactly, and their error."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_gauss_nodes_cover_every_step(method: str, n_steps: int, sign: int) -> N
             assert 0 <= (next(per_step) - t) / width <= 1
     end = sign * float(starts[-1])
     q = torch.tensor(nodes.times).pow(5).view(-1, 1, 1)
-    # one step of an order below 5 has too few nodes for this degree
+    # a single step of a method with an order below 5 has too few nodes for this degree
     exact = 1e-12 if len(nodes.times) > 3 else 2e-2
     assert nodes.integrate(q).item() == pytest.approx(end**6 / 6, rel=exact)
 
@@ -77,7 +77,7 @@ def test_estimated_error_of_the_log_det_has_the_right_size(method: str, control:
     found, error = log_det(rtol, control, method)
     true = (found - exact).square().mean().sqrt().item()
     estimate = error.square().mean().sqrt().item()
-    # the error of the state that reaches the integral is of the order of the tolerance
+    # the state's error, which enters the integral, is of the order of the tolerance
     assert true < 30 * (estimate + rtol)
     assert estimate < 1e3 * (true + rtol)
 
@@ -98,7 +98,7 @@ def test_panels_split_where_the_step_size_jumps() -> None:
 
 
 def test_burst_between_long_steps_is_resolved() -> None:
-    """v = x g(t), g a narrow bump: log-det d int g; the short steps about it need nodes of their own."""
+    """v = x g(t) with a narrow bump g has the log-determinant d int g. The short steps at the bump need nodes."""
 
     def bump(t: Tensor) -> Tensor:
         return torch.exp(-200 * (t - 0.37).square())

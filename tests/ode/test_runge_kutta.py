@@ -1,4 +1,4 @@
-"""The steps of a solve: how many, chosen by what, counted, and where they land."""
+"""The steps of a solve: their number, their choice, their counts, and where they end."""
 
 import math
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def test_statistics_count_steps_and_evaluations() -> None:
         solution = adjoint.solve(wave.problem(x))
         solution.x.sum().backward()
     direct, backwards = solves
-    # two evaluations choose the first step; the last stage of each step is the first of the next
+    # two evaluations choose the first step, and the last stage of each step is the first stage of the next
     assert direct.nfe_forward == 2 + 6 * (direct.accepted + direct.rejected)
     assert direct.nfe_backward == 0
     assert backwards.nfe_forward > 0
@@ -109,7 +109,7 @@ def test_fixed_steps_end_exactly_at_the_final_time(engine: type[Solver], step_si
 @pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
 @pytest.mark.parametrize("method", ["dopri5", "tsit5"])
 def test_error_control_of_integrals_is_optional(engine: Any, method: str) -> None:
-    """An integrand far rougher than the state costs steps only where it takes part in their control."""
+    """An integrand much rougher than the state costs steps only if its error is controlled too."""
 
     def integrand(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         v = -x

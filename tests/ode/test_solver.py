@@ -1,4 +1,4 @@
-"""Solvers against closed forms, against each other, and against finite differences; their failures in words."""
+"""Solvers agree with closed forms, with each other, and with finite differences."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ FIXED = [name for name, tableau in TABLEAUS.items() if tableau.e is None]
 
 
 def make(name: str, **settings: Any) -> Solver:
-    """The solver of a config file, with a step size where it needs one."""
+    """Returns the solver of a config file, with a step size if it needs one."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = OmegaConf.to_container(compose("config", [f"solver={name}"]).solver)
     assert isinstance(config, dict)
@@ -70,7 +70,7 @@ def test_order_of_convergence(name: str) -> None:
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_order_of_convergence_of_the_adaptive_methods(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their tableaus, stepped without step control, on an equation that is not linear in x."""
+    """The adaptive tableaus reach their order with fixed steps, on an equation that is nonlinear in x."""
     monkeypatch.setitem(TABLEAUS, "fixed", dataclasses.replace(TABLEAUS[name], e=None))
 
     def field(t: Tensor, x: Tensor) -> Tensor:
@@ -80,13 +80,13 @@ def test_order_of_convergence_of_the_adaptive_methods(name: str, monkeypatch: py
     for n in (4, 8):
         x = RungeKutta("fixed", step_size=1 / n).solve(Problem(field, None, torch.full((1, 1), 0.5), 0.0, 1.0)).x
         errors.append(abs(x.item() - 1 / (2 - math.sin(1))))
-    # at least: the fifth-order errors happen to change sign near here, and fall faster
+    # a lower bound: near these steps the fifth-order errors happen to change sign, and fall faster
     assert math.log2(errors[0] / errors[1]) > TABLEAUS[name].order - 0.3
 
 
 @pytest.mark.parametrize("name", list(TABLEAUS))
 def test_tableaus_satisfy_the_order_conditions(name: str) -> None:
-    """Row sums, and the order conditions of quadrature: sum b c^k = 1 / (k + 1) for k < order."""
+    """Checks row sums and the order conditions of quadrature: sum b c^k = 1 / (k + 1) for k < order."""
     tableau = TABLEAUS[name]
     b, c = torch.tensor(tableau.b), torch.tensor(tableau.c)
     for row, time in zip(tableau.a, tableau.c[1:], strict=True):
@@ -162,7 +162,7 @@ def test_engines_agree_in_value_and_gradient(solver: Solver) -> None:
 
 @pytest.mark.parametrize("settings", [{"method": "rk4", "step_size": 0.25}, {"method": "euler", "step_size": 0.5}])
 def test_direct_gradient_is_that_of_the_discrete_solution(settings: dict[str, Any]) -> None:
-    """On steps this coarse the adjoint's gradient would be far off; finite differences see the discrete map."""
+    """On such coarse steps the adjoint's gradient would be inaccurate. Finite differences use the discrete solution."""
     field, x, solver = nonlinear(), torch.randn(4, 2), ode_solver(**settings)
     weight = next(field.parameters())
     (grad,) = torch.autograd.grad(loss_of(solver, field, x), weight)
@@ -179,7 +179,7 @@ def test_direct_gradient_is_that_of_the_discrete_solution(settings: dict[str, An
 
 @pytest.mark.parametrize("method", ["bosh3", "dopri5", "tsit5"])
 def test_both_engines_end_exactly_at_the_final_time(method: str) -> None:
-    """Stepping over t1 and interpolating back would cost far more accuracy than the tolerance grants."""
+    """Stepping past t1 and interpolating back would add an error far above the tolerance."""
     wave, x = Wave(), torch.randn(50, 2)
     for rtol in (1e-3, 1e-5):
         solution = Torchdiffeq(method, rtol=rtol).solve(wave.problem(x))
@@ -187,7 +187,7 @@ def test_both_engines_end_exactly_at_the_final_time(method: str) -> None:
 
 
 def test_path_integral_is_the_augmented_solve_on_the_same_steps() -> None:
-    """The quadrature on the nodes equals carrying the integral in the state, step by step."""
+    """Quadrature on the nodes equals integrating the integrand as part of the state."""
     field, x = nonlinear(), torch.randn(3, 2)
 
     def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

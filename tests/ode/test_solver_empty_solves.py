@@ -1,4 +1,4 @@
-"""Solves with nothing to do: a batch without rows, and an interval of no length."""
+"""Solves without work: a batch without rows, and an interval of length zero."""
 
 import itertools
 
@@ -27,7 +27,7 @@ CASES = list(itertools.product(["vectors", "images"], ["exact", "hutchinson"], [
 
 @pytest.mark.parametrize(("method", "gradient"), WAYS)
 def test_empty_solve_returns_its_input_with_zero_gradients(method: str, gradient: str) -> None:
-    """Gradients of weights are 0 and not None, so that ranks with rows and ranks without are treated alike."""
+    """Gradients of weights are 0 and not None, so that ranks with and without rows are treated alike."""
     try:
         solver = ode_solver(method, gradient=gradient)
     except ConfigError:
@@ -68,7 +68,7 @@ def test_path_integrals_of_an_empty_batch() -> None:
 
 @pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
 def test_interval_that_rounds_to_zero_is_empty(engine: type[RungeKutta] | type[Torchdiffeq]) -> None:
-    """Times that float32 cannot tell apart are one time to torchdiffeq, which asserts that there are two."""
+    """torchdiffeq asserts that the two times differ, so times that are equal in float32 must not reach it."""
     x = torch.ones(2, 2, dtype=torch.float32)
     solved = engine("dopri5", rtol=1e-5).solve(Problem(lambda t, y: y, None, x, 0.5, 0.5 + 1e-12))
     assert torch.equal(solved.x, x)

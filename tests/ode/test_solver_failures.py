@@ -1,4 +1,4 @@
-"""Settings that are refused, and solves that fail with a message that says where and what to try."""
+"""Invalid settings are refused, and failed solves name the time, the step size and what to try."""
 
 import warnings
 from dataclasses import replace
@@ -37,7 +37,7 @@ def test_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> N
 @pytest.mark.parametrize("engine", [RungeKutta, Torchdiffeq])
 @pytest.mark.parametrize("final", [False, True])
 def test_tolerance_below_rounding_error_is_refused(engine: Any, final: bool) -> None:
-    """Of training it is the final tolerance that counts, or a warm-up would end in a solve that cannot."""
+    """In training the final tolerance is checked too, because solves would fail once the warm-up has reached it."""
     solver = engine("dopri5", rtol=1e-14, warmup=100)
     problem = Problem(cubic, None, torch.ones(1, 1, dtype=torch.float32), 0.0, 1.0)
     rtol, atol = solver.tolerance_at(100 if final else 0)
@@ -53,7 +53,7 @@ def test_tolerance_below_rounding_error_is_refused(engine: Any, final: bool) -> 
 
 
 def test_fehlberg2_warns_once(caplog: pytest.LogCaptureFixture) -> None:
-    """It misses its tolerance, by a factor that does not depend on it; bosh3 and adaptive_heun do not."""
+    """fehlberg2 exceeds its tolerance by a factor that does not depend on the tolerance; the others do not."""
     warn_of_fehlberg2.cache_clear()
     wave, x = Wave(), torch.randn(20, 2)
     for _ in range(2):
@@ -78,12 +78,12 @@ def test_non_converging_corrector_is_logged(method: str, gradient: str, caplog: 
 
 
 def cubic(t: Tensor, x: Tensor) -> Tensor:
-    """dx/dt = 3 t^2 - 2 t: x(1) = x(0)."""
+    """dx/dt = 3 t^2 - 2 t, so x(1) = x(0)."""
     return (3 * t**2 - 2 * t) * torch.ones_like(x)
 
 
 def explode(t: Tensor, x: Tensor) -> Tensor:
-    """x' = x^2 from 2 is infinite at t = 1/2."""
+    """x' = x^2 from x = 2 is infinite at t = 1/2."""
     return x * x
 
 
@@ -114,7 +114,7 @@ def test_failures_say_where_and_what_to_try(engine: Any, field: Any, settings: d
 
 
 def test_a_failing_adjoint_solve_is_explained() -> None:
-    """v = sqrt|x| stands still at 0, where its Jacobian is infinite: forward all is well, backward nothing is."""
+    """v = sqrt|x| has an infinite Jacobian at 0, so the forward solve succeeds and the adjoint solve fails."""
 
     class Root(nn.Module):
         def forward(self, t: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Planning the steps of a solve by those of the last."""
+"""The steps of a solve are planned from the steps of the previous solve."""
 
 import numpy as np
 import pytest
@@ -19,13 +19,13 @@ def test_steps_with_small_error_are_planned_again(t0: float, t1: float) -> None:
 
 
 def test_short_steps_are_joined_and_long_ones_cut() -> None:
-    # the first half took four steps where one would do, the second one where two are needed
+    # the first half took four steps but needs one, and the second half took one step but needs two
     ends = StepPlan(tuple([(0.125, 0.5 / MARGIN)] * 4 + [(0.5, 0.25 / MARGIN)])).plan(0.0, 1.0)
     np.testing.assert_allclose(ends, [0.5, 0.75, 1.0], rtol=1e-12)
 
 
 def test_plan_has_equal_steps() -> None:
-    # room for 2.5 steps of suited length: three, each of 2.5 / 3
+    # the interval has room for 2.5 steps of the suitable length, so three equal steps are planned
     ends = StepPlan(((1.0, 0.4 / MARGIN),)).plan(0.0, 1.0)
     np.testing.assert_allclose(ends, [1 / 3, 2 / 3, 1], rtol=1e-12)
 

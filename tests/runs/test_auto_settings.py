@@ -1,4 +1,4 @@
-"""Tables with few rows: flows start at the Gaussian of the training rows, and the defaults follow rows and columns."""
+"""Small tables: flows start at the Gaussian of the training rows, and defaults depend on the size of the table."""
 
 import math
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_a_flow_starts_at_the_gaussian_of_the_training_rows(name: str) -> None:
 
 
 def wild(**settings: Any) -> Flow:
-    """16 couplings whose networks have large random weights, as training can make them."""
+    """Returns a flow of 16 couplings whose networks have large random weights, as can happen in training."""
     flow = realnvp((6,), layers=16, hidden=[32], mixing="permutation", **settings)
     generator = torch.Generator().manual_seed(1)
     for module in flow.modules():
@@ -78,7 +78,7 @@ def wild(**settings: Any) -> Flow:
 
 
 def curvature(flow: Flow, r: float) -> float:
-    """-log p / r^2 at distance r from the origin, at the most, along random rays; 1/2 for a standard normal."""
+    """Returns the largest -log p / r^2 at distance r from the origin along random rays, 1/2 for a standard normal."""
     rays = torch.randn(50, 6, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         return (-flow.log_prob(r * rays / rays.norm(dim=1, keepdim=True)) / r**2).max().item()
@@ -87,7 +87,7 @@ def curvature(flow: Flow, r: float) -> float:
 def test_the_nll_grows_quadratically_and_slowly_along_rays() -> None:
     bounded, unbounded = wild(input_bound=3.0, cap=0.5), wild()
     assert curvature(bounded, 1e6) < 1.5 * curvature(bounded, 1e3)
-    # at most exp(2 x 0.5) for each coupling, half of which change an element
+    # at most a factor exp(2 x 0.5) per coupling, and half of the 16 couplings change an element
     assert curvature(bounded, 1e6) < math.exp(2 * 0.5 * 8)
     assert curvature(unbounded, 1e6) > 1e3 * curvature(bounded, 1e6)
 

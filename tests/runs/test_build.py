@@ -1,4 +1,4 @@
-"""A whole number may be written as 1e4: it is kept as the int that it is."""
+"""Integers may be written as floats like 1e4, and become int."""
 
 from pathlib import Path
 

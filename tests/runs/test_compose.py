@@ -12,7 +12,7 @@ def names(group: str) -> list[str]:
     return options(group, [config_dir()])
 
 
-# search_moons is a sweep
+# search_moons is a sweep, not a single run
 CASES = [
     *({"model": model, "data": data} for model in names("model") for data in names("data")),
     *({"model": "ffjord", "data": data, "objective": o} for data in ("array", "mnist") for o in names("objective")),

@@ -1,4 +1,4 @@
-"""What a run says on a terminal, and what elsewhere."""
+"""Output of a run on a terminal and without a terminal."""
 
 import io
 import logging
@@ -37,7 +37,7 @@ def test_run_prints_nothing_without_a_terminal(run: Run, tmp_path: Path) -> None
 def test_terminal_shows_a_banner_and_a_summary(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     said = on_a_terminal(run, monkeypatch)
     begins = said.index("flowtrain: ffjord on moons")
-    # a name that the table at the end has too is the banner's first
+    # for names in both the banner and the final table, take the banner's value
     named = dict(reversed(re.findall(r"^ +(\w[\w ]*?)  (.+)$", said, re.MULTILINE)))
     assert begins == 0
     assert ("ffjord" in named["model"], "72" in named["model"]) == (True, True)
@@ -46,7 +46,7 @@ def test_terminal_shows_a_banner_and_a_summary(run: Run, monkeypatch: pytest.Mon
     assert re.findall(r"adam|cosine|[\d.]+", named["training"]) == ["4", "16", "adam", "0.015", "cosine", "0"]
     assert re.findall(r"cpu|\d+", named["device"]) == ["cpu", "1"]
     assert named["run"] == "r"
-    # the bar, the table, what to type
+    # the progress bar, the final table, and the suggested commands
     assert re.search(r"4/4 \[.*nll=\d\.\d+, nfe=\d+", said)
     assert named["NLL"].endswith("nats (solver " + named["NLL"].partition("(solver ")[2])
     assert re.match(r"in \d+\.\d s, best at step \d of 4", named["trained"])
@@ -87,7 +87,7 @@ def test_paths_are_as_short_as_they_can_be(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def recipe_of(log: str) -> str:
-    """The last row of a banner that names a recipe, with its further lines."""
+    """Returns the last recipe row of a banner, with its continuation lines."""
     return re.findall(r"^ +recipe  (.+(?:\n {15}\S.*)*)", log, re.MULTILINE)[-1]
 
 
@@ -97,7 +97,7 @@ def test_banner_names_the_recipe_and_the_keys_that_it_has_set(run: Run, tmp_path
     log = (tmp_path / "r/flowtrain.log").read_text()
     assert "ffjord_rings" in recipe_of(log)
     assert "model.field=time_embedding" in recipe_of(log)
-    # set by the command line
+    # keys set on the command line are not listed
     assert "trainer.lr" not in recipe_of(log)
     before = recipe_of(log)
     assert run("flowtrain", "resume=r", "trainer.steps=5")[0] == 0
@@ -138,7 +138,7 @@ def test_log_file_does_not_change_what_the_caller_sees(
     logger, root, seen = logging.getLogger("flowtrain"), logging.getLogger(), io.StringIO()
     for name, value in (("handlers", []), ("propagate", True), ("level", logging.INFO), ("disabled", disabled)):
         monkeypatch.setattr(logger, name, value)
-    # forgets which levels were enabled
+    # setLevel clears the logger's cache of enabled levels
     logger.setLevel(logging.INFO)
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(sys, "stderr", seen)

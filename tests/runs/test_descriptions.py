@@ -1,4 +1,4 @@
-"""A description in a file builds parts of flows and nothing else."""
+"""The description of a flow in a file can build parts of flows and nothing else."""
 
 import builtins
 import os
@@ -88,7 +88,7 @@ TARGETS = {
     "object for a flag": put(coupling, swap=HIDDEN),
     "object for a number": put(coupling, cap=LINEAR),
     "object for a torch flag": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(bias=LINEAR),
-    # true, and kept nowhere: the flow would have the weights of the file
+    # as a flag the list counts as true, and no object is kept, so the flow would still match the weights of the file
     "objects for a flag": lambda flow: flow["bijection"]["bijections"][3].update(offset=HIDDEN),
     "positional objects for a flag": lambda flow: flow["bijection"]["bijections"].__setitem__(
         3, {"_target_": "flowtrain.bijections.Standardize", "_args_": [2, HIDDEN]}
@@ -162,7 +162,7 @@ def test_a_description_takes_no_memory_that_its_weights_do_not_fill(saved: Path,
     changed(saved, SIZES[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert_refused(saved)
-    # in KiB
+    # ru_maxrss is in KiB
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
@@ -174,7 +174,7 @@ def test_a_tensor_of_a_description_that_claims_memory_is_refused(saved: Path) ->
 
 
 def test_an_unchanged_description_is_accepted(saved: Path) -> None:
-    """Also guards against tests that pass because the file could not be read anyway."""
+    """Also guards against tests that pass because the file cannot be read anyway."""
     changed(saved, lambda flow: first(flow).update(shape=(2,)))
     assert flowtrain.load(saved).event_shape == (2,)
 

@@ -1,4 +1,4 @@
-"""Ensembles of runs: `flowtrain.load` of lists and sweep directories, and their weights from the validation rows."""
+"""Ensembles of runs: `flowtrain.load` of lists and sweep directories, with weights from the validation rows."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from flowtrain.models.ensemble import stacking_weights
 from flowtrain.runs.ensembles import runs_of
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 SMALL: dict[str, Any] = {"trainer.batch_size": 32, "data.n_val": 60, "data.n_test": 50}
 
 
@@ -36,7 +36,7 @@ def table(n: int = 200) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep over moons, and runs of other kinds beside it."""
+    """Trains a sweep over moons, and other runs beside it."""
     root = tmp_path_factory.mktemp("runs")
     torch.set_default_dtype(torch.float32)
     with pytest.MonkeyPatch.context() as patch:
@@ -104,7 +104,7 @@ def test_an_ensemble_is_one_file(trained: Path, tmp_path: Path) -> None:
     assert again.record.samples == ensemble.record.samples
     assert again.record.samples.record == ensemble.record.samples.record
     assert again.record.config["data"] == ensemble.record.config["data"]
-    # an ensemble becomes a member as a whole: its members share its weight
+    # a nested ensemble is one member, whose own members share its weight
     nested = flowtrain.load([tmp_path / "e.pt", trained / "table"], weights=[3, 1])
     assert nested.weights == pytest.approx([0.75 * w for w in ensemble.weights if w > 0] + [0.25])
     one = flowtrain.load(trained / "table")
@@ -147,7 +147,7 @@ def test_missing_or_changed_data_are_reported_once(trained: Path, tmp_path: Path
     for name in ("table", "same"):
         shutil.copytree(trained / name, tmp_path / name)
     runs = [tmp_path / name for name in ("table", "same")]
-    # both copies name the data of the first run
+    # both copies refer to the data of the first run
     path = trained / "table/data/train.npz"
     kept = path.read_bytes()
     try:

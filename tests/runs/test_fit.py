@@ -1,4 +1,4 @@
-"""`fit` and `train` are the command `flowtrain`, and leave the caller's process as it was."""
+"""`fit` and `train` do the same as the command `flowtrain`, and restore the state of the caller's process."""
 
 import copy
 import io
@@ -38,7 +38,7 @@ KEYS = [f"{key}={value}".replace(" ", "") for key, value in SMALL.items()]
 
 
 class Frame:
-    """A data frame as far as flowtrain needs it."""
+    """A data frame with the fewest attributes that flowtrain needs."""
 
     def __init__(self, values: Any, columns: list[str]) -> None:
         self.values, self.columns = values, columns
@@ -66,7 +66,7 @@ def same(a: Flow | Path | str, b: Flow | Path | str) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# one code path
+# the same result as the command
 
 
 @pytest.mark.parametrize("model", ["realnvp", "ffjord"])
@@ -186,7 +186,7 @@ def test_threads_fit_one_after_another(x: np.ndarray, tmp_path: Path, without_fi
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_forked_during_the_fit_of_another_thread_can_fit() -> None:
-    # the other thread waits: torch itself can hang if it computes while another thread forks
+    # the other thread only waits, because torch can hang if it computes while another thread forks
     code = """
 import os, threading, numpy as np, torch, flowtrain
 from flowtrain.runs.fit import _one_at_a_time
@@ -338,7 +338,7 @@ def test_fit_takes_the_directory_of_one_that_was_killed_early(
 
 
 def forget_training(run_dir: Path) -> None:
-    """Leaves what a fit writes before its first checkpoint."""
+    """Removes all files that a fit writes from its first checkpoint on."""
     for path in [*run_dir.glob("checkpoints/*"), run_dir / "metrics.jsonl", run_dir / "result.json"]:
         path.unlink()
 
@@ -513,7 +513,7 @@ def test_overrides_are_checked(x: np.ndarray) -> None:
     assert flow.record is not None
     assert (flow.record.config["trainer"]["steps"], flow.record.config["trainer"]["lr"]) == (3, 1e-3)
     wrong: list[Any] = [{"trainer.learnin_rate": 1}, ["nothing"], {"model": "none"}, {"seed": -1}]
-    # not YAML, no mapping, no model, and rows that are in memory
+    # invalid YAML, not a mapping, no model, and data keys although the rows are in memory
     wrong += [["trainer.lr=[1"], 5, {"model": None}, {"data.path": "x.npy"}, {"data": "moons"}]
     for bad in wrong:
         with pytest.raises(ConfigError):

@@ -1,4 +1,4 @@
-"""Choices that a run makes when its data are known: the objective of FFJORD on a table."""
+"""Choices that a run makes once its data are known: the objective of FFJORD on a table."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from helpers import Run
 from flowtrain.runs.fit import fit
 from flowtrain.training import checkpoint
 
-# no training: the config is what is looked at
+# a minimal training, because the tests only look at the config
 FEW = {"trainer.steps": 12, "trainer.val_every": 12, "trainer.lr": 0.0123, "model.hidden": [4]}
 
 
@@ -22,7 +22,7 @@ def config_of(columns: int, overrides: dict[str, Any], **named: Any) -> Any:
 def test_ffjord_takes_the_objective_that_suits_the_number_of_columns(columns: int, objective: str) -> None:
     config = config_of(columns, {}, model="ffjord")
     assert config["objective"]["name"] == objective
-    # what was set stays, and the rest is what the objective brings
+    # values that were set are kept, and the objective sets the others
     assert (config["trainer"]["lr"], config["trainer"]["steps"], config["model"]["hidden"]) == (0.0123, 12, [4])
 
 

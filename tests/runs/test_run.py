@@ -1,4 +1,4 @@
-"""What a run survives: full disks, signals, what others left or do in its directory, pictures."""
+"""Runs tolerate full disks, signals, other processes and files in their directory, and failing pictures."""
 
 import errno
 import json
@@ -23,19 +23,19 @@ from flowtrain.training import checkpoint
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 
 def test_a_full_disk_does_not_end_a_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, trainer: MakeTrainer, rows: ReadRows
 ) -> None:
-    """A limit on the size of files stands for it: what the system refuses to write, it refuses as it would there."""
+    """A limit on file sizes makes writes fail as on a full disk."""
     run = trainer(tmp_path, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=16")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     step = run.train_step
 
     def filling() -> dict[str, Any]:
-        # between steps 5 and 9, in which a validation and two checkpoints fall
+        # between steps 5 and 9, with one validation and two checkpoints
         small = 5 <= run.step < 9
         resource.setrlimit(resource.RLIMIT_FSIZE, (300 if small else limits[0], limits[1]))
         return step()
@@ -48,7 +48,7 @@ def test_a_full_disk_does_not_end_a_run(
     assert run.step == 16
     assert re.search(r"step 8: .*checkpoints/last\.pt", caplog.text)
     assert "metrics.jsonl" in caplog.text
-    # nothing is missing: neither rows nor checkpoints, and the best is the one on the disk
+    # no row or checkpoint is missing, and the best checkpoint is the one on disk
     undisturbed = trainer(tmp_path / "calm", "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=16")
     undisturbed.fit()
     assert rows(tmp_path) == rows(tmp_path / "calm")
@@ -69,7 +69,7 @@ def test_a_directory_that_cannot_be_written_ends_a_run_before_it_begins(
         run.fit()
 
 
-# it ends by itself should the test fail before it kills it
+# the process ends after 60 s if the test fails before it kills the process
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_run_directory_is_locked_until_its_process_ends(
     assert (code, "in use by process" in err) == (2, True)
     process.kill()
     process.communicate()
-    # its lock file is still there
+    # the lock file is left over
     assert (tmp_path / "r/.lock").exists()
     with holding(tmp_path / "r"):
         pass
@@ -135,7 +135,7 @@ def test_signals_save_and_print_the_resume_command(
 
 @pytest.mark.usefixtures("without_figures")
 def test_run_killed_before_its_first_checkpoint_restarts(run: Run, tmp_path: Path) -> None:
-    """It has left a metrics file without rows, and what it was writing."""
+    """The killed run left an empty metrics file and partly written temporary files."""
     (tmp_path / "r/checkpoints").mkdir(parents=True)
     torn = [tmp_path / "r/checkpoints/.last.pt.77.88.tmp", tmp_path / "r/.metrics.jsonl.77.88.tmp"]
     for path in (*torn, tmp_path / "r/metrics.jsonl"):
@@ -160,7 +160,7 @@ def test_files_of_a_previous_run_are_not_overwritten(left: str, run: Run, tmp_pa
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_fail_a_run(run: Run, tmp_path: Path) -> None:
-    """Values whose squares leave float32: a density of them there is, but no figure."""
+    """The squares of the values exceed float32, so there is a density but no figure."""
     generator = torch.Generator().manual_seed(0)
     np.save(tmp_path / "x.npy", 1e37 * torch.randn(60, 2, generator=generator, dtype=torch.float64).numpy())
     keys = ["data=array", f"data.path={tmp_path}/x.npy", "model=affine", "trainer.steps=4", "trainer.batch_size=8"]

@@ -1,4 +1,4 @@
-"""A flow that is saved and loaded has the same density and samples, wherever it comes from."""
+"""A saved and loaded flow has the same density and samples, for every way to build it."""
 
 import copy
 import inspect
@@ -44,7 +44,7 @@ def conv(n_in: int, n_out: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(n_in, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.GELU("tanh"), nn.Conv2d(4, n_out, 1))
 
 
-def of(*steps: Bijection, shape: int | tuple[int, ...] = 3, **more: Any) -> Flow:
+def flow_of(*steps: Bijection, shape: int | tuple[int, ...] = 3, **more: Any) -> Flow:
     return Flow(shape, Chain(steps), **more)
 
 
@@ -53,7 +53,7 @@ def ode_block(solver: ode.Solver | None = None, d: int = 3, **keys: Any) -> Cont
 
 
 IMAGE = (2, 4, 4)
-# than the models are by default, whose parts are the same
+# smaller models, built from the same parts as the defaults
 SMALLER: dict[str, dict[str, Any]] = {
     "glow": {"steps": 2, "hidden": [8]},
     "maf": {"layers": 2},
@@ -61,44 +61,44 @@ SMALLER: dict[str, dict[str, Any]] = {
     "realnvp": {"layers": 2, "hidden": [8]},
 }
 BUILDERS: dict[str, Callable[[], Flow]] = {
-    "ActNorm": lambda: of(ActNorm(3)),
-    "ActNorm of pixels": lambda: of(ActNorm(IMAGE), shape=IMAGE),
-    "BatchNorm": lambda: of(bijections.BatchNorm(3, momentum=0.5, eps=0.1)),
-    "Affine": lambda: of(bijections.Affine(3)),
+    "ActNorm": lambda: flow_of(ActNorm(3)),
+    "ActNorm of pixels": lambda: flow_of(ActNorm(IMAGE), shape=IMAGE),
+    "BatchNorm": lambda: flow_of(bijections.BatchNorm(3, momentum=0.5, eps=0.1)),
+    "Affine": lambda: flow_of(bijections.Affine(3)),
     "one bijection": lambda: Flow(3, bijections.Affine(3)),
-    "InvertibleLinear": lambda: of(bijections.InvertibleLinear(3, "permutation")),
-    "Permutation": lambda: of(Permutation(torch.tensor([2, 0, 1])), ActNorm(3)),
-    "Standardize": lambda: of(bijections.Standardize(3)),
-    "offset": lambda: of(bijections.Standardize((3,), offset=True), centered=True),
-    "IndexCoupling": lambda: of(bijections.IndexCoupling(torch.tensor([True, False, True]), net(2, 2), 1.5)),
-    "bounded": lambda: of(HalfCoupling(3, True, parts.MLP(1, [4], 4), input_bound=3.0)),
-    "HalfCoupling": lambda: of(HalfCoupling(3, swap=False, conditioner=parts.MLP(2, [4], 2, "tanh", dropout=0.3))),
-    "CheckerboardCoupling": lambda: of(
+    "InvertibleLinear": lambda: flow_of(bijections.InvertibleLinear(3, "permutation")),
+    "Permutation": lambda: flow_of(Permutation(torch.tensor([2, 0, 1])), ActNorm(3)),
+    "Standardize": lambda: flow_of(bijections.Standardize(3)),
+    "offset": lambda: flow_of(bijections.Standardize((3,), offset=True), centered=True),
+    "IndexCoupling": lambda: flow_of(bijections.IndexCoupling(torch.tensor([True, False, True]), net(2, 2), 1.5)),
+    "bounded": lambda: flow_of(HalfCoupling(3, True, parts.MLP(1, [4], 4), input_bound=3.0)),
+    "HalfCoupling": lambda: flow_of(HalfCoupling(3, swap=False, conditioner=parts.MLP(2, [4], 2, "tanh", dropout=0.3))),
+    "CheckerboardCoupling": lambda: flow_of(
         bijections.CheckerboardCoupling((4, 4), True, conditioner=conv(2, 4)), shape=IMAGE
     ),
-    "Squeeze": lambda: of(
+    "Squeeze": lambda: flow_of(
         bijections.Squeeze(Chain([ActNorm(8), bijections.FactorOut(HalfCoupling(4, False, parts.ConvNet(2, [4], 4)))])),
         shape=IMAGE,
     ),
-    "ResidualNet": lambda: of(
+    "ResidualNet": lambda: flow_of(
         HalfCoupling(2, False, parts.ResidualNet(1, [4, 4], 2, size=(4, 4), batch_norm=True)), shape=IMAGE
     ),
-    "InformedConv": lambda: of(HalfCoupling(2, False, parts.InformedConv(1, 2, None, (4, 4))), shape=IMAGE),
-    "GaussianStart": lambda: of(bijections.GaussianStart(3), ActNorm(3)),
-    "Preconditioned": lambda: of(bijections.Preconditioned(ode_block(), 3)),
-    "FromGaussian": lambda: of(bijections.FromGaussian(Chain([ActNorm(3)]), d=3)),
-    "Logit": lambda: of(bijections.Logit(16), integer_valued=True, levels=16),
-    "MLPField": lambda: of(ode_block()),
-    "two fields, two solvers": lambda: of(
+    "InformedConv": lambda: flow_of(HalfCoupling(2, False, parts.InformedConv(1, 2, None, (4, 4))), shape=IMAGE),
+    "GaussianStart": lambda: flow_of(bijections.GaussianStart(3), ActNorm(3)),
+    "Preconditioned": lambda: flow_of(bijections.Preconditioned(ode_block(), 3)),
+    "FromGaussian": lambda: flow_of(bijections.FromGaussian(Chain([ActNorm(3)]), d=3)),
+    "Logit": lambda: flow_of(bijections.Logit(16), integer_valued=True, levels=16),
+    "MLPField": lambda: flow_of(ode_block()),
+    "two fields, two solvers": lambda: flow_of(
         ode_block(ode_solver("rk4", steps=3)), ode_block(ode_solver("midpoint", steps=5), layer="time_embedding")
     ),
-    "ConvField": lambda: of(
+    "ConvField": lambda: flow_of(
         Continuous(parts.ConvField(2, [3], "concat", "softplus", 1), trace=parts.TraceRule(evaluate="hutchinson")),
         shape=IMAGE,
     ),
-    "adjoint": lambda: of(ode_block(ode_solver("dopri5", gradient="adjoint", rtol=1e-4))),
-    "torchdiffeq": lambda: of(ode_block(ode_solver("heun3", step_size=0.25))),
-    "own tableau": lambda: of(ode_block(ode_solver("ralston", tableau=RALSTON, steps=7))),
+    "adjoint": lambda: flow_of(ode_block(ode_solver("dopri5", gradient="adjoint", rtol=1e-4))),
+    "torchdiffeq": lambda: flow_of(ode_block(ode_solver("heun3", step_size=0.25))),
+    "own tableau": lambda: flow_of(ode_block(ode_solver("ralston", tableau=RALSTON, steps=7))),
     "StudentT": lambda: Flow(bases.StudentT(3, df=torch.tensor([2.0, 3.0, 4.0])), ActNorm(3)),
     "trainable StudentT": lambda: Flow(bases.StudentT((3,), trainable=True), ActNorm(3)),
     "UniformBox": lambda: Flow(bases.UniformBox([-90.0, -90.0], torch.tensor([90.0, 95.0])), ActNorm(2)),
@@ -115,14 +115,19 @@ BUILDERS: dict[str, Callable[[], Flow]] = {
     },
     "ffjord of images": partial(models.ffjord, (1, 8, 8), hidden=[3], solver=ode_solver("rk4", steps=2)),
     "Ensemble": lambda: Ensemble(
-        [of(ActNorm(3)), of(ode_block(ode_solver("rk4", steps=3))), of(ode_block()), of(bijections.Affine(3))],
+        [
+            flow_of(ActNorm(3)),
+            flow_of(ode_block(ode_solver("rk4", steps=3))),
+            flow_of(ode_block()),
+            flow_of(bijections.Affine(3)),
+        ],
         [0.3, 0.1, 0.2, 0.0],
     ),
     "conditional ensemble": lambda: Ensemble(
         [models.realnvp(2, layers=n, hidden=[4], conditional=True, classes=3) for n in (1, 2)], names=["one", "two"]
     ),
     "ensemble of levels": lambda: Ensemble(
-        [of(bijections.Logit(16), integer_valued=True, levels=16, class_counts=()) for _ in range(2)]
+        [flow_of(bijections.Logit(16), integer_valued=True, levels=16, class_counts=()) for _ in range(2)]
     ),
 }
 
@@ -148,7 +153,7 @@ def label_of(flow: Flow, n: int) -> Tensor | None:
 
 
 def assert_same(flow: Flow, again: Flow) -> None:
-    """To the last bit."""
+    """Checks that both flows give bitwise equal results."""
     assert not again.training
     assert again.event_shape == flow.event_shape
     label = label_of(flow, 5)
@@ -198,7 +203,7 @@ def test_a_saved_flow_is_the_same_to_the_last_bit(name: str, dtype: torch.dtype,
     solvers = [[block.solver.settings for block in f.ode_blocks] for f in (flow, again)]
     assert solvers[0] == solvers[1]
     assert_same(flow, again)
-    # and once more
+    # saving the loaded flow again changes nothing
     assert_same(flow, saved_and_loaded(again, tmp_path))
 
 
@@ -229,15 +234,15 @@ def test_the_present_solver_is_saved(name: str, tmp_path: Path) -> None:
     assert_same(flow, saved_and_loaded(flow, tmp_path))
     flow.use_solver(solver)
     assert_same(flow, saved_and_loaded(flow, tmp_path))
-    # of a solver that was changed after it was made
+    # the solver is modified after its construction
     flow.use_solver(solver.replace(rtol=1e-3, atol=1e-2))
     again = saved_and_loaded(flow, tmp_path)
     assert (again.solver.rtol, again.solver.atol) == (1e-3, 1e-2)
 
 
 def test_each_part_keeps_its_own_solver(tmp_path: Path) -> None:
-    flow = perturbed(of(ode_block(), ode_block()))
-    # neither was given to a constructor
+    flow = perturbed(flow_of(ode_block(), ode_block()))
+    # neither solver was given to a constructor
     flow.ode_blocks[1].solver = ode_solver("rk4", steps=3)
     again = saved_and_loaded(flow, tmp_path)
     assert [block.solver.method for block in again.ode_blocks] == ["dopri5", "rk4"]
@@ -280,7 +285,7 @@ def removed(flow: Flow) -> None:
 
 @pytest.mark.parametrize("change", [change_shape, add_module, weight_norm, plain_module, named_modules, removed])
 def test_what_no_description_builds_again_is_refused(change: Callable[[Flow], None], tmp_path: Path) -> None:
-    flow = of(ActNorm(3), HalfCoupling(3, False, net(2, 2)))
+    flow = flow_of(ActNorm(3), HalfCoupling(3, False, net(2, 2)))
     change(flow)
     path = tmp_path / "flow.pt"
     with pytest.raises(CheckpointError, match="cannot be saved"):
@@ -289,7 +294,7 @@ def test_what_no_description_builds_again_is_refused(change: Callable[[Flow], No
 
 
 class Local(Bijection):
-    """In a test module, which is imported by no name."""
+    """A class in a test module, which cannot be imported by name."""
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z, z.new_zeros(len(z))
@@ -304,7 +309,7 @@ def test_classes_that_cannot_be_imported_are_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Local, "__module__", "__main__")
     for bijection in (Local(), Inner()):
         with pytest.raises(CheckpointError, match=r"mypkg\.py"):
-            of(ActNorm(3), bijection).save(tmp_path / "flow.pt")
+            flow_of(ActNorm(3), bijection).save(tmp_path / "flow.pt")
     assert not list(tmp_path.iterdir())
 
 
@@ -382,8 +387,8 @@ def test_own_classes_need_trust(mypkg: Any, tmp_path: Path) -> None:
     for trust in ((), ("other",), ("my",), "mypkg.other"):
         with pytest.raises(CheckpointError, match="would run mypkg"):
             flowtrain.load(tmp_path / "own.pt", trust=trust)
-    # an argument that is not kept as a submodule
-    hidden = of(ActNorm(2), shape=2)
+    # an argument that the object does not keep as a submodule
+    hidden = flow_of(ActNorm(2), shape=2)
     hidden.bijection.bijections[0] = mypkg.Pair({"a": ActNorm(2), "b": ActNorm(2)}, order=[nn.Linear(1, 1)])
     with pytest.raises(CheckpointError, match="cannot be saved"):
         hidden.save(tmp_path / "hidden.pt")
@@ -391,7 +396,7 @@ def test_own_classes_need_trust(mypkg: Any, tmp_path: Path) -> None:
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
-    """As a run leaves it."""
+    """Saves a checkpoint as a run does."""
     config = compose_defaults(["model=ffjord", "model.hidden=[5]", "data.n_val=20", "data.n_test=20", "seed=7"])
     samples = Samples((2,), standardized=True, columns=("a", "b"))
     flow = perturbed(build_flow(config, samples))

@@ -1,4 +1,4 @@
-"""model=auto: halving, stacking, resuming, and what it refuses."""
+"""model=auto: successive halving, stacking, resume, and refused settings."""
 
 import json
 import os
@@ -21,14 +21,17 @@ from flowtrain.training import checkpoint
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import ConfigError, DataError, SolverError
 
-# a search without a time limit; small networks of nsf and maf come from so few rows
+# no time limit; with so few rows, nsf and maf have small networks
 STEPS = {"trainer.steps": 12, "trainer.time_limit": None, "trainer.val_every": 6, "trainer.log_every": 6}
 FLOWS = ["nsf", "maf", "realnvp"]
 
 
 @pytest.fixture
 def clusters() -> np.ndarray:
-    """Two clusters, (240, 3): no single Gaussian fits them. In 2 columns, an evaluation would integrate the density."""
+    """Returns rows of two clusters, (240, 3), which no single Gaussian fits.
+
+    With 2 columns, evaluations would integrate the density, which takes longer.
+    """
     rng = np.random.default_rng(0)
     return rng.normal(size=(240, 3)) * 0.3 + np.where(rng.random((240, 1)) < 0.5, -2.0, 2.0)
 
@@ -55,13 +58,13 @@ def test_the_stack_is_at_least_as_good_on_the_validation_rows_as_every_candidate
     assert {"affine", "mixture", *FLOWS} <= nll.keys()
     assert sum(weight.values()) == pytest.approx(1)
     stacks = [*state["stacks"].values()]
-    # a member is left out if it gains less than LOSS
+    # the final stack drops members that gain less than SPARSE_LOSS each
     assert stacks[-1] <= min(nll.values()) + len(nll) * SPARSE_LOSS
     assert all(after <= before + len(nll) * SPARSE_LOSS for before, after in pairwise(stacks))
-    # two of the three flows are trained to the end
+    # two of the three flows are trained to the last stage
     assert sorted(c["stage"] for c in state["candidates"] if c["name"] in FLOWS) == [1, 2, 2]
     assert [c["steps"] for c in state["candidates"] if c["name"] in FLOWS and c["stage"] == 1] == [2]
-    # what is returned is the checkpoint, and its validation NLL is the one that is stated
+    # the returned flow is the saved checkpoint and has the reported validation NLL
     val = torch.tensor(clusters[flow.record.held_out["val"]], dtype=torch.float32)
     assert -flow.log_prob(val).double().mean().item() == pytest.approx(stacks[-1], abs=1e-4)
     again = flowtrain.load(tmp_path / "r")
@@ -81,7 +84,7 @@ def test_a_search_that_is_continued_repeats_nothing_and_gives_the_same_flow(
     def recording(self: Search, candidate: Any, stage: int, seconds: float | None) -> None:
         if [(candidate.name, stage)] == stop_at:
             stop_at.clear()
-            # in the middle of a candidate
+            # the signal arrives while a candidate is trained
             step = Trainer.train_step
 
             def interrupted(trainer: Trainer) -> Any:
@@ -114,7 +117,7 @@ def test_a_search_that_is_continued_repeats_nothing_and_gives_the_same_flow(
     one, other = (checkpoint.load(tmp_path / name / "checkpoints/best.pt")["weights"] for name in ("stopped", "whole"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    # a search that has ended is only evaluated
+    # a finished search is only evaluated
     trained.clear()
     code, _, _ = run("flowtrain", f"resume={tmp_path}/whole")
     assert (code, trained) == (0, [])
@@ -178,7 +181,7 @@ def test_a_search_takes_the_keys_of_the_user_for_every_candidate(clusters: np.nd
         assert config["trainer"]["clip_norm"] == 0.123
         assert config["trainer"]["steps"] == 2
     assert (config["solver"]["name"], config["solver"]["rtol"]) == ("tsit5", 1e-3)
-    # the other keys are those of the recipe
+    # the other keys come from the recipe
     assert config["model"] == {**compose({"model": "ffjord", "data": "array"}).config["model"], **config["model"]}
 
 
@@ -216,7 +219,7 @@ def test_a_directory_of_someone_else_is_not_searched_into(clusters: np.ndarray, 
     with pytest.raises(ConfigError):
         searched(clusters, ["affine"], run_dir=tmp_path)
     assert (tmp_path / "search/mine.txt").read_text() == "mine"
-    # what a killed search has left before its first checkpoint is no hindrance
+    # leftovers of a search that was killed before its first checkpoint do not block a new one
     (tmp_path / "r/search/nsf/checkpoints").mkdir(parents=True)
     (tmp_path / "r/search/search.json").write_text('{"candidates": [], "stacks": {}}')
     searched(clusters, ["affine"], run_dir=tmp_path / "r")
@@ -261,7 +264,7 @@ def test_runs_of_searches_form_an_ensemble(clusters: np.ndarray, tmp_path: Path,
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, step: int, number: int) -> None:
-    """Sends a signal at a step of the candidate of that name, once."""
+    """Sends the signal `number` once, at `step` of the candidate `name`."""
     train, take = Search._train, Trainer.train_step
     training = [""]
 
@@ -335,7 +338,7 @@ def test_with_more_time_flows_go_on_and_a_damaged_candidate_is_left_out(
     assert code == 0, err
     steps = [{c["name"]: c["steps"] for c in state["candidates"]} for state in (first, state_of(tmp_path / "r"))]
     assert steps[1]["nsf"] > steps[0].get("nsf", 0)
-    # and the ensemble is made anew of all of them
+    # the ensemble is computed again from all candidates
     last = json.loads((tmp_path / "r/metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == sum(steps[1].values())
 

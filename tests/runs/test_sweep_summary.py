@@ -1,4 +1,4 @@
-"""The summary of a sweep: its table, the runs that are as good as the best, and its figure."""
+"""The summary of a sweep: its table, the runs within the error of the best, and its figure."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def test_runs_within_the_error_of_the_best_are_marked() -> None:
     def measured(name: str, nll: float, error: float | None) -> sweep_summary.Job:
         return sweep_summary.Job(name, {"lr": name}, {"val_nll": nll, "val_nll_stderr": error}, None)
 
-    # two standard errors of the difference are 0.0283 beside the best's 0.01, where the other's is the same
+    # if both NLLs have a standard error of 0.01, two standard errors of their difference are 0.0283
     jobs = [measured("a", 2.0, 0.01), measured("b", 2.028, 0.01), measured("c", 2.029, 0.01), measured("d", 2.2, 0.2)]
     assert sweep_summary.as_good(jobs) == {"a", "b", "d"}
     lines = sweep_summary.as_markdown(jobs, ["lr"]).splitlines()
@@ -35,7 +35,7 @@ def test_runs_within_the_error_of_the_best_are_marked() -> None:
     assert "standard errors" in lines[-1]
     rows = list(csv.DictReader(sweep_summary.as_csv(jobs, ["lr"]).splitlines()))
     assert [row["as_good_as_best"] for row in rows] == ["true", "true", "false", "true"]
-    # of an older flowtrain, and of one run alone
+    # results of older versions have no standard errors
     old = [measured("a", 2.0, None), measured("b", 2.0001, None)]
     assert sweep_summary.as_good(old) == {"a"}
     assert "*" not in sweep_summary.as_markdown(old, ["lr"])

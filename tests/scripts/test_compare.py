@@ -1,4 +1,4 @@
-"""The comparison script: its rows in words and its figure, and a run of it with next to no training."""
+"""The comparison script: table cells, figure, and a run with minimal training."""
 
 import importlib.util
 import json

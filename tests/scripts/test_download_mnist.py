@@ -1,4 +1,4 @@
-"""scripts/download_mnist.py: resuming, broken and lying mirrors, atomic files, and the command as a user runs it."""
+"""scripts/download_mnist.py: resumed downloads, broken or wrong mirrors, atomic files, and the command line."""
 
 import hashlib
 import importlib.util
@@ -37,16 +37,16 @@ EXPECTED = download.Sum(len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
 
 @dataclass
 class Mirror:
-    """A server of one content under every path.
+    """A server that serves the same content under every path.
 
     Attributes:
-        ranges: whether it answers Range requests with a part, instead of with all.
-        cuts: after how many bytes each of the first answers breaks off.
-        stalls: whether it then keeps the connection open in silence.
-        code: an error to answer with instead.
-        length: whether it says how much it sends.
-        shift: how far the part it sends is off the one it was asked for.
-        asked: the (path, Range header) of every request.
+        ranges: whether Range requests are answered with the requested part, or else with the whole content.
+        cuts: the number of bytes after which each of the first answers is cut off.
+        stalls: whether the connection then stays open without data.
+        code: an HTTP error code to answer with instead.
+        length: whether the answers have a Content-Length header.
+        shift: offset of the sent part from the requested one, in bytes.
+        asked: (path, Range header) of every request.
     """
 
     content: bytes = CONTENT
@@ -89,7 +89,7 @@ Serve = Callable[..., Mirror]
 
 
 def dead() -> str:
-    """The url of a port that no one listens on."""
+    """Returns the URL of a port without a listener."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{taken.getsockname()[1]}/"
@@ -97,7 +97,7 @@ def dead() -> str:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """Starts mirrors, and stops them after the test."""
+    """Returns a function that starts mirrors, and stops them after the test."""
     monkeypatch.setenv("no_proxy", "*")
     running: list[tuple[Mirror, ThreadingHTTPServer, threading.Thread]] = []
 
@@ -135,7 +135,7 @@ def target(tmp_path: Path) -> Path:
 
 
 def part_of(target: Path, content: bytes) -> Path:
-    """What an earlier run left."""
+    """Writes the partial download of an earlier run."""
     part = target.with_name("f.gz.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_bytes(content)
@@ -163,7 +163,7 @@ def test_what_is_there_and_right_is_left_alone(target: Path) -> None:
     target.parent.mkdir()
     target.write_bytes(CONTENT)
     before = target.stat()
-    assert obtain(target, dead()) == "is there already"
+    assert obtain(target, dead()) == "already downloaded"
     assert (target.stat().st_ino, target.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
@@ -209,7 +209,7 @@ def test_a_server_without_ranges_sends_all_again(serve: Serve, target: Path) -> 
 
 def test_a_part_that_is_whole_needs_no_server(target: Path) -> None:
     part_of(target, CONTENT)
-    assert obtain(target, dead()) == "had been downloaded whole"
+    assert obtain(target, dead()) == "completed from its .part file"
     assert is_whole(target)
 
 
@@ -233,9 +233,9 @@ def test_a_part_that_is_wrong_is_thrown_away(serve: Serve, target: Path, part: b
 
 WRONG = {
     "as long": (b"y" * len(CONTENT), True, "SHA-256"),
-    "shorter": (CONTENT[:-1], True, "has 299999 bytes where 300000 are expected"),
-    "longer": (CONTENT + b"y", True, "has 300001 bytes where 300000 are expected"),
-    "longer, unannounced": (CONTENT + b"y", False, "more bytes than the file has"),
+    "shorter": (CONTENT[:-1], True, "has 299999 bytes, but 300000 are expected"),
+    "longer": (CONTENT + b"y", True, "has 300001 bytes, but 300000 are expected"),
+    "longer, unannounced": (CONTENT + b"y", False, "more bytes than expected"),
 }
 
 
@@ -254,7 +254,7 @@ def test_a_mirror_with_another_file_is_passed_over(serve: Serve, target: Path, c
 
 def test_a_part_of_another_range_is_not_appended(serve: Serve, target: Path) -> None:
     part = part_of(target, CONTENT[:HALF])
-    with pytest.raises(OSError, match=f"from {HALF} on, it sends bytes {HALF + 5}-"):
+    with pytest.raises(OSError, match=f"from {HALF} on were requested, but it sends bytes {HALF + 5}-"):
         obtain(target, serve(shift=5))
     assert part.read_bytes() == CONTENT[:HALF]
 
@@ -298,7 +298,7 @@ def test_the_command_prints_a_line_a_file(serve: Serve, tmp_path: Path, capsys: 
     assert err == ""
     assert out.splitlines() == [f"{file}: 300000 bytes from {mirror.url}{file.name}" for file in files]
     assert download.main(arguments) == 0
-    assert capsys.readouterr().out.splitlines() == [f"{file}: is there already" for file in files]
+    assert capsys.readouterr().out.splitlines() == [f"{file}: already downloaded" for file in files]
     assert len(mirror.asked) == 4
 
 
@@ -342,7 +342,7 @@ def test_a_root_that_cannot_be_written_is_one_message(tmp_path: Path, capsys: py
 def test_an_unknown_data_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         download.main(["cifar"])
-    assert "no data set cifar; choose mnist or fashion_mnist" in capsys.readouterr().err
+    assert "unknown data set: cifar. Choose mnist or fashion_mnist" in capsys.readouterr().err
 
 
 def test_default_root_is_the_one_flowtrain_reads(monkeypatch: pytest.MonkeyPatch) -> None:

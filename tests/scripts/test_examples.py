@@ -1,4 +1,4 @@
-"""The scripts in scripts/examples run, and the flows that they fit are of use."""
+"""The scripts in scripts/examples run, and the flows that they fit are useful."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from matplotlib import image
 
 def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nll = table.main(minutes=0.05, out=str(tmp_path / "table.pt"))
-    # that of a Gaussian with the covariance of the table
+    # compare with the NLL of a Gaussian with the covariance of the table
     x = table.generated()
     covariance = torch.from_numpy(np.cov(x.T))
     gaussian = torch.distributions.MultivariateNormal(torch.from_numpy(x.mean(0)), covariance).entropy()

@@ -1,4 +1,4 @@
-"""The package finds its configs wherever it is installed from."""
+"""The package finds its configs from every kind of installation."""
 
 import re
 import subprocess
@@ -34,7 +34,7 @@ def test_a_wheel_from_an_sdist_runs_the_tour(tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     assert (site / "flowtrain/configs/config.yaml").exists()
-    # type checkers read the annotations of a package that has it
+    # py.typed tells type checkers to read the annotations of the package
     assert (site / "flowtrain/py.typed").exists()
     begin = f"import sys; sys.path.insert(0, {str(site)!r})"
     code = f"{begin}; import flowtrain.utils.files as p; print(p.config_dir())"
@@ -43,6 +43,10 @@ def test_a_wheel_from_an_sdist_runs_the_tour(tmp_path: Path) -> None:
     assert {p.name for p in config_dir().rglob("*.yaml")} == {
         p.name for p in (site / "flowtrain/configs").rglob("*.yaml")
     }
+    # the long description of a package index, which has no relative paths
+    description = next(site.glob("flowtrain-*.dist-info/METADATA")).read_text()
+    assert "# flowtrain" in description
+    assert not re.findall(r"\]\((?!https?:|#)", description)
     (tmp_path / "work").mkdir()
     readme = (site / "flowtrain/README.md").read_text()
     tour = "\n".join(re.findall(r"^```python\n(.*?)^```$", readme.partition("## Layout")[0], re.S | re.M))

@@ -1,4 +1,4 @@
-"""The measurement of density estimators on tables: its preparation of rows, its report, and that it continues."""
+"""The benchmark of density estimators on tables: preparation of the rows, the report, and continued measurements."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Two tables: points on a plane, and a column of two decimals with repeated rows."""
+    """Writes two tables: points in the plane, and a column with two decimals and repeated rows."""
     rng = np.random.default_rng(0)
     (tmp_path / "earth").mkdir()
     (tmp_path / "adbench").mkdir()
@@ -41,11 +41,11 @@ def test_resolutions(tables: ModuleType) -> None:
     hundredths = rng.normal(size=2000).round(2)
     assert tables.resolution(rng.normal(size=2000)) == 0
     assert tables.resolution(hundredths) == pytest.approx(0.01)
-    # a few values of more decimals do not make the step smaller
+    # a few values with more decimals do not change the step
     assert tables.resolution(np.r_[hundredths, rng.normal(size=20).round(5)]) == pytest.approx(0.01)
-    # a frequent value says nothing of the step between the others
+    # a frequent value does not hide the step between the others
     assert tables.resolution(np.r_[np.zeros(5000), hundredths]) == pytest.approx(0.01)
-    # values that repeat and lie on no grid
+    # repeated values that lie on no grid
     r = tables.resolution(np.repeat(rng.uniform(size=500), 3))
     assert 1e-4 < r < 1e-2
 
@@ -61,7 +61,7 @@ def test_a_split_has_each_row_once_and_changes_with_the_seed(tables: ModuleType,
 
 
 def test_gaussian_mixture_and_kernels_are_densities(tables: ModuleType) -> None:
-    """Their NLL of many rows of a known density is near its entropy, in the units of the data."""
+    """Their NLL on many rows of a known density is close to its entropy in data units."""
     rng = np.random.default_rng(0)
     factor = np.array([[20.0, 0.0], [3.0, 0.1]])
     parts = [rng.normal(size=(n, 2)) @ factor.T for n in (2000, 2000, 500)]
@@ -69,7 +69,7 @@ def test_gaussian_mixture_and_kernels_are_densities(tables: ModuleType) -> None:
     entropy = 1 + math.log(2 * math.pi) + math.log(2.0)
     for fit, error in ((tables.gaussian, 0.1), (tables.gmm, 0.1), (tables.kde, 0.3)):
         found = fit(split, 5.0, 0)
-        # of this sample and not of the density: the mean of its own log p
+        # the exact NLL of this sample, which differs from the entropy
         z = np.linalg.solve(factor, split.test.T)
         exact = (0.5 * (z**2).sum(0)).mean() + entropy - 1
         assert -found.log_p.mean() == pytest.approx(exact, abs=error)
@@ -81,7 +81,7 @@ def test_the_standard_error_is_clustered_by_row(tables: ModuleType) -> None:
     value, places = rng.normal(size=400), np.arange(400)
     plain = value.std() / 20
     assert tables.clustered([value], [places]) == pytest.approx((value.mean(), plain))
-    # the same rows three times say no more than once
+    # repeating the same rows three times adds no information
     assert tables.clustered([value] * 3, [places] * 3) == pytest.approx((value.mean(), plain))
     assert tables.clustered([value] * 3, [places, places + 400, places + 800]).error == pytest.approx(plain / 3**0.5)
     assert tables.Difference(-1.0, 0.4).verdict == "win"

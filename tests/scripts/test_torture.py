@@ -1,4 +1,4 @@
-"""Fuzzing and killing on a small budget, with the parts of scripts/torture.py, which does it at length."""
+"""Short fuzzing and kill tests with the parts of scripts/torture.py, which runs them for longer."""
 
 import itertools
 import os
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from harm.arrays import random_file
-from harm.checkpoints import Right, loading, right
-from harm.compare import differences, unlike
+from harm.checkpoints import Original, load_verdict, read_original
+from harm.compare import differences, value_differences
 from harm.configs import companions, options, random_config, small_run, write_files
 from harm.damage import damaged
-from harm.forks import Outcome, judged
+from harm.forks import Outcome, judge
 from harm.kills import MODELS, RUN, Moment, Whole, kills
 from harm.part import Part, Verdict
 from helpers import MakeTrainer, Run
@@ -45,7 +45,7 @@ NUMBERS = itertools.count()
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the files that random configs name."""
+    """Creates a working directory with the files that random configs refer to."""
     monkeypatch.setenv("FLOWTRAIN_DATA", str(write_files(tmp_path)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -67,9 +67,9 @@ def test_killed_and_resumed_runs_end_as_if_they_had_not_been(run: Run, tmp_path:
 
 def test_runs_that_differ_in_a_bit_are_told_apart(tmp_path: Path, trainer: MakeTrainer) -> None:
     a, b = torch.tensor([0.0, torch.nan]), torch.tensor([0.0, torch.nan])
-    assert unlike({"x": [a, 1.0]}, {"x": [b, 1.0], "seconds": 3}, "at") == []
-    assert unlike({"x": [-a, 1.0]}, {"x": [b, 2.0]}, "at") == ["at:x:0 differs", "at:x:1 differs"]
-    assert unlike({"x": 1}, {"x": 1.0}, "at") == ["at:x is a int, not a float"]
+    assert value_differences({"x": [a, 1.0]}, {"x": [b, 1.0], "seconds": 3}, "at") == []
+    assert value_differences({"x": [-a, 1.0]}, {"x": [b, 2.0]}, "at") == ["at:x:0 differs", "at:x:1 differs"]
+    assert value_differences({"x": 1}, {"x": 1.0}, "at") == ["at:x is a int, not a float"]
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         trainer(tmp_path / name, "model=affine", "trainer.steps=4", f"seed={seed}").fit()
         (tmp_path / name / "result.json").write_text("{}")
@@ -81,41 +81,41 @@ def test_runs_that_differ_in_a_bit_are_told_apart(tmp_path: Path, trainer: MakeT
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer) -> tuple[Path, Right]:
-    """A checkpoint without one before it, and what it holds."""
+def known(tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer) -> tuple[Path, Original]:
+    """Trains a run and returns a checkpoint without a previous one beside it, and its content."""
     torch.set_default_dtype(torch.float32)
     folder = tmp_path_factory.mktemp("run")
     trainer(folder, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=4").fit()
     path = folder / "alone.pt"
     path.write_bytes((folder / "checkpoints/last.pt").read_bytes())
-    return path, right(path)
+    return path, read_original(path)
 
 
 @settings(max_examples=100, **BUDGET)
 @given(rng=RANDOM)
-def test_damaged_checkpoints_are_refused_or_harmless(known: tuple[Path, Right], rng: random.Random) -> None:
+def test_damaged_checkpoints_are_refused_or_harmless(known: tuple[Path, Original], rng: random.Random) -> None:
     path, whole = known
     kind, content = damaged(rng, whole.content)
     path.write_bytes(content)
-    verdict = loading(path, whole)
+    verdict = load_verdict(path, whole)
     assert not verdict.wrong, (kind, verdict)
 
 
-def test_wrong_load_is_detected(known: tuple[Path, Right]) -> None:
+def test_wrong_load_is_detected(known: tuple[Path, Original]) -> None:
     path, whole = known
     path.write_bytes(whole.content)
-    assert loading(path, whole) == ("unharmed", False)
+    assert load_verdict(path, whole) == ("unharmed", False)
     name = next(iter(whole.state))
     other = {**whole.state, name: torch.nextafter(whole.state[name], torch.tensor(9.0))}
-    assert loading(path, whole._replace(state=other)).wrong
-    assert loading(path, whole._replace(log_p=whole.log_p + 1)).wrong
+    assert load_verdict(path, whole._replace(state=other)).wrong
+    assert load_verdict(path, whole._replace(log_p=whole.log_p + 1)).wrong
 
 
 # Configs
 
 
 def test_every_option_composes_and_builds(files: Path) -> None:
-    # what `auto` stands for is known when there are data
+    # `auto` can only be resolved with data
     for group, name in (option for option in options() if option[1] != "auto"):
         config = compose_defaults(small_run({**companions({group: name}), group: name}))
         data = build_data(config)
@@ -130,27 +130,27 @@ def test_every_option_composes_and_builds(files: Path) -> None:
 def test_random_configs_train_or_are_refused(run: Run, files: Path, rng: random.Random) -> None:
     run_dir = files / f"run{next(NUMBERS)}"
     arguments = random_config(rng)
-    verdict = judged(Outcome(*run("flowtrain", *arguments, f"hydra.run.dir={run_dir}")), run_dir)
+    verdict = judge(Outcome(*run("flowtrain", *arguments, f"hydra.run.dir={run_dir}")), run_dir)
     assert not verdict.wrong, (arguments, verdict.words)
 
 
 def test_bad_exit_is_detected(tmp_path: Path) -> None:
     message = "flowtrain: seed=x: give a whole number\n"
     (tmp_path / "flowtrain.log").write_text("2026-01-01 INFO reading\nsecond line\n")
-    assert judged(Outcome(2, "", message), tmp_path) == ("refused", False)
-    assert judged(Outcome(1, "", "reading\nsecond line\n" + message), tmp_path) == ("failed", False)
+    assert judge(Outcome(2, "", message), tmp_path) == ("refused", False)
+    assert judge(Outcome(1, "", "reading\nsecond line\n" + message), tmp_path) == ("failed", False)
     bad = [
         Outcome(None, "", message), Outcome(-11, "", message), Outcome(2, "x", message), Outcome(2, "", ""),
         Outcome(2, "", message + message), Outcome(2, "", "Warning\n" + message), Outcome(0, "", ""),
         Outcome(1, "", "Traceback (most recent call last):\n"), Outcome(3, "", message),
     ]  # fmt: skip
-    assert all(judged(outcome, tmp_path).wrong for outcome in bad)
+    assert all(judge(outcome, tmp_path).wrong for outcome in bad)
     (tmp_path / "result.json").write_text('{"nll": null}')
-    assert judged(Outcome(0, "", ""), tmp_path).wrong
+    assert judge(Outcome(0, "", ""), tmp_path).wrong
     (tmp_path / "result.json").write_text('{"nll": 2.5}')
-    assert judged(Outcome(0, "", ""), tmp_path) == ("trained", False)
+    assert judge(Outcome(0, "", ""), tmp_path) == ("trained", False)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    assert judged(Outcome(2, "", message), tmp_path).wrong
+    assert judge(Outcome(2, "", message), tmp_path).wrong
 
 
 # Array files
@@ -184,5 +184,5 @@ def test_the_script_prints_a_table(tmp_path: Path) -> None:
     command = [sys.executable, str(TORTURE), *few]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert rows == ["harm", "kills of realnvp", "kills of ffjord", "corruptions", "configs", "array files"], done.stderr
-    assert done.returncode == (1 if "Wrong" in done.stdout else 0)
+    assert rows == ["part", "kills of realnvp", "kills of ffjord", "corruptions", "configs", "array files"], done.stderr
+    assert done.returncode == (1 if "Failures, kept" in done.stdout else 0)

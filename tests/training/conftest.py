@@ -1,4 +1,4 @@
-"""Fixtures of the tests of training."""
+"""Fixtures for the tests of training."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from flowtrain.training.trainer import Trainer
 
 
 class Poisoned(Dataset):
-    """Good batches, then one with a NaN."""
+    """Data whose batch at one step contains a NaN."""
 
     def __init__(self, bad_step: int, event_shape: tuple[int, ...] = (2,)) -> None:
         self.event_shape, self.bad_step = event_shape, bad_step
@@ -32,7 +32,7 @@ class Poisoned(Dataset):
 
 
 class PoisonedOnce(Poisoned):
-    """Bad only the first time that the step is asked for."""
+    """Data whose batch at one step contains a NaN the first `times` times that it is requested."""
 
     def __init__(self, bad_step: int, times: int = 1) -> None:
         super().__init__(bad_step)
@@ -48,35 +48,35 @@ class PoisonedOnce(Poisoned):
 
 @pytest.fixture(scope="session")
 def poisoned() -> type[Poisoned]:
-    """The class of data with a NaN at one step."""
+    """Returns the class of data with a NaN at one step."""
     return Poisoned
 
 
 @pytest.fixture(scope="session")
 def poisoned_once() -> type[PoisonedOnce]:
-    """The class of data with a NaN at one step, the first time."""
+    """Returns the class of data with a NaN at one step, the first time."""
     return PoisonedOnce
 
 
 @pytest.fixture(scope="session")
 def trainer_of() -> MakeTrainer:
-    """Builds the trainer of some overrides."""
+    """Returns a function that builds a trainer from a run directory and overrides."""
     return processes.trainer_of
 
 
-# Runs whose solves are coarse enough to be guarded
+# Runs with coarse solves, which the solver guard checks
 
 
 @pytest.fixture(scope="session")
 def guarded_config() -> Compose:
-    """Composes the config of a small run."""
+    """Returns a function that composes the config of a small run."""
     small = ["data.n_val=100", "data.n_test=20", "trainer.batch_size=64", "model.hidden=[16,16]", "trainer.ema=null"]
     return lambda *overrides: processes.composed([*small, *overrides])
 
 
 @pytest.fixture(scope="session")
 def guarded_trainer() -> MakeTrainer:
-    """Builds the trainer of a config."""
+    """Returns a function that builds a trainer from a config."""
 
     def build(run_dir: Path, config: dict[str, Any], saved: dict[str, Any] | None = None) -> Trainer:
         torch.manual_seed(config["seed"])
@@ -95,7 +95,7 @@ Pictures = dict[tuple[str, int], bytes]
 
 @pytest.fixture(scope="session")
 def shown() -> Callable[[Path], tuple[Scalars, Pictures]]:
-    """Reads what TensorBoard shows of a run, by tag and step, and asserts that nothing is there twice."""
+    """Returns a function that reads what TensorBoard shows of a run, by tag and step, and checks for duplicates."""
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
     def read(run_dir: Path) -> tuple[Scalars, Pictures]:
@@ -115,7 +115,7 @@ def shown() -> Callable[[Path], tuple[Scalars, Pictures]]:
 
 @pytest.fixture(scope="session")
 def written() -> Callable[[Path], Scalars]:
-    """Reads the scalars that TensorBoard should show from metrics.jsonl and result.json."""
+    """Returns a function that reads the scalars which TensorBoard should show from metrics.jsonl and result.json."""
 
     def read(run_dir: Path) -> Scalars:
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -134,7 +134,7 @@ def written() -> Callable[[Path], Scalars]:
 
 @pytest.fixture(scope="session")
 def drawn() -> Callable[[Path, int], Pictures]:
-    """Reads the pictures that TensorBoard should show from plots/."""
+    """Returns a function that reads the pictures which TensorBoard should show from plots/."""
 
     def read(run_dir: Path, steps: int) -> Pictures:
         return {

@@ -1,4 +1,4 @@
-"""Checkpoints: no code is run, and what is torn, flipped or foreign is not believed."""
+"""Checkpoints run no code, and truncated, corrupted or foreign files are refused."""
 
 import re
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from flowtrain.training import checkpoint
 from flowtrain.training.checkpoint import checksum
 from flowtrain.utils.errors import CheckpointError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 
 @pytest.fixture(scope="module")
 def trained_affine(trainer: MakeTrainer, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The content of best.pt."""
+    """Returns the bytes of best.pt."""
     torch.set_default_dtype(torch.float32)
     run_dir = tmp_path_factory.mktemp("affine")
     trainer(run_dir, "model=affine", "trainer.steps=1").fit()
@@ -30,7 +30,7 @@ def trained_affine(trainer: MakeTrainer, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def best(trained_affine: bytes, tmp_path: Path) -> Path:
-    """A best.pt in a run directory, and nothing else."""
+    """Returns a best.pt in an otherwise empty run directory."""
     path = tmp_path / "checkpoints/best.pt"
     path.parent.mkdir()
     path.write_bytes(trained_affine)
@@ -122,7 +122,7 @@ def test_checksum_refuses_what_claims_more_than_it_holds() -> None:
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(best: Path) -> None:
-    """500 offsets, drawn at random over the whole file: refused, or without effect on what is read."""
+    """At each of 500 random offsets, a flipped bit is refused or does not change the loaded content."""
     whole = best.read_bytes()
     right = checksum(checkpoint.load(best))
     generator = torch.Generator().manual_seed(0)
@@ -136,7 +136,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(best: Path) -> None:
         except CheckpointError:
             refused += 1
         else:
-            # padding, or a field of the archive that nothing reads
+            # padding, or an archive field that is never read
             assert checksum(content) == right
     assert refused > 150
 
@@ -153,7 +153,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(
     else:
         middle = len(whole) // 2
         flipped = whole.copy()
-        # more than the archive pads its parts with
+        # a longer range than the padding of the archive
         flipped[middle : middle + 256] = bytes(255 - b for b in flipped[middle : middle + 256])
         path.write_bytes({"torn": whole[:middle], "flipped": flipped, "empty": b""}[damage])
     assert checkpoint.load(checkpoint.find(tmp_path, prefer="last"))["step"] == 4

@@ -1,4 +1,4 @@
-"""Averages of weights: their update, and checkpoints that hold them."""
+"""Averages of weights: their update, and checkpoints that contain them."""
 
 from pathlib import Path
 

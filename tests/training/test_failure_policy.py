@@ -1,4 +1,4 @@
-"""Steps that fail: before the update, named, skipped, or gone back from."""
+"""Failing steps are detected before the update, and reported, skipped or rewound."""
 
 import re
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from flowtrain.training import checkpoint
 from flowtrain.training.progress import NfeWatch
 from flowtrain.utils.errors import NonFiniteError, SolverError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 
 def test_nan_in_the_first_data_is_named(tmp_path: Path, trainer: MakeTrainer, poisoned: type[Dataset]) -> None:
@@ -105,7 +105,7 @@ def test_rewind_halves_the_learning_rate(
     trained = [r for r in rows(tmp_path / "a") if r["split"] == "train"]
     assert [(r["step"], r["lr"]) for r in trained] == [(s, 0.004 if s <= 4 else 0.002) for s in range(1, 13)]
     assert re.search(r"step 4\b.*\b0\.5\b", caplog.text)
-    # killed after it and resumed: the same to the bit
+    # stopping after the rewind and resuming gives bitwise equal weights
     part = trainer(tmp_path / "b", *keys, data=poisoned_once(5))
     stop_at(part, 7)
     part.fit()
@@ -154,7 +154,7 @@ def test_the_cause_of_a_failed_step_is_named(tmp_path: Path, trainer: MakeTraine
 def test_a_spike_of_nfe_is_logged_with_its_step(caplog: pytest.LogCaptureFixture) -> None:
     watch = NfeWatch()
     for step in range(30):
-        # one that lasts is said once
+        # a spike of several steps is logged once
         watch.see(step, {"nfe_forward": 200 if step in (21, 25, 26, 27) else 40, "nfe_backward": 0})
     found = [r.getMessage() for r in caplog.records]
     assert found == [f"step {step}: NFE 200, where 40 was usual before" for step in (21, 25)]

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, with a right checksum, and say what no run says: one line, and nothing is trained."""
+"""Complete checkpoints with a correct checksum but invalid values are refused in one line, and nothing is trained."""
 
 import math
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained(run: Run, runs: Path) -> Callable[[str], Path]:
-    """A run directory with last.pt of four steps, as it was left."""
+    """Returns a function that trains four steps of a model once and restores last.pt in its run directory."""
 
     def of(model: str) -> Path:
         folder = runs / model
@@ -132,7 +132,7 @@ def refuse(run: Run, folder: Path, change: Change) -> None:
 
 
 def first(kind: Callable[[torch.Tensor], bool], make: Callable[[torch.Tensor], Any], part: str = "weights") -> Change:
-    """Changes the first such tensor."""
+    """Changes the first tensor for which `kind` is true."""
 
     def change(content: dict[str, Any]) -> None:
         name = next(k for k, v in content[part].items() if isinstance(v, torch.Tensor) and kind(v))
@@ -218,7 +218,7 @@ def test_nothing_is_written_through_a_link(name: str, run: Run, trained: Callabl
 
 
 def test_large_batch_count_is_not_an_index() -> None:
-    """A batch norm over images counts its batches, without end."""
+    """Batch norms over images count batches without a limit, so a large count is valid."""
     samples = Samples((1, 4, 4), integer_valued=True, levels=256)
     config = compose_defaults(["model=realnvp", "data=mnist", "model.hidden=[4]", "model.batch_norm=true"])
     weights = build_flow(config, samples).state_dict()

@@ -1,4 +1,4 @@
-"""Learning rates and tolerances over the steps of a run."""
+"""Learning rates and tolerances during a run."""
 
 from pathlib import Path
 from typing import Any

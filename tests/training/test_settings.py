@@ -1,4 +1,4 @@
-"""Settings of a trainer that are refused."""
+"""Invalid trainer settings are refused."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The guard against fields that exploit a coarse solver, and training's own tolerance."""
+"""The guard against fields that exploit a coarse solver, and the tolerance of training."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("float32")
 
 
 class Lines(logging.Handler):
-    """The messages of a logger; caplog misses them once a command has turned propagation off."""
+    """Collects the messages of a logger. caplog misses them after a command has turned off propagation."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -42,12 +42,12 @@ def lines() -> Iterator[list[str]]:
     solver_guard.log.removeHandler(handler)
 
 
-# one step of rk4 and a learning rate at which the field finds out what it does not see
+# one step of rk4, and a learning rate at which the field learns to exploit it
 EXPLOIT = ["solver=rk4", "solver.step_size=1.0", "trainer.lr=0.02", "trainer.lr_decay=constant", "trainer.steps=150"]
 
 
 def reported_and_true(run: Trainer) -> tuple[float, float]:
-    """NLL in nats of training data, by the run's steps and by very short ones."""
+    """Returns the NLL of training data in nats, computed with the run's steps and with very short steps."""
     x = run.data.train_batch(run.step - 1, 1000, 0)
     solver = run.flow.eval().solver
     assert solver is not None
@@ -97,7 +97,7 @@ def test_criterion_for_an_exploited_solver(gap: Tensor, d: int, expected: bool) 
 
 
 class Fake(nn.Module):
-    """A flow whose log p is what `lie` makes of its solver's settings, and whose trace probes are recorded."""
+    """A flow with log p = lie(solver), which records a random draw per call in place of trace probes."""
 
     event_shape = (2,)
 
@@ -144,13 +144,13 @@ def test_tightening_stops_at_the_final_tolerance(control: str, lines: list[str])
     assert watch.tolerance_at(10) == (1e-3, 1e-3)
     for step in (20, 30):
         assert not watch.check(step, X, 0)
-    # with control=all training then solves as tightly as evaluation
+    # with control=all, training already solves as tightly as evaluation
     assert len(lines) == (3 if control == "state" else 2)
     assert ("solver.rtol=0.001" in lines[-1]) is (control == "state")
     solves = len(flow.probes)
     watch.check(40, X, 0)
     assert len(flow.probes) == solves
-    # a run that goes on with a smaller rtol is watched again
+    # a resumed run with a smaller rtol is checked again
     flow.solver = solver.replace(rtol=1e-4)
     watch.check(50, X, 0)
     assert len(flow.probes) > solves
@@ -160,9 +160,9 @@ def test_steps_are_halved_until_max_nfe(lines: list[str]) -> None:
     solver = ode_solver("rk4", step_size=4.0, max_nfe=20)
     watch, _ = guarded(solver, lambda s: 1 / s.steps_between(0, 1))
     assert watch.check(10, X, 0)
-    # half of 4 would be the same single step
+    # half of 4 would give the same single step
     assert "from 4 to 0.5" in lines[0]
-    # 4 evaluations a step: 4 steps are within 20, 8 are not
+    # each step has 4 evaluations, so max_nfe=20 allows 4 steps but not 8
     assert watch.solver.step_size == 0.25
     assert not watch.check(20, X, 0)
     assert [line for line in lines if "max_nfe=20" in line] == lines[-1:]
@@ -229,7 +229,7 @@ def test_training_tolerance_is_tightened_by_a_factor_of_ten() -> None:
     warmed = ode_solver("dopri5", rtol=1e-5, train_rtol=1e-3, warmup=10, warmup_rtol=1e-1)
     found = [warmed.tolerance_at(step, n)[0] for step, n in ((0, 0), (5, 0), (10, 0), (0, 1), (0, 4), (5, 4))]
     assert found == pytest.approx([1e-1, 1e-2, 1e-3, 1e-2, 1e-5, 1e-5])
-    # a recipe's train_rtol must not stand in the way of a looser rtol
+    # a recipe's train_rtol does not override a looser rtol
     assert ode_solver("dopri5", rtol=1e-2, train_rtol=1e-3).tolerance_at(0) == (1e-2, 1e-2)
 
 

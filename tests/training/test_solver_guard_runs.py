@@ -1,4 +1,4 @@
-"""Training under the guard: nothing changes unasked, and what was tightened stays so."""
+"""Training with the solver guard: a passing check changes nothing, and tightenings persist."""
 
 import json
 from collections.abc import Callable
@@ -39,8 +39,8 @@ def test_passing_guard_does_not_change_training(
     assert all(torch.equal(value, ends[1][1][key]) for key, value in ends[0][1].items())
 
 
-def tightens_first(monkeypatch: pytest.MonkeyPatch, run: Trainer, until: int) -> None:
-    """At its checks up to the step `until`, the field passes for one that exploits the solver, once a check."""
+def force_tightening(monkeypatch: pytest.MonkeyPatch, run: Trainer, until: int) -> None:
+    """Makes the first check at each step before `until` report an exploited solver."""
     judged: set[int] = set()
 
     def judge(*log_ps: Any) -> bool:
@@ -68,17 +68,17 @@ def test_resume_is_exact_after_a_tightening(
 ) -> None:
     config = guarded_config(*SHORT, *solver, "trainer.guard_every=2", "trainer.ema=0.9")
     whole = guarded_trainer(tmp_path / "whole", config)
-    tightens_first(monkeypatch, whole, 2)
+    force_tightening(monkeypatch, whole, 2)
     whole.fit()
     first = guarded_trainer(tmp_path / "parts", config)
-    tightens_first(monkeypatch, first, 2)
+    force_tightening(monkeypatch, first, 2)
     stop_at(first, stop)
     first.fit()
     saved = checkpoint.load(tmp_path / "parts/checkpoints/last.pt")
     assert saved["guard"]["tightenings"] == 1
-    # as the command line goes on: from the checkpoint's config
+    # like the command line, continue from the config of the checkpoint
     second = guarded_trainer(tmp_path / "parts", overridden(saved["config"], []), saved)
-    tightens_first(monkeypatch, second, 2)
+    force_tightening(monkeypatch, second, 2)
     second.fit()
     assert [row for row in rows(second) if row["split"] == "train" or row["step"] != stop] == rows(whole)
     for key, value in whole.flow.state_dict().items():
@@ -97,7 +97,7 @@ def test_a_smaller_step_size_reaches_the_checkpoints_and_a_new_best(
 ) -> None:
     config = guarded_config(*SHORT, *FIXED, "trainer.guard_every=5")
     run = guarded_trainer(tmp_path, config)
-    tightens_first(monkeypatch, run, 6)
+    force_tightening(monkeypatch, run, 6)
     validate, seen = run.validate, []
 
     def watched() -> None:
@@ -106,7 +106,7 @@ def test_a_smaller_step_size_reaches_the_checkpoints_and_a_new_best(
 
     run.validate = watched  # type: ignore[method-assign]
     run.fit()
-    # validated at steps 4, 8 and 10; tightened at 5, the best of step 4 counts no more
+    # the tightening at step 5 discards the best checkpoint of the validation at step 4
     assert [best and best["step"] for best in seen][:2] == [None, None]
     for name in ("best", "last"):
         assert checkpoint.load(tmp_path / f"checkpoints/{name}.pt")["config"]["solver"]["step_size"] == 0.25

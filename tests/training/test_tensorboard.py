@@ -1,4 +1,4 @@
-"""logger=[jsonl,tensorboard]: what TensorBoard reads is what metrics.jsonl, result.json and plots/ hold."""
+"""logger=[jsonl,tensorboard]: TensorBoard shows the contents of metrics.jsonl, result.json and plots/."""
 
 import errno
 import math
@@ -136,7 +136,7 @@ def made(folder: Path) -> tensorboard.Board:
 
 
 class Disk:
-    """Files under a folder take no more bytes than there is room for."""
+    """Limits the bytes that can be appended to files in a folder, like a full disk."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.room = math.inf
@@ -203,7 +203,7 @@ def test_entries_that_did_not_fit_are_written_later(
     metrics.back_to(7)
     scalars, images = shown(tmp_path / "r")
     assert scalars == {("train/nll", step): 1.5 * step for step in range(1, 8)}
-    # pictures do not wait: only the one that found the disk full, and those there was room for
+    # pictures are not queued: TensorBoard has those that fitted and the first one that did not
     assert [step for _, step in images] == [1, 2, 5, 7]
     assert len([r for r in caplog.records if r.name == "flowtrain"]) == 1
 

@@ -1,4 +1,4 @@
-"""logger=[jsonl,tensorboard]: resumed, killed or rewound, a run is shown once and whole."""
+"""logger=[jsonl,tensorboard]: TensorBoard shows resumed, killed and rewound runs completely and without duplicates."""
 
 import os
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def test_resumed_run_shows_no_entry_twice(
     begin_and_stop(stop_at, run, monkeypatch, 3, *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
     assert shown(tmp_path / "r")[0] == written(tmp_path / "r")
     begun = wall_time(tmp_path / "r", 1)
-    # with a smaller learning rate, so that no number comes out as before
+    # a smaller learning rate, so that repeated steps would give different values
     assert run("flowtrain", f"resume={tmp_path}/r", "trainer.lr=1e-4")[0] == 0
     scalars, images = shown(tmp_path / "r")
     assert scalars == written(tmp_path / "r")
@@ -62,7 +62,7 @@ def test_resumed_run_shows_no_entry_twice(
     assert [step for name, step in scalars if name == "test/nll"] == [6]
     assert images == drawn(tmp_path / "r", 6)
     assert wall_time(tmp_path / "r", 1) == begun
-    # ended already, it is evaluated anew
+    # the run has ended, so resuming only evaluates it again
     assert run("flowtrain", f"resume={tmp_path}/r")[0] == 0
     assert shown(tmp_path / "r")[0] == written(tmp_path / "r")
     assert shown(tmp_path / "r")[1] == drawn(tmp_path / "r", 6)
@@ -80,13 +80,13 @@ def test_entries_after_the_checkpoint_of_a_killed_run_are_dropped(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        # before the validation of its last step is part of a checkpoint
+        # killed after the validation at step 6, before the checkpoint that includes it
         save = CheckpointManager.last
         patched.setattr(CheckpointManager, "last", lambda self: killed() if self.progress.step == 6 else save(self))
         assert run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")[0] == 130
     assert ("val/nll", 6) in shown(tmp_path / "r")[0]
     begun = (tmp_path / "r/tensorboard/events.out.tfevents.000000").stat().st_size
-    # torn by the kill
+    # the kill has truncated the file
     os.truncate(tmp_path / "r/tensorboard/events.out.tfevents.000000", begun - 3)
     begin_and_stop(stop_at, run, monkeypatch, 5, f"resume={tmp_path}/r", "trainer.lr=1e-4")
     scalars, _ = shown(tmp_path / "r")
@@ -107,7 +107,7 @@ def test_entries_of_rewound_steps_are_dropped(
     def failing(self: Trainer) -> dict[str, Any]:
         if self.step in failures:
             failures.remove(self.step)
-            raise NonFiniteError("one that will not come again.")
+            raise NonFiniteError("this error occurs once.")
         return take(self)
 
     monkeypatch.setattr(Trainer, "train_step", failing)
@@ -134,7 +134,7 @@ def test_older_run_is_shown_from_its_first_step(
     stop_at: Callable[..., None],
 ) -> None:
     begin_and_stop(stop_at, run, monkeypatch, 3, *SMALL, f"hydra.run.dir={tmp_path}/r")
-    # by a flowtrain without loggers
+    # checkpoints of versions without loggers
     for path in (tmp_path / "r/checkpoints").glob("*.pt"):
         saved = checkpoint.load(path)
         assert saved["config"].pop("logger") == ["jsonl"]

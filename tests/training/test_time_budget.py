@@ -1,4 +1,4 @@
-"""Time: schedules that end within a limit, and a budget for the whole command. The clock is a pretended one."""
+"""Schedules end within a time limit, and a command keeps its time budget. The tests use a fake clock."""
 
 import itertools
 import json
@@ -24,11 +24,11 @@ from flowtrain.training.time_budget import TimeBudget
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import status
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 
 class Clock:
-    """A clock that goes on when it is told to."""
+    """A clock that advances only when told to."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -50,7 +50,7 @@ class Clock:
 
 
 @pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(loop, "time", found)
     monkeypatch.setattr(time_budget, "time", found)
@@ -76,7 +76,7 @@ def test_schedule_position_without_time_limit_is_the_step() -> None:
 
 @pytest.mark.parametrize("change", [0, 40])
 def test_a_run_that_ends_within_its_limit_is_left_alone(change: int) -> None:
-    """Whatever the first tenth of the time went into."""
+    """A slow first tenth of the run does not change its schedule."""
     p = Progress()
     clock = ScheduleClock(p, 100, change)
     clock.begin()
@@ -88,31 +88,31 @@ def test_a_run_that_ends_within_its_limit_is_left_alone(change: int) -> None:
 
 
 def test_schedules_end_within_the_time_limit(
-    pretended: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
+    fake_clock: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
 ) -> None:
     keys = [*AFFINE, "trainer.steps=1000", "trainer.time_limit=40"]
     run = trainer(tmp_path / "cut", *keys)
-    pretended.per_step(run, 1.0)
+    fake_clock.per_step(run, 1.0)
     run.fit()
     assert (run.step, run.stopped_by) == (40, "time limit")
     lr = trained(rows, tmp_path / "cut", "lr")
     assert lr == sorted(lr, reverse=True)
     assert lr[3] > 0.0099
     assert 0.004 < lr[22] < 0.006
-    # smoothly to 0
+    # the learning rate falls smoothly to 0
     assert lr[-1] < 0.0001
     assert max(a - b for a, b in itertools.pairwise(lr)) < 0.0006
-    # batches and noise are those of the steps
+    # batches and noise depend on the step, not on the schedule position
     whole = trainer(tmp_path / "whole", *keys[:-1], "trainer.steps=40")
     assert torch.equal(whole.update.batches.of(7).x, run.update.batches.of(7).x)
 
 
 def test_the_tolerance_gets_tight_within_the_time_limit(
-    pretended: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
+    fake_clock: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
 ) -> None:
     keys = ["model=ffjord", "model.hidden=[4]", "trainer.steps=1000", "trainer.time_limit=12", "trainer.val_every=500"]
     run = trainer(tmp_path, *keys)
-    pretended.per_step(run, 1.0)
+    fake_clock.per_step(run, 1.0)
     run.fit()
     rtol = trained(rows, tmp_path, "rtol")
     assert rtol == sorted(rtol, reverse=True)
@@ -123,7 +123,7 @@ def test_the_tolerance_gets_tight_within_the_time_limit(
 def test_ranks_agree_on_the_schedule_position(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trainer: MakeTrainer
 ) -> None:
-    """The largest of all ranks': here, another rank is 50 steps ahead."""
+    """Ranks use the largest position of all ranks. Here another rank is 50 steps ahead."""
     run = trainer(tmp_path, *AFFINE, "trainer.steps=100", "trainer.time_limit=1000")
     monkeypatch.setattr(loop.ranks, "largest", lambda values: [*values[:2], values[2] + 50])
     run.progress.step = 1
@@ -133,11 +133,11 @@ def test_ranks_agree_on_the_schedule_position(
 
 
 def test_an_interrupted_run_goes_on_from_its_position(
-    pretended: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
+    fake_clock: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
 ) -> None:
     keys = [*AFFINE, "trainer.steps=1000", "trainer.time_limit=40"]
     first = trainer(tmp_path, *keys)
-    pretended.per_step(first, 1.0)
+    fake_clock.per_step(first, 1.0)
     take = first.train_step
 
     def signalled() -> dict[str, Any]:
@@ -151,14 +151,14 @@ def test_an_interrupted_run_goes_on_from_its_position(
     assert saved["step"] == 22
     assert 450 < saved["position"] < 550
     second = trainer(tmp_path, *keys, saved=saved)
-    pretended.per_step(second, 1.0)
+    fake_clock.per_step(second, 1.0)
     second.fit()
     lr = trained(rows, tmp_path, "lr")
     assert (second.step, len(lr)) == (62, 62)
     assert lr == sorted(lr, reverse=True)
     assert lr[22] == pytest.approx(lr[21], rel=0.1)
     assert lr[-1] < 0.0001
-    # what a limit has ended begins again at its step, as the rest of its steps would have it
+    # a run ended by the time limit resumes at the schedule position of its step
     ended = checkpoint.load(tmp_path / "checkpoints/last.pt")
     assert ended["position"] == 1000
     third = trainer(tmp_path, *keys, saved=ended)
@@ -167,13 +167,13 @@ def test_an_interrupted_run_goes_on_from_its_position(
 
 
 def test_the_likelihood_has_half_of_the_time(
-    pretended: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
+    fake_clock: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
 ) -> None:
     keys = ["model=ffjord", "model.hidden=[4]", "objective=hybrid", "objective.matching=900", "solver.rtol=1e-2"]
     keys += ["trainer.steps=1000", "trainer.val_every=500", "trainer.log_every=1", "trainer.batch_size=16"]
     keys += ["trainer.lr_warmup=0", "trainer.time_limit=20"]
     run = trainer(tmp_path, *keys)
-    pretended.per_step(run, 1.0)
+    fake_clock.per_step(run, 1.0)
     run.fit()
     assert run.step == 20
     nll = trained(rows, tmp_path, "nll")
@@ -187,11 +187,11 @@ def test_the_likelihood_has_half_of_the_time(
     assert again.train_state.warmup == run.train_state.warmup == round(990 * 2 / 3)
 
 
-# the budget of a command
+# The budget of a command
 
 
 class Many(Dataset):
-    """A test set in the order of its values."""
+    """A dataset whose test rows are sorted."""
 
     event_shape = (2,)
 
@@ -203,62 +203,62 @@ class Many(Dataset):
         return torch.randn(batch_size, 2)
 
 
-def limited(pretended: Clock, seconds: float, row_seconds: float, n: int = 10_000) -> TimeBudget:
-    found = TimeBudget(seconds, pretended.now - 5, Flow((2,), Affine(2)), Many(n))
+def limited(fake_clock: Clock, seconds: float, row_seconds: float, n: int = 10_000) -> TimeBudget:
+    found = TimeBudget(seconds, fake_clock.now - 5, Flow((2,), Affine(2)), Many(n))
     found.row_seconds = row_seconds
     return found
 
 
-def test_training_leaves_time_for_the_evaluation(pretended: Clock) -> None:
-    cheap, dear = limited(pretended, 100, 1e-6), limited(pretended, 100, 1e-3)
+def test_training_leaves_time_for_the_evaluation(fake_clock: Clock) -> None:
+    cheap, dear = limited(fake_clock, 100, 1e-6), limited(fake_clock, 100, 1e-3)
     assert 90 < cheap.for_training < cheap.left == 95
     assert dear.end == pytest.approx(dear.left - dear.for_training)
-    # all test rows, a validation, what is checked, and a picture
+    # the reserve covers all test rows, a validation, the checks and a picture
     assert dear.end > 10
     assert dear.evaluated(dear.room) == (10_000, True)
-    # the checks go first
-    assert limited(pretended, 100, 3.3e-3).evaluated(50.0) == (10_000, False)
-    # what it reserves does not shrink as time goes by
+    # checks are dropped before test rows
+    assert limited(fake_clock, 100, 3.3e-3).evaluated(50.0) == (10_000, False)
+    # the reserve does not shrink with time
     before = dear.end
-    pretended.now += 40
+    fake_clock.now += 40
     assert dear.end == before
     assert dear.left == 55
 
 
-def test_baselines_of_tables_have_a_share_unless_the_checks_need_it(pretended: Clock) -> None:
+def test_baselines_of_tables_have_a_share_unless_the_checks_need_it(fake_clock: Clock) -> None:
     flow, table = Flow((2,), Affine(2)), Many(1000)
     table.n_train = 5000
 
     def budget(seconds: float, flow: Flow = flow) -> TimeBudget:
-        return TimeBudget(seconds, pretended.now, flow, table)
+        return TimeBudget(seconds, fake_clock.now, flow, table)
 
-    assert limited(pretended, 100, 1e-6).for_baselines == 0
+    assert limited(fake_clock, 100, 1e-6).for_baselines == 0
     assert budget(100).for_baselines == pytest.approx(5)
     assert budget(10_000).for_baselines == 20
-    # less than a mixture takes
+    # a share too small to fit a mixture
     assert budget(30).for_baselines == 0
     assert budget(100, Flow((2,), Affine(2), classes=3)).for_baselines == 0
-    assert budget(100).end == pytest.approx(limited(pretended, 100, 0).end + 5)
+    assert budget(100).end == pytest.approx(limited(fake_clock, 100, 0).end + 5)
     late = budget(100)
     late.row_seconds = 1e-5
-    pretended.now += 95
+    fake_clock.now += 95
     assert late.tested() == (table, True)
     assert late.for_baselines == 0
 
 
-def test_test_rows_are_never_reduced_silently(pretended: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    enough = limited(pretended, 100, 1e-4)
+def test_test_rows_are_never_reduced_silently(fake_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    enough = limited(fake_clock, 100, 1e-4)
     data, thorough = enough.tested()
     assert data is enough.data
     assert thorough
     assert not caplog.records
-    short = limited(pretended, 100, 0.01)
+    short = limited(fake_clock, 100, 0.01)
     fewer, thorough = short.tested()
     assert not thorough
     n = len(fewer.test)
     assert 200 <= n < 10_000
     assert 0.01 * n < short.left
-    # evenly spread
+    # the remaining rows are evenly spaced
     assert torch.equal(fewer.test[[0, -1]], short.data.test[[0, -1]])
     assert len(short.data.test) == 10_000
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
@@ -266,27 +266,29 @@ def test_test_rows_are_never_reduced_silently(pretended: Clock, caplog: pytest.L
     assert "10000" in record.getMessage()
 
 
-def test_validations_take_fewer_rows_where_they_would_take_too_long(pretended: Clock) -> None:
-    found = limited(pretended, 100, 1e-3)
+def test_validations_take_fewer_rows_where_they_would_take_too_long(fake_clock: Clock) -> None:
+    found = limited(fake_clock, 100, 1e-3)
     found.data.val = torch.randn(100_000, 2)
     n = found.val_rows(None)
     assert n is not None
     assert 1e-3 * n <= 0.05 * found.left
     assert found.val_rows(300) == 300
-    assert limited(pretended, 100, 1e-6).val_rows(None) is None
+    assert limited(fake_clock, 100, 1e-6).val_rows(None) is None
 
 
-def test_pictures_are_left_out_where_no_time_is_left(pretended: Clock) -> None:
-    found = limited(pretended, 100, 1e-5)
+def test_pictures_are_left_out_where_no_time_is_left(fake_clock: Clock) -> None:
+    found = limited(fake_clock, 100, 1e-5)
     assert found.has_time_for("samples")
-    pretended.now += 95
+    fake_clock.now += 95
     assert not found.has_time_for("samples")
 
 
-def test_a_budget_ends_training_in_time(pretended: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows) -> None:
+def test_a_budget_ends_training_in_time(
+    fake_clock: Clock, tmp_path: Path, trainer: MakeTrainer, rows: ReadRows
+) -> None:
     run = trainer(tmp_path, *AFFINE, "trainer.steps=100000")
-    run.time_budget = TimeBudget(60, pretended.now - 10, run.flow, run.data)
-    pretended.per_step(run, 0.5)
+    run.time_budget = TimeBudget(60, fake_clock.now - 10, run.flow, run.data)
+    fake_clock.per_step(run, 0.5)
     run.fit()
     assert run.stopped_by == "time limit"
     assert 3 < run.time_budget.left < 4.5
@@ -294,17 +296,17 @@ def test_a_budget_ends_training_in_time(pretended: Clock, tmp_path: Path, traine
 
 
 def test_rows_are_timed_as_training_goes_on(
-    pretended: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: MakeTrainer
+    fake_clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: MakeTrainer
 ) -> None:
-    """Solves become longer: each row takes a second more with every step."""
+    """Solves become longer: scoring a row takes 1e-4 s longer with every step."""
     run = trainer(tmp_path, *AFFINE, "trainer.steps=100000")
     monkeypatch.setattr(
         time_budget,
         "log_probs",
-        lambda flow, x, label: setattr(pretended, "now", pretended.now + len(x) * run.step / 1e4),
+        lambda flow, x, label: setattr(fake_clock, "now", fake_clock.now + len(x) * run.step / 1e4),
     )
-    run.time_budget = TimeBudget(600, pretended.now, run.flow, run.data)
-    pretended.per_step(run, 1.0)
+    run.time_budget = TimeBudget(600, fake_clock.now, run.flow, run.data)
+    fake_clock.per_step(run, 1.0)
     run.fit()
     assert run.time_budget.probed > 2
     assert run.time_budget.row_seconds > 0
@@ -331,7 +333,7 @@ def test_a_budget_that_is_spent_still_gives_a_result(run: Run, monkeypatch: pyte
     assert code == 0, err
     found = result(Path(out.splitlines()[-1]))
     assert (found["n"], found["steps"]) == (200, 1)
-    # what needs no further scoring
+    # only checks without further scoring
     assert found["checks"].keys() <= {"concentration", "baseline"}
     assert found["budget"]["rows"] == 10
     assert "200 of the 500" in err
@@ -354,6 +356,6 @@ def test_runs_of_older_versions_accept_a_budget() -> None:
 def test_time_is_counted_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "_BEGUN", [1.5])
     assert status.command_begun() == 1.5
-    # the next job of a sweep
+    # the next job of a sweep starts later
     before = time.perf_counter()
     assert status.command_begun() >= before

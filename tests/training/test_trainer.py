@@ -1,4 +1,4 @@
-"""The trainer: resume to the bit, metrics, early stops."""
+"""The trainer: bitwise resume, metrics and early stops."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from flowtrain.utils.errors import CheckpointError
 pytestmark = pytest.mark.usefixtures("float32")
 
 
-# lr=1 makes each validation worse than the one before, so that the plateau has something to remember
+# with lr=1 each validation is worse than the previous one, so the plateau schedule has state to restore
 PLATEAU = ["trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1", "trainer.lr=1.0", "trainer.val_every=2"]
 
 RUNS = [
@@ -41,7 +41,7 @@ NAMES = ["realnvp", "ffjord", "affine", "glow", "nsf", "matching", "hybrid", "rn
 def whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer
 ) -> tuple[list[str], Trainer]:
-    """A run that was never stopped, and its overrides."""
+    """Returns the overrides of an uninterrupted run, and its trainer."""
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(1)
     run = trainer(tmp_path_factory.mktemp("whole"), *request.param, "trainer.steps=10")
@@ -64,7 +64,7 @@ def test_resume_is_exact_to_the_bit(
     first.fit()
     assert first.step == stop
     saved = checkpoint.load(tmp_path / "parts/checkpoints/last.pt")
-    # rows that a crashed process wrote after its last checkpoint must not stay
+    # rows written after the last checkpoint of a crashed process must be removed
     with (tmp_path / "parts/metrics.jsonl").open("a") as f:
         f.write(json.dumps({"step": stop + 1, "split": "train", "nll": 0, "seconds": 0}) + '\n{"step": 9, "sp')
     second = trainer(tmp_path / "parts", *overrides, "trainer.steps=10", saved=saved)
@@ -111,7 +111,7 @@ def test_a_run_killed_before_its_first_validation_can_go_on(tmp_path: Path, trai
 
 
 def test_trace_noise_and_toy_data_are_independent() -> None:
-    """Keyed by the same numbers they would be the same draws, and Hutchinson's estimate biased."""
+    """With equal keys both would draw the same numbers, and Hutchinson's estimate would be biased."""
     toy = build_data(compose_defaults(["data=8gaussians"]))
     noise = torch.randn(512, 2, generator=step_generator(0, STEP_STREAM, 7))
     batch = toy.train_batch(7, 512, 0)

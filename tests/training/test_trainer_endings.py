@@ -1,4 +1,4 @@
-"""How a run ends when something comes between its last step and its result, or goes wrong beside its steps."""
+"""Signals and failures after the last step of a run, and failures of writing and validation."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from flowtrain.training.trainer import Trainer
 from flowtrain.training.validation import Validation
 from flowtrain.utils.errors import NonFiniteError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 KEYS = [
     "model=affine",
@@ -120,7 +120,7 @@ def test_full_disk_is_reported_at_the_end(
 
 
 class Unscored(Validation):
-    """It fails once, at step 8."""
+    """A validation that fails once, at step 8."""
 
     failures = 1
 

@@ -1,4 +1,4 @@
-"""Training on images: resume to the bit, accumulated gradients, averages, precision."""
+"""Training on images: bitwise resume, accumulated gradients, averaged weights and precision."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from flowtrain.utils.errors import ConfigError
 
 @pytest.fixture(scope="session")
 def fitted(stop_at: Callable[[Trainer, int], None]) -> Callable[..., Trainer]:
-    """Trains on a config, up to step `stop` if given."""
+    """Returns a function that trains a config, up to step `stop` if given."""
 
     def fit(config: dict[str, Any], run_dir: Path, stop: int | None = None, **saved: Any) -> Trainer:
         data = build_data(config)
@@ -67,7 +67,7 @@ def test_resume_is_exact_to_the_bit(
     name: str, conditional: bool, tmp_path: Path, image_config: Compose, fitted: MakeTrainer
 ) -> None:
     if conditional and name == "affine":
-        pytest.skip("a Gaussian has no networks to tell of a label")
+        pytest.skip("an affine flow has no network that could use a label")
     torch.set_default_dtype(torch.float32)
     labels = ["model.conditional=true"] if conditional else []
     config = image_config(write_set(tmp_path / "data"), *IMAGE_MODELS[name], *labels, "data.crop=1")
@@ -89,7 +89,7 @@ def test_resume_is_exact_to_the_bit(
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, image_config: Compose) -> None:
-    """In float64 with fixed noise: what is left of a difference is rounding."""
+    """In float64 with fixed noise, only rounding differs."""
     root = write_set(tmp_path / "data")
     config = image_config(root, *IMAGE_MODELS["realnvp"], "trainer.batch_size=7")
     data = build_data(config)
@@ -126,7 +126,7 @@ def test_the_nfe_of_an_accumulated_batch_is_that_of_its_parts(
 def test_an_average_of_weights_has_an_average_of_running_statistics(
     tmp_path: Path, image_config: Compose, fitted: MakeTrainer
 ) -> None:
-    """Fails when batch norms validate averaged weights with the statistics of the last ones."""
+    """Detects batch norms that validate averaged weights with the statistics of the last weights."""
     config = image_config(write_set(tmp_path / "data"), *IMAGE_MODELS["realnvp batchnorm"], "trainer.ema=0.9")
     run = fitted(config, tmp_path / "run")
     assert run.train_state.ema is not None

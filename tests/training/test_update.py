@@ -1,4 +1,4 @@
-"""Running statistics of batch norms: they change with an accepted update, and with nothing else."""
+"""Running statistics of batch norms change only with accepted updates."""
 
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from flowtrain.training import checkpoint
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import NonFiniteError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 NORMS = ["model=realnvp", "model.batch_norm=true", "model.layers=2", "model.hidden=[4]"]
 SHAPES = {"vectors": (2,), "images": (1, 4, 4)}
 
 
 def statistics(flow: nn.Module) -> dict[str, Tensor]:
-    """Copies of the buffers that batch norms of either kind update."""
+    """Returns copies of the buffers that both kinds of batch norm update."""
     names = ("mean", "variance", "running_mean", "running_var", "num_batches_tracked")
     found = {k: v.clone() for k, v in flow.named_buffers() if k.rpartition(".")[2] in names}
     assert found
@@ -58,7 +58,7 @@ def test_failed_step_leaves_running_statistics_unchanged(
     assert all(v.isfinite().all() for v in statistics(run.flow).values())
     assert run.train_state.ema is not None
     assert all(v.isfinite().all() for v in run.train_state.ema.shadow.values())
-    # the validations after it are not lost
+    # validations after the failed step still run
     assert [r["step"] for r in rows(tmp_path) if r["split"] == "val"] == [4, 8, 9]
 
 
@@ -81,7 +81,7 @@ def test_stopping_step_leaves_running_statistics_unchanged(
 
 
 def test_guard_does_not_change_running_statistics(tmp_path: Path, guarded_config: Compose) -> None:
-    """It solves in training mode, twice, where training's tolerance is not the final one."""
+    """The guard solves twice in training mode if the training tolerance differs from the final one."""
     config = guarded_config("trainer.guard_every=1", "solver.rtol=1e-4", "solver.train_rtol=1e-2")
     torch.manual_seed(0)
     data = build_data(config)

@@ -1,4 +1,4 @@
-"""Small tables: early validations, which change nothing else, and runs that end once they overfit."""
+"""Small tables: early validations that do not change training, and runs that end when they overfit."""
 
 import itertools
 import logging
@@ -21,9 +21,9 @@ from flowtrain.training.trainer import Trainer
 from flowtrain.training.validation import Validation, advice, clearly_worse, some_rows
 from flowtrain.utils.errors import NonFiniteError
 
-pytestmark = pytest.mark.usefixtures("heard", "float32")
+pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
-# 60 rows are 5 steps of 12
+# 60 training rows give 5 steps of 12 rows per epoch
 SMALL = ["data=array", "recipe=none", "trainer.batch_size=12", "trainer.val_every=10", "trainer.log_every=1"]
 SMALL += ["model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.lr_warmup=0", "trainer.plot_every=null"]
 
@@ -51,7 +51,7 @@ def test_early_validations_come_once_an_epoch_and_then_less_and_less_often() -> 
     assert gaps == sorted(gaps)
     assert max(gaps) < 100
     assert sorted(early_validations(early, 5_000))[:5] == [0, 10, 20, 30, 40]
-    # an epoch of many steps: only the start, and so where another objective comes first
+    # with long epochs or a preceding matching phase, only step 0 is validated early
     assert early_validations(early, 512 * 100) == early_validations(early, 120, matching=True) == {0}
     assert early_validations(settings(val_early=False), 120) == frozenset()
     plan = ValidationSchedule(early, frozenset([0, 5, 100]))
@@ -86,7 +86,7 @@ ENDINGS = {
 def test_early_validations_do_not_change_training(
     how: str, table: list[str], tmp_path: Path, trainer_of: MakeTrainer, rows: ReadRows
 ) -> None:
-    """The same weights at the same steps, and the same end: neither patience nor a plateau counts them."""
+    """Weights and the final step are equal: early validations count neither for patience nor for a plateau."""
     layers = [key for key in table if not (how == "hybrid" and key.startswith("model"))]
     found = []
     for early in ("true", "false"):
@@ -112,7 +112,7 @@ def test_early_validations_do_not_change_training(
 
 
 def risen(self: Validation) -> tuple[float, float]:
-    """The validation NLL falls to step 20 and rises from there on, by a nat in ten steps."""
+    """Validation NLL that falls until step 20 and then rises by 1 nat in 10 steps."""
     self.scored = torch.linspace(-4, -2, 30) - abs(self.progress.step - 20) / 10
     self.n = 30
     return -self.scored.mean().item(), 0.1
@@ -128,7 +128,7 @@ ENDS_EARLY = ["trainer.steps=100", "trainer.max_rise=0.9"]
 
 @pytest.fixture(scope="module")
 def whole(table: list[str], tmp_path_factory: pytest.TempPathFactory, trainer_of: MakeTrainer) -> Trainer:
-    """A run that a rise has ended."""
+    """Returns a run that ended because its validation NLL rose."""
     torch.set_default_dtype(torch.float32)
     run = trainer_of(tmp_path_factory.mktemp("whole"), [*table, *ENDS_EARLY])
     with pytest.MonkeyPatch.context() as patched:
@@ -148,7 +148,7 @@ def test_resume_is_exact(
     stop_at: Callable[..., None],
     rows: ReadRows,
 ) -> None:
-    """Stopped before, at and after an early validation, and while the NLL rises."""
+    """Runs are stopped before, at and after an early validation, and while the NLL rises."""
     keys = [*table, *ENDS_EARLY]
     assert whole.best is not None
     assert (whole.step, whole.best["step"]) == (40, 20)
@@ -223,7 +223,7 @@ def test_failing_early_validation_does_not_end_the_run(
     assert len([r for r in caplog.records if r.levelno == logging.WARNING and "validation" in r.getMessage()]) == 2
 
 
-# a rise
+# A rising validation NLL
 
 
 @pytest.mark.usefixtures("rising")
@@ -236,7 +236,7 @@ def test_a_run_ends_once_its_validation_has_risen(
     said = whole.course(20)
     assert "step 20 of 40" in said
     assert "model.hidden" in said
-    # the first validation that counts comes later: the margin is wider, the rate warms up, or it is not asked for
+    # the run ends later if the margin is wider, the learning rate warms up, or max_rise is off
     for name, keys, step in (
         ("b", ["trainer.max_rise=2.5"], 60),
         ("c", ["trainer.max_rise=0.9", "trainer.lr_warmup=50"], 60),
@@ -271,17 +271,17 @@ def test_validation_rise_must_affect_most_rows() -> None:
     one = before.clone()
     one[7] -= 1e9
     assert not clearly_worse(before, one, 1.0)
-    # spread over many orders of magnitude, the mean has no error to speak of
+    # differences over many orders of magnitude, for which the standard error of the mean is uninformative
     assert clearly_worse(before, before - 10 ** torch.linspace(0.1, 9, 40), 1.0)
     assert not clearly_worse(before[:3], before[:3] - 5, 1.0)
-    # the ranks' shares are those of the whole
+    # the shares of the ranks together select the same rows as one process
     log_p = torch.arange(5000.0)
     parts = [some_rows(log_p[a:b], a, 5000) for a, b in ((0, 1667), (1667, 3000), (3000, 5000))]
     assert torch.equal(torch.cat(parts), some_rows(log_p, 0, 5000))
 
 
 def test_checkpoints_of_older_versions_resume(table: list[str], tmp_path: Path, trainer_of: MakeTrainer) -> None:
-    """Without the new keys of config and state: no early validations, and `stale` counts from the best so far."""
+    """Old checkpoints lack some keys: they have no early validations, and `stale` counts from the best so far."""
     keys = [*table, "trainer.lr=0.3", "trainer.lr_decay=constant", "trainer.patience=2"]
     trainer_of(tmp_path, [*keys, "trainer.steps=20", "trainer.val_early=false", "trainer.max_rise=null"]).fit()
     saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
@@ -297,7 +297,7 @@ def test_checkpoints_of_older_versions_resume(table: list[str], tmp_path: Path, 
     assert (run.progress.stale, run.progress.worse, run.progress.best_rows) == (saved["stale"], [], None)
 
 
-# advice
+# Advice
 
 
 def val(*nlls: float) -> list[dict[str, Any]]:
@@ -327,7 +327,7 @@ def test_one_fitting_advice_is_given(nlls: tuple[float, ...], best: int, finite:
         assert "model.dropout" not in str(advice(val(*nlls), best, 400, 4, finite, {"model": {}}))
 
 
-# pictures
+# Pictures
 
 
 def test_the_first_picture_comes_after_50_steps() -> None:

@@ -1,4 +1,4 @@
-"""EM for Gaussian mixtures against formulas written with torch.distributions, and k-means."""
+"""EM for Gaussian mixtures agrees with formulas written with torch.distributions; k-means."""
 
 import math
 
@@ -23,14 +23,14 @@ def some_mixture(k: int, d: int, diagonal: bool) -> Mixture:
 
 
 def joint(x: Tensor, mixture: Mixture) -> Tensor:
-    """log w_k N(x; m_k, S_k), (n, K)."""
+    """Returns log w_k N(x; m_k, S_k), (n, K)."""
     s = mixture.covariances
     parts = D.MultivariateNormal(mixture.means, torch.diag_embed(s) if s.dim() == 2 else s)
     return mixture.log_weights + parts.log_prob(x.unsqueeze(1))
 
 
 def naive_step(x: Tensor, mixture: Mixture, prior: Prior) -> Mixture:
-    """One EM step, by sums over rows."""
+    """Computes one EM step with sums over rows."""
     q = joint(x, mixture).softmax(1)
     means, covariances = [], []
     for share in q.T:
@@ -49,7 +49,7 @@ def naive_step(x: Tensor, mixture: Mixture, prior: Prior) -> Mixture:
 def test_step_is_the_one_by_sums_over_rows(
     monkeypatch: pytest.MonkeyPatch, diagonal: bool, prior_rows: float, part: int
 ) -> None:
-    """In one part that is kept, and in small parts that are computed again."""
+    """The features of the rows are stored in one part, or computed again in small parts."""
     monkeypatch.setattr(em, "PART", part)
     monkeypatch.setattr(em, "KEPT", 0 if part == 70 else 2**25)
     x, mixture = rows(100), some_mixture(5, 3, diagonal)
@@ -65,7 +65,7 @@ def test_step_is_the_one_by_sums_over_rows(
 
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_step_is_exact_far_from_the_mean_at_the_smallest_variance(diagonal: bool) -> None:
-    """Rows at 100 standard deviations, in components of variance 1e-6: the products of features cancel there."""
+    """In components of variance 1e-6, rows 100 standard deviations away lose digits in the products of features."""
     x = torch.cat([torch.randn(50, 2), 100 + 1e-3 * torch.randn(50, 2)])
     variances = torch.tensor([[1.0, 1.0], [1e-6, 1e-6]])
     mixture = Mixture(
@@ -95,7 +95,7 @@ def test_objective_never_falls(diagonal: bool, prior_rows: float) -> None:
 
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_covariance_with_a_prior_is_the_mode(diagonal: bool) -> None:
-    """Of one component: no change of the covariance raises the objective."""
+    """For one component, no change of the covariance raises the objective."""
     x = rows(30)
     prior = Prior(12.0, torch.rand(3) + 0.1 if diagonal else torch.cov(torch.randn(3, 20)))
     parts = em._Rows(x, diagonal)
@@ -113,10 +113,10 @@ def test_covariance_with_a_prior_is_the_mode(diagonal: bool) -> None:
 
 
 def test_log_prior_is_the_inverse_wishart_density_up_to_a_constant() -> None:
-    """Through S^-1, which has a Wishart distribution. The densities of S and S^-1 differ by (d + 1) log|S|."""
+    """S^-1 has a Wishart distribution, and the log-densities of S and S^-1 differ by (d + 1) log|S|."""
     d, a = 3, 9.0
     target = torch.cov(torch.randn(d, 20))
-    # an inverse-Wishart of nu degrees has the exponent (nu + d + 1) / 2
+    # an inverse Wishart with nu degrees of freedom has the exponent (nu + d + 1) / 2
     wishart = D.Wishart(a - d - 1, torch.linalg.inv(a * target))
     differences = []
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""Numbers in text: rounded to their error."""
+"""Numbers in text are rounded to their error."""
 
 import numpy as np
 import pytest

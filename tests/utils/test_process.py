@@ -1,4 +1,4 @@
-"""Settings of the process: a fit has its own, and the caller's are restored."""
+"""A fit uses its own process settings, and the caller's settings are restored."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def precision() -> list[Any]:
-    """What torch says about the precision of products; the name of the error if settings contradict each other."""
+    """Returns torch's precision settings for products, or the error's name for settings that contradict each other."""
     found: list[Any] = []
     backends: Any = torch.backends
     cuda, cudnn = backends.cuda, backends.cudnn
@@ -54,7 +54,7 @@ def settings() -> list[Any]:
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    """For tests that change the precision: torch's defaults after them."""
+    """Restores torch's default precision after a test."""
     with default_precision():
         yield
         torch.set_float32_matmul_precision("highest")
@@ -97,7 +97,7 @@ def test_settings_of_the_caller_are_restored(end: Callable[[], None], grad: Call
 @pytest.mark.parametrize("backend", ["cuda.matmul", "mkldnn.matmul", "cudnn.conv"])
 @pytest.mark.parametrize("value", ["ieee", "tf32", "bf16"])
 def test_contradicting_precisions_are_restored(legacy: str, backend: str, value: str) -> None:
-    """torch has old and new names for them, and refuses to read old ones after new ones have been set otherwise."""
+    """torch has old and new names for precision, and refuses to read the old ones if they contradict the new ones."""
     torch.set_float32_matmul_precision(legacy)
     first, second = backend.split(".")
     place: Any = getattr(getattr(torch.backends, first), second)
@@ -125,7 +125,7 @@ def test_threads_by_the_size_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def fit(run_dir: Path, **changes: Any) -> dict[str, Tensor]:
-    """The weights of a short run."""
+    """Returns the weights of a short run."""
     options = ["model.layers=2", "model.hidden=[8]", "trainer.steps=4", "trainer.val_every=2", "data.n_val=50"]
     config = compose_defaults(["model=realnvp", "data=moons", "data.n_test=50", *options]) | changes
     run_dir.mkdir()
@@ -139,7 +139,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.usefixtures("heard", "restored")
+@pytest.mark.usefixtures("propagate_logs", "restored")
 def test_a_fit_does_not_depend_on_the_settings_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowtrain.plotting.style.save", lambda figure, path, options: None)
     torch.set_default_dtype(torch.float32)
@@ -158,7 +158,7 @@ def test_a_fit_does_not_depend_on_the_settings_around_it(tmp_path: Path, monkeyp
 
 
 def counts_inside(flow: Flow) -> list[int]:
-    """Thread counts in the forward passes of the flow's modules, appended as the flow is called."""
+    """Returns a list to which every forward pass of the flow's layers appends the thread count."""
     counts: list[int] = []
 
     def note(*_: object) -> None:
@@ -213,7 +213,7 @@ def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 @pytest.mark.parametrize("order", ["first in, first out", "first in, last out"])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_overlapping_calls_leave_no_thread_with_one_thread(order: str, fresh: bool) -> None:
-    """A Python thread that first uses torch while another is inside sees the count of that one."""
+    """A Python thread that first uses torch during another thread's call inherits that call's thread count."""
     torch.set_num_threads(2)
     started, entered, leave, left = (threading.Event() for _ in range(4))
 
@@ -242,13 +242,13 @@ def test_overlapping_calls_leave_no_thread_with_one_thread(order: str, fresh: bo
             left.wait(10)
         with one_thread_if_small((2,), CPU):
             assert torch.get_num_threads() == 1
-        # what is nested ends nothing
+        # leaving a nested call does not restore the count
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
     leave.set()
     thread.join(10)
     assert found == [(1, 2)]
-    # threads that start now
+    # new threads have the restored count
     thread, found = in_thread(torch.get_num_threads)
     thread.join(10)
     assert found == [2]
@@ -270,7 +270,7 @@ def test_calls_of_many_threads_restore_the_count() -> None:
 
 @pytest.mark.usefixtures("restored", "float32")
 def test_a_fitted_flow_is_trained_further_whatever_it_was_fitted_in() -> None:
-    """Parameters that are made in inference mode take no gradients."""
+    """Parameters created in inference mode receive no gradients."""
     x = torch.randn(50, 2)
     flows = []
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):

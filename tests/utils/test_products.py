@@ -1,4 +1,4 @@
-"""Matrix products by either library, against float64, and the gradient of a network that is large enough for both."""
+"""Matrix products of both libraries agree with float64, as does the gradient of a network that uses both."""
 
 import pytest
 import torch
@@ -35,5 +35,5 @@ def test_the_gradient_of_a_large_network_in_float32_is_that_of_float64() -> None
         answer = net(y)
         found.append([answer, *torch.autograd.grad(answer, [y, *net.parameters()], cotangent.to(dtype))])
     for a, b in zip(*found, strict=True):
-        # a unit at the kink of its relu may fall on either side
+        # rounding may put a unit near the kink of its relu on either side
         assert (a - b.double()).norm() < 1e-4 * a.norm()

@@ -1,4 +1,4 @@
-"""Data parallelism: two ranks do what one process does, and whatever befalls one of them, both do the same."""
+"""Data parallelism: two ranks compute what one process computes, and a failure of one rank affects both alike."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.processes import DATA, EQUAL, ended, everything, trainer, unused
+from helpers.processes import DATA, EQUAL, fit_outcome, run_all, trainer, unused
 
 from flowtrain.training import checkpoint
 from flowtrain.utils import ranks
@@ -26,11 +26,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Found:
-    """What each of two ranks has found."""
-    # what both import, a third process imports once
+    """Returns the results of both ranks."""
+    # the server process imports modules once for both ranks
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["flowtrain.cli.train", "flowtrain.cli.evaluate", "torch._dynamo"])
-    processes = [context.Process(target=everything, args=(rank, 2, folder)) for rank in range(2)]
+    processes = [context.Process(target=run_all, args=(rank, 2, folder)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -49,8 +49,8 @@ def alike(a: dict[str, Any], b: dict[str, Any], atol: float = 0.0) -> None:
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_ranks_train_like_one_process(name: str, found: Found, tmp_path: Path) -> None:
-    """The same batch of 17 rows, 8 and 9 to a rank: losses, gradients and weights of 12 steps in float64."""
-    alone = ended(trainer(tmp_path, *EQUAL[name], data=DATA.get(name)))
+    """A batch of 17 rows, 8 on one rank and 9 on the other, gives the same 12 steps in float64."""
+    alone = fit_outcome(trainer(tmp_path, *EQUAL[name], data=DATA.get(name)))
     first, second = found[0][name], found[1][name]
     assert (first["error"], first["step"]) == (None, 12)
     alike(first, second)
@@ -69,7 +69,7 @@ def test_failure_on_one_rank_fails_on_all(policy: str, found: Found, folder: Pat
     first, second = (each[policy] for each in found)
     alike(first, second)
     assert first["error"] == second["error"]
-    # the batch that was bad, by the rank that had it
+    # the rank with the bad batch saves it
     assert [path.name for path in (folder / policy / "failed").iterdir()] == ["step_000006_rank1.npz"]
     steps = [row["step"] for row in first["rows"] if row["split"] == "train"]
     if policy == "stop":
@@ -99,12 +99,15 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(found: Found, folde
 def test_running_statistics_are_those_of_the_first_rank(found: Found) -> None:
     alike(found[0]["norm"], found[1]["norm"])
     assert any("running" in key or "mean" in key for key in found[0]["norm"]["state"])
-    # a step failed on the second rank alone
+    # the step failed on the second rank only
     assert all(value.isfinite().all() for value in found[0]["norm"]["state"].values())
 
 
 def test_parameters_without_gradient_are_unchanged(found: Found, tmp_path: Path) -> None:
-    """Weight decay would change it. Noise differs between ranks, so that other weights differ from one process's."""
+    """Weight decay would change parameters without a gradient.
+
+    Ranks draw different noise, so the other weights differ from the weights of one process.
+    """
     alone = unused(tmp_path)
     assert alone["without"]
     alike(found[0]["unused"], found[1]["unused"])
@@ -113,7 +116,7 @@ def test_parameters_without_gradient_are_unchanged(found: Found, tmp_path: Path)
         for name in alone["without"]:
             assert torch.equal(run["state"][name], run["begun"][name])
             assert run["begun"][name].any()
-    # what one rank has a gradient of is the same update on both
+    # a gradient that only one rank has gives the same update on both
     assert found[0]["partly"] == found[1]["partly"] == [[2.0, 2.0], [4.0, 4.0], None]
 
 
@@ -128,8 +131,8 @@ def test_collective_operations(found: Found) -> None:
 
 def test_one_process_resumes_a_run_of_two_ranks(found: Found, folder: Path, tmp_path: Path) -> None:
     saved = checkpoint.load(folder / "signal/checkpoints/last.pt")
-    rest = ended(trainer(tmp_path / "rest", "model=affine", saved=saved))
-    whole = ended(trainer(tmp_path / "whole", "model=affine"))
+    rest = fit_outcome(trainer(tmp_path / "rest", "model=affine", saved=saved))
+    whole = fit_outcome(trainer(tmp_path / "whole", "model=affine"))
     assert rest["step"] == 12
     alike(rest, whole, atol=1e-8)
 
@@ -149,12 +152,12 @@ LAUNCHED += ["data.n_val=20", "data.n_test=50", "trainer.plot_every=null"]
 
 
 def test_torchrun_goes_on_after_a_rank_was_killed(tmp_path: Path) -> None:
-    """SIGKILL to a rank, in a run whose directory has a date for its name: the second attempt finds it."""
+    """After SIGKILL of a rank, the second attempt finds the run directory, whose default name contains the time."""
     here = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     killed = tmp_path / "killed.py"
-    # figures would take most of the time
+    # skip the figures, which would take most of the time
     killed.write_text(
         "import os, signal\n"
         "import pytest\n"

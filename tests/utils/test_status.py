@@ -1,4 +1,4 @@
-"""What is shown of work that takes long: on a terminal, elsewhere, in a library."""
+"""Progress displays on a terminal, without a terminal, and in library calls."""
 
 import io
 import logging
@@ -33,7 +33,7 @@ log = logging.getLogger("flowtrain")
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that tests set by hand."""
 
     now = 100.0
 
@@ -42,14 +42,14 @@ class Clock:
 
 
 class Shown:
-    """A reporter with a clock of its own, on a stream that is a terminal or none."""
+    """A reporter with its own clock, on a terminal or on another stream."""
 
     def __init__(self, stream: io.StringIO) -> None:
         self.stream, self.clock = stream, Clock()
         self.reporter = Reporter(stream, self.clock, threaded=False)
 
     def after(self, seconds: float) -> str:
-        """What is to be seen after so much more time."""
+        """Advances the clock and returns the visible text."""
         self.clock.now += seconds
         self.reporter.refresh()
         return self.seen
@@ -115,7 +115,7 @@ def test_the_bar_of_training_is_there_at_once_and_stays(terminal: Shown) -> None
         assert "4/10" in terminal.seen
         progress.note(nll="1.5")
         progress.advance(6)
-        # less than a redraw later: the last count is drawn all the same
+        # the last count is drawn, although the last redraw was recent
     assert "10/10" in terminal.seen
     assert "nll=1.5" in terminal.seen
     assert terminal.stream.getvalue().endswith("\n")
@@ -137,10 +137,10 @@ def test_messages_are_on_separate_lines(monkeypatch: pytest.MonkeyPatch) -> None
         shown.after(2 * DELAY)
         log.warning("short")
         assert shown.after(2 * DELAY).split("\n")[1].startswith("solving")
-        log.warning("a message longer than what is shown of the work that is going on")
+        log.warning("a message longer than the status of the current work")
         assert shown.after(2 * DELAY).split("\n")[2].startswith("solving")
-    # no rest of the display behind the short one
-    assert shown.seen.split("\n") == ["short", "a message longer than what is shown of the work that is going on", ""]
+    # no part of the status remains after the short message
+    assert shown.seen.split("\n") == ["short", "a message longer than the status of the current work", ""]
 
 
 def test_after_an_error_only_the_error_is_visible(terminal: Shown) -> None:
@@ -199,7 +199,7 @@ def test_closed_stream_does_not_end_the_work(terminal: Shown) -> None:
 
 
 class Announced(Terminal):
-    """A terminal that tells when something was written to it."""
+    """A terminal that signals when text is written to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ def test_thread_shows_uncounted_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_a_process(code: str, **environment: str) -> str:
-    """What a process with a pseudo-terminal as standard error has left on it, and on standard output."""
+    """Runs code with a pseudo-terminal as stderr, and returns what stderr shows and what stdout contains."""
     pty = pytest.importorskip("pty")
     mine, its = pty.openpty()
     given = {**os.environ, **environment}
@@ -308,13 +308,13 @@ def test_calls_of_the_library_are_silent(monkeypatch: pytest.MonkeyPatch) -> Non
     flow = Flow((2,), Affine(2))
     log_probs(flow, flow.sample(10), batch_size=2)
     assert stream.getvalue() == ""
-    # as it is, something would have been written
+    # inside a reporter the same call would write something
     with reporting(Reporter(stream, threaded=False)):
         log_probs(flow, flow.sample(10), batch_size=2)
     assert "scoring" in stream.getvalue()
 
 
-def test_a_phase_leaves_its_seconds_in_the_log(caplog: pytest.LogCaptureFixture, heard: None) -> None:
+def test_a_phase_leaves_its_seconds_in_the_log(caplog: pytest.LogCaptureFixture, propagate_logs: None) -> None:
     with caplog.at_level(logging.DEBUG, "flowtrain"), phase("reading"):
         pass
     assert [record.getMessage() for record in caplog.records] == ["reading: 0.0 s"]
@@ -340,7 +340,7 @@ def test_the_bar_has_the_unit_of_the_table(
 
 @contextmanager
 def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    """Standard error as a terminal on which everything is shown at once."""
+    """Makes stderr a terminal that shows the status without delay."""
     stream = Terminal()
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", stream)
@@ -384,7 +384,7 @@ def test_failing_command_prints_only_its_message(run: Run, monkeypatch: pytest.M
 def test_a_sweep_of_jobs_in_other_processes_says_how_many_are_done(
     terminal: Shown, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # which the callback sets
+    # the callback sets this variable
     monkeypatch.setenv("TQDM_DISABLE", "")
     monkeypatch.delenv("TQDM_DISABLE")
     monkeypatch.setattr(sweep_jobs.JobCounter, "SECONDS", 0.0)

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of tables."""
+"""Fixtures for the tests of tables."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,13 @@ from flowtrain.data.tables.array import ArrayData
 
 @pytest.fixture(scope="session")
 def rows_of() -> Callable[[torch.Tensor], list[tuple[float, ...]]]:
-    """Returns the rows of a tensor as tuples."""
+    """Returns a function that returns the rows of a tensor as tuples."""
     return lambda values: [tuple(row) for row in values.tolist()]
 
 
 @pytest.fixture(scope="session")
 def epoch() -> Callable[..., torch.Tensor]:
-    """Returns the training rows of one epoch of n rows, batch after batch."""
+    """Returns a function that collects the batches of one epoch of n training rows."""
 
     def rows(data: ArrayData, n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
         return torch.cat([data.train_batch(step, batch, seed) for step in range(n // batch)])
@@ -28,12 +28,12 @@ def epoch() -> Callable[..., torch.Tensor]:
     return rows
 
 
-# Files that are not read into memory
+# Streamed files
 
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of files that are not read into memory: blocks of 16 rows, windows of 8 of them, looks at 50 rows at a time."""
+    """Makes streamed files use blocks of 16 rows, windows of 8 blocks, and chunks of 50 rows."""
     monkeypatch.setattr(streaming, "BLOCK", 16 * 3 * 4)
     monkeypatch.setattr(streaming, "WINDOW", 16 * 8 * (3 * 4 + 8))
     monkeypatch.setattr(streaming, "CHUNK", 50 * 3 * 8)
@@ -42,7 +42,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def table() -> Callable[..., tuple[str, NDArray[Any]]]:
-    """Writes shuffled rows that are told apart by their first column: the path, and the rows."""
+    """Returns a function that writes shuffled rows, identified by their first column, and returns the path and rows."""
 
     def write(folder: Any, dtype: Any = np.float32, n: int = 1000) -> tuple[str, NDArray[Any]]:
         rng = np.random.default_rng(0)
@@ -55,5 +55,5 @@ def table() -> Callable[..., tuple[str, NDArray[Any]]]:
 
 @pytest.fixture(scope="session")
 def big() -> Callable[..., ArrayData]:
-    """Opens a file without reading it into memory."""
+    """Returns a function that opens a file for streaming."""
     return lambda path, **options: ArrayData(path, memory_map=True, **options)

@@ -1,4 +1,4 @@
-"""data=array: splitting the rows, or taking them from files of their own, and batching them."""
+"""data=array: splitting one file, reading held-out sets from other files, and batches."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_fractions_outside_0_to_1_are_refused(tmp_path: Path, name: str, fractio
     path = npy(tmp_path / "t.npy", normal(9, 2))
     call: dict[str, Any] = {f"{name}_fraction": fraction}
     refused(lambda: ArrayData(path, **call), ConfigError, [f"data.{name}_fraction={fraction}", f"data.{name}_path"])
-    # A fraction that nothing is split by is not looked at
+    # the fraction is not checked if the split does not use it
     ArrayData(path, **call, **{f"{name}_path": path})
 
 
@@ -145,7 +145,7 @@ def test_every_epoch_visits_every_row_once(tmp_path: Path, batch: int, epoch: Ca
     orders = stream[: n * epochs].reshape(epochs, n)
     assert all(torch.equal(order.sort().values, orders[0].sort().values) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == epochs
-    # The stream of rows is the same however it is cut
+    # the order of the rows does not depend on the batch size
     assert torch.equal(stream[:n], epoch(data, n, 8, seed=3))
 
 
@@ -161,7 +161,7 @@ def test_an_epoch_is_shuffled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "randperm", counted)
     for step in range(12):
         data.train_batch(step, 10, 0)
-    # 120 rows are three epochs of 40
+    # 120 rows are three epochs of 40 rows
     assert sizes == [40, 40, 40]
 
 

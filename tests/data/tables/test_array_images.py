@@ -1,4 +1,4 @@
-"""data=array: whole numbers, rows that are images, and labels."""
+"""data=array: integers, rows that are images, and labels."""
 
 import logging
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from flowtrain.data.tables.array import ArrayData
 from flowtrain.flow import Flow
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 
-# Discrete data
+# Integer data
 
 
 def counts(n: int = 400, d: int = 3) -> np.ndarray:
@@ -53,7 +53,7 @@ def test_statistics_include_the_dequantization_noise(tmp_path: Path, epoch: Call
 
 
 def pixels(tmp_path: Path, n: int = 60) -> str:
-    """Rows of 12 values 0..16, then a label 0..2 that the first of them tells."""
+    """Writes rows of 12 values 0..16, and a label 0..2 that equals the first value."""
     values = np.random.default_rng(0).integers(0, 17, size=(n, 13))
     values[:, 0], values[:, 12] = np.arange(n) % 3, np.arange(n) % 3
     return npy(tmp_path / "t.npy", values)
@@ -125,7 +125,7 @@ def test_label_column_is_found_by_name_at_any_position(tmp_path: Path) -> None:
     data = ArrayData(train, test_path=test, label="digit", dequantize=True)
     assert data.columns == ("a", "b")
     assert torch.equal(data.test_labels, data.test[:, 0] % 3)  # type: ignore[arg-type]
-    # kept by data.columns it would still be no part of a sample
+    # even if data.columns includes the label, it is not part of a sample
     assert ArrayData(train, columns=["0:3"], label=1, dequantize=True).columns == ("a", "b")
 
 
@@ -158,7 +158,7 @@ def test_only_repeated_integers_are_reported_as_discrete(
     path = npy(tmp_path / "t.npy", values)
     ArrayData(path)
     assert "looks integer-valued in 'c1':" in caplog.text
-    # which is taken, where one for all columns is refused
+    # the suggested option works for one column, and is refused for all columns
     assert "'data.dequantize=[1]'" in caplog.text
     assert ArrayData(path, dequantize=[1]).noisy == (1,)
     refused(lambda: ArrayData(path, dequantize=True), DataError, ["'data.dequantize=[1,2]'"])

@@ -1,4 +1,4 @@
-"""data=array: which columns are kept, their statistics, and those that no density fits."""
+"""data=array: the choice of columns, their statistics, and columns that are refused."""
 
 import inspect
 import logging
@@ -83,7 +83,7 @@ def test_unnamed_and_duplicate_columns(tmp_path: Path, refused: Refused) -> None
     refused(lambda: read_table(path, columns=["a"]), ConfigError, [path, "2 columns named 'a'"])
 
 
-# Statistics and columns that no density fits
+# Statistics, and columns that are refused
 
 
 def test_statistics_are_those_of_the_training_rows(tmp_path: Path, epoch: Callable[..., torch.Tensor]) -> None:
@@ -99,7 +99,7 @@ def test_statistics_are_those_of_the_training_rows(tmp_path: Path, epoch: Callab
     np.testing.assert_allclose(stats[1], mine.std(0), rtol=1e-12)
     assert stats[0].dtype == stats[1].dtype == torch.float64
     assert ArrayData(path, standardize=False).statistics() is None
-    # Whoever changes them in place must not change the data set's
+    # changing the returned statistics in place must not change the data set
     stats[0].zero_()
     assert data.statistics()[0].abs().min() > 0  # type: ignore[index]
 
@@ -143,7 +143,7 @@ def test_columns_that_float32_cannot_represent_are_reported(
     refused(lambda: ArrayData(npy(tmp_path / "t.npy", values)), DataError, ["row 3", "'c0'", "1e+39", "float32"])
 
 
-# Numbers in place of missing values
+# Codes for missing values
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_columns_that_float32_cannot_represent_are_reported(
         (normal(60, 1)[:, 0] * 3 + 80, -1.0, 3, True),
         (normal(60, 1)[:, 0] * 3 + 80, 0.0, 40, True),
         (normal(60, 1)[:, 0], 1e30, 3, True),
-        # once is an outlier; what lies near the rest, or is one of few values, is no code
+        # not codes: a single outlier, values near the rest, and one of few distinct values
         (normal(60, 1)[:, 0] * 30 + 2000, -999.0, 1, False),
         (normal(60, 1)[:, 0] * 3, -9.0, 4, False),
         (np.abs(normal(60, 1)[:, 0]), 0.0, 40, False),
@@ -167,7 +167,7 @@ def test_codes_of_missing_values_are_warned_of(
 ) -> None:
     column = np.concatenate([rest, np.full(count, code)])
     values = np.column_stack([normal(len(column), 1, seed=1), column])
-    # all of the file is for training
+    # val_path and test_path make the whole file the training set
     ArrayData(npy(tmp_path / "t.npy", values), val_path=(held := npy(tmp_path / "v.npy", normal(5, 2))), test_path=held)
     said = [m for m in caplog.messages if "missing value" in m]
     assert bool(said) == told

@@ -1,4 +1,4 @@
-"""data=array: columns whose mean is large against their deviation are centred in float64, and nothing else changes."""
+"""data=array: only columns whose mean is large relative to their deviation are centered, in float64."""
 
 import copy
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def large(n: int, seed: int = 0) -> np.ndarray:
 
 
 def nll(values: np.ndarray) -> float:
-    """Of independent normal columns with the parameters of `large`."""
+    """Returns the mean NLL under independent normal columns with the parameters of `large`."""
     z = (values - MEAN) / STD
     return float((z**2 / 2 + np.log(STD * np.sqrt(2 * np.pi))).sum(1).mean())
 
@@ -43,7 +43,7 @@ def test_samples_keep_the_digits_that_float32_would_lose(tmp_path: Path, ending:
     assert data.val.dtype == data.test.dtype == data.train_batch(0, 5, 0).dtype == torch.float64
     np.testing.assert_array_equal(data.test, values)
     assert data.offset is not None
-    # of the columns that need it, and of values that float32 holds
+    # only columns that need an offset have one, and float32 represents it exactly
     assert (data.offset == data.offset.float()).all()
     np.testing.assert_allclose(data.offset, [MEAN[0], MEAN[1], 0.0], atol=128)
     assert data.statistics()[1].numpy() == pytest.approx(STD, rel=0.3)  # type: ignore[index]
@@ -86,7 +86,7 @@ def test_whole_numbers_are_centred_with_their_noise(tmp_path: Path) -> None:
     assert (data.val.dtype, noisy.dtype) == (torch.int64, torch.float64)
     u = noisy - data.val
     assert bool(((u >= 0) & (u < 1)).all())
-    # float32 has 16 values between one whole number and the next
+    # float32 would have only 16 values between neighbouring integers
     assert bool((16 * u != (16 * u).round()).any())
 
 
@@ -110,7 +110,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def begun(data: ArrayData, model: dict[str, Any]) -> Flow:
-    """A flow at the first step of its training on these data."""
+    """Returns a flow at the first step of its training on the data."""
     flow = build_flow({**CONFIG, "model": model}, data.samples)
     initialize(flow, Batches(flow, data, 64, 0))
     return flow.eval()
@@ -127,7 +127,7 @@ def test_likelihoods_and_samples_are_in_the_units_of_the_file(
     x = torch.from_numpy(large(500, seed=1))
     log_p = flow.log_prob(x).detach()
     assert log_p.dtype == torch.float32
-    # in float64 the same: the offset survives the cast, and nothing was lost before it
+    # float64 gives the same values: the cast keeps the offset, and float32 had lost no digits
     exact = copy.deepcopy(flow).double()
     np.testing.assert_allclose(log_p, exact.log_prob(x).detach(), rtol=1e-4)
     np.testing.assert_allclose(copy.deepcopy(exact).float().log_prob(x).detach(), log_p)
@@ -135,11 +135,11 @@ def test_likelihoods_and_samples_are_in_the_units_of_the_file(
     samples = flow.sample(2000).numpy()
     assert samples.dtype == np.float64
     if model == "affine":
-        # it begins as the Gaussian of the training rows
+        # an initialized affine flow is the Gaussian of the training rows
         assert float(-log_p.mean()) == pytest.approx(nll(large(500, seed=1)), abs=0.1)
         np.testing.assert_allclose((samples - MEAN).mean(0) / STD, 0, atol=0.2)
         np.testing.assert_allclose((samples - MEAN).std(0) / STD, 1, rtol=0.2)
-    # autograd as well, as in training
+    # gradients are finite in training
     flow.train()
     flow.log_prob(data.train_batch(0, 16, 0)).mean().backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in flow.parameters())
@@ -174,7 +174,7 @@ def test_the_pictures_of_a_run_are_drawn(trained: Train, tmp_path: Path) -> None
 
 
 def test_affine_flow_fits_a_real_table_with_offsets(float32: None, real: Callable[..., list[str]]) -> None:
-    """5,412,000 +- 5 metres and 448,000 +- 5: a Gaussian has 6.07 nats."""
+    """The columns are 5,412,000 +- 5 and 448,000 +- 5 metres, for which a Gaussian has 6.07 nats."""
     (path,) = real("cases/utm.npy")
     data = ArrayData(path)
     flow, rows = begun(data, MODELS["affine"]), RowsToScore(path, data.samples)

@@ -1,4 +1,4 @@
-"""data=array: text files are read to the digit, and refused with the line and the column."""
+"""data=array: text files are read exactly, and refused with the line and the column."""
 
 import gzip
 import re
@@ -44,7 +44,7 @@ def test_the_fast_and_the_exact_pass_read_the_same(tmp_path: Path, values: np.nd
     lines = [",".join(map(repr, row)) for row in values.tolist()]
     fast, exact = tmp_path / "fast.csv", tmp_path / "exact.csv"
     fast.write_text("\n".join(lines))
-    # A delimiter inside quotes is what the fast pass does not judge
+    # the fast pass does not handle delimiters inside quotes
     names = ",".join(f"x{i}" for i in range(values.shape[1] + 1))
     exact.write_text("\n".join([names, *(f'{line},"a,b"' for line in lines)]))
     columns = [f"0:{values.shape[1]}"]
@@ -116,7 +116,7 @@ def test_text_variants_are_read(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("ending", [".csv", ".CSV", ".tsv", ".txt", ".data", ".tra", ".tes", ".csv.gz", ".TXT.gz"])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_line_endings_and_gzip_are_read(tmp_path: Path, ending: str, zipped: bool) -> None:
-    """Whether it is gzipped, its first bytes tell: browsers unpack files and keep their names."""
+    """The first bytes of a file tell if it is gzipped: browsers unpack downloads without renaming them."""
     path = tmp_path / f"t{ending}"
     text = b"a\tb\n1\t2\n"
     path.write_bytes(gzip.compress(text) if zipped else text)
@@ -170,7 +170,7 @@ def test_requested_index_column_is_kept(tmp_path: Path, caplog: pytest.LogCaptur
     (option,) = re.findall(r"data\.columns=\[(\S*)\]", caplog.text)
     assert read_table(path, columns=[option]).values.tolist() == [[0, 1, 2], [1, 3, 4]]
     assert read_table(path, columns=["b", 0]).values.tolist() == [[2, 0], [4, 1]]
-    # with a value twice it is no index
+    # a column with repeated values is no index
     path.write_text(",a\n5,1\n5,3\n")
     assert read_table(path).indices == (0, 1)
 
@@ -183,7 +183,7 @@ def test_missing_values_are_counted_once_for_the_whole_file(tmp_path: Path, refu
         part in message for part in ("3 of 16 values", "2 of 4 rows", "'b': 2", "'d': 1", "'data.columns=[0,2]'")
     )
     assert read_table(path, columns=[0, 2]).values.shape == (4, 2)
-    # labels are counted with the rest
+    # missing labels count too
     message = refused(lambda: read_labelled(str(path), None, ["a", "d"], "b"), DataError, ["'b': 2", "'d': 1"])
     assert "3 of 12 values" in message
 
@@ -200,7 +200,7 @@ def test_bad_cell_in_an_unselected_column_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text('a,note,b\n1,"x, y\nz",2\n3,,nan\n5,w,6\n')
     assert read_table(path, columns=["a"]).values.tolist() == [[1], [3], [5]]
-    # The line break in a cell must not shift the line that a later message names
+    # a line break in a cell must not shift the line numbers of later errors
     with pytest.raises(DataError, match="line 4, column 'b': the value is nan"):
         read_table(path, columns=["b"])
 
@@ -214,7 +214,7 @@ def test_plain_file_uses_the_fast_reader(tmp_path: Path, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(read_table(path).values, values)
 
 
-# Refusals: the file's ending, what is in it, and what the message must say besides the file's name
+# bad text, and what the message must contain besides the name of the file
 
 BAD_TEXT = {
     "ragged, short": ("a,b,c\n1,2,3\n4,5\n", ["line 3", "2 cells", "line 1 has 3", "'c'"]),
@@ -263,7 +263,7 @@ def test_other_encodings_are_refused_with_the_line(tmp_path: Path, refused: Refu
     refused(lambda: read_table(path), DataError, [str(path), "line 1", "UTF-8"])
 
 
-# Headers that may not be what they seem
+# Headers that are probably something else
 
 ODD_HEADERS = {
     "pandas index": (",a,b\n0,1,2\n1,3,4\n", None, "left out"),

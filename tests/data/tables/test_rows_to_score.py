@@ -1,4 +1,4 @@
-"""Files read with a checkpoint: `floweval data.path=` and `ood=` take the columns that the flow was trained on."""
+"""Files read with a checkpoint: `floweval data.path=` and `ood=` use the columns that the flow was trained on."""
 
 import gzip
 from collections.abc import Callable
@@ -18,24 +18,24 @@ from flowtrain.training import checkpoint
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 
 MEAN, STD = np.array([3.0, -1.0, 8.0, 0.0]), np.array([1.0, 5.0, 0.1, 2.0])
-# two classes behind the samples
+# a label column with two classes follows the samples
 DATA = np.column_stack([np.random.default_rng(0).normal(MEAN, STD, (60, 4)).round(3), np.arange(60) % 2])
 
 
 def table(path: Path, columns: list[int], names: str | None = None) -> str:
-    """These columns of the data in a file, with a header or without."""
+    """Writes the given columns of the data, with a header for text files."""
     if path.suffix == ".npy":
         return npy(path, DATA[:, columns])
     return str(written(path, names or ",".join("abcdy"[i] for i in columns), DATA[:, columns]))
 
 
 def scored(data: ArrayData, path: str, label: Any = None, columns: Any = None, **given: Any) -> RowsToScore:
-    """A file as `floweval` reads it with the checkpoint of a run on `data`."""
+    """Reads a file as `floweval` does with the checkpoint of a run on `data`."""
     return RowsToScore(path, data.samples, label=label, columns=columns, **given)
 
 
 POSITIONS: list[tuple[str, Any, Any]] = [
-    # as the training file is laid out
+    # positions as in the training file
     ("same.npy", [1, 0], [1, 0]),
     ("same.npy", ["0:2"], [0, 1]),
     ("same.npy", [-2, 0], [3, 0]),
@@ -49,7 +49,7 @@ POSITIONS: list[tuple[str, Any, Any]] = [
 def test_positions_select_the_training_columns(
     tmp_path: Path, name: str, columns: Any, expected: list[int], header: bool
 ) -> None:
-    """In a file with names as well as in one without, whichever of the two the flow was trained on."""
+    """Positions work in files with and without names, and after training on either."""
     files = [table(tmp_path / "t.npy", list(range(5))), table(tmp_path / "t.csv", list(range(5)))]
     data = ArrayData(files[header], columns=columns)
     for path in files:
@@ -59,9 +59,9 @@ def test_positions_select_the_training_columns(
 def test_a_file_of_the_chosen_columns_alone_is_taken_in_its_order(tmp_path: Path) -> None:
     data = ArrayData(table(tmp_path / "t.npy", list(range(5))), columns=[3, 1])
     chosen = table(tmp_path / "chosen.npy", [3, 1])
-    # the training file's positions 3 and 1 are none of its
+    # the positions 3 and 1 of the training file do not exist in the new one
     np.testing.assert_array_equal(scored(data, chosen, columns=[3, 1]).test, DATA[:, [3, 1]])
-    # where they are its own, they select, with a word on how to have it otherwise
+    # positions that exist select columns; data.columns overrides this
     data = ArrayData(table(tmp_path / "two.npy", [0, 1]), columns=[1, 0])
     np.testing.assert_array_equal(scored(data, chosen, columns=[1, 0]).test, DATA[:, [1, 3]])
     np.testing.assert_array_equal(scored(data, chosen, columns=["0:2"], asked={"columns"}).test, DATA[:, [3, 1]])
@@ -83,10 +83,10 @@ def test_names_that_come_twice_select_by_position(tmp_path: Path, refused: Refus
         data = ArrayData(path, columns=columns)
         np.testing.assert_array_equal(scored(data, path, columns=columns).test, DATA[:, expected])
     data = ArrayData(path)
-    # in another order nothing says which is which
+    # the order differs, and duplicate names cannot resolve it
     other = table(tmp_path / "o.csv", [2, 0, 1], "b,a,a")
     refused(lambda: scored(data, other), DataError, [other, "'b', 'a', 'a'", "data.columns"])
-    # by the names where they say it
+    # names resolve the order if the needed ones are unique
     data = ArrayData(table(tmp_path / "u.csv", [0, 1]))
     np.testing.assert_array_equal(
         scored(data, table(tmp_path / "v.csv", [1, 2, 3, 0], "b,c,c,a")).test, DATA[:, [0, 1]]
@@ -94,7 +94,7 @@ def test_names_that_come_twice_select_by_position(tmp_path: Path, refused: Refus
 
 
 LABELS: list[tuple[Any, list[int], str, list[int], Any]] = [
-    # label and columns in training; the new file, its columns, those of them that are samples, and whether labels
+    # label in training; the new file's columns and ending, the expected samples, whether it has labels
     (4, [0, 1, 2, 3, 4], "csv", [0, 1, 2, 3], True),
     (4, [0, 1, 2, 3, 4], "npy", [0, 1, 2, 3], True),
     (4, [4, 0, 3, 2, 1], "csv", [0, 1, 2, 3], True),
@@ -161,7 +161,7 @@ def test_numeric_headers_are_matched_by_name(tmp_path: Path) -> None:
     path = table(tmp_path / "t.csv", [0, 1], "2019,2020")
     data = ArrayData(path, header=True)
     assert data.columns == ("2019", "2020")
-    # not asked for, it is the new file's names that tell; one without is read by position
+    # without data.columns, names select the columns; a file without names is read by position
     for name, names in (("same.csv", "2019,2020"), ("turned.csv", "2020,2019")):
         columns = [0, 1] if name == "same.csv" else [1, 0]
         rows = scored(data, table(tmp_path / name, columns, names), header=True)
@@ -230,7 +230,7 @@ def test_the_commands_take_a_file_without_the_key_of_the_archive(
 def test_runs_of_older_versions_read_their_files_unchanged(
     run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate
 ) -> None:
-    """They kept the index of pandas, and float32 of columns with a large mean."""
+    """Runs of older versions kept the index of pandas, and read columns with a large mean as float32."""
     rows = np.column_stack([np.arange(60), 3e4 + DATA[:, 0], DATA[:, 1]])
     path = written(tmp_path / "t.csv", ",a,b", rows)
     run_dir = Path(trained("data=array", f"data.path={path}", "data.columns=[0:3]", "data.center=false"))
@@ -250,7 +250,7 @@ def test_runs_of_older_versions_read_their_files_unchanged(
     assert flowtrain.load(run_dir).event_shape == (3,)
 
 
-# The files that were reported
+# Files from bug reports
 
 CASES = {
     "dup_names.csv": (60, 2),

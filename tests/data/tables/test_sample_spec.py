@@ -1,4 +1,4 @@
-"""What checkpoints keep of their data: row counts and checksums, class counts, and which columns have noise."""
+"""The data records in checkpoints: row counts and checksums, class counts, and columns with noise."""
 
 import logging
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_record_depends_on_the_values(tmp_path: Path) -> None:
     array = npy(tmp_path / "a.npy", values)
     text = tmp_path / "b.csv"
     np.savetxt(text, values, delimiter=";", header="x;y;z", comments="", fmt="%.6g")
-    # wherever the file is, and however it is written and read
+    # the record depends on neither the location nor the format of the file
     assert changed(ArrayData(array), ArrayData(str(text))) is None
     big, small = ArrayData(array, memory_map=True), ArrayData(array)
     assert changed(big, small, "file") is None
@@ -101,7 +101,7 @@ def test_split_of_images_is_unchanged(tmp_path: Path) -> None:
 
 @pytest.fixture
 def grown(trained: Train, tmp_path: Path) -> tuple[str, Path]:
-    """A run on 60 rows, and its file, which has 63 now."""
+    """Trains a run on 60 rows, whose file then grows to 63 rows."""
     path = tmp_path / "t.npy"
     np.save(path, normal(60, 2))
     run_dir = trained("data=array", f"data.path={path}")
@@ -125,24 +125,24 @@ def test_a_file_that_has_grown_is_refused(
         assert len(err.strip().splitlines()) == 1
         assert "60 rows and has 63" in err
     assert {p: p.read_bytes() for p in kept} == kept
-    # what the message says to do
+    # following the advice of the message
     assert evaluated(run_dir, f"data.path={path}", name=f"eval-{path.stem}.json")["n"] == 63
     code, out, err = run("flowtrain", f"from={run_dir}", *FAST[1:], "hydra.run.dir=new")
     assert code == 0, err
     assert "60 rows and has 63" in err
-    # asked for, it is scored, with a warning
+    # an explicit data.path is scored, with a warning
     code, _, err = run("floweval", f"ckpt={run_dir}", f"data.path={path}", "split=test")
     assert code == 0
     assert "60 rows and has 63" in err
-    # the same rows elsewhere are the same
+    # the same rows in another file are accepted
     np.save(tmp_path / "moved.npy", normal(60, 2))
     code, _, err = run("floweval", f"ckpt={run_dir}", "data.path=moved.npy", "split=test")
     assert (code, err) == (0, "")
-    # where a set has a file that the command names, it is that one
+    # an explicit test file replaces the test split
     np.save(tmp_path / "test.npy", normal(5, 2, seed=2))
     code, _, err = run("floweval", f"ckpt={run_dir}", "data.test_path=test.npy")
     assert (code, err) == (0, "")
-    # the file is as it was, and another split of it is asked for
+    # the file is restored, but another split is requested
     np.save(path, normal(60, 2))
     for key in ("data.seed=1", "data.test_fraction=0.5"):
         code, _, err = run("floweval", f"ckpt={run_dir}", key)
@@ -166,7 +166,7 @@ def test_checkpoints_of_earlier_versions_have_no_record(run: Run, grown: tuple[s
 
 
 def labelled(tmp_path: Path, n: int = 400) -> str:
-    """Two columns that tell the label, of 1 (90%), 3 and 5."""
+    """Writes two columns that depend on the label, which is 1 (90% of rows), 3 or 5."""
     label = np.random.default_rng(0).choice([1, 3, 5], n, p=[0.9, 0.05, 0.05])
     return npy(tmp_path / "l.npy", np.column_stack([normal(n, 2) + 10 * label[:, None], label]))
 
@@ -209,9 +209,9 @@ def test_samples_are_of_the_classes_in_their_frequencies() -> None:
     for label in (0, torch.tensor([1, 2])):
         with pytest.raises(FlowtrainError, match=r"no row of this class.*1, 3"):
             flow.sample(2, label=label)
-    # such a row can be scored, though
+    # rows of such a class can still be scored
     assert flow.log_prob(torch.zeros(1, 2), 0).isfinite().all()
-    # earlier versions did not know
+    # checkpoints of earlier versions have no class counts
     flow.class_counts = ()
     assert flow.drawn_labels(5).tolist() == flow.in_turn(5).tolist() == [0, 1, 2, 3, 0]
 
@@ -238,7 +238,7 @@ def test_commands_handle_labels_with_gaps(run: Run, tmp_path: Path) -> None:
     assert code == 0, err
     flow = flowtrain.load(run_dir)
     assert [int(n > 0) for n in flow.class_counts] == [0, 1, 0, 1, 0, 1]
-    # by the labels that the seed draws in training's frequencies
+    # the labels are drawn from the seed, with the frequencies in the training data
     torch.manual_seed(0)
     np.testing.assert_allclose(np.load("s.npy"), flow.sample(300), rtol=1e-5)
     code, out, err = run("flowsample", f"ckpt={run_dir}", "label=2")
@@ -266,7 +266,7 @@ def test_commands_dequantize_selected_columns(run: Run, tmp_path: Path, trained:
     rows = np.column_stack([rng.integers(0, 9, 300), 10 + rng.normal(size=300)])
     path = written(tmp_path / "t.csv", "n,x", rows)
     run_dir = trained("data=array", f"data.path={path}", "data.dequantize=[n]")
-    # rows of a file have the same noise each time, and the flow is the density of the sum
+    # the noise on the rows of a file is fixed, and the flow is the density of value plus noise
     for name in ("a.npy", "b.npy"):
         evaluated(run_dir, f"data.path={path}", f"scores={name}", name="eval-t.json")
     first, second = np.load("a.npy"), np.load("b.npy")
@@ -318,7 +318,7 @@ def test_noise_and_offset_combine(memory_map: bool, tmp_path: Path) -> None:
     assert data.offset is not None
     for x in (data.train_batch(3, 50, 0), data.train_rows(240), data.val, data.test):
         assert x.dtype == torch.float64
-        # the real column is that of the file, and the other is not
+        # the real column has the values of the file, and the integer column has noise added
         assert set(x[:, 1].tolist()) <= set(large.tolist())
         u = x[:, 0] - x[:, 0].floor()
         assert 0.2 < float(u.mean()) < 0.8
@@ -326,7 +326,7 @@ def test_noise_and_offset_combine(memory_map: bool, tmp_path: Path) -> None:
     rows = data.train_rows(240)
     moments = data.statistics()
     assert moments is not None
-    # a baseline is a Gaussian of the same density as the flow's
+    # the baseline is a Gaussian over the same noisy rows as the flow
     torch.testing.assert_close(rows.var(0, correction=0).sqrt(), moments[1], rtol=0.05, atol=0)
 
 
@@ -341,7 +341,7 @@ def test_scoring_and_sampling_do_not_repeat_the_warnings_of_training(run: Run, t
         code, _, err = run(command[0], f"ckpt={run_dir}", *command[1:])
         assert code == 0
         assert "dependent" not in err, command
-    # those of other data are given, once
+    # warnings about other data are printed once
     new = npy(tmp_path / "new.npy", np.column_stack([rows[:, 0], rows[:, 0]]))
     _, _, err = run("floweval", f"ckpt={run_dir}", f"data.path={new}", "split=test", f"ood={path}")
     assert err.count("dependent") == 1

@@ -1,4 +1,4 @@
-"""A training file that is not read into memory: the same rows and labels as if it were, a window at a time."""
+"""A streamed training file gives the same rows and labels as one in memory, one window at a time."""
 
 import re
 from collections import Counter
@@ -39,7 +39,7 @@ def test_epoch_has_every_training_row_once_and_no_held_out_row(
         for row in rows[:50]:
             (at,) = np.flatnonzero(values[:, 0] == float(row[0]))
             np.testing.assert_array_equal(row.numpy(), values[at])
-    # another order in each epoch and with each seed, and not that of the file
+    # the order differs between epochs, between seeds, and from the file
     assert not torch.equal(drawn[:880], drawn[880:1760])
     assert not torch.equal(drawn[:batch_size], data.train_batch(0, batch_size, 1))
 
@@ -91,7 +91,7 @@ def test_neighbours_in_the_file_are_spread_over_a_window() -> None:
     assert first != sorted(first)
     assert windows.blocks_of(0, 0, 0) != windows.blocks_of(1, 0, 0)
     assert windows.mixed(0, 0, 50, 0).tolist() != windows.mixed(1, 0, 50, 0).tolist()
-    # of 2,000 that are mixed at random, neighbours are about a third of them apart
+    # in a random order of 2,000 rows, neighbours are on average a third of them apart
     place = np.argsort(windows.mixed(0, 0, 2000, 0))
     assert np.abs(np.diff(place)).mean() == pytest.approx(2000 / 3, rel=0.1)
 
@@ -123,7 +123,7 @@ def test_moments_are_those_of_the_training_rows(
 
 
 def test_moments_far_from_zero() -> None:
-    """Sums of squares would have lost every digit."""
+    """Moments from sums of squares would lose all digits."""
     values = 1e9 + np.random.default_rng(0).standard_normal((1000, 2))
     moments = Moments(2)
     for part in np.split(values, [1, 1, 300, 301]):
@@ -184,7 +184,7 @@ def test_rows_are_drawn_without_replacement(n: int, k: int) -> None:
         counts[rows] += 1
     assert counts.sum() == 400 * k
     if n == 10:
-        # each row as often as any other, within five deviations of the binomial
+        # each row is drawn equally often, within five binomial standard deviations
         assert np.abs(counts - 40 * k).max() <= 5 * np.sqrt(40 * k * (1 - k / n)) + 1e-9
 
 
@@ -227,7 +227,7 @@ def test_wide_rows_are_bounded_and_shuffled(
     data = big(str(tmp_path / "x.npy"))
     x = data.train_batch(0, 50, 0)[:, 0]
     assert x.max() - x.min() > 400
-    # a batch is no run of rows that are neighbours in the file
+    # a batch is not a run of consecutive rows of the file
     assert (x.diff() == 1).sum() < 5
     store = data._store
     assert isinstance(store, streaming.StreamedStore)
@@ -257,7 +257,7 @@ def test_large_held_out_files_are_subsampled(
     assert re.search(r"val\.npy: 60\b.*\b1,000\b", caplog.text)
     assert len({float(row[0]) for row in data.val}) == 60
     assert not {float(row[0]) for row in data.val} <= set(other[:200, 0])
-    # a small one in its order
+    # a small held-out file keeps its order
     np.testing.assert_array_equal(data.test.numpy(), other[:40].astype(np.float32))
     assert big(path, val_path=str(tmp_path / "val.npy")).val.equal(data.val)
 

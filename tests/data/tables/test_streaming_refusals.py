@@ -1,4 +1,4 @@
-"""A training file that is not read into memory is checked and refused as if it were."""
+"""A streamed training file is checked and refused like one in memory."""
 
 import os
 from collections.abc import Callable
@@ -121,7 +121,7 @@ def test_messages_equal_those_of_a_file_in_memory(
 def test_modified_file_is_an_error(
     tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
 ) -> None:
-    """Saved again in place it is as long as it was, and its rows were never checked."""
+    """A file that is saved again in place keeps its length, but its new rows were never checked."""
     path, values = table(tmp_path)
     data = big(path)
     state = Path(path).stat()

@@ -1,4 +1,4 @@
-"""data=array: data whose likelihood would mean little are warned of, with advice that works for them."""
+"""data=array: warnings about data whose likelihood would be meaningless, with advice that works."""
 
 import logging
 import re
@@ -27,7 +27,7 @@ def table(*columns: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(params=[False, True], ids=["in memory", "by windows"])
 def warned(request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> object:
-    """The warnings about a table, read into memory or by windows."""
+    """Returns a function that returns the warnings about a table, which is read into memory or streamed."""
 
     def call(values: np.ndarray, **options: object) -> list[str]:
         caplog.clear()
@@ -37,7 +37,7 @@ def warned(request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCap
     return call
 
 
-# what is in a table, how many warnings there are, and what each says
+# a table, and for each expected warning the fragments that it contains
 WARNED: dict[str, tuple[np.ndarray, list[list[str]]]] = {
     "nothing": (REAL, []),
     "an offset": (REAL + np.array([1e3, 0, -5]), []),
@@ -77,7 +77,7 @@ def test_warnings(case: str, warned: object) -> None:
 
 @pytest.mark.parametrize("case", ["counts", "all counts", "a sum of others", "a copy in other units"])
 def test_following_the_advice_removes_the_warning(case: str, warned: object) -> None:
-    """What a warning says to give is taken, and then there is nothing to warn of."""
+    """Setting the option that a warning suggests leaves no warning."""
     values = WARNED[case][0]
     option = re.search(r"data\.(\w+)=(\[[^]]*\]|true)", warned(values)[0])  # type: ignore[operator]
     assert option is not None
@@ -86,7 +86,7 @@ def test_following_the_advice_removes_the_warning(case: str, warned: object) -> 
 
 
 def test_noise_removes_the_warning_of_a_dependence(warned: object) -> None:
-    """Of one-hot columns with noise the sum is no constant."""
+    """One-hot columns with noise no longer have a constant sum."""
     ones = np.eye(3)[COUNTS.astype(int) % 3]
     assert any("dependent" in message for message in warned(table(REAL, ones)))  # type: ignore[operator]
     assert warned(table(REAL, ones), dequantize=[3, 4, 5]) == []  # type: ignore[operator]
@@ -119,27 +119,27 @@ def test_fewer_rows_than_columns_are_refused(
     refused(lambda: ArrayData(path, memory_map=True), DataError, ["32 training rows", "100 columns"])
     assert ArrayData(path, columns=["0:31"]).event_shape == (31,)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-    # as many lie in a plane as well
+    # as many rows as columns lie in a hyperplane too
     ArrayData(path, columns=["0:32"])
     assert "32 rows of 32 columns" in caplog.text
-    # images have fewer pixels to say than they have
+    # an image may have more pixels than there are rows
     assert ArrayData(path, event_shape=[1, 10, 10]).event_shape == (1, 10, 10)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_equal_rows_have_equal_hashes(dtype: type) -> None:
-    # whole numbers, whose bits are mostly zero
+    # integers, whose bits are mostly zero
     values = RNG.integers(0, 50, (5000, 3)).astype(dtype)
     distinct = len(np.unique(values, axis=0))
     assert len(np.unique(row_hashes(values))) == distinct
     assert row_hashes(np.array([[0.0, 1.0]])) == row_hashes(np.array([[-0.0, 1.0]]))
     assert row_hashes(np.array([[2.0, 1.0]])) != row_hashes(np.array([[1.0, 2.0]]))
-    # however many there are beside it
+    # the hash of a row does not depend on the other rows
     assert row_hashes(values)[4321] == row_hashes(values[4321:4322])[0]
 
 
 def test_copies_are_found_in_large_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Rows are told by some of their hashes, which copies share."""
+    """Only some hashes are kept. Copies of a row share its hash, so their fraction can be estimated."""
     values = np.repeat(normal(2000, 2), 2, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flowtrain.data.tables.streaming.HASHES", 400)
@@ -171,7 +171,7 @@ def test_wide_real_table_is_refused(real: Callable[..., list[str]], refused: Ref
     refused(lambda: ArrayData(path), DataError, ["32 training rows", "100 columns"])
 
 
-# Noise on some of the columns
+# Noise on selected columns
 
 
 def mixed(tmp_path: Path) -> str:
@@ -209,10 +209,10 @@ def test_noise_is_fresh_in_training_and_fixed_when_held_out(tmp_path: Path) -> N
     assert not torch.equal(data.test[:, 1] % 1, data.val[:, 1] % 1)
     step = data.train_batch(9, 64, 3)
     assert torch.equal(step, again.train_batch(9, 64, 3))
-    # two epochs of all the rows have other noise
+    # the noise differs between two epochs
     first, second = (data.train_batch(i, 400, 0) for i in (0, 1))
     assert not np.isin(first[:, 1].numpy(), second[:, 1].numpy()).any()
-    # whichever rank has the row
+    # the noise does not depend on the rank that has the row
     parts = [data.train_share(9, 64, 3, share) for share in (slice(0, 20), slice(20, 64))]
     assert torch.equal(torch.cat(parts), step)
 
@@ -225,7 +225,7 @@ def test_columns_with_noise_by_name_and_position(tmp_path: Path) -> None:
     for asked, expected in named.items():
         asked = list(asked) if isinstance(asked, tuple) else asked
         assert ArrayData(str(path), dequantize=asked).noisy == expected  # type: ignore[arg-type]
-    # positions are those of the file
+    # positions refer to the file
     assert ArrayData(str(path), columns=["m", "x"], dequantize=["m"]).noisy == (0,)
     assert ArrayData(str(path), columns=["m", "x"], dequantize=[3]).noisy == (0,)
     every = ArrayData(str(path), columns=["n", "m"], dequantize=["m", "n"])

@@ -1,4 +1,4 @@
-"""data=array: .npy and .npz files, damaged, foreign and dangerous ones among them."""
+"""data=array: .npy and .npz files, including damaged, foreign and malicious ones."""
 
 import io
 import zlib

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of toys: a test with the argument `name` runs for every toy under configs/data."""
+"""Fixtures for the tests of toys. A test with the argument `name` runs for every toy in configs/data."""
 
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +16,7 @@ CONFIGS = config_dir() / "data"
 
 def toy_classes() -> dict[str, type[Toy]]:
     targets = {path.stem: OmegaConf.select(OmegaConf.load(path), "_target_") for path in CONFIGS.glob("*.yaml")}
-    # the files of finite data name theirs under `data`, beside trainer keys
+    # configs of finite data sets have their _target_ under `data`, because they set trainer keys too
     classes = {name: get_class(target) for name, target in sorted(targets.items()) if target is not None}
     return {name: kind for name, kind in classes.items() if issubclass(kind, Toy)}
 
@@ -26,19 +26,19 @@ TOYS = toy_classes()
 
 @pytest.fixture(params=TOYS)
 def name(request: pytest.FixtureRequest) -> str:
-    """The name of a toy."""
+    """Returns the name of a toy."""
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
 def toys() -> dict[str, type[Toy]]:
-    """The class of every toy."""
+    """Returns the class of every toy."""
     return TOYS
 
 
 @pytest.fixture(scope="session")
 def toy() -> Callable[[str], Toy]:
-    """Builds a toy from its config, once."""
+    """Returns a function that builds a toy from its config and caches it."""
 
     @cache
     def build(name: str) -> Toy:

@@ -1,4 +1,4 @@
-"""Every toy under configs/data: batches, held-out sets, and log p of any points."""
+"""Every toy in configs/data: batches, held-out sets, and log p at any point."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def test_held_out_sets_are_fixed_and_apart(name: str, toy: Callable[[str], Toy],
 
 
 def test_no_sample_is_in_two_sets(name: str, toys: dict[str, type[Toy]]) -> None:
-    """Sets of one size, for two draws from the same generator differ if their sizes do."""
+    """All sets have the same size, because draws of different sizes differ even from the same generator."""
     data = toys[name](n_val=512, n_test=512)
     batches = [data.train_batch(step, 512, seed) for step in range(4) for seed in range(4)]
     rows = torch.cat([data.val, data.test, *batches]).tolist()

@@ -1,4 +1,4 @@
-"""Every toy under configs/data: density, samples and entropy agree with each other and with FFJORD."""
+"""Every toy in configs/data: density, samples and entropy agree with each other and with FFJORD's code."""
 
 import math
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from torch import Tensor
 from flowtrain.data.base import step_generator
 from flowtrain.data.toys.base import Toy
 
-# A square that holds all the mass, in cells that line up with the checkerboard and with bins of side 0.5.
+# A square that contains all the mass. Its cells align with the checkerboard and with bins of side 0.5.
 HALF_SIDE, CELLS, CELLS_PER_BIN = 6.0, 192, 8
 
 
-# Entropies in nats by Monte Carlo, +-0.01, found from the definitions before this code existed.
+# Entropies in nats by Monte Carlo, +-0.01, computed independently from the definitions of the toys.
 MONTE_CARLO = {
     "moons": 2.394,
     "circles": 3.26,
@@ -31,14 +31,14 @@ MONTE_CARLO = {
 
 @cache
 def log_density_on_grid(toy: Callable[[str], Toy], name: str) -> tuple[Tensor, float]:
-    """log p at the cell centres, (CELLS, CELLS), and the area of a cell."""
+    """Returns log p at the cell centers, (CELLS, CELLS), and the area of a cell."""
     width = 2 * HALF_SIDE / CELLS
     centres = -HALF_SIDE + width * (torch.arange(CELLS, dtype=torch.float64) + 0.5)
     return toy(name).log_prob(torch.cartesian_prod(centres, centres)).view(CELLS, CELLS), width**2
 
 
 def reference_samples(name: str, n: int) -> np.ndarray:
-    """The definitions once more, in numpy and in the words of the reference: shape (n, 2)."""
+    """Returns samples (n, 2) of the toys, implemented again in NumPy like the reference code."""
     rng = np.random.default_rng(1)
     u, noise, k = rng.random((3, n)), rng.standard_normal((2, n)), rng.integers(0, 1000, n)
     match name:
@@ -118,7 +118,7 @@ def test_samples_follow_the_density(name: str, source: str, toy: Callable[[str],
 
 
 def trapezoid(log_integrand: Callable[[Tensor], Tensor], last: float, nodes: int) -> Tensor:
-    """log of the integral over [0, last] of exp(log_integrand), which gives (..., N) at N nodes."""
+    """Returns the log of the integral over [0, last] of exp(log_integrand), which maps N nodes to (..., N) values."""
     a = torch.linspace(0, last, nodes, dtype=torch.float64)
     terms = log_integrand(a)
     ends = torch.stack((terms[..., 0], terms[..., -1]), dim=-1) - math.log(2)
@@ -166,7 +166,7 @@ def brute_force_two_spirals(x1: Tensor, x2: Tensor) -> Tensor:
 
 
 def brute_force_pinwheel(x1: Tensor, x2: Tensor) -> Tensor:
-    """Roots in r rather than in the angle, by sign changes of g(r) = first entry of R(theta) x / 2 - r."""
+    """Finds the roots in r instead of the angle, by sign changes of g(r) = first entry of R(theta) x / 2 - r."""
     r = torch.linspace(-4, 5, 200_000, dtype=torch.float64)
     total = torch.zeros(len(x1), dtype=torch.float64)
     for arm in range(5):
@@ -199,14 +199,14 @@ def test_density_agrees_with_brute_force(
 
 
 def test_two_spirals_tail_agrees_with_brute_force(toy: Callable[[str], Toy]) -> None:
-    """Both sides of the point from which the box's tail is its asymptotic form."""
+    """The points lie on both sides of the switch to the asymptotic tail of the box."""
     x = torch.tensor([[5.0, 0.0], [6.5, 0.2], [6.9, 0.0], [0.0, 8.0], [7.0, -9.0]])
     expected = brute_force_two_spirals(x[:, :1], x[:, 1:])
     torch.testing.assert_close(toy("2spirals").log_prob(x), expected, rtol=1e-3, atol=0)
 
 
 def test_pinwheel_counts_every_root_where_the_map_folds(toy: Callable[[str], Toy]) -> None:
-    """r = 2.6, t = -0.45 is past the fold (1 + 0.25 exp(r) t < 0): an arm covers it three times."""
+    """r = 2.6, t = -0.45 is past the fold (1 + 0.25 exp(r) t < 0), where an arm covers the point three times."""
     theta = torch.tensor(0.25 * math.exp(2.6))
     r, t = 2.6, -0.45
     x = 2 * torch.stack((r * theta.cos() + t * theta.sin(), t * theta.cos() - r * theta.sin()))[None]
