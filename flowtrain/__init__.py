@@ -1,4 +1,4 @@
-"""flowtrain: train, evaluate and look at normalizing flows.
+"""flowtrain: fit, evaluate and sample densities with normalizing flows.
 
 Example:
     >>> import flowtrain
@@ -11,7 +11,7 @@ Example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# notes when the command began
+# records the time at which the process started
 import flowtrain.utils.status  # noqa: F401
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ __all__ = [
     "train",
 ]
 
-# the others are modules
+# the modules of public names; the other names in __all__ are modules
 _HOMES = {
     "Ensemble": "flowtrain.models.ensemble",
     "Evaluation": "flowtrain.evaluation.result",
@@ -55,7 +55,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when first used: a command says that it is loading before it imports torch."""
+    """Imports public names when they are first used, so that a command can show a message before it imports torch."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     if name in __all__:

@@ -19,22 +19,22 @@ __all__ = ["Base", "GaussianMixture", "StandardNormal", "StudentT", "UniformBox"
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 COVARIANCES = ("full", "diagonal")
-# numbers that the Jacobians of one part of `GaussianMixture.rsample` hold
+# the number of elements of the Jacobians that `GaussianMixture.rsample` computes at once
 PART = 2**22
-# EM in `initialize` stops below this gain, in nats per row. Smaller gains did not lower validation NLL
+# EM in `initialize` stops below this gain, in nats per row; smaller gains did not lower the validation NLL
 INITIALIZE_TOLERANCE = 1e-3
-# terms of the continued fraction of the incomplete beta function
+# the largest number of terms of the continued fraction of the incomplete beta function
 MOST_TERMS = 10_000
 
 
 class Base(Recorded, nn.Module, ABC):
-    """A distribution over latents z of `event_shape`, with a density in closed form.
+    """A distribution of latents z with a density in closed form.
 
-    A subclass defines `log_prob`, `rsample` and `to_uniform`. d is the number of elements of z, and functions that
-    return (B, d) take the elements in the order of `z.flatten(1)`.
+    A subclass defines `log_prob`, `rsample` and `to_uniform`. d is the number of elements of z. Results of shape (B, d)
+    have the elements in the order of `z.flatten(1)`.
 
     Args:
-        event_shape: shape of one z; a number d for vectors of length d.
+        event_shape: shape of one z, or a number d for vectors of length d.
 
     Example:
         >>> class Laplace(Base):
@@ -58,7 +58,7 @@ class Base(Recorded, nn.Module, ABC):
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
-        """log p0(z) in nats, (B,), for z (B, *event_shape)."""
+        """Returns log p0(z) in nats, (B,), for z (B, *event_shape)."""
 
     @abstractmethod
     def rsample(
@@ -68,13 +68,14 @@ class Base(Recorded, nn.Module, ABC):
         temperature: float = 1.0,
         like: Tensor | None = None,
     ) -> Tensor:
-        """n draws z (n, *event_shape) with gradients to the parameters of the base.
+        """Draws n samples z (n, *event_shape), with gradients to the parameters of the base.
 
         Args:
-            generator: None for the global generator of the device.
+            n: the number of samples.
+            generator: the random generator. None: the global generator of the device.
             temperature: multiplies the noise around the mode, or around the mean of a mixture component. 1 draws from
                 the distribution.
-            like: a tensor whose dtype and device the draws have. None: dtype and device of the parameters, or the
+            like: the samples have the dtype and device of this tensor. None: dtype and device of the parameters, or the
                 defaults of torch if there are no parameters.
 
         Raises:
@@ -83,14 +84,17 @@ class Base(Recorded, nn.Module, ABC):
 
     @abstractmethod
     def to_uniform(self, z: Tensor) -> Tensor:
-        """Probability integral transforms u (B, d) of z (B, *event_shape). If z ~ p0, they are independent and uniform.
+        """Returns the probability integral transform u (B, d) of z (B, *event_shape).
 
-        u_j = F(z_j | z_1, ..., z_(j-1)) with F the conditional distribution function (Rosenblatt 1952, Remarks on a
-        multivariate transformation).
+        u_j = F(z_j | z_1, ..., z_(j-1)) with the conditional distribution function F (Rosenblatt 1952, Remarks on a
+        multivariate transformation). If z ~ p0, all u_j are independent and uniform.
         """
 
     def to_normal(self, z: Tensor) -> Tensor:
-        """Normal scores Phi^-1(u) (B, d) of u = `to_uniform(z)`: independent and standard normal if z ~ p0."""
+        """Returns the normal scores Phi^-1(u) (B, d) of u = `to_uniform(z)`.
+
+        If z ~ p0, they are independent and standard normal.
+        """
         y: Tensor = torch.special.ndtri(self.to_uniform(z))
         return y
 
@@ -102,20 +106,21 @@ class Base(Recorded, nn.Module, ABC):
         temperature: float = 1.0,
         like: Tensor | None = None,
     ) -> Tensor:
-        """n draws z (n, *event_shape), as `rsample` without gradients."""
+        """Draws n samples z (n, *event_shape) without gradients, see `rsample`."""
         return self.rsample(n, generator, temperature, like)
 
     def initialize(self, z: Tensor) -> None:
-        """Sets parameters that depend on data from z (n, *event_shape), the first data mapped to the base."""
+        """Sets data-dependent parameters from z (n, *event_shape), training rows mapped to the base.
+
+        The default does nothing.
+        """
 
     def extra_repr(self) -> str:
         return f"event_shape={self.event_shape}"
 
 
 class StandardNormal(Base):
-    """p0(z) = N(z; 0, I). It has no parameters.
-
-    log p0(z) = -(|z|^2 + d log 2 pi) / 2.
+    """The standard normal distribution N(0, I): log p0(z) = -(|z|^2 + d log 2 pi) / 2. It has no parameters.
 
     Example:
         >>> round(StandardNormal((2,)).log_prob(torch.zeros(1, 2)).item(), 4)  # -log(2 pi)
@@ -137,7 +142,7 @@ class StandardNormal(Base):
         if like is None:
             z = torch.randn(shape, generator=generator)
         elif generator is None and like.shape == shape:
-            # fills memory in the order of `like`, which need not be contiguous
+            # fills memory in the order of `like`, which may be other than contiguous
             z = torch.randn_like(like)
         else:
             z = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
@@ -155,8 +160,8 @@ class StudentT(Base):
     """Independent Student t distributions. Their tails are heavier than the tails of a normal distribution.
 
     p0(z) = prod_j c(nu_j) (1 + z_j^2 / nu_j)^(-(nu_j + 1) / 2), with c(nu) = Gamma((nu + 1) / 2) / (sqrt(nu pi)
-    Gamma(nu / 2)). A Lipschitz bijection cannot make the tails of its base heavier; so a standard normal base cannot
-    model a distribution with polynomial tails (Jaini et al. 2020, Tails of Lipschitz triangular flows, theorem 4).
+    Gamma(nu / 2)). A Lipschitz bijection cannot make the tails of its base heavier. So a flow with a standard normal
+    base cannot model polynomial tails (Jaini et al. 2020, Tails of Lipschitz triangular flows, theorem 4).
 
     Args:
         event_shape: shape of one z.
@@ -178,7 +183,7 @@ class StudentT(Base):
         given = torch.as_tensor(df, dtype=torch.get_default_dtype())
         if given.dim() and given.shape != self.event_shape:
             raise FlowtrainError(f"df has shape {tuple(given.shape)}: give one number, or shape {self.event_shape}")
-        if not _holds((given > 0) & given.isfinite()):
+        if not _all_true((given > 0) & given.isfinite()):
             raise FlowtrainError(f"df={df}: give degrees of freedom greater than 0")
         log_df = given.log().expand(self.event_shape).clone()
         if trainable:
@@ -188,7 +193,7 @@ class StudentT(Base):
 
     @property
     def df(self) -> Tensor:
-        """Degrees of freedom, of `event_shape`."""
+        """The degrees of freedom nu, with the shape `event_shape`."""
         return self.log_df.exp()
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -203,7 +208,7 @@ class StudentT(Base):
         temperature: float = 1.0,
         like: Tensor | None = None,
     ) -> Tensor:
-        """z = e sqrt(nu / chi), e ~ N(0, 1) and chi ~ chi-square of nu degrees, drawn as 2 Gamma(nu / 2)."""
+        """Draws z = e sqrt(nu / chi), with e ~ N(0, 1) and chi = 2 Gamma(nu / 2), which is chi-square distributed."""
         df = (self.df if like is None else self.df.to(like)).expand(n, *self.event_shape)
         normal = torch.randn(df.shape, generator=generator, dtype=df.dtype, device=df.device)
         gamma = torch._standard_gamma(df / 2, generator).clamp_min(torch.finfo(df.dtype).tiny)
@@ -211,17 +216,21 @@ class StudentT(Base):
 
     @torch.no_grad()
     def to_uniform(self, z: Tensor) -> Tensor:
-        """F(z_j) = I(nu / (nu + z_j^2); nu / 2, 1 / 2) / 2 for z_j < 0; computed in float64, without gradients."""
+        """Returns u = F(z) (B, d). For z_j < 0, F(z_j) = I(nu / (nu + z_j^2); nu / 2, 1 / 2) / 2.
+
+        I is the incomplete beta function. It is computed in float64, without gradients.
+        """
         df, z64 = self.df.double().flatten(), z.flatten(1).double()
         tail = 0.5 * incomplete_beta(df / 2, torch.full_like(df, 0.5), df / (df + z64.square()))
         return torch.where(z64 < 0, tail, 1 - tail).to(z.dtype)
 
 
 def incomplete_beta(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    """The regularized incomplete beta function I(x; a, b) for a, b > 0 and x in [0, 1]; shapes broadcast; float64.
+    """Computes the regularized incomplete beta function I(x; a, b) for a, b > 0 and x in [0, 1], in float64.
 
-    The continued fraction 8.17.22 of the NIST Digital Library of Mathematical Functions, by the modified Lentz
-    algorithm. It converges fast for x < (a + 1) / (a + b + 2); beyond, I(x; a, b) = 1 - I(1 - x; b, a).
+    This evaluates the continued fraction 8.17.22 of the NIST Digital Library of Mathematical Functions with the
+    modified Lentz algorithm. It converges fast for x < (a + 1) / (a + b + 2). For larger x,
+    I(x; a, b) = 1 - I(1 - x; b, a) is used. Shapes broadcast.
 
     Example:
         >>> half = torch.tensor(0.5, dtype=torch.float64)
@@ -239,30 +248,30 @@ def incomplete_beta(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
         for term in (even, odd):
-            d = 1 / _off_zero(1 + term * d, tiny)
-            c = _off_zero(1 + term / c, tiny)
+            d = 1 / _avoid_zero(1 + term * d, tiny)
+            c = _avoid_zero(1 + term / c, tiny)
             fraction = fraction * c * d
-        # NaN is not worth a wait
+        # elements that are NaN do not prevent the end of the loop
         if not bool(((c * d - 1).abs() > 4 * eps).any()):
             break
     found = (log_front.exp() * fraction / a).clamp(0, 1)
     return torch.where(swapped, 1 - found, found)
 
 
-def _off_zero(x: Tensor, tiny: float) -> Tensor:
+def _avoid_zero(x: Tensor, tiny: float) -> Tensor:
     return torch.where(x.abs() < tiny, tiny, x)
 
 
-def _holds(condition: Tensor) -> bool:
-    """Whether all of it is true; a base on torch's meta device, which has no values, is not checked."""
+def _all_true(condition: Tensor) -> bool:
+    """Whether all elements are true. Tensors on the meta device have no values and are not checked."""
     return condition.is_meta or bool(condition.all())
 
 
 class UniformBox(Base):
     """The uniform distribution on a box: p0(z) = prod_j 1 / (high_j - low_j) for low <= z <= high, and 0 outside.
 
-    log_prob is -inf outside. The inverse of the bijection must therefore map every data point into the box. A sample
-    near the edge of the box may lie outside of it after a round trip, because of rounding.
+    log_prob is -inf outside of the box. So the inverse of the bijection must map every data point into the box. Because
+    of rounding, a sample near the edge of the box may be outside of it after a round trip.
 
     Args:
         low, high: the lower and upper corners. Both have the event shape.
@@ -283,8 +292,8 @@ class UniformBox(Base):
         given = [torch.as_tensor(corner, dtype=dtype).clone() for corner in (low, high)]
         if given[0].shape != given[1].shape or not given[0].dim():
             shapes = " and ".join(str(tuple(corner.shape)) for corner in given)
-            raise FlowtrainError(f"the corners have shapes {shapes}: give two of the shape of one sample")
-        if not _holds((given[0] < given[1]) & torch.stack(given).isfinite().all(0)):
+            raise FlowtrainError(f"low and high have the shapes {shapes}: give both the shape of one sample")
+        if not _all_true((given[0] < given[1]) & torch.stack(given).isfinite().all(0)):
             raise FlowtrainError("low must be less than high in every element, and both must be finite")
         super().__init__(given[0].shape)
         self.register_buffer("low", given[0])
@@ -305,11 +314,11 @@ class UniformBox(Base):
     ) -> Tensor:
         if temperature != 1:
             raise FlowtrainError(
-                f"temperature={temperature}: a uniform base has no mode that lower temperatures approach; leave it out"
+                f"temperature={temperature}: a uniform base has no mode, so only temperature=1 is possible"
             )
         low, high = (self.low, self.high) if like is None else (self.low.to(like), self.high.to(like))
         u = torch.rand(n, *self.event_shape, generator=generator, dtype=low.dtype, device=low.device)
-        # rounding may lead past the corner
+        # rounding can give a value above `high`
         return torch.minimum(low + (high - low) * u, high)
 
     def to_uniform(self, z: Tensor) -> Tensor:
@@ -319,16 +328,16 @@ class UniformBox(Base):
 class GaussianMixture(Base):
     """A Gaussian mixture p0(z) = sum_k w_k N(z; m_k, L_k L_k^T), k = 1 .. K, with trainable w, m and L.
 
-    w = softmax(logits). L_k is lower triangular: its diagonal is exp(log_scale_k), the elements below are `lower`, row
-    by row; a diagonal mixture has none. A new mixture has equal weights, L_k = I and means drawn from N(0, I).
-    `fit` sets the parameters from data by EM.
+    w = softmax(logits). L_k is lower triangular, with the diagonal exp(log_scale_k). `lower` contains the elements
+    below the diagonal, row by row. A diagonal mixture has no such elements. A new mixture has equal weights, L_k = I
+    and means drawn from N(0, I). `fit` sets the parameters from data by EM.
 
     Args:
         event_shape: shape of one z.
         components: the number K of components.
         covariance: full | diagonal.
-        prior: the strength of a prior on the covariances in `fit`. It adds the effect of `prior` more rows to each
-            component. Their covariance is the pooled within-cluster covariance of k-means.
+        prior: the strength of a prior on the covariances in `fit`. The prior has the effect of `prior` additional rows
+            in each component, with the pooled within-cluster covariance of k-means.
 
     Attributes:
         logits: (K,).
@@ -341,7 +350,7 @@ class GaussianMixture(Base):
     Example:
         >>> mixture = GaussianMixture(1, 2)
         >>> _ = mixture.fit(torch.tensor([[-1.0], [-2.0], [4.0], [6.0]]))
-        >>> mixture.means.flatten().sort().values, mixture.weights  # of two points each
+        >>> mixture.means.flatten().sort().values, mixture.weights  # two points each
         (tensor([-1.5000,  5.0000], grad_fn=<SortBackward0>), tensor([0.5000, 0.5000], grad_fn=<SoftmaxBackward0>))
     """
 
@@ -359,12 +368,12 @@ class GaussianMixture(Base):
 
     @property
     def weights(self) -> Tensor:
-        """w, (K,)."""
+        """The weights w, (K,)."""
         return self.logits.softmax(0)
 
     @property
     def scale_tril(self) -> Tensor:
-        """L, (K, d, d)."""
+        """The Cholesky factors L, (K, d, d)."""
         found = torch.diag_embed(self.log_scale.exp())
         if self.lower is None:
             return found
@@ -373,22 +382,25 @@ class GaussianMixture(Base):
         return found.index_put((torch.arange(len(found), device=found.device)[:, None], rows, columns), self.lower)
 
     def _noise(self, z: Tensor) -> Tensor:
-        """e_k = L_k^-1 (z - m_k), (B, K, d), for z (B, d)."""
+        """Returns e_k = L_k^-1 (z - m_k), (B, K, d), for z (B, d)."""
         off = z.unsqueeze(1) - self.means
         if self.lower is None:
             return off * (-self.log_scale).exp()
-        # a solve for each k, of B right sides, is ten times as fast as one for each row too
+        # one solve per component with B right-hand sides is ten times faster than one per component and row
         return solve_lower(self.scale_tril.to(off.dtype), off.permute(1, 2, 0)).permute(2, 0, 1)
 
     def _log_terms(self, e: Tensor) -> Tensor:
-        """log N(e_j; 0, 1) - log L_jj, (B, K, d): the log density of z_j in component k given z_1 .. z_(j-1)."""
+        """Returns the log density of z_j in component k given z_1 .. z_(j-1), (B, K, d).
+
+        This is log N(e_kj; 0, 1) - log L_k,jj, for e (B, K, d) from `_noise`.
+        """
         return -0.5 * e.square() - HALF_LOG_2PI - self.log_scale
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self._log_joint(z.flatten(1)).logsumexp(1)
 
     def _log_joint(self, z: Tensor) -> Tensor:
-        """log w_k N(z; m_k, L_k L_k^T), (B, K), for z (B, d)."""
+        """Returns log w_k N(z; m_k, L_k L_k^T), (B, K), for z (B, d)."""
         constant = self.logits.log_softmax(0) - self.log_scale.sum(1) - self.means.shape[1] * HALF_LOG_2PI
         return constant - 0.5 * self._noise(z).square().sum(-1)
 
@@ -399,12 +411,12 @@ class GaussianMixture(Base):
         temperature: float = 1.0,
         like: Tensor | None = None,
     ) -> Tensor:
-        """z = m_k + T L_k e, k ~ w, e ~ N(0, I), T the temperature.
+        """Draws z = m_k + T L_k e with k ~ w and e ~ N(0, I). T is the temperature.
 
-        The draw of k has no derivative. The gradients are therefore implicit ones (Figurnov et al. 2018, Implicit
-        reparameterization gradients, eq. 7): u = `to_uniform(z)` stays fixed when the parameters change, so that
-        dz = -(du/dz)^-1 du/dparameters. They reach the weights too. They take d backward passes, and have no second
-        derivatives.
+        The draw of k has no derivative, so the gradients are implicit (Figurnov et al. 2018, Implicit
+        reparameterization gradients, eq. 7): u = `to_uniform(z)` is held fixed, so that
+        dz = -(du/dz)^-1 du/dparameters. The weights get gradients too. The cost is d backward passes, and there are no
+        second derivatives.
 
         Raises:
             FlowtrainError: gradients are required at a temperature other than 1.
@@ -420,12 +432,14 @@ class GaussianMixture(Base):
             z = self.means.to(e)[k] + temperature * off
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             if temperature != 1:
-                raise FlowtrainError(f"temperature={temperature}: draws of a mixture have gradients at temperature 1")
+                raise FlowtrainError(
+                    f"temperature={temperature}: samples of a mixture only have gradients at temperature 1; use sample"
+                )
             z = self._implicit(z)
         return z.view(n, *self.event_shape)
 
     def _implicit(self, z: Tensor) -> Tensor:
-        """z (n, d) with the gradients that `rsample` describes."""
+        """Returns z (n, d) with implicit gradients, see `rsample`."""
         k, d = self.means.shape
 
         def of_row(row: Tensor) -> Tensor:
@@ -439,7 +453,10 @@ class GaussianMixture(Base):
         return z - change.squeeze(-1).to(z.dtype)
 
     def _conditional_cdf(self, z: Tensor) -> Tensor:
-        """F(z_j | z_1 .. z_(j-1)) = sum_k q_jk Phi(e_kj), q_jk ~ w_k N(z_1 .. z_(j-1); component k); (B, d)."""
+        """Returns F(z_j | z_1 .. z_(j-1)) = sum_k q_jk Phi(e_kj), (B, d).
+
+        q_jk is the probability of component k given z_1 .. z_(j-1), proportional to w_k N(z_1 .. z_(j-1); component k).
+        """
         e = self._noise(z)
         terms = self._log_terms(e)
         before = torch.nn.functional.pad(terms.cumsum(-1)[..., :-1], (1, 0))
@@ -451,10 +468,10 @@ class GaussianMixture(Base):
         return self._conditional_cdf(z.flatten(1)).clamp(0, 1)
 
     def initialize(self, z: Tensor) -> None:
-        """Fits the mixture to z. It depends on the rows and the seed of torch, but not on the order of the rows.
+        """Fits the mixture to z. The result depends on the seed of torch, but not on the order of the rows.
 
-        With at most 10,000 training rows, training therefore begins with the mixture that `flowtrain.runs.components`
-        has validated.
+        So with at most 10,000 training rows, training begins with the mixture that `flowtrain.runs.components`
+        validated.
         """
         order = np.lexsort(z.flatten(1).double().cpu().numpy().T)
         seed = torch.Generator().manual_seed(torch.initial_seed())
@@ -469,15 +486,16 @@ class GaussianMixture(Base):
         floor: float = 1e-6,
         generator: torch.Generator | None = None,
     ) -> Self:
-        """Sets the parameters from x (n, *event_shape), with EM in float64; returns the mixture.
+        """Fits the parameters to x (n, *event_shape) with EM in float64. Returns the mixture.
 
-        EM finds a local maximum of the log-likelihood, or of the log posterior if `prior` is not 0; see
-        `flowtrain.utils.em.fit_mixture`. EM runs on columns of mean 0 and standard deviation 1.
+        EM finds a local maximum of the log-likelihood, or of the log posterior if `prior` is not 0, see
+        `flowtrain.utils.em.fit_mixture`. The columns are standardised before EM.
 
         Args:
+            x: the data.
             steps: the largest number of EM steps.
-            tolerance: EM ends when a step raises the objective by less, in nats per row.
-            floor: the smallest eigenvalue of a covariance, as a share of the variance of the columns. Without it the
+            tolerance: EM ends when a step raises the objective by less than this, in nats per row.
+            floor: the smallest eigenvalue of a covariance, as a fraction of the variance of the columns. Without it the
                 likelihood is unbounded, because a component on a single row has variance 0.
             generator: the random generator of k-means++, on the CPU. None: the global generator.
 
@@ -485,7 +503,8 @@ class GaussianMixture(Base):
             FlowtrainError: x of another shape, without rows, or not finite.
         """
         if x.shape[1:] != self.event_shape or x.dim() != 1 + len(self.event_shape) or not len(x):
-            raise FlowtrainError(f"x has shape {tuple(x.shape)}; this base is fitted to (n, *{self.event_shape})")
+            shape = ", ".join(map(str, ("n", *self.event_shape)))
+            raise FlowtrainError(f"x has shape {tuple(x.shape)}: this base needs ({shape}) with at least one row")
         x = x.flatten(1).double()
         if not bool(x.isfinite().all()):
             raise FlowtrainError("x has values that are NaN or infinite: remove these rows")

@@ -1,7 +1,7 @@
 """Export of a flow to programs that run without flowtrain: `torch.export` (.pt2) and ONNX (.onnx).
 
-Three programs are written, one file each: log_prob, inverse and sample. All of them take batches of any size, and none
-draws random numbers: the noise of samples and of dequantization is an input. Continuous flows are exported with fixed
+An export writes three programs to three files: log_prob, inverse and sample. They accept batches of any size. They draw
+no random numbers: the noise of samples and of dequantization is an input. Continuous flows are exported with fixed
 steps.
 """
 
@@ -38,13 +38,13 @@ from flowtrain.utils.status import status
 PROGRAMS = ("log_prob", "inverse", "sample")
 ENDINGS = (".pt2", ".onnx")
 FIXED_STEP_METHODS = tuple(name for name, tableau in TABLEAUS.items() if tableau.e is None)
-# programs are compared with the flow on at most so many rows, and so many elements of x
+# limits of the rows, and of the elements of x in total, on which programs are compared with the flow
 MOST_ROWS, MOST_NUMBERS = 1000, 200_000
 # largest difference between a program and the flow, in nats, or in standard deviations of an element
 TOLERANCE = 1e-4
-# the numbers of steps to choose from, and the root mean square of the bias, in nats, that is small enough
+# the possible numbers of steps, and the root mean square of the bias, in nats, that is small enough
 STEPS, LEAST_BIAS = (8, 16, 32, 64, 128), 1e-3
-# the solve that the bias is measured against, in float64
+# the reference solve for the bias, in float64
 TIGHT: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7, "max_nfe": 100_000}
 METADATA = "metadata.json"
 
@@ -57,14 +57,14 @@ class Exported:
 
     Attributes:
         paths: the file of each program, by its name.
-        metadata: of each program, what its file stores as JSON.
+        metadata: the JSON metadata in the file of each program, by its name.
     """
 
     paths: dict[str, Path]
     metadata: dict[str, dict[str, Any]]
 
     def table(self) -> str:
-        """A table for a terminal: the files, the difference of each program to the flow, and the bias of the steps."""
+        """Returns a table with the files, the difference of each program to the flow, and the bias of the steps."""
         about = self.metadata["log_prob"]
         lines = [f"{'program':10}{'largest difference on ' + format(about['rows'], ',') + ' rows':36}file"]
         for name, path in self.paths.items():
@@ -72,13 +72,13 @@ class Exported:
             lines.append(f"{name:10}{there['max_difference']:.1e} {there['max_difference_unit']:28}{path}")
         lines.append(f"rows: {about['rows_from']}")
         if about["solver"] is not None:
-            lines.append(_said_of(about["solver"], about["bias"]))
+            lines.append(_solver_line(about["solver"], about["bias"]))
         if about["trace_probes"]:
             lines.append(f"trace: estimated with {about['trace_probes']} fixed probes, the same for every row")
         return "\n".join(lines)
 
 
-def _said_of(solver: dict[str, Any], bias: dict[str, Any]) -> str:
+def _solver_line(solver: dict[str, Any], bias: dict[str, Any]) -> str:
     steps = f"{solver['method']}, {solver['steps']} steps: bias of log p"
     if bias["mean"] is None:
         return f"{steps} unknown ({bias['failure']})"
@@ -101,19 +101,20 @@ def export(
     """Writes programs of log_prob, inverse and sample that run without flowtrain; see `Flow.export`.
 
     Args:
+        flow, path, x, label, solver, steps, tolerance: see `Flow.export`.
         columns: names of the columns, for the metadata.
-        rows_from: the source of x in words, for the metadata.
+        rows_from: a description of x, for the metadata.
 
     Raises:
         ConfigError: another ending, missing packages, or solver settings that are out of range or have no effect.
         ExportError: a flow that cannot be traced or converted, or a program that differs from the flow by more than
             `tolerance`. No file is written or replaced.
-        FlowtrainError: x or labels that the flow does not take, or fixed steps that cannot be solved.
+        FlowtrainError: x or labels that the flow does not allow, or a solve with fixed steps that fails.
     """
     path, form = checked_path(path)
     paths = paths_beside(path)
     if folders := [there for there in paths.values() if there.is_dir()]:
-        raise ConfigError(f"{folders[0]} is a directory; give the name of a file")
+        raise ConfigError(f"{folders[0]} is a directory: give another file name")
     number("tolerance", tolerance)
     flow = copy.deepcopy(flow).to("cpu").eval().requires_grad_(False)
     with torch.no_grad(), _quiet():
@@ -130,21 +131,21 @@ def export(
                 described = {**about, **task.about()}
                 difference = task.difference(form.loaded(form.content(program, described)))
                 if not difference <= tolerance:
-                    raise ExportError(task.refusal(paths[task.name], difference, tolerance))
+                    raise ExportError(task.difference_message(paths[task.name], difference, tolerance))
                 metadata[task.name] = {**described, "max_difference": difference}
                 contents[task.name] = form.content(program, metadata[task.name])
         with ExitStack() as files:
-            # all are written before one of them takes the place of an older file
+            # no older file is replaced before all new files are written
             for name, content in contents.items():
                 files.enter_context(replacing(paths[name])).write(content)
     return Exported(paths, metadata)
 
 
 def checked_path(path: str | Path) -> tuple[Path, "Format"]:
-    """The path and the format that its ending names.
+    """Returns the path, and the format for its ending.
 
     Raises:
-        ConfigError: another ending, or packages of the format that are missing.
+        ConfigError: another ending, or missing packages.
     """
     path = Path(path).expanduser()
     if path.suffix not in ENDINGS:
@@ -153,7 +154,7 @@ def checked_path(path: str | Path) -> tuple[Path, "Format"]:
 
 
 def paths_beside(path: Path) -> dict[str, Path]:
-    """The file of each program: log_prob in `path`, the others beside it.
+    """Returns the file of each program: `path` for log_prob, and files in the same folder for the others.
 
     Example:
         >>> [p.name for p in paths_beside(Path("flow.pt2")).values()]
@@ -167,7 +168,14 @@ def paths_beside(path: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """x (n, *event_shape) in the dtype of samples, labels (n,) or None, base draws z (n, *event_shape)."""
+    """The rows on which programs are compared with the flow.
+
+    Attributes:
+        x: data (n, *event_shape), in the dtype of samples.
+        label: labels (n,), or None.
+        z: draws from the base, (n, *event_shape).
+        source: a description of x.
+    """
 
     x: Tensor
     label: Tensor | None
@@ -180,14 +188,16 @@ def _rows_of(flow: Flow, x: Any, label: Label, source: str) -> _Rows:
     with seeded(0, torch.device("cpu")):
         if x is None:
             label = flow.drawn_labels(most) if flow.classes is not None and label is None else label
-            # of whole numbers, which get their noise below: x + u as it is in data
+            # whole numbers, to which `dequantized` below adds noise, as it does to data
             x, source = flow.quantized(flow.sample(most, label=label)), "samples of the flow"
         x = torch.as_tensor(x, device="cpu")
         labels = flow.labels(label, x)
         kept = x.flatten(1).isfinite().all(1).nonzero().flatten() if x.dim() > 1 else torch.arange(len(x))
         kept = kept[torch.randperm(len(kept))[:most]]
         if not len(kept):
-            raise FlowtrainError("x has no rows of finite numbers, on which programs could be compared with the flow")
+            raise FlowtrainError(
+                "x has no rows of finite numbers: the export needs such rows to compare the programs with the flow"
+            )
         x, labels = flow.dequantized(x[kept]), None if labels is None else labels[kept]
         return _Rows(x, labels, flow.base.sample(len(kept), like=flow.like), source)
 
@@ -198,8 +208,8 @@ def _rows_of(flow: Flow, x: Any, label: Label, source: str) -> _Rows:
 class FixedProbes(nn.Module):
     """A `TraceRule` whose estimates use the same tangents for every row and every solve.
 
-    They are the tangents of the first draw. If that is a solve of `Flow.log_prob` for a single row, every row gets the
-    tangents that `Flow.log_prob` gives to a batch of one row.
+    The first draw sets the tangents. If it is made by `Flow.log_prob` for a single row, all rows get the tangents that
+    `Flow.log_prob` uses for a batch of one row.
     """
 
     tangents: Tensor | None
@@ -210,13 +220,13 @@ class FixedProbes(nn.Module):
         self.register_buffer("tangents", None)
 
     def is_exact(self, d: int, training: bool) -> bool:
-        """As of the rule."""
+        """Whether the divergence is exact for samples of d elements, see `TraceRule`."""
         return self.rule.is_exact(d, training)
 
     def draw(self, x: Tensor, training: bool) -> Probes:
-        """The probes of one solve that starts at x (B, *event)."""
+        """Returns the probes for a solve that starts at x (B, *event)."""
         if self.tangents is None:
-            # exact where few elements are left of a sample, as after half of the channels was factored out
+            # these can be exact probes, if factoring out has left few elements of a sample
             drawn = self.rule.draw(x[:1], training)
             self.tangents, self.weight, self.estimates = drawn.tangents, drawn.weight, drawn.noisy
         return Probes(self.tangents, self.weight)
@@ -226,25 +236,26 @@ class FixedProbes(nn.Module):
 def with_fixed_steps(
     flow: Flow, x: Tensor, label: Tensor | None = None, solver: str | None = None, steps: int | None = None
 ) -> tuple[Flow, dict[str, Any]]:
-    """A flow that can be exported, and the parts of the metadata that describe how it solves its ODEs.
+    """Returns a flow that can be exported, and the metadata about its ODE solver.
 
     Args:
+        flow: the flow.
         x, label: rows on which the bias of log p is measured.
-        solver: a method of fixed steps. None: the flow's own, if it takes fixed steps, else rk4.
-        steps: from t = 0 to 1. None: the flow's own, if it takes fixed steps and `solver` is None. Else the first of
-            `STEPS` with a bias of at most `LEAST_BIAS`, or the last of them.
+        solver: a method with fixed steps. None: the method of the flow if it has fixed steps, else rk4.
+        steps: the number of steps from t = 0 to 1. None: the flow's number if its solver has fixed steps and `solver`
+            is None, else the first of `STEPS` with a bias of at most `LEAST_BIAS`, or the last of them.
 
     Raises:
-        ConfigError: a setting out of range, or of a flow that solves no ODE.
+        ConfigError: a setting out of range, or a setting for a flow without ODE.
         SolverError: the steps lead to a state that is not finite.
     """
     own = flow.solver
     if own is None:
         if solver is not None or steps is not None:
-            raise ConfigError("solver and steps: this flow solves no ODE; leave them out")
+            raise ConfigError("solver and steps have no effect, because this flow solves no ODE: leave them out")
         return flow, {"solver": None, "bias": None, "trace_probes": None}
     if solver is not None:
-        one_of("solver", solver, FIXED_STEP_METHODS, "an exported program takes fixed steps")
+        one_of("solver", solver, FIXED_STEP_METHODS, "an exported program needs fixed steps")
     if solver is None and not own.adaptive and own.method in FIXED_STEP_METHODS:
         steps = own.steps_between(0.0, 1.0) if steps is None else steps
     method = solver or (own.method if own.method in FIXED_STEP_METHODS else "rk4")
@@ -252,18 +263,18 @@ def with_fixed_steps(
     for block in flow.ode_blocks:
         if not isinstance(block.field, Field):
             raise ExportError(
-                f"{type(block.field).__name__} has no Jacobian-vector product that torch.export can trace: make it a "
-                "flowtrain.nn.velocity_field.Field with a method jvp"
+                f"{type(block.field).__name__} has no Jacobian-vector product that torch.export can trace: derive it "
+                "from flowtrain.nn.Field and define jvp"
             )
     flow = flow.with_solver(ode_solver(method, steps=choices[0]))
     d = math.prod(flow.event_shape)
     estimated = [block for block in flow.ode_blocks if not block.trace.is_exact(d, training=False)]
     for block in estimated:
-        # a module, so that the trace includes the tangents
+        # a module, so that the traced program contains the tangents
         block.trace = FixedProbes(block.trace)  # type: ignore[assignment]
     checked = slice(rows_of_checks(flow.event_shape))
     x, label = x[checked], None if label is None else label[checked]
-    # draws the tangents
+    # this call draws the tangents of `FixedProbes`
     flow.log_prob(x[:1], None if label is None else label[:1])
     tight, failure = _tight_log_prob(flow, x, label)
     for n in choices:
@@ -272,7 +283,7 @@ def with_fixed_steps(
         try:
             bias = _bias(_in_parts(flow.log_prob, x, label).double() - tight) if tight is not None else bias
         except SolverError:
-            # more steps may do
+            # more steps may succeed
             if n == choices[-1]:
                 raise
         if bias["mean"] is not None and bias["rms"] <= LEAST_BIAS:
@@ -285,7 +296,7 @@ def with_fixed_steps(
 
 
 def _tight_log_prob(flow: Flow, x: Tensor, label: Tensor | None) -> tuple[Tensor | None, str | None]:
-    """(log p by an adaptive solver in float64, None), or (None, reason) if the solve failed."""
+    """Returns (log p with the reference solver in float64, None), or (None, reason) if the solve failed."""
     tight = copy.deepcopy(flow).double().with_solver(ode_solver(**TIGHT))
     try:
         return _in_parts(tight.log_prob, x.double(), label), None
@@ -294,7 +305,7 @@ def _tight_log_prob(flow: Flow, x: Tensor, label: Tensor | None) -> tuple[Tensor
 
 
 def _bias(difference: Tensor) -> dict[str, Any]:
-    """Statistics of the bias: log p by fixed steps minus log p by a tight solve, (n,), in nats."""
+    """Returns statistics of the bias: log p with fixed steps minus log p of the reference solve, (n,), in nats."""
     difference = difference[difference.isfinite()]
     if not len(difference):
         return {"mean": None, "failure": "log p is not finite"}
@@ -308,7 +319,7 @@ def _bias(difference: Tensor) -> dict[str, Any]:
 
 
 def _in_parts(function: Program, x: Tensor, label: Tensor | None, first: Sequence[int] = ()) -> Tensor:
-    """function(x, label) in batches: of the sizes `first` while there are rows, then of `rows_at_a_time`."""
+    """Evaluates function(x, label) in batches: first of the sizes `first`, then of `rows_at_a_time`."""
     size = rows_at_a_time(tuple(x.shape[1:]))
     found, at = [], 0
     sizes = iter(first)
@@ -323,7 +334,7 @@ def _in_parts(function: Program, x: Tensor, label: Tensor | None, first: Sequenc
 
 
 class _LogProb(nn.Module):
-    """log p(x) in nats, (B,)."""
+    """The program of log p(x) in nats, (B,)."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
@@ -335,7 +346,7 @@ class _LogProb(nn.Module):
 
 
 class _Inverse(nn.Module):
-    """Data to base, z (B, *event_shape)."""
+    """The program from data to base, z (B, *event_shape)."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
@@ -346,7 +357,7 @@ class _Inverse(nn.Module):
 
 
 class _Sample(nn.Module):
-    """Base to data, x (B, *event_shape)."""
+    """The program from base to data, x (B, *event_shape)."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
@@ -361,10 +372,13 @@ class _Task:
     """One program to export, and the rows on which it is compared with the flow.
 
     Attributes:
-        inputs: names and values, (n, ...) each.
-        output: its name.
-        wanted: what the flow gives for the inputs.
-        scale: differences are divided by it; broadcasts against `wanted`.
+        name: one of `PROGRAMS`.
+        module: the program.
+        inputs: the inputs by name, (n, ...) each.
+        output: the name of the output.
+        wanted: the output of the flow for the inputs.
+        scale: differences are divided by `scale`, which broadcasts against `wanted`.
+        unit: the unit of divided differences.
     """
 
     name: str
@@ -376,7 +390,7 @@ class _Task:
     unit: str
 
     def traced(self) -> torch.export.ExportedProgram:
-        """The traced program. Operations that depend on no input are constants in it.
+        """Returns the traced program. Results of operations that depend on no input are constants in the program.
 
         Raises:
             ExportError: torch cannot trace the flow.
@@ -388,21 +402,24 @@ class _Task:
         try:
             exported = torch.export.export(self.module, examples, dynamic_shapes=shapes, strict=False)
             exported = torch.export.export(with_constants(exported), examples, dynamic_shapes=shapes, strict=False)
-            forget_origins(exported.graph_module)
+            remove_stack_traces(exported.graph_module)
             return exported
         except FlowtrainError:
             raise
         except Exception as e:  # torch raises errors of many kinds
-            advice = "write it with operations of torch that do not look at values; use x.shape[0] and not len(x)"
+            advice = "use operations of torch that do not branch on values, and use x.shape[0] instead of len(x)"
             said = first_line(e)[:300]
             raise ExportError(
-                f"{self.name}: torch.export cannot trace this flow: {said}. If it is your own code, {advice}"
+                f"{self.name}: torch.export cannot trace this flow: {said}. In your own code, {advice}"
             ) from e
 
     def difference(self, program: Program) -> float:
-        """The largest difference to the flow, in units of `scale`; infinite if only one of the two is finite."""
+        """Returns the largest difference between the program and the flow, in units of `scale`.
+
+        It is infinite if the program and the flow are not finite for the same elements.
+        """
         x, *label = self.inputs.values()
-        # a batch of one row, one of two, and larger ones
+        # batches of one row, of two rows, and larger batches
         found = _in_parts(program, x, label[0] if label else None, first=(1, 2))
         if found.shape != self.wanted.shape:
             return math.inf
@@ -413,23 +430,23 @@ class _Task:
             return math.inf
         return float(((found - wanted).abs() / self.scale).where(finite, 0).max())
 
-    def refusal(self, path: Path, difference: float, tolerance: float) -> str:
-        """The message about a program that differs too much."""
+    def difference_message(self, path: Path, difference: float, tolerance: float) -> str:
+        """Returns the error message for a program that differs too much from the flow."""
         if not math.isfinite(difference):
             return (
-                f"{path}: the program {self.name} and the flow are not finite on the same rows, so nothing was written"
+                f"{path}: the program {self.name} is not finite for the same rows as the flow, so nothing was written"
             )
         finite = self.wanted[self.wanted.isfinite()]
         rounding = float(finite.abs().max()) * torch.finfo(self.wanted.dtype).eps
         dtype = str(self.wanted.dtype).removeprefix("torch.")
         return (
             f"{path}: {self.name} differs from the flow by {difference:.1e} {self.unit}, more than {tolerance:.0e}, so "
-            f"nothing was written. {dtype} rounds these values by {rounding:.0e}; if that is the reason, allow more "
-            f"with tolerance={10 ** math.ceil(math.log10(difference)):.0e}"
+            f"nothing was written. Rounding errors of these values in {dtype} are about {rounding:.0e}. If they are "
+            f"the reason, set tolerance={10 ** math.ceil(math.log10(difference)):.0e}"
         )
 
     def about(self) -> dict[str, Any]:
-        """The parts of the metadata that differ between programs."""
+        """Returns the metadata that differ between the programs."""
         return {
             "program": self.name,
             "inputs": [_tensor_spec(name, values) for name, values in self.inputs.items()],
@@ -442,23 +459,23 @@ def _tasks(flow: Flow, rows: _Rows) -> Iterator[_Task]:
     labels = {} if rows.label is None else {"label": rows.label}
     log_p = _in_parts(flow.log_prob, rows.x, rows.label)
     if not bool(log_p.isfinite().any()):
-        raise ExportError("log p is finite on none of the rows, so that no program can be compared with the flow")
+        raise ExportError("log p is not finite on any of the rows, so the programs cannot be compared with the flow")
     yield _Task("log_prob", _LogProb(flow), {"x": rows.x, **labels}, "log_p", log_p, torch.ones(()), "nats")
     z, x = _in_parts(flow.inverse, rows.x, rows.label), _in_parts(flow.forward, rows.z, rows.label)
     unit = "standard deviations"
-    yield _Task("inverse", _Inverse(flow), {"x": rows.x, **labels}, "z", z, _spread(z), unit)
-    yield _Task("sample", _Sample(flow), {"z": rows.z, **labels}, "x", x, _spread(x), unit)
+    yield _Task("inverse", _Inverse(flow), {"x": rows.x, **labels}, "z", z, _element_std(z), unit)
+    yield _Task("sample", _Sample(flow), {"z": rows.z, **labels}, "x", x, _element_std(x), unit)
 
 
-def _spread(y: Tensor) -> Tensor:
-    """The standard deviation of each element of y (n, *event_shape) over the finite rows; 1 for a constant element."""
+def _element_std(y: Tensor) -> Tensor:
+    """Returns the standard deviation of each element of y (n, *event_shape) over finite rows, or 1 if it is 0."""
     finite = y[y.flatten(1).isfinite().all(1)].double()
     std = finite.std(0, correction=0) if len(finite) > 1 else torch.ones_like(y[0], dtype=torch.float64)
     return std.where(std > 0, 1.0)
 
 
 def with_constants(exported: torch.export.ExportedProgram) -> fx.GraphModule:
-    """Constant folding: replaces each operation that depends on no input by its value.
+    """Replaces each operation that depends on no input by its value (constant folding).
 
     ONNX has no operator for some operations on parameters, such as the inverse of a matrix or the log-gamma function.
     """
@@ -475,7 +492,7 @@ def with_constants(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     for i, (node, value) in enumerate(known.items()):
         if node.op == "get_attr" or not isinstance(value, Tensor) or all(user in known for user in node.users):
             continue
-        # a copy, because what a loop uses must not share memory
+        # a copy, because the tensors that a loop uses must not share memory
         module.register_buffer(f"constant_{i}", value.clone())
         with module.graph.inserting_before(node):
             constant = module.graph.get_attr(f"constant_{i}")
@@ -483,12 +500,12 @@ def with_constants(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     for node in reversed(list(known)):
         if not node.users:
             module.graph.erase_node(node)
-    # only what the graph still uses
+    # a new module contains only the tensors that the graph still uses
     return fx.GraphModule(module, module.graph)
 
 
-def forget_origins(module: nn.Module) -> None:
-    """Removes stack traces from a program. They hold paths of this machine and are much longer than the program."""
+def remove_stack_traces(module: nn.Module) -> None:
+    """Removes stack traces from a program. They contain paths of this machine, and are much longer than the program."""
     for part in module.modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
@@ -538,7 +555,7 @@ def _about(flow: Flow, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _notes(flow: Flow) -> list[str]:
-    """Notes in the metadata for users of the programs."""
+    """Returns notes for users of the programs, for the metadata."""
     notes = [
         "log_prob: x -> log p(x) in nats. inverse: x -> z. sample: z -> x; draw z from the density of base.",
         "The first dimension of every input and output is the batch, of any size of at least 1.",
@@ -547,7 +564,7 @@ def _notes(flow: Flow) -> list[str]:
         which = "x" if flow.integer_valued else "the columns of x in noisy_columns"
         top = "" if flow.levels is None else f" and limit to 0 .. {flow.levels - 1}"
         notes.append(
-            f"The data are whole numbers in {which}: log_prob and inverse take x + u, with u uniform in [0, 1). sample "
+            f"The data are whole numbers in {which}: give log_prob and inverse x + u, with u uniform in [0, 1). sample "
             f"returns x + u: round down{top}."
         )
     if flow.levels is not None:
@@ -563,15 +580,15 @@ class Format(ABC):
 
     @abstractmethod
     def converted(self, exported: torch.export.ExportedProgram, task: _Task) -> Any:
-        """The program in this format."""
+        """Converts a traced program to this format."""
 
     @abstractmethod
     def content(self, program: Any, metadata: dict[str, Any]) -> bytes:
-        """The content of a file."""
+        """Returns the content of a file."""
 
     @abstractmethod
     def loaded(self, content: bytes) -> Program:
-        """Runs the program of a file."""
+        """Returns a function that runs the program in a file."""
 
 
 class _Pt2(Format):
@@ -583,8 +600,8 @@ class _Pt2(Format):
         try:
             torch.export.save(program, file, extra_files={METADATA: to_json(metadata)})
         except ValueError as e:
-            # torch 2.8 writes constants that are infinite or NaN to JSON, which has none
-            raise ExportError(f"torch {torch.__version__} cannot write this program ({e}); use a later torch") from e
+            # torch 2.8 writes constants to JSON, which has no infinity and no NaN
+            raise ExportError(f"torch {torch.__version__} cannot write this program ({e}): use a later torch") from e
         return file.getvalue()
 
     def loaded(self, content: bytes) -> Program:
@@ -592,7 +609,7 @@ class _Pt2(Format):
 
 
 class _Onnx(Format):
-    """ONNX, run by onnxruntime on the CPU.
+    """The format ONNX. onnxruntime runs the programs on the CPU.
 
     Raises:
         ConfigError: a package is missing.
@@ -602,7 +619,7 @@ class _Onnx(Format):
         try:
             _, _, self.runtime = (import_module(name) for name in ("onnx", "onnxscript", "onnxruntime"))
         except ImportError as e:
-            raise ConfigError(f"ONNX needs the package {e.name}, an extra: pip install 'flowtrain[onnx]'") from e
+            raise ConfigError(f"ONNX needs the package {e.name}: run pip install 'flowtrain[onnx]'") from e
 
     def converted(self, exported: torch.export.ExportedProgram, task: _Task) -> Any:
         names: dict[str, Any] = {"input_names": [*task.inputs], "output_names": [task.output]}
@@ -610,7 +627,7 @@ class _Onnx(Format):
             found = torch.onnx.export(exported, dynamo=True, verbose=False, **names)
         except Exception as e:  # the converter raises errors of many kinds
             said = first_line(e.__cause__ if isinstance(e.__cause__, Exception) else e)[:300]
-            raise ExportError(f"{task.name}: torch.onnx cannot convert this flow: {said}. Export it as .pt2") from e
+            raise ExportError(f"{task.name}: torch.onnx cannot convert this flow: {said}. Export to .pt2") from e
         assert found is not None
         return found.model_proto
 
@@ -623,12 +640,12 @@ class _Onnx(Format):
     def loaded(self, content: bytes) -> Program:
         options = self.runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # errors only
+        # logs only errors
         options.log_severity_level = 3
         try:
             session = self.runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except Exception as e:  # onnxruntime raises errors of its own
-            raise ExportError(f"onnxruntime cannot run this flow: {first_line(e)[:300]}. Export it as .pt2") from e
+        except Exception as e:  # onnxruntime raises errors of many kinds
+            raise ExportError(f"onnxruntime cannot run this flow: {first_line(e)[:300]}. Export to .pt2") from e
         names = [given.name for given in session.get_inputs()]
 
         def run(*inputs: Tensor) -> Tensor:
@@ -641,7 +658,7 @@ class _Onnx(Format):
 def _quiet() -> Iterator[None]:
     """Hides warnings and log messages of the exporters of torch."""
     disabled = logging.root.manager.disable
-    # some of it is logged as errors
+    # the exporters log some of their messages as errors
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():

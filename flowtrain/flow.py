@@ -1,4 +1,4 @@
-"""A flow: a base density and a bijection. log p(x) = log p0(z) + log|det dz/dx|, z = inverse(x)."""
+"""Flows: a base density and a bijection, with log p(x) = log p0(z) + log|det dz/dx| for z = inverse(x)."""
 
 import math
 import sys
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Label = Tensor | int | Sequence[int] | NDArray[Any] | None
 # an array, a data frame (anything with `columns` and `to_numpy`), or lists of numbers
 Rows = NDArray[Any] | Frame | Sequence[Any]
-# of the probes of estimated traces, see `Flow`
+# the seed of the probes of estimated traces, see `Flow`
 PROBE_SEED = 0
 
 
@@ -51,12 +51,12 @@ class Record:
     Attributes:
         config: the config of the run.
         samples: the event shape, the kind and the column names of the training samples.
-        step: the step of the weights. It is the step of the best validation.
-        metrics: one mapping for each row of metrics.jsonl; () for a loaded flow.
-        seconds: the time of training; 0 for a loaded flow.
+        step: the training step of the weights, which is the step with the best validation.
+        metrics: one mapping for each row of metrics.jsonl. () for a loaded flow.
+        seconds: the time of training. 0 for a loaded flow.
         stopped_by: the reason if training ended before its last step, else None.
-        held_out: "val" and "test" -> positions (n,) of the held-out rows in x, counted from 0. A set that was given as
-            an argument is missing; a loaded flow has none.
+        held_out: the positions (n,) of the held-out rows in x, counted from 0, for the keys "val" and "test". A set
+            that was given as an argument has no key. Empty for a loaded flow.
     """
 
     config: Mapping[str, Any] = field(repr=False)
@@ -69,7 +69,13 @@ class Record:
 
 
 class DensityPass(NamedTuple):
-    """log p(x) (B,) in nats, the latents z (B, *event_shape), and path integrals, see `bijections.base.Pass`."""
+    """The result of `Flow.density_pass`.
+
+    Attributes:
+        log_p: log p(x) in nats, (B,).
+        z: the latents, (B, *event_shape).
+        integrals: path integrals, see `flowtrain.bijections.base.Pass`.
+    """
 
     log_p: Tensor
     z: Tensor
@@ -108,61 +114,64 @@ class Density(Recorded, nn.Module):
     @property
     @abstractmethod
     def flows(self) -> "tuple[Flow, ...]":
-        """The flows that log p(x) is computed from; of a flow, itself."""
+        """The members of an ensemble with nonzero weights. For a single flow, the flow itself."""
 
     @property
     @abstractmethod
     def log_weights(self) -> tuple[float, ...]:
-        """log w_m of each of `flows`; of a flow, 0."""
+        """log w_m for each of `flows`. For a single flow, 0."""
 
     @abstractmethod
     def with_solvers(self, change: Callable[[Solver], Solver]) -> Self:
-        """The same density, sharing parameters, with each ODE solver replaced by what `change` makes of it."""
+        """Returns this density with each ODE solver s replaced by change(s). Parameters are shared."""
 
     @abstractmethod
     def with_kind(self, **data: Any) -> Self:
-        """The same density, sharing parameters, with attributes such as `levels`; see `Flow.with_data`."""
+        """Returns this density with other attributes, such as `levels`, see `Flow.with_data`. Parameters are shared."""
 
     def combined(self, log_p: Tensor) -> Tensor:
-        """log sum_m w_m p_m, (B,), in nats, from log p_m of `flows`, (M, B); NaN of some of them counts as -inf."""
+        """Returns log sum_m w_m p_m, (B,), in nats, from log p_m of `flows`, (M, B).
+
+        NaN of some flows counts as -inf. If all flows have NaN, the result is NaN.
+        """
         log_w = log_p.new_tensor(self.log_weights).unsqueeze(1)
         total = (torch.where(log_p.isnan(), -torch.inf, log_p) + log_w).logsumexp(0)
         return torch.where(log_p.isnan().all(0), torch.nan, total)
 
     def responsibilities(self, log_p: Tensor) -> Tensor:
-        """w_m p_m / p, (M, B), for log p_m of `flows`, (M, B); 0 where p is 0 or unknown."""
+        """Returns w_m p_m / p, (M, B), for log p_m of `flows`, (M, B). It is 0 if p is 0 or NaN."""
         log_w = log_p.new_tensor(self.log_weights).unsqueeze(1)
         return (log_p + log_w - self.combined(log_p)).exp().nan_to_num(0.0)
 
     @property
     def ode_blocks(self) -> list[Continuous]:
-        """The parts that solve an ODE, each once in a pass; none of a density that solves nothing."""
+        """The continuous bijections. Each solves one ODE in a pass."""
         return [m for flow in self.flows for m in flow.modules() if isinstance(m, Continuous)]
 
     @property
     def solver(self) -> Solver | None:
-        """The first ODE solver of a continuous flow; None if nothing is solved."""
+        """The first ODE solver, or None if there is no ODE."""
         parts = (getattr(m, "solver", None) for flow in self.flows for m in flow.bijection.modules())
         return next((s for s in parts if isinstance(s, Solver)), None)
 
     def use_solver(self, solver: Solver) -> None:
-        """Solves all ODEs with another solver from now on."""
+        """Replaces the solver of all ODEs."""
         for flow in self.flows:
             for module in flow.bijection.modules():
                 if isinstance(vars(module).get("solver"), Solver):
-                    setattr(module, "solver", solver)  # noqa: B010 - mypy takes a plain assignment for a submodule's
+                    setattr(module, "solver", solver)  # noqa: B010 - mypy reads an assignment as one of a submodule
 
     def save(self, path: str | Path) -> None:
-        """Writes the flow to a .pt file, which `flowtrain.load`, `floweval` and `flowsample` read.
+        """Writes the flow to a .pt file for `flowtrain.load`, `floweval` and `flowsample`.
 
-        The file replaces an old one of that name once it is complete. It holds no code, but the weights, and how the
-        flow is built: the config of its run, or the arguments of the constructors of its parts. Parts of your own
-        classes are found by the import paths of their classes, and `flowtrain.load` needs `trust=("mypkg",)`. Parts
-        that a flow uses twice become two equal ones. Hooks are not saved.
+        The file replaces an older file of this name when it is complete. It contains no code. It contains the weights
+        and a description of the flow: the config of its run, or the arguments of the constructors of its parts. If your
+        own package `mypkg` defines some of the parts, loading needs `trust=("mypkg",)`. If a flow uses a part twice, it
+        is loaded as two equal parts. Hooks are not saved.
 
         Raises:
             ConfigError: a name that does not end in .pt, or a directory.
-            CheckpointError: a place that cannot be written, or a part of the flow that no file can describe.
+            CheckpointError: the file cannot be written, or a part of the flow cannot be described in a file.
         """
         from flowtrain.runs.save import save
 
@@ -170,17 +179,17 @@ class Density(Recorded, nn.Module):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the dtype and on the device of the flow."""
+        """A tensor with the dtype and the device of the flow."""
         return next(chain(self.parameters(), self.buffers()), torch.zeros(()))
 
     @property
     def data_like(self) -> Tensor:
-        """A tensor of the dtype of samples, on the device of the flow; see `centered`."""
+        """A tensor with the dtype of samples and the device of the flow. If `centered`, samples are float64."""
         return self.like.new_zeros((), dtype=torch.float64) if self.centered else self.like
 
     @property
     def bits_per_nat(self) -> float | None:
-        """1 / (D log 2), from nats per sample to bits per dimension, for integer-valued images; None for other data."""
+        """The factor 1 / (D log 2) from nats per sample to bits per dimension for integer-valued images, else None."""
         if not self.integer_valued or len(self.event_shape) != 3:
             return None
         return 1 / (math.prod(self.event_shape) * math.log(2))
@@ -190,17 +199,17 @@ class Density(Recorded, nn.Module):
     @overload
     def log_prob(self, x: Rows, label: Label | str = None) -> NDArray[Any]: ...
     def log_prob(self, x: Tensor | Rows, label: Label | str = None) -> Tensor | NDArray[Any]:
-        """log p(x) in nats, (B,), for x (B, *event_shape) in data units.
+        """Returns log p(x) in nats, (B,), for x (B, *event_shape) in data units.
 
-        A tensor gives a tensor, with gradients. An array or a data frame gives an array in the dtype of the flow,
-        computed without gradients and in chunks of `rows_at_a_time`; see `read_rows`.
+        For a tensor, the result is a tensor with gradients. For an array or a data frame, the result is an array in the
+        dtype of the flow, without gradients, see `read_rows`. It is computed in chunks of `rows_at_a_time`.
 
-        For integers, an integer-valued flow returns log p(x + u) for one draw of u. The mean over u is at most log P(x)
-        (Theis et al. 2016, A note on the evaluation of generative models, eq. 4).
+        If the flow is integer-valued and x contains integers, the result is log p(x + u) for one draw of u. The mean
+        over u is at most log P(x) (Theis et al. 2016, A note on the evaluation of generative models, eq. 4).
 
         Raises:
-            FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
-            DataError: an array or a frame that `read_rows` refuses.
+            FlowtrainError: x of another shape, or labels that are missing, not expected or out of range.
+            DataError: columns are missing, or values are missing, infinite or not numbers.
 
         Example:
             >>> from flowtrain.bijections.linear import Affine
@@ -213,24 +222,25 @@ class Density(Recorded, nn.Module):
 
     @abstractmethod
     def _log_prob(self, x: Tensor, label: Label) -> Tensor:
-        """`log_prob` of a tensor."""
+        """Computes `log_prob` for a tensor."""
 
     def read_rows(
         self, x: Tensor | Rows, label: Label | str = None, name: str = "x"
     ) -> tuple[NDArray[Any], Tensor | None]:
-        """Rows (n, *event_shape) and labels (n,) from an array, a tensor, lists or a data frame.
+        """Returns rows (n, *event_shape) and labels (n,) from an array, a tensor, lists or a data frame.
 
-        If the flow was trained on named columns, it finds the columns of a data frame by name, in any order. Other
-        columns are ignored. Otherwise the columns are taken by position.
+        If the flow was trained on named columns, the columns of a data frame are found by name, in any order. Other
+        columns are ignored. Otherwise the columns are used in their order.
 
         Args:
+            x: the rows.
             label: labels, or the name of their column in a data frame. If a conditional flow was trained on a named
-                column of labels, None takes it from the frame.
-            name: the name of x in messages; z for latents, whose columns have no names.
+                column of labels, None reads this column of the data frame.
+            name: the name of x in messages. "z" for latents, whose columns have no names.
 
         Raises:
             DataError: columns are missing, or values are missing, infinite or not numbers.
-            FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
+            FlowtrainError: x of another shape, or labels that are missing, not expected or out of range.
         """
         samples = None if self.record is None or name == "z" else self.record.samples
         columns = () if samples is None else samples.columns
@@ -259,22 +269,25 @@ class Density(Recorded, nn.Module):
         label: Label = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n samples (n, *event_shape) in data units, as a tensor without gradients.
+        """Draws n samples (n, *event_shape) in data units, as a tensor without gradients.
 
-        An integer-valued flow gives samples of x + u. `quantized` rounds them to whole numbers.
+        Samples of an integer-valued flow are x + u. `quantized` rounds them to whole numbers.
 
         Args:
-            temperature: multiplies the base noise: 1 samples the density, below 1 stays nearer its modes.
-            chunk: the number of rows that are mapped at once; None: chosen by the size of a sample. The base points do
-                not depend on it. With an adaptive solver the samples depend on it, within the tolerance, because the
-                rows of a chunk share steps.
-            label: one for all, or (n,). None: a conditional flow draws labels by their frequencies in training.
-            generator: on the flow's device; None for the global generator of that device.
+            n: the number of samples.
+            temperature: multiplies the noise of the base. With 1, samples are drawn from the density. Below 1, they are
+                closer to its modes.
+            chunk: the number of rows that are mapped at once. None: chosen by the size of a sample. The base points do
+                not depend on `chunk`. With an adaptive solver the samples depend on it, within the tolerance, because
+                the rows of a chunk share steps.
+            label: one label for all samples, or (n,). None: a conditional flow draws labels with their frequencies in
+                training.
+            generator: a random generator on the device of the flow. None: the global generator of this device.
 
         Raises:
-            FlowtrainError: n is not a whole number of at least 1, or chunk < 1; a temperature below 0, not finite, or
-                other than 1 for a base that has none; labels for an unconditional flow, out of range, of a class
-                without training rows, or neither one nor n of them.
+            FlowtrainError: n is not a whole number of at least 1, or chunk < 1; a temperature that is below 0, not
+                finite, or other than 1 for a base without temperature; labels for an unconditional flow, labels that
+                are out of range or without training rows, or a number of labels other than 1 and n.
 
         Example:
             >>> from flowtrain.bijections.linear import Affine
@@ -285,13 +298,13 @@ class Density(Recorded, nn.Module):
             tensor([[0., 0.]])
         """
         if not 0 <= temperature < math.inf:
-            raise FlowtrainError(f"temperature={temperature}: give a number that is not negative")
+            raise FlowtrainError(f"temperature={temperature}: give a finite number of at least 0")
         return self._sample(n, temperature, chunk, label, generator)
 
     def rsample(self, n: int, label: Label = None, generator: torch.Generator | None = None) -> Tensor:
-        """n samples (n, *event_shape), as `sample`, with gradients to the parameters of the flow and of its base.
+        """Draws n samples (n, *event_shape) with gradients to the parameters of the flow and its base, see `sample`.
 
-        The graph of all samples is kept.
+        The autograd graph of all samples is kept in memory.
 
         Example:
             >>> from flowtrain.bijections.linear import Affine
@@ -306,11 +319,13 @@ class Density(Recorded, nn.Module):
         self, n: int, temperature: float, chunk: int | None, label: Label, generator: torch.Generator | None
     ) -> Tensor:
         if not hasattr(n, "__index__"):
-            raise FlowtrainError(f"n={n!r}: give a whole number. flow.distribution().sample(shape) takes a shape")
+            raise FlowtrainError(
+                f"n={n!r}: give a whole number. For a shape of samples, use flow.distribution().sample(shape)"
+            )
         if n < 1:
-            raise FlowtrainError(f"n={n}: ask for at least one sample")
+            raise FlowtrainError(f"n={n}: give a number of at least 1")
         if chunk is not None and chunk < 1:
-            raise FlowtrainError(f"chunk={chunk}: take at least one row at a time")
+            raise FlowtrainError(f"chunk={chunk}: give a number of at least 1")
         if label is not None:
             self.check_label(label)
         elif self.classes is not None:
@@ -322,16 +337,16 @@ class Density(Recorded, nn.Module):
     def _drawn(
         self, n: int, temperature: float, chunk: int | None, labels: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        """n samples, (n, *event_shape), with labels (n,) if the density is conditional."""
+        """Draws n samples (n, *event_shape) for labels (n,), or None if the density is not conditional."""
 
     def distribution(self, label: int | None = None) -> "FlowDistribution":
-        """The flow as a `torch.distributions.Distribution`; for a conditional flow, p(x | label) of one label.
+        """Returns the flow as a `torch.distributions.Distribution`. A conditional flow needs one label.
 
-        It shares the parameters of the flow, in the flow's mode. Once Pyro is imported, it is one of Pyro's
-        distributions too, as `pyro.sample` requires.
+        The distribution shares the parameters and the training or evaluation mode of the flow. If Pyro is imported, it
+        is also a Pyro distribution, as `pyro.sample` requires.
 
         Raises:
-            FlowtrainError: a label that is missing, superfluous or out of range.
+            FlowtrainError: a label that is missing, not expected or out of range.
 
         Example:
             >>> from flowtrain.bijections.linear import Affine
@@ -342,19 +357,21 @@ class Density(Recorded, nn.Module):
         return _distribution(self, label)
 
     def dequantized(self, x: Tensor) -> Tensor:
-        """x + u for the integers x (B, *event_shape) of an integer-valued flow, else x; with the dtype of `data_like`.
+        """Returns x + u for integers x (B, *event_shape) of an integer-valued flow, else x.
+
+        The result has the dtype of `data_like`.
 
         Raises:
-            FlowtrainError: outside of training, integers that are not in 0 .. levels - 1.
+            FlowtrainError: in evaluation mode, integers that are not in 0 .. levels - 1.
         """
         like = self.data_like
         if self.integer_valued and not x.is_floating_point():
-            # in training they are the data set's own, and to look at them would wait for the device
+            # training data were checked when they were read, and a check here would wait for the device
             if self.levels is not None and not self.training and x.numel():
                 low, high = int(plain_values(x).min()), int(plain_values(x).max())
                 if low < 0 or high >= self.levels:
                     raise FlowtrainError(
-                        f"x goes from {low} to {high}, and this flow is one over whole numbers from 0 to "
+                        f"x has values from {low} to {high}, but this flow is for whole numbers from 0 to "
                         f"{self.levels - 1}"
                     )
             return dequantize(x.to(like.device), like)
@@ -363,7 +380,7 @@ class Density(Recorded, nn.Module):
     def quantized(self, x: Tensor) -> Tensor:
         """Rounds samples x + u (B, *event_shape) of an integer-valued flow down to whole numbers.
 
-        If the flow has `noisy` elements, only those are rounded, and the dtype of x is kept. Samples of other flows are
+        If the flow has `noisy` elements, only these are rounded, and x keeps its dtype. Samples of other flows are
         returned unchanged.
         """
         if self.noisy:
@@ -379,17 +396,17 @@ class Density(Recorded, nn.Module):
 
     @property
     def seen(self) -> list[int]:
-        """The classes of a conditional flow that have training rows; all classes if that is unknown."""
+        """The classes of a conditional flow that have training rows, or all classes if this is unknown."""
         assert self.classes is not None
         return [y for y in range(self.classes) if not self.class_counts or self.class_counts[y]]
 
     def in_turn(self, n: int) -> Tensor:
-        """Labels (n,) that cycle through the classes with training rows."""
+        """Returns labels (n,) that cycle through the classes with training rows."""
         seen = torch.tensor(self.seen, device=self.like.device)
         return seen[torch.arange(n, device=seen.device) % len(seen)]
 
     def drawn_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws labels (n,) by the class frequencies in training.
+        """Draws labels (n,) with the class frequencies in training.
 
         If the frequencies are unknown, as in checkpoints of earlier versions, the labels cycle through all classes.
         """
@@ -399,15 +416,16 @@ class Density(Recorded, nn.Module):
         return torch.multinomial(weights, n, replacement=True, generator=generator)
 
     def labels(self, label: Label, x: Tensor) -> Tensor | None:
-        """`label` as (B,) whole numbers on the device of x (B, ...); None for a flow that is not conditional.
+        """Returns `label` as (B,) whole numbers on the device of x (B, ...), or None for an unconditional flow.
 
         Raises:
-            FlowtrainError: labels missing, superfluous, not whole numbers, or outside of training out of range.
+            FlowtrainError: labels that are missing, not expected or not whole numbers, or in evaluation mode out of
+                range.
         """
         if self.classes is None:
             if label is not None:
                 raise FlowtrainError(
-                    "this flow is not conditional: leave label out. A flow that was fitted with labels is conditional"
+                    "this flow is not conditional: call it without label. Only a flow fitted with labels is conditional"
                 )
             return None
         if label is None:
@@ -416,7 +434,7 @@ class Density(Recorded, nn.Module):
         y = torch.as_tensor(math.nan if given is None else given, device=x.device)
         if y.is_floating_point() or y.dtype == torch.bool or y.dim() > 1 or (y.dim() == 1 and len(y) != len(x)):
             raise FlowtrainError(f"label: give one whole number, or one for each of the {len(x)} samples")
-        # in training they are the data set's own, and to look at them would wait for the device
+        # training labels were checked when they were read, and a check here would wait for the device
         values = plain_values(y)
         bad = [] if self.training else values[(values < 0) | (values >= self.classes)].tolist()
         if bad:
@@ -424,10 +442,10 @@ class Density(Recorded, nn.Module):
         return y.long().expand(len(x))
 
     def check_label(self, label: Label) -> None:
-        """Checks that samples can be drawn with a label, or with labels (n,).
+        """Checks that samples can be drawn for a label, or for labels (n,).
 
         Raises:
-            FlowtrainError: labels that the flow does not accept, see `labels`, or of a class without training rows.
+            FlowtrainError: labels that `labels` does not allow, or of a class without training rows.
         """
         n = len(label) if not isinstance(label, int | None) and np.ndim(label) else 1
         labels = self.labels(label, self.like.new_empty(n, 0))
@@ -436,14 +454,14 @@ class Density(Recorded, nn.Module):
         bad = [y for y in sorted(set(labels.tolist())) if not self.class_counts[y]]
         if bad:
             raise FlowtrainError(
-                f"label={bad[0]}: the training data have no row of this class, only of {as_ranges(self.seen)}"
+                f"label={bad[0]}: the training data have no rows of this class, only of classes {as_ranges(self.seen)}"
             )
 
     @contextmanager
     def _settings(self, x: Tensor) -> Iterator[None]:
-        """One thread for small samples, and full precision outside of training, where the trainer decides.
+        """Uses one thread for small samples, and full precision in evaluation mode.
 
-        torch would take TF32 for convolutions.
+        By default torch uses TF32 for convolutions. In training mode the trainer sets the precision.
         """
         with one_thread_if_small(self.event_shape, x.device):
             if self.training:
@@ -454,7 +472,7 @@ class Density(Recorded, nn.Module):
 
     def _checked(self, x: Tensor, name: str) -> Tensor:
         if not isinstance(x, Tensor) or x.is_complex():
-            raise FlowtrainError(f"{name} is {getattr(x, 'dtype', type(x).__name__)}; give a tensor of real numbers")
+            raise FlowtrainError(f"{name} is {getattr(x, 'dtype', type(x).__name__)}: give a tensor of real numbers")
         self._check_shape(x.shape, name)
         return x
 
@@ -464,44 +482,44 @@ class Density(Recorded, nn.Module):
         wanted = ", ".join(map(str, ("B", *self.event_shape)))
         hint = ""
         if tuple(shape) == self.event_shape:
-            hint = f"; for one row, give {name}[None]"
+            hint = f". For one row, give {name}[None]"
         elif len(shape) == len(self.event_shape) == self.event_shape[0] == 1:
-            hint = f"; for one column, give {name}[:, None]"
-        raise FlowtrainError(f"{name} has shape {tuple(shape)}; this flow takes ({wanted}){hint}")
+            hint = f". For one column, give {name}[:, None]"
+        raise FlowtrainError(f"{name} has shape {tuple(shape)}, but this flow needs ({wanted}){hint}")
 
 
 class Flow(Density):
-    """The density of x = forward(z) with z from a base distribution; samples have the shape `event_shape`.
+    """A normalizing flow: the density of x = forward(z), with z from a base distribution.
 
     An integer-valued flow is the density of x + u for whole numbers x, with u uniform on the unit cube. Each call adds
-    such noise to an integer tensor; a real tensor is taken as it is. A conditional flow, p(x | label), takes labels in
-    every call.
+    u to a tensor of integers. A tensor of real numbers is used without noise. A conditional flow, p(x | label), needs
+    labels in every call.
 
-    If the trace of a continuous flow is estimated (by default beyond 128 elements of a sample), log p(x) depends on
-    random probes. In evaluation mode a call outside of `flowtrain.utils.process.seeded` draws them from a fixed seed,
-    so that equal calls return equal values, and torch's random state stays as it is. Inside `seeded`, as in an
-    evaluation, and in training mode they are drawn from the global generator. The noise that is added to integers is
-    always drawn from the global generator: to score integers repeatably, add the noise once, by `dequantized`.
+    If the trace of a continuous flow is estimated (by default for samples of more than 128 elements), log p(x) depends
+    on random probes. In evaluation mode the probes are drawn from a fixed seed, so that equal calls return equal
+    values, and torch's random state does not change. In training mode, and inside `flowtrain.utils.process.seeded`,
+    which an evaluation uses, the probes are drawn from the global generator. The noise u is always drawn from the
+    global generator. To score integers reproducibly, add the noise once with `dequantized`.
 
-    On the CPU, samples of at most 16 elements are computed on one thread, which is faster than several, unless a run
-    has set the number of threads. The thread count of torch is restored after each call.
+    On the CPU, samples of at most 16 elements are computed on one thread, which is faster than several threads, unless
+    a run has set the number of threads. The thread count of torch is restored after each call.
 
     Args:
-        base: the distribution of z, see `flowtrain.bases`. An event shape stands for a standard normal base; a number
-            d stands for (d,).
+        base: the distribution of z, see `flowtrain.bases`. An event shape, or a number d for (d,), means a standard
+            normal base of this shape.
         bijection: from base to data.
-        classes: the number of labels 0 .. classes - 1 of a conditional flow; None for p(x).
+        classes: the number of labels 0 .. classes - 1 of a conditional flow. None: an unconditional flow.
         integer_valued: whether the data are whole numbers.
         levels: the number of values of integer-valued data with values 0 .. levels - 1, else None.
-        centered: whether samples are float64. Then the bijection subtracts an offset from the data that float32 would
-            not resolve.
-        noisy: indices of the elements of a sample that are whole numbers plus noise, in real data. The data set adds
-            the noise to `x`; `quantized` removes it.
-        class_counts: the number of training rows of each class; () if unknown.
-        event_shape: in place of `base`, for a standard normal base.
+        centered: whether samples are float64. The bijection then subtracts an offset from the data, because float32
+            would not resolve them.
+        noisy: for real data, the indices of the elements of a sample that are whole numbers plus noise. The data set
+            adds the noise to `x`, and `quantized` removes it.
+        class_counts: the number of training rows of each class. () if unknown.
+        event_shape: replaces `base`, for a standard normal base.
 
     Attributes:
-        record: the config and the training of the flow, see `Record`. None if the flow was built by hand and never
+        record: the config and the training of the flow, see `Record`. None if the flow was built in Python and not
             trained.
 
     Raises:
@@ -532,7 +550,7 @@ class Flow(Density):
             raise FlowtrainError("a flow needs either a base or an event_shape, as in Flow((2,), bijection)")
         if not isinstance(bijection, Bijection):
             raise FlowtrainError(
-                f"bijection is of type {type(bijection).__name__}; give one of flowtrain.bijections, or a Chain of them"
+                f"bijection is of type {type(bijection).__name__}: give a bijection of flowtrain.bijections, or a Chain"
             )
         base = event_shape if base is None else base
         assert base is not None
@@ -550,9 +568,10 @@ class Flow(Density):
         return (0.0,)
 
     def with_solver(self, solver: Solver) -> Self:
-        """A flow with the same parameters, not copies of them, whose ODEs are solved by another solver.
+        """Returns this flow with another solver for all ODEs. The parameters are shared, not copied.
 
-        Modules below an ODE block, such as its field, are shared, and so is their training or evaluation mode.
+        Modules inside a continuous bijection, such as its velocity field, are shared too, with their training or
+        evaluation mode.
         """
         views: dict[nn.Module, nn.Module] = {}
 
@@ -573,10 +592,11 @@ class Flow(Density):
         return self if self.solver is None else self.with_solver(change(self.solver))
 
     def with_data(self, bijection: Bijection, **data: Any) -> Self:
-        """The same flow over other data units: another bijection, and attributes such as `levels`.
+        """Returns this flow for data in other units, with another bijection and other attributes.
 
         Args:
-            data: integer_valued, levels, centered, noisy, class_counts.
+            bijection: from base to data.
+            data: new values of integer_valued, levels, centered, noisy or class_counts.
         """
         found = self.with_kind(**data)
         found._modules = {**self._modules, "bijection": bijection}
@@ -586,20 +606,20 @@ class Flow(Density):
         found = copy(self)
         found._modules = {**self._modules}
         found.__dict__.update(data)
-        # it is of the samples before
+        # the record describes the old samples
         found.record = None
         return found
 
     @property
     def step_plans(self) -> list[StepPlan]:
-        """The steps of past training solves, from which the next ones are planned; not a part of the model.
+        """The steps of past training solves, from which the next solves are planned. They are not part of the model.
 
-        Each ODE block has two: one for solves from base to data, and one for solves from data to base.
+        Each continuous bijection has two plans: for solves from base to data, and for solves from data to base.
         """
         return [plan for block in self.ode_blocks for plan in block.step_plans.values()]
 
     def set_step_plans(self, plans: Sequence[StepPlan]) -> None:
-        """Sets `step_plans`, in the same order. Blocks that get no plan plan their next solve without one."""
+        """Sets `step_plans`, in the same order. If `plans` is shorter, the plans of the last blocks do not change."""
         for block, pair in zip(self.ode_blocks, zip(plans[::2], plans[1::2], strict=False), strict=False):
             block.step_plans = dict(zip(block.step_plans, pair, strict=True))
 
@@ -607,20 +627,20 @@ class Flow(Density):
         return self.log_prob_and_latents(x, label)[0]
 
     def log_prob_and_latents(self, x: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
-        """(log p(x), z): log-likelihoods (B,) as from `log_prob`, and latents z = inverse(x), (B, *event_shape)."""
+        """Returns log p(x) (B,), see `log_prob`, and the latents z = inverse(x), (B, *event_shape), from one pass."""
         log_p, z, _ = self.density_pass(x, label)
         return log_p, z
 
     def density_pass(self, x: Tensor, label: Label = None, options: SolveOptions = AS_CONFIGURED) -> DensityPass:
-        """log p(x) as from `log_prob`, the latents and path integrals, with options for the ODE solves."""
+        """Returns log p(x), see `log_prob`, the latents and the path integrals, with options for the ODE solves."""
         x = self.dequantized(self._checked(x, "x"))
-        with self._settings(x), self._repeatable(x):
+        with self._settings(x), self._fixed_probes(x):
             z, log_det, integrals = self.bijection.pass_inverse(x, self.labels(label, x), options)
             # for float64 samples, log_det is float64 too
             return DensityPass(self.base_log_prob(z) + log_det.to(z.dtype), z, integrals)
 
     def base_log_prob(self, z: Tensor) -> Tensor:
-        """log p0(z), (B,), in nats."""
+        """Returns log p0(z) in nats, (B,)."""
         return self.base.log_prob(z)
 
     @overload
@@ -628,10 +648,12 @@ class Flow(Density):
     @overload
     def forward(self, z: Rows, label: Label = None) -> NDArray[Any]: ...
     def forward(self, z: Tensor | Rows, label: Label = None) -> Tensor | NDArray[Any]:
-        """Base to data: x (B, *event_shape), for z (B, *event_shape). An array gives an array, as in `log_prob`.
+        """Maps base to data: returns x (B, *event_shape) for z (B, *event_shape).
+
+        For an array, the result is an array, as in `log_prob`.
 
         Raises:
-            FlowtrainError: z of another shape, or labels missing, superfluous or out of range.
+            FlowtrainError: z of another shape, or labels that are missing, not expected or out of range.
         """
         if not isinstance(z, Tensor):
             return self._in_chunks(self.forward, z, label, "z")
@@ -644,12 +666,12 @@ class Flow(Density):
     @overload
     def inverse(self, x: Rows, label: Label | str = None) -> NDArray[Any]: ...
     def inverse(self, x: Tensor | Rows, label: Label | str = None) -> Tensor | NDArray[Any]:
-        """Data to base: z (B, *event_shape), for x (B, *event_shape). Integers get noise, as in `log_prob`.
+        """Maps data to base: returns z (B, *event_shape) for x (B, *event_shape).
 
-        An array or a data frame gives an array, as in `log_prob`.
+        As in `log_prob`, noise is added to integers, and the result for an array or a data frame is an array.
 
         Raises:
-            FlowtrainError: x of another shape, or labels missing, superfluous or out of range.
+            FlowtrainError: x of another shape, or labels that are missing, not expected or out of range.
         """
         if not isinstance(x, Tensor):
             return self._in_chunks(self.inverse, x, label, "x")
@@ -660,7 +682,7 @@ class Flow(Density):
     def _drawn(
         self, n: int, temperature: float, chunk: int | None, labels: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        # all at once, so that the base points do not depend on the chunks
+        # drawn at once, so that the base points do not depend on the chunks
         z = self.base.rsample(n, generator, temperature, self.like)
         size = chunk or rows_at_a_time(self.event_shape)
         parts = repeat(None) if labels is None else torch.split(labels, size)
@@ -681,46 +703,46 @@ class Flow(Density):
         steps: int | None = None,
         tolerance: float = 1e-4,
     ) -> "Exported":
-        """Writes programs of log_prob, inverse and sample, which run without flowtrain.
+        """Writes programs of log_prob, inverse and sample that run without flowtrain.
 
-        `flow.pt2` is log_prob: x (B, *event_shape) -> log p(x) in nats, (B,). Beside it, `flow.inverse.pt2` is x -> z,
-        and `flow.sample.pt2` is z -> x. With the ending .onnx they are written in ONNX, which needs the extra `onnx`.
-        The programs run on a CPU and take batches of any size. For a conditional flow, they take labels (B,), int64, as
-        a second input. They draw no random numbers: the caller draws z for `sample`, and adds the noise u to whole
-        numbers.
+        `flow.pt2` is log_prob: x (B, *event_shape) -> log p(x) in nats, (B,). In the same folder, `flow.inverse.pt2` is
+        x -> z, and `flow.sample.pt2` is z -> x. With the ending .onnx the programs are written in ONNX, which needs the
+        extra `onnx`. The programs run on a CPU and accept batches of any size. For a conditional flow, labels (B,),
+        int64, are a second input. The programs draw no random numbers: the caller draws z for `sample`, and adds the
+        noise u to whole numbers.
 
-        ODEs are solved with fixed steps. The bias of log p is measured against a tight adaptive solve and is stored in
-        the metadata of each file. Before the files are written, the programs are compared with this flow, with the same
-        fixed steps.
+        ODEs are solved with fixed steps. The bias of log p is measured against an accurate adaptive solve and is stored
+        in the metadata of each file. Before the files are written, the programs are compared with this flow, with the
+        same fixed steps.
 
         Args:
             path: the file of log_prob, with the ending .pt2 or .onnx.
-            x: held-out rows to compare on; at most 1000 are used. None: samples of the flow.
+            x: held-out rows for the comparison. At most 1000 rows are used. None: samples of the flow.
             label: the labels of x, (n,) or one for all, for a conditional flow.
-            solver: a method with fixed steps: euler | midpoint | heun | rk4. None: the flow's own, if it is one of
-                these, else rk4.
-            steps: the number of steps. None: the flow's own number if its solver takes fixed steps. Otherwise the
-                smallest of 8, 16, 32, 64 and 128 with a bias of at most 1e-3 nats (root mean square), or 128.
+            solver: a method with fixed steps: euler | midpoint | heun | rk4. None: the solver of the flow if it is one
+                of these, else rk4.
+            steps: the number of steps. None: the flow's number if its solver has fixed steps, else the smallest of 8,
+                16, 32, 64 and 128 with a bias of at most 1e-3 nats (root mean square), or 128 if there is none.
             tolerance: the largest allowed difference between a program and this flow, in nats for log_prob and in
                 standard deviations of each element for the others.
 
         Returns:
-            The paths and the metadata of the programs; `print(exported.table())` shows them.
+            The paths and the metadata of the programs. `print(exported.table())` shows them.
 
         Raises:
             ConfigError: another ending, missing packages, or a setting out of range.
             ExportError: a program that differs by more than `tolerance`, or a flow that cannot be traced. No file is
                 written or replaced.
-            FlowtrainError: x or labels that the flow does not take, or steps that cannot be solved.
+            FlowtrainError: x or labels that the flow does not allow, or a solve with fixed steps that fails.
         """
-        # imported here because the export depends on this module
+        # imported here because flowtrain.export imports this module
         from flowtrain.export import export
 
         columns = () if self.record is None else self.record.samples.columns
         return export(self, path, x, label, solver=solver, steps=steps, tolerance=tolerance, columns=columns)
 
     @contextmanager
-    def _repeatable(self, x: Tensor) -> Iterator[None]:
+    def _fixed_probes(self, x: Tensor) -> Iterator[None]:
         """Draws the probes of estimated traces from a fixed seed, in evaluation mode and outside of `seeded`."""
         d = math.prod(self.event_shape)
         if self.training or seeding_active() or all(m.trace.is_exact(d, training=False) for m in self.ode_blocks):
@@ -731,12 +753,13 @@ class Flow(Density):
 
 
 class FlowDistribution(Distribution):
-    """A flow, or an ensemble, as a `torch.distributions.Distribution`; see `Density.distribution`.
+    """A flow or an ensemble as a `torch.distributions.Distribution`; see `Density.distribution`.
 
     Args:
-        flow: its parameters are shared.
+        flow: the flow or ensemble, whose parameters are shared.
         label: for a conditional flow, the label in p(x | label).
-        batch_shape: the distribution is repeated in this shape; its samples are independent.
+        batch_shape: shape of independent copies of the distribution.
+        validate_args: see `torch.distributions.Distribution`.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -755,7 +778,7 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """All real numbers; [0, levels] for a flow over whole numbers with `levels`."""
+        """The support: [0, levels] for each element if the flow has `levels`, else all real numbers."""
         levels = self.flow.levels
         c: Any = constraints
         support: constraints.Constraint
@@ -767,18 +790,18 @@ class FlowDistribution(Distribution):
         return f"{type(self).__name__}({label}batch_shape: {self.batch_shape}, event_shape: {self.event_shape})"
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
-        """The same distribution with another batch shape."""
-        # raises as the tensors in other distributions do
+        """Returns this distribution with another batch shape."""
+        # raises the same errors as Tensor.expand, which other distributions call
         shape = torch.empty(self.batch_shape, device="meta").expand(tuple(batch_shape)).shape
         return type(self)(self.flow, self.label, shape, self._validate_args)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples (*sample_shape, *batch_shape, *event_shape)."""
+        """Draws samples (*sample_shape, *batch_shape, *event_shape)."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples, with gradients to the parameters of the flow."""
+        """Draws samples with gradients to the parameters of the flow, see `sample`."""
         shape = self._extended_shape(torch.Size(sample_shape))
         n = math.prod(shape[: len(shape) - len(self.event_shape)])
         if n == 0:
@@ -786,8 +809,8 @@ class FlowDistribution(Distribution):
         return self.flow.rsample(n, self.label).view(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(x) in nats, (*batch,), for x (*batch, *event_shape), where batch broadcasts with `batch_shape`."""
-        # the constraints of torch do not take empty tensors
+        """Returns log p(x) in nats, (*batch,), for x (*batch, *event_shape). batch broadcasts with `batch_shape`."""
+        # the constraints of torch do not accept empty tensors
         if self._validate_args and not (isinstance(value, Tensor) and value.numel() == 0):
             self._validate_sample(value)
         dims = value.dim() - len(self.event_shape)
@@ -798,13 +821,13 @@ class FlowDistribution(Distribution):
 
 @cache
 def _distribution_class(pyro: bool) -> type[FlowDistribution]:
-    """`FlowDistribution`, with the methods that Pyro adds to distributions of torch if `pyro`."""
+    """Returns `FlowDistribution`, or with `pyro` a subclass with the methods of Pyro distributions."""
     if not pyro:
         return FlowDistribution
     mixin = import_module("pyro.distributions.torch_distribution").TorchDistributionMixin
 
     def reduce(self: FlowDistribution) -> tuple[Any, ...]:
-        """For pickle and copy, which do not find a class that is made here."""
+        """Supports pickle and copy, which cannot import a class that is created here."""
         return _distribution, (self.flow, self.label, self.batch_shape, self._validate_args)
 
     names = {"__doc__": FlowDistribution.__doc__, "__module__": __name__, "__reduce__": reduce}
@@ -812,10 +835,10 @@ def _distribution_class(pyro: bool) -> type[FlowDistribution]:
 
 
 def _distribution(*arguments: Any) -> FlowDistribution:
-    """A `FlowDistribution`, which is one of Pyro's if Pyro is imported."""
+    """Builds a `FlowDistribution`, which is also a Pyro distribution if Pyro is imported."""
     return _distribution_class("pyro" in sys.modules)(*arguments)
 
 
 def rows_at_a_time(event_shape: tuple[int, ...]) -> int:
-    """How many samples to take through a flow at once: as many numbers as 2000 vectors of 100, at most 2000 rows."""
+    """Returns the number of samples to map at once: at most 2000, and at most 200,000 elements in total."""
     return max(1, min(2000, 200_000 // math.prod(event_shape)))

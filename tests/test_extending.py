@@ -141,7 +141,7 @@ def test_convergence_order_of_the_example_solver(project: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"b": (0.5, 0.4)}, "b to 1"), ({"a": ((0.3,),)}, "rows of a have to sum"), ({"c": (0, 1, 1)}, "of 2 stages")],
+    [({"b": (0.5, 0.4)}, "b must sum"), ({"a": ((0.3,),)}, "must sum"), ({"c": (0, 1, 1)}, "b has 2 numbers")],
 )
 def test_invalid_tableau_is_refused(change: dict[str, tuple[float, ...]], words: str) -> None:
     heun = {"order": 2, "c": (0, 1), "a": ((1,),), "b": (0.5, 0.5)}

@@ -192,7 +192,7 @@ def test_empty_batches_and_gradients_with_respect_to_x() -> None:
 def test_wrong_shapes_and_numbers_are_refused() -> None:
     flow = linear_flow()
     for bad in (torch.zeros(5), torch.zeros(5, 3), torch.zeros(5, 2, 1)):
-        with pytest.raises(FlowtrainError, match=r"takes \(B, 2\)"):
+        with pytest.raises(FlowtrainError, match=r"\(B, 2\)"):
             flow.log_prob(bad)
     with pytest.raises(FlowtrainError, match="n=0"):
         flow.sample(0)

@@ -11,27 +11,28 @@ from flowtrain.nn.residual_mlp import MaskedLinear
 
 
 class Autoregressive(Bijection):
-    """x_i = f(z_i; theta_i(x_j of smaller groups)) over vectors; log-determinant sum_i log f'(z_i).
+    """An autoregressive map of vectors, x_i = f(z_i; theta_i(x)), where theta_i depends only on smaller groups.
 
-    The direction from data to base, of log p(x), takes one pass through the conditioner. From base to data, it takes
-    one for each group: d where each element is a group of its own, and 2 for a coupling.
+    The log-determinant is sum_i log f'(z_i). The direction from data to base, which log p(x) uses, needs one evaluation
+    of the conditioner. The direction from base to data needs one evaluation for each group: d if each element is a
+    group, and 2 for a coupling.
 
     f and `input_bound` have the same meaning as in `Coupling`. With a bound B, x_i = f(z_i; theta_i(c)) + (W x)_i with
     c = B tanh(x / B), and W has the mask of the conditioner.
 
     Args:
-        groups: the group of each element, whole numbers from 0, (d,).
-        conditioner: (x, label) -> theta (B, size * d), see `Elementwise`. The numbers of theta of element i may
-            depend on elements of smaller groups only. `MaskedMLP(groups, hidden, groups.repeat(size))` has this mask.
+        groups: the group of each element, (d,), whole numbers from 0.
+        conditioner: (x, label) -> theta (B, size * d), see `Elementwise`. theta of element i may depend only on
+            elements of smaller groups. `MaskedMLP(groups, hidden, groups.repeat(size))` has this mask.
         cap: bound on the log-scale of the default f.
-        input_bound: B; None for no bound and no W.
-        transform: f; None for `ScaleShift(cap)`.
+        input_bound: B. None: no bound and no W.
+        transform: f. None: `ScaleShift(cap)`.
 
     Example:
         >>> from flowtrain.nn.residual_mlp import MaskedMLP
         >>> groups = torch.arange(3)
         >>> flow = Autoregressive(groups, MaskedMLP(groups, [8], groups.repeat(2)))
-        >>> x, log_det = flow(torch.tensor([[1.0, 2.0, 3.0]]))  # the identity, until it is trained
+        >>> x, log_det = flow(torch.tensor([[1.0, 2.0, 3.0]]))  # the identity before training
         >>> x.tolist(), log_det.tolist()
         ([[1.0, 2.0, 3.0]], [0.0])
     """
@@ -56,7 +57,7 @@ class Autoregressive(Bijection):
     groups: Tensor
 
     def theta(self, x: Tensor, label: Tensor | None) -> Tensor:
-        """Parameters of f. Under autocast the conditioner may answer in a narrower dtype; what follows does not."""
+        """Returns the parameters of f. Under autocast the output of the conditioner is converted to the dtype of x."""
         return conditioned(self.conditioner, bounded(x, self.input_bound), label).to(x.dtype)
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,7 @@ class Autoregressive(Bijection):
             y, log_slopes = self.transform.to_data(z, self.theta(x, label))
             if self.input_bound is not None:
                 y = y + self.linear(x).to(x.dtype)
-            # elements of later groups are not determined yet
+            # only the elements of this group are final
             now = self.groups == group
             x, log_slope = torch.where(now, y, x), torch.where(now, log_slopes, log_slope)
         return x, log_slope.sum(1)

@@ -1,4 +1,4 @@
-"""The one contract of every invertible map, and their composition."""
+"""The base class of invertible maps, and their composition."""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 from flowtrain.utils.recorded import Recorded
 
-# numbers of x that initialization takes through a map at once: a network holds many times as many
+# the size of the parts of x in which initialization applies a map; the activations of a network are many times larger
 PART = 2**18
 
 
@@ -22,9 +22,9 @@ class Pass(NamedTuple):
     """The result of one pass through a bijection.
 
     Attributes:
-        x: the values at the other end, (B, *event_shape).
+        x: the output, (B, *event_shape).
         log_det: log|det| of the Jacobian of the pass, (B,), in nats.
-        integrals: for each ODE that was solved, in order, the path integrals that `SolveOptions` asked for, (B, Q).
+        integrals: for each ODE in the order of the solves, the path integrals requested by `SolveOptions`, (B, Q).
     """
 
     x: Tensor
@@ -33,11 +33,11 @@ class Pass(NamedTuple):
 
 
 class Bijection(Recorded, nn.Module, ABC):
-    """An invertible map between base and data, of a given class where the model is conditional.
+    """An invertible map between base and data, which may depend on a class label.
 
-    `forward(z) -> (x, log|det dx/dz|)` leads from base to data, `inverse(x) -> (z, log|det dz/dx|)` back;
-    values are (B, *event_shape), log-determinants (B,), in nats; `label` is (B,), whole numbers, or None. Whether a
-    bijection reads the label or not, it takes it, so that all of them compose.
+    `forward(z, label)` returns (x, log|det dx/dz|), and `inverse(x, label)` returns (z, log|det dz/dx|). z and x are
+    (B, *event_shape), and log-determinants are (B,), in nats. `label` contains whole numbers, (B,), or is None. Every
+    bijection accepts a label, so that all bijections can be composed.
 
     Example:
         >>> class Double(Bijection):
@@ -52,7 +52,7 @@ class Bijection(Recorded, nn.Module, ABC):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Makes passes use `forward` and `inverse` of a class that overrides them and not the pass itself."""
+        """Resets `pass_forward` if a subclass overrides only `forward`, and `pass_inverse` if only `inverse`."""
         super().__init_subclass__(**kwargs)
         for name, default in (("forward", Bijection.pass_forward), ("inverse", Bijection.pass_inverse)):
             if name in cls.__dict__ and f"pass_{name}" not in cls.__dict__:
@@ -60,47 +60,45 @@ class Bijection(Recorded, nn.Module, ABC):
 
     @abstractmethod
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Base to data."""
+        """Maps base to data: returns (x, log|det dx/dz|)."""
 
     @abstractmethod
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to base."""
+        """Maps data to base: returns (z, log|det dz/dx|)."""
 
     def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
-        """`forward` with options for its ODE solves, and with the path integrals that the options ask for.
+        """Maps base to data with options for the ODE solves, and returns the path integrals that the options request.
 
-        A bijection that contains others overrides this method and `pass_inverse`, to hand the options down. This
-        default is for bijections that only have `forward` and `inverse`. ODEs inside them are solved with the options
-        too.
+        A bijection that contains others overrides this method and `pass_inverse`, and passes the options on. The
+        default calls `forward`. It applies the options to ODEs inside too.
         """
-        return _handed_down(self.forward, z, label, options)
+        return _with_options(self.forward, z, label, options)
 
     def pass_inverse(self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
-        """`inverse` with options, see `pass_forward`."""
-        return _handed_down(self.inverse, x, label, options)
+        """Maps data to base with options, see `pass_forward`."""
+        return _with_options(self.inverse, x, label, options)
 
     def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        """`forward` without its log-determinant, for maps that can save the work."""
+        """Maps base to data without the log-determinant. Subclasses override it if this saves work."""
         return self.forward(z, label)[0]
 
     def map_inverse(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """`inverse` without its log-determinant."""
+        """Maps data to base without the log-determinant."""
         return self.inverse(x, label)[0]
 
     @torch.no_grad()
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Sets data-dependent parameters from data x (B, *event_shape), once, before training; returns z.
+        """Sets data-dependent parameters from data x (B, *event_shape), once, before training. Returns z.
 
-        This default sets no parameters and applies the map to x in parts. Couplings and continuous flows start as the
-        identity. If the map leaves the first part exactly unchanged, it is assumed to be the identity, and the other
-        parts are returned without applying it.
+        This default sets no parameters and applies the map to x in parts. Couplings and continuous flows are initially
+        the identity. So if the map does not change the first part, all other parts are returned unchanged too.
         """
         rows = max(1, PART // math.prod(x.shape[1:]))
         parts = torch.split(x, rows)
         labels = [None] * len(parts) if label is None else torch.split(label, rows)
         before = [buffer.clone() for buffer in self.buffers()]
         first = self.map_inverse(parts[0], labels[0])
-        # running statistics, such as those of batch normalization, must see all parts
+        # a map with running statistics, such as batch normalization, must be applied to all parts
         unchanged = all(torch.equal(a, b) for a, b in zip(before, self.buffers(), strict=True))
         if len(parts) > 1 and unchanged and torch.equal(first, parts[0]):
             return x
@@ -108,7 +106,7 @@ class Bijection(Recorded, nn.Module, ABC):
 
 
 class _Outer(NamedTuple):
-    """The options of a pass through a bijection that only has `forward` and `inverse`, and the integrals inside."""
+    """The options of a pass through a bijection with only `forward` and `inverse`, and the integrals of its ODEs."""
 
     options: SolveOptions
     integrals: list[Tensor]
@@ -117,8 +115,8 @@ class _Outer(NamedTuple):
 _OUTER: ContextVar[_Outer | None] = ContextVar("outer pass", default=None)
 
 
-def _handed_down(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, label: Any, options: SolveOptions) -> Pass:
-    """A pass by `forward` or `inverse`, inside which `as_pass` finds the options."""
+def _with_options(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, label: Any, options: SolveOptions) -> Pass:
+    """Calls `forward` or `inverse` and returns a `Pass`. During the call, `as_pass` uses the options."""
     if options is AS_CONFIGURED:
         return Pass(*function(x, label))
     outer = _Outer(options, [])
@@ -131,7 +129,7 @@ def _handed_down(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, labe
 
 
 def as_pass(function: Callable[..., Pass], x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`forward` or `inverse` of a bijection that hands options down, by its `pass_forward` or `pass_inverse`."""
+    """Implements `forward` or `inverse` by `pass_forward` or `pass_inverse`, with the options of an outer pass."""
     outer = _OUTER.get()
     if outer is None:
         return function(x, label)[:2]
@@ -141,7 +139,7 @@ def as_pass(function: Callable[..., Pass], x: Tensor, label: Tensor | None) -> t
 
 
 class Chain(Bijection):
-    """The composition b_n . ... . b_1 in the direction base to data: b_1 stands next to the base.
+    """The composition of bijections b_1, .., b_n. From base to data, b_1 is applied first.
 
     Example:
         >>> from flowtrain.bijections.linear import Permutation
@@ -199,32 +197,32 @@ class Chain(Bijection):
 
 
 def check_sample(x: Tensor) -> None:
-    """Refuses data x (B, *event_shape) without valid statistics, before any parameter is set.
+    """Checks that the statistics of x (B, *event_shape) are defined, before any parameter is set.
 
     Raises:
         FlowtrainError: x has no rows.
         NonFiniteError: x has values that are NaN or infinite.
     """
     if not len(x):
-        raise FlowtrainError("x has no rows, but the statistics of the data need at least one; nothing was initialized")
+        raise FlowtrainError("x has no rows: the flow needs at least one row to initialize its parameters")
     if not bool(torch.isfinite(x).all()):
-        raise NonFiniteError("x has values that are NaN or infinite: remove those rows; nothing was initialized")
+        raise NonFiniteError("x has values that are NaN or infinite: remove these rows and initialize the flow again")
 
 
 def varies(std: Tensor, mean: Tensor) -> Tensor:
-    """Which channels vary by more than the rounding error of their mean.
+    """Returns which channels have a standard deviation above the rounding error of their mean.
 
-    Channels of a single row, or of equal rows, do not vary. Dividing by their standard deviation of 0 would give an
-    infinite scale, so they keep a scale of 1.
+    The channels of a single row, or of equal rows, do not. Their standard deviation of 0 would give an infinite scale,
+    so they keep a scale of 1.
     """
     return std > torch.finfo(mean.dtype).eps * mean.abs()
 
 
-def places(x: Tensor) -> int:
-    """How many places of x (B, C, ...) share a channel: H W of an image, 1 of a vector."""
+def elements_per_channel(x: Tensor) -> int:
+    """Returns the number of elements of x (B, C, ...) per channel: H W for images, 1 for vectors."""
     return math.prod(x.shape[2:])
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
-    """v (C,) in the shape that broadcasts along the channels of x (B, C, ...)."""
+    """Reshapes v (C,) so that it broadcasts along the channels of x (B, C, ...)."""
     return v.view(-1, *(1,) * (x.dim() - 2))

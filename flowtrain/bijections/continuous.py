@@ -20,15 +20,15 @@ from flowtrain.utils.errors import ConfigError
 
 
 class Continuous(Bijection):
-    """dx/dt = v(t, x); log|det dx(1)/dx(0)| = int_0^1 tr dv/dx dt.
+    """The flow of the ODE dx/dt = v(t, x), with log|det dx(1)/dx(0)| = int_0^1 tr dv/dx dt.
 
-    The instantaneous change of variables (Chen et al. 2018, Neural ODEs, theorem 1) along the solution. The inverse
-    solves from t = 1 to 0, and the same signed integral is its log-determinant.
+    The log-determinant is the instantaneous change of variables (Chen et al. 2018, Neural ODEs, theorem 1). The inverse
+    solves the ODE from t = 1 to 0, and its log-determinant is the integral from 1 to 0.
 
     Args:
-        field: `forward(t, x)`; see `flowtrain.nn.velocity_field`.
-        solver: how the ODE is solved; None for the defaults of `ode_solver`.
-        trace: exact or estimated divergence, in training and at evaluation; None for the defaults of `TraceRule`.
+        field: the velocity field, `forward(t, x)`; see `flowtrain.nn.velocity_field`.
+        solver: solves the ODE. None: `ode_solver()`.
+        trace: exact or estimated divergence, in training and at evaluation. None: `TraceRule()`.
 
     Example:
         >>> class Decay(nn.Module):
@@ -44,20 +44,20 @@ class Continuous(Bijection):
         self.field = field
         self.solver = ode_solver() if solver is None else solver
         self.trace = TraceRule() if trace is None else trace
-        # at the base and at the data
+        # the times of the base and of the data
         self.times = (0.0, 1.0)
-        # by whether time runs forward, from base to data
+        # True: from base to data; False: from data to base
         self.step_plans = {True: StepPlan(), False: StepPlan()}
         self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold: compiled functions are bound to this field, and cannot be pickled."""
+        """Removes the compiled functions from copies and pickles: they use this field, and cannot be pickled."""
         return {**self.__dict__, "compiled": None}
 
     def compile_field(self) -> None:
-        """Compiles the field's evaluations in training: with CUDA graphs on a GPU, to C++ on a CPU.
+        """Compiles the evaluations of the field in training: with CUDA graphs on a GPU, to C++ on a CPU.
 
-        A compiled field is differentiated by autograd, not by hand.
+        Autograd differentiates a compiled field. The hand-written derivatives are not used.
         """
         mode = "reduce-overhead" if next(self.field.parameters()).is_cuda else "default"
         self.compiled = (
@@ -66,7 +66,7 @@ class Continuous(Bijection):
         )
 
     def between(self, start: float, end: float) -> Self:
-        """The same flow on another interval: forward solves from `start` to `end`, inverse from `end` to `start`."""
+        """Returns this flow on another interval: forward from `start` to `end`, inverse from `end` to `start`."""
         part = copy(self)
         part.times = (start, end)
         return part
@@ -84,7 +84,7 @@ class Continuous(Bijection):
         return self._transport(x, label, self._end(options), self.times[0], options)
 
     def _end(self, options: SolveOptions) -> float:
-        # a random end time, from the global generator of the CPU, only if the flow covers the whole interval (0, 1)
+        # the end time is random only if the flow covers the whole interval (0, 1); it uses the CPU's global generator
         if not options.end_time or not self.training or self.times != (0.0, 1.0):
             return self.times[1]
         return 1 + options.end_time * (2 * float(torch.rand(())) - 1)
@@ -100,7 +100,7 @@ class Continuous(Bijection):
         if solution.integrals is None:
             raise RuntimeError("the solver returned no integral")
         log_det, paths = solution.integrals[:, 0], solution.integrals[:, 1:]
-        # int_0^1 whichever way it was solved
+        # the path integrals are int_0^1 for both directions
         return Pass(solution.x, log_det, (paths if t0 < t1 else -paths,) if options.integrals else ())
 
     def solve(
@@ -111,20 +111,23 @@ class Continuous(Bijection):
         label: Tensor | None = None,
         options: SolveOptions = AS_CONFIGURED,
     ) -> Solution:
-        """Solves from x (B, *event) at t0. The integrals (B, 1 + Q) are the log-determinant and those of `options`."""
+        """Solves the ODE from x (B, *event) at t0 to t1.
+
+        The integrals (B, 1 + Q) are the log-determinant and the Q path integrals of `options`.
+        """
         problem = self._problem(x, label, t0, t1, self.trace.draw(x, self.training), options.integrals)
-        # an evaluated likelihood must be as exact as the tolerance says: its error takes part in the step control
+        # at evaluation, the step control includes the error of the likelihood, so that it meets the tolerance
         solution = self.solver.solve(problem, options if self.training else replace(options, control="all"))
         if self.training and solution.steps is not None:
             self.step_plans = {**self.step_plans, t0 < t1: solution.steps}
         return solution
 
     def velocity(self, label: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-        """v(t, x), of labels (B,) where the flow is conditional; compiled in training where that was asked for."""
+        """Returns the function v(t, x) for labels (B,), or None. After `compile_field` it is compiled in training."""
         return self._functions(label)[0]
 
     def _functions(self, label: Tensor | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """The velocity, and `integrands`."""
+        """Returns the velocity and `integrands`, or the compiled functions."""
         if label is not None:
             return given(self.field, label), integrands
         compiled = self.compiled if self.training and not transforms_active() else None
@@ -140,7 +143,7 @@ class Continuous(Bijection):
         integrals: Mapping[str, Integral] = MappingProxyType({}),
     ) -> Problem:
         velocity, along = self._functions(label)
-        # compiled integrands too take the field itself
+        # compiled integrands also need the field, and not the compiled velocity
         field = velocity if isinstance(velocity, Field) else self.field
 
         def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,17 +161,19 @@ class Continuous(Bijection):
             n_integrals=1 + len(integrals),
             noisy=probes is not None and probes.noisy,
             recorder=velocity.recorder() if isinstance(velocity, Field) else None,
-            # an evaluation is the same whatever was solved before it
+            # an evaluation must not depend on earlier solves
             step_plan=self.step_plans[t0 < t1] if self.training else None,
         )
 
 
 def given(field: nn.Module, label: Tensor) -> Field:
-    """The field at labels (B,).
+    """Returns the field v(t, x | label) for labels (B,).
 
     Raises:
-        ConfigError: a field that takes none.
+        ConfigError: a field without labels.
     """
     if not isinstance(field, LayeredField):
-        raise ConfigError(f"{type(field).__name__} takes no labels: use a field of flowtrain.nn for p(x | label)")
+        raise ConfigError(
+            f"{type(field).__name__} has no labels: use a field of flowtrain.nn with classes=K for p(x | label)"
+        )
     return field.given(label)

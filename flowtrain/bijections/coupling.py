@@ -11,23 +11,24 @@ from flowtrain.nn.conditioners import zero
 
 
 class Coupling(Bijection):
-    """x_a = z_a; x_b = f(z_b; theta(z_a)) element by element; log-determinant sum_b log f'(z_b).
+    """A coupling, x_a = z_a and x_b = f(z_b; theta(z_a)) elementwise, with log-determinant sum_b log f'(z_b).
 
-    f is x = z exp(s) + m by default, with |s| < `cap`, see `ScaleShift` (Real NVP), or a `Spline`. Subclasses say which
-    part is a, unchanged, and which b.
+    Part a is unchanged, and it determines the map of part b. Subclasses define the parts. By default f is
+    x = z exp(s) + m with |s| < `cap` (Real NVP, see `ScaleShift`). f may also be a `Spline`.
 
     With an `input_bound` B the conditioner receives c = B tanh(z_a / B), and x_b = f(z_b; theta(c)) + W z_a. Far from
     the data the coupling is then an affine map: theta is constant, f is affine, and W keeps the linear correlations.
-    -log p of a stack of such couplings grows quadratically along rays from the data, like that of a Gaussian, with a
-    factor bounded by `cap`. Without a bound the conditioner extrapolates, and s reaches its cap in every coupling.
+    For a stack of such couplings, -log p grows quadratically along rays from the data, as for a Gaussian, with a factor
+    bounded by `cap`. Without a bound the conditioner extrapolates, and s reaches its cap in every coupling.
 
     Args:
-        conditioner: (a, label) -> theta of b, see `Elementwise`; of `ScaleShift` these are the raw log-scales and the
-            shifts, joined along dimension 1. A module of torch, such as `nn.Sequential`, is called without the label.
+        conditioner: (a, label) -> theta of b, see `Elementwise`. For `ScaleShift` theta contains the raw log-scales and
+            the shifts, concatenated along dimension 1. A module of torch, such as `nn.Sequential`, is called without
+            the label.
         cap: bound on the log-scale of the default f.
-        input_bound: B. None passes z_a to the conditioner unchanged and omits W.
-        sizes: the numbers of elements of a and b, for W; needed with an `input_bound`.
-        transform: f; None for `ScaleShift(cap)`.
+        input_bound: B. None: the conditioner receives z_a, and there is no W.
+        sizes: the numbers of elements of a and b. They are needed for W.
+        transform: f. None: `ScaleShift(cap)`.
     """
 
     def __init__(
@@ -48,18 +49,18 @@ class Coupling(Bijection):
 
     @abstractmethod
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b), each (B, n, ...)."""
+        """Splits x (B, C, ...) into a and b, each (B, n, ...)."""
 
     @abstractmethod
     def join(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """x (B, C, ...) whose part b is now `b`."""
+        """Returns x (B, C, ...) with the new part `b`."""
 
     def theta(self, a: Tensor, label: Tensor | None) -> Tensor:
-        """Parameters of f. Under autocast the conditioner may answer in a narrower dtype; what follows does not."""
+        """Returns the parameters of f. Under autocast the output of the conditioner is converted to the dtype of a."""
         return conditioned(self.conditioner, bounded(a, self.input_bound), label).to(a.dtype)
 
     def of_b(self, log_slope: Tensor) -> Tensor:
-        """The log-slopes of elements that belong to b, with zeros elsewhere."""
+        """Returns the log-slopes with zeros for elements that do not belong to b."""
         return log_slope
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -77,27 +78,28 @@ class Coupling(Bijection):
         return self.join(x, a, b), self.of_b(log_slope).flatten(1).sum(1)
 
 
-# the name that users' classes derive from
+# the old name of `Coupling`, which classes of users may derive from
 AffineCoupling = Coupling
 
 
 def bounded(x: Tensor, bound: float | None) -> Tensor:
-    """bound * tanh(x / bound), or x."""
+    """Returns bound * tanh(x / bound), or x if the bound is None."""
     return x if bound is None else bound * torch.tanh(x / bound)
 
 
 def conditioned(conditioner: nn.Module, x: Tensor, label: Tensor | None) -> Tensor:
-    """The answer of a conditioner; modules of torch do not take the label."""
+    """Calls a conditioner. Modules of torch are called without the label."""
     of_torch = type(conditioner).__module__.startswith("torch.nn.")
     answer: Tensor = conditioner(x) if of_torch else conditioner(x, label)
     return answer
 
 
 class IndexCoupling(Coupling):
-    """The part a of vectors is where a mask is true.
+    """A coupling of vectors. Part a consists of the elements for which a mask is true.
 
     Args:
-        mask: bool (d,); saved as two buffers of indices.
+        mask: bool (d,). It is stored as two buffers of indices.
+        conditioner, cap, input_bound, transform: as in `Coupling`.
     """
 
     def __init__(
@@ -123,18 +125,20 @@ class IndexCoupling(Coupling):
 
 
 class HalfCoupling(Coupling):
-    """The part a is the first half of the channels, or with `swap` the second.
+    """A coupling in which part a is the first half of the channels, or the second half with `swap`.
 
-    After a squeeze that puts the squares of one colour first (see `flowtrain.bijections.squeeze`) this is a coupling
-    by a checkerboard mask, whose conditioner sees the squares of one colour alone and spends nothing on the others.
+    After a `Squeeze` the two halves of the channels are the two colours of a checkerboard. So this is a coupling with a
+    checkerboard mask, and its conditioner only computes with the pixels of part a.
 
     Args:
-        channels: C; with an odd one the first half is the larger.
+        channels: C. If C is odd, the first half is larger.
+        swap: whether part a is the second half.
+        conditioner, cap, input_bound, transform: as in `Coupling`.
 
     Example:
         >>> from flowtrain.nn.conditioners import MLP
         >>> coupling = HalfCoupling(3, swap=False, conditioner=MLP(2, [8], 2, "relu"))
-        >>> x, log_det = coupling(torch.tensor([[1.0, 2.0, 3.0]]))  # the identity, until it is trained
+        >>> x, log_det = coupling(torch.tensor([[1.0, 2.0, 3.0]]))  # the identity before training
         >>> x.tolist(), log_det.tolist()
         ([[1.0, 2.0, 3.0]], [0.0])
     """
@@ -162,12 +166,15 @@ class HalfCoupling(Coupling):
 
 
 class CheckerboardCoupling(Coupling):
-    """The part a of images is where row + column is even, or with `swap` odd, for sides that cannot be halved.
+    """A coupling of images. Part a consists of the pixels with row + column even, or odd with `swap`.
 
-    The conditioner sees whole images with zeros in place of b (Dinh et al. 2017, section 3.4).
+    The conditioner receives the whole image with zeros in place of b (Dinh et al. 2017, section 3.4). Images with even
+    sides can use `Squeeze` and `HalfCoupling` instead.
 
     Args:
         size: (H, W).
+        swap: whether part a has the odd pixels.
+        conditioner, cap, transform: as in `Coupling`.
     """
 
     def __init__(

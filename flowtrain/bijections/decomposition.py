@@ -1,4 +1,4 @@
-"""A bijection taken apart into stages, each of which acts on whole samples."""
+"""Decomposition of a bijection into stages that map whole samples."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from flowtrain.bijections.squeeze import Wrapped
 
 
 def stages(bijection: Bijection) -> list[Bijection]:
-    """The bijections that one is made of, from the base to the data, each from (B, *event) to (B, *event).
+    """Returns the stages of a bijection, from base to data. Each stage maps (B, *event) to (B, *event).
 
-    Chains are taken apart, also within squeezes and halves: Squeeze(b . a) = Squeeze(b) . Squeeze(a).
+    Chains are split, also inside `Wrapped` bijections: Squeeze(b . a) = Squeeze(b) . Squeeze(a).
 
     Example:
         >>> from flowtrain.bijections.linear import Affine
@@ -29,15 +29,15 @@ def stages(bijection: Bijection) -> list[Bijection]:
 
 
 def innermost(stage: Bijection) -> Bijection:
-    """What a stage does, without the squeezes and halves around it."""
+    """Returns the bijection inside a stage, without the `Squeeze` and `FactorOut` around it."""
     return innermost(stage.inner) if isinstance(stage, Wrapped) else stage
 
 
 def between(stage: Bijection, start: float, end: float) -> Bijection:
-    """A stage whose innermost is a continuous flow, from time `start` to `end` in place of 0 to 1.
+    """Returns a stage with a continuous flow on the interval from `start` to `end` instead of 0 to 1.
 
     Raises:
-        TypeError: another stage, which has no time.
+        TypeError: the innermost bijection of the stage is not `Continuous`.
     """
     if isinstance(stage, Wrapped):
         return type(stage)(between(stage.inner, start, end))
@@ -47,7 +47,10 @@ def between(stage: Bijection, start: float, end: float) -> Bijection:
 
 
 def through(stage: Bijection, function: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-    """What a function of the innermost's states, as its velocity, is of y (B, *event): 0 where y passes it by."""
+    """Evaluates a function of the innermost bijection's states, such as its velocity, at y (B, *event).
+
+    The result is 0 for elements that are factored out.
+    """
     if not isinstance(stage, Wrapped):
         return function(y)
     inside, outside = stage.enter(y)

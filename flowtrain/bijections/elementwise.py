@@ -1,4 +1,4 @@
-"""Monotone maps of single elements, whose parameters a network computes: the maps inside couplings."""
+"""Monotone elementwise maps with parameters from a network, as used in couplings."""
 
 from abc import ABC, abstractmethod
 
@@ -9,27 +9,27 @@ from flowtrain.utils.recorded import Recorded
 
 
 class Elementwise(Recorded, nn.Module, ABC):
-    """x_i = f(z_i; theta_i), increasing in z_i, with theta_i of `size` numbers.
+    """An elementwise map x_i = f(z_i; theta_i), increasing in z_i. theta_i has `size` numbers.
 
-    Couplings and autoregressive bijections compute theta by a network. The map itself has no parameters. f is the
-    identity where theta is zero, so a network that starts at zero gives a bijection that starts as the identity.
+    Couplings and autoregressive bijections compute theta with a network. The map itself has no parameters. f is the
+    identity if theta is zero. So if the output of the network is initially zero, the bijection is the identity.
 
-    theta is (B, size * n, ...) for n elements: number j of element i is at j * n + i along dimension 1.
+    theta is (B, size * n, ...) for n elements. Number j of element i is at index j * n + i of dimension 1.
     """
 
     size: int
 
     @abstractmethod
     def to_data(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, log dx/dz), each (B, n, ...), of z (B, n, ...) and theta (B, size * n, ...)."""
+        """Returns (x, log dx/dz), each (B, n, ...), for z (B, n, ...) and theta (B, size * n, ...)."""
 
     @abstractmethod
     def to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """(z, log dz/dx), each (B, n, ...), of x (B, n, ...) and theta (B, size * n, ...)."""
+        """Returns (z, log dz/dx), each (B, n, ...), for x (B, n, ...) and theta (B, size * n, ...)."""
 
 
 class ScaleShift(Elementwise):
-    """x = z exp(s) + m with s = cap tanh(raw / cap), so |s| < cap; theta = (raw, m).
+    """The affine map x = z exp(s) + m with s = cap tanh(raw / cap), so that |s| < cap. theta is (raw, m).
 
     Args:
         cap: bound on the log-scale.
@@ -47,7 +47,7 @@ class ScaleShift(Elementwise):
         self.cap = cap
 
     def scale_and_shift(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """(s, m)."""
+        """Returns (s, m)."""
         raw, shift = theta.chunk(2, 1)
         return self.cap * torch.tanh(raw / self.cap), shift
 

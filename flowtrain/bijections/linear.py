@@ -1,4 +1,4 @@
-"""Linear maps and permutations, and the Gaussian that a flow starts at."""
+"""Linear maps, permutations, and the Gaussian at which a flow is initialized."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, Chain, check_sample, places, varies
+from flowtrain.bijections.base import Bijection, Chain, check_sample, elements_per_channel, varies
 from flowtrain.utils.errors import DataError, FlowtrainError
 from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.precision import full_precision
@@ -17,15 +17,15 @@ _COVARIANCE_CHUNK = 2**22
 
 
 def shrunk_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and shrunk covariance (d, d) of rows x (n, d), in float64 on the device of x.
+    """Returns the mean (d,) and the shrunk covariance (d, d) of rows x (n, d), in float64 on the device of x.
 
     The correlation matrix R is shrunk towards the identity, Sigma = D ((1 - s) R + s I) D with D the standard
     deviations. The result therefore does not depend on the units of the columns. The intensity s minimises the expected
     squared Frobenius error (Ledoit and Wolf 2004, A well-conditioned estimator for large-dimensional covariance
-    matrices), as `sklearn.covariance.LedoitWolf` computes it for standardised columns. It is at least 1/n: the estimate
-    of Ledoit and Wolf is zero for two rows, and the result must be positive definite for any number of rows.
+    matrices), as in `sklearn.covariance.LedoitWolf` for standardised columns. It is at least 1/n: the estimate of
+    Ledoit and Wolf is zero for two rows, and the result must be positive definite for any number of rows.
 
-    A constant column counts as uncorrelated with the others and has variance 1. All moments are over n, not n - 1.
+    A constant column gets the variance 1 and no correlation with other columns. Moments are divided by n, not n - 1.
 
     Raises:
         DataError: x has no rows.
@@ -42,8 +42,8 @@ def shrunk_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     n, d = x.shape
     if n == 0:
-        raise DataError("a covariance needs at least one row, and there are none")
-    # values are divided by the largest of their column, because squares overflow float64 above 1e154
+        raise DataError("the data have no rows: a covariance needs at least one row")
+    # each column is divided by its largest value, because squares overflow float64 above 1e154
     largest = x.abs().amax(0).double()
     unit = torch.where(largest > 0, largest, 1.0)
     parts = torch.split(x, max(1, _COVARIANCE_CHUNK // max(1, d)))
@@ -67,7 +67,7 @@ def shrunk_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
-    """Log density in nats of N(mean, covariance) at rows x (n, d): (n,), float64.
+    """Returns the log density of N(mean, covariance) at rows x (n, d), in nats, (n,), float64.
 
     Example:
         >>> gaussian_log_prob(torch.zeros(1, 2), torch.zeros(2), torch.eye(2)).tolist()
@@ -83,10 +83,10 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
 
 
 def _intensity(correlation: Tensor, fourth: Tensor, n: int) -> Tensor:
-    """The shrinkage intensity, in [1/n, 1]; `fourth` is the mean of |z|^4 over the standardised rows z.
+    """Returns the shrinkage intensity, in [1/n, 1]. `fourth` is the mean of |z|^4 over the standardised rows z.
 
-    b^2 / d^2 in the notation of Ledoit and Wolf: b^2 = (mean |z|^4 - |R|^2) / n is the squared error of R, and
-    d^2 = |R - I|^2 its distance to the target.
+    In the notation of Ledoit and Wolf it is b^2 / d^2, with the squared error b^2 = (mean |z|^4 - |R|^2) / n of R and
+    the squared distance d^2 = |R - I|^2 to the target.
     """
     distance = (correlation - correlation.diag().diag()).square().sum()
     error = (fourth - correlation.square().sum()) / n
@@ -95,9 +95,10 @@ def _intensity(correlation: Tensor, fourth: Tensor, n: int) -> Tensor:
 
 
 class Affine(Bijection):
-    """x = L z + m, log|det dx/dz| = sum log L_ii, for samples of d >= 1 elements, images flattened.
+    """The affine map x = L z + m with a lower triangular L, for samples of d elements. Images are flattened.
 
-    L L^T is the covariance. `initialize` sets the maximum-likelihood Gaussian of the data it is given.
+    log|det dx/dz| = sum_i log L_ii. With a standard normal base, x has the mean m and the covariance L L^T.
+    `initialize` sets the maximum-likelihood Gaussian of the data.
 
     Example:
         >>> affine = Affine(1)
@@ -113,7 +114,7 @@ class Affine(Bijection):
         self.below_diagonal = nn.Parameter(torch.zeros(d, d))
 
     def factor(self) -> Tensor:
-        """L, (d, d)."""
+        """Returns L, (d, d)."""
         return self.below_diagonal.tril(-1) + torch.diag(self.log_diagonal.exp())
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -133,7 +134,7 @@ class Affine(Bijection):
         # constant columns keep a scale of 1
         variance = covariance.diagonal()
         variance.copy_(variance.where(varies(variance.sqrt(), flat.mean(0)), 1))
-        # fewer rows than columns, or columns that depend on each other, leave directions without variance
+        # the covariance is singular if there are fewer rows than columns, or linearly dependent columns
         covariance.diagonal().mul_(1 + 1e-6).add_(1e-30)
         factor = torch.linalg.cholesky(covariance)
         self.mean.copy_(flat.mean(0))
@@ -142,36 +143,36 @@ class Affine(Bijection):
         return self.map_inverse(x, label)
 
 
-# Smallest eigenvalue of a covariance relative to the largest. Below it float32 cannot resolve the direction
+# the smallest eigenvalue of a covariance relative to the largest; float32 cannot resolve directions below it
 LEAST_EIGENVALUE = 1e-8
 
 
 class InvertibleLinear(Bijection):
-    """z = W x at every place, W = P L (U + diag(s)): for images (B, C, H, W) a 1x1 convolution, for vectors a matrix.
+    """The linear map z = W x of the channels, W = P L (U + diag(s)). For images it is a 1x1 convolution.
 
-    P is a fixed permutation, L unit lower and U strictly upper triangular, s = sign exp(log|s|) with a fixed sign;
-    log|det dz/dx| = H W sum log|s| (Glow, eq. 10 and 11). W leads from data to base, the direction of training; its
-    inverse is taken in float64, once a call.
+    P is a fixed permutation, L is unit lower triangular, U is strictly upper triangular, and s = sign exp(log|s|) has
+    fixed signs. log|det dz/dx| = H W sum log|s| (Glow, eq. 10 and 11). W maps data to base, the direction of training.
+    The other direction computes the inverse of W in float64 at each call.
 
     Args:
         channels: C.
-        start: the first W: `rotation`, a random one | `permutation`, a random one, which keeps the columns of a table
-            apart until training mixes them.
+        start: the initial W. `rotation`: a random rotation. `permutation`: a random permutation, so that the columns of
+            a table are not mixed before training.
 
     Raises:
-        FlowtrainError: another start.
+        FlowtrainError: an unknown `start`.
 
     Example:
         >>> linear, x = InvertibleLinear(3), torch.randn(2, 3, 4, 4)
         >>> z, log_det = linear.inverse(x)
-        >>> torch.allclose(linear(z)[0], x, atol=1e-4), bool((log_det.abs() < 1e-3).all())  # it begins as a rotation
+        >>> torch.allclose(linear(z)[0], x, atol=1e-4), bool((log_det.abs() < 1e-3).all())  # initially a rotation
         (True, True)
     """
 
     def __init__(self, channels: int, start: str = "rotation") -> None:
         super().__init__()
         if start not in ("rotation", "permutation"):
-            raise FlowtrainError(f"InvertibleLinear(start={start!r}): give 'rotation' or 'permutation'")
+            raise FlowtrainError(f"InvertibleLinear(start={start!r}): choose 'rotation' or 'permutation'")
         if start == "rotation":
             first = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
         else:
@@ -188,7 +189,7 @@ class InvertibleLinear(Bijection):
     sign: Tensor
 
     def weight(self) -> Tensor:
-        """W, (C, C)."""
+        """Returns W, (C, C)."""
         upper = torch.diagonal_scatter(self.upper.triu(1), self.sign * self.log_scale.exp())
         return torch.addmm(self.permutation, self.permutation, self.lower.tril(-1)) @ upper
 
@@ -198,25 +199,26 @@ class InvertibleLinear(Bijection):
             return channel_map(back, z), -self.log_det(z)
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        # an error here would be one of the flow itself
+        # TF32 would add an error to z that the log-determinant does not contain
         with full_precision(x.device):
             return channel_map(self.weight(), x), self.log_det(x)
 
     def log_det(self, x: Tensor) -> Tensor:
-        """log|det dz/dx| of each row of x (B, C, ...), (B,)."""
-        return (places(x) * self.log_scale.sum()).expand(x.shape[0])
+        """Returns log|det dz/dx| for each row of x (B, C, ...), (B,)."""
+        return (elements_per_channel(x) * self.log_scale.sum()).expand(x.shape[0])
 
 
 def channel_map(weight: Tensor, x: Tensor) -> Tensor:
-    """y_ij = W x_ij, x (B, C, ...)."""
+    """Multiplies the channels of x (B, C, ...) by W at every pixel."""
     return torch.matmul(weight, x.flatten(2)).view_as(x) if x.dim() > 2 else x @ weight.T
 
 
 class GaussianStart(Bijection):
-    """x = F z + m with fixed F and m, F F^T = C: it turns a standard normal base into the Gaussian N(m, C).
+    """The map x = F z + m with fixed F and m, F F^T = C. It maps a standard normal base to the Gaussian N(m, C).
 
-    A flow whose other parts start as affine maps then starts at the Gaussian of the training rows, see `FromGaussian`.
-    F is the symmetric square root of C, so that z_i stays next to x_i. log|det dx/dz| = log det C / 2.
+    If the other bijections of a flow are initially affine, `FromGaussian` can start the flow at the Gaussian of the
+    training rows. F is the symmetric square root of C, which keeps z_i close to the standardised x_i.
+    log|det dx/dz| = log det C / 2.
 
     Args:
         d: length of the vectors.
@@ -242,7 +244,7 @@ class GaussianStart(Bijection):
     log_volume: Tensor
 
     def fit(self, mean: Tensor, covariance: Tensor) -> None:
-        """Sets the Gaussian from its mean (d,) and its positive semidefinite covariance (d, d)."""
+        """Sets the mean (d,) and the positive semidefinite covariance (d, d) of the Gaussian."""
         values, vectors = torch.linalg.eigh(covariance.double())
         roots = values.clamp_min(LEAST_EIGENVALUE * values.max()).sqrt()
         self.mean.copy_(mean)
@@ -254,7 +256,7 @@ class GaussianStart(Bijection):
         before = self.factor.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.factor.dtype == torch.float64 != before and self.factor.device.type != "meta":
-            # The stored matrices were rounded to float32 separately, so F F^-1 is not I in float64. log p does not
+            # the stored matrices were rounded to float32 separately, so F F^-1 is not I in float64. log p does not
             # change, because it uses inverse_factor and log_volume
             self.factor.copy_(torch.linalg.inv(self.inverse_factor))
         return self
@@ -269,11 +271,11 @@ class GaussianStart(Bijection):
 
 
 class Preconditioned(Chain):
-    """A model over vectors (B, d) between a standard normal and the data whitened by their shrunk covariance.
+    """A model of vectors (B, d) for whitened data. The data are whitened with their shrunk covariance.
 
-    A model that starts as the identity then starts at the Gaussian of the data. All directions of the whitened data
-    have the same scale, which makes an ODE easier to learn. Couplings perform better on unwhitened columns, see
-    `FromGaussian`.
+    If the model is initially the identity, the flow starts at the Gaussian of the data. All directions of the whitened
+    data have the same scale, which makes an ODE easier to learn. Couplings perform better on columns that are not
+    whitened, see `FromGaussian`.
     """
 
     def __init__(self, model: Bijection, d: int) -> None:
@@ -288,15 +290,17 @@ class Preconditioned(Chain):
 
 
 class FromGaussian(Chain):
-    """A model over vectors (B, d) whose base is the Gaussian of the training rows in place of a standard normal.
+    """A model of vectors (B, d) with a Gaussian base instead of a standard normal.
 
-    `initialize` sets this base from the data x. The flow then starts at N(m, C), with the mean and the shrunk
-    covariance of x (see `shrunk_covariance`). It assumes that the model is affine at first, which holds for all
-    models of flowtrain: z = J (x - m) + o maps N(m, C) to N(o, J C J^T).
+    `initialize` sets this Gaussian such that the flow starts at N(m, C), with the mean and the shrunk covariance of the
+    data x (see `shrunk_covariance`). It assumes that the model is initially affine, as all models of flowtrain are. Its
+    inverse z = J (x - m) + o then maps N(m, C) to N(o, J C J^T).
 
     Args:
-        diagonal: C has the variances only. The base then sees the columns unmixed, which suits a base that is fitted
-            to the data itself: a mixture of diagonal Gaussians is worse by 12 nats on whitened columns of pendigits.
+        model: from this base to the data.
+        d: length of the vectors.
+        diagonal: sets the correlations in C to zero, so that the columns are not mixed. This is better for a base that
+            is fitted to the data: a mixture of diagonal Gaussians is worse by 12 nats on whitened columns of pendigits.
     """
 
     def __init__(self, model: Bijection, d: int, diagonal: bool = False) -> None:
@@ -325,9 +329,9 @@ class FromGaussian(Chain):
 
 
 class Permutation(Bijection):
-    """x_i = z_{p(i)} along dimension 1; log-determinant 0.
+    """The permutation x_i = z_{p(i)} along dimension 1. Its log-determinant is 0.
 
-    p is a buffer: a permutation that a checkpoint forgets ruins the flow.
+    p is a buffer, because checkpoints must contain it.
 
     Example:
         >>> Permutation(torch.tensor([2, 0, 1]))(torch.tensor([[0.0, 1.0, 2.0]]))[0]

@@ -1,4 +1,4 @@
-"""The logit of bounded values, and dequantization (Dinh et al. 2017, Real NVP, section 4.1)."""
+"""The logit transform of bounded values, and dequantization (Dinh et al. 2017, Real NVP, section 4.1)."""
 
 import math
 
@@ -11,17 +11,17 @@ from flowtrain.utils.errors import FlowtrainError
 
 
 class Logit(Bijection):
-    """z = logit p, p = alpha + (1 - 2 alpha) x / levels, for x in [0, levels]; each element by itself.
+    """The elementwise map z = logit p with p = alpha + (1 - 2 alpha) x / levels, for x in [0, levels].
 
-    log|det dz/dx| = sum log((1 - 2 alpha) / levels) - log p - log(1 - p). x is in the units of the data, so that a
-    unit cube is one integer value and -log p(x) / (D log 2) of the dequantized x is in bits per dimension.
+    log|det dz/dx| = sum log((1 - 2 alpha) / levels) - log p - log(1 - p). x is in the units of the data. One integer
+    value is then a unit cube, and -log p(x) / (D log 2) of the dequantized x is in bits per dimension.
 
     Args:
-        levels: how many values, 0 .. levels - 1, the integer-valued data take.
-        alpha: keeps p off 0 and 1.
+        levels: number of values of the integer-valued data, which are 0 .. levels - 1.
+        alpha: keeps p away from 0 and 1.
 
     Raises:
-        FlowtrainError: outside of training, x that p takes out of [0, 1].
+        FlowtrainError: in evaluation mode, x outside of the domain of the logit.
 
     Example:
         >>> z, log_det = Logit(levels=256, alpha=0.05).inverse(torch.tensor([[128.0]]))
@@ -35,27 +35,27 @@ class Logit(Bijection):
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         p, q = torch.sigmoid(z), torch.sigmoid(-z)
-        # from the nearer end, whose sigmoid is small: near the other it has no digits left
+        # the smaller of the two sigmoids is accurate, so x is computed from the nearer end of the interval
         x = self.levels * torch.where(z < 0, p - self.alpha, 1 - self.alpha - q) / (1 - 2 * self.alpha)
         return x, -self._log_det(p, q)
 
     def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         slope = (1 - 2 * self.alpha) / self.levels
-        # 1 - p from the distance to the upper end, which is exact there
+        # 1 - p is computed from the distance to the upper end, which avoids cancellation
         p, q = self.alpha + slope * x, self.alpha + slope * (self.levels - x)
-        # the data of training were checked when they were read, and to look at them would wait for the device
+        # training data were checked when they were read, and a check here would wait for the device
         rounding = torch.finfo(x.dtype)
         if torch.compiler.is_exporting():
-            # an exported program has no errors: z and the density of such x are NaN
+            # an exported program cannot raise an error: z and the density of such x are NaN
             outside = torch.minimum(p, q) < -2 * rounding.eps
             p, q = (torch.where(outside, torch.nan, y.clamp_min(rounding.tiny)) for y in (p, q))
         elif not self.training and x.numel():
             if bool((plain_values(torch.minimum(p, q)) < -2 * rounding.eps).any()):
                 low, high = plain_values(x).min(), plain_values(x).max()
                 raise FlowtrainError(
-                    f"x goes from {low:g} to {high:g}, but this flow is over values from 0 to {self.levels}"
+                    f"x has values from {low:g} to {high:g}, but this flow is for values from 0 to {self.levels}"
                 )
-            # a sample far out in the tails lies on the very edge once it is rounded
+            # samples far out in the tails are rounded to the ends of the interval
             p, q = p.clamp_min(rounding.tiny), q.clamp_min(rounding.tiny)
         return p.log() - q.log(), self._log_det(p, q)
 
@@ -65,10 +65,10 @@ class Logit(Bijection):
 
 
 def dequantize(x: Tensor, like: Tensor) -> Tensor:
-    """x + u with u ~ U[0, 1), for whole numbers x of any shape, in the dtype of `like`.
+    """Returns x + u with u ~ U[0, 1), for whole numbers x of any shape, in the dtype of `like`.
 
-    From the global generator of x's device.
+    u is drawn with the global generator of x's device.
     """
     x = x.to(like.dtype)
-    # rounding can carry 16 + u up to 17, which belongs to the next number
+    # x + u can be rounded to x + 1, which belongs to the next whole number
     return torch.minimum(x + torch.rand_like(x), torch.nextafter(x + 1, x))

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, check_sample, per_channel, places, varies
+from flowtrain.bijections.base import Bijection, check_sample, elements_per_channel, per_channel, varies
 from flowtrain.utils.arguments import shape_of
 from flowtrain.utils.errors import DataError
 
-# the least spread that a channel is scaled up from
+# the smallest standard deviation that ActNorm divides a channel by
 LEAST = 1e-6
 
 
 class ActNorm(Bijection):
-    """x = z exp(s) + m per channel, for vectors (B, C) and images (B, C, H, W).
+    """The map x = z exp(s) + m per channel, for vectors (B, C) and images (B, C, H, W).
 
-    log|det dx/dz| = H W sum_c s_c (Kingma and Dhariwal 2018, Glow, section 3.1 and table 1). `initialize` makes the
-    base side of the data it is given zero-mean and unit-variance; after that s and m are parameters like any other.
+    log|det dx/dz| = H W sum_c s_c (Kingma and Dhariwal 2018, Glow, section 3.1 and table 1). `initialize` sets s and m
+    such that z has zero mean and unit variance for the given data. Afterwards s and m are ordinary parameters.
 
     Args:
-        shape: C; or (C, H, W), for a scale and shift of each pixel's own.
+        shape: C, or (C, H, W) for a separate scale and shift of each pixel.
 
     Example:
         >>> norm = ActNorm(1)
@@ -42,12 +42,12 @@ class ActNorm(Bijection):
         return (x - self.over(self.shift, x)) * self.over((-self.log_scale).exp(), x), -self.log_det(x)
 
     def log_det(self, x: Tensor) -> Tensor:
-        """log|det dx/dz| of each row of x, (B,)."""
+        """Returns log|det dx/dz| for each row of x, (B,)."""
         shared = math.prod(x.shape[1:]) // self.log_scale.numel()
         return (shared * self.log_scale.sum()).expand(x.shape[0])
 
     def over(self, v: Tensor, x: Tensor) -> Tensor:
-        """A parameter, (C,) or (C, H, W), in the shape that broadcasts over x (B, C, ...)."""
+        """Reshapes a parameter, (C,) or (C, H, W), so that it broadcasts over x (B, C, ...)."""
         return per_channel(v, x) if v.dim() == 1 else v
 
     @torch.no_grad()
@@ -61,11 +61,11 @@ class ActNorm(Bijection):
 
 
 class BatchNorm(Bijection):
-    """x = z sqrt(v + eps) + m per channel, m and v the mean and variance of the data side.
+    """The map x = z sqrt(v + eps) + m per channel, with the mean m and the variance v of x.
 
-    log|det dx/dz| = H W sum_c log(v_c + eps) / 2 (Dinh et al. 2017, Real NVP, section 3.7). In training `inverse` takes
-    those of the batch, which couples its rows, and moves the running ones towards them; everything else takes the
-    running ones.
+    log|det dx/dz| = H W sum_c log(v_c + eps) / 2 (Dinh et al. 2017, Real NVP, section 3.7). In training mode, `inverse`
+    updates the running statistics and uses the mean and variance of the batch, so log p of a row depends on the other
+    rows. In evaluation mode, and in `forward`, the running statistics are used.
     """
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
@@ -92,12 +92,12 @@ class BatchNorm(Bijection):
         return self.standardized(x, mean, variance), -self.log_det(variance, x)
 
     def standardized(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        """(x - mean) / sqrt(variance + eps) for x (B, C, ...) and statistics (C,)."""
+        """Returns (x - mean) / sqrt(variance + eps) for x (B, C, ...) and statistics (C,)."""
         return (x - per_channel(mean, x)) * per_channel((variance + self.eps).rsqrt(), x)
 
     def log_det(self, variance: Tensor, x: Tensor) -> Tensor:
-        """log|det dx/dz| of each row of x (B, C, ...) for a variance (C,), (B,)."""
-        return (places(x) * (variance + self.eps).log().sum() / 2).expand(x.shape[0])
+        """Returns log|det dx/dz| for each row of x (B, C, ...) and a variance (C,). The result is (B,)."""
+        return (elements_per_channel(x) * (variance + self.eps).log().sum() / 2).expand(x.shape[0])
 
     @torch.no_grad()
     def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
@@ -110,13 +110,14 @@ class BatchNorm(Bijection):
 
 
 class Standardize(Bijection):
-    """x = z * std + mean with the training set's statistics, kept as buffers: base units to data units.
+    """The map x = z * std + mean with the statistics of the training set, which are buffers.
 
-    Data whose mean is large compared with their standard deviation, such as seconds since 1970, lose digits in float32.
-    With an offset, x = (z * std + mean) + offset, and x and the sum are float64. float32 represents the values of
-    `offset` exactly, so a cast of the module does not change them.
+    Data with a large mean and a small standard deviation, such as seconds since 1970, lose digits in float32. With an
+    offset, x = (z * std + mean) + offset, and x and the sum are float64. float32 represents the values of `offset`
+    exactly, so a cast of the module does not change them.
 
     Args:
+        event_shape: shape of a sample.
         offset: whether to add an offset.
 
     Example:
@@ -139,7 +140,7 @@ class Standardize(Bijection):
     offset: Tensor | None
 
     def fit(self, mean: Tensor, std: Tensor, offset: Tensor | None = None) -> None:
-        """Sets the statistics, of shape (*event_shape); `mean` includes the offset.
+        """Sets the statistics, each of the shape event_shape. `mean` includes the offset.
 
         Raises:
             DataError: a standard deviation that is zero or not finite, or a mean that is not finite.
@@ -148,7 +149,7 @@ class Standardize(Bijection):
             raise DataError("the mean of the training data is NaN or infinite: remove the rows with such values")
         if not bool(((std > 0) & torch.isfinite(std)).all()):
             bad = [i for i, s in enumerate(std.flatten().tolist()) if not 0 < s < math.inf]
-            raise DataError(f"columns {bad} of the training data do not vary: drop them (data.columns)")
+            raise DataError(f"columns {bad} of the training data are constant: leave them out of data.columns")
         if self.offset is not None and offset is not None:
             self.offset.copy_(offset)
             mean = mean - offset.to(mean)

@@ -14,20 +14,20 @@ from flowtrain.utils.errors import FlowtrainError
 
 
 class Spline(Elementwise):
-    """z = g(x), a rational-quadratic spline with K bins on [-B, B], and z = x outside.
+    """A rational-quadratic spline z = g(x) with K bins on [-B, B], and z = x outside.
 
-    In the bin with corners (x_k, z_k) and (x_{k+1}, z_{k+1}), slopes d_k and d_{k+1} at them, s = dz/dx of the chord
-    and t = (x - x_k) / (x_{k+1} - x_k),
+    A bin has the corners (x_k, z_k) and (x_{k+1}, z_{k+1}), the slopes d_k and d_{k+1} at the corners, and the slope
+    s = (z_{k+1} - z_k) / (x_{k+1} - x_k) of the chord. With t = (x - x_k) / (x_{k+1} - x_k),
 
         g(x) = z_k + (z_{k+1} - z_k) (s t^2 + d_k t (1 - t)) / (s + (d_k + d_{k+1} - 2 s) t (1 - t))
 
     (Gregory and Delbourgo 1982). The slopes at -B and B are 1, so g has a continuous derivative everywhere.
-    g leads from data to base, the direction of training. Its inverse is the root of a quadratic.
+    g maps data to base, the direction of training. Its inverse is the root of a quadratic.
 
-    theta has 3 K - 1 numbers for each element: K widths and K heights, which pass through a softmax, and the logarithms
-    of K - 1 inner slopes. Before that, each value v is bounded to v / (1 + |v| / c), as in zuko. This bounds the
-    slopes at the knots and, up to a factor K, those of the chords, which keeps the spline invertible in float32: a
-    rounding error of z is divided by the slope in x.
+    theta has 3 K - 1 numbers for each element: K widths and K heights before a softmax, and the logarithms of K - 1
+    inner slopes. Each number v is first bounded to v / (1 + |v| / c), as in zuko. This bounds the slopes at the knots
+    and, up to a factor K, the slopes of the chords. The spline is then invertible in float32: its inverse divides a
+    rounding error of z by the slope.
 
     Args:
         bins: K, at least 2.
@@ -55,35 +55,35 @@ class Spline(Elementwise):
             )
         self.bins, self.bound, self.least_slope = bins, bound, least_slope
         self.size = 3 * bins - 1
-        # 1 / c of the bounds: the ratio of a height and a width is within that of two softmaxes
+        # 1 / c. The slope of a chord is a ratio of two softmax outputs, so c is half as large for widths and heights
         self.clip_slope = -1 / math.log(least_slope)
         self.clip_size = 2 * self.clip_slope
 
     def to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         if _is_empty(x):
-            return _of_nothing(x, theta)
+            return _empty_result(x, theta)
         y, theta = self.first_axis(x, theta)
-        # without gradients too, so that values are the same to the last bit
+        # also without gradients, so that values are the same to the last bit
         found = self.evaluated(y, theta) if _transformed() else _ToBase.apply(y, theta, self)  # type: ignore[no-untyped-call]
         return (found[0].T, found[1].T) if x.dim() == 2 else found
 
     def to_data(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         if _is_empty(z):
-            return _of_nothing(z, theta)
+            return _empty_result(z, theta)
         y, theta = self.first_axis(z, theta)
         inside = y.abs() <= self.bound
         found = self.bin_of(y.clamp(-self.bound, self.bound), theta, axis=1)
-        # the root in [0, 1] of a t^2 + b t + c, in the form without cancellation
-        bend = found.above * found.bend
+        # the root in [0, 1] of a t^2 + b t + c, in the formula without cancellation
+        bend = found.offset * found.bend
         a, b = found.height * (found.chord - found.left) + bend, found.height * found.left - bend
-        c = -found.chord * found.above
-        # the derivative of a root of 0 is infinite
+        c = -found.chord * found.offset
+        # the derivative of sqrt is infinite at 0
         root = (b.square() - 4 * a * c).clamp_min(torch.finfo(y.dtype).tiny).sqrt()
         t = (-2 * c / (b + root)).clamp(0, 1)
-        # a step of Newton's method: rounding in a, b and c has cost digits
+        # one step of Newton's method corrects the rounding errors of a, b and c
         u = t * (1 - t)
         denominator = found.chord + found.bend * u
-        excess = found.height * (found.chord * t.square() + found.left * u) / denominator - found.above
+        excess = found.height * (found.chord * t.square() + found.left * u) / denominator - found.offset
         t = (t - excess / (found.width * _log_slope(found, t).exp())).clamp(0, 1)
         log_slope = -_log_slope(found, t)
         x = torch.where(inside, torch.addcmul(found.x, t, found.width), y)
@@ -91,20 +91,20 @@ class Spline(Elementwise):
         return (x.T, log_slope.T) if z.dim() == 2 else (x, log_slope)
 
     def first_axis(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """(y, theta) with theta (3 K - 1, *y.shape): torch is several times faster along the first axis of theta.
+        """Returns y and theta (3 K - 1, *y.shape).
 
-        For vectors x (B, n), y is (n, B). A network whose answer is stored column by column, as those of
-        `flowtrain.nn` do, then costs no copy.
+        Torch is several times faster if the numbers of theta are along the first axis. For vectors x (B, n), y is
+        (n, B). If theta is stored in column-major order, as by `ResidualMLP`, no copy is needed.
         """
         if x.dim() == 2:
             return x.T, theta.T.reshape(self.size, *x.T.shape).contiguous()
         return x, theta.reshape(x.shape[0], self.size, *x.shape[1:]).movedim(1, 0).contiguous()
 
     def evaluated(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """(z, log dz/dx) by differentiable operations; theta is (3 K - 1, *x.shape)."""
+        """Computes (z, log dz/dx) by differentiable operations of torch. theta is (3 K - 1, *x.shape)."""
         inside = x.abs() <= self.bound
         found = self.bin_of(x.clamp(-self.bound, self.bound), theta, axis=0)
-        t = (found.above / found.width).clamp(0, 1)
+        t = (found.offset / found.width).clamp(0, 1)
         u = t * (1 - t)
         ratio = (found.chord * t.square() + found.left * u) / (found.chord + found.bend * u)
         z = torch.addcmul(found.z, found.height, ratio)
@@ -112,7 +112,7 @@ class Spline(Elementwise):
         return torch.where(inside, z, x), torch.where(inside, log_slope, torch.zeros_like(log_slope))
 
     def bin_of(self, y: Tensor, theta: Tensor, axis: int) -> "_Bin":
-        """The bin that holds y, which is an x for axis 0 and a z for axis 1; -B <= y <= B."""
+        """Finds the bin that contains y, which is x for axis 0 and z for axis 1, -B <= y <= B."""
         k = self.bins
         kept = 1 / (1 + self.clip_size * theta[: 2 * k].abs())
         share = (theta[: 2 * k] * kept).reshape(2, k, *y.shape).softmax(1)
@@ -130,22 +130,26 @@ class Spline(Elementwise):
         width, height = corners[:, 1] - corners[:, 0]
         chord = height / width
         bend = left + right - 2 * chord
-        above = y - (z if axis else x)
-        return _Bin(x, z, width, height, left, right, chord, bend, above, ends, sums, slopes, kept_slope, share, kept)
+        offset = y - (z if axis else x)
+        return _Bin(x, z, width, height, left, right, chord, bend, offset, ends, sums, slopes, kept_slope, share, kept)
 
 
 class _Bin(NamedTuple):
-    """For each element a bin: its lower left corner, its size and the slopes at its ends.
+    """The bin of each element.
 
     Attributes:
+        x, z: the lower left corner.
+        width, height: the size.
+        left, right: the slopes at the two knots.
+        chord: height / width.
         bend: left + right - 2 chord.
-        above: the distance of the given value from the lower end of the bin.
-        ends: the numbers of the two knots, (2, ...).
-        sums: of the shares before each of the two knots, (2 axes, 2 ends, ...).
+        offset: the distance of the given value from the lower end of the bin.
+        ends: the indices of the two knots, (2, ...).
+        sums: the sum of `share` up to each of the two knots, (2 axes, 2 ends, ...).
         slopes: left and right, (2, ...).
-        kept_slope: 1 / (1 + |v| / c) of their logarithms v, (2, ...).
+        kept_slope: 1 / (1 + |v| / c) for the numbers v in theta that give the slopes, (2, ...).
         share: the softmax of widths and heights, (2, K, ...).
-        kept: 1 / (1 + |v| / c) of widths and heights v, (2 K, ...).
+        kept: 1 / (1 + |v| / c) for the numbers v in theta that give widths and heights, (2 K, ...).
     """
 
     x: Tensor
@@ -156,7 +160,7 @@ class _Bin(NamedTuple):
     right: Tensor
     chord: Tensor
     bend: Tensor
-    above: Tensor
+    offset: Tensor
     ends: Tensor
     sums: Tensor
     slopes: Tensor
@@ -166,23 +170,23 @@ class _Bin(NamedTuple):
 
 
 def _is_empty(x: Tensor) -> bool:
-    """Whether x has no elements. A program that is traced takes any number of rows, and must not ask."""
+    """Whether x has no elements. A traced program must not branch on the number of rows, so this is then False."""
     return not _transformed() and x.numel() == 0
 
 
-def _of_nothing(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """The answer for an empty x, with the graph of x and theta; torch before 2.9 does not pad empty tensors."""
+def _empty_result(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the result for an empty x, connected to x and theta. Torch before 2.9 cannot pad empty tensors."""
     y = x + 0 * theta.sum()
     return y, torch.zeros_like(y)
 
 
 def _transformed() -> bool:
-    """Whether torch.func or a compiler needs ordinary operations."""
+    """Whether torch.func or a compiler is active. They need ordinary operations."""
     return transforms_active() or torch.compiler.is_compiling()
 
 
 def _log_slope(found: _Bin, t: Tensor) -> Tensor:
-    """log dz/dx at t."""
+    """Returns log dz/dx at t."""
     u = t * (1 - t)
     slopes = found.right * t.square() + 2 * found.chord * u + found.left * (1 - t).square()
     return slopes.log() + 2 * (found.chord / (found.chord + found.bend * u)).log()
@@ -195,8 +199,8 @@ class _ToBase(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, theta: Tensor, spline: Spline) -> tuple[Tensor, Tensor]:
         inside = (x.abs() <= spline.bound).to(x.dtype)
         found = spline.bin_of(x.clamp(-spline.bound, spline.bound), theta, axis=0)
-        # rounding may put y next to its bin
-        t = (found.above / found.width).clamp_(0, 1)
+        # rounding may put x outside of its bin
+        t = (found.offset / found.width).clamp_(0, 1)
         v = 1 - t
         u = t * v
         denominator = torch.addcmul(found.chord, found.bend, u)
@@ -220,7 +224,7 @@ class _ToBase(torch.autograd.Function):
         _, theta, inside, t, u, v, denominator, ratio, slopes, width, height, left, right, *rest = ctx.saved_tensors
         chord, bend, ends, sums, end_slopes, kept_slope, *whole = rest
         gz, gl = grad_z * inside, grad_log * inside
-        # the numerator of the ratio, its denominator, and the sum of slopes in the log-derivative
+        # gradients of the numerator of `ratio`, of its denominator, and of `slopes`
         g_top = gz * height / denominator
         g_bottom = (gl / denominator).mul_(-2).addcmul_(g_top, ratio, value=-1)
         g_slopes = gl / slopes
@@ -237,14 +241,14 @@ class _ToBase(torch.autograd.Function):
             return grad_x, None, None
         g_width = (g_chord * chord).addcmul_(g_t, t).div_(width).neg_()
         g_height = (gz * ratio).addcdiv_(g_chord, width)
-        # each share before the bin moves its corner, and its own share is its size
+        # the shares before the bin determine its corner, and its own share determines its size
         moved = torch.stack([-g_x, gz, g_width, g_height]).mul_(2 * spline.bound)
         slope = torch.stack([g_left, g_right]).mul_(end_slopes).mul_(kept_slope.square())
         return grad_x, _gradient_of_theta(theta, ends, sums, moved[:2], moved[2:], slope, *whole), None
 
     @staticmethod
     def by_autograd(ctx: Any, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """The gradient by ordinary operations, which can be differentiated and batched."""
+        """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
         wanted = ctx.needs_input_grad[:2]
         with torch.enable_grad():
             inputs = ctx.saved_tensors[:2]
@@ -258,7 +262,13 @@ class _ToBase(torch.autograd.Function):
 def _gradient_of_theta(
     theta: Tensor, ends: Tensor, sums: Tensor, before: Tensor, own: Tensor, slope: Tensor, share: Tensor, kept: Tensor
 ) -> Tensor:
-    """(3 K - 1, ...), from the gradients (2, ...) of the shares before the bin, of its own, and of its raw slopes."""
+    """Returns the gradient of theta, (3 K - 1, ...).
+
+    Args:
+        before, own, slope: gradients of the shares before the bin, of the bin's own shares, and of the numbers in theta
+            that give its slopes, each (2, ...).
+        theta, ends, sums, share, kept: as in `_Bin`.
+    """
     k = share.shape[1]
     low, high = sums.unbind(1)
     # through the softmax: share_j (g_j - sum_i share_i g_i)

@@ -1,6 +1,6 @@
-"""What makes a flow over images multi-scale: a squeeze around a bijection, and half of the channels left as they are.
+"""Multi-scale flows of images: bijections of squeezed images and of half of the channels.
 
-Both keep the shape of an image from end to end, so that latents have the shape of the data.
+The wrapped bijections keep the shape of an image, so latents have the shape of the data.
 """
 
 from abc import abstractmethod
@@ -14,9 +14,9 @@ from flowtrain.ode import AS_CONFIGURED, SolveOptions
 
 
 class Wrapped(Bijection):
-    """A bijection applied to a part or a rearrangement of x, in both directions the same.
+    """A bijection applied to a part or to a rearrangement of x, which is the same in both directions.
 
-    Around it nothing changes volume: its log-determinant is the inner one's.
+    The rearrangement preserves volume, so the log-determinant is that of the inner bijection.
     """
 
     def __init__(self, inner: Bijection) -> None:
@@ -25,11 +25,11 @@ class Wrapped(Bijection):
 
     @abstractmethod
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(what the inner bijection takes, what passes by it)."""
+        """Returns the input of the inner bijection, and the elements that stay unchanged or None."""
 
     @abstractmethod
     def leave(self, inside: Tensor, outside: Tensor | None) -> Tensor:
-        """The inverse of `enter`."""
+        """Inverts `enter`."""
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return as_pass(partial(Wrapped.pass_forward, self), z, label)
@@ -62,7 +62,7 @@ class Wrapped(Bijection):
 
 
 class Squeeze(Wrapped):
-    """A bijection of (4 C, H/2, W/2) applied to squeezed images (C, H, W), H and W even."""
+    """A bijection of (4 C, H/2, W/2) applied to squeezed images (C, H, W). H and W are even."""
 
     def enter(self, x: Tensor) -> tuple[Tensor, None]:
         return squeeze(x), None
@@ -72,7 +72,7 @@ class Squeeze(Wrapped):
 
 
 class FactorOut(Wrapped):
-    """A bijection of the first half of the channels; the others are factored out (Dinh et al. 2017, section 3.6)."""
+    """A bijection of the first half of the channels. The others are factored out (Dinh et al. 2017, section 3.6)."""
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = x.chunk(2, 1)
@@ -84,9 +84,9 @@ class FactorOut(Wrapped):
 
 
 def squeeze(x: Tensor) -> Tensor:
-    """Each 2x2 square of pixels becomes four channels: (B, C, H, W) -> (B, 4 C, H/2, W/2).
+    """Turns each 2x2 square of pixels into four channels: (B, C, H, W) -> (B, 4 C, H/2, W/2).
 
-    Upper left and lower right of every channel come first, then upper right and lower left: the two halves of the
+    Upper left and lower right of every channel come first, then upper right and lower left. So the two halves of the
     channels are the two colours of a checkerboard (Dinh et al. 2017, Real NVP, sections 3.4 and 3.6).
 
     Example:
@@ -100,7 +100,7 @@ def squeeze(x: Tensor) -> Tensor:
 
 
 def unsqueeze(x: Tensor) -> Tensor:
-    """The inverse of `squeeze`: (B, 4 C, H, W) -> (B, C, 2 H, 2 W)."""
+    """Inverts `squeeze`: (B, 4 C, H, W) -> (B, C, 2 H, 2 W)."""
     upper_left, lower_right, upper_right, lower_left = x.chunk(4, 1)
     rows = [torch.stack(pair, -1).flatten(-2) for pair in ((upper_left, upper_right), (lower_left, lower_right))]
     return torch.stack(rows, -2).flatten(-3, -2)

@@ -1,7 +1,7 @@
-"""Model families: functions from the shape of a sample to a flow.
+"""Model families. Each function builds an untrained flow for a shape of samples.
 
-The functions have the names of their modules. `flowtrain.models.realnvp` is the function; the module is found by
-`from flowtrain.models.realnvp import Couplings`.
+The functions have the names of their modules. `flowtrain.models.realnvp` is the function. To import from the module,
+write `from flowtrain.models.realnvp import Couplings`.
 
 Example:
     >>> realnvp(2).sample(3).shape, glow((1, 8, 8)).sample(3).shape

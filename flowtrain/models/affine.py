@@ -10,9 +10,9 @@ from flowtrain.utils.arguments import shape_of
 
 
 def affine(event_shape: int | Sequence[int]) -> Flow:
-    """A Gaussian N(m, L L^T) over the d >= 1 elements of a sample.
+    """A Gaussian N(m, L L^T) over the elements of a sample.
 
-    `flowtrain.train` and `fit` start it at the maximum-likelihood fit to the first training rows.
+    `flowtrain.train` and `fit` initialize it with the maximum-likelihood fit to the first training rows.
 
     Args:
         event_shape: d, (d,) or (C, H, W).

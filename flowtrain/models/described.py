@@ -1,4 +1,4 @@
-"""A flow that was built by hand, or an ensemble, as the config of its file describes it."""
+"""The config target of files that contain a flow built in Python, or an ensemble."""
 
 from collections.abc import Sequence
 
@@ -6,21 +6,23 @@ from flowtrain.flow import Density
 from flowtrain.ode import Solver
 from flowtrain.utils.errors import ConfigError
 
-# in configs of files
+# the `_target_` in configs of files
 TARGET = "flowtrain.models.described.described"
 
 
 def described(event_shape: Sequence[int], *, flow: Density, solver: Solver) -> Density:
-    """The flow that a description has built; see `flowtrain.runs.save`.
+    """Returns the flow that was built from the description in a file; see `flowtrain.runs.save`.
 
     Args:
-        solver: in place of all solvers of the flow, if it differs from the first of them.
+        event_shape: shape of a sample.
+        flow: the built flow.
+        solver: replaces all solvers of the flow, if it differs from the first of them.
 
     Raises:
-        ConfigError: a description of something else, or of samples of another shape.
+        ConfigError: the description is not that of a flow, or its samples have another shape.
     """
     if not isinstance(flow, Density) or flow.event_shape != tuple(event_shape):
-        raise ConfigError(f"the description is not that of a flow over samples of shape {tuple(event_shape)}")
+        raise ConfigError(f"model.flow does not describe a flow of samples of shape {tuple(event_shape)}")
     own = flow.solver
     if own is not None and (type(own), own.settings) != (type(solver), solver.settings):
         flow.use_solver(solver)

@@ -13,42 +13,41 @@ from flowtrain.ode import Solver
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 from flowtrain.utils.formatting import as_ranges
 
-# EM stops when the mean log-likelihood is at most so many nats below its maximum, or after so many iterations
+# EM stops if the mean log-likelihood is at most GAP nats below its maximum, or after this number of iterations
 GAP, ITERATIONS = 1e-6, 10_000
-# a member is left out if the mean log-likelihood of the held-out rows loses at most so many nats without it
+# a member is removed if the mean log-likelihood of the held-out rows then falls by at most LOSS nats
 LOSS = 1e-6
-# the same, for each member that `sparse_weights` leaves out
+# the same limit for `sparse_weights`
 SPARSE_LOSS = 0.002
 
 
 class Ensemble(Density):
     """A weighted mixture of flows: log p(x) = log sum_m w_m p_m(x), in nats.
 
-    The weights of conditional members do not depend on the label: p(x | y) = sum_m w_m p_m(x | y).
+    If the members are conditional, the weights do not depend on the label: p(x | y) = sum_m w_m p_m(x | y).
 
-    It is an exact density, and it is sampled by drawing a member for each sample (Smyth and Wolpert 1999, Linearly
-    combining density estimators via stacking). `stacking_weights` gives the weights with the highest likelihood of
+    The mixture is an exact density. To sample, a member is drawn for each sample (Smyth and Wolpert 1999, Linearly
+    combining density estimators via stacking). `stacking_weights` computes the weights with the highest likelihood of
     held-out rows.
 
-    An ensemble scores and samples as a `Flow` does. It has no latents: `forward` and `inverse` raise FlowtrainError.
-    A member whose log p is NaN at a row counts as zero density there, which makes log p(x) a lower bound; it is NaN
-    where all members are NaN. If the trace of a member is estimated, see `Flow`, the logarithm of the sum is biased
-    upwards by the noise. `flowtrain.evaluate` uses a lower bound in its place.
+    `log_prob` and `sample` work as in `Flow`. An ensemble has no latents: `forward` and `inverse` raise FlowtrainError.
+    If log p of some members is NaN at x, these members count as zero density there, and log p(x) is a lower bound. If
+    log p of all members is NaN, log p(x) is NaN. If the trace of a member is estimated, see `Flow`, the noise biases
+    log p(x) upwards. `flowtrain.evaluate` then uses a lower bound.
 
     Args:
-        members: flows over the same kind of samples. Members of weight 0 are kept, but not computed.
-        weights: one for each member, not negative; they are divided by their sum. None: equal weights.
-        names: names of the members in tables, such as the paths of their files. None: their positions.
+        members: flows of the same kind of samples. Members with weight 0 are kept, but not evaluated.
+        weights: a weight of at least 0 for each member. They are divided by their sum. None: equal weights.
+        names: names of the members in tables, such as the paths of their files. None: their indices.
 
     Attributes:
         members: all flows, including flows with weight 0.
-        weights: the weight of each member; they sum to 1.
+        weights: the weight of each member. They sum to 1.
         names: the name of each member.
-        flows: the members whose weight is not 0.
+        flows: the members with a nonzero weight.
 
     Raises:
-        FlowtrainError: no members, members that are not flows or are of different kinds, or weights that are not
-            weights.
+        FlowtrainError: no members, members that are not flows or have different kinds of samples, or invalid weights.
 
     Example:
         >>> from flowtrain.bijections.linear import Affine
@@ -97,7 +96,7 @@ class Ensemble(Density):
         return tuple(math.log(w) for w in self.weights if w > 0)
 
     def _log_prob(self, x: Tensor, label: Label) -> Tensor:
-        # all members score the same points
+        # dequantized once, so that all members evaluate the same points
         x = self.dequantized(self._checked(x, "x"))
         return self.combined(torch.stack([flow.log_prob(x, label) for flow in self.flows]))
 
@@ -116,20 +115,20 @@ class Ensemble(Density):
         return torch.cat(found)[torch.cat(places).argsort()]
 
     def forward(self, *arguments: Any, **named: Any) -> NoReturn:
-        """An ensemble has none.
+        """Raises an error, because an ensemble has no map from base to data.
 
         Raises:
             FlowtrainError: always.
         """
-        raise FlowtrainError("forward: an ensemble is no map from base to data; take that of one of its members")
+        raise FlowtrainError("forward: an ensemble has no map from base to data; call forward of one of its members")
 
     def inverse(self, *arguments: Any, **named: Any) -> NoReturn:
-        """An ensemble has none.
+        """Raises an error, because an ensemble has no latents.
 
         Raises:
             FlowtrainError: always.
         """
-        raise FlowtrainError("inverse: an ensemble has no latents; take those of one of its members")
+        raise FlowtrainError("inverse: an ensemble has no latents; call inverse of one of its members")
 
     def with_solvers(self, change: Callable[[Solver], Solver]) -> Self:
         return self._with_members([m.with_solvers(change) for m in self._all])
@@ -151,7 +150,7 @@ class Ensemble(Density):
 
     def __repr__(self) -> str:
         members = ", ".join(f"{w:.3g} {name}" for name, w in zip(self.names, self.weights, strict=True))
-        return f"<Ensemble of {len(self.names)} flows over samples of shape {self.event_shape}: {members}>"
+        return f"<Ensemble of {len(self.names)} flows of samples of shape {self.event_shape}: {members}>"
 
 
 def _check_members(members: Sequence[Any]) -> None:
@@ -160,15 +159,16 @@ def _check_members(members: Sequence[Any]) -> None:
     for i, member in enumerate(members):
         if not isinstance(member, Flow):
             what = "an ensemble: give its members" if isinstance(member, Ensemble) else f"a {type(member).__name__}"
-            raise FlowtrainError(f"members[{i}] is {what}; an ensemble is made of flows")
+            raise FlowtrainError(f"members[{i}] is {what}; the members of an ensemble must be flows")
         if difference := difference_in_kind(members[0], member):
             raise FlowtrainError(
-                f"members[0] and members[{i}] differ in {difference}; an ensemble is over one kind of sample"
+                f"members[0] and members[{i}] differ in {difference}; all members of an ensemble need the same kind of "
+                "samples"
             )
 
 
 def difference_in_kind(one: Density, other: Density) -> str | None:
-    """The difference between the kinds of samples, such as "classes (None and 3)"; None if they agree."""
+    """Returns the first difference between the kinds of samples, such as "classes (None and 3)", or None."""
     names = ("event_shape", "classes", "integer_valued", "levels", "noisy", "centered")
     for name in names:
         a, b = (tuple(v) if isinstance(v := getattr(flow, name), list) else v for flow in (one, other))
@@ -179,18 +179,19 @@ def difference_in_kind(one: Density, other: Density) -> str | None:
 
 @torch.no_grad()
 def stacking_weights(log_p: Tensor) -> list[float]:
-    """The weights w on the simplex that maximise mean_i log sum_m w_m p_m(x_i), by EM; (M,).
+    """Computes the weights w (M,) on the simplex that maximise mean_i log sum_m w_m p_m(x_i), by EM.
 
-    The objective is concave. An iteration is w_m <- w_m g_m with g_m = mean_i p_m(x_i) / sum_k w_k p_k(x_i), and the
-    maximum is at most max_m g_m - 1 nats above the present value: EM stops when that is below 1e-6 nats, or after
-    10,000 iterations. Then members without which the mean loses at most 1e-6 nats get the weight 0, the smallest first.
+    The objective is concave. An iteration is w_m <- w_m g_m with g_m = mean_i p_m(x_i) / sum_k w_k p_k(x_i). The
+    maximum is at most max_m g_m - 1 nats above the present value. EM stops if this is below 1e-6 nats, or after 10,000
+    iterations. Then each member, beginning with the smallest weight, gets the weight 0 if this lowers the mean by at
+    most 1e-6 nats.
 
     Args:
-        log_p: log p_m(x_i) in nats, (n, M), of rows that no member was trained on. A value that is not finite counts
+        log_p: log p_m(x_i) in nats, (n, M), for rows that no member was trained on. A value that is not finite counts
             as zero density.
 
     Raises:
-        NonFiniteError: rows at which no member has a finite log p, or no rows.
+        NonFiniteError: there are no rows, or a row at which no member has a finite log p.
 
     Example:
         >>> log_p = torch.tensor([[0.5, 0.1], [0.5, 0.1], [0.1, 0.5]]).log()
@@ -202,10 +203,14 @@ def stacking_weights(log_p: Tensor) -> list[float]:
     best = log_p.amax(1, keepdim=True)
     lost = (~best.isfinite()).flatten().nonzero().flatten()
     if len(lost) or not len(log_p):
-        which = f"rows {as_ranges(lost[:1000].tolist())}" if len(lost) else "no rows: there are none"
+        which = (
+            f"no member has a finite log p at rows {as_ranges(lost[:1000].tolist())} of the validation set"
+            if len(lost)
+            else "the validation set has no rows"
+        )
         raise NonFiniteError(
-            f"the weights of the members cannot be found: no member has a finite log p at {which} of the validation "
-            "set. Leave these rows out, or give the weights (weights=equal)"
+            f"the weights of the members cannot be computed: {which}. Use other validation rows, or give the weights "
+            "(weights=equal)"
         )
     p = (log_p - best).exp()
     w = p.new_full((p.shape[1],), 1 / p.shape[1])
@@ -226,15 +231,15 @@ def stacking_weights(log_p: Tensor) -> list[float]:
 
 
 def sparse_weights(log_p: Tensor) -> list[float]:
-    """Stacking weights of as few members as possible; see `stacking_weights`.
+    """Computes stacking weights with few nonzero members; see `stacking_weights`.
 
-    Members are left out one by one, while the mean of log p falls by at most SPARSE_LOSS nats for each.
+    Members are removed one by one, as long as each removal lowers the mean log p by at most SPARSE_LOSS nats.
 
     Args:
         log_p: log p of the validation rows by each member, (n, M), in nats.
 
     Raises:
-        NonFiniteError: as `stacking_weights`.
+        NonFiniteError: as in `stacking_weights`.
     """
     log_p = torch.where(log_p.isfinite(), log_p, -math.inf)
 
@@ -256,11 +261,11 @@ def sparse_weights(log_p: Tensor) -> list[float]:
 
 
 def stacked(log_p: Tensor, weights: Sequence[float]) -> Tensor:
-    """log sum_m w_m p_m at each row, (n,), in nats, from log p_m (n, M); NaN counts as zero density."""
+    """Returns log sum_m w_m p_m for each row, (n,), in nats, from log p_m (n, M). NaN counts as zero density."""
     log_w = log_p.new_tensor(weights).log()
     return (torch.where(log_p.isnan(), -math.inf, log_p) + log_w).logsumexp(1)
 
 
 def _covers(log_p: Tensor) -> bool:
-    """Whether at each row some member has a positive density."""
+    """Whether every row has a positive density under at least one member."""
     return log_p.shape[1] > 0 and bool(log_p.isfinite().any(1).all())

@@ -3,7 +3,7 @@
 Example:
     >>> import torch
     >>> flow = ffjord(2, hidden=[16])
-    >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # a standard normal, until it is trained
+    >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # a standard normal before training
     -1.8379
 """
 
@@ -45,24 +45,25 @@ def ffjord(
     noise: str = "rademacher",
     noise_samples: int = 1,
 ) -> Flow:
-    """FFJORD (Grathwohl et al. 2019): continuous flows with MLP fields over vectors, or convolutional ones over images.
+    """FFJORD (Grathwohl et al. 2019): continuous flows with MLP fields for vectors or convolutional fields for images.
 
     Args:
         event_shape: d, (d,) or (C, H, W).
         solver: the ODE solver of all continuous bijections, from `flowtrain.ode.ode_solver`. None: an adaptive
             Dormand-Prince 5(4) with the defaults of `ode_solver`.
-        field: concatsquash | concat | time_embedding: how the velocity field depends on t.
-        hidden: the sizes of the fields: widths of an MLP, or over images the channels of 3x3 convolutions.
+        field: concatsquash | concat | time_embedding, the way in which the velocity field depends on t.
+        hidden: for vectors, the widths of the MLP. For images, the channels of the hidden 3x3 convolutions.
         activation: the activation of the fields, see `MLPField`.
-        init_scale: over vectors, the scale of the first layer's initial weights, see `MLPField`. None: the default of
-            torch.
-        flows: the number of continuous bijections; over images, at each size and number of channels.
-        scales: the number of times that images are halved. None: as often as no side becomes shorter than 4.
-        full_size: over images, whether there are flows before the first squeeze too, at the full size.
-        positional_bias: over images, whether the fields have a bias for each position.
-        actnorm: over images, whether there is an ActNorm for each pixel at the data end, and one for each channel after
-            each flow.
-        conditional: whether the flow is p(x | label); the fields then take the label as an input.
+        init_scale: for vectors, the scale of the initial weights of the first layer, see `MLPField`. None: the default
+            of torch.
+        flows: the number of continuous bijections. For images, this number at each size and number of channels.
+        scales: the number of times that images are halved. None: images are halved while both sides are
+            even and at least 8.
+        full_size: for images, whether there are also flows at the full size, before the first squeeze.
+        positional_bias: for images, whether the fields have a bias for each pixel.
+        actnorm: for images, whether there is an ActNorm of each pixel at the data end, and an ActNorm of each channel
+            after each flow.
+        conditional: whether the flow is p(x | label). The label is then an input of the fields.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
         trace, eval_trace, noise, noise_samples: exact or estimated divergence, see `flowtrain.nn.TraceRule`.
 
@@ -70,7 +71,7 @@ def ffjord(
         An untrained flow in training mode. `flowtrain.train` trains it.
 
     Raises:
-        ConfigError: a solver that is none, `conditional` without `classes`, or a setting out of range.
+        ConfigError: `solver` is not a Solver, `conditional` without `classes`, or a setting out of range.
     """
     event_shape = shape_of(event_shape)
     if not isinstance(solver, Solver | None):
@@ -96,7 +97,7 @@ def ffjord(
 
 @dataclass(frozen=True)
 class Flows:
-    """The settings that all continuous bijections of a model share, and how they are put together over images."""
+    """The settings of the continuous bijections of a model. Builds them, also for images at several scales."""
 
     solver: Solver
     rule: TraceRule
@@ -110,11 +111,11 @@ class Flows:
     classes: int | None
 
     def flow(self, field: Field) -> Continuous:
-        """One continuous flow along a field of its own."""
+        """Builds a continuous flow with this field."""
         return Continuous(field, self.solver, self.rule)
 
     def at(self, channels: int, size: Size) -> list[Bijection]:
-        """Flows over images of `channels` and `size`, from the data to the base."""
+        """Builds the flows for images of `channels` and `size`, listed from data to base."""
         places = size if self.positional_bias else None
         parts: list[Bijection] = []
         for _ in range(self.flows):
@@ -123,9 +124,15 @@ class Flows:
         return parts
 
     def scale(self, channels: int, size: Size, times: int, squeezed: bool = False) -> Bijection:
-        """Flows, a squeeze, flows, half of the channels factored out and the rest at the next scale.
+        """Builds one scale of images: flows, a squeeze, flows, and the next scale for half of the channels.
 
-        At the last scale flows alone (FFJORD, appendix B.1, and the multi-scale model of its code).
+        The other half of the channels is factored out. The last scale has only flows (FFJORD, appendix B.1, and the
+        multi-scale model of its code).
+
+        Args:
+            channels, size: of the images at this scale.
+            times: the number of squeezes that follow.
+            squeezed: whether this is not the first scale.
         """
         here = self.at(channels, size) if squeezed or self.full_size or not times else []
         if not times:

@@ -41,27 +41,28 @@ def glow(
     conditional: bool = False,
     classes: int | None = None,
 ) -> Flow:
-    """Glow (Kingma and Dhariwal 2018) over images (C, H, W), or over vectors of length d >= 2 as images of one pixel.
+    """Glow (Kingma and Dhariwal 2018) for images (C, H, W), or for vectors of length d >= 2 as images of one pixel.
 
-    Each step is an ActNorm, an invertible 1x1 convolution and a coupling. Over images, there is also an ActNorm
-    for each pixel at the data end, which is not in the paper.
+    Each step consists of an ActNorm, an invertible 1x1 convolution and a coupling. For images, there is also an ActNorm
+    of each pixel at the data end, which is not in the paper.
 
     Args:
         event_shape: d, (d,) or (C, H, W).
-        steps: the number of steps of flow, over images at each scale.
-        hidden: the sizes of the conditioners: over images the channels of a 3x3 convolution and of the 1x1 convolutions
-            after it, over vectors the widths of an MLP.
+        steps: the number of steps. For images, this number at each scale.
+        hidden: for vectors, the widths of the MLP in each conditioner. For images, the channels of a 3x3 convolution
+            and of the 1x1 convolutions after it.
         activation: relu | tanh | swish, in the conditioners.
         cap: a bound on the log-scale of each affine coupling.
-        input_bound: over vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.Coupling`.
+        input_bound: for vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.Coupling`.
             None: no bound.
-        coupling: the map of each element in the couplings: affine | spline. Scales of images are factored out by an
-            affine coupling in either case.
+        coupling: affine | spline, the elementwise map in the couplings. The channels that are factored out after each
+            scale of images always have an affine coupling.
         bins, bound: settings of the splines, see `flowtrain.models.nsf`.
-        dropout: over vectors, the dropout probability of the conditioners' hidden units.
-        scales: the number of times that images are halved. None: as often as no side becomes shorter than 4.
-        positional_bias: over images, whether the conditioners have a bias for each position.
-        conditional: whether the flow is p(x | label); the conditioners then take the label as an input.
+        dropout: for vectors, the dropout probability in the conditioners.
+        scales: the number of times that images are halved. None: images are halved while both sides are
+            even and at least 8.
+        positional_bias: for images, whether the conditioners have a bias for each pixel.
+        conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
 
     Returns:
@@ -71,7 +72,7 @@ def glow(
         ConfigError: d < 2, one channel at the last scale, `conditional` without `classes`, or a setting out of range.
     """
     event_shape = shape_of(event_shape)
-    spline(bins, bound)  # refuses settings out of range, which an affine flow would not meet
+    spline(bins, bound)  # checks the settings, also for affine couplings
     made = Steps(
         steps=whole("model.steps", steps),
         hidden=widths("model.hidden", hidden),
@@ -93,7 +94,7 @@ def glow(
 
 @dataclass(frozen=True)
 class Steps:
-    """The settings that all steps of a model share, and how they are put together."""
+    """The settings of the steps of a model. Builds them for vectors and for images at several scales."""
 
     steps: int
     hidden: list[int]
@@ -108,7 +109,7 @@ class Steps:
     classes: int | None
 
     def at(self, channels: int, size: Size | None = None) -> list[Bijection]:
-        """Steps of flow on images of that size, or on vectors, from the data to the base (Glow, figure 2a)."""
+        """Builds the steps for images of this size, or for vectors, listed from data to base (Glow, figure 2a)."""
         first = (channels + 1) // 2
         parts: list[Bijection] = []
         for _ in range(self.steps):
@@ -120,7 +121,13 @@ class Steps:
         return parts
 
     def scale(self, channels: int, size: Size, times: int) -> Bijection:
-        """Squeeze, steps, half of the channels factored out given the others, those at the next scale (figure 2b).
+        """Builds one scale of images: a squeeze, steps, and the next scale for half of the channels (figure 2b).
+
+        The other half of the channels is factored out, with a density that depends on the first half.
+
+        Args:
+            channels, size: of the images before the squeeze.
+            times: the number of squeezes, including this one.
 
         Raises:
             ConfigError: one channel at the last scale, which cannot be split.
@@ -128,8 +135,8 @@ class Steps:
         if not times:
             if channels == 1:
                 raise ConfigError(
-                    f"model=glow splits channels, and these images of {size[0]}x{size[1]} have one: give sides and "
-                    "model.scales that let them be squeezed, or use model=realnvp"
+                    f"model=glow needs at least two channels, and these images of {size[0]}x{size[1]} have one: use "
+                    "images with even sides and model.scales of at least 1, or model=realnvp"
                 )
             return from_data([*self.at(channels, size), ActNorm(channels)])
         size = halved(size)
@@ -137,17 +144,17 @@ class Steps:
         if times == 1:
             return Squeeze(from_data([*inside, ActNorm(4 * channels)]))
         half = 2 * channels
-        # the density of what is factored out, its mean and scale a convolution of the rest
+        # the density of the channels that are factored out: a convolution of the other channels gives mean and scale
         prior = zero(InformedConv(half, 2 * half, self.classes, self.places(size)))
         parts = [*inside, HalfCoupling(2 * half, False, prior, self.cap)]
         return Squeeze(from_data([*parts, FactorOut(self.scale(half, size, times - 1))]))
 
     def net(self, n_in: int, n_out: int, size: Size | None) -> nn.Module:
-        """A conditioner of images of that size, or of vectors."""
+        """Builds a conditioner for images of this size, or for vectors."""
         if size is None:
             return MLP(n_in, self.hidden, n_out, self.activation, self.classes, self.dropout)
         return ConvNet(n_in, self.hidden, n_out, self.activation, self.classes, self.places(size))
 
     def places(self, size: Size) -> Size | None:
-        """The size that a network is told of."""
+        """Returns the size for the positional bias of a network, or None."""
         return size if self.positional_bias else None

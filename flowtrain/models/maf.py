@@ -1,9 +1,9 @@
-"""Masked autoregressive flows with residual networks (Papamakarios et al. 2017; Nash and Durkan 2019), over vectors.
+"""Masked autoregressive flows of vectors with residual networks (Papamakarios et al. 2017; Nash and Durkan 2019).
 
 Example:
     >>> import torch
     >>> flow = maf(2, layers=2, hidden=[16])
-    >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # a standard normal, until it is trained
+    >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # a standard normal before training
     -1.8379
 """
 
@@ -43,31 +43,32 @@ def maf(
     conditional: bool = False,
     classes: int | None = None,
 ) -> Flow:
-    """Autoregressive maps over vectors of length d >= 1.
+    """Masked autoregressive flow of vectors (d,), with affine maps or splines.
 
-    From data to base, a layer consists of an ActNorm, a mixing of the columns and an autoregressive map, see
-    `Autoregressive`. log p(x) takes one pass through each conditioner, a sample `passes`.
+    From data to base, a layer consists of a mixing of the columns and an autoregressive map, see `Autoregressive`.
+    There is one ActNorm at the data end. log p(x) needs one evaluation of each conditioner. A sample needs `passes`
+    evaluations.
 
     Args:
         event_shape: d or (d,).
         layers: the number of autoregressive maps.
         hidden: the width of each residual block of two layers in the conditioners, which are masked residual networks.
-        transform: the map of each element: affine | spline.
+        transform: affine | spline, the elementwise map.
         bins, bound: settings of the splines, see `flowtrain.models.nsf`.
-        passes: the number of groups of columns, at most d. Each group depends on the groups before it. None: d groups,
-            which is fully autoregressive. With 2 groups each map is a coupling that also maps its first half, by
-            parameters that depend on no other column.
+        passes: the number of groups of columns, at most d. Each group depends on the groups before it. None: d groups.
+            With 2 groups each map is a coupling that also maps its first half, with parameters that depend on no
+            column.
         activation: relu | tanh | swish, in the conditioners.
-        mixing: `alternate` reverses the order of the columns from layer to layer; `permutation` and `linear` as in
-            `flowtrain.models.nsf`.
-        cap: a bound on the log-scale of each affine transform.
+        mixing: `alternate` reverses the order of the columns from layer to layer. `permutation` and `linear` are the
+            same as in `flowtrain.models.nsf`.
+        cap: a bound on the log-scale of each affine map.
         input_bound: a bound on the inputs of the conditioners, see `Coupling`. None: no bound.
-        dropout: the dropout probability of the conditioners' hidden units.
-        conditional: whether the flow is p(x | label); the conditioners then take the label as an input.
+        dropout: the dropout probability in the conditioners.
+        conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
 
     Raises:
-        ConfigError: samples that are not vectors, data without labels, or a setting out of range.
+        ConfigError: samples that are not vectors, `conditional` without `classes`, or a setting out of range.
     """
     d = columns("maf", event_shape)
     activation = one_of("model.activation", activation, ACTIVATIONS)

@@ -1,4 +1,4 @@
-"""A Gaussian mixture fitted by EM (expectation maximization): a strong baseline on small and clustered tables.
+"""A Gaussian mixture, fitted by expectation maximization (EM): a strong baseline on small and clustered tables.
 
 Example:
     >>> import torch
@@ -19,14 +19,15 @@ from flowtrain.utils.arguments import shape_of, whole
 def mixture(
     event_shape: int | Sequence[int], *, components: int = 16, covariance: str = "full", prior: float = 0.0
 ) -> Flow:
-    """p(x) = sum_k w_k N(x; m_k, L_k L_k^T), k = 1 .. K, with weights, means and factors from EM on the first data.
+    """The Gaussian mixture p(x) = sum_k w_k N(x; m_k, L_k L_k^T), k = 1 .. K.
 
-    Training then changes all of them by gradient steps. Over images (C, H, W), x is the vector of the pixels.
+    EM on the first training rows initializes the weights, means and factors. Training then changes them by gradient
+    steps. Images (C, H, W) are flattened.
 
     Args:
-        event_shape: the shape of a sample; a number d for vectors of length d.
-        components: K. On a table the command chooses it by validation NLL, see `flowtrain.runs.components`.
-        covariance: full | diagonal. On a table the command chooses it too.
+        event_shape: d, (d,) or (C, H, W).
+        components: K. The command `flowtrain` chooses K for a table by validation NLL, see `flowtrain.runs.components`.
+        covariance: full | diagonal. The command `flowtrain` chooses this for a table too.
         prior: the strength of the prior on the covariances, see `flowtrain.bases.GaussianMixture`.
 
     Raises:

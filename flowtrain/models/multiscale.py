@@ -1,4 +1,4 @@
-"""Parts that models over images at several scales share."""
+"""Functions shared by models of images at several scales."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,15 +10,15 @@ from flowtrain.utils.errors import ConfigError
 
 Size = tuple[int, int]
 
-# no side is halved that is shorter than this, unless asked for
+# by default, images are halved while both sides are at least this long
 SMALLEST = 8
 
 
 def of_images(name: str, event_shape: tuple[int, ...], least: int) -> bool:
-    """Whether samples are images (C, H, W), and not vectors of at least `least` elements.
+    """Returns True for images (C, H, W), and False for vectors of at least `least` elements.
 
     Raises:
-        ConfigError: they are neither.
+        ConfigError: another shape.
     """
     if len(event_shape) == 3:
         return True
@@ -27,7 +27,7 @@ def of_images(name: str, event_shape: tuple[int, ...], least: int) -> bool:
         others = "use model=nsf, model=maf, model=ffjord or model=affine"
         advice = f"give images as ({images})" if len(event_shape) == 2 else others
         raise ConfigError(
-            f"model={name} needs images (C, H, W) or vectors of at least {least} column{'s' * (least > 1)}; the "
+            f"model={name} needs images (C, H, W) or vectors of at least {least} column{'s' * (least > 1)}, but the "
             f"samples have shape {event_shape}: {advice}"
         )
     return False
@@ -40,27 +40,36 @@ def over_images(
     pixels: bool,
     classes: int | None,
 ) -> Flow:
-    """The flow of scale(channels, (H, W), halvings) over images (C, H, W), with an ActNorm of each pixel for `pixels`.
+    """Builds a flow of images (C, H, W).
+
+    Args:
+        event_shape: (C, H, W).
+        scale: builds the bijection from (channels, (H, W), number of halvings).
+        scales: the number of halvings, or None, see `halvings`.
+        pixels: whether there is an ActNorm of each pixel at the data end.
+        classes: the number of labels, or None.
 
     Raises:
         ConfigError: more halvings than the sides allow.
     """
     channels, height, width = event_shape
     inside = scale(channels, (height, width), halvings((height, width), scales))
-    # at the data end each pixel has its own mean and spread: those of a border that is always black differ most
+    # at the data end, the pixels have different means and scales, for example at a border that is always black
     return Flow(event_shape, from_data([*([ActNorm(event_shape)] if pixels else []), inside]), classes)
 
 
 def halved(size: Size) -> Size:
-    """(H, W) of a squeezed image."""
+    """Returns the size (H, W) of a squeezed image."""
     return size[0] // 2, size[1] // 2
 
 
 def halvings(size: Size, asked: int | None) -> int:
-    """The number of times that both sides are halved: as asked, else while both are even and at least SMALLEST.
+    """Returns `asked`, the number of halvings.
+
+    If it is None, images are halved while both sides are even and at least SMALLEST.
 
     Raises:
-        ConfigError: more than the sides allow.
+        ConfigError: `asked` is larger than the sides allow.
     """
     possible, (height, width) = 0, size
     while height % 2 == 0 and width % 2 == 0 and (asked is not None or min(height, width) >= SMALLEST):
@@ -76,12 +85,12 @@ def halvings(size: Size, asked: int | None) -> int:
 
 
 def from_data(bijections: Iterable[Bijection]) -> Chain:
-    """The chain of bijections that are listed as x meets them on its way to the base."""
+    """Builds a chain from bijections that are listed from data to base."""
     return Chain(list(bijections)[::-1])
 
 
 def labelled(name: str, conditional: bool, classes: int | None) -> int | None:
-    """The number of classes of a conditional model; None for a model that is not conditional.
+    """Returns the number of classes of a conditional model, or None for other models.
 
     Raises:
         ConfigError: a conditional model without a number of classes.

@@ -1,9 +1,9 @@
-"""Neural spline flows: couplings by rational-quadratic splines, over vectors (Durkan et al. 2019).
+"""Neural spline flows of vectors: couplings with rational-quadratic splines (Durkan et al. 2019).
 
 Example:
     >>> import torch
     >>> flow = nsf(2, layers=2, hidden=[16])
-    >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # a standard normal, until it is trained
+    >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # a standard normal before training
     -1.8379
 """
 
@@ -41,27 +41,28 @@ def nsf(
     conditional: bool = False,
     classes: int | None = None,
 ) -> Flow:
-    """Spline couplings over vectors of length d >= 1. A single column has splines without other columns to depend on.
+    """Neural spline flow of vectors (d,): a stack of spline couplings.
 
-    From data to base, a layer consists of an ActNorm, a mixing of the columns and a coupling, see `Spline` and
-    `Coupling`.
+    From data to base, a layer consists of a mixing of the columns and a coupling, see `Spline` and `Coupling`. There is
+    one ActNorm at the data end. For d = 1, the parameters of the splines depend on no column.
 
     Args:
         event_shape: d or (d,).
         layers: the number of couplings.
         hidden: the width of each residual block of two layers in the conditioners.
         bins: the number of bins of each spline.
-        bound: B; outside of [-B, B] a spline is the identity. ActNorm brings the data to zero mean and unit variance.
+        bound: B. Outside of [-B, B] a spline is the identity. ActNorm gives the data zero mean and unit variance.
         activation: relu | tanh | swish, in the conditioners.
-        mixing: `linear`, an invertible matrix before each coupling (LU layers); `permutation`, a fixed random one,
-            drawn at construction and saved with the weights; `alternate`, the halves swap from layer to layer.
+        mixing: `linear`: an invertible matrix before each coupling (LU layers). `permutation`: a fixed random
+            permutation before each coupling, drawn at construction and saved with the weights. `alternate`: the two
+            halves swap from layer to layer.
         input_bound: a bound on the inputs of the conditioners, see `Coupling`. None: no bound.
-        dropout: the dropout probability of the conditioners' hidden units.
-        conditional: whether the flow is p(x | label); the conditioners then take the label as an input.
+        dropout: the dropout probability in the conditioners.
+        conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
 
     Raises:
-        ConfigError: samples that are not vectors, data without labels, or a setting out of range.
+        ConfigError: samples that are not vectors, `conditional` without `classes`, or a setting out of range.
     """
     d = columns("nsf", event_shape)
     activation = one_of("model.activation", activation, ACTIVATIONS)
@@ -87,28 +88,28 @@ def nsf(
 
 
 def mixed(mixing: str, d: int) -> list[Bijection]:
-    """The map before a layer that mixes or permutes d columns."""
+    """Returns the map that mixes or permutes d columns before a layer, if there is one."""
     if mixing == "alternate" or d == 1:
         return []
-    # a rotation hides what is aligned with the columns, such as rounded values and atoms
+    # not a rotation, which would mix columns that are better modelled separately, such as columns of rounded values
     return [InvertibleLinear(d, "permutation") if mixing == "linear" else Permutation(torch.randperm(d))]
 
 
 def columns(name: str, event_shape: int | Sequence[int]) -> int:
-    """d of vectors.
+    """Returns the length d of vectors.
 
     Raises:
-        ConfigError: samples of another shape.
+        ConfigError: samples that are not vectors.
     """
     event_shape = shape_of(event_shape)
     if len(event_shape) != 1:
         raise ConfigError(
-            f"model={name} needs vectors, such as the rows of a table; the data has samples of shape {event_shape}: "
+            f"model={name} needs vectors, such as the rows of a table, but the samples have shape {event_shape}: "
             "use model=realnvp, model=glow or model=ffjord"
         )
     return event_shape[0]
 
 
 def spline(bins: int, bound: float) -> Spline:
-    """A spline by the settings of a model."""
+    """Builds a spline and checks its settings."""
     return Spline(whole("model.bins", bins, least=2), number("model.bound", bound))

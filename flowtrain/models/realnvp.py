@@ -1,8 +1,8 @@
-"""RealNVP: a stack of affine couplings over vectors, a multi-scale one over images (Dinh et al. 2017).
+"""RealNVP: affine couplings for vectors, and at several scales for images (Dinh et al. 2017).
 
 Example:
     >>> flow = realnvp(2, layers=4, hidden=[16])
-    >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # a standard normal, until it is trained
+    >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)  # a standard normal before training
     -1.8379
 """
 
@@ -42,25 +42,28 @@ def realnvp(
     conditional: bool = False,
     classes: int | None = None,
 ) -> Flow:
-    """RealNVP (Dinh et al. 2017): affine couplings over vectors of length d >= 2, or over images (C, H, W).
+    """RealNVP (Dinh et al. 2017): affine couplings for vectors of length d >= 2, or for images (C, H, W).
 
     Args:
         event_shape: d, (d,) or (C, H, W).
-        layers: the number of couplings; over images, of each kind at each scale. None: 8, over images 4.
-        hidden: the sizes of the conditioners: widths of an MLP, or over images the channels of each residual block.
+        layers: the number of couplings. For images, the number of checkerboard couplings and of channel couplings at
+            each scale. None: 8 for vectors, 4 for images.
+        hidden: for vectors, the widths of the MLP in each conditioner. For images, the channels of each residual block.
         activation: relu | tanh | swish, in the conditioners.
-        mixing: of vectors: `alternate` swaps the halves (even and odd dimensions) from layer to layer; `permutation`
-            puts a fixed random permutation before each layer, drawn at construction and saved with the weights.
-        actnorm: whether an ActNorm follows each coupling. Over images there is also one for each pixel at the data end.
-        batch_norm: whether a BatchNorm replaces the ActNorm after each coupling. Over images, the conditioners then
-            have batch normalization too.
+        mixing: for vectors. `alternate` swaps the halves (even and odd columns) from layer to layer. `permutation` puts
+            a fixed random permutation before each layer, drawn at construction and saved with the weights.
+        actnorm: whether an ActNorm follows each coupling. For images, there is also an ActNorm of each pixel at the
+            data end.
+        batch_norm: whether a BatchNorm replaces the ActNorm after each coupling. For images, the conditioners then have
+            batch normalization too.
         cap: a bound on the log-scale of each coupling.
-        input_bound: over vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.Coupling`.
+        input_bound: for vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.Coupling`.
             None: no bound.
-        dropout: over vectors, the dropout probability of the conditioners' hidden units.
-        scales: the number of times that images are halved. None: as often as no side becomes shorter than 4.
-        positional_bias: over images, whether the conditioners have a bias for each position.
-        conditional: whether the flow is p(x | label); the conditioners then take the label as an input.
+        dropout: for vectors, the dropout probability in the conditioners.
+        scales: the number of times that images are halved. None: images are halved while both sides are
+            even and at least 8.
+        positional_bias: for images, whether the conditioners have a bias for each pixel.
+        conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
 
     Returns:
@@ -91,7 +94,7 @@ def realnvp(
 
 @dataclass(frozen=True)
 class Couplings:
-    """The settings that all couplings of a model share, and how they are put together."""
+    """The settings of the couplings of a model. Builds them for vectors and for images at several scales."""
 
     layers: int
     hidden: list[int]
@@ -105,14 +108,14 @@ class Couplings:
     classes: int | None
 
     def norm(self, channels: int) -> list[Bijection]:
-        """What follows a coupling, towards the data."""
+        """Returns the normalization after a coupling, in the direction of the data."""
         if self.batch_norm:
             return [BatchNorm(channels)]
         return [ActNorm(channels)] if self.actnorm else []
 
     def stack(self, d: int, permuted: bool) -> Chain:
-        """Over vectors of length d."""
-        # with values even where a model is only sketched, on the meta device
+        """Builds the couplings for vectors of length d."""
+        # on the CPU, because the mask needs values also if the model is built on the meta device
         even = torch.arange(d, device="cpu") % 2 == 0
         bijections: list[Bijection] = []
         for i in range(self.layers):
@@ -125,12 +128,17 @@ class Couplings:
         return Chain(bijections)
 
     def scale(self, channels: int, size: Size, times: int) -> Bijection:
-        """Over images of some size, as in Dinh et al. 2017, section 3.6: couplings by checkerboard masks, a squeeze,
-        couplings by channels, half of the channels factored out and the rest at the next scale; at the last scale by
-        checkerboards alone.
+        """Builds one scale of images, as in Dinh et al. 2017, section 3.6.
 
-        A checkerboard's couplings stand inside the squeeze, where its two colours are the two halves of the channels:
-        their networks see a quarter of the pixels, four times the channels and nothing that is masked.
+        A scale consists of couplings with checkerboard masks, a squeeze, couplings of channels, and the next scale for
+        half of the channels. The other half is factored out. The last scale has only couplings with checkerboard masks.
+
+        The checkerboard couplings are inside the squeeze, where the two colours are the two halves of the channels. So
+        their networks have a quarter of the pixels, four times the channels, and no masked inputs.
+
+        Args:
+            channels, size: of the images before the squeeze.
+            times: the number of scales that follow.
         """
         if not times:
             return self.last_scale(channels, size)
@@ -141,7 +149,7 @@ class Couplings:
         return Squeeze(from_data([*self.halves(c, half), Permutation(by_columns), *self.halves(c, half), rest]))
 
     def last_scale(self, channels: int, size: Size) -> Bijection:
-        """Couplings by checkerboards alone, inside a squeeze where the sides allow one."""
+        """Builds the last scale: couplings with checkerboard masks, inside a squeeze if both sides are even."""
         if size[0] % 2 == 0 and size[1] % 2 == 0:
             return Squeeze(from_data(self.halves(4 * channels, halved(size))))
         parts: list[Bijection] = []
@@ -151,7 +159,7 @@ class Couplings:
         return from_data(parts)
 
     def halves(self, channels: int, size: Size) -> list[Bijection]:
-        """Couplings by alternating halves of an even number of channels."""
+        """Builds couplings of alternating halves of an even number of channels."""
         parts: list[Bijection] = []
         for i in range(self.layers):
             net = self.net(channels // 2, channels, size)
@@ -159,6 +167,6 @@ class Couplings:
         return parts
 
     def net(self, n_in: int, n_out: int, size: Size) -> nn.Module:
-        """A conditioner over images of that size."""
+        """Builds a conditioner for images of this size."""
         places = size if self.positional_bias else None
         return ResidualNet(n_in, self.hidden, n_out, self.activation, self.classes, places, self.batch_norm)

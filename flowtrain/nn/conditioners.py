@@ -15,7 +15,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sw
 
 
 def zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
-    """The layer, its answer zero: a coupling begins as the identity."""
+    """Sets the weight and bias of a layer to zero and returns the layer. A coupling is then the identity."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -23,13 +23,15 @@ def zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
 
 
 class MLP(Recorded, nn.Sequential):
-    """(B, n_in) -> (B, n_out), zero at its start, so that a coupling begins as the identity.
+    """A multilayer perceptron (B, n_in) -> (B, n_out). Its output is initially zero, so a coupling is the identity.
 
     Args:
-        hidden: widths.
+        n_in: number of inputs.
+        hidden: widths of the hidden layers.
+        n_out: number of outputs.
         activation: relu | tanh | swish.
-        classes: how many there are of the labels (B,), which enter one-hot; None takes none.
-        dropout: the share of the hidden units that training drops.
+        classes: number of classes of the labels (B,), which are one-hot inputs. None: no labels.
+        dropout: probability of dropping a hidden unit in training.
     """
 
     def __init__(
@@ -44,51 +46,54 @@ class MLP(Recorded, nn.Sequential):
         sizes = [n_in + (classes or 0), *hidden]
         body: list[nn.Module] = []
         for a, b in pairwise(sizes):
-            # inside the activation, so that the names of the weights are the same with and without it
+            # dropout is in one module with the activation, so that the names of the weights do not depend on it
             activate = ACTIVATIONS[activation]()
             body += [nn.Linear(a, b), nn.Sequential(activate, nn.Dropout(dropout)) if dropout else activate]
         super().__init__(*body, zero(nn.Linear(sizes[-1], n_out)))
         self.classes = classes
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """(B, n_out) of x (B, n_in); labels (B,) where there are classes."""
+        """Returns (B, n_out) for x (B, n_in) and, with classes, labels (B,)."""
         x = with_label(x, label, self.classes)
         y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return y
 
 
 def one_width(hidden: Sequence[int]) -> int:
-    """The width of residual blocks.
+    """Returns the width of residual blocks, which must be the same for all blocks.
 
     Raises:
-        ConfigError: there is not exactly one width.
+        ConfigError: different widths, or no width.
     """
     if len(set(hidden)) != 1:
         raise ConfigError(
-            f"model.hidden={list(hidden)}: the blocks of a residual network are all of one width, as in [32,32]"
+            f"model.hidden={list(hidden)}: all blocks of a residual network need the same width, for example [32,32]"
         )
     return hidden[0]
 
 
 def with_label(x: Tensor, label: Tensor | None, classes: int | None) -> Tensor:
-    """x (B, n) and the labels (B,) one-hot, (B, n + classes); x where there are no classes."""
+    """Returns x (B, n) with the one-hot labels (B,) appended, (B, n + classes). Without classes, returns x."""
     if classes is None:
         return x
     assert label is not None
-    # not F.one_hot, which vmap refuses
+    # not F.one_hot: vmap does not support it
     return torch.cat([x, F.embedding(label, torch.eye(classes, dtype=x.dtype, device=x.device))], 1)
 
 
 class ConvNet(Recorded, nn.Module):
-    """(B, n_in, H, W) -> (B, n_out, H, W): 3x3, then 1x1 for each further width, then 3x3; zero at its start.
+    """A convolutional network (B, n_in, H, W) -> (B, n_out, H, W), as in Glow's couplings.
 
-    The network of Glow's couplings (Kingma and Dhariwal 2018, section 3.3).
+    A 3x3 convolution, a 1x1 convolution for each further width, and a 3x3 convolution (Kingma and Dhariwal 2018,
+    section 3.3). The output is initially zero.
 
     Args:
+        n_in: number of input channels.
         hidden: channels of the hidden layers, at least one.
+        n_out: number of output channels.
         activation: relu | tanh | swish.
-        classes: how many there are of the labels (B,), each of which shifts the first hidden layer; None takes none.
-        size: (H, W), for a shift of the first hidden layer at each place; None for a network that is the same at all.
+        classes: number of classes of the labels (B,). Each class has a bias of the first hidden layer. None: no labels.
+        size: (H, W) of the images, for a bias of the first hidden layer at each pixel. None: no such bias.
     """
 
     def __init__(
@@ -108,7 +113,7 @@ class ConvNet(Recorded, nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """(B, n_out, H, W) of x (B, n_in, H, W); labels (B,) where there are classes."""
+        """Returns (B, n_out, H, W) for x (B, n_in, H, W) and, with classes, labels (B,)."""
         h = self.first(x, label)
         for layer in self.middle:
             h = layer(self.activation(h))
@@ -117,14 +122,17 @@ class ConvNet(Recorded, nn.Module):
 
 
 class ResidualNet(Recorded, nn.Module):
-    """(B, n_in, H, W) -> (B, n_out, H, W): 3x3, a residual block h + W2 * f(W1 * f(h)) for each width, 3x3.
+    """A residual convolutional network (B, n_in, H, W) -> (B, n_out, H, W), as in Real NVP's couplings.
 
-    The network of Real NVP's couplings (Dinh et al. 2017, section 4.1; pre-activation blocks of He et al. 2016), zero
-    at its start. With `batch_norm` every convolution of a block has one before it.
+    A 3x3 convolution, a residual block h + W2 * f(W1 * f(h)) for each width, and a 3x3 convolution (Dinh et al. 2017,
+    section 4.1, with the pre-activation blocks of He et al. 2016). The output is initially zero.
 
     Args:
-        hidden: the channels, the same for every block.
+        n_in: number of input channels.
+        hidden: channels of each block, all equal.
+        n_out: number of output channels.
         activation, classes, size: as in `ConvNet`.
+        batch_norm: puts a batch normalization before each activation in a block.
 
     Raises:
         ConfigError: blocks of different widths.
@@ -149,7 +157,7 @@ class ResidualNet(Recorded, nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """(B, n_out, H, W) of x (B, n_in, H, W); labels (B,) where there are classes."""
+        """Returns (B, n_out, H, W) for x (B, n_in, H, W) and, with classes, labels (B,)."""
         h = self.first(x, label)
         for block in self.blocks:
             h = block(h)
@@ -158,7 +166,7 @@ class ResidualNet(Recorded, nn.Module):
 
 
 class Block(nn.Sequential):
-    """h + W2 * f(n(W1 * f(n(h)))), n batch normalisation or nothing."""
+    """A residual block h + W2 * f(n(W1 * f(n(h)))), where n is a batch normalization or the identity."""
 
     def __init__(self, width: int, activation: str, batch_norm: bool) -> None:
         def half() -> list[nn.Module]:
@@ -168,13 +176,20 @@ class Block(nn.Sequential):
         super().__init__(*half(), *half())
 
     def forward(self, h: Tensor) -> Tensor:
-        """(B, width, H, W) of h, of the same shape."""
+        """Returns (B, width, H, W) for h of the same shape."""
         change: Tensor = super().forward(h)  # type: ignore[no-untyped-call]
         return h + change
 
 
 class InformedConv(Recorded, nn.Conv2d):
-    """W * x + b + E[label] + P, E one vector of channels for each class, P one for each place of an image."""
+    """The convolution W * x + b + E[label] + P, with a bias E for each class and a bias P for each pixel.
+
+    Args:
+        n_in: number of input channels.
+        n_out: number of output channels.
+        classes: number of classes. None: no E.
+        size: (H, W) of the images. None: no P.
+    """
 
     def __init__(self, n_in: int, n_out: int, classes: int | None, size: tuple[int, int] | None) -> None:
         super().__init__(n_in, n_out, 3, padding="same")
@@ -182,8 +197,8 @@ class InformedConv(Recorded, nn.Conv2d):
         self.places = None if size is None else nn.Parameter(torch.zeros(1, n_out, *size))
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """(B, n_out, H, W) of x (B, n_in, H, W); labels (B,) where there are classes."""
-        # only a matter of speed, and refused by vmap
+        """Returns (B, n_out, H, W) for x (B, n_in, H, W) and, with classes, labels (B,)."""
+        # channels_last is faster, but vmap does not support it
         y = super().forward(x if transforms_active() else x.contiguous(memory_format=torch.channels_last))
         if self.embedding is not None:
             assert label is not None

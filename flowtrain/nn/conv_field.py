@@ -1,4 +1,4 @@
-"""Velocity fields over images: convolutions modulated by time, and their hand-written derivatives."""
+"""Velocity fields for images: convolutions that depend on time, with hand-written derivatives."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from flowtrain.nn.velocity_field import (
     LayeredField,
     TimedLayer,
     TimeEmbedded,
-    back_through,
-    image_of,
-    through,
+    activate,
+    activate_vjp,
+    as_event,
     unpack,
 )
 from flowtrain.utils.arguments import one_of, whole, widths
@@ -28,7 +28,17 @@ from flowtrain.utils.errors import ConfigError
 def jvp(
     activation: Activation, x: Tensor, tangents: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(v, J e): x (B, C, H, W), tangents (k, 1 or B, C, H, W), constants -> (B, C', H, W), (k, B, C', H, W)."""
+    """Computes (v, J e) of a convolutional network at one time.
+
+    Args:
+        activation: between the layers.
+        x: images (B, C, H, W).
+        tangents: e, (k, 1 or B, C, H, W). They are treated as constants.
+        weights, shifts: of each layer, see `TimedConv2d.at`.
+
+    Returns:
+        v (B, C', H, W) and J e (k, B, C', H, W).
+    """
     v, je = _JVP.apply(activation, len(weights), x, tangents, *weights, *shifts)  # type: ignore[no-untyped-call]
     return v, je
 
@@ -43,12 +53,12 @@ class _JVP(torch.autograd.Function):
         hidden: list[Hidden] = []
         h, t = x, tangents
         for weight, shift in zip(weights[:-1], shifts[:-1], strict=True):
-            # a convolution is linear: its weights take the gain, not the images
+            # the gain multiplies the weights, which are smaller than the images
             a = _convolved(h, gain * weight, gain * shift)
-            hidden.append(through(activation, a, _jvp_of(t, weight), tangents=0))
+            hidden.append(activate(activation, a, _jvp_of(t, weight), tangents=0))
             h, t = hidden[-1].h, hidden[-1].t
         ctx.activation, ctx.n_layers = activation, n_layers
-        # nothing kept but this way: only so does torch.utils.checkpoint drop it
+        # every tensor is kept by save_for_backward, because torch.utils.checkpoint frees only these
         ctx.save_for_backward(x, tangents, *layers, *(tensor for layer in hidden for tensor in layer.tensors()))
         je = _jvp_of(t, weights[-1])
         return _convolved(h, weights[-1], shifts[-1]), je.expand(len(je), len(x), *je.shape[2:]).contiguous()
@@ -73,7 +83,7 @@ class _JVP(torch.autograd.Function):
                 return None, None, at_h, None, *at_weights[::-1], *at_shifts[::-1]
             assert at_h is not None
             assert at_t is not None
-            at_a, at_u = back_through(ctx.activation, hidden[layer - 1], at_h, at_t.view_as(t))
+            at_a, at_u = activate_vjp(ctx.activation, hidden[layer - 1], at_h, at_t.view_as(t))
         raise AssertionError("a field has layers")
 
 
@@ -84,13 +94,13 @@ def _convolved(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
 
 
 def _jvp_of(t: Tensor, weight: Tensor) -> Tensor:
-    """W * t for t (k, 1 or B, C, H, W)."""
+    """Returns W * t for t (k, 1 or B, C, H, W)."""
     y = F.conv2d(t.flatten(0, 1), weight, padding="same")
     return y.view(*t.shape[:2], *y.shape[1:])
 
 
 def _vjp(at_y: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor | None, Tensor]:
-    """Cotangents of x, or None, and of W from that of y = W * x."""
+    """Returns the cotangents of x (or None) and of W, for the cotangent of y = W * x."""
     same = [size // 2 for size in weight.shape[2:]]
     at_x, at_weight, _ = torch.ops.aten.convolution_backward(
         at_y, x, weight, None, [1, 1], same, [1, 1], False, [0, 0], 1, [needs_x, True, False]
@@ -99,7 +109,7 @@ def _vjp(at_y: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor
 
 
 class TimedConv2d(TimedLayer):
-    """y = (W * x + b) gate(t) + offset(t), * a convolution that keeps the size.
+    """The layer y = (W * x + b) gate(t) + offset(t). The convolution keeps the size of the images.
 
     Shapes: x is (..., n_in, H, W), t broadcasts against x.shape[:-3], y is (..., n_out, H, W).
     """
@@ -110,9 +120,9 @@ class TimedConv2d(TimedLayer):
 
     @abstractmethod
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor | None, Tensor]:
-        """(gate, shift) for images of `size` (H, W), shift = b gate + offset; a gate of None is 1.
+        """Returns gate and shift = b gate + offset for images of `size` (H, W). A gate of None means 1.
 
-        Shapes: gate is (*t.shape, n_out, 1, 1), shift the same or (*t.shape, n_out, H, W).
+        Shapes: gate is (*t.shape, n_out, 1, 1). shift has this shape or (*t.shape, n_out, H, W).
         """
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
@@ -125,7 +135,7 @@ class TimedConv2d(TimedLayer):
         return y + shift if gate is None else torch.addcmul(shift, y, gate)
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """(y, (dy/dx) e) for each tangent e, from one modulation and one convolution."""
+        """Returns y and (dy/dx) e for each tangent e, with one modulation and one convolution."""
         gate, shift = self.modulation(t, x.shape[-2:])
         weight, gate = self.fold(gate)
         y, probe_jvps = convolve(weight, x, tangents)
@@ -134,12 +144,12 @@ class TimedConv2d(TimedLayer):
         return torch.addcmul(shift, y, gate), probe_jvps * gate
 
     def at(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """The plain convolution that this layer is at time t: W (n_out, n_in, ..), shift (n_out, 1 or H, 1 or W)."""
+        """Returns W (n_out, n_in, ..) and shift (n_out, 1 or H, 1 or W) of the layer W * x + shift at time t."""
         gate, shift = self.modulation(t, size)
         return channels_last(self.fold(gate)[0]), shift
 
     def fold(self, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(W, gate), or (gate W, None) where all images share one gate: W is small, the images are not."""
+        """Returns (gate W, None) if all images share one gate, else (W, gate). W is smaller than the images."""
         weight = self.conv.weight
         if gate is not None and gate.numel() == len(weight):
             return weight * gate.reshape(-1, 1, 1, 1), None
@@ -147,16 +157,16 @@ class TimedConv2d(TimedLayer):
 
 
 def convolve(weight: Tensor, *parts: Tensor, bias: Tensor | None = None) -> list[Tensor]:
-    """W * p (+ bias) for every part p (..., n_in, H, W), all in one convolution."""
+    """Returns W * p (+ bias) for every part p (..., n_in, H, W), from one convolution."""
     flat = [p.reshape(-1, *p.shape[-3:]) for p in parts]
     y = F.conv2d(torch.cat(flat) if len(flat) > 1 else flat[0], channels_last(weight), bias, padding="same")
-    # split and not slices: the gradient of a slice is a zero-filled tensor of the whole size
+    # not slices: the gradient of each slice would be a zero-filled tensor of the whole size
     rows = torch.split(y, [p.shape[0] for p in flat])
     return [r.reshape(*p.shape[:-3], *r.shape[1:]) for r, p in zip(rows, parts, strict=True)]
 
 
 class ConcatConv2d(TimedConv2d):
-    """y = W * [x, t] + b: time as one more input channel, constant inside the image and zero in its padding."""
+    """The layer y = W * [x, t] + b. Time is one more input channel, constant in the image and zero in the padding."""
 
     def __init__(self, n_in: int, n_out: int, kernel_size: int) -> None:
         super().__init__(n_in, n_out, kernel_size)
@@ -164,13 +174,13 @@ class ConcatConv2d(TimedConv2d):
 
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[None, Tensor]:
         assert self.conv.bias is not None
-        # linear in t, so one convolution serves all times; a channel of ones sees the border as one of t does
+        # the response to the channel t is t times the response to a channel of ones, also at the border
         (response,) = convolve(self.shift.weight, t.new_ones(1, *size))
-        return None, torch.addcmul(image_of(self.conv.bias, 3), image_of(t.unsqueeze(-1), 3), response)
+        return None, torch.addcmul(as_event(self.conv.bias, 3), as_event(t.unsqueeze(-1), 3), response)
 
 
 class ConcatSquashConv2d(TimedConv2d):
-    """y = (W * x + b) sigmoid(a t + c) + u t, with a, c and u per channel."""
+    """The layer y = (W * x + b) sigmoid(a t + c) + u t, with a, c and u per channel."""
 
     def __init__(self, n_in: int, n_out: int, kernel_size: int) -> None:
         super().__init__(n_in, n_out, kernel_size)
@@ -181,11 +191,11 @@ class ConcatSquashConv2d(TimedConv2d):
         assert self.conv.bias is not None
         column = t.unsqueeze(-1)
         gate = torch.sigmoid(self.gate(column))
-        return image_of(gate, 3), image_of(torch.addcmul(self.shift(column), self.conv.bias, gate), 3)
+        return as_event(gate, 3), as_event(torch.addcmul(self.shift(column), self.conv.bias, gate), 3)
 
 
 class TimeEmbeddingConv2d(TimedConv2d, TimeEmbedded):
-    """y = (W * x + b) gate(t) + offset(t), per channel, see `TimeEmbedded`."""
+    """The layer y = (W * x + b) gate(t) + offset(t), with a gate and an offset per channel, see `TimeEmbedded`."""
 
     def __init__(self, n_in: int, n_out: int, kernel_size: int, n_embedding: int = 16) -> None:
         super().__init__(n_in, n_out, kernel_size)
@@ -194,7 +204,7 @@ class TimeEmbeddingConv2d(TimedConv2d, TimeEmbedded):
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
         assert self.conv.bias is not None
         gate, offset = self.gate_and_offset(t)
-        return image_of(gate, 3), image_of(torch.addcmul(offset, self.conv.bias, gate), 3)
+        return as_event(gate, 3), as_event(torch.addcmul(offset, self.conv.bias, gate), 3)
 
 
 LAYERS: dict[str, type[TimedConv2d]] = {
@@ -205,7 +215,7 @@ LAYERS: dict[str, type[TimedConv2d]] = {
 
 
 class ConvField(LayeredField[TimedConv2d]):
-    """v(t, x) for images: timed convolutions of stride 1.
+    """A velocity field v(t, x) for images: convolutions of stride 1 that depend on time.
 
     Shapes: x is (..., C, H, W); t is a scalar or broadcasts against x.shape[:-3]; v has the shape of x.
 
@@ -214,12 +224,12 @@ class ConvField(LayeredField[TimedConv2d]):
         hidden: channels of the hidden layers.
         layer: concatsquash | concat | time_embedding.
         activation: tanh | softplus | swish.
-        kernel_size: odd, so that an image keeps its size about its centre.
-        classes: how many labels there are, which `given` takes; None for none.
-        size: (H, W), for a bias of the first layer at each place; None for a field that is the same at all.
+        kernel_size: an odd number, so that images keep their size.
+        classes: number of classes for `given`. None: no labels.
+        size: (H, W) of the images, for a bias of the first layer at each pixel. None: no such bias.
 
     Raises:
-        ConfigError: an unknown layer or activation, no hidden layer, an even kernel; x that is not C channels.
+        ConfigError: an unknown layer or activation, no hidden layer, an even kernel size, or x without C channels.
     """
 
     event_dims = 3
@@ -243,11 +253,11 @@ class ConvField(LayeredField[TimedConv2d]):
         self.places = None if size is None else nn.Parameter(torch.zeros(sizes[1], *size))
 
     def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        return super().forward(t, self.checked(x), self.placed(shift)).contiguous()
+        return super().forward(t, self.checked(x), self.with_pixel_bias(shift)).contiguous()
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, shift = self.checked(x), self.placed(shift)
-        if not self.by_hand(t, x, tangents):
+        x, shift = self.checked(x), self.with_pixel_bias(shift)
+        if not self.can_use_kernels(t, x, tangents):
             v, je = self.jvp_rows(t, x, tangents, shift)
             return v.contiguous(), je.contiguous()
         nodes, batch = x.shape[:-4], x.shape[-4:]
@@ -261,39 +271,40 @@ class ConvField(LayeredField[TimedConv2d]):
         return v.view(x.shape), je.view(len(tangents), *x.shape)
 
     def jvp_node(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`jvp` at one time: x (B, C, H, W), tangents (k, 1 or B, C, H, W)."""
+        """Computes `jvp` at one time t, for x (B, C, H, W) and tangents (k, 1 or B, C, H, W)."""
         weights, shifts = zip(*(layer.at(t, x.shape[-2:]) for layer in self.layers), strict=True)
         if shift is not None:
             shifts = (shifts[0] + shift, *shifts[1:])
         v, je = jvp(self.activation, x, tangents, weights, shifts)
         return v.contiguous(), je.contiguous()
 
-    def placed(self, shift: Tensor | None) -> Tensor | None:
-        """The shift of the first layer: that of the labels, and that of the places."""
+    def with_pixel_bias(self, shift: Tensor | None) -> Tensor | None:
+        """Adds the bias of each pixel to the shift of the labels."""
         if shift is None or self.places is None:
             return self.places if shift is None else shift
         return shift + self.places
 
     def checked(self, x: Tensor) -> Tensor:
-        """x (..., C, H, W) as it is.
+        """Returns x if its shape is (..., C, H, W).
 
         Raises:
-            ConfigError: it is no image of the field's channels.
+            ConfigError: another shape or number of channels.
         """
         if x.dim() < 3 or x.shape[-3] != self.channels:
             raise ConfigError(
-                f"a convolutional field of {self.channels} channels takes images (..., {self.channels}, H, W); "
-                f"it was given {tuple(x.shape)}: use an MLP for vectors, or set channels to the images' own"
+                f"a convolutional field of {self.channels} channels needs images (..., {self.channels}, H, W), not the "
+                f"shape {tuple(x.shape)}: use MLPField for vectors, or set channels to the channels of the images"
             )
         return x
 
 
 def channels_last(weight: Tensor) -> Tensor:
-    """W (n_out, n_in, ..) with its channels innermost in memory, where that was measured to be faster.
+    """Returns W (n_out, n_in, ..) in the memory format channels_last, where this was measured to be faster.
 
-    The convolution's output has them so too: the weight decides, because an image of one channel has no layout to tell.
+    The output of the convolution then has this format too. The weight sets the format, because an image with one
+    channel has the same strides in both formats.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return weight
-    # not contiguous(memory_format=torch.channels_last): it does nothing for one input channel, and vmap refuses it
+    # contiguous(memory_format=torch.channels_last) has no effect for one input channel, and vmap does not support it
     return weight.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)

@@ -1,7 +1,8 @@
-"""The divergence of a field, tr dv/dx: exact with basis tangents, or Hutchinson's estimate with random ones.
+"""The divergence tr dv/dx of a velocity field: exact, or Hutchinson's estimate.
 
-Both are sum_j w <e_j, J e_j>. Exact: the d basis vectors, d the elements of an event, w = 1. Hutchinson
-(1989), used for flows in FFJORD (Grathwohl et al. 2019, eq. 8): k random e with E[e e^T] = I, w = 1/k.
+Both are w sum_j <e_j, J e_j> with J = dv/dx. For the exact divergence, e_j are the d basis vectors, d is the number of
+elements of an event, and w = 1. For Hutchinson's estimate (Hutchinson 1989; FFJORD, Grathwohl et al. 2019, eq. 8), e_j
+are k random vectors with E[e e^T] = I, and w = 1/k.
 """
 
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from flowtrain.utils.errors import ConfigError
 
 
 def rademacher(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """-1 or 1 with equal probability, of that shape, with the dtype and on the device of `like`."""
+    """Draws -1 or 1 with equal probability, with the dtype and on the device of `like`."""
     return torch.randint(0, 2, shape, device=like.device).to(like.dtype).mul_(2).sub_(1)
 
 
 def gaussian(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Standard normal, likewise; drawn in float32, so that a flow in float64 has the same as one in float32."""
+    """Draws standard normal numbers, with the dtype and on the device of `like`.
+
+    The numbers are drawn in float32, so that flows in float32 and float64 get the same numbers.
+    """
     return torch.randn(shape, dtype=torch.float32, device=like.device).to(like.dtype)
 
 
@@ -30,15 +34,15 @@ TRACES = ("auto", "exact", "hutchinson")
 
 @dataclass(frozen=True)
 class Probes:
-    """The tangents of one solve, drawn ONCE for it and shared by all its nodes.
+    """The tangents e of one solve. They are drawn once per solve and shared by all its nodes.
 
-    Redrawn at every evaluation they would make the integrand a different function at each stage: an adaptive
-    solver then sees an error that no step size cures, and rejects for ever.
+    If they were drawn at every evaluation, the integrand would be a different function at each stage. An adaptive
+    solver would then see an error that no step size reduces, and would reject steps forever.
 
     Attributes:
-        tangents: (k, B, *event), or (d, 1, *event) for the basis, d the elements of an event.
-        weight: 1, or 1/k.
-        noisy: whether they are random, and the divergence an estimate.
+        tangents: random tangents (k, B, *event), or the basis (d, 1, *event), with d the elements of an event.
+        weight: w, which is 1 for the basis and 1/k for random tangents.
+        noisy: whether the tangents are random and the divergence is an estimate.
     """
 
     tangents: Tensor
@@ -47,32 +51,41 @@ class Probes:
 
     @property
     def event_dims(self) -> int:
-        """How many dimensions an event has: 1 for vectors, 3 for images."""
+        """The number of dimensions of an event: 1 for vectors, 3 for images."""
         return self.tangents.dim() - 2
 
     def contract(self, products: Tensor) -> Tensor:
-        """w sum_j over the tangents, and over the elements of an event: (k, ..., *event) -> (...)."""
+        """Returns w times the sum over the tangents and the elements of an event: (k, ..., *event) -> (...)."""
         return self.weight * products.sum((0, *range(-self.event_dims, 0)))
 
     @staticmethod
     def exact(x: Tensor) -> "Probes":
-        """The basis, for x (B, *event)."""
+        """Returns the basis vectors for x (B, *event)."""
         event = x.shape[1:]
         return Probes(torch.eye(event.numel(), dtype=x.dtype, device=x.device).view(-1, 1, *event), 1.0)
 
     @staticmethod
     def hutchinson(x: Tensor, noise: str, samples: int) -> "Probes":
-        """`samples` random tangents for each row of x (B, *event), from the global generator of x's device."""
+        """Draws `samples` random tangents for each row of x (B, *event), with the global generator of x's device."""
         return Probes(NOISES[noise]((samples, *x.shape), x), 1 / samples, noisy=True)
 
 
 def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
-    """(v, tr dv/dx or its estimate); x (*nodes, B, *event) with t broadcasting against (*nodes, B).
+    """Returns v and tr dv/dx, or its estimate.
 
-    For users who look at a field, and for tests: a solve takes `probe_jvps`, of which penalties on J e have need too.
+    This function is for users and tests. A solve calls `probe_jvps`, because regularizers need J e too.
+
+    Args:
+        field: the velocity field.
+        t: broadcasts against (*nodes, B).
+        x: (*nodes, B, *event).
+        probes: the tangents.
+
+    Returns:
+        v (*nodes, B, *event) and the divergence (*nodes, B).
 
     Raises:
-        ConfigError: a field of vectors was given images, or the reverse.
+        ConfigError: x are images and the field is for vectors, or the reverse.
 
     Example:
         >>> class Shear(nn.Module):
@@ -87,16 +100,18 @@ def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[
 
 
 def probe_jvps(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor, Tensor]:
-    """(v, e, J e) for the probes e, shaped (k, *nodes, B, *event) or so as to broadcast; shapes as in `divergence`.
+    """Returns v, the tangents e and J e. The arguments are those of `divergence`.
+
+    e broadcasts against (k, *nodes, B, *event), which is the shape of J e.
 
     Raises:
-        ConfigError: a field of vectors was given images, or the reverse.
+        ConfigError: x are images and the field is for vectors, or the reverse.
     """
     event_dims = probes.event_dims
     if isinstance(field, Field) and field.event_dims != event_dims:
         raise ConfigError(
-            f"{type(field).__name__} takes samples of {field.event_dims} dimension(s); it was given samples of shape "
-            f"{tuple(x.shape[-event_dims:])}: use a field for such samples, or reshape them"
+            f"{type(field).__name__} needs samples with {field.event_dims} dimension(s), not the shape "
+            f"{tuple(x.shape[-event_dims:])}: use a field for this shape, or reshape the samples"
         )
     nodes = x.dim() - event_dims - 1
     k, *rest = probes.tangents.shape
@@ -107,14 +122,14 @@ def probe_jvps(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[
 
 @dataclass(frozen=True)
 class TraceRule:
-    """Which probes a solve uses: `train` while the module trains, `evaluate` otherwise.
+    """The choice between the exact trace and Hutchinson's estimate, in training mode and in evaluation mode.
 
-    `auto` is exact up to d = 8 elements of a sample in training and up to d = 128 at evaluation, else Hutchinson.
+    `auto` is exact for samples of up to 8 elements in training and up to 128 at evaluation, else Hutchinson.
 
     Attributes:
         train, evaluate: auto | exact | hutchinson.
-        noise: rademacher | gaussian, of Hutchinson's estimate.
-        noise_samples: k, how many tangents it takes.
+        noise: rademacher | gaussian, the distribution of the random tangents.
+        noise_samples: k, the number of random tangents.
 
     Raises:
         ConfigError: a setting out of range.
@@ -144,15 +159,15 @@ class TraceRule:
         return rule == "exact" or (rule == "auto" and d <= (8 if training else 128))
 
     def draw(self, x: Tensor, training: bool) -> Probes:
-        """The probes of one solve that starts at x (B, *event).
+        """Returns the probes for a solve that starts at x (B, *event).
 
         Raises:
             ConfigError: x has no batch dimension or no event dimension.
         """
         if x.dim() < 2:
             raise ConfigError(
-                f"a continuous flow takes a batch of vectors (B, d) or images (B, C, H, W); it was given "
-                f"{tuple(x.shape)}: give one row a sample"
+                f"a continuous flow needs a batch of vectors (B, d) or images (B, C, H, W), not the shape "
+                f"{tuple(x.shape)}: give one sample per row"
             )
         if self.is_exact(x.shape[1:].numel(), training):
             return Probes.exact(x)

@@ -1,4 +1,4 @@
-"""Velocity fields over vectors: multilayer perceptrons modulated by time, and their hand-written derivatives."""
+"""Velocity fields for vectors: multilayer perceptrons that depend on time, with hand-written derivatives."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from flowtrain.nn.velocity_field import (
     LayeredField,
     TimedLayer,
     TimeEmbedded,
-    back_through,
-    through,
+    activate,
+    activate_vjp,
     unpack,
 )
 from flowtrain.utils.arguments import number, one_of, widths
 from flowtrain.utils.autograd import first_derivative
 
-# numbers that one layer's values and tangents may take in a block of nodes: larger ones leave a CPU's cache, and its
-# allocator asks for fresh pages
+# on a CPU, the largest number of values and tangents of a layer in one block of nodes. Larger blocks exceed the cache,
+# and the allocator requests new pages for them
 BLOCK = 2**18
 
 
@@ -31,8 +31,9 @@ class MLPTape:
     """Evaluations of an MLP, one node at a time; see `flowtrain.ode.tape.Tape`.
 
     Args:
-        times: of the nodes, (M,).
-        weights, biases: of each layer, (M, n_out, n_in) and (M, n_out), without a graph.
+        times: times of the nodes, (M,).
+        weights, biases: for each layer (M, n_out, n_in) and (M, n_out), without an autograd graph.
+        activation: between the layers.
         keep: whether `vjp` will be called.
     """
 
@@ -43,13 +44,14 @@ class MLPTape:
         self.weights = [w.unbind() for w in weights]
         self.transposed = [w.mT.unbind() for w in weights]
         self.biases = [b.unbind() for b in biases]
-        # for each node the input of every layer, what the slopes need, and after its vjp the cotangents of every a_l
+        # for each node: the inputs of all layers, the tensors for the slopes, and after `vjp` the cotangents of the
+        # outputs of all layers before their activation
         self.inputs: dict[int, list[Tensor]] = {}
         self.kept: dict[int, list[Tensor]] = {}
         self.cotangents: dict[int, list[Tensor]] = {}
 
     def velocity(self, i: int, x: Tensor) -> Tensor:
-        """v (B, d) of node i at x (B, d)."""
+        """Returns v (B, d) of node i at x (B, d)."""
         inputs, kept = [x], []
         last = len(self.weights) - 1
         gain = self.activation.gain(x.device)
@@ -63,7 +65,7 @@ class MLPTape:
         return torch.addmm(self.biases[last][i], x, self.transposed[last][i])
 
     def vjp(self, i: int, cotangent: Tensor) -> Tensor:
-        """cotangent^T dv/dx of node i, (B, d); the share of the weights is kept for `weight_gradients`."""
+        """Returns cotangent^T dv/dx of node i, (B, d). Cotangents are kept for `weight_gradients`."""
         at_a = [cotangent]
         for layer in reversed(range(1, len(self.weights))):
             slope = self.activation.slope(self.kept[i][layer - 1])
@@ -72,7 +74,7 @@ class MLPTape:
         return torch.mm(at_a[-1], self.weights[0][i])
 
     def weight_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Of every layer, (M, n_out, n_in) and (M, n_out), zero for nodes without a vjp."""
+        """Returns the gradients of `weights` and `biases`. They are zero for nodes without a vjp."""
         n_nodes = len(self.times)
         at_weights, at_biases = [], []
         for layer, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -88,13 +90,26 @@ class MLPTape:
 def jvp(
     activation: Activation, x: Tensor, tangents: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(v, J e) at M nodes: x (M, B, d), tangents (k, 1 or M, 1 or B, d), constants -> (M, B, d'), (k, M, B, d')."""
+    """Computes (v, J e) of an MLP at M nodes.
+
+    Args:
+        activation: between the layers.
+        x: (M, B, d).
+        tangents: e, (k, 1 or M, 1 or B, d). They are treated as constants.
+        weights, biases: for each layer (M, n_out, n_in) and (M, n_out).
+
+    Returns:
+        v (M, B, d') and J e (k, M, B, d').
+    """
     v, je = _JVP.apply(activation, len(weights), x, tangents, *weights, *biases)  # type: ignore[no-untyped-call]
     return v, je
 
 
 class _JVP(torch.autograd.Function):
-    """Nodes go through in blocks; u are the tangents before a slope, t after it, each (m, k, 1 or B, n)."""
+    """The function of `jvp`, evaluated in blocks of m nodes.
+
+    u and t are the tangents of a hidden layer before and after the activation, (m, k, 1 or B, n).
+    """
 
     @staticmethod
     def forward(
@@ -113,7 +128,7 @@ class _JVP(torch.autograd.Function):
             je[:, b] = probe_jvps.transpose(0, 1)
             kept += [tensor for layer in saved for tensor in layer.tensors()]
         ctx.activation, ctx.n_layers = activation, n_layers
-        # nothing kept but this way: only so does torch.utils.checkpoint drop it
+        # every tensor is kept by save_for_backward, because torch.utils.checkpoint frees only these
         ctx.save_for_backward(x, e, *layers, *kept)
         return v, je
 
@@ -152,13 +167,13 @@ def _blocks(x: Tensor, k: int, weights: Sequence[Tensor]) -> list[slice]:
 def _jvp_block(
     activation: Activation, x: Tensor, e: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[list[Hidden], Tensor, Tensor]:
-    """The hidden layers, v (m, B, d') and J e (m, k, 1 or B, d')."""
+    """Returns the hidden layers, v (m, B, d') and J e (m, k, 1 or B, d') of one block."""
     gain = activation.gain(x.device)
     hidden: list[Hidden] = []
     h, t = x, e
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         a = torch.baddbmm(bias.unsqueeze(1), h, weight.mT, beta=gain, alpha=gain)
-        hidden.append(through(activation, a, _product(t, weight.mT), tangents=1))
+        hidden.append(activate(activation, a, _product(t, weight.mT), tangents=1))
         h, t = hidden[-1].h, hidden[-1].t
     return hidden, torch.baddbmm(biases[-1].unsqueeze(1), h, weights[-1].mT), _product(t, weights[-1].mT)
 
@@ -174,12 +189,21 @@ def _vjp_block(
     at_weights: Sequence[Tensor],
     at_biases: Sequence[Tensor],
 ) -> Tensor:
-    """The cotangent of x from those of v (m, B, d') and J e (m, k, B, d'); writes those of weights and biases."""
+    """Differentiates one block.
+
+    Args:
+        at_a: cotangent of v, (m, B, d').
+        at_u: cotangent of J e, (m, k, B, d').
+        at_weights, at_biases: the cotangents of weights and biases are written into these tensors.
+
+    Returns:
+        The cotangent of x.
+    """
     for layer in reversed(range(1, len(weights))):
         below = hidden[layer - 1]
         _weight_gradient(at_a, at_u, below.h, below.t, at_weights[layer], at_biases[layer])
         at_h, at_t = torch.bmm(at_a, weights[layer]), _product(at_u, weights[layer])
-        at_a, at_u = back_through(activation, below, at_h, at_t)
+        at_a, at_u = activate_vjp(activation, below, at_h, at_t)
     if e.shape[2] == 1:
         at_u = at_u.sum(2, keepdim=True)
     _weight_gradient(at_a, at_u, x, e, at_weights[0], at_biases[0])
@@ -187,20 +211,20 @@ def _vjp_block(
 
 
 def _product(t: Tensor, matrix: Tensor) -> Tensor:
-    """t M for t (m, k, B, n), M (m, n, n')."""
+    """Returns t M for t (m, k, B, n) and M (m, n, n')."""
     m, k, rows, _ = t.shape
     return torch.bmm(t.reshape(m, k * rows, -1), matrix).view(m, k, rows, -1)
 
 
 def _weight_gradient(at_a: Tensor, at_u: Tensor, h: Tensor, t: Tensor, at_weight: Tensor, at_bias: Tensor) -> None:
-    """Of a = W h + b and u = W t."""
+    """Writes the cotangents of W and b for a = W h + b and u = W t into `at_weight` and `at_bias`."""
     torch.bmm(at_a.mT, h, out=at_weight)
     at_weight.baddbmm_(at_u.flatten(1, 2).mT, t.flatten(1, 2))
     torch.sum(at_a, 1, out=at_bias)
 
 
 class TimedLinear(TimedLayer):
-    """y = (W x + b) * gate(t) + shift(t), with x (..., n_in), t broadcasting against x.shape[:-1]."""
+    """The layer y = (W x + b) gate(t) + shift(t) for x (..., n_in), with t broadcasting against x.shape[:-1]."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -208,7 +232,7 @@ class TimedLinear(TimedLayer):
 
     @abstractmethod
     def modulation(self, t: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(gate, shift), each (*t.shape, n_out); a gate of None is 1."""
+        """Returns gate and shift, each (*t.shape, n_out). A gate of None means 1."""
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         gate, shift = self.modulation(t)
@@ -216,7 +240,7 @@ class TimedLinear(TimedLayer):
         return y + shift if gate is None else torch.addcmul(shift, y, gate)
 
     def at(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """The plain linear layer that this one is at each of times (M,): weight (M, n_out, n_in), bias (M, n_out)."""
+        """Returns the weights (M, n_out, n_in) and biases (M, n_out) of this linear layer at the times (M,)."""
         gate, shift = self.modulation(times)
         weight, bias = self.linear.weight, self.linear.bias
         if gate is None:
@@ -224,7 +248,7 @@ class TimedLinear(TimedLayer):
         return gate.unsqueeze(-1) * weight, torch.addcmul(shift, gate, bias)
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """(y, (dy/dx) e) for each tangent e, from one modulation."""
+        """Returns y and (dy/dx) e for each tangent e, with one modulation."""
         gate, shift = self.modulation(t)
         y: Tensor = self.linear(x)
         probe_jvps = F.linear(tangents, self.linear.weight)
@@ -234,7 +258,7 @@ class TimedLinear(TimedLayer):
 
 
 class Concat(TimedLinear):
-    """y = W [x, t] + b: time as one more input (FFJORD's ConcatLinear)."""
+    """The layer y = W [x, t] + b, with time as one more input (FFJORD's ConcatLinear)."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out)
@@ -245,7 +269,7 @@ class Concat(TimedLinear):
 
 
 class ConcatSquash(TimedLinear):
-    """y = (W x + b) * sigmoid(a t + c) + u t (FFJORD's ConcatSquashLinear)."""
+    """The layer y = (W x + b) sigmoid(a t + c) + u t (FFJORD's ConcatSquashLinear)."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out)
@@ -258,7 +282,7 @@ class ConcatSquash(TimedLinear):
 
 
 class TimeEmbedding(TimedLinear, TimeEmbedded):
-    """y = (W x + b) gate(t) + offset(t), see `TimeEmbedded`."""
+    """The layer y = (W x + b) gate(t) + offset(t), see `TimeEmbedded`."""
 
     def __init__(self, n_in: int, n_out: int, n_embedding: int = 16) -> None:
         super().__init__(n_in, n_out)
@@ -276,15 +300,16 @@ LAYERS: dict[str, type[TimedLinear]] = {
 
 
 class MLPField(LayeredField[TimedLinear]):
-    """v(t, x) for vectors: a multilayer perceptron of timed layers.
+    """A velocity field v(t, x) for vectors: a multilayer perceptron whose layers depend on time.
 
     Args:
         d: dimension of x.
         hidden: widths of the hidden layers.
         layer: concatsquash | concat | time_embedding.
         activation: tanh | softplus | swish.
-        classes: how many labels there are, which `given` takes; None for none.
-        init_scale: of the first layer's weights, see `spread`; None leaves them to torch, U(-1, 1) / sqrt(d).
+        classes: number of classes for `given`. None: no labels.
+        init_scale: scale of the initial weights of the first layer, see `spread_units`. None: torch's default,
+            U(-1, 1) / sqrt(d).
 
     Raises:
         ConfigError: an unknown layer or activation, no hidden layer, or a scale that is not positive.
@@ -304,11 +329,11 @@ class MLPField(LayeredField[TimedLinear]):
         layers = [kind(a, b) for a, b in pairwise(sizes)]
         super().__init__(layers, activation, sizes[1], classes)
         if init_scale is not None:
-            spread(layers[0].linear, number("model.init_scale", init_scale))
+            spread_units(layers[0].linear, number("model.init_scale", init_scale))
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        # the kernels know one bias a node and not one a row
-        if shift is not None or not self.by_hand(t, x, tangents):
+        # the hand-written kernels support one bias per node, but not one per row
+        if shift is not None or not self.can_use_kernels(t, x, tangents):
             return self.jvp_rows(t, x, tangents, shift)
         nodes, (rows, d) = x.shape[:-2], x.shape[-2:]
         weights, biases = self.at(t.expand(*nodes, 1).reshape(-1))
@@ -319,31 +344,32 @@ class MLPField(LayeredField[TimedLinear]):
         return v.view(x.shape), je.view(len(tangents), *x.shape)
 
     def at(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and biases of the plain MLP that the field is at each of times (M,)."""
+        """Returns the weights and biases of all layers at the times (M,), see `TimedLinear.at`."""
         weights, biases = zip(*(layer.at(times) for layer in self.layers), strict=True)
         return list(weights), list(biases)
 
     def recorder(self) -> "MLPRecorder | None":
-        # a subclass may compute something else
+        # a subclass may compute another function
         return MLPRecorder(self) if type(self) is MLPField else None
 
 
 @torch.no_grad()
-def spread(layer: nn.Linear, scale: float) -> None:
-    """Sets units w x + b to w ~ N(0, 2 scale^2 / d I), b = -w c, c ~ N(0, 4 I): ridges all over the data.
+def spread_units(layer: nn.Linear, scale: float) -> None:
+    """Initializes units w x + b with w ~ N(0, 2 scale^2 / d I) and b = -w c, c ~ N(0, 4 I).
 
-    Torch's biases are of the size of its weights, so that every ridge begins near 0, and what lies further out, such as
-    a ring about it, is seen by all units alike. A tanh bends over 1 / |w|, which is 0.7 / scale in any dimension.
+    A unit is zero on a hyperplane through c, so these hyperplanes are spread over standardized data. Torch's biases are
+    as small as its weights. Then all hyperplanes pass near 0, and far from 0, for example on a ring around it, all
+    units behave alike. A tanh unit changes over a distance of about 1 / |w|, which is 0.7 / scale in any dimension.
     """
     if layer.weight.is_meta:
-        # a sketch has no values, and torch would import its compiler here, which takes seconds
+        # tensors on the meta device have no values, and torch would import its compiler here, which takes seconds
         return
     layer.weight.normal_(std=scale * (2 / layer.in_features) ** 0.5)
     layer.bias.copy_(-(layer.weight * 2 * torch.randn_like(layer.weight)).sum(1))
 
 
 class MLPRecorder:
-    """Tapes of an MLP field; see `flowtrain.ode.tape.Recorder`."""
+    """Makes tapes of an MLP field; see `flowtrain.ode.tape.Recorder`."""
 
     def __init__(self, field: MLPField) -> None:
         self.field = field
@@ -353,16 +379,20 @@ class MLPRecorder:
     parameters: list[Tensor]
 
     def record(self, times: Tensor, keep: bool) -> MLPTape:
-        """A tape for stages at `times` (s,), with the weights as they are now."""
+        """Returns a tape for stages at `times` (s,), with the current weights."""
         with torch.no_grad():
             weights, biases = self.field.at(times)
         return MLPTape(times, weights, biases, self.field.activation, keep)
 
     def gradients(self, tapes: Sequence[MLPTape]) -> list[Tensor | None]:
-        """The layers' cotangents at all times together, then once through how the layers depend on time."""
+        """Returns the gradient of each parameter, or None.
+
+        The tapes give the gradients of the weights and biases at each time. One backward pass through
+        `MLPField.at` for all times turns them into gradients of the parameters.
+        """
         parts = [tape.weight_gradients() for tape in tapes]
         cotangents = [torch.cat(part) for kind in zip(*parts, strict=True) for part in zip(*kind, strict=True)]
-        # the weights that were recorded with, which need not be those the field holds by now
+        # the parameters at the time of recording; the field may have other ones by now
         recorded = {f"field.{name}": p for name, p in zip(self.names, self.parameters, strict=True)}
         with torch.enable_grad():
             times = torch.cat([tape.times for tape in tapes])
@@ -377,7 +407,7 @@ class MLPRecorder:
 
 
 class _At(nn.Module):
-    """`MLPField.at` as a module, to be called with other weights."""
+    """`MLPField.at` as a module, so that functional_call can call it with other parameters."""
 
     def __init__(self, field: MLPField) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Residual networks over vectors, dense and masked, with a hand-written gradient for speed."""
+"""Residual networks for vectors, dense and masked, with a hand-written gradient for speed."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -18,16 +18,19 @@ Layer = tuple[Tensor, Tensor | None, Tensor]
 
 
 class ResidualMLP(Recorded, nn.Module):
-    """(B, n_in) -> (B, n_out): linear, a residual block for each width, linear; zero at its start.
+    """A residual network (B, n_in) -> (B, n_out).
 
-    A block is h + W2 D f(W1 f(h)) with dropout D, as in Neural Spline Flows (Durkan et al. 2019, appendix B.1). The
-    answer is stored column by column, which spares `Spline` a copy.
+    A linear layer, a residual block for each width, and a linear layer. A block is h + W2 D f(W1 f(h)) with dropout D,
+    as in Neural Spline Flows (Durkan et al. 2019, appendix B.1). The output is initially zero. It is stored in
+    column-major order, which saves `Spline` a copy.
 
     Args:
-        hidden: the widths, the same for every block.
+        n_in: number of inputs.
+        hidden: widths of the blocks, all equal.
+        n_out: number of outputs.
         activation: relu | tanh | swish.
-        classes: how many there are of the labels (B,), which enter one-hot; None takes none.
-        dropout: the share of the hidden units that training drops.
+        classes: number of classes of the labels (B,), which are one-hot inputs. None: no labels.
+        dropout: probability of dropping a hidden unit in training.
 
     Raises:
         ConfigError: blocks of different widths.
@@ -51,7 +54,7 @@ class ResidualMLP(Recorded, nn.Module):
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """(B, n_out) of x (B, n_in); labels (B,) where there are classes."""
+        """Returns (B, n_out) for x (B, n_in) and, with classes, labels (B,)."""
         x = with_label(x, label, self.classes)
         layers = [_layer(module) for module in (self.first, *self.blocks, self.last)]
         drops: list[Tensor | None] = [None] * (len(self.blocks) // 2)
@@ -65,15 +68,15 @@ class ResidualMLP(Recorded, nn.Module):
 
 
 class MaskedMLP(ResidualMLP):
-    """(B, n_in) -> (B, n_out) where each output depends only on inputs of smaller groups; zero at its start.
+    """A `ResidualMLP` (B, n_in) -> (B, n_out) in which each output depends only on inputs of smaller groups.
 
-    A `ResidualMLP` with masked weights (Germain et al. 2015, MADE; with residual blocks Nash and Durkan 2019,
-    Autoregressive energy machines). The hidden units of group m depend on inputs of groups up to m, and outputs of
-    group g on hidden units of groups below g. Labels count as inputs of a group below all others.
+    The weights are masked (Germain et al. 2015, MADE; with residual blocks Nash and Durkan 2019, Autoregressive energy
+    machines). Hidden units of group m depend on inputs of groups up to m. Outputs of group g depend on hidden units of
+    groups below g. Labels are inputs of a group below all others. The output is initially zero.
 
     Args:
-        inputs: the group of each input, whole numbers from 0, (n_in,).
-        hidden: the widths, the same for every block.
+        inputs: the group of each input, (n_in,), whole numbers from 0.
+        hidden: widths of the blocks, all equal.
         outputs: the group of each output, (n_out,).
         activation, classes, dropout: as in `ResidualMLP`.
 
@@ -98,7 +101,7 @@ class MaskedMLP(ResidualMLP):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(len(inputs), hidden, len(outputs), activation, classes, dropout)
-        # units that depend on labels alone, or on nothing
+        # hidden units of group -1 depend only on labels, or on no input
         lowest = -1 if classes or int(outputs.max()) == 0 else 0
         highest = max(int(outputs.max()) - 1, lowest)
         units = lowest + torch.arange(hidden[0], device="cpu") % (highest - lowest + 1)
@@ -110,17 +113,18 @@ class MaskedMLP(ResidualMLP):
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer whose unit i sees input j if inputs[j] <= outputs[i].
+    """A linear layer in which unit i depends on input j only if inputs[j] <= outputs[i].
 
     Args:
         inputs: the group of each input.
-        outputs: the highest group that each unit sees.
+        outputs: the highest group that each unit depends on.
     """
 
     def __init__(self, inputs: Tensor, outputs: Tensor, bias: bool = True) -> None:
         super().__init__(len(inputs), len(outputs), bias)
         mask = inputs <= outputs.unsqueeze(1)
-        # None where every unit sees all. Not a buffer: the groups determine it, so files and averages do without
+        # None if every unit depends on every input. Not a buffer, because the groups determine the mask, so that
+        # checkpoints and averaged weights do not need it
         self.mask = None if bool(mask.all()) else mask.to(self.weight.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -146,11 +150,13 @@ def _in_parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 
 def _evaluated(x: Tensor, layers: Sequence[Layer], drops: Sequence[Tensor | None], f: nn.Module) -> Tensor:
-    """The answer of the network by differentiable operations.
+    """Evaluates the network by differentiable operations of torch.
 
     Args:
-        layers: the first, two for each block, and the last.
-        drops: what dropout multiplies the units of each block by.
+        x: (B, n_in).
+        layers: the first layer, two layers for each block, and the last layer.
+        drops: for each block, the factors of dropout, (B, width), or None.
+        f: the activation.
     """
     first, *inner, last = [(_masked(weight, mask), bias) for weight, mask, bias in layers]
     h = F.linear(x, *first)
@@ -162,7 +168,7 @@ def _evaluated(x: Tensor, layers: Sequence[Layer], drops: Sequence[Tensor | None
 
 
 class _Relu(torch.autograd.Function):
-    """`_evaluated` with relu, and a gradient that takes fewer operations and less memory than autograd."""
+    """`_evaluated` for relu, with a gradient that needs fewer operations and less memory than autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, drops: Sequence[Tensor | None], *parts: Tensor | None) -> Tensor:
@@ -193,12 +199,12 @@ class _Relu(torch.autograd.Function):
         found: list[Tensor | None] = []
 
         def back(g: Tensor, a: Tensor, layer: Sequence[Any]) -> Tensor:
-            """The gradient of the inputs a of a linear layer, from the gradient g of its outputs.
+            """Returns the gradient of the inputs a of a linear layer, for the gradient g of its outputs.
 
-            Stores the gradient of the parameters.
+            The gradients of its parameters are added to `found`.
             """
             weight, mask, _ = layer
-            # libraries are slow at results that are narrow in the other direction
+            # matrix products are slower if the result has more rows than columns
             wide = weight.shape[0] <= weight.shape[1]
             g_weight = product(g.T, a.T) if wide else product(a.T, g.T).T
             found[:0] = [g_weight if mask is None else g_weight.mul_(mask), None, g.sum(0)]
@@ -220,7 +226,7 @@ class _Relu(torch.autograd.Function):
 
     @staticmethod
     def by_autograd(ctx: Any, x: Tensor, parts: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient by ordinary operations, which can be differentiated and batched."""
+        """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
         wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
         with torch.enable_grad():
             inputs: Any = [v for v, needed in zip([x, *parts], wanted, strict=True) if needed]

@@ -17,35 +17,35 @@ from flowtrain.utils.recorded import Recorded
 
 
 class Activation(ABC):
-    """y = f(x), elementwise, for any shape."""
+    """An elementwise function y = f(x) with its derivatives."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """f(x), differentiable by autograd."""
+        """Returns f(x), differentiable by autograd."""
 
     def gain(self, device: torch.device) -> float:
-        """`replace` takes gain x in place of x: a product makes it for nothing."""
+        """The factor of the input gain x of `replace`. The matrix product before it can include the factor."""
         return 1.0
 
     @abstractmethod
     def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(f(x / gain), what the derivatives are computed from), without a graph; x may be overwritten."""
+        """Returns f(x / gain), and a tensor `kept` for the derivatives, without a graph. x may be overwritten."""
 
     @abstractmethod
     def slope(self, kept: Tensor) -> Tensor:
-        """f'(x)."""
+        """Returns f'(x)."""
 
     @abstractmethod
     def curvature(self, kept: Tensor, slope: Tensor) -> Tensor:
-        """f''(x)."""
+        """Returns f''(x)."""
 
     def vjp(self, kept: Tensor, slope: Tensor, at_value: Tensor, at_slope: Tensor) -> Tensor:
-        """at_value f'(x) + at_slope f''(x), overwriting at_value."""
+        """Returns at_value f'(x) + at_slope f''(x), and overwrites at_value."""
         return at_value.mul_(slope).addcmul_(at_slope, self.curvature(kept, slope))
 
     @abstractmethod
     def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(f(x), f'(x)), differentiable by autograd."""
+        """Returns f(x) and f'(x), differentiable by autograd."""
 
 
 @final
@@ -56,7 +56,8 @@ class Tanh(Activation):
         return torch.tanh(x)
 
     def gain(self, device: torch.device) -> float:
-        # on a CPU torch's sigmoid is many times as fast as its tanh; tanh x = 2 sigmoid(2x) - 1 to 2e-7 in float32
+        # on a CPU torch's sigmoid is many times faster than its tanh. tanh x = 2 sigmoid(2x) - 1 has an error of 2e-7
+        # in float32
         return 2.0 if device.type == "cpu" else 1.0
 
     def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,9 +129,11 @@ ACTIVATIONS: dict[str, Activation] = {"tanh": Tanh(), "softplus": Softplus(), "s
 class Field(Recorded, nn.Module, ABC):
     """A velocity field v(t, x) with Jacobian-vector products.
 
-    Shapes: x is (..., *event), with `event_dims` dimensions in an event; t is a scalar or broadcasts against the
-    others; v has the shape of x. Any other module with `forward(t, x)` on x (B, *event) and t scalar or (B,) works
-    as a field too (`field_jvp` falls back on forward-mode autodiff); this class only makes the divergence fast.
+    Shapes: x is (..., *event), with `event_dims` dimensions in an event. t is a scalar or broadcasts against the other
+    dimensions. v has the shape of x.
+
+    A field may also be any other module with `forward(t, x)` for x (B, *event) and t scalar or (B,). `field_jvp` then
+    uses forward-mode automatic differentiation. This class only makes the divergence faster.
 
     Attributes:
         event_dims: 1 for vectors (d,), 3 for images (C, H, W).
@@ -151,22 +154,29 @@ class Field(Recorded, nn.Module, ABC):
 
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """v(t, x)."""
+        """Returns v(t, x)."""
 
     @abstractmethod
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """(v, J e) for J = dv/dx and each tangent e; tangents (k, ...) broadcast against (k, *x.shape)."""
+        """Returns v and J e, J = dv/dx, for each tangent e. tangents (k, ...) broadcast against (k, *x.shape)."""
 
     def recorder(self) -> Any:
-        """A `flowtrain.ode.tape.Recorder` faster than autograd's; None where the field has none."""
+        """Returns a `flowtrain.ode.tape.Recorder` that is faster than autograd, or None."""
         return None
 
 
 def field_jvp(field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor, event_dims: int = 1) -> tuple[Tensor, Tensor]:
-    """(v, J e): the field's own `jvp` where it has one, else `torch.func.jvp` over rows of `event_dims` dimensions.
+    """Computes (v, J e) with `Field.jvp`, or with `torch.func.jvp` for other modules.
 
-    Shapes: x (..., *event), t broadcasting against x.shape[:-event_dims], tangents (k, ...) broadcasting against
-    (k, *x.shape); J e comes back as (k, *x.shape). A `Field` knows its own `event_dims`, whatever is given here.
+    Args:
+        field: a velocity field.
+        t: broadcasts against x.shape[:-event_dims].
+        x: (..., *event).
+        tangents: e, (k, ...), broadcasting against (k, *x.shape).
+        event_dims: number of dimensions of an event. It is ignored for a `Field`.
+
+    Returns:
+        v with the shape of x, and J e (k, *x.shape).
     """
     if isinstance(field, Field):
         return field.jvp(t, x, tangents)
@@ -184,7 +194,7 @@ def field_jvp(field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor, event_di
 
 
 class TimedLayer(Recorded, nn.Module, ABC):
-    """A map of x (..., *event) that is affine at any one time t, which broadcasts against the other dimensions of x."""
+    """A layer y(t, x) that is affine in x (..., *event). t broadcasts against the dimensions of x before the event."""
 
     def zero(self) -> None:
         """Sets y to zero for every x and t."""
@@ -194,20 +204,23 @@ class TimedLayer(Recorded, nn.Module, ABC):
 
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """y(t, x)."""
+        """Returns y(t, x)."""
 
     @abstractmethod
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """(y, (dy/dx) e) for each tangent e, from one modulation."""
+        """Returns y and (dy/dx) e for each tangent e. The dependence on t is computed once."""
 
 
 class TimeEmbedded(TimedLayer):
-    """A layer whose gate and offset are 1 + A e(t) and U e(t), e(t) = swish(E [sin 2 pi k t, cos 2 pi k t]) learned,
-    k = 1/4 .. 2; they begin at 1 and 0.
+    """A layer whose gate and offset are functions of a learned embedding e(t) of time.
+
+        gate = 1 + A e(t),    offset = U e(t),    e(t) = swish(E [sin 2 pi k t, cos 2 pi k t]),    k = 1/4, 1/2, 1, 2.
+
+    Every linear map also has a bias. The gate is initially 1, and the offset is initially 0.
     """
 
     def embed_time(self, n_out: int, n_embedding: int) -> None:
-        """Makes E, A and U; once, in the constructor."""
+        """Creates E, A and U. The constructor calls this once."""
         self.register_buffer("frequencies", 2 * math.pi * torch.tensor([0.25, 0.5, 1.0, 2.0]))
         self.embed = nn.Linear(8, n_embedding)
         self.modulate = nn.Linear(n_embedding, 2 * n_out)
@@ -217,7 +230,7 @@ class TimeEmbedded(TimedLayer):
     frequencies: Tensor
 
     def gate_and_offset(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(gate, offset), each (*t.shape, n_out)."""
+        """Returns gate and offset, each (*t.shape, n_out)."""
         angles = t.unsqueeze(-1) * self.frequencies
         gate, offset = self.modulate(F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], -1)))).chunk(2, -1)
         return 1 + gate, offset
@@ -227,13 +240,15 @@ Layer = TypeVar("Layer", bound=TimedLayer)
 
 
 class LayeredField(Field, Generic[Layer]):
-    """v(t, x) = layer_L(t, f(.. f(layer_1(t, x) + E[label]))), E one vector for each class where there are any.
+    """The field v(t, x) = layer_L(t, f(.. f(layer_1(t, x) + E[label]))), with a vector E[label] for each class.
 
-    The last layer starts at zero, so an untrained flow is the identity and its first solve is cheap.
+    The last layer is initially zero. So an untrained flow is the identity, and its first solve is cheap.
 
     Args:
-        width: of the first hidden layer.
-        classes: how many labels there are; None for a field that takes none.
+        layers: from x to v.
+        activation: f, tanh | softplus | swish.
+        width: width of the first hidden layer.
+        classes: number of classes. None: no labels and no E.
 
     Raises:
         ConfigError: an unknown activation.
@@ -250,11 +265,11 @@ class LayeredField(Field, Generic[Layer]):
 
     @property
     def layers(self) -> list[Layer]:
-        """All of them, from x to v."""
+        """All layers, from x to v."""
         return [*self.body, self.head]
 
     def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """v; `shift`, of labels, broadcasts against what the first layer gives."""
+        """Returns v(t, x). `shift`, the term of the labels, broadcasts against the output of the first layer."""
         first, *body = self.body
         x = first(t, x) if shift is None else first(t, x) + shift
         for layer in body:
@@ -264,26 +279,26 @@ class LayeredField(Field, Generic[Layer]):
 
     @abstractmethod
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(v, J e) as of any field, `shift` as in `forward`."""
+        """Returns (v, J e), see `Field.jvp`. `shift` is the same as in `forward`."""
 
     def given(self, label: Tensor) -> "Given":
-        """The field of labels (B,).
+        """Returns the field v(t, x | label) for labels (B,).
 
         Raises:
             ConfigError: a field without classes.
         """
         if self.embedding is None:
-            raise ConfigError(f"{type(self).__name__} was built without classes: give it classes=K for p(x | label)")
-        return Given(self, image_of(F.embedding(label, self.embedding), self.event_dims))
+            raise ConfigError(f"{type(self).__name__} was built without classes: build it with classes=K for labels")
+        return Given(self, as_event(F.embedding(label, self.embedding), self.event_dims))
 
-    def by_hand(self, t: Tensor, x: Tensor, tangents: Tensor) -> bool:
-        """Whether the kernels serve: one time for all rows of a node, where the layers are plain ones."""
+    def can_use_kernels(self, t: Tensor, x: Tensor, tangents: Tensor) -> bool:
+        """Whether the hand-written kernels can be used. They need one time for all rows of a node."""
         one_time = x.dim() > self.event_dims and x.numel() > 0 and (t.dim() == 0 or t.shape[-1] == 1)
         transformed = torch.compiler.is_compiling() or transforms_active()
         return one_time and not tangents.requires_grad and not transformed
 
     def jvp_rows(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`jvp` by autograd's means, for a time of its own for each row."""
+        """Computes `jvp` by ordinary operations, which allow a different time for each row."""
         *body, head = self.layers
         for layer in body:
             x, tangents = layer.jvp(t, x, tangents)
@@ -292,12 +307,12 @@ class LayeredField(Field, Generic[Layer]):
             x, slope = self.activation.value_and_slope(x)
             tangents = tangents * slope
         v, je = head.jvp(t, x, tangents)
-        # a tangent that broadcasts over rows stays unexpanded up to the first slope; one linear layer has none
+        # tangents that broadcast over rows are expanded by the first slope, and a single linear layer has no slope
         return v, je.expand(len(tangents), *v.shape)
 
 
 class Given(Field):
-    """A layered field at the labels of a batch: v(t, x | label)."""
+    """The field v(t, x | label) for the labels of a batch."""
 
     def __init__(self, field: LayeredField[Any], shift: Tensor) -> None:
         super().__init__()
@@ -312,17 +327,21 @@ class Given(Field):
         return self.field.jvp(t, x, tangents, self.shift)
 
 
-def image_of(v: Tensor, event_dims: int) -> Tensor:
-    """v (..., C) in the shape that broadcasts against events of that many dimensions: (..., C, 1, 1) for images."""
+def as_event(v: Tensor, event_dims: int) -> Tensor:
+    """Reshapes v (..., C) so that it broadcasts against events, to (..., C, 1, 1) for images."""
     return v.view(*v.shape, *(1,) * (event_dims - 1))
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """One hidden layer: h = f(a), what its derivatives need, f'(a), the tangents before and after it.
+    """The tensors of a hidden layer h = f(a), for its backward pass.
 
     Attributes:
-        tangents: the dimension of u and t along which tangents are counted, absent from the others.
+        h: f(a).
+        kept: the tensor for the derivatives, see `Activation.replace`.
+        slope: f'(a).
+        u, t: the tangents of a and of h.
+        tangents: the dimension of u and t that counts the tangents. The other tensors do not have this dimension.
     """
 
     h: Tensor
@@ -333,27 +352,27 @@ class Hidden:
     tangents: int
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What `unpack` takes, in the order of the fields."""
+        """Returns the tensors in the order that `unpack` expects."""
         return self.h, self.kept, self.slope, self.u, self.t
 
 
 def unpack(tensors: Sequence[Tensor], tangents: int) -> list[Hidden]:
-    """The layers whose `tensors` follow one another."""
+    """Returns the layers for the concatenated `Hidden.tensors` of several layers."""
     each = zip(*(tensors[i::5] for i in range(5)), strict=True)
     return [Hidden(h, kept, slope, u, t, tangents) for h, kept, slope, u, t in each]
 
 
-def through(activation: Activation, a: Tensor, u: Tensor, tangents: int) -> Hidden:
-    """The layer's h and t; `a` comes times the activation's gain and may be overwritten."""
+def activate(activation: Activation, a: Tensor, u: Tensor, tangents: int) -> Hidden:
+    """Applies the activation. `a` must be multiplied by the gain of the activation, and may be overwritten."""
     h, kept = activation.replace(a)
     slope = activation.slope(kept)
     return Hidden(h, kept, slope, u, u * slope.unsqueeze(tangents), tangents)
 
 
-def back_through(activation: Activation, layer: Hidden, at_h: Tensor, at_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Cotangents of a and u from those of h and t, overwriting them."""
+def activate_vjp(activation: Activation, layer: Hidden, at_h: Tensor, at_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the cotangents of a and u for the cotangents of h and t, which are overwritten."""
     first, *rest = zip(at_t.unbind(layer.tangents), layer.u.unbind(layer.tangents), strict=True)
-    # summed one by one: all the products at once would be as large as the tangents
+    # summed one by one, because all products together would need as much memory as the tangents
     at_slope = first[0] * first[1]
     for cotangent, u in rest:
         at_slope.addcmul_(cotangent, u)

@@ -1,4 +1,4 @@
-"""What training minimizes."""
+"""Objectives: the losses that training minimizes."""
 
 from flowtrain.objectives.base import Objective
 from flowtrain.objectives.flow_matching import FlowMatching, Hybrid, Rectified

@@ -1,4 +1,4 @@
-"""What every objective is: a loss and its terms, and when it begins to solve the ODE."""
+"""The base class of objectives."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,17 +14,18 @@ from flowtrain.ode import AS_CONFIGURED, SolveOptions
 
 
 class Objective(nn.Module, ABC):
-    """What training minimizes.
+    """A training loss of a flow.
 
-    In `forward`, so that `trainer.compile` can compile the whole of it (`training.initialization.compile_parts`).
+    `forward` computes the loss, so that `trainer.compile` can compile it (`training.initialization.compile_parts`).
 
     Attributes:
-        flow: what is trained.
-        likelihood_from: the first step that maximizes the likelihood, and so solves the ODE of a continuous flow;
-            None: no step does. Learning rate, tolerance and averaging begin anew there.
-        start_counts: whether the flow before the first step can become the best checkpoint. It cannot where training
-            trades likelihood for something else.
-        pinned: what checkpoints keep of the objective's keys in place of what the run was given.
+        flow: the flow that is trained.
+        regularizer: the regularization terms of the loss.
+        likelihood_from: the first step that maximizes the likelihood, which solves the ODE of a continuous flow. The
+            schedules of learning rate, tolerance and weight averaging restart at this step. None: no such step.
+        start_counts: whether the flow before the first step can become the best checkpoint. False for objectives that
+            may lower the likelihood for another goal.
+        pinned: values that replace config keys of the objective in checkpoints.
     """
 
     likelihood_from: int | None = 0
@@ -36,24 +37,29 @@ class Objective(nn.Module, ABC):
         self.flow, self.regularizer = flow, regularizer
 
     def take_over(self, step: int) -> bool:
-        """Has the likelihood begin at that step, earlier than `likelihood_from`; False where that cannot be moved."""
+        """Moves `likelihood_from` to an earlier step. Returns False if the objective does not support this."""
         return False
 
     def begin(self, step: int) -> None:
-        """Told of each step before its loss is taken; nothing, for losses that are the same throughout."""
+        """Prepares the loss of a training step. The trainer calls this before each step. The default does nothing."""
 
     @abstractmethod
     def forward(
         self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, its terms by name) of x (B, *event_shape), label (B,) or None; `nll` in nats where it is taken.
+        """Computes the loss of a batch.
 
         Args:
-            options: how this step solves the ODE, for example with the tolerance of the warm-up.
+            x: samples (B, *event_shape).
+            label: labels (B,), or None.
+            options: options of the ODE solves in this step, for example the tolerance of the warm-up.
+
+        Returns:
+            The loss and its terms by name. The term `nll`, in nats, exists only if the step computes it.
         """
 
     def regularized(self, loss: Tensor, terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss with the weighted `terms` of the regularizer added, and with its penalties on fields."""
+        """Adds the weighted regularization `terms` and the penalties on fields. Returns the loss and all terms."""
         terms = dict(terms)
         for name, penalty in self.regularizer.on_fields.items():
             terms[name] = torch.stack([penalty(m.field) for m in self.flow.ode_blocks]).sum()

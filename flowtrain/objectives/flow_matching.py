@@ -26,17 +26,18 @@ Coupling = Callable[[Tensor, Tensor], Tensor]
 
 
 def independent(z: Tensor, x: Tensor) -> Tensor:
-    """z (B, *event) as it is: any base point to any sample."""
+    """Returns z (B, *event) unchanged: base points and samples are paired at random."""
     return z
 
 
 def optimal(z: Tensor, x: Tensor) -> Tensor:
-    """z in the order that minimizes sum_i |z_i - x_i|^2 over all pairings of the batch, exactly.
+    """Reorders z to minimize sum_i |z_i - x_i|^2 over all pairings of the batch, exactly.
 
-    (Pooladian et al. 2023, Multisample flow matching, eq. 9; Tong et al. 2024, Improving and generalizing flow-based
-    generative models with minibatch optimal transport, section 3.2.) Solved on the CPU, in time that grows with B^3.
+    This is minibatch optimal transport (Pooladian et al. 2023, Multisample flow matching, eq. 9; Tong et al. 2024,
+    Improving and generalizing flow-based generative models with minibatch optimal transport, section 3.2). It is solved
+    on the CPU, in time that grows with B^3.
 
-    Shapes: z, x and the result (B, *event).
+    Shapes: z, x and the result are (B, *event).
 
     Raises:
         ConfigError: scipy is not installed.
@@ -46,7 +47,7 @@ def optimal(z: Tensor, x: Tensor) -> Tensor:
         tensor([[5.],
                 [0.]])
     """
-    # |z|^2 and |x|^2 are the same for every pairing
+    # the sums of |z|^2 and |x|^2 are the same for every pairing
     cost = -(x.flatten(1) @ z.flatten(1).T)
     order = _assignment()(cost.detach().cpu().numpy())[1]
     return z[torch.as_tensor(order, device=z.device)]
@@ -57,7 +58,8 @@ def _assignment() -> Callable[..., Any]:
         from scipy.optimize import linear_sum_assignment
     except ImportError as e:
         raise ConfigError(
-            "objective.coupling=optimal needs scipy (pip install 'flowtrain[ot]'); or take coupling=independent"
+            "objective.coupling=optimal needs scipy: run pip install 'flowtrain[ot]', or use "
+            "objective.coupling=independent"
         ) from e
     return linear_sum_assignment  # type: ignore[no-any-return]
 
@@ -66,15 +68,16 @@ COUPLINGS: dict[str, Coupling] = {"independent": independent, "optimal": optimal
 
 
 class Matching(Objective):
-    """E_{t, (x0, x1)} |v(t, (1 - t) x0 + t x1) - (x1 - x0)|^2, x0 and x1 at the two ends of the one continuous flow.
+    """The matching loss E_{t, (x0, x1)} |v(t, (1 - t) x0 + t x1) - (x1 - x0)|^2 of a continuous flow.
 
-    Its minimizer v(t, x) = E[x1 - x0 | x_t = x] carries the distribution of x0 to that of x1 (Lipman et al. 2023, Flow
-    matching for generative modeling, theorem 1; Liu et al. 2023, Flow straight and fast, theorem 3.3). The field alone
-    is trained, not the base; the likelihood is then that of any continuous flow. Times are stratified over the batch,
-    t_i = (i + u) / B in a random order, which leaves the mean as it is and takes most of their variance.
+    x0 and x1 are points at the base end and at the data end of the only continuous bijection. The minimizer
+    v(t, x) = E[x1 - x0 | x_t = x] transports the distribution of x0 to the distribution of x1 (Lipman et al. 2023, Flow
+    matching for generative modeling, theorem 1; Liu et al. 2023, Flow straight and fast, theorem 3.3). Only the
+    velocity field is trained. The likelihood of the flow can be computed as usual. Times are stratified over the batch,
+    t_i = (i + u) / B in a random order. This does not change the mean of the loss, and lowers its variance.
 
     Raises:
-        ConfigError: a flow of no or several continuous parts, or a regularizer of paths, of which none is solved here.
+        ConfigError: no continuous bijection, several of them, or a regularizer of paths, because no ODE is solved.
     """
 
     likelihood_from = None
@@ -83,15 +86,15 @@ class Matching(Objective):
         super().__init__(flow, regularizer)
         if regularizer.paths or regularizer.end_time:
             raise ConfigError(
-                f"regularizer: {', '.join(regularizer.integrals())} and end_time are of paths that are solved, and "
-                f"this objective solves none: take regularizer=none ({', '.join(regularizer.penalties())} may stay), "
-                "or objective=likelihood or hybrid"
+                f"regularizer: {', '.join(regularizer.integrals())} and end_time need an ODE solve, and this objective "
+                f"solves no ODE: use regularizer=none ({', '.join(regularizer.penalties())} is allowed), "
+                "objective=likelihood or objective=hybrid"
             )
         self.ends = Ends(flow)
 
     @abstractmethod
     def pairs(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(x0, x1, label) for a training batch: the ends of B lines, (B, *event) each, and labels (B,) or None."""
+        """Returns (x0, x1, label) for a training batch: the ends (B, *event) of B lines, and labels (B,) or None."""
 
     def forward(
         self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED
@@ -106,18 +109,20 @@ class Matching(Objective):
 
 
 def stratified(n: int, like: Tensor) -> Tensor:
-    """n times (n,), each U(0, 1), one in each interval of 1 / n, in a random order (Kingma et al. 2021, Variational
-    diffusion models, appendix I).
+    """Draws n stratified times (n,), in a random order.
+
+    Each time is U(0, 1), and each interval of length 1 / n contains one time (Kingma et al. 2021, Variational diffusion
+    models, appendix I).
     """
     u = torch.rand((), dtype=like.dtype, device=like.device)
     return (torch.randperm(n, device=like.device) + u) / n
 
 
 class Ends:
-    """The continuous part of a flow, and the way to its two ends: from the base, and from the data.
+    """The continuous bijection of a flow, with the maps from the base and from the data to its two ends.
 
     Raises:
-        ConfigError: a flow that is not a chain around one continuous part.
+        ConfigError: a flow that is not a chain with exactly one continuous bijection.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -125,8 +130,8 @@ class Ends:
         parts, found = stages(flow.bijection), flow.ode_blocks
         if len(found) != 1 or found[0] not in parts:
             raise ConfigError(
-                f"this objective trains a flow with one continuous part, and the model has {len(found)}: use "
-                "model=ffjord model.flows=1, over images with model.scales=0 as well, or objective=likelihood"
+                f"this objective needs a model with exactly one continuous bijection, and this model has {len(found)}: "
+                "use model=ffjord model.flows=1, for images also model.scales=0, or use objective=likelihood"
             )
         self.ode_block = found[0]
         at = parts.index(self.ode_block)
@@ -134,14 +139,14 @@ class Ends:
 
     @torch.no_grad()
     def from_base(self, z: Tensor, label: Tensor | None) -> Tensor:
-        """Where base points z (B, *event_shape) enter the continuous part at t = 0."""
+        """Maps base points z (B, *event_shape) to the base end of the continuous bijection, t = 0."""
         for part in self.before:
             z = part.map_forward(z, label)
         return z
 
     @torch.no_grad()
     def from_data(self, x: Tensor, label: Tensor | None) -> Tensor:
-        """Where samples x (B, *event_shape) enter it at t = 1; those of an integer-valued flow with noise added."""
+        """Maps samples x (B, *event_shape) to the data end, t = 1. Integer-valued samples are dequantized first."""
         x = self.flow.dequantized(x)
         for part in reversed(self.after):
             x = part.map_inverse(x, label)
@@ -149,14 +154,17 @@ class Ends:
 
 
 class FlowMatching(Matching):
-    """Lines from base points to the samples of a batch, paired as `coupling` says; see `Matching`.
+    """Flow matching: the loss of `Matching` for lines from base points to the samples of a batch.
 
     Args:
-        coupling: independent | optimal (minibatch optimal transport, of a conditional flow within each class, whose
-            base points would not be standard normal else).
+        flow: the flow that is trained.
+        regularizer: the regularization terms of the loss.
+        coupling: the pairing of base points and samples. `independent`: random. `optimal`: minibatch optimal transport.
+            For a conditional flow, points are paired within each class, because the base points of a class would not be
+            standard normal otherwise.
 
     Raises:
-        ConfigError: an unknown coupling, or what `Matching` refuses.
+        ConfigError: an unknown coupling, or a flow or regularizer that `Matching` does not allow.
     """
 
     def __init__(self, flow: Flow, regularizer: Regularizer, coupling: str = "independent") -> None:
@@ -176,23 +184,26 @@ class FlowMatching(Matching):
 
 
 class Rectified(Matching):
-    """Reflow: lines between the ends of a teacher's paths, x0 and x1 = x0 + int_0^1 v(t, x_t) dt; see `Matching`.
+    """Reflow: the loss of `Matching` for lines between the two ends of the paths of a teacher.
 
-    The paths become straighter with each round, and few steps solve them, while the distribution at t = 1 stays
-    (Liu et al. 2023, Flow straight and fast, section 2.2 and theorem 3.5). The data are not looked at again: what the
-    teacher has wrong, its student has too.
+    The ends are x0 and x1 = x0 + int_0^1 v(t, x_t) dt. Each round makes the paths straighter, so that a solve needs
+    fewer steps. The distribution at t = 1 does not change (Liu et al. 2023, Flow straight and fast, section 2.2 and
+    theorem 3.5). The training data are not used, so the trained flow also learns the errors of the teacher.
 
     Args:
-        teacher: the trained flow, with the same base and the same bijections around its continuous part as `flow`.
-        pairs: how many pairs are drawn from it, once, before training.
-        rtol: tolerance of the solves that draw them.
-        seed: of the pairs.
+        flow: the flow that is trained.
+        regularizer: the regularization terms of the loss.
+        teacher: a trained flow with the same base as `flow`, and the same bijections around the continuous bijection.
+        seed: seed of the pairs.
+        pairs: the number of pairs (x0, x1) that are drawn from the teacher once, before training.
+        rtol: tolerance of the solves for the pairs.
 
     Raises:
-        ConfigError: what `Matching` refuses, of either flow, bases of two types, or a setting out of range.
+        ConfigError: a flow, teacher or regularizer that `Matching` does not allow, bases of different types, or a
+            setting out of range.
     """
 
-    # it is the teacher, whose likelihood may well be better, but whose paths are not straight
+    # the initial flow is the teacher: its likelihood may be better, but its paths are not straight
     start_counts = False
 
     def __init__(
@@ -202,12 +213,12 @@ class Rectified(Matching):
         whole("objective.pairs", pairs)
         if type(flow.base) is not type(teacher.base):
             raise ConfigError(
-                f"the paths of the teacher begin at its base, {type(teacher.base).__name__}, and the flow has another, "
-                f"{type(flow.base).__name__}: give both the same"
+                f"the teacher has the base {type(teacher.base).__name__} and the flow has the base "
+                f"{type(flow.base).__name__}: use the same base for both"
             )
         begun = time.perf_counter()
         with seeded(seed, teacher.like.device):
-            self.pool = drawn(teacher, pairs, number("objective.rtol", rtol))
+            self.pool = draw_pairs(teacher, pairs, number("objective.rtol", rtol))
         log.info("%d pairs drawn from the teacher in %.1f s", pairs, time.perf_counter() - begun)
 
     def pairs(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -217,11 +228,11 @@ class Rectified(Matching):
 
 
 @torch.no_grad()
-def drawn(teacher: Flow, n: int, rtol: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """n pairs (x0, x1) of the ends of a flow's continuous part, (n, *event) each, and their labels (n,) or None."""
+def draw_pairs(teacher: Flow, n: int, rtol: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draws n pairs (x0, x1), the ends of paths of the teacher, (n, *event) each, and labels (n,) or None."""
     like, solver = teacher.like, teacher.solver
     assert solver is not None
-    # a fixed-step method keeps its steps
+    # methods with fixed steps have no tolerance
     ends = Ends(teacher.with_solver(solver.replace(rtol=rtol, atol=rtol)) if solver.adaptive else teacher)
     z = teacher.base.sample(n, like=like)
     labels = None if teacher.classes is None else teacher.drawn_labels(n)
@@ -233,19 +244,22 @@ def drawn(teacher: Flow, n: int, rtol: float) -> tuple[Tensor, Tensor, Tensor | 
 
 
 class Hybrid(Objective):
-    """The cheap loss while the field is far from the data, and the exact one once it is near.
+    """Flow matching for the first part of a run, which is cheap, and then maximum likelihood, which is exact.
 
     Args:
-        steps: of the whole run.
-        matching: the share of them that flow matching takes, in (0, 1), or from 1 on how many.
+        flow: the flow that is trained.
+        regularizer: the regularization terms of the loss. Its path integrals apply only to the likelihood.
+        steps: the number of steps of the whole run.
+        matching: the fraction of the steps with flow matching, below 1, or the number of these steps, from 1 on.
         coupling: see `FlowMatching`.
-        regularizer: its path integrals are those of the likelihood's steps.
 
     Raises:
-        ConfigError: what either objective refuses, or a share that leaves one of them no step.
+        ConfigError: a flow or regularizer that either objective does not allow, or a value of `matching` with which one
+            of them has no step.
 
     Attributes:
-        pinned: keeps the step of the change where a run goes on to another number of steps.
+        pinned: stores the first likelihood step in checkpoints, so that a resumed run with another number of steps
+            keeps it.
     """
 
     def __init__(
@@ -256,8 +270,8 @@ class Hybrid(Objective):
         first = round(share * steps) if share < 1 else int(share)
         if not 0 < first < steps or (share >= 1 and first != share):
             raise ConfigError(
-                f"objective.matching={matching} of trainer.steps={steps} leaves one of the two objectives no step, or "
-                "is no whole number: give a share below 1, or how many"
+                f"objective.matching={matching}: with trainer.steps={steps} this is not a whole number of steps, or it "
+                "leaves no step for one of the two objectives. Give a fraction below 1, or a number of steps"
             )
         self.likelihood_from = first
         self.pinned = {"matching": first}

@@ -1,4 +1,4 @@
-"""Maximum likelihood."""
+"""The maximum likelihood objective."""
 
 import torch
 from torch import Tensor
@@ -11,23 +11,23 @@ from flowtrain.utils.errors import ConfigError
 
 
 class Likelihood(Objective):
-    """The negative log-likelihood, -mean log p(x), in nats per sample, and what a regularizer adds to it.
+    """The negative log-likelihood -mean log p(x), in nats per sample, plus the terms of a regularizer.
 
     Raises:
-        ConfigError: a regularizer, and a flow without paths.
+        ConfigError: a regularizer for a flow without ODE.
     """
 
     def __init__(self, flow: Flow, regularizer: Regularizer) -> None:
         super().__init__(flow, regularizer)
         if regularizer.active and not flow.ode_blocks:
             raise ConfigError(
-                "regularizer: this flow has no paths to regularize; use regularizer=none, or model=ffjord"
+                "regularizer: this flow has no ODE, and so no paths to regularize: use regularizer=none or model=ffjord"
             )
 
     def forward(
         self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, its terms by name): nll, and each regularizer before its weight."""
+        """Returns the loss and its terms by name: nll, and each regularization term without its weight."""
         log_p, _, integrals = self.flow.density_pass(x, label, self.regularizer.options(options))
         nll = -log_p.mean()
         names = self.regularizer.paths

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-# torchdiffeq is imported when it is first used; a test compares these names with its own
+# a list, so that torchdiffeq is imported only if it is used; tests/ode/test_solver.py compares it with torchdiffeq's
 TORCHDIFFEQ_METHODS = (
     "adaptive_heun",
     "bosh3",
@@ -50,16 +50,19 @@ TORCHDIFFEQ_METHODS = (
 def ode_solver(
     method: str = "dopri5", gradient: str = "auto", tableau: Tableau | None = None, **settings: Any
 ) -> Solver:
-    """The solver of that name: torchdiffeq for the adjoint and for methods without a tableau here, else our own engine.
+    """Builds the solver for a method.
+
+    Methods with a tableau in tableaus.py run on flowtrain's own engine. The other methods, and gradient=adjoint, run on
+    torchdiffeq.
 
     Args:
         method: one of `configs/solver`, such as dopri5, tsit5, rk4 or euler.
         gradient: direct | replay | adjoint | auto, see `Solver`.
-        settings: the others of `Solver`, such as rtol, or steps for methods with fixed steps.
-        tableau: of a method that is not one of ours, by whatever name; solved by our own engine.
+        settings: other arguments of `Solver`, such as rtol, or steps for methods with fixed steps.
+        tableau: the tableau of a new method, for flowtrain's own engine. `method` is then only a name.
 
     Raises:
-        ConfigError: an unknown method (the message lists what there is) or a setting out of range.
+        ConfigError: an unknown method (the message lists the methods), an unknown setting or a setting out of range.
     """
     if tableau is None:
         one_of("solver.method", method, sorted({*TABLEAUS, *TORCHDIFFEQ_METHODS}))
@@ -67,14 +70,17 @@ def ode_solver(
     unknown = [key for key in settings if key not in known]
     if unknown:
         names = [key for key in known if key not in ("self", "adaptive")]
-        raise ConfigError(f"solver: unknown key {', '.join(unknown)}; {choose(unknown[0], names, 'it takes')}")
+        raise ConfigError(f"solver: unknown key {', '.join(unknown)}; {choose(unknown[0], names, 'valid keys are')}")
     if tableau is not None:
         if not isinstance(tableau, Tableau):
-            raise ConfigError(f"solver.tableau={tableau}: a tableau is given by a function, see README, Extending")
+            raise ConfigError(
+                f"solver.tableau={tableau}: not a Tableau. A config cannot contain one: set solver._target_ to a "
+                "function that calls ode_solver(tableau=...)"
+            )
         return RungeKutta(method, tableau, gradient=gradient, **settings)
     if method in TABLEAUS and gradient != "adjoint":
         return RungeKutta(method, gradient=gradient, **settings)
-    # torchdiffeq creates its tableaus when it is imported, and `load` builds flows on the meta device
+    # torchdiffeq creates tensors when it is imported, and `load` builds flows on the meta device
     with torch.device("cpu"):
         from flowtrain.ode.torchdiffeq_engine import Torchdiffeq
 

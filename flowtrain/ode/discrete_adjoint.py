@@ -1,16 +1,20 @@
-"""The exact gradient of a discrete solution: the accepted steps in reverse, their sizes held constant.
+"""The exact gradient of a discrete solution: the accepted steps in reverse, with constant step sizes.
 
-For a step x1 = x + h sum_i b_i k_i with k_i = v(t_i, x_i), x_i = x + h sum_j a_ij k_j, and cotangents l of x1 and g_n
-of the nodes y_n = x + h sum_j r_nj k_j that the path integrals take from it, the cotangents c_i of k_i are found last
-stage first (Hager 2000, Runge-Kutta methods in optimal control; Sanz-Serna 2016, Symplectic Runge-Kutta schemes for
-adjoint equations):
+A step is
+
+    x1 = x + h sum_i b_i k_i,    k_i = v(t_i, x_i),    x_i = x + h sum_j a_ij k_j.
+
+The path integrals use the nodes y_n = x + h sum_j r_nj k_j of the step. Let l be the cotangent of x1 and g_n the
+cotangent of y_n. The cotangents c_i of k_i are computed from the last stage to the first (Hager 2000, Runge-Kutta
+methods in optimal control; Sanz-Serna 2016, Symplectic Runge-Kutta schemes for adjoint equations):
 
     c_i = h (b_i l + sum_n r_ni g_n + sum_(j>i) a_ji p_j),    p_i = c_i^T dv/dx(t_i, x_i),
     dL/dx = l + sum_n g_n + sum_i p_i,                        dL/dtheta = sum_i c_i^T dv/dtheta(t_i, x_i).
 
-Each stage takes part in one vector-Jacobian product, and nothing is solved again. With gradient=replay only the stages
-of the last step are kept; those of the others are computed again, one step at a time. That needs the activations of one
-step, and of every step the point where it begins, its first slope and its nodes, each of the size of x.
+Each stage needs one vector-Jacobian product, and no ODE is solved backwards. With gradient=replay only the stages of
+the last step are kept. The stages of the other steps are recomputed, one step at a time. Replay needs memory for the
+activations of one step and, for every step, for the initial state, the first slope and the nodes, each of the size of
+x.
 """
 
 from dataclasses import dataclass
@@ -23,14 +27,19 @@ from torch import Tensor
 from flowtrain.ode.quadrature import Nodes
 from flowtrain.ode.solver import Statistics
 from flowtrain.ode.tableaus import Tableau
-from flowtrain.ode.tape import Recorder, Stage, Tape, Weights, add, combined, on_device, record, take
+from flowtrain.ode.tape import Recorder, Stage, Tape, Weights, add, compute_stages, on_device, record, weighted_sum
 from flowtrain.utils.autograd import first_derivative
 from flowtrain.utils.precision import full_precision
 
 
 @dataclass
 class AcceptedStep:
-    """The step from x at t: its slopes (stages, B, *event), of which a replay needs the first; its stages."""
+    """An accepted step of size h from x at time t.
+
+    Attributes:
+        slopes: k_i, (stages, B, *event). For a replay, only the first slope is kept.
+        stages: the recorded stages, or None if they must be recomputed.
+    """
 
     t: float
     h: float
@@ -40,7 +49,13 @@ class AcceptedStep:
 
 
 class AcceptedSteps:
-    """The accepted steps of one solve, what they end in, and how a cotangent comes back through them."""
+    """The accepted steps of one solve, with their vector-Jacobian product.
+
+    Attributes:
+        x1: the state at the end, (B, *event).
+        rows: r_nj of each step, (nodes of the step, stages).
+        replay: whether stages are recomputed in the backward pass.
+    """
 
     def __init__(
         self,
@@ -58,33 +73,38 @@ class AcceptedSteps:
         self.steps, self.x1, self.statistics = steps, x1, statistics
         rows = nodes.rows if nodes is not None else [np.zeros((0, len(tableau.b)))] * len(steps)
         self.rows = [on_device(each, x1) for each in rows]
-        # whether any node of a step takes from its last stage
+        # whether any node of a step depends on its last slope
         self.last_used = [bool(each[:, -1].any()) for each in rows]
 
     def points(self) -> Tensor:
-        """x at the nodes, (nodes, B, *event), by the slopes of every step: to be taken before `forget_slopes`."""
+        """Returns x at the nodes, (nodes, B, *event). It needs all slopes, so call it before `forget_slopes`."""
         counts = [len(rows) for rows in self.rows]
-        # filled in place: all the slopes are still held, and parts to be joined would be held twice beside them
+        # filled in place, because torch.cat would need memory for all nodes twice
         found = self.x1.new_empty(sum(counts), *self.x1.shape)
         for s, rows, part in zip(self.steps, self.rows, torch.split(found, counts), strict=True):
-            part.copy_(s.x + combined(s.h * rows, s.slopes))
+            part.copy_(s.x + weighted_sum(s.h * rows, s.slopes))
         return found
 
     def forget_slopes(self) -> None:
-        """Lets go of all slopes but the first of each step where steps are replayed: a replay needs the first alone."""
+        """If steps are replayed, frees all slopes except the first of each step."""
         if self.replay:
             for s in self.steps:
-                # a copy: a view would keep the others
+                # a view would keep the memory of all slopes
                 s.slopes = s.slopes[:1].clone()
 
     def vjp(self, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """Cotangents of x at the start (B, *event) and of the parameters, from those of x1 and of `points`."""
+        """Returns the cotangents of x at the start, (B, *event), and of the parameters.
+
+        Args:
+            at_end: cotangent of x1, (B, *event).
+            at_nodes: cotangent of `points`, (nodes, B, *event).
+        """
         gradients: list[Tensor | None] = [None] * len(self.recorder.parameters)
         by_step = torch.split(at_nodes, [len(rows) for rows in self.rows])
         at_first: Tensor | None = None
         tapes: dict[int, Tape] = {}
         for k in reversed(range(len(self.steps))):
-            stages = self.steps[k].stages or self.replayed(k)
+            stages = self.steps[k].stages or self.recompute(k)
             at_end, at_first = self.vjp_step(k, stages, at_end, by_step[k], at_first)
             tapes |= {id(s.tape): s.tape for s in stages}
             if self.replay or k == 0:
@@ -97,16 +117,20 @@ class AcceptedSteps:
     def vjp_step(
         self, k: int, stages: list[Stage], at_end: Tensor, at_nodes: Tensor, at_last: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Step k in reverse: the cotangents of x where it begins, and of its first slope if the step before shares it.
+        """Differentiates step k: returns the cotangents of its initial state and of its first slope.
+
+        The second is None if the previous step does not share this slope.
 
         Args:
-            at_end: the cotangent of x where it ends.
-            at_nodes: those of its nodes, (nodes in it, B, *event).
-            at_last: that of its last slope as the first of the step after, or None.
+            k: index of the step.
+            stages: the recorded stages of the step.
+            at_end: cotangent of the state at the end of the step, (B, *event).
+            at_nodes: cotangents of the nodes of the step, (nodes of the step, B, *event).
+            at_last: cotangent of the last slope as the first slope of the following step, or None.
         """
         h, same, last = self.steps[k].h, self.tableau.first_same_as_last, len(stages) - 1
         a = h * self.weights.a
-        c = combined((h * self.rows[k]).T, at_nodes)
+        c = weighted_sum((h * self.rows[k]).T, at_nodes)
         start = at_nodes.sum(0)
         if at_last is not None:
             c[last] += at_last
@@ -114,34 +138,34 @@ class AcceptedSteps:
             c += outer(h * self.weights.b, at_end)
             start += at_end
         for i in reversed(range(1, last + 1)):
-            # a last stage at the end of the step shares its vjp with the end itself
+            # the last stage of a first-same-as-last method is evaluated at x1; skip its vjp if its slope is unused
             idle = same and i == last and at_last is None and not self.last_used[k]
             at_stage = torch.zeros_like(at_end) if idle else stages[i].vjp(c[i])
             if same and i == last:
                 at_stage = at_stage + at_end
             start += at_stage
             c[:i] += outer(a[i, :i], at_stage)
-        if self.begins(k):
+        if self.owns_first(k):
             return start + stages[0].vjp(c[0]), None
         return start, c[0]
 
-    def begins(self, k: int) -> bool:
-        """Whether the first slope of step k is not the last one of the step before."""
+    def owns_first(self, k: int) -> bool:
+        """Whether the first slope of step k is its own, and not the last slope of the previous step."""
         return k == 0 or not self.tableau.first_same_as_last
 
-    def replayed(self, k: int) -> list[Stage]:
-        """The stages of step k, taken again; the first only where no step before has it as its last."""
-        step, begins = self.steps[k], self.begins(k)
+    def recompute(self, k: int) -> list[Stage]:
+        """Recomputes the stages of step k, except a first slope that is the last slope of the previous step."""
+        step, owns_first = self.steps[k], self.owns_first(k)
         times = [step.t + c * step.h for c in self.tableau.c]
         stages = record(self.recorder, times, step.x, keep=True)
-        first = stages[0].velocity(step.x) if begins else step.slopes[0]
-        take(step.x, step.h, self.weights, first, lambda i, x: stages[i].velocity(x))
-        self.statistics.nfe_backward += len(times) - (not begins)
+        first = stages[0].velocity(step.x) if owns_first else step.slopes[0]
+        compute_stages(step.x, step.h, self.weights, first, lambda i, x: stages[i].velocity(x))
+        self.statistics.nfe_backward += len(times) - (not owns_first)
         return stages
 
 
 def outer(weights: Tensor, x: Tensor) -> Tensor:
-    """w_i x, (n, *x.shape)."""
+    """Returns w_i x, (n, *x.shape)."""
     return weights.view(-1, *(1,) * x.dim()) * x
 
 
@@ -149,7 +173,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, accepted: AcceptedSteps, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.accepted = accepted
-        # read again in backward, where torch refuses weights that were changed in between
+        # so that torch raises an error in backward if the weights were changed in place
         ctx.save_for_backward(x, *parameters)
         return accepted.x1.clone(), accepted.points()
 
@@ -163,6 +187,6 @@ class _Differentiable(torch.autograd.Function):
 
 
 def differentiable(accepted: AcceptedSteps, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x1, x at the nodes), with a graph that leads to x, where the solve began, and to the parameters."""
+    """Returns (x1, x at the nodes), differentiable with respect to the initial state x and the parameters."""
     x1, points = _Differentiable.apply(accepted, x, *accepted.recorder.parameters)  # type: ignore[no-untyped-call]
     return x1, points

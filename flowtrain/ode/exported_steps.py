@@ -1,19 +1,19 @@
-"""Fixed Runge-Kutta steps in a program that `torch.export` traces: one loop, so that its size has no steps in it."""
+"""Fixed Runge-Kutta steps for `torch.export`, as one loop: the size of the program does not depend on their number."""
 
 import torch
 from torch import Tensor
 
 from flowtrain.ode.solver import Problem, Solution, Statistics
 from flowtrain.ode.tableaus import Tableau
-from flowtrain.ode.tape import Weights, combined, on_device, take_ordinary
+from flowtrain.ode.tape import Weights, compute_stages_functional, on_device, weighted_sum
 
 
 def take_steps(tableau: Tableau, problem: Problem, n: int, statistics: Statistics) -> Solution:
-    """The solution after n equal steps, with the integrals by the stage rule, see quadrature.py.
+    """Returns the solution after n equal steps. The integrals use `stage_nodes` of quadrature.py.
 
-    No value is looked at: a state that is not finite is returned.
+    Values are not checked: a state that is not finite is returned too.
     """
-    # a prototype of torch, which its exporters to .pt2 and to ONNX take
+    # scan is a prototype in torch; the exporters to .pt2 and to ONNX support it
     from torch._higher_order_ops.scan import scan
 
     # every step returns a contiguous state, and all states of a loop must have the same strides
@@ -23,19 +23,21 @@ def take_steps(tableau: Tableau, problem: Problem, n: int, statistics: Statistic
     # the tensors that a loop uses must not share memory
     weights.a, weights.b = weights.a.clone(), weights.b.clone()
     c = on_device(tableau.c, x)
-    # of the stages whose slopes the integrals use
+    # the integrals use only stages with a nonzero weight
     used = tableau.used
     c_used, b_used = (on_device([row[i] for i in used], x) for row in (tableau.c, tableau.b))
 
     def step(state: tuple[Tensor, ...], t: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         x = state[0]
         times = t + h * c
-        points, slopes = take_ordinary(x, h, weights, velocity(times[0], x), lambda i, y: velocity(times[i], y))
-        x1 = x + combined(h * weights.b, slopes)
+        points, slopes = compute_stages_functional(
+            x, h, weights, velocity(times[0], x), lambda i, y: velocity(times[i], y)
+        )
+        x1 = x + weighted_sum(h * weights.b, slopes)
         if integrand is None:
             return (x1,), ()
         _, q = integrand((t + h * c_used).unsqueeze(1), torch.stack([points[i] for i in used]))
-        return (x1, state[1] + combined(h * b_used, q)), ()
+        return (x1, state[1] + weighted_sum(h * b_used, q)), ()
 
     statistics.nfe_forward += n * len(tableau.b)
     statistics.accepted += n

@@ -1,9 +1,13 @@
-"""Where the path integrals are evaluated, with which weights, and how large their error is.
+"""Quadrature rules for path integrals: nodes, weights and an estimate of the error.
 
-Two rules. The stage points with the weights of the method: the augmented solve, on the same steps. Or Gauss-Legendre
-nodes on the dense output: a few steps make a panel, smooth enough for one high-order rule. They are fewer and more
-exact, because the stages of a Runge-Kutta step lie off the solution by far more than its end does
-(tests/ode/test_discrete_adjoint.py compares the two on the same steps).
+There are two rules:
+
+- `stage_nodes`: the stage points with the weights of the method. This equals an augmented solve on the same steps.
+- `gauss_nodes`: Gauss-Legendre nodes on the dense output. A panel is a group of a few steps that share one high-order
+  rule.
+
+The Gauss rule needs fewer nodes and is more accurate, because the stage points of a Runge-Kutta step are much less
+accurate than the end of the step (tests/ode/test_discrete_adjoint.py compares the rules on the same steps).
 """
 
 import math
@@ -16,23 +20,26 @@ import torch
 from torch import Tensor
 
 from flowtrain.ode.tableaus import Tableau
-from flowtrain.ode.tape import combined, on_device
+from flowtrain.ode.tape import on_device, weighted_sum
 
-# steps that may share one Gauss rule, and how much a step may differ from the next of them: a rule over a long step
-# and a short one would leave the short one, where the field is rough, without nodes
+# the largest number of steps in a panel, and the largest ratio of the lengths of neighbouring steps in a panel. A rule
+# over a long and a short step would have no nodes in the short step, where the field is rough
 PANEL = 5
 CONTRAST = 3.0
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """x(t_i) = x + h sum_j rows_ij k_j on the step the node lies in; an integral of q is sum_i w_i q_i.
+    """The nodes and weights of a quadrature rule along a solution.
+
+    A node t_i lies in a step from x with slopes k_j, where x(t_i) = x + h sum_j rows_ij k_j. The integral of q is
+    sum_i w_i q_i.
 
     Attributes:
-        times, weights: one for each node, in the order of the steps.
-        rows: for each step (nodes in it, stages).
-        tails: for each panel (functionals, nodes in it), the linear functionals of q that measure its error.
-        spectral: whether the tails are Legendre coefficients, whose square the error follows.
+        times, weights: t_i and w_i of each node, in the order of the steps.
+        rows: for each step, (nodes of the step, stages).
+        tails: for each panel, the linear functionals of q that measure its error, (functionals, nodes of the panel).
+        spectral: whether the tails are Legendre coefficients. The error is then proportional to their square.
     """
 
     times: list[float]
@@ -42,22 +49,23 @@ class Nodes:
     spectral: bool
 
     def integrate(self, q: Tensor) -> Tensor:
-        """(B, Q) from q (nodes, B, Q)."""
-        return combined(on_device(self.weights, q), q)
+        """Returns the integrals (B, Q) of q (nodes, B, Q)."""
+        return weighted_sum(on_device(self.weights, q), q)
 
     def error(self, q: Tensor) -> Tensor:
-        """An estimate of the quadrature's error, (B, Q), not negative; that of the points it stands on is not in it.
+        """Estimates the error of the quadrature, (B, Q), at least 0. The error of the points x(t_i) is not included.
 
-        The stage rule takes sum_steps |h sum_i e_i q_i|. A Gauss rule of n nodes errs by about the Legendre coefficient
-        of degree 2n, which coefficients that decay geometrically put at (a_(n-2)^2 + a_(n-1)^2) / |q|, |q| the RMS
-        over the panel. An estimate and not a bound: coefficients may decay otherwise.
+        For the stage rule the estimate is sum_steps |h sum_i e_i q_i|. The error of a Gauss rule with n nodes is about
+        the Legendre coefficient of degree 2n. If the coefficients decay geometrically, this is
+        (a_(n-2)^2 + a_(n-1)^2) / |q|, with |q| the RMS over the panel. Other coefficients may decay differently, so
+        this is not a bound.
         """
         total = torch.zeros_like(q[0])
         first = 0
         for tail in self.tails:
             part = q[first : first + tail.shape[1]]
             first += tail.shape[1]
-            size = combined(on_device(tail, q), part).square().sum(0)
+            size = weighted_sum(on_device(tail, q), part).square().sum(0)
             if self.spectral:
                 total += size / part.square().mean(0).sqrt().clamp_min(torch.finfo(q.dtype).tiny)
             else:
@@ -66,7 +74,7 @@ class Nodes:
 
 
 def has_dense_output(tableau: Tableau) -> bool:
-    """Whether x(t) inside a step follows from its stages, to the order that its error estimate has.
+    """Whether the stages of a step give x(t) inside the step, with the order of the error estimate.
 
     Example:
         >>> from flowtrain.ode.tableaus import TABLEAUS
@@ -77,7 +85,7 @@ def has_dense_output(tableau: Tableau) -> bool:
 
 
 def stage_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes:
-    """The stage points of steps (t, h), with the weights b."""
+    """Returns the stage points of steps (t, h) with the weights b of the method."""
     b, e = tableau.b, tableau.e
     used = tableau.used
     rows = np.zeros((len(used), len(b)))
@@ -94,10 +102,13 @@ def stage_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes
 
 
 def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]], noisy: bool = False) -> Nodes:
-    """Gauss-Legendre nodes on the dense output of steps (t, h): for k steps of order p, k ceil((p + 2) / 2) of them.
+    """Returns Gauss-Legendre nodes on the dense output of steps (t, h): k ceil((p + 2) / 2) for k steps of order p.
 
     Args:
-        noisy: whether the integrand is itself a random estimate, whose noise is far above the error of k ceil(p / 2).
+        tableau: the method.
+        steps: (t, h) of each step.
+        noisy: whether the integrand is a random estimate. Then k ceil(p / 2) nodes are used, because the noise is far
+            above their error.
     """
     per_step = math.ceil((tableau.order + (0 if noisy else 2)) / 2)
     times: list[float] = []
@@ -123,7 +134,7 @@ def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]], noisy: b
 
 
 def panels(lengths: Sequence[float]) -> list[np.ndarray]:
-    """The steps, by index, in runs of similar neighbours, each run cut evenly into panels."""
+    """Groups the steps into panels of at most PANEL neighbours of similar length. Returns the indices of each panel."""
     h = np.abs(lengths)
     contrast = np.maximum(h[1:], h[:-1]) / np.minimum(h[1:], h[:-1])
     runs = np.split(np.arange(len(h)), np.flatnonzero(contrast > CONTRAST) + 1)
@@ -132,7 +143,10 @@ def panels(lengths: Sequence[float]) -> list[np.ndarray]:
 
 @cache
 def legendre(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gauss-Legendre on [0, 1]: n nodes, weights, and the functionals (2, n) of the two highest coefficients."""
+    """Returns the Gauss-Legendre rule on [0, 1]: n nodes, n weights and two functionals (2, n).
+
+    The functionals give the Legendre coefficients of degree n - 2 and n - 1 from values at the nodes.
+    """
     x, w = np.polynomial.legendre.leggauss(n)
     degrees = np.arange(max(0, n - 2), n)
     values = np.polynomial.legendre.legvander(x, n - 1)[:, degrees]
@@ -140,9 +154,10 @@ def legendre(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def dense_rows(tableau: Tableau, theta: np.ndarray) -> np.ndarray:
-    """Weights (len(theta), stages) of x(t + theta h) = x + h sum_j rows_j k_j.
+    """Returns the weights (len(theta), stages) of x(t + theta h) = x + h sum_j rows_j k_j.
 
-    The polynomial that has the value and the slope at both ends: a cubic, or with `mid` a quartic (Shampine 1986).
+    The interpolant has the value and the slope of the solution at both ends of the step. It is a cubic, or with `mid` a
+    quartic (Shampine 1986).
     """
     coefficients = dense_coefficients(tableau)
     rows: np.ndarray = np.vander(theta, len(coefficients), increasing=True) @ coefficients
@@ -151,8 +166,8 @@ def dense_rows(tableau: Tableau, theta: np.ndarray) -> np.ndarray:
 
 @cache
 def dense_coefficients(tableau: Tableau) -> np.ndarray:
-    """The polynomial of `dense_rows` in powers of theta, (degree + 1, stages)."""
-    # rows: conditions on the coefficients of 1, theta, ..: value and slope at 0 and 1, value at 1/2
+    """Returns the coefficients of the interpolant of `dense_rows` in powers of theta, (degree + 1, stages)."""
+    # conditions on the coefficients of 1, theta, ..: value and slope at 0, value and slope at 1, value at 1/2
     conditions = np.array(
         [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 1, 2, 3, 4], [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]]
     )

@@ -1,8 +1,8 @@
 """Explicit Runge-Kutta: one stepping loop for every tableau, path integrals as quadratures along the solution.
 
-The state is solved alone. The nodes and weights of the path integrals are in quadrature.py. The gradient is the exact
-one of the accepted steps with their sizes held constant, see discrete_adjoint.py. NFE counts evaluations of the
-velocity by the stages, not those of the integrand.
+The ODE contains only the state. The nodes and weights of the path integrals are in quadrature.py. The gradient is exact
+for the accepted steps with constant step sizes, see discrete_adjoint.py. NFE counts evaluations of the velocity in the
+stages, but not evaluations of the integrand.
 """
 
 import math
@@ -19,26 +19,44 @@ from flowtrain.ode.quadrature import Nodes, gauss_nodes, has_dense_output, stage
 from flowtrain.ode.solver import Problem, Solution, Solver, Statistics
 from flowtrain.ode.step_control import StepPlan, step_end, step_factor
 from flowtrain.ode.tableaus import TABLEAUS, Tableau
-from flowtrain.ode.tape import AutogradRecorder, Stage, Weights, combined, on_device, record, take, take_ordinary
+from flowtrain.ode.tape import (
+    AutogradRecorder,
+    Stage,
+    Weights,
+    compute_stages,
+    compute_stages_functional,
+    on_device,
+    record,
+    weighted_sum,
+)
 from flowtrain.utils.arguments import one_of
 from flowtrain.utils.autograd import plain_max, plain_values, transforms_active
 from flowtrain.utils.errors import ConfigError
 
-# a step whose error is NaN or infinite is retried shorter; a state that stays so this often will not recover
+# how often a step whose error is NaN or infinite is retried with a shorter step before the solve fails
 NON_FINITE_RETRIES = 8
-# nodes of the integrand that are evaluated together when memory counts: together they hold this many numbers
+# with gradient=replay, the integrand is evaluated at so many nodes at once that x at these nodes has this many numbers
 REPLAYED_NUMBERS = 2**15
 
 
 class RungeKutta(Solver):
-    """Fixed steps or adaptive ones, as the tableau has an error estimate or not; `gradient` is direct or replay.
+    """An explicit Runge-Kutta solver. It is adaptive if the tableau has an error estimate, else it has fixed steps.
 
-    Step control: accept when the RMS of error / (atol + rtol max(|x0|, |x1|)) is at most 1, the next step
-    0.9 ratio^(-1/order) times as long (Hairer, Norsett and Wanner, Solving ODEs I, II.4), the last two balanced. In
-    training the steps are planned by those of the last solve, see step_control.py; the first rejection ends the plan.
+    Step control: a step from x0 to x1 is accepted if ratio = RMS of error / (atol + rtol max(|x0|, |x1|)) is at most 1.
+    The next step is 0.9 ratio^(-1/order) times as long (Hairer, Norsett and Wanner, Solving ODEs I, II.4). The last two
+    steps have equal length. In training the steps are planned from the last solve, see `StepPlan`; after a rejected
+    step the rest of the plan is dropped.
+
+    Gradients: `direct` keeps the stages of all steps for the backward pass. `replay` recomputes them step by step and
+    needs less memory. See discrete_adjoint.py.
+
+    Args:
+        method: a name in `TABLEAUS`, or any name if `tableau` is given.
+        tableau: the coefficients of the method.
+        settings: the other arguments of `Solver`.
 
     Raises:
-        ConfigError: an unknown method, gradient=adjoint, or what `Solver` refuses.
+        ConfigError: an unknown method, gradient=adjoint, or settings that `Solver` does not allow.
     """
 
     def __init__(self, method: str, tableau: Tableau | None = None, **settings: Any) -> None:
@@ -47,10 +65,12 @@ class RungeKutta(Solver):
         self.tableau = tableau or TABLEAUS[method]
         super().__init__(method, adaptive=self.tableau.e is not None, **settings)
         if self.gradient == "adjoint":
-            raise ConfigError("solver.gradient=adjoint: this engine differentiates its own steps (direct, replay)")
+            raise ConfigError(
+                f"solver.gradient=adjoint: {method} with its own tableau has only the gradients direct and replay"
+            )
 
     def replays(self, x: Tensor) -> bool:
-        """Whether the gradient of a solve from x (B, *event) takes its steps again instead of keeping them."""
+        """Whether the backward pass of a solve from x (B, *event) recomputes the stages instead of keeping them."""
         return self.gradient == "replay" or (self.gradient == "auto" and x.dim() > 2)
 
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
@@ -58,7 +78,7 @@ class RungeKutta(Solver):
             if self.adaptive:
                 raise ConfigError(
                     f"solver={self.method} adapts its steps to the data, which torch.export cannot trace: call "
-                    "flow.export, or use a solver of fixed steps"
+                    "flow.export, or use a solver with fixed steps"
                 )
             return take_steps(self.tableau, problem, self.steps_between(problem.t0, problem.t1), statistics)
         if transforms_active():
@@ -73,7 +93,15 @@ class RungeKutta(Solver):
 
 @dataclass
 class TriedStep:
-    """A step tried: its stages, where it ends, and where they join the control its integrals and their error."""
+    """An attempted step of size h.
+
+    Attributes:
+        slopes: k_i, (stages, B, *event).
+        stages: the recorded stages.
+        points: x_i of each stage, (B, *event).
+        x1: the state at the end of the step.
+        integral, error: with solver.control=all, the path integrals over the step and their error, (B, Q).
+    """
 
     h: float
     slopes: Tensor
@@ -85,9 +113,17 @@ class TriedStep:
 
 
 class _Run:
-    """The moving parts of one solve: time, state, the slope there, the steps so far."""
+    """The state of one solve.
 
-    take = staticmethod(take)
+    Attributes:
+        t, x: the current time and state.
+        first: the slope at (t, x) with its stage, if it is already known.
+        steps: the accepted steps, if a gradient or a quadrature needs them.
+        total, error: the path integrals so far and their error, if they are computed step by step.
+        taken: the accepted steps of an adaptive solve with gradients, to plan the next solve.
+    """
+
+    compute_stages = staticmethod(compute_stages)
 
     def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics, graph: bool) -> None:
         self.solver, self.problem, self.statistics, self.graph = solver, problem, statistics, graph
@@ -98,11 +134,11 @@ class _Run:
         self.first: tuple[Tensor, Stage | None] | None = None
         self.steps: list[AcceptedStep] = []
         self.integrand = problem.integrand
-        # all: the error of the integrals takes part in the step control
+        # with control=all the error of the integrals is part of the step control
         self.controls_all = self.integrand is not None and solver.control == "all" and solver.adaptive
         self.on_stages = solver.control == "all" or not solver.adaptive or not has_dense_output(self.tableau)
-        # integrals without a gradient need no nodes kept
-        self.as_it_goes = self.integrand is not None and self.on_stages and not graph
+        # without a gradient the integrals are summed step by step, and no nodes are kept
+        self.sums_integrals = self.integrand is not None and self.on_stages and not graph
         self.total: Tensor | None = None
         self.error: Tensor | None = None
         self.weights = Weights(self.tableau, self.x)
@@ -114,7 +150,10 @@ class _Run:
         self.statistics.nfe_forward += 1
         v = stage.velocity(x)
         if v.shape != x.shape:
-            raise ConfigError(f"the field returned {tuple(v.shape)} for x {tuple(x.shape)}: a velocity has x's shape")
+            raise ConfigError(
+                f"the velocity field returned the shape {tuple(v.shape)} for x of shape {tuple(x.shape)}: "
+                "it must return the shape of x"
+            )
         return v
 
     def advance(self) -> None:
@@ -128,13 +167,13 @@ class _Run:
         return record(self.recorder, times, self.x, keep)
 
     def attempt(self, h: float) -> TriedStep:
-        """The stages of a step of size h from here."""
+        """Computes a step of size h from the current state, without accepting it."""
         tableau, t, x = self.tableau, self.t, self.x
         if self.replay and self.steps:
-            # the memory of one step: only the last to be taken keeps its stages for the backward pass
+            # only the last step keeps its stages for the backward pass, so the memory is that of one step
             self.steps[-1].stages = None
         if self.first is None:
-            # on a tape of its own, which outlives a rejected attempt
+            # a separate tape, because this stage is used again after a rejected attempt
             first = self.record([t], keep=self.graph)[0]
             self.first = self.velocity(first, t, h, x), first
         stages = self.record([t + c * h for c in tableau.c], keep=self.graph)
@@ -143,8 +182,8 @@ class _Run:
         def velocity(i: int, x: Tensor) -> Tensor:
             return self.velocity(stages[i], t + tableau.c[i] * h, h, x)
 
-        points, slopes = self.take(x, h, self.weights, self.first[0], velocity)
-        x1 = points[-1] if tableau.first_same_as_last else x + combined(h * self.weights.b, slopes)
+        points, slopes = self.compute_stages(x, h, self.weights, self.first[0], velocity)
+        x1 = points[-1] if tableau.first_same_as_last else x + weighted_sum(h * self.weights.b, slopes)
         return TriedStep(h, slopes, stages, points, x1)
 
     def accept(self, tried: TriedStep, t1: float) -> None:
@@ -152,11 +191,11 @@ class _Run:
         same = self.tableau.first_same_as_last
         if self.controls_all:
             self.add(tried.integral, tried.error)
-        elif self.as_it_goes:
+        elif self.sums_integrals:
             self.add(*self.integrals_of(tried))
-        if self.graph or (self.integrand is not None and not self.as_it_goes):
+        if self.graph or (self.integrand is not None and not self.sums_integrals):
             self.steps.append(AcceptedStep(self.t, tried.h, self.x, tried.slopes, tried.stages))
-        # replayed steps share the vjp of their first slope with the step before
+        # in a replay, the vjp of a shared slope belongs to the previous step
         self.first = (tried.slopes[-1], None if self.replay else tried.stages[-1]) if same else None
         self.t, self.x = t1, tried.x1
 
@@ -179,13 +218,13 @@ class _Run:
         t1 = self.problem.t1
         smallest = 2 * torch.finfo(self.x.dtype).eps * max(1.0, abs(self.problem.t0), abs(t1))
         plan = self.problem.step_plan.plan(self.t, t1) if self.problem.step_plan is not None else []
-        h = 0.0 if plan else self.begin(10 * smallest)
+        h = 0.0 if plan else self.first_step_size(10 * smallest)
         taken: list[tuple[float, float]] = []
-        broken = 0
+        non_finite_tries = 0
         while self.t != t1:
             end = plan[len(taken)] if plan else step_end(self.t, t1, h)
             if not plan and abs(h) < smallest and end != t1:
-                raise self.solver.non_finite(self.t, h) if broken else self.solver.underflow(self.t, h)
+                raise self.solver.non_finite(self.t, h) if non_finite_tries else self.solver.underflow(self.t, h)
             h = end - self.t
             tried = self.attempt(h)
             ratio = self.error_ratio(tried)
@@ -193,28 +232,29 @@ class _Run:
             if ratio <= 1:
                 taken.append((abs(h), abs(suited)))
                 self.accept(tried, end)
-                broken = 0
+                non_finite_tries = 0
             else:
                 self.statistics.rejected += 1
-                broken = 0 if math.isfinite(ratio) else broken + 1
-                if broken > NON_FINITE_RETRIES:
+                non_finite_tries = 0 if math.isfinite(ratio) else non_finite_tries + 1
+                if non_finite_tries > NON_FINITE_RETRIES:
                     raise self.solver.non_finite(self.t, h)
-                # what was planned did not hold
+                # the steps of the last solve do not suit this one
                 plan = []
             h = suited
         if self.graph:
-            # a solve for its value alone, such as a tight one of the solver guard, plans no step of training
+            # solves without gradients, such as the accurate solves of the solver guard, must not change the plan
             self.taken = StepPlan(tuple(taken))
 
-    def begin(self, smallest: float) -> float:
-        """The first step size, with its sign, from two slopes."""
-        # from near the origin the guess can fall below what time can resolve, which is no failure yet
-        return math.copysign(max(abs(self.guess()), smallest), self.problem.t1 - self.problem.t0)
+    def first_step_size(self, smallest: float) -> float:
+        """Returns the first step size, with its sign."""
+        # near the origin the guess can be below the rounding error of t, which must not count as an underflow
+        return math.copysign(max(abs(self.estimate_first_step()), smallest), self.problem.t1 - self.problem.t0)
 
-    def guess(self) -> float:
-        """After Hairer, Norsett and Wanner, II.4, 'starting step size'.
+    def estimate_first_step(self) -> float:
+        """Estimates the first step size from two slopes (Hairer, Norsett and Wanner, II.4, 'starting step size').
 
-        Their floor of 1e-6 is 1e-3 here: an untrained field is zero, which would trigger it in every first solve.
+        If the state or the slope is nearly zero, the estimate begins with a step of 1e-3. The book uses 1e-6, but the
+        field of an untrained flow is zero.
         """
         x, span = self.x, self.problem.t1 - self.problem.t0
         stage = self.record([self.t], keep=self.graph)[0]
@@ -227,17 +267,17 @@ class _Run:
             raise self.solver.non_finite(self.t, h0)
         h0 = math.copysign(min(h0, abs(span)), span)
         ahead = self.velocity(self.record([self.t + h0], keep=False)[0], self.t + h0, h0, x + h0 * slope)
-        bend = rms((ahead - slope) / scale) / abs(h0)
-        steepest = plain_max(torch.maximum(speed, bend))
-        if not math.isfinite(steepest):
+        curvature = rms((ahead - slope) / scale) / abs(h0)
+        largest = plain_max(torch.maximum(speed, curvature))
+        if not math.isfinite(largest):
             return h0
-        h1 = (0.01 / steepest) ** (1 / self.tableau.order) if steepest > 1e-15 else abs(span)
+        h1 = (0.01 / largest) ** (1 / self.tableau.order) if largest > 1e-15 else abs(span)
         return min(100 * abs(h0), h1, abs(span))
 
     def error_ratio(self, tried: TriedStep) -> float:
-        """Error over tolerance, in one transfer to the host."""
+        """Returns the ratio of error and tolerance. It waits for the device only once."""
         solver = self.solver
-        error = combined(tried.h * self.weights.e, tried.slopes)
+        error = weighted_sum(tried.h * self.weights.e, tried.slopes)
         scale = solver.atol + solver.rtol * torch.maximum(self.x.abs(), tried.x1.abs())
         ratio = rms(error / scale)
         if self.controls_all:
@@ -247,13 +287,13 @@ class _Run:
         return plain_max(ratio)
 
     def integrals_of(self, tried: TriedStep) -> tuple[Tensor, Tensor]:
-        """The integrals over one step by its stages and their error, each (B, Q)."""
+        """Returns the integrals over one step, by the stage rule, and their error, each (B, Q)."""
         nodes = stage_nodes(self.tableau, [(self.t, tried.h)])
         q = self.integrand_at(nodes.times, torch.stack([tried.points[i] for i in self.tableau.used]))
         return nodes.integrate(q), nodes.error(q.detach())
 
     def integrand_at(self, times: list[float], points: Tensor) -> Tensor:
-        """q at every node, (nodes, B, Q): one batched call, or when steps are replayed a few nodes at a time."""
+        """Returns q at every node, (nodes, B, Q), in one batched call, or for a replay in calls of a few nodes."""
         assert self.integrand is not None
         integrand = self.integrand
         t = on_device(times, self.x).unsqueeze(1)
@@ -265,10 +305,11 @@ class _Run:
 
         size = max(1, REPLAYED_NUMBERS // self.x.numel())
         parts = [*zip(torch.split(t, size), torch.split(points, size), strict=True)]
-        # the backward pass comes to the last ones first: kept, in less memory than a step's stages take, they are free
+        # the backward pass begins with the last parts. Their graphs are kept and not recomputed, because they need less
+        # memory than the stages of one step
         kept = min(len(self.tableau.b) // 3, len(parts) - 1) if torch.is_grad_enabled() else len(parts)
         replayed = parts[: len(parts) - kept]
-        # the probes were drawn before: nothing in q is random
+        # the probes of the trace are drawn before the solve, so q is deterministic
         again = [checkpoint(q, t, x, use_reentrant=False, preserve_rng_state=False) for t, x in replayed]
         return torch.cat([*again, *(q(t, x) for t, x in parts[len(replayed) :])])
 
@@ -279,7 +320,7 @@ class _Run:
         )
 
     def solution(self) -> Solution:
-        if not self.graph and (self.integrand is None or self.as_it_goes):
+        if not self.graph and (self.integrand is None or self.sums_integrals):
             return Solution(self.x, self.total, self.error, self.statistics)
         nodes = self.nodes() if self.integrand is not None else None
         tableau, counts = self.tableau, self.statistics
@@ -293,14 +334,14 @@ class _Run:
 
 
 class _OrdinaryRun(_Run):
-    """A solve by ordinary operations, for `torch.func`: grad, vmap, jvp, and any of them inside another.
+    """A solve by ordinary differentiable operations, for grad, vmap and jvp of `torch.func`, also nested.
 
-    Step sizes are Python numbers, and every derivative treats them as constants, as in discrete_adjoint.py. The lanes
-    of a vmap share the steps: the step control uses the largest error of all lanes. No step is recomputed, so the
-    memory of a gradient grows with the number of steps.
+    Step sizes are Python numbers, so every derivative treats them as constants, as in discrete_adjoint.py. The elements
+    of a vmap share the steps: the step control uses the largest of their errors. No step is recomputed, so the memory
+    of a gradient grows with the number of steps.
     """
 
-    take = staticmethod(take_ordinary)
+    compute_stages = staticmethod(compute_stages_functional)
 
     def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics) -> None:
         # a field's own recorder uses hand-written kernels, which torch.func cannot transform
@@ -309,16 +350,16 @@ class _OrdinaryRun(_Run):
         self.replay = False
 
     def solution(self) -> Solution:
-        if self.integrand is None or self.as_it_goes:
+        if self.integrand is None or self.sums_integrals:
             return super().solution()
         nodes = self.nodes()
         points = [
-            s.x + combined(s.h * on_device(r, s.x), s.slopes) for s, r in zip(self.steps, nodes.rows, strict=True)
+            s.x + weighted_sum(s.h * on_device(r, s.x), s.slopes) for s, r in zip(self.steps, nodes.rows, strict=True)
         ]
         q = self.integrand_at(nodes.times, torch.cat(points))
         return Solution(self.x, nodes.integrate(q), nodes.error(q.detach()), self.statistics)
 
 
 def rms(x: Tensor) -> Tensor:
-    """sqrt(mean x^2) over all elements, a scalar."""
+    """Returns sqrt(mean x^2) over all elements, a scalar."""
     return x.square().mean().sqrt()

@@ -21,7 +21,7 @@ from flowtrain.utils.precision import full_precision
 Integrand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 CONTROLS = ("state", "all")
-# of a solver, besides `steps`, which sets the step size
+# arguments of a solver, without `steps`, which only sets step_size
 SETTINGS = (
     "method",
     "rtol",
@@ -39,9 +39,12 @@ GRADIENTS = ("auto", "direct", "replay", "adjoint")
 
 @dataclass
 class Statistics:
-    """What one solve cost. NFE counts evaluations of the velocity by the solver, backward ones apart.
+    """The cost of one solve.
 
-    `integral_error` (B, Q) estimates the error of the path integrals; None if the solver has no estimate.
+    Attributes:
+        nfe_forward, nfe_backward: evaluations of the velocity by the solver, in the solve and in its backward pass.
+        accepted, rejected: steps of the solve.
+        integral_error: estimated error of the path integrals, (B, Q). None if the solver has no estimate.
     """
 
     nfe_forward: int = 0
@@ -53,21 +56,20 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Problem:
-    """dx/dt = velocity(t, x) from t0 to t1, and path integrals of q along the solution.
+    """The initial value problem dx/dt = velocity(t, x) from t0 to t1, with path integrals of q along the solution.
 
-    The integrals never feed back into the state, so a solver is free to evaluate them all together
-    on its own nodes.
+    The state does not depend on the integrals. So a solver may evaluate all of them together, on nodes that it chooses.
 
     Attributes:
         velocity: (t scalar, x (B, *event)) -> v (B, *event).
-        integrand: (t, x (*nodes, B, *event)), t broadcasting against (*nodes, B) -> (v, q (*nodes, B, Q)); or None.
-            Its own gradient is autograd's.
+        integrand: (t, x (*nodes, B, *event)) -> (v, q (*nodes, B, Q)), with t broadcasting against (*nodes, B); or
+            None. Autograd differentiates it.
         x: the state at t0, (B, *event).
-        parameters: what the gradient of the velocity must reach.
+        parameters: the parameters of the velocity, which get a gradient.
         n_integrals: Q.
         noisy: whether the integrand is a random estimate.
-        recorder: how the velocity and its vector-Jacobian products are evaluated; None leaves it to autograd.
-        step_plan: the steps of the last solve of this kind, by which those of this one are planned; or None.
+        recorder: evaluates the velocity and its vector-Jacobian products. None uses autograd.
+        step_plan: the steps of an earlier solve, from which the steps of this solve are planned; or None.
     """
 
     velocity: Velocity
@@ -81,18 +83,22 @@ class Problem:
     recorder: Recorder | None = None
     step_plan: StepPlan | None = None
 
-    def lasts(self) -> bool:
-        """Whether t0 and t1 differ in the dtype of the state, in which torchdiffeq keeps the time."""
+    def has_duration(self) -> bool:
+        """Whether t0 and t1 differ in the dtype of the state. torchdiffeq keeps the time in this dtype."""
         t0, t1 = torch.tensor([self.t0, self.t1], dtype=self.x.dtype).tolist()
         return bool(t0 != t1)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The state at t1 (B, *event), the integrals from t0 to t1 (B, Q) or None, the cost.
+    """The result of a solve.
 
-    `integral_error` (B, Q) estimates the error of the quadrature from its own nodes, not that of the state. `steps` are
-    the accepted steps of an adaptive solve with a gradient, for the next solve of its kind.
+    Attributes:
+        x: the state at t1, (B, *event).
+        integrals: the path integrals from t0 to t1, (B, Q), or None.
+        integral_error: estimated error of the quadrature, (B, Q), or None. It does not include the error of the state.
+        statistics: the cost.
+        steps: the accepted steps of an adaptive solve with gradients, to plan the next solve; or None.
     """
 
     x: Tensor
@@ -104,13 +110,13 @@ class Solution:
 
 @dataclass(frozen=True)
 class SolveOptions:
-    """Options for the ODE solves of one pass through a flow. They travel down with x; nothing stores them.
+    """Options for the ODE solves of one pass through a flow. They are passed along with x and are not stored.
 
     Attributes:
-        rtol, atol, step_size, max_nfe, control: in place of the solver's own settings; None keeps the solver's.
+        rtol, atol, step_size, max_nfe, control: replace the settings of the solver. None keeps the solver's setting.
         integrals: path integrals to return besides the log-determinant, by name; see `regularizers.Integral`.
-        end_time: b in [0, 1). In training, a solve from 0 to 1 or back ends or begins at T ~ U(1 - b, 1 + b) instead
-            of 1 (Ghosh et al. 2020, STEER, eq. 6).
+        end_time: b in [0, 1). In training, the solve is between 0 and T ~ U(1 - b, 1 + b) instead of between 0 and 1
+            (Ghosh et al. 2020, STEER, eq. 6).
     """
 
     rtol: float | None = None
@@ -123,7 +129,7 @@ class SolveOptions:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that replace those of the solver."""
+        """The options that are not None. They replace settings of the solver."""
         found = {key: getattr(self, key) for key in ("rtol", "atol", "step_size", "max_nfe", "control")}
         return {key: value for key, value in found.items() if value is not None}
 
@@ -136,9 +142,9 @@ _RECORDED: ContextVar[list[Statistics] | None] = ContextVar("recorded solves", d
 
 @contextmanager
 def record_solves() -> Iterator[list[Statistics]]:
-    """Counts work for reports: collects the statistics of every solve begun inside.
+    """Collects the statistics of every solve that starts inside this context.
 
-    A backward solve adds to the statistics of its forward solve.
+    A backward pass adds to the statistics of its forward solve.
     """
     found: list[Statistics] = []
     token = _RECORDED.set(found)
@@ -148,11 +154,11 @@ def record_solves() -> Iterator[list[Statistics]]:
         _RECORDED.reset(token)
 
 
-def unmoved(problem: Problem, statistics: Statistics) -> Solution:
-    """The solution for an empty batch or an interval of length 0: the state is unchanged, and integrals are 0.
+def unchanged_solution(problem: Problem, statistics: Statistics) -> Solution:
+    """Returns the solution for an empty batch or an interval of length 0: the state is unchanged, the integrals are 0.
 
-    The state and the integrals have a graph to x and to the parameters. A backward pass then sets gradients of 0, as
-    `nn.Linear` does for an empty batch.
+    The autograd graph of the result reaches x and the parameters. So a backward pass sets gradients of 0, as with
+    `nn.Linear` for an empty batch.
     """
     # empty sums are 0 even if a parameter is NaN
     zeros = [p.flatten()[:0].sum() for p in problem.parameters if p.requires_grad]
@@ -166,24 +172,27 @@ def unmoved(problem: Problem, statistics: Statistics) -> Solution:
 
 
 class Solver(ABC):
-    """An ODE solver and its settings. Tolerances are relative and absolute, per component, in RMS over the batch.
+    """An ODE solver and its settings.
 
-    The settings of a solver never change; `replace` makes another solver.
+    A step is accepted if the RMS of error / (atol + rtol |x|) over all components and rows of the batch is at most 1.
+    The settings of a solver never change. `replace` returns a solver with other settings.
 
     Args:
         method: name of the method.
         rtol: relative tolerance (adaptive methods).
-        atol: absolute tolerance; None follows rtol.
-        step_size: step of fixed-step methods, which are refused without it; t runs over an interval of 1.
-        steps: in its place, how many: step_size = 1 / steps.
-        max_nfe: evaluations of the velocity that one solve may spend.
-        control: `state` leaves the path integrals out of the step control while training, `all` takes them in.
-        gradient: direct | replay | adjoint, see the solvers; auto replays images and is direct elsewhere.
-        train_rtol: relative tolerance of training (adaptive methods), at least rtol; None follows rtol; atol is
-            loosened alike.
-        warmup: steps over which training tightens the tolerance geometrically from `warmup_rtol` to train_rtol;
-            None leaves it to the trainer.
-        warmup_rtol: where the warm-up begins; atol is loosened in the same ratio.
+        atol: absolute tolerance. None: the same as rtol.
+        step_size: step size of a fixed-step method. Such a method needs `step_size` or `steps`.
+        steps: the number of steps for t from 0 to 1, in place of step_size = 1 / steps.
+        max_nfe: the largest number of evaluations of the velocity in one solve.
+        control: `state`: in training, the step control ignores the path integrals. `all`: it includes them, as it
+            always does at evaluation.
+        gradient: direct | replay | adjoint, see `RungeKutta` and `Torchdiffeq`. auto: replay for images, direct for
+            vectors.
+        train_rtol: relative tolerance in training (adaptive methods), at least rtol. None: the same as rtol. atol is
+            multiplied by train_rtol / rtol.
+        warmup: number of training steps over which the tolerance is tightened geometrically from `warmup_rtol` to
+            train_rtol. None: the trainer chooses it.
+        warmup_rtol: relative tolerance at the start of the warm-up. atol is multiplied by the same ratio.
 
     Raises:
         ConfigError: a setting out of range, or a fixed-step method without a step size.
@@ -219,7 +228,9 @@ class Solver(ABC):
         self.rtol = number("solver.rtol", rtol)
         self.atol = self.rtol if atol is None else number("solver.atol", atol)
         if step_size is not None and steps is not None:
-            raise ConfigError(f"solver.steps={steps} and solver.step_size={step_size} say the same: give one of them")
+            raise ConfigError(
+                f"solver.steps={steps} and solver.step_size={step_size} both set the step size: give one of them"
+            )
         if steps is not None:
             step_size = 1 / whole("solver.steps", steps)
         self.step_size = None if step_size is None else number("solver.step_size", step_size)
@@ -231,25 +242,26 @@ class Solver(ABC):
         self.warmup_rtol = number("solver.warmup_rtol", warmup_rtol)
         if not adaptive and self.step_size is None:
             raise ConfigError(
-                f"solver={method} takes fixed steps and was given no step size: set solver.step_size, "
+                f"solver={method} uses fixed steps and needs a step size: set solver.step_size, "
                 "for example solver.step_size=0.05 (t runs from 0 to 1), or solver.steps=20"
             )
         if not adaptive and self.warmup:
-            raise ConfigError(
-                f"solver={method} takes fixed steps and has no tolerance to warm up: remove solver.warmup"
-            )
+            raise ConfigError(f"solver={method} uses fixed steps and has no tolerance to warm up: remove solver.warmup")
         if adaptive and self.step_size is not None:
             raise ConfigError(
                 f"solver={method} chooses its own steps: remove solver.step_size and solver.steps, or set solver.rtol"
             )
 
     def tolerance_at(self, step: float, tightenings: int = 0, warmup: int | None = None) -> tuple[float, float]:
-        """(rtol, atol) for a training step, never tighter than the final ones.
+        """Returns (rtol, atol) for a training step.
 
-        rtol_w (rtol_t / rtol_w)^(step / warmup), then rtol_t = train_rtol; divided by 10^tightenings.
+        During the warm-up rtol is warmup_rtol (train_rtol / warmup_rtol)^(step / warmup), and then train_rtol. The
+        result is divided by 10^tightenings, but is never below the solver's rtol. atol follows in the same ratio.
 
         Args:
-            warmup: in place of the solver's own number of warm-up steps.
+            step: the training step.
+            tightenings: how often the solver guard has tightened the tolerance.
+            warmup: replaces the solver's own number of warm-up steps.
 
         Example:
             >>> from flowtrain.ode import ode_solver
@@ -265,7 +277,7 @@ class Solver(ABC):
         return self.rtol * looser, self.atol * looser
 
     def replace(self, **settings: Any) -> Self:
-        """The same solver with other settings (rtol, atol, control, step_size, max_nfe).
+        """Returns this solver with other settings (rtol, atol, control, step_size, max_nfe).
 
         Example:
             >>> from flowtrain.ode import ode_solver
@@ -283,7 +295,7 @@ class Solver(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings, as arguments of `ode_solver` that make this solver again.
+        """All settings, as arguments of `ode_solver` that build the same solver.
 
         Example:
             >>> from flowtrain.ode import ode_solver
@@ -292,34 +304,34 @@ class Solver(ABC):
             ('rk4', 0.1, 1e-05, None)
         """
         found = {key: getattr(self, key) for key in SETTINGS}
-        # those that follow rtol go on doing so
+        # None means that the setting follows rtol
         found["atol"] = None if self.atol == self.rtol else self.atol
         found["train_rtol"] = None if self.train_rtol == self.rtol else self.train_rtol
         return found
 
     def describe(self) -> dict[str, Any]:
-        """method, rtol, atol for reports; a fixed-step method has a step size in place of tolerances."""
+        """Returns the settings for reports: method, rtol and atol, or method and step_size for fixed steps."""
         if self.adaptive:
             return {"method": self.method, "rtol": self.rtol, "atol": self.atol}
         return {"method": self.method, "rtol": None, "atol": None, "step_size": self.step_size}
 
     def solve(self, problem: Problem, options: SolveOptions = AS_CONFIGURED) -> Solution:
-        """Solves `problem`. For an empty batch, or if t0 = t1, see `unmoved`.
+        """Solves `problem`. For an empty batch, or if t0 = t1, returns `unchanged_solution`.
 
         Args:
-            options: settings of this solve in place of the solver's own.
+            options: replaces settings of the solver for this solve.
 
         Raises:
             SolverError: step size underflow, more than max_nfe evaluations, or a state that is not finite.
-            ConfigError: a tolerance far below the rounding of the dtype.
+            ConfigError: a tolerance far below the machine epsilon of the dtype.
         """
         statistics = Statistics()
         recorded = _RECORDED.get()
         if recorded is not None:
             recorded.append(statistics)
-        # a program that torch.export traces takes any number of rows, so it must not depend on that number
-        if not torch.compiler.is_exporting() and (not len(problem.x) or not problem.lasts()):
-            return unmoved(problem, statistics)
+        # a program traced by torch.export accepts any number of rows, so it must not branch on this number
+        if not torch.compiler.is_exporting() and (not len(problem.x) or not problem.has_duration()):
+            return unchanged_solution(problem, statistics)
         solver = self.replace(**options.settings)
         solver.check_tolerance(problem.x.dtype)
         with full_precision(problem.x.device):
@@ -330,21 +342,22 @@ class Solver(ABC):
 
     @abstractmethod
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
-        """The solve itself; adds to `statistics` as it goes."""
+        """Solves a problem with t0 != t1 and adds its cost to `statistics`."""
 
     def steps_between(self, t0: float, t1: float) -> int:
-        """How many equal fixed steps, none longer than step_size, lead from t0 to t1."""
+        """Returns the smallest number of equal steps from t0 to t1 that are not longer than step_size."""
         if self.step_size is None:
             raise RuntimeError(f"{self.method} is adaptive")
         return max(1, math.ceil(abs(t1 - t0) / self.step_size - 1e-9))
 
     def check_tolerance(self, dtype: torch.dtype) -> None:
-        """Refuses tolerances that no step can meet in the dtype of the state, including those at the end of training.
+        """Checks that steps in the dtype of the state can meet the tolerance, now and at the end of training.
 
-        The rounding errors of the velocities alone would exceed such a tolerance, and a solve would use up max_nfe.
+        The rounding errors of the velocities alone would exceed a tolerance that is too small, and a solve would use up
+        max_nfe.
 
         Raises:
-            ConfigError: rtol and atol are both below 1e-4 of the rounding error, which is 1.2e-7 in float32.
+            ConfigError: rtol and atol are both below 1e-4 times the machine epsilon, which is 1.2e-7 in float32.
         """
         eps = torch.finfo(dtype).eps
         last = self.train_rtol, self.atol * self.train_rtol / self.rtol
@@ -356,36 +369,36 @@ class Solver(ABC):
             )
 
     def failure(self, what: str, t: float, h: float, advice: str) -> SolverError:
-        """One message naming the method, the time, the step size, the tolerance and what to try."""
+        """Returns an error that names the method, the time, the step size, the tolerance and what to try."""
         how = f"rtol={self.rtol:.3g}, atol={self.atol:.3g}" if self.adaptive else f"step_size={self.step_size:g}"
         return SolverError(f"solver {self.method}: {what} at t={t:.6g} (step size {h:.3g}, {how}). {advice}")
 
     def underflow(self, t: float, h: float) -> SolverError:
-        """The failure of a step too short for time to tell its ends apart."""
+        """Returns the error for a step so short that both its ends round to the same time."""
         return self.failure(
             "the step size underflowed",
             t,
             h,
-            "The field is too stiff or too rough for this tolerance: try a looser solver.rtol, a smaller trainer.lr, "
-            "a smaller trainer.clip_norm, or model.activation=softplus.",
+            "The velocity field is too stiff or too rough for this tolerance. Try a larger solver.rtol, a smaller "
+            "trainer.lr, a smaller trainer.clip_norm, or model.activation=softplus.",
         )
 
     def exhausted(self, t: float, h: float) -> SolverError:
-        """The failure of a solve that has spent max_nfe evaluations."""
+        """Returns the error for a solve that has used max_nfe evaluations."""
         return self.failure(
             f"max_nfe={self.max_nfe} evaluations were not enough",
             t,
             h,
-            "Try a looser solver.rtol, a larger solver.max_nfe, or train with a smaller trainer.lr or more "
-            "trainer.weight_decay so that the field stays smooth.",
+            "Try a larger solver.rtol or a larger solver.max_nfe. In training, a smaller trainer.lr or a larger "
+            "trainer.weight_decay keeps the velocity field smooth.",
         )
 
     def non_finite(self, t: float, h: float) -> SolverError:
-        """The failure of a state that is NaN or infinite."""
+        """Returns the error for a state that is NaN or infinite."""
         return self.failure(
             "the state is NaN or infinite",
             t,
             h,
-            "Look for NaN or huge values in the input; in training try a smaller trainer.lr or trainer.clip_norm; "
-            "with fixed steps, a smaller solver.step_size.",
+            "Look for NaN or very large values in the input. In training, try a smaller trainer.lr or "
+            "trainer.clip_norm. With fixed steps, try a smaller solver.step_size.",
         )

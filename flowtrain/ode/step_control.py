@@ -5,21 +5,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# an accepted step aims at this share of the tolerance; limits of the change from one step size to the next
+# safety factor of a new step size, and the limits of its ratio to the last one
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
-# the errors of two batches differ, and a plan that just held the tolerance on one would be rejected on the next
+# safety factor of planned steps: steps that just met the tolerance for one batch may be rejected for the next
 MARGIN = 0.95
 
 
 def step_factor(ratio: float, order: int) -> float:
-    """The factor from the size of the last step to that of the next.
+    """Returns the size of the next step divided by the size of the last step.
 
-    0.9 ratio^(-1/order), between 0.2 and 10; at most 1 after a rejected step, and 0.2 if the error is not finite
-    (Hairer, Norsett and Wanner, Solving ODEs I, II.4).
+    The factor is 0.9 ratio^(-1/order), limited to [0.2, 10], and to at most 1 after a rejected step. It is 0.2 if the
+    error is not finite (Hairer, Norsett and Wanner, Solving ODEs I, II.4).
 
     Args:
-        ratio: error over tolerance; the step is accepted if it is at most 1.
-        order: of the error estimate, in the sense that the error of a step is proportional to its size^order.
+        ratio: error / tolerance of the last step, which was accepted if this is at most 1.
+        order: p, if the error of a step of size h is proportional to h^p.
 
     Example:
         >>> step_factor(1.0, 5), step_factor(float("nan"), 5)
@@ -33,7 +33,7 @@ def step_factor(ratio: float, order: int) -> float:
 
 
 def step_end(t: float, t1: float, h: float) -> float:
-    """The end of a step of size h from t. Near t1, two equal steps replace a long one and a very short one.
+    """Returns the end of a step of size h from t. Near t1, two equal steps replace a long one and a very short one.
 
     Example:
         >>> step_end(0.0, 1.0, 0.9), step_end(0.0, 1.0, 0.3)
@@ -47,23 +47,27 @@ def step_end(t: float, t1: float, h: float) -> float:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The accepted steps of the last solve, each (length, the length that would have suited it), in the order taken.
+    """The accepted steps of the last solve, from which the steps of the next solve are planned.
 
-    The flow of a training run changes little from one update to the next. So the last solve's steps say how long a
-    step may be at each time, and `plan` cuts the interval into the fewest steps that should pass, all equally well:
-    neither a first step that is guessed, nor steps that grow until one is rejected.
+    In training the flow changes little from one update to the next. So the last solve tells how long a step may be at
+    each time. `plan` divides the interval into the smallest number of steps that should be accepted, all with about the
+    same ratio of error and tolerance. This saves the guess of the first step and most rejected steps.
+
+    Attributes:
+        steps: (length, suited length) of each step in order. With the suited length the error would have been about
+            the tolerance.
     """
 
     steps: tuple[tuple[float, float], ...] = ()
 
     def plan(self, t0: float, t1: float) -> list[float]:
-        """The ends of the steps to attempt from t0 to t1, the last of them t1; empty where nothing is known.
+        """Returns the ends of the steps to attempt from t0 to t1. The last end is t1. Without steps the list is empty.
 
-        With s(t) the suited length less a margin, n(t) = int_t0^t dt / s counts steps, and the ends are where n is
-        j n(t1) / ceil(n(t1)).
+        Let s(t) be 0.95 times the suited length. Then n(t) = int_t0^t dt / s counts steps. The j-th end is the time t
+        with n(t) = j n(t1) / ceil(n(t1)).
 
         Example:
-            >>> StepPlan(((1.0, 0.6),)).plan(0.0, 1.0)  # one step, longer than its error allowed
+            >>> StepPlan(((1.0, 0.6),)).plan(0.0, 1.0)  # one step that was too long
             [0.5, 1.0]
         """
         if not self.steps:

@@ -11,16 +11,18 @@ from flowtrain.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Tableau:
-    """Stages k_i = f(t + c_i h, x + h sum_j a_ij k_j); x1 = x + h sum b_i k_i; error = h sum e_i k_i.
+    """The coefficients of an explicit Runge-Kutta method.
+
+        k_i = f(t + c_i h, x + h sum_j a_ij k_j),    x1 = x + h sum_i b_i k_i,    error = h sum_i e_i k_i.
 
     Attributes:
-        order: of x1.
-        c, a, b: the method; a has one row for each stage after the first.
-        e: b minus the embedded weights, or None where the method has no error estimate.
-        mid: weights of x(t + h/2) = x + h sum mid_i k_i to 4th order, used by quadrature.py; or None.
+        order: the order of x1.
+        c, a, b: the coefficients above. a has one row for each stage after the first.
+        e: b minus the embedded weights. None for a method without an error estimate.
+        mid: weights of x(t + h/2) = x + h sum_i mid_i k_i to 4th order, used by quadrature.py; or None.
 
     Raises:
-        ConfigError: numbers that make no explicit method.
+        ConfigError: wrong numbers of coefficients, or sums that are not consistent.
     """
 
     order: int
@@ -33,19 +35,22 @@ class Tableau:
     def __post_init__(self) -> None:
         n = len(self.b)
         if len(self.c) != n or [len(row) for row in self.a] != list(range(1, n)) or len(self.e or self.b) != n:
-            raise ConfigError(f"tableau: of {n} stages, c, b and e have {n} numbers and the rows of a 1 to {n - 1}")
+            raise ConfigError(
+                f"tableau: b has {n} numbers, so c and e need {n} numbers, and a needs {n - 1} rows, with i numbers in "
+                "row i"
+            )
         sums = [sum(row) for row in ((), *self.a, self.b, self.e or ())]
         if any(abs(found - wanted) > 1e-9 for found, wanted in zip(sums, (*self.c, 1, 0), strict=True)):
-            raise ConfigError("tableau: the rows of a have to sum to c, b to 1 and e to 0")
+            raise ConfigError("tableau: each row of a must sum to its c, b must sum to 1 and e to 0")
 
     @property
     def first_same_as_last(self) -> bool:
-        """Whether the last stage is f(t + h, x1), so that the next step has its first stage for nothing."""
+        """Whether the last stage is f(t + h, x1), so that the next step can use it as its first stage."""
         return bool(self.a) and self.c[-1] == 1 and self.a[-1] == self.b[:-1] and self.b[-1] == 0
 
     @property
     def used(self) -> list[int]:
-        """The stages that the solution or its error is made of."""
+        """The stages with a nonzero weight in the solution or in its error."""
         e = self.e or self.b
         return [i for i in range(len(self.b)) if self.b[i] or e[i]]
 
@@ -57,7 +62,7 @@ def _same_as_last(
     embedded_error: tuple[float, ...],
     mid: tuple[float, ...] | None = None,
 ) -> Tableau:
-    """A method whose last stage is at its own solution: b is the last row of a."""
+    """Builds the tableau of a method whose last stage is at x1. Then b is the last row of a."""
     return Tableau(order, c, a, (*a[-1], 0.0), embedded_error, mid)
 
 

@@ -14,37 +14,37 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 class Tape(Protocol):
-    """The stages of one step: evaluations at times fixed beforehand, without a graph around them."""
+    """The stages of one step: evaluations of a velocity at fixed times, without an outer autograd graph."""
 
     def velocity(self, i: int, x: Tensor) -> Tensor:
-        """v(t_i, x) for x (B, *event)."""
+        """Returns v(t_i, x) for x (B, *event)."""
         ...
 
     def vjp(self, i: int, cotangent: Tensor) -> Tensor:
-        """cotangent^T dv/dx at stage i, (B, *event); the share of the parameters is kept for `gradients`."""
+        """Returns cotangent^T dv/dx at stage i, (B, *event). The vjp of the parameters is added up for `gradients`."""
         ...
 
 
 class Recorder(Protocol):
-    """Makes tapes of one velocity. A field that knows a faster way than autograd brings its own.
+    """Makes tapes of one velocity. A field with hand-written derivatives has its own recorder instead of autograd's.
 
     Attributes:
-        parameters: what `gradients` are of; complete once a stage has been kept.
+        parameters: the tensors that get `gradients`. The list is complete after the first stage with keep=True.
     """
 
     parameters: list[Tensor]
 
     def record(self, times: Tensor, keep: bool) -> Tape:
-        """A tape for stages at `times` (s,); with keep=False its stages have no vjp."""
+        """Returns a tape for stages at `times` (s,). With keep=False its stages have no vjp."""
         ...
 
     def gradients(self, tapes: Sequence[Tape]) -> list[Tensor | None]:
-        """The sum of the vjps so far, for each of the parameters."""
+        """Returns the sum of the vjps of the tapes for each of `parameters`, or None, and resets the sums."""
         ...
 
 
 def add(totals: list[Tensor | None], shares: Sequence[Tensor | None]) -> None:
-    """Adds what there is, in place of the list's entries."""
+    """Adds `shares` to the entries of `totals`. None counts as 0."""
     for j, share in enumerate(shares):
         so_far = totals[j]
         if share is not None:
@@ -52,7 +52,7 @@ def add(totals: list[Tensor | None], shares: Sequence[Tensor | None]) -> None:
 
 
 class AutogradTape:
-    """Any velocity: a small autograd graph for each stage."""
+    """A tape of any velocity, with one small autograd graph for each stage."""
 
     def __init__(self, recorder: "AutogradRecorder", times: Tensor, keep: bool) -> None:
         self.recorder, self.times, self.keep = recorder, times, keep
@@ -60,7 +60,7 @@ class AutogradTape:
         self.sums: list[Tensor | None] = []
 
     def velocity(self, i: int, x: Tensor) -> Tensor:
-        """v(t_i, x) for x (B, *event), whose graph is kept where a vjp may follow."""
+        """Returns v(t_i, x) for x (B, *event). With keep=True its graph is kept for `vjp`."""
         field = self.recorder.field
         if not self.keep:
             return field(self.times[i], x)
@@ -72,13 +72,13 @@ class AutogradTape:
         return v.detach()
 
     def vjp(self, i: int, cotangent: Tensor) -> Tensor:
-        """cotangent^T dv/dx at stage i, (B, *event); zero where v does not depend on x."""
+        """Returns cotangent^T dv/dx at stage i, (B, *event). It is zero if v does not depend on x."""
         x, v = self.stages[i]
         if not v.requires_grad:
             return torch.zeros_like(x)
         trained = self.recorder.trained
         self.sums += [None] * (len(trained) - len(self.sums))
-        # retained, because a Jacobian is computed by vjps through one solve many times
+        # the graph is retained, because a Jacobian needs many vjps through one solve
         dx, *shares = torch.autograd.grad(v, (x, *trained), cotangent, retain_graph=True, allow_unused=True)
         add(self.sums, shares)
         return torch.zeros_like(x) if dx is None else dx
@@ -87,8 +87,8 @@ class AutogradTape:
 class AutogradRecorder:
     """Tapes of any velocity (t scalar, x) -> v, differentiated by autograd.
 
-    Tensors that the velocity uses and that are not among its parameters, such as an encoding that a conditional field
-    is given, are found in the graph of its first stage.
+    The velocity may use tensors that are not in `parameters`, such as the encoding of a condition. They are found in
+    the autograd graph of the first stage.
     """
 
     def __init__(self, field: Velocity, parameters: Sequence[Tensor]) -> None:
@@ -98,11 +98,11 @@ class AutogradRecorder:
 
     @property
     def trained(self) -> list[Tensor]:
-        """Those of the parameters that want a gradient."""
+        """The parameters with requires_grad."""
         return [p for p in self.parameters if p.requires_grad]
 
     def discover(self, v: Tensor, x: Tensor) -> None:
-        """Adds to the parameters the leaves that v depends on besides x; once."""
+        """Adds the leaf tensors in the graph of v, except x, to the parameters. Only the first call does this."""
         if self.discovered:
             return
         self.discovered = True
@@ -110,11 +110,11 @@ class AutogradRecorder:
         self.parameters += [leaf for leaf in graph_leaves(v) if id(leaf) not in known]
 
     def record(self, times: Tensor, keep: bool) -> AutogradTape:
-        """A tape for stages at `times` (s,)."""
+        """Returns a tape for stages at `times` (s,)."""
         return AutogradTape(self, times, keep)
 
     def gradients(self, tapes: Sequence[Tape]) -> list[Tensor | None]:
-        """The sum of the vjps so far, for each of the parameters, None where it has none; the sums begin anew."""
+        """Returns the sum of the vjps for each parameter, or None without requires_grad, and resets the sums."""
         total: list[Tensor | None] = [None] * len(self.trained)
         for tape in tapes:
             assert isinstance(tape, AutogradTape)
@@ -125,7 +125,7 @@ class AutogradRecorder:
 
 
 def graph_leaves(v: Tensor) -> list[Tensor]:
-    """The tensors that the graph of v accumulates gradients into."""
+    """Returns the leaf tensors in the autograd graph of v."""
     found: dict[int, Tensor] = {}
     seen: set[object] = set()
     ahead = [v.grad_fn]
@@ -143,22 +143,22 @@ def graph_leaves(v: Tensor) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One evaluation of a tape."""
+    """One evaluation on a tape."""
 
     tape: Tape
     i: int
 
     def velocity(self, x: Tensor) -> Tensor:
-        """v at x, both (B, *event)."""
+        """Returns v at x, both (B, *event)."""
         return self.tape.velocity(self.i, x)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        """cotangent^T dv/dx, (B, *event); see `Tape`."""
+        """Returns cotangent^T dv/dx, (B, *event); see `Tape.vjp`."""
         return self.tape.vjp(self.i, cotangent)
 
 
 class Weights:
-    """A tableau's a (stages, stages), b and e (stages,) on the device and in the dtype of a state."""
+    """The coefficients a (stages, stages), b and e (stages,) of a tableau, with the device and dtype of a state."""
 
     def __init__(self, tableau: Tableau, like: Tensor) -> None:
         n = len(tableau.b)
@@ -168,23 +168,23 @@ class Weights:
 
 
 def on_device(values: Sequence[object] | np.ndarray, like: Tensor) -> Tensor:
-    """Numbers from the host in the dtype and on the device of `like`, without waiting for the device."""
+    """Copies numbers from the host to the device and dtype of `like`, without waiting for the device."""
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def record(recorder: Recorder, times: Sequence[float], like: Tensor, keep: bool) -> list[Stage]:
-    """Stages at `times`, on one tape."""
+    """Returns stages at `times`, all on one tape."""
     tape = recorder.record(on_device(times, like), keep)
     return [Stage(tape, i) for i in range(len(times))]
 
 
-def take(
+def compute_stages(
     x: Tensor, h: float, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """x_i = x + h sum_(j<i) a_ij k_j and k_i = velocity(i, x_i): the points, and the slopes (stages, B, *event).
+    """Computes the points x_i = x + h sum_(j<i) a_ij k_j and the slopes k_i = velocity(i, x_i), (stages, B, *event).
 
     Args:
-        first: k_0, known from the step before or from an attempt that was rejected.
+        first: k_0, which is known from the previous step or from a rejected attempt.
     """
     n = len(weights.b)
     slopes = x.new_empty(n, *x.shape)
@@ -197,17 +197,17 @@ def take(
     return points, slopes
 
 
-def take_ordinary(
+def compute_stages_functional(
     x: Tensor, h: float, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """`take` without in-place writes, which autograd and vmap do not allow."""
+    """`compute_stages` without in-place writes, which autograd and vmap do not allow."""
     points, slopes = [x], [first]
     for i in range(1, len(weights.b)):
-        points.append(x + combined(h * weights.a[i, :i], torch.stack(slopes)))
+        points.append(x + weighted_sum(h * weights.a[i, :i], torch.stack(slopes)))
         slopes.append(velocity(i, points[i]))
     return points, torch.stack(slopes)
 
 
-def combined(weights: Tensor, slopes: Tensor) -> Tensor:
-    """sum_i w_i k_i, w (stages,) or (n, stages): (B, *event) or (n, B, *event)."""
+def weighted_sum(weights: Tensor, slopes: Tensor) -> Tensor:
+    """Returns sum_i w_i k_i: (B, *event) for w (stages,), and (n, B, *event) for w (n, stages)."""
     return (weights @ slopes.flatten(1)).view(*weights.shape[:-1], *slopes.shape[1:])

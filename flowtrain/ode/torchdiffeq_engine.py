@@ -1,7 +1,7 @@
-"""torchdiffeq as an engine: every method it has, by its name, and its constant-memory adjoint.
+"""Solvers that call torchdiffeq: all its methods, by its names, and its adjoint with constant memory.
 
-State and path integrals are solved as one augmented system. A callback before each step, forward or backward,
-sees a failure coming and says where, before torchdiffeq asserts.
+State and path integrals are solved as one augmented system. A callback before each forward or backward step raises a
+SolverError with the time of the failure, before an assertion of torchdiffeq fails.
 """
 
 import logging
@@ -32,7 +32,7 @@ def _tensor(values: tuple[float, ...]) -> Tensor:
 
 
 class Tsit5(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
-    """Tsitouras 5(4) for torchdiffeq, which has no tsit5 of its own in 0.2.5: here for its adjoint."""
+    """Tsitouras 5(4) for gradient=adjoint. torchdiffeq 0.2.5 has no tsit5."""
 
     order = TABLEAUS["tsit5"].order
     tableau = _ButcherTableau(
@@ -45,7 +45,7 @@ class Tsit5(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
 
 
 class ImplicitAdams(AdamsBashforthMoulton):  # type: ignore[misc]
-    """torchdiffeq's implicit Adams method; its warning about the corrector goes to flowtrain's log."""
+    """torchdiffeq's implicit Adams method. Its warning about the corrector is written to flowtrain's log."""
 
     def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> Any:
         with warnings.catch_warnings(record=True) as caught:
@@ -61,10 +61,10 @@ class ImplicitAdams(AdamsBashforthMoulton):  # type: ignore[misc]
 
 @cache
 def warn_of_corrector(iterations: int) -> None:
-    """Warns once per process that an implicit step was not solved to its tolerance."""
+    """Warns once per process that the corrector of an implicit method did not converge."""
     log.warning(
-        "solver implicit_adams: the %d iterations of its corrector did not reach solver.rtol and solver.atol, so the "
-        "solution may be inexact. Try a smaller solver.step_size.",
+        "solver implicit_adams: the corrector did not reach solver.rtol and solver.atol in %d iterations, so the "
+        "solution may be inaccurate. Try a smaller solver.step_size.",
         iterations,
     )
 
@@ -74,7 +74,7 @@ def warn_of_fehlberg2() -> None:
     """Warns once per process that the error estimate of fehlberg2 is far too small."""
     log.warning(
         "solver=fehlberg2: its error estimate is far too small, so errors exceed the tolerance by a factor of 30 to "
-        "500 at any solver.rtol. Use solver=bosh3, or a tolerance that much tighter."
+        "500 at any solver.rtol. Use solver=bosh3, or divide solver.rtol by this factor."
     )
 
 
@@ -89,10 +89,10 @@ METHODS: dict[str, type] = {
 
 
 def registered(method: str) -> str:
-    """The name under which torchdiffeq finds the solver class of a method.
+    """Returns the name under which torchdiffeq finds the solver class of a method.
 
-    torchdiffeq and its adjoint look classes up by name. Our own classes are added to its table under names of their
-    own, when they are first used. Its own entries never change.
+    torchdiffeq looks classes up by name in its table. flowtrain's classes are added to this table under new names when
+    they are first used. The existing entries do not change.
     """
     solver = METHODS[method]
     if SOLVERS.get(method) is solver:
@@ -103,25 +103,27 @@ def registered(method: str) -> str:
 
 
 class Torchdiffeq(Solver):
-    """`gradient=direct` differentiates through torchdiffeq's steps, `adjoint` solves the adjoint ODE backwards.
+    """A solver of torchdiffeq.
 
-    The adjoint (Chen et al. 2018, Neural ODEs, algorithm 1) needs memory that does not grow with the steps;
-    its gradient is that of the continuous problem, with an error of the order of the tolerance.
+    gradient=direct differentiates through torchdiffeq's steps. gradient=adjoint solves the adjoint ODE backwards (Chen
+    et al. 2018, Neural ODEs, algorithm 1). Its memory does not grow with the number of steps. It approximates
+    the gradient of the continuous problem, with an error of the order of the tolerance.
 
     Raises:
-        ConfigError: an unknown method, gradient=replay, or what `Solver` refuses.
+        ConfigError: an unknown method, gradient=replay, or settings that `Solver` does not allow.
     """
 
     def __init__(self, method: str, **settings: Any) -> None:
         one_of("solver.method", method, sorted(METHODS))
         if settings.get("gradient") == "replay":
             raise ConfigError(
-                f"solver.gradient=replay: for {', '.join(TABLEAUS)}; solver={method} has direct and adjoint"
+                f"solver.gradient=replay: solver={method} has only direct and adjoint; replay needs one of the solvers "
+                f"{', '.join(TABLEAUS)}"
             )
         adaptive = issubclass(METHODS[method], RKAdaptiveStepsizeODESolver) or method == "scipy_solver"
         super().__init__(method, adaptive=adaptive, **settings)
         if method == "fehlberg2":
-            # The error weights contain the factor 1/512, but the error of x1 has another order without this factor
+            # the error estimate is about h^2 x'' / 512, but the error of x1 is of order h^3, without the factor 1/512
             warn_of_fehlberg2()
 
     def _solve(self, problem: Problem, statistics: Statistics) -> Solution:
@@ -139,10 +141,11 @@ class Torchdiffeq(Solver):
         return Solution(x1, q[0] if q else None, statistics=statistics)
 
     def _solve_transformed(self, problem: Problem, statistics: Statistics) -> Solution:
-        """Solves inside a transform of `torch.func` and differentiates the steps, whatever `solver.gradient` is.
+        """Solves inside a transform of `torch.func`.
 
-        torchdiffeq writes in place and branches on the values of its error estimates; vmap allows neither. Adaptive
-        methods run on our engine with torchdiffeq's tableau. Methods with fixed steps run in `_fixed_steps`.
+        The transform differentiates the steps, for any `solver.gradient`. torchdiffeq writes in place and
+        branches on the values of its error estimates, and vmap does not allow either. So adaptive methods run on
+        flowtrain's engine with torchdiffeq's tableau, and methods with fixed steps run in `_fixed_steps`.
         """
         if self.method == "scipy_solver":
             raise ConfigError(
@@ -156,7 +159,7 @@ class Torchdiffeq(Solver):
         return engine._solve(problem, statistics)
 
     def _fixed_steps(self, problem: Problem, statistics: Statistics) -> Solution:
-        """Takes torchdiffeq's own steps of a fixed size, without in-place writes."""
+        """Solves with torchdiffeq's fixed steps, without in-place writes."""
         dynamics = _Dynamics(self, problem, statistics)
         shape, d = problem.x.shape, problem.x.shape[1:].numel()
 
@@ -168,7 +171,7 @@ class Torchdiffeq(Solver):
         if problem.integrand is not None:
             y = torch.cat([y, y.new_zeros(len(y), problem.n_integrals)], 1)
         stepper: Any = METHODS[self.method](func=slope, y0=plain_values(y), rtol=self.rtol, atol=self.atol)
-        # implicit methods repeat the corrector until it has converged for every lane
+        # implicit methods repeat the corrector until it has converged for every element of a vmap
         stepper._has_converged = lambda y0, y1: type(stepper)._has_converged(
             stepper, plain_values(y0), plain_values(y1)
         )
@@ -192,10 +195,10 @@ class Torchdiffeq(Solver):
         }
         if not self.adaptive:
             n = self.steps_between(problem.t0, problem.t1)
-            # torchdiffeq's own grid from a step size can end in a step of length zero in float32
+            # torchdiffeq's grid for a step size can end with a step of length zero in float32
             arguments["options"] = {"grid_constructor": lambda f, y, t: _grid(t, n)}
         elif self.method != "scipy_solver":
-            # a step that ends at t1: else torchdiffeq steps over it and interpolates, far less exactly
+            # makes a step end at t1; by default torchdiffeq steps over t1 and interpolates, which is far less accurate
             arguments["options"] = {"step_t": t[1:]}
             if self.control == "state":
                 arguments["options"]["norm"] = lambda y: y[0].square().mean().sqrt()
@@ -211,15 +214,15 @@ class Torchdiffeq(Solver):
         try:
             return [y[-1] for y in odeint(dynamics, state, t, **arguments)]
         except MemoryError as e:
-            # LSODA
+            # LSODA allocates a matrix over all components of the batch
             raise SolverError(
-                f"solver={self.method}: its matrix over all {sum(y.numel() for y in state)} numbers of a batch does "
-                "not fit into memory; take another solver, or a smaller batch"
+                f"solver={self.method}: its matrix over all {sum(y.numel() for y in state)} numbers of the batch does "
+                "not fit into memory: use another solver, or a smaller batch"
             ) from e
 
 
 def tableau_of(method: type) -> Tableau:
-    """The tableau of one of torchdiffeq's adaptive Runge-Kutta methods."""
+    """Returns the tableau of an adaptive Runge-Kutta method of torchdiffeq."""
     theirs: Any = method
     alpha, beta, b, e = theirs.tableau
     rows = tuple(tuple(row.tolist()) for row in beta)
@@ -233,13 +236,13 @@ def _grid(t: Tensor, n: int) -> Tensor:
 
 
 class _Dynamics:
-    """d(x, q)/dt for torchdiffeq; its callbacks count steps and turn a failing one into a SolverError."""
+    """The function d(x, q)/dt for torchdiffeq. Its callbacks count steps and raise a SolverError if a step fails."""
 
     def __init__(self, solver: Torchdiffeq, problem: Problem, statistics: Statistics) -> None:
         self.solver, self.problem, self.statistics = solver, problem, statistics
         self.backward = False
         self.h = 0.0
-        # torchdiffeq warns of a callback that the method does not support
+        # torchdiffeq warns about callbacks that a method does not support
         if solver.method != "scipy_solver":
             self.callback_step = self.callback_step_adjoint = self.check_step
         if solver.adaptive and solver.method != "scipy_solver":
@@ -264,7 +267,7 @@ class _Dynamics:
             statistics.nfe_forward += 1
 
     def check_step(self, t: Tensor, state: Any, h: Tensor) -> None:
-        # torchdiffeq leaves its first step size in the graph, and sets a step size of NaN to zero
+        # detached, because the first step size has a graph. torchdiffeq replaces a step size of NaN by zero
         now, self.h = float(t.detach()), float(h.detach())
         if not self.solver.adaptive:
             self.statistics.accepted += 1

@@ -153,7 +153,8 @@ class TickNumbers(Formatter):
 
 def _number_format(values: Sequence[float], linear: bool) -> Callable[[float], str]:
     """A function that writes numbers in full if they are short, else in scientific notation if that is shorter."""
-    ordered = sorted({*values})
+    # an axis may have no ticks
+    ordered = sorted({*values}) or [0.0]
     apart = min((b - a for a, b in itertools.pairwise(ordered)), default=abs(ordered[0]) or 1.0)
     # a tick that should be zero can have a rounding error
     zero = 1e-6 * apart

@@ -19,7 +19,7 @@ BAD_TRAIN = [
     (["~objective"], r"objective was taken out"),
     (["seed=99999999999999999999"], r"seed=9+: give a whole number"),
     (["+stepz=3"], r"no key stepz"),
-    (["+solver.depth=3"], r"solver: unknown key depth; it takes method, rtol"),
+    (["+solver.depth=3"], r"solver: unknown key depth; valid keys are method, rtol"),
     (["solver.max_nfe=many"], r"solver.max_nfe=many: give a whole number"),
     (["solver.warmup=x"], r"solver.warmup=x"),
     (["recipe=foo"], r"recipe=foo: choose one of .*ffjord_rings.*none"),

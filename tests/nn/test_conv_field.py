@@ -250,15 +250,15 @@ def test_invalid_conv_field_options_are_refused(arguments: tuple[int, list[int],
 
 @pytest.mark.parametrize("shape", [(4, 2), (4, 3, 5, 5), (2,)])
 def test_inputs_of_the_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="field of 2 channels takes images"):
+    with pytest.raises(ConfigError, match="field of 2 channels"):
         random_field()(torch.tensor(0.5), torch.randn(shape))
 
 
 @pytest.mark.parametrize(
     ("field", "shape", "message"),
     [
-        (MLPField(3, [4], "concat", "tanh"), (2, 2, 4, 3), r"MLPField takes samples of 1 dimension.*\(2, 4, 3\)"),
-        (ConvField(2, [4], "concat", "tanh"), (2, 3), r"ConvField takes samples of 3 dimension.*\(3,\)"),
+        (MLPField(3, [4], "concat", "tanh"), (2, 2, 4, 3), r"MLPField needs samples with 1 dimension.*\(2, 4, 3\)"),
+        (ConvField(2, [4], "concat", "tanh"), (2, 3), r"ConvField needs samples with 3 dimension.*\(3,\)"),
     ],
 )
 def test_divergence_refuses_samples_of_another_kind(field: nn.Module, shape: tuple[int, ...], message: str) -> None:
@@ -268,7 +268,7 @@ def test_divergence_refuses_samples_of_another_kind(field: nn.Module, shape: tup
 
 
 def test_divergence_refuses_inputs_without_batch_dimension() -> None:
-    with pytest.raises(ConfigError, match="one row a sample"):
+    with pytest.raises(ConfigError, match="batch of vectors"):
         TraceRule().draw(torch.randn(3), training=True)
 
 

@@ -171,7 +171,7 @@ def test_resume_with_an_earlier_loss_switch_restarts_the_optimizer(
         (["objective=flow_matching", "objective.coupling=best"], "independent, optimal"),
         (["objective=flow_matching", "model.flows=2"], "has 2"),
         (["objective=hybrid", "objective.matching=1.5"], "objective.matching"),
-        (["objective=flow_matching", "regularizer=rnode"], "solves none"),
+        (["objective=flow_matching", "regularizer=rnode"], "solves no ODE"),
         (["solver=euler", "solver.steps=4", "solver.step_size=0.1"], "give one of them"),
         (["solver.steps=4"], "chooses its own"),
         (["model.init_scale=0"], "model.init_scale"),

@@ -180,7 +180,7 @@ class Nested(Affine):
 
 @pytest.mark.parametrize("key", ["kinetic", "jacobian", "acceleration", "end_time"])
 def test_path_regularizers_are_refused_where_nothing_is_solved(key: str, flow_with_field: Callable[..., Flow]) -> None:
-    with pytest.raises(ConfigError, match="solves none"):
+    with pytest.raises(ConfigError, match="solves no ODE"):
         FlowMatching(flow_with_field(MLPField(2, [4], "concat", "tanh")), Regularizer(**{key: 0.1}))
 
 

@@ -16,7 +16,7 @@ from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.flow import Flow
 from flowtrain.nn.mlp_field import MLPField
-from flowtrain.objectives.flow_matching import Rectified, drawn
+from flowtrain.objectives.flow_matching import Rectified, draw_pairs
 from flowtrain.ode import ode_solver
 from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
@@ -28,7 +28,7 @@ def test_reflow_pairs_are_the_ends_of_the_teachers_paths(
     flow_with_field: Callable[..., Flow], linear_field: type[nn.Module]
 ) -> None:
     a, b = torch.tensor([0.5, -1.0]), torch.tensor([[0.2, -0.7], [0.6, 0.1]])
-    x0, x1, labels = drawn(flow_with_field(linear_field(a, b)).eval(), 30, rtol=1e-9)
+    x0, x1, labels = draw_pairs(flow_with_field(linear_field(a, b)).eval(), 30, rtol=1e-9)
     # for x' = a + B x, [x; 1] is mapped by the exponential of [[B, a], [0, 0]]
     generator = torch.zeros(3, 3)
     generator[:2, :2], generator[:2, 2] = b, a
@@ -126,9 +126,9 @@ def test_saved_teacher_is_the_one_used_in_training(run: Run, monkeypatch: pytest
 
     def meanwhile(*arguments: Any) -> Any:
         checkpoint.save(best, {**before, "step": 77})
-        return drawn(*arguments)
+        return draw_pairs(*arguments)
 
-    monkeypatch.setattr("flowtrain.objectives.flow_matching.drawn", meanwhile)
+    monkeypatch.setattr("flowtrain.objectives.flow_matching.draw_pairs", meanwhile)
     code, out, err = run("flowtrain", "objective=rectified", f"from={best}", "objective.pairs=50", "trainer.steps=2")
     assert code == 0, err
     assert checkpoint.load(best)["step"] == 77

@@ -168,5 +168,5 @@ def test_a_subclass_computes_its_own_velocity() -> None:
 
 def test_a_velocity_of_another_shape_is_refused() -> None:
     problem = Problem(lambda t, x: x[:1], None, torch.randn(4, 2), 0.0, 1.0)
-    with pytest.raises(ConfigError, match=r"returned \(1, 2\) for x \(4, 2\)"):
+    with pytest.raises(ConfigError, match=r"\(1, 2\) .* \(4, 2\)"):
         ode_solver("dopri5").solve(problem)
