@@ -27,8 +27,8 @@ WIDTH = 9.0
 DPI = 200
 EDGE = 0.14
 TITLE_SIZE = 11.5
-# the height of the title in inches
-TITLE_HEIGHT = 0.3
+# the height of the title in inches, and the letters for which the width of the figure has room
+TITLE_HEIGHT, TITLE_LETTERS = 0.3, 86
 
 # the palette of Okabe and Ito (2008), which is distinguishable with every common kind of colour blindness and in grey
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"
@@ -109,8 +109,8 @@ def new_figure(height: float, title: str, options: PlotOptions = DEFAULT) -> Fig
     if not options.title:
         return Figure(figsize=(WIDTH, height - TITLE_HEIGHT), dpi=DPI)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)
-    words = literal(title, most=100)
-    size = TITLE_SIZE * min(1.0, 74 / max(len(words), 1))
+    words = literal(title, most=120)
+    size = TITLE_SIZE * min(1.0, TITLE_LETTERS / max(len(words), 1))
     figure.text(EDGE / WIDTH, 1 - EDGE / height, words, size=size, weight="bold", va="top")
     return figure
 
@@ -148,7 +148,8 @@ class TickNumbers(Formatter):
             shown = [value for value in shown if low - slack <= value <= high + slack] or shown
         scale = "linear" if self.axis is None else self.axis.get_scale()  # type: ignore[union-attr]
         label = _number_format(shown, linear=scale == "linear")
-        return [label(float(value)) for value in values]
+        labels = [label(float(value)) for value in values]
+        return [f"\N{MINUS SIGN}{text[1:]}" if text.startswith("-") else text for text in labels]
 
 
 def _number_format(values: Sequence[float], linear: bool) -> Callable[[float], str]:
