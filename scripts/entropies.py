@@ -36,8 +36,10 @@ def entropy_and_integral(toy: Toy) -> tuple[float, float]:
 
 def main() -> None:
     for path in sorted((Path(__file__).parent.parent / "configs" / "data").glob("*.yaml")):
-        kind = get_class(OmegaConf.select(OmegaConf.load(path), "_target_"))
-        if issubclass(kind, Toy):
+        # files of tables and images also set keys of other groups, and have no `_target_` at the top
+        target = OmegaConf.select(OmegaConf.load(path), "_target_")
+        kind = None if target is None else get_class(target)
+        if kind is not None and issubclass(kind, Toy):
             entropy, integral = entropy_and_integral(kind())
             print(f"{path.stem:14s} entropy {entropy:.8f}  integral {integral:.10f}")
 

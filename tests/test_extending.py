@@ -1,4 +1,4 @@
-"""The README's section Extending: its files as printed there, and its commands with fewer steps."""
+"""The section Extending of flowtrain/README.md: its files as printed there, and its commands with fewer steps."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ from flowtrain.utils.errors import CheckpointError, ConfigError
 from flowtrain.utils.files import config_dir
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTION = (ROOT / "README.md").read_text().partition("\n## Extending\n")[2].partition("\n## ")[0]
+SECTION = (ROOT / "flowtrain/README.md").read_text().partition("\n## Extending\n")[2].partition("\n## ")[0]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", SECTION, re.S)
 FILES = {text.split()[1]: text for _, text in BLOCKS if re.match(r"# (mypkg|conf)/\S+\.(py|yaml)\n", text)}
 COMMANDS = [text for language, text in BLOCKS if language == "bash"]

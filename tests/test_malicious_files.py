@@ -128,7 +128,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_in_a_checkpoint_runs_no_code(run: Run, trained: Path, tmp_path: Path, name: str) -> None:
     changed(trained, CONFIGS[name])
-    assert_refused(run, trained, "would run|interpolation|not to be had|damaged|complete|no class")
+    assert_refused(run, trained, "would run|interpolation|cannot be imported|damaged|complete|not a class|no _target_")
     assert not (tmp_path / "boom").exists()
 
 

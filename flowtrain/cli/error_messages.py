@@ -55,7 +55,7 @@ def report(name: str, error: Exception) -> int | None:
     said = message_of(error)
     if said is None:
         return None
-    if ranks.first_to_say(said[0]):
+    if ranks.first_to_report(said[0]):
         print(f"{name}: {said[0]}", file=sys.stderr)
     return said[1]
 

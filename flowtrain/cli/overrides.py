@@ -253,7 +253,7 @@ def check_flags(arguments: Sequence[str]) -> None:
 
 def _no_override(word: str) -> str:
     """The message for an argument that is not KEY=VALUE, with what may have been meant."""
-    if checkpoint.any_in(Path(word)):
+    if checkpoint.has_checkpoint(Path(word)):
         return f"arguments look like KEY=VALUE; {resume_command(word)} resumes this run"
     groups = [group for group in config_groups() if word in options(group)]
     meant = f"did you mean {' or '.join(f'{group}={word}' for group in groups)}?" if groups else "see --help"

@@ -9,7 +9,7 @@ from pathlib import Path
 from flowtrain.cli.arguments import versions
 from flowtrain.cli.load_run import LoadedRun
 from flowtrain.cli.output_files import run_dir_of
-from flowtrain.runs.console import device_words
+from flowtrain.runs.console import describe_device
 from flowtrain.runs.sweep_summary import overrides_of
 
 # the start of a message in flowtrain.log
@@ -44,7 +44,7 @@ def provenance(loaded_run: LoadedRun, arguments: Sequence[str], seed: int) -> li
         ("evaluated on", f"{datetime.now():%Y-%m-%d %H:%M}"),
         ("seed of the evaluation", str(seed)),
         ("versions", versions()),
-        ("device", device_words(loaded_run.flow.like.device)),
+        ("device", describe_device(loaded_run.flow.like.device)),
     ]
 
 

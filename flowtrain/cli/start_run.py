@@ -80,7 +80,7 @@ def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
         if ranks.is_first():
             claim_directory(run_dir)
             # only now: a directory that was another run's is not this one's to go on with
-            ranks.remember(run_dir)
+            ranks.save_run_dir(run_dir)
         refused = cleaned_up_unless_begun(run_dir, REFUSAL_ERRORS, is_created_here(run_dir))
         with refused if ranks.is_first() else nullcontext():
             overrides = HydraConfig.get().overrides.task
@@ -121,7 +121,7 @@ def resume_run(
         config_before = config_of_search(run_dir)
         with status("reading the checkpoint"):
             # a search begins with checkpoints of its candidates only
-            has_own = config_before is None or checkpoint.any_in(run_dir)
+            has_own = config_before is None or checkpoint.has_checkpoint(run_dir)
             saved = checkpoint.load(checkpoint.find(run_dir, prefer="last")) if has_own else {}
         if config_before is not None or SEARCH in saved:
             saved["config"] = config_before or saved[SEARCH]

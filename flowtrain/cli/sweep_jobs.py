@@ -26,7 +26,7 @@ from flowtrain.cli.error_messages import message_of, report
 from flowtrain.cli.overrides import trusted
 from flowtrain.cli.start_run import is_created_here, resume_run, start_run
 from flowtrain.runs.run_directory import InUseError
-from flowtrain.runs.sweep_summary import ERROR, OVERRIDES, RESULT, begun_in, overrides_of, result_of, write_summary
+from flowtrain.runs.sweep_summary import ERROR, OVERRIDES, RESULT, jobs_in, overrides_of, result_of, write_summary
 from flowtrain.training import checkpoint
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import ConfigError, FlowtrainError
@@ -52,7 +52,7 @@ def job(config: DictConfig, run_dir: Path) -> float:
         if (run_dir / RESULT).is_file():
             print(run_dir)
             return _least(result_of(run_dir).get("val_nll"))
-        if checkpoint.any_in(run_dir):
+        if checkpoint.has_checkpoint(run_dir):
             best, code = resume_run(run_dir, trusted(plain(config)["trust"]))
         else:
             (run_dir / OVERRIDES).parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def place(root: Path, run_dir: Path, given: list[str]) -> Path:
     if sorted(overrides_of(run_dir) or []) == sorted(given):
         # as a rule, and the others need not be looked at
         return run_dir
-    there = next((folder for folder, its in begun_in(root).items() if sorted(its) == sorted(given)), None)
+    there = next((folder for folder, its in jobs_in(root).items() if sorted(its) == sorted(given)), None)
     if there is None:
         return free(run_dir)
     if not any(run_dir.iterdir()):
@@ -204,7 +204,7 @@ def _remove_if_unused(root: Path) -> bool:
 
     A refused job leaves only its overrides and its error there, an interrupted job only its overrides.
     """
-    jobs = {folder / name for folder in begun_in(root) for name in (OVERRIDES, ERROR)}
+    jobs = {folder / name for folder in jobs_in(root) for name in (OVERRIDES, ERROR)}
     files = {path for path in root.rglob("*") if path.is_file()}
     if any(path.relative_to(root).parts[0] not in OF_LAUNCHERS for path in files - jobs):
         return False

@@ -106,13 +106,13 @@ def _start(config: DictConfig) -> float:
 
 def attempt(run_dir: Path) -> tuple[Path, bool]:
     """Where the run is, the same on all ranks, and whether to go on with what an earlier attempt of torchrun left."""
-    before = ranks.remembered()
+    before = ranks.saved_run_dir()
     if before is not None and ranks.is_first():
         if before != run_dir and not any(run_dir.iterdir()):
             run_dir.rmdir()
         run_dir = before
         record_directory(run_dir)
-    return ranks.broadcast_object((run_dir, before is not None and checkpoint.any_in(run_dir)))
+    return ranks.broadcast_object((run_dir, before is not None and checkpoint.has_checkpoint(run_dir)))
 
 
 def resume(arguments: Sequence[str]) -> int:

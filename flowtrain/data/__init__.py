@@ -1,4 +1,4 @@
-"""Data sets: toys with known densities, images, tables of the user's own."""
+"""Data sets: toys with known densities, images, and tables from the user's files."""
 
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.images import IDXImages

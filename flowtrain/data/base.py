@@ -1,4 +1,4 @@
-"""Data sets: training batches as a function of the step, held-out sets, and a record of the data."""
+"""The base class of data sets, the description of their samples, and checksums that detect changed data."""
 
 import zlib
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from torch import Tensor
 from flowtrain.utils.arguments import choose
 from flowtrain.utils.errors import ConfigError
 
-# (name, rows, checksum) of the training file, named FILE, and of each held-out set
+# (name, number of rows, checksum) of the training file, whose name is FILE, and of each held-out set
 Record = tuple[tuple[str, int, str], ...]
 FILE = "file"
 
@@ -41,12 +41,12 @@ class Checksum:
 
 
 def record_of(file: tuple[int, str], rows: Iterable[tuple[str, NDArray[np.int64] | tuple[int, str]]]) -> Record:
-    """The record of a training file and its held-out sets.
+    """Returns the record of a training file and its held-out sets.
 
     Args:
         file: row count and checksum of the training file.
-        rows: (name, rows) of each set: the rows of the training file that it holds, or, for a set with its own file,
-            the row count and checksum of that file.
+        rows: (name, rows) of each held-out set. `rows` are row numbers of the training file, or, if the set has a
+            separate file, the row count and checksum of that file.
     """
     found = [(FILE, *file)]
     for name, held in rows:
@@ -58,7 +58,7 @@ def record_of(file: tuple[int, str], rows: Iterable[tuple[str, NDArray[np.int64]
 
 
 def changes(before: Record, now: Record, sets: Iterable[str] = (FILE, "val", "test")) -> str | None:
-    """Describes how these sets have changed; None if they have not, or if either record lacks them.
+    """Describes how these sets have changed. Returns None if they are the same or missing from either record.
 
     Example:
         >>> before = ("file", 150, "a5"), ("test", 15, "07@a5")
@@ -86,41 +86,42 @@ def _difference(before: tuple[int, str], now: tuple[int, str]) -> str:
 
 
 def step_generator(seed: int, *stream: int) -> torch.Generator:
-    """A CPU generator that depends on `seed` and the integers of `stream` alone.
+    """Returns a CPU generator whose state depends only on `seed` and the integers in `stream`.
 
-    Randomness keyed by (seed, step) rather than carried from step to step is what lets a run resume
-    exactly with no generator state to save.
+    The randomness of a step is keyed by (seed, step) and not carried from step to step. A run can therefore be resumed
+    exactly without saving the state of a generator.
 
     Raises:
         ConfigError: a negative seed.
     """
     if min((seed, *stream)) < 0:
         raise ConfigError(f"seed={seed}: a seed must be a whole number that is not negative")
-    # the length as well, because SeedSequence takes (0, 1) and (0, 1, 0) for the same
+    # the length is included because SeedSequence does not distinguish (0, 1) from (0, 1, 0)
     words = np.random.SeedSequence((seed, len(stream), *stream)).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
-# the stream of a step's own randomness (trace noise); data sets key theirs by other numbers
+# the random stream of a training step (trace noise); data sets use other numbers for their streams
 STEP_STREAM = 0x73_74_65_70
-# of the logit, unless the data say otherwise: the background of images is easiest to fit where it is spread out
+# default of the logit: a small alpha spreads out the background of images, which makes it easier to fit
 ALPHA = 1e-5
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a flow must know of the samples it is a density of; checkpoints keep it. See `Dataset` for the meanings.
+    """A description of the samples that a flow is trained on, stored in checkpoints.
 
-    Two instances are equal if they describe the same kind of sample; `class_counts` and `record` do not count.
+    `Dataset` documents the attributes that are not listed here. Two instances are equal if they describe the same kind
+    of sample. The comparison ignores `class_counts` and `record`.
 
     Attributes:
         columns: the names of the columns if the training file has names. New data are read by these names.
-        label: the name of the column of labels if it has one. New data are read by this name.
-        centered: whether float32 cannot resolve the samples. They are then float64, and the flow subtracts
+        label: the name of the column of labels if it has a name. New data are read by this name.
+        centered: whether float32 cannot resolve the samples. The samples are then float64, and the flow subtracts
             `Dataset.offset` from them.
-        noisy: for real vectors, the columns of whole numbers to which the data set adds noise.
+        noisy: the columns of whole numbers to which the data set adds noise. Only vectors of real numbers have them.
         class_counts: the number of training rows of each class; () if unknown.
-        record: row counts and checksums of the data, see `flowtrain.data.base`; () if there are none.
+        record: row counts and checksums of the data, see `record_of`; () if unknown.
     """
 
     event_shape: tuple[int, ...]
@@ -139,27 +140,28 @@ class Samples:
 
 
 class Dataset(ABC):
-    """Samples x of shape (B, *event_shape) in data units.
+    """A data set: training batches, and held-out sets for validation and test.
 
-    Whole numbers are integers. Other samples are float32, or float64 if float32 loses significant digits.
+    Samples x have shape (B, *event_shape) and are in data units. Integer-valued samples have an integer dtype. Other
+    samples are float32, or float64 if float32 loses significant digits.
 
     Attributes:
         event_shape: the shape of one sample.
         val, test: fixed held-out samples, the same for every seed of a run.
-        integer_valued: whether samples are integers, to be dequantized by the flow.
-        levels: of integer-valued samples with values 0 .. levels - 1, else None.
-        alpha: of the logit that takes [0, levels] to the real line.
-        classes: labels are 0 .. classes - 1; None where there are none.
+        integer_valued: whether samples are integers, which the flow dequantizes.
+        levels: the number of values of integer-valued samples 0 .. levels - 1. None if the values are not bounded.
+        alpha: the parameter of the logit that maps [0, levels] to the real line.
+        classes: the number of classes, with labels 0 .. classes - 1. None without labels.
         val_labels, test_labels: (n,), int64, or None.
-        columns: names of the columns of vector data, for plots and messages; may be empty.
+        columns: names of the columns of vector data, for plots and messages. They may be empty.
         offset: the offset that the flow subtracts from samples, (*event_shape), float64. Its values are exact in
             float32. None if float32 resolves the samples.
-        n_train: the number of training samples; None if they are drawn anew.
+        n_train: the number of training samples. None if every batch has new samples.
         gaussian_start: whether the flow starts at the Gaussian of the training rows.
         noisy, class_counts, record: see `Samples`.
-        entropy: differential entropy of the true density in nats, where it is known.
-        held_rows: the numbers of the rows that each held-out set has of the training data, (n,), by its name; a set of
-            its own is left out.
+        entropy: differential entropy of the true density in nats. None if unknown.
+        held_rows: for each held-out set, by name, its row numbers in the training data, (n,). Sets that have a separate
+            file are not included.
 
     Example:
         >>> class Line(Dataset):
@@ -194,31 +196,31 @@ class Dataset(ABC):
 
     @abstractmethod
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
-        """The training batch of `step`, shape (batch_size, *event_shape): a pure function of its arguments."""
+        """Returns the training batch of `step`, (batch_size, *event_shape): a pure function of its arguments."""
 
     def train_labels(self, step: int, batch_size: int, seed: int) -> Tensor | None:
-        """The labels of that batch, (batch_size,), int64; None where there are none."""
+        """Returns the labels of the training batch of `step`, (batch_size,), int64; None without labels."""
         return None
 
     def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
-        """Those rows of `train_batch`, (k, *event_shape): what one of several ranks trains on."""
+        """Returns the rows `share` of the training batch, (k, *event_shape), for one of several ranks."""
         return self.train_batch(step, batch_size, seed)[share]
 
     def labels_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
-        """Their labels, (k,); None where there are none."""
+        """Returns the labels of the rows `share` of the training batch, (k,); None without labels."""
         labels = self.train_labels(step, batch_size, seed)
         return None if labels is None else labels[share]
 
     def train_rows(self, most: int) -> Tensor | None:
-        """Up to `most` distinct training samples (k, *event_shape); None if the data are endless."""
+        """Returns up to `most` distinct training samples (k, *event_shape); None if the data are endless."""
         return None
 
     def to(self, device: torch.device) -> None:  # noqa: B027
-        """Moves the training samples to a device; nothing, for data sets that keep none."""
+        """Moves the training samples to a device. Does nothing for data sets that store no training samples."""
 
     @property
     def samples(self) -> Samples:
-        """What a flow must know of them."""
+        """The description of the samples that a flow needs."""
         standardized = self.statistics() is not None
         return Samples(
             self.event_shape,
@@ -235,15 +237,18 @@ class Dataset(ABC):
         )
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and deviation of the training set by element, (*event_shape), float64; None if not standardised."""
+        """Returns mean and standard deviation of the training samples; None if the flow does not standardize.
+
+        Both have shape (*event_shape) and are float64.
+        """
         return None
 
     def log_prob(self, x: Tensor) -> Tensor | None:
-        """True log density in nats, shape (B,), float64, or None where it is not known."""
+        """Returns the true log density of x in nats, shape (B,), float64; None if it is unknown."""
         return None
 
     def split(self, name: str) -> Tensor:
-        """The held-out set called `name`, val or test: (n, *event_shape).
+        """Returns the held-out set `name`, which is "val" or "test": (n, *event_shape).
 
         Raises:
             ConfigError: another name.
@@ -253,5 +258,5 @@ class Dataset(ABC):
         return self.val if name == "val" else self.test
 
     def split_labels(self, name: str) -> Tensor | None:
-        """Its labels, (n,), or None."""
+        """Returns the labels of the held-out set `name`, (n,), or None."""
         return self.val_labels if name == "val" else self.test_labels

@@ -1,4 +1,4 @@
-"""Finite data sets: splits, epochs, and batches from rows in memory."""
+"""Finite data sets: random splits, epochs, and batches of rows in memory."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,13 +13,13 @@ from flowtrain.utils.errors import ConfigError, DataError
 
 
 class Epochs:
-    """Epochs of `n` rows laid end to end: each row comes once an epoch, in an order drawn anew.
+    """An endless sequence of epochs. Each epoch contains each of the `n` rows once, in a new random order.
 
-    The batch of a step is a pure function of (step, batch_size, seed), so resuming needs no position to be saved.
+    The batch of a step is a pure function of (step, batch_size, seed), so no position is saved for resuming.
 
     Args:
-        n: rows in an epoch, at least 1.
-        stream: the key of the random stream that the orders are drawn from; the epoch's number is added to it.
+        n: the number of rows in an epoch, at least 1.
+        stream: the key of the random stream that the orders are drawn from. The number of the epoch is appended to it.
     """
 
     def __init__(self, n: int, *stream: int) -> None:
@@ -28,9 +28,10 @@ class Epochs:
         self._orders: dict[tuple[int, int], Tensor] = {}
 
     def rows(self, step: int, batch_size: int, seed: int) -> Tensor:
-        """Positions step * batch_size to (step + 1) * batch_size of the endless epochs, (batch_size,), int64, CPU.
+        """Returns the row numbers of the batch of a step, (batch_size,), int64, on the CPU.
 
-        A batch may cross from one epoch into the next, or hold several.
+        These are the positions step * batch_size to (step + 1) * batch_size of the sequence of epochs. A batch may
+        cross the end of an epoch or contain several epochs.
         """
         first, count = step * batch_size, batch_size
         pieces = []
@@ -39,14 +40,14 @@ class Epochs:
             piece = self._order(epoch, seed)[offset : offset + count]
             pieces.append(piece)
             first, count = first + len(piece), count - len(piece)
-        # a copy even of a single piece, so that what a caller does to it does not reach the order kept here
+        # cat copies even a single piece, so a caller that changes the result does not change the cached order
         return torch.cat(pieces)
 
     def _order(self, epoch: int, seed: int) -> Tensor:
         order = self._orders.get((epoch, seed))
         if order is None:
             order = torch.randperm(self._n, generator=step_generator(seed, *self._stream, epoch))
-            # Two epochs are all that one batch crosses as a rule, and an order is as long as the data
+            # a batch usually crosses at most two epochs, and each cached order has n entries
             if len(self._orders) == 2:
                 del self._orders[next(iter(self._orders))]
             self._orders[epoch, seed] = order
@@ -59,11 +60,14 @@ SETS = ("val", "test")
 def held_out(
     n: int, path: str, given: Sequence[bool], fractions: Sequence[float], most: int | None = None
 ) -> list[int]:
-    """How many of a file's n rows are for validation and for test: none for a set with a file of its own.
+    """Returns how many of the n rows of a file are held out for validation and for test.
+
+    A set that has a separate file gets 0 rows.
 
     Args:
-        given: whether each set has one.
-        most: rows for each at the most.
+        given: whether the validation set and the test set have separate files.
+        fractions: the fraction of the rows for each set.
+        most: the largest number of rows for each set. None if it is not limited.
 
     Raises:
         ConfigError: fractions that leave nothing for training.
@@ -85,7 +89,7 @@ def held_out(
 
 
 def split(n: int, sizes: Sequence[int], seed: int, *stream: int) -> list[NDArray[np.int64]]:
-    """Which of n rows are for training, and for each of the sizes, at random."""
+    """Splits n row numbers at random: first the training rows, then one array per size in `sizes`."""
     order = torch.randperm(n, generator=step_generator(seed, *stream)).numpy()
     ends = np.cumsum([n - sum(sizes), *sizes[:-1]])
     return list(np.split(order, ends))
@@ -94,16 +98,17 @@ def split(n: int, sizes: Sequence[int], seed: int, *stream: int) -> list[NDArray
 def _fraction(name: str, fraction: float) -> float:
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
         raise ConfigError(
-            f"data.{name}_fraction={fraction}: a number between 0 and 1 is needed, or give data.{name}_path"
+            f"data.{name}_fraction={fraction}: give a number between 0 and 1, or a file with data.{name}_path"
         )
     return float(fraction)
 
 
 class Store(Protocol):
-    """Training samples, in memory or not, in endless epochs: every row comes once an epoch.
+    """Training samples, in memory or in a file, with batches from an endless sequence of epochs.
 
-    The batch of a step is rows step * batch_size to (step + 1) * batch_size; it may cross from one epoch into the next,
-    or hold several. A share is a slice of it, without a stride.
+    Each epoch contains each row once. The batch of a step is rows step * batch_size to (step + 1) * batch_size of the
+    sequence. A batch may cross the end of an epoch or contain several epochs. A share is a slice of the batch with
+    stride 1.
 
     Attributes:
         n: the number of training samples.
@@ -112,20 +117,22 @@ class Store(Protocol):
     n: int
 
     def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
-        """Those rows of a step's batch, (k, *event_shape)."""
+        """Returns the rows `share` of the batch of a step, (k, *event_shape)."""
 
     def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
-        """Their labels, (k,), or None."""
+        """Returns the labels of these rows, (k,), or None."""
 
     def to(self, device: torch.device) -> None:
-        """Moves the samples, where they are in memory."""
+        """Moves the samples to a device if they are in memory."""
 
 
 class InMemoryStore:
-    """Samples (n, *event_shape) and labels (n,), or None, in memory on any device; batches are gathered there.
+    """A store of training samples in memory. Batches are gathered on the device of the samples.
 
     Args:
-        stream: the key of the random stream of the orders, of which each epoch has one drawn anew.
+        train: samples, (n, *event_shape).
+        labels: (n,), or None.
+        stream: the key of the random stream that the order of each epoch is drawn from.
     """
 
     def __init__(self, train: Tensor, labels: Tensor | None, *stream: int) -> None:
@@ -133,11 +140,11 @@ class InMemoryStore:
         self._epochs = Epochs(len(train), *stream)
 
     def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
-        """Those rows of a step's batch, (k, *event_shape), on the device of the samples."""
+        """Returns the rows `share` of the batch of a step, (k, *event_shape), on the device of the samples."""
         return self.train[self._rows(step, batch_size, seed, share)]
 
     def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
-        """Their labels, (k,), or None."""
+        """Returns the labels of these rows, (k,), or None."""
         return None if self._labels is None else self._labels[self._rows(step, batch_size, seed, share)]
 
     def to(self, device: torch.device) -> None:
@@ -150,10 +157,10 @@ class InMemoryStore:
 
 
 class Finite(Dataset):
-    """Epochs of the training samples in a store, each in an order drawn anew."""
+    """A data set with a finite number of training samples. Each epoch has a new random order."""
 
     def keep(self, store: Store) -> None:
-        """Takes the store of the training samples."""
+        """Sets the store that training batches come from."""
         self._store = store
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:

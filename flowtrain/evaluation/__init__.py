@@ -1,4 +1,4 @@
-"""Likelihoods with an error budget, and checks on the density that gives them."""
+"""Evaluation of flows: likelihoods with an error budget, checks of the density, calibration and OOD detection."""
 
 from flowtrain.evaluation.error_budget import rows_of_checks
 from flowtrain.evaluation.evaluate import check_fits, evaluate, roundtrip_error

@@ -1,7 +1,7 @@
 """Baseline likelihoods of tables: a Gaussian, a Gaussian mixture and a kernel density estimate.
 
-All are fitted to the training rows. The number of components and the bandwidth are those with the lowest NLL on the
-validation rows. log p is in data units, in nats per sample.
+All are fitted to the training rows. The number of components and the bandwidth minimize the NLL on the validation rows.
+Densities are in data units, log p is in nats per sample.
 """
 
 import logging
@@ -26,45 +26,45 @@ from flowtrain.utils.formatting import counted, with_error
 log = logging.getLogger("flowtrain")
 
 GAUSSIAN, MIXTURE, KERNELS = "gaussian", "gaussian_mixture", "kernel_density"
-# values (rows times columns) of the training set that the covariance is estimated from, and values scored at a time
+# Largest number of values (rows times columns) from which the covariance is estimated, and that are scored at once
 FITTED, SCORED = 2**24, 2**22
-# training and validation rows that the mixture and the kernel density estimate take
+# Largest numbers of training and validation rows for the mixture and the kernel density estimate
 MOST_TRAIN, MOST_VAL = 10_000, 5_000
-# without a validation set, 1 / HELD_OUT of the rows choose the settings
+# Without a validation set, settings are chosen on 1 / HELD_OUT of the rows
 HELD_OUT = 5
-# keys of the random streams of the noise added to whole numbers, and of the order of rows
+# Keys of the random streams of the noise added to whole numbers, and of the order of rows
 _STREAM = 0x6761_7573
 _TRAIN, _VAL, _ORDER = 1, 2, 3
 # The flow is worse if the paired difference exceeds PAIRED_ERRORS of its standard errors. It is also worse if the
 # difference exceeds CLEARLY nats plus CLEARLY_ERRORS standard errors of the baseline's NLL
 PAIRED_ERRORS, CLEARLY, CLEARLY_ERRORS = 2.0, 0.5, 3.0
 
-# the time for baselines other than the Gaussian: this share of the training time, within these seconds
+# Time limit for baselines other than the Gaussian: a fraction SHARE of the training time, between these limits
 SHARE, LEAST_SECONDS, MOST_SECONDS = 0.1, 2.0, 20.0
-# shares of that time
+# Fractions of the time limit
 KERNELS_SHARE, MIXTURE_SHARE = 0.35, 0.65
 
-# numbers of components, tried in this order until PATIENCE in a row do not improve on the best
+# Numbers of components. The search stops after PATIENCE numbers without improvement
 COMPONENTS, PATIENCE = (1, 2, 4, 8, 16, 32, 64, 128), 2
-# training rows for each component, at least
+# Smallest number of training rows for each component
 ROWS_PER_COMPONENT = 10
-# diagonal covariances are tried too if there are more columns
+# Diagonal covariances are also tried if there are more columns
 MANY_COLUMNS = 16
-# iterations of EM for each check of the time, and the most checks
+# Number of EM iterations between checks of the time, and largest number of checks
 EM_STEPS, EM_ROUNDS = 20, 10
-# the next number of components is assumed to take this many times as long as the last
+# Assumed ratio of the time of a fit to the time of the fit with the previous number of components
 SLOWER = 2.5
 
-# bandwidths as multiples of Scott's: the first grid, and the refinements around its best
+# Bandwidths as multiples of Scott's bandwidth, and refinements as multiples of the best of them
 GRID = tuple(2.0**k for k in range(-6, 3))
 FINER = tuple(2.0**k for k in (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75))
-# validation rows that the bandwidth is chosen on, and the smallest number of kernels
+# Largest number of validation rows for the choice of the bandwidth, and smallest number of kernels
 BANDWIDTH_ROWS, LEAST_KERNELS = 1_000, 500
-# pairs of a row and a kernel at a time, so that they stay in the cache, and the smallest number of rows at a time
+# Number of (row, kernel) pairs in a chunk, which fits in the CPU cache, and smallest number of rows in a chunk
 PAIRS, LEAST_ROWS = 2**18, 32
-# validation rows on which the time of a pair is measured
+# Number of validation rows for measuring the time of a row
 TIMED_ROWS = 256
-# standardised values are clamped to this, so that their squares are finite
+# Standardized values are clamped to this, so that their squares are finite
 HUGE = 1e100
 
 LogProb = Callable[[Tensor], Tensor]
@@ -74,9 +74,9 @@ class Fitted(NamedTuple):
     """A fitted density.
 
     Attributes:
-        log_prob: log p in nats of points (n, d) in data units: (n,), float64.
-        settings: what was chosen by validation, in words.
-        cut: what the time or the number of rows has cut short, in words; empty if nothing.
+        log_prob: maps points (n, d) in data units to log p in nats, (n,), float64.
+        settings: a description of the settings chosen by validation.
+        cut: a description of what was left out to meet the time limit; empty if nothing was left out.
     """
 
     log_prob: LogProb
@@ -85,19 +85,19 @@ class Fitted(NamedTuple):
 
 
 def has_baselines(flow: Density, data: Dataset) -> bool:
-    """Whether the mixture and the kernel density estimate are densities of the same rows as the flow.
+    """Whether the mixture and the kernel density estimate can be compared with the flow.
 
-    They are for tables of vectors. They are not for images, for data drawn anew, or for conditional flows, because
-    they ignore labels.
+    True for vectors from a finite training set. False for images, and for conditional flows, because the baselines
+    ignore labels.
     """
     return len(data.event_shape) == 1 and data.n_train is not None and flow.classes is None
 
 
 def affordable_seconds(train_seconds: float) -> float:
-    """Seconds that the mixture and the kernel density estimate may take after a training of so many seconds.
+    """Returns the time limit in seconds for the mixture and the kernel density estimate.
 
-    A tenth of the training, at least 2 s and at most 20 s. After less than 2 s of training it is 0, because importing
-    scikit-learn takes 0.8 s.
+    It is a tenth of the training time, at least 2 s and at most 20 s. For less than 2 s of training it is 0, because
+    importing scikit-learn takes 0.8 s.
 
     Example:
         >>> affordable_seconds(1.0), affordable_seconds(5.0), affordable_seconds(100.0), affordable_seconds(3600.0)
@@ -109,18 +109,22 @@ def affordable_seconds(train_seconds: float) -> float:
 def baselines(
     data: Dataset, points: Sequence[Tensor], log_p: Tensor, seconds: float = 0.0
 ) -> dict[str, Baseline] | None:
-    """Scores simple densities fitted to the training rows of a table, by name; None for images and endless data.
+    """Fits simple densities to the training rows of a table and scores points with them.
 
-    "gaussian" has the mean and the covariance of `shrunk_covariance`, from at most 2^24 values. "gaussian_mixture" is
-    scikit-learn's, and is left out with a message if scikit-learn is missing. "kernel_density" has isotropic Gaussian
-    kernels at standardised rows. Both take at most 10,000 training rows and 5,000 validation rows. Uniform noise in
-    [0, 1) is added to whole numbers. Labels are not used. A density that cannot be fitted is left out with a message.
+    "gaussian" has the mean and the covariance of `shrunk_covariance`, from at most 2^24 values. "gaussian_mixture" is a
+    mixture of scikit-learn. "kernel_density" has isotropic Gaussian kernels at standardized rows. Both use at most
+    10,000 training rows and 5,000 validation rows. Uniform noise in [0, 1) is added to whole numbers. Labels are not
+    used. A density that cannot be fitted, or that needs a missing package, is left out with a log message.
 
     Args:
-        points: the scored points (n, d), one tensor for each draw of the noise on whole numbers. p is averaged over
-            them, as for the flow.
-        log_p: log densities of the flow at these rows, (n,).
-        seconds: the time that the mixture and the kernel density estimate may take; 0: the Gaussian only.
+        data: the data set.
+        points: the points to score, (n, d), one tensor for each noise draw on whole numbers. p is averaged over the
+            draws, as for the flow.
+        log_p: log densities of the flow for these rows, (n,).
+        seconds: the time limit for the mixture and the kernel density estimate. 0 means the Gaussian only.
+
+    Returns:
+        Baselines by name. None for images and data sets without a finite training set.
     """
     if len(data.event_shape) != 1:
         return None
@@ -148,28 +152,28 @@ def baselines(
                 continue
             one = scored(fitted, points, log_p, begun)
         except (ValueError, ArithmeticError, RuntimeError) as e:
-            log.info("baselines: the %s could not be fitted: %s", words_of(name), e)
+            log.info("baselines: the %s could not be fitted: %s", display_name(name), e)
             continue
         if math.isnan(one.nll):
-            log.info("baselines: the %s has no NLL on these rows", words_of(name))
+            log.info("baselines: the %s is left out because its NLL on these rows is NaN", display_name(name))
             continue
         found[name] = one
-        cut += [f"{words_of(name)}: {fitted.cut}"] if fitted.cut else []
+        cut += [f"{display_name(name)}: {fitted.cut}"] if fitted.cut else []
     if cut:
         log.info("baselines: time limit %.0f s; %s", seconds, "; ".join(cut))
     return found
 
 
 def scored(fitted: Fitted, points: Sequence[Tensor], log_p: Tensor, begun: float) -> Baseline:
-    """The NLL of a density at the points, beside that of the flow; see `baselines`.
+    """Computes the NLL of a density at the points and compares it with the flow; see `baselines`.
 
     Args:
-        begun: when the fit began, by time.perf_counter.
+        begun: the time at which the fit began, by time.perf_counter.
     """
     size = max(1, SCORED // points[0].shape[1])
     draws = torch.stack([torch.cat([fitted.log_prob(part) for part in torch.split(x, size)]) for x in points])
     simple = draws.logsumexp(0) - math.log(len(draws))
-    # a row without a likelihood counts as infinitely worse
+    # a row for which log p of the flow is NaN counts as infinitely worse
     gap = torch.where(log_p.isnan(), torch.inf, simple - log_p)
     return Baseline(
         nll=-float(simple.mean()),
@@ -181,16 +185,16 @@ def scored(fitted: Fitted, points: Sequence[Tensor], log_p: Tensor, begun: float
     )
 
 
-def words_of(name: str) -> str:
-    """The name of a baseline in words, such as "kernel density"."""
+def display_name(name: str) -> str:
+    """Returns the name of a baseline for messages, such as "kernel density"."""
     return name.replace("_", " ")
 
 
 class StandardisedRows:
-    """Training and validation rows of a table, each column with mean 0 and standard deviation 1 in training.
+    """Training and validation rows of a table, standardized to mean 0 and standard deviation 1 in training.
 
-    A column that is constant in training has an unbounded density. As in `shrunk_covariance`, it counts as independent
-    of the others, with variance 1; `train` and `val` do not contain it.
+    The density of a column that is constant in training is unbounded. Such a column is treated as independent of the
+    others with variance 1, as in `shrunk_covariance`. The attributes `train` and `val` do not contain it.
 
     Args:
         train, val: rows (n, d) and (m, d) in data units.
@@ -206,11 +210,11 @@ class StandardisedRows:
         self.train, self.val = (self.standardised(rows)[:, self.varies] for rows in (train, val))
 
     def standardised(self, x: Tensor) -> Tensor:
-        """x (n, d) in units of the standard deviations, float64."""
+        """Standardizes x (n, d), in float64."""
         return ((x.double() - self.mean) / self.std).clamp(-HUGE, HUGE)
 
     def in_data_units(self, log_prob: LogProb) -> LogProb:
-        """log p of points in data units, from log p of the standardised columns that vary."""
+        """Converts a log density of the standardized columns that vary to a log density of rows in data units."""
 
         def of_points(x: Tensor) -> Tensor:
             z = self.standardised(x)
@@ -227,17 +231,23 @@ def _gaussian(rows: Tensor) -> Fitted:
 
 
 def _mixture(table: StandardisedRows, seconds: float, scoring: int) -> Fitted | None:
-    """scikit-learn's mixture of Gaussians fitted by EM, with the number of components of the lowest validation NLL.
+    """Fits a Gaussian mixture of scikit-learn by EM. The number of components minimizes the validation NLL.
 
-    Covariances are full; with more than 16 columns, diagonal ones are tried too.
+    Covariances are full. With more than 16 columns, diagonal covariances are also tried.
 
     Args:
-        scoring: how many points will be scored.
+        seconds: the time limit.
+        scoring: the number of points that will be scored.
+
+    Returns:
+        None if scikit-learn is missing, or if no mixture can be fitted.
     """
     try:
         from sklearn.mixture import GaussianMixture
     except ImportError:
-        log.warning("baselines: the Gaussian mixture needs scikit-learn: pip install 'flowtrain[baselines]'")
+        log.warning(
+            "baselines: the Gaussian mixture needs scikit-learn; install it: pip install 'flowtrain[baselines]'"
+        )
         return None
     train, val = table.train.numpy(), table.val.numpy()
     if len(train) < 2 or train.shape[1] == 0:
@@ -274,9 +284,9 @@ def _mixture(table: StandardisedRows, seconds: float, scoring: int) -> Fitted | 
 
 
 def _fit_em(model: Any, train: Any, val: Any, end: float) -> float:
-    """Fits a mixture with a warm start until EM converges or `end`: the validation NLL, infinite if EM fails."""
+    """Runs EM until it converges or until the time `end`. Returns the validation NLL, or infinity if EM fails."""
     with warnings.catch_warnings():
-        # of EM that has not converged yet, and of fewer different rows than components
+        # scikit-learn warns that EM has not converged, and of fewer distinct rows than components
         warnings.simplefilter("ignore")
         try:
             for _ in range(EM_ROUNDS):
@@ -285,25 +295,31 @@ def _fit_em(model: Any, train: Any, val: Any, end: float) -> float:
                     break
             nll = -float(model.score(val))
         except ValueError:
-            # a covariance that is not positive definite
+            # a covariance is not positive definite
             return math.inf
     return nll if math.isfinite(nll) else math.inf
 
 
 def _kernels(table: StandardisedRows, seconds: float, scoring: int) -> Fitted | None:
-    """A kernel density estimate, with the bandwidth of the lowest validation NLL.
+    """Fits a kernel density estimate. The bandwidth h minimizes the validation NLL.
 
-    p(z) = 1/m sum_i N(z; z_i, h^2 I) over standardised training rows z_i. `sklearn.neighbors.KernelDensity` has the
-    same density, but its tree loses digits in the tails: in 5 columns, log p of points at 3 standard deviations was
-    off by up to 600 nats (1.9.1). It agrees with `kernel_log_probs` if all rows are in one leaf. h is taken from a grid
-    around Scott's m^(-1/(d+4)), which is refined around its best.
+    p(z) = 1/m sum_i N(z; z_i, h^2 I) over m standardized training rows z_i. h is searched on a grid around Scott's
+    m^(-1/(d+4)), which is then refined around its best value.
+
+    `sklearn.neighbors.KernelDensity` is not used, because its tree loses digits in the tails. In version 1.9.1 with 5
+    columns, log p of points at 3 standard deviations was wrong by up to 600 nats. It agrees with `kernel_log_probs` if
+    all rows are in one leaf of the tree.
 
     Args:
-        scoring: how many points will be scored.
+        seconds: the time limit, which may reduce the number of kernels.
+        scoring: the number of points that will be scored.
+
+    Returns:
+        None if no column varies.
     """
     d = table.train.shape[1]
     if d == 0:
-        log.info("baselines: the kernel density needs two different training rows")
+        log.info("baselines: the kernel density estimate needs two different training rows")
         return None
     val = table.val[:BANDWIDTH_ROWS]
     per_row = _seconds_per_row(val[:TIMED_ROWS], table.train)
@@ -323,7 +339,7 @@ def _kernels(table: StandardisedRows, seconds: float, scoring: int) -> Fitted | 
 
 
 def _seconds_per_row(x: Tensor, centers: Tensor) -> float:
-    """Seconds to score one of the rows x, after a first pass, which also allocates memory."""
+    """Measures the seconds to score a row. The first of two passes, which allocates memory, does not count."""
     for _ in range(2):
         begun = time.perf_counter()
         kernel_log_probs(x, centers, [1.0])
@@ -331,7 +347,7 @@ def _seconds_per_row(x: Tensor, centers: Tensor) -> float:
 
 
 def kernel_log_probs(x: Tensor, centers: Tensor, widths: Sequence[float]) -> Tensor:
-    """log 1/m sum_i N(x; c_i, h^2 I) in nats at x (n, d) for centers (m, d) and several widths h: (len(widths), n).
+    """Returns log 1/m sum_i N(x; c_i, h^2 I) in nats at x (n, d) for centers c (m, d) and widths h: (len(widths), n).
 
     Example:
         >>> round(float(kernel_log_probs(torch.zeros(1, 2), torch.zeros(5, 2), [1.0])), 4)  # -log(2 pi)
@@ -346,14 +362,17 @@ def kernel_log_probs(x: Tensor, centers: Tensor, widths: Sequence[float]) -> Ten
     return torch.cat(found, 1) - x.new_tensor(constant)[:, None]
 
 
-def of_baseline(nll: float, nll_stderr: float, simple: Baseline | None, d: int) -> Check | None:
-    """Is the flow no worse than a Gaussian?
+def check_baseline(nll: float, nll_stderr: float, simple: Baseline | None, d: int) -> Check | None:
+    """Checks that the NLL of the flow is not higher than the NLL of a Gaussian.
 
-    It is worse if the paired difference exceeds both 2 of its standard errors and 0.01 nats plus 1e-4 nats per column,
-    a gap that training may leave. It is also worse if the difference exceeds 0.5 nats plus 3 standard errors of the
-    Gaussian's own NLL: a row with a huge -log p makes the difference uncertain, but not small.
+    The flow is worse if the paired difference exceeds 2 of its standard errors and also 0.01 nats plus 1e-4 nats per
+    column, a gap that is tolerated because training is not perfect. It is also worse if the difference exceeds 0.5 nats
+    plus 3 standard errors of the Gaussian's NLL. This second rule detects a flow that gives single rows a huge -log p,
+    which makes the standard error of the difference large.
 
     Args:
+        nll, nll_stderr: the NLL of the flow and its standard error.
+        simple: the Gaussian baseline, or None.
         d: the number of columns.
     """
     if simple is None:
@@ -376,13 +395,13 @@ def of_baseline(nll: float, nll_stderr: float, simple: Baseline | None, d: int) 
 
 
 def warn_if_better(nll: float, nll_stderr: float, simple: Mapping[str, Baseline], d: int) -> None:
-    """Warns if the flow is worse than a baseline other than the Gaussian, by the rule of `of_baseline`.
+    """Warns if the flow is worse than a baseline other than the Gaussian, by the rule of `check_baseline`.
 
     Args:
         d: the number of columns.
     """
     better = [
-        f"{words_of(name)} ({one.settings}) {with_error(one.nll, one.nll_stderr)} nats, the flow is worse by "
+        f"{display_name(name)} ({one.settings}) {with_error(one.nll, one.nll_stderr)} nats, the flow is worse by "
         f"{with_error(one.worse, one.worse_stderr)}"
         for name, one in simple.items()
         if name != GAUSSIAN and math.isfinite(one.nll_stderr) and one.worse > _limit(one, d)
@@ -398,7 +417,7 @@ def warn_if_better(nll: float, nll_stderr: float, simple: Mapping[str, Baseline]
 
 
 def _limit(simple: Baseline, d: int) -> float:
-    """The largest paired difference in nats at which the flow does not count as worse; see `of_baseline`."""
+    """Returns the largest paired difference in nats at which the flow is not worse; see `check_baseline`."""
     limit = CLEARLY + CLEARLY_ERRORS * simple.nll_stderr
     if math.isfinite(simple.worse_stderr):
         limit = min(limit, max(PAIRED + PAIRED_PER_COLUMN * d, PAIRED_ERRORS * simple.worse_stderr))
@@ -406,9 +425,13 @@ def _limit(simple: Baseline, d: int) -> float:
 
 
 def _divided(data: Dataset, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Training rows, of all `rows` (n, d) in random order, and validation rows: (k, d) and (m, d)."""
+    """Returns training rows (k, d) and validation rows (m, d) for the mixture and the kernel density estimate.
+
+    Args:
+        rows: all training rows, (n, d). They are split if the data set has no validation set.
+    """
     if not isinstance(data, RowsInMemory):
-        # the validation rows of a file may be sorted
+        # the validation rows of a file may be sorted, so a random subset is used
         val = _real(data.val.cpu(), _VAL)
         return rows[:MOST_TRAIN], val[_order(len(val))[:MOST_VAL]]
     rows = rows[_order(len(rows))]
@@ -421,7 +444,7 @@ def _order(n: int) -> Tensor:
 
 
 def _real(x: Tensor, which: int) -> Tensor:
-    """x + u with seeded uniform noise u if x (n, d) is whole numbers, else x unchanged."""
+    """Adds seeded uniform noise to x (n, d) if it has whole numbers; otherwise returns x unchanged."""
     if x.is_floating_point():
         return x
     u = torch.rand(x.shape, dtype=torch.float64, generator=step_generator(0, _STREAM, which))

@@ -1,4 +1,4 @@
-"""Are the data draws from the model? Probability integral transforms and Kolmogorov-Smirnov's test."""
+"""Calibration: a Kolmogorov-Smirnov test of probability integral transforms of the data."""
 
 import copy
 import math
@@ -10,19 +10,26 @@ from flowtrain.bases import Base
 from flowtrain.evaluation.ood_detection import share_below
 from flowtrain.evaluation.result import Calibration
 
-# dimensions whose transforms are kept for the figure, those that deviate most
+# Number of dimensions in the figure: those that deviate most
 SHOWN = 8
 RADIUS, DENSITY = "radius", "density"
 
 
 @torch.no_grad()
 def calibration(z: Tensor, base: Base) -> tuple[Calibration, dict[str, Tensor]]:
-    """The test of latents z (n, *event), and the transforms that a figure shows, name -> (n,).
+    """Tests whether latents z (n, *event) of the data are draws from the base.
 
-    The transforms u_j of the base (Phi(z_j) of a standard normal one) and u = F(|y|^2), with y = Phi^-1(u) (y = z of a
-    standard normal base) and F the chi-square distribution of d degrees, are uniform where the model is the truth
-    (Rosenblatt 1952, Diebold et al. 1998). Tested one by one: dependence between dimensions shows in the radius.
-    Latents that are NaN are left out. If all are NaN, the statistic is NaN.
+    If the data are draws from the model, d + 1 probability integral transforms are uniform on [0, 1] (Rosenblatt 1952,
+    Diebold et al. 1998):
+
+    - u_j of each dimension j of the base, which is Phi(z_j) for a standard normal base;
+    - F(|y|^2), where y_j = Phi^-1(u_j) and F is the chi-square distribution function with d degrees of freedom.
+
+    Each transform is tested separately. The radius |y| also shows dependence between dimensions. Latents with NaN are
+    left out. If all have NaN, the statistic is NaN.
+
+    Returns:
+        (result of the test, transforms for the figure by name, (n,) each).
     """
     z = z.double()
     z = z[~z.isnan().flatten(1).any(1)]
@@ -47,16 +54,19 @@ def calibration(z: Tensor, base: Base) -> tuple[Calibration, dict[str, Tensor]]:
 
 
 def density_calibration(log_p: Tensor, of_samples: Tensor) -> tuple[Calibration, dict[str, Tensor]]:
-    """The test of an ensemble, which has no latents: the rank of log p of the data among log p of its own samples.
+    """Tests whether data are draws from an ensemble, which has no latents, by the ranks of log p among samples.
 
-    u_i is the share of samples with a log p below that of row i, ties counted half: 1 minus the probability of the
-    smallest highest-density region that holds the row (Hyndman 1996, Computing and graphing highest density regions).
-    It is uniform if the model is the truth. Like "radius", it does not see where the rows lie inside of a level set.
-    The p-value is that of two samples.
+    u_i is the fraction of samples whose log p is below log p of row i; ties count half. This is 1 minus the probability
+    of the smallest highest-density region that contains the row (Hyndman 1996, Computing and graphing highest density
+    regions). u_i is uniform if the data are draws from the model. The test does not detect how rows are distributed
+    within a level set of the density. The p-value is that of a two-sample test.
 
     Args:
-        log_p: of data, (n,). Rows with NaN are left out.
-        of_samples: of as many samples or more, with the labels of the data, (m,).
+        log_p: log p of the data, (n,). Rows with NaN are left out.
+        of_samples: log p of samples of the ensemble with the labels of the data, (m,), m >= n.
+
+    Returns:
+        (result of the test, transforms for the figure by name).
     """
     log_p, of_samples = log_p[~log_p.isnan()], of_samples[~of_samples.isnan()]
     n, m = len(log_p), len(of_samples)
@@ -69,7 +79,7 @@ def density_calibration(log_p: Tensor, of_samples: Tensor) -> tuple[Calibration,
 
 
 def ks_distance(u: Tensor) -> Tensor:
-    """sup |F_n(u) - u| of each column of u (n, k), (k,)."""
+    """Returns the Kolmogorov-Smirnov distance sup |F_n(u) - u| of each column of u (n, k) from U[0, 1], (k,)."""
     n = len(u)
     ordered = u.sort(0).values
     rank = torch.arange(n, dtype=u.dtype, device=u.device).unsqueeze(1)
@@ -77,7 +87,7 @@ def ks_distance(u: Tensor) -> Tensor:
 
 
 def ks_p_value(distance: float, n: int) -> float:
-    """P(D >= distance) of n uniform draws: Kolmogorov's limit, with Stephens' (1970) correction for finite n."""
+    """Returns P(D >= distance) for n uniform draws, by Kolmogorov's limit with the correction of Stephens (1970)."""
     x = (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n)) * distance
     if x < 0.2:
         return 1.0

@@ -1,4 +1,4 @@
-"""Checks that a density is valid and its likelihood accurate: each measures one thing and names one cause."""
+"""Checks that a density is valid and that its likelihoods are accurate. Each check measures one possible defect."""
 
 import copy
 import math
@@ -23,22 +23,28 @@ from flowtrain.utils.errors import SolverError, first_line
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
 
-# what a density may miss 1 by, and the grid's own error below that
+# Largest deviation of the mass from 1, and error at which the grid is fine enough
 MISS, ENOUGH = 1e-3, 7e-4
-# points that are evaluated at most, but for the last doubling, and nodes to a side, by the number of columns
+# Largest number of evaluated points, which the last doubling may exceed; and of nodes per side, by number of columns
 MOST_POINTS, SIDE = 70_000, {1: 2**17 + 1, 2: 2**11 + 1}
 FIRST_SIDE = {1: 257, 2: 33}
-# how much farther than its samples the grid reaches
+# Extent of the grid divided by the extent of the samples, both measured from the median
 REACH = 1.5
-# of the mass beyond the farthest of the samples, the share that heavy tails may leave beyond the grid
+# For heavy tails: largest fraction of the mass beyond the farthest sample that may lie outside the grid
 LEFT_OUT = 1 / 20
-# mass at a node below which its neighbours are left out of the next grid: all of them together are nothing
+# The next grid leaves out the neighbours of nodes with less mass, whose total is negligible
 NO_MASS = 1e-9
 
 
 @dataclass(frozen=True)
 class Mass:
-    """The integral, an estimate of the grid's error, and its points."""
+    """The integral of a density.
+
+    Attributes:
+        value: the integral.
+        error: the estimated error of the grid.
+        points: the number of points at which the density was evaluated.
+    """
 
     value: float
     error: float
@@ -46,17 +52,20 @@ class Mass:
 
 
 def mass(log_prob: Callable[[Tensor], Tensor], samples: Tensor, reach: float = REACH) -> Mass:
-    """int exp(log_prob(x)) dx for x (B, d), d 1 or 2, by the trapezoidal rule over x_j = c_j + s_j sinh(t_j).
+    """Computes int exp(log_prob(x)) dx over one or two dimensions by the trapezoidal rule.
 
-    On smooth densities the rule converges geometrically (Trefethen and Weideman 2014, The exponentially convergent
-    trapezoidal rule); sinh takes a few far samples in at little cost to the middle. A doubled grid holds the old one,
-    whose values are not computed again, and has points only where that found mass nearby or a sample lies. An integral
-    of 1 ends it as soon as its error is small; another one may be that of a grid which has missed a mode, and is
-    believed only after as many points as there may be.
+    The rule is applied in t with x_j = c_j + s_j sinh(t_j). For smooth densities it converges geometrically (Trefethen
+    and Weideman 2014, The exponentially convergent trapezoidal rule). The sinh extends the grid to far samples at
+    little cost to the resolution in the middle.
+
+    The number of nodes is doubled repeatedly. The old nodes are part of the new grid, so their values are reused. New
+    nodes are evaluated only near samples and near nodes with mass. If the integral is 1, the refinement stops when the
+    error is small. Any other integral may be due to a mode that the grid has missed, so the refinement then continues
+    until the largest number of points is reached.
 
     Args:
-        log_prob: (B, d) -> (B,) in nats.
-        samples: (n, d) from the density, which say where it lies.
+        log_prob: maps points (B, d) to log p in nats, (B,), d = 1 or 2.
+        samples: samples (n, d) of the density, which show where its mass is.
         reach: see `Grid.over`.
     """
     grid = Grid.over(samples, reach)
@@ -76,8 +85,8 @@ def mass(log_prob: Callable[[Tensor], Tensor], samples: Tensor, reach: float = R
         before, total, known = total, grid.integral(finer), finer
         points += int(here.sum())
         changes.append(abs(total - before))
-        error = left_after(changes)
-        # the next doubling has about 2^d times as many
+        error = remaining_error(changes)
+        # the next doubling evaluates about 2^d times as many points
         spent = points + 2 ** here.dim() * int(here.sum()) > MOST_POINTS or 2 * n - 1 > SIDE[here.dim()]
         if (error < ENOUGH and abs(1 - total) < MISS) or spent or not math.isfinite(total):
             return Mass(total, error, points)
@@ -85,7 +94,11 @@ def mass(log_prob: Callable[[Tensor], Tensor], samples: Tensor, reach: float = R
 
 @dataclass(frozen=True)
 class Grid:
-    """Nodes x_j = c_j + s_j sinh(e_j u_j), u an even grid over [-1, 1]^d."""
+    """A grid with nodes x_j = c_j + s_j sinh(e_j u_j), where u is an even grid over [-1, 1]^d.
+
+    Attributes:
+        centre, scale, end: c, s and e, (d,).
+    """
 
     centre: Tensor
     scale: Tensor
@@ -93,22 +106,22 @@ class Grid:
 
     @staticmethod
     def over(samples: Tensor, reach: float = REACH) -> "Grid":
-        """One that reaches `reach` times as far from the median as the samples (n, d)."""
+        """Makes a grid that extends `reach` times as far from the median as the samples (n, d)."""
         x = samples.double()
         low, centre, high = torch.quantile(x, torch.tensor([0.16, 0.5, 0.84], dtype=x.dtype, device=x.device), dim=0)
-        # twice the spread: the middle, where the mass is, has points at least as dense as an even grid's
+        # with this scale, nodes in the middle, where most of the mass is, are at least as dense as in an even grid
         scale = (high - low).clamp_min(torch.finfo(torch.float32).tiny)
         return Grid(centre, scale, torch.asinh(reach * ((x - centre).abs().amax(0) / scale).clamp_min(1.0)))
 
     def values(self, log_prob: Callable[[Tensor], Tensor], where: Tensor) -> Tensor:
-        """p(x) dx/dt at the nodes that are marked, (n,), on the CPU."""
+        """Returns p(x) dx/dt at the nodes marked in `where`, (n,), on the CPU."""
         t = (2 * where.nonzero().to(self.end) / (len(where) - 1) - 1) * self.end
         jacobian = (self.scale * t.cosh()).log().sum(1)
         log_p = log_prob(self.centre + self.scale * t.sinh()).to(jacobian)
         return (log_p + jacobian).exp().cpu()
 
     def holding(self, samples: Tensor, n: int) -> Tensor:
-        """Of n^d nodes, those that are next to a sample, (n, ...) bool."""
+        """Marks the nodes nearest to samples in a grid of n^d nodes, (n, ...) bool."""
         u = torch.asinh((samples.double() - self.centre) / self.scale) / self.end
         index = ((u + 1) / 2 * (n - 1)).round().long().clamp(0, n - 1).cpu()
         held = torch.zeros((n,) * samples.shape[1], dtype=torch.bool)
@@ -116,22 +129,23 @@ class Grid:
         return held
 
     def integral(self, values: Tensor) -> float:
-        """int p dx from values (n, ...) at all nodes, by the trapezoidal rule.
+        """Computes int p dx from values (n, ...) at all nodes by the trapezoidal rule.
 
-        Nothing is left at the ends, where its weights would be halves.
+        The weight 1/2 at the ends is ignored, because p is negligible there.
         """
         return float(values.sum()) * self.cell(len(values))
 
     def cell(self, n: int) -> float:
-        """dt of one of n^d nodes."""
+        """Returns the cell volume dt in a grid of n^d nodes."""
         return float((2 * self.end / (n - 1)).prod())
 
 
-def left_after(changes: list[float]) -> float:
-    """The error of an integral after doublings of the grid that changed it by `changes`, c_1 to c_k.
+def remaining_error(changes: list[float]) -> float:
+    """Estimates the error of an integral after doublings of the grid that changed it by c_1, ..., c_k (`changes`).
 
-    c_k q / (1 - q) with q = c_k / c_(k-1): what is left of a series whose terms go on shrinking as the last two did
-    (Aitken 1926). It is exact of a rule of any order, and too large where convergence is geometric.
+    The estimate is c_k q / (1 - q) with q = c_k / c_(k-1): the remainder of a geometric series with the ratio of the
+    last two changes (Aitken 1926). It is exact for a rule of any order, and too large if the rule converges
+    geometrically.
     """
     last = changes[-1]
     if len(changes) < 2 or not last < changes[-2]:
@@ -140,7 +154,7 @@ def left_after(changes: list[float]) -> float:
 
 
 def _near(coarse: Tensor) -> Tensor:
-    """Of a grid of n^d nodes, those of the doubled grid that lie next to a marked one, or on it."""
+    """Marks the nodes of the doubled grid that are marked in the grid of n^d nodes or lie next to such a node."""
     d = coarse.dim()
     marked = torch.zeros([2 * n - 1 for n in coarse.shape])
     marked[(slice(None, None, 2),) * d] = coarse.float()
@@ -148,57 +162,61 @@ def _near(coarse: Tensor) -> Tensor:
     return pool(marked[None, None], 5, stride=1, padding=2)[0, 0] > 0
 
 
-# of the RMS of x - forward(inverse(x)) over the spread of x, in the column where it is largest
-ROUNAnyDensityTRIP = 1e-2
-# of differences between log-determinants, in nats, as a share of 1 + |log det|, by whether ODEs are solved
+# Limit of the RMS of x - forward(inverse(x)) divided by the standard deviation of x, in the worst column
+ROUND_TRIP = 1e-2
+# Limit of differences between log-determinants, as a fraction of 1 + |log det|, by whether ODEs are solved
 LOG_DET = {False: 1e-6, True: 2e-4}
-# tolerance of the solves that checks compare, so that what differs is not the solver's; and of samples too large for a
-# Jacobian, which take longer and have log-determinants of thousands of nats
+# Tolerance of the solves that checks compare, tight enough that solver errors do not matter; and the tolerance for
+# samples too large for a Jacobian, whose solves are slower and whose log-determinants are thousands of nats
 TIGHT, TIGHT_MANY = 1e-7, 1e-5
-# the relative rounding error of an NLL that float32 may cause: its epsilon is 1.2e-7, and couplings amplify it
+# Relative rounding error of an NLL that is accepted in float32: its epsilon is 1.2e-7, and couplings amplify it
 ROUNDED = 1e-5
-# a map that passes these has a density that integrates to 1
+# If a map passes these checks, its density integrates to 1
 IMPLY_MASS = ("log-det", "round trip", "own samples")
-GRID = "the grid has not found all of the mass"
-# that of an integral which needs no more than three digits
+# Tolerance of the solves for the mass, which needs only three digits
 LOOSE = 1e-4
-# evaluations of the field that one of them may spend: a check that takes so long is not made
+# Largest number of field evaluations in a solve of a check. A check that needs more is not made
 MAX_NFE = 10_000
-# numbers of columns up to which a Jacobian is taken: continuous flows need a solve for each
+# Largest number of columns for which Jacobians are computed, by whether ODEs are solved. ODEs need a solve per column
 MOST_COLUMNS = {False: 1024, True: 128}
-# samples of the flow that say where its mass lies, and rows that a tight solve takes
+# Number of samples that show where the mass is, and largest number of rows in a tight solve
 SAMPLES, ROWS = 2000, 100
-# nats of bias that a comparison of two flows can bear, and as many more for each column
+# Largest tolerated bias in nats of a comparison of two flows: a constant, plus a part for each column
 PAIRED, PAIRED_PER_COLUMN = 0.01, 1e-4
 
 
 def checks(
     flow: Density, subset: Subset, budget: Budget, log_p: Tensor, kl: tuple[float | None, float | None]
 ) -> list[Check]:
-    """All the checks of a flow in evaluation mode; one that could not be made says why.
+    """Makes all checks of a flow in evaluation mode. The message of a check that was not made gives the reason.
 
-    Of an ensemble, those of a map are made of each member, and the worst is returned with the name of the member.
+    For an ensemble, checks of a map are made for each member. The worst is returned with the name of the member.
 
     Args:
+        subset: rows for the checks that need data.
+        budget: the error budget of the NLL.
         log_p: log densities of the rows that the subset is drawn from, (n,).
-        kl: and its standard error, where the true density is known.
+        kl: the KL and its standard error in nats, or (None, None).
     """
     exact, nll, nll_stderr = reference(flow), -float(log_p.mean()), stderr(log_p)
-    drawn = cache(drawn_from)
-    # float32 is twice as fast, and does for three digits where rounding is not what is wrong
+    drawn = cache(base_round_trip)
+    # The mass needs three digits: float32 is enough, and twice as fast, unless the flow has large rounding errors
     rounded = torch.float64 if (budget.precision or 0.0) > SMALL else flow.like.dtype
     made: dict[str, Callable[[], Check | None]] = {
-        "solver": lambda: of_solver(flow, budget, nll_stderr),
-        "precision": lambda: of_precision(flow, budget, nll, nll_stderr),
-        "mass": lambda: of_mass(reference(flow, LOOSE).to(rounded)),
-        "log-det": lambda: of_maps(exact, "log-det", lambda one: of_log_det(one, subset)),
-        "round trip": lambda: of_maps(exact, "round trip", lambda one: of_round_trip(one, subset, drawn(one))),
-        "own samples": lambda: of_maps(exact, "own samples", lambda one: of_samples(one, drawn(one))),
-        "KL": lambda: of_kl(kl),
+        "solver": lambda: check_solver(flow, budget, nll_stderr),
+        "precision": lambda: check_precision(flow, budget, nll, nll_stderr),
+        "mass": lambda: check_mass(reference(flow, LOOSE).to(rounded)),
+        "log-det": lambda: check_each_map(exact, "log-det", lambda one: check_log_det(one, subset)),
+        "round trip": lambda: check_each_map(
+            exact, "round trip", lambda one: check_round_trip(one, subset, drawn(one))
+        ),
+        "own samples": lambda: check_each_map(exact, "own samples", lambda one: check_own_samples(one, drawn(one))),
+        "KL": lambda: check_kl(kl),
     }
     found = {name: check for name, make in made.items() if (check := _made(name, make)) is not None}
     if "mass" in found and found["mass"].passed is False and all(found[name].passed for name in IMPLY_MASS):
-        found["mass"] = replace(found["mass"], passed=None, message=f"{GRID}, for {', '.join(IMPLY_MASS)} are right")
+        why = f"the grid missed mass: the checks {', '.join(IMPLY_MASS)} passed, so the density integrates to 1"
+        found["mass"] = replace(found["mass"], passed=None, message=why)
     return list(found.values())
 
 
@@ -207,11 +225,11 @@ def _made(name: str, make: Callable[[], Check | None]) -> Check | None:
         with status(name):
             return make()
     except SolverError as e:
-        return Check(name, None, None, None, f"the field could not be solved for it: {e}")
+        return Check(name, None, None, None, f"an ODE could not be solved for this check: {e}")
 
 
-def of_maps(density: Density, name: str, make: Callable[[Flow], Check]) -> Check | None:
-    """A check of a flow; of an ensemble, the worst of the checks of its members, with the name of the member."""
+def check_each_map(density: Density, name: str, make: Callable[[Flow], Check]) -> Check | None:
+    """Makes a check of a flow. For an ensemble, returns the worst check of a member, with the name of the member."""
     if not isinstance(density, Ensemble):
         return make(density.flows[0])
     worst: Check | None = None
@@ -224,7 +242,7 @@ def of_maps(density: Density, name: str, make: Callable[[Flow], Check]) -> Check
 
 
 def _badness(check: Check) -> tuple[bool, bool, float]:
-    """Orders checks: failed ones are the worst, then those that were not made, then by the share of the limit."""
+    """Sort key for checks: failed checks are the worst, then checks that were not made, then by value / limit."""
     share = check.value / check.limit if check.value is not None and check.limit else 0.0
     return check.passed is False, check.passed is None, share if math.isfinite(share) else math.inf
 
@@ -233,9 +251,9 @@ AnyDensity = TypeVar("AnyDensity", bound=Density)
 
 
 def reference(flow: AnyDensity, rtol: float | None = None) -> AnyDensity:
-    """The flow in float64, solved tightly by dopri5 and with an exact trace where that can be had.
+    """Returns a copy of the flow in float64, with a tight dopri5 solver and, for few columns, an exact trace.
 
-    A coarse solver, the rounding and the trace's noise thus stay out of what is checked by it.
+    Checks with this copy do not depend on errors of a coarse solver, of rounding, or of trace noise.
     """
     exact = copy.deepcopy(flow).double()
     few = math.prod(flow.event_shape) <= MOST_COLUMNS[True]
@@ -246,49 +264,54 @@ def reference(flow: AnyDensity, rtol: float | None = None) -> AnyDensity:
     return exact
 
 
-def of_solver(flow: Density, budget: Budget, nll_stderr: float) -> Check | None:
-    """Is the likelihood the solver's doing? A field can learn to please a coarse one."""
+def check_solver(flow: Density, budget: Budget, nll_stderr: float) -> Check | None:
+    """Checks the solver error of the NLL: training can exploit errors of a coarse solver."""
     if flow.solver is None:
         return None
     value = solver_bias(budget.solver, budget.embedded)
-    words = f"the NLL is off by about {value:.2g} nats for its tolerance (tightened tenfold, it changes so much)"
+    words = f"the NLL changes by about {value:.2g} nats if the tolerance of the solver is tightened tenfold"
     if math.isnan(budget.solver):
-        words = "the field cannot be solved with a tolerance ten times as tight"
-    return judged(
+        words = "the ODE cannot be solved with a tolerance ten times as tight"
+    return check_limit(
         "solver",
         value,
         largest_bias(flow, nll_stderr),
-        f"{words}: the NLL is not to be trusted. Evaluate with a smaller solver.rtol (or solver.step_size), and train "
-        "with it",
+        f"{words}, so the NLL is not reliable. Evaluate and train with a smaller solver.rtol (or solver.step_size)",
     )
 
 
-def of_precision(flow: Density, budget: Budget, nll: float, nll_stderr: float) -> Check | None:
-    """Does rounding change the digits shown? `nll` is the NLL of the rows that the budget is measured on."""
+def check_precision(flow: Density, budget: Budget, nll: float, nll_stderr: float) -> Check | None:
+    """Checks that rounding does not change the displayed digits of the NLL.
+
+    Args:
+        nll: the NLL of the rows that the budget is measured on.
+    """
     if budget.precision is None:
         return None
     # float32 has about 7 digits, so it cannot keep the decimals of an NLL of 1e6 nats
     limit = max(largest_bias(flow, nll_stderr), ROUNDED * abs(nll))
     words = f"the NLL of {nll:.6g} nats changes by {budget.precision:.2g} nats in float64"
     cause = "" if budget.precision > abs(nll) else ". Rounding does not explain the size of the NLL"
-    return judged(
+    return check_limit(
         "precision",
         budget.precision,
         limit,
-        f"{words}: float32 rounds these digits away. Evaluate with dtype=float64{cause}",
+        f"{words}, because float32 loses these digits. Evaluate with dtype=float64{cause}",
     )
 
 
 def largest_bias(flow: Density, nll_stderr: float) -> float:
-    """A tenth of the sampling error, which hides it; but no more than PAIRED, because in the difference of two flows
-    on the same points (as in a KL) that error cancels.
+    """Returns the largest tolerated bias of the NLL in nats: a tenth of the sampling error, which hides a smaller bias.
+
+    It is at most PAIRED plus PAIRED_PER_COLUMN for each column, because the sampling error cancels in the difference of
+    two flows on the same rows (as in a KL).
     """
     most = PAIRED + PAIRED_PER_COLUMN * math.prod(flow.event_shape)
     return max(SMALL, min(nll_stderr / 10, most)) if math.isfinite(nll_stderr) else SMALL
 
 
-def of_mass(exact: Density) -> Check | None:
-    """Does p integrate to 1? Of one or two columns; a logit lets some mass out of the range of its levels."""
+def check_mass(exact: Density) -> Check | None:
+    """Checks that p integrates to 1, for one or two columns. A logit is excluded: some mass is outside its levels."""
     if len(exact.event_shape) != 1 or exact.event_shape[0] > 2 or exact.levels is not None:
         return None
     found = measured_mass(exact)
@@ -297,14 +320,14 @@ def of_mass(exact: Density) -> Check | None:
     if not math.isfinite(miss):
         return Check("mass", None, MISS, None, f"{where}: log p is not finite everywhere on the grid")
     if found.error >= ENOUGH and MISS <= miss < 10 * found.error:
-        words = f"{where} +- {found.error:.1g} on {found.points} points, too few for so fine a density"
+        words = f"{where} +- {found.error:.1g} on {found.points:,} points, which are too few for this density"
         return Check("mass", miss, MISS, None, words)
-    wrong = f"{where} and not to 1: its log-determinant is wrong, or the map is not one to one"
-    return judged("mass", miss, MISS, wrong)
+    wrong = f"{where} instead of 1: the log-determinant is wrong, or the map is not one-to-one"
+    return check_limit("mass", miss, MISS, wrong)
 
 
 def measured_mass(flow: Density) -> Mass:
-    """int p(x) dx of a flow over one or two columns, of a conditional one its `marginal`."""
+    """Computes int p(x) dx of a flow over one or two columns; p is the `marginal` of a conditional flow."""
 
     @torch.no_grad()
     def log_prob(x: Tensor) -> Tensor:
@@ -315,40 +338,40 @@ def measured_mass(flow: Density) -> Mass:
 
 
 def reach_of(base: Base) -> float:
-    """How much farther than the samples of a flow the grid reaches.
+    """Returns the extent of the grid as a multiple of the extent of the samples.
 
-    Of a Student t base P(|z| > r) falls as r^-nu, and a Lipschitz map keeps nu.
+    For a Student t base, P(|z| > r) decreases as r^-nu, and a Lipschitz map preserves nu.
     """
     return max(REACH, LEFT_OUT ** (-1 / float(base.df.min()))) if isinstance(base, StudentT) else REACH
 
 
-def of_log_det(exact: Flow, subset: Subset) -> Check:
-    """Is log|det dz/dx| that of the Jacobian, which autograd takes through `inverse`?"""
+def check_log_det(exact: Flow, subset: Subset) -> Check:
+    """Checks log|det dz/dx| against the Jacobian of `inverse` by autograd."""
     d, most = math.prod(exact.event_shape), MOST_COLUMNS[bool(exact.ode_blocks)]
     if d > most:
-        return Check("log-det", None, None, None, f"a Jacobian of {d} columns, which are too many (at most {most})")
+        return Check("log-det", None, None, None, f"{d} columns are too many for a Jacobian (at most {most})")
     rows, share = max(1, min(ROWS, 1000 // d)), LOG_DET[bool(exact.ode_blocks)]
     x, label = subset.x[:rows].double(), None if subset.label is None else subset.label[:rows]
     with torch.no_grad(), seeded(0, x.device):
         log_p, z = exact.log_prob_and_latents(x, label)
         log_det = log_p - exact.base_log_prob(z)
     try:
-        # one by one: on several threads torch 2.13 with oneMKL factorizes batches of large matrices wrongly
+        # not as a batch, because torch 2.13 with oneMKL on several threads factorizes batches of large matrices wrongly
         expected = torch.stack([torch.linalg.slogdet(one).logabsdet for one in jacobians(exact, x, label)])
     except RuntimeError as e:
-        why = f"there is no derivative of the inverse to compare with: {first_line(e)}"
+        why = f"the derivative of the inverse could not be computed: {first_line(e)}"
         return Check("log-det", None, None, None, why)
-    return judged(
+    return check_limit(
         "log-det",
-        most_rows((log_det - expected).abs() / (1 + expected.abs())),
+        upper_quartile((log_det - expected).abs() / (1 + expected.abs())),
         share,
-        f"over {rows} rows log|det dz/dx| is {float(log_det.mean()):.4f} nats in the mean, and by the Jacobian of the "
-        f"inverse {float(expected.mean()):.4f}: the log-determinant is wrong",
+        f"the mean of log|det dz/dx| over {rows} rows is {float(log_det.mean()):.4f} nats, but the Jacobian of the "
+        f"inverse gives {float(expected.mean()):.4f}: the log-determinant is wrong",
     )
 
 
 def jacobians(flow: Flow, x: Tensor, label: Tensor | None) -> Tensor:
-    """dz/dx of z = inverse(x), (B, d, d), by reverse-mode autograd: each row of x d times, with one cotangent each."""
+    """Computes dz/dx of z = inverse(x), (B, d, d), by reverse-mode autograd with d copies of each row of x."""
     flat = x.flatten(1)
     n, d = flat.shape
     copies = flat.repeat_interleave(d, 0)
@@ -368,13 +391,14 @@ def jacobians(flow: Flow, x: Tensor, label: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Draws z from the base through the flow and back.
+class BaseRoundTrip:
+    """Draws z from the base, mapped to samples x by `forward` and back by `inverse`.
 
     Attributes:
-        z, again: (B, *event_shape), and what comes back.
-        log_det: log|det dx/dz| by forward, (B,).
-        log_p: log p(x) of the samples x by inverse, (B,).
+        z: draws from the base, (B, *event_shape).
+        again: inverse(forward(z)), (B, *event_shape).
+        log_det: log|det dx/dz| from `forward`, (B,).
+        log_p: log p(x) of the samples, from `inverse`, (B,).
     """
 
     z: Tensor
@@ -384,8 +408,8 @@ class Drawn:
 
 
 @torch.no_grad()
-def drawn_from(exact: Flow) -> Drawn:
-    """There and back with the same trace probes, of a conditional flow all classes in turn."""
+def base_round_trip(exact: Flow) -> BaseRoundTrip:
+    """Maps draws of the base to samples and back, with the same trace probes. Labels cycle through all classes."""
     rows, like = min(ROWS, rows_of_checks(exact.event_shape)), exact.like
     label = None if exact.classes is None else exact.in_turn(rows)
     with seeded(0, like.device):
@@ -394,35 +418,35 @@ def drawn_from(exact: Flow) -> Drawn:
         x, log_det = exact.bijection.forward(z, label)
     with seeded(1, like.device):
         log_p, again = exact.log_prob_and_latents(x, label)
-    return Drawn(z, again, log_det, log_p)
+    return BaseRoundTrip(z, again, log_det, log_p)
 
 
 @torch.no_grad()
-def of_round_trip(exact: Flow, subset: Subset, drawn: Drawn) -> Check:
-    """Is forward the inverse of inverse, on the data, and inverse that of forward, on most draws from the base?"""
+def check_round_trip(exact: Flow, subset: Subset, drawn: BaseRoundTrip) -> Check:
+    """Checks forward(inverse(x)) = x on the data, and inverse(forward(z)) = z on most draws from the base."""
     x, label = subset.x[:ROWS].double(), None if subset.label is None else subset.label[:ROWS]
     with seeded(0, x.device):
         back = exact(exact.inverse(x, label), label)
     flat, off = x.flatten(1), (x - back).flatten(1)
     spread = flat.std(0, correction=0)
-    # a column that is constant here is taken as it is
+    # the error of a column that is constant in these rows is not divided by its standard deviation
     miss = float((off.square().mean(0).sqrt() / torch.where(spread > 0, spread, 1.0)).max())
-    miss = max(miss, most_rows((drawn.again - drawn.z).flatten(1).abs().amax(1)))
-    return judged(
+    miss = max(miss, upper_quartile((drawn.again - drawn.z).flatten(1).abs().amax(1)))
+    return check_limit(
         "round trip",
         miss,
-        ROUNAnyDensityTRIP,
-        f"there and back misses a point by {miss:.2g} of a column's spread: the map is not invertible, or forward and "
-        "inverse are not those of one map",
+        ROUND_TRIP,
+        f"forward and inverse miss a point by {miss:.2g} standard deviations of a column: the map is not invertible, "
+        "or forward and inverse do not belong to the same map",
     )
 
 
-def of_samples(exact: Flow, drawn: Drawn) -> Check:
-    """Does log p of the flow's own samples agree with the entropy that they imply, E[log|det dx/dz| - log p0(z)]?"""
-    # not by the flow's own base, which is looked at too
+def check_own_samples(exact: Flow, drawn: BaseRoundTrip) -> Check:
+    """Checks log p(x) of the flow's own samples x = forward(z) against log p0(z) - log|det dx/dz|."""
+    # computed by a second formula, because the log density of the base is checked too
     of_base = log_prob_by_formula(exact.base, drawn.z)
     if of_base is None:
-        why = f"there is no second formula for the density of the base, {type(exact.base).__name__}, to compare with"
+        why = f"there is no second formula for the density of the base {type(exact.base).__name__} to compare with"
         return Check("own samples", None, None, None, why)
     implied = of_base - drawn.log_det
     gap = drawn.log_p - implied
@@ -430,21 +454,21 @@ def of_samples(exact: Flow, drawn: Drawn) -> Check:
     if estimates_trace(exact):
         value, limit = float(gap.mean().abs()), limit + 4 * stderr(gap)
     else:
-        # few samples that float64 rounds to the edge of what the data can be have no density left to compare
-        value = most_rows(gap.abs())
-    return judged(
+        # a quantile, because a few samples that float64 rounds to the edge of the range of the data have no valid log p
+        value = upper_quartile(gap.abs())
+    return check_limit(
         "own samples",
         value,
         limit,
-        f"on its own samples the flow has an entropy of {-float(drawn.log_p.mean()):.4f} nats by log p, and of "
-        f"{-float(implied.mean()):.4f} by how forward spreads the base: one of the two log-determinants, or the base "
-        "density, is wrong",
+        f"the entropy of the flow's own samples is {-float(drawn.log_p.mean()):.4f} nats by log p (inverse), but "
+        f"{-float(implied.mean()):.4f} by the log-determinant of forward: one of the two log-determinants, or the "
+        "density of the base, is wrong",
     )
 
 
 @torch.no_grad()
 def log_prob_by_formula(base: Base, z: Tensor) -> Tensor | None:
-    """log p0(z), (B,), of z (B, *event_shape) without `base.log_prob`; None of a base of another module."""
+    """Computes log p0(z), (B,), of z (B, *event_shape) without `base.log_prob`; None for a base of the user."""
     if isinstance(base, StandardNormal):
         return (-0.5 * (z.square() + math.log(2 * math.pi))).flatten(1).sum(1)
     formula: Any
@@ -454,7 +478,7 @@ def log_prob_by_formula(base: Base, z: Tensor) -> Tensor | None:
     elif isinstance(base, StudentT):
         formula = D.Independent(D.StudentT(base.df.flatten()), 1)
     elif isinstance(base, UniformBox):
-        # the corners belong to the box
+        # without validation, a point outside the box gives -inf instead of an error
         formula = D.Independent(D.Uniform(base.low.flatten(), base.high.flatten(), validate_args=False), 1)
     else:
         return None
@@ -462,25 +486,26 @@ def log_prob_by_formula(base: Base, z: Tensor) -> Tensor | None:
     return log_p
 
 
-def most_rows(error: Tensor) -> float:
-    """What three in four rows (B,) are below: a few far out may be lost to rounding, a wrong map is wrong for most."""
+def upper_quartile(error: Tensor) -> float:
+    """Returns the 75% quantile of errors (B,): rounding may affect a few rows, but a wrong map affects most rows."""
     return float(torch.quantile(error, 0.75))
 
 
-def of_kl(kl: tuple[float | None, float | None]) -> Check | None:
-    """Is the KL negative beyond its error?"""
+def check_kl(kl: tuple[float | None, float | None]) -> Check | None:
+    """Checks that the KL is not negative beyond its error."""
     value, error = kl
     if value is None or error is None or not math.isfinite(error):
         return None
-    return judged(
+    return check_limit(
         "KL",
         max(0.0, -value),
         max(3 * error, SMALL),
-        f"the KL is {value:.2g}, negative beyond its error, which no density can be: log p of this flow is wrong",
+        f"the KL is {value:.2g}, negative beyond its error, which is impossible for a density: log p of this flow is "
+        "wrong",
     )
 
 
-def judged(name: str, value: float, limit: float, cause: str) -> Check:
-    """A value against its limit; what is not finite is beyond any."""
+def check_limit(name: str, value: float, limit: float, cause: str) -> Check:
+    """Compares a value with its limit. A value that is not finite fails."""
     passed = math.isfinite(value) and value <= limit
     return Check(name, value, limit, passed, None if passed else cause)

@@ -1,4 +1,4 @@
-"""The error budget of an NLL: sampling, trace, solver and precision, measured on a subset of the rows."""
+"""The error budget of an NLL: errors of sampling, trace, solver and precision, measured on a subset of the rows."""
 
 import copy
 import math
@@ -15,21 +15,22 @@ from flowtrain.ode import Solver, record_solves
 from flowtrain.utils.errors import SolverError
 from flowtrain.utils.process import seeded
 
-# draws of the trace's noise that its variance is taken from, on each row of the subset
+# Number of draws of the trace noise from which its variance is estimated, for each row of the subset
 DRAWS = 4
-# a solver or rounding error below this many nats is not worth a warning, however small the sampling error
+# A solver or rounding error below this many nats causes no warning, even if the sampling error is smaller
 SMALL = 1e-3
+# Half the width of a 95% confidence interval, in standard errors
 COVERED = 1.96
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Rows of the set that the costly measurements take.
+    """Rows of the set for expensive measurements.
 
     Attributes:
-        raw: as the data set has them, (rows, *event_shape).
-        x: on the flow's device; whole numbers with noise added once, so that it stays out of the differences.
-        label: of a conditional flow, (rows,), on that device too, else None.
+        raw: the rows as in the data set, (rows, *event_shape).
+        x: the rows on the flow's device. Whole numbers have fixed noise, so that differences do not contain the noise.
+        label: the labels of a conditional flow, (rows,), on the flow's device, else None.
     """
 
     raw: Tensor
@@ -40,12 +41,13 @@ class Subset:
 def subset_of(
     flow: Density, x: Tensor, label: Tensor | None, left_out: Tensor | None = None, most: int | None = None
 ) -> Subset:
-    """Rows of x (n, *event_shape) and of labels (n,) or None, drawn at random: files may be sorted.
+    """Draws a random subset of the rows x (n, *event_shape) with their labels (n,) or None.
 
-    The number of rows is that of `rows_of_checks`, but at most `most`.
+    The subset is random because files may be sorted. The number of rows is `rows_of_checks`, or `most` if that is
+    smaller.
 
     Args:
-        left_out: rows to exclude, (k,), because a single one would dominate the results.
+        left_out: rows to exclude, (k,), because a single outlier would dominate the results.
     """
     device = flow.like.device
     with seeded(0, device):
@@ -59,18 +61,21 @@ def subset_of(
 
 
 def rows_of_checks(event_shape: tuple[int, ...]) -> int:
-    """The number of samples for the costly checks."""
+    """Returns the number of rows for expensive checks."""
     return max(50, min(500, 20_000 // math.prod(event_shape)))
 
 
 def budget(flow: Density, subset: Subset, log_p: Tensor, draws: int) -> Budget:
-    """The budget of -mean log_p, log_p (n,) of the whole set, each row with noise of its own.
+    """Measures the error budget of the NLL -mean(log_p).
 
-    Solver and precision errors of an ensemble are those of its own log p. To first order d log p(x) is the mean of its
-    members' d log p_m(x), weighted by their responsibilities r_m(x) = w_m p_m(x) / p(x), and so at most the largest.
+    For an ensemble, the solver and precision errors are measured on log p of the ensemble. To first order its error is
+    the mean of the members' errors d log p_m(x), weighted by the responsibilities r_m(x) = w_m p_m(x) / p(x). It is
+    therefore at most the largest error of a member.
 
     Args:
-        draws: of the dequantization noise, that log_p averages.
+        subset: the rows that solver, trace and precision errors are measured on.
+        log_p: log p of all rows, (n,), each row with independent noise.
+        draws: the number of draws of the dequantization noise that log_p averages.
     """
     n, nll = len(log_p), -float(log_p.mean())
     over_rows = stderr(log_p)
@@ -80,7 +85,7 @@ def budget(flow: Density, subset: Subset, log_p: Tensor, draws: int) -> Budget:
     solver, per_row = solver_error(exact, subset, in_float64)
     precision = None
     if flow.like.dtype != torch.float64:
-        precision = of_mean(log_p_of(flow, subset) - in_float64)
+        precision = mean_error(log_p_of(flow, subset) - in_float64)
     biases = (solver_bias(solver, embedded), precision)
     known = [part for part in biases if part is not None and math.isfinite(part)]
     total = math.sqrt(over_rows**2 + sum(part**2 for part in known))
@@ -99,21 +104,21 @@ def budget(flow: Density, subset: Subset, log_p: Tensor, draws: int) -> Budget:
 
 
 def log_p_of(flow: Density, subset: Subset) -> Tensor:
-    """log p of the rows of a subset, (rows,). The members of an ensemble have the same noise."""
+    """Returns log p of the rows of a subset, (rows,). The members of an ensemble share the same noise."""
     return flow.combined(torch.stack([log_probs(one, subset.x, subset.label) for one in flow.flows]))
 
 
 def with_embedded_error(flow: Density, subset: Subset) -> tuple[Tensor, float | None]:
-    """`log_p_of`, and the mean error of the log-determinants by the solver's own estimate; None if it gives none.
+    """Returns `log_p_of`, and the mean error of the log-determinants that the solver estimates; None without estimates.
 
-    Of an ensemble, the sum over its members of the mean error times the mean responsibility.
+    For an ensemble, the error is the sum over its members of the mean error times the mean responsibility.
     """
     log_p, errors = [], list[float | None]()
     for one in flow.flows:
         with record_solves() as solves:
             log_p.append(log_probs(one, subset.x, subset.label))
         found = [s.integral_error for s in solves if s.integral_error is not None]
-        # of fixed steps there is none
+        # solvers with fixed steps do not estimate errors
         estimated = bool(found) and one.solver is not None and one.solver.adaptive
         errors.append(float(torch.cat(found).sum()) / len(subset.x) if estimated else None)
     of_each = torch.stack(log_p)
@@ -123,15 +128,15 @@ def with_embedded_error(flow: Density, subset: Subset) -> tuple[Tensor, float | 
 
 
 def stderr(values: Tensor) -> float:
-    """Standard error of the mean of values (n,); NaN of one."""
+    """Returns the standard error of the mean of values (n,); NaN if n = 1."""
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def trace_error(flow: Density, subset: Subset, n: int, draws: int) -> float:
-    """The standard error that the noise of an estimated trace leaves in the mean of n rows; 0 of an exact one.
+    """Returns the standard error of the mean of n rows due to the noise of an estimated trace; 0 if the trace is exact.
 
-    From the variance over DRAWS draws of each row. Several dequantization draws share their probes, and are the mean of
-    two such passes. So are those of an ensemble, also of one draw.
+    It is computed from the variance of each row over DRAWS draws. With several dequantization draws, and for ensembles,
+    log p is the mean of two passes with independent probes (see `score_rows`), which halves the variance.
     """
     if not estimates_trace(flow):
         return 0.0
@@ -140,20 +145,21 @@ def trace_error(flow: Density, subset: Subset, n: int, draws: int) -> float:
     return math.sqrt(variance / (n if draws == 1 or len(flow.flows) > 1 else 2 * n))
 
 
-def of_mean(difference: Tensor) -> float:
-    """How large the mean of all rows may be, by that of some, (rows,): root of its square and its squared error."""
+def mean_error(difference: Tensor) -> float:
+    """Estimates the error of the mean over all rows from differences of some rows, (rows,): sqrt(mean^2 + stderr^2)."""
     if len(difference) < 2:
         return float(difference.abs().mean())
     return math.hypot(float(difference.mean()), stderr(difference))
 
 
 def solver_error(flow: Density, subset: Subset, log_p: Tensor) -> tuple[float, float]:
-    """The change of the NLL, and in RMS that of a row, when the tolerance is tightened tenfold, in nats.
+    """Returns the changes of the NLL and of a row (RMS) when the tolerance is tightened tenfold, in nats.
 
-    Of a flow in float64, so that rounding stays out of it; NaN of a field that cannot be solved so tightly.
+    Both are NaN if the tight solve fails.
 
     Args:
-        log_p: at the tolerance as it is, (rows,).
+        flow: a flow in float64, so that the change does not contain rounding errors.
+        log_p: log p of the rows at the original tolerance, (rows,).
     """
     if flow.solver is None:
         return 0.0, 0.0
@@ -161,11 +167,11 @@ def solver_error(flow: Density, subset: Subset, log_p: Tensor) -> tuple[float, f
         change = log_p_of(flow.with_solvers(tightened), subset) - log_p
     except SolverError:
         return math.nan, math.nan
-    return of_mean(change), float(change.square().mean().sqrt())
+    return mean_error(change), float(change.square().mean().sqrt())
 
 
 def tightened(solver: Solver) -> Solver:
-    """The solver with a tenth of its tolerance, or of its step size."""
+    """Returns the solver with a tenth of its tolerance or of its step size."""
     tighter: dict[str, Any] = {"rtol": solver.rtol / 10, "atol": solver.atol / 10, "max_nfe": 10 * solver.max_nfe}
     if solver.step_size is not None:
         tighter["step_size"] = solver.step_size / 10
@@ -173,11 +179,11 @@ def tightened(solver: Solver) -> Solver:
 
 
 def solver_bias(solver: float, embedded: float | None) -> float:
-    """By what the solver may have the NLL off, the larger of two looks; NaN where the first is not to be had."""
+    """Returns the solver error of the NLL: the larger of two estimates, or NaN if `solver` is NaN."""
     return max(solver, embedded or 0.0)
 
 
 def dequantization_gap(flow: Density, subset: Subset, draws: int) -> float:
-    """NLL with `draws` draws of the noise inside the log less that with ten times as many, in nats."""
+    """Returns the decrease of the NLL in nats if ten times as many noise draws are averaged inside the log."""
     few, many = (log_probs(flow, subset.raw, subset.label, draws=k).mean() for k in (draws, 10 * draws))
     return float(many - few)

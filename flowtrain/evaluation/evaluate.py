@@ -16,7 +16,7 @@ from torch import Tensor
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.tables.from_memory import table_of
 from flowtrain.data.tables.rows_to_score import RowsInMemory
-from flowtrain.evaluation.baselines import GAUSSIAN, baselines, of_baseline, warn_if_better
+from flowtrain.evaluation.baselines import GAUSSIAN, baselines, check_baseline, warn_if_better
 from flowtrain.evaluation.calibration import calibration, density_calibration
 from flowtrain.evaluation.checks import checks
 from flowtrain.evaluation.error_budget import budget, stderr, subset_of
@@ -43,13 +43,13 @@ from flowtrain.utils.status import phase
 
 log = logging.getLogger("flowtrain")
 
-# largest number of rows of a set whose ODE solve may fail
+# Largest number of rows of a set whose ODE solve may fail
 UNSOLVED = 100
-# largest number of validation samples that H is computed from
+# Largest number of validation samples from which H of the typicality score is computed
 MOST_TYPICAL = 10_000
-# number of rows of the error budget if time is short
+# Number of rows of the error budget with `thorough=False`
 FEW = 10
-# largest number of rows whose density is ranked, and how many samples each is ranked among
+# Calibration of ensembles: largest number of rows, and number of samples for each row
 RANKED, RANKED_SAMPLES = 1000, 4
 
 
@@ -69,44 +69,46 @@ def evaluate(
     dtype: torch.dtype | None = None,
     baseline_seconds: float = 0.0,
 ) -> Evaluation:
-    """The negative log-likelihood (NLL) of a flow on held-out rows, in nats per sample, with its error and checks.
+    """Computes the negative log-likelihood (NLL) of held-out rows in nats per sample, its error and checks of the flow.
 
-    Of an ensemble, the NLL is that of its own density, and the NLL and weight of each member are listed. Checks that
-    need a map from base to data are made of each member.
+    For an ensemble, the NLL is computed from the density of the ensemble. The NLL and the weight of each member are
+    listed. Checks that need a map from base to data are made for each member.
 
-    The rows are scored in evaluation mode. Afterwards, the flow and the settings and random state of torch are as
-    before. The check `concentration` fails if log p of a row is not finite, or if the ODE of a row cannot be solved.
-    Failed checks are logged as warnings by the logger `flowtrain`.
+    The rows are scored in evaluation mode. The state of the flow, the settings of torch and its random state do not
+    change. The check `concentration` fails if log p of a row is not finite, or if the ODE of a row cannot be solved.
+    The logger `flowtrain` logs failed checks as warnings.
 
     Args:
+        flow: a flow or an ensemble.
         data: rows (n, *event_shape) in data units that the flow was not trained on: an array, a tensor or a data frame,
             see `Flow.read_rows`. Or a `flowtrain.data.Dataset`.
         split: the held-out set of a `Dataset`: "val" or "test". It has no effect on rows.
-        step: the step in the report. None: the step of `flow.record`, or 0 without a record.
-        batch_size: the number of rows that are scored at once. None: chosen by the size of a sample.
+        step: the training step in the report. None means the step of `flow.record`, or 0 without a record.
+        batch_size: the number of rows that are scored at once. None means a number that depends on the size of a
+            sample.
         dequantization_samples: the number of noise draws for each row of an integer-valued flow. exp(log p) is averaged
             over them.
-        other: (name, samples) of another set. The report says how well log p separates it from `data`. A conditional
+        other: (name, samples) of another set for OOD detection: how well log p separates it from `data`. A conditional
             flow uses log p without labels, averaged over all classes.
         seed: the seed of the noise of dequantization and of estimated traces.
         trained_on: the rows or the data set that the flow was trained on. The baselines are fitted to them, see
-            `flowtrain.evaluation.baselines`. None: no baselines. The validation set of a `Dataset` also gives the
-            entropy for the typicality score of `other`. Otherwise the scored rows give it.
+            `flowtrain.evaluation.baselines`. None means no baselines. The entropy for the typicality score of `other`
+            is computed on the validation set of a `Dataset`, otherwise on the scored rows.
         thorough: if false, only `concentration` and `baseline` are checked, and the error budget is measured on only
             10 rows (FEW).
         label: for a conditional flow, the labels of the rows, or the name of their column in a data frame.
-        dtype: evaluates a copy of the flow in this dtype, such as `torch.float64`. None: the dtype of the flow.
-        baseline_seconds: the time that a Gaussian mixture (needs scikit-learn) and a kernel density estimate, fitted to
-            `trained_on`, may take; only for vectors without labels. 0: the baseline is a Gaussian alone.
+        dtype: evaluates a copy of the flow in this dtype, such as `torch.float64`. None means the dtype of the flow.
+        baseline_seconds: the time limit for fitting a Gaussian mixture (needs scikit-learn) and a kernel density
+            estimate to `trained_on`; only for vectors without labels. 0 means that the only baseline is a Gaussian.
 
     Returns:
-        An `Evaluation`. `print` shows it as a table, and a notebook as HTML.
+        An `Evaluation`. `print` shows it as a table, a notebook shows HTML tables.
 
     Raises:
-        ConfigError: several dequantization samples of data that are not whole numbers, a dtype that is not real, or
-            `baseline_seconds` without `trained_on`, or for images or conditional flows.
-        DataError: data of another kind than the flow takes, missing values, or no rows.
-        FlowtrainError: rows of another shape, or labels missing, superfluous or out of range.
+        ConfigError: several dequantization samples for data that are not whole numbers, a dtype that is not real, or
+            `baseline_seconds` without `trained_on`, for images or for conditional flows.
+        DataError: data that do not fit the flow, missing values, or no rows.
+        FlowtrainError: rows of another shape, or labels that are missing, not allowed or out of range.
         NonFiniteError: no log-likelihood is finite.
         SolverError: more than 100 rows cannot be solved.
 
@@ -125,13 +127,13 @@ def evaluate(
         flow = copy.deepcopy(flow).to(dtype)
     if number("baseline_seconds", baseline_seconds, inclusive=True):
         _check_baselines(flow, trained_on)
-    # of the run's own sets: where a command scores all rows of a file, `trained_on` is there for H alone
+    # if a command scores all rows of a file, `trained_on` is only used for H, unless baselines are requested
     fitted = trained_on if split != "all" or baseline_seconds else None
     if isinstance(data, str):
         raise DataError(f"data={data!r}: give rows, or a data set such as flowtrain.data.Moons()")
     if isinstance(data, Dataset):
         if label is not None:
-            raise ConfigError("label: a data set has labels of its own; leave it out")
+            raise ConfigError("label: a data set contains its labels; omit label")
     else:
         data, split, fitted = dataset_of(flow, data, label, seed), "all", trained_on
     if not isinstance(fitted, Dataset | None):
@@ -139,19 +141,19 @@ def evaluate(
         fitted = dataset_of(flow, fitted, None if flow.classes is None else flow.seen[0], seed, "trained_on")
     typical = trained_on if isinstance(trained_on, Dataset) else None
     device = flow.like.device
-    how: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
+    options: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
     with own_settings(device), one_thread_if_small(flow.event_shape, device), _in_evaluation_mode(flow):
-        return _evaluate(flow, data, split, step, how, other, fitted, typical, thorough, baseline_seconds)
+        return _evaluate(flow, data, split, step, options, other, fitted, typical, thorough, baseline_seconds)
 
 
 def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: Any) -> None:
-    """Refuses arguments of `evaluate` that are not of their kind.
+    """Checks the arguments of `evaluate`.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: an invalid argument.
     """
     if not isinstance(flow, Density):
-        raise ConfigError(f"flow={shortened(flow)}: give a Flow, then its data")
+        raise ConfigError(f"flow={shortened(flow)}: give a Flow as the first argument, then the data")
     if batch_size is not None:
         whole("batch_size", batch_size)
     whole("dequantization_samples", draws)
@@ -162,33 +164,38 @@ def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: A
 
 
 def _check_baselines(flow: Density, trained_on: Any) -> None:
-    """Refuses baselines other than the Gaussian where they are no density of the same rows.
+    """Checks that baselines other than the Gaussian are comparable with the flow.
 
     Raises:
         ConfigError: images, a conditional flow, or no finite training set.
     """
     if len(flow.event_shape) != 1:
-        raise ConfigError(f"baselines: only for vectors, and the flow takes samples of shape {flow.event_shape}")
+        raise ConfigError(
+            f"baselines: only for vectors, but the flow has samples of shape {flow.event_shape}; omit baselines"
+        )
     if flow.classes is not None:
         raise ConfigError(
-            "baselines: the flow is conditional. The baselines ignore labels, so they are other densities; leave it out"
+            "baselines: the flow is conditional, but baselines ignore labels, so their NLL is not comparable; omit "
+            "baselines"
         )
     if trained_on is None:
         raise ConfigError("baselines: give trained_on, the rows that the flow was trained on")
     if isinstance(trained_on, Dataset) and trained_on.train_rows(1) is None:
-        raise ConfigError("baselines: the data have no finite training set, to which they are fitted; leave it out")
+        raise ConfigError("baselines: the data set has no finite training set to fit baselines to; omit baselines")
 
 
 def dataset_of(
     flow: Density, x: Tensor | Rows, label: Label | str = None, seed: int = 0, name: str = "x"
 ) -> RowsInMemory:
-    """A data set of rows for a flow, see `Flow.read_rows`, with the noise on columns that a run adds.
+    """Converts rows to a data set for a flow. Noise is added to the same columns as in training.
 
     Args:
+        x, label: the rows and their labels, see `Flow.read_rows`.
+        seed: the seed of the noise.
         name: the name of the rows in messages.
 
     Raises:
-        DataError: no rows, or values that are missing or not of the flow's kind.
+        DataError: no rows, or values that are missing or do not fit the flow.
     """
     rows, labels = flow.read_rows(x, label, name)
     if len(rows) == 0:
@@ -211,7 +218,7 @@ def dataset_of(
 
 @contextmanager
 def _in_evaluation_mode(flow: Density) -> Iterator[None]:
-    """Evaluation mode for all modules; after, each has the mode that it had."""
+    """Sets all modules to evaluation mode, and restores their modes afterwards."""
     training = [module for module in flow.modules() if module.training]
     flow.eval()
     try:
@@ -226,28 +233,28 @@ def _evaluate(
     data: Dataset,
     split: str,
     step: int,
-    how: dict[str, Any],
+    options: dict[str, Any],
     other: tuple[str, Tensor] | None,
     fitted: Dataset | None,
     typical: Dataset | None,
     thorough: bool,
     baseline_seconds: float,
 ) -> Evaluation:
-    """`evaluate` on a data set, by a flow in evaluation mode.
+    """Evaluates a flow in evaluation mode on a data set; see `evaluate`.
 
     Args:
-        how: batch size, draws and seed, as `log_probs` takes them.
+        options: batch size, draws and seed: arguments of `log_probs`.
         fitted: the data whose training rows the baselines are fitted to.
-        typical: the data whose validation rows give the entropy for `other`.
+        typical: the data on whose validation rows the entropy for `other` is computed.
     """
     x, label = held_out(flow, data, split)
-    check_fits(flow, data, how["draws"])
+    check_fits(flow, data, options["draws"])
     begun = time.perf_counter()
     with phase(f"scoring the {split} set"):
-        scores, way = scored(flow, x, label, split, how)
+        scores, settings = scored(flow, x, label, split, options)
     log_p = scores.log_p
     nll, nll_stderr, bits = -float(log_p.mean()), stderr(log_p), flow.bits_per_nat
-    truth = beside_truth(data, x, log_p)
+    truth = kl_to_truth(data, x, log_p)
     where = "file" if split == "all" else f"{split} set"
     concentrated = concentration(log_p, where, ("nats", 1.0) if bits is None else ("bits/dim", bits))
     ordinary = torch.ones(len(x), dtype=torch.bool)
@@ -255,29 +262,29 @@ def _evaluate(
     ordinary &= log_p.isfinite()
     subset = subset_of(flow, x, label, (~ordinary).nonzero().flatten(), None if thorough else FEW)
     with phase("estimating the error of the NLL"):
-        parts = budget(flow, subset, log_p, how["draws"])
+        parts = budget(flow, subset, log_p, options["draws"])
     simple = None
     if fitted is not None and len(flow.event_shape) == 1:
         with phase("fitting the baselines"):
-            simple = baselines(fitted, dequantized_draws(flow, x, how), log_p, baseline_seconds)
+            simple = baselines(fitted, dequantized_draws(flow, x, options), log_p, baseline_seconds)
     d = math.prod(flow.event_shape)
-    judged = [concentrated, of_baseline(nll, nll_stderr, (simple or {}).get(GAUSSIAN), d)]
+    all_checks = [concentrated, check_baseline(nll, nll_stderr, (simple or {}).get(GAUSSIAN), d)]
     if thorough:
         with phase("checking the density"):
-            judged += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]))
+            all_checks += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]))
     with phase("calibration"):
         if isinstance(flow, Flow):
             calibrated, pit = calibration(scores.z, flow.base)
         else:
-            calibrated, pit = calibration_by_density(flow, log_p, label, how, thorough)
-    told = None
+            calibrated, pit = calibration_by_density(flow, log_p, label, options, thorough)
+    detected = None
     if other is not None:
         with phase(f"scoring {other[0]}"):
-            told = detect_ood(flow, x, log_p, split, other, typical, how)
+            detected = detect_ood(flow, x, log_p, split, other, typical, options)
     with phase("round trip"):
         round_trip = roundtrip_error(flow, subset.x, subset.label)
     with phase("scoring the members of weight 0"):
-        members = of_members(flow, scores.members, x, label, how)
+        members = score_members(flow, scores.members, x, label, options)
     result = Evaluation(
         nll=nll,
         nll_stderr=nll_stderr,
@@ -286,19 +293,19 @@ def _evaluate(
         step=step,
         bits_per_dim=None if bits is None else bits * nll,
         **truth,
-        **way,
+        **settings,
         solver_error=None if flow.solver is None else parts.solver,
         roundtrip_error=round_trip,
         total_seconds=time.perf_counter() - begun,
         budget=parts,
-        checks=tuple(check for check in judged if check is not None),
+        checks=tuple(check for check in all_checks if check is not None),
         calibration=calibrated,
-        ood=None if told is None else told[0],
+        ood=None if detected is None else detected[0],
         baselines=simple,
         **members,
         bits_per_nat=bits,
         scores=log_p,
-        sets=None if told is None else told[1],
+        sets=None if detected is None else detected[1],
         pit=pit,
     )
     for check in result.failed:
@@ -307,56 +314,62 @@ def _evaluate(
     return result
 
 
-def dequantized_draws(flow: Density, x: Tensor, how: Mapping[str, Any]) -> list[Tensor]:
-    """Points at which densities are compared with log p of the flow: x (n, d), or x + u_k for each draw of the noise.
+def dequantized_draws(flow: Density, x: Tensor, options: Mapping[str, Any]) -> list[Tensor]:
+    """Returns the points at which baselines are scored: x (n, d), or x + u_k for each noise draw on whole numbers.
 
-    The noise on whole numbers is that of `score_rows`, unless an estimated trace draws from the same stream.
+    The noise is the same as in `score_rows`, unless an estimated trace draws from the same stream.
 
     Args:
-        how: batch size, draws and seed, as `log_probs` takes them.
+        options: batch size, draws and seed: arguments of `log_probs`.
     """
     if not flow.integer_valued:
         return [x]
     device = flow.like.device
-    with seeded(how["seed"], device):
+    with seeded(options["seed"], device):
         draws = [
-            [flow.dequantized(part.to(device)) for _ in range(how["draws"])]
-            for part in torch.split(x, how["batch_size"] or rows_at_a_time(flow.event_shape))
+            [flow.dequantized(part.to(device)) for _ in range(options["draws"])]
+            for part in torch.split(x, options["batch_size"] or rows_at_a_time(flow.event_shape))
         ]
     return [torch.cat(parts) for parts in zip(*draws, strict=True)]
 
 
 def scored(
-    flow: Density, x: Tensor, label: Tensor | None, split: str, how: Mapping[str, Any]
+    flow: Density, x: Tensor, label: Tensor | None, split: str, options: Mapping[str, Any]
 ) -> tuple[Scores, dict[str, Any]]:
-    """Scores a set x (n, *event_shape): log p (n,), latents of some rows, and how they were computed, for eval.json.
+    """Scores a set x (n, *event_shape). Also returns the settings of the computation, for eval.json.
 
     Args:
-        how: batch size, draws and seed, as `log_probs` takes them.
+        options: batch size, draws and seed: arguments of `log_probs`.
     """
     begun = time.perf_counter()
     with record_solves() as solves:
-        found = score_rows(flow, x, label, unsolved=UNSOLVED, **how)
+        found = score_rows(flow, x, label, unsolved=UNSOLVED, **options)
     check_some_finite(found.log_p, split)
     seconds = time.perf_counter() - begun
     rule, estimated = trace_rule(flow), estimates_trace(flow)
-    way = {
+    settings = {
         "trace": "hutchinson" if estimated else "exact",
         "noise_samples": rule.noise_samples if rule is not None and estimated else None,
-        "dequantization_samples": how["draws"] if flow.integer_valued else None,
+        "dequantization_samples": options["draws"] if flow.integer_valued else None,
         "solver": None if flow.solver is None else flow.solver.describe(),
         "nfe": nfe_of_pass(flow, solves),
         "seconds": seconds,
         "device": str(flow.like.device),
         "dtype": str(flow.like.dtype).removeprefix("torch."),
     }
-    return found, way
+    return found, settings
 
 
-def of_members(flow: Density, log_p: Tensor, x: Tensor, label: Tensor | None, how: Mapping[str, Any]) -> dict[str, Any]:
-    """What an `Evaluation` says of the members of an ensemble, from log p of `flows`, (n, M).
+def score_members(
+    flow: Density, log_p: Tensor, x: Tensor, label: Tensor | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the attributes of an `Evaluation` that describe the members of an ensemble.
 
-    Members of weight 0 are scored now. If the ODE of one cannot be solved, it gets NaN at all rows.
+    Members of weight 0 are scored here. A member whose ODE cannot be solved gets NaN for all rows.
+
+    Args:
+        log_p: log p of the members with a positive weight, (n, M).
+        options: batch size, draws and seed: arguments of `log_probs`.
     """
     if not isinstance(flow, Ensemble):
         return {"members": None, "spread": None, "member_scores": None}
@@ -366,7 +379,7 @@ def of_members(flow: Density, log_p: Tensor, x: Tensor, label: Tensor | None, ho
             columns.append(next(active))
             continue
         try:
-            columns.append(log_probs(cast(Flow, member), x, label, **how))
+            columns.append(log_probs(cast(Flow, member), x, label, **options))
         except SolverError:
             columns.append(torch.full((len(x),), torch.nan, dtype=torch.float64))
     named = zip(flow.names, flow.weights, columns, strict=True)
@@ -378,7 +391,7 @@ def of_members(flow: Density, log_p: Tensor, x: Tensor, label: Tensor | None, ho
 
 
 def spread(ensemble: Ensemble, log_p: Tensor) -> float | None:
-    """Mean over the rows of the weighted standard deviation of log p, (n, M), between the members; see `Evaluation`."""
+    """Returns the weighted standard deviation of log p (n, M) between members, averaged over rows; see `Evaluation`."""
     log_p = log_p[log_p.isfinite().all(1)]
     if not len(log_p) or log_p.shape[1] < 2:
         return None
@@ -388,27 +401,30 @@ def spread(ensemble: Ensemble, log_p: Tensor) -> float | None:
 
 
 def calibration_by_density(
-    flow: Density, log_p: Tensor, label: Tensor | None, how: Mapping[str, Any], thorough: bool
+    flow: Density, log_p: Tensor, label: Tensor | None, options: Mapping[str, Any], thorough: bool
 ) -> tuple[Calibration, dict[str, Tensor]]:
-    """`density_calibration` of some rows, evenly spread, with RANKED_SAMPLES times as many samples of the flow.
+    """Computes `density_calibration` for evenly spaced rows, with RANKED_SAMPLES times as many samples of the flow.
 
     Args:
-        log_p: that of the scored rows, (n,), and their labels.
+        log_p: log p of the scored rows, (n,).
+        label: labels of the scored rows, (n,), or None.
+        options: batch size, draws and seed: arguments of `log_probs`.
+        thorough: if false, a quarter of the rows is used.
     """
     every = math.ceil(len(log_p) / (RANKED if thorough else RANKED // 4))
     log_p, label = log_p[::every], None if label is None else label[::every].repeat(RANKED_SAMPLES)
-    with seeded(how["seed"], flow.like.device), torch.no_grad():
+    with seeded(options["seed"], flow.like.device), torch.no_grad():
         samples = flow.sample(RANKED_SAMPLES * len(log_p), label=label)
     if flow.integer_valued:
         samples = flow.quantized(samples)
-    scores = score_rows(flow, samples, label, latents=0, unsolved=UNSOLVED, **how)
+    scores = score_rows(flow, samples, label, latents=0, unsolved=UNSOLVED, **options)
     return density_calibration(log_p, scores.log_p)
 
 
-def beside_truth(data: Dataset, x: Tensor, log_p: Tensor) -> dict[str, Any]:
-    """Entropy, KL and its standard error in nats, from the rows x (n, *event_shape) that log_p (n,) is of.
+def kl_to_truth(data: Dataset, x: Tensor, log_p: Tensor) -> dict[str, Any]:
+    """Returns entropy, KL and the standard error of the KL in nats; None if the true density is unknown.
 
-    KL(true || flow) = mean(log p_true - log p); None where the true density is not known.
+    KL(true || flow) = mean(log p_true(x) - log p(x)) over the rows x (n, *event_shape), where log_p (n,) is log p(x).
     """
     true = data.log_prob(x)
     gap = None if true is None else true.cpu() - log_p
@@ -423,22 +439,22 @@ def detect_ood(
     split: str,
     other: tuple[str, Tensor],
     trained_on: Dataset | None,
-    how: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> tuple[OODDetection, tuple[Tensor, Tensor]]:
-    """OOD detection: separates x (n, *event_shape) from `other` (m, *event_shape) by log p. Labels are not used.
+    """Separates x (n, *event_shape) from `other` (m, *event_shape) by log p. Labels are not used.
 
     Args:
-        log_p: log p of x, (n,); of a conditional flow with the labels of x.
+        log_p: log p of x, (n,). A conditional flow has used the labels of x, so log p is computed again without labels.
         split: the name of the set x.
-        trained_on: the data whose validation set gives H in |log p + H|. None: x itself gives H.
-        how: batch size, draws and seed, as `log_probs` takes them.
+        trained_on: the data on whose validation set H of |log p + H| is computed. None means that H is computed on x.
+        options: batch size, draws and seed: arguments of `log_probs`.
 
     Returns:
         (areas under the ROC curves, log p of both sets, (n,) and (m,)).
     """
 
     def scores(rows: Tensor) -> Tensor:
-        return score_rows(flow, rows, latents=0, unsolved=UNSOLVED, **how).log_p
+        return score_rows(flow, rows, latents=0, unsolved=UNSOLVED, **options).log_p
 
     inside = log_p if flow.classes is None else scores(x)
     typical, of = inside, "scored rows"
@@ -452,28 +468,34 @@ def detect_ood(
 
 
 def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) -> None:
-    """Refuses data that are not of the flow's kind; see `evaluate`."""
+    """Checks that data fit a flow.
+
+    Raises:
+        DataError: samples of another shape, or integers instead of real numbers or the reverse.
+        ConfigError: several dequantization samples for a flow that is not integer-valued.
+    """
     if tuple(data.event_shape) != flow.event_shape:
         raise DataError(
-            f"the flow takes samples of shape {flow.event_shape}; these samples have shape {tuple(data.event_shape)}"
+            f"the flow was made for samples of shape {flow.event_shape}, but these samples have shape "
+            f"{tuple(data.event_shape)}"
         )
     if (flow.integer_valued, flow.levels, flow.noisy) != (data.integer_valued, data.levels, data.noisy):
         raise DataError(
-            f"the flow takes {_kind(flow.integer_valued, flow.levels, flow.noisy)}; these data have "
-            f"{_kind(data.integer_valued, data.levels, data.noisy)} (data.dequantize, data.levels)"
+            f"the flow was made for {_kind(flow.integer_valued, flow.levels, flow.noisy)}, but these data have "
+            f"{_kind(data.integer_valued, data.levels, data.noisy)}; change data.dequantize or data.levels"
         )
     if dequantization_samples > 1 and not flow.integer_valued:
-        why = "has noise on some columns, which is drawn once with the data" if flow.noisy else "has no noise"
+        why = "the noise on its columns is drawn once" if flow.noisy else "no noise is added to its data"
         raise ConfigError(
-            f"dequantization_samples={dequantization_samples}: this flow is over real numbers and {why}; omit it"
+            f"dequantization_samples={dequantization_samples}: this flow is not integer-valued, and {why}; omit it"
         )
 
 
 @torch.no_grad()
 def roundtrip_error(flow: Density, x: Tensor, label: Label = None) -> float:
-    """max |x - forward(inverse(x))| in data units, whole numbers dequantized first by seeded noise.
+    """Returns max |x - forward(inverse(x))| in data units. Whole numbers are first dequantized with seeded noise.
 
-    Of an ensemble, the largest of its members.
+    For an ensemble, the largest error of a member is returned.
     """
     with seeded(0, flow.like.device):
         x = flow.dequantized(x)
@@ -481,7 +503,7 @@ def roundtrip_error(flow: Density, x: Tensor, label: Label = None) -> float:
 
 
 def _kind(integer_valued: bool, levels: int | None, noisy: tuple[int, ...]) -> str:
-    """The kind of samples, for messages."""
+    """Describes the type of samples for messages."""
     if not integer_valued:
-        return f"real numbers, and whole ones in columns {as_ranges(noisy)}" if noisy else "real numbers"
+        return f"real numbers, with whole numbers in columns {as_ranges(noisy)}" if noisy else "real numbers"
     return "whole numbers" if levels is None else f"whole numbers from 0 to {levels - 1}"

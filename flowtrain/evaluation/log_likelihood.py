@@ -1,4 +1,4 @@
-"""log p(x) of many samples: in parts, with noise that is seeded, averaged over draws of it."""
+"""Log-likelihoods of many samples, computed in batches with seeded noise and averaged over noise draws."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +18,12 @@ from flowtrain.utils.status import status
 
 
 class Scores(NamedTuple):
-    """What `score_rows` finds: log p in nats in float64, on the CPU.
+    """The result of `score_rows`, on the CPU. log p is in nats and float64.
 
     Attributes:
-        log_p: of all rows, (n,).
-        z: latents of some rows, (k, *event_shape); none of an ensemble.
-        members: log p of each of `Density.flows`, (n, M); (n, 0) of a marginal.
+        log_p: log p of all rows, (n,).
+        z: latents of some rows, (k, *event_shape); empty for an ensemble.
+        members: log p of each flow in `Density.flows`, (n, M); (n, 0) for the marginal of a conditional flow.
     """
 
     log_p: Tensor
@@ -32,16 +32,16 @@ class Scores(NamedTuple):
 
 
 def held_out(flow: Density, data: Dataset, split: str) -> tuple[Tensor, Tensor | None]:
-    """A held-out set of `data`, (n, *event_shape), with its labels (n,) for a conditional flow.
+    """Returns a held-out set of `data`, (n, *event_shape), and its labels, (n,), if the flow is conditional.
 
     Raises:
-        DataError: the flow is conditional and the data have no labels.
+        DataError: the flow is conditional, but the data have no labels.
     """
     x, label = data.split(split), data.split_labels(split)
     if flow.classes is None:
         return x, None
     if label is None:
-        raise DataError("the flow is conditional, and this data has no labels: data=array takes them by data.label")
+        raise DataError("the flow is conditional, but the data have no labels: name their column with data.label")
     return x, label
 
 
@@ -53,7 +53,7 @@ def log_probs(
     draws: int = 1,
     seed: int = 0,
 ) -> Tensor:
-    """log p(x) in nats for all rows of x, (n,); see `score_rows`.
+    """Returns log p(x) in nats for all rows of x, (n,); see `score_rows`.
 
     Example:
         >>> from flowtrain.bijections.linear import Affine
@@ -74,19 +74,23 @@ def score_rows(
     latents: int = 10_000,
     unsolved: int = 0,
 ) -> Scores:
-    """log p(x) in nats for all rows of x, and latents of some of them.
+    """Computes log p(x) in nats for all rows of x, and latents of some rows.
 
-    Of whole numbers log 1/K sum_k p(x + u_k), u_k uniform, K = `draws`: in expectation it rises with K to
-    log P(x) (Burda et al. 2016, Importance weighted autoencoders, theorem 1, for a uniform proposal). The members of an
-    ensemble score the same points x + u_k. Where the trace is estimated, the log of a sum is replaced by
-    `bound_of_estimates`, which takes twice the solves.
+    For whole numbers this is log 1/K sum_k p(x + u_k) with uniform u_k and K = `draws`. In expectation it increases
+    with K towards log P(x) (Burda et al. 2016, Importance weighted autoencoders, theorem 1, for a uniform proposal).
+    The members of an ensemble score the same points x + u_k. If the trace is estimated, the log of a sum is replaced by
+    `bound_of_estimates`, which needs twice as many solves.
 
     Args:
-        label: (n,), for a conditional flow; None for its `marginal`.
-        batch_size: rows at a time; None: chosen by the size of a sample. With noise or an adaptive solver, log p
-            depends on it: noise is drawn batch by batch, and the rows of a batch share the solver's steps.
-        seed: of the noise.
-        latents: of about how many rows, evenly spread, those of the first draw; none of a marginal or an ensemble.
+        x: rows (n, *event_shape) in data units.
+        label: labels (n,) for a conditional flow. None for its `marginal`.
+        batch_size: the number of rows in a batch. None means a number that depends on the size of a sample. With noise
+            or an adaptive solver, log p depends on it: noise is drawn batch by batch, and the rows of a batch share the
+            solver's steps.
+        draws: the number of noise draws for each row of an integer-valued flow.
+        seed: the seed of the noise.
+        latents: the approximate number of evenly spaced rows whose latents are returned, for the first noise draw. A
+            marginal or an ensemble has no latents.
         unsolved: the number of rows whose solve may fail. They get NaN. If more fail, the SolverError is raised.
     """
     device = flow.like.device
@@ -107,10 +111,10 @@ def score_rows(
 
 
 def _solvable(flow: Density, x_k: list[Tensor], label: Tensor | None, failed: list[SolverError], most: int) -> Scores:
-    """`_averaged`, with NaN for rows whose ODE cannot be solved. Finds these rows by halving the batch.
+    """Computes `_averaged`, with NaN for rows whose ODE cannot be solved. Finds these rows by halving the batch.
 
     Args:
-        failed: the errors of such rows are appended to it.
+        failed: a list to which the errors of such rows are appended.
         most: the largest allowed number of such rows.
     """
     try:
@@ -129,7 +133,7 @@ def _solvable(flow: Density, x_k: list[Tensor], label: Tensor | None, failed: li
 
 
 def _unsolved(flow: Density, x_k: list[Tensor], label: Tensor | None) -> Scores:
-    """`_averaged` of one row whose ODE cannot be solved: NaN; of an ensemble, without members that cannot be solved."""
+    """Scores one row whose ODE cannot be solved: NaN for a flow. Only the members of an ensemble that fail get NaN."""
     if isinstance(flow, Flow):
         lost = x_k[0].new_full((1, 1), torch.nan, dtype=torch.float64)
         return Scores(lost[0], torch.full_like(x_k[0], torch.nan), lost)
@@ -144,7 +148,7 @@ def _unsolved(flow: Density, x_k: list[Tensor], label: Tensor | None) -> Scores:
 
 
 def _averaged(flow: Density, x_k: list[Tensor], label: Tensor | None) -> Scores:
-    """log of the mean over the x_k (B, *event) of p(x_k), (B,), float64, and the latents of the first of them."""
+    """Computes log 1/K sum_k p(x_k), (B,), float64, for K tensors x_k (B, *event), and the latents of x_0."""
     draws, flows = len(x_k), flow.flows
     if flow.classes is not None and label is None:
         log_p = torch.stack([marginal(flow, x).double() for x in x_k])
@@ -169,7 +173,7 @@ def _averaged(flow: Density, x_k: list[Tensor], label: Tensor | None) -> Scores:
 
 
 def _stacked(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """log p, (K, B), float64, and the latents of the first; those of the others are not kept."""
+    """Stacks log p of K pairs (log p, latents): (K, B), float64. Only the latents of the first pair are returned."""
     log_p: list[Tensor] = []
     first = None
     for one, z in found:
@@ -180,9 +184,10 @@ def _stacked(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def marginal(flow: Density, x: Tensor) -> Tensor:
-    """log p(x), (B,). For a conditional flow, log sum_y P(y) p(x | y), with P the class frequencies in training.
+    """Computes log p(x), (B,). For a conditional flow, this is log sum_y P(y) p(x | y).
 
-    If the frequencies are unknown, as in checkpoints of earlier versions, all classes are equally likely.
+    P(y) is the frequency of class y in training. If it is unknown, as in checkpoints of earlier versions, all classes
+    are equally likely.
     """
     if flow.classes is None:
         return flow.log_prob(x)
@@ -193,11 +198,12 @@ def marginal(flow: Density, x: Tensor) -> Tensor:
 
 
 def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:
-    """A lower bound in expectation on log sum_k p_k, (B,), from two unbiased estimates (K, B) of each log p_k.
+    """Computes a lower bound, in expectation, of log sum_k p_k, (B,), from two unbiased estimates (K, B) of log p_k.
 
-    The log of a sum of estimates is biased upwards by their noise. But log sum_k p_k is the largest value of
-    sum_k q_k (log p_k - log q_k) over weights q (Gibbs' inequality), linear in log p: with q = softmax(a) and b for
-    log p it is in expectation at most that, whatever a is. The mean of both orders; of exact values it is the log.
+    The noise of estimates biases the log of their sum upwards. By Gibbs' inequality, log sum_k p_k is the maximum of
+    sum_k q_k (log p_k - log q_k) over weights q. This expression is linear in log p. With q = softmax(a) and the
+    independent estimate b for log p, its expectation is therefore at most log sum_k p_k, for any a. The result is the
+    mean over both roles of a and b. For exact values a = b = log p, it is equal to log sum_k p_k.
     """
     total = torch.zeros_like(a[0])
     for weigh, value in ((a, b), (b, a)):
@@ -207,12 +213,15 @@ def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _log_prob_and_latents(flow: Density, x: Tensor, label: Label) -> tuple[Tensor, Tensor]:
-    """log p(x), (B,), and latents, of which an ensemble has none."""
+    """Returns log p(x), (B,), and latents, which are empty for an ensemble."""
     return flow.log_prob_and_latents(x, label) if isinstance(flow, Flow) else (flow.log_prob(x, label), x[:0])
 
 
 def _same_probes(points: Sequence[tuple[Density, Tensor, Label]]) -> tuple[Tensor, Tensor]:
-    """`_stacked` of each (flow, x, label), with fresh trace probes that they share: their noise is much the same."""
+    """Scores each (flow, x, label) with the same random trace probes, so that the noise of the results is similar.
+
+    Returns the results of `_stacked`. Each call uses new probes.
+    """
     seed = int(torch.randint(2**62, ()))
 
     def found() -> Iterator[tuple[Tensor, Tensor]]:
@@ -224,18 +233,18 @@ def _same_probes(points: Sequence[tuple[Density, Tensor, Label]]) -> tuple[Tenso
 
 
 def nfe_of_pass(flow: Density, solves: Sequence[Statistics]) -> float | None:
-    """NFE of taking samples through the flow once, which solves each continuous part once; None where nothing solved.
+    """Returns the NFE of one pass through the flow, which solves each ODE block once; None if there are no solves.
 
-    Of an ensemble, the sum over its members.
+    For an ensemble, the NFE is the sum over its members.
 
     Args:
-        solves: those of any number of whole passes.
+        solves: the statistics of all solves of one or more complete passes.
     """
     return len(flow.ode_blocks) * sum(s.nfe_forward for s in solves) / len(solves) if solves else None
 
 
 def trace_rule(flow: Density) -> TraceRule | None:
-    """How a continuous flow takes its traces, of an ensemble one that is estimated; None if no ODE is solved."""
+    """Returns the trace rule of a flow; None if no ODE is solved. In an ensemble, an estimated trace has priority."""
     d = math.prod(flow.event_shape)
     rules = [m.trace for m in flow.ode_blocks]
     return min(rules, key=lambda rule: rule.is_exact(d, training=False), default=None)
@@ -248,21 +257,18 @@ def estimates_trace(flow: Density) -> bool:
 
 
 def check_samples(samples: Tensor) -> None:
-    """Refuses samples that are NaN or infinite, before anything is written of them.
-
-    Raises:
-        NonFiniteError: saying how many values are.
-    """
+    """Raises NonFiniteError if samples are NaN or infinite, before they are written to a file."""
     bad = int((~torch.isfinite(samples)).sum())
     if bad:
-        raise NonFiniteError(f"{bad} of the values sampled are NaN or infinite: nothing was written")
+        raise NonFiniteError(f"{bad} of {samples.numel()} sampled values are NaN or infinite: nothing was written")
 
 
 def check_finite(log_p: Tensor, split: str, start: int = 0) -> None:
-    """Refuses log-likelihoods (n,) that are NaN or infinite, naming the first row, of the set's rows from `start` on.
+    """Raises NonFiniteError if log-likelihoods (n,) are NaN or infinite.
 
-    Raises:
-        NonFiniteError: there are such.
+    Args:
+        split: the name of the set, for the message.
+        start: the position in the set of the first log-likelihood.
     """
     bad = (~torch.isfinite(log_p)).nonzero().flatten()
     if len(bad):

@@ -1,4 +1,4 @@
-"""How well likelihoods tell one set of samples from another."""
+"""Out-of-distribution (OOD) detection: how well log p separates two sets of samples."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from flowtrain.evaluation.result import OODDetection
 
 
 def ood_detection(name: str, inside: Tensor, outside: Tensor, entropy: float, entropy_of: str) -> OODDetection:
-    """Areas under the ROC curves of -log p and of |log p + H| as scores that separate two sets of samples.
+    """Computes the areas under the ROC curves of the scores -log p and |log p + H|, which separate two sets of samples.
 
     Args:
         name: the name of the other set.
@@ -19,7 +19,7 @@ def ood_detection(name: str, inside: Tensor, outside: Tensor, entropy: float, en
     """
     finite = outside.isfinite()
     kept = outside[finite]
-    # NaN too: overflow on the way to a point is no sign of likelihood
+    # a point whose log p is NaN or infinite, for example by overflow, counts as the least likely
     inside, outside = (torch.where(log_p.isfinite(), log_p, -torch.inf) for log_p in (inside, outside))
     plain, plain_error = auroc(-inside, -outside)
     typical, typical_error = auroc((inside + entropy).abs(), (outside + entropy).abs())
@@ -39,11 +39,12 @@ def ood_detection(name: str, inside: Tensor, outside: Tensor, entropy: float, en
 
 
 def auroc(inside: Tensor, outside: Tensor) -> tuple[float, float]:
-    """P(outside > inside) + P(outside = inside) / 2 over all pairs of scores (n,) and (m,), and its standard error.
+    """Computes the area under the receiver operating characteristic (ROC), and its standard error.
 
-    The area under the receiver operating characteristic (Mann and Whitney 1947), by ranks. Its error is that of
-    DeLong et al. 1988, Comparing the areas under two or more correlated ROC curves: from the spread of each score's
-    own share, over both sets; NaN with fewer than two in either.
+    The area is P(outside > inside) + P(outside = inside) / 2 over all pairs of scores (n,) and (m,). It is computed
+    from ranks (Mann and Whitney 1947). For the error, each score gets the fraction of scores of the other set that it
+    exceeds, and the variance of these fractions is taken over both sets (DeLong et al. 1988, Comparing the areas under
+    two or more correlated ROC curves). The error is NaN if a set has fewer than two scores.
 
     Example:
         >>> area, error = auroc(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.5, 4.0]))
@@ -59,7 +60,7 @@ def auroc(inside: Tensor, outside: Tensor) -> tuple[float, float]:
 
 
 def share_below(reference: Tensor, scores: Tensor) -> Tensor:
-    """For each of `scores`, the share of `reference` below it, those equal to it counted half."""
+    """Returns for each score the fraction of `reference` below the score. Equal values count half."""
     ordered = reference.sort().values
     left = torch.searchsorted(ordered, scores, right=False)
     right = torch.searchsorted(ordered, scores, right=True)

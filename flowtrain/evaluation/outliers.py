@@ -1,4 +1,4 @@
-"""Outlier check: do at most 0.1% of the rows carry most of the variance of the negative log-likelihood?"""
+"""Outlier check: fails if at most 0.1% of the rows carry most of the variance of the NLL."""
 
 import math
 
@@ -10,13 +10,13 @@ from flowtrain.evaluation.result import OutlierCheck, named_rows
 from flowtrain.utils.errors import NonFiniteError
 from flowtrain.utils.formatting import with_error
 
-# largest share of the variance of the NLL; share of the rows that may carry it; number of rows in small sets
+# The check fails if a fraction SHARE of the rows, or FEW rows of a small set, carry more than LIMIT of the variance
 LIMIT, SHARE, FEW = 0.5, 1e-3, 3
-# distance of an outlier from the mean of the other rows, in their standard deviations
+# Smallest distance of an outlier from the mean of the other rows, in their standard deviations
 FAR = 20.0
-# smallest number of rows that can be checked
+# Smallest number of rows that can be checked
 LEAST = 10
-# largest number of rows listed in JSON
+# Largest number of rows listed in JSON
 LISTED = 1000
 
 
@@ -28,11 +28,11 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
     Without this condition the check is not specific: one row in 20 carries half of the variance by chance in 36% of all
     sets from a standard normal distribution whose density is known exactly.
 
-    In simulations, sound densities (log p of normal distributions in 1, 4 and 30 dimensions, of Student's t with 1 and
-    3 degrees of freedom, exponential and Gumbel tails) failed in at most 1.8% of sets of 10 rows, 0.2% of 20 rows,
-    0.05% of 50 rows, and in none of 100 to 10,000 rows. A Gaussian fitted to heavy tails may fail, and this is
-    intended: a Gaussian fitted to Student's t with 3 degrees of freedom fails in 13% of sets of 20 rows and in 55% of
-    sets of 1,000 rows.
+    Valid densities were simulated: log p of normal distributions in 1, 4 and 30 dimensions, of Student's t with 1 and 3
+    degrees of freedom, and with exponential and Gumbel tails. They failed in at most 1.8% of sets of 10 rows, 0.2% of
+    20 rows, 0.05% of 50 rows, and never with 100 to 10,000 rows. A Gaussian fitted to heavy tails may fail, and this is
+    intended. Fitted to Student's t with 3 degrees of freedom, it fails in 13% of sets of 20 rows and in 55% of sets of
+    1,000 rows.
 
     A row whose log p is not finite always fails the check.
 
@@ -47,7 +47,7 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
     share, far = outlying(log_p[kept]) if len(kept) >= LEAST else (0.0, kept[:0])
     if len(lost) == 0 and len(kept) < LEAST:
         return OutlierCheck(
-            "concentration", None, LIMIT, None, f"at least {LEAST} rows are needed, and there are {len(kept)}"
+            "concentration", None, LIMIT, None, f"at least {LEAST} rows are needed, but there are {len(kept)}"
         )
     if len(lost) == 0 and share <= LIMIT:
         return OutlierCheck("concentration", share, LIMIT, True)
@@ -62,12 +62,12 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
     if len(lost):
         what = f"log p(x) is not finite in {_named(lost)} of the {where} ({_values(log_p[lost])})"
         effect = f"the NLL is {-float(log_p.mean())}"
-        cause = "the density of the flow is zero there, or it could not be computed"
+        cause = "the density of the flow is zero at these points, or it could not be computed"
     else:
         worst = scale * -float(log_p[outliers[0]])
         carry = "carries" if len(outliers) == 1 else "carry"
         what = f"{_named(outliers)} of the {where} {carry} {share:.2%} of the variance of the NLL"
-        effect = f"{'its' if len(outliers) == 1 else 'the first'} -log p is {worst:.3g} {name}"
+        effect = f"{'its -log p' if len(outliers) == 1 else '-log p of the farthest'} is {worst:.3g} {name}"
         cause = "outliers in the data, or a flow that extrapolates badly"
     left = f"without {'it' if len(rows) == 1 else 'these rows'} the NLL is {words} {name}"
     return OutlierCheck(
@@ -84,14 +84,15 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
 
 
 def outlying(log_p: Tensor) -> tuple[float, Tensor]:
-    """The largest share of the variance that a few far rows carry, and the smallest set that carries more than half.
+    """Finds outliers: a few rows, far from the others, that carry more than half of the variance.
 
     Args:
         log_p: (n,), finite, n at least LEAST.
 
     Returns:
-        (share, rows). The share is 0 if no row is far from the others. The rows are positions in log_p, the farthest
-        first; there are none if the share is at most half.
+        (share, rows). `share` is the largest fraction of the variance that a few far rows carry, and 0 if no row is far
+        from the others. `rows` is the smallest set of rows that carries more than half of the variance, as positions in
+        log_p, the farthest first. It is empty if the share is at most half.
     """
     n = len(log_p)
     most = min(max(FEW, int(SHARE * n)), n // 5)
@@ -100,8 +101,8 @@ def outlying(log_p: Tensor) -> tuple[float, Tensor]:
     values = (log_p - log_p.median()) / scale
     apart = (values - values.mean()).square()
     order = apart.sort(descending=True, stable=True).indices
-    # mean and variance without the first 1, 2, ... rows. The sums start at the last row, so a huge row does not round
-    # them
+    # Mean and variance without the first 1, 2, ... rows. The sums start at the last row, so that huge first rows do not
+    # cause rounding errors
     ordered, left = values[order], torch.arange(n - 1, n - 1 - most, -1)
     first, second = (each.flip(0).cumsum(0).flip(0)[1 : most + 1] / left for each in (ordered, ordered.square()))
     spread = (second - first.square()).clamp_min(0).sqrt().clamp_min(SMALL / scale)
@@ -113,11 +114,7 @@ def outlying(log_p: Tensor) -> tuple[float, Tensor]:
 
 
 def check_some_finite(log_p: Tensor, split: str) -> None:
-    """Refuses log-likelihoods (n,) if none is finite.
-
-    Raises:
-        NonFiniteError: no log-likelihood is finite.
-    """
+    """Raises NonFiniteError if none of the log-likelihoods (n,) is finite."""
     if not bool(log_p.isfinite().any()):
         raise NonFiniteError(
             f"log p(x) is not finite for any of the {len(log_p)} rows of the {split} set ({log_p[0].item()} for row "
@@ -130,5 +127,5 @@ def _named(rows: Tensor) -> str:
 
 
 def _values(log_p: Tensor) -> str:
-    """The distinct values, such as "-inf, nan"."""
+    """Lists the distinct values, such as "-inf, nan"."""
     return ", ".join(sorted({str(value) for value in log_p[:LISTED].tolist()}))

@@ -1,4 +1,4 @@
-"""The results of an evaluation: the numbers in the table, the JSON, the report and the figures."""
+"""The result of an evaluation, as a table, as JSON and as one line of text."""
 
 import math
 from collections.abc import Sequence
@@ -15,22 +15,22 @@ class Budget:
     """The error budget: the parts of the error of an NLL, each in nats per sample.
 
     Attributes:
-        sampling: standard error over the rows, without the part that the noise of the trace adds.
-        trace: standard error from the noise of an estimated trace, measured by several draws on a subset of the rows;
-            0 if the trace is exact.
+        sampling: standard error over the rows, excluding the noise of the trace.
+        trace: standard error from the noise of an estimated trace, measured by several draws on a subset of the rows.
+            It is 0 if the trace is exact.
         solver: change of the NLL when the tolerance is tightened tenfold, in float64 on the subset. With mean change
-            m and its standard error s over the subset, this is sqrt(m^2 + s^2). 0 for a flow that solves no ODE, NaN if
-            the tight solve failed.
+            m and its standard error s over the subset, this is sqrt(m^2 + s^2). It is 0 for a flow that solves no ODE.
+            It is NaN if the tight solve failed.
         solver_per_row: RMS over the rows of the change of log p: the solver error of a single score.
         embedded: mean over the subset of the solver's own estimate of the absolute error of the log-determinant; None
             if the solver gives no estimate.
         precision: the difference between the NLL in the dtype of the flow and in float64, measured like `solver`; None
             for a flow in float64.
         dequantization_gap: the decrease of the NLL on the subset with ten times as many noise draws inside the log. The
-            reported bound is higher than the NLL of the whole numbers by at least this gap. None for real numbers. It
-            is not a part of `total`, because it is no error of the bound.
+            reported bound is higher than the NLL of the whole numbers by at least this gap. None for real numbers. The
+            gap is not included in `total`, because it is not an error of the bound.
         rows: the number of rows of the subset.
-        total: sqrt(nll_stderr^2 + s^2 + precision^2) with s = max(solver, embedded). This error is printed.
+        total: sqrt(nll_stderr^2 + s^2 + precision^2) with s = max(solver, embedded). This is the printed error.
         interval: NLL -+ 1.96 total, a 95% confidence interval of the true NLL of the flow.
     """
 
@@ -46,7 +46,7 @@ class Budget:
     interval: tuple[float, float]
 
 
-# names of checks in tables, if the names in JSON are unclear
+# Names of checks in tables, if they differ from the names in JSON
 LABELS = {"own samples": "log p of own samples", "baseline": "worse than baseline"}
 
 
@@ -55,9 +55,9 @@ class Check:
     """A measured property of a density or of its likelihoods, and the limit it must not exceed.
 
     Attributes:
-        value: the measured value; None if the check was not made.
+        value: the measured value. None if the check was not made.
         limit: the largest value that passes.
-        passed: None if the check was not made.
+        passed: whether the check passed. None if the check was not made.
         message: the cause if the check failed, or the reason why it was not made.
     """
 
@@ -78,9 +78,9 @@ class OutlierCheck(Check):
     """Whether a few outlier rows dominate the NLL.
 
     Attributes:
-        value: the share of the variance of the NLL that a few rows far from the others carry, see
+        value: the fraction of the variance of the NLL that a few rows far from the others carry, see
             `flowtrain.evaluation.outliers`; 1 if log p of a row is not finite.
-        rows: the positions of these rows in the scored set, counted from 0; at most the first 1,000.
+        rows: the positions of these rows in the scored set, from 0; at most the first 1,000.
         count: the number of these rows.
         nll_without, nll_without_stderr: the NLL of the other rows and its standard error, in nats.
     """
@@ -96,11 +96,12 @@ class Baseline:
     """The likelihood of a simple density on the same rows, in nats per sample.
 
     Attributes:
+        nll: the mean of -log p.
         nll_stderr: the standard error over the rows.
-        seconds: the time to fit and score it.
+        seconds: the time to fit and score the baseline.
         worse: the NLL of the flow minus the NLL of the baseline.
         worse_stderr: the standard error of the paired difference over the rows.
-        settings: what was chosen on validation rows, such as "16 components".
+        settings: the settings that were chosen on validation rows, such as "16 components".
     """
 
     nll: float
@@ -111,13 +112,13 @@ class Baseline:
     settings: str = ""
 
     def to_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """Returns the content for JSON."""
         return {"nll": self.nll, "nll_stderr": self.nll_stderr, "seconds": self.seconds}
 
 
 @dataclass(frozen=True)
 class Member:
-    """A member of an ensemble, evaluated on the rows of the ensemble; in nats.
+    """A member of an ensemble, evaluated on the rows of the ensemble. NLL is in nats per sample.
 
     Attributes:
         path: the file of the member, or its name.
@@ -134,16 +135,16 @@ class Member:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Whether latents of the data look like draws from the base, see `evaluation.calibration.calibration`.
+    """A test whether latents of the data are draws from the base, see `evaluation.calibration.calibration`.
 
     Attributes:
-        n: rows.
+        n: the number of rows.
         statistic: the largest Kolmogorov-Smirnov distance sup_u |F_n(u) - u| of the probability integral transforms.
-        worst: the name of the transform with this distance: "z1" to "zd" or "radius". An ensemble has no latents, and
-            the only transform "density".
-        p_value: the probability of a distance at least as large if the model is true, with Bonferroni's correction for
-            the number of transforms.
-        radius: the distance of the transform "radius"; None of an ensemble.
+        worst: the name of the transform with this distance: "z1" to "zd" or "radius". An ensemble has no latents; its
+            only transform is "density".
+        p_value: the probability of a distance at least as large if the data are draws from the model, with Bonferroni's
+            correction for the number of transforms.
+        radius: the distance of the transform "radius". None for an ensemble.
     """
 
     n: int
@@ -155,19 +156,20 @@ class Calibration:
 
 @dataclass(frozen=True)
 class OODDetection:
-    """OOD detection: how well log p separates another set from the evaluated one; NLL in nats per sample.
+    """OOD detection: how well log p separates another set from the evaluated set. NLL is in nats per sample.
 
     Attributes:
         name: the name of the other set.
         n: the number of its samples.
-        infinite: the number of its samples without a finite log p. They count as the least likely.
-        nll: the mean over the samples with finite log p.
-        auroc: P(log p of the other set < log p of this one), ties counted half: -log p as the OOD score.
-        typicality_auroc: the same of |log p + entropy| (Nalisnick et al. 2019, Detecting out-of-distribution inputs to
-            deep generative models using typicality).
-        auroc_stderr, typicality_stderr: DeLong et al. 1988.
-        entropy: the mean NLL of the validation set, which stands for the model's entropy.
-        entropy_of: the rows of that mean: "validation set", or "scored rows" if the validation set is missing.
+        infinite: the number of its samples without a finite log p, which count as the least likely.
+        nll: the NLL of its samples with finite log p.
+        auroc: the area under the ROC curve with -log p as the OOD score. This is P(log p of a sample of the other set <
+            log p of a sample of the evaluated set), where ties count half.
+        typicality_auroc: the area with |log p + entropy| as the OOD score (Nalisnick et al. 2019, Detecting
+            out-of-distribution inputs to deep generative models using typicality).
+        auroc_stderr, typicality_stderr: standard errors by DeLong et al. 1988.
+        entropy: the mean NLL of the validation set, an estimate of the model's entropy.
+        entropy_of: the rows of this mean: "validation set", or "scored rows" if there is no validation set.
     """
 
     name: str
@@ -183,53 +185,59 @@ class OODDetection:
     entropy_of: str
 
 
-# what the figures take, and no table or JSON
+# Attributes for figures that are not in tables or JSON
 PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores")
-# largest number of rows listed in a message
+# Largest number of rows listed in a message
 NAMED = 5
-# how wide the names before the lines of a table are
+# Width of the column of names in tables
 NAMES = 13
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The result of `evaluate` and `floweval`, in the order of eval.json. NLL, entropy and KL are in nats per sample.
+    """The result of `evaluate` and `floweval`. NLL, entropy and KL are in nats per sample.
 
-    `print` shows the table of `floweval`, a notebook shows an HTML table, and `repr` is one line.
+    `print` shows the table of `floweval`, a notebook shows HTML tables, and `repr` is one line.
 
     Attributes:
         nll: the mean of -log p(x) over the rows.
-        nll_stderr: the standard error over the rows. It covers the noise of estimated traces and of dequantization,
-            because each row has independent noise. `error` adds the error of the solver and of the dtype.
+        nll_stderr: the standard error over the rows. It includes the noise of estimated traces and of dequantization,
+            because each row has independent noise. `error` adds the errors of the solver and of the dtype.
         n: the number of rows.
-        split: "val" or "test"; "all" for rows that were given.
-        step: the step of the weights.
+        split: "val" or "test" for a held-out set of a `Dataset`; "all" for rows of a file or an array.
+        step: the training step of the weights.
         bits_per_dim: nll / (D log 2) for integer-valued images, else None.
-        entropy: the entropy of the true density; None if it is unknown.
-        kl: the mean of log p_true - log p_model on the same rows; None if the true density is unknown.
+        entropy: the entropy of the true density. None if it is unknown.
+        kl, kl_stderr: the mean of log p_true - log p_model on the same rows, and its standard error. None if the true
+            density is unknown.
         trace: "exact" or "hutchinson".
         noise_samples: the number of probes of an estimated trace, else None.
         dequantization_samples: for whole numbers, the number of noise draws for each row, over which p is averaged.
-            With 1, the NLL is the plain bound.
-        nfe: evaluations of the velocity field in a pass; None for a flow that solves no ODE.
-        solver_error: the change of the NLL when the tolerance is tightened tenfold, in float64 on a subset; None for a
+            With 1, the NLL is the bound of uniform dequantization. Else None.
+        solver: the settings of the solver. None for a flow that solves no ODE.
+        nfe: the number of evaluations of the velocity field in a pass. None for a flow that solves no ODE.
+        solver_error: the change of the NLL when the tolerance is tightened tenfold, in float64 on a subset. None for a
             flow that solves no ODE.
         roundtrip_error: max |x - forward(inverse(x))| on the subset, in data units.
         seconds: the time of scoring.
-        total_seconds: the time with the error budget and the checks.
+        device, dtype: the device and the dtype of the flow.
+        total_seconds: the time of scoring, the error budget and the checks.
         budget: the parts of the error.
         checks: the checks of the density. `failed` lists the checks that did not pass.
-        baselines: likelihoods of simple densities on the same rows, by name; None without `trained_on`, and for images
+        calibration: the test whether latents of the data are draws from the base.
+        ood: the OOD detection. None without another set.
+        baselines: likelihoods of simple densities on the same rows, by name. None without `trained_on`, and for images
             and toys.
-        members: of an ensemble, its members; None of a flow.
-        spread: of an ensemble, the mean over the rows of the standard deviation of log p between its members, in nats,
-            with the weights of the members; rows where log p of a member is not finite are left out. None if only one
-            member has a weight.
-        scores: log p(x) of every row in the order of the set, (n,), float64.
+        members: the members of an ensemble. None for a flow.
+        spread: the mean over the rows of the weighted standard deviation of log p between the members of an ensemble,
+            in nats. Rows are left out if log p of a member is not finite. None if only one member has a weight, and for
+            a flow.
+        bits_per_nat: the factor from nats to bits/dim for integer-valued images, else None.
+        scores: log p(x) of each row in the order of the set, (n,), float64.
         sets: log p of this set and of the other set of the OOD detection, (n,) and (m,), or None.
-        pit: name -> probability integral transforms of latents, (rows,).
-        member_scores: of an ensemble, log p of each member at every row, (n, M), float64, in the order of `members`;
-            NaN where it could not be computed.
+        pit: probability integral transforms of latents by name, (rows,).
+        member_scores: log p of each member of an ensemble, (n, M), float64, in the order of `members`. It is NaN if it
+            could not be computed. None for a flow.
     """
 
     nll: float
@@ -266,9 +274,9 @@ class Evaluation:
     member_scores: Tensor | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the numbers above and the headline, checks by their name, and no arrays.
+        """Returns the content of eval.json: the numbers above in this order, checks by name, and the headline.
 
-        Only ensembles have the keys `members` and `spread`.
+        Arrays are left out. Only ensembles have the keys `members` and `spread`.
         """
         content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         if self.baselines is not None:
@@ -282,12 +290,12 @@ class Evaluation:
 
     @property
     def error(self) -> float:
-        """The error of the NLL in nats, `budget.total`: sampling, solver and dtype."""
+        """The error of the NLL in nats, from sampling, solver and dtype: `budget.total`."""
         return self.budget.total
 
     @property
     def kl_error(self) -> float:
-        """The error of the KL in nats. Errors other than sampling are the same as for the NLL."""
+        """The error of the KL in nats. The errors of solver and dtype are the same as for the NLL."""
         assert self.kl_stderr is not None
         return math.sqrt(max(0.0, self.budget.total**2 - self.nll_stderr**2) + self.kl_stderr**2)
 
@@ -297,13 +305,13 @@ class Evaluation:
         return f"NLL {self.amount} ({', '.join(self._remarks())})"
 
     def in_unit(self, nats: float, error: float) -> str:
-        """An amount of nats with its error, in the unit of the NLL."""
+        """Formats an amount in nats and its error in the unit of the NLL."""
         name, scale = self.unit
         return f"{with_error(scale * nats, scale * error)} {name}"
 
     @property
     def amount(self) -> str:
-        """As in the headline, "2.402 +- 0.006 nats"; images in bits/dim."""
+        """The NLL with its error, such as "2.402 +- 0.006 nats"; in bits/dim for images."""
         return self.in_unit(self.nll, self.error)
 
     @property
@@ -313,12 +321,12 @@ class Evaluation:
 
     @property
     def rows_words(self) -> str:
-        """The evaluated rows in words: "test set", or "all rows" of a file or an array."""
+        """The name of the evaluated rows: "val set" or "test set", or "all rows" for a file or an array."""
         return "all rows" if self.split == "all" else f"{self.split} set"
 
     @property
     def words(self) -> str:
-        """For titles: the NLL, and the KL if it is known."""
+        """The NLL, and the KL if it is known, for titles of figures."""
         if self.kl is None or self.kl_stderr is None:
             return f"NLL {self.amount}"
         return f"NLL {self.amount}, KL {with_error(self.kl, self.kl_error)}"
@@ -341,7 +349,7 @@ class Evaluation:
         return [check for check in self.checks if check.passed is False]
 
     def rows(self) -> list[tuple[str, str]]:
-        """The lines of the table as (name, words), the headline first."""
+        """Returns the lines of the table as (name, text), the headline first."""
         rows = [("NLL", self.headline.removeprefix("NLL "))]
         if self.bits_per_nat is not None:
             rows.append(("", f"{with_error(self.nll, self.error)} nats"))
@@ -375,7 +383,7 @@ class Evaluation:
             rows.append(("", f"AUROC of -log p {with_error(o.auroc, o.auroc_stderr)}"))
             typical = with_error(o.typicality_auroc, o.typicality_stderr)
             rows.append(("", f"AUROC of |log p + H| {typical}, H the NLL of the {o.entropy_of}"))
-        took = f"{self.seconds:.1f} s of scoring, {self.total_seconds:.1f} s in all"
+        took = f"scoring {self.seconds:.1f} s, total {self.total_seconds:.1f} s"
         step = f", checkpoint of step {self.step}" if self.members is None else ""
         rows.append(("time", f"{took}, on {self.device} in {self.dtype}{step}"))
         return rows
@@ -385,7 +393,7 @@ class Evaluation:
         for name, simple in (self.baselines or {}).items():
             words = name.replace("_", " ") + (f" ({simple.settings})" if simple.settings else "")
             nll = f"{with_error(simple.nll, simple.nll_stderr)} nats"
-            rows.append(("" if rows else "baseline", f"{words} {nll}, {_beside(simple)}"))
+            rows.append(("" if rows else "baseline", f"{words} {nll}, {_comparison(simple)}"))
         return rows
 
     def _member_rows(self) -> list[tuple[str, str]]:
@@ -397,14 +405,14 @@ class Evaluation:
             rows.append(("" if rows else "members", f"weight {member.weight:.3f}, {nll}, {member.path}"))
         if self.spread is not None:
             name, scale = self.unit
-            rows.append(("", f"log p differs between them by {brief(scale * self.spread)} {name} (standard deviation)"))
+            rows.append(("", f"standard deviation of log p between members {brief(scale * self.spread)} {name}"))
         return rows
 
     def _error_words(self) -> str:
         b, (name, scale) = self.budget, self.unit
         parts = [f"sampling {brief(scale * b.sampling)}" if math.isfinite(b.sampling) else "sampling unknown"]
         if self.solver is not None:
-            own = "" if b.embedded is None else f" ({brief(scale * b.embedded)} by its own estimate)"
+            own = "" if b.embedded is None else f" (its own estimate {brief(scale * b.embedded)})"
             parts += [f"trace {brief(scale * b.trace)}", f"solver {brief(scale * b.solver)}{own}"]
         if b.precision is not None:
             parts.append(f"{self.dtype} {brief(scale * b.precision)}")
@@ -417,7 +425,7 @@ class Evaluation:
         return lines + [f"not made: {c.label}: {c.message}" for c in self.checks if c.passed is None]
 
     def _failure(self, check: Check) -> str:
-        """The table entry of a failed check."""
+        """Returns the text for a failed check in the table."""
         if isinstance(check, OutlierCheck) and check.nll_without is not None and check.nll_without_stderr is not None:
             rest = self.in_unit(check.nll_without, check.nll_without_stderr)
             lost = (~self.scores.isfinite()).nonzero().flatten().tolist()
@@ -441,18 +449,18 @@ class Evaluation:
         return self.table()
 
     def _repr_html_(self) -> str:
-        """The tables of the report, for a notebook."""
+        """Returns the tables of the report as HTML, for a notebook."""
         from flowtrain.evaluation.report import as_fragment
 
         return as_fragment(self)
 
     def table(self) -> str:
-        """The result as text, one line for each quantity."""
+        """Returns the result as text, one line for each quantity."""
         return "\n".join(f"{name:>{NAMES}}  {value}" for name, value in self.rows())
 
 
 def named_rows(rows: Sequence[int], count: int) -> str:
-    """Names rows by their positions, such as "row 17" or "rows 3, 17 and 19"; a long list is cut.
+    """Lists the positions of rows, such as "row 17" or "rows 3, 17 and 19". Rows after the first 5 are only counted.
 
     Example:
         >>> named_rows([3], 1), named_rows([3, 17, 19], 3), named_rows(range(1000), 1200)
@@ -465,14 +473,14 @@ def named_rows(rows: Sequence[int], count: int) -> str:
     return f"row{'' if count == 1 else 's'} {words}"
 
 
-def _beside(simple: Baseline) -> str:
-    """The NLL of the flow compared with a baseline: "the flow is 0.18 +- 0.05 nats lower"."""
+def _comparison(simple: Baseline) -> str:
+    """Compares the NLL of the flow with a baseline: "the flow is 0.18 +- 0.05 nats lower"."""
     words = with_error(abs(simple.worse), simple.worse_stderr)
     return f"the flow is {words} nats {'higher (worse)' if simple.worse > 0 else 'lower'}"
 
 
 def p_words(p: float) -> str:
-    """A p-value in words: "= 0.12" or "< 1e-6"."""
+    """Formats a p-value with its relation: "= 0.12" or "< 1e-6"."""
     return "< 1e-6" if p < 1e-6 else f"= {p:.2g}"
 
 

@@ -1,4 +1,4 @@
-"""How near samples come to the data, by how many steps they are solved with."""
+"""Sample quality: the distance between samples and data, by the number of solver steps."""
 
 import math
 import time
@@ -24,17 +24,19 @@ METHODS = ("euler", "midpoint")
 PROJECTIONS = 256
 # the jackknife: groups of rows, and projections. With fewer projections the error over rows is nearly the same
 GROUPS, ERROR_PROJECTIONS = 20, 64
-# samples that are compared, at most
+# Largest number of samples that are compared
 ROWS = 10_000
 
 
 @dataclass(frozen=True)
 class Row:
-    """Samples by one solver.
+    """The quality of samples drawn with one solver.
 
     Attributes:
-        nfe: evaluations of the velocity field for one sample.
-        sliced_wasserstein: the distance to the data.
+        method: the method of the solver.
+        steps: the number of fixed steps. None for the solver of the checkpoint.
+        nfe: the number of function evaluations for a sample.
+        sliced_wasserstein: the sliced Wasserstein distance to the data, in the units of the data.
         seconds: the time for all samples.
         stderr: the standard error of the distance.
     """
@@ -49,13 +51,15 @@ class Row:
 
 @dataclass(frozen=True)
 class SampleQuality:
-    """Samples by `n` rows of each solver beside `n` test samples.
+    """The quality of samples by solver: `n` samples of each solver are compared with `n` test samples.
 
     Attributes:
-        data, data_stderr: the distance of two sets of data, validation and test, and its standard error. No samples
-            can be expected to come nearer.
-        exact: by the checkpoint's own solver.
-        rows: by fixed steps.
+        n: the number of samples.
+        projections: the number of projections of the sliced Wasserstein distance.
+        data: the distance between validation and test data, which is the expected distance of perfect samples.
+        data_stderr: the standard error of this distance.
+        exact: the samples of the checkpoint's own solver.
+        rows: the samples of solvers with fixed steps.
     """
 
     n: int
@@ -66,11 +70,11 @@ class SampleQuality:
     rows: tuple[Row, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the content for JSON."""
         return asdict(self)
 
     def table(self) -> str:
-        """A few lines for a terminal."""
+        """Returns the table as text."""
         lines = [f"{'solver':>10} {'steps':>6} {'NFE':>6} {'sliced W2':>10} {'+-':>8} {'seconds':>8}"]
         for row in (*self.rows, self.exact):
             steps = "-" if row.steps is None else row.steps
@@ -79,34 +83,35 @@ class SampleQuality:
                 f"{row.seconds:>8.2f}"
             )
         lines.append(
-            f"{'data':>10} {'':>6} {'':>6} {self.data:>10.4f} {self.data_stderr:>8.1g}   (validation beside test, "
+            f"{'data':>10} {'':>6} {'':>6} {self.data:>10.4f} {self.data_stderr:>8.1g}   (validation against test, "
             f"{self.n} rows each)"
         )
         return "\n".join(lines)
 
 
 def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> SampleQuality:
-    """Solves the same base points with each number of `steps`, and compares the samples with test data.
+    """Draws samples with different numbers of solver steps and compares them with test data.
 
-    By Euler and midpoint, or by the flow's own method where that takes fixed steps.
+    All samples start at the same base points. The methods are Euler and midpoint, or the flow's own method if it has
+    fixed steps.
 
     Raises:
-        ConfigError: a flow that solves nothing.
+        ConfigError: a flow that solves no ODE.
         DataError: data that do not fit the flow.
         NonFiniteError: samples that are NaN or infinite.
     """
     own = flow.solver
     if own is None:
-        raise ConfigError("quality: this flow takes no steps, its samples are exact; it is for continuous flows")
+        raise ConfigError("quality: only for continuous flows. This flow takes no steps, so its samples are exact")
     check_fits(flow, data)
     flow.eval()
     n = min(len(data.test), len(data.val), ROWS)
     methods = METHODS if own.adaptive else (own.method,)
     with seeded(seed, flow.like.device):
         real, other = (flow.dequantized(x[:n]).cpu() for x in (data.test, data.val))
-        # a first solve takes longer than others
+        # warm up, because the first solve is slower
         flow.sample(10)
-    # samples of the classes that the data are of
+    # samples have the labels of the test data
     _, label = held_out(flow, data, "test")
     draw = partial(_row, flow, real=real, label=None if label is None else label[:n], seed=seed)
     exact = draw(solver=own, steps=None)
@@ -123,18 +128,20 @@ def _row(flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, label: 
     seconds = time.perf_counter() - begun
     if not bool(samples.isfinite().all()):
         how = "" if steps is None else f" with {steps} steps"
-        raise NonFiniteError(f"samples by {solver.method}{how} are NaN or infinite: give more steps")
+        raise NonFiniteError(f"samples of {solver.method}{how} are NaN or infinite: give more steps")
     nfe = nfe_of_pass(flow, solves)
     assert nfe is not None
     return Row(solver.method, steps, nfe, sliced_wasserstein(samples, real), seconds, distance_error(samples, real))
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = PROJECTIONS) -> float:
-    """SW_2(x, y) = (E_a int_0^1 |F_a^-1(q) - G_a^-1(q)|^2 dq)^(1/2), a uniform on the unit sphere, F_a and G_a the
-    distributions of <a, x> and <a, y> (Bonneel et al. 2015, Sliced and Radon Wasserstein barycenters, section 3).
+    """Computes the sliced Wasserstein distance between two sets of n points, in the units of the data.
 
-    Of n points each, in the units of the data; the same `projections` every time. Two samples of one distribution are
-    not at 0, but at about n^(-1/2) of its spread.
+    SW_2(x, y) = (E_a int_0^1 |F_a^-1(q) - G_a^-1(q)|^2 dq)^(1/2)
+
+    a is uniform on the unit sphere. F_a and G_a are the distribution functions of <a, x> and <a, y> (Bonneel et al.
+    2015, Sliced and Radon Wasserstein barycenters, section 3). Every call uses the same random projections a. The
+    distance between two samples of the same distribution is not 0, but about n^(-1/2) times its standard deviation.
 
     Shapes: x and y (n, *event).
 

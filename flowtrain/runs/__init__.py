@@ -1,1 +1,1 @@
-"""From a plain config to a result: build, load, run. Imports no Hydra."""
+"""Builds, loads, trains and summarizes runs from plain configs. Does not import Hydra."""

@@ -1,7 +1,7 @@
 """Default settings chosen from the number of training rows and columns: the value `auto` in a recipe.
 
 A recipe tuned on ten thousand rows overfits a hundred rows. A recipe for vectors is far too large for images. If a
-recipe sets a key to `auto`, its value is chosen after the data have been read. The log and the checkpoints hold that
+recipe sets a key to `auto`, its value is chosen after the data have been read. The log and the checkpoints contain that
 value. A key with another value on the command line is never changed.
 """
 
@@ -11,9 +11,9 @@ from typing import Any
 from flowtrain.utils.errors import ConfigError
 
 AUTO = "auto"
-# keys of which the model itself accepts `auto`
+# keys for which the model itself accepts `auto`
 OWN_AUTO = ("trace", "eval_trace")
-# keys that are chosen from the data and not only from their number of rows, see `flowtrain.runs.components`
+# keys that are chosen by fits to the data, see `flowtrain.runs.components`
 FROM_DATA = ("components", "covariance", "prior")
 
 Groups = dict[str, dict[str, Any]]
@@ -36,7 +36,7 @@ _COUPLINGS: dict[int, Groups] = {
         "model": {"hidden": [16, 16], "dropout": 0.2},
         "trainer": {"steps": 4000, "lr": 0.001, "weight_decay": 1e-3, "ema": 0.99, "val_every": 20},
     },
-    # so few rows determine little beyond a Gaussian, and the few validation rows cannot rank flows reliably
+    # fewer than 100 rows determine little beyond a Gaussian, and their few validation rows cannot rank flows reliably
     _TINY: {
         "model": {"hidden": [8], "dropout": 0.5, "cap": 0.2},
         "trainer": {"steps": 300, "lr": 2e-4, "weight_decay": 1e-2, "ema": 0.99, "val_every": 20},
@@ -66,9 +66,9 @@ _RESIDUAL: dict[int, Groups] = {
         "trainer": {"steps": 300, "lr": 2e-4, "weight_decay": 1e-2, "ema": 0.99, "val_every": 20},
     },
 }
-# From 1,000 rows on, nsf and maf have dropout only below so many rows for each column; couplings also below 5,000 rows.
-# Validation NLL on landsat (143 rows for each of 36 columns) with the settings of the first tier and of the second:
-# realnvp -5.03 and -5.24, nsf -4.81 and -4.93
+# From 1,000 rows on, nsf and maf have dropout only with fewer rows per column than this. The coupling flows also have
+# it below 5,000 rows. Validation NLL on landsat (143 rows per column, 36 columns) with the settings of _MANY and of
+# _SOME: realnvp -5.03 and -5.24, nsf -4.81 and -4.93
 _DENSE = 200
 _FIELDS: dict[int, Groups] = {
     _MANY: {"model": {"hidden": [64, 64, 64]}, "trainer": {"lr": 0.01, "weight_decay": 0.0, "val_every": 50}},
@@ -76,11 +76,11 @@ _FIELDS: dict[int, Groups] = {
     _FEW: {"model": {"hidden": [32, 32]}, "trainer": {"lr": 0.002, "weight_decay": 1e-3, "val_every": 20}},
     _TINY: {"model": {"hidden": [16]}, "trainer": {"lr": 2e-4, "weight_decay": 1e-2, "val_every": 20}},
 }
-# For any number of rows. A cap of 0.5 is as good as 2 on gas and bounds the scale of 16 couplings by exp(8). Patience
-# is long because the validation NLL of a table may rise and then fall again
+# For any number of rows. A cap of 0.5 is as good as 2 on gas and bounds the scale of 16 couplings by exp(8). The
+# patience is long because the validation NLL of a table may rise and then fall again
 _BOUNDED: dict[str, Any] = {"positional_bias": False, "cap": 0.5, "input_bound": 5.0}
 _COUPLING_TRAINER: dict[str, Any] = {"lr_decay": "constant", "clip_norm": 5.0, "patience": 10}
-# in a minute, gas's validation NLL by nsf is -7.2 with this decay and a rate of 0.005, and -6.2 at a constant 0.002
+# after a minute, the validation NLL of nsf on gas is -7.2 with cosine decay from 0.005, and -6.2 at a constant 0.002
 _RESIDUAL_TRAINER = {**_COUPLING_TRAINER, "lr_decay": "cosine"}
 _SPLINES: dict[str, Any] = {"mixing": "linear", "bins": 8, "input_bound": 5.0}
 _VECTORS: dict[str, Groups] = {
@@ -88,8 +88,8 @@ _VECTORS: dict[str, Groups] = {
     "glow": {"model": _BOUNDED, "trainer": _COUPLING_TRAINER},
     "nsf": {"model": _SPLINES, "trainer": _RESIDUAL_TRAINER},
     "maf": {"model": {"transform": "spline", "cap": 0.5, **_SPLINES}, "trainer": _RESIDUAL_TRAINER},
-    # initialization already fits them. On seven development tables, 200 steps of affine lower the validation NLL by at
-    # most 0.1 nats (Wilt), and 200 steps of a mixture by less than 0.02
+    # data-dependent initialization already fits these two. On seven development tables, 200 steps of affine lower the
+    # validation NLL by at most 0.1 nats (Wilt), and 200 steps of a mixture by less than 0.02
     "affine": {"trainer": {"steps": 100, "lr": 0.001, "val_every": 50, "patience": 2}},
     "mixture": {"trainer": {"steps": 20, "lr": 1e-4, "val_every": 20, "patience": 2}},
     "ffjord": {
@@ -97,7 +97,7 @@ _VECTORS: dict[str, Groups] = {
         "trainer": {"steps": 600, "lr_decay": "cosine", "ema": 0.99, "clip_norm": 5.0, "patience": 3},
     },
 }
-# As in recipe/*_mnist.yaml. The gradient of an NLL in nats per image has a norm of several hundred
+# as in recipe/*_mnist.yaml. clip_norm is large, because the gradient of an NLL in nats per image has a norm of hundreds
 _IMAGE_TRAINER: dict[str, Any] = {
     "steps": 3000,
     "batch_size": 64,
@@ -128,7 +128,7 @@ _BATCH = 512
 
 
 def resolve_auto(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, ...]) -> dict[str, Any]:
-    """The config with each `auto` in `model` and `trainer` replaced by its value.
+    """Returns the config with each `auto` in `model` and `trainer` replaced by its value.
 
     Args:
         rows: the number of training rows; None for endless data.
@@ -144,8 +144,8 @@ def resolve_auto(config: Mapping[str, Any], rows: int | None, event_shape: tuple
                 continue
             if len(event_shape) > 1 and not values:
                 raise ConfigError(
-                    f"model={config['model'].get('name')} is for vectors, and the samples are images of shape "
-                    f"{event_shape}; choose realnvp, glow or ffjord"
+                    f"model={config['model'].get('name')} is for vectors, but the samples are images of shape "
+                    f"{event_shape}: choose realnvp, glow or ffjord"
                 )
             if key not in values.get(group, {}):
                 raise ConfigError(
@@ -157,24 +157,27 @@ def resolve_auto(config: Mapping[str, Any], rows: int | None, event_shape: tuple
 
 
 def _small_steps(lr: float, rows: int, columns: int) -> dict[str, Any]:
-    """Trainer settings for few rows and a model with a d x d matrix that starts at a shrunk Gaussian or a rotation.
+    """Returns trainer settings for models with a d x d matrix that starts at a shrunk Gaussian or a rotation.
 
-    With few rows per matrix entry, the maximum likelihood estimate is worse than the start. A step of Adam moves all
-    entries at once. The learning rate is therefore smaller.
+    With few rows per matrix entry, the maximum likelihood estimate is worse than the initial matrix. Every step of Adam
+    changes all entries by about the learning rate, which is therefore smaller.
     """
     share = min(1.0, rows / (4 * columns**2))
     return {"lr": float(f"{lr * share:.2g}"), **({"val_every": 20} if share < 1 else {})}
 
 
 def _splines(rows: int, columns: int) -> dict[str, Any]:
-    """Model settings of nsf and maf that depend on rows / d^2 and on d.
+    """Returns model settings of nsf and maf that depend on rows / d^2 and on d.
 
-    Matrices mix the columns only if there are many rows for each entry. Validation NLL with matrices that start at
-    permutations, with fixed permutations, and with matrices that start at rotations, in 20 s: gas (10,000 rows of 8
-    columns) -6.12, -2.69, -6.00; mammography (6,278 of 6) -3.55, -3.52, -2.72; after 700 steps on pendigits (5,496 of
-    16) -27.4, -28.0. In 60 s with rotations: optdigits (3,058 of 62) 119 with 8 bins and 97 with permutations and 4.
+    Matrices mix the columns only if there are many rows for each matrix entry. The measured validation NLLs are:
 
-    One or two columns need many bins: flood (3,888 of 2) 9.21 with 8 and 9.02 with 32.
+    - after 20 s with matrices that start at permutations, with fixed permutations, and with matrices that start at
+      rotations: -6.12, -2.69 and -6.00 on gas (10,000 rows, 8 columns), and -3.55, -3.52 and -2.72 on mammography
+      (6,278 rows, 6 columns)
+    - after 700 steps with the first two: -27.4 and -28.0 on pendigits (5,496 rows, 16 columns)
+    - after 60 s on optdigits (3,058 rows, 62 columns): 119 with rotations and 8 bins, 97 with permutations and 4 bins
+
+    One or two columns need many bins: the NLL on flood (3,888 rows, 2 columns) is 9.21 with 8 bins and 9.02 with 32.
     """
     per_entry = rows / columns**2
     if columns <= 2:
@@ -183,7 +186,7 @@ def _splines(rows: int, columns: int) -> dict[str, Any]:
 
 
 def _tier(name: str, rows: int | None, columns: int) -> int:
-    """The tier for dropout, weight decay and learning rate. From 1,000 rows on, it depends on rows / columns too."""
+    """Returns the tier for dropout, weight decay and learning rate. From 1,000 rows on, rows / columns matters too."""
     tier = _by_rows(rows)
     if rows is None or tier not in (_MANY, _SOME):
         return tier
@@ -197,7 +200,7 @@ def _by_rows(rows: int | None) -> int:
 
 
 def _values(name: str, rows: int | None, event_shape: tuple[int, ...]) -> Groups:
-    """The values of `auto`, by group and key."""
+    """Returns the values of `auto` by group and key."""
     if len(event_shape) > 1:
         return _IMAGES.get(name, {})
     tier, by_rows = _tier(name, rows, event_shape[0]), _by_rows(rows)

@@ -1,4 +1,4 @@
-"""From a plain config to objects: the only place that calls what a config names."""
+"""Builds the objects of a run from its config. Only this module calls the classes that a config names."""
 
 import inspect
 import math
@@ -27,40 +27,40 @@ from flowtrain.utils.errors import ConfigError, first_line
 
 Config = Mapping[str, Any]
 
-# arguments that recipes and solvers take besides the keys of their group
+# arguments that are passed in addition to the keys of a group; messages do not list them
 GIVEN = ("event_shape", "solver", "classes")
-# keys with a meaning of their own, as in hydra.utils.instantiate
+# keys that are not arguments, as in hydra.utils.instantiate
 RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
 
 def build_data(config: Config, **tables: Any) -> Dataset:
-    """The data set that `config.data` names.
+    """Builds the data set.
 
     Args:
-        tables: tables in memory, in the place of the paths in the config.
+        tables: tables in memory that replace the paths in the config.
     """
     return cast(Dataset, _call(config, "data", **tables))
 
 
 def build_solver(config: Config) -> Solver:
-    """The ODE solver that `config.solver` names; a flow that solves no ODE has no use for it."""
+    """Builds the ODE solver. A flow that solves no ODE does not use it."""
     return cast(Solver, _call(config, "solver"))
 
 
 def build_objective(config: Config, flow: Flow, teacher: Flow | None = None) -> Objective:
-    """The objective, with the regularizer, and the run's steps, seed and teacher where it asks for them.
+    """Builds the objective with its regularizer. Steps, seed and teacher are passed if its constructor has them.
 
     Args:
-        teacher: the flow of the run that this one begins from.
+        teacher: the flow of the run that this run begins from; None: none.
 
     Raises:
-        ConfigError: a mistake in either group, or an objective that needs a teacher and has none.
+        ConfigError: an invalid key of the objective or the regularizer, or a missing teacher.
     """
-    # checkpoints of an older flowtrain have no regularizer
+    # checkpoints of older versions have no regularizer
     regularizer = _call(config, "regularizer") if "regularizer" in config else Regularizer()
     if takes_teacher(config) and teacher is None:
         raise ConfigError(
-            f"objective={config['objective'].get('name')} needs a trained flow: give its run, from=RUN_DIR"
+            f"objective={config['objective'].get('name')} needs a trained flow: give the run directory, from=RUN_DIR"
         )
     offered = {"steps": config["trainer"]["steps"], "seed": config["seed"], "teacher": teacher}
     given = {"flow": flow, "regularizer": regularizer}
@@ -68,43 +68,50 @@ def build_objective(config: Config, flow: Flow, teacher: Flow | None = None) -> 
     known = inspect.signature(objective.forward).parameters.values()
     if not any(p.name == "options" or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in known):
         raise ConfigError(
-            f"objective: {type(objective).__name__}.forward takes no options, the SolveOptions of a step; give it the "
-            "argument options=AS_CONFIGURED, and pass it to flow.density_pass(x, label, options)"
+            f"objective: {type(objective).__name__}.forward has no argument for the SolveOptions of a step: add "
+            "options=AS_CONFIGURED, and pass it to flow.density_pass(x, label, options)"
         )
     return objective
 
 
 def takes_teacher(config: Config) -> bool:
-    """Whether the objective learns from a trained flow."""
+    """Returns whether the objective learns from a trained flow."""
     return bool(_wanted(config, "objective", {"teacher": None}))
 
 
 def build_settings(config: Config) -> Settings:
-    """What `config.trainer` says, checked."""
+    """Builds and checks the settings of the trainer."""
     return cast(Settings, _checked_call(partial(Settings, **config["trainer"]), "trainer", {}))
 
 
 def build_flow(config: Config, samples: Samples) -> Flow:
-    """The model, with the solver and the classes where its recipe asks for them, and what prepares the samples for it.
+    """Builds the model with the bijections that preprocess the samples.
 
-    From the data to the base, the flow consists of a Logit for integers in a known range, or a Standardize if the
-    samples ask for it; the model; and a start at the Gaussian of the training rows if the samples ask for it. A flow
-    that was built by hand and saved has all its parts in its description.
+    Solver and classes are passed to the model if it has these arguments. From the data to the base, the flow consists
+    of:
+
+    - a Logit if the samples are integers in a known range (`samples.levels`)
+    - a Standardize if `samples.standardized` or `samples.centered`
+    - the bijection of the model
+    - if `samples.gaussian_start`, a linear layer with which the flow starts at the Gaussian of the training rows; for
+      continuous flows, it is on the data side of the model
+
+    The description of a flow that was built by hand already contains all these parts.
 
     Raises:
-        ConfigError: a description of an ensemble, where a single flow is needed.
+        ConfigError: the config describes an ensemble.
     """
     flow = build_density(config, samples)
     if not isinstance(flow, Flow):
         raise ConfigError(
-            "model: this is an ensemble of flows, and a single flow is needed here; give one of its members"
+            "model: this is an ensemble of flows, but a single flow is needed here: give one of its members"
         )
     return flow
 
 
 def build_density(config: Config, samples: Samples) -> Density:
-    """`build_flow`, or the ensemble that a description is of."""
-    # built in any case, so that a mistake in it is not passed over
+    """Builds a flow as `build_flow` does, or an ensemble from its description."""
+    # built even if the model does not use it, so that an invalid solver key is reported
     offered = {"solver": build_solver(config), "classes": samples.classes}
     wanted = _wanted(config, "model", offered)
     found = cast(Density, _call(config, "model", event_shape=samples.event_shape, **wanted))
@@ -115,12 +122,12 @@ def build_density(config: Config, samples: Samples) -> Density:
 
 
 def is_description(model: Config) -> bool:
-    """Whether a model config describes a flow that was built by hand; see `flowtrain.runs.save`."""
+    """Returns whether a model config describes a flow that was built by hand; see `flowtrain.runs.save`."""
     return bool(model.get("_target_") == TARGET)
 
 
 def _prepared(flow: Flow, samples: Samples) -> Bijection:
-    """The bijection of a model with what prepares the samples for it; see `build_flow`."""
+    """Returns the bijection of a model, extended by the preprocessing of the samples; see `build_flow`."""
     bijection = flow.bijection
     if samples.gaussian_start:
         d = math.prod(samples.event_shape)
@@ -151,7 +158,7 @@ def with_whole_numbers(config: Config, groups: Iterable[str]) -> dict[str, Any]:
 
 
 def _annotations(config: Config, group: str) -> dict[str, Any]:
-    """The type annotations of what a group builds; empty if it cannot be found, which is reported later."""
+    """Returns the type annotations of a group's class or function; empty if it cannot be imported (reported later)."""
     takers: list[Any] = [Solver.__init__] if group == "solver" else []
     try:
         takers.append(Settings if group == "trainer" else _object(_target(config, group), group))
@@ -162,7 +169,7 @@ def _annotations(config: Config, group: str) -> dict[str, Any]:
 
 
 def _kinds_in(annotation: Any) -> set[Any]:
-    """The plain types in an annotation: int and NoneType for `Sequence[int] | None`."""
+    """Returns the plain types in an annotation: int and NoneType for `Sequence[int] | None`."""
     inside = get_args(annotation)
     return set().union(*map(_kinds_in, inside)) if inside else {annotation}
 
@@ -174,10 +181,10 @@ def _with_kind(value: Any, kinds: set[Any]) -> Any:
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto (a GPU where there is one) | cpu | cuda[:i].
+    """Returns the device for a name: auto (a GPU if there is one) | cpu | cuda[:i].
 
     Raises:
-        ConfigError: a device that is not there.
+        ConfigError: this machine does not have the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -190,39 +197,39 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _wanted(config: Config, group: str, offered: Config) -> dict[str, Any]:
-    """Those of the `offered` arguments that what a group names takes."""
+    """Returns the `offered` arguments that the class or function of a group has."""
     known = inspect.signature(_object(_target(config, group), group)).parameters
     return {key: value for key, value in offered.items() if key in known}
 
 
 def _object(target: str, group: str) -> Any:
-    """The class or function of that name."""
+    """Imports a class or function by its name."""
     try:
         found = resolve_name(target)
-    except Exception as e:  # importing by name can fail in any way
-        raise ConfigError(f"{group}: {target} is not to be had here: {first_line(e)}") from e
+    except Exception as e:  # importing by name can raise any exception
+        raise ConfigError(f"{group}: {target} cannot be imported here: {first_line(e)}") from e
     try:
         inspect.signature(found)
     except (TypeError, ValueError) as e:
-        raise ConfigError(f"{group}: {target} is no class or function that says what it takes ({e})") from e
+        raise ConfigError(f"{group}: {target} is not a class or function with a signature ({e})") from e
     return found
 
 
 def _target(config: Config, group: str) -> str:
     target = config[group].get("_target_") if isinstance(config.get(group), Mapping) else None
     if not isinstance(target, str):
-        raise ConfigError(f"{group}: the config names no class to build (_target_)")
+        raise ConfigError(f"{group}: the config has no _target_, the class to build")
     return RENAMED.get(target, target)
 
 
 def _call(config: Config, group: str, **extra: Any) -> Any:
-    """Calls the `_target_` of a group with the group's other keys (but `name`, a label) and `extra`."""
+    """Calls the `_target_` of a group with the group's other keys, except the label `name`, and `extra`."""
     _target(config, group)
     return _checked_call(_function({k: v for k, v in config[group].items() if k != "name"}, group), group, extra)
 
 
 def _built(value: Any, group: str) -> Any:
-    """The value, with what its nested mappings name by `_target_` in their place."""
+    """Returns the value with each nested mapping that has a `_target_` replaced by the object that it describes."""
     if isinstance(value, list):
         return [_built(item, group) for item in value]
     if not isinstance(value, Mapping):
@@ -234,14 +241,18 @@ def _built(value: Any, group: str) -> Any:
 
 
 def _function(value: Mapping[str, Any], group: str) -> Any:
-    """What `_target_` names, with the other keys as its arguments; those in the list `_args_` are positional."""
+    """Returns the class or function of `_target_` with its arguments bound. The items of `_args_` are positional."""
     target = str(value["_target_"])
     arguments = {k: _built(v, group) for k, v in value.items() if k not in RESERVED}
     return partial(_object(RENAMED.get(target, target), group), *_built(value.get("_args_", []), group), **arguments)
 
 
 def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
-    """Calls, with an unknown or missing argument turned into a message that lists what there is."""
+    """Calls a function of a group.
+
+    Raises:
+        ConfigError: an unknown or missing argument. The message lists the valid ones.
+    """
     if getattr(function, "args", ()):
         return function(**arguments)
     original = getattr(function, "func", function)

@@ -5,18 +5,19 @@ from dataclasses import dataclass
 
 from flowtrain.utils.formatting import with_error
 
-# below so many training rows, realnvp gives way to ffjord
+# below this number of training rows, ffjord is fitted instead of realnvp
 SMALL = 1_000
-# above so many columns, realnvp trains before maf
+# above this number of columns, realnvp is trained before maf
 WIDE = 16
 
 
 def recommended(rows: int | None, event_shape: tuple[int, ...]) -> list[str]:
-    """The models that a search trains on data of this size, besides a Gaussian and a mixture, the most promising first.
+    """Returns the flows that a search trains on data of this size, the most promising first.
 
-    On the development tables of scripts/bench/tables.py, nsf or maf has the lowest validation NLL of the flows after
-    20 s on eight of ten tables, and realnvp on two. ffjord was measured on four tables, and is not the best on any. On
-    213 rows, its NLL is 1 nat below that of realnvp. On the toys moons and 2spirals, ffjord is the best.
+    A search also fits a Gaussian and a mixture. On the development tables of scripts/bench/tables.py, nsf or maf has
+    the lowest validation NLL of the flows after 20 s on eight of ten tables, and realnvp on two. ffjord was measured on
+    four tables and is not the best on any. On a table of 213 rows, ffjord has a lower NLL than realnvp by 1 nat. On the
+    toys moons and 2spirals, ffjord is the best.
 
     Args:
         rows: the number of training rows; None for endless data.
@@ -33,18 +34,20 @@ class Candidate:
     """A model of a search with its results.
 
     Attributes:
-        name: the name of the model, with the number of the seed if it is not the first.
+        name: the name of the model; for further seeds, followed by their number, as in nsf-2.
+        model: the name of the model.
         seed: the seed of its run.
-        stage: 0: not trained yet; 1: trained for the first part; 2: trained to the end.
-        nll, nll_stderr: validation NLL of its best checkpoint and the standard error, in nats; None before the first.
-        trimmed: the same NLL without the 1% of the rows that have the lowest log p. Flows are ranked by it:
-            a few rows far from the others can dominate an NLL, and have little effect in a stack with a mixture.
+        stage: 0: not trained yet. 1: trained for the first part. 2: trained to the end.
+        nll: the validation NLL of its best checkpoint in nats; None before the first.
+        nll_stderr: the standard error of `nll`.
+        trimmed: the same NLL without the 1% of the rows with the lowest log p. Flows are ranked by it, because a few
+            outlying rows can dominate an NLL, but have little effect in a stack with a mixture.
         step: the step of its best checkpoint.
-        steps: the number of steps it was trained for.
-        max_steps: the number of steps that it may take.
+        steps: the number of steps so far.
+        max_steps: the largest number of steps.
         best: NLL in nats and step of its best validation, for the restart of its training.
-        seconds: the time that its training took, with building and scoring.
-        ended: why its training has ended; None if it can go on.
+        seconds: the time for building, training and scoring.
+        ended: the reason why its training has ended; None if it can continue.
         weight: its weight in the stack.
     """
 
@@ -64,10 +67,10 @@ class Candidate:
     weight: float = 0.0
 
     def check(self) -> None:
-        """Refuses values that no search can have written.
+        """Checks the types of the attributes, which may have been read from a damaged file.
 
         Raises:
-            TypeError: naming the attribute.
+            TypeError: an attribute has another type.
         """
         numbers: dict[str, tuple[type, ...]] = {"nll": (int, float), "trimmed": (int, float), "seconds": (int, float)}
         kinds = {**numbers, "seed": (int,), "stage": (int,), "step": (int,), "steps": (int,), "max_steps": (int,)}
@@ -80,12 +83,12 @@ class Candidate:
 
     @property
     def rank(self) -> float:
-        """The trimmed validation NLL: infinite if there is none."""
+        """The trimmed validation NLL for the ranking; infinity if it is missing or not finite."""
         return math.inf if self.trimmed is None or not math.isfinite(self.trimmed) else self.trimmed
 
     @property
-    def words(self) -> str:
-        """Its results in words."""
+    def description(self) -> str:
+        """The results as a phrase for messages."""
         error = math.nan if self.nll_stderr is None else self.nll_stderr
         nll = "no NLL" if self.nll is None else f"validation NLL {with_error(self.nll, error)}"
         ended = f"; {self.ended}" if self.ended else ""

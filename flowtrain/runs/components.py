@@ -1,4 +1,4 @@
-"""Chooses a Gaussian mixture by validation NLL: the settings of model=mixture that are `auto`."""
+"""Chooses the settings of model=mixture that are `auto`, by validation NLL."""
 
 import logging
 import math
@@ -21,17 +21,17 @@ from flowtrain.utils.status import phase
 
 log = logging.getLogger("flowtrain")
 
-# the numbers of components that are tried: powers of two first, and then those beside the best
+# the numbers of components that are tried: powers of two first, then the neighbours of the best number
 COMPONENT_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-# a family of mixtures stops after so many numbers of components without improvement
+# a family of mixtures stops after this many numbers of components in a row without improvement
 PATIENCE = 2
-# strengths of the prior, in rows; of full covariances in rows for each column. GROWING: used while the number of
-# components is doubled. BESIDE: tried afterwards, beside the best mixture
+# strengths of the prior in rows; for full covariances, in rows per column. GROWING: used while the number of components
+# is doubled. BESIDE: tried afterwards for the best mixture
 GROWING: dict[str, tuple[float, ...]] = {"full": (0.0, 0.25), "diagonal": (0.0,)}
 BESIDE: dict[str, tuple[float, ...]] = {"full": (0.1, 1.0), "diagonal": (0.5, 2.0)}
-# rows that EM and the validation take
+# largest numbers of training rows for EM and of validation rows
 MOST_ROWS, MOST_VAL = 10_000, 5_000
-# training rows for each component, at the least
+# smallest number of training rows for each component
 LEAST_ROWS = 10
 # seconds after which no further mixture is tried
 SECONDS = 60.0
@@ -39,24 +39,24 @@ SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Choice:
-    """The settings of model=mixture, by the names of their keys."""
+    """Settings of model=mixture. The attributes have the names of the keys."""
 
     components: int
     covariance: str
     prior: float
 
     @property
-    def words(self) -> str:
-        """The settings in words."""
+    def description(self) -> str:
+        """The settings as a phrase for messages."""
         prior = f", prior of {self.prior:g} rows" if self.prior else ""
         return f"{counted(self.components, 'component')}, {self.covariance}{prior}"
 
 
 def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float = SECONDS) -> dict[str, Any]:
-    """The config with each `auto` of a mixture's `components`, `covariance` and `prior` replaced by its value.
+    """Returns the config with each `auto` of a mixture's `components`, `covariance` and `prior` replaced by its value.
 
-    The values have the lowest validation NLL among the mixtures that `chosen` tries. Only the training rows are fitted.
-    The rows are standardised, which changes every NLL by the same amount.
+    The values have the lowest validation NLL among the mixtures that `choose_mixture` fits to the training rows. The
+    rows are standardised, which changes every NLL by the same amount.
 
     Args:
         seconds: the time after which no further mixture is tried.
@@ -70,13 +70,13 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
         return dict(config)
     train, val = data.train_rows(MOST_ROWS), data.val[:MOST_VAL]
     if train is None:
-        raise ConfigError(f"model.{asked[0]}=auto: only for tables, whose rows are a fixed set; give a value")
+        raise ConfigError(f"model.{asked[0]}=auto is only possible for a finite training set: give a value")
     with phase("choosing the mixture"), seeded(int(config["seed"]), torch.device("cpu")):
         parts = [(part + torch.rand(part.shape) if data.integer_valued else part).flatten(1) for part in (train, val)]
         rows, held = (part.double().cpu() for part in parts)
         mean, std = rows.mean(0), rows.std(0, correction=0)
         std = torch.where(std > 0, std, 1.0)
-        best, tried = chosen(
+        best, tried = choose_mixture(
             (rows - mean) / std,
             (held - mean) / std,
             components=COMPONENT_COUNTS if "components" in asked else [whole("model.components", model["components"])],
@@ -85,13 +85,15 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
             seconds=seconds,
         )
     volume = float(std.log().sum())
-    log.info("mixture: %s: validation NLL %.3f nats, the lowest of %d", best.words, tried[best] + volume, len(tried))
+    log.info(
+        "mixture: %s: validation NLL %.3f nats, the lowest of %d", best.description, tried[best] + volume, len(tried)
+    )
     for each, nll in tried.items():
-        log.debug("mixture: %s: validation NLL %.3f nats", each.words, nll + volume)
+        log.debug("mixture: %s: validation NLL %.3f nats", each.description, nll + volume)
     return {**config, "model": {**model, **{key: asdict(best)[key] for key in asked}}}
 
 
-def chosen(
+def choose_mixture(
     train: Tensor,
     val: Tensor,
     components: Sequence[int] = COMPONENT_COUNTS,
@@ -99,16 +101,17 @@ def chosen(
     priors: Sequence[float] | None = None,
     seconds: float = SECONDS,
 ) -> tuple[Choice, dict[Choice, float]]:
-    """The mixture with the lowest validation NLL, and the NLL in nats of each one that was tried.
+    """Returns the mixture with the lowest validation NLL, and the NLLs of all mixtures tried, in nats.
 
-    Families of mixtures, each with a covariance and a prior, grow in turn: all of them with 1 component, then all with
-    2, with 4 and so on. A family stops when it has not improved PATIENCE times in a row. Then other priors and the
-    numbers of components between are tried beside the best mixture.
+    A family of mixtures has a covariance type and a prior. All families are fitted with 1 component, then with 2, 4 and
+    so on. A family stops after PATIENCE numbers of components without improvement. Then the best mixture is varied:
+    other priors, and the neighbouring numbers of components.
 
     Args:
         train, val: rows (n, d) and (m, d), float64.
-        components: in increasing order.
-        priors: None: those in `GROWING` and `BESIDE`.
+        components: numbers of components in increasing order.
+        covariances: types of covariance.
+        priors: strengths of the prior. None: the strengths in `GROWING` and `BESIDE`.
         seconds: the time after which no further mixture is tried.
     """
     trials = _Trials(train, val, components[0], seconds)
@@ -128,16 +131,17 @@ def chosen(
 
 
 class _Trials:
-    """Mixtures that are fitted to training rows and scored on validation rows, within a time.
+    """Fits mixtures to training rows and scores them on validation rows, within a time limit.
 
     Args:
-        least: the number of components to which LEAST_ROWS does not apply.
+        least: the smallest number of components, to which LEAST_ROWS does not apply.
+        seconds: the time limit.
     """
 
     def __init__(self, train: Tensor, val: Tensor, least: int, seconds: float) -> None:
         self.train, self.val, self.least, self.end = train, val, least, time.perf_counter() + seconds
         self.nll: dict[Choice, float] = {}
-        # seconds for each component of the last mixture of a family
+        # by family: seconds per component of the last mixture
         self.took: dict[tuple[str, float], float] = {}
 
     @property
@@ -145,7 +149,7 @@ class _Trials:
         return min(self.nll, key=lambda each: self.nll[each])
 
     def fit(self, choice: Choice) -> float | None:
-        """The validation NLL of a mixture; None if there are not enough rows or not enough time for it."""
+        """Returns the validation NLL of a mixture; None if there are too few rows or too little time for it."""
         if choice in self.nll:
             return self.nll[choice]
         family = choice.covariance, choice.prior
@@ -163,7 +167,7 @@ class _Trials:
         return self.nll[choice]
 
     def grow(self, families: Sequence[tuple[str, float]], components: Sequence[int]) -> None:
-        """Fits mixtures of the families with increasing numbers of components, as `chosen` says."""
+        """Fits mixtures of the families with increasing numbers of components, as described in `choose_mixture`."""
         growing = dict.fromkeys(families, (math.inf, 0))
         for k in components:
             for family, (lowest, waited) in list(growing.items()):

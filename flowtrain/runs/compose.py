@@ -1,6 +1,6 @@
 """Composes the config of a run from the YAML files in configs/, as Hydra does for the commands.
 
-Defaults are defined in these files alone. The commands read them through Hydra, Python reads them through `compose`.
+Defaults are defined only in these files. The commands read them with Hydra, and `flowtrain.fit` with `compose`.
 """
 
 import re
@@ -22,9 +22,9 @@ SEARCH_KEYS = {"model.candidates", "model.conditional"}
 COMMAND_KEYS = ("resume", "from", "trust", "hydra")
 
 
-# the parser in C is ten times faster; a PyYAML that was built from source may lack it
+# the C parser is ten times faster, but a PyYAML that was built from source may lack it
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads 1e-3 as a number, as Hydra does. PyYAML reads it as text because it has no point."""
+    """Reads 1e-3 as a number, as Hydra does. PyYAML reads it as text because it has no decimal point."""
 
 
 _Loader.add_implicit_resolver(
@@ -37,9 +37,9 @@ class ConfigFile:
     """A file of a config group.
 
     Attributes:
-        whole: whether its keys belong to the whole config; otherwise, they belong to its group.
+        whole: whether its keys are keys of the whole config. Otherwise, they are keys of its group.
         parents: files of the same group that it extends.
-        choices: choices of other groups that it makes.
+        choices: the choices of other groups that it makes.
         content: its own keys.
     """
 
@@ -63,7 +63,7 @@ def read_file(group: str, name: str, folders: Sequence[Path]) -> ConfigFile | No
 
 
 def values_of(group: str, name: str, folders: Sequence[Path]) -> dict[str, Any]:
-    """The keys of the whole config that a file and the files that it extends set."""
+    """Returns the keys of the whole config that a file sets, including the files that it extends."""
     found: dict[str, Any] = {}
     file = read_file(group, name, folders)
     if file is None:
@@ -74,15 +74,15 @@ def values_of(group: str, name: str, folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def options(group: str, folders: Sequence[Path]) -> list[str]:
-    """The names of the files of a config group."""
+    """Returns the names of the files of a config group."""
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text, with numbers as Hydra reads them.
+    """Parses YAML, with numbers as Hydra reads them.
 
     Raises:
-        ConfigError: not YAML.
+        ConfigError: the text is not valid YAML.
 
     Example:
         >>> read_yaml("[1e-3, null, a]")
@@ -91,7 +91,7 @@ def read_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as e:
-        raise ConfigError(f"{text!r} is not a value in YAML ({' '.join(str(e).split())})") from e
+        raise ConfigError(f"{text!r} is not valid YAML ({' '.join(str(e).split())})") from e
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class Composed:
     """A composed config.
 
     Attributes:
-        config: plain values.
-        settings: the settings that it was composed from.
+        config: the config, with plain values.
+        settings: the settings from which it was composed.
         choices: the choices of the config groups.
-        recipes: the recipes that applied, and the keys that each has set.
+        recipes: the recipes that were applied, with the keys that each of them set.
     """
 
     config: dict[str, Any]
@@ -112,7 +112,7 @@ class Composed:
 
 
 def compose(settings: Mapping[str, Any], folders: Sequence[Path] = ()) -> Composed:
-    """The config that a command line with the same settings would have.
+    """Composes the config that a command line with the same settings would have.
 
     Args:
         settings: choices of config groups and values of dotted keys, such as
@@ -120,7 +120,7 @@ def compose(settings: Mapping[str, Any], folders: Sequence[Path] = ()) -> Compos
         folders: folders of configs; empty: the configs of flowtrain.
 
     Raises:
-        ConfigError: a choice or a key that does not exist, or an invalid value of one.
+        ConfigError: a choice or a key does not exist, or has an invalid value.
 
     Example:
         >>> compose({"model": "affine", "trainer.steps": 7}).config["trainer"]["steps"]
@@ -142,11 +142,11 @@ def compose(settings: Mapping[str, Any], folders: Sequence[Path] = ()) -> Compos
 
 
 def default_choices(keys: Set[str], model: str | None = None) -> dict[str, str]:
-    """The default model and objective of a run on a table, as far as they are not chosen.
+    """Returns the default model and objective of a run on a table, without those that are chosen already.
 
     Args:
         keys: the choices and the dotted keys that are set.
-        model: the model that is chosen; None if it is left open.
+        model: the model that is chosen; None: not chosen.
 
     Example:
         >>> default_choices({"trainer.lr"}), default_choices({"model.hidden"}), default_choices(set(), "ffjord")
@@ -156,7 +156,7 @@ def default_choices(keys: Set[str], model: str | None = None) -> dict[str, str]:
     """
     found = {}
     if model is None and "model" not in keys:
-        # without the name of a model, keys of a model, an objective and a regularizer imply ffjord
+        # if no model is named, keys of a model, an objective or a regularizer imply ffjord
         other = {key for key in keys if key.startswith("model.")} - SEARCH_KEYS
         model = "ffjord" if other or keys & {"objective", "regularizer"} else "auto"
         found["model"] = model
@@ -172,12 +172,12 @@ def _group(keys: Set[str], group: str) -> bool:
 def with_choices(
     config: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], groups: Sequence[str]
 ) -> dict[str, Any]:
-    """Composes a config again with other choices, and keeps the values that were changed.
+    """Composes a config again with other choices, and keeps the values that the user has changed.
 
     Args:
-        config: a config, composed from `before` and then changed.
+        config: a config that was composed from `before` and then changed.
         before, after: choices of config groups.
-        groups: the groups whose changed values are kept. A group whose choice was changed is kept as a whole.
+        groups: the groups whose changed values are kept. A group whose `_target_` was changed is kept as a whole.
 
     Example:
         >>> config = compose({"model": "affine", "trainer.lr": 7.0}).config
@@ -197,14 +197,14 @@ def with_choices(
 def _choices(
     entries: Sequence[tuple[str, str | None]], asked: Mapping[str, Any], folders: Sequence[Path]
 ) -> dict[str, str | None]:
-    """The chosen file of each entry of the main defaults list, in its order."""
+    """Returns the chosen file of each entry of the main defaults list, in the order of the list."""
     defaults = {key: value for key, value in entries if not key.startswith("override ")}
     given = dict(asked)
     if given.get("experiment") is not None:
         experiment = read_file("experiment", _checked("experiment", given["experiment"], folders), folders)
         assert experiment is not None
         if "hydra" in experiment.content:
-            raise ConfigError(f"experiment={given['experiment']} is a sweep; run it with flowtrain -m")
+            raise ConfigError(f"experiment={given['experiment']} is a sweep: run it with flowtrain -m")
         given = {**experiment.choices, **given}
     found: dict[str, str | None] = {}
     for key, default in defaults.items():
@@ -242,17 +242,17 @@ def _set_values(config: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def _suggested(config: Mapping[str, Any], key: str) -> str:
-    """The keys nearest to an unknown key, and all keys of its group if there is such a group."""
+    """Returns a hint for an unknown key: the nearest keys, and all keys of its group if the group exists."""
     names = [name for name in flattened(config) if "_target_" not in name]
     within = [name for name in names if name.startswith(key.partition(".")[0] + ".")]
     return choose(key, within, "the keys are") if within else hint(key, names, "`flowtrain --help` lists the keys")
 
 
 def plain_value(key: str, value: Any) -> Any:
-    """The value as a config and a checkpoint can hold it: numbers of NumPy, tuples and paths are converted.
+    """Converts a value for a config and a checkpoint: NumPy numbers, tuples and paths become plain values.
 
     Raises:
-        ConfigError: another kind of value.
+        ConfigError: a value of another type.
     """
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
@@ -264,15 +264,15 @@ def plain_value(key: str, value: Any) -> Any:
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ConfigError(f"{key}: a {type(value).__name__} is not a config value; give numbers, text, None or lists")
+    raise ConfigError(f"{key}: a {type(value).__name__} is not a config value: give numbers, text, None or lists")
 
 
 def applied_recipes(
     choices: Mapping[str, Any], config: Mapping[str, Any], folders: Sequence[Path]
 ) -> dict[str, list[str]]:
-    """The recipes that apply to a run, and the keys that each has set in its config.
+    """Returns the recipes that apply to a run, with the keys that each of them set in its config.
 
-    A key that the command line or an experiment sets to another value is left out.
+    Keys that the command line or an experiment sets to another value are left out.
 
     Args:
         choices: the choices of the config groups.
@@ -292,7 +292,7 @@ def applied_recipes(
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges nested mappings; values of `new` replace values of `old`."""
+    """Merges nested mappings. Values of `new` replace values of `old`."""
     found = dict(old)
     for key, value in new.items():
         before = found.get(key)

@@ -1,4 +1,4 @@
-"""Messages of a run: its title, its banner, its log, the commands to try next."""
+"""Messages of a run: title, banner, log, and suggested commands."""
 
 import logging
 import sys
@@ -22,7 +22,7 @@ log = logging.getLogger("flowtrain")
 
 
 def title_of(config: Mapping[str, Any]) -> str:
-    """Such as "ffjord on moons"; the user's own data go by their file's name.
+    """Returns the title of a run, such as "ffjord on moons". A user's data have the name of their file.
 
     Example:
         >>> title_of({"model": {"name": "glow"}, "data": {"name": "array", "path": "some/where/mine.npy"}})
@@ -32,13 +32,13 @@ def title_of(config: Mapping[str, Any]) -> str:
 
 
 def data_name(config: Mapping[str, Any]) -> str:
-    """Of a data set; the user's own data go by their file's."""
+    """Returns the name of a data set; for a user's data, the name of the file."""
     path = config["data"].get("path")
     return Path(path).name if path else name_of(config["data"])
 
 
 def name_of(group: Mapping[str, Any]) -> str:
-    """The name of a group's choice, or of what it builds."""
+    """Returns the name of a group's choice, or of the class that it builds."""
     return str(group.get("name") or group["_target_"].rpartition(".")[2])
 
 
@@ -52,10 +52,10 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
 
 @contextmanager
 def messages(path: Path | None = None) -> Iterator[None]:
-    """Inside, messages go to standard error, and with the time to a file where one is given; those of rank 0 alone.
+    """Context manager that writes messages to standard error, and with the time to a file if `path` is given.
 
-    Where standard error is no terminal, only warnings go there: a log of many jobs is not the place for tables.
-    Progress is also shown, see `flowtrain.utils.status`.
+    Only rank 0 writes messages. If standard error is not a terminal, only warnings are written to it, because logs of
+    many jobs should not be full of tables. Progress is also shown, see `flowtrain.utils.status`.
     """
     if not ranks.is_first():
         path = None
@@ -65,7 +65,7 @@ def messages(path: Path | None = None) -> Iterator[None]:
     handlers: list[logging.Handler] = [console]
     if path is not None:
         handlers.append(_log_file(path))
-    # the log file has the traces of what went wrong too
+    # the log file also contains tracebacks
     log.setLevel(logging.DEBUG if ranks.is_first() else logging.CRITICAL)
     log.propagate = False
     log.handlers[:] = handlers
@@ -79,16 +79,16 @@ def messages(path: Path | None = None) -> Iterator[None]:
 
 
 def _log_file(path: Path) -> logging.FileHandler:
-    """The log file of a run, created with the first message, so that a refused command leaves no file."""
+    """Returns a handler for the log file, which the first message creates, so that a refused command leaves no file."""
     file = logging.FileHandler(path, encoding="utf-8", delay=True)
-    # a message that the disk has no room for was on the terminal
+    # on a full disk, messages are lost in the file without an error; the terminal has shown them
     file.handleError = lambda record: None  # type: ignore[method-assign]
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     return file
 
 
 class _ToParent(logging.Handler):
-    """Passes messages on to the handlers of the root logger, as propagation does.
+    """Passes messages to the handlers of the root logger, as propagation does.
 
     Args:
         last_resort: whether logging prints warnings to standard error if the root logger has no handler.
@@ -106,7 +106,7 @@ class _ToParent(logging.Handler):
 
 @contextmanager
 def writing_log(path: Path) -> Iterator[None]:
-    """Inside, messages of all levels also go to the log file of a run; those that the caller sees stay the same."""
+    """Context manager that also writes messages of all levels to a log file. Other handlers are not affected."""
     file, parent, disabled = _log_file(path), _ToParent(last_resort=not log.handlers), log.disabled
     # no message has a level above CRITICAL
     shown = logging.CRITICAL + 1 if disabled else log.getEffectiveLevel()
@@ -134,7 +134,7 @@ def writing_log(path: Path) -> Iterator[None]:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Suppresses warnings of the log inside; other messages still appear."""
+    """Context manager that suppresses warnings of the log. Other messages still appear."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return record.levelno != logging.WARNING
@@ -148,7 +148,7 @@ def without_warnings() -> Iterator[None]:
 
 @contextmanager
 def prefixed(name: str) -> Iterator[None]:
-    """Messages of the log begin with a name inside."""
+    """Context manager that puts a name in front of all messages of the log."""
 
     def add(record: logging.LogRecord) -> bool:
         record.msg = f"{name}: {record.msg}"
@@ -162,10 +162,10 @@ def prefixed(name: str) -> Iterator[None]:
 
 
 def banner(trainer: Trainer, run_dir: Path | None, recipes: Mapping[str, Sequence[str]] | None = None) -> str:
-    """How a run begins, a line for each of its parts.
+    """Returns the banner of a run, with a line for each part.
 
     Args:
-        recipes: the recipes that applied, and the keys that each has set; None if unknown.
+        recipes: the recipes that were applied, with the keys that each of them set; None if unknown.
     """
     config, flow, data, settings = trainer.config, trainer.flow, trainer.data, trainer.settings
     step, warmup = trainer.step, trainer.train_state.warmup
@@ -174,26 +174,26 @@ def banner(trainer: Trainer, run_dir: Path | None, recipes: Mapping[str, Sequenc
     start = f", from step {step}" if step else ""
     rows = {
         "model": f"{name_of(config['model'])}, {size:,} parameters",
-        "data": f"{data_name(config)}, {samples_words(data)}",
+        "data": f"{data_name(config)}, {describe_samples(data)}",
         "solver": "none: closed form" if flow.solver is None else _solver(flow.solver, warmup),
         "objective": objective + ("" if regularizer == "none" else f", regularizer {regularizer}"),
         "training": f"{settings.steps:,} steps of {settings.batch_size}{start}, {settings.optimizer}, "
         f"learning rate {settings.lr:g} ({settings.lr_decay}), seed {config['seed']}",
         **({} if recipes is None else {"recipe": _recipes(config, recipes)}),
-        "device": device_words(flow.like.device),
+        "device": describe_device(flow.like.device),
         **({} if run_dir is None else {"run": str(shortest(run_dir))}),
     }
     return as_banner(title_of(config), rows)
 
 
 def as_banner(title: str, rows: Mapping[str, str]) -> str:
-    """A banner from the lines of its parts, by their names."""
+    """Formats a banner from the text of each part, by its name."""
     lines = "\n".join(f"{name:>{NAMES}}  {words}" for name, words in rows.items())
     return f"flowtrain: {title}\n{lines}"
 
 
-def samples_words(data: Dataset) -> str:
-    """The columns or the image shape of a data set, and the sizes of its sets, in words."""
+def describe_samples(data: Dataset) -> str:
+    """Describes a data set: the columns or the image shape, and the sizes of its sets."""
     shape = data.event_shape
     kind = f"{shape[0]} column{'s' * (shape[0] > 1)}" if len(shape) == 1 else f"images {'x'.join(map(str, shape))}"
     known = "" if data.entropy is None else f", entropy {data.entropy:.4f} nats"
@@ -202,7 +202,7 @@ def samples_words(data: Dataset) -> str:
 
 
 def _recipes(config: Mapping[str, Any], recipes: Mapping[str, Sequence[str]]) -> str:
-    """The recipes that applied and the keys that they have set, on as many lines as they take."""
+    """Formats the recipes that were applied and the keys that they set, on one or more lines."""
     lines, values = [], flattened(config)
     for name, keys in recipes.items():
         text = f"{name}, sets {' '.join(f'{key}={shown(values[key])}' for key in keys if key in values)}"
@@ -214,12 +214,12 @@ def _solver(solver: Solver, warmup: int) -> str:
     if not solver.adaptive:
         return f"{solver.method}, steps of {solver.step_size:g}"
     warming = warmup and solver.warmup_rtol > solver.train_rtol
-    tightening = f", in training from {solver.warmup_rtol:g} on" if warming else ""
+    tightening = f"; rtol in training from {solver.warmup_rtol:g} to {solver.train_rtol:g}" if warming else ""
     return f"{solver.method}, rtol {solver.rtol:g}, atol {solver.atol:g}{tightening}"
 
 
-def device_words(device: torch.device) -> str:
-    """A device in words: the name of the GPU, or the number of threads."""
+def describe_device(device: torch.device) -> str:
+    """Describes a device: the name of the GPU, or the number of threads."""
     beside = f", {ranks.size()} ranks" if ranks.size() > 1 else ""
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}{beside}"
@@ -228,9 +228,9 @@ def device_words(device: torch.device) -> str:
 
 
 def next_commands(run_dir: Path, flow: Density) -> str:
-    """What to type after a run."""
+    """Returns the commands that are suggested after a run."""
     shown = shortest(run_dir)
-    # an ensemble has no way from base to data
+    # an ensemble has no path from base to data to animate
     moving = isinstance(flow, Flow) and (len(flow.event_shape) == 3 or flow.event_shape == (2,))
     run = option("ckpt", shown)
     sample = f"flowsample {run} {'animate=true' if moving else 'n=10000'}"
@@ -238,6 +238,6 @@ def next_commands(run_dir: Path, flow: Density) -> str:
 
 
 def shortest(path: Path) -> Path:
-    """As it is seen from the working directory, where it lies in that."""
+    """Returns the path relative to the working directory, if it is inside of it."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path

@@ -1,7 +1,7 @@
-"""Describes flows that were built by hand by the constructors of their parts.
+"""Describes flows that were built by hand.
 
 A description is a config: nested mappings with `_target_`, the path of a class, and the arguments of its constructor.
-`flowtrain.runs.build` turns it into objects again.
+`flowtrain.runs.build` builds the objects from it.
 """
 
 import inspect
@@ -24,11 +24,11 @@ from flowtrain.utils.errors import CheckpointError
 from flowtrain.utils.recorded import Part, Recorded, Unknown, arguments_of
 
 ODE_SOLVER = "flowtrain.ode.ode_solver"
-# imported when it is first used
+# named as text, because the module is imported only when it is needed
 TORCHDIFFEQ = "flowtrain.ode.torchdiffeq_engine.Torchdiffeq"
 # the base classes of all parts; flows, bases and bijections are modules
 KINDS = (nn.Module, Solver, TraceRule, Tableau)
-# the classes of flowtrain that a description may contain, by their public names. Files contain these names: keep them
+# the classes of flowtrain that a description may contain, by their public names. Saved files depend on these names
 PARTS: dict[str, type] = {
     "flowtrain.Flow": Flow,
     "flowtrain.Ensemble": Ensemble,
@@ -80,13 +80,13 @@ OF_SAMPLES = ("integer_valued", "levels", "centered", "noisy", "class_counts")
 
 
 def describe(part: Any, where: str = "flow") -> Any:
-    """A part of a flow as plain values and tensors, with a mapping with `_target_` for each object.
+    """Describes a part of a flow by plain values, tensors, and a mapping with `_target_` for each object.
 
     Args:
         where: the place of the part, for messages.
 
     Raises:
-        CheckpointError: an object that no file can describe.
+        CheckpointError: an object that cannot be described.
     """
     if part is None or isinstance(part, bool | int | float | str):
         return part
@@ -94,7 +94,7 @@ def describe(part: Any, where: str = "flow") -> Any:
         return part.detach().cpu().clone()
     if isinstance(part, list | tuple):
         items = [describe(item, f"{where}[{i}]") for i, item in enumerate(part)]
-        # objects inside tuples would not be built
+        # a tuple that contains objects becomes a list, because `build` does not build objects inside tuples
         return items if isinstance(part, list) or any(isinstance(i, dict) for i in items) else tuple(items)
     if type(part) is dict:
         return {str(key): describe(item, f"{where}[{key!r}]") for key, item in part.items()}
@@ -110,17 +110,17 @@ def describe(part: Any, where: str = "flow") -> Any:
     advice = ""
     if isinstance(part, nn.Module):
         advice = ". A module of your own can be saved if its class derives from flowtrain.nn.Recorded and nn.Module"
-    raise CheckpointError(f"the flow cannot be saved: {where} is {what}, which a file cannot describe{advice}")
+    raise CheckpointError(f"the flow cannot be saved: {where} is {what}, which cannot be stored in a file{advice}")
 
 
 def _recorded(part: Recorded, where: str) -> dict[str, Any]:
     positional, keywords = arguments_of(part)
     if type(part) is Flow:
-        # both may have been replaced, and the base may have been given as an event shape
+        # the present parts, because both may have been replaced, and the base may have been given as an event shape
         positional, keywords = (), {"base": part.base, "bijection": part.bijection, "classes": part.classes}
     elif isinstance(part, Flow):
         keywords = {key: value for key, value in keywords.items() if key not in OF_SAMPLES}
-    # a solver may have been replaced, also where it was not given
+    # the present solver, because it may have been replaced even if it was not an argument
     names = inspect.signature(type(part).__init__).parameters
     keywords = keywords | {k: Part(k) for k in names if isinstance(vars(part).get(k), Solver)}
     found: dict[str, Any] = {"_target_": path_of(part, where)}
@@ -130,7 +130,7 @@ def _recorded(part: Recorded, where: str) -> dict[str, Any]:
 
 
 def _present(owner: Recorded, value: Any) -> Any:
-    """The present value of an argument: each `Part` in it is replaced by the attribute of the owner."""
+    """Returns the present value of an argument: each `Part` in it is replaced by the attribute of the owner."""
     if isinstance(value, Part):
         try:
             return value.of(owner)
@@ -148,7 +148,7 @@ def _torch_module(module: nn.Module, where: str) -> dict[str, Any]:
         names = [name for name, _ in module.named_children()]
         if names != [str(i) for i in range(len(names))]:
             raise CheckpointError(
-                f"the flow cannot be saved: {where} is a Sequential of named modules; leave out names"
+                f"the flow cannot be saved: {where} is a Sequential with named modules: build it without names"
             )
         items = [describe(item, f"{where}[{i}]") for i, item in enumerate(module.children())]
         return {"_target_": target, TORCH_CONTAINERS[target]: items}
@@ -160,21 +160,21 @@ def _torch_module(module: nn.Module, where: str) -> dict[str, Any]:
 
 
 def _torch_arguments(kind: type[nn.Module]) -> list[str]:
-    """The arguments of a module of torch that are its attributes."""
+    """Returns the names of the constructor arguments of a torch module, which are also its attributes."""
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return [name for name in named if name not in ("device", "dtype")]
 
 
 def describe_solver(solver: Solver, where: str = "solver") -> dict[str, Any]:
-    """A solver with its present settings, as a config of the group `solver`."""
+    """Describes a solver with its present settings, as a config of the group `solver`."""
     settings = {"name": solver.method, "_target_": ODE_SOLVER, **solver.settings, "steps": None}
     if type(solver) is RungeKutta:
         ours = TABLEAUS.get(solver.method) == solver.tableau
         return settings if ours else settings | {"tableau": describe(solver.tableau, f"{where}.tableau")}
     if type(ode_solver(**solver.settings)) is type(solver):
         return settings
-    # what else the class takes is read from attributes of the same names
+    # further arguments of the class are read from attributes of the same names
     settings |= {"_target_": path_of(solver, where)}
     known = inspect.signature(type(solver).__init__).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
@@ -184,10 +184,10 @@ def describe_solver(solver: Solver, where: str = "solver") -> dict[str, Any]:
 
 
 def path_of(part: Any, where: str) -> str:
-    """The path of the class of an object, by which another process finds it.
+    """Returns the import path of the class of an object.
 
     Raises:
-        CheckpointError: a class that cannot be imported by its name.
+        CheckpointError: the class cannot be imported by its name.
     """
     kind = type(part)
     if kind in PUBLIC_NAMES:
@@ -195,24 +195,24 @@ def path_of(part: Any, where: str) -> str:
     path = f"{kind.__module__}.{kind.__qualname__}"
     try:
         found = None if kind.__module__ == "__main__" else resolve_name(path)
-    except Exception:  # importing by name can fail in any way
+    except Exception:  # importing by name can raise any exception
         found = None
     if found is not kind:
         raise CheckpointError(
             f"the flow cannot be saved: {where} is of the class {path}, which other processes cannot import. Move the "
-            'class to the top level of a module of its own, such as mypkg.py, and load the file with trust=("mypkg",)'
+            'class to the top level of a module, such as mypkg.py, and load the file with trust=("mypkg",)'
         )
     return path
 
 
 def check_description(node: Any, trust: Sequence[str], where: str) -> None:
-    """Refuses a description read from a file that builds anything but parts of flows.
+    """Checks that a description from a file builds only parts of flows.
 
-    It may build parts of flowtrain, some modules of torch, and classes of the packages in `trust`. An object may only
-    be an argument that takes an object. Elsewhere it could allocate memory without limit.
+    It may build parts of flowtrain, some modules of torch, and classes of the packages in `trust`. An object is allowed
+    only for an argument that is annotated with such a type. Elsewhere, it could allocate memory without limit.
 
     Raises:
-        CheckpointError: saying what it would run.
+        CheckpointError: the description contains another class, or an argument that is not allowed.
     """
     if isinstance(node, list | tuple):
         for i, item in enumerate(node):
@@ -238,17 +238,17 @@ def _check_object(node: Mapping[str, Any], trust: Sequence[str], where: str) -> 
         found = _part_of_ours(target)
         taken = {} if found is None else _taken(found)
         good = found is not None and all(taken.get(key, False) for key in objects)
-        # neither _args_ nor _partial_
+        # _args_ and _partial_ are not allowed
         good &= not any(key.startswith("_") for key in map(str, arguments))
     if not good:
         raise CheckpointError(
-            f"the checkpoint's config would run {target} ({where}._target_); only parts of flows are trusted there, "
-            "with arguments that they take. If it is your own package, name it: trust=[mypkg]"
+            f"the checkpoint's config would run {target} ({where}._target_), but only parts of flows with valid "
+            "arguments are trusted there. If it is your own package, name it: trust=[mypkg]"
         )
 
 
 def _part_of_ours(target: Any) -> Any:
-    """The class of flowtrain, or `ode_solver`, that a description may name; None for anything else."""
+    """Returns the class of flowtrain, or `ode_solver`, for a `_target_`; None if a description may not contain it."""
     if target == ODE_SOLVER:
         return ode_solver
     if target == TORCHDIFFEQ:
@@ -257,7 +257,7 @@ def _part_of_ours(target: Any) -> Any:
 
 
 def _taken(function: Any) -> dict[str, bool]:
-    """For each argument, whether it may be an object that a description builds."""
+    """Returns for each argument whether it may be an object that a description builds."""
     hints = get_type_hints(getattr(function, "__init__") if isinstance(function, type) else function)  # noqa: B009
     return {name: any(issubclass(k, KINDS) for k in _classes_in(hint)) for name, hint in hints.items()}
 
@@ -276,13 +276,13 @@ def _has_objects(node: Any) -> bool:
 
 
 def home_of(target: str) -> str | None:
-    """The module in which the object of that name was defined: `flowtrain.models.x.torch.load` is torch's."""
+    """Returns the module that defines the object of a name: `torch` for `flowtrain.models.x.torch.load`."""
     try:
         return getattr(resolve_name(target), "__module__", None)
-    except Exception as e:  # importing by name can fail in any way
-        raise CheckpointError(f"the checkpoint's config names {target}, which is not to be had here: {e}") from e
+    except Exception as e:  # importing by name can raise any exception
+        raise CheckpointError(f"the checkpoint's config names {target}, which cannot be imported here: {e}") from e
 
 
 def under(name: Any, roots: Sequence[str]) -> bool:
-    """Whether a name is one of the roots, or is inside of one."""
+    """Returns whether a dotted name is one of the roots or inside of one."""
     return isinstance(name, str) and any(name == root or name.startswith(root + ".") for root in roots)

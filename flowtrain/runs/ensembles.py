@@ -1,4 +1,4 @@
-"""Makes an ensemble of runs: finds them, checks that they have the same data, and weights them on validation rows."""
+"""Makes an ensemble of runs: finds the runs, checks that they have the same data, and computes the weights."""
 
 import logging
 import math
@@ -25,14 +25,14 @@ log = logging.getLogger("flowtrain")
 
 Weights = Sequence[float] | str | None
 EQUAL = "equal"
-# largest number of validation rows that the weights are computed from, evenly spread
+# largest number of validation rows for the weights, evenly spaced
 ROWS = 20_000
-# of `Samples`, what all members have in common
+# attributes of `Samples` that all members must have in common
 SAME = ("event_shape", "integer_valued", "levels", "noisy", "columns", "label")
 
 
 class Run(NamedTuple):
-    """A run, or a file, that becomes a member: its name in tables, its flow, its config, and what it was trained on."""
+    """A run or a file that becomes a member of an ensemble. `name` is its name in tables and messages."""
 
     name: str
     flow: Density
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 def runs_of(path: str | Path | Sequence[str | Path]) -> list[Path] | None:
-    """The runs of an ensemble, from a list or a sweep directory; None for a single run or file.
+    """Returns the runs of an ensemble from a list or a sweep directory; None for a single run or file.
 
     Runs of a sweep that have no checkpoint are left out with a warning. A list may contain sweep directories.
 
@@ -56,20 +56,20 @@ def runs_of(path: str | Path | Sequence[str | Path]) -> list[Path] | None:
         inside = _runs_inside(Path(each).expanduser())
         found += [Path(each).expanduser()] if inside is None else inside
     if not found:
-        raise CheckpointError("ckpt is an empty list: give the runs of an ensemble, as in [RUN1,RUN2]")
+        raise CheckpointError("ckpt is an empty list: give the members of an ensemble, as in [RUN1,RUN2]")
     return found
 
 
 def _runs_inside(root: Path) -> list[Path] | None:
-    if not root.is_dir() or checkpoint.any_in(root):
+    if not root.is_dir() or checkpoint.has_checkpoint(root):
         return None
-    # the candidates of a search lie inside its run
+    # skips the candidates of a search, which are in a directory inside its run
     begun = {path.parent for path in root.glob("**/checkpoints") if not (path.parents[1] / SEARCH_STATE).is_file()}
     begun |= {path.parent.parent for path in root.glob("**/.hydra/overrides.yaml")}
     runs = sorted(begun - {root}, key=lambda run: [(len(part), part) for part in run.parts])
     if not runs:
         return None
-    found = [run for run in runs if checkpoint.any_in(run)]
+    found = [run for run in runs if checkpoint.has_checkpoint(run)]
     if not found:
         raise CheckpointError(f"{root}: none of the {len(runs)} runs in this directory has a checkpoint")
     for run in runs:
@@ -79,22 +79,23 @@ def _runs_inside(root: Path) -> list[Path] | None:
 
 
 def ensemble_of(runs: Sequence[Run], weights: Weights, data: Callable[[], Dataset]) -> Ensemble:
-    """The ensemble of runs with the same data, in evaluation mode.
+    """Returns the ensemble of runs with the same data, in evaluation mode.
 
     Args:
-        weights: of the members; "equal"; or None, by EM on the validation rows of `data`, see `stacking_weights`.
-        data: builds the data set that the runs were trained on.
+        weights: the weights of the members, or "equal". None: by EM on the validation rows of `data`, see
+            `stacking_weights`.
+        data: builds the data set on which the runs were trained.
 
     Raises:
-        CheckpointError: runs with different data, naming two of them and the difference.
-        ConfigError: weights that are not weights.
+        CheckpointError: two runs have different data. The message names them and the difference.
+        ConfigError: invalid weights.
         DataError: the data are missing or have changed.
-        NonFiniteError: validation rows at which no member has a finite log p.
+        NonFiniteError: no member has a finite log p at some validation row.
     """
     for run in runs:
         if difference := difference_between(runs[0], run):
             raise CheckpointError(
-                f"{runs[0].name} and {run.name} cannot form an ensemble, whose members need the same data: {difference}"
+                f"{runs[0].name} and {run.name} cannot form an ensemble, because their data differ: {difference}"
             )
     if isinstance(weights, str) and weights != EQUAL:
         raise ConfigError(f"weights={weights}: give a list of numbers, one for each member, or {EQUAL}")
@@ -115,7 +116,7 @@ def ensemble_of(runs: Sequence[Run], weights: Weights, data: Callable[[], Datase
 
 
 def difference_between(one: Run, other: Run) -> str | None:
-    """The difference between the data of two runs, in words; None if they agree.
+    """Describes the first difference between the data of two runs; None if they agree.
 
     Data without a record of their rows, such as toys, are compared by their configs.
     """
@@ -138,7 +139,7 @@ def difference_between(one: Run, other: Run) -> str | None:
 
 
 def _members_of(run: Run, weight: float) -> list[tuple[Flow, float, str]]:
-    """The flows of a run with their weights and names. A run that is an ensemble gives its members."""
+    """Returns the flows of a run with their weights and names. For an ensemble, these are its members."""
     if isinstance(run.flow, Ensemble):
         found = zip(run.flow.flows, run.flow.log_weights, run.flow.active_names, strict=True)
         return [(flow, weight * math.exp(log_w), f"{run.name}/{name}") for flow, log_w, name in found]
@@ -158,7 +159,7 @@ def _weights_by_validation(runs: Sequence[Run], data: Callable[[], Dataset]) -> 
                 raise DataError(f"since {runs[0].name} was trained, {change}")
         except (FlowtrainError, OSError) as e:
             raise DataError(
-                "the weights of an ensemble are computed on the validation rows of its data, which cannot be read: "
+                "the weights of an ensemble are computed on the validation rows of its data, which cannot be used: "
                 f"{e}. Restore the data, or give the weights: weights=[0.5,0.5], or weights={EQUAL}"
             ) from e
     x, label = validation_rows(flows[0], built, ROWS)
@@ -166,7 +167,7 @@ def _weights_by_validation(runs: Sequence[Run], data: Callable[[], Dataset]) -> 
 
 
 def validation_rows(flow: Density, data: Dataset, most: int) -> tuple[Tensor, Tensor | None]:
-    """At most `most` validation rows, evenly spread, and their labels if the flow is conditional."""
+    """Returns at most `most` evenly spaced validation rows, and their labels if the flow is conditional."""
     x, label = held_out(flow, data, "val")
     every = -(-len(x) // most)
     return x[::every], None if label is None else label[::every]
@@ -175,9 +176,9 @@ def validation_rows(flow: Density, data: Dataset, most: int) -> tuple[Tensor, Te
 def validation_log_probs(
     flows: Sequence[Density], x: Tensor, label: Tensor | None = None, names: Sequence[str] | None = None
 ) -> Tensor:
-    """log p of each flow at rows x (n, *event_shape), (n, M), in nats: all flows have the same dequantization noise.
+    """Computes log p of M flows at rows x (n, *event_shape), (n, M), in nats, with the same dequantization noise.
 
-    A flow whose ODE cannot be solved gets NaN, and a warning.
+    If the ODE of a flow cannot be solved, its column is NaN, with a warning.
 
     Args:
         names: the names of the flows in messages. None: their positions, counted from 0.

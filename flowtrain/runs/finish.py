@@ -1,4 +1,4 @@
-"""The end of a run: evaluates its best checkpoint, writes result.json and draws the figures."""
+"""Ends a run: evaluates its best checkpoint, writes result.json and draws pictures."""
 
 import logging
 import math
@@ -29,16 +29,16 @@ log = logging.getLogger("flowtrain")
 def finish(
     trainer: Trainer | Search, run_dir: Path, board: tensorboard.Board | None, flow: Density | None = None
 ) -> None:
-    """Writes result.json and the final figures, from the best checkpoint on the disk.
+    """Evaluates the best checkpoint of a run, and writes result.json and the final figures.
 
     Args:
-        flow: a flow to load its weights into; None: built from the config.
+        flow: a flow into which the weights are loaded. None: a flow is built from the config.
     """
 
     def place(name: str) -> Path:
         return run_dir / f"plots/{name}.png"
 
-    # the trainer's config, whose step size may have become smaller
+    # the trainer's config, because the solver guard may have reduced the step size
     config, data, device = trainer.config, trainer.data, trainer.device
     options = PlotOptions.of(config)
     time_budget = trainer.time_budget
@@ -49,7 +49,7 @@ def finish(
         else:
             load.load_averaged_weights(flow, saved)
     with phase("evaluating"):
-        tested, thorough = (data, True) if time_budget is None else time_budget.tested()
+        tested, thorough = (data, True) if time_budget is None else time_budget.affordable_data()
         seconds = affordable_seconds(trainer.seconds) if has_baselines(flow, data) else 0.0
         if time_budget is not None:
             seconds = min(seconds, time_budget.for_baselines)
@@ -64,7 +64,7 @@ def finish(
     drawn = draw_figures(flow, data, result, rows, config, place, options, time_budget)
     if board is not None:
         board.end(result.to_dict(), [path for path in drawn if path.suffix == ".png"], trainer.step)
-    trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.course(saved['step'])}"
+    trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.summary(saved['step'])}"
     if time_budget is not None:
         log.info("time_budget=%g: %.1f s so far", time_budget.seconds, time_budget.seconds - time_budget.left)
         time_budget.warn_if_over()
@@ -120,7 +120,7 @@ def figure_title(config: Mapping[str, Any], result: Evaluation) -> str:
 
 
 def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
-    """The standard error of the validation NLL at a step; None in rows written by an older flowtrain."""
+    """Returns the standard error of the validation NLL at a step; None if it is missing, as in older versions."""
     found = [row.get("nll_stderr") for row in rows if row.get("split") == "val" and row["step"] == step]
     return found[-1] if found else None
 

@@ -1,4 +1,4 @@
-"""Fits flows to data from Python: `fit` and `train` run the code of the command `flowtrain`.
+"""Fits flows to data from Python. `fit` and `train` run the same code as the command `flowtrain`.
 
 Example:
     >>> import torch
@@ -48,11 +48,11 @@ from flowtrain.utils.status import library_reporter, reporting
 
 log = logging.getLogger("flowtrain")
 
-# tables of a fit in its run directory, by the key of the data that names them
+# files in the run directory to which a fit copies its tables, by the key of the data that names them
 TABLES = {"path": "data/train.npz", "val_path": "data/val.npz", "test_path": "data/test.npz"}
 # further files that a fit writes in its run directory
 FILES = (".hydra/*.yaml", "flowtrain.log", "checkpoints/*.pt", "plots/*.png", "plots/*.pdf", "plots/*.svg")
-# the model whose trainer settings a flow built by hand is trained with, if it solves ODEs and if not
+# models whose trainer settings are used for a flow that was built by hand: if it solves ODEs, and otherwise
 CONTINUOUS, DISCRETE = "ffjord", "realnvp"
 
 
@@ -64,14 +64,14 @@ def _renew_lock() -> None:
     _FITTING = threading.RLock()
 
 
-# the thread that holds the lock is not in a forked process
+# a forked process needs a new lock, because the thread that holds the lock is not copied
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """One fit at a time in this process: random state, default dtype and log level belong to all of its threads."""
+    """Lets one fit run at a time, because all threads of a process share random state, default dtype and log level."""
     with _FITTING:
         yield
 
@@ -95,52 +95,53 @@ def fit(
 ) -> Flow:
     """Fits a flow to data by maximum likelihood: max over theta of the mean of log p(x; theta), in nats.
 
-    This does what the command `flowtrain model=MODEL data=array` does. Without `model`, several models are fitted to
+    This does the same as the command `flowtrain model=MODEL data=array`. Without `model`, several models are fitted to
     rows or a file within three minutes, and the best are stacked, see `flowtrain.runs.search`. Rows are split into
     training, validation and test sets. The flow standardises them; its log p and samples are in the units of x.
     Training has early stopping, averaged weights and a guard against solver error. With the same seed and settings,
-    `fit` and the command give the same flow, unless another thread draws random numbers from torch meanwhile, or a
-    time limit decides.
+    `fit` and the command give the same flow. This does not hold if a time limit ends the training, or if other threads
+    draw random numbers from torch at the same time.
 
-    torch's random state, thread count, default dtype and precision settings are restored on return. They belong to the
-    process, so fits in several threads run one after another.
+    torch's random state, thread count, default dtype and precision settings are restored on return. All threads of a
+    process share them, so fits in several threads run one after another.
 
     Args:
         x: rows (n, d) as a NumPy array, a tensor or a data frame; images (n, C, H, W); the name of a data set
             (`"moons"`); the path of a file (`"mine.csv"`); or a `Dataset`. The flow keeps the column names of a frame.
         model: the name of a model: "nsf", "maf", "ffjord", "realnvp", "glow", "mixture" or "affine"; or "auto", which
-            searches for the best. None: "auto" for rows and files, "ffjord" for data sets by name. `train` takes a flow
-            built by hand.
+            searches for the best. None: "auto" for rows and files, "ffjord" for data sets by name. `train` trains a
+            flow built by hand.
         label: for p(x | label), a class 0, 1, ... for each row, (n,), or the name or position of a column of x. True
-            takes the labels of a data set.
-        val: the validation set, which chooses the best weights: rows like x, or (rows, labels). A number is the share
-            of x to hold out. None: 0.1.
-        test: the test set: as `val`. It is scored only if there is a run directory. `Flow.record.held_out` has the
-            positions of the rows that were held out from x.
-        levels: the number of values if x is whole numbers 0 .. levels - 1, such as 256 for images of bytes. The flow
+            uses the labels of a data set.
+        val: the validation set, by which the best weights are chosen: rows like x, or (rows, labels). A number is the
+            share of x to hold out. None: 0.1.
+        test: the test set, given like `val`. It is scored only if there is a run directory. `Flow.record.held_out` has
+            the positions of the rows that were held out from x.
+        levels: the number of values if x contains integers 0 .. levels - 1, such as 256 for images of bytes. The flow
             then models the density of x + u with u ~ U[0, 1) (dequantization). For counts without a largest value, give
             overrides={"data.dequantize": True} instead.
         steps: the number of optimizer steps. None: the default for the model and the data.
         minutes: the time limit of the whole call. Learning rate and tolerance reach their final values by then. None:
-            three minutes of a search, and no limit for a single model.
+            three minutes for a search, and no limit for a single model.
         seed: the seed of the initial weights and the batches. The split into sets depends on the key `data.seed` only.
         device: auto (a GPU if there is one), cpu, cuda or cuda:0.
-        run_dir: a directory for the files of a run, which must not hold one: log, metrics, checkpoints, a copy of the
-            data, pictures and result.json. `flowtrain resume=RUN_DIR` continues the run. None: nothing is written.
+        run_dir: a directory for the files of a run: log, metrics, checkpoints, a copy of the data, pictures and
+            result.json. It must not contain another run. `flowtrain resume=RUN_DIR` continues the run. None: nothing is
+            written.
         progress: whether to show a progress bar.
         overrides: further settings by their keys on the command line, {"trainer.lr": 1e-3, "solver": "tsit5"} or
-            ["trainer.lr=1e-3", "solver=tsit5"]. They win over the arguments above. `flowtrain --help` lists the keys.
+            ["trainer.lr=1e-3", "solver=tsit5"]. They override the arguments above. `flowtrain --help` lists the keys.
             Messages name settings by these keys.
 
     Returns:
         The flow with the best validation NLL, in evaluation mode, on the device of the fit. A search returns an
-        `Ensemble` if more than one model has a weight; it has no `forward` and `inverse`. `Flow.record` holds its
-        config and the rows of metrics. If Ctrl-C interrupts the fit after the first validation, the best flow so far is
-        returned. A second Ctrl-C raises KeyboardInterrupt.
+        `Ensemble` if more than one model has a positive weight. An ensemble has no `forward` and `inverse`.
+        `Flow.record` contains the config and the rows of metrics. If Ctrl-C interrupts the fit after the first
+        validation, the best flow so far is returned. A second Ctrl-C raises KeyboardInterrupt.
 
     Raises:
         ConfigError: a setting that does not exist or is out of range.
-        DataError: missing values, text, or other data that no density can be fitted to. The message names row and
+        DataError: missing values, text, or other data to which no density can be fitted. The message names row and
             column.
         FlowtrainError: a loss, a gradient or an ODE solve failed; see the key `trainer.on_nonfinite`.
 
@@ -152,8 +153,8 @@ def fit(
     begun = time.perf_counter()
     if model is not None and not isinstance(model, str):
         raise ConfigError(
-            f"model is of type {type(model).__name__}: give a name such as model='realnvp'; flowtrain.train(flow, x) "
-            "trains a flow that was built by hand"
+            f"model is of type {type(model).__name__}: give a name such as model='realnvp', or use "
+            "flowtrain.train(flow, x) for a flow that was built by hand"
         )
     source = source_of(x, label, val, test)
     chosen = _open_choices(source, model, _as_mapping(overrides))
@@ -164,7 +165,7 @@ def fit(
     if source.labelled:
         if "conditional" not in composed.config["model"]:
             raise ConfigError(
-                f"label: model={chosen['model']} is not conditional; choose realnvp, nsf, maf, glow or ffjord"
+                f"label: model={chosen['model']} cannot be conditional: choose realnvp, nsf, maf, glow or ffjord"
             )
         composed.config["model"]["conditional"] = True
     ended = _run(composed, source, run_dir, progress, begun, Parts(data=source.data))
@@ -172,7 +173,7 @@ def fit(
     saved = {**trainer.read(), "config": trainer.config}
     flow = load.restore(saved, trainer.device, load.own_packages(trainer.config))
     flow.record = _record(saved, ended)
-    # the declared type is Flow, although a search may give an ensemble
+    # the declared type is Flow, although a search may return an ensemble
     return cast(Flow, flow)
 
 
@@ -195,7 +196,7 @@ def train(
 ) -> Record:
     """Trains a flow that was built by hand, in place. Arguments that are not listed here are as in `fit`.
 
-    The rows of x must have the event shape of the flow, and be whole numbers if the flow is integer-valued. They are
+    The rows of x must have the event shape of the flow, and be integers if the flow is integer-valued. They are
     standardised only if the flow contains a `flowtrain.bijections.Standardize`.
     Afterwards, the flow has the weights with the best validation NLL and is in evaluation mode. If training fails, the
     flow gets its former weights back. With overrides={"objective": "rectified"}, the present flow is the teacher for
@@ -203,8 +204,8 @@ def train(
 
     Args:
         device: the device to train on. None: the device of the flow.
-        initialize: whether to set data-dependent parameters, such as scale and shift of ActNorm, from x first.
-            None: only if the flow was never trained by `fit` or `train`.
+        initialize: whether to set data-dependent parameters first, such as scale and shift of ActNorm. None: only if
+            the flow was never trained by `fit` or `train`.
         overrides: as in `fit`. The groups `model` and `solver` cannot be changed.
 
     Returns:
@@ -212,7 +213,7 @@ def train(
 
     Raises:
         ConfigError: a setting that does not exist or is out of range.
-        DataError: data of another shape or kind than the flow takes.
+        DataError: the data do not fit the flow, for example in their shape.
         FlowtrainError: as in `fit`.
 
     Example:
@@ -226,7 +227,7 @@ def train(
     _check_trainable(flow)
     source = source_of(x, label, val, test)
     if source.labelled and flow.classes is None:
-        raise DataError("the flow is not conditional: leave label out")
+        raise DataError("the flow is not conditional: remove the argument label")
     kind = CONTINUOUS if flow.ode_blocks else DISCRETE
     where = flow.like.device if device is None else device
     settings = {**source.settings, "model": kind, "seed": seed, "device": str(where)}
@@ -254,25 +255,25 @@ def train(
 
 
 def _check_trainable(flow: Any) -> None:
-    """Refuses what `train` cannot train.
+    """Checks that `train` can train a flow.
 
     Raises:
-        ConfigError: not a flow, no parameter to train, or parameters that no update can change.
+        ConfigError: not a flow, no parameter that requires a gradient, or inference tensors.
     """
     if not isinstance(flow, Flow):
-        raise ConfigError(f"flow={shortened(flow)}: give a Flow; fit builds one from the name of a model")
+        raise ConfigError(f"flow={shortened(flow)}: give a Flow, or use fit, which builds one from the name of a model")
     parameters = list(flow.parameters())
     if not any(p.requires_grad for p in parameters):
         raise ConfigError("the flow has no parameter to train: set requires_grad for at least one")
     if any(tensor.is_inference() for tensor in (*parameters, *flow.buffers())):
         raise ConfigError(
-            "the flow was built in torch.inference_mode, so that it cannot be trained: build it outside, or train a "
+            "the flow was built in torch.inference_mode and cannot be trained: build it outside, or train a "
             "copy.deepcopy of it"
         )
 
 
 def _open_choices(source: "Source", model: str | None, overrides: Mapping[str, Any]) -> dict[str, str]:
-    """The choices of model and objective that are left open; see `flowtrain.cli.overrides.with_default_choices`."""
+    """Returns the default choices of model and objective; see `flowtrain.cli.overrides.with_default_choices`."""
     if source.settings["data"] != "array" or set(overrides) & {"data", "experiment"}:
         return {"model": model or "ffjord"}
     return {**({} if model is None else {"model": model}), **default_choices(set(flattened(overrides)), model)}
@@ -284,7 +285,7 @@ class Source:
 
     Attributes:
         settings: the choice of the data and its keys.
-        tables: tables in memory, by the keys of the data that they take the place of.
+        tables: tables in memory, by the keys of the data that they replace.
         data: a data set that the caller has built, or None.
         labelled: whether the caller has given labels.
     """
@@ -296,15 +297,15 @@ class Source:
 
     @property
     def held_keys(self) -> list[str]:
-        """The keys of the data that have tables in memory, in the place of files."""
+        """The keys of the data whose files are replaced by tables in memory."""
         return [f"data.{key}" for key in self.tables]
 
 
 def source_of(x: Any, label: Any = None, val: Any = None, test: Any = None) -> Source:
-    """Reads the arguments of `fit` that are data.
+    """Converts the data arguments of `fit`.
 
     Raises:
-        ConfigError: a name that is neither a data set nor a file, or arguments that do not go together.
+        ConfigError: a name that is neither a data set nor a file, or incompatible arguments.
         DataError: rows that are not a table of numbers.
     """
     label = _plain(label)
@@ -338,7 +339,7 @@ def _by_overrides(x: Any, name: str) -> str:
 
 
 def _settings_of(data: Dataset) -> dict[str, Any]:
-    """The settings of the config that names the class of a data set, else those for finite or for endless data."""
+    """Returns settings for the caller's data set: the config of its class, or defaults for finite or endless data."""
     target = f"{type(data).__module__}.{type(data).__qualname__}"
     folders = [config_dir()]
     named = (
@@ -349,14 +350,14 @@ def _settings_of(data: Dataset) -> dict[str, Any]:
 
 
 def _in_memory(x: Any, label: Any, val: Any, test: Any) -> Source:
-    """Rows in memory, as tables in the place of the files of data=array."""
+    """Converts rows in memory to tables that replace the files of data=array."""
     settings: dict[str, Any] = {"data": "array"}
     if isinstance(label, bool):
         raise ConfigError(f"label={label}: for rows in memory, give the labels, or the name or position of a column")
     names = column_names(x) if is_frame(x) else ()
     labels = None
     if isinstance(label, str | int):
-        # a column of a frame can have a number for its name
+        # the name of a column of a data frame can be a number
         own = list(x.columns) if names and not isinstance(label, str) else []
         settings["data.label"] = own.index(label) if label in own else label
     elif label is not None:
@@ -385,10 +386,12 @@ def _in_memory(x: Any, label: Any, val: Any, test: Any) -> Source:
 def _held_out(
     key: str, given: Any, table: Table, event_shape: list[int] | None, is_named: bool, free: str, has_labels: bool
 ) -> Table:
-    """The table of a held-out set, with the columns of the table of x.
+    """Returns the table of a held-out set, with the columns of the table of x.
 
     Args:
         key: val or test.
+        given: the argument `val` or `test` of `fit`.
+        table: the table of x.
         event_shape: the shape of the images of x; None for vectors.
         is_named: whether x is a data frame.
         free: the name of the column of labels.
@@ -402,7 +405,7 @@ def _held_out(
     held = table_of(rows, key, own, free)
     shape = event_shape_of(rows)
     if shape not in (None, event_shape):
-        raise DataError(f"{key} has images of shape {shape}, and x has {event_shape or 'vectors'}")
+        raise DataError(f"{key} has images of shape {shape}, but x has {event_shape or 'vectors'}")
     if is_frame(rows) and is_named:
         missing = [name for name in table.columns if name not in held.columns]
         if missing:
@@ -415,14 +418,14 @@ def _held_out(
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy or torch, or an array of rank 0, as a number of Python; anything else unchanged."""
+    """Converts a NumPy or torch number, or an array of rank 0, to a Python number. Other values are not changed."""
     scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
     plain = value.item() if scalar else value
     return plain if isinstance(plain, numbers.Real) else value
 
 
 def _data_settings(flow: Flow) -> dict[str, Any]:
-    """The keys of data=array with which its samples are of the kind that a flow takes."""
+    """Returns the keys of data=array that make its samples fit a flow."""
     parts = list(flow.modules())
     return {
         "data.standardize": any(isinstance(part, Standardize) for part in parts),
@@ -441,7 +444,7 @@ def _composed(
     fixed: Sequence[str] = (),
     held: Sequence[str] = (),
 ) -> Composed:
-    """The config of a fit; overrides win.
+    """Composes the config of a fit. `overrides` override the other settings.
 
     Args:
         fixed: groups that overrides cannot change.
@@ -467,7 +470,7 @@ def _composed(
 
 
 def _as_mapping(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
-    """Overrides by their keys; a list has the form of a command line.
+    """Returns overrides by their keys, from a mapping or a list of KEY=VALUE.
 
     Raises:
         ConfigError: an entry of a list that is not KEY=VALUE.
@@ -488,7 +491,7 @@ def _as_mapping(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str
 def _run(
     composed: Composed, source: Source, run_dir: str | Path | None, progress: bool, begun: float, parts: Parts
 ) -> Ended:
-    """Trains, in a run directory if one is given."""
+    """Trains a flow, in a run directory if one is given."""
     config, parts = composed.config, replace(parts, tables=source.tables)
     if source.data is not None:
         config["data"] = {"name": type(source.data).__name__}
@@ -501,7 +504,7 @@ def _run(
         with _new_run_directory(path):
             paths = {key: str(path / TABLES[key]) for key in source.tables}
             config = {**config, "data": {**config["data"], **paths}}
-            # a killed fit is recognised by its config
+            # written first, because the leftovers of a killed fit are recognised by its config
             _write_hydra(path, config, composed)
             for key, table in source.tables.items():
                 write_table(Path(paths[key]), table)
@@ -511,7 +514,7 @@ def _run(
 
 
 def _checked(ended: Ended) -> Ended:
-    """The run that has ended. A signal that has ended it is raised again, except an interrupt after a validation.
+    """Re-raises the signal that ended a run, unless it is an interrupt after the first validation. Returns the run.
 
     Raises:
         KeyboardInterrupt: an interrupt before the first validation.
@@ -544,11 +547,11 @@ def _new_run_directory(run_dir: Path) -> Iterator[None]:
 
 
 def _files_of_others(run_dir: Path) -> list[Path]:
-    """The files that a fit would overwrite, without leftovers of a fit that was killed before its first checkpoint."""
+    """Returns the files that a fit would overwrite, except leftovers of a fit killed before its first checkpoint."""
     config, overrides = (_yaml_of(run_dir / f".hydra/{name}.yaml") for name in ("config", "overrides"))
     if isinstance(config, Mapping) and {"model", "data", "solver", "objective", "trainer"} <= config.keys():
         data = config["data"] if isinstance(config["data"], Mapping) else {}
-        # the command names the file of its data, and a fit with rows in memory names a copy that it has made itself
+        # data/train.npz is our own copy if a fit wrote this config. A command lists its data.path among the overrides
         own = data.get("path") == str(run_dir / TABLES["path"]) and isinstance(overrides, list)
         own = own and not any(str(entry).startswith("data.path=") for entry in overrides)
         patterns: tuple[str, ...] = () if own else tuple(TABLES.values())
@@ -561,7 +564,7 @@ def _files_of_others(run_dir: Path) -> list[Path]:
 
 
 def _yaml_of(path: Path) -> Any:
-    """The content of a YAML file; None if it cannot be read."""
+    """Returns the content of a YAML file; None if it cannot be read."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError):
@@ -569,7 +572,7 @@ def _yaml_of(path: Path) -> Any:
 
 
 def _write_hydra(run_dir: Path, config: Mapping[str, Any], composed: Composed) -> None:
-    """The .hydra folder as the command writes it."""
+    """Writes the .hydra folder as the command does."""
     plain = {key: value for key, value in config.items() if key != "model"}
     overrides = [f"{key}={shown(value)}" for key, value in composed.settings.items()]
     hydra = {"hydra": {"runtime": {"choices": composed.choices}, "overrides": {"task": overrides}}}
@@ -580,7 +583,7 @@ def _write_hydra(run_dir: Path, config: Mapping[str, Any], composed: Composed) -
 
 
 def _record(saved: Mapping[str, Any], ended: Ended) -> Record:
-    """The record of a fit that has ended, from the checkpoint that its flow is loaded from."""
+    """Returns the record of a fit that has ended. `saved` is the checkpoint of its flow."""
     trainer = ended.trainer
     return Record(
         config=saved["config"],

@@ -24,7 +24,7 @@ from flowtrain.utils.arguments import below_half, path_of
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError, first_line
 from flowtrain.utils.process import own_settings
 
-# the package that each config group draws from, when the config comes out of a file
+# the subpackage of flowtrain from which each group of a config in a file may build
 GROUP_PACKAGES = {
     "model": "models",
     "data": "data",
@@ -35,10 +35,10 @@ GROUP_PACKAGES = {
 
 
 def check_targets(config: Mapping[str, Any], trust: Sequence[str] = ()) -> None:
-    """Refuses a config read from a file that names anything outside flowtrain's own groups and `trust`.
+    """Checks that a config from a file builds only classes of flowtrain and of the packages in `trust`.
 
     Raises:
-        CheckpointError: a foreign `_target_`, or an interpolation.
+        CheckpointError: a `_target_` that is not trusted, or an interpolation.
     """
     if isinstance(trust, str):
         trust = [trust]
@@ -49,20 +49,20 @@ def check_targets(config: Mapping[str, Any], trust: Sequence[str] = ()) -> None:
                 check_description(value, trust, f"model.{key}")
     for where, value in nested_values(config):
         if isinstance(value, str) and "${" in value:
-            raise CheckpointError(f"the checkpoint's config has an interpolation at {'.'.join(where)}: refused")
+            raise CheckpointError(f"the checkpoint's config is refused: it has an interpolation at {'.'.join(where)}")
         if where[-1] != "_target_" or (described and where[0] == "model"):
             continue
         roots = [f"flowtrain.{GROUP_PACKAGES[where[0]]}"] if where[0] in GROUP_PACKAGES else []
         roots += list(trust)
         if not under(value, roots) or not under(home_of(value), roots):
             raise CheckpointError(
-                f"the checkpoint's config would run {value} ({'.'.join(where)}); only {', '.join(roots) or 'nothing'} "
-                "is trusted there. If it is your own package, name it: trust=[mypkg]"
+                f"the checkpoint's config would run {value} ({'.'.join(where)}), but only "
+                f"{', '.join(roots) or 'nothing'} is trusted there. If it is your own package, name it: trust=[mypkg]"
             )
 
 
 def nested_values(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The plain values in nested mappings and lists, each with the keys that lead to it."""
+    """Yields the plain values in nested mappings and lists, each with the keys that lead to it."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield from nested_values(value, (*where, str(key)))
@@ -73,10 +73,10 @@ def nested_values(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tupl
         yield where, node
 
 
-# no smaller limits: a whole number in a checkpoint's model config may be up to 1024, and a sample have up to 2**24
-# elements, however few the weights
+# Limits for configs in files. Integers up to 1024 in a model config and samples of up to 2**24 elements are always
+# allowed. Larger ones must not exceed the number of weights in the file
 SMALL_NUMBER, SMALL_SAMPLE = 1024, 2**24
-# keys of numbers that take no memory
+# keys of integers that do not affect the size of a model
 UNBOUNDED = ("levels", "max_nfe", "warmup")
 
 
@@ -99,12 +99,12 @@ def load(
 ) -> Flow | Ensemble:
     """Loads the flow of a run directory or a file. Loading runs no code from the file.
 
-    The flow is in evaluation mode and has the dtype that it was saved in. If training averaged the weights (EMA), the
+    The flow is in evaluation mode and has the dtype of the saved weights. If training averaged the weights (EMA), the
     flow has the averages.
 
     A sweep directory, or a list of runs with the same data, gives an `Ensemble`: log p(x) = log sum_m w_m p_m(x). Its
     weights are computed by EM on the validation rows, which are read again, see
-    `flowtrain.models.ensemble.stacking_weights`. The file of an ensemble has its weights.
+    `flowtrain.models.ensemble.stacking_weights`. If the path is the file of an ensemble, its weights are in the file.
 
     Args:
         path: a run directory (its best checkpoint), a .pt file of a run or of `Flow.save`, a sweep directory, or a list
@@ -120,7 +120,7 @@ def load(
 
     Raises:
         CheckpointError: the file is missing, damaged, or names code that is not trusted; runs with different data.
-        ConfigError: this machine does not have the device; weights that are not weights.
+        ConfigError: this machine does not have the device, or the weights are invalid.
         DataError: the validation rows of an ensemble are missing or have changed.
 
     Example:
@@ -131,8 +131,8 @@ def load(
     if runs is None:
         assert isinstance(paths, Path)
         if weights is not None:
-            raise ConfigError(f"weights: {path} is a single run; give a sweep directory or a list of runs")
-        # the declared type of a single path is Flow, although a file may hold an ensemble
+            raise ConfigError(f"weights: {path} is a single run: give a sweep directory or a list of runs")
+        # the declared type of a single path is Flow, although a file may contain an ensemble
         return cast(Flow, restore(checkpoint.load(checkpoint.find(paths)), where, trust))
     members = []
     for run in runs:
@@ -150,37 +150,37 @@ def load(
 
 
 def restore_flow(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str] = ()) -> Flow:
-    """The flow of a checkpoint that has been read; see `load`.
+    """Restores the flow of a checkpoint that has been read; see `load`.
 
     Raises:
-        CheckpointError: as `load`, and of an ensemble.
+        CheckpointError: as in `load`, or the checkpoint is an ensemble.
     """
     flow = restore(saved, device, trust)
     if not isinstance(flow, Flow):
         raise CheckpointError(
-            "the checkpoint is an ensemble of flows, and a single flow is needed here: give its members"
+            "the checkpoint is an ensemble of flows, but a single flow is needed here: give one of its members"
         )
     return flow
 
 
 def restore(saved: Mapping[str, Any], device: torch.device, trust: Sequence[str] = ()) -> Density:
-    """The flow or the ensemble of a checkpoint that has been read; see `load`."""
+    """Restores the flow or the ensemble of a checkpoint that has been read; see `load`."""
     check_targets(saved["config"], trust)
     samples = samples_of(saved)
-    # building draws initial weights, and the caller may be in inference mode, whose tensors take no gradients
+    # building draws random weights, and the caller may be in inference mode, whose tensors cannot be trained
     with own_settings(torch.device("cpu")):
         check_sizes(saved, samples)
         flow = build_density(saved["config"], samples)
         cast_as(flow, saved["weights"])
         load_averaged_weights(flow, saved)
-    # the file of a flow that was built by hand has no run, and that of an ensemble knows the data of its members
+    # files of flows that were built by hand have no record; files of ensembles have the data config of their members
     if "trainer" in saved["config"] or "_target_" in saved["config"].get("data", {}):
         flow.record = Record(saved["config"], samples, saved["step"])
     return flow.to(device).eval()
 
 
 def own_packages(config: Mapping[str, Any]) -> list[str]:
-    """The packages this run was itself composed from: what it trained with, it may be evaluated with."""
+    """Returns the packages of a config's classes, which are trusted because the user has composed the config."""
     return [
         str(group["_target_"]).split(".")[0]
         for group in config.values()
@@ -189,10 +189,10 @@ def own_packages(config: Mapping[str, Any]) -> list[str]:
 
 
 def load_averaged_weights(flow: Density, saved: Mapping[str, Any]) -> None:
-    """Loads the weights of a checkpoint into a flow, with the averages where EMA was on.
+    """Loads the weights of a checkpoint into a flow, or their averages if EMA was used.
 
     Raises:
-        CheckpointError: they are of another model.
+        CheckpointError: the weights belong to another model.
     """
     try:
         flow.load_state_dict(saved["weights"])
@@ -204,7 +204,7 @@ def load_averaged_weights(flow: Density, saved: Mapping[str, Any]) -> None:
 
 
 def cast_as(flow: Density, weights: Mapping[str, Tensor]) -> None:
-    """Casts the parameters and buffers of a flow to the dtypes of these weights, which may be of `flow.double()`."""
+    """Casts the parameters and buffers of a flow to the dtypes of the weights, for example after `flow.double()`."""
     dtypes = list({w.dtype for w in weights.values() if w.is_floating_point()})
     if len(dtypes) == 1:
         flow.to(dtypes[0])
@@ -215,41 +215,45 @@ def cast_as(flow: Density, weights: Mapping[str, Tensor]) -> None:
 
 
 def check_sizes(saved: Mapping[str, Any], samples: Samples) -> Density | None:
-    """Refuses a config that would build more than the checkpoint's weights fill, before any memory is asked for.
+    """Checks that a config builds a model of the size of the checkpoint's weights, before any memory is allocated.
 
-    No whole number in the model's config may exceed all the weights there are; and the model, sketched without memory
-    (on torch's meta device), must have weights of their shapes. Returns the sketch; None for a model that needs values
-    to be built.
+    An integer in the model's config must not exceed the number of weights. The model is then built on torch's meta
+    device, which allocates no memory, and must have weights of the same shapes.
+
+    Returns:
+        the model on the meta device; None for a model that needs values to be built.
 
     Raises:
-        CheckpointError: the config is not that of the weights, or builds no flow at all.
+        CheckpointError: the config does not fit the weights, or does not build a flow.
     """
     weights = saved["weights"]
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     most = max(SMALL_NUMBER, sum(w.numel() for w in weights.values()))
-    # a float such as 1e9 is a whole number too, where one is asked for
+    # a float such as 1e9 counts as an integer if the argument is an integer
     model = with_whole_numbers({"model": saved["config"]["model"]}, ["model"])
     for where, value in nested_values(without_own_arguments(model)):
         if not isinstance(value, int) or where[-1] in UNBOUNDED or value in samples.event_shape:
             continue
         if abs(value) > most:
-            raise CheckpointError(f"the checkpoint's {'.'.join(where)} is {value}, and its weights are {most} numbers")
+            raise CheckpointError(
+                f"the checkpoint's {'.'.join(where)} is {value}, which is too large for its weights (at most {most})"
+            )
     if math.prod(samples.event_shape) > max(SMALL_SAMPLE, most):
-        raise CheckpointError(f"the checkpoint's samples would be of shape {samples.event_shape}")
+        raise CheckpointError(f"the checkpoint's event shape {samples.event_shape} is too large for its weights")
     try:
         with torch.device("meta"):
             sketch = build_density(saved["config"], samples)
     except FlowtrainError as e:
-        raise CheckpointError(f"the checkpoint's config builds no flow: {e}") from e
+        raise CheckpointError(f"the checkpoint's config does not build a flow: {e}") from e
     except NotImplementedError:
-        # a user's own model that needs values to be built
+        # a user's model that needs values to be built
         return None
     except RuntimeError as e:
         if "meta tensors" in str(e):
             return None
-        raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
+        raise CheckpointError(f"the checkpoint's config does not build a flow: {first_line(e)[:200]}") from e
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError) as e:
-        raise CheckpointError(f"the checkpoint's config builds no flow: {first_line(e)[:200]}") from e
+        raise CheckpointError(f"the checkpoint's config does not build a flow: {first_line(e)[:200]}") from e
     wrong = [name for name, w in sketch.state_dict().items() if not _fits(weights.get(name), w, samples)]
     wrong += [name for name in shapes if name not in sketch.state_dict()]
     averaged = averages(saved.get("ema") or {}).items()
@@ -260,7 +264,7 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> Density | None:
 
 
 def without_own_arguments(node: Any) -> Any:
-    """A config without plain arguments of nested classes of other packages, which say themselves what is too much."""
+    """Removes the plain arguments of other packages' classes from a config. Those classes check sizes themselves."""
     if isinstance(node, list | tuple):
         return [without_own_arguments(item) for item in node]
     if not isinstance(node, Mapping):
@@ -271,27 +275,27 @@ def without_own_arguments(node: Any) -> Any:
 
 
 def _fits(value: Any, sketch: Tensor | None, samples: Samples) -> bool:
-    """Whether a tensor can take the place of one of the model's: of its shape and kind, and no index out of range."""
+    """Returns whether a tensor can replace a tensor of the model: same shape and kind, and no index out of range."""
     if not isinstance(value, Tensor) or sketch is None or value.shape != sketch.shape:
         return False
     kinds = [(t.is_floating_point(), t.is_complex(), t.dtype == torch.bool) for t in (value, sketch)]
     if kinds[0] != kinds[1]:
         return False
-    # what is not a list of indices is a count, as of a batch norm's batches
+    # only integer tensors with at least one dimension are indices; integer scalars are counts, as in batch norms
     if value.is_floating_point() or value.dtype == torch.bool or not value.numel() or not value.dim():
         return True
     return int(value.min()) >= 0 and int(value.max()) < max(SMALL_NUMBER, math.prod(samples.event_shape))
 
 
 def samples_of(saved: Mapping[str, Any]) -> Samples:
-    """The description of the training samples in a checkpoint.
+    """Returns the description of the training samples in a checkpoint.
 
     Raises:
-        CheckpointError: a description that is not one.
+        CheckpointError: the description is not valid.
     """
     event_shape = tuple(saved["event_shape"])
     if "samples" not in saved:
-        # written before there were images
+        # the first versions, which had no images, did not write this key
         data = saved["config"]["data"]
         return Samples(event_shape, bool(data.get("dequantize")), standardized=bool(data.get("standardize")))
     try:
@@ -311,7 +315,7 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
     except (TypeError, ConfigError):
         good = False
     if not good:
-        raise CheckpointError(f"the checkpoint describes its samples as {saved['samples']}: not one of ours")
+        raise CheckpointError(f"the checkpoint's description of its samples is not valid: {saved['samples']}")
     record = tuple((name, n, checksum) for name, n, checksum in samples.record)
     class_counts, noisy = tuple(samples.class_counts), tuple(samples.noisy)
     return replace(samples, alpha=alpha, noisy=noisy, class_counts=class_counts, record=record)

@@ -1,4 +1,4 @@
-"""Builds and checks the trainer of a run: its data, flow, objective and settings, from a config or a checkpoint."""
+"""Builds the trainer of a run with its data, flow, objective and settings, from a config or a checkpoint."""
 
 import logging
 import math
@@ -32,21 +32,21 @@ from flowtrain.utils.status import phase, status
 
 log = logging.getLogger("flowtrain")
 
-# the flow that a run's objective learns from, in its directory
+# the file in the run directory with the flow from which the objective learns
 TEACHER = "checkpoints/teacher.pt"
-# the least steps for the hybrid objective
+# the smallest number of steps for the hybrid objective
 LEAST_HYBRID = 10
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Objects that the caller of a run has built: each takes the place of one that the config names.
+    """Objects that the caller of a run has built. They replace the objects of the config.
 
     Attributes:
         flow: a flow, which is trained in place.
         data: a data set.
-        tables: tables in memory, by the keys of the data that they take the place of.
-        initialize: whether a new run sets what depends on its data.
+        tables: tables in memory, by the keys of the data that they replace.
+        initialize: whether a new run performs data-dependent initialization.
     """
 
     flow: Flow | None = None
@@ -69,9 +69,9 @@ def prepare(
 ) -> Trainer:
     """Builds and checks the trainer of a run with its flow, data and settings; see `flowtrain.runs.run.train`."""
     device = ranks.device(build.resolve_device(config["device"]))
-    # finds mistakes before the data are read, which can take long. Built again once the data are known
+    # reports mistakes before the data are read, which can take long. The settings are built again with the data
     build.build_settings(auto_settings.resolve_auto(config, None, (1,)))
-    # checkpoints of an older flowtrain have no time budget
+    # checkpoints of older versions have no time budget
     seconds = config.get("time_budget")
     seconds = None if seconds is None else number("time_budget", seconds)
     with phase("reading the data"):
@@ -86,18 +86,18 @@ def prepare(
         check_unchanged(load.samples_of(saved), data.samples)
     within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
     choose_threads(config.get("threads"), data.event_shape)
-    taught = teaching(config, run_dir, saved is not None)
+    teacher_checkpoint = read_teacher(config, run_dir, saved is not None)
     teacher = None
-    if taught is not None:
-        check_same("from", load.samples_of(taught), data.samples)
-        if saved is None and (change := changes(load.samples_of(taught).record, data.samples.record)):
+    if teacher_checkpoint is not None:
+        check_same("from", load.samples_of(teacher_checkpoint), data.samples)
+        if saved is None and (change := changes(load.samples_of(teacher_checkpoint).record, data.samples.record)):
             log.warning(
-                "from: since that run, %s: it may have been trained on rows that are held out now, which then score "
-                "too well",
+                "from: since that run, %s. It may have been trained on rows that are held out now, whose NLL is then "
+                "too low",
                 change,
             )
         with status("loading the run to begin from"):
-            teacher = load.restore_flow(taught, device, trust)
+            teacher = load.restore_flow(teacher_checkpoint, device, trust)
     if saved is not None:
         load.check_sizes(saved, data.samples)
     torch.manual_seed(whole("seed", config["seed"], least=0))
@@ -108,16 +108,16 @@ def prepare(
     if given.flow is not None and build.takes_teacher(config):
         if run_dir is not None:
             raise ConfigError(
-                f"objective={name_of(config['objective'])}: a run directory cannot keep the flow to learn from; leave "
-                "run_dir out"
+                f"objective={name_of(config['objective'])} learns from the given flow, which a run directory cannot "
+                "store: leave run_dir out"
             )
-        # a flow that is given learns from its own present state
+        # the teacher of a given flow is its own present state
         teacher = deepcopy(flow).eval()
     objective = build.build_objective(config, flow, teacher)
     config = {**config, "objective": {**config["objective"], **objective.pinned}}
     picture = None
     if run_dir is not None and settings.plot_every is not None:
-        # imported here because it takes matplotlib
+        # imported here because it imports matplotlib
         from flowtrain.runs.finish import draw_training
 
         picture = partial(
@@ -138,17 +138,17 @@ def prepare(
     )
     if run_dir is None:
         return trainer
-    if saved is None and taught is not None and build.takes_teacher(config) and ranks.is_first():
-        # written last, because the directory holds a run from then on; as read before, because the other run may have
-        # changed since
-        checkpoint.save(run_dir / TEACHER, taught)
+    if saved is None and teacher_checkpoint is not None and build.takes_teacher(config) and ranks.is_first():
+        # Written last, because the directory then counts as a run. The content was read at the start, because the other
+        # run may have changed since
+        checkpoint.save(run_dir / TEACHER, teacher_checkpoint)
     if board is not None:
         board.follow(trainer.metrics, trainer.step, run_dir / "plots")
     return trainer
 
 
 def resolve_objective(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
-    """The config with objective=auto replaced by the objective that suits the data, and the settings that suit it."""
+    """Returns the config with objective=auto replaced by an objective that suits the data, with its settings."""
     objective = config["objective"]
     if not isinstance(objective, Mapping) or objective.get("name") != auto_settings.AUTO or "_target_" in objective:
         return dict(config)
@@ -162,7 +162,7 @@ def resolve_objective(config: Mapping[str, Any], data: Dataset) -> dict[str, Any
 
 
 def data_like(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
-    """The choices whose recipes and trainer settings suit these data."""
+    """Returns the choices of data and recipe whose settings suit these data."""
     name = str(config["data"].get("name"))
     if data.n_train is None and name not in options("data", [config_dir()]):
         return {"data": "moons", "recipe": "none"}
@@ -170,7 +170,7 @@ def data_like(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
 
 
 def objective_of(event_shape: tuple[int, ...], steps: Any) -> str:
-    """The objective that was better for model=ffjord on tables of so many columns.
+    """Returns the objective for model=ffjord that was better in measurements on samples of this shape.
 
     Args:
         steps: the number of steps. Below LEAST_HYBRID, the likelihood is used.
@@ -180,41 +180,46 @@ def objective_of(event_shape: tuple[int, ...], steps: Any) -> str:
 
 
 def _fitting(flow: Flow, data: Dataset) -> Flow:
-    """The flow, if the data are of its kind.
+    """Returns the flow after a check that it fits the data.
 
     Raises:
         DataError: samples of another shape or kind, or no labels for a conditional flow.
     """
     check_fits(flow, data)
     if flow.classes is not None and (data.classes or 0) > flow.classes:
-        raise DataError(f"the flow has {flow.classes} classes, and the labels of the data go up to {data.classes}")
+        raise DataError(f"the flow has {flow.classes} classes, but the data have {data.classes}")
     if flow.classes is not None and data.classes is None:
-        raise DataError("the flow is conditional, and the data have no labels: give label")
+        raise DataError("the flow is conditional, but the data have no labels: give label")
     return flow
 
 
-def teaching(config: Mapping[str, Any], run_dir: Path | None, resumed: bool) -> dict[str, Any] | None:
-    """The checkpoint of the run that `from` names: what a new run begins with, and what some objectives learn from.
+def read_teacher(config: Mapping[str, Any], run_dir: Path | None, resumed: bool) -> dict[str, Any] | None:
+    """Reads the checkpoint of the run `from`; None if it is not needed.
 
-    Such objectives are resumed with the copy in the run directory, because the other run may change. Other objectives
-    need it only at the start.
+    A new run starts with its weights. Some objectives also learn from its flow. When their runs are resumed, the copy
+    in the run directory is read, because the other run may have changed.
 
     Raises:
-        CheckpointError: it is missing.
+        CheckpointError: the checkpoint is missing.
     """
     if config.get("from") is None or (resumed and not build.takes_teacher(config)):
         return None
     path = run_dir / TEACHER if resumed and run_dir is not None else checkpoint.find(Path(config["from"]))
     if not path.is_file():
-        raise CheckpointError(f"{path} is not there: the run cannot go on without; start a new one, with from=RUN_DIR")
+        raise CheckpointError(
+            f"{path} is missing, and the run cannot be resumed without it: start one with from=RUN_DIR"
+        )
     return checkpoint.load(path)
 
 
 def check_same(who: str, before: Samples, now: Samples) -> None:
-    """Refuses to go on with a run on samples of another kind.
+    """Checks that the samples are of the same kind as those on which a run was trained.
+
+    Args:
+        who: resume or from, for messages.
 
     Raises:
-        ConfigError: naming what differs.
+        ConfigError: a property of the samples differs.
     """
     for key in (
         "event_shape",
@@ -229,21 +234,21 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
         old, new = getattr(before, key), getattr(now, key)
         if old != new:
             raise ConfigError(
-                f"{who}: the run was trained on samples whose {key} is {old}, and that of the data now is {new}: "
-                "leave data.* as it was, but for where its files are"
+                f"{who}: the run was trained on samples with {key}={old}, but the data now have {key}={new}: leave the "
+                "keys data.* unchanged, except for paths of files"
             )
 
 
 def check_unchanged(before: Samples, now: Samples) -> None:
-    """Refuses to resume a run whose data have changed: it could be tested on rows that it was trained on.
+    """Checks that the data of a resumed run have not changed. Otherwise, it could be tested on its training rows.
 
     Raises:
-        DataError: saying what has changed.
+        DataError: the data have changed.
     """
     change = changes(before.record, now.record)
     if change:
         raise DataError(
-            f"resume: since the run began, {change}. A run must be resumed with the same data: otherwise, rows that "
-            "it was trained on could be held out. Restore the data, or start a new run with the changed data "
-            "(from=RUN_DIR starts it with the weights of this one)"
+            f"resume: since the run began, {change}. A run must be resumed with the same data, because otherwise "
+            "training rows could become test rows. Restore the data, or start a new run with the changed data "
+            "(from=RUN_DIR starts it with the weights of this run)"
         )

@@ -1,4 +1,4 @@
-"""One run from its config to result.json."""
+"""Trains and evaluates one run, from its config to result.json."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ log = logging.getLogger("flowtrain")
 
 
 class Ended(NamedTuple):
-    """The trainer or the search of a run that has ended, and its exit code: 128 + the number of a signal, else 0."""
+    """The trainer or search of a run that has ended, and the exit code: 128 + n if signal n has ended it, else 0."""
 
     trainer: Trainer | Search
     code: int
@@ -44,16 +44,16 @@ def train(
     recipes: Mapping[str, Sequence[str]] | None = None,
     given: Parts = NOTHING_GIVEN,
 ) -> Ended:
-    """Trains; in a run directory, also evaluates the best checkpoint and writes result.json and the pictures.
+    """Trains a run. In a run directory, the best checkpoint is then evaluated.
 
     Args:
-        config: plain values, resolved.
-        run_dir: None: nothing is written.
-        saved: the checkpoint to go on from.
-        trust: packages besides flowtrain that the run of `from` may build from.
-        begun: when the command began, by time.perf_counter, for `time_budget`; None: now.
-        recipes: for the banner, the recipes that applied and the keys that each has set; None if unknown.
-        given: objects that replace those of the config.
+        config: the config, with plain values and without interpolations.
+        run_dir: the run directory; None: nothing is written.
+        saved: the checkpoint to resume from; None: a new run.
+        trust: packages besides flowtrain whose classes the checkpoint of `from` may name.
+        begun: the time.perf_counter at which the command began, for `time_budget`; None: now.
+        recipes: for the banner, the recipes that were applied, with the keys that each of them set; None if unknown.
+        given: objects that replace objects of the config.
     """
     begun = time.perf_counter() if begun is None else begun
     with own_settings(ranks.device(build.resolve_device(config["device"]))):
@@ -69,7 +69,7 @@ def _train(
     recipes: Mapping[str, Sequence[str]] | None,
     given: Parts,
 ) -> Ended:
-    """`train`, in a process whose settings may be changed."""
+    """Implements `train`. Changes settings of the process, such as the number of threads."""
     options = PlotOptions.of(config)
     board = None if run_dir is None else tensorboard.board(config["logger"], run_dir / "tensorboard")
     if board is not None and "png" not in options.formats:
@@ -92,7 +92,7 @@ def _train(
         log.info("stopped at step %d: %s", trainer.step, trainer.stopped_by)
     if run_dir is None or not ranks.is_first():
         return Ended(trainer, 0)
-    # imported here because it takes matplotlib
+    # imported here because it imports matplotlib
     from flowtrain.runs.finish import finish
 
     try:
@@ -104,7 +104,7 @@ def _train(
         return Ended(trainer, 128 + e.number)
     except OSError as e:
         raise UnfinishedError(
-            f"the run has ended at step {trainer.saved_step} and is saved, but its result could not be written ({e}): "
-            f"once it can be, {resume_command(run_dir)} evaluates it"
+            f"the run has ended at step {trainer.saved_step} and is saved, but its result could not be written ({e}). "
+            f"When this is fixed, {resume_command(run_dir)} evaluates it"
         ) from e
     return Ended(trainer, 0)

@@ -1,4 +1,4 @@
-"""Locks a run directory, refuses one that holds a run, and removes what a refused run has written."""
+"""Locks run directories, refuses directories that contain a run, and removes the files of refused runs."""
 
 import os
 import shutil
@@ -16,10 +16,10 @@ from flowtrain.utils.formatting import resume_command
 
 # the lock file, and a file that names its holder, because other processes cannot read a locked file on Windows
 NAME, HOLDER = ".lock", ".holder"
-# of a search, the directory of its candidates, and its state inside of that
+# the directory of a search's candidates inside the run directory, and the state file inside that directory
 SEARCH_FOLDER, SEARCH_STATE = "search", "search.json"
 WRITTEN = (SEARCH_FOLDER, "metrics.jsonl", "flowtrain.log", "result.json", "checkpoints/last.pt", "checkpoints/best.pt")
-# what a run writes before its training begins
+# files that a run writes before its training begins
 FILES_BEFORE_TRAINING = (
     ".hydra/config.yaml",
     ".hydra/hydra.yaml",
@@ -28,7 +28,7 @@ FILES_BEFORE_TRAINING = (
     "metrics.jsonl",
     "checkpoints/teacher.pt",
 )
-# seconds to retry: a holder that ends may delete the lock file that another process has just opened
+# seconds to retry, because a process that ends may delete the lock file that another process has just opened
 PATIENCE = 0.1
 
 
@@ -38,16 +38,16 @@ class InUseError(ConfigError):
 
 @contextmanager
 def holding(run_dir: Path) -> Iterator[None]:
-    """Locks the run directory, and creates it if needed.
+    """Context manager that locks the run directory, and creates it if needed.
 
-    The operating system releases the lock when the process ends, however it ends. Files left behind by a killed
-    process never block a new run. Where the system has no file locks, filelock uses a file with the holder's process
-    ID, and ignores it once that process has ended.
+    The operating system releases the lock when the process ends or is killed. Leftover files of a killed process never
+    block a new run. On a system without file locks, filelock uses a file with the process ID of the holder, which is
+    ignored after that process has ended.
 
     Raises:
-        InUseError: another process holds the lock; the message says which.
-        ConfigError: the directory cannot be created; or a file of the run is a link, so that writing it would overwrite
-            something else; or a file of someone else has the name of the lock.
+        InUseError: another process holds the lock. The message names it.
+        ConfigError: the directory cannot be created, a file of the run is a link whose target would be overwritten, or
+            a file of another program has the name of the lock file.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -55,9 +55,9 @@ def holding(run_dir: Path) -> Iterator[None]:
         raise ConfigError(f"the run directory {run_dir} cannot be created ({e}); choose another") from e
     links = [name for name in (NAME, HOLDER, *WRITTEN) if (run_dir / name).is_symlink()]
     if links:
-        raise ConfigError(f"{run_dir / links[0]} is a link: a run writes its own files alone; remove it")
+        raise ConfigError(f"{run_dir / links[0]} is a link, and the run would overwrite its target: remove the link")
     lock, holder = filelock.FileLock(run_dir / NAME), run_dir / HOLDER
-    # the lock file is empty where the system has file locks, and a holder begins with its process
+    # a holder file begins with "process ", and the lock file is empty on systems with file locks
     _refuse_foreign_lock(holder, "process ")
     if not isinstance(lock, filelock.SoftFileLock):
         _refuse_foreign_lock(run_dir / NAME, "")
@@ -69,7 +69,7 @@ def holding(run_dir: Path) -> Iterator[None]:
         ) from e
     try:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        # left behind by a process that was killed while writing: this process holds the lock
+        # temporary files of a process that was killed while it wrote; no other process uses the directory now
         for pattern in ("checkpoints/.*.pt.*.*.tmp", ".metrics.jsonl.*.*.tmp"):
             for torn in (*run_dir.glob(pattern), *run_dir.glob(f"{SEARCH_FOLDER}/*/{pattern}")):
                 torn.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ def holding(run_dir: Path) -> Iterator[None]:
 
 
 def _refuse_foreign_lock(file: Path, beginning: str) -> None:
-    """Refuses a file that is not a lock file of a run: one would be deleted. Lock files are empty or begin so."""
+    """Checks that an existing file is a lock file, which is empty or starts with `beginning`. It will be deleted."""
     if not file.exists():
         return
     try:
@@ -92,11 +92,11 @@ def _refuse_foreign_lock(file: Path, beginning: str) -> None:
         # on Windows, a locked file cannot be read
         foreign = not file.is_file()
     if foreign:
-        raise ConfigError(f"{file} is not a lock of a run, and a run would delete it: choose another directory")
+        raise ConfigError(f"{file} is not the lock file of a run, but a run would delete it: choose another directory")
 
 
 def _named(holder: Path) -> str:
-    """The process that holds the lock, in words from its holder file."""
+    """Returns the description of the process that holds the lock, from its holder file."""
     try:
         return holder.read_text(encoding="utf-8", errors="replace")[:200].strip() or "another process"
     except OSError:
@@ -104,7 +104,7 @@ def _named(holder: Path) -> str:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Removes empty directories, innermost first. Stops at the first that is not empty."""
+    """Removes empty directories, given innermost first. Stops at the first one that is not empty."""
     with suppress(OSError):
         for folder in folders:
             if folder.exists():
@@ -112,26 +112,27 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether training has begun in a directory."""
+    """Returns whether training has begun in a directory."""
     metrics = run_dir / "metrics.jsonl"
     measured = metrics.exists() and metrics.stat().st_size > 0
     searched = (
         any(run_dir.glob(f"{SEARCH_FOLDER}/*/checkpoints/*.pt")) and (run_dir / SEARCH_FOLDER / SEARCH_STATE).exists()
     )
-    return measured or searched or (run_dir / "result.json").exists() or checkpoint.any_in(run_dir)
+    return measured or searched or (run_dir / "result.json").exists() or checkpoint.has_checkpoint(run_dir)
 
 
 @contextmanager
 def cleaned_up_unless_begun(
     run_dir: Path, refused: tuple[type[BaseException], ...], created: bool = True, files: Sequence[str] = ()
 ) -> Iterator[None]:
-    """If one of the `refused` errors is raised inside before training has begun, removes the files written so far.
+    """Context manager that removes the files written so far if an error is raised before training has begun.
 
     Files that existed before are kept, and configs among them get their old content back. Only the process that holds
-    the lock of the directory may call this.
+    the lock of the directory may use this.
 
     Args:
-        created: whether this process has created the directory; then TensorBoard's files are removed too.
+        refused: the types of errors.
+        created: whether this process has created the directory. If so, TensorBoard's files are removed too.
         files: further files that the run writes before training begins.
     """
     paths = [run_dir / name for name in (*FILES_BEFORE_TRAINING, *files)]
@@ -156,16 +157,20 @@ def cleaned_up_unless_begun(
 
 @contextmanager
 def locked_directory(run_dir: Path) -> Iterator[None]:
-    """Locks the run directory inside the context. Rank 0 takes the lock, and the other ranks wait for it."""
+    """Context manager that locks the run directory. Rank 0 acquires the lock, and the other ranks wait for it."""
     with holding(run_dir) if ranks.is_first() else nullcontext():
         ranks.broadcast_object(True)
         yield
 
 
 def claim_directory(run_dir: Path) -> None:
-    """Refuses a directory that already holds a run. A run killed before its first checkpoint does not count."""
+    """Checks that a directory contains no run. A run that was killed before its first checkpoint does not count.
+
+    Raises:
+        ConfigError: the directory contains a run.
+    """
     if holds_run(run_dir):
         raise ConfigError(
-            f"{run_dir} already holds a run and is not overwritten: resume it with {resume_command(run_dir)}, "
+            f"{run_dir} already contains a run and is not overwritten: resume it with {resume_command(run_dir)}, "
             "or choose another directory (hydra.run.dir, or run_dir in Python)"
         )

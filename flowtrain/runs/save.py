@@ -1,4 +1,4 @@
-"""Saves a flow outside of a run, in the format of checkpoints."""
+"""Saves a flow to a file of the user's choice, in the format of checkpoints."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,20 +19,20 @@ from flowtrain.training import checkpoint
 from flowtrain.utils.arguments import path_of
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError, first_line
 
-# the data of a flow that was built by hand
+# the config of the data for flows that were built by hand
 NO_DATA = {"name": "unknown data"}
 
 
 def save(flow: Density, path: str | Path) -> None:
     """Writes a flow to a file; see `Flow.save`.
 
-    If a run has trained the flow, the file has the config and the samples of the run, and the present solver of the
-    flow. If the flow was built by hand, or its structure has changed since the run, the file has a description of its
-    parts. So has the file of an ensemble, which also names the data that the members were trained on.
+    If a run has trained the flow, the file contains the config and the samples of the run, and the present solver of
+    the flow. If the flow was built by hand, or its structure has changed since the run, the file contains a description
+    of its parts. The file of an ensemble contains a description and the data config of the members.
 
     Raises:
-        ConfigError: a name that does not end in .pt, or a directory.
-        CheckpointError: a place that cannot be written, or a part of the flow that no file can describe.
+        ConfigError: the path does not end in .pt, or is a directory.
+        CheckpointError: the file cannot be written, or a part of the flow cannot be described.
     """
     path = path_of("path", path)
     if path.is_dir():
@@ -41,14 +41,14 @@ def save(flow: Density, path: str | Path) -> None:
         raise ConfigError(f"{path}: give a name that ends in .pt, such as {path.name or 'flow'}.pt")
     content = content_of(flow)
     try:
-        # a user's file should leave no other file beside it
+        # without a copy of the previous file, because the directory is the user's
         checkpoint.save(path, content, keep_previous=False)
     except OSError as e:
         raise CheckpointError(f"{path}: the flow could not be written ({e})") from e
 
 
 def content_of(flow: Density) -> dict[str, Any]:
-    """The content of a checkpoint of the flow; see `flowtrain.training.checkpoint`."""
+    """Returns the content of a checkpoint of the flow; see `flowtrain.training.checkpoint`."""
     record = flow.record
     if record is not None and isinstance(flow, Flow):
         content = {**_content(flow, record.samples), "config": {**record.config}, "step": record.step}
@@ -73,8 +73,8 @@ def content_of(flow: Density) -> dict[str, Any]:
     content = {**_content(flow, samples), "step": step, "config": {"model": model, "data": data, "solver": solver}}
     if (why := _differs(content, flow, samples)) is not None:
         raise CheckpointError(
-            f"the flow cannot be saved: the arguments of its constructors do not build it again ({why}). Give what "
-            "changes its structure to the constructors, instead of changing its parts later"
+            f"the flow cannot be saved: the arguments of its constructors build a different flow ({why}). Its parts "
+            "were changed after they were built: pass such changes as arguments instead"
         )
     return content
 
@@ -86,7 +86,7 @@ def _content(flow: Density, samples: Samples) -> dict[str, Any]:
 
 
 def _solver_group(config: Mapping[str, Any], solver: Solver) -> dict[str, Any]:
-    """The solver group of the run's config, or a description of the solver if the flow now has another one."""
+    """Returns the solver group of the run's config, or a description of the solver if the flow now has another one."""
     own = build_solver(config)
     if type(own) is type(solver) and own.settings == solver.settings:
         return dict(config["solver"])
@@ -94,17 +94,19 @@ def _solver_group(config: Mapping[str, Any], solver: Solver) -> dict[str, Any]:
 
 
 def _differs(content: Mapping[str, Any], flow: Density, samples: Samples) -> str | None:
-    """The first difference in structure between this flow and the one that a checkpoint builds; None if they agree."""
+    """Describes the first structural difference between a flow and the flow that a checkpoint builds; None if equal."""
     try:
         with torch.random.fork_rng(devices=[]):
-            # a model that needs values to be built has no sketch
+            # `check_sizes` returns None for a model that cannot be built on the meta device
             again = check_sizes(content, samples) or build_density(content["config"], samples)
     except FlowtrainError as e:
         return first_line(e)
     before, after = ([(name, type(m)) for name, m in f.named_modules()] for f in (flow, again))
     for (name, kind), (other_name, other) in zip(before, after, strict=False):
         if (name, kind) != (other_name, other):
-            return f"{name or 'flow'} is a {kind.__name__}, and {other_name or 'flow'} of the file a {other.__name__}"
+            return (
+                f"{name or 'flow'} is a {kind.__name__}, but {other_name or 'flow'} in the file is a {other.__name__}"
+            )
     shapes = [{k: tuple(w.shape) for k, w in f.state_dict().items()} for f in (flow, again)]
     if len(before) != len(after) or shapes[0] != shapes[1]:
         return "the file has other weights"

@@ -1,10 +1,10 @@
 """model=auto: searches for the best density of a table, by successive halving and stacking.
 
-The search fits a Gaussian and a mixture first. Then each flow that `flowtrain.runs.candidates.recommended` lists trains
-for an equal first part, one sixth of the time of the best flow. The flows are ranked by validation NLL without the
-worst 1% of the rows. The best flow gets the time that is left, and the others continue in the order of their rank if it
-stops early. This is similar to successive halving (Jamieson and Talwalkar 2016, Non-stochastic best arm identification
-and hyperparameter optimization). Time that is then left goes to further seeds of the best model.
+The search fits a Gaussian and a mixture first. Then each flow in `flowtrain.runs.candidates.recommended` trains for an
+equal first part, which is one sixth of the time of the best flow. The flows are ranked by validation NLL without the
+worst 1% of the rows. The best flow gets the time that is left. If it stops early, the others continue in the order of
+their rank. This is similar to successive halving (Jamieson and Talwalkar 2016, Non-stochastic best arm identification
+and hyperparameter optimization). Any remaining time is used for further seeds of the best model.
 
 The result is the ensemble of all candidates, log p(x) = log sum_m w_m p_m(x), with weights by EM on the validation rows
 (stacking: Smyth and Wolpert 1999, Linearly combining density estimators via stacking). A candidate is left out if the
@@ -35,7 +35,7 @@ from flowtrain.runs.auto_settings import AUTO
 from flowtrain.runs.candidates import Candidate, recommended
 from flowtrain.runs.components import resolve_components
 from flowtrain.runs.compose import options, values_of, with_choices
-from flowtrain.runs.console import as_banner, data_name, device_words, prefixed, samples_words, shortest
+from flowtrain.runs.console import as_banner, data_name, describe_device, describe_samples, prefixed, shortest
 from flowtrain.runs.ensembles import validation_log_probs, validation_rows
 from flowtrain.runs.prepare import (
     NOTHING_GIVEN,
@@ -69,63 +69,64 @@ from flowtrain.utils.status import phase, status
 
 log = logging.getLogger("flowtrain")
 
-# the reason that a trainer gives for an end by its time limit
+# `Trainer.stopped_by` if a trainer has reached its time limit
 OUT_OF_TIME = "time limit"
-# the key of a checkpoint that holds the config of its search
+# the key in a checkpoint for the config of its search
 SEARCH = "search"
-# models that are fitted first, with the share of the time limit that each may take
+# models that are fitted first, each with its largest share of the time limit
 CHEAP = {"affine": 0.05, "mixture": 0.15}
-# without a time limit, the number of flows that are trained to the end. Each flow first trains for FIRST_PART of the
-# time that the best flow gets in all. Its learning rate schedule ends with this part, because flows are not comparable
-# while the learning rate is high, and restarts after it. Validation NLL in 60 s on one thread, where the time after the
-# first part goes to the best flow only, and to the two best: gas -7.80 and -7.45, pendigits -31.2 and -31.3, annthyroid
+# FINALISTS: without a time limit, the number of flows that are trained to the end. FIRST_PART: every flow first trains
+# for this share of the total time of the best flow. Its learning rate schedule ends with this part, because flows are
+# not comparable while the learning rate is high, and then restarts. Validation NLL after 60 s on one thread if only the
+# best flow continues, and if the two best flows continue: gas -7.80 and -7.45, pendigits -31.2 and -31.3, annthyroid
 # -20.23 and -20.25
 FINALISTS, FIRST_PART = 2, 1 / 6
-# the share of the validation rows that a ranking leaves out
+# the share of the validation rows, those with the lowest log p, that a ranking leaves out
 TRIMMED = 0.01
-# further seeds of the best model, at most; the search ends when one lowers the validation NLL by less than GAIN nats
+# largest number of further seeds; the search ends when a seed lowers the validation NLL by less than GAIN nats
 SEEDS, GAIN = 3, 0.005
-# from so many training rows on, flows take as many steps as they have time for, at most LONG
+# from this number of training rows on, flows train for as many steps as the time allows, at most LONG
 LARGE, LONG = 5_000, 100_000
 # largest number of validation rows for the scores of the candidates
 ROWS = 10_000
-# the share of the time limit below which no other candidate begins
+# no further candidate begins if a smaller share of the time limit is left
 LEAST_SHARE = 0.03
-# the share of `time_budget` for the search, until the times to score rows are known
+# the share of `time_budget` for the search, as long as the time to score a row is not measured
 SEARCH_SHARE = 0.6
-# the share of the remaining time for the choice of the mixture, and the least seconds
+# time for the choice of the mixture: the share of the time left, and the least seconds
 COMPONENTS_SHARE, COMPONENTS_LEAST = 0.15, 1.0
 
 
 def is_search(config: Mapping[str, Any]) -> bool:
-    """Whether the config of a run asks for a search."""
+    """Returns whether the config of a run asks for a search."""
     return config["model"].get("name") == AUTO and "_target_" not in config["model"]
 
 
 class Search:
     """A run that fits several models to a table and makes an ensemble of them, see `flowtrain.runs.search`.
 
-    Every result is stored in RUN/search/search.json when it is known, and the checkpoints of each candidate in
-    RUN/search/NAME. The checkpoint of the run is the ensemble so far. A search that is resumed repeats nothing. With
-    `trainer.steps` and without `trainer.time_limit`, no decision depends on time, and a resumed search gives exactly
-    the result of one that was not interrupted.
+    Results are stored in RUN/search/search.json as soon as they are known, and the checkpoints of each candidate in
+    RUN/search/NAME. The checkpoint of the run contains the ensemble so far. A resumed search does not repeat finished
+    work. With `trainer.steps` and without `trainer.time_limit`, no decision depends on time, and a resumed search gives
+    exactly the same result as an uninterrupted one.
 
-    It has the attributes of `flowtrain.training.trainer.Trainer` that `finish` uses.
+    `flowtrain.runs.finish.finish` uses a search like a `flowtrain.training.trainer.Trainer`.
 
     Args:
         config: the plain config of the run, with model=auto.
-        run_dir: None: nothing is written.
-        begun: when the command began, by time.perf_counter, for `time_budget`.
-        given: data of the caller in place of those that the config names.
-        board: shows the metrics in TensorBoard; None: no board.
+        run_dir: the run directory; None: nothing is written.
+        begun: the time.perf_counter at which the command began, for `time_budget`.
+        given: the caller's data, which replace the data of the config.
+        board: writes the metrics for TensorBoard; None: not written.
 
     Attributes:
         candidates: the results of each candidate, by name.
         stopped_by: the reason if the search has ended early, else None.
         signal: the number of the signal that has ended it, else None.
+        best: validation NLL in nats of the last stack, and the step of the search; None before the first stack.
 
     Raises:
-        ConfigError: a setting that a search does not take.
+        ConfigError: a setting that a search does not support.
     """
 
     def __init__(
@@ -150,9 +151,9 @@ class Search:
         choose_threads(config.get("threads"), self.data.event_shape)
         self.models = _models(config, self.data)
         self.candidates: dict[str, Candidate] = {}
-        # validation NLL of each stack, in nats
+        # validation NLL in nats of each stack, by the name of the stage after which it was made
         self.stacks: dict[str, float] = {}
-        # the flows after their first part, the best first
+        # the names of the flows after their first part, the best first
         self.ranking: list[str] = []
         self._memory: dict[str, dict[str, Any]] = {}
         self._flows: dict[str, Flow] = {}
@@ -164,7 +165,7 @@ class Search:
         # whether this command has trained a candidate
         self._is_new = False
         self._failures: list[FlowtrainError] = []
-        # seconds of the search so far, and since when this command searches
+        # seconds of the search in earlier commands, and the time at which this command began to search
         self._before, self._since = 0.0, math.inf
         self._begin()
         self.metrics = Metrics(None if run_dir is None else run_dir / "metrics.jsonl", self.step)
@@ -173,7 +174,7 @@ class Search:
         log.info("%s", self._banner())
 
     def _begin(self) -> None:
-        """Reads the state of a search that is continued; a new search clears what a killed one has left."""
+        """Reads the state of a resumed search. A new search removes the leftovers of a killed one."""
         if self.run_dir is None:
             return
         folder = self.run_dir / SEARCH_FOLDER
@@ -183,19 +184,20 @@ class Search:
             return
         # a search that was killed before its first checkpoint leaves its state and empty directories
         if folder.exists() and not (folder.is_dir() and _is_leftover(folder)):
-            raise ConfigError(f"{folder} exists, and a search would write into it: choose another run directory")
+            raise ConfigError(f"{folder} exists, but a search would write into it: choose another run directory")
         if folder.exists():
             shutil.rmtree(folder)
         self._write_state()
 
     def _check_data(self) -> None:
-        """Refuses to resume a search whose data have changed, and reads the checkpoint of the ensemble if there is one.
+        """Checks that the data of a resumed search have not changed. Reads the checkpoint of the ensemble if it exists.
 
         Raises:
-            CheckpointError, ConfigError, DataError: see `flowtrain.runs.prepare.check_unchanged`.
+            CheckpointError: a checkpoint is damaged.
+            ConfigError, DataError: the data have changed, see `flowtrain.runs.prepare.check_unchanged`.
         """
         assert self.run_dir is not None
-        if checkpoint.any_in(self.run_dir):
+        if checkpoint.has_checkpoint(self.run_dir):
             self._content = saved = checkpoint.load(checkpoint.find(self.run_dir))
         else:
             saved = next((s for name in self.candidates if (s := self._saved(name, "last")) is not None), {})
@@ -212,12 +214,12 @@ class Search:
 
     @property
     def saved_step(self) -> int:
-        """The same: every checkpoint of a candidate is one of the search."""
+        """The same as `step`, because the checkpoints of the candidates belong to the search."""
         return self.step
 
     @property
     def seconds(self) -> float:
-        """The time of the search, over all the times that it was continued."""
+        """The time of the search in seconds, summed over all commands that resumed it."""
         return self._before + max(0.0, time.perf_counter() - self._since)
 
     @property
@@ -227,26 +229,26 @@ class Search:
         return found
 
     def read(self) -> dict[str, Any]:
-        """The checkpoint of the stack."""
+        """Returns the checkpoint of the stack."""
         return self._content
 
-    def course(self, step: int) -> str:
-        """A summary of the search."""
+    def summary(self, step: int) -> str:
+        """Returns a summary of the search."""
         members = sum(candidate.weight > 0 for candidate in self.candidates.values())
         return f"{members} of {counted(len(self.candidates), 'candidate')} in the stack, {self.step:,} steps in all"
 
     def validations(self) -> list[dict[str, Any]]:
-        """The validations of all candidates in the run directory, with the name of the candidate as their split."""
+        """Returns the validation rows of all candidates from the run directory. `split` is the candidate's name."""
         assert self.run_dir is not None
         return validations_of({name: self.run_dir / SEARCH_FOLDER / name for name in self.candidates})
 
     # the search
 
     def fit(self) -> None:
-        """Trains all candidates, until the time limit or a signal. Sets `stopped_by` in these two cases.
+        """Trains all candidates, or until the time limit or a signal, which set `stopped_by`.
 
         Raises:
-            FlowtrainError: every candidate has failed; the error of the first.
+            FlowtrainError: the error of the first candidate, if all candidates have failed.
         """
         self._since = time.perf_counter()
         try:
@@ -260,7 +262,7 @@ class Search:
             if self.run_dir is None:
                 raise
             raise UnfinishedError(
-                f"the search has stopped ({e}); what it has found is saved: {resume_command(self.run_dir)} continues it"
+                f"the search has stopped ({e}). Its results are saved: {resume_command(self.run_dir)} continues it"
             ) from e
         self._before, self._since = self.seconds, math.inf
         if self._content:
@@ -284,12 +286,12 @@ class Search:
             self.stopped_by = OUT_OF_TIME
 
     def _ranked(self, models: Sequence[str]) -> list[str]:
-        """Trains the models for the first part of their time. Returns those with a result, the best first."""
+        """Trains the models for the first part of their time. Returns the models with a result, the best first."""
         if len(models) <= 1:
             return list(models)
         if self.ranking:
             return self.ranking
-        # the best flow takes so many first parts after its own
+        # the time of the best flow after its first part, in units of the first part
         later = 1 / FIRST_PART - 1
         for i, model in enumerate(models):
             if not self._is_over():
@@ -320,7 +322,7 @@ class Search:
                 return
 
     def _left(self) -> float:
-        """Seconds that are left to search; infinite without a limit."""
+        """Returns the seconds that are left for the search; infinity without a limit."""
         limits = [] if self.time_limit is None else [self.time_limit - self.seconds]
         if self.time_budget is not None:
             limits.append(self.time_budget.for_training)
@@ -333,7 +335,7 @@ class Search:
 
     @property
     def _total_seconds(self) -> float | None:
-        """The seconds of the whole search; None without a limit."""
+        """The time limit of the whole search in seconds; None without a limit."""
         budget = self.given_config.get("time_budget")
         limits = [
             limit for limit in (self.time_limit, None if budget is None else SEARCH_SHARE * budget) if limit is not None
@@ -341,20 +343,23 @@ class Search:
         return min(limits, default=None)
 
     def _share_of_left(self, parts: float) -> float | None:
-        """The seconds that are left, divided into so many parts; None without a limit."""
+        """Returns the seconds that are left divided by `parts`; None without a limit."""
         left = self._left()
         return None if left == math.inf else max(0.0, left / parts)
 
     # candidates
 
     def _advance(self, name: str, model: str, stage: int, seconds: float | None) -> None:
-        """Trains a candidate up to the end of a stage, and scores it, unless that is recorded already.
+        """Trains a candidate to the end of a stage and scores it, unless the result is recorded already.
 
         Args:
-            seconds: the time limit of the stage; None: the stage ends with its steps.
+            name: the name of the candidate.
+            model: the name of its model.
+            stage: 1 or 2, see `Candidate`.
+            seconds: the time limit of the stage; None: the stage has a number of steps instead.
 
         Raises:
-            ConfigError, DataError: the first candidate does not take the settings or the data.
+            ConfigError, DataError: the settings or the data do not fit, and no candidate has succeeded so far.
         """
         position = int(name.removeprefix(model).removeprefix("-") or 1)
         candidate = self.candidates.get(name)
@@ -374,11 +379,11 @@ class Search:
                 raise
             self._failures.append(e)
             candidate.ended = f"failed: {first_line(e)}"
-            # some models do not take data of this shape
+            # a ConfigError is expected, because some models do not support data of this shape
             level = logging.INFO if isinstance(e, ConfigError) else logging.WARNING
             log.log(level, "%s is left out: %s", name, e)
         candidate.seconds += time.perf_counter() - begun
-        log.info("%s: %s", name, candidate.words)
+        log.info("%s: %s", name, candidate.description)
         self._write_state()
 
     def _train(self, candidate: Candidate, stage: int, seconds: float | None) -> None:
@@ -387,12 +392,13 @@ class Search:
         config = self._config_of(candidate) if saved is None else saved["config"]
         if candidate.max_steps is None:
             candidate.max_steps = config["trainer"]["steps"]
-            # the first checkpoint of the candidate may not have it
+            # the first checkpoint of the candidate may have another number of steps
             self._write_state()
         steps = candidate.max_steps
         restarts = stage == 2 and saved is not None and saved["step"] == candidate.steps
         if saved is not None and restarts:
-            # the NLL rises after the restart, and best.pt is replaced only by a lower NLL than in the first part
+            # Resets early stopping, because the NLL rises after the restart. `best` is kept, so that best.pt is
+            # replaced only by a lower NLL than in the first part
             saved = {**saved, "best": candidate.best, "best_rows": None, "counted": None, "stale": 0, "worse": []}
             patience = None if self._is_bounded_by_time() else config["trainer"]["patience"]
             config = {**config, "trainer": {**config["trainer"], "max_rise": None, "patience": patience}}
@@ -408,16 +414,16 @@ class Search:
             raise SignalReceived(trainer.signal)
         candidate.stage = stage
         ended = trainer.stopped_by or "last step"
-        # the schedules have ended in each case, and restart in stage 2
+        # after stage 1 a candidate can continue with restarted schedules, unless early stopping or its steps ended it
         candidate.ended = ended if stage == 2 or ended.startswith("early") or trainer.step >= steps else None
 
     def _is_bounded_by_time(self) -> bool:
-        """Whether flows take as many steps as they have time for."""
+        """Returns whether flows train for as many steps as the time allows."""
         is_large = self.data.n_train is None or self.data.n_train >= LARGE
         return self.max_steps is None and self._total_seconds is not None and is_large
 
     def _saved(self, name: str, kind: str) -> dict[str, Any] | None:
-        """A checkpoint of a candidate; None if there is none."""
+        """Reads a checkpoint of a candidate, "best" or "last"; None if the candidate has no checkpoint."""
         if self.run_dir is None:
             return self._memory.get(name, {}).get(kind)
         folder = self.run_dir / SEARCH_FOLDER / name
@@ -426,7 +432,7 @@ class Search:
         return checkpoint.load(checkpoint.find(folder, kind))
 
     def _config_of(self, candidate: Candidate) -> dict[str, Any]:
-        """The config that a candidate begins with: its recipe, with what the user has set for all candidates."""
+        """Returns the initial config of a candidate: its recipe, with the settings of the user for all candidates."""
         own = self.given_config
         like = data_like(own, self.data)
         chosen = {"model": candidate.model, **like}
@@ -453,7 +459,7 @@ class Search:
         return resolve_components(config, self.data, max(COMPONENTS_LEAST, COMPONENTS_SHARE * self._left()))
 
     def _score(self, candidate: Candidate) -> None:
-        """Computes log p of the validation rows by the best checkpoint of a candidate."""
+        """Computes log p of the validation rows with the best checkpoint of a candidate."""
         name = candidate.name
         saved = self._saved(name, "best")
         assert saved is not None
@@ -470,7 +476,7 @@ class Search:
         candidate.trimmed = -float(kept.mean())
 
     def _scored(self, name: str) -> Tensor:
-        """log p of the validation rows by a candidate, (n,), in nats."""
+        """Returns log p of the validation rows under a candidate, (n,), in nats."""
         if name not in self._log_p:
             self._score(self.candidates[name])
         return self._log_p[name]
@@ -480,10 +486,10 @@ class Search:
     def _stack(self, after: str) -> None:
         """Computes the weights of the candidates so far, and writes the checkpoint of their ensemble.
 
-        If the NLL is recorded and no candidate has been trained since the search was resumed, nothing is done.
+        Does nothing if the NLL is recorded and no candidate has been trained since the search was resumed.
 
         Args:
-            after: the name of the stage, under which the NLL is recorded.
+            after: the name of the stage under which the NLL is recorded.
         """
         if after in self.stacks and not self._is_new:
             return
@@ -527,7 +533,7 @@ class Search:
             self.time_budget.scored(1, sum(self._row_seconds[name] for name, _ in members))
 
     def _stack_interrupted(self) -> None:
-        """Makes an ensemble of the candidates that have a checkpoint, if a signal comes before the first one."""
+        """Makes an ensemble of the candidates that have a checkpoint, if a signal arrives before the first ensemble."""
         state = self.stacks, [asdict(candidate) for candidate in self.candidates.values()]
         for candidate in self.candidates.values():
             try:
@@ -536,13 +542,13 @@ class Search:
             except FlowtrainError as e:
                 log.debug("%s has no result yet: %s", candidate.name, e)
         self._stack("interrupted")
-        # the resumed search makes its decisions without it
+        # restores the state, so that the resumed search makes the same decisions as an uninterrupted one
         self.stacks = {label: nll for label, nll in state[0].items() if label != "interrupted"}
         self.candidates = {each["name"]: Candidate(**each) for each in state[1]}
         self._write_state()
 
     def _density(self, members: Sequence[tuple[str, float]]) -> Density:
-        """The stack; a single member stays a flow."""
+        """Returns the ensemble of the members; a single member is returned as a flow."""
         flows = [self._flows[name] for name, _ in members]
         if len(flows) == 1:
             return flows[0]
@@ -551,9 +557,9 @@ class Search:
         return found.eval()
 
     def _write(self, density: Density) -> None:
-        """Makes a density the checkpoint of the run. A disk that is full does not end the search."""
+        """Writes the checkpoint of the run. A full disk only causes a warning."""
         content = content_of(density)
-        # of a single flow, the config of its candidate; of an ensemble, that of the search with its own model section
+        # for a single flow, the config of its candidate; for an ensemble, the config of the search with another model
         config = {**self.given_config, **content["config"], "time_budget": self.given_config.get("time_budget")}
         if isinstance(density, Ensemble):
             config["model"]["name"] = AUTO
@@ -564,7 +570,7 @@ class Search:
             for kind in ("best", "last"):
                 checkpoint.save(self.run_dir / f"checkpoints/{kind}.pt", self._content)
         except OSError as e:
-            log.warning("the checkpoint of the stack could not be written (%s); the search goes on", e)
+            log.warning("the checkpoint of the stack could not be written (%s); the search continues", e)
 
     # the state in the run directory
 
@@ -584,14 +590,14 @@ class Search:
             write_json(self.run_dir / SEARCH_FOLDER / SEARCH_STATE, state)
         except OSError as e:
             log.warning(
-                "%s could not be written (%s); the search goes on", self.run_dir / SEARCH_FOLDER / SEARCH_STATE, e
+                "%s could not be written (%s); the search continues", self.run_dir / SEARCH_FOLDER / SEARCH_STATE, e
             )
 
     def _read_state(self, path: Path) -> None:
-        """The state of a search that is continued.
+        """Restores the state of a resumed search.
 
         Raises:
-            CheckpointError: it is missing or damaged.
+            CheckpointError: the state file is missing or damaged.
         """
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
@@ -606,42 +612,42 @@ class Search:
             self.ranking = [str(name) for name in state["ranking"]]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise CheckpointError(
-                f"{path}: the state of the search cannot be read ({first_line(e)}). It cannot be resumed; start a new "
-                "search. The flow found so far is in the checkpoint of the run"
+                f"{path}: the search cannot be resumed, because its state cannot be read ({first_line(e)}). Start a "
+                "new search; the flow found so far is in the checkpoint of the run"
             ) from e
         if self.stacks:
             self.best = {"nll": [*self.stacks.values()][-1], "step": self.step}
         if before is not None and (self.time_limit is None or self.time_limit > before):
-            # with more time than before, flows go on that ended for lack of it
+            # with a larger time limit than before, flows that the limit has ended can continue
             for candidate in self.candidates.values():
                 if candidate.ended == OUT_OF_TIME and candidate.model not in CHEAP:
                     candidate.ended, candidate.stage = None, min(candidate.stage, 1)
 
-    # words
+    # messages
 
     def _banner(self) -> str:
         cheap, flows = ([m for m in self.models if (m in CHEAP) == is_cheap] for is_cheap in (True, False))
         steps = "" if self.max_steps is None else f"up to {self.max_steps:,} steps of each, "
         rows = {
             "model": f"auto: fits {', '.join([*cheap, *flows])} and stacks the best; model=NAME fits one",
-            "data": f"{data_name(self.given_config)}, {samples_words(self.data)}",
+            "data": f"{data_name(self.given_config)}, {describe_samples(self.data)}",
             "training": f"{steps}{'no time limit' if self._left() == math.inf else f'{self._left():.0f} s in all'}, "
             f"seed {self.given_config['seed']}",
-            "device": device_words(self.device),
+            "device": describe_device(self.device),
             **({} if self.run_dir is None else {"run": str(shortest(self.run_dir))}),
         }
         return as_banner(f"{AUTO} on {data_name(self.given_config)}", rows)
 
     def _table(self) -> str:
-        """Every candidate with its weight and its validation NLL, the lowest first."""
+        """Returns a table of all candidates with weight and validation NLL, the lowest NLL first."""
         lines = [f"{counted(len(self.candidates), 'candidate')} in {self.seconds:.0f} s; NLL in nats"]
         for c in sorted(self.candidates.values(), key=lambda c: math.inf if c.nll is None else c.nll):
-            lines.append(f"{c.name:>{NAMES}}  weight {c.weight:.3f}, {c.words}")
+            lines.append(f"{c.name:>{NAMES}}  weight {c.weight:.3f}, {c.description}")
         return "\n".join(lines)
 
 
 def _is_leftover(folder: Path) -> bool:
-    """Whether a search has written all that is in a directory, and no checkpoint."""
+    """Returns whether a directory contains only files of a search, and no checkpoint."""
     state = _content_of_state(folder)
     if "candidates" not in state or "stacks" not in state:
         return False
@@ -674,13 +680,13 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def config_of_search(run_dir: Path) -> dict[str, Any] | None:
-    """The config of the search in a run directory, from its state; None if there is no search or no readable state."""
+    """Reads the config of the search in a run directory from its state file; None if there is no readable one."""
     config = _content_of_state(run_dir / SEARCH_FOLDER).get("config")
     return config if isinstance(config, dict) else None
 
 
 def _content_of_state(folder: Path) -> dict[str, Any]:
-    """The content of the state file in the directory of a search; empty if it cannot be read."""
+    """Returns the content of the state file in the directory of a search; empty if it cannot be read."""
     try:
         content = json.loads((folder / SEARCH_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -689,12 +695,12 @@ def _content_of_state(folder: Path) -> dict[str, Any]:
 
 
 def _limits(config: Mapping[str, Any]) -> tuple[float | None, int | None]:
-    """The time limit in seconds and the number of steps of each candidate; None if there is none."""
+    """Returns the time limit in seconds and the number of steps of each candidate; None for no limit."""
     trainer = config["trainer"]
     limit, steps = trainer.get("time_limit"), trainer["steps"]
     default = values_of("model", AUTO, [config_dir()])["trainer"]["time_limit"]
     if config.get("time_budget") is not None and limit == default:
-        # a budget of the whole command that the user gives takes the place of the default
+        # the user's budget for the whole command replaces the default limit
         limit = None
     if limit is not None:
         limit = number("trainer.time_limit", limit)
@@ -702,7 +708,7 @@ def _limits(config: Mapping[str, Any]) -> tuple[float | None, int | None]:
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    """Refuses what a search does not take.
+    """Checks the config of a search.
 
     Raises:
         ConfigError: an unknown key, another objective than the likelihood, or several processes.
@@ -714,20 +720,21 @@ def _check(config: Mapping[str, Any]) -> None:
     flag("model.conditional", config["model"].get("conditional", False))
     if config["objective"].get("name") not in (None, "likelihood"):
         raise ConfigError(
-            f"objective={config['objective']['name']}: model=auto chooses the objective of each model; name a model, "
+            f"objective={config['objective']['name']}: model=auto chooses the objective of each model; give a model, "
             "such as model=ffjord"
         )
     if config.get("time_budget") is not None:
         number("time_budget", config["time_budget"])
     if ranks.size() > 1:
-        raise ConfigError("model=auto runs in one process: name a model to train it with torchrun")
+        raise ConfigError("model=auto runs in one process: give a model, such as model=nsf, to train with torchrun")
 
 
 def _models(config: Mapping[str, Any], data: Dataset) -> list[str]:
-    """The models of a search, the cheap ones first.
+    """Returns the models of a search, the cheap ones first.
 
     Raises:
-        ConfigError: a name that is no model, or one that is not conditional where a conditional flow is asked for.
+        ConfigError: an unknown model, or one that cannot be conditional for model.conditional=true.
+        DataError: model.conditional=true without labels.
     """
     given = config["model"].get("candidates")
     conditional = bool(config["model"].get("conditional"))
@@ -743,7 +750,7 @@ def _models(config: Mapping[str, Any], data: Dataset) -> list[str]:
         raise ConfigError(f"model.candidates={given}: give a list of models, as in [nsf,maf]")
     for name in listed:
         if name not in names:
-            raise ConfigError(f"model.candidates: {choose(name, names, f'{name} is none of the models')}")
+            raise ConfigError(f"model.candidates: {name} is unknown; {choose(name, names, 'the models are')}")
         if conditional and name in unconditional:
-            raise ConfigError(f"model.candidates: {name} is not conditional")
+            raise ConfigError(f"model.candidates: {name} cannot be conditional: leave it out")
     return sorted(dict.fromkeys(listed), key=lambda name: name not in CHEAP)

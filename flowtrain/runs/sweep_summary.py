@@ -1,4 +1,4 @@
-"""What a sweep has found: its runs in one table, as CSV, as Markdown and as a figure."""
+"""Summarizes the runs of a sweep as CSV, as a Markdown table and as a figure."""
 
 import csv
 import io
@@ -21,10 +21,10 @@ from flowtrain.utils.errors import ConfigError, first_line
 from flowtrain.utils.files import write_text
 from flowtrain.utils.formatting import as_table, brief, with_error
 
-# in the directory of a run: what it found, the overrides that it was begun with, and what went wrong
+# files in the directory of a run: its result, its overrides, and its error message
 RESULT, OVERRIDES, ERROR = "result.json", ".hydra/overrides.yaml", "error.txt"
 CONFIG = ".hydra/config.yaml"
-# of result.json, what a table of runs has
+# keys of result.json in the CSV file
 MEASURED = (
     "val_nll", "val_nll_stderr", "nll", "nll_stderr", "bits_per_dim", "kl", "nfe", "solver_error", "roundtrip_error",
     "steps", "train_seconds",
@@ -36,7 +36,14 @@ TOLERANCES = ("solver.rtol", "solver.atol")
 
 @dataclass(frozen=True)
 class Job:
-    """A run of a sweep: its directory's name, its overrides by key, what it found, and what went wrong."""
+    """A run of a sweep.
+
+    Attributes:
+        name: the directory of the run, relative to the directory of the sweep.
+        keys: its overrides by key.
+        result: the content of its result.json; empty if it is missing or damaged.
+        error: the error message if there is no result, else None.
+    """
 
     name: str
     keys: dict[str, str]
@@ -45,39 +52,39 @@ class Job:
 
     @property
     def state(self) -> str:
-        """done, failed, or stopped before either."""
+        """done, failed, or stopped (neither a result nor an error)."""
         return "done" if self.result else "failed" if self.error else "stopped"
 
     @property
     def val_nll(self) -> float:
-        """Infinity where there is none."""
+        """The validation NLL in nats; infinity if missing."""
         found = self.result.get("val_nll")
         return math.inf if found is None else float(found)
 
     @property
     def val_stderr(self) -> float:
-        """The standard error of the validation NLL; NaN if missing, as in runs of an older flowtrain."""
+        """The standard error of the validation NLL; NaN if missing, as in runs of older versions."""
         found = self.result.get("val_nll_stderr")
         return math.nan if found is None else float(found)
 
 
 def write_summary(root: Path) -> tuple[str, int]:
-    """Writes sweep.csv, sweep.md and the figure sweep.png into the directory of a sweep.
+    """Writes sweep.csv, sweep.md and sweep.png into the directory of a sweep.
 
-    What cannot be written is a warning, because the table is also printed.
+    A file that cannot be written only causes a warning.
 
     Returns:
-        The table in Markdown, and the number of jobs without a result.
+        (the table for the terminal, the number of jobs without a result).
     """
     jobs = read(root)
     if not jobs:
         return "no job was begun", 0
-    keys = swept(jobs)
+    keys = varied_keys(jobs)
     table = as_markdown(jobs, keys)
     done = [job for job in jobs if job.result]
     axes = [key for key in keys if key != "seed"] or keys
     written = {"sweep.csv": as_csv(jobs, keys), "sweep.md": table + "\n"}
-    lines = {key: against(done, key) for key in axes[:MOST_SWEPT]}
+    lines = {key: group_by_key(done, key) for key in axes[:MOST_SWEPT]}
     with warn_if_plotting_fails("the sweep", ", nor its files"):
         for name, text in written.items():
             write_text(root / name, text)
@@ -90,9 +97,9 @@ def write_summary(root: Path) -> tuple[str, int]:
 
 
 def read(root: Path) -> list[Job]:
-    """The jobs of a sweep, the best first, those without an NLL last."""
+    """Reads the jobs of a sweep, sorted by validation NLL. Jobs without a result are last."""
     jobs = []
-    for folder, given in begun_in(root).items():
+    for folder, given in jobs_in(root).items():
         error = folder / ERROR
         try:
             result, said = result_of(folder), error.read_text(errors="replace").strip() if error.is_file() else None
@@ -103,35 +110,35 @@ def read(root: Path) -> list[Job]:
     return sorted(jobs, key=lambda job: (job.val_nll, job.state, len(job.name), job.name))
 
 
-def begun_in(root: Path) -> dict[Path, list[str]]:
-    """The directories of a sweep's jobs, each with the overrides that its run was begun with."""
+def jobs_in(root: Path) -> dict[Path, list[str]]:
+    """Returns the directories of a sweep's jobs, each with the overrides of its run."""
     found = sorted(path.parent.parent for path in root.glob(f"**/{OVERRIDES}"))
     return {folder: given for folder in found if folder != root and (given := overrides_of(folder)) is not None}
 
 
 def overrides_of(folder: Path) -> list[str] | None:
-    """The overrides that the run in a directory was begun with; None where there is no run of ours."""
+    """Returns the overrides of the run in a directory; None if the directory contains no run."""
     try:
         given = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8"))
-    except Exception:  # whatever else is in a file by that name
+    except Exception:  # the file may be missing, or may belong to another program
         return None
-    # with present names of keys, so that a sweep of an earlier version can go on
+    # with the present names of keys, so that a sweep of an earlier version can be continued
     return [renamed_override(str(item)) for item in given] if isinstance(given, list) else None
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    """The result.json of a run; empty where there is none.
+    """Reads the result.json of a run; empty if it does not exist.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: the file is damaged.
     """
     path = folder / RESULT
     try:
         found = json.loads(path.read_text()) if path.is_file() else {}
     except (ValueError, OSError) as e:
-        raise ConfigError(f"{path} is damaged ({first_line(e)}): remove it, and the run is evaluated again") from e
+        raise ConfigError(f"{path} is damaged ({first_line(e)}): remove it to evaluate the run again") from e
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} is damaged: remove it, and the run is evaluated again")
+        raise ConfigError(f"{path} is damaged: remove it to evaluate the run again")
     return found
 
 
@@ -175,11 +182,11 @@ def _pair(override: str) -> tuple[str, str]:
     return key, re.sub(r"\\(['\"])", r"\1", quoted[2]) if quoted else value
 
 
-def as_good(jobs: Sequence[Job]) -> set[str]:
-    """The names of the runs whose validation NLL is not significantly worse than the best.
+def tied_with_best(jobs: Sequence[Job]) -> set[str]:
+    """Returns the names of the runs whose validation NLL is not significantly worse than the best.
 
-    It is within 2 standard errors of the difference. The standard errors are assumed independent. This is conservative,
-    because runs that share a validation set differ by less noise.
+    The difference to the best must be at most 2 standard errors of the difference. The errors of two runs are assumed
+    independent. This is conservative, because the errors of runs with the same validation set are correlated.
     """
     best = min(jobs, key=lambda job: job.val_nll, default=None)
     if best is None or not math.isfinite(best.val_nll):
@@ -188,18 +195,18 @@ def as_good(jobs: Sequence[Job]) -> set[str]:
     return {best.name, *near}
 
 
-def swept(jobs: Sequence[Job]) -> list[str]:
-    """The keys that have not the same value in all jobs, in the order of the command line."""
+def varied_keys(jobs: Sequence[Job]) -> list[str]:
+    """Returns the keys that do not have the same value in all jobs, in the order of the command line."""
     keys = dict.fromkeys(key for job in jobs for key in job.keys)
     return [key for key in keys if len({job.keys.get(key) for job in jobs}) > 1]
 
 
 def as_csv(jobs: Sequence[Job], keys: Sequence[str]) -> str:
-    """A row for each job, with every digit."""
+    """Formats the jobs as CSV, with all digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["job", *keys, *MEASURED, "as_good_as_best", "state", "error"])
-    near = as_good(jobs)
+    near = tied_with_best(jobs)
     for job in jobs:
         found = (job.result.get(name) for name in MEASURED)
         given = (job.keys.get(key, "") for key in keys)
@@ -210,10 +217,10 @@ def as_csv(jobs: Sequence[Job], keys: Sequence[str]) -> str:
 
 
 def as_markdown(jobs: Sequence[Job], keys: Sequence[str]) -> str:
-    """The table to read: digits as far as the errors leave them, no column that says nothing."""
+    """Formats the jobs as a Markdown table, with significant digits only and without empty columns."""
     columns: dict[str, list[str]] = {"job": [job.name for job in jobs]}
     columns |= {key: [_short(job.keys.get(key, "")) for job in jobs] for key in keys}
-    near = as_good(jobs)
+    near = tied_with_best(jobs)
     marks = {job.name: " *" if job.name in near and len(near) > 1 else "" for job in jobs}
     columns["validation NLL"] = [_validation(job) + marks[job.name] for job in jobs]
     columns["test NLL"] = [_nll(job.result) for job in jobs]
@@ -221,7 +228,7 @@ def as_markdown(jobs: Sequence[Job], keys: Sequence[str]) -> str:
         columns[words] = [_number(job.result.get(name)) for job in jobs]
     columns["steps"] = [str(job.result.get("steps", "")) for job in jobs]
     columns["seconds"] = [_number(job.result.get("train_seconds"), 3) for job in jobs]
-    columns[""] = [_words(job) for job in jobs]
+    columns[""] = [_state_text(job) for job in jobs]
     columns = {head: cells for head, cells in columns.items() if any(cells)}
     table = as_table(list(columns), zip(*columns.values(), strict=True))
     return f"{table}\n\n{TIED}" if len(near) > 1 else table
@@ -236,7 +243,7 @@ def _nll(result: dict[str, Any]) -> str:
 
 
 def _short(value: str) -> str:
-    """A value as it was given, or the first four digits of one that a sweeper has drawn with all of them."""
+    """Returns a value as given; a long decimal number, as sweepers draw them, is rounded to four digits."""
     number = _as_number(value)
     return value if number is None or len(value) <= 12 or "." not in value else f"{number:.4g}"
 
@@ -245,15 +252,15 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "" if value is None else brief(value) if abs(value) < 1e-2 else f"{value:.{digits}g}"
 
 
-def _words(job: Job) -> str:
+def _state_text(job: Job) -> str:
     if job.state == "done":
         return ""
-    last = (job.error or "run the sweep again, and it goes on").splitlines()[-1]
+    last = (job.error or "run the same sweep again to continue it").splitlines()[-1]
     return f"{job.state}: {last if len(last) <= 120 else last[:119] + '…'}"
 
 
-def against(jobs: Iterable[Job], key: str) -> Swept:
-    """What the jobs have found, by their values of one key, whatever those of the others are."""
+def group_by_key(jobs: Iterable[Job], key: str) -> Swept:
+    """Groups the results of the jobs by their values of one key, regardless of the other keys."""
     values: dict[str, list[Job]] = {}
     for job in jobs:
         values.setdefault(job.keys.get(key, "default"), []).append(job)

@@ -1,4 +1,4 @@
-"""The batches of a run, each a pure function of the seed and the step, and of each the rows that one rank has."""
+"""Training batches. A batch is a pure function of the seed and the step, and each rank draws its share of the rows."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from flowtrain.utils import ranks
 
 
 class Batch(NamedTuple):
-    """What a step is taken on.
+    """This rank's rows of a training batch.
 
     Attributes:
-        x: (rows, *event_shape), on the flow's device.
-        label: (rows,), for a conditional flow, else None.
-        seed: of all noise that the step draws.
+        x: samples (rows, *event_shape) on the flow's device.
+        label: labels (rows,) for a conditional flow, else None.
+        seed: seed of all noise that the step draws.
     """
 
     x: Tensor
@@ -24,14 +24,15 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Draws from `data` for `flow`.
+    """Draws the training batches of `data` for `flow`.
 
     Args:
-        size: rows of a batch, over all ranks.
-        seed: the run's.
+        size: the number of rows of a batch, over all ranks.
+        seed: the seed of the run.
 
     Attributes:
-        weight: the share of the rows of a batch that this rank has.
+        share: this rank's rows of a batch.
+        weight: `share` as a fraction of the batch.
     """
 
     def __init__(self, flow: Flow, data: Dataset, size: int, seed: int) -> None:
@@ -42,16 +43,16 @@ class Batches:
         self.weight = (self.share.stop - self.share.start) / size
 
     def seed_of(self, step: int) -> int:
-        """Of the noise of a step; each rank has its own."""
+        """Returns the seed of the noise of a step, different on each rank."""
         own = (ranks.rank(),) if ranks.rank() else ()
         return step_generator(self.seed, STEP_STREAM, step, *own).initial_seed()
 
     def of(self, step: int) -> Batch:
-        """This rank's rows of the batch of a step."""
+        """Returns this rank's rows of the batch of a step."""
         return Batch(*self.draw(step, self.size, self.share), self.seed_of(step))
 
     def draw(self, step: int, size: int, share: slice) -> tuple[Tensor, Tensor | None]:
-        """Those rows of a batch of any size, and their labels for a conditional flow."""
+        """Returns the rows in the slice `share` of a batch of `size` rows, and their labels for a conditional flow."""
         x = self.data.train_share(step, size, self.seed, share).to(self.device, non_blocking=True)
         label = self.data.labels_share(step, size, self.seed, share) if self.flow.classes is not None else None
         return x, None if label is None else label.to(self.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Checkpoint files: weights and plain values with a checksum. A crash leaves the old file or the new one."""
+"""Checkpoint files: weights and plain values with a checksum. After a crash, the old or the new file is complete."""
 
 import hashlib
 import io
@@ -20,10 +20,10 @@ log = logging.getLogger("flowtrain")
 
 
 def checksum(content: Any) -> str:
-    """SHA-256 of plain values and tensors, by type, order and value.
+    """Returns the SHA-256 of plain values and tensors. It depends on types, order and values.
 
     Raises:
-        CheckpointError: a value of another kind, or a tensor that claims more than its memory holds.
+        CheckpointError: a value of another type, or a tensor that is larger than its storage.
     """
     digest = hashlib.sha256()
     _add(digest, content)
@@ -45,41 +45,41 @@ def _add(digest: Any, value: Any) -> None:
     elif value is None or isinstance(value, bool | int | float | str):
         digest.update(f"{type(value).__name__} {value!r};".encode())
     else:
-        raise CheckpointError(f"a {type(value).__name__} is no plain value")
+        raise CheckpointError(f"it contains a {type(value).__name__}, which is not a plain value")
 
 
 def _add_tensor(digest: Any, value: Tensor) -> None:
-    # a few bytes can claim a tensor of any shape, which would be written out below
+    # a small file can contain a tensor of any shape (with stride 0), which `contiguous` below would allocate
     if value.device.type != "cpu":
-        raise CheckpointError(f"a tensor is on {value.device}, where no file can put it")
+        raise CheckpointError(f"it contains a tensor on {value.device}, not on the CPU")
     if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise CheckpointError(f"a tensor of shape {tuple(value.shape)} has less memory than that")
+        raise CheckpointError(f"it contains a tensor of shape {tuple(value.shape)} with less memory than it needs")
     digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
     digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-# 2: with a checksum. Format 1 is read too
+# format 2 has a checksum; format 1, without one, can still be read
 FORMAT = 2
 KEYS = ("format", "config", "event_shape", "step", "weights")
-# what some of them are
-KINDS: dict[str, Callable[[Any], bool]] = {
+# checks of values by key
+VALUE_CHECKS: dict[str, Callable[[Any], bool]] = {
     "event_shape": lambda v: isinstance(v, list | tuple) and bool(v) and all(type(n) is int and n > 0 for n in v),
     "step": lambda v: type(v) is int and v >= 0,
     "weights": lambda v: isinstance(v, dict) and all(isinstance(w, torch.Tensor) for w in v.values()),
     "ema": lambda v: v is None or isinstance(v, dict),
 }
-# of the config, what a flow is built from and told of
+# config groups that are needed to build a flow
 GROUPS = ("model", "data", "solver")
 
 
 def save(path: Path, checkpoint: dict[str, Any], keep_previous: bool = True) -> None:
-    """Writes the whole of it, to the disk, or nothing.
+    """Writes a checkpoint atomically and flushes it to the disk.
 
     Args:
-        keep_previous: whether the file before it stays as `previous(path)`.
+        keep_previous: whether the existing file is kept as `previous(path)`.
 
     Raises:
-        OSError: it could not be written, or does not read back as it was.
+        OSError: the file could not be written, or could not be read back.
     """
     content = on_cpu({"format": FORMAT, **checkpoint})
     content["checksum"] = checksum(content)
@@ -88,9 +88,9 @@ def save(path: Path, checkpoint: dict[str, Any], keep_previous: bool = True) -> 
         try:
             _read(written)
         except CheckpointError as e:
-            raise OSError(f"{path}: what was written does not read back ({e})") from e
+            raise OSError(f"{path}: the written file does not read back ({e})") from e
 
-    # in memory first: torch answers a disk that is full with an error of its own archive's
+    # in memory first: on a full disk, torch.save raises an error of its zip writer instead of OSError
     archive = io.BytesIO()
     torch.save(content, archive)
     with replacing(path, durable=True, check=reads_back, keep=previous(path) if keep_previous else None) as f:
@@ -98,11 +98,11 @@ def save(path: Path, checkpoint: dict[str, Any], keep_previous: bool = True) -> 
 
 
 def on_cpu(content: Any) -> Any:
-    """The same values, their tensors on the CPU: a file should not tell of a device that its reader may not have."""
+    """Returns the values with all tensors on the CPU, so that a machine without the device can load the file."""
     if isinstance(content, torch.Tensor):
         return content.cpu()
     if isinstance(content, dict):
-        # of its own kind, which may be made in another way
+        # `copy` keeps subclasses of dict whose constructors have other arguments
         found = copy(content)
         found.update((key, on_cpu(value)) for key, value in content.items())
         return found
@@ -112,21 +112,24 @@ def on_cpu(content: Any) -> Any:
 
 
 def previous(path: Path) -> Path:
-    """Where the checkpoint before that of `path` is kept."""
+    """Returns the path at which the previous version of the checkpoint `path` is kept."""
     return path.with_suffix(f".previous{path.suffix}")
 
 
-def any_in(run_dir: Path) -> bool:
-    """Whether a run has left one to go on from, or to be evaluated."""
+def has_checkpoint(run_dir: Path) -> bool:
+    """Returns whether a run directory contains a checkpoint, best or last."""
     paths = [run_dir / "checkpoints" / f"{name}.pt" for name in ("best", "last")]
     return any(path.exists() or previous(path).exists() for path in paths)
 
 
 def find(path: Path, prefer: str = "best") -> Path:
-    """The checkpoint file that `path` means: itself, or the best (else last) one of a run directory.
+    """Returns the checkpoint file for `path`: the file itself, or a run directory's best checkpoint, else its last.
+
+    Args:
+        prefer: "best": the best checkpoint, else the last one. "last": only the last one.
 
     Raises:
-        CheckpointError: nothing there.
+        CheckpointError: there is no such file, or no checkpoint in the directory.
     """
     if path.is_file():
         return path
@@ -138,16 +141,19 @@ def find(path: Path, prefer: str = "best") -> Path:
     if not path.exists():
         raise CheckpointError(f"{path.absolute()}: there is no such file or run directory")
     raise CheckpointError(
-        f"{path.absolute()} holds no checkpoints/{' or checkpoints/'.join(names)}: "
+        f"{path.absolute()} contains no checkpoints/{' or checkpoints/'.join(names)}: "
         "give a run directory (flowtrain prints it last) or a .pt file"
     )
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint without running anything from it; where it is damaged, the one before it, with a warning.
+    """Reads a checkpoint without running code from it.
+
+    If the file is damaged, the previous checkpoint is read instead, with a warning.
 
     Raises:
-        CheckpointError: not a checkpoint of ours, damaged, or with more in it than weights and plain values.
+        CheckpointError: a file that is not a flowtrain checkpoint, is damaged, or contains other objects than weights
+            and plain values.
     """
     try:
         return _read(path)
@@ -159,7 +165,7 @@ def load(path: Path) -> dict[str, Any]:
             content = _read(before)
         except CheckpointError:
             raise e from None
-        log.warning("%s Taking the one before it, %s of step %s.", e, before.name, content["step"])
+        log.warning("%s Using the previous checkpoint instead, %s of step %s.", e, before.name, content["step"])
         return content
 
 
@@ -168,9 +174,9 @@ def _read(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise CheckpointError(
-            f"{path}: not a flowtrain checkpoint, or one that asks to run code; refused ({first_line(e)})."
+            f"{path}: refused, because it is not a flowtrain checkpoint, or would run code ({first_line(e)})."
         ) from e
-    except Exception as e:  # a file of another kind can fail in any way
+    except Exception as e:  # a file of another format can raise any exception
         raise CheckpointError(f"{path}: cannot be read as a checkpoint; is it complete? ({first_line(e)}).") from e
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config", {}), dict):
         raise CheckpointError(f"{path}: not a flowtrain checkpoint.")
@@ -187,11 +193,11 @@ def _read(path: Path) -> dict[str, Any]:
     except (CheckpointError, RecursionError) as e:
         raise CheckpointError(f"{path}: the checkpoint is damaged: {e}.") from e
     if found != expected and (expected is not None or checkpoint["format"] != 1):
-        raise CheckpointError(f"{path}: the checkpoint is damaged: what it holds has another checksum than it says.")
-    for key, good in KINDS.items():
+        raise CheckpointError(f"{path}: the checkpoint is damaged: its contents do not match its checksum.")
+    for key, good in VALUE_CHECKS.items():
         if not good(checkpoint.get(key)):
-            raise CheckpointError(f"{path}: the checkpoint's {key} is not one: it is damaged.")
+            raise CheckpointError(f"{path}: the checkpoint is damaged: its {key} is not valid.")
     missing = [group for group in GROUPS if not isinstance(checkpoint["config"].get(group), dict)]
     if missing:
-        raise CheckpointError(f"{path}: the checkpoint's config has no {', '.join(missing)}: it is damaged.")
+        raise CheckpointError(f"{path}: the checkpoint is damaged: its config has no {', '.join(missing)}.")
     return upgraded(checkpoint)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: best.pt to be loaded, last.pt to go on from, or back to."""
+"""The checkpoints of a run: best.pt for inference, last.pt to resume from or to rewind to."""
 
 import logging
 from collections.abc import Mapping
@@ -22,31 +22,31 @@ log = logging.getLogger("flowtrain")
 
 
 def load_weights(flow: Flow, saved: Mapping[str, Any]) -> None:
-    """Those of a checkpoint of this run.
+    """Loads the weights of a checkpoint into a flow.
 
     Raises:
-        CheckpointError: they are of another model.
+        CheckpointError: the weights belong to another model.
     """
     try:
         flow.load_state_dict(saved["weights"])
     except RuntimeError as e:
         first = " ".join(str(e).split())[:160]
         raise CheckpointError(
-            f"the run cannot go on with this config, its weights are of another model ({first} ...): "
-            "leave model.* as it was"
+            f"the run cannot be resumed with this config, because its weights belong to another model ({first} ...): "
+            "leave model.* unchanged"
         ) from e
 
 
 class CheckpointManager:
-    """Writes the checkpoints of a run into its directory, and reads them from there.
+    """Writes and reads the checkpoints of a run.
 
     Args:
         run_dir: the run directory; None: checkpoints are kept in memory.
-        config: the run's plain config, kept in every checkpoint.
-        samples: what the flow was trained on.
+        config: the run's plain config, stored in every checkpoint.
+        samples: the description of the training data, stored in every checkpoint.
 
     Attributes:
-        saved_step: of last.pt.
+        saved_step: the step of last.pt.
     """
 
     def __init__(
@@ -68,19 +68,19 @@ class CheckpointManager:
         self.saved_step = progress.step
         self._in_memory: dict[str, dict[str, Any]] = {}
 
-    def best(self) -> bool:
-        """Whether best.pt, what a flow is loaded from, has been written."""
-        return self.keep("best", self.inference_state())
+    def write_best(self) -> bool:
+        """Writes best.pt, from which a flow is loaded. Returns whether it was written."""
+        return self._write("best", self.inference_state())
 
-    def last(self) -> None:
-        """last.pt: that, and all that a resumed run needs."""
+    def write_last(self) -> None:
+        """Writes last.pt: the contents of best.pt and the state that a resumed run needs."""
         rest = {**self.train_state.state(), **self.progress.state(), "trouble": self.failure_policy.state()}
         rest["histories"] = [[*plan.steps] for plan in self.flow.step_plans]
-        if self.keep("last", {**self.inference_state(), **rest}):
+        if self._write("last", {**self.inference_state(), **rest}):
             self.saved_step = self.progress.step
 
     def inference_state(self) -> dict[str, Any]:
-        """What a flow is loaded from; weights and averages as they are, not copies."""
+        """Returns the contents of a checkpoint that are needed for inference. Weights and averages are not copied."""
         return {
             "config": dict(self.config),
             "event_shape": list(self.flow.event_shape),
@@ -90,10 +90,11 @@ class CheckpointManager:
             "ema": None if self.train_state.ema is None else self.train_state.ema.state(),
         }
 
-    def keep(self, name: str, state: dict[str, Any]) -> bool:
-        """Whether rank 0 has written the checkpoint.
+    def _write(self, name: str, state: dict[str, Any]) -> bool:
+        """Writes a checkpoint on rank 0. Returns whether it was written, the same on all ranks.
 
-        A disk that is full does not end a run, which has the one before.
+        If the disk is full, the previous checkpoint is kept and the run continues. At step 0, the error is raised,
+        because there is no previous checkpoint.
         """
         if self.run_dir is None:
             self._in_memory[name] = checkpoint.on_cpu(deepcopy(state))
@@ -106,7 +107,7 @@ class CheckpointManager:
             if self.progress.step == 0:
                 raise
             log.warning(
-                "step %d: checkpoints/%s.pt could not be written (%s). The one before it stays, and the run goes on.",
+                "step %d: checkpoints/%s.pt could not be written (%s). The previous one is kept and the run continues.",
                 self.progress.step,
                 name,
                 e,
@@ -115,20 +116,20 @@ class CheckpointManager:
         return ranks.broadcast_object(written)
 
     def read(self, prefer: str = "best") -> dict[str, Any]:
-        """A checkpoint of this run: the best one, or the last one if there is no best one or it is preferred.
+        """Returns the best checkpoint of this run; the last one if there is no best one or `prefer` is "last".
 
         Raises:
-            CheckpointError: it is missing or damaged.
+            CheckpointError: the file is missing or damaged.
         """
         if self.run_dir is not None:
             return checkpoint.load(checkpoint.find(self.run_dir, prefer))
         return deepcopy(self._in_memory[prefer if prefer in self._in_memory else "last"])
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """All of last.pt but its weights.
+        """Restores everything in last.pt except the weights.
 
         Raises:
-            CheckpointError: no run can have saved such a state.
+            CheckpointError: the state is not valid.
         """
         self.train_state.load_moments(saved)
         check_progress(saved, self.flow)
@@ -136,21 +137,21 @@ class CheckpointManager:
         if "trouble" in saved:
             self.failure_policy.load(saved["trouble"])
         if saved["config"]["trainer"].get("lr") != self.train_state.settings.lr:
-            # a rate that the user chose in the light of what had happened
+            # the user has chosen another rate, which is not halved again for the earlier rewinds
             self.failure_policy.halvings = 0
         self.progress.load(saved)
-        # a run of an older flowtrain begins its solves anew
+        # checkpoints of older versions have no step plans
         saved_plans = saved.get("histories", ())
         self.flow.set_step_plans([StepPlan(tuple((h, suited) for h, suited in steps)) for steps in saved_plans])
         self.saved_step = self.progress.step
 
-    def back(self) -> None:
-        """Everything as last.pt has it."""
+    def rewind(self) -> None:
+        """Restores weights and training state from last.pt."""
         saved = self.read("last")
         load_weights(self.flow, saved)
         self.load(saved)
         if self.config["solver"] != saved["config"]["solver"]:
-            # steps were made smaller since: what was best with the larger ones may owe itself to them
+            # the step size was reduced since, and the error of larger steps may have lowered the best NLL
             self.progress.forget_best()
 
     def keep_objective(self, pinned: Mapping[str, Any]) -> None:
@@ -158,11 +159,11 @@ class CheckpointManager:
         self.config = {**self.config, "objective": {**self.config["objective"], **pinned}}
 
     def keep_step_size(self) -> None:
-        """Takes a step size that was made smaller into every checkpoint's config: it holds in evaluation too."""
+        """Stores a reduced step size in the config of all later checkpoints, because evaluation must use it too."""
         solver = self.flow.solver
         if solver is None or solver.adaptive:
             return
         changed = {"step_size": solver.step_size, "steps": None}
         self.config = {**self.config, "solver": {**self.config["solver"], **changed}}
-        # the best NLL so far may owe itself to the coarser steps, and no honest one would ever beat it
+        # the error of the coarser steps may have lowered the best NLL so far, and a correct NLL may never reach it
         self.progress.forget_best()

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, and of the running statistics that go with them."""
+"""An exponential moving average (EMA) of the weights and of the running statistics of batch norms."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,32 +12,33 @@ from torch import Tensor, nn
 class Ema:
     """shadow <- d shadow + (1 - d) weights after each step, d = min(decay, (1 + n) / (10 + n)) at the nth update.
 
-    The growing decay, as of TensorFlow's ExponentialMovingAverage, lets a short run forget its start.
+    The decay grows as in TensorFlow's ExponentialMovingAverage, so that the initial weights do not dominate the average
+    of a short run.
 
-    The running statistics of batch norms are averaged in the same way, because the last statistics fit the activations
-    of averaged weights less well. (RealNVP with batch norms, decay 0.99: the validation NLL on moons after 200,
-    400 and 600 steps is 2.566, 2.525, 2.502 with averaged statistics and 2.586, 2.544, 2.517 with copied ones.) This is
-    valid because statistics change only with an accepted update, see `TrainState.keep_running`.
+    The running statistics of batch norms are averaged too, because the last statistics fit the activations of averaged
+    weights less well. For RealNVP with batch norms and decay 0.99, the validation NLL on moons after 200, 400 and 600
+    steps is 2.566, 2.525 and 2.502 with averaged statistics, and 2.586, 2.544 and 2.517 with copied statistics.
+    Averaging is valid because statistics change only with an accepted update, see `TrainState.keep_running`.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module = module
         self.decay = decay
         self.updates = 0
-        # buffers that no checkpoint holds, such as masks, do not change
+        # buffers outside the state_dict, such as masks, are constant and not averaged
         self._saved = set(module.state_dict())
         self.shadow = {name: p.detach().clone() for name, p in self._averaged()}
 
     @torch.no_grad()
-    def begin_anew(self) -> None:
-        """Sets the module's weights to the average, and forgets how many updates led there."""
+    def restart(self) -> None:
+        """Sets the module's weights to the average, and resets the count of updates."""
         self.updates = 0
         for name, p in self._averaged():
             p.copy_(self.shadow[name])
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the weights in as they are after a step."""
+        """Updates the average with the current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         weights = [p.detach() for _, p in self._averaged()]
@@ -50,7 +51,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module holds the averaged weights inside, its own again after."""
+        """Context manager in which the module has the averaged weights."""
         self._swap()
         try:
             yield
@@ -62,13 +63,13 @@ class Ema:
             p.data, self.shadow[name] = self.shadow[name], p.data
 
     def state(self) -> dict[str, Tensor | int]:
-        """What a resumed run needs: the averages by name, and how many updates led there."""
+        """Returns the averages by name and the count of updates."""
         return {"updates": self.updates, **self.shadow}
 
     def load(self, state: dict[str, Tensor | int]) -> None:
-        """Takes such a state."""
+        """Restores the result of `state`."""
         for name, shadow in self.shadow.items():
-            # an older flowtrain did not average buffers, and had none that change
+            # older versions did not average buffers, and their buffers did not change
             value = state.get(name, shadow)
             assert isinstance(value, Tensor)
             shadow.copy_(value)
@@ -76,5 +77,5 @@ class Ema:
 
 
 def averages(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The averages in a saved `Ema.state`, by name, without the count of its updates."""
+    """Returns the averages in a saved `Ema.state` by name, without the count of updates."""
     return {name: value for name, value in saved.items() if name != "updates"}

@@ -15,18 +15,19 @@ from flowtrain.utils.files import replacing
 log = logging.getLogger("flowtrain")
 
 POLICIES = ("stop", "skip", "rewind")
-# what a policy is for; any other error is a mistake, and stops the run
+# errors that the policy applies to; all other errors stop the run
 STEP_ERRORS = (NonFiniteError, SolverError)
-# steps skipped in a row after which a run stops: its weights are past mending
+# a run stops after this many skipped steps in a row, because later batches are unlikely to help
 SKIPS = 10
-# batches that are kept
+# the largest number of failed batches that are kept
 DUMPS = 5
 
 
 def dump(run_dir: Path | None, step: int, x: Tensor, label: Tensor | None) -> Path | None:
-    """Keeps the batch of a step that failed, x (B, *event_shape) and label (B,) or None, as .npz.
+    """Writes the batch of a failed step, x (B, *event_shape) and label (B,) or None, to an .npz file.
 
-    Returns the file; None where it could not be written, there are enough of them, or there is no run directory.
+    Returns:
+        the path; None if the file could not be written, DUMPS batches are kept already, or there is no run directory.
     """
     if run_dir is None:
         return None
@@ -39,17 +40,20 @@ def dump(run_dir: Path | None, step: int, x: Tensor, label: Tensor | None) -> Pa
         with replacing(path) as f:
             np.savez(f, **arrays)
     except OSError as e:
-        log.warning("the batch of step %d could not be kept: %s", step, e)
+        log.warning("the batch of step %d could not be written: %s", step, e)
         return None
     return path
 
 
 def bad_update(flow: nn.Module, loss: float, x: Tensor) -> NonFiniteError | None:
-    """What is wrong with a loss and its gradients: which is not finite, and the likely cause; None for nothing."""
+    """Returns an error that says which of loss and gradients is not finite, and the likely cause.
+
+    None if both are finite.
+    """
     finite = math.isfinite(loss)
     bad = [n for n, p in flow.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     if finite and not bad:
-        # the norm of finite gradients can leave the range all the same
+        # the norm of finite gradients can overflow
         gradients = [p.grad for p in flow.parameters() if p.grad is not None]
         bad = [] if nn.utils.get_total_norm(gradients).isfinite() else ["the weights"]
         if not bad:
@@ -59,21 +63,21 @@ def bad_update(flow: nn.Module, loss: float, x: Tensor) -> NonFiniteError | None
 
 
 def _cause(flow: nn.Module, loss_is_finite: bool, x: Tensor) -> str:
-    """Where to look first."""
+    """Returns the likely cause and what to do about it."""
     wrong = [name for name, p in flow.named_parameters() if not p.isfinite().all()]
     if wrong:
-        return f"The weights {_listed(wrong)} are not finite since an update before: go back to an earlier checkpoint."
+        return f"The weights {_listed(wrong)} are not finite after an earlier update: go back to an earlier checkpoint."
     rows = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if rows:
-        return f"The batch itself holds NaN or infinite values, first in row {rows[0]}: remove those rows of the data."
-    if loss_is_finite:
         return (
-            "The loss is finite, so this is an overflow on the way back. Try a smaller trainer.lr or trainer.clip_norm."
+            f"The batch itself contains NaN or infinite values, first in row {rows[0]}: remove such rows from the data."
         )
+    if loss_is_finite:
+        return "The loss is finite, so the backward pass has overflowed. Try a smaller trainer.lr or trainer.clip_norm."
     largest = float(x.abs().max()) if x.is_floating_point() else 0.0
     if largest > 1e6:
         return (
-            f"The batch goes up to {largest:.1e}: scale the data down (data.standardize), or try a smaller trainer.lr."
+            f"The batch has values up to {largest:.1e}: scale the data (data.standardize), or try a smaller trainer.lr."
         )
     return "Try a smaller trainer.lr or trainer.clip_norm."
 
@@ -83,12 +87,12 @@ def _listed(names: list[str]) -> str:
 
 
 class FailurePolicy:
-    """The policy of a run, `trainer.on_nonfinite`, and what it has cost so far.
+    """The failure policy of a run, `trainer.on_nonfinite`, with its counters.
 
     Attributes:
-        skipped: steps in a row.
-        rewinds: so far.
-        halvings: of the learning rate: one a rewind, since it was last chosen.
+        skipped: the number of consecutive steps that were skipped.
+        rewinds: the number of rewinds so far.
+        halvings: the number of halvings of the learning rate, one for each rewind since trainer.lr was last changed.
     """
 
     def __init__(self, policy: str, max_rewinds: int) -> None:
@@ -97,19 +101,19 @@ class FailurePolicy:
 
     @property
     def lr_scale(self) -> float:
-        """What the rewinds leave of the learning rate, a factor."""
+        """The factor of the learning rate after the rewinds."""
         return 0.5**self.halvings
 
     def policy_for(self, error: FlowtrainError) -> str:
-        """What is done about an error: the policy, while it lasts and where it is for such an error, else to stop."""
+        """Returns the policy for an error: "stop" if it is not a step error, or if the policy has reached its limit."""
         lasts = {"stop": True, "skip": self.skipped < SKIPS, "rewind": self.rewinds < self.max_rewinds}
         return self.policy if isinstance(error, STEP_ERRORS) and lasts[self.policy] else "stop"
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Returns the counters by name."""
         return {"skipped": self.skipped, "rewinds": self.rewinds, "halvings": self.halvings}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes such a state; an older one has a halving for each rewind."""
+        """Restores the result of `state`. States of older versions lack `halvings`, which equals `rewinds`."""
         self.skipped, self.rewinds = state["skipped"], state["rewinds"]
         self.halvings = state.get("halvings", self.rewinds)

@@ -1,4 +1,4 @@
-"""What comes before the first step: refusing what cannot be trained, and setting what depends on the data."""
+"""Preparation of training: checks of the settings, data-dependent initialization and compilation."""
 
 import math
 
@@ -14,36 +14,36 @@ from flowtrain.training.time_budget import TimeBudget
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import ConfigError, NonFiniteError
 
-# numbers in the batch that data-dependent parameters are set by, and rows: at the least, and at the most
+# size of the batch for data-dependent initialization: the number of elements, the least and the largest number of rows
 INITIALIZATION, LEAST_ROWS, MOST_ROWS = 2**23, 500, 10_000
 
 
 def check_trainable(flow: Flow, settings: Settings) -> None:
-    """Refuses settings that are sound by themselves, but not for this flow or on so many ranks.
+    """Checks the settings that depend on the flow or the number of ranks.
 
     Raises:
-        ConfigError: naming the setting.
+        ConfigError: a setting that does not fit.
     """
     if settings.batch_size < settings.accumulate * ranks.size():
         raise ConfigError(
-            f"trainer.batch_size={settings.batch_size} over {ranks.size()} ranks leaves fewer rows to one "
-            f"than the {settings.accumulate} parts of trainer.accumulate: give a larger one"
+            f"trainer.batch_size={settings.batch_size} over {ranks.size()} ranks leaves a rank fewer rows than "
+            f"trainer.accumulate={settings.accumulate}: give a larger batch size"
         )
     if flow.solver is not None and settings.precision != "float32":
         raise ConfigError(
-            f"trainer.precision={settings.precision}: ODEs are solved in float32, because their error control "
-            "would measure the rounding; leave it at float32 for a continuous flow"
+            f"trainer.precision={settings.precision}: ODEs are solved in float32, because in a lower precision the "
+            "error control would measure rounding errors; set it to float32 for a continuous flow"
         )
 
 
 def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = None) -> None:
-    """Sets statistics and data-dependent parameters from training data, all rows of them on every rank.
+    """Sets statistics and data-dependent parameters from the same rows of the training data on every rank.
 
     Args:
-        time_budget: limits the number of rows, but not below LEAST_ROWS, and not for a base that is fitted to them.
+        time_budget: limits the number of rows, but not below LEAST_ROWS, and not if the base is fitted to the rows.
 
     Raises:
-        NonFiniteError: data that hold NaN or infinite values.
+        NonFiniteError: the data contain NaN or infinite values.
     """
     moments, offset = batches.data.statistics(), batches.data.offset
     if moments is None and offset is not None:
@@ -53,20 +53,20 @@ def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = No
         if isinstance(bijection, Standardize) and moments is not None:
             bijection.fit(*moments, offset)
     rows = max(LEAST_ROWS, min(MOST_ROWS, INITIALIZATION // math.prod(flow.event_shape)))
-    # a base that is fitted, such as a mixture, needs the rows that its number of components was chosen by
+    # a base that is fitted, such as a mixture, needs the same rows from which its number of components was chosen
     if time_budget is not None and type(flow.base).initialize is Base.initialize:
         rows = max(LEAST_ROWS, time_budget.first_rows(rows))
     if batches.data.n_train is not None:
-        # no row twice: the shrinkage of a covariance depends on the number of distinct rows
+        # without repeated rows, because the shrinkage of a covariance depends on the number of distinct rows
         rows = min(rows, batches.data.n_train)
     x, label = batches.draw(0, rows, slice(None))
     if not bool(torch.isfinite(x).all()):
-        raise NonFiniteError("the training data hold NaN or infinite values: remove those rows")
+        raise NonFiniteError("the training data contain NaN or infinite values: remove these rows")
     flow.base.initialize(flow.bijection.initialize(flow.dequantized(x), label))
 
 
 def compile_parts(objective: Objective, flow: Flow) -> None:
-    """Compiles what is evaluated most: the fields of continuous flows, and of a flow that solves no ODE the whole loss.
+    """Compiles the velocity fields of a continuous flow, or the whole loss of any other flow.
 
     Raises:
         ConfigError: a conditional continuous flow.

@@ -14,20 +14,21 @@ log = logging.getLogger("flowtrain")
 
 
 class Listener(Protocol):
-    """What else is told of rows, as `Metrics` is."""
+    """Receives the same rows as `Metrics`."""
 
     def write(self, **row: Any) -> None:
-        """A row, as `Metrics.write` takes it."""
+        """Writes a row, as `Metrics.write` does."""
 
     def back_to(self, step: int) -> None:
         """Drops the rows of later steps."""
 
 
 class Metrics:
-    """Appends rows to a file; `rows` holds them all. Begun at step s, it keeps the rows up to s, no later ones.
+    """Appends rows to a file and keeps them in `rows`. Rows of an existing file are kept up to `step`.
 
     Args:
-        path: the file; None: rows are kept in memory only, as on all ranks but one.
+        path: the file; None: rows are kept in memory only, as on all ranks except rank 0.
+        step: the step at which the run starts.
     """
 
     def __init__(self, path: Path | None, step: int) -> None:
@@ -39,20 +40,20 @@ class Metrics:
             write_text(path, _lines(self.rows))
 
     def back_to(self, step: int) -> None:
-        """Drops the rows of later steps, written or waiting to be."""
+        """Drops the rows of later steps, from the file and from memory."""
         self.rows = [row for row in self.rows if row["step"] <= step]
         for listener in self.listeners:
             listener.back_to(step)
         if self.path is None:
             return
-        # what was written is how the rows begin, and a disk that is full has room for less
+        # the file contains a prefix of the rows; on a full disk it can be shorter than the rows that are kept
         text = _lines(self.rows).encode()
         written = min(self.path.stat().st_size, len(text))
         os.truncate(self.path, written)
         self.waiting = text[written:].decode()
 
     def write(self, **row: Any) -> None:
-        """Appends a row; what cannot be written, as on a full disk, is tried again with the next one."""
+        """Appends a row. Rows that cannot be written, as on a full disk, are tried again with the next row."""
         self.rows.append(row)
         for listener in self.listeners:
             listener.write(**row)
@@ -61,12 +62,12 @@ class Metrics:
         self.waiting += to_json(row) + "\n"
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            # in binary mode: text mode changes line ends on Windows, and `back_to` counts bytes
+            # in binary mode, because `back_to` counts bytes and text mode changes line ends on Windows
             with self.path.open("ab") as f:
                 f.write(self.waiting.encode())
         except OSError as e:
             if not self.failing:
-                log.warning("%s cannot be written (%s): its rows are kept until it can", self.path, e)
+                log.warning("%s cannot be written (%s): its rows are kept in memory and tried again", self.path, e)
             self.failing = True
             with suppress(OSError):
                 os.truncate(self.path, size)
@@ -75,7 +76,7 @@ class Metrics:
 
 
 def in_bits(flow: Density, nll: float) -> dict[str, float]:
-    """What a row says of an NLL in bits per dimension: nothing but for images."""
+    """Returns an NLL in bits per dimension as a part of a row; empty unless the data are images."""
     factor = flow.bits_per_nat
     return {} if factor is None else {"bits_per_dim": factor * nll}
 
@@ -85,7 +86,7 @@ def _lines(rows: list[dict[str, Any]]) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; lines that are none, as the last one torn by a crash, are left out."""
+    """Returns the rows of a metrics file. Damaged lines are skipped; a crash can truncate the last line."""
     rows, bad = [], 0
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for line in lines:
@@ -95,7 +96,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError, RecursionError):
             bad += 1
     if bad > 1 or (bad and lines and not _is_torn(lines[-1])):
-        log.warning("%s: %d of %d lines are damaged, and left out", path, bad, len(lines))
+        log.warning("%s: %d of %d lines are damaged and are skipped", path, bad, len(lines))
     return rows
 
 

@@ -1,9 +1,9 @@
-"""Brings the contents of checkpoints of earlier versions up to date: renamed classes, renamed and missing keys."""
+"""Converts checkpoints of earlier versions: renamed classes, renamed keys and missing keys."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# the `_target_` paths of earlier versions, and where the same object is now
+# `_target_` paths of earlier versions and the present paths of the same objects
 RENAMED = {
     "flowtrain.data.array.ArrayData": "flowtrain.data.tables.array.ArrayData",
     "flowtrain.data.checkerboard.Checkerboard": "flowtrain.data.toys.shapes.Checkerboard",
@@ -22,26 +22,26 @@ RENAMED = {
 
 # config keys of earlier versions, by group, and their present names
 RENAMED_KEYS = {"model": {"positions": "positional_bias"}}
-# the same as keys of the command line
+# the same renames as keys of the command line
 RENAMED_OVERRIDES = {f"{g}.{old}": f"{g}.{new}" for g, names in RENAMED_KEYS.items() for old, new in names.items()}
-# what checkpoints say of their samples
+# renamed keys of `samples` in checkpoints
 RENAMED_SAMPLES = {"discrete": "integer_valued"}
 
 
 def key_of(override: str) -> str:
-    """The key of an override such as +model.positions=true."""
+    """Returns the key of an override such as +model.positions=true."""
     return override.partition("=")[0].lstrip("+~")
 
 
 def renamed_override(override: str) -> str:
-    """The override with the present name of its key."""
+    """Returns the override with the present name of its key."""
     start, equals, value = override.partition("=")
     key = key_of(override)
     return start.removesuffix(key) + RENAMED_OVERRIDES.get(key, key) + equals + value
 
 
 def upgraded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of a checkpoint as the current version writes them."""
+    """Returns the contents of a checkpoint as the current version writes them."""
     config = {group: _renamed(group, keys) for group, keys in checkpoint["config"].items()}
     content = {**checkpoint, "config": {**config, "data": _data(config["data"]), "solver": _solver(config["solver"])}}
     if isinstance(checkpoint.get("samples"), dict):
@@ -50,7 +50,7 @@ def upgraded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed(keys: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The mapping with its keys renamed. A key that has its new name already wins over one with the old name."""
+    """Returns the mapping with its keys renamed. If old and new name of a key are present, the new name is kept."""
     found = {names[k]: v for k, v in keys.items() if k in names}
     return {**found, **{k: v for k, v in keys.items() if k not in names}}
 
@@ -65,15 +65,15 @@ def _renamed(group: str, keys: Any) -> Any:
 
 
 def _solver(solver: dict[str, Any]) -> dict[str, Any]:
-    """Adds the warm-up of the tolerance, which configs without the key did not have."""
+    """Adds `warmup: 0`, because versions without this key did not warm up the tolerance."""
     return {"warmup": 0, **solver} if solver.get("_target_") == "flowtrain.ode.ode_solver" else solver
 
 
 def _data(data: dict[str, Any]) -> dict[str, Any]:
-    """Adds the keys that data=array did not have, with the values that mean the same as before."""
+    """Adds missing keys of data=array with the values that reproduce the behaviour of earlier versions."""
     if data.get("_target_") != "flowtrain.data.tables.array.ArrayData":
         return data
-    # older flows over tables started at a standard normal
+    # older versions initialized flows over tables at a standard normal
     data = {"gaussian_start": False, **data}
     if "header" not in data:
         # older versions kept unnamed index columns, and all samples in float32

@@ -1,4 +1,4 @@
-"""Progress of a run: its counters, the progress bar, and warnings of a rising NFE."""
+"""Progress of a run: counters, progress bar, and warnings about the NFE."""
 
 import logging
 import math
@@ -18,21 +18,21 @@ log = logging.getLogger("flowtrain")
 
 @dataclass
 class Progress:
-    """What a run counts and remembers from step to step, and last.pt with it.
+    """Counters and results that training updates after every step. They are saved in last.pt.
 
     Attributes:
-        step: updates so far, those that were skipped included.
-        seconds: spent on them, over all the times that the run was resumed.
-        stale: consecutive regular validations without a new best among the regular ones, for early stopping.
-        best: NLL in nats and step of the best validation whose checkpoint is on the disk; None before the first.
-        val_nll: of the last validation, in nats; NaN before the first.
-        began: whether the likelihood's steps have.
-        counted: the best NLL of the regular validations; None before the first. `stale` counts by it, because early
-            validations must not change when a run ends.
-        best_rows: log p of some validation rows at the best validation, see `validation.some_rows`; None without
+        step: the number of updates so far, including skipped ones.
+        seconds: training time in seconds, summed over all commands that resumed the run.
+        stale: the number of consecutive regular validations without a new best regular one, for early stopping.
+        best: NLL in nats and step of the best validation whose checkpoint has been written; None before the first.
+        val_nll: the NLL of the last validation in nats; NaN before the first.
+        began: whether steps that maximize the likelihood have begun.
+        counted: the best NLL of the regular validations; None before the first. `stale` refers to it instead of
+            `best`, because early validations must not change when a run ends.
+        best_rows: log p of some validation rows at the best validation, see `validation.some_rows`. None without
             `max_rise`.
         position: the position of the schedules, in steps, see `ScheduleClock`.
-        worse: NLL of the latest consecutive regular validations that were clearly worse than the best.
+        worse: the NLLs of the latest consecutive regular validations that were clearly worse than the best.
     """
 
     step: int = 0
@@ -47,12 +47,12 @@ class Progress:
     worse: list[float] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
-        """All of it, by name."""
+        """Returns all attributes by name."""
         return asdict(self)
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Takes over what a checkpoint says, in place: others hold on to this object."""
-        # in runs of an older flowtrain, all steps were of the likelihood and all validations were regular
+        """Restores the attributes from a checkpoint, in place because other objects refer to this one."""
+        # in older versions, all steps maximized the likelihood and all validations were regular
         best = saved["best"]
         older: dict[str, Any] = {
             "began": True,
@@ -65,25 +65,26 @@ class Progress:
             setattr(self, name, saved.get(name, older[name]) if name in older else saved[name])
 
     def forget_best(self) -> None:
-        """Makes the next validation the best, because earlier ones were measured differently."""
+        """Makes the next validation the best one. Used when earlier NLLs are no longer comparable."""
         self.best = self.counted = self.best_rows = None
         self.worse = []
 
 
+# a larger NFE of a step causes a warning
 NFE_WARNING = 1000
-# an NFE so many times the median of the steps before is a spike, and how many those are, at most and at least
+# a spike is an NFE above SPIKE times the median of the last MEDIAN_OF steps, once there are LEAST_WATCHED steps
 SPIKE, MEDIAN_OF, LEAST_WATCHED = 3, 100, 10
 
 
 class NfeWatch:
-    """Warns of spikes of the NFE, once each however long it lasts, and once of a large one."""
+    """Warns once for each spike of the NFE, and once if the NFE exceeds NFE_WARNING."""
 
     def __init__(self) -> None:
         self.before: deque[int] = deque(maxlen=MEDIAN_OF)
         self.warned, self.spiking = False, False
 
-    def see(self, step: int, row: Mapping[str, Any]) -> None:
-        """Told of the row of every step that was taken."""
+    def check(self, step: int, row: Mapping[str, Any]) -> None:
+        """Checks the NFE in the row of a step. Must be called after every successful step."""
         nfe = (row.get("nfe_forward") or 0) + (row.get("nfe_backward") or 0)
         if not nfe:
             return
@@ -91,12 +92,12 @@ class NfeWatch:
         self.before.append(nfe)
         before, self.spiking = self.spiking, nfe > SPIKE * usual
         if self.spiking and not before:
-            log.warning("step %d: NFE %d, where %g was usual before", step, nfe, usual)
+            log.warning("step %d: the NFE rose to %d, from a median of %g over the steps before", step, nfe, usual)
         if nfe > NFE_WARNING and not self.warned:
             self.warned = True
             log.warning(
-                "step %d: NFE %d passed %d, the field is getting hard to solve. Try a looser solver.rtol, a smaller "
-                "trainer.lr or more trainer.weight_decay.",
+                "step %d: the NFE is %d, above %d, because the ODE is hard to solve. Try a larger solver.rtol, a "
+                "smaller trainer.lr or a larger trainer.weight_decay.",
                 step,
                 nfe,
                 NFE_WARNING,
@@ -104,16 +105,16 @@ class NfeWatch:
 
 
 def progress_bar(steps: int, done: int, name: str | None = None) -> AbstractContextManager[Status]:
-    """The progress bar of training, from step `done` to `steps`. With a name, the count of steps without an end."""
+    """Returns the progress bar of training from step `done` to `steps`; with a name, a counter without a total."""
     if name is None:
         return status("training", total=steps, unit="step", done=done, bar=True)
     return status(f"training {name}", unit="step", done=done)
 
 
 def show(bar: Status, row: Mapping[str, Any], val_nll: float, bits_per_nat: float | None) -> None:
-    """Shows the loss of a row, the last validation NLL and the NFE beside the bar.
+    """Shows the loss of a row, the last validation NLL and the NFE next to the progress bar.
 
-    Likelihoods are in nats per sample, or in bits per dimension if `bits_per_nat` is given, as in the table of results.
+    NLLs are in nats per sample, or in bits per dimension if `bits_per_nat` is given.
     """
     unit, scale = ("nll", 1.0) if bits_per_nat is None else ("bits/dim", bits_per_nat)
     values: dict[str, Any] = {}

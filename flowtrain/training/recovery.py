@@ -1,4 +1,4 @@
-"""Steps and validations that fail: stopped at, passed over, or gone back from, as the run's policy says."""
+"""Applies the failure policy to steps and validations that fail: stop, skip, or rewind to the last checkpoint."""
 
 import logging
 from collections.abc import Callable
@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 
 class Failed(Enum):
-    """What became of a step or a validation that failed: it was passed over, or the run went back."""
+    """The outcome of a step or validation that failed: skipped, or the run was rewound."""
 
     SKIPPED = auto()
     REWOUND = auto()
 
 
 class Recovery:
-    """Stands around what may fail; all ranks see the same failures, and do the same about them."""
+    """Runs steps and validations and applies the failure policy. All ranks see the same failures and act alike."""
 
     def __init__(
         self, failure_policy: FailurePolicy, checkpoints: CheckpointManager, metrics: Metrics, settings: Settings
@@ -39,10 +39,13 @@ class Recovery:
         )
 
     def guarded(self, action: Callable[[], T], what: str) -> T | Failed:
-        """What an action gives; where it failed, what the policy has made of that.
+        """Runs `action`. Returns its result, or the outcome of the failure policy if it fails.
 
         Args:
-            what: the action's name in messages.
+            what: the name of the action in messages.
+
+        Raises:
+            FlowtrainError: the action failed and the policy is to stop.
         """
         try:
             return action()
@@ -55,44 +58,45 @@ class Recovery:
                 raise
             first = " ".join(str(e).split())[:300]
             raise ConfigError(
-                f"trainer.compile=true: torch could not compile here: set it to false ({first} ...)"
+                f"trainer.compile=true: torch could not compile the loss; set it to false ({first} ...)"
             ) from e
 
     def failed(self, error: FlowtrainError, what: str) -> Failed:
-        """Does what the policy says of what failed, on whatever rank."""
+        """Applies the policy to an error: skips, rewinds, or raises the error with a hint for the user."""
         policy = self.failure_policy.policy_for(error)
         if policy == "skip":
             self.failure_policy.skipped += 1
             log.warning("%s is skipped: %s", what, error)
             return Failed.SKIPPED
         if policy == "rewind":
-            self.rewind(f"{what}: {error}")
+            self.rewind(f"{what}: {error}".rstrip("."))
             return Failed.REWOUND
         run_dir = self.checkpoints.run_dir
-        # last.pt stays as it is: a step fails for its weights, and would fail again from those before it
+        # last.pt is not updated: the step failed because of its weights, and would fail again when resumed from them
         lr = self.settings.lr * self.failure_policy.lr_scale
         if not isinstance(error, STEP_ERRORS):
-            cure = "" if run_dir is None else f" Resume with: {resume_command(run_dir)}"
+            hint = "" if run_dir is None else f"Resume with: {resume_command(run_dir)}"
         elif run_dir is None:
-            cure = f" Fit again with a smaller learning rate, trainer.lr={lr / 2:g}."
+            hint = f"Fit again with a smaller learning rate, trainer.lr={lr / 2:g}."
         else:
-            cure = (
-                " Go on from the last checkpoint, with a smaller learning rate: "
+            hint = (
+                "Resume from the last checkpoint with a smaller learning rate: "
                 f"{resume_command(run_dir)} trainer.lr={lr / 2:g}"
             )
-        raise type(error)(f"{what}: {error}{cure}") from error
+        message = f"{what}: {error}"
+        raise type(error)(f"{message.rstrip('.')}. {hint}" if hint else message) from error
 
     def rewind(self, why: str) -> None:
-        """Back to the last checkpoint, with half of the learning rate from there on."""
+        """Rewinds the run to the last checkpoint and halves the learning rate from there on."""
         rewinds, halvings = self.failure_policy.rewinds + 1, self.failure_policy.halvings + 1
-        self.checkpoints.back()
+        self.checkpoints.rewind()
         self.failure_policy.rewinds, self.failure_policy.halvings, self.failure_policy.skipped = rewinds, halvings, 0
         step = self.checkpoints.saved_step
         self.metrics.back_to(step)
-        # now, so that a run killed before its next checkpoint does not begin with the old rate again
-        self.checkpoints.last()
+        # saved now, so that a run that is killed before its next checkpoint does not resume with the old rate
+        self.checkpoints.write_last()
         log.warning(
-            "%s Back to step %d with a learning rate %g times the one that was set (%d of at most %d times).",
+            "%s. Rewound to step %d; the learning rate is now %g times trainer.lr (rewind %d of at most %d).",
             why,
             step,
             self.failure_policy.lr_scale,

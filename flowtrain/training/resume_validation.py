@@ -1,6 +1,6 @@
-"""What last.pt says of a run's progress, held against what it can be before any of it is used.
+"""Checks the training state in last.pt before it is used.
 
-A checksum tells damage from what was written, but not who wrote it.
+The checksum detects damage, but anybody can write a file with a valid checksum.
 """
 
 import math
@@ -15,17 +15,17 @@ from flowtrain.training.ema import averages
 from flowtrain.utils.errors import CheckpointError
 
 Check = Callable[[Any], bool]
-# no run is rewound or tightened so often
-MANY = 1000
+# upper limit of the counts of rewinds, skipped steps and tightenings
+MAX_COUNT = 1000
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is a count: an int that is not negative and fits into 64 bits."""
+    """Returns whether a value is an int that is not negative and fits into 64 bits."""
     return type(value) is int and 0 <= value < 2**63
 
 
-def _few(value: Any) -> bool:
-    return is_count(value) and value <= MANY
+def _is_small_count(value: Any) -> bool:
+    return is_count(value) and value <= MAX_COUNT
 
 
 def _number(value: Any) -> bool:
@@ -37,7 +37,7 @@ def _positive(value: Any) -> bool:
 
 
 def _fields(**checks: Check) -> Check:
-    """A dictionary that has these keys, with such values."""
+    """Returns a check for a dictionary that has these keys with values that pass the checks."""
     return lambda value: isinstance(value, dict) and all(k in value and ok(value[k]) for k, ok in checks.items())
 
 
@@ -46,24 +46,26 @@ def _none_or(check: Check) -> Check:
 
 
 def _steps(value: Any) -> bool:
-    """The steps of a solve, each (length, suited length)."""
+    """Returns whether a value is a step plan: a list of pairs (length, suited length), see `StepPlan`."""
     pairs = isinstance(value, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
-    # lengths so far apart would have a plan of more steps than memory has room for
+    # extreme ratios of the lengths would make a plan with more steps than fit into memory
     return pairs and all(_positive(n) for p in value for n in p) and sum(a / b for a, b in value) < 1e6
 
 
-# what must be there, and what may be, because an older flowtrain did not have it
-PROGRESS: dict[str, Check] = {
+# checks of the keys that must be present (REQUIRED), and of keys that older versions do not write (OPTIONAL)
+REQUIRED: dict[str, Check] = {
     "seconds": lambda v: _number(v) and math.isfinite(v) and v >= 0,
     "stale": is_count,
     "best": _none_or(_fields(nll=lambda v: _number(v) and math.isfinite(v), step=is_count)),
     "val_nll": _number,
     "lr": _fields(scale=lambda v: _number(v) and 0 < v <= 1, stale=is_count),
 }
-LATER: dict[str, Check] = {
+OPTIONAL: dict[str, Check] = {
     "began": lambda v: isinstance(v, bool),
-    "guard": _none_or(_fields(tightenings=_few, warned=_none_or(lambda v: isinstance(v, dict)))),
-    "trouble": lambda v: _fields(skipped=_few, rewinds=_few)(v) and _few(v.get("halvings", 0)),
+    "guard": _none_or(_fields(tightenings=_is_small_count, warned=_none_or(lambda v: isinstance(v, dict)))),
+    "trouble": lambda v: (
+        _fields(skipped=_is_small_count, rewinds=_is_small_count)(v) and _is_small_count(v.get("halvings", 0))
+    ),
     "position": lambda v: _number(v) and math.isfinite(v) and v >= 0,
     "counted": _none_or(_number),
     "worse": lambda v: isinstance(v, list) and all(map(_number, v)),
@@ -73,17 +75,17 @@ LATER: dict[str, Check] = {
 
 
 def check_progress(saved: Mapping[str, Any], flow: Flow) -> None:
-    """Refuses a training state that no run can have saved.
+    """Checks the training state of a checkpoint, except for the optimizer's moments.
 
     Raises:
-        CheckpointError: naming the part.
+        CheckpointError: a part is missing or has values that no run writes.
     """
-    wrong = [key for key, good in PROGRESS.items() if key not in saved or not good(saved[key])]
-    wrong += [key for key, good in LATER.items() if key in saved and not good(saved[key])]
+    wrong = [key for key, good in REQUIRED.items() if key not in saved or not good(saved[key])]
+    wrong += [key for key, good in OPTIONAL.items() if key in saved and not good(saved[key])]
     if not _is_ema(saved.get("ema"), flow):
         wrong.append("ema")
     if wrong:
-        raise CheckpointError(f"the checkpoint's {', '.join(wrong)} cannot be those of a run: it is damaged")
+        raise CheckpointError(f"the checkpoint is damaged: invalid values of {', '.join(wrong)}")
 
 
 def _is_ema(ema: Any, flow: Flow) -> bool:
@@ -98,27 +100,28 @@ def _is_ema(ema: Any, flow: Flow) -> bool:
 
 
 def moments(saved: Any, parameters: Sequence[nn.Parameter]) -> dict[int, dict[str, Tensor]]:
-    """Adam's state, by the number of the parameter: `step`, and `exp_avg` and `exp_avg_sq` of the parameter's shape.
+    """Returns the checked state of Adam or AdamW by the index of the parameter: `step`, `exp_avg` and `exp_avg_sq`.
 
-    Those of an AdamW are the same. An optimizer takes them as they come, and writes past the end of one that is short.
+    The two averages must have the shape of the parameter. The optimizer does not check this, and its fused kernel would
+    write past the end of a tensor that is too short.
 
     Raises:
-        CheckpointError: they are not those of the parameters.
+        CheckpointError: the state does not fit the parameters.
     """
     state = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(state, dict):
-        raise CheckpointError("the checkpoint's optimizer cannot be that of a run: it is damaged")
-    for i, of_one in state.items():
-        known = type(i) is int and 0 <= i < len(parameters) and isinstance(of_one, dict)
-        if not known or not all(_fits(of_one.get(name), parameters[i]) for name in ("exp_avg", "exp_avg_sq")):
+        raise CheckpointError("the checkpoint is damaged: it has no valid optimizer state")
+    for i, entry in state.items():
+        known = type(i) is int and 0 <= i < len(parameters) and isinstance(entry, dict)
+        if not known or not all(_fits(entry.get(name), parameters[i]) for name in ("exp_avg", "exp_avg_sq")):
             raise CheckpointError(
-                f"the checkpoint's optimizer does not fit its weights (parameter {i}): it is damaged, or of another "
-                "trainer.optimizer"
+                f"the checkpoint's optimizer state does not fit parameter {i}: the checkpoint is damaged, or the run "
+                "had another trainer.optimizer"
             )
-        step = of_one.get("step")
+        step = entry.get("step")
         if not isinstance(step, Tensor) or step.shape != () or not bool(torch.isfinite(step)):
-            raise CheckpointError("the checkpoint's optimizer has taken no number of steps: it is damaged")
-    return {i: {name: of_one[name] for name in ("step", "exp_avg", "exp_avg_sq")} for i, of_one in state.items()}
+            raise CheckpointError(f"the checkpoint is damaged: the optimizer state of parameter {i} has no valid step")
+    return {i: {name: entry[name] for name in ("step", "exp_avg", "exp_avg_sq")} for i, entry in state.items()}
 
 
 def _fits(value: Any, parameter: Tensor) -> bool:

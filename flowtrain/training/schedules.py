@@ -1,4 +1,4 @@
-"""Schedules of a run: the learning rate, its position in time, and the steps of validations and pictures."""
+"""Schedules of a run: the learning rate, the clock of the schedules, and the steps of validations and pictures."""
 
 import math
 from dataclasses import dataclass
@@ -7,29 +7,39 @@ from typing import Any
 from flowtrain.training.progress import Progress
 from flowtrain.training.settings import Settings
 
-# after so many, a learning rate that is halved on a plateau has settled
+# with lr_decay=plateau, the learning rate counts as settled after this many halvings
 HALVINGS = 4
 
 
 class LearningRate:
-    """lr x warm-up x decay. Warm-up and cosine depend on step and position alone; plateau remembers the validations.
+    """The learning rate: lr x warm-up x decay.
 
-    Warm-up: (step + 1) / lr_warmup up to 1. Cosine: (1 + cos(pi position / steps)) / 2. The position is the step,
-    or further under a time limit, see `ScheduleClock`. Plateau: halved after
-    `lr_plateau_patience` validations in a row without a new best. All of them once for the steps before `again`, where
-    that is not 0, and once for those from there on.
+    The warm-up is (step + 1) / lr_warmup, up to 1. The decay is one of:
+
+    - cosine: (1 + cos(pi position / steps)) / 2. The position is the step, or more under a time limit, see
+      `ScheduleClock`.
+    - plateau: halved after `lr_plateau_patience` consecutive validations without a new best.
+    - constant: 1.
+
+    Args:
+        again: the step at which the likelihood replaces another objective; 0: none. The schedule runs over the steps
+            before it, and again over the other steps.
     """
 
     def __init__(self, settings: Settings, again: int = 0) -> None:
         self.settings, self.again = settings, again
-        self.begin_anew()
+        self.restart()
 
-    def begin_anew(self) -> None:
-        """Forgets the validations."""
+    def restart(self) -> None:
+        """Resets the state of the plateau schedule."""
         self.scale, self.stale = 1.0, 0
 
     def at(self, step: int, position: float | None = None) -> float:
-        """The learning rate of a step, counted from 0. `position`: of the schedules; None for the step itself."""
+        """Returns the learning rate of a step, counted from 0.
+
+        Args:
+            position: the position of the schedules, see `ScheduleClock`; None: the step.
+        """
         s = self.settings
         begin, end = (0, self.again) if step < self.again else (self.again, s.steps)
         since = step - begin
@@ -41,11 +51,11 @@ class LearningRate:
 
     @property
     def settled(self) -> float:
-        """How far a plateau's halvings have come, from 0 to 1."""
+        """The progress of the plateau schedule from 0 (no halving) to 1 (HALVINGS halvings)."""
         return min(1.0, -math.log2(self.scale) / HALVINGS)
 
     def validated(self, improved: bool) -> None:
-        """Told of every validation, and whether it was the best so far."""
+        """Updates the plateau schedule after a validation. `improved`: whether it is the best so far."""
         if self.settings.lr_decay != "plateau":
             return
         self.stale = 0 if improved else self.stale + 1
@@ -53,34 +63,35 @@ class LearningRate:
             self.scale, self.stale = self.scale / 2, 0
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs: what a plateau remembers."""
+        """Returns the state of the plateau schedule."""
         return {"scale": self.scale, "stale": self.stale}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes such a state."""
+        """Restores the result of `state`."""
         self.scale, self.stale = state["scale"], state["stale"]
 
 
-# share of a phase's time in which only steps count, so that a slow start does not advance the schedules
+# in this first share of a phase's time, the position follows the steps alone, so that a slow start does not advance it
 GRACE = 0.1
 # share of a time limit after which the likelihood replaces another objective
 MATCHING = 0.5
 
 
 class ScheduleClock:
-    """The position of the schedules, in steps: max(step, time spent, converted to steps).
+    """The position of the schedules, in steps: the larger of the step and the training time converted to steps.
 
-    Learning rate, tolerance and the change to the likelihood follow the position. The time counts after a share GRACE
-    of the limit. From there it rises linearly to the last step at the time limit, so that the learning rate has decayed
-    by then. Without a time limit, the position is the step. Batches and noise always depend on the step alone.
+    The learning rate, the tolerance and the change to the likelihood follow the position. During the share GRACE of the
+    time limit, the position is the step. Then the converted time rises linearly and reaches the last step at the time
+    limit, so that the learning rate has decayed by then. Without a time limit, the position is the step. Batches and
+    noise always depend on the step alone.
 
     A resumed run continues from its position and has the whole time limit again. If the time limit had ended the run,
-    it restarts at the position of its step.
+    its position is reset to its step.
 
     Args:
         progress: the progress of the run, which stores the position.
         steps: the number of steps of the run.
-        change: the step at which the likelihood takes over from another objective; 0 if the run begins with it.
+        change: the step at which the likelihood replaces another objective; 0 if the run begins with the likelihood.
     """
 
     def __init__(self, progress: Progress, steps: int, change: int) -> None:
@@ -88,17 +99,17 @@ class ScheduleClock:
         self.start = (0.0, 0.0)
 
     def at(self, step: float) -> float:
-        """The position of a step."""
+        """Returns the position of a step."""
         return max(step, self.progress.position)
 
     def begin(self) -> None:
-        """Sets the position at which this command begins to train."""
+        """Sets the position at which this command starts to train."""
         p = self.progress
         p.position = float(p.step) if p.position >= self.steps else max(p.position, float(p.step))
         self.start = (0.0, p.position)
 
     def reached(self, elapsed: float, limit: float | None) -> float:
-        """The position after `elapsed` seconds of training. `limit`: seconds of training of this command, or None."""
+        """Returns the position after `elapsed` seconds of training of this command with the time `limit`, or None."""
         p = self.progress
         if limit is None:
             return self.at(p.step)
@@ -110,9 +121,9 @@ class ScheduleClock:
         return max(self.at(p.step), begin + (end - begin) * min(1.0, max(0.0, part)))
 
     def advance(self, position: float, elapsed: float) -> bool:
-        """Stores the position that all ranks agreed on. Returns whether the likelihood must begin before its step.
+        """Stores the position that all ranks agreed on. Returns whether the likelihood must begin earlier than planned.
 
-        When the likelihood begins at its step, the rest of the time limit is measured from there.
+        When the likelihood begins at its planned step, the rest of the time limit is measured from there.
         """
         p = self.progress
         before, p.position = self.start[1], position
@@ -124,12 +135,12 @@ class ScheduleClock:
         return False
 
     def change_now(self, elapsed: float) -> None:
-        """Makes the likelihood take over at this step."""
+        """Makes the likelihood replace the other objective at this step."""
         p = self.progress
         self.change, self.start, p.position = p.step, (elapsed, float(p.step)), float(p.step)
 
 
-# an early validation at a step is followed by the next one after this share of the step
+# the gap between an early validation and the next one, as a share of its step
 EARLY_SPACING = 1 / 4
 # the step of the first picture, if plot_every is larger
 FIRST_PICTURE = 50
@@ -137,7 +148,7 @@ FIRST_PICTURE = 50
 
 @dataclass(frozen=True)
 class ValidationSchedule:
-    """The steps of a run that are followed by a validation or a picture.
+    """Decides after which steps of a run a validation or a picture is due.
 
     Args:
         early: steps of early validations, see `early_validations`.
@@ -147,31 +158,31 @@ class ValidationSchedule:
     early: frozenset[int] = frozenset()
 
     def validates(self, step: int) -> bool:
-        """Whether a regular validation is due after `step` updates: every `val_every` steps, and after the last."""
+        """Returns whether a regular validation is due after `step` updates: every `val_every` and at the last step."""
         return step > 0 and (step % self.settings.val_every == 0 or step == self.settings.steps)
 
     def validates_early(self, step: int) -> bool:
-        """Whether an early validation, and no regular one, is due after `step` updates."""
+        """Returns whether an early validation, and not a regular one, is due after `step` updates."""
         return step in self.early and not self.validates(step)
 
     def draws(self, step: int) -> bool:
-        """Whether a picture is due: every `plot_every` steps, and once at FIRST_PICTURE."""
+        """Returns whether a picture is due: every `plot_every` steps, and once at FIRST_PICTURE."""
         every = self.settings.plot_every
         return every is not None and (step % every == 0 or step == FIRST_PICTURE < every)
 
 
 def early_validations(settings: Settings, rows: int | None, matching: bool = False) -> frozenset[int]:
-    """The steps of validations before and between the regular ones; none unless `val_early` is set.
+    """Returns the steps of early validations, before and between the regular ones; empty unless `val_early` is set.
 
-    The first is step 0: the flow as it was initialized. The gap to the next one is one epoch or a quarter of the steps
-    so far, whichever is more. They end when this gap reaches `val_every`. If an epoch is one step, the steps
-    are 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22 and so on. If an epoch has at least `val_every` steps, only step 0
-    is validated early.
+    The first is step 0, which validates the initialized flow. The gap to the next step is one epoch or a quarter of the
+    steps so far, whichever is more. Early validations end when this gap reaches `val_every`. If an epoch is one step,
+    the steps are 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22 and so on. If an epoch has at least `val_every` steps,
+    only step 0 is validated early.
 
     Args:
         rows: the number of training rows. None: endless data, treated as one batch per epoch.
         matching: whether the run begins with another objective than the likelihood. Then only step 0 is validated
-            early, because steps of that objective are far cheaper than a validation.
+            early, because a step of that objective is far cheaper than a validation.
 
     Example:
         >>> from types import SimpleNamespace

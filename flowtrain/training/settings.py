@@ -1,4 +1,4 @@
-"""Settings of the trainer, with their checks."""
+"""Settings of the trainer and their checks."""
 
 from dataclasses import asdict, dataclass
 
@@ -35,7 +35,7 @@ FLAGS = ("compile", "val_early")
 
 @dataclass(frozen=True)
 class Settings:
-    """The trainer; configs/trainer/default.yaml explains every key.
+    """Settings of the trainer. configs/trainer/default.yaml explains every key.
 
     Raises:
         ConfigError: a value of the wrong type, out of range, or not among the choices.
@@ -56,10 +56,10 @@ class Settings:
     log_every: int
     plot_every: int | None
     time_limit: float | None
-    # with defaults, because the configs of older checkpoints lack them
+    # these have defaults, because configs in older checkpoints lack them
     compile: bool = False
     guard_every: int | None = 50
-    # of a batch norm, the parts of a batch have statistics of their own
+    # with batch norms, each of the parts is normalized by its own statistics
     accumulate: int = 1
     precision: str = "float32"
     val_size: int | None = None
@@ -82,8 +82,8 @@ class Settings:
                 number(name, value, inclusive=key not in POSITIVE)
         if self.accumulate > self.batch_size:
             raise ConfigError(
-                f"trainer.accumulate={self.accumulate}: a batch of trainer.batch_size={self.batch_size} has no more "
-                "than that many parts"
+                f"trainer.accumulate={self.accumulate} is larger than trainer.batch_size={self.batch_size}: give at "
+                "most one part per row"
             )
         if self.ema is not None and self.ema >= 1:
-            raise ConfigError(f"trainer.ema={self.ema}: a decay lies between 0 and 1, as in 0.999; null turns it off")
+            raise ConfigError(f"trainer.ema={self.ema}: give a decay between 0 and 1, as in 0.999, or null for no EMA")

@@ -1,4 +1,4 @@
-"""Detects fields that exploit the error of a coarse solver, and tightens its tolerance."""
+"""Detects velocity fields that exploit the error of a coarse solver, and tightens its tolerance."""
 
 import logging
 import math
@@ -17,21 +17,25 @@ from flowtrain.utils.process import seeded
 
 log = logging.getLogger("flowtrain")
 
+# the mean difference must exceed this many standard errors
 SIGMAS = 3.0
-# Nats per dimension. Any discretisation leaves a small bias, of either sign, that the field did not seek and that
-# costs nothing: to chase it would tighten every run until nothing is gained by it but time.
+# Nats per dimension. Every discretisation has a small bias of either sign that the field does not exploit. Without this
+# limit, the guard would tighten the tolerance of every run and only cost time.
 FLOOR = 1e-3
-# how much shorter the steps of the tight solve are: even Euler's error is then an eighth
+# the steps of the tight solve are shorter by this factor; the error of Euler's method, of order 1, shrinks by it
 FINER = 8
 
 
 def exploited(loose: Tensor, tight: Tensor, d: int) -> bool:
-    """Whether log p reads better than it is: gap > 3 noise and gap > 1e-3 d nats.
+    """Returns whether the loose solve overestimates log p: gap > 3 noise and gap > 1e-3 d nats.
 
-    gap = mean(loose - tight), noise = std(loose - tight) / sqrt(B), over the rows; log p in nats, (B,), of the same
-    rows, weights and trace probes, so that the sampling error of neither is in it.
+    gap = mean(loose - tight) and noise = std(loose - tight) / sqrt(B) over the rows.
+
+    Args:
+        loose, tight: log p in nats, (B,), of the same rows, weights and trace probes. Sampling errors cancel.
+        d: the number of elements of a sample.
     """
-    # the noise of one row is unknown
+    # the standard deviation of one row is undefined
     if len(loose) < 2:
         return False
     difference = (loose - tight).double()
@@ -40,16 +44,16 @@ def exploited(loose: Tensor, tight: Tensor, d: int) -> bool:
 
 
 class SolverGuard:
-    """Compares log p of a training batch as training solves it with log p solved tightly, and tightens where exploited.
+    """Compares log p of a training batch as solved in training with a tight solve. Tightens the solver if they differ.
 
-    An adaptive method's training tolerance is divided by ten, down to the final one; a fixed step size is halved, in
-    the flow's solver, because an evaluation with the coarse steps would report the exploited likelihood.
+    The training tolerance of an adaptive method is divided by ten, down to the final tolerance. A fixed step size is
+    halved in the flow's solver, because an evaluation with the coarse steps would report the same wrong likelihood.
 
     Args:
         flow: a flow that solves an ODE.
         every: steps between checks; None: never.
-        warmup: the number of warm-up steps; None: that of the solver.
-        warmed: from a training step to those of the warm-up; None: they are the same.
+        warmup: returns the number of warm-up steps of the tolerance. None: the solver's own number.
+        warmed: maps a training step to the number of completed warm-up steps. None: the identity.
         end_time: see `SolveOptions`.
     """
 
@@ -65,57 +69,60 @@ class SolverGuard:
         self.warmup = warmup or (lambda: None)
         self.warmed = warmed or float
         self.tightenings = 0
-        # the limits that were met and warned of: past them there is nothing left to do, until a resume moves them
+        # the limits that stopped further tightening; no more checks are made until a resumed run changes them
         self.warned: dict[str, Any] | None = None
 
     @property
     def solver(self) -> Solver:
-        """The solver of the flow, whose step size the guard may make smaller."""
+        """The solver of the flow. The guard may reduce its step size."""
         solver = self.flow.solver
         assert solver is not None
         return solver
 
     def tolerance_at(self, step: int) -> tuple[float, float]:
-        """(rtol, atol) of training at a step, tightened."""
+        """Returns (rtol, atol) of training at a step, after the tightenings so far."""
         return self.solver.tolerance_at(self.warmed(step), self.tightenings, self.warmup())
 
     def check(self, step: int, x: Tensor, seed: int, label: Tensor | None = None) -> bool:
-        """Whether the solver was tightened, after `step` updates, on the batch x (B, *event_shape), label (B,) or None.
+        """Checks the solver on a batch after `step` updates, and tightens it if needed. Returns whether it tightened.
 
-        Leaves the random state as it was and the statistics of other solves alone. Never raises for a failed solve.
+        The random state and the statistics of other solves are not changed. A failed solve does not raise.
 
         Args:
-            seed: of the trace probes and of dequantization, the same for both solves.
+            x: the batch (B, *event_shape).
+            seed: the seed of trace probes and dequantization, the same for both solves.
+            label: (B,) or None.
         """
         if self.every is None or step % self.every or self.warned == self._limits():
             return False
         before = self.tightenings
-        # until it passes: tightened once a check, a field far gone learns to exploit each tolerance before the next
+        # repeated until the check passes: with one tightening per check, the field would exploit each new tolerance
+        # before the next check
         while self._tighten_once(step, x, label, seed):
             pass
         return self.tightenings > before
 
     def _tighten_once(self, step: int, x: Tensor, label: Tensor | None, seed: int) -> bool:
-        """Solves, compares, tightens where exploited; whether to compare again."""
+        """Makes one comparison and tightens if needed. Returns whether to compare again."""
         coarse, fine = self._options(step)
         if coarse == fine:
             return False
         loose, nfe, failure = self._log_prob(x, label, seed, coarse)
-        wrong, failed, read = False, False, "another rank's rows"
-        # where it failed, training will fail as this did and say what to do, or not fail at all
+        wrong, failed, finding = False, False, "the check failed on another rank"
+        # if the coarse solve fails, nothing can be compared; the next training step reports its own failure
         if not failure:
             tight, _, failure = self._log_prob(x, label, seed, fine)
             failed = bool(failure)
             wrong = failed or exploited(loose, tight, math.prod(self.flow.event_shape))
-            read = f"the batch has an NLL of {-loose.mean():.4f} as solved in training, "
-            read += f"but a tight solve failed ({failure})" if failed else f"{-tight.mean():.4f} when solved tightly"
-        # one rank's doubt is all ranks': they train one field, at one tolerance
+            finding = f"the batch has an NLL of {-loose.mean():.4f} with the solver settings of training, "
+            finding += f"but a tight solve failed ({failure})" if failed else f"{-tight.mean():.4f} with a tight solve"
+        # all ranks tighten if one must, because they train the same field with the same tolerance
         any_wrong, any_failed, most = ranks.largest([wrong, failed, nfe])
-        # once for a failure: how much tighter it would have to be, no comparison says
-        return bool(any_wrong) and self._tighten(step, int(most), f"step {step}: {read}") and not any_failed
+        # after a failed tight solve, tighten only once, because there is no comparison to repeat
+        return bool(any_wrong) and self._tighten(step, int(most), f"step {step}: {finding}") and not any_failed
 
     def _options(self, step: int) -> tuple[SolveOptions, SolveOptions]:
-        """Options of a solve as in training, and of a tight one."""
+        """Returns the options of a solve as in training and of a tight solve."""
         solver, shared = self.solver, SolveOptions(end_time=self.end_time)
         if solver.adaptive:
             rtol, atol = self.tolerance_at(step)
@@ -130,12 +137,12 @@ class SolverGuard:
 
     def _step_size(self) -> float:
         assert self.solver.step_size is not None
-        # t runs over an interval of 1: half of a longer step would still be the same single step
+        # the interval of t has length 1, so a longer step acts as a step of 1, and halving it would change nothing
         return min(self.solver.step_size, 1.0)
 
     @torch.no_grad()
     def _log_prob(self, x: Tensor, label: Tensor | None, seed: int, options: SolveOptions) -> tuple[Tensor, int, str]:
-        """log p(x) (B,), the NFE of the longest solve, and what failed, or nothing."""
+        """Returns log p(x) (B,), the NFE of the longest solve, and the reason of a failure (empty if none)."""
         with seeded(seed, x.device), record_solves() as solves:
             try:
                 log_p = self.flow.density_pass(x, label, options).log_p
@@ -144,26 +151,32 @@ class SolverGuard:
         failure = "" if bool(torch.isfinite(log_p).all()) else "the log-likelihood is NaN or infinite"
         return log_p, max((s.nfe_forward for s in solves), default=0), failure
 
-    def _tighten(self, step: int, nfe: int, read: str) -> bool:
-        """Tightens, or warns that there is no room to; `read` is what was seen, `nfe` what a coarse solve took."""
+    def _tighten(self, step: int, nfe: int, finding: str) -> bool:
+        """Tightens, or warns that a limit is reached. Returns whether it tightened.
+
+        Args:
+            nfe: the NFE of the coarse solve.
+            finding: the result of the comparison, for messages.
+        """
         solver = self.solver
         rtol, _ = before = self.tolerance_at(step)
         if solver.adaptive and before == (solver.rtol, solver.atol):
             return self._warn(
-                f"{read}. Training has the final tolerance already, solver.rtol={solver.rtol:g}, and even that is not "
-                "to be trusted: go on with a smaller one, with solver.control=all, or with a smaller trainer.lr."
+                f"{finding}. Training already uses the final tolerance, solver.rtol={solver.rtol:g}, which is too "
+                "large: resume with a smaller one, with solver.control=all, or with a smaller trainer.lr."
             )
         if not solver.adaptive and 2 * nfe > solver.max_nfe:
             return self._warn(
-                f"{read}. Steps half as long as solver.step_size={solver.step_size:g} would overrun "
-                f"solver.max_nfe={solver.max_nfe}: go on with a larger one, or with a smaller trainer.lr."
+                f"{finding}. Half of solver.step_size={solver.step_size:g} would exceed "
+                f"solver.max_nfe={solver.max_nfe}: resume with a larger solver.max_nfe, or with a smaller trainer.lr."
             )
         self.tightenings += 1
         if solver.adaptive:
-            log.warning("%s; training's rtol goes from %.3g to %.3g", read, rtol, self.tolerance_at(step)[0])
+            log.warning("%s; rtol of training is reduced from %.3g to %.3g", finding, rtol, self.tolerance_at(step)[0])
         else:
             half = self._step_size() / 2
-            log.warning("%s; solver.step_size goes from %.3g to %.3g, in evaluation too", read, solver.step_size, half)
+            message = "%s; solver.step_size is reduced from %.3g to %.3g, also for evaluation"
+            log.warning(message, finding, solver.step_size, half)
             self.flow.use_solver(solver.replace(step_size=half))
         return True
 
@@ -173,9 +186,9 @@ class SolverGuard:
         return False
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs; a smaller step size is in the run's config."""
+        """Returns the state that a resumed run needs. A reduced step size is stored in the run's config instead."""
         return {"tightenings": self.tightenings, "warned": self.warned}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes such a state."""
+        """Restores the result of `state`."""
         self.tightenings, self.warned = state["tightenings"], state["warned"]

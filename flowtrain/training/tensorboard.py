@@ -1,8 +1,8 @@
 """Writes scalars and pictures of a run for TensorBoard. Nothing is sent anywhere.
 
-Records are appended like the rows of metrics.jsonl. torch's SummaryWriter cannot be used: it writes from a thread that
-ends with a traceback when the disk is full. Once its queue is full, the next `add_scalar` blocks the run for ever. A
-killed process also loses what is still in the queue.
+Records are appended like the rows of metrics.jsonl. torch's SummaryWriter is not used, because it writes from a thread
+that ends with a traceback when the disk is full. Once its queue is full, the next `add_scalar` blocks the run for ever.
+A killed process also loses the records that are still in the queue.
 """
 
 import io
@@ -24,38 +24,38 @@ from flowtrain.utils.errors import ConfigError
 
 log = logging.getLogger("flowtrain")
 
-# what `logger` may list, and what it lists by default
+# the choices of `logger` and its default
 LOGGERS, DEFAULT = ("jsonl", "tensorboard"), ("jsonl",)
-# of result.json
+# the keys of result.json that are written
 RESULT = ("nll", "bits_per_dim", "kl")
-# in float32, which scalars are kept in
+# scalars are stored in float32, whose range ends here
 LARGEST = 3e38
 
 
 class Board:
-    """Writes rows of metrics and pictures into a folder; what cannot be written never fails a run.
+    """Writes rows of metrics and pictures into a folder. A failed write only causes a warning.
 
     Raises:
-        ImportError: tensorboard is not there.
+        ImportError: tensorboard is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
-        # here, because a run without it should not wait for it
+        # imported here, because a run without TensorBoard should not spend time on it
         self.events = import_module("tensorboard.compat.proto.event_pb2")
         self.summaries = import_module("tensorboard.compat.proto.summary_pb2")
         self.records = import_module("tensorboard.summary.writer.record_writer")
         self.earlier = sum(1 for _ in folder.glob("events.out.tfevents.*"))
-        # TensorBoard reads the files by their names' order, and a clock may go back between two of them. One each time
-        # that a run goes on: nothing is read of a file behind a record that a crash has torn
+        # TensorBoard reads the files in the order of their names. They are numbered, because the clock may be set back.
+        # Every command writes a new file, because nothing is read after a record that a crash has truncated
         self.path = folder / f"events.out.tfevents.{self.earlier:06d}"
         self.waiting, self.warned = b"", False
 
     def follow(self, metrics: Metrics, step: int, plots: Path) -> None:
-        """Begins at the run's step, and from there on hears of every row.
+        """Starts to follow the rows of `metrics` at a step of the run.
 
-        What earlier files have of that step and later ones is taken back, as by then the run may have ended, which it
-        will again; the rows and pictures of that step are written once more. Where there are no earlier files, those
-        of all steps before are.
+        Records of that step and later ones in earlier files are dropped, because an earlier command may have written
+        final results at that step. The rows and pictures of that step are then written again. Without earlier files,
+        the rows and pictures of all earlier steps are written.
         """
         since = step if self.earlier else 0
         self._add(step=since, file_version="brain.Event:2")
@@ -70,23 +70,23 @@ class Board:
         metrics.listeners.append(self)
 
     def write(self, **row: Any) -> None:
-        """A row of metrics.jsonl: its numbers as train/nll, val/nll, train/grad_norm, ..."""
+        """Writes the numbers in a row of metrics.jsonl as train/nll, val/nll, train/grad_norm and so on."""
         values = [
             self.summaries.Summary.Value(tag=f"{row.get('split')}/{key}", simple_value=value)
             for key, value in row.items()
-            # what is not finite is null in metrics.jsonl
+            # NaN and infinity are left out, as in metrics.jsonl, where they are null
             if key != "step" and isinstance(value, int | float) and abs(value) < LARGEST
         ]
         self._add(step=row["step"], summary=self.summaries.Summary(value=values))
 
     def back_to(self, step: int) -> None:
-        """Takes back what there is of later steps."""
+        """Drops the records of later steps."""
         self._purge(step + 1)
 
     def picture(self, path: Path, step: int) -> None:
-        """A PNG: samples_000100.png, of step 100, as `samples`; samples.png, of a run's end, as `final/samples`."""
+        """Writes a PNG file. samples_000100.png of step 100 gets the tag `samples`, and samples.png `final/samples`."""
         if self.waiting:
-            # where rows have to wait, pictures, which are larger, are left out
+            # the disk is full: pictures are left out, because they are larger than the rows that wait
             return
         try:
             png = path.read_bytes()
@@ -96,23 +96,23 @@ class Board:
             return
         tag = f"final/{path.stem}" if _step_of(path) is None else path.stem.rpartition("_")[0]
         width, height = struct.unpack(">II", png[16:24])
-        # as matplotlib writes them
+        # matplotlib writes RGBA
         rgba = 4
         image = self.summaries.Summary.Image(width=width, height=height, colorspace=rgba, encoded_image_string=png)
         self._add(step=step, summary=self.summaries.Summary(value=[self.summaries.Summary.Value(tag=tag, image=image)]))
 
     def end(self, result: Mapping[str, Any], drawn: Iterable[Path], step: int) -> None:
-        """Of the result.json of a run that ends at a step, the test set's numbers, and the pictures drawn with it."""
+        """Writes the results on the test set and the last pictures of a run that ends at a step."""
         self.write(step=step, split="test", **{key: result[key] for key in RESULT})
         for path in drawn:
             self.picture(path, step)
 
     def _purge(self, step: int) -> None:
-        """What was written before, of this step and later ones, is not shown."""
+        """Makes TensorBoard drop earlier records of this step and later steps."""
         self._add(step=step, session_log=self.events.SessionLog(status=self.events.SessionLog.START))
 
     def _add(self, **event: Any) -> None:
-        """Appends an event; what cannot be written, as on a full disk, is tried again with the next one."""
+        """Appends an event. Events that cannot be written, as on a full disk, are tried again with the next event."""
         record = io.BytesIO()
         self.records.RecordWriter(record).write(self.events.Event(wall_time=time.time(), **event).SerializeToString())
         self.waiting += record.getvalue()
@@ -124,7 +124,7 @@ class Board:
                 f.write(self.waiting)
         except OSError as e:
             if not self.warned:
-                log.warning("%s cannot be written (%s): TensorBoard shows what is missing once it can", self.path, e)
+                log.warning("%s cannot be written (%s): its records are kept in memory and tried again", self.path, e)
             self.warned = True
             if size is not None:
                 with suppress(OSError):
@@ -134,17 +134,17 @@ class Board:
 
 
 def board(logger: Any, folder: Path) -> Board | None:
-    """What `logger` asks for besides metrics.jsonl, on the rank that writes.
+    """Returns the TensorBoard writer if `logger` lists it, on rank 0 only; else None.
 
     Raises:
-        ConfigError: it is no list of loggers with jsonl among them, or tensorboard is not installed.
+        ConfigError: `logger` is not a list of loggers that includes jsonl, or tensorboard is not installed.
     """
     if not isinstance(logger, list | tuple):
         raise ConfigError(f"logger={logger}: give a list of {', '.join(LOGGERS)}, as in logger=[{','.join(LOGGERS)}]")
     names = [one_of(f"logger[{i}]", name, LOGGERS) for i, name in enumerate(logger)]
     if "jsonl" not in names:
         raise ConfigError(
-            f"logger=[{','.join(names)}]: a run goes on and draws its curves from metrics.jsonl; give "
+            f"logger=[{','.join(names)}]: metrics.jsonl is needed to resume a run and to plot its curves; give "
             f"logger=[{','.join(['jsonl', *names])}]"
         )
     if "tensorboard" not in names:
@@ -153,13 +153,13 @@ def board(logger: Any, folder: Path) -> Board | None:
         made = Board(folder)
     except ImportError as e:
         raise ConfigError(
-            f"logger=[{','.join(names)}] needs tensorboard (pip install 'flowtrain[tensorboard]'), which cannot be "
-            f"imported here ({e}); or take logger=[jsonl]"
+            f"logger=[{','.join(names)}] needs tensorboard, which cannot be imported ({e}): install it (pip install "
+            "'flowtrain[tensorboard]') or give logger=[jsonl]"
         ) from e
     return made if ranks.is_first() else None
 
 
 def _step_of(path: Path) -> int | None:
-    """The step in the name of a picture, None of one of a run's end."""
+    """Returns the step in the name of a picture; None for the pictures at the end of a run."""
     found = re.search(r"_(\d{6,})$", path.stem)
     return None if found is None else int(found[1])

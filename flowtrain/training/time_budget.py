@@ -22,30 +22,30 @@ FIRST, VALIDATION, END = 0.03, 0.05, 0.6
 # share of the whole budget for baselines other than the Gaussian
 BASELINES = 0.05
 # rows that the error budget and the checks of an evaluation pass through the flow (9,000 to 10,000 measured on moons, a
-# table of 36 columns and MNIST), and the same for an evaluation that is not thorough
+# table of 36 columns and MNIST), and the number of such rows without the checks
 CHECKED, BRIEF = 10_000, 500
-# rows that a picture of each kind of data takes, and further rows that `pictures.draw_more` takes
+# rows that a picture of each kind of data needs, and further rows that `pictures.draw_more` needs
 DRAWN, MORE = {"plane": 16_000, "vectors": 2_000, "images": 100}, {"plane": 45_000, "vectors": 0, "images": 400}
 # rows of a probe's first pass, the factor to the next pass, and the share of the time left at which a probe stops
 FEWEST, MORE_ROWS, SHARE = 8, 4, 0.005
-# safety factor: rows are assumed to be slower than measured by this factor
+# safety factor on the measured time of a row
 SAFETY = 1.2
-# the smallest number of rows that a set is reduced to
+# a set is never reduced to fewer rows
 LEAST = 200
-# probes per training time: solves take longer as a flow is trained
+# the number of probes during training; they are repeated because solves become slower as the flow is trained
 PARTS = 4
 
 
 class TimeBudget:
-    """Estimates what the rest of a command takes, and limits training and evaluation so that it ends in time.
+    """Estimates how long the rest of a command takes, and limits training and evaluation so that it ends in time.
 
     Args:
         seconds: the time budget of the whole command.
-        begun: when the command began, by time.perf_counter.
+        begun: the time.perf_counter at which the command began.
         evaluates: whether an evaluation and pictures follow the training.
 
     Attributes:
-        row_seconds: seconds to score one row. Repeated probes are combined by a geometric mean.
+        row_seconds: seconds to score one row. A new probe is averaged geometrically with the value so far.
         for_baselines: seconds reserved for a Gaussian mixture and a kernel density estimate; 0 if they do not apply or
             the budget is less than 40 s.
     """
@@ -71,7 +71,7 @@ class TimeBudget:
 
     @property
     def slowness(self) -> float:
-        """Wall time over CPU time so far, at least 1: how much other processes slow this command down."""
+        """Wall time divided by CPU time so far, at least 1. It measures how much other processes slow this one down."""
         return max(1.0, (self.seconds - self.left) / max(time.process_time(), 1e-3))
 
     def probe(self) -> None:
@@ -98,7 +98,7 @@ class TimeBudget:
             self.measured(measured)
         except STEP_ERRORS as e:
             # the next validation reports the error
-            log.debug("a probe of the time that rows take failed: %s", e)
+            log.debug("the time to score a row could not be measured: %s", e)
         finally:
             self.flow.train(training)
             self.probed += 1
@@ -114,11 +114,11 @@ class TimeBudget:
             self.row_seconds = seconds / rows
 
     def measured(self, row_seconds: float) -> None:
-        """Updates `row_seconds` to its geometric mean with a new measurement, since a busy machine may distort one."""
+        """Updates `row_seconds` to its geometric mean with a new measurement, because one measurement is unreliable."""
         self.row_seconds = math.sqrt(self.row_seconds * row_seconds) if self.row_seconds else row_seconds
 
     def first_rows(self, most: int) -> int:
-        """The number of rows to initialize a model with, at most `most`."""
+        """Returns the number of rows for data-dependent initialization, at most `most`."""
         self.probe()
         return most if not self.row_seconds else min(most, max(1, int(FIRST * self.left / self.row_seconds)))
 
@@ -128,7 +128,7 @@ class TimeBudget:
         n_val = len(self.data.val) if self.most_val is None else min(self.most_val, len(self.data.val))
         if not self.evaluates:
             return self.slowness * self.row_seconds * n_val
-        tested, thorough = self.evaluated(self.room)
+        tested, thorough = self.affordable_rows(self.room)
         rows = n_val + tested + (CHECKED if thorough else BRIEF) + DRAWN[self.kind]
         return self.slowness * (OVERHEAD + PICTURES) + self.for_baselines + self.row_seconds * rows
 
@@ -137,8 +137,8 @@ class TimeBudget:
         """Seconds left for training."""
         return self.left - self.end
 
-    def evaluated(self, seconds: float) -> tuple[int, bool]:
-        """How many test rows an evaluation can score in `seconds`, and whether there is time for its checks too."""
+    def affordable_rows(self, seconds: float) -> tuple[int, bool]:
+        """Returns the number of test rows that can be scored in `seconds`, and whether there is time for the checks."""
         n = len(self.data.test)
         if not self.row_seconds:
             return n, True
@@ -148,13 +148,13 @@ class TimeBudget:
         return min(n, max(LEAST, int(room) - BRIEF)), False
 
     def val_rows(self, size: int | None) -> int | None:
-        """How many rows of the validation set a validation takes: `size`, or fewer if those would take too long."""
+        """Returns the number of rows of a validation: `size`, or fewer if these would take too long."""
         n = min(len(self.data.val), size or len(self.data.val))
         if not self.row_seconds or self.row_seconds * n <= VALIDATION * self.left:
             return size
         self.most_val = min(n, max(LEAST, int(VALIDATION * self.left / self.row_seconds)))
         log.info(
-            "time_budget=%g: validations take %d of %d rows, so that each of them takes at most %d%% of the time",
+            "time_budget=%g: validations use %d of %d rows, so that each takes at most %d%% of the time that is left",
             self.seconds,
             self.most_val,
             n,
@@ -162,33 +162,33 @@ class TimeBudget:
         )
         return self.most_val
 
-    def tested(self) -> tuple[Dataset, bool]:
-        """The data with as many test rows as there is time for, and whether there is time for the checks too.
+    def affordable_data(self) -> tuple[Dataset, bool]:
+        """Returns the data with the test rows that can be scored in time, and whether there is time for the checks.
 
-        Warns if not all rows are scored. Sets `for_baselines` to 0 if the rows and the checks need that time.
+        Warns if not all test rows are scored. Sets `for_baselines` to 0 if the rows and the checks need that time.
         """
         n = len(self.data.test)
         seconds = self.left - self.slowness * PICTURES
-        rows, thorough = self.evaluated(seconds - self.for_baselines)
+        rows, thorough = self.affordable_rows(seconds - self.for_baselines)
         if not thorough and self.for_baselines:
-            # the rows and the checks come first
+            # rows and checks have priority over the baselines
             self.for_baselines = 0.0
-            rows, thorough = self.evaluated(seconds)
+            rows, thorough = self.affordable_rows(seconds)
             log.info(
                 "time_budget=%g leaves no time for baselines other than a Gaussian; floweval baselines=true fits them",
                 self.seconds,
             )
         if not thorough:
             log.info(
-                "time_budget=%g leaves no time for the checks of the density; run floweval on the run's directory to "
-                "make them",
+                "time_budget=%g leaves no time for the checks of the density; run floweval on the run directory to "
+                "perform them",
                 self.seconds,
             )
         if rows == n:
             return self.data, thorough
         log.warning(
-            "time_budget=%g leaves time to score only %d of the %d test rows. The result is of these rows, which are "
-            "evenly spaced. Run floweval on the run's directory to score all rows.",
+            "time_budget=%g leaves time to score only %d of the %d test rows, which are evenly spaced. Run floweval on "
+            "the run directory to score all rows.",
             self.seconds,
             rows,
             n,
@@ -200,22 +200,20 @@ class TimeBudget:
         return fewer, thorough
 
     def warn_if_over(self) -> None:
-        """Warns of a command that has taken more than a fifth longer than its budget."""
+        """Warns if the command has exceeded its budget by more than 20%."""
         if self.left < -0.2 * self.seconds:
             log.warning(
-                "time_budget=%g: the command took %.0f s, %.0f s of them before the first step. Give a larger budget, "
-                "or run it while the machine is less busy",
+                "time_budget=%g: the command took %.0f s, including %.0f s before training. Give a larger budget, or "
+                "run the command when the machine is less busy",
                 self.seconds,
                 self.seconds - self.left,
                 self.before,
             )
 
     def has_time_for(self, what: str, more: bool = False) -> bool:
-        """Whether a picture can be drawn within the budget. Logs a message if not."""
+        """Returns whether a picture can be drawn within the budget. Logs a message if not."""
         takes = self.slowness * PICTURES / 2 + self.row_seconds * (MORE if more else DRAWN)[self.kind]
         if takes <= max(0.0, self.left):
             return True
-        log.info(
-            "time_budget=%g: no time is left for pictures of %s; floweval plots=true draws them", self.seconds, what
-        )
+        log.info("time_budget=%g leaves no time for pictures of %s; floweval plots=true draws them", self.seconds, what)
         return False

@@ -20,21 +20,23 @@ from flowtrain.training.settings import Settings
 from flowtrain.training.solver_guard import SolverGuard
 from flowtrain.utils import ranks
 
-# of the steps, the share over which the tolerance warms up where the solver leaves it to the trainer
+# if the solver sets no warm-up, the tolerance warms up over this share of the steps that solve the ODE
 WARMUP = 2 / 3
 
 
 class TrainState:
-    """Optimizer, learning rate, average and guard of a flow whose weights are those that training begins with.
+    """Optimizer, learning rate, EMA and solver guard of a flow.
 
     Args:
+        flow: the flow with its initial weights, which the EMA starts from.
         schedule_clock: the position of the learning rate and tolerance schedules.
 
     Attributes:
-        solves_from: the first step that solves the ODE, None where none does.
-        tied: whether the tolerance warms up with the learning rate, which has no end in sight.
-        running: the running statistics of batch norms, which each rank would have of its own rows.
-        ema, guard: None where there is none.
+        solves_from: the first step that maximizes the likelihood. None if the objective never does.
+        tied: whether the tolerance warms up with the halvings of lr_decay=plateau, whose end is not known in advance.
+        running: the running statistics of batch norms, which differ between ranks until they are broadcast.
+        ema: the average of the weights; None: not used.
+        guard: the solver guard; None if the flow solves no ODE.
     """
 
     def __init__(self, objective: Objective, flow: Flow, settings: Settings, schedule_clock: ScheduleClock) -> None:
@@ -63,24 +65,24 @@ class TrainState:
         return round(WARMUP * (self.settings.steps - (self.solves_from or 0)))
 
     def solve_from(self, step: int) -> None:
-        """Makes the likelihood take over at that step, earlier than planned."""
+        """Makes the likelihood replace another objective at that step, earlier than planned."""
         self.solves_from = self.lr.again = step
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
+        """Returns the learning rate of a step."""
         return self.lr.at(step, self.schedule_clock.at(step))
 
     def solves(self, step: int) -> bool:
-        """Whether that step of training solves the ODE, and maximizes the likelihood."""
+        """Returns whether a training step maximizes the likelihood, for which a continuous flow solves its ODE."""
         return self.solves_from is not None and step >= self.solves_from
 
     def set_rate(self, lr: float) -> None:
-        """Sets the learning rate of the update to come."""
+        """Sets the learning rate of the next update."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def apply(self) -> None:
-        """Updates the weights and their average. All ranks take the running statistics of rank 0."""
+        """Updates the weights and their average. The running statistics of rank 0 are copied to all ranks."""
         self.optimizer.step()
         ranks.broadcast(self.running)
         if self.ema is not None:
@@ -102,40 +104,40 @@ class TrainState:
 
         return restore
 
-    def begin_anew(self) -> None:
-        """Before another loss: it begins at the average, and the optimizer's moments are of no use to it."""
+    def restart(self) -> None:
+        """Prepares for another objective: sets the weights to their average and resets optimizer and learning rate."""
         self.optimizer.state.clear()
-        self.lr.begin_anew()
+        self.lr.restart()
         if self.ema is not None:
-            self.ema.begin_anew()
+            self.ema.restart()
 
     def with_average(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """Calls a function while the flow holds its averaged weights, where there are any."""
+        """Calls a function while the flow has its averaged weights, if there are any."""
         with ExitStack() as stack:
             if self.ema is not None:
                 stack.enter_context(self.ema.applied())
             return function(*arguments, **named)
 
-    # the tolerance of training, and the guard's look at what comes of it
+    # tolerance of training and solver guard
 
     def options(self, step: int) -> SolveOptions:
-        """How a step of training solves the ODE."""
+        """Returns the options for the ODE solve of a training step."""
         if self.guard is None or not self.solves(step):
             return AS_CONFIGURED
         rtol, atol = self.guard.tolerance_at(step)
         return SolveOptions(rtol=rtol, atol=atol)
 
     def tolerance(self, step: int) -> dict[str, float | None]:
-        """What the row of a step says of it: None of fixed steps, and where nothing is solved."""
+        """Returns rtol and atol of a step for its row in metrics.jsonl. None for fixed steps or without a solve."""
         if self.guard is None or not self.guard.solver.adaptive or not self.solves(step):
             return {"rtol": None, "atol": None}
         return dict(zip(("rtol", "atol"), self.guard.tolerance_at(step), strict=True))
 
     def check_solver(self, step: int, batch: Batch) -> bool:
-        """Has the guard look at the solver, where its turn has come after that step: whether it has tightened it."""
+        """Runs the solver guard after a step, if a check is due. Returns whether the solver was tightened."""
         if self.guard is None or not self.solves(step):
             return False
-        # of several parts the first: there is memory for one
+        # the first part only, because `accumulate` limits the memory to one part
         part = slice(math.ceil(len(batch.x) / self.settings.accumulate))
         label = None if batch.label is None else batch.label[part]
         # the guard's forward passes run in training mode and must not change the running statistics
@@ -146,9 +148,10 @@ class TrainState:
             restore()
 
     def warmed(self, step: int) -> float:
-        """How many steps of the tolerance's warm-up a step has behind it.
+        """Returns the number of warm-up steps of the tolerance completed at a step.
 
-        With lr_decay=plateau, where nothing says how many are to come, it goes with the halvings of the learning rate.
+        With lr_decay=plateau, the number follows the halvings of the learning rate, because the length of the run is
+        not known.
         """
         solver = self.flow.solver
         if self.tied and solver is not None:
@@ -156,7 +159,11 @@ class TrainState:
         return max(0, self.schedule_clock.at(step) - (self.solves_from or 0))
 
     def settled(self, step: int) -> bool:
-        """Whether a validation without a new best counts towards early stopping: not while tolerances tighten."""
+        """Returns whether a validation without a new best counts towards early stopping.
+
+        False before the likelihood begins, while the tolerance warms up, and while a plateau may still lower the
+        learning rate.
+        """
         solver = self.flow.solver
         if self.settings.lr_decay == "plateau" and self.lr.settled < 1:
             return False
@@ -165,7 +172,7 @@ class TrainState:
         return self.solves(step) and self.warmed(step) >= self.warmup
 
     def may_overfit(self, step: int) -> bool:
-        """Whether a rise of the validation NLL after that step means overfitting.
+        """Returns whether a rise of the validation NLL after that step indicates overfitting.
 
         False before the learning rate of the likelihood has warmed up, and while a plateau may still lower it.
         """
@@ -173,21 +180,21 @@ class TrainState:
             return False
         return self.settings.lr_decay != "plateau" or self.lr.settled >= 1
 
-    # of last.pt
+    # parts of last.pt
 
     def state(self) -> dict[str, Any]:
-        """What is not among the weights; `ema` goes with those, into every checkpoint."""
+        """Returns the state of optimizer, learning rate and guard. `ema` is stored with the weights instead."""
         guard = None if self.guard is None else self.guard.state()
         return {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state(), "guard": guard}
 
     def load_moments(self, saved: Mapping[str, Any]) -> None:
-        """The optimizer's, not its settings: they are those of this run, which may be others."""
+        """Restores the moments of the optimizer from a checkpoint, but not its settings, which a resume may change."""
         groups = self.optimizer.state_dict()["param_groups"]
         state = moments(saved["optimizer"], list(self.flow.parameters()))
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """The rest, once it has been checked."""
+        """Restores learning rate, EMA and guard from a checkpoint that has been checked."""
         self.lr.load(saved["lr"])
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load(saved["ema"])

@@ -1,4 +1,4 @@
-"""The training loop: update, guard, and what hangs off it: rows, validations, checkpoints, pictures, ends."""
+"""The training loop: updates, solver guard, metrics, validations, checkpoints, pictures and stopping."""
 
 import logging
 import math
@@ -37,25 +37,25 @@ Picture = Callable[[Flow, int, float], None]
 
 
 class Trainer:
-    """Trains `objective`, which wraps `flow`, on `data`; writes metrics and checkpoints into `run_dir` if there is one.
+    """Trains `objective`, which wraps `flow`, on `data`. Writes metrics and checkpoints into `run_dir`, if it is given.
 
-    All randomness of step s is keyed by (seed, s): a run resumed at s goes on exactly as if it had not stopped,
-    and nothing random needs saving.
+    All random numbers of step s are generated from (seed, s). A resumed run therefore gives exactly the same result as
+    an uninterrupted one, and no random state is saved.
 
-    With several ranks (see `flowtrain.utils.ranks`), each takes its share of every batch, with noise of its own, and
-    solves it by steps of its own; gradients are averaged, so that all make the same updates, and rank 0 writes.
+    With several ranks (see `flowtrain.utils.ranks`), each rank has its own share of every batch, its own noise and its
+    own solver steps. Gradients are averaged, so that all ranks make the same updates. Only rank 0 writes files.
 
     Args:
-        config: the run's plain config, kept in every checkpoint.
-        saved: a checkpoint of this run to go on from.
+        config: the run's plain config, stored in every checkpoint.
+        saved: a checkpoint of this run to resume from.
         picture: called with (flow, step, validation NLL) every `plot_every` steps.
-        initialize: whether a new run sets what depends on its data; not where it begins from another run's weights.
-
-        time_budget: the time budget of the whole command; training leaves time for what follows it.
+        initialize: whether a new run performs data-dependent initialization. False if the flow has another run's
+            weights.
+        time_budget: the time budget of the whole command. Training leaves time for the evaluation after it.
 
     Attributes:
-        stopped_by: what has ended the run before its last step, or None.
-        signal: the number of the signal that did.
+        stopped_by: the reason if the run ended before its last step, else None.
+        signal: the number of the signal that ended the run, else None.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Trainer:
         self.progress, self.failure_policy = Progress(), FailurePolicy(settings.on_nonfinite, settings.max_rewinds)
         self.objective = objective
         self.schedule_clock = ScheduleClock(self.progress, settings.steps, objective.likelihood_from or 0)
-        # the first optimizer makes torch load its compiler, which takes seconds
+        # the first optimizer of a process makes torch import its compiler, which takes seconds
         with status("preparing the optimizer"):
             self.train_state = TrainState(objective, flow, settings, self.schedule_clock)
         self.checkpoints = CheckpointManager(
@@ -104,27 +104,27 @@ class Trainer:
         self.watch = NfeWatch()
         self.stopped_by: str | None = None
         self.signal: int | None = None
-        # when this command began to train
+        # the time at which this command began to train
         self.begun = time.perf_counter()
 
     @property
     def limit(self) -> float | None:
-        """Seconds of training that this command may take; None: no limit."""
+        """Time limit of this command's training in seconds; None: no limit."""
         limits = [] if self.settings.time_limit is None else [self.settings.time_limit]
         if self.time_budget is not None:
             limits.append(time.perf_counter() - self.begun + self.time_budget.for_training)
         return min(limits, default=None)
 
-    # what others ask of a run
+    # public attributes
 
     @property
     def step(self) -> int:
-        """Updates so far, those that were skipped included."""
+        """The number of updates so far, including skipped ones."""
         return self.progress.step
 
     @property
     def seconds(self) -> float:
-        """Of training, over all the times that the run was resumed."""
+        """Training time in seconds, summed over all commands that resumed the run."""
         return self.progress.seconds
 
     @property
@@ -139,20 +139,20 @@ class Trainer:
 
     @property
     def saved_step(self) -> int:
-        """That of last.pt."""
+        """The step of last.pt."""
         return self.checkpoints.saved_step
 
     def read(self) -> dict[str, Any]:
-        """The best checkpoint; the last one before the first validation."""
+        """Returns the best checkpoint, or the last one before the first validation."""
         return self.checkpoints.read()
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The run's, with a step size that the guard may have made smaller."""
+        """The run's config, with changes made during training: a reduced step size, and keys of the objective."""
         return self.checkpoints.config
 
-    def course(self, best: int) -> str:
-        """A summary of training: the best step, and what may help. `best` is the step of best.pt."""
+    def summary(self, best: int) -> str:
+        """Summarizes training: the best step and advice. `best` is the step of best.pt."""
         d = math.prod(self.flow.event_shape)
         hint = advice(self.metrics.rows, best, self.step, d, self.data.n_train is not None, self.config)
         return best_step(best, self.step) + (f" ({hint})" if hint else "")
@@ -160,13 +160,13 @@ class Trainer:
     # the loop
 
     def fit(self, name: str | None = None) -> None:
-        """Runs to the last step, the time limit, early stopping or a signal; `stopped_by` says which but the first.
+        """Trains until the last step, or until the time limit, early stopping or a signal, which set `stopped_by`.
 
         Args:
-            name: the name of the flow beside the progress bar, which then counts without an end. None: no name.
+            name: the name of the flow next to the progress counter, which then has no total. None: no name.
 
         Raises:
-            FlowtrainError: a loss, gradient or solve that failed, before it touched the weights.
+            FlowtrainError: a loss, gradient or solve failed. The weights were not changed by that step.
         """
         begun, before = time.perf_counter(), self.seconds
         s, p = self.settings, self.progress
@@ -175,10 +175,10 @@ class Trainer:
         self.budget()
         with StopSignals() as signals, progress_bar(s.steps, p.step, name) as bar:
             if p.step == 0:
-                # killed before the first validation, there is still something to go on from
-                self.checkpoints.last()
+                # so that a run that is killed before its first validation can be resumed
+                self.checkpoints.write_last()
                 if self.validation_schedule.validates_early(0) and p.best is None:
-                    # drops a row that an earlier process wrote without saving it in a checkpoint
+                    # drops a validation row of an earlier process that was killed before it saved a checkpoint
                     self.metrics.back_to(-1)
                     self.validate_early()
             while p.step < s.steps and self.stopped_by is None:
@@ -195,26 +195,26 @@ class Trainer:
                 if row is not Failed.REWOUND:
                     self.after_step()
                 p.seconds = before + time.perf_counter() - begun
-            # a signal that came while the last step was validated and saved
+            # for a signal received while the last step was validated and saved
             self.check_for_stop(signals.received, out_of_time=False)
         if self.saved_step != p.step:
-            log.warning("the last checkpoint that could be written is of step %d, not %d", self.saved_step, p.step)
+            log.warning("last.pt contains step %d: the checkpoint of step %d was not written", self.saved_step, p.step)
 
     def budget(self) -> None:
-        """Measures the time to score rows, and limits the rows of a validation to fit the time budget."""
+        """Measures the time to score rows, and limits the rows of a validation to the time budget."""
         if self.time_budget is None:
             return
         self.time_budget.probe()
-        # an earlier best NLL can only be compared on the same rows
+        # a resumed run keeps its validation rows, because its best NLL is comparable only on the same rows
         if self.best is None:
             self.validation.size = ranks.broadcast_object(self.time_budget.val_rows(self.settings.val_size))
             self.time_budget.most_val = self.validation.size
 
     def train_step(self) -> Row:
-        """One update, and the guard's look at it."""
+        """Makes one update and runs the solver guard. Returns the measurements of the step."""
         step = self.step
         if self.train_state.solves(step) and not self.progress.began:
-            self.begin_anew()
+            self.start_likelihood()
         row, batch = self.update.take(step, self.train_state.rate(step) * self.failure_policy.lr_scale)
         with status("checking the solver's error"):
             too_coarse = self.train_state.check_solver(step, batch)
@@ -222,24 +222,24 @@ class Trainer:
             self.checkpoints.keep_step_size()
         return row
 
-    def begin_anew(self) -> None:
-        """The likelihood's first step: after steps of another objective it begins at their average."""
+    def start_likelihood(self) -> None:
+        """Prepares the first step that maximizes the likelihood. After another objective, it starts at the average."""
         self.progress.began = True
         if self.step:
-            self.train_state.begin_anew()
+            self.train_state.restart()
             self.progress.stale, self.progress.worse = 0, []
 
     def measured(self, row: Row, bar: Status) -> None:
-        """Logs what a step measured, where its turn has come."""
+        """Processes the measurements of a step: warns about the NFE, and logs every `log_every` steps."""
         self.failure_policy.skipped = 0
-        self.watch.see(self.step, row)
+        self.watch.check(self.step, row)
         if self.step % self.settings.log_every == 0 or self.step == 1:
             nll = row.pop("nll")
             self.metrics.write(step=self.step, split="train", nll=nll, seconds=self.seconds, **row)
             show(bar, self.metrics.rows[-1], self.progress.val_nll, self.flow.bits_per_nat)
 
     def check_for_stop(self, received: int | None, out_of_time: bool) -> None:
-        """Ends the run after this step where any rank has had a signal, or has no time left."""
+        """Sets `stopped_by` if any rank has received a signal or has no time left. Advances the schedules."""
         elapsed = time.perf_counter() - self.begun
         signalled, late, position = ranks.largest(
             [received or 0, out_of_time, self.schedule_clock.reached(elapsed, self.limit)]
@@ -253,31 +253,31 @@ class Trainer:
             and not self.stopped_by
             and self.objective.take_over(self.step)
         ):
-            log.info("step %d: half of the time limit has passed; the likelihood takes over", self.step)
+            log.info("step %d: half of the time limit has passed; training continues with the likelihood", self.step)
             self.schedule_clock.change_now(elapsed)
             self.train_state.solve_from(self.step)
             self.checkpoints.keep_objective(self.objective.pinned)
 
     def after_step(self) -> None:
-        """Validates, saves and draws, where its turn has come or the run stops."""
+        """Validates, saves and draws if these are due after this step, or if the run stops."""
         validate = partial(self.recovery.guarded, self.validate, f"the validation of step {self.step}")
         if self.validation_schedule.validates(self.step):
             if validate() is Failed.REWOUND:
                 return
-            self.checkpoints.last()
+            self.checkpoints.write_last()
         elif self.validation_schedule.validates_early(self.step):
             if not self.validate_early() and self.stopped_by:
-                self.checkpoints.last()
+                self.checkpoints.write_last()
         elif self.stopped_by:
-            # saved first: resumed, the run must not know of a validation that it would not have made
-            self.checkpoints.last()
+            # saved before the validation, because an uninterrupted run would not validate at this step
+            self.checkpoints.write_last()
             if self.signal is None:
                 validate()
         if self.validation_schedule.draws(self.step):
             self.draw()
 
     def validate(self) -> None:
-        """Scores the validation set. Ends a run whose NLL has stopped improving or has clearly risen."""
+        """Runs a regular validation. Sets `stopped_by` if the NLL has stopped improving or has clearly risen."""
         with status("validating"):
             self.validation.run()
         if self.time_budget is not None:
@@ -302,11 +302,11 @@ class Trainer:
         except STEP_ERRORS as e:
             log.warning("the early validation of step %d failed and is skipped: %s", self.step, e)
             return False
-        self.checkpoints.last()
+        self.checkpoints.write_last()
         return True
 
     def draw(self) -> None:
-        """A picture of the averaged weights, where there are any."""
+        """Draws a picture with the averaged weights, if there are any."""
         if self.picture is not None and ranks.is_first():
             with status("drawing samples"):
                 self.train_state.with_average(self.picture, self.flow, self.step, self.progress.val_nll)

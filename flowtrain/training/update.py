@@ -1,4 +1,4 @@
-"""One update of the weights: batch, loss, gradient averaged over ranks, check, clipping, optimizer step."""
+"""One update of the weights: batch, loss, gradient averaged over ranks, finite check, clipping, optimizer step."""
 
 import math
 import time
@@ -21,29 +21,28 @@ from flowtrain.utils import ranks
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 from flowtrain.utils.precision import narrowed, training_step
 
-# numbers kept for a loss and its terms in what is summed, so that a rank whose step failed sends as many as the others
+# places for the loss and its terms in the summed tensor; a fixed number, so that a rank whose step failed sends as many
 AVERAGING_SLOTS = 16
 
 
-def averaged(
+def average_gradients(
     parameters: Sequence[nn.Parameter], terms: Mapping[str, Tensor], weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Puts sum_r w_r g_r, over all ranks, in the place of this rank's gradients, where that is finite.
+    """Replaces this rank's gradients by the weighted mean sum_r w_r g_r over all ranks r, if that is finite.
 
-    Gradients and terms travel as one tensor and are summed once all of them are there, so that a rank whose step has
-    failed, forward or backward, takes part with NaN in the place of its own: then no rank has an update to make, and
-    each has its own gradients still, to tell whether it was its fault.
+    Gradients and terms are summed as one tensor after the backward pass. A rank whose step failed sends NaN, so that no
+    rank makes an update. Each rank then still has its own gradients, which `bad_update` examines.
 
-    A parameter without a gradient on every rank stays without one, so that weight decay and the optimizer's averages
+    A parameter without a gradient on all ranks stays without one, so that weight decay and the optimizer's averages
     do not change it. If only some ranks have a gradient, the others count as zeros.
 
     Args:
-        terms: the loss and its parts, by name, the same on all ranks; none where the step failed.
-        weight: w_r, the share of the rows of the batch that this rank has.
+        terms: the loss and its parts by name, with the same names on all ranks. Empty if the step failed.
+        weight: w_r, this rank's share of the rows of the batch.
 
     Returns:
-        (the norm of the mean gradient, NaN or infinite where it is of no use; the weighted terms). On one rank, those
-        of its own, and nothing is copied.
+        (the norm of the mean gradient, which is not finite if a rank failed; the weighted means of the terms). With one
+        rank, its own norm and terms, without a copy of the gradients.
     """
     trained = [p for p in parameters if p.requires_grad]
     if ranks.size() == 1:
@@ -65,28 +64,29 @@ def averaged(
     gradient, known, means = torch.split(flat, [sum(sizes), len(trained), AVERAGING_SLOTS])
     norm = torch.linalg.vector_norm(gradient)
     found = dict(zip(terms, means, strict=False))
-    # one wait for the device, which the caller's check would come to anyway
+    # the only synchronization with the device here; the caller's finite check would need one anyway
     finite, *there = torch.cat([norm.isfinite().view(1), known > 0]).tolist()
     if finite:
         for p, piece, has in zip(trained, torch.split(gradient, sizes), there, strict=True):
-            # in the layout of the parameter: a fused optimizer goes through the memory of both side by side
+            # in the memory layout of the parameter, because a fused optimizer iterates over both in memory order
             p.grad = torch.empty_like(p).copy_(piece.view_as(p)) if has else None
     return norm, found
 
 
 NFE = ("nfe_forward", "nfe_backward")
 
-# what a step measured, as metrics.jsonl has it
+# the measurements of a step, as in metrics.jsonl
 Row = dict[str, Any]
 
 
 @dataclass
 class Attempt:
-    """What this rank has made of its rows, before anything is known of the others'.
+    """The result of this rank's forward and backward pass, before results are exchanged between ranks.
 
     Attributes:
-        terms: the loss and its parts, by name; none where it failed.
-        nfe: of one part of the batch, which is what a sample meets; none where nothing was solved.
+        terms: the loss and its parts by name. Empty if the step failed.
+        nfe: the mean NFE of one of the `accumulate` parts of the batch. Empty if no ODE was solved.
+        failure: the error if the step failed, else None.
     """
 
     terms: dict[str, Tensor] = field(default_factory=dict)
@@ -95,10 +95,10 @@ class Attempt:
 
 
 class Update:
-    """Makes the updates of `train_state` that lower `objective` on `batches`, the same ones on all ranks.
+    """Makes updates of `train_state` that minimize `objective` on `batches`. All ranks make the same updates.
 
     Args:
-        run_dir: where the batch of a step that failed is kept; None: nowhere.
+        run_dir: the run directory, in which the batch of a failed step is kept; None: it is not kept.
     """
 
     def __init__(
@@ -109,32 +109,33 @@ class Update:
         self.flow, self.device = train_state.flow, batches.device
 
     def take(self, step: int, lr: float) -> tuple[Row, Batch]:
-        """One update. The finite check costs one transfer to the host, beside the solver's, and comes before it.
+        """Makes one update, after a check that loss and gradients are finite.
 
-        A step that fails does not change the weights or the running statistics of batch norms.
+        The check costs one transfer to the host, in addition to the transfers of the solver. A step that fails does not
+        change the weights or the running statistics of batch norms.
 
         Returns:
-            (what was measured, the batch).
+            (the measurements of the step, the batch).
 
         Raises:
-            FlowtrainError: a loss, gradient or solve that failed on whatever rank; the weights were not touched.
+            FlowtrainError: a loss, gradient or solve failed on any rank. The weights were not changed.
         """
         begun = time.perf_counter()
         torch.manual_seed(self.batches.seed_of(step))
         batch = self.batches.of(step)
         self.train_state.set_rate(lr)
         restore = self.train_state.keep_running()
-        tried = self.attempt(step, batch)
-        norm, means = self.averaged(tried)
+        attempt = self.attempt(step, batch)
+        norm, means = self.average(attempt)
         grad_norm, *values = torch.stack([norm, *means.values()]).tolist()
         found = dict(zip(means, values, strict=True))
-        if tried.failure is not None or not math.isfinite(grad_norm) or not math.isfinite(found["loss"]):
+        if attempt.failure is not None or not math.isfinite(grad_norm) or not math.isfinite(found["loss"]):
             restore()
-            raise self.diagnose_failure(step, batch, tried)
+            raise self.diagnose_failure(step, batch, attempt)
         if self.settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.flow.parameters(), self.settings.clip_norm, norm)
         self.train_state.apply()
-        nfe = {name: found.pop(name, n) for name, n in tried.nfe.items()}
+        nfe = {name: found.pop(name, n) for name, n in attempt.nfe.items()}
         del found["loss"]
         row = {
             "nll": None,
@@ -149,26 +150,26 @@ class Update:
         return row, batch
 
     def attempt(self, step: int, batch: Batch) -> Attempt:
-        """Loss and gradients of this rank's rows; a failure is kept, for all ranks have to hear of it."""
-        tried, s = Attempt(), self.settings
+        """Computes loss and gradients of this rank's rows. An error is returned, because all ranks must exchange it."""
+        attempt, s = Attempt(), self.settings
         self.objective.train()
         if s.compile:
-            # CUDA graphs may overwrite what the step before left
+            # allows CUDA graphs to overwrite the tensors of the previous step
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with record_solves() as solves, training_step(s.precision, self.device):
             self.train_state.optimizer.zero_grad()
             try:
                 self.objective.begin(step)
-                tried.terms = self.backward(batch.x, batch.label, self.train_state.options(step))
+                attempt.terms = self.backward(batch.x, batch.label, self.train_state.options(step))
             except STEP_ERRORS as e:
-                tried.failure = e
-        tried.nfe = {name: sum(getattr(c, name) for c in solves) / s.accumulate for name in NFE if solves}
-        return tried
+                attempt.failure = e
+        attempt.nfe = {name: sum(getattr(c, name) for c in solves) / s.accumulate for name in NFE if solves}
+        return attempt
 
     def backward(self, x: Tensor, label: Tensor | None, options: SolveOptions) -> dict[str, Tensor]:
-        """The loss of a batch and its terms, by name.
+        """Returns the loss of a batch and its terms by name, and adds to the gradients of the parameters.
 
-        Its gradient is summed over `accumulate` parts that are in memory one at a time.
+        Gradients are summed over `accumulate` parts of the batch, one in memory at a time.
         """
         n = self.settings.accumulate
         labels = [None] * n if label is None else label.tensor_split(n)
@@ -182,18 +183,18 @@ class Update:
                 total[name] = total.get(name, 0.0) + share * term.detach()
         return total
 
-    def averaged(self, tried: Attempt) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean gradient of all ranks in the place of this one's: its norm, and the mean terms, NFE among them."""
-        terms = dict(tried.terms)
+    def average(self, attempt: Attempt) -> tuple[Tensor, dict[str, Tensor]]:
+        """Replaces the gradients by their mean over all ranks. Returns its norm and the mean terms, including NFE."""
+        terms = dict(attempt.terms)
         if terms and ranks.size() > 1:
-            terms |= {name: terms["loss"].new_tensor(n, dtype=torch.float32) for name, n in tried.nfe.items()}
-        return averaged(list(self.flow.parameters()), terms, self.batches.weight)
+            terms |= {name: terms["loss"].new_tensor(n, dtype=torch.float32) for name, n in attempt.nfe.items()}
+        return average_gradients(list(self.flow.parameters()), terms, self.batches.weight)
 
-    def diagnose_failure(self, step: int, batch: Batch, tried: Attempt) -> FlowtrainError:
-        """What there is to say of a step without an update, the same on all ranks: where it failed, and why."""
-        failure = tried.failure or bad_update(self.flow, float(tried.terms["loss"]), batch.x)
+    def diagnose_failure(self, step: int, batch: Batch, attempt: Attempt) -> FlowtrainError:
+        """Returns an error that says on which rank a step failed and why, the same on all ranks. Saves the batch."""
+        failure = attempt.failure or bad_update(self.flow, float(attempt.terms["loss"]), batch.x)
         if failure is not None:
             path = dump(self.run_dir, step + 1, batch.x, batch.label)
             failure = failure if path is None else type(failure)(f"{failure} Its batch is in {path}.")
         agreed = ranks.gather_errors(failure)
-        return agreed or NonFiniteError("the sum of all ranks' gradients is not finite, though each of them is.")
+        return agreed or NonFiniteError("the gradients of every rank are finite, but their sum is not.")

@@ -1,4 +1,4 @@
-"""Validation: the NLL, the best checkpoint, early stopping, overfitting, and advice from it."""
+"""Validation: the NLL, the best checkpoint, early stopping, detection of overfitting, and advice."""
 
 import math
 import time
@@ -20,27 +20,27 @@ from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 
 # the largest and smallest number of validation rows that are compared row by row
 MOST_COMPARED, LEAST_ROWS_RISEN = 2000, 5
-# the mean difference must exceed so many standard errors
+# the mean difference must exceed this many standard errors
 SIGMAS = 4.0
 # differences are clipped at this multiple of their median size, so that one row does not decide
 CLIP = 3.0
-# if this share of rows is worse, the spread of the differences does not matter
+# if this share of the rows is worse, the standard error is not checked
 MANY_WORSE = 0.75
-# for samples of more numbers than this, the margin grows in proportion
+# for samples with more elements than this, the margin grows in proportion
 MARGIN_COLUMNS = 10
 
 
 def margin(max_rise: float, d: int) -> float:
-    """How far the NLL of samples of d numbers may be above the best one, in nats."""
+    """Returns how far the NLL may be above the best one, in nats, for samples of d elements."""
     return max_rise * max(1.0, d / MARGIN_COLUMNS)
 
 
 def clearly_worse(best: Tensor, now: Tensor, least: float) -> bool:
-    """Whether log p of the same rows, (n,) each, is significantly worse, by more than `least` nats.
+    """Returns whether log p of the same rows, (n,) each, is significantly worse by more than `least` nats.
 
     The mean difference must exceed `least`. In addition, either a share MANY_WORSE of the rows must be worse by more
-    than `least`, or the mean of the clipped differences must exceed `least` and SIGMAS of its standard errors. No
-    single row decides.
+    than `least`, or the mean of the clipped differences must exceed `least` and SIGMAS of its standard errors. A single
+    row therefore cannot decide.
 
     Example:
         >>> before = torch.arange(10.0)
@@ -63,21 +63,26 @@ def clearly_worse(best: Tensor, now: Tensor, least: float) -> bool:
 
 
 def some_rows(log_p: Tensor, start: int, n: int) -> Tensor:
-    """The entries of log_p, from row `start` on, of up to MOST_COMPARED evenly spaced rows of a set of n."""
+    """Returns the entries of log_p that belong to MOST_COMPARED (or fewer) evenly spaced rows of a set of n rows.
+
+    Args:
+        log_p: log p of consecutive rows of the set.
+        start: the index of the first of these rows in the set.
+    """
     every = max(1, math.ceil(n / MOST_COMPARED))
     return log_p[-start % every :: every].to(torch.float32)
 
 
-# a run that still improves in this last share of its steps had too few of them
+# a run that still improves in this last share of its steps had too few steps
 LATE_BEST = 0.2
-# nats that the run must have gained in that share, for samples of up to ten numbers
+# nats by which the NLL must have improved in that share, for samples of up to ten elements
 GAINED = 0.02
 # a best validation within this first share of the steps suggests overfitting
 EARLY_BEST = 0.5
 
 
 def best_step(step: int, steps: int) -> str:
-    """Says at which step of a run the best validation was.
+    """Returns a phrase with the step of the best validation.
 
     Example:
         >>> best_step(200, 1200)
@@ -89,15 +94,15 @@ def best_step(step: int, steps: int) -> str:
 def advice(
     rows: Sequence[Mapping[str, Any]], best: int, steps: int, d: int, finite: bool, config: Mapping[str, Any]
 ) -> str | None:
-    """Suggests what may give a better flow, from the validations of a run; None if they show nothing clear.
+    """Suggests settings that may give a better flow, from the validations of a run. None if they show nothing clear.
 
     Args:
         rows: the rows of metrics.jsonl.
         best: the step of the best validation.
-        steps: the number of steps that the run took.
+        steps: the number of steps of the run.
         d: the number of elements of a sample.
         finite: whether the training data are a finite set.
-        config: the config of the run, which says which keys the model has.
+        config: the config of the run. Its model keys determine which suggestions are possible.
     """
     nll = {row["step"]: row["nll"] for row in rows if row["split"] == "val"}
     if len(nll) < 2 or best not in nll:
@@ -116,7 +121,7 @@ def advice(
 
 
 class Validation:
-    """Scores the averaged weights, where there are any, and remembers how good they have been."""
+    """Validates the flow with its averaged weights, if there are any, and records the results in `progress`."""
 
     def __init__(
         self,
@@ -129,20 +134,20 @@ class Validation:
     ) -> None:
         self.flow, self.train_state, self.data, self.settings = train_state.flow, train_state, data, settings
         self.progress, self.metrics, self.checkpoints = progress, metrics, checkpoints
-        # the number of rows that a validation takes, from the start of the set; None: all
+        # the number of rows of a validation, from the start of the set; None: all
         self.size = settings.val_size
-        # seconds that the last validation took on this rank
+        # duration of the last validation on this rank in seconds
         self.seconds = 0.0
-        # of the last validation: log p of this rank's rows, the index of its first row, and the size of the whole set
+        # the last validation: log p of this rank's rows, the index of the first of them, and the number of all rows
         self.scored, self.start, self.n = torch.zeros(0, dtype=torch.float64), 0, 0
         # whether the NLL has clearly risen, which ends the run
         self.risen = False
 
     def run(self, regular: bool = True) -> None:
-        """Computes the NLL of the fixed validation set at the final tolerance, and keeps the best checkpoint.
+        """Computes the NLL of the validation set at the final tolerance, and writes best.pt if it is the best so far.
 
         Args:
-            regular: whether this validation counts for patience, plateaus and `max_rise`. Early ones do not.
+            regular: whether this validation counts for patience, plateaus and `max_rise`. Early validations do not.
         """
         p = self.progress
         self.flow.eval()
@@ -155,22 +160,25 @@ class Validation:
         if regular:
             self.count()
             self.check_overfitting(rows)
-        # a new best counts only once its checkpoint is written, on all ranks
-        if improved and self.checkpoints.best():
+        # a new best counts only if its checkpoint could be written; all ranks agree on this
+        if improved and self.checkpoints.write_best():
             p.best, p.best_rows = {"nll": p.val_nll, "step": p.step}, rows
 
     def count(self) -> None:
-        """Updates patience and plateau after a regular validation: whether it was the best regular one."""
+        """Updates the counters for patience and plateau after a regular validation."""
         p = self.progress
         improved = p.val_nll < (math.inf if p.counted is None else p.counted)
         if improved:
             p.counted = p.val_nll
         self.train_state.lr.validated(improved)
-        # what is still being tightened has not settled
+        # validations do not count while the tolerance warms up or a plateau still lowers the learning rate
         p.stale = 0 if improved or not self.train_state.settled(p.step) else p.stale + 1
 
     def check_overfitting(self, rows: Tensor | None) -> None:
-        """Sets `risen`: whether the last three validations are clearly worse than the best, or two that still rise."""
+        """Sets `risen`: whether the NLL of the latest consecutive regular validations is clearly worse than the best.
+
+        Three such validations are needed, or two if the second is worse than the first.
+        """
         p, s = self.progress, self.settings
         worse = False
         if s.max_rise is not None and rows is not None and p.best_rows is not None and len(rows) == len(p.best_rows):
@@ -180,18 +188,18 @@ class Validation:
         self.risen = len(p.worse) > 2 or p.worse != sorted(p.worse, reverse=True)
 
     def compared(self) -> Tensor:
-        """log p of some rows of the whole validation set, (k,), the same on all ranks."""
+        """Returns log p of some rows of the whole validation set, (k,), the same on all ranks."""
         mine = some_rows(self.scored, self.start, self.n)
         return torch.cat([torch.tensor(part) for part in ranks.all_gather(mine.tolist())])
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether so many validations in a row have found no new best that the run is to end."""
+        """Whether `patience` consecutive validations have found no new best, which ends the run."""
         patience = self.settings.patience
         return patience is not None and self.progress.stale >= patience
 
     def nll(self) -> tuple[float, float]:
-        """NLL over the validation set and its standard error, in nats. Each rank scores its share of the rows."""
+        """Returns the NLL of the validation set and its standard error, in nats. Each rank scores its own rows."""
         x, label = held_out(self.flow, self.data, "val")
         x = x[: self.size]
         begun = time.perf_counter()

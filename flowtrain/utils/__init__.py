@@ -1,1 +1,1 @@
-"""Helpers that know nothing of flows: errors, argument checks, files, ranks, status lines."""
+"""General helpers that do not depend on flows: errors, argument checks, files, ranks, progress display."""

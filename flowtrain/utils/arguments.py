@@ -11,16 +11,16 @@ from typing import Any
 
 from flowtrain.utils.errors import ConfigError
 
-# names below this similarity, as difflib measures it, are not suggested
+# Names below this similarity (by difflib) are not suggested
 LEAST_SIMILARITY = 0.68
-# names within TIED_SIMILARITY of the best are suggested too, at most MOST_SUGGESTED in all
+# Names within TIED_SIMILARITY of the best are also suggested, at most MOST_SUGGESTED in total
 TIED_SIMILARITY, MOST_SUGGESTED = 0.02, 3
 
 
 def nearest(word: str, names: Iterable[str]) -> list[str]:
-    """The names that `word` may be a misspelling of, nearest first; empty if none is near.
+    """Returns the names that `word` may be a misspelling of, nearest first.
 
-    A dotted name is also found by its last part. A word with underscores also matches a last part equal to its
+    A dotted name is also found by its last part. A word with underscores also matches a last part that is equal to its
     initials: learning_rate finds lr.
 
     Example:
@@ -52,7 +52,7 @@ def _similarity(word: str, name: str) -> float:
 
 
 def hint(word: object, names: Iterable[str], rest: str) -> str:
-    """The suggestion, followed by the rest of the message.
+    """Returns a suggestion of the nearest names, followed by the rest of the message.
 
     Example:
         >>> hint("moon", ["moons"], "see --help"), hint("gas", ["moons"], "see --help")
@@ -63,7 +63,7 @@ def hint(word: object, names: Iterable[str], rest: str) -> str:
 
 
 def choose(word: object, names: Iterable[str], lead: str = "choose one of") -> str:
-    """The suggestion, followed by all the names.
+    """Returns a suggestion of the nearest names, followed by all names.
 
     Example:
         >>> choose("moon", ["moons", "rings"])
@@ -74,7 +74,7 @@ def choose(word: object, names: Iterable[str], lead: str = "choose one of") -> s
 
 
 def whole(key: str, value: Any, least: int = 1) -> int:
-    """`value` as an int if it is a whole number of at least `least`; a float such as 1e4 is one.
+    """Checks that a value is a whole number, at least `least`, and returns it as an int. A float such as 1e4 is valid.
 
     Example:
         >>> whole("trainer.steps", 1e4)
@@ -95,21 +95,26 @@ def as_whole(value: Any) -> Any:
 
 
 def within_memory(key: str, rows: int, bytes_each: int) -> int:
-    """`rows` if so many fit into the memory of this machine. A process that fills it is killed without a message.
+    """Checks that `rows` rows fit in the memory of this machine, because a process that fills it is killed silently.
 
-    If the size of the memory is unknown, as on Windows, nothing is refused; the allocation fails instead.
+    If the size of the memory is unknown, as on Windows, there is no check.
+
+    Raises:
+        ConfigError: too many rows.
     """
     if not hasattr(os, "sysconf"):
         return rows
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if rows * bytes_each > there:
         wanted, had = rows * bytes_each / 2**30, there / 2**30
-        raise ConfigError(f"{key}={rows}: these take {wanted:.0f} GiB, and this machine has {had:.0f}; give fewer")
+        raise ConfigError(
+            f"{key}={rows}: these need {wanted:.0f} GiB, but this machine has {had:.0f} GiB of memory; give fewer"
+        )
     return rows
 
 
 def number(key: str, value: Any, least: float = 0.0, inclusive: bool = False) -> float:
-    """`value` if it is a finite number above `least` (or equal to it, when inclusive)."""
+    """Checks that a value is a finite number above `least` (or equal to it if `inclusive`), and returns it."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not good or not (value > least or (inclusive and value == least)):
         raise ConfigError(f"{key}={value}: give a number {'at least' if inclusive else 'greater than'} {least:g}")
@@ -117,21 +122,21 @@ def number(key: str, value: Any, least: float = 0.0, inclusive: bool = False) ->
 
 
 def below_half(key: str, value: Any) -> float:
-    """`value` if it can be the alpha of a logit, in (0, 1/2) and so far below that levels can be told apart."""
+    """Checks that a value is positive and below 0.499, and returns it. At 1/2, a logit cannot distinguish levels."""
     if number(key, value) >= 0.499:
         raise ConfigError(f"{key}={value}: give a number below 0.499")
     return float(value)
 
 
 def share(key: str, value: Any) -> float:
-    """`value` if it is a number of at least 0 and below 1."""
+    """Checks that a value is a number of at least 0 and below 1, and returns it."""
     if number(key, value, inclusive=True) >= 1:
         raise ConfigError(f"{key}={value}: give a number of at least 0 and below 1")
     return float(value)
 
 
 def one_of(key: str, value: Any, choices: Iterable[str], why: str = "") -> str:
-    """`value` if it is one of the choices. The error message suggests the nearest choice first."""
+    """Checks that a value is one of the choices, and returns it. The error message suggests the nearest choice."""
     names = list(choices)
     if value not in names:
         raise ConfigError(f"{key}={value}: {choose(value, names)}{why and f' ({why})'}")
@@ -139,14 +144,14 @@ def one_of(key: str, value: Any, choices: Iterable[str], why: str = "") -> str:
 
 
 def shape_of(value: int | Sequence[int], key: str = "event_shape") -> tuple[int, ...]:
-    """`value` as the shape of a sample; one number d stands for vectors, (d,).
+    """Converts a value to the shape of a sample. A number d means vectors, (d,).
 
     Example:
         >>> shape_of(2), shape_of([1, 28, 28])
         ((2,), (1, 28, 28))
     """
     try:
-        # NumPy's whole numbers too
+        # index also accepts NumPy's integers
         sizes = [index(n) for n in (value if isinstance(value, Iterable) else (value,))]
     except TypeError:
         raise ConfigError(f"{key}={value}: give whole numbers, as in 2 or (1, 28, 28)") from None
@@ -154,7 +159,7 @@ def shape_of(value: int | Sequence[int], key: str = "event_shape") -> tuple[int,
 
 
 def flag(key: str, value: Any) -> bool:
-    """`value` if it is true or false; "no" and "off" are words, and words are true."""
+    """Checks that a value is a bool, and returns it. Strings such as "no" are refused, because they count as true."""
     if not isinstance(value, bool):
         raise ConfigError(f"{key}={value}: give true or false")
     return value
@@ -165,7 +170,7 @@ _BRIEFLY.maxstring = _BRIEFLY.maxother = 60
 
 
 def shortened(value: Any) -> str:
-    """The representation of a value on one line of limited length; numbers and texts of NumPy as those of Python.
+    """Formats a value on one line of limited length. NumPy scalars are formatted like Python values.
 
     Example:
         >>> shortened(list(range(100)))
@@ -177,10 +182,10 @@ def shortened(value: Any) -> str:
 
 
 def path_of(key: str, value: Any) -> Path:
-    """`value` as a path, with ~ expanded.
+    """Converts a value to a path, with ~ expanded.
 
     Raises:
-        ConfigError: not a path, or one that no file can have.
+        ConfigError: not a path, or a path that the system does not allow.
     """
     if not isinstance(value, str | os.PathLike) or not (text := os.fspath(value)) or not isinstance(text, str):
         raise ConfigError(f"{key}={shortened(value)}: give the path as text or as a Path")
@@ -188,7 +193,7 @@ def path_of(key: str, value: Any) -> Path:
         raise ConfigError(f"{key}={text!r}: a path cannot contain a null character")
     try:
         path = Path(text).expanduser()
-        # asks the system: a name can be too long, and the working directory can be gone
+        # fails if a name is too long or if the working directory no longer exists
         path.absolute().exists()
         return path
     except (OSError, RuntimeError) as e:
@@ -196,7 +201,7 @@ def path_of(key: str, value: Any) -> Path:
 
 
 def widths(key: str, value: Any, least_layers: int = 1) -> list[int]:
-    """`value` as layer widths, a list of positive whole numbers."""
+    """Checks that a value is a list of layer widths (positive whole numbers), and returns it."""
     if not isinstance(value, list | tuple) or len(value) < least_layers:
         raise ConfigError(f"{key}={value}: give a list of widths, as in [64,64]")
     return [whole(f"{key}[{i}]", width) for i, width in enumerate(value)]

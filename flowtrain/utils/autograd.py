@@ -19,15 +19,15 @@ from flowtrain.utils.errors import FlowtrainError
 
 def transforms_active() -> bool:
     """Whether the code runs inside a transform of `torch.func`, or inside `torch.autograd.forward_ad.dual_level`."""
-    # there is no public function for this; torch.autograd.Function.apply makes the same check
+    # there is no public function for this; torch.autograd.Function.apply does the same check
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def plain_values(x: Tensor) -> Tensor:
-    """The values of x without a graph; inside `torch.func.vmap`, those of all lanes.
+    """Returns the values of x without a graph. Inside `torch.func.vmap`, returns the values of all lanes.
 
     vmap rejects control flow that depends on values, such as the choice of a step size, because lanes may differ. A
-    decision based on these values is the same for all lanes.
+    decision that is based on the values of all lanes is the same for each lane.
 
     Example:
         >>> found = []
@@ -41,16 +41,16 @@ def plain_values(x: Tensor) -> Tensor:
 
 
 def plain_max(x: Tensor) -> float:
-    """The largest of the values of x, see `plain_values`; NaN if one of them is NaN."""
+    """Returns the largest of `plain_values(x)`; NaN if one of them is NaN."""
     x = plain_values(x)
     return float(x.max() if x.dim() else x)
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates the backward of an autograd.Function that has no second derivative, to say so where one is begun.
+    """Decorates the backward of an autograd.Function so that it raises an error if a second derivative is requested.
 
-    torch's own once_differentiable speaks only when the second derivative is taken, and a Hessian comes back as zeros.
-    Cotangents batched by `torch.func.vmap` are handled lane by lane.
+    torch's `once_differentiable` raises its error only when the second derivative is computed, and a Hessian is then
+    returned as zeros. Cotangents that are batched by `torch.func.vmap` are handled lane by lane.
 
     Raises:
         FlowtrainError: the gradient is taken with create_graph=True, or with is_grads_batched=True.
@@ -67,7 +67,7 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
         given = [c for c in cotangents if isinstance(c, Tensor)]
         if any(_functorch.is_legacy_batchedtensor(c) for c in given):
             raise FlowtrainError(
-                "torch.autograd supports only one cotangent at a time for a continuous flow, and several were given "
+                "torch.autograd supports only one cotangent at a time for a continuous flow, but several were given "
                 "with is_grads_batched=True or vectorize=True. Use torch.func.jacrev or torch.func.jacfwd."
             )
         if any(_functorch.is_batchedtensor(c) for c in given):
@@ -78,7 +78,7 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _lane_by_lane(vjp: Callable[..., tuple[Any, ...]], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
-    """vjp(*cotangents), if vmap has batched at least one of the cotangents."""
+    """Computes vjp(*cotangents) lane by lane. vmap has batched at least one of the cotangents."""
     places: list[int] = []
     n = 0
 
@@ -97,7 +97,7 @@ def _lane_by_lane(vjp: Callable[..., tuple[Any, ...]], cotangents: tuple[Any, ..
 
 
 class _Lanes(torch.autograd.Function):
-    """A function of tensors that vmap evaluates once for each lane."""
+    """A function of tensors that `torch.func.vmap` evaluates once for each lane."""
 
     @staticmethod
     def forward(function: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:

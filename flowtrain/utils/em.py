@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# numbers in the features of one part of the rows, and of all rows if they are kept between steps
+# Largest number of feature values in a chunk of rows, and of all rows if the features are kept between steps
 PART, KEPT = 2**22, 2**25
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """sum_k w_k N(m_k, S_k), k = 1 .. K.
+    """A Gaussian mixture sum_k w_k N(m_k, S_k), k = 1 .. K.
 
     Attributes:
-        log_weights: (K,).
-        means: (K, d).
-        covariances: (K, d, d), or the variances (K, d) of a diagonal mixture.
+        log_weights: log w_k, (K,).
+        means: m_k, (K, d).
+        covariances: S_k, (K, d, d), or the variances (K, d) of a diagonal mixture.
     """
 
     log_weights: Tensor
@@ -31,7 +31,7 @@ class Mixture:
     covariances: Tensor
 
     def scale_tril(self) -> Tensor:
-        """The Cholesky factors of the covariances, (K, d, d)."""
+        """Returns the Cholesky factors of the covariances, (K, d, d)."""
         if self.covariances.dim() == 2:
             return torch.diag_embed(self.covariances.sqrt())
         factor: Tensor = torch.linalg.cholesky(self.covariances)
@@ -40,13 +40,13 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Prior:
-    """An inverse-Wishart prior on every covariance: p(S) ∝ exp(-rows / 2 (log|S| + tr(target S^-1))).
+    """An inverse-Wishart prior on each covariance: p(S) ∝ exp(-rows / 2 (log|S| + tr(target S^-1))).
 
-    It has the effect of `rows` more rows in each component, whose covariance is the target (Fraley and Raftery 2007,
-    Bayesian regularization for normal mixture estimation and model-based clustering).
+    The prior has the same effect as `rows` additional rows in each component whose covariance is the target (Fraley and
+    Raftery 2007, Bayesian regularization for normal mixture estimation and model-based clustering).
 
     Attributes:
-        rows: 0 for none.
+        rows: the strength of the prior; 0 means no prior.
         target: (d, d), or (d,) for a diagonal mixture.
     """
 
@@ -65,29 +65,30 @@ def fit_mixture(
     floor: float = 1e-6,
     generator: torch.Generator | None = None,
 ) -> Mixture:
-    """A mixture of large likelihood on rows x (n, d), float64, whose columns should have standard deviations near 1.
-
-    EM (Dempster et al. 1977) starts from the clusters of k-means.
+    """Fits a Gaussian mixture to rows by EM (Dempster et al. 1977), which starts from the clusters of k-means.
 
     Args:
-        prior_rows: the strength of the `Prior`, whose target is the pooled covariance within the clusters.
+        x: rows (n, d), float64, whose columns should have standard deviations near 1.
+        components: the number of components.
+        diagonal: whether covariances are diagonal.
+        prior_rows: the strength of the `Prior`. Its target is the pooled covariance within the clusters.
         steps: the largest number of EM steps.
-        tolerance: EM ends when a step raises the objective by less, in nats. The objective is the mean log-likelihood
-            with the log prior divided by n.
+        tolerance: EM ends when a step increases the objective by less, in nats. The objective is the mean
+            log-likelihood plus the log prior divided by n.
         floor: the smallest eigenvalue of a covariance. Without it the likelihood is unbounded, because a component on a
             single row has variance 0.
-        generator: the random generator of k-means, on the CPU. None: the global generator.
+        generator: the random generator of k-means, on the CPU. None means the global generator.
     """
     rows = _Rows(x, diagonal)
     shares = nn.functional.one_hot(clusters(x, components, generator), components).to(x)
     sums = sum_features(rows, shares)
-    within = maximize(sums, diagonal, 0.0)
+    within = m_step(sums, diagonal, 0.0)
     weights = within.log_weights.exp().view(-1, *[1] * (within.covariances.dim() - 1))
     prior = Prior(prior_rows, (weights * within.covariances).sum(0))
     before = -math.inf
     for _ in range(max(1, steps)):
-        mixture = maximize(sums, diagonal, floor, prior)
-        now, sums = expect(rows, mixture)
+        mixture = m_step(sums, diagonal, floor, prior)
+        now, sums = e_step(rows, mixture)
         now += log_prior(mixture, prior) / len(x)
         if not now - before >= tolerance:
             break
@@ -96,7 +97,7 @@ def fit_mixture(
 
 
 class _Rows:
-    """The features of rows x (n, d), in parts. They are kept between steps if they are small."""
+    """The features of rows x (n, d), in chunks. They are kept between steps if they are small."""
 
     def __init__(self, x: Tensor, diagonal: bool) -> None:
         self.n, self.diagonal = len(x), diagonal
@@ -109,7 +110,7 @@ class _Rows:
 
 
 def features(x: Tensor, diagonal: bool) -> Tensor:
-    """1, x_i and the products x_i x_j, i >= j, of each row of x (n, d); i = j only for a diagonal mixture."""
+    """Returns the features 1, x_i and x_i x_j, i >= j, of each row of x (n, d); only i = j for a diagonal mixture."""
     if diagonal:
         products = x.square()
     else:
@@ -119,7 +120,7 @@ def features(x: Tensor, diagonal: bool) -> Tensor:
 
 
 def coefficients(mixture: Mixture) -> Tensor:
-    """The coefficients (K, p) of the features in log w_k N(x; m_k, S_k)."""
+    """Returns the coefficients (K, p) of the features in log w_k N(x; m_k, S_k)."""
     means, covariances = mixture.means, mixture.covariances
     d = means.shape[1]
     if covariances.dim() == 2:
@@ -132,14 +133,14 @@ def coefficients(mixture: Mixture) -> Tensor:
         precisions = torch.cholesky_inverse(factors)
         linear = (precisions @ means.unsqueeze(-1)).squeeze(-1)
         i, j = torch.tril_indices(d, d, device=means.device)
-        # x_i x_j stands for x_j x_i too
+        # the feature x_i x_j represents both x_i x_j and x_j x_i
         products = precisions[:, i, j] * torch.where(i == j, -0.5, -1.0)
     constant = mixture.log_weights - 0.5 * (log_det + d * math.log(2 * math.pi) + (means * linear).sum(1))
     return torch.cat([constant.unsqueeze(1), linear, products], 1)
 
 
-def expect(rows: _Rows, mixture: Mixture) -> tuple[float, Tensor]:
-    """The E step: the mean log-likelihood in nats, and the sums (K, p) of the features by the shares of components."""
+def e_step(rows: _Rows, mixture: Mixture) -> tuple[float, Tensor]:
+    """The E step. Returns the mean log-likelihood in nats, and sums (K, p) of features weighted by responsibilities."""
     theta = coefficients(mixture).T
     total, sums = 0.0, torch.zeros_like(theta.T)
     for part in rows:
@@ -154,7 +155,7 @@ def expect(rows: _Rows, mixture: Mixture) -> tuple[float, Tensor]:
 
 
 def sum_features(rows: _Rows, shares: Tensor) -> Tensor:
-    """Sums (K, p) of the features, each row by its shares (n, K)."""
+    """Returns the sums (K, p) of the features of rows, weighted by responsibilities (n, K)."""
     parts, begin = [], 0
     for part in rows:
         parts.append(shares[begin : begin + len(part)].T @ part)
@@ -162,12 +163,12 @@ def sum_features(rows: _Rows, shares: Tensor) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def maximize(sums: Tensor, diagonal: bool, floor: float, prior: Prior | None = None) -> Mixture:
-    """The M step: the mixture of the largest objective for sums (K, p) of the features.
+def m_step(sums: Tensor, diagonal: bool, floor: float, prior: Prior | None = None) -> Mixture:
+    """The M step. Returns the mixture that maximizes the objective for sums (K, p) of the features.
 
     With N_k rows of covariance C_k in component k, S_k = (N_k C_k + rows target) / (N_k + rows).
     """
-    # a component without rows keeps a weight that has a logarithm
+    # keeps the weight of a component without rows positive, so that its logarithm is finite
     total = sums[:, 0] + 10 * torch.finfo(sums.dtype).eps
     # p = 1 + 2 d, or 1 + d (d + 3) / 2
     p = sums.shape[1]
@@ -184,11 +185,11 @@ def maximize(sums: Tensor, diagonal: bool, floor: float, prior: Prior | None = N
     if prior is not None and prior.rows > 0:
         share = (prior.rows / (total + prior.rows)).view(-1, *[1] * (covariances.dim() - 1))
         covariances = (1 - share) * covariances + share * prior.target
-    return Mixture((total / total.sum()).log(), means, above(covariances, floor))
+    return Mixture((total / total.sum()).log(), means, floor_eigenvalues(covariances, floor))
 
 
 def log_prior(mixture: Mixture, prior: Prior) -> float:
-    """The logarithm of the prior density of all covariances, up to a constant."""
+    """Returns the log prior density of all covariances, up to a constant."""
     if prior.rows == 0:
         return 0.0
     s = mixture.covariances
@@ -201,15 +202,15 @@ def log_prior(mixture: Mixture, prior: Prior) -> float:
     return -0.5 * prior.rows * float(value)
 
 
-def above(covariances: Tensor, floor: float) -> Tensor:
-    """Covariances (K, d, d), or variances (K, d), whose eigenvalues below `floor` are set to it.
+def floor_eigenvalues(covariances: Tensor, floor: float) -> Tensor:
+    """Raises the eigenvalues of covariances (K, d, d), or variances (K, d), to at least `floor`.
 
-    These are the most likely covariances among those with no eigenvalue below `floor`.
+    The result maximizes the likelihood under the constraint that no eigenvalue is below `floor`.
     """
     if covariances.dim() == 2:
         return covariances.clamp_min(floor)
     margin = floor * torch.eye(covariances.shape[-1], dtype=covariances.dtype, device=covariances.device)
-    # positive definite, if no eigenvalue is as small
+    # covariance - margin is positive definite if all eigenvalues are above the floor
     low = torch.linalg.cholesky_ex(covariances - margin).info != 0
     if bool(low.any()):
         values, vectors = torch.linalg.eigh(covariances[low])
@@ -219,13 +220,13 @@ def above(covariances: Tensor, floor: float) -> Tensor:
 
 
 def clusters(x: Tensor, k: int, generator: torch.Generator | None = None, steps: int = 10) -> Tensor:
-    """k-means: the cluster (n,), 0 .. k - 1, of each row of x (n, d).
+    """Clusters the rows x (n, d) by k-means. Returns the cluster of each row, 0 .. k - 1, (n,).
 
     The centres start from k-means++ (Arthur and Vassilvitskii 2007, k-means++: the advantages of careful seeding).
 
     Args:
-        generator: on the CPU; None for the global generator.
-        steps: of Lloyd's algorithm, at most.
+        generator: a random generator on the CPU. None means the global generator.
+        steps: the largest number of steps of Lloyd's algorithm.
     """
 
     def draw(weights: Tensor) -> int:
@@ -234,7 +235,7 @@ def clusters(x: Tensor, k: int, generator: torch.Generator | None = None, steps:
     nearest = torch.ones(len(x), dtype=x.dtype, device=x.device)
     centres = []
     for i in range(k):
-        # where fewer than k rows differ, any row
+        # if fewer than k rows are distinct, any row is drawn
         centres.append(x[draw(nearest if bool((nearest > 0).any()) else torch.ones_like(nearest))])
         distance = (x - centres[-1]).square().sum(1)
         nearest = distance if i == 0 else torch.minimum(nearest, distance)

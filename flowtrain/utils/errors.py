@@ -1,26 +1,26 @@
-"""The errors a user can cause. Each message says what was wrong, where, and what to do."""
+"""Errors that a user can cause. A message gives the mistake, its place, and a remedy."""
 
 
 class FlowtrainError(ValueError):
-    """A mistake in what was asked for; the commands print its message alone and exit with `exit_code`."""
+    """The base class of errors. The commands print only the message and exit with `exit_code`."""
 
     exit_code = 2
 
 
 class DataError(FlowtrainError):
-    """A data file or array that cannot be used as it stands."""
+    """A data file or an array that cannot be used."""
 
 
 class ConfigError(FlowtrainError):
-    """A key, an option or a combination of options that does not make a run."""
+    """An invalid key, option or combination of options."""
 
 
 class CheckpointError(FlowtrainError):
-    """A checkpoint that is missing, damaged, or that asks for code which is not trusted."""
+    """A checkpoint that is missing or damaged, or that needs code that is not trusted."""
 
 
 class SolverError(FlowtrainError):
-    """An ODE solve that could not be finished."""
+    """An ODE solve that failed."""
 
     exit_code = 1
 
@@ -38,13 +38,13 @@ class ExportError(FlowtrainError):
 
 
 class UnfinishedError(FlowtrainError):
-    """A run that has trained and is saved, and whose result is still to be written."""
+    """A run whose training is finished and saved, but whose result is not written yet."""
 
     exit_code = 1
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error of numpy, or of torch on any device, says that memory was not to be had."""
+    """Whether an error of NumPy, or of torch on any device, means that memory could not be allocated."""
     if isinstance(error, MemoryError):
         return True
     words = ("can't allocate memory", "out of memory", "invalid size of storage", "Storage size calculation overflowed")
@@ -52,5 +52,5 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, on one line; its name where it says nothing."""
+    """Returns the first line of the message of an error, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, and finds the configs."""
+"""Atomic writing of files, conversion to JSON, and the location of the configs."""
 
 import errno
 import json
@@ -18,17 +18,19 @@ import numpy as np
 def replacing(
     path: Path, durable: bool = False, check: Callable[[Path], None] | None = None, keep: Path | None = None
 ) -> Iterator[IO[bytes]]:
-    """A file to write in the place of `path`: a failure inside leaves the old one.
+    """Opens a temporary file that replaces `path` on exit. If an error is raised, the old file does not change.
 
     Args:
-        durable: whether it is on the disk when this ends, whatever becomes of the machine.
-        check: called with the new file before it takes the place of the old one; what it raises, leaves that.
-        keep: where the old file stays.
+        path: the file to replace.
+        durable: whether the file is synchronized to the disk on exit, so that it survives a crash of the machine.
+        check: a function that is called with the path of the new file before it replaces the old file. If it raises an
+            error, the old file stays.
+        keep: a path to which the old file is moved.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file() and not path.is_dir():
-        # a pipe or a device, whose place no file should take
+        # do not replace a pipe or a device
         with path.open("wb") as f:
             yield f
         return
@@ -51,13 +53,13 @@ def replacing(
 
 
 def _keep(path: Path, kept: Path) -> None:
-    """A second name for a file, in the place of what has that name: there is no moment without `path`."""
+    """Gives a file the second name `kept`, which may replace another file. `path` exists at all times."""
     link = kept.with_name(f".{kept.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         try:
             os.link(path, link)
         except (OSError, AttributeError):
-            # a file system or a platform without links
+            # the file system or the platform has no hard links
             shutil.copy2(path, link)
         link.replace(kept)
     finally:
@@ -68,12 +70,12 @@ def _sync_folder(path: Path) -> None:
     try:
         folder = os.open(path, os.O_RDONLY)
     except PermissionError:
-        # Windows opens no folders, and writes names to the disk by itself
+        # Windows does not open folders, and synchronizes names without this
         return
     try:
         os.fsync(folder)
     except OSError as e:
-        # a file system that does this for files alone, as some network ones
+        # some file systems, such as network file systems, synchronize only files
         if e.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -81,24 +83,24 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Indented JSON, see `to_json`."""
+    """Writes indented JSON; see `to_json` and `replacing`."""
     write_text(path, to_json(content, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Text in UTF-8, in the place of what was there."""
+    """Writes text in UTF-8; see `replacing`."""
     with replacing(path) as f:
         f.write(text.encode())
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:
-    """An array as .npy, in the place of what was there."""
+    """Writes an array as .npy; see `replacing`."""
     with replacing(path) as f:
         np.save(f, array)
 
 
 def to_json(content: dict[str, Any], indent: int | None = None) -> str:
-    """JSON with null for what is not a finite number, which JSON has no word for."""
+    """Converts to JSON. NaN and infinity become null, because JSON cannot represent them."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
@@ -111,12 +113,12 @@ def _finite(value: Any) -> Any:
 
 
 def config_dir() -> Path:
-    """Absolute path of the config folder, for a checkout, an editable install, a wheel and an sdist alike."""
+    """Returns the absolute path of the config folder, in a checkout, an editable install, a wheel or an sdist."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def config_groups() -> tuple[str, ...]:
-    """The names of the config groups, sorted."""
+    """Returns the names of the config groups, sorted."""
     return tuple(sorted(p.name for p in config_dir().iterdir() if p.is_dir()))

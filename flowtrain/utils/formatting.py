@@ -1,4 +1,4 @@
-"""Formats numbers with their errors, Markdown tables, and commands to copy."""
+"""Formatting of numbers with errors, of Markdown tables, and of commands to copy."""
 
 import math
 import shlex
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def cell(text: str) -> str:
-    r"""Text on one line, in which nothing ends a cell.
+    r"""Formats text for a cell of a Markdown table: on one line, with escaped bars.
 
     Example:
         >>> print(cell("a |\n b"))
@@ -18,7 +18,7 @@ def cell(text: str) -> str:
 
 
 def as_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A head, the line below it and rows of as many cells.
+    """Formats a Markdown table.
 
     Example:
         >>> print(as_table(["a", "b"], [["1", "2"]]))
@@ -31,10 +31,10 @@ def as_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def with_error(value: float, error: float) -> str:
-    """`value +- error`, as in "2.402 +- 0.006": the error to one significant digit, two where the first is a 1.
+    """Formats a value with its error, such as "2.402 +- 0.006".
 
-    Both end at the same decimal. Without an error (NaN, as of one row; or 0, as of an AUROC of 1) the value has four
-    decimals.
+    The error has one significant digit, or two if the first is a 1. The value ends at the same decimal. If the error is
+    NaN (as for a single row) or 0 (as for an AUROC of 1), only the value is given, with four decimals.
 
     Example:
         >>> with_error(2.40213, 0.00581), with_error(2.40213, 0.0147)
@@ -47,14 +47,14 @@ def with_error(value: float, error: float) -> str:
 
 
 def decimals(error: float) -> int:
-    """Where a number with that error, above 0, ends: decimals after the point, negative for tens and hundreds."""
+    """Returns the number of decimals of a value with this error (positive); negative for tens and hundreds."""
     exponent = math.floor(math.log10(error))
     leading = round(error / 10**exponent, 1)
     return 1 - exponent if leading < 1.95 else -exponent
 
 
 def brief(value: float) -> str:
-    """An error to one digit, whole numbers to all of theirs: 12, 0.02, 3e-6."""
+    """Formats an error briefly: 12, 0.02, 3e-6. There is one significant digit; larger values are whole numbers."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -64,25 +64,25 @@ def brief(value: float) -> str:
 
 
 def option(key: str, path: Path | str) -> str:
-    """KEY=PATH, quoted for the shell if needed. Our commands take a path without Hydra's quotes.
+    """Formats KEY=PATH, quoted for the shell if needed. Our commands accept a path without Hydra's quotes.
 
     Example:
         >>> print(option("ckpt", "runs/a b [1]"), option("ckpt", "runs/1"))
         'ckpt=runs/a b [1]' ckpt=runs/1
     """
     text = str(path)
-    # a file named null must not be read as no file, nor a leading ~ as a home directory
+    # without the prefix, a file named null is read as no file, and a leading ~ as a home directory
     here = "./" if text.lower() == "null" or text.startswith("~") else ""
     return shlex.quote(f"{key}={here}{text}")
 
 
 def resume_command(run_dir: Path | str) -> str:
-    """The command that resumes a run."""
+    """Returns the command that resumes a run."""
     return f"flowtrain {option('resume', run_dir)}"
 
 
 def shown(value: Any) -> str:
-    """A config value as it is written on a command line.
+    """Formats a config value for the command line.
 
     Example:
         >>> shown([1, None, True])
@@ -96,7 +96,7 @@ def shown(value: Any) -> str:
 
 
 def counted(n: int, noun: str) -> str:
-    """A number with its noun, in the plural unless the number is 1.
+    """Formats a number with a noun, in the plural unless the number is 1.
 
     Example:
         >>> counted(1, "column"), counted(2, "column")
@@ -106,14 +106,14 @@ def counted(n: int, noun: str) -> str:
 
 
 def as_ranges(numbers: Sequence[int], most: int = 12) -> str:
-    """Whole numbers in words, with consecutive ones as ranges: "0, 3 to 5". A long list is cut."""
+    """Formats whole numbers with ranges for consecutive numbers: "0, 3 to 5". A long list is cut."""
     runs = consecutive(numbers)
     words = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs[:most])
     return words if len(runs) <= most else f"{words} and more"
 
 
 def consecutive(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """The first and the last number of each run of consecutive numbers."""
+    """Returns the first and the last number of each run of consecutive numbers."""
     runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -124,7 +124,7 @@ def consecutive(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def flattened(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """The values of nested mappings by their dotted keys.
+    """Flattens nested mappings to values by dotted keys.
 
     Example:
         >>> flattened({"solver": {"rtol": 1e-05}, "seed": 0})

@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def solve_lower(lower: Tensor, right: Tensor) -> Tensor:
-    """L^-1 b, (..., d, n), for lower triangular L (..., d, d) and b (..., d, n).
+    """Computes L^-1 b, (..., d, n), for lower triangular L (..., d, d) and b (..., d, n).
 
-    In a program that `torch.export` traces, b is multiplied by L^-1, in float64: ONNX has no triangular solve, and the
-    inverse of a parameter is a constant of the program.
+    In a program that `torch.export` traces, b is multiplied by L^-1 in float64, because ONNX has no triangular solve.
+    The inverse of a parameter is a constant of the program.
     """
     found: Tensor
     if not torch.compiler.is_exporting():

@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-# of the networks inside couplings while they train; what they feed, and every evaluation, is in full precision
+# Precisions of the networks inside couplings in training. The couplings, and every evaluation, have full precision
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Turns autocast off, and TF32 on a GPU.
+    """Turns off autocast and, on a GPU, TF32.
 
-    TF32 products carry 10 bits of mantissa, an error of 5e-4 in every velocity: at rtol 1e-5 the error estimate would
-    measure that noise, which no step size cures, and the step size would collapse. torch allows TF32 in convolutions
-    unless told otherwise.
+    TF32 products have a mantissa of 10 bits, which gives velocities a relative error of 5e-4. At rtol 1e-5 the error
+    estimate of an ODE solver would measure this noise. A smaller step does not reduce the noise, so the step size would
+    collapse. By default, torch uses TF32 in convolutions.
     """
     if torch.compiler.is_exporting():
-        # torch.export would put each such block into a subgraph, which ONNX has no operator for
+        # torch.export would put each such block into a subgraph, for which ONNX has no operator
         yield
         return
     with _products(device, tf32=False), torch.autocast(device.type, enabled=False):
@@ -28,35 +28,41 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def training_step(name: str, device: torch.device) -> Iterator[None]:
-    """A whole step, backward too, in one of PRECISIONS: TF32 products on a GPU where `name` is tf32, else float32.
+    """Sets the precision of a training step, including its backward pass: TF32 products on a GPU if `name` is "tf32".
 
-    What asks for full precision itself is not reached: the inverse of a linear map and its product, and ODE solves.
+    Code inside `full_precision`, such as the inverse of a linear map or an ODE solve, is not affected.
+
+    Args:
+        name: one of PRECISIONS.
     """
     with _products(device, tf32=name == "tf32"):
         yield
 
 
 def narrowed(name: str, device: torch.device) -> torch.autocast:
-    """The loss of a step in one of PRECISIONS: convolutions and products in bfloat16 where that is `name`.
+    """Returns a context for the loss of a step. Convolutions and products use bfloat16 if `name` is "bfloat16".
 
-    Not for the backward pass, in which torch takes for each operation the dtype that it had.
+    Run the backward pass outside the context. There torch uses for each operation the dtype of its forward pass.
+
+    Args:
+        name: one of PRECISIONS.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16")
 
 
 @contextmanager
 def default_precision() -> Iterator[None]:
-    """Inside, float32 products have torch's default precision: full for matrices, TF32 for convolutions on a GPU.
+    """Sets torch's default precision of float32 products: full for matrices, TF32 for convolutions on a GPU.
 
-    The settings of the caller are restored: `torch.set_float32_matmul_precision`, and those of single backends.
+    On exit, the settings of the caller are restored: `torch.set_float32_matmul_precision` and the settings of backends.
     """
     places, name, default = _precision_settings()
     before = [getattr(place, name) for place in places]
-    # torch before 2.9: allow_tf32 sets it too
+    # before torch 2.9, setting allow_tf32 also changes this setting
     first = torch.get_float32_matmul_precision() if name == "allow_tf32" else None
     for place, value in zip(places, default, strict=True):
         setattr(place, name, value)
-    # read after that: it raises an error if a backend contradicts it
+    # read only now, because reading it raises an error if it contradicts the setting of a backend
     legacy = torch.get_float32_matmul_precision()
     try:
         if legacy != "highest":
@@ -72,10 +78,10 @@ def default_precision() -> Iterator[None]:
 
 
 def _precision_settings() -> tuple[list[Any], str, list[Any]]:
-    """The backends of CUDA and of the CPU, the attribute that holds their precision, and torch's default for each."""
+    """Returns the backends of CUDA and the CPU, the name of their precision attribute, and torch's default for each."""
     cuda: Any = torch.backends.cuda
     cudnn: Any = torch.backends.cudnn
-    # torch before 2.9 knows these by other names
+    # torch before 2.9 has other names
     if not hasattr(cudnn, "conv"):
         return [cuda.matmul, cudnn], "allow_tf32", [False, True]
     cpu: Any = torch.backends.mkldnn
@@ -89,7 +95,7 @@ def _products(device: torch.device, tf32: bool) -> Iterator[None]:
         return
     products: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    # torch before 2.9 knows these by other names
+    # torch before 2.9 has other names
     old = not hasattr(cudnn, "conv")
     places, name = ((products, cudnn), "allow_tf32") if old else ((products, cudnn.conv), "fp32_precision")
     setting: Any = tf32 if old else "tf32" if tf32 else "ieee"

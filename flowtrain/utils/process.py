@@ -1,4 +1,4 @@
-"""Settings of the process: threads, memory, random seeds, torch's defaults, signals."""
+"""Settings of the process: random seeds, torch's defaults, threads, memory, signals."""
 
 import ctypes
 import math
@@ -23,7 +23,7 @@ _SEEDED: ContextVar[bool] = ContextVar("seeded", default=False)
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds the global generators of the CPU and of `device` inside the context, and restores their states on exit."""
+    """Seeds torch's global generators inside the context, and restores their states on exit."""
     with restored_random_state(device):
         torch.manual_seed(seed)
         token = _SEEDED.set(True)
@@ -45,21 +45,21 @@ def restored_random_state(device: torch.device) -> Iterator[None]:
 
 
 def seeding_active() -> bool:
-    """Whether the code runs inside of `seeded`."""
+    """Whether the code runs inside `seeded`."""
     return _SEEDED.get()
 
 
 @contextmanager
 def own_settings(device: torch.device) -> Iterator[None]:
-    """Runs a fit or an evaluation with torch's default settings, and restores the caller's on exit, after errors too.
+    """Applies torch's default settings inside the context, and restores the caller's settings on exit.
 
     Inside, the default dtype is float32, the default device is the CPU, gradients are recorded, autocast is off, and
-    products have the precision that torch has by default, see `default_precision`. So the result does not depend on
-    the settings of the caller. The random state and the thread count stay as the caller has set them until the code
-    inside changes them, with `torch.manual_seed` and `choose_threads`. Both are restored. Deterministic algorithms and
-    the benchmark mode of cuDNN stay as the caller has set them.
+    products have torch's default precision, see `default_precision`. The result of a fit or an evaluation therefore
+    does not depend on the settings of the caller. The random state and the thread count are not changed on entry, but
+    restored on exit if the code inside changes them. Deterministic algorithms and the benchmark mode of cuDNN are not
+    touched.
 
-    Tensors that were made in inference mode stay inference tensors: clone them before a gradient goes through them.
+    Tensors that were made in inference mode stay inference tensors. Clone them before computing gradients with them.
 
     Args:
         device: the device that the code inside uses.
@@ -68,14 +68,14 @@ def own_settings(device: torch.device) -> Iterator[None]:
     chosen = _THREADS_CHOSEN.set(_THREADS_CHOSEN.get())
     try:
         with ExitStack() as stack:
-            # outside of inference mode the version counters of tensors work; it also turns gradients on
+            # outside inference mode, tensors have version counters; this also enables gradients
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(restored_random_state(device))
             stack.enter_context(default_precision())
             for kind in {"cpu", device.type}:
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            # only if needed: it slows every operation down
+            # only if needed, because this context slows down every operation
             if torch.get_default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))
             stack.enter_context(_default_float32())
@@ -87,14 +87,14 @@ def own_settings(device: torch.device) -> Iterator[None]:
 
 
 _LOCK = threading.Lock()
-# how many `_default_float32` each Python thread is inside of, and the default dtype before the first of them
+# Number of `_default_float32` contexts of each Python thread, and the default dtype before the first of them
 _ENTERED: dict[int, int] = {}
 _DTYPE_BEFORE: list[torch.dtype] = [torch.float32]
 
 
 @contextmanager
 def _default_float32() -> Iterator[None]:
-    """Inside, the default dtype is float32. It belongs to all threads: the last one that leaves restores it."""
+    """Sets the default dtype to float32. All threads share this setting; the last thread that exits restores it."""
     me = threading.get_ident()
     with _LOCK:
         if not _ENTERED:
@@ -113,17 +113,18 @@ def _default_float32() -> Iterator[None]:
 
 
 MOST_THREADS = 1024
-# samples of at most so many elements are computed on one thread: their matrices are too small to share
+# Samples with at most this many elements are computed on one thread, because their matrices are small
 SMALL = 16
 # whether `choose_threads` was called in the surrounding `own_settings`
 _THREADS_CHOSEN: ContextVar[bool] = ContextVar("threads chosen", default=False)
 
 
 def choose_threads(threads: int | None, event_shape: tuple[int, ...]) -> None:
-    """Sets the thread count of torch, up to the end of the surrounding `own_settings`.
+    """Sets the thread count of torch until the end of the surrounding `own_settings`.
 
     Args:
-        threads: None takes one thread for samples of at most 16 elements (SMALL), else all cores of this process.
+        threads: None means one thread for samples with at most 16 elements (SMALL), else all cores of this process
+            divided by the number of ranks on this machine.
 
     Raises:
         ConfigError: `threads` is not a number of threads.
@@ -136,7 +137,7 @@ def choose_threads(threads: int | None, event_shape: tuple[int, ...]) -> None:
     _THREADS_CHOSEN.set(True)
 
 
-# the Python threads inside of `one_thread_if_small`, by identifier, and the thread count that each returns to
+# For each Python thread inside `one_thread_if_small`, by identifier: the thread count to restore
 _COUNTS: dict[int, int] = {}
 
 
@@ -144,14 +145,14 @@ _COUNTS: dict[int, int] = {}
 def one_thread_if_small(event_shape: tuple[int, ...], device: torch.device) -> Iterator[None]:
     """Sets one CPU thread inside the context if samples have at most 16 elements (SMALL), and restores the count.
 
-    Their matrices are too small to share: on two threads, log p of a 200 x 200 grid takes three times as long. Nothing
-    changes on a GPU, if the thread count is 1 already, or if `choose_threads` has set it.
+    Small matrices are slower on several threads: log p of a 200 x 200 grid takes three times as long on two threads.
+    The count does not change on a GPU, if it is already 1, or if `choose_threads` has set it.
 
-    Several Python threads may be inside at once. Torch keeps a thread count for each of them. A new Python thread
-    takes the count that was set last, by any thread, when it first uses torch. If that is the 1 of another thread that
-    is inside, the new thread leaves with the count of the other.
+    Several Python threads may be inside the context at once. Torch has a thread count for each Python thread. When a
+    new Python thread first uses torch, its count becomes the count that any thread has set last. If this is the 1 of a
+    thread inside the context, the new thread restores the count of that other thread on exit.
     """
-    # a compiler traces this, and the thread count is not a part of its program
+    # a compiler traces this code, and its program does not contain the thread count
     if torch.compiler.is_compiling():
         yield
         return
@@ -175,7 +176,7 @@ def one_thread_if_small(event_shape: tuple[int, ...], device: torch.device) -> I
 
 
 def _forget_other_threads() -> None:
-    """In a forked process, which has only the thread that has forked: the others never leave, nor free the lock."""
+    """Resets the state after a fork. Other threads are missing, so they never exit contexts or release the lock."""
     global _LOCK
     _LOCK = threading.Lock()
     me, left = threading.get_ident(), bool(_ENTERED)
@@ -191,18 +192,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def cores() -> int:
-    """The number of CPU cores for this process: its affinity on Linux, which batch systems set, else all cores."""
+    """Returns the number of CPU cores for this process: its affinity on Linux, which batch systems set, else all."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc reuse what torch frees on the CPU.
+    """Makes glibc reuse memory that torch frees on the CPU.
 
-    By default, glibc gives large blocks back at once, and the next tensor of that size waits for fresh zeroed pages.
-    This slows convolutional training steps most. Without glibc, this function does nothing. It cannot be undone, so
-    only the commands call it.
+    By default, glibc returns large blocks to the system at once, and the next tensor of this size waits for new zeroed
+    pages. Convolutional training steps are slowed down most. Without glibc, this function does nothing. The setting
+    cannot be undone, so only the commands call this function.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -213,19 +214,19 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
-# USR1 and USR2 are sent by SLURM's --signal and by submitit, HUP (BREAK on Windows) when the terminal is closed
+# SLURM's --signal and submitit send USR1 and USR2. HUP (BREAK on Windows) is sent when the terminal is closed
 SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGBREAK")
-# the ones that this system has
+# The signals that exist on this system
 STOPPING: tuple[signal.Signals, ...] = tuple(getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name))
 
 
 def may_set_handlers() -> bool:
-    """Whether this is the main thread. Python allows signal handlers only there."""
+    """Whether this is the main thread, the only one in which Python allows signal handlers to be set."""
     return threading.current_thread() is threading.main_thread()
 
 
 class StopSignals:
-    """Records the first signal inside the context in `received`. A SIGINT after it raises KeyboardInterrupt."""
+    """Records the first signal inside the context in `received`. A later SIGINT raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -234,7 +235,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if may_set_handlers():
             for number in STOPPING:
-                # ignored, as SIGHUP is under nohup, or handled outside of Python
+                # do not replace signals that are ignored, as SIGHUP under nohup, or handled outside Python
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self.before[number] = signal.signal(number, self._handle)
         return self
@@ -250,7 +251,7 @@ class StopSignals:
 
 
 class SignalReceived(BaseException):
-    """A signal to stop at once. It derives from BaseException, so that `except Exception` does not catch it."""
+    """A signal to stop at once. Derives from BaseException, so that `except Exception` does not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -264,6 +265,6 @@ class _Raising(StopSignals):
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Inside, a signal to stop raises `SignalReceived` at once."""
+    """Raises `SignalReceived` at once if a signal to stop arrives inside the context."""
     with _Raising():
         yield

@@ -1,18 +1,18 @@
-"""Matrix products on CPUs by the faster of two libraries, for hand-written gradients."""
+"""Matrix products for hand-written gradients. On CPUs, the faster of two libraries is used."""
 
 from functools import cache
 
 import torch
 from torch import Tensor
 
-# The number of multiplications from which oneDNN is faster. A call of it costs about 10 us more. On an AMD EPYC with
-# AVX-512, MKL takes 155 us for 512 x 128 x 128 and oneDNN 85 us: MKL uses AVX-512 on Intel's processors only
+# The number of multiplications from which oneDNN is faster, although a call costs about 10 us more. On an AMD EPYC with
+# AVX-512, 512 x 128 x 128 takes 155 us with MKL and 85 us with oneDNN, because MKL uses AVX-512 only on Intel CPUs
 LARGE = 1_500_000
 
 
 @cache
 def _has_onednn() -> bool:
-    """Whether oneDNN's linear layer is there and the processor has AVX-512."""
+    """Whether the linear layer of oneDNN is available and the CPU has AVX-512."""
     there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not there or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
@@ -23,7 +23,7 @@ def _has_onednn() -> bool:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b^T + bias, (m, n), of a (m, k), b (n, k) and bias (n,), without a gradient.
+    """Computes a b^T + bias, (m, n), for a (m, k), b (n, k) and bias (n,), without a gradient.
 
     Example:
         >>> product(torch.ones(2, 3), torch.ones(1, 3), torch.ones(1)).tolist()

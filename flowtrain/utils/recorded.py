@@ -1,4 +1,4 @@
-"""A base class whose objects remember the arguments of their constructor, from which a saved flow is built again."""
+"""A base class whose objects record their constructor arguments, from which a saved flow is built again."""
 
 import inspect
 from abc import ABCMeta
@@ -14,19 +14,20 @@ ARGUMENTS = "_constructor_arguments"
 
 @dataclass(frozen=True)
 class Part:
-    """An argument that the object keeps in an attribute, recorded by the name of the attribute.
+    """An argument that the object stores in an attribute, recorded by the name of the attribute.
 
     The attribute is read when the flow is saved, because it may be replaced after construction.
 
     Attributes:
-        listed: whether the argument was a list, which a `ModuleList` keeps.
+        path: the dotted name of the attribute.
+        listed: whether the argument was a list, which the object stores as a `ModuleList`.
     """
 
     path: str
     listed: bool = False
 
     def of(self, owner: Any) -> Any:
-        """The present value of the attribute."""
+        """Returns the current value of the attribute."""
         for name in self.path.split("."):
             owner = getattr(owner, name)
         return list(owner) if self.listed else owner
@@ -34,7 +35,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Unknown:
-    """An argument that cannot be written to a file, with its kind in words."""
+    """An argument that cannot be written to a file.
+
+    Attributes:
+        kind: a description of the argument for messages.
+    """
 
     kind: str
 
@@ -57,10 +62,10 @@ class _RecordingMeta(ABCMeta):
 
 
 class Recorded(metaclass=_RecordingMeta):
-    """An object that remembers its constructor's arguments. Copies and pickles remember them too.
+    """Base class of objects that record their constructor arguments. Copies and pickles keep the record.
 
     `Flow.save` writes these arguments. All bijections, fields, conditioners and bases derive from this class. Derive
-    your own networks from it too, so that flows with them can be saved. If an argument is a module, keep it as a
+    your own networks from it too, so that flows with them can be saved. If an argument is a module, store it as a
     submodule.
 
     Example:
@@ -73,9 +78,9 @@ class Recorded(metaclass=_RecordingMeta):
 
 
 def arguments_of(made: Recorded) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the keyword arguments of the constructor.
+    """Returns the positional and the keyword arguments of the constructor.
 
-    A module or solver among them is given as a `Part`, and a value that no file can hold as an `Unknown`.
+    A module or a solver is returned as a `Part`, and a value that cannot be written to a file as an `Unknown`.
     """
     found: tuple[tuple[Any, ...], dict[str, Any]] = vars(made).get(ARGUMENTS, ((), {}))
     return found
@@ -93,7 +98,7 @@ def _bound(made: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
 
 
 def _kept(made: Any, name: str, value: Any) -> Any:
-    """The record of an argument: a plain value, a `Part` if the object keeps it, or `Unknown`."""
+    """Returns the record of an argument: a plain value, a `Part` if the object stores the argument, or `Unknown`."""
     if value is None or isinstance(value, str | Tensor):
         return value
     if isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating):
@@ -103,13 +108,13 @@ def _kept(made: Any, name: str, value: Any) -> Any:
         return Part(name, listed=True)
     if isinstance(value, nn.Module):
         paths = [name] if own is value else [path for path, m in made.named_modules() if m is value and path]
-        return Part(paths[0]) if paths else Unknown(f"a {type(value).__name__} that is not kept as a submodule")
+        return Part(paths[0]) if paths else Unknown(f"a {type(value).__name__} that is not stored as a submodule")
     if isinstance(value, list | tuple):
         items = [_kept(made, "", item) for item in value]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, dict):
         return {k: _kept(made, "", v) for k, v in value.items()}
     if isinstance(value, np.ndarray):
-        return Unknown("a NumPy array, in place of a tensor or a list")
+        return Unknown("a NumPy array instead of a tensor or a list")
     attributes = [k for k, v in vars(made).items() if v is value]
     return Part(attributes[0]) if attributes else Unknown(f"a {type(value).__name__}")

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-# perf_counter at the start of the process, assuming that it has computed since then without waiting
+# perf_counter at the start of the process, assuming that the process has been computing since then
 _BEGUN = [time.perf_counter() - time.process_time()]
 
 
 def command_begun() -> float:
-    """The time at which the current command or job began, by time.perf_counter.
+    """Returns the time at which the current command or job began, by time.perf_counter.
 
     The first call in a process returns the start of the process. Later calls, by further jobs of a sweep, return the
     current time.
@@ -25,24 +25,24 @@ def command_begun() -> float:
 
 log = logging.getLogger("flowtrain")
 
-# seconds of silence before a terminal shows a status, between lines elsewhere, and between refreshes on a terminal
+# Seconds without output before a terminal shows a status; between lines elsewhere; between refreshes on a terminal
 DELAY, EVERY, TICK = 2.0, 30.0, 0.5
-# seconds between redraws by `advance`, and the weight of the latest rate in the smoothed rate
+# Seconds between redraws by `advance`, and the weight of the latest rate in the smoothed rate
 REDRAW, SMOOTHING = 0.1, 0.3
 
 
 class Status:
-    """A piece of work: its name and its progress.
+    """The name and the progress of a task.
 
     Args:
-        words: what is done, such as "scoring the test set", or a function that returns it, called at every refresh.
-        total: the number of units; None if unknown.
+        words: the name of the task, such as "scoring the test set", or a function that returns it at every refresh.
+        total: the number of units. None if unknown.
         unit: the name of a unit, in the singular.
-        done: units already done, for example by an earlier run.
-        bar: show it on a terminal at once, as a progress bar, and leave it there at the end.
+        done: the number of units already done, for example by an earlier run.
+        bar: whether a terminal shows a progress bar at once, which stays at the end.
 
     Attributes:
-        n: units done so far.
+        n: the number of units done so far.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Status:
         self._reporter, self.begun, self._counted = reporter, now, (self.n, now)
 
     def advance(self, n: int = 1) -> None:
-        """Counts n more units as done; a negative n takes some back."""
+        """Adds n to the number of units done; n may be negative."""
         self.n += n
         if self._reporter is None:
             return
@@ -84,7 +84,7 @@ class Status:
 
     @property
     def name(self) -> str:
-        """The current words."""
+        """The current name."""
         return self.words if isinstance(self.words, str) else self.words()
 
     @property
@@ -97,10 +97,10 @@ class Reporter:
     """Shows the innermost active status.
 
     Args:
-        stream: where to write. On a terminal, the display is redrawn in place; elsewhere, lines are written.
+        stream: the stream to write to. On a terminal, the display is redrawn in place; elsewhere, lines are written.
         clock: a function that returns the time in seconds.
-        delay, every: None for DELAY and EVERY.
-        threaded: refresh from a thread. Otherwise only `refresh` and `advance` refresh the display.
+        delay, every: None means DELAY and EVERY.
+        threaded: whether a thread refreshes the display. Otherwise only `refresh` and `advance` do.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Reporter:
             self.refresh()
 
     def refresh(self) -> None:
-        """Updates the display, if that is due."""
+        """Updates the display if an update is due."""
         with self._changed:
             if not self._stack or self._closed:
                 return
@@ -167,7 +167,7 @@ class Reporter:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Removes the display inside, so that other output can be written."""
+        """Removes the display inside the context, so that other output can be written."""
         with self._changed:
             self._draw("")
             try:
@@ -198,13 +198,13 @@ class Reporter:
                 self.refresh()
 
     def _until_due(self) -> float | None:
-        """Seconds that the thread may sleep; None if there is no status."""
+        """Returns the seconds that the thread may sleep; None if there is no status."""
         if not self._stack:
             return None
         return TICK if self.terminal else min(max(TICK, self._said + self.every - self.clock()), 3600.0)
 
     def _current(self, now: float) -> tuple[Status | None, str]:
-        """The status to show, and the names of the statuses around it; None before `delay` has passed.
+        """Returns the status to show and the names of the statuses around it; None before `delay` has passed.
 
         A status inside a bar replaces the bar once it has lasted `delay` seconds. Others are shown after `delay`
         seconds without output.
@@ -222,7 +222,7 @@ class Reporter:
         return ": ".join(status.name for status in statuses)
 
     def _bar(self, status: Status, words: str, now: float) -> str:
-        """One line for a terminal."""
+        """Formats a line for a terminal."""
         from tqdm import tqdm
 
         width, seconds, words = self._width(), max(0.0, now - status.begun), words or status.name
@@ -248,7 +248,7 @@ class Reporter:
 
     @staticmethod
     def _sentence(status: Status, words: str, now: float) -> str:
-        """One line for a log."""
+        """Formats a line for a log."""
         from tqdm import tqdm
 
         seconds = max(0.0, now - status.begun)
@@ -302,7 +302,7 @@ class Reporter:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a stream is a terminal. It may be None, closed, or an object with `write` alone."""
+    """Whether a stream is a terminal. The stream may be None, closed, or an object that has only `write`."""
     try:
         return stream is not None and stream.isatty()
     except (AttributeError, OSError, ValueError):
@@ -310,7 +310,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def library_reporter() -> Reporter:
-    """The reporter of a fit from Python: a bar of `tqdm.auto` in a notebook and on a terminal, else lines."""
+    """Returns the reporter for calls from Python: a bar of `tqdm.auto` in a notebook or on a terminal, else lines."""
     return TqdmReporter() if is_terminal(sys.stderr) or "ipykernel" in sys.modules else Reporter(sys.stderr)
 
 
@@ -345,7 +345,7 @@ class TqdmReporter(Reporter):
 
     @contextmanager
     def _until_broken(self) -> Iterator[None]:
-        """Gives the bars up if they cannot be drawn: a stream that is closed or broken must not end the work."""
+        """Stops drawing bars if drawing fails, because a closed or broken stream must not end the work."""
         try:
             yield
         except (AttributeError, OSError, ValueError):
@@ -368,7 +368,7 @@ _reporter: Reporter | None = None
 
 @contextmanager
 def reporting(reporter: Reporter | None = None) -> Iterator[None]:
-    """Shows statuses inside, by `reporter` or on standard error.
+    """Shows statuses inside the context, with `reporter` or on standard error.
 
     Does nothing inside another `reporting`, on ranks other than 0, and if TQDM_DISABLE is set, as in concurrent jobs of
     a sweep.
@@ -389,7 +389,7 @@ def reporting(reporter: Reporter | None = None) -> Iterator[None]:
 def status(
     words: str | Callable[[], str], total: int | None = None, unit: str = "step", done: int = 0, bar: bool = False
 ) -> Iterator[Status]:
-    """Shows the work inside as a status once it has lasted a while. For the arguments see `Status`.
+    """Shows the work inside the context as a status if it takes longer than DELAY. See `Status` for the arguments.
 
     Example:
         >>> with status("scoring", total=300, unit="row") as progress:
@@ -411,7 +411,7 @@ def status(
 
 @contextmanager
 def phase(words: str) -> Iterator[None]:
-    """A `status` that logs its seconds when it ends, at level DEBUG, which is written to the log file of a run."""
+    """A `status` that logs its duration at level DEBUG when it ends. The log file of a run contains this level."""
     begun = time.perf_counter()
     with status(words):
         yield
@@ -420,7 +420,7 @@ def phase(words: str) -> Iterator[None]:
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Removes the display inside, so that other output can be written, and restores it afterwards."""
+    """Removes the display inside the context, so that other output can be written, and restores it afterwards."""
     if _reporter is None:
         yield
         return
@@ -429,7 +429,7 @@ def aside() -> Iterator[None]:
 
 
 def _is_first() -> bool:
-    """Whether this is rank 0, from the environment, because torch may not be imported yet."""
+    """Whether this is rank 0, by the environment, because torch may not be imported yet."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 

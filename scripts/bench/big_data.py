@@ -68,7 +68,8 @@ def run(path: Path, folder: Path, model: str, steps: int, batch: int, *keys: str
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if row["split"] == "train"]
     log = (folder / "flowtrain.log").read_text().splitlines()
-    (ready,) = (line[:19] for line in log if " parameters, " in line)
+    # the description of the run, which is printed when training begins
+    (ready,) = (line[:19] for line in log if " INFO flowtrain: " in line)
     start = time.mktime(time.strptime(ready, "%Y-%m-%d %H:%M:%S")) - begun
     return peak_bytes(used) / 2**30, start, statistics.median(row["step_seconds"] for row in trained[5:])
 

@@ -1,4 +1,4 @@
-"""Makes the README's table of images: test bits/dim and cost of the small experiments, at most ten minutes each.
+"""Makes the table of images in README.md: test bits/dim and cost of the small experiments, at most ten minutes each.
 
     python scripts/bench/images.py                            # all three on MNIST, one after another: 35 minutes
     python scripts/bench/images.py glow --data fashion_mnist

@@ -87,7 +87,7 @@ def test_absent_files_say_where_and_what_to_run(
 FIRST_FASHION = np.array([9, 0, 0, 3, 0, 2, 7, 2, 5, 5] * 5, dtype=np.uint8)
 
 BAD_SETS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
-    "damaged": ({"t10k_images": b"no"}, TEST_IMAGES, ["is no IDX file"]),
+    "damaged": ({"t10k_images": b"no"}, TEST_IMAGES, ["is not an IDX file"]),
     "too few labels": ({"train_labels": bytes_of(49) % 10}, TRAIN_LABELS, ["50 images", "49 labels"]),
     "too many test labels": ({"t10k_labels": bytes_of(21) % 10}, TEST_LABELS, ["20 images", "21 labels"]),
     "labels for images": ({"train_images": bytes_of(50)}, TRAIN_IMAGES, ["(50,)", "(n, H, W)"]),
@@ -95,10 +95,10 @@ BAD_SETS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "a label of 10": (
         {"train_labels": np.arange(50, dtype=np.uint8) % 11},
         TRAIN_LABELS,
-        ["row 10", "is 10", "0 to 9"],
+        ["row 10", "is 10", "between 0 and 9"],
     ),
     "sizes that differ": ({"t10k_images": bytes_of(20, H, W + 1)}, TEST_IMAGES, ["4 x 6", "4 x 7"]),
-    "another set": ({"train_labels": FIRST_FASHION}, TRAIN_LABELS, ["that of fashion_mnist", "data=fashion_mnist"]),
+    "another set": ({"train_labels": FIRST_FASHION}, TRAIN_LABELS, ["belongs to fashion_mnist", "data=fashion_mnist"]),
 }
 
 
@@ -118,7 +118,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"n_val": None}, ["data.n_val=None"]),
     ({"n_test": 21}, ["data.n_test=21", "at most 20"]),
     ({"n_test": 0}, ["data.n_test=0"]),
-    ({"crop": W}, [f"data.crop={W}", "width, 6 pixels"]),
+    ({"crop": W}, [f"data.crop={W}", "6 pixels"]),
     ({"crop": -1}, ["data.crop=-1"]),
     ({"crop": True}, ["data.crop=True"]),
     ({"alpha": 0}, ["data.alpha=0", "greater than 0"]),

@@ -19,7 +19,7 @@ from flowtrain.data.base import Dataset
 from flowtrain.data.tables.array import ArrayData
 from flowtrain.evaluation import baselines as of
 from flowtrain.evaluation import evaluate
-from flowtrain.evaluation.baselines import baselines, of_baseline
+from flowtrain.evaluation.baselines import baselines, check_baseline
 from flowtrain.evaluation.result import Baseline
 from flowtrain.flow import Flow
 from flowtrain.models.realnvp import realnvp
@@ -117,7 +117,7 @@ def test_images_and_rows_without_training_set_have_no_baseline(tmp_path: Path) -
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(50, 4)))
     images = ArrayData(str(tmp_path / "x.npy"), event_shape=[1, 2, 2])
     assert baselines(images, [images.test], torch.zeros(5)) is None
-    assert of_baseline(1.0, 0.1, None, 4) is None
+    assert check_baseline(1.0, 0.1, None, 4) is None
 
 
 def kernel_density(h: float) -> KernelDensity:
@@ -301,10 +301,10 @@ def test_baselines_of_another_density_are_refused(kind: str) -> None:
     ],
 )
 def test_worse_is_by_the_paired_difference(worse: float, stderr: float, passed: bool) -> None:
-    check = of_baseline(5.0 + worse, 1.0, Baseline(5.0, 0.3, 0.0, worse, stderr), 3)
+    check = check_baseline(5.0 + worse, 1.0, Baseline(5.0, 0.3, 0.0, worse, stderr), 3)
     assert check is not None
     assert check.passed is passed
-    assert of_baseline(1.0, math.nan, Baseline(5.0, math.nan, 0.0, worse, math.nan), 3).passed is None  # type: ignore[union-attr]
+    assert check_baseline(1.0, math.nan, Baseline(5.0, math.nan, 0.0, worse, math.nan), 3).passed is None  # type: ignore[union-attr]
 
 
 def test_a_flow_that_is_worse_is_reported_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowtrain.evaluation.checks import left_after, mass
+from flowtrain.evaluation.checks import mass, remaining_error
 
 
 def gaussian_log_prob(x: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ def test_mass_of_modes_that_fall_between_the_first_nodes(seed: int) -> None:
 
 def test_remaining_error_is_extrapolated_from_doublings() -> None:
     # the error left after first-order convergence is the last change, and a third of it after second order
-    assert left_after([0.2, 0.1, 0.05]) == pytest.approx(0.05)
-    assert left_after([0.4, 0.1]) == pytest.approx(0.1 / 3)
-    assert left_after([0.01, 0.0001]) == pytest.approx(1e-6, rel=0.02)
-    assert left_after([0.1, 0.2]) == 0.2
-    assert left_after([0.0]) == 0.0
+    assert remaining_error([0.2, 0.1, 0.05]) == pytest.approx(0.05)
+    assert remaining_error([0.4, 0.1]) == pytest.approx(0.1 / 3)
+    assert remaining_error([0.01, 0.0001]) == pytest.approx(1e-6, rel=0.02)
+    assert remaining_error([0.1, 0.2]) == 0.2
+    assert remaining_error([0.0]) == 0.0

@@ -11,7 +11,7 @@ from torch import nn
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.linear import Affine
 from flowtrain.bijections.logit import Logit
-from flowtrain.evaluation.error_budget import budget, dequantization_gap, of_mean, subset_of, trace_error
+from flowtrain.evaluation.error_budget import budget, dequantization_gap, mean_error, subset_of, trace_error
 from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.flow import Flow
 from flowtrain.ode import ode_solver
@@ -89,5 +89,5 @@ def test_the_budget_does_not_depend_on_the_order_of_the_rows() -> None:
 
 def test_errors_that_cancel_on_the_subset_are_still_errors() -> None:
     difference = torch.tensor([1.0, -1.0]).repeat(50)
-    assert of_mean(difference) == pytest.approx(0.1, rel=0.01)
-    assert of_mean(torch.full((100,), 0.2)) == pytest.approx(0.2)
+    assert mean_error(difference) == pytest.approx(0.1, rel=0.01)
+    assert mean_error(torch.full((100,), 0.2)) == pytest.approx(0.2)

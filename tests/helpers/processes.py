@@ -19,7 +19,7 @@ from flowtrain.data.base import Dataset
 from flowtrain.ode import SolveOptions
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
 from flowtrain.training.trainer import Trainer
-from flowtrain.training.update import averaged
+from flowtrain.training.update import average_gradients
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import FlowtrainError, SolverError
 
@@ -162,7 +162,7 @@ def _partly(rank: int) -> list[list[float] | None]:
     parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
     for p in parameters[rank:2]:
         p.grad = torch.full((2,), 4.0)
-    averaged(parameters, {"loss": torch.tensor(1.0)}, 0.5)
+    average_gradients(parameters, {"loss": torch.tensor(1.0)}, 0.5)
     return [None if p.grad is None else p.grad.tolist() for p in parameters]
 
 

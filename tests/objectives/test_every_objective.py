@@ -99,7 +99,7 @@ def test_hybrid_continues_from_its_averaged_weights(tmp_path: Path, stop_at: Cal
     assert trainer.train_state.ema is not None
     average = {name: value.clone() for name, value in trainer.train_state.ema.shadow.items()}
     assert any(not torch.equal(p, average[name]) for name, p in trainer.flow.named_parameters())
-    trainer.begin_anew()
+    trainer.start_likelihood()
     assert all(torch.equal(p, average[name]) for name, p in trainer.flow.named_parameters())
     assert not trainer.train_state.optimizer.state
 

@@ -145,7 +145,7 @@ def test_run_killed_before_its_first_checkpoint_restarts(run: Run, tmp_path: Pat
     assert (code, (tmp_path / "r/result.json").exists()) == (0, True), err
     assert not any(path.exists() for path in torn)
     code, _, err = run("flowtrain", *keys)
-    assert (code, "already holds a run" in err) == (2, True)
+    assert (code, "already contains a run" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_files_of_a_previous_run_are_not_overwritten(left: str, run: Run, tmp_pa
     path.parent.mkdir(parents=True)
     path.write_text("kept")
     code, _, err = run("flowtrain", "model=affine", f"hydra.run.dir={tmp_path}/r")
-    assert (code, "already holds a run" in err, path.read_text()) == (2, True, "kept")
+    assert (code, "already contains a run" in err, path.read_text()) == (2, True, "kept")
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_fail_a_run(run: Run, tmp_path: Path) -> None:

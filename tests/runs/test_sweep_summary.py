@@ -28,7 +28,7 @@ def test_runs_within_the_error_of_the_best_are_marked() -> None:
 
     # if both NLLs have a standard error of 0.01, two standard errors of their difference are 0.0283
     jobs = [measured("a", 2.0, 0.01), measured("b", 2.028, 0.01), measured("c", 2.029, 0.01), measured("d", 2.2, 0.2)]
-    assert sweep_summary.as_good(jobs) == {"a", "b", "d"}
+    assert sweep_summary.tied_with_best(jobs) == {"a", "b", "d"}
     lines = sweep_summary.as_markdown(jobs, ["lr"]).splitlines()
     assert [line.count("*") for line in lines[2:6]] == [1, 1, 0, 1]
     assert "2.000 +- 0.010" in lines[2]
@@ -37,9 +37,13 @@ def test_runs_within_the_error_of_the_best_are_marked() -> None:
     assert [row["as_good_as_best"] for row in rows] == ["true", "true", "false", "true"]
     # results of older versions have no standard errors
     old = [measured("a", 2.0, None), measured("b", 2.0001, None)]
-    assert sweep_summary.as_good(old) == {"a"}
+    assert sweep_summary.tied_with_best(old) == {"a"}
     assert "*" not in sweep_summary.as_markdown(old, ["lr"])
-    assert sweep_summary.as_good([sweep_summary.Job("0", {}, {}, "failed")]) == sweep_summary.as_good([]) == set()
+    assert (
+        sweep_summary.tied_with_best([sweep_summary.Job("0", {}, {}, "failed")])
+        == sweep_summary.tied_with_best([])
+        == set()
+    )
 
 
 def test_the_validation_error_is_that_of_the_best_step(run: Run, tmp_path: Path) -> None:
@@ -57,12 +61,12 @@ def test_the_validation_error_is_that_of_the_best_step(run: Run, tmp_path: Path)
 
 def test_sweep_figure_is_drawn_against_numeric_keys() -> None:
     jobs = [job("0", 2.5, lr="1e-2", seed="0"), job("1", 2.4, lr="1e-3", seed="0"), job("2", 2.6, lr="1e-2", seed="1")]
-    assert sweep_summary.swept(jobs) == ["lr", "seed"]
-    found = sweep_summary.against(jobs, "lr")
+    assert sweep_summary.varied_keys(jobs) == ["lr", "seed"]
+    found = sweep_summary.group_by_key(jobs, "lr")
     assert (found.values, found.numbers) == (["1e-3", "1e-2"], [1e-3, 1e-2])
     assert found.found["val_nll"] == [[2.4], [2.5, 2.6]]
     assert "solver_error" not in found.found
-    named = sweep_summary.against(
+    named = sweep_summary.group_by_key(
         [job("0", 2.5, model="realnvp"), job("1", 2.4, model="affine"), job("2", 2.4)], "model"
     )
     assert (named.values, named.numbers) == (["affine", "default", "realnvp"], None)

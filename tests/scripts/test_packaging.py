@@ -49,7 +49,8 @@ def test_a_wheel_from_an_sdist_runs_the_tour(tmp_path: Path) -> None:
     assert not re.findall(r"\]\((?!https?:|#)", description)
     (tmp_path / "work").mkdir()
     readme = (site / "flowtrain/README.md").read_text()
-    tour = "\n".join(re.findall(r"^```python\n(.*?)^```$", readme.partition("## Layout")[0], re.S | re.M))
+    section = readme.partition("\n## From Python\n")[2].partition("\n## ")[0]
+    tour = "\n".join(re.findall(r"^```python\n(.*?)^```$", section, re.S | re.M))
     done = subprocess.run(
         [sys.executable, "-c", f"{begin}\n{tour}"], cwd=tmp_path / "work", capture_output=True, text=True
     )

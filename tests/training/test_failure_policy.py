@@ -155,6 +155,8 @@ def test_a_spike_of_nfe_is_logged_with_its_step(caplog: pytest.LogCaptureFixture
     watch = NfeWatch()
     for step in range(30):
         # a spike of several steps is logged once
-        watch.see(step, {"nfe_forward": 200 if step in (21, 25, 26, 27) else 40, "nfe_backward": 0})
+        watch.check(step, {"nfe_forward": 200 if step in (21, 25, 26, 27) else 40, "nfe_backward": 0})
     found = [r.getMessage() for r in caplog.records]
-    assert found == [f"step {step}: NFE 200, where 40 was usual before" for step in (21, 25)]
+    assert found == [
+        f"step {step}: the NFE rose to 200, from a median of 40 over the steps before" for step in (21, 25)
+    ]

@@ -68,7 +68,7 @@ def test_a_field_that_exploits_a_coarse_solver_is_caught(
     run.fit()
     reported, true = reported_and_true(run)
     assert abs(reported - true) < 0.05
-    assert any("step_size goes from 1 to 0.5" in line for line in lines)
+    assert any("step_size is reduced from 1 to 0.5" in line for line in lines)
     solver = load(tmp_path / "on").solver
     assert solver is not None
     assert run.flow.solver is not None

@@ -116,9 +116,9 @@ def not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_package_the_extra_is_named(run: Run, tmp_path: Path, not_there: None) -> None:
     code, out, err = run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
     assert (code, out) == (2, "")
-    assert err.startswith("flowtrain: logger=[jsonl,tensorboard] needs tensorboard (pip install ")
+    assert err.startswith("flowtrain: logger=[jsonl,tensorboard] needs tensorboard, which ")
     assert "'flowtrain[tensorboard]'" in err
-    assert err.endswith("; or take logger=[jsonl]\n")
+    assert err.endswith(" or give logger=[jsonl]\n")
     assert not (tmp_path / "r/checkpoints").exists()
 
 

@@ -81,8 +81,10 @@ def test_entries_after_the_checkpoint_of_a_killed_run_are_dropped(
 
     with monkeypatch.context() as patched:
         # killed after the validation at step 6, before the checkpoint that includes it
-        save = CheckpointManager.last
-        patched.setattr(CheckpointManager, "last", lambda self: killed() if self.progress.step == 6 else save(self))
+        save = CheckpointManager.write_last
+        patched.setattr(
+            CheckpointManager, "write_last", lambda self: killed() if self.progress.step == 6 else save(self)
+        )
         assert run("flowtrain", *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")[0] == 130
     assert ("val/nll", 6) in shown(tmp_path / "r")[0]
     begun = (tmp_path / "r/tensorboard/events.out.tfevents.000000").stat().st_size

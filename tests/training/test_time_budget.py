@@ -215,9 +215,9 @@ def test_training_leaves_time_for_the_evaluation(fake_clock: Clock) -> None:
     assert dear.end == pytest.approx(dear.left - dear.for_training)
     # the reserve covers all test rows, a validation, the checks and a picture
     assert dear.end > 10
-    assert dear.evaluated(dear.room) == (10_000, True)
+    assert dear.affordable_rows(dear.room) == (10_000, True)
     # checks are dropped before test rows
-    assert limited(fake_clock, 100, 3.3e-3).evaluated(50.0) == (10_000, False)
+    assert limited(fake_clock, 100, 3.3e-3).affordable_rows(50.0) == (10_000, False)
     # the reserve does not shrink with time
     before = dear.end
     fake_clock.now += 40
@@ -242,18 +242,18 @@ def test_baselines_of_tables_have_a_share_unless_the_checks_need_it(fake_clock: 
     late = budget(100)
     late.row_seconds = 1e-5
     fake_clock.now += 95
-    assert late.tested() == (table, True)
+    assert late.affordable_data() == (table, True)
     assert late.for_baselines == 0
 
 
 def test_test_rows_are_never_reduced_silently(fake_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     enough = limited(fake_clock, 100, 1e-4)
-    data, thorough = enough.tested()
+    data, thorough = enough.affordable_data()
     assert data is enough.data
     assert thorough
     assert not caplog.records
     short = limited(fake_clock, 100, 0.01)
-    fewer, thorough = short.tested()
+    fewer, thorough = short.affordable_data()
     assert not thorough
     n = len(fewer.test)
     assert 200 <= n < 10_000

@@ -31,7 +31,7 @@ KEYS = [
 
 
 @pytest.mark.parametrize(
-    ("owner", "method"), [(Validation, "run"), (CheckpointManager, "last")], ids=["validated", "saved"]
+    ("owner", "method"), [(Validation, "run"), (CheckpointManager, "write_last")], ids=["validated", "saved"]
 )
 def test_a_signal_while_the_last_step_is_validated_or_saved(
     owner: type, method: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,7 +154,9 @@ def test_a_validation_that_fails_follows_the_policy(
     assert [r["step"] for r in found if r["split"] == "train"] == list(range(1, 13))
     assert [r["step"] for r in found if r["split"] == "val"] == ([4, 12] if policy == "skip" else [4, 8, 12])
     said = (
-        f"{what} is skipped" if policy == "skip" else f"{what}: log p(x) is nan for row 0 of the val set Back to step 4"
+        f"{what} is skipped"
+        if policy == "skip"
+        else f"{what}: log p(x) is nan for row 0 of the val set. Rewound to step 4"
     )
     assert said in caplog.text
 

@@ -176,7 +176,7 @@ def test_initial_weights_are_kept_if_no_step_is_better(
     best = checkpoint.load(tmp_path / "checkpoints/best.pt")
     assert best["step"] == 0
     assert all(torch.equal(v, start[k]) for k, v in best["weights"].items())
-    assert "step 0 of 30" in run.course(best["step"])
+    assert "step 0 of 30" in run.summary(best["step"])
 
 
 def test_a_run_killed_at_its_start_validates_once(
@@ -189,7 +189,7 @@ def test_a_run_killed_at_its_start_validates_once(
         raise Killed
 
     run = trainer_of(tmp_path, [*table, "trainer.steps=10"])
-    run.checkpoints.best = kill  # type: ignore[method-assign,assignment]
+    run.checkpoints.write_best = kill  # type: ignore[method-assign,assignment]
     with pytest.raises(Killed):
         run.fit()
     assert validated(rows, tmp_path) == [0]
@@ -233,7 +233,7 @@ def test_a_run_ends_once_its_validation_has_risen(
     assert whole.best is not None
     assert (whole.step, whole.best["step"]) == (40, 20)
     assert "step 20" in str(whole.stopped_by)
-    said = whole.course(20)
+    said = whole.summary(20)
     assert "step 20 of 40" in said
     assert "model.hidden" in said
     # the run ends later if the margin is wider, the learning rate warms up, or max_rise is off

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch import distributions as D
 
 from flowtrain.utils import em
-from flowtrain.utils.em import Mixture, Prior, clusters, expect, fit_mixture, log_prior, maximize
+from flowtrain.utils.em import Mixture, Prior, clusters, e_step, fit_mixture, log_prior, m_step
 
 
 def rows(n: int = 400, d: int = 3) -> Tensor:
@@ -55,9 +55,9 @@ def test_step_is_the_one_by_sums_over_rows(
     x, mixture = rows(100), some_mixture(5, 3, diagonal)
     target = torch.rand(3) if diagonal else torch.cov(torch.randn(3, 20))
     prior = Prior(prior_rows, target)
-    mean_log_p, sums = expect(em._Rows(x, diagonal), mixture)
+    mean_log_p, sums = e_step(em._Rows(x, diagonal), mixture)
     assert mean_log_p == pytest.approx(joint(x, mixture).logsumexp(1).mean().item(), abs=1e-12)
-    found, expected = maximize(sums, diagonal, 0.0, prior), naive_step(x, mixture, prior)
+    found, expected = m_step(sums, diagonal, 0.0, prior), naive_step(x, mixture, prior)
     torch.testing.assert_close(found.log_weights, expected.log_weights)
     torch.testing.assert_close(found.means, expected.means)
     torch.testing.assert_close(found.covariances, expected.covariances)
@@ -73,7 +73,7 @@ def test_step_is_exact_far_from_the_mean_at_the_smallest_variance(diagonal: bool
         torch.tensor([[0.0, 0.0], [100.0, 100.0]]),
         variances if diagonal else torch.diag_embed(variances),
     )
-    found, _ = expect(em._Rows(x, diagonal), mixture)
+    found, _ = e_step(em._Rows(x, diagonal), mixture)
     assert found == pytest.approx(joint(x, mixture).logsumexp(1).mean().item(), abs=1e-5)
 
 
@@ -85,9 +85,9 @@ def test_objective_never_falls(diagonal: bool, prior_rows: float) -> None:
     prior = Prior(prior_rows, torch.full((3,), 0.3) if diagonal else 0.3 * torch.eye(3))
     mixture, values = some_mixture(6, 3, diagonal), []
     for _ in range(40):
-        mean_log_p, sums = expect(parts, mixture)
+        mean_log_p, sums = e_step(parts, mixture)
         values.append(mean_log_p + log_prior(mixture, prior) / len(x))
-        mixture = maximize(sums, diagonal, 1e-6, prior)
+        mixture = m_step(sums, diagonal, 1e-6, prior)
     steps = torch.tensor(values).diff()
     assert steps.min() > -1e-12
     assert steps[0] > 0.1
@@ -99,7 +99,7 @@ def test_covariance_with_a_prior_is_the_mode(diagonal: bool) -> None:
     x = rows(30)
     prior = Prior(12.0, torch.rand(3) + 0.1 if diagonal else torch.cov(torch.randn(3, 20)))
     parts = em._Rows(x, diagonal)
-    mode = maximize(em.sum_features(parts, torch.ones(30, 1)), diagonal, 0.0, prior)
+    mode = m_step(em.sum_features(parts, torch.ones(30, 1)), diagonal, 0.0, prior)
 
     def objective(covariances: Tensor) -> float:
         mixture = Mixture(mode.log_weights, mode.means, covariances)
@@ -129,7 +129,7 @@ def test_log_prior_is_the_inverse_wishart_density_up_to_a_constant() -> None:
 
 def test_eigenvalues_are_kept_above_the_floor() -> None:
     covariances = torch.stack([torch.eye(3), torch.ones(3, 3), torch.zeros(3, 3)])
-    found = em.above(covariances, 0.01)
+    found = em.floor_eigenvalues(covariances, 0.01)
     torch.testing.assert_close(found[0], torch.eye(3))
     torch.testing.assert_close(torch.linalg.eigvalsh(found[1]), torch.tensor([0.01, 0.01, 3.0]))
     torch.testing.assert_close(found[2], 0.01 * torch.eye(3))

@@ -142,8 +142,8 @@ def test_without_a_launcher_there_is_one_rank() -> None:
     error = ConfigError("x")
     assert ranks.gather_errors(error) is error
     assert ranks.device(torch.device("cpu")) == torch.device("cpu")
-    assert ranks.first_to_say("x")
-    assert ranks.remembered() is None
+    assert ranks.first_to_report("x")
+    assert ranks.saved_run_dir() is None
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]

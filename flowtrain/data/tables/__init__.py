@@ -1,1 +1,1 @@
-"""The user's own tables: readers, checks, and the samples they become."""
+"""Tables from the user's files or memory: readers, checks, and conversion to samples."""

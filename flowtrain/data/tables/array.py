@@ -1,4 +1,4 @@
-"""data=array: the user's own table from .npy, .npz or text files."""
+"""data=array: a table from the user's .npy, .npz or text files."""
 
 import logging
 import math
@@ -15,19 +15,19 @@ from flowtrain.data.in_memory import Finite, InMemoryStore, held_out, split
 from flowtrain.data.tables.columns import Columns, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
 from flowtrain.data.tables.sample_spec import (
-    Divided,
     Part,
     SampleSpec,
+    TrainingSplit,
+    add_batch_noise,
+    add_set_noise,
     as_labels,
-    noised_batch,
-    noised_set,
     noisy_columns,
 )
 from flowtrain.data.tables.streaming import StreamedTable, is_streamed
 from flowtrain.data.tables.table_checks import (
-    check_alike,
     check_enough_rows,
     check_labels,
+    check_same_columns,
     check_spread,
     row_hashes,
     warn_of_copies,
@@ -46,11 +46,12 @@ _log = logging.getLogger("flowtrain")
 
 
 class InMemoryTable:
-    """The table of a file or in memory, and its labels where there are any; see `read_labelled` for the arguments.
+    """A table that is in memory, with its labels if there are any; see `read_labelled` for the arguments.
 
     Attributes:
-        table: of the samples.
-        n: rows.
+        table: the samples.
+        label_column: the labels, or None.
+        n: the number of rows.
     """
 
     def __init__(
@@ -65,19 +66,26 @@ class InMemoryTable:
         self.n = len(self.table.values)
 
     def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
-        """Every row, once checked: what is in memory may as well be used."""
+        """Checks all rows and returns them as a held-out set. `most` is ignored because the rows are in memory."""
         rows = np.arange(self._checked(spec))
         return replace(self._part(spec, rows), rows=(self.n, self._checksum()))
 
-    def divided(
+    def split_rows(
         self, spec: SampleSpec, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
-    ) -> Divided:
-        """The rows, once checked, of which so many are held out, drawn by the stream (seed, *split_key)."""
+    ) -> TrainingSplit:
+        """Checks all rows and splits them into training rows and held-out sets of these sizes.
+
+        Args:
+            sizes: the number of rows of each held-out set.
+            seed: the seed of the split.
+            split_key: the key of the random stream of the split.
+            order_key: the key of the random stream of the order of training rows.
+        """
         rows = split(self._checked(spec), sizes, seed, *split_key)
         values = self.table.values[rows[0]]
         train = self._part(spec, rows[0])
         labels = np.empty(0, np.int64) if train.labels is None else train.labels.numpy()
-        return Divided(
+        return TrainingSplit(
             store=InMemoryStore(train.x, train.labels, *order_key),
             n=len(values),
             held=[self._part(spec, mine) for mine in rows[1:]],
@@ -105,51 +113,56 @@ class InMemoryTable:
         return Part(spec.samples(self.table.values[rows]), labels, rows)
 
 
-# Keys of the random streams. None is 0: a generator keyed by (seed, 5) is the one keyed by (seed, 5, 0)
+# keys of the random streams
 _STREAM = 0x6172_7279
 _SPLIT, _ORDER, _OWN = 1, 2, 3
-# of a file that is not in memory, the rows that are held out for each set, and their bytes, at the most
+# Largest number of rows, and of their bytes, in each held-out set of a file that is not read into memory
 MOST_HELD_OUT, HELD_OUT_BYTES = 100_000, 2**28
-# largest rounding error of float32, as a share of the column's standard deviation, without centring the column
+# A column is centred if the rounding error of float32 exceeds this fraction of its standard deviation
 COARSE = 1e-4
 
 
 class ArrayData(Finite):
     """Rows of a table as samples x of shape (B, d), or (B, *event_shape), in the units of the file.
 
-    What is not given as a file of its own is split off the training file, at random but the same for every
-    run with the same `seed` of the data. The density of values that repeat is unbounded, so a column that is
-    constant in training is refused, and counts or pixels want `dequantize` or `levels`: samples are then integers,
-    to which the flow adds u ~ U[0, 1). If only some columns are counts, the data set adds the noise to these columns:
-    anew in each training batch, and once to held-out rows.
+    A held-out set without a separate file is split off the training file at random. The split is the same for all runs
+    with the same `seed` of the data.
+
+    The density of repeated values is unbounded. A column that is constant in training is therefore refused, and counts
+    and pixels need `dequantize` or `levels`. Samples are then integers, to which the flow adds noise u ~ U[0, 1). If
+    only some columns are counts, the data set adds the noise to these columns. Each training batch has new noise;
+    held-out rows have fixed noise.
 
     Args:
-        path: the training file, .npy, .npz or text; see `read_table`. A table in memory is taken as it is.
+        path: the training file, .npy, .npz or text, see `read_table`; or a table in memory.
         val_path, test_path: held-out files or tables with the same columns.
-        key: the array of an .npz file that holds several. It is ignored for held-out files of other formats.
+        key: the array to read from an .npz file with several arrays. Held-out files of other formats ignore it.
         columns: names, positions or slices such as "0:64" of the columns to keep.
-        header: whether the first line of a text file names the columns; None: detected.
-        decimal: the decimal mark of text files, point or comma; None: detected.
-        label: name or position of a column of class labels 0, 1, ..., which is no part of a sample; None for none.
-        event_shape: shape (C, H, W) of the images that rows hold, channel by channel and row by row; None for vectors.
-        val_fraction, test_fraction: the share of the training file to hold out where there is no such file.
-        standardize: give the flow the mean and deviation of the training rows; None: unless `levels` is given.
-        dequantize: whether samples are whole numbers, or the names or positions of the columns that are.
-        levels: samples are whole numbers from 0 to levels - 1, which a logit takes to the real line.
-        alpha: of that logit.
-        memory_map: read the training file, a .npy, as its rows are wanted, in memory that does not grow with it; None:
-            from 256 MiB on. Batches are then shuffled by blocks, and at most 100,000 rows held out for each set. A
-            held-out file is read so from 256 MiB on, unless this is False, and so many of its rows are drawn.
-        seed: of the split; batches have the seed of the run.
-        center: keep samples in float64 and let the flow subtract an offset if the mean of a column is so large compared
-            with its standard deviation that float32 would lose significant digits.
-        gaussian_start: start the flow at the Gaussian of the training rows, with a shrunk covariance. A fixed linear
-            layer next to the base maps to it. None: true for vectors.
+        header: whether the first line of a text file names the columns. None means detected.
+        decimal: the decimal mark of text files, point or comma. None means detected.
+        label: name or position of a column of class labels 0, 1, ..., which is not part of a sample. None means that
+            there are no labels.
+        event_shape: the shape (C, H, W) of images. A row of the table is a flattened image. None means vectors.
+        val_fraction, test_fraction: the fraction of the training file to hold out if there is no separate file.
+        standardize: whether the flow standardizes samples by the mean and standard deviation of the training rows. None
+            means true unless `levels` is given.
+        dequantize: whether samples are whole numbers, or the names or positions of the columns of whole numbers.
+        levels: samples are whole numbers from 0 to levels - 1, which a logit maps to the real line.
+        alpha: the parameter of the logit.
+        memory_map: whether training rows are read from a .npy file when they are needed. Memory then does not grow with
+            the file, batches are shuffled by blocks, and at most 100,000 rows are held out for each set. None means
+            true for files of 256 MiB or more. A held-out file of 256 MiB or more is read in the same way unless this is
+            False, and at most 100,000 of its rows are drawn at random.
+        seed: the seed of the split. Batches use the seed of the run.
+        center: whether samples may be kept in float64. This happens if the mean of a column is so large compared with
+            its standard deviation that float32 would lose significant digits. The flow then subtracts an offset.
+        gaussian_start: whether the flow starts at the Gaussian of the training rows, with a shrunk covariance. A fixed
+            linear layer next to the base maps to this Gaussian. None means true for vectors.
 
     Raises:
-        ConfigError: no path, a fraction outside (0, 1), columns, a key or a shape that the file does not fit.
-        DataError: files that do not fit together, too few rows (for vectors: fewer training rows than columns), or
-            values that no density can be fitted to.
+        ConfigError: a missing path, a fraction outside (0, 1), or columns, a key or a shape that do not fit the file.
+        DataError: files with different columns, too few rows (for vectors, fewer training rows than columns), or values
+            that no density can be fitted to.
     """
 
     def __init__(
@@ -176,7 +189,7 @@ class ArrayData(Finite):
     ) -> None:
         if path is None:
             raise ConfigError(
-                "data.path is not set: data=array reads your own file, so give data.path=FILE (.npy, .npz or .csv)"
+                "data.path is not set: data=array reads your own file; give data.path=FILE (.npy, .npz or .csv)"
             )
         for name, given in (("path", path), ("val_path", val_path), ("test_path", test_path)):
             if given is not None and not isinstance(given, str | Table):
@@ -187,7 +200,7 @@ class ArrayData(Finite):
         self._centers = flag("data.center", center) and levels is None
         text_format = format_of(header, decimal)
         first = _source(path, memory_map, key, columns, label, text_format)
-        # which of the other files are large is for them to say; none is read by windows where that is not wanted at all
+        # memory_map=true is for the training file only: held-out files are streamed if they are large
         rest = None if memory_map else memory_map
         others = [
             None if p is None else _source(p, rest, key if _is_npz(p) else None, columns, label, text_format)
@@ -195,9 +208,9 @@ class ArrayData(Finite):
         ]
         for other in others:
             if other is not None:
-                check_alike(first.table, other.table)
+                check_same_columns(first.table, other.table)
                 if first.label_column is not None and other.label_column is not None:
-                    check_alike(first.label_column, other.label_column)
+                    check_same_columns(first.label_column, other.label_column)
         width = len(first.table.columns)
         self.event_shape = _event_shape(event_shape, width)
         self.columns = first.table.columns if event_shape is None else ()
@@ -212,17 +225,17 @@ class ArrayData(Finite):
         have = [other is not None for other in others]
         cap = most if isinstance(first, StreamedTable) else None
         sizes = held_out(first.n, first.table.path, have, (val_fraction, test_fraction), cap)
-        divided, spec = self._divide(first, spec, sizes, seed)
+        training, spec = self._divide(first, spec, sizes, seed)
         own = [None if o is None else o.all(spec, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
         self.gaussian_start = _starts(gaussian_start, self.event_shape)
-        val, test = (held if part is None else part for held, part in zip(divided.held, own, strict=True))
-        self.val, self.test = (noised_set(part.x, self.noisy, seed, i) for i, part in enumerate((val, test)))
+        val, test = (held if part is None else part for held, part in zip(training.held, own, strict=True))
+        self.val, self.test = (add_set_noise(part.x, self.noisy, seed, i) for i, part in enumerate((val, test)))
         self.val_labels, self.test_labels = val.labels, test.labels
         sets = {"val": val, "test": test}
-        self.record = record_of((first.n, divided.checksum), ((name, part.rows) for name, part in sets.items()))
+        self.record = record_of((first.n, training.checksum), ((name, part.rows) for name, part in sets.items()))
         self.held_rows = {name: part.rows for name, part in sets.items() if not isinstance(part.rows, tuple)}
-        self._check_held_out(first.table, divided, spec, sets)
-        self.n_train = divided.n
+        self._check_held_out(first.table, training, spec, sets)
+        self.n_train = training.n
         if cap in sizes:
             _log.info(
                 f"{first.table.path}: the file is large, so at most {most:,} rows are held out for each of validation "
@@ -231,19 +244,20 @@ class ArrayData(Finite):
 
     def _divide(
         self, first: InMemoryTable | StreamedTable, spec: SampleSpec, sizes: list[int], seed: int
-    ) -> tuple[Divided, SampleSpec]:
-        """Takes the training rows, and refuses columns that no density can be fitted to."""
+    ) -> tuple[TrainingSplit, SampleSpec]:
+        """Splits the training file, stores its training rows, and refuses columns that no density can be fitted to."""
         keys = (_STREAM, _SPLIT), (_STREAM, _ORDER)
         if isinstance(first, StreamedTable):
             _log.info(
-                f"{first.table.path}: {first.n:,} rows are checked now and read again block by block (data.memory_map)"
+                f"{first.table.path}: all {first.n:,} rows are checked now; training reads them in blocks "
+                "(data.memory_map)"
             )
-        divided = first.divided(spec, sizes, seed, *keys)
-        self._mean, self._std = spec.moments(divided.mean, divided.variance)
+        training = first.split_rows(spec, sizes, seed, *keys)
+        self._mean, self._std = spec.moments(training.mean, training.variance)
         if len(self.event_shape) == 1:
-            check_enough_rows(first.table.path, divided.n, len(self._mean))
+            check_enough_rows(first.table.path, training.n, len(self._mean))
         noisy = range(len(self._mean)) if self.integer_valued else self.noisy
-        check_spread(first.table, self._mean, self._std, divided.whole, noisy, self._centers)
+        check_spread(first.table, self._mean, self._std, training.whole, noisy, self._centers)
         coarse = COARSE * self._std < np.finfo(np.float32).eps * np.abs(self._mean)
         if self._centers and coarse.any():
             names = [name for name, is_coarse in zip(first.table.columns, coarse, strict=True) if is_coarse]
@@ -252,39 +266,44 @@ class ArrayData(Finite):
             offset = np.where(coarse, self._mean, 0.0).astype(np.float32).astype(np.float64)
             self.offset = torch.from_numpy(offset).view(self.event_shape)
             spec = replace(spec, wide=True)
-            divided = first.divided(spec, sizes, seed, *keys)
-        self.keep(divided.store)
-        return divided, spec
+            training = first.split_rows(spec, sizes, seed, *keys)
+        self.keep(training.store)
+        return training, spec
 
-    def _check_held_out(self, table: Table, divided: Divided, spec: SampleSpec, held: Mapping[str, Part]) -> None:
-        """Counts the classes, and warns of data whose likelihood is not meaningful."""
+    def _check_held_out(
+        self, table: Table, training: TrainingSplit, spec: SampleSpec, held: Mapping[str, Part]
+    ) -> None:
+        """Counts the classes and warns of data whose likelihood is not meaningful."""
         labels = {name: part.labels.numpy() for name, part in held.items() if part.labels is not None}
         if len(labels) == len(held):
-            self.classes = max(len(divided.class_counts), *(1 + int(own.max()) for own in labels.values()))
+            self.classes = max(len(training.class_counts), *(1 + int(own.max()) for own in labels.values()))
             counts = np.zeros(self.classes, np.int64)
-            counts[: len(divided.class_counts)] = divided.class_counts
+            counts[: len(training.class_counts)] = training.class_counts
             self.class_counts = tuple(counts.tolist())
             warn_of_unseen(table.path, counts, labels)
-        codes = warn_of_sentinels(table, divided.look) if self.levels is None else {}
+        codes = warn_of_sentinels(table, training.look) if self.levels is None else {}
         if self.integer_valued:
             return
-        few = warn_of_repeats(table, divided.look, divided.whole, set(self.noisy), codes)
+        few = warn_of_repeats(table, training.look, training.whole, set(self.noisy), codes)
         if len(self.event_shape) == 1:
-            warn_of_dependence(table, divided.look, spec.noise(len(table.columns)))
+            warn_of_dependence(table, training.look, spec.noise(len(table.columns)))
         if len(few | set(self.noisy)) < len(table.columns):
-            hashes = {name: row_hashes(part.x.numpy(), divided.hash_step) for name, part in held.items()}
-            warn_of_copies(table.path, divided.hashes, hashes)
+            hashes = {name: row_hashes(part.x.numpy(), training.hash_step) for name, part in held.items()}
+            warn_of_copies(table.path, training.hashes, hashes)
 
     def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
         x = super().train_share(step, batch_size, seed, share)
-        return noised_batch(x, self.noisy, seed, step, batch_size, share) if self.noisy else x
+        return add_batch_noise(x, self.noisy, seed, step, batch_size, share) if self.noisy else x
 
     @property
     def samples(self) -> Samples:
         return replace(super().samples, columns=self._names, label=self._label)
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation (over n) of the training rows, (*event_shape), float64, noise included."""
+        """Returns mean and standard deviation (dividing by n) of the training rows, including noise; None without them.
+
+        Both have shape (*event_shape) and are float64.
+        """
         if not self._standardize:
             return None
         mean, std = (torch.from_numpy(v.copy()).view(self.event_shape) for v in (self._mean, self._std))
@@ -294,7 +313,7 @@ class ArrayData(Finite):
 def _noise(
     asked: bool | Sequence[str | int] | str | int, levels: int | None, table: Table
 ) -> tuple[bool, tuple[int, ...]]:
-    """Whether samples are whole numbers; if not, the columns that are.
+    """Returns whether samples are whole numbers and, if they are not, the columns of whole numbers.
 
     Raises:
         ConfigError: a column that the table does not have, or both columns and `levels`.
@@ -304,8 +323,8 @@ def _noise(
     entries = [asked] if isinstance(asked, str | int) else asked
     if not isinstance(entries, list | tuple) or not entries:
         raise ConfigError(
-            f"data.dequantize={asked}: give true, false, or the names or positions of the columns that are whole "
-            "numbers, as in [age,3]"
+            f"data.dequantize={asked}: give true, false, or the names or positions of the columns of whole numbers, as "
+            "in [age,3]"
         )
     if levels is not None:
         raise ConfigError("data.dequantize names columns, but data.levels applies to all columns; omit one of the two")
@@ -322,14 +341,14 @@ def _source(
     label: str | int | None,
     text_format: TextFormat,
 ) -> InMemoryTable | StreamedTable:
-    """The table in memory, or that of a file, in memory or not."""
+    """Opens a table: streamed if it is a large .npy file or the user asks for it, otherwise in memory."""
     if not isinstance(path, Table) and is_streamed(path, key, memory_map):
         return StreamedTable(path, columns, label)
     return InMemoryTable(path, key, columns, label, text_format)
 
 
 def format_of(header: bool | None, decimal: str | None) -> TextFormat:
-    """The format of text files from `data.header` and `data.decimal`.
+    """Returns the format of text files that `data.header` and `data.decimal` set.
 
     Raises:
         ConfigError: an invalid value.
@@ -345,20 +364,22 @@ def _is_npz(path: str | Table) -> bool:
 
 
 def _standardizes(asked: bool | None, levels: int | None) -> bool:
-    """Whether samples are standardised: as asked, or unless a logit takes them to the real line.
+    """Whether the flow standardizes samples. The default is true unless a logit maps samples to the real line.
 
     Raises:
-        ConfigError: both at once.
+        ConfigError: true together with `levels`.
     """
     if asked is None:
         return levels is None
     if flag("data.standardize", asked) and levels is not None:
-        raise ConfigError("data.standardize=true and data.levels: the logit of levels takes its place; leave one out")
+        raise ConfigError(
+            "data.standardize=true and data.levels exclude each other, because data.levels uses a logit: omit one"
+        )
     return asked
 
 
 def _starts(asked: bool | None, event_shape: tuple[int, ...]) -> bool:
-    """Whether the flow starts at the Gaussian of the training rows: as asked; by default for vectors.
+    """Whether the flow starts at the Gaussian of the training rows. The default is true for vectors.
 
     Raises:
         ConfigError: true for images.
@@ -366,7 +387,7 @@ def _starts(asked: bool | None, event_shape: tuple[int, ...]) -> bool:
     if asked is None:
         return len(event_shape) == 1
     if flag("data.gaussian_start", asked) and len(event_shape) > 1:
-        raise ConfigError("data.gaussian_start=true works for vectors only: omit it if data.event_shape is given")
+        raise ConfigError("data.gaussian_start=true is only for vectors; omit it or data.event_shape")
     return asked
 
 
@@ -374,12 +395,11 @@ def _event_shape(asked: Sequence[int] | None, width: int) -> tuple[int, ...]:
     if asked is None:
         return (width,)
     if not isinstance(asked, list | tuple) or len(asked) != 3:
-        raise ConfigError(f"data.event_shape={asked}: give channels, height and width of an image, as in [1,8,8]")
+        raise ConfigError(f"data.event_shape={asked}: give channels, height and width of the images, as in [1,8,8]")
     shape = [whole(f"data.event_shape[{i}]", side) for i, side in enumerate(asked)]
     if math.prod(shape) != width:
         raise ConfigError(
-            f"data.event_shape={shape} takes {counted(math.prod(shape), 'column')}, and the file has "
-            f"{width}: choose data.columns, "
-            "and name a column of labels with data.label"
+            f"data.event_shape={shape} needs {counted(math.prod(shape), 'column')}, but the file has {width}: choose "
+            "columns with data.columns, and name a column of labels with data.label"
         )
     return tuple(shape)

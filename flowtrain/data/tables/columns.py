@@ -1,4 +1,4 @@
-"""Which columns of a table to keep, and how messages name them."""
+"""Selection of the columns of a table, and the names of columns in messages."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?")
 
 
 def default_names(indices: Iterable[int]) -> tuple[str, ...]:
-    """The names of columns that have none: c0, c1, ..."""
+    """Returns the names of columns without a name: c0, c1, ..."""
     return tuple(f"c{i}" for i in indices)
 
 
@@ -26,12 +26,18 @@ def pick(
     key: str = "data.columns",
     left_out: Sequence[int] = (),
 ) -> list[int]:
-    """Positions of the chosen columns, in the order asked for; None chooses all but those `left_out`.
+    """Returns the positions of the chosen columns, in the order of `columns`.
 
-    An entry is a name, a position (-1 is the last) or a slice of positions such as "0:64"; `key` is what was set.
+    Args:
+        columns: an entry or several. An entry is a name, a position (-1 is the last) or a slice of positions such as
+            "0:64". None chooses all columns except `left_out`.
+        names: the names of all columns.
+        path: the file, for messages.
+        key: the setting that `columns` comes from, for messages.
+        left_out: positions of the columns that None leaves out.
 
     Raises:
-        ConfigError: an entry that `names` does not have, a column chosen twice, or none at all.
+        ConfigError: an entry that is not in the table, a column that is chosen twice, or no column at all.
 
     Example:
         >>> pick(["price", "0:2"], ["a", "b", "price"], "file.csv")
@@ -40,8 +46,8 @@ def pick(
     if columns is None:
         if left_out:
             _log.warning(
-                f"{path}: column {', '.join(map(str, left_out))} has no name and holds row numbers or row names, so it "
-                f"is left out; {as_option(range(len(names)))} keeps every column"
+                f"{path}: column {', '.join(map(str, left_out))} is left out because it has no name and contains row "
+                f"numbers or row names; {as_option(range(len(names)))} keeps every column"
             )
         return [i for i in range(len(names)) if i not in left_out]
     entries = [columns] if isinstance(columns, str | int) else list(columns)
@@ -66,7 +72,7 @@ def _positions(entry: object, names: Sequence[str], path: object, key: str) -> l
         if match:
             start, stop, step = (int(group) if group else None for group in match.groups())
             bounds = [bound for bound in (start, stop) if bound is not None]
-            # Python clips a slice in silence, and a file narrower than expected would go unnoticed
+            # Python clips slices silently, so a file with too few columns would not be detected
             if step != 0 and all(-width <= bound <= width for bound in bounds):
                 return list(range(width))[start:stop:step]
     elif isinstance(entry, int) and not isinstance(entry, bool) and -width <= entry < width:
@@ -85,12 +91,12 @@ def _overview(names: Sequence[str]) -> str:
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:
-    """The names, quoted, with the tail of a long list counted instead of written out."""
+    """Joins quoted names. Names after the first `most` are only counted."""
     return first_of([repr(name) for name in names[:most]], len(names))
 
 
 def first_of(shown: Sequence[str], n: int, separator: str = ", ") -> str:
-    """The first of n words, with the others counted.
+    """Joins the first of n phrases and counts the others.
 
     Example:
         >>> first_of(["a", "b"], 2), first_of(["a", "b"], 5)
@@ -101,6 +107,6 @@ def first_of(shown: Sequence[str], n: int, separator: str = ", ") -> str:
 
 
 def as_option(indices: Sequence[int]) -> str:
-    """The `data.columns=` setting that keeps these positions, quoted for a shell: 'data.columns=[1:39,40]'."""
+    """Returns the setting that keeps these columns, quoted for a shell: 'data.columns=[1:39,40]'."""
     entries = (str(first) if first == last else f"{first}:{last + 1}" for first, last in consecutive(indices))
     return f"'data.columns=[{','.join(entries)}]'"

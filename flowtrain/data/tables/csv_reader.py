@@ -1,7 +1,8 @@
-"""Reader of text tables: detects delimiter, header, comments and decimal mark.
+"""Reader of text tables. Delimiter, header, comments and decimal mark are detected.
 
-NumPy's parser reads plain files. If it fails, a slow pass reads the file cell by cell and names the wrong cell. The
-slow pass defines the grammar. The fast parser is used only for files on which both must agree.
+NumPy's parser reads plain files. If it fails, a slow parser reads the file cell by cell and names the wrong cell in its
+error message. The slow parser defines the accepted grammar. NumPy's parser is used only for files that both parsers
+read in the same way.
 """
 
 import csv
@@ -29,29 +30,28 @@ _log = logging.getLogger("flowtrain")
 
 _MISSING = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "?", "-"})
 _GZIP = b"\x1f\x8b"
-# number of rows below the first that are used to detect a header
+# Number of rows below the first that are used to detect a header
 _LOOK = 100
-# the hint of two errors
 _COMMENT = "; comments are allowed only at the top of a file: remove the line"
 _UNNAMED = re.compile(r"unnamed_\d+|Unnamed: \d+")
 _WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 _EXPONENT = r"(?:[eE][+-]?\d+)?"
-# numbers with a decimal point and commas between thousands; numbers with a decimal comma and points between thousands
+# Numbers with a decimal point and commas between thousands; numbers with a decimal comma and points between thousands
 _GROUPED = re.compile(rf"\s*[+-]?\d{{1,3}}(?:,\d{{3}})+(?:\.\d*)?{_EXPONENT}\s*")
 _COMMA = re.compile(rf"\s*[+-]?(?:\d+|\d{{1,3}}(?:\.\d{{3}})+)(?:,\d+)?{_EXPONENT}\s*")
 
-# chooses the columns to keep, from the names of all columns and the positions of columns that only number or name rows
+# Chooses the columns to keep, from the names of all columns and the positions of columns with row numbers or row names
 Choose = Callable[[Sequence[str], Sequence[int]], list[int]]
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """The format of a text file; None means detected.
+    """The format of a text file.
 
     Attributes:
-        header: whether the first line after the comments names the columns.
-        decimal: the decimal mark, point or comma.
-        known: expected column names. A first line that has all of them is a header, even if the names are numbers.
+        header: whether the first line after the comments names the columns. None means detected.
+        decimal: the decimal mark, point or comma. None means detected.
+        known: expected column names. A first line that contains all of them is a header, even if they are numbers.
     """
 
     header: bool | None = None
@@ -64,7 +64,14 @@ DETECTED = TextFormat()
 
 @dataclass(frozen=True)
 class Layout:
-    """How a text file is laid out; `delimiter` None is any run of white space, `first_line` counts from 1."""
+    """The layout of a text file.
+
+    Attributes:
+        delimiter: the delimiter of cells. None means any run of white space.
+        names: the names of the columns.
+        named: whether the names come from the file.
+        first_line: the line number of the first row of data, from 1.
+    """
 
     delimiter: str | None
     names: tuple[str, ...]
@@ -77,9 +84,9 @@ class Text:
     """A table read from a text file.
 
     Attributes:
-        values: (n, d), NaN where a value is missing.
+        values: (n, d), with NaN for missing values.
         names, indices: the names of the columns and their positions in the file.
-        lines: the line number of every row, from 1.
+        lines: the line number of each row, from 1.
         cells: the text of the first missing value, by its row and column in `values`.
     """
 
@@ -91,7 +98,7 @@ class Text:
 
 
 class _File:
-    """A text file. Its first bytes show whether it is gzipped: browsers may unpack a .gz file under its name."""
+    """A text file. Its first bytes show whether it is gzipped: browsers may unpack a .gz file and keep its name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,10 +115,11 @@ class _File:
 def read_delimited(path: Path, choose: Choose, text_format: TextFormat) -> Text:
     """Reads the columns whose positions `choose` returns.
 
-    Columns that are not picked may hold anything, but every row must have every cell.
+    Other columns may contain anything, but all rows must have the same number of cells.
 
     Raises:
-        DataError: an empty or damaged file, a ragged row, a cell that is not a number, text that is not UTF-8.
+        DataError: an empty or damaged file, a row with too few or too many cells, a cell that is not a number, or text
+            that is not UTF-8.
     """
     file = _File(path)
     with _readable(file):
@@ -120,11 +128,11 @@ def read_delimited(path: Path, choose: Choose, text_format: TextFormat) -> Text:
         indices = choose(layout.names, counting)
         _warn_of_unnamed(path, layout, indices, counting)
         rows = _plain_rows(file, layout)
-        values = None if rows is None else _fast(file, layout, indices, rows, text_format)
+        values = None if rows is None else _read_with_numpy(file, layout, indices, rows, text_format)
         lines: Sequence[int] = range(layout.first_line, layout.first_line + (rows or 0))
         cells: dict[tuple[int, int], str] = {}
         if values is None:
-            values, lines, cells = _exact(file, layout, indices, text_format)
+            values, lines, cells = _read_by_cell(file, layout, indices, text_format)
     if not lines:
         raise DataError(f"{path} has no rows" + (" below its header" if layout.named else ""))
     return Text(values, tuple(layout.names[i] for i in indices), tuple(indices), lines, cells)
@@ -141,7 +149,7 @@ def _readable(file: _File) -> Iterator[None]:
 
 
 def _undecodable(file: _File) -> int:
-    """The first line, from 1, that is not UTF-8: the decoder knows only its place in a block of the file."""
+    """Returns the number of the first line that is not UTF-8. The decoder's error gives only a position in a block."""
     with file.bytes() as stream:
         for number, line in enumerate(stream, 1):
             try:
@@ -155,7 +163,7 @@ def _undecodable(file: _File) -> int:
 
 
 def find_layout(file: _File, text_format: TextFormat) -> Layout:
-    """Finds delimiter, names and first line of data from the comments at the top of the file and the lines below them.
+    """Detects delimiter, names and first line of data from the comments at the top of the file and the lines below.
 
     Raises:
         DataError: an empty file or an empty first line.
@@ -186,9 +194,9 @@ def find_layout(file: _File, text_format: TextFormat) -> Layout:
 
 
 def _top(file: _File) -> tuple[list[str], int, list[str]]:
-    """The comments (#) at the top, the number of the first line after them, and this line and the next one.
+    """Returns the comments (#) at the top, the number of the first line after them, and this line and the next one.
 
-    Blank lines between the comments and the table count as comments.
+    Blank lines between the comments and the table are skipped.
     """
     comments: list[str] = []
     with file.text() as stream:
@@ -205,10 +213,10 @@ def _any_text(lines: Iterator[str]) -> bool:
 
 
 def _commented_names(comments: Sequence[str], delimiter: str | None, width: int) -> tuple[str, ...]:
-    """Names of the columns from the comment above a table without a header, as numpy.savetxt writes it; else ().
+    """Returns column names from the last comment above a table without a header; () if it does not contain names.
 
-    If there are several comments, the last may be a sentence. Names must then be single words, optionally after a
-    prefix such as "columns:".
+    numpy.savetxt writes such comments. If there are several comments, the last may be a sentence, so names must be
+    single words, optionally after a prefix such as "columns:".
     """
     if not comments:
         return ()
@@ -228,9 +236,9 @@ def _blank_cells(line: str) -> list[str]:
 
 
 def _sniff(lines: Sequence[str], decimal: str | None) -> str | None:
-    """The delimiter that occurs equally often in the lines, else one that occurs at all, else white space.
+    """Detects the delimiter: one that occurs equally often in all lines, else one that occurs at all, else white space.
 
-    Semicolons, tabs and bars have priority over commas, because the commas may be decimal commas.
+    Semicolons, tabs and bars have priority over commas, because commas may be decimal commas.
     """
     bare = [re.sub(r'"[^"]*"', "", line.strip("\r\n")) for line in lines]
     commas = "" if decimal == "comma" or _blanks_between_decimals(bare[-1], decimal) else ","
@@ -241,29 +249,34 @@ def _sniff(lines: Sequence[str], decimal: str | None) -> str | None:
     for delimiter in f"{commas};\t|":
         if any(delimiter in line for line in bare):
             return delimiter
-    # Only the last line counts: a single column may well be called "my name"
+    # Only the last line counts, because the name of a single column may contain blanks
     return None if len(bare[-1].split()) > 1 else commas or ";"
 
 
 def _blanks_between_decimals(line: str, decimal: str | None) -> bool:
-    """Whether a line consists of numbers with decimal commas, separated by blanks: "10,38   1993,39"."""
+    """Whether a line has numbers with decimal commas, separated by blanks: "10,38   1993,39"."""
     cells = line.split()
     return decimal is None and len(cells) > 1 and "," in line and all(_COMMA.fullmatch(cell) for cell in cells)
 
 
 def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     text = [i for i, cell in enumerate(first) if _is_text(cell)]
-    if first and not first[0].strip() and all(cell.strip() for cell in first[1:]) and _counts(row[0] for row in rows):
+    if (
+        first
+        and not first[0].strip()
+        and all(cell.strip() for cell in first[1:])
+        and _are_row_numbers(row[0] for row in rows)
+    ):
         # pandas writes an empty name for its index, and 0, 1, ... for columns without names
         return len(first) > 1 and bool(rows)
     if not text or not rows or not any(_is_number(cell) for cell in first):
         return bool(text)
-    # A file without a header may hold labels: text in the same column of every row
+    # A file without a header may contain labels: text in the same column of every row
     return any(i >= len(rows[0]) or not _is_text(rows[0][i]) for i in text)
 
 
-def _counts(cells: Iterator[str]) -> bool:
-    """Whether each cell is its position, counted from 0 or from 1."""
+def _are_row_numbers(cells: Iterator[str]) -> bool:
+    """Whether the cells are row numbers, counted from 0 or from 1."""
     return all(cell.strip() in (str(i), str(i + 1)) for i, cell in enumerate(cells))
 
 
@@ -273,18 +286,18 @@ def _warn_of_odd_header(
     numbers = [cell for cell in first if _is_number(cell)]
     if header and numbers:
         _log.warning(
-            f"{path}: line {line} is read as the header, but it holds numbers: {listed(numbers)}; data.header=false "
+            f"{path}: line {line} is read as the header, but it contains numbers: {listed(numbers)}; data.header=false "
             "reads it as data"
         )
     if not header and _looks_like_header(first, rows):
         _log.warning(
-            f"{path}: line {line} ({listed(first)}) looks like a header but is read as data; data.header=true reads "
+            f"{path}: line {line} ({listed(first)}) is read as data but looks like a header; data.header=true reads "
             "it as the header, and data.header=false turns this warning off"
         )
 
 
 def _looks_like_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
-    """Whether a line of numbers may be a header: 0, 1, 2, ... of pandas, or whole numbers above columns of decimals."""
+    """Whether a line of numbers may be a header: 0, 1, 2, ... (pandas), or whole numbers above columns of decimals."""
     if [cell.strip() for cell in first] == [str(i) for i in range(len(first))] and len(first) > 2:
         return True
     same = [row for row in rows if len(row) == len(first)]
@@ -293,7 +306,7 @@ def _looks_like_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> b
 
 
 def _is_row_index(file: _File, layout: Layout, column: int) -> bool:
-    """Whether a column without a name holds row numbers (distinct whole numbers) or row names (text)."""
+    """Whether a column without a name contains row numbers (distinct whole numbers) or row names (text)."""
     if not layout.named or not _UNNAMED.fullmatch(layout.names[column]):
         return False
     numbers: set[str] = set()
@@ -313,7 +326,7 @@ def _is_row_index(file: _File, layout: Layout, column: int) -> bool:
 def _warn_of_unnamed(path: Path, layout: Layout, indices: Sequence[int], counting: Sequence[int]) -> None:
     if layout.named and layout.names[0] == "unnamed_0" and 0 in indices and 0 not in counting:
         _log.warning(
-            f"{path}: the first column has no name; if it holds row names, leave it out with "
+            f"{path}: the first column has no name; if it contains row names, leave it out with "
             f"{as_option(range(1, len(layout.names)))}"
         )
 
@@ -322,7 +335,7 @@ def _warn_of_unnamed(path: Path, layout: Layout, indices: Sequence[int], countin
 
 
 def _is_number(cell: str) -> bool:
-    # float() takes 1_000, which NumPy's parser and every other CSV reader refuse
+    # float() accepts 1_000, but NumPy's parser and other CSV readers refuse it
     if "_" in cell or "\n" in cell or not cell.isascii():
         return False
     try:
@@ -338,7 +351,7 @@ def _is_text(cell: str) -> bool:
 
 
 def _number(cell: str, decimal: str) -> float | None:
-    """The number in a cell; None if the cell is not a number."""
+    """Parses the number in a cell; None if the cell is not a number."""
     if decimal == "point":
         if _is_number(cell):
             return float(cell)
@@ -349,10 +362,10 @@ def _number(cell: str, decimal: str) -> float | None:
 
 
 def _decimal_mark(file: _File, layout: Layout, indices: Sequence[int]) -> str:
-    """Detects the decimal mark, point or comma, from the cells that contain a comma.
+    """Detects the decimal mark, point or comma, from the cells that contain one.
 
     Raises:
-        DataError: only cells such as 1,234, which can be read either way.
+        DataError: the cells are ambiguous, such as 1,234.
     """
     doubtful, possible = "", {"point", "comma"}
     for line, row in _rows(file, layout.delimiter, layout.first_line):
@@ -369,8 +382,8 @@ def _decimal_mark(file: _File, layout: Layout, indices: Sequence[int]) -> str:
         return "point"
     if len(possible) > 1:
         raise DataError(
-            f"{file.path}, {doubtful} has either a decimal comma or a comma between thousands, and no other cell "
-            "shows which: give data.decimal=comma or data.decimal=point"
+            f"{file.path}, {doubtful} has either a decimal comma or a comma between thousands, and the other cells do "
+            "not show which: give data.decimal=comma or data.decimal=point"
         )
     (mark,) = possible
     _log.info(
@@ -385,7 +398,7 @@ def _decimal_mark(file: _File, layout: Layout, indices: Sequence[int]) -> str:
 
 
 def _rows(file: _File, delimiter: str | None, first_line: int) -> Iterator[tuple[int, list[str]]]:
-    """Every row from `first_line` on, with the number of the line on which it begins. A blank line is an empty row."""
+    """Yields each row from `first_line` on, with the number of its first line. A blank line gives an empty row."""
     with file.text(newline="") as stream:
         lines: Iterator[str] = islice(stream, first_line - 1, None)
         if not delimiter:
@@ -401,9 +414,9 @@ def _rows(file: _File, delimiter: str | None, first_line: int) -> Iterator[tuple
 
 
 def _plain_rows(file: _File, layout: Layout) -> int | None:
-    """How many rows of data there are, or None unless all have the header's width, with blank lines only last.
+    """Counts the rows; None if rows differ in width or if blank lines are not at the end.
 
-    NumPy skips blank lines and, when columns are chosen, does not look at the width of a row.
+    This check is needed because NumPy skips blank lines and ignores the width of rows if columns are chosen.
     """
     rows, ended, width = 0, False, len(layout.names)
     with file.text() as stream:
@@ -421,10 +434,10 @@ def _width(line: str, delimiter: str | None) -> int:
     return line.count(delimiter) + 1 if delimiter else len(line.split())
 
 
-def _fast(
+def _read_with_numpy(
     file: _File, layout: Layout, indices: list[int], rows: int, text_format: TextFormat
 ) -> NDArray[np.float64] | None:
-    """The table by NumPy's C parser, or None where it stumbles."""
+    """Reads the table with NumPy's C parser; None if the parser fails."""
     if not rows or text_format.decimal == "comma":
         return None
     with warnings.catch_warnings(), file.text() as stream:
@@ -446,10 +459,10 @@ def _fast(
             return None
 
 
-def _exact(
+def _read_by_cell(
     file: _File, layout: Layout, indices: Sequence[int], text_format: TextFormat
 ) -> tuple[NDArray[np.float64], Sequence[int], dict[tuple[int, int], str]]:
-    """Reads the table cell by cell; returns the values, the line of every row, and the first missing cell."""
+    """Reads the table cell by cell. Returns the values, the line of each row, and the first missing cell."""
     decimal = text_format.decimal or _decimal_mark(file, layout, indices)
     values, lines = array("d"), array("q")
     cells: dict[tuple[int, int], str] = {}
@@ -459,7 +472,7 @@ def _exact(
             blank = blank or line
             continue
         if blank:
-            raise DataError(f"{file.path}, line {blank} is empty, but rows follow it; remove the line")
+            raise DataError(f"{file.path}, line {blank} is empty, but rows follow; remove the line")
         if len(row) != len(layout.names):
             raise DataError(f"{file.path}, line {line} {_ragged(row, layout)}")
         for column, i in enumerate(indices):
@@ -477,7 +490,7 @@ def _exact(
         lines.append(line)
     if pointed and not commas:
         raise DataError(
-            f"{file.path}, {pointed} has a point, but no number in the file has a decimal comma: omit "
+            f"{file.path}, {pointed} has a point, and no number in the file has a decimal comma: omit "
             "data.decimal=comma"
         )
     return np.frombuffer(values, np.float64).reshape(len(lines), len(indices)), lines, cells
@@ -488,7 +501,7 @@ def _ragged(row: Sequence[str], layout: Layout) -> str:
     where = (
         f"it ends before column {layout.names[cells]!r}"
         if cells < width
-        else f"it goes on after column {layout.names[-1]!r}"
+        else f"it continues after column {layout.names[-1]!r}"
     )
     hint = ""
     if row[0].startswith("#"):
@@ -496,7 +509,7 @@ def _ragged(row: Sequence[str], layout: Layout) -> str:
     elif width == 1 and cells == 2 and layout.delimiter == ",":
         hint = "; if the comma is a decimal mark, give data.decimal=comma"
     expected = "line 1 has" if layout.named or layout.first_line == 1 else "the first row has"
-    return f"has {cells} cell{'s' * (cells != 1)} where {expected} {width}: {where}{hint}"
+    return f"has {cells} cell{'s' * (cells != 1)}, but {expected} {width}: {where}{hint}"
 
 
 def _no_number(path: Path, line: int, layout: Layout, column: int, cell: str, decimal: str) -> str:
@@ -508,5 +521,5 @@ def _no_number(path: Path, line: int, layout: Layout, column: int, cell: str, de
             "; if the line names the columns, give data.header=true; otherwise leave the column out with data.columns"
         )
     elif _COMMA.fullmatch(cell) or _GROUPED.fullmatch(cell) or _is_number(cell):
-        hint = f" with a decimal {decimal} (data.decimal), the mark of the other cells"
+        hint = f" with a decimal {decimal}, which the other cells have (data.decimal)"
     return f"{path}, line {line}, column {layout.names[column]!r}: {cell!r} is not a number{hint}"

@@ -1,4 +1,4 @@
-"""Tables from arrays, tensors and data frames in memory, and the .npz file that keeps one in a run directory."""
+"""Tables from arrays, tensors and data frames in memory, and the .npz file that stores a table in a run directory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,12 +36,12 @@ def is_frame(x: Any) -> bool:
 
 
 def column_names(frame: Any) -> tuple[str, ...]:
-    """The names of the columns of a data frame."""
+    """Returns the names of the columns of a data frame."""
     return tuple(map(str, frame.columns))
 
 
 def columns_of(frame: Any, columns: Sequence[str], name: str = "x") -> NDArray[Any]:
-    """The values of these columns of a data frame, (n, d), in this order. The other columns are not read.
+    """Returns the values of these columns of a data frame, (n, d), in this order. The other columns are not read.
 
     Args:
         name: the name of the frame in messages.
@@ -51,11 +51,11 @@ def columns_of(frame: Any, columns: Sequence[str], name: str = "x") -> NDArray[A
     """
     names = column_names(frame)
     for words, bad in (
-        ("lacks", [column for column in columns if column not in names]),
-        ("has more than one of", [column for column in columns if names.count(column) > 1]),
+        ("lacks the columns", [column for column in columns if column not in names]),
+        ("has several columns named", [column for column in columns if names.count(column) > 1]),
     ):
         if bad:
-            raise DataError(f"{name} {words} the columns {listed(bad)}; it has {listed(names, most=50)}")
+            raise DataError(f"{name} {words} {listed(bad)}; it has {listed(names, most=50)}")
     keys, positions = list(frame.columns), [names.index(column) for column in columns]
     if hasattr(frame, "__getitem__"):
         return as_array(frame[[keys[i] for i in positions]], name)
@@ -65,15 +65,15 @@ def columns_of(frame: Any, columns: Sequence[str], name: str = "x") -> NDArray[A
 def rows_and_labels(
     x: Rows, label: Any, columns: Sequence[str], label_name: str | None, name: str = "x"
 ) -> tuple[NDArray[Any], Any]:
-    """The rows of x as an array, and their labels.
+    """Returns the rows of x as an array, and their labels.
 
     Args:
         x: an array, a tensor, lists of numbers, or a data frame.
-        label: the labels, or the name of their column in a data frame. None takes the column `label_name` if the frame
+        label: the labels, or the name of their column in a data frame. None means the column `label_name` if the frame
             has it.
-        columns: the columns of a data frame that a flow was trained on; empty if it was not trained on named columns.
-            Then the columns are taken as they are. The same holds if several of them have one name.
-        label_name: the column of labels that the flow was trained on; None if there is none.
+        columns: the names of the columns that the flow was trained on, which are read from a data frame in this order.
+            If it is empty or contains a name twice, all columns are read in their order.
+        label_name: the column of labels that the flow was trained on. None if there is none.
         name: the name of x in messages.
 
     Raises:
@@ -113,12 +113,14 @@ def as_tensor(rows: NDArray[Any]) -> Tensor:
     if kind == "f":
         return torch.from_numpy(np.array(rows, dtype=np.float32 if size <= 4 else np.float64, order="C"))
     if rows.dtype == np.uint64 and rows.size and rows.max() > np.iinfo(np.int64).max:
-        raise DataError(f"{rows.max()} is too large a whole number; give it as a float")
+        raise DataError(f"{rows.max()} is too large for int64; give it as a float")
     return torch.from_numpy(np.array(rows, dtype=np.uint8 if kind in "bu" and size == 1 else np.int64, order="C"))
 
 
 def whole_labels(label: Any) -> Tensor | None:
-    """Labels as int64, () or (n,), from a number, a list, an array or a column of a frame; None if they are not whole.
+    """Converts a number, a list, an array or a column of a data frame to labels, int64, () or (n,).
+
+    Returns None if the values are not whole numbers.
 
     Example:
         >>> whole_labels([2, 0.0]), whole_labels([0.5])
@@ -169,7 +171,7 @@ def as_array(x: Rows, name: str = "x") -> NDArray[Any]:
 
 
 def _array_of_tensor(x: Tensor, name: str) -> NDArray[Any]:
-    """The values of a tensor, in float32 if they are narrower floats, which NumPy does not have."""
+    """Converts a tensor to an array. Floats narrower than float32 become float32, because NumPy lacks bfloat16."""
     kinds = {
         "nested": x.is_nested,
         "sparse": not x.is_nested and x.layout != torch.strided,
@@ -178,7 +180,7 @@ def _array_of_tensor(x: Tensor, name: str) -> NDArray[Any]:
     }
     wrong = [kind for kind, is_so in kinds.items() if is_so]
     if wrong:
-        raise DataError(f"{name} is a {wrong[0]} tensor; give a dense tensor of real numbers that holds its values")
+        raise DataError(f"{name} is a {wrong[0]} tensor; give a dense tensor of real numbers with its values")
     x = x.detach().cpu()
     x = x.float() if x.is_floating_point() and x.dtype.itemsize <= 2 else x
     found: NDArray[Any] = x.resolve_conj().resolve_neg().numpy()
@@ -186,15 +188,15 @@ def _array_of_tensor(x: Tensor, name: str) -> NDArray[Any]:
 
 
 def _refuse_dates(frame: Any, name: str) -> None:
-    """Refuses dates and durations, which some data frames turn into numbers of a unit that nobody has chosen."""
+    """Raises DataError for dates and durations, because some data frames convert them to numbers of an unknown unit."""
     dtypes = [str(dtype).lower() for dtype in getattr(frame, "dtypes", ())]
     for column, dtype in zip(column_names(frame), dtypes, strict=False):
         if dtype.startswith(("date", "time", "duration")):
-            raise DataError(f"{name}: column {column!r} has dtype {dtype}; convert it to numbers, or leave it out")
+            raise DataError(f"{name}: column {column!r} has dtype {dtype}; convert it to numbers or leave it out")
 
 
 def _first_text(array: NDArray[Any]) -> str:
-    """The first value that is not a number, and its place."""
+    """Describes the first value that is not a number, and its place."""
     for place in np.ndindex(array.shape):
         try:
             float(array[place])
@@ -205,7 +207,7 @@ def _first_text(array: NDArray[Any]) -> str:
 
 
 def table_of(x: Rows, name: str = "x", label: Any = None, label_name: str = "label") -> Table:
-    """The table of rows in memory. If there are labels, they are its last column.
+    """Converts rows in memory to a table. If there are labels, they are the last column.
 
     Args:
         x: (n, d), (n,) for one column, or (n, C, H, W) for images, whose elements become columns.
@@ -224,7 +226,9 @@ def table_of(x: Rows, name: str = "x", label: Any = None, label_name: str = "lab
     if label is not None:
         labels = as_array(label, f"the label of {name}")
         if labels.shape not in ((len(values),), (len(values), 1)):
-            raise DataError(f"label has shape {labels.shape}; give one for each of the {len(values)} rows of {name}")
+            raise DataError(
+                f"label has shape {labels.shape}; give one label for each of the {len(values)} rows of {name}"
+            )
         values = np.column_stack([values, labels.reshape(-1, 1).astype(np.float64)])
         if names:
             names = (*names, label_name)
@@ -233,15 +237,15 @@ def table_of(x: Rows, name: str = "x", label: Any = None, label_name: str = "lab
 
 
 def event_shape_of(x: Rows) -> list[int] | None:
-    """(C, H, W) of images (n, C, H, W); None for rows of vectors."""
+    """Returns (C, H, W) of images (n, C, H, W); None for rows of vectors."""
     shape = x.shape if hasattr(x, "shape") else np.shape(x)
     return [int(side) for side in shape[1:]] if len(shape) == 4 else None
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Writes a table with its column names as an .npz file that `read_table` reads; all of it or nothing.
+    """Writes a table with its column names atomically as an .npz file that `read_table` reads.
 
-    Whole numbers are written as integers, because they take less space.
+    Whole numbers are written as integers, which take less space.
     """
     values = table.values
     for narrow in (np.uint8, np.int64):

@@ -1,4 +1,4 @@
-"""New data for a flow that is there already: every row of a file, in its order."""
+"""New data for a trained flow: all rows of a file or an array, in order."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.images import read_idx
 from flowtrain.data.tables.columns import Columns, as_option, default_names, listed, pick
 from flowtrain.data.tables.csv_reader import TextFormat
-from flowtrain.data.tables.sample_spec import SampleSpec, as_labels, noised_set
+from flowtrain.data.tables.sample_spec import SampleSpec, add_set_noise, as_labels
 from flowtrain.data.tables.table_checks import check_labels, warn_of_unseen
 from flowtrain.data.tables.table_reader import ARRAYS, TEXTS, Table, ending_of, is_images, read_table
 from flowtrain.utils.errors import ConfigError, DataError
@@ -23,16 +23,16 @@ _log = logging.getLogger("flowtrain")
 
 
 class ScoredRows(Dataset):
-    """Rows of a table as samples to score, as float64 if they are real numbers; there is nothing to train on.
+    """Rows of a table as samples to score. Real numbers are float64. There are no training batches.
 
     Args:
-        table: the samples, one in a row.
+        table: the samples, one in each row.
         labels: (n,), int64, or None.
-        samples: what the flow was trained on.
-        seed: the seed of the noise on the columns that `samples.noisy` names.
+        samples: the description of the samples that the flow was trained on.
+        seed: the seed of the noise on the columns `samples.noisy`.
 
     Raises:
-        DataError: values that are not the flow's kind of sample.
+        DataError: values that do not fit this description.
     """
 
     def __init__(self, table: Table, labels: Tensor | None, samples: Samples, seed: int = 0) -> None:
@@ -42,9 +42,9 @@ class ScoredRows(Dataset):
         self.class_counts = samples.class_counts
         spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy)
         spec.check(table)
-        # in float64, which a flow may be evaluated in
+        # float64, because a flow may be evaluated in float64
         x = spec.samples(table.values, real=np.float64)
-        self.val = self.test = noised_set(x, self.noisy, seed)
+        self.val = self.test = add_set_noise(x, self.noisy, seed)
         self.val_labels = self.test_labels = labels
         if labels is not None:
             counts = np.array(self.class_counts, np.int64)
@@ -52,39 +52,40 @@ class ScoredRows(Dataset):
                 warn_of_unseen(table.path, counts, {"scored": labels.numpy()})
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
-        raise ConfigError("these rows are for scoring alone")
+        raise ConfigError("rows to score have no training batches; train on a data set")
 
     def split(self, name: str) -> Tensor:
         if name != "all":
-            raise ConfigError(f"split={name}: rows of a file given to be scored are one set, split=all")
+            raise ConfigError(f"split={name}: a file of rows to score has no splits; give split=all")
         return self.test
 
 
 class RowsInMemory(ScoredRows):
-    """Rows given as an array. The training rows of a flow, given so, are what the Gaussian baseline is fitted to."""
+    """Rows in memory. Rows that the flow was trained on can be given this way to fit baselines to them."""
 
     def train_rows(self, most: int) -> Tensor:
         return self.test[:most]
 
 
 class RowsToScore(ScoredRows):
-    """The rows of a file as samples to score; there is nothing to train on.
+    """The rows of a file as samples to score. There are no training batches.
 
-    The columns are those that the flow was trained on. If the file names them, they are found by name, in any order,
-    and other columns are ignored. Other files are read by the positions chosen in training. If a file lacks these
-    positions but has as many columns as a sample has elements, all columns are read in their order. Images are rows of
+    The columns are those that the flow was trained on. If the file has column names, the columns are found by name, in
+    any order, and other columns are ignored. Otherwise the positions chosen in training are used. If the file lacks
+    these positions but has as many columns as a sample has elements, all columns are read in order. Images are rows of
     numbers, an array (n, C, H, W) or (n, H, W), or an IDX file.
 
     Args:
         path: a .npy, .npz or text file, see `read_table`, or an IDX file, plain or gzipped.
-        samples: what the flow was trained on.
-        key, columns, label, header, decimal: how the training file was read, see `ArrayData`.
-        asked: those of these settings that the user gave for this file. They override what the file suggests.
+        samples: the description of the samples that the flow was trained on.
+        key, columns, label, header, decimal: the settings that the training file was read with, see `ArrayData`.
+        asked: the names of the settings among these that the user gave for this file. They override what is detected
+            from the file.
         seed: the seed of the noise on columns that `data.dequantize` names.
 
     Raises:
         ConfigError: columns that the file does not have.
-        DataError: values that are not the flow's kind of sample.
+        DataError: values that do not fit the samples that the flow was trained on.
     """
 
     def __init__(
@@ -128,10 +129,10 @@ class _Selection:
     ) -> None:
         self.file, self.samples, self.columns, self.label, self.asked = file, samples, columns, label, asked
         self.width = math.prod(samples.event_shape)
-        self.mark: int | None = None
+        self.label_position: int | None = None
 
     def choose(self, names: Sequence[str], left_out: Sequence[int]) -> list[int]:
-        """Positions of the samples' columns, followed by that of the labels if there is one."""
+        """Returns the positions of the samples' columns, followed by the column of labels if there is one."""
         named = tuple(names) != default_names(range(len(names)))
         trained = self.samples.columns
         by_name = named and bool(trained) and "columns" not in self.asked
@@ -142,19 +143,19 @@ class _Selection:
             if by_name and tuple(names[i] for i in indices) != trained:
                 raise DataError(
                     f"{self.file} has {listed([names[i] for i in indices])}, but the flow was trained on "
-                    f"{listed(trained)}, and some names occur twice: choose the columns by position with data.columns"
+                    f"{listed(trained)}. Some names occur twice, so choose the columns by position with data.columns"
                 )
-        self.mark = self._mark(names, indices, named)
-        return indices if self.mark is None else [*indices, self.mark]
+        self.label_position = self._label_position(names, indices, named)
+        return indices if self.label_position is None else [*indices, self.label_position]
 
     def divided(self, table: Table) -> tuple[Table, Table | None]:
         """Splits the table into samples and labels (None if there are none)."""
-        if self.mark is None:
+        if self.label_position is None:
             return table, None
         return table.only(range(self.width)), table.only([self.width])
 
     def _by_position(self, names: Sequence[str], left_out: Sequence[int]) -> list[int]:
-        """Positions of the samples' columns as in training, or all columns in order."""
+        """Returns the positions of the samples' columns as chosen in training, or of all columns in order."""
         every = [i for i in range(len(names)) if i not in left_out]
         if "columns" in self.asked:
             indices = self._less_label(pick(self.columns, names, self.file), names)
@@ -169,14 +170,14 @@ class _Selection:
                 indices = every
             if indices != every and len(every) == self.width:
                 _log.warning(
-                    f"{self.file}: columns are read in the order {', '.join(map(str, indices))}, as data.columns chose "
-                    f"them in training; {as_option(range(self.width))} reads them in the order of the file, as for "
-                    "samples of flowsample"
+                    f"{self.file}: the columns are read in the order {', '.join(map(str, indices))}, the data.columns "
+                    f"of the training run. If they are already in the order of the samples, as in a file written by "
+                    f"flowsample, give {as_option(range(self.width))}"
                 )
         if len(indices) != self.width:
             raise DataError(
-                f"{self.file} has {counted(len(indices), 'column')}, but the flow was trained on samples of "
-                f"{self.width}: choose the columns with data.columns"
+                f"{self.file} has {counted(len(indices), 'column')}, but the flow was trained on {self.width}: choose "
+                "the columns with data.columns"
             )
         return indices
 
@@ -188,41 +189,41 @@ class _Selection:
             label_column = []
         return [i for i in indices if i not in label_column]
 
-    def _mark(self, names: Sequence[str], indices: Sequence[int], named: bool) -> int | None:
-        """The position of the column of labels; None if the file has none or the flow uses none."""
+    def _label_position(self, names: Sequence[str], indices: Sequence[int], named: bool) -> int | None:
+        """Returns the position of the column of labels; None if the file has none or the flow does not use labels."""
         if self.label is None or self.samples.classes is None:
             return None
         label: str | int = self.label
         if "label" not in self.asked:
-            # the position refers to the training file: a file with names may have another order of columns
+            # a position refers to the training file; a file with column names may have another order
             label = self.samples.label if named and self.samples.label else label
             here = names.count(label) == 1 if isinstance(label, str) else len(names) > self.width
             if not here:
                 return None
-        (mark,) = pick([label], names, self.file, "data.label")
-        if mark in indices:
+        (label_position,) = pick([label], names, self.file, "data.label")
+        if label_position in indices:
             raise DataError(
-                f"{self.file}: data.label={label} is column {names[mark]!r}, which is part of the samples: give the "
-                "column of labels with data.label"
+                f"{self.file}: data.label={label} is column {names[label_position]!r}, which is part of the samples; "
+                "give another column with data.label"
             )
-        return mark
+        return label_position
 
 
 def _key_of(file: Path, key: str | None) -> str | None:
-    """The key to read from an archive: the training file's, or None if its only array has another name."""
+    """Returns the key of the array to read from an archive; None if its only array has another name than `key`."""
     if key is None or ending_of(file) != ".npz":
         return None
     try:
         with zipfile.ZipFile(file) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist()]
     except (OSError, zipfile.BadZipFile):
-        # reading it gives the error
+        # the file is read later, which raises the error
         return key
     return None if key not in names and len(names) == 1 else key
 
 
 def _is_idx(file: Path) -> bool:
-    """By its name, as published: train-images-idx3-ubyte.gz."""
+    """Whether the name is that of an IDX file, such as train-images-idx3-ubyte.gz."""
     known = ending_of(file).removesuffix(".gz") in ARRAYS + TEXTS
     return file.suffix == ".idx" or ("-idx" in file.name and not known)
 
@@ -230,7 +231,7 @@ def _is_idx(file: Path) -> bool:
 def _of_images(file: Path, event_shape: tuple[int, ...]) -> Table:
     images = read_idx(file)
     if not is_images(images.shape, event_shape):
-        raise DataError(f"{file} has shape {images.shape}, and the flow was trained on samples of shape {event_shape}")
+        raise DataError(f"{file} has shape {images.shape}, but the flow was trained on samples of shape {event_shape}")
     values = images.reshape(len(images), -1).astype(np.float64)
     indices = tuple(range(values.shape[1]))
     return Table(values, default_names(indices), indices, str(file))

@@ -1,4 +1,4 @@
-"""What the rows of a table are to a flow: real or integer-valued, vectors or images, with noise on some columns."""
+"""Conversion of the rows of a table to samples: real or integer-valued, vectors or images, with noise on columns."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,20 +21,24 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """The shape of a sample, and whether samples are whole numbers, from 0 to levels - 1 where there are levels.
+    """The shape and type of samples.
 
-    For real vectors, `noisy` are the columns of whole numbers to which noise is added.
+    Attributes:
+        event_shape: the shape of one sample.
+        integer_valued: whether samples are whole numbers.
+        levels: whole numbers are 0 to levels - 1. None if they are not bounded.
+        noisy: the columns of whole numbers to which noise is added. Only vectors of real numbers have them.
+        wide: whether real samples are float64 because float32 loses significant digits.
     """
 
     event_shape: tuple[int, ...]
     integer_valued: bool
     levels: int | None
     noisy: tuple[int, ...] = ()
-    # whether real samples are float64 because float32 loses significant digits
     wide: bool = False
 
     def check(self, table: Table, whole: Iterable[Table] | None = None) -> None:
-        """Refuses values that are not of this kind; see `check_levels` for `whole`."""
+        """Raises DataError if values do not fit this specification; see `check_levels` for `whole`."""
         check_range(table)
         if self.integer_valued or self.noisy:
             check_whole(table, range(len(table.columns)) if self.integer_valued else self.noisy, whole)
@@ -42,11 +46,10 @@ class SampleSpec:
             check_levels(table, self.levels, whole)
 
     def samples(self, values: NDArray[Any], real: type[np.floating[Any]] | None = None) -> Tensor:
-        """(n, *event_shape) of rows (n, d): whole numbers as uint8 or int64, others of the type `real`.
+        """Converts rows (n, d) to samples (n, *event_shape): whole numbers to uint8 or int64, others to `real`.
 
-        `real` None means float64 if samples are wide, else float32.
-
-        Rows of that type already are not copied: the samples share their memory.
+        `real` None means float64 if `wide`, else float32. Rows that already have the type are not copied; the samples
+        share their memory.
         """
         narrow = np.uint8 if self.levels is not None and self.levels <= 256 else np.int64
         real = real or (np.float64 if self.wide else np.float32)
@@ -54,12 +57,12 @@ class SampleSpec:
         return torch.from_numpy(narrowed).view(-1, *self.event_shape)
 
     def moments(self, mean: Values, variance: Values) -> tuple[Values, Values]:
-        """Mean and standard deviation of samples, from the moments of rows; adds those of U[0, 1) to noisy columns."""
+        """Returns mean and standard deviation of samples, (d,): the moments of rows plus those of the noise U[0, 1)."""
         noise = self.noise(len(mean))
         return mean + noise / 2, np.sqrt(variance + noise / 12)
 
     def noise(self, d: int) -> Values:
-        """1 for each of the d columns with added noise, else 0."""
+        """Returns 1 for columns with added noise and 0 for others, (d,)."""
         noise = np.full(d, float(self.integer_valued))
         noise[list(self.noisy)] = 1.0
         return noise
@@ -67,11 +70,13 @@ class SampleSpec:
 
 @dataclass(frozen=True)
 class Part:
-    """A held-out set: samples (n, *event_shape) and labels (n,), int64, or None.
+    """A held-out set.
 
     Attributes:
-        rows: the rows of the training file that the set holds, (n,). For a set with its own file, the row count and
-            checksum of the file.
+        x: samples, (n, *event_shape).
+        labels: (n,), int64, or None.
+        rows: the row numbers of the set in the training file, (n,). If the set has a separate file, the row count and
+            checksum of that file.
     """
 
     x: Tensor
@@ -80,14 +85,17 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Divided:
-    """A training file: the store of the n rows that are for training, and the parts that are held out of it.
+class TrainingSplit:
+    """A training file, split into training rows and held-out sets, with statistics of the rows.
 
     Attributes:
-        mean, variance: of the training rows by column, (d,).
-        look: some of them at random, (k, d).
-        whole: the columns that hold only whole numbers that noise can be added to, (d,).
-        hashes: hashes of one in `hash_step` training rows, see `row_hashes`.
+        store: the training rows.
+        n: the number of training rows.
+        held: the held-out sets.
+        mean, variance: of each column over the training rows, (d,).
+        look: a random subset of the training rows, (k, d).
+        whole: whether each column contains only whole numbers that noise can be added to, (d,).
+        hashes: hashes of about one in `hash_step` training rows, see `row_hashes`.
         class_counts: the number of training rows of each label from 0 to the largest; empty without labels.
         checksum: the checksum of the file, including labels.
     """
@@ -106,7 +114,7 @@ class Divided:
 
 
 def as_labels(values: NDArray[Any]) -> Tensor:
-    """(n,), int64, of a column (n, 1)."""
+    """Converts a column (n, 1) to labels (n,), int64."""
     return torch.from_numpy(values.reshape(-1).astype(np.int64))
 
 
@@ -116,7 +124,7 @@ _BATCH_NOISE, _SET_NOISE = 1, 2
 
 
 def noisy_columns(entries: Sequence[str | int], table: Table) -> tuple[int, ...]:
-    """The elements of a sample that `data.dequantize` names, in ascending order.
+    """Returns the positions in a sample of the columns that `data.dequantize` names, in ascending order.
 
     Args:
         entries: names of columns, or their positions in the file.
@@ -136,7 +144,7 @@ def noisy_columns(entries: Sequence[str | int], table: Table) -> tuple[int, ...]
         if not named and isinstance(entry, int) and not isinstance(entry, bool):
             named = [i for i, position in enumerate(table.indices) if position == entry]
         if len(named) != 1:
-            why = "is not a column of the samples" if not named else f"names {len(named)} columns: give a position"
+            why = "is not a column of the samples" if not named else f"names {len(named)} columns, so give a position"
             known = [f"{i} ({name})" for i, name in zip(table.indices[:12], table.columns[:12], strict=True)]
             words = first_of(known, len(table.columns))
             raise ConfigError(f"data.dequantize: {entry!r} {why}; {table.path} has {words}")
@@ -144,34 +152,34 @@ def noisy_columns(entries: Sequence[str | int], table: Table) -> tuple[int, ...]
     return tuple(sorted(chosen))
 
 
-def noised_batch(x: Tensor, noisy: Sequence[int], seed: int, step: int, batch_size: int, share: slice) -> Tensor:
-    """Adds noise to rows of a training batch, (k, *event_shape), drawn anew for each step.
+def add_batch_noise(x: Tensor, noisy: Sequence[int], seed: int, step: int, batch_size: int, share: slice) -> Tensor:
+    """Adds noise to rows of a training batch, (k, *event_shape). Each step has new noise.
 
     Args:
         noisy: positions in the flattened sample of the elements that get noise.
-        share: the rows of the batch that x holds. The noise of a row does not depend on the rank.
+        share: the rows of the batch that x consists of. The noise of a row does not depend on the rank.
     """
-    return _added(x, _uniform((batch_size, *x.shape[1:]), noisy, seed, _BATCH_NOISE, step)[share])
+    return _add_noise(x, _uniform((batch_size, *x.shape[1:]), noisy, seed, _BATCH_NOISE, step)[share])
 
 
-def noised_set(x: Tensor, noisy: Sequence[int], seed: int, which: int = 2) -> Tensor:
+def add_set_noise(x: Tensor, noisy: Sequence[int], seed: int, which: int = 2) -> Tensor:
     """Adds noise to all rows of a set, (n, *event_shape); the noise depends on the seed only.
 
     Args:
-        which: 0 and 1 for the validation and the test set, 2 for the rows of a file that is scored.
+        which: 0 for the validation set, 1 for the test set, 2 for rows to score.
     """
-    return _added(x, _uniform(tuple(x.shape), noisy, seed, _SET_NOISE, which)) if noisy else x
+    return _add_noise(x, _uniform(tuple(x.shape), noisy, seed, _SET_NOISE, which)) if noisy else x
 
 
 def _uniform(shape: tuple[int, ...], noisy: Sequence[int], seed: int, *place: int) -> Tensor:
-    """U[0, 1) on some elements of each row, and 0 on the others, in float64."""
+    """Returns noise of this shape, float64: U[0, 1) on the elements `noisy` of each row, 0 on the others."""
     u = torch.zeros(shape, dtype=torch.float64)
     generator = step_generator(seed, _NOISE_STREAM, *place)
     u.flatten(1)[:, list(noisy)] = torch.rand(shape[0], len(noisy), dtype=torch.float64, generator=generator)
     return u
 
 
-def _added(x: Tensor, u: Tensor) -> Tensor:
+def _add_noise(x: Tensor, u: Tensor) -> Tensor:
     noise = u.to(x.dtype).to(x.device, non_blocking=True)
-    # 16 + u may round to 17, which belongs to the next whole number
+    # x + u may round up to the next whole number, which is a different value
     return torch.minimum(x + noise, torch.nextafter(x + 1, x))

@@ -1,4 +1,4 @@
-"""Training rows that stay in a .npy file: the file is read once for statistics, then in windows."""
+"""Streaming of training rows from a .npy file: the file is read once for statistics, then in windows of rows."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowtrain.data.base import Checksum, step_generator
 from flowtrain.data.tables.columns import Columns, default_names, pick
-from flowtrain.data.tables.sample_spec import Divided, Part, SampleSpec, Values, as_labels
+from flowtrain.data.tables.sample_spec import Part, SampleSpec, TrainingSplit, Values, as_labels
 from flowtrain.data.tables.table_checks import check_labels, row_hashes, whole_columns
 from flowtrain.data.tables.table_reader import (
     Table,
@@ -24,8 +24,8 @@ from flowtrain.data.tables.table_reader import (
     check_file,
     check_finite,
     damage_refused,
-    less_labels,
     npy_header,
+    split_off_labels,
 )
 from flowtrain.utils.arguments import flag
 from flowtrain.utils.errors import ConfigError, DataError
@@ -34,13 +34,16 @@ _log = logging.getLogger("flowtrain")
 
 
 class NpyRows:
-    """The n rows of an array (n, width), or of (n,), which is one column.
+    """The rows of a .npy file: an array (n, width), or (n,) for one column.
 
-    Read, not mapped: pages of a map count as this process's memory, and a map of a file that has become shorter ends
-    the process. The file that was opened is the one that is read, whatever takes its name.
+    Rows are read, not memory-mapped: mapped pages count as memory of the process, and the process crashes if a mapped
+    file becomes shorter. The file stays open, so another file that gets its name is never read.
+
+    Attributes:
+        n, width: the numbers of rows and columns.
 
     Raises:
-        DataError: a file that is missing, damaged or cut short, or an array of another shape, order or type.
+        DataError: a file that is missing, damaged or truncated, or an array of another shape, order or type.
     """
 
     def __init__(self, path: str) -> None:
@@ -58,7 +61,7 @@ class NpyRows:
         check_array(self.shape, self.dtype, file)
         if fortran:
             raise DataError(
-                f"{file} is in Fortran order, a column after the other, and cannot be read by rows: save it with "
+                f"{file} is in Fortran order (stored by columns) and cannot be read by rows: save it with "
                 "numpy.save(path, numpy.ascontiguousarray(array)), or give data.memory_map=false"
             )
         self.n, self.width = self.shape[0], self.shape[1] if len(self.shape) == 2 else 1
@@ -66,14 +69,14 @@ class NpyRows:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row in the file."""
+        """The number of bytes of a row in the file."""
         return self.width * self.dtype.itemsize
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows start to stop, (stop - start, width), in the file's own type.
+        """Reads rows start to stop, (stop - start, width), in the dtype of the file.
 
         Raises:
-            DataError: the file cannot be read any more, or is not what it was.
+            DataError: the file can no longer be read, or it has changed since it was opened.
         """
         rows = np.empty((stop - start, self.width), self.dtype)
         room = rows.reshape(-1).view(np.uint8)
@@ -81,14 +84,14 @@ class NpyRows:
             self._file.seek(self._begin + start * self.row_bytes)
             while len(room) and (got := self._file.readinto(room.data)):
                 room = room[got:]
-            # after the reading, so that nothing that was written meanwhile goes unnoticed
+            # checked after reading, so that changes during reading are detected
             same = self._stat() == self._state and not len(room)
         except OSError as error:
-            raise DataError(f"{self.path} cannot be read any more: {error.strerror or error}") from error
+            raise DataError(f"{self.path} can no longer be read: {error.strerror or error}") from error
         if not same:
             raise DataError(
-                f"{self.path} has been written to since it was opened: its rows are not those that were checked. Put "
-                "it back as it was, and write what is new to another file"
+                f"{self.path} has been written to since it was opened, so its rows are not the rows that were checked. "
+                "Restore the file, and write new data to another file"
             )
         return rows
 
@@ -98,7 +101,7 @@ class NpyRows:
 
 
 class Piece(NamedTuple):
-    """The part of a batch that lies in one window of one epoch: which, and from where to where in it."""
+    """The part of a batch in one window of one epoch: positions start to stop of the window."""
 
     epoch: int
     window: int
@@ -107,27 +110,30 @@ class Piece(NamedTuple):
 
 
 class WindowedEpochs:
-    """Epochs of n positions laid end to end, each position once an epoch, without an order of all n being drawn.
+    """An endless sequence of epochs, shuffled by blocks. Each epoch contains each of n positions once.
 
-    Blocks of neighbours are laid in an order drawn anew each epoch; so many in a row are a window, whose positions are
-    mixed. As with `Epochs`, the batch of a step is a pure function of (step, batch_size, seed).
+    No permutation of all n positions is stored. In each epoch, blocks of adjacent positions get a new random order.
+    Consecutive blocks in this order form a window, and positions are shuffled within a window. As with `Epochs`, the
+    batch of a step is a pure function of (step, batch_size, seed).
 
     Args:
-        block: neighbours that stay in a window together, and are read together.
-        blocks: in a window at most; windows differ by one at most, for a short last one would be mixed less.
-        stream: the key of the random stream; the epoch, or the epoch and the window, are added to it.
+        n: the number of positions.
+        block: the number of adjacent positions in a block. A block is read at once.
+        blocks: the largest number of blocks in a window. Windows differ by at most one block, because a short last
+            window would be shuffled less.
+        stream: the key of the random stream. The epoch, or the epoch and the window, are appended to it.
     """
 
     def __init__(self, n: int, block: int, blocks: int, *stream: int) -> None:
         self.n, self.block, self.stream = n, block, stream
         n_blocks = -(-n // block)
         n_windows = -(-n_blocks // blocks)
-        # where in the order of the blocks each window begins, and the last one ends
+        # the first block of each window in the order of blocks, followed by the number of blocks
         self._begins = [n_blocks * i // n_windows for i in range(n_windows + 1)]
         self._order: tuple[tuple[int, int], NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def pieces(self, first: int, count: int, seed: int) -> Iterator[Piece]:
-        """Where positions first to first + count of the endless epochs are, in order."""
+        """Yields the pieces that contain positions first to first + count of the sequence of epochs, in order."""
         while count:
             epoch, offset = divmod(first, self.n)
             ends = self._epoch(epoch, seed)[1]
@@ -139,16 +145,16 @@ class WindowedEpochs:
             first, count = first + taken, count - taken
 
     def blocks_of(self, epoch: int, window: int, seed: int) -> list[tuple[int, int]]:
-        """(start, stop) of each block in a window."""
+        """Returns (start, stop) of each block in a window."""
         order = self._epoch(epoch, seed)[0][self._begins[window] : self._begins[window + 1]]
         return [(int(b) * self.block, min(self.n, (int(b) + 1) * self.block)) for b in order]
 
     def mixed(self, epoch: int, window: int, size: int, seed: int) -> NDArray[np.int64]:
-        """A new place for each of a window's positions, of which there are `size`."""
+        """Returns a random permutation of the `size` positions of a window."""
         return torch.randperm(size, generator=step_generator(seed, *self.stream, epoch, window)).numpy()
 
     def _epoch(self, epoch: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The order of the blocks, and the position at which each window ends."""
+        """Returns the order of the blocks, and the position at which each window ends."""
         if self._order is None or self._order[0] != (epoch, seed):
             n_blocks = self._begins[-1]
             order = torch.randperm(n_blocks, generator=step_generator(seed, *self.stream, epoch)).numpy()
@@ -158,24 +164,26 @@ class WindowedEpochs:
         return self._order[1:]
 
 
-# bytes of the file that are read together, and of a window with the order of its rows; two windows are kept
+# Bytes in a block; bytes in a window, including the order of its rows
 BLOCK, WINDOW = 2**18, 2**26
+# Number of windows in memory
 KEPT = 2
 
 
 class StreamedStore:
-    """The rows of a .npy file less those held out; see `Store`.
+    """A store of the training rows of a .npy file; see `Store`.
 
     Args:
-        held: the rows held out, sorted.
-        columns: positions of those that are samples.
+        rows: the file.
+        held: the row numbers that are held out, sorted.
+        columns: positions of the columns of the samples.
         label: position of the column of labels, or None.
-        to_samples: from values (k, d) to samples.
-        stream: the key of the random stream of the orders.
+        to_samples: converts values (k, d) to samples.
+        stream: the key of the random stream of the order.
 
     Attributes:
-        n: rows for training.
-        in_window: how many may be asked for that are in one window, as a rule.
+        n: the number of training rows.
+        in_window: a number of rows that usually fits in one window.
     """
 
     def __init__(
@@ -189,7 +197,7 @@ class StreamedStore:
     ) -> None:
         self._rows, self._held, self._label, self._to_samples = rows, held, label, to_samples
         self._columns = slice(None) if columns == tuple(range(rows.width)) else list(columns)
-        # how many rows for training there are before each that is held out
+        # the number of training rows before each held-out row
         self._before = held - np.arange(len(held))
         self.n = rows.n - len(held)
         block = max(1, BLOCK // rows.row_bytes)
@@ -200,27 +208,27 @@ class StreamedStore:
         self._pinned = False
 
     def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
-        """Those rows of a step's batch, (k, *event_shape), read from the file."""
+        """Returns the rows `share` of the batch of a step, (k, *event_shape), read from the file."""
         found = self._to_samples(self._batch(step, batch_size, seed, share)[:, self._columns])
         return found.pin_memory() if self._pinned else found
 
     def values(self, n: int) -> NDArray[Any]:
-        """The first n rows of the epochs as they are in the file, (n, d)."""
+        """Returns the first n rows of the sequence of epochs as stored in the file, (n, d)."""
         return self._batch(0, n, 0, slice(None))[:, self._columns]
 
     def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
-        """Their labels, (k,), or None."""
+        """Returns the labels of these rows, (k,), or None."""
         if self._label is None:
             return None
         found = as_labels(self._batch(step, batch_size, seed, share)[:, [self._label]])
         return found.pin_memory() if self._pinned else found
 
     def to(self, device: torch.device) -> None:
-        """Batches come in pinned memory where they go to a GPU: what is read goes there a batch at a time."""
+        """Returns batches in pinned memory from now on if the device is a GPU. No rows are moved to the device."""
         self._pinned = device.type == "cuda"
 
     def _batch(self, step: int, batch_size: int, seed: int, share: slice) -> NDArray[Any]:
-        """Those rows of a step's batch as they are in the file, (k, width)."""
+        """Returns the rows `share` of the batch of a step as stored in the file, (k, width)."""
         first, last, _ = share.indices(batch_size)
         pieces = [
             self._window(piece.epoch, piece.window, seed)[piece.start : piece.stop]
@@ -229,7 +237,7 @@ class StreamedStore:
         return np.concatenate([self._rows.read(0, 0), *pieces])
 
     def _window(self, epoch: int, window: int, seed: int) -> NDArray[Any]:
-        """The rows of a window, in their mixed order: kept, because the next batches want them too."""
+        """Returns the shuffled rows of a window. They are cached, because the next batches usually need them."""
         key = (epoch, window, seed)
         if key not in self._kept:
             while len(self._kept) >= KEPT:
@@ -237,7 +245,7 @@ class StreamedStore:
             blocks = self._windows.blocks_of(epoch, window, seed)
             size = sum(stop - start for start, stop in blocks)
             places = self._windows.mixed(epoch, window, size, seed)
-            # each block goes to its places at once: the window is never in memory twice
+            # blocks are written to their final positions, so the window is never in memory twice
             rows, done = np.empty((size, self._rows.width), self._rows.dtype), 0
             for start, stop in blocks:
                 rows[places[done : done + stop - start]] = self._block(start, stop)
@@ -246,33 +254,35 @@ class StreamedStore:
         return self._kept[key]
 
     def _block(self, start: int, stop: int) -> NDArray[Any]:
-        """Training rows start to stop: a stretch of the file less the rows in it that are held out."""
+        """Reads training rows start to stop: a range of the file without the held-out rows in it."""
         first, last = self._place(start), self._place(stop - 1)
         out = self._held[slice(*np.searchsorted(self._held, (first, last)))] - first
         stretch = self._rows.read(first, last + 1)
         return np.delete(stretch, out, axis=0) if len(out) else stretch
 
     def _place(self, row: int) -> int:
-        """Where a training row is in the file: behind the ith row that is held out once i are before it."""
+        """Returns the row number in the file of a training row: its index plus the count of held-out rows before it."""
         return row + int(np.searchsorted(self._before, row, side="right"))
 
 
-# bytes from which on a file is read so unless it is asked not to be
+# Size in bytes from which files are streamed by default
 LARGE = 2**28
-# bytes of float64 that are looked through at once
+# Bytes of float64 in a chunk of the pass over the whole file
 CHUNK = 2**20
-# rows that are looked at for integer values
+# Number of training rows that checks such as the one for repeated values look at
 LOOK = 10_000
-# approximate number of hashes of training rows that held-out rows are compared with to find copies
+# Approximate number of hashes of training rows that held-out rows are compared with to find copies
 HASHES = 200_000
 
 
 class StreamedTable:
-    """The table in a .npy file, and its labels where there are any; see `read_labelled` for the arguments.
+    """A table that stays in a .npy file, with its labels if there are any; see `read_labelled` for the arguments.
 
     Attributes:
-        table: of the samples, without rows.
-        n: rows.
+        rows: the file.
+        table: the columns of the samples, without rows.
+        label_column: the column of labels, without rows, or None.
+        n: the number of rows.
     """
 
     def __init__(self, path: str, columns: Columns | None, label: str | int | None) -> None:
@@ -285,57 +295,70 @@ class StreamedTable:
             return Table(np.empty((0, len(indices))), default_names(indices), indices, str(self.rows.path))
 
         label_column = None if label is None else table([label], "data.label")
-        self.table, self.label_column = less_labels(table(columns, "data.columns"), label_column, label)
+        self.table, self.label_column = split_off_labels(table(columns, "data.columns"), label_column, label)
 
     def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
-        """Every row, once checked; of more than `most` so many, drawn by the stream (seed, *stream)."""
+        """Checks all rows and returns them as a held-out set. If there are more than `most`, returns a random subset.
+
+        Args:
+            stream: the key of the random stream that the subset is drawn from.
+        """
         if self.n <= most:
             wanted = np.arange(self.n)
         else:
-            _log.info(f"{self.rows.path}: {most:,} of its {self.n:,} rows are held in memory, drawn at random")
-            wanted = drawn(self.n, most, step_generator(seed, *stream))
-        part, seen = self._look_through(spec, wanted, training=False)
-        return replace(part, rows=(self.n, str(seen.checksum)))
+            _log.info(f"{self.rows.path}: {most:,} of {self.n:,} rows are drawn at random and used")
+            wanted = draw_rows(self.n, most, step_generator(seed, *stream))
+        part, statistics = self._look_through(spec, wanted, training=False)
+        return replace(part, rows=(self.n, str(statistics.checksum)))
 
-    def divided(
+    def split_rows(
         self, spec: SampleSpec, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
-    ) -> Divided:
-        """The rows, once checked, of which so many are held out, drawn by the stream (seed, *split_key)."""
-        held = drawn(self.n, sum(sizes), step_generator(seed, *split_key))
-        part, seen = self._look_through(spec, held)
+    ) -> TrainingSplit:
+        """Checks all rows and splits them into training rows and held-out sets of these sizes.
+
+        Args:
+            sizes: the number of rows of each held-out set.
+            seed: the seed of the split.
+            split_key: the key of the random stream of the split.
+            order_key: the key of the random stream of the order of training rows.
+        """
+        held = draw_rows(self.n, sum(sizes), step_generator(seed, *split_key))
+        part, statistics = self._look_through(spec, held)
         label = None if self.label_column is None else self.label_column.indices[0]
         store = StreamedStore(self.rows, np.sort(held), self.table.indices, label, spec.samples, *order_key)
         labels = [None] * len(sizes) if part.labels is None else list(torch.split(part.labels, sizes))
         rows = [r.numpy() for r in torch.split(torch.from_numpy(held), sizes)]
         parts = [Part(*each) for each in zip(torch.split(part.x, sizes), labels, rows, strict=True)]
-        # rows of all the file, which its first are not
+        # random rows, because the first rows of a file may not represent the others
         look = store.values(min(store.n, LOOK, store.in_window)).astype(np.float64)
-        return Divided(
+        return TrainingSplit(
             store=store,
             n=store.n,
             held=parts,
-            mean=seen.moments.mean,
-            variance=seen.moments.variance,
+            mean=statistics.moments.mean,
+            variance=statistics.moments.variance,
             look=look,
-            whole=seen.whole,
-            hashes=np.concatenate([np.empty(0, np.uint64), *seen.hashes]),
-            hash_step=seen.hash_step,
-            class_counts=seen.class_counts,
-            checksum=str(seen.checksum),
+            whole=statistics.whole,
+            hashes=np.concatenate([np.empty(0, np.uint64), *statistics.hashes]),
+            hash_step=statistics.hash_step,
+            class_counts=statistics.class_counts,
+            checksum=str(statistics.checksum),
         )
 
-    def _look_through(self, spec: SampleSpec, wanted: NDArray[np.int64], training: bool = True) -> tuple[Part, "Seen"]:
+    def _look_through(
+        self, spec: SampleSpec, wanted: NDArray[np.int64], training: bool = True
+    ) -> tuple[Part, "StreamStatistics"]:
         """Collects the wanted rows and the statistics of the other rows in one pass.
 
         Args:
             training: whether the other rows are training rows.
 
         Raises:
-            DataError: values that are not finite, not of that kind, or no labels, naming the row of the file.
+            DataError: values that are not finite or do not fit `spec`, or invalid labels; names the row of the file.
         """
         order = np.argsort(wanted, kind="stable")
-        found = _Collected(spec, len(wanted), self.label_column is not None)
-        seen = Seen(len(self.table.columns), max(1, self.n // HASHES))
+        found = _HeldOutRows(spec, len(wanted), self.label_column is not None)
+        statistics = StreamStatistics(len(self.table.columns), max(1, self.n // HASHES))
         for start, (table, label_column) in self._chunks():
             ends = np.searchsorted(wanted, (start, start + len(table.values)), sorter=order)
             places = order[slice(*ends)]
@@ -347,11 +370,11 @@ class StreamedTable:
             out = wanted[places] - start
             labels = None if label_column is None else label_column.values
             found.add(places, table.values[out], None if labels is None else labels[out])
-            seen.add(spec, table.values, labels, out if training else None)
-        return found.part, seen
+            statistics.add(spec, table.values, labels, out if training else None)
+        return found.part, statistics
 
     def _chunks(self) -> Iterator[tuple[int, tuple[Table, Table | None]]]:
-        """The table and its labels in parts, each with the row it begins at."""
+        """Yields chunks of the table and of its labels, each with the number of its first row."""
         size = max(1, CHUNK // (8 * self.rows.width))
         for start in range(0, self.n, size):
             chunk = self.rows.read(start, min(self.n, start + size))
@@ -359,12 +382,12 @@ class StreamedTable:
             yield start, (_part_of(chunk, self.table, start), label_column)
 
 
-class Seen:
-    """Statistics of a file that is read in parts, over its training rows and over all rows.
+class StreamStatistics:
+    """Statistics of a file that is read in chunks, over its training rows and over all rows.
 
     Attributes:
-        moments, hashes, class_counts: statistics of the training rows, see `Divided`.
-        whole, checksum: statistics of all rows, see `Divided`.
+        moments, hashes, class_counts: statistics of the training rows, see `TrainingSplit`.
+        whole, checksum: statistics of all rows, see `TrainingSplit`.
     """
 
     def __init__(self, d: int, hash_step: int) -> None:
@@ -389,8 +412,8 @@ class Seen:
             self.class_counts = counts
 
 
-class _Collected:
-    """k samples of a kind, with their labels or without, that come in parts."""
+class _HeldOutRows:
+    """A held-out set of k samples that is filled in chunks."""
 
     def __init__(self, spec: SampleSpec, k: int, labelled: bool) -> None:
         self.spec = spec
@@ -399,7 +422,7 @@ class _Collected:
         self.part = Part(like.new_empty(k, *spec.event_shape), labels, np.empty(0, np.int64))
 
     def add(self, places: NDArray[np.int64], values: Values, label_column: Values | None) -> None:
-        """Takes rows (m, d) to their places (m,)."""
+        """Writes rows (m, d) and their labels to the positions `places`, (m,)."""
         at = torch.from_numpy(places)
         self.part.x[at] = self.spec.samples(values)
         if self.part.labels is not None and label_column is not None:
@@ -407,13 +430,16 @@ class _Collected:
 
 
 class Moments:
-    """Mean and variance by column, of parts (Chan et al. 1983, Algorithms for computing the sample variance)."""
+    """Mean and variance of each column, updated in chunks.
+
+    Source: Chan et al. 1983, Algorithms for computing the sample variance.
+    """
 
     def __init__(self, d: int) -> None:
         self.n, self.mean, self._squares = 0, np.zeros(d), np.zeros(d)
 
     def add(self, values: Values) -> None:
-        """Takes rows (n, d) in; n may be 0."""
+        """Adds rows (n, d); n may be 0."""
         if not len(values):
             return
         n, mean = len(values), values.mean(0)
@@ -424,12 +450,12 @@ class Moments:
 
     @property
     def variance(self) -> Values:
-        """Over n."""
+        """The variance, dividing by n."""
         return self._squares / max(1, self.n)
 
 
-def drawn(n: int, k: int, generator: torch.Generator) -> NDArray[np.int64]:
-    """k of n rows without one twice, in random order, in memory of the size of k (Floyd's algorithm)."""
+def draw_rows(n: int, k: int, generator: torch.Generator) -> NDArray[np.int64]:
+    """Draws k distinct rows of n, in random order, with O(k) memory (Floyd's algorithm)."""
     chosen: dict[int, None] = {}
     uniform = torch.rand(k, generator=generator, dtype=torch.float64).tolist()
     for top, u in zip(range(n - k, n), uniform, strict=True):
@@ -440,22 +466,24 @@ def drawn(n: int, k: int, generator: torch.Generator) -> NDArray[np.int64]:
 
 
 def _part_of(chunk: NDArray[Any], like: Table, first: int) -> Table:
-    """The columns of a table in rows of the file, (k, width), of which the first is the file's row `first`."""
+    """Converts a chunk (k, width) of the file to a table with the columns of `like`. Its first row is row `first`."""
     kept = chunk if like.indices == tuple(range(chunk.shape[1])) else chunk[:, like.indices]
     return replace(like, values=kept.astype(np.float64), first=first)
 
 
 def is_streamed(path: str, key: str | None, asked: bool | None) -> bool:
-    """Whether a file is read by windows: as asked, or a .npy of 256 MiB or more.
+    """Whether a file is streamed: as the user asks, by default .npy files of 256 MiB or more.
 
     Raises:
-        ConfigError: asked for, of a file that is no .npy, or with a key of an .npz.
+        ConfigError: true for a file that is not .npy, or together with a key of an .npz file.
     """
     file = Path(path).expanduser()
     is_npy = file.suffix.lower() == ".npy" and key is None
     if asked is None:
         return is_npy and file.is_file() and file.stat().st_size >= LARGE
     if flag("data.memory_map", asked) and not is_npy:
-        what = "data.key names an array of an .npz file" if key is not None else f"{path} is none"
-        raise ConfigError(f"data.memory_map=true is for .npy files, and {what}: save it as one, or leave it out")
+        what = "data.key names an array of an .npz file" if key is not None else f"{path} is not a .npy file"
+        raise ConfigError(
+            f"data.memory_map=true is for .npy files only, but {what}: save the array as .npy, or omit the option"
+        )
     return asked

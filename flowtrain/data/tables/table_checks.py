@@ -1,4 +1,4 @@
-"""Checks that a density in float32 can be fitted to a table. A table that cannot be used is a DataError."""
+"""Checks that a density can be fitted to a table in float32. Unusable tables raise DataError."""
 
 import logging
 import math
@@ -16,21 +16,22 @@ from flowtrain.utils.formatting import as_ranges, counted
 
 _log = logging.getLogger("flowtrain")
 
-# usual codes for a missing value: a gap as wide as the range of the rest of the column is enough to detect them
+# Common codes for missing values. One is detected if its gap to the other values is wider than their range
 _USUAL_SENTINELS = frozenset(
     {-1.0, 0.0} | {s * v for s in (-1.0, 1.0) for v in (9, 99, 999, 9999, 99999, 999999, 32767, 32768)}
 )
-# for any other value, the gap must exceed this many times that range
+# Any other value is detected if the gap exceeds this many times that range
 _WIDE_GAP = 5.0
-# smallest number of distinct values in the rest of a column
+# Smallest number of rows and of distinct values in the rest of the column
 _LEAST_REPEATS = 10
 
 
 def sentinel_of(column: NDArray[np.float64]) -> tuple[float, int] | None:
-    """The smallest or largest value of a column (n,) and its count, if it looks like the code of a missing value.
+    """Detects a code for missing values in a column (n,). Returns the code and its count, or None.
 
-    The value occurs at least twice. Its gap to the next value exceeds the range of the other values, or 5 times that
-    range unless the value is a usual code or at least 1e20 in magnitude.
+    The code is the smallest or the largest value and occurs at least twice. For common codes and for values of at least
+    1e20 in magnitude, the gap to the next value exceeds the range of the other values. For any other value, the gap
+    exceeds 5 times that range.
 
     Example:
         >>> sentinel_of(np.array([-999.0, *np.linspace(1, 2, 20), -999.0]))
@@ -55,11 +56,11 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
     """Warns of columns in which a number seems to stand for missing values.
 
     Args:
-        table: names the columns.
+        table: gives the names of the columns.
         values: training rows, (n, d).
 
     Returns:
-        The number found in each such column, by column.
+        The code of each such column, by the position of the column.
     """
     found = {i: code for i in range(values.shape[1]) if (code := sentinel_of(values[:, i])) is not None}
     if not found:
@@ -67,8 +68,8 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
     keep = [index for i, index in enumerate(table.indices) if i not in found]
     each = ", ".join(f"{table.columns[i]!r} is {code:g} in {count:,} rows" for i, (code, count) in found.items())
     _log.warning(
-        f"{table.path}: of {counted(len(values), 'training row')}, column {each}, far from its other values. If the "
-        "number is a code for a missing value, the flow learns a density of the code. Remove these rows"
+        f"{table.path}: column {each} (of {counted(len(values), 'training row')}), far from the other values of the "
+        "column. If this is a code for a missing value, the flow learns the density of the code. Remove these rows"
         + (f", or keep the other columns: {as_option(keep)}" if keep else "")
     )
     return {i: code for i, (code, _) in found.items()}
@@ -76,39 +77,39 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
 
 _FLOAT32, _FLOAT64 = np.finfo(np.float32), np.finfo(np.float64)
 _MOST_CLASSES = 10_000
-# from here on, float32 has no room for noise between whole numbers
+# Above this value, float32 has no values between whole numbers, so noise in [0, 1) is lost
 _MOST_WHOLE = 2**23
-# largest number of rows checked for repeated values; of rows and of columns checked for linear dependence
+# Largest number of rows checked for repeated values, and of rows and columns checked for linear dependence
 _LOOK, _MOST_DEPENDENT, _MOST_CORRELATED = 10_000, 100_000, 500
-# smallest share and smallest number of the rows with the same value that make the value an atom
+# A value is an atom if at least this fraction, and this number, of the rows have it
 _ATOM, _LEAST_ATOM = 0.05, 5
-# smallest share of copies of training rows in a held-out set that causes a warning
+# Smallest fraction of copies of training rows in a held-out set that causes a warning
 _COPIES = 0.01
-# A column is linear in others if its residual variance is below this share. Rounding to four digits leaves 1e-9
+# A column is linear in others if its residual variance is below this fraction. Rounding to four digits leaves 1e-9
 _RESIDUAL = 1e-8
-# largest number of dependent columns, or single values, in a warning
+# Largest number of dependent columns, or of single values, that a warning lists
 _MOST_NAMED = 5
 
 
-def check_alike(first: Table, other: Table) -> None:
-    """Refuse files whose columns differ in number, or in name where both have names."""
+def check_same_columns(first: Table, other: Table) -> None:
+    """Raises DataError if two tables differ in the number of columns, or in the column names if both have names."""
     if len(first.columns) != len(other.columns):
         raise DataError(
-            f"{first.path} has {counted(len(first.columns), 'column')} and {other.path} has {len(other.columns)}; "
-            "they must have the same"
+            f"{first.path} has {counted(len(first.columns), 'column')}, but {other.path} has {len(other.columns)}; the "
+            "files must have the same columns"
         )
     if not (first.named and other.named) or first.columns == other.columns:
         return
     i = next(i for i, pair in enumerate(zip(first.columns, other.columns, strict=True)) if pair[0] != pair[1])
     what = "in another order" if sorted(first.columns) == sorted(other.columns) else "under other names"
     raise DataError(
-        f"{other.path} has the columns {what}: column {i} is {other.columns[i]!r}, and {first.columns[i]!r} in "
-        f"{first.path}"
+        f"{other.path} has the columns {what}: column {i} is {other.columns[i]!r}, but in {first.path} it is "
+        f"{first.columns[i]!r}; make the columns of both files the same"
     )
 
 
 def check_range(table: Table) -> None:
-    """Refuse values that float32 turns into infinity."""
+    """Raises DataError if a value exceeds the range of float32."""
     bad = np.abs(table.values) > float(_FLOAT32.max)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
@@ -119,11 +120,12 @@ def check_range(table: Table) -> None:
 
 
 def check_whole(table: Table, columns: Sequence[int], blocks: Iterable[Table] | None = None) -> None:
-    """Refuse values that are not whole numbers, or so large that rounding loses noise in [0, 1).
+    """Raises DataError if values are not whole numbers, or so large that float32 cannot add noise in [0, 1).
 
     Args:
+        table: a file or a block of a file.
         columns: the columns that must be whole numbers.
-        blocks: all blocks of the file that the table is part of; None if the table is the whole file.
+        blocks: all blocks of the file. None if `table` is the whole file.
     """
     values = table.values[:, list(columns)]
     bad = (values != np.rint(values)) | (np.abs(values) > _MOST_WHOLE)
@@ -135,15 +137,17 @@ def check_whole(table: Table, columns: Sequence[int], blocks: Iterable[Table] | 
         some = f", name the columns of whole numbers, as in {_dequantize(table, counts)}" if len(counts) else ""
         raise DataError(
             f"{table.place(row, columns[column])}: {value:.17g} is {what}; data.dequantize and data.levels need "
-            f"whole numbers up to {_MOST_WHOLE:,}: omit them{some}, or choose data.columns"
+            f"whole numbers up to {_MOST_WHOLE:,}: omit them{some}, or choose other columns with data.columns"
         )
 
 
 def check_levels(table: Table, levels: int, whole: Iterable[Table] | None = None) -> None:
-    """Refuse whole numbers outside 0 .. levels - 1.
+    """Raises DataError if whole numbers are outside 0 .. levels - 1.
 
     Args:
-        whole: all the blocks of the file that the table is one of; None where it is all there is.
+        table: a file or a block of a file.
+        levels: the number of allowed values.
+        whole: all blocks of the file. None if `table` is the whole file.
     """
     bad = (table.values < 0) | (table.values >= levels)
     if bad.any():
@@ -151,20 +155,20 @@ def check_levels(table: Table, levels: int, whole: Iterable[Table] | None = None
         ends = [(block.values.min(), block.values.max()) for block in whole or [table]]
         low, high = min(end[0] for end in ends), max(end[1] for end in ends)
         raise DataError(
-            f"{table.place(row, column)}: {table.values[row, column]:g} is outside 0 to {levels - 1}, which "
-            f"data.levels={levels} promises; the values go from {low:g} to {high:g}"
+            f"{table.place(row, column)}: {table.values[row, column]:g} is outside 0 to {levels - 1}, the range that "
+            f"data.levels={levels} sets; the values of the file go from {low:g} to {high:g}"
         )
 
 
 def check_labels(table: Table) -> None:
-    """Refuse labels that are not 0, 1, 2, ..."""
+    """Raises DataError if labels are not 0, 1, 2, ..."""
     values = table.values
     bad = (values != np.rint(values)) | (values < 0) | (values >= _MOST_CLASSES)
     if bad.any():
         row = int(np.argwhere(bad)[0][0])
         raise DataError(
-            f"{table.place(row, 0)}: {values[row, 0]:g} is no label; labels are whole numbers from 0 to the number of "
-            f"classes less one, at most {_MOST_CLASSES - 1}"
+            f"{table.place(row, 0)}: {values[row, 0]:g} is not a class label; number the classes 0, 1, 2, ..., up to "
+            f"{_MOST_CLASSES - 1}"
         )
 
 
@@ -176,45 +180,46 @@ def check_spread(
     noisy: Sequence[int],
     centered: bool = False,
 ) -> None:
-    """Refuse columns that are constant, and warn of those that float32 makes coarse.
+    """Raises DataError if columns are constant, and warns of columns that lose significant digits.
 
     Args:
-        table: names the columns.
-        mean, std: of the training rows, shape (d,), with the noise of `data.dequantize`.
-        whole: the columns that noise can be added to, (d,).
+        table: gives the names of the columns.
+        mean, std: mean and standard deviation of the training rows, (d,), including the noise of `data.dequantize`.
+        whole: whether noise can be added to each column, (d,).
         noisy: the columns that have noise.
         centered: whether columns with a large mean are kept in float64, so that only float64 limits their precision.
     """
     precision = _FLOAT64 if centered else _FLOAT32
-    # Rounding leaves a deviation of about float64's epsilon in a constant column, hence no test for zero alone
+    # rounding gives a constant column a standard deviation of about float64's epsilon times its mean, not zero
     flat = std <= np.maximum(64 * float(_FLOAT64.eps) * np.abs(mean), float(_FLOAT32.tiny))
     if not centered:
         flat |= std <= 8 * float(_FLOAT32.eps) * np.abs(mean)
     if flat.any():
         names = [name for name, is_flat in zip(table.columns, flat, strict=True) if is_flat]
         keep = [index for index, is_flat in zip(table.indices, flat, strict=True) if not is_flat]
-        cure = f"keep the others with {as_option(keep)}" if keep else "there are no others"
+        advice = f"keep the other columns with {as_option(keep)}" if keep else "there are no other columns"
         if whole[flat].all() and not set(np.flatnonzero(flat)) & set(noisy):
             columns = range(len(whole)) if whole.all() else (*np.flatnonzero(flat), *noisy)
-            cure += (
-                f", or, for counts and pixels, add noise with {_dequantize(table, columns)}, which keeps every column"
-            )
+            advice += f". For counts and pixels, keep all columns and add noise with {_dequantize(table, columns)}"
         raise DataError(
             f"{table.path}: in the training rows, column{'s' * (len(names) > 1)} {listed(names, most=50)} "
-            f"{'is' if len(names) == 1 else 'are'} constant to the precision of {precision.dtype}; {cure}"
+            f"{'is' if len(names) == 1 else 'are'} constant to the precision of {precision.dtype}; {advice}"
         )
-    # float32 represents the offset exactly, and the rest of the mean is in float32
+    # The offset is exact in float32, so subtracting it leaves a mean of up to 2^-24 |mean|. Its rounding error in
+    # float32, 2^-48 |mean|, must stay below 1e-4 std
     coarse = std < (2**18 * float(_FLOAT64.eps) if centered else 1e-4) * np.abs(mean)
     if coarse.any():
         names = [name for name, is_coarse in zip(table.columns, coarse, strict=True) if is_coarse]
         _log.warning(
-            f"{table.path}: {precision.dtype} loses digits of {listed(names)}, because their values differ too little "
-            "for the size of their mean; subtract the mean from the values in the file"
+            f"{table.path}: {precision.dtype} loses digits of {listed(names)}, because the values differ too little "
+            "compared with their mean; subtract a constant from the column in the file"
         )
 
 
 def check_enough_rows(path: str, n: int, d: int) -> None:
-    """Refuse fewer training rows than columns: the rows lie in a plane, where a density can grow without bound.
+    """Raises DataError if there are fewer training rows than columns.
+
+    Such rows lie in a subspace, where the density can grow without bound.
 
     Args:
         n: the number of training rows.
@@ -222,13 +227,13 @@ def check_enough_rows(path: str, n: int, d: int) -> None:
     """
     if n < d:
         raise DataError(
-            f"{path}: no density can be fitted to {n} training rows of {d} columns: keep fewer columns than rows with "
-            "data.columns, or give more rows (data.val_path and data.test_path keep all rows of the file for training)"
+            f"{path}: {n} training rows are too few for {d} columns. Keep fewer columns than rows with data.columns, "
+            "or give more rows (with data.val_path and data.test_path, all rows of the file are for training)"
         )
 
 
 def whole_columns(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which columns of (n, d) hold only whole numbers that noise can be added to, (d,)."""
+    """Whether each column of values (n, d) has only whole numbers that noise can be added to, (d,)."""
     whole = np.ones(values.shape[1], dtype=bool)
     for part in (values[:1000], values[1000:]):
         there = part[:, whole]
@@ -243,17 +248,17 @@ def warn_of_repeats(
     noisy: set[int],
     codes: Mapping[int, float],
 ) -> set[int]:
-    """Warn of columns whose values repeat: the density of a flow can grow without bound at these values.
+    """Warns of columns with repeated values: the density of a flow can grow without bound at these values.
 
-    Each warning names a remedy for its columns: noise for whole numbers, conversion to whole numbers for rounded
-    values, and dropping the column in all other cases.
+    Each warning gives a remedy: noise for whole numbers, conversion to whole numbers for rounded values, and dropping
+    the column in all other cases.
 
     Args:
-        table: names the columns.
+        table: gives the names of the columns.
         values: some training rows, (n, d).
-        whole: the columns that `data.dequantize` accepts, (d,).
+        whole: whether `data.dequantize` accepts each column, (d,).
         noisy: the columns that have noise.
-        codes: by column, the code of a missing value that a warning has already named.
+        codes: the code for missing values of each column that has already been warned of, by column.
 
     Returns:
         The columns that have few distinct values.
@@ -263,16 +268,16 @@ def warn_of_repeats(
     few = {i for i, repeated in found.items() if repeated.few}
     unexplained = {i for i in few if not whole[i] and not found[i].step}
     if unexplained:
-        # `warn_of_copies` reports values that repeat because the whole row repeats
+        # do not warn of values that repeat only because whole rows are repeated
         different = values[np.unique(row_hashes(values), return_index=True)[1]]
         few -= {i for i in unexplained if values.shape[1] == 1 or not repeats(different[:, i]).few}
     counts = sorted(i for i in few if whole[i])
     if counts:
         option = _dequantize(table, {*counts, *noisy})
         _log.warning(
-            f"{table.path} looks integer-valued in {listed([table.columns[i] for i in counts])}: the density of whole "
-            f"numbers is unbounded, and the likelihood is not meaningful. Give {option}, which adds uniform noise to "
-            "these columns"
+            f"{table.path} looks integer-valued in {listed([table.columns[i] for i in counts])}. The density of whole "
+            f"numbers is unbounded, and the likelihood is not meaningful. Add uniform noise to these columns with "
+            f"{option}"
         )
     for step, origin in sorted({(found[i].step, found[i].origin) for i in few if not whole[i]}):
         here = [i for i in sorted(few) if not whole[i] and (found[i].step, found[i].origin) == (step, origin)]
@@ -281,8 +286,8 @@ def warn_of_repeats(
             x = f"(x - {origin:.17g})" if origin else "x"
             _log.warning(
                 f"{table.path}: the values of {listed(names)} are rounded to multiples of {step:g}. Their density is "
-                f"unbounded, and the likelihood is not meaningful. Replace them in the file by round({x} / {step:g}) "
-                "and name the column in data.dequantize"
+                f"unbounded, and the likelihood is not meaningful. Replace the values x in the file by "
+                f"round({x} / {step:g}) and name the column in data.dequantize"
             )
         else:
             _log.warning(
@@ -298,23 +303,23 @@ def warn_of_repeats(
     ]
     if words:
         _log.warning(
-            f"{table.path}: {first_of(words[:_MOST_NAMED], len(words))}: the density of a flow at a single value is "
-            "unbounded, and the likelihood is not meaningful. Train on the rows without the value, or leave the column "
-            "out with data.columns"
+            f"{table.path}: {first_of(words[:_MOST_NAMED], len(words))}. The density of a flow at such a value is "
+            "unbounded, and the likelihood is not meaningful. Remove the rows with the value, or leave the column out "
+            "with data.columns"
         )
     return few
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """How the values of a column repeat.
+    """Statistics of the repeated values of a column.
 
     Attributes:
         few: whether the column has few distinct values, apart from atoms.
         step: the step of the grid that the few values lie on; 0 if there is no grid.
-        origin: a value to subtract before dividing by the step. It is the smallest value if the multiples themselves
-            are too large for noise, as for seconds since 1970, else 0.
-        atoms: (value, share) of single values that many rows have, the most frequent first.
+        atoms: (value, fraction of rows) of single values that many rows have, the most frequent first.
+        origin: a value to subtract before dividing by the step. It is the smallest value if the multiples of the step
+            are otherwise too large to add noise to, as for seconds since 1970. Else it is 0.
     """
 
     few: bool
@@ -324,7 +329,7 @@ class Repeats:
 
 
 def repeats(column: NDArray[np.float64]) -> Repeats:
-    """How the values of a column (n,) repeat.
+    """Computes the statistics of the repeated values of a column (n,).
 
     Example:
         >>> repeats(np.array([0.1, 0.2, 0.2, 0.4, 0.1, 0.2])).step
@@ -347,7 +352,7 @@ def repeats(column: NDArray[np.float64]) -> Repeats:
 
 
 def grid_step(distinct: NDArray[np.float64]) -> float:
-    """The largest step such that all values are multiples of it, up to rounding in float32; 0 if there is none.
+    """Finds the largest step such that all values are its multiples, up to rounding in float32; 0 if there is none.
 
     Args:
         distinct: distinct values in ascending order.
@@ -374,11 +379,12 @@ def grid_step(distinct: NDArray[np.float64]) -> float:
 
 
 def row_hashes(values: NDArray[Any], step: int = 1) -> NDArray[np.uint64]:
-    """A 64-bit hash of each row of samples (n, *event_shape), (n,); equal rows have equal hashes.
+    """Returns a 64-bit hash of each row of samples (n, *event_shape), (n,). Equal rows have equal hashes.
 
     Args:
-        step: about one row in `step` is hashed. The choice depends on the values of the row, so equal rows are either
-            all hashed or all skipped.
+        values: the samples.
+        step: only about one in `step` rows is hashed. The choice depends on the values of the row, so equal rows are
+            either all hashed or all skipped.
     """
     # adding 0 turns -0.0 into 0.0
     flat = np.ascontiguousarray(values.reshape(len(values), math.prod(values.shape[1:]))) + values.dtype.type(0)
@@ -388,10 +394,10 @@ def row_hashes(values: NDArray[Any], step: int = 1) -> NDArray[np.uint64]:
         for column in bits.T[1:]:
             chosen += column
         bits = bits[_mixed(chosen) % step == 0]
-    # most bits of whole numbers are zero, so they are multiplied by random odd numbers
+    # multiplication by random odd numbers spreads the bits, because most bits of whole numbers are zero
     odd = np.random.default_rng(0).integers(0, 2**63, flat.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     found = np.empty(len(bits), np.uint64)
-    # parts small enough for the cache
+    # chunks small enough for the CPU cache
     size = max(1, 2**15 // flat.shape[1])
     for start in range(0, len(bits), size):
         # each column has its own factor, so the order of the columns matters
@@ -408,11 +414,12 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def warn_of_copies(path: str, train: NDArray[np.uint64], held: Mapping[str, NDArray[np.uint64]]) -> None:
-    """Warn of held-out rows that are copies of training rows: a flow that memorises them scores too well.
+    """Warns of held-out rows that are copies of training rows, because memorized rows make the test NLL too low.
 
     Args:
+        path: the file, for the message.
         train: hashes of training rows.
-        held: hashes of the rows of each held-out set.
+        held: hashes of the rows of each held-out set, by name.
     """
     found = []
     for name, hashes in held.items():
@@ -421,16 +428,16 @@ def warn_of_copies(path: str, train: NDArray[np.uint64], held: Mapping[str, NDAr
             found.append(f"{copies:,} of {len(hashes):,} rows of the {name} set")
     if found:
         _log.warning(
-            f"{path}: {' and '.join(found)} are copies of training rows, so the NLL of the set is too low for new "
-            "data. Remove repeated rows from the file, or give data.val_path and data.test_path without them"
+            f"{path}: {' and '.join(found)} are copies of training rows, so the NLL of the set is lower than for new "
+            "data. Remove repeated rows from the file, or give data.val_path and data.test_path without copies"
         )
 
 
 def warn_of_dependence(table: Table, values: NDArray[np.float64], noise: NDArray[np.float64]) -> None:
-    """Warn of columns that are linear in others: the rows lie in a plane, and the density there is unbounded.
+    """Warns of columns that are linear in others: the rows lie in a subspace, where the density is unbounded.
 
     Args:
-        table: names the columns.
+        table: gives the names of the columns.
         values: some training rows, (n, d).
         noise: 1 for columns with added uniform noise, else 0, (d,).
     """
@@ -441,8 +448,8 @@ def warn_of_dependence(table: Table, values: NDArray[np.float64], noise: NDArray
     n = len(values)
     if n <= d:
         _log.warning(
-            f"{table.path}: {n} rows of {d} columns have directions without any spread, and the density is unbounded "
-            "there. Give more rows, or keep fewer columns with data.columns"
+            f"{table.path}: {n} rows of {d} columns lie in a subspace, where the density is unbounded. Give more rows, "
+            "or keep fewer columns with data.columns"
         )
         return
     centred = values - values.mean(0)
@@ -467,9 +474,9 @@ def warn_of_dependence(table: Table, values: NDArray[np.float64], noise: NDArray
 
 
 def dependent_columns(correlation: NDArray[np.float64]) -> tuple[list[int], list[int]]:
-    """Columns that are linear in others up to _RESIDUAL of their variance, and the other columns.
+    """Splits columns into those that are linear in others, up to _RESIDUAL of their variance, and the others.
 
-    A Cholesky decomposition with pivoting takes the column with the largest residual variance in each step.
+    The method is a Cholesky decomposition with pivoting: each step picks the column with the largest residual variance.
 
     Args:
         correlation: (d, d).
@@ -494,24 +501,25 @@ def dependent_columns(correlation: NDArray[np.float64]) -> tuple[list[int], list
 
 
 def warn_of_unseen(path: str, class_counts: NDArray[np.int64], held: Mapping[str, NDArray[np.int64]]) -> None:
-    """Warn of labels that no training row has, and of held-out rows with these labels.
+    """Warns of labels that no training row has, and of held-out rows with these labels.
 
     Args:
+        path: the file, for the message.
         class_counts: the number of training rows of each label, (classes,).
-        held: the labels of each held-out set.
+        held: the labels of each held-out set, by name.
     """
     unseen = np.flatnonzero(class_counts == 0)
     if not len(unseen):
         return
     rows = {name: int(np.isin(labels, unseen).sum()) for name, labels in held.items()}
     scored = [f"{n} rows of the {name} set" for name, n in rows.items() if n]
-    also = f"; {' and '.join(scored)} have such a label, and their likelihood is not meaningful" if scored else ""
+    also = f". The likelihood of {' and '.join(scored)} with such a label is not meaningful" if scored else ""
     gaps = f"{as_ranges(unseen.tolist())} of 0 to {len(class_counts) - 1}"
-    _log.warning(f"{path}: no training row has label {gaps}, so samples are drawn from the other classes only{also}")
+    _log.warning(f"{path}: no training row has label {gaps}, so samples are drawn only from the other classes{also}")
 
 
 def _dequantize(table: Table, columns: Iterable[int]) -> str:
-    """The `data.dequantize=` setting that adds noise to these columns of a table, quoted for a shell."""
+    """Returns the `data.dequantize=` setting that adds noise to these columns of a table, quoted for a shell."""
     chosen = sorted(columns)
     if len(chosen) == len(table.columns):
         return "data.dequantize=true"

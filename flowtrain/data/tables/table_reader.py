@@ -1,4 +1,4 @@
-"""Reads tables from .npy, .npz and text files, as float64. Each error names the place in the file."""
+"""Reads tables from .npy, .npz and text files as float64. Error messages name the place in the file."""
 
 import math
 import zipfile
@@ -18,15 +18,17 @@ from flowtrain.data.tables.csv_reader import DETECTED, Choose, TextFormat, read_
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import counted
 
-# Deflate spends at least one bit on 129 bytes
+# Deflate compresses by at most this factor, because at least one bit is needed for 129 bytes
 MOST_RATIO = 1032
 
 
 def check_array_headers(stream: IO[bytes], file: Path) -> None:
-    """Refuses arrays that are larger than their file, before any memory is asked for; the stream is where it was.
+    """Checks that array headers do not announce more bytes than the file has, before memory is allocated.
+
+    The position of the stream does not change. Headers that cannot be read are left to NumPy.
 
     Raises:
-        DataError: a header that promises more bytes than follow. One that cannot be read is left to NumPy.
+        DataError: a header that announces more bytes than follow.
     """
     begin = stream.tell()
     magic = stream.read(4)
@@ -44,15 +46,15 @@ def check_array_headers(stream: IO[bytes], file: Path) -> None:
 
 
 def npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether the order is Fortran's, and type of the array that begins where the stream is.
+    """Reads the header of a .npy array: its shape, whether it is in Fortran order, and its dtype.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no header at the position of the stream, or one of an unknown version.
     """
     version = npy.read_magic(stream)
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
     if read is None:
-        raise ValueError(f"its format is of version {version}")
+        raise ValueError(f"its format has version {version}, which is not supported")
     shape, fortran, dtype = read(stream)
     return shape, fortran, dtype
 
@@ -63,7 +65,7 @@ def _check(stream: IO[bytes], size: int, file: Path) -> None:
     except ValueError:
         return
     if dtype.hasobject:
-        # pickled, and refused as such
+        # pickled arrays are refused by check_array
         return
     promised, room = math.prod(shape) * dtype.itemsize, size - stream.tell()
     if promised > room:
@@ -71,11 +73,11 @@ def _check(stream: IO[bytes], size: int, file: Path) -> None:
 
 
 def _too_large(file: Path, promised: int, room: int) -> str:
-    return f"{file} is cut short, or its header damaged: it promises {promised} bytes, and {max(0, room)} follow"
+    return f"{file} is cut short, or its header is damaged: it announces {promised} bytes, but {max(0, room)} follow"
 
 
 ARRAYS = (".npy", ".npz")
-# arrays of an .npz file that keeps a table with the names of its columns
+# names of the arrays in an .npz file that stores a table with column names
 VALUES, COLUMNS = "x", "columns"
 TEXTS = (".csv", ".tsv", ".txt", ".data", ".tra", ".tes")
 
@@ -85,12 +87,12 @@ class Table:
     """Rows of numbers.
 
     Attributes:
-        values: (n, d), finite.
-        columns: d names; c0, c1, ... by position in the file where it gives none.
-        indices: the d positions in the file.
-        path: the file, as it was asked for.
-        lines: the line of every row in a text file, from 1; None for an array file.
-        first: the row of the file that is the first of these.
+        values: (n, d).
+        columns: the d column names. If the file has no names, they are c0, c1, ... by position in the file.
+        indices: the d positions of the columns in the file.
+        path: the file, as the user named it.
+        lines: the line number of each row in a text file, from 1. None for an array file.
+        first: the number of the first row in the file, if the table is a block of a file.
         cells: the text of the first missing value of a text file, by its row and column.
     """
 
@@ -108,17 +110,17 @@ class Table:
         return self.columns != default_names(self.indices)
 
     def without(self, index: int) -> "Table":
-        """The table less the column at that position in the file."""
+        """Returns the table without the column at this position in the file."""
         return self.only([i for i, other in enumerate(self.indices) if other != index])
 
     def only(self, columns: Sequence[int]) -> "Table":
-        """The table of these columns, given by their positions in this table."""
+        """Returns the table of these columns. Columns are given by their positions in this table."""
         kept = list(columns)
         names, indices = tuple(self.columns[i] for i in kept), tuple(self.indices[i] for i in kept)
         return replace(self, values=self.values[:, kept], columns=names, indices=indices)
 
     def place(self, row: int, column: int) -> str:
-        """Where a value stands, in words: a line of a text file, a row of an array file, and the column."""
+        """Describes the place of a value for messages: the file, the line or the row, and the column."""
         line = f"row {self.first + row} (from 0)" if self.lines is None else f"line {self.lines[row]}"
         return f"{self.path}, {line}, column {self.columns[column]!r}"
 
@@ -130,12 +132,13 @@ def read_labelled(
     label: str | int | None,
     text_format: TextFormat = DETECTED,
 ) -> tuple[Table, Table | None]:
-    """The table in a file less its column of labels, and that column, where there is one; see `read_table`.
+    """Reads a table and splits off its column of labels, if there is one; see `read_table` for the arguments.
 
-    A table in memory in place of the path is divided in the same way.
+    Args:
+        path: a file or a table in memory.
 
     Raises:
-        ConfigError: a label that is not one column, or that leaves none.
+        ConfigError: a label that is not exactly one column, or that is the only column.
     """
     if label is None:
         return read_table(path, key, columns, text_format=text_format), None
@@ -148,14 +151,14 @@ def read_labelled(
         return [*indices, *(i for i in label_column if i not in indices)]
 
     table = read_table(path, key, choose, text_format=text_format)
-    return less_labels(table, table.only([table.indices.index(i) for i in label_column]), label)
+    return split_off_labels(table, table.only([table.indices.index(i) for i in label_column]), label)
 
 
-def less_labels(table: Table, labels: Table | None, label: str | int | None) -> tuple[Table, Table | None]:
-    """A table without its column of labels, and that column.
+def split_off_labels(table: Table, labels: Table | None, label: str | int | None) -> tuple[Table, Table | None]:
+    """Returns a table without its column of labels, and this column.
 
     Raises:
-        ConfigError: a label that is not one column, or that leaves none.
+        ConfigError: a label that is not exactly one column, or that is the only column.
     """
     if labels is None:
         return table, None
@@ -163,7 +166,7 @@ def less_labels(table: Table, labels: Table | None, label: str | int | None) -> 
         raise ConfigError(f"data.label={label} names {len(labels.columns)} columns of {table.path}: name one")
     table = table.without(labels.indices[0])
     if not table.columns:
-        raise ConfigError(f"data.label={label} is the only column of {table.path}: nothing is left for the samples")
+        raise ConfigError(f"data.label={label} is the only column of {table.path}: there are no columns for samples")
     return table, labels
 
 
@@ -175,21 +178,21 @@ def read_table(
     event_shape: tuple[int, ...] = (),
     text_format: TextFormat = DETECTED,
 ) -> Table:
-    """The table in a file; a 1-D array is one column.
+    """Reads the table in a file. A 1-D array is a table of one column.
 
     Args:
-        path: a file that ends in one of ARRAYS or TEXTS, or in one of TEXTS and .gz; or a table in memory.
-        key: which array of an .npz file with several.
-        columns: names, positions or slices such as "0:64" to keep, in this order. None keeps all columns except those
-            without a name that number or name the rows. A function chooses positions from the names of all columns and
-            the positions of these exceptions.
-        option: the user's name of `columns`.
-        event_shape: (C, H, W), so that an array (n, C, H, W), or (n, H, W) where C is 1, is a table too.
+        path: a file with an ending in ARRAYS or TEXTS (text files may also end in .gz); or a table in memory.
+        key: the array to read from an .npz file with several arrays.
+        columns: names, positions or slices such as "0:64" to keep, in this order. None keeps all columns except unnamed
+            columns of row numbers or row names. A function returns the positions to keep from the names of all columns
+            and the positions of these exceptions.
+        option: the name of the setting that `columns` comes from, for messages.
+        event_shape: (C, H, W) if the file may be an array of images (n, C, H, W), or (n, H, W) for C = 1.
         text_format: the format of a text file.
 
     Raises:
-        DataError: a file that is missing or damaged, or values that are not finite real numbers in a table.
-        ConfigError: `key` or `columns` that the file does not have.
+        DataError: a file that is missing or damaged, or that is not a table of finite real numbers.
+        ConfigError: `key` or `columns` that are not in the file.
     """
     file = Path(path.path if isinstance(path, Table) else path).expanduser()
     choose = columns if callable(columns) else lambda names, out: pick(columns, names, file, option, out)
@@ -200,7 +203,7 @@ def read_table(
     ending = ending_of(file)
     check_file(file)
     if key is not None and ending != ".npz":
-        raise ConfigError(f"data.key={key} names an array of an .npz file, and {path} is not one")
+        raise ConfigError(f"data.key={key} names an array of an .npz file, but {path} is not an .npz file; omit it")
     try:
         if ending in ARRAYS:
             table = _from_array(file, key, choose, event_shape)
@@ -213,16 +216,16 @@ def read_table(
 
 
 def check_file(file: Path) -> None:
-    """Refuse what is no file that can be read.
+    """Checks that a file exists and has a known ending.
 
     Raises:
-        DataError: a directory, another ending, or nothing there.
+        DataError: a directory, an unknown ending, or a missing file.
     """
     ending = ending_of(file)
     if file.is_dir():
         raise DataError(f"{file} is a directory; give a file")
     if ending.removesuffix(".gz") in ARRAYS and ending not in ARRAYS:
-        raise DataError(f"{file} is gzipped, and only text files are read gzipped: unpack it with gunzip")
+        raise DataError(f"{file} is gzipped, but only text files may be gzipped: unpack it with gunzip")
     if ending.removesuffix(".gz") not in ARRAYS + TEXTS:
         found = f"ends in {ending!r}" if ending else "has no ending"
         raise DataError(
@@ -233,7 +236,7 @@ def check_file(file: Path) -> None:
 
 
 def ending_of(file: Path) -> str:
-    """The suffix of a file name in lower case; of a gzipped file both suffixes.
+    """Returns the suffix of a file name in lower case, or both suffixes of a gzipped file.
 
     Example:
         >>> ending_of(Path("a.CSV.gz")), ending_of(Path("b.npy"))
@@ -256,7 +259,7 @@ def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[
     table = array.reshape(len(array), -1) if array.ndim == 1 else array
     everything = range(table.shape[1])
     if names and len(names) != len(everything):
-        raise DataError(f"{file} names {counted(len(names), 'column')} in {COLUMNS!r}, and has {len(everything)}")
+        raise DataError(f"{file} names {counted(len(names), 'column')} in {COLUMNS!r}, but has {len(everything)}")
     names = names or default_names(everything)
     indices = choose(names, ())
     kept = table if indices == list(everything) else table[:, indices]
@@ -265,13 +268,13 @@ def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[
 
 
 def is_images(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool:
-    """Whether an array of that shape holds samples of shape (C, H, W): (n, C, H, W), or (n, H, W) where C is 1."""
+    """Whether an array of this shape contains images (C, H, W): (n, C, H, W), or (n, H, W) for C = 1."""
     return len(shape) > 2 and shape[1:] in (event_shape, event_shape[1:] if event_shape[:1] == (1,) else event_shape)
 
 
 def _load(file: Path, key: str | None) -> tuple[NDArray[Any], tuple[str, ...]]:
-    """The array in the file, never unpickled, and the names of its columns; none but in an .npz file that has them."""
-    # NumPy forgets to close what it opens itself when an archive turns out damaged
+    """Loads an array, never unpickled, and its column names, which are () unless an .npz file contains them."""
+    # numpy.load does not close a file that it opened if the archive is damaged, so the file is opened here
     with damage_refused(file), file.open("rb") as stream:
         check_array_headers(stream, file)
         loaded = np.load(stream, allow_pickle=False)
@@ -285,40 +288,40 @@ def _load(file: Path, key: str | None) -> tuple[NDArray[Any], tuple[str, ...]]:
 
 @contextmanager
 def damage_refused(file: Path) -> Iterator[None]:
-    """Around the reading of an array file: whatever NumPy finds wrong with it is a DataError."""
+    """Converts all errors of NumPy while reading an array file to DataError."""
     try:
         yield
     except (ConfigError, DataError, PermissionError):
         raise
-    # A damaged file makes NumPy raise any of a dozen types, down to zlib's and tokenize's own
+    # NumPy raises a dozen types of errors for damaged files, including those of zlib and tokenize
     except Exception as error:
         if "pickle" in str(error):
             raise _pickled(file) from error
-        raise DataError(f"{file} is damaged or no NumPy file: {error}") from error
+        raise DataError(f"{file} is damaged or no NumPy file ({error}); write or copy it again") from error
 
 
 def _pickled(file: Path) -> DataError:
     return DataError(
-        f"{file} holds Python objects or is no NumPy file; loading it could run code, so it is not "
-        "loaded. Save numbers: numpy.save(path, array.astype(float))"
+        f"{file} contains Python objects or is no NumPy file. It is not loaded because loading it could run code. Save "
+        "numbers: numpy.save(path, array.astype(float))"
     )
 
 
 def _member(names: list[str], key: str | None, file: Path) -> str:
     if not names:
-        raise DataError(f"{file} holds no array")
+        raise DataError(f"{file} contains no array")
     if key is None and len(names) > 1:
-        raise ConfigError(f"{file} holds {len(names)} arrays; choose one with data.key: {', '.join(names)}")
+        raise ConfigError(f"{file} contains {len(names)} arrays; choose one with data.key: {', '.join(names)}")
     if key is not None and key not in names:
         raise ConfigError(f"{file} has no array {key!r}; data.key can be {', '.join(names)}")
     return names[0] if key is None else key
 
 
 def check_array(shape: tuple[int, ...], dtype: np.dtype[Any], file: Path, event_shape: tuple[int, ...] = ()) -> None:
-    """Refuse an array that is no table of numbers.
+    """Checks that an array is a table of real numbers.
 
     Raises:
-        DataError: objects, numbers that are not real, an array of another rank, or nothing in it.
+        DataError: objects, values that are not real numbers, an array of another rank, or an empty array.
     """
     if dtype.hasobject:
         raise _pickled(file)
@@ -328,17 +331,15 @@ def check_array(shape: tuple[int, ...], dtype: np.dtype[Any], file: Path, event_
         images = f", or (n, {', '.join(map(str, event_shape))})" if len(event_shape) > 1 else ""
         raise DataError(f"{file} has shape {shape}; (rows, columns) is needed, or (rows,) for one column{images}")
     if min(shape) < 1:
-        raise DataError(f"{file} has shape {shape}: there is nothing in it")
+        raise DataError(f"{file} has shape {shape}: it is empty")
 
 
 def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
-    """Refuse values that are missing, NaN or infinite.
+    """Raises DataError if values are missing, NaN or infinite, with their number by column and the place of the first.
 
     Args:
-        whole: all the blocks of the file that the table is one of, to be counted; None where it is all there is.
-
-    Raises:
-        DataError: the number of such values in each column, and the place of the first.
+        table: a file or a block of a file.
+        whole: all blocks of the file, for the numbers in the message. None if `table` is the whole file.
     """
     bad = ~np.isfinite(table.values)
     if not bad.any():

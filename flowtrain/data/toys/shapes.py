@@ -36,8 +36,8 @@ _SQUARE_CENTRES = _square_centres()
 class Checkerboard(Toy):
     """checkerboard: uniform on the 8 squares of side 2 in [-4, 4]^2 with floor(x1 / 2) + floor(x2 / 2) even.
 
-    Density: 1/32 on the squares, 0 elsewhere, so log_prob is -inf outside. The squares are closed: a sample
-    that float32 rounds onto an edge must not be called impossible.
+    Density: 1/32 on the squares, 0 elsewhere, so log_prob is -inf outside. The squares include their edges, because
+    float32 may round a sample onto an edge.
 
     Source: FFJORD (Grathwohl et al. 2019), lib/toy_data.py: x1 ~ U(-2, 2),
     x2 = u - 2 b + (floor(x1) mod 2) with u ~ U(0, 1) and b a fair coin, everything times 2.
@@ -86,7 +86,7 @@ _RING_STD = 0.08
 class Rings(Toy):
     """rings: radius 3, 2.25, 1.5 or 0.75 with equal chance, uniform angle, plus N(0, 0.08^2 I).
 
-    The noise comes after the scaling by 3, unlike in circles, so the rings are thin.
+    The noise is added after the scaling by 3, unlike in circles, so the rings are thin.
 
     Density: p(x) = 1/4 sum_R exp(-(|x| - R)^2 / (2 s^2)) i0e(|x| R / s^2) / (2 pi s^2), s = 0.08.
 
@@ -111,7 +111,7 @@ _CIRCLE_STD = 0.24
 class Circles(Toy):
     """circles: radius 1 or 0.5 with equal chance, uniform angle, plus N(0, 0.08^2 I), everything times 3.
 
-    In data units radii 3 and 1.5 with noise of standard deviation 0.24.
+    In data units, the radii are 3 and 1.5, and the noise has standard deviation 0.24.
 
     Density: p(x) = 1/2 sum_R exp(-(|x| - R)^2 / (2 s^2)) i0e(|x| R / s^2) / (2 pi s^2), s = 0.24.
 
@@ -133,7 +133,7 @@ _MOON_STD = 0.2
 
 
 def _half_circles(angle: Tensor) -> Tensor:
-    """The points (2, n, 2) of both moons at angles (n,) in [0, pi], in data units."""
+    """Returns the points (2, n, 2) of both moons at angles (n,) in [0, pi], in data units."""
     upper = torch.stack((2 * angle.cos() - 1, 2 * angle.sin() - 0.2), dim=1)
     lower = torch.stack((1 - 2 * angle.cos(), 0.8 - 2 * angle.sin()), dim=1)
     return torch.stack((upper, lower))
@@ -142,8 +142,8 @@ def _half_circles(angle: Tensor) -> Tensor:
 class Moons(Toy):
     """moons: x = 2 m + (-1, -0.2) with m on one of two half circles plus noise.
 
-    m = (cos a, sin a) or (1 - cos a, 1/2 - sin a) with equal chance, a ~ U(0, pi), plus N(0, 0.1^2 I): in data
-    units two half circles of radius 2 with noise of standard deviation 0.2.
+    m = (cos a, sin a) or (1 - cos a, 1/2 - sin a) with equal chance, a ~ U(0, pi), plus N(0, 0.1^2 I). In data units,
+    the half circles have radius 2, and the noise has standard deviation 0.2.
 
     Density: p(x) = 1/2 sum_m 1/pi integral_0^pi N(x; c_m(a), 0.2^2 I) da, by quadrature over a.
 
@@ -169,28 +169,29 @@ _ARMS = 5
 _RADIAL_STD, _TANGENTIAL_STD = 0.3, 0.1
 _RATE = 0.25
 _PERIOD = 2 * math.pi / _ARMS
-# 13 radial standard deviations out, at log p near -90; the number of roots grows as exp(rho).
+# The largest radius at which roots are searched, because their number grows as exp(rho). It is 13 radial standard
+# deviations from the mean, where log p is near -90
 _LAST_RHO = 5.0
-# On the edge of the fold, a set of measure zero far in the tail, the density is infinite.
+# On the edge of the fold, a set of measure zero far in the tail, the density is infinite
 _SMALLEST_JACOBIAN = 1e-9
 
 
 class Pinwheel(Toy):
     """pinwheel: x = 2 R(theta) f with f = (r, t), r ~ N(1, 0.3^2), t ~ N(0, 0.1^2).
 
-    R turns clockwise by theta = 2 pi k / 5 + 0.25 exp(r), k = 0 .. 4 equally likely.
+    R rotates clockwise by theta = 2 pi k / 5 + 0.25 exp(r), k = 0 .. 4 equally likely.
 
-    Density: a change of variables with a scalar root. R keeps the length, so x / 2 = rho (cos phi, sin phi) can
-    come only from f = (r, t) = rho (cos alpha, sin alpha), alpha in [-pi, pi) being a root of
+    Density: a change of variables with a scalar root. Rotations preserve lengths, so x / 2 = rho (cos phi, sin phi) can
+    come only from f = (r, t) = rho (cos alpha, sin alpha), where alpha in [-pi, pi) is a root of
 
-        h(alpha) = alpha - 0.25 exp(rho cos alpha) - phi = 0  mod 2 pi / 5,
+        h(alpha) = alpha - 0.25 exp(rho cos alpha) - phi = 0  mod 2 pi / 5.
 
-    where the modulus stands for the five arms. det df/dx = 1 / (4 h'(alpha)), h' = 1 + 0.25 exp(r) t, so
+    The modulus represents the five arms. With det df/dx = 1 / (4 h'(alpha)) and h' = 1 + 0.25 exp(r) t,
 
         p(x) = 1/4 * 1/5 sum over the roots of N(r; 1, 0.3^2) N(t; 0, 0.1^2) / |h'(alpha)|.
 
-    There are five roots, one per arm, until the map folds (at t < -4 exp(-r), probability 1e-9), and more after
-    that. Farther than 10 from the origin, where log p is near -90, log_prob gives the mean over the angle.
+    There are five roots, one per arm, and more where the map folds (t < -4 exp(-r), probability 1e-9). Farther than 10
+    from the origin, where log p is near -90, log_prob returns the log of the mean density over the angle.
 
     Source: FFJORD (Grathwohl et al. 2019), lib/toy_data.py.
     Entropy: 2.3178 nats.
@@ -219,13 +220,13 @@ class Pinwheel(Toy):
 
 
 def _log_features(r: Tensor, t: Tensor) -> Tensor:
-    """log N(r; 1, 0.3^2) N(t; 0, 0.1^2)."""
+    """Returns log N(r; 1, 0.3^2) N(t; 0, 0.1^2)."""
     exponent = -((r - 1) / _RADIAL_STD).square() / 2 - (t / _TANGENTIAL_STD).square() / 2
     return exponent - math.log(2 * math.pi * _RADIAL_STD * _TANGENTIAL_STD)
 
 
 def _log_sum_over_roots(rho: Tensor, phi: Tensor) -> Tensor:
-    """log of 1/5 sum over roots of N(r) N(t) / |h'| at polar coordinates (B,), (B,): shape (B,)."""
+    """Returns the log of 1/5 sum over roots of N(r) N(t) / |h'| at polar coordinates (B,), (B,): shape (B,)."""
     edges = _monotone_pieces(rho)
     left, right = edges[:, :-1], edges[:, 1:]
     rho3, phi3 = rho[:, None].expand_as(left), phi[:, None].expand_as(left)
@@ -252,16 +253,16 @@ def _largest(count: Tensor) -> int:
 
 
 def _turn(alpha: Tensor, rho: Tensor, phi: Tensor) -> Tensor:
-    """h(alpha): a root is where it is a multiple of 2 pi / 5."""
+    """Returns h(alpha). alpha is a root if h(alpha) is a multiple of 2 pi / 5."""
     return alpha - _RATE * (rho * alpha.cos()).exp() - phi
 
 
 def _monotone_pieces(rho: Tensor) -> Tensor:
-    """Edges (B, 4) in [-pi, pi] between which h is monotone in alpha.
+    """Returns edges (B, 4) in [-pi, pi] between which h is monotone in alpha.
 
-    h' = 1 - q(-alpha) with q(u) = 0.25 rho sin(u) exp(rho cos u) can vanish only for alpha in (-pi, 0). There q
-    has one maximum, where cos u = rho sin^2 u, so h falls between the two solutions of q(u) = 1, if there are
-    any, and rises elsewhere. Without a fold the middle piece is empty.
+    h' = 1 - q(-alpha) with q(u) = 0.25 rho sin(u) exp(rho cos u) can vanish only for alpha in (-pi, 0). There q has one
+    maximum, at cos u = rho sin^2 u. If q(u) = 1 has two solutions, h decreases between them; elsewhere h increases.
+    Without solutions (no fold) the middle interval is empty.
     """
 
     def excess(u: Tensor) -> Tensor:
@@ -276,7 +277,7 @@ def _monotone_pieces(rho: Tensor) -> Tensor:
 
 
 def _bisect(f: Callable[[Tensor], Tensor], lo: Tensor, hi: Tensor) -> Tensor:
-    """Root of an increasing f between lo and hi, elementwise, to the last bit of an angle."""
+    """Finds the root of an increasing f between lo and hi by bisection, elementwise, to the last bit of an angle."""
     for _ in range(54):
         middle = (lo + hi) / 2
         above = f(middle) > 0
@@ -285,10 +286,10 @@ def _bisect(f: Callable[[Tensor], Tensor], lo: Tensor, hi: Tensor) -> Tensor:
 
 
 def _log_mean_over_angle(rho: Tensor) -> Tensor:
-    """log of 1/(2 pi) integral of N(r) N(t) d alpha on the circle of radius rho >= 5: shape (B,).
+    """Returns the log of 1/(2 pi) integral of N(r) N(t) d alpha on the circle of radius rho >= 5: shape (B,).
 
-    The integrand is a narrow peak at alpha = 0 (t = 0), so Laplace's method: its curvature there is
-    k = rho^2 / 0.1^2 - rho (rho - 1) / 0.3^2, and the integral sqrt(2 pi / k) times the peak.
+    The integrand is a narrow peak at alpha = 0 (t = 0), so Laplace's method applies. The curvature of the log integrand
+    at the peak is -k with k = rho^2 / 0.1^2 - rho (rho - 1) / 0.3^2. The integral is sqrt(2 pi / k) times the peak.
     """
     curvature = rho * (rho / _TANGENTIAL_STD**2 - (rho - 1) / _RADIAL_STD**2)
     return _log_features(rho, torch.zeros_like(rho)) - (2 * math.pi * curvature).log() / 2
@@ -331,18 +332,18 @@ _LAST_ERFC = 25.0
 
 
 def _spiral(angle: Tensor) -> Tensor:
-    """The lower left corner (n, 2) of the box at angles (n,) of the first spiral, in data units."""
+    """Returns the lower left corners (n, 2) of the boxes at angles (n,) of the first spiral, in data units."""
     return torch.stack((-angle.cos() * angle, angle.sin() * angle), dim=1) / 3
 
 
 def _log_blurred_box(offset: Tensor) -> Tensor:
-    """log density of U(-w/2, w/2) + N(0, s^2) at `offset`, any shape, w = 1/6, s = 0.1.
+    """Returns the log density of U(-w/2, w/2) + N(0, s^2) at `offset` (any shape), w = 1/6, s = 0.1.
 
     p(d) = [erfc(a) - erfc(b)] / (2 w),  a = (|d| - w/2) / (s sqrt 2),  b = (|d| + w/2) / (s sqrt 2).
 
-    Taking |d| puts both terms in the tail where erfc keeps its relative accuracy. Beyond a = c = 25 erfc nears
-    underflow, and p goes on from there as its leading term, exp(c^2 - a^2) c / a: right to 1e-3 nats at log p
-    below -600.
+    With |d| both arguments are in the tail in which erfc keeps its relative accuracy. For a > c = 25, erfc is close to
+    underflow, so p(d) is computed as its value at a = c times exp(c^2 - a^2) c / a, the ratio of the leading terms.
+    There log p is below -600, and its error is 1e-3 nats.
     """
     half = _SPIRAL_BOX / 2 / (_SPIRAL_STD * math.sqrt(2))
     a = offset.abs() / (_SPIRAL_STD * math.sqrt(2)) - half
@@ -354,11 +355,11 @@ def _log_blurred_box(offset: Tensor) -> Tensor:
 class TwoSpirals(Toy):
     """2spirals: +- [(-n cos n, n sin n) + 0.5 (u1, u2)] / 3 plus N(0, 0.1^2 I), n = 3 pi sqrt(u).
 
-    u, u1, u2 ~ U(0, 1) and a fair sign: a spiral thickened by a box of side 1/6 and by Gaussian noise, and its
-    mirror image through the origin. n has density 2 n / (3 pi)^2 on [0, 3 pi].
+    u, u1, u2 ~ U(0, 1), and both signs have equal chance. The result is a spiral thickened by a box of side 1/6 and by
+    Gaussian noise, and its mirror image through the origin. n has density 2 n / (3 pi)^2 on [0, 3 pi].
 
-    Density: p(x) = [q(x) + q(-x)] / 2, q(x) = integral of 2 n / (3 pi)^2 g(x1 - m1(n)) g(x2 - m2(n)) dn
-    by quadrature over n, where m(n) is the middle of the box and g a uniform convolved with a Gaussian: a
+    Density: p(x) = [q(x) + q(-x)] / 2, q(x) = integral of 2 n / (3 pi)^2 g(x1 - m1(n)) g(x2 - m2(n)) dn by quadrature
+    over n. Here m(n) is the middle of the box, and g is a uniform density convolved with a Gaussian, which is a
     difference of two normal distribution functions.
 
     Source: FFJORD (Grathwohl et al. 2019), lib/toy_data.py.
@@ -374,7 +375,7 @@ class TwoSpirals(Toy):
         return sign * (corner + _SPIRAL_BOX * uniform(generator, n, 2)) + _SPIRAL_STD * normal(generator, n, 2)
 
     def _log_density(self, x: Tensor) -> Tensor:
-        # Edges at the square roots give panels of nearly equal length along the curve.
+        # edges at square roots give panels of nearly equal length along the curve
         angle, weight = gauss_legendre(_SPIRAL_LAST * torch.linspace(0, 1, 7, dtype=torch.float64).sqrt())
         middle = _spiral(angle) + _SPIRAL_BOX / 2
         log_weight = (weight * 2 * angle / _SPIRAL_LAST**2).log()

@@ -99,7 +99,7 @@ BAD_IMAGES: list[tuple[dict[str, Any], type[FlowtrainError], list[str]]] = [
     ({"levels": 1}, ConfigError, ["data.levels=1", "at least 2"]),
     ({"levels": 17, "alpha": 0.5}, ConfigError, ["data.alpha=0.5", "below 0.499"]),
     ({"levels": 17, "standardize": True}, ConfigError, ["data.standardize=true and data.levels"]),
-    ({"event_shape": [1, 3, 4]}, ConfigError, ["takes 12 columns, and the file has 13", "data.label"]),
+    ({"event_shape": [1, 3, 4]}, ConfigError, ["needs 12 columns, but the file has 13", "data.label"]),
     ({"event_shape": [12], "label": 12}, ConfigError, ["channels, height and width"]),
     ({"event_shape": 12}, ConfigError, ["data.event_shape=12"]),
     ({"label": 13}, ConfigError, ["data.label", "no column 13"]),
@@ -136,7 +136,9 @@ def test_invalid_labels_are_refused(tmp_path: Path, refused: Refused) -> None:
         spoiled = values.copy()
         spoiled[row, 1] = bad
         path = npy(tmp_path / "t.npy", spoiled)
-        refused(lambda p=path: ArrayData(p, label=1), DataError, [f"row {row}", "'c1'", f"{bad:g} is no label"])
+        refused(
+            lambda p=path: ArrayData(p, label=1), DataError, [f"row {row}", "'c1'", f"{bad:g} is not a class label"]
+        )
 
 
 def test_dequantizing_fractions_is_refused_with_the_cell(tmp_path: Path, refused: Refused) -> None:
@@ -157,7 +159,7 @@ def test_only_repeated_integers_are_reported_as_discrete(
     values[:, 2] = np.arange(400)
     path = npy(tmp_path / "t.npy", values)
     ArrayData(path)
-    assert "looks integer-valued in 'c1':" in caplog.text
+    assert "looks integer-valued in 'c1'" in caplog.text
     # the suggested option works for one column, and is refused for all columns
     assert "'data.dequantize=[1]'" in caplog.text
     assert ArrayData(path, dequantize=[1]).noisy == (1,)

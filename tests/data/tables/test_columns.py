@@ -123,7 +123,7 @@ def test_column_constant_in_the_training_rows_is_refused(tmp_path: Path, refused
     train[:, 1] = 3
     paths = [npy(tmp_path / name, values) for name, values in (("a.npy", train), ("b.npy", test))]
     refused(lambda: ArrayData(paths[0], test_path=paths[1]), DataError, [paths[0], "column 'c1' is constant"])
-    refused(lambda: ArrayData(paths[0], columns=[1]), DataError, ["there are no others"])
+    refused(lambda: ArrayData(paths[0], columns=[1]), DataError, ["no other columns"])
 
 
 def test_columns_that_float32_cannot_represent_are_reported(

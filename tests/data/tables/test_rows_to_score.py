@@ -72,7 +72,7 @@ def test_more_or_fewer_columns_are_refused_unless_they_have_names(tmp_path: Path
     np.testing.assert_array_equal(scored(data, table(tmp_path / "m.csv", [2, 1, 4, 0])).test, DATA[:, [0, 1]])
     for columns, count in (([0, 1, 2], "3 columns"), ([0], "1 column,")):
         path = table(tmp_path / "n.npy", columns)
-        refused(lambda path=path: scored(data, path), DataError, [path, count, "samples of 2", "data.columns"])
+        refused(lambda path=path: scored(data, path), DataError, [path, count, "trained on 2", "data.columns"])
     path = table(tmp_path / "o.csv", [0, 2])
     refused(lambda: scored(data, path), ConfigError, [path, "'b'"])
 

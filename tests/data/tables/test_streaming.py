@@ -14,7 +14,7 @@ from helpers import Run
 from flowtrain.data.images import IDXImages
 from flowtrain.data.tables import array, streaming
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.data.tables.streaming import Moments, NpyRows, WindowedEpochs, drawn
+from flowtrain.data.tables.streaming import Moments, NpyRows, WindowedEpochs, draw_rows
 
 pytestmark = pytest.mark.usefixtures("small_windows")
 
@@ -179,7 +179,7 @@ def test_rows_are_drawn_without_replacement(n: int, k: int) -> None:
     generator = torch.Generator().manual_seed(0)
     counts = np.zeros(n)
     for _ in range(400):
-        rows = drawn(n, k, generator)
+        rows = draw_rows(n, k, generator)
         assert len(set(rows.tolist())) == k
         counts[rows] += 1
     assert counts.sum() == 400 * k

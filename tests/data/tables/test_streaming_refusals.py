@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("small_windows")
         (777, 1, 1e39, {}, "row 777 (from 0), column 'c1': 1e+39 is beyond float32"),
         (900, 2, 7.5, {"dequantize": True, "columns": [2]}, "row 900 (from 0), column 'c2': 7.5 is not a whole"),
         (900, 2, 9, {"levels": 4, "columns": [2]}, "row 900 (from 0), column 'c2': 9 is outside 0 to 3"),
-        (3, 2, -1, {"label": 2}, "row 3 (from 0), column 'c2': -1 is no label"),
+        (3, 2, -1, {"label": 2}, "row 3 (from 0), column 'c2': -1 is not a class label"),
         (999, 2, np.inf, {"label": 2}, "row 999 (from 0), column 'c2': the value is inf"),
     ],
 )
@@ -62,7 +62,7 @@ def test_files_that_cannot_be_streamed_are_refused(
         ("fortran.npy", np.asfortranarray(values), "Fortran order"),
         ("cube.npy", np.zeros((2, 2, 2)), "has shape"),
         ("words.npy", np.array(["a"]), "dtype"),
-        ("nothing.npy", np.zeros((0, 3)), "nothing in it"),
+        ("nothing.npy", np.zeros((0, 3)), "is empty"),
     ):
         np.save(tmp_path / name, content)
         with pytest.raises(DataError, match=says):

@@ -94,7 +94,7 @@ BAD_ARRAYS: dict[str, tuple[str, bytes, list[str]]] = {
     "nothing": (".npy", b"", ["no NumPy file"]),
     "cut short": (".npy", array_file(normal(9, 9))[:300], ["damaged"]),
     "cut short npz": (".npz", archive(a=normal(9, 9))[:300], ["no NumPy file"]),
-    "nothing in npz": (".npz", archive(), ["holds no array"]),
+    "nothing in npz": (".npz", archive(), ["contains no array"]),
     "unknown ending": (".parquet", b"", [".npy", ".csv", ".parquet"]),
     "no ending": ("", b"", [".npy", ".csv"]),
 }
