@@ -30,7 +30,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     made = style.new_figure
-    monkeypatch.setattr(style, "new_figure", lambda height, title: found.append(title) or made(height, title))
+    monkeypatch.setattr(
+        style, "new_figure", lambda height, title, *rest: found.append(title) or made(height, title, *rest)
+    )
     return found
 
 
