@@ -158,7 +158,7 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save_blank(figure: Figure, path: Path, options: PlotOptions = DEFAULT) -> None:
-    """Saves a picture of one dot in place of the figure, in each of its files."""
+    """Saves a picture of one dot in place of the figure, in each format."""
     for file in options.files(path):
         with replacing(file) as f:
             f.write(BLANK)

@@ -51,9 +51,10 @@ class LoadedRun(NamedTuple):
     built: Dataset | None = None
 
     def titled(self, words: str) -> str:
-        """The title of a picture: the run, its NLL on the test set where result.json has that, and words."""
+        """The title of a figure: the run, its step, its test NLL if result.json has it, and words."""
         nll = "" if self.changed else reached(self.path, self.step)
-        return ", ".join(filter(None, (title_of(self.config), nll, words)))
+        step = "" if self.members else f"step {self.step:,}"
+        return ", ".join(filter(None, (title_of(self.config), step, nll, words)))
 
     @property
     def plot_options(self) -> PlotOptions:

@@ -1,4 +1,4 @@
-"""How a run was trained and evaluated: commands, seeds, dates, versions and device, for the report of `floweval`."""
+"""The provenance in the report of `floweval`: commands, seeds, dates, versions and device."""
 
 import re
 import shlex
@@ -12,14 +12,14 @@ from flowtrain.cli.output_files import run_dir_of
 from flowtrain.runs.console import device_words
 from flowtrain.runs.sweep_summary import overrides_of
 
-# the start of a line of flowtrain.log; messages of several lines have it once
+# the start of a message in flowtrain.log
 STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d):\d\d,\d{3} ", re.M)
 # the largest number of members of an ensemble whose training is listed
 MEMBERS = 20
 
 
 def provenance(loaded_run: LoadedRun, arguments: Sequence[str], seed: int) -> list[tuple[str, str]]:
-    """What a report says about the training and the evaluation, as names and values.
+    """Names and values that describe the training and the evaluation.
 
     A value that is not recorded, such as the command of a flow trained from Python, is left out.
 

@@ -1,12 +1,11 @@
-"""Training curves: NLL, solver evaluations, gradient norm and learning rate, from the rows of metrics.jsonl.
+"""Training curves: NLL, NFE, gradient norm and learning rate, from the rows of metrics.jsonl.
 
-Shape: R rows of one split.
+Shapes: R is the number of rows of one split.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -28,13 +27,15 @@ TALL, SHORT = 2.6, 1.05
 
 NAMES = {"val": "validation"}
 COLOURS = (style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE, style.BLUE, style.INK, style.MUTED)
-# the most curves whose best values fit in the legend
+# the style of lines, which changes once all colours are used
+LINES = ("-", "--", ":")
+# the largest number of curves whose best values are in the legend
 WITH_BEST = 4
 
 
 @dataclass(frozen=True)
 class Course:
-    """One quantity along the steps of one split: two arrays of shape (R,), finite values only."""
+    """One quantity by step for one split: two arrays (R,) of finite values."""
 
     steps: Array
     values: Array
@@ -43,12 +44,12 @@ class Course:
         return len(self.values) > 0
 
     def positive(self) -> "Course":
-        """What a logarithmic axis can show."""
+        """The positive values, which a logarithmic axis can show."""
         kept = self.values > 1 / FARTHEST
         return Course(self.steps[kept], self.values[kept])
 
     def median(self) -> "Course":
-        """The running median over about a thirtieth of the rows, at 500 places at most."""
+        """The running median over about a thirtieth of the rows, at no more than 500 steps."""
         count = len(self.values)
         if count < 20:
             return self
@@ -82,7 +83,7 @@ def draw_curves(
     base = BOTTOM + len(below) * (SHORT + BETWEEN)
     width = style.WIDTH - LEFT - (RIGHT if below else BARE)
     others = [name for name in _splits(rows) if name != "val"]
-    # the entries of the NLL panel other than those of a single run
+    # the legend of several runs can need more than one row
     more = style.legend_height([*map(_name, others), "entropy of the data"], width) if len(others) > 1 else 0.0
     with style.styled():
         figure = style.new_figure(base + TALL + HEAD + more, title, options)
@@ -93,14 +94,14 @@ def draw_curves(
             draw(panels[1], train)
         _share_steps(panels, rows, kept)
         for axes in figure.axes:
-            # a label beside its ticks would move with their width
+            # at the same place in all panels, however wide the tick labels are
             across = -0.54 if axes in panels else width + 0.56
             axes.yaxis.set_label_coords(across / width, 0.5)
         style.save(figure, path, options)
 
 
 def course(rows: Rows, key: str) -> Course:
-    """The finite values of `key` by step; the last of several for one step, as a resumed run repeats some."""
+    """The finite values of `key` by step. If a step has several, as in a resumed run, the last one counts."""
     found = {}
     for row in rows:
         step, value = row.get("step"), row.get(key)
@@ -146,11 +147,12 @@ def _likelihood(axes: Axes, rows: Rows, entropy: float | None, kept: int | None 
         return
     if train:
         _noisy(axes, train, style.BLUE, "training")
-    for colour, (name, curve) in zip(cycle(COLOURS), others.items(), strict=False):
+    for place, (name, curve) in enumerate(others.items()):
+        colour, line = COLOURS[place % len(COLOURS)], LINES[place // len(COLOURS) % len(LINES)]
         words = f" (best {_number(curve.values.min())})" if len(others) <= WITH_BEST else ""
         best = f"{_name(name)}{words}"
         every = max(1, len(curve.values) // 40)
-        axes.plot(curve.steps, curve.values, "-o", color=colour, markersize=3.5, markevery=every, label=best)
+        axes.plot(curve.steps, curve.values, f"{line}o", color=colour, markersize=3.5, markevery=every, label=best)
     low, high = _frame(train, list(others.values()))
     if unit == "nats" and _finite(entropy):
         axes.axhline(entropy, color=style.INK, linestyle=style.DASHES, linewidth=1.1, label="entropy of the data")
@@ -179,7 +181,7 @@ def _mark_kept(axes: Axes, kept: int, validation: Course | None) -> None:
 
 
 def _frame(train: Course, others: Sequence[Course]) -> Range:
-    """The range of NLL to show: the smooth curves, if three quarters of the rows then keep an eighth of it.
+    """The range of the NLL axis. It covers the smooth curves, but is at most 8 times the range of 75% of the rows.
 
     Single spikes, a steep start and a blow-up leave the frame.
     """
@@ -193,13 +195,13 @@ def _frame(train: Course, others: Sequence[Course]) -> Range:
 
 
 def _name_hidden(axes: Axes, curves: Sequence[Course]) -> None:
-    """Say what the frame leaves out: a picture that hides a spike in silence would lie."""
+    """Writes how many values are outside the frame, because readers would take the frame for all of the run."""
     values = np.concatenate([curve.values for curve in curves])
     low, high = axes.get_ylim()
     hidden = values[(values < low) | (values > high)]
     if len(hidden):
         farthest = hidden[np.argmax(np.abs(hidden - (low + high) / 2))]
-        words = f"{len(hidden):,} of {len(values):,} values out of the frame, one at {_number(farthest)}"
+        words = f"outside the frame: {len(hidden):,} of {len(values):,} values, such as {_number(farthest)}"
         box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
         look: dict[str, Any] = {"color": style.MUTED, "size": 8, "ha": "right", "va": "top", "bbox": box}
         axes.text(0.995, 0.975, words, transform=axes.transAxes, **look)
@@ -216,7 +218,7 @@ def _solver(axes: Axes, train: Rows) -> None:
         curve = varied(train, key)
         if curve:
             _noisy(axes, curve, colour, label)
-            # one hard batch may cost a hundred times the usual
+            # a single batch can need a hundred times the usual NFE
             top = max(top, min(curve.values.max(), 3 * curve.median().values.max()))
     axes.set_ylim(0, 1.08 * top or 1.0)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -267,19 +269,19 @@ PANELS: tuple[tuple[Callable[[Axes, Rows], None], tuple[str, ...]], ...] = (
 
 
 def _line(axes: Axes, curve: Course, colour: str, label: str, **look: Any) -> None:
-    # a line of one point is invisible
+    # a line with a single point is invisible
     marker = "o" if len(curve.values) == 1 else ""
     axes.plot(curve.steps, curve.values, color=colour, label=label, marker=marker, markersize=3.5, **look)
 
 
 def _noisy(axes: Axes, curve: Course, colour: str, label: str) -> None:
-    """The raw values faintly, their running median clearly."""
+    """Draws the values as a pale line, and their running median on top."""
     axes.plot(curve.steps, curve.values, color=colour, alpha=0.25, linewidth=0.8)
     _line(axes, curve.median(), colour, label)
 
 
 def _right_scale(axes: Axes, name: str) -> Axes:
-    """An axis of its own on the right, with the same steps."""
+    """A second y axis, on the right, over the same steps."""
     right = axes.twinx()
     style.mark_numbers(right)
     right.spines["right"].set_visible(True)
@@ -288,7 +290,7 @@ def _right_scale(axes: Axes, name: str) -> Axes:
 
 
 def _share_steps(panels: Sequence[Axes], rows: Rows, kept: int | None) -> None:
-    """The same steps in every panel, with labels below the last one."""
+    """Gives all panels the same steps, with labels below the last panel."""
     steps = [float(step) for row in rows if _finite(step := row.get("step"))]
     low, high = (min(steps), max(steps)) if steps else (0.0, 1.0)
     margin = 0.01 * (high - low) or 1.0
@@ -303,7 +305,7 @@ def _share_steps(panels: Sequence[Axes], rows: Rows, kept: int | None) -> None:
 
 
 def _step(value: float, highest: float) -> str:
-    """2,000 in a short run, 250k or 1.5M in a long one."""
+    """The label of a step: "2,000" in a short run, "250k" or "1.5M" in a long run."""
     if highest < 100_000 or value == 0:
         return f"{value:,.0f}"
     return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"

@@ -23,17 +23,17 @@ from flowtrain.utils.errors import FlowtrainError
 
 CALIBRATION_COLOURS = (style.BLUE, style.ORANGE, style.GREEN)
 BAND = "#E4E4E4"
-# the 95% quantile of Kolmogorov's distribution, of sqrt(n) sup |F_n(u) - u|
+# the 95% quantile of sqrt(n) sup |F_n(u) - u| for uniform u (Kolmogorov's distribution)
 KOLMOGOROV = 1.358
-# a curve of more corners looks no different
+# the largest number of points of a curve; more points do not change how it looks
 CORNERS = 400
-# with more latents than this, each has a panel of its own
-TOGETHER = 3
-# inches: the figure of few latents; the panels of many, their distance, and the room above them
+# the largest number of latents in one pair of panels, and the number of letters for their names in the legend
+TOGETHER, TOGETHER_LETTERS = 3, 51
+# inches: the height of the figure of few latents; for many, the panels, the gaps between them, and the room above
 CALIBRATION_HEIGHT = 3.55
 PANELS_ACROSS, PANEL_LEFT, PANEL_BOTTOM, PANEL_HEIGHT = 3, 0.78, 0.52, 1.25
 PANEL_GAP, PANEL_ABOVE, PANELS_HEAD = 0.44, 0.34, 0.9
-# inches that a letter of a panel's name takes
+# width in inches of a letter in the name of a panel
 LETTER = 0.074
 
 
@@ -82,11 +82,12 @@ def _calibration_together(
     bins = int(np.clip(n // 10, 5, 20))
     figure = style.new_figure(CALIBRATION_HEIGHT, title, options)
     left, right = (style.add_axes(figure, edge, 0.52, 3.72, 2.38) for edge in (0.68, 5.18))
+    most = TOGETHER_LETTERS // max(1, len(transforms.keys() - {RADIUS}))
     for place, (name, u) in enumerate(transforms.items()):
         look: dict[str, Any] = {"color": CALIBRATION_COLOURS[place % TOGETHER], "linewidth": 1.4}
         look = {"color": style.INK, "linewidth": 1.6} if name == RADIUS else look
         heights, edges = points.histogram_1d(u, (0.0, 1.0), bins)
-        left.stairs(heights, edges, baseline=None, label=_named(name, labels, most=17), **look)
+        left.stairs(heights, edges, baseline=None, label=_named(name, labels, most), **look)
         right.plot(*deviation(u), **look)
     _band(left, *bin_band(n, bins), label="95% of perfect models")
     _band(right, -KOLMOGOROV / n**0.5, KOLMOGOROV / n**0.5)
@@ -108,7 +109,7 @@ def _calibration_panels(
     band = KOLMOGOROV / n**0.5
     curves = {name: deviation(u) for name, u in transforms.items()}
     largest = {name: float(np.abs(y).max()) for name, (_, y) in curves.items()}
-    # the radius often deviates much more than the latents, so it has a scale of its own
+    # the radius has another scale, because it often deviates much more than the latents
     half = 1.12 * max(band, *(value for name, value in largest.items() if name != RADIUS))
     for place, (name, (u, difference)) in enumerate(curves.items()):
         row, column = divmod(place, PANELS_ACROSS)
@@ -145,9 +146,9 @@ def _named(name: str, labels: Mapping[str, str], most: int) -> str:
 
 
 def _transforms(name: str, u: Tensor) -> Array:
-    """u in ascending order, (n,)."""
+    """The values u in ascending order, (n,)."""
     values = points.to_numpy(u)
-    # not NaN either; a rounding error past the edge is none
+    # also refuses NaN; allows for rounding errors
     if values.ndim != 1 or values.size == 0 or not (np.abs(values - 0.5) <= 0.5 + 1e-6).all():
         raise FlowtrainError(f"cannot plot the transforms {name!r}: give at least one number from 0 to 1, as (n,)")
     return np.sort(values.clip(0, 1))
@@ -163,9 +164,9 @@ def bin_band(n: int, bins: int) -> tuple[float, float]:
 
 
 def deviation(u: Array) -> tuple[Array, Array]:
-    """u and F_n(u) - u at both sides of the steps of F_n, for ascending u (n,), thinned to CORNERS steps."""
+    """Points (u, F_n(u) - u) on both sides of the steps of F_n, for ascending u (n,), at most CORNERS steps."""
     n = len(u)
-    # by rank: a crowd of equal u keeps its upright step, and the places are dense where the points are
+    # chosen by rank, so that many equal u keep their vertical step and dense regions keep more steps
     rank = np.unique(np.linspace(0, n - 1, CORNERS).astype(int))
     x = np.repeat(u[rank], 2)
     share = np.stack((rank, rank + 1), axis=1).ravel() / n
@@ -177,7 +178,7 @@ def _band(axes: Axes, low: float, high: float, label: str | None = None) -> None
 
 
 def _calibration_frame(left: Axes, right: Axes) -> None:
-    """Limits that show bands and lines, and words."""
+    """Sets the limits, so that bands and lines are in view, and the labels of the axes."""
     for axes, middle, least in ((left, 1.0, 0.25), (right, 0.0, 0.0)):
         low, high = axes.dataLim.intervaly
         half = max(least, 1.12 * max(middle - low, high - middle))
@@ -192,11 +193,14 @@ def _calibration_frame(left: Axes, right: Axes) -> None:
 OOD_HEIGHT, OOD_BOTTOM, OOD_SIDE = 3.45, 0.52, 2.2
 OOD_PANELS = ((0.7, 2.42), (3.62, 2.42), (6.62, OOD_SIDE))
 OOD_COLOURS = (style.DATA, style.SAMPLES)
-# the colours of the ROC curves of -log p and of the typicality
-ROC_COLOURS = (style.INK, style.GREEN)
-# an axis is compressed if it is longer than so many times the reach of the known set, which would be a needle on it
+# the looks of the ROC curves of -log p and of the typicality, which can be the same curve
+ROC_LOOKS: tuple[dict[str, Any], ...] = (
+    {"color": style.INK, "linewidth": 2.6},
+    {"color": style.ORANGE, "linewidth": 1.2},
+)
+# an axis is compressed if it is longer than this many times the reach of the known set
 OOD_LONGEST = 20.0
-# the axis of heights ends where it squashes the lower histogram so many times
+# the axis of heights ends at this multiple of the peak of the lower histogram
 TALLEST = 6.0
 MOST_BINS = 80
 
@@ -221,8 +225,8 @@ def draw_ood(
 
     Args:
         names: the names of the set that the model knows and of the other set.
-        log_p: log p of both, (n,) and (m,), in `unit`. Values that are not finite are counted beside the name. The
-            histograms leave them out; for the ROC curves, they are the lowest.
+        log_p: log p of both, (n,) and (m,), in `unit`. Values that are not finite are left out of the histograms. In
+            the ROC curves they are the lowest values.
         entropy: H in `unit`, the mean of -log p over the known set.
         auroc: the area under the ROC curve of the score -log p.
         typicality_auroc: the area for the score |log p + H| (Nalisnick et al. 2019).
@@ -259,9 +263,9 @@ def _roc_curves(axes: Axes, log_p: Sequence[Array], entropy: float, areas: Mappi
     inside, outside = (np.where(np.isfinite(values), values, -np.inf) for values in log_p)
     scores = ((-inside, -outside), (np.abs(inside + entropy), np.abs(outside + entropy)))
     axes.plot([0, 1], [0, 1], color=style.HAIRLINE, linestyle=style.DASHES, linewidth=1.0)
-    for (name, area), pair, colour in zip(areas.items(), scores, ROC_COLOURS, strict=True):
+    for (name, area), pair, look in zip(areas.items(), scores, ROC_LOOKS, strict=True):
         words = f"{name}, area {area:.3f}" if math.isfinite(area) else name
-        axes.plot(*roc_curve(*pair), color=colour, linewidth=1.4, label=words)
+        axes.plot(*roc_curve(*pair), label=words, **look)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="false positive rate", ylabel="true positive rate")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4, steps=(1, 2.5, 5, 10)))
@@ -315,7 +319,13 @@ def _histograms(
     shown: tuple[float, ...] = (),
     floor: float = -math.inf,
 ) -> None:
-    """Histograms of known (n,) and other (m,), over an axis that shows `shown` as well and ends at `floor`."""
+    """Histograms of two sets, known (n,) and other (m,).
+
+    Args:
+        centre: the centre of a compressed axis.
+        shown: values that the axis must show.
+        floor: the lowest value of the axis.
+    """
     inner = np.array([*_ends(known), *_ends(other), *shown])
     reach = float(np.quantile(np.abs(known - centre), 0.9))
     compressed = 0 < OOD_LONGEST * reach < np.ptp(inner)
@@ -331,13 +341,15 @@ def _histograms(
         axes.stairs(heights, edges, fill=True, color=colour, alpha=0.4, linewidth=0)
         axes.stairs(heights, edges, color=colour, linewidth=1.1, baseline=None)
     peaks = [float(heights.max()) for heights in sets if heights.any()]
-    # with room for the name of a line
+    # leaves room for the name of a line
     top = 1.2 * min(max(peaks), TALLEST * min(peaks))
     if top < max(peaks):
         style.annotate(axes, f"highest bin at {max(peaks):.0%}", x=1.0, y=1.045, align="right")
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, top))
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    shares = np.array(axes.get_yticks())
+    decimals = 0 if np.allclose(100 * shares, np.round(100 * shares)) else 1
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=decimals))
     if compressed:
         axes.set_xticks(scales.round_values(axes.get_xlim(), scales.Scale(centre, reach)))
         axes.xaxis.set_major_formatter(style.TickNumbers())
@@ -346,18 +358,18 @@ def _histograms(
 
 
 def _ends(values: Array) -> Array:
-    """What all but the outermost half percent on each side lie between, (2,); nothing of no values."""
+    """The 0.5% and 99.5% quantiles, (2,); empty if there are no values."""
     return np.quantile(values, (0.005, 0.995)) if len(values) else values
 
 
 def _bins(known: Array, other: Array, share: float) -> int:
-    """Bins of an axis of which the known set takes a share: enough for its shape."""
+    """The number of bins of an axis. It is larger if the known set covers only a small share of the axis."""
     usual = points.bins_1d(points.common_count(known, other))
     return int(np.clip(usual / max(3 * share, 1e-3), min(usual, MOST_BINS), MOST_BINS))
 
 
 def _compress(axes: Axes, centre: float, reach: float) -> None:
-    """Make the axis asinh((x - centre) / reach): plain within the reach of the centre, logarithmic far from it."""
+    """Scales the axis by asinh((x - centre) / reach): linear near the centre, logarithmic far from it."""
     axes.set_xscale(
         "function",
         functions=(lambda x: np.arcsinh((x - centre) / reach), lambda y: centre + reach * np.sinh(y)),
@@ -379,7 +391,7 @@ def _name_line(axes: Axes, place: float, unit: str) -> None:
         ha="left" if side > 0 else "right",
         va="top",
         size=8,
-        # a needle may stand behind it
+        # stays readable in front of a bar
         bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
     )
 

@@ -1,4 +1,4 @@
-"""Chooses the pictures of a flow: which samples and grids go into which figure."""
+"""Draws the figures that suit a flow and its data: samples, evaluation and others."""
 
 import math
 from collections.abc import Callable
@@ -90,13 +90,14 @@ def draw(
     log_scale: bool = False,
     options: PlotOptions = DEFAULT,
 ) -> None:
-    """Data beside samples: with the density for 2-D, a corner plot of a few columns beyond, grids of images.
+    """Draws data beside samples of a flow: densities of one or two columns, a corner plot of more columns, or images.
 
-    No randomness is left behind. Images of a conditional flow are of the labels of the data beside them; with `label`,
-    the class of `samples`, both are of that one.
+    The random state of torch is unchanged. Samples of a conditional flow have the labels of the data.
 
     Args:
-        log_scale: 2-D densities by their logarithm, which shows the tails.
+        samples: samples of the flow; None: they are drawn here.
+        label: the class of `samples`; the data are then of this class too.
+        log_scale: shows densities of one or two columns by their logarithm.
     """
     with drawing(flow) as flow:
         if len(flow.event_shape) == 3:
@@ -108,12 +109,13 @@ def draw(
 def draw_more(
     flow: Flow, data: Dataset, place: Callable[[str], Path], title: str, options: PlotOptions = DEFAULT
 ) -> list[Path]:
-    """What else there is to show, one figure each.
+    """Draws the other figures of a flow.
 
-    Of images reconstructions, interpolations, temperatures and classes; of two columns the way from base to data.
+    For images, these are reconstructions, interpolations, temperatures and classes. For two columns, they show the
+    transport from the base to the data.
 
     Args:
-        place: where a figure of some name goes.
+        place: the path of a figure by its name.
 
     Returns:
         The files.

@@ -1,4 +1,4 @@
-"""One look for every figure, and the only way a figure reaches the disk.
+"""The style of all figures, their ticks and legends, and `save`, which writes them.
 
 Figures are 9 inches wide at 200 dots per inch: 1800 pixels, sharp when a README shows them at 800 to 1000.
 """
@@ -27,18 +27,18 @@ WIDTH = 9.0
 DPI = 200
 EDGE = 0.14
 TITLE_SIZE = 11.5
-# height in inches that a figure has for its title
-TITLE_HEIGHT = 0.3
+# the height of the title in inches, and the letters for which the width of the figure has room
+TITLE_HEIGHT, TITLE_LETTERS = 0.3, 86
 
-# Okabe and Ito (2008): told apart with every common kind of colour blindness, and in grey
+# the palette of Okabe and Ito (2008), which is distinguishable with every common kind of colour blindness and in grey
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"
 INK, MUTED, HAIRLINE = "#222222", "#6B6B6B", "#C8C8C8"
 
-# the same thing has the same colour in every figure
+# the same object has the same colour in all figures
 DATA, SAMPLES, DENSITY = BLUE, VERMILLION, INK
 DATA_SHADES = ("#CDE2F0", "#86B9DB", "#3F8FC4")
 DENSITY_MAP = "viridis"
-# under what is drawn on top of a density
+# a pale colour map for densities behind other marks
 PALE_MAP = LinearSegmentedColormap.from_list("pale", ("#FFFFFF", "#E8F2F9", "#A9CFE8"))
 
 DASHES = (0, (5, 3))
@@ -76,15 +76,15 @@ _RC: dict[Any, Any] = {
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
-    # a run of a million rows is one long path, which Agg refuses to draw in one piece
+    # Agg refuses to draw a path of a million points in one piece
     "agg.path.chunksize": 10_000,
-    # text stays text: TrueType fonts in a PDF (journals refuse Type 3), text elements in an SVG
+    # TrueType fonts in PDF, because journals refuse Type 3 fonts, and text elements in SVG
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
-    # the same figure gives the same file
+    # identical figures give identical files
     "svg.hashsalt": "flowtrain",
 }
-# dates would make two files of the same figure differ
+# without dates, identical figures give identical files
 _METADATA: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 _LOCK = threading.RLock()
@@ -92,7 +92,7 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The style of every figure; build and save a figure inside it.
+    """A context with the style of all figures. Figures must be built and saved inside it.
 
     It starts from matplotlib's defaults, so that a user's own matplotlibrc does not change sizes or need LaTeX.
     Only one thread at a time is inside: matplotlib's rcParams and its font renderer belong to the process.
@@ -109,8 +109,8 @@ def new_figure(height: float, title: str, options: PlotOptions = DEFAULT) -> Fig
     if not options.title:
         return Figure(figsize=(WIDTH, height - TITLE_HEIGHT), dpi=DPI)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)
-    words = literal(title, most=100)
-    size = TITLE_SIZE * min(1.0, 74 / max(len(words), 1))
+    words = literal(title, most=120)
+    size = TITLE_SIZE * min(1.0, TITLE_LETTERS / max(len(words), 1))
     figure.text(EDGE / WIDTH, 1 - EDGE / height, words, size=size, weight="bold", va="top")
     return figure
 
@@ -123,12 +123,12 @@ def add_axes(figure: Figure, left: float, bottom: float, width: float, height: f
     return axes
 
 
-# numbers of at most so many characters are written out
+# numbers of up to this many characters are written in full
 LONGEST = 6
 
 
 class TickNumbers(Formatter):
-    """Labels the ticks of an axis in one format: 0.25, 0.50, or 1e-5, 1e-3, and no offset or factor beside the axis.
+    """A formatter that labels all ticks of an axis in one format, without an offset or a factor beside the axis.
 
     Example:
         >>> TickNumbers().format_ticks([0, 0.25, 0.5]), TickNumbers().format_ticks([0, 2e6, 4e6])
@@ -148,15 +148,16 @@ class TickNumbers(Formatter):
             shown = [value for value in shown if low - slack <= value <= high + slack] or shown
         scale = "linear" if self.axis is None else self.axis.get_scale()  # type: ignore[union-attr]
         label = _number_format(shown, linear=scale == "linear")
-        return [label(float(value)) for value in values]
+        labels = [label(float(value)) for value in values]
+        return [f"\N{MINUS SIGN}{text[1:]}" if text.startswith("-") else text for text in labels]
 
 
 def _number_format(values: Sequence[float], linear: bool) -> Callable[[float], str]:
-    """Writes numbers out if they are short, else in scientific notation if that is shorter."""
+    """A function that writes numbers in full if they are short, else in scientific notation if that is shorter."""
     # an axis may have no ticks
     ordered = sorted({*values}) or [0.0]
     apart = min((b - a for a, b in itertools.pairwise(ordered)), default=abs(ordered[0]) or 1.0)
-    # a tick near zero is zero with a rounding error
+    # a tick that should be zero can have a rounding error
     zero = 1e-6 * apart
 
     def fixed(value: float) -> str:
@@ -180,13 +181,13 @@ def _number_format(values: Sequence[float], linear: bool) -> Callable[[float], s
 
 
 def mark_numbers(axes: Axes) -> None:
-    """Labels the ticks of both axes in one format each, see `TickNumbers`. A change of the scale needs it again."""
+    """Sets `TickNumbers` for both axes. matplotlib removes it when the scale of an axis is changed."""
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(TickNumbers())
 
 
 def make_logarithmic(axis: Axis, values: Sequence[float], base: int = 10) -> None:
-    """Makes an axis logarithmic, with a few labels however narrow the range of the values, which are positive."""
+    """Makes an axis logarithmic and sets its limits for positive values. A narrow range has tick labels too."""
     low, high = min(values), max(values)
     if isinstance(axis, XAxis):
         axis.axes.set_xscale("log")
@@ -201,7 +202,7 @@ def make_logarithmic(axis: Axis, values: Sequence[float], base: int = 10) -> Non
 
 
 def round_ticks(axes: Axes, most: int, prune: Literal["both"] | None = None) -> None:
-    """At most so many intervals between ticks on both axes, at round numbers; `prune` leaves out those at the ends."""
+    """Sets round ticks on both axes, with at most `most` intervals; `prune` removes the ticks at the ends."""
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(most, steps=(1, 2, 5, 10), prune=prune))
 
@@ -220,7 +221,7 @@ def legend_above(axes: Axes, *others: Axes, width: float | None = None) -> None:
         axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **LEGEND)
 
 
-# inches: a letter of a legend, what an entry takes besides its letters, and a row
+# inches: the width of a letter in a legend, the width of an entry besides its letters, and the height of a row
 LEGEND_LETTER, LEGEND_ENTRY, LEGEND_ROW = 0.072, 0.5, 0.19
 
 
@@ -243,7 +244,7 @@ def legend_height(labels: Sequence[str], width: float) -> float:
 
 
 def literal(text: str, most: int = 120) -> str:
-    """`text` on one line of at most `most` characters, with no part of it read as TeX, and +- as one sign."""
+    """Text on one line of at most `most` characters, with TeX characters escaped and +- as one sign."""
     line = " ".join(text.split())
     if len(line) > most:
         line = line[: most - 1].rstrip() + "…"
@@ -251,7 +252,7 @@ def literal(text: str, most: int = 120) -> str:
 
 
 def abbreviated(text: str, most: int) -> str:
-    """`text` as by `literal`, in at most so many characters without its middle, because similar names end differently.
+    """Text on one line as by `literal`; a long text loses its middle, because similar names often differ at the end.
 
     Example:
         >>> abbreviated("average delay of department 7", 15)
@@ -265,7 +266,7 @@ def abbreviated(text: str, most: int) -> str:
 
 
 def annotate(axes: Axes, text: str, *, x: float = 0.5, y: float = 0.5, align: str = "center") -> None:
-    """Muted words inside `axes`, at axes coordinates (x, y)."""
+    """Writes text in a muted colour inside `axes`, at axes coordinates (x, y)."""
     axes.text(x, y, text, transform=axes.transAxes, color=MUTED, size=8, ha=align, va="center")
 
 

@@ -132,7 +132,7 @@ def _panel(axes: Axes, swept: Swept, names: Sequence[str], logarithmic: bool) ->
 
 def _mark_values(axes: Axes, swept: Swept, x: Sequence[float]) -> None:
     """Ticks at the values of the key, as far as there is room for their labels."""
-    # lines in coordinates of their own do not count towards the limits
+    # matplotlib ignores lines with another transform when it chooses limits
     low, high = min(x), max(x)
     if swept.numbers is None:
         _name(axes, swept.values)

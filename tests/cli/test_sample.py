@@ -8,10 +8,12 @@ from helpers import SMALL, TINY, Run
 from helpers.figures import skip_figures
 from helpers.files import gif_of, write_set
 from helpers.flows import IMAGE_MODELS
+from matplotlib.figure import Figure
 from PIL import Image
 
 from flowtrain.cli.load_run import reached
 from flowtrain.plotting import animation, style, transport_pictures
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 
 FRAMES = 7
 
@@ -30,9 +32,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     made = style.new_figure
-    monkeypatch.setattr(
-        style, "new_figure", lambda height, title, *rest: found.append(title) or made(height, title, *rest)
-    )
+
+    def recorded(height: float, title: str, options: PlotOptions = DEFAULT) -> Figure:
+        found.append(title)
+        return made(height, title, options)
+
+    monkeypatch.setattr(style, "new_figure", recorded)
     return found
 
 
@@ -53,7 +58,7 @@ def test_two_columns_are_animated(run: Run, titles: list[str], tmp_path: Path) -
     assert (code, out, err) == (0, f"written to {Path('r/animation.gif')}\n", "")
     first = (tmp_path / "r/animation.gif").read_bytes()
     assert gif_of(tmp_path / "r/animation.gif").n_frames == FRAMES
-    assert titles[0].startswith("ffjord on moons, test NLL ")
+    assert titles[0].startswith("ffjord on moons, step 4, test NLL ")
     assert titles[0].endswith(" nats")
     run("flowsample", "ckpt=r", "animate=true", "n=30", "out=again.gif")
     assert (tmp_path / "again.gif").read_bytes() == first
@@ -127,12 +132,12 @@ def test_titles_tell_the_nll_of_the_checkpoint_and_of_no_other(run: Run, titles:
     run("flowsample", "ckpt=r", "n=500", "data=circles", "out=b.npy")
     (tmp_path / "r/result.json").write_text("{")
     run("flowsample", "ckpt=r", "n=500", "out=c.npy")
-    assert titles[0].startswith("affine on moons, test NLL ")
+    assert titles[0].startswith("affine on moons, step 4, test NLL ")
     assert titles[0].endswith(" nats, 500 samples at temperature 0.5")
     assert titles[1:] == [
-        "affine on moons, 500 samples",
-        "affine on circles, 500 samples",
-        "affine on moons, 500 samples",
+        "affine on moons, step 4, 500 samples",
+        "affine on circles, step 4, 500 samples",
+        "affine on moons, step 4, 500 samples",
     ]
     assert reached(tmp_path / "nowhere/checkpoints/best.pt", 4) == ""
 
