@@ -25,7 +25,7 @@ LETTER = 0.085
 # smallest distance between two tick labels in inches
 APART = 0.1
 # smallest distance between two round values of a compressed axis, as a share of the axis
-TICKS_APART = 0.13
+TICKS_APART = 0.16
 # tick labels are multiples of a power of ten if the largest is outside these limits
 PLAIN_NUMBERS = (1e-2, 1e4)
 # tick labels are differences from an offset if the largest is this many times the distance of two ticks
