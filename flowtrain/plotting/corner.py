@@ -62,7 +62,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows of the data and of the samples that have one colour: all rows, or those of one class."""
+    """Rows of the data and of the samples that have one colour: all rows, or the rows of one class."""
 
     name: str
     colour: str
@@ -302,10 +302,9 @@ def folded(name: str, room: float, shared: int = 0, lines: int = 3) -> str:
     Example:
         >>> start = "mean concentration of component number "
         >>> print(folded(f"{start}12 in micrograms per litre", 1.4, len(start)))
-        mean concent…
-        number 12 in
-        micrograms per
-        litre
+        mean con…t number
+        12 in micrograms
+        per litre
     """
     across = max(4, int(room / 0.08))
     text = " ".join(name.split())

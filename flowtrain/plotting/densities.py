@@ -139,9 +139,9 @@ def draw_flow_2d(
     limits = picture_limits(real.values)
     blur = points.blur_2d(points.common_count(real.values, model.values))
     panels = [
-        (points.noted("data", real.lost()), points.histogram_2d(real.values, limits, BINS_2D, blur)),
+        (points.noted("data", "histogram", real.lost()), points.histogram_2d(real.values, limits, BINS_2D, blur)),
         (
-            points.noted("samples", model.lost(), points.outside(model, limits)),
+            points.noted("samples", "histogram", model.lost(), points.outside(model, limits)),
             points.histogram_2d(model.values, limits, BINS_2D, blur),
         ),
     ]
@@ -150,7 +150,7 @@ def draw_flow_2d(
             heights = points.moments_2d(scales.density_along(scaled, function), limits, resolution, 1)[0]
             panels.append((points.noted(name, points.missing(heights)), heights))
     peaks = [points.peak(heights) for _, heights in panels]
-    # the peak of a true density is exact, those of data and model depend on noise and fit
+    # the peak of a true density is exact, but the peaks of data and model depend on noise and on the fit
     top = (peaks[3] if len(peaks) > 3 else 0.0) or min(max(peaks), BRIGHTEST * peaks[0]) or 1.0
     with style.styled():
         figure, row, side = _row_of_panels(len(panels), limits, scaled, columns, title, options)

@@ -121,7 +121,7 @@ def draw_rows(
 ) -> None:
     """Draws rows of images (N, C, H, W), each from left to right after its name.
 
-    N may differ by row. If there are too many images or rows, the first ones are drawn. Colours are those of
+    N may differ by row. If there are too many images or rows, the first ones are drawn. Colours are as in
     `draw_panels`.
 
     Args:
@@ -303,7 +303,7 @@ def _largest_resized(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _largest(images: Tensor) -> float:
-    """The largest magnitude of the finite values; 0 if there are none."""
+    """The largest magnitude of the finite values; 0 without finite values."""
     finite = images.detach()[images.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 

@@ -93,7 +93,7 @@ def _draw_reconstructions(
     flow: Flow, data: Dataset, show: "Shown", path: Path, title: str, options: PlotOptions
 ) -> None:
     """Draws test images, their round trips through the latents, and the differences with a colour bar."""
-    # the tolerance is that of an evaluation, because the figure states the size of the error
+    # the tolerance of an evaluation, because the figure states the size of the error
     with drawing(flow, tolerance=0.0) as flow:
         x, back = reconstructed(flow, data)
         draw_rows(

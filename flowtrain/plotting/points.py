@@ -174,7 +174,7 @@ QUARTER = 2.117
 def count_bins(values: Array, limits: Range, count: int, most: int = 200) -> int:
     """The number of bins of a histogram over `limits`, between 20 and `most`.
 
-    The rule is that of Freedman and Diaconis: bins are 2 IQR count^(-1/3) wide. The interquartile range (IQR) of
+    The rule by Freedman and Diaconis makes bins 2 IQR count^(-1/3) wide. The interquartile range (IQR) of
     `values` (N,) is replaced by 2.117 times the length of the shortest interval that contains a quarter of the values.
     Both are equal for a Gaussian, but the IQR of two separate modes contains the gap between them.
 
@@ -187,7 +187,7 @@ def count_bins(values: Array, limits: Range, count: int, most: int = 200) -> int
     quarter = max(1, len(ordered) // 4)
     shortest = float((ordered[quarter:] - ordered[:-quarter]).min()) if len(ordered) > quarter else 0.0
     width = 2 * QUARTER * shortest * count ** (-1 / 3)
-    # equal values fill the shortest interval: the bins are those of a Gaussian over the limits
+    # the shortest interval is empty if values are equal; then the number depends on the count only
     wanted = (limits[1] - limits[0]) / width if width > 0 else 2 * count ** (1 / 3)
     return int(np.clip(wanted, FEWEST_BINS, most))
 
@@ -223,7 +223,7 @@ def histogram_2d(values: Array, limits: tuple[Range, Range], bins: int, blur: fl
     Values outside the limits count in N, and their blur reaches into the limits.
 
     Args:
-        blur: the standard deviation of the Gaussian in bins; a pair gives that of x and of y.
+        blur: the standard deviation of the Gaussian in bins; a pair is for x and y.
     """
     blurs = blur if isinstance(blur, tuple) else (blur, blur)
     cells = [(high - low) / bins for low, high in limits]

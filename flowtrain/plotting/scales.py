@@ -25,7 +25,7 @@ LETTER = 0.085
 # smallest distance between two tick labels in inches
 APART = 0.1
 # smallest distance between two round values of a compressed axis, as a share of the axis
-TICKS_APART = 0.13
+TICKS_APART = 0.16
 # tick labels are multiples of a power of ten if the largest is outside these limits
 PLAIN_NUMBERS = (1e-2, 1e4)
 # tick labels are differences from an offset if the largest is this many times the distance of two ticks
@@ -55,7 +55,7 @@ class Scale:
         return places if self.reach is None else self.centre + self.reach * places.sinh()
 
     def log_slope(self, places: Tensor) -> Tensor:
-        """log dx/dy at positions along the axis, of any shape; added to a log density of x it gives that of y."""
+        """log dx/dy at positions along the axis, of any shape; the log density of y minus the log density of x."""
         if self.reach is None:
             return torch.zeros_like(places)
         return math.log(self.reach) + places.cosh().log()
@@ -92,7 +92,7 @@ def along(scales: Sequence[Scale], points: Points) -> Points:
 
 
 def density_along(scales: Sequence[Scale], log_density: LogDensity) -> LogDensity:
-    """The log density per unit of axes of these scales, (G, d) to (G,), from that of x."""
+    """The log density per unit of axes of these scales, (G, d) to (G,), from the log density of x."""
     if all(scale.plain for scale in scales):
         return log_density
 

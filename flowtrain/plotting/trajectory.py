@@ -110,7 +110,7 @@ class Trajectory:
 
     @property
     def kind(self) -> str:
-        """What a step is: flow, coupling or layer."""
+        """The name of a step: flow, coupling or layer."""
         if self.is_continuous:
             return "flow"
         coupled = all(step.stages and isinstance(innermost(step.stages[0]), Coupling) for step in self.steps)

@@ -70,8 +70,8 @@ def animate(
     Args:
         paths: the files to write, .gif or .mp4.
         n: the number of particles or images; None: DOTS or IMAGES.
-        label: the class of a conditional flow. None: all classes in turn for images, the first class for two columns.
-            Classes without training rows are left out.
+        label: the class of a conditional flow. None: images cycle through all classes, and points of two columns have
+            the first class. Classes without training rows are left out.
 
     Raises:
         ConfigError: the samples are neither images nor of two columns, n is too large, or a file of this kind cannot be
