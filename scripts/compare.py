@@ -220,7 +220,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             axes.grid(True)
             axes.set_xlabel(words)
             if i == 0:
-                style.legend_above(axes)
+                style.legend_above(axes, width=style.WIDTH - 1.3)
         style.save(figure, path)
 
 

@@ -29,6 +29,7 @@ from PIL import Image
 from flowtrain import export
 from flowtrain.cli.config_files import split_config_dir
 from flowtrain.plotting import style, transport_figures, transport_pictures
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import process, status
 from flowtrain.utils.files import replacing
@@ -156,10 +157,11 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     skip_figures(monkeypatch)
 
 
-def save_blank(figure: Figure, path: Path) -> None:
-    """Saves a picture of one dot in place of the figure."""
-    with replacing(path) as f:
-        f.write(BLANK)
+def save_blank(figure: Figure, path: Path, options: PlotOptions = DEFAULT) -> None:
+    """Saves a picture of one dot in place of the figure, in each format."""
+    for file in options.files(path):
+        with replacing(file) as f:
+            f.write(BLANK)
 
 
 @pytest.fixture

@@ -178,7 +178,7 @@ def test_figures_and_animations_of_a_gpu_flow_are_drawn(tmp_path: Path) -> None:
     config = compose_defaults(["device=cuda", "trainer.steps=5", "data.n_test=200", "solver.rtol=1e-3"])
     with messages():
         assert train(config, tmp_path)[1] == 0
-    assert {p.stem for p in (tmp_path / "plots").iterdir()} >= {"passage", "paths", "samples", "curves"}
+    assert {p.stem for p in (tmp_path / "plots").iterdir()} >= {"transport", "paths", "samples", "curves"}
     data = build_data(config)
     animate(load(tmp_path, "cuda"), data, [tmp_path / "a.gif"], "", n=20)
     assert (tmp_path / "a.gif").stat().st_size > 1000

@@ -1,5 +1,6 @@
 """`floweval`: computes the NLL of a checkpoint on held-out or new data, with its error and checks of the density."""
 
+import copy
 import logging
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -13,8 +14,9 @@ from flowtrain.cli.arguments import split_own
 from flowtrain.cli.config_files import compose_defaults, options
 from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
-from flowtrain.cli.output_files import check_outputs, paths_of, written_as
+from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.overrides import keys_of
+from flowtrain.cli.provenance import provenance
 from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
 from flowtrain.data.base import FILE, Dataset, Samples, changes
 from flowtrain.data.tables.rows_to_score import RowsToScore
@@ -23,7 +25,10 @@ from flowtrain.evaluation.baselines import MOST_SECONDS
 from flowtrain.evaluation.report import write_report
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.plotting import pictures
+from flowtrain.plotting.options import DEFAULT, FORMATS, PlotOptions
 from flowtrain.runs.console import data_name, messages, title_of
+from flowtrain.runs.finish import draw_figures
+from flowtrain.runs.search import metrics_of, validations_of
 from flowtrain.utils.arguments import flag, one_of, whole
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 from flowtrain.utils.files import write_json, write_npy
@@ -59,6 +64,9 @@ USAGE = Usage(
         "baselines": "true: also fits a Gaussian mixture and a kernel density estimate, for tables. They are fitted "
         "to the training rows of the run, in up to 20 s, and scored on the same rows. The mixture needs scikit-learn "
         "(pip install 'flowtrain[baselines]')",
+        "plots": "true: draws all figures of the run again: samples, training curves, calibration and the others that "
+        "training draws. With new data, samples are drawn beside the new data. Without this option, only "
+        "calibration and OOD are drawn",
         "report": "true: also writes report.md and report.html. The HTML file contains its figures",
         "out": "The JSON file of the evaluation (default: eval.json in the run directory). Figures and the report are "
         "written beside it, under its name. For other rows than the test set of the run, the default is "
@@ -75,7 +83,8 @@ USAGE = Usage(
     notes=[
         "Keys of data and solver can be changed, as in solver.rtol=1e-7, solver=tsit5 or data=circles. The estimate "
         "of the trace can be changed by model.eval_trace=hutchinson, model.noise and model.noise_samples. "
-        "--config-dir DIR adds a folder of your own configs of data and solvers."
+        "--config-dir DIR adds a folder of your own configs of data and solvers. Keys of figures: "
+        "plots.format=[png,pdf,svg], plots.title=false, plots.columns=[0,2:5]."
     ],
     more=[("floweval --help solver", "keys of the solver and of the data can be changed: --help data")],
 )
@@ -87,6 +96,7 @@ OWN: dict[str, Any] = {
     "scores": None,
     "ood": None,
     "baselines": False,
+    "plots": False,
     "report": False,
     "dtype": "float32",
     "device": "auto",
@@ -113,12 +123,13 @@ def _command() -> int:
     batch_size = None if own["batch_size"] is None else whole("batch_size", own["batch_size"])
     draws, seed = whole("dequantization_samples", own["dequantization_samples"]), whole("seed", own["seed"], least=0)
     dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])
-    wants_baselines = flag("baselines", own["baselines"])
+    wants_baselines, wants_plots = flag("baselines", own["baselines"]), flag("plots", own["plots"])
     scores = written_as("scores", own["scores"], ".npy")
     out = Path(str(own["out"])).expanduser() if own["out"] else None
     loaded_run = load_run(own, overrides)
     split = str(own["split"] or default_split(overrides))
-    place = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides))
+    options = loaded_run.plot_options
+    place = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides), options)
     inputs = [*loaded_run.files, own["ood"], *paths_of(loaded_run.config["data"])]
     place.check(own["ood"] is not None, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
     with status("reading the data"):
@@ -153,15 +164,47 @@ def _command() -> int:
         if result.sets is not None:
             write_npy(place.other_scores, result.sets[1].numpy())
             written.append(place.other_scores)
-    title = title_of(loaded_run.config)
-    figures = pictures.draw_evaluation(result, title, data_name(loaded_run.config), place.figure)
+    config, title = loaded_run.config, title_of(loaded_run.config)
+    if wants_plots:
+        shown, rows = data_shown(data, split), curves_of(loaded_run)
+        figures = draw_figures(loaded_run.flow, shown, result, rows, config, place.figure, options)
+    else:
+        figures = pictures.draw_evaluation(result, data, title, data_name(config), place.figure, options)
     written += figures
     if wants_report:
         with status("writing the report"):
-            written += write_report(result, title, str(loaded_run.path), place.report, place.others(figures))
+            written += write_report(
+                result,
+                title,
+                str(loaded_run.path),
+                place.report,
+                place.others(figures),
+                provenance(loaded_run, sys.argv[1:], seed),
+            )
     print(result.table())
     print("\n".join(f"{'written to' if i == 0 else '':>{NAMES}}  {path}" for i, path in enumerate(written)))
     return 0
+
+
+def data_shown(data: Dataset, split: str) -> Dataset:
+    """The data with the evaluated set in the place of the test set, which figures show."""
+    if split != "val":
+        return data
+    shown = copy.copy(data)
+    shown.test, shown.test_labels = data.val, data.val_labels
+    return shown
+
+
+def curves_of(loaded_run: LoadedRun) -> list[dict[str, Any]]:
+    """The rows of the training curves; for an ensemble of runs, the validations of its members.
+
+    Empty with other data than those of the run, because the curves do not show them.
+    """
+    if loaded_run.config["data"] != loaded_run.own_data:
+        return []
+    if loaded_run.members:
+        return validations_of({run_dir_of(path).name: run_dir_of(path) for path in loaded_run.members})
+    return metrics_of(loaded_run.run_dir)
 
 
 class OutputPaths:
@@ -169,10 +212,14 @@ class OutputPaths:
 
     Args:
         name: the name of the evaluated set, see `set_name`.
+        options: the options of figures, which give their formats.
     """
 
-    def __init__(self, run_dir: Path, out: Path | None, scores: Path | None, name: str) -> None:
+    def __init__(
+        self, run_dir: Path, out: Path | None, scores: Path | None, name: str, options: PlotOptions = DEFAULT
+    ) -> None:
         self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, name and f"-{name}"
+        self.options = options
         self.json = out or run_dir / f"eval{self.suffix}.json"
         # callers replace .json by .md or .html. Without a suffix, a dot in the name would begin one
         self.report = out or run_dir / f"report{self.suffix}.json"
@@ -191,23 +238,27 @@ class OutputPaths:
 
     def check(self, ood: bool, report: bool, ensemble: bool, inputs: list[Any]) -> None:
         """Checks all paths before any work is done; see `check_outputs`."""
-        paths = [self.json, self.figure("calibration")]
-        paths += [self.figure("ood")] if ood else []
+        paths = [self.json, *self.options.files(self.figure("calibration"))]
+        paths += self.options.files(self.figure("ood")) if ood else []
         paths += [] if self.scores is None else [self.scores, *([self.other_scores] if ood else [])]
         paths += [self.member_scores] if ensemble and self.scores is not None else []
         paths += [self.report.with_suffix(ending) for ending in (".md", ".html")] if report else []
         check_outputs(paths, inputs)
 
     def figure(self, name: str) -> Path:
-        """The path of a figure."""
+        """The path of a figure as PNG; other formats lie beside it."""
         if self.out is None:
             return self.run_dir / f"plots/{name}{self.suffix}.png"
         return self.out.with_name(f"{self.out.stem}_{name}.png")
 
     def others(self, drawn: list[Path]) -> list[Path]:
-        """The figures of a report: the ones just drawn, and the last figures of the run."""
-        kept = [self.run_dir / f"plots/{name}.png" for name in ("samples", "curves")]
-        return [*drawn, *(path for path in kept if path.is_file())]
+        """The files of the figures of a report: those that were drawn, and the samples and curves of the run."""
+        found = list(drawn)
+        for name in ("samples", "curves"):
+            if not {*self.options.files(self.figure(name))} & {*drawn}:
+                path = self.run_dir / f"plots/{name}.png"
+                found += [file for kind in FORMATS if (file := path.with_suffix(f".{kind}")).is_file()]
+        return found
 
 
 def own_data_of(loaded_run: LoadedRun) -> Dataset | None:

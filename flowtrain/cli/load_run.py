@@ -12,6 +12,7 @@ from flowtrain.cli.output_files import absolute_paths, run_dir_of
 from flowtrain.cli.overrides import check_kept, keys_of, overridden, trusted, with_array
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.flow import Density, Flow
+from flowtrain.plotting.options import PlotOptions
 from flowtrain.runs.build import build_data, build_solver, resolve_device
 from flowtrain.runs.console import name_of, shortest, title_of, without_warnings
 from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
@@ -24,7 +25,7 @@ from flowtrain.utils.process import choose_threads, keep_freed_memory
 from flowtrain.utils.status import status
 
 # the parts of a saved config that scoring and sampling read
-USED = ("model", "data", "solver", "threads")
+USED = ("model", "data", "solver", "threads", "plots")
 
 
 class LoadedRun(NamedTuple):
@@ -33,7 +34,7 @@ class LoadedRun(NamedTuple):
     For an ensemble, `path` is a directory, and the config and the samples are taken from the first member.
 
     Attributes:
-        changed: whether the command line has overrides.
+        changed: whether overrides can change the numbers; those of `plots` cannot.
         own_data: the config of the data that the flow was trained on.
         members: the files of an ensemble.
         tag: for runs that are given as a list, the part of file names that stands for them; else empty.
@@ -52,9 +53,21 @@ class LoadedRun(NamedTuple):
     built: Dataset | None = None
 
     def titled(self, words: str) -> str:
-        """The title of a figure: the run, its test NLL if result.json has it, and further words."""
+        """The title of a figure: the run, its step, its test NLL if result.json has it, and words."""
         nll = "" if self.changed else known_test_nll(self.path, self.step)
-        return ", ".join(filter(None, (title_of(self.config), nll, words)))
+        step = "" if self.members else f"step {self.step:,}"
+        return ", ".join(filter(None, (title_of(self.config), step, nll, words)))
+
+    @property
+    def plot_options(self) -> PlotOptions:
+        """The options of its figures.
+
+        Raises:
+            ConfigError: an option that is not valid, or columns that the flow does not have.
+        """
+        options = PlotOptions.of(self.config)
+        options.positions(self.flow.event_shape, self.samples.columns)
+        return options
 
     @property
     def run_dir(self) -> Path:
@@ -184,7 +197,7 @@ def _load_one(path: Path, own: Mapping[str, Any], overrides: Sequence[str], trus
     choose_threads(config.get("threads"), flow.event_shape)
     keep_freed_memory()
     own_data = absolute_paths({"data": saved["config"]["data"]})["data"]
-    samples, changed = samples_of(saved), bool(overrides)
+    samples, changed = samples_of(saved), any(not key.startswith("plots.") for key in keys_of(overrides))
     return LoadedRun(path, flow, saved["step"], samples, config, changed, own_data)
 
 

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from flowtrain.cli.config_files import add_working_directory_to_path, compose_defaults, options, plain
 from flowtrain.cli.error_messages import keys_of_choice, unknown_key
 from flowtrain.cli.output_files import exists, is_path
+from flowtrain.plotting.options import DEFAULTS as PLOTS
 from flowtrain.runs.build import is_description, with_whole_numbers
 from flowtrain.runs.compose import default_choices
 from flowtrain.training import checkpoint
@@ -366,6 +367,7 @@ def overridden(
     """
     # configs of earlier versions lack these keys
     solver, logger = saved["solver"], saved.get("logger", list(DEFAULT))
+    plots = {**PLOTS, **saved.get("plots", {})}
     # a description contains tensors, which OmegaConf does not accept, and no keys to override
     described = {"model": {"name": saved["model"].get("name")}} if is_description(saved["model"]) else {}
     config = OmegaConf.create(
@@ -375,6 +377,7 @@ def overridden(
             **described,
             "solver": {**solver, "steps": solver.get("steps")},
             "logger": logger,
+            "plots": plots,
         }
     )
     parsed = OverridesParser.create().parse_overrides(list(overrides))

@@ -19,7 +19,7 @@ from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.evaluation.log_likelihood import check_samples
 from flowtrain.evaluation.sample_quality import quality
 from flowtrain.plotting.animation import KINDS, can_write_mp4, check_writable
-from flowtrain.plotting.evaluation_figures import draw_quality
+from flowtrain.plotting.evaluation_figures import Distances, draw_quality
 from flowtrain.plotting.pictures import draw
 from flowtrain.plotting.transport_pictures import animate, check_animated
 from flowtrain.runs.console import messages
@@ -53,7 +53,8 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     name = set_name(loaded_run, "test", overrides)
     out = given or loaded_run.run_dir / f"quality{name and f'-{name}'}.json"
     picture = out.with_suffix(".png") if given else out.parent / f"plots/quality{name and f'-{name}'}.png"
-    check_outputs([out, picture], [*loaded_run.files, *paths_of(config["data"])])
+    options = loaded_run.plot_options
+    check_outputs([out, *options.files(picture)], [*loaded_run.files, *paths_of(config["data"])])
     with status("reading the data"):
         data = loaded_run.build()
     if change := changes(loaded_run.samples.record, data.record, ["val", "test"]):
@@ -61,16 +62,19 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     with status("comparing samples with the data"):
         found = quality(flow, data, steps, seed)
     write_json(out, found.to_dict())
-    lines: dict[str, tuple[list[float], list[float]]] = {}
+    lines: dict[str, Distances] = {}
     for row in found.rows:
-        nfe, distance = lines.setdefault(row.method, ([], []))
-        nfe.append(row.nfe)
-        distance.append(row.sliced_wasserstein)
-    exact = (found.exact.nfe, found.exact.sliced_wasserstein)
-    title = loaded_run.titled("samples by few steps")
+        line = lines.setdefault(row.method, Distances([], [], []))
+        line.nfe.append(row.nfe)
+        line.values.append(row.sliced_wasserstein)
+        line.errors.append(row.stderr)
+    exact = (found.exact.nfe, found.exact.sliced_wasserstein, found.exact.stderr)
+    title = loaded_run.titled("sample quality by NFE")
     with status("drawing quality"):
-        draw_quality(picture, lines=lines, exact=exact, data=found.data, title=title)
-    print(f"{found.table()}\nwritten to {out}, picture in {picture}")
+        draw_quality(
+            picture, lines=lines, exact=exact, data=(found.data, found.data_stderr), title=title, options=options
+        )
+    print(f"{found.table()}\nwritten to {out}, picture in {_listed(options.files(picture))}")
     return 0
 
 
@@ -106,7 +110,8 @@ def write_animation(
         data = loaded_run.build()
     check_fits(flow, data)
     title = loaded_run.titled("" if label is None else f"class {label}")
-    animate(flow, data, paths, title, n=n, seed=seed, temperature=temperature, label=label)
+    options = loaded_run.plot_options
+    animate(flow, data, paths, title, n=n, seed=seed, temperature=temperature, label=label, options=options)
     print("\n".join(f"written to {path}" for path in paths))
     return 0
 
@@ -132,7 +137,8 @@ USAGE = Usage(
         "temperature": "Factor of the base noise (default: 1). 1 samples the density",
         "label": "The class, for a conditional model. Default: classes are drawn by their frequency in training",
         "out": "The .npy file, in the units of the data (default: samples.npy in the run directory). Pixels and "
-        "counts are whole numbers. For one or two columns and for images, a picture beside the data is drawn as well",
+        "counts are whole numbers. Samples of one or two columns and images are also drawn beside the data, samples of "
+        "more columns with plots.columns=[0,2:5]",
         "log_scale": "true: the picture shows the logarithm of the densities, and so their tails",
         "animate": "true: draws an animation from the base to the data, for two columns or images. It takes the place "
         "of the samples, and is written to animation.gif in the run directory, and to animation.mp4 if ffmpeg is "
@@ -142,7 +148,10 @@ USAGE = Usage(
         "device": DEVICE_TEXT,
         "trust": TRUST_TEXT,
     },
-    notes=["The solver can be changed, as in solver.rtol=1e-3 or solver=euler solver.steps=4."],
+    notes=[
+        "The solver can be changed, as in solver.rtol=1e-3 or solver=euler solver.steps=4. Keys of figures: "
+        "plots.format=[png,pdf,svg], plots.title=false, plots.columns=[0,2:5]."
+    ],
     more=[("flowsample --help solver", "keys of the solver can be changed")],
 )
 
@@ -207,11 +216,13 @@ def write_samples(
     n = n or (100 if images else 10_000)
     tag = loaded_run.tag and f"-{loaded_run.tag}"
     out = given or loaded_run.run_dir / f"samples{tag}.npy"
-    check_outputs([out, out.with_suffix(".png")], [*loaded_run.files, *paths_of(loaded_run.config["data"])])
+    options, picture = loaded_run.plot_options, out.with_suffix(".png")
+    check_outputs([out, *options.files(picture)], [*loaded_run.files, *paths_of(loaded_run.config["data"])])
     # a wrong label is refused before data are read
     if label is not None:
         flow.check_label(label)
-    data = data_for_picture(loaded_run) if images or flow.event_shape in ((1,), (2,)) else None
+    is_drawn = images or flow.event_shape in ((1,), (2,)) or options.columns is not None
+    data = data_for_picture(loaded_run) if is_drawn else None
     if data is not None:
         check_fits(flow, data)
     elif log_scale:
@@ -232,9 +243,13 @@ def write_samples(
         words = f"{n} samples" + ("" if label is None else f" of class {label}")
         title = loaded_run.titled(words if temperature == 1 else f"{words} at temperature {temperature:g}")
         with status("drawing samples"):
-            draw(flow, data, out.with_suffix(".png"), title, samples, label, log_scale)
-        print(f"picture in {out.with_suffix('.png')}")
+            draw(flow, data, picture, title, samples, label, log_scale, options)
+        print(f"picture in {_listed(options.files(picture))}")
     return 0
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
 
 
 def data_for_picture(loaded_run: LoadedRun) -> Dataset | None:

@@ -149,7 +149,8 @@ def recipes_of(run_dir: Path) -> dict[str, list[str]] | None:
 
 def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the config. Refuses unknown and missing keys at its top level."""
-    names = [*config_groups(), "seed", "device", "threads", "time_budget", "logger", "name", "resume", "from", "trust"]
+    keys = ("seed", "device", "threads", "time_budget", "logger", "plots", "name", "resume", "from", "trust")
+    names = [*config_groups(), *keys]
     missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
     if missing:
         raise ConfigError(f"{missing[0]}: the config lacks this key, which a run needs; do not remove it")

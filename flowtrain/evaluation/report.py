@@ -1,7 +1,8 @@
-"""An evaluation as a page to read: Markdown, and HTML in one file with its figures inside."""
+"""The report of an evaluation, in Markdown, and in HTML as one file that contains its figures."""
 
 import base64
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,11 +12,20 @@ from flowtrain.utils.files import write_text
 from flowtrain.utils.formatting import as_table, brief, cell, counted
 
 Row = tuple[str, ...]
+# figures that HTML can contain, by their endings, the preferred kind first
+EMBEDDED = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, a sentence on what stands below it, the head of a table and its rows."""
+    """A table of the report.
+
+    Attributes:
+        heading: the heading above it.
+        words: a sentence about its content; may be empty.
+        head: the names of its columns.
+        rows: its cells.
+    """
 
     heading: str
     words: str
@@ -23,57 +33,94 @@ class Table:
     rows: list[Row]
 
 
-def write_report(result: Evaluation, title: str, checkpoint: str, path: Path, figures: list[Path]) -> list[Path]:
-    """`path` with .md and .html in place of its ending: the files written.
+def write_report(
+    result: Evaluation,
+    title: str,
+    checkpoint: str,
+    path: Path,
+    figures: Sequence[Path],
+    provenance: Sequence[tuple[str, str]] = (),
+) -> list[Path]:
+    """Writes the report as Markdown and as HTML, to `path` with the endings .md and .html.
 
     Args:
-        checkpoint: where the flow is from, in words.
-        figures: PNGs, which the Markdown links to and the HTML holds.
+        checkpoint: the file of the flow.
+        figures: the files of figures. If a figure has several formats, the report uses PNG before SVG and PDF. The
+            HTML contains PNG and SVG files, and links to PDF files.
+        provenance: names and values that say how the flow was trained and evaluated.
+
+    Returns:
+        The two files.
     """
     rows = f"{result.rows_words}, {counted(result.n, 'row')}"
     about = f"{checkpoint}, step {result.step}, {rows}, {result.device}, {result.dtype}"
     tables = tables_of(result)
+    if provenance:
+        tables.append(Table("Provenance", "", ("", ""), list(provenance)))
+    shown = chosen_figures(figures)
     markdown, html = path.with_suffix(".md"), path.with_suffix(".html")
-    write_text(markdown, as_markdown(title, result.headline, about, tables, _links(markdown, figures)))
-    write_text(html, as_html(title, result.headline, about, tables, figures))
+    write_text(markdown, as_markdown(title, result.headline, about, tables, _links(markdown, shown)))
+    write_text(html, as_html(title, result.headline, about, tables, shown, _links(html, shown)))
     return [markdown, html]
 
 
+def chosen_figures(figures: Sequence[Path]) -> list[Path]:
+    """One file of each figure, PNG before SVG before other formats.
+
+    Example:
+        >>> [str(path) for path in chosen_figures([Path("a.pdf"), Path("a.png"), Path("b.pdf")])]
+        ['a.png', 'b.pdf']
+    """
+    order = [*EMBEDDED]
+    found: dict[Path, Path] = {}
+    for path in sorted(figures, key=lambda file: order.index(file.suffix) if file.suffix in order else len(order)):
+        found.setdefault(path.with_suffix(""), path)
+    return [found[name] for name in dict.fromkeys(path.with_suffix("") for path in figures)]
+
+
 def tables_of(result: Evaluation) -> list[Table]:
-    """What the report says, in the order it says it."""
+    """The tables of the report: the numbers, the error budget and the checks."""
     unit = result.unit[0]
     return [
-        Table("Numbers", "", ("", ""), list(result.rows())),
+        Table("Results", "", ("", ""), list(result.rows())),
         Table(
-            "Where the error comes from",
-            f"In {unit}. The parts from trace to gap are measured on {counted(result.budget.rows, 'row')} drawn at "
-            "random. The total is the root of the sum of the squares of sampling, trace, the larger value of solver "
-            "and precision.",
+            "Error budget",
+            f"In {unit}. The parts from trace to dequantization gap are measured on "
+            f"{counted(result.budget.rows, 'row')} drawn at random. The total is the root of the sum of the squares of "
+            "sampling, trace, the larger value of solver and precision.",
             ("part", unit, "measured as"),
             budget_rows(result),
         ),
         Table(
             "Checks",
-            "Is this a density, and can its NLL be trusted? Each check measures one property and names one cause. "
-            "Errors of an NLL are in nats.",
-            ("check", "off by", "at most", "", ""),
+            "The checks test whether the flow is a density and whether its NLL can be trusted. Errors of an NLL are in "
+            "nats.",
+            ("check", "value", "limit", "", ""),
             [(c.label, _number(c.value), _number(c.limit), _verdict(c), c.message or "") for c in result.checks],
         ),
     ]
 
 
 def budget_rows(result: Evaluation) -> list[Row]:
-    """The parts of the budget, those that were measured."""
+    """The measured parts of the error budget: name, size and method."""
     b, (_, scale) = result.budget, result.unit
     low, high = (scale * end for end in b.interval)
     parts = [
         ("sampling", b.sampling, "standard error over the rows"),
-        ("trace", b.trace, "its noise over draws, at this many rows" if b.trace else "exact, no noise"),
+        ("trace", b.trace, "standard error from the noise of the estimate" if b.trace else "exact, no noise"),
         ("solver", b.solver, "change when the tolerance is tightened tenfold, in float64"),
-        ("solver, own estimate", b.embedded, "embedded error of the integral of the divergence"),
-        ("solver, of one row", b.solver_per_row, "RMS of that change: the error of a single score; not in the total"),
-        ("precision", b.precision, f"{result.dtype} beside float64"),
-        ("dequantization gap", b.dequantization_gap, "lower with ten times the draws: one sided, not in the total"),
+        ("solver, own estimate", b.embedded, "embedded error estimate of the integral of the divergence"),
+        (
+            "solver, of one row",
+            b.solver_per_row,
+            "RMS of that change over rows: the error of a single log p; not in the total",
+        ),
+        ("precision", b.precision, f"change from {result.dtype} to float64"),
+        (
+            "dequantization gap",
+            b.dequantization_gap,
+            "decrease with ten times as many noise draws; one-sided, not in the total",
+        ),
         ("total", b.total, f"standard error; 95% interval {low:.6g} to {high:.6g}"),
     ]
     return [(name, brief(scale * value), how) for name, value, how in parts if value is not None]
@@ -87,16 +134,22 @@ def _verdict(check: Check) -> str:
     return {True: "passed", False: "FAILED", None: "not made"}[check.passed]
 
 
-def _links(markdown: Path, figures: list[Path]) -> list[str]:
-    return [Path(os.path.relpath(figure, markdown.parent)).as_posix() for figure in figures]
+def _links(page: Path, figures: Sequence[Path]) -> list[str]:
+    """The figures by their paths relative to the page."""
+    return [Path(os.path.relpath(figure, page.parent)).as_posix() for figure in figures]
 
 
-def as_markdown(title: str, headline: str, about: str, tables: list[Table], links: list[str]) -> str:
-    """The report in Markdown, with `links` to its figures."""
+def as_markdown(title: str, headline: str, about: str, tables: Sequence[Table], links: Sequence[str]) -> str:
+    """The report in Markdown, with links to its figures."""
     parts = [f"# {cell(title)}", f"**{cell(headline)}**", cell(about)]
     for table in tables:
         parts += [f"## {table.heading}", *([table.words] if table.words else []), as_table(table.head, table.rows)]
-    parts += [f"![{Path(link).stem}](<{link}>)" for link in links]
+    if links:
+        parts.append("## Figures")
+    for link in links:
+        path = Path(link)
+        # other formats are not images in Markdown
+        parts.append(f"{'!' if path.suffix in EMBEDDED else ''}[{path.stem}](<{link}>)")
     return "\n\n".join(parts) + "\n"
 
 
@@ -109,12 +162,15 @@ h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-
 table { border-collapse: collapse; margin-top: .6rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; } td, th { padding: .25rem 1.2rem .25rem 0; vertical-align: top; }
 tr + tr td { border-top: 1px solid #e9e9e9; } td:first-child { white-space: nowrap; color: #6b6b6b; }
-.FAILED { color: #d55e00; font-weight: 600; } img { width: 100%; margin-top: 1.5rem; }
+.FAILED { color: #d55e00; font-weight: 600; } figure { margin: 1.5rem 0; } img { width: 100%; }
+figcaption { color: #6b6b6b; font-size: .9rem; }
 """
 
 
-def as_html(title: str, headline: str, about: str, tables: list[Table], figures: list[Path]) -> str:
-    """The report in HTML, with the figures, PNGs, inside it."""
+def as_html(
+    title: str, headline: str, about: str, tables: Sequence[Table], figures: Sequence[Path], links: Sequence[str]
+) -> str:
+    """The report in HTML as one file: PNG and SVG figures are embedded, others are links."""
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="headline">{escape(headline)}</p>',
@@ -122,14 +178,22 @@ def as_html(title: str, headline: str, about: str, tables: list[Table], figures:
     ]
     for table in tables:
         parts += _html_table(table)
-    for figure in figures:
-        data = base64.b64encode(figure.read_bytes()).decode()
-        parts.append(f'<img alt="{escape(figure.stem)}" src="data:image/png;base64,{data}">')
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    if figures:
+        parts.append("<h2>Figures</h2>")
+    for figure, link in zip(figures, links, strict=True):
+        name = escape(figure.stem)
+        if figure.suffix in EMBEDDED:
+            data = base64.b64encode(figure.read_bytes()).decode()
+            image = f'<img alt="{name}" src="data:{EMBEDDED[figure.suffix]};base64,{data}">'
+            parts.append(f"<figure>{image}<figcaption>{name}</figcaption></figure>")
+        else:
+            parts.append(f'<p><a href="{escape(link)}">{name}</a></p>')
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">{viewport}<title>{escape(title)}</title><style>{STYLE}</style>'
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
-# of a notebook, whose own colours stay: it may be dark
+# a notebook keeps its own colours, because it may be dark
 FRAGMENT_STYLE = """
 .flowtrain-evaluation h2 { font-size: 1em; margin: 1em 0 0; } .flowtrain-evaluation p { margin: .2em 0; opacity: .7; }
 .flowtrain-evaluation .headline { font-weight: 600; opacity: 1; }
@@ -141,7 +205,7 @@ FRAGMENT_STYLE = """
 
 
 def as_fragment(result: Evaluation) -> str:
-    """The headline and the tables of the report in HTML, to stand in another page: what a notebook shows."""
+    """The headline and the tables of the report in HTML, for a page such as a notebook."""
     parts = [f"<style>{FRAGMENT_STYLE}</style>", f'<p class="headline">{escape(result.headline)}</p>']
     for table in tables_of(result):
         parts += _html_table(table)

@@ -1,4 +1,4 @@
-"""Figures that move: written whole or not at all, as GIF, or as MP4 where ffmpeg is.
+"""Animations as GIF files, or as MP4 files if ffmpeg is installed.
 
 Shapes: K moments, one frame each; R by R cells; P particles.
 """
@@ -18,23 +18,25 @@ from torch import Tensor
 
 from flowtrain.plotting import image_grids, points, style
 from flowtrain.plotting.densities import paint, picture_limits
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import LogDensity
+from flowtrain.plotting.scales import axis_label, mark
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import replacing
 from flowtrain.utils.status import status
 
-# what can be written, and frames a second
+# endings of the files that can be written, and frames per second
 KINDS = (".gif", ".mp4")
 FPS = 20
-# frames that the base, and then the data, stand still
+# frames for which the first and the last moment are shown
 BEFORE, AFTER = 8, 28
 RESOLUTION = 100
 # inches
-HEIGHT, SIDE, LEFT, BOTTOM, GAP = 4.76, 4.1, 0.42, 0.3, 0.28
+HEIGHT, SIDE, LEFT, BOTTOM, GAP = 4.98, 4.02, 0.68, 0.5, 0.18
 
 
 def can_write_mp4() -> bool:
-    """Whether there is an ffmpeg."""
+    """Whether ffmpeg is installed."""
     return shutil.which("ffmpeg") is not None
 
 
@@ -46,29 +48,35 @@ def animate_flow_2d(
     log_density: LogDensity,
     states: Tensor,
     title: str,
+    columns: Sequence[str] = ("x1", "x2"),
+    options: PlotOptions = DEFAULT,
 ) -> None:
-    """Densities beside particles, moment by moment, to each of `paths`, .gif or .mp4.
+    """Writes an animation of densities beside particles.
 
-    Limits and colours do not move, and those come from the data (N, 2).
+    The limits depend on the data (N, 2) and are the same in all frames.
 
     Args:
-        names: of the K moments.
+        paths: the files to write, .gif or .mp4.
+        names: the names of the K moments.
         log_density: grid points (G, 2) to (K, G), in nats.
-        states: of the particles, (K, P, 2).
+        states: the positions of the particles, (K, P, 2).
+        columns: the names of the columns.
     """
     real = points.data_points(data, width=2)
     limits = picture_limits(real.values)
     heights = points.moments_2d(log_density, limits, RESOLUTION, len(names))
     placed = points.to_numpy(states)
-    # each its own, and slowly from one to the next: a base is much flatter than the data
+    # the top of the colour scale rises from moment to moment, because a base is much flatter than the data
     tops = np.maximum.accumulate(np.array([points.peak(height) or 1.0 for height in heights]))
     with style.styled():
-        figure = style.new_figure(HEIGHT, title)
+        figure = style.new_figure(HEIGHT, title, options)
         panels = [style.add_axes(figure, LEFT + i * (SIDE + GAP), BOTTOM, SIDE, SIDE) for i in range(2)]
         for axes in panels:
             axes.set(xlim=limits[0], ylim=limits[1])
-            style.round_ticks(axes, 5, prune="both")
+            notes = [mark(axis, gap=GAP) for axis in (axes.xaxis, axes.yaxis)]
+            axes.set_xlabel(axis_label(columns[0], notes[0], SIDE))
             axes.spines[:].set_visible(True)
+        panels[0].set_ylabel(axis_label(columns[1], notes[1], SIDE))
         panels[1].tick_params(left=False, labelleft=False)
         image = paint(panels[0], heights[0], limits, tops[0])
         (dots,) = panels[1].plot(*placed[0].T, ".", color=style.SAMPLES, markersize=2.2, alpha=0.7)
@@ -83,10 +91,24 @@ def animate_flow_2d(
             write(path, figure, draw, len(names))
 
 
-def animate_images(paths: Sequence[Path], *, names: Sequence[str], frames: Tensor, levels: float, title: str) -> None:
-    """Images (K, N, C, H, W) in one grid, moment by moment, to `paths`, .gif or .mp4; shades as in `draw_panels`."""
+def animate_images(
+    paths: Sequence[Path],
+    *,
+    names: Sequence[str],
+    frames: Tensor,
+    levels: float,
+    title: str,
+    options: PlotOptions = DEFAULT,
+) -> None:
+    """Writes an animation of images (K, N, C, H, W) in one grid.
+
+    Args:
+        paths: the files to write, .gif or .mp4.
+        names: the names of the K moments.
+        levels: the number of grey levels, as in `draw_panels`.
+    """
     with style.styled():
-        figure, sheet, edge = image_grids.moving_panel(frames[0], levels, title)
+        figure, sheet, edge = image_grids.moving_panel(frames[0], levels, title, options)
         shown = figure.figimage(sheet(frames[0]), edge, edge, origin="upper")
         words = figure.text(1 - style.EDGE / style.WIDTH, 0.5, "", ha="right", va="top", color=style.MUTED)
         words.set_y(1 - style.EDGE / figure.get_size_inches()[1])
@@ -100,12 +122,12 @@ def animate_images(paths: Sequence[Path], *, names: Sequence[str], frames: Tenso
 
 
 def write(path: Path, figure: Figure, draw: Callable[[int], None], moments: int) -> None:
-    """Writes a frame for each moment, the first and the last for longer.
+    """Writes a frame for each moment. The first and the last moment are shown for longer.
 
-    A reader finds the old file or the new one, never half of one.
+    The file is replaced as a whole: a reader finds the old animation or the new one, never a part of it.
 
     Raises:
-        ConfigError: a kind of file that cannot be written here.
+        ConfigError: a file of this kind cannot be written.
     """
     check_writable(path)
     FigureCanvasAgg(figure)
@@ -167,12 +189,14 @@ def _write_mp4(path: Path, figure: Figure, draw: Callable[[int], None], moments:
 
 
 def check_writable(path: Path) -> None:
-    """Refuses a file that no animation can be written to here.
+    """Checks that an animation can be written to a file.
 
     Raises:
-        ConfigError: another kind than KINDS, or an .mp4 without ffmpeg.
+        ConfigError: the ending is not one of KINDS, or it is .mp4 and ffmpeg is not installed.
     """
     if path.suffix not in KINDS:
         raise ConfigError(f"{path}: an animation is a {' or '.join(KINDS)} file")
     if path.suffix == ".mp4" and not can_write_mp4():
-        raise ConfigError(f"{path}: there is no ffmpeg here to write it with; give a .gif, or install ffmpeg")
+        raise ConfigError(
+            f"{path}: ffmpeg is not installed, which writes .mp4 files; give a .gif file, or install ffmpeg"
+        )

@@ -1,37 +1,41 @@
-"""The course of a run: likelihood, solver work, learning rate and gradient, from the rows of metrics.jsonl.
+"""Training curves: NLL, NFE, gradient norm and learning rate, from the rows of metrics.jsonl.
 
-Shape: R rows of one split.
+Shapes: R is the number of rows of one split.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from flowtrain.plotting import style
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import FARTHEST, Array, Range
 
 Rows = Sequence[Mapping[str, Any]]
 
-# inches
-LEFT, BOTTOM, FULL, GAP, BETWEEN, SCALE = 0.72, 0.5, 8.14, 0.75, 0.85, 0.42
-TALL, SHORT = 2.75, 1.35
+# inches: the margins, and the room above panels for their legends
+LEFT, BOTTOM, BETWEEN, HEAD = 0.78, 0.5, 0.42, 0.66
+# the margin at the right, with and without axes there
+RIGHT, BARE = 0.72, 0.2
+TALL, SHORT = 2.6, 1.05
 
 NAMES = {"val": "validation"}
 COLOURS = (style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE, style.BLUE, style.INK, style.MUTED)
-# the most curves whose best values fit in the legend
+# the style of lines, which changes once all colours are used
+LINES = ("-", "--", ":")
+# the largest number of curves whose best values are in the legend
 WITH_BEST = 4
 
 
 @dataclass(frozen=True)
 class Course:
-    """One quantity along the steps of one split: two arrays of shape (R,), finite values only."""
+    """One quantity by step for one split: two arrays (R,) of finite values."""
 
     steps: Array
     values: Array
@@ -40,12 +44,12 @@ class Course:
         return len(self.values) > 0
 
     def positive(self) -> "Course":
-        """What a logarithmic axis can show."""
+        """The positive values, which a logarithmic axis can show."""
         kept = self.values > 1 / FARTHEST
         return Course(self.steps[kept], self.values[kept])
 
     def median(self) -> "Course":
-        """The running median over about a thirtieth of the rows, at 500 places at most."""
+        """The running median over about a thirtieth of the rows, at no more than 500 steps."""
         count = len(self.values)
         if count < 20:
             return self
@@ -55,30 +59,49 @@ class Course:
         return Course(self.steps[places], np.array(middles))
 
 
-def draw_curves(path: Path, *, rows: Rows, title: str, entropy: float | None = None) -> None:
-    """Draw the rows of metrics.jsonl to `path`: the NLL of each split, and under it what else the rows hold.
+def draw_curves(
+    path: Path,
+    *,
+    rows: Rows,
+    title: str,
+    entropy: float | None = None,
+    kept: int | None = None,
+    options: PlotOptions = DEFAULT,
+) -> None:
+    """Draws the training curves in the rows of metrics.jsonl: the NLL of each split, and below it other quantities.
 
-    A row needs no key: a quantity that is absent, null or not finite is left out at that step. The NLL is in bits per
-    dimension where any row has them, else in nats. `entropy` is that of the data in nats, the lowest NLL that any
-    model can reach, and is drawn beside nats only.
+    A quantity that is absent, null or not finite at a step is left out there. The NLL is in bits per dimension if any
+    row has them, else in nats. A quantity that is zero at all steps is not drawn.
+
+    Args:
+        entropy: the differential entropy of the data in nats, the lowest NLL that a model can reach; drawn if the NLL
+            is in nats.
+        kept: the step of the checkpoint that is evaluated, which is marked.
     """
     train = _split(rows, "train")
-    below = [draw for draw, keys in PANELS if any(course(train, key) for key in keys)]
-    base = BOTTOM + (SHORT + BETWEEN if below else 0.0)
+    below = [draw for draw, keys in PANELS if any(varied(train, key) for key in keys)]
+    base = BOTTOM + len(below) * (SHORT + BETWEEN)
+    width = style.WIDTH - LEFT - (RIGHT if below else BARE)
+    others = [name for name in _splits(rows) if name != "val"]
+    # the legend of several runs can need more than one row
+    more = style.legend_height([*map(_name, others), "entropy of the data"], width) if len(others) > 1 else 0.0
     with style.styled():
-        figure = style.new_figure(base + TALL + 0.72, title)
-        panels = [style.add_axes(figure, LEFT, base, FULL, TALL)]
-        _likelihood(panels[0], rows, entropy)
-        width = (FULL - GAP * (len(below) - 1)) / max(len(below), 1)
-        for place, draw in enumerate(below):
-            panels.append(style.add_axes(figure, LEFT + place * (width + GAP), BOTTOM, width - SCALE, SHORT))
-            draw(panels[-1], train)
-        _share_steps(panels, rows)
-        style.save(figure, path)
+        figure = style.new_figure(base + TALL + HEAD + more, title, options)
+        panels = [style.add_axes(figure, LEFT, base, width, TALL)]
+        _likelihood(panels[0], rows, entropy, kept)
+        for place, draw in enumerate(reversed(below)):
+            panels.insert(1, style.add_axes(figure, LEFT, BOTTOM + place * (SHORT + BETWEEN), width, SHORT))
+            draw(panels[1], train)
+        _share_steps(panels, rows, kept)
+        for axes in figure.axes:
+            # at the same place in all panels, however wide the tick labels are
+            across = -0.54 if axes in panels else width + 0.56
+            axes.yaxis.set_label_coords(across / width, 0.5)
+        style.save(figure, path, options)
 
 
 def course(rows: Rows, key: str) -> Course:
-    """The finite values of `key` by step; the last of several for one step, as a resumed run repeats some."""
+    """The finite values of `key` by step. If a step has several, as in a resumed run, the last one counts."""
     found = {}
     for row in rows:
         step, value = row.get("step"), row.get(key)
@@ -88,20 +111,35 @@ def course(rows: Rows, key: str) -> Course:
     return Course(np.array(steps), np.array([found[step] for step in steps]))
 
 
+def varied(rows: Rows, key: str) -> Course:
+    """The values of `key` by step; empty if all are zero."""
+    found = course(rows, key)
+    return found if found.values.any() else Course(np.array([]), np.array([]))
+
+
 def _finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _splits(rows: Rows) -> list[str]:
+    """The names of the splits other than training."""
+    return list(dict.fromkeys(str(row["split"]) for row in rows if row.get("split") not in (None, "train")))
+
+
+def _name(split: str) -> str:
+    return style.abbreviated(NAMES.get(split, split), most=30)
 
 
 def _split(rows: Rows, name: str) -> Rows:
     return [row for row in rows if row.get("split") == name]
 
 
-def _likelihood(axes: Axes, rows: Rows, entropy: float | None) -> None:
+def _likelihood(axes: Axes, rows: Rows, entropy: float | None, kept: int | None = None) -> None:
     key, unit = ("bits_per_dim", "bits/dim") if course(rows, "bits_per_dim") else ("nll", "nats")
     axes.grid(axis="y")
     axes.set_ylabel(f"NLL ({unit})")
     train = course(_split(rows, "train"), key)
-    names = dict.fromkeys(str(row["split"]) for row in rows if row.get("split") not in (None, "train"))
+    names = _splits(rows)
     others = {name: curve for name in names if (curve := course(_split(rows, name), key))}
     if not train and not others:
         style.annotate(axes, "no finite NLL")
@@ -109,24 +147,41 @@ def _likelihood(axes: Axes, rows: Rows, entropy: float | None) -> None:
         return
     if train:
         _noisy(axes, train, style.BLUE, "training")
-    for colour, (name, curve) in zip(cycle(COLOURS), others.items(), strict=False):
+    for place, (name, curve) in enumerate(others.items()):
+        colour, line = COLOURS[place % len(COLOURS)], LINES[place // len(COLOURS) % len(LINES)]
         words = f" (best {_number(curve.values.min())})" if len(others) <= WITH_BEST else ""
-        best = style.literal(f"{NAMES.get(name, name)}{words}", most=40)
+        best = f"{_name(name)}{words}"
         every = max(1, len(curve.values) // 40)
-        axes.plot(curve.steps, curve.values, "-o", color=colour, markersize=3.5, markevery=every, label=best)
+        axes.plot(curve.steps, curve.values, f"{line}o", color=colour, markersize=3.5, markevery=every, label=best)
     low, high = _frame(train, list(others.values()))
     if unit == "nats" and _finite(entropy):
         axes.axhline(entropy, color=style.INK, linestyle=style.DASHES, linewidth=1.1, label="entropy of the data")
         low, high = min(low, entropy), max(high, entropy)
     margin = 0.07 * (high - low) or 0.5
     axes.set_ylim(low - margin, high + margin)
-    _plain(axes)
+    if kept is not None:
+        _mark_kept(axes, kept, others.get("val"))
     style.legend_above(axes)
     _name_hidden(axes, [train, *others.values()])
 
 
+def _mark_kept(axes: Axes, kept: int, validation: Course | None) -> None:
+    """A ring around the validation of the kept checkpoint; without such a validation, a mark at the lower edge."""
+    at = np.flatnonzero(np.array([]) if validation is None else validation.steps == kept)
+    look: dict[str, Any] = {
+        "color": style.INK,
+        "linewidth": 0,
+        "clip_on": False,
+        "label": f"kept checkpoint, step {kept:,}",
+    }
+    if len(at) and validation is not None:
+        axes.plot([kept], validation.values[at], "o", markersize=9, markerfacecolor="none", markeredgewidth=1.4, **look)
+    else:
+        axes.plot([kept], [0], "^", markersize=6, transform=axes.get_xaxis_transform(), **look)
+
+
 def _frame(train: Course, others: Sequence[Course]) -> Range:
-    """The range of NLL to show: the smooth curves, if three quarters of the rows then keep an eighth of it.
+    """The range of the NLL axis. It covers the smooth curves, but is at most 8 times the range of 75% of the rows.
 
     Single spikes, a steep start and a blow-up leave the frame.
     """
@@ -140,39 +195,40 @@ def _frame(train: Course, others: Sequence[Course]) -> Range:
 
 
 def _name_hidden(axes: Axes, curves: Sequence[Course]) -> None:
-    """Say what the frame leaves out: a picture that hides a spike in silence would lie."""
+    """Writes how many values are outside the frame, because readers would take the frame for all of the run."""
     values = np.concatenate([curve.values for curve in curves])
     low, high = axes.get_ylim()
     hidden = values[(values < low) | (values > high)]
     if len(hidden):
         farthest = hidden[np.argmax(np.abs(hidden - (low + high) / 2))]
-        words = f"{len(hidden):,} of {len(values):,} values out of the frame, one at {_number(farthest)}"
-        style.annotate(axes, words, x=1.0, y=1.045, align="right")
+        words = f"outside the frame: {len(hidden):,} of {len(values):,} values, such as {_number(farthest)}"
+        box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
+        look: dict[str, Any] = {"color": style.MUTED, "size": 8, "ha": "right", "va": "top", "bbox": box}
+        axes.text(0.995, 0.975, words, transform=axes.transAxes, **look)
 
 
 def _solver(axes: Axes, train: Rows) -> None:
     axes.grid(axis="y")
-    axes.set_ylabel("NFE a step")
+    axes.set_ylabel("NFE per step")
     top = 0.0
     for key, colour, label in (
-        ("nfe_forward", style.GREEN, "forward"),
-        ("nfe_backward", style.PURPLE, "backward"),
+        ("nfe_forward", style.GREEN, "NFE, forward"),
+        ("nfe_backward", style.PURPLE, "NFE, backward"),
     ):
-        curve = course(train, key)
+        curve = varied(train, key)
         if curve:
             _noisy(axes, curve, colour, label)
-            # one hard batch may cost a hundred times the usual
+            # a single batch can need a hundred times the usual NFE
             top = max(top, min(curve.values.max(), 3 * curve.median().values.max()))
     axes.set_ylim(0, 1.08 * top or 1.0)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _plain(axes)
     tolerance = course(train, "rtol").positive()
     if not tolerance:
         style.legend_above(axes)
         return
-    right = _right_scale(axes)
+    right = _right_scale(axes, "rtol")
     _line(right, tolerance, style.MUTED, "rtol (right)", linestyle=style.DASHES, linewidth=1.2)
-    _logarithmic(right, tolerance)
+    style.make_logarithmic(right.yaxis, [float(value) for value in tolerance.values])
     style.legend_above(axes, right)
 
 
@@ -182,17 +238,16 @@ def _optimizer(axes: Axes, train: Rows) -> None:
     axes.set_ylabel("gradient norm")
     if gradient:
         _noisy(axes, gradient, style.BLUE, "gradient norm")
-        _logarithmic(axes, gradient)
+        style.make_logarithmic(axes.yaxis, [float(value) for value in gradient.values])
     else:
         axes.yaxis.set_major_locator(NullLocator())
     if not rate:
         style.legend_above(axes)
         return
-    right = _right_scale(axes)
+    right = _right_scale(axes, "learning rate")
     _line(right, rate, style.ORANGE, "learning rate (right)")
     right.set_ylim(0, 1.12 * rate.values.max() or 1.0)
     right.yaxis.set_major_locator(MaxNLocator(3))
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     style.legend_above(axes, right)
 
 
@@ -202,11 +257,10 @@ def _matching(axes: Axes, train: Rows) -> None:
     axes.set_ylabel("matching loss")
     _noisy(axes, curve, style.BLUE, "matching loss")
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    _plain(axes)
     style.legend_above(axes)
 
 
-# what may stand under the likelihood, and the keys of which any one calls for it
+# the panels below the NLL. A panel is drawn if any of its keys has a value other than zero
 PANELS: tuple[tuple[Callable[[Axes, Rows], None], tuple[str, ...]], ...] = (
     (_matching, ("matching",)),
     (_solver, ("nfe_forward", "nfe_backward")),
@@ -215,68 +269,46 @@ PANELS: tuple[tuple[Callable[[Axes, Rows], None], tuple[str, ...]], ...] = (
 
 
 def _line(axes: Axes, curve: Course, colour: str, label: str, **look: Any) -> None:
-    # a line of one point is invisible
+    # a line with a single point is invisible
     marker = "o" if len(curve.values) == 1 else ""
     axes.plot(curve.steps, curve.values, color=colour, label=label, marker=marker, markersize=3.5, **look)
 
 
 def _noisy(axes: Axes, curve: Course, colour: str, label: str) -> None:
-    """The raw values faintly, their running median clearly."""
+    """Draws the values as a pale line, and their running median on top."""
     axes.plot(curve.steps, curve.values, color=colour, alpha=0.25, linewidth=0.8)
     _line(axes, curve.median(), colour, label)
 
 
-def _right_scale(axes: Axes) -> Axes:
+def _right_scale(axes: Axes, name: str) -> Axes:
+    """A second y axis, on the right, over the same steps."""
     right = axes.twinx()
+    style.mark_numbers(right)
     right.spines["right"].set_visible(True)
+    right.set_ylabel(name)
     return right
 
 
-def _logarithmic(axes: Axes, curve: Course) -> None:
-    """A logarithmic y axis with a few labels of the short kind, however narrow its range."""
-    low, high = curve.values.min(), curve.values.max()
-    wide = high > 30 * low
-    axes.set_yscale("log")
-    axes.set_ylim(low / 2, high * 2)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=5))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-
-
-def _plain(axes: Axes) -> None:
-    """No power of ten set apart from the y labels: the legend has its place."""
-    if max(abs(edge) for edge in axes.get_ylim()) < 1e6:
-        axes.ticklabel_format(axis="y", style="plain", useOffset=False)
-    else:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-
-
-def _share_steps(panels: Sequence[Axes], rows: Rows) -> None:
-    """The same steps under every panel."""
+def _share_steps(panels: Sequence[Axes], rows: Rows, kept: int | None) -> None:
+    """Gives all panels the same steps, with labels below the last panel."""
     steps = [float(step) for row in rows if _finite(step := row.get("step"))]
     low, high = (min(steps), max(steps)) if steps else (0.0, 1.0)
     margin = 0.01 * (high - low) or 1.0
     for axes in panels:
-        wide = axes.get_position().width > 0.6
         axes.set_xlim(low - margin, high + margin)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(8 if wide else 4, integer=True, steps=(1, 2, 2.5, 5, 10)))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=(1, 2, 2.5, 5, 10)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _step(value, high)))
+        axes.tick_params(labelbottom=axes is panels[-1])
+        if kept is not None:
+            axes.axvline(kept, color=style.MUTED, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0.5)
+    panels[-1].set_xlabel("step")
 
 
 def _step(value: float, highest: float) -> str:
-    """2,000 in a short run, 250k or 1.5M in a long one."""
+    """The label of a step: "2,000" in a short run, "250k" or "1.5M" in a long run."""
     if highest < 100_000 or value == 0:
         return f"{value:,.0f}"
     return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
-
-
-def _short(value: float) -> str:
-    """0.05, 2.5e-4, 3e6: no wider than a tick label may be."""
-    if value == 0 or 0.01 <= abs(value) < 10_000:
-        return f"{value:g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def _number(value: float) -> str:

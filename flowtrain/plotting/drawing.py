@@ -1,4 +1,4 @@
-"""What all pictures have in common: the state a flow is drawn in, and the data beside it."""
+"""Helpers of all figures of a flow: its state while it is drawn, data, latents, and warnings on failure."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ AnyDensity = TypeVar("AnyDensity", bound=Density)
 
 log = logging.getLogger("flowtrain")
 
-# a picture shows nothing of an error this small, and a tight solve of its whole grid would cost more than it shows
+# errors of this size are invisible in a figure, and a tighter solve of a whole grid takes long
 TOLERANCE = 1e-4
 
 
 @contextmanager
 def warn_if_plotting_fails(what: str, also: str = "") -> Iterator[None]:
-    """Turns an error in drawing or writing a picture of `what` into a warning, so that earlier results are kept.
+    """Turns an error in drawing or writing the figure `what` into a warning, so that a run keeps its results.
 
     Args:
         also: names other missing output in the warning.
@@ -35,14 +35,14 @@ def warn_if_plotting_fails(what: str, also: str = "") -> Iterator[None]:
             yield
     except (FlowtrainError, OSError) as e:
         log.warning("no picture of %s%s: %s", what, also, e)
-    except Exception as e:  # a mistake of ours is no reason to lose a run either
+    except Exception as e:  # also after a programming error
         log.warning("no picture of %s%s: %s: %s", what, also, type(e).__name__, e)
         log.debug("", exc_info=True)
 
 
 @contextmanager
 def drawing(flow: AnyDensity, tolerance: float = TOLERANCE, seed: int = 0) -> Iterator[AnyDensity]:
-    """Gives the flow with a tolerance for a picture. Inside, there are no gradients, and random numbers are seeded.
+    """Gives the flow with a tolerance that suits figures. Inside, gradients are off and random numbers are seeded.
 
     The flow is put into evaluation mode and stays in it.
     """
@@ -57,7 +57,11 @@ def drawing(flow: AnyDensity, tolerance: float = TOLERANCE, seed: int = 0) -> It
 
 
 def first(flow: Density, data: Dataset, n: int, label: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """The first test samples, of that class where one is given, and for a conditional flow their labels."""
+    """The first n test samples, and their labels for a conditional flow.
+
+    Args:
+        label: the class of the samples; None: all classes.
+    """
     x, labels = data.test, data.test_labels
     if label is not None and labels is not None:
         x, labels = x[labels == label], labels[labels == label]
@@ -66,16 +70,17 @@ def first(flow: Density, data: Dataset, n: int, label: int | None = None) -> tup
 
 
 def latents(flow: Flow, n: int, temperature: float = 1.0) -> Tensor:
-    """Draws from the base, (n, *event)."""
+    """Samples of the base, (n, *event)."""
     return flow.base.sample(n, temperature=temperature, like=flow.like)
 
 
 def where_inside(
     flow: Density, x: Tensor, function: Callable[[Tensor], Tensor], elsewhere: float, *columns: int
 ) -> Tensor:
-    """A function of rows of x (B, d), (B, *columns), on the flow's device, and `elsewhere` off the flow's range.
+    """The values of a function at rows of x (B, d), shape (B, *columns), on the device of the flow.
 
-    A logit maps from a range that a grid around the data leads out of; other flows have none.
+    Rows outside the range of a flow with a logit, to which a grid around the data can extend, have the value
+    `elsewhere`.
     """
     x = x.to(flow.data_like)
     if flow.levels is None:

@@ -1,68 +1,154 @@
 """Figures of an evaluation: calibration, OOD detection, sample quality."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from flowtrain.plotting import points, style
+from flowtrain.evaluation.calibration import RADIUS
+from flowtrain.plotting import points, scales, style
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array
 from flowtrain.utils.errors import FlowtrainError
 
-CALIBRATION_HEIGHT = 3.55
-RADIUS = "radius"
-CALIBRATION_COLOURS = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE)
+CALIBRATION_COLOURS = (style.BLUE, style.ORANGE, style.GREEN)
 BAND = "#E4E4E4"
-# the 95% quantile of Kolmogorov's distribution, of sqrt(n) sup |F_n(u) - u|
+# the 95% quantile of sqrt(n) sup |F_n(u) - u| for uniform u (Kolmogorov's distribution)
 KOLMOGOROV = 1.358
-# a curve of more corners looks no different
+# the largest number of points of a curve; more points do not change how it looks
 CORNERS = 400
+# the largest number of latents in one pair of panels, and the number of letters for their names in the legend
+TOGETHER, TOGETHER_LETTERS = 3, 51
+# inches: the height of the figure of few latents; for many, the panels, the gaps between them, and the room above
+CALIBRATION_HEIGHT = 3.55
+PANELS_ACROSS, PANEL_LEFT, PANEL_BOTTOM, PANEL_HEIGHT = 3, 0.78, 0.52, 1.25
+PANEL_GAP, PANEL_ABOVE, PANELS_HEAD = 0.44, 0.34, 0.9
+# width in inches of a letter in the name of a panel
+LETTER = 0.074
 
 
-def draw_calibration(path: Path, *, pit: Mapping[str, Tensor], title: str) -> None:
-    """Draw probability integral transforms u (n,) by name, z1, z2, ... and "radius", to `path`.
+def draw_calibration(
+    path: Path,
+    *,
+    pit: Mapping[str, Tensor],
+    title: str,
+    labels: Mapping[str, str] = MappingProxyType({}),
+    note: str = "",
+    options: PlotOptions = DEFAULT,
+) -> None:
+    """Draws probability integral transforms u (n,), which are uniform on [0, 1] if the model is the truth.
 
-    Where the model is the truth each u is uniform on [0, 1]. On the left their histograms, on the right F_n(u) - u,
-    F_n the share of the n points that is at most u. The bands hold 95% of the heights of a bin, counts ~ B(n, 1/K) of
-    K bins, and 95% of whole curves, +-1.358/sqrt(n).
+    Up to TOGETHER latents are drawn in one pair of panels: their histograms, and F_n(u) - u, where F_n(u) is the share
+    of the n points that are at most u. For more latents, each has a panel with F_n(u) - u. The bands contain 95% of
+    the heights of a bin, with counts ~ B(n, 1/K) of K bins, and 95% of whole curves, +-1.358/sqrt(n).
+
+    Args:
+        pit: the transforms by name: z1, z2, ... and "radius".
+        labels: the names of the columns of transforms.
+        note: a line below the title.
+
+    Raises:
+        FlowtrainError: different numbers of points, or values outside [0, 1].
     """
-    transforms = {name: _transforms(name, u) for name, u in pit.items()}
+    # the radius, which combines the others, comes last and is drawn on top
+    names = sorted(pit, key=lambda name: name == RADIUS)
+    transforms = {name: _transforms(name, pit[name]) for name in names}
     counts = {len(u) for u in transforms.values()}
     if len(counts) != 1:
         raise FlowtrainError(f"a calibration is drawn of one number of points, not of {sorted(counts)}")
     (n,) = counts
-    bins = int(np.clip(n // 10, 5, 20))
     with style.styled():
-        figure = style.new_figure(CALIBRATION_HEIGHT, title)
-        left, right = (style.add_axes(figure, edge, 0.52, 3.72, 2.38) for edge in (0.62, 5.14))
-        # the radius, which sums the others up, on top of them
-        for name in sorted(transforms, key=lambda name: name == RADIUS):
-            look = _calibration_look(name, list(transforms))
-            heights, edges = points.histogram_1d(transforms[name], (0.0, 1.0), bins)
-            left.stairs(heights, edges, baseline=None, **look)
-            right.plot(*deviation(transforms[name]), **{**look, "label": None})
-        _band(left, *bin_band(n, bins), label="95% of perfect models, bin by bin (left), curve by curve (right)")
-        _band(right, -KOLMOGOROV / n**0.5, KOLMOGOROV / n**0.5)
-        left.axhline(1, color=style.MUTED, linewidth=0.8, zorder=0.5)
-        right.axhline(0, color=style.MUTED, linewidth=0.8, zorder=0.5)
-        _calibration_frame(left, right)
-        style.legend_above(left)
-        style.save(figure, path)
+        if len(transforms.keys() - {RADIUS}) <= TOGETHER:
+            figure = _calibration_together(transforms, labels, n, title, options)
+        else:
+            figure = _calibration_panels(transforms, labels, n, title, note, options)
+        style.save(figure, path, options)
+
+
+def _calibration_together(
+    transforms: Mapping[str, Array], labels: Mapping[str, str], n: int, title: str, options: PlotOptions
+) -> Figure:
+    """Histograms of all transforms, and their deviations from a uniform distribution."""
+    bins = int(np.clip(n // 10, 5, 20))
+    figure = style.new_figure(CALIBRATION_HEIGHT, title, options)
+    left, right = (style.add_axes(figure, edge, 0.52, 3.72, 2.38) for edge in (0.68, 5.18))
+    most = TOGETHER_LETTERS // max(1, len(transforms.keys() - {RADIUS}))
+    for place, (name, u) in enumerate(transforms.items()):
+        look: dict[str, Any] = {"color": CALIBRATION_COLOURS[place % TOGETHER], "linewidth": 1.4}
+        look = {"color": style.INK, "linewidth": 1.6} if name == RADIUS else look
+        heights, edges = points.histogram_1d(u, (0.0, 1.0), bins)
+        left.stairs(heights, edges, baseline=None, label=_named(name, labels, most), **look)
+        right.plot(*deviation(u), **look)
+    _band(left, *bin_band(n, bins), label="95% of perfect models")
+    _band(right, -KOLMOGOROV / n**0.5, KOLMOGOROV / n**0.5)
+    left.axhline(1, color=style.MUTED, linewidth=0.8, zorder=0.5)
+    right.axhline(0, color=style.MUTED, linewidth=0.8, zorder=0.5)
+    _calibration_frame(left, right)
+    style.legend_above(left, width=style.WIDTH - style.EDGE - left.get_position().x0 * style.WIDTH)
+    return figure
+
+
+def _calibration_panels(
+    transforms: Mapping[str, Array], labels: Mapping[str, str], n: int, title: str, note: str, options: PlotOptions
+) -> Figure:
+    """A panel for each transform with its deviation from a uniform distribution; all latents have the same limits."""
+    rows = math.ceil(len(transforms) / PANELS_ACROSS)
+    step = PANEL_HEIGHT + PANEL_ABOVE
+    figure = style.new_figure(PANEL_BOTTOM + rows * step - PANEL_ABOVE + PANELS_HEAD, title, options)
+    width = (style.WIDTH - PANEL_LEFT - style.EDGE - PANEL_GAP * (PANELS_ACROSS - 1)) / PANELS_ACROSS
+    band = KOLMOGOROV / n**0.5
+    curves = {name: deviation(u) for name, u in transforms.items()}
+    largest = {name: float(np.abs(y).max()) for name, (_, y) in curves.items()}
+    # the radius has another scale, because it often deviates much more than the latents
+    half = 1.12 * max(band, *(value for name, value in largest.items() if name != RADIUS))
+    for place, (name, (u, difference)) in enumerate(curves.items()):
+        row, column = divmod(place, PANELS_ACROSS)
+        left, bottom = PANEL_LEFT + column * (width + PANEL_GAP), PANEL_BOTTOM + (rows - 1 - row) * step
+        axes = style.add_axes(figure, left, bottom, width, PANEL_HEIGHT)
+        _band(axes, -band, band)
+        axes.axhline(0, color=style.MUTED, linewidth=0.8, zorder=0.5)
+        axes.plot(u, difference, color=style.INK if name == RADIUS else style.BLUE, linewidth=1.4)
+        end = 1.12 * max(band, largest[name]) if name == RADIUS else half
+        axes.set(xlim=(-0.01, 1.01), ylim=(-end, end))
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
+        statistic = f"KS {largest[name]:.3f}"
+        axes.set_title(statistic, loc="right", size=8, color=style.MUTED)
+        axes.set_title(_named(name, labels, most=int(width / LETTER) - len(statistic) - 1), loc="left", size=8.5)
+        last = place + PANELS_ACROSS >= len(curves)
+        axes.tick_params(labelleft=column == 0 or name == RADIUS, labelbottom=last)
+        if last:
+            axes.set_xlabel("u, the quantile under the model")
+    middle = (PANEL_BOTTOM + (rows * step - PANEL_ABOVE) / 2) / figure.get_size_inches()[1]
+    figure.text(0.16 / style.WIDTH, middle, "share of points below u, minus u", rotation=90, va="center", size=9)
+    own = "the radius has a scale of its own" if RADIUS in curves else ""
+    words = "; ".join(filter(None, (note, "band: 95% of perfect models", own)))
+    top = PANEL_BOTTOM + rows * step
+    figure.text(PANEL_LEFT, top + 0.1, words, transform=figure.dpi_scale_trans, color=style.MUTED, size=8.5)
+    return figure
+
+
+def _named(name: str, labels: Mapping[str, str], most: int) -> str:
+    """The name of a transform with its column, such as "price (z3)", in at most so many characters."""
+    if name not in labels:
+        return style.abbreviated(name, most)
+    return f"{style.abbreviated(labels[name], most - len(name) - 3)} ({name})"
 
 
 def _transforms(name: str, u: Tensor) -> Array:
-    """u in ascending order, (n,)."""
+    """The values u in ascending order, (n,)."""
     values = points.to_numpy(u)
-    # not NaN either; a rounding error past the edge is none
+    # also refuses NaN; allows for rounding errors
     if values.ndim != 1 or values.size == 0 or not (np.abs(values - 0.5) <= 0.5 + 1e-6).all():
         raise FlowtrainError(f"cannot plot the transforms {name!r}: give at least one number from 0 to 1, as (n,)")
     return np.sort(values.clip(0, 1))
@@ -78,27 +164,13 @@ def bin_band(n: int, bins: int) -> tuple[float, float]:
 
 
 def deviation(u: Array) -> tuple[Array, Array]:
-    """u and F_n(u) - u at both sides of the steps of F_n, for ascending u (n,), thinned to CORNERS steps."""
+    """Points (u, F_n(u) - u) on both sides of the steps of F_n, for ascending u (n,), at most CORNERS steps."""
     n = len(u)
-    # by rank: a crowd of equal u keeps its upright step, and the places are dense where the points are
+    # chosen by rank, so that many equal u keep their vertical step and dense regions keep more steps
     rank = np.unique(np.linspace(0, n - 1, CORNERS).astype(int))
     x = np.repeat(u[rank], 2)
     share = np.stack((rank, rank + 1), axis=1).ravel() / n
     return np.concatenate(([0.0], x, [1.0])), np.concatenate(([0.0], share - x, [0.0]))
-
-
-def _calibration_look(name: str, names: list[str]) -> dict[str, Any]:
-    """Colour, width and label of a line. Many latents look alike, and the first of them speaks for all."""
-    if name == RADIUS:
-        return {"color": style.INK, "linewidth": 1.6, "label": "radius"}
-    latents = [each for each in names if each != RADIUS]
-    if len(latents) <= len(CALIBRATION_COLOURS):
-        return {
-            "color": CALIBRATION_COLOURS[latents.index(name)],
-            "linewidth": 1.4,
-            "label": style.literal(name, most=12),
-        }
-    return {"color": style.BLUE, "linewidth": 0.9, "alpha": 0.5, "label": "latents" if name == latents[0] else None}
 
 
 def _band(axes: Axes, low: float, high: float, label: str | None = None) -> None:
@@ -106,7 +178,7 @@ def _band(axes: Axes, low: float, high: float, label: str | None = None) -> None
 
 
 def _calibration_frame(left: Axes, right: Axes) -> None:
-    """Limits that show bands and lines, and words."""
+    """Sets the limits, so that bands and lines are in view, and the labels of the axes."""
     for axes, middle, least in ((left, 1.0, 0.25), (right, 0.0, 0.0)):
         low, high = axes.dataLim.intervaly
         half = max(least, 1.12 * max(middle - low, high - middle))
@@ -117,12 +189,18 @@ def _calibration_frame(left: Axes, right: Axes) -> None:
     right.set_ylabel("share of points below u, minus u")
 
 
-# inches
-OOD_HEIGHT, OOD_LEFT = 3.66, 0.7
+# inches: the height of the figure and of its panels, and the left edge and width of each panel
+OOD_HEIGHT, OOD_BOTTOM, OOD_SIDE = 3.45, 0.52, 2.2
+OOD_PANELS = ((0.7, 2.42), (3.62, 2.42), (6.62, OOD_SIDE))
 OOD_COLOURS = (style.DATA, style.SAMPLES)
-# the known set would be a needle on an axis that is longer than so many times its reach
+# the looks of the ROC curves of -log p and of the typicality, which can be the same curve
+ROC_LOOKS: tuple[dict[str, Any], ...] = (
+    {"color": style.INK, "linewidth": 2.6},
+    {"color": style.ORANGE, "linewidth": 1.2},
+)
+# an axis is compressed if it is longer than this many times the reach of the known set
 OOD_LONGEST = 20.0
-# a needle may not squash the other set more than so many times
+# the axis of heights ends at this multiple of the peak of the lower histogram
 TALLEST = 6.0
 MOST_BINS = 80
 
@@ -137,18 +215,24 @@ def draw_ood(
     typicality_auroc: float,
     unit: str,
     title: str,
+    options: PlotOptions = DEFAULT,
 ) -> None:
-    """Draw histograms of log p, on the left, and of the typicality |log p + H|, on the right, to `path`.
+    """Draws histograms of log p and of the typicality |log p + H| of two sets, and their ROC curves, to `path`.
 
-    The axes leave out the outermost half percent of each set, and are logarithmic far from a known set that a plain
-    axis would show as a needle. A height is the share of a set in a bin, of bins that are equally wide as drawn.
+    The histograms leave out the outermost half percent of each set. Their axes are logarithmic far from the known set
+    if it would be a needle on a linear axis. A height is the share of a set in a bin, and bins are equally wide as
+    drawn.
 
     Args:
-        names: of the set that the model knows and of the other.
-        log_p: of both, (n,) and (m,), in `unit`; what is not finite is left out and counted beside the name.
+        names: the names of the set that the model knows and of the other set.
+        log_p: log p of both, (n,) and (m,), in `unit`. Values that are not finite are left out of the histograms. In
+            the ROC curves they are the lowest values.
         entropy: H in `unit`, the mean of -log p over the known set.
-        auroc: area under the ROC curve of the score -log p.
-        typicality_auroc: that of the score |log p + H| (Nalisnick et al. 2019).
+        auroc: the area under the ROC curve of the score -log p.
+        typicality_auroc: the area for the score |log p + H| (Nalisnick et al. 2019).
+
+    Raises:
+        FlowtrainError: no finite log p of the known set.
     """
     known, other = (_finite_scores(values) for values in log_p)
     if len(known) == 0 or not abs(entropy) < points.FARTHEST:
@@ -160,18 +244,59 @@ def draw_ood(
         for name, given, kept in zip(names, log_p, (known, other), strict=True)
     ]
     with style.styled():
-        figure = style.new_figure(OOD_HEIGHT, title)
-        left, right = (style.add_axes(figure, edge, 0.52, 3.68, 2.3) for edge in (OOD_LEFT, 5.18))
+        figure = style.new_figure(OOD_HEIGHT, title, options)
+        left, middle, right = (style.add_axes(figure, x, OOD_BOTTOM, w, OOD_SIDE) for x, w in OOD_PANELS)
         _histograms(left, known, other, centre=float(np.median(known)), shown=(-entropy,))
         _name_line(left, -entropy, unit)
-        _histograms(right, np.abs(known + entropy), np.abs(other + entropy), centre=0.0, floor=0.0)
-        left.set_title(f"AUROC of -log p: {auroc:.3f}", loc="left")
-        right.set_title(f"AUROC of |log p + H|: {typicality_auroc:.3f}", loc="left")
+        _histograms(middle, np.abs(known + entropy), np.abs(other + entropy), centre=0.0, floor=0.0)
         left.set_xlabel(_axis_name("log p(x)", left, unit))
-        right.set_xlabel(_axis_name("|log p(x) + H|", right, unit))
-        left.set_ylabel("share of each set in a bin")
+        middle.set_xlabel(_axis_name("|log p(x) + H|", middle, unit))
+        left.set_ylabel("share of each set per bin")
+        areas = {"-log p": auroc, "|log p + H|": typicality_auroc}
+        _roc_curves(right, [points.to_numpy(values).ravel() for values in log_p], entropy, areas)
         _legend(figure, labels)
-        style.save(figure, path)
+        style.save(figure, path, options)
+
+
+def _roc_curves(axes: Axes, log_p: Sequence[Array], entropy: float, areas: Mapping[str, float]) -> None:
+    """The ROC curves of both scores, with their areas in the legend."""
+    inside, outside = (np.where(np.isfinite(values), values, -np.inf) for values in log_p)
+    scores = ((-inside, -outside), (np.abs(inside + entropy), np.abs(outside + entropy)))
+    axes.plot([0, 1], [0, 1], color=style.HAIRLINE, linestyle=style.DASHES, linewidth=1.0)
+    for (name, area), pair, look in zip(areas.items(), scores, ROC_LOOKS, strict=True):
+        words = f"{name}, area {area:.3f}" if math.isfinite(area) else name
+        axes.plot(*roc_curve(*pair), label=words, **look)
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="false positive rate", ylabel="true positive rate")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4, steps=(1, 2.5, 5, 10)))
+    axes.legend(loc="lower right", fontsize=7.5, **{**style.LEGEND, "borderaxespad": 0.6})
+
+
+def roc_curve(inside: Array, outside: Array) -> tuple[Array, Array]:
+    """The false and the true positive rates of a score at all thresholds, from (0, 0) to (1, 1), each (k,).
+
+    Tied scores give a straight segment, so that the area counts them half. Long curves are thinned to CORNERS points.
+
+    Args:
+        inside: scores of the known set, (n,); higher scores are more anomalous.
+        outside: scores of the other set, (m,).
+
+    Example:
+        >>> [rates.tolist() for rates in roc_curve(np.array([1.0, 2.0]), np.array([2.0, 3.0]))]
+        [[0.0, 0.0, 0.5, 1.0], [0.0, 0.5, 1.0, 1.0]]
+    """
+    if len(inside) == 0 or len(outside) == 0:
+        return np.array([0.0, 1.0]), np.array([0.0, 1.0])
+    # np.unique sorts in ascending order
+    thresholds = np.unique(np.concatenate([inside, outside]))[::-1]
+    rates = [1 - np.searchsorted(np.sort(each), thresholds) / len(each) for each in (inside, outside)]
+    false, true = (np.concatenate([[0.0], rate]) for rate in rates)
+    if len(false) > CORNERS:
+        # evenly along the curve, which is 2 long
+        along = np.searchsorted(false + true, np.linspace(0, 2, CORNERS)).clip(0, len(false) - 1)
+        kept = np.unique(np.concatenate([along, [0, len(false) - 1]]))
+        false, true = false[kept], true[kept]
+    return false, true
 
 
 def _finite_scores(values: Tensor) -> Array:
@@ -180,7 +305,8 @@ def _finite_scores(values: Tensor) -> Array:
 
 
 def _label(name: str, lost: int, kept: int) -> str:
-    notes = (f"{lost:,} not finite" if lost else "", "" if kept else "nothing to draw")
+    rows = f"{kept + lost:,} row{'' if kept + lost == 1 else 's'}"
+    notes = (rows, f"{lost:,} not finite" if lost else "", "" if kept else "nothing to draw")
     return points.noted(style.literal(name, most=40), *notes)
 
 
@@ -193,7 +319,13 @@ def _histograms(
     shown: tuple[float, ...] = (),
     floor: float = -math.inf,
 ) -> None:
-    """Histograms of known (n,) and other (m,), over an axis that shows `shown` as well and ends at `floor`."""
+    """Histograms of two sets, known (n,) and other (m,).
+
+    Args:
+        centre: the centre of a compressed axis.
+        shown: values that the axis must show.
+        floor: the lowest value of the axis.
+    """
     inner = np.array([*_ends(known), *_ends(other), *shown])
     reach = float(np.quantile(np.abs(known - centre), 0.9))
     compressed = 0 < OOD_LONGEST * reach < np.ptp(inner)
@@ -209,33 +341,35 @@ def _histograms(
         axes.stairs(heights, edges, fill=True, color=colour, alpha=0.4, linewidth=0)
         axes.stairs(heights, edges, color=colour, linewidth=1.1, baseline=None)
     peaks = [float(heights.max()) for heights in sets if heights.any()]
-    # with room for the name of a line
+    # leaves room for the name of a line
     top = 1.2 * min(max(peaks), TALLEST * min(peaks))
     if top < max(peaks):
         style.annotate(axes, f"highest bin at {max(peaks):.0%}", x=1.0, y=1.045, align="right")
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, top))
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    shares = np.array(axes.get_yticks())
+    decimals = 0 if np.allclose(100 * shares, np.round(100 * shares)) else 1
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=decimals))
     if compressed:
-        axes.set_xticks(points.round_values(axes.get_xlim(), points.Scale(centre, reach)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: points.short(value)))
+        axes.set_xticks(scales.round_values(axes.get_xlim(), scales.Scale(centre, reach)))
+        axes.xaxis.set_major_formatter(style.TickNumbers())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
 
 
 def _ends(values: Array) -> Array:
-    """What all but the outermost half percent on each side lie between, (2,); nothing of no values."""
+    """The 0.5% and 99.5% quantiles, (2,); empty if there are no values."""
     return np.quantile(values, (0.005, 0.995)) if len(values) else values
 
 
 def _bins(known: Array, other: Array, share: float) -> int:
-    """Bins of an axis of which the known set takes a share: enough for its shape."""
+    """The number of bins of an axis. It is larger if the known set covers only a small share of the axis."""
     usual = points.bins_1d(points.common_count(known, other))
     return int(np.clip(usual / max(3 * share, 1e-3), min(usual, MOST_BINS), MOST_BINS))
 
 
 def _compress(axes: Axes, centre: float, reach: float) -> None:
-    """Make the axis asinh((x - centre) / reach): plain within the reach of the centre, logarithmic far from it."""
+    """Scales the axis by asinh((x - centre) / reach): linear near the centre, logarithmic far from it."""
     axes.set_xscale(
         "function",
         functions=(lambda x: np.arcsinh((x - centre) / reach), lambda y: centre + reach * np.sinh(y)),
@@ -247,7 +381,7 @@ def _name_line(axes: Axes, place: float, unit: str) -> None:
     axes.axvline(place, color=style.INK, linestyle=style.DASHES, linewidth=1.1)
     across = axes.transAxes.inverted().transform(axes.transData.transform((place, 0)))[0]
     side = -1 if across > 0.5 else 1
-    number = f"{place:,.0f}" if 1000 <= abs(place) < 1e7 else points.short(place)
+    number = f"{place:,.0f}" if 1000 <= abs(place) < 1e7 else scales.short(place)
     axes.annotate(
         style.literal(f"-H = {number} {unit}"),
         (across, 0.97),
@@ -257,7 +391,7 @@ def _name_line(axes: Axes, place: float, unit: str) -> None:
         ha="left" if side > 0 else "right",
         va="top",
         size=8,
-        # a needle may stand behind it
+        # stays readable in front of a bar
         bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
     )
 
@@ -268,13 +402,13 @@ def _axis_name(what: str, axes: Axes, unit: str) -> str:
 
 
 def _legend(figure: Figure, labels: list[str]) -> None:
-    """Which colour is which set, under the title."""
+    """The colours of the two sets, below the title."""
     handles = [Patch(facecolor=f"{colour}66", edgecolor=colour) for colour in OOD_COLOURS]
     figure.legend(
         handles,
         labels,
         loc="upper left",
-        bbox_to_anchor=(OOD_LEFT, OOD_HEIGHT - 0.42),
+        bbox_to_anchor=(OOD_PANELS[0][0], OOD_BOTTOM + OOD_SIDE + 0.32),
         bbox_transform=figure.dpi_scale_trans,
         ncols=2,
         **{**style.LEGEND, "borderaxespad": 0.0},
@@ -282,32 +416,70 @@ def _legend(figure: Figure, labels: list[str]) -> None:
 
 
 QUALITY_COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE)
-Line = tuple[list[float], list[float]]
 
 
-def draw_quality(path: Path, *, lines: Mapping[str, Line], exact: tuple[float, float], data: float, title: str) -> None:
-    """Draw distance against NFE to `path`, both axes logarithmic.
+class Distances(NamedTuple):
+    """The distances of samples to the data by one method, with their standard errors, at several NFE; each (k,)."""
+
+    nfe: list[float]
+    values: list[float]
+    errors: list[float]
+
+
+def draw_quality(
+    path: Path,
+    *,
+    lines: Mapping[str, Distances],
+    exact: tuple[float, float, float],
+    data: tuple[float, float],
+    title: str,
+    options: PlotOptions = DEFAULT,
+) -> None:
+    """Draws distances against NFE to `path`, both axes logarithmic. Bars and the band are one standard error.
 
     Args:
-        lines: of each method, NFE and distances.
-        exact: NFE and distance by the adaptive solver.
-        data: the distance of two sets of data.
+        lines: the distances of each method.
+        exact: NFE, distance and standard error with the solver of the flow.
+        data: the distance between two sets of data and its standard error. Samples can be expected to come no nearer.
     """
     with style.styled():
-        figure = style.new_figure(4.2, title)
-        axes = style.add_axes(figure, 0.8, 0.55, 8.0, 2.9)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        for colour, (name, (nfe, distance)) in zip(cycle(QUALITY_COLOURS), lines.items(), strict=False):
-            axes.plot(nfe, distance, "-o", color=colour, markersize=4, label=style.literal(name, most=40))
-        axes.plot([exact[0]], [exact[1]], "D", color=style.INK, markersize=5, label="own solver")
-        axes.axhline(data, color=style.MUTED, linestyle=style.DASHES, linewidth=1.1, label="data beside data")
-        plain = FuncFormatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_major_formatter(plain)
-        axes.yaxis.set_major_formatter(plain)
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        figure = style.new_figure(4.2, title, options)
+        axes = style.add_axes(figure, 0.86, 0.55, 7.96, 2.9)
+        middle, error = data
+        if math.isfinite(error):
+            axes.axhspan(_above_zero(middle, error), middle + error, color=BAND, linewidth=0, zorder=0)
+        axes.axhline(
+            middle,
+            color=style.MUTED,
+            linestyle=style.DASHES,
+            linewidth=1.1,
+            label="two sets of data (validation and test)",
+        )
+        bars: dict[str, Any] = {"elinewidth": 1.0, "capsize": 2.5, "markersize": 4}
+        named = {
+            name: (line, colour) for (name, line), colour in zip(lines.items(), cycle(QUALITY_COLOURS), strict=False)
+        }
+        for name, (line, colour) in named.items():
+            label = style.literal(name, most=40)
+            axes.errorbar(line.nfe, line.values, _bars(line), fmt="-o", color=colour, label=label, **bars)
+        own = Distances(*([value] for value in exact))
+        axes.errorbar(own.nfe, own.values, _bars(own), fmt="D", color=style.INK, label="solver of the flow", **bars)
+        every = [value for line in (*lines.values(), own) for value in line.values]
+        style.make_logarithmic(axes.xaxis, [nfe for line in (*lines.values(), own) for nfe in line.nfe], base=2)
+        style.make_logarithmic(axes.yaxis, [value for value in (*every, middle) if value > 0])
         axes.grid(axis="y")
-        axes.set_xlabel("evaluations of the field for a sample")
-        axes.set_ylabel("sliced Wasserstein distance to data")
+        axes.set_xlabel("NFE per sample (evaluations of the velocity field)")
+        axes.set_ylabel("sliced Wasserstein distance (units of the data)")
         style.legend_above(axes)
-        style.save(figure, path)
+        style.save(figure, path, options)
+
+
+def _above_zero(value: float, error: float) -> float:
+    """The lower end of an error bar, which a logarithmic axis can show."""
+    return max(value - error, 0.05 * value)
+
+
+def _bars(line: Distances) -> tuple[list[float], list[float]]:
+    """The lengths of error bars below and above, 0 where the error is unknown."""
+    errors = [error if math.isfinite(error) else 0.0 for error in line.errors]
+    return [value - _above_zero(value, error) for value, error in zip(line.values, errors, strict=True)], errors

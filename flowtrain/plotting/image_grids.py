@@ -1,7 +1,7 @@
-"""Flows over images: grids of images side by side, and labelled rows of them.
+"""Figures of images: grids of images side by side, and labelled rows of images.
 
-Shapes: N images of C channels, H by W pixels. An image pixel becomes a whole number of screen pixels wherever there
-is room, so that all of them look alike; an image too large for its place is averaged down.
+Shapes: N images of C channels, H by W pixels. A small image is enlarged by a whole number if that fills its place, so
+that all its pixels have the same size. An image that is larger than its place is averaged down.
 """
 
 import math
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowtrain.plotting import points, style
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.utils.errors import FlowtrainError
 
 Pixels = NDArray[np.uint8]
@@ -28,8 +29,10 @@ Named = Sequence[tuple[str, Tensor]]
 # inches
 HEAD, LINE, NAME, NOTE, GAP, ROW_GAP = 0.63, 0.18, 0.08, 0.12, 0.01, 0.05
 TALLEST, LARGEST = 7.0, 1.5
-# two screen pixels for each of 32, and the gap
+# smallest width of an image: two screen pixels for each of 32, and the gap
 LEAST = 0.33
+# images are enlarged by a fraction if a whole number would fill less than this share of their place
+FULL = 0.95
 LETTER, WIDEST_LABEL = 0.075, 2.4
 
 # height of the colour bar of differences with its numbers; height and width of the bar itself
@@ -38,13 +41,13 @@ BAR, BAR_HEIGHT, BAR_WIDTH = 0.42, 0.1, 2.4
 MOST_PANELS = 6
 # blue, white and red can be distinguished with every common kind of colour blindness
 SIGNED = matplotlib.colormaps["RdBu_r"]
-# magenta: no colour of the house, and hardly ever one of a photograph
+# magenta: no figure uses it otherwise, and photographs hardly ever
 NOT_FINITE = (255, 0, 255)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The place of one image: its height and width and the gap to the next one, in screen pixels."""
+    """The size of an image and the gap to the next one, in screen pixels."""
 
     height: int
     width: int
@@ -59,7 +62,7 @@ class Cell:
         return columns * (self.width + self.gap) - self.gap
 
     def halved(self, size: tuple[int, int]) -> "Cell":
-        """At half the dots, of images (H, W) that stay enlarged by a whole number."""
+        """The cell at half the resolution, for images (H, W) that stay enlarged by a whole number."""
         times = self.height // size[0]
         height, width = (
             times // 2 * n if times > 1 else max(1, m // 2)
@@ -68,11 +71,20 @@ class Cell:
         return Cell(height, width, max(1, self.gap // 2))
 
 
-def draw_panels(path: Path, *, panels: Named, levels: float, title: str, columns: int | None = None) -> None:
-    """Draw named grids of images (N, C, H, W) side by side to `path`, each filled row by row.
+def draw_panels(
+    path: Path,
+    *,
+    panels: Named,
+    levels: float,
+    title: str,
+    columns: int | None = None,
+    options: PlotOptions = DEFAULT,
+) -> None:
+    """Draws named grids of images (N, C, H, W) side by side, each filled row by row.
 
-    0 is black and levels - 1 is white; values outside are clipped, and pixels that are not finite are magenta. The
-    grids have one shape, near a square if `columns` is not given, and hold the first images where there are many.
+    0 is black and levels - 1 is white. Values outside are clipped, and pixels that are not finite are magenta. All
+    grids have the same shape, which is near a square if `columns` is not given. If there are too many images, the first
+    ones are drawn.
     """
     size = _common_size(panels, levels)
     if len(panels) > MOST_PANELS:
@@ -85,25 +97,37 @@ def draw_panels(path: Path, *, panels: Named, levels: float, title: str, columns
     cell = _cell(size, rows, columns, room)
     top = edge + cell.down(rows)
     with style.styled():
-        figure = _figure(top, HEAD, title)
+        figure = _figure(top, HEAD, title, options)
         for place, (name, images) in enumerate(panels):
             middle = edge + place * (room + edge) + room // 2
             sheet = _sheet(images[: rows * columns], cell, rows, columns, partial(_shades, levels=levels))
             figure.figimage(sheet, middle - cell.across(columns) // 2, edge, origin="upper")
             words = _noted(name, images, rows * columns)
             _write(figure, middle, top + _pixels(NAME), words, room, size=10, ha="center")
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def draw_rows(
-    path: Path, *, rows: Named, levels: float, title: str, note: str = "", signed: Named = (), unit: str = ""
+    path: Path,
+    *,
+    rows: Named,
+    levels: float,
+    title: str,
+    note: str = "",
+    heads: Sequence[str] = (),
+    signed: Named = (),
+    unit: str = "",
+    options: PlotOptions = DEFAULT,
 ) -> None:
-    """Draw rows of images (N, C, H, W), each from left to right behind its name, to `path`.
+    """Draws rows of images (N, C, H, W), each from left to right after its name.
 
-    N may differ by row; the first images and the first rows are drawn where there are many. Colours are those of
-    `draw_panels`. `note` stands under the title.
+    N may differ by row. If there are too many images or rows, the first ones are drawn. Colours are as in
+    `draw_panels`.
 
     Args:
+        rows: names and images. A name may have two lines.
+        note: a line below the title.
+        heads: the names of the columns.
         signed: rows of differences, drawn below the others from blue (negative) through white (0) to red (positive).
             The colours end at the largest magnitude, which the colour bar shows. Each pixel shows the channel with the
             largest magnitude.
@@ -115,7 +139,8 @@ def draw_rows(
     names = [_noted(name, images, len(images), plainly=i < plain) for i, (name, images) in enumerate(rows)]
     largest = max((_largest(images) for _, images in signed), default=0.0)
     bar = _pixels(BAR) if signed else 0
-    label = _pixels(min(LETTER * max(map(len, names)) + NOTE, WIDEST_LABEL))
+    longest_name = max(len(line) for name in names for line in name.split("\n"))
+    label = _pixels(min(LETTER * longest_name + NOTE, WIDEST_LABEL))
     room = _pixels(style.WIDTH) - 2 * edge - label
     count, columns = min(len(rows), int(TALLEST / LEAST)), max(1, min(longest, room // _pixels(LEAST)))
     cell = _cell(size, count, columns, room)
@@ -123,11 +148,15 @@ def draw_rows(
     cut = (_first(columns, longest, " images"), _first(count, len(rows), " rows"))
     words = style.literal(", ".join(filter(None, (note, *cut))), most=140)
     top = edge + bar + (count - 1) * step + cell.height
+    above = LINE if heads else 0.0
     with style.styled():
-        figure = _figure(top, HEAD if words else HEAD - LINE, title)
+        figure = _figure(top, HEAD + above - (0 if words else LINE), title, options)
         if signed:
             _draw_bar(figure, edge + label, edge, largest, unit)
-        _write(figure, edge, top + _pixels(NOTE), words, label + room, size=8.5, color=style.MUTED)
+        _write(figure, edge, top + _pixels(NOTE + above), words, label + room, size=8.5, color=style.MUTED)
+        for column, head in enumerate(heads[:columns]):
+            middle = edge + label + cell.across(column) + cell.gap + cell.width / 2
+            _write(figure, middle, top + _pixels(NAME / 2), head, cell.width, size=8, color=style.MUTED, ha="center")
         for place, (name, (_, images)) in enumerate(zip(names[:count], rows, strict=False)):
             bottom = top - cell.height - place * step
             _write(figure, edge, bottom + cell.height / 2, name, label, size=9, va="center")
@@ -135,12 +164,17 @@ def draw_rows(
                 shades = partial(_shades, levels=levels) if place < plain else partial(_signed_shades, largest=largest)
                 sheet = _sheet(images[:columns], cell, 1, columns, shades)
                 figure.figimage(sheet, edge + label, bottom, origin="upper")
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
-def moving_panel(images: Tensor, levels: float, title: str) -> tuple[Figure, Callable[[Tensor], Pixels], int]:
-    """For animations, of half the dots: a figure with room for a grid of such images (N, C, H, W) at the lower left,
-    what makes a sheet of N images, and the edge in pixels around that.
+def moving_panel(
+    images: Tensor, levels: float, title: str, options: PlotOptions = DEFAULT
+) -> tuple[Figure, Callable[[Tensor], Pixels], int]:
+    """Prepares an animation of a grid of images (N, C, H, W), at half the resolution of other figures.
+
+    Returns:
+        A figure with room for the grid, a function that converts N images to the pixels of the grid, and the margin of
+        the grid in pixels.
     """
     size = _common_size([("images", images)], levels)
     edge, room = _pixels(style.EDGE), _pixels(style.WIDTH - 2 * style.EDGE)
@@ -148,8 +182,8 @@ def moving_panel(images: Tensor, levels: float, title: str) -> tuple[Figure, Cal
     cell = _cell(size, rows, columns, room).halved(size)
     columns = max(1, min((room // 2 + cell.gap) // (cell.width + cell.gap), len(images)))
     rows = math.ceil(len(images) / columns)
-    # the height of a whole number of pixels, twice over
-    figure = style.new_figure((2 * (edge // 2 + cell.down(rows)) + _pixels(HEAD - LINE)) / style.DPI, title)
+    # an even number of pixels, because the resolution is halved
+    figure = style.new_figure((2 * (edge // 2 + cell.down(rows)) + _pixels(HEAD - LINE)) / style.DPI, title, options)
     shades = partial(_shades, levels=levels)
     return figure, lambda shown: _sheet(shown[: rows * columns], cell, rows, columns, shades), edge // 2
 
@@ -159,11 +193,15 @@ def _pixels(inches: float) -> int:
 
 
 def _common_size(named: Named, levels: float) -> tuple[int, int]:
-    """(H, W), the same for all images of a figure."""
+    """The size (H, W) that all images of a figure have.
+
+    Raises:
+        FlowtrainError: there are no images, they differ in size, or `levels` is not a positive number.
+    """
     if len(named) == 0:
         raise FlowtrainError("no images to draw: give at least one name with its images")
     if not 0 < levels < math.inf:
-        raise FlowtrainError(f"cannot draw images of {levels} levels: give a positive number")
+        raise FlowtrainError(f"cannot draw images with levels={levels}: give a positive number")
     for name, images in named:
         if images.ndim != 4 or 0 in images.shape[1:]:
             raise FlowtrainError(f"cannot draw {name!r} of shape {tuple(images.shape)}: give it as (N, C, H, W)")
@@ -177,9 +215,11 @@ def _common_size(named: Named, levels: float) -> tuple[int, int]:
 
 
 def _grid(count: int, columns: int | None, aspect: float, most: int) -> tuple[int, int]:
-    """Rows and columns for `count` images, or for the first of them; `most` columns unless asked for more.
+    """Returns the rows and columns of a grid for `count` images, or for the first of them.
 
-    `aspect` is the number of columns for each row that looks best.
+    Args:
+        columns: the number of columns; None: at most `most`.
+        aspect: the ideal ratio of columns to rows.
     """
     if columns is None:
         count = min(count, most * max(1, round(most / aspect)))
@@ -189,29 +229,31 @@ def _grid(count: int, columns: int | None, aspect: float, most: int) -> tuple[in
 
 
 def _near(ideal: float, count: int) -> int:
-    """The columns nearest to `ideal` that leave no place empty, if they are near enough."""
+    """The number of columns nearest to `ideal` without empty places, if it is near enough; else `ideal`, rounded up."""
     exact = [columns for columns in range(math.ceil(ideal / 1.5), int(1.5 * ideal) + 1) if count % columns == 0]
-    # divisors come in pairs around a square: the hundredth prefers the wider grid
+    # divisors come in pairs around the square root, equally near: 0.01 prefers the wider grid
     return min(exact, key=lambda columns: abs(math.log(columns / ideal) - 0.01), default=math.ceil(ideal))
 
 
 def _cell(size: tuple[int, int], rows: int, columns: int, room: int) -> Cell:
-    """The largest place for images of `size` (H, W) of which rows by columns fit into `room` pixels across.
+    """The largest cell for rows by columns of images of `size` (H, W) in `room` pixels of width.
 
-    Small images are enlarged by a whole number. What is left over widens the gaps, but not so much that they show.
+    Small images are enlarged by a whole number, or by a fraction if a whole number leaves too much room. The remaining
+    room widens the gaps by a little.
     """
     height, width = size
     gap, tall = _pixels(GAP), _pixels(TALLEST)
     scale = min(((tall + gap) / rows - gap) / height, ((room + gap) / columns - gap) / width)
     scale = min(scale, max(1.0, _pixels(LARGEST) / max(size)))
-    scale = math.floor(scale) if scale >= 1 else scale
+    if scale < 2 or math.floor(scale) >= FULL * scale:
+        scale = math.floor(scale) if scale >= 1 else scale
     height, width = max(1, round(scale * height)), max(1, round(scale * width))
     left = (room - columns * width) // max(columns - 1, 1)
     return Cell(height, width, min(max(gap, left), max(gap, min(height, width) // 12)))
 
 
 def _sheet(images: Tensor, cell: Cell, rows: int, columns: int, shades: Callable[[Tensor, Cell], Pixels]) -> Pixels:
-    """Images (N, C, H, W) row by row on white, shape (height, width, 3) in screen pixels.
+    """Arranges images (N, C, H, W) row by row on white, shape (height, width, 3) in screen pixels.
 
     Args:
         shades: converts an image (C, H, W) to RGB of the cell's size.
@@ -225,22 +267,22 @@ def _sheet(images: Tensor, cell: Cell, rows: int, columns: int, shades: Callable
 
 
 def _shades(image: Tensor, cell: Cell, levels: float) -> Pixels:
-    """One image (C, H, W) as RGB of the cell's height and width, shape (height, width, 3)."""
+    """Converts an image (C, H, W) to RGB of the cell's size, shape (height, width, 3)."""
     values = image.to(torch.float64)
     lost = ~values.isfinite().all(0, keepdim=True)
-    # fewer than two levels are no levels but the top of a continuous range
+    # below two, `levels` is the top of a continuous range
     shades = (values / (levels - 1 if levels >= 2 else levels)).nan_to_num().clamp(0, 1)
     if len(shades) not in (1, 3):
         shades = shades.mean(0, keepdim=True)
     size = (cell.height, cell.width)
     shades = (255 * _resized(shades, size) + 0.5).to(torch.uint8).expand(3, *size).permute(1, 2, 0)
-    # the largest, because one lost pixel of many must not be averaged away
+    # the maximum, because an average would hide a single pixel that is not finite
     lost = F.adaptive_max_pool2d(lost.to(torch.float64), size)[0] > 0
     return np.where(lost.numpy()[..., None], np.array(NOT_FINITE, dtype=np.uint8), shades.numpy())
 
 
 def _signed_shades(image: Tensor, cell: Cell, largest: float) -> Pixels:
-    """One image of differences (C, H, W) in the colours of `SIGNED`, shape (height, width, 3)."""
+    """Converts an image of differences (C, H, W) to the colours of `SIGNED`, shape (height, width, 3)."""
     values = image.to(torch.float64)
     size = (cell.height, cell.width)
     lost = F.adaptive_max_pool2d((~values.isfinite()).any(0, keepdim=True).to(torch.float64), size)[0] > 0
@@ -254,53 +296,55 @@ def _signed_shades(image: Tensor, cell: Cell, largest: float) -> Pixels:
 
 
 def _largest_resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """`image` (1, H, W) enlarged by a whole factor, or reduced by taking the largest value of each part."""
+    """Enlarges `image` (1, H, W), or reduces it by taking the largest value of each part."""
     if size[0] < image.shape[1] or size[1] < image.shape[2]:
         return F.adaptive_max_pool2d(image, size)
     return _resized(image, size)
 
 
 def _largest(images: Tensor) -> float:
-    """The largest magnitude of finite values; 0 if there are none."""
+    """The largest magnitude of the finite values; 0 without finite values."""
     finite = images.detach()[images.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _draw_bar(figure: Figure, left: int, bottom: int, largest: float, unit: str) -> None:
-    """Draws the colour bar of differences from -largest to largest, with these numbers."""
+    """Draws the colour bar of differences from -largest to largest, with numbers at its ends."""
     height, width = _pixels(BAR_HEIGHT), _pixels(BAR_WIDTH)
     bottom += _pixels(LINE)
     shades = SIGNED(np.linspace(0, 1, width), bytes=True)[None, :, :3].repeat(height, axis=0)
     figure.figimage(shades, left, bottom, origin="upper")
     look: dict[str, Any] = {"size": 8, "color": style.MUTED, "va": "top"}
     ends = ((0.0, f"-{largest:.2g}", "left"), (0.5, "0", "center"), (1.0, f"{largest:.2g}", "right"))
-    # no ends without any difference
+    # if all differences are 0, the bar has no ends
     for share, words, align in ends if largest > 0 else ends[1:2]:
         _write(figure, left + share * width, bottom - _pixels(NAME) / 2, words, width, ha=align, **look)
-    words = f"largest difference {largest:.2g} {unit}".rstrip()
+    words = points.noted(f"largest difference {largest:.2g}", unit)
     look = {"size": 8.5, "color": style.MUTED, "va": "center"}
     _write(figure, left + width + _pixels(NOTE), bottom + height / 2, words, _pixels(style.WIDTH), **look)
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """`image` (C, H, W) at a whole multiple of its size, or averaged down to a smaller one."""
+    """Enlarges `image` (C, H, W) by repeating pixels, or averages it down."""
     height, width = image.shape[1:]
     if size[0] < height or size[1] < width:
-        # plain averages of two or three pixels would turn fine patterns into coarse ones
+        # plain averages of two or three pixels would turn fine patterns into coarse patterns
         return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-    return image.repeat_interleave(size[0] // height, 1).repeat_interleave(size[1] // width, 2)
+    down, across = (torch.arange(new) * old // new for new, old in zip(size, (height, width), strict=True))
+    return image[:, down][:, :, across]
 
 
 def _noted(name: str, images: Tensor, drawn: int, plainly: bool = True) -> str:
-    """The name of some images, with what a reader must know of how the first `drawn` are shown.
+    """The name of some images, with notes on how they are drawn.
 
     Args:
-        plainly: whether they are shown as images, not as differences.
+        drawn: the number of images that are drawn.
+        plainly: whether they are drawn as images, not as differences.
     """
     lost = int((~images.isfinite()).any(1).sum())
     channels = images.shape[1]
     return points.noted(
-        style.literal(name, most=40),
+        "\n".join(style.literal(line, most=40) for line in name.split("\n")),
         _first(drawn, len(images)),
         "" if len(images) else "no images",
         f"mean of {channels} channels" if plainly and channels not in (1, 3) else "",
@@ -309,16 +353,17 @@ def _noted(name: str, images: Tensor, drawn: int, plainly: bool = True) -> str:
 
 
 def _first(drawn: int, count: int, things: str = "") -> str:
+    """A note such as "first 5 of 9 rows"; empty if all are drawn."""
     return f"first {drawn:,} of {count:,}{things}" if drawn < count else ""
 
 
-def _figure(top: int, head: float, title: str) -> Figure:
-    """A figure with images up to `top` pixels, and `head` inches over them."""
-    # the half, because a height that rounds down loses its last row of pixels
-    return style.new_figure((top + _pixels(head) + 0.5) / style.DPI, title)
+def _figure(top: int, head: float, title: str, options: PlotOptions) -> Figure:
+    """A figure with images up to `top` pixels, and `head` inches above them."""
+    # half a pixel more, because a height that is rounded down loses its last row of pixels
+    return style.new_figure((top + _pixels(head) + 0.5) / style.DPI, title, options)
 
 
 def _write(figure: Figure, x: float, y: float, words: str, room: float, *, size: float, **look: Any) -> None:
-    """Words at screen pixels (x, y) from the lower left, made smaller where they would be wider than `room`."""
-    size *= min(1.0, room / (_pixels(LETTER) * max(len(words), 1)))
+    """Writes words at screen pixels (x, y) from the lower left, smaller if they would be wider than `room`."""
+    size *= min(1.0, room / (_pixels(LETTER) * size / 9 * max(1, *(len(line) for line in words.split("\n")))))
     figure.text(x / style.DPI, y / style.DPI, words, transform=figure.dpi_scale_trans, size=size, **look)

@@ -1,7 +1,8 @@
-"""Samples of images beside data, and what else images have to show."""
+"""Figures of images: samples beside data, reconstructions, interpolations, temperatures and classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,66 +10,109 @@ from torch import Tensor
 from flowtrain.bases import StandardNormal
 from flowtrain.data.base import Dataset
 from flowtrain.flow import Density, Flow
+from flowtrain.plotting import points
 from flowtrain.plotting.drawing import drawing, first, latents, warn_if_plotting_fails
 from flowtrain.plotting.image_grids import draw_panels, draw_rows
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.utils.errors import FlowtrainError
 from flowtrain.utils.process import seeded
 
 IMAGES = 100
 TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0)
-# images in a row of the data, in one of samples, and pairs that are interpolated
-ROW, SAMPLED, PAIRS = 10, 16, 6
+# images in a row of reconstructions, of interpolations and of samples
+ROW, WEIGHTS, SAMPLED = 10, 11, 16
+# pairs of images that are interpolated, and test images among which they are found
+PAIRS, SEARCHED = 6, 120
 
 
-def draw(flow: Density, data: Dataset, path: Path, title: str, samples: Tensor | None, label: int | None) -> None:
-    """See `flowtrain.plotting.pictures.draw`."""
+def draw(
+    flow: Density,
+    data: Dataset,
+    path: Path,
+    title: str,
+    samples: Tensor | None,
+    label: int | None,
+    options: PlotOptions = DEFAULT,
+) -> None:
+    """Draws samples beside data; see `flowtrain.plotting.pictures.draw`."""
     show = Shown(flow, data)
     real, labels = first(flow, data, IMAGES, label)
     if samples is None:
         samples = flow.sample(len(real), label=labels)
-    draw_panels(path, panels=[("data", show(real)), ("samples", show(samples))], levels=1, title=title)
+    of = "" if flow.classes is None else "same classes" if label is None else f"class {label}"
+    panels = [("data", show(real)), (points.noted("samples", of), show(samples))]
+    draw_panels(path, panels=panels, levels=1, title=title, options=options)
 
 
-def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: str) -> list[Path]:
-    """Reconstructions, interpolations, temperatures and classes; see `flowtrain.plotting.pictures.draw_more`."""
+def draw_more(
+    flow: Flow, data: Dataset, place: Callable[[str], Path], title: str, options: PlotOptions = DEFAULT
+) -> list[Path]:
+    """Draws reconstructions, interpolations, temperatures and classes; see `flowtrain.plotting.pictures.draw_more`."""
     show = Shown(flow, data)
-    figures: dict[str, Callable[[Flow, Dataset], Rows]] = {
-        "interpolation": interpolations,
-        "temperature": temperatures,
+    classes_of_columns = [] if flow.classes is None else [f"class {y}" for y in flow.in_turn(SAMPLED).tolist()]
+    figures = {
+        "interpolation": Figure(
+            interpolations,
+            "interpolation between test images",
+            "on the great circle between the latents; columns: weight of the image at the right end",
+            [f"{weight:.1f}" for weight in torch.linspace(0, 1, WEIGHTS).tolist()],
+        ),
+        "temperature": Figure(
+            temperatures,
+            "samples by temperature",
+            "columns: the same base noise, multiplied by the temperature T",
+            classes_of_columns,
+        ),
+        "classes": Figure(classes, "samples by class", "columns: the same base noise"),
     }
-    if flow.classes is not None:
-        figures["classes"] = classes
+    if flow.classes is None:
+        del figures["classes"]
     files = []
     with warn_if_plotting_fails("reconstructions"):
-        files.append(_draw_reconstructions(flow, data, show, place("reconstructions"), title))
-    for name, rows in figures.items():
+        _draw_reconstructions(flow, data, show, place("reconstructions"), title, options)
+        files += options.files(place("reconstructions"))
+    for name, figure in figures.items():
         with warn_if_plotting_fails(name), drawing(flow) as flow:
-            drawn = [(words, show(images)) for words, images in rows(flow, data)]
-            # no two test images of one class, and there is nothing to interpolate
-            if drawn:
-                draw_rows(place(name), rows=drawn, levels=1, title=f"{title}: {name}")
-                files.append(place(name))
+            rows = [(words, show(images)) for words, images in figure.rows(flow, data)]
+            # without two test images of one class there is nothing to interpolate
+            if rows:
+                draw_rows(
+                    place(name),
+                    rows=rows,
+                    levels=1,
+                    title=f"{title}: {figure.title}",
+                    note=figure.note,
+                    heads=figure.heads,
+                    options=options,
+                )
+                files += options.files(place(name))
     return files
 
 
-def _draw_reconstructions(flow: Flow, data: Dataset, show: "Shown", path: Path, title: str) -> Path:
-    """Draws test images, their round trips through the latents, and the differences in a colour scale of their own."""
-    # at the tolerance of an evaluation, because the figure states the size of the error
+def _draw_reconstructions(
+    flow: Flow, data: Dataset, show: "Shown", path: Path, title: str, options: PlotOptions
+) -> None:
+    """Draws test images, their round trips through the latents, and the differences with a colour bar."""
+    # the tolerance of an evaluation, because the figure states the size of the error
     with drawing(flow, tolerance=0.0) as flow:
         x, back = reconstructed(flow, data)
         draw_rows(
             path,
             rows=[("data", show(x)), ("round trip", show(back))],
             levels=1,
-            title=f"{title}: reconstructions",
+            title=f"{title}: reconstruction of test images",
+            note="round trip: forward(inverse(x))",
             signed=[("difference", x - back)],
-            unit="in the units of the data" if flow.levels is None else "of a level",
+            unit="in the units of the data" if flow.levels is None else f"levels range from 0 to {flow.levels - 1}",
+            options=options,
         )
-    return path
 
 
 class Shown:
-    """Images as they are drawn, from 0 (black) to 1: levels by their number, others by the range of the test data."""
+    """Scales images to the range from 0 (black) to 1 (white).
+
+    Integer values are divided by the largest level. Other values are scaled by the range of the test data.
+    """
 
     def __init__(self, flow: Density, data: Dataset) -> None:
         self.flow = flow
@@ -76,19 +120,28 @@ class Shown:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.float()
-        # what is not finite is for the figure to show
+        # the figure marks values that are not finite
         x = torch.where(x.isfinite(), self.flow.quantized(x).float(), x)
         return (x - self.low) / (self.high - self.low or 1.0)
 
 
 def value_range(flow: Density, data: Dataset) -> tuple[float, float]:
-    """The values that are drawn black and white."""
+    """The values that are drawn in black and in white."""
     if flow.levels is not None:
         return 0.0, flow.levels - 1.0
     return float(data.test.min()), float(data.test.max())
 
 
 Rows = list[tuple[str, Tensor]]
+
+
+class Figure(NamedTuple):
+    """Named rows of images, with the title of the figure, a note, and the names of the columns."""
+
+    rows: Callable[[Flow, Dataset], Rows]
+    title: str
+    note: str
+    heads: Sequence[str] = ()
 
 
 def reconstructed(flow: Flow, data: Dataset) -> tuple[Tensor, Tensor]:
@@ -99,29 +152,35 @@ def reconstructed(flow: Flow, data: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def interpolations(flow: Flow, data: Dataset) -> Rows:
-    """From one test image to another along the great circle between their latents, of one class where there are any.
+    """Interpolates between pairs of test images along the great circle between their latents.
+
+    The images of a pair have the same class if the flow is conditional. Each row is named by the classes, if they are
+    known, and the positions of its two test images.
 
     Raises:
-        FlowtrainError: a base other than a standard normal one, whose latents do not lie near a sphere.
+        FlowtrainError: the base is not a standard normal, so latents do not lie near a sphere.
     """
     if not isinstance(flow.base, StandardNormal):
         raise FlowtrainError(
-            f"images are interpolated on the sphere that standard normal latents lie near, and this flow has another "
-            f"base, {type(flow.base).__name__}"
+            f"images are interpolated on the sphere near which standard normal latents lie, but the base of this flow "
+            f"is {type(flow.base).__name__}"
         )
-    x, label = first(flow, data, 20 * PAIRS)
-    ones, others = pairs(label, len(x))
+    x, label = first(flow, data, SEARCHED)
+    known = None if data.test_labels is None else data.test_labels[:SEARCHED].tolist()
     z = flow.inverse(x, label)
-    t = torch.linspace(0, 1, ROW, device=z.device)
+    t = torch.linspace(0, 1, WEIGHTS, device=z.device)
     rows = []
-    for i, j in zip(ones, others, strict=True):
-        labels = None if label is None else label[i].expand(ROW)
-        rows.append(("" if label is None else str(int(label[i])), flow(slerp(z[i], z[j], t), labels)))
+    for i, j in zip(*pairs(label, len(x)), strict=True):
+        labels = None if label is None else label[i].expand(WEIGHTS)
+        of = ""
+        if known is not None:
+            of = f"class {known[i]}\n" if known[i] == known[j] else f"class {known[i]} → {known[j]}\n"
+        rows.append((f"{of}test {i} → {j}", flow(slerp(z[i], z[j], t), labels)))
     return rows
 
 
 def pairs(label: Tensor | None, n: int) -> tuple[list[int], list[int]]:
-    """Up to PAIRS pairs of rows below n, each of one class and no row twice."""
+    """Returns up to PAIRS pairs of rows below n, as two lists. A pair has one class, and no row occurs twice."""
     waiting: dict[int, int] = {}
     first, second = [], []
     for i in range(n):
@@ -135,9 +194,13 @@ def pairs(label: Tensor | None, n: int) -> tuple[list[int], list[int]]:
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """(sin((1 - t) w) a + sin(t w) b) / sin w, w the angle between a and b: latents as long as those of data.
+    """Interpolates spherically: (sin((1 - t) w) a + sin(t w) b) / sin w, with w the angle between a and b.
 
-    Shapes: a and b (*event), t (n,), result (n, *event). (Shoemake 1985, Animating rotation, section 3.3.)
+    Unlike linear interpolation, it keeps the length of latents.
+
+    Shapes: a and b (*event), t (n,), result (n, *event).
+
+    Source: Shoemake 1985, Animating rotation with quaternion curves, section 3.3.
     """
     t = t.view(-1, *(1,) * a.dim())
     cosine = (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12)
@@ -146,7 +209,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def temperatures(flow: Flow, data: Dataset) -> Rows:
-    """The same base noise at several temperatures."""
+    """Samples from the same base noise at several temperatures."""
     label, rows = None if flow.classes is None else flow.in_turn(SAMPLED), []
     for t in TEMPERATURES:
         with seeded(0, flow.like.device):
@@ -156,6 +219,6 @@ def temperatures(flow: Flow, data: Dataset) -> Rows:
 
 
 def classes(flow: Flow, data: Dataset) -> Rows:
-    """Samples of each class that has training rows, from the same latents."""
+    """Samples of each class with training rows, from the same base noise."""
     z = latents(flow, SAMPLED)
-    return [(str(label), flow(z, label)) for label in flow.seen]
+    return [(f"class {label}", flow(z, label)) for label in flow.seen]

@@ -1,76 +1,83 @@
-"""Chooses the pictures of a flow: which samples and grids go into which figure."""
+"""Draws the figures that suit a flow and its data: samples, evaluation and others."""
 
+import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import Evaluation
-from flowtrain.evaluation.log_likelihood import marginal
+from flowtrain.evaluation.calibration import DENSITY, RADIUS
 from flowtrain.flow import Density, Flow
-from flowtrain.plotting import image_pictures
-from flowtrain.plotting.densities import draw_flow
-from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails, where_inside
+from flowtrain.plotting import image_pictures, vector_pictures
+from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails
 from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.transport_pictures import draw_transport_pictures
 
-POINTS = 10_000
+# the name of the only transform of an ensemble in the figure
+RANKS = "rank of log p"
 
 
-def draw_vectors(flow: Density, data: Dataset, path: Path, title: str, samples: Tensor | None, log_scale: bool) -> None:
-    """See `flowtrain.plotting.pictures.draw`."""
-    if samples is None:
-        samples = flow.sample(POINTS if flow.event_shape[0] <= 2 else 2000)
-
-    def density(x: Tensor) -> Tensor:
-        return where_inside(flow, x, partial(marginal, flow), -torch.inf)
-
-    draw_flow(
-        path,
-        data=flow.dequantized(data.test[:POINTS]),
-        samples=samples,
-        log_density=lambda x: torch.cat([density(part) for part in torch.split(x, 2000)]),
-        columns=data.columns,
-        title=title,
-        log_scale=log_scale,
-    )
-
-
-def draw_evaluation(result: Evaluation, title: str, data: str, place: Callable[[str], Path]) -> list[Path]:
-    """Calibration, and of two sets how likelihood tells them apart.
+def draw_evaluation(
+    result: Evaluation,
+    data: Dataset,
+    title: str,
+    name: str,
+    place: Callable[[str], Path],
+    options: PlotOptions = DEFAULT,
+) -> list[Path]:
+    """Draws the calibration, and the OOD detection if there is one.
 
     Args:
-        data: the name of the data.
-        place: where a figure of some name goes.
+        title: the model and the data.
+        name: the name of the data.
+        place: the path of a figure by its name.
 
     Returns:
         The files.
     """
-    drawn = []
-    of = "latents" if result.members is None else "density ranks"
-    words = f"{title}, {of} of {result.calibration.n:,} samples ({result.rows_words})"
+    drawn: list[Path] = []
+    found = result.calibration
+    words = f"{title}, calibration on {found.n:,} rows ({result.rows_words})"
+    labels = {f"z{i + 1}": column for i, column in enumerate(data.columns)}
+    pit = {RANKS if name == DENSITY else name: u for name, u in result.pit.items()}
     with warn_if_plotting_fails("calibration"):
-        draw_calibration(place("calibration"), pit=result.pit, title=words)
-        drawn.append(place("calibration"))
+        note = calibration_note(
+            len(pit.keys() - {RADIUS}), math.prod(data.event_shape), "column" if data.columns else "latent"
+        )
+        draw_calibration(place("calibration"), pit=pit, title=words, labels=labels, note=note, options=options)
+        drawn += options.files(place("calibration"))
     if result.ood is None or result.sets is None:
         return drawn
     unit, scale = result.unit
     with warn_if_plotting_fails("ood"):
         draw_ood(
             place("ood"),
-            names=(data, result.ood.name),
+            names=(name, result.ood.name),
             log_p=(scale * result.sets[0], scale * result.sets[1]),
             entropy=scale * result.ood.entropy,
             auroc=result.ood.auroc,
             typicality_auroc=result.ood.typicality_auroc,
             unit=unit,
-            title=f"{title}, beside {result.ood.name}",
+            title=f"{title}, OOD detection of {result.ood.name}",
+            options=options,
         )
-        drawn.append(place("ood"))
+        drawn += options.files(place("ood"))
     return drawn
+
+
+def calibration_note(shown: int, latents: int, what: str) -> str:
+    """Says which latents the figure of the calibration shows, if not all.
+
+    Example:
+        >>> calibration_note(8, 30, "column"), calibration_note(8, 8, "column")
+        ('8 of 30 columns, those with the largest deviations', '')
+    """
+    if not 0 < shown < latents:
+        return ""
+    return f"{shown} of {latents:,} {what}s, those with the largest deviations"
 
 
 def draw(
@@ -81,33 +88,38 @@ def draw(
     samples: Tensor | None = None,
     label: int | None = None,
     log_scale: bool = False,
+    options: PlotOptions = DEFAULT,
 ) -> None:
-    """Data beside samples: with the density for 2-D, a corner plot of a few columns beyond, grids of images.
+    """Draws data beside samples of a flow: densities of one or two columns, a corner plot of more columns, or images.
 
-    No randomness is left behind. Images of a conditional flow are of the labels of the data beside them; with `label`,
-    the class of `samples`, both are of that one.
+    The random state of torch is unchanged. Samples of a conditional flow have the labels of the data.
 
     Args:
-        log_scale: 2-D densities by their logarithm, which shows the tails.
+        samples: samples of the flow; None: they are drawn here.
+        label: the class of `samples`; the data are then of this class too.
+        log_scale: shows densities of one or two columns by their logarithm.
     """
     with drawing(flow) as flow:
         if len(flow.event_shape) == 3:
-            image_pictures.draw(flow, data, path, title, samples, label)
+            image_pictures.draw(flow, data, path, title, samples, label, options)
         else:
-            draw_vectors(flow, data, path, title, samples, log_scale)
+            vector_pictures.draw(flow, data, path, title, samples, label, log_scale, options)
 
 
-def draw_more(flow: Flow, data: Dataset, place: Callable[[str], Path], title: str) -> list[Path]:
-    """What else there is to show, one figure each.
+def draw_more(
+    flow: Flow, data: Dataset, place: Callable[[str], Path], title: str, options: PlotOptions = DEFAULT
+) -> list[Path]:
+    """Draws the other figures of a flow.
 
-    Of images reconstructions, interpolations, temperatures and classes; of two columns the way from base to data.
+    For images, these are reconstructions, interpolations, temperatures and classes. For two columns, they show the
+    transport from the base to the data.
 
     Args:
-        place: where a figure of some name goes.
+        place: the path of a figure by its name.
 
     Returns:
         The files.
     """
     if len(flow.event_shape) == 3:
-        return image_pictures.draw_more(flow, data, place, title)
-    return draw_transport_pictures(flow, data, place, title) if flow.event_shape == (2,) else []
+        return image_pictures.draw_more(flow, data, place, title, options)
+    return draw_transport_pictures(flow, data, place, title, options) if flow.event_shape == (2,) else []

@@ -1,4 +1,4 @@
-"""From tensors to the points, ranges and axes that a figure is drawn from."""
+"""Converts tensors to the points, ranges and histograms that a figure is drawn from."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.axis import Axis
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.utils.errors import FlowtrainError
 
 Array = NDArray[np.float64]
-# beyond it the products and squares of a figure overflow: as good as infinite
+# larger values count as infinite, because their products and squares overflow
 FARTHEST = 1e30
 LogDensity = Callable[[Tensor], Tensor]
 Range = tuple[float, float]
@@ -22,35 +20,35 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Points:
-    """The finite rows of a batch, shape (N, d), and how many rows were left out as not finite."""
+    """The finite rows of a batch, shape (N, d), and the number of rows that are not finite."""
 
     values: Array
     dropped: int
 
     def lost(self) -> str:
-        """How many rows were left out, in words; empty if none were."""
+        """A note such as "3 not finite"; empty if all rows are finite."""
         return f"{self.dropped:,} not finite" if self.dropped else ""
 
 
 def noted(name: str, *notes: str) -> str:
-    """`name`, with the notes that are not empty in brackets."""
+    """Appends the notes that are not empty to a name, in brackets."""
     said = ", ".join(note for note in notes if note)
     return f"{name} ({said})" if said else name
 
 
 def missing(density: Array) -> str:
-    """The share of a density that is not finite, in words; empty if there is none."""
+    """A note with the share of a density that is not finite; empty if all of it is finite."""
     share = float(np.isnan(density).mean())
     return f"{share:.1%} not finite" if share else ""
 
 
 def to_numpy(values: Tensor | NDArray[np.generic]) -> Array:
-    """Values on any device, of any real dtype, with or without a graph, as a float64 array."""
+    """Converts values of any device and real dtype to a float64 array."""
     return np.asarray(torch.as_tensor(values).detach().cpu().to(torch.float64).numpy(), dtype=np.float64)
 
 
 def as_points(data: Tensor, samples: Tensor) -> tuple[Points, Points]:
-    """Data (N, d) and samples (M, d) as points. There must be finite data; samples may all be lost."""
+    """Converts data (N, d) and samples (M, d) to points. Some data must be finite; samples need not be."""
     real, model = data_points(data), finite("samples", samples)
     if real.values.shape[1] != model.values.shape[1]:
         raise FlowtrainError(
@@ -61,10 +59,13 @@ def as_points(data: Tensor, samples: Tensor) -> tuple[Points, Points]:
 
 
 def data_points(data: Tensor, width: int | None = None) -> Points:
-    """Data (N, d) as points, d = `width` where that is given.
+    """Converts data (N, d) to points.
+
+    Args:
+        width: the required d; None: any.
 
     Raises:
-        FlowtrainError: none of its rows is finite, or another width.
+        FlowtrainError: no row is finite, or d is not `width`.
     """
     real = finite("data", data)
     if len(real.values) == 0:
@@ -75,28 +76,36 @@ def data_points(data: Tensor, width: int | None = None) -> Points:
 
 
 def finite(name: str, batch: Tensor) -> Points:
-    """The finite rows of a batch (N, d).
+    """Returns the finite rows of a batch (N, d).
 
     Raises:
-        FlowtrainError: another shape, or no row at all.
+        FlowtrainError: the batch has another shape or no rows.
     """
     values = to_numpy(batch)
     if values.ndim != 2 or values.size == 0:
         raise FlowtrainError(
             f"cannot plot {name} of shape {tuple(values.shape)}: give at least one row, as (rows, columns)"
         )
-    kept = values[(np.abs(values) < FARTHEST).all(axis=1)]
+    kept = values[is_finite(values)]
     return Points(kept, len(values) - len(kept))
 
 
+def is_finite(values: Array) -> NDArray[np.bool_]:
+    """Whether each row of values (N, d) is finite, shape (N,)."""
+    return np.asarray((np.abs(values) < FARTHEST).all(axis=1))
+
+
 def require_width(points: Points, width: int) -> None:
-    """Refuse points that do not have `width` columns."""
+    """Raises FlowtrainError if the points do not have `width` columns."""
     if points.values.shape[1] != width:
         raise FlowtrainError(f"this figure is for {width} columns, the data has {points.values.shape[1]}")
 
 
 def robust_range(values: Array, margin: float = 0.12) -> Range:
-    """A range that shows all but the outermost half percent of `values` (N,) on each side, and a margin."""
+    """The range between the 0.5% and 99.5% quantiles of `values` (N,), with `margin` times its length on each side.
+
+    A range without length is widened, so that it can be the limits of an axis.
+    """
     low, high = (float(edge) for edge in np.quantile(values, (0.005, 0.995)))
     span = high - low
     size = max(abs(low), abs(high))
@@ -113,18 +122,16 @@ def centres(limits: Range, count: int) -> Array:
 
 
 def grid_2d(limits: tuple[Range, Range], count: int) -> Array:
-    """The centres of count by count equal cells, shape (count**2, 2): y runs fastest."""
+    """The centres of count by count equal cells, shape (count**2, 2). The second coordinate varies fastest."""
     x, y = np.meshgrid(*(centres(edge, count) for edge in limits), indexing="ij")
     return np.stack((x.ravel(), y.ravel()), axis=1)
 
 
 def evaluate(log_density: LogDensity, grid: Array, moments: int = 1) -> Array:
-    """The density at `grid` (G, d), shape (G,), from one call of `log_density`; NaN where it is not finite.
+    """Evaluates exp(log_density) at `grid` (G, d), shape (moments * G,); NaN where it is not finite.
 
-    Of several moments, one after the other, (moments * G,).
-
-    The call gets a float32 tensor on the CPU and runs in the caller's gradient mode: a density that
-    differentiates inside would not work under a no_grad set here.
+    `log_density` is called once, with a float32 tensor on the CPU. The gradient mode is the caller's, because a density
+    may differentiate internally.
     """
     answer = log_density(torch.from_numpy(grid).to(torch.float32))
     if answer.numel() != moments * len(grid):
@@ -136,37 +143,57 @@ def evaluate(log_density: LogDensity, grid: Array, moments: int = 1) -> Array:
 
 
 def moments_2d(log_density: LogDensity, limits: tuple[Range, Range], count: int, moments: int) -> Array:
-    """Densities at so many moments on a grid, (moments, count, count), from one call: (G, 2) to (moments, G)."""
+    """Evaluates densities at several moments on a grid, shape (moments, count, count).
+
+    `log_density` is called once and maps (G, 2) to (moments, G).
+    """
     grid = grid_2d(limits, count)
     return evaluate(lambda x: log_density(x).flatten(), grid, moments).reshape(moments, count, count)
 
 
 def common_count(real: Array, model: Array) -> int:
-    """The count that sets the fineness of both pictures: a finer one of the larger set would look narrower.
+    """The number of points that sets the width of bins, the same for data and samples.
 
-    It is that of the smaller set, but a handful of samples does not make the data coarse.
+    It is the smaller of the two numbers, but at least a twentieth of the data: a few samples do not make the bins of
+    the data coarse.
     """
     return max(min(len(real), len(model)), len(real) // 20, 1)
 
 
 def bins_1d(count: int) -> int:
-    """Bins for a histogram of `count` points, by the Rice rule."""
+    """Bins for a histogram of `count` points by the Rice rule, between 12 and 100."""
     return int(np.clip(2 * count ** (1 / 3), 12, 100))
 
 
-def fine_bins(values: Array, limits: Range, count: int, most: int = 100) -> int:
-    """Number of bins of a histogram of `count` points by the rule of Freedman and Diaconis, at least `bins_1d`.
+# smallest number of bins of a histogram
+FEWEST_BINS = 20
+# ratio of the interquartile range to the length of the shortest interval with a quarter of the mass, of a Gaussian
+QUARTER = 2.117
 
-    Bins are 2 IQR count^(-1/3) wide, where IQR is the interquartile range of `values` (N,). Points that lie close
-    together on a long axis then get bins that show their shape.
+
+def count_bins(values: Array, limits: Range, count: int, most: int = 200) -> int:
+    """The number of bins of a histogram over `limits`, between 20 and `most`.
+
+    The rule by Freedman and Diaconis makes bins 2 IQR count^(-1/3) wide. The interquartile range (IQR) of
+    `values` (N,) is replaced by 2.117 times the length of the shortest interval that contains a quarter of the values.
+    Both are equal for a Gaussian, but the IQR of two separate modes contains the gap between them.
+
+    Args:
+        count: the number of points in the histogram.
+
+    Source: Freedman and Diaconis 1981, On the histogram as a density estimator.
     """
-    first, third = np.quantile(values, (0.25, 0.75))
-    usual, width = bins_1d(count), 2 * float(third - first) * count ** (-1 / 3)
-    return max(usual, min(most, int((limits[1] - limits[0]) / width))) if width > 0 else usual
+    ordered = np.sort(values)
+    quarter = max(1, len(ordered) // 4)
+    shortest = float((ordered[quarter:] - ordered[:-quarter]).min()) if len(ordered) > quarter else 0.0
+    width = 2 * QUARTER * shortest * count ** (-1 / 3)
+    # the shortest interval is empty if values are equal; then the number depends on the count only
+    wanted = (limits[1] - limits[0]) / width if width > 0 else 2 * count ** (1 / 3)
+    return int(np.clip(wanted, FEWEST_BINS, most))
 
 
 def outside(points: Points, limits: Sequence[Range]) -> str:
-    """The share of points (N, d) outside the limits, in words; empty below 5%."""
+    """A note with the share of points (N, d) outside the limits; empty below 5%."""
     lows, highs = np.array(limits).T
     beyond = ((points.values < lows) | (points.values > highs)).any(axis=1)
     share = float(beyond.mean()) if len(beyond) else 0.0
@@ -174,35 +201,52 @@ def outside(points: Points, limits: Sequence[Range]) -> str:
 
 
 def blur_2d(count: int) -> float:
-    """The blur of a two-dimensional histogram of `count` points, in bins.
+    """The standard deviation, in bins, of the blur of a two-dimensional histogram of `count` points.
 
-    It tames the counting noise and hardly moves an edge.
+    The blur reduces the counting noise and hardly moves an edge.
     """
     return float(np.clip((30_000 / count) ** (1 / 6), 0.6, 3.0))
 
 
 def histogram_1d(values: Array, limits: Range, bins: int) -> tuple[Array, Array]:
-    """Density (K,) of `values` (N,) and the bin edges (K + 1,). Values outside `limits` count as mass."""
+    """Returns the density (K,) of `values` (N,) and the bin edges (K + 1,).
+
+    Values outside the limits count in N, so the density integrates to their share within the limits.
+    """
     counts, edges = np.histogram(values, bins=bins, range=limits)
     return counts / (max(len(values), 1) * (edges[1] - edges[0])), edges
 
 
-def histogram_2d(values: Array, limits: tuple[Range, Range], bins: int, blur: float) -> Array:
-    """Density (K, K) of `values` (N, 2), first index along x, blurred by a Gaussian `blur` bins wide.
+def histogram_2d(values: Array, limits: tuple[Range, Range], bins: int, blur: float | tuple[float, float]) -> Array:
+    """Returns the density (K, K) of `values` (N, 2), first index along x, blurred by a Gaussian.
 
-    Values outside `limits` count as mass, and what is blurred past the edge is lost.
+    Values outside the limits count in N, and their blur reaches into the limits.
+
+    Args:
+        blur: the standard deviation of the Gaussian in bins; a pair is for x and y.
     """
-    counts, x_edges, y_edges = np.histogram2d(values[:, 0], values[:, 1], bins=bins, range=limits)
-    area = (x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])
-    place = np.arange(bins)
-    kernel = np.exp(-0.5 * ((place[:, None] - place) / blur) ** 2) / (blur * np.sqrt(2 * np.pi))
-    return np.asarray(kernel @ (counts / (max(len(values), 1) * area)) @ kernel, dtype=np.float64)
+    blurs = blur if isinstance(blur, tuple) else (blur, blur)
+    cells = [(high - low) / bins for low, high in limits]
+    beyond = [math.ceil(4 * each) for each in blurs]
+    wide = [
+        (low - extra * cell, high + extra * cell)
+        for (low, high), extra, cell in zip(limits, beyond, cells, strict=True)
+    ]
+    counts, *_ = np.histogram2d(values[:, 0], values[:, 1], bins=[bins + 2 * extra for extra in beyond], range=wide)
+    across, up = (_blurring(bins, extra, each) for extra, each in zip(beyond, blurs, strict=True))
+    return np.asarray(across @ (counts / (max(len(values), 1) * cells[0] * cells[1])) @ up.T, dtype=np.float64)
+
+
+def _blurring(bins: int, beyond: int, blur: float) -> Array:
+    """The weights (bins, bins + 2 beyond) that blur a histogram with `beyond` more bins at each end."""
+    place = np.arange(-beyond, bins + beyond)
+    return np.asarray(np.exp(-0.5 * ((np.arange(bins)[:, None] - place) / blur) ** 2) / (blur * np.sqrt(2 * np.pi)))
 
 
 def peak(density: Array, mass: float = 0.99) -> float:
-    """The height below which `mass` of the probability lies; 0 where there is none.
+    """The height below which `mass` of the probability lies; 0 if the density is 0 everywhere.
 
-    Unlike the maximum it is hardly moved by one lucky bin or a needle in the density.
+    Unlike the maximum, it hardly depends on a single bin or on a narrow peak.
     """
     heights = np.sort(density[np.isfinite(density) & (density > 0)])
     if len(heights) == 0:
@@ -210,115 +254,3 @@ def peak(density: Array, mass: float = 0.99) -> float:
     # scaled first: the sum of heights near the largest float would overflow
     below = np.cumsum(heights / heights[-1])
     return float(heights[np.searchsorted(below, mass * below[-1])])
-
-
-# an axis is compressed if the range of the values exceeds this many times half their interquartile range
-LONGEST_TAIL = 30.0
-# the data have a single tail if one side is this many times longer than the other
-ONE_SIDED = 10.0
-# smallest distance between two ticks of a compressed axis, as a share of its length
-TICKS_APART = 0.13
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The position of a value along an axis: x itself, or asinh((x - centre) / reach) if there is a reach."""
-
-    centre: float = 0.0
-    reach: float | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether the axis is linear."""
-        return self.reach is None
-
-    def places(self, values: Array) -> Array:
-        """The positions of values along the axis, of any shape."""
-        return values if self.reach is None else np.arcsinh((values - self.centre) / self.reach)
-
-    def values(self, places: Tensor) -> Tensor:
-        """The values at positions along the axis, of any shape."""
-        return places if self.reach is None else self.centre + self.reach * places.sinh()
-
-    def log_slope(self, places: Tensor) -> Tensor:
-        """log dx/dy at positions along the axis, of any shape; added to a log density of x it gives that of y."""
-        if self.reach is None:
-            return torch.zeros_like(places)
-        return math.log(self.reach) + places.cosh().log()
-
-    def mark(self, axis: Axis, apart: float = TICKS_APART) -> None:
-        """Sets ticks at round values of x on a compressed axis, whose limits must be set; a linear axis is unchanged.
-
-        Args:
-            apart: the smallest distance between two ticks, as a share of the axis.
-        """
-        if self.reach is None:
-            return
-        low, high = axis.get_view_interval()
-        shown = [self.centre + self.reach * math.sinh(y) for y in (low, high)]
-        values = round_values((shown[0], shown[1]), self, apart)
-        axis.set_ticks(self.places(np.array(values)).tolist(), labels=[short(value) for value in values])
-
-
-def suited(values: Array) -> Scale:
-    """The scale of an axis that shows the shape of values (N,), heavy tails or not.
-
-    Example:
-        >>> rng = np.random.default_rng(0)
-        >>> suited(rng.normal(size=1000)).plain, suited(np.exp(2 * rng.normal(size=1000))).plain
-        (True, False)
-    """
-    low, first, middle, third, high = (float(q) for q in np.quantile(values, (0.005, 0.25, 0.5, 0.75, 0.995)))
-    if not 0 < LONGEST_TAIL * (third - first) / 2 < high - low:
-        return Scale()
-    if high - middle > ONE_SIDED * (middle - low):
-        centre, reach = low, float(np.quantile(values, 0.1)) - low
-    elif middle - low > ONE_SIDED * (high - middle):
-        centre, reach = high, high - float(np.quantile(values, 0.9))
-    else:
-        centre, reach = middle, (third - first) / 2
-    # most values are equal, so no scale can show their shape
-    return Scale(centre, reach) if reach > 1e-9 * max(abs(low), abs(high)) else Scale()
-
-
-def along(scales: Sequence[Scale], points: Points) -> Points:
-    """The positions of points (N, d) along axes of these scales."""
-    places = [scale.places(column) for scale, column in zip(scales, points.values.T, strict=True)]
-    return Points(np.stack(places, axis=1), points.dropped)
-
-
-def density_along(scales: Sequence[Scale], log_density: LogDensity) -> LogDensity:
-    """The log density per unit of axes of these scales, (G, d) to (G,), from that of x."""
-    if all(scale.plain for scale in scales):
-        return log_density
-
-    def log_density_along(places: Tensor) -> Tensor:
-        columns = list(zip(scales, places.unbind(1), strict=True))
-        x = torch.stack([scale.values(column) for scale, column in columns], 1)
-        return log_density(x).cpu() + torch.stack([scale.log_slope(column) for scale, column in columns]).sum(0)
-
-    return log_density_along
-
-
-def round_values(limits: Range, scale: Scale, apart: float = TICKS_APART) -> list[float]:
-    """Round numbers within the limits of x in ascending order, at least `apart` of the axis from each other.
-
-    The roundest numbers have priority: zero, then powers of ten.
-    """
-    assert scale.reach is not None
-    (low, high), (begin, end) = limits, scale.places(np.array(limits))
-    decades = range(math.floor(math.log10(max(abs(low), abs(high)))), math.floor(math.log10(scale.reach)) - 1, -1)
-    wanted = [0.0, *(sign * digit * 10.0**k for digit in (1, 5, 2) for k in decades for sign in (-1, 1))]
-    # values far from zero may contain no such number
-    wanted += list(MaxNLocator(2).tick_values(scale.centre - scale.reach, scale.centre + scale.reach))
-    taken: list[float] = []
-    for value in wanted:
-        gaps = np.abs(scale.places(np.array(taken)) - scale.places(np.array(value)))
-        if low <= value <= high and (gaps > apart * (end - begin)).all():
-            taken.append(float(value))
-    return sorted(taken)
-
-
-def short(value: float) -> str:
-    """-200, 5e4, 1.25e6."""
-    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")

@@ -1,38 +1,44 @@
-"""One look for every figure, and the only way a figure reaches the disk.
+"""The style of all figures, their ticks and legends, and `save`, which writes them.
 
 Figures are 9 inches wide at 200 dots per inch: 1800 pixels, sharp when a README shows them at 800 to 1000.
 """
 
 import io
+import itertools
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.style
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis, XAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
 
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.utils.files import replacing
 
 WIDTH = 9.0
 DPI = 200
 EDGE = 0.14
 TITLE_SIZE = 11.5
+# the height of the title in inches, and the letters for which the width of the figure has room
+TITLE_HEIGHT, TITLE_LETTERS = 0.3, 86
 
-# Okabe and Ito (2008): told apart with every common kind of colour blindness, and in grey
+# the palette of Okabe and Ito (2008), which is distinguishable with every common kind of colour blindness and in grey
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"
 INK, MUTED, HAIRLINE = "#222222", "#6B6B6B", "#C8C8C8"
 
-# the same thing has the same colour in every figure
+# the same object has the same colour in all figures
 DATA, SAMPLES, DENSITY = BLUE, VERMILLION, INK
 DATA_SHADES = ("#CDE2F0", "#86B9DB", "#3F8FC4")
 DENSITY_MAP = "viridis"
-# under what is drawn on top of a density
+# a pale colour map for densities behind other marks
 PALE_MAP = LinearSegmentedColormap.from_list("pale", ("#FFFFFF", "#E8F2F9", "#A9CFE8"))
 
 DASHES = (0, (5, 3))
@@ -54,7 +60,6 @@ _RC: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": False,
-    "axes.formatter.useoffset": True,
     "grid.color": "#E9E9E9",
     "grid.linewidth": 0.7,
     "xtick.color": HAIRLINE,
@@ -71,16 +76,23 @@ _RC: dict[Any, Any] = {
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
-    # a run of a million rows is one long path, which Agg refuses to draw in one piece
+    # Agg refuses to draw a path of a million points in one piece
     "agg.path.chunksize": 10_000,
+    # TrueType fonts in PDF, because journals refuse Type 3 fonts, and text elements in SVG
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    # identical figures give identical files
+    "svg.hashsalt": "flowtrain",
 }
+# without dates, identical figures give identical files
+_METADATA: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 _LOCK = threading.RLock()
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The style of every figure; build and save a figure inside it.
+    """A context with the style of all figures. Figures must be built and saved inside it.
 
     It starts from matplotlib's defaults, so that a user's own matplotlibrc does not change sizes or need LaTeX.
     Only one thread at a time is inside: matplotlib's rcParams and its font renderer belong to the process.
@@ -89,11 +101,16 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_figure(height: float, title: str) -> Figure:
-    """A figure `WIDTH` by `height` inches with its title at the top left."""
+def new_figure(height: float, title: str, options: PlotOptions = DEFAULT) -> Figure:
+    """A figure `WIDTH` by `height` inches with its title at the top left.
+
+    Without titles, the figure is lower by TITLE_HEIGHT. Distances from the lower left corner stay the same.
+    """
+    if not options.title:
+        return Figure(figsize=(WIDTH, height - TITLE_HEIGHT), dpi=DPI)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)
-    words = literal(title, most=100)
-    size = TITLE_SIZE * min(1.0, 74 / max(len(words), 1))
+    words = literal(title, most=120)
+    size = TITLE_SIZE * min(1.0, TITLE_LETTERS / max(len(words), 1))
     figure.text(EDGE / WIDTH, 1 - EDGE / height, words, size=size, weight="bold", va="top")
     return figure
 
@@ -101,41 +118,167 @@ def new_figure(height: float, title: str) -> Figure:
 def add_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes placed by inches from the figure's lower left corner."""
     across, up = figure.get_size_inches()
-    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+    axes = figure.add_axes((left / across, bottom / up, width / across, height / up))
+    mark_numbers(axes)
+    return axes
+
+
+# numbers of up to this many characters are written in full
+LONGEST = 6
+
+
+class TickNumbers(Formatter):
+    """A formatter that labels all ticks of an axis in one format, without an offset or a factor beside the axis.
+
+    Example:
+        >>> TickNumbers().format_ticks([0, 0.25, 0.5]), TickNumbers().format_ticks([0, 2e6, 4e6])
+        (['0.00', '0.25', '0.50'], ['0', '2e6', '4e6'])
+    """
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The label of a single tick."""
+        return self.format_ticks([x])[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """The labels of all ticks; those outside the axis do not affect the format."""
+        shown = [float(value) for value in values]
+        if self.axis is not None:
+            low, high = sorted(self.axis.get_view_interval())
+            slack = 1e-9 * (high - low)
+            shown = [value for value in shown if low - slack <= value <= high + slack] or shown
+        scale = "linear" if self.axis is None else self.axis.get_scale()  # type: ignore[union-attr]
+        label = _number_format(shown, linear=scale == "linear")
+        labels = [label(float(value)) for value in values]
+        return [f"\N{MINUS SIGN}{text[1:]}" if text.startswith("-") else text for text in labels]
+
+
+def _number_format(values: Sequence[float], linear: bool) -> Callable[[float], str]:
+    """A function that writes numbers in full if they are short, else in scientific notation if that is shorter."""
+    # an axis may have no ticks
+    ordered = sorted({*values}) or [0.0]
+    apart = min((b - a for a, b in itertools.pairwise(ordered)), default=abs(ordered[0]) or 1.0)
+    # a tick that should be zero can have a rounding error
+    zero = 1e-6 * apart
+
+    def fixed(value: float) -> str:
+        return f"{value + 0.0:,.{decimals}f}"
+
+    def scientific(value: float) -> str:
+        if abs(value) <= zero:
+            return "0"
+        mantissa, exponent = f"{value:.{digits}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+
+    def exact(value: float, text: str) -> bool:
+        return abs(float(text.replace(",", "")) - value) <= 1e-3 * (apart if linear else abs(value))
+
+    decimals = next((k for k in range(9) if all(exact(v, f"{v:.{k}f}") for v in ordered)), 9)
+    digits = next((k for k in range(9) if all(exact(v, f"{v:.{k}e}") for v in ordered)), 9)
+    if not linear and all(v == 0 or 1e-3 <= abs(v) < 1e5 for v in ordered):
+        return lambda value: f"{value:g}"
+    longest = [max(len(write(v).lstrip("-")) for v in ordered) for write in (fixed, scientific)]
+    return fixed if longest[0] <= max(LONGEST, longest[1]) else scientific
+
+
+def mark_numbers(axes: Axes) -> None:
+    """Sets `TickNumbers` for both axes. matplotlib removes it when the scale of an axis is changed."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(TickNumbers())
+
+
+def make_logarithmic(axis: Axis, values: Sequence[float], base: int = 10) -> None:
+    """Makes an axis logarithmic and sets its limits for positive values. A narrow range has tick labels too."""
+    low, high = min(values), max(values)
+    if isinstance(axis, XAxis):
+        axis.axes.set_xscale("log")
+    else:
+        axis.axes.set_yscale("log")
+    room = max(1.25, (high / low) ** 0.06)
+    axis.set_view_interval(low / room, high * room, ignore=True)
+    wide = high > 30 * low or base != 10
+    axis.set_major_locator(LogLocator(base=base, subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=8))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(TickNumbers())
 
 
 def round_ticks(axes: Axes, most: int, prune: Literal["both"] | None = None) -> None:
-    """At most so many intervals between ticks on both axes, at round numbers; `prune` leaves out those at the ends."""
+    """Sets round ticks on both axes, with at most `most` intervals; `prune` removes the ticks at the ends."""
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(most, steps=(1, 2, 5, 10), prune=prune))
 
 
-def legend_above(axes: Axes, *others: Axes) -> None:
-    """A one-line legend over the upper left corner of `axes`, naming what `others` hold as well."""
+def legend_above(axes: Axes, *others: Axes, width: float | None = None) -> None:
+    """A legend above the upper left corner of `axes`, which names the lines of `others` too, see `legend_columns`.
+
+    Args:
+        width: the largest width in inches; None: the width of the axes.
+    """
     named = [each.get_legend_handles_labels() for each in (axes, *others)]
     handles = [handle for found, _ in named for handle in found]
-    labels = [label for _, found in named for label in found]
+    labels = [str(label) for _, found in named for label in found]
     if labels:
-        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(labels), **LEGEND)
+        columns = legend_columns(labels, width or axes.get_position().width * WIDTH)
+        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **LEGEND)
+
+
+# inches: the width of a letter in a legend, the width of an entry besides its letters, and the height of a row
+LEGEND_LETTER, LEGEND_ENTRY, LEGEND_ROW = 0.072, 0.5, 0.19
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """The number of columns of a legend that is at most `width` inches wide; one row if there is room.
+
+    Example:
+        >>> legend_columns(["training", "validation"], 8), legend_columns(["a rather long name"] * 9, 8)
+        (2, 4)
+    """
+    if sum(LEGEND_LETTER * len(label) + LEGEND_ENTRY for label in labels) <= width:
+        return len(labels)
+    widest = LEGEND_LETTER * max(map(len, labels)) + LEGEND_ENTRY
+    return max(1, min(len(labels), int(width / widest)))
+
+
+def legend_height(labels: Sequence[str], width: float) -> float:
+    """The height in inches of the rows of a legend after the first one."""
+    return (math.ceil(len(labels) / legend_columns(labels, width)) - 1) * LEGEND_ROW if labels else 0.0
 
 
 def literal(text: str, most: int = 120) -> str:
-    """`text` on one line of at most `most` characters, with no part of it read as TeX, and +- as one sign."""
+    """Text on one line of at most `most` characters, with TeX characters escaped and +- as one sign."""
     line = " ".join(text.split())
     if len(line) > most:
         line = line[: most - 1].rstrip() + "…"
     return line.replace("+-", "±").replace("$", r"\$")
 
 
+def abbreviated(text: str, most: int) -> str:
+    """Text on one line as by `literal`; a long text loses its middle, because similar names often differ at the end.
+
+    Example:
+        >>> abbreviated("average delay of department 7", 15)
+        'average…tment 7'
+    """
+    line = " ".join(text.split())
+    if len(line) > most:
+        end = max(1, (most - 1) // 2)
+        line = f"{line[: max(1, most - 1 - end)].rstrip()}…{line[-end:].lstrip()}"
+    return literal(line, most=most)
+
+
 def annotate(axes: Axes, text: str, *, x: float = 0.5, y: float = 0.5, align: str = "center") -> None:
-    """Muted words inside `axes`, at axes coordinates (x, y)."""
+    """Writes text in a muted colour inside `axes`, at axes coordinates (x, y)."""
     axes.text(x, y, text, transform=axes.transAxes, color=MUTED, size=8, ha=align, va="center")
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write `figure` to `path` as a PNG. A reader finds the old picture or the new one, never half of one."""
-    image = io.BytesIO()
+def save(figure: Figure, path: Path, options: PlotOptions = DEFAULT) -> None:
+    """Writes `figure` in each format, to `path` with the ending of the format.
+
+    Each file is replaced as a whole: a reader finds the old figure or the new one, never a part of it.
+    """
     FigureCanvasAgg(figure)
-    figure.savefig(image, format="png")
-    with replacing(path) as f:
-        f.write(image.getvalue())
+    for file in options.files(path):
+        kind = file.suffix.removeprefix(".")
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, metadata=_METADATA.get(kind))
+        with replacing(file) as f:
+            f.write(content.getvalue())

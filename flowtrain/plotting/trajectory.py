@@ -1,4 +1,4 @@
-"""The way of a flow from the base to the data: states, densities and velocities in between, all in data units."""
+"""The transport of a flow from the base to the data: states, densities and velocities in between, in data units."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.coupling import Coupling
 from flowtrain.bijections.decomposition import between, innermost, stages, through
 from flowtrain.bijections.linear import GaussianStart, InvertibleLinear, Permutation
 from flowtrain.bijections.logit import Logit
@@ -16,40 +17,41 @@ from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
 from flowtrain.flow import Flow
 from flowtrain.utils.errors import FlowtrainError
 
-# what stands at the data end only to give samples their units; everything on the way is seen through it
+# layers at the data end that give samples their units. They are applied to the states of all moments
 FRAMES = (ActNorm, BatchNorm, Standardize, Logit, GaussianStart)
-# what belongs to the step before it: alone it would be one in which next to nothing happens
+# layers that are part of the step before them, because they change next to nothing
 QUIET = (*FRAMES, Permutation, InvertibleLinear)
 
 
 class Moment(NamedTuple):
-    """`step` whole steps are behind, and `part` of the next one: of a continuous flow its time."""
+    """A moment after `step` steps and the share `part` of the next one, which is the time of a continuous flow."""
 
     step: int
     part: float
 
 
 class Step:
-    """One stage of a flow and what is quiet after it.
+    """One stage of a flow with the QUIET layers after it.
 
-    A continuous flow has states at all its times. A coupling has no state half-way: pictures move each point along a
-    straight line from before to after it, and through the maps that follow it.
+    A continuous flow has a state at each time. A coupling has none in between: pictures move each point on a straight
+    line from its position before the step to that after it.
     """
 
     def __init__(self, found: list[Bijection]) -> None:
+        self.stages = found
         self.whole = Chain(found)
         self.first = found[0] if found and isinstance(innermost(found[0]), Continuous) else None
         self.rest = Chain(found[1:] if self.first is not None else found)
 
     @property
     def is_continuous(self) -> bool:
-        """Whether it is a continuous flow and nothing else: all that it shows is as the flow has it."""
+        """Whether the step is a continuous flow without layers after it."""
         return self.first is not None and not list(self.rest)
 
     def states(self, y: Tensor, parts: list[float], label: Tensor | None) -> Iterator[Tensor]:
-        """From y (B, *event) to each of `parts`, rising, and to the end.
+        """Yields the states at each of `parts`, in ascending order, and at the end, from y (B, *event) at the start.
 
-        With fixed steps each is solved anew from where this step begins: from one to the next others would be taken.
+        A solver with fixed steps starts each time from y, because its steps depend on the interval.
         """
         origin, after = y, None
         for start, end in pairwise([0.0, *parts, 1.0]):
@@ -62,16 +64,16 @@ class Step:
 
 
 class Trajectory:
-    """A flow as steps one after the other, and moments evenly spread over them.
+    """A flow as a sequence of steps, and moments that are evenly spread over them.
 
     A step is a continuous flow, or a coupling with the scales, permutations and linear maps after it. Densities are
-    exact after every step, and at every time of a continuous flow as far as its solver is; within other steps one fades
-    into the next.
+    exact after each step, and at each time of a continuous flow up to the error of the solver. Within other steps, the
+    density before the step fades into the density after it.
 
     Args:
-        flow: in evaluation mode.
-        moments: how many, from the base to the data; of a flow without continuous parts rounded up, so that there is
-            one after every step.
+        flow: a flow in evaluation mode.
+        moments: the number of moments, from the base to the data. It is rounded up for a flow without continuous parts,
+            so that there is a moment after each step.
 
     Raises:
         FlowtrainError: fewer than two moments.
@@ -79,14 +81,14 @@ class Trajectory:
 
     def __init__(self, flow: Flow, moments: int) -> None:
         if moments < 2:
-            raise FlowtrainError(f"moments={moments}: a way from base to data has at least two, its ends")
+            raise FlowtrainError(f"moments={moments}: give at least 2, the base and the data")
         found = stages(flow.bijection)
         end = len(found)
         while end and isinstance(innermost(found[end - 1]), FRAMES):
             end -= 1
         self.flow = flow
         self.frame = Chain(found[end:])
-        # a base that is another Gaussian is no step
+        # a map from the standard normal base to another Gaussian is part of the base
         start = int(end > 0 and isinstance(found[0], GaussianStart))
         self.base = Chain(found[:start])
         self.steps = _steps(found[start:end])
@@ -96,26 +98,48 @@ class Trajectory:
         self.moments = [Moment(i * n // intervals, i * n % intervals / intervals) for i in range(intervals + 1)]
 
     def exact(self, count: int) -> list[Moment]:
-        """At most `count` of the moments, evenly spread, none within a step where nothing is in between."""
+        """At most `count` of the moments, evenly spread, without moments within a step that is not continuous."""
         found = [m for m in self.moments if not m.part or self.steps[m.step].is_continuous]
         last = len(found) - 1
         return [found[round(i * last / (count - 1))] for i in range(count)] if last >= count else found
 
     @property
     def is_continuous(self) -> bool:
-        """Whether every step is a continuous flow and nothing else."""
+        """Whether each step is a continuous flow without other layers."""
         return all(step.is_continuous for step in self.steps)
 
-    def name(self, moment: Moment) -> str:
-        """Such as "t = 0.25", "flow 2 of 3, t = 0.25" and "3 of 8 steps"."""
-        n = len(self.steps)
+    @property
+    def kind(self) -> str:
+        """The name of a step: flow, coupling or layer."""
+        if self.is_continuous:
+            return "flow"
+        coupled = all(step.stages and isinstance(innermost(step.stages[0]), Coupling) for step in self.steps)
+        return "coupling" if coupled else "layer"
+
+    @property
+    def axis(self) -> str:
+        """The name of an axis of moments, which are numbers of steps."""
         if not self.is_continuous:
-            return f"{sum(moment):.3g} of {n} steps"
-        number, time = self._within(moment)
-        return f"t = {time:.2f}" if n == 1 else f"flow {number + 1} of {n}, t = {time:.2f}"
+            return f"{self.kind}s applied"
+        return "time t" if len(self.steps) == 1 else "time t, one unit for each flow"
+
+    def name(self, moment: Moment) -> str:
+        """The name of a moment, such as "t = 0.25", "flow 2 of 3, t = 0.25" and "after 3 of 8 couplings".
+
+        A moment within the fourth of eight couplings is "coupling 4 of 8".
+        """
+        n = len(self.steps)
+        if self.is_continuous:
+            number, time = self._within(moment)
+            return f"t = {time:.2f}" if n == 1 else f"flow {number + 1} of {n}, t = {time:.2f}"
+        if moment.part:
+            return f"{self.kind} {moment.step + 1} of {n}"
+        if moment.step == 0:
+            return "base"
+        return f"after {moment.step} of {n} {self.kind}s" if n > 1 else f"after the {self.kind}"
 
     def _within(self, moment: Moment) -> tuple[int, float]:
-        """The step that a moment is in, and how far: the last has its end."""
+        """The number of the step that contains a moment, and the time in it. The last moment is the end of a step."""
         last = len(self.steps) - 1
         return (last, 1.0) if moment.step > last else (moment.step, moment.part)
 
@@ -127,11 +151,11 @@ class Trajectory:
             parts = [moment.part for moment in self.moments if moment.step == number]
             *here, z = step.states(z, parts, label)
             found += here
-        # at the last moment all steps are behind
+        # the last moment is after all steps
         return torch.stack([self.frame.map_forward(y) for y in (*found, z)])
 
     def log_density(self, x: Tensor, moment: Moment, label: Tensor | None = None) -> Tensor:
-        """log p_t(x) at a moment, (B,) in nats, for x (B, *event) in data units; label (B,) as for the flow."""
+        """log p_t(x) at a moment, (B,) in nats, for x (B, *event) in data units and labels (B,)."""
         y, log_det = self.frame.inverse(x)
         number, part = moment
         if not part:
@@ -145,7 +169,7 @@ class Trajectory:
         return log_det + torch.logaddexp(before + (1 - p).log(), after + p.log())
 
     def _pulled_back(self, y: Tensor, number: int, label: Tensor | None) -> Tensor:
-        """The log-density at y after the first steps, that many, before the frame."""
+        """The log density at y after the first `number` steps, without the frame."""
         total = y.new_zeros(len(y))
         for step in reversed(self.steps[:number]):
             y, log_det = step.whole.inverse(y, label)
@@ -154,7 +178,7 @@ class Trajectory:
         return total + log_det + self.flow.base_log_prob(z)
 
     def velocity(self, x: Tensor, moment: Moment, label: Tensor | None = None) -> Tensor | None:
-        """dx/dt at x (B, *event), in data units, at a moment of a continuous flow; None of any other step."""
+        """dx/dt at x (B, *event) in data units, at a moment of a continuous flow; None for other steps."""
         number, time = self._within(moment)
         first = self.steps[number].first
         if first is None or not self.steps[number].is_continuous:
@@ -163,20 +187,20 @@ class Trajectory:
         assert isinstance(flow, Continuous)
         v = through(first, lambda inside: flow.velocity(label)(inside.new_tensor(time), inside), y)
         if not list(self.frame):
-            # torch takes a second to load what its first jvp needs
+            # avoids the first jvp of a process, which takes a second
             return v
         velocity: Tensor = torch.func.jvp(self.frame.map_forward, (y,), (v,))[1]
         return velocity
 
 
 def _adaptive(stage: Bijection) -> bool:
-    """Whether a continuous flow is solved by steps that its tolerance sets."""
+    """Whether a stage is a continuous flow with an adaptive solver."""
     flow = innermost(stage)
     return isinstance(flow, Continuous) and flow.solver.adaptive
 
 
 def eased(part: float) -> float:
-    """3 p^2 - 2 p^3: from 0 to 1, at rest at both ends.
+    """The smooth step 3 p^2 - 2 p^3, which rises from 0 to 1 with slope 0 at both ends.
 
     >>> eased(0.0), eased(0.5), eased(1.0)
     (0.0, 0.5, 1.0)
@@ -185,7 +209,7 @@ def eased(part: float) -> float:
 
 
 def _steps(found: list[Bijection]) -> list[Step]:
-    """Each from one stage that is not quiet to the next; what is quiet at the base is one by itself."""
+    """Groups stages into steps: each starts with a stage that is not QUIET. QUIET stages at the base are one step."""
     groups: list[list[Bijection]] = []
     for stage in found:
         if groups and isinstance(innermost(stage), QUIET):

@@ -1,4 +1,4 @@
-"""Figures of a two-dimensional flow in time: densities, velocities, a warped grid, and paths of particles."""
+"""Figures of the transport of a two-dimensional flow: densities, velocities, a warped grid, and paths of particles."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,20 +14,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.plotting import points, style
-from flowtrain.plotting.densities import paint, picture_limits
+from flowtrain.plotting.densities import add_colour_bar, paint, picture_limits
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, LogDensity, Range
+from flowtrain.plotting.scales import axis_label, mark
 from flowtrain.utils.errors import FlowtrainError
 
 Velocity = Callable[[Tensor], Tensor]
 Forward = Callable[[Tensor], Tensor]
 
-# inches
-LEFT, BOTTOM, GAP, ROW_GAP, HEAD, RIGHT = 0.72, 0.36, 0.1, 0.1, 0.62, 0.08
+# inches: margins, gaps, and the heights of a heading, of the names of moments, and of tick labels
+LEFT, RIGHT, BOTTOM, GAP, ROW_GAP, TOP = 0.76, 0.1, 0.46, 0.1, 0.12, 0.46
+HEADING, NAMES, TICKS = 0.2, 0.2, 0.22
 RESOLUTION, ARROWS = 90, 15
-# of its peak, the density below which no samples come
+# the share of its peak below which a density has no samples
 LEAST = 0.01
-# the base's grid: how far out its lines lie, and how many there are each way
+# of the grid in the base: its half width, its lines in each direction, and the points of a line
 REACH, LINES, ALONG = 3.0, 13, 241
+# panels with the warped grid, which are larger than the others, and the largest side of a panel in inches
+GRIDS, LARGEST = 3, 2.7
 
 
 def draw_transport(
@@ -39,24 +44,34 @@ def draw_transport(
     velocity: Velocity | None,
     forward: Forward,
     title: str,
+    columns: Sequence[str] = ("x1", "x2"),
+    options: PlotOptions = DEFAULT,
 ) -> None:
-    """Draw a row of densities, one of velocities where there are any, and one of the base's grid, to `path`.
+    """Draws how a flow transforms the base into the data, moment by moment.
 
-    The limits come from the data (N, 2) alone, and each density has a colour scale of its own.
+    The first row shows the densities, each on its own colour scale. The second row shows the velocities, if the flow
+    has any. The last row shows a grid of the base that the flow has mapped, in larger panels for at most three moments.
+    All panels have the same limits, which depend on the data (N, 2) only.
 
     Args:
-        names: of the K moments.
+        names: the names of the K moments.
         log_density: (G, 2) to (K, G), in nats.
-        velocity: (G, 2) to (K, G, 2).
-        forward: points of the base (P, 2) to where they are at each moment, (K, P, 2).
+        velocity: (G, 2) to (K, G, 2), or None.
+        forward: points of the base (P, 2) to their positions at each moment, (K, P, 2).
+        columns: the names of the columns.
     """
     real = points.data_points(data, width=2)
     limits = picture_limits(real.values)
     heights = points.moments_2d(log_density, limits, RESOLUTION, len(names))
     tops = np.array([points.peak(height) or 1.0 for height in heights])
-    rows = ["density", *([] if velocity is None else ["velocity"]), "grid of the base"]
+    moments = list(range(len(names)))
+    grids = [round(i) for i in np.linspace(0, len(names) - 1, min(GRIDS, len(names)))]
+    rows = [("Density (each panel has its own colour scale)", moments, True)]
+    if velocity is not None:
+        rows.append((f"Velocity (grey arrows: density below {LEAST:.0%} of its peak)", moments, False))
+    rows.append(("Grid of the base, mapped by the flow (bold: axes of the base)", grids, True))
     with style.styled():
-        figure, panels = _panels(rows, names, limits, title)
+        figure, panels = _panels(rows, names, limits, columns, title, options)
         for axes, height, top in zip(panels[0], heights, tops, strict=True):
             paint(axes, height, limits, top)
         if velocity is not None:
@@ -67,56 +82,84 @@ def draw_transport(
             _arrows(panels[1], at, v, _inhabited(heights / tops[:, None, None], limits, at))
         lines = _lattice()
         moved = points.to_numpy(forward(torch.from_numpy(lines.reshape(-1, 2)).to(torch.float32)))
-        for axes, placed in zip(panels[-1], moved.reshape(len(names), *lines.shape), strict=True):
-            _warped(axes, placed)
-        style.save(figure, path)
+        placed = moved.reshape(len(names), *lines.shape)
+        for axes, moment in zip(panels[-1], grids, strict=True):
+            _warped(axes, placed[moment])
+        style.save(figure, path, options)
+
+
+Row = tuple[str, Sequence[int], bool]
 
 
 def _panels(
-    rows: Sequence[str], names: Sequence[str], limits: tuple[Range, Range], title: str
+    rows: Sequence[Row],
+    names: Sequence[str],
+    limits: tuple[Range, Range],
+    columns: Sequence[str],
+    title: str,
+    options: PlotOptions,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Square panels, a row for each name of `rows` and a column for each moment, with the same limits."""
-    side = (style.WIDTH - LEFT - RIGHT - GAP * (len(names) - 1)) / len(names)
-    height = BOTTOM + len(rows) * (side + ROW_GAP) - ROW_GAP + HEAD
-    figure = style.new_figure(height, title)
+    """Square panels with the same limits.
+
+    Args:
+        rows: for each row its heading, its moments, and whether the panels are named.
+    """
+    sides = [min(LARGEST, (style.WIDTH - LEFT - RIGHT - GAP * (len(row[1]) - 1)) / len(row[1])) for row in rows]
+    # the panels of a row below have the same moments, unless the number of panels differs
+    ticked = [i + 1 == len(rows) or len(rows[i][1]) != len(rows[i + 1][1]) for i in range(len(rows))]
+    heads = [HEADING + NAMES * row[2] for row in rows]
+    feet = [TICKS * labelled for labelled in ticked[:-1]]
+    figure = style.new_figure(
+        BOTTOM + sum(heads) + sum(sides) + sum(feet) + ROW_GAP * (len(rows) - 1) + TOP, title, options
+    )
+    bottom = figure.get_size_inches()[1] - TOP + (0 if options.title else style.TITLE_HEIGHT)
     panels = []
-    for row, word in enumerate(rows):
-        bottom = BOTTOM + (len(rows) - 1 - row) * (side + ROW_GAP)
+    for i, ((heading, moments, is_named), side) in enumerate(zip(rows, sides, strict=True)):
+        look: dict[str, Any] = {"size": 9.5, "va": "top", "transform": figure.dpi_scale_trans}
+        figure.text(LEFT, bottom, heading, **look)
+        bottom -= heads[i] + side
         line = []
-        for column, name in enumerate(names):
+        for column, moment in enumerate(moments):
             axes = style.add_axes(figure, LEFT + column * (side + GAP), bottom, side, side)
-            axes.set(xlim=limits[0], ylim=limits[1])
-            # labels at the very edge would run into those of the next panel
-            style.round_ticks(axes, 4, prune="both")
-            first, last = column == 0, row == len(rows) - 1
-            axes.tick_params(length=2.5, labelsize=7, left=first, labelleft=first, bottom=last, labelbottom=last)
-            # powers of ten are said once, where the panel above leaves room
-            axes.yaxis.offsetText.set(visible=first and last, size=6)
-            axes.xaxis.offsetText.set(visible=last and column == len(names) - 1, size=6)
-            axes.spines[:].set_visible(True)
-            if row == 0:
-                axes.set_title(name, size=9.5)
-            if column == 0:
-                axes.set_ylabel(word)
-                axes.yaxis.set_label_coords(-0.42 / side, 0.5)
+            _frame(axes, limits, columns, column == 0, ticked[i], i + 1 == len(rows))
+            if is_named:
+                words = style.literal(names[moment])
+                axes.set_title(words, size=min(9.0, side / (0.0084 * len(words) or 1)), pad=4)
             line.append(axes)
         panels.append(line)
+        bottom -= (TICKS if ticked[i] else 0) + ROW_GAP
     return figure, panels
 
 
+def _frame(
+    axes: Axes, limits: tuple[Range, Range], columns: Sequence[str], first: bool, ticked: bool, last: bool
+) -> None:
+    """Sets limits, ticks and names. Only the first panel of a row has labels on its y axis."""
+    side = axes.get_window_extent().width / style.DPI
+    axes.set(xlim=limits[0], ylim=limits[1])
+    notes = [mark(axis, most=5, size=7, gap=GAP) for axis in (axes.xaxis, axes.yaxis)]
+    axes.tick_params(length=2.5, left=first, labelleft=first, bottom=ticked, labelbottom=ticked)
+    axes.spines[:].set_visible(True)
+    if last:
+        axes.set_xlabel(axis_label(columns[0], notes[0], side), size=8.5)
+    if first:
+        axes.set_ylabel(axis_label(columns[1], notes[1], side), size=8.5)
+        axes.yaxis.set_label_coords(-0.5 / side, 0.5)
+
+
 def _inhabited(heights: Array, limits: tuple[Range, Range], at: Array) -> NDArray[np.bool_]:
-    """Where of `at` (G, 2) densities (K, R, R), of which 1 is the peak, are not next to nothing, (K, G)."""
+    """Whether densities (K, R, R) with a peak of 1 are above LEAST at the points `at` (G, 2), shape (K, G)."""
     lows, highs = np.array(limits).T
     x, y = np.clip(((at - lows) / (highs - lows) * RESOLUTION).astype(int), 0, RESOLUTION - 1).T
     return np.nan_to_num(heights[:, x, y]) > LEAST
 
 
 def _arrows(panels: Sequence[Axes], at: Array, v: Array, inhabited: NDArray[np.bool_]) -> None:
-    """v (K, G, 2) at the points `at` (G, 2) as arrows of one scale for all moments, pale where no samples come."""
+    """Draws v (K, G, 2) at the points `at` (G, 2) as arrows of one scale for all moments, grey outside `inhabited`."""
     speed = np.sqrt((v**2).sum(-1))
     seen = speed[inhabited & np.isfinite(speed)]
     top = (float(np.quantile(seen, 0.98)) if seen.size else 0.0) or 1.0
-    # where no samples come it may be as fast as it likes
+    # velocities without samples are not trained, and may be much larger
     v = v * np.minimum(1.0, top / np.maximum(speed, 1e-12))[..., None]
     scale = top * ARROWS * 0.62
     for axes, one, here in zip(panels, v, inhabited, strict=True):
@@ -125,66 +168,90 @@ def _arrows(panels: Sequence[Axes], at: Array, v: Array, inhabited: NDArray[np.b
 
 
 def _lattice() -> Array:
-    """The lines of the base's grid, (2, LINES, ALONG, 2): those along its second coordinate, then its first."""
+    """The lines of the grid in the base, (2, LINES, ALONG, 2): along the second coordinate, then along the first."""
     across, along = np.linspace(-REACH, REACH, LINES), np.linspace(-REACH, REACH, ALONG)
     first = np.stack(np.meshgrid(across, along, indexing="ij"), -1)
     return np.stack([first, first[..., ::-1]])
 
 
 def _warped(axes: Axes, lines: Array) -> None:
-    """Both families of lines (2, LINES, ALONG, 2), each in a colour of its own, the middle ones strongly."""
+    """Draws both families of lines (2, LINES, ALONG, 2) in two colours, with the middle lines in bold."""
     for family, colour in zip(lines, (style.BLUE, style.VERMILLION), strict=True):
         widths = [1.5 if i == LINES // 2 else 0.7 for i in range(LINES)]
         axes.add_collection(LineCollection(list(family), colors=colour, linewidths=widths, alpha=0.85))
 
 
-PATHS_HEIGHT = 4.75
-# nats below the densest particles that colours tell apart
+# inches: the height of the figure, the side of the plane, and the height of the panels
+PATHS_HEIGHT, SIDE = 4.78, 3.55
+# range of the colours, in nats
 PATHS_DEPTH = 6.0
+# data that are drawn as dots
+DOTS = 3000
+BASE, SAMPLE, DATA = style.INK, style.VERMILLION, style.DATA_SHADES[0]
 
 
 def draw_paths(
-    path: Path, *, data: Tensor, states: Tensor, log_densities: Tensor, at: Sequence[float], axis: str, title: str
+    path: Path,
+    *,
+    data: Tensor,
+    states: Tensor,
+    log_densities: Tensor,
+    at: Sequence[float],
+    axis: str,
+    title: str,
+    columns: Sequence[str] = ("x1", "x2"),
+    options: PlotOptions = DEFAULT,
 ) -> None:
-    """Draw where particles go, states (K, P, 2), coloured by log_densities (K, P) in nats, to `path`.
+    """Draws the paths of particles from the base to the data.
 
-    On the left the plane, from grey dots at the base to the data, over the data (N, 2); on the right the density that
-    each particle is in, moment by moment, which is also the scale of the colours.
+    The left panel shows states (K, P, 2) in the plane, over the data (N, 2). The colour of a path is the log density at
+    the particle, log_densities (K, P) in nats. The right panel shows this log density from moment to moment.
 
     Args:
         at: the K moments, as numbers.
-        axis: what those are.
+        axis: the name of these numbers.
+        columns: the names of the columns.
 
     Raises:
-        FlowtrainError: data of other columns, or no path that is finite.
+        FlowtrainError: the data do not have two columns, or no path is finite.
     """
     real = points.data_points(data, width=2)
     x, log_p = points.to_numpy(states), points.to_numpy(log_densities)
     kept = np.asarray(np.isfinite(x).all((0, 2)) & np.isfinite(log_p).all(0))
     if not kept.any():
-        raise FlowtrainError(f"cannot draw where particles go: none of the {len(kept)} paths is finite")
+        raise FlowtrainError(f"cannot draw paths of particles: none of the {len(kept)} paths is finite")
     x, log_p = x[:, kept], log_p[:, kept]
-    lost = f"{int((~kept).sum())} paths not finite" if not kept.all() else ""
+    lost = f"{int((~kept).sum())} not finite" if not kept.all() else ""
     limits = picture_limits(np.concatenate([real.values, x[0]]))
     top = float(np.quantile(log_p, 0.98))
     with style.styled():
-        figure = style.new_figure(PATHS_HEIGHT, title)
-        plane = style.add_axes(figure, 0.54, 0.42, 3.72, 3.72)
-        course = style.add_axes(figure, 5.05, 0.42, 3.72, 3.72)
-        plane.plot(*real.values[:3000].T, ".", color=style.HAIRLINE, markersize=1.2, zorder=0)
+        figure = style.new_figure(PATHS_HEIGHT, title, options)
+        plane = style.add_axes(figure, LEFT, 0.52, SIDE, SIDE)
+        plane.plot(*real.values[:DOTS].T, ".", color=DATA, markersize=1.5, zorder=0)
         _coloured(plane, x, log_p, top)
-        plane.plot(*x[0].T, "o", color=style.MUTED, markersize=1.8, zorder=3)
-        ends: dict[str, Any] = {"c": log_p[-1], "cmap": _colours(), "vmin": top - PATHS_DEPTH, "vmax": top}
-        plane.scatter(x[-1, :, 0], x[-1, :, 1], s=12, linewidths=0.5, edgecolors="white", zorder=4, **ends)
+        plane.plot(*x[0].T, "o", color=BASE, markersize=2.4, zorder=3)
+        plane.plot(*x[-1].T, "o", color=SAMPLE, markersize=4.2, markeredgecolor="white", markeredgewidth=0.5, zorder=4)
         plane.set(xlim=limits[0], ylim=limits[1])
-        plane.set_title(points.noted(f"{x.shape[1]} particles, from the base (grey) to the data", lost), size=9.5)
-        style.round_ticks(plane, 5)
+        plane.set_xlabel(axis_label(columns[0], mark(plane.xaxis), SIDE))
+        plane.set_ylabel(axis_label(columns[1], mark(plane.yaxis), SIDE))
+        # empty lines, because the dots of the data are too small for a legend
+        for colour, name in (
+            (BASE, "base"),
+            (SAMPLE, points.noted("samples", f"{x.shape[1]} paths", lost)),
+            (style.DATA_SHADES[1], "data"),
+        ):
+            plane.plot([], [], "o", color=colour, markersize=4.5, label=name)
+        style.legend_above(plane)
+        limits_of_colours = (top - PATHS_DEPTH, top)
+        left = LEFT + SIDE + 0.12
+        add_colour_bar(figure, left, 0.52, SIDE, limits_of_colours, "log density", "nats", "both", _colours())
+        course = style.add_axes(figure, left + 1.5, 0.52, style.WIDTH - left - 1.5 - 0.14, SIDE)
         _course(course, np.asarray(at, dtype=np.float64), log_p, top, axis)
-        style.save(figure, path)
+        style.save(figure, path, options)
 
 
 def _coloured(axes: Axes, x: Array, log_p: Array, top: float) -> None:
-    """A line through x (K, P, 2) for each particle, coloured by log_p (K, P)."""
+    """Draws a line through x (K, P, 2) for each particle, coloured by log_p (K, P)."""
     segments = np.stack([x[:-1], x[1:]], 2).reshape(-1, 2, 2)
     lines = LineCollection(list(segments), cmap=_colours(), linewidths=0.9, alpha=0.9, capstyle="round")
     lines.set_array((log_p[:-1] + log_p[1:]).ravel() / 2)
@@ -193,19 +260,20 @@ def _coloured(axes: Axes, x: Array, log_p: Array, top: float) -> None:
 
 
 def _colours() -> matplotlib.colors.Colormap:
-    # its lightest yellow is not to be seen on white
+    # the lightest yellow cannot be seen on white
     shades = matplotlib.colormaps[style.DENSITY_MAP](np.linspace(0.0, 0.92, 256))
     return matplotlib.colors.ListedColormap(shades)
 
 
 def _course(axes: Axes, at: Array, log_p: Array, top: float, axis: str) -> None:
-    """log p of each particle against the moments, with their mean."""
-    axes.grid(axis="y")
+    """Draws the log density of each particle against the moments, and the mean."""
     _coloured(axes, np.stack([np.broadcast_to(at[:, None], log_p.shape), log_p], -1), log_p, top)
     axes.plot(at, log_p.mean(1), color=style.INK, linewidth=2.0, label="mean of all particles")
     low = float(np.quantile(log_p, 0.01))
     high = float(log_p.max())
     margin = 0.06 * (high - low) or 0.5
-    axes.set(xlim=(at[0], at[-1]), ylim=(low - margin, high + margin), xlabel=axis)
-    axes.set_ylabel("log density at the particle (nats)")
+    axes.set(xlim=(at[0], at[-1]), ylim=(low - margin, high + margin))
+    axes.set_xlabel(points.noted(axis, mark(axes.xaxis, most=9)))
+    axes.set_ylabel(points.noted("log density at the particle", " ".join(filter(None, (mark(axes.yaxis), "nats")))))
+    axes.grid(axis="y")
     style.legend_above(axes)

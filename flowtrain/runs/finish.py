@@ -2,21 +2,23 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flowtrain.data.base import Dataset
-from flowtrain.evaluation import NAMES, evaluate
+from flowtrain.evaluation import NAMES, Evaluation, evaluate
 from flowtrain.evaluation.baselines import affordable_seconds, has_baselines
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting import pictures
 from flowtrain.plotting.curves import draw_curves
 from flowtrain.plotting.drawing import warn_if_plotting_fails
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.runs import load
 from flowtrain.runs.console import data_name, next_commands, title_of
 from flowtrain.runs.search import Search
 from flowtrain.training import tensorboard
+from flowtrain.training.time_budget import TimeBudget
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.files import write_json
 from flowtrain.utils.status import phase
@@ -27,7 +29,7 @@ log = logging.getLogger("flowtrain")
 def finish(
     trainer: Trainer | Search, run_dir: Path, board: tensorboard.Board | None, flow: Density | None = None
 ) -> None:
-    """Evaluates the best checkpoint of a run, and writes result.json and the final pictures.
+    """Evaluates the best checkpoint of a run, and writes result.json and the final figures.
 
     Args:
         flow: a flow into which the weights are loaded. None: a flow is built from the config.
@@ -38,6 +40,7 @@ def finish(
 
     # the trainer's config, because the solver guard may have reduced the step size
     config, data, device = trainer.config, trainer.data, trainer.device
+    options = PlotOptions.of(config)
     time_budget = trainer.time_budget
     saved = trainer.read()
     with phase("loading the checkpoint to evaluate"):
@@ -57,29 +60,63 @@ def finish(
     rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
     rest["val_nll_stderr"] = None if trainer.best is None else stderr_at(trainer.metrics.rows, trainer.best["step"])
     write_json(run_dir / "result.json", {**result.to_dict(), **rest})
-    title = title_of(config)
-    reached = f"{title}, test {result.words}"
-    drawn = []
-    with warn_if_plotting_fails("curves"):
-        rows = trainer.validations() if isinstance(trainer, Search) else trainer.metrics.rows
-        draw_curves(place("curves"), rows=rows, title=reached, entropy=data.entropy)
-        drawn.append(place("curves"))
-    if time_budget is None or time_budget.has_time_for("samples"):
-        with warn_if_plotting_fails("samples"):
-            pictures.draw(flow, data, place("samples"), reached)
-            drawn.append(place("samples"))
-    drawn += pictures.draw_evaluation(result, title, data_name(config), place)
-    if isinstance(flow, Flow) and (
-        time_budget is None or time_budget.has_time_for("the flow in more detail", more=True)
-    ):
-        drawn += pictures.draw_more(flow, data, place, reached)
+    rows = trainer.validations() if isinstance(trainer, Search) else trainer.metrics.rows
+    drawn = draw_figures(flow, data, result, rows, config, place, options, time_budget)
     if board is not None:
-        board.end(result.to_dict(), drawn, trainer.step)
+        board.end(result.to_dict(), [path for path in drawn if path.suffix == ".png"], trainer.step)
     trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.summary(saved['step'])}"
     if time_budget is not None:
         log.info("time_budget=%g: %.1f s so far", time_budget.seconds, time_budget.seconds - time_budget.left)
         time_budget.warn_if_over()
     log.info("%s\n%s\n%s", result.table(), trained, next_commands(run_dir, flow))
+
+
+def draw_figures(
+    flow: Density,
+    data: Dataset,
+    result: Evaluation,
+    rows: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
+    place: Callable[[str], Path],
+    options: PlotOptions,
+    time_budget: TimeBudget | None = None,
+) -> list[Path]:
+    """Draws all figures of a flow and its evaluation. A figure that fails is a warning, and the others are drawn.
+
+    Args:
+        data: the data set whose test set is drawn beside samples.
+        rows: the rows of metrics.jsonl, or the validations of several runs, each with its name as split; empty: the
+            training curves are not drawn.
+        config: names the model and the data in titles.
+        place: the path of a figure by its name.
+        time_budget: leaves out figures for which there is no time.
+
+    Returns:
+        The files.
+    """
+    title, drawn = figure_title(config, result), []
+    if rows:
+        with warn_if_plotting_fails("curves"):
+            kept = None if result.members else result.step
+            draw_curves(place("curves"), rows=rows, title=title, entropy=data.entropy, kept=kept, options=options)
+            drawn += options.files(place("curves"))
+    if time_budget is None or time_budget.has_time_for("samples"):
+        with warn_if_plotting_fails("samples"):
+            pictures.draw(flow, data, place("samples"), title, options=options)
+            drawn += options.files(place("samples"))
+    drawn += pictures.draw_evaluation(result, data, title_of(config), data_name(config), place, options)
+    if isinstance(flow, Flow) and (
+        time_budget is None or time_budget.has_time_for("the flow in more detail", more=True)
+    ):
+        drawn += pictures.draw_more(flow, data, place, title, options)
+    return drawn
+
+
+def figure_title(config: Mapping[str, Any], result: Evaluation) -> str:
+    """The title of figures: model, data, step, and the NLL of the evaluated rows; images in bits/dim."""
+    step = "" if result.members else f"step {result.step:,}"
+    which = {"test": "test ", "val": "validation "}.get(result.split, "")
+    return ", ".join(filter(None, (title_of(config), step, f"{which}{result.words}")))
 
 
 def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
@@ -89,15 +126,26 @@ def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
 
 
 def draw_training(
-    flow: Flow, step: int, nll: float, *, data: Dataset, run_dir: Path, title: str, board: tensorboard.Board | None
+    flow: Flow,
+    step: int,
+    nll: float,
+    *,
+    data: Dataset,
+    run_dir: Path,
+    title: str,
+    board: tensorboard.Board | None,
+    options: PlotOptions = DEFAULT,
 ) -> None:
-    """Draws a picture during training. Its title has the step and the NLL of the last validation."""
+    """Draws the samples during training. The title has the step and the NLL of the last validation.
+
+    Args:
+        nll: in nats; NaN before the first validation.
+    """
     bits = flow.bits_per_nat
     reached = f"NLL {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
-    # the first picture may come before the first validation
     validated = "" if math.isnan(nll) else f", validation {reached}"
     path = run_dir / f"plots/samples_{step:06d}.png"
     with warn_if_plotting_fails(f"step {step}"):
-        pictures.draw(flow, data, path, f"{title}, step {step}{validated}")
-        if board is not None:
+        pictures.draw(flow, data, path, f"{title}, step {step:,}{validated}", options=options)
+        if board is not None and "png" in options.formats:
             board.picture(path, step)

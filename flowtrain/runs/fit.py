@@ -51,7 +51,7 @@ log = logging.getLogger("flowtrain")
 # files in the run directory to which a fit copies its tables, by the key of the data that names them
 TABLES = {"path": "data/train.npz", "val_path": "data/val.npz", "test_path": "data/test.npz"}
 # further files that a fit writes in its run directory
-FILES = (".hydra/*.yaml", "flowtrain.log", "checkpoints/*.pt", "plots/*.png")
+FILES = (".hydra/*.yaml", "flowtrain.log", "checkpoints/*.pt", "plots/*.png", "plots/*.pdf", "plots/*.svg")
 # models whose trainer settings are used for a flow that was built by hand: if it solves ODEs, and otherwise
 CONTINUOUS, DISCRETE = "ffjord", "realnvp"
 

@@ -15,6 +15,7 @@ from flowtrain.data.base import Dataset, Samples, changes
 from flowtrain.data.tables.table_reader import Table
 from flowtrain.evaluation import check_fits
 from flowtrain.flow import Flow
+from flowtrain.plotting.options import PlotOptions
 from flowtrain.runs import auto_settings, build, load
 from flowtrain.runs.components import resolve_components
 from flowtrain.runs.compose import options, with_choices
@@ -75,6 +76,8 @@ def prepare(
     seconds = None if seconds is None else number("time_budget", seconds)
     with phase("reading the data"):
         data = build.build_data(config, **given.tables) if given.data is None else given.data
+    options = PlotOptions.of(config)
+    options.positions(data.event_shape, data.columns)
     config = resolve_objective(config, data)
     config = resolve_components(auto_settings.resolve_auto(config, data.n_train, data.event_shape), data)
     settings = build.build_settings(config)
@@ -117,7 +120,9 @@ def prepare(
         # imported here because it imports matplotlib
         from flowtrain.runs.finish import draw_training
 
-        picture = partial(draw_training, data=data, run_dir=run_dir, title=title_of(config), board=board)
+        picture = partial(
+            draw_training, data=data, run_dir=run_dir, title=title_of(config), board=board, options=options
+        )
     time_budget = None if seconds is None else TimeBudget(seconds, begun, flow, data, run_dir is not None)
     trainer = Trainer(
         objective,

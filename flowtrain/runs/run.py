@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flowtrain.plotting.options import PlotOptions
 from flowtrain.runs import build
 from flowtrain.runs.console import banner
 from flowtrain.runs.prepare import NOTHING_GIVEN, Parts, prepare
@@ -69,7 +70,13 @@ def _train(
     given: Parts,
 ) -> Ended:
     """Implements `train`. Changes settings of the process, such as the number of threads."""
+    options = PlotOptions.of(config)
     board = None if run_dir is None else tensorboard.board(config["logger"], run_dir / "tensorboard")
+    if board is not None and "png" not in options.formats:
+        log.warning(
+            "plots.format=[%s]: TensorBoard shows PNG only, so it gets no figures; add png for them",
+            ",".join(options.formats),
+        )
     trainer: Trainer | Search
     if is_search(config):
         trainer = Search(config, run_dir, begun, given, board)

@@ -29,6 +29,7 @@ from flowtrain.data.base import Dataset
 from flowtrain.evaluation import NAMES
 from flowtrain.flow import Density, Flow, Record
 from flowtrain.models.ensemble import Ensemble, sparse_weights, stacked
+from flowtrain.plotting.options import DEFAULTS, PlotOptions
 from flowtrain.runs import auto_settings, build, load
 from flowtrain.runs.auto_settings import AUTO
 from flowtrain.runs.candidates import Candidate, recommended
@@ -146,6 +147,7 @@ class Search:
         self.device = build.resolve_device(config["device"])
         with phase("reading the data"):
             self.data = build.build_data(config, **given.tables) if given.data is None else given.data
+        PlotOptions.of(config).positions(self.data.event_shape, self.data.columns)
         choose_threads(config.get("threads"), self.data.event_shape)
         self.models = _models(config, self.data)
         self.candidates: dict[str, Candidate] = {}
@@ -238,9 +240,7 @@ class Search:
     def validations(self) -> list[dict[str, Any]]:
         """Returns the validation rows of all candidates from the run directory. `split` is the candidate's name."""
         assert self.run_dir is not None
-        paths = {name: self.run_dir / SEARCH_FOLDER / name / "metrics.jsonl" for name in self.candidates}
-        found = {name: read_metrics(path) for name, path in paths.items() if path.exists()}
-        return [{**row, "split": name} for name, rows in found.items() for row in rows if row.get("split") == "val"]
+        return validations_of({name: self.run_dir / SEARCH_FOLDER / name for name in self.candidates})
 
     # the search
 
@@ -443,7 +443,12 @@ class Search:
         config = with_choices(composed, {"model": AUTO, **like}, chosen, groups)
         config["trainer"] |= {"plot_every": None, "time_limit": None}
         config |= {key: own[key] for key in ("data", "device", "threads")}
-        config |= {"seed": candidate.seed, "logger": ["jsonl"], "time_budget": None}
+        config |= {
+            "seed": candidate.seed,
+            "logger": ["jsonl"],
+            "time_budget": None,
+            "plots": own.get("plots", DEFAULTS),
+        }
         if own["model"].get("conditional"):
             config["model"]["conditional"] = True
         config = auto_settings.resolve_auto(config, self.data.n_train, self.data.event_shape)
@@ -648,6 +653,30 @@ def _is_leftover(folder: Path) -> bool:
         return False
     names = ("metrics.jsonl", "checkpoints", SEARCH_STATE)
     return all(path.name in names or path.is_dir() for path in folder.rglob("*"))
+
+
+def validations_of(run_dirs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """The validations of several runs, with the name of the run as their split.
+
+    Args:
+        run_dirs: run directories by name; those without metrics.jsonl are left out.
+    """
+    paths = {name: run_dir / "metrics.jsonl" for name, run_dir in run_dirs.items()}
+    found = {name: read_metrics(path) for name, path in paths.items() if path.exists()}
+    return [{**row, "split": name} for name, rows in found.items() for row in rows if row.get("split") == "val"]
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows that the training curves of a run show; for a search, the validations of its candidates.
+
+    Empty if the directory has no metrics.jsonl.
+    """
+    candidates = _content_of_state(run_dir / SEARCH_FOLDER).get("candidates")
+    if isinstance(candidates, list):
+        names = [str(each["name"]) for each in candidates if isinstance(each, dict) and "name" in each]
+        return validations_of({name: run_dir / SEARCH_FOLDER / name for name in names})
+    path = run_dir / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
 
 
 def config_of_search(run_dir: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 
 from flowtrain.plotting.drawing import warn_if_plotting_fails
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.sweep_figure import MOST_SWEPT, Swept, draw_sweep
+from flowtrain.runs.console import data_name, name_of
 from flowtrain.training.old_checkpoints import renamed_override
 from flowtrain.utils.errors import ConfigError, first_line
 from flowtrain.utils.files import write_text
@@ -21,6 +23,7 @@ from flowtrain.utils.formatting import as_table, brief, with_error
 
 # files in the directory of a run: its result, its overrides, and its error message
 RESULT, OVERRIDES, ERROR = "result.json", ".hydra/overrides.yaml", "error.txt"
+CONFIG = ".hydra/config.yaml"
 # keys of result.json in the CSV file
 MEASURED = (
     "val_nll", "val_nll_stderr", "nll", "nll_stderr", "bits_per_dim", "kl", "nfe", "solver_error", "roundtrip_error",
@@ -86,9 +89,10 @@ def write_summary(root: Path) -> tuple[str, int]:
         for name, text in written.items():
             write_text(root / name, text)
         if done and axes:
-            title = f"sweep {root.name}, {len(done)} of {len(jobs)} jobs done"
-            title += f", {len(lines)} of {len(axes)} keys" if len(axes) > len(lines) else ""
-            draw_sweep(root / "sweep.png", lines=lines, title=title)
+            config = config_of(root / done[0].name)
+            title = title_of_sweep(config, keys, jobs)
+            title += f", {len(lines)} of {len(axes)} keys shown" if len(axes) > len(lines) else ""
+            draw_sweep(root / "sweep.png", lines=lines, title=title, options=options_of(config))
     return table, len(jobs) - len(done)
 
 
@@ -136,6 +140,40 @@ def result_of(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is damaged: remove it to evaluate the run again")
     return found
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config that the run in a directory was begun with; empty if it cannot be read."""
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def title_of_sweep(config: Mapping[str, Any], keys: Sequence[str], jobs: Sequence[Job]) -> str:
+    """The title of the figure, such as "realnvp on moons: sweep of trainer.lr, 4 of 4 runs done".
+
+    Args:
+        config: the config of one run.
+        keys: the keys that were swept.
+    """
+    swept_words = " and ".join(filter(None, (", ".join(keys[:-1]), *keys[-1:])))
+    done = f"{sum(bool(job.result) for job in jobs)} of {len(jobs)} runs done"
+    try:
+        model = "several models" if "model" in keys else name_of(config["model"])
+        data = "several data sets" if {"data", "data.path"} & {*keys} else data_name(config)
+    except (KeyError, TypeError, AttributeError):
+        return f"sweep of {swept_words}, {done}"
+    return f"{model} on {data}: sweep of {swept_words}, {done}"
+
+
+def options_of(config: Mapping[str, Any]) -> PlotOptions:
+    """The options of figures in the config of a run; the defaults if they are not valid."""
+    try:
+        return PlotOptions.of(config)
+    except ConfigError:
+        return DEFAULT
 
 
 def _pair(override: str) -> tuple[str, str]:

@@ -215,5 +215,5 @@ class TimeBudget:
         takes = self.slowness * PICTURES / 2 + self.row_seconds * (MORE if more else DRAWN)[self.kind]
         if takes <= max(0.0, self.left):
             return True
-        log.info("time_budget=%g leaves no time for pictures of %s; floweval draws them", self.seconds, what)
+        log.info("time_budget=%g leaves no time for pictures of %s; floweval plots=true draws them", self.seconds, what)
         return False

@@ -8,10 +8,12 @@ from helpers import SMALL, TINY, Run
 from helpers.figures import skip_figures
 from helpers.files import gif_of, write_set
 from helpers.flows import IMAGE_MODELS
+from matplotlib.figure import Figure
 from PIL import Image
 
 from flowtrain.cli.load_run import known_test_nll
 from flowtrain.plotting import animation, style, transport_pictures
+from flowtrain.plotting.options import DEFAULT, PlotOptions
 
 FRAMES = 7
 
@@ -30,7 +32,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     made = style.new_figure
-    monkeypatch.setattr(style, "new_figure", lambda height, title: found.append(title) or made(height, title))
+
+    def recorded(height: float, title: str, options: PlotOptions = DEFAULT) -> Figure:
+        found.append(title)
+        return made(height, title, options)
+
+    monkeypatch.setattr(style, "new_figure", recorded)
     return found
 
 
@@ -51,7 +58,7 @@ def test_two_columns_are_animated(run: Run, titles: list[str], tmp_path: Path) -
     assert (code, out, err) == (0, f"written to {Path('r/animation.gif')}\n", "")
     first = (tmp_path / "r/animation.gif").read_bytes()
     assert gif_of(tmp_path / "r/animation.gif").n_frames == FRAMES
-    assert titles[0].startswith("ffjord on moons, test NLL ")
+    assert titles[0].startswith("ffjord on moons, step 4, test NLL ")
     assert titles[0].endswith(" nats")
     run("flowsample", "ckpt=r", "animate=true", "n=30", "out=again.gif")
     assert (tmp_path / "again.gif").read_bytes() == first
@@ -65,12 +72,12 @@ def test_couplings_are_animated_in_steps(run: Run, tmp_path: Path) -> None:
     assert run("flowtrain", *SMALL, "hydra.run.dir=r", *keys)[0] == 0
     code, _, err = run("flowsample", "ckpt=r", "animate=true")
     assert (code, err) == (0, "")
-    assert {p.name for p in (tmp_path / "r/plots").iterdir()} >= {"passage.png", "paths.png", "curves.png"}
+    assert {p.name for p in (tmp_path / "r/plots").iterdir()} >= {"transport.png", "paths.png", "curves.png"}
 
 
 MISTAKES = [
     (["animate=true", "out=a.npy"], ".gif or .mp4"),
-    (["animate=true", "out=a.mp4"], "there is no ffmpeg here"),
+    (["animate=true", "out=a.mp4"], "ffmpeg is not installed"),
     (["animate=yes"], "animate=yes"),
     (["animate=true", "quality=[1,2]"], "quality"),
     (["animate=true", "log_scale=true"], "log_scale=true"),
@@ -97,7 +104,7 @@ def test_animation_and_log_scale_of_other_dimensions_are_refused(run: Run, tmp_p
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(200, 3)))
     trained(run, "model=affine", "data=array", "data.path=x.npy")
     code, _, err = run("flowsample", "ckpt=r", "animate=true")
-    assert (code, "two columns and of images" in err) == (2, True)
+    assert (code, "two columns and images" in err) == (2, True)
     code, _, err = run("flowsample", "ckpt=r", "log_scale=true")
     assert (code, "one or two columns" in err) == (2, True)
 
@@ -125,12 +132,12 @@ def test_titles_tell_the_nll_of_the_checkpoint_and_of_no_other(run: Run, titles:
     run("flowsample", "ckpt=r", "n=500", "data=circles", "out=b.npy")
     (tmp_path / "r/result.json").write_text("{")
     run("flowsample", "ckpt=r", "n=500", "out=c.npy")
-    assert titles[0].startswith("affine on moons, test NLL ")
+    assert titles[0].startswith("affine on moons, step 4, test NLL ")
     assert titles[0].endswith(" nats, 500 samples at temperature 0.5")
     assert titles[1:] == [
-        "affine on moons, 500 samples",
-        "affine on circles, 500 samples",
-        "affine on moons, 500 samples",
+        "affine on moons, step 4, 500 samples",
+        "affine on circles, step 4, 500 samples",
+        "affine on moons, step 4, 500 samples",
     ]
     assert known_test_nll(tmp_path / "nowhere/checkpoints/best.pt", 4) == ""
 

@@ -50,7 +50,7 @@ def test_train_evaluate_sample(run: Run, tmp_path: Path) -> None:
     assert written == {
         ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "flowtrain.log", "metrics.jsonl",
         "checkpoints/best.pt", "checkpoints/last.pt", "checkpoints/last.previous.pt", "plots/samples.png",
-        "plots/curves.png", "plots/calibration.png", "plots/passage.png", "plots/paths.png", "result.json",
+        "plots/curves.png", "plots/calibration.png", "plots/transport.png", "plots/paths.png", "result.json",
     }  # fmt: skip
     trained = result(run_dir)
     assert list(trained) == [*EVALUATION, "train_seconds", "steps", "val_nll", "val_nll_stderr"]

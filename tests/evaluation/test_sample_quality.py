@@ -13,7 +13,7 @@ from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.linear import Affine
 from flowtrain.data.toys.shapes import Moons
-from flowtrain.evaluation.sample_quality import quality, sliced_wasserstein
+from flowtrain.evaluation.sample_quality import distance_error, quality, sliced_wasserstein
 from flowtrain.flow import Flow
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.nn.mlp_field import MLPField
@@ -111,3 +111,20 @@ def test_sample_quality_is_reported_per_step_count(run: Run, tmp_path: Path, req
         assert words in err
     code, out, err = run("flowsample", f"ckpt={run_dir}", "solver=euler", "solver.steps=4", "n=50")
     assert code == 0, err
+
+
+def test_the_standard_error_is_the_spread_of_repeated_distances() -> None:
+    found, errors = [], []
+    for _ in range(60):
+        x, y = torch.randn(300, 2), torch.randn(300, 2) + 0.4
+        found.append(sliced_wasserstein(x, y, 64))
+        errors.append(distance_error(x, y))
+    spread = float(torch.tensor(found).std())
+    assert sum(errors) / len(errors) == pytest.approx(spread, rel=0.25)
+
+
+def test_the_standard_error_needs_enough_rows_and_ignores_their_order() -> None:
+    assert math.isnan(distance_error(torch.randn(39, 2), torch.randn(39, 2)))
+    x, y = torch.randn(400, 2).sort(0).values, torch.randn(400, 2).sort(0).values + 1
+    shuffled = distance_error(x[torch.randperm(400)], y[torch.randperm(400)])
+    assert distance_error(x, y) == pytest.approx(shuffled, rel=0.8)

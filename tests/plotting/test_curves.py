@@ -1,4 +1,4 @@
-"""Curves of a run: any rows give a PNG of its size, and the numbers along the axes."""
+"""Training curves: what is drawn of any rows, the layout, and the numbers along the axes."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from helpers.layout import check_layout, drawn
 from matplotlib.figure import Figure
 
 from flowtrain.plotting import curves
@@ -24,34 +25,70 @@ def val_rows(count: int) -> list[dict[str, Any]]:
     return [{"step": 10 * i, "split": "val", "nll": 1.2, "seconds": 2.0} for i in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("rows", "height"),
-    [
-        ([], 794),
-        (train_rows(1), 1234),
-        (val_rows(1), 794),
-        (val_rows(7), 794),
-        (train_rows(300), 1234),
-        (train_rows(300) + val_rows(7) + [{"step": 30, "split": "test", "nll": 1.3}], 1234),
-        (train_rows(30, nfe_forward=None, nfe_backward=None, rtol=None), 1234),
-        (train_rows(30, rtol=None, atol=None), 1234),
-        (train_rows(30, nfe_backward=None, lr=None), 1234),
-        (train_rows(30, grad_norm=0.0, lr=0.0, rtol=0.0, nfe_forward=0, nfe_backward=0), 1234),
-        (train_rows(30, nll=math.nan, grad_norm=math.inf, lr=None), 1234),
-        (train_rows(30, nll=None), 1234),
-        (train_rows(30, nll=2.0), 1234),
-        (train_rows(30)[:-1] + train_rows(30, nll=1e300, grad_norm=1e300, nfe_forward=10**9)[-1:], 1234),
-        ([{"step": i, "split": "train", "nll": 1.0, "seconds": 0.0} for i in range(40)], 794),
-        ([{"split": "train"}, {"step": 3}, {"nll": 2.0}, {"step": None, "split": "val", "nll": "x"}], 794),
-    ],
-    ids=lambda value: None if isinstance(value, list) else str(value),
-)
-def test_curves_are_drawn_for_any_rows(
-    tmp_path: Path, coarse: int, rows: list[dict[str, Any]], height: int, png_size: Callable[..., tuple[int, int]]
-) -> None:
-    draw_curves(tmp_path / "new" / "curves.png", rows=rows, title="a run", entropy=0.9)
-    assert png_size(tmp_path / "new" / "curves.png") == (1800 // coarse, height // coarse)
+ROWS = {
+    "none": [],
+    "one": train_rows(1),
+    "one_validation": val_rows(1),
+    "validations": val_rows(7),
+    "training": train_rows(300),
+    "all": [*train_rows(300), *val_rows(7), {"step": 30, "split": "test", "nll": 1.3}],
+    "no_solver": train_rows(30, nfe_forward=None, nfe_backward=None, rtol=None),
+    "no_tolerance": train_rows(30, rtol=None, atol=None),
+    "no_rate": train_rows(30, nfe_backward=None, lr=None),
+    "zeros": train_rows(30, grad_norm=0.0, lr=0.0, rtol=0.0, nfe_forward=0, nfe_backward=0),
+    "not_finite": train_rows(30, nll=math.nan, grad_norm=math.inf, lr=None),
+    "no_nll": train_rows(30, nll=None),
+    "constant": train_rows(30, nll=2.0),
+    "blow_up": train_rows(30)[:-1] + train_rows(30, nll=1e300, grad_norm=1e300, nfe_forward=10**9)[-1:],
+    "nll_alone": [{"step": i, "split": "train", "nll": 1.0, "seconds": 0.0} for i in range(40)],
+    "odd": [{"split": "train"}, {"step": 3}, {"nll": 2.0}, {"step": None, "split": "val", "nll": "x"}],
+    "large": [*train_rows(300, nll=-123_456.5), *val_rows(7)],
+    "long": [{**row, "step": 5_000 * row["step"]} for row in train_rows(300)],
+    "sweep": [{**row, "split": f"run {i} with a long name"} for i in range(9) for row in val_rows(5)],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_curves_are_drawn_for_any_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    figure = drawn(monkeypatch, draw_curves, rows=ROWS[name], title="a run", entropy=0.9, kept=20)
+    check_layout(figure)
     assert plt.get_fignums() == []
+
+
+def test_panels_have_the_same_steps_and_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = drawn(monkeypatch, draw_curves, rows=[*ROWS["training"], *val_rows(7)], title="a run")
+    edges = {(axes.get_position().x0, axes.get_position().x1, axes.get_xlim()) for axes in figure.axes}
+    assert len(figure.axes) == 5
+    assert len(edges) == 1
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == ["NLL (nats)", "gradient norm", "learning rate", "NFE per step", "rtol"]
+
+
+def named(figure: Figure) -> list[str]:
+    return [str(label) for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+
+
+def test_series_that_are_zero_at_all_steps_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(**changed: Any) -> list[str]:
+        return named(drawn(monkeypatch, draw_curves, rows=train_rows(30, **changed), title="a run"))
+
+    assert {"NFE, forward", "NFE, backward"} <= set(names())
+    assert "NFE, backward" not in names(nfe_backward=0)
+    assert "NFE, forward" in names(nfe_backward=0)
+    assert not any("NFE" in name for name in names(nfe_backward=0, nfe_forward=0))
+
+
+def test_the_kept_checkpoint_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [*train_rows(300), *({**row, "nll": 2 - row["step"] / 100} for row in val_rows(7))]
+    axes = drawn(monkeypatch, draw_curves, rows=rows, title="a run", kept=40).axes[0]
+    (mark,) = [line for line in axes.lines if "checkpoint" in str(line.get_label())]
+    assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (40, pytest.approx(1.6))
+    # of a step without a validation, as of an older last.pt
+    axes = drawn(monkeypatch, draw_curves, rows=rows, title="a run", kept=45).axes[0]
+    (mark,) = [line for line in axes.lines if "checkpoint" in str(line.get_label())]
+    assert mark.get_xdata()[0] == 45
+    unmarked = drawn(monkeypatch, draw_curves, rows=rows, title="a run")
+    assert not any("checkpoint" in name for name in named(unmarked))
 
 
 @pytest.mark.parametrize("entropy", [None, math.nan, -1e6])
@@ -60,11 +97,6 @@ def test_curves_are_drawn_for_any_entropy(
 ) -> None:
     draw_curves(tmp_path / "curves.png", rows=train_rows(30), title="a run", entropy=entropy)
     assert png_size(tmp_path / "curves.png")
-
-
-def test_curves_have_their_size(tmp_path: Path, png_size: Callable[..., tuple[int, int]]) -> None:
-    draw_curves(tmp_path / "curves.png", rows=train_rows(300), title="a run")
-    assert png_size(tmp_path / "curves.png") == (1800, 1234)
 
 
 def test_an_early_spike_leaves_the_frame_and_the_curves_stay() -> None:
@@ -90,8 +122,6 @@ def test_running_median_drops_spikes() -> None:
 def test_numbers_fit_a_tick_label() -> None:
     steps = {(2000, 4000): "2,000", (0, 1e6): "0", (250_000, 2e6): "250k", (1_500_000, 2e6): "1.5M"}
     assert {given: curves._step(*given) for given in steps} == steps
-    shorts = {0.0: "0", 0.05: "0.05", 2.5e-4: "2.5e-4", 1e-5: "1e-5", 3e6: "3e6", -2e29: "-2e29", 120.0: "120"}
-    assert {value: curves._short(value) for value in shorts} == shorts
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every figure is a PNG of its size, whatever is wrong with the numbers in it."""
+"""Figures of one and two columns: drawn for any numbers, with one colour scale and without overlapping words."""
 
 import math
 import threading
@@ -11,13 +11,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from helpers.layout import catch_figures, check_layout
 from torch import Tensor
 
 from flowtrain.plotting import points
-from flowtrain.plotting.densities import draw_flow, draw_flow_2d, draw_pairs
+from flowtrain.plotting.densities import BRIGHTEST, draw_flow_1d, draw_flow_2d
+from flowtrain.plotting.options import PlotOptions
+from flowtrain.plotting.vector_pictures import draw_flow
 from flowtrain.utils.errors import FlowtrainError
 
-PIXELS = {1: (1800, 720), 2: (1800, 736), 8: (1800, 1840)}
+PIXELS = {1: (1800, 780), 2: (1800, 696), 8: (1800, 1808)}
 
 
 def normal(x: Tensor) -> Tensor:
@@ -128,11 +131,14 @@ def test_histograms_integrate_to_one() -> None:
     values = torch.rand(50_000, 2).numpy()
     limits = ((-0.5, 1.5), (-0.5, 3.5))
     heights = points.histogram_2d(values, limits, bins=80, blur=1.2)
+    inner = points.histogram_2d(values, ((0.2, 0.8), (0.2, 0.8)), bins=30, blur=2.0)
     assert heights.shape == (80, 80)
     assert heights.sum() * (2 / 80) * (4 / 80) == pytest.approx(1, abs=1e-3)
     # x varies along the first index: the square fills half of x and a quarter of y
     assert heights[40].sum() * 4 / 80 == pytest.approx(1, abs=0.1)
     assert points.peak(heights) == pytest.approx(1, abs=0.3)
+    # no dark edges: points outside the limits are blurred into them
+    assert inner[:3].mean() == pytest.approx(inner.mean(), rel=0.05)
     half, _ = points.histogram_1d(values[:, 0], (0.0, 0.5), bins=10)
     assert half == pytest.approx(1, abs=0.1)
 
@@ -176,14 +182,6 @@ def test_a_failing_write_leaves_no_part_behind(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["flow.png"]
 
 
-def test_pairs_take_any_names_and_count(tmp_path: Path, coarse: int, png_size: Callable[..., tuple[int, int]]) -> None:
-    x = torch.randn(300, 6)
-    for most, columns in ((1, ()), (2, ("$a", "b$\\x$")), (6, ("a very long name of a column " * 3, "_b"))):
-        path = tmp_path / "pairs.png"
-        draw_pairs(path, data=x, samples=x + 1, columns=columns, title="$\\no{ $ tex" * 20, most=most)
-        assert png_size(path) == (1800 // coarse, 1840 // coarse)
-
-
 @pytest.mark.usefixtures("coarse")
 def test_threads_draw_alike_and_the_global_style_stays(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
@@ -205,3 +203,98 @@ def test_a_users_matplotlib_settings_change_nothing(tmp_path: Path) -> None:
     with matplotlib.rc_context({"savefig.bbox": "tight", "savefig.dpi": 30, "text.usetex": True}):
         other = draw(tmp_path / "other.png", data=data, samples=samples)
     assert plain.read_bytes() == other.read_bytes()
+
+
+def test_two_separate_modes_have_as_fine_bins_as_one() -> None:
+    rng = np.random.default_rng(0)
+    one = rng.normal(size=4000)
+    two = np.concatenate([one[:2000] * 0.1, 10 + one[2000:] * 0.1])
+    counts = [points.count_bins(values, (-20.0, 20.0), 4000, most=10_000) for values in (one, two)]
+    assert counts[1] > 3 * counts[0]
+    # Freedman and Diaconis: 2 IQR n^(-1/3), with the IQR of a Gaussian
+    assert counts[0] == pytest.approx(40 / (2 * 1.349 * 4000 ** (-1 / 3)), rel=0.1)
+    assert points.count_bins(one, (-5.0, 5.0), 4000) > 30
+    assert points.count_bins(np.zeros(50), (-1.0, 1.0), 50) == points.FEWEST_BINS
+
+
+def wave(x: Tensor) -> Tensor:
+    return normal(x) + x[:, 0].sin()
+
+
+COLUMNS = [("x1", "x2"), ("longitude of the place (degrees east)", "a name of a column that never ends " * 5)]
+DATA: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: x,
+    "large": lambda x: x * 3e6,
+    "small": lambda x: x * 2e-7 + 1e-6,
+    "offset": lambda x: x * 1e-3 + 1e6,
+    "heavy": lambda x: x.exp() ** 3,
+    "units": lambda x: x * torch.tensor([1.0, 1e5]),
+}
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("name", DATA)
+def test_words_do_not_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, columns: tuple[str, str]
+) -> None:
+    figures = catch_figures(monkeypatch)
+    x, samples = DATA[name](torch.randn(400, 2)), DATA[name](torch.randn(300, 2))
+    given: dict[str, Any] = {"log_density": normal, "title": "a title " * 9}
+    for log_scale, truth in ((False, None), (True, wave)):
+        both = {"data": x, "samples": samples, "columns": columns, "true_log_density": truth, "resolution": 20}
+        draw_flow_2d(tmp_path / "a.png", **both, log_scale=log_scale, options=PlotOptions(title=log_scale), **given)
+        one = {"data": x[:, :1], "samples": samples[:, :1], "column": columns[1]}
+        draw_flow_1d(tmp_path / "a.png", **one, log_scale=log_scale, **given)
+    assert len(figures) == 4
+    for figure in figures:
+        check_layout(figure)
+
+
+def test_true_density_is_drawn_if_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = catch_figures(monkeypatch)
+    x = torch.randn(500, 2)
+    given: dict[str, Any] = {"data": x, "samples": x, "log_density": normal, "title": "", "resolution": 40}
+    draw_flow_2d(tmp_path / "a.png", **given)
+    draw_flow_2d(tmp_path / "a.png", **given, true_log_density=wave)
+    three, four = ([axes for axes in figure.axes if axes.images] for figure in figures)
+    assert (len(three), len(four)) == (3, 4)
+    assert len({(axes.get_xlim(), axes.get_ylim()) for axes in four}) == 1
+    # the last panel is exp(wave), on the scale of the colour bar
+    (bar,) = [axes for axes in figures[1].axes if not axes.images]
+    top = bar.get_ylim()[1]
+    places = np.linspace(*four[3].get_xlim(), 81)[1::2], np.linspace(*four[3].get_ylim(), 81)[1::2]
+    grid = torch.cartesian_prod(*map(torch.from_numpy, places)).reshape(40, 40, 2)
+    expected = wave(grid.reshape(-1, 2)).exp().reshape(40, 40).T.numpy()
+    shown = np.asarray(four[3].images[0].get_array()) * top
+    np.testing.assert_allclose(shown, np.minimum(expected, top), rtol=1e-4, atol=1e-6)
+    assert top == pytest.approx(points.peak(expected), rel=1e-4)
+
+
+def test_all_panels_have_the_colour_scale_of_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flat model does not change the colours of the data, a needle darkens them by at most BRIGHTEST."""
+    figures = catch_figures(monkeypatch)
+    x = torch.randn(2000, 2)
+    given: dict[str, Any] = {"data": x, "samples": x, "title": ""}
+    heights = (1e-6, 1e-3, 1e6)
+    for height in heights:
+        constant = torch.full((400,), math.log(height))
+        draw_flow_2d(tmp_path / "a.png", log_density=lambda x, given=constant: given, resolution=20, **given)
+    bars = [next(axes for axes in figure.axes if not axes.images).get_ylim()[1] for figure in figures]
+    assert bars[1] == bars[0]
+    assert bars[2] == pytest.approx(BRIGHTEST * bars[0])
+    for figure, height, top in zip(figures, heights, bars, strict=True):
+        shown = np.asarray(figure.axes[2].images[0].get_array())
+        np.testing.assert_allclose(shown, min(height / top, 1.0), rtol=1e-5)
+
+
+def test_a_line_shows_the_true_density_of_one_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = catch_figures(monkeypatch)
+    x = torch.randn(500, 1)
+    given: dict[str, Any] = {"data": x, "samples": x, "log_density": normal, "title": "", "column": "height"}
+    draw_flow_1d(tmp_path / "a.png", **given)
+    draw_flow_1d(tmp_path / "a.png", **given, true_log_density=wave)
+    one, two = (figure.axes[0] for figure in figures)
+    assert (len(one.lines), len(two.lines)) == (1, 2)
+    shown = np.asarray(two.lines[1].get_xydata())
+    np.testing.assert_allclose(shown[:, 1], wave(torch.from_numpy(shown[:, :1])).exp(), rtol=1e-4)
+    assert "height" in one.get_xlabel()

@@ -9,14 +9,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from helpers.layout import check_layout, drawn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from flowtrain.plotting import evaluation_figures, points, style
-from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
+from flowtrain.plotting import evaluation_figures
+from flowtrain.plotting.evaluation_figures import Distances, draw_calibration, draw_ood, draw_quality
 from flowtrain.utils.errors import FlowtrainError
 
 
@@ -50,7 +52,7 @@ def test_figures_are_pngs_of_their_size_in_a_new_folder(
     draw_calibration(folder / "calibration.png", pit=uniform(500, 2), title="a title")
     separate(folder / "ood.png", normal(500, -100, 10), normal(400, -120, 20))
     assert png_size(folder / "calibration.png") == (1800, 710)
-    assert png_size(folder / "ood.png") == (1800, 732)
+    assert png_size(folder / "ood.png") == (1800, 690)
     assert sorted(each.name for each in folder.iterdir()) == ["calibration.png", "ood.png"]
     assert plt.get_fignums() == []
 
@@ -69,11 +71,8 @@ def test_figures_are_pngs_of_their_size_in_a_new_folder(
     ],
     ids=["one", "twenty", "nine_lines", "one_latent", "radius_alone", "edges", "rounding", "names"],
 )
-def test_calibration_of_any_model(
-    tmp_path: Path, coarse: int, pit: dict[str, Tensor], png_size: Callable[..., tuple[int, int]]
-) -> None:
-    draw_calibration(tmp_path / "calibration.png", pit=pit, title="$\\no{ tex")
-    assert png_size(tmp_path / "calibration.png") == (1800 // coarse, 710 // coarse)
+def test_calibration_of_any_model(monkeypatch: pytest.MonkeyPatch, pit: dict[str, Tensor]) -> None:
+    check_layout(drawn(monkeypatch, draw_calibration, pit=pit, title="$\\no{ tex"))
 
 
 @pytest.mark.parametrize(
@@ -122,13 +121,35 @@ def test_points_at_the_edges_are_upright_steps() -> None:
     assert set(x) == {0.0, 1.0}
 
 
-def test_many_latents_share_a_look_and_a_name_and_few_have_their_own() -> None:
-    few = [evaluation_figures._calibration_look(name, list(uniform(1, 4))) for name in uniform(1, 4)]
-    assert len({look["color"] for look in few}) == 5
-    assert [look["label"] for look in few] == ["z1", "z2", "z3", "z4", "radius"]
-    many = [evaluation_figures._calibration_look(name, list(uniform(1, 8))) for name in uniform(1, 8)]
-    assert len({look["color"] for look in many}) == 2
-    assert [look["label"] for look in many if look["label"]] == ["latents", "radius"]
+def test_few_latents_share_panels_and_many_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = drawn(monkeypatch, draw_calibration, pit=uniform(400, 3), title="t", labels={"z2": "price"})
+    assert len(few.axes) == 2
+    assert few.axes[0].get_legend_handles_labels()[1][:4] == ["z1", "price (z2)", "z3", "radius"]
+    many = drawn(monkeypatch, draw_calibration, pit=uniform(400, 4), title="t", labels={"z2": "price"}, note="4 of 9")
+    assert [axes.get_title(loc="left") for axes in many.axes] == ["z1", "price (z2)", "z3", "z4", "radius"]
+    assert any("4 of 9" in text.get_text() for text in many.texts)
+
+
+def test_panels_of_latents_have_one_scale_and_their_statistic(monkeypatch: pytest.MonkeyPatch) -> None:
+    pit = {**uniform(400, 4), "z3": torch.rand(400) ** 2, "radius": torch.zeros(400)}
+    axes = drawn(monkeypatch, draw_calibration, pit=pit, title="t").axes
+    limits = [each.get_ylim() for each in axes]
+    assert len({*limits[:4]}) == 1
+    assert limits[4][1] > limits[0][1]
+    for each, u in zip(axes, pit.values(), strict=True):
+        statistic = stats.kstest(u.numpy(), "uniform").statistic
+        assert each.get_title(loc="right") == f"KS {statistic:.3f}"
+
+
+@pytest.mark.parametrize("latents", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("n", [3, 10_000])
+def test_layout_of_calibrations_with_long_names(monkeypatch: pytest.MonkeyPatch, latents: int, n: int) -> None:
+    labels = {f"z{i + 1}": f"average delay of the research department {i}" for i in range(latents)}
+    note = "8 of 1,000 columns, those with the largest deviations"
+    figure = drawn(
+        monkeypatch, draw_calibration, pit=uniform(n, latents), title="a title " * 20, labels=labels, note=note
+    )
+    check_layout(figure)
 
 
 @pytest.mark.parametrize(
@@ -148,17 +169,15 @@ def test_many_latents_share_a_look_and_a_name_and_few_have_their_own() -> None:
     ],
     ids=["one", "one_far", "twenty", "none", "lost", "all_lost", "equal", "zeros", "offset", "far_known", "tiny"],
 )
-def test_ood_of_any_sets(
-    tmp_path: Path, coarse: int, known: Tensor, other: Tensor, png_size: Callable[..., tuple[int, int]]
-) -> None:
-    path = separate(tmp_path / "ood.png", known, other, names=("$a{", "a long name " * 9), auroc=math.nan)
-    assert png_size(path) == (1800 // coarse, 732 // coarse)
+def test_ood_of_any_sets(monkeypatch: pytest.MonkeyPatch, known: Tensor, other: Tensor) -> None:
+    figure = ood_figure(monkeypatch, known, other, names=("$a{", "a long name " * 9), auroc=math.nan)
+    check_layout(figure)
 
 
-def test_ood_states_how_many_rows_are_left_out() -> None:
-    assert evaluation_figures._label("noise", 0, 5) == "noise"
-    assert evaluation_figures._label("noise", 1200, 5) == "noise (1,200 not finite)"
-    assert evaluation_figures._label("noise", 0, 0) == "noise (nothing to draw)"
+def test_ood_states_how_many_rows_there_are_and_are_left_out() -> None:
+    assert evaluation_figures._label("noise", 0, 1) == "noise (1 row)"
+    assert evaluation_figures._label("noise", 1200, 5) == "noise (1,205 rows, 1,200 not finite)"
+    assert evaluation_figures._label("noise", 0, 0) == "noise (0 rows, nothing to draw)"
 
 
 @pytest.mark.parametrize(
@@ -228,22 +247,76 @@ def test_ood_names_a_bin_that_leaves_the_frame() -> None:
     assert notes(torch.full((100_000,), -95.0)) == ["highest bin at 100%"]
 
 
-def test_ood_legend_and_title(tmp_path: Path, coarse: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: list[Figure] = []
-    monkeypatch.setattr(style, "save", lambda figure, path: saved.append(figure))
-    separate(tmp_path / "ood.png", normal(400, -2, 0.1), normal(400, -3, 0.1), entropy=2.0, unit="bits/dim")
-    separate(tmp_path / "ood.png", normal(400, -12_345, 9), normal(400, -1e6, 9), entropy=12_345.0)
-    (left, right), (far, _) = (figure.axes for figure in saved)
-    assert [axes.get_title(loc="left") for axes in (left, right)] == [
-        "AUROC of -log p: 0.870",
-        "AUROC of |log p + H|: 0.990",
-    ]
-    assert [axes.get_xlabel() for axes in (left, right)] == ["log p(x) (bits/dim)", "|log p(x) + H| (bits/dim)"]
+def ood_figure(patch: pytest.MonkeyPatch, known: Tensor, other: Tensor, **changed: Any) -> Figure:
+    given = {"names": ("digits", "letters"), "entropy": -float(known.detach().double().mean()), "auroc": 0.87}
+    given |= {"typicality_auroc": 0.99, "unit": "nats", "title": "a title"}
+    return drawn(patch, draw_ood, log_p=(known, other), **{**given, **changed})
+
+
+def test_ood_legends_and_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    near = ood_figure(monkeypatch, normal(400, -2, 0.1), normal(300, -3, 0.1), entropy=2.0, unit="bits/dim")
+    far = ood_figure(monkeypatch, normal(400, -12_345, 9), normal(400, -1e6, 9), entropy=12_345.0)
+    left, middle, right = near.axes
+    assert [axes.get_xlabel() for axes in (left, middle)] == ["log p(x) (bits/dim)", "|log p(x) + H| (bits/dim)"]
+    assert right.get_legend_handles_labels()[1] == ["-log p, area 0.870", "|log p + H|, area 0.990"]
+    assert [text.get_text() for text in near.legends[0].get_texts()] == ["digits (400 rows)", "letters (300 rows)"]
     assert [text.get_text() for text in left.texts] == ["-H = -2 bits/dim"]
-    assert [text.get_text() for text in far.texts][-1] == "-H = -12,345 nats"
-    assert far.get_xlabel() == "log p(x) (nats), logarithmic far out"
+    assert [text.get_text() for text in far.axes[0].texts][-1] == "-H = -12,345 nats"
+    assert far.axes[0].get_xlabel() == "log p(x) (nats), logarithmic far out"
 
 
-@pytest.mark.parametrize(("value", "label"), [(0, "0"), (-200, "-200"), (5e4, "5e4"), (-1.25e16, "-1.25e16")])
-def test_labels_are_short(value: float, label: str) -> None:
-    assert points.short(value) == label
+@pytest.mark.parametrize("sizes", [(2, 1), (30, 5000), (5000, 30), (400, 400)])
+def test_the_area_below_an_roc_curve_is_the_auroc(sizes: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    # rounded, so that many scores are tied
+    inside, outside = (np.round(rng.normal(mean, 1, n), 1) for mean, n in zip((0.0, 1.0), sizes, strict=True))
+    false, true = evaluation_figures.roc_curve(inside, outside)
+    labels = np.repeat([0, 1], sizes)
+    expected = roc_auc_score(labels, np.concatenate([inside, outside]))
+    assert np.trapezoid(true, false) == pytest.approx(expected, abs=1e-3)
+    assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
+    assert len(false) < 500
+
+
+def test_rows_without_likelihood_are_the_most_anomalous(monkeypatch: pytest.MonkeyPatch) -> None:
+    outside = torch.cat([torch.full((300,), -math.inf), torch.full((100,), math.nan)])
+    *_, right = ood_figure(monkeypatch, normal(400, -2, 0.1), outside).axes
+    curve = next(line for line in right.lines if "-log p" in str(line.get_label()))
+    assert np.trapezoid(curve.get_ydata(), curve.get_xdata()) == pytest.approx(1)
+
+
+def quality_figure(patch: pytest.MonkeyPatch, **changed: Any) -> Figure:
+    lines = {"euler": Distances([1, 2, 4], [0.3, 0.2, 0.1], [0.05, 0.01, 0.2])}
+    given = {"lines": lines, "exact": (26, 0.09, 0.01), "data": (0.04, 0.01), "title": "a title"}
+    return drawn(patch, draw_quality, **{**given, **changed})
+
+
+def test_quality_has_error_bars_and_the_distance_of_two_sets_of_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    (axes,) = quality_figure(monkeypatch).axes
+    euler, own = axes.containers
+    (_, _, (bars,)) = euler
+    ends = np.array([segment[:, 1] for segment in bars.get_segments()])
+    assert ends[:2] == pytest.approx(np.array([[0.25, 0.35], [0.19, 0.21]]))
+    # a logarithmic axis has no zero
+    assert 0 < ends[2, 0] < 0.1
+    assert ends[2, 1] == pytest.approx(0.3)
+    assert own[0].get_xydata().tolist() == [[26, 0.09]]
+    (line,) = [each for each in axes.lines if "two sets of data" in str(each.get_label())]
+    assert {*line.get_ydata()} == {0.04}
+    low, high = axes.get_ylim()
+    assert low <= 0.04 < 0.3 <= high
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"data": (0.04, math.nan), "exact": (26, 0.09, math.nan)},
+        {"lines": {"euler": Distances([1], [0.09], [math.nan])}},
+        {"lines": {f"a method with a long name {i}": Distances([2**i], [10.0**i], [0.1]) for i in range(6)}},
+        {"exact": (1e4, 1e-7, 1e-8)},
+    ],
+    ids=["usual", "no_errors", "one", "many", "wide"],
+)
+def test_layout_of_quality(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
+    check_layout(quality_figure(monkeypatch, **changed))

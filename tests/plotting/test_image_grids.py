@@ -1,4 +1,4 @@
-"""Images stand where they should, as large and as bright as they should, whatever their size, number and values."""
+"""Figures of images: place, size and shades of each image, and labels of rows and columns."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from helpers.layout import catch_figures, check_layout, words_of
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from numpy.typing import NDArray
@@ -19,9 +20,10 @@ from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.linear import Affine
 from flowtrain.bijections.logit import Logit
 from flowtrain.flow import Flow
-from flowtrain.plotting import image_grids
+from flowtrain.plotting import image_grids, style
 from flowtrain.plotting import image_pictures as pictures
 from flowtrain.plotting.image_grids import draw_panels, draw_rows
+from flowtrain.plotting.options import DEFAULT
 from flowtrain.utils.errors import FlowtrainError
 
 # screen pixels at full resolution: the margin, a digit of ten in a row of two panels, and the gap after it
@@ -52,8 +54,8 @@ def test_panels_and_rows_have_their_size_and_make_the_folder(
     path = tmp_path / "new" / "plots" / "images.png"
     panels(path, digits(), digits())
     assert png_size(path) == (1800, 1012)
-    assert png_size(rows(path, digits(10), digits(10), note="a note")) == (1800, 445)
-    assert png_size(rows(path, digits(10), digits(10))) == (1800, 409)
+    assert png_size(rows(path, digits(10), digits(10), note="a note")) == (1800, 490)
+    assert png_size(rows(path, digits(10), digits(10))) == (1800, 454)
     assert [each.name for each in path.parent.iterdir()] == ["images.png"]
     assert plt.get_fignums() == []
 
@@ -126,9 +128,9 @@ def test_rows_of_any_length_start_at_one_place(tmp_path: Path) -> None:
     first, second, last = (
         np.flatnonzero((picture[y, 300:] == 200).all(1)) for y in (-EDGE - 700, -EDGE - 400, -EDGE - 1)
     )
-    assert len(first) == 2 * 280
+    assert len(first) == 2 * 300
     assert len(second) == 0
-    assert len(last) == 4 * 280
+    assert len(last) == 4 * 300
     assert first[0] == last[0]
     assert (picture[-EDGE - 700, 300 + first[-1] + 1 :] == 255).all()
 
@@ -177,7 +179,7 @@ def test_reconstructions_show_the_error_itself(tmp_path: Path, monkeypatch: pyte
             Flow((1, 4, 4), Chain([Flat(part), Logit(levels, 0.05)]), integer_valued=True, levels=levels).float().eval()
         )
         show = pictures.Shown(flow, data)  # type: ignore[arg-type]
-        pictures._draw_reconstructions(flow, data, show, tmp_path / "r.png", "t")  # type: ignore[arg-type]
+        pictures._draw_reconstructions(flow, data, show, tmp_path / "r.png", "t", DEFAULT)  # type: ignore[arg-type]
         ((name, difference),) = given["signed"]
         size = difference.abs()
         assert name == "difference"
@@ -282,8 +284,8 @@ def test_titles_may_contain_any_text(tmp_path: Path, coarse: int) -> None:
         ([torch.zeros(5, 28, 28)], 256, r"shape \(5, 28, 28\): give it as \(N, C, H, W\)"),
         ([torch.zeros(5, 0, 28, 28)], 256, "shape"),
         ([torch.zeros(5, 1, 8, 8), torch.zeros(5, 1, 8, 9)], 256, "8 by 9 pixels beside"),
-        ([torch.zeros(5, 1, 8, 8)], 0, "0 levels"),
-        ([torch.zeros(5, 1, 8, 8)], math.nan, "nan levels"),
+        ([torch.zeros(5, 1, 8, 8)], 0, "levels=0"),
+        ([torch.zeros(5, 1, 8, 8)], math.nan, "levels=nan"),
     ],
 )
 def test_refuses_what_cannot_be_drawn(tmp_path: Path, given: list[Tensor], levels: float, words: str) -> None:
@@ -296,3 +298,73 @@ def test_refuses_what_cannot_be_drawn(tmp_path: Path, given: list[Tensor], level
 def test_refuses_more_panels_than_a_page_holds(tmp_path: Path) -> None:
     with pytest.raises(FlowtrainError, match="7 panels"):
         panels(tmp_path / "images.png", *[digits(1)] * 7)
+
+
+@pytest.mark.parametrize("size", [8, 28, 32, 300])
+@pytest.mark.parametrize("note", ["", "a note"])
+def test_words_do_not_overlap_and_rows_fill_the_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, note: str
+) -> None:
+    figures = catch_figures(monkeypatch)
+    monkeypatch.setattr(style, "DPI", 200)
+    x = torch.rand(16, 1, size, size)
+    named = [(f"class {i} → {i}\ntest {10 * i} → {10 * i + 1}", x) for i in range(6)]
+    heads = [f"class {i}" for i in range(16)]
+    for columns in ([], heads):
+        draw_rows(
+            tmp_path / "a.png", rows=named, levels=1, title="t", note=note, heads=columns, signed=[("difference", x)]
+        )
+    draw_panels(tmp_path / "a.png", panels=[("data", x), ("samples (same classes)", x)], levels=1, title="a title")
+    assert len(figures) == 3
+    for figure in figures:
+        check_layout(figure)
+    for figure in figures[:2]:
+        images = figure.images[1:]
+        right = max(image.ox + image.get_array().shape[1] for image in images)  # type: ignore[union-attr]
+        assert 1800 - 0.06 * 1800 < right + EDGE <= 1800
+
+
+def test_heads_are_above_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = catch_figures(monkeypatch)
+    x = torch.rand(5, 1, 28, 28)
+    draw_rows(tmp_path / "a.png", rows=[("row", x)], levels=1, title="t", heads=["h0", "h1", "h2", "h3", "h4"])
+    sheet = figures[0].images[0]
+    width = sheet.get_array().shape[1]  # type: ignore[union-attr]
+    found = {text: (box.x0 + box.x1) / 2 - sheet.ox for text, box in words_of(figures[0])}
+    places = [found[f"h{i}"] for i in range(5)]
+    assert np.ptp(np.diff(places)) < 2
+    assert places[0] == pytest.approx(width - places[-1], abs=2)
+
+
+class Digits:
+    """Images with the classes 0, 0, 1, 2, 1."""
+
+    test = torch.randint(0, 16, (5, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    test_labels: Tensor | None = torch.tensor([0, 0, 1, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("known", "conditional", "expected"),
+    [
+        (True, False, ["class 0\ntest 0 → 1", "class 1 → 2\ntest 2 → 3"]),
+        (True, True, ["class 0\ntest 0 → 1", "class 1\ntest 2 → 4"]),
+        (False, False, ["test 0 → 1", "test 2 → 3"]),
+    ],
+)
+def test_interpolations_are_named_by_classes_and_rows_of_their_ends(
+    known: bool, conditional: bool, expected: list[str]
+) -> None:
+    flow = Flow((1, 4, 4), Chain([Flat(Affine(16)), Logit(16, 0.05)]), integer_valued=True, levels=16).eval()
+    if conditional:
+        flow.classes, flow.class_counts = 3, (2, 2, 1)
+    data = Digits()
+    if not known:
+        data.test_labels = None
+    rows = pictures.interpolations(flow, data)  # type: ignore[arg-type]
+    assert [name for name, _ in rows] == expected
+    for name, images in rows:
+        assert len(images) == pictures.WEIGHTS
+        i, j = (int(word) for word in name.split("test ")[1].split(" → "))
+        # dequantized within a level
+        for end, row in ((images[0], i), (images[-1], j)):
+            assert ((end - data.test[row]).floor() == 0).all()

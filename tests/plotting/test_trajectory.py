@@ -1,4 +1,4 @@
-"""The way from base to data: its ends are the flow's, its densities and velocities those of its own states."""
+"""The transport from base to data: it ends at the samples of the flow, with densities and velocities of its states."""
 
 import math
 
@@ -120,9 +120,15 @@ def test_moments_are_even_and_named() -> None:
     couplings = Trajectory(vectors("realnvp"), 5)
     # one after each of three steps, and halves
     assert [sum(m) for m in couplings.moments] == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, 3])
-    assert [couplings.name(m) for m in couplings.exact(9)] == [f"{i} of 3 steps" for i in range(4)]
+    after = [f"after {i} of 3 couplings" for i in (1, 2, 3)]
+    assert [couplings.name(m) for m in couplings.exact(9)] == ["base", *after]
+    assert couplings.name(couplings.moments[3]) == "coupling 2 of 3"
+    assert couplings.axis == "couplings applied"
+    layers = Trajectory(vectors("maf"), 3)
+    assert [layers.name(m) for m in layers.exact(9)] == ["base", "after 1 of 2 layers", "after 2 of 2 layers"]
+    assert Trajectory(vectors("affine"), 2).name(Moment(1, 0)) == "after the layer"
     assert len(couplings.exact(2)) == 2
-    with pytest.raises(FlowtrainError, match="at least two"):
+    with pytest.raises(FlowtrainError, match="moments=1"):
         Trajectory(vectors("affine"), 1)
 
 

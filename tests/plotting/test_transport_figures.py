@@ -1,20 +1,26 @@
-"""Pictures of the way from base to data, still and moving: whole files, whatever is wrong with the numbers in them."""
+"""Figures and animations of the transport from base to data: drawn for any numbers, without overlapping words."""
 
 import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.files import Gif, gif_of
+from helpers.flows import vectors
+from helpers.layout import catch_figures, check_layout
+from matplotlib.collections import LineCollection
 from PIL import Image
 from torch import Tensor
 
-from flowtrain.plotting import animation, style, transport_figures
+from flowtrain.plotting import animation, style, transport_figures, transport_pictures
 from flowtrain.plotting.animation import animate_flow_2d, animate_images
+from flowtrain.plotting.options import PlotOptions
 from flowtrain.plotting.transport_figures import draw_paths, draw_transport
+from flowtrain.plotting.transport_pictures import draw_transport_pictures
 from flowtrain.utils.errors import FlowtrainError
 
 K = 3
@@ -56,6 +62,7 @@ def test_transport_figure_has_a_row_per_quantity(tmp_path: Path) -> None:
     three = shown(still(tmp_path / "three.png"))
     two = shown(still(tmp_path / "two.png", velocity=None))
     assert three.shape[1] == two.shape[1] == 360
+    # a row of three small panels, and a row of three large ones
     assert three.shape[0] > 1.3 * two.shape[0]
     # colours of a density, and of both families of lines
     colours = {tuple(c) for c in three.reshape(-1, 3).tolist()}
@@ -81,6 +88,87 @@ def test_transport_figure_has_a_row_per_quantity(tmp_path: Path) -> None:
 )
 def test_transport_figure_is_drawn_for_any_numbers(tmp_path: Path, changed: dict[str, Any]) -> None:
     assert shown(still(tmp_path / "p.png", **changed)).shape[1] == 360
+
+
+COLUMNS = [("x1", "x2"), ("longitude of the place (degrees east)", "a name of a column that never ends " * 5)]
+LIMITS = [torch.randn(300, 2), 1e6 + torch.randn(300, 2), torch.randn(300, 2) * torch.tensor([1e-5, 1e4])]
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("data", LIMITS, ids=["normal", "offset", "units"])
+def test_words_do_not_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: tuple[str, str], data: Tensor
+) -> None:
+    figures = catch_figures(monkeypatch)
+    for k, names in (
+        (2, ["base", "after the layer"]),
+        (5, ["base", *(f"after {i} of 64 couplings" for i in range(4))]),
+    ):
+        given: dict[str, Any] = {"data": data, "names": names, "columns": columns}
+        for velocity in (None, lambda x, k=k: torch.stack([x] * k)):
+            still(
+                tmp_path / "p.png",
+                **given,
+                log_density=lambda x, k=k: torch.stack([x.sum(1)] * k),
+                forward=lambda z, k=k: torch.stack([z] * k),
+                velocity=velocity,
+                options=PlotOptions(title=velocity is None),
+            )
+    states = torch.stack([data[:20]] * 5)
+    for at, axis in (([0, 0.25, 0.5, 0.75, 1], "time t"), ([0, 1, 2, 3, 4], "couplings applied")):
+        paths = {"states": states, "log_densities": torch.randn(5, 20), "at": at, "axis": axis, "title": "t"}
+        draw_paths(tmp_path / "p.png", data=data, columns=columns, **paths)
+    assert len(figures) == 6
+    for figure in figures:
+        check_layout(figure)
+
+
+def test_panels_of_the_grid_are_larger_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = catch_figures(monkeypatch)
+    names = [f"t = {i}" for i in range(5)]
+    stacked = {"log_density": lambda x: torch.stack([x.sum(1)] * 5), "forward": lambda z: torch.stack([z] * 5)}
+    still(tmp_path / "p.png", names=names, velocity=lambda x: torch.stack([x] * 5), **stacked)
+    panels = figures[0].axes
+    sides = [axes.get_window_extent().width for axes in panels]
+    assert len(panels) == 5 + 5 + 3
+    assert min(sides[10:]) > 1.5 * max(sides[:10])
+    assert [axes.get_title() for axes in panels] == [*names, *[""] * 5, "t = 0", "t = 2", "t = 4"]
+    assert panels[0].get_ylabel() == "x2"
+    assert panels[10].get_xlabel() == "x1"
+
+
+def test_paths_have_a_colour_bar_in_nats_and_colours_for_their_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = catch_figures(monkeypatch)
+    states, log_p = torch.randn(5, 20, 2).cumsum(0), torch.linspace(-9, -2, 100).reshape(5, 20)
+    given: dict[str, Any] = {"at": [0, 0.25, 0.5, 0.75, 1], "axis": "time t", "title": "t"}
+    draw_paths(tmp_path / "p.png", data=torch.randn(100, 2), states=states, log_densities=log_p, **given)
+    plane, bar, course = figures[0].axes
+    assert "nats" in bar.get_ylabel()
+    lines = plane.collections[0]
+    assert isinstance(lines, LineCollection)
+    assert lines.get_clim() == pytest.approx(bar.get_ylim())
+    assert bar.get_ylim()[1] == pytest.approx(-2, abs=0.3)
+    data, base, samples = plane.lines[:3]
+    assert len({str(line.get_color()) for line in (data, base, samples)}) == 3
+    np.testing.assert_allclose(np.asarray(base.get_xydata()), states[0])
+    np.testing.assert_allclose(np.asarray(samples.get_xydata()), states[-1])
+    assert "time t" in course.get_xlabel()
+
+
+@pytest.mark.parametrize(("name", "paths"), [("realnvp", 15), ("ffjord", 110)])
+def test_a_flow_of_couplings_has_few_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, paths: int
+) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(transport_pictures, "draw_paths", lambda path, **given: drawn.update(given))
+    monkeypatch.setattr(transport_pictures, "draw_transport", lambda path, **given: None)
+    data = SimpleNamespace(test=torch.randn(50, 2), test_labels=None, columns=("a", "b"))
+    flow = vectors(name, solver=["solver.rtol=1e-3"])
+    draw_transport_pictures(flow, data, lambda name: tmp_path / name, "t")  # type: ignore[arg-type]
+    assert drawn["states"].shape[1] == paths
+    assert drawn["columns"] == ("a", "b")
 
 
 def test_transport_figure_needs_two_columns(tmp_path: Path) -> None:
@@ -165,7 +253,7 @@ def test_failed_drawing_keeps_the_previous_file(tmp_path: Path) -> None:
 def test_mp4_needs_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not animation.can_write_mp4()
-    with pytest.raises(FlowtrainError, match=r"no ffmpeg here .* give a \.gif"):
+    with pytest.raises(FlowtrainError, match=r"ffmpeg .* give a \.gif"):
         move(tmp_path / "a.mp4")
     stub = tmp_path / "ffmpeg"
     # what it is given last is where it writes

@@ -42,7 +42,7 @@ def test_tensorboard_contains_every_metric_and_figure(
     assert not {name for name in names if name.endswith(("step", "split", "nfe_forward", "bits_per_dim"))}
     assert images == expected_pictures(tmp_path / "r", 6)
     assert set(images) == {("samples", 2), ("samples", 4), ("samples", 6)} | {
-        (f"final/{name}", 6) for name in ("samples", "curves", "calibration", "passage", "paths")
+        (f"final/{name}", 6) for name in ("samples", "curves", "calibration", "transport", "paths")
     }
     for png in images.values():
         assert matplotlib.image.imread(BytesIO(png)).ndim == 3

@@ -141,7 +141,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.usefixtures("propagate_logs", "restored")
 def test_fit_does_not_depend_on_torch_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowtrain.plotting.style.save", lambda figure, path: None)
+    monkeypatch.setattr("flowtrain.plotting.style.save", lambda figure, path, options: None)
     torch.set_default_dtype(torch.float32)
     alone = fit(tmp_path / "alone")
     assert not same(alone, fit(tmp_path / "seed", seed=1))

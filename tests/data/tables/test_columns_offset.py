@@ -172,7 +172,7 @@ def test_figures_of_a_centered_run_are_drawn(trained: Train, tmp_path: Path) -> 
     small = ["model=ffjord", "model.hidden=[8]", "solver=rk4", "solver.steps=2", "objective=flow_matching"]
     run_dir = Path(trained("data=array", f"data.path={path}", *small))
     assert "no picture" not in (run_dir / "flowtrain.log").read_text()
-    assert {"samples.png", "passage.png", "paths.png"} <= {p.name for p in (run_dir / "plots").iterdir()}
+    assert {"samples.png", "transport.png", "paths.png"} <= {p.name for p in (run_dir / "plots").iterdir()}
 
 
 def test_affine_flow_fits_a_real_table_with_offsets(float32: None, real: Callable[..., list[str]]) -> None:

@@ -1,0 +1,286 @@
+"""Scales and ticks of axes: compressed axes for heavy tails, round ticks, and tick labels of one format per axis."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from matplotlib.axis import Axis, XAxis
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from flowtrain.plotting import points, style
+from flowtrain.plotting.points import Array, LogDensity, Points, Range
+
+# an axis is compressed if the range of the values exceeds this many times half their interquartile range
+LONGEST_TAIL = 20.0
+# the data have a single tail if one side is this many times longer than the other
+ONE_SIDED = 10.0
+# width of a character of a tick label and height of a tick label, in inches for each point of the font size
+CHARACTER, LINE = 0.0092, 0.0165
+# width of a letter of the label of an axis, in inches
+LETTER = 0.085
+# smallest distance between two tick labels in inches
+APART = 0.1
+# smallest distance between two round values of a compressed axis, as a share of the axis
+TICKS_APART = 0.16
+# tick labels are multiples of a power of ten if the largest is outside these limits
+PLAIN_NUMBERS = (1e-2, 1e4)
+# tick labels are differences from an offset if the largest is this many times the distance of two ticks
+MOST_STEPS = 2e4
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The position of a value along an axis: x itself, or asinh((x - centre) / reach) if there is a reach."""
+
+    centre: float = 0.0
+    reach: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the axis is linear."""
+        return self.reach is None
+
+    def places(self, values: Array) -> Array:
+        """The positions of values along the axis, of any shape."""
+        return values if self.reach is None else np.arcsinh((values - self.centre) / self.reach)
+
+    def values(self, places: Tensor) -> Tensor:
+        """The values at positions along the axis, of any shape."""
+        return places if self.reach is None else self.centre + self.reach * places.sinh()
+
+    def log_slope(self, places: Tensor) -> Tensor:
+        """log dx/dy at positions along the axis, of any shape; the log density of y minus the log density of x."""
+        if self.reach is None:
+            return torch.zeros_like(places)
+        return math.log(self.reach) + places.cosh().log()
+
+
+LINEAR = Scale()
+
+
+def suited(values: Array) -> Scale:
+    """The scale of an axis that shows the shape of values (N,), heavy tails or not.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> suited(rng.normal(size=1000)).plain, suited(np.exp(2 * rng.normal(size=1000))).plain
+        (True, False)
+    """
+    low, first, middle, third, high = (float(q) for q in np.quantile(values, (0.005, 0.25, 0.5, 0.75, 0.995)))
+    if not 0 < LONGEST_TAIL * (third - first) / 2 < high - low:
+        return Scale()
+    if high - middle > ONE_SIDED * (middle - low):
+        centre, reach = low, float(np.quantile(values, 0.1)) - low
+    elif middle - low > ONE_SIDED * (high - middle):
+        centre, reach = high, high - float(np.quantile(values, 0.9))
+    else:
+        centre, reach = middle, (third - first) / 2
+    # most values are equal, so no scale can show their shape
+    return Scale(centre, reach) if reach > 1e-9 * max(abs(low), abs(high)) else Scale()
+
+
+def along(scales: Sequence[Scale], points: Points) -> Points:
+    """The positions of points (N, d) along axes of these scales."""
+    places = [scale.places(column) for scale, column in zip(scales, points.values.T, strict=True)]
+    return Points(np.stack(places, axis=1), points.dropped)
+
+
+def density_along(scales: Sequence[Scale], log_density: LogDensity) -> LogDensity:
+    """The log density per unit of axes of these scales, (G, d) to (G,), from the log density of x."""
+    if all(scale.plain for scale in scales):
+        return log_density
+
+    def log_density_along(places: Tensor) -> Tensor:
+        columns = list(zip(scales, places.unbind(1), strict=True))
+        x = torch.stack([scale.values(column) for scale, column in columns], 1)
+        return log_density(x).cpu() + torch.stack([scale.log_slope(column) for scale, column in columns]).sum(0)
+
+    return log_density_along
+
+
+def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float = 8.0, gap: float = 0.3) -> str:
+    """Sets round ticks on an axis and labels them in one format. The limits and the place of its axes must be set.
+
+    The labels do not touch. They end at most half of `gap` beyond the axis, so the labels of two panels that are `gap`
+    apart do not touch either.
+
+    Args:
+        most: the largest number of ticks of a linear axis.
+        size: the font size of the labels.
+        gap: the distance to the next panel with labels, in inches.
+
+    Returns:
+        A note for the label of the axis: the power of ten or the offset that the tick labels leave out; else "".
+    """
+    low, high = sorted(axis.get_view_interval())
+    box = axis.axes.get_window_extent()
+    across = isinstance(axis, XAxis)
+    length = (box.width if across else box.height) / style.DPI
+
+    def fitting(places: Array, labels: Sequence[str]) -> list[int]:
+        """The positions in the lists of ticks whose labels fit at the ends; none if two others touch."""
+        sizes = np.array([_extent(label, size, across) for label in labels])
+        at = (places - low) / (high - low) * length
+        inside = (at - sizes / 2 >= -gap / 2) & (at + sizes / 2 <= length + gap / 2)
+        kept = [i for i in np.argsort(places) if inside[i]]
+        touching = any(at[j] - at[i] < (sizes[i] + sizes[j]) / 2 + APART for i, j in pairwise(kept))
+        return [] if touching else kept
+
+    if scale.plain:
+        places, labels, note = _plain_ticks((low, high), most, fitting)
+    else:
+        places, labels, note = _compressed_ticks((low, high), scale, fitting)
+    axis.set_ticks(list(places), labels=list(labels))
+    axis.set_tick_params(labelsize=size)
+    return note
+
+
+def axis_label(name: str, note: str, room: float) -> str:
+    """The label of an axis on one line: its name, with the note that `mark` returns in brackets.
+
+    Args:
+        room: the length of the label in inches; a longer name is cut.
+    """
+    letters = int(room / LETTER) - (len(note) + 3 if note else 0)
+    return points.noted(style.literal(name, most=max(letters, 4)), note)
+
+
+Fitting = Callable[[Array, Sequence[str]], list[int]]
+Ticks = tuple[list[float], list[str], str]
+
+
+def _extent(label: str, size: float, across: bool) -> float:
+    return size * (CHARACTER * len(label) if across else LINE)
+
+
+def _plain_ticks(limits: Range, most: int, fitting: Fitting) -> Ticks:
+    """Multiples of 1, 2 or 5 times a power of ten within the limits: as many as fit, but not more than `most`."""
+    found: Ticks = [], [], ""
+    for count in range(1, 3 * most):
+        locator = MaxNLocator(count, steps=(1, 2, 5, 10), min_n_ticks=1)
+        every = np.asarray(locator.tick_values(*limits))
+        values = every[(limits[0] <= every) & (every <= limits[1])]
+        labels, note = numbers(values, float(np.diff(every).min()) if len(every) > 1 else None)
+        kept = fitting(values, labels)
+        if len(found[0]) < len(kept) <= most:
+            found = [float(values[i]) for i in kept], [labels[i] for i in kept], note
+    return found
+
+
+def numbers(values: Array, step: float | None = None) -> tuple[list[str], str]:
+    """Formats evenly spaced numbers with the same decimals.
+
+    Args:
+        step: the distance of two numbers; None: the smallest distance that occurs.
+
+    Returns:
+        The labels, and a note with the power of ten or the offset that they leave out.
+
+    Example:
+        >>> numbers(np.array([0.0, 0.5, 1.0])), numbers(np.array([0.0, 2e6, 4e6]))[0]
+        ((['0.0', '0.5', '1.0'], ''), ['0', '2', '4'])
+    """
+    if len(values) == 0:
+        return [], ""
+    largest = float(np.abs(values).max())
+    if step is None:
+        step = float(np.diff(values).min()) if len(values) > 1 else largest or 1.0
+    notes = []
+    if largest > MOST_STEPS * step:
+        unit = 10.0 ** math.ceil(math.log10(max(float(np.ptp(values)), step)))
+        offset = round(float(values[0]) / unit) * unit
+        values = values - offset
+        largest = float(np.abs(values).max())
+        notes.append(f"{'+' if offset < 0 else MINUS} {abs(offset):,.12g}")
+    exponent = 0
+    if largest > 0 and not PLAIN_NUMBERS[0] <= largest < PLAIN_NUMBERS[1]:
+        exponent = 3 * math.floor(math.log10(largest) / 3 + 1e-9)
+        notes.append(f"{TIMES}10{str(exponent).translate(SUPERSCRIPTS)}")
+    decimals = max(0, _decimals(step / 10.0**exponent))
+    labels = [f"{v / 10.0**exponent + 0.0:.{decimals}f}".replace("-", MINUS) for v in values]
+    zero = f"{0:.{decimals}f}"
+    return [zero if label == f"{MINUS}{zero}" else label for label in labels], ", ".join(notes)
+
+
+def _decimals(step: float) -> int:
+    """The decimals of a step between ticks, 1, 2 or 5 times a power of ten."""
+    return -math.floor(math.log10(step) + 1e-6)
+
+
+def _compressed_ticks(limits: Range, scale: Scale, fitting: Fitting) -> Ticks:
+    """Round values of x on a compressed axis whose labels fit."""
+    assert scale.reach is not None
+    low, high = (scale.centre + scale.reach * math.sinh(y) for y in limits)
+
+    def fit(values: list[float]) -> bool:
+        return len(fitting(scale.places(np.array(values)), powers(values))) == len(values)
+
+    taken = round_values((low, high), scale, fit)
+    return scale.places(np.array(taken)).tolist(), powers(taken), ""
+
+
+def round_values(limits: Range, scale: Scale, fit: Callable[[list[float]], bool] | None = None) -> list[float]:
+    """Round numbers within the limits of x in ascending order, for a compressed axis.
+
+    The roundest numbers have priority: zero, then powers of ten from the largest.
+
+    Args:
+        fit: whether numbers fit on the axis together; None: they are at least TICKS_APART of the axis apart.
+    """
+    assert scale.reach is not None
+    (low, high), (begin, end) = limits, scale.places(np.array(limits))
+    decades = range(math.floor(math.log10(max(abs(low), abs(high)))), math.floor(math.log10(scale.reach)) - 1, -1)
+    wanted = [0.0, *(sign * digit * 10.0**k for digit in (1, 5, 2) for k in decades for sign in (-1, 1))]
+    # values far from zero may contain no such number
+    wanted += list(MaxNLocator(3, steps=(1, 2, 5, 10)).tick_values(low, high))
+    taken: list[float] = []
+    for value in wanted:
+        tried = sorted({*taken, float(value)})
+        gaps = np.diff(scale.places(np.array(tried)))
+        if low <= value <= high and (fit(tried) if fit else (gaps > TICKS_APART * (end - begin)).all()):
+            taken = tried
+    return taken
+
+
+def short(value: float) -> str:
+    """Formats a number with four digits: -200, 5e4, 1.25e6."""
+    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+
+
+def decades(values: Sequence[float]) -> list[str]:
+    """Formats numbers of any size with powers of ten.
+
+    Example:
+        >>> decades([0.01, 1, 200])
+        ['10⁻²', '10⁰', '2·10²']
+    """
+    return [_power(v) for v in values]
+
+
+def powers(values: Sequence[float]) -> list[str]:
+    """Round numbers of any size in one format: plain ones, or all with powers of ten.
+
+    Example:
+        >>> powers([0, 5, 100]), powers([0, 1e6, 5e7])
+        (['0', '5', '100'], ['0', '10⁶', '5·10⁷'])
+    """
+    sizes = [abs(v) for v in values if v != 0]
+    if not sizes or (min(sizes) >= PLAIN_NUMBERS[0] and max(sizes) < PLAIN_NUMBERS[1]):
+        return [f"{v:.10g}".replace("-", MINUS) for v in values]
+    return decades(values)
+
+
+def _power(value: float) -> str:
+    if value == 0:
+        return "0"
+    digits, exponent = f"{abs(value):.3e}".split("e")
+    mantissa = f"{float(digits):g}"
+    sign = MINUS if value < 0 else ""
+    front = "" if mantissa == "1" else f"{mantissa}·"
+    return f"{sign}{front}10{str(int(exponent)).translate(SUPERSCRIPTS)}"

@@ -1,0 +1,123 @@
+"""Figures of samples beside data for tables: which rows, densities and classes they show."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowtrain.data.base import Dataset
+from flowtrain.data.tables.columns import default_names
+from flowtrain.evaluation.log_likelihood import marginal
+from flowtrain.flow import Density
+from flowtrain.plotting.corner import Classes, draw_corner
+from flowtrain.plotting.densities import draw_flow_1d, draw_flow_2d
+from flowtrain.plotting.drawing import first, where_inside
+from flowtrain.plotting.options import DEFAULT, PlotOptions
+from flowtrain.plotting.points import LogDensity
+from flowtrain.utils.errors import FlowtrainError
+
+# rows of the data; samples of one or two columns, and of more
+POINTS, SAMPLES, SAMPLES_OF_MANY = 10_000, 10_000, 2000
+
+
+def draw(
+    flow: Density,
+    data: Dataset,
+    path: Path,
+    title: str,
+    samples: Tensor | None,
+    label: int | None,
+    log_scale: bool,
+    options: PlotOptions = DEFAULT,
+) -> None:
+    """Draws rows of a table beside samples; see `flowtrain.plotting.pictures.draw`."""
+    label = None if flow.classes is None else label
+    real, _ = first(flow, data, POINTS, label)
+    width = flow.event_shape[0]
+    drawn = None
+    if samples is None:
+        n = SAMPLES if width <= 2 else SAMPLES_OF_MANY
+        drawn = None if flow.classes is None or label is not None else flow.drawn_labels(n)
+        samples = flow.sample(n, label=label if drawn is None else drawn)
+    classes = None
+    if width > 2 and data.test_labels is not None and label is None:
+        classes = Classes(data.test_labels[:POINTS], drawn, data.samples.label or "class")
+
+    def density(x: Tensor) -> Tensor:
+        function = partial(marginal, flow) if label is None else partial(flow.log_prob, label=label)
+        return where_inside(flow, x, function, -torch.inf)
+
+    draw_flow(
+        path,
+        data=flow.dequantized(real),
+        samples=samples,
+        log_density=lambda x: torch.cat([density(part) for part in torch.split(x, 2000)]),
+        true_log_density=None if label is not None else true_log_density(data),
+        columns=data.columns,
+        classes=classes,
+        title=title,
+        log_scale=log_scale,
+        options=options,
+    )
+
+
+def true_log_density(data: Dataset) -> LogDensity | None:
+    """The log density of the data, (B, d) to (B,) in nats; None if it is not known."""
+    if data.integer_valued or data.log_prob(data.test[:1]) is None:
+        return None
+
+    def log_density(x: Tensor) -> Tensor:
+        log_p = data.log_prob(x)
+        assert log_p is not None
+        return log_p
+
+    return log_density
+
+
+def draw_flow(
+    path: Path,
+    *,
+    data: Tensor,
+    samples: Tensor,
+    log_density: LogDensity,
+    columns: tuple[str, ...],
+    title: str,
+    true_log_density: LogDensity | None = None,
+    classes: Classes | None = None,
+    log_scale: bool = False,
+    options: PlotOptions = DEFAULT,
+) -> None:
+    """Draws data (N, d) and samples (M, d) in the figure for their number of columns d.
+
+    One and two columns are drawn with the density of the model, and with the true density if it is known. Further
+    columns are drawn as a corner plot without densities, because a slice through a density of many columns shows next
+    to nothing.
+
+    Args:
+        log_density: (G, d) to (G,), in nats. It is called once, and not at all for more than two columns.
+        columns: the names of the columns; (): c0, c1, ...
+        classes: the classes of the rows, for a corner plot.
+        log_scale: whether densities of one and two columns are drawn by their logarithm.
+    """
+    if data.ndim != 2:
+        raise FlowtrainError(f"cannot plot data of shape {tuple(data.shape)}: give it as (rows, columns)")
+    width = data.shape[1]
+    if width > 2:
+        draw_corner(path, data=data, samples=samples, columns=columns, title=title, classes=classes, options=options)
+        return
+    names = list(columns) or default_names(range(width))
+    given: dict[str, Any] = {
+        "data": data,
+        "samples": samples,
+        "log_density": log_density,
+        "true_log_density": true_log_density,
+        "title": title,
+        "log_scale": log_scale,
+        "options": options,
+    }
+    if width == 1:
+        draw_flow_1d(path, column=names[0], **given)
+    else:
+        draw_flow_2d(path, columns=names, **given)
