@@ -215,7 +215,7 @@ def test_every_command_finds_user_configs(run: Run, project: Path) -> None:
     code, out, err = run("flowtrain", *own, f"from={run_dir}", "trust=[mypkg]", *SHORT[:4], "hydra.run.dir=again")
     assert code == 0, err
     assert checkpoint.load(project / "again/checkpoints/last.pt")["config"]["data"]["name"] == "banana"
-    code, out, _ = run("flowtrain", *own, "model=sinh_arcsinh", "--help")
+    code, out, _ = run("flowtrain", *own, "model=sinh_arcsinh", "--help", "model")
     assert code == 0
     assert re.search(r"\* sinh_arcsinh +Sinh-arcsinh bends of each column between linear maps\.", out)
     assert re.search(r"  model\.layers=8 +bends, and as many linear maps", out)

@@ -179,7 +179,7 @@ def test_typed_project_passes_mypy(tmp_path: Path, request: pytest.FixtureReques
     project = tmp_path / "project.py"
     project.write_text(TYPED)
     # caching torch's types, which mypy reads in ten seconds, makes later test runs faster
-    cache = tmp_path / "cache" if request.config.cache is None else request.config.cache.mkdir("mypy")
+    cache = tmp_path / "cache" if getattr(request.config, "cache", None) is None else request.config.cache.mkdir("mypy")
     # check the package as installed, without reporting its own errors or reading its settings
     arguments = ["--strict", "--config-file=", f"--cache-dir={cache}", str(project)]
     command = [sys.executable, "-m", "mypy", *arguments]

@@ -64,9 +64,8 @@ USAGE = Usage(
         "baselines": "true: also fits a Gaussian mixture and a kernel density estimate, for tables. They are fitted "
         "to the training rows of the run, in up to 20 s, and scored on the same rows. The mixture needs scikit-learn "
         "(pip install 'flowtrain[baselines]')",
-        "plots": "true: draws all figures of the run again: samples, training curves, calibration and the others that "
-        "training draws. With new data, samples are drawn beside the new data. Without this option, only "
-        "calibration and OOD are drawn",
+        "plots": "true: draws all figures of the run again, as at the end of training. With new data, samples are "
+        "drawn beside the new data. Without this option, only calibration and OOD are drawn",
         "report": "true: also writes report.md and report.html. The HTML file contains its figures",
         "out": "The JSON file of the evaluation (default: eval.json in the run directory). Figures and the report are "
         "written beside it, under its name. For other rows than the test set of the run, the default is "

@@ -57,8 +57,6 @@ def draw_runs(path: Path, *, runs: Mapping[str, Rows], title: str) -> None:
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
             axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-            axes.ticklabel_format(axis="x", style="plain", useOffset=False)
-            axes.xaxis.set_major_formatter("{x:,g}")
         by_step.set_ylabel(f"validation NLL ({unit})")
         by_time.tick_params(labelleft=False)
         handles, labels = by_step.get_legend_handles_labels()

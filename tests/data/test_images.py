@@ -219,5 +219,5 @@ def test_fashion_mnist_files_are_refused_as_mnist(refused: Refused, real_data: P
     refused(
         lambda: IDXImages("mnist", str(real_data / "fashion_mnist")),
         DataError,
-        ["that of fashion_mnist", "data=fashion_mnist"],
+        ["fashion_mnist", "data=fashion_mnist"],
     )

@@ -10,7 +10,7 @@ from helpers import Run
 from sklearn.mixture import GaussianMixture as Reference
 
 from flowtrain.models.mixture import mixture
-from flowtrain.runs.components import COMPONENT_COUNTS, Choice, chosen
+from flowtrain.runs.components import COMPONENT_COUNTS, Choice, choose_mixture
 from flowtrain.runs.fit import fit
 from flowtrain.utils.errors import ConfigError
 
@@ -37,11 +37,11 @@ def test_fit_reaches_the_scikit_learn_likelihood(covariance: str) -> None:
 
 def test_number_of_components_is_chosen_by_validation() -> None:
     x = torch.from_numpy(clustered(3000, 4))
-    best, tried = chosen(x[:2000], x[2000:], covariances=["full"], priors=[0.0])
+    best, tried = choose_mixture(x[:2000], x[2000:], covariances=["full"], priors=[0.0])
     assert 4 <= best.components <= 8
     assert tried[best] == min(tried.values())
     assert {each.components for each in tried} <= set(COMPONENT_COUNTS)
-    few, _ = chosen(x[:12], x[2000:])
+    few, _ = choose_mixture(x[:12], x[2000:])
     assert few.components == 1
 
 
@@ -49,18 +49,18 @@ def test_covariance_is_chosen_by_validation() -> None:
     correlated = torch.from_numpy(clustered(1500, 3))
     # independent columns with so few rows that off-diagonal covariances only add noise
     independent = torch.from_numpy(np.random.default_rng(0).normal(size=(60 + 1000, 12)))
-    assert chosen(correlated[:1000], correlated[1000:])[0].covariance == "full"
-    best, tried = chosen(independent[:60], independent[60:])
+    assert choose_mixture(correlated[:1000], correlated[1000:])[0].covariance == "full"
+    best, tried = choose_mixture(independent[:60], independent[60:])
     assert best.covariance == "diagonal"
     assert {each.covariance for each in tried} == {"full", "diagonal"}
 
 
 def test_selection_without_time_or_rows_returns_a_tried_candidate() -> None:
     x = torch.from_numpy(clustered(600, 3))
-    best, tried = chosen(x[:400], x[400:], seconds=0.0)
+    best, tried = choose_mixture(x[:400], x[400:], seconds=0.0)
     assert list(tried) == [best]
     # fewer rows per component than the search would try
-    best, tried = chosen(x[:50], x[400:], components=[20])
+    best, tried = choose_mixture(x[:50], x[400:], components=[20])
     assert {each.covariance for each in tried} == {"full", "diagonal"}
     assert best.components == 20
 
@@ -80,7 +80,7 @@ def test_positive_prior_is_selected_for_few_rows_per_component() -> None:
     rng = np.random.default_rng(0)
     x = torch.from_numpy(20 * rng.normal(size=(4, 12))[rng.integers(0, 4, 1160)] + rng.normal(size=(1160, 12)))
     x = x @ torch.from_numpy(rng.normal(size=(12, 12)))
-    best, tried = chosen(x[:160], x[160:], components=[4], covariances=["full"])
+    best, tried = choose_mixture(x[:160], x[160:], components=[4], covariances=["full"])
     assert best.prior > 0
     assert tried[best] < tried[Choice(4, "full", 0.0)] - 0.5
 
