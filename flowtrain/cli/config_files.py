@@ -125,7 +125,11 @@ class CommentedConfig:
         self.keys: dict[str, str] = {}
         self.groups: dict[str, str] = {}
         self.parents: list[str] = []
-        root = yaml.compose(text, yaml.SafeLoader)
+        try:
+            root = yaml.compose(text, yaml.SafeLoader)
+        except yaml.YAMLError:
+            # Hydra names the mistake when the file is chosen. Until then, help and messages work without its keys
+            return
         if not isinstance(root, MappingNode):
             return
         for key, value in root.value:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
@@ -67,6 +68,9 @@ def message_of(error: Exception) -> tuple[str, int] | None:
     """
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error), 2
+    if isinstance(error, yaml.YAMLError):
+        # a config file; the message names it
+        return " ".join(str(error).split()), 2
     if isinstance(error, FlowtrainError | OSError):
         return str(error), error.exit_code if isinstance(error, FlowtrainError) else 1
     if out_of_memory(error):

@@ -229,9 +229,10 @@ def _on(
     if having := choices_with(topic):
         return joined(_on_key_elsewhere(topic, having))
     keys = {key for group in GROUPS for name in options(group) for key in keys_of_choice(group, name)}
+    keys = {key for key in keys if not key.startswith("hydra")}
     names = [*GROUPS, *others, *flattened(run), *(name for group in GROUPS for name in options(group)), *sorted(keys)]
-    rest = f"topics are the groups {', '.join(GROUPS)}, their choices, and keys such as trainer.lr"
-    near = nearest(topic, names) or get_close_matches(topic, names, n=3, cutoff=0.5)
+    rest = f"topics are {', '.join(others)}, the groups {', '.join(GROUPS)}, their choices, and keys such as trainer.lr"
+    near = nearest(topic, names) or get_close_matches(topic, names, n=3, cutoff=0.65)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     raise ConfigError(f"{topic}: unknown help topic; {meant}{rest}")
 

@@ -4,7 +4,7 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -70,9 +70,11 @@ def command(arguments: Sequence[str]) -> int:
         print("\n".join(_lines([*runs.values()])))
     if plot is None and len(roots) > 1 and [run.path for run in found] == roots:
         plot = _free(Path("runs.png"))
-    check_outputs([path for path in (out, plot) if path is not None], [])
+    check_outputs([path for path in (out, plot) if path is not None], [*_files_of(found)])
     if out is not None:
-        write_text(out, as_csv(found) if out.suffix == ".csv" else to_json({"runs": [r.to_dict() for r in found]}, 2))
+        text = as_csv(found) if out.suffix == ".csv" else to_json({"runs": [r.to_dict() for r in found]}, 2)
+        # paths that are not UTF-8 contain surrogates
+        write_text(out, text.encode(errors="backslashreplace").decode())
         print(f"written to {out}")
     if plot is not None:
         with messages():
@@ -104,6 +106,12 @@ def _root_of(path: Path) -> Path:
     if not path.is_dir():
         raise ConfigError(f"{path}: there is no such directory; give run directories, or directories that contain some")
     return path
+
+
+def _files_of(runs: Sequence[ListedRun]) -> Iterator[Path]:
+    """The files of runs and sweeps whose names end as an output of `flowtrain runs` can."""
+    for folder in {folder for run in runs for folder in (run.path, run.sweep) if folder is not None}:
+        yield from (path for path in folder.glob("*") if path.suffix in (".csv", ".json", ".png"))
 
 
 def _free(path: Path) -> Path:

@@ -34,6 +34,8 @@ READ_PATHS = ("resume", "from", "ckpt", "ood")
 WRITTEN_PATHS = ("out", "scores", "hydra.run.dir", "hydra.sweep.dir")
 # the directory of runs, in the working directory
 OUTPUTS = "outputs"
+# the longest name of a directory, in bytes, on common file systems
+LONGEST_NAME = 255
 # keys whose values are names in a file
 QUOTED_NAMES = ("data.label", "data.key")
 
@@ -202,7 +204,7 @@ def with_name(arguments: Sequence[str]) -> list[str]:
     Directories on the command line win, because Hydra takes the last value of a key.
 
     Raises:
-        ConfigError: a name that is not one component of a path.
+        ConfigError: a name that is not one component of a path, a reserved name, several names, or a name of a file.
 
     Example:
         >>> with_name(["name=first", "seed=1"])[1:]
@@ -213,15 +215,26 @@ def with_name(arguments: Sequence[str]) -> list[str]:
     if not places or given[-1].partition("=")[2] == "null":
         return list(arguments)
     text = given[-1].partition("=")[2]
-    value, _ = parsed(given[-1])
+    value, several = parsed(given[-1])
     name = value.text if isinstance(value, QuotedString) else text
+    is_sweep = bool({*SWEEP} & {*separated(arguments)[1]})
+    if is_sweep and several:
+        raise ConfigError(f"name={name}: give one name, which is the name of the sweep")
     if name == "multirun":
         raise ConfigError("name=multirun: this is the directory of the sweeps; give another name")
+    if re.fullmatch(r"\d{4}-\d\d-\d\d", name):
+        raise ConfigError(f"name={name}: the directory of a date contains the runs without a name; give another name")
     if re.search(r"[/\\\x00-\x1f\x7f]|\$\{", name) or name != name.strip() or name[:1] in ("", "."):
         raise ConfigError(
             f"name={name!r}: give one component of a path, as in name=first. It cannot contain slashes, ${{ or "
             "control characters, and cannot begin with a dot or a blank"
         )
+    # a name that is not UTF-8 contains surrogates
+    if len(name.encode(errors="surrogateescape")) > LONGEST_NAME or re.search(r"[\ud800-\udfff]", name):
+        raise ConfigError(f"name={name[:20]!r}...: give a name of at most {LONGEST_NAME} bytes in UTF-8")
+    folder = Path(OUTPUTS, "multirun", name) if is_sweep else Path(OUTPUTS, name)
+    if blocking := [path for path in (*reversed(folder.parents), folder) if path.exists() and not path.is_dir()]:
+        raise ConfigError(f"name={name}: {blocking[0]} exists and is not a directory; give another name")
     ours = [
         f"name={in_quotes(name)}",
         f"hydra.run.dir={in_quotes(f'{OUTPUTS}/{name}')}",

@@ -104,7 +104,8 @@ def _run_dirs(root: Path) -> Iterator[Path]:
     for folder, below, files in os.walk(root):
         path = Path(folder)
         is_sweep = any(name in files for name in OF_SWEEP)
-        if not is_sweep and (METRICS in files or RESULT in files or _is_file(path / CONFIG)):
+        # a named pipe in `files` would block the reader
+        if not is_sweep and any(_is_file(path / name) for name in OF_RUN):
             below.clear()
             yield path
         below[:] = sorted(name for name in below if not name.startswith("."))
@@ -139,6 +140,8 @@ def read_run(
     model, data = _names(path, problems)
     result = _result(path, problems)
     has_result = _number(result.get("nll")) is not None
+    if result and not has_result:
+        problems.append(f"{RESULT} has no finite NLL")
     rows = [] if has_result else read_rows(path, problems)
     last_step = max((row["step"] for row in rows), default=0)
     if has_result:
@@ -159,7 +162,7 @@ def read_run(
         bits_per_dim=_number(best.get("bits_per_dim")),
         train_seconds=_number(result.get("train_seconds")) if has_result else seconds[-1] if seconds else None,
         steps=last_step,
-        state=_state(path, result if has_result else {}, last_step),
+        state=_state(path, result, last_step),
         changed=max((_changed(path / name) for name in (*OF_RUN, "flowtrain.log")), default=0.0),
         sweep=sweep,
         overrides=overrides or {},

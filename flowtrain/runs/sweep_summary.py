@@ -135,9 +135,10 @@ def result_of(folder: Path) -> dict[str, Any]:
     path = folder / RESULT
     try:
         found = json.loads(path.read_text()) if path.is_file() else {}
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RecursionError) as e:
         raise ConfigError(f"{path} is damaged ({first_line(e)}): remove it to evaluate the run again") from e
-    if not isinstance(found, dict):
+    numbers = [found.get(name) for name in (*MEASURED, "val_nll_stderr")] if isinstance(found, dict) else ["no object"]
+    if not all(number is None or isinstance(number, int | float) for number in numbers):
         raise ConfigError(f"{path} is damaged: remove it to evaluate the run again")
     return found
 

@@ -344,3 +344,20 @@ def test_full_help_explains_the_recipe_that_applies(run: Run) -> None:
         first_screen = " ".join(" ".join(out.splitlines()[:24]).split())
         assert named in first_screen
         assert ("model.field=time_embedding" in first_screen) == (named == "ffjord_rings")
+
+
+def test_the_suggestions_of_a_topic_are_shown_once_and_near(run: Run) -> None:
+    err = run("flowtrain", "--help", "modle")[2]
+    assert "did you mean model?" in err
+    # the letters of tsit5 and of split are similar, the words are not
+    assert "tsit5" not in run("flowsample", "--help", "split")[2]
+
+
+def test_a_config_file_that_cannot_be_parsed_gives_one_message(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine/model").mkdir(parents=True)
+    (tmp_path / "mine/model/torn.yaml").write_text("# My model.\nlayers: [\n")
+    assert "torn" in help_of(run, "--config-dir", "mine", "--help", "model")
+    for arguments in (["--help", "torn"], ["model=torn"]):
+        code, out, err = run("flowtrain", "--config-dir", "mine", *arguments)
+        assert (code, out, len(err.splitlines())) == (2, "", 1), err
+        assert "torn.yaml" in err

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def test_broken_and_foreign_directories_are_shown_or_skipped(run: Run, write: Wr
     (place / "directory/metrics.jsonl").mkdir(parents=True)
     found = {each["name"]: each for each in listed(run)}
     assert len(found) == 12
-    damaged = {"result", "list", "deep", "bytes", "config", "tag", "scalar"}
+    damaged = {"result", "list", "deep", "bytes", "config", "tag", "scalar", "types"}
     assert {name for name, each in found.items() if each["problem"]} == damaged
     assert {found[name]["nll"] for name in ("result", "list", "deep", "types", "bytes", "rows")} == {None}
     assert {found[name]["nll"] for name in ("config", "tag", "scalar", "none", "sweep/0")} == {2.5}
@@ -226,3 +227,47 @@ def test_help_names_the_options(run: Run) -> None:
     code, out, _ = run("flowtrain", "runs", "--help")
     assert code == 0
     assert [key for key in list_runs.KEYS if f"  {key} " not in out] == []
+
+
+def test_files_of_runs_are_not_overwritten(run: Run, write: Write) -> None:
+    place = write("outputs/sweep/0", RESULT, [{**VAL, "step": 1, "nll": 1.0, "seconds": 1.0}])
+    (place.parent / "sweep.csv").write_text("job\n0\n")
+    before = {path: path.read_bytes() for path in Path("outputs").rglob("*") if path.is_file()}
+    for output in ("out=outputs/sweep/0/result.json", "out=outputs/sweep/sweep.csv"):
+        code, _, err = run("flowtrain", "runs", output)
+        assert (code, len(err.splitlines())) == (2, 1)
+    assert {path: path.read_bytes() for path in Path("outputs").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("text", ['{"val_nll": "x", "nll": 1.0}', '{"nll": [1]}', "[" * 100_000])
+def test_results_of_a_sweep_without_numbers_are_damaged(run: Run, write: Write, text: str) -> None:
+    write("outputs/s/0", RESULT, overrides="[seed=0]")
+    damaged = write("outputs/s/1", rows=[{**VAL, "step": 3, "nll": 1.0, "seconds": 1.0}], overrides="[seed=1]")
+    (damaged / "result.json").write_text(text)
+    (damaged.parent / "sweep.csv").touch()
+    found = {each["name"]: each for each in listed(run)}
+    assert found["s/0"]["problem"] == ""
+    assert "result.json" in found["s/1"]["problem"]
+    assert (found["s/1"]["split"], found["s/1"]["overrides"]) == ("val", {"seed": "1"})
+
+
+def test_a_result_without_a_finite_nll_has_ended(run: Run, write: Write) -> None:
+    write("outputs/a", {**RESULT, "nll": None}, [{**VAL, "step": 40, "nll": 1.0, "seconds": 1.0}])
+    (found,) = listed(run)
+    assert (found["state"], found["split"]) == ("finished", "val")
+    assert "NLL" in found["problem"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_named_pipe_is_no_run(run: Run, write: Write) -> None:
+    write("outputs/a", RESULT)
+    Path("outputs/b").mkdir()
+    os.mkfifo("outputs/b/metrics.jsonl")
+    assert [each["name"] for each in listed(run)] == ["a"]
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="file names are Unicode")
+def test_paths_that_are_not_unicode_are_written_in_ascii(run: Run, write: Write) -> None:
+    write("outputs/a\udcff", RESULT)
+    assert run("flowtrain", "runs", "out=l.csv")[0] == 0
+    assert "outputs/a\\udcff" in Path("l.csv").read_text()

@@ -39,7 +39,9 @@ def test_an_existing_run_is_refused_with_the_command_that_resumes_it(run: Run) -
 
 
 @pytest.mark.parametrize(
-    "name", ["a/b", "..", ".", "", ".hidden", "a\\b", "a\nb", "/tmp", " ", " a", "''", "${x}", "multirun"]
+    "name",
+    ["a/b", "..", ".", "", ".hidden", "a\\b", "a\nb", "/tmp", " ", " a", "''", "${x}", "multirun", "2026-11-30"]
+    + ["x" * 256, "\N{SNOWMAN}" * 86, "a\udcff"],
 )
 def test_other_names_are_refused(run: Run, name: str) -> None:
     code, out, err = run("flowtrain", *FAST, f"name={name}")
@@ -58,6 +60,21 @@ def test_a_sweep_has_its_name_and_is_continued_under_it(run: Run, tmp_path: Path
     results = [(sweep / job / "result.json").stat().st_mtime_ns for job in ("0", "1")]
     assert run("flowtrain", *keys)[0] == 0
     assert [(sweep / job / "result.json").stat().st_mtime_ns for job in ("0", "1")] == results
+
+
+def test_a_sweep_has_one_name(run: Run) -> None:
+    code, out, err = run("flowtrain", "-m", *FAST, "name=p,q")
+    assert (code, out, len(err.splitlines()), files()) == (2, "", 1, [])
+
+
+def test_a_name_of_a_file_is_refused_and_the_file_is_kept(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "outputs/multirun").mkdir(parents=True)
+    for folder, flags in (("outputs", []), ("outputs/multirun", ["-m", "seed=0,1"])):
+        (tmp_path / folder / "mine").write_text("a file")
+        before = files()
+        code, out, err = run("flowtrain", *FAST, *flags, "name=mine")
+        assert (code, out, len(err.splitlines()), files()) == (2, "", 1, before)
+        assert (tmp_path / folder / "mine").read_text() == "a file"
 
 
 def test_directories_of_hydra_win_over_the_name(run: Run, tmp_path: Path) -> None:
