@@ -40,8 +40,10 @@ def test_an_existing_run_is_refused_with_the_command_that_resumes_it(run: Run) -
 
 @pytest.mark.parametrize(
     "name",
-    ["a/b", "..", ".", "", ".hidden", "a\\b", "a\nb", "/tmp", " ", " a", "''", "${x}", "multirun", "2026-11-30"]
-    + ["x" * 256, "\N{SNOWMAN}" * 86, "a\udcff"],
+    [
+        *["a/b", "..", ".", "", ".hidden", "a\\b", "a\nb", "/tmp", " ", " a", "''", "${x}", "multirun", "2026-11-30"],
+        *["x" * 256, "\N{SNOWMAN}" * 86, "a\udcff"],
+    ],
 )
 def test_other_names_are_refused(run: Run, name: str) -> None:
     code, out, err = run("flowtrain", *FAST, f"name={name}")
