@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,6 +69,8 @@ def message_of(error: Exception) -> tuple[str, int] | None:
     """
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error), 2
+    if isinstance(error, ValueError) and (in_list := _key_in_list(error)):
+        return in_list, 2
     if isinstance(error, yaml.YAMLError):
         # a config file; the message names it
         return " ".join(str(error).split()), 2
@@ -76,6 +79,22 @@ def message_of(error: Exception) -> tuple[str, int] | None:
     if out_of_memory(error):
         return f"{first_line(error)}: there is not enough memory; use a smaller model, batch or file", 1
     return None
+
+
+def _key_in_list(error: ValueError) -> str:
+    """The message for an override such as plots.format.png=true, whose parent is a list; "" for other errors.
+
+    OmegaConf then raises the ValueError of int("png").
+    """
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    part = re.fullmatch(r"invalid literal for int\(\) with base 10: '(.*)'", str(error))
+    if part is None or not place or f"omegaconf{os.sep}" not in place[0].filename:
+        return ""
+    for argument in sys.argv[1:]:
+        parent, _, last = argument.lstrip("+~").partition("=")[0].rpartition(".")
+        if last == part[1]:
+            return f"{argument}: {parent} is a list without keys; set the whole list, as in {parent}=[A,B]"
+    return ""
 
 
 def explain(error: Exception) -> str:

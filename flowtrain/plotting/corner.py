@@ -87,7 +87,8 @@ def draw_corner(
     the data are dots with a colour for each class, and outlines are the regions with 60 percent of the samples of a
     class.
 
-    The columns are `options.columns`, or the first 5. Axes range from the 0.5% to the 99.5% quantile of the data. The
+    The columns are `options.columns`, or the first 5. Axes range from the 0.5% to the 99.5% quantile of the data,
+    or of the samples if a column of the data is constant. The
     axis of a heavy-tailed column has an asinh scale, and densities are per unit of the axes.
 
     Args:
@@ -99,7 +100,7 @@ def draw_corner(
     groups = _groups(classes, data, samples)
     scaled = [scales.suited(real.values[:, i]) for i in chosen]
     real, model = (scales.along(scaled, Points(each.values[:, chosen], each.dropped)) for each in (real, model))
-    limits = [points.robust_range(column, margin=0.0) for column in real.values.T]
+    limits = [points.common_range(*columns, margin=0.0) for columns in zip(real.values.T, model.values.T, strict=True)]
     names = [(columns or default_names(range(width)))[i] for i in chosen]
     count = len(chosen)
     shown = "" if count == width else f"{count if options.columns else f'first {count}'} of {width} columns"

@@ -53,7 +53,7 @@ def draw_flow_1d(
     points.require_width(real, 1)
     scale = scales.suited(real.values[:, 0])
     real, model = (scales.along([scale], each) for each in (real, model))
-    limits = points.robust_range(real.values)
+    limits = points.common_range(real.values[:, 0], model.values[:, 0])
     x = points.centres(limits, resolution)
     density = points.evaluate(scales.density_along([scale], log_density), x[:, None])
     bins = points.count_bins(real.values[:, 0], limits, points.common_count(real.values, model.values))
@@ -136,7 +136,7 @@ def draw_flow_2d(
     points.require_width(real, 2)
     scaled = [scales.suited(column) for column in real.values.T]
     real, model = (scales.along(scaled, each) for each in (real, model))
-    limits = picture_limits(real.values)
+    limits = picture_limits(real.values, model.values)
     blur = points.blur_2d(points.common_count(real.values, model.values))
     panels = [
         (points.noted("data", "histogram", real.lost()), points.histogram_2d(real.values, limits, BINS_2D, blur)),
@@ -165,9 +165,13 @@ def draw_flow_2d(
         style.save(figure, path, options)
 
 
-def picture_limits(values: Array) -> tuple[Range, Range]:
-    """The limits of x and y for data (N, 2): of the same length, unless one column has over 4 times the range."""
-    ranges = [points.robust_range(column) for column in values.T]
+def picture_limits(values: Array, samples: Array | None = None) -> tuple[Range, Range]:
+    """The limits of x and y for data (N, 2): of the same length, unless one column has over 4 times the range.
+
+    If a column of the data is constant, its range reaches over the samples (M, 2), too.
+    """
+    others = np.empty((0, 2)) if samples is None else samples
+    ranges = [points.common_range(*columns) for columns in zip(values.T, others.T, strict=True)]
     spans = [high - low for low, high in ranges]
     if max(spans) <= 4 * min(spans):
         half = max(spans) / 2

@@ -131,7 +131,7 @@ def _calibration_panels(
             axes.set_xlabel("u, the quantile under the model")
     middle = (PANEL_BOTTOM + (rows * step - PANEL_ABOVE) / 2) / figure.get_size_inches()[1]
     figure.text(0.16 / style.WIDTH, middle, "share of points below u, minus u", rotation=90, va="center", size=9)
-    own = "the radius has a scale of its own" if RADIUS in curves else ""
+    own = "the radius has a separate scale" if RADIUS in curves else ""
     words = "; ".join(filter(None, (note, "band: 95% of perfect models", own)))
     top = PANEL_BOTTOM + rows * step
     figure.text(PANEL_LEFT, top + 0.1, words, transform=figure.dpi_scale_trans, color=style.MUTED, size=8.5)
@@ -252,7 +252,7 @@ def draw_ood(
         left.set_xlabel(_axis_name("log p(x)", left, unit))
         middle.set_xlabel(_axis_name("|log p(x) + H|", middle, unit))
         left.set_ylabel("share of each set per bin")
-        areas = {"-log p": auroc, "|log p + H|": typicality_auroc}
+        areas = {f"{scales.MINUS}log p": auroc, "|log p + H|": typicality_auroc}
         _roc_curves(right, [points.to_numpy(values).ravel() for values in log_p], entropy, areas)
         _legend(figure, labels)
         style.save(figure, path, options)
@@ -383,7 +383,7 @@ def _name_line(axes: Axes, place: float, unit: str) -> None:
     side = -1 if across > 0.5 else 1
     number = f"{place:,.0f}" if 1000 <= abs(place) < 1e7 else scales.short(place)
     axes.annotate(
-        style.literal(f"-H = {number} {unit}"),
+        style.literal(f"-H = {number} {unit}".replace("-", scales.MINUS)),
         (across, 0.97),
         xycoords="axes fraction",
         xytext=(4 * side, 0),

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from flowtrain.plotting import points, style
 from flowtrain.plotting.options import DEFAULT, PlotOptions
+from flowtrain.plotting.scales import MINUS
 from flowtrain.utils.errors import FlowtrainError
 
 Pixels = NDArray[np.uint8]
@@ -315,7 +316,7 @@ def _draw_bar(figure: Figure, left: int, bottom: int, largest: float, unit: str)
     shades = SIGNED(np.linspace(0, 1, width), bytes=True)[None, :, :3].repeat(height, axis=0)
     figure.figimage(shades, left, bottom, origin="upper")
     look: dict[str, Any] = {"size": 8, "color": style.MUTED, "va": "top"}
-    ends = ((0.0, f"-{largest:.2g}", "left"), (0.5, "0", "center"), (1.0, f"{largest:.2g}", "right"))
+    ends = ((0.0, f"{MINUS}{largest:.2g}", "left"), (0.5, "0", "center"), (1.0, f"{largest:.2g}", "right"))
     # if all differences are 0, the bar has no ends
     for share, words, align in ends if largest > 0 else ends[1:2]:
         _write(figure, left + share * width, bottom - _pixels(NAME) / 2, words, width, ha=align, **look)

@@ -76,7 +76,7 @@ class PlotOptions:
                 f"plots.columns={list(self.columns)}: only tables of {LEAST_COLUMNS} columns and more have corner "
                 "plots; leave plots.columns out"
             )
-        return pick(self.columns, names or default_names(range(event_shape[0])), "the table", "plots.columns")
+        return pick(list(self.columns), names or default_names(range(event_shape[0])), "the table", "plots.columns")
 
 
 def _formats(given: Any) -> tuple[str, ...]:

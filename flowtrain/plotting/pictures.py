@@ -15,6 +15,7 @@ from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails
 from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.transport_pictures import draw_transport_pictures
+from flowtrain.utils.formatting import counted
 
 # the name of the only transform of an ensemble in the figure
 RANKS = "rank of log p"
@@ -40,7 +41,7 @@ def draw_evaluation(
     """
     drawn: list[Path] = []
     found = result.calibration
-    words = f"{title}, calibration on {found.n:,} rows ({result.rows_words})"
+    words = f"{title}, calibration on {counted(found.n, 'row')} ({result.rows_words})"
     labels = {f"z{i + 1}": column for i, column in enumerate(data.columns)}
     pit = {RANKS if name == DENSITY else name: u for name, u in result.pit.items()}
     with warn_if_plotting_fails("calibration"):

@@ -115,6 +115,13 @@ def robust_range(values: Array, margin: float = 0.12) -> Range:
     return low - margin * span, high + margin * span
 
 
+def common_range(values: Array, samples: Array, margin: float = 0.12) -> Range:
+    """The robust range of data `values` (N,). If all values are equal, it reaches over samples (M,), too."""
+    if len(samples) == 0 or np.ptp(values) > 0:
+        return robust_range(values, margin)
+    return robust_range(np.array([values[0], *np.quantile(samples, (0.005, 0.995))]), margin)
+
+
 def centres(limits: Range, count: int) -> Array:
     """The centres of `count` equal cells of a range, shape (count,)."""
     low, high = limits

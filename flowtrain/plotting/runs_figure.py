@@ -54,7 +54,8 @@ def draw_runs(path: Path, *, runs: Mapping[str, Rows], title: str) -> None:
             axes.grid(axis="y")
             axes.set_xlabel(label)
             axes.set_ylim(*limits)
-            axes.set_xlim(left=0)
+            # room for the marks of step 0
+            axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
             axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
         by_step.set_ylabel(f"validation NLL ({unit})")

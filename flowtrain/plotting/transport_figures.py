@@ -273,7 +273,13 @@ def _course(axes: Axes, at: Array, log_p: Array, top: float, axis: str) -> None:
     high = float(log_p.max())
     margin = 0.06 * (high - low) or 0.5
     axes.set(xlim=(at[0], at[-1]), ylim=(low - margin, high + margin))
-    axes.set_xlabel(points.noted(axis, mark(axes.xaxis, most=9)))
+    if (at == at.round()).all():
+        # steps of a flow that is not continuous in time
+        every = -(-len(at) // 9)
+        axes.set_xticks(at[::every], labels=[f"{place:.0f}" for place in at[::every]], fontsize=8.0)
+        axes.set_xlabel(axis)
+    else:
+        axes.set_xlabel(points.noted(axis, mark(axes.xaxis, most=9)))
     axes.set_ylabel(points.noted("log density at the particle", " ".join(filter(None, (mark(axes.yaxis), "nats")))))
     axes.grid(axis="y")
     style.legend_above(axes)

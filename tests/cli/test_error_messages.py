@@ -218,3 +218,10 @@ def test_unwritable_directory_gets_one_message(run: Run, tmp_path: Path) -> None
         assert code == 1
         assert "file" in err
         assert len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("override", ["plots.format.x=1", "logger.tensorboard=true", "+logger.x=1"])
+def test_a_key_below_a_list_gives_one_message(run: Run, override: str) -> None:
+    code, out, err = run("flowtrain", "model=affine", override)
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+    assert override in err

@@ -91,6 +91,13 @@ def test_axes_range_over_the_quantiles_of_the_data(figures: list[Figure]) -> Non
     np.testing.assert_allclose(figures[0].axes[1].get_ylim(), expected[:, 1])
 
 
+def test_axes_of_constant_data_reach_over_the_samples(figures: list[Figure]) -> None:
+    samples = torch.randn(2000, 3)
+    corner(3, data=torch.full((20, 3), 5.0), samples=samples)
+    for axes, low in zip(figures[0].axes[-3:], np.quantile(samples.numpy(), 0.005, axis=0), strict=True):
+        np.testing.assert_allclose(axes.get_xlim(), (low, 5), atol=0.1)
+
+
 def dots(figure: Figure) -> PathCollection:
     (found,) = [each for each in figure.axes[1].collections if isinstance(each, PathCollection)]
     return found

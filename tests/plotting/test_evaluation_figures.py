@@ -258,10 +258,10 @@ def test_ood_legends_and_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     far = ood_figure(monkeypatch, normal(400, -12_345, 9), normal(400, -1e6, 9), entropy=12_345.0)
     left, middle, right = near.axes
     assert [axes.get_xlabel() for axes in (left, middle)] == ["log p(x) (bits/dim)", "|log p(x) + H| (bits/dim)"]
-    assert right.get_legend_handles_labels()[1] == ["-log p, area 0.870", "|log p + H|, area 0.990"]
+    assert right.get_legend_handles_labels()[1] == ["\N{MINUS SIGN}log p, area 0.870", "|log p + H|, area 0.990"]
     assert [text.get_text() for text in near.legends[0].get_texts()] == ["digits (400 rows)", "letters (300 rows)"]
-    assert [text.get_text() for text in left.texts] == ["-H = -2 bits/dim"]
-    assert [text.get_text() for text in far.axes[0].texts][-1] == "-H = -12,345 nats"
+    assert [text.get_text() for text in left.texts] == ["\N{MINUS SIGN}H = \N{MINUS SIGN}2 bits/dim"]
+    assert [text.get_text() for text in far.axes[0].texts][-1] == "\N{MINUS SIGN}H = \N{MINUS SIGN}12,345 nats"
     assert far.axes[0].get_xlabel() == "log p(x) (nats), logarithmic far out"
 
 
@@ -281,7 +281,7 @@ def test_the_area_below_an_roc_curve_is_the_auroc(sizes: tuple[int, int]) -> Non
 def test_rows_without_likelihood_are_the_most_anomalous(monkeypatch: pytest.MonkeyPatch) -> None:
     outside = torch.cat([torch.full((300,), -math.inf), torch.full((100,), math.nan)])
     *_, right = ood_figure(monkeypatch, normal(400, -2, 0.1), outside).axes
-    curve = next(line for line in right.lines if "-log p" in str(line.get_label()))
+    curve = next(line for line in right.lines if "\N{MINUS SIGN}log p" in str(line.get_label()))
     assert np.trapezoid(curve.get_ydata(), curve.get_xdata()) == pytest.approx(1)
 
 

@@ -151,7 +151,7 @@ def test_differences_have_signed_colours_and_the_scale_of_the_largest(tmp_path: 
         patch.setattr(image_grids, "_write", lambda figure, x, y, words, room, **look: written.append(words))
         path = rows(tmp_path / "rows.png", shades, signed=[("difference", differences)], unit="of a level")
     assert any("2e-05" in words and "of a level" in words for words in written)
-    assert {"-2e-05", "0", "2e-05", "difference (1 not finite)"} <= set(written)
+    assert {"\N{MINUS SIGN}2e-05", "0", "2e-05", "difference (1 not finite)"} <= set(written)
     picture = np.rint(255 * imread(path)[..., :3]).astype(int)
     # the image, its row being as wide as the colour bar is not
     deepest = (picture == image_grids.SIGNED(0.0, bytes=True)[:3]).all(2)

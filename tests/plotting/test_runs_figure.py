@@ -37,6 +37,11 @@ def test_curves_have_the_values_of_the_rows(figure: list[Figure]) -> None:
     assert len(looks) == 2
 
 
+def test_marks_of_step_0_are_whole(figure: list[Figure]) -> None:
+    runs_figure.draw_runs(Path("a.png"), runs={"a": curve([3.0, 2.0])}, title="t")
+    assert all(axes.get_xlim()[0] < 0 for axes in figure[0].axes)
+
+
 def test_images_are_in_bits_per_dim_if_all_are(figure: list[Figure]) -> None:
     images = curve([900.0, 800.0], bits_per_dim=1.2)
     runs_figure.draw_runs(Path("x.png"), runs={"one": images}, title="t")

@@ -13,6 +13,7 @@ from helpers.files import Gif, gif_of
 from helpers.flows import vectors
 from helpers.layout import catch_figures, check_layout
 from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -155,6 +156,19 @@ def test_paths_have_a_colour_bar_in_nats_and_colours_for_their_ends(
     np.testing.assert_allclose(np.asarray(base.get_xydata()), states[0])
     np.testing.assert_allclose(np.asarray(samples.get_xydata()), states[-1])
     assert "time t" in course.get_xlabel()
+
+
+@pytest.mark.parametrize("steps", [3, 40])
+def test_couplings_are_counted_in_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    found: list[Figure] = []
+    monkeypatch.setattr(transport_figures.style, "save", lambda figure, path, options: found.append(figure))
+    given = {"data": torch.randn(50, 2), "states": torch.randn(steps + 1, 5, 2), "title": "t"}
+    densities = torch.randn(steps + 1, 5)
+    at = [*range(steps + 1)]
+    transport_figures.draw_paths(tmp_path / "a.png", **given, log_densities=densities, at=at, axis="couplings")
+    labels = [label.get_text() for label in found[0].axes[-1].get_xticklabels()]
+    assert 2 < len(labels) < 11
+    assert all(label.isdigit() for label in labels)
 
 
 @pytest.mark.parametrize(("name", "paths"), [("realnvp", 15), ("ffjord", 110)])
