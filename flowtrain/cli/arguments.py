@@ -20,7 +20,7 @@ from flowtrain.utils.errors import ConfigError
 
 
 def versions() -> str:
-    """The text of --version: the versions of flowtrain, torch and Python."""
+    """Returns the text of --version: the versions of flowtrain, torch and Python."""
     try:
         ours = version("flowtrain")
     except PackageNotFoundError:
@@ -103,7 +103,7 @@ def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
 
 
 def _help(topics: Sequence[str], own: Mapping[str, Any], usage: Usage) -> str:
-    """The short help, or the help on topics: `all`, options of the command, or topics of `flowtrain --help`."""
+    """Returns the short help, or the help on topics: `all`, options of the command, or topics of `flowtrain --help`."""
     if not topics:
         return usage.short()
     known = (help.ALL, *own)

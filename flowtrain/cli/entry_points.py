@@ -13,22 +13,22 @@ from flowtrain.utils.status import reporting, status
 
 
 def flowtrain() -> None:
-    """The console script `flowtrain`."""
+    """Runs the console script `flowtrain`."""
     _run("flowtrain", "flowtrain.cli.train")
 
 
 def floweval() -> None:
-    """The console script `floweval`."""
+    """Runs the console script `floweval`."""
     _run("floweval", "flowtrain.cli.evaluate")
 
 
 def flowsample() -> None:
-    """The console script `flowsample`."""
+    """Runs the console script `flowsample`."""
     _run("flowsample", "flowtrain.cli.sample")
 
 
 def flowexport() -> None:
-    """The console script `flowexport`."""
+    """Runs the console script `flowexport`."""
     _run("flowexport", "flowtrain.cli.export")
 
 

@@ -112,7 +112,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def main() -> None:
-    """The command `floweval`."""
+    """Runs the command `floweval`."""
     with messages(), own_settings(torch.device("cpu")):
         run_command("floweval", _command)
 
@@ -128,9 +128,9 @@ def _command() -> int:
     loaded_run = load_run(own, overrides)
     split = str(own["split"] or default_split(overrides))
     options = loaded_run.plot_options
-    place = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides), options)
+    outputs = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides), options)
     inputs = [*loaded_run.files, own["ood"], *paths_of(loaded_run.config["data"])]
-    place.check(own["ood"] is not None, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
+    outputs.check(own["ood"] is not None, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
     with status("reading the data"):
         data = data_of(loaded_run, split, overrides)
         other = None if own["ood"] is None else other_set(str(own["ood"]), loaded_run)
@@ -152,23 +152,23 @@ def _command() -> int:
         baseline_seconds=MOST_SECONDS if wants_baselines else 0.0,
     )
 
-    write_json(place.json, result.to_dict())
-    written = [place.json]
+    write_json(outputs.json, result.to_dict())
+    written = [outputs.json]
     if scores is not None:
         write_npy(scores, result.scores.numpy())
         written.append(scores)
         if result.member_scores is not None:
-            write_npy(place.member_scores, result.member_scores.numpy())
-            written.append(place.member_scores)
+            write_npy(outputs.member_scores, result.member_scores.numpy())
+            written.append(outputs.member_scores)
         if result.sets is not None:
-            write_npy(place.other_scores, result.sets[1].numpy())
-            written.append(place.other_scores)
+            write_npy(outputs.other_scores, result.sets[1].numpy())
+            written.append(outputs.other_scores)
     config, title = loaded_run.config, title_of(loaded_run.config)
     if wants_plots:
         shown, rows = data_shown(data, split), curves_of(loaded_run)
-        figures = draw_figures(loaded_run.flow, shown, result, rows, config, place.figure, options)
+        figures = draw_figures(loaded_run.flow, shown, result, rows, config, outputs.figure, options)
     else:
-        figures = pictures.draw_evaluation(result, data, title, data_name(config), place.figure, options)
+        figures = pictures.draw_evaluation(result, data, title, data_name(config), outputs.figure, options)
     written += figures
     if wants_report:
         with status("writing the report"):
@@ -176,8 +176,8 @@ def _command() -> int:
                 result,
                 title,
                 str(loaded_run.path),
-                place.report,
-                place.others(figures),
+                outputs.report,
+                outputs.others(figures),
                 provenance(loaded_run, sys.argv[1:], seed),
             )
     print(result.table())
@@ -186,7 +186,7 @@ def _command() -> int:
 
 
 def data_shown(data: Dataset, split: str) -> Dataset:
-    """The data with the evaluated set in the place of the test set, which figures show."""
+    """Returns the data with the evaluated set as its test set, because figures show the test set."""
     if split != "val":
         return data
     shown = copy.copy(data)
@@ -195,7 +195,7 @@ def data_shown(data: Dataset, split: str) -> Dataset:
 
 
 def curves_of(loaded_run: LoadedRun) -> list[dict[str, Any]]:
-    """The rows of the training curves; for an ensemble of runs, the validations of its members.
+    """Returns the rows of the training curves; for an ensemble of runs, the validations of its members.
 
     Empty with other data than those of the run, because the curves do not show them.
     """
@@ -245,13 +245,13 @@ class OutputPaths:
         check_outputs(paths, inputs)
 
     def figure(self, name: str) -> Path:
-        """The path of a figure as PNG; other formats lie beside it."""
+        """Returns the path of a figure as PNG. Files in other formats have the same path with another suffix."""
         if self.out is None:
             return self.run_dir / f"plots/{name}{self.suffix}.png"
         return self.out.with_name(f"{self.out.stem}_{name}.png")
 
     def others(self, drawn: list[Path]) -> list[Path]:
-        """The files of the figures of a report: those that were drawn, and the samples and curves of the run."""
+        """Returns the figures of a report: the `drawn` files, and the figures of samples and curves of the run."""
         found = list(drawn)
         for name in ("samples", "curves"):
             if not {*self.options.files(self.figure(name))} & {*drawn}:
@@ -261,7 +261,7 @@ class OutputPaths:
 
 
 def own_data_of(loaded_run: LoadedRun) -> Dataset | None:
-    """The data that the flow was trained on. If it is missing or does not fit, warns and returns None."""
+    """Returns the data that the flow was trained on. If it is missing or does not fit, warns and returns None."""
     try:
         return training_data(loaded_run, ["val"])
     except (FlowtrainError, OSError) as e:
@@ -270,7 +270,7 @@ def own_data_of(loaded_run: LoadedRun) -> Dataset | None:
 
 
 def training_data(loaded_run: LoadedRun, sets: Collection[str]) -> Dataset:
-    """The data that the flow was trained on.
+    """Returns the data that the flow was trained on.
 
     Args:
         sets: the sets that must be unchanged: "file", which has the training rows, "val" or "test".
@@ -286,13 +286,13 @@ def training_data(loaded_run: LoadedRun, sets: Collection[str]) -> Dataset:
 
 
 def default_split(overrides: Sequence[str]) -> str:
-    """all if data.path is given without data.val_path and data.test_path, else test."""
+    """Returns "all" if data.path is given without data.val_path and data.test_path, else "test"."""
     keys = keys_of(overrides)
     return "all" if "data.path" in keys and not keys & {"data.val_path", "data.test_path"} else "test"
 
 
 def data_of(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> Dataset:
-    """The data set of the config, or all rows of its file.
+    """Returns the data set of the config, or all rows of its file.
 
     Raises:
         ConfigError: split=all for data without a file of rows.
@@ -344,14 +344,14 @@ def check_unchanged(before: Samples, now: Samples, split: str, path: str | None,
 
 
 def rows_of(path: str, loaded_run: LoadedRun, data: Mapping[str, Any], asked: Collection[str] = ()) -> RowsToScore:
-    """All rows of a file, read with the settings of the data config; see `RowsToScore`."""
+    """Returns all rows of a file, read with the settings of the data config; see `RowsToScore`."""
     return RowsToScore(
         path, loaded_run.samples, **{key: data.get(key) for key in READ}, asked=asked, seed=data.get("seed", 0)
     )
 
 
 def other_set(value: str, loaded_run: LoadedRun) -> tuple[str, Tensor]:
-    """The name and the samples of the second set: the test set of a data config, or the rows of a file."""
+    """Returns the name and the samples of the second set: the test set of a data config, or the rows of a file."""
     if value != "array" and value in options("data"):
         data = loaded_run.build(compose_defaults([f"data={value}"])["data"])
         check_fits(loaded_run.flow, data)

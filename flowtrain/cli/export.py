@@ -63,7 +63,7 @@ OWN: dict[str, Any] = {
 
 
 def main() -> None:
-    """The console script `flowexport`."""
+    """Runs the console script `flowexport`."""
     with messages():
         run_command("flowexport", _command)
 

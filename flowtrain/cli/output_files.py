@@ -35,7 +35,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
 
 
 def written_as(key: str, value: Any, *endings: str) -> Path | None:
-    """The file that an option names; None if the option is not given.
+    """Returns the file that an option names; None if the option is not given.
 
     Raises:
         ConfigError: the name ends in none of `endings`.
@@ -48,7 +48,7 @@ def written_as(key: str, value: Any, *endings: str) -> Path | None:
 
 
 def run_dir_of(path: Path) -> Path:
-    """The run directory of a checkpoint file. If the file is not in `checkpoints`, the folder of the file."""
+    """Returns the run directory of a checkpoint file. If the file is not in `checkpoints`, the folder of the file."""
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
@@ -62,7 +62,7 @@ def absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def paths_of(data: Mapping[str, Any]) -> list[Any]:
-    """The files that a data set is read from."""
+    """Returns the files that a data set is read from."""
     return [value for key, value in data.items() if is_path(key)]
 
 

@@ -66,7 +66,7 @@ def has_key(key: str, arguments: Sequence[str]) -> bool:
 
 
 def rename_old_config_keys(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A composed config in which keys of earlier versions have their present names, with a warning.
+    """Returns a composed config in which keys of earlier versions have their present names, with a warning.
 
     Only groups that have both names are changed: a config file of a user adds the old name to our new one.
 
@@ -94,7 +94,7 @@ def warn_of_old_key(old: str, new: str) -> None:
 
 
 def with_default_choices(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the choices of `default_choices`, if they choose data=array.
+    """Returns the arguments with the choices of `default_choices`, if they choose data=array.
 
     Example:
         >>> with_default_choices(["data=array", "data.path=a.csv"])
@@ -153,7 +153,7 @@ def _quoted(argument: str) -> str:
 
 
 def parsed(argument: str) -> tuple[Any, bool]:
-    """The value of an override, parsed by Hydra (None if Hydra rejects it), and whether it is a sweep."""
+    """Returns the value of an override, parsed by Hydra (None if Hydra rejects it), and whether it is a sweep."""
     try:
         override = OverridesParser.create().parse_override(argument)
         # `value()` would remove the quotes
@@ -164,7 +164,7 @@ def parsed(argument: str) -> tuple[Any, bool]:
 
 
 def in_quotes(text: str) -> str:
-    r"""The text as a quoted string in Hydra's grammar.
+    r"""Returns the text as a quoted string in Hydra's grammar.
 
     Example:
         >>> print(in_quotes("it's [1]"))
@@ -288,7 +288,7 @@ def check_flags(arguments: Sequence[str]) -> None:
 
 
 def _no_override(word: str) -> str:
-    """The message for an argument that is not KEY=VALUE, with what may have been meant."""
+    """Returns the message for an argument that is not KEY=VALUE, with what may have been meant."""
     if checkpoint.has_checkpoint(Path(word)):
         return f"arguments look like KEY=VALUE; {resume_command(word)} resumes this run"
     groups = [group for group in config_groups() if word in options(group)]
@@ -297,13 +297,13 @@ def _no_override(word: str) -> str:
 
 
 def in_order(arguments: Sequence[str]) -> list[str]:
-    """The overrides, then the flags with their values. Hydra does not accept overrides on both sides of a flag."""
+    """Returns the overrides, then the flags with their values. Hydra allows no overrides on both sides of a flag."""
     overrides, flags = separated(arguments)
     return [*overrides, *flags]
 
 
 def separated(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The overrides, and the flags with their values."""
+    """Returns the overrides, and the flags with their values."""
     overrides: list[str] = []
     flags: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
@@ -329,7 +329,7 @@ def check_option(override: Override) -> None:
 
 
 def trusted(value: Any) -> list[str]:
-    """The packages that `trust` names. The working directory is then searched for modules too.
+    """Returns the packages that `trust` names. The working directory is then searched for modules too.
 
     Raises:
         ConfigError: a value that is not a name or a list of names, or a name without a package.
@@ -441,7 +441,7 @@ def check_kept(overrides: Sequence[str]) -> None:
 
 
 def keys_of(overrides: Sequence[str]) -> set[str]:
-    """The keys that KEY=VALUE overrides set."""
+    """Returns the keys that KEY=VALUE overrides set."""
     return {a.lstrip("+").partition("=")[0] for a in overrides}
 
 

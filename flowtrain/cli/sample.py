@@ -172,7 +172,7 @@ OWN: dict[str, Any] = {
 
 
 def main() -> None:
-    """The console script `flowsample`."""
+    """Runs the console script `flowsample`."""
     with messages(), own_settings(torch.device("cpu")):
         run_command("flowsample", _command)
 
@@ -253,7 +253,7 @@ def _listed(paths: Sequence[Path]) -> str:
 
 
 def data_for_picture(loaded_run: LoadedRun) -> Dataset | None:
-    """The data beside which samples are drawn. If they cannot be read, prints a message and returns None."""
+    """Returns the data beside which samples are drawn. If they cannot be read, prints a message and returns None."""
     try:
         with status("reading the data"):
             return loaded_run.build()

@@ -88,9 +88,9 @@ def forward_signal(number: int) -> None:
 
 
 def job_directory(root: Path, run_dir: Path, given: list[str]) -> Path:
-    """The directory of the job with these overrides: an existing directory with the same overrides, else a new one."""
+    """Returns the directory of the job with these overrides. It is a new directory if none has the same overrides."""
     if sorted(overrides_of(run_dir) or []) == sorted(given):
-        # the usual case; the other directories need not be read
+        # in this usual case, the other directories need not be read
         return run_dir
     there = next((folder for folder, its in jobs_in(root).items() if sorted(its) == sorted(given)), None)
     if there is None:
@@ -101,7 +101,7 @@ def job_directory(root: Path, run_dir: Path, given: list[str]) -> Path:
 
 
 def unused_directory(run_dir: Path) -> Path:
-    """The directory, or if a job has it, the first of NAME_1, NAME_2 ... that no job has."""
+    """Returns the directory, or if a job has it, the first of NAME_1, NAME_2 ... that no job has."""
     found, n = run_dir, 0
     while (found / OVERRIDES).exists():
         n += 1
@@ -168,7 +168,7 @@ class JobCounter:
 
 @contextmanager
 def summarized() -> Iterator[Sweep]:
-    """On exit, also after an error, summarizes the sweep that ran inside, and prints its directory last."""
+    """Summarizes the sweep that runs inside, on exit or after an error. Prints the directory of the sweep last."""
     _ROOT.clear()
     sweep, ended = Sweep(), False
     before = signal.signal(signal.SIGTERM, _terminated) if may_set_handlers() else None

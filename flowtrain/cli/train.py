@@ -39,7 +39,7 @@ from flowtrain.utils.files import config_dir
 
 
 def main() -> None:
-    """The command `flowtrain`."""
+    """Runs the command `flowtrain`."""
     run_command("flowtrain", _joined)
 
 
@@ -85,7 +85,7 @@ def _list_runs(arguments: Sequence[str]) -> int:
 
 
 def of_first_job(arguments: Sequence[str]) -> list[str]:
-    """The arguments. With -m and a flag that only prints, such as --cfg, the arguments of its first job."""
+    """Returns the arguments. With -m and a flag that only prints, such as --cfg, the arguments of its first job."""
     flags = separated(arguments)[1]
     if not {"-c", "--cfg", "-i", "--info"} & {flag.partition("=")[0] for flag in flags} or not {*SWEEP} & {*flags}:
         return list(arguments)
@@ -117,7 +117,7 @@ def _start(config: DictConfig) -> float:
 
 
 def attempt(run_dir: Path) -> tuple[Path, bool]:
-    """The run directory, the same on all ranks, and whether an earlier attempt of torchrun left a checkpoint."""
+    """Returns the run directory for all ranks, and whether an earlier attempt of torchrun left a checkpoint."""
     before = ranks.saved_run_dir()
     if before is not None and ranks.is_first():
         if before != run_dir and not any(run_dir.iterdir()):

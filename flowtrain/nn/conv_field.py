@@ -55,7 +55,7 @@ class _JVP(torch.autograd.Function):
         for weight, shift in zip(weights[:-1], shifts[:-1], strict=True):
             # the gain multiplies the weights, which are smaller than the images
             a = _convolved(h, gain * weight, gain * shift)
-            hidden.append(activate(activation, a, _jvp_of(t, weight), tangents=0))
+            hidden.append(activate(activation, a, _jvp_of(t, weight), tangent_dim=0))
             h, t = hidden[-1].h, hidden[-1].t
         ctx.activation, ctx.n_layers = activation, n_layers
         # every tensor is kept by save_for_backward, because torch.utils.checkpoint frees only these
@@ -68,7 +68,7 @@ class _JVP(torch.autograd.Function):
     def backward(ctx: Any, at_a: Tensor, at_u: Tensor) -> tuple[Any, ...]:
         n = ctx.n_layers
         x, tangents, *rest = ctx.saved_tensors
-        weights, shifts, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangents=0)
+        weights, shifts, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangent_dim=0)
         at_weights: list[Tensor] = []
         at_shifts: list[Tensor] = []
         for layer in reversed(range(n)):

@@ -40,7 +40,7 @@ class Probes:
     solver would then see an error that no step size reduces, and would reject steps forever.
 
     Attributes:
-        tangents: random tangents (k, B, *event), or the basis (d, 1, *event), with d the elements of an event.
+        tangents: random tangents (k, B, *event), or the basis (d, 1, *event) for events of d elements.
         weight: w, which is 1 for the basis and 1/k for random tangents.
         noisy: whether the tangents are random and the divergence is an estimate.
     """
@@ -100,7 +100,7 @@ def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[
 
 
 def probe_jvps(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns v, the tangents e and J e. The arguments are those of `divergence`.
+    """Returns v, the tangents e and J e. `divergence` has the same arguments.
 
     e broadcasts against (k, *nodes, B, *event), which is the shape of J e.
 

@@ -137,7 +137,7 @@ class _JVP(torch.autograd.Function):
     def backward(ctx: Any, at_v: Tensor, at_je: Tensor) -> tuple[Any, ...]:
         n = ctx.n_layers
         x, e, *rest = ctx.saved_tensors
-        weights, biases, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangents=1)
+        weights, biases, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangent_dim=1)
         at_x = torch.empty_like(x)
         at_weights = [torch.empty_like(w) for w in weights]
         at_biases = [torch.empty_like(c) for c in biases]
@@ -173,7 +173,7 @@ def _jvp_block(
     h, t = x, e
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         a = torch.baddbmm(bias.unsqueeze(1), h, weight.mT, beta=gain, alpha=gain)
-        hidden.append(activate(activation, a, _product(t, weight.mT), tangents=1))
+        hidden.append(activate(activation, a, _product(t, weight.mT), tangent_dim=1))
         h, t = hidden[-1].h, hidden[-1].t
     return hidden, torch.baddbmm(biases[-1].unsqueeze(1), h, weights[-1].mT), _product(t, weights[-1].mT)
 

@@ -86,7 +86,7 @@ class AcceptedSteps:
         return found
 
     def forget_slopes(self) -> None:
-        """If steps are replayed, frees all slopes except the first of each step."""
+        """Frees all slopes except the first of each step, if steps are replayed."""
         if self.replay:
             for s in self.steps:
                 # a view would keep the memory of all slopes

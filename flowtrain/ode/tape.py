@@ -200,7 +200,7 @@ def compute_stages(
 def compute_stages_functional(
     x: Tensor, h: float, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """`compute_stages` without in-place writes, which autograd and vmap do not allow."""
+    """Computes the same as `compute_stages` without in-place writes, which autograd and vmap do not allow."""
     points, slopes = [x], [first]
     for i in range(1, len(weights.b)):
         points.append(x + weighted_sum(h * weights.a[i, :i], torch.stack(slopes)))

@@ -162,7 +162,7 @@ def _write_gif(path: Path, figure: Figure, draw: Callable[[int], None], moments:
 
 
 def _rendered(figure: Figure) -> Image.Image:
-    """The current figure as an image without transparency."""
+    """Returns the current figure as an image without transparency."""
     pixels = io.BytesIO()
     figure.savefig(pixels, format="rgba", dpi=figure.get_dpi())
     size = figure.canvas.get_width_height()

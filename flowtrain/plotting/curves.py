@@ -44,12 +44,12 @@ class Course:
         return len(self.values) > 0
 
     def positive(self) -> "Course":
-        """The positive values, which a logarithmic axis can show."""
+        """Returns the positive values, which a logarithmic axis can show."""
         kept = self.values > 1 / FARTHEST
         return Course(self.steps[kept], self.values[kept])
 
     def median(self) -> "Course":
-        """The running median over about a thirtieth of the rows, at no more than 500 steps."""
+        """Returns the running median over about a thirtieth of the rows, at no more than 500 steps."""
         count = len(self.values)
         if count < 20:
             return self
@@ -101,7 +101,7 @@ def draw_curves(
 
 
 def course(rows: Rows, key: str) -> Course:
-    """The finite values of `key` by step. If a step has several, as in a resumed run, the last one counts."""
+    """Returns the finite values of `key` by step. If a step has several, as in a resumed run, the last one counts."""
     found = {}
     for row in rows:
         step, value = row.get("step"), row.get(key)
@@ -112,7 +112,7 @@ def course(rows: Rows, key: str) -> Course:
 
 
 def varied(rows: Rows, key: str) -> Course:
-    """The values of `key` by step; empty if all are zero."""
+    """Returns the values of `key` by step; empty if all are zero."""
     found = course(rows, key)
     return found if found.values.any() else Course(np.array([]), np.array([]))
 
@@ -122,7 +122,7 @@ def _finite(value: Any) -> TypeGuard[float]:
 
 
 def _splits(rows: Rows) -> list[str]:
-    """The names of the splits other than training."""
+    """Returns the names of the splits other than training."""
     return list(dict.fromkeys(str(row["split"]) for row in rows if row.get("split") not in (None, "train")))
 
 
@@ -166,7 +166,7 @@ def _likelihood(axes: Axes, rows: Rows, entropy: float | None, kept: int | None 
 
 
 def _mark_kept(axes: Axes, kept: int, validation: Course | None) -> None:
-    """A ring around the validation of the kept checkpoint; without such a validation, a mark at the lower edge."""
+    """Draws a ring around the validation of the kept checkpoint, or without it a mark at the lower edge."""
     at = np.flatnonzero(np.array([]) if validation is None else validation.steps == kept)
     look: dict[str, Any] = {
         "color": style.INK,
@@ -181,9 +181,10 @@ def _mark_kept(axes: Axes, kept: int, validation: Course | None) -> None:
 
 
 def _frame(train: Course, others: Sequence[Course]) -> Range:
-    """The range of the NLL axis. It covers the smooth curves, but is at most 8 times the range of 75% of the rows.
+    """Returns the range of the NLL axis.
 
-    Single spikes, a steep start and a blow-up leave the frame.
+    It covers the smooth curves, but is at most 8 times the range of 75% of the rows. Single spikes, a steep start and a
+    divergence are outside this range.
     """
     curves = [train, *others] if train else others
     low = min(float(np.quantile(curve.values, 0.005)) for curve in curves)
@@ -281,7 +282,7 @@ def _noisy(axes: Axes, curve: Course, colour: str, label: str) -> None:
 
 
 def _right_scale(axes: Axes, name: str) -> Axes:
-    """A second y axis, on the right, over the same steps."""
+    """Returns a second y axis, on the right, over the same steps."""
     right = axes.twinx()
     style.mark_numbers(right)
     right.spines["right"].set_visible(True)
@@ -305,7 +306,7 @@ def _share_steps(panels: Sequence[Axes], rows: Rows, kept: int | None) -> None:
 
 
 def _step(value: float, highest: float) -> str:
-    """The label of a step: "2,000" in a short run, "250k" or "1.5M" in a long run."""
+    """Returns the label of a step: "2,000" in a short run, "250k" or "1.5M" in a long run."""
     if highest < 100_000 or value == 0:
         return f"{value:,.0f}"
     return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"

@@ -57,7 +57,7 @@ def drawing(flow: AnyDensity, tolerance: float = TOLERANCE, seed: int = 0) -> It
 
 
 def first(flow: Density, data: Dataset, n: int, label: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """The first n test samples, and their labels for a conditional flow.
+    """Returns the first n test samples, and their labels for a conditional flow.
 
     Args:
         label: the class of the samples; None: all classes.
@@ -77,7 +77,7 @@ def latents(flow: Flow, n: int, temperature: float = 1.0) -> Tensor:
 def where_inside(
     flow: Density, x: Tensor, function: Callable[[Tensor], Tensor], elsewhere: float, *columns: int
 ) -> Tensor:
-    """The values of a function at rows of x (B, d), shape (B, *columns), on the device of the flow.
+    """Returns the values of a function at rows of x (B, d), shape (B, *columns), on the device of the flow.
 
     Rows outside the range of a flow with a logit, to which a grid around the data can extend, have the value
     `elsewhere`.

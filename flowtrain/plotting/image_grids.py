@@ -54,15 +54,15 @@ class Cell:
     gap: int
 
     def down(self, rows: int) -> int:
-        """The height of `rows` images."""
+        """Returns the height of `rows` images."""
         return rows * (self.height + self.gap) - self.gap
 
     def across(self, columns: int) -> int:
-        """The width of `columns` images."""
+        """Returns the width of `columns` images."""
         return columns * (self.width + self.gap) - self.gap
 
     def halved(self, size: tuple[int, int]) -> "Cell":
-        """The cell at half the resolution, for images (H, W) that stay enlarged by a whole number."""
+        """Returns the cell at half the resolution, for images (H, W) that stay enlarged by a whole number."""
         times = self.height // size[0]
         height, width = (
             times // 2 * n if times > 1 else max(1, m // 2)
@@ -193,7 +193,7 @@ def _pixels(inches: float) -> int:
 
 
 def _common_size(named: Named, levels: float) -> tuple[int, int]:
-    """The size (H, W) that all images of a figure have.
+    """Returns the size (H, W) that all images of a figure have.
 
     Raises:
         FlowtrainError: there are no images, they differ in size, or `levels` is not a positive number.
@@ -229,14 +229,17 @@ def _grid(count: int, columns: int | None, aspect: float, most: int) -> tuple[in
 
 
 def _near(ideal: float, count: int) -> int:
-    """The number of columns nearest to `ideal` without empty places, if it is near enough; else `ideal`, rounded up."""
+    """Returns the number of columns nearest to `ideal` that leaves no empty places.
+
+    If this number is not within a factor 1.5 of `ideal`, returns `ideal`, rounded up.
+    """
     exact = [columns for columns in range(math.ceil(ideal / 1.5), int(1.5 * ideal) + 1) if count % columns == 0]
-    # divisors come in pairs around the square root, equally near: 0.01 prefers the wider grid
+    # two divisors can be equally near to the square root. Of these, 0.01 prefers the larger one, for a wider grid
     return min(exact, key=lambda columns: abs(math.log(columns / ideal) - 0.01), default=math.ceil(ideal))
 
 
 def _cell(size: tuple[int, int], rows: int, columns: int, room: int) -> Cell:
-    """The largest cell for rows by columns of images of `size` (H, W) in `room` pixels of width.
+    """Returns the largest cell for rows by columns of images of `size` (H, W) in `room` pixels of width.
 
     Small images are enlarged by a whole number, or by a fraction if a whole number leaves too much room. The remaining
     room widens the gaps by a little.
@@ -303,7 +306,7 @@ def _largest_resized(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _largest(images: Tensor) -> float:
-    """The largest magnitude of the finite values; 0 without finite values."""
+    """Returns the largest magnitude of the finite values; 0 without finite values."""
     finite = images.detach()[images.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
@@ -335,7 +338,7 @@ def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _noted(name: str, images: Tensor, drawn: int, plainly: bool = True) -> str:
-    """The name of some images, with notes on how they are drawn.
+    """Returns the name of some images, with notes on how they are drawn.
 
     Args:
         drawn: the number of images that are drawn.
@@ -353,12 +356,12 @@ def _noted(name: str, images: Tensor, drawn: int, plainly: bool = True) -> str:
 
 
 def _first(drawn: int, count: int, things: str = "") -> str:
-    """A note such as "first 5 of 9 rows"; empty if all are drawn."""
+    """Returns a note such as "first 5 of 9 rows"; empty if all are drawn."""
     return f"first {drawn:,} of {count:,}{things}" if drawn < count else ""
 
 
 def _figure(top: int, head: float, title: str, options: PlotOptions) -> Figure:
-    """A figure with images up to `top` pixels, and `head` inches above them."""
+    """Returns a figure with images up to `top` pixels, and `head` inches above them."""
     # half a pixel more, because a height that is rounded down loses its last row of pixels
     return style.new_figure((top + _pixels(head) + 0.5) / style.DPI, title, options)
 

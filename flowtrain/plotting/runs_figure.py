@@ -75,7 +75,7 @@ def _curve(axes: Axes, rows: Rows, x: str, y: str, look: Mapping[str, Any]) -> n
 
 
 def _limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The range of the NLL to show. Steep starts and divergences leave the frame.
+    """Returns the range of the NLL to show. Steep starts and divergences leave the frame.
 
     It reaches from the lowest value to the largest third quartile of a curve, and further by the same distance if there
     are values.

@@ -47,15 +47,15 @@ class Scale:
         return self.reach is None
 
     def places(self, values: Array) -> Array:
-        """The positions of values along the axis, of any shape."""
+        """Returns the positions of values along the axis, of any shape."""
         return values if self.reach is None else np.arcsinh((values - self.centre) / self.reach)
 
     def values(self, places: Tensor) -> Tensor:
-        """The values at positions along the axis, of any shape."""
+        """Returns the values at positions along the axis, of any shape."""
         return places if self.reach is None else self.centre + self.reach * places.sinh()
 
     def log_slope(self, places: Tensor) -> Tensor:
-        """log dx/dy at positions along the axis, of any shape; the log density of y minus the log density of x."""
+        """Returns log dx/dy at positions along the axis, of any shape. log p(y) = log p(x) + log dx/dy."""
         if self.reach is None:
             return torch.zeros_like(places)
         return math.log(self.reach) + places.cosh().log()
@@ -65,7 +65,7 @@ LINEAR = Scale()
 
 
 def suited(values: Array) -> Scale:
-    """The scale of an axis that shows the shape of values (N,), heavy tails or not.
+    """Returns the scale of an axis that shows the shape of values (N,), heavy tails or not.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -86,13 +86,13 @@ def suited(values: Array) -> Scale:
 
 
 def along(scales: Sequence[Scale], points: Points) -> Points:
-    """The positions of points (N, d) along axes of these scales."""
+    """Returns the positions of points (N, d) along axes of these scales."""
     places = [scale.places(column) for scale, column in zip(scales, points.values.T, strict=True)]
     return Points(np.stack(places, axis=1), points.dropped)
 
 
 def density_along(scales: Sequence[Scale], log_density: LogDensity) -> LogDensity:
-    """The log density per unit of axes of these scales, (G, d) to (G,), from the log density of x."""
+    """Returns the log density per unit of axes of these scales, (G, d) to (G,), from the log density of x."""
     if all(scale.plain for scale in scales):
         return log_density
 
@@ -124,7 +124,7 @@ def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float = 8.0,
     length = (box.width if across else box.height) / style.DPI
 
     def fitting(places: Array, labels: Sequence[str]) -> list[int]:
-        """The positions in the lists of ticks whose labels fit at the ends; none if two others touch."""
+        """Returns the positions in the lists of ticks whose labels fit at the ends; none if two others touch."""
         sizes = np.array([_extent(label, size, across) for label in labels])
         at = (places - low) / (high - low) * length
         inside = (at - sizes / 2 >= -gap / 2) & (at + sizes / 2 <= length + gap / 2)
@@ -142,7 +142,7 @@ def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float = 8.0,
 
 
 def axis_label(name: str, note: str, room: float) -> str:
-    """The label of an axis on one line: its name, with the note that `mark` returns in brackets.
+    """Returns the label of an axis on one line: its name, with the note that `mark` returns in brackets.
 
     Args:
         room: the length of the label in inches; a longer name is cut.
@@ -209,12 +209,12 @@ def numbers(values: Array, step: float | None = None) -> tuple[list[str], str]:
 
 
 def _decimals(step: float) -> int:
-    """The decimals of a step between ticks, 1, 2 or 5 times a power of ten."""
+    """Returns the decimals of a step between ticks, 1, 2 or 5 times a power of ten."""
     return -math.floor(math.log10(step) + 1e-6)
 
 
 def _compressed_ticks(limits: Range, scale: Scale, fitting: Fitting) -> Ticks:
-    """Round values of x on a compressed axis whose labels fit."""
+    """Returns round values of x whose labels fit on a compressed axis."""
     assert scale.reach is not None
     low, high = (scale.centre + scale.reach * math.sinh(y) for y in limits)
 
@@ -226,7 +226,7 @@ def _compressed_ticks(limits: Range, scale: Scale, fitting: Fitting) -> Ticks:
 
 
 def round_values(limits: Range, scale: Scale, fit: Callable[[list[float]], bool] | None = None) -> list[float]:
-    """Round numbers within the limits of x in ascending order, for a compressed axis.
+    """Returns round numbers within the limits of x in ascending order, for a compressed axis.
 
     The roundest numbers have priority: zero, then powers of ten from the largest.
 
@@ -264,7 +264,7 @@ def decades(values: Sequence[float]) -> list[str]:
 
 
 def powers(values: Sequence[float]) -> list[str]:
-    """Round numbers of any size in one format: plain ones, or all with powers of ten.
+    """Returns the labels of round numbers of any size in one format: all plain, or all with powers of ten.
 
     Example:
         >>> powers([0, 5, 100]), powers([0, 1e6, 5e7])

@@ -92,9 +92,9 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """A context with the style of all figures. Figures must be built and saved inside it.
+    """Applies the style of all figures inside a context. Figures must be built and saved inside.
 
-    It starts from matplotlib's defaults, so that a user's own matplotlibrc does not change sizes or need LaTeX.
+    The style starts from matplotlib's defaults, so that a user's matplotlibrc does not change sizes or need LaTeX.
     Only one thread at a time is inside: matplotlib's rcParams and its font renderer belong to the process.
     """
     with _LOCK, matplotlib.style.context(["default", _RC]):
@@ -102,7 +102,7 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(height: float, title: str, options: PlotOptions = DEFAULT) -> Figure:
-    """A figure `WIDTH` by `height` inches with its title at the top left.
+    """Returns a figure `WIDTH` by `height` inches with its title at the top left.
 
     Without titles, the figure is lower by TITLE_HEIGHT. Distances from the lower left corner stay the same.
     """
@@ -136,11 +136,11 @@ class TickNumbers(Formatter):
     """
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        """The label of a single tick."""
+        """Returns the label of a single tick."""
         return self.format_ticks([x])[0]
 
     def format_ticks(self, values: Sequence[float]) -> list[str]:
-        """The labels of all ticks; those outside the axis do not affect the format."""
+        """Returns the labels of all ticks; those outside the axis do not affect the format."""
         shown = [float(value) for value in values]
         if self.axis is not None:
             low, high = sorted(self.axis.get_view_interval())
@@ -153,7 +153,7 @@ class TickNumbers(Formatter):
 
 
 def _number_format(values: Sequence[float], linear: bool) -> Callable[[float], str]:
-    """A function that writes numbers in full if they are short, else in scientific notation if that is shorter."""
+    """Returns a function that formats numbers. It uses scientific notation for long numbers, if this is shorter."""
     # an axis may have no ticks
     ordered = sorted({*values}) or [0.0]
     apart = min((b - a for a, b in itertools.pairwise(ordered)), default=abs(ordered[0]) or 1.0)
@@ -208,7 +208,7 @@ def round_ticks(axes: Axes, most: int, prune: Literal["both"] | None = None) -> 
 
 
 def legend_above(axes: Axes, *others: Axes, width: float | None = None) -> None:
-    """A legend above the upper left corner of `axes`, which names the lines of `others` too, see `legend_columns`.
+    """Draws a legend of `axes` and `others` above the upper left corner of `axes`, see `legend_columns`.
 
     Args:
         width: the largest width in inches; None: the width of the axes.
@@ -226,7 +226,7 @@ LEGEND_LETTER, LEGEND_ENTRY, LEGEND_ROW = 0.072, 0.5, 0.19
 
 
 def legend_columns(labels: Sequence[str], width: float) -> int:
-    """The number of columns of a legend that is at most `width` inches wide; one row if there is room.
+    """Returns the number of columns of a legend that is at most `width` inches wide; one row if there is room.
 
     Example:
         >>> legend_columns(["training", "validation"], 8), legend_columns(["a rather long name"] * 9, 8)
@@ -239,12 +239,12 @@ def legend_columns(labels: Sequence[str], width: float) -> int:
 
 
 def legend_height(labels: Sequence[str], width: float) -> float:
-    """The height in inches of the rows of a legend after the first one."""
+    """Returns the height in inches of the rows of a legend after the first one."""
     return (math.ceil(len(labels) / legend_columns(labels, width)) - 1) * LEGEND_ROW if labels else 0.0
 
 
 def literal(text: str, most: int = 120) -> str:
-    """Text on one line of at most `most` characters, with TeX characters escaped and +- as one sign."""
+    """Returns a text on one line of at most `most` characters, with TeX characters escaped and +- as one sign."""
     line = " ".join(text.split())
     if len(line) > most:
         line = line[: most - 1].rstrip() + "…"
@@ -252,7 +252,7 @@ def literal(text: str, most: int = 120) -> str:
 
 
 def abbreviated(text: str, most: int) -> str:
-    """Text on one line as by `literal`; a long text loses its middle, because similar names often differ at the end.
+    """Returns a text like `literal`, but shortens long text in the middle, because similar names differ at the end.
 
     Example:
         >>> abbreviated("average delay of department 7", 15)

@@ -156,18 +156,18 @@ def _mark_values(axes: Axes, swept: Swept, x: Sequence[float]) -> None:
 
 
 def _errors(swept: Swept, name: str) -> list[list[float]]:
-    """The standard errors of the results of a quantity, NaN if unknown."""
+    """Returns the standard errors of the results of a quantity, NaN if unknown."""
     runs = swept.found.get(name, [])
     return swept.errors[name] if runs and name in swept.errors else [[math.nan] * len(row) for row in runs]
 
 
 def _repeated(x: Sequence[float], runs: Sequence[Sequence[float]]) -> list[float]:
-    """The position of each run on the x axis; runs with the same value share it."""
+    """Returns the position of each run on the x axis; runs with the same value share it."""
     return [at for at, row in zip(x, runs, strict=False) for _ in row]
 
 
 def _names(values: Sequence[str]) -> list[str]:
-    """The labels of values; for paths, their last parts if these differ."""
+    """Returns the labels of values; for paths, their last parts if these differ."""
     names = [value.rstrip("/").rpartition("/")[2] for value in values]
     return [style.literal(name, most=18) for name in (names if len(set(names)) == len(names) else values)]
 

@@ -98,7 +98,7 @@ class Trajectory:
         self.moments = [Moment(i * n // intervals, i * n % intervals / intervals) for i in range(intervals + 1)]
 
     def exact(self, count: int) -> list[Moment]:
-        """At most `count` of the moments, evenly spread, without moments within a step that is not continuous."""
+        """Returns up to `count` evenly spread moments. Moments inside steps that are not continuous are left out."""
         found = [m for m in self.moments if not m.part or self.steps[m.step].is_continuous]
         last = len(found) - 1
         return [found[round(i * last / (count - 1))] for i in range(count)] if last >= count else found
@@ -124,7 +124,7 @@ class Trajectory:
         return "time t" if len(self.steps) == 1 else "time t, one unit for each flow"
 
     def name(self, moment: Moment) -> str:
-        """The name of a moment, such as "t = 0.25", "flow 2 of 3, t = 0.25" and "after 3 of 8 couplings".
+        """Returns the name of a moment, such as "t = 0.25", "flow 2 of 3, t = 0.25" and "after 3 of 8 couplings".
 
         A moment within the fourth of eight couplings is "coupling 4 of 8".
         """
@@ -139,12 +139,12 @@ class Trajectory:
         return f"after {moment.step} of {n} {self.kind}s" if n > 1 else f"after the {self.kind}"
 
     def _within(self, moment: Moment) -> tuple[int, float]:
-        """The number of the step that contains a moment, and the time in it. The last moment is the end of a step."""
+        """Returns the number of the step that contains a moment, and the time in this step."""
         last = len(self.steps) - 1
         return (last, 1.0) if moment.step > last else (moment.step, moment.part)
 
     def states(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        """The states at all moments, (K, B, *event) in data units, from z (B, *event)."""
+        """Returns the states at all moments, (K, B, *event) in data units, from z (B, *event)."""
         found: list[Tensor] = []
         z = self.base.map_forward(z, label)
         for number, step in enumerate(self.steps):
@@ -155,7 +155,7 @@ class Trajectory:
         return torch.stack([self.frame.map_forward(y) for y in (*found, z)])
 
     def log_density(self, x: Tensor, moment: Moment, label: Tensor | None = None) -> Tensor:
-        """log p_t(x) at a moment, (B,) in nats, for x (B, *event) in data units and labels (B,)."""
+        """Returns log p_t(x) at a moment, (B,) in nats, for x (B, *event) in data units and labels (B,)."""
         y, log_det = self.frame.inverse(x)
         number, part = moment
         if not part:
@@ -169,7 +169,7 @@ class Trajectory:
         return log_det + torch.logaddexp(before + (1 - p).log(), after + p.log())
 
     def _pulled_back(self, y: Tensor, number: int, label: Tensor | None) -> Tensor:
-        """The log density at y after the first `number` steps, without the frame."""
+        """Returns the log density at y after the first `number` steps, without the frame."""
         total = y.new_zeros(len(y))
         for step in reversed(self.steps[:number]):
             y, log_det = step.whole.inverse(y, label)
@@ -178,7 +178,7 @@ class Trajectory:
         return total + log_det + self.flow.base_log_prob(z)
 
     def velocity(self, x: Tensor, moment: Moment, label: Tensor | None = None) -> Tensor | None:
-        """dx/dt at x (B, *event) in data units, at a moment of a continuous flow; None for other steps."""
+        """Returns dx/dt at x (B, *event) in data units, at a moment of a continuous flow; None for other steps."""
         number, time = self._within(moment)
         first = self.steps[number].first
         if first is None or not self.steps[number].is_continuous:
@@ -200,7 +200,7 @@ def _adaptive(stage: Bijection) -> bool:
 
 
 def eased(part: float) -> float:
-    """The smooth step 3 p^2 - 2 p^3, which rises from 0 to 1 with slope 0 at both ends.
+    """Returns the smooth step 3 p^2 - 2 p^3, which rises from 0 to 1 with slope 0 at both ends.
 
     >>> eased(0.0), eased(0.5), eased(1.0)
     (0.0, 0.5, 1.0)

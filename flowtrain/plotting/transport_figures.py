@@ -99,7 +99,7 @@ def _panels(
     title: str,
     options: PlotOptions,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Square panels with the same limits.
+    """Creates square panels with the same limits.
 
     Args:
         rows: for each row its heading, its moments, and whether the panels are named.
@@ -168,7 +168,10 @@ def _arrows(panels: Sequence[Axes], at: Array, v: Array, inhabited: NDArray[np.b
 
 
 def _lattice() -> Array:
-    """The lines of the grid in the base, (2, LINES, ALONG, 2): along the second coordinate, then along the first."""
+    """Returns the lines of the grid in the base, (2, LINES, ALONG, 2).
+
+    The first coordinate is constant on each line of the first family, and the second coordinate in the second family.
+    """
     across, along = np.linspace(-REACH, REACH, LINES), np.linspace(-REACH, REACH, ALONG)
     first = np.stack(np.meshgrid(across, along, indexing="ij"), -1)
     return np.stack([first, first[..., ::-1]])
