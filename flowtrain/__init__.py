@@ -41,7 +41,7 @@ __all__ = [
     "train",
 ]
 
-# the modules of public names; the other names in __all__ are modules
+# the module of each public name. The other names in __all__ are modules
 _HOMES = {
     "Ensemble": "flowtrain.models.ensemble",
     "Evaluation": "flowtrain.evaluation.result",

@@ -114,7 +114,7 @@ class Density(Recorded, nn.Module):
     @property
     @abstractmethod
     def flows(self) -> "tuple[Flow, ...]":
-        """The members of an ensemble with nonzero weights. For a single flow, the flow itself."""
+        """The members of an ensemble with nonzero weights. A single flow is its only member."""
 
     @property
     @abstractmethod
@@ -682,7 +682,7 @@ class Flow(Density):
     def _drawn(
         self, n: int, temperature: float, chunk: int | None, labels: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        # drawn at once, so that the base points do not depend on the chunks
+        # all base points are drawn at once, so that they do not depend on the chunks
         z = self.base.rsample(n, generator, temperature, self.like)
         size = chunk or rows_at_a_time(self.event_shape)
         parts = repeat(None) if labels is None else torch.split(labels, size)
@@ -735,7 +735,7 @@ class Flow(Density):
                 written or replaced.
             FlowtrainError: x or labels that the flow does not allow, or a solve with fixed steps that fails.
         """
-        # imported here because flowtrain.export imports this module
+        # the import is here, because flowtrain.export imports this module
         from flowtrain.export import export
 
         columns = () if self.record is None else self.record.samples.columns

@@ -16,7 +16,7 @@ from flowtrain.ode import AS_CONFIGURED, SolveOptions
 class Wrapped(Bijection):
     """A bijection applied to a part or to a rearrangement of x, which is the same in both directions.
 
-    The rearrangement preserves volume, so the log-determinant is that of the inner bijection.
+    The rearrangement preserves volume, so the inner bijection has the same log-determinant.
     """
 
     def __init__(self, inner: Bijection) -> None:

@@ -65,7 +65,7 @@ def split_own(
             raise ConfigError(f"{key}: several values make a sweep, and only flowtrain -m runs sweeps; give one value")
         if override.is_delete():
             raise ConfigError(f"{argument}: leave {key} out instead")
-        # resolves interpolations such as ${oc.env:HOME}
+        # OmegaConf resolves interpolations such as ${oc.env:HOME}
         value = OmegaConf.create({key: override.value()})
         values[key] = OmegaConf.to_container(value, resolve=True)[key]  # type: ignore[index, call-overload]
     return values, rest

@@ -19,7 +19,7 @@ CONFIG_DIR = ("--config-dir", "-cd")
 
 
 def split_config_dir(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Returns the folder that --config-dir names (the last one, if there are several), and the other arguments.
+    """Returns the folder of the last --config-dir, and the other arguments.
 
     Raises:
         ConfigError: the flag without a value.
@@ -100,7 +100,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def add_working_directory_to_path() -> None:
     """Appends the working directory to Python's search path for modules, after all installed packages.
 
-    This is called only if the user names code to import. Otherwise a file beside a checkpoint could be imported.
+    Commands call this only if the user names code to import. Otherwise a file beside a checkpoint could be imported.
     """
     if not sys.flags.safe_path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
@@ -137,10 +137,10 @@ class CommentedConfig:
     def _first_sentence(self) -> str:
         said: list[str] = []
         for line in self.lines[: self.head]:
-            # the path of the file, and its place in the config
+            # these lines contain the path of the file, or the place of its keys in the config
             if re.fullmatch(r"# (@package .*|\S+\.yaml)", line):
                 continue
-            # an empty or indented line ends the sentences; commands follow
+            # the sentences end at an empty or indented line, and commands follow
             if not re.match(r"# \S", line):
                 break
             said.append(line.removeprefix("# ").strip())

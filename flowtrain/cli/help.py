@@ -31,13 +31,13 @@ from flowtrain.utils.formatting import flattened, shown
 
 # the columns at which descriptions of keys and of choices begin
 KEY_COLUMN, CHOICE_COLUMN = 36, 30
-# the groups, the most used first
+# the groups in the order of the help, the most used ones first
 GROUPS = ("model", "data", "objective", "regularizer", "solver", "trainer", "recipe", "experiment")
 # topics of --help that are neither groups, choices nor keys
 ALL, RUNS = "all", "runs"
 
 # flags whose value is the next argument
-TAKING = (*VALUED, "-i", "--info")
+FLAGS_WITH_VALUE = (*VALUED, "-i", "--info")
 
 HEAD = [
     "flowtrain: fits densities with normalizing flows, scores and samples them",
@@ -53,7 +53,7 @@ EXAMPLES: list[Row] = [
     ("floweval outputs/first", "test NLL with its error"),
     ("flowsample outputs/first n=10000", "draws samples"),
 ]
-# the keys of the overview, with their values if the composed config lacks them
+# the keys of the overview. Each has a value, which is shown if the composed config lacks the key, and a meaning
 KEYS: dict[str, Row] = {
     "data.path": ("FILE", "your table: .csv, .npy or .npz"),
     "data.columns": ("[NAME,NAME]", "columns to keep; null: all"),
@@ -138,7 +138,7 @@ def help_text(arguments: Sequence[str]) -> str:
 
 
 def overview(run: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
-    """Returns the help that fits on two screens: examples, groups, the most used keys and flags."""
+    """Returns the overview, which fits on two screens: examples, groups, the most used keys, and flags."""
     groups = []
     for group in GROUPS:
         names = [f"*{name}" if name in _chosen(group, choices) else name for name in options(group)]
@@ -190,7 +190,9 @@ def topics(arguments: Sequence[str]) -> list[str]:
     """Returns the arguments that are neither flags nor overrides, such as `trainer` in `flowtrain --help trainer`."""
     rest = split_config_dir(arguments)[1]
     found = zip(["", *rest], rest, strict=False)
-    return [a for before, a in found if a.strip() and "=" not in a and a[0] not in "-~" and before not in TAKING]
+    return [
+        a for before, a in found if a.strip() and "=" not in a and a[0] not in "-~" and before not in FLAGS_WITH_VALUE
+    ]
 
 
 def topic_text(about: Sequence[str], others: Iterable[str] = (), overrides: Sequence[str] = ()) -> str:
@@ -282,7 +284,11 @@ def keys_of_group(group: str, name: str, run: Mapping[str, Any]) -> list[str]:
 def overrides_of(arguments: Sequence[str]) -> list[str]:
     """Returns the overrides among the arguments of a command line. For a sweep, the overrides of its first run."""
     rest = split_config_dir(arguments)[1]
-    words = [a for before, a in zip(["", *rest], rest, strict=False) if not a.startswith("-") and before not in TAKING]
+    words = [
+        a
+        for before, a in zip(["", *rest], rest, strict=False)
+        if not a.startswith("-") and before not in FLAGS_WITH_VALUE
+    ]
     if not {*SWEEP} & {*rest}:
         return words
     return [word for override in OverridesParser.create().parse_overrides(words) for word in first_of(override)]

@@ -131,7 +131,7 @@ def _lines(runs: Sequence[tuple[Path, ListedRun]]) -> list[str]:
         state = f"{run.state}; {run.problem}" if run.problem else run.state
         rows.append([name, run.model or "?", run.data or "?", nll_of(run), seconds, state, str(shortest(run.path))])
     rows = [[*(_shortened(cell) for cell in row[:-1]), _printable(row[-1])] for row in rows]
-    # the cell that says how many runs a sweep has reaches over the next columns
+    # the row of a sweep has the number of runs in column 1. This cell is wide, because the next columns are empty
     widths = [max(len(row[i]) for row in rows if i != 1 or row[2] or row[5]) for i in range(len(head))]
     return [_line(row, widths) for row in rows]
 

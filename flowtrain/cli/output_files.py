@@ -12,7 +12,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
     """Refuses outputs that are written twice or that are also inputs.
 
     Raises:
-        ConfigError: such a path, or a path that is a directory.
+        ConfigError: an output that is written twice or is also an input, or that is a directory.
         OSError: a folder that cannot be written to.
     """
     taken = {
@@ -24,7 +24,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
             raise ConfigError(f"{path}: this command already reads or writes this file; give another name")
         if path.is_dir():
             raise ConfigError(f"{path} is a directory; give the name of a file")
-        # a device or a pipe can take more than one
+        # a device or a pipe can receive several outputs
         if not real.exists() or real.is_file():
             taken.add(real)
         folder = next(parent for parent in real.parents if parent.exists())

@@ -34,7 +34,7 @@ READ_PATHS = ("resume", "from", "ckpt", "ood")
 WRITTEN_PATHS = ("out", "scores", "hydra.run.dir", "hydra.sweep.dir")
 # the directory of runs, in the working directory
 OUTPUTS = "outputs"
-# keys whose values are names in a file
+# keys whose values are the names of columns or arrays in a file
 QUOTED_NAMES = ("data.label", "data.key")
 
 
@@ -48,7 +48,7 @@ def rename_old_keys(arguments: Sequence[str]) -> list[str]:
     replaced = []
     for argument in arguments:
         new = RENAMED_OVERRIDES.get(key_of(argument))
-        # config files are read only for arguments that may have to change
+        # `has_key` reads config files, so it is called only for arguments with an old key
         if new is not None and has_key(new, arguments):
             warn_of_old_key(key_of(argument), new)
             argument = renamed_override(argument)
@@ -60,7 +60,7 @@ def has_key(key: str, arguments: Sequence[str]) -> bool:
     """Whether the choices that a command line makes have a key in their config files."""
     group = key.partition(".")[0]
     given = [a.partition("=")[2] for a in arguments if a.lstrip("+").partition("=")[0] == group]
-    # only ffjord is chosen by default among the groups with renamed keys
+    # among the choices with renamed keys, only ffjord is a default
     names = given[-1].split(",") if given else ["ffjord"]
     return all(key in keys_of_choice(group, name.strip()) for name in names)
 
@@ -68,10 +68,11 @@ def has_key(key: str, arguments: Sequence[str]) -> bool:
 def rename_old_config_keys(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Returns a composed config in which keys of earlier versions have their present names, with a warning.
 
-    Only groups that have both names are changed: a config file of a user adds the old name to our new one.
+    Only groups that have both names are changed. Such a group has the new name from flowtrain's config files, and the
+    old name from a config file of the user.
 
     Args:
-        overrides: the overrides of the command line. They win over the config files.
+        overrides: the overrides of the command line. Their values have priority over the config files.
     """
     given = keys_of(overrides)
     groups = dict(config)
@@ -111,7 +112,7 @@ def with_default_choices(arguments: Sequence[str]) -> list[str]:
 
 
 def quoted(arguments: Sequence[str]) -> list[str]:
-    """Quotes the paths among the values of a command line for Hydra, if they need it.
+    """Quotes the paths in the values of a command line, if Hydra could not parse them otherwise.
 
     Quoted values, lists and the values of a sweep are not changed, unless a file of exactly that name exists.
 
@@ -148,7 +149,7 @@ def _quoted(argument: str) -> str:
     if read and "," in text and not re.search(r"['\"]", text):
         # the values of a sweep, with -m
         return f"{start}={','.join(_quoted(f'{key}={part.strip()}').partition('=')[2] for part in text.split(','))}"
-    # a value that begins with a quote but cannot be parsed was meant for Hydra, which reports it
+    # a value that begins with a quote, but cannot be parsed, is not changed, so that Hydra reports it
     return argument if value is None and text[0] in "'\"" else f"{start}={in_quotes(text)}"
 
 
@@ -173,7 +174,7 @@ def in_quotes(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
-# two keys for one setting: setting one resets the other
+# pairs of keys for the same setting. If one is set, the other is reset
 SAME_SETTING = {"solver.steps": "solver.step_size", "solver.step_size": "solver.steps"}
 
 # flags of Hydra. The argument after a flag in VALUED is its value, not an override
@@ -199,7 +200,7 @@ TOPICAL = ("--info", "--shell-completion")
 def with_name(arguments: Sequence[str]) -> list[str]:
     """Replaces name=NAME by the directories of the run and of a sweep of this name.
 
-    Directories on the command line win, because Hydra takes the last value of a key.
+    Directories on the command line have priority, because Hydra uses the last value of a key.
 
     Raises:
         ConfigError: a name that is not one component of a path.
@@ -346,7 +347,7 @@ def trusted(value: Any) -> list[str]:
 
 
 def _is_package(name: str) -> bool:
-    """Whether Python would find the package. Does not import it."""
+    """Whether Python would find the package. The package is not imported."""
     try:
         return find_spec(name.partition(".")[0]) is not None
     except (ImportError, ValueError):
@@ -360,7 +361,7 @@ def overridden(
 
     Args:
         own: the options of the command, for the message.
-        used: the parts of the config that the command reads; empty: all. Keys of other parts are refused.
+        used: the groups and keys of the config that the command reads; empty: all. Others are refused.
 
     Raises:
         ConfigError: an unknown or unused key, or another model.
@@ -395,7 +396,7 @@ def overridden(
         if group in config_groups():
             if group in ("model", "experiment", "recipe"):
                 raise ConfigError(
-                    f"{group}={override.value()}: the checkpoint already contains the model; leave it out"
+                    f"{group}={override.value()}: the checkpoint already contains the model; leave this option out"
                 )
             check_option(override)
             config[group] = compose_defaults([f"{group}={override.value()}"])[group]
@@ -413,31 +414,31 @@ def overridden(
     found = plain(config) | ({"model": saved["model"]} if described else {})
     keys = [override.key_or_group for override in parsed]
     if "data.path" in keys and "data.key" not in keys:
-        found["data"] = less_key(found["data"])
+        found["data"] = without_unused_key(found["data"])
     groups = {key.partition(".")[0] for key in keys}
     return with_whole_numbers(found, groups & {*config_groups()})
 
 
-def less_key(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Sets data.key to null if data.path no longer names an .npz file."""
+def without_unused_key(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the data config, with `key` set to null if `path` does not name an .npz file."""
     is_archive = str(data.get("path")).lower().endswith(".npz")
     return {**data, "key": None} if data.get("key") is not None and not is_archive else dict(data)
 
 
-# keys of a saved model that may be changed, and keys of its data that may not
+# the keys of a saved model that may be changed, and the keys of its data that may not be changed
 MODEL_KEYS = ("eval_trace", "noise", "noise_samples")
 TRAINED_KEYS = ("data.alpha", "data.standardize", "data.gaussian_start")
 
 
 def check_kept(overrides: Sequence[str]) -> None:
-    """Refuses to change keys that the weights depend on. With other values they would define another density."""
+    """Refuses overrides of keys that the weights depend on. Another value of such a key would change the density."""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group
         if key.startswith("model.") and key.removeprefix("model.") not in MODEL_KEYS:
             free = ", ".join(f"model.{name}" for name in MODEL_KEYS)
             raise ConfigError(f"{key}: the model of a checkpoint is fixed; only {free} can be changed")
         if key in TRAINED_KEYS:
-            raise ConfigError(f"{key}: a checkpoint keeps the value that it was trained with; leave it out")
+            raise ConfigError(f"{key}: a checkpoint keeps the value that it was trained with; leave this option out")
 
 
 def keys_of(overrides: Sequence[str]) -> set[str]:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flowtrain.cli.config_files import config_dirs, options, plain
 from flowtrain.cli.error_messages import unknown_key
 from flowtrain.cli.output_files import absolute_paths, is_path
-from flowtrain.cli.overrides import keys_of, less_key, overridden, rename_old_config_keys, trusted
+from flowtrain.cli.overrides import keys_of, overridden, rename_old_config_keys, trusted, without_unused_key
 from flowtrain.runs.build import is_description, with_whole_numbers
 from flowtrain.runs.compose import applied_recipes
 from flowtrain.runs.console import messages
@@ -213,7 +213,7 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
         )
     keys = keys_of(given)
     moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
-    data = less_key({**saved["data"], **moved}) if "path" in moved else saved["data"] | moved
+    data = without_unused_key({**saved["data"], **moved}) if "path" in moved else saved["data"] | moved
     return {**config, "from": str(path), "model": saved["model"], "data": data}
 
 

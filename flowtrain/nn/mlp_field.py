@@ -248,7 +248,7 @@ class TimedLinear(TimedLayer):
         return gate.unsqueeze(-1) * weight, torch.addcmul(shift, gate, bias)
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns y and (dy/dx) e for each tangent e, with one modulation."""
+        """Returns y and (dy/dx) e for each tangent e. `modulation` is called only once."""
         gate, shift = self.modulation(t)
         y: Tensor = self.linear(x)
         probe_jvps = F.linear(tangents, self.linear.weight)
@@ -357,9 +357,10 @@ class MLPField(LayeredField[TimedLinear]):
 def spread_units(layer: nn.Linear, scale: float) -> None:
     """Initializes units w x + b with w ~ N(0, 2 scale^2 / d I) and b = -w c, c ~ N(0, 4 I).
 
-    A unit is zero on a hyperplane through c, so these hyperplanes are spread over standardized data. Torch's biases are
-    as small as its weights. Then all hyperplanes pass near 0, and far from 0, for example on a ring around it, all
-    units behave alike. A tanh unit changes over a distance of about 1 / |w|, which is 0.7 / scale in any dimension.
+    A unit is zero on a hyperplane through c, so the hyperplanes of all units are spread over standardized data. With
+    the default initialization of torch, biases are as small as weights, and all hyperplanes pass near 0. Then all units
+    behave alike far from 0, for example on a ring around 0. A tanh unit changes over a distance of about 1 / |w|, which
+    is 0.7 / scale in any dimension.
     """
     if layer.weight.is_meta:
         # tensors on the meta device have no values, and torch would import its compiler here, which takes seconds
@@ -392,7 +393,7 @@ class MLPRecorder:
         """
         parts = [tape.weight_gradients() for tape in tapes]
         cotangents = [torch.cat(part) for kind in zip(*parts, strict=True) for part in zip(*kind, strict=True)]
-        # the parameters at the time of recording; the field may have other ones by now
+        # these are the parameters at the time of recording. The field may have other parameters now
         recorded = {f"field.{name}": p for name, p in zip(self.names, self.parameters, strict=True)}
         with torch.enable_grad():
             times = torch.cat([tape.times for tape in tapes])

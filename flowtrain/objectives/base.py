@@ -21,7 +21,7 @@ class Objective(nn.Module, ABC):
     Attributes:
         flow: the flow that is trained.
         regularizer: the regularization terms of the loss.
-        likelihood_from: the first step that maximizes the likelihood, which solves the ODE of a continuous flow. The
+        likelihood_from: the first step that maximizes the likelihood, with an ODE solve for a continuous flow. The
             schedules of learning rate, tolerance and weight averaging restart at this step. None: no such step.
         start_counts: whether the flow before the first step can become the best checkpoint. False for objectives that
             may lower the likelihood for another goal.

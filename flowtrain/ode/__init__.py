@@ -26,7 +26,8 @@ __all__ = [
 ]
 
 
-# a list, so that torchdiffeq is imported only if it is used; tests/ode/test_solver.py compares it with torchdiffeq's
+# this list exists so that torchdiffeq is imported only if it is used. tests/ode/test_solver.py compares it with
+# torchdiffeq's list
 TORCHDIFFEQ_METHODS = (
     "adaptive_heun",
     "bosh3",

@@ -108,7 +108,7 @@ def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]], noisy: b
         tableau: the method.
         steps: (t, h) of each step.
         noisy: whether the integrand is a random estimate. Then k ceil(p / 2) nodes are used, because the noise is far
-            above their error.
+            larger than the error of the rule.
     """
     per_step = math.ceil((tableau.order + (0 if noisy else 2)) / 2)
     times: list[float] = []

@@ -26,7 +26,7 @@ class Tape(Protocol):
 
 
 class Recorder(Protocol):
-    """Makes tapes of one velocity. A field with hand-written derivatives has its own recorder instead of autograd's.
+    """Makes tapes of one velocity. A field with hand-written derivatives has a recorder that replaces autograd.
 
     Attributes:
         parameters: the tensors that get `gradients`. The list is complete after the first stage with keep=True.

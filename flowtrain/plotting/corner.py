@@ -18,7 +18,7 @@ from flowtrain.data.tables.columns import default_names
 from flowtrain.plotting import points, scales, style
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, Points, Range
-from flowtrain.plotting.scales import mark
+from flowtrain.plotting.scales import set_ticks
 from flowtrain.utils.errors import FlowtrainError
 
 # the number of columns that are shown if none are chosen
@@ -99,8 +99,8 @@ def draw_corner(
     width = real.values.shape[1]
     chosen = options.positions((width,), columns) or list(range(min(width, SHOWN)))
     groups = _groups(classes, data, samples)
-    scaled = [scales.suited(real.values[:, i]) for i in chosen]
-    real, model = (scales.along(scaled, Points(each.values[:, chosen], each.dropped)) for each in (real, model))
+    scaled = [scales.choose_scale(real.values[:, i]) for i in chosen]
+    real, model = (scales.on_axes(scaled, Points(each.values[:, chosen], each.dropped)) for each in (real, model))
     limits = [points.robust_range(column, margin=0.0) for column in real.values.T]
     names = [(columns or default_names(range(width)))[i] for i in chosen]
     count = len(chosen)
@@ -243,7 +243,7 @@ def _outline(
     bins = 2 * BINS
     if len(values) >= FEWEST_OF_CLASS:
         # the blur follows Scott's rule
-        spreads = [min(float(column.std()), _spread(column)) * len(values) ** (-1 / 6) for column in values.T]
+        spreads = [min(float(column.std()), _robust_std(column)) * len(values) ** (-1 / 6) for column in values.T]
         cells = [(high - low) / bins for low, high in limits]
         blur = tuple(float(np.clip(s / cell, 1.0, 12.0)) for s, cell in zip(spreads, cells, strict=True))
         heights = points.histogram_2d(values, limits, bins, (blur[0], blur[1]))
@@ -255,7 +255,7 @@ def _outline(
     axes.plot(values[:DOTS, 0], values[:DOTS, 1], "x", color=colour, markersize=4, markeredgewidth=0.9)
 
 
-def _spread(values: Array) -> float:
+def _robust_std(values: Array) -> float:
     """Returns the standard deviation of a Gaussian with the interquartile range of values (N,)."""
     first, third = np.quantile(values, (0.25, 0.75))
     return float(third - first) / 1.349
@@ -269,16 +269,16 @@ def _levels(heights: Array, masses: Sequence[float]) -> list[float]:
 
 def _label(axes: Axes, row: int, column: int, names: Sequence[str], scaled: Sequence[scales.Scale]) -> None:
     """Sets the ticks of a panel. Panels at the left and lower edges of the figure also get the names of columns."""
-    box, shared = axes.get_window_extent(), _shared(names)
+    box, shared = axes.get_window_extent(), _common_prefix(names)
     room = [length / style.DPI for length in (box.width, box.height)]
-    note = mark(axes.xaxis, scaled[0], most=5, size=TICKS, gap=GAP)
+    note = set_ticks(axes.xaxis, scaled[0], most=5, size=TICKS, gap=GAP)
     if row == len(names) - 1:
         axes.set_xlabel(folded(points.noted(names[column], note), room[0], shared))
     if row == column:
         axes.spines["left"].set_visible(False)
         axes.set_yticks([])
     else:
-        note = mark(axes.yaxis, scaled[1], most=5, size=TICKS, gap=GAP)
+        note = set_ticks(axes.yaxis, scaled[1], most=5, size=TICKS, gap=GAP)
         if column == 0:
             axes.set_ylabel(folded(points.noted(names[row], note), room[1], shared))
             # the names of all rows have the same distance from their panels, whatever the width of the tick labels
@@ -286,7 +286,7 @@ def _label(axes: Axes, row: int, column: int, names: Sequence[str], scaled: Sequ
     axes.tick_params(labelbottom=row == len(names) - 1, labelleft=column == 0)
 
 
-def _shared(names: Sequence[str]) -> int:
+def _common_prefix(names: Sequence[str]) -> int:
     """Returns the length of the common prefix of all names; 0 for a single name."""
     if len(names) < 2:
         return 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from flowtrain.plotting import points, scales, style
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, LogDensity, Range
-from flowtrain.plotting.scales import Scale, axis_label, mark
+from flowtrain.plotting.scales import Scale, axis_label, set_ticks
 
 HEIGHT_1D = 3.9
 RESOLUTION_1D = 1000
@@ -51,11 +51,11 @@ def draw_flow_1d(
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 1)
-    scale = scales.suited(real.values[:, 0])
-    real, model = (scales.along([scale], each) for each in (real, model))
+    scale = scales.choose_scale(real.values[:, 0])
+    real, model = (scales.on_axes([scale], each) for each in (real, model))
     limits = points.robust_range(real.values)
     x = points.centres(limits, resolution)
-    density = points.evaluate(scales.density_along([scale], log_density), x[:, None])
+    density = points.evaluate(scales.density_on_axes([scale], log_density), x[:, None])
     bins = points.count_bins(real.values[:, 0], limits, points.common_count(real.values, model.values))
     observed, edges = points.histogram_1d(real.values, limits, bins)
     sampled, _ = points.histogram_1d(model.values, limits, bins)
@@ -69,11 +69,11 @@ def draw_flow_1d(
         name = points.noted("model density", points.missing_note(density))
         axes.plot(x, np.minimum(density, 1e30), color=style.DENSITY, label=name)
         if true_log_density is not None:
-            truth = points.evaluate(scales.density_along([scale], true_log_density), x[:, None])
+            truth = points.evaluate(scales.density_on_axes([scale], true_log_density), x[:, None])
             axes.plot(x, np.minimum(truth, 1e30), color=style.GREEN, dashes=style.DASHES[1], label="true density")
         top = _top(observed, sampled, density)
         axes.set(xlim=limits, ylim=(0, top))
-        axes.set_xlabel(axis_label(column, mark(axes.xaxis, scale, most=10), 8))
+        axes.set_xlabel(axis_label(column, set_ticks(axes.xaxis, scale, most=10), 8))
         unit = "per unit" if scale.plain else "per unit of the axis"
         if log_scale:
             axes.set_yscale("log")
@@ -84,7 +84,7 @@ def draw_flow_1d(
             axes.set_ylim(low, high)
             axes.set_ylabel(points.noted("density", unit))
         else:
-            axes.set_ylabel(points.noted("density", " ".join(filter(None, (mark(axes.yaxis), unit)))))
+            axes.set_ylabel(points.noted("density", " ".join(filter(None, (set_ticks(axes.yaxis), unit)))))
         style.legend_above(axes)
         style.save(figure, path, options)
 
@@ -134,8 +134,8 @@ def draw_flow_2d(
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 2)
-    scaled = [scales.suited(column) for column in real.values.T]
-    real, model = (scales.along(scaled, each) for each in (real, model))
+    scaled = [scales.choose_scale(column) for column in real.values.T]
+    real, model = (scales.on_axes(scaled, each) for each in (real, model))
     limits = picture_limits(real.values)
     blur = points.blur_2d(points.common_count(real.values, model.values))
     panels = [
@@ -150,7 +150,7 @@ def draw_flow_2d(
     ]
     for name, function in (("model density", log_density), ("true density", true_log_density)):
         if function is not None:
-            heights = points.moments_2d(scales.density_along(scaled, function), limits, resolution, 1)[0]
+            heights = points.moments_2d(scales.density_on_axes(scaled, function), limits, resolution, 1)[0]
             panels.append((points.noted(name, points.missing_note(heights)), heights))
     peaks = [points.peak(heights) for _, heights in panels]
     # the peak of a true density is exact, but the peaks of data and model depend on noise and on the fit
@@ -196,8 +196,8 @@ def _row_of_panels(
     for i in range(count):
         axes = style.add_axes(figure, LEFT_2D + i * (side + GAP_2D), BOTTOM_2D, side, side)
         axes.set(xlim=limits[0], ylim=limits[1])
-        axes.set_xlabel(axis_label(columns[0], mark(axes.xaxis, scaled[0], gap=GAP_2D), side))
-        note = mark(axes.yaxis, scaled[1])
+        axes.set_xlabel(axis_label(columns[0], set_ticks(axes.xaxis, scaled[0], gap=GAP_2D), side))
+        note = set_ticks(axes.yaxis, scaled[1])
         axes.tick_params(length=2.5, labelleft=i == 0, left=i == 0)
         axes.spines[:].set_visible(False)
         if i == 0:
@@ -250,7 +250,7 @@ def add_colour_bar(
     axes = style.add_axes(figure, left, bottom, BAR, height)
     bar = figure.colorbar(ScalarMappable(Normalize(*limits), colours), cax=axes, extend=extend)
     bar.outline.set_visible(False)
-    note = mark(axes.yaxis)
+    note = set_ticks(axes.yaxis)
     axes.tick_params(length=2.5)
     axes.set_ylabel(points.noted(name, " ".join(filter(None, (note, unit)))))
 

@@ -69,7 +69,7 @@ def draw_calibration(
     counts = {len(u) for u in transforms.values()}
     if len(counts) != 1:
         raise FlowtrainError(
-            f"cannot plot transforms with different numbers of points {sorted(counts)}: give the same number for each"
+            f"cannot plot transforms of {sorted(counts)} points: give the same number for all, at least 1"
         )
     (n,) = counts
     with style.styled():

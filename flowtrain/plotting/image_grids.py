@@ -29,19 +29,19 @@ Named = Sequence[tuple[str, Tensor]]
 # inches
 HEAD, LINE, NAME, NOTE, GAP, ROW_GAP = 0.63, 0.18, 0.08, 0.12, 0.01, 0.05
 TALLEST, LARGEST = 7.0, 1.5
-# smallest width of an image: two screen pixels for each of 32, and the gap
+# the smallest width of an image in inches: two screen pixels for each of 32 pixels, and the gap
 LEAST = 0.33
-# images are enlarged by a fraction if a whole number would fill less than this share of their place
+# images are enlarged by a whole number, unless they would then fill less than this share of their place
 FULL = 0.95
 LETTER, WIDEST_LABEL = 0.075, 2.4
 
-# height of the colour bar of differences with its numbers; height and width of the bar itself
+# inches: the height of the colour bar of differences with its numbers, and the height and width of the bar
 BAR, BAR_HEIGHT, BAR_WIDTH = 0.42, 0.1, 2.4
 
 MOST_PANELS = 6
 # blue, white and red can be distinguished with every common kind of colour blindness
 SIGNED = matplotlib.colormaps["RdBu_r"]
-# magenta: no figure uses it otherwise, and photographs hardly ever
+# magenta, which is used nowhere else in figures and is rare in photographs
 NOT_FINITE = (255, 0, 255)
 
 
@@ -362,11 +362,11 @@ def _first(drawn: int, count: int, things: str = "") -> str:
 
 def _figure(top: int, head: float, title: str, options: PlotOptions) -> Figure:
     """Returns a figure with images up to `top` pixels, and `head` inches above them."""
-    # half a pixel more, because a height that is rounded down loses its last row of pixels
+    # half a pixel is added, because a height that is rounded down loses the last row of pixels
     return style.new_figure((top + _pixels(head) + 0.5) / style.DPI, title, options)
 
 
 def _write(figure: Figure, x: float, y: float, words: str, room: float, *, size: float, **look: Any) -> None:
-    """Writes words at screen pixels (x, y) from the lower left, smaller if they would be wider than `room`."""
+    """Writes words at screen pixels (x, y) from the lower left, in smaller letters if `room` is too narrow."""
     size *= min(1.0, room / (_pixels(LETTER) * size / 9 * max(1, *(len(line) for line in words.split("\n")))))
     figure.text(x / style.DPI, y / style.DPI, words, transform=figure.dpi_scale_trans, size=size, **look)

@@ -11,7 +11,7 @@ from flowtrain.bases import StandardNormal
 from flowtrain.data.base import Dataset
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting import points
-from flowtrain.plotting.drawing import drawing, first, latents, warn_if_plotting_fails
+from flowtrain.plotting.drawing import draw_latents, drawing, first_test_samples, warn_if_plotting_fails
 from flowtrain.plotting.image_grids import draw_panels, draw_rows
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.utils.errors import FlowtrainError
@@ -36,7 +36,7 @@ def draw(
 ) -> None:
     """Draws samples beside data; see `flowtrain.plotting.pictures.draw`."""
     show = UnitRange(flow, data)
-    real, labels = first(flow, data, IMAGES, label)
+    real, labels = first_test_samples(flow, data, IMAGES, label)
     if samples is None:
         samples = flow.sample(len(real), label=labels)
     of = "" if flow.classes is None else "same classes" if label is None else f"class {label}"
@@ -146,7 +146,7 @@ class RowsFigure(NamedTuple):
 
 def reconstructed(flow: Flow, data: Dataset) -> tuple[Tensor, Tensor]:
     """Returns test images, dequantized if integer-valued, and their round trips, both (RECONSTRUCTED, C, H, W)."""
-    x, label = first(flow, data, RECONSTRUCTED)
+    x, label = first_test_samples(flow, data, RECONSTRUCTED)
     x = flow.dequantized(x)
     return x, flow(flow.inverse(x, label), label)
 
@@ -165,7 +165,7 @@ def interpolations(flow: Flow, data: Dataset) -> Rows:
             f"images are interpolated on the sphere near which standard normal latents lie, but the base of this flow "
             f"is {type(flow.base).__name__}"
         )
-    x, label = first(flow, data, SEARCHED)
+    x, label = first_test_samples(flow, data, SEARCHED)
     known = None if data.test_labels is None else data.test_labels[:SEARCHED].tolist()
     z = flow.inverse(x, label)
     t = torch.linspace(0, 1, WEIGHTS, device=z.device)
@@ -213,12 +213,12 @@ def temperatures(flow: Flow, data: Dataset) -> Rows:
     label, rows = None if flow.classes is None else flow.in_turn(SAMPLED), []
     for t in TEMPERATURES:
         with seeded(0, flow.like.device):
-            z = latents(flow, SAMPLED, t)
+            z = draw_latents(flow, SAMPLED, t)
         rows.append((f"T = {t}", flow(z, label)))
     return rows
 
 
 def classes(flow: Flow, data: Dataset) -> Rows:
     """Draws samples of each class with training rows, from the same base noise."""
-    z = latents(flow, SAMPLED)
+    z = draw_latents(flow, SAMPLED)
     return [(f"class {label}", flow(z, label)) for label in flow.seen]

@@ -10,7 +10,7 @@ from flowtrain.utils.arguments import choose, flag, one_of
 from flowtrain.utils.errors import ConfigError
 
 FORMATS = ("png", "pdf", "svg")
-# the values of a config that was written before the keys existed
+# the values for configs that were written before these keys existed
 DEFAULTS: dict[str, Any] = {"format": ["png"], "title": True, "columns": None}
 # corner plots show tables of at least this many columns
 LEAST_COLUMNS = 3

@@ -65,7 +65,7 @@ def draw_runs(path: Path, *, runs: Mapping[str, Rows], title: str) -> None:
 
 
 def _curve(axes: Axes, rows: Rows, x: str, y: str, look: Mapping[str, Any]) -> np.ndarray:
-    """Draws a curve, and returns its values of y. Of several rows with the same x, the last one counts."""
+    """Draws a curve, and returns its values of y. If several rows have the same x, the last one counts."""
     found = {float(row[x]): float(row[y]) for row in rows if _is_finite(row.get(x)) and _is_finite(row.get(y))}
     places = sorted(found)
     values = np.array([found[place] for place in places])
@@ -75,10 +75,10 @@ def _curve(axes: Axes, rows: Rows, x: str, y: str, look: Mapping[str, Any]) -> n
 
 
 def _limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Returns the range of the NLL to show. Steep starts and divergences leave the frame.
+    """Returns the range of the NLL axis. It does not cover steep starts and divergences.
 
-    It reaches from the lowest value to the largest third quartile of a curve, and further by the same distance if there
-    are values.
+    Let q be the largest third quartile of a curve. The range begins at the lowest value. It ends at the highest value,
+    or at most as far above q as the lowest value is below q.
     """
     low = min(float(values.min()) for values in curves)
     high = max(float(values.max()) for values in curves)

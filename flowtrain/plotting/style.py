@@ -95,7 +95,7 @@ def styled() -> Iterator[None]:
     """Applies the style of all figures inside a context. Figures must be built and saved inside.
 
     The style starts from matplotlib's defaults, so that a user's matplotlibrc does not change sizes or need LaTeX.
-    Only one thread at a time is inside: matplotlib's rcParams and its font renderer belong to the process.
+    Only one thread at a time is inside, because all threads share matplotlib's rcParams and its font renderer.
     """
     with _LOCK, matplotlib.style.context(["default", _RC]):
         yield
@@ -116,7 +116,7 @@ def new_figure(height: float, title: str, options: PlotOptions = DEFAULT) -> Fig
 
 
 def add_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Axes placed by inches from the figure's lower left corner."""
+    """Adds axes to a figure. Positions are in inches from its lower left corner."""
     across, up = figure.get_size_inches()
     axes = figure.add_axes((left / across, bottom / up, width / across, height / up))
     mark_numbers(axes)
@@ -181,7 +181,7 @@ def _number_format(values: Sequence[float], linear: bool) -> Callable[[float], s
 
 
 def mark_numbers(axes: Axes) -> None:
-    """Sets `TickNumbers` for both axes. matplotlib removes it when the scale of an axis is changed."""
+    """Sets the formatter `TickNumbers` for both axes. matplotlib removes it when the scale of an axis is changed."""
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(TickNumbers())
 
@@ -273,7 +273,7 @@ def annotate(axes: Axes, text: str, *, x: float = 0.5, y: float = 0.5, align: st
 def save(figure: Figure, path: Path, options: PlotOptions = DEFAULT) -> None:
     """Writes `figure` in each format, to `path` with the ending of the format.
 
-    Each file is replaced as a whole: a reader finds the old figure or the new one, never a part of it.
+    A file is replaced when the new figure is complete, so it never contains a part of a figure.
     """
     FigureCanvasAgg(figure)
     for file in options.files(path):

@@ -10,21 +10,21 @@ from torch import Tensor
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.coupling import Coupling
-from flowtrain.bijections.decomposition import between, innermost, stages, through
+from flowtrain.bijections.decomposition import between, evaluate_inside, innermost, stages
 from flowtrain.bijections.linear import GaussianStart, InvertibleLinear, Permutation
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
 from flowtrain.flow import Flow
 from flowtrain.utils.errors import FlowtrainError
 
-# layers at the data end that give samples their units. They are applied to the states of all moments
+# the types of layers at the data end that convert states to data units. They are applied to the states of all moments
 FRAMES = (ActNorm, BatchNorm, Standardize, Logit, GaussianStart)
-# layers that are part of the step before them, because they change next to nothing
+# the types of layers that belong to the step before them, because they change a density very little
 QUIET = (*FRAMES, Permutation, InvertibleLinear)
 
 
 class Moment(NamedTuple):
-    """A moment after `step` steps and the share `part` of the next one, which is the time of a continuous flow."""
+    """A moment after `step` steps and the share `part` of the next step. In a continuous flow, `part` is the time."""
 
     step: int
     part: float
@@ -33,8 +33,8 @@ class Moment(NamedTuple):
 class Step:
     """One stage of a flow with the QUIET layers after it.
 
-    A continuous flow has a state at each time. A coupling has none in between: pictures move each point on a straight
-    line from its position before the step to that after it.
+    A continuous flow has a state at each time. A coupling has no states between its ends. Pictures move each point on a
+    straight line from its position before the step to its position after the step.
     """
 
     def __init__(self, found: list[Bijection]) -> None:
@@ -60,7 +60,7 @@ class Step:
                 y, after = between(self.first, begin, end).map_forward(state, label), None
             if after is None:
                 after = self.rest.map_forward(y, label)
-            yield torch.lerp(y, after, eased(end))
+            yield torch.lerp(y, after, smoothstep(end))
 
 
 class Trajectory:
@@ -164,7 +164,7 @@ class Trajectory:
         if first is not None and self.steps[number].is_continuous:
             start, behind = between(first, 0.0, part).inverse(y, label)
             return log_det + behind + self._pulled_back(start, number, label)
-        p = y.new_tensor(eased(part))
+        p = y.new_tensor(smoothstep(part))
         before, after = (self._pulled_back(y, n, label) for n in (number, number + 1))
         return log_det + torch.logaddexp(before + (1 - p).log(), after + p.log())
 
@@ -185,9 +185,9 @@ class Trajectory:
             return None
         flow, y = innermost(first), self.frame.map_inverse(x)
         assert isinstance(flow, Continuous)
-        v = through(first, lambda inside: flow.velocity(label)(inside.new_tensor(time), inside), y)
+        v = evaluate_inside(first, lambda inside: flow.velocity(label)(inside.new_tensor(time), inside), y)
         if not list(self.frame):
-            # avoids the first jvp of a process, which takes a second
+            # v is already in data units. This avoids the first jvp of a process, which takes a second
             return v
         velocity: Tensor = torch.func.jvp(self.frame.map_forward, (y,), (v,))[1]
         return velocity
@@ -199,17 +199,17 @@ def _adaptive(stage: Bijection) -> bool:
     return isinstance(flow, Continuous) and flow.solver.adaptive
 
 
-def eased(part: float) -> float:
+def smoothstep(part: float) -> float:
     """Returns the smooth step 3 p^2 - 2 p^3, which rises from 0 to 1 with slope 0 at both ends.
 
-    >>> eased(0.0), eased(0.5), eased(1.0)
+    >>> smoothstep(0.0), smoothstep(0.5), smoothstep(1.0)
     (0.0, 0.5, 1.0)
     """
     return part * part * (3 - 2 * part)
 
 
 def _steps(found: list[Bijection]) -> list[Step]:
-    """Groups stages into steps: each starts with a stage that is not QUIET. QUIET stages at the base are one step."""
+    """Groups stages into steps. A step starts with a stage that is not QUIET. QUIET stages at the base are one step."""
     groups: list[list[Bijection]] = []
     for stage in found:
         if groups and isinstance(innermost(stage), QUIET):

@@ -12,7 +12,13 @@ from flowtrain.data.tables.columns import default_names
 from flowtrain.evaluation.log_likelihood import check_samples
 from flowtrain.flow import Flow
 from flowtrain.plotting.animation import animate_flow_2d, animate_images
-from flowtrain.plotting.drawing import drawing, first, latents, warn_if_plotting_fails, where_inside
+from flowtrain.plotting.drawing import (
+    draw_latents,
+    drawing,
+    evaluate_inside_range,
+    first_test_samples,
+    warn_if_plotting_fails,
+)
 from flowtrain.plotting.image_pictures import UnitRange
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.trajectory import Moment, Trajectory
@@ -84,12 +90,12 @@ def animate(
     check_animated(flow, n)
     with drawing(flow, TOLERANCE, seed) as flow:
         if len(flow.event_shape) == 3:
-            _animate_images(flow, data, paths, title, latents(flow, n or IMAGES, temperature), label, options)
+            _animate_images(flow, data, paths, title, draw_latents(flow, n or IMAGES, temperature), label, options)
             return
         label = flow.seen[0] if label is None and flow.classes is not None else label
         transport = _Transport(flow, data, FRAMES, label)
         with status("moving samples"):
-            states = transport.states(latents(flow, n or DOTS, temperature))
+            states = transport.states(draw_latents(flow, n or DOTS, temperature))
         check_samples(states[-1])
         animate_flow_2d(
             paths,
@@ -129,9 +135,9 @@ class _Transport:
         self.flow, self.label = flow, label
         self.trajectory = Trajectory(flow, moments)
         self.shown = self.trajectory.exact(moments)
-        self.data = flow.dequantized(first(flow, data, POINTS, label)[0])
+        self.data = flow.dequantized(first_test_samples(flow, data, POINTS, label)[0])
         # the rows of all classes, because the base is as wide as all classes together
-        self.every_class = self.data if label is None else flow.dequantized(first(flow, data, POINTS)[0])
+        self.every_class = self.data if label is None else flow.dequantized(first_test_samples(flow, data, POINTS)[0])
         self.columns = tuple(data.columns) or default_names(range(2))
 
     @property
@@ -149,7 +155,7 @@ class _Transport:
         found = []
         with status("densities", total=len(self.shown), unit="moment") as progress:
             for moment in self.shown:
-                found.append(where_inside(self.flow, x, partial(self._density, moment=moment), -torch.inf))
+                found.append(evaluate_inside_range(self.flow, x, partial(self._density, moment=moment), -torch.inf))
                 progress.advance()
         return torch.stack(found)
 
@@ -158,7 +164,9 @@ class _Transport:
 
     def velocity(self, x: Tensor) -> Tensor:
         """Returns the velocities (K, G, 2) at x (G, 2)."""
-        return torch.stack([where_inside(self.flow, x, partial(self._velocity, moment=m), 0.0, 2) for m in self.shown])
+        return torch.stack(
+            [evaluate_inside_range(self.flow, x, partial(self._velocity, moment=m), 0.0, 2) for m in self.shown]
+        )
 
     def _velocity(self, x: Tensor, moment: Moment) -> Tensor:
         v = self.trajectory.velocity(x, moment, self._labels(x))
@@ -185,7 +193,7 @@ def _draw_transport(transport: _Transport, path: Path, title: str, options: Plot
 
 def _draw_paths(transport: _Transport, path: Path, title: str, options: PlotOptions) -> None:
     particles = PARTICLES if transport.trajectory.is_continuous else min(STEP_PARTICLES, PARTICLES)
-    states = transport.states(latents(transport.flow, particles))
+    states = transport.states(draw_latents(transport.flow, particles))
     labels = transport.flow.labels(transport.label, states[0])
     along = [transport.trajectory.log_density(x, m, labels) for x, m in zip(states, transport.shown, strict=True)]
     draw_paths(

@@ -13,7 +13,7 @@ from flowtrain.evaluation.log_likelihood import marginal
 from flowtrain.flow import Density
 from flowtrain.plotting.corner import Classes, draw_corner
 from flowtrain.plotting.densities import draw_flow_1d, draw_flow_2d
-from flowtrain.plotting.drawing import first, where_inside
+from flowtrain.plotting.drawing import evaluate_inside_range, first_test_samples
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import LogDensity
 from flowtrain.utils.errors import FlowtrainError
@@ -34,7 +34,7 @@ def draw(
 ) -> None:
     """Draws rows of a table beside samples; see `flowtrain.plotting.pictures.draw`."""
     label = None if flow.classes is None else label
-    real, _ = first(flow, data, POINTS, label)
+    real, _ = first_test_samples(flow, data, POINTS, label)
     width = flow.event_shape[0]
     drawn = None
     if samples is None:
@@ -47,7 +47,7 @@ def draw(
 
     def density(x: Tensor) -> Tensor:
         function = partial(marginal, flow) if label is None else partial(flow.log_prob, label=label)
-        return where_inside(flow, x, function, -torch.inf)
+        return evaluate_inside_range(flow, x, function, -torch.inf)
 
     draw_flow(
         path,
