@@ -11,7 +11,7 @@ Example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# records the time at which the process started
+# this module records the time at which the process started
 import flowtrain.utils.status  # noqa: F401
 
 if TYPE_CHECKING:

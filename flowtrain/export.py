@@ -42,7 +42,7 @@ FIXED_STEP_METHODS = tuple(name for name, tableau in TABLEAUS.items() if tableau
 MOST_ROWS, MOST_NUMBERS = 1000, 200_000
 # largest difference between a program and the flow, in nats, or in standard deviations of an element
 TOLERANCE = 1e-4
-# the possible numbers of steps, and the root mean square of the bias, in nats, that is small enough
+# the numbers of steps that are tried, and the largest accepted root mean square of the bias in nats
 STEPS, LEAST_BIAS = (8, 16, 32, 64, 128), 1e-3
 # the reference solve for the bias, in float64
 TIGHT: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7, "max_nfe": 100_000}
@@ -243,7 +243,7 @@ def with_fixed_steps(
         x, label: rows on which the bias of log p is measured.
         solver: a method with fixed steps. None: the method of the flow if it has fixed steps, else rk4.
         steps: the number of steps from t = 0 to 1. None: the flow's number if its solver has fixed steps and `solver`
-            is None, else the first of `STEPS` with a bias of at most `LEAST_BIAS`, or the last of them.
+            is None, else the first of `STEPS` with a bias of at most `LEAST_BIAS`, or the last of `STEPS`.
 
     Raises:
         ConfigError: a setting out of range, or a setting for a flow without ODE.
@@ -640,7 +640,7 @@ class _Onnx(Format):
     def loaded(self, content: bytes) -> Program:
         options = self.runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # logs only errors
+        # severity 3 logs only errors
         options.log_severity_level = 3
         try:
             session = self.runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -119,7 +119,7 @@ class Density(Recorded, nn.Module):
     @property
     @abstractmethod
     def log_weights(self) -> tuple[float, ...]:
-        """log w_m for each of `flows`. For a single flow, 0."""
+        """log w_m for each of `flows`. It is 0 for a single flow."""
 
     @abstractmethod
     def with_solvers(self, change: Callable[[Solver], Solver]) -> Self:
@@ -159,7 +159,7 @@ class Density(Recorded, nn.Module):
         for flow in self.flows:
             for module in flow.bijection.modules():
                 if isinstance(vars(module).get("solver"), Solver):
-                    setattr(module, "solver", solver)  # noqa: B010 - mypy reads an assignment as one of a submodule
+                    setattr(module, "solver", solver)  # noqa: B010 - mypy would expect a module
 
     def save(self, path: str | Path) -> None:
         """Writes the flow to a .pt file for `flowtrain.load`, `floweval` and `flowsample`.
@@ -278,8 +278,8 @@ class Density(Recorded, nn.Module):
             temperature: multiplies the noise of the base. With 1, samples are drawn from the density. Below 1, they are
                 closer to its modes.
             chunk: the number of rows that are mapped at once. None: chosen by the size of a sample. The base points do
-                not depend on `chunk`. With an adaptive solver the samples depend on it, within the tolerance, because
-                the rows of a chunk share steps.
+                not depend on `chunk`. With an adaptive solver, the rows of a chunk share steps, so the samples depend
+                on `chunk` within the tolerance.
             label: one label for all samples, or (n,). None: a conditional flow draws labels with their frequencies in
                 training.
             generator: a random generator on the device of the flow. None: the global generator of this device.

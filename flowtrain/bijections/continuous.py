@@ -22,8 +22,8 @@ from flowtrain.utils.errors import ConfigError
 class Continuous(Bijection):
     """The flow of the ODE dx/dt = v(t, x), with log|det dx(1)/dx(0)| = int_0^1 tr dv/dx dt.
 
-    The log-determinant is the instantaneous change of variables (Chen et al. 2018, Neural ODEs, theorem 1). The inverse
-    solves the ODE from t = 1 to 0, and its log-determinant is the integral from 1 to 0.
+    The log-determinant follows from the instantaneous change of variables (Chen et al. 2018, Neural ODEs, theorem 1).
+    The inverse solves the ODE from t = 1 to 0, and its log-determinant is the integral from 1 to 0.
 
     Args:
         field: the velocity field, `forward(t, x)`; see `flowtrain.nn.velocity_field`.

@@ -1,4 +1,4 @@
-"""Couplings: one part of the dimensions determines the map of the other (Dinh et al. 2017, Real NVP, eq. 7-8)."""
+"""Couplings: one part of the dimensions determines the map of the other part (Dinh et al. 2017, Real NVP, eq. 7-8)."""
 
 from abc import abstractmethod
 

@@ -73,7 +73,7 @@ def _text(group: str, name: str) -> str:
 
 
 def compose_defaults(overrides: Sequence[str], with_hydra: bool = False) -> dict[str, Any]:
-    """Returns the plain config composed from overrides. `with_hydra` adds Hydra's own config without interpolation."""
+    """Returns the plain config composed from overrides. `with_hydra` adds Hydra's part, without interpolation."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         if not with_hydra:
             return plain(compose("config", [*own_searchpath(), *overrides]))

@@ -1,6 +1,6 @@
 """The console scripts. They show a status line during the imports, which take seconds, and then run the command.
 
-This module must not import anything slow at its top.
+At the top, this module imports only modules that load fast.
 """
 
 import gc
@@ -43,7 +43,7 @@ def _run(name: str, module: str) -> None:
         try:
             command.main()
         finally:
-            # without this, the interpreter searches all modules for cycles at exit, which takes a second
+            # without freeze, the interpreter would search all modules for cycles at exit, which takes a second
             gc.freeze()
 
 

@@ -29,7 +29,7 @@ from flowtrain.utils.files import config_groups
 
 def run_command(name: str, command: Callable[[], int]) -> None:
     """Runs a command and exits. Errors that a user can correct become one message on standard error."""
-    # without this, Hydra prints its own errors in its own format and exits
+    # without this variable, Hydra would print errors in another format and exit
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     code: int | None
     try:
@@ -76,7 +76,7 @@ def message_of(error: Exception) -> tuple[str, int] | None:
 
 
 def explain(error: Exception) -> str:
-    """Returns the message for an error of Hydra, on one line. For an unknown key, it lists the known keys."""
+    """Returns the message for an error of Hydra, on one line. For an unknown key, the message lists the known keys."""
     parts = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
     message = " ".join(" ".join(part.split()) for part in parts)
     plugin = re.search(r"Could not (?:find|load) 'hydra/(?:launcher|sweeper)/(joblib|submitit|optuna)", message)

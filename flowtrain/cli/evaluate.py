@@ -57,10 +57,10 @@ USAGE = Usage(
         "scores": "A .npy file for log p(x) of every row, in nats, in the order of the rows. It is -inf if the "
         "density is zero, and NaN if it cannot be computed. For an ensemble, FILE_members.npy contains log p(x) of "
         "each member, (rows, members)",
-        "ood": "A second data set to be told apart by log p(x): a file, or data by name. For a name, it is the "
-        "test set of that data. The AUROC is added to the table, and plots/ood.png is drawn; with scores, "
-        "FILE_ood.npy is written. The entropy H of the typicality score is the NLL of the validation set of the run. "
-        "If that set is missing, it is the NLL of the scored rows",
+        "ood": "A second data set, to be distinguished by log p(x): a file, or the name of data, whose test set is "
+        "used. The AUROC is added to the table, and plots/ood.png is drawn. With scores, FILE_ood.npy is written. "
+        "The entropy H of the typicality score is the NLL of the validation set of the run. "
+        "If that set is missing, H is the NLL of the scored rows",
         "baselines": "true: also fits a Gaussian mixture and a kernel density estimate, for tables. They are fitted "
         "to the training rows of the run, in up to 20 s, and scored on the same rows. The mixture needs scikit-learn "
         "(pip install 'flowtrain[baselines]')",
@@ -195,9 +195,9 @@ def data_shown(data: Dataset, split: str) -> Dataset:
 
 
 def curves_of(loaded_run: LoadedRun) -> list[dict[str, Any]]:
-    """Returns the rows of the training curves; for an ensemble of runs, the validations of its members.
+    """Returns the rows of the training curves, or for an ensemble of runs the validations of its members.
 
-    Empty with other data than those of the run, because the curves do not show them.
+    Returns no rows if the data are not the data of the run, because the curves do not show these data.
     """
     if loaded_run.config["data"] != loaded_run.own_data:
         return []
@@ -220,7 +220,7 @@ class OutputPaths:
         self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, name and f"-{name}"
         self.options = options
         self.json = out or run_dir / f"eval{self.suffix}.json"
-        # callers replace .json by .md or .html. Without a suffix, a dot in the name would begin one
+        # callers replace .json by .md or .html. Without .json, they would replace the part of a name after a dot
         self.report = out or run_dir / f"report{self.suffix}.json"
 
     @property
@@ -292,7 +292,7 @@ def default_split(overrides: Sequence[str]) -> str:
 
 
 def data_of(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> Dataset:
-    """Returns the data set of the config, or all rows of its file.
+    """Returns the data set of the config. For split=all, returns a data set of all rows of the file.
 
     Raises:
         ConfigError: split=all for data without a file of rows.

@@ -282,7 +282,7 @@ def keys_of_group(group: str, name: str, run: Mapping[str, Any]) -> list[str]:
 
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
-    """Returns the overrides among the arguments of a command line. For a sweep, the overrides of its first run."""
+    """Returns the overrides among the arguments. For a sweep, returns the overrides of its first run."""
     rest = split_config_dir(arguments)[1]
     words = [
         a
@@ -331,7 +331,7 @@ def recipe_lines(run: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str
 
 
 def _chosen(group: str, choices: Mapping[str, Any]) -> list[str | None]:
-    """Returns the choices of a group on this command line. There are two recipes, of the objective and of the data."""
+    """Returns the choices of a group on this command line. The group `recipe` has two, for objective and data."""
     return [choices.get(group), choices.get(f"{group}@_global_")]
 
 

@@ -98,7 +98,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
 
 
 def _root_of(path: Path) -> Path:
-    """Returns a directory that exists. For a checkpoint, its run directory."""
+    """Returns a directory if it exists. For a checkpoint file, returns the run directory."""
     if path.is_file() and path.suffix == ".pt":
         return run_dir_of(path)
     if not path.is_dir():

@@ -237,7 +237,7 @@ def validate_command_line(arguments: Sequence[str]) -> None:
     Rejects unknown or contradictory flags, arguments that are not overrides, and choices that a group does not have.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: such an argument. The message names the argument.
         HydraException: an override that cannot be parsed.
     """
     check_flags(arguments)
@@ -262,7 +262,7 @@ def check_flags(arguments: Sequence[str]) -> None:
     """Rejects unknown flags, flags without their value, and flags that contradict each other.
 
     Raises:
-        ConfigError: naming the flag.
+        ConfigError: such a flag. The message names the flag.
     """
     modes = []
     for before, argument, after in zip(["", *arguments], arguments, [*arguments[1:], ""], strict=False):

@@ -80,7 +80,7 @@ def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
     with locked_directory(run_dir):
         if ranks.is_first():
             claim_directory(run_dir)
-            # only after the claim. Otherwise a restarted process could continue the run of another command
+            # the path is saved after the claim. Otherwise a restarted process could continue the run of another command
             ranks.save_run_dir(run_dir)
         cleanup = cleaned_up_unless_begun(run_dir, REFUSAL_ERRORS, is_created_here(run_dir))
         with cleanup if ranks.is_first() else nullcontext():
@@ -183,7 +183,7 @@ def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
     saved = checkpoint.load(checkpoint.find(Path(run.replace("\\${", "${")).expanduser()))["config"]
     names = {group: saved[group].get("name") for group in ("model", "data")}
     ours = [f"{group}={name}" for group, name in names.items() if name in options(group)]
-    # inserted before from=, because a position after a flag could separate the flag from its value
+    # the choices are inserted right before from=, because elsewhere they could separate a flag from its value
     return [*arguments[: places[-1]], *ours, *arguments[places[-1] :]]
 
 

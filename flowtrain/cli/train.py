@@ -107,7 +107,7 @@ def _start(config: DictConfig) -> float:
         failed = report("flowtrain", e)
         if failed is None:
             raise
-        # Hydra would print its own heading above the message of an exception
+        # Hydra would print a heading above the message of an exception
         raise SystemExit(failed) from e
     if ranks.is_first():
         print(run_dir)

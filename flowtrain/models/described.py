@@ -16,7 +16,7 @@ def described(event_shape: Sequence[int], *, flow: Density, solver: Solver) -> D
     Args:
         event_shape: shape of a sample.
         flow: the built flow.
-        solver: replaces all solvers of the flow, if it differs from the first of them.
+        solver: replaces all solvers of the flow, if it differs from the first solver of the flow.
 
     Raises:
         ConfigError: the description does not describe a flow, or the samples of the flow have another shape.

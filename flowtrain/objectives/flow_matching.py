@@ -254,8 +254,8 @@ class Hybrid(Objective):
         coupling: see `FlowMatching`.
 
     Raises:
-        ConfigError: a flow or regularizer that either objective does not allow, or a value of `matching` with which one
-            of them has no step.
+        ConfigError: a flow or regularizer that one of the objectives does not allow, or a value of `matching` that
+            leaves no step for one of the objectives.
 
     Attributes:
         pinned: stores the first likelihood step in checkpoints, so that a resumed run with another number of steps

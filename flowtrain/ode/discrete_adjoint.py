@@ -173,7 +173,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, accepted: AcceptedSteps, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.accepted = accepted
-        # so that torch raises an error in backward if the weights were changed in place
+        # the parameters are saved, so that torch raises an error in backward if they were changed in place
         ctx.save_for_backward(x, *parameters)
         return accepted.x1.clone(), accepted.points()
 

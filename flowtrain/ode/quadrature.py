@@ -123,7 +123,7 @@ def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]], noisy: b
         times += here.tolist()
         weights += (length * w).tolist()
         tails.append(math.sqrt(abs(length)) * tail)
-        # a node belongs to the last step that begins before it
+        # a node belongs to the last step that begins before the node
         starts = np.array([(steps[k][0] - begin) / length for k in group])
         owner = np.searchsorted(starts, x, side="right") - 1
         for j, k in enumerate(group):

@@ -208,7 +208,7 @@ ROC_LOOKS: tuple[dict[str, Any], ...] = (
 )
 # an axis is compressed if it is longer than this many times the reach of the known set
 OOD_LONGEST = 20.0
-# the axis of heights ends at this multiple of the peak of the lower histogram
+# the axis of heights ends at most at this multiple of the smaller of the two peaks
 TALLEST = 6.0
 MOST_BINS = 80
 

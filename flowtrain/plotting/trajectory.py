@@ -68,7 +68,7 @@ class Trajectory:
 
     A step is a continuous flow, or a coupling with the scales, permutations and linear maps after it. Densities are
     exact after each step, and at each time of a continuous flow up to the error of the solver. Within other steps, the
-    density before the step fades into the density after it.
+    density is a mixture of the densities before and after the step.
 
     Args:
         flow: a flow in evaluation mode.
