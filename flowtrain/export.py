@@ -416,7 +416,7 @@ class _Task:
     def difference(self, program: Program) -> float:
         """Returns the largest difference between the program and the flow, in units of `scale`.
 
-        It is infinite if the program and the flow are not finite for the same elements.
+        The difference is infinite if an element is finite for only one of program and flow.
         """
         x, *label = self.inputs.values()
         # batches of one row, of two rows, and larger batches
@@ -433,9 +433,7 @@ class _Task:
     def difference_message(self, path: Path, difference: float, tolerance: float) -> str:
         """Returns the error message for a program that differs too much from the flow."""
         if not math.isfinite(difference):
-            return (
-                f"{path}: the program {self.name} is not finite for the same rows as the flow, so nothing was written"
-            )
+            return f"{path}: the program {self.name} and the flow are finite for different rows, so nothing was written"
         finite = self.wanted[self.wanted.isfinite()]
         rounding = float(finite.abs().max()) * torch.finfo(self.wanted.dtype).eps
         dtype = str(self.wanted.dtype).removeprefix("torch.")

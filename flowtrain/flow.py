@@ -164,9 +164,9 @@ class Density(Recorded, nn.Module):
     def save(self, path: str | Path) -> None:
         """Writes the flow to a .pt file for `flowtrain.load`, `floweval` and `flowsample`.
 
-        The file replaces an older file of this name when it is complete. It contains no code. It contains the weights
-        and a description of the flow: the config of its run, or the arguments of the constructors of its parts. If your
-        own package `mypkg` defines some of the parts, loading needs `trust=("mypkg",)`. If a flow uses a part twice, it
+        The new file replaces an older file of this name when the new file is complete. It contains no code, but the
+        weights and a description of the flow: the config of its run, or the arguments of the constructors of its parts.
+        If your package `mypkg` defines some of the parts, loading needs `trust=("mypkg",)`. A part that is used twice
         is loaded as two equal parts. Hooks are not saved.
 
         Raises:
@@ -202,7 +202,7 @@ class Density(Recorded, nn.Module):
         """Returns log p(x) in nats, (B,), for x (B, *event_shape) in data units.
 
         For a tensor, the result is a tensor with gradients. For an array or a data frame, the result is an array in the
-        dtype of the flow, without gradients, see `read_rows`. It is computed in chunks of `rows_at_a_time`.
+        dtype of the flow, without gradients, see `read_rows`. The array is computed in chunks of `rows_at_a_time`.
 
         If the flow is integer-valued and x contains integers, the result is log p(x + u) for one draw of u. The mean
         over u is at most log P(x) (Theis et al. 2016, A note on the evaluation of generative models, eq. 4).
@@ -791,7 +791,7 @@ class FlowDistribution(Distribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
         """Returns this distribution with another batch shape."""
-        # raises the same errors as Tensor.expand, which other distributions call
+        # an invalid shape raises the same error as in other distributions, which call Tensor.expand
         shape = torch.empty(self.batch_shape, device="meta").expand(tuple(batch_shape)).shape
         return type(self)(self.flow, self.label, shape, self._validate_args)
 

@@ -70,7 +70,7 @@ class Bijection(Recorded, nn.Module, ABC):
         """Maps base to data with options for the ODE solves, and returns the path integrals that the options request.
 
         A bijection that contains others overrides this method and `pass_inverse`, and passes the options on. The
-        default calls `forward`. It applies the options to ODEs inside too.
+        default calls `forward`. The options apply also to ODE solves inside `forward`.
         """
         return _with_options(self.forward, z, label, options)
 

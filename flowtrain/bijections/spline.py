@@ -175,7 +175,7 @@ def _is_empty(x: Tensor) -> bool:
 
 
 def _empty_result(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the result for an empty x, connected to x and theta. Torch before 2.9 cannot pad empty tensors."""
+    """Returns the result for an empty x, with a graph to x and theta. Torch before 2.9 cannot pad empty tensors."""
     y = x + 0 * theta.sum()
     return y, torch.zeros_like(y)
 

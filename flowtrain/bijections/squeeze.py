@@ -72,7 +72,7 @@ class Squeeze(Wrapped):
 
 
 class FactorOut(Wrapped):
-    """A bijection of the first half of the channels. The others are factored out (Dinh et al. 2017, section 3.6)."""
+    """A bijection of the first half of the channels. The other half is factored out (Dinh et al. 2017, section 3.6)."""
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = x.chunk(2, 1)

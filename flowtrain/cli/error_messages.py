@@ -118,9 +118,9 @@ def _in_quotes(override: str) -> str:
 
 
 def _config_without(key: str) -> tuple[dict[str, Any], str]:
-    """Returns the config with the choices of the command line, and for a sweep the start of a message with its choices.
+    """Returns the config with the choices of the command line, or for a sweep the first config that lacks the key.
 
-    A sweep has several configs. The first config that lacks the key is returned.
+    Also returns the start of the message. It names the choices of this config in a sweep, and is empty without a sweep.
     """
     chosen = [a.partition("=") for a in sys.argv[1:] if a.partition("=")[0] in config_groups()]
     # a choice in another form, such as choice(a,b), is replaced by the default

@@ -1,8 +1,8 @@
 """The divergence tr dv/dx of a velocity field: exact, or Hutchinson's estimate.
 
-Both are w sum_j <e_j, J e_j> with J = dv/dx. For the exact divergence, e_j are the d basis vectors, d is the number of
-elements of an event, and w = 1. For Hutchinson's estimate (Hutchinson 1989; FFJORD, Grathwohl et al. 2019, eq. 8), e_j
-are k random vectors with E[e e^T] = I, and w = 1/k.
+Both values are w sum_j <e_j, J e_j> with J = dv/dx. For the exact divergence, e_j are the d basis vectors, d is the
+number of elements of an event, and w = 1. For Hutchinson's estimate (Hutchinson 1989; FFJORD, Grathwohl et al. 2019,
+eq. 8), e_j are k random vectors with E[e e^T] = I, and w = 1/k.
 """
 
 from dataclasses import dataclass

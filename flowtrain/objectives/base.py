@@ -16,7 +16,7 @@ from flowtrain.ode import AS_CONFIGURED, SolveOptions
 class Objective(nn.Module, ABC):
     """A training loss of a flow.
 
-    `forward` computes the loss, so that `trainer.compile` can compile it (`training.initialization.compile_parts`).
+    `forward` computes the loss, and `trainer.compile` compiles `forward` (`training.initialization.compile_parts`).
 
     Attributes:
         flow: the flow that is trained.

@@ -35,7 +35,7 @@ from flowtrain.utils.errors import ConfigError
 
 # the largest number of retries after steps with an error that is NaN or infinite. Each retry has a shorter step
 NON_FINITE_RETRIES = 8
-# with gradient=replay, the integrand is evaluated in batches of nodes. This is the number of elements of x in a batch
+# the number of elements of x in a batch of nodes. With gradient=replay, the integrand is evaluated in such batches
 REPLAYED_NUMBERS = 2**15
 
 

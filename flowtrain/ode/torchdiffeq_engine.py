@@ -107,8 +107,8 @@ class Torchdiffeq(Solver):
     """A solver of torchdiffeq.
 
     gradient=direct differentiates through torchdiffeq's steps. gradient=adjoint solves the adjoint ODE backwards (Chen
-    et al. 2018, Neural ODEs, algorithm 1). Its memory does not grow with the number of steps. It approximates
-    the gradient of the continuous problem, with an error of the order of the tolerance.
+    et al. 2018, Neural ODEs, algorithm 1). The memory of this solve does not grow with the number of steps. The result
+    approximates the gradient of the continuous problem, with an error of the order of the tolerance.
 
     Raises:
         ConfigError: an unknown method, gradient=replay, or settings that `Solver` does not allow.

@@ -263,7 +263,7 @@ def paint(
     colours: Colormap = matplotlib.colormaps[style.DENSITY_MAP],
 ) -> AxesImage:
     """Paints heights (K, K), first index along x, in colours from 0 to `top`; NaN in grey."""
-    # the heights are divided by `top` before, because imshow would overflow for heights near the largest float
+    # the heights are first divided by `top`, because imshow would overflow for heights near the largest float
     return axes.imshow(
         np.minimum(heights.T / top, 1.0),
         extent=(*limits[0], *limits[1]),

@@ -21,7 +21,7 @@ IMAGES = 100
 TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0)
 # images in a row of reconstructions, of interpolations and of samples
 RECONSTRUCTED, WEIGHTS, SAMPLED = 10, 11, 16
-# the number of pairs of images that are interpolated, and of the first test images, which are searched for pairs
+# the number of pairs of images that are interpolated, and the number of test images that are searched for pairs
 PAIRS, SEARCHED = 6, 120
 
 
