@@ -95,7 +95,7 @@ def glow(
 
 @dataclass(frozen=True)
 class Steps:
-    """The settings of the steps of a model. Builds them for vectors and for images at several scales."""
+    """The settings of the steps of a model. The methods build steps for vectors and for images."""
 
     steps: int
     hidden: list[int]

@@ -94,7 +94,7 @@ def realnvp(
 
 @dataclass(frozen=True)
 class Couplings:
-    """The settings of the couplings of a model. Builds them for vectors and for images at several scales."""
+    """The settings of the couplings of a model. The methods build couplings for vectors and for images."""
 
     layers: int
     hidden: list[int]

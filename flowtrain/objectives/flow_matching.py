@@ -259,7 +259,7 @@ class Hybrid(Objective):
 
     Attributes:
         pinned: stores the first likelihood step in checkpoints, so that a resumed run with another number of steps
-            keeps it.
+            keeps this step.
     """
 
     def __init__(

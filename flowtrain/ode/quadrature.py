@@ -56,9 +56,9 @@ class Nodes:
         """Estimates the error of the quadrature, (B, Q), at least 0. The error of the points x(t_i) is not included.
 
         For the stage rule the estimate is sum_steps |h sum_i e_i q_i|. The error of a Gauss rule with n nodes is about
-        the Legendre coefficient of degree 2n. If the coefficients decay geometrically, this is
+        the Legendre coefficient of degree 2n. If the coefficients a_k decay geometrically, this coefficient is
         (a_(n-2)^2 + a_(n-1)^2) / |q|, with |q| the RMS over the panel. Other coefficients may decay differently, so
-        this is not a bound.
+        the estimate is not a bound.
         """
         total = torch.zeros_like(q[0])
         first = 0

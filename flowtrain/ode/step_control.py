@@ -55,7 +55,7 @@ class StepPlan:
     same ratio of error and tolerance. The plan saves the estimate of the first step size, and most rejected steps.
 
     Attributes:
-        steps: (length, suited length) of each step in order. With the suited length the error would have been about
+        steps: (length, ideal length) of each step in order. With the ideal length the error would have been about
             the tolerance.
     """
 
@@ -64,7 +64,7 @@ class StepPlan:
     def plan(self, t0: float, t1: float) -> list[float]:
         """Returns the ends of the steps to attempt from t0 to t1. The last end is t1. Without steps the list is empty.
 
-        Let s(t) be 0.95 times the suited length. Then n(t) = int_t0^t dt / s counts steps. The j-th end is the time t
+        Let s(t) be 0.95 times the ideal length. Then n(t) = int_t0^t dt / s counts steps. The j-th end is the time t
         with n(t) = j n(t1) / ceil(n(t1)).
 
         Example:
@@ -73,9 +73,9 @@ class StepPlan:
         """
         if not self.steps:
             return []
-        lengths, suited = np.array(self.steps).T
+        lengths, ideal = np.array(self.steps).T
         fractions = np.concatenate([[0], lengths.cumsum() / lengths.sum()])
-        counts = np.concatenate([[0], (lengths / (MARGIN * suited)).cumsum()])
+        counts = np.concatenate([[0], (lengths / (MARGIN * ideal)).cumsum()])
         n = max(1, math.ceil(counts[-1] - 1e-6))
         ends = np.interp(np.arange(1, n) * counts[-1] / n, counts, fractions)
         return [*(t0 + ends * (t1 - t0)).tolist(), t1]
