@@ -78,7 +78,7 @@ class Coupling(Bijection):
         return self.join(x, a, b), self.of_b(log_slope).flatten(1).sum(1)
 
 
-# the old name of `Coupling`, because classes in the code of users may derive from it
+# the old name of `Coupling` is kept, because classes in the code of users may derive from it
 AffineCoupling = Coupling
 
 

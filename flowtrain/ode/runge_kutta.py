@@ -173,7 +173,7 @@ class _Run:
             # a replay keeps the stages of only one step for the backward pass
             self.steps[-1].stages = None
         if self.first is None:
-            # a separate tape, because this stage is used again after a rejected attempt
+            # this stage has a separate tape, because it is used again after a rejected attempt
             first = self.record([t], keep=self.graph)[0]
             self.first = self.velocity(first, t, h, x), first
         stages = self.record([t + c * h for c in tableau.c], keep=self.graph)

@@ -114,7 +114,7 @@ def _calibration_panels(
     band = KOLMOGOROV / n**0.5
     curves = {name: deviation(u) for name, u in transforms.items()}
     largest = {name: float(np.abs(y).max()) for name, (_, y) in curves.items()}
-    # the radius has another scale, because it often deviates much more than the latents
+    # the radius has another scale, because its deviation is often much larger
     half = 1.12 * max(band, *(value for name, value in largest.items() if name != RADIUS))
     for place, (name, (u, difference)) in enumerate(curves.items()):
         row, column = divmod(place, PANELS_ACROSS)

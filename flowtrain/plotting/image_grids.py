@@ -182,7 +182,7 @@ def moving_panel(
     cell = _cell(size, rows, columns, room).halved(size)
     columns = max(1, min((room // 2 + cell.gap) // (cell.width + cell.gap), len(images)))
     rows = math.ceil(len(images) / columns)
-    # an even number of pixels, because the resolution is halved
+    # the number of pixels is even, because the resolution is halved
     figure = style.new_figure((2 * (edge // 2 + cell.down(rows)) + _pixels(HEAD - LINE)) / style.DPI, title, options)
     shades = partial(_shades, levels=levels)
     return figure, lambda shown: _sheet(shown[: rows * columns], cell, rows, columns, shades), edge // 2
@@ -234,7 +234,7 @@ def _near(ideal: float, count: int) -> int:
     If this number is not within a factor 1.5 of `ideal`, returns `ideal`, rounded up.
     """
     exact = [columns for columns in range(math.ceil(ideal / 1.5), int(1.5 * ideal) + 1) if count % columns == 0]
-    # two divisors can be equally near to the square root. Of these, 0.01 prefers the larger one, for a wider grid
+    # two divisors can be equally near to the square root. The term 0.01 then selects the larger one, for a wider grid
     return min(exact, key=lambda columns: abs(math.log(columns / ideal) - 0.01), default=math.ceil(ideal))
 
 
@@ -279,7 +279,7 @@ def _shades(image: Tensor, cell: Cell, levels: float) -> Pixels:
         shades = shades.mean(0, keepdim=True)
     size = (cell.height, cell.width)
     shades = (255 * _resized(shades, size) + 0.5).to(torch.uint8).expand(3, *size).permute(1, 2, 0)
-    # the maximum, because an average would hide a single pixel that is not finite
+    # the largest value is used, because an average would hide a single pixel that is not finite
     lost = F.adaptive_max_pool2d(lost.to(torch.float64), size)[0] > 0
     return np.where(lost.numpy()[..., None], np.array(NOT_FINITE, dtype=np.uint8), shades.numpy())
 
@@ -290,7 +290,7 @@ def _signed_shades(image: Tensor, cell: Cell, largest: float) -> Pixels:
     size = (cell.height, cell.width)
     lost = F.adaptive_max_pool2d((~values.isfinite()).any(0, keepdim=True).to(torch.float64), size)[0] > 0
     values = values.nan_to_num(0.0, 0.0, 0.0)
-    # extremes instead of averages, because differences of opposite sign would cancel
+    # extremes are used, because in averages differences of opposite sign would cancel
     high, low = values.amax(0, keepdim=True), values.amin(0, keepdim=True)
     high, low = (_largest_resized(each, size) for each in (high, -low))
     worst = torch.where(high >= low, high, -low)[0]

@@ -78,7 +78,7 @@ _RC: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     # Agg refuses to draw a path of a million points in one piece
     "agg.path.chunksize": 10_000,
-    # TrueType fonts in PDF, because journals refuse Type 3 fonts, and text elements in SVG
+    # PDF files contain TrueType fonts, because journals refuse Type 3 fonts. SVG files contain text elements
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
     # identical figures give identical files

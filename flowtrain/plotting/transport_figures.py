@@ -237,7 +237,7 @@ def draw_paths(
         plane.set(xlim=limits[0], ylim=limits[1])
         plane.set_xlabel(axis_label(columns[0], set_ticks(plane.xaxis), SIDE))
         plane.set_ylabel(axis_label(columns[1], set_ticks(plane.yaxis), SIDE))
-        # empty lines, because the dots of the data are too small for a legend
+        # the legend shows separate markers, because the dots of the data are too small
         for colour, name in (
             (BASE, "base"),
             (SAMPLE, points.noted("samples", f"{x.shape[1]} paths", lost)),

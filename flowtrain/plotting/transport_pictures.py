@@ -136,7 +136,7 @@ class _Transport:
         self.trajectory = Trajectory(flow, moments)
         self.shown = self.trajectory.exact(moments)
         self.data = flow.dequantized(first_test_samples(flow, data, POINTS, label)[0])
-        # the rows of all classes, because the base is as wide as all classes together
+        # the first picture shows the base, which is as wide as all classes together. So its limits use all classes
         self.every_class = self.data if label is None else flow.dequantized(first_test_samples(flow, data, POINTS)[0])
         self.columns = tuple(data.columns) or default_names(range(2))
 
