@@ -81,7 +81,7 @@ def ode_solver(
         return RungeKutta(method, tableau, gradient=gradient, **settings)
     if method in TABLEAUS and gradient != "adjoint":
         return RungeKutta(method, gradient=gradient, **settings)
-    # torchdiffeq creates tensors when it is imported. They must be on the CPU, but `load` builds flows on the meta device
+    # torchdiffeq creates tensors at its import. They must be on the CPU, but `load` builds flows on the meta device
     with torch.device("cpu"):
         from flowtrain.ode.torchdiffeq_engine import Torchdiffeq
 
