@@ -114,7 +114,7 @@ class Density(Recorded, nn.Module):
     @property
     @abstractmethod
     def flows(self) -> "tuple[Flow, ...]":
-        """The members of an ensemble with nonzero weights. A single flow is its only member."""
+        """The members with nonzero weights. A single flow counts as an ensemble of one member."""
 
     @property
     @abstractmethod

@@ -110,7 +110,7 @@ def unused_directory(run_dir: Path) -> Path:
 
 
 class JobError(FlowtrainError):
-    """A job whose process was killed, which ended the other jobs."""
+    """The error if the process of a job was killed, which ended the other jobs."""
 
     exit_code = 1
 

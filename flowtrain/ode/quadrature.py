@@ -2,7 +2,8 @@
 
 There are two rules:
 
-- `stage_nodes`: the stage points with the weights of the method. The result equals an augmented solve with these steps.
+- `stage_nodes`: the stage points with the weights of the method. An augmented solve with these steps has the same
+  result.
 - `gauss_nodes`: Gauss-Legendre nodes on the dense output. A panel is a group of a few steps that share one high-order
   rule.
 

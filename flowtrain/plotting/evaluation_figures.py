@@ -57,7 +57,7 @@ def draw_calibration(
 
     Args:
         pit: the transforms by name: z1, z2, ... and "radius".
-        labels: the name of the column for the name of a transform.
+        labels: the names of columns, by the names of their transforms.
         note: a line below the title.
 
     Raises:

@@ -62,7 +62,7 @@ class Cell:
         return columns * (self.width + self.gap) - self.gap
 
     def halved(self, size: tuple[int, int]) -> "Cell":
-        """Returns the cell at half the resolution, for images (H, W) that stay enlarged by a whole number."""
+        """Returns the cell at half the resolution, in which images (H, W) are still enlarged by a whole number."""
         times = self.height // size[0]
         height, width = (
             times // 2 * n if times > 1 else max(1, m // 2)

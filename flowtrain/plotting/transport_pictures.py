@@ -136,7 +136,7 @@ class _Transport:
         self.trajectory = Trajectory(flow, moments)
         self.shown = self.trajectory.exact(moments)
         self.data = flow.dequantized(first_test_samples(flow, data, POINTS, label)[0])
-        # figures start at the base, which is as wide as all classes together, so their limits need the rows of all classes
+        # figures start at the base, which is as wide as all classes together. So their limits use rows of all classes
         self.every_class = self.data if label is None else flow.dequantized(first_test_samples(flow, data, POINTS)[0])
         self.columns = tuple(data.columns) or default_names(range(2))
 
