@@ -361,7 +361,7 @@ def _hydra_values(hydra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def key_table_of(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str]:
-    """Lines of KEY=VALUE with the meaning of the key, for values by dotted keys."""
+    """Returns lines of KEY=VALUE with the meanings of the keys, for values by dotted keys."""
     return table([(f"{key}={shown(value)}", meaning.get(key, "")) for key, value in values.items()], KEY_COLUMN)
 
 

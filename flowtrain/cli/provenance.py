@@ -19,7 +19,7 @@ MEMBERS = 20
 
 
 def provenance(loaded_run: LoadedRun, arguments: Sequence[str], seed: int) -> list[tuple[str, str]]:
-    """Names and values that describe the training and the evaluation.
+    """Returns names and values that describe the training and the evaluation.
 
     A value that is not recorded, such as the command of a flow trained from Python, is left out.
 

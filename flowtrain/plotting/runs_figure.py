@@ -24,8 +24,8 @@ MOST_RUNS = len(COLOURS) * len(LINES)
 def draw_runs(path: Path, *, runs: Mapping[str, Rows], title: str) -> None:
     """Draws the validation NLL of each run against the step and against the seconds of training.
 
-    The NLL is in bits per dimension if every validation row has them, else in nats. Rows without a finite NLL are left
-    out.
+    The NLL is in bits per dimension if every validation row contains this unit, else in nats. Rows without a finite NLL
+    are left out.
 
     Args:
         runs: the rows of metrics.jsonl by the name of the run; at least one row of one run has a validation NLL.

@@ -162,7 +162,7 @@ def _extent(label: str, size: float, across: bool) -> float:
 
 
 def _plain_ticks(limits: Range, most: int, fitting: Fitting) -> Ticks:
-    """Multiples of 1, 2 or 5 times a power of ten within the limits: as many as fit, but not more than `most`."""
+    """Returns multiples of 1, 2 or 5 times a power of ten within the limits: as many as fit, but at most `most`."""
     found: Ticks = [], [], ""
     for count in range(1, 3 * most):
         locator = MaxNLocator(count, steps=(1, 2, 5, 10), min_n_ticks=1)
