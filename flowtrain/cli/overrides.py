@@ -361,7 +361,7 @@ def overridden(
 
     Args:
         own: the options of the command, for the message.
-        used: the groups and keys of the config that the command reads; empty: all. Others are refused.
+        used: the groups and keys of the config that the command reads; empty: all. Other keys are refused.
 
     Raises:
         ConfigError: an unknown or unused key, or another model.

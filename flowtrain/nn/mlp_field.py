@@ -33,7 +33,7 @@ class MLPTape:
     Args:
         times: times of the nodes, (M,).
         weights, biases: for each layer (M, n_out, n_in) and (M, n_out), without an autograd graph.
-        activation: between the layers.
+        activation: the activation between the layers.
         keep: whether `vjp` will be called.
     """
 
@@ -93,7 +93,7 @@ def jvp(
     """Computes (v, J e) of an MLP at M nodes.
 
     Args:
-        activation: between the layers.
+        activation: the activation between the layers.
         x: (M, B, d).
         tangents: e, (k, 1 or M, 1 or B, d). They are treated as constants.
         weights, biases: for each layer (M, n_out, n_in) and (M, n_out).
