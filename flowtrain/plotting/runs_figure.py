@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 LEFT, BOTTOM, TALL, GAP, ABOVE, LEGEND_LINE = 0.72, 0.5, 2.9, 0.35, 0.5, 0.2
 COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, style.ORANGE, style.PURPLE, style.INK, style.MUTED)
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
-# the most runs whose lines differ in colour or style
+# the largest number of runs whose lines differ in colour or style
 MOST_RUNS = len(COLOURS) * len(LINES)
 
 
