@@ -215,7 +215,7 @@ def _common_size(named: Named, levels: float) -> tuple[int, int]:
 
 
 def _grid(count: int, columns: int | None, aspect: float, most: int) -> tuple[int, int]:
-    """Returns the rows and columns of a grid for `count` images, or for the first of them.
+    """Returns the numbers of rows and columns of a grid for `count` images, or for the first of these images.
 
     Args:
         columns: the number of columns; None: at most `most`.
