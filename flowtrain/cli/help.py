@@ -55,7 +55,7 @@ EXAMPLES: list[Row] = [
 ]
 # the keys of the overview, with their values if the composed config lacks them
 KEYS: dict[str, Row] = {
-    "data.path": ("FILE", "your table: .csv, .npy, .npz, .parquet or .xlsx"),
+    "data.path": ("FILE", "your table: .csv, .npy or .npz"),
     "data.columns": ("[NAME,NAME]", "columns to keep; null: all"),
     "name": ("NAME", "the run is outputs/NAME; null: date and time"),
     "seed": ("0", "seed of weights, batches and trace noise"),

@@ -29,6 +29,7 @@ from flowtrain.utils.errors import DataError
 _log = logging.getLogger("flowtrain")
 
 _MISSING = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "?", "-"})
+_BOOLEANS = {"true": 1.0, "false": 0.0}
 _GZIP = b"\x1f\x8b"
 # Number of rows below the first that are used to detect a header
 LOOK = 100
@@ -363,7 +364,9 @@ def is_missing(cell: str, na: Collection[str] = ()) -> bool:
 
 
 def number_of(cell: str, decimal: str) -> float | None:
-    """Parses the number in a cell; None if the cell is not a number."""
+    """Parses the number in a cell, or 1 and 0 for true and false; None if the cell is not a number."""
+    if (boolean := _BOOLEANS.get(cell.strip().lower())) is not None:
+        return boolean
     if decimal == "point":
         if _is_number(cell):
             return float(cell)
