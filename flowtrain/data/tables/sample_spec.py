@@ -37,13 +37,13 @@ class SampleSpec:
     noisy: tuple[int, ...] = ()
     wide: bool = False
 
-    def check(self, table: Table, whole: Iterable[Table] | None = None) -> None:
-        """Raises DataError if values do not fit this specification; see `check_levels` for `whole`."""
+    def check(self, table: Table, blocks: Iterable[Table] | None = None) -> None:
+        """Raises DataError if values do not fit this specification; see `check_levels` for `blocks`."""
         check_range(table)
         if self.integer_valued or self.noisy:
-            check_whole(table, range(len(table.columns)) if self.integer_valued else self.noisy, whole)
+            check_whole(table, range(len(table.columns)) if self.integer_valued else self.noisy, blocks)
         if self.levels is not None:
-            check_levels(table, self.levels, whole)
+            check_levels(table, self.levels, blocks)
 
     def samples(self, values: NDArray[Any], real: type[np.floating[Any]] | None = None) -> Tensor:
         """Converts rows (n, d) to samples (n, *event_shape): whole numbers to uint8 or int64, others to `real`.

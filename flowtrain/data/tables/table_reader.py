@@ -14,7 +14,7 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from flowtrain.data.tables.columns import Columns, as_option, default_names, first_of, pick
-from flowtrain.data.tables.csv_reader import DETECTED, Choose, TextFormat, read_delimited
+from flowtrain.data.tables.csv_reader import DETECTED, ChooseColumns, TextFormat, read_delimited
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import counted
 
@@ -173,7 +173,7 @@ def split_off_labels(table: Table, labels: Table | None, label: str | int | None
 def read_table(
     path: str | Path | Table,
     key: str | None = None,
-    columns: Columns | Choose | None = None,
+    columns: Columns | ChooseColumns | None = None,
     option: str = "data.columns",
     event_shape: tuple[int, ...] = (),
     text_format: TextFormat = DETECTED,
@@ -246,12 +246,12 @@ def ending_of(file: Path) -> str:
     return Path(file.stem).suffix.lower() + ending if ending == ".gz" else ending
 
 
-def _from_text(file: Path, choose: Choose, text_format: TextFormat) -> Table:
+def _from_text(file: Path, choose: ChooseColumns, text_format: TextFormat) -> Table:
     text = read_delimited(file, choose, text_format)
     return Table(text.values, text.names, text.indices, str(file), text.lines, cells=text.cells)
 
 
-def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[int, ...]) -> Table:
+def _from_array(file: Path, key: str | None, choose: ChooseColumns, event_shape: tuple[int, ...]) -> Table:
     array, names = _load(file, key)
     if is_images(array.shape, event_shape):
         array = array.reshape(len(array), -1)

@@ -70,9 +70,11 @@ def test_constant_columns_are_still_refused(tmp_path: Path, refused: Refused) ->
     refused(lambda: ArrayData(path), DataError, [path, "'c1'", "constant"])
 
 
-def test_memory_mapped_file_is_centered(tmp_path: Path, small_windows: None, big: Callable[..., ArrayData]) -> None:
+def test_memory_mapped_file_is_centered(
+    tmp_path: Path, small_windows: None, open_streamed: Callable[..., ArrayData]
+) -> None:
     values = large_values(300)
-    data = big(npy(tmp_path / "t.npy", values))
+    data = open_streamed(npy(tmp_path / "t.npy", values))
     assert data.train_batch(0, 7, 0).dtype == data.val.dtype == torch.float64
     known = {tuple(row) for row in values.tolist()}
     assert {tuple(row) for row in torch.cat([data.train_batch(0, 50, 0), data.val]).tolist()} <= known
