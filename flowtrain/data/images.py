@@ -261,7 +261,7 @@ def _pair(image_file: Path, label_file: Path, advice: str) -> tuple[Tensor, Tens
 
 
 def _check_set(dataset: str, labels: Tensor, path: Path, advice: str) -> None:
-    """Raises DataError if the labels are those of another data set."""
+    """Raises DataError if the labels belong to another data set."""
     for name, first in _FIRST_LABELS.items():
         if name != dataset and tuple(labels[: len(first)].tolist()) == first:
             raise DataError(f"{path} belongs to {name}, not to {dataset}: choose data={name}, or {advice}")

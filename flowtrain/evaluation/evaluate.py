@@ -365,7 +365,7 @@ def score_members(
 ) -> dict[str, Any]:
     """Returns the attributes of an `Evaluation` that describe the members of an ensemble.
 
-    Members of weight 0 are scored here. A member whose ODE cannot be solved gets NaN for all rows.
+    Only members of weight 0 are scored by this function. A member whose ODE cannot be solved gets NaN for all rows.
 
     Args:
         log_p: log p of the members with a positive weight, (n, M).

@@ -113,7 +113,7 @@ def draw_figures(
 
 
 def figure_title(config: Mapping[str, Any], result: Evaluation) -> str:
-    """The title of figures: model, data, step, and the NLL of the evaluated rows; images in bits/dim."""
+    """Returns the title of figures: model, data, step, and the NLL of the evaluated rows; images in bits/dim."""
     step = "" if result.members else f"step {result.step:,}"
     which = {"test": "test ", "val": "validation "}.get(result.split, "")
     return ", ".join(filter(None, (title_of(config), step, f"{which}{result.words}")))

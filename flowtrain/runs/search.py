@@ -397,8 +397,8 @@ class Search:
         steps = candidate.max_steps
         restarts = stage == 2 and saved is not None and saved["step"] == candidate.steps
         if saved is not None and restarts:
-            # Resets early stopping, because the NLL rises after the restart. `best` is kept, so that best.pt is
-            # replaced only by a lower NLL than in the first part
+            # Early stopping is reset, because the NLL rises after the restart. `best` is kept, so that best.pt is
+            # replaced only by weights with a lower NLL than the best of the first part
             saved = {**saved, "best": candidate.best, "best_rows": None, "counted": None, "stale": 0, "worse": []}
             patience = None if self._is_bounded_by_time() else config["trainer"]["patience"]
             config = {**config, "trainer": {**config["trainer"], "max_rise": None, "patience": patience}}
@@ -656,7 +656,7 @@ def _is_leftover(folder: Path) -> bool:
 
 
 def validations_of(run_dirs: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """The validations of several runs, with the name of the run as their split.
+    """Returns the validations of several runs, with the name of the run as their split.
 
     Args:
         run_dirs: run directories by name; those without metrics.jsonl are left out.
@@ -667,9 +667,9 @@ def validations_of(run_dirs: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows that the training curves of a run show; for a search, the validations of its candidates.
+    """Returns the rows of metrics that the training curves of a run show. The list may be empty.
 
-    Empty if the directory has no metrics.jsonl.
+    For a search, the rows are the validations of its candidates.
     """
     candidates = _content_of_state(run_dir / SEARCH_FOLDER).get("candidates")
     if isinstance(candidates, list):
@@ -686,7 +686,7 @@ def config_of_search(run_dir: Path) -> dict[str, Any] | None:
 
 
 def best_candidate(run_dir: Path) -> Path | None:
-    """The directory of the candidate of a search with the lowest validation NLL; None if there is no such candidate."""
+    """Returns the directory of the candidate with the lowest validation NLL in a search; None if there is none."""
     candidates = _content_of_state(run_dir / SEARCH_FOLDER).get("candidates")
     found: dict[Path, float] = {}
     for candidate in candidates if isinstance(candidates, list) else []:

@@ -152,7 +152,7 @@ def load(path: Path) -> dict[str, Any]:
     If the file is damaged, the previous checkpoint is read instead, with a warning.
 
     Raises:
-        CheckpointError: a file that is not a flowtrain checkpoint, is damaged, or contains other objects than weights
+        CheckpointError: a file that is not a flowtrain checkpoint, is damaged, or contains objects other than weights
             and plain values.
     """
     try:

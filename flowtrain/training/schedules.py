@@ -16,14 +16,14 @@ class LearningRate:
 
     The warm-up is (step + 1) / lr_warmup, up to 1. The decay is one of:
 
-    - cosine: (1 + cos(pi position / steps)) / 2. The position is the step, or more under a time limit, see
-      `ScheduleClock`.
+    - cosine: (1 + cos(pi position / steps)) / 2. The position is the step. Under a time limit, the position is larger,
+      see `ScheduleClock`.
     - plateau: halved after `lr_plateau_patience` consecutive validations without a new best.
     - constant: 1.
 
     Args:
-        again: the step at which the likelihood replaces another objective; 0: none. The schedule runs over the steps
-            before it, and again over the other steps.
+        again: the step at which the likelihood replaces another objective. The schedule runs once over the steps before
+            this step, and once over the other steps. 0 if there is no such step.
     """
 
     def __init__(self, settings: Settings, again: int = 0) -> None:
@@ -140,7 +140,7 @@ class ScheduleClock:
         self.change, self.start, p.position = p.step, (elapsed, float(p.step)), float(p.step)
 
 
-# the gap between an early validation and the next one, as a share of its step
+# the number of steps between an early validation and the next, divided by the step of the early validation
 EARLY_SPACING = 1 / 4
 # the step of the first picture, if plot_every is larger
 FIRST_PICTURE = 50

@@ -112,7 +112,7 @@ class Board:
         self._add(step=step, session_log=self.events.SessionLog(status=self.events.SessionLog.START))
 
     def _add(self, **event: Any) -> None:
-        """Appends an event. Events that cannot be written, as on a full disk, are tried again with the next event."""
+        """Appends an event. If the disk is full, the event is written together with the next event."""
         record = io.BytesIO()
         self.records.RecordWriter(record).write(self.events.Event(wall_time=time.time(), **event).SerializeToString())
         self.waiting += record.getvalue()
@@ -124,7 +124,9 @@ class Board:
                 f.write(self.waiting)
         except OSError as e:
             if not self.warned:
-                log.warning("%s cannot be written (%s): its records are kept in memory and tried again", self.path, e)
+                log.warning(
+                    "%s cannot be written (%s). The records are kept in memory until they can be written", self.path, e
+                )
             self.warned = True
             if size is not None:
                 with suppress(OSError):

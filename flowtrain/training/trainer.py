@@ -223,7 +223,10 @@ class Trainer:
         return row
 
     def start_likelihood(self) -> None:
-        """Prepares the first step that maximizes the likelihood. After another objective, it starts at the average."""
+        """Prepares the first step that maximizes the likelihood.
+
+        After another objective, the weights are set to their moving average.
+        """
         self.progress.began = True
         if self.step:
             self.train_state.restart()

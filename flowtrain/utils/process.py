@@ -68,7 +68,7 @@ def own_settings(device: torch.device) -> Iterator[None]:
     chosen = _THREADS_CHOSEN.set(_THREADS_CHOSEN.get())
     try:
         with ExitStack() as stack:
-            # outside inference mode, tensors have version counters; this also enables gradients
+            # inference mode is turned off, because its tensors have no version counters. This also enables gradients
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(restored_random_state(device))

@@ -20,7 +20,7 @@ REALNVP = ["model=realnvp", "model.layers=1", "model.hidden=[8]", "trainer.steps
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table whose columns have names."""
+    """Returns a table whose columns have names."""
     path = tmp_path_factory.mktemp("table") / "train.csv"
     rows = np.concatenate([normal(150, 2), normal(150, 2, seed=1) + 4])
     np.savetxt(path, rows, delimiter=",", header="height,weight", comments="")
@@ -29,7 +29,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sweep(trained: Train, table: Path, tmp_path: Path) -> Path:
-    """Two runs on the table in the directory `my sweep`, trained once and copied."""
+    """Returns two runs on the table in the directory `my sweep`, trained once and copied."""
     done = table.parent / "my sweep"
     if not done.exists():
         data = ["data=array", f"data.path={table}"]

@@ -17,7 +17,7 @@ REALNVP = ["model=realnvp", "model.layers=1", "model.hidden=[8]"]
 
 @pytest.fixture
 def realnvp(run: Run) -> None:
-    """A run in the directory r."""
+    """Returns a run in the directory r."""
     code, _, err = run("flowtrain", *SMALL, *REALNVP, "hydra.run.dir=r")
     assert code == 0, err
 

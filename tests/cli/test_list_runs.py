@@ -48,7 +48,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def listed(run: Run, *arguments: str) -> list[dict[str, Any]]:
-    """The runs of a list, read from its JSON file."""
+    """Returns the runs of a list, read from its JSON file."""
     code, out, err = run("flowtrain", "runs", *arguments, "out=l.json")
     assert (code, err) == (0, ""), err
     found: list[dict[str, Any]] = json.loads(Path("l.json").read_text())["runs"]

@@ -56,7 +56,7 @@ def test_printed_paths_name_existing_files() -> None:
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """The commands in a log, parsed as by a shell."""
+    """Returns the commands in a log, parsed as by a shell."""
     return [shlex.split(found) for found in re.findall(r"(?:flowtrain '?resume|floweval|flowsample) ?.*", text)]
 
 

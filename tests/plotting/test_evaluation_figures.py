@@ -28,7 +28,7 @@ def uniform(n: int, latents: int) -> dict[str, Tensor]:
 
 
 def normal(count: int, mean: float, deviation: float) -> Tensor:
-    """The quantiles of a normal distribution at `count` places, which make a smooth histogram."""
+    """Returns the quantiles of a normal distribution at `count` places, which make a smooth histogram."""
     return mean + deviation * torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
 
 
@@ -40,7 +40,7 @@ def separate(path: Path, known: Tensor, other: Tensor, **changed: Any) -> Path:
 
 
 def colours(path: Path) -> tuple[float, float]:
-    """The shares of a picture that are bluish and reddish."""
+    """Returns the shares of a picture that are bluish and reddish."""
     red, _, blue = np.moveaxis(imread(path)[..., :3], -1, 0)
     return float((blue > red + 0.15).mean()), float((red > blue + 0.15).mean())
 

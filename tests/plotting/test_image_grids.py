@@ -36,7 +36,7 @@ def digits(count: int = 100) -> Tensor:
 
 
 def panels(path: Path, *given: Tensor, **changed: Any) -> NDArray[np.int64]:
-    """The picture of `given`, without its lower and left margin, as (height, width, 3) from 0 to 255."""
+    """Returns the picture of `given`, without its lower and left margin, as (height, width, 3) from 0 to 255."""
     named = [(f"panel {place}", each) for place, each in enumerate(given)]
     draw_panels(path, **{"panels": named, "levels": 256, "title": "a title", **changed})
     return np.rint(255 * imread(path)[:-EDGE, EDGE:, :3]).astype(int)

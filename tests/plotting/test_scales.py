@@ -62,7 +62,7 @@ def test_density_along_the_axis_integrates_to_one() -> None:
 
 
 def number(label: str) -> float:
-    """The value of a tick label."""
+    """Returns the value of a tick label."""
     plain = label.replace(scales.MINUS, "-")
     mantissa, power, exponent = plain.partition("10") if any(c in plain for c in "⁰¹²³⁴⁵⁶⁷⁸⁹") else (plain, "", "")
     if not power:

@@ -44,7 +44,7 @@ def test_layout_of_any_sweep(monkeypatch: pytest.MonkeyPatch, name: str) -> None
 
 
 def points_of(figure: Figure) -> list[list[float]]:
-    """The points of the first series of the first panel."""
+    """Returns the points of the first series of the first panel."""
     return [[float(x), float(y)] for x, y in figure.axes[0].lines[0].get_xydata()]
 
 

@@ -32,7 +32,7 @@ class Rows(Dataset):
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The arguments of the last figure."""
+    """Returns the arguments of the last figure."""
     given: dict[str, Any] = {}
     for name in ("draw_flow_1d", "draw_flow_2d", "draw_corner"):
         monkeypatch.setattr(vector_pictures, name, lambda path, name=name, **rest: given.update(rest, figure=name))

@@ -37,7 +37,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def actnorm_node(flow: Node) -> Node:
-    """The ActNorm."""
+    """Returns the ActNorm."""
     found: Node = flow["bijection"]["bijections"][0]
     return found
 

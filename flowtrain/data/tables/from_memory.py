@@ -27,7 +27,7 @@ class Frame(Protocol):
         """The names of the columns."""
 
     def to_numpy(self) -> Any:
-        """The values, (n, d)."""
+        """Returns the values, (n, d)."""
 
 
 def is_frame(x: Any) -> bool:
@@ -108,7 +108,7 @@ def check_all_finite(rows: NDArray[Any], name: str = "x") -> None:
 
 
 def as_tensor(rows: NDArray[Any]) -> Tensor:
-    """A copy of rows as a tensor: whole numbers as uint8 or int64, others as float32 or float64."""
+    """Returns a copy of rows as a tensor: whole numbers as uint8 or int64, others as float32 or float64."""
     kind, size = rows.dtype.kind, rows.dtype.itemsize
     if kind == "f":
         return torch.from_numpy(np.array(rows, dtype=np.float32 if size <= 4 else np.float64, order="C"))

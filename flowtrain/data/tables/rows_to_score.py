@@ -223,7 +223,7 @@ def _key_of(file: Path, key: str | None) -> str | None:
 
 
 def _is_idx(file: Path) -> bool:
-    """Whether the name is that of an IDX file, such as train-images-idx3-ubyte.gz."""
+    """Whether the name is a name of an IDX file, such as train-images-idx3-ubyte.gz."""
     known = ending_of(file).removesuffix(".gz") in ARRAYS + TEXTS
     return file.suffix == ".idx" or ("-idx" in file.name and not known)
 

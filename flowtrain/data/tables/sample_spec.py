@@ -57,7 +57,7 @@ class SampleSpec:
         return torch.from_numpy(narrowed).view(-1, *self.event_shape)
 
     def moments(self, mean: Values, variance: Values) -> tuple[Values, Values]:
-        """Returns mean and standard deviation of samples, (d,): the moments of rows plus those of the noise U[0, 1)."""
+        """Returns mean and standard deviation of samples, (d,): moments of rows plus moments of the noise U[0, 1)."""
         noise = self.noise(len(mean))
         return mean + noise / 2, np.sqrt(variance + noise / 12)
 
@@ -163,10 +163,10 @@ def add_batch_noise(x: Tensor, noisy: Sequence[int], seed: int, step: int, batch
 
 
 def add_set_noise(x: Tensor, noisy: Sequence[int], seed: int, which: int = 2) -> Tensor:
-    """Adds noise to all rows of a set, (n, *event_shape); the noise depends on the seed only.
+    """Adds noise to all rows of a set, (n, *event_shape). The noise depends only on the seed and on `which`.
 
     Args:
-        which: 0 for the validation set, 1 for the test set, 2 for rows to score.
+        which: the number of the set: 0 for the validation set, 1 for the test set, 2 for rows to score.
     """
     return _add_noise(x, _uniform(tuple(x.shape), noisy, seed, _SET_NOISE, which)) if noisy else x
 

@@ -293,7 +293,7 @@ def damage_refused(file: Path) -> Iterator[None]:
         yield
     except (ConfigError, DataError, PermissionError):
         raise
-    # NumPy raises a dozen types of errors for damaged files, including those of zlib and tokenize
+    # NumPy raises a dozen types of errors for damaged files, including errors of zlib and tokenize
     except Exception as error:
         if "pickle" in str(error):
             raise _pickled(file) from error
