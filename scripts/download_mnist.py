@@ -56,7 +56,7 @@ FILES = {
 
 # seconds without data after which a mirror is abandoned
 TIMEOUT = 30.0
-# attempts per mirror, as long as each one receives data
+# largest number of attempts per mirror. An attempt that receives no data is the last
 TRIES = 4
 BLOCK = 1 << 16
 
@@ -104,7 +104,7 @@ def obtain(target: Path, expected: Sum, urls: Sequence[str], timeout: float = TI
 
 
 def fetch(url: str, part: Path, expected: Sum, timeout: float) -> None:
-    """Downloads the expected file to `part`, with further attempts as long as each one receives data.
+    """Downloads the expected file to `part`. After an attempt that received data, another attempt continues it.
 
     Raises:
         OSError, HTTPException, ValueError: this URL does not serve the file.

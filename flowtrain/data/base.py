@@ -115,8 +115,8 @@ class Samples:
     of sample. The comparison ignores `class_counts` and `record`.
 
     Attributes:
-        columns: the names of the columns if the training file has names. New data are read by these names.
-        label: the name of the column of labels if it has a name. New data are read by this name.
+        columns: the names of the columns if the training file has names. They select the columns of new data.
+        label: the name of the column of labels if it has a name. It selects the labels of new data.
         centered: whether float32 cannot resolve the samples. The samples are then float64, and the flow subtracts
             `Dataset.offset` from them.
         noisy: the columns of whole numbers to which the data set adds noise. Only vectors of real numbers have them.

@@ -145,7 +145,7 @@ class IDXImages(Finite):
         val_labels, test_labels: (n,), int64.
 
     Raises:
-        ConfigError: an invalid argument, or one that leaves no images for training.
+        ConfigError: an invalid argument, or arguments that leave no images for training.
         DataError: files that are missing, damaged, inconsistent or of another data set.
     """
 

@@ -251,7 +251,7 @@ def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
     """Calls a function of a group.
 
     Raises:
-        ConfigError: an unknown or missing argument. The message lists the valid ones.
+        ConfigError: an unknown or missing argument. The message lists the valid arguments.
     """
     if getattr(function, "args", ()):
         return function(**arguments)

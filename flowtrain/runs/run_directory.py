@@ -104,7 +104,7 @@ def _named(holder: Path) -> str:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Removes empty directories, given innermost first. Stops at the first one that is not empty."""
+    """Removes empty directories, given innermost first. Stops at the first directory that is not empty."""
     with suppress(OSError):
         for folder in folders:
             if folder.exists():

@@ -86,7 +86,7 @@ def _content(flow: Density, samples: Samples) -> dict[str, Any]:
 
 
 def _solver_group(config: Mapping[str, Any], solver: Solver) -> dict[str, Any]:
-    """Returns the solver group of the run's config, or a description of the solver if the flow now has another one."""
+    """Returns the solver group of the run's config, or a description of `solver` if it differs from this group."""
     own = build_solver(config)
     if type(own) is type(solver) and own.settings == solver.settings:
         return dict(config["solver"])

@@ -107,8 +107,8 @@ class Search:
 
     Results are stored in RUN/search/search.json as soon as they are known, and the checkpoints of each candidate in
     RUN/search/NAME. The checkpoint of the run contains the ensemble so far. A resumed search does not repeat finished
-    work. With `trainer.steps` and without `trainer.time_limit`, no decision depends on time, and a resumed search gives
-    exactly the same result as an uninterrupted one.
+    work. With `trainer.steps` and without `trainer.time_limit`, no decision depends on time, and an interruption does
+    not change the result.
 
     `flowtrain.runs.finish.finish` uses a search like a `flowtrain.training.trainer.Trainer`.
 
@@ -174,7 +174,7 @@ class Search:
         log.info("%s", self._banner())
 
     def _begin(self) -> None:
-        """Reads the state of a resumed search. A new search removes the leftovers of a killed one."""
+        """Reads the state of a resumed search, or removes the files of a killed search before a new search."""
         if self.run_dir is None:
             return
         folder = self.run_dir / SEARCH_FOLDER
@@ -354,8 +354,8 @@ class Search:
 
         Args:
             name: the name of the candidate.
-            model: the name of its model.
-            stage: 1 or 2, see `Candidate`.
+            model: the name of the candidate's model.
+            stage: the number of the stage, 1 or 2, see `Candidate`.
             seconds: the time limit of the stage; None: the stage has a number of steps instead.
 
         Raises:
@@ -392,7 +392,7 @@ class Search:
         config = self._config_of(candidate) if saved is None else saved["config"]
         if candidate.max_steps is None:
             candidate.max_steps = config["trainer"]["steps"]
-            # the first checkpoint of the candidate may have another number of steps
+            # stored now, because the config in the first checkpoint of the candidate may have another number of steps
             self._write_state()
         steps = candidate.max_steps
         restarts = stage == 2 and saved is not None and saved["step"] == candidate.steps
@@ -542,7 +542,7 @@ class Search:
             except FlowtrainError as e:
                 log.debug("%s has no result yet: %s", candidate.name, e)
         self._stack("interrupted")
-        # restores the state, so that the resumed search makes the same decisions as an uninterrupted one
+        # the previous state is restored, so that the interruption does not change the decisions of the resumed search
         self.stacks = {label: nll for label, nll in state[0].items() if label != "interrupted"}
         self.candidates = {each["name"]: Candidate(**each) for each in state[1]}
         self._write_state()
@@ -656,7 +656,7 @@ def _is_leftover(folder: Path) -> bool:
 
 
 def validations_of(run_dirs: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Returns the validations of several runs, with the name of the run as their split.
+    """Returns the validations of several runs. The split of each row is the name of the run.
 
     Args:
         run_dirs: run directories by name; those without metrics.jsonl are left out.
@@ -680,7 +680,7 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def config_of_search(run_dir: Path) -> dict[str, Any] | None:
-    """Reads the config of the search in a run directory from its state file; None if there is no readable one."""
+    """Reads the config of the search in a run directory from its state file; None if it cannot be read."""
     config = _content_of_state(run_dir / SEARCH_FOLDER).get("config")
     return config if isinstance(config, dict) else None
 
@@ -742,10 +742,10 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def _models(config: Mapping[str, Any], data: Dataset) -> list[str]:
-    """Returns the models of a search, the cheap ones first.
+    """Returns the names of the models of a search. Cheap models come first.
 
     Raises:
-        ConfigError: an unknown model, or one that cannot be conditional for model.conditional=true.
+        ConfigError: an unknown model, or model.conditional=true with a model that cannot be conditional.
         DataError: model.conditional=true without labels.
     """
     given = config["model"].get("candidates")

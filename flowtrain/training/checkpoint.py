@@ -58,7 +58,7 @@ def _add_tensor(digest: Any, value: Tensor) -> None:
     digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-# format 2 has a checksum; format 1, without one, can still be read
+# format 2 has a checksum. Format 1 has no checksum, and can still be read
 FORMAT = 2
 KEYS = ("format", "config", "event_shape", "step", "weights")
 # checks of values by key
@@ -126,7 +126,7 @@ def find(path: Path, prefer: str = "best") -> Path:
     """Returns the checkpoint file for `path`: the file itself, or a run directory's best checkpoint, else its last.
 
     Args:
-        prefer: "best": the best checkpoint, else the last one. "last": only the last one.
+        prefer: "best" for the best checkpoint, or the last if there is no best; "last" for the last checkpoint.
 
     Raises:
         CheckpointError: there is no such file, or no checkpoint in the directory.

@@ -116,7 +116,7 @@ class CheckpointManager:
         return ranks.broadcast_object(written)
 
     def read(self, prefer: str = "best") -> dict[str, Any]:
-        """Returns the best checkpoint of this run; the last one if there is no best one or `prefer` is "last".
+        """Returns the best checkpoint of this run. Returns the last if there is no best, or if `prefer` is "last".
 
         Raises:
             CheckpointError: the file is missing or damaged.

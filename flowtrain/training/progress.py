@@ -23,7 +23,7 @@ class Progress:
     Attributes:
         step: the number of updates so far, including skipped ones.
         seconds: training time in seconds, summed over all commands that resumed the run.
-        stale: the number of consecutive regular validations without a new best regular one, for early stopping.
+        stale: the number of consecutive regular validations without a new best NLL (see `counted`), for early stopping.
         best: NLL in nats and step of the best validation whose checkpoint has been written; None before the first.
         val_nll: the NLL of the last validation in nats; NaN before the first.
         began: whether steps that maximize the likelihood have begun.
@@ -51,7 +51,7 @@ class Progress:
         return asdict(self)
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Restores the attributes from a checkpoint, in place because other objects refer to this one."""
+        """Restores the attributes from a checkpoint. Works in place, because other objects refer to this object."""
         # in older versions, all steps maximized the likelihood and all validations were regular
         best = saved["best"]
         older: dict[str, Any] = {
@@ -65,7 +65,7 @@ class Progress:
             setattr(self, name, saved.get(name, older[name]) if name in older else saved[name])
 
     def forget_best(self) -> None:
-        """Makes the next validation the best one. Used when earlier NLLs are no longer comparable."""
+        """Makes the next validation the best. Used when earlier NLLs are no longer comparable."""
         self.best = self.counted = self.best_rows = None
         self.worse = []
 

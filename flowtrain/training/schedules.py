@@ -172,7 +172,7 @@ class ValidationSchedule:
 
 
 def early_validations(settings: Settings, rows: int | None, matching: bool = False) -> frozenset[int]:
-    """Returns the steps of early validations, before and between the regular ones; empty unless `val_early` is set.
+    """Returns the steps of early validations, in addition to the regular validations; empty unless `val_early` is set.
 
     The first is step 0, which validates the initialized flow. The gap to the next step is one epoch or a quarter of the
     steps so far, whichever is more. Early validations end when this gap reaches `val_every`. If an epoch is one step,

@@ -96,7 +96,7 @@ class SolverGuard:
         if self.every is None or step % self.every or self.warned == self._limits():
             return False
         before = self.tightenings
-        # repeated until the check passes: with one tightening per check, the field would exploit each new tolerance
+        # The check is repeated until it passes. With a single tightening, the field would exploit the new tolerance
         # before the next check
         while self._tighten_once(step, x, label, seed):
             pass
@@ -116,7 +116,7 @@ class SolverGuard:
             wrong = failed or exploited(loose, tight, math.prod(self.flow.event_shape))
             finding = f"the batch has an NLL of {-loose.mean():.4f} with the solver settings of training, "
             finding += f"but a tight solve failed ({failure})" if failed else f"{-tight.mean():.4f} with a tight solve"
-        # all ranks tighten if one must, because they train the same field with the same tolerance
+        # if the check fails on any rank, all ranks tighten, because they train the same field with the same tolerance
         any_wrong, any_failed, most = ranks.largest([wrong, failed, nfe])
         # after a failed tight solve, tighten only once, because there is no comparison to repeat
         return bool(any_wrong) and self._tighten(step, int(most), f"step {step}: {finding}") and not any_failed

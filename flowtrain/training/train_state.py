@@ -148,7 +148,7 @@ class TrainState:
             restore()
 
     def warmed(self, step: int) -> float:
-        """Returns the number of warm-up steps of the tolerance completed at a step.
+        """Returns how many warm-up steps of the tolerance are completed at a step.
 
         With lr_decay=plateau, the number follows the halvings of the learning rate, because the length of the run is
         not known.

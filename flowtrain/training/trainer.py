@@ -39,8 +39,8 @@ Picture = Callable[[Flow, int, float], None]
 class Trainer:
     """Trains `objective`, which wraps `flow`, on `data`. Writes metrics and checkpoints into `run_dir`, if it is given.
 
-    All random numbers of step s are generated from (seed, s). A resumed run therefore gives exactly the same result as
-    an uninterrupted one, and no random state is saved.
+    All random numbers of step s are generated from (seed, s). An interruption therefore does not change the result of a
+    resumed run, and no random state is saved.
 
     With several ranks (see `flowtrain.utils.ranks`), each rank has its own share of every batch, its own noise and its
     own solver steps. Gradients are averaged, so that all ranks make the same updates. Only rank 0 writes files.
@@ -143,7 +143,7 @@ class Trainer:
         return self.checkpoints.saved_step
 
     def read(self) -> dict[str, Any]:
-        """Returns the best checkpoint, or the last one before the first validation."""
+        """Returns the best checkpoint, or the last checkpoint if there was no validation yet."""
         return self.checkpoints.read()
 
     @property

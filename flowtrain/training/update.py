@@ -28,21 +28,21 @@ AVERAGING_SLOTS = 16
 def average_gradients(
     parameters: Sequence[nn.Parameter], terms: Mapping[str, Tensor], weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Replaces this rank's gradients by the weighted mean sum_r w_r g_r over all ranks r, if that is finite.
+    """Replaces this rank's gradients by the weighted mean sum_r w_r g_r over all ranks r, if the mean is finite.
 
     Gradients and terms are summed as one tensor after the backward pass. A rank whose step failed sends NaN, so that no
     rank makes an update. Each rank then still has its own gradients, which `bad_update` examines.
 
-    A parameter without a gradient on all ranks stays without one, so that weight decay and the optimizer's averages
-    do not change it. If only some ranks have a gradient, the others count as zeros.
+    A parameter that has no gradient on any rank gets none, so that weight decay and the optimizer's averages do not
+    change the parameter. If only some ranks have a gradient, the gradients of the others count as zeros.
 
     Args:
         terms: the loss and its parts by name, with the same names on all ranks. Empty if the step failed.
         weight: w_r, this rank's share of the rows of the batch.
 
     Returns:
-        (the norm of the mean gradient, which is not finite if a rank failed; the weighted means of the terms). With one
-        rank, its own norm and terms, without a copy of the gradients.
+        (the norm of the mean gradient, which is not finite if a rank failed; the weighted means of the terms). With a
+        single rank, these are the norm and the terms of this rank, and the gradients are not copied.
     """
     trained = [p for p in parameters if p.requires_grad]
     if ranks.size() == 1:
@@ -51,7 +51,8 @@ def average_gradients(
     slots = pieces[0].new_full((AVERAGING_SLOTS,), 0.0 if terms else torch.nan)
     for i, term in enumerate(terms.values()):
         slots[i] = term
-    # 1 for each parameter with a gradient. The sum over ranks is above 0 if any rank has one. Needs no device sync
+    # 1 for each parameter with a gradient, else 0. The sum over ranks is above 0 if any rank has a gradient. This needs
+    # no synchronization with the device
     known = pieces[0].new_ones(len(trained))
     for i, p in enumerate(trained):
         if p.grad is None:
@@ -64,7 +65,7 @@ def average_gradients(
     gradient, known, means = torch.split(flat, [sum(sizes), len(trained), AVERAGING_SLOTS])
     norm = torch.linalg.vector_norm(gradient)
     found = dict(zip(terms, means, strict=False))
-    # the only synchronization with the device here; the caller's finite check would need one anyway
+    # This is the only synchronization with the device in this function. The caller's finite check would also need one
     finite, *there = torch.cat([norm.isfinite().view(1), known > 0]).tolist()
     if finite:
         for p, piece, has in zip(trained, torch.split(gradient, sizes), there, strict=True):

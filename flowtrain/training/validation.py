@@ -31,7 +31,7 @@ MARGIN_COLUMNS = 10
 
 
 def margin(max_rise: float, d: int) -> float:
-    """Returns how far the NLL may be above the best one, in nats, for samples of d elements."""
+    """Returns how far the NLL may be above the best NLL, in nats, for samples of d elements."""
     return max_rise * max(1.0, d / MARGIN_COLUMNS)
 
 
@@ -73,9 +73,9 @@ def some_rows(log_p: Tensor, start: int, n: int) -> Tensor:
     return log_p[-start % every :: every].to(torch.float32)
 
 
-# a run that still improves in this last share of its steps had too few steps
+# a run had too few steps if the NLL still improved in the last steps, this share of all steps
 LATE_BEST = 0.2
-# nats by which the NLL must have improved in that share, for samples of up to ten elements
+# nats by which the NLL must have improved in these last steps, for samples of up to ten elements
 GAINED = 0.02
 # a best validation within this first share of the steps suggests overfitting
 EARLY_BEST = 0.5

@@ -279,7 +279,7 @@ class Reporter:
         return True
 
     def _draw(self, line: str) -> None:
-        """Replaces the displayed line; an empty one removes it.
+        """Replaces the displayed line by `line`, or removes it if `line` is empty.
 
         The cursor returns to the start of the line, so that other output overwrites the line.
         """

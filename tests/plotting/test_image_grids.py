@@ -118,7 +118,7 @@ def test_large_images_are_averaged_and_lose_no_lost_pixel(tmp_path: Path) -> Non
     assert sheet[42, 42].tolist() == MAGENTA
     image = sheet[86:170, 86:170]
     assert image.mean() == pytest.approx(127.5, abs=1)
-    # the stripes are finer than the screen: no coarser ones may stand in for them
+    # the stripes are finer than the pixels of the picture. Their mean must be drawn, without coarser stripes
     assert np.ptp(image[:, 2:-2]) < 16
 
 
@@ -138,7 +138,7 @@ def test_rows_of_any_length_start_at_one_place(tmp_path: Path) -> None:
 def test_differences_have_signed_colours_and_the_scale_of_the_largest(tmp_path: Path) -> None:
     shades = torch.linspace(0, 255, 3).reshape(3, 1, 1, 1).expand(3, 1, 8, 8)
     differences = torch.zeros(3, 3, 8, 8)
-    # of the channels the one that differs most, which a mean would hide
+    # the channel with the largest difference is shown. A mean over channels would hide it
     differences[0, 0], differences[0, 1], differences[2, 2] = -2e-5, 1e-5, 1e-5
     differences[1, 0, 0, 0] = math.nan
     cell = image_grids.Cell(8, 8, 2)
@@ -160,7 +160,7 @@ def test_differences_have_signed_colours_and_the_scale_of_the_largest(tmp_path: 
 
 @pytest.mark.parametrize("levels", [17, 256])
 def test_reconstructions_show_the_error_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: int) -> None:
-    """Not rounded to levels: an error of 1e-5 is no level, and one of half a level is an error."""
+    """Errors are not rounded to levels: an error of half a level is shown."""
 
     class Off(Affine):
         """Misses by 0.4 in latents of the first pixel."""

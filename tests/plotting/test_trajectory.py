@@ -146,7 +146,7 @@ def test_frames_give_the_units_of_the_data() -> None:
 
 @pytest.mark.parametrize("steps", [2, 3])
 def test_fixed_steps_end_at_the_samples_of_the_flow(steps: int) -> None:
-    """Whatever the moments: each is solved from where its part of the flow begins, not from one to the next."""
+    """The end does not depend on the moments: each moment is solved from the start of its part of the flow."""
     flow = vectors("ffjord", solver=["solver=euler", f"solver.steps={steps}"])
     z = torch.randn(6, 2)
     with torch.no_grad():

@@ -209,7 +209,7 @@ def move(path: Path, **changed: Any) -> Gif:
 def test_gif_has_a_frame_per_time_and_pauses_at_the_ends(tmp_path: Path) -> None:
     gif = move(tmp_path / "new" / "a.gif")
     assert (gif.n_frames, gif.width) == (K, 180)
-    # equal frames are one that is shown for longer
+    # equal frames are merged into one frame with a longer duration
     assert gif.durations == [100, 50, 100]
     assert gif.loops == 0
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.gif"]

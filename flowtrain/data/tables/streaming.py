@@ -101,7 +101,7 @@ class NpyRows:
 
 
 class Piece(NamedTuple):
-    """The part of a batch in one window of one epoch: positions start to stop of the window."""
+    """The part of a batch that lies in one window: positions `start` to `stop` in window `window` of an epoch."""
 
     epoch: int
     window: int
