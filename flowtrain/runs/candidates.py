@@ -36,7 +36,7 @@ class Candidate:
     Attributes:
         name: the name of the model; for further seeds, followed by their number, as in nsf-2.
         model: the name of the model.
-        seed: the seed of its run.
+        seed: the seed of the candidate's run.
         stage: 0: not trained yet. 1: trained for the first part. 2: trained to the end.
         nll: the validation NLL of its best checkpoint in nats; None before the first.
         nll_stderr: the standard error of `nll`.

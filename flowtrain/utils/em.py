@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# Largest number of feature values in a chunk of rows, and of all rows if the features are kept between steps
-PART, KEPT = 2**22, 2**25
+# Largest number of feature values that are computed at a time
+PART = 2**22
+# The features of all rows are kept between steps if they have at most this number of values
+KEPT = 2**25
 
 
 @dataclass(frozen=True)

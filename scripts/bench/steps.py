@@ -117,7 +117,7 @@ def flowtrain_step(problem: Problem, **settings: Any) -> Contestant:
         plans = flow.step_plans
 
     def step() -> Step:
-        # as in training, plan the steps from another batch
+        # start from the step plans of another batch, as in training
         flow.step_plans = plans
         with record_solves() as solves:
             loss = nll(*flow.inverse(problem.x))

@@ -1,4 +1,4 @@
-"""Short fuzzing and kill tests with the parts of scripts/torture.py, which runs them for longer."""
+"""Short fuzzing and kill tests. scripts/torture.py runs the same tests for longer."""
 
 import itertools
 import os

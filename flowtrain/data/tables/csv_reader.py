@@ -514,9 +514,9 @@ def _read_by_cell(
 def _width_error(row: Sequence[str], layout: Layout) -> str:
     width, cells = len(layout.names), len(row)
     where = (
-        f"it ends before column {layout.names[cells]!r}"
+        f"the row ends before column {layout.names[cells]!r}"
         if cells < width
-        else f"it continues after column {layout.names[-1]!r}"
+        else f"the row continues after column {layout.names[-1]!r}"
     )
     hint = ""
     if row[0].startswith("#"):
