@@ -30,9 +30,9 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
 
     Valid densities were simulated: log p of normal distributions in 1, 4 and 30 dimensions, of Student's t with 1 and 3
     degrees of freedom, and with exponential and Gumbel tails. The check failed in at most 1.8% of sets of 10 rows, 0.2%
-    of 20 rows, 0.05% of 50 rows, and never with 100 to 10,000 rows. A Gaussian fitted to heavy tails may fail, and this is
-    intended. Fitted to Student's t with 3 degrees of freedom, it fails in 13% of sets of 20 rows and in 55% of sets of
-    1,000 rows.
+    of 20 rows, 0.05% of 50 rows, and never with 100 to 10,000 rows. The check is intended to fail for a Gaussian fitted
+    to heavy tails. For a Gaussian fitted to Student's t with 3 degrees of freedom, it fails in 13% of sets of 20 rows
+    and in 55% of sets of 1,000 rows.
 
     A row whose log p is not finite always fails the check.
 
