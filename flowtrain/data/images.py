@@ -197,7 +197,7 @@ class IDXImages(Finite):
         """Returns the rows `share` of the batch, (k, 1, H, W), uint8, on the device of the training set."""
         images = super().train_share(step, batch_size, seed, share)
         if self._crop:
-            # drawn for the whole batch, so the shift of an image does not depend on the share
+            # shifts are drawn for the whole batch, so the shift of an image does not depend on the share
             generator = step_generator(seed, _STREAM, _CROP, step)
             left = torch.randint(2 * self._crop + 1, (batch_size, 1, 1, 1), generator=generator)
             images = _shifted(images, self._crop, left[share])
@@ -220,7 +220,7 @@ def _root(root: str | None) -> Path:
 
 
 def _find(dataset: str, root: Path, advice: str) -> list[Path]:
-    """Finds the four files. All come from one folder, so two data sets are never mixed."""
+    """Finds the four files. All files come from the same folder, so two data sets are never mixed."""
     places = []
     for folder in (root / dataset, root):
         found = {name: _plain_or_gzipped(folder / name) for name in _FILES}

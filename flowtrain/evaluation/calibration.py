@@ -26,7 +26,7 @@ def calibration(z: Tensor, base: Base) -> tuple[Calibration, dict[str, Tensor]]:
     - F(|y|^2), where y_j = Phi^-1(u_j) and F is the chi-square distribution function with d degrees of freedom.
 
     Each transform is tested separately. The radius |y| also shows dependence between dimensions. Latents with NaN are
-    left out. If all have NaN, the statistic is NaN.
+    left out. If all rows have NaN, the statistic is NaN.
 
     Returns:
         (result of the test, transforms for the figure by name, (n,) each).

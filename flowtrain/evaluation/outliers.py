@@ -92,7 +92,7 @@ def outlying(log_p: Tensor) -> tuple[float, Tensor]:
     Returns:
         (share, rows). `share` is the largest fraction of the variance that a few far rows carry, and 0 if no row is far
         from the others. `rows` is the smallest set of rows that carries more than half of the variance, as positions in
-        log_p, the farthest first. It is empty if the share is at most half.
+        log_p, the farthest first. The set is empty if `share` is at most half.
     """
     n = len(log_p)
     most = min(max(FEW, int(SHARE * n)), n // 5)

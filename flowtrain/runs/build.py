@@ -43,15 +43,16 @@ def build_data(config: Config, **tables: Any) -> Dataset:
 
 
 def build_solver(config: Config) -> Solver:
-    """Builds the ODE solver. A flow that solves no ODE does not use it."""
+    """Builds the ODE solver. A flow that solves no ODE does not use the solver."""
     return cast(Solver, _call(config, "solver"))
 
 
 def build_objective(config: Config, flow: Flow, teacher: Flow | None = None) -> Objective:
-    """Builds the objective with its regularizer. Steps, seed and teacher are passed if its constructor has them.
+    """Builds the objective with its regularizer. Steps, seed and teacher are passed if the constructor of the objective
+    has these arguments.
 
     Args:
-        teacher: the flow of the run that this run begins from; None: none.
+        teacher: the flow of the run `from`; None without such a run.
 
     Raises:
         ConfigError: an invalid key of the objective or the regularizer, or a missing teacher.
@@ -111,7 +112,7 @@ def build_flow(config: Config, samples: Samples) -> Flow:
 
 def build_density(config: Config, samples: Samples) -> Density:
     """Builds a flow as `build_flow` does, or an ensemble from its description."""
-    # built even if the model does not use it, so that an invalid solver key is reported
+    # the solver is built even if the model does not use it, so that an invalid solver key is reported
     offered = {"solver": build_solver(config), "classes": samples.classes}
     wanted = _wanted(config, "model", offered)
     found = cast(Density, _call(config, "model", event_shape=samples.event_shape, **wanted))

@@ -32,7 +32,7 @@ SAME = ("event_shape", "integer_valued", "levels", "noisy", "columns", "label")
 
 
 class Run(NamedTuple):
-    """A run or a file that becomes a member of an ensemble. `name` is its name in tables and messages."""
+    """A run or a file that becomes a member of an ensemble. `name` is used in tables and messages."""
 
     name: str
     flow: Density

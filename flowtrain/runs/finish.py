@@ -81,7 +81,8 @@ def draw_figures(
     options: PlotOptions,
     time_budget: TimeBudget | None = None,
 ) -> list[Path]:
-    """Draws all figures of a flow and its evaluation. A figure that fails is a warning, and the others are drawn.
+    """Draws all figures of a flow and its evaluation. A figure that fails gives a warning, and the other figures are
+    drawn.
 
     Args:
         data: the data set whose test set is drawn beside samples.

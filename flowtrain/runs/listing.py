@@ -18,9 +18,9 @@ from flowtrain.runs.sweep_summary import ERROR, RESULT, read, result_of, varied_
 from flowtrain.utils.errors import ConfigError, first_line
 
 CONFIG, METRICS = ".hydra/config.yaml", "metrics.jsonl"
-# what Hydra and `flowtrain` write into the directory of a sweep
+# files that Hydra and `flowtrain` write into the directory of a sweep
 OF_SWEEP = ("multirun.yaml", "sweep.csv")
-# files that a directory must have one of to be a run
+# a directory with one of these files is a run
 OF_RUN = (METRICS, RESULT, CONFIG)
 # keys of a row in a file, in this order
 COLUMNS = (
@@ -35,7 +35,7 @@ class ListedRun:
 
     Attributes:
         path: the run directory.
-        name: its path below the directory that was searched.
+        name: the path of the run below the directory that was searched.
         model, data: the names of the model and of the data; None if unknown.
         split: the set of `nll`: test, or val if the run has no result.
         nll, nll_stderr: in nats; None if there is no validation yet.
@@ -43,10 +43,10 @@ class ListedRun:
         train_seconds: seconds of training.
         steps: the last step that the metrics or the result name.
         state: "finished", "stopped at step K", "failed" or "running".
-        changed: when a file of the run was last written, in seconds since 1970.
+        changed: the time at which a file of the run was last written, in seconds since 1970.
         sweep: the path of the sweep that the run belongs to.
-        overrides: in a sweep, the overrides that differ between its runs.
-        problem: what cannot be read; empty if nothing.
+        overrides: the overrides of the run that differ between the runs of its sweep.
+        problem: describes what cannot be read; empty if everything was read.
     """
 
     path: Path

@@ -40,7 +40,7 @@ LEAST_HYBRID = 10
 
 @dataclass(frozen=True)
 class Parts:
-    """Objects that the caller of a run has built. They replace the objects of the config.
+    """Objects that the caller of a run has built. These objects replace the objects of the config.
 
     Attributes:
         flow: a flow, which is trained in place.
@@ -240,7 +240,8 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
 
 
 def check_unchanged(before: Samples, now: Samples) -> None:
-    """Checks that the data of a resumed run have not changed. Otherwise, it could be tested on its training rows.
+    """Checks that the data of a resumed run have not changed. With changed data, the run could be tested on its
+    training rows.
 
     Raises:
         DataError: the data have changed.

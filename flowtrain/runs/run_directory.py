@@ -77,7 +77,8 @@ def holding(run_dir: Path) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         if isinstance(lock, filelock.UnixFileLock):
-            # filelock does not remove the file. It is removed while still locked, so that no other process can hold it
+            # filelock does not remove the file. The file is removed while still locked, so that no other process can
+            # hold the lock
             (run_dir / NAME).unlink(missing_ok=True)
         lock.release()
 

@@ -41,7 +41,7 @@ def save(flow: Density, path: str | Path) -> None:
         raise ConfigError(f"{path}: give a name that ends in .pt, such as {path.name or 'flow'}.pt")
     content = content_of(flow)
     try:
-        # without a copy of the previous file, because the directory is the user's
+        # no copy of the previous file is kept, because the directory belongs to the user
         checkpoint.save(path, content, keep_previous=False)
     except OSError as e:
         raise CheckpointError(f"{path}: the flow could not be written ({e})") from e

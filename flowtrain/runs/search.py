@@ -76,12 +76,12 @@ SEARCH = "search"
 # models that are fitted first, each with its largest share of the time limit
 CHEAP = {"affine": 0.05, "mixture": 0.15}
 # FINALISTS: without a time limit, the number of flows that are trained to the end. FIRST_PART: every flow first trains
-# for this share of the total time of the best flow. Its learning rate schedule ends with this part, because flows are
-# not comparable while the learning rate is high, and then restarts. Validation NLL after 60 s on one thread if only the
-# best flow continues, and if the two best flows continue: gas -7.80 and -7.45, pendigits -31.2 and -31.3, annthyroid
-# -20.23 and -20.25
+# for this share of the total time of the best flow. The learning rate schedule ends with this part, because flows are
+# not comparable while the learning rate is high. In the second part, the schedule restarts. Validation NLL after 60 s
+# on one thread if only the best flow continues, and if the two best flows continue: gas -7.80 and -7.45, pendigits
+# -31.2 and -31.3, annthyroid -20.23 and -20.25
 FINALISTS, FIRST_PART = 2, 1 / 6
-# the share of the validation rows, those with the lowest log p, that a ranking leaves out
+# a ranking leaves out this share of the validation rows, the rows with the lowest log p
 TRIMMED = 0.01
 # largest number of further seeds; the search ends when a seed lowers the validation NLL by less than GAIN nats
 SEEDS, GAIN = 3, 0.005
@@ -89,9 +89,9 @@ SEEDS, GAIN = 3, 0.005
 LARGE, LONG = 5_000, 100_000
 # largest number of validation rows for the scores of the candidates
 ROWS = 10_000
-# no further candidate begins if a smaller share of the time limit is left
+# no further candidate begins if less than this share of the time limit is left
 LEAST_SHARE = 0.03
-# the share of `time_budget` for the search, as long as the time to score a row is not measured
+# the share of `time_budget` for the search, until the time to score a row is measured
 SEARCH_SHARE = 0.6
 # time for the choice of the mixture: the share of the time left, and the least seconds
 COMPONENTS_SHARE, COMPONENTS_LEAST = 0.15, 1.0

@@ -20,7 +20,7 @@ log = logging.getLogger("flowtrain")
 
 
 def checksum(content: Any) -> str:
-    """Returns the SHA-256 of plain values and tensors. It depends on types, order and values.
+    """Returns the SHA-256 of plain values and tensors. The checksum depends on types, order and values.
 
     Raises:
         CheckpointError: a value of another type, or a tensor that is larger than its storage.
@@ -90,7 +90,7 @@ def save(path: Path, checkpoint: dict[str, Any], keep_previous: bool = True) -> 
         except CheckpointError as e:
             raise OSError(f"{path}: the written file does not read back ({e})") from e
 
-    # in memory first: on a full disk, torch.save raises an error of its zip writer instead of OSError
+    # torch.save writes to memory, because on a full disk its zip writer does not raise OSError
     archive = io.BytesIO()
     torch.save(content, archive)
     with replacing(path, durable=True, check=reads_back, keep=previous(path) if keep_previous else None) as f:

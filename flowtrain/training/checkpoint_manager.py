@@ -107,7 +107,7 @@ class CheckpointManager:
             if self.progress.step == 0:
                 raise
             log.warning(
-                "step %d: checkpoints/%s.pt could not be written (%s). The previous file is kept and the run continues.",
+                "step %d: checkpoints/%s.pt could not be written (%s). The old file is kept and the run continues.",
                 self.progress.step,
                 name,
                 e,

@@ -62,7 +62,7 @@ class Metrics:
         self.waiting += to_json(row) + "\n"
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            # in binary mode, because `back_to` counts bytes and text mode changes line ends on Windows
+            # binary mode, because `back_to` counts bytes, and text mode changes line ends on Windows
             with self.path.open("ab") as f:
                 f.write(self.waiting.encode())
         except OSError as e:

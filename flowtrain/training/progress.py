@@ -27,8 +27,8 @@ class Progress:
         best: NLL in nats and step of the best validation whose checkpoint has been written; None before the first.
         val_nll: the NLL of the last validation in nats; NaN before the first.
         began: whether steps that maximize the likelihood have begun.
-        counted: the best NLL of the regular validations; None before the first. `stale` refers to it instead of
-            `best`, because early validations must not change when a run ends.
+        counted: the best NLL of the regular validations; None before the first. `stale` counts from this NLL and not
+            from `best`, because early validations must not change when a run ends.
         best_rows: log p of some validation rows at the best validation, see `validation.some_rows`. None without
             `max_rise`.
         position: the position of the schedules, in steps, see `ScheduleClock`.
@@ -84,7 +84,7 @@ class NfeWatch:
         self.warned, self.spiking = False, False
 
     def check(self, step: int, row: Mapping[str, Any]) -> None:
-        """Checks the NFE in the row of a step. Must be called after every successful step."""
+        """Checks the NFE in the row of a step. Call this method after every successful step."""
         nfe = (row.get("nfe_forward") or 0) + (row.get("nfe_backward") or 0)
         if not nfe:
             return

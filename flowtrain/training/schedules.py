@@ -55,7 +55,7 @@ class LearningRate:
         return min(1.0, -math.log2(self.scale) / HALVINGS)
 
     def validated(self, improved: bool) -> None:
-        """Updates the plateau schedule after a validation. `improved`: whether it is the best so far."""
+        """Updates the plateau schedule after a validation. `improved`: whether this validation is the best so far."""
         if self.settings.lr_decay != "plateau":
             return
         self.stale = 0 if improved else self.stale + 1
@@ -71,7 +71,8 @@ class LearningRate:
         self.scale, self.stale = state["scale"], state["stale"]
 
 
-# in this first share of a phase's time, the position follows the steps alone, so that a slow start does not advance it
+# in this first share of a phase's time, the position follows the steps alone, so that a slow start does not advance the
+# schedules
 GRACE = 0.1
 # share of a time limit after which the likelihood replaces another objective
 MATCHING = 0.5

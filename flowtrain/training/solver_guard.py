@@ -22,7 +22,8 @@ SIGMAS = 3.0
 # Nats per dimension. Every discretisation has a small bias of either sign that the field does not exploit. Without this
 # limit, the guard would tighten the tolerance of every run and only cost time.
 FLOOR = 1e-3
-# the steps of the tight solve are shorter by this factor; the error of Euler's method, of order 1, shrinks by it
+# the steps of the tight solve are shorter by this factor. The error of Euler's method, which has order 1, is smaller by
+# the same factor
 FINER = 8
 
 
@@ -109,7 +110,7 @@ class SolverGuard:
             return False
         loose, nfe, failure = self._log_prob(x, label, seed, coarse)
         wrong, failed, finding = False, False, "the check failed on another rank"
-        # if the coarse solve fails, nothing can be compared; the next training step reports its own failure
+        # if the coarse solve fails, there is no comparison. The next training step reports such a failure itself
         if not failure:
             tight, _, failure = self._log_prob(x, label, seed, fine)
             failed = bool(failure)

@@ -166,7 +166,7 @@ class Trainer:
             name: the name of the flow next to the progress counter, which then has no total. None: no name.
 
         Raises:
-            FlowtrainError: a loss, gradient or solve failed. The weights were not changed by that step.
+            FlowtrainError: a loss, gradient or solve failed. The step did not change the weights.
         """
         begun, before = time.perf_counter(), self.seconds
         s, p = self.settings, self.progress
@@ -175,7 +175,7 @@ class Trainer:
         self.budget()
         with StopSignals() as signals, progress_bar(s.steps, p.step, name) as bar:
             if p.step == 0:
-                # so that a run that is killed before its first validation can be resumed
+                # saved here, so that a run that is killed before its first validation can be resumed
                 self.checkpoints.write_last()
                 if self.validation_schedule.validates_early(0) and p.best is None:
                     # drops a validation row of an earlier process that was killed before it saved a checkpoint
@@ -272,7 +272,8 @@ class Trainer:
             if not self.validate_early() and self.stopped_by:
                 self.checkpoints.write_last()
         elif self.stopped_by:
-            # saved before the validation, because an uninterrupted run would not validate at this step
+            # the checkpoint is saved before the validation, because a run that is not stopped would not validate at
+            # this step
             self.checkpoints.write_last()
             if self.signal is None:
                 validate()

@@ -21,7 +21,8 @@ from flowtrain.utils import ranks
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 from flowtrain.utils.precision import narrowed, training_step
 
-# places for the loss and its terms in the summed tensor; a fixed number, so that a rank whose step failed sends as many
+# number of places for the loss and its terms in the summed tensor. It is fixed, because a rank whose step failed must
+# send a tensor of the same size
 AVERAGING_SLOTS = 16
 
 
@@ -116,7 +117,7 @@ class Update:
         change the weights or the running statistics of batch norms.
 
         Returns:
-            (the measurements of the step, the batch).
+            (the measurements of the step, the batch of the step).
 
         Raises:
             FlowtrainError: a loss, gradient or solve failed on any rank. The weights were not changed.
@@ -185,7 +186,10 @@ class Update:
         return total
 
     def average(self, attempt: Attempt) -> tuple[Tensor, dict[str, Tensor]]:
-        """Replaces the gradients by their mean over all ranks. Returns its norm and the mean terms, including NFE."""
+        """Replaces the gradients by their mean over all ranks.
+
+        Returns the norm of the mean gradient, and the mean terms, including NFE.
+        """
         terms = dict(attempt.terms)
         if terms and ranks.size() > 1:
             terms |= {name: terms["loss"].new_tensor(n, dtype=torch.float32) for name, n in attempt.nfe.items()}

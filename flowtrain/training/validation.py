@@ -22,7 +22,7 @@ from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 MOST_COMPARED, LEAST_ROWS_RISEN = 2000, 5
 # the mean difference must exceed this many standard errors
 SIGMAS = 4.0
-# differences are clipped at this multiple of their median size, so that one row does not decide
+# differences are clipped at this multiple of their median size, so that a single row does not determine the result
 CLIP = 3.0
 # if this share of the rows is worse, the standard error is not checked
 MANY_WORSE = 0.75
@@ -102,7 +102,7 @@ def advice(
         steps: the number of steps of the run.
         d: the number of elements of a sample.
         finite: whether the training data are a finite set.
-        config: the config of the run. Its model keys determine which suggestions are possible.
+        config: the config of the run. The model keys of the config determine which suggestions are possible.
     """
     nll = {row["step"]: row["nll"] for row in rows if row["split"] == "val"}
     if len(nll) < 2 or best not in nll:

@@ -99,7 +99,7 @@ def fit_mixture(
 
 
 class _Rows:
-    """The features of rows x (n, d), in chunks. They are kept between steps if they are small."""
+    """The features of rows x (n, d), in chunks. The features are kept between steps if they are small."""
 
     def __init__(self, x: Tensor, diagonal: bool) -> None:
         self.n, self.diagonal = len(x), diagonal
@@ -147,7 +147,7 @@ def e_step(rows: _Rows, mixture: Mixture) -> tuple[float, Tensor]:
     total, sums = 0.0, torch.zeros_like(theta.T)
     for part in rows:
         terms = part @ theta
-        # in place, with one exponential for log p and the shares
+        # computed in place, with one exponential for both log p and the responsibilities
         largest = terms.amax(1, keepdim=True)
         shares = terms.sub_(largest).exp_()
         scale = shares.sum(1, keepdim=True)

@@ -42,7 +42,8 @@ def training_step(name: str, device: torch.device) -> Iterator[None]:
 def narrowed(name: str, device: torch.device) -> torch.autocast:
     """Returns a context for the loss of a step. Convolutions and products use bfloat16 if `name` is "bfloat16".
 
-    Run the backward pass outside the context. There torch uses for each operation the dtype of its forward pass.
+    Run the backward pass outside the context. In the backward pass, torch uses for each operation the dtype of its
+    forward pass.
 
     Args:
         name: one of PRECISIONS.
@@ -62,7 +63,7 @@ def default_precision() -> Iterator[None]:
     first = torch.get_float32_matmul_precision() if name == "allow_tf32" else None
     for place, value in zip(places, default, strict=True):
         setattr(place, name, value)
-    # read only now, because reading it raises an error if it contradicts the setting of a backend
+    # read only after that, because reading this setting raises an error if it contradicts the setting of a backend
     legacy = torch.get_float32_matmul_precision()
     try:
         if legacy != "highest":

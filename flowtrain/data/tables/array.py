@@ -136,7 +136,7 @@ class ArrayData(Finite):
     Args:
         path: the training file, .npy, .npz or text, see `read_table`; or a table in memory.
         val_path, test_path: held-out files or tables with the same columns.
-        key: the array to read from an .npz file with several arrays. Held-out files of other formats ignore it.
+        key: the array to read from an .npz file with several arrays. Held-out files of other formats ignore this key.
         columns: names, positions or slices such as "0:64" of the columns to keep.
         header: whether the first line of a text file names the columns. None means detected.
         decimal: the decimal mark of text files, point or comma. None means detected.
@@ -154,8 +154,9 @@ class ArrayData(Finite):
             true for files of 256 MiB or more. A held-out file of 256 MiB or more is read in the same way unless this is
             False, and at most 100,000 of its rows are drawn at random.
         seed: the seed of the split. Batches use the seed of the run.
-        center: whether samples may be kept in float64. This happens if the mean of a column is so large compared with
-            its standard deviation that float32 would lose significant digits. The flow then subtracts an offset.
+        center: whether samples may be kept in float64. Samples are kept in float64 if the mean of a column is so large
+            compared with its standard deviation that float32 would lose significant digits. The flow then subtracts an
+            offset.
         gaussian_start: whether the flow starts at the Gaussian of the training rows, with a shrunk covariance. A fixed
             linear layer next to the base maps to this Gaussian. None means true for vectors.
 

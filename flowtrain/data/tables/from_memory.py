@@ -156,7 +156,7 @@ def as_array(x: Rows, name: str = "x") -> NDArray[Any]:
     except ValueError as e:
         raise DataError(f"{name}: not an array ({e}); give rows of equal length") from e
     except (TypeError, RuntimeError, NotImplementedError) as e:
-        # of a list of tensors, for example
+        # NumPy raises such an error for a list of tensors, for example
         raise DataError(f"{name}: not an array ({first_line(e)}); give a NumPy array, a tensor or a data frame") from e
     if array.dtype.kind in "biuf":
         return array

@@ -61,7 +61,7 @@ class ScoredRows(Dataset):
 
 
 class RowsInMemory(ScoredRows):
-    """Rows in memory. Rows that the flow was trained on can be given this way to fit baselines to them."""
+    """Rows in memory. For baselines, these may also be the rows that the flow was trained on."""
 
     def train_rows(self, most: int) -> Tensor:
         return self.test[:most]
@@ -70,7 +70,7 @@ class RowsInMemory(ScoredRows):
 class RowsToScore(ScoredRows):
     """The rows of a file as samples to score. There are no training batches.
 
-    The columns are those that the flow was trained on. If the file has column names, the columns are found by name, in
+    The columns that the flow was trained on are read. If the file has column names, the columns are found by name, in
     any order, and other columns are ignored. Otherwise the positions chosen in training are used. If the file lacks
     these positions but has as many columns as a sample has elements, all columns are read in order. Images are rows of
     numbers, an array (n, C, H, W) or (n, H, W), or an IDX file.
@@ -79,8 +79,8 @@ class RowsToScore(ScoredRows):
         path: a .npy, .npz or text file, see `read_table`, or an IDX file, plain or gzipped.
         samples: the description of the samples that the flow was trained on.
         key, columns, label, header, decimal: the settings that the training file was read with, see `ArrayData`.
-        asked: the names of the settings among these that the user gave for this file. They override what is detected
-            from the file.
+        asked: the names of the settings among these that the user gave for this file. These settings have priority over
+            the column names in the file.
         seed: the seed of the noise on columns that `data.dequantize` names.
 
     Raises:

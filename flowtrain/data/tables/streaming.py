@@ -164,7 +164,7 @@ class WindowedEpochs:
         return self._order[1:]
 
 
-# Bytes in a block; bytes in a window, including the order of its rows
+# Size in bytes of a block, and of a window including the order of its rows
 BLOCK, WINDOW = 2**18, 2**26
 # Number of windows in memory
 KEPT = 2
@@ -237,7 +237,7 @@ class StreamedStore:
         return np.concatenate([self._rows.read(0, 0), *pieces])
 
     def _window(self, epoch: int, window: int, seed: int) -> NDArray[Any]:
-        """Returns the shuffled rows of a window. They are cached, because the next batches usually need them."""
+        """Returns the shuffled rows of a window. The rows are cached, because the next batches usually need them."""
         key = (epoch, window, seed)
         if key not in self._kept:
             while len(self._kept) >= KEPT:
@@ -269,9 +269,9 @@ class StreamedStore:
 LARGE = 2**28
 # Bytes of float64 in a chunk of the pass over the whole file
 CHUNK = 2**20
-# Number of training rows that checks such as the one for repeated values look at
+# Number of training rows for checks such as the check for repeated values
 LOOK = 10_000
-# Approximate number of hashes of training rows that held-out rows are compared with to find copies
+# Approximate number of training rows whose hashes are compared with the hashes of held-out rows, to find copies
 HASHES = 200_000
 
 
@@ -329,7 +329,7 @@ class StreamedTable:
         labels = [None] * len(sizes) if part.labels is None else list(torch.split(part.labels, sizes))
         rows = [r.numpy() for r in torch.split(torch.from_numpy(held), sizes)]
         parts = [Part(*each) for each in zip(torch.split(part.x, sizes), labels, rows, strict=True)]
-        # random rows, because the first rows of a file may not represent the others
+        # the rows are random, because the first rows of a file may not represent the others
         look = store.values(min(store.n, LOOK, store.in_window)).astype(np.float64)
         return TrainingSplit(
             store=store,
@@ -354,7 +354,7 @@ class StreamedTable:
             training: whether the other rows are training rows.
 
         Raises:
-            DataError: values that are not finite or do not fit `spec`, or invalid labels; names the row of the file.
+            DataError: values that are not finite or do not fit `spec`, or invalid labels. The message names the row.
         """
         order = np.argsort(wanted, kind="stable")
         found = _HeldOutRows(spec, len(wanted), self.label_column is not None)
@@ -472,7 +472,7 @@ def _part_of(chunk: NDArray[Any], like: Table, first: int) -> Table:
 
 
 def is_streamed(path: str, key: str | None, asked: bool | None) -> bool:
-    """Whether a file is streamed: as the user asks, by default .npy files of 256 MiB or more.
+    """Whether a file is streamed. The default is true for .npy files of 256 MiB or more.
 
     Raises:
         ConfigError: true for a file that is not .npy, or together with a key of an .npz file.

@@ -49,7 +49,7 @@ def npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     """Reads the header of a .npy array: its shape, whether it is in Fortran order, and its dtype.
 
     Raises:
-        ValueError: no header at the position of the stream, or one of an unknown version.
+        ValueError: no header at the position of the stream, or a header of an unknown version.
     """
     version = npy.read_magic(stream)
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
