@@ -4,9 +4,9 @@
     python scripts/download_mnist.py mnist fashion_mnist --root ~/data
     python scripts/download_mnist.py --mirror http://my.server/mnist/
 
-The script needs only Python. It writes files into ROOT/NAME/; the default ROOT is the folder that flowtrain reads. A
-file gets its name only after its SHA-256 has been verified. An incomplete download is kept as NAME.part, and the next
-mirror or the next run continues it.
+The script needs only Python. It writes files into ROOT/NAME/. The default ROOT is the folder that flowtrain
+reads. A file gets its name only after its SHA-256 has been verified. An incomplete download is kept as NAME.part, and
+the next mirror or the next run continues it.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def fetch(url: str, part: Path, expected: Sum, timeout: float) -> None:
             return
         except MismatchError:
             part.unlink()
-            # the beginning may be wrong, if it came from another mirror or a damaged disk
+            # the beginning of the file may be wrong, if another mirror sent it or if the disk is damaged
             if not begun or not left:
                 raise
         except (OSError, HTTPException):
@@ -154,7 +154,7 @@ def transfer(url: str, part: Path, begun: int, size: int, timeout: float) -> Non
 def copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
     """Copies exactly `count` bytes, each block as soon as it arrives."""
     left = count
-    # read would lose its buffered bytes when the connection breaks, so use read1
+    # read1 is used, because read would lose its buffered bytes when the connection breaks
     while block := source.read1(BLOCK):  # type: ignore[attr-defined]
         if len(block) > left:
             raise MismatchError("it sends more bytes than expected")

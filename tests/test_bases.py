@@ -92,7 +92,7 @@ def test_probability_transform_jacobian_equals_the_density(make: Callable[..., B
     base = make()
     z = base.sample(5)
     if isinstance(base, StudentT):
-        # central differences, because to_uniform computes no gradients
+        # central differences are used, because to_uniform computes no gradients
         h = 1e-5
         columns = [(base.to_uniform(z + h * e) - base.to_uniform(z - h * e)) / (2 * h) for e in torch.eye(3)]
         jacobian = torch.stack(columns, 2)

@@ -127,7 +127,7 @@ def test_flow_matching_objectives_and_reflow_train(objective: str, tmp_path: Pat
     keys = ["device=cuda", "trainer.steps=40", "trainer.val_every=20", "data.n_test=100"]
     config = compose_defaults([f"objective={objective}", *keys, "objective.coupling=optimal"])
     again = compose_defaults(["objective=rectified", *keys, f"from={tmp_path / 'first'}", "objective.pairs=1000"])
-    # the command does this when it composes the config
+    # the command makes this change when it composes the config
     again["model"] = config["model"]
     with messages():
         assert train(config, tmp_path / "first")[1] == 0

@@ -215,8 +215,8 @@ def zuko_step(problem: Problem) -> Contestant:
 def reference(problem: Problem, rows: int = 128, rtol: float = 1e-10) -> Step:
     """A reference in float64 with torchdiffeq, autograd trace, direct gradient and a tight tolerance.
 
-    It shares no code with the engine. dopri8 solves a few rows at a time to limit the memory of the graph, and ends its
-    last step at t = 0.
+    The reference shares no code with flowtrain's engine. dopri8 solves a few rows at a time to limit the memory of the
+    graph, and ends its last step at t = 0.
     """
     exact = problem.to(torch.float64)
     parts = []

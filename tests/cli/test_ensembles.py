@@ -66,7 +66,7 @@ def test_a_sweep_directory_is_evaluated(run: Run, sweep: Path) -> None:
     for name in ("report.md", "report.html", "plots/calibration.png"):
         assert (sweep / name).is_file()
     assert "lr=0" in (sweep / "report.md").read_text()
-    # without ckpt=, and on other rows
+    # the same without ckpt=, and then on other rows
     assert same(evaluation(run, str(sweep), "dtype=float32", name="my sweep/eval.json"), found)
     rows = normal(40, 2)
     np.savetxt("new.csv", rows[:, ::-1], delimiter=",", header="weight,height", comments="")
@@ -174,7 +174,7 @@ def test_a_sweep_over_data_is_refused(run: Run, trained: Train, sweep: Path, tab
 
 
 def test_weights_need_the_data_of_the_runs(run: Run, sweep: Path, table: Path) -> None:
-    # the file is put back, because the other tests read it
+    # the file is restored, because other tests read it
     away = table.rename(table.with_name("away.csv"))
     try:
         code, out, err = run("floweval", f"ckpt=[{sweep}/1e-3,{sweep}/lr=0]")

@@ -1,4 +1,4 @@
-"""--help: compared with the config files; the flags and the completion that it describes are run."""
+"""The output of --help agrees with the config files. The flags and the completion that it describes work."""
 
 import os
 import re

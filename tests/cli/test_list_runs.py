@@ -20,7 +20,7 @@ VAL = {"split": "val", "nll_stderr": 0.02}
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes a run directory. Each one is newer than the one before."""
+    """Writes a run directory. Each run is newer than the run before."""
     time = [1_000_000_000]
 
     def written(

@@ -57,7 +57,7 @@ def test_samples_use_the_labels_of_the_data() -> None:
     found = quality(flow, data, [1])
     assert found.exact.sliced_wasserstein < 0.4
     assert found.data < 0.4
-    # the flow has its own solver again
+    # the solver of the flow is restored
     assert flow.solver is not None
     assert flow.solver.method == "dopri5"
 

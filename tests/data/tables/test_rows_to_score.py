@@ -49,7 +49,8 @@ POSITIONS: list[tuple[str, Any, Any]] = [
 def test_positions_select_the_training_columns(
     tmp_path: Path, name: str, columns: Any, expected: list[int], header: bool
 ) -> None:
-    """Positions work in files with and without names, and after training on either."""
+    """Positions select the same columns in files with and without names, after training on a file with or without
+    names."""
     files = [table(tmp_path / "t.npy", list(range(5))), table(tmp_path / "t.csv", list(range(5)))]
     data = ArrayData(files[header], columns=columns)
     for path in files:
@@ -83,7 +84,7 @@ def test_duplicate_names_are_matched_by_position(tmp_path: Path, refused: Refuse
         data = ArrayData(path, columns=columns)
         np.testing.assert_array_equal(rows_to_score(data, path, columns=columns).test, DATA[:, expected])
     data = ArrayData(path)
-    # the order differs, and duplicate names cannot resolve it
+    # the order differs, and duplicate names do not determine the order
     other = table(tmp_path / "o.csv", [2, 0, 1], "b,a,a")
     refused(lambda: rows_to_score(data, other), DataError, [other, "'b', 'a', 'a'", "data.columns"])
     # names give the order of the columns if the names that are needed are unique

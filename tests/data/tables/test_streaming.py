@@ -1,4 +1,4 @@
-"""A streamed training file gives the same rows and labels as one in memory, one window at a time."""
+"""A streamed training file gives the same rows and labels as a file in memory. One window is read at a time."""
 
 import re
 from collections import Counter
@@ -94,7 +94,7 @@ def test_windows_are_shuffled() -> None:
     assert first != sorted(first)
     assert windows.blocks_of(0, 0, 0) != windows.blocks_of(1, 0, 0)
     assert windows.mixed(0, 0, 50, 0).tolist() != windows.mixed(1, 0, 50, 0).tolist()
-    # in a random order of 2,000 rows, neighbours are on average a third of them apart
+    # in a random order of 2,000 rows, the mean distance of neighbours in the file is a third of the rows
     place = np.argsort(windows.mixed(0, 0, 2000, 0))
     assert np.abs(np.diff(place)).mean() == pytest.approx(2000 / 3, rel=0.1)
 
