@@ -141,12 +141,12 @@ def transfer(url: str, part: Path, begun: int, size: int, timeout: float) -> Non
         resumed = answer.status == 206
         offered = answer.headers.get("Content-Range", "")
         if resumed and not offered.startswith(f"bytes {begun}-"):
-            raise OSError(f"bytes from {begun} on were requested, but it sends {offered or 'others'}")
+            raise OSError(f"bytes from {begun} on were requested, but the server sends {offered or 'others'}")
         start = begun if resumed else 0
         rest = answer.headers.get("Content-Length")
         # checked before opening the part, because an error page must not overwrite it
         if rest is not None and start + int(rest) != size:
-            raise OSError(f"its file has {start + int(rest)} bytes, but {size} are expected")
+            raise OSError(f"the server's file has {start + int(rest)} bytes, but {size} are expected")
         with part.open("ab" if resumed else "wb") as file:
             copy(answer, file, size - start)
 
@@ -157,7 +157,7 @@ def copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
     # read1 is used, because read would lose its buffered bytes when the connection breaks
     while block := source.read1(BLOCK):  # type: ignore[attr-defined]
         if len(block) > left:
-            raise MismatchError("it sends more bytes than expected")
+            raise MismatchError("the server sends more bytes than expected")
         target.write(block)
         left -= len(block)
     if left:
@@ -172,7 +172,7 @@ def verifies(path: Path, expected: Sum) -> bool:
 def verify(path: Path, expected: Sum) -> None:
     found = digest(path)
     if found != expected.sha256:
-        raise MismatchError(f"its file has the SHA-256 {found}, but {expected.sha256} is expected")
+        raise MismatchError(f"the server's file has the SHA-256 {found}, but {expected.sha256} is expected")
 
 
 def digest(path: Path) -> str:

@@ -63,7 +63,7 @@ def test_gradients_match_the_cpu(gradient: str, images: bool) -> None:
     for p in field.parameters():
         nn.init.normal_(p, std=0.3)
     x = torch.randn(16, 1, 8, 8) if images else torch.randn(64, 2)
-    # one probe per pixel makes the trace exact, so the devices have no noise to differ in
+    # with one probe per pixel the trace is exact, so the results do not depend on the noise of the device
     flow = Continuous(field, ode_solver("dopri5", gradient, rtol=1e-4), TraceRule("exact"))
     expected = step_gradients(flow, x)
     found = step_gradients(flow.to("cuda"), x.to("cuda"))

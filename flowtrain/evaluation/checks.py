@@ -312,7 +312,10 @@ def largest_bias(flow: Density, nll_stderr: float) -> float:
 
 
 def check_mass(exact: Density) -> Check | None:
-    """Checks that p integrates to 1, for one or two columns. A logit is excluded: some mass is outside its levels."""
+    """Checks that p integrates to 1, for one or two columns.
+
+    A flow with a logit is not checked, because some mass is outside the levels.
+    """
     if len(exact.event_shape) != 1 or exact.event_shape[0] > 2 or exact.levels is not None:
         return None
     found = measured_mass(exact)

@@ -48,8 +48,9 @@ def build_solver(config: Config) -> Solver:
 
 
 def build_objective(config: Config, flow: Flow, teacher: Flow | None = None) -> Objective:
-    """Builds the objective with its regularizer. Steps, seed and teacher are passed if the constructor of the objective
-    has these arguments.
+    """Builds the objective with its regularizer.
+
+    Steps, seed and teacher are passed if the constructor of the objective has these arguments.
 
     Args:
         teacher: the flow of the run `from`; None without such a run.

@@ -81,8 +81,9 @@ def draw_figures(
     options: PlotOptions,
     time_budget: TimeBudget | None = None,
 ) -> list[Path]:
-    """Draws all figures of a flow and its evaluation. A figure that fails gives a warning, and the other figures are
-    drawn.
+    """Draws all figures of a flow and its evaluation.
+
+    A figure that fails gives a warning, and the other figures are drawn.
 
     Args:
         data: the data set whose test set is drawn beside samples.

@@ -240,8 +240,9 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
 
 
 def check_unchanged(before: Samples, now: Samples) -> None:
-    """Checks that the data of a resumed run have not changed. With changed data, the run could be tested on its
-    training rows.
+    """Checks that the data of a resumed run have not changed.
+
+    With changed data, the run could be tested on rows on which it was trained.
 
     Raises:
         DataError: the data have changed.

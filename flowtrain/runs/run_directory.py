@@ -45,7 +45,7 @@ def holding(run_dir: Path) -> Iterator[None]:
     ignored after that process has ended.
 
     Raises:
-        InUseError: another process holds the lock. The message names it.
+        InUseError: another process holds the lock. The message names this process.
         ConfigError: the directory cannot be created, a file of the run is a link whose target would be overwritten, or
             a file of another program has the name of the lock file.
     """

@@ -144,10 +144,12 @@ class Validation:
         self.risen = False
 
     def run(self, regular: bool = True) -> None:
-        """Computes the NLL of the validation set at the final tolerance, and writes best.pt if it is the best so far.
+        """Computes the NLL of the validation set at the final tolerance, and writes best.pt if the NLL is the best so
+        far.
 
         Args:
-            regular: whether this validation counts for patience, plateaus and `max_rise`. Early validations do not.
+            regular: whether this validation counts for patience, plateaus and `max_rise`. Early validations do not
+                count.
         """
         p = self.progress
         self.flow.eval()

@@ -255,7 +255,7 @@ def test_mirror_with_a_wrong_file_is_skipped(serve: Serve, target: Path, case: s
 
 def test_wrong_content_range_is_not_appended(serve: Serve, target: Path) -> None:
     part = write_part(target, CONTENT[:HALF])
-    with pytest.raises(OSError, match=f"from {HALF} on were requested, but it sends bytes {HALF + 5}-"):
+    with pytest.raises(OSError, match=f"from {HALF} on were requested, but the server sends bytes {HALF + 5}-"):
         obtain(target, serve(shift=5))
     assert part.read_bytes() == CONTENT[:HALF]
 

@@ -331,7 +331,7 @@ def test_exhausted_budget_still_gives_a_result(run: Run, monkeypatch: pytest.Mon
     assert code == 0, err
     found = result(Path(out.splitlines()[-1]))
     assert (found["n"], found["steps"]) == (200, 1)
-    # only checks without further scoring
+    # only checks that score no further rows are made
     assert found["checks"].keys() <= {"concentration", "baseline"}
     assert found["budget"]["rows"] == 10
     assert "200 of the 500" in err

@@ -112,7 +112,7 @@ def test_early_validations_do_not_change_training(
 
 
 def rising_nll(self: Validation) -> tuple[float, float]:
-    """Validation NLL that falls until step 20 and then rises by 1 nat in 10 steps."""
+    """Returns a validation NLL that falls until step 20 and then rises by 1 nat in 10 steps."""
     self.scored = torch.linspace(-4, -2, 30) - abs(self.progress.step - 20) / 10
     self.n = 30
     return -self.scored.mean().item(), 0.1
