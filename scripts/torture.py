@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if not hasattr(os, "fork"):
     raise SystemExit("this script needs os.fork, which this system lacks: run it on Linux or macOS")
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
-# set before torch is imported: a thread pool must not be forked, and these small problems need one thread
+# set before torch is imported, because a thread pool must not be forked. One thread is enough for these small problems
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from common import machine, table  # noqa: E402

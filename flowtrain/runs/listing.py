@@ -241,7 +241,7 @@ def _state(path: Path, result: Mapping[str, Any], last_step: int) -> str:
 def is_in_use(path: Path) -> bool:
     """Whether a live process holds the lock of a run directory."""
     file = path / LOCK
-    # where the system has file locks, the lock file is empty
+    # if the system has file locks, the lock file is empty
     if not _is_file(file) or (file.stat().st_size and filelock.FileLock is not filelock.SoftFileLock):
         return False
     lock = filelock.FileLock(file)

@@ -728,7 +728,9 @@ def _check(config: Mapping[str, Any]) -> None:
     keys = ("candidates", "conditional")
     for key in config["model"]:
         if key not in ("name", *keys):
-            raise ConfigError(f"model: unknown key {key}; {choose(key, keys, 'model=auto takes')}; or give model=NAME")
+            raise ConfigError(
+                f"model: unknown key {key}; {choose(key, keys, 'the keys of model=auto are')}; or give model=NAME"
+            )
     flag("model.conditional", config["model"].get("conditional", False))
     if config["objective"].get("name") not in (None, "likelihood"):
         raise ConfigError(

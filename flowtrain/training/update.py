@@ -66,7 +66,8 @@ def average_gradients(
     gradient, known, means = torch.split(flat, [sum(sizes), len(trained), AVERAGING_SLOTS])
     norm = torch.linalg.vector_norm(gradient)
     found = dict(zip(terms, means, strict=False))
-    # This is the only synchronization with the device in this function. The caller's finite check would also need one
+    # This is the only synchronization with the device in this function. The caller's check for finite values would also
+    # need a synchronization
     finite, *there = torch.cat([norm.isfinite().view(1), known > 0]).tolist()
     if finite:
         for p, piece, has in zip(trained, torch.split(gradient, sizes), there, strict=True):

@@ -33,7 +33,7 @@ def as_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def with_error(value: float, error: float) -> str:
     """Formats a value with its error, such as "2.402 +- 0.006".
 
-    The error has one significant digit, or two if the first is a 1. The value ends at the same decimal. If the error is
+    The error has one significant digit, or two if the first is a 1. The value has the same decimals. If the error is
     NaN (as for a single row) or 0 (as for an AUROC of 1), only the value is given, with four decimals.
 
     Example:

@@ -388,7 +388,7 @@ def _starts(asked: bool | None, event_shape: tuple[int, ...]) -> bool:
     if asked is None:
         return len(event_shape) == 1
     if flag("data.gaussian_start", asked) and len(event_shape) > 1:
-        raise ConfigError("data.gaussian_start=true is only for vectors; omit it or data.event_shape")
+        raise ConfigError("data.gaussian_start=true is only for vectors; omit this setting or data.event_shape")
     return asked
 
 

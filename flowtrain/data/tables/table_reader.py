@@ -203,7 +203,9 @@ def read_table(
     ending = ending_of(file)
     check_file(file)
     if key is not None and ending != ".npz":
-        raise ConfigError(f"data.key={key} names an array of an .npz file, but {path} is not an .npz file; omit it")
+        raise ConfigError(
+            f"data.key={key} names an array of an .npz file, but {path} is not an .npz file; omit data.key"
+        )
     try:
         if ending in ARRAYS:
             table = _from_array(file, key, choose, event_shape)

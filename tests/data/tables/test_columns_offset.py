@@ -43,7 +43,7 @@ def test_centered_samples_keep_float64_precision(tmp_path: Path, ending: str) ->
     assert data.val.dtype == data.test.dtype == data.train_batch(0, 5, 0).dtype == torch.float64
     np.testing.assert_array_equal(data.test, values)
     assert data.offset is not None
-    # only columns that need an offset have one, and float32 represents it exactly
+    # only the columns with a large mean have an offset, and float32 represents the offset exactly
     assert (data.offset == data.offset.float()).all()
     np.testing.assert_allclose(data.offset, [MEAN[0], MEAN[1], 0.0], atol=128)
     assert data.statistics()[1].numpy() == pytest.approx(STD, rel=0.3)  # type: ignore[index]

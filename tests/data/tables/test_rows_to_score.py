@@ -35,7 +35,7 @@ def rows_to_score(data: ArrayData, path: str, label: Any = None, columns: Any = 
 
 
 POSITIONS: list[tuple[str, Any, Any]] = [
-    # positions as in the training file
+    # positions refer to the training file
     ("same.npy", [1, 0], [1, 0]),
     ("same.npy", ["0:2"], [0, 1]),
     ("same.npy", [-2, 0], [3, 0]),
