@@ -487,7 +487,8 @@ def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) ->
     if dequantization_samples > 1 and not flow.integer_valued:
         why = "the noise on its columns is drawn once" if flow.noisy else "no noise is added to its data"
         raise ConfigError(
-            f"dequantization_samples={dequantization_samples}: this flow is not integer-valued, and {why}; omit this setting"
+            f"dequantization_samples={dequantization_samples}: this flow is not integer-valued, and {why}; omit this "
+            "setting"
         )
 
 

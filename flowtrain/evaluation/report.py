@@ -22,7 +22,7 @@ class Table:
 
     Attributes:
         heading: the heading above it.
-        words: a sentence about its content; may be empty.
+        words: a sentence about the content of the table; may be empty.
         head: the names of its columns.
         rows: its cells.
     """

@@ -124,7 +124,7 @@ class ScheduleClock:
     def advance(self, position: float, elapsed: float) -> bool:
         """Stores the position that all ranks agreed on. Returns whether the likelihood must begin earlier than planned.
 
-        When the likelihood begins at its planned step, the rest of the time limit is measured from there.
+        When the likelihood begins at its planned step, the rest of the time limit is measured from this step.
         """
         p = self.progress
         before, p.position = self.start[1], position

@@ -82,7 +82,7 @@ def _precision_settings() -> tuple[list[Any], str, list[Any]]:
     """Returns the backends of CUDA and the CPU, the name of their precision attribute, and torch's default for each."""
     cuda: Any = torch.backends.cuda
     cudnn: Any = torch.backends.cudnn
-    # torch before 2.9 has other names
+    # torch before 2.9 has other names of these settings
     if not hasattr(cudnn, "conv"):
         return [cuda.matmul, cudnn], "allow_tf32", [False, True]
     cpu: Any = torch.backends.mkldnn
@@ -96,7 +96,7 @@ def _products(device: torch.device, tf32: bool) -> Iterator[None]:
         return
     products: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    # torch before 2.9 has other names
+    # torch before 2.9 has other names of these settings
     old = not hasattr(cudnn, "conv")
     places, name = ((products, cudnn), "allow_tf32") if old else ((products, cudnn.conv), "fp32_precision")
     setting: Any = tf32 if old else "tf32" if tf32 else "ieee"

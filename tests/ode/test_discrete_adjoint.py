@@ -161,7 +161,7 @@ def test_replay_nfe_counts_six_evaluations_per_step() -> None:
             gradients(field, ode_solver("dopri5", gradient, rtol=1e-4), x)
         counts[gradient] = solves[0].nfe_forward, solves[0].nfe_backward, solves[0].accepted
     assert counts["direct"][1] == 0
-    # replay does not repeat the last step. Each other step needs six evaluations, and the start needs a single evaluation
+    # replay does not repeat the last step. It needs six evaluations for each other step, and one at the start
     assert counts["replay"] == (counts["direct"][0], 6 * (counts["direct"][2] - 1) + 1, counts["direct"][2])
 
 
