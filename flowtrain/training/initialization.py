@@ -47,7 +47,7 @@ def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = No
     """
     moments, offset = batches.data.statistics(), batches.data.offset
     if moments is None and offset is not None:
-        # centered, but not standardized
+        # the samples are centered, but not standardized
         moments = offset, torch.ones_like(offset)
     for bijection in flow.bijection.modules():
         if isinstance(bijection, Standardize) and moments is not None:

@@ -193,7 +193,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def cores() -> int:
-    """Returns the number of CPU cores for this process: its affinity on Linux, which batch systems set, else all."""
+    """Returns the number of CPU cores that this process may use: on Linux by its affinity, which batch systems set,
+    else all.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
