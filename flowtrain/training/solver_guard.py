@@ -164,7 +164,7 @@ class SolverGuard:
         if solver.adaptive and before == (solver.rtol, solver.atol):
             return self._warn(
                 f"{finding}. Training already uses the final tolerance, solver.rtol={solver.rtol:g}, which is too "
-                "large: resume with a smaller one, with solver.control=all, or with a smaller trainer.lr."
+                "large: resume with a smaller tolerance, with solver.control=all, or with a smaller trainer.lr."
             )
         if not solver.adaptive and 2 * nfe > solver.max_nfe:
             return self._warn(

@@ -111,7 +111,7 @@ def b5(t: float) -> Values:
 
 
 def chain(rates: Sequence[float]) -> np.ndarray:
-    """Returns the matrix of a decay chain: each component decays into the next one, and the last one is stable."""
+    """Returns the matrix of a decay chain: each component decays into the next, and the last is stable."""
     return np.diag([*rates], -1) - np.diag([*rates, 0])
 
 

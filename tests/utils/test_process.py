@@ -97,7 +97,7 @@ def test_torch_settings_of_the_caller_are_restored(end: Callable[[], None], grad
 @pytest.mark.parametrize("backend", ["cuda.matmul", "mkldnn.matmul", "cudnn.conv"])
 @pytest.mark.parametrize("value", ["ieee", "tf32", "bf16"])
 def test_contradictory_precision_settings_are_restored(legacy: str, backend: str, value: str) -> None:
-    """torch has old and new settings of precision, and refuses to read old settings that contradict new ones."""
+    """torch has old and new settings of precision, and refuses to read old settings that contradict new settings."""
     torch.set_float32_matmul_precision(legacy)
     first, second = backend.split(".")
     place: Any = getattr(getattr(torch.backends, first), second)
