@@ -186,7 +186,7 @@ class TrainState:
     # parts of last.pt
 
     def state(self) -> dict[str, Any]:
-        """Returns the state of optimizer, learning rate and guard. The weights are stored with the state of `ema`."""
+        """Returns the state of optimizer, learning rate and guard. A checkpoint stores `ema` with the weights."""
         guard = None if self.guard is None else self.guard.state()
         return {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state(), "guard": guard}
 

@@ -136,7 +136,7 @@ class Reporter:
             self.refresh()
 
     def pop(self, status: Status) -> None:
-        """Ends a status and those inside it. A bar stays on the terminal in its last state."""
+        """Ends a status and the statuses inside it. A bar stays on the terminal in its last state."""
         with self._changed:
             if status not in self._stack:
                 return

@@ -2,7 +2,7 @@
 
     python scripts/bench/big_data.py                        # writes the file to a temporary folder; a few minutes
     python scripts/bench/big_data.py --rows 5000000 --steps 200
-    python scripts/bench/big_data.py --model affine --batch 32768 --steps 3000   # two epochs, of all the rows
+    python scripts/bench/big_data.py --model affine --batch 32768 --steps 3000   # two epochs over all rows
 
 For the whole file and for a tenth of it, the script prints the largest resident memory of `flowtrain` in a new process,
 the seconds until its first step, and the median time of a step. For the tenth, it also measures a run that reads the

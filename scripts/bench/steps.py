@@ -258,7 +258,7 @@ def compare(
     TF32 is off for all engines, as in flowtrain's solves. torch uses it by default for convolutions on a GPU.
 
     Args:
-        true: the reference on `checked`, a smaller problem if `problem` is too large. Gradients on the whole problem
+        true: the reference on the problem `checked`, which is smaller than `problem` if `problem` is too large. Gradients on the whole problem
             are then compared with the first engine's.
     """
     steps, first, small, skipped = {}, {}, {}, {}

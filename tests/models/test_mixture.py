@@ -1,4 +1,4 @@
-"""model=mixture: EM on the initial data, and settings chosen by validation."""
+"""model=mixture: EM on the initial data, and the choice of settings by validation NLL."""
 
 import json
 from pathlib import Path

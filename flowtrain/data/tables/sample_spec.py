@@ -27,7 +27,7 @@ class SampleSpec:
         event_shape: the shape of one sample.
         integer_valued: whether samples are whole numbers.
         levels: whole numbers are 0 to levels - 1. None if they are not bounded.
-        noisy: the columns of whole numbers to which noise is added. Only vectors of real numbers have them.
+        noisy: the columns of whole numbers to which noise is added. Only real-valued vectors have such columns.
         wide: whether real samples are float64 because float32 loses significant digits.
     """
 
