@@ -258,8 +258,8 @@ def compare(
     TF32 is off for all engines, as in flowtrain's solves. torch uses it by default for convolutions on a GPU.
 
     Args:
-        true: the reference on the problem `checked`, which is smaller than `problem` if `problem` is too large. Gradients on the whole problem
-            are then compared with the first engine's.
+        true: the reference on the problem `checked`, which is smaller than `problem` if `problem` is too large.
+            Gradients on the whole problem are then compared with the first engine's.
     """
     steps, first, small, skipped = {}, {}, {}, {}
     with full_precision(problem.x.device):

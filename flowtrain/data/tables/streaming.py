@@ -121,7 +121,7 @@ class WindowedEpochs:
         block: the number of adjacent positions in a block. A block is read at once.
         blocks: the largest number of blocks in a window. Windows differ by at most one block, because a short last
             window would be shuffled less.
-        stream: the key of the random stream. The epoch, or the epoch and the window, are appended to it.
+        stream: the key of the random stream. The epoch, or the epoch and the window, are appended to this key.
     """
 
     def __init__(self, n: int, block: int, blocks: int, *stream: int) -> None:

@@ -184,8 +184,7 @@ def read_table(
         path: a file with an ending in ARRAYS or TEXTS (text files may also end in .gz); or a table in memory.
         key: the array to read from an .npz file with several arrays.
         columns: names, positions or slices such as "0:64" to keep, in this order. None keeps all columns except unnamed
-            columns of row numbers or row names. A function returns the positions to keep from the names of all columns
-            and the positions of these exceptions.
+            columns of row numbers or row names. `columns` may also be a function, see `ChooseColumns`.
         option: the name of the setting that `columns` comes from, for messages.
         event_shape: (C, H, W) if the file may be an array of images (n, C, H, W), or (n, H, W) for C = 1.
         text_format: the format of a text file.
