@@ -266,8 +266,8 @@ def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
     missing = [k for k, p in named.items() if k not in given and p.default is p.empty]
     if unknown or missing:
         names = [k for k in named if k not in (*arguments, *GIVEN)]
-        takes = f"{original.__name__} takes"
+        lead = f"the keys of {original.__name__} are"
         if unknown:
-            raise ConfigError(f"{group}: unknown key {', '.join(unknown)}; {choose(unknown[0], names, takes)}")
-        raise ConfigError(f"{group}: missing key {', '.join(missing)}; {takes} {', '.join(names)}")
+            raise ConfigError(f"{group}: unknown key {', '.join(unknown)}; {choose(unknown[0], names, lead)}")
+        raise ConfigError(f"{group}: missing key {', '.join(missing)}; {lead} {', '.join(names)}")
     return function(**arguments)
