@@ -397,7 +397,7 @@ def jacobians(flow: Flow, x: Tensor, label: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class BaseRoundTrip:
-    """Draws z from the base, mapped to samples x by `forward` and back by `inverse`.
+    """The round trip of base samples z: mapped to samples x by `forward`, and back by `inverse`.
 
     Attributes:
         z: draws from the base, (B, *event_shape).
