@@ -197,7 +197,7 @@ def test_untrusted_package_is_not_imported(run: Run, project: Path) -> None:
     assert str(project) not in sys.path
     with pytest.raises(CheckpointError, match="trust"):
         importlib.import_module("flowtrain").load(run_dir)
-    # trust in another package does not permit the import of this one
+    # trust in another package does not permit the import of this package
     code, _, err = run("floweval", f"ckpt={run_dir}", "trust=[torch]")
     assert code == 2
     assert "mypkg" not in sys.modules

@@ -629,7 +629,7 @@ class Search:
         cheap, flows = ([m for m in self.models if (m in CHEAP) == is_cheap] for is_cheap in (True, False))
         steps = "" if self.max_steps is None else f"up to {self.max_steps:,} steps of each, "
         rows = {
-            "model": f"auto: fits {', '.join([*cheap, *flows])} and stacks the best; model=NAME fits one",
+            "model": f"auto: fits {', '.join([*cheap, *flows])} and stacks the best; model=NAME fits one model",
             "data": f"{data_name(self.given_config)}, {describe_samples(self.data)}",
             "training": f"{steps}{'no time limit' if self._left() == math.inf else f'{self._left():.0f} s in all'}, "
             f"seed {self.given_config['seed']}",
