@@ -14,7 +14,7 @@ The model gives the seconds per step for N ranks and a gradient of G bytes, wher
     waiting         compute (E[max of N NFE] / E[NFE] - 1), drawn from the NFE of the measured steps: each rank solves
                     its own share, and all wait for the slowest
 
-Nothing overlaps: gradients are sent after the last one is computed (flowtrain.training.update.averaged explains why).
+Nothing overlaps: gradients are sent after the last one is computed, see flowtrain.training.update.average_gradients.
 """
 
 import argparse
