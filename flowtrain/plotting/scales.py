@@ -116,7 +116,8 @@ def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float = 8.0,
         gap: the distance to the next panel with labels, in inches.
 
     Returns:
-        A note for the label of the axis: the power of ten or the offset that the tick labels leave out; else "".
+        A note for the label of the axis: the power of ten or the offset that the tick labels leave out, and whether the
+        axis has an asinh scale; else "".
     """
     low, high = sorted(axis.get_view_interval())
     box = axis.axes.get_window_extent()
@@ -136,6 +137,7 @@ def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float = 8.0,
         places, labels, note = _plain_ticks((low, high), most, fitting)
     else:
         places, labels, note = _compressed_ticks((low, high), scale, fitting)
+        note = ", ".join(filter(None, (note, "asinh scale")))
     axis.set_ticks(list(places), labels=list(labels))
     axis.set_tick_params(labelsize=size)
     return note
