@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.cli.arguments import split_own
@@ -19,7 +21,7 @@ from flowtrain.cli.overrides import keys_of
 from flowtrain.cli.provenance import provenance
 from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
 from flowtrain.data.base import FILE, Dataset, Samples, changes
-from flowtrain.data.tables.rows_to_score import RowsToScore
+from flowtrain.data.tables.rows_to_score import RowsToScore, ScoredRows
 from flowtrain.evaluation import NAMES, check_fits, evaluate
 from flowtrain.evaluation.baselines import MOST_SECONDS
 from flowtrain.evaluation.report import write_report
@@ -55,8 +57,8 @@ USAGE = Usage(
         "split": "test (default), val, or all (every row of data.path). The rows keep their order. The default is all "
         "if data.path is given",
         "scores": "A .npy file for log p(x) of every row, in nats, in the order of the rows. It is -inf if the "
-        "density is zero, and NaN if it cannot be computed. For an ensemble, FILE_members.npy contains log p(x) of "
-        "each member, (rows, members)",
+        "density is zero. It is NaN if it cannot be computed, or if the row has a missing value and data.missing=drop. "
+        "For an ensemble, FILE_members.npy contains log p(x) of each member, (rows, members)",
         "ood": "A second data set to be told apart by log p(x): a file, or data by name. For a name, it is the "
         "test set of that data. The AUROC is added to the table, and plots/ood.png is drawn; with scores, "
         "FILE_ood.npy is written. The entropy H of the typicality score is the NLL of the validation set of the run. "
@@ -107,7 +109,7 @@ OWN: dict[str, Any] = {
 }
 
 # the keys of data=array that control how a file is read
-READ = ("key", "columns", "label", "header", "decimal")
+READ = ("key", "columns", "label", "header", "decimal", "missing", "na")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -146,7 +148,7 @@ def _command() -> int:
         loaded_run.step,
         batch_size,
         draws,
-        other,
+        None if other is None else (other[0], other[1].test),
         seed,
         trained_on,
         baseline_seconds=MOST_SECONDS if wants_baselines else 0.0,
@@ -155,13 +157,13 @@ def _command() -> int:
     write_json(place.json, result.to_dict())
     written = [place.json]
     if scores is not None:
-        write_npy(scores, result.scores.numpy())
+        write_npy(scores, for_each_row(data, result.scores))
         written.append(scores)
         if result.member_scores is not None:
-            write_npy(place.member_scores, result.member_scores.numpy())
+            write_npy(place.member_scores, for_each_row(data, result.member_scores))
             written.append(place.member_scores)
-        if result.sets is not None:
-            write_npy(place.other_scores, result.sets[1].numpy())
+        if result.sets is not None and other is not None:
+            write_npy(place.other_scores, for_each_row(other[1], result.sets[1]))
             written.append(place.other_scores)
     config, title = loaded_run.config, title_of(loaded_run.config)
     if wants_plots:
@@ -183,6 +185,11 @@ def _command() -> int:
     print(result.table())
     print("\n".join(f"{'written to' if i == 0 else '':>{NAMES}}  {path}" for i, path in enumerate(written)))
     return 0
+
+
+def for_each_row(data: Dataset, values: Tensor) -> NDArray[np.float64]:
+    """Values of the scored rows, (k, ...), as values of all rows of a file; see `ScoredRows.for_each_row`."""
+    return data.for_each_row(values.numpy()) if isinstance(data, ScoredRows) else values.numpy()
 
 
 def data_shown(data: Dataset, split: str) -> Dataset:
@@ -350,11 +357,11 @@ def rows_of(path: str, loaded_run: LoadedRun, data: Mapping[str, Any], asked: Co
     )
 
 
-def other_set(value: str, loaded_run: LoadedRun) -> tuple[str, Tensor]:
-    """The name and the samples of the second set: the test set of a data config, or the rows of a file."""
+def other_set(value: str, loaded_run: LoadedRun) -> tuple[str, Dataset]:
+    """The name and the data of the second set: a data config, whose test set is used, or the rows of a file."""
     if value != "array" and value in options("data"):
         data = loaded_run.build(compose_defaults([f"data={value}"])["data"])
         check_fits(loaded_run.flow, data)
-        return value, data.test
+        return value, data
     trained = loaded_run.config["data"]
-    return Path(value).name, rows_of(value, loaded_run, trained).test
+    return Path(value).name, rows_of(value, loaded_run, trained)

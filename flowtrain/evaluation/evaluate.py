@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.tables.from_memory import table_of
-from flowtrain.data.tables.rows_to_score import RowsInMemory
+from flowtrain.data.tables.rows_to_score import RowsInMemory, ScoredRows
 from flowtrain.evaluation.baselines import GAUSSIAN, baselines, check_baseline, warn_if_better
 from flowtrain.evaluation.calibration import calibration, density_calibration
 from flowtrain.evaluation.checks import checks
@@ -256,9 +256,11 @@ def _evaluate(
     nll, nll_stderr, bits = -float(log_p.mean()), stderr(log_p), flow.bits_per_nat
     truth = kl_to_truth(data, x, log_p)
     where = "file" if split == "all" else f"{split} set"
-    concentrated = concentration(log_p, where, ("nats", 1.0) if bits is None else ("bits/dim", bits))
-    ordinary = torch.ones(len(x), dtype=torch.bool)
-    ordinary[list(concentrated.rows)] = False
+    # rows with missing values may have been left out of a file
+    kept = data.kept if isinstance(data, ScoredRows) else None
+    numbers = torch.arange(len(x)) if kept is None else torch.from_numpy(kept.rows)
+    concentrated = concentration(log_p, where, ("nats", 1.0) if bits is None else ("bits/dim", bits), numbers)
+    ordinary = ~torch.isin(numbers, torch.tensor(concentrated.rows, dtype=torch.int64))
     ordinary &= log_p.isfinite()
     subset = subset_of(flow, x, label, (~ordinary).nonzero().flatten(), None if thorough else FEW)
     with phase("estimating the error of the NLL"):

@@ -20,7 +20,9 @@ LEAST = 10
 LISTED = 1000
 
 
-def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 1.0)) -> OutlierCheck:
+def concentration(
+    log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 1.0), numbers: Tensor | None = None
+) -> OutlierCheck:
     """Checks that a few outlier rows do not carry more than half of the variance of the NLL.
 
     "A few" means at most 0.1% of the rows, or three rows in a set of fewer than 4,000, but never more than a fifth of
@@ -40,7 +42,9 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
         log_p: (n,), float64.
         where: the name of the set of rows, such as "test set".
         unit: the unit of likelihoods in messages, and the number of these units per nat.
+        numbers: the number of each row in the result, (n,). None: 0, 1, ...
     """
+    numbers = torch.arange(len(log_p)) if numbers is None else numbers
     finite = log_p.isfinite()
     lost = (~finite).nonzero().flatten()
     kept = finite.nonzero().flatten()
@@ -60,13 +64,13 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
     name, scale = unit
     words = with_error(scale * without, scale * error)
     if len(lost):
-        what = f"log p(x) is not finite in {_named(lost)} of the {where} ({_values(log_p[lost])})"
+        what = f"log p(x) is not finite in {_named(numbers[lost])} of the {where} ({_values(log_p[lost])})"
         effect = f"the NLL is {-float(log_p.mean())}"
         cause = "the density of the flow is zero at these points, or it could not be computed"
     else:
         worst = scale * -float(log_p[outliers[0]])
         carry = "carries" if len(outliers) == 1 else "carry"
-        what = f"{_named(outliers)} of the {where} {carry} {share:.2%} of the variance of the NLL"
+        what = f"{_named(numbers[outliers])} of the {where} {carry} {share:.2%} of the variance of the NLL"
         effect = f"{'its -log p' if len(outliers) == 1 else '-log p of the farthest'} is {worst:.3g} {name}"
         cause = "outliers in the data, or a flow that extrapolates badly"
     left = f"without {'it' if len(rows) == 1 else 'these rows'} the NLL is {words} {name}"
@@ -76,7 +80,7 @@ def concentration(log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 
         LIMIT,
         False,
         f"{what}, {effect}; {left}. Likely cause: {cause}",
-        rows=tuple(rows[:LISTED].tolist()),
+        rows=tuple(numbers[rows[:LISTED]].tolist()),
         count=len(rows),
         nll_without=without,
         nll_without_stderr=error,

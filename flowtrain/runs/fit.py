@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -28,6 +28,7 @@ from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset
 from flowtrain.data.tables.from_memory import Rows, column_names, event_shape_of, is_frame, table_of, write_table
+from flowtrain.data.tables.missing import missing_of
 from flowtrain.data.tables.table_reader import Table
 from flowtrain.flow import Flow, Record
 from flowtrain.models.described import TARGET
@@ -107,7 +108,8 @@ def fit(
 
     Args:
         x: rows (n, d) as a NumPy array, a tensor or a data frame; images (n, C, H, W); the name of a data set
-            (`"moons"`); the path of a file (`"mine.csv"`); or a `Dataset`. The flow keeps the column names of a frame.
+            (`"moons"`); the path of a file (`"mine.csv"`, `"mine.parquet"`); or a `Dataset`. The flow keeps the column
+            names of a frame. Rows with missing values are refused, or left out with overrides={"data.missing": "drop"}.
         model: the name of a model: "nsf", "maf", "ffjord", "realnvp", "glow", "mixture" or "affine"; or "auto", which
             searches for the best. None: "auto" for rows and files, "ffjord" for data sets by name. `train` trains a
             flow built by hand.
@@ -156,7 +158,7 @@ def fit(
             f"model is of type {type(model).__name__}: give a name such as model='realnvp', or use "
             "flowtrain.train(flow, x) for a flow that was built by hand"
         )
-    source = source_of(x, label, val, test)
+    source = source_of(x, label, val, test, overrides)
     chosen = _open_choices(source, model, _as_mapping(overrides))
     settings = {**source.settings, **chosen, "seed": seed, "device": str(device)}
     if levels is not None:
@@ -225,7 +227,7 @@ def train(
     """
     begun = time.perf_counter()
     _check_trainable(flow)
-    source = source_of(x, label, val, test)
+    source = source_of(x, label, val, test, overrides)
     if source.labelled and flow.classes is None:
         raise DataError("the flow is not conditional: remove the argument label")
     kind = CONTINUOUS if flow.ode_blocks else DISCRETE
@@ -301,8 +303,14 @@ class Source:
         return [f"data.{key}" for key in self.tables]
 
 
-def source_of(x: Any, label: Any = None, val: Any = None, test: Any = None) -> Source:
-    """Converts the data arguments of `fit`.
+def source_of(
+    x: Any,
+    label: Any = None,
+    val: Any = None,
+    test: Any = None,
+    overrides: Mapping[str, Any] | Sequence[str] | None = None,
+) -> Source:
+    """Converts the data arguments of `fit`. Of the overrides, only `data.na` is used.
 
     Raises:
         ConfigError: a name that is neither a data set nor a file, or incompatible arguments.
@@ -310,7 +318,8 @@ def source_of(x: Any, label: Any = None, val: Any = None, test: Any = None) -> S
     """
     label = _plain(label)
     if not isinstance(x, str | Path | Dataset):
-        return _in_memory(x, label, val, test)
+        na = missing_of(None, flattened(_as_mapping(overrides)).get("data.na")).texts
+        return _in_memory(x, label, val, test, na)
     for name, given in (("val", val), ("test", test)):
         if given is not None:
             raise ConfigError(f"{name}: only for rows in memory; {_by_overrides(x, name)}")
@@ -349,8 +358,8 @@ def _settings_of(data: Dataset) -> dict[str, Any]:
     return {"data": found} if (found := next(named, None)) else endless if data.n_train is None else {"data": "array"}
 
 
-def _in_memory(x: Any, label: Any, val: Any, test: Any) -> Source:
-    """Converts rows in memory to tables that replace the files of data=array."""
+def _in_memory(x: Any, label: Any, val: Any, test: Any, na: Collection[str]) -> Source:
+    """Converts rows in memory to tables that replace the files of data=array. `na` is text that counts as missing."""
     settings: dict[str, Any] = {"data": "array"}
     if isinstance(label, bool):
         raise ConfigError(f"label={label}: for rows in memory, give the labels, or the name or position of a column")
@@ -363,7 +372,7 @@ def _in_memory(x: Any, label: Any, val: Any, test: Any) -> Source:
     elif label is not None:
         labels = label
     free = next(name for name in ("label", "class_label", "_label") if name not in names)
-    table = table_of(x, "x", labels, free)
+    table = table_of(x, "x", labels, free, na)
     if labels is not None:
         settings["data.label"] = free if names else len(table.columns) - 1
     event_shape = event_shape_of(x)
@@ -379,12 +388,19 @@ def _in_memory(x: Any, label: Any, val: Any, test: Any) -> Source:
         if isinstance(given, int | float):
             settings[f"data.{key}_fraction"] = given
         elif given is not None:
-            tables[f"{key}_path"] = _held_out(key, given, table, event_shape, bool(names), free, labels is not None)
+            tables[f"{key}_path"] = _held_out(key, given, table, event_shape, bool(names), free, labels is not None, na)
     return Source(settings, tables, labelled=label is not None)
 
 
 def _held_out(
-    key: str, given: Any, table: Table, event_shape: list[int] | None, is_named: bool, free: str, has_labels: bool
+    key: str,
+    given: Any,
+    table: Table,
+    event_shape: list[int] | None,
+    is_named: bool,
+    free: str,
+    has_labels: bool,
+    na: Collection[str],
 ) -> Table:
     """Returns the table of a held-out set, with the columns of the table of x.
 
@@ -396,13 +412,14 @@ def _held_out(
         is_named: whether x is a data frame.
         free: the name of the column of labels.
         has_labels: whether the labels of x are an array.
+        na: text that counts as missing.
     """
     if isinstance(given, str | Path | Dataset):
         raise ConfigError(f"{key}={shortened(given)}: give rows like x, (rows, labels), or the share to hold out")
     rows, own = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
     if (own is None) == has_labels:
         raise DataError(f"{key}: give (rows, labels) if label is an array, else rows alone")
-    held = table_of(rows, key, own, free)
+    held = table_of(rows, key, own, free, na)
     shape = event_shape_of(rows)
     if shape not in (None, event_shape):
         raise DataError(f"{key} has images of shape {shape}, but x has {event_shape or 'vectors'}")

@@ -73,8 +73,8 @@ def _data(data: dict[str, Any]) -> dict[str, Any]:
     """Adds missing keys of data=array with the values that reproduce the behaviour of earlier versions."""
     if data.get("_target_") != "flowtrain.data.tables.array.ArrayData":
         return data
-    # older versions initialized flows over tables at a standard normal
-    data = {"gaussian_start": False, **data}
+    # older versions initialized flows over tables at a standard normal, and refused missing values
+    data = {"gaussian_start": False, "missing": "refuse", "na": None, **data}
     if "header" not in data:
         # older versions kept unnamed index columns, and all samples in float32
         columns = ["0:"] if data.get("columns") is None else data["columns"]

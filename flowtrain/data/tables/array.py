@@ -1,4 +1,4 @@
-"""data=array: a table from the user's .npy, .npz or text files."""
+"""data=array: a table from the user's files."""
 
 import logging
 import math
@@ -14,6 +14,7 @@ from flowtrain.data.base import ALPHA, Checksum, Samples, record_of
 from flowtrain.data.in_memory import Finite, InMemoryStore, held_out, split
 from flowtrain.data.tables.columns import Columns, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
+from flowtrain.data.tables.missing import REFUSE, REFUSED, Missing, missing_of
 from flowtrain.data.tables.sample_spec import (
     Part,
     SampleSpec,
@@ -37,7 +38,8 @@ from flowtrain.data.tables.table_checks import (
     warn_of_unseen,
     whole_columns,
 )
-from flowtrain.data.tables.table_reader import Table, ending_of, read_labelled
+from flowtrain.data.tables.table_reader import Table, ending_of, read_labelled, takes_key
+from flowtrain.data.tables.typed_files import TYPED
 from flowtrain.utils.arguments import below_half, flag, one_of, whole
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.formatting import counted
@@ -61,8 +63,9 @@ class InMemoryTable:
         columns: Columns | None,
         label: str | int | None,
         text_format: TextFormat = DETECTED,
+        missing: Missing = REFUSED,
     ) -> None:
-        self.table, self.label_column = read_labelled(path, key, columns, label, text_format)
+        self.table, self.label_column = read_labelled(path, key, columns, label, text_format, missing)
         self.n = len(self.table.values)
 
     def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
@@ -99,6 +102,10 @@ class InMemoryTable:
             checksum=self._checksum(),
         )
 
+    def in_file(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the row numbers in the file of rows of the table, (k,)."""
+        return rows if self.table.kept is None else self.table.kept.rows[rows]
+
     def _checksum(self) -> str:
         return str(Checksum().add(self.table.values, None if self.label_column is None else self.label_column.values))
 
@@ -134,12 +141,18 @@ class ArrayData(Finite):
     held-out rows have fixed noise.
 
     Args:
-        path: the training file, .npy, .npz or text, see `read_table`; or a table in memory.
+        path: the training file, see `read_table`; or a table in memory.
         val_path, test_path: held-out files or tables with the same columns.
-        key: the array to read from an .npz file with several arrays. Held-out files of other formats ignore it.
+        key: the array to read from an .npz file with several arrays, or the sheet to read from an .xlsx file with
+            several sheets. Held-out files of other formats ignore it.
         columns: names, positions or slices such as "0:64" of the columns to keep.
-        header: whether the first line of a text file names the columns. None means detected.
-        decimal: the decimal mark of text files, point or comma. None means detected.
+        header: whether the first line of a text file or an .xlsx file names the columns. None means detected. Held-out
+            files of other formats ignore it.
+        decimal: the decimal mark of text files, point or comma. None means detected. Held-out files of other formats
+            ignore it.
+        missing: "refuse" refuses a table with missing values, "drop" leaves out its rows that have one in the used
+            columns. A file that is read in blocks is always refused.
+        na: numbers and text that count as missing values, besides NaN, empty cells and words such as NA.
         label: name or position of a column of class labels 0, 1, ..., which is not part of a sample. None means that
             there are no labels.
         event_shape: the shape (C, H, W) of images. A row of the table is a flattened image. None means vectors.
@@ -186,10 +199,12 @@ class ArrayData(Finite):
         decimal: str | None = None,
         center: bool = True,
         gaussian_start: bool | None = None,
+        missing: str = REFUSE,
+        na: Sequence[str | float] | str | float | None = None,
     ) -> None:
         if path is None:
             raise ConfigError(
-                "data.path is not set: data=array reads your own file; give data.path=FILE (.npy, .npz or .csv)"
+                "data.path is not set: data=array reads your own file; give data.path=FILE, such as mine.csv"
             )
         for name, given in (("path", path), ("val_path", val_path), ("test_path", test_path)):
             if given is not None and not isinstance(given, str | Table):
@@ -198,12 +213,14 @@ class ArrayData(Finite):
         self.alpha = below_half("data.alpha", alpha)
         self._standardize = _standardizes(standardize, levels)
         self._centers = flag("data.center", center) and levels is None
-        text_format = format_of(header, decimal)
-        first = _source(path, memory_map, key, columns, label, text_format)
+        text_format, absent = format_of(header, decimal), missing_of(missing, na)
+        if not isinstance(path, Table):
+            check_format(path, text_format)
+        first = _source(path, memory_map, key, columns, label, text_format, absent)
         # memory_map=true is for the training file only: held-out files are streamed if they are large
         rest = None if memory_map else memory_map
         others = [
-            None if p is None else _source(p, rest, key if _is_npz(p) else None, columns, label, text_format)
+            None if p is None else _source(p, rest, key if _takes_key(p) else None, columns, label, text_format, absent)
             for p in (val_path, test_path)
         ]
         for other in others:
@@ -233,7 +250,7 @@ class ArrayData(Finite):
         self.val_labels, self.test_labels = val.labels, test.labels
         sets = {"val": val, "test": test}
         self.record = record_of((first.n, training.checksum), ((name, part.rows) for name, part in sets.items()))
-        self.held_rows = {name: part.rows for name, part in sets.items() if not isinstance(part.rows, tuple)}
+        self.held_rows = {n: first.in_file(part.rows) for n, part in sets.items() if not isinstance(part.rows, tuple)}
         self._check_held_out(first.table, training, spec, sets)
         self.n_train = training.n
         if cap in sizes:
@@ -340,11 +357,12 @@ def _source(
     columns: Columns | None,
     label: str | int | None,
     text_format: TextFormat,
+    missing: Missing,
 ) -> InMemoryTable | StreamedTable:
     """Opens a table: streamed if it is a large .npy file or the user asks for it, otherwise in memory."""
     if not isinstance(path, Table) and is_streamed(path, key, memory_map):
-        return StreamedTable(path, columns, label)
-    return InMemoryTable(path, key, columns, label, text_format)
+        return StreamedTable(path, columns, label, missing)
+    return InMemoryTable(path, key, columns, label, text_format, missing)
 
 
 def format_of(header: bool | None, decimal: str | None) -> TextFormat:
@@ -359,8 +377,22 @@ def format_of(header: bool | None, decimal: str | None) -> TextFormat:
     )
 
 
-def _is_npz(path: str | Table) -> bool:
-    return not isinstance(path, Table) and ending_of(Path(path)) == ".npz"
+def check_format(path: str, text_format: TextFormat) -> None:
+    """Refuses a header or a decimal mark for a file whose format has names of columns or numbers.
+
+    Raises:
+        ConfigError: `data.decimal` for a typed file, or `data.header` for one with names.
+    """
+    ending = ending_of(Path(path))
+    useless = {"decimal": text_format.decimal, "header": None if ending == ".xlsx" else text_format.header}
+    for key, value in useless.items():
+        if ending in TYPED and value is not None:
+            what = "numbers" if key == "decimal" else "names of columns"
+            raise ConfigError(f"data.{key} is for text files, but {path} stores {what}; omit it")
+
+
+def _takes_key(path: str | Table) -> bool:
+    return not isinstance(path, Table) and takes_key(Path(path))
 
 
 def _standardizes(asked: bool | None, levels: int | None) -> bool:

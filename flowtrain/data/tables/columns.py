@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.formatting import consecutive, counted
@@ -46,8 +47,8 @@ def pick(
     if columns is None:
         if left_out:
             _log.warning(
-                f"{path}: column {', '.join(map(str, left_out))} is left out because it has no name and contains row "
-                f"numbers or row names; {as_option(range(len(names)))} keeps every column"
+                f"{path}: column {', '.join(map(str, left_out))} is left out because it has no name and is empty or "
+                f"contains row numbers or row names; {as_option(range(len(names)))} keeps every column"
             )
         return [i for i in range(len(names)) if i not in left_out]
     entries = [columns] if isinstance(columns, str | int) else list(columns)
@@ -110,3 +111,61 @@ def as_option(indices: Sequence[int]) -> str:
     """Returns the setting that keeps these columns, quoted for a shell: 'data.columns=[1:39,40]'."""
     entries = (str(first) if first == last else f"{first}:{last + 1}" for first, last in consecutive(indices))
     return f"'data.columns=[{','.join(entries)}]'"
+
+
+# Largest number of columns, and of distinct texts, that a message names
+_MOST_COLUMNS, _MOST_TEXTS = 12, 3
+
+
+@dataclass
+class TextColumn:
+    """A column with cells that are not numbers.
+
+    Attributes:
+        index: the position of the column in the file.
+        name: the name of the column.
+        kind: what it contains, such as "text" or "dates".
+        place: the place of the first such cell, such as "line 3".
+        first: the content of this cell.
+        count: the number of such cells.
+        texts: the distinct contents, or more than _MOST_TEXTS of them.
+    """
+
+    index: int
+    name: str
+    kind: str
+    place: str
+    first: str
+    count: int = 0
+    texts: set[str] = field(default_factory=set)
+
+    def add(self, cell: str) -> None:
+        """Counts a cell."""
+        self.count += 1
+        if len(self.texts) <= _MOST_TEXTS:
+            self.texts.add(cell.strip())
+
+
+def advice_on_text(found: Sequence[TextColumn], indices: Sequence[int]) -> str:
+    """Names all columns with cells that are not numbers, and the options that leave them out.
+
+    Args:
+        found: these columns.
+        indices: the positions of all columns that were to be read.
+
+    Example:
+        >>> column = TextColumn(1, "sex", "text", "line 2", "m", 4, {"m", "f", "d", "x"})
+        >>> advice_on_text([column], [0, 1, 2])
+        "Not numbers: column 'sex' (text in 4 cells). Keep the other columns with 'data.columns=[0,2]'"
+    """
+    each = [f"{c.name!r} ({c.kind} in {counted(c.count, 'cell')})" for c in found[:_MOST_COLUMNS]]
+    words = f"Not numbers: column{'s' * (len(found) > 1)} {first_of(each, len(found))}. "
+    keep = [i for i in indices if i not in {c.index for c in found}]
+    words += f"Keep the other columns with {as_option(keep)}" if keep else "There are no other columns"
+    texts = sorted(set().union(*(c.texts for c in found)))
+    # text with quotes needs other quotes than these
+    plain = len(texts) <= _MOST_TEXTS and not re.search(r"[\"'\\\n]", "".join(texts))
+    if plain and {c.kind for c in found} == {"text"}:
+        quoted = ",".join(f'"{text}"' for text in texts)
+        words += f". If the text stands for missing values, give 'data.na=[{quoted}]'"
+    return words

@@ -13,27 +13,28 @@ import re
 import warnings
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowtrain.data.tables.columns import as_option, default_names, listed
+from flowtrain.data.tables.columns import TextColumn, advice_on_text, as_option, default_names, listed
 from flowtrain.utils.errors import DataError
 
 _log = logging.getLogger("flowtrain")
 
 _MISSING = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "?", "-"})
+_BOOLEANS = {"true": 1.0, "false": 0.0}
 _GZIP = b"\x1f\x8b"
 # Number of rows below the first that are used to detect a header
-_LOOK = 100
+LOOK = 100
 _COMMENT = "; comments are allowed only at the top of a file: remove the line"
-_UNNAMED = re.compile(r"unnamed_\d+|Unnamed: \d+")
+UNNAMED = re.compile(r"unnamed_\d+|Unnamed: \d+|__index_level_\d+__|")
 _WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 _EXPONENT = r"(?:[eE][+-]?\d+)?"
 # Numbers with a decimal point and commas between thousands; numbers with a decimal comma and points between thousands
@@ -52,11 +53,15 @@ class TextFormat:
         header: whether the first line after the comments names the columns. None means detected.
         decimal: the decimal mark, point or comma. None means detected.
         known: expected column names. A first line that contains all of them is a header, even if they are numbers.
+        na: the contents of cells that count as missing besides the usual ones, stripped and in lower case.
+        drops: whether rows with missing values are left out, so that no message needs the contents of their cells.
     """
 
     header: bool | None = None
     decimal: str | None = None
     known: tuple[str, ...] = ()
+    na: frozenset[str] = frozenset()
+    drops: bool = False
 
 
 DETECTED = TextFormat()
@@ -129,6 +134,8 @@ def read_delimited(path: Path, choose: Choose, text_format: TextFormat) -> Text:
         _warn_of_unnamed(path, layout, indices, counting)
         rows = _plain_rows(file, layout)
         values = None if rows is None else _read_with_numpy(file, layout, indices, rows, text_format)
+        if values is None and rows is not None and text_format.drops:
+            values = _read_with_numpy(file, layout, indices, rows, text_format, with_nan=True)
         lines: Sequence[int] = range(layout.first_line, layout.first_line + (rows or 0))
         cells: dict[tuple[int, int], str] = {}
         if values is None:
@@ -175,7 +182,7 @@ def find_layout(file: _File, text_format: TextFormat) -> Layout:
     if not lines[0].strip():
         raise DataError(f"{path}, line {top} is empty")
     delimiter = _sniff([line for line in lines if line.strip()], text_format.decimal)
-    found = list(islice(_rows(file, delimiter, top), _LOOK + 1))
+    found = list(islice(_rows(file, delimiter, top), LOOK + 1))
     first, below = found[0][1], found[1:]
     rows = [row for _, row in below if row]
     start = below[0][0] if below else top + 1
@@ -183,7 +190,7 @@ def find_layout(file: _File, text_format: TextFormat) -> Layout:
     if header is None and text_format.known and set(text_format.known) <= {cell.strip() for cell in first}:
         header = True
     if header is None:
-        header = _is_header(first, rows)
+        header = is_header(first, rows)
         _warn_of_odd_header(path, top, first, rows, header)
     if header:
         names = tuple(cell.strip() or f"unnamed_{i}" for i, cell in enumerate(first))
@@ -259,7 +266,8 @@ def _blanks_between_decimals(line: str, decimal: str | None) -> bool:
     return decimal is None and len(cells) > 1 and "," in line and all(_COMMA.fullmatch(cell) for cell in cells)
 
 
-def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+def is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether the first line names the columns, by its cells and those of some rows below."""
     text = [i for i, cell in enumerate(first) if _is_text(cell)]
     if (
         first
@@ -307,7 +315,7 @@ def _looks_like_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> b
 
 def _is_row_index(file: _File, layout: Layout, column: int) -> bool:
     """Whether a column without a name contains row numbers (distinct whole numbers) or row names (text)."""
-    if not layout.named or not _UNNAMED.fullmatch(layout.names[column]):
+    if not layout.named or not UNNAMED.fullmatch(layout.names[column]):
         return False
     numbers: set[str] = set()
     texts = 0
@@ -347,11 +355,18 @@ def _is_number(cell: str) -> bool:
 
 def _is_text(cell: str) -> bool:
     numeric = _is_number(cell) or _GROUPED.fullmatch(cell) or _COMMA.fullmatch(cell)
-    return not numeric and cell.strip().lower() not in _MISSING
+    return not numeric and not is_missing(cell)
 
 
-def _number(cell: str, decimal: str) -> float | None:
-    """Parses the number in a cell; None if the cell is not a number."""
+def is_missing(cell: str, na: Collection[str] = ()) -> bool:
+    """Whether a cell stands for a missing value: one of the usual words, or one of `na`."""
+    return cell.strip().lower() in (_MISSING.union(na) if na else _MISSING)
+
+
+def number_of(cell: str, decimal: str) -> float | None:
+    """Parses the number in a cell, or 1 and 0 for true and false; None if the cell is not a number."""
+    if (boolean := _BOOLEANS.get(cell.strip().lower())) is not None:
+        return boolean
     if decimal == "point":
         if _is_number(cell):
             return float(cell)
@@ -373,7 +388,7 @@ def _decimal_mark(file: _File, layout: Layout, indices: Sequence[int]) -> str:
             cell = row[i] if i < len(row) else ""
             if not {",", "."} & set(cell):
                 continue
-            fits = {mark for mark in possible if _number(cell, mark) is not None}
+            fits = {mark for mark in possible if number_of(cell, mark) is not None}
             if fits and fits != possible:
                 possible = fits
             if "," in cell and not doubtful:
@@ -435,19 +450,28 @@ def _width(line: str, delimiter: str | None) -> int:
 
 
 def _read_with_numpy(
-    file: _File, layout: Layout, indices: list[int], rows: int, text_format: TextFormat
+    file: _File, layout: Layout, indices: list[int], rows: int, text_format: TextFormat, with_nan: bool = False
 ) -> NDArray[np.float64] | None:
-    """Reads the table with NumPy's C parser; None if the parser fails."""
+    """Reads the table with NumPy's C parser; None if the parser fails.
+
+    Args:
+        with_nan: whether the parser gets nan for cells that stand for missing values. This takes several times as long.
+    """
     if not rows or text_format.decimal == "comma":
         return None
     with warnings.catch_warnings(), file.text() as stream:
         warnings.simplefilter("error")
+        # NumPy reads a path in blocks, but a stream line by line, which is slower
+        source: Any = stream if file.gzipped or file.path.suffix == ".gz" else str(file.path.absolute())
+        if with_nan:
+            missing = _missing_cells(layout.delimiter, text_format.na)
+            lines = islice(stream, layout.first_line - 1, None)
+            source = (missing.sub("nan", line.rstrip("\r\n")) for line in lines)
         try:
             return np.loadtxt(
-                # NumPy reads a path in blocks, but a stream line by line, which is slower
-                stream if file.gzipped or file.path.suffix == ".gz" else str(file.path.absolute()),
+                source,
                 delimiter=layout.delimiter,
-                skiprows=layout.first_line - 1,
+                skiprows=0 if with_nan else layout.first_line - 1,
                 usecols=indices,
                 max_rows=rows,
                 ndmin=2,
@@ -457,6 +481,20 @@ def _read_with_numpy(
             )
         except (ValueError, UserWarning):
             return None
+
+
+def _missing_cells(delimiter: str | None, na: Collection[str]) -> re.Pattern[str]:
+    """Returns a pattern for the cells of a line that stand for missing values.
+
+    Example:
+        >>> _missing_cells(",", []).sub("nan", ",1, NA,-1,-")
+        'nan,1,nan,-1,nan'
+    """
+    words = sorted(filter(None, _MISSING.union(na)))
+    if delimiter is None:
+        return re.compile(rf"(?<!\S)(?:{'|'.join(map(re.escape, words))})(?!\S)", re.IGNORECASE)
+    ends = re.escape(delimiter)
+    return re.compile(rf"(?<![^{ends}]) *(?:{'|'.join(map(re.escape, words))}|) *(?![^{ends}])", re.IGNORECASE)
 
 
 def _read_by_cell(
@@ -476,10 +514,12 @@ def _read_by_cell(
         if len(row) != len(layout.names):
             raise DataError(f"{file.path}, line {line} {_ragged(row, layout)}")
         for column, i in enumerate(indices):
-            value = _number(row[i], decimal)
+            value = number_of(row[i], decimal)
             if value is None:
-                if row[i].strip().lower() not in _MISSING:
-                    raise DataError(_no_number(file.path, line, layout, i, row[i], decimal))
+                if not is_missing(row[i], text_format.na):
+                    words = _no_number(file.path, line, layout, i, row[i], decimal)
+                    found = _text_columns(file, layout, indices, text_format.na, decimal)
+                    raise DataError(f"{words}. {advice_on_text(found, indices)}")
                 value = float("nan")
                 if not cells:
                     cells[len(lines), column] = row[i]
@@ -494,6 +534,19 @@ def _read_by_cell(
             "data.decimal=comma"
         )
     return np.frombuffer(values, np.float64).reshape(len(lines), len(indices)), lines, cells
+
+
+def _text_columns(
+    file: _File, layout: Layout, indices: Sequence[int], na: Collection[str], decimal: str
+) -> list[TextColumn]:
+    """Returns the columns with cells that are neither numbers nor missing values."""
+    found: dict[int, TextColumn] = {}
+    for line, row in _rows(file, layout.delimiter, layout.first_line):
+        for i in indices:
+            if i < len(row) and number_of(row[i], decimal) is None and not is_missing(row[i], na):
+                default = TextColumn(i, layout.names[i], "text", f"line {line}", row[i])
+                found.setdefault(i, default).add(row[i])
+    return [found[i] for i in sorted(found)]
 
 
 def _ragged(row: Sequence[str], layout: Layout) -> str:

@@ -1,6 +1,6 @@
 """Tables from arrays, tensors and data frames in memory, and the .npz file that stores a table in a run directory."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.data.tables.columns import default_names, listed
+from flowtrain.data.tables.csv_reader import is_missing
 from flowtrain.data.tables.table_reader import COLUMNS, VALUES, Table
 from flowtrain.utils.arguments import shortened
 from flowtrain.utils.errors import DataError, first_line
@@ -135,22 +136,27 @@ def whole_labels(label: Any) -> Tensor | None:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def as_array(x: Rows, name: str = "x") -> NDArray[Any]:
+def as_array(x: Rows, name: str = "x", na: Collection[str] | None = None) -> NDArray[Any]:
     """Converts x to an array of real numbers. An array of numbers is not copied; text and objects are converted.
 
     Args:
         name: the name of x in messages.
+        na: text that counts as missing besides words such as NA, stripped and in lower case. Missing values become NaN.
+            None means that masked values, and objects and text that stand for missing values, are refused.
 
     Raises:
         DataError: values that are not real numbers.
     """
+    names: tuple[str, ...] = ()
     if isinstance(x, Tensor):
         x = _array_of_tensor(x, name)
     elif is_frame(x):
         _refuse_dates(x, name)
-        x = x.to_numpy()
+        x, names = x.to_numpy(), column_names(x)
     if np.ma.is_masked(x):
-        raise DataError(f"{name} has masked values; remove these rows, or fill in values")
+        if na is None or x.dtype.kind not in "biuf":
+            raise DataError(f"{name} has masked values; remove these rows, or fill in values")
+        x = x.astype(np.float64).filled(np.nan)
     try:
         array = np.asarray(x)
     except ValueError as e:
@@ -164,10 +170,35 @@ def as_array(x: Rows, name: str = "x") -> NDArray[Any]:
         try:
             return array.astype(np.float64)
         except (TypeError, ValueError):
-            raise DataError(f"{name}: {_first_text(array)} is not a number; encode or remove such values") from None
+            if na is not None and (numbers := _with_nan(array, na)) is not None:
+                return numbers
+            advice = _text_columns(array, names, na or (), name) if array.ndim == 2 else ""
+            words = f"{name}: {_first_text(array)} is not a number; encode or remove such values"
+            raise DataError(words + advice) from None
         except OverflowError:
             raise DataError(f"{name}: {_first_text(array)} is too large for a float; scale the column down") from None
     raise DataError(f"{name} has dtype {array.dtype}; give real numbers")
+
+
+def _text_columns(array: NDArray[Any], names: Sequence[str], na: Collection[str], name: str) -> str:
+    """Names the columns of a data frame with text, and the code that leaves them out; empty without names."""
+    text = [column for column, cells in zip(names, array.T, strict=False) if _with_nan(cells, na) is None]
+    keep = [column for column in names if column not in text]
+    if not text:
+        return ""
+    return f". Text is in {listed(text)}" + (f"; {name}[{keep}] leaves it out" if keep else "")
+
+
+def _with_nan(array: NDArray[Any], na: Collection[str]) -> NDArray[np.float64] | None:
+    """Returns an array of objects or text as numbers, with NaN for missing values; None if there is other text."""
+    cells = array.ravel().tolist()
+    # pandas.NA has the type NAType
+    absent = [c is None or type(c).__name__ == "NAType" or (isinstance(c, str) and is_missing(c, na)) for c in cells]
+    try:
+        numbers = [np.nan if lost else float(cell) for cell, lost in zip(cells, absent, strict=True)]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return np.array(numbers).reshape(array.shape)
 
 
 def _array_of_tensor(x: Tensor, name: str) -> NDArray[Any]:
@@ -206,25 +237,26 @@ def _first_text(array: NDArray[Any]) -> str:
     return "a value"
 
 
-def table_of(x: Rows, name: str = "x", label: Any = None, label_name: str = "label") -> Table:
+def table_of(x: Rows, name: str = "x", label: Any = None, label_name: str = "label", na: Collection[str] = ()) -> Table:
     """Converts rows in memory to a table. If there are labels, they are the last column.
 
     Args:
         x: (n, d), (n,) for one column, or (n, C, H, W) for images, whose elements become columns.
         name: the name of x in messages.
         label: (n,), or None.
+        na: text that counts as missing. Missing values become NaN; `read_table` refuses them or leaves out their rows.
 
     Raises:
         DataError: an array of another rank, without rows, or with values that are not real numbers; labels of another
             length.
     """
     names = column_names(x) if is_frame(x) else ()
-    array = as_array(x, name)
+    array = as_array(x, name, na)
     if array.ndim not in (1, 2, 4) or not array.size:
         raise DataError(f"{name} has shape {array.shape}; give rows (n, d), or images (n, C, H, W), with n > 0")
     values = np.ascontiguousarray(array.reshape(len(array), -1), dtype=np.float64)
     if label is not None:
-        labels = as_array(label, f"the label of {name}")
+        labels = as_array(label, f"the label of {name}", na)
         if labels.shape not in ((len(values),), (len(values), 1)):
             raise DataError(
                 f"label has shape {labels.shape}; give one label for each of the {len(values)} rows of {name}"

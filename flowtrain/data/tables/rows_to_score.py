@@ -7,15 +7,19 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.images import read_idx
+from flowtrain.data.tables.array import check_format, format_of
 from flowtrain.data.tables.columns import Columns, as_option, default_names, listed, pick
 from flowtrain.data.tables.csv_reader import TextFormat
+from flowtrain.data.tables.missing import missing_of
 from flowtrain.data.tables.sample_spec import SampleSpec, add_set_noise, as_labels
 from flowtrain.data.tables.table_checks import check_labels, warn_of_unseen
-from flowtrain.data.tables.table_reader import ARRAYS, TEXTS, Table, ending_of, is_images, read_table
+from flowtrain.data.tables.table_reader import ARRAYS, TEXTS, Kept, Table, ending_of, is_images, read_table, takes_key
+from flowtrain.data.tables.typed_files import TYPED, sheets_of
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import counted
 
@@ -31,11 +35,15 @@ class ScoredRows(Dataset):
         samples: the description of the samples that the flow was trained on.
         seed: the seed of the noise on the columns `samples.noisy`.
 
+    Attributes:
+        kept: the rows of the file that are scored, if rows with missing values were left out. None means all.
+
     Raises:
         DataError: values that do not fit this description.
     """
 
     def __init__(self, table: Table, labels: Tensor | None, samples: Samples, seed: int = 0) -> None:
+        self.kept: Kept | None = table.kept
         self.event_shape = samples.event_shape
         self.integer_valued, self.levels, self.alpha = samples.integer_valued, samples.levels, samples.alpha
         self.classes, self.columns, self.noisy = samples.classes, samples.columns, samples.noisy
@@ -53,6 +61,17 @@ class ScoredRows(Dataset):
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         raise ConfigError("rows to score have no training batches; train on a data set")
+
+    def for_each_row(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Returns values of the scored rows, (k, ...), as values of all rows of the file, (n, ...).
+
+        Rows that were left out because of missing values have NaN.
+        """
+        if self.kept is None:
+            return values
+        found = np.full((self.kept.of, *values.shape[1:]), np.nan)
+        found[self.kept.rows] = values
+        return found
 
     def split(self, name: str) -> Tensor:
         if name != "all":
@@ -76,9 +95,10 @@ class RowsToScore(ScoredRows):
     numbers, an array (n, C, H, W) or (n, H, W), or an IDX file.
 
     Args:
-        path: a .npy, .npz or text file, see `read_table`, or an IDX file, plain or gzipped.
+        path: a file, see `read_table`, or an IDX file, plain or gzipped.
         samples: the description of the samples that the flow was trained on.
-        key, columns, label, header, decimal: the settings that the training file was read with, see `ArrayData`.
+        key, columns, label, header, decimal, missing, na: the settings that the training file was read with, see
+            `ArrayData`. None for the last two means that no row is left out, and no further values are missing.
         asked: the names of the settings among these that the user gave for this file. They override what is detected
             from the file.
         seed: the seed of the noise on columns that `data.dequantize` names.
@@ -99,6 +119,8 @@ class RowsToScore(ScoredRows):
         decimal: str | None = None,
         asked: Collection[str] = (),
         seed: int = 0,
+        missing: str | None = None,
+        na: Sequence[str | float] | str | float | None = None,
     ) -> None:
         if not isinstance(path, str | Path):
             raise ConfigError(f"data.path={path}: give the path of a file")
@@ -107,9 +129,13 @@ class RowsToScore(ScoredRows):
             table, label_column = _of_images(file, samples.event_shape), None
         else:
             key = key if "key" in asked else _key_of(file, key)
-            text_format = TextFormat(header if "header" in asked else None, decimal, samples.columns)
+            # the training file may have another format and another header
+            header = header if "header" in asked else None
+            check_format(str(file), format_of(header, decimal if "decimal" in asked else None))
+            text_format = TextFormat(header, decimal, samples.columns)
             selection = _Selection(file, samples, columns, label, asked)
-            table = read_table(file, key, selection.choose, event_shape=samples.event_shape, text_format=text_format)
+            absent = missing_of(missing, na)
+            table = read_table(file, key, selection.choose, "data.columns", samples.event_shape, text_format, absent)
             table, label_column = selection.divided(table)
         if label_column is not None:
             check_labels(label_column)
@@ -210,13 +236,16 @@ class _Selection:
 
 
 def _key_of(file: Path, key: str | None) -> str | None:
-    """Returns the key of the array to read from an archive; None if its only array has another name than `key`."""
-    if key is None or ending_of(file) != ".npz":
+    """Returns the key of the table to read from a file; None if its only table has another name than `key`."""
+    if key is None or not takes_key(file):
         return None
     try:
-        with zipfile.ZipFile(file) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-    except (OSError, zipfile.BadZipFile):
+        if ending_of(file) == ".xlsx":
+            names = sheets_of(file)
+        else:
+            with zipfile.ZipFile(file) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+    except (OSError, zipfile.BadZipFile, DataError):
         # the file is read later, which raises the error
         return key
     return None if key not in names and len(names) == 1 else key
@@ -224,7 +253,7 @@ def _key_of(file: Path, key: str | None) -> str | None:
 
 def _is_idx(file: Path) -> bool:
     """Whether the name is that of an IDX file, such as train-images-idx3-ubyte.gz."""
-    known = ending_of(file).removesuffix(".gz") in ARRAYS + TEXTS
+    known = ending_of(file).removesuffix(".gz") in ARRAYS + TEXTS + TYPED
     return file.suffix == ".idx" or ("-idx" in file.name and not known)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowtrain.data.base import Checksum, step_generator
 from flowtrain.data.tables.columns import Columns, default_names, pick
+from flowtrain.data.tables.missing import REFUSED, Missing
 from flowtrain.data.tables.sample_spec import Part, SampleSpec, TrainingSplit, Values, as_labels
 from flowtrain.data.tables.table_checks import check_labels, row_hashes, whole_columns
 from flowtrain.data.tables.table_reader import (
@@ -278,6 +279,8 @@ HASHES = 200_000
 class StreamedTable:
     """A table that stays in a .npy file, with its labels if there are any; see `read_labelled` for the arguments.
 
+    Rows with missing values are never left out, because the rows are read again in each epoch. They are refused.
+
     Attributes:
         rows: the file.
         table: the columns of the samples, without rows.
@@ -285,8 +288,8 @@ class StreamedTable:
         n: the number of rows.
     """
 
-    def __init__(self, path: str, columns: Columns | None, label: str | int | None) -> None:
-        self.rows = NpyRows(path)
+    def __init__(self, path: str, columns: Columns | None, label: str | int | None, missing: Missing = REFUSED) -> None:
+        self.rows, self._missing = NpyRows(path), missing
         self.n = self.rows.n
         names = default_names(range(self.rows.width))
 
@@ -362,10 +365,11 @@ class StreamedTable:
         for start, (table, label_column) in self._chunks():
             ends = np.searchsorted(wanted, (start, start + len(table.values)), sorter=order)
             places = order[slice(*ends)]
-            check_finite(table, (t for _, (t, _) in self._chunks()))
+            check_finite(table, (t for _, (t, _) in self._chunks()), self._missing.drops)
             spec.check(table, (t for _, (t, _) in self._chunks()))
             if label_column is not None:
-                check_finite(label_column, (m for _, (_, m) in self._chunks() if m is not None))
+                labels_of_chunks = (m for _, (_, m) in self._chunks() if m is not None)
+                check_finite(label_column, labels_of_chunks, self._missing.drops)
                 check_labels(label_column)
             out = wanted[places] - start
             labels = None if label_column is None else label_column.values
@@ -378,8 +382,17 @@ class StreamedTable:
         size = max(1, CHUNK // (8 * self.rows.width))
         for start in range(0, self.n, size):
             chunk = self.rows.read(start, min(self.n, start + size))
-            label_column = None if self.label_column is None else _part_of(chunk, self.label_column, start)
-            yield start, (_part_of(chunk, self.table, start), label_column)
+            label_column = None if self.label_column is None else self._part_of(chunk, self.label_column, start)
+            yield start, (self._part_of(chunk, self.table, start), label_column)
+
+    def _part_of(self, chunk: NDArray[Any], like: Table, first: int) -> Table:
+        """Converts a chunk (k, width) of the file to a table with the columns of `like`; its first row is `first`."""
+        kept = chunk if like.indices == tuple(range(chunk.shape[1])) else chunk[:, like.indices]
+        return replace(like, values=self._missing.mark(kept.astype(np.float64)), first=first)
+
+    def in_file(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the row numbers in the file of rows of the table, (k,)."""
+        return rows
 
 
 class StreamStatistics:
@@ -463,12 +476,6 @@ def draw_rows(n: int, k: int, generator: torch.Generator) -> NDArray[np.int64]:
         chosen[top if row in chosen else row] = None
     rows = np.fromiter(chosen, np.int64, k)
     return np.take(rows, torch.randperm(k, generator=generator).numpy())
-
-
-def _part_of(chunk: NDArray[Any], like: Table, first: int) -> Table:
-    """Converts a chunk (k, width) of the file to a table with the columns of `like`. Its first row is row `first`."""
-    kept = chunk if like.indices == tuple(range(chunk.shape[1])) else chunk[:, like.indices]
-    return replace(like, values=kept.astype(np.float64), first=first)
 
 
 def is_streamed(path: str, key: str | None, asked: bool | None) -> bool:

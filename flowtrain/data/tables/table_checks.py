@@ -24,6 +24,9 @@ _USUAL_SENTINELS = frozenset(
 _WIDE_GAP = 5.0
 # Smallest number of rows and of distinct values in the rest of the column
 _LEAST_REPEATS = 10
+# A common code inside the range of a real column is detected if more than this fraction of the rows, and at least
+# _LEAST_CODES rows, have it
+_CODE_SHARE, _LEAST_CODES = 0.01, 5
 
 
 def sentinel_of(column: NDArray[np.float64]) -> tuple[float, int] | None:
@@ -31,7 +34,8 @@ def sentinel_of(column: NDArray[np.float64]) -> tuple[float, int] | None:
 
     The code is the smallest or the largest value and occurs at least twice. For common codes and for values of at least
     1e20 in magnitude, the gap to the next value exceeds the range of the other values. For any other value, the gap
-    exceeds 5 times that range.
+    exceeds 5 times that range. Or it is a common code other than 0 inside the range of a column of real numbers, and
+    more than 1% of the rows have it.
 
     Example:
         >>> sentinel_of(np.array([-999.0, *np.linspace(1, 2, 20), -999.0]))
@@ -49,7 +53,33 @@ def sentinel_of(column: NDArray[np.float64]) -> tuple[float, int] | None:
             and len(np.unique(rest)) >= _LEAST_REPEATS
         ):
             return end, count
-    return None
+    return _inner_sentinel(column)
+
+
+def _inner_sentinel(column: NDArray[np.float64]) -> tuple[float, int] | None:
+    """Detects a common code inside the range of a column (n,) of real numbers: the most frequent value, not 0.
+
+    The other values must be mostly distinct and not whole numbers, so that the code cannot be one of them by chance. A
+    code at the end of the range must be apart from the other values, because values may be clipped there.
+    """
+    some = column[:_LOOK]
+    n = len(some)
+    distinct, counts = np.unique(some, return_counts=True)
+    code, count = float(distinct[counts.argmax()]), int(counts.max())
+    if code == 0 or code not in _USUAL_SENTINELS or count <= max(_CODE_SHARE * n, _LEAST_CODES - 1):
+        return None
+    rest = distinct[distinct != code]
+    if len(rest) < _LEAST_REPEATS or (code < rest[0] and not _apart(rest - code)):
+        return None
+    if code > rest[-1] and not _apart(code - rest[::-1]):
+        return None
+    is_real = 2 * len(rest) > n - count and float(np.mean(rest == np.rint(rest))) < _CODE_SHARE
+    return (code, int((column == code).sum())) if is_real else None
+
+
+def _apart(distances: NDArray[np.float64]) -> bool:
+    """Whether the first of ascending distances (n,) is large compared with the gaps between the next ones."""
+    return float(distances[0]) > 10 * float(np.median(np.diff(distances[:20])))
 
 
 def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, float]:
@@ -68,8 +98,9 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
     keep = [index for i, index in enumerate(table.indices) if i not in found]
     each = ", ".join(f"{table.columns[i]!r} is {code:g} in {count:,} rows" for i, (code, count) in found.items())
     _log.warning(
-        f"{table.path}: column {each} (of {counted(len(values), 'training row')}), far from the other values of the "
-        "column. If this is a code for a missing value, the flow learns the density of the code. Remove these rows"
+        f"{table.path}: column {each} (of {counted(len(values), 'training row')}), unlike the other values of the "
+        "column. If this is a code for a missing value, the flow learns the density of the code. Leave out these rows "
+        f"with 'data.na=[{','.join(sorted({f'{code:.17g}' for code, _ in found.values()}))}]' data.missing=drop"
         + (f", or keep the other columns: {as_option(keep)}" if keep else "")
     )
     return {i: code for i, (code, _) in found.items()}

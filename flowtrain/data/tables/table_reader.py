@@ -1,12 +1,13 @@
-"""Reads tables from .npy, .npz and text files as float64. Error messages name the place in the file."""
+"""Reads tables from files as float64. Error messages name the place in the file."""
 
+import logging
 import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -15,8 +16,12 @@ from numpy.typing import NDArray
 
 from flowtrain.data.tables.columns import Columns, as_option, default_names, first_of, pick
 from flowtrain.data.tables.csv_reader import DETECTED, Choose, TextFormat, read_delimited
+from flowtrain.data.tables.missing import REFUSED, Missing
+from flowtrain.data.tables.typed_files import TYPED, read_typed
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import counted
+
+_log = logging.getLogger("flowtrain")
 
 # Deflate compresses by at most this factor, because at least one bit is needed for 129 bytes
 MOST_RATIO = 1032
@@ -80,6 +85,20 @@ ARRAYS = (".npy", ".npz")
 # names of the arrays in an .npz file that stores a table with column names
 VALUES, COLUMNS = "x", "columns"
 TEXTS = (".csv", ".tsv", ".txt", ".data", ".tra", ".tes")
+# Largest number of columns in a message on missing values
+_MOST_COLUMNS = 10
+
+
+class Kept(NamedTuple):
+    """The rows of a file that are in a table.
+
+    Attributes:
+        rows: their row numbers in the file, (n,), in ascending order.
+        of: the number of rows in the file.
+    """
+
+    rows: NDArray[np.int64]
+    of: int
 
 
 @dataclass(frozen=True)
@@ -91,9 +110,12 @@ class Table:
         columns: the d column names. If the file has no names, they are c0, c1, ... by position in the file.
         indices: the d positions of the columns in the file.
         path: the file, as the user named it.
-        lines: the line number of each row in a text file, from 1. None for an array file.
+        lines: for text files, the line number of each row of the file, from 1; for .xlsx, the row number in the sheet.
+            None for other files.
         first: the number of the first row in the file, if the table is a block of a file.
         cells: the text of the first missing value of a text file, by its row and column.
+        unit: the word for `lines` in messages.
+        kept: the rows of the file that are in `values`, if rows with missing values were left out. None means all.
     """
 
     values: NDArray[np.float64]
@@ -103,6 +125,8 @@ class Table:
     lines: Sequence[int] | None = None
     first: int = 0
     cells: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    unit: str = "line"
+    kept: Kept | None = None
 
     @property
     def named(self) -> bool:
@@ -121,8 +145,12 @@ class Table:
 
     def place(self, row: int, column: int) -> str:
         """Describes the place of a value for messages: the file, the line or the row, and the column."""
-        line = f"row {self.first + row} (from 0)" if self.lines is None else f"line {self.lines[row]}"
-        return f"{self.path}, {line}, column {self.columns[column]!r}"
+        return f"{self.path}, {self.row_name(row)}, column {self.columns[column]!r}"
+
+    def row_name(self, row: int) -> str:
+        """Describes a row for messages by its line or its number in the file."""
+        row = row if self.kept is None else int(self.kept.rows[row])
+        return f"row {self.first + row} (from 0)" if self.lines is None else f"{self.unit} {self.lines[row]}"
 
 
 def read_labelled(
@@ -131,6 +159,7 @@ def read_labelled(
     columns: Columns | None,
     label: str | int | None,
     text_format: TextFormat = DETECTED,
+    missing: Missing = REFUSED,
 ) -> tuple[Table, Table | None]:
     """Reads a table and splits off its column of labels, if there is one; see `read_table` for the arguments.
 
@@ -141,7 +170,7 @@ def read_labelled(
         ConfigError: a label that is not exactly one column, or that is the only column.
     """
     if label is None:
-        return read_table(path, key, columns, text_format=text_format), None
+        return read_table(path, key, columns, text_format=text_format, missing=missing), None
     label_column: list[int] = []
     source = path.path if isinstance(path, Table) else path
 
@@ -150,7 +179,7 @@ def read_labelled(
         indices = pick(columns, names, source, left_out=left_out)
         return [*indices, *(i for i in label_column if i not in indices)]
 
-    table = read_table(path, key, choose, text_format=text_format)
+    table = read_table(path, key, choose, text_format=text_format, missing=missing)
     return split_off_labels(table, table.only([table.indices.index(i) for i in label_column]), label)
 
 
@@ -177,42 +206,51 @@ def read_table(
     option: str = "data.columns",
     event_shape: tuple[int, ...] = (),
     text_format: TextFormat = DETECTED,
+    missing: Missing = REFUSED,
 ) -> Table:
     """Reads the table in a file. A 1-D array is a table of one column.
 
     Args:
-        path: a file with an ending in ARRAYS or TEXTS (text files may also end in .gz); or a table in memory.
-        key: the array to read from an .npz file with several arrays.
+        path: a file with an ending in ARRAYS, TEXTS or TYPED (text files may also end in .gz); or a table in memory.
+        key: the array to read from an .npz file with several arrays, or the sheet of an .xlsx file with several sheets.
         columns: names, positions or slices such as "0:64" to keep, in this order. None keeps all columns except unnamed
             columns of row numbers or row names. A function returns the positions to keep from the names of all columns
             and the positions of these exceptions.
         option: the name of the setting that `columns` comes from, for messages.
         event_shape: (C, H, W) if the file may be an array of images (n, C, H, W), or (n, H, W) for C = 1.
         text_format: the format of a text file.
+        missing: the values that count as missing, and whether rows with one are left out.
 
     Raises:
         DataError: a file that is missing or damaged, or that is not a table of finite real numbers.
-        ConfigError: `key` or `columns` that are not in the file.
+        ConfigError: `key` or `columns` that are not in the file, or a package that is not installed.
     """
     file = Path(path.path if isinstance(path, Table) else path).expanduser()
     choose = columns if callable(columns) else lambda names, out: pick(columns, names, file, option, out)
     if isinstance(path, Table):
-        table = path.only(choose(path.columns, ()))
-        check_finite(table)
-        return table
+        return _complete(path.only(choose(path.columns, ())), missing)
     ending = ending_of(file)
     check_file(file)
-    if key is not None and ending != ".npz":
-        raise ConfigError(f"data.key={key} names an array of an .npz file, but {path} is not an .npz file; omit it")
+    if key is not None and not takes_key(file):
+        raise ConfigError(
+            f"data.key={key} names an array of an .npz file or a sheet of an .xlsx file, but {path} is neither; omit it"
+        )
     try:
         if ending in ARRAYS:
             table = _from_array(file, key, choose, event_shape)
+        elif ending in TYPED:
+            typed = read_typed(file, key, choose, text_format.header, missing.texts)
+            table = Table(typed.values, typed.names, typed.indices, str(file), typed.lines, unit="row")
         else:
-            table = _from_text(file, choose, text_format)
+            table = _from_text(file, choose, replace(text_format, na=missing.texts, drops=missing.drops))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    check_finite(table)
-    return table
+    return _complete(table, missing)
+
+
+def takes_key(file: Path) -> bool:
+    """Whether a file may contain several tables, which `data.key` chooses from."""
+    return ending_of(file) in (".npz", ".xlsx")
 
 
 def check_file(file: Path) -> None:
@@ -224,12 +262,13 @@ def check_file(file: Path) -> None:
     ending = ending_of(file)
     if file.is_dir():
         raise DataError(f"{file} is a directory; give a file")
-    if ending.removesuffix(".gz") in ARRAYS and ending not in ARRAYS:
+    if ending.removesuffix(".gz") in ARRAYS + TYPED and ending not in ARRAYS + TYPED:
         raise DataError(f"{file} is gzipped, but only text files may be gzipped: unpack it with gunzip")
-    if ending.removesuffix(".gz") not in ARRAYS + TEXTS:
+    if ending.removesuffix(".gz") not in ARRAYS + TEXTS + TYPED:
         found = f"ends in {ending!r}" if ending else "has no ending"
         raise DataError(
-            f"{file} {found}; data files end in {', '.join(ARRAYS + TEXTS)}; text files may be gzipped, as in .csv.gz"
+            f"{file} {found}; data files end in {', '.join(ARRAYS + TEXTS + TYPED)}; text files may be gzipped, as in "
+            ".csv.gz"
         )
     if not file.exists():
         raise DataError(f"there is no file {file.absolute()}")
@@ -334,34 +373,81 @@ def check_array(shape: tuple[int, ...], dtype: np.dtype[Any], file: Path, event_
         raise DataError(f"{file} has shape {shape}: it is empty")
 
 
-def check_finite(table: Table, whole: Iterable[Table] | None = None) -> None:
+def _complete(table: Table, missing: Missing) -> Table:
+    """Returns the table without the rows that have a missing value, or refuses them.
+
+    Raises:
+        DataError: missing values that are not left out, infinite values, or no row without missing values.
+    """
+    table = replace(table, values=missing.mark(table.values))
+    lost = np.isnan(table.values) if missing.drops else np.zeros((0, 0), bool)
+    if lost.any():
+        n, by_column = len(table.values), lost.sum(0)
+        rows = np.flatnonzero(~lost.any(1))
+        left, columns = n - len(rows), _by_column(table, by_column)
+        words = (
+            f"{table.path}: {left:,} of {counted(n, 'row')} {'has' if left == 1 else 'have'} missing values ({columns})"
+        )
+        if not len(rows):
+            raise DataError(f"{words}, so no row is left. Leave out the columns with the most, with data.columns")
+        _log.info(f"{words} and {'is' if left == 1 else 'are'} left out (data.missing=drop)")
+        table = replace(table, values=table.values[rows], kept=Kept(rows, n))
+    check_finite(table)
+    return table
+
+
+def _by_column(table: Table, counts: NDArray[np.int64], first: Sequence[str] = ()) -> str:
+    """Lists the numbers of missing values by column, largest first.
+
+    Args:
+        counts: the number of each column, (d,).
+        first: the place of the first missing value of each column, or nothing.
+    """
+    some = int((counts > 0).sum())
+    most = np.argsort(-counts, kind="stable")[: min(_MOST_COLUMNS, some)]
+    places = [f", first in {first[i]}" if first else "" for i in most]
+    each = [f"{table.columns[i]!r}: {counts[i]:,}{place}" for i, place in zip(most, places, strict=True)]
+    return first_of(each, some, "; ")
+
+
+def check_finite(table: Table, whole: Iterable[Table] | None = None, in_blocks: bool = False) -> None:
     """Raises DataError if values are missing, NaN or infinite, with their number by column and the place of the first.
 
     Args:
         table: a file or a block of a file.
         whole: all blocks of the file, for the numbers in the message. None if `table` is the whole file.
+        in_blocks: whether the user wants to leave out rows with missing values, but the file is read in blocks.
     """
     bad = ~np.isfinite(table.values)
     if not bad.any():
         return
     row, column = (int(i) for i in np.argwhere(bad)[0])
-    by_column, rows, of_rows = np.zeros(len(table.columns), dtype=np.int64), 0, 0
+    by_column, rows, of_rows, empty = np.zeros(len(table.columns), dtype=np.int64), 0, 0, False
+    places = [""] * len(table.columns)
     for block in whole or [table]:
         each = ~np.isfinite(block.values)
+        for i in np.flatnonzero(each.any(0) & (by_column == 0)):
+            places[i] = block.row_name(int(each[:, i].argmax()))
         by_column += each.sum(0)
         rows, of_rows = rows + int(each.any(1).sum()), of_rows + len(each)
+        empty = empty or bool(np.isnan(block.values).any())
     total = int(by_column.sum())
-    most = np.argsort(-by_column, kind="stable")[: min(12, int((by_column > 0).sum()))]
-    each_column = first_of([f"{table.columns[i]!r}: {by_column[i]:,}" for i in most], int((by_column > 0).sum()))
     keep = [index for index, n in zip(table.indices, by_column, strict=True) if not n]
-    cell = table.cells.get((row, column))
+    in_file = row if table.kept is None else int(table.kept.rows[row])
+    cell = table.cells.get((in_file, column))
     found = f"the value is {table.values[row, column]}"
-    if cell is not None:
+    if cell is not None and np.isnan(table.values[row, column]):
         found = f"{cell!r} is a missing value" if cell.strip() else "the cell is empty"
+    if in_blocks and empty:
+        advice = "This file is read in blocks, which data.missing=drop cannot do; add data.memory_map=false"
+    elif empty:
+        advice = "Leave out these rows with data.missing=drop"
+    else:
+        advice = "Remove these rows, or leave them out with 'data.na=[inf,-inf]' data.missing=drop"
     raise DataError(
         f"{table.path}: {total:,} of {counted(of_rows * len(table.columns), 'value')} "
         f"{'is' if total == 1 else 'are'} missing or not finite, in {rows:,} of {counted(of_rows, 'row')} (by column, "
-        f"{each_column}). The first: "
-        f"{table.place(row, column).removeprefix(f'{table.path}, ')}: {found}. Remove these rows"
+        f"{_by_column(table, by_column, places)}). The first: "
+        f"{table.place(row, column).removeprefix(f'{table.path}, ')}: {found}. {advice}"
         + (f", or keep only the complete columns: {as_option(keep)}" if keep else "")
     )

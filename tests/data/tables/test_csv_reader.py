@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from flowtrain.data.tables import csv_reader
 from flowtrain.data.tables.csv_reader import TextFormat
+from flowtrain.data.tables.missing import missing_of
 from flowtrain.data.tables.table_reader import read_labelled, read_table
+from flowtrain.runs.compose import read_yaml
 from flowtrain.utils.errors import DataError
 
 # Reading
@@ -99,6 +101,8 @@ GOOD_TEXT = {
     "pandas index, shuffled": (",a\n7,1.5\n3,3\n", ("a",), [[1.5], [3]]),
     "pandas index, saved twice": (",Unnamed: 0,a\n0,7,1\n1,8,3\n", ("a",), [[1], [3]]),
     "R row names": ('"","mpg"\n"Mazda RX4",21\n"Datsun",22.8\n', ("mpg",), [[21], [22.8]]),
+    "booleans": ("a,b\n1,True\n3,false\n", ("a", "b"), [[1, 1], [3, 0]]),
+    "booleans, no header": ("1.5,TRUE\n3,FALSE\n", ("c0", "c1"), [[1.5, 1], [3, 0]]),
     "duplicate column names": ("a,a\n1,2\n3,4\n", ("a", "a"), [[1, 2], [3, 4]]),
 }
 
@@ -186,6 +190,21 @@ def test_one_error_counts_all_missing_values_of_the_file(tmp_path: Path, refused
     # missing labels count too
     message = refused(lambda: read_labelled(str(path), None, ["a", "d"], "b"), DataError, ["'b': 2", "'d': 1"])
     assert "3 of 12 values" in message
+
+
+def test_columns_of_text_are_named_at_once(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("name,a,day,b\nAnn,1,2020-01-01,2\nBob,,2020-01-02,3\nCy,5,2020-01-03,4\nDee,7,,5\n")
+    message = refused(
+        lambda: read_table(path), DataError, ["line 2, column 'name': 'Ann' is not a number", "'day' (text in 3 cells)"]
+    )
+    assert "'data.columns=[1,3]'" in message
+    # a few words may stand for missing values
+    path.write_text("a,b\n1,2\nunknown,4\n5,n.d.\n")
+    message = refused(lambda: read_table(path), DataError, ["line 3", "'unknown'"])
+    (option,) = re.findall(r"'data\.(na=\[.*\])'", message)
+    given = read_yaml(option.removeprefix("na="))
+    assert read_table(path, missing=missing_of("drop", given)).values.tolist() == [[1, 2]]
 
 
 def test_text_labels_are_not_mistaken_for_a_header(tmp_path: Path) -> None:

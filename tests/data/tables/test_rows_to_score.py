@@ -238,7 +238,7 @@ def test_runs_of_older_versions_read_files_as_before(
     for name in ("best", "last"):
         file = run_dir / f"checkpoints/{name}.pt"
         saved = checkpoint.load(file)
-        new = {"header", "decimal", "center"}
+        new = {"header", "decimal", "center", "missing", "na"}
         data = {k: v for k, v in saved["config"]["data"].items() if k not in new} | {"columns": None}
         samples = {k: v for k, v in saved["samples"].items() if k not in ("label", "centered")}
         checkpoint.save(file, {**saved, "config": {**saved["config"], "data": data}, "samples": samples})

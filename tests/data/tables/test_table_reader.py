@@ -95,7 +95,7 @@ BAD_ARRAYS: dict[str, tuple[str, bytes, list[str]]] = {
     "truncated": (".npy", array_file(normal(9, 9))[:300], ["damaged"]),
     "truncated npz": (".npz", archive(a=normal(9, 9))[:300], ["no NumPy file"]),
     "empty npz": (".npz", archive(), ["contains no array"]),
-    "unknown suffix": (".parquet", b"", [".npy", ".csv", ".parquet"]),
+    "unknown suffix": (".pkl", b"", [".npy", ".csv", ".parquet", ".pkl"]),
     "no suffix": ("", b"", [".npy", ".csv"]),
 }
 

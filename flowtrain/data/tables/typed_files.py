@@ -1,0 +1,278 @@
+"""Readers of Parquet, Feather (Arrow) and Excel files. They need polars and fastexcel, the extra `tables`.
+
+The columns of these files have types. Numbers are read as they are, and booleans as 0 and 1. A column of text is read
+if all its cells are numbers or missing values, as in a text file. Dates and nested values are refused.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowtrain.data.tables.columns import TextColumn, advice_on_text
+from flowtrain.data.tables.csv_reader import LOOK, UNNAMED, Choose, is_header, is_missing, number_of
+from flowtrain.utils.errors import ConfigError, DataError
+
+# endings of the files
+TYPED = (".parquet", ".feather", ".arrow", ".xlsx")
+# Number of rows of a sheet that are searched for the first row after the comments
+_TOP = 1000
+
+# a column of polars, which is not imported unless a file needs it
+Series = Any
+
+
+@dataclass(frozen=True)
+class TypedColumns:
+    """Columns read from a typed file.
+
+    Attributes:
+        values: (n, d), with NaN for missing values.
+        names, indices: the names of the columns and their positions in the file.
+        lines: the number of each row in the sheet of an .xlsx file, from 1. None for other files.
+    """
+
+    values: NDArray[np.float64]
+    names: tuple[str, ...]
+    indices: tuple[int, ...]
+    lines: Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A typed file.
+
+    Attributes:
+        names: the names of the columns.
+        read: returns the columns at some positions.
+        lines: see `TypedColumns`.
+    """
+
+    names: tuple[str, ...]
+    read: Callable[[Sequence[int]], list[Series]]
+    lines: Sequence[int] | None = None
+
+    def row(self, i: int) -> str:
+        """Describes a row for messages."""
+        return f"row {i} (from 0)" if self.lines is None else f"row {self.lines[i]}"
+
+
+def read_typed(
+    file: Path, key: str | None, choose: Choose, header: bool | None = None, na: Collection[str] = ()
+) -> TypedColumns:
+    """Reads the columns whose positions `choose` returns.
+
+    Args:
+        file: a file with an ending in TYPED.
+        key: the sheet of an .xlsx file.
+        choose: see `Choose`.
+        header: whether the first row of an .xlsx file names the columns. None means detected.
+        na: text that counts as missing, stripped and in lower case.
+
+    Raises:
+        ConfigError: polars or fastexcel is not installed, or a sheet that the file does not have.
+        DataError: a damaged or empty file, or columns that are not numbers.
+    """
+    with _readable(file):
+        source = _sheet(file, key, header) if file.suffix.lower() == ".xlsx" else _frame(file)
+        unnamed = [i for i, name in enumerate(source.names) if UNNAMED.fullmatch(name)]
+        left_out = [i for i, column in zip(unnamed, source.read(unnamed), strict=True) if _is_row_index(column)]
+        indices = choose(source.names, left_out)
+        columns = source.read(indices)
+    n = len(columns[0])
+    if not n:
+        raise DataError(f"{file} has no rows")
+    values, found = np.empty((n, len(columns))), []
+    for k, (i, column) in enumerate(zip(indices, columns, strict=True)):
+        numbers, text = _numbers(column, na)
+        if text is None:
+            values[:, k] = numbers
+        else:
+            text.index, text.name, text.place = i, source.names[i], source.row(int(text.place))
+            found.append(text)
+    if found:
+        first = found[0]
+        what = f"{first.first!r} is not a number" if first.kind == "text" else f"{first.first} is one of {first.kind}"
+        raise DataError(f"{file}, {first.place}, column {first.name!r}: {what}. {advice_on_text(found, indices)}")
+    return TypedColumns(values, tuple(source.names[i] for i in indices), tuple(indices), source.lines)
+
+
+def _imported(name: str, file: Path) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{file}: {file.suffix.lower()} files need {name}: run pip install 'flowtrain[tables]', or save the table "
+            "as .csv"
+        ) from error
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Converts all errors of polars and fastexcel while reading a file to DataError."""
+    try:
+        yield
+    except (ConfigError, DataError, OSError, MemoryError, KeyboardInterrupt):
+        raise
+    # Both packages raise many types of errors for damaged files. A panic of their Rust code is no Exception
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        kind = file.suffix.lower()
+        words = str(error).partition("\n")[0]
+        raise DataError(f"{file} is damaged or no {kind} file ({words}); write or copy it again") from error
+
+
+# Parquet and Feather
+
+
+def _frame(file: Path) -> _Source:
+    polars = _imported("polars", file)
+    if not file.stat().st_size:
+        raise DataError(f"{file} is empty")
+    is_parquet = file.suffix.lower() == ".parquet"
+    # polars gets an open file, because it reads * and ? in a path as a pattern
+    with file.open("rb") as stream:
+        names = tuple((polars.read_parquet_schema if is_parquet else polars.read_ipc_schema)(stream))
+
+    def read(indices: Sequence[int]) -> list[Series]:
+        if not indices:
+            return []
+        wanted = [names[i] for i in indices]
+        with file.open("rb") as stream:
+            if is_parquet:
+                frame = polars.read_parquet(stream, columns=wanted)
+            else:
+                frame = polars.read_ipc(stream, columns=wanted)
+        return [frame.get_column(name) for name in wanted]
+
+    if not names:
+        raise DataError(f"{file} has no columns")
+    return _Source(names, read)
+
+
+# Excel
+
+
+def sheets_of(file: Path) -> list[str]:
+    """Returns the names of the sheets of an .xlsx file that are not empty.
+
+    Raises:
+        ConfigError: fastexcel is not installed.
+        DataError: a damaged file.
+    """
+    with _readable(file):
+        return _sheets(_book(file))
+
+
+def _book(file: Path) -> Any:
+    # fastexcel logs a warning for each empty column
+    logging.getLogger("fastexcel").setLevel(logging.ERROR)
+    _imported("polars", file)
+    with file.open("rb"):
+        pass
+    return _imported("fastexcel", file).read_excel(str(file))
+
+
+def _sheets(book: Any) -> list[str]:
+    return [name for name in book.sheet_names if book.load_sheet(name, header_row=None, n_rows=1).width]
+
+
+def _sheet(file: Path, key: str | None, header: bool | None) -> _Source:
+    """Opens a sheet. Comments (#) and blank rows above the table are skipped, and blank rows below it."""
+    book = _book(file)
+    sheets = _sheets(book)
+    if not sheets:
+        raise DataError(f"{file} is empty")
+    if key is None and len(sheets) > 1:
+        raise ConfigError(f"{file} contains {len(sheets)} sheets; choose one with data.key: {', '.join(sheets)}")
+    if key is not None and key not in sheets:
+        raise ConfigError(f"{file} has no sheet {key!r} with cells; data.key can be {', '.join(sheets)}")
+    sheet = sheets[0] if key is None else key
+
+    def load(skip: int, n: int | None = None, types: Any = None) -> list[Series]:
+        loaded = book.load_sheet(sheet, header_row=None, skip_rows=skip, n_rows=n, dtypes=types).to_polars()
+        return list(loaded.get_columns())
+
+    top = [[cell or "" for cell in row] for row in zip(*load(0, _TOP, "string"), strict=True)]
+    start = next((i for i, row in enumerate(top) if "".join(row).strip() and not row[0].startswith("#")), None)
+    if start is None:
+        raise DataError(f"{file} has no rows below its comments")
+    first, below = top[start], [row for row in islice(top, start + 1, start + 1 + LOOK) if "".join(row).strip()]
+    names = tuple(f"c{i}" for i in range(len(first)))
+    if is_header(first, below) if header is None else header:
+        names, start = tuple(cell.strip() or f"unnamed_{i}" for i, cell in enumerate(first)), start + 1
+    columns = load(start) if start < len(top) else []
+    filled = [np.flatnonzero(column.is_not_null().to_numpy()) for column in columns]
+    n = max((int(rows[-1]) + 1 for rows in filled if len(rows)), default=0)
+    if not n:
+        raise DataError(f"{file} has no rows below its header")
+    # a column of text and numbers contains the numbers as text with 9 digits, so its numbers are read separately
+    mixed = {i: "float" for i, column in enumerate(columns) if str(column.dtype) == "String"}
+    floats = load(start, None, mixed) if mixed else columns
+
+    def read(indices: Sequence[int]) -> list[Series]:
+        return [_with_floats(columns[i][:n], floats[i][:n]) if i in mixed else columns[i][:n] for i in indices]
+
+    return _Source(names, read, range(start + 1, start + 1 + n))
+
+
+def _with_floats(texts: Series, floats: Series) -> Series:
+    """Returns a column of text in which cells with numbers have all digits."""
+    exact = [
+        repr(number) if number is not None and text is not None and number_of(text, "point") is not None else text
+        for text, number in zip(texts, floats, strict=True)
+    ]
+    return type(texts)(texts.name, exact, dtype=texts.dtype)
+
+
+# Columns
+
+
+def _is_row_index(column: Series) -> bool:
+    """Whether a column without a name is empty, or contains row numbers (distinct whole numbers) or row names."""
+    column = column.drop_nulls()
+    if not len(column):
+        return True
+    if column.dtype.is_numeric():
+        return bool((column == column.floor()).all()) and column.n_unique() == len(column)
+    return _numbers(column, ())[1] is not None
+
+
+def _numbers(column: Series, na: Collection[str]) -> tuple[NDArray[np.float64], TextColumn | None]:
+    """Returns the numbers of a column, (n,), with NaN for missing values.
+
+    If cells are not numbers, they are also returned; the place of the first is its row number.
+    """
+    polars = importlib.import_module("polars")
+    dtype, kind = column.dtype, str(column.dtype)
+    if dtype.is_numeric() or kind in ("Boolean", "Null"):
+        values = column.cast(polars.Float64).fill_null(float("nan"))
+        return np.array(values.to_numpy(), dtype=np.float64), None
+    n = len(column)
+    if not kind.startswith(("String", "Categorical", "Enum")):
+        words = "dates" if dtype.is_temporal() else f"values of type {kind}"
+        rows = np.flatnonzero(column.is_not_null().to_numpy())
+        if not len(rows):
+            return np.full(n, np.nan), None
+        return np.empty(0), TextColumn(0, "", words, str(rows[0]), str(column[int(rows[0])]), len(rows))
+    cells = column.cast(polars.String).to_list()
+    known: dict[str | None, float | None] = {None: float("nan")}
+    for cell in set(cells) - {None}:
+        value = number_of(cell, "point")
+        known[cell] = float("nan") if is_missing(cell, na) else value
+    values = [known[cell] for cell in cells]
+    bad = [i for i, value in enumerate(values) if value is None]
+    if not bad:
+        return np.array(values, dtype=np.float64), None
+    found = TextColumn(0, "", "text", str(bad[0]), cells[bad[0]])
+    for i in bad:
+        found.add(cells[i])
+    return np.empty(0), found
