@@ -115,9 +115,11 @@ def expected_max(nfe: list[int], n: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SETUPS)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=40, help=f"more than {WARM}")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if args.steps <= WARM:
+        parser.error(f"--steps {args.steps}: give more than {WARM}, because the first {WARM} steps are not timed")
     print(machine())
     for setup in [args.only] if args.only else SETUPS:
         print_prediction(setup, measure(setup, args.steps, args.repeats))
